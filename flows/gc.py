@@ -20,7 +20,7 @@ from flows.local_stack.discovery import vacuum_deleted_objects
 from flows.retention.batch_items import SamplingBatches
 from flows.retention.dataset_items import DataSets
 from flows.retention.policy import Item, Sweep
-from flows.retention.run_items import Machine, Runs, find_live
+from flows.retention.run_items import LocalFiles, Runs, find_references
 from flows.storage.s3 import Store
 
 
@@ -66,9 +66,9 @@ def sweeps(policy: RetentionConfig, now: datetime) -> Iterator[Sweep]:
     store, client, source = Store(), MlflowClient(), environment.data_source()
     bucket = environment.settings().bucket
     batches = SamplingBatches(store, bucket, policy, now)
-    live = find_live(client, store, bucket, *batches.kept())
+    live = find_references(client, store, bucket, *batches.remaining())
     runs = Runs(client, live, policy, now)
     yield batches.sweep()
     yield runs.sweep()
     yield DataSets(store, source, runs.contents() | live.contents, live.unclear, policy, now).sweep()
-    yield Machine(environment.settings().folder / "models", runs.gone(), live.weights, policy, now).sweep()
+    yield LocalFiles(environment.settings().folder / "models", runs.gone(), live.weights, policy, now).sweep()

@@ -16,7 +16,7 @@ from flows.datasets.checkout import CheckedOut
 from flows.datasets.sync import sync
 from flows.deployment.tasks import completed_state, concurrency_slot
 from flows.ingest import IngestOutcome, ingest
-from flows.registry.idempotency import Printing, Request
+from flows.registry.idempotency import ContactSheet, Request
 
 if TYPE_CHECKING:
     from flows.retrain_result import RetrainResult
@@ -62,7 +62,7 @@ def retrain(
         data = checked_out or ingest(params, to_retrain=True)
 
         manifest = read_manifest(params.dataset_folder)
-        request = Request.of(params, manifest, Printing(count, seed, to, conditions))
+        request = Request.of(params, manifest, ContactSheet(count, seed, to, conditions))
         if (before := request.done()) is not None:
             return unchanged(manifest, data, before)
 

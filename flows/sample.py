@@ -178,7 +178,7 @@ def generate_chunk(batch: Batch, place: Location, version: Version, chunk: int, 
     """Generate the images of a chunk and upload them, its manifest part last; a finished chunk is skipped."""
     store = Store()
     weights = model_versions.fetch_weights(version, environment.settings().folder / "models")
-    table = generate_batch.table_of(store, batch, place)
+    table = generate_batch.fetch_table(store, batch, place)
     # On Ray each task has one core; elsewhere the chunks share the cores.
     at_once = 1 if config.runner == "ray" else max(cores() // config.workers, 1)
     return generate_batch.generate_chunk(store, batch, place, weights, chunk, table, at_once)

@@ -86,7 +86,7 @@ def record(params: Params, removal: Removal) -> DataVersion:
     folder, source = params.dataset_folder, environment.data_source()
     # First, so that later publications and promotions are checked against it, and earlier ones can be found:
     # see ``flows.datasets.sync.publish`` and ``flows.promote.record``.
-    Catalogue.of(params.training.dataset, source).tell_removal(removal)
+    Catalogue.of(params.training.dataset, source).publish_removal(removal)
     # Images removed from an older version are removed from the newest one as well.
     forget_choice(folder)
     while True:

@@ -25,7 +25,7 @@ from flows.deployment.tasks import concurrency_slot, retryable_task
 from flows.environment import data_source, settings
 from flows.registry import model_versions
 from flows.registry.champion import require_champion
-from flows.registry.dependencies import Fetched, fetched
+from flows.registry.dependencies import ResolvedParams, resolve_params
 from flows.registry.takedown_marks import TAKEDOWN, joined_names, names_of, require_current, with_takedowns
 from flows.storage.s3 import Store
 from flows.tracking.buffered import UNANSWERED, BufferedTracker
@@ -64,7 +64,7 @@ def start_over(params: Params) -> None:
 def train_and_track(params: Params, restart: Restart) -> TrainingRun:
     """Train in ``params.run_folder``; the MLflow run is identified by the digest of its inputs."""
     require_current(params.dataset_folder)
-    ready = fetched(params)
+    ready = resolve_params(params)
     params = ready.params
     manifest = read_manifest(params.dataset_folder)
     opened: list[BufferedTracker] = []
@@ -102,7 +102,7 @@ def train_and_track(params: Params, restart: Restart) -> TrainingRun:
     return TrainingRun(run_id=tracker.run_id, result=result)
 
 
-def _finish(ready: Fetched, tracker: RunTracker) -> None:
+def _finish(ready: ResolvedParams, tracker: RunTracker) -> None:
     """Finish the run; it fails with UserError if some of its training images were taken down meanwhile.
 
     A takedown writes its record before it searches for runs, and the run has named its data set from the start: either
@@ -134,7 +134,7 @@ def _mark_failed(tracker: RunTracker) -> None:
         get_run_logger().warning("the MLflow run could not be marked as failed: %s", error)
 
 
-def _tracker_of_finished(ready: Fetched, manifest: Manifest, result: TrainResult) -> RunTracker:
+def _tracker_of_finished(ready: ResolvedParams, manifest: Manifest, result: TrainResult) -> RunTracker:
     """Tracker of a training that had finished before; a missing MLflow run is recreated from its history."""
     client, params = MlflowClient(), ready.params
     run = find_run(client, params.model_name, result.train_key)
@@ -150,7 +150,7 @@ def _tracker_of_finished(ready: Fetched, manifest: Manifest, result: TrainResult
     return tracker
 
 
-def _open(ready: Fetched, manifest: Manifest, restart: bool) -> RunTracker:
+def _open(ready: ResolvedParams, manifest: Manifest, restart: bool) -> RunTracker:
     params = ready.params
     model = with_autoencoder_digest(params.model)
     training = with_start_digest(params.training, open_warm_start(params.training))
@@ -166,7 +166,7 @@ def _open(ready: Fetched, manifest: Manifest, restart: bool) -> RunTracker:
         data_source(),
         restart,
     )
-    tracker.client.log_text(tracker.run_id, ready.asked.model_dump_json(indent=2), "params.json")
+    tracker.client.log_text(tracker.run_id, ready.requested.model_dump_json(indent=2), "params.json")
     tracker.tag({AUTOENCODER: ready.autoencoder, START: ready.start, TAKEDOWN: ready.takedown})
     tracker.log_file(params.dataset_folder / "manifest.json", "dataset")
     if (preflight := params.run_folder / PREFLIGHT).is_file():

@@ -10,7 +10,7 @@ from flows.cli.command import CommandOutput, Model, Reason, Seed, command, conne
 
 if TYPE_CHECKING:
     from flows.config import Params
-    from flows.registry.champion import Changed
+    from flows.registry.champion import ChampionChange
     from flows.registry.ledger_entries import Entry, History
     from flows.registry.release import Released
 
@@ -162,7 +162,7 @@ def export(
     return CommandOutput(done.model_dump(mode="json") | {"to": to}, lines)
 
 
-def new_champion(done: "Changed | Released") -> CommandOutput:
+def new_champion(done: "ChampionChange | Released") -> CommandOutput:
     """Output of a command that changed the champion."""
     already = ", which was done already" if done.already else ""
     return CommandOutput(done, [f"{done.version.uri} is champion{already}: {done.entry}"])

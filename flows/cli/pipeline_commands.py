@@ -196,9 +196,9 @@ def _with_files(config: "Params", dry_run: bool = False) -> "Params":
     if registered(config) is None and registered_start(config) is None:
         return config
     with connect("mlflow", "s3"):
-        from flows.registry.dependencies import fetched
+        from flows.registry.dependencies import resolve_params
 
-        return fetched(config, dry_run).params
+        return resolve_params(config, dry_run).params
 
 
 @contextmanager

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from datetime import datetime
 
     from diffusion.generation.generation_result import RequestRecord
-    from flows.provenance.reproduce import Reproduced
+    from flows.provenance.reproduce import Reproduction
     from flows.provenance.trace import Trace, TracedData, TracedImage, TracedModel, TracedRun
     from flows.sampling.sampling_batch import Batch
 
@@ -149,7 +149,7 @@ def _data(data: "TracedData") -> Iterator[str]:
     yield f"{data.images:,} images in {len(data.shards):,} shards"
 
 
-def _comparison(done: "Reproduced") -> Iterator[str]:
+def _comparison(done: "Reproduction") -> Iterator[str]:
     """Format the comparison of regenerated images as text."""
     code = f"the code that {done.model} ships" if done.code == "shipped" else "the code installed here"
     yield f"{done.exact:,} of {done.images:,} identical bit for bit, regenerated with {code}"

@@ -1,13 +1,12 @@
-"""The catalogue on S3: of every version of a data set its manifest and its DVC pointer, by the manifest's digest.
+"""The catalogue on S3: manifest and DVC pointer of every data set version, by the manifest's digest.
 
-``s3://BUCKET/datasets/NAME/<digest>/manifest.json`` and ``pointer.dvc`` beside it are written once, as are the page on
-the version, ``report.html``, and ``announced``, when others were told of it; its files lie on DVC's remote. What was
-taken down is told under ``datasets/NAME/removals/``.
+``s3://BUCKET/datasets/NAME/<digest>/manifest.json`` and ``pointer.dvc`` beside it are written once, as are the
+version's page ``report.html`` and the mark ``announced``; the version's files lie on DVC's remote. Takedown records lie
+under ``datasets/NAME/removals/``.
 
-``datasets/NAME/heads/00000001.json`` and so on (``flows.storage.numbered_objects``) say which version is the newest,
-for all machines that add to the data set. A version is put into the catalogue first and becomes the head then. So a
-process that is killed in between leaves nothing that another machine would wait for, and the same command again goes
-on.
+``datasets/NAME/heads/00000001.json`` and so on (``flows.storage.numbered_objects``) name the newest version for all
+machines that add to the data set. A version is first put into the catalogue and then becomes the head, so a process
+that is killed in between blocks no other machine, and the same command again continues.
 """
 
 import logging
@@ -36,26 +35,26 @@ from flows.storage.tags import DvcDigest
 logger = logging.getLogger(__name__)
 
 RETIRED = "retired"
-"""Where manifests of versions wait that are out of the catalogue: see ``flows.retention.dataset_items``."""
+"""Prefix of the manifests of retired versions: see ``flows.retention.dataset_items``."""
 PUSHING = "pushing"
-"""Where those who push to the remote say so."""
+"""Prefix of the marks of processes that push to the remote."""
 VERSION, RETIRED_VERSION = re.compile(r"([0-9a-f]{64})/manifest\.json"), re.compile(r"([0-9a-f]{64})\.json")
 POINTER = TypeAdapter(DvcDigest)
 LARGEST_MANIFEST = 2**30
-"""Bytes that a manifest may have: a million parts."""
+"""Maximum size of a manifest in bytes: enough for a million parts."""
 
 
 @dataclass(frozen=True)
-class Readable:
-    """Versions whose manifests can be read, and what became of the others: none stands in the way of another."""
+class CatalogListing:
+    """Versions in a listing, with errors for those whose manifests cannot be read."""
 
     versions: dict[str, Manifest]
-    """By digest."""
+    """Readable versions by digest."""
     damaged: dict[str, str]
-    """By the digest in its name, where a manifest lies that cannot be read, and how to mend that."""
+    """Errors for unreadable manifests, with the fix, by the digest in the name."""
 
-    def warned(self) -> dict[str, Manifest]:
-        """The versions, once the log says what cannot be read."""
+    def log_damaged(self) -> dict[str, Manifest]:
+        """Log the damaged manifests, and return the readable versions."""
         for words in self.damaged.values():
             logger.warning("%s", words)
         return self.versions
@@ -63,55 +62,55 @@ class Readable:
 
 @dataclass(frozen=True)
 class Catalogue:
-    """All versions of a data set that were ever recorded."""
+    """Catalogue of the versions of one data set."""
 
     place: Location
     store: Store
 
     @classmethod
     def of(cls, name: str, source: str, store: Store | None = None) -> "Catalogue":
-        """That of data set ``name``, in the bucket of the DVC remote with the URL ``source``."""
+        """Catalogue of data set ``name`` in the bucket of the DVC remote with the URL ``source``."""
         return cls(Location(Location.parse(source).bucket) / "datasets" / name, store or Store())
 
     @property
     def name(self) -> str:
-        """The data set's."""
+        """Name of the data set."""
         return self.place.prefix.rpartition("/")[2]
 
     def publish(self, manifest: Manifest, dvc_digest: str) -> str:
-        """Put a version into the catalogue, unless it is there; returns where it lies."""
+        """Put a version into the catalogue if it is not in it; returns its place."""
         place = self.place / manifest.digest
         pointer = {"outs": [{"md5": dvc_digest, "hash": "md5", "path": manifest.name}]}
         try:
             self._put(f"{manifest.digest}/pointer.dvc", yaml.safe_dump(pointer, sort_keys=False).encode())
         except Held:
-            # Something foreign lay in the folder, then or now. The pointer that is there leads to the version as well.
+            # A foreign file lay in the folder, then or now. The existing pointer leads to the version as well.
             self.pointer(manifest.digest)
         self._put(f"{manifest.digest}/manifest.json", manifest_bytes(manifest))
         return str(place)
 
     def publish_page(self, digest: str, page: bytes) -> str:
-        """Put the HTML page on a version beside it, unless one is there; returns where it lies."""
+        """Put the HTML page of a version beside it if there is none; returns its place."""
         name = f"{digest}/report.html"
-        # One that was drawn by other code shows the same version.
+        # A page rendered by other code shows the same version.
         with suppress(Held):
             self._put(name, page, "text/html; charset=utf-8")
         return str(self.place / name)
 
     def delete_pages(self, digests: Iterable[str]) -> None:
-        """Delete the pages on versions; those that are not there are as good as deleted."""
+        """Delete the pages of versions, if they exist."""
         self.store.delete_many(self.place.bucket, (self.place.key(f"{digest}/report.html") for digest in digests))
 
     def versions(self) -> dict[str, Manifest]:
-        """All versions by digest; the log names those whose manifests are damaged."""
-        return self.read().warned()
+        """Readable versions by digest; damaged manifests are logged."""
+        return self.read().log_damaged()
 
-    def read(self) -> Readable:
-        """All versions, those that can be read and those that cannot."""
+    def read(self) -> CatalogListing:
+        """List all versions, readable and damaged ones."""
         return self._readable(self.place, VERSION)
 
     def version(self, digest: str) -> Manifest | None:
-        """The version of this digest; None if it is not in the catalogue. Raises UserError if it is damaged."""
+        """Version of this digest; None if it is not in the catalogue. Raises UserError if it is damaged."""
         key = self.place.key(f"{digest}/manifest.json")
         try:
             data = self.store.get(self.place.bucket, key, LARGEST_MANIFEST)
@@ -120,18 +119,18 @@ class Catalogue:
         return self._parsed(data, digest, f"s3://{self.place.bucket}/{key}")
 
     def published(self) -> dict[str, datetime]:
-        """When each version was put here, by digest, at the price of a listing."""
+        """Time of publication of each version, by digest; takes one listing."""
         prefix = self.place.key("")
         objects = self.store.list_objects(self.place.bucket, prefix)
         named = ((VERSION.fullmatch(found.key.removeprefix(prefix)), found.written) for found in objects)
         return {match[1]: written for match, written in named if match}
 
     def announced(self, digest: str) -> bool:
-        """Whether it was told that this version is there."""
+        """Whether the event of this version was emitted."""
         return self.store.exists(self.place.bucket, self.place.key(f"{digest}/announced"))
 
-    def note_announced(self, digest: str) -> None:
-        """Keep in mind that it was told that this version is there."""
+    def mark_announced(self, digest: str) -> None:
+        """Record that the event of this version was emitted."""
         self._put(f"{digest}/announced", b"")
 
     def pointer(self, digest: str) -> str | None:
@@ -148,15 +147,15 @@ class Catalogue:
                 f"s3://{self.place.bucket}/{key} is no DVC pointer: delete it, and ingest the data set again"
             ) from error
 
-    def tell_removal(self, removal: Removal) -> None:
-        """Let other machines know what was taken down."""
+    def publish_removal(self, removal: Removal) -> None:
+        """Publish a takedown record for other machines."""
         removal = removal.model_copy(update={"already": False})
         # The same images may have been taken down before, for another reason or from another version.
         with suppress(Held):
             self._put(f"removals/{removal.name}.json", canonical_json(removal.model_dump(mode="json")).encode())
 
-    def learn_removals(self, folder: Path) -> None:
-        """Let this machine, which has the data set in ``folder``, know of everything that was taken down from it."""
+    def fetch_removals(self, folder: Path) -> None:
+        """Copy all takedown records of the data set in ``folder`` to this machine."""
         work = work_folder(folder)
         known = {removal.name for removal in removals(work)}
         for key in self.store.list_keys(self.place.bucket, self.place.key("removals/")):
@@ -164,38 +163,38 @@ class Catalogue:
                 write_removal(work, self._removal(key))
 
     def held_removals(self, folder: Path) -> list[Removal]:
-        """The takedown records, of whatever machine, of images that the current version in ``folder`` still holds."""
-        self.learn_removals(folder)
+        """Takedown records of images that the current version in ``folder`` still holds."""
+        self.fetch_removals(folder)
         return still_held(folder, removals(work_folder(folder))) if (folder / "manifest.json").is_file() else []
 
     def removals(self) -> Iterator[Removal]:
-        """Everything that was taken down from the data set."""
+        """Yield the published takedown records of the data set."""
         for key in self.store.list_keys(self.place.bucket, self.place.key("removals/")):
             yield self._removal(key)
 
     def retired(self) -> dict[str, Manifest]:
-        """Versions that ``darkroom gc`` took out of the catalogue, and whose files are on the remote yet, by digest."""
-        return self.read_retired().warned()
+        """Versions by digest that ``darkroom gc`` retired and whose files are still on the remote."""
+        return self.read_retired().log_damaged()
 
-    def read_retired(self) -> Readable:
-        """The same, those that can be read and those that cannot."""
+    def read_retired(self) -> CatalogListing:
+        """List all retired versions, readable and damaged ones."""
         return self._readable(Location(self.place.bucket, f"{RETIRED}/{self.name}"), RETIRED_VERSION)
 
     def withdraw(self, digest: str) -> None:
-        """Take a version out of the catalogue; its files stay on the remote, and nothing leads to them any more."""
-        # Without its manifest it is no version, whatever lies beside.
+        """Remove a version from the catalogue; its files stay on the remote."""
+        # The manifest goes first: without it there is no version.
         self.store.delete_many(self.place.bucket, [self.place.key(f"{digest}/manifest.json")])
         beside = list(self.store.list_keys(self.place.bucket, self.place.key(f"{digest}/")))
         self.store.delete_many(self.place.bucket, beside)
 
     def written(self, digest: str) -> datetime | None:
-        """When a version was put into the catalogue; None if it never was."""
+        """Time when a version was put into the catalogue; None if it is not in it."""
         found = self.store.stat(self.place.bucket, self.place.key(f"{digest}/manifest.json"))
         return found and found.written
 
-    def _readable(self, place: Location, pattern: re.Pattern[str]) -> Readable:
-        """The manifests under ``place`` whose names, by ``pattern``, hold their digests."""
-        found, prefix = Readable({}, {}), place.key("")
+    def _readable(self, place: Location, pattern: re.Pattern[str]) -> CatalogListing:
+        """Read the manifests under ``place`` whose names match ``pattern``, which captures their digests."""
+        found, prefix = CatalogListing({}, {}), place.key("")
         for key in self.store.list_keys(place.bucket, prefix):
             if (named := pattern.fullmatch(key.removeprefix(prefix))) is None:
                 continue
@@ -203,7 +202,7 @@ class Catalogue:
             try:
                 data = self.store.get(place.bucket, key, LARGEST_MANIFEST)
                 found.versions[named[1]] = self._parsed(data, named[1], where)
-            except Missing:  # gc took it away since it was listed
+            except Missing:  # deleted by gc since it was listed
                 continue
             except UserError as error:
                 found.damaged[named[1]] = str(error)
@@ -213,7 +212,7 @@ class Catalogue:
         if sha256_bytes(data) != digest:
             raise UserError(
                 f"{where} is damaged (its SHA-256 differs): delete it; an ingest where the version is current writes "
-                "it anew"
+                "it again"
             )
         return parse_manifest(data, where)
 
@@ -234,10 +233,10 @@ class Catalogue:
 
 @contextmanager
 def pushing(name: str, source: str, store: Store | None = None) -> Iterator[None]:
-    """Inside, files of the data set ``name`` are pushed to ``source`` and its version published.
+    """Context in which files of the data set ``name`` are pushed to ``source`` and its version is published.
 
-    DVC passes over what lies there already, so meanwhile ``darkroom gc`` takes nothing away. Whoever is killed inside
-    holds it up no longer than ``retention.grace_hours``.
+    DVC skips files that are already there, so meanwhile ``darkroom gc`` deletes none. A process that is killed inside
+    blocks gc for ``retention.grace_hours`` at most.
     """
     place, store = Location(Location.parse(source).bucket) / PUSHING, store or Store()
     mark = place.key(f"{name}/{uuid4().hex}")
@@ -247,27 +246,26 @@ def pushing(name: str, source: str, store: Store | None = None) -> Iterator[None
 
 
 class Head(Config):
-    """An entry of the chain."""
+    """Entry in the chain of newest versions."""
 
     format_version: Literal[1] = 1
     number: int = Field(ge=1)
     version: Sha256
-    """The newest version from here on."""
+    """Digest of the newest version."""
     before: Sha256 | None
-    """The head before it; None: there was none."""
+    """Digest of the head before it; None for the first."""
 
 
 @dataclass(frozen=True)
 class Heads:
-    """The chain of one data set."""
+    """Chain of newest versions of one data set."""
 
     catalogue: Catalogue
 
     def newest(self) -> str | None:
         """Digest of the version that the next ingest adds to; None if the catalogue has no version.
 
-        A head that somebody deleted from the catalogue counts no more. A catalogue from before there were heads goes by
-        the time of writing.
+        Heads that were deleted from the catalogue are skipped. Without a head the version written last counts.
         """
         number = self._count()
         for each in range(number, 0, -1):
@@ -283,7 +281,7 @@ class Heads:
         return self._last_written()
 
     def adopt(self) -> str | None:
-        """``newest``, which becomes the first entry where there are versions and no chain yet."""
+        """Return ``newest``, and make it the first entry if there is no chain yet."""
         newest = self.newest()
         if newest is not None and not self._count():
             return self.advance(newest, ()) or newest
@@ -292,7 +290,7 @@ class Heads:
     def advance(self, version: str, onto: Collection[str]) -> str | None:
         """Make ``version``, which is in the catalogue, the head instead of one of ``onto``.
 
-        Returns the head that is in the way: somebody was faster. None: ``version`` is the head now.
+        Returns None if ``version`` is the head now, or else the head that another process published first.
         """
         self._objects.require_conditional_puts()
         while True:
@@ -314,11 +312,11 @@ class Heads:
         return NumberedObjects(self.catalogue.place / "heads", self.catalogue.store)
 
     def _count(self) -> int:
-        """How many entries there are, of numbers without a gap."""
+        """Number of entries up to the first gap."""
         return first_free(self._objects.numbers()) - 1
 
     def _read(self, number: int) -> Head | None:
-        """An entry; None if it is none that this Darkroom understands, which then counts no more than a junk object."""
+        """Read an entry; None if it is malformed, and is ignored like any foreign object."""
         try:
             found = Head.model_validate_json(self._objects.get(number) or b"")
         except ValidationError:
@@ -328,7 +326,7 @@ class Heads:
         return found if found.number == number else None
 
     def _last_written(self) -> str | None:
-        """The version written last, of those that no other one was made from."""
+        """Version written last among those that are no other version's parent."""
         published = self.catalogue.published()
         if len(published) > 1:
             parents = {each.parent for each in self.catalogue.versions().values()}

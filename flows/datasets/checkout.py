@@ -1,4 +1,4 @@
-"""Checkout: any version of a data set becomes the current one again, verified, without git."""
+"""Checkout: make any version of a data set the current one again, verified, without git."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,11 +17,11 @@ from flows.datasets.catalog import Catalogue
 from flows.datasets.dvc import KeptFiles, is_whole, needed_files
 
 Reach = Callable[[], str]
-"""Joins the S3 server and gives the URL of DVC's remote; raises UserError if no server is to be had."""
+"""Function that joins the S3 server and returns the URL of DVC's remote; raises UserError without a server."""
 
 
 class CheckedOut(Config):
-    """A version that is the current one now."""
+    """Result of a checkout: the version that is the current one now."""
 
     dataset: str
     folder: Path
@@ -29,15 +29,15 @@ class CheckedOut(Config):
     content_digest: str
     kept: int
     restored: list[str]
-    """Files that had to be got back."""
+    """Names of files that were restored."""
 
 
 class Choice(Config):
-    """An older version that a person went back to, for the next ingest to build on."""
+    """Older version that was checked out for the next ingest to build on."""
 
     version: str
     known: list[str]
-    """All versions of which this machine knew then: what they have and ``version`` lacks is left out on purpose."""
+    """Versions that this machine knew then: images that only they have are left out on purpose."""
 
 
 def checkout(
@@ -50,13 +50,19 @@ def checkout(
 ) -> CheckedOut:
     """Make the version whose digest begins with ``prefix`` the current one of the data set in ``folder``.
 
-    Its files come from the folder, DVC's cache, or the remote, for which ``reach`` is called only if it is needed; each
-    is verified by its SHA-256. ``without_shards`` leaves those away that are not here, for training that streams them.
-    All other versions stay known, and what only the folder holds is put into DVC's cache first. The next ingest goes on
-    from the newest version all the same, unless this one is ``to_build_on``. Killed and given again, it ends the same.
+    Files come from the folder, DVC's cache or the remote, and are verified by SHA-256. All other versions stay known,
+    and files that only the folder holds are put into DVC's cache first. Killed and given again, it ends the same.
 
-    Raises UserError if there is no such version, a file of it is to be had nowhere, or it holds images that were
-    taken down since, unless ``with_removed``.
+    Args:
+        folder: Folder of the data set.
+        prefix: First characters of the version's digest.
+        reach: Connection to the remote, called only if it is needed.
+        with_removed: Whether to check out images that were taken down since.
+        without_shards: Whether to skip missing shards, for training that streams them.
+        to_build_on: Whether the next ingest continues from this version instead of the newest.
+
+    Raises:
+        UserError: If there is no such version, a file of it cannot be found, or it holds images that were taken down.
     """
     work_folder(folder).mkdir(parents=True, exist_ok=True)
     with FileLock(work_folder(folder) / "lock"):
@@ -66,7 +72,7 @@ def checkout(
 
 
 def choice(folder: Path) -> Choice | None:
-    """The version that the current one in ``folder`` goes on from because a person checked it out; None: none."""
+    """Version that was checked out to build on and that the current one continues; None without one."""
     path = _choice(folder)
     if not path.is_file():
         return None
@@ -75,7 +81,7 @@ def choice(folder: Path) -> Choice | None:
 
 
 def forget_choice(folder: Path) -> None:
-    """Let the next ingest go on from the newest version."""
+    """Let the next ingest continue from the newest version."""
     _choice(folder).unlink(missing_ok=True)
 
 
@@ -84,7 +90,7 @@ def _choice(folder: Path) -> Path:
 
 
 class Place:
-    """A data set's folder, whose lock the caller holds, and where its other versions can be had."""
+    """Folder of a data set, whose lock the caller holds, with access to its other versions."""
 
     def __init__(self, folder: Path, known: dict[str, Manifest], reach: Reach) -> None:
         self.folder = folder
@@ -95,7 +101,7 @@ class Place:
 
     @classmethod
     def of(cls, folder: Path, reach: Reach) -> "Place":
-        """That of the data set in ``folder``."""
+        """Place of the data set in ``folder``."""
         return cls(folder, _known(folder) if (folder / "manifest.json").is_file() else {}, reach)
 
     def make_current(
@@ -130,7 +136,7 @@ class Place:
         )
 
     def choose(self, prefix: str) -> Manifest:
-        """The version that ``prefix`` names, of those known here or else in the catalogue."""
+        """Find the version that ``prefix`` names, here or else in the catalogue."""
         try:
             return self.known[self._chosen(prefix)]
         except UserError as unknown:
@@ -142,9 +148,9 @@ class Place:
         return self.known[self._chosen(prefix)]
 
     def refuse_removed(self, version: Manifest) -> None:
-        """Raise UserError if ``version`` holds images that were taken down, as far as its tables are to be had."""
+        """Raise UserError if ``version`` holds images that were taken down, as far as its tables are available."""
         if self.source is not None:
-            self.catalogue().learn_removals(self.folder)
+            self.catalogue().fetch_removals(self.folder)
         for removal in removals(work_folder(self.folder)):
             if holders(self.folder, removal, [version], self.kept.find).held:
                 remove_strays(self.folder)
@@ -154,7 +160,7 @@ class Place:
                 )
 
     def keep_current(self, version: Manifest) -> None:
-        """Let nothing be lost when ``version`` takes the folder over."""
+        """Save everything that the folder would lose when ``version`` becomes current."""
         if not (self.folder / "manifest.json").is_file():
             return
         for each in self.known.values():
@@ -166,7 +172,7 @@ class Place:
             lineage.record_data(self.folder, push_to=None)
 
     def fetch(self, version: Manifest, without_shards: bool) -> list[str]:
-        """Get back what is missing or damaged of ``version``, and tell what that was."""
+        """Restore missing or damaged files of ``version``; returns their names."""
         restored = []
         shards = {entry.name for entry in version.shards}
         for name, sha256 in needed_files(self.folder, version):
@@ -184,7 +190,7 @@ class Place:
         return restored
 
     def write(self, version: Manifest, name: str, sha256: str) -> bool:
-        """Write a file of ``version`` into the folder, whole; returns whether it could be had."""
+        """Write a file of ``version`` into the folder atomically; returns whether it was found."""
         target = self.folder / name
         if self.kept.write(version.digest, name, sha256, target):
             return True
@@ -194,11 +200,11 @@ class Place:
         return self.kept.write(version.digest, name, sha256, target)
 
     def _goes_back(self, version: Manifest) -> bool:
-        """Whether a version is known that was made from this one."""
+        """Whether a known version descends from this one."""
         return any(version.digest in lineage_of(self.known, each.parent) for each in self.known.values())
 
     def catalogue(self) -> Catalogue:
-        """The catalogue; from here on files are had from the remote as well."""
+        """Connect to the catalogue; from then on files come from the remote as well."""
         if self.source is None:
             self.source = self.reach()
             recorded = lineage.data_version(self.folder)
@@ -212,14 +218,14 @@ class Place:
 
 
 def lineage_of(known: dict[str, Manifest], digest: str | None) -> Iterator[str]:
-    """``digest`` and the digests of what it was made from, as far as these versions are ``known``."""
+    """Yield ``digest`` and the digests of its ancestors, as far as they are ``known``."""
     while digest is not None:
         yield digest
         digest = known[digest].parent if digest in known else None
 
 
 def _known(folder: Path) -> dict[str, Manifest]:
-    """The versions known here; only the current one where the manifest of an earlier one is broken, to be mended."""
+    """Versions known here; only the current one if the manifest of an earlier one is damaged."""
     try:
         return known_versions(folder)
     except UserError:
@@ -228,7 +234,7 @@ def _known(folder: Path) -> dict[str, Manifest]:
 
 
 def remove_others(folder: Path, version: Manifest) -> None:
-    """Take away what belongs to other versions only."""
+    """Delete files that belong only to other versions."""
     line = {name for name, _ in needed_files(folder, version)}
     for path in (folder / "versions").glob("*.json"):
         if path.relative_to(folder).as_posix() not in line:

@@ -1,6 +1,6 @@
-"""Files of data set versions as DVC keeps them: named by MD5, in its cache on this machine and on its remote.
+"""Files of data set versions in DVC: named by MD5, in its cache on this machine and on its remote.
 
-``KeptFiles`` gets a file of any version from wherever it can be had.
+``KeptFiles`` finds a file of any version in either.
 """
 
 import hashlib
@@ -27,16 +27,16 @@ from flows.storage.s3_errors import Missing
 from flows.storage.tags import DvcDigest
 
 FOLDER = ".dir"
-"""Ends the name of a folder's listing."""
+"""Suffix of the name of a folder's listing."""
 Listing = dict[str, str]
-"""A folder that DVC knows: the MD5 of each file by its path in it."""
+"""Folder in DVC: the MD5 of each file by its path in the folder."""
 UPLOADS = 4
 """Files uploaded at the same time."""
 logger = logging.getLogger(__name__)
 
 
 class Listed(Config):
-    """A file of a folder."""
+    """Entry of a folder's listing."""
 
     md5: DvcDigest
     relpath: str
@@ -46,13 +46,13 @@ LISTING = TypeAdapter(list[Listed])
 
 
 class Depot(Protocol):
-    """A place where DVC keeps objects."""
+    """Protocol of a store of DVC objects."""
 
     def listings(self) -> Iterator[tuple[str, Listing]]:
-        """All folders that lie there, by the names of their listings."""
+        """Yield the name and content of each folder listing."""
 
     def delete(self, names: Iterable[str]) -> None:
-        """Delete objects; those that are not there are as good as deleted."""
+        """Delete objects, if they exist."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Cache:
 
     @classmethod
     def here(cls) -> "Cache | None":
-        """That of the DVC repository around the working folder; None outside of one."""
+        """Cache of the DVC repository around the working folder; None outside of one."""
         try:
             with Repo() as repo:
                 return cls(Path(repo.cache.local.path))
@@ -71,22 +71,22 @@ class Cache:
             return None
 
     def path(self, name: str) -> Path:
-        """Where an object lies, if it is there."""
+        """Path of an object, which may not exist."""
         return self.folder / name[:2] / name[2:]
 
     def listing(self, name: str) -> Listing | None:
-        """The folder of this name; None if it is not there."""
+        """Listing of this name; None if it is not in the cache."""
         path = self.path(name)
         return _parsed(path.read_bytes(), str(path)) if path.is_file() else None
 
     def listings(self) -> Iterator[tuple[str, Listing]]:
-        """All folders that lie there, by the names of their listings."""
+        """Yield the name and content of each folder listing."""
         for path in sorted(self.folder.glob(f"??/*{FOLDER}")):
             yield path.parent.name + path.name, _parsed(path.read_bytes(), str(path))
 
     @cached_property
     def places(self) -> dict[str, list[str]]:
-        """For the path of a file in any folder, the MD5s that it has in them."""
+        """MD5s of each file in all listings, by its path."""
         found: dict[str, list[str]] = {}
         for _, listing in self.listings():
             for path, md5 in listing.items():
@@ -96,7 +96,7 @@ class Cache:
         return found
 
     def delete(self, names: Iterable[str]) -> None:
-        """Delete objects; those that are not there are as good as deleted."""
+        """Delete objects, if they exist."""
         for name in names:
             self.path(name).unlink(missing_ok=True)
 
@@ -110,47 +110,47 @@ class Remote:
 
     @classmethod
     def at(cls, source: str) -> "Remote":
-        """The remote with the URL ``source``."""
+        """Remote with the URL ``source``."""
         return cls(Location.parse(source), Store())
 
     def fetch(self, name: str, path: Path) -> None:
-        """Write an object over what is at ``path``; raises Missing."""
+        """Fetch an object to ``path``, overwriting it; raises Missing."""
         self.store.fetch(self.place.bucket, self._key(name), path)
 
     def read(self, name: str) -> bytes:
-        """The bytes of an object; raises Missing."""
+        """Read the bytes of an object; raises Missing."""
         return self.store.get(self.place.bucket, self._key(name))
 
     def stat(self, name: str) -> Stat | None:
-        """Size and age of an object; None if it is not there."""
+        """Size and time of an object; None if it does not exist."""
         return self.store.stat(self.place.bucket, self._key(name))
 
     def uri(self, name: str) -> str:
-        """Where an object lies, if it is there."""
+        """URI of an object, which may not exist."""
         return f"s3://{self.place.bucket}/{self._key(name)}"
 
     def listing(self, name: str) -> Listing:
-        """The folder of this name; raises Missing."""
+        """Listing of this name; raises Missing."""
         return _parsed(self.read(name), f"{self.place}/{self._key(name)}")
 
     def listings(self) -> Iterator[tuple[str, Listing]]:
-        """All folders that lie there, by the names of their listings."""
+        """Yield the name and content of each folder listing."""
         for name in sorted(self.names()):
             if name.endswith(FOLDER):
                 yield name, self.listing(name)
 
     def names(self) -> set[str]:
-        """Those of all objects, at the price of a listing."""
+        """Names of all objects; takes one listing of the bucket."""
         prefix = self._key("")
         keys = self.store.list_keys(self.place.bucket, prefix)
         return {key.removeprefix(prefix).replace("/", "") for key in keys}
 
     def push(self, name: str, cache: Cache) -> None:
-        """Upload what is missing here of the folder ``name`` from ``cache``: its files, and its listing last.
+        """Upload the missing files of the folder ``name`` from ``cache``, and its listing last.
 
-        DVC's own push is not used: it overwrites, so that bucket policies which demand If-None-Match would refuse it,
-        and it takes the files of a folder for pushed where it finds the folder's listing. Raises UserError if a file
-        of the cache is missing or damaged, Held if an object of its name holds other bytes.
+        DVC's own push is not used: it overwrites, which bucket policies that demand If-None-Match refuse, and it takes
+        all files as pushed once it finds the listing. Raises UserError if a file of the cache is missing or
+        damaged, and Held if an object of its name holds other bytes.
         """
         listing = cache.listing(name)
         if listing is None:
@@ -178,7 +178,7 @@ class Remote:
         self.store.put_file_once(self.place.bucket, self._key(name), path)
 
     def delete(self, names: Iterable[str]) -> None:
-        """Delete objects; those that are not there are as good as deleted."""
+        """Delete objects, if they exist."""
         self.store.delete_many(self.place.bucket, map(self._key, names))
 
     def _key(self, name: str) -> str:
@@ -193,7 +193,7 @@ def _parsed(data: bytes, where: str) -> Listing:
 
 
 class KeptFiles:
-    """The files of data set ``name``: in the cache, and on the remote with the URL ``source`` if one is given.
+    """Files of data set ``name`` in DVC's cache, and on the remote with the URL ``source`` if one is given.
 
     ``recorded`` is DVC's digest of a version that may not be in the catalogue.
     """
@@ -207,13 +207,13 @@ class KeptFiles:
         self._pushed: dict[str, dict[str, Listing]] = {}
 
     def find(self, entry: FileEntry) -> Path | None:
-        """Where a file lies whole in the cache; None if it does not."""
+        """Path of an intact copy of a file in the cache; None without one."""
         return self._cached(entry.name, entry.sha256)
 
     def write(self, version: str, name: str, sha256: str, target: Path) -> bool:
-        """Write the file ``name`` of the version with the digest ``version`` to ``target``, whole.
+        """Write the file ``name`` of the version with the digest ``version`` to ``target`` atomically.
 
-        Returns whether it could be had; raises UserError if it came damaged.
+        Returns whether it was found; raises UserError if it is damaged on the remote.
         """
         cached = self._cached(name, sha256)
         if cached is None:
@@ -226,7 +226,7 @@ class KeptFiles:
         return True
 
     def elsewhere(self, versions: Iterable[Manifest], scratch: Path) -> Callable[[FileEntry], Path | None]:
-        """Finds files of ``versions``, fetched into the folder ``scratch`` if need be."""
+        """Return a function that finds files of ``versions``, fetching them into the folder ``scratch``."""
         holder = {entry.sha256: version.digest for version in versions for entry in version.files}
 
         def find(entry: FileEntry) -> Path | None:
@@ -238,13 +238,13 @@ class KeptFiles:
         return find
 
     def listings(self, version: str) -> dict[str, Listing]:
-        """What the remote says the version with the digest ``version`` consists of, by DVC's digest of it."""
+        """Listings on the remote of the version with the digest ``version``, by DVC's digest."""
         if version not in self._pushed:
             self._pushed[version] = dict(self._ask(version))
         return self._pushed[version]
 
     def keep_listing(self, version: str) -> None:
-        """Let DVC's cache know what the version with the digest ``version`` consists of, as far as the remote does."""
+        """Copy the remote's listings of the version with the digest ``version`` into DVC's cache."""
         for digest in self.listings(version):
             if self.cache is not None and self.remote is not None and not self.cache.path(digest).is_file():
                 write_bytes(self.cache.path(digest), self.remote.read(digest))
@@ -262,7 +262,7 @@ class KeptFiles:
                 try:
                     yield digest, self.remote.listing(digest)
                 except Missing:
-                    # Never pushed, or cleared away: then others may have the file.
+                    # Never pushed, or deleted: another listing may have the file.
                     continue
 
     def _cached(self, name: str, sha256: str) -> Path | None:
@@ -272,7 +272,7 @@ class KeptFiles:
         return next((path for path in paths if is_whole(path, sha256)), None)
 
     def _places(self, version: str, name: str) -> list[str]:
-        """The MD5s that the file may have on the remote."""
+        """Possible MD5s of the file on the remote."""
         pushed = [listing[name] for listing in self.listings(version).values() if name in listing]
         return list(dict.fromkeys([*pushed, *(self.cache.places.get(name, ()) if self.cache else ())]))
 
@@ -298,10 +298,10 @@ class KeptFiles:
 
 
 def needed_files(folder: Path, version: Manifest) -> Iterator[tuple[str, str]]:
-    """Name and SHA-256 of all that belongs beside the manifest if ``version`` is the current one in ``folder``.
+    """Yield name and SHA-256 of all files that belong beside the manifest if ``version`` is current in ``folder``.
 
-    The manifest of a parent is read after it was named, so that whoever asks can mend it in between; where it is not
-    whole then, its own parents stay unnamed.
+    The manifest of a parent is read after it was yielded, so that the caller can repair it in between; if it is still
+    damaged then, the iteration ends.
     """
     for entry in version.files:
         yield entry.name, entry.sha256
@@ -314,5 +314,5 @@ def needed_files(folder: Path, version: Manifest) -> Iterator[tuple[str, str]]:
 
 
 def is_whole(path: Path, sha256: str) -> bool:
-    """Whether there is a file at ``path`` with these bytes."""
+    """Whether the file at ``path`` exists and has this SHA-256."""
     return path.is_file() and sha256_file(path) == sha256

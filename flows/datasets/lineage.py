@@ -1,4 +1,4 @@
-"""Git commit and DVC digest of what a run stands on, and data set versions recorded, restored and streamed by DVC."""
+"""Lineage of runs, git commit and DVC digest, and recording, restoring and streaming of data set versions by DVC."""
 
 import subprocess
 from functools import cached_property
@@ -22,27 +22,27 @@ INGEST_STAGE = "ingest"
 
 
 class CodeVersion(Config):
-    """The state of the git repository the flows run in."""
+    """State of the git repository that the flows run in."""
 
     commit: str | None
-    """None outside a repository, or before its first commit."""
+    """Commit hash; None outside a repository or before its first commit."""
     dirty: bool
     """Whether tracked files differ from the commit."""
 
 
 class DataVersion(Config):
-    """A data set as DVC knows it."""
+    """Version of a data set in DVC."""
 
     digest: str
     """DVC's digest of the data set's folder, ``….dir``."""
     pointer: str
-    """The file that holds it: dvc.lock, or the data set's own .dvc file."""
+    """File with the digest: dvc.lock, or the data set's .dvc file."""
     pushed: bool
-    """Whether it also lies on the remote."""
+    """Whether it was pushed to the remote."""
 
 
 def code_version() -> CodeVersion:
-    """The git commit of the working folder, and whether tracked files differ from it."""
+    """Git commit of the working folder, and whether tracked files differ from it."""
     head = _git("rev-parse", "HEAD")
     changes = _git("status", "--porcelain", "--untracked-files=no")
     return CodeVersion(commit=head or None, dirty=bool(changes))
@@ -60,8 +60,8 @@ def record_data(folder: Path, push_to: str | None) -> DataVersion:
     """Record the data set in ``folder`` in DVC, and push it to the S3 address ``push_to`` if one is given.
 
     The output of dvc.yaml's ingest stage is committed to dvc.lock, so that ``dvc repro`` sees it as done;
-    any other data set gets a .dvc file of its own. Outside a DVC repository one is made.
-    Raises DarkroomError with DVC's own words if that fails.
+    any other data set gets its own .dvc file. Outside a DVC repository one is created.
+    Raises DarkroomError with DVC's message if that fails.
     """
     try:
         root = Repo.find_root()
@@ -86,7 +86,7 @@ def record_data(folder: Path, push_to: str | None) -> DataVersion:
 
 
 def data_version(folder: Path) -> DataVersion | None:
-    """What DVC has on record for the version of the data set in ``folder``; None if nothing, or only another one."""
+    """DVC's record of the current version of the data set in ``folder``; None if DVC has not recorded it."""
     try:
         with Repo() as repo:
             recorded = _recorded(repo, folder)
@@ -97,7 +97,7 @@ def data_version(folder: Path) -> DataVersion | None:
     manifest = md5(path.read_bytes(), usedforsecurity=False).hexdigest() if path.is_file() else None
     if recorded is not None:
         listing = cache.listing(recorded.digest)
-        # A cache that was emptied tells nothing against the record.
+        # An emptied cache does not contradict the record.
         if listing is None or listing.get(path.name) == manifest:
             return recorded
     # A checkout of the tables alone leaves DVC's record of the folder as it was.
@@ -108,11 +108,10 @@ def data_version(folder: Path) -> DataVersion | None:
 
 
 def restore_data(folder: Path, source: str) -> list[str]:
-    """Mend the current version of the data set in ``folder`` from DVC's cache, or from its remote ``source``.
+    """Repair the current version of the data set in ``folder`` from DVC's cache or its remote ``source``.
 
-    Returns the names of the files that were missing, cut or damaged and are whole again. What neither has is left as
-    it is, for ingest to name. Takes turns with ingests. Raises UserError if the manifest is damaged, or a file is
-    damaged on the remote as well.
+    Returns the names of restored files. Files that neither has are left for ingest to report. Locks out ingests. Raises
+    UserError if the manifest is damaged, or a file is damaged on the remote as well.
     """
     if not (folder / "manifest.json").is_file():
         return []
@@ -129,9 +128,9 @@ def restore_data(folder: Path, source: str) -> list[str]:
 
 
 def _doubtful(folder: Path, name: str) -> bool:
-    """Whether a file has to be read to be trusted: the manifest is written last, so what it names is older.
+    """Whether a file has to be verified: the manifest is written last, so intact files are older.
 
-    A shard that decayed without being touched is found by whoever reads it first, as all of them are verified then.
+    A shard that decayed without a new modification time is found when it is read, as shards are verified then.
     """
     path = folder / name
     return not path.is_file() or path.stat().st_mtime_ns >= (folder / "manifest.json").stat().st_mtime_ns
@@ -156,7 +155,7 @@ def _is_stage_output(repo: Repo, folder: Path) -> bool:
 class RemoteShards:
     """Implements ``diffusion.data.shard_cache.ShardStore`` for the data set in ``folder``, pushed to ``source``.
 
-    What its version consists of is asked for once, when the first shard is.
+    The listing of its version is fetched once, with the first shard.
     """
 
     def __init__(self, folder: Path, source: str) -> None:
@@ -166,7 +165,7 @@ class RemoteShards:
         self._lock = Lock()
 
     def fetch(self, entry: FileEntry, path: Path) -> None:
-        """Write a shard over what is at ``path``; raises UserError if the remote does not have it."""
+        """Fetch a shard to ``path``, overwriting it; raises UserError if the remote does not have it."""
         with self._lock:
             listing = self._listing
         try:

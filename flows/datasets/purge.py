@@ -1,4 +1,4 @@
-"""Purge: copies of images that were taken down, cleared from caches and remotes."""
+"""Purge: deletion of copies of images that were taken down from caches and remotes."""
 
 import hashlib
 import shutil
@@ -23,40 +23,40 @@ from diffusion.evaluation.results import Evaluation
 from flows.datasets.dvc import Cache, Depot, Listing, Remote
 from flows.storage.s3 import DELETED_AT_ONCE
 
-MADE_ANEW = ("chunks", "scratch", "plan.sqlite", "index.sqlite", "index.sqlite-shm", "index.sqlite-wal", "captions")
-"""What ingests and trainings keep in the work folder; the next one makes it anew."""
+WORK_FILES = ("chunks", "scratch", "plan.sqlite", "index.sqlite", "index.sqlite-shm", "index.sqlite-wal", "captions")
+"""Files of ingest and training in the work folder, which are created again when needed."""
 
 
 class Purged(Config):
-    """What was cleared."""
+    """Deleted copies."""
 
     dvc_objects: list[str]
     """Names of objects in DVC's cache or on its remote."""
     files: list[str]
     """Files and folders on this machine."""
     artifacts: list[str]
-    """Files on MLflow's runs in which images of the data set could be seen."""
+    """Artifacts of MLflow runs that showed images of the data set."""
 
 
 @dataclass(frozen=True)
-class Doomed:
-    """Objects of DVC that nothing needs any more, wherever they lie."""
+class UnreferencedObjects:
+    """DVC objects that no version needs any more, in all stores."""
 
     depots: list[Depot]
     files: list[str]
-    """Names of files, by MD5."""
+    """MD5s of the files."""
     listings: list[str]
-    """Names of the folders that held them."""
+    """Names of their folders' listings."""
 
     @property
     def names(self) -> list[str]:
-        """All of them."""
+        """Names of all these objects."""
         return sorted({*self.files, *self.listings})
 
     def delete(self, still: Callable[[], bool] = lambda: True) -> bool:
-        """Delete them as long as ``still`` says so, which is asked before each request; returns whether all are gone.
+        """Delete them while ``still``, called before each request, returns True; returns whether all are deleted.
 
-        Listings go last, so that whoever finds this unfinished can finish it.
+        Listings go last, so that a later call can finish an interrupted one.
         """
         for names in (self.files, self.listings):
             for first in range(0, len(names), DELETED_AT_ONCE):
@@ -67,11 +67,11 @@ class Doomed:
         return True
 
 
-def doomed_objects(held: Iterable[Manifest], others: Iterable[Manifest], source: str) -> Doomed:
-    """What in DVC's cache and on the remote ``source`` belongs to the versions ``held`` and to nothing else.
+def unreferenced_objects(held: Iterable[Manifest], others: Iterable[Manifest], source: str) -> UnreferencedObjects:
+    """Find objects in DVC's cache and on the remote ``source`` that only the versions ``held`` need.
 
-    ``others`` are the data set's versions that stay. What any other folder that DVC knows here or there needs stays as
-    well, whatever data set it is of.
+    ``others`` are the data set's versions that stay. Objects that any other folder in DVC needs, of any data set, stay
+    as well.
     """
     depots: list[Depot] = [Remote.at(source)]
     cache = Cache.here()
@@ -86,34 +86,34 @@ def doomed_objects(held: Iterable[Manifest], others: Iterable[Manifest], source:
     files = {
         md5 for listing in doomed.values() for path, md5 in listing.items() if md5 not in needed and path not in staying
     }
-    return Doomed(depots, sorted(files), sorted(doomed))
+    return UnreferencedObjects(depots, sorted(files), sorted(doomed))
 
 
 def purge_dvc(held: Iterable[Manifest], others: Iterable[Manifest], source: str) -> list[str]:
-    """Delete what ``doomed_objects`` finds; returns the names of what was deleted."""
-    doomed = doomed_objects(held, others, source)
+    """Delete the objects that ``unreferenced_objects`` finds; returns their names."""
+    doomed = unreferenced_objects(held, others, source)
     doomed.delete()
     return doomed.names
 
 
 def purge_files(folder: Path, held: Iterable[Manifest], others: Iterable[Manifest], reports: Path) -> list[str]:
-    """Delete what this machine keeps of the versions ``held`` beside the data set in ``folder``.
+    """Delete this machine's copies of the versions ``held`` outside of the data set in ``folder``; returns the paths.
 
-    That is what ingests and trainings keep in the work folder, shards fetched for training, remembered judgements, and
-    pages and grids in the folder ``reports`` in which images of those versions can be seen. Takes turns with ingests.
+    These are work files of ingest and training, shards fetched for training, cached evaluations, and pages and grids in
+    the folder ``reports`` that show images of those versions. Locks out ingests.
     """
     held = list(held)
     staying = {shard.sha256 for each in others for shard in each.shards}
     going = {shard.sha256 for each in held for shard in each.shards} - staying
-    # Those that a killed training had half fetched, too.
+    # Including partial files of a killed training.
     found = [path for sha256 in sorted(going) for path in sorted((folder.parent / ".shards").glob(f"{sha256}.*"))]
     found += [reports / name for name in (CACHE, "explain")]
     found += [path for each in held for path in sorted((reports / "dataset").glob(f"{each.digest[:16]}.*"))]
-    judged = reports / "evaluation.json"
-    if judged.is_file():
+    evaluation = reports / "evaluation.json"
+    if evaluation.is_file():
         try:
-            shown = {Evaluation.read(judged).conditions.content_digest}
-        except UserError:  # of another version of Darkroom: what its pages show nobody can say
+            shown = {Evaluation.read(evaluation).conditions.content_digest}
+        except UserError:  # of another version of Darkroom, so its pages may show any images
             shown = {each.content_digest for each in held}
         if shown & {each.content_digest for each in held}:
             found += [reports / name for name in ("report.html", COMPARISON_PAGE, "grids")]
@@ -126,7 +126,7 @@ def purge_files(folder: Path, held: Iterable[Manifest], others: Iterable[Manifes
         if shown & {each.content_digest for each in held}:
             found.append(reports / PAGE)
     with FileLock(work_folder(folder) / "lock"):
-        found += [work_folder(folder) / name for name in MADE_ANEW]
+        found += [work_folder(folder) / name for name in WORK_FILES]
         found = [path for path in found if path.exists()]
         for path in found:
             if path.is_dir():
@@ -137,9 +137,9 @@ def purge_files(folder: Path, held: Iterable[Manifest], others: Iterable[Manifes
 
 
 def purge_samples(run: Path, held: Iterable[Manifest]) -> list[str]:
-    """Delete the sample grids in the folder ``run`` of a training if real images of the versions ``held`` show there.
+    """Delete the sample grids in the folder ``run`` of a training if they show real images of the versions ``held``.
 
-    That is so where a model draws images large that it is shown small, or gives back what it is shown.
+    They do for super-resolution models and autoencoders.
     """
     final, samples = run / "final.safetensors", run / "samples"
     if not (final.is_file() and samples.is_dir()):
@@ -153,7 +153,7 @@ def purge_samples(run: Path, held: Iterable[Manifest]) -> list[str]:
 
 
 def _single_files() -> set[str]:
-    """The MD5s of files that the repository around the working folder tracks one by one."""
+    """MD5s of files that the repository around the working folder tracks individually."""
     try:
         with Repo() as repo:
             return {output.hash_info.value for output in repo.index.outs if output.hash_info}

@@ -1,4 +1,4 @@
-"""Objects on S3 as sources of data sets: found, read and downloaded by URI."""
+"""S3 objects as sources of data sets, by URI."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,9 +13,9 @@ from flows.storage.s3_errors import Missing
 
 @dataclass(frozen=True)
 class S3Objects:
-    """Objects by URI, as ``ObjectStore`` of ``diffusion.data.sources`` has it, on the S3 server of the environment.
+    """Implementation of ``diffusion.data.sources.ObjectStore`` for the S3 server of the environment.
 
-    That is the environment of the process or the machine that it is used in, wherever it has travelled.
+    After pickling it uses the environment of the process that it was sent to.
     """
 
     @cached_property
@@ -23,27 +23,27 @@ class S3Objects:
         return Store()
 
     def __getstate__(self) -> None:
-        """Clients cannot travel."""
+        """Leave the client out, as it cannot be pickled."""
 
     def find(self, uri: str) -> Iterator[Found]:
-        """All objects whose URI begins with ``uri``, in the server's order, a page at a time."""
+        """Yield all objects whose URI begins with ``uri``, in the server's order, a page at a time."""
         bucket, prefix = _split(uri)
         for found in self._store.list_objects(bucket, prefix):
             yield Found(f"s3://{bucket}/{found.key}", found.size, found.etag)
 
     def read(self, uri: str) -> bytes:
-        """The bytes of one object; raises FileNotFoundError if there is none."""
+        """Read the bytes of one object; raises FileNotFoundError if there is none."""
         with _missing_as_file():
             return self._store.get(*_split(uri))
 
     def download(self, uri: str, path: Path) -> None:
-        """Write one object to ``path``, whole or not at all; raises FileNotFoundError if there is none."""
+        """Download one object to ``path`` atomically; raises FileNotFoundError if there is none."""
         with _missing_as_file():
             self._store.download(*_split(uri), path)
 
 
 def _split(uri: str) -> tuple[str, str]:
-    """Bucket and key, which others may have named in ways in which we never would."""
+    """Split ``uri`` into bucket and key, which may be any key that S3 allows."""
     bucket, _, key = uri.removeprefix("s3://").partition("/")
     return Location.parse(f"s3://{bucket}").bucket, key
 

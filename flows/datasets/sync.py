@@ -1,9 +1,9 @@
-"""A data set on this machine and on all others: brought here, brought up to date, published and announced.
+"""Synchronization of a data set between machines: checkout of the newest version, merge, publication and events.
 
-Several machines may add to one data set. Before an ingest or a takedown the version here is made to go on from the
-newest one (``flows.datasets.catalog``): an older version is replaced by it, and what only this machine has is added to
-it. Takedown records of the catalogue are applied at the same time, so that no image comes back that another machine
-took down.
+Several machines may add to one data set. Before an ingest or a takedown the local version is brought up to date
+(``flows.datasets.catalog``): an older version is replaced by the newest one, and images that only this machine has are
+added to it. Takedown records of the catalogue are applied at the same time, so that no image comes back that another
+machine took down.
 """
 
 import asyncio
@@ -37,35 +37,35 @@ logger = logging.getLogger(__name__)
 
 @retryable_task
 def sync(params: Params, version: str | None = None) -> CheckedOut | None:
-    """Bring ``version`` here, or the newest if an older one or none is here; None: nothing had to be done.
+    """Check out ``version``, or the newest one if the local one is older or missing; returns None if nothing was done.
 
     Raises UserError as ``checkout`` does.
     """
     source = data_source()
     catalogue = Catalogue.of(params.training.dataset, source)
-    wanted = version or newer(params, catalogue)
-    if wanted is None:
+    target = version or newer(params, catalogue)
+    if target is None:
         return None
-    catalogue.learn_removals(params.dataset_folder)
-    return checkout(params.dataset_folder, wanted, lambda: source)
+    catalogue.fetch_removals(params.dataset_folder)
+    return checkout(params.dataset_folder, target, lambda: source)
 
 
 def newer(params: Params, catalogue: Catalogue) -> str | None:
-    """The newest version in the ``catalogue``; None if the one here comes from it, or was never put there."""
+    """Newest version in the ``catalogue``; None if the local one descends from it or was never published."""
     newest, folder = Heads(catalogue).newest(), params.dataset_folder
     if newest is None or not (folder / "manifest.json").is_file():
         return newest
-    # What was never published is only here: the next ingest adds it to the newest.
+    # An unpublished version exists only here: the next ingest adds it to the newest.
     unpublished = catalogue.written(read_manifest(folder).digest) is None
     return None if unpublished or any(version.digest == newest for version in versions(folder)) else newest
 
 
 @retryable_task
 def announce(params: Params, silently: bool) -> None:
-    """Emit the event for the version that lies here, once it is in the catalogue; ``silently`` only notes it as told.
+    """Emit the event of the local version, once it is in the catalogue; ``silently`` only marks it as announced.
 
-    A version is announced once. Killed between the event and the note of it, the same step emits the same event again,
-    with the same id.
+    A version is announced once. Killed between the event and the mark, the step emits the same event again, with the
+    same ID.
     """
     catalogue = Catalogue.of(params.training.dataset, data_source())
     version = read_manifest(params.dataset_folder)
@@ -73,11 +73,11 @@ def announce(params: Params, silently: bool) -> None:
         return
     if not silently:
         asyncio.run(_emit(created(version, catalogue)))
-    catalogue.note_announced(version.digest)
+    catalogue.mark_announced(version.digest)
 
 
 def created(version: Manifest, catalogue: Catalogue) -> Event:
-    """The event of ``version``."""
+    """Prefect event for the creation of ``version``."""
     return Event(
         event=CREATED,
         id=uuid5(NAMESPACE_URL, f"{CREATED}:{catalogue.place}/{version.digest}"),
@@ -96,7 +96,7 @@ def created(version: Manifest, catalogue: Catalogue) -> Event:
 
 
 async def _emit(event: Event) -> None:
-    # Confirmed before it is noted: Prefect's own emitter sends in the background.
+    # Confirmed before it is marked: Prefect's own emitter sends in the background.
     async with get_events_client(checkpoint_every=1) as client:
         await client.emit(event)
 
@@ -104,20 +104,19 @@ async def _emit(event: Event) -> None:
 def bring_up_to_date(
     folder: Path, source: str, config: IngestConfig, progress: Progress = silent, anew: bool = False
 ) -> None:
-    """Make the data set in ``folder`` go on from its newest version in the catalogue, without images taken down since.
+    """Bring the data set in ``folder`` up to date with its newest version in the catalogue and with all takedowns.
 
-    ``anew``: it is about to be made anew, so nothing of the version here has to be kept. A version that a person went
-    back to stays, if its newer versions were known then. Takes turns with ingests; killed and given again, it ends the
-    same.
+    With ``anew`` it is about to be rebuilt, so the local version need not be kept. A version that was checked out to
+    build on stays if its newer versions were known then. Locks out ingests; killed and given again, it ends the same.
 
     Raises:
-        Held: If the newest version is not one that the version here can be added to.
-        UserError: If a file of the newest version is to be had nowhere.
+        Held: If the local version cannot be added to the newest one.
+        UserError: If a file of the newest version cannot be found.
     """
     work_folder(folder).mkdir(parents=True, exist_ok=True)
     with FileLock(work_folder(folder) / "lock"):
         recorded = Catalogue.of(folder.name, source)
-        recorded.learn_removals(folder)
+        recorded.fetch_removals(folder)
         head = Heads(recorded).adopt()
         if head is not None and not _goes_on_from(folder, head):
             _move(folder, source, recorded, head, config, anew)
@@ -129,18 +128,18 @@ def bring_up_to_date(
 def publish(folder: Path, source: str) -> DataVersion | None:
     """Record, push and catalogue the current version of the data set in ``folder``, and make it the newest.
 
-    Returns None if somebody was faster, or took images down meanwhile that it holds: then ``bring_up_to_date`` and
-    publish again. Killed and given again, it ends the same: until the version is the newest, nobody waits for it.
+    Returns None if another machine published first or took down images that it holds: then call ``bring_up_to_date``
+    and publish again. Killed and given again, it ends the same.
     """
     recorded = Catalogue.of(folder.name, source)
-    turn = FileLock(work_folder(folder) / "lock")
-    with turn, catalog.pushing(folder.name, source, recorded.store):
+    lock = FileLock(work_folder(folder) / "lock")
+    with lock, catalog.pushing(folder.name, source, recorded.store):
         if recorded.held_removals(folder):
             return None
         version = lineage.record_data(folder, source)
         recorded.publish(read_manifest(folder), version.digest)
-        # A takedown writes its record first and lists the versions in the catalogue then. So of a takedown that began
-        # meanwhile either we see the record, or it sees this version.
+        # A takedown writes its record first and then lists the versions in the catalogue. So either we see the record
+        # of a concurrent takedown, or it sees this version.
         if recorded.held_removals(folder):
             return None
         current = read_manifest(folder)
@@ -156,7 +155,7 @@ def publish(folder: Path, source: str) -> DataVersion | None:
 
 
 def _goes_on_from(folder: Path, head: str) -> bool:
-    """Whether the version here comes from ``head``, or leaves it out on purpose."""
+    """Whether the local version descends from ``head``, or leaves it out on purpose."""
     if not (folder / "manifest.json").is_file():
         return False
     if any(version.digest == head for version in versions(folder)):
@@ -166,18 +165,18 @@ def _goes_on_from(folder: Path, head: str) -> bool:
 
 
 def _move(folder: Path, source: str, recorded: Catalogue, head: str, config: IngestConfig, anew: bool) -> None:
-    """Go on from ``head`` instead of what the version here comes from."""
+    """Make the local version descend from ``head``."""
     theirs = recorded.version(head)
     assert theirs is not None, "a head is in the catalogue"
     place = Place.of(folder, lambda: source)
     place.known = place.known | {head: theirs}
     place.catalogue()
     if not (folder / "manifest.json").is_file() or anew:
-        # What is made anew needs of the version before only the tables, which tell what was taken down.
+        # A rebuild needs only the tables of the version before, which name the images that were taken down.
         place.make_current(theirs, with_removed=True, without_shards=anew and config.near_duplicates is None)
         return
     if (chosen := choice(folder)) is not None:
-        # The same checkout again says that it is to be left out.
+        # The same checkout again would leave it out on purpose.
         remember(folder, theirs)
         raise Held(
             f"somebody was faster: version {head[:12]} of data set {folder.name} was published since "
@@ -212,7 +211,7 @@ def _move(folder: Path, source: str, recorded: Catalogue, head: str, config: Ing
 
 
 def _common(folder: Path, place: Place, theirs: Manifest) -> Manifest | None:
-    """The newest version that the one here and ``theirs`` both come from; None if there is none."""
+    """Newest common ancestor of the local version and ``theirs``; None if there is none."""
     line = {each.digest: each for each in versions(folder)}
     child = theirs
     while (parent := child.parent) is not None and parent not in line:

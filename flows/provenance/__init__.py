@@ -1,1 +1,1 @@
-"""From a generated image back to its data, and the same image again."""
+"""Provenance: tracing generated images back to their data, and reproducing them."""

@@ -1,7 +1,7 @@
-"""A script that draws a batch's images again with the ``diffusion`` that is first on its path: a version's own.
+"""Script that generates a batch's images again with the first ``diffusion`` on its path, that of a model version.
 
-It is told what in JSON on standard input, and says what it has done in lines of JSON on standard output; images go
-into safetensors files. Of ``diffusion`` it uses what the first version had, and besides only what is asked for.
+It reads a JSON request from standard input and writes JSON lines to standard output; images go into safetensors files.
+It uses only what the first version of ``diffusion`` had, and newer parts only if the request needs them.
 """
 
 import json
@@ -28,9 +28,9 @@ from diffusion.process.samplers import SAMPLING_ADAPTER, SamplingConfig
 
 
 def redraw(request: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """First the fingerprint of this process, then for each range of ``request["chunks"]`` the file it went to.
+    """Yield the fingerprint of this process, then the file with the images of each range in ``request["chunks"]``.
 
-    ``request["conditions"]`` has what each of them is to show, if anything is asked.
+    ``request["conditions"]``, if present, holds the conditions of each range.
     """
     if Path(diffusion.__file__).resolve().parent != (Path(request["code"]) / "diffusion").resolve():
         raise DarkroomError(f"diffusion comes from {diffusion.__file__}, not from {request['code']}")
@@ -38,17 +38,17 @@ def redraw(request: dict[str, Any]) -> Iterator[dict[str, Any]]:
     yield {"fingerprint": fingerprint_of(config)}
     model = load_model(Path(request["weights"]))
     for number, (first, end) in enumerate(request["chunks"]):
-        draw = sample
+        generate = sample
         if "conditions" in request:
-            draw = partial(sample, conditions=Conditions.model_validate(request["conditions"][number]))
+            generate = partial(sample, conditions=Conditions.model_validate(request["conditions"][number]))
         file = Path(request["folder"]) / f"{first}.safetensors"
-        images = draw(model, range(first, end), request["seed"], config)
+        images = generate(model, range(first, end), request["seed"], config)
         save_file({"images": images.contiguous()}, file)
         yield {"first": first, "file": str(file)}
 
 
 def recorded_sampling(sampling: dict[str, Any], recorded: dict[str, Any]) -> SamplingConfig:
-    """``sampling`` with what it leaves to the machine set to what it was when the fingerprint was ``recorded``."""
+    """``sampling`` with the precision and device of the ``recorded`` fingerprint."""
     # A GPU's name is followed by the processor's: see diffusion.common.device.
     device = "auto" if "," in recorded["device"] else "cpu"
     chosen = {**sampling, "precision": recorded["precision"], "device": device}
@@ -56,19 +56,19 @@ def recorded_sampling(sampling: dict[str, Any], recorded: dict[str, Any]) -> Sam
 
 
 def fingerprint_of(config: SamplingConfig) -> dict[str, Any]:
-    """The fingerprint of this process."""
+    """Fingerprint of this process."""
     return fingerprint(config.compute_batch, config.precision, config.device).model_dump(mode="json")
 
 
 def end_with(parent: int) -> None:
-    """Wait for the end of the parent process, whose number is ``parent``, and end this one at once."""
+    """Exit as soon as the process with the ID ``parent`` is no longer the parent."""
     while os.getppid() == parent:
         time.sleep(1)
     os._exit(1)
 
 
 def main() -> None:
-    """Answer the one request on standard input; what goes wrong is the last line on standard error."""
+    """Answer the request on standard input; the last line on standard error is the error, if any."""
     answers = sys.stdout
     with redirect_stdout(sys.stderr):
         try:

@@ -1,8 +1,8 @@
-"""MLflow's side of a ledger: a record of the newest entry, a copy of each, and the aliases, mended by whoever comes by.
+"""MLflow's side of a ledger: a record of the newest entry, a copy of each entry, and the aliases.
 
-Two servers would have to be altered together. The record is asked for before the ledger is read, and written after it:
-so it is never ahead of the ledger unless something was taken from there. It may be behind, when a process was stopped
-between the two or MLflow came back of a backup; whoever comes by brings it up to date.
+An undetected change would have to alter both servers. The record is read before the ledger and written after it, so it
+is never ahead of the ledger unless entries were removed. It may be behind if a process was stopped between the two or
+MLflow was restored from a backup; the next process brings it up to date.
 """
 
 import logging
@@ -28,19 +28,19 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 COPY = "darkroom.ledger."
-"""Tags of versions: with an entry's number behind it, that entry for people, and its SHA-256."""
+"""Prefix of version tags, followed by an entry's number: the entry in readable form, with its SHA-256."""
 DATA = ".json"
-"""Behind such a tag's name, on the version that the entry is about: the bytes of the entry."""
+"""Suffix of the tag with the bytes of the entry, on the version that the entry is about."""
 COPY_NAME = re.compile(re.escape(COPY) + r"([0-9]{8})")
 DATA_NAME = re.compile(COPY_NAME.pattern + re.escape(DATA))
 COPY_END = re.compile(r"\(sha256 ([0-9a-f]{64})\)\Z")
 CHAMPION, CHALLENGER, PREVIOUS = "champion", "challenger", "previous"
 ALIASES = (CHAMPION, PREVIOUS, CHALLENGER)
-"""In the order in which they are written."""
+"""Aliases in the order in which they are written."""
 
 
 def none_if_missing(request: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R | None:
-    """What a request to MLflow answers; None if MLflow does not have (any more) what is asked for."""
+    """Send a request to MLflow; returns None if the requested object does not exist."""
     try:
         return request(*args, **kwargs)
     except MlflowException as error:
@@ -50,27 +50,27 @@ def none_if_missing(request: Callable[P, R], *args: P.args, **kwargs: P.kwargs) 
 
 
 def registered_model(client: MlflowClient, model: str) -> RegisteredModel | None:
-    """What MLflow has of that name."""
+    """Registered model of that name; None if there is none."""
     return none_if_missing(client.get_registered_model, model)
 
 
 def known_newest(model: str, tags: Mapping[str, str]) -> Known:
-    """The same as what is on record; raises UserError as ``Newest.of`` does."""
+    """Newest recorded entry, from the ``tags`` of a model; raises UserError as ``Newest.of`` does."""
     newest = Newest.of(model, tags)
     return {newest.number: newest.sha256} if newest else {}
 
 
 @dataclass(frozen=True)
 class Record:
-    """All that MLflow has on record of the ledger of a model."""
+    """MLflow's record of the ledger of a model."""
 
     known: Known
     versions: Mapping[int, ModelVersion]
-    """Those registered, by number."""
+    """Registered versions by number."""
 
     @classmethod
     def of(cls, client: MlflowClient, model: str) -> "Record":
-        """That of ``model``; raises UserError if MLflow's copies contradict each other."""
+        """Read the record of ``model``; raises UserError if MLflow's copies contradict each other."""
         registered = registered_model(client, model)
         if registered is None:
             return cls({}, {})
@@ -87,12 +87,12 @@ class Record:
 
 
 def verified(client: MlflowClient, ledger: Ledger) -> History:
-    """All entries of the ledger; raises UserError if it is not what MLflow has on record."""
+    """Read all entries of the ledger; raises UserError if they differ from MLflow's record."""
     return ledger.read(Record.of(client, ledger.model).known)
 
 
 def append(client: MlflowClient, ledger: Ledger, decide: Callable[[History], Entry | None]) -> History:
-    """``Ledger.append``, with MLflow's record asked before the entry is written, and brought up to date after it."""
+    """Append to the ledger, with MLflow's record checked before the entry is written and updated after it."""
     history = ledger.append(decide, lambda: Record.of(client, ledger.model).known)
     for each in history.foreign:
         logger.warning("foreign object in %s, which decides nothing: %s", ledger.place, each)
@@ -101,7 +101,7 @@ def append(client: MlflowClient, ledger: Ledger, decide: Callable[[History], Ent
 
 
 def remember(client: MlflowClient, ledger: Ledger, history: History) -> None:
-    """Put the newest entry on record, unless a newer one is."""
+    """Record the newest entry in MLflow unless a newer one is recorded."""
     registered = registered_model(client, history.model)
     if registered is None or history.head is None:
         return
@@ -114,7 +114,7 @@ def remember(client: MlflowClient, ledger: Ledger, history: History) -> None:
 
 
 def copies(history: History) -> dict[int, dict[str, str]]:
-    """The tags that each version has of the entries, by its number."""
+    """Ledger tags of each version, by version number."""
     found: dict[int, dict[str, str]] = {}
     for entry in history.entries:
         tag = f"{COPY}{entry.number:08d}"
@@ -126,9 +126,9 @@ def copies(history: History) -> dict[int, dict[str, str]]:
 
 
 def restore(client: MlflowClient, ledger: Ledger) -> list[int]:
-    """Write the entries that are on record and missing on S3 from MLflow's copies; returns their numbers.
+    """Write recorded entries that are missing on S3 from MLflow's copies; returns their numbers.
 
-    What lies there is left, altered or not. Raises UserError, and writes nothing, if something would be missing still.
+    Existing objects are kept, altered or not. Raises UserError, and writes nothing, if an entry would still be missing.
     """
     record = Record.of(client, ledger.model)
     tags = [tag for version in record.versions.values() for tag in version.tags.items()]
@@ -137,7 +137,7 @@ def restore(client: MlflowClient, ledger: Ledger) -> list[int]:
 
 
 def _copied(versions: Iterable[ModelVersion]) -> Iterator[tuple[int, str]]:
-    """Number and SHA-256 of each copy of an entry."""
+    """Yield number and SHA-256 of each copy of an entry."""
     for version in versions:
         for tag, text in version.tags.items():
             if name := DATA_NAME.fullmatch(tag):
@@ -147,12 +147,12 @@ def _copied(versions: Iterable[ModelVersion]) -> Iterator[tuple[int, str]]:
 
 
 def project(client: MlflowClient, ledger: Ledger) -> History:
-    """Make tags and aliases in MLflow say what the ledger says; writes only what differs, and returns the ledger.
+    """Bring tags and aliases in MLflow in line with the ledger, and return its history; only differences are written.
 
-    Raises UserError, and writes nothing, if the ledger is not what MLflow has on record.
+    Raises UserError, and writes nothing, if the ledger differs from MLflow's record.
     """
     while True:
-        # First, so that no copy is there of an entry that came after the ledger was read.
+        # Read first, so that it holds no copy of an entry that came after the ledger was read.
         record = Record.of(client, ledger.model)
         history = ledger.read(record.known)
         if history.head is None:
@@ -160,42 +160,42 @@ def project(client: MlflowClient, ledger: Ledger) -> History:
         _copy(client, history, record.versions)
         _point(client, history, record.versions)
         remember(client, ledger, history)
-        # Somebody may have added an entry and been done with its aliases before we wrote ours.
+        # Another process may have added an entry and written its aliases before we wrote ours.
         newest = ledger.head({history.head.number: history.head.digest})
         if newest is None or newest.number <= history.head.number:
             return history
 
 
-def named(client: MlflowClient, model: str, alias: str) -> int | None:
-    """The number of the version that has one of ALIASES, by the ledger; None if none has.
+def resolve_alias(client: MlflowClient, model: str, alias: str) -> int | None:
+    """Resolve one of ALIASES to a version number by the ledger; None if the alias is unset.
 
-    Costs one request to MLflow and two to S3 while they agree, and mends MLflow if they do not. A registry from before
-    the ledger goes by its aliases. Raises UserError if the ledger has lost what MLflow has on record.
+    Costs one request to MLflow and two to S3 while they agree, and repairs MLflow if they do not. Without a ledger
+    MLflow's aliases count. Raises UserError if the ledger has lost an entry that MLflow has on record.
     """
     registered = registered_model(client, model)
     on_record = known_newest(model, registered.tags) if registered else {}
     there = _ours(registered.aliases) if registered else {}
     ledger = Ledger.of(model)
     head = ledger.head(on_record)
-    if head is not None and (there != wanted(head.standing) or head.number not in on_record):
+    if head is not None and (there != expected_aliases(head.standing) or head.number not in on_record):
         head = project(client, ledger).head
-    return wanted(head.standing).get(alias) if head is not None else there.get(alias)
+    return expected_aliases(head.standing).get(alias) if head is not None else there.get(alias)
 
 
-def wanted(standing: Standing) -> dict[str, int]:
-    """Version numbers by alias."""
+def expected_aliases(standing: Standing) -> dict[str, int]:
+    """Version numbers by alias that follow from ``standing``."""
     found = {CHAMPION: standing.champion, PREVIOUS: standing.previous, CHALLENGER: standing.challenger}
     return {alias: number for alias, number in found.items() if number is not None}
 
 
 def aliases_of(client: MlflowClient, model: str) -> dict[str, int]:
-    """Those of ALIASES that MLflow has for ``model``; empty if it has no such model."""
+    """MLflow's values of ALIASES for ``model``; empty if it has no such model."""
     registered = registered_model(client, model)
     return _ours(registered.aliases) if registered else {}
 
 
 def adopted(client: MlflowClient, ledger: Ledger) -> History:
-    """The ledger, which begins with the champion that MLflow has if there was one before the ledger."""
+    """Read the ledger, which begins with MLflow's champion if that is older than the ledger."""
     there = aliases_of(client, ledger.model)
 
     def adopt(history: History) -> Entry | None:
@@ -210,7 +210,7 @@ def adopted(client: MlflowClient, ledger: Ledger) -> History:
 
 
 def _copy(client: MlflowClient, history: History, versions: Mapping[int, ModelVersion]) -> None:
-    """Tag the versions that each entry is about, or whose title it took, with what it says."""
+    """Tag the versions that each entry is about, or that it replaces, with a copy of the entry."""
     right = copies(history)
     for number, version in versions.items():
         for tag, text in version.tags.items():
@@ -226,8 +226,8 @@ def _copy(client: MlflowClient, history: History, versions: Mapping[int, ModelVe
 
 
 def _point(client: MlflowClient, history: History, versions: Mapping[int, ModelVersion]) -> None:
-    """Point the aliases at whom the ledger names, as far as they are still registered."""
-    there, right = aliases_of(client, history.model), wanted(history.standing)
+    """Point the aliases at the versions that the ledger names, if they are still registered."""
+    there, right = aliases_of(client, history.model), expected_aliases(history.standing)
     for alias in ALIASES:
         number = right.get(alias)
         if number is None and alias in there:

@@ -1,7 +1,7 @@
-"""A registered version with all that belongs to it as a folder, to be carried from one registry to another.
+"""Model bundle: a registered version with its run and artifacts in a folder, for transfer to another registry.
 
-Run as ``python -m flows.registry.bundle URI FOLDER`` in the environment of the registry that it comes from: MLflow's
-client knows one set of keys per process.
+Run as ``python -m flows.registry.bundle URI FOLDER`` in the environment of the source registry: MLflow's client knows
+one set of keys per process.
 """
 
 import sys
@@ -31,18 +31,18 @@ ABOUT = "parcel.json"
 MODEL, RUN = "model", "run"
 """Folders with the artifacts of the version and of its run."""
 CARRIED = ("evaluation", "history", "params.json", MANIFEST_ARTIFACT)
-"""Artifacts of a run that are carried along: how it was made and judged, and what it learned from."""
+"""Artifacts of a run in the bundle: its configuration, evaluation and data set manifest."""
 
 
-class Packed(Config):
-    """A file of the parcel."""
+class BundledFile(Config):
+    """A file of the bundle."""
 
     path: str
     sha256: str
 
 
-class PackedInput(Config):
-    """A data set that a run saw, as MLflow has it."""
+class BundledInput(Config):
+    """Data set input of a run in MLflow."""
 
     name: str
     digest: str
@@ -51,20 +51,20 @@ class PackedInput(Config):
     tags: dict[str, str]
 
 
-class PackedRun(Config):
-    """The training that made the version."""
+class BundledRun(Config):
+    """Training run of the version."""
 
     run_id: str
     name: str
     tags: dict[str, str]
     params: dict[str, str]
     metrics: list[tuple[str, float, int, int]]
-    """Each point: name, value, time in milliseconds, step."""
-    inputs: list[PackedInput]
+    """Points as name, value, time in milliseconds and step."""
+    inputs: list[BundledInput]
 
 
-class Parcel(Config):
-    """What lies in the folder, and what the registry said of it."""
+class ModelBundle(Config):
+    """Content of the bundle's folder, and the version's state in the source registry."""
 
     format_version: Literal[1] = 1
     model: str
@@ -73,24 +73,24 @@ class Parcel(Config):
     tags: dict[str, str]
     description: str
     champion: bool
-    """Whether it was that when it was packed."""
+    """Whether it was champion when it was packed."""
     evidence: Evidence | None
-    """What the gate said of it there."""
+    """Verdict of the source registry's gate."""
     entry: str | None
-    """SHA-256 of the newest entry about it in the ledger there."""
-    run: PackedRun
-    files: list[Packed]
+    """SHA-256 of the newest entry about it in the source ledger."""
+    run: BundledRun
+    files: list[BundledFile]
 
     @property
     def uri(self) -> str:
-        """What it is called where it comes from."""
+        """URI of the version in the source registry."""
         return f"models:/{self.model}/{self.number}"
 
 
-def pack(uri: str, folder: Path) -> Parcel:
-    """Fetch the version that ``uri`` names, and its run, into ``folder``; what describes it is written last.
+def pack(uri: str, folder: Path) -> ModelBundle:
+    """Fetch the version that ``uri`` names, and its run, into ``folder``; the description is written last.
 
-    Raises UserError if there is no such version, or its weights are not those that it was registered with.
+    Raises UserError if there is no such version, or its weights or code differ from those that were registered.
     """
     client = MlflowClient()
     version = model_versions.resolve(client, uri)
@@ -104,7 +104,7 @@ def pack(uri: str, folder: Path) -> Parcel:
         raise UserError(f"the weights of {version.uri} do not match their digest: register the model again")
     if version.code_sha256 is not None and digest_code(folder / MODEL) != version.code_sha256:
         raise UserError(f"the code of {version.uri} was altered after it was registered: find out who did")
-    parcel = Parcel(
+    bundle = ModelBundle(
         model=version.model,
         number=version.number,
         weights_sha256=version.weights_sha256,
@@ -116,32 +116,32 @@ def pack(uri: str, folder: Path) -> Parcel:
         run=_run(client, client.get_run(version.run_id)),
         files=list(_files(folder)),
     )
-    write_json(folder / ABOUT, parcel.model_dump(mode="json"))
-    return parcel
+    write_json(folder / ABOUT, bundle.model_dump(mode="json"))
+    return bundle
 
 
-def unpack(folder: Path) -> Parcel:
-    """What lies in ``folder``; raises UserError unless all of it is whole."""
-    parcel = Parcel.model_validate_json((folder / ABOUT).read_bytes())
-    for file in parcel.files:
+def unpack(folder: Path) -> ModelBundle:
+    """Read and verify the bundle in ``folder``; raises UserError if a file is damaged."""
+    bundle = ModelBundle.model_validate_json((folder / ABOUT).read_bytes())
+    for file in bundle.files:
         if sha256_file(folder / file.path) != file.sha256:
-            raise UserError(f"{file.path} of {parcel.uri} came damaged: give the command again")
-    return parcel
+            raise UserError(f"{file.path} of {bundle.uri} came damaged: give the command again")
+    return bundle
 
 
-def _run(client: MlflowClient, run: Run) -> PackedRun:
+def _run(client: MlflowClient, run: Run) -> BundledRun:
     run_id = run.info.run_id
     points: list[Metric] = [
         point for name in sorted(run.data.metrics) for point in client.get_metric_history(run_id, name)
     ]
-    return PackedRun(
+    return BundledRun(
         run_id=run_id,
         name=run.info.run_name,
         tags=dict(run.data.tags),
         params=dict(run.data.params),
         metrics=[(point.key, point.value, point.timestamp, point.step) for point in points],
         inputs=[
-            PackedInput(
+            BundledInput(
                 name=each.dataset.name,
                 digest=each.dataset.digest,
                 source_type=each.dataset.source_type,
@@ -159,20 +159,20 @@ def _is_there(client: MlflowClient, run_id: str, path: str) -> bool:
 
 
 def _fetch(uri: str, target: Path) -> None:
-    """Fetch a file or folder to ``target``: where MLflow itself puts it depends on the store that it comes from."""
+    """Fetch a file or folder to exactly ``target``, whatever path MLflow's store gives it."""
     target.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=target.parent) as scratch:
         Path(mlflow.artifacts.download_artifacts(uri, dst_path=scratch)).rename(target)
 
 
-def _files(folder: Path) -> Iterator[Packed]:
+def _files(folder: Path) -> Iterator[BundledFile]:
     for path in sorted(folder.rglob("*")):
         if path.is_file():
-            yield Packed(path=path.relative_to(folder).as_posix(), sha256=sha256_file(path))
+            yield BundledFile(path=path.relative_to(folder).as_posix(), sha256=sha256_file(path))
 
 
 def main() -> None:
-    """Pack what the two arguments say; what goes wrong is the last line on standard error."""
+    """Pack the version URI into the folder of the arguments; the last line on standard error is the error, if any."""
     uri, folder = sys.argv[1:]
     end_with_parent()
     try:

@@ -1,8 +1,8 @@
-"""The champion of a registered model: whether it can still be used, and promotion and rollback by a person.
+"""The champion of a registered model: usability checks, and promotion and rollback by manual override.
 
-A candidate is compared with the champion after hours of training. So whether there is one to compare with is looked at
-before: somebody may have deleted its version in MLflow, or its weights. A person's decision needs no Prefect: taking
-back a bad model waits for no orchestrator. Killed at any moment and given again, it ends the same.
+A candidate is compared with the champion after hours of training, so the champion is checked before: its version or
+weights may have been deleted in MLflow. Manual overrides need no Prefect, and end the same if they are killed at any
+moment and given again.
 """
 
 from mlflow.client import MlflowClient
@@ -22,7 +22,7 @@ from flows.registry.takedown_marks import takedowns, with_takedowns
 
 @retryable_task
 def require_champion(params: Params) -> None:
-    """Raise UserError, with the ways out, if the champion cannot be compared with; fetch its weights if it can.
+    """Fetch the champion's weights; raises UserError with possible fixes if it cannot be used for comparison.
 
     Raises UserError also if the ledger is broken. A model without a champion is fine.
     """
@@ -40,9 +40,9 @@ def require_champion(params: Params) -> None:
 
 
 def champion_problem(client: MlflowClient, history: History) -> str | None:
-    """What is wrong with the champion that the ledger names, and the ways out, in a line; None if nothing is.
+    """Describe in one line what is wrong with the champion, with possible fixes; None if nothing is.
 
-    A model without a champion is fine. The weights are looked for and not fetched.
+    A model without a champion is fine. The weights are looked up, not fetched.
     """
     number = history.standing.champion
     if number is None or (words := _problem(client, history, number)) is None:
@@ -51,7 +51,7 @@ def champion_problem(client: MlflowClient, history: History) -> str | None:
 
 
 def _problem(client: MlflowClient, history: History, number: int) -> str | None:
-    """Why version ``number`` can be compared with nothing; None: it can."""
+    """Reason why version ``number`` cannot be used for comparison; None if it can."""
     version = registered_version(client, history.model, number)
     if version is None:
         return "is not in MLflow's registry any more"
@@ -85,7 +85,7 @@ def _ways_out(client: MlflowClient, history: History) -> str:
 
 
 def _can_be_champion(client: MlflowClient, history: History, number: int) -> bool:
-    """Whether a person could promote this version by hand without saying more."""
+    """Whether this version can be promoted by manual override without further options."""
     version = registered_version(client, history.model, number)
     if version is None or takedowns(version) or not version.weights_sha256:
         return False
@@ -95,28 +95,34 @@ def _can_be_champion(client: MlflowClient, history: History, number: int) -> boo
 
 
 def registered_version(client: MlflowClient, model: str, number: int) -> Version | None:
-    """Version ``number`` of ``model``; None if MLflow has none of that number."""
+    """Version ``number`` of ``model``; None if it is not registered."""
     return none_if_missing(model_versions.version_of, client, model, number)
 
 
-class Changed(Config):
-    """Who is champion now, and the entry that says so."""
+class ChampionChange(Config):
+    """New champion with its ledger entry."""
 
     version: Version
     entry: Entry
     already: bool
-    """Whether it was so before: nothing was added to the ledger."""
+    """Whether it was champion before, so that nothing was added to the ledger."""
 
 
 def promote(
     model: str, number: int, reason: str | None = None, taken_down: bool = False, evidence: Evidence | None = None
-) -> Changed:
-    """Make version ``number`` of ``model`` champion, whatever the gate said of it, which its entry tells.
+) -> ChampionChange:
+    """Make version ``number`` of ``model`` champion regardless of the gate's verdict, which the entry records.
 
-    ``evidence``: what the gate of another registry said, for a version that this one's has not judged.
+    Args:
+        model: Name of the registered model.
+        number: Version number.
+        reason: Reason for the ledger.
+        taken_down: Whether a version trained on images that were taken down since may be champion.
+        evidence: Verdict of another registry's gate, for a version that this one's gate has not evaluated.
 
-    Raises UserError if it has no weights, or learned from images that were taken down since and ``taken_down`` does
-    not say that it may be champion all the same; Held if somebody else changed the champion meanwhile.
+    Raises:
+        UserError: If it has no weights, or was trained on images taken down since without ``taken_down``.
+        Held: If another process changed the champion meanwhile.
     """
     client, ledger = MlflowClient(), Ledger.of(model)
     history = adopted(client, ledger)
@@ -126,18 +132,18 @@ def promote(
     return _commit(client, ledger, history, "promote", version, reason, evidence)
 
 
-def roll_back(model: str, reason: str | None = None) -> Changed:
-    """Make the champion before this one champion again; twice in a row goes back twice.
+def roll_back(model: str, reason: str | None = None) -> ChampionChange:
+    """Make the previous champion champion again; two rollbacks in a row go back twice.
 
-    A rollback that was killed before MLflow's aliases followed is finished, and no second one begun. Raises UserError
-    if there was no champion before, or it can be champion no more; Held if somebody changed the champion meanwhile.
+    A rollback that was killed before MLflow's aliases were written is finished instead. Raises UserError if there is no
+    usable previous champion, and Held if another process changed the champion meanwhile.
     """
     client, ledger = MlflowClient(), Ledger.of(model)
     history = adopted(client, ledger)
     now, before = history.standing.champion, history.standing.previous
     head = history.head
     killed = head is not None and head.what == "rollback" and aliases_of(client, model).get(CHAMPION) != now
-    # MLflow has no alias for a version that was deleted, which nothing could finish.
+    # A deleted version can have no alias in MLflow, so its rollback cannot be finished.
     if head is not None and killed and registered_version(client, model, head.version):
         return _done(client, ledger, _registered(client, model, head.version), already=True)
     if before is None:
@@ -155,31 +161,31 @@ def _commit(
     version: Version,
     reason: str | None,
     evidence: Evidence | None = None,
-) -> Changed:
+) -> ChampionChange:
     def decide(history: History) -> Entry:
         if history.standing.champion != seen.standing.champion:
             raise Held(
                 f"{history.faster()}: look at `darkroom model history`, and give the command again if it still holds"
             )
         last = history.about(version.number)
-        judged = last.evidence if last and last.evidence else evidence
-        return history.then(what, version.number, version.weights_sha256, by_hand=True, reason=reason, evidence=judged)
+        basis = last.evidence if last and last.evidence else evidence
+        return history.then(what, version.number, version.weights_sha256, by_hand=True, reason=reason, evidence=basis)
 
     append(client, ledger, decide)
     return _done(client, ledger, version, already=False)
 
 
-def _done(client: MlflowClient, ledger: Ledger, version: Version, already: bool) -> Changed:
+def _done(client: MlflowClient, ledger: Ledger, version: Version, already: bool) -> ChampionChange:
     entry = project(client, ledger).about(version.number)
     assert entry is not None, "who is champion has an entry that says so"
-    return Changed(version=version, entry=entry, already=already)
+    return ChampionChange(version=version, entry=entry, already=already)
 
 
 def _usable(client: MlflowClient, history: History, number: int, taken_down: bool) -> Version:
-    """Version ``number``; raises UserError unless it can be champion."""
+    """Look up version ``number``; raises UserError unless it can be champion."""
     version = _registered(client, history.model, number)
     history.require_same(number, version.weights_sha256)
-    # Without them nobody could draw with it, or judge the next one beside it.
+    # Without weights it could neither generate images nor be compared with the next candidate.
     if not version.weights_sha256 or model_versions.weights_size(version) is None:
         raise UserError(f"{version.uri} has no weights ({WEIGHTS}, artifacts/weights.safetensors): promote another one")
     version = with_takedowns(version)

@@ -1,4 +1,4 @@
-"""What a training needs of the registry: its autoencoder, and the version that it begins with, decided once."""
+"""Registered models that a training depends on: its autoencoder, and its initial weights, which are resolved once."""
 
 import logging
 from contextlib import suppress
@@ -15,7 +15,7 @@ from diffusion.training.setup import data_digest, train_key
 from flows.config import Params, registered, registered_start
 from flows.environment import settings
 from flows.registry import model_versions
-from flows.registry.aliases import CHAMPION, named
+from flows.registry.aliases import CHAMPION, resolve_alias
 from flows.registry.champion import registered_version
 from flows.registry.model_versions import Version
 from flows.registry.takedown_marks import TAKEDOWN, joined_names, names_of, takedowns, warn_of_takedown, with_takedowns
@@ -26,27 +26,28 @@ logger = logging.getLogger(__name__)
 
 
 class Start(Config):
-    """Where a training began."""
+    """Initial weights of a training."""
 
     version: str | None
-    """models:/NAME/NUMBER; None: at random, for want of a champion that may be begun with."""
+    """Model version, models:/NAME/NUMBER; None for random weights, as there was no usable champion."""
 
 
-def decided(params: Params, uri: str) -> Version | None:
-    """The version that the training ``params`` begins with, ``uri`` if it was never asked for before; None: at random.
+def resolve_start(params: Params, uri: str) -> Version | None:
+    """Resolve the initial version of the training ``params``, which is recorded on S3 the first time.
 
-    Raises UserError if the registry has no such version.
+    Returns what ``uri`` names now if there is no record yet, and None for random weights. Raises UserError if the
+    registry has no such version.
     """
     store, place = Store(), Location(settings().bucket) / "starts" / params.model_name
-    key = place.key(f"{_asked_for(params)}.json")
+    key = place.key(f"{_training_key(params)}.json")
     try:
         noted = store.get(place.bucket, key)
     except Missing:
         store.require_conditional_puts(place.bucket, "starts")
-        version = named_now(params, uri)
+        version = current_start(params, uri)
         start = Start(version=version and version.uri)
         logger.info("training begins with %s", start.version or "random weights, as there is no champion")
-        with suppress(Held):  # another machine was faster, and decided for this one as well
+        with suppress(Held):  # another machine was faster, and its record counts
             store.put_once(place.bucket, key, canonical_json(start.model_dump()).encode())
         noted = store.get(place.bucket, key)
     try:
@@ -54,7 +55,7 @@ def decided(params: Params, uri: str) -> Version | None:
     except ValidationError as error:
         raise UserError(
             f"s3://{place.bucket}/{key} does not say where this training began ({error.errors()[0]['msg']}): put back "
-            "what was there, or delete it, and the training begins anew with what training.init_from names now"
+            "what was there, or delete it, and the training begins again with what training.init_from names now"
         ) from error
     if begun is None:
         return None
@@ -62,20 +63,20 @@ def decided(params: Params, uri: str) -> Version | None:
     if (version := registered_version(MlflowClient(), name, int(number))) is None:
         raise UserError(
             f"this training begins with {begun}, which is not in the registry any more: set training.init_from to "
-            "another model, or training.seed to another number, and begin anew"
+            "another model, or training.seed to another number, and begin again"
         )
     return version
 
 
-def named_now(params: Params, uri: str) -> Version | None:
-    """The version that ``uri`` names now; None: training.init_from is champion, and there is none to begin with.
+def current_start(params: Params, uri: str) -> Version | None:
+    """Resolve the version that ``uri`` names now; None if training.init_from is champion and there is no usable one.
 
-    A champion that learned from images taken down since is none: what begins with it could not take its place.
+    A champion trained on images taken down since is not usable: a model that begins with it could not replace it.
     """
     client = MlflowClient()
     if params.training.init_from != CHAMPION:
         return model_versions.resolve(client, uri)
-    if named(client, params.model_name, CHAMPION) is None:
+    if resolve_alias(client, params.model_name, CHAMPION) is None:
         return None
     champion = with_takedowns(model_versions.resolve(client, uri))
     if (words := takedowns(champion)) is not None:
@@ -84,56 +85,56 @@ def named_now(params: Params, uri: str) -> Version | None:
     return champion
 
 
-def _asked_for(params: Params) -> str:
-    """Digest of a training as it is asked for, by the names of what it begins with."""
+def _training_key(params: Params) -> str:
+    """Digest of the requested training, with the models it depends on by name."""
     digest = data_digest(read_manifest(params.dataset_folder), params.training)
     return train_key(digest, params.model, params.training)
 
 
 @dataclass(frozen=True)
-class Fetched:
-    """A configuration that can be trained here."""
+class ResolvedParams:
+    """Training configuration whose registered models are replaced by local files."""
 
-    asked: Params
-    """As it was given."""
+    requested: Params
+    """Configuration as it was given."""
     params: Params
-    """The same with files in place of registered models."""
+    """Configuration with files in place of registered models."""
     autoencoder: str | None = None
-    """Exactly which version that is, models:/NAME/NUMBER; None: none that is registered."""
+    """Exact version of the autoencoder, models:/NAME/NUMBER; None if it is not a registered one."""
     start: str | None = None
-    """Exactly which version training begins with; None: none that is registered."""
+    """Exact version of the initial weights; None if they are not of a registered one."""
     takedown: str | None = None
-    """What was taken down of the images that either learned from: the names of those removals."""
+    """Names of later takedowns of images that either was trained on, separated by commas."""
 
 
-def fetched(params: Params, dry_run: bool = False) -> Fetched:
-    """``params`` with the versions that model.autoencoder and training.init_from name, fetched once and checked.
+def resolve_params(params: Params, dry_run: bool = False) -> ResolvedParams:
+    """Fetch and verify the versions that model.autoencoder and training.init_from name.
 
-    The start is the one that was decided on when this training was first asked for, and is decided now if it never was;
-    a ``dry_run`` decides nothing. Raises UserError if the registry has no such version.
+    The initial version is resolved once per training (``resolve_start``); a ``dry_run`` records nothing. Raises
+    UserError if the registry has no such version.
     """
-    ready = Fetched(params, params)
+    ready = ResolvedParams(params, params)
     if (uri := registered(params)) is not None:
         version = with_takedowns(model_versions.resolve(MlflowClient(), uri))
         model = params.model.model_copy(update={"autoencoder": _file(version)})
         ready = _with(ready, version, autoencoder=version.uri, params=params.model_copy(update={"model": model}))
     if (uri := registered_start(params)) is not None:
-        begun = named_now(params, uri) if dry_run else decided(params, uri)
-        begun = begun and with_takedowns(begun)
-        training = params.training.model_copy(update={"init_from": begun and _file(begun)})
+        start = current_start(params, uri) if dry_run else resolve_start(params, uri)
+        start = start and with_takedowns(start)
+        training = params.training.model_copy(update={"init_from": start and _file(start)})
         params = ready.params.model_copy(update={"training": training})
-        ready = _with(ready, begun, start=begun and begun.uri, params=params)
+        ready = _with(ready, start, start=start and start.uri, params=params)
     return ready
 
 
 def require_promotable(params: Params) -> None:
-    """Raise UserError, before hours of work, if what training would begin with must not be part of a champion."""
-    ready = fetched(params)
+    """Raise UserError before training if a model that it depends on must not be part of a champion."""
+    ready = resolve_params(params)
     if ready.takedown is not None:
         whose = " and ".join(filter(None, (ready.autoencoder, ready.start)))
         raise UserError(
             f"{whose} learned from images that were taken down since (takedown {ready.takedown}), so nothing made with "
-            "it becomes champion: give model.autoencoder or training.init_from another version, or train it anew"
+            "it becomes champion: give model.autoencoder or training.init_from another version, or train it again"
         )
 
 
@@ -142,7 +143,7 @@ def _file(version: Version) -> str:
     return str(model_versions.fetch_weights(version, settings().folder / "models"))
 
 
-def _with(ready: Fetched, version: Version | None, **changes: object) -> Fetched:
-    """``ready`` changed by what ``version`` is for, whose takedowns are its own."""
+def _with(ready: ResolvedParams, version: Version | None, **changes: object) -> ResolvedParams:
+    """``ready`` with ``changes`` and the takedowns of ``version``."""
     names = names_of(version.tags.get(TAKEDOWN)) if version else []
     return replace(ready, takedown=joined_names(ready.takedown, *names) or None, **changes)  # type: ignore[arg-type]

@@ -1,8 +1,8 @@
-"""What a retraining is asked for, and the note on S3 that it was done: nobody does it again, on whatever machine.
+"""Idempotency of retraining: a note on S3 that a request was done, so that no machine does it again.
 
-``s3://BUCKET/retrained/MODEL/<key>.json`` is written last. The key is the digest of the data set's content, the whole
-configuration but for where images come from, and what is printed. So these count as changed, and nothing else does:
-not the machine, the code, or who is champion, except of an autoencoder that is named by its alias.
+``s3://BUCKET/retrained/MODEL/<key>.json`` is written last. The key is the digest of the data set's content, the
+configuration except for the source of images, and the contact sheet. Nothing else counts as a change: not the machine,
+the code, or the champion, except for an autoencoder that is named by its alias.
 """
 
 import logging
@@ -27,11 +27,11 @@ from flows.storage.tags import VersionNumber
 logger = logging.getLogger(__name__)
 
 LARGEST_NOTE = 2**24
-"""Bytes that the note of a retraining may have."""
+"""Maximum size of a note in bytes."""
 
 
 class NotedVersion(BaseModel):
-    """The registered version that a retraining ended in."""
+    """Registered version that resulted from a retraining."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -40,7 +40,7 @@ class NotedVersion(BaseModel):
 
 
 class NotedVerdict(BaseModel):
-    """What the gate said of it."""
+    """Verdict of the gate on that version."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -57,8 +57,8 @@ class Note(BaseModel):
 
 
 @dataclass(frozen=True)
-class Printing:
-    """The contact sheet that ends a retraining, as ``sample`` takes it."""
+class ContactSheet:
+    """Contact sheet at the end of a retraining, with the arguments of ``sample``."""
 
     count: int
     seed: int
@@ -68,38 +68,38 @@ class Printing:
 
 @dataclass(frozen=True)
 class Request:
-    """A retraining, known by ``key``."""
+    """Retraining request identified by ``key``."""
 
     model: str
     key: str
 
     @classmethod
-    def of(cls, params: Params, version: Manifest, printing: Printing) -> "Request":
-        """To retrain on ``version`` as ``params`` say."""
+    def of(cls, params: Params, version: Manifest, sheet: ContactSheet) -> "Request":
+        """Request to retrain on ``version`` with the configuration ``params``."""
         parts = {
             "content": version.content_digest,
-            # The order of training goes by how shards lie if it goes window by window.
+            # Windowed training order depends on the layout of the shards.
             "layout": version.layout_digest if params.training.window is not None else None,
             "params": params.model_dump(mode="json", exclude={"ingest", "retention"}),
             "autoencoder": _champion(registered(params)),
-            "printing": [printing.count, printing.seed, printing.to, printing.conditions.model_dump(mode="json")],
+            "printing": [sheet.count, sheet.seed, sheet.to, sheet.conditions.model_dump(mode="json")],
         }
         return cls(params.model_name, digest_of(parts))
 
     @property
     def place(self) -> Location:
-        """Where the note of it lies."""
+        """Place of the notes of the model."""
         return Location(settings().bucket) / "retrained" / self.model
 
     def done(self) -> dict[str, Any] | None:
-        """What the retraining left behind that did this before; None if none did."""
+        """Result of an earlier retraining with the same key; None if there is none."""
         try:
             noted = Store().get(self.place.bucket, self._name, LARGEST_NOTE)
             return Note.model_validate_json(noted).model_dump(mode="json")
         except Missing:
             return None
         except (ValidationError, UserError):
-            # Whatever was done before is found again by each step.
+            # Each step finds its earlier results by itself.
             logger.warning(
                 "s3://%s/%s is no note of a retraining, so that this one is done again: delete it",
                 self.place.bucket,
@@ -108,8 +108,8 @@ class Request:
             return None
 
     def note(self, result: Config) -> None:
-        """Write down that it is done."""
-        # Somebody else may have done the same, and have had it elsewhere.
+        """Write the note that the request is done."""
+        # Another machine may have finished the same request with another result.
         with suppress(Held):
             Store().put_once(
                 self.place.bucket, self._name, result.model_dump_json().encode(), content_type="application/json"
@@ -121,7 +121,7 @@ class Request:
 
 
 def _champion(uri: str | None) -> int | None:
-    """Which version an alias ``champion`` means now; None: ``uri`` is something else."""
+    """Version number behind the alias ``champion`` in ``uri``; None if ``uri`` has no such alias."""
     if uri is None or not uri.endswith("@champion"):
         return None
     head = Ledger.of(uri.removeprefix("models:/").removesuffix("@champion")).head()

@@ -1,13 +1,13 @@
-"""The ledger on S3: who is champion of a registered model, by whose decision, and on what evidence.
+"""The ledger on S3: champions of a registered model, with the decision and the evidence for each.
 
 ``s3://BUCKET/ledger/NAME/00000001.json`` and so on are written once, each with the SHA-256 of the one before it. MLflow
-has no compare-and-swap, and its aliases are a write each; to create entry N + 1 with If-None-Match is one write, which
-one of several succeeds with. That is the commit. The aliases follow it (``flows.registry.aliases``).
+has no compare-and-swap; creating entry N + 1 with If-None-Match is a single write that only one of several writers
+succeeds with. That is the commit. The aliases follow it (``flows.registry.aliases``).
 
-MLflow keeps a record of the entries (``flows.registry.aliases``). Those up to the newest one on record must all be
-here, byte for byte: the chain is followed back from it. Above it, what follows from the newest entry is an entry, whose
-writer may have been stopped before it told MLflow. Whatever else lies there is foreign: it is reported and passed over,
-and the next entry takes the next free number.
+MLflow keeps a record of the entries (``flows.registry.aliases``). All entries up to the newest recorded one must exist,
+byte for byte: the chain is followed back from it. Newer objects that continue the chain are entries whose writer may
+have been stopped before it updated MLflow. All other objects are foreign: they are reported and skipped, and the next
+entry takes the next free number.
 """
 
 import re
@@ -27,10 +27,10 @@ from flows.storage.s3 import Listed, Location, Store
 READERS = 16
 """Entries fetched at the same time."""
 LARGEST = 2**16
-"""Bytes of an entry, at most: a larger object is none, and is not fetched."""
+"""Maximum size of an entry in bytes: larger objects are not entries and are not fetched."""
 
 Known = Mapping[int, str]
-"""SHA-256 by number of the entries that MLflow has on record."""
+"""SHA-256 by number of the entries that MLflow has recorded."""
 NOTHING: Known = MappingProxyType({})
 
 NEWEST = "darkroom.ledger.newest"
@@ -40,16 +40,16 @@ NEWEST_TEXT = re.compile(r"([0-9]{8}) sha256 ([0-9a-f]{64}) in (s3://\S+)")
 
 @dataclass(frozen=True)
 class Newest:
-    """The newest entry that MLflow has on record."""
+    """Newest entry that MLflow has recorded."""
 
     number: int
     sha256: str
     place: str
-    """Where its ledger lies, s3://BUCKET/ledger/NAME."""
+    """Place of its ledger, s3://BUCKET/ledger/NAME."""
 
     @classmethod
     def of(cls, model: str, tags: Mapping[str, str]) -> "Newest | None":
-        """What the ``tags`` of a registered model say, None if nothing; raises UserError if that makes no sense."""
+        """Parse the ``tags`` of a registered model; None without such a tag; raises UserError if it is malformed."""
         if (text := tags.get(NEWEST)) is None:
             return None
         if (found := NEWEST_TEXT.fullmatch(text)) is None or not int(found[1]):
@@ -69,7 +69,7 @@ class _Object(NamedTuple):
 
 @dataclass(frozen=True)
 class Ledger(NumberedObjects):
-    """That of one registered model."""
+    """Ledger of one registered model."""
 
     @property
     def model(self) -> str:
@@ -78,13 +78,13 @@ class Ledger(NumberedObjects):
 
     @classmethod
     def of(cls, model: str) -> "Ledger":
-        """That of ``model``, in the bucket of the environment."""
+        """Ledger of ``model`` in the bucket of the environment."""
         return cls(Location(settings().bucket) / "ledger" / model, Store())
 
     def head(self, known: Known = NOTHING) -> Entry | None:
-        """The newest entry; None: there is none. Two requests if MLflow has it on record and nothing lies above it.
+        """Newest entry, or None. Takes two requests if MLflow has recorded it and no object has a higher number.
 
-        Raises UserError as ``read`` does, without a look at what is behind the newest entry if that is on record.
+        Raises UserError as ``read`` does, but does not verify older entries if the newest one is recorded.
         """
         listed, newest = self.listed(), max(known, default=0)
         if known and max(map(self.number, listed), default=0) == newest:
@@ -94,11 +94,11 @@ class Ledger(NumberedObjects):
         return self.read(known, listed).head
 
     def read(self, known: Known = NOTHING, listed: Sequence[Listed] | None = None) -> History:
-        """All entries, each verified; raises UserError that names one that is on record, and not here as it was.
+        """Read and verify all entries; raises UserError that names a recorded entry that is missing or altered.
 
         Args:
-            known: What MLflow has on record, asked for before the objects were ``listed``.
-            listed: The objects of the ledger; None: they are listed now.
+            known: MLflow's record, read before the objects were ``listed``.
+            listed: Objects of the ledger; None to list them now.
         """
         listed = self.listed() if listed is None else listed
         objects = self._objects(listed)
@@ -118,11 +118,11 @@ class Ledger(NumberedObjects):
         decide: Callable[[History], Entry | None],
         known: Callable[[], Known] = lambda: NOTHING,
     ) -> History:
-        """Commit the entry that ``decide`` makes of the history, or nothing if it makes none.
+        """Commit the entry that ``decide`` returns for the history, or nothing if it returns None.
 
-        If somebody else was faster, ``decide`` is asked again with what they wrote; it raises Held if that changes what
-        it stood on. What MLflow has on record is looked up by ``known`` each time before the ledger is read; raises
-        UserError, and writes nothing, if the ledger is not what is on record.
+        If another process was faster, ``decide`` is called again with the new history; it raises Held if its decision
+        no longer holds. ``known`` reads MLflow's record each time before the ledger is read. Raises UserError, and
+        writes nothing, if the ledger differs from that record.
         """
         self.require_conditional_puts()
         while (entry := decide(history := self.read(known()))) is not None:
@@ -134,7 +134,7 @@ class Ledger(NumberedObjects):
                 if entry.number not in self.numbers():
                     raise
                 continue
-            # Whoever writes above the next free number can have an entry take its place.
+            # A writer above the next free number may have taken the place of this entry.
             history = self.read(known())
             if entry not in history.entries:
                 raise Held(history.faster())
@@ -142,9 +142,9 @@ class Ledger(NumberedObjects):
         return history
 
     def restore(self, copies: Mapping[int, bytes], known: Known) -> list[int]:
-        """Write the entries that are missing from ``copies``, by number; returns their numbers.
+        """Write missing entries from ``copies``, by number; returns their numbers.
 
-        Raises UserError, and writes nothing, unless all that is on record is here or among the copies.
+        Raises UserError, and writes nothing, unless all recorded entries exist here or among the copies.
         """
         listed = self.listed()
         here = set(map(self.number, listed))
@@ -156,14 +156,14 @@ class Ledger(NumberedObjects):
         return [entry.number for entry in missing]
 
     def _objects(self, listed: Sequence[Listed]) -> dict[int, _Object]:
-        """What is named like an entry, by number."""
+        """Objects that are named like entries, by number."""
         small = sorted({self.number(each) for each in listed if each.size <= LARGEST} - {0})
         with ThreadPoolExecutor(READERS) as pool:
             found = zip(small, pool.map(self._get, small), strict=True)
             return {number: each for number, each in found if each is not None}
 
     def _verified(self, objects: Mapping[int, _Object], known: Known) -> list[Entry]:
-        """The entries up to the newest one on record, found back from it by the digests that they name."""
+        """Entries up to the newest recorded one, followed back from it by their parents' digests."""
         if not known:
             return []
         numbers = {each.sha256: number for number, each in objects.items()}
@@ -198,7 +198,7 @@ class Ledger(NumberedObjects):
     def _extend(
         self, entries: list[Entry], objects: Mapping[int, _Object], numbers: Sequence[int]
     ) -> Iterator[tuple[int, str]]:
-        """Add to ``entries`` what follows from the newest one; gives the other numbers, each with why it does not."""
+        """Add the objects that continue the chain to ``entries``; yields other numbers with the reason for each."""
         here, titles = {entry.number for entry in entries}, titles_after(entries)
         for number in numbers:
             if number in here:
@@ -217,7 +217,7 @@ class Ledger(NumberedObjects):
                 titles = titles.after(entry.what, entry.version, entry.challenger)
 
     def _contradiction(self, entry: Entry, before: Entry | None, titles: Titles) -> str | None:
-        """Why ``entry`` does not follow ``before``, after which ``titles`` were held; None: it does."""
+        """Reason why ``entry`` cannot follow ``before`` with the state ``titles``; None if it can."""
         if entry.parent != (before.digest if before else None):
             return "does not stand on the entry before it"
         try:
@@ -234,14 +234,14 @@ class Ledger(NumberedObjects):
         return found.entry
 
     def _get(self, number: int) -> _Object | None:
-        """What lies under the name of an entry; None if nothing does."""
+        """Object with this number; None if it does not exist."""
         data = self.get(number)
         return None if data is None else self._parsed(number, data)
 
     def _parsed(self, number: int, data: bytes) -> _Object:
         try:
             entry = Entry.model_validate_json(data)
-            # As it would be written today, under this name.
+            # Canonical bytes under the right name.
             same = (entry.data, entry.number, entry.model) == (data, number, self.model)
         except ValueError:
             same = False

@@ -1,7 +1,6 @@
-"""What happened to the title of champion of a registered model: entries, each standing on the one before it.
+"""Ledger entries: changes of a registered model's champion, each linked to the entry before it.
 
-Verdicts that leave the champion where it is are entries as well: they say who the challenger is, and why it is no more
-than that.
+Verdicts that keep the champion are entries as well: they record a candidate that was held or rejected, and why.
 """
 
 import getpass
@@ -24,73 +23,73 @@ Number = Annotated[int, Field(ge=1)]
 
 
 class Evidence(Config):
-    """What the gate said of a version, and on what that rests."""
+    """Verdict of the gate on a version, with its basis."""
 
     verdict: GateWord
     reason: str
-    """In words and figures."""
+    """Reason in words and figures."""
     figures: dict[str, FiniteFloat] = Field(default_factory=dict)
-    """Of the version, by name."""
+    """Metrics of the version by name."""
     eval_key: str | None = None
-    """Digest of the conditions of the evaluation; None: none was needed."""
+    """Digest of the evaluation's conditions; None if no evaluation was needed."""
     gate: dict[str, JsonValue] = Field(default_factory=dict)
-    """The gate's configuration."""
+    """Configuration of the gate."""
 
 
 class Approval(Config):
-    """What a person answered who was asked before the commit."""
+    """Answer of the person who was asked for approval before the commit."""
 
     approved: bool
     by: str | None
-    """Who, as typed; None: nobody answered in time."""
+    """Name as typed; None if there was no answer in time."""
     note: str = ""
 
 
 class Standing(Config):
-    """Who is what: version numbers, which are MLflow's aliases."""
+    """Version numbers behind MLflow's aliases."""
 
     champion: Number | None = None
     previous: Number | None = None
-    """Who a rollback would make champion again."""
+    """Version that a rollback would make champion again."""
     challenger: Number | None = None
-    """Who was held last, and has not become champion since."""
+    """Candidate that was held last, and has not become champion since."""
 
 
 class Entry(Config):
-    """A line of the ledger."""
+    """Entry of the ledger."""
 
     format_version: Literal[1] = 1
     model: str
     number: Number
     what: What
-    """``adopt``: the champion was there before the ledger."""
+    """Kind of change; ``adopt`` records a champion that is older than the ledger."""
     by_hand: bool
-    """Whether a person decided, and not the gate."""
+    """Whether it is a manual override and not the gate's decision."""
     who: str
-    """USER@MACHINE that wrote it."""
+    """USER@MACHINE of the writing process."""
     when: AwareDatetime
-    """In UTC, to the second."""
+    """Time in UTC, to the second."""
     version: Number
-    """Whom it is about."""
+    """Version that the entry is about."""
     weights_sha256: str
-    """Of that version."""
+    """SHA-256 of that version's weights."""
     from_version: Number | None
-    """The champion before it."""
+    """Champion before the entry."""
     to_version: Number | None
-    """The champion after it."""
+    """Champion after the entry."""
     previous: Number | None
     challenger: Number | None
     reason: str | None
-    """What the person said who decided; None: nothing, or the gate decided."""
+    """Reason given for a manual override; None if none was given or the gate decided."""
     evidence: Evidence | None
-    """Of the gate's newest verdict on the version, which a person may have overridden; None: it was never judged."""
+    """Newest verdict of the gate on the version, possibly overridden; None if it was never evaluated."""
     approval: Approval | None
     parent: str | None
-    """SHA-256 of the entry before it; None for the first."""
+    """SHA-256 of the previous entry; None for the first."""
 
     @property
     def data(self) -> bytes:
-        """The bytes of the entry."""
+        """Canonical bytes of the entry."""
         return canonical_json(self.model_dump(mode="json")).encode()
 
     @property
@@ -100,33 +99,33 @@ class Entry(Config):
 
     @property
     def standing(self) -> Standing:
-        """Who is what after it."""
+        """Alias state after the entry."""
         return Standing(champion=self.to_version, previous=self.previous, challenger=self.challenger)
 
     @property
     def moves(self) -> bool:
-        """Whether there is another champion after it."""
+        """Whether the entry changes the champion."""
         return self.from_version != self.to_version
 
     @property
     def why(self) -> str:
-        """The reason, in words: a person's before the gate's, and whom it overrides."""
+        """Reason in words: that of the manual override, if any, and that of the gate."""
         gate = self.evidence and f"{self.evidence.verdict}: {self.evidence.reason}"
         if self.what == "adopt":
             return "it was champion before there was a ledger"
         if self.by_hand:
             said = self.reason or "no reason given"
             overrides = self.what == "promote" and (self.evidence is None or self.evidence.verdict != "promote")
-            return f"by hand, {said}" + (f" (overrides the gate: {gate or 'never judged'})" if overrides else "")
+            return f"by hand, {said}" + (f" (overrides the gate: {gate or 'never evaluated'})" if overrides else "")
         words = self.evidence.reason if self.evidence else ""
         if self.approval is None:
             return words
         answer = "approved" if self.approval.approved else "not approved"
-        said = f"{answer} by {self.approval.by}" if self.approval.by else "nobody answered who was asked to approve it"
+        said = f"{answer} by {self.approval.by}" if self.approval.by else "no answer to the request for approval"
         return f"{said}{self.approval.note and f' ({self.approval.note})'}: {words}"
 
     def says_the_same(self, other: "Entry") -> bool:
-        """Whether both leave the same champion for the same reasons, so that one of them is enough."""
+        """Whether both entries keep the same champion for the same reasons, so that one is redundant."""
         fields = ("what", "by_hand", "version", "weights_sha256", "to_version", "reason", "evidence", "approval")
         same = all(getattr(self, name) == getattr(other, name) for name in fields)
         return same and not self.moves
@@ -141,26 +140,26 @@ class Entry(Config):
 
 @dataclass(frozen=True)
 class Titles:
-    """Who was champion and who challenges it, as far as that decides what comes next.
+    """Alias state that determines which entries can follow.
 
     Champions are a stack: a promotion puts one on top and a rollback takes it off, so that rolling back twice goes back
     twice.
     """
 
     champions: tuple[int, ...] = ()
-    """The one that is now is the last."""
+    """Stack of champions, the current one last."""
     challenger: int | None = None
 
     @property
     def standing(self) -> Standing:
-        """Who is what."""
+        """Current version numbers by alias."""
         previous, champion = (None, None, *self.champions)[-2:]
         return Standing(champion=champion, previous=previous, challenger=self.challenger)
 
     def after(self, what: What, version: int, challenger: int | None = None) -> "Titles":
-        """After ``what`` happened to ``version``; ``challenger`` is the one that an ``adopt`` found beside it.
+        """State after ``what`` was done to ``version``; ``challenger`` is MLflow's alias at an ``adopt``.
 
-        Raises UserError for what cannot happen: a second beginning, or a rollback to another than the one before.
+        Raises UserError for impossible changes: a second ``adopt``, or a rollback past the previous champion.
         """
         champions = self.champions
         if what == "adopt" and self != Titles():
@@ -174,12 +173,12 @@ class Titles:
         elif what in ("adopt", "promote"):
             champions = (*champions, version)
         held = challenger if what == "adopt" else self.challenger
-        # Who is champion, or rejected, challenges nobody.
+        # A champion or a rejected version is no longer held.
         return Titles(champions, None if held == version else held)
 
 
 def titles_after(entries: Iterable[Entry]) -> Titles:
-    """Who is what after ``entries``."""
+    """Alias state after ``entries``."""
     titles = Titles()
     for entry in entries:
         titles = titles.after(entry.what, entry.version, entry.challenger)
@@ -188,12 +187,12 @@ def titles_after(entries: Iterable[Entry]) -> Titles:
 
 @dataclass(frozen=True)
 class ForeignObject:
-    """Object below a ledger's prefix that is no entry of its chain: anybody with a key that may write can leave one."""
+    """Object below a ledger's prefix that is no entry of its chain, left by another writer."""
 
     name: str
-    """Its key below the prefix of the ledger."""
+    """Key below the prefix of the ledger."""
     reason: str
-    """Why it is no entry."""
+    """Reason why it is no entry."""
 
     def __str__(self) -> str:
         return f"{self.name!a} {self.reason}"
@@ -201,23 +200,23 @@ class ForeignObject:
 
 @dataclass(frozen=True)
 class History:
-    """All entries of a model's ledger, in order."""
+    """Entries of a model's ledger, in order."""
 
     model: str
     entries: tuple[Entry, ...] = ()
     foreign: tuple[ForeignObject, ...] = ()
-    """What else lies there: it decides nothing and stops nothing."""
+    """Other objects below the prefix, which are ignored."""
     taken: frozenset[int] = frozenset()
     """Numbers of foreign objects that are named like entries."""
 
     @property
     def head(self) -> Entry | None:
-        """The newest entry."""
+        """Newest entry; None if the ledger is empty."""
         return self.entries[-1] if self.entries else None
 
     @property
     def next_number(self) -> int:
-        """The number of the entry that would come next: the lowest one above the newest entry's that is free."""
+        """Number of the next entry: the lowest free one above the newest entry's."""
         number = self.head.number + 1 if self.head else 1
         while number in self.taken:
             number += 1
@@ -225,29 +224,29 @@ class History:
 
     @property
     def standing(self) -> Standing:
-        """Who is what now."""
+        """Alias state now."""
         return self.head.standing if self.head else Standing()
 
     def faster(self) -> str:
-        """Who made the newest change of champion, in words for who was slower."""
+        """Describe the newest change of champion for a process that was slower."""
         newest = next((entry for entry in reversed(self.entries) if entry.moves), None)
         return f"somebody was faster: {newest}" if newest else "the ledger was emptied meanwhile"
 
     def require_same(self, version: int, weights_sha256: str) -> None:
-        """Raise UserError if the ledger knows another model as ``version``: the registry was made anew."""
+        """Raise UserError if the ledger knows other weights as ``version``, as after a reset of the registry."""
         entry = self.about(version)
         if entry is not None and entry.weights_sha256 != weights_sha256:
             raise UserError(
                 f"the ledger knows other weights as version {version} of {self.model} than the registry, which was "
-                "made anew: give registry.model another name"
+                "reset: give registry.model another name"
             )
 
     def about(self, version: int) -> Entry | None:
-        """The newest entry about ``version``."""
+        """Newest entry about ``version``; None if there is none."""
         return next((entry for entry in reversed(self.entries) if entry.version == version), None)
 
     def withheld(self, version: int) -> Entry | None:
-        """The entry by which a person took the title from ``version``, or refused it, if nothing came after that."""
+        """Entry of the manual override that demoted or refused ``version``, unless a later one supersedes it."""
         for entry in reversed(self.entries):
             if entry.from_version == version != entry.to_version:
                 return entry if entry.by_hand else None
@@ -269,7 +268,7 @@ class History:
         approval: Approval | None = None,
         challenger: int | None = None,
     ) -> Entry:
-        """The entry that would come next, written by this process now; ``challenger`` is one from before the ledger."""
+        """Next entry, written by this process now; ``challenger`` is MLflow's alias at an ``adopt``."""
         before, after = self.standing, titles_after(self.entries).after(what, version, challenger).standing
         return Entry(
             model=self.model,
@@ -292,7 +291,7 @@ class History:
 
 
 def who() -> str:
-    """Who this process works for, USER@MACHINE."""
+    """USER@MACHINE of this process."""
     try:
         user = getpass.getuser()
     except (KeyError, OSError):  # a container's user that has a number and no name

@@ -1,4 +1,4 @@
-"""The model card: what a version is made of, how good it is and how it was judged, as its description in MLflow."""
+"""Model card: data, training, evaluation and limits of a version, as its description in MLflow."""
 
 from collections.abc import Iterable, Iterator
 
@@ -16,10 +16,10 @@ from flows.registry.takedown_marks import notes_in, takedowns
 
 CLASSES_SHOWN = 12
 UNLIKELY = 0.01
-"""How probable by chance a fault is at most that is told."""
+"""Largest p-value of a defect that the card mentions."""
 SEEN = 0.2
-"""Standard deviations from which on a shift of colours or brightness is told: less is hardly seen."""
-LICENCE_UNKNOWN = "nobody said: set ingest.licence, and until then take it that the images' owners allow nothing"
+"""Smallest shift of colours or brightness that the card mentions, in standard deviations: less is hardly visible."""
+LICENCE_UNKNOWN = "unknown: set ingest.licence, and until then assume that the images' owners allow nothing"
 
 
 def write(
@@ -30,10 +30,9 @@ def write(
     entry: Entry | None,
     comparison: ChampionComparison | None = None,
 ) -> None:
-    """Make the card the description of ``version``; ``entry`` is of its verdict, None: it was not judged yet.
+    """Write the card as the description of ``version``; ``entry`` holds the gate's verdict, None before the decision.
 
-    A card that has that verdict already stays as it is, with what people wrote into it; notes on takedowns stay in any
-    case.
+    A card with that verdict is kept, with all manual edits; notes on takedowns are always kept.
     """
     found = client.get_model_version(version.model, str(version.number))
     there = found.description or ""
@@ -52,10 +51,10 @@ def card(
     entry: Entry | None,
     comparison: ChampionComparison | None = None,
 ) -> str:
-    """The card of ``version``, trained on ``data`` and evaluated by ``evaluation`` and ``comparison``, as Markdown."""
+    """Render the card of ``version``, trained on ``data``, with its ``evaluation`` and ``comparison``, as Markdown."""
     channels = "grey" if data.channels == 1 else "RGB"
     sections = {
-        "How it was judged": _decision(entry, comparison),
+        "Gate decision": _decision(entry, comparison),
         "How good it is": _evaluation_metrics(evaluation) if comparison is None else _comparison_metrics(comparison),
         "Samples": _samples(evaluation, version),
         "Data": _data(data, version),
@@ -150,7 +149,7 @@ def _range(low: float, high: float) -> str:
 
 
 def _error_of(name: str, figures: Iterable[str]) -> str | None:
-    """The figure that is the standard error of the figure ``name``: kid_se_efflite0 that of kid_efflite0."""
+    """Name of the standard error of the metric ``name``, such as kid_se_efflite0 of kid_efflite0; None without one."""
     first, _, rest = name.partition("_")
     return next((error for error in (f"{first}_se_{rest}", f"{name}_se") if error in figures), None)
 
@@ -215,8 +214,8 @@ png = model.predict(pd.DataFrame({{"seed": [0], "index": [0]}}))["png"][0]
 
 def _limits(data: Manifest, evaluation: Evaluation) -> Iterator[str]:
     scores = evaluation.best.scores
-    yield f"It draws what it was shown, at {data.size}×{data.size}, with the gaps and biases of those images."
-    yield "It may come close to single images that it learned from: mark what it draws as made by a model."
+    yield f"It generates images like its training data, at {data.size}×{data.size}, with their gaps and biases."
+    yield "It may come close to single training images: mark generated images as made by a model."
     yield (
         f"Its figures rest on features of {scores.extractor}: compare them only under equal conditions "
         f"(`{evaluation.eval_key}`)."
@@ -234,7 +233,7 @@ def _limits(data: Manifest, evaluation: Evaluation) -> Iterator[str]:
 
 
 def _limits_found(comparison: ChampionComparison | None) -> Iterator[str]:
-    """What the comparison found that whoever uses the model should know."""
+    """Limits of the model that the comparison found."""
     if comparison is None:
         return
     evaluated = comparison.candidate
@@ -244,7 +243,7 @@ def _limits_found(comparison: ChampionComparison | None) -> Iterator[str]:
         f"copies of training images; of images that no model has seen {copied.expected:.1%} do."
     )
     if twins.p_value < UNLIKELY:
-        yield f"It draws some images again and again: {twins.share:.1%}, of real ones {twins.expected:.1%}."
+        yield f"It generates near-duplicates: {twins.share:.1%}, of real ones {twins.expected:.1%}."
     for name, shift in evaluated.drift.shifts.items():
         if shift.spreads is not None and abs(shift.spreads) > SEEN and abs(shift.difference) > 3 * shift.standard_error:
             yield (
@@ -259,13 +258,13 @@ def _limits_found(comparison: ChampionComparison | None) -> Iterator[str]:
     if (least := classes.least_recognized) is not None and least.agreement_high < least.agreement_real:
         taken = f", most others for {escape_markdown(least.taken_for)}" if least.taken_for else ""
         yield (
-            f"Of what it draws as {escape_markdown(least.name)} {least.agreement:.0%} is taken for that{taken}; of "
+            f"Of images generated as {escape_markdown(least.name)} {least.agreement:.0%} are taken for that{taken}; of "
             f"real images {least.agreement_real:.0%}."
         )
     if classes.skipped:
         names = [escape_markdown(each.name) for each in classes.skipped]
         more = [f"and {count(len(names) - CLASSES_SHOWN)} more"] if len(names) > CLASSES_SHOWN else []
-        yield f"There were too few images to judge these classes: {', '.join([*names[:CLASSES_SHOWN], *more])}."
+        yield f"There were too few images to evaluate these classes: {', '.join([*names[:CLASSES_SHOWN], *more])}."
 
 
 def _table(rows: Iterable[tuple[str, ...]], head: tuple[str, ...] = ("", "")) -> str:

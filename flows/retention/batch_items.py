@@ -1,8 +1,8 @@
-"""Old sampling batches, and uploads in parts that were never finished.
+"""Garbage collection of old sampling batches and of unfinished multipart uploads.
 
-A batch that goes is first marked, under ``deleted/``, and its objects go when the grace is over. The mark stays for
-``MARK_DAYS``: sampling looks for it when it begins and when it ends, and uses a prefix without one. So however long a
-gc or a request stands still meanwhile, what it deletes is nothing that was sampled anew.
+A batch is first marked under ``deleted/``, and its objects are deleted when the grace period is over. The mark stays
+for ``MARK_DAYS``: sampling checks it at its beginning and end, and uses a prefix without one. So even a gc or a request
+that was suspended for long never deletes a batch that was sampled later.
 """
 
 import re
@@ -17,34 +17,33 @@ from flows.storage.multipart import abort_upload, uploads
 from flows.storage.s3 import Location, Store
 
 BATCH = re.compile(rf"({USUAL.pattern})/(.+)")
-"""An object of a batch at its usual place."""
+"""Object of a batch at its default place."""
 RESUMPTION = re.compile(rf"{RESUMED}/({USUAL.pattern})/[^/]+")
-"""What a job leaves that goes on with an unfinished batch."""
+"""Mark of a job that resumes an unfinished batch."""
 MARK_DAYS = timedelta(days=30)
-"""How long a mark outlives what was deleted: longer than any request or process that stands still."""
+"""How long a mark outlives the deleted batch: longer than any suspended request or process."""
 FIRST, LAST = ("_SUCCESS", "manifest.parquet"), ("requests.parquet", "batch.json")
-"""What is deleted before and after everything else: what a kill leaves is no finished batch, and leads to its model as
-long as anything of it is there."""
+"""Objects deleted first and last, so that after a kill the rest is no finished batch and still names its model."""
 
 
 @dataclass
-class Found:
-    """A batch as it lies there, without its keys, which may be millions."""
+class StoredBatch:
+    """Summary of a stored batch, without its keys, which may be millions."""
 
     place: Location
     newest: datetime
-    """When its newest object was written, or somebody went on with it."""
+    """Time of its newest object or resumption."""
     bytes: int = 0
     described: bool = False
-    """Whether ``batch.json`` is there."""
+    """Whether ``batch.json`` exists."""
     finished: bool = False
-    """Whether all of it is there."""
+    """Whether ``_SUCCESS`` exists."""
     deleted: datetime | None = None
-    """When it was marked as deleted."""
+    """Time of its deletion mark; None without one."""
 
 
 def in_order(place: Location, keys: list[str]) -> list[list[str]]:
-    """The keys of the batch at ``place`` in the order in which they may go."""
+    """Group the keys of the batch at ``place`` in the order in which they may be deleted."""
 
     def stage(key: str) -> int:
         name = key.removeprefix(place.key(""))
@@ -58,7 +57,7 @@ def in_order(place: Location, keys: list[str]) -> list[list[str]]:
 
 
 class SamplingBatches:
-    """The batches in ``bucket`` at their usual place; what was printed elsewhere is its owner's business."""
+    """Batches in ``bucket`` at their default place; batches elsewhere are not collected."""
 
     def __init__(self, store: Store, bucket: str, policy: RetentionConfig, now: datetime) -> None:
         self.store = store
@@ -70,8 +69,8 @@ class SamplingBatches:
         self.found = self._batches()
         self.fates = [self._fate(batch) for batch in self.found]
 
-    def kept(self) -> tuple[list[Batch], dict[tuple[str, int], str]]:
-        """What was asked for in those that stay; and of those that do not say so, model and version with the reason."""
+    def remaining(self) -> tuple[list[Batch], dict[tuple[str, int], str]]:
+        """Requests of the batches that stay; and for unreadable ones, model and version with the reason."""
         found, unread = list[Batch](), dict[tuple[str, int], str]()
         for batch, (fate, _) in zip(self.found, self.fates, strict=True):
             if fate == "stays" and batch.described:
@@ -84,7 +83,7 @@ class SamplingBatches:
         return found, unread
 
     def sweep(self) -> Sweep:
-        """Batches and uploads."""
+        """Sweep of batches and uploads."""
         begun = [
             (each["Key"], each["UploadId"], *self._fate_of_upload(each["Initiated"]))
             for each in uploads(self.store, Location(self.bucket))
@@ -110,7 +109,7 @@ class SamplingBatches:
 
         return Sweep(items, act)
 
-    def _fate(self, batch: Found) -> tuple[Fate, str]:
+    def _fate(self, batch: StoredBatch) -> tuple[Fate, str]:
         policy = self.policy
         if batch.deleted is not None:
             over = self.now - batch.deleted >= policy.grace
@@ -129,34 +128,34 @@ class SamplingBatches:
             return "goes", f"{age(begun, self.now)}, without an end"
         return "stays", f"begun within {days:g} days"
 
-    def _set_aside(self, batch: Found) -> None:
-        """Mark it, unless somebody has gone on with it since it was looked at."""
+    def _set_aside(self, batch: StoredBatch) -> None:
+        """Mark the batch as deleted unless a job has resumed it since it was listed."""
         prefixes = (batch.place.key(""), f"{RESUMED}/{batch.place.prefix}/")
         written = (each.written for prefix in prefixes for each in self.store.list_objects(self.bucket, prefix))
         if batch.deleted is None and not any(moment > batch.newest for moment in written):
             self.store.put_once(self.bucket, f"{DELETED}/{batch.place.prefix}", b"")
 
-    def _delete(self, batch: Found) -> None:
-        """Delete all that is there by now, if it is marked."""
+    def _delete(self, batch: StoredBatch) -> None:
+        """Delete all current objects of the batch if it is marked."""
         if not self.store.exists(self.bucket, f"{DELETED}/{batch.place.prefix}"):
             return
-        # Again, for what a job wrote meanwhile that had not seen the mark; it is told by the mark before it ends.
+        # Twice, for objects of a job that had not seen the mark; the job finds the mark before it ends.
         for _ in range(2):
             for stage in in_order(batch.place, list(self.store.list_keys(self.bucket, batch.place.key("")))):
                 self.store.delete_many(self.bucket, stage)
 
     def _spent(self) -> list[str]:
-        """Marks and resumptions that mean nothing any more."""
+        """Keys of expired marks and resumptions."""
         there = {f"{DELETED}/{batch.place.prefix}" for batch in self.found}
         marks = [key for key, since in self.marks.items() if key not in there and self.now - since >= MARK_DAYS]
         days = self.policy.unfinished_days
         return marks + [each.key for each in self.resumptions if older(each.written, days, self.now)]
 
-    def _batches(self) -> list[Found]:
-        found: dict[str, Found] = {}
+    def _batches(self) -> list[StoredBatch]:
+        found: dict[str, StoredBatch] = {}
         for each in self.store.list_objects(self.bucket, "samples/"):
             if named := BATCH.fullmatch(each.key):
-                batch = found.setdefault(named[1], Found(Location(self.bucket, named[1]), each.written))
+                batch = found.setdefault(named[1], StoredBatch(Location(self.bucket, named[1]), each.written))
                 batch.bytes += each.size
                 batch.newest = max(batch.newest, each.written)
                 batch.described |= named[2] == "batch.json"

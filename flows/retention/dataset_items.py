@@ -1,8 +1,7 @@
-"""Old versions of data sets: out of the catalogue first, and when the grace is over off DVC's remote.
+"""Garbage collection of old data set versions: first from the catalogue, after the grace period from DVC's remote.
 
-``s3://BUCKET/retired/NAME/<digest>.json`` keeps the manifest of a version that is out of the catalogue until its files
-are gone, so that whoever finds it finishes what was begun. Files that another version needs stay, as they are named by
-content and shared.
+``s3://BUCKET/retired/NAME/<digest>.json`` keeps the manifest of a retired version until its files are deleted, so that
+the next gc can finish a killed one. Files are named by content and shared: those that another version needs stay.
 """
 
 import logging
@@ -18,9 +17,9 @@ from diffusion.common.config import plain_name
 from diffusion.common.errors import UserError
 from diffusion.data.manifest import Manifest, manifest_bytes, read_manifest, work_folder
 from flows.config import RetentionConfig, dataset_folder
-from flows.datasets.catalog import PUSHING, RETIRED, VERSION, Catalogue, Heads, Readable
+from flows.datasets.catalog import PUSHING, RETIRED, VERSION, CatalogListing, Catalogue, Heads
 from flows.datasets.dvc import Remote
-from flows.datasets.purge import doomed_objects
+from flows.datasets.purge import unreferenced_objects
 from flows.retention.policy import Fate, Item, Sweep, age, older
 from flows.storage.s3 import Location, Store
 
@@ -31,7 +30,7 @@ MARK = re.compile(RETIRED + r"/([^/]+)/([0-9a-f]{64})\.json")
 
 
 class DataSets:
-    """All data sets in the catalogue of the DVC remote ``source``."""
+    """Data sets in the catalogue of the DVC remote ``source``."""
 
     def __init__(
         self,
@@ -47,7 +46,7 @@ class DataSets:
         self.bucket = Location.parse(source).bucket
         self.contents = contents
         self.unclear = unclear
-        """Why it is not known what else leads to versions; None if it is."""
+        """Reason why references to versions may be unknown; None if all are known."""
         self.policy = policy
         self.now = now
         self.written = self._listed("datasets/", PUBLISHED)
@@ -60,7 +59,7 @@ class DataSets:
         self.current = {name: self._current(name) for name in self.read}
 
     def sweep(self) -> Sweep:
-        """Versions in the catalogue, and those that are out of it already."""
+        """Sweep of versions in the catalogue and of retired ones."""
         fates = {name: self._fates(name) for name in self.versions}
         items = [
             Item(
@@ -86,7 +85,7 @@ class DataSets:
     def _fates(self, name: str) -> dict[str, tuple[Fate, str]]:
         versions, policy = self.versions[name], self.policy
         current, doubt = self.current[name]
-        # S3 tells times by the second: of two versions of one second the current one is the newer.
+        # S3 times have a resolution of a second: of two versions of one second the current one is the newer.
         by_age = sorted(versions, key=lambda digest: (self.written[name, digest], digest == current), reverse=True)
         newest = by_age[: policy.data_versions]
         head = Heads(self._catalogue(name)).newest()
@@ -110,13 +109,13 @@ class DataSets:
         for digest, version in self.aside.get(name, {}).items():
             found[digest] = self._fate_aside(version, digest == current, self._doubt(name))
         aside = self.read_aside.get(name)
-        # What a manifest says that cannot be read may be that the version needs what would go otherwise.
+        # An unreadable manifest may need files that would be deleted otherwise.
         for unread in (self.read[name].damaged, aside.damaged if aside else {}):
             found |= {digest: ("stays", words) for digest, words in unread.items()}
         return found
 
     def _current(self, name: str) -> tuple[str | None, str | None]:
-        """Digest of the version in the data set's folder, if there is one; and why it cannot be told, if it cannot."""
+        """Digest of the version in the data set's folder, or None; and the reason if it cannot be read."""
         if not (dataset_folder(name) / "manifest.json").is_file():
             return None, None
         try:
@@ -125,15 +124,15 @@ class DataSets:
             return None, str(error)
 
     def _doubt(self, name: str) -> str | None:
-        """Why no file of the data set may go now; None if nothing is against it."""
+        """Reason why no file of the data set may be deleted now; None if there is none."""
         found = [self.read[name], *filter(None, [self.read_aside.get(name)])]
         damaged = (words for each in found for words in each.damaged.values())
         return self.unclear or self.current[name][1] or next(damaged, None)
 
     def _fate_aside(self, version: Manifest, current: bool, doubt: str | None) -> tuple[Fate, str]:
-        # Another gc may have set it aside since they were listed.
+        # Another gc may have retired it since they were listed.
         since = self.retired.get((version.name, version.digest), self.now)
-        # Whoever still had its files may have trained on it meanwhile.
+        # A machine that still had its files may have trained on it meanwhile.
         if why := self.contents.get(version.content_digest):
             return "stays", f"{why}: brought back"
         if current:
@@ -144,15 +143,15 @@ class DataSets:
         return "goes" if over else "set aside", f"since {since:%Y-%m-%d %H:%M} UTC"
 
     def _retire(self, version: Manifest) -> None:
-        """Keep the manifest where the next one finds it, then let nothing lead to the version."""
+        """Keep the manifest under ``retired/``, then withdraw the version from the catalogue."""
         key = f"{RETIRED}/{version.name}/{version.digest}.json"
-        # A mark from an earlier time says that the grace is over.
+        # The time of an older mark would end the grace period at once.
         self.store.delete_many(self.bucket, [key])
         self.store.put_once(self.bucket, key, manifest_bytes(version), content_type="application/json")
         self._catalogue(version.name).withdraw(version.digest)
 
     def _bring_back(self, versions: Collection[Manifest]) -> None:
-        """Put versions into the catalogue again; what was never pushed, when it is."""
+        """Put versions into the catalogue again; versions that were never pushed wait until they are."""
         if not versions:
             return
         try:
@@ -166,9 +165,9 @@ class DataSets:
                 self.store.delete_many(self.bucket, [f"{RETIRED}/{version.name}/{version.digest}.json"])
 
     def _purge(self, name: str, staying: Collection[str]) -> None:
-        """Delete the files of what was retired before the grace began, and has not come back since.
+        """Delete the files of versions whose grace period is over and that have not come back since.
 
-        Nothing of ``staying`` goes, and nothing at all while somebody pushes.
+        Versions in ``staying`` are kept, and nothing is deleted while a process pushes.
         """
         folder = dataset_folder(name)
         with ExitStack() as turn:
@@ -186,11 +185,11 @@ class DataSets:
             ]
             going = {digest: kept[digest] for digest in over if digest in kept and digest not in versions}
             for digest in going:
-                # Whoever took it out may have been killed halfway.
+                # The gc that retired it may have been killed halfway.
                 self._catalogue(name).withdraw(digest)
             if going:
                 try:
-                    doomed = doomed_objects(going.values(), versions.values(), self.source)
+                    doomed = unreferenced_objects(going.values(), versions.values(), self.source)
                 except UserError as error:
                     logger.warning("no file of data set %s is deleted: %s", name, error)
                     return
@@ -200,17 +199,17 @@ class DataSets:
             self.store.delete_many(self.bucket, (f"{RETIRED}/{name}/{digest}.json" for digest in marked))
 
     def _somebody_pushes(self) -> bool:
-        """Whether anybody said so within the grace: DVC passes over files that it finds on the remote."""
+        """Whether a process announced a push within the grace period: DVC skips files that it finds on the remote."""
         found = self.store.list_objects(self.bucket, f"{PUSHING}/")
         return any(datetime.now(UTC) - each.written < self.policy.grace for each in found)
 
     def _over(self, name: str, digest: str, since: datetime) -> bool:
-        """Whether the grace of a mark written ``since`` is over: where there is none, also of one written just now."""
+        """Whether the grace period of a mark written ``since`` is over; without one it is over at once."""
         seen = self.retired.get((name, digest)) == since
         return not self.policy.grace or (seen and self.now - since >= self.policy.grace)
 
-    def _aside(self, name: str, retired: Readable) -> dict[str, Manifest]:
-        """Of all that is marked what is in the catalogue no longer."""
+    def _aside(self, name: str, retired: CatalogListing) -> dict[str, Manifest]:
+        """Retired versions that are no longer in the catalogue."""
         return {digest: each for digest, each in retired.versions.items() if digest not in self.versions[name]}
 
     def _bytes(self, name: str, digest: str) -> int | None:
@@ -218,7 +217,7 @@ class DataSets:
         return None if version is None else sum(shard.bytes for shard in version.shards)
 
     def _listed(self, prefix: str, pattern: re.Pattern[str]) -> dict[tuple[str, str], datetime]:
-        """Of all objects named by ``pattern``, data set and digest with the time of writing."""
+        """Times of writing of the objects named by ``pattern``, by data set and digest."""
         listed = self.store.list_objects(self.bucket, prefix)
         named = ((pattern.fullmatch(each.key), each.written) for each in listed)
         return {(found[1], found[2]): written for found, written in named if found and _is_name(found[1])}
@@ -228,7 +227,7 @@ class DataSets:
 
 
 def _is_name(name: str) -> bool:
-    """Whether a data set can be called so; what lies under other names is no version of any."""
+    """Whether ``name`` is a valid data set name; objects under other names are no versions."""
     try:
         plain_name(name)
     except ValueError:

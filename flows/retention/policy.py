@@ -1,4 +1,4 @@
-"""What becomes of each thing that ``darkroom gc`` looks at."""
+"""Decisions of ``darkroom gc``: items with their fates, and the table that shows them."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -10,44 +10,44 @@ from diffusion.common.config import Config
 from diffusion.evaluation.reports.html import count, storage
 
 Fate = Literal["stays", "set aside", "goes"]
-"""``set aside``: nothing leads to it any more, and its content goes once ``retention.grace_hours`` have passed."""
+"""Decision on an item; ``set aside`` items are unreferenced and go once ``retention.grace_hours`` have passed."""
 FATES: tuple[Fate, ...] = ("goes", "set aside", "stays")
 
 
 class Item(Config):
-    """Something that may go."""
+    """Candidate for deletion."""
 
     kind: str
-    """In the plural, such as ``runs``."""
+    """Kind in the plural, such as ``runs``."""
     name: str
     bytes: int | None
-    """None: not known, or not worth asking."""
+    """Size in bytes; None if it is unknown."""
     fate: Fate
     why: str
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """What was looked at of one kind, and how what need not stay is taken away."""
+    """Items of one kind, with the action that deletes those that need not stay."""
 
     items: list[Item]
     act: Callable[[], None]
-    """Does with each item what its fate says, if that still holds; again, it goes on where it was cut off."""
+    """Action that applies each item's fate if it still holds; a repeated call continues an interrupted one."""
 
 
 def older(moment: datetime, days: float | None, now: datetime) -> bool:
-    """Whether ``moment`` lies ``days`` or more before ``now``; None: nothing is ever old."""
+    """Whether ``moment`` lies ``days`` or more before ``now``; always false if ``days`` is None."""
     return days is not None and now - moment >= timedelta(days=days)
 
 
 def age(moment: datetime, now: datetime) -> str:
-    """How long ago ``moment`` was, in words."""
+    """Age of ``moment`` in words."""
     days = max(0.0, (now - moment).total_seconds() / 86400)
     return f"{days:.0f} days old" if days >= 2 else f"{days * 24:.0f} hours old"
 
 
 def table(items: Iterable[Item]) -> Iterator[str]:
-    """What goes and is set aside line by line, and how much stays for which reason."""
+    """Yield lines of a table: each item that goes or is set aside, and counts of those that stay by reason."""
     shown = sorted(items, key=lambda item: (FATES.index(item.fate), item.kind, item.name))
     rows = [("fate", "what", "size", "name", "why")]
     rows += [

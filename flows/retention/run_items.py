@@ -1,6 +1,6 @@
-"""Garbage collection of runs, in MLflow and on this machine, and what must stay because something leads to it.
+"""Garbage collection of runs in MLflow and of files on this machine, with the references that keep them.
 
-Runs in MLflow are marked as deleted first, and rid of all they hold when the grace is over.
+Runs in MLflow are first marked as deleted; their artifacts are deleted when the grace period is over.
 """
 
 import re
@@ -33,31 +33,30 @@ from flows.tracking.runs import SWEEP, TRAIN_KEY
 CONTENT = "darkroom.content_digest"
 LEDGER = re.compile(r"ledger/([A-Za-z0-9][A-Za-z0-9_.-]*)/[0-9]{8}\.json")
 SET_ASIDE = "darkroom.set_aside"
-"""Tag of a run that ``darkroom gc`` has marked as deleted: when, in ISO 8601."""
+"""Tag of a run that ``darkroom gc`` has marked as deleted: the time in ISO 8601."""
 ABANDONED_DAYS = 1.0
-"""Files that nobody has added to for longer are being written by nobody."""
+"""Days without a write after which an unfinished file counts as abandoned."""
 
 
 @dataclass(frozen=True)
-class Live:
-    """Runs by id and contents of data sets by digest, each with what leads to it; and weights that are in use."""
+class References:
+    """Referenced runs by ID and data set contents by digest, each with its reason; and weights in use."""
 
     runs: dict[str, str]
     contents: dict[str, str]
     weights: frozenset[str]
-    """SHA-256 of those of registered versions."""
+    """SHA-256 of the weights of registered versions."""
     unclear: str | None
-    """Why nobody can tell what else is needed, so that no run and no version of a data set may go; None if all can."""
+    """Reason why references may be unknown, so that no run and no data set version may go; None if all are known."""
 
 
-def find_live(
+def find_references(
     client: MlflowClient, store: Store, bucket: str, kept: Iterable[Batch], unread: Mapping[tuple[str, int], str]
-) -> Live:
-    """What all registered versions, the ledgers in ``bucket`` and the ``kept`` batches lead to.
+) -> References:
+    """Find the runs and contents that registered versions, ledgers in ``bucket`` and ``kept`` batches refer to.
 
-    ``unread``: for batches that stay and cannot be read, the model versions that they lie under, and why.
-    Every registered version counts, whatever its aliases: each has been judged, or is about to be. Raises UserError if
-    a ledger is broken.
+    ``unread`` holds the model versions of unreadable batches that stay, with the reason. Every registered version
+    counts, whatever its aliases: each has been evaluated or will be. Raises UserError if a ledger is broken.
     """
     runs: dict[str, str] = {}
     contents: dict[str, str] = {}
@@ -71,21 +70,21 @@ def find_live(
         contents.setdefault(version.tags.get(CONTENT, ""), f"{where} learned from it")
     for model, number, digest in _named_by_ledgers(client, store, bucket):
         if digest not in weights:
-            # Somebody deleted the version; what the ledger says of it stands on the run all the same.
+            # The version was deleted, but the ledger's evidence still refers to its run.
             runs |= dict.fromkeys(_logged_by(client, digest), f"the ledger names models:/{model}/{number}")
     for batch in kept:
         where = f"samples of models:/{batch.model}/{batch.version}"
-        runs.setdefault(batch.run_id, f"made what drew {where}")
+        runs.setdefault(batch.run_id, f"made the model of {where}")
         contents.setdefault(batch.content_digest, f"{where} lead to it")
-    # What a registered version leads to is known, whatever lies in its batches.
+    # The references of a registered version are known, even if its batches are unreadable.
     unclear = next((words for version, words in unread.items() if version not in registered), None)
-    return Live(runs, contents, frozenset(weights), unclear)
+    return References(runs, contents, frozenset(weights), unclear)
 
 
 def _named_by_ledgers(client: MlflowClient, store: Store, bucket: str) -> Iterator[tuple[str, int, str]]:
-    """Of every version that a ledger names: its model, its number and the SHA-256 of its weights."""
+    """Yield model, number and SHA-256 of the weights of every version that a ledger names."""
     keys = store.list_keys(bucket, "ledger/")
-    # Also those of which nothing is left but what MLflow has on record.
+    # Including ledgers of which only MLflow's record is left.
     models = {
         model.name
         for model in pages(client.search_registered_models)
@@ -97,16 +96,16 @@ def _named_by_ledgers(client: MlflowClient, store: Store, bucket: str) -> Iterat
 
 
 def _logged_by(client: MlflowClient, digest: str) -> set[str]:
-    """The runs that logged a model with these weights."""
+    """IDs of the runs that logged a model with these weights."""
     experiments = [each.experiment_id for each in pages(client.search_experiments)]
     found = client.search_logged_models(experiments, f"tags.`{WEIGHTS}` = '{digest}'") if experiments else []
     return {model.source_run_id for model in found if model.source_run_id}
 
 
 class Runs:
-    """Trainings and sweeps that MLflow has on record, also those marked as deleted; nobody else's runs."""
+    """Darkroom's training and sweep runs in MLflow, including those marked as deleted."""
 
-    def __init__(self, client: MlflowClient, live: Live, policy: RetentionConfig, now: datetime) -> None:
+    def __init__(self, client: MlflowClient, live: References, policy: RetentionConfig, now: datetime) -> None:
         self.client = client
         self.live = live
         self.policy = policy
@@ -119,7 +118,7 @@ class Runs:
         self.fates = {run.info.run_id: self._fate(run) for run in self.runs}
 
     def contents(self) -> dict[str, str]:
-        """The contents of data sets that runs learned from which do not go yet, each with one of them."""
+        """Data set contents of the runs that do not go yet, each with one of these runs."""
         return {
             run.data.tags.get(CONTENT, ""): f"run {run.info.run_id} learned from it"
             for run in self.runs
@@ -127,12 +126,12 @@ class Runs:
         }
 
     def gone(self) -> frozenset[str]:
-        """Train keys of runs that go, and of no other run."""
+        """Train keys that only runs that go have."""
         others = {run.data.tags.get(TRAIN_KEY, "") for run in self.runs if not self._goes(run)}
         return frozenset(run.data.tags.get(TRAIN_KEY, "") for run in self.runs) - others
 
     def sweep(self) -> Sweep:
-        """All of them; those that are deleted and hold nothing any more are no item."""
+        """Sweep of all runs, except for deleted ones without artifacts."""
         items = [
             Item(kind="runs", name=f"runs:/{run.info.run_id}", bytes=None, fate=fate, why=why)
             for run in self.runs
@@ -146,7 +145,7 @@ class Runs:
             run_id = run.info.run_id
             fate, _ = self.fates[run_id]
             if fate == "stays" and self._deleted(run) and SET_ASIDE in run.data.tags:
-                # A version was made of it after all.
+                # A version was registered from it after all.
                 self.client.restore_run(run_id)
                 self.client.delete_tag(run_id, SET_ASIDE)
             if fate == "set aside" and not self._deleted(run):
@@ -156,12 +155,12 @@ class Runs:
                 self._empty(run)
 
     def _goes(self, run: Run) -> bool:
-        """Whether what it holds is to be deleted now: where there is no grace, also if it is only set aside."""
+        """Whether its artifacts are to be deleted now; without a grace period also if it is only set aside."""
         fate, _ = self.fates[run.info.run_id]
         return fate == "goes" or (fate == "set aside" and not self.policy.grace and self.live.unclear is None)
 
     def _empty(self, run: Run) -> None:
-        """Delete what ``run`` holds; its lines in the database are for ``mlflow gc``, on the server."""
+        """Delete models and artifacts of ``run``; its database rows are left to ``mlflow gc`` on the server."""
         for model in self._models.get(run.info.run_id, ()):
             get_artifact_repository(model.artifact_location).delete_artifacts()  # type: ignore[no-untyped-call]
             self.client.delete_logged_model(model.model_id)
@@ -198,7 +197,7 @@ class Runs:
 
     @cached_property
     def _models(self) -> dict[str, list[LoggedModel]]:
-        """The models that each run has logged."""
+        """Models that each run has logged."""
         experiments = sorted({run.info.experiment_id for run in self.runs})
         found: dict[str, list[LoggedModel]] = {}
         for model in pages(self.client.search_logged_models, experiment_ids=experiments) if experiments else ():
@@ -211,13 +210,13 @@ class Runs:
 
 
 def _heard_of(run: Run) -> datetime:
-    """When the run last said something: a training that was killed is never marked as ended."""
+    """Time of the run's last report: a killed training is never marked as ended."""
     moments = [run.info.start_time, run.info.end_time or 0, *(metric.timestamp for metric in run.data._metric_objs)]
     return datetime.fromtimestamp(max(moments) / 1000, UTC)
 
 
-class Machine:
-    """The working folder, and the weights fetched into ``models``."""
+class LocalFiles:
+    """Files of this machine: the working folder, and the weights fetched into ``models``."""
 
     def __init__(
         self,
@@ -231,12 +230,12 @@ class Machine:
         self.gone = gone
         """Train keys of runs that go in MLflow."""
         self.weights = weights
-        """SHA-256 of what registered versions hold: a batch under way may be reading them."""
+        """SHA-256 of the weights of registered versions, which running jobs may be reading."""
         self.policy = policy
         self.now = now
 
     def sweep(self) -> Sweep:
-        """Run folders, fetched shards, fetched weights, and what killed writers left."""
+        """Sweep of run folders, fetched shards, fetched weights, and partial files of killed writers."""
         items = [*self._runs(), *self._fetched(), *self._partial()]
 
         def act() -> None:
@@ -247,7 +246,7 @@ class Machine:
                 if item.kind == "run folders":
                     discard(path)
                 elif item.kind == "fetched shards":
-                    # Whoever fetches shards into the folder counts what lies there under this lock.
+                    # Processes that fetch shards count the folder's files under this lock.
                     with FileLock(path.parent / ".lock"):
                         path.unlink(missing_ok=True)
                 else:
@@ -282,7 +281,7 @@ class Machine:
             yield self._file("fetched weights", path, going, "used of late, or of registered versions")
 
     def _partial(self) -> Iterator[Item]:
-        # Not whole data sets: their ingests sweep them, and images by the million may lie beside.
+        # Not data set folders: ingest cleans them, and they may hold millions of images.
         folders = [
             Path("runs"),
             Path("reports"),
@@ -291,7 +290,7 @@ class Machine:
             self.models.parent / "requests",
         ]
         for path in sorted(path for folder in folders for path in folder.rglob(".*.partial")):
-            # Those of writers at work come and go.
+            # Files of active writers may disappear.
             with suppress(FileNotFoundError):
                 if PARTIAL.fullmatch(path.name) and older(_touched(path), ABANDONED_DAYS, self.now):
                     why = f"{age(_touched(path), self.now)}, and never finished"

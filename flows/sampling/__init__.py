@@ -1,1 +1,1 @@
-"""Sampling batches: planned, generated, written to S3 and found again."""
+"""Sampling batches: planning, generation, storage on S3, and lookup."""

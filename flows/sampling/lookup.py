@@ -1,4 +1,4 @@
-"""Sampled images found again, by their address on S3 or by a copy, with their batch and its records compared.
+"""Lookup of generated images by S3 address or local copy, and consistency checks of the records of their batch.
 
 The records of a batch are ``batch.json``, the parts of the manifest, its Parquet table and ``_SUCCESS``. Images made on
 request lie in a folder with ``request.json`` (``diffusion.generation.generation_result``) instead.
@@ -29,7 +29,7 @@ from diffusion.data.shards import BLOCK
 from diffusion.generation.generation_result import ABOUT, RequestRecord
 from flows.registry.model_versions import parse_model_uri
 from flows.sampling import sampling_batch
-from flows.sampling.request_table import KEPT, LARGEST_GROUP
+from flows.sampling.request_table import LARGEST_GROUP, REQUESTS
 from flows.sampling.sampling_batch import BATCH, MANIFEST, SUCCESS, Batch, Row
 from flows.storage.s3 import Location, Store
 from flows.storage.s3_errors import Missing
@@ -41,15 +41,15 @@ NUMBERED = re.compile(r"([0-9]{8})\.png")
 NUMBER = re.compile("[0-9]{1,19}")
 MOST_NAMED = 20
 LARGEST_SUCCESS = 16 * 2**20
-"""Bytes that ``_SUCCESS`` may have: a hundred for each chunk."""
+"""Maximum size of ``_SUCCESS`` in bytes: about 100 per chunk."""
 LARGEST_TABLE = 64 * 2**30
-"""Bytes that ``manifest.parquet`` and ``requests.parquet`` may have: a hundred million rows."""
+"""Maximum size of ``manifest.parquet`` and ``requests.parquet`` in bytes: enough for 10^8 rows."""
 LARGEST_ABOUT = 2**18
-"""Bytes that the JSON beside an image in a tar may have."""
+"""Maximum size in bytes of the JSON beside an image in a tar."""
 
 
 class Origin(Config):
-    """Where an image comes from, as its own PNG says."""
+    """Provenance of an image, as recorded in the metadata of its PNG."""
 
     model: PlainName
     version: VersionNumber
@@ -58,83 +58,85 @@ class Origin(Config):
     seed: sampling_batch.Seed
     index: sampling_batch.Index
     task: Annotated[str, Field(max_length=100)] | None = None
-    """As what it was made on request; None: it was printed."""
+    """Task of an image made on request; None for an image of a sampling batch."""
 
 
 @dataclass(frozen=True)
 class StoredImage:
-    """An image that somebody asks about."""
+    """A generated image with its provenance."""
 
     png: bytes
     origin: Origin | None
-    """None: it does not say, or no longer."""
+    """Provenance metadata; None if the PNG has none."""
     index: int
-    """Its number in its batch."""
+    """Image number in the batch."""
     row: Row | None
-    """What the manifest of its batch says of it."""
+    """Row of the image in the manifest; None if there is none."""
 
     @property
     def sha256(self) -> str:
-        """Of its bytes as they are now."""
+        """Hex SHA-256 of the PNG as it is now."""
         return sha256_bytes(self.png)
 
     @property
     def pixels_sha256(self) -> str | None:
-        """Of its pixels as they are now; None if there are none to be read."""
+        """Hex SHA-256 of the pixels as they are now; None if the PNG cannot be decoded."""
         return pixels_sha256(read_pixels(self.png))
 
 
 @dataclass(frozen=True)
-class Printed:
-    """What an address or a file turned out to be: an image, or a whole batch, of which ``image`` is None."""
+class SampleLocation:
+    """A located generated image, or a whole sampling batch, in which case ``image`` is None."""
 
     where: str
     image: StoredImage | None
     batch: Batch | None
-    """None: it is to be found nowhere (any more)."""
+    """Batch of the image; None if it cannot be found."""
     place: Location | None
-    """Where the batch lies."""
+    """Prefix of the batch."""
     request: RequestRecord | None = None
-    """``request.json`` beside an image that was made on request."""
+    """Content of ``request.json`` beside an image made on request."""
 
     @property
     def origin(self) -> Batch | Origin:
-        """Model version, run and data set of it: as its batch says, or else the image itself."""
+        """Model version, run and data set, from the batch or else from the image itself."""
         origin = self.batch or (self.image and self.image.origin)
-        # What names neither is not taken for ours.
+        # ``find`` rejects images that have neither.
         assert origin
         return origin
 
 
-def find(where: str, store: Store, bucket: str) -> Printed:
-    """What ``where``, an address on S3 or a file, is: an image of ours, or a batch.
+def find(where: str, store: Store, bucket: str) -> SampleLocation:
+    """Locate the generated image or sampling batch at ``where``, an S3 address or a local file.
 
-    The batch of a copy is looked for at the usual place in ``bucket``. Raises UserError if there is nothing there, or
-    nothing of ours.
+    The batch of a copy is searched at its default place in ``bucket``. Raises UserError if ``where`` does not exist or
+    was not generated by a registered model.
     """
     if not where.startswith("s3://"):
         path = Path(where)
         if not path.is_file():
             raise UserError(f"{where} is no file: give an image of a batch, or its address, s3://BUCKET/…/00000007.png")
-        return _copy(where, path.read_bytes(), store, bucket)
+        return _locate_copy(where, path.read_bytes(), store, bucket)
     at = Location.parse(where)
     if not at.prefix.endswith(".png"):
         if (batch := _read_batch(store, at)) is None:
             raise UserError(f"{where} holds no {BATCH}: give the prefix of a sampling batch, or one of its images")
-        return Printed(where, None, batch, at)
+        return SampleLocation(where, None, batch, at)
     folder, _, name = at.prefix.rpartition("/")
     if folder.endswith(".tar"):
-        return _in_tar(where, Location(at.bucket, folder), name, store)
+        return _locate_in_tar(where, Location(at.bucket, folder), name, store)
     place, png = Location(at.bucket, folder), store.get(at.bucket, at.prefix, sampling_batch.LARGEST_IMAGE)
     batch, number = _read_batch(store, place), NUMBERED.fullmatch(name)
     if batch is None or number is None or int(number[1]) >= batch.count:
-        return _copy(where, png, store, bucket)
+        return _locate_copy(where, png, store, bucket)
     index = int(number[1])
-    return Printed(where, StoredImage(png, _origin(png), index, _read_row(store, place, batch, index)), batch, place)
+    return SampleLocation(
+        where, StoredImage(png, _read_origin(png), index, _read_row(store, place, batch, index)), batch, place
+    )
 
 
 def read_rows(store: Store, place: Location, batch: Batch, chunk: int) -> list[Row]:
-    """A chunk's part of the manifest; raises Missing if it is not there, and UserError if it is damaged."""
+    """Rows of a chunk's part of the manifest; raises Missing if it does not exist, and UserError if it is damaged."""
     name = sampling_batch.part_key(chunk)
     return sampling_batch.part_rows(
         store.get(place.bucket, place.key(name), sampling_batch.LARGEST_PART), f"{place}/{name}"
@@ -142,7 +144,7 @@ def read_rows(store: Store, place: Location, batch: Batch, chunk: int) -> list[R
 
 
 def read_image(store: Store, place: Location, batch: Batch, index: int, row: Row | None) -> bytes:
-    """The PNG of image number ``index``, of a tar by what its ``row`` says; raises Missing if it is not there."""
+    """PNG of image number ``index``, located in a tar by its ``row``; raises Missing if it does not exist."""
     key = place.key(sampling_batch.image_key(index))
     if batch.format == "png":
         return store.get(place.bucket, key, sampling_batch.LARGEST_IMAGE)
@@ -153,18 +155,18 @@ def read_image(store: Store, place: Location, batch: Batch, index: int, row: Row
 
 
 def read_pixels(png: bytes) -> np.ndarray | None:
-    """The pixels of a PNG, (H, W) or (H, W, 3) uint8; None if it is none, or damaged."""
-    opened = _opened(png)
-    return None if opened is None else np.asarray(opened)
+    """Pixels of a PNG, (H, W) or (H, W, 3) uint8; None if it is damaged or not a PNG."""
+    image = _open_png(png)
+    return None if image is None else np.asarray(image)
 
 
 def pixels_sha256(pixels: np.ndarray | None) -> str | None:
-    """As the manifest has it; None of None."""
+    """Hex SHA-256 of ``pixels`` as in the manifest; None for None."""
     return None if pixels is None else sha256_bytes(np.ascontiguousarray(pixels).tobytes())
 
 
-def _in_tar(where: str, tar: Location, name: str, store: Store) -> Printed:
-    """An image in a tar of a batch: the manifest says where it lies there."""
+def _locate_in_tar(where: str, tar: Location, name: str, store: Store) -> SampleLocation:
+    """Locate an image in a tar of a batch by its row in the manifest."""
     place = Location(tar.bucket, tar.prefix.rpartition("/")[0])
     batch, number = _read_batch(store, place), NUMBERED.fullmatch(name)
     index = int(number[1]) if number else -1
@@ -172,19 +174,19 @@ def _in_tar(where: str, tar: Location, name: str, store: Store) -> Printed:
         raise UserError(f"{where} is no image of a sampling batch: give one of the keys in its manifest")
     row = _read_row(store, place, batch, index)
     png = read_image(store, place, batch, index, row)
-    return Printed(where, StoredImage(png, _origin(png), index, row), batch, place)
+    return SampleLocation(where, StoredImage(png, _read_origin(png), index, row), batch, place)
 
 
-def _copy(where: str, png: bytes, store: Store, bucket: str) -> Printed:
-    """An image that lies apart from its batch, which what its PNG says leads to."""
-    origin = _origin(png)
+def _locate_copy(where: str, png: bytes, store: Store, bucket: str) -> SampleLocation:
+    """Locate the batch of a copied image by the provenance in its PNG."""
+    origin = _read_origin(png)
     if origin is None:
         raise UserError(
             f"{where} names no registered model that made it: it is no image of ours, is of a model in a file, or "
-            "was saved anew without the texts that came with it; give the address that it was printed to"
+            "was saved again without its PNG metadata; give the address that it was sampled to"
         )
     if origin.task is not None:
-        return _requested(where, png, origin)
+        return _locate_requested(where, png, origin)
     index = origin.index
     found = list(_batches_of(origin, store, bucket))
     images = [StoredImage(png, origin, index, _read_row(store, place, batch, index)) for batch, place in found]
@@ -194,25 +196,25 @@ def _copy(where: str, png: bytes, store: Store, bucket: str) -> Printed:
         for number, each in enumerate(images)
         if each.row is not None and each.row[theirs] == getattr(each, theirs)
     ]
-    # Of an altered image the batch is known only if there is but one that it can be of.
+    # The batch of an altered image is known only if there is a single candidate.
     chosen = same or ([0] if len(found) == 1 else [])
     if not chosen:
-        return Printed(where, StoredImage(png, origin, index, None), None, None)
-    return Printed(where, images[chosen[0]], *found[chosen[0]])
+        return SampleLocation(where, StoredImage(png, origin, index, None), None, None)
+    return SampleLocation(where, images[chosen[0]], *found[chosen[0]])
 
 
-def _requested(where: str, png: bytes, origin: Origin) -> Printed:
-    """An image made on request, and what stands beside it, if it is still where it was made."""
+def _locate_requested(where: str, png: bytes, origin: Origin) -> SampleLocation:
+    """Locate an image made on request, with the ``request.json`` beside it if there is one."""
     beside = Path(where).with_name(ABOUT)
     try:
         request = RequestRecord.model_validate_json(beside.read_bytes()) if beside.is_file() else None
-    except ValidationError:  # a file of somebody else's that has the same name
+    except ValidationError:  # an unrelated file of the same name
         request = None
     if request is not None and request.model["model"] != f"models:/{origin.model}/{origin.version}":
         request = None
     rows: Sequence[Row] = request.images if request else ()
     row = next((row for row in rows if row["index"] == origin.index), None)
-    return Printed(where, StoredImage(png, origin, origin.index, row), None, None, request)
+    return SampleLocation(where, StoredImage(png, origin, origin.index, row), None, None, request)
 
 
 def _batches_of(origin: Origin, store: Store, bucket: str) -> Iterator[tuple[Batch, Location]]:
@@ -221,7 +223,7 @@ def _batches_of(origin: Origin, store: Store, bucket: str) -> Iterator[tuple[Bat
         folder, _, name = key.rpartition("/")
         try:
             batch = _read_batch(store, Location(bucket, folder)) if name == BATCH else None
-        except UserError as error:  # one that nobody can read stands in the way of no other
+        except UserError as error:  # an unreadable batch does not hide the others
             logger.warning("%s", error)
             continue
         if batch is not None and batch.seed == origin.seed and batch.count > origin.index:
@@ -247,37 +249,37 @@ def _read_row(store: Store, place: Location, batch: Batch, index: int) -> Row | 
     return next((row for row in rows if row["index"] == index), None)
 
 
-def _origin(png: bytes) -> Origin | None:
-    opened = _opened(png)
-    if opened is None:
+def _read_origin(png: bytes) -> Origin | None:
+    image = _open_png(png)
+    if image is None:
         return None
-    told = {name.removeprefix("darkroom:"): text for name, text in opened.text.items() if name.startswith("darkroom:")}
+    texts = {name.removeprefix("darkroom:"): text for name, text in image.text.items() if name.startswith("darkroom:")}
     try:
-        model, version = parse_model_uri(told["model"])
-        numbers = [NUMBER.fullmatch(text) for text in (version, told["seed"], told["index"])]
+        model, version = parse_model_uri(texts["model"])
+        numbers = [NUMBER.fullmatch(text) for text in (version, texts["seed"], texts["index"])]
         number, seed, index = (int(each[0]) for each in numbers if each)
         return Origin(
             model=model,
             version=number,
-            run_id=told["run_id"],
-            content_digest=told["content_digest"],
+            run_id=texts["run_id"],
+            content_digest=texts["content_digest"],
             seed=seed,
             index=index,
-            task=told.get("task"),
+            task=texts.get("task"),
         )
-    # What a number is that has too many digits, or a name that is none, nobody has to ask a server.
+    # Malformed numbers and names are rejected before any server is queried.
     except (KeyError, ValueError, UserError):
         return None
 
 
-def _opened(png: bytes) -> PngImageFile | None:
+def _open_png(png: bytes) -> PngImageFile | None:
     try:
-        opened = Image.open(io.BytesIO(png), formats=("PNG",))
-        opened.load()
+        image = Image.open(io.BytesIO(png), formats=("PNG",))
+        image.load()
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
         return None
-    assert isinstance(opened, PngImageFile)
-    return opened
+    assert isinstance(image, PngImageFile)
+    return image
 
 
 class Success(Config):
@@ -285,25 +287,25 @@ class Success(Config):
 
     format_version: Literal[1] = 1
     sha256: dict[str, Sha256]
-    """Of every other record of the batch, by its name there."""
+    """Hex SHA-256 of every other record of the batch, by its name in the batch."""
 
     @property
     def data(self) -> bytes:
-        """Its bytes."""
+        """Content as canonical JSON."""
         return canonical_json(self.model_dump(mode="json")).encode()
 
 
 def success_of(store: Store, batch: Batch, place: Location, parts: dict[str, str]) -> Success:
-    """What ``_SUCCESS`` is to say of a batch whose other records are there; ``parts`` are the digests of its parts."""
-    names = [MANIFEST] if batch.requests is None else [MANIFEST, KEPT]
+    """Content of ``_SUCCESS`` for a batch whose other records exist; ``parts`` are digests of the manifest's parts."""
+    names = [MANIFEST] if batch.requests is None else [MANIFEST, REQUESTS]
     others = {name: store.sha256(place.bucket, place.key(name)) for name in names}
     return Success(sha256={BATCH: sha256_bytes(batch.json_bytes()), **others, **parts})
 
 
 def disagreements(store: Store, batch: Batch, place: Location, index: int | None) -> list[str]:
-    """Where the records of a batch do not agree, in words: those about image number ``index``, or all of them.
+    """Disagreements between the records of a batch, about image number ``index`` or about all images if it is None.
 
-    The first MOST_NAMED are named, and the others counted.
+    The first MOST_NAMED are described, and the others counted.
     """
     chunks = range(len(batch.chunks())) if index is None else [index // batch.chunk_size]
     with TemporaryDirectory() as scratch:
@@ -314,7 +316,7 @@ def disagreements(store: Store, batch: Batch, place: Location, index: int | None
 
 
 class _Records:
-    """The records of one batch, each read once."""
+    """Records of one batch, each read once."""
 
     def __init__(self, store: Store, batch: Batch, place: Location, scratch: Path) -> None:
         self.store = store
@@ -322,15 +324,15 @@ class _Records:
         self.place = place
         self.scratch = scratch
         self.success: Success | None = None
-        """``_SUCCESS``; None if it is not there, or cannot be read."""
+        """Content of ``_SUCCESS``; None if it does not exist or cannot be read."""
         self.finished = False
-        """Whether ``_SUCCESS`` is there."""
+        """Whether ``_SUCCESS`` exists."""
         self.table: pq.ParquetFile | None = None
-        """The manifest as Parquet; None if it is not there, or not of this batch."""
+        """Manifest as Parquet; None if it does not exist or is of another batch."""
 
     def compare(self, chunks: Iterable[int], index: int | None) -> Iterator[str]:
-        """Every disagreement of the records about ``chunks``; of rows, if ``index`` is one, that one alone."""
-        beside = [] if self.batch.requests is None else [KEPT]
+        """Yield every disagreement about ``chunks``, or only about image ``index`` if it is given."""
+        beside = [] if self.batch.requests is None else [REQUESTS]
         yield from self._read_success({BATCH, MANIFEST, *beside})
         for name in (BATCH, *beside, *([MANIFEST] if self.finished else [])):
             yield from self._file(name)
@@ -339,7 +341,7 @@ class _Records:
             yield from self._chunk(chunk, index)
 
     def _read_success(self, beside: set[str]) -> Iterator[str]:
-        """Read ``_SUCCESS``, and look whether it names the parts of the manifest and what lies ``beside`` them."""
+        """Read ``_SUCCESS`` and check that it names the parts of the manifest and the records ``beside`` them."""
         try:
             data = self._get(SUCCESS, LARGEST_SUCCESS)
         except Missing:
@@ -359,7 +361,7 @@ class _Records:
             yield f"{self._uri(SUCCESS)} and {self._uri(BATCH)} disagree on which records there are: {some}"
 
     def _file(self, name: str) -> Iterator[str]:
-        """Fetch a record, and compare it with ``_SUCCESS``."""
+        """Fetch a record and compare its digest with ``_SUCCESS``."""
         path = self.scratch / name
         try:
             self.store.fetch(self.place.bucket, self.place.key(name), path, LARGEST_TABLE)
@@ -374,7 +376,7 @@ class _Records:
             yield f"{self._uri(name)} is not what {self._uri(SUCCESS)} says: one of the two was altered"
 
     def _open_table(self) -> Iterator[str]:
-        """Open the manifest as Parquet, if it was fetched."""
+        """Open the Parquet manifest if it was fetched."""
         names = sampling_batch.schema_of(self.batch).names
         try:
             if (path := self.scratch / MANIFEST).is_file():
@@ -421,7 +423,7 @@ class _Records:
                 yield self._differ(MANIFEST, BATCH, image, odd)
 
     def _about(self, row: Row) -> Iterator[str]:
-        """Compare the JSON beside an image in a tar with its ``row``, and its place with that of the image."""
+        """Compare the JSON beside an image in a tar, and its position, with the image's ``row``."""
         name = f"{row['tar']}/{row['index']:08d}.json"
         try:
             same = _read_about(self.store, self.place, row) == canonical_json(sampling_batch.shard_json(row)).encode()
@@ -446,7 +448,7 @@ def _differences(row: Row, other: Row) -> list[str]:
 
 
 def _row_group(file: pq.ParquetFile, number: int, rows: int) -> list[Row]:
-    """The rows of a row group; texts that repeat are held once, however often a hostile file repeats them."""
+    """Rows of a row group; repeated texts are held once, so that a hostile file cannot exhaust memory."""
     about = file.metadata.row_group(number)
     if about.num_rows != rows or about.total_byte_size > LARGEST_GROUP:
         raise UserError(f"row group {number} has {about.num_rows} rows and {about.total_byte_size} bytes")
@@ -467,7 +469,7 @@ def _values(column: pa.ChunkedArray) -> list[Any]:
 
 
 def _read_about(store: Store, place: Location, row: Row) -> bytes:
-    """The JSON beside an image in a tar, at the place that ``row`` gives; raises UserError if there is none."""
+    """JSON beside an image in a tar, located by ``row``; raises UserError if there is none."""
     start = row["offset"] + -(-row["size"] // BLOCK) * BLOCK
     header = store.get_span(place.bucket, place.key(row["tar"]), start, BLOCK)
     try:
@@ -480,7 +482,7 @@ def _read_about(store: Store, place: Location, row: Row) -> bytes:
 
 
 def read_parts(store: Store, batch: Batch, place: Location) -> Iterator[tuple[str, str, list[Row]]]:
-    """Name, SHA-256 and rows of each part of the manifest; raises UserError if one is not of ``batch``."""
+    """Yield name, SHA-256 and rows of each part of the manifest; raises UserError if one is not of ``batch``."""
     for chunk, indices in enumerate(batch.chunks()):
         name = sampling_batch.part_key(chunk)
         data = store.get(place.bucket, place.key(name), sampling_batch.LARGEST_PART)
@@ -490,6 +492,6 @@ def read_parts(store: Store, batch: Batch, place: Location) -> Iterator[tuple[st
         ):
             raise UserError(
                 f"{place}/{name} is not of this batch: delete it, and give the same `darkroom sample` again, which "
-                "makes its images anew"
+                "generates its images again"
             )
         yield name, sha256_bytes(data), rows

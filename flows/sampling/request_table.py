@@ -1,4 +1,4 @@
-"""Tables of requests: what each image of a batch is to show, a row for each, kept as Parquet beside the batch."""
+"""Request tables: label and prompt of each image of a batch, one row per image, stored as Parquet beside the batch."""
 
 import hashlib
 import json
@@ -27,63 +27,63 @@ from flows.storage.s3 import Location, Store
 Column = Literal["label", "prompt"]
 COLUMNS: tuple[Column, ...] = get_args(Column)
 SCHEMA = pa.schema([(name, pa.string()) for name in COLUMNS])
-KEPT = "requests.parquet"
+REQUESTS = "requests.parquet"
 """Name of the table inside its batch."""
 ROWS_AT_ONCE = 1024
-"""Rows of a row group, and rows held at a time."""
+"""Rows per row group, and rows held in memory at a time."""
 LONGEST_TEXT = 10_000
-"""Characters in a cell."""
+"""Maximum characters in a cell."""
 LARGEST_GROUP = 256 * 2**20
-"""Bytes that a row group of somebody else's Parquet may unfold to."""
+"""Maximum uncompressed size of a row group in bytes."""
 
 Row = tuple[str | None, str | None]
-"""Label and prompt; None: any."""
+"""Label and prompt; None leaves one open."""
 
 
 class Requests(Config):
-    """What a batch is to show, image i what row i of a table says."""
+    """Reference to a request table: image i is conditioned on row i."""
 
     digest: Sha256
-    """SHA-256 of the rows as JSON lines, whatever wrote the file."""
+    """Hex SHA-256 of the rows as JSON lines, independent of the file format."""
     columns: tuple[Column, ...]
-    """Those in which any row says something."""
+    """Columns with at least one value."""
 
 
 @dataclass(frozen=True)
 class RequestTable:
-    """A table in the form in which it is kept, as a file of this machine."""
+    """A request table as a Parquet file on this machine."""
 
     path: Path
     about: Requests
 
     @classmethod
-    def made(cls, source: Path, folder: Path) -> "RequestTable":
-        """The table in the file ``source`` (.csv, .jsonl, .parquet), kept in ``folder`` under its digest.
+    def from_file(cls, source: Path, folder: Path) -> "RequestTable":
+        """Read the table in ``source`` (.csv, .jsonl, .parquet), and store it in ``folder`` under its digest.
 
-        Its columns are label and prompt, or one of them; an empty cell leaves open what it would say. Raises UserError
+        Its columns are label and prompt, or one of them; an empty cell leaves that condition open. Raises UserError
         for a file that is no such table.
         """
-        return cls._kept(rows_of(source, source.suffix.lower().removeprefix(".")), folder)
+        return cls._write(rows_of(source, source.suffix.lower().removeprefix(".")), folder)
 
     @classmethod
-    def fetched(cls, about: Requests, store: Store, place: Location, folder: Path) -> "RequestTable":
-        """That table from ``folder``, or else from the batch at ``place``; raises UserError if it is not the one."""
+    def fetch(cls, about: Requests, store: Store, place: Location, folder: Path) -> "RequestTable":
+        """Load a table from ``folder``, or else from the batch at ``place``; raises UserError if the digest differs."""
         path = folder / f"{about.digest}.parquet"
         if path.is_file():
             return cls(path, about)
         folder.mkdir(parents=True, exist_ok=True)
-        arrived = folder / f".{uuid.uuid4().hex}.arrived"
+        download = folder / f".{uuid.uuid4().hex}.arrived"
         try:
-            store.fetch(place.bucket, place.key(KEPT), arrived)
-            found = cls._kept(rows_of(arrived, "parquet"), folder)
+            store.fetch(place.bucket, place.key(REQUESTS), download)
+            found = cls._write(rows_of(download, "parquet"), folder)
         finally:
-            arrived.unlink(missing_ok=True)
+            download.unlink(missing_ok=True)
         if found.about != about:
-            raise UserError(f"{place}/{KEPT} is not the table that the batch was begun with: put that back")
+            raise UserError(f"{place}/{REQUESTS} is not the table that the batch was begun with: put that back")
         return found
 
     @classmethod
-    def _kept(cls, rows: Iterable[Row], folder: Path) -> "RequestTable":
+    def _write(cls, rows: Iterable[Row], folder: Path) -> "RequestTable":
         folder.mkdir(parents=True, exist_ok=True)
         partial, digest, used = folder / f".{uuid.uuid4().hex}.partial", hashlib.sha256(), [False] * len(COLUMNS)
         left = iter(rows)
@@ -105,30 +105,30 @@ class RequestTable:
 
     @property
     def count(self) -> int:
-        """How many rows it has."""
+        """Number of rows."""
         return int(pq.read_metadata(self.path).num_rows)
 
-    def rows(self, wanted: range) -> list[Row]:
-        """Those of these numbers; beyond the last one nothing is asked."""
+    def rows(self, numbers: range) -> list[Row]:
+        """Rows of these ``numbers``; rows beyond the last one are empty."""
         with pq.ParquetFile(self.path) as file:
-            groups = range(wanted.start // ROWS_AT_ONCE, min(-(-wanted.stop // ROWS_AT_ONCE), file.num_row_groups))
-            found = file.read_row_groups(list(groups), columns=list(COLUMNS))
-        here = found.slice(wanted.start - groups.start * ROWS_AT_ONCE, len(wanted)).to_pylist()
-        return [(row["label"], row["prompt"]) for row in here] + [(None, None)] * (len(wanted) - len(here))
+            groups = range(numbers.start // ROWS_AT_ONCE, min(-(-numbers.stop // ROWS_AT_ONCE), file.num_row_groups))
+            table = file.read_row_groups(list(groups), columns=list(COLUMNS))
+        here = table.slice(numbers.start - groups.start * ROWS_AT_ONCE, len(numbers)).to_pylist()
+        return [(row["label"], row["prompt"]) for row in here] + [(None, None)] * (len(numbers) - len(here))
 
     def conditions(self, indices: range, compute_batch: int, negative_prompt: str | None = None) -> Conditions:
-        """What images number ``indices``, and those computed beside them, are to show.
+        """Conditions of images number ``indices`` and of the others in their compute batches.
 
-        After the last entry ``Conditions`` begins from the front, so its entries are those of whole compute batches,
-        turned until each stands where its number leads.
+        ``Conditions`` repeats its entries, so they are those of whole compute batches, rotated until each image number
+        finds its own.
         """
         start = indices.start // compute_batch * compute_batch
         stop = -(-indices.stop // compute_batch) * compute_batch
-        rows, turned = self.rows(range(start, stop)), -start % (stop - start)
-        return self._conditions(rows[turned:] + rows[:turned], negative_prompt)
+        rows, shift = self.rows(range(start, stop)), -start % (stop - start)
+        return self._conditions(rows[shift:] + rows[:shift], negative_prompt)
 
     def check(self, model: Model, sampling: SamplingConfig, negative_prompt: str | None, where: str) -> None:
-        """Raise UserError, naming the row of the table ``where``, if ``model`` cannot be told what it asks."""
+        """Raise UserError that names the row of the table ``where`` if ``model`` cannot be conditioned on it."""
         for start in range(0, self.count, ROWS_AT_ONCE):
             rows = self.rows(range(start, min(start + ROWS_AT_ONCE, self.count)))
             for number, row in enumerate(rows, start=start + 1):
@@ -149,26 +149,26 @@ class RequestTable:
 
 
 def rows_of(source: Path, kind: str) -> Iterator[Row]:
-    """The rows of a table of that ``kind``, csv, jsonl or parquet, a few of them held at a time."""
+    """Yield the rows of a table of that ``kind``: csv, jsonl or parquet."""
     if kind not in ("csv", "jsonl", "parquet"):
         raise UserError(f"{source} is no table of requests: give one that ends in .csv, .jsonl or .parquet")
     if not source.is_file():
         raise UserError(f"{source} is no file: give a table of requests, with a row for each image")
-    asks = False
+    any_value = False
     for number, record in enumerate(_parquet(source) if kind == "parquet" else _text(source), start=1):
         _require_known(record, f"{source}, record {number}")
         row = _cell(record, "label", source, number), _cell(record, "prompt", source, number)
-        asks = asks or any(row)
+        any_value = any_value or any(row)
         yield row
-    if not asks:
+    if not any_value:
         raise UserError(f"{source} asks for nothing, in no row: use --count, or fill in {' or '.join(COLUMNS)}")
 
 
 def _require_known(names: Iterable[str], where: str) -> None:
     if unknown := sorted(set(map(str, names)) - set(COLUMNS)):
         raise UserError(
-            f"{where}: an image is not drawn by {unknown[0]!r}: the columns are {' and '.join(COLUMNS)}, or one of "
-            "these"
+            f"{where}: {unknown[0]!r} is no column of a request table: the columns are {' and '.join(COLUMNS)}, or "
+            "one of these"
         )
 
 

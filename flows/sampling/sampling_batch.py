@@ -1,13 +1,12 @@
-"""Sampling batches: images of a model version on S3, written once, with a manifest that leads back to the data.
+"""Format of sampling batches: images of a model version on S3 with a manifest that leads back to the data.
 
-A batch lies under one prefix: ``batch.json`` (what was asked for) first, with ``requests.parquet`` if that is a
-table, then the images, as files or as a tar per chunk, and a part of the manifest per chunk, then
-``manifest.parquet``, and ``_SUCCESS`` last. Every object is a function of the first two alone, so whoever finds a batch
-unfinished can finish it.
+A batch lies under one prefix and is written in this order: ``batch.json`` (the request), ``requests.parquet`` (the
+request table, if there is one), the images, as files or as a tar per chunk, with a part of the manifest per chunk,
+``manifest.parquet``, and ``_SUCCESS``. Every object is a function of the first two alone, so any machine can finish an
+unfinished batch.
 
-Before ``darkroom gc`` deletes a batch it marks its prefix, by ``s3://BUCKET/deleted/PREFIX``. Nothing is sampled into a
-prefix that is marked: the same request then gets the next one, BATCH.2 and so on, which no deletion that is late can
-reach.
+Before ``darkroom gc`` deletes a batch it marks its prefix by ``s3://BUCKET/deleted/PREFIX``. Nothing is sampled into a
+marked prefix: the same request gets the next one, BATCH.2 and so on, which a late deletion cannot reach.
 """
 
 import re
@@ -38,43 +37,43 @@ if TYPE_CHECKING:
     from flows.storage.s3 import Location
 
 Row = dict[str, Any]
-"""What a manifest says of an image: see ``ManifestRow``."""
+"""Row of a manifest, with the fields of ``ManifestRow``."""
 
 BATCH, MANIFEST, SUCCESS = "batch.json", "manifest.parquet", "_SUCCESS"
-"""The first object of a batch, and the last two."""
+"""Names of the first object of a batch, and of the last two."""
 PARQUET = "application/vnd.apache.parquet"
 """Content type of tables."""
 CHUNK_BATCHES = 4
-"""Compute batches per chunk: small enough to lose little to a kill, large enough to be worth a task."""
+"""Compute batches per chunk: small enough to lose little to a kill, large enough for a task."""
 MOST_CHUNKS = 256
-"""Larger batches have larger chunks, up to LARGEST_CHUNK: orchestration has a cost for each task."""
+"""Chunks per batch before chunks grow, up to LARGEST_CHUNK images, as each task has a cost."""
 LARGEST_CHUNK = 4096
-"""Images in a chunk, unless the configuration says otherwise: what a chunk's manifest holds is held in memory."""
+"""Maximum images in a chunk by default, as a chunk's part of the manifest is held in memory."""
 DELETED = "deleted"
-"""Prefix of the marks of batches that are being deleted, or were: not beside them, where those who sample may write."""
+"""Prefix of the deletion marks of batches, apart from the prefixes that sampling may write to."""
 USUAL = re.compile(r"samples/[^/]+/[0-9]{1,10}/[^/]+")
-"""Prefix of a batch that was not sent elsewhere."""
+"""Prefix of a batch at its default place."""
 RESUMED = "resumed"
-"""Prefix of the marks by which jobs that go on with an unfinished batch show that it is not abandoned."""
+"""Prefix of the marks by which jobs show that an unfinished batch is not abandoned."""
 CHUNK_OBJECT = re.compile(r"(?P<image>\d{8,})\.png|samples-(?P<tar>\d{5,})\.tar|manifest/part-(?P<part>\d{5,})\.jsonl")
-"""Objects of a chunk, by their names inside a batch."""
+"""Names of a chunk's objects inside a batch."""
 MOST_IMAGES = 10**8
-"""Images of a batch: their numbers have eight digits."""
+"""Maximum images in a batch: image numbers have eight digits."""
 CHUNKS_AT_MOST = 10**5
-"""Chunks of a batch, whatever the configuration says: each is a task, and a part of the manifest."""
+"""Maximum chunks in a batch: each is a task and a part of the manifest."""
 LARGEST_BATCH = 64 * 2**20
-"""Bytes that ``batch.json`` may have."""
+"""Maximum size of ``batch.json`` in bytes."""
 LARGEST_PART = 512 * 2**20
-"""Bytes that a part of the manifest may have."""
+"""Maximum size of a part of the manifest in bytes."""
 LARGEST_IMAGE = 64 * 2**20
-"""Bytes that an image may have."""
+"""Maximum size of an image in bytes."""
 
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Index = Annotated[int, Field(ge=0, lt=MOST_IMAGES)]
 
 
 class Batch(Config):
-    """What was asked for, and all that decides the bits of the answer."""
+    """Request for a sampling batch, with everything that determines the bits of its images."""
 
     model: PlainName
     version: VersionNumber
@@ -82,20 +81,20 @@ class Batch(Config):
     content_digest: Sha256
     weights_sha256: Sha256
     code_sha256: Sha256 | None = Field(None, exclude_if=unset)
-    """Digest of the code that the version ships (``registry.digest_code``), as its tag had it when the batch was begun;
-    None: the version was registered before there were such tags."""
+    """Digest of the code that the version ships (``model_versions.digest_code``), by its tag when the batch was begun;
+    None if the version has no such tag."""
     seed: Seed
     count: int = Field(ge=1, le=MOST_IMAGES)
     sampling: SamplingConfig
     fingerprint: Fingerprint
     conditions: Conditions | None = None
-    """What the images are to show; None: whatever comes. With ``requests`` only what is asked of all of them."""
+    """Conditions of the images; None for unconditional ones. With ``requests`` only the negative prompt."""
     requests: Requests | None = None
-    """What each is to show, by the table in ``requests.parquet``."""
+    """Reference to the request table in ``requests.parquet``, one row per image."""
     chunk: int | None = Field(None, ge=1, le=2**20, exclude_if=unset)
-    """Images in a chunk; None: CHUNK_BATCHES compute batches."""
+    """Images in a chunk; None for CHUNK_BATCHES compute batches."""
     format: Literal["png", "tar"] = Field("png", exclude_if=lambda name: name == "png")
-    """Whether the images are files, or lie in a tar for each chunk."""
+    """Storage of the images: files, or a tar for each chunk."""
 
     @model_validator(mode="after")
     def _has_few_chunks(self) -> "Batch":
@@ -105,40 +104,40 @@ class Batch(Config):
 
     @property
     def name(self) -> str:
-        """A name that differs for different requests to one model version."""
+        """Name of the batch, unique among different requests to one model version."""
         how = self.sampling.model_dump(mode="json", exclude_none=True)
-        wanted = self.model_dump(mode="json", include={"conditions", "requests", "format"})
-        digest = digest_of(how | {name: value for name, value in wanted.items() if value is not None})[:8]
+        request = self.model_dump(mode="json", include={"conditions", "requests", "format"})
+        digest = digest_of(how | {name: value for name, value in request.items() if value is not None})[:8]
         return f"seed{self.seed}-count{self.count}-{self.sampling.sampler}{self.sampling.steps}-{digest}"
 
     @property
     def chunk_size(self) -> int:
-        """Images in each chunk but the last."""
+        """Number of images in each chunk but the last."""
         return self.chunk or CHUNK_BATCHES * self.sampling.compute_batch
 
     def chunks(self) -> list[range]:
-        """The image numbers of each chunk: whole compute batches, but for the last."""
+        """Image numbers of each chunk: whole compute batches, but for the last."""
         size = self.chunk_size
         return [range(start, min(start + size, self.count)) for start in range(0, self.count, size)]
 
     def key(self, index: int) -> str:
-        """Address of image number ``index`` inside the batch; that of one in a tar leads through the tar."""
+        """Key of image number ``index`` inside the batch; TAR/NAME for an image in a tar."""
         name = image_key(index)
         return name if self.format == "png" else f"{tar_key(index // self.chunk_size)}/{name}"
 
     def row(self, index: int) -> Row:
-        """What the manifest says of image number ``index`` because it is of this batch."""
+        """Fields of image number ``index`` in the manifest that follow from the batch alone."""
         fields = ("seed", "model", "version", "run_id", "content_digest", "weights_sha256")
         own = {name: getattr(self, name) for name in fields}
         return {"key": self.key(index), "index": index, **own, "guidance": self.sampling.guidance}
 
     def json_bytes(self) -> bytes:
-        """``batch.json``: what is not asked for is left out, so that later options change no earlier batch."""
+        """Content of ``batch.json``; unset options are left out, so that later options change no earlier batch."""
         return canonical_json(self.model_dump(mode="json", exclude_none=True)).encode()
 
 
 def parse_batch(data: bytes, where: str) -> Batch:
-    """The batch that ``data`` holds; raises UserError, naming ``where`` it lies, if this Darkroom cannot read it."""
+    """Parse ``batch.json``; raises UserError that names ``where`` it lies if this Darkroom cannot read it."""
     try:
         return Batch.model_validate_json(data)
     except ValidationError as error:
@@ -149,10 +148,10 @@ def parse_batch(data: bytes, where: str) -> Batch:
 
 
 class ManifestRow(Config):
-    """A row of the manifest: an image, where it comes from, and what it was to show."""
+    """Row of the manifest: an image, its provenance and its conditions."""
 
     key: Annotated[str, Field(max_length=100)]
-    """Address inside the batch."""
+    """Key inside the batch."""
     index: Index
     seed: Seed
     model: PlainName
@@ -163,25 +162,25 @@ class ManifestRow(Config):
     sha256: Sha256
     pixels_sha256: Sha256
     fingerprint: Annotated[str, Field(max_length=10_000)]
-    """Canonical JSON."""
+    """Fingerprint as canonical JSON."""
     label: str | None
     prompt: str | None
     negative_prompt: str | None
     guidance: float | None
     tar: Annotated[str, Field(max_length=100)] | None = None
     offset: Annotated[int, Field(ge=0, lt=2**63)] | None = None
-    """Where the PNG lies in the tar, so that a range request gets it."""
+    """Position of the PNG in the tar in bytes, for range requests."""
     size: Annotated[int, Field(ge=1, le=LARGEST_IMAGE)] | None = None
 
 
 IN_TARS = ("tar", "offset", "size")
-"""Columns of batches of tars alone."""
+"""Columns that only batches of tars have."""
 COLUMN_TYPES = dict.fromkeys(("index", "seed", "version", "offset", "size"), pa.int64()) | {"guidance": pa.float64()}
-"""Of the columns of the manifest that hold no text."""
+"""Types of the manifest's columns that are not text."""
 
 
 def chunk_size(count: int, compute_batch: int) -> int:
-    """Images in a chunk of a batch of ``count``, unless the configuration says how many."""
+    """Default number of images in a chunk of a batch of ``count`` images."""
     batches = -(-count // compute_batch)
     most = max(LARGEST_CHUNK // compute_batch, CHUNK_BATCHES)
     return compute_batch * min(max(-(-batches // MOST_CHUNKS), CHUNK_BATCHES), most)
@@ -203,12 +202,12 @@ def part_key(chunk: int) -> str:
 
 
 def is_usual(place: "Location") -> bool:
-    """Whether ``place`` is one of those that ``darkroom gc`` looks after."""
+    """Whether ``place`` is a default place of batches, which ``darkroom gc`` manages."""
     return USUAL.fullmatch(place.prefix) is not None
 
 
 def chunk_of(batch: Batch, name: str) -> int | None:
-    """The chunk that the object ``name`` of ``batch`` belongs to; None if it belongs to none."""
+    """Chunk that the object ``name`` of ``batch`` belongs to; None if it belongs to none."""
     found = CHUNK_OBJECT.fullmatch(name)
     if found is None or (found["tar" if batch.format == "png" else "image"] is not None):
         return None
@@ -219,9 +218,9 @@ def chunk_of(batch: Batch, name: str) -> int | None:
 def encode(
     batch: Batch, index: int, image: Tensor, label: str | None, conditions: Conditions | None = None
 ) -> tuple[bytes, Row]:
-    """Image number ``index``, (C, H, W) uint8, as a PNG that says where it comes from, and its manifest row.
+    """Encode image number ``index``, (C, H, W) uint8, as a PNG with provenance metadata; returns PNG and manifest row.
 
-    ``label``: the class that it was to show; ``conditions``: what it was drawn by, None: what is asked of all.
+    ``label`` is the class it was conditioned on; ``conditions`` default to those of the batch.
     """
     conditions = conditions or batch.conditions or UNCONDITIONAL
     prompt = conditions.prompt(index)
@@ -248,37 +247,37 @@ def encode(
 
 
 def shard_json(row: Row) -> dict[str, Any]:
-    """What stands beside an image in a tar; with ``label`` and ``caption``, as data sets are ingested with."""
+    """JSON beside an image in a tar, with ``label`` and ``caption`` as ingest reads them."""
     names = ("label", "seed", "index", "run_id", "content_digest", "weights_sha256", "sha256")
     model = f"models:/{row['model']}/{row['version']}"
     return {name: row[name] for name in names} | {"caption": row["prompt"], "model": model}
 
 
 def placed(row: Row, tar: str, extent: Extent) -> Row:
-    """``row`` with the place of its image in ``tar``."""
+    """``row`` with the position of its image in ``tar``."""
     return row | {"tar": tar, "offset": extent.start + BLOCK, "size": extent.png}
 
 
 def part_bytes(rows: Iterable[Row]) -> bytes:
-    """A chunk's part of the manifest: JSON lines."""
+    """Encode a chunk's part of the manifest as JSON lines."""
     return "".join(f"{canonical_json(row)}\n" for row in rows).encode()
 
 
 def part_rows(part: bytes, where: str) -> list[Row]:
-    """The rows of a part; raises UserError, naming ``where`` it lies, if it is none."""
+    """Parse a part of the manifest; raises UserError that names ``where`` it lies if it is not one."""
     try:
-        # Not by splitlines(): texts may hold what Unicode takes for the end of a line.
+        # Not splitlines(): texts may contain Unicode line separators.
         lines = part.split(b"\n")[:-1]
         return [ManifestRow.model_validate_json(line).model_dump(exclude_unset=True) for line in lines]
     except ValidationError as error:
         raise UserError(
             f"{where} is no part of a manifest ({_in_words(error)}): delete it, and give the same `darkroom sample` "
-            "again, which makes its images anew"
+            "again, which generates its images again"
         ) from error
 
 
 def conflicts(batch: Batch, index: int, row: Row) -> list[str]:
-    """Fields of ``row`` that are not what ``batch`` says of image number ``index``, sorted."""
+    """Sorted fields of ``row`` that differ from what ``batch`` determines for image number ``index``."""
     conditions = batch.conditions or UNCONDITIONAL
     expected = batch.row(index) | {
         "negative_prompt": conditions.negative_prompt,
@@ -290,7 +289,7 @@ def conflicts(batch: Batch, index: int, row: Row) -> list[str]:
             expected["label"] = label
     found = {name for name, value in expected.items() if row.get(name) != value}
     try:
-        # Parsed: later versions may write more fields of it.
+        # Compared parsed, as later versions may write more fields.
         same = Fingerprint.model_validate_json(row["fingerprint"]) == batch.fingerprint
     except ValidationError:
         same = False
@@ -304,13 +303,13 @@ def _in_words(error: ValidationError) -> str:
 
 
 def schema_of(batch: Batch) -> pa.Schema:
-    """Columns of the manifest of ``batch``."""
+    """Schema of the Parquet manifest of ``batch``."""
     names = [name for name in ManifestRow.model_fields if batch.format == "tar" or name not in IN_TARS]
     return pa.schema([(name, COLUMN_TYPES.get(name, pa.string())) for name in names])
 
 
 def write_parquet(sink: "SupportsWrite[bytes]", parts: Iterator[list[Row]], batch: Batch) -> None:
-    """The manifest of the whole batch, a row group per part, of which one is held at a time."""
+    """Write the Parquet manifest of a batch, one row group per part; one part is held in memory at a time."""
     schema = schema_of(batch)
     with pq.ParquetWriter(sink, schema) as writer:
         for rows in parts:

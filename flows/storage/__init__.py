@@ -1,1 +1,1 @@
-"""S3 as a store of whole, checked, write-once objects."""
+"""S3 storage: write-once, verified objects, multipart uploads and numbered objects."""

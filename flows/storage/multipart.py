@@ -1,16 +1,16 @@
-"""Large objects on any S3 server, written piece by piece: whole under their final name, once, or not at all.
+"""Multipart uploads of large objects to any S3 server: written once under their final name, atomically.
 
-An upload becomes an object by the call that completes it, under the condition of a small object's PUT. Until then it
-is nowhere to be seen, but takes up room: whoever gives one up aborts it, and those of killed processes are aborted by
-whoever comes next.
+An upload becomes an object by the call that completes it, with the same If-None-Match condition as a PUT. Until then it
+is invisible but takes up space, so a failed upload is aborted, and uploads of killed processes are aborted later.
 
-That condition is not enough: SeaweedFS looks at it first and writes then, so that of two uploads completed at once
-both may find nothing there, and the later overwrites the other; Ceph's gateway ignores it. So whoever is about to
-complete one first writes the SHA-256 of its bytes beside it, under KEY.sha256, by a PUT, of which one alone ever wins;
-who finds another sum there is held. All who complete then bring the same bytes, whatever becomes of the condition.
+The condition is not enough: SeaweedFS checks it before it writes, so that of two uploads completed at once the later
+may overwrite the other; Ceph's gateway ignores it. So a writer first writes the SHA-256 of its bytes under KEY.sha256
+by a conditional PUT, which only one writer wins; a writer that finds another checksum there raises Held. All writers
+that complete then have the same bytes, whatever the server does with the condition.
 
-What fits in a part is written by a PUT, without a sum. Its writer looks for a sum afterwards, and a writer of parts
-looks for the object after writing the sum: of two who bring different bytes, one at least sees the other, and is held.
+An object that fits in one part is written by a PUT, without a checksum object. Its writer looks for a checksum
+afterwards, and a multipart writer looks for the object after writing the checksum: of two writers with different bytes,
+at least one sees the other and raises Held.
 """
 
 import base64
@@ -32,17 +32,17 @@ if TYPE_CHECKING:
     from mypy_boto3_s3.type_defs import CompletedPartTypeDef, MultipartUploadTypeDef
 
 PART_BYTES = 8 * 2**20
-"""Size of all parts but the last: S3 takes no less than 5 MiB, and 10,000 of them."""
+"""Size in bytes of all parts but the last: S3 takes at least 5 MiB per part, and up to 10,000 parts."""
 SUM = ".sha256"
-"""Ends the name of what lies beside a large object, in the format of sha256sum."""
+"""Suffix of the checksum object beside a large object, in the format of sha256sum."""
 ABANDONED = timedelta(days=1)
-"""Uploads that were begun longer ago are nobody's who is at work."""
+"""Age from which an unfinished upload counts as abandoned."""
 
 
 class Upload(io.RawIOBase):
-    """An object that is being written; ``finish`` makes it appear, and ``abort`` leaves nothing of it.
+    """Writable file that becomes an object on ``finish``, or is discarded on ``abort``.
 
-    What is smaller than a part is an ordinary object. Never more than a part and what is written at once is held.
+    Data smaller than a part is written by a PUT. At most one part and one write are held in memory.
     """
 
     def __init__(self, store: Store, bucket: str, key: str, content_type: str, part_bytes: int) -> None:
@@ -56,7 +56,7 @@ class Upload(io.RawIOBase):
         self._taken_away = False
 
     def writable(self) -> bool:
-        """It is."""
+        """Return True."""
         return True
 
     def write(self, data: "ReadableBuffer") -> int:
@@ -70,9 +70,9 @@ class Upload(io.RawIOBase):
         return len(view)
 
     def finish(self) -> Put:
-        """Make the object appear unless its key is taken; the same bytes found there are as good.
+        """Complete the object unless its key is taken; the same bytes there count as success.
 
-        Raises Held if other bytes lie there, or are about to.
+        Raises Held if other bytes lie there or are being written.
         """
         bucket, key = self._place.bucket, self._place.prefix
         if self._id is None:
@@ -96,7 +96,7 @@ class Upload(io.RawIOBase):
             ) from error
 
     def _require_own_sum(self) -> None:
-        """Raise Held if somebody is about to complete an upload of other bytes here."""
+        """Raise Held if another writer is uploading other bytes to this key."""
         try:
             data = self._store.get(self._place.bucket, self._place.prefix + SUM)
         except Missing:
@@ -104,14 +104,14 @@ class Upload(io.RawIOBase):
         same_bytes(self._place.bucket, self._place.prefix, data[:64].decode(errors="replace"), self._digest.hexdigest())
 
     def abort(self) -> None:
-        """Have the server forget what was sent; what is finished, or was not begun, stays as it is."""
+        """Abort the upload on the server, if one was begun and not finished."""
         if self._id is not None:
             abort_upload(self._store, self._place.bucket, self._place.prefix, self._id)
             self._id = None
 
     def _send(self, piece: bytes) -> None:
         client, bucket, key = self._store.client, self._place.bucket, self._place.prefix
-        # Whoever aborts an upload that is not old has found the object there: all that is left is to compare.
+        # A recent upload is only aborted by a process that found the object: all that is left is to compare.
         if self._taken_away:
             return
         with _in_words(self._store, self._place):
@@ -133,7 +133,7 @@ class Upload(io.RawIOBase):
         self._parts.append({"PartNumber": number, "ETag": sent["ETag"], "ChecksumSHA256": checksum})
 
     def _completed(self) -> bool:
-        """Whether the object is ours; False if another one may be there."""
+        """Complete the upload; returns False if another object may be there."""
         assert self._id is not None
         with _in_words(self._store, self._place):
             try:
@@ -156,9 +156,9 @@ class Upload(io.RawIOBase):
 def writing(
     store: Store, bucket: str, key: str, content_type: str = "application/octet-stream", part_bytes: int = PART_BYTES
 ) -> Iterator[Upload]:
-    """A file to write an object of any size to, which appears when the block ends, as by ``Store.put_once``.
+    """Context with a writable file that becomes an object when the block ends, as by ``Store.put_once``.
 
-    After an exception it does not, and nothing of it is left.
+    After an exception nothing of it is left.
     """
     upload = Upload(store, bucket, key, content_type, part_bytes)
     try:
@@ -169,9 +169,9 @@ def writing(
 
 
 def abort_uploads(store: Store, place: Location, older_than: timedelta = timedelta(0)) -> int:
-    """Abort the uploads under ``place`` that were begun that long ago; returns how many there were."""
+    """Abort the uploads under ``place`` that are older than ``older_than``; returns their number."""
     before = datetime.now(UTC) - older_than
-    # Begun by the server's clock, and old by ours: without an age neither is looked at.
+    # Times are by the server's clock and ages by ours: without a limit neither is compared.
     old = [each for each in uploads(store, place) if not older_than or each["Initiated"] < before]
     for each in old:
         abort_upload(store, place.bucket, each["Key"], each["UploadId"])
@@ -179,14 +179,14 @@ def abort_uploads(store: Store, place: Location, older_than: timedelta = timedel
 
 
 def uploads(store: Store, place: Location) -> "list[MultipartUploadTypeDef]":
-    """Every upload under ``place`` that has no end."""
+    """List the unfinished uploads under ``place``."""
     pages = store.client.get_paginator("list_multipart_uploads").paginate(Bucket=place.bucket, Prefix=place.prefix)
     with _in_words(store, place):
         return [each for page in pages for each in page.get("Uploads", ())]
 
 
 def abort_upload(store: Store, bucket: str, key: str, upload: str) -> None:
-    """Have the server forget an upload; one that is gone, or was completed, is left."""
+    """Abort an upload, unless it is gone or was completed."""
     with _in_words(store, Location(bucket, key)):
         try:
             store.client.abort_multipart_upload(Bucket=bucket, Key=key, UploadId=upload)
@@ -196,10 +196,10 @@ def abort_upload(store: Store, bucket: str, key: str, upload: str) -> None:
 
 
 def honours_conditional_completion(store: Store, bucket: str, prefix: str = "") -> bool:
-    """Whether the server refuses to complete an upload over an object when asked to.
+    """Whether the server honours If-None-Match when it completes a multipart upload over an existing object.
 
     The object is the one that ``Store.require_conditional_puts`` has left under ``prefix``. Some servers honour the
-    condition on a PUT and ignore it here.
+    condition only on a PUT.
     """
     place = Location(bucket, prefix.strip("/")) / PROBE
     abort_uploads(store, place, ABANDONED)

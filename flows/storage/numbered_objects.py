@@ -1,7 +1,7 @@
 """Numbered objects on S3, ``PLACE/00000001.json`` and so on, each written once: of several writers one succeeds.
 
-To create an object with If-None-Match is one write. The ledgers of models, the heads of data sets and claims stand on
-it: whoever loses finds what the winner wrote, and decides anew.
+Creating an object with If-None-Match is a single write. The ledgers of models, the heads of data sets and claims rely
+on it: a writer that loses reads the winner's object and decides again.
 """
 
 import re
@@ -19,7 +19,7 @@ from flows.storage.s3_errors import Missing
 
 NAME = re.compile(r"([0-9]{8})\.json")
 LARGEST_CLAIM = 4096
-"""Bytes of a claim, at most; a larger object is none."""
+"""Maximum size of a claim in bytes; larger objects are no claims."""
 
 
 def object_name(number: int) -> str:
@@ -28,7 +28,7 @@ def object_name(number: int) -> str:
 
 
 def first_free(numbers: Collection[int]) -> int:
-    """Return the least number that is not taken: a foreign object with a number far off is passed over."""
+    """Return the lowest free number; a foreign object with a far higher number is ignored."""
     return next(number for number in range(1, len(numbers) + 2) if number not in numbers)
 
 
@@ -40,7 +40,7 @@ class NumberedObjects:
     store: Store
 
     def listed(self) -> tuple[Listed, ...]:
-        """List all objects below ``place``, whatever they are."""
+        """List all objects below ``place``, including foreign ones."""
         return tuple(self.store.list_objects(self.place.bucket, self.place.key("")))
 
     def number(self, listed: Listed) -> int:
@@ -53,7 +53,7 @@ class NumberedObjects:
         return set(map(self.number, self.listed())) - {0}
 
     def require_conditional_puts(self) -> None:
-        """Raise UserError if the server overwrites what If-None-Match is to protect."""
+        """Raise UserError if the server ignores If-None-Match."""
         self.store.require_conditional_puts(self.place.bucket, self.place.prefix.partition("/")[0])
 
     def get(self, number: int, most: int | None = None) -> bytes | None:
@@ -70,22 +70,22 @@ class NumberedObjects:
 
 
 class Claim(Config):
-    """The name that a server gave to what somebody made, such as a run's ID."""
+    """Claim of a process, with the server's name of what it made, such as a run ID."""
 
     made: str
 
 
 @dataclass(frozen=True)
 class Claims(NumberedObjects):
-    """Claims to have been the first to make one thing, ``s3://BUCKET/claims/MODEL/KEY/00000001.json`` and so on.
+    """Claims to be the first creator of an object, ``s3://BUCKET/claims/MODEL/KEY/00000001.json`` and so on.
 
-    MLflow finds runs by their tags and lets any number of them have the same one; only one process can create a claim.
-    A claim counts while what it names is there and valid: after that the next number is free.
+    MLflow allows any number of runs with the same tag, but only one process can create a claim. A claim counts while
+    the object it names exists and is valid; after that the next number is free.
     """
 
     @classmethod
     def of(cls, model: str, key: str) -> "Claims":
-        """Return the claims to make what ``key`` identifies for a registered model."""
+        """Return the claims to create the object ``key`` of a registered model."""
         return cls(Location(settings().bucket) / "claims" / model / key, Store())
 
     def holder(self, valid: Callable[[str], bool]) -> str | None:
@@ -93,7 +93,7 @@ class Claims(NumberedObjects):
         return self._first(valid)[0]
 
     def claim(self, made: str, valid: Callable[[str], bool]) -> str:
-        """Claim to have ``made`` the thing; returns what was made by whoever was first."""
+        """Claim to be the first, with ``made`` as the name of the object; returns the name in the first claim."""
         self.require_conditional_puts()
         while True:
             first, taken = self._first(valid)
@@ -106,7 +106,7 @@ class Claims(NumberedObjects):
             return made
 
     def _first(self, valid: Callable[[str], bool]) -> tuple[str | None, set[int]]:
-        """What the first valid claim names, and all numbers up to it."""
+        """Name in the first valid claim, or None, and the numbers before it."""
         taken = set[int]()
         for listed in self.listed():
             if number := self.number(listed):

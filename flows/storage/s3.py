@@ -1,4 +1,4 @@
-"""Objects on any S3 server: written once, whole, under their final name, and checked by SHA-256."""
+"""Client for any S3 server: objects are written once, atomically, and verified by SHA-256."""
 
 import base64
 import hashlib
@@ -29,25 +29,25 @@ if TYPE_CHECKING:
     from mypy_boto3_s3.type_defs import ObjectIdentifierTypeDef
 
 Put = Literal["written", "already there"]
-"""How a write ended: by us, or with the very same bytes by somebody before us."""
+"""Outcome of a write: by this call, or with the same bytes by an earlier one."""
 
 BUCKET_NAME = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
 PROBE = ".darkroom-conditional-put"
-"""Name of the object by which ``require_conditional_puts`` knows a server that honours conditions."""
+"""Name of the object that ``require_conditional_puts`` probes the server with."""
 DELETED_AT_ONCE = 1000
-"""The most that S3 takes in one request."""
+"""Maximum number of objects in one delete request."""
 
 
 @dataclass(frozen=True)
 class Location:
-    """A place on S3: a bucket, and a prefix without slashes at its ends (empty: the whole bucket)."""
+    """Place on S3: a bucket and a prefix without slashes at its ends (empty for the whole bucket)."""
 
     bucket: str
     prefix: str = ""
 
     @classmethod
     def parse(cls, uri: str) -> "Location":
-        """The place that ``uri``, s3://BUCKET or s3://BUCKET/PREFIX, names; raises UserError otherwise."""
+        """Parse s3://BUCKET or s3://BUCKET/PREFIX; raises UserError for anything else."""
         scheme, separator, path = uri.partition("://")
         if scheme != "s3" or not separator:
             raise UserError(f"{uri!r} is not an S3 URI: write it as s3://BUCKET/PREFIX")
@@ -65,7 +65,7 @@ class Location:
         return cls(bucket, prefix)
 
     def key(self, name: str) -> str:
-        """The full key of the object ``name`` under this place."""
+        """Full key of the object ``name`` under this place."""
         return f"{self.prefix}/{name}" if self.prefix else name
 
     def __truediv__(self, name: str) -> "Location":
@@ -76,7 +76,7 @@ class Location:
 
 
 class Listed(NamedTuple):
-    """An object in a listing: its key, its size in bytes, its ETag, which differs when the bytes do, and its age."""
+    """Object in a listing: key, size in bytes, ETag, which differs when the bytes do, and time of writing."""
 
     key: str
     size: int
@@ -85,7 +85,7 @@ class Listed(NamedTuple):
 
 
 class Stat(NamedTuple):
-    """What a server says of an object: its size in bytes, and when it was written."""
+    """Metadata of an object: size in bytes and time of writing."""
 
     size: int
     written: datetime
@@ -93,7 +93,7 @@ class Stat(NamedTuple):
 
 @dataclass(frozen=True)
 class Object:
-    """Bytes to be written under ``key``."""
+    """Object to be written under ``key``."""
 
     key: str
     data: bytes
@@ -102,11 +102,11 @@ class Object:
 
 
 def client(attempts: int = 5, read_timeout: float = 60, variables: Mapping[str, str] = os.environ) -> "S3Client":
-    """A client as the standard ``AWS_*`` variables and files describe it; safe to share among threads.
+    """Create a thread-safe client from the standard ``AWS_*`` variables and files.
 
-    ``attempts`` is how often a request is tried in all, over about 8 s for the default; ``read_timeout``
-    is in seconds; what ``variables`` lacks is looked up where boto3 does. Raises UserError if the settings
-    make no sense.
+    ``attempts`` is the total number of tries per request, over about 8 s for the default; ``read_timeout``
+    is in seconds; settings missing in ``variables`` are looked up by boto3. Raises UserError if the settings
+    are invalid.
     """
     pair = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
     access_key, secret_key = (variables.get(name) or None for name in pair)
@@ -138,7 +138,7 @@ def client(attempts: int = 5, read_timeout: float = 60, variables: Mapping[str, 
 
 @dataclass(frozen=True)
 class Store:
-    """What Darkroom needs of S3. Every method raises UserError for what the user can mend, in one line."""
+    """S3 operations of Darkroom. Every method raises UserError, with one line, for errors that the user can fix."""
 
     client: "S3Client" = field(default_factory=client)
 
@@ -150,15 +150,15 @@ class Store:
         metadata: Mapping[str, str] | None = None,
         content_type: str = "application/octet-stream",
     ) -> Put:
-        """Write ``data`` (at most 5 GiB) unless the key is taken; the same bytes found there are as good.
+        """Write ``data`` (at most 5 GiB) unless the key is taken; the same bytes there count as success.
 
-        Raises Held if other bytes lie there. The SHA-256 is checked by the server, and kept as metadata.
+        Raises Held if other bytes lie there. The SHA-256 is checked by the server and stored as metadata.
         """
         digest = hashlib.sha256(data).hexdigest()
         return self._put_once(bucket, key, lambda: data, digest, metadata or {}, content_type)
 
     def put_file_once(self, bucket: str, key: str, path: Path) -> Put:
-        """``put_once`` of the file at ``path``, of which little is held in memory."""
+        """Write the file at ``path`` as ``put_once`` does, without loading it into memory."""
         digest = sha256_file(path)
         with path.open("rb") as file:
 
@@ -180,7 +180,7 @@ class Store:
         """Write ``body``, whose hex SHA-256 is ``digest``, as ``put_once`` does."""
 
         def put() -> str | None:
-            """None if it was written, else the SHA-256 of what lies there."""
+            """Write the object; returns None, or the SHA-256 of an existing object."""
             try:
                 self.client.put_object(
                     Bucket=bucket,
@@ -204,7 +204,7 @@ class Store:
         return same_bytes(bucket, key, there, digest)
 
     def put_many(self, bucket: str, objects: Sequence[Object], workers: int = 8) -> list[Put]:
-        """``put_once`` of each of ``objects``, ``workers`` at a time; the first failure stops the rest."""
+        """Write each of ``objects`` as ``put_once`` does, ``workers`` at a time; the first failure stops the rest."""
         with ThreadPoolExecutor(workers) as pool:
             futures = [pool.submit(self.put_once, bucket, o.key, o.data, o.metadata, o.content_type) for o in objects]
             try:
@@ -213,9 +213,9 @@ class Store:
                 pool.shutdown(wait=False, cancel_futures=True)
 
     def get(self, bucket: str, key: str, most: int | None = None) -> bytes:
-        """The bytes of an object, checked against the server's checksum; raises Missing.
+        """Read the bytes of an object, verified by the server's checksum; raises Missing.
 
-        Raises UserError, before any of it is read, if it has more than ``most`` bytes.
+        Raises UserError, before anything is read, if it has more than ``most`` bytes.
         """
 
         def get() -> bytes:
@@ -227,7 +227,7 @@ class Store:
             return _retrying(is_broken_read)(get)
 
     def get_span(self, bucket: str, key: str, offset: int, size: int) -> bytes:
-        """``size`` bytes of an object from ``offset`` on, which no checksum of the server's covers; raises Missing."""
+        """Read ``size`` bytes of an object from ``offset`` on, without a checksum; raises Missing."""
         span = f"bytes={offset}-{offset + size - 1}"
         with self._in_words(bucket, key):
             return _retrying(is_broken_read)(
@@ -235,14 +235,14 @@ class Store:
             )
 
     def sha256(self, bucket: str, key: str) -> str:
-        """Hex SHA-256 of an object, by the server's own sum or ours of what it sends; raises Missing."""
+        """Hex SHA-256 of an object, from the server's checksum or else from its bytes; raises Missing."""
         with self._in_words(bucket, key):
             return _retrying(is_broken_read)(lambda: self._sha256(bucket, key))
 
     def fetch(self, bucket: str, key: str, path: Path, most: int | None = None) -> None:
-        """Write an object over what is at ``path``, a megabyte at a time, checked as by ``get``; raises Missing.
+        """Fetch an object to ``path``, overwriting it, a megabyte at a time, verified as by ``get``; raises Missing.
 
-        Raises UserError as ``get`` does. No part of it is left there after an error.
+        Raises UserError as ``get`` does. No partial file is left after an error.
         """
 
         def fetch() -> None:
@@ -259,16 +259,16 @@ class Store:
             raise
 
     def download(self, bucket: str, key: str, path: Path) -> str:
-        """``fetch`` it, whole or not at all; returns the SHA-256 of what came."""
+        """Fetch an object to ``path`` atomically; returns the SHA-256 of its bytes."""
         return write_atomically(path, partial(self.fetch, bucket, key))
 
     def exists(self, bucket: str, key: str) -> bool:
-        """Whether there is an object of that name."""
+        """Whether the object exists."""
         with self._in_words(bucket, key):
             return _found(lambda: self.client.head_object(Bucket=bucket, Key=key))
 
     def stat(self, bucket: str, key: str) -> Stat | None:
-        """Size and age of an object; None if there is none of that name."""
+        """Size and time of an object; None if it does not exist."""
         try:
             with self._in_words(bucket, key):
                 head = self.client.head_object(Bucket=bucket, Key=key)
@@ -277,11 +277,11 @@ class Store:
         return Stat(head["ContentLength"], head["LastModified"])
 
     def list_keys(self, bucket: str, prefix: str = "", after: str = "") -> Iterator[str]:
-        """All keys that begin with ``prefix`` and sort after ``after``, in order, however many there are."""
+        """Yield all keys that begin with ``prefix`` and sort after ``after``, in order."""
         return (found.key for found in self.list_objects(bucket, prefix, after))
 
     def list_objects(self, bucket: str, prefix: str = "", after: str = "") -> Iterator[Listed]:
-        """The same with size and ETag; a page of them is held at a time."""
+        """Yield the objects of ``list_keys`` with size, ETag and time; one page is held in memory at a time."""
         # No delimiter: some servers go on listing a "folder" for minutes after it was emptied.
         pages = self.client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix, StartAfter=after)
         with self._in_words(bucket, prefix):
@@ -290,7 +290,7 @@ class Store:
                     yield Listed(entry["Key"], entry["Size"], entry["ETag"].strip('"'), entry["LastModified"])
 
     def delete_many(self, bucket: str, keys: Iterable[str]) -> None:
-        """Delete the objects of these names; those that are not there are as good as deleted."""
+        """Delete the objects of these names, if they exist."""
         left = iter(keys)
         while batch := list(islice(left, DELETED_AT_ONCE)):
             with self._in_words(bucket, batch[0]):
@@ -301,7 +301,7 @@ class Store:
                 raise DarkroomError(f"{place} was not deleted: {error.get('Code')}: {error.get('Message')}")
 
     def ensure_bucket(self, bucket: str) -> None:
-        """Create ``bucket`` if it is not there."""
+        """Create ``bucket`` if it does not exist."""
         with self._in_words(bucket):
             if _found(lambda: self.client.head_bucket(Bucket=bucket)):
                 return
@@ -315,13 +315,13 @@ class Store:
                         CreateBucketConfiguration={"LocationConstraint": region},  # type: ignore[typeddict-item]
                     )
             except ClientError as error:
-                # Somebody created it at the same moment.
+                # Another process created it at the same moment.
                 if error.response["Error"]["Code"] not in {"BucketAlreadyOwnedByYou", "BucketAlreadyExists"}:
                     raise
                 self.client.head_bucket(Bucket=bucket)
 
     def require_conditional_puts(self, bucket: str, prefix: str = "") -> None:
-        """Raise UserError unless the server refuses to overwrite when asked to; else nothing is written once.
+        """Raise UserError unless the server honours If-None-Match, which all write-once objects rely on.
 
         Leaves a small object under ``prefix`` for the next probe, so that no right to delete is needed.
         """
@@ -363,7 +363,7 @@ class Store:
 
 
 def same_bytes(bucket: str, key: str, there: str, here: str) -> Put:
-    """How a write ended that found an object of the SHA-256 ``there``: well if that is ``here``; else raises Held."""
+    """Outcome of a write that found an object of the SHA-256 ``there``; raises Held unless that equals ``here``."""
     if there != here:
         raise Held(
             f"s3://{bucket}/{key} is taken by other bytes (sha256 {there[:12]}… there, {here[:12]}… here): write "
@@ -378,7 +378,7 @@ def _require_size(size: int, most: int | None, bucket: str, key: str) -> None:
 
 
 def _found(request: Callable[[], object]) -> bool:
-    """Whether ``request``, a HEAD, finds its object."""
+    """Whether the HEAD ``request`` finds its object."""
     try:
         request()
     except ClientError as error:
@@ -389,7 +389,7 @@ def _found(request: Callable[[], object]) -> bool:
 
 
 def _retrying(worth_it: Callable[[BaseException], bool]) -> Retrying:
-    """Tries again what botocore itself does not, and in the end raises the last error."""
+    """Retry policy for errors that botocore does not retry; raises the last error in the end."""
     return Retrying(
         retry=retry_if_exception(worth_it),
         stop=stop_after_attempt(6),

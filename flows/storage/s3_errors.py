@@ -1,4 +1,4 @@
-"""What can go wrong with S3: in one line for people, and whether another try may help."""
+"""S3 errors: translation into one-line messages, and classification for retries."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -37,16 +37,16 @@ BROKEN_READS = (*DAMAGED_READS, ConnectionClosedError, ReadTimeoutError)
 
 
 class Missing(UserError):
-    """There is no object of that name."""
+    """Missing object."""
 
 
 class Denied(UserError):
-    """The server lets nobody in with these keys, or not there."""
+    """Access denied by the server."""
 
 
 @contextmanager
 def in_words(server: str, bucket: str, key: str = "") -> Iterator[None]:
-    """Turn what boto3 raises inside into one line for people, with the original as its cause."""
+    """Context that turns exceptions of boto3 into errors with a one-line message, with the original as the cause."""
     place = f"s3://{bucket}/{key}"
     try:
         yield
@@ -75,7 +75,7 @@ def _explained(error: ClientError, place: str, bucket: str, server: str) -> Dark
     if code in {"NoSuchKey", "404", "NotFound"}:
         return Missing(f"{place} does not exist at {server}")
     if code == "InvalidRange":
-        return Missing(f"{place} is shorter at {server} than what was asked of it: it was cut, or replaced")
+        return Missing(f"{place} is shorter at {server} than the requested range: it was cut, or replaced")
     if code in DENIED:
         hint = "check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and what that key may do"
         if code == "403":  # to a HEAD, whose answer has no body to say why
@@ -90,17 +90,17 @@ def _explained(error: ClientError, place: str, bucket: str, server: str) -> Dark
 
 
 def status_of(error: ClientError) -> int:
-    """The HTTP status that the server answered."""
+    """HTTP status of the server's answer."""
     return error.response["ResponseMetadata"]["HTTPStatusCode"]
 
 
 def is_broken_read(error: BaseException) -> bool:
-    """A body that broke off, or came out other than the server's checksum says."""
+    """Whether a response body broke off or did not match the server's checksum."""
     return isinstance(error, BROKEN_READS)
 
 
 def is_conflict(error: BaseException) -> bool:
-    """Two writers met inside the server (409), or what took the key was gone when we looked (404)."""
+    """Whether two writers collided in the server (409), or a conflicting object was gone when it was read (404)."""
     if not isinstance(error, ClientError):
         return False
     code = error.response["Error"]["Code"]

@@ -1,7 +1,7 @@
-"""Tags that Darkroom wrote into model versions and runs, parsed and bounded before any of them is used.
+"""Darkroom's tags of model versions and runs, validated before use.
 
-MLflow keeps tags as text that everybody with an account can change. They become file names, S3 keys and search
-expressions here, so each is checked once, in ``parse_tags``, and what it says is read from ``Tags`` alone.
+MLflow stores tags as text that everybody with an account can change. They become file names, S3 keys and search
+expressions here, so all tags are validated by ``parse_tags`` and read only from ``Tags``.
 """
 
 from collections.abc import Mapping
@@ -14,11 +14,11 @@ from diffusion.common.errors import UserError
 from diffusion.data.manifest import Sha256
 
 PREFIX = "darkroom."
-"""Begins the name of every tag that is ours."""
+"""Prefix of the names of Darkroom's tags."""
 HIGHEST_NUMBER = 2**31 - 1
 """Largest number of a model version that MLflow's database can hold."""
 SHOWN = 60
-"""Characters of a bad value that an error repeats."""
+"""Maximum characters of a bad value in an error message."""
 
 RunId = Annotated[str, StringConstraints(pattern=r"^[0-9A-Za-z_-]{1,64}$")]
 """ID of an MLflow run."""
@@ -31,7 +31,7 @@ DvcDigest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{32}(\.dir)?$")]
 
 
 class Tags(BaseModel):
-    """Tags of a model version or of a run; None where there is no such tag. Others are left out."""
+    """Darkroom's tags of a model version or a run; None for missing tags. Other tags are ignored."""
 
     model_config = ConfigDict(
         extra="ignore",
@@ -47,7 +47,7 @@ class Tags(BaseModel):
     content_digest: Sha256 | None = None
     """Content of the data set that was trained on."""
     dvc_digest: DvcDigest | None = None
-    """The same data set version, as DVC names it."""
+    """DVC digest of the same data set version."""
     dataset: PlainName | None = None
     """Name of the data set."""
     autoencoder: ModelUri | None = None
@@ -55,9 +55,9 @@ class Tags(BaseModel):
     start: ModelUri | None = None
     """Version whose weights training began with."""
     takedown: Annotated[str, StringConstraints(pattern=r"^[0-9a-z]+(,[0-9a-z]+)*$")] | None = None
-    """Takedowns of images that it learned from, separated by commas."""
+    """Names of takedowns of images that it was trained on, separated by commas."""
     released_from: Annotated[str, StringConstraints(min_length=1, max_length=2000)] | None = None
-    """Where a released version comes from, in words."""
+    """Source of a released version, in words."""
 
 
 def parse_tags(tags: Mapping[str, str], where: str) -> Tags:
@@ -66,8 +66,8 @@ def parse_tags(tags: Mapping[str, str], where: str) -> Tags:
         return Tags.model_validate(dict(tags))
     except ValidationError as error:
         first = error.errors()[0]
-        given = str(first["input"])
-        shown = ascii(given[:SHOWN]) + (" …" if len(given) > SHOWN else "")
+        value = str(first["input"])
+        shown = ascii(value[:SHOWN]) + (" …" if len(value) > SHOWN else "")
         raise UserError(
             f"{where} has the tag {first['loc'][0]} = {shown}, which is not what Darkroom writes there: correct it in "
             "MLflow, or delete it"

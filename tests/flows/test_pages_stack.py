@@ -47,7 +47,7 @@ def test_the_version_its_alias_its_card_and_its_images_are_in_mlflows_ui(
         expect(page.get_by_text("champion").first).to_be_visible(timeout=PATIENCE)
         page.screenshot(path=tmp_path / "model.png")
         page = opened(browser, workspace, "models/blobs/versions/1")
-        for heading in ("How it was judged", "How good it is", "Data", "Limits"):
+        for heading in ("Gate decision", "How good it is", "Data", "Limits"):
             expect(page.get_by_role("heading", name=heading, exact=True)).to_be_visible(timeout=PATIENCE)
         # MLflow takes the names of images away.
         samples = page.locator("img[src*='evaluation%2Fgrids']")

@@ -13,7 +13,7 @@ from flows.config import Params
 from flows.datasets.checkout import checkout
 from flows.environment import data_source, settings
 from flows.registry import champion
-from flows.registry.dependencies import named_now
+from flows.registry.dependencies import current_start
 from flows.registry.ledger import Ledger
 from flows.registry.ledger_entries import Evidence
 from flows.registry.model_versions import Version, version_of
@@ -86,7 +86,7 @@ def test_what_is_taken_down_during_an_ingest_is_not_in_its_version(step: str, tw
 @pytest.mark.parametrize(
     "step",
     [
-        "flows.datasets.catalog:Catalogue.tell_removal",
+        "flows.datasets.catalog:Catalogue.publish_removal",
         "flows.datasets.lineage:record_data",
         "flows.datasets.catalog:Heads.advance",
     ],
@@ -104,7 +104,7 @@ def test_what_is_ingested_during_a_takedown_is_in_its_version(step: str, two: tu
 @pytest.mark.parametrize(
     "step",
     [
-        "flows.datasets.catalog:Catalogue.tell_removal",
+        "flows.datasets.catalog:Catalogue.publish_removal",
         "flows.datasets.lineage:record_data",
         "flows.datasets.catalog:Heads.advance",
     ],
@@ -114,7 +114,7 @@ def test_a_killed_takedown_is_finished_by_the_next_ingest_or_by_itself(step: str
     with before(step, killed), pytest.raises(Killed):
         one.take_down(GONE)
     other.ingest(200)
-    assert (GONE in other.images) == step.endswith("tell_removal"), "from its record on, it holds everywhere"
+    assert (GONE in other.images) == step.endswith("publish_removal"), "from its record on, it holds everywhere"
     one.take_down(GONE)
     assert one.images == {*BASE, 200} - {GONE}
     assert one.newest == one.version.digest
@@ -228,7 +228,7 @@ def test_a_takedown_during_a_promotion_stops_it_or_marks_the_version(shop: Shop,
     with before("flows.promote:next_entry", lambda: take_down_and_mark(shop, elsewhere)):
         assert shop.commit(first) == ["promote"]
     assert all(shop.marks(first)), "it was past the check: so the takedown found it"
-    with pytest.raises(UserError, match="train anew"):
+    with pytest.raises(UserError, match="train again"):
         shop.commit(second)
 
 
@@ -236,7 +236,7 @@ def test_a_takedown_during_a_promotion_stops_it_or_marks_the_version(shop: Shop,
 def test_a_takedown_before_the_last_look_stops_the_promotion(shop: Shop, elsewhere: Machine) -> None:
     version = shop.register(shop.train(shop.machine.version.content_digest))
     takedown = before("flows.registry.ledger:Ledger.append", lambda: take_down_and_mark(shop, elsewhere))
-    with takedown, pytest.raises(UserError, match="train anew"):
+    with takedown, pytest.raises(UserError, match="train again"):
         shop.commit(version)
     assert Ledger.of(shop.model).read().entries == ()
 
@@ -282,9 +282,9 @@ def test_a_champion_that_learned_from_them_is_none_to_begin_with(
     shop.commit(version)
     with chdir(shop.machine.folder):
         uri = f"models:/{shop.model}@champion"
-        begun = named_now(params, uri)
+        begun = current_start(params, uri)
         assert begun is not None
         assert begun.uri == version.uri
         elsewhere.take_down(GONE)
-        assert named_now(params, uri) is None
+        assert current_start(params, uri) is None
     assert "random weights" in caplog.text

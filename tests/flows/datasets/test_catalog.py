@@ -207,7 +207,7 @@ def test_a_version_with_images_that_were_taken_down_comes_back_only_when_told_so
     old = files_of(FOLDER)
     done = remove(FOLDER, Selection(sources=["odd/01.png"]), "consent withdrawn")
     place.publish()
-    place.catalogue.tell_removal(done)
+    place.catalogue.publish_removal(done)
     with pytest.raises(UserError, match=r"taken down since \(consent withdrawn\)"):
         checkout(FOLDER, before.digest, unreachable)
     place.forget()
@@ -225,7 +225,7 @@ def test_a_version_that_stored_them_in_another_way_is_refused_as_well_and_leaves
     ingest(FOLDER, config, rebuild="if_different")
     done = remove(FOLDER, Selection(sources=["odd/01.png"]), "consent withdrawn")
     place.publish()
-    place.catalogue.tell_removal(done)
+    place.catalogue.publish_removal(done)
     place.forget()
     with pytest.raises(UserError, match="consent withdrawn"):
         checkout(FOLDER, before.digest, place.reach)
@@ -238,7 +238,7 @@ def test_another_machine_learns_what_was_taken_down_and_whether_it_still_holds_i
     assert place.catalogue.held_removals(FOLDER) == []
     done = remove(FOLDER, Selection(sources=["odd/01.png"]), "consent withdrawn")
     place.publish()
-    place.catalogue.tell_removal(done)
+    place.catalogue.publish_removal(done)
     assert place.catalogue.held_removals(FOLDER) == []
     checkout(FOLDER, before.digest, place.reach, with_removed=True)
     shutil.rmtree(work_folder(FOLDER))
@@ -260,7 +260,7 @@ def test_a_removal_in_the_bucket_that_would_be_written_elsewhere_is_refused_by_i
     place.catalogue.store.put_once(place.bucket, "datasets/blobs/removals/x.json", json.dumps(told).encode())
     before = files_of(Path())
     with pytest.raises(UserError, match=r"datasets/blobs/removals/x\.json is no removal .*asked: "):
-        place.catalogue.learn_removals(FOLDER)
+        place.catalogue.fetch_removals(FOLDER)
     with pytest.raises(UserError, match=r"x\.json is no removal"):
         list(place.catalogue.removals())
     assert files_of(Path()) == before

@@ -9,11 +9,11 @@ from diffusion.data.manifest import Manifest, read_manifest
 from diffusion.generation.config import UNCONDITIONAL
 from flows.config import Params
 from flows.datasets.sync import CREATED, created, newer, sync
-from flows.registry.idempotency import Printing, Request
+from flows.registry.idempotency import ContactSheet, Request
 from tests.builders.catalogs import FOLDER, Place
 
 PARAMS = Params.model_validate({"training": {"dataset": "blobs", "images": 320}})
-PRINTING = Printing(64, 0, None, UNCONDITIONAL)
+PRINTING = ContactSheet(64, 0, None, UNCONDITIONAL)
 
 
 @pytest.fixture
@@ -62,7 +62,7 @@ def test_an_event_names_its_version_and_is_the_same_however_often_it_is_made(
     assert second.payload["parent"] == versions[0].digest
     for version in versions:
         assert not place.catalogue.announced(version.digest)
-        place.catalogue.note_announced(version.digest)
+        place.catalogue.mark_announced(version.digest)
         assert place.catalogue.announced(version.digest)
     assert place.catalogue.versions().keys() == {version.digest for version in versions}
 
@@ -99,7 +99,7 @@ def test_what_is_done_is_done_for_equal_content_and_configuration(
         Request.of(changed("training", seed=1), versions[0], PRINTING),
         Request.of(changed("gate", delta=0.2), versions[0], PRINTING),
         Request.of(changed("registry", model="other"), versions[0], PRINTING),
-        Request.of(PARAMS, versions[0], Printing(65, 0, None, UNCONDITIONAL)),
+        Request.of(PARAMS, versions[0], ContactSheet(65, 0, None, UNCONDITIONAL)),
     ]
     assert len({each.key for each in others} | {request.key}) == 6
     assert [each.done() for each in others] == [None] * 5

@@ -28,7 +28,7 @@ from flows.config import Params, SamplingBatchConfig
 from flows.provenance.reproduce import reproduce
 from flows.provenance.trace import Trace, trace
 from flows.registry import dependencies, model_versions
-from flows.registry.idempotency import Printing, Request
+from flows.registry.idempotency import ContactSheet, Request
 from flows.registry.model_versions import CODE, WEIGHTS, Version
 from flows.sampling import generate_batch, sampling_batch
 from flows.sampling.lookup import disagreements, find
@@ -485,16 +485,16 @@ def test_notes_that_cannot_be_read_are_named(
     monkeypatch.chdir(tmp_path)
     manifest = BuiltDataset(tmp_path / "data" / "blobs", 8, "blobs").version([kept(np.zeros((8, 8), np.uint8), "a")])
     params = Params.model_validate({"training": {"dataset": "blobs", "init_from": "models:/blobs/1"}})
-    request = Request.of(params, manifest, Printing(1, 0, None, ASKED))
+    request = Request.of(params, manifest, ContactSheet(1, 0, None, ASKED))
     note = request.place.key(f"{request.key}.json")
     for junk in (b"junk", b"[]", b'{"verdict": 1}'):
         sampled.store.client.put_object(Bucket=BUCKET, Key=note, Body=junk)
         assert request.done() is None
         assert note in caplog.text
-    begun = dependencies.decided(params, "models:/blobs/1")
+    begun = dependencies.resolve_start(params, "models:/blobs/1")
     assert begun is not None
     (key,) = (key for key in sampled.store.list_keys(BUCKET, "starts/") if key.endswith(".json"))
     sampled.store.client.put_object(Bucket=BUCKET, Key=key, Body=b"junk")
     with pytest.raises(UserError, match=key):
-        dependencies.decided(params, "models:/blobs/1")
+        dependencies.resolve_start(params, "models:/blobs/1")
     assert sha256_bytes(sampled.store.get(BUCKET, key)) == sha256_bytes(b"junk")

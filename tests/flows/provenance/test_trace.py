@@ -32,7 +32,7 @@ from flows import sample
 from flows.config import SamplingBatchConfig
 from flows.datasets.catalog import Catalogue
 from flows.datasets.lineage import CodeVersion, DataVersion, record_data
-from flows.provenance.reproduce import Compared, Reproduced, changed_libraries, compare, reproduce
+from flows.provenance.reproduce import ImageComparison, Reproduction, changed_libraries, compare, reproduce
 from flows.provenance.trace import trace
 from flows.registry import model_versions
 from flows.registry.model_versions import Version
@@ -198,7 +198,7 @@ def test_a_copy_of_a_print_leads_to_the_batch_that_printed_it_among_several_of_i
     assert found.batch is None
     assert found.model is not None
     assert "no batch of" in found.broken[0]
-    with pytest.raises(UserError, match="give the address that it was printed to"):
+    with pytest.raises(UserError, match="give the address that it was sampled to"):
         reproduce(str(copy))
 
 
@@ -235,7 +235,7 @@ def test_an_altered_print_is_told_from_one_that_was_only_saved_anew(made: Made) 
         assert found.image.as_generated is False
         assert found.data is not None
         (words[name],) = found.broken
-    assert "was saved anew: its pixels are what was printed" in words["saved"]
+    assert "was saved again: its pixels are those that were generated" in words["saved"]
     assert "was altered" in words["altered"]
     assert "was altered" in words["spoilt"]
 
@@ -299,7 +299,7 @@ def test_shards_that_are_lost_are_named_and_found_wherever_they_still_are(made: 
 
 def test_takedowns_are_told_by_the_marks_in_mlflow_and_by_the_catalogue(made: Made) -> None:
     tables = [part.records.sha256 for part in made.manifest.parts]
-    Catalogue.of("blobs", SOURCE, made.store).tell_removal(REMOVAL.model_copy(update={"tables": tables}))
+    Catalogue.of("blobs", SOURCE, made.store).publish_removal(REMOVAL.model_copy(update={"tables": tables}))
     made.client.set_model_version_tag("blobs", "1", TAKEDOWN, "feedc0de0123")
     try:
         (one, other) = sorted(trace(made.image).takedowns, key=lambda each: each.reason or "")
@@ -462,8 +462,8 @@ def test_an_altered_image_is_compared_by_the_digest_of_what_was_printed() -> Non
 
 def outcome(made: Made, mean: float, differences: str, altered: bool = False, code: str = "shipped") -> str | None:
     exact = mean == 0
-    one = Compared(key="x", exact=exact, altered=altered, largest_error=9, mean_error=mean, differing_pixels=1)
-    return Reproduced(
+    one = ImageComparison(key="x", exact=exact, altered=altered, largest_error=9, mean_error=mean, differing_pixels=1)
+    return Reproduction(
         where="",
         model="models:/blobs/1",
         code=code,
@@ -488,7 +488,7 @@ def test_only_other_arithmetic_excuses_an_error_and_only_a_small_one(made: Made)
     assert "Try --installed" in (outcome(made, 0.5, "") or "")
     assert "report it" in (outcome(made, 0.5, "", code="installed") or "")
     assert "further off than other arithmetic explains" in (outcome(made, 5, "torch: 2 → 3") or "")
-    assert "altered or lost since printing: x" in (outcome(made, 0, "", altered=True) or "")
+    assert "altered or lost since sampling: x" in (outcome(made, 0, "", altered=True) or "")
 
 
 def test_libraries_that_moved_are_named() -> None:

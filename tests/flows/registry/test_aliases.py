@@ -17,7 +17,7 @@ from flows.registry.aliases import adopted, aliases_of, append, project, restore
 from flows.registry.ledger import Ledger
 from flows.registry.ledger_entries import Approval, Entry, Evidence, History, What
 from flows.registry.model_versions import Version, resolve
-from flows.retention.run_items import find_live
+from flows.retention.run_items import find_references
 from tests.builders.model_versions import Killed, Mortal, add_version
 
 HOLD = Evidence(verdict="hold", reason="kid 0.02 ± 0.01, not lower")
@@ -172,7 +172,7 @@ def refused(client: MlflowClient, ledger: Ledger) -> Callable[[str], None]:
             lambda: project(client, ledger),
             lambda: adopted(client, ledger),
             lambda: append(client, ledger, lambda history: None),
-            lambda: find_live(client, ledger.store, ledger.place.bucket, (), {}),
+            lambda: find_references(client, ledger.store, ledger.place.bucket, (), {}),
         ):
             with pytest.raises(UserError, match=words) as caught:
                 act()
@@ -258,7 +258,7 @@ def test_foreign_objects_stop_neither_promotions_nor_rollbacks_nor_gc(
     assert resolve(client, f"models:/{ledger.model}@champion").number == 1
     assert newest_on_record(client, ledger).startswith("00000005 ")
     assert len(project(client, ledger).foreign) == 4
-    find_live(client, ledger.store, ledger.place.bucket, (), {})
+    find_references(client, ledger.store, ledger.place.bucket, (), {})
 
 
 def test_a_champion_that_was_deleted_is_said_to_be_gone(
@@ -391,7 +391,7 @@ def test_a_promotion_by_hand_overrides_the_gate_and_says_so(
     assert aliases_of(client, ledger.model) == {"champion": 2, "previous": 1}
     again = champion.promote(ledger.model, 2, "better hands")
     assert (again.already, again.entry) == (True, done.entry)
-    assert "never judged" in str(champion.promote(ledger.model, 3).entry)
+    assert "never evaluated" in str(champion.promote(ledger.model, 3).entry)
     with pytest.raises(UserError, match=f"models:/{ledger.model}/9 is not in the registry"):
         champion.promote(ledger.model, 9)
 

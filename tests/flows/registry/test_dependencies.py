@@ -9,7 +9,7 @@ from diffusion.common.errors import UserError
 from diffusion.data.manifest import read_manifest, write_manifest
 from flows.config import Params, load_params, registered_start
 from flows.registry import champion
-from flows.registry.dependencies import decided, fetched
+from flows.registry.dependencies import resolve_params, resolve_start
 from tests.builders.model_versions import add_version
 from tests.builders.small_models import write_model
 
@@ -37,7 +37,7 @@ def crown(client: MlflowClient, params: Params, folder: Path) -> int:
 
 
 def begun(params: Params) -> str | None:
-    version = decided(params, registered_start(params) or "")
+    version = resolve_start(params, registered_start(params) or "")
     return version and version.uri
 
 
@@ -62,11 +62,11 @@ def test_a_champion_that_came_of_it_changes_nothing_and_another_configuration_or
 def test_without_a_champion_it_is_decided_to_begin_at_random(
     params: Params, mlflow_client: MlflowClient, tmp_path: Path
 ) -> None:
-    ready = fetched(params)
+    ready = resolve_params(params)
     assert (ready.params.training.init_from, ready.start, ready.asked.training.init_from) == (None, None, "champion")
     crown(mlflow_client, params, tmp_path)
-    assert fetched(params).start is None
-    assert fetched(other(params, images=640)).start == f"models:/{params.model_name}/1"
+    assert resolve_params(params).start is None
+    assert resolve_params(other(params, images=640)).start == f"models:/{params.model_name}/1"
 
 
 def test_the_weights_come_as_a_file_with_what_was_taken_down_of_their_images(
@@ -74,7 +74,7 @@ def test_the_weights_come_as_a_file_with_what_was_taken_down_of_their_images(
 ) -> None:
     crown(mlflow_client, params, tmp_path)
     mlflow_client.set_model_version_tag(params.model_name, "1", "darkroom.takedown", "b,a")
-    ready = fetched(other(params, init_from=f"models:/{params.model_name}/1"))
+    ready = resolve_params(other(params, init_from=f"models:/{params.model_name}/1"))
     assert ready.params.training.init_from is not None
     assert Path(ready.params.training.init_from).read_bytes() == (tmp_path / "0.safetensors").read_bytes()
     assert ready.takedown == "a,b"
@@ -82,7 +82,7 @@ def test_the_weights_come_as_a_file_with_what_was_taken_down_of_their_images(
 
 def test_a_dry_run_decides_nothing(params: Params, mlflow_client: MlflowClient, tmp_path: Path) -> None:
     crown(mlflow_client, params, tmp_path)
-    assert fetched(params, dry_run=True).start == f"models:/{params.model_name}/1"
+    assert resolve_params(params, dry_run=True).start == f"models:/{params.model_name}/1"
     crown(mlflow_client, params, tmp_path)
     assert begun(params) == f"models:/{params.model_name}/2"
 
@@ -101,4 +101,4 @@ def test_a_start_that_was_deleted_since_is_named_with_what_decides_anew(
 
 def test_a_version_that_is_not_there_is_named(params: Params) -> None:
     with pytest.raises(UserError, match="models:/nothing/3 is not in the registry"):
-        fetched(other(params, init_from="models:/nothing/3"))
+        resolve_params(other(params, init_from="models:/nothing/3"))

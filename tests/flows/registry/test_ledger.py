@@ -339,5 +339,5 @@ def test_a_registry_that_was_made_anew_is_not_taken_for_the_one_that_the_ledger_
     history = chain(("promote", 1, {}))
     history.require_same(1, weights_of(1))
     history.require_same(2, "anything")
-    with pytest.raises(UserError, match=r"made anew: give registry\.model another name"):
+    with pytest.raises(UserError, match=r"reset: give registry\.model another name"):
         history.require_same(1, weights_of(2))

@@ -50,7 +50,7 @@ def test_a_card_says_what_a_version_is_made_of_how_good_it_is_and_how_it_was_jud
     assert about["version"] == [f"`{data.digest}`"]
     assert about["DVC"] == ["`abc.dir`"]
     assert about["classes"] == ["even (24), odd (24)"]
-    assert about["licence"][0].startswith("nobody said: set ingest.licence")
+    assert about["licence"][0].startswith("unknown: set ingest.licence")
     training = rows(card, "Training")
     assert training["images seen"] == ["2,000"]
     assert training["code"] == ["git `c0ffee`, with changes that were not committed"]
@@ -58,7 +58,7 @@ def test_a_card_says_what_a_version_is_made_of_how_good_it_is_and_how_it_was_jud
     assert figures["kid_efflite0"] == ["0.020 ± 0.020", "0.01"]
     assert figures["recall_efflite0"] == ["0.745", "0.745"]
     assert "kid_se_efflite0" not in figures
-    judged = rows(card, "How it was judged")
+    judged = rows(card, "Gate decision")
     assert judged["outcome"] == ["champion"]
     assert judged["why"] == ["first ¦ version: no champion"]
     assert judged["ledger"] == [f"entry 1, `{ENTRY.digest}`"]
@@ -75,7 +75,7 @@ def test_a_card_without_a_verdict_says_so_and_one_of_few_images_of_a_class_as_we
     few = data.parts[0].model_copy(update={"classes": {"even": 40, "odd": 2}})
     data = data.model_copy(update={"parts": [few]})
     card = model_card.card(PARAMS, an_evaluation([0.05]), data, VERSION, None)
-    assert section(card, "How it was judged").startswith("Not yet")
+    assert section(card, "Gate decision").startswith("Not yet")
     assert "Of class odd it saw 2 images" in section(card, "Limits")
 
 
@@ -97,7 +97,7 @@ def test_a_card_shows_intervals_from_the_trial_and_the_limits_that_it_found(tmp_
         f"{found.real_baseline.estimates['kid_efflite0'].value:.4g}",
     ]
     assert {"copies_share", "duplicates_share", "bits_per_dim", "gflop_per_image"} <= figures.keys()
-    judged = rows(card, "How it was judged", 1)
+    judged = rows(card, "Gate decision", 1)
     assert judged["headline"] == [each_of(found, "headline").verdict, each_of(found, "headline").reason]
     assert judged.keys() == {"headline", "memorized", "recall", "cost"}
     limits = section(card, "Limits")

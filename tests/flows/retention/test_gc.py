@@ -18,7 +18,6 @@ from flows.config import RetentionConfig
 from flows.datasets import catalog
 from flows.datasets.checkout import checkout
 from flows.datasets.dvc import Remote
-from flows.datasets.purge import Doomed
 from flows.gc import GcResult, collect
 from flows.registry.champion import promote
 from flows.registry.ledger import NEWEST, Newest
@@ -319,7 +318,7 @@ def test_what_others_abort_delete_or_damage_meanwhile_is_passed_over_or_named(bu
     with pytest.raises(UserError, match="there is no bucket nowhere"):
         SamplingBatches(store, "nowhere", STRICT, after(8))
     store.put_once(bucket, "samples/blobs/1/x/batch.json", b'{"of": "somebody else"}')
-    found, unread = SamplingBatches(store, bucket, STRICT, after(1)).kept()
+    found, unread = SamplingBatches(store, bucket, STRICT, after(1)).remaining()
     assert (found, list(unread)) == ([], [("blobs", 1)])
     assert "samples/blobs/1/x/batch.json is damaged, or of a newer Darkroom" in unread["blobs", 1]
 
@@ -454,6 +453,6 @@ def test_purging_stops_as_soon_as_it_may_not_go_on() -> None:
             deleted.extend(names)
 
     answers = iter([True, False])
-    doomed = Doomed([Recording()], [f"{number:032x}" for number in range(1500)], ["f" * 32 + ".dir"])
+    doomed = UnreferencedObjects([Recording()], [f"{number:032x}" for number in range(1500)], ["f" * 32 + ".dir"])
     assert not doomed.delete(still=lambda: next(answers))
     assert len(deleted) == 1000

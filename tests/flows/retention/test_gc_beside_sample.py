@@ -13,7 +13,7 @@ from diffusion.generation.config import UNCONDITIONAL
 from flows.config import RetentionConfig
 from flows.retention.batch_items import SamplingBatches
 from flows.sampling import generate_batch
-from flows.sampling.generate_batch import Drawn
+from flows.sampling.generate_batch import GeneratedImages
 from flows.sampling.sampling_batch import Batch
 from flows.storage.s3 import Location, Store
 from tests.builders.gc_batches import BATCHES, generate
@@ -28,11 +28,11 @@ WAYS = [pytest.param(BATCHES[0], False, id="png-paused"), pytest.param(BATCHES[1
 def weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """No model: what is generated is no matter here, and takes no time."""
 
-    def generated(made: Batch, _: Path, indices: range, *__: object) -> Iterator[Drawn]:
+    def generated(made: Batch, _: Path, indices: range, *__: object) -> Iterator[GeneratedImages]:
         images = torch.arange(len(indices) * 64, dtype=torch.uint8).reshape(-1, 1, 8, 8)
-        yield Drawn(indices, images, [None] * len(indices), UNCONDITIONAL)
+        yield GeneratedImages(indices, images, [None] * len(indices), UNCONDITIONAL)
 
-    monkeypatch.setattr(generate_batch, "_drawn", generated)
+    monkeypatch.setattr(generate_batch, "_generate", generated)
     return tmp_path / "weights.safetensors"
 
 

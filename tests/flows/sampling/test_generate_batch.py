@@ -111,7 +111,7 @@ def test_a_finished_chunk_is_left_and_what_is_unfinished_is_named(store: Store, 
 def test_a_machine_that_draws_other_bits_draws_nothing(store: Store, bucket: str, weights: Path) -> None:
     made = batch(8)
     elsewhere = made.model_copy(update={"fingerprint": made.fingerprint.model_copy(update={"device": "AVX9"})})
-    with pytest.raises(Held, match=r"would draw other bits .*device: AVX9 → "):
+    with pytest.raises(Held, match=r"would generate other bits .*device: AVX9 → "):
         generate_batch.generate_chunk(store, elsewhere, Location(bucket, "x"), weights, 0, None, 1)
     assert list(store.list_keys(bucket)) == []
 
@@ -296,7 +296,7 @@ def test_a_batch_of_which_an_image_is_missing_is_not_finished_and_what_is_missin
 def test_by_a_table_each_image_shows_its_row(store: Store, bucket: str, weights: Path, tmp_path: Path) -> None:
     labels = ["odd", "even", None, *["even", "odd", "odd"] * 6]
     (tmp_path / "wanted.csv").write_text("\n".join(["label,prompt", *(f"{label or ''}," for label in labels)]))
-    table = RequestTable.made(tmp_path / "wanted.csv", tmp_path)
+    table = RequestTable.from_file(tmp_path / "wanted.csv", tmp_path)
     by_table, by_list = Location(bucket, "table"), Location(bucket, "list")
     generate_batch.begin(store, batch(21, requests=table.about), by_table, table)
     generate_all(store, batch(21, requests=table.about), by_table, weights, table)

@@ -42,18 +42,18 @@ def write(path: Path, rows: list[tuple[str | None, str | None]] = ROWS) -> Path:
 
 @pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
 def test_a_table_says_the_same_in_every_format(tmp_path: Path, suffix: str) -> None:
-    table = RequestTable.made(write(tmp_path / f"table{suffix}"), tmp_path / "kept")
+    table = RequestTable.from_file(write(tmp_path / f"table{suffix}"), tmp_path / "kept")
     assert (table.count, table.about.columns) == (4, ("label", "prompt"))
     assert table.rows(range(4)) == ROWS
     assert table.rows(range(3, 6)) == [(None, None)] * 3
-    assert table.about == RequestTable.made(write(tmp_path / "other.jsonl"), tmp_path).about
-    other = RequestTable.made(write(tmp_path / "less.csv", ROWS[:3]), tmp_path)
+    assert table.about == RequestTable.from_file(write(tmp_path / "other.jsonl"), tmp_path).about
+    other = RequestTable.from_file(write(tmp_path / "less.csv", ROWS[:3]), tmp_path)
     assert other.about.digest != table.about.digest
 
 
 def test_what_is_asked_of_any_image_is_its_row_whatever_images_it_is_drawn_with(tmp_path: Path) -> None:
     rows: list[tuple[str | None, str | None]] = [(f"label {n}" if n % 3 else None, None) for n in range(2500)]
-    table = RequestTable.made(write(tmp_path / "table.csv", rows), tmp_path)
+    table = RequestTable.from_file(write(tmp_path / "table.csv", rows), tmp_path)
     for indices in (range(8), range(5, 6), range(1020, 1040), range(1023, 1025), range(2496, 2500)):
         conditions = table.conditions(indices, 4, "fog")
         assert [conditions.label(index) for index in indices] == [rows[index][0] for index in indices]
@@ -66,7 +66,7 @@ def test_memory_does_not_grow_with_the_rows(tmp_path: Path) -> None:
     for count in (3000, 12_000):
         source = write(tmp_path / f"{count}.csv", [(f"label {n}", None) for n in range(count)])
         tracemalloc.start()
-        RequestTable.made(source, tmp_path).conditions(range(64), 64)
+        RequestTable.from_file(source, tmp_path).conditions(range(64), 64)
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     assert peaks[1] < 1.3 * peaks[0]
@@ -75,15 +75,15 @@ def test_memory_does_not_grow_with_the_rows(tmp_path: Path) -> None:
 def test_the_kept_table_comes_back_from_s3_and_another_in_its_place_is_refused(
     store: Store, bucket: str, tmp_path: Path
 ) -> None:
-    made = RequestTable.made(write(tmp_path / "table.csv"), tmp_path)
+    made = RequestTable.from_file(write(tmp_path / "table.csv"), tmp_path)
     place, other = Location(bucket, "batch"), Location(bucket, "other")
     store.put_once(bucket, place.key("requests.parquet"), made.path.read_bytes())
-    found = RequestTable.fetched(made.about, store, place, tmp_path / "elsewhere")
+    found = RequestTable.fetch(made.about, store, place, tmp_path / "elsewhere")
     assert (found.about, found.rows(range(4))) == (made.about, ROWS)
     foreign = write(tmp_path / "foreign.parquet", ROWS[:1])
     store.put_once(bucket, other.key("requests.parquet"), foreign.read_bytes())
     with pytest.raises(UserError, match="is not the table that the batch was begun with"):
-        RequestTable.fetched(made.about, store, other, tmp_path / "third")
+        RequestTable.fetch(made.about, store, other, tmp_path / "third")
 
 
 def planned(store: Store, tmp_path: Path, table: str, classes: dict[str, int], **changes: object) -> Batch:
@@ -113,9 +113,9 @@ def test_a_batch_has_a_image_for_each_row_and_names_the_table(store: Store, buck
         (
             "t.csv",
             "label,seed\neven,3\n",
-            r"record 1: .* not drawn by 'seed': the columns are label and prompt",
+            r"record 1: 'seed' is no column .*: the columns are label and prompt",
         ),
-        ("t.jsonl", '{"label": "odd"}\n{"text": "x"}\n', r"record 2: an image is not drawn by 'text'"),
+        ("t.jsonl", '{"label": "odd"}\n{"text": "x"}\n', r"record 2: 'text' is no column of a request table"),
         ("t.csv", "label\nodd\nodder\n", r"record 2: the model knows no class 'odder': use one of even, odd"),
         ("t.csv", "prompt\na red bird\n", r"record 1: the model was trained without captions"),
         ("t.csv", "label\n", "asks for nothing"),
