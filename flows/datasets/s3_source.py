@@ -13,7 +13,7 @@ from flows.storage.s3_errors import Missing
 
 @dataclass(frozen=True)
 class S3Objects:
-    """Implementation of ``diffusion.data.sources.ObjectStore`` for the S3 server of the environment.
+    """Implementation of ``diffusion.data.sources.base.ObjectStore`` for the S3 server of the environment.
 
     After pickling it uses the environment of the process that it was sent to.
     """

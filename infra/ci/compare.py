@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from diffusion.common.errors import DarkroomError, UserError
-from flows.environment import data_source, join
+from flows.environment import data_source
+from flows.local_stack.discovery import join_servers
 
 if TYPE_CHECKING:
     from flows.registry.model_versions import Version
@@ -99,7 +100,7 @@ def main() -> None:
     figures.add_argument("report", type=Path, help="the folder of the evaluation, as reports/faces")
     asked = parser.parse_args()
     try:
-        join("mlflow", "s3")
+        join_servers("mlflow", "s3")
         print(data_version(asked.model) if asked.verb == "data" else comment(asked.model, asked.report))
     except DarkroomError as error:
         print(error, file=sys.stderr)

@@ -18,7 +18,7 @@ from flows.environment import settings
 from flows.local_stack import down, up
 from flows.local_stack import restore as restoring
 from flows.local_stack.backup import DATABASES, SMALL, Backup, Backups, SavedObject, _copy, save, stamped
-from flows.local_stack.restore import AT_ONCE, _handfuls, _later_removals, restore
+from flows.local_stack.restore import AT_ONCE, _batches, _later_removals, restore
 from flows.local_stack.stack_files import USER, LocalStack
 from flows.storage.s3 import Store, client
 from tests.chaos.power_drills import backup_drill
@@ -251,4 +251,4 @@ def test_objects_are_restored_in_groups_that_fit_in_memory() -> None:
         SavedObject(key=str(n), size=size, etag="", sha256="0" * 64, content_type="", metadata={})
         for n, size in enumerate(sizes)
     ]
-    assert [[each.size for each in some] for some in _handfuls(objects)] == [sizes[:2], [1], [AT_ONCE + 1], [0, 1, 1]]
+    assert [[each.size for each in some] for some in _batches(objects)] == [sizes[:2], [1], [AT_ONCE + 1], [0, 1, 1]]

@@ -5,7 +5,7 @@ from http.server import BaseHTTPRequestHandler
 
 import pytest
 
-from flows.local_stack.http_api import NotServing, ask, fetch
+from flows.local_stack.http_api import NotServing, fetch, request_json
 from tests.builders.http_server import serving
 
 
@@ -31,7 +31,7 @@ def test_a_login_in_the_address_is_sent_unless_another_is_given() -> None:
 
 def test_an_address_is_told_without_its_login() -> None:
     with serving(Telling) as address, pytest.raises(NotServing) as caught:
-        ask(address.replace("//", "//someone:test-secret@"))
+        request_json(address.replace("//", "//someone:test-secret@"))
     assert str(caught.value).startswith(f"{address}: ")
     with pytest.raises(NotServing) as caught:
         fetch("http://someone:test-secret@127.0.0.1:9")

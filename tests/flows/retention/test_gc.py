@@ -18,6 +18,7 @@ from flows.config import RetentionConfig
 from flows.datasets import catalog
 from flows.datasets.checkout import checkout
 from flows.datasets.dvc import Remote
+from flows.datasets.purge import UnreferencedObjects
 from flows.gc import GcResult, collect
 from flows.registry.champion import promote
 from flows.registry.ledger import NEWEST, Newest
