@@ -19,7 +19,7 @@ from diffusion.data.sources.conventions import as_text, sane, too_large
 from diffusion.data.sources.local_files import MISSING, changed, matching, stamp, stamp_of
 from diffusion.data.sources.parquet_pages import PageRefused, require_small_footer, rows_at_once
 
-IMAGES = ("image", "img", "image", "photo", "bytes", "image_bytes", "png", "jpg", "jpeg", "webp")
+IMAGES = ("image", "img", "picture", "photo", "bytes", "image_bytes", "png", "jpg", "jpeg", "webp")
 OPTIONS = ("image", "label", "caption")
 TEXTS_AT_ONCE, IMAGES_AT_ONCE = 1024, 16
 """Rows held at a time, at most."""

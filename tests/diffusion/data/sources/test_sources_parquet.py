@@ -86,7 +86,7 @@ def test_options_name_the_columns_and_a_pattern_the_files(tmp_path: Path) -> Non
         ({"a": [b"1"], "b": [b"2"]}, "", "has more than one column of images .* among a, b: name it with"),
         ({"a": ["text"]}, "", "has no column of images"),
         ({"image": ["text"]}, "?image=image", "has no column of images"),
-        ({"image": [b"1"]}, "?image=image", "has no column image for image: it has image"),
+        ({"image": [b"1"]}, "?image=picture", "has no column picture for image: it has image"),
         ({"image": [b"1"]}, "?label=kind", "has no column kind for label"),
         ({"image": [b"1"], "label": [["a", "b"]]}, "", "neither text nor a number: choose other columns"),
     ],
