@@ -8,7 +8,23 @@ Stock pipelines load the same folder, if only this package was imported: it hold
 run that lies in the folder. Needs the extra ``diffusers``.
 """
 
-from diffusion.diffusers_format.network import DarkroomUNet
-from diffusion.diffusers_format.pipeline import DarkroomPipeline
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from diffusion.diffusers_format.network import DarkroomUNet
+    from diffusion.diffusers_format.pipeline import DarkroomPipeline
 
 __all__ = ["DarkroomPipeline", "DarkroomUNet"]
+
+
+def __getattr__(name: str) -> Any:
+    # diffusers takes seconds to import, and those who only name the export do not need it.
+    if name == "DarkroomUNet":
+        from diffusion.diffusers_format.network import DarkroomUNet
+
+        return DarkroomUNet
+    if name == "DarkroomPipeline":
+        from diffusion.diffusers_format.pipeline import DarkroomPipeline
+
+        return DarkroomPipeline
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

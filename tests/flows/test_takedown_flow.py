@@ -150,14 +150,16 @@ def test_purge_clears_work_files_fetched_shards_and_pages_of_those_versions_alon
         half,
         new,
         *pages,
-        reports / "judged" / "x.safetensors",
+        reports / "evaluations" / "x.safetensors",
         work_folder(dataset) / "chunks" / "0.tar",
         captions_folder(dataset) / "x.safetensors",
     ):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(b"")
     cleared = purge_files(dataset, [before], [after], reports)
-    assert not any(path.exists() for path in (old, half, pages[0], reports / "judged", work_folder(dataset) / "chunks"))
+    assert not any(
+        path.exists() for path in (old, half, pages[0], reports / "evaluations", work_folder(dataset) / "chunks")
+    )
     assert not captions_folder(dataset).exists()
     assert new.exists()
     assert pages[1].exists()

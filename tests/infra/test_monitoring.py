@@ -71,7 +71,7 @@ def test_every_alarm_has_a_page_that_names_it_and_says_what_to_do() -> None:
     for rule in ALERTS:
         page = (ROOT / rule["annotations"]["runbook"]).read_text()
         assert rule["alert"] in page
-        for heading in ("What it means", "Look", "Mend", "Afterwards"):
+        for heading in ("What it means", "Diagnose", "Fix", "Verify"):
             assert f"## {heading}" in page, f"{rule['annotations']['runbook']}: {heading}"
 
 

@@ -134,7 +134,9 @@ CHANGES: list[dict[str, Any]] = [
 
 def changed(change: dict[str, Any]) -> tuple[EvaluationConfig, SamplingConfig]:
     fields = {name: value for name, value in change.items() if name != "sampling"}
-    return CONFIG.model_copy(update=fields), SAMPLING.model_copy(update=change.get("sampling", {}))
+    # Options of one sampler alone do not go with another.
+    common = SAMPLING.model_dump(include={"steps", "compute_batch", "precision"})
+    return CONFIG.model_copy(update=fields), sampling_config(**common | change.get("sampling", {}))
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=str)

@@ -69,7 +69,7 @@ def test_nothing_is_computed_twice(dataset: Dataset, cache: Path, monkeypatch: p
     extractor = Pixels()
     cached_features(cache, dataset, ROWS, extractor)
     cached_reference(cache, dataset, ROWS, extractor)
-    monkeypatch.setattr(distances, "nearest", None)
+    monkeypatch.setattr(distances, "nearest_distances", None)
     cached_reference(cache, dataset, ROWS, extractor)
     assert extractor.calls == [30]
 

@@ -596,7 +596,7 @@ def test_with_servers_of_a_team_nothing_is_started_here() -> None:
     found = local_stack.up(said.append)
     assert found.services == ()
     assert set(found.elsewhere) == set(SERVERS)
-    assert len([line for line in said if "commands here use the server that" in line]) == 3
+    assert len([line for line in said if "commands here use the server in" in line]) == 3
     assert not Path(".darkroom").exists()
     assert local_stack.exports() == {}
 
@@ -623,7 +623,7 @@ def test_where_seaweedfs_is_not_installed_the_user_is_told_what_to_set() -> None
     # The interpreter below this environment, with its libraries but without its programs.
     folders = [str(ROOT), sysconfig.get_path("purelib")]
     os.environ.update({"PYTHONPATH": os.pathsep.join(folders), "PATH": "/usr/bin:/bin"})
-    program = "from flows import stack; stack.up(print)"
+    program = "from flows import local_stack; local_stack.up(print)"
     result = subprocess.run(
         [os.path.realpath(sys.executable), "-c", program], capture_output=True, text=True, check=False
     )

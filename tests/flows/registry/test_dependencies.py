@@ -63,7 +63,11 @@ def test_without_a_champion_it_is_decided_to_begin_at_random(
     params: Params, mlflow_client: MlflowClient, tmp_path: Path
 ) -> None:
     ready = resolve_params(params)
-    assert (ready.params.training.init_from, ready.start, ready.asked.training.init_from) == (None, None, "champion")
+    assert (ready.params.training.init_from, ready.start, ready.requested.training.init_from) == (
+        None,
+        None,
+        "champion",
+    )
     crown(mlflow_client, params, tmp_path)
     assert resolve_params(params).start is None
     assert resolve_params(other(params, images=640)).start == f"models:/{params.model_name}/1"

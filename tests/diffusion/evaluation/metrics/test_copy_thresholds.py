@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import betabinom, binomtest
 
-from diffusion.evaluation.metrics.copies import Threshold, calibrate, wilson_interval
+from diffusion.evaluation.estimate import wilson_interval
+from diffusion.evaluation.metrics.copies import Threshold, calibrate
 
 
 @given(st.integers(1, 300), st.data())
@@ -49,4 +50,4 @@ def test_of_few_real_images_the_least_is_the_threshold() -> None:
 def test_the_interval_is_wilsons(whole: int, data: st.DataObject) -> None:
     part = data.draw(st.integers(0, whole))
     theirs = binomtest(part, whole).proportion_ci(0.95, method="wilson")
-    assert wilson_interval(part, whole) == pytest.approx((theirs.low, theirs.high), abs=1e-6)
+    assert wilson_interval(part / whole, whole) == pytest.approx((theirs.low, theirs.high), abs=1e-6)

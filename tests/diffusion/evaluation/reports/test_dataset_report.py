@@ -332,7 +332,7 @@ def test_texts_from_outside_cannot_break_out_of_the_page_or_the_table(tmp_path: 
         "figure",
         "figcaption",
         "img",
-        "image",
+        "picture",
         "source",
         "ul",
         "li",
