@@ -259,8 +259,8 @@ def test_averages_of_other_lengths_are_judged_and_the_best_is_promoted_whatever_
     assert version.run_id == done["run_id"]
     evaluation = json.loads((workspace.folder / "reports" / "blobs" / "evaluation.json").read_text())
     names = {Path(each["file"]).name for each in evaluation["checkpoints"]}
-    assert names == {"0000004800.safetensors", *(f"length-{each:g}.safetensors" for each in (0.03, 0.12, 0.18, 0.24))}
-    assert not list((workspace.folder / "runs" / "averages" / "averages").glob("length*"))
+    assert names == {"0000004800.safetensors", *(f"std-{each:g}.safetensors" for each in (0.03, 0.12, 0.18, 0.24))}
+    assert not list((workspace.folder / "runs" / "averages" / "averages").glob("std*"))
 
 
 @pytest.mark.drill(
