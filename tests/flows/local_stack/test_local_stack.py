@@ -36,7 +36,7 @@ from tests.builders import ROOT, intruder
 from tests.builders.browser import chromium
 from tests.builders.http_server import serving
 
-COMMAND = "import sys; from flows import stack; print(stack.{}(lambda line: print(line, file=sys.stderr)))"
+COMMAND = "import sys; from flows import local_stack; print(local_stack.{}(lambda line: print(line, file=sys.stderr)))"
 
 
 def command(verb: str) -> subprocess.Popen[bytes]:

@@ -26,14 +26,14 @@ BATCH = batch(4096, format="tar", chunk=3584)
 PRINT = """
 import sys
 from pathlib import Path
-from flows import printing
+from flows.sampling import generate_batch
 from flows.sampling.sampling_batch import Batch
 from flows.storage.s3 import Location, Store
 store, batch, place = Store(), Batch.model_validate_json(sys.argv[1]), Location.parse(sys.argv[2])
 print("begins", flush=True)
-for chunk in printing.unfinished(store, batch, place):
-    printing.generate_chunk(store, batch, place, Path(sys.argv[3]), chunk, None, 1)
-printing.finish(store, batch, place)
+for chunk in generate_batch.unfinished(store, batch, place):
+    generate_batch.generate_chunk(store, batch, place, Path(sys.argv[3]), chunk, None, 1)
+generate_batch.finish(store, batch, place)
 """
 
 
