@@ -28,7 +28,7 @@ from trainers import diffusers
 from diffusion.common.config import DeviceName
 from diffusion.common.device import device_name, repeatable, resolve_device
 from diffusion.common.fingerprint import autocast
-from diffusion.common.threads import cores, lanes
+from diffusion.common.threads import cores, worker_threads
 from diffusion.data.dataset import Dataset
 from diffusion.models.config import ModelConfig
 from diffusion.models.text_encoder import WIDTH
@@ -143,7 +143,7 @@ def main() -> None:
         config = TrainingConfig(images=2**40, batch_size=args.batch, cpu_threads=cores(), device=args.device)
         device = resolve_device(args.device)
         fp32, bf16 = peak(torch.float32, device), peak(torch.bfloat16, device)
-        with lanes(thread_count(config, SINGLE_PROCESS)) as pool:
+        with worker_threads(thread_count(config, SINGLE_PROCESS)) as pool:
             setup = make_setup(
                 dataset,
                 MODEL,
@@ -160,7 +160,7 @@ def main() -> None:
             ours = sum(p.numel() for p in trainer.state.network.parameters()), counter.get_total_flops()
         rates: dict[str, list[float]] = {}
         for _ in range(args.rounds):
-            with repeatable(device), lanes(thread_count(config, SINGLE_PROCESS)) as pool:
+            with repeatable(device), worker_threads(thread_count(config, SINGLE_PROCESS)) as pool:
                 trainer.threads = pool
                 rates.setdefault("darkroom", []).append(rate(step_of(trainer), args.batch, args.seconds))
             for name, flag in (("diffusers", False), ("diffusers, bf16, channels last", True)):
@@ -176,7 +176,7 @@ def main() -> None:
                 f"{name:32} {value:7.1f} images/s {medians['darkroom'] / value:5.2f}×  {count / 1e6:5.2f} M  "
                 f"{work / 1e9:6.2f} GFLOP each, {done / 1e9:5.0f} GFLOP/s, {done / fp32:4.0%} of the fp32 product"
             )
-        with repeatable(device), lanes(1):
+        with repeatable(device), worker_threads(1):
             # In this thread, which alone is seen by the profiler.
             trainer.threads = SimpleNamespace(map=map)  # type: ignore[assignment]
             spent = kinds(step_of(trainer))

@@ -11,7 +11,7 @@ from diffusion.common.device import resolve_device
 from diffusion.common.errors import UserError
 from diffusion.data.manifest import Manifest, read_manifest
 from diffusion.training.autoencoder import with_autoencoder_digest
-from diffusion.training.logging import ANEW, SPOOL, read_metrics
+from diffusion.training.logging import METRICS_BUFFER, RESTARTED, read_metrics
 from diffusion.training.preflight import PREFLIGHT
 from diffusion.training.setup import data_digest, identity_fields, train_key
 from diffusion.training.train import Restart, TrainResult, discard
@@ -70,9 +70,9 @@ def train_and_track(params: Params, restart: Restart) -> TrainingRun:
     opened: list[BufferedTracker] = []
 
     def track(is_new: bool) -> BufferedTracker:
-        folder = params.run_folder / SPOOL
+        folder = params.run_folder / METRICS_BUFFER
         # Only a discarded training gets another MLflow run: a fresh one may be running on another machine as well.
-        discarded = (folder / ANEW).exists()
+        discarded = (folder / RESTARTED).exists()
         opened.append(BufferedTracker(_open(ready, manifest, discarded), folder, is_new or discarded))
         return opened[0]
 
@@ -141,7 +141,7 @@ def _tracker_of_finished(ready: ResolvedParams, manifest: Manifest, result: Trai
     if run is None:
         tracker = _open(ready, manifest, restart=False)
     else:
-        tracker = _close(BufferedTracker(RunTracker(client, run.info.run_id), params.run_folder / SPOOL))
+        tracker = _close(BufferedTracker(RunTracker(client, run.info.run_id), params.run_folder / METRICS_BUFFER))
     if not tracker.finished:
         # The whole history, as an earlier attempt may have been killed; existing points are skipped.
         for name in ("history.csv", "losses.csv"):

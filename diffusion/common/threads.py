@@ -45,7 +45,7 @@ _UNSPLIT = _Unsplit()
 
 
 @contextmanager
-def lanes(count: int | None = None) -> Iterator[ThreadPoolExecutor]:
+def worker_threads(count: int | None = None) -> Iterator[ThreadPoolExecutor]:
     """Create a pool of ``count`` worker threads (None: one per core), with one torch thread per operation."""
     with (
         _UNSPLIT,

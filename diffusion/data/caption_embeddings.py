@@ -84,14 +84,14 @@ def embeddings_of(dataset: Dataset, texts: Sequence[str], pool: Executor, progre
     return embeddings
 
 
-def seconds_to_read(dataset: Dataset, texts: Sequence[str], lanes: int) -> float:
-    """Estimate the seconds of ``embeddings_of`` in ``lanes`` threads from a few of the texts that it would embed."""
+def seconds_to_read(dataset: Dataset, texts: Sequence[str], threads: int) -> float:
+    """Estimate the seconds of ``embeddings_of`` in ``threads`` threads from a few of the texts that it would embed."""
     _, missing = _known(captions_folder(dataset.folder), [_digest(text) for text in texts])
     tried = [texts[number] for number in missing[:TRIED]]
     read, began = encoder(), time.perf_counter()
     for text in tried:
         read(text)
-    return (time.perf_counter() - began) / max(len(tried), 1) * len(missing) / lanes
+    return (time.perf_counter() - began) / max(len(tried), 1) * len(missing) / threads
 
 
 def _digest(text: str) -> bytes:

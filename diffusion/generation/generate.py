@@ -10,7 +10,7 @@ from diffusion.common.errors import UserError
 from diffusion.common.fingerprint import autocast
 from diffusion.common.progress import Progress, silent
 from diffusion.common.random import GaussianNoise, uniform
-from diffusion.common.threads import lanes
+from diffusion.common.threads import worker_threads
 from diffusion.data.dataset import Dataset, Rows
 from diffusion.families import family_of
 from diffusion.families.base import Batch
@@ -119,7 +119,7 @@ def _generate(
     model = model.on(device)
 
     # A GPU computes a batch in parallel by itself.
-    with repeatable(device), lanes(at_once if device.type == "cpu" else 1) as pool:
+    with repeatable(device), worker_threads(at_once if device.type == "cpu" else 1) as pool:
         # Inside, as the bits of embeddings depend on the number of threads.
         embeddings = prompt_embeddings(model, conditions)
 
@@ -265,7 +265,7 @@ def reconstructed(model: Model, images: Tensor, config: SamplingConfig) -> Tenso
             images = autoencoder.decode(autoencoder.encode(to_float(padded).to(device)))
             return to_uint8(images)[: len(batch)].cpu()
 
-    with repeatable(device), lanes(None if device.type == "cpu" else 1) as pool:
+    with repeatable(device), worker_threads(None if device.type == "cpu" else 1) as pool:
         return torch.cat(list(pool.map(reconstruct, torch.split(images, config.compute_batch))))
 
 

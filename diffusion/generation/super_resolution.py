@@ -19,7 +19,7 @@ from diffusion.common.errors import UserError
 from diffusion.common.fingerprint import autocast
 from diffusion.common.progress import Progress, silent
 from diffusion.common.random import GaussianNoise, uniform
-from diffusion.common.threads import lanes
+from diffusion.common.threads import worker_threads
 from diffusion.families.model import Conditioning, DiffusionModel, Model, to_float, to_uint8
 from diffusion.generation.config import UNCONDITIONAL, Conditions
 from diffusion.generation.generate import check_sampling, sample
@@ -260,7 +260,7 @@ def upscale(
     groups = [range(start, start + together) for start in range(0, len(images), together)]
     alone = len(groups) == 1
 
-    with repeatable(device), lanes(None if device.type == "cpu" else 1) as pool:
+    with repeatable(device), worker_threads(None if device.type == "cpu" else 1) as pool:
 
         def generate(members: range) -> Tensor:
             # The last group is padded with the last image.

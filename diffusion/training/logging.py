@@ -30,9 +30,9 @@ METRICS = ("loss", "gradient_norm", "learning_rate", "images_per_second", "data_
 steps skipped because of a non-finite loss or gradient."""
 LOSSES = ("train_loss", "train_loss_ema", "held_out_loss", "held_out_loss_ema")
 """Columns of losses.csv."""
-SPOOL = "spool"
+METRICS_BUFFER = "metrics_buffer"
 """Subfolder of a run in which a tracker keeps its files; deleted with the run."""
-ANEW = "anew"
+RESTARTED = "restarted"
 """Marker file in it: the previous run was discarded, and a tracker has not processed this yet."""
 
 

@@ -20,7 +20,7 @@ from diffusion.common.errors import DarkroomError, UserError
 from diffusion.common.files import make_folder, remove_partials, write_bytes, write_json
 from diffusion.common.fingerprint import Fingerprint
 from diffusion.common.progress import Progress, silent
-from diffusion.common.threads import cores, lanes
+from diffusion.common.threads import cores, worker_threads
 from diffusion.data.caption_embeddings import embeddings_of, seconds_to_read
 from diffusion.data.shard_cache import ShardStore
 from diffusion.models.config import FamilyConfig
@@ -29,7 +29,7 @@ from diffusion.process.samplers import SamplingConfig
 from diffusion.training.checkpointing import COUNTS, Checkpoints, CheckpointWriter
 from diffusion.training.config import TrainingConfig
 from diffusion.training.distributed import SINGLE_PROCESS, process_group
-from diffusion.training.logging import ANEW, SPOOL, NoTracker, Tracker, TrainingLog
+from diffusion.training.logging import METRICS_BUFFER, RESTARTED, NoTracker, Tracker, TrainingLog
 from diffusion.training.post_hoc_ema import SNAPSHOTS
 from diffusion.training.preflight import PREFLIGHT, Preflight, make_preflight, measure_pace, require_disk
 from diffusion.training.setup import FINGERPRINT, FORMAT_VERSION, TrainingSetup, make_setup, open_dataset
@@ -92,8 +92,8 @@ def train(
             )
         # Only the main process writes, so it alone locks the folder.
         holding = _held(output) if ranks.is_main else nullcontext()
-        with holding, repeatable(resolve_device(config.device)), lanes(thread_count(config, ranks)) as threads:
-            with lanes() as readers:
+        with holding, repeatable(resolve_device(config.device)), worker_threads(thread_count(config, ranks)) as threads:
+            with worker_threads() as readers:
                 embed = partial(embeddings_of, pool=readers, progress=progress)
                 setup = make_setup(dataset, model, config, sampling, ranks, embed)
             trainer = Trainer(setup, threads)
@@ -163,7 +163,7 @@ def preflight(
         UserError: As ``train`` does.
     """
     device = repeatable(resolve_device(config.device))
-    threads = lanes(thread_count(config, SINGLE_PROCESS))
+    threads = worker_threads(thread_count(config, SINGLE_PROCESS))
     with open_dataset(data, config, store) as dataset, device, threads as pool:
 
         def embed(_: object, texts: list[str]) -> torch.Tensor:
@@ -205,9 +205,9 @@ def _held(output: Path) -> Iterator[None]:
 def _discard(output: Path) -> None:
     # The tracker's files go first, so that it does not attribute them to the next run; checkpoints go last, so that an
     # interrupted deletion leaves a run that can be resumed.
-    shutil.rmtree(output / SPOOL, ignore_errors=True)
+    shutil.rmtree(output / METRICS_BUFFER, ignore_errors=True)
     if output.is_dir():
-        write_bytes(output / SPOOL / ANEW, b"")
+        write_bytes(output / METRICS_BUFFER / RESTARTED, b"")
     for pattern in (
         "final.safetensors",
         "weights.safetensors",

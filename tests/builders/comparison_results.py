@@ -51,7 +51,7 @@ class Shown:
     champion: str | None = "version 2"
 
 
-def docket(with_champion: bool = True) -> Shown:
+def example_comparison(with_champion: bool = True) -> Shown:
     """A noisy champion, and a candidate that generates real images and a few of those that it learned from."""
     sets, _ = _sets()
     generated = [sets["candidate"], *([sets["champion"]] if with_champion else [])]

@@ -23,7 +23,7 @@ class Alone(Executor):
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Inside, what would be shared out to lanes is done by whoever asks for it, to the same bits.
+    """Inside, what would be shared among threads is done by whoever asks for it, to the same bits.
 
     Thousands of figures on a hundred points are handed from thread to thread for longer than they take, and on a busy
     machine for a hundred times as long.
@@ -35,5 +35,5 @@ def one_thread() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         for name in USERS:
-            patch.setattr(import_module(name), "lanes", alone)
+            patch.setattr(import_module(name), "worker_threads", alone)
         yield

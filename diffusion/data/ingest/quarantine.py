@@ -42,15 +42,15 @@ ReadTable = Callable[[Part, Sequence[str]], pa.Table | None]
 COLUMNS = ("source", "outcome", "reason")
 SCHEMA = """
     CREATE TABLE refused (source TEXT PRIMARY KEY) WITHOUT ROWID;
-    CREATE TABLE told (part TEXT, place INTEGER, source TEXT, outcome TEXT, reason TEXT);
-    CREATE INDEX by_part ON told (part);
+    CREATE TABLE outcomes (part TEXT, place INTEGER, source TEXT, outcome TEXT, reason TEXT);
+    CREATE INDEX by_part ON outcomes (part);
     CREATE TABLE ranks (part TEXT PRIMARY KEY, rank INTEGER) WITHOUT ROWID;
 """
 # Of several columns beside max(), SQLite returns those of the row with the maximum: the last record of a name.
 STANDING = """
     SELECT source, reason FROM (
         SELECT source, outcome, reason, max(rank * 4294967296 + place)
-        FROM ranks CROSS JOIN told ON told.part = ranks.part GROUP BY source
+        FROM ranks CROSS JOIN outcomes ON outcomes.part = ranks.part GROUP BY source
     ) WHERE outcome = 'quarantined'
 """
 
@@ -80,7 +80,7 @@ class _Told:
             self.database.executemany("INSERT OR IGNORE INTO refused VALUES (?)", names)
         for part in _needed(versions, only_refusing=False):
             self.database.executemany(
-                "INSERT INTO told SELECT :part, :place, :source, :outcome, :reason "
+                "INSERT INTO outcomes SELECT :part, :place, :source, :outcome, :reason "
                 "WHERE EXISTS (SELECT 1 FROM refused WHERE source = :source)",
                 (row | {"part": part.records.sha256, "place": n} for n, row in enumerate(self._rows(part))),
             )

@@ -71,14 +71,14 @@ def remove(folder: Path, selection: Selection, reason: str, progress: Progress =
     with FileLock(work_folder(folder) / "lock"):
         before = read_manifest(folder)
         chosen, unmatched = chosen_by(folder, before, selector)
-        asked = digest_of([selection.model_dump(), reason])[:16]
-        earlier = _earlier(folder, asked)
+        request_digest = digest_of([selection.model_dump(), reason])[:16]
+        earlier = _earlier(folder, request_digest)
         if unmatched and earlier is None:
             raise nothing(unmatched, folder, before)
         if not chosen.parts:
             forget_captions(folder)
             remove_strays(folder)
-            return earlier or _known_as_removed(before, chosen, asked, reason)
+            return earlier or _known_as_removed(before, chosen, request_digest, reason)
         if chosen.images == before.kept:
             raise nothing_left(folder, before)
         require_whole(folder, before)
@@ -87,7 +87,7 @@ def remove(folder: Path, selection: Selection, reason: str, progress: Progress =
         removal = Removal(
             **chosen.model_dump(),
             dataset=folder.name,
-            asked=asked,
+            request_digest=request_digest,
             reason=reason,
             parent=before.digest,
             version=after.digest,
@@ -107,12 +107,12 @@ def _tables(before: Manifest, after: Manifest) -> list[str]:
     return sorted(part.records.sha256 for part in fewer)
 
 
-def _earlier(folder: Path, asked: str) -> Removal | None:
+def _earlier(folder: Path, request_digest: str) -> Removal | None:
     """Return the newest removal requested in the same words in the history of this folder.
 
     Otherwise one of whose images nothing is left here: another machine may have done it, and its line been continued.
     """
-    found = {removal.version: removal for removal in removals(work_folder(folder), asked)}
+    found = {removal.version: removal for removal in removals(work_folder(folder), request_digest)}
     if not found:
         return None
     in_line = (found[version.digest] for version in versions(folder) if version.digest in found)
@@ -121,13 +121,13 @@ def _earlier(folder: Path, asked: str) -> Removal | None:
     return removal and removal.model_copy(update={"already": True})
 
 
-def _known_as_removed(manifest: Manifest, chosen: Chosen, asked: str, reason: str) -> Removal:
+def _known_as_removed(manifest: Manifest, chosen: Chosen, request_digest: str, reason: str) -> Removal:
     """Return a removal that was done elsewhere, as far as the records describe it."""
     return Removal(
         **chosen.model_dump(exclude={"images"}),
         images=len(chosen.image_keys),
         dataset=manifest.name,
-        asked=asked,
+        request_digest=request_digest,
         reason=reason,
         parent=None,
         version=manifest.digest,

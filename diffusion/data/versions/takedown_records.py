@@ -108,10 +108,10 @@ class Selector:
 
     def unmatched(self) -> list[str]:
         """Return keys and patterns that matched nothing; raises UserError for a prefix of more than one image."""
-        for asked, keys in self.fitted.items():
+        for prefix, keys in self.fitted.items():
             if len(keys) > 1:
                 listed = ", ".join(key[:16] for key in sorted(keys)[:5])
-                raise UserError(f"{asked} is the beginning of {len(keys)} keys ({listed} …): give more digits")
+                raise UserError(f"{prefix} is the beginning of {len(keys)} keys ({listed} …): give more digits")
         asked_for = [*(key for keys in self.prefixes.values() for key in keys), *(name for name, _ in self.patterns)]
         return [each for each in asked_for if each not in self.fitted]
 
@@ -206,7 +206,7 @@ class Removal(Chosen):
     """Record of a completed removal."""
 
     dataset: str
-    asked: str = Field(pattern="^[0-9a-f]{16}$")
+    request_digest: str = Field(pattern="^[0-9a-f]{16}$")
     """Digest of the selection and the reason, which identifies a repeated request. Part of a file's name."""
     reason: str
     parent: str | None
@@ -220,18 +220,18 @@ class Removal(Chosen):
     """Whether it had been done before."""
 
 
-def removals(work: Path, asked: str = "") -> list[Removal]:
+def removals(work: Path, request_digest: str = "") -> list[Removal]:
     """Return the removals recorded on this machine for the data set with the work folder ``work``.
 
-    ``asked``: only those whose request has this digest.
+    ``request_digest``: only those whose request has this digest.
     """
-    paths = sorted((work / "removals").glob(f"{asked}*.json"))
+    paths = sorted((work / "removals").glob(f"{request_digest}*.json"))
     return [Removal.model_validate_json(path.read_bytes()) for path in paths]
 
 
 def write_removal(work: Path, removal: Removal) -> None:
     """Record ``removal`` on this machine."""
-    write_json(work / "removals" / f"{removal.asked}-{removal.name}.json", removal.model_dump(mode="json"))
+    write_json(work / "removals" / f"{removal.request_digest}-{removal.name}.json", removal.model_dump(mode="json"))
 
 
 class Holders(Config):
@@ -248,17 +248,17 @@ def holders(folder: Path, removal: Removal, versions: Iterable[Manifest], elsewh
     With another storage configuration the same files have other keys, so file digests are compared as well.
     """
     keys, digests = set(removal.image_keys), set(removal.digests)
-    told: dict[str, bool | None] = dict.fromkeys(removal.tables, True)
+    removed: dict[str, bool | None] = dict.fromkeys(removal.tables, True)
 
     def is_one_of_them(row: Row) -> bool:
         return row["outcome"] == "kept" and (row["key"] in keys or row["source_sha256"] in digests)
 
     def kept_by(part: Part) -> bool | None:
         sha256 = part.records.sha256
-        if sha256 not in told:
+        if sha256 not in removed:
             table = find_records(folder, part, ("outcome", "key", "source_sha256"), elsewhere)
-            told[sha256] = None if table is None else any(map(is_one_of_them, table.to_pylist()))
-        return told[sha256]
+            removed[sha256] = None if table is None else any(map(is_one_of_them, table.to_pylist()))
+        return removed[sha256]
 
     held, unknown = [], []
     for version in versions:

@@ -194,14 +194,14 @@ def choose(prefix: str, candidates: dict[str, str], name: str) -> str:
 
     Raises UserError as ``resolve`` does.
     """
-    asked = prefix.lower()
-    if len(asked) < SHORTEST or asked.strip("0123456789abcdef"):
+    digits = prefix.lower()
+    if len(digits) < SHORTEST or digits.strip("0123456789abcdef"):
         raise UserError(f"{prefix!r} names no version: give the first {SHORTEST} or more hex digits of its digest")
-    fitting = [digest for digest in candidates if digest.startswith(asked)]
+    fitting = [digest for digest in candidates if digest.startswith(digits)]
     if not fitting:
         # Versions of equal content differ in history alone: the first is returned.
         by_content = {content: digest for digest, content in reversed(candidates.items())}
-        fitting = [digest for content, digest in by_content.items() if content.startswith(asked)]
+        fitting = [digest for content, digest in by_content.items() if content.startswith(digits)]
     if len(fitting) == 1:
         return fitting[0]
     if not candidates:

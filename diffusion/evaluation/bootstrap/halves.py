@@ -12,7 +12,7 @@ from torch import Tensor
 
 from diffusion.common.progress import Progress, silent
 from diffusion.common.random import generator
-from diffusion.common.threads import lanes
+from diffusion.common.threads import worker_threads
 from diffusion.evaluation.metrics.distances import kid_kernel
 from diffusion.evaluation.metrics.neighbours import squared_distances
 
@@ -130,7 +130,7 @@ def frechet_of_halves(
         return [[gaussian_distance(x, y) for x, y in zip(each.at(split), theirs, strict=True)] for each in generated]
 
     values: list[list[Tensor]] = [[] for _ in sets]
-    with lanes() as pool:
+    with worker_threads() as pool:
         for done, found in enumerate(pool.map(of_split, range(splits)), start=1):
             for so_far, pair in zip(values, found, strict=True):
                 so_far.extend(pair)
@@ -202,7 +202,7 @@ def kid_of_halves(
     """
     of_reference = draw_halves(len(reference), "reference", splits)
     found = []
-    with lanes() as pool:
+    with worker_threads() as pool:
         within_reference = _within(reference, of_reference, pool, progress)
         for samples in sets:
             of_samples = draw_halves(len(samples), "samples", splits)
@@ -276,7 +276,7 @@ def shares_of_halves(
     centre = reference.mean(0)
     real, of_real = reference - centre, draw_halves(len(reference), "reference", splits)
     found = []
-    with lanes() as pool:
+    with worker_threads() as pool:
         near, wide = _radii(real, of_real, (MANIFOLD, DENSITY), pool, progress)
         for features in sets:
             generated, of_generated = features - centre, draw_halves(len(features), "samples", splits)

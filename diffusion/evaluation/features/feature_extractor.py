@@ -19,7 +19,7 @@ from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, Featu
 
 from diffusion.common.errors import UserError
 from diffusion.common.files import sha256_bytes, sha256_file
-from diffusion.common.threads import lanes
+from diffusion.common.threads import worker_threads
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession
@@ -86,7 +86,7 @@ class InceptionV3:
     def __call__(self, images: Tensor) -> Tensor:
         """Return features, (N, 2048) float32, of ``images``, (N, C, H, W) uint8 with C 1 or 3."""
         self.network  # noqa: B018 (loaded here, once, before the threads use it)
-        with lanes() as pool:
+        with worker_threads() as pool:
             return torch.cat(list(pool.map(self._batch, torch.split(images, INCEPTION_BATCH))))
 
     @torch.inference_mode()
@@ -173,7 +173,7 @@ class OnnxFile:
         """Return features, (N, D) float32, of ``images``, (N, C, H, W) uint8 with C 1 or 3."""
         if images.shape[1] > self.channels:
             raise UserError(f"the network in {self.path} takes grey images, and these have colours: use another file")
-        with lanes() as pool:
+        with worker_threads() as pool:
             return torch.cat(list(pool.map(self._batch, torch.split(images, ONNX_BATCH))))
 
     @torch.inference_mode()
@@ -338,7 +338,7 @@ class EfficientNetLite0:
     def __call__(self, images: Tensor) -> Tensor:
         """Return features, (N, 1280) float32, of ``images``, (N, C, H, W) uint8 with C 1 or 3."""
         self.network  # noqa: B018 (loaded here, once, before the threads use it)
-        with lanes() as pool:
+        with worker_threads() as pool:
             return torch.cat(list(pool.map(self._batch, torch.split(images, BATCH))))
 
     @torch.inference_mode()

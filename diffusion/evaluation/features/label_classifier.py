@@ -18,7 +18,7 @@ from diffusion.common.files import digest_of, sha256_bytes
 from diffusion.common.fingerprint import Fingerprint, fingerprint
 from diffusion.common.progress import Progress, silent
 from diffusion.common.random import permutation
-from diffusion.common.threads import lanes
+from diffusion.common.threads import worker_threads
 from diffusion.data.dataset import Dataset
 from diffusion.evaluation.cache import cached
 
@@ -119,7 +119,7 @@ class LabelClassifier:
 
     def __call__(self, images: Tensor) -> Tensor:
         """Return features, (N, 96) float32, of ``images``, (N, C, H, W) uint8 with as many channels as the data set."""
-        with lanes() as pool:
+        with worker_threads() as pool:
             return torch.cat(list(pool.map(self._batch, torch.split(images, BATCH))))
 
     @torch.inference_mode()
@@ -150,7 +150,7 @@ def load_label_classifier(
 
     def work() -> dict[str, Tensor]:
         targets = dataset.classes(rows, classes)
-        with lanes(1):
+        with worker_threads(1):
             network = train_classifier(dataset, rows, targets, len(classes), side, progress)
             found = _read(network, dataset, held_out, side)
         right = (found == dataset.classes(held_out, classes)).double().mean()

@@ -22,7 +22,7 @@ from torch import Tensor
 from diffusion.common.config import Config, unset
 from diffusion.common.progress import Progress, silent
 from diffusion.common.random import permutation
-from diffusion.common.threads import lanes
+from diffusion.common.threads import worker_threads
 from diffusion.evaluation.metrics.neighbours import compute_overlap, nearest_distances
 
 ROWS = 4096
@@ -47,7 +47,7 @@ class Moments:
 def compute_moments(features: Tensor) -> Moments:
     """Fit to features (N, D), N at least 2; bit-identical for any number of cores."""
     pieces = torch.split(features, ROWS)
-    with lanes(1):
+    with worker_threads(1):
         mean = sum((piece.double().sum(0) for piece in pieces), torch.zeros(features.shape[1], dtype=torch.float64))
         mean = mean / len(features)
         root = torch.empty(0, features.shape[1], dtype=torch.float64)
@@ -61,7 +61,7 @@ def compute_moments(features: Tensor) -> Moments:
 
 def frechet_distance(first: Moments, second: Moments) -> float:
     """Compute the Fréchet distance |μ₁ − μ₂|² + tr(Σ₁ + Σ₂ − 2(Σ₁Σ₂)^½) of two Gaussians (arXiv 1706.08500)."""
-    with lanes(1):
+    with worker_threads(1):
         # With Σ = RᵀR the eigenvalues of Σ₁Σ₂ are the squares of the singular values of R₁R₂ᵀ.
         shared = torch.linalg.svdvals(first.root @ second.root.T).sum()
         apart = (first.mean - second.mean).square().sum()
@@ -143,7 +143,7 @@ def kernel_sums(features: Tensor, progress: Progress = silent) -> Tensor:
         return sums
 
     total = torch.zeros(count, dtype=torch.float64)
-    with lanes() as pool:
+    with worker_threads() as pool:
         for start, sums in zip(
             range(0, count, KERNEL_BLOCK), pool.map(of_block, range(0, count, KERNEL_BLOCK)), strict=True
         ):
@@ -166,7 +166,7 @@ def _sums_across(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         of_x = torch.cat([block.sum(1, dtype=torch.float64) for block in blocks])
         return of_x, reduce(torch.add, (block.sum(0, dtype=torch.float64) for block in blocks))
 
-    with lanes() as pool:
+    with worker_threads() as pool:
         of_x, of_y = zip(*pool.map(of_block, range(0, len(y), KERNEL_BLOCK)), strict=True)
     return reduce(torch.add, of_x), torch.cat(of_y)
 

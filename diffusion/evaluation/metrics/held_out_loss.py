@@ -10,7 +10,7 @@ from diffusion.common.config import Config
 from diffusion.common.device import repeatable, resolve_device
 from diffusion.common.fingerprint import autocast
 from diffusion.common.progress import Progress, silent
-from diffusion.common.threads import lanes
+from diffusion.common.threads import worker_threads
 from diffusion.data.dataset import Dataset, Rows
 from diffusion.families import family_of
 from diffusion.families.model import Conditioning, Model, to_float
@@ -105,7 +105,7 @@ def measure_losses(
         bits = None if terms.bits is None else terms.bits[: len(images)].cpu()
         return Terms(terms.edges, terms.losses[: len(images)].cpu(), bits)
 
-    with repeatable(device), lanes(None if device.type == "cpu" else 1) as pool:
+    with repeatable(device), worker_threads(None if device.type == "cpu" else 1) as pool:
         for images, conditioning in pieces:
             starts = range(0, len(images), config.compute_batch)
             parts = [slice(start, start + config.compute_batch) for start in starts]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from diffusion.common.progress import Progress, silent
-from diffusion.common.threads import lanes
+from diffusion.common.threads import worker_threads
 
 BLOCK = 2048
 """Rows and columns of distances held at a time per worker thread: 16 MiB, mostly in the cores' caches."""
@@ -63,7 +63,7 @@ def nearest_distances(features: Tensor, count: int = NEIGHBOURS, progress: Progr
         return found
 
     pieces: list[Tensor] = []
-    with lanes() as pool:
+    with worker_threads() as pool:
         for piece in pool.map(of_block, range(0, len(features), BLOCK)):
             pieces.append(piece)
             progress("neighbours of real images", sum(map(len, pieces)), len(features))
@@ -94,7 +94,7 @@ def compute_overlap(samples: Tensor, reference: Tensor, near_samples: Tensor, ne
             closest = torch.minimum(closest, distances.amin(1))
         return lying, among, pairs, int((closest < wider[block]).sum())
 
-    with lanes() as pool:
+    with worker_threads() as pool:
         blocks = list(pool.map(of_block, range(0, len(reference), BLOCK)))
     lying, among, pairs, covered = zip(*blocks, strict=True)
     return Overlap(
@@ -154,7 +154,7 @@ def find_nearest(
     views = _augmented((points if points.ndim == 3 else points[None]) - centre)
     size, seen = views.shape[1], 0
     best = torch.full((size, count), math.inf), torch.full((size, count), -1)
-    with lanes() as pool:
+    with worker_threads() as pool:
         for piece in pieces:
             step = max(1, BLOCK_DISTANCES // (len(views) * len(piece)))
             search = partial(_search, best, views, _augmented_rows(piece - centre), seen, step, themselves)

@@ -6,7 +6,7 @@ from contextlib import ExitStack
 import pytest
 import torch
 
-from diffusion.common.threads import lanes
+from diffusion.common.threads import worker_threads
 
 
 @pytest.fixture
@@ -19,8 +19,8 @@ def three_threads() -> Iterator[None]:
 
 def test_torch_splits_nothing_until_the_last_is_done(three_threads: None) -> None:
     first, second = ExitStack(), ExitStack()
-    first.enter_context(lanes(1))
-    pool = second.enter_context(lanes(2))
+    first.enter_context(worker_threads(1))
+    pool = second.enter_context(worker_threads(2))
     first.close()
     assert torch.get_num_threads() == 1
     assert list(pool.map(lambda _: torch.get_num_threads(), range(4))) == [1] * 4
@@ -29,6 +29,6 @@ def test_torch_splits_nothing_until_the_last_is_done(three_threads: None) -> Non
 
 
 def test_after_an_error_torch_is_as_it_was(three_threads: None) -> None:
-    with pytest.raises(ZeroDivisionError), lanes(1):
+    with pytest.raises(ZeroDivisionError), worker_threads(1):
         raise ZeroDivisionError
     assert torch.get_num_threads() == 3

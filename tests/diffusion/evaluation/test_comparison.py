@@ -77,7 +77,7 @@ def test_a_better_model_is_promoted_and_a_worse_one_rejected_with_figures(
     new, old = models
     let_draw(new, noisy(good(48), 5), data, tmp_path, TRIED)
     let_draw(old, noisy(good(48, first=6000), 60), data, tmp_path, TRIED)
-    found, exhibits = tried(new, old, data, tmp_path)
+    found, grids = tried(new, old, data, tmp_path)
     assert found.decision.verdict == Verdict.promote
     assert "better by more than δ: kid_efflite0" in found.reason
     assert "on 48 generated images and 40 held-out" in found.reason
@@ -89,7 +89,7 @@ def test_a_better_model_is_promoted_and_a_worse_one_rejected_with_figures(
     ours, theirs = found.candidate.estimates["kid_efflite0"], found.champion.estimates["kid_efflite0"]
     assert headline.difference.value == pytest.approx(ours.value - theirs.value)
     assert ours.interval.low < ours.value < ours.interval.high < theirs.interval.low
-    assert torch.equal(exhibits.candidate, noisy(good(48), 5))
+    assert torch.equal(grids.candidate, noisy(good(48), 5))
     named = found.metrics()
     assert named["kid_efflite0_low"] == ours.interval.low
     assert named["champion_kid_efflite0"] == headline.champion.value
@@ -116,26 +116,26 @@ def test_a_model_that_copies_its_training_images_is_rejected_however_good_they_a
     new, old = models
     copies = torch.cat([training_images(data, 12), good(36)])
     let_draw(new, copies, data, tmp_path, TRIED)
-    found, exhibits = tried(new, None if first else old, data, tmp_path)
+    found, grids = tried(new, None if first else old, data, tmp_path)
     assert found.decision.verdict == Verdict.reject
     assert "copies of training images: " in found.reason
     shown = [each.is_copy for each in found.candidate.memorization.pairs]
     assert sum(shown) >= 12
-    assert torch.equal(exhibits.nearest_generated[:8], exhibits.nearest_training[:8])
+    assert torch.equal(grids.nearest_generated[:8], grids.nearest_training[:8])
 
 
 def test_a_first_version_needs_no_champion_and_has_its_intervals(
     data: Path, models: list[Path], tmp_path: Path
 ) -> None:
-    found, exhibits = tried(models[0], None, data, tmp_path)
+    found, grids = tried(models[0], None, data, tmp_path)
     assert found.decision.verdict == Verdict.promote
     assert found.decision.reasons[0] == "first version: there was no champion"
     assert {each.rule for each in found.decision.findings} == {"headline", "memorized"}
-    assert (found.champion, exhibits.champion) == (None, None)
+    assert (found.champion, grids.champion) == (None, None)
     assert {"fd_efflite0", "kid_efflite0", "recall_efflite0", "coverage_efflite0"} <= found.candidate.estimates.keys()
     seed = CONFIG.seed + 1
     expected = sample(load_model(models[0]), range(CONFIG.samples), seed, SAMPLING)
-    assert torch.equal(exhibits.candidate, expected)
+    assert torch.equal(grids.candidate, expected)
     assert found.conditions.evaluation.seed == seed
 
 
@@ -211,21 +211,21 @@ def test_the_worst_classes_and_what_was_drawn_twice_can_be_looked_at(data: Path,
     again = good(64)
     again[10:14] = again[10].clone()
     let_draw(path, again, data, tmp_path, config.model_copy(update={"seed": CONFIG.seed + 1}))
-    found, exhibits = tried(path, None, data, tmp_path, config=config)
+    found, grids = tried(path, None, data, tmp_path, config=config)
     per_class, doubles = found.candidate.per_class, found.candidate.duplicates
     assert per_class is not None
-    assert list(exhibits.classes) == [each.name for each in per_class.worst_first]
+    assert list(grids.classes) == [each.name for each in per_class.worst_first]
     dataset = Dataset.open(data)
     held_out = dataset.rows("held_out")
     labels = labels_of(load_model(path), range(64), CONFIG.seed + 1)
     assert labels is not None
-    for name, (real, drawn) in exhibits.classes.items():
+    for name, (real, drawn) in grids.classes.items():
         number = sorted(classes).index(name)
         of_class = (dataset.classes(held_out, sorted(classes)) == number).numpy()
         assert torch.equal(real, dataset.images(held_out[of_class][:8]))
         assert torch.equal(drawn, again[labels == number][:8])
     assert any({10, 11, 12, 13} <= set(group.members) for group in doubles.groups)
-    for group, shown in zip(doubles.groups, exhibits.duplicates, strict=True):
+    for group, shown in zip(doubles.groups, grids.duplicates, strict=True):
         assert torch.equal(shown, again[group.members])
 
 
@@ -247,11 +247,11 @@ def test_autoencoders_are_compared_by_what_comes_back_of_each_held_out_image(dat
 def test_models_that_enlarge_are_compared_on_the_same_small_images(data: Path, tmp_path: Path) -> None:
     config = MODEL.model_copy(update={"low_resolution": 4, "conditional": False})
     new, old = (write_model(tmp_path / f"{seed}.safetensors", seed, seed, config=config) for seed in (1, 2))
-    found, exhibits = tried(new, old, data, tmp_path)
+    found, grids = tried(new, old, data, tmp_path)
     assert (found.compared.samples, found.compared.reference) == (20, 20)
     assert found.conditions.low_resolution == 4
     assert found.candidate.similarity is not None
-    assert len(exhibits.real) == len(exhibits.candidate) == 20
+    assert len(grids.real) == len(grids.candidate) == 20
 
 
 def plain(path: Path, **changes: object) -> Path:
@@ -281,11 +281,11 @@ def test_a_champion_that_was_told_less_is_drawn_without_guidance(data: Path, tmp
     told = write_model(tmp_path / "told.safetensors", 0, 1, classes={"left": 60, "right": 60})
     untold = write_model(tmp_path / "untold.safetensors", 0, 1)
     sampling = SAMPLING.model_copy(update={"guidance": 2.0})
-    found, exhibits = tried(told, untold, data, tmp_path, sampling=sampling)
+    found, grids = tried(told, untold, data, tmp_path, sampling=sampling)
     assert found.champion is not None
-    assert exhibits.champion is not None
+    assert grids.champion is not None
     drawn = sample(load_model(untold), range(CONFIG.samples), CONFIG.seed + 1, SAMPLING)
-    assert torch.equal(exhibits.champion, drawn)
+    assert torch.equal(grids.champion, drawn)
     assert found.candidate.gflop == pytest.approx(2 * found.champion.gflop, rel=0.02)
 
 

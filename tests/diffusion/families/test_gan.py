@@ -13,7 +13,7 @@ from torch.nn import functional
 from diffusion.checkpoints import load_model
 from diffusion.common.errors import UserError
 from diffusion.common.random import GaussianNoise
-from diffusion.common.threads import lanes
+from diffusion.common.threads import worker_threads
 from diffusion.data.dataset import Dataset
 from diffusion.evaluation.metrics.held_out_loss import measure_losses, summarize_losses
 from diffusion.families.base import TrainingBatch
@@ -165,7 +165,7 @@ def test_lanes_add_up_to_the_gradients_of_the_whole_batch(data: Path, step: int)
     found = []
     for count in (1, 4):
         config = TRAINING.model_copy(update={"cpu_threads": count})
-        with lanes(count) as pool:
+        with worker_threads(count) as pool:
             trainer = make_trainer(data, MODEL, config, pool)
             x0 = torch.linspace(-1, 1, 16 * SIZE**2).view(16, 1, SIZE, SIZE)
             batch = trainer.objective.make_batch(x0, range(16), {"label": torch.arange(16) % 3})
@@ -177,7 +177,7 @@ def test_lanes_add_up_to_the_gradients_of_the_whole_batch(data: Path, step: int)
 
 
 def test_the_discriminator_moves_first_and_what_is_not_finite_moves_nothing_after_it(data: Path) -> None:
-    with lanes(1) as pool:
+    with worker_threads(1) as pool:
         trainer = make_trainer(data, MODEL, TRAINING.model_copy(update={"cpu_threads": 1}), pool, 3200)
         state = trainer.state
         with trainer.loader:
@@ -268,5 +268,5 @@ def test_work_and_memory_are_counted_for_both_networks() -> None:
     small, large = (count_flops(MODEL, (3, size, size), 0) for size in (16, 32))
     assert large / small == pytest.approx(4, rel=0.1)
     alone, both = state_size(1000, 1, 2), state_size(1000, 1, 2, others=500)
-    # Weights and two moments on disk; in memory twice, with gradients of two lanes and their sum.
+    # Weights and two moments on disk; in memory twice, with gradients of two threads and their sum.
     assert (both[0] - alone[0], both[1] - alone[1]) == (4 * 500 * (2 * 3 + 3), 4 * 500 * 3)

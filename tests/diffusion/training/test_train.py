@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 
 from diffusion.checkpoints import load_model, read_header
 from diffusion.common.errors import DarkroomError, UserError
-from diffusion.common.threads import lanes
+from diffusion.common.threads import worker_threads
 from diffusion.data.dataset import Dataset
 from diffusion.data.manifest import read_manifest, write_manifest
 from diffusion.families.model import to_float
@@ -175,8 +175,8 @@ def test_a_discarded_run_begins_anew_with_the_same_end(dataset: Path, tmp_path: 
     assert run(dataset, tmp_path / "run", restart="if_different").final.stat().st_mtime_ns == written
     (tmp_path / "run" / "notes.txt").write_text("mine")
     discard(tmp_path / "run")
-    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["notes.txt", "spool"]
-    assert [path.name for path in (tmp_path / "run" / "spool").iterdir()] == ["anew"]
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["metrics_buffer", "notes.txt"]
+    assert [path.name for path in (tmp_path / "run" / "metrics_buffer").iterdir()] == ["restarted"]
     again = run(dataset, tmp_path / "run").final
     assert again.stat().st_mtime_ns != written
     assert again.read_bytes() == bits
@@ -396,7 +396,7 @@ def test_workers_without_work_are_refused() -> None:
 
 
 def test_steps_whose_loss_is_not_finite_are_left_out_and_counted(dataset: Path) -> None:
-    with lanes(1) as pool:
+    with worker_threads(1) as pool:
         trainer = make_trainer(dataset, MODEL, CONFIG, pool, 320)
         broken = {16, 48, 64}
 
@@ -418,7 +418,7 @@ def test_steps_looked_at_later_leave_out_the_same(dataset: Path) -> None:
     # As on a GPU, which nobody waits for after each step.
     counts, weights = [], []
     for lag in (0, 1):
-        with lanes(1) as pool:
+        with worker_threads(1) as pool:
             trainer = make_trainer(dataset, MODEL, CONFIG, pool, 320)
             trainer.lag = lag
             # In the forward pass the number of images is that of the steps before.
@@ -522,7 +522,7 @@ def test_the_policy_says_which_checkpoints_stay(
 
 
 def test_what_goes_wrong_with_a_checkpoint_beside_training_stops_it(dataset: Path, tmp_path: Path) -> None:
-    with lanes(1) as pool:
+    with worker_threads(1) as pool:
         trainer = make_trainer(dataset, MODEL, CONFIG, pool)
     (tmp_path / "file").write_text("no folder")
     writer = CheckpointWriter(Checkpoints(tmp_path / "file" / "checkpoints"))
@@ -532,7 +532,7 @@ def test_what_goes_wrong_with_a_checkpoint_beside_training_stops_it(dataset: Pat
 
 
 def test_a_checkpoint_holds_the_state_as_it_was_though_training_goes_on(dataset: Path, tmp_path: Path) -> None:
-    with lanes(1) as pool:
+    with worker_threads(1) as pool:
         trainer = make_trainer(dataset, MODEL, CONFIG, pool, 320)
         take_step(trainer)
         expected = {name: value.clone() for name, value in trainer.state.tensors().items()}

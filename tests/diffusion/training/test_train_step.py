@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from diffusion.common.threads import lanes
+from diffusion.common.threads import worker_threads
 from diffusion.families.base import BETAS
 from diffusion.families.model import to_float
 from diffusion.models.config import ModelConfig
@@ -21,7 +21,7 @@ def test_steps_in_lanes_equal_plain_adamw_on_the_whole_batch(dataset: Path, part
     config = TrainingConfig(
         images=640, batch_size=16, cpu_threads=parts, precision="fp32", warmup_images=0, max_grad_norm=1e9
     )
-    with lanes(parts) as pool:
+    with worker_threads(parts) as pool:
         trainer = make_trainer(dataset, MODEL, config, pool, 640)
         plain = make_trainer(dataset, MODEL, config, pool, 640)
         network = plain.state.network.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]

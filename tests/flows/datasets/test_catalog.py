@@ -250,16 +250,16 @@ def test_another_machine_learns_what_was_taken_down_and_whether_it_still_holds_i
     assert again == done.model_copy(update={"already": True})
 
 
-@pytest.mark.parametrize("asked", ["../../../outside", "0" * 15, "0" * 16 + "\n"])
+@pytest.mark.parametrize("request_digest", ["../../../outside", "0" * 15, "0" * 16 + "\n"])
 def test_a_removal_in_the_bucket_that_would_be_written_elsewhere_is_refused_by_its_key(
-    place: Place, asked: str
+    place: Place, request_digest: str
 ) -> None:
     place.version()
     done = remove(FOLDER, Selection(sources=["odd/01.png"]), "consent withdrawn")
-    told = done.model_dump(mode="json") | {"asked": asked, "digests": ["0" * 64]}
+    told = done.model_dump(mode="json") | {"request_digest": request_digest, "digests": ["0" * 64]}
     place.catalogue.store.put_once(place.bucket, "datasets/blobs/removals/x.json", json.dumps(told).encode())
     before = files_of(Path())
-    with pytest.raises(UserError, match=r"datasets/blobs/removals/x\.json is no removal .*asked: "):
+    with pytest.raises(UserError, match=r"datasets/blobs/removals/x\.json is no removal .*request_digest: "):
         place.catalogue.fetch_removals(FOLDER)
     with pytest.raises(UserError, match=r"x\.json is no removal"):
         list(place.catalogue.removals())

@@ -45,7 +45,7 @@ def points(tracker: RunTracker, name: str) -> list[tuple[int, float, int]]:
 
 def test_all_figures_and_images_arrive_in_order(client: MlflowClient, tmp_path: Path) -> None:
     tracker = new_run(client)
-    writer = BufferedTracker(tracker, tmp_path / "spool")
+    writer = BufferedTracker(tracker, tmp_path / "buffer")
     for images in range(0, 1200, 2):
         writer.log_metrics({"loss": 1 / (images + 1), "nothing": float("nan")}, images)
     writer.log_image("samples", blob(0), 1200)
@@ -59,7 +59,7 @@ def test_all_figures_and_images_arrive_in_order(client: MlflowClient, tmp_path: 
 def test_what_is_said_again_after_a_kill_is_there_once_with_its_first_time(
     client: MlflowClient, tmp_path: Path
 ) -> None:
-    tracker, folder = new_run(client), tmp_path / "spool"
+    tracker, folder = new_run(client), tmp_path / "buffer"
     first = BufferedTracker(tracker, folder)
     for images in (16, 32, 48):
         first.log_metrics({"loss": images / 100}, images)
@@ -123,7 +123,7 @@ def test_a_server_that_goes_away_and_comes_back_has_every_point_once_in_order(
     with mlflow_server(tmp_path, port):
         client = MlflowClient()
         tracker = new_run(client)
-        writer = BufferedTracker(tracker, tmp_path / "spool")
+        writer = BufferedTracker(tracker, tmp_path / "buffer")
         writer.log_metrics({"loss": 0.5}, 16)
         while writer.delivered == 0:
             time.sleep(0.05)
@@ -139,7 +139,7 @@ def test_a_server_that_goes_away_and_comes_back_has_every_point_once_in_order(
         monkeypatch.setattr(buffered, "PATIENCE", 60.0)
         writer.close()
         assert [point[:2] for point in points(tracker, "loss")] == [(16, 0.5), (32, 1 / 32), (48, 1 / 48)]
-        lines = (tmp_path / "spool" / "records.jsonl").read_text().splitlines()
+        lines = (tmp_path / "buffer" / "records.jsonl").read_text().splitlines()
         times = [record["time"] for record in map(json.loads, lines) if record["name"] == "loss"]
         assert [point[2] for point in points(tracker, "loss")] == times
 
@@ -149,7 +149,7 @@ def test_the_machine_is_looked_at_now_and_then(
 ) -> None:
     monkeypatch.setattr(buffered, "EVERY", 0.3)
     tracker = new_run(client)
-    writer = BufferedTracker(tracker, tmp_path / "spool")
+    writer = BufferedTracker(tracker, tmp_path / "buffer")
     writer.log_metrics({"loss": 0.5}, 16)
     time.sleep(0.4)
     for images in (32, 48):
@@ -162,11 +162,11 @@ def test_the_machine_is_looked_at_now_and_then(
 
 def test_what_an_abandoned_training_said_is_delivered_the_next_time(client: MlflowClient, tmp_path: Path) -> None:
     tracker = new_run(client)
-    first = BufferedTracker(tracker, tmp_path / "spool")
+    first = BufferedTracker(tracker, tmp_path / "buffer")
     first.abandon()
     first.log_metrics({"loss": 0.5}, 16)
     assert points(tracker, "loss") == []
-    BufferedTracker(tracker, tmp_path / "spool").close()
+    BufferedTracker(tracker, tmp_path / "buffer").close()
     assert [point[:2] for point in points(tracker, "loss")] == [(16, 0.5)]
 
 
@@ -174,7 +174,7 @@ def test_a_full_disk_is_told_at_once_and_what_was_kept_is_delivered(
     client: MlflowClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tracker = new_run(client)
-    writer = BufferedTracker(tracker, tmp_path / "spool")
+    writer = BufferedTracker(tracker, tmp_path / "buffer")
     writer.log_metrics({"loss": 0.5}, 16)
 
     def fail(*_: object, **__: object) -> str:
@@ -190,11 +190,11 @@ def test_a_full_disk_is_told_at_once_and_what_was_kept_is_delivered(
 
 
 def test_a_run_on_another_server_gets_all_that_was_said(client: MlflowClient, tmp_path: Path) -> None:
-    first = BufferedTracker(new_run(client), tmp_path / "spool")
+    first = BufferedTracker(new_run(client), tmp_path / "buffer")
     first.log_metrics({"loss": 0.5}, 16)
     first.close()
     other = RunTracker(client, client.create_run("0").info.run_id)
-    BufferedTracker(other, tmp_path / "spool").close()
+    BufferedTracker(other, tmp_path / "buffer").close()
     assert [point[:2] for point in points(other, "loss")] == [(16, 0.5)]
 
 

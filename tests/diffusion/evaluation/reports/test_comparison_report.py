@@ -12,7 +12,7 @@ import torch
 from diffusion.common.image_grids import grid
 from diffusion.evaluation.reports.comparison_report import probability, write_comparison_report
 from tests.builders.browser import chromium, look
-from tests.builders.comparison_results import Shown, docket
+from tests.builders.comparison_results import Shown, example_comparison
 from tests.builders.html_pages import Page
 
 HEADINGS = [
@@ -30,7 +30,7 @@ HEADINGS = [
 
 @cache
 def whole() -> Shown:
-    return docket()
+    return example_comparison()
 
 
 def write(path: Path, shown: Shown) -> str:
@@ -151,7 +151,7 @@ def test_the_page_holds_everything_it_shows_and_is_the_same_twice(tmp_path: Path
 
 
 def test_what_was_not_measured_has_no_place_on_the_page(tmp_path: Path) -> None:
-    shown = docket(with_champion=False)
+    shown = example_comparison(with_champion=False)
     loss = shown.comparison.candidate.held_out_loss.model_copy(update={"levels": [], "bits_per_dim": None})
     text = written(changed(shown, estimates={}, per_class=None, held_out_loss=loss), tmp_path).text
     missing = {"Metrics", "Worst classes", "Held-out images"}
@@ -163,7 +163,7 @@ def test_what_was_not_measured_has_no_place_on_the_page(tmp_path: Path) -> None:
 
 
 def test_a_first_version_is_shown_without_a_champion(tmp_path: Path) -> None:
-    text = written(docket(with_champion=False), tmp_path).text
+    text = written(example_comparison(with_champion=False), tmp_path).text
     assert "promote: version 1 first version: there was no champion" in text
     assert "metric version 1 real baseline" in text
     assert "champion's" not in text
