@@ -37,7 +37,7 @@ from flows.registry import model_card, model_versions
 from flows.registry.aliases import adopted, append, project
 from flows.registry.champion import champion_problem, require_champion
 from flows.registry.ledger import Ledger
-from flows.registry.ledger_entries import Approval, Entry, Evidence, GateWord, History
+from flows.registry.ledger_entries import Approval, Evidence, GateWord, History, LedgerEntry
 from flows.registry.model_versions import Version
 from flows.registry.takedown_marks import TAKEDOWN, require_current, takedowns, warn_of_takedown, with_takedowns
 from flows.storage.tags import parse_tags
@@ -59,7 +59,7 @@ class GateResult(Config):
     """The comparison; None if there was none, because it is champion already or a person decided."""
 
 
-class Verdict(Config):
+class PromotionResult(Config):
     """Outcome of a promotion."""
 
     version: Version
@@ -88,7 +88,7 @@ class ApprovalForm(RunInput):
 
 
 @flow(name="promote", flow_run_name="promote-{params.training.dataset}")
-def promote(params: Params) -> Verdict:
+def promote(params: Params) -> PromotionResult:
     """Register the best checkpoint, and promote it if the gate prefers it to the champion."""
     evaluation = read_evaluation(params.report_folder)
     require_champion(params)
@@ -257,7 +257,7 @@ def request_approval(version: Version, result: GateResult) -> Approval | None:
 @retryable_task
 def record(
     params: Params, evaluation: Evaluation, version: Version, result: GateResult, approval: Approval | None
-) -> Verdict:
+) -> PromotionResult:
     """Commit the verdict to the ledger, then update MLflow: scores, card, copies of the entry, aliases."""
     client, ledger = MlflowClient(), Ledger.of(version.model)
     history = commit(client, version, result, approval)
@@ -269,7 +269,7 @@ def record(
     promoted = champion == version.number
     if promoted:
         warn_of_takedown(with_takedowns(version))
-    verdict = Verdict(
+    verdict = PromotionResult(
         version=version,
         promoted=promoted,
         verdict="promote" if promoted else "reject" if entry.what == "reject" else "hold",
@@ -287,7 +287,7 @@ def commit(client: MlflowClient, version: Version, result: GateResult, approval:
     Raises UserError if some of its training images were taken down, and Held as ``next_entry`` does.
     """
 
-    def decide(history: History) -> Entry | None:
+    def decide(history: History) -> LedgerEntry | None:
         # A takedown writes its record before it searches for versions, and this one is registered: either the record
         # is visible here, or the takedown finds and marks the version.
         require_promotable.fn(version)
@@ -296,7 +296,7 @@ def commit(client: MlflowClient, version: Version, result: GateResult, approval:
     return append(client, Ledger.of(version.model), decide)
 
 
-def next_entry(history: History, version: Version, result: GateResult, approval: Approval | None) -> Entry | None:
+def next_entry(history: History, version: Version, result: GateResult, approval: Approval | None) -> LedgerEntry | None:
     """Ledger entry of the verdict; None if it is there. Raises Held if the champion has changed meanwhile."""
     champion, evidence = history.standing.champion, result.evidence
     if champion == version.number:
@@ -314,7 +314,7 @@ def next_entry(history: History, version: Version, result: GateResult, approval:
     return None if last is not None and last.says_the_same(entry) else entry
 
 
-def _tag(client: MlflowClient, version: Version, evaluation: Evaluation, entry: Entry) -> None:
+def _tag(client: MlflowClient, version: Version, evaluation: Evaluation, entry: LedgerEntry) -> None:
     """Tag the version with its scores and the gate's reason."""
     tags = {name: f"{value:.6g}" for name, value in evaluation.metrics().items()}
     tags["darkroom.eval_key"] = evaluation.eval_key

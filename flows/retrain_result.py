@@ -12,7 +12,7 @@ from flows.config import Params
 from flows.datasets.checkout import CheckedOut
 from flows.explain import Explanation
 from flows.ingest import IngestOutcome
-from flows.promote import Verdict
+from flows.promote import PromotionResult
 from flows.sample import SamplingBatchResult
 
 
@@ -22,7 +22,7 @@ class RetrainResult(Config):
     data: IngestOutcome | CheckedOut
     run_id: str
     report: Path
-    verdict: Verdict
+    verdict: PromotionResult
     samples: SamplingBatchResult | None
     """None if there is no champion or it is a super-resolution model."""
     explained: Explanation

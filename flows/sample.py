@@ -31,9 +31,9 @@ from flows.registry import model_versions
 from flows.registry.model_versions import Version
 from flows.registry.takedown_marks import warn_of_takedown
 from flows.sampling import generate_batch
-from flows.sampling.generate_batch import Cost, Work
+from flows.sampling.generate_batch import GenerationCost, Work
 from flows.sampling.lookup import read_image, read_rows
-from flows.sampling.sampling_batch import MANIFEST, Batch
+from flows.sampling.sampling_batch import MANIFEST, SamplingBatch
 from flows.storage.s3 import Location, Store
 from flows.storage.s3_errors import Missing
 from flows.tracking.progress_reporter import bar, reporter
@@ -58,7 +58,7 @@ class SamplingBatchResult(Config):
     """URI of manifest.parquet."""
     contact_sheet: Path
     """Local image grid of the first images."""
-    took: Cost
+    took: GenerationCost
     """Cost of the images generated in this run."""
 
 
@@ -143,7 +143,7 @@ def begin(
     to: str | None,
     conditions: Conditions,
     requests: str | None = None,
-) -> tuple[Batch, Location]:
+) -> tuple[SamplingBatch, Location]:
     """Plan the batch and record it on S3; raises Held if ``to`` holds a different batch."""
     store = Store()
     batch, table = generate_batch.plan(store, version, weights, sampling, config, count, seed, conditions, requests)
@@ -157,7 +157,7 @@ def begin(
 
 
 @flow(name="generate chunks")
-def generate_chunks(params: Params, batch: Batch, place: Location, version: Version) -> Cost:
+def generate_chunks(params: Params, batch: SamplingBatch, place: Location, version: Version) -> GenerationCost:
     """Generate the missing chunks; each is a separate task, and few are submitted ahead."""
     config = params.sampling_batch
     started, missing, chunks = time.monotonic(), generate_batch.unfinished(Store(), batch, place), batch.chunks()
@@ -174,7 +174,9 @@ def generate_chunks(params: Params, batch: Batch, place: Location, version: Vers
 
 
 @retryable_task
-def generate_chunk(batch: Batch, place: Location, version: Version, chunk: int, config: SamplingBatchConfig) -> Work:
+def generate_chunk(
+    batch: SamplingBatch, place: Location, version: Version, chunk: int, config: SamplingBatchConfig
+) -> Work:
     """Generate the images of a chunk and upload them, its manifest part last; a finished chunk is skipped."""
     store = Store()
     weights = model_versions.fetch_weights(version, environment.settings().folder / "models")
@@ -185,7 +187,7 @@ def generate_chunk(batch: Batch, place: Location, version: Version, chunk: int, 
 
 
 @retryable_task
-def finish(batch: Batch, place: Location, cost: Cost) -> SamplingBatchResult | None:
+def finish(batch: SamplingBatch, place: Location, cost: GenerationCost) -> SamplingBatchResult | None:
     """Write the manifest from its parts, then ``_SUCCESS``; returns None if images were deleted meanwhile."""
     store = Store()
     if not generate_batch.finish(store, batch, place):
@@ -224,7 +226,7 @@ def answer(
     return generate_to_folder(weights, request, params.sampling, output, origin, reporter())
 
 
-def _first(store: Store, batch: Batch, place: Location) -> list[bytes]:
+def _first(store: Store, batch: SamplingBatch, place: Location) -> list[bytes]:
     """PNG bytes of the first images on S3."""
     shown = min(SHOWN, batch.count)
     chunks = range(-(-shown // batch.chunk_size))

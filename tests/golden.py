@@ -46,7 +46,7 @@ from diffusion.models.config import AutoregressiveConfig, FamilyConfig, GANConfi
 from diffusion.process.samplers import sampling_config
 from diffusion.training.config import TrainingConfig
 from diffusion.training.train import train
-from flows.registry.ledger_entries import Approval, Entry, Evidence, History
+from flows.registry.ledger_entries import Approval, Evidence, History, LedgerEntry
 
 VALUES = Path(__file__).with_name("golden_values.json")
 IMAGES = 2_000
@@ -382,7 +382,7 @@ def ledger_entries() -> Values:
     for what, number, options in steps:
         entry = history.then(what, number, f"{number:064x}", **options)
         # Who wrote it and when differ between machines; a parent's digest follows from what was fixed before.
-        entry = Entry.model_validate(entry.model_dump() | {"who": "who@where", "when": when})
+        entry = LedgerEntry.model_validate(entry.model_dump() | {"who": "who@where", "when": when})
         history = History("discs", (*history.entries, entry))
         found[f"{entry.number}"] = {"sha256": entry.digest, "text": str(entry)}
     return found

@@ -114,7 +114,7 @@ Views = dict[str, Tensor]
 """Representations of N images in V views by name of the space: (V, N, D) float32."""
 
 
-class HeldOutKey(Config):
+class HeldOutNeighboursKey(Config):
     """Cache key of the training images nearest to held-out ones."""
 
     kind: Literal["neighbours of held-out images"] = "neighbours of held-out images"
@@ -277,7 +277,7 @@ class RealImages:
             return unpacked(self.neighbours(views))
 
         held_out = features_key(self.dataset, self.held_out, self.extractor)
-        key = HeldOutKey(held_out=held_out, training=self.training_key, mirrored=mirrored)
+        key = HeldOutNeighboursKey(held_out=held_out, training=self.training_key, mirrored=mirrored)
         return packed(cached(self.folder, key, work))
 
     def reader(self, classes: Sequence[str]) -> LinearDiscriminant:

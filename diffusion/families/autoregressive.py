@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from diffusion.common.fingerprint import autocast
-from diffusion.families.base import Batch, TrainingBatch, TrainingData, TrainingObjective
+from diffusion.families.base import ConditioningBatch, TrainingBatch, TrainingData, TrainingObjective
 from diffusion.families.model import Conditioning, Model, ModelHeader, to_uint8
 from diffusion.models.autoregressive import PixelCNN, sample_images
 from diffusion.models.config import AutoregressiveConfig
@@ -94,7 +94,9 @@ class AutoregressiveFamily:
         assert isinstance(network, PixelCNN)
         return AutoregressiveModel(header, network)
 
-    def sample(self, model: AutoregressiveModel, batch: Batch, config: SamplingConfig, device: torch.device) -> Tensor:
+    def sample(
+        self, model: AutoregressiveModel, batch: ConditioningBatch, config: SamplingConfig, device: torch.device
+    ) -> Tensor:
         """Sample pixel by pixel, each from its own noise."""
         with torch.inference_mode(), autocast(config.precision, device):
             return to_uint8(sample_images(model.network, batch.noise(), batch.conditioning.get("label"))).cpu()

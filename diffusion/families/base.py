@@ -73,7 +73,7 @@ class TrainingBatch:
 
 
 @dataclass(frozen=True)
-class Batch:
+class ConditioningBatch:
     """Inputs of a compute batch of N generated images."""
 
     conditioning: Conditioning
@@ -155,7 +155,7 @@ class Family(Protocol[Config_contra, ModelOf]):
     def make_model(self, header: ModelHeader, network: nn.Module, autoencoder: Latents | None) -> ModelOf:
         """Wrap a trained network for use."""
 
-    def sample(self, model: ModelOf, batch: Batch, config: SamplingConfig, device: torch.device) -> Tensor:
+    def sample(self, model: ModelOf, batch: ConditioningBatch, config: SamplingConfig, device: torch.device) -> Tensor:
         """Generate images, (N, C, H, W) uint8."""
 
     def passes(self, model: ModelOf, config: SamplingConfig) -> list[tuple[int, Callable[[], Tensor]]]:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from diffusion.common.fingerprint import autocast
 from diffusion.common.random import GaussianNoise, uniform
-from diffusion.families.base import Batch, OptimizerStep, TrainingBatch, TrainingData, TrainingObjective
+from diffusion.families.base import ConditioningBatch, OptimizerStep, TrainingBatch, TrainingData, TrainingObjective
 from diffusion.families.model import Conditioning, DiffusionModel, ModelHeader, to_float, to_uint8
 from diffusion.models.config import ModelConfig
 from diffusion.models.unet import UNet, sinusoidal
@@ -105,7 +105,9 @@ class DenoisingObjective(TrainingObjective):
 
 
 @torch.inference_mode()
-def reverse_process(model: DiffusionModel, batch: Batch, config: SamplingConfig, device: torch.device) -> Tensor:
+def reverse_process(
+    model: DiffusionModel, batch: ConditioningBatch, config: SamplingConfig, device: torch.device
+) -> Tensor:
     """Generate the images of a compute batch, (N, C, H, W) uint8, with a diffusion model on ``device``."""
     sigmas = config.sigma_grid(model.schedule)
     denoise = denoiser_of(model, batch.conditioning, config, batch.negative)
@@ -196,7 +198,9 @@ class DiffusionFamily:
         assert isinstance(header.model, ModelConfig)
         return DiffusionModel(header, network, make_schedule(header.model), autoencoder)
 
-    def sample(self, model: DiffusionModel, batch: Batch, config: SamplingConfig, device: torch.device) -> Tensor:
+    def sample(
+        self, model: DiffusionModel, batch: ConditioningBatch, config: SamplingConfig, device: torch.device
+    ) -> Tensor:
         """Run the reverse process."""
         return reverse_process(model, batch, config, device)
 

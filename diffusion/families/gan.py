@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from diffusion.common.fingerprint import autocast
 from diffusion.common.random import GaussianNoise
-from diffusion.families.base import Batch, OptimizerStep, TrainingBatch, TrainingData, TrainingObjective
+from diffusion.families.base import ConditioningBatch, OptimizerStep, TrainingBatch, TrainingData, TrainingObjective
 from diffusion.families.model import Conditioning, Model, ModelHeader, to_uint8
 from diffusion.models.config import GANConfig
 from diffusion.models.gan import Discriminator, Generator
@@ -137,7 +137,7 @@ class GANFamily:
         assert isinstance(network, Generator)
         return GANModel(header, network)
 
-    def sample(self, model: GANModel, batch: Batch, config: SamplingConfig, device: torch.device) -> Tensor:
+    def sample(self, model: GANModel, batch: ConditioningBatch, config: SamplingConfig, device: torch.device) -> Tensor:
         """Generate in one pass."""
         with torch.inference_mode(), autocast(config.precision, device):
             return to_uint8(model.network(batch.noise(), batch.conditioning.get("label"))).cpu()

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from diffusion.common.fingerprint import autocast
 from diffusion.common.random import GaussianNoise
-from diffusion.families.base import Batch, TrainingBatch, TrainingData, TrainingObjective
+from diffusion.families.base import ConditioningBatch, TrainingBatch, TrainingData, TrainingObjective
 from diffusion.families.model import Conditioning, Model, ModelHeader, to_uint8
 from diffusion.models.config import VAEConfig
 from diffusion.models.vae import VAE, Latents
@@ -131,7 +131,7 @@ class VAEFamily:
         assert isinstance(network, VAE)
         return VAEModel(header, network)
 
-    def sample(self, model: VAEModel, batch: Batch, config: SamplingConfig, device: torch.device) -> Tensor:
+    def sample(self, model: VAEModel, batch: ConditioningBatch, config: SamplingConfig, device: torch.device) -> Tensor:
         """Decode latents from N(0, I)."""
         with torch.inference_mode(), autocast(config.precision, device):
             return to_uint8(model.network.decode(batch.noise())).cpu()

@@ -13,7 +13,7 @@ from diffusion.common.random import GaussianNoise, uniform
 from diffusion.common.threads import worker_threads
 from diffusion.data.dataset import Dataset, Rows
 from diffusion.families import family_of
-from diffusion.families.base import Batch
+from diffusion.families.base import ConditioningBatch
 from diffusion.families.model import Conditioning, Model, to_float, to_uint8
 from diffusion.generation.config import UNCONDITIONAL, Conditions
 from diffusion.models.config import FamilyConfig, ModelConfig
@@ -128,7 +128,9 @@ def _generate(
             conditioning = make_conditioning(model, members, seed, conditions, embeddings)
             conditioning = {name: value.to(device) for name, value in conditioning.items()}
             negative = embeddings[conditions.negative_prompt].to(device)
-            return family.sample(model, Batch(conditioning, lambda: fresh().to(device), negative, edit), config, device)
+            return family.sample(
+                model, ConditioningBatch(conditioning, lambda: fresh().to(device), negative, edit), config, device
+            )
 
         finished = pool.map(generate, batches)
         for number, (members, images) in enumerate(zip(batches, finished, strict=True), start=1):

@@ -23,7 +23,7 @@ EXPANSION = 2
 Layer = TypeVar("Layer", nn.Conv2d, nn.Linear)
 
 
-class Block(nn.Module):
+class DiscriminatorBlock(nn.Module):
     """Residual block with an inverted bottleneck."""
 
     def __init__(self, channels: int) -> None:
@@ -40,7 +40,7 @@ class Block(nn.Module):
         return out
 
 
-class Grow(nn.Module):
+class GeneratorUpsample(nn.Module):
     """Upsampling by a factor of 2."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
@@ -52,7 +52,7 @@ class Grow(nn.Module):
         return functional.interpolate(self.conv(x), scale_factor=2.0, mode="bilinear")
 
 
-class Shrink(nn.Module):
+class DiscriminatorDownsample(nn.Module):
     """Downsampling by a factor of 2."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
@@ -86,8 +86,8 @@ class Generator(nn.Module):
         layers: list[nn.Module] = []
         for number, width in enumerate(widths):
             if number:
-                layers.append(Grow(widths[number - 1], width))
-            layers += [Block(width) for _ in range(config.blocks)]
+                layers.append(GeneratorUpsample(widths[number - 1], width))
+            layers += [DiscriminatorBlock(width) for _ in range(config.blocks)]
         self.layers = nn.Sequential(*layers)
         self.end = _scaled(nn.Conv2d(widths[-1], channels * config.patch**2, 3, padding=1), gain=1)
 
@@ -118,8 +118,8 @@ class Discriminator(nn.Module):
         layers: list[nn.Module] = []
         for number, width in enumerate(widths):
             if number:
-                layers.append(Shrink(widths[number - 1], width))
-            layers += [Block(width) for _ in range(config.blocks)]
+                layers.append(DiscriminatorDownsample(widths[number - 1], width))
+            layers += [DiscriminatorBlock(width) for _ in range(config.blocks)]
         self.layers = nn.Sequential(*layers)
         self.gather = _scaled(nn.Conv2d(widths[-1], widths[-1], low, groups=widths[-1], bias=False), gain=1)
         self.head = _scaled(nn.Linear(widths[-1], config.latent if classes else 1, bias=False), gain=1)

@@ -88,7 +88,7 @@ class Preflight(Config):
 
 
 @dataclass(frozen=True)
-class Pace:
+class MeasuredSpeed:
     """Measured durations on this machine, in seconds."""
 
     image: float
@@ -135,7 +135,7 @@ def kept_at_once(config: TrainingConfig) -> int:
     return min(config.keep + spared, config.checkpoints) + 2 + snapshots
 
 
-def make_preflight(trainer: Trainer, pace: Pace | None, reading: float = 0) -> Preflight:
+def make_preflight(trainer: Trainer, pace: MeasuredSpeed | None, reading: float = 0) -> Preflight:
     """Compute the preflight of a run at this ``pace``, which must be measured if ``training.minutes`` is given.
 
     ``reading``: seconds that the embedding of captions takes first.
@@ -165,7 +165,7 @@ def make_preflight(trainer: Trainer, pace: Pace | None, reading: float = 0) -> P
     )
 
 
-def measure_pace(setup: TrainingSetup, threads: Executor, sampling: SamplingConfig) -> Pace:
+def measure_pace(setup: TrainingSetup, threads: Executor, sampling: SamplingConfig) -> MeasuredSpeed:
     """Measure the pace of a run here: some steps and the validation of one checkpoint of a throw-away trainer."""
     trainer, ranks = Trainer(setup, threads), setup.ranks
     trainer.total = 2**40
@@ -185,10 +185,10 @@ def measure_pace(setup: TrainingSetup, threads: Executor, sampling: SamplingConf
         averaged = setup.model_from(tensors, trainer.state.images)
         validation.metrics({"": setup.network_from(tensors, NETWORK), "_ema": averaged.network})
         validation.generate(averaged, sampling)
-    return ranks.broadcast(Pace(image, time.perf_counter() - start))
+    return ranks.broadcast(MeasuredSpeed(image, time.perf_counter() - start))
 
 
-def images_in(config: TrainingConfig, pace: Pace | None) -> int:
+def images_in(config: TrainingConfig, pace: MeasuredSpeed | None) -> int:
     """Return the number of images to train on: as configured, or as many as fit into ``minutes`` at this ``pace``."""
     if config.images is not None:
         return config.images

@@ -11,7 +11,7 @@ from flows.cli.command import CommandOutput, Model, Reason, Seed, command, conne
 if TYPE_CHECKING:
     from flows.config import Params
     from flows.registry.champion import ChampionChange
-    from flows.registry.ledger_entries import Entry, History
+    from flows.registry.ledger_entries import History, LedgerEntry
     from flows.registry.release import Released
 
 app = typer.Typer(
@@ -183,6 +183,6 @@ def _table(found: "History") -> Iterator[str]:
     yield f"{len(found.entries)} entries, each verified against the one before; the last is sha256 {found.head.digest}"
 
 
-def _row(entry: "Entry") -> tuple[str, ...]:
+def _row(entry: "LedgerEntry") -> tuple[str, ...]:
     move = f"{entry.from_version or '–'} → {entry.to_version}" if entry.moves else f"({entry.version})"
     return str(entry.number), f"{entry.when:%Y-%m-%d %H:%M}", entry.who, entry.what, move, " ".join(entry.why.split())

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from diffusion.generation.generation_result import RequestRecord
     from flows.provenance.reproduce import Reproduction
     from flows.provenance.trace import Trace, TracedData, TracedImage, TracedModel, TracedRun
-    from flows.sampling.sampling_batch import Batch
+    from flows.sampling.sampling_batch import SamplingBatch
 
 What = Annotated[
     str,
@@ -106,7 +106,7 @@ def _image(image: "TracedImage") -> Iterator[str]:
         yield f"conditions {', '.join(shows)}"
 
 
-def _batch(batch: "Batch", place: str, finished: bool) -> Iterator[str]:
+def _batch(batch: "SamplingBatch", place: str, finished: bool) -> Iterator[str]:
     yield f"{place}, {'finished' if finished else 'not finished'}"
     yield f"{batch.count:,} images of seed {batch.seed}: {_fields(batch.sampling.model_dump(exclude_none=True))}"
     if batch.conditions is not None:

@@ -66,7 +66,7 @@ def checkout(
     """
     work_folder(folder).mkdir(parents=True, exist_ok=True)
     with FileLock(work_folder(folder) / "lock"):
-        place = Place.of(folder, reach)
+        place = DatasetLocation.of(folder, reach)
         version = place.choose(prefix)
         return place.make_current(version, with_removed, without_shards, to_build_on)
 
@@ -89,7 +89,7 @@ def _choice(folder: Path) -> Path:
     return work_folder(folder) / "checked_out.json"
 
 
-class Place:
+class DatasetLocation:
     """Folder of a data set, whose lock the caller holds, with access to its other versions."""
 
     def __init__(self, folder: Path, known: dict[str, Manifest], reach: Reach) -> None:
@@ -100,8 +100,8 @@ class Place:
         self.source: str | None = None
 
     @classmethod
-    def of(cls, folder: Path, reach: Reach) -> "Place":
-        """Place of the data set in ``folder``."""
+    def of(cls, folder: Path, reach: Reach) -> "DatasetLocation":
+        """Location of the data set in ``folder``."""
         return cls(folder, _known(folder) if (folder / "manifest.json").is_file() else {}, reach)
 
     def make_current(

@@ -35,14 +35,14 @@ UPLOADS = 4
 logger = logging.getLogger(__name__)
 
 
-class Listed(Config):
+class ListedFile(Config):
     """Entry of a folder's listing."""
 
     md5: DvcDigest
     relpath: str
 
 
-LISTING = TypeAdapter(list[Listed])
+LISTING = TypeAdapter(list[ListedFile])
 
 
 class Depot(Protocol):

@@ -25,7 +25,7 @@ from diffusion.data.versions.versions import remember
 from flows.config import Params
 from flows.datasets import catalog, lineage
 from flows.datasets.catalog import Catalogue, Heads
-from flows.datasets.checkout import CheckedOut, Place, checkout, choice, forget_choice, remove_others
+from flows.datasets.checkout import CheckedOut, DatasetLocation, checkout, choice, forget_choice, remove_others
 from flows.datasets.dvc import is_whole
 from flows.datasets.lineage import DataVersion
 from flows.deployment.tasks import retryable_task
@@ -168,7 +168,7 @@ def _move(folder: Path, source: str, recorded: Catalogue, head: str, config: Ing
     """Make the local version descend from ``head``."""
     theirs = recorded.version(head)
     assert theirs is not None, "a head is in the catalogue"
-    place = Place.of(folder, lambda: source)
+    place = DatasetLocation.of(folder, lambda: source)
     place.known = place.known | {head: theirs}
     place.catalogue()
     if not (folder / "manifest.json").is_file() or anew:
@@ -210,7 +210,7 @@ def _move(folder: Path, source: str, recorded: Catalogue, head: str, config: Ing
         )
 
 
-def _common(folder: Path, place: Place, theirs: Manifest) -> Manifest | None:
+def _common(folder: Path, place: DatasetLocation, theirs: Manifest) -> Manifest | None:
     """Newest common ancestor of the local version and ``theirs``; None if there is none."""
     line = {each.digest: each for each in versions(folder)}
     child = theirs

@@ -21,7 +21,7 @@ from diffusion.common.progress import Progress, silent
 from flows.environment import settings
 from flows.local_stack.discovery import servers_in_environment
 from flows.local_stack.stack_files import LocalStack
-from flows.storage.s3 import Listed, Store, client
+from flows.storage.s3 import ListedObject, Store, client
 from flows.storage.s3_errors import Missing, in_words
 
 DATABASES = ("mlflow/mlflow.db", "mlflow/auth.db", "prefect/prefect.db")
@@ -179,7 +179,7 @@ def backup(target: Path, progress: Progress = silent) -> Backup:
 
 
 def save(
-    store: Store, bucket: str, objects: Sequence[Listed], backups: Backups, progress: Progress = silent
+    store: Store, bucket: str, objects: Sequence[ListedObject], backups: Backups, progress: Progress = silent
 ) -> list[SavedObject]:
     """Copy ``objects``, except those in the newest backup; objects deleted meanwhile are left out."""
     known = {(each.key, each.etag, each.size): each for each in _saved(backups)}
@@ -217,7 +217,7 @@ def _saved(backups: Backups) -> Iterator[SavedObject]:
         yield from backups.read().objects
 
 
-def _save(store: Store, bucket: str, listed: Listed, backups: Backups) -> SavedObject | None:
+def _save(store: Store, bucket: str, listed: ListedObject, backups: Backups) -> SavedObject | None:
     """Copy an object; None if it was deleted meanwhile."""
     try:
         sha256 = backups.keep(partial(store.fetch, bucket, listed.key))

@@ -21,7 +21,7 @@ from flows.environment import Server, settings
 from flows.local_stack.http_api import NotServing, query_mlflow, query_prefect
 from flows.registry.ledger import Known, Ledger, Newest
 from flows.registry.ledger_entries import History
-from flows.storage.s3 import Listed, Location, Store, client
+from flows.storage.s3 import ListedObject, Location, Store, client
 
 GAUGES: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "darkroom_up": ("whether the server answers", ("server",)),
@@ -148,7 +148,7 @@ def last_success_samples(flow: str, run: Mapping[str, Any]) -> Iterator[Sample]:
 class LedgerRead:
     """A parsed ledger, with the listing and MLflow record that it was read from."""
 
-    listed: tuple[Listed, ...]
+    listed: tuple[ListedObject, ...]
     known: Known
     history: History
 

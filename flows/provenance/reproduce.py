@@ -36,9 +36,9 @@ from flows.registry.takedown_marks import warn_of_takedown
 from flows.sampling import sampling_batch
 from flows.sampling.generate_batch import conditions_of, fetch_table
 from flows.sampling.lookup import (
+    LocatedImage,
     Origin,
     SampleLocation,
-    StoredImage,
     find,
     pixels_sha256,
     read_image,
@@ -46,7 +46,7 @@ from flows.sampling.lookup import (
     read_rows,
 )
 from flows.sampling.request_table import RequestTable
-from flows.sampling.sampling_batch import Batch, Row
+from flows.sampling.sampling_batch import Row, SamplingBatch
 from flows.storage.s3 import Location, Store
 from flows.storage.s3_errors import Missing
 from flows.tracking.progress_reporter import reporter
@@ -165,7 +165,7 @@ def reproduce(where: str, count: int | None = None, out: Path | None = None, ins
     return _summary(where, version, installed, batch.fingerprint.differences(own), own, compared, out)
 
 
-def _fetch_code(version: Version, batch: Batch, place: Location, folder: Path) -> Path:
+def _fetch_code(version: Version, batch: SamplingBatch, place: Location, folder: Path) -> Path:
     """Fetch the code of ``version`` if its tag, its batch and its files agree on the digest."""
     code = fetch_code(version, folder)
     if batch.code_sha256 != version.code_sha256:
@@ -177,7 +177,7 @@ def _fetch_code(version: Version, batch: Batch, place: Location, folder: Path) -
     return code
 
 
-def _require_batch(located: SampleLocation) -> tuple[Batch, Location]:
+def _require_batch(located: SampleLocation) -> tuple[SamplingBatch, Location]:
     if isinstance(located.origin, Origin) and located.origin.task is not None:
         raise UserError(
             f"{located.where} was made on request ({located.origin.task}), not sampled in a batch: the same command "
@@ -191,7 +191,7 @@ def _require_batch(located: SampleLocation) -> tuple[Batch, Location]:
     return located.batch, located.place
 
 
-def _chunks(batch: Batch, image: StoredImage | None, count: int | None) -> list[range]:
+def _chunks(batch: SamplingBatch, image: LocatedImage | None, count: int | None) -> list[range]:
     """Image numbers to generate, a few compute batches at a time."""
     if image is not None:
         if count is not None:
@@ -209,7 +209,7 @@ def _chunks(batch: Batch, image: StoredImage | None, count: int | None) -> list[
 
 
 def _request(
-    batch: Batch, weights: Path, chunks: list[range], table: RequestTable | None, folder: Path
+    batch: SamplingBatch, weights: Path, chunks: list[range], table: RequestTable | None, folder: Path
 ) -> dict[str, Any]:
     """Request to ``redraw_script``, with only the fields that the batch has, as older code may not know others."""
     conditions = {}
@@ -247,25 +247,25 @@ def _load_images(file: Path) -> np.ndarray:
     return images[..., 0] if images.shape[-1] == 1 else images
 
 
-def _originals(store: Store, place: Location, batch: Batch, chunk: range) -> list[StoredImage]:
+def _originals(store: Store, place: Location, batch: SamplingBatch, chunk: range) -> list[LocatedImage]:
     """Stored images of a chunk with their rows of the manifest."""
     try:
         rows = {row["index"]: row for row in read_rows(store, place, batch, chunk.start // batch.chunk_size)}
     except Missing as error:
         raise UserError(f"{place} is not finished: give the same `darkroom sample` again first") from error
 
-    def get(index: int) -> StoredImage:
+    def get(index: int) -> LocatedImage:
         try:
             png = read_image(store, place, batch, index, rows.get(index))
         except Missing:
             png = b""
-        return StoredImage(png, None, index, rows.get(index))
+        return LocatedImage(png, None, index, rows.get(index))
 
     with ThreadPoolExecutor(8) as pool:
         return list(pool.map(get, chunk))
 
 
-def compare(key: str, again: np.ndarray, original: StoredImage) -> ImageComparison:
+def compare(key: str, again: np.ndarray, original: LocatedImage) -> ImageComparison:
     """Compare the image ``key`` generated ``again``, (H, W) or (H, W, 3) uint8, with the ``original``."""
     there = read_pixels(original.png)
     recorded = original.row["pixels_sha256"] if original.row else pixels_sha256(there)
@@ -286,7 +286,9 @@ def compare(key: str, again: np.ndarray, original: StoredImage) -> ImageComparis
     )
 
 
-def _write(out: Path, batch: Batch, index: int, pixels: np.ndarray, row: Row | None, conditions: Conditions) -> None:
+def _write(
+    out: Path, batch: SamplingBatch, index: int, pixels: np.ndarray, row: Row | None, conditions: Conditions
+) -> None:
     channels = torch.from_numpy(pixels.reshape(*pixels.shape[:2], -1).transpose(2, 0, 1).copy())
     label = row and row.get("label")
     png, _ = sampling_batch.encode(batch, index, channels, None if label is None else str(label), conditions)

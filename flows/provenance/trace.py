@@ -25,8 +25,8 @@ from flows.registry import model_versions
 from flows.registry.aliases import none_if_missing
 from flows.registry.model_versions import CODE, WEIGHTS
 from flows.registry.takedown_marks import TAKEDOWN
-from flows.sampling.lookup import Origin, SampleLocation, StoredImage, disagreements, find
-from flows.sampling.sampling_batch import DELETED, SUCCESS, Batch
+from flows.sampling.lookup import LocatedImage, Origin, SampleLocation, disagreements, find
+from flows.sampling.sampling_batch import DELETED, SUCCESS, SamplingBatch
 from flows.storage.s3 import Location, Store
 from flows.storage.tags import Tags, parse_tags
 from flows.tracking.runs import MANIFEST_ARTIFACT
@@ -104,7 +104,7 @@ class Trace(Config):
     image: TracedImage | None
     place: str | None
     """Prefix of the batch."""
-    batch: Batch | None
+    batch: SamplingBatch | None
     """Content of ``batch.json``."""
     finished: bool | None
     """Whether the batch is complete."""
@@ -173,7 +173,7 @@ class _Walk:
             place.bucket, f"{DELETED}/{place.prefix}"
         )
 
-    def image(self, located: SampleLocation, image: StoredImage) -> TracedImage:
+    def image(self, located: SampleLocation, image: LocatedImage) -> TracedImage:
         """Compare an image with its row in the manifest."""
         where, batch, row, origin = located.where, located.batch, image.row, image.origin
         if row is not None and row["sha256"] != image.sha256:
@@ -211,7 +211,7 @@ class _Walk:
                 self.broken.append(str(error))
         return Tags.model_validate(found)
 
-    def model(self, name: str, number: int, run_id: str, batch: Batch | None) -> TracedModel | None:
+    def model(self, name: str, number: int, run_id: str, batch: SamplingBatch | None) -> TracedModel | None:
         """Look up the version in the registry."""
         uri = f"models:/{name}/{number}"
         found = none_if_missing(self.client.get_model_version, name, str(number))
@@ -230,7 +230,7 @@ class _Walk:
             tags=dict(sorted(found.tags.items())),
         )
 
-    def code(self, name: str, number: int, batch: Batch | None) -> str | None:
+    def code(self, name: str, number: int, batch: SamplingBatch | None) -> str | None:
         """Digest of the code that the version ships, if its tag, the batch and the shipped files agree on it."""
         try:
             version = model_versions.version_of(self.client, name, number)

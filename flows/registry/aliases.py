@@ -19,7 +19,7 @@ from mlflow.exceptions import MlflowException
 from diffusion.common.errors import UserError
 from diffusion.common.files import sha256_bytes
 from flows.registry.ledger import NEWEST, Known, Ledger, Newest
-from flows.registry.ledger_entries import Entry, History, Standing
+from flows.registry.ledger_entries import History, LedgerEntry, Standing
 from flows.storage.tags import parse_tags
 
 logger = logging.getLogger(__name__)
@@ -91,7 +91,7 @@ def verified(client: MlflowClient, ledger: Ledger) -> History:
     return ledger.read(Record.of(client, ledger.model).known)
 
 
-def append(client: MlflowClient, ledger: Ledger, decide: Callable[[History], Entry | None]) -> History:
+def append(client: MlflowClient, ledger: Ledger, decide: Callable[[History], LedgerEntry | None]) -> History:
     """Append to the ledger, with MLflow's record checked before the entry is written and updated after it."""
     history = ledger.append(decide, lambda: Record.of(client, ledger.model).known)
     for each in history.foreign:
@@ -198,7 +198,7 @@ def adopted(client: MlflowClient, ledger: Ledger) -> History:
     """Read the ledger, which begins with MLflow's champion if that is older than the ledger."""
     there = aliases_of(client, ledger.model)
 
-    def adopt(history: History) -> Entry | None:
+    def adopt(history: History) -> LedgerEntry | None:
         if history.head is not None or CHAMPION not in there:
             return None
         number = there[CHAMPION]

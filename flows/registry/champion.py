@@ -15,7 +15,7 @@ from flows.environment import settings
 from flows.registry import model_versions
 from flows.registry.aliases import CHAMPION, Record, adopted, aliases_of, append, none_if_missing, project, verified
 from flows.registry.ledger import Ledger
-from flows.registry.ledger_entries import Entry, Evidence, History, What
+from flows.registry.ledger_entries import Evidence, History, LedgerEntry, What
 from flows.registry.model_versions import WEIGHTS, Version
 from flows.registry.takedown_marks import takedowns, with_takedowns
 
@@ -103,7 +103,7 @@ class ChampionChange(Config):
     """New champion with its ledger entry."""
 
     version: Version
-    entry: Entry
+    entry: LedgerEntry
     already: bool
     """Whether it was champion before, so that nothing was added to the ledger."""
 
@@ -162,7 +162,7 @@ def _commit(
     reason: str | None,
     evidence: Evidence | None = None,
 ) -> ChampionChange:
-    def decide(history: History) -> Entry:
+    def decide(history: History) -> LedgerEntry:
         if history.standing.champion != seen.standing.champion:
             raise Held(
                 f"{history.faster()}: look at `darkroom model history`, and give the command again if it still holds"

@@ -20,9 +20,9 @@ from typing import NamedTuple
 from diffusion.common.errors import Held, UserError
 from diffusion.common.files import sha256_bytes
 from flows.environment import settings
-from flows.registry.ledger_entries import Entry, ForeignObject, History, Titles, titles_after
+from flows.registry.ledger_entries import ForeignObject, History, LedgerEntry, Titles, titles_after
 from flows.storage.numbered_objects import NumberedObjects, object_name
-from flows.storage.s3 import Listed, Location, Store
+from flows.storage.s3 import ListedObject, Location, Store
 
 READERS = 16
 """Entries fetched at the same time."""
@@ -64,7 +64,7 @@ class _Object(NamedTuple):
     """Object that is named like an entry: the SHA-256 of its bytes, and the entry that it is, if it is one."""
 
     sha256: str
-    entry: Entry | None
+    entry: LedgerEntry | None
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class Ledger(NumberedObjects):
         """Ledger of ``model`` in the bucket of the environment."""
         return cls(Location(settings().bucket) / "ledger" / model, Store())
 
-    def head(self, known: Known = NOTHING) -> Entry | None:
+    def head(self, known: Known = NOTHING) -> LedgerEntry | None:
         """Newest entry, or None. Takes two requests if MLflow has recorded it and no object has a higher number.
 
         Raises UserError as ``read`` does, but does not verify older entries if the newest one is recorded.
@@ -93,7 +93,7 @@ class Ledger(NumberedObjects):
                 return self._recorded(newest, found)
         return self.read(known, listed).head
 
-    def read(self, known: Known = NOTHING, listed: Sequence[Listed] | None = None) -> History:
+    def read(self, known: Known = NOTHING, listed: Sequence[ListedObject] | None = None) -> History:
         """Read and verify all entries; raises UserError that names a recorded entry that is missing or altered.
 
         Args:
@@ -115,7 +115,7 @@ class Ledger(NumberedObjects):
 
     def append(
         self,
-        decide: Callable[[History], Entry | None],
+        decide: Callable[[History], LedgerEntry | None],
         known: Callable[[], Known] = lambda: NOTHING,
     ) -> History:
         """Commit the entry that ``decide`` returns for the history, or nothing if it returns None.
@@ -155,20 +155,20 @@ class Ledger(NumberedObjects):
             self.put(entry.number, entry.data)
         return [entry.number for entry in missing]
 
-    def _objects(self, listed: Sequence[Listed]) -> dict[int, _Object]:
+    def _objects(self, listed: Sequence[ListedObject]) -> dict[int, _Object]:
         """Objects that are named like entries, by number."""
         small = sorted({self.number(each) for each in listed if each.size <= LARGEST} - {0})
         with ThreadPoolExecutor(READERS) as pool:
             found = zip(small, pool.map(self._get, small), strict=True)
             return {number: each for number, each in found if each is not None}
 
-    def _verified(self, objects: Mapping[int, _Object], known: Known) -> list[Entry]:
+    def _verified(self, objects: Mapping[int, _Object], known: Known) -> list[LedgerEntry]:
         """Entries up to the newest recorded one, followed back from it by their parents' digests."""
         if not known:
             return []
         numbers = {each.sha256: number for number, each in objects.items()}
         number, digest = max(known), known[max(known)]
-        entries: list[Entry] = []
+        entries: list[LedgerEntry] = []
         while True:
             name = object_name(number)
             if number not in objects:
@@ -196,7 +196,7 @@ class Ledger(NumberedObjects):
         return entries
 
     def _extend(
-        self, entries: list[Entry], objects: Mapping[int, _Object], numbers: Sequence[int]
+        self, entries: list[LedgerEntry], objects: Mapping[int, _Object], numbers: Sequence[int]
     ) -> Iterator[tuple[int, str]]:
         """Add the objects that continue the chain to ``entries``; yields other numbers with the reason for each."""
         here, titles = {entry.number for entry in entries}, titles_after(entries)
@@ -216,7 +216,7 @@ class Ledger(NumberedObjects):
                 entries.append(entry)
                 titles = titles.after(entry.what, entry.version, entry.challenger)
 
-    def _contradiction(self, entry: Entry, before: Entry | None, titles: Titles) -> str | None:
+    def _contradiction(self, entry: LedgerEntry, before: LedgerEntry | None, titles: Titles) -> str | None:
         """Reason why ``entry`` cannot follow ``before`` with the state ``titles``; None if it can."""
         if entry.parent != (before.digest if before else None):
             return "does not stand on the entry before it"
@@ -228,7 +228,7 @@ class Ledger(NumberedObjects):
             return "names other versions than those that follow from what it says"
         return None
 
-    def _recorded(self, number: int, found: _Object) -> Entry:
+    def _recorded(self, number: int, found: _Object) -> LedgerEntry:
         if found.entry is None:
             raise self._broken(object_name(number), "is no entry of this ledger")
         return found.entry
@@ -240,7 +240,7 @@ class Ledger(NumberedObjects):
 
     def _parsed(self, number: int, data: bytes) -> _Object:
         try:
-            entry = Entry.model_validate_json(data)
+            entry = LedgerEntry.model_validate_json(data)
             # Canonical bytes under the right name.
             same = (entry.data, entry.number, entry.model) == (data, number, self.model)
         except ValueError:

@@ -55,7 +55,7 @@ class Standing(Config):
     """Candidate that was held last, and has not become champion since."""
 
 
-class Entry(Config):
+class LedgerEntry(Config):
     """Entry of the ledger."""
 
     format_version: Literal[1] = 1
@@ -124,7 +124,7 @@ class Entry(Config):
         said = f"{answer} by {self.approval.by}" if self.approval.by else "no answer to the request for approval"
         return f"{said}{self.approval.note and f' ({self.approval.note})'}: {words}"
 
-    def says_the_same(self, other: "Entry") -> bool:
+    def says_the_same(self, other: "LedgerEntry") -> bool:
         """Whether both entries keep the same champion for the same reasons, so that one is redundant."""
         fields = ("what", "by_hand", "version", "weights_sha256", "to_version", "reason", "evidence", "approval")
         same = all(getattr(self, name) == getattr(other, name) for name in fields)
@@ -177,7 +177,7 @@ class Titles:
         return Titles(champions, None if held == version else held)
 
 
-def titles_after(entries: Iterable[Entry]) -> Titles:
+def titles_after(entries: Iterable[LedgerEntry]) -> Titles:
     """Alias state after ``entries``."""
     titles = Titles()
     for entry in entries:
@@ -203,14 +203,14 @@ class History:
     """Entries of a model's ledger, in order."""
 
     model: str
-    entries: tuple[Entry, ...] = ()
+    entries: tuple[LedgerEntry, ...] = ()
     foreign: tuple[ForeignObject, ...] = ()
     """Other objects below the prefix, which are ignored."""
     taken: frozenset[int] = frozenset()
     """Numbers of foreign objects that are named like entries."""
 
     @property
-    def head(self) -> Entry | None:
+    def head(self) -> LedgerEntry | None:
         """Newest entry; None if the ledger is empty."""
         return self.entries[-1] if self.entries else None
 
@@ -241,11 +241,11 @@ class History:
                 "reset: give registry.model another name"
             )
 
-    def about(self, version: int) -> Entry | None:
+    def about(self, version: int) -> LedgerEntry | None:
         """Newest entry about ``version``; None if there is none."""
         return next((entry for entry in reversed(self.entries) if entry.version == version), None)
 
-    def withheld(self, version: int) -> Entry | None:
+    def withheld(self, version: int) -> LedgerEntry | None:
         """Entry of the manual override that demoted or refused ``version``, unless a later one supersedes it."""
         for entry in reversed(self.entries):
             if entry.from_version == version != entry.to_version:
@@ -267,10 +267,10 @@ class History:
         evidence: Evidence | None = None,
         approval: Approval | None = None,
         challenger: int | None = None,
-    ) -> Entry:
+    ) -> LedgerEntry:
         """Next entry, written by this process now; ``challenger`` is MLflow's alias at an ``adopt``."""
         before, after = self.standing, titles_after(self.entries).after(what, version, challenger).standing
-        return Entry(
+        return LedgerEntry(
             model=self.model,
             number=self.next_number,
             what=what,

@@ -10,7 +10,7 @@ from diffusion.evaluation.comparison import ChampionComparison
 from diffusion.evaluation.reports.html import count, counted, share, signed, with_error
 from diffusion.evaluation.results import CONFIDENCE, Evaluation
 from flows.config import Params
-from flows.registry.ledger_entries import Entry
+from flows.registry.ledger_entries import LedgerEntry
 from flows.registry.model_versions import Version
 from flows.registry.takedown_marks import notes_in, takedowns
 
@@ -27,7 +27,7 @@ def write(
     params: Params,
     evaluation: Evaluation,
     version: Version,
-    entry: Entry | None,
+    entry: LedgerEntry | None,
     comparison: ChampionComparison | None = None,
 ) -> None:
     """Write the card as the description of ``version``; ``entry`` holds the gate's verdict, None before the decision.
@@ -48,7 +48,7 @@ def card(
     evaluation: Evaluation,
     data: Manifest,
     version: Version,
-    entry: Entry | None,
+    entry: LedgerEntry | None,
     comparison: ChampionComparison | None = None,
 ) -> str:
     """Render the card of ``version``, trained on ``data``, with its ``evaluation`` and ``comparison``, as Markdown."""
@@ -73,7 +73,7 @@ def card(
     )
 
 
-def _decision(entry: Entry | None, comparison: ChampionComparison | None) -> str:
+def _decision(entry: LedgerEntry | None, comparison: ChampionComparison | None) -> str:
     if entry is None:
         return "Not yet: the gate decides next."
     outcome = (

@@ -23,7 +23,7 @@ from flows.registry import champion, model_versions
 from flows.registry.aliases import COPY, adopted
 from flows.registry.bundle import MODEL, RUN, ModelBundle, unpack
 from flows.registry.ledger import Ledger
-from flows.registry.ledger_entries import Entry
+from flows.registry.ledger_entries import LedgerEntry
 from flows.registry.model_versions import WEIGHTS, Version
 from flows.tracking.runs import RELEASED_FROM, one_run
 
@@ -38,7 +38,7 @@ class Released(Config):
 
     version: Version
     source: str
-    entry: Entry
+    entry: LedgerEntry
     already: bool
     """Whether it was champion before, so that nothing was added to the ledger."""
 

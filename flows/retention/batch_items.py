@@ -12,7 +12,7 @@ from datetime import datetime, timedelta
 from diffusion.common.errors import UserError
 from flows.config import RetentionConfig
 from flows.retention.policy import Fate, Item, Sweep, age, older
-from flows.sampling.sampling_batch import DELETED, LARGEST_BATCH, RESUMED, USUAL, Batch, parse_batch
+from flows.sampling.sampling_batch import DELETED, LARGEST_BATCH, RESUMED, USUAL, SamplingBatch, parse_batch
 from flows.storage.multipart import abort_upload, uploads
 from flows.storage.s3 import Location, Store
 
@@ -69,9 +69,9 @@ class SamplingBatches:
         self.found = self._batches()
         self.fates = [self._fate(batch) for batch in self.found]
 
-    def remaining(self) -> tuple[list[Batch], dict[tuple[str, int], str]]:
+    def remaining(self) -> tuple[list[SamplingBatch], dict[tuple[str, int], str]]:
         """Requests of the batches that stay; and for unreadable ones, model and version with the reason."""
-        found, unread = list[Batch](), dict[tuple[str, int], str]()
+        found, unread = list[SamplingBatch](), dict[tuple[str, int], str]()
         for batch, (fate, _) in zip(self.found, self.fates, strict=True):
             if fate == "stays" and batch.described:
                 try:

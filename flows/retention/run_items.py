@@ -26,7 +26,7 @@ from flows.registry.ledger import Ledger, Newest
 from flows.registry.model_versions import WEIGHTS
 from flows.registry.takedown_marks import pages
 from flows.retention.policy import Fate, Item, Sweep, age, older
-from flows.sampling.sampling_batch import Batch
+from flows.sampling.sampling_batch import SamplingBatch
 from flows.storage.s3 import Location, Store
 from flows.tracking.runs import SWEEP, TRAIN_KEY
 
@@ -51,7 +51,11 @@ class References:
 
 
 def find_references(
-    client: MlflowClient, store: Store, bucket: str, kept: Iterable[Batch], unread: Mapping[tuple[str, int], str]
+    client: MlflowClient,
+    store: Store,
+    bucket: str,
+    kept: Iterable[SamplingBatch],
+    unread: Mapping[tuple[str, int], str],
 ) -> References:
     """Find the runs and contents that registered versions, ledgers in ``bucket`` and ``kept`` batches refer to.
 

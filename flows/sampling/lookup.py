@@ -30,7 +30,7 @@ from diffusion.generation.generation_result import ABOUT, RequestRecord
 from flows.registry.model_versions import parse_model_uri
 from flows.sampling import sampling_batch
 from flows.sampling.request_table import LARGEST_GROUP, REQUESTS
-from flows.sampling.sampling_batch import BATCH, MANIFEST, SUCCESS, Batch, Row
+from flows.sampling.sampling_batch import BATCH, MANIFEST, SUCCESS, Row, SamplingBatch
 from flows.storage.s3 import Location, Store
 from flows.storage.s3_errors import Missing
 from flows.storage.tags import RunId, VersionNumber
@@ -62,7 +62,7 @@ class Origin(Config):
 
 
 @dataclass(frozen=True)
-class StoredImage:
+class LocatedImage:
     """A generated image with its provenance."""
 
     png: bytes
@@ -89,8 +89,8 @@ class SampleLocation:
     """A located generated image, or a whole sampling batch, in which case ``image`` is None."""
 
     where: str
-    image: StoredImage | None
-    batch: Batch | None
+    image: LocatedImage | None
+    batch: SamplingBatch | None
     """Batch of the image; None if it cannot be found."""
     place: Location | None
     """Prefix of the batch."""
@@ -98,7 +98,7 @@ class SampleLocation:
     """Content of ``request.json`` beside an image made on request."""
 
     @property
-    def origin(self) -> Batch | Origin:
+    def origin(self) -> SamplingBatch | Origin:
         """Model version, run and data set, from the batch or else from the image itself."""
         origin = self.batch or (self.image and self.image.origin)
         # ``find`` rejects images that have neither.
@@ -131,11 +131,11 @@ def find(where: str, store: Store, bucket: str) -> SampleLocation:
         return _locate_copy(where, png, store, bucket)
     index = int(number[1])
     return SampleLocation(
-        where, StoredImage(png, _read_origin(png), index, _read_row(store, place, batch, index)), batch, place
+        where, LocatedImage(png, _read_origin(png), index, _read_row(store, place, batch, index)), batch, place
     )
 
 
-def read_rows(store: Store, place: Location, batch: Batch, chunk: int) -> list[Row]:
+def read_rows(store: Store, place: Location, batch: SamplingBatch, chunk: int) -> list[Row]:
     """Rows of a chunk's part of the manifest; raises Missing if it does not exist, and UserError if it is damaged."""
     name = sampling_batch.part_key(chunk)
     return sampling_batch.part_rows(
@@ -143,7 +143,7 @@ def read_rows(store: Store, place: Location, batch: Batch, chunk: int) -> list[R
     )
 
 
-def read_image(store: Store, place: Location, batch: Batch, index: int, row: Row | None) -> bytes:
+def read_image(store: Store, place: Location, batch: SamplingBatch, index: int, row: Row | None) -> bytes:
     """PNG of image number ``index``, located in a tar by its ``row``; raises Missing if it does not exist."""
     key = place.key(sampling_batch.image_key(index))
     if batch.format == "png":
@@ -174,7 +174,7 @@ def _locate_in_tar(where: str, tar: Location, name: str, store: Store) -> Sample
         raise UserError(f"{where} is no image of a sampling batch: give one of the keys in its manifest")
     row = _read_row(store, place, batch, index)
     png = read_image(store, place, batch, index, row)
-    return SampleLocation(where, StoredImage(png, _read_origin(png), index, row), batch, place)
+    return SampleLocation(where, LocatedImage(png, _read_origin(png), index, row), batch, place)
 
 
 def _locate_copy(where: str, png: bytes, store: Store, bucket: str) -> SampleLocation:
@@ -189,7 +189,7 @@ def _locate_copy(where: str, png: bytes, store: Store, bucket: str) -> SampleLoc
         return _locate_requested(where, png, origin)
     index = origin.index
     found = list(_batches_of(origin, store, bucket))
-    images = [StoredImage(png, origin, index, _read_row(store, place, batch, index)) for batch, place in found]
+    images = [LocatedImage(png, origin, index, _read_row(store, place, batch, index)) for batch, place in found]
     same = [
         number
         for theirs in ("sha256", "pixels_sha256")
@@ -199,7 +199,7 @@ def _locate_copy(where: str, png: bytes, store: Store, bucket: str) -> SampleLoc
     # The batch of an altered image is known only if there is a single candidate.
     chosen = same or ([0] if len(found) == 1 else [])
     if not chosen:
-        return SampleLocation(where, StoredImage(png, origin, index, None), None, None)
+        return SampleLocation(where, LocatedImage(png, origin, index, None), None, None)
     return SampleLocation(where, images[chosen[0]], *found[chosen[0]])
 
 
@@ -214,10 +214,10 @@ def _locate_requested(where: str, png: bytes, origin: Origin) -> SampleLocation:
         request = None
     rows: Sequence[Row] = request.images if request else ()
     row = next((row for row in rows if row["index"] == origin.index), None)
-    return SampleLocation(where, StoredImage(png, origin, origin.index, row), None, None, request)
+    return SampleLocation(where, LocatedImage(png, origin, origin.index, row), None, None, request)
 
 
-def _batches_of(origin: Origin, store: Store, bucket: str) -> Iterator[tuple[Batch, Location]]:
+def _batches_of(origin: Origin, store: Store, bucket: str) -> Iterator[tuple[SamplingBatch, Location]]:
     usual = Location(bucket) / "samples" / origin.model / str(origin.version)
     for key in store.list_keys(usual.bucket, usual.key("")):
         folder, _, name = key.rpartition("/")
@@ -230,7 +230,7 @@ def _batches_of(origin: Origin, store: Store, bucket: str) -> Iterator[tuple[Bat
             yield batch, Location(bucket, folder)
 
 
-def _read_batch(store: Store, place: Location) -> Batch | None:
+def _read_batch(store: Store, place: Location) -> SamplingBatch | None:
     try:
         data = store.get(place.bucket, place.key(BATCH), sampling_batch.LARGEST_BATCH)
     except Missing:
@@ -238,7 +238,7 @@ def _read_batch(store: Store, place: Location) -> Batch | None:
     return sampling_batch.parse_batch(data, f"{place}/{BATCH}")
 
 
-def _read_row(store: Store, place: Location, batch: Batch, index: int) -> Row | None:
+def _read_row(store: Store, place: Location, batch: SamplingBatch, index: int) -> Row | None:
     try:
         rows = read_rows(store, place, batch, index // batch.chunk_size)
     except Missing:
@@ -295,14 +295,14 @@ class Success(Config):
         return canonical_json(self.model_dump(mode="json")).encode()
 
 
-def success_of(store: Store, batch: Batch, place: Location, parts: dict[str, str]) -> Success:
+def success_of(store: Store, batch: SamplingBatch, place: Location, parts: dict[str, str]) -> Success:
     """Content of ``_SUCCESS`` for a batch whose other records exist; ``parts`` are digests of the manifest's parts."""
     names = [MANIFEST] if batch.requests is None else [MANIFEST, REQUESTS]
     others = {name: store.sha256(place.bucket, place.key(name)) for name in names}
     return Success(sha256={BATCH: sha256_bytes(batch.json_bytes()), **others, **parts})
 
 
-def disagreements(store: Store, batch: Batch, place: Location, index: int | None) -> list[str]:
+def disagreements(store: Store, batch: SamplingBatch, place: Location, index: int | None) -> list[str]:
     """Disagreements between the records of a batch, about image number ``index`` or about all images if it is None.
 
     The first MOST_NAMED are described, and the others counted.
@@ -318,7 +318,7 @@ def disagreements(store: Store, batch: Batch, place: Location, index: int | None
 class _Records:
     """Records of one batch, each read once."""
 
-    def __init__(self, store: Store, batch: Batch, place: Location, scratch: Path) -> None:
+    def __init__(self, store: Store, batch: SamplingBatch, place: Location, scratch: Path) -> None:
         self.store = store
         self.batch = batch
         self.place = place
@@ -481,7 +481,7 @@ def _read_about(store: Store, place: Location, row: Row) -> bytes:
     return store.get_span(place.bucket, place.key(row["tar"]), start + BLOCK, size)
 
 
-def read_parts(store: Store, batch: Batch, place: Location) -> Iterator[tuple[str, str, list[Row]]]:
+def read_parts(store: Store, batch: SamplingBatch, place: Location) -> Iterator[tuple[str, str, list[Row]]]:
     """Yield name, SHA-256 and rows of each part of the manifest; raises UserError if one is not of ``batch``."""
     for chunk, indices in enumerate(batch.chunks()):
         name = sampling_batch.part_key(chunk)

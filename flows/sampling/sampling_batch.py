@@ -72,7 +72,7 @@ Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Index = Annotated[int, Field(ge=0, lt=MOST_IMAGES)]
 
 
-class Batch(Config):
+class SamplingBatch(Config):
     """Request for a sampling batch, with everything that determines the bits of its images."""
 
     model: PlainName
@@ -97,7 +97,7 @@ class Batch(Config):
     """Storage of the images: files, or a tar for each chunk."""
 
     @model_validator(mode="after")
-    def _has_few_chunks(self) -> "Batch":
+    def _has_few_chunks(self) -> "SamplingBatch":
         if self.count > CHUNKS_AT_MOST * self.chunk_size:
             raise ValueError(f"{self.count} images in chunks of {self.chunk_size} are over {CHUNKS_AT_MOST} chunks")
         return self
@@ -136,10 +136,10 @@ class Batch(Config):
         return canonical_json(self.model_dump(mode="json", exclude_none=True)).encode()
 
 
-def parse_batch(data: bytes, where: str) -> Batch:
+def parse_batch(data: bytes, where: str) -> SamplingBatch:
     """Parse ``batch.json``; raises UserError that names ``where`` it lies if this Darkroom cannot read it."""
     try:
-        return Batch.model_validate_json(data)
+        return SamplingBatch.model_validate_json(data)
     except ValidationError as error:
         raise UserError(
             f"{where} is damaged, or of a newer Darkroom than this one ({_in_words(error)}): update, or if it is "
@@ -206,7 +206,7 @@ def is_usual(place: "Location") -> bool:
     return USUAL.fullmatch(place.prefix) is not None
 
 
-def chunk_of(batch: Batch, name: str) -> int | None:
+def chunk_of(batch: SamplingBatch, name: str) -> int | None:
     """Chunk that the object ``name`` of ``batch`` belongs to; None if it belongs to none."""
     found = CHUNK_OBJECT.fullmatch(name)
     if found is None or (found["tar" if batch.format == "png" else "image"] is not None):
@@ -216,7 +216,7 @@ def chunk_of(batch: Batch, name: str) -> int | None:
 
 
 def encode(
-    batch: Batch, index: int, image: Tensor, label: str | None, conditions: Conditions | None = None
+    batch: SamplingBatch, index: int, image: Tensor, label: str | None, conditions: Conditions | None = None
 ) -> tuple[bytes, Row]:
     """Encode image number ``index``, (C, H, W) uint8, as a PNG with provenance metadata; returns PNG and manifest row.
 
@@ -276,7 +276,7 @@ def part_rows(part: bytes, where: str) -> list[Row]:
         ) from error
 
 
-def conflicts(batch: Batch, index: int, row: Row) -> list[str]:
+def conflicts(batch: SamplingBatch, index: int, row: Row) -> list[str]:
     """Sorted fields of ``row`` that differ from what ``batch`` determines for image number ``index``."""
     conditions = batch.conditions or UNCONDITIONAL
     expected = batch.row(index) | {
@@ -302,13 +302,13 @@ def _in_words(error: ValidationError) -> str:
     return f"{where}: {first['msg']}" if where else first["msg"]
 
 
-def schema_of(batch: Batch) -> pa.Schema:
+def schema_of(batch: SamplingBatch) -> pa.Schema:
     """Schema of the Parquet manifest of ``batch``."""
     names = [name for name in ManifestRow.model_fields if batch.format == "tar" or name not in IN_TARS]
     return pa.schema([(name, COLUMN_TYPES.get(name, pa.string())) for name in names])
 
 
-def write_parquet(sink: "SupportsWrite[bytes]", parts: Iterator[list[Row]], batch: Batch) -> None:
+def write_parquet(sink: "SupportsWrite[bytes]", parts: Iterator[list[Row]], batch: SamplingBatch) -> None:
     """Write the Parquet manifest of a batch, one row group per part; one part is held in memory at a time."""
     schema = schema_of(batch)
     with pq.ParquetWriter(sink, schema) as writer:

@@ -14,7 +14,7 @@ from diffusion.common.config import Config
 from diffusion.common.errors import Held
 from diffusion.common.files import canonical_json
 from flows.environment import settings
-from flows.storage.s3 import Listed, Location, Store
+from flows.storage.s3 import ListedObject, Location, Store
 from flows.storage.s3_errors import Missing
 
 NAME = re.compile(r"([0-9]{8})\.json")
@@ -39,11 +39,11 @@ class NumberedObjects:
     place: Location
     store: Store
 
-    def listed(self) -> tuple[Listed, ...]:
+    def listed(self) -> tuple[ListedObject, ...]:
         """List all objects below ``place``, including foreign ones."""
         return tuple(self.store.list_objects(self.place.bucket, self.place.key("")))
 
-    def number(self, listed: Listed) -> int:
+    def number(self, listed: ListedObject) -> int:
         """Return the number of a listed object; 0 if its name holds none."""
         found = NAME.fullmatch(listed.key.removeprefix(self.place.key("")))
         return int(found[1]) if found else 0

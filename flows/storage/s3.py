@@ -75,7 +75,7 @@ class Location:
         return f"s3://{self.bucket}/{self.prefix}" if self.prefix else f"s3://{self.bucket}"
 
 
-class Listed(NamedTuple):
+class ListedObject(NamedTuple):
     """Object in a listing: key, size in bytes, ETag, which differs when the bytes do, and time of writing."""
 
     key: str
@@ -280,14 +280,14 @@ class Store:
         """Yield all keys that begin with ``prefix`` and sort after ``after``, in order."""
         return (found.key for found in self.list_objects(bucket, prefix, after))
 
-    def list_objects(self, bucket: str, prefix: str = "", after: str = "") -> Iterator[Listed]:
+    def list_objects(self, bucket: str, prefix: str = "", after: str = "") -> Iterator[ListedObject]:
         """Yield the objects of ``list_keys`` with size, ETag and time; one page is held in memory at a time."""
         # No delimiter: some servers go on listing a "folder" for minutes after it was emptied.
         pages = self.client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix, StartAfter=after)
         with self._in_words(bucket, prefix):
             for page in pages:
                 for entry in page.get("Contents", ()):
-                    yield Listed(entry["Key"], entry["Size"], entry["ETag"].strip('"'), entry["LastModified"])
+                    yield ListedObject(entry["Key"], entry["Size"], entry["ETag"].strip('"'), entry["LastModified"])
 
     def delete_many(self, bucket: str, keys: Iterable[str]) -> None:
         """Delete the objects of these names, if they exist."""

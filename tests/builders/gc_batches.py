@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from flows.sampling import generate_batch
-from flows.sampling.sampling_batch import Batch
+from flows.sampling.sampling_batch import SamplingBatch
 from flows.storage.s3 import Location, Store
 from flows.storage.s3_errors import Missing
 from tests.builders.sampling_batches import batch
@@ -11,7 +11,7 @@ from tests.builders.sampling_batches import batch
 BATCHES = [batch(4, chunk=2), batch(4, chunk=2, format="tar")]
 
 
-def generate(store: Store, made: Batch, bucket: str, weights: Path) -> Location:
+def generate(store: Store, made: SamplingBatch, bucket: str, weights: Path) -> Location:
     """As the flow ``sample`` does, without Prefect; returns where the finished batch lies."""
     while True:
         place = generate_batch.usual_place(store, made, bucket)

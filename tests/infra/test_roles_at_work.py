@@ -22,7 +22,7 @@ from flows.datasets import catalog
 from flows.retention.batch_items import SamplingBatches
 from flows.retention.dataset_items import DataSets
 from flows.sampling.lookup import find
-from flows.sampling.sampling_batch import Batch
+from flows.sampling.sampling_batch import SamplingBatch
 from flows.storage.multipart import writing
 from flows.storage.s3 import Location, Store
 from tests.builders.catalogs import FOLDER, Place
@@ -175,7 +175,7 @@ def test_each_role_does_its_work(
         assert batches == [generate(sampler, made.model_copy(update={"seed": 8}), bucket, weights) for made in BATCHES]
     with role("reader") as reader:
         address = f"{batches[0]}/00000001.png"
-        assert isinstance(find(address, reader, bucket).batch, Batch)
+        assert isinstance(find(address, reader, bucket).batch, SamplingBatch)
         assert set(catalog.Catalogue.of("blobs", place.source, reader).versions()) == {first.digest, second.digest}
     with role("keeper") as keeper:
         SamplingBatches(keeper, bucket, policy, later).sweep().act()

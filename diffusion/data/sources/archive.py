@@ -112,9 +112,9 @@ class Zip(Archive):
                 if isinstance(place, str):
                     yield Refused(place)
                 else:
-                    yield self._member(file, zips.Place(*place[1:])) if file else Refused(MISSING)
+                    yield self._member(file, zips.ZipOffset(*place[1:])) if file else Refused(MISSING)
 
-    def _member(self, file: BinaryIO, place: zips.Place) -> Payload:
+    def _member(self, file: BinaryIO, place: zips.ZipOffset) -> Payload:
         limit = self.access.config.max_bytes
         return too_large(place.size, limit) if place.size > limit else zips.read_member(file, place)
 
@@ -127,7 +127,7 @@ class Zip(Archive):
     def _opened(self, locator: str) -> Iterator[BinaryIO]:
         _, *place = json.loads(locator)
         try:
-            with self.path.open("rb") as file, zips.open_member(file, zips.Place(*place)) as member:
+            with self.path.open("rb") as file, zips.open_member(file, zips.ZipOffset(*place)) as member:
                 yield cast(BinaryIO, member)
         except (zipfile.BadZipFile, zlib.error, struct.error, EOFError) as error:
             raise UserError(f"the metadata in {self.path} cannot be read ({error}): pack it again") from error

@@ -21,7 +21,7 @@ LONGEST_GLOBAL_HEADER = 2**16
 
 
 @dataclass(frozen=True, slots=True)
-class Member:
+class TarMember:
     """A file in a tar."""
 
     name: str
@@ -42,7 +42,7 @@ Place: TypeAlias = str | Sequence[int]
 """Offset and size of a member, or the reason why it cannot be read."""
 
 
-def members(path: Path, where: str) -> Iterator[Member]:
+def members(path: Path, where: str) -> Iterator[TarMember]:
     """Yield all files in the uncompressed tar at ``path``; links and devices have a ``problem``.
 
     Raises UserError, naming ``where``, for a tar that is damaged, truncated, or continues after its end.
@@ -113,12 +113,12 @@ class _Headers(io.BufferedReader):
         return super().read(size)
 
 
-def _member(info: tarfile.TarInfo) -> Member:
+def _member(info: tarfile.TarInfo) -> TarMember:
     name = info.name.removeprefix("./")
     if len(name) > LONGEST["name"]:
         # WebDataset keeps all names of a key.
-        return Member(sane(shortened(name)), info.offset_data, info.size, too_long("name"))
-    return Member(sane(name), info.offset_data, info.size, _problem(info))
+        return TarMember(sane(shortened(name)), info.offset_data, info.size, too_long("name"))
+    return TarMember(sane(name), info.offset_data, info.size, _problem(info))
 
 
 def _problem(info: tarfile.TarInfo) -> str | None:

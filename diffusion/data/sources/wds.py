@@ -40,8 +40,8 @@ class _Sample:
     """Members collected for one key."""
 
     key: str
-    images: list[tars.Member] = field(default_factory=list)
-    texts: dict[str, tars.Member] = field(default_factory=dict)
+    images: list[tars.TarMember] = field(default_factory=list)
+    texts: dict[str, tars.TarMember] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ FULL = 2**32 - 1
 """Marker of a number that needs 64 bits and is in the extra field."""
 
 
-class Place(NamedTuple):
+class ZipOffset(NamedTuple):
     """Position and sizes of a file in a zip."""
 
     header: int
@@ -47,17 +47,17 @@ class Place(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Member:
+class ZipMember:
     """A file in a zip."""
 
     name: str
     """Name as stored; never used as a path."""
-    place: Place
+    place: ZipOffset
     problem: str | None
     """Reason why its bytes are unavailable, if any."""
 
 
-def members(path: Path) -> Iterator[Member]:
+def members(path: Path) -> Iterator[ZipMember]:
     """Yield all files in the zip at ``path``, in the order of its directory.
 
     Raises UserError if that is damaged, or if files share bytes: such a zip unpacks to far more than it holds (Fifield,
@@ -95,7 +95,7 @@ def _ends(file: BinaryIO) -> Iterator[Iterator[int]]:
         yield (end for _, end in rows)
 
 
-def _members(file: BinaryIO) -> Iterator[Member]:
+def _members(file: BinaryIO) -> Iterator[ZipMember]:
     """Yield all members of the directory, folders included."""
     start, size, shift = _directory(file)
     file.seek(start)
@@ -104,7 +104,7 @@ def _members(file: BinaryIO) -> Iterator[Member]:
         yield _member(file, shift)
 
 
-def open_member(file: BinaryIO, place: Place) -> zipfile.ZipExtFile:
+def open_member(file: BinaryIO, place: ZipOffset) -> zipfile.ZipExtFile:
     """Open a file in the zip ``file``; size and checksum are enforced in small steps."""
     file.seek(place.header)
     signature, name, extra = LOCAL.unpack(file.read(LOCAL.size))
@@ -117,7 +117,7 @@ def open_member(file: BinaryIO, place: Place) -> zipfile.ZipExtFile:
     return zipfile.ZipExtFile(file, "r", info)
 
 
-def read_member(file: BinaryIO, place: Place) -> bytes | Refused:
+def read_member(file: BinaryIO, place: ZipOffset) -> bytes | Refused:
     """Read a file in the zip ``file``; never unpacks more than its declared size."""
     try:
         with open_member(file, place) as member:
@@ -159,7 +159,7 @@ def _directory(file: BinaryIO) -> tuple[int, int, int]:
     return start + shift, size, shift
 
 
-def _member(file: BinaryIO, shift: int) -> Member:
+def _member(file: BinaryIO, shift: int) -> ZipMember:
     (signature, _, system, flags, method, crc, packed, size, name_size, extra_size, comment_size, mode, header) = (
         DIRECTORY.unpack(file.read(DIRECTORY.size))
     )
@@ -177,7 +177,7 @@ def _member(file: BinaryIO, shift: int) -> Member:
         problem = f"compressed by method {method}, which is not read: pack it with deflate"
     elif system == UNIX and stat.S_IFMT(mode >> 16) not in (0, stat.S_IFREG, stat.S_IFDIR):
         problem = "a link or a device inside an archive: only files are read"
-    return Member(name.removeprefix("./"), Place(header + shift, method, packed, size, crc, 0), problem)
+    return ZipMember(name.removeprefix("./"), ZipOffset(header + shift, method, packed, size, crc, 0), problem)
 
 
 def _wide(extra: bytes, numbers: list[int]) -> list[int]:

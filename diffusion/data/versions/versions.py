@@ -331,7 +331,7 @@ class Changed(Config):
     after: Sample
 
 
-class Group(Config, Generic[T]):
+class VersionGroup(Config, Generic[T]):
     """Samples that only one version has, or that differ."""
 
     count: int
@@ -346,12 +346,12 @@ class Difference(Config):
     after: str
     same_content: bool
     kept: tuple[int, int]
-    added: Group[Sample] | None
-    removed: Group[Sample] | None
-    changed: Group[Changed] | None
-    quarantined: Group[QuarantineEntry] | None
+    added: VersionGroup[Sample] | None
+    removed: VersionGroup[Sample] | None
+    changed: VersionGroup[Changed] | None
+    quarantined: VersionGroup[QuarantineEntry] | None
     """Newly quarantined entries."""
-    cleared: Group[QuarantineEntry] | None
+    cleared: VersionGroup[QuarantineEntry] | None
     """Entries no longer quarantined."""
     storage: dict[str, tuple[Any, Any]]
     """Storage settings that differ, before and after."""
@@ -421,29 +421,31 @@ class _Comparison:
         own = {part.records.sha256 for part in sides["after"]}
         self._load_shared([part for part in after.parts if part.records.sha256 not in own])
 
-    def only_in(self, this: Side, other: Side) -> Group[Sample] | None:
+    def only_in(self, this: Side, other: Side) -> VersionGroup[Sample] | None:
         """Return the images that ``this`` version has and the ``other`` lacks."""
         if other in self.blind:
             return None
         sides = {"this": this, "other": other}
         query = f"{ONLY_IN} UNION ALL SELECT key, NULL, NULL, NULL, NULL FROM taken WHERE version = :this"
         rows = self._first(query, "key", sides)
-        return Group(count=self._count(ONLY_IN, sides) + self.taken[this], samples=[_sample(row) for row in rows])
+        return VersionGroup(
+            count=self._count(ONLY_IN, sides) + self.taken[this], samples=[_sample(row) for row in rows]
+        )
 
-    def changed(self) -> Group[Changed] | None:
+    def changed(self) -> VersionGroup[Changed] | None:
         """Return the images of both versions whose records differ."""
         if self.blind:
             return None
         samples = [Changed(before=_sample(row[:5]), after=_sample(row[5:])) for row in self._first(CHANGED, "1")]
-        return Group(count=self._count(CHANGED), samples=samples)
+        return VersionGroup(count=self._count(CHANGED), samples=samples)
 
-    def refused_only_in(self, this: Side, other: Side) -> Group[QuarantineEntry] | None:
+    def refused_only_in(self, this: Side, other: Side) -> VersionGroup[QuarantineEntry] | None:
         """Return the entries quarantined in ``this`` version and not in the ``other``."""
         if self.blind or not self.remembers:
             return None
         query = REFUSED_ONLY_IN.format(this=LAST_WORD.format(this), other=LAST_WORD.format(other))
         samples = [QuarantineEntry(source=source, reason=reason) for source, reason in self._first(query, "1")]
-        return Group(count=self._count(query), samples=samples)
+        return VersionGroup(count=self._count(query), samples=samples)
 
     def _count(self, query: str, values: Mapping[str, str] = NOTHING) -> int:
         (count,) = self.database.execute(f"SELECT count(*) FROM ({query})", dict(values)).fetchone()

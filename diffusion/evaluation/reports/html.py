@@ -9,7 +9,7 @@ from diffusion.common.escaping import escape_controls
 from diffusion.evaluation.estimate import Interval
 
 
-class Bounded(Protocol):
+class BoundedBar(Protocol):
     """A metric with its interval."""
 
     @property
@@ -29,7 +29,7 @@ class Cell:
     interval: str = ""
 
 
-def metric_cell(metric: Bounded | None) -> Cell:
+def metric_cell(metric: BoundedBar | None) -> Cell:
     """Return the cell of a metric; empty if it was not measured."""
     return Cell() if metric is None else Cell(signed(metric.value), between(metric.interval))
 

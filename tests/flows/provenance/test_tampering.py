@@ -32,7 +32,7 @@ from flows.registry.idempotency import ContactSheet, Request
 from flows.registry.model_versions import CODE, WEIGHTS, Version
 from flows.sampling import generate_batch, sampling_batch
 from flows.sampling.lookup import disagreements, find
-from flows.sampling.sampling_batch import Batch
+from flows.sampling.sampling_batch import SamplingBatch
 from flows.storage.s3 import Location, Object, Store
 from tests.builders.built_datasets import BuiltDataset, kept
 from tests.builders.small_models import write_model
@@ -453,7 +453,7 @@ def test_a_batch_that_cannot_be_is_refused_before_anything_is_made_of_it(
     about = json.loads(sampled.files("png")["batch.json"])
     with pytest.raises(UserError, match="somewhere is damaged"):
         sampling_batch.parse_batch(canonical_json(about | change).encode(), "somewhere")
-    assert isinstance(sampling_batch.parse_batch(canonical_json(about).encode(), "somewhere"), Batch)
+    assert isinstance(sampling_batch.parse_batch(canonical_json(about).encode(), "somewhere"), SamplingBatch)
 
 
 def test_a_batch_that_cannot_be_read_hides_no_other(

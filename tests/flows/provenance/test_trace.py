@@ -38,8 +38,8 @@ from flows.registry import model_versions
 from flows.registry.model_versions import Version
 from flows.registry.takedown_marks import TAKEDOWN
 from flows.sampling import generate_batch, sampling_batch
-from flows.sampling.lookup import StoredImage
-from flows.sampling.sampling_batch import Batch
+from flows.sampling.lookup import LocatedImage
+from flows.sampling.sampling_batch import SamplingBatch
 from flows.storage.s3 import Location, Object, Store
 from flows.tracking.runs import open_run
 from tests.builders.removals import REMOVAL
@@ -63,7 +63,7 @@ class Made:
     data: DataVersion
     run_id: str
     version: Version
-    batch: Batch
+    batch: SamplingBatch
     place: Location
 
     @property
@@ -422,12 +422,12 @@ def test_a_count_that_means_nothing_is_refused(made: Made, what: str, count: int
         reproduce(f"{made.place}{what}", count=count)
 
 
-def original(pixels: np.ndarray, printed: np.ndarray | None = None) -> StoredImage:
+def original(pixels: np.ndarray, printed: np.ndarray | None = None) -> LocatedImage:
     """An image with ``pixels``, and a row that says it was ``printed`` with others."""
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "PNG")
     row = {"pixels_sha256": sha256_bytes((pixels if printed is None else printed).tobytes())}
-    return StoredImage(buffer.getvalue(), None, 0, row)
+    return LocatedImage(buffer.getvalue(), None, 0, row)
 
 
 @pytest.mark.parametrize("shape", [(5, 7), (5, 7, 3)])
@@ -456,7 +456,7 @@ def test_an_altered_image_is_compared_by_the_digest_of_what_was_printed() -> Non
         "differing_pixels": 0,
     }
     assert compare("x", printed + 9, altered).largest_error is None
-    gone = StoredImage(b"", None, 0, altered.row)
+    gone = LocatedImage(b"", None, 0, altered.row)
     assert (compare("x", printed, gone).exact, compare("x", printed, gone).altered) == (True, True)
 
 

@@ -15,7 +15,7 @@ from flows.promote import GateResult, next_entry
 from flows.registry import champion
 from flows.registry.aliases import adopted, aliases_of, append, project, restore
 from flows.registry.ledger import Ledger
-from flows.registry.ledger_entries import Approval, Entry, Evidence, History, What
+from flows.registry.ledger_entries import Approval, Evidence, History, LedgerEntry, What
 from flows.registry.model_versions import Version, resolve
 from flows.retention.run_items import find_references
 from tests.builders.model_versions import Killed, Mortal, add_version
@@ -42,8 +42,8 @@ def versions(client: MlflowClient, ledger: Ledger, tmp_path: Path) -> list[Versi
     return [made[0], *made]
 
 
-def add(ledger: Ledger, what: What, version: Version, **told: object) -> Entry:
-    def decide(history: History) -> Entry:
+def add(ledger: Ledger, what: What, version: Version, **told: object) -> LedgerEntry:
+    def decide(history: History) -> LedgerEntry:
         return history.then(what, version.number, version.weights_sha256, **told)  # type: ignore[arg-type]
 
     head = ledger.append(decide).head
@@ -274,7 +274,9 @@ def test_a_champion_that_was_deleted_is_said_to_be_gone(
     assert resolve(client, f"models:/{ledger.model}@champion").number == 1
 
 
-def judged(version: Version, champion: int | None, evidence: Evidence | None) -> Callable[[History], Entry | None]:
+def judged(
+    version: Version, champion: int | None, evidence: Evidence | None
+) -> Callable[[History], LedgerEntry | None]:
     judgement = GateResult(champion=champion, evidence=evidence)
     return lambda history: next_entry(history, version, judgement, None)
 

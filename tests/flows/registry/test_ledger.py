@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from diffusion.common.errors import Held, UserError
 from flows.registry.ledger import Known, Ledger
-from flows.registry.ledger_entries import Approval, Entry, Evidence, History, Standing, Titles, What
+from flows.registry.ledger_entries import Approval, Evidence, History, LedgerEntry, Standing, Titles, What
 from flows.storage.s3 import Location, Object, Store
 
 HOLD = Evidence(verdict="hold", reason="kid 0.02 ± 0.01, not lower", figures={"kid": 0.02}, eval_key="e" * 64)
@@ -28,8 +28,8 @@ def weights_of(version: int) -> str:
     return hashlib.sha256(str(version).encode()).hexdigest()
 
 
-def add(ledger: Ledger, what: What, version: int, **told: object) -> Entry:
-    def decide(history: History) -> Entry:
+def add(ledger: Ledger, what: What, version: int, **told: object) -> LedgerEntry:
+    def decide(history: History) -> LedgerEntry:
         return history.then(what, version, weights_of(version), **told)  # type: ignore[arg-type]
 
     head = ledger.append(decide).head
@@ -100,7 +100,7 @@ TAMPERING: list[tuple[str, Callable[[dict[int, bytes]], object]]] = [
 
 
 def forked(files: dict[int, bytes]) -> list[bytes]:
-    history = History("faces", tuple(Entry.model_validate_json(files[number]) for number in (1, 2)))
+    history = History("faces", tuple(LedgerEntry.model_validate_json(files[number]) for number in (1, 2)))
     for version in (8, 9):
         history = replace(
             history, entries=(*history.entries, history.then("promote", version, weights_of(version), evidence=WIN))
@@ -210,7 +210,7 @@ def test_whose_entry_lost_its_place_to_one_that_was_put_above_it_is_told(ledger:
     add(ledger, "promote", 1)
     seen: list[Known] = [on_record(ledger)]
 
-    def decide(history: History) -> Entry:
+    def decide(history: History) -> LedgerEntry:
         above = written_again(history.then("promote", 9, weights_of(9)).data, number=3)
         write_over(ledger, ledger.place.key("00000003.json"), above)
         seen.append({3: hashlib.sha256(above).hexdigest()})
@@ -231,7 +231,7 @@ def test_of_many_at_once_each_gets_an_entry_of_its_own(ledger: Ledger) -> None:
 
 
 def test_an_entry_whose_writing_was_not_confirmed_counts_once(ledger: Ledger) -> None:
-    def decide(history: History) -> Entry:
+    def decide(history: History) -> LedgerEntry:
         entry = history.then("promote", 1, weights_of(1))
         # As a first try leaves it whose answer was lost.
         ledger.store.put_once(ledger.place.bucket, "ledger/faces/00000001.json", entry.data)
@@ -245,7 +245,7 @@ def test_who_stood_on_what_changed_meanwhile_is_asked_again(ledger: Ledger) -> N
     add(ledger, "promote", 1)
     seen = []
 
-    def decide(history: History) -> Entry:
+    def decide(history: History) -> LedgerEntry:
         seen.append(history.standing.champion)
         if len(seen) == 1:
             add(ledger, "promote", 2, evidence=WIN)

@@ -26,7 +26,7 @@ from flows.retention.batch_items import SamplingBatches, in_order
 from flows.retention.policy import table
 from flows.retention.run_items import CONTENT
 from flows.sampling.generate_batch import begin
-from flows.sampling.sampling_batch import Batch
+from flows.sampling.sampling_batch import SamplingBatch
 from flows.storage.s3 import Location, Store
 from flows.tracking.runs import TRAIN_KEY
 from tests.builders.catalogs import FOLDER, Place
@@ -255,7 +255,7 @@ def test_nobody_elses_runs_are_looked_at_and_what_a_person_deleted_is_left_to_th
 
 def batch_of(model: str, seed: int, run_id: str, version: Manifest) -> tuple[str, bytes]:
     """Key and bytes of the ``batch.json`` of prints of version 1."""
-    batch = Batch(
+    batch = SamplingBatch(
         model=model,
         version=1,
         run_id=run_id,
@@ -374,7 +374,7 @@ def test_what_only_an_unreadable_batch_could_lead_to_stays_until_somebody_mends_
 
 
 def test_a_batch_that_a_job_has_just_gone_on_with_is_not_set_aside(bucket: str, store: Store) -> None:
-    about = Batch(
+    about = SamplingBatch(
         model="blobs",
         version=1,
         run_id="1" * 32,

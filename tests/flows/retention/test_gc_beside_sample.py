@@ -14,7 +14,7 @@ from flows.config import RetentionConfig
 from flows.retention.batch_items import SamplingBatches
 from flows.sampling import generate_batch
 from flows.sampling.generate_batch import GeneratedImages
-from flows.sampling.sampling_batch import Batch
+from flows.sampling.sampling_batch import SamplingBatch
 from flows.storage.s3 import Location, Store
 from tests.builders.gc_batches import BATCHES, generate
 from tests.builders.sampling_batches import found, rows_of
@@ -28,7 +28,7 @@ WAYS = [pytest.param(BATCHES[0], False, id="png-paused"), pytest.param(BATCHES[1
 def weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """No model: what is generated is no matter here, and takes no time."""
 
-    def generated(made: Batch, _: Path, indices: range, *__: object) -> Iterator[GeneratedImages]:
+    def generated(made: SamplingBatch, _: Path, indices: range, *__: object) -> Iterator[GeneratedImages]:
         images = torch.arange(len(indices) * 64, dtype=torch.uint8).reshape(-1, 1, 8, 8)
         yield GeneratedImages(indices, images, [None] * len(indices), UNCONDITIONAL)
 
@@ -63,7 +63,7 @@ def finished(store: Store, bucket: str) -> list[Location]:
     return [Location(bucket, key.removesuffix("/_SUCCESS")) for key in keys if key.endswith("/_SUCCESS")]
 
 
-def is_whole(store: Store, made: Batch, place: Location) -> bool:
+def is_whole(store: Store, made: SamplingBatch, place: Location) -> bool:
     files = found(store, place)
     if "manifest.parquet" not in files:
         return False
@@ -71,7 +71,7 @@ def is_whole(store: Store, made: Batch, place: Location) -> bool:
     return names <= set(files) and not generate_batch.unfinished(store, made, place)
 
 
-def half(store: Store, made: Batch, bucket: str, weights: Path) -> None:
+def half(store: Store, made: SamplingBatch, bucket: str, weights: Path) -> None:
     """What a killed job left: the first chunk."""
     place = generate_batch.usual_place(store, made, bucket)
     generate_batch.begin(store, made, place, None)
@@ -94,7 +94,7 @@ def requests_of(act: Callable[[Store], object]) -> int:
 @pytest.mark.slow
 @pytest.mark.parametrize(("made", "killed"), WAYS)
 def test_gc_runs_before_any_request_of_a_job_which_ends_in_a_whole_batch(
-    store: Store, bucket: str, weights: Path, made: Batch, killed: bool
+    store: Store, bucket: str, weights: Path, made: SamplingBatch, killed: bool
 ) -> None:
     half(store, made, bucket, weights)
     last = requests_of(lambda counted: generate(counted, made, bucket, weights))
@@ -127,7 +127,7 @@ def test_gc_runs_before_any_request_of_a_job_which_ends_in_a_whole_batch(
 @pytest.mark.slow
 @pytest.mark.parametrize(("made", "killed"), WAYS)
 def test_a_job_runs_before_any_request_of_gc_and_keeps_what_it_finished(
-    store: Store, bucket: str, weights: Path, made: Batch, killed: bool
+    store: Store, bucket: str, weights: Path, made: SamplingBatch, killed: bool
 ) -> None:
     half(store, made, bucket, weights)
     last = requests_of(lambda counted: collect(counted, bucket))
@@ -157,7 +157,7 @@ def test_a_job_runs_before_any_request_of_gc_and_keeps_what_it_finished(
 
 @pytest.mark.parametrize("made", BATCHES, ids=lambda made: made.format)
 def test_a_deletion_that_is_late_meets_nothing_that_was_sampled_anew(
-    store: Store, bucket: str, weights: Path, made: Batch
+    store: Store, bucket: str, weights: Path, made: SamplingBatch
 ) -> None:
     first = generate(store, made, bucket, weights)
     before = found(store, first)
@@ -174,7 +174,7 @@ def test_a_deletion_that_is_late_meets_nothing_that_was_sampled_anew(
 
 @pytest.mark.parametrize("made", BATCHES, ids=lambda made: made.format)
 def test_success_that_was_written_late_goes_with_the_next_gc(
-    store: Store, bucket: str, weights: Path, made: Batch
+    store: Store, bucket: str, weights: Path, made: SamplingBatch
 ) -> None:
     place = generate(store, made, bucket, weights)
     collect(store, bucket)

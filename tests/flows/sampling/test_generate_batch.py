@@ -25,7 +25,7 @@ from flows.datasets.s3_source import S3Objects
 from flows.sampling import generate_batch
 from flows.sampling.generate_batch import Work, cost_of
 from flows.sampling.request_table import RequestTable
-from flows.sampling.sampling_batch import Batch, image_key, part_bytes, part_key, part_rows
+from flows.sampling.sampling_batch import SamplingBatch, image_key, part_bytes, part_key, part_rows
 from flows.storage.s3 import Location, Object, Store, client
 from tests.builders.http_server import serving
 from tests.builders.s3_proxy import ignoring_conditional_completion, proxied
@@ -39,7 +39,9 @@ def weights(tmp_path: Path) -> Path:
     return write_model(tmp_path / "weights.safetensors", 1, 0, classes={"even": 3, "odd": 1})
 
 
-def generate_all(store: Store, made: Batch, place: Location, weights: Path, table: RequestTable | None = None) -> None:
+def generate_all(
+    store: Store, made: SamplingBatch, place: Location, weights: Path, table: RequestTable | None = None
+) -> None:
     for chunk in range(len(made.chunks())):
         generate_batch.generate_chunk(store, made, place, weights, chunk, table, 1)
     generate_batch.finish(store, made, place)
@@ -221,7 +223,7 @@ def test_what_drawing_holds_does_not_grow_with_the_count(store: Store, bucket: s
         made, place = batch(count), Location(bucket, str(count))
         chunks = range(len(made.chunks()))
 
-        def generate(made: Batch = made, place: Location = place, chunks: range = chunks) -> None:
+        def generate(made: SamplingBatch = made, place: Location = place, chunks: range = chunks) -> None:
             for number in chunks:
                 generate_batch.generate_chunk(store, made, place, weights, number, None, 1)
 
@@ -319,7 +321,7 @@ def test_the_place_of_another_batch_is_kept_and_the_reason_told(store: Store, bu
     ):
         with pytest.raises(Held, match=words):
             generate_batch.begin(store, other, place, None)
-    assert Batch.model_validate_json(store.get(bucket, "here/batch.json")) == made
+    assert SamplingBatch.model_validate_json(store.get(bucket, "here/batch.json")) == made
 
 
 def test_at_the_place_of_what_cannot_be_read_it_is_named(store: Store, bucket: str) -> None:

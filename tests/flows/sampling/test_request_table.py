@@ -16,7 +16,7 @@ from flows.config import SamplingBatchConfig
 from flows.registry.model_versions import Version
 from flows.sampling.generate_batch import plan
 from flows.sampling.request_table import RequestTable
-from flows.sampling.sampling_batch import Batch
+from flows.sampling.sampling_batch import SamplingBatch
 from flows.storage.s3 import Location, Store
 from tests.builders.small_models import write_model
 
@@ -86,7 +86,7 @@ def test_the_kept_table_comes_back_from_s3_and_another_in_its_place_is_refused(
         RequestTable.fetch(made.about, store, other, tmp_path / "third")
 
 
-def planned(store: Store, tmp_path: Path, table: str, classes: dict[str, int], **changes: object) -> Batch:
+def planned(store: Store, tmp_path: Path, table: str, classes: dict[str, int], **changes: object) -> SamplingBatch:
     weights = write_model(tmp_path / "weights.safetensors", 1, 0, classes=classes)
     given = {"sampling": SAMPLING, "count": None, "conditions": UNCONDITIONAL} | changes
     batch, _ = plan(
@@ -104,7 +104,7 @@ def test_a_batch_has_a_image_for_each_row_and_names_the_table(store: Store, buck
     assert here.count == 3
     assert here.requests is not None
     assert here.requests.columns == ("label",)
-    assert Batch.model_validate_json(here.json_bytes()) == here
+    assert SamplingBatch.model_validate_json(here.json_bytes()) == here
 
 
 @pytest.mark.parametrize(

@@ -14,14 +14,14 @@ from diffusion.common.fingerprint import fingerprint
 from diffusion.generation.config import UNCONDITIONAL, Conditions
 from diffusion.generation.generate import label_names, sample
 from diffusion.process.samplers import SamplingConfig, sampling_config
-from flows.sampling.sampling_batch import Batch, chunk_size, encode, part_bytes, part_rows, write_parquet
+from flows.sampling.sampling_batch import SamplingBatch, chunk_size, encode, part_bytes, part_rows, write_parquet
 from tests.builders.training_runs import run
 
 SAMPLING = sampling_config(sampler="dpmpp_2m", steps=3, compute_batch=8)
 
 
-def batch(conditions: Conditions | None = None, sampling: SamplingConfig = SAMPLING) -> Batch:
-    return Batch(
+def batch(conditions: Conditions | None = None, sampling: SamplingConfig = SAMPLING) -> SamplingBatch:
+    return SamplingBatch(
         model="blobs",
         version=3,
         run_id="r",
@@ -40,7 +40,7 @@ def test_a_batch_of_which_nothing_is_asked_has_the_name_and_the_bytes_it_had_bef
     assert plain.name == "seed7-count4-dpmpp_2m_sde16-8da49c67"
     assert b"guidance" not in plain.json_bytes()
     assert b"conditions" not in plain.json_bytes()
-    assert Batch.model_validate_json(plain.json_bytes()) == plain
+    assert SamplingBatch.model_validate_json(plain.json_bytes()) == plain
 
 
 def test_batches_that_are_to_show_different_things_have_different_names() -> None:
@@ -56,7 +56,7 @@ def test_batches_that_are_to_show_different_things_have_different_names() -> Non
         ),
     ]
     assert len({each.name for each in batches}) == len(batches)
-    assert all(Batch.model_validate_json(each.json_bytes()) == each for each in batches)
+    assert all(SamplingBatch.model_validate_json(each.json_bytes()) == each for each in batches)
 
 
 @pytest.mark.parametrize("conditions", [None, Conditions(labels=("odd", None, "even"))])
@@ -65,7 +65,7 @@ def test_what_is_written_makes_the_same_images_again_and_says_what_each_shows(
 ) -> None:
     model = load_model(run(dataset, tmp_path / "run").final)
     made = batch(conditions, SAMPLING.model_copy(update={"guidance": 2.0}))
-    found = Batch.model_validate_json(made.json_bytes())
+    found = SamplingBatch.model_validate_json(made.json_bytes())
     images = sample(model, range(4), found.seed, found.sampling, conditions=found.conditions or UNCONDITIONAL)
     labels = label_names(model, range(4), found.seed, found.conditions or UNCONDITIONAL)
     encoded = [encode(made, *each) for each in zip(range(4), images, labels, strict=True)]
@@ -109,4 +109,4 @@ def test_a_batch_cut_otherwise_has_the_name_it_had_and_says_so_and_a_batch_in_ta
     assert tars.name != plain.name
     assert tars.key(33) == "samples-00001.tar/00000033.png"
     for each in (cut, tars):
-        assert Batch.model_validate_json(each.json_bytes()) == each
+        assert SamplingBatch.model_validate_json(each.json_bytes()) == each

@@ -10,7 +10,7 @@ from diffusion.checkpoints import load_model
 from diffusion.common.random import GaussianNoise
 from diffusion.evaluation.evaluator import gflop
 from diffusion.families import family_of
-from diffusion.families.base import Batch
+from diffusion.families.base import ConditioningBatch
 from diffusion.families.ddpm import count_evaluations
 from diffusion.generation.generate import make_conditioning
 from diffusion.models.config import ModelConfig
@@ -48,7 +48,7 @@ def test_a_image_costs_what_its_drawing_takes(guidance: float | None, tmp_path: 
     path = write_model(tmp_path / "m.safetensors", 0, 1, size=16, config=config, classes={"a": 3, "b": 5})
     model = load_model(path)
     sampling = sampling_config(sampler="heun", steps=3, guidance=guidance, precision="fp32")
-    batch = Batch(
+    batch = ConditioningBatch(
         make_conditioning(model, [0], 0), GaussianNoise(0, "sampling", [0], model.noise_shape), torch.zeros(WIDTH), None
     )
     with FlopCounterMode(display=False) as counter:
