@@ -267,18 +267,21 @@ class Heads:
 
         Heads that were deleted from the catalogue are skipped. Without a head the version written last counts.
         """
-        number = self._count()
-        for each in range(number, 0, -1):
-            if (head := self._read(each)) is None:
-                continue
-            if self.catalogue.written(head.version) is not None:
-                return head.version
+        for version in self.latest():
+            if self.catalogue.written(version) is not None:
+                return version
             logger.warning(
                 "version %s of data set %s was its newest, and is not in the catalogue any more: the one before it is",
-                head.version[:12],
+                version[:12],
                 self.catalogue.name,
             )
         return self._last_written()
+
+    def latest(self) -> Iterator[str]:
+        """Yield the digests of all heads, the newest first, whether they are in the catalogue or not."""
+        for number in range(self._count(), 0, -1):
+            if (head := self._read(number)) is not None:
+                yield head.version
 
     def adopt(self) -> str | None:
         """Return ``newest``, and make it the first entry if there is no chain yet."""

@@ -10,6 +10,7 @@ from collections.abc import Collection, Mapping
 from contextlib import ExitStack
 from datetime import UTC, datetime
 from hashlib import md5
+from itertools import islice
 
 from filelock import FileLock
 
@@ -85,10 +86,8 @@ class DataSets:
     def _fates(self, name: str) -> dict[str, tuple[Fate, str]]:
         versions, policy = self.versions[name], self.policy
         current, doubt = self.current[name]
-        # S3 times have a resolution of a second: of two versions of one second the current one is the newer.
-        by_age = sorted(versions, key=lambda digest: (self.written[name, digest], digest == current), reverse=True)
-        newest = by_age[: policy.data_versions]
-        head = Heads(self._catalogue(name)).newest()
+        heads = Heads(self._catalogue(name))
+        head, newest = heads.newest(), self._newest(name, heads)
         found: dict[str, tuple[Fate, str]] = {}
         for digest, version in versions.items():
             written = self.written[name, digest]
@@ -113,6 +112,17 @@ class DataSets:
         for unread in (self.read[name].damaged, aside.damaged if aside else {}):
             found |= {digest: ("stays", words) for digest, words in unread.items()}
         return found
+
+    def _newest(self, name: str, heads: Heads) -> list[str]:
+        """Digests of the newest ``retention.data_versions`` versions in the catalogue.
+
+        Heads come in their order, which a restored bucket keeps, before versions that never were one, by the time of
+        writing. It has a resolution of a second: of two versions of one second the current one is the newer.
+        """
+        versions, most = self.versions[name], self.policy.data_versions
+        found = list(islice((each for each in dict.fromkeys(heads.latest()) if each in versions), most))
+        by_age = sorted(versions, key=lambda each: (self.written[name, each], each == self.current[name][0]))
+        return list(dict.fromkeys([*found, *reversed(by_age)]))[:most]
 
     def _current(self, name: str) -> tuple[str | None, str | None]:
         """Digest of the version in the data set's folder, or None; and the reason if it cannot be read."""

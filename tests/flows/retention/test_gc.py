@@ -16,6 +16,7 @@ from diffusion.data.manifest import Manifest, manifest_bytes
 from diffusion.process.samplers import sampling_config
 from flows.config import RetentionConfig
 from flows.datasets import catalog
+from flows.datasets.catalog import Heads
 from flows.datasets.checkout import checkout
 from flows.datasets.dvc import Remote
 from flows.datasets.purge import UnreferencedObjects
@@ -112,6 +113,29 @@ def test_an_old_version_is_set_aside_and_then_its_files_go_but_not_those_it_shar
     assert f"blobs {first.digest[:12]}" not in fates(collected(100))
     assert list(place.catalogue.store.list_keys(place.bucket, "retired/")) == []
     assert restorable(place, second)
+
+
+def test_the_newest_versions_are_known_by_the_order_of_heads_after_a_restore_wrote_them_in_another(
+    place: Place, bucket: str, store: Store
+) -> None:
+    first, second, third = (place.version(number) for number in (100, 101, 102))
+    heads = Heads(place.catalogue)
+    for version, onto in ((first, ()), (second, (first.digest,)), (third, (second.digest,))):
+        assert heads.advance(version.digest, onto) is None
+    key = place.catalogue.place.key(f"{first.digest}/manifest.json")
+    data, written = store.get(bucket, key), place.catalogue.written(third.digest)
+    assert written is not None
+    while (again := place.catalogue.written(first.digest)) is None or again <= written:
+        store.delete_many(bucket, [key])
+        time.sleep(0.2)
+        store.put_once(bucket, key, data)
+
+    two = STRICT.model_copy(update={"data_versions": 2})
+    assert fates(collected(100, two)) == {
+        f"blobs {first.digest[:12]}": "set aside",
+        f"blobs {second.digest[:12]}": "stays",
+        f"blobs {third.digest[:12]}": "stays",
+    }
 
 
 @pytest.mark.slow
