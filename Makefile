@@ -53,10 +53,10 @@ test: $(READY)  ## Run the tests (minutes)
 test-slow: $(READY)  ## Run the long tests: servers, kills, browser (half an hour)
 	$(BIN)/pytest --numprocesses $(WORKERS) --dist loadfile -m slow --ignore tests/chaos
 
-# .chaos/ records which drills passed on this code, and they are not run again. `make chaos ANEW=1` discards the record.
+# .chaos/ records which drills passed on this code, and they are not run again. `make chaos RESTART=1` discards the record.
 chaos: $(READY)  ## Run all failure drills, with KILLS=20 kills each (two hours); resumes
 	KILLS=$(KILLS) $(BIN)/python -m pytest -p tests.chaos.record --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder \
-		--durations 0 --durations-min 60 --tb short --no-header $(if $(ANEW),--anew)
+		--durations 0 --durations-min 60 --tb short --no-header $(if $(RESTART),--restart)
 
 drill-upgrade: $(READY)  ## Test upgrades of databases of an older MLflow and Prefect (minutes)
 	test -x .drill/bin/prefect || { $(PYTHON) -m venv .drill && .drill/bin/pip install --quiet 'mlflow[auth]==3.4.0' 'prefect==3.6.0' \

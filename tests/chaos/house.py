@@ -71,7 +71,7 @@ class House:
         self._start(self._service(name))
 
     def admit(self, *keys: dict[str, str]) -> None:
-        """Have the S3 server take the stack's own keys and ``keys``, and no others; it is started anew."""
+        """Have the S3 server take the stack's own keys and ``keys``, and no others; it is restarted."""
         own = self.stack.credentials
         pairs = [
             (own.s3_access_key, own.s3_secret_key),

@@ -100,8 +100,8 @@ def _known_seconds() -> dict[str, float]:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """`make chaos ANEW=1` gives this."""
-    parser.addoption("--anew", action="store_true", help="forget what passed before, and run every drill")
+    """`make chaos RESTART=1` gives this."""
+    parser.addoption("--restart", action="store_true", help="discard the record of passed drills, and run every drill")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -117,7 +117,7 @@ def pytest_configure(config: pytest.Config) -> None:
     _stop_leftovers()
     os.environ[MARK] = str(HOME)
     results = Results()
-    if config.option.anew:
+    if config.option.restart:
         shutil.rmtree(results.folder, ignore_errors=True)
     config.pluginmanager.register(Recorder(config, results, lock), "drill-recorder")
 

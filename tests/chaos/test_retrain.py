@@ -53,11 +53,11 @@ def test_killed_in_every_step_it_ends_as_if_nothing_had_happened(site: Site, und
 
 
 @pytest.mark.drill(
-    "Prefect's server is started anew",
+    "Prefect's server is restarted",
     "killed in the middle of a training, and away when it ends",
     "the run waits, and ends by itself",
 )
-def test_prefects_server_may_be_started_anew_meanwhile(house: House, site: Site, undisturbed: Undisturbed) -> None:
+def test_prefects_server_may_be_restarted_meanwhile(house: House, site: Site, undisturbed: Undisturbed) -> None:
     with site.paused(TRAINING) as process:
         house.kill("prefect")
     # The training is done by now, and nobody was told.

@@ -185,9 +185,9 @@ def test_after_the_death_of_everything_two_ups_at_once_make_one_stack(up: LocalS
     assert_all_is_kept(up)
 
 
-@pytest.mark.drill("a server hangs", "MLflow is suspended", "`darkroom up` starts it anew")
+@pytest.mark.drill("a server hangs", "MLflow is suspended", "`darkroom up` restarts it")
 @pytest.mark.slow
-def test_a_service_that_hangs_is_started_anew(up: LocalStack) -> None:
+def test_a_service_that_hangs_is_restarted(up: LocalStack) -> None:
     for process in members(up.folder, "mlflow"):
         process.suspend()
     assert states() == {**RUNNING, "mlflow": "not answering"}
