@@ -283,7 +283,7 @@ def shot(page: Page, name: str) -> None:
         page.screenshot(path=Path(folder) / f"{name}.png")
 
 
-def test_prints_by_the_form_in_prefects_ui(workspace: Workspace, prefect: Prefect) -> None:
+def test_images_are_generated_by_the_form_in_prefects_ui(workspace: Workspace, prefect: Prefect) -> None:
     deployment = prefect.deployment("sample-on-demand/blobs")["id"]
     ui = workspace.variables["PREFECT_API_URL"].removesuffix("/api")
     with chromium() as browser:
@@ -295,8 +295,8 @@ def test_prints_by_the_form_in_prefects_ui(workspace: Workspace, prefect: Prefec
         page.get_by_role("link", name="Deployments").first.click()
         expect(page.get_by_text("sample-on-demand").first).to_be_visible()
         page.goto(f"{ui}/deployments/deployment/{deployment}/run")
-        expect(page.get_by_text("Whose images, models:/NAME@champion").first).to_be_visible()
-        count = page.locator(".schema-form-property", has_text="How many.").locator("input")
+        expect(page.get_by_text("Model version, models:/NAME@champion").first).to_be_visible()
+        count = page.locator(".schema-form-property", has_text="Number of images.").locator("input")
         expect(count).to_have_value("64")
         count.fill("3")
         shot(page, "prefect_form")
