@@ -100,4 +100,4 @@ def test_the_report_on_the_run_is_whole_in_a_browser(
         page.goto(Path(report).as_uri())
         look(page, tmp_path / "report.png")
         expect(page.get_by_role("heading", name="Best of 3")).to_be_visible()
-        expect(page.get_by_text("not judged in full", exact=True)).to_have_count(1)
+        expect(page.get_by_text("not evaluated in full", exact=True)).to_have_count(1)
