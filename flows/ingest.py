@@ -18,11 +18,10 @@ from flows.datasets import lineage
 from flows.datasets.catalog import Catalogue
 from flows.datasets.checkout import forget_choice
 from flows.datasets.lineage import DataVersion
-from flows.datasets.s3_source import S3Objects
 from flows.datasets.sync import announce, bring_up_to_date, publish
 from flows.deployment.tasks import completed_state, prefect_fan_out, retryable_task, task_runner
 from flows.environment import data_source, settings
-from flows.storage.s3 import Store
+from flows.storage.s3 import S3Objects, Store
 from flows.tracking.progress_reporter import reporter
 
 logger = logging.getLogger(__name__)

@@ -28,8 +28,7 @@ from diffusion.common.files import canonical_json, sha256_bytes
 from diffusion.data.manifest import Manifest, Sha256, manifest_bytes, parse_manifest, work_folder
 from diffusion.data.versions.takedown_records import Removal, removals, still_held, write_removal
 from flows.storage.numbered_objects import NumberedObjects, first_free, object_name
-from flows.storage.s3 import Location, Store
-from flows.storage.s3_errors import Missing
+from flows.storage.s3 import Location, Missing, Store
 from flows.storage.tags import DvcDigest
 
 logger = logging.getLogger(__name__)

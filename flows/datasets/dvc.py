@@ -22,8 +22,7 @@ from diffusion.common.errors import UserError
 from diffusion.common.files import sha256_file, write_atomically, write_bytes
 from diffusion.data.manifest import FileEntry, Manifest, parse_manifest, version_path
 from flows.datasets.catalog import Catalogue
-from flows.storage.s3 import Location, Stat, Store
-from flows.storage.s3_errors import Missing
+from flows.storage.s3 import ListedObject, Location, Missing, Store
 from flows.storage.tags import DvcDigest
 
 FOLDER = ".dir"
@@ -121,7 +120,7 @@ class Remote:
         """Read the bytes of an object; raises Missing."""
         return self.store.get(self.place.bucket, self._key(name))
 
-    def stat(self, name: str) -> Stat | None:
+    def stat(self, name: str) -> ListedObject | None:
         """Size and time of an object; None if it does not exist."""
         return self.store.stat(self.place.bucket, self._key(name))
 
@@ -168,14 +167,12 @@ class Remote:
 
     def _upload(self, name: str, cache: Cache) -> None:
         path = cache.path(name)
-        try:
-            with path.open("rb") as file:
-                md5 = hashlib.file_digest(file, "md5").hexdigest()
-        except FileNotFoundError as error:
-            raise UserError(f"{path} is missing: ingest the data set again") from error
-        if md5 != name.removesuffix(FOLDER):
-            raise UserError(f"{path} is damaged: delete it, and ingest the data set again")
-        self.store.put_file_once(self.place.bucket, self._key(name), path)
+        if not path.is_file():
+            raise UserError(f"{path} is missing: ingest the data set again")
+        with path.open("rb") as file:
+            if hashlib.file_digest(file, "md5").hexdigest() != name.removesuffix(FOLDER):
+                raise UserError(f"{path} is damaged: delete it, and ingest the data set again")
+            self.store.put_once(self.place.bucket, self._key(name), file)
 
     def delete(self, names: Iterable[str]) -> None:
         """Delete objects, if they exist."""

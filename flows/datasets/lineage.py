@@ -16,7 +16,7 @@ from diffusion.common.errors import DarkroomError, UserError
 from diffusion.data.manifest import FileEntry, read_manifest, work_folder
 from flows.datasets.catalog import Catalogue
 from flows.datasets.dvc import Cache, KeptFiles, Listing, Remote, is_whole, needed_files
-from flows.storage.s3_errors import Missing
+from flows.storage.s3 import Missing
 
 INGEST_STAGE = "ingest"
 

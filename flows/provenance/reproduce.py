@@ -47,8 +47,7 @@ from flows.sampling.lookup import (
 )
 from flows.sampling.request_table import RequestTable
 from flows.sampling.sampling_batch import Row, SamplingBatch
-from flows.storage.s3 import Location, Store
-from flows.storage.s3_errors import Missing
+from flows.storage.s3 import Location, Missing, Store
 from flows.tracking.progress_reporter import reporter
 
 TOLERANCE = 2.0

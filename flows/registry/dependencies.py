@@ -19,8 +19,7 @@ from flows.registry.aliases import CHAMPION, resolve_alias
 from flows.registry.champion import registered_version
 from flows.registry.model_versions import Version
 from flows.registry.takedown_marks import TAKEDOWN, joined_names, names_of, takedowns, warn_of_takedown, with_takedowns
-from flows.storage.s3 import Location, Store
-from flows.storage.s3_errors import Missing
+from flows.storage.s3 import Location, Missing, Store
 
 logger = logging.getLogger(__name__)
 

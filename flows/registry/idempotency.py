@@ -20,8 +20,7 @@ from diffusion.generation.config import Conditions
 from flows.config import Params, registered
 from flows.environment import settings
 from flows.registry.ledger import Ledger
-from flows.storage.s3 import Location, Store
-from flows.storage.s3_errors import Missing
+from flows.storage.s3 import Location, Missing, Store
 from flows.storage.tags import VersionNumber
 
 logger = logging.getLogger(__name__)

@@ -36,8 +36,7 @@ from flows.sampling.lookup import read_parts, success_of
 from flows.sampling.request_table import REQUESTS, RequestTable
 from flows.sampling.sampling_batch import BATCH, MANIFEST, RESUMED, SUCCESS, Row, SamplingBatch
 from flows.storage.multipart import ABANDONED, PART_BYTES, abort_uploads, writing
-from flows.storage.s3 import Location, Object, Store
-from flows.storage.s3_errors import Denied, Missing
+from flows.storage.s3 import Denied, Location, Missing, Object, Store
 
 JSON, JSON_LINES, PNG, TAR = "application/json", "application/jsonl", "image/png", "application/x-tar"
 DEFAULT_COUNT = 64

@@ -31,8 +31,7 @@ from flows.registry.model_versions import parse_model_uri
 from flows.sampling import sampling_batch
 from flows.sampling.request_table import LARGEST_GROUP, REQUESTS
 from flows.sampling.sampling_batch import BATCH, MANIFEST, SUCCESS, Row, SamplingBatch
-from flows.storage.s3 import Location, Store
-from flows.storage.s3_errors import Missing
+from flows.storage.s3 import Location, Missing, Store
 from flows.storage.tags import RunId, VersionNumber
 
 logger = logging.getLogger(__name__)

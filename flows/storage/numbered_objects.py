@@ -14,8 +14,7 @@ from diffusion.common.config import Config
 from diffusion.common.errors import Held
 from diffusion.common.files import canonical_json
 from flows.environment import settings
-from flows.storage.s3 import ListedObject, Location, Store
-from flows.storage.s3_errors import Missing
+from flows.storage.s3 import ListedObject, Location, Missing, Store
 
 NAME = re.compile(r"([0-9]{8})\.json")
 LARGEST_CLAIM = 4096
