@@ -110,12 +110,9 @@ class Catalogue:
 
     def version(self, digest: str) -> Manifest | None:
         """Version of this digest; None if it is not in the catalogue. Raises UserError if it is damaged."""
-        key = self.place.key(f"{digest}/manifest.json")
-        try:
-            data = self.store.get(self.place.bucket, key, LARGEST_MANIFEST)
-        except Missing:
-            return None
-        return self._parsed(data, digest, f"s3://{self.place.bucket}/{key}")
+        name = f"{digest}/manifest.json"
+        data = self._get(name, LARGEST_MANIFEST)
+        return None if data is None else _parsed(data, digest, f"{self.place}/{name}")
 
     def published(self) -> dict[str, datetime]:
         """Time of publication of each version, by digest; takes one listing."""
@@ -134,16 +131,14 @@ class Catalogue:
 
     def pointer(self, digest: str) -> str | None:
         """DVC's digest of a version; None if it is not in the catalogue. Raises UserError if it is damaged."""
-        key = self.place.key(f"{digest}/pointer.dvc")
-        try:
-            data = self.store.get(self.place.bucket, key)
-        except Missing:
+        name = f"{digest}/pointer.dvc"
+        if (data := self._get(name)) is None:
             return None
         try:
             return POINTER.validate_python(yaml.safe_load(data)["outs"][0]["md5"])
         except (yaml.YAMLError, LookupError, TypeError, ValueError) as error:
             raise UserError(
-                f"s3://{self.place.bucket}/{key} is no DVC pointer: delete it, and ingest the data set again"
+                f"{self.place}/{name} is no DVC pointer: delete it, and ingest the data set again"
             ) from error
 
     def publish_removal(self, removal: Removal) -> None:
@@ -156,20 +151,28 @@ class Catalogue:
     def fetch_removals(self, folder: Path) -> None:
         """Copy all takedown records of the data set in ``folder`` to this machine."""
         work = work_folder(folder)
-        known = {removal.name for removal in removals(work)}
-        for key in self.store.list_keys(self.place.bucket, self.place.key("removals/")):
-            if PurePosixPath(key).stem not in known:
-                write_removal(work, self._removal(key))
+        for removal in self.removals(known={removal.name for removal in removals(work)}):
+            write_removal(work, removal)
 
     def held_removals(self, folder: Path) -> list[Removal]:
         """Takedown records of images that the current version in ``folder`` still holds."""
         self.fetch_removals(folder)
         return still_held(folder, removals(work_folder(folder))) if (folder / "manifest.json").is_file() else []
 
-    def removals(self) -> Iterator[Removal]:
-        """Yield the published takedown records of the data set."""
+    def removals(self, known: Collection[str] = ()) -> Iterator[Removal]:
+        """Yield the published takedown records of the data set, except for those of ``known`` names."""
         for key in self.store.list_keys(self.place.bucket, self.place.key("removals/")):
-            yield self._removal(key)
+            if PurePosixPath(key).stem in known:
+                continue
+            try:
+                yield Removal.model_validate_json(self.store.get(self.place.bucket, key))
+            except ValidationError as error:
+                first = error.errors()[0]
+                raise UserError(
+                    f"s3://{self.place.bucket}/{key} is no removal that this Darkroom understands "
+                    f"({'.'.join(map(str, first['loc']))}: {first['msg']}): update, or if it is damaged delete it and "
+                    "give that takedown again"
+                ) from error
 
     def retired(self) -> dict[str, Manifest]:
         """Versions by digest that ``darkroom gc`` retired and whose files are still on the remote."""
@@ -200,34 +203,30 @@ class Catalogue:
             where = f"s3://{place.bucket}/{key}"
             try:
                 data = self.store.get(place.bucket, key, LARGEST_MANIFEST)
-                found.versions[named[1]] = self._parsed(data, named[1], where)
+                found.versions[named[1]] = _parsed(data, named[1], where)
             except Missing:  # deleted by gc since it was listed
                 continue
             except UserError as error:
                 found.damaged[named[1]] = str(error)
         return found
 
-    def _parsed(self, data: bytes, digest: str, where: str) -> Manifest:
-        if sha256_bytes(data) != digest:
-            raise UserError(
-                f"{where} is damaged (its SHA-256 differs): delete it; an ingest where the version is current writes "
-                "it again"
-            )
-        return parse_manifest(data, where)
-
-    def _removal(self, key: str) -> Removal:
+    def _get(self, name: str, most: int | None = None) -> bytes | None:
         try:
-            return Removal.model_validate_json(self.store.get(self.place.bucket, key))
-        except ValidationError as error:
-            first = error.errors()[0]
-            raise UserError(
-                f"s3://{self.place.bucket}/{key} is no removal that this Darkroom understands "
-                f"({'.'.join(map(str, first['loc']))}: {first['msg']}): update, or if it is damaged delete it and give "
-                "that takedown again"
-            ) from error
+            return self.store.get(self.place.bucket, self.place.key(name), most)
+        except Missing:
+            return None
 
     def _put(self, name: str, data: bytes, content_type: str = "application/octet-stream") -> None:
         self.store.put_once(self.place.bucket, self.place.key(name), data, content_type=content_type)
+
+
+def _parsed(data: bytes, digest: str, where: str) -> Manifest:
+    if sha256_bytes(data) != digest:
+        raise UserError(
+            f"{where} is damaged (its SHA-256 differs): delete it; an ingest where the version is current writes it "
+            "again"
+        )
+    return parse_manifest(data, where)
 
 
 @contextmanager
@@ -264,10 +263,10 @@ class Heads:
     def newest(self) -> str | None:
         """Digest of the version that the next ingest adds to; None if the catalogue has no version.
 
-        Heads that were deleted from the catalogue are skipped. Without a head the version written last counts.
+        Heads that were deleted from the catalogue are skipped. Without a head the version written last counts, of those
+        that are no other version's parent.
         """
-        number = self._count()
-        for each in range(number, 0, -1):
+        for each in range(self._count(), 0, -1):
             if (head := self._read(each)) is None:
                 continue
             if self.catalogue.written(head.version) is not None:
@@ -277,7 +276,11 @@ class Heads:
                 head.version[:12],
                 self.catalogue.name,
             )
-        return self._last_written()
+        published = self.catalogue.published()
+        if len(published) > 1:
+            parents = {each.parent for each in self.catalogue.versions().values()}
+            published = {digest: written for digest, written in published.items() if digest not in parents}
+        return max(published, key=lambda digest: (published[digest], digest), default=None)
 
     def adopt(self) -> str | None:
         """Return ``newest``, and make it the first entry if there is no chain yet."""
@@ -323,11 +326,3 @@ class Heads:
             logger.warning("%s is no head of a data set, and is passed over", place)
             return None
         return found if found.number == number else None
-
-    def _last_written(self) -> str | None:
-        """Version written last among those that are no other version's parent."""
-        published = self.catalogue.published()
-        if len(published) > 1:
-            parents = {each.parent for each in self.catalogue.versions().values()}
-            published = {digest: written for digest, written in published.items() if digest not in parents}
-        return max(published, key=lambda digest: (published[digest], digest), default=None)

@@ -8,10 +8,10 @@ import logging
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Protocol
 
 from dvc.exceptions import NotDvcRepoError
 from dvc.repo import Repo
@@ -42,16 +42,6 @@ class ListedFile(Config):
 
 
 LISTING = TypeAdapter(list[ListedFile])
-
-
-class Depot(Protocol):
-    """Protocol of a store of DVC objects."""
-
-    def listings(self) -> Iterator[tuple[str, Listing]]:
-        """Yield the name and content of each folder listing."""
-
-    def delete(self, names: Iterable[str]) -> None:
-        """Delete objects, if they exist."""
 
 
 @dataclass(frozen=True)
@@ -201,7 +191,7 @@ class KeptFiles:
         self.remote = Remote.at(source) if source else None
         self.catalogue = Catalogue.of(name, source, self.remote.store) if source and self.remote else None
         self.recorded = recorded
-        self._pushed: dict[str, dict[str, Listing]] = {}
+        self._listings: dict[str, dict[str, Listing]] = {}
 
     def find(self, entry: FileEntry) -> Path | None:
         """Path of an intact copy of a file in the cache; None without one."""
@@ -213,14 +203,16 @@ class KeptFiles:
         Returns whether it was found; raises UserError if it is damaged on the remote.
         """
         cached = self._cached(name, sha256)
-        if cached is None:
-            return any(self._download(md5, name, sha256, target) for md5 in self._places(version, name))
+        if cached is not None:
 
-        def copy(partial: Path) -> None:
-            shutil.copyfile(cached, partial)
+            def copy(partial: Path) -> None:
+                shutil.copyfile(cached, partial)
 
-        write_atomically(target, copy)
-        return True
+            write_atomically(target, copy)
+            return True
+        pushed = [listing[name] for listing in self.listings(version).values() if name in listing]
+        places = dict.fromkeys([*pushed, *(self.cache.places.get(name, ()) if self.cache else ())])
+        return any(self._download(md5, name, sha256, target) for md5 in places)
 
     def elsewhere(self, versions: Iterable[Manifest], scratch: Path) -> Callable[[FileEntry], Path | None]:
         """Return a function that finds files of ``versions``, fetching them into the folder ``scratch``."""
@@ -236,9 +228,19 @@ class KeptFiles:
 
     def listings(self, version: str) -> dict[str, Listing]:
         """Listings on the remote of the version with the digest ``version``, by DVC's digest."""
-        if version not in self._pushed:
-            self._pushed[version] = dict(self._ask(version))
-        return self._pushed[version]
+        if self.remote is None or self.catalogue is None or version in self._listings:
+            return self._listings.get(version, {})
+        try:
+            pointer = self.catalogue.pointer(version)
+        except UserError as error:
+            logger.warning("%s", error)
+            pointer = None
+        found = self._listings[version] = {}
+        for digest in filter(None, dict.fromkeys((pointer, self.recorded))):
+            # It may have been never pushed, or deleted: another listing may have the file.
+            with suppress(Missing):
+                found[digest] = self.remote.listing(digest)
+        return found
 
     def keep_listing(self, version: str) -> None:
         """Copy the remote's listings of the version with the digest ``version`` into DVC's cache."""
@@ -246,32 +248,11 @@ class KeptFiles:
             if self.cache is not None and self.remote is not None and not self.cache.path(digest).is_file():
                 write_bytes(self.cache.path(digest), self.remote.read(digest))
 
-    def _ask(self, version: str) -> Iterator[tuple[str, Listing]]:
-        if self.remote is None or self.catalogue is None:
-            return
-        try:
-            pointer = self.catalogue.pointer(version)
-        except UserError as error:
-            logger.warning("%s", error)
-            pointer = None
-        for digest in dict.fromkeys((pointer, self.recorded)):
-            if digest is not None:
-                try:
-                    yield digest, self.remote.listing(digest)
-                except Missing:
-                    # Never pushed, or deleted: another listing may have the file.
-                    continue
-
     def _cached(self, name: str, sha256: str) -> Path | None:
         if self.cache is None:
             return None
         paths = map(self.cache.path, self.cache.places.get(name, ()))
         return next((path for path in paths if is_whole(path, sha256)), None)
-
-    def _places(self, version: str, name: str) -> list[str]:
-        """Possible MD5s of the file on the remote."""
-        pushed = [listing[name] for listing in self.listings(version).values() if name in listing]
-        return list(dict.fromkeys([*pushed, *(self.cache.places.get(name, ()) if self.cache else ())]))
 
     def _download(self, md5: str, name: str, sha256: str, target: Path) -> bool:
         if self.remote is None:

@@ -70,7 +70,8 @@ def record_data(folder: Path, push_to: str | None) -> DataVersion:
         Repo.init(root, no_scm=not (Path(root) / ".git").exists()).close()
     try:
         with Repo(root, _wait_for_lock=True) as repo:
-            if _is_stage_output(repo, folder):
+            outputs = [output for output in repo.index.outs if Path(output.fs_path) == folder.resolve()]
+            if any(output.stage.addressing == INGEST_STAGE for output in outputs):
                 repo.commit(INGEST_STAGE, force=True)
                 pointer = "dvc.lock"
                 output = repo.find_outs_by_path(str(folder))[0]
@@ -143,13 +144,6 @@ def _recorded(repo: Repo, folder: Path) -> DataVersion | None:
             name = "dvc.lock" if pointer == "dvc.yaml" else Path(output.stage.relpath).as_posix()
             return DataVersion(digest=output.hash_info.value, pointer=name, pushed=False)
     return None
-
-
-def _is_stage_output(repo: Repo, folder: Path) -> bool:
-    return any(
-        Path(output.fs_path) == folder.resolve() and output.stage.addressing == INGEST_STAGE
-        for output in repo.index.outs
-    )
 
 
 class RemoteShards:

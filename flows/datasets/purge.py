@@ -20,7 +20,7 @@ from diffusion.evaluation.ranking import RANKING, Ranking
 from diffusion.evaluation.reports.comparison_report import PAGE as COMPARISON_PAGE
 from diffusion.evaluation.reports.ranking_report import PAGE
 from diffusion.evaluation.results import Evaluation
-from flows.datasets.dvc import Cache, Depot, Listing, Remote
+from flows.datasets.dvc import Cache, Listing, Remote
 from flows.storage.s3 import DELETED_AT_ONCE
 
 WORK_FILES = ("chunks", "scratch", "plan.sqlite", "index.sqlite", "index.sqlite-shm", "index.sqlite-wal", "captions")
@@ -42,7 +42,7 @@ class Purged(Config):
 class UnreferencedObjects:
     """DVC objects that no version needs any more, in all stores."""
 
-    depots: list[Depot]
+    depots: list[Cache | Remote]
     files: list[str]
     """MD5s of the files."""
     listings: list[str]
@@ -73,7 +73,7 @@ def unreferenced_objects(held: Iterable[Manifest], others: Iterable[Manifest], s
     ``others`` are the data set's versions that stay. Objects that any other folder in DVC needs, of any data set, stay
     as well.
     """
-    depots: list[Depot] = [Remote.at(source)]
+    depots: list[Cache | Remote] = [Remote.at(source)]
     cache = Cache.here()
     if cache is not None:
         depots.append(cache)

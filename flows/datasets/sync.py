@@ -149,7 +149,12 @@ def publish(folder: Path, source: str) -> DataVersion | None:
             logger.info("version %s of data set %s was published meanwhile", faster[:12], folder.name)
             return None
         if chosen is not None:
-            _tell_of_choice(folder.name, current, chosen.version)
+            logger.warning(
+                "version %s is the newest of data set %s now and goes on from %s, which was checked out: what later "
+                "versions added is not in it; `darkroom data log --dataset %s` names them, and "
+                "`darkroom data checkout` brings one back",
+                *(current.digest[:12], folder.name, chosen.version[:12], folder.name),
+            )
         forget_choice(folder)
         return version
 
@@ -168,7 +173,7 @@ def _move(folder: Path, source: str, recorded: Catalogue, head: str, config: Ing
     """Make the local version descend from ``head``."""
     theirs = recorded.version(head)
     assert theirs is not None, "a head is in the catalogue"
-    place = DatasetLocation.of(folder, lambda: source)
+    place = DatasetLocation(folder, lambda: source)
     place.known = place.known | {head: theirs}
     place.catalogue()
     if not (folder / "manifest.json").is_file() or anew:
@@ -224,14 +229,3 @@ def _common(folder: Path, place: DatasetLocation, theirs: Manifest) -> Manifest 
             )
         child = parse_manifest(path.read_bytes(), str(path))
     return None if parent is None else line[parent]
-
-
-def _tell_of_choice(name: str, current: Manifest, chosen: str) -> None:
-    logger.warning(
-        "version %s is the newest of data set %s now and goes on from %s, which was checked out: what later versions "
-        "added is not in it; `darkroom data log --dataset %s` names them, and `darkroom data checkout` brings one back",
-        current.digest[:12],
-        name,
-        chosen[:12],
-        name,
-    )

@@ -7,7 +7,7 @@ MLflow was restored from a backup; the next process brings it up to date.
 
 import logging
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import ParamSpec, TypeVar
 
@@ -31,8 +31,7 @@ COPY = "darkroom.ledger."
 """Prefix of version tags, followed by an entry's number: the entry in readable form, with its SHA-256."""
 DATA = ".json"
 """Suffix of the tag with the bytes of the entry, on the version that the entry is about."""
-COPY_NAME = re.compile(re.escape(COPY) + r"([0-9]{8})")
-DATA_NAME = re.compile(COPY_NAME.pattern + re.escape(DATA))
+COPY_NAME = re.compile(r"darkroom\.ledger\.([0-9]{8})(\.json)?")
 COPY_END = re.compile(r"\(sha256 ([0-9a-f]{64})\)\Z")
 CHAMPION, CHALLENGER, PREVIOUS = "champion", "challenger", "previous"
 ALIASES = (CHAMPION, PREVIOUS, CHALLENGER)
@@ -77,7 +76,12 @@ class Record:
         found = mlflow.search_model_versions(filter_string=f"name='{model}'")
         versions = {int(each.version): each for each in found}
         known = dict(known_newest(model, registered.tags))
-        for number, digest in _copied(versions.values()):
+        for tag, text in (item for version in versions.values() for item in version.tags.items()):
+            name = COPY_NAME.fullmatch(tag)
+            readable = COPY_END.search(text) if name and not name[2] else None
+            if not name or not (name[2] or readable):
+                continue
+            number, digest = int(name[1]), readable[1] if readable else sha256_bytes(text.encode())
             if known.setdefault(number, digest) != digest:
                 raise UserError(
                     f"MLflow has two records of entry {number} of the ledger of {model} (sha256 {known[number][:12]}… "
@@ -94,8 +98,8 @@ def verified(client: MlflowClient, ledger: Ledger) -> History:
 def append(client: MlflowClient, ledger: Ledger, decide: Callable[[History], LedgerEntry | None]) -> History:
     """Append to the ledger, with MLflow's record checked before the entry is written and updated after it."""
     history = ledger.append(decide, lambda: Record.of(client, ledger.model).known)
-    for each in history.foreign:
-        logger.warning("foreign object in %s, which decides nothing: %s", ledger.place, each)
+    for name, reason in history.foreign.items():
+        logger.warning("foreign object in %s, which decides nothing: %a %s", ledger.place, name, reason)
     remember(client, ledger, history)
     return history
 
@@ -105,10 +109,8 @@ def remember(client: MlflowClient, ledger: Ledger, history: History) -> None:
     registered = registered_model(client, history.model)
     if registered is None or history.head is None:
         return
-    there, ours = (
-        Newest.of(history.model, registered.tags),
-        Newest(history.head.number, history.head.digest, str(ledger.place)),
-    )
+    there = Newest.of(history.model, registered.tags)
+    ours = Newest(history.head.number, history.head.digest, str(ledger.place))
     if there is None or (there.number <= ours.number and there != ours):
         client.set_registered_model_tag(history.model, NEWEST, str(ours))
 
@@ -132,18 +134,8 @@ def restore(client: MlflowClient, ledger: Ledger) -> list[int]:
     """
     record = Record.of(client, ledger.model)
     tags = [tag for version in record.versions.values() for tag in version.tags.items()]
-    data = {int(name[1]): text.encode() for tag, text in tags if (name := DATA_NAME.fullmatch(tag))}
+    data = {int(name[1]): text.encode() for tag, text in tags if (name := COPY_NAME.fullmatch(tag)) and name[2]}
     return ledger.restore(data, record.known)
-
-
-def _copied(versions: Iterable[ModelVersion]) -> Iterator[tuple[int, str]]:
-    """Yield number and SHA-256 of each copy of an entry."""
-    for version in versions:
-        for tag, text in version.tags.items():
-            if name := DATA_NAME.fullmatch(tag):
-                yield int(name[1]), sha256_bytes(text.encode())
-            elif (name := COPY_NAME.fullmatch(tag)) and (end := COPY_END.search(text)):
-                yield int(name[1]), end[1]
 
 
 def project(client: MlflowClient, ledger: Ledger) -> History:

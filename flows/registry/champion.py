@@ -13,11 +13,11 @@ from flows.config import Params
 from flows.deployment.tasks import retryable_task
 from flows.environment import settings
 from flows.registry import model_versions
-from flows.registry.aliases import CHAMPION, Record, adopted, aliases_of, append, none_if_missing, project, verified
+from flows.registry.aliases import CHAMPION, Record, adopted, aliases_of, append, project, verified
 from flows.registry.ledger import Ledger
 from flows.registry.ledger_entries import Evidence, History, LedgerEntry, What
-from flows.registry.model_versions import WEIGHTS, Version
-from flows.registry.takedown_marks import takedowns, with_takedowns
+from flows.registry.model_versions import WEIGHTS, Version, registered_version
+from flows.registry.takedown_marks import TAKEDOWN, takedowns, with_takedowns
 
 
 @retryable_task
@@ -32,9 +32,7 @@ def require_champion(params: Params) -> None:
         raise UserError(words)
     if (champion := history.standing.champion) is not None:
         try:
-            model_versions.fetch_weights(
-                model_versions.version_of(client, history.model, champion), settings().folder / "models"
-            )
+            model_versions.cached_weights(model_versions.version_of(client, history.model, champion))
         except UserError as error:
             raise UserError(f"{error}, or {_ways_out(client, history)}") from error
 
@@ -51,12 +49,12 @@ def champion_problem(client: MlflowClient, history: History) -> str | None:
 
 
 def _problem(client: MlflowClient, history: History, number: int) -> str | None:
-    """Reason why version ``number`` cannot be used for comparison; None if it can."""
+    """Reason why version ``number`` can neither be compared nor become champion; None if it can."""
     version = registered_version(client, history.model, number)
     if version is None:
         return "is not in MLflow's registry any more"
     entry = history.about(number)
-    if entry is None or entry.weights_sha256 != version.weights_sha256:
+    if entry is not None and entry.weights_sha256 != version.weights_sha256:
         return "MLflow's registry has other weights under that number"
     size = model_versions.weights_size(version)
     if size is None or not version.weights_sha256:
@@ -68,35 +66,19 @@ def _problem(client: MlflowClient, history: History, number: int) -> str | None:
 
 
 def _ways_out(client: MlflowClient, history: History) -> str:
-    previous, challenger = history.standing.previous, history.standing.challenger
-    others = sorted(Record.of(client, history.model).versions, key=lambda number: (number == challenger, number))
+    standing, versions = history.standing, Record.of(client, history.model).versions
     usable = [
         number
-        for number in reversed(others)
-        if number != history.standing.champion and _can_be_champion(client, history, number)
+        for number in sorted(versions, key=lambda number: (number == standing.challenger, number), reverse=True)
+        if number != standing.champion and TAKEDOWN not in versions[number].tags
+        if _problem(client, history, number) is None
     ]
-    ways = []
-    if previous in usable:
-        ways.append(f"`darkroom model rollback` makes version {previous} champion")
+    ways = ["--set registry.model=NAME begins a model of another name"]
     if usable:
-        ways.append(f"`darkroom promote --to {usable[0]}` makes version {usable[0]} champion")
-    ways.append("--set registry.model=NAME begins a model of another name")
+        ways.insert(0, f"`darkroom promote --to {usable[0]}` makes version {usable[0]} champion")
+    if standing.previous in usable:
+        ways.insert(0, f"`darkroom model rollback` makes version {standing.previous} champion")
     return ", ".join(ways[:-1]) + (", or " if ways[:-1] else "") + ways[-1]
-
-
-def _can_be_champion(client: MlflowClient, history: History, number: int) -> bool:
-    """Whether this version can be promoted by manual override without further options."""
-    version = registered_version(client, history.model, number)
-    if version is None or takedowns(version) or not version.weights_sha256:
-        return False
-    entry = history.about(number)
-    same = entry is None or entry.weights_sha256 == version.weights_sha256
-    return same and model_versions.weights_size(version) is not None
-
-
-def registered_version(client: MlflowClient, model: str, number: int) -> Version | None:
-    """Version ``number`` of ``model``; None if it is not registered."""
-    return none_if_missing(model_versions.version_of, client, model, number)
 
 
 class ChampionChange(Config):

@@ -15,12 +15,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import NamedTuple
 
 from diffusion.common.errors import Held, UserError
 from diffusion.common.files import sha256_bytes
 from flows.environment import settings
-from flows.registry.ledger_entries import ForeignObject, History, LedgerEntry, Titles, titles_after
+from flows.registry.ledger_entries import History, LedgerEntry, Titles, titles_after
 from flows.storage.numbered_objects import NumberedObjects, object_name
 from flows.storage.s3 import ListedObject, Location, Store
 
@@ -60,13 +59,6 @@ class Newest:
         return f"{self.number:08d} sha256 {self.sha256} in {self.place}"
 
 
-class _Object(NamedTuple):
-    """Object that is named like an entry: the SHA-256 of its bytes, and the entry that it is, if it is one."""
-
-    sha256: str
-    entry: LedgerEntry | None
-
-
 @dataclass(frozen=True)
 class Ledger(NumberedObjects):
     """Ledger of one registered model."""
@@ -88,8 +80,8 @@ class Ledger(NumberedObjects):
         """
         listed, newest = self.listed(), max(known, default=0)
         if known and max(map(self.number, listed), default=0) == newest:
-            found = self._get(newest)
-            if found is not None and found.sha256 == known[newest]:
+            found = self.get(newest)
+            if found is not None and sha256_bytes(found) == known[newest]:
                 return self._recorded(newest, found)
         return self.read(known, listed).head
 
@@ -104,14 +96,12 @@ class Ledger(NumberedObjects):
         objects = self._objects(listed)
         entries = self._verified(objects, known)
         reasons = dict(self._extend(entries, objects, sorted(filter(None, map(self.number, listed)))))
-        foreign = [
-            ForeignObject(
-                each.key.removeprefix(self.place.key("")), reasons.get(self.number(each), "is not named like an entry")
-            )
+        foreign = {
+            each.key.removeprefix(self.place.key("")): reasons.get(number, "is not named like an entry")
             for each in listed
             if not (number := self.number(each)) or number in reasons
-        ]
-        return History(self.model, tuple(entries), tuple(foreign), frozenset(reasons))
+        }
+        return History(self.model, tuple(entries), foreign, frozenset(reasons))
 
     def append(
         self,
@@ -148,32 +138,33 @@ class Ledger(NumberedObjects):
         """
         listed = self.listed()
         here = set(map(self.number, listed))
-        lost = {number: self._parsed(number, data) for number, data in copies.items() if number not in here}
+        lost = {number: data for number, data in copies.items() if number not in here}
         entries = self._verified(self._objects(listed) | lost, known)
         missing = [entry for entry in entries if entry.number in lost]
         for entry in missing:
             self.put(entry.number, entry.data)
         return [entry.number for entry in missing]
 
-    def _objects(self, listed: Sequence[ListedObject]) -> dict[int, _Object]:
-        """Objects that are named like entries, by number."""
+    def _objects(self, listed: Sequence[ListedObject]) -> dict[int, bytes]:
+        """Bytes of the objects that are named like entries, by number."""
         small = sorted({self.number(each) for each in listed if each.size <= LARGEST} - {0})
         with ThreadPoolExecutor(READERS) as pool:
-            found = zip(small, pool.map(self._get, small), strict=True)
-            return {number: each for number, each in found if each is not None}
+            found = zip(small, pool.map(self.get, small), strict=True)
+            return {number: data for number, data in found if data is not None}
 
-    def _verified(self, objects: Mapping[int, _Object], known: Known) -> list[LedgerEntry]:
+    def _verified(self, objects: Mapping[int, bytes], known: Known) -> list[LedgerEntry]:
         """Entries up to the newest recorded one, followed back from it by their parents' digests."""
         if not known:
             return []
-        numbers = {each.sha256: number for number, each in objects.items()}
+        digests = {number: sha256_bytes(data) for number, data in objects.items()}
+        numbers = {digest: number for number, digest in digests.items()}
         number, digest = max(known), known[max(known)]
         entries: list[LedgerEntry] = []
         while True:
             name = object_name(number)
             if number not in objects:
                 raise self._broken(name, f"is missing (sha256 {digest})")
-            if objects[number].sha256 != digest:
+            if digests[number] != digest:
                 raise self._broken(name, f"was altered (it had sha256 {digest})")
             entries.append(entry := self._recorded(number, objects[number]))
             if entry.parent is None:
@@ -188,15 +179,16 @@ class Ledger(NumberedObjects):
         for number in sorted(known):
             if here.get(number) != known[number]:
                 raise self._broken(object_name(number), f"is not what it was (sha256 {known[number]})")
-        titles, before = Titles(), None
+        before, titles = None, Titles()
         for entry in entries:
-            if (reason := self._contradiction(entry, before, titles)) is not None:
-                raise self._broken(object_name(entry.number), reason)
-            titles, before = titles.after(entry.what, entry.version, entry.challenger), entry
+            after = _follow(entry, before, titles)
+            if isinstance(after, str):
+                raise self._broken(object_name(entry.number), after)
+            before, titles = entry, after
         return entries
 
     def _extend(
-        self, entries: list[LedgerEntry], objects: Mapping[int, _Object], numbers: Sequence[int]
+        self, entries: list[LedgerEntry], objects: Mapping[int, bytes], numbers: Sequence[int]
     ) -> Iterator[tuple[int, str]]:
         """Add the objects that continue the chain to ``entries``; yields other numbers with the reason for each."""
         here, titles = {entry.number for entry in entries}, titles_after(entries)
@@ -208,44 +200,26 @@ class Ledger(NumberedObjects):
                 yield number, f"is larger than {LARGEST} bytes, or was deleted just now"
             elif before is not None and number < before.number:
                 yield number, "is no entry that another one stands on"
-            elif (entry := objects[number].entry) is None:
+            elif (entry := self._entry(number, objects[number])) is None:
                 yield number, "is no entry of this ledger"
-            elif (reason := self._contradiction(entry, before, titles)) is not None:
-                yield number, reason
+            elif isinstance(after := _follow(entry, before, titles), str):
+                yield number, after
             else:
                 entries.append(entry)
-                titles = titles.after(entry.what, entry.version, entry.challenger)
+                titles = after
 
-    def _contradiction(self, entry: LedgerEntry, before: LedgerEntry | None, titles: Titles) -> str | None:
-        """Reason why ``entry`` cannot follow ``before`` with the state ``titles``; None if it can."""
-        if entry.parent != (before.digest if before else None):
-            return "does not stand on the entry before it"
-        try:
-            after = titles.after(entry.what, entry.version, entry.challenger)
-        except UserError as error:
-            return f"cannot be: {error}"
-        if (entry.from_version, entry.standing) != (titles.standing.champion, after.standing):
-            return "names other versions than those that follow from what it says"
-        return None
-
-    def _recorded(self, number: int, found: _Object) -> LedgerEntry:
-        if found.entry is None:
+    def _recorded(self, number: int, data: bytes) -> LedgerEntry:
+        if (entry := self._entry(number, data)) is None:
             raise self._broken(object_name(number), "is no entry of this ledger")
-        return found.entry
+        return entry
 
-    def _get(self, number: int) -> _Object | None:
-        """Object with this number; None if it does not exist."""
-        data = self.get(number)
-        return None if data is None else self._parsed(number, data)
-
-    def _parsed(self, number: int, data: bytes) -> _Object:
+    def _entry(self, number: int, data: bytes) -> LedgerEntry | None:
+        """Entry in ``data``; None unless these are its canonical bytes under the right name."""
         try:
             entry = LedgerEntry.model_validate_json(data)
-            # Canonical bytes under the right name.
-            same = (entry.data, entry.number, entry.model) == (data, number, self.model)
+            return entry if (entry.data, entry.number, entry.model) == (data, number, self.model) else None
         except ValueError:
-            same = False
-        return _Object(sha256_bytes(data), entry if same else None)
+            return None
 
     def _broken(self, name: str, words: str) -> UserError:
         place = f"s3://{self.place.bucket}/{self.place.key(name)}"
@@ -254,3 +228,16 @@ class Ledger(NumberedObjects):
             "docs/runbook/ledger-broken.md says what to do (`darkroom model history --restore` writes back what is "
             "missing)"
         )
+
+
+def _follow(entry: LedgerEntry, before: LedgerEntry | None, titles: Titles) -> Titles | str:
+    """State after ``entry``, or the reason why it cannot follow ``before`` with the state ``titles``."""
+    if entry.parent != (before.digest if before else None):
+        return "does not stand on the entry before it"
+    try:
+        after = titles.after(entry.what, entry.version, entry.challenger)
+    except UserError as error:
+        return f"cannot be: {error}"
+    if (entry.from_version, entry.standing) != (titles.standing.champion, after.standing):
+        return "names other versions than those that follow from what it says"
+    return after

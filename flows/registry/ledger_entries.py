@@ -6,8 +6,8 @@ Verdicts that keep the champion are entries as well: they record a candidate tha
 import getpass
 import os
 import socket
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Annotated, Literal
 
@@ -186,26 +186,13 @@ def titles_after(entries: Iterable[LedgerEntry]) -> Titles:
 
 
 @dataclass(frozen=True)
-class ForeignObject:
-    """Object below a ledger's prefix that is no entry of its chain, left by another writer."""
-
-    name: str
-    """Key below the prefix of the ledger."""
-    reason: str
-    """Reason why it is no entry."""
-
-    def __str__(self) -> str:
-        return f"{self.name!a} {self.reason}"
-
-
-@dataclass(frozen=True)
 class History:
     """Entries of a model's ledger, in order."""
 
     model: str
     entries: tuple[LedgerEntry, ...] = ()
-    foreign: tuple[ForeignObject, ...] = ()
-    """Other objects below the prefix, which are ignored."""
+    foreign: Mapping[str, str] = field(default_factory=dict)
+    """Other objects below the prefix, left by other writers and ignored: the reason for each, by name."""
     taken: frozenset[int] = frozenset()
     """Numbers of foreign objects that are named like entries."""
 
@@ -213,14 +200,6 @@ class History:
     def head(self) -> LedgerEntry | None:
         """Newest entry; None if the ledger is empty."""
         return self.entries[-1] if self.entries else None
-
-    @property
-    def next_number(self) -> int:
-        """Number of the next entry: the lowest free one above the newest entry's."""
-        number = self.head.number + 1 if self.head else 1
-        while number in self.taken:
-            number += 1
-        return number
 
     @property
     def standing(self) -> Standing:
@@ -270,9 +249,12 @@ class History:
     ) -> LedgerEntry:
         """Next entry, written by this process now; ``challenger`` is MLflow's alias at an ``adopt``."""
         before, after = self.standing, titles_after(self.entries).after(what, version, challenger).standing
+        number = self.head.number + 1 if self.head else 1
+        while number in self.taken:
+            number += 1
         return LedgerEntry(
             model=self.model,
-            number=self.next_number,
+            number=number,
             what=what,
             by_hand=by_hand,
             who=who(),

@@ -206,11 +206,10 @@ def _copy_run(client: MlflowClient, bundle: ModelBundle, folder: Path, where: st
 
 def _log_model(client: MlflowClient, weights_sha256: str, folder: Path, run: MlflowRun) -> str:
     """Log the version's files as a model of its run, continuing one that a killed release left."""
-    run_id, experiment = run.info.run_id, run.info.experiment_id
-    found = client.search_logged_models([experiment], f"tags.`{WEIGHTS}` = '{weights_sha256}'")
-    model = next((each for each in found if each.source_run_id == run_id), None)
+    run_id, tags = run.info.run_id, {WEIGHTS: weights_sha256}
+    model = next(iter(model_versions.logged_models(client, run_id, weights_sha256)), None)
     if model is None:
-        model = client.create_logged_model(experiment, "released", run_id, {WEIGHTS: weights_sha256})
+        model = client.create_logged_model(run.info.experiment_id, "released", run_id, tags)
     if model.status != LoggedModelStatus.READY:
         client.log_model_artifacts(model.model_id, str(folder / MODEL))
         model = client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)

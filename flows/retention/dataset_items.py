@@ -20,7 +20,7 @@ from flows.config import RetentionConfig, dataset_folder
 from flows.datasets.catalog import PUSHING, RETIRED, VERSION, CatalogListing, Catalogue, Heads
 from flows.datasets.dvc import Remote
 from flows.datasets.purge import unreferenced_objects
-from flows.retention.policy import Fate, Item, Sweep, age, older
+from flows.retention.sweeps import Fate, Item, Sweep, age, older
 from flows.storage.s3 import Location, Store
 
 logger = logging.getLogger(__name__)
@@ -41,14 +41,10 @@ class DataSets:
         policy: RetentionConfig,
         now: datetime,
     ) -> None:
-        self.store = store
-        self.source = source
-        self.bucket = Location.parse(source).bucket
-        self.contents = contents
+        self.store, self.source, self.bucket = store, source, Location.parse(source).bucket
+        self.contents, self.policy, self.now = contents, policy, now
         self.unclear = unclear
         """Reason why references to versions may be unknown; None if all are known."""
-        self.policy = policy
-        self.now = now
         self.written = self._listed("datasets/", PUBLISHED)
         self.retired = self._listed(f"{RETIRED}/", MARK)
         names = {name for name, _ in (*self.written, *self.retired)}
@@ -61,19 +57,17 @@ class DataSets:
     def sweep(self) -> Sweep:
         """Sweep of versions in the catalogue and of retired ones."""
         fates = {name: self._fates(name) for name in self.versions}
-        items = [
-            Item(
-                kind="data versions", name=f"{name} {digest[:12]}", bytes=self._bytes(name, digest), fate=fate, why=why
-            )
-            for name, found in fates.items()
-            for digest, (fate, why) in found.items()
-        ]
+        items = []
+        for name, found in fates.items():
+            for digest, (fate, why) in found.items():
+                version = self.versions[name].get(digest)
+                size = None if version is None else sum(shard.bytes for shard in version.shards)
+                items.append(Item(kind="data versions", name=f"{name} {digest[:12]}", bytes=size, fate=fate, why=why))
 
         def act() -> None:
             for name, found in fates.items():
-                aside = [digest for digest, (fate, _) in found.items() if fate == "set aside"]
-                for digest in aside:
-                    if digest in self.versions[name]:
+                for digest, (fate, _) in found.items():
+                    if fate == "set aside" and digest in self.versions[name]:
                         self._retire(self.versions[name][digest])
                 staying = {digest for digest, (fate, _) in found.items() if fate == "stays"}
                 aside_now = self._aside(name, self._catalogue(name).read_retired())
@@ -179,11 +173,15 @@ class DataSets:
             if aside.damaged or catalogued.damaged:
                 return
             kept, versions = aside.versions, catalogued.versions
-            marks = {digest: since for (owner, digest), since in self._listed(f"{RETIRED}/{name}/", MARK).items()}
-            over = [
-                digest for digest, since in marks.items() if digest not in staying and self._over(name, digest, since)
-            ]
-            going = {digest: kept[digest] for digest in over if digest in kept and digest not in versions}
+            marks = {digest: since for (_, digest), since in self._listed(f"{RETIRED}/{name}/", MARK).items()}
+            grace = self.policy.grace
+            going = {
+                digest: kept[digest]
+                for digest, since in marks.items()
+                if digest in kept and digest not in versions and digest not in staying
+                # A mark that was written since the items were listed begins its own grace period.
+                if not grace or (self.retired.get((name, digest)) == since and self.now - since >= grace)
+            }
             for digest in going:
                 # The gc that retired it may have been killed halfway.
                 self._catalogue(name).withdraw(digest)
@@ -203,18 +201,9 @@ class DataSets:
         found = self.store.list_objects(self.bucket, f"{PUSHING}/")
         return any(datetime.now(UTC) - each.written < self.policy.grace for each in found)
 
-    def _over(self, name: str, digest: str, since: datetime) -> bool:
-        """Whether the grace period of a mark written ``since`` is over; without one it is over at once."""
-        seen = self.retired.get((name, digest)) == since
-        return not self.policy.grace or (seen and self.now - since >= self.policy.grace)
-
     def _aside(self, name: str, retired: CatalogListing) -> dict[str, Manifest]:
         """Retired versions that are no longer in the catalogue."""
         return {digest: each for digest, each in retired.versions.items() if digest not in self.versions[name]}
-
-    def _bytes(self, name: str, digest: str) -> int | None:
-        version = self.versions[name].get(digest)
-        return None if version is None else sum(shard.bytes for shard in version.shards)
 
     def _listed(self, prefix: str, pattern: re.Pattern[str]) -> dict[tuple[str, str], datetime]:
         """Times of writing of the objects named by ``pattern``, by data set and digest."""

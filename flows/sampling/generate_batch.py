@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import shutil
 import socket
 import time
 from collections import deque
@@ -32,7 +33,7 @@ from flows import environment
 from flows.config import SamplingBatchConfig
 from flows.registry.model_versions import Version
 from flows.sampling import sampling_batch
-from flows.sampling.lookup import read_parts, success_of
+from flows.sampling.lookup import read_parts, success_bytes
 from flows.sampling.request_table import REQUESTS, RequestTable
 from flows.sampling.sampling_batch import BATCH, MANIFEST, RESUMED, SUCCESS, Row, SamplingBatch
 from flows.storage.multipart import ABANDONED, PART_BYTES, abort_uploads, writing
@@ -41,8 +42,6 @@ from flows.storage.s3 import Denied, Location, Missing, Object, Store
 JSON, JSON_LINES, PNG, TAR = "application/json", "application/jsonl", "image/png", "application/x-tar"
 DEFAULT_COUNT = 64
 """Number of images in a batch by default."""
-COPIED_AT_ONCE = 2**20
-"""Bytes copied at a time."""
 
 
 class GeneratedImages(NamedTuple):
@@ -253,8 +252,7 @@ def _finish(store: Store, batch: SamplingBatch, place: Location) -> None:
         deque(rows(), maxlen=0)
     # All images exist, so uploads that killed or slower processes left behind are superfluous.
     abort_uploads(store, Location(place.bucket, place.key("")))
-    success = success_of(store, batch, place, parts)
-    store.put_once(place.bucket, place.key(SUCCESS), success.data, content_type=JSON)
+    store.put_once(place.bucket, place.key(SUCCESS), success_bytes(store, batch, place, parts), content_type=JSON)
 
 
 def cost_of(works: Iterable[Work], seconds: float) -> GenerationCost:
@@ -334,8 +332,7 @@ def _require_sense(
     if config.runner == "threads" and config.workers > 1 and resolve_device(sampling.device).type == "cuda":
         raise UserError(
             f"sampling_batch.workers = {config.workers} does nothing on a GPU with runner = threads, as one chunk "
-            "keeps "
-            "it busy: set it to 1, or use processes"
+            "keeps it busy: set it to 1, or use processes"
         )
 
 
@@ -396,5 +393,4 @@ def begin(store: Store, batch: SamplingBatch, place: Location, table: RequestTab
             writing(store, place.bucket, place.key(REQUESTS), sampling_batch.PARQUET) as kept,
             table.path.open("rb") as rows,
         ):
-            while piece := rows.read(COPIED_AT_ONCE):
-                kept.write(piece)
+            shutil.copyfileobj(rows, kept, 2**20)

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal, get_args
 
 import pyarrow as pa
@@ -71,13 +72,10 @@ class RequestTable:
         path = folder / f"{about.digest}.parquet"
         if path.is_file():
             return cls(path, about)
-        folder.mkdir(parents=True, exist_ok=True)
-        download = folder / f".{uuid.uuid4().hex}.arrived"
-        try:
+        with TemporaryDirectory() as scratch:
+            download = Path(scratch, REQUESTS)
             store.fetch(place.bucket, place.key(REQUESTS), download)
             found = cls._write(rows_of(download, "parquet"), folder)
-        finally:
-            download.unlink(missing_ok=True)
         if found.about != about:
             raise UserError(f"{place}/{REQUESTS} is not the table that the batch was begun with: put that back")
         return found

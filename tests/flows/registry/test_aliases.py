@@ -17,7 +17,7 @@ from flows.registry.aliases import adopted, aliases_of, append, project, restore
 from flows.registry.ledger import Ledger
 from flows.registry.ledger_entries import Approval, Evidence, History, LedgerEntry, What
 from flows.registry.model_versions import Version, resolve
-from flows.retention.run_items import find_references
+from flows.retention.sweeps import find_references
 from tests.builders.model_versions import Killed, Mortal, add_version
 
 HOLD = Evidence(verdict="hold", reason="kid 0.02 ± 0.01, not lower")
