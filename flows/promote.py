@@ -36,8 +36,7 @@ from flows.evaluate import tracker_of
 from flows.registry import model_card, model_versions
 from flows.registry.aliases import adopted, append, project
 from flows.registry.champion import champion_problem, require_champion
-from flows.registry.ledger import Ledger
-from flows.registry.ledger_entries import Approval, Evidence, GateWord, History, LedgerEntry
+from flows.registry.ledger import Approval, Evidence, GateWord, History, Ledger, LedgerEntry
 from flows.registry.model_versions import Version
 from flows.registry.takedown_marks import TAKEDOWN, require_current, takedowns, warn_of_takedown, with_takedowns
 from flows.storage.tags import parse_tags

@@ -11,7 +11,7 @@ from flows.cli.command import CommandOutput, Model, Reason, Seed, command, conne
 if TYPE_CHECKING:
     from flows.config import Params
     from flows.registry.champion import ChampionChange
-    from flows.registry.ledger_entries import History, LedgerEntry
+    from flows.registry.ledger import History, LedgerEntry
     from flows.registry.release import Released
 
 app = typer.Typer(

@@ -48,7 +48,6 @@ class CatalogListing:
     """Versions in a listing, with errors for those whose manifests cannot be read."""
 
     versions: dict[str, Manifest]
-    """Readable versions by digest."""
     damaged: dict[str, str]
     """Errors for unreadable manifests, with the fix, by the digest in the name."""
 
@@ -249,7 +248,6 @@ class Head(Config):
     format_version: Literal[1] = 1
     number: int = Field(ge=1)
     version: Sha256
-    """Digest of the newest version."""
     before: Sha256 | None
     """Digest of the head before it; None for the first."""
 

@@ -12,7 +12,7 @@ from diffusion.data.ingest.ingest import forget_captions, remove_strays
 from diffusion.data.manifest import Manifest, manifest_bytes, read_manifest, versions, work_folder
 from diffusion.data.versions.takedown_records import holders, removals
 from diffusion.data.versions.versions import choose, known_versions, remember
-from flows.datasets import lineage
+from flows.datasets import dvc
 from flows.datasets.catalog import Catalogue
 from flows.datasets.dvc import KeptFiles, is_whole, needed_files
 
@@ -29,7 +29,7 @@ class CheckedOut(Config):
     content_digest: str
     kept: int
     restored: list[str]
-    """Names of files that were restored."""
+    """Names of files."""
 
 
 class Choice(Config):
@@ -125,7 +125,7 @@ class DatasetLocation:
         if without_shards:
             self.kept.keep_listing(version.digest)
         else:
-            lineage.record_data(folder, push_to=None)
+            dvc.record_data(folder, push_to=None)
         return CheckedOut(
             dataset=folder.name,
             folder=folder,
@@ -174,7 +174,7 @@ class DatasetLocation:
         theirs = {entry.name for entry in version.files}
         going = [entry for entry in ours if entry.name not in theirs and (self.folder / entry.name).is_file()]
         if any(self.kept.find(entry) is None for entry in going):
-            lineage.record_data(self.folder, push_to=None)
+            dvc.record_data(self.folder, push_to=None)
 
     def fetch(self, version: Manifest, without_shards: bool) -> list[str]:
         """Restore missing or damaged files of ``version``; returns their names."""
@@ -186,23 +186,22 @@ class DatasetLocation:
                 continue
             if sha256 in self.known:
                 write_bytes(path, manifest_bytes(self.known[sha256]))
-            elif not self.write(version, name, sha256):
-                raise UserError(
-                    f"{name} of version {version.digest[:12]} is neither in {self.folder}, nor in DVC's cache, nor on "
-                    "its remote (any more): check out another one, or ingest again from a source that has all of it"
-                )
+            else:
+                self.write(version, name, sha256)
             restored.append(name)
         return restored
 
-    def write(self, version: Manifest, name: str, sha256: str) -> bool:
-        """Write a file of ``version`` into the folder atomically; returns whether it was found."""
-        target = self.folder / name
-        if self.kept.write(version.digest, name, sha256, target):
-            return True
-        if self.source is not None:
-            return False
-        self.catalogue()
-        return self.kept.write(version.digest, name, sha256, target)
+    def write(self, version: Manifest, name: str, sha256: str) -> None:
+        """Write a file of ``version`` into the folder atomically; raises UserError if it is found nowhere."""
+        found = self.kept.write(version.digest, name, sha256, self.folder / name)
+        if not found and self.source is None:
+            self.catalogue()
+            found = self.kept.write(version.digest, name, sha256, self.folder / name)
+        if not found:
+            raise UserError(
+                f"{name} of version {version.digest[:12]} is neither in {self.folder}, nor in DVC's cache, nor on its "
+                "remote (any more): check out another one, or ingest again from a source that has all of it"
+            )
 
     def _goes_back(self, version: Manifest) -> bool:
         """Whether a known version descends from this one."""
@@ -218,7 +217,7 @@ class DatasetLocation:
         """Connect to the catalogue; from then on files come from the remote as well."""
         if self.source is None:
             self.source = self.reach()
-            recorded = lineage.data_version(self.folder)
+            recorded = dvc.data_version(self.folder)
             self.kept = KeptFiles(self.folder.name, self.source, recorded.digest if recorded else None)
         assert self.kept.catalogue is not None
         return self.kept.catalogue

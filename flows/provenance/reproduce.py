@@ -73,7 +73,6 @@ class ImageComparison(Config):
 
     key: str
     exact: bool
-    """Whether every pixel is the same."""
     altered: bool
     """Whether the stored image is missing or differs from its row in the manifest."""
     largest_error: int | None
@@ -92,9 +91,7 @@ class Reproduction(Config):
     """Code that generated them: ``shipped`` with the version, or ``installed`` here."""
     images: int
     exact: int
-    """Number of images that are the same bit for bit."""
     fingerprint: Fingerprint
-    """Fingerprint of the process that generated them again."""
     differences: str
     """Differences between the batch's fingerprint and that one; empty if there are none."""
     moved: list[str]
@@ -109,7 +106,6 @@ class Reproduction(Config):
     altered: list[str]
     """Keys of images that were changed since they were generated, or are missing."""
     folder: Path | None
-    """Folder that the images were written to."""
 
     @property
     def failure(self) -> str | None:

@@ -18,8 +18,7 @@ from mlflow.exceptions import MlflowException
 
 from diffusion.common.errors import UserError
 from diffusion.common.files import sha256_bytes
-from flows.registry.ledger import NEWEST, Known, Ledger, Newest
-from flows.registry.ledger_entries import History, LedgerEntry, Standing
+from flows.registry.ledger import NEWEST, History, Known, Ledger, LedgerEntry, Newest, Standing
 from flows.storage.tags import parse_tags
 
 logger = logging.getLogger(__name__)

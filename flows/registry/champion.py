@@ -14,18 +14,14 @@ from flows.deployment.tasks import retryable_task
 from flows.environment import settings
 from flows.registry import model_versions
 from flows.registry.aliases import CHAMPION, Record, adopted, aliases_of, append, project, verified
-from flows.registry.ledger import Ledger
-from flows.registry.ledger_entries import Evidence, History, LedgerEntry, What
+from flows.registry.ledger import Evidence, History, Ledger, LedgerEntry, What
 from flows.registry.model_versions import WEIGHTS, Version, registered_version
 from flows.registry.takedown_marks import TAKEDOWN, takedowns, with_takedowns
 
 
 @retryable_task
 def require_champion(params: Params) -> None:
-    """Fetch the champion's weights; raises UserError with possible fixes if it cannot be used for comparison.
-
-    Raises UserError also if the ledger is broken. A model without a champion is fine.
-    """
+    """Fetch the champion's weights if there is one; raises UserError with ways out if it or the ledger is unusable."""
     client = MlflowClient()
     history = verified(client, Ledger.of(params.model_name))
     if (words := champion_problem(client, history)) is not None:
@@ -95,16 +91,9 @@ def promote(
 ) -> ChampionChange:
     """Make version ``number`` of ``model`` champion regardless of the gate's verdict, which the entry records.
 
-    Args:
-        model: Name of the registered model.
-        number: Version number.
-        reason: Reason for the ledger.
-        taken_down: Whether a version trained on images that were taken down since may be champion.
-        evidence: Verdict of another registry's gate, for a version that this one's gate has not evaluated.
-
-    Raises:
-        UserError: If it has no weights, or was trained on images taken down since without ``taken_down``.
-        Held: If another process changed the champion meanwhile.
+    ``evidence`` is the verdict of another registry's gate, for a version that this one's gate has not evaluated. Raises
+    UserError if the version has no weights, or learned from images taken down since without ``taken_down``, and Held
+    if another process changed the champion meanwhile.
     """
     client, ledger = MlflowClient(), Ledger.of(model)
     history = adopted(client, ledger)
@@ -122,12 +111,11 @@ def roll_back(model: str, reason: str | None = None) -> ChampionChange:
     """
     client, ledger = MlflowClient(), Ledger.of(model)
     history = adopted(client, ledger)
-    now, before = history.standing.champion, history.standing.previous
-    head = history.head
+    head, now, before = history.head, history.standing.champion, history.standing.previous
     killed = head is not None and head.what == "rollback" and aliases_of(client, model).get(CHAMPION) != now
     # A deleted version can have no alias in MLflow, so its rollback cannot be finished.
-    if head is not None and killed and registered_version(client, model, head.version):
-        return _done(client, ledger, _registered(client, model, head.version), already=True)
+    if head is not None and killed and (version := registered_version(client, model, head.version)):
+        return _done(client, ledger, version, already=True)
     if before is None:
         known = f"champion {now} is the first" if now else "there is no champion"
         raise UserError(f"{known} of {model}: name the version to promote with `darkroom promote --to NUMBER`")
@@ -165,7 +153,11 @@ def _done(client: MlflowClient, ledger: Ledger, version: Version, already: bool)
 
 def _usable(client: MlflowClient, history: History, number: int, taken_down: bool) -> Version:
     """Look up version ``number``; raises UserError unless it can be champion."""
-    version = _registered(client, history.model, number)
+    version = registered_version(client, history.model, number)
+    if version is None:
+        raise UserError(
+            f"models:/{history.model}/{number} is not in the registry: `darkroom promote --to NUMBER` takes one that is"
+        )
     history.require_same(number, version.weights_sha256)
     # Without weights it could neither generate images nor be compared with the next candidate.
     if not version.weights_sha256 or model_versions.weights_size(version) is None:
@@ -178,13 +170,4 @@ def _usable(client: MlflowClient, history: History, number: int, taken_down: boo
         )
     if taken_down and not words:
         raise UserError(f"nothing was taken down of what {version.uri} learned from: leave --taken-down out")
-    return version
-
-
-def _registered(client: MlflowClient, model: str, number: int) -> Version:
-    version = registered_version(client, model, number)
-    if version is None:
-        raise UserError(
-            f"models:/{model}/{number} is not in the registry: `darkroom promote --to NUMBER` takes one that is"
-        )
     return version

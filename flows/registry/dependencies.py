@@ -90,9 +90,7 @@ class ResolvedParams:
     """Training configuration whose registered models are replaced by local files."""
 
     requested: Params
-    """Configuration as it was given."""
     params: Params
-    """Configuration with files in place of registered models."""
     autoencoder: str | None
     """Exact version of the autoencoder, models:/NAME/NUMBER; None if it is not a registered one."""
     start: str | None

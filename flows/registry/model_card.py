@@ -11,7 +11,7 @@ from diffusion.evaluation.comparison import ChampionComparison
 from diffusion.evaluation.reports.html import count, counted, share, signed, with_error
 from diffusion.evaluation.results import CONFIDENCE, Evaluation
 from flows.config import Params
-from flows.registry.ledger_entries import LedgerEntry
+from flows.registry.ledger import LedgerEntry
 from flows.registry.model_versions import Version
 from flows.registry.takedown_marks import notes_in, takedowns
 

@@ -132,10 +132,7 @@ def cached_weights(version: Version) -> Path:
 
 
 def fetch_weights(version: Version, cache: Path) -> Path:
-    """Fetch the weights of ``version`` into ``cache``, once, and verify them against its tag.
-
-    Raises UserError if it has no such tag or other weights.
-    """
+    """Fetch the weights of ``version`` into ``cache``, once; raises UserError if they are not those of its tag."""
     if not version.weights_sha256:
         raise UserError(f"{version.uri} has no tag {WEIGHTS}: it is no model of Darkroom, or the tag was deleted")
     path = cache / f"{version.weights_sha256}.safetensors"
@@ -207,10 +204,7 @@ def only_version(client: MlflowClient, model: str, digest: str) -> Version:
 
 
 def _delete_others(client: MlflowClient, run_id: str, version: Version) -> None:
-    """Delete the models that the run logged with these weights, except for the source of ``version``.
-
-    They were left by killed or slower processes; a slower one finds the version when it is tried again.
-    """
+    """Delete the run's other models with these weights, which killed or slower processes left."""
     source = client.get_model_version(version.model, str(version.number)).source or ""
     ours = logged_models(client, run_id, version.weights_sha256)
     used = [each for each in ours if source in (each.model_uri, each.artifact_location)]

@@ -31,8 +31,7 @@ from flows.local_stack.discovery import join_servers
 from flows.registry import champion, model_versions
 from flows.registry.aliases import COPY, adopted, verified
 from flows.registry.champion import ChampionChange
-from flows.registry.ledger import Ledger
-from flows.registry.ledger_entries import Evidence
+from flows.registry.ledger import Evidence, Ledger
 from flows.registry.model_versions import WEIGHTS, Version, digest_code
 from flows.tracking.runs import MANIFEST_ARTIFACT, RELEASED_FROM, one_run
 
@@ -56,7 +55,6 @@ class BundledRun(Config):
     metrics: list[tuple[str, float, int, int]]
     """Points as name, value, time in milliseconds and step."""
     inputs: list[dict[str, Any]]
-    """Data sets as MLflow's dictionaries."""
 
 
 class ModelBundle(Config):
@@ -67,7 +65,6 @@ class ModelBundle(Config):
     champion: bool
     """Whether it was champion when it was packed."""
     evidence: Evidence | None
-    """Verdict of the source registry's gate."""
     run: BundledRun
 
 

@@ -119,10 +119,7 @@ def find_derived(dataset: str, contents: Iterable[str], known: Iterable[str], bu
 
 
 def mark(runs: Iterable[str], versions: Iterable[str], removal: Removal) -> None:
-    """Tag runs, by ID, and model versions, by URI, and describe the takedown there; repeated calls change nothing.
-
-    Runs that no longer exist in MLflow are skipped.
-    """
+    """Tag runs, by ID, if they exist, and model versions, by URI, and describe the takedown there; idempotent."""
     client = MlflowClient()
     note = (
         f"{NOTE_BEGINS}{removal.name}: made from images that were removed from data set {removal.dataset} since "
@@ -208,10 +205,7 @@ def _with_note(text: str | None, note: str) -> str:
 
 
 def require_current(folder: Path, tracker: RunTracker | None = None) -> None:
-    """Raise UserError if the data set in ``folder`` holds images that were taken down on any machine.
-
-    The run of ``tracker``, if given, is marked first.
-    """
+    """Raise UserError if the data set in ``folder`` holds images taken down anywhere; marks the run first."""
     recorded = Catalogue.of(folder.name, data_source())
     held = recorded.held_removals(folder)
     if not held:
@@ -220,11 +214,9 @@ def require_current(folder: Path, tracker: RunTracker | None = None) -> None:
         marked = tracker.client.get_run(tracker.run_id).data.tags.get(TAKEDOWN)
         tracker.tag({TAKEDOWN: joined_names(marked, *(removal.name for removal in held))})
     here, newest = read_manifest(folder).digest, Heads(recorded).newest()
-    way = (
-        f"`darkroom ingest SOURCE --dataset {folder.name}` makes a version without them"
-        if newest in (None, here)
-        else f"go on with the newest, `darkroom data checkout {newest[:12]} --dataset {folder.name}`"
-    )
+    way = f"`darkroom ingest SOURCE --dataset {folder.name}` makes a version without them"
+    if newest not in (None, here):
+        way = f"go on with the newest, `darkroom data checkout {newest[:12]} --dataset {folder.name}`"
     raise UserError(
         f"version {here[:12]} of data set {folder.name} holds images that were taken down ({held[0].reason}; takedown "
         f"{', '.join(removal.name for removal in held)}): {way}"

@@ -7,7 +7,7 @@ the next gc can finish a killed one. Files are named by content and shared: thos
 import logging
 import re
 from collections.abc import Collection, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from datetime import UTC, datetime
 from hashlib import md5
 
@@ -50,7 +50,7 @@ class DataSets:
         names = {name for name, _ in (*self.written, *self.retired)}
         self.read = {name: self._catalogue(name).read() for name in sorted(names)}
         self.versions = {name: found.versions for name, found in self.read.items()}
-        self.read_aside = {name: self._catalogue(name).read_retired() for name in {name for name, _ in self.retired}}
+        self.read_aside = {name: self._catalogue(name).read_retired() for name in self.read}
         self.aside = {name: self._aside(name, found) for name, found in self.read_aside.items()}
         self.current = {name: self._current(name) for name in self.read}
 
@@ -79,6 +79,8 @@ class DataSets:
     def _fates(self, name: str) -> dict[str, tuple[Fate, str]]:
         versions, policy = self.versions[name], self.policy
         current, doubt = self.current[name]
+        doubt = self.unclear or doubt
+        damaged = self.read[name].damaged | self.read_aside[name].damaged
         # S3 times have a resolution of a second: of two versions of one second the current one is the newer.
         by_age = sorted(versions, key=lambda digest: (self.written[name, digest], digest == current), reverse=True)
         newest = by_age[: policy.data_versions]
@@ -96,17 +98,15 @@ class DataSets:
                 found[digest] = "stays", f"among the newest {policy.data_versions}"
             elif not older(written, policy.data_days, self.now):
                 found[digest] = "stays", f"recorded within {policy.data_days:g} days"
-            elif doubt := self.unclear or doubt:
+            elif doubt is not None:
                 found[digest] = "stays", doubt
             else:
                 found[digest] = "set aside", f"{age(written, self.now)}, and no run that stays learned from it"
-        for digest, version in self.aside.get(name, {}).items():
-            found[digest] = self._fate_aside(version, digest == current, self._doubt(name))
-        aside = self.read_aside.get(name)
         # An unreadable manifest may need files that would be deleted otherwise.
-        for unread in (self.read[name].damaged, aside.damaged if aside else {}):
-            found |= {digest: ("stays", words) for digest, words in unread.items()}
-        return found
+        doubt = doubt or next(iter(damaged.values()), None)
+        for digest, version in self.aside[name].items():
+            found[digest] = self._fate_aside(version, digest == current, doubt)
+        return found | {digest: ("stays", words) for digest, words in damaged.items()}
 
     def _current(self, name: str) -> tuple[str | None, str | None]:
         """Digest of the version in the data set's folder, or None; and the reason if it cannot be read."""
@@ -116,12 +116,6 @@ class DataSets:
             return read_manifest(dataset_folder(name)).digest, None
         except UserError as error:
             return None, str(error)
-
-    def _doubt(self, name: str) -> str | None:
-        """Reason why no file of the data set may be deleted now; None if there is none."""
-        found = [self.read[name], *filter(None, [self.read_aside.get(name)])]
-        damaged = (words for each in found for words in each.damaged.values())
-        return self.unclear or self.current[name][1] or next(damaged, None)
 
     def _fate_aside(self, version: Manifest, current: bool, doubt: str | None) -> tuple[Fate, str]:
         # Another gc may have retired it since they were listed.
@@ -159,10 +153,7 @@ class DataSets:
                 self.store.delete_many(self.bucket, [f"{RETIRED}/{version.name}/{version.digest}.json"])
 
     def _purge(self, name: str, staying: Collection[str]) -> None:
-        """Delete the files of versions whose grace period is over and that have not come back since.
-
-        Versions in ``staying`` are kept, and nothing is deleted while a process pushes.
-        """
+        """Delete the files of versions not ``staying`` whose grace period is over, unless a process pushes."""
         folder = dataset_folder(name)
         with ExitStack() as turn:
             if folder.is_dir():
@@ -207,18 +198,12 @@ class DataSets:
 
     def _listed(self, prefix: str, pattern: re.Pattern[str]) -> dict[tuple[str, str], datetime]:
         """Times of writing of the objects named by ``pattern``, by data set and digest."""
-        listed = self.store.list_objects(self.bucket, prefix)
-        named = ((pattern.fullmatch(each.key), each.written) for each in listed)
-        return {(found[1], found[2]): written for found, written in named if found and _is_name(found[1])}
+        found = {}
+        for each in self.store.list_objects(self.bucket, prefix):
+            if named := pattern.fullmatch(each.key):
+                with suppress(ValueError):  # objects under other names are no versions
+                    found[plain_name(named[1]), named[2]] = each.written
+        return found
 
     def _catalogue(self, name: str) -> Catalogue:
         return Catalogue.of(name, self.source, self.store)
-
-
-def _is_name(name: str) -> bool:
-    """Whether ``name`` is a valid data set name; objects under other names are no versions."""
-    try:
-        plain_name(name)
-    except ValueError:
-        return False
-    return True

@@ -117,9 +117,7 @@ class StoredBatch:
     """Time of its newest object or resumption."""
     bytes: int = 0
     described: bool = False
-    """Whether ``batch.json`` exists."""
     finished: bool = False
-    """Whether ``_SUCCESS`` exists."""
     deleted: datetime | None = None
     """Time of its deletion mark; None without one."""
     fate: Fate = "stays"
@@ -239,7 +237,6 @@ class References:
     runs: dict[str, str]
     contents: dict[str, str]
     weights: frozenset[str]
-    """SHA-256 of the weights of registered versions."""
     unclear: str | None
     """Reason why references may be unknown, so that no run and no data set version may go; None if all are known."""
 

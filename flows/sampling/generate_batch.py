@@ -72,7 +72,6 @@ class GenerationCost(Config):
     cpu_hours: float = 0.0
     """CPU time of all generating processes, each from its first chunk to its last."""
     images_per_cpu_hour: float | None = None
-    """Throughput; None if no image was generated."""
 
     @property
     def words(self) -> str:
@@ -263,10 +262,7 @@ def plan(
     conditions: Conditions,
     requests: str | None,
 ) -> tuple[SamplingBatch, RequestTable | None]:
-    """Plan the requested batch; returns it with its request table, or None without one.
-
-    Raises UserError for options that contradict each other, have no effect, or are not supported by the model.
-    """
+    """Plan a batch, with its request table if it has one; raises UserError for options that conflict or do nothing."""
     if count is not None and count < 1:
         raise UserError(f"count {count}: ask for at least one image")
     if requests is not None and count is not None:
@@ -340,10 +336,7 @@ def usual_place(store: Store, batch: SamplingBatch, bucket: str) -> Location:
 
 
 def begin(store: Store, batch: SamplingBatch, place: Location, table: RequestTable | None) -> None:
-    """Write ``batch.json`` and the request table to ``place``.
-
-    Raises Held if another batch lies there, and UserError for a server that would let two jobs overwrite each other.
-    """
+    """Write ``batch.json`` and the request table to ``place``; raises Held if another batch lies there."""
     store.require_conditional_puts(place.bucket, "samples")
     abort_uploads(store, Location(place.bucket, place.key("")), ABANDONED)
     about, data = place.key(BATCH), batch.json_bytes()

@@ -37,7 +37,6 @@ from flows.storage.tags import RunId, VersionNumber
 logger = logging.getLogger(__name__)
 
 NUMBERED = re.compile(r"([0-9]{8})\.png")
-NUMBER = re.compile("[0-9]{1,19}")
 MOST_NAMED = 20
 LARGEST_SUCCESS = 16 * 2**20
 """Maximum size of ``_SUCCESS`` in bytes: about 100 per chunk."""
@@ -66,11 +65,8 @@ class LocatedImage:
 
     png: bytes
     origin: Origin | None
-    """Provenance metadata; None if the PNG has none."""
     index: int
-    """Image number in the batch."""
     row: Row | None
-    """Row of the image in the manifest; None if there is none."""
 
     @property
     def sha256(self) -> str:
@@ -92,7 +88,6 @@ class SampleLocation:
     batch: SamplingBatch | None
     """Batch of the image; None if it cannot be found."""
     place: Location | None
-    """Prefix of the batch."""
     request: RequestRecord | None = None
     """Content of ``request.json`` beside an image made on request."""
 
@@ -245,18 +240,8 @@ def _read_origin(png: bytes) -> Origin | None:
         return None
     texts = {name.removeprefix("darkroom:"): text for name, text in image.text.items() if name.startswith("darkroom:")}
     try:
-        model, version = parse_model_uri(texts["model"])
-        numbers = [NUMBER.fullmatch(text) for text in (version, texts["seed"], texts["index"])]
-        number, seed, index = (int(each[0]) for each in numbers if each)
-        return Origin(
-            model=model,
-            version=number,
-            run_id=texts["run_id"],
-            content_digest=texts["content_digest"],
-            seed=seed,
-            index=index,
-            task=texts.get("task"),
-        )
+        texts["model"], texts["version"] = parse_model_uri(texts["model"])
+        return Origin.model_validate({name: texts[name] for name in Origin.model_fields if name in texts})
     # Malformed numbers and names are rejected before any server is queried.
     except (KeyError, ValueError, UserError):
         return None
@@ -289,10 +274,7 @@ def success_bytes(store: Store, batch: SamplingBatch, place: Location, parts: di
 
 
 def disagreements(store: Store, batch: SamplingBatch, place: Location, index: int | None) -> list[str]:
-    """Disagreements between the records of a batch, about image number ``index`` or about all images if it is None.
-
-    The first MOST_NAMED are described, and the others counted.
-    """
+    """Describe disagreements of the records of a batch, about one image or all: the first MOST_NAMED, then a number."""
     chunks = range(len(batch.chunks())) if index is None else [index // batch.chunk_size]
     with TemporaryDirectory() as scratch:
         found = _Records(store, batch, place, Path(scratch)).compare(chunks, index)
@@ -309,7 +291,6 @@ class _Records:
         self.success: Success | None = None
         """Content of ``_SUCCESS``; None if it does not exist or cannot be read."""
         self.finished = False
-        """Whether ``_SUCCESS`` exists."""
         self.table: pq.ParquetFile | None = None
         """Manifest as Parquet; None if it does not exist or is of another batch."""
 

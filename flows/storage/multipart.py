@@ -69,10 +69,7 @@ class Upload(io.RawIOBase):
         return len(view)
 
     def finish(self) -> Put:
-        """Complete the object unless its key is taken; the same bytes there count as success.
-
-        Raises Held if other bytes lie there or are being written.
-        """
+        """Complete the object as ``Store.put_once`` does; raises Held if other bytes lie there or are being written."""
         bucket, key, digest = self._bucket, self._key, self._digest.hexdigest()
         if self._id is None:
             put = self._store.put_once(bucket, key, bytes(self._buffer), content_type=self._type)
@@ -148,10 +145,7 @@ class Upload(io.RawIOBase):
 def writing(
     store: Store, bucket: str, key: str, content_type: str = "application/octet-stream", part_bytes: int = PART_BYTES
 ) -> Iterator[Upload]:
-    """Context with a writable file that becomes an object when the block ends, as by ``Store.put_once``.
-
-    After an exception nothing of it is left.
-    """
+    """Context with a writable file that becomes an object, as by ``Store.put_once``, unless the block fails."""
     upload = Upload(store, bucket, key, content_type, part_bytes)
     try:
         yield upload
@@ -188,11 +182,7 @@ def abort_upload(store: Store, bucket: str, key: str, upload: str) -> None:
 
 
 def honours_conditional_completion(store: Store, bucket: str, prefix: str = "") -> bool:
-    """Whether the server honours If-None-Match when it completes a multipart upload over an existing object.
-
-    The object is the one that ``Store.require_conditional_puts`` has left under ``prefix``. Some servers honour the
-    condition only on a PUT.
-    """
+    """Whether completing an upload honours If-None-Match, on the object of ``Store.require_conditional_puts``."""
     place = Location(bucket, prefix.strip("/")) / PROBE
     abort_uploads(store, place, ABANDONED)
     upload = Upload(store, bucket, place.prefix, "application/octet-stream", 1)

@@ -240,10 +240,7 @@ class Store:
                 pool.shutdown(wait=False, cancel_futures=True)
 
     def get(self, bucket: str, key: str, most: int | None = None) -> bytes:
-        """Read the bytes of an object, verified by the server's checksum; raises Missing.
-
-        Raises UserError, before anything is read, if it has more than ``most`` bytes.
-        """
+        """Read an object, verified by its checksum; raises Missing, and UserError if it is over ``most`` bytes."""
         return self._retrying(bucket, key, lambda: self._body(bucket, key, most).read())
 
     def get_span(self, bucket: str, key: str, offset: int, size: int) -> bytes:
@@ -258,10 +255,7 @@ class Store:
         return self._retrying(bucket, key, lambda: self._sha256(bucket, key))
 
     def fetch(self, bucket: str, key: str, path: Path, most: int | None = None) -> None:
-        """Fetch an object to ``path``, overwriting it, a megabyte at a time, verified as by ``get``; raises Missing.
-
-        Raises UserError as ``get`` does. No partial file is left after an error.
-        """
+        """Fetch an object to ``path`` as ``get`` does, a megabyte at a time; no partial file is left after an error."""
 
         def fetch() -> None:
             body = self._body(bucket, key, most)

@@ -14,8 +14,7 @@ from diffusion.common.errors import Held, UserError
 from flows.promote import GateResult, next_entry
 from flows.registry import champion
 from flows.registry.aliases import adopted, aliases_of, append, project, restore
-from flows.registry.ledger import Ledger
-from flows.registry.ledger_entries import Approval, Evidence, History, LedgerEntry, What
+from flows.registry.ledger import Approval, Evidence, History, Ledger, LedgerEntry, What
 from flows.registry.model_versions import Version, resolve
 from flows.retention.sweeps import find_references
 from tests.builders.model_versions import Killed, Mortal, add_version

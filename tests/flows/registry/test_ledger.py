@@ -11,8 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from diffusion.common.errors import Held, UserError
-from flows.registry.ledger import Known, Ledger
-from flows.registry.ledger_entries import Approval, Evidence, History, LedgerEntry, Standing, Titles, What
+from flows.registry.ledger import Approval, Evidence, History, Known, Ledger, LedgerEntry, Standing, Titles, What
 from flows.storage.s3 import Location, Object, Store
 
 HOLD = Evidence(verdict="hold", reason="kid 0.02 ± 0.01, not lower", figures={"kid": 0.02}, eval_key="e" * 64)

@@ -23,8 +23,7 @@ from diffusion.common.files import sha256_file
 from diffusion.process.samplers import sampling_config
 from flows.environment import staging
 from flows.registry import champion, model_versions
-from flows.registry.ledger import Ledger
-from flows.registry.ledger_entries import Evidence
+from flows.registry.ledger import Evidence, Ledger
 from flows.registry.release import MODEL, fetch, register, release, unpack
 from flows.storage.s3 import Store
 from flows.tracking.runs import RELEASED_FROM, TRAIN_KEY
