@@ -33,10 +33,8 @@ from flows.storage.tags import DvcDigest
 
 logger = logging.getLogger(__name__)
 
-RETIRED = "retired"
-"""Prefix of the manifests of retired versions: see ``flows.retention.dataset_items``."""
-PUSHING = "pushing"
-"""Prefix of the marks of processes that push to the remote."""
+RETIRED, PUSHING = "retired", "pushing"
+"""Prefixes of the manifests of retired versions, and of the marks of processes that push to the remote."""
 VERSION, RETIRED_VERSION = re.compile(r"([0-9a-f]{64})/manifest\.json"), re.compile(r"([0-9a-f]{64})\.json")
 POINTER = TypeAdapter(DvcDigest)
 LARGEST_MANIFEST = 2**30

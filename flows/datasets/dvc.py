@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import repeat
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -80,14 +81,12 @@ class Cache:
             yield path.parent.name + path.name, _parsed(path.read_bytes(), str(path))
 
     @cached_property
-    def places(self) -> dict[str, list[str]]:
-        """MD5s of each file in all listings, by its path."""
-        found: dict[str, list[str]] = {}
+    def places(self) -> dict[str, dict[str, None]]:
+        """MD5s of each file in all listings, as an ordered set, by its path."""
+        found: dict[str, dict[str, None]] = {}
         for _, listing in self.listings():
             for path, md5 in listing.items():
-                names = found.setdefault(path, [])
-                if md5 not in names:
-                    names.append(md5)
+                found.setdefault(path, {})[md5] = None
         return found
 
     def delete(self, names: Iterable[str]) -> None:
@@ -152,12 +151,8 @@ class Remote:
             raise UserError(f"{cache.path(name)} is missing: ingest the data set again")
         present = self.names()
         with ThreadPoolExecutor(4) as pool:
-            futures = [pool.submit(self._upload, each, cache) for each in sorted(set(listing.values()) - present)]
-            try:
-                for future in futures:
-                    future.result()
-            finally:
-                pool.shutdown(wait=False, cancel_futures=True)
+            # An error cancels the uploads that have not begun.
+            list(pool.map(self._upload, sorted(set(listing.values()) - present), repeat(cache)))
         if name not in present:
             self._upload(name, cache)
 

@@ -61,8 +61,6 @@ BEGIN = (
 )
 """Python code that puts a folder first on the import path after start-up, and then runs a script."""
 REQUIREMENT = re.compile(r"[A-Za-z0-9._-]{1,100}==[A-Za-z0-9._+!-]{1,100}")
-LONGEST_REQUIREMENTS = 100_000
-"""Maximum characters read of ``requirements.txt``."""
 REDRAW = Path(__file__).with_name("redraw_script.py")
 INSTALLED = Path(diffusion.__file__).parent.parent
 """Folder with the installed code."""
@@ -326,7 +324,7 @@ def fetch_code(version: Version, folder: Path) -> Path:
 
 def fetch_requirements(version: Version) -> list[str]:
     """Libraries that ``version`` was registered with, as NAME==VERSION; other lines are left out."""
-    lines = str(mlflow.artifacts.load_text(f"{version.uri}/requirements.txt"))[:LONGEST_REQUIREMENTS].splitlines()
+    lines = str(mlflow.artifacts.load_text(f"{version.uri}/requirements.txt"))[:100_000].splitlines()
     return [line.strip() for line in lines if REQUIREMENT.fullmatch(line.strip())]
 
 

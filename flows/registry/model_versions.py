@@ -166,9 +166,7 @@ def register(
     client = MlflowClient()
     with FileLock(weights.with_name(f".{weights.name}.lock")):
         digest = sha256_file(weights)
-        if find(client, model, digest):
-            version = only_version(client, model, digest)
-        else:
+        if (version := find(client, model, digest)) is None:
             # A process that was stopped may have logged them.
             ready = [each for each in logged_models(client, run_id, digest) if each.status == LoggedModelStatus.READY]
             logged = ready[0] if ready else _log_model(run_id, weights, digest, sampling, images)
@@ -184,15 +182,20 @@ def register_once(client: MlflowClient, model_uri: str, model: str, digest: str,
     """Register a logged model with these weights as a version of ``model``; returns the first such version."""
     mlflow.register_model(model_uri, model, tags=dict(tags))
     # Another machine may have registered them meanwhile: both go on with the same version.
-    return only_version(client, model, digest)
+    version = find(client, model, digest)
+    assert version is not None, "it was registered just now"
+    return version
 
 
-def only_version(client: MlflowClient, model: str, digest: str) -> Version:
-    """First version of ``model`` with these weights; later ones without a ledger entry are deleted in MLflow.
+def find(client: MlflowClient, model: str, digest: str) -> Version | None:
+    """First version of ``model`` whose weights have the SHA-256 ``digest``; None if there is none.
 
-    MLflow assigns numbers in order, so a process that registered a later one finds the first.
+    Later ones without a ledger entry are deleted in MLflow, which assigns numbers in order, so that a process that
+    registered a later one finds the first.
     """
     found = client.search_model_versions(f"name='{model}' and tags.`{WEIGHTS}`='{digest}'")
+    if not found:
+        return None
     first, *later = sorted(int(each.version) for each in found)
     history = verified(client, Ledger.of(model)) if later else None
     for number in map(str, later):
@@ -219,13 +222,6 @@ def logged_models(client: MlflowClient, run_id: str, digest: str) -> list[Logged
     experiment = client.get_run(run_id).info.experiment_id
     found = client.search_logged_models([experiment], f"tags.`{WEIGHTS}` = '{digest}'")
     return [model for model in found if model.source_run_id == run_id]
-
-
-def find(client: MlflowClient, model: str, digest: str) -> Version | None:
-    """First version of ``model`` whose weights have the SHA-256 ``digest``; None if there is none."""
-    query = f"name='{model}' and tags.`{WEIGHTS}`='{digest}'"
-    found = client.search_model_versions(query, max_results=1, order_by=["version_number ASC"])
-    return version_of(client, model, int(found[0].version)) if found else None
 
 
 def digest_code(folder: Path) -> str:

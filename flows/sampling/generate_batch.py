@@ -35,7 +35,7 @@ from flows.registry.model_versions import Version
 from flows.sampling import sampling_batch
 from flows.sampling.lookup import read_parts, success_bytes
 from flows.sampling.request_table import REQUESTS, RequestTable
-from flows.sampling.sampling_batch import BATCH, MANIFEST, RESUMED, SUCCESS, Row, SamplingBatch
+from flows.sampling.sampling_batch import BATCH, DELETED, MANIFEST, RESUMED, SUCCESS, USUAL, Row, SamplingBatch
 from flows.storage.multipart import ABANDONED, PART_BYTES, abort_uploads, writing
 from flows.storage.s3 import Denied, Location, Missing, Object, Store
 
@@ -196,7 +196,7 @@ def unfinished(store: Store, batch: SamplingBatch, place: Location) -> list[int]
 
 def is_deleted(store: Store, place: Location) -> bool:
     """Whether ``darkroom gc`` has marked the batch at ``place`` as deleted."""
-    return sampling_batch.is_usual(place) and store.exists(place.bucket, f"{sampling_batch.DELETED}/{place.prefix}")
+    return bool(USUAL.fullmatch(place.prefix)) and store.exists(place.bucket, f"{DELETED}/{place.prefix}")
 
 
 def finish(store: Store, batch: SamplingBatch, place: Location) -> bool:
@@ -352,7 +352,7 @@ def begin(store: Store, batch: SamplingBatch, place: Location, table: RequestTab
         raise Held(
             f"{place} holds a batch {how}: finish it where and as it was begun, or give --to another prefix"
         ) from error
-    if put == "already there" and sampling_batch.is_usual(place) and not store.exists(place.bucket, place.key(SUCCESS)):
+    if put == "already there" and USUAL.fullmatch(place.prefix) and not store.exists(place.bucket, place.key(SUCCESS)):
         # As images may exist already, only this mark tells `darkroom gc` that the batch is not abandoned.
         store.put_once(place.bucket, f"{RESUMED}/{place.prefix}/{uuid4().hex}", b"")
     if table is not None and not store.exists(place.bucket, place.key(REQUESTS)):

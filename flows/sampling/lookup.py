@@ -38,12 +38,8 @@ logger = logging.getLogger(__name__)
 
 NUMBERED = re.compile(r"([0-9]{8})\.png")
 MOST_NAMED = 20
-LARGEST_SUCCESS = 16 * 2**20
-"""Maximum size of ``_SUCCESS`` in bytes: about 100 per chunk."""
-LARGEST_TABLE = 64 * 2**30
-"""Maximum size of ``manifest.parquet`` and ``requests.parquet`` in bytes: enough for 10^8 rows."""
-LARGEST_ABOUT = 2**18
-"""Maximum size in bytes of the JSON beside an image in a tar."""
+LARGEST_SUCCESS, LARGEST_TABLE, LARGEST_ABOUT = 16 * 2**20, 64 * 2**30, 2**18
+"""Maximum sizes in bytes of ``_SUCCESS``, of the tables, for 10^8 rows, and of the JSON beside an image in a tar."""
 
 
 class Origin(Config):
@@ -173,19 +169,18 @@ def _locate_copy(where: str, png: bytes, store: Store, bucket: str) -> SampleLoc
     if origin.task is not None:
         return _locate_requested(where, png, origin)
     index = origin.index
-    found = list(_batches_of(origin, store, bucket))
-    images = [LocatedImage(png, origin, index, _read_row(store, place, batch, index)) for batch, place in found]
-    same = [
-        number
-        for theirs in ("sha256", "pixels_sha256")
-        for number, each in enumerate(images)
-        if each.row is not None and each.row[theirs] == getattr(each, theirs)
+    found = [
+        (LocatedImage(png, origin, index, _read_row(store, place, batch, index)), batch, place)
+        for batch, place in _batches_of(origin, store, bucket)
     ]
+    for theirs in ("sha256", "pixels_sha256"):
+        for image, batch, place in found:
+            if image.row is not None and image.row[theirs] == getattr(image, theirs):
+                return SampleLocation(where, image, batch, place)
     # The batch of an altered image is known only if there is a single candidate.
-    chosen = same or ([0] if len(found) == 1 else [])
-    if not chosen:
-        return SampleLocation(where, LocatedImage(png, origin, index, None), None, None)
-    return SampleLocation(where, images[chosen[0]], *found[chosen[0]])
+    if len(found) == 1:
+        return SampleLocation(where, *found[0])
+    return SampleLocation(where, LocatedImage(png, origin, index, None), None, None)
 
 
 def _locate_requested(where: str, png: bytes, origin: Origin) -> SampleLocation:

@@ -32,10 +32,8 @@ REQUESTS = "requests.parquet"
 """Name of the table inside its batch."""
 ROWS_AT_ONCE = 1024
 """Rows per row group, and rows held in memory at a time."""
-LONGEST_TEXT = 10_000
-"""Maximum characters in a cell."""
-LARGEST_GROUP = 256 * 2**20
-"""Maximum uncompressed size of a row group in bytes."""
+LONGEST_TEXT, LARGEST_GROUP = 10_000, 256 * 2**20
+"""Maximum characters in a cell, and uncompressed bytes in a row group."""
 
 Row = tuple[str | None, str | None]
 """Label and prompt; None leaves one open."""

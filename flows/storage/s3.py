@@ -233,11 +233,7 @@ class Store:
     def put_many(self, bucket: str, objects: Sequence[Object], workers: int = 8) -> list[Put]:
         """Write each of ``objects`` as ``put_once`` does, ``workers`` at a time; the first failure stops the rest."""
         with ThreadPoolExecutor(workers) as pool:
-            futures = [pool.submit(self.put_once, bucket, o.key, o.data, o.metadata, o.content_type) for o in objects]
-            try:
-                return [future.result() for future in futures]
-            finally:
-                pool.shutdown(wait=False, cancel_futures=True)
+            return list(pool.map(lambda o: self.put_once(bucket, o.key, o.data, o.metadata, o.content_type), objects))
 
     def get(self, bucket: str, key: str, most: int | None = None) -> bytes:
         """Read an object, verified by its checksum; raises Missing, and UserError if it is over ``most`` bytes."""
