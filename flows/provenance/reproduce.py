@@ -217,32 +217,17 @@ def _chunks(batch: SamplingBatch, image: LocatedImage | None, count: int | None)
 def _request(
     batch: SamplingBatch, weights: Path, chunks: list[range], table: RequestTable | None, folder: Path
 ) -> dict[str, Any]:
-    """Request to ``redraw_script``, with only the fields that the batch has, as older code may not know others."""
-    request: dict[str, Any] = {}
-    if batch.conditions is not None or table is not None:
-        conditions = [conditions_of(batch, table, chunk) for chunk in chunks]
-        request["conditions"] = [each.model_dump(mode="json", exclude_none=True) for each in conditions]
-    return request | {
+    """Request to ``redraw_script``."""
+    conditions = [conditions_of(batch, table, chunk) for chunk in chunks]
+    return {
         "weights": str(weights.resolve()),
         "folder": str(folder),
         "seed": batch.seed,
         "sampling": batch.sampling.model_dump(mode="json", exclude_none=True),
         "fingerprint": batch.fingerprint.model_dump(mode="json"),
         "chunks": [(chunk.start, chunk.stop) for chunk in chunks],
+        "conditions": [each.model_dump(mode="json", exclude_none=True) for each in conditions],
     }
-
-
-def _run(request: dict[str, Any], code: Path, version: Version, installed: bool) -> Iterator[dict[str, Any]]:
-    try:
-        yield from run_code(request, code)
-    except UserError as error:
-        whose = "installed here" if installed else f"that {version.uri} ships"
-        there = changed_libraries(fetch_requirements(version))
-        mend = f"it was registered with other libraries ({', '.join(there)}): install those" if there else ""
-        other = "" if installed else "if newer code sampled it, --installed generates it with what is installed here"
-        raise UserError(
-            f"the code {whose} does not generate it: {'; '.join(filter(None, (str(error), mend, other)))}"
-        ) from error
 
 
 def _originals(store: Store, place: Location, batch: SamplingBatch, chunk: range) -> list[LocatedImage]:
@@ -342,7 +327,7 @@ def changed_libraries(requirements: list[str]) -> list[str]:
     return found
 
 
-def run_code(request: dict[str, Any], code: Path) -> Iterator[dict[str, Any]]:
+def _run(request: dict[str, Any], code: Path, version: Version, installed: bool) -> Iterator[dict[str, Any]]:
     """Yield the answers of ``redraw_script`` to ``request``, generated with the package ``diffusion`` in ``code``.
 
     The process has this machine's libraries and no access to the servers. Only imported modules of ``code`` are loaded:
@@ -351,7 +336,7 @@ def run_code(request: dict[str, Any], code: Path) -> Iterator[dict[str, Any]]:
     """
     folder = Path(request["folder"])
     stdin, stderr = folder / "request.json", folder / "stderr"
-    write_json(stdin, request | {"code": str(code), "parent": os.getpid()})
+    write_json(stdin, request | {"code": str(code)})
     variables = {name: value for name, value in os.environ.items() if not name.startswith(SERVER_PREFIXES)}
     with stdin.open() as words, stderr.open("w") as errors:
         process = subprocess.Popen(
@@ -373,5 +358,12 @@ def run_code(request: dict[str, Any], code: Path) -> Iterator[dict[str, Any]]:
         process.wait()
         process.stdout.close()
     if process.returncode:
-        last = stderr.read_text().strip().splitlines()[-1:]
-        raise UserError("".join(last) if process.returncode > 0 else f"killed by signal {-process.returncode}")
+        said = ["".join(stderr.read_text().strip().splitlines()[-1:])]
+        if process.returncode < 0:
+            said = [f"killed by signal {-process.returncode}"]
+        if there := changed_libraries(fetch_requirements(version)):
+            said.append(f"it was registered with other libraries ({', '.join(there)}): install those")
+        if not installed:
+            said.append("if newer code sampled it, --installed generates it with what is installed here")
+        whose = "installed here" if installed else f"that {version.uri} ships"
+        raise UserError(f"the code {whose} does not generate it: {'; '.join(filter(None, said))}")

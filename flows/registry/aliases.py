@@ -19,7 +19,6 @@ from mlflow.exceptions import MlflowException
 from diffusion.common.errors import UserError
 from diffusion.common.files import sha256_bytes
 from flows.registry.ledger import NEWEST, History, Known, Ledger, LedgerEntry, Newest, Standing
-from flows.storage.tags import parse_tags
 
 logger = logging.getLogger(__name__)
 
@@ -183,21 +182,6 @@ def aliases_of(client: MlflowClient, model: str) -> dict[str, int]:
     """MLflow's values of ALIASES for ``model``; empty if it has no such model."""
     registered = registered_model(client, model)
     return _ours(registered.aliases) if registered else {}
-
-
-def adopted(client: MlflowClient, ledger: Ledger) -> History:
-    """Read the ledger, which begins with MLflow's champion if that is older than the ledger."""
-    there = aliases_of(client, ledger.model)
-
-    def adopt(history: History) -> LedgerEntry | None:
-        if history.head is not None or CHAMPION not in there:
-            return None
-        number = there[CHAMPION]
-        tags = client.get_model_version(ledger.model, str(number)).tags
-        digest = parse_tags(tags, f"models:/{ledger.model}/{number}").weights_sha256 or ""
-        return history.then("adopt", number, digest, challenger=there.get(CHALLENGER))
-
-    return append(client, ledger, adopt)
 
 
 def _copy(client: MlflowClient, history: History, versions: Mapping[int, ModelVersion]) -> None:

@@ -13,7 +13,7 @@ from flows.config import Params
 from flows.deployment.tasks import retryable_task
 from flows.environment import settings
 from flows.registry import model_versions
-from flows.registry.aliases import CHAMPION, Record, adopted, aliases_of, append, project, verified
+from flows.registry.aliases import CHAMPION, Record, aliases_of, append, project, verified
 from flows.registry.ledger import Evidence, History, Ledger, LedgerEntry, What
 from flows.registry.model_versions import WEIGHTS, Version, registered_version
 from flows.registry.takedown_marks import TAKEDOWN, takedowns, with_takedowns
@@ -96,7 +96,7 @@ def promote(
     if another process changed the champion meanwhile.
     """
     client, ledger = MlflowClient(), Ledger.of(model)
-    history = adopted(client, ledger)
+    history = verified(client, ledger)
     version = _usable(client, history, number, taken_down)
     if history.standing.champion == number:
         return _done(client, ledger, version, already=True)
@@ -110,7 +110,7 @@ def roll_back(model: str, reason: str | None = None) -> ChampionChange:
     usable previous champion, and Held if another process changed the champion meanwhile.
     """
     client, ledger = MlflowClient(), Ledger.of(model)
-    history = adopted(client, ledger)
+    history = verified(client, ledger)
     head, now, before = history.head, history.standing.champion, history.standing.previous
     killed = head is not None and head.what == "rollback" and aliases_of(client, model).get(CHAMPION) != now
     # A deleted version can have no alias in MLflow, so its rollback cannot be finished.

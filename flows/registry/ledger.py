@@ -44,7 +44,7 @@ NEWEST = "darkroom.ledger.newest"
 """Tag of a registered model in MLflow: number and SHA-256 of the newest entry, and where its ledger lies."""
 NEWEST_TEXT = re.compile(r"([0-9]{8}) sha256 ([0-9a-f]{64}) in (s3://\S+)")
 GateWord = Literal["promote", "hold", "reject"]
-What = Literal["adopt", "promote", "hold", "reject", "rollback"]
+What = Literal["promote", "hold", "reject", "rollback"]
 Number = Annotated[int, Field(ge=1)]
 
 
@@ -85,7 +85,6 @@ class LedgerEntry(Config):
     model: str
     number: Number
     what: What
-    """Kind of change; ``adopt`` records a champion that is older than the ledger."""
     by_hand: bool
     """Whether it is a manual override and not the gate's decision."""
     who: str
@@ -128,8 +127,6 @@ class LedgerEntry(Config):
     def why(self) -> str:
         """Reason in words: that of the manual override, if any, and that of the gate."""
         gate = self.evidence and f"{self.evidence.verdict}: {self.evidence.reason}"
-        if self.what == "adopt":
-            return "it was champion before there was a ledger"
         if self.by_hand:
             said = self.reason or "no reason given"
             overrides = self.what == "promote" and (self.evidence is None or self.evidence.verdict != "promote")
@@ -173,32 +170,26 @@ class Titles:
         previous, champion = (None, None, *self.champions)[-2:]
         return Standing(champion=champion, previous=previous, challenger=self.challenger)
 
-    def after(self, what: What, version: int, challenger: int | None = None) -> "Titles":
-        """State after ``what`` was done to ``version``; ``challenger`` is MLflow's alias at an ``adopt``.
-
-        Raises UserError for impossible changes: a second ``adopt``, or a rollback past the previous champion.
-        """
+    def after(self, what: What, version: int) -> "Titles":
+        """State after ``what`` was done to ``version``; raises UserError for a rollback past the previous champion."""
         champions = self.champions
-        if what == "adopt" and self != Titles():
-            raise UserError("a ledger adopts the champion that it finds once, at its beginning")
         if what == "hold":
             return Titles(champions, version)
         if what == "rollback":
             if champions[-2:-1] != (version,):
                 raise UserError(f"a rollback leads to the champion before the one that is, and that was not {version}")
             champions = champions[:-1]
-        elif what in ("adopt", "promote"):
+        elif what == "promote":
             champions = (*champions, version)
-        held = challenger if what == "adopt" else self.challenger
         # A champion or a rejected version is no longer held.
-        return Titles(champions, None if held == version else held)
+        return Titles(champions, None if self.challenger == version else self.challenger)
 
 
 def titles_after(entries: Iterable[LedgerEntry]) -> Titles:
     """Alias state after ``entries``."""
     titles = Titles()
     for entry in entries:
-        titles = titles.after(entry.what, entry.version, entry.challenger)
+        titles = titles.after(entry.what, entry.version)
     return titles
 
 
@@ -262,10 +253,9 @@ class History:
         reason: str | None = None,
         evidence: Evidence | None = None,
         approval: Approval | None = None,
-        challenger: int | None = None,
     ) -> LedgerEntry:
-        """Next entry, written by this process now; ``challenger`` is MLflow's alias at an ``adopt``."""
-        before, after = self.standing, titles_after(self.entries).after(what, version, challenger).standing
+        """Next entry, written by this process now."""
+        before, after = self.standing, titles_after(self.entries).after(what, version).standing
         number = self.head.number + 1 if self.head else 1
         while number in self.taken:
             number += 1
@@ -493,7 +483,7 @@ def _follow(entry: LedgerEntry, before: LedgerEntry | None, titles: Titles) -> T
     if entry.parent != (before.digest if before else None):
         return "does not stand on the entry before it"
     try:
-        after = titles.after(entry.what, entry.version, entry.challenger)
+        after = titles.after(entry.what, entry.version)
     except UserError as error:
         return f"cannot be: {error}"
     if (entry.from_version, entry.standing) != (titles.standing.champion, after.standing):

@@ -29,7 +29,7 @@ from diffusion.common.files import sha256_file, write_json
 from flows.environment import settings, staging
 from flows.local_stack.discovery import join_servers
 from flows.registry import champion, model_versions
-from flows.registry.aliases import COPY, adopted, verified
+from flows.registry.aliases import COPY, verified
 from flows.registry.champion import ChampionChange
 from flows.registry.ledger import Evidence, Ledger
 from flows.registry.model_versions import WEIGHTS, Version, digest_code
@@ -89,7 +89,7 @@ def release(uri: str, reason: str | None = None) -> Released:
         if not bundle.champion and reason is None:
             raise UserError(f"{where} is not champion there: say with --reason why it is to be champion here")
         version = register(bundle, folder, where)
-    withheld = adopted(MlflowClient(), Ledger.of(version.model)).withheld(version.number)
+    withheld = verified(MlflowClient(), Ledger.of(version.model)).withheld(version.number)
     if withheld is not None and reason is None:
         raise Held(
             f"a person decided against {version.uri}, which is {where}: {withheld}; say with --reason why it is to be "

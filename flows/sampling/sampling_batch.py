@@ -261,18 +261,13 @@ def conflicts(batch: SamplingBatch, index: int, row: Row) -> list[str]:
     expected = batch.row(index) | {
         "negative_prompt": conditions.negative_prompt,
         "tar": tar_key(index // batch.chunk_size) if batch.format == "tar" else None,
+        "fingerprint": canonical_json(batch.fingerprint.model_dump(mode="json")),
     }
     if batch.requests is None:
         expected["prompt"] = conditions.prompt(index)
         if (label := conditions.label(index)) is not None:
             expected["label"] = label
-    found = {name for name, value in expected.items() if row.get(name) != value}
-    try:
-        # Compared parsed, as later versions may write more fields.
-        same = Fingerprint.model_validate_json(row["fingerprint"]) == batch.fingerprint
-    except ValidationError:
-        same = False
-    return sorted(found if same else found | {"fingerprint"})
+    return sorted(name for name, value in expected.items() if row.get(name) != value)
 
 
 def _in_words(error: ValidationError) -> str:
