@@ -1,8 +1,9 @@
 """Trace of a generated image: the chain of records back to the shards that its model was trained on."""
 
 import json
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -129,6 +130,14 @@ class _Walk:
         self.client = MlflowClient()
         self.broken: list[str] = []
 
+    @contextmanager
+    def noting(self) -> Iterator[None]:
+        """Context whose UserError is noted as a broken link."""
+        try:
+            yield
+        except UserError as error:
+            self.broken.append(str(error))
+
     def along(self, located: SampleLocation) -> Trace:
         """Collect all links, starting from the image."""
         origin, batch, place = located.origin, located.batch, located.place
@@ -203,10 +212,8 @@ class _Walk:
         sources = [(model.uri, model.tags)] if model else []
         sources += [(f"run {run.info.run_id}", run.data.tags)] if run else []
         for where, tags in sources:
-            try:
+            with self.noting():
                 found |= parse_tags(tags, where).model_dump(exclude_none=True, by_alias=True)
-            except UserError as error:
-                self.broken.append(str(error))
         return Tags.model_validate(found)
 
     def model(self, name: str, number: int, run_id: str, batch: SamplingBatch | None) -> TracedModel | None:
@@ -241,10 +248,10 @@ class _Walk:
             if version.code_sha256 is not None:
                 with TemporaryDirectory() as scratch:
                     fetch_code(version, Path(scratch))
+            return version.code_sha256
         except UserError as error:
             self.broken.append(str(error))
             return None
-        return version.code_sha256
 
     def run(self, run_id: str) -> Run | None:
         """Look up the run in MLflow, even if it is marked as deleted."""
@@ -259,15 +266,22 @@ class _Walk:
 
     def manifest(self, run: Run | None, dataset: str | None, content: str, source: str) -> Manifest | None:
         """Manifest of the data set version, from the run or else from the catalogue."""
-        found = run and self._logged(run.info.run_id)
-        if not found and dataset:
+        found: Manifest | None = None
+        if run is not None:
+            where = f"runs:/{run.info.run_id}/{MANIFEST_ARTIFACT}"
+            with self.noting():
+                logged = self.client.list_artifacts(run.info.run_id, "dataset")
+                if MANIFEST_ARTIFACT not in {item.path for item in logged}:
+                    raise UserError(f"run {run.info.run_id} keeps no manifest of what it saw (any more)")
+                found = parse_manifest(mlflow.artifacts.load_text(where).encode(), where)
+        if found is None and dataset:
             versions = Catalogue.of(dataset, source, self.store).versions().values()
             found = next((each for each in versions if each.content_digest == content), None)
-        if not found:
+        if found is None:
             self.broken.append(f"no manifest of the data set version with the content {content} is to be found")
         elif found.content_digest != content:
             self.broken.append(f"the run saw a data set of content {found.content_digest}, the image names {content}")
-        return found or None
+        return found
 
     def data(self, version: Manifest, dvc_digest: str | None, source: str, released: str | None) -> TracedData:
         """Describe the data set version and where each of its shards lies."""
@@ -286,10 +300,8 @@ class _Walk:
             self.broken.append(f"shards that lie neither on {source} nor here: {', '.join(lost[:3])}{more}")
         catalogue = Catalogue.of(version.name, source, self.store)
         if dvc_digest is None:
-            try:
+            with self.noting():
                 dvc_digest = catalogue.pointer(version.digest)
-            except UserError as error:
-                self.broken.append(str(error))
         return TracedData(
             dataset=version.name,
             version=version.digest,
@@ -307,25 +319,13 @@ class _Walk:
         marks = (model.tags if model else {}, run.data.tags if run else {})
         named = {name for tags in marks for name in names_of(tags.get(TAKEDOWN)) if name}
         records: dict[str, Removal] = {}
-        try:
-            if dataset:
+        if dataset:
+            with self.noting():
                 records = {each.name: each for each in Catalogue.of(dataset, source, self.store).removals()}
-        except UserError as error:
-            self.broken.append(str(error))
         tables = {part.records.sha256 for part in version.parts} if version else set()
         named |= {name for name, each in records.items() if tables.intersection(each.tables)}
         found = [(name, records.get(name)) for name in sorted(named)]
         return [Takedown(name=name, reason=each and each.reason, images=each and each.images) for name, each in found]
-
-    def _logged(self, run_id: str) -> Manifest | None:
-        where = f"runs:/{run_id}/{MANIFEST_ARTIFACT}"
-        try:
-            if MANIFEST_ARTIFACT in {item.path for item in self.client.list_artifacts(run_id, "dataset")}:
-                return parse_manifest(mlflow.artifacts.load_text(where).encode(), where)
-            self.broken.append(f"run {run_id} keeps no manifest of what it saw (any more)")
-        except UserError as error:
-            self.broken.append(str(error))
-        return None
 
 
 def _source(run: Run | None) -> str:

@@ -131,9 +131,8 @@ def find(where: str, store: Store, bucket: str) -> SampleLocation:
 def read_rows(store: Store, place: Location, batch: SamplingBatch, chunk: int) -> list[Row]:
     """Rows of a chunk's part of the manifest; raises Missing if it does not exist, and UserError if it is damaged."""
     name = sampling_batch.part_key(chunk)
-    return sampling_batch.part_rows(
-        store.get(place.bucket, place.key(name), sampling_batch.LARGEST_PART), f"{place}/{name}"
-    )
+    data = store.get(place.bucket, place.key(name), sampling_batch.LARGEST_PART)
+    return sampling_batch.part_rows(data, f"{place}/{name}")
 
 
 def read_image(store: Store, place: Location, batch: SamplingBatch, index: int, row: Row | None) -> bytes:
