@@ -73,9 +73,8 @@ class Catalogue:
         """Name of the data set."""
         return self.place.prefix.rpartition("/")[2]
 
-    def publish(self, manifest: Manifest, dvc_digest: str) -> str:
-        """Put a version into the catalogue if it is not in it; returns its place."""
-        place = self.place / manifest.digest
+    def publish(self, manifest: Manifest, dvc_digest: str) -> None:
+        """Put a version into the catalogue if it is not in it."""
         pointer = {"outs": [{"md5": dvc_digest, "hash": "md5", "path": manifest.name}]}
         try:
             self._put(f"{manifest.digest}/pointer.dvc", yaml.safe_dump(pointer, sort_keys=False).encode())
@@ -83,7 +82,6 @@ class Catalogue:
             # A foreign file lay in the folder, then or now. The existing pointer leads to the version as well.
             self.pointer(manifest.digest)
         self._put(f"{manifest.digest}/manifest.json", manifest_bytes(manifest))
-        return str(place)
 
     def publish_page(self, digest: str, page: bytes) -> str:
         """Put the HTML page of a version beside it if there is none; returns its place."""
@@ -269,21 +267,13 @@ class Heads:
                 return head.version
             logger.warning(
                 "version %s of data set %s was its newest, and is not in the catalogue any more: the one before it is",
-                head.version[:12],
-                self.catalogue.name,
+                *(head.version[:12], self.catalogue.name),
             )
         published = self.catalogue.published()
         if len(published) > 1:
             parents = {each.parent for each in self.catalogue.versions().values()}
             published = {digest: written for digest, written in published.items() if digest not in parents}
         return max(published, key=lambda digest: (published[digest], digest), default=None)
-
-    def adopt(self) -> str | None:
-        """Return ``newest``, and make it the first entry if there is no chain yet."""
-        newest = self.newest()
-        if newest is not None and not self._count():
-            return self.advance(newest, ()) or newest
-        return newest
 
     def advance(self, version: str, onto: Collection[str]) -> str | None:
         """Make ``version``, which is in the catalogue, the head instead of one of ``onto``.

@@ -43,11 +43,6 @@ class UnreferencedObjects:
     files: list[str]
     listings: list[str]
 
-    @property
-    def names(self) -> list[str]:
-        """Names of all these objects."""
-        return sorted({*self.files, *self.listings})
-
     def delete(self, still: Callable[[], bool] = lambda: True) -> bool:
         """Delete them, listings last, while ``still`` holds before each request; returns whether all are deleted."""
         for names in (self.files, self.listings):
@@ -85,7 +80,7 @@ def purge_dvc(held: Iterable[Manifest], others: Iterable[Manifest], source: str)
     """Delete the objects that ``unreferenced_objects`` finds; returns their names."""
     doomed = unreferenced_objects(held, others, source)
     doomed.delete()
-    return doomed.names
+    return sorted({*doomed.files, *doomed.listings})
 
 
 def purge_files(folder: Path, held: Iterable[Manifest], others: Iterable[Manifest], reports: Path) -> list[str]:

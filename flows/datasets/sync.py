@@ -103,7 +103,7 @@ def bring_up_to_date(
     with FileLock(work_folder(folder) / "lock"):
         recorded = Catalogue.of(folder.name, source)
         recorded.fetch_removals(folder)
-        head = Heads(recorded).adopt()
+        head = Heads(recorded).newest()
         if head is not None and not _goes_on_from(folder, head):
             _move(folder, source, recorded, head, config, anew)
         if (folder / "manifest.json").is_file():

@@ -93,6 +93,7 @@ class LedgerEntry(Config):
     weights_sha256: str
     from_version: Number | None
     to_version: Number | None
+    """Champion after the entry; ``from_version`` before it."""
     previous: Number | None
     challenger: Number | None
     reason: str | None

@@ -46,26 +46,20 @@ CARRIED = ("evaluation", "history", "params.json", MANIFEST_ARTIFACT)
 """Artifacts of a run in the bundle: its configuration, evaluation and data set manifest."""
 
 
-class BundledRun(Config):
-    """Training run of the version."""
-
-    name: str
-    tags: dict[str, str]
-    params: dict[str, str]
-    metrics: list[tuple[str, float, int, int]]
-    """Points as name, value, time in milliseconds and step."""
-    inputs: list[dict[str, Any]]
-
-
 class ModelBundle(Config):
-    """Description of the bundle, with the version's state in the source registry."""
+    """Description of the bundle: the version's state in the source registry, and its training run."""
 
     version: Version
     description: str
     champion: bool
     """Whether it was champion when it was packed."""
     evidence: Evidence | None
-    run: BundledRun
+    run_name: str
+    run_tags: dict[str, str]
+    params: dict[str, str]
+    metrics: list[tuple[str, float, int, int]]
+    """Points as name, value, time in milliseconds and step."""
+    inputs: list[dict[str, Any]]
 
 
 class Released(ChampionChange):
@@ -130,13 +124,11 @@ def pack(uri: str, folder: Path) -> None:
         description=client.get_model_version(version.model, str(version.number)).description or "",
         champion=history.standing.champion == version.number,
         evidence=entry and entry.evidence,
-        run=BundledRun(
-            name=run.info.run_name,
-            tags=run.data.tags,
-            params=run.data.params,
-            metrics=[(point.key, point.value, point.timestamp, point.step) for point in points],
-            inputs=[each.to_dictionary() for each in (run.inputs.dataset_inputs if run.inputs else ())],
-        ),
+        run_name=run.info.run_name,
+        run_tags=run.data.tags,
+        params=run.data.params,
+        metrics=[(point.key, point.value, point.timestamp, point.step) for point in points],
+        inputs=[each.to_dictionary() for each in (run.inputs.dataset_inputs if run.inputs else ())],
     )
     write_json(folder / BUNDLE, bundle.model_dump(mode="json"))
 
@@ -178,21 +170,20 @@ def register(bundle: ModelBundle, folder: Path, where: str) -> Version:
 
 def _copy_run(client: MlflowClient, bundle: ModelBundle, folder: Path, where: str) -> MlflowRun:
     """Copy the version's run; the copy is complete once it is marked as finished."""
-    theirs = bundle.run
-    run = one_run(client, bundle.version.model, RELEASED_RUN, bundle.version.run_id, theirs.name)
+    run = one_run(client, bundle.version.model, RELEASED_RUN, bundle.version.run_id, bundle.run_name)
     run_id = run.info.run_id
     if run.info.status == "FINISHED":
         return run
-    tags = {name: text for name, text in theirs.tags.items() if not name.startswith("mlflow.") or ".git." in name}
+    tags = {name: text for name, text in bundle.run_tags.items() if not name.startswith("mlflow.") or ".git." in name}
     entities = [RunTag(name, text) for name, text in (tags | {RELEASED_FROM: where}).items()]
-    params = [Param(name, text) for name, text in theirs.params.items()]
-    points = [Metric(*point) for point in theirs.metrics]
+    params = [Param(name, text) for name, text in bundle.params.items()]
+    points = [Metric(*point) for point in bundle.metrics]
     for first in range(0, max(len(entities), len(params), len(points)), AT_ONCE):
         some = slice(first, first + AT_ONCE)
         client.log_batch(run_id, metrics=points[some], params=params[some], tags=entities[some])
     inputs = [
         DatasetInput(Dataset(**each["dataset"]), [InputTag(*tag) for tag in each["tags"].items()])
-        for each in theirs.inputs
+        for each in bundle.inputs
     ]
     client.log_inputs(run_id, inputs)
     if (folder / RUN).is_dir():
