@@ -266,8 +266,8 @@ class Heads:
             if self.catalogue.written(head.version) is not None:
                 return head.version
             logger.warning(
-                "version %s of data set %s was its newest, and is not in the catalogue any more: the one before it is",
-                *(head.version[:12], self.catalogue.name),
+                f"version {head.version[:12]} of data set {self.catalogue.name} was its newest, and is not in the "
+                "catalogue any more: the one before it is"
             )
         published = self.catalogue.published()
         if len(published) > 1:

@@ -136,10 +136,9 @@ def publish(folder: Path, source: str) -> DataVersion | None:
             return None
         if chosen is not None:
             logger.warning(
-                "version %s is the newest of data set %s now and goes on from %s, which was checked out: what later "
-                "versions added is not in it; `darkroom data log --dataset %s` names them, and "
-                "`darkroom data checkout` brings one back",
-                *(current.digest[:12], folder.name, chosen.version[:12], folder.name),
+                f"version {current.digest[:12]} is the newest of data set {folder.name} now and goes on from "
+                f"{chosen.version[:12]}, which was checked out: what later versions added is not in it; "
+                f"`darkroom data log --dataset {folder.name}` names them, and `darkroom data checkout` brings one back"
             )
         forget_choice(folder)
         return version
@@ -186,14 +185,13 @@ def _move(folder: Path, source: str, recorded: Catalogue, head: str, config: Ing
     found = unite(folder, config, theirs, base)
     remove_others(folder, found.version)
     logger.info(
-        "%s goes on from version %s, which another machine published, and adds %s images of version %s to it",
-        *(folder, head[:12], f"{found.added:,}", ours.digest[:12]),
+        f"{folder} goes on from version {head[:12]}, which another machine published, and adds {found.added:,} images "
+        f"of version {ours.digest[:12]} to it"
     )
     if found.lost:
         logger.warning(
-            "%s further names of images are left out, as version %s gave up the images that they are copies of: "
-            "ingest them again with --rebuild to have them all the same",
-            *(f"{found.lost:,}", head[:12]),
+            f"{found.lost:,} further names of images are left out, as version {head[:12]} gave up the images that they "
+            "are copies of: ingest them again with --rebuild to have them all the same"
         )
 
 

@@ -62,34 +62,26 @@ def card(
         "with_error": with_error,
         "listed": _listed,
     }
-    return (
-        environment.get_template("model_card.md")
-        .render(
-            params=params,
-            version=version,
-            tags=version.tags,
-            warning=takedowns(version),
-            entry=entry,
-            comparison=comparison,
-            evaluated=evaluated,
-            scores=(evaluated or best).scores,
-            columns=[
-                "metric",
-                "value",
-                *([f"{CONFIDENCE:.0%} interval", "the champion's"] if comparison else []),
-                "real baseline",
-            ],
-            metrics=_compared(comparison) if comparison else _evaluated(evaluation),
-            best=best,
-            grid=f"evaluation/grids/{best.images:010d}-{best.sha256[:8]}.png",
-            data=data,
-            classes=_listed(f"{escape_markdown(name)} ({count(number)})" for name, number in classes.items()),
-            eval_key=evaluation.eval_key,
-            rarest=min(classes.items(), key=lambda each: each[1], default=None),
-            shifts=_shifts(comparison) if comparison else {},
-        )
-        .rstrip()
+    text = environment.get_template("model_card.md").render(
+        params=params,
+        version=version,
+        tags=version.tags,
+        warning=takedowns(version),
+        entry=entry,
+        comparison=comparison,
+        evaluated=evaluated,
+        scores=(evaluated or best).scores,
+        columns=("metric", "value", *(COMPARED if comparison else ()), "real baseline"),
+        metrics=_compared(comparison) if comparison else _evaluated(evaluation),
+        best=best,
+        grid=f"evaluation/grids/{best.images:010d}-{best.sha256[:8]}.png",
+        data=data,
+        classes=_listed(f"{escape_markdown(name)} ({count(number)})" for name, number in classes.items()),
+        eval_key=evaluation.eval_key,
+        rarest=min(classes.items(), key=lambda each: each[1], default=None),
+        shifts=_shifts(comparison) if comparison else {},
     )
+    return text.rstrip()
 
 
 def _evaluated(evaluation: Evaluation) -> Iterator[tuple[str, ...]]:
