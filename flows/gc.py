@@ -17,10 +17,8 @@ from flows import environment
 from flows.config import Params, RetentionConfig
 from flows.deployment.tasks import retryable_task
 from flows.local_stack.discovery import vacuum_deleted_objects
-from flows.retention.batch_items import SamplingBatches
 from flows.retention.dataset_items import DataSets
-from flows.retention.policy import Item, Sweep
-from flows.retention.run_items import LocalFiles, Runs, find_references
+from flows.retention.sweeps import Item, LocalFiles, Runs, SamplingBatches, Sweep, find_references
 from flows.storage.s3 import Store
 
 

@@ -14,15 +14,14 @@ from diffusion.data.ingest.ingest import IngestResult, Rebuild
 from diffusion.data.ingest.ingest import ingest as ingest_images
 from diffusion.data.manifest import read_manifest
 from flows.config import Params
-from flows.datasets import lineage
+from flows.datasets import dvc
 from flows.datasets.catalog import Catalogue
 from flows.datasets.checkout import forget_choice
-from flows.datasets.lineage import DataVersion
-from flows.datasets.s3_source import S3Objects
+from flows.datasets.dvc import DataVersion
 from flows.datasets.sync import announce, bring_up_to_date, publish
 from flows.deployment.tasks import completed_state, prefect_fan_out, retryable_task, task_runner
 from flows.environment import data_source, settings
-from flows.storage.s3 import Store
+from flows.storage.s3 import S3Objects, Store
 from flows.tracking.progress_reporter import reporter
 
 logger = logging.getLogger(__name__)
@@ -69,7 +68,7 @@ def repair(params: Params, rebuild: Rebuild, to_retrain: bool) -> None:
     """
     Store().require_conditional_puts(settings().bucket, "datasets")
     folder, source = params.dataset_folder, data_source()
-    for name in lineage.restore_data(folder, source):
+    for name in dvc.restore_data(folder, source):
         logger.warning("%s was missing or damaged, and is whole again", folder / name)
     if to_retrain:
         # A scheduled retraining ignores a manual checkout of an older version.

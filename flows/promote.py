@@ -34,10 +34,9 @@ from flows.deployment.tasks import retryable_task
 from flows.environment import settings
 from flows.evaluate import tracker_of
 from flows.registry import model_card, model_versions
-from flows.registry.aliases import adopted, append, project
+from flows.registry.aliases import append, project, verified
 from flows.registry.champion import champion_problem, require_champion
-from flows.registry.ledger import Ledger
-from flows.registry.ledger_entries import Approval, Evidence, GateWord, History, LedgerEntry
+from flows.registry.ledger import Approval, Evidence, GateWord, History, Ledger, LedgerEntry
 from flows.registry.model_versions import Version
 from flows.registry.takedown_marks import TAKEDOWN, require_current, takedowns, warn_of_takedown, with_takedowns
 from flows.storage.tags import parse_tags
@@ -174,7 +173,7 @@ def apply_gate(params: Params, evaluation: Evaluation, version: Version) -> Gate
     A first version has no champion to beat, but must still pass the memorization check.
     """
     client = MlflowClient()
-    history = adopted(client, Ledger.of(version.model))
+    history = verified(client, Ledger.of(version.model))
     history.require_same(version.number, version.weights_sha256)
     champion = history.standing.champion
     if (problem := champion_problem(client, history)) is not None:

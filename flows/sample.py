@@ -34,8 +34,7 @@ from flows.sampling import generate_batch
 from flows.sampling.generate_batch import GenerationCost, Work
 from flows.sampling.lookup import read_image, read_rows
 from flows.sampling.sampling_batch import MANIFEST, SamplingBatch
-from flows.storage.s3 import Location, Store
-from flows.storage.s3_errors import Missing
+from flows.storage.s3 import Location, Missing, Store
 from flows.tracking.progress_reporter import bar, reporter
 
 logger = logging.getLogger(__name__)

@@ -14,11 +14,10 @@ from diffusion.data.versions.takedown_records import Holders, Removal, Selection
 from diffusion.data.versions.versions import known_versions
 from flows import environment
 from flows.config import Params
-from flows.datasets import lineage
+from flows.datasets import dvc
 from flows.datasets.catalog import Catalogue
 from flows.datasets.checkout import choice, forget_choice
-from flows.datasets.dvc import KeptFiles
-from flows.datasets.lineage import DataVersion
+from flows.datasets.dvc import DataVersion, KeptFiles
 from flows.datasets.purge import Purged, purge_dvc, purge_files, purge_samples
 from flows.datasets.sync import announce, bring_up_to_date, publish
 from flows.deployment.tasks import retryable_task
@@ -74,7 +73,7 @@ def takedown(params: Params, selection: Selection, reason: str, purge: bool = Fa
 def remove(params: Params, selection: Selection, reason: str) -> Removal:
     """Create the version without the images, based on the newest version or on a manual checkout."""
     folder, source = params.dataset_folder, environment.data_source()
-    lineage.restore_data(folder, source)
+    dvc.restore_data(folder, source)
     if choice(folder) is None:
         bring_up_to_date(folder, source, params.ingest, reporter())
     return images.remove(folder, selection, reason, reporter())

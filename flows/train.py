@@ -19,8 +19,8 @@ from diffusion.training.train import train as train_model
 from diffusion.training.warm_start import open_warm_start, with_start_digest
 from flows.config import Params, flattened
 from flows.dataset_page import find_dataset_page
-from flows.datasets import lineage
-from flows.datasets.lineage import RemoteShards
+from flows.datasets import dvc
+from flows.datasets.dvc import RemoteShards
 from flows.deployment.tasks import concurrency_slot, retryable_task
 from flows.environment import data_source, settings
 from flows.registry import model_versions
@@ -161,8 +161,8 @@ def _open(ready: ResolvedParams, manifest: Manifest, restart: bool) -> RunTracke
         key,
         parameters,
         manifest,
-        lineage.code_version(),
-        lineage.data_version(params.dataset_folder),
+        dvc.code_version(),
+        dvc.data_version(params.dataset_folder),
         data_source(),
         restart,
     )

@@ -46,7 +46,7 @@ from diffusion.models.config import AutoregressiveConfig, FamilyConfig, GANConfi
 from diffusion.process.samplers import sampling_config
 from diffusion.training.config import TrainingConfig
 from diffusion.training.train import train
-from flows.registry.ledger_entries import Approval, Evidence, History, LedgerEntry
+from flows.registry.ledger import Approval, Evidence, History, LedgerEntry
 
 VALUES = Path(__file__).with_name("golden_values.json")
 IMAGES = 2_000

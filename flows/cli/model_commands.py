@@ -11,7 +11,7 @@ from flows.cli.command import CommandOutput, Model, Reason, Seed, command, conne
 if TYPE_CHECKING:
     from flows.config import Params
     from flows.registry.champion import ChampionChange
-    from flows.registry.ledger_entries import History, LedgerEntry
+    from flows.registry.ledger import History, LedgerEntry
     from flows.registry.release import Released
 
 app = typer.Typer(
@@ -54,7 +54,7 @@ def history(
         "verified": len(found.entries),
         "restored": restored,
         "problem": problem,
-        "foreign": [{"name": each.name, "reason": each.reason} for each in found.foreign],
+        "foreign": [{"name": name, "reason": reason} for name, reason in found.foreign.items()],
         "entries": [each.model_dump(mode="json") | {"why": each.why, "sha256": each.digest} for each in found.entries],
     }
     return CommandOutput(result, [*_table(found), *([problem] if problem else [])])
@@ -170,8 +170,8 @@ def new_champion(done: "ChampionChange | Released") -> CommandOutput:
 
 def _table(found: "History") -> Iterator[str]:
     """Format the ledger for people."""
-    for each in found.foreign:
-        yield f"foreign object among the entries, ignored (docs/runbook/ledger-broken.md): {each}"
+    for name, reason in found.foreign.items():
+        yield f"foreign object among the entries, ignored (docs/runbook/ledger-broken.md): {name!a} {reason}"
     if found.head is None:
         yield f"the ledger of {found.model} is empty: the first verdict of `darkroom promote` starts it"
         return

@@ -101,6 +101,6 @@ def gc(
             from flows.gc import gc
 
             done = gc(config)
-    from flows.retention.policy import table
+    from flows.retention.sweeps import table
 
     return CommandOutput(done, table(done.items))

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from diffusion.data.ingest.ingest import IngestResult
     from diffusion.training.train import Restart
     from flows.config import Params
-    from flows.datasets.lineage import RemoteShards
+    from flows.datasets.dvc import RemoteShards
 
 app = typer.Typer()
 To = Annotated[
@@ -208,7 +208,7 @@ def _shards(config: "Params") -> "Iterator[RemoteShards | None]":
         yield None
         return
     with connect("s3"):
-        from flows.datasets.lineage import RemoteShards
+        from flows.datasets.dvc import RemoteShards
         from flows.environment import data_source
 
         yield RemoteShards(config.dataset_folder, data_source())

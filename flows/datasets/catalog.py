@@ -28,16 +28,13 @@ from diffusion.common.files import canonical_json, sha256_bytes
 from diffusion.data.manifest import Manifest, Sha256, manifest_bytes, parse_manifest, work_folder
 from diffusion.data.versions.takedown_records import Removal, removals, still_held, write_removal
 from flows.storage.numbered_objects import NumberedObjects, first_free, object_name
-from flows.storage.s3 import Location, Store
-from flows.storage.s3_errors import Missing
+from flows.storage.s3 import Location, Missing, Store
 from flows.storage.tags import DvcDigest
 
 logger = logging.getLogger(__name__)
 
-RETIRED = "retired"
-"""Prefix of the manifests of retired versions: see ``flows.retention.dataset_items``."""
-PUSHING = "pushing"
-"""Prefix of the marks of processes that push to the remote."""
+RETIRED, PUSHING = "retired", "pushing"
+"""Prefixes of the manifests of retired versions, and of the marks of processes that push to the remote."""
 VERSION, RETIRED_VERSION = re.compile(r"([0-9a-f]{64})/manifest\.json"), re.compile(r"([0-9a-f]{64})\.json")
 POINTER = TypeAdapter(DvcDigest)
 LARGEST_MANIFEST = 2**30
@@ -49,7 +46,6 @@ class CatalogListing:
     """Versions in a listing, with errors for those whose manifests cannot be read."""
 
     versions: dict[str, Manifest]
-    """Readable versions by digest."""
     damaged: dict[str, str]
     """Errors for unreadable manifests, with the fix, by the digest in the name."""
 
@@ -77,9 +73,8 @@ class Catalogue:
         """Name of the data set."""
         return self.place.prefix.rpartition("/")[2]
 
-    def publish(self, manifest: Manifest, dvc_digest: str) -> str:
-        """Put a version into the catalogue if it is not in it; returns its place."""
-        place = self.place / manifest.digest
+    def publish(self, manifest: Manifest, dvc_digest: str) -> None:
+        """Put a version into the catalogue if it is not in it."""
         pointer = {"outs": [{"md5": dvc_digest, "hash": "md5", "path": manifest.name}]}
         try:
             self._put(f"{manifest.digest}/pointer.dvc", yaml.safe_dump(pointer, sort_keys=False).encode())
@@ -87,7 +82,6 @@ class Catalogue:
             # A foreign file lay in the folder, then or now. The existing pointer leads to the version as well.
             self.pointer(manifest.digest)
         self._put(f"{manifest.digest}/manifest.json", manifest_bytes(manifest))
-        return str(place)
 
     def publish_page(self, digest: str, page: bytes) -> str:
         """Put the HTML page of a version beside it if there is none; returns its place."""
@@ -111,12 +105,9 @@ class Catalogue:
 
     def version(self, digest: str) -> Manifest | None:
         """Version of this digest; None if it is not in the catalogue. Raises UserError if it is damaged."""
-        key = self.place.key(f"{digest}/manifest.json")
-        try:
-            data = self.store.get(self.place.bucket, key, LARGEST_MANIFEST)
-        except Missing:
-            return None
-        return self._parsed(data, digest, f"s3://{self.place.bucket}/{key}")
+        name = f"{digest}/manifest.json"
+        data = self._get(name, LARGEST_MANIFEST)
+        return None if data is None else _parsed(data, digest, f"{self.place}/{name}")
 
     def published(self) -> dict[str, datetime]:
         """Time of publication of each version, by digest; takes one listing."""
@@ -135,16 +126,14 @@ class Catalogue:
 
     def pointer(self, digest: str) -> str | None:
         """DVC's digest of a version; None if it is not in the catalogue. Raises UserError if it is damaged."""
-        key = self.place.key(f"{digest}/pointer.dvc")
-        try:
-            data = self.store.get(self.place.bucket, key)
-        except Missing:
+        name = f"{digest}/pointer.dvc"
+        if (data := self._get(name)) is None:
             return None
         try:
             return POINTER.validate_python(yaml.safe_load(data)["outs"][0]["md5"])
         except (yaml.YAMLError, LookupError, TypeError, ValueError) as error:
             raise UserError(
-                f"s3://{self.place.bucket}/{key} is no DVC pointer: delete it, and ingest the data set again"
+                f"{self.place}/{name} is no DVC pointer: delete it, and ingest the data set again"
             ) from error
 
     def publish_removal(self, removal: Removal) -> None:
@@ -157,20 +146,28 @@ class Catalogue:
     def fetch_removals(self, folder: Path) -> None:
         """Copy all takedown records of the data set in ``folder`` to this machine."""
         work = work_folder(folder)
-        known = {removal.name for removal in removals(work)}
-        for key in self.store.list_keys(self.place.bucket, self.place.key("removals/")):
-            if PurePosixPath(key).stem not in known:
-                write_removal(work, self._removal(key))
+        for removal in self.removals(known={removal.name for removal in removals(work)}):
+            write_removal(work, removal)
 
     def held_removals(self, folder: Path) -> list[Removal]:
         """Takedown records of images that the current version in ``folder`` still holds."""
         self.fetch_removals(folder)
         return still_held(folder, removals(work_folder(folder))) if (folder / "manifest.json").is_file() else []
 
-    def removals(self) -> Iterator[Removal]:
-        """Yield the published takedown records of the data set."""
+    def removals(self, known: Collection[str] = ()) -> Iterator[Removal]:
+        """Yield the published takedown records of the data set, except for those of ``known`` names."""
         for key in self.store.list_keys(self.place.bucket, self.place.key("removals/")):
-            yield self._removal(key)
+            if PurePosixPath(key).stem in known:
+                continue
+            try:
+                yield Removal.model_validate_json(self.store.get(self.place.bucket, key))
+            except ValidationError as error:
+                first = error.errors()[0]
+                raise UserError(
+                    f"s3://{self.place.bucket}/{key} is no removal that this Darkroom understands "
+                    f"({'.'.join(map(str, first['loc']))}: {first['msg']}): update, or if it is damaged delete it and "
+                    "give that takedown again"
+                ) from error
 
     def retired(self) -> dict[str, Manifest]:
         """Versions by digest that ``darkroom gc`` retired and whose files are still on the remote."""
@@ -201,34 +198,30 @@ class Catalogue:
             where = f"s3://{place.bucket}/{key}"
             try:
                 data = self.store.get(place.bucket, key, LARGEST_MANIFEST)
-                found.versions[named[1]] = self._parsed(data, named[1], where)
+                found.versions[named[1]] = _parsed(data, named[1], where)
             except Missing:  # deleted by gc since it was listed
                 continue
             except UserError as error:
                 found.damaged[named[1]] = str(error)
         return found
 
-    def _parsed(self, data: bytes, digest: str, where: str) -> Manifest:
-        if sha256_bytes(data) != digest:
-            raise UserError(
-                f"{where} is damaged (its SHA-256 differs): delete it; an ingest where the version is current writes "
-                "it again"
-            )
-        return parse_manifest(data, where)
-
-    def _removal(self, key: str) -> Removal:
+    def _get(self, name: str, most: int | None = None) -> bytes | None:
         try:
-            return Removal.model_validate_json(self.store.get(self.place.bucket, key))
-        except ValidationError as error:
-            first = error.errors()[0]
-            raise UserError(
-                f"s3://{self.place.bucket}/{key} is no removal that this Darkroom understands "
-                f"({'.'.join(map(str, first['loc']))}: {first['msg']}): update, or if it is damaged delete it and give "
-                "that takedown again"
-            ) from error
+            return self.store.get(self.place.bucket, self.place.key(name), most)
+        except Missing:
+            return None
 
     def _put(self, name: str, data: bytes, content_type: str = "application/octet-stream") -> None:
         self.store.put_once(self.place.bucket, self.place.key(name), data, content_type=content_type)
+
+
+def _parsed(data: bytes, digest: str, where: str) -> Manifest:
+    if sha256_bytes(data) != digest:
+        raise UserError(
+            f"{where} is damaged (its SHA-256 differs): delete it; an ingest where the version is current writes it "
+            "again"
+        )
+    return parse_manifest(data, where)
 
 
 @contextmanager
@@ -251,7 +244,6 @@ class Head(Config):
     format_version: Literal[1] = 1
     number: int = Field(ge=1)
     version: Sha256
-    """Digest of the newest version."""
     before: Sha256 | None
     """Digest of the head before it; None for the first."""
 
@@ -265,30 +257,27 @@ class Heads:
     def newest(self) -> str | None:
         """Digest of the version that the next ingest adds to; None if the catalogue has no version.
 
-        Heads that were deleted from the catalogue are skipped. Without a head the version written last counts.
+        Heads that were deleted from the catalogue are skipped. Without a head the version written last counts, of those
+        that are no other version's parent.
         """
         for version in self.latest():
             if self.catalogue.written(version) is not None:
                 return version
             logger.warning(
-                "version %s of data set %s was its newest, and is not in the catalogue any more: the one before it is",
-                version[:12],
-                self.catalogue.name,
+                f"version {version[:12]} of data set {self.catalogue.name} was its newest, and is not in the "
+                "catalogue any more: the one before it is"
             )
-        return self._last_written()
+        published = self.catalogue.published()
+        if len(published) > 1:
+            parents = {each.parent for each in self.catalogue.versions().values()}
+            published = {digest: written for digest, written in published.items() if digest not in parents}
+        return max(published, key=lambda digest: (published[digest], digest), default=None)
 
     def latest(self) -> Iterator[str]:
         """Yield the digests of all heads, the newest first, whether they are in the catalogue or not."""
         for number in range(self._count(), 0, -1):
             if (head := self._read(number)) is not None:
                 yield head.version
-
-    def adopt(self) -> str | None:
-        """Return ``newest``, and make it the first entry if there is no chain yet."""
-        newest = self.newest()
-        if newest is not None and not self._count():
-            return self.advance(newest, ()) or newest
-        return newest
 
     def advance(self, version: str, onto: Collection[str]) -> str | None:
         """Make ``version``, which is in the catalogue, the head instead of one of ``onto``.
@@ -327,11 +316,3 @@ class Heads:
             logger.warning("%s is no head of a data set, and is passed over", place)
             return None
         return found if found.number == number else None
-
-    def _last_written(self) -> str | None:
-        """Version written last among those that are no other version's parent."""
-        published = self.catalogue.published()
-        if len(published) > 1:
-            parents = {each.parent for each in self.catalogue.versions().values()}
-            published = {digest: written for digest, written in published.items() if digest not in parents}
-        return max(published, key=lambda digest: (published[digest], digest), default=None)

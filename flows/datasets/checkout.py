@@ -1,6 +1,6 @@
 """Checkout: make any version of a data set the current one again, verified, without git."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 from filelock import FileLock
@@ -12,7 +12,7 @@ from diffusion.data.ingest.ingest import forget_captions, remove_strays
 from diffusion.data.manifest import Manifest, manifest_bytes, read_manifest, versions, work_folder
 from diffusion.data.versions.takedown_records import holders, removals
 from diffusion.data.versions.versions import choose, known_versions, remember
-from flows.datasets import lineage
+from flows.datasets import dvc
 from flows.datasets.catalog import Catalogue
 from flows.datasets.dvc import KeptFiles, is_whole, needed_files
 
@@ -29,7 +29,7 @@ class CheckedOut(Config):
     content_digest: str
     kept: int
     restored: list[str]
-    """Names of files that were restored."""
+    """Names of files."""
 
 
 class Choice(Config):
@@ -66,7 +66,7 @@ def checkout(
     """
     work_folder(folder).mkdir(parents=True, exist_ok=True)
     with FileLock(work_folder(folder) / "lock"):
-        place = DatasetLocation.of(folder, reach)
+        place = DatasetLocation(folder, reach)
         version = place.choose(prefix)
         return place.make_current(version, with_removed, without_shards, to_build_on)
 
@@ -92,17 +92,17 @@ def _choice(folder: Path) -> Path:
 class DatasetLocation:
     """Folder of a data set, whose lock the caller holds, with access to its other versions."""
 
-    def __init__(self, folder: Path, known: dict[str, Manifest], reach: Reach) -> None:
-        self.folder = folder
-        self.known = known
-        self.reach = reach
+    def __init__(self, folder: Path, reach: Reach) -> None:
+        self.folder, self.reach = folder, reach
         self.kept = KeptFiles(folder.name)
         self.source: str | None = None
-
-    @classmethod
-    def of(cls, folder: Path, reach: Reach) -> "DatasetLocation":
-        """Location of the data set in ``folder``."""
-        return cls(folder, _known(folder) if (folder / "manifest.json").is_file() else {}, reach)
+        self.known: dict[str, Manifest] = {}
+        if (folder / "manifest.json").is_file():
+            try:
+                self.known = known_versions(folder)
+            except UserError:  # the manifest of an earlier version is damaged
+                current = read_manifest(folder)
+                self.known = {current.digest: current}
 
     def make_current(
         self, version: Manifest, with_removed: bool = False, without_shards: bool = False, to_build_on: bool = False
@@ -125,7 +125,7 @@ class DatasetLocation:
         if without_shards:
             self.kept.keep_listing(version.digest)
         else:
-            lineage.record_data(folder, push_to=None)
+            dvc.record_data(folder, push_to=None)
         return CheckedOut(
             dataset=folder.name,
             folder=folder,
@@ -137,15 +137,20 @@ class DatasetLocation:
 
     def choose(self, prefix: str) -> Manifest:
         """Find the version that ``prefix`` names, here or else in the catalogue."""
+
+        def chosen() -> Manifest:
+            candidates = {digest: each.content_digest for digest, each in self.known.items()}
+            return self.known[choose(prefix, candidates, self.folder.name)]
+
         try:
-            return self.known[self._chosen(prefix)]
+            return chosen()
         except UserError as unknown:
             try:
                 catalogue = self.catalogue()
             except UserError as error:
                 raise (unknown if self.known else error) from error
         self.known = self.known | catalogue.versions()
-        return self.known[self._chosen(prefix)]
+        return chosen()
 
     def refuse_removed(self, version: Manifest) -> None:
         """Raise UserError if ``version`` holds images that were taken down, as far as its tables are available."""
@@ -169,7 +174,7 @@ class DatasetLocation:
         theirs = {entry.name for entry in version.files}
         going = [entry for entry in ours if entry.name not in theirs and (self.folder / entry.name).is_file()]
         if any(self.kept.find(entry) is None for entry in going):
-            lineage.record_data(self.folder, push_to=None)
+            dvc.record_data(self.folder, push_to=None)
 
     def fetch(self, version: Manifest, without_shards: bool) -> list[str]:
         """Restore missing or damaged files of ``version``; returns their names."""
@@ -181,56 +186,41 @@ class DatasetLocation:
                 continue
             if sha256 in self.known:
                 write_bytes(path, manifest_bytes(self.known[sha256]))
-            elif not self.write(version, name, sha256):
-                raise UserError(
-                    f"{name} of version {version.digest[:12]} is neither in {self.folder}, nor in DVC's cache, nor on "
-                    "its remote (any more): check out another one, or ingest again from a source that has all of it"
-                )
+            else:
+                self.write(version, name, sha256)
             restored.append(name)
         return restored
 
-    def write(self, version: Manifest, name: str, sha256: str) -> bool:
-        """Write a file of ``version`` into the folder atomically; returns whether it was found."""
-        target = self.folder / name
-        if self.kept.write(version.digest, name, sha256, target):
-            return True
-        if self.source is not None:
-            return False
-        self.catalogue()
-        return self.kept.write(version.digest, name, sha256, target)
+    def write(self, version: Manifest, name: str, sha256: str) -> None:
+        """Write a file of ``version`` into the folder atomically; raises UserError if it is found nowhere."""
+        found = self.kept.write(version.digest, name, sha256, self.folder / name)
+        if not found and self.source is None:
+            self.catalogue()
+            found = self.kept.write(version.digest, name, sha256, self.folder / name)
+        if not found:
+            raise UserError(
+                f"{name} of version {version.digest[:12]} is neither in {self.folder}, nor in DVC's cache, nor on its "
+                "remote (any more): check out another one, or ingest again from a source that has all of it"
+            )
 
     def _goes_back(self, version: Manifest) -> bool:
         """Whether a known version descends from this one."""
-        return any(version.digest in lineage_of(self.known, each.parent) for each in self.known.values())
+        for child in self.known.values():
+            parent = child.parent
+            while parent is not None and parent != version.digest:
+                parent = self.known[parent].parent if parent in self.known else None
+            if parent is not None:
+                return True
+        return False
 
     def catalogue(self) -> Catalogue:
         """Connect to the catalogue; from then on files come from the remote as well."""
         if self.source is None:
             self.source = self.reach()
-            recorded = lineage.data_version(self.folder)
+            recorded = dvc.data_version(self.folder)
             self.kept = KeptFiles(self.folder.name, self.source, recorded.digest if recorded else None)
         assert self.kept.catalogue is not None
         return self.kept.catalogue
-
-    def _chosen(self, prefix: str) -> str:
-        candidates = {digest: each.content_digest for digest, each in self.known.items()}
-        return choose(prefix, candidates, self.folder.name)
-
-
-def lineage_of(known: dict[str, Manifest], digest: str | None) -> Iterator[str]:
-    """Yield ``digest`` and the digests of its ancestors, as far as they are ``known``."""
-    while digest is not None:
-        yield digest
-        digest = known[digest].parent if digest in known else None
-
-
-def _known(folder: Path) -> dict[str, Manifest]:
-    """Versions known here; only the current one if the manifest of an earlier one is damaged."""
-    try:
-        return known_versions(folder)
-    except UserError:
-        current = read_manifest(folder)
-        return {current.digest: current}
 
 
 def remove_others(folder: Path, version: Manifest) -> None:

@@ -1,38 +1,44 @@
-"""Files of data set versions in DVC: named by MD5, in its cache on this machine and on its remote.
+"""Data set versions in DVC: recorded, restored and streamed, with the lineage of runs.
 
-``KeptFiles`` finds a file of any version in either.
+DVC names files by MD5, in its cache on this machine and on its remote. ``KeptFiles`` finds a file of any version in
+either.
 """
 
 import hashlib
 import logging
 import shutil
+import subprocess
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import repeat
 from pathlib import Path
-from typing import Protocol
+from threading import Lock
+from typing import Any
 
-from dvc.exceptions import NotDvcRepoError
+from botocore.exceptions import BotoCoreError
+from dvc.exceptions import DvcException, NotDvcRepoError
 from dvc.repo import Repo
+from filelock import FileLock
 from pydantic import TypeAdapter, ValidationError
 
 from diffusion.common.config import Config
-from diffusion.common.errors import UserError
+from diffusion.common.errors import DarkroomError, UserError
 from diffusion.common.files import sha256_file, write_atomically, write_bytes
-from diffusion.data.manifest import FileEntry, Manifest, parse_manifest, version_path
+from diffusion.data.manifest import FileEntry, Manifest, parse_manifest, read_manifest, version_path, work_folder
 from flows.datasets.catalog import Catalogue
-from flows.storage.s3 import Location, Stat, Store
-from flows.storage.s3_errors import Missing
+from flows.storage.s3 import ListedObject, Location, Missing, Store
 from flows.storage.tags import DvcDigest
 
+logger = logging.getLogger(__name__)
+
+INGEST_STAGE = "ingest"
 FOLDER = ".dir"
 """Suffix of the name of a folder's listing."""
 Listing = dict[str, str]
 """Folder in DVC: the MD5 of each file by its path in the folder."""
-UPLOADS = 4
-"""Files uploaded at the same time."""
-logger = logging.getLogger(__name__)
 
 
 class ListedFile(Config):
@@ -43,16 +49,6 @@ class ListedFile(Config):
 
 
 LISTING = TypeAdapter(list[ListedFile])
-
-
-class Depot(Protocol):
-    """Protocol of a store of DVC objects."""
-
-    def listings(self) -> Iterator[tuple[str, Listing]]:
-        """Yield the name and content of each folder listing."""
-
-    def delete(self, names: Iterable[str]) -> None:
-        """Delete objects, if they exist."""
 
 
 @dataclass(frozen=True)
@@ -85,14 +81,12 @@ class Cache:
             yield path.parent.name + path.name, _parsed(path.read_bytes(), str(path))
 
     @cached_property
-    def places(self) -> dict[str, list[str]]:
-        """MD5s of each file in all listings, by its path."""
-        found: dict[str, list[str]] = {}
+    def places(self) -> dict[str, dict[str, None]]:
+        """MD5s of each file in all listings, as an ordered set, by its path."""
+        found: dict[str, dict[str, None]] = {}
         for _, listing in self.listings():
             for path, md5 in listing.items():
-                names = found.setdefault(path, [])
-                if md5 not in names:
-                    names.append(md5)
+                found.setdefault(path, {})[md5] = None
         return found
 
     def delete(self, names: Iterable[str]) -> None:
@@ -121,7 +115,7 @@ class Remote:
         """Read the bytes of an object; raises Missing."""
         return self.store.get(self.place.bucket, self._key(name))
 
-    def stat(self, name: str) -> Stat | None:
+    def stat(self, name: str) -> ListedObject | None:
         """Size and time of an object; None if it does not exist."""
         return self.store.stat(self.place.bucket, self._key(name))
 
@@ -156,26 +150,20 @@ class Remote:
         if listing is None:
             raise UserError(f"{cache.path(name)} is missing: ingest the data set again")
         present = self.names()
-        with ThreadPoolExecutor(UPLOADS) as pool:
-            futures = [pool.submit(self._upload, each, cache) for each in sorted(set(listing.values()) - present)]
-            try:
-                for future in futures:
-                    future.result()
-            finally:
-                pool.shutdown(wait=False, cancel_futures=True)
+        with ThreadPoolExecutor(4) as pool:
+            # An error cancels the uploads that have not begun.
+            list(pool.map(self._upload, sorted(set(listing.values()) - present), repeat(cache)))
         if name not in present:
             self._upload(name, cache)
 
     def _upload(self, name: str, cache: Cache) -> None:
         path = cache.path(name)
-        try:
-            with path.open("rb") as file:
-                md5 = hashlib.file_digest(file, "md5").hexdigest()
-        except FileNotFoundError as error:
-            raise UserError(f"{path} is missing: ingest the data set again") from error
-        if md5 != name.removesuffix(FOLDER):
-            raise UserError(f"{path} is damaged: delete it, and ingest the data set again")
-        self.store.put_file_once(self.place.bucket, self._key(name), path)
+        if not path.is_file():
+            raise UserError(f"{path} is missing: ingest the data set again")
+        with path.open("rb") as file:
+            if hashlib.file_digest(file, "md5").hexdigest() != name.removesuffix(FOLDER):
+                raise UserError(f"{path} is damaged: delete it, and ingest the data set again")
+            self.store.put_once(self.place.bucket, self._key(name), file)
 
     def delete(self, names: Iterable[str]) -> None:
         """Delete objects, if they exist."""
@@ -204,26 +192,25 @@ class KeptFiles:
         self.remote = Remote.at(source) if source else None
         self.catalogue = Catalogue.of(name, source, self.remote.store) if source and self.remote else None
         self.recorded = recorded
-        self._pushed: dict[str, dict[str, Listing]] = {}
+        self._listings: dict[str, dict[str, Listing]] = {}
 
     def find(self, entry: FileEntry) -> Path | None:
         """Path of an intact copy of a file in the cache; None without one."""
         return self._cached(entry.name, entry.sha256)
 
     def write(self, version: str, name: str, sha256: str, target: Path) -> bool:
-        """Write the file ``name`` of the version with the digest ``version`` to ``target`` atomically.
-
-        Returns whether it was found; raises UserError if it is damaged on the remote.
-        """
+        """Write a file of ``version`` to ``target`` if it is found; raises UserError if it is damaged on the remote."""
         cached = self._cached(name, sha256)
-        if cached is None:
-            return any(self._download(md5, name, sha256, target) for md5 in self._places(version, name))
+        if cached is not None:
 
-        def copy(partial: Path) -> None:
-            shutil.copyfile(cached, partial)
+            def copy(partial: Path) -> None:
+                shutil.copyfile(cached, partial)
 
-        write_atomically(target, copy)
-        return True
+            write_atomically(target, copy)
+            return True
+        pushed = [listing[name] for listing in self.listings(version).values() if name in listing]
+        places = dict.fromkeys([*pushed, *(self.cache.places.get(name, ()) if self.cache else ())])
+        return any(self._download(md5, name, sha256, target) for md5 in places)
 
     def elsewhere(self, versions: Iterable[Manifest], scratch: Path) -> Callable[[FileEntry], Path | None]:
         """Return a function that finds files of ``versions``, fetching them into the folder ``scratch``."""
@@ -239,9 +226,19 @@ class KeptFiles:
 
     def listings(self, version: str) -> dict[str, Listing]:
         """Listings on the remote of the version with the digest ``version``, by DVC's digest."""
-        if version not in self._pushed:
-            self._pushed[version] = dict(self._ask(version))
-        return self._pushed[version]
+        if self.remote is None or self.catalogue is None or version in self._listings:
+            return self._listings.get(version, {})
+        try:
+            pointer = self.catalogue.pointer(version)
+        except UserError as error:
+            logger.warning("%s", error)
+            pointer = None
+        found = self._listings[version] = {}
+        for digest in filter(None, dict.fromkeys((pointer, self.recorded))):
+            # It may have been never pushed, or deleted: another listing may have the file.
+            with suppress(Missing):
+                found[digest] = self.remote.listing(digest)
+        return found
 
     def keep_listing(self, version: str) -> None:
         """Copy the remote's listings of the version with the digest ``version`` into DVC's cache."""
@@ -249,32 +246,11 @@ class KeptFiles:
             if self.cache is not None and self.remote is not None and not self.cache.path(digest).is_file():
                 write_bytes(self.cache.path(digest), self.remote.read(digest))
 
-    def _ask(self, version: str) -> Iterator[tuple[str, Listing]]:
-        if self.remote is None or self.catalogue is None:
-            return
-        try:
-            pointer = self.catalogue.pointer(version)
-        except UserError as error:
-            logger.warning("%s", error)
-            pointer = None
-        for digest in dict.fromkeys((pointer, self.recorded)):
-            if digest is not None:
-                try:
-                    yield digest, self.remote.listing(digest)
-                except Missing:
-                    # Never pushed, or deleted: another listing may have the file.
-                    continue
-
     def _cached(self, name: str, sha256: str) -> Path | None:
         if self.cache is None:
             return None
         paths = map(self.cache.path, self.cache.places.get(name, ()))
         return next((path for path in paths if is_whole(path, sha256)), None)
-
-    def _places(self, version: str, name: str) -> list[str]:
-        """Possible MD5s of the file on the remote."""
-        pushed = [listing[name] for listing in self.listings(version).values() if name in listing]
-        return list(dict.fromkeys([*pushed, *(self.cache.places.get(name, ()) if self.cache else ())]))
 
     def _download(self, md5: str, name: str, sha256: str, target: Path) -> bool:
         if self.remote is None:
@@ -316,3 +292,155 @@ def needed_files(folder: Path, version: Manifest) -> Iterator[tuple[str, str]]:
 def is_whole(path: Path, sha256: str) -> bool:
     """Whether the file at ``path`` exists and has this SHA-256."""
     return path.is_file() and sha256_file(path) == sha256
+
+
+class CodeVersion(Config):
+    """State of the git repository that the flows run in."""
+
+    commit: str | None
+    """Commit hash; None outside a repository or before its first commit."""
+    dirty: bool
+
+
+class DataVersion(Config):
+    """Version of a data set in DVC."""
+
+    digest: str
+    """DVC's digest of the data set's folder, ``….dir``."""
+    pointer: str
+    """File with the digest: dvc.lock, or the data set's .dvc file."""
+    pushed: bool
+
+
+def code_version() -> CodeVersion:
+    """Git commit of the working folder, and whether tracked files differ from it."""
+    head = _git("rev-parse", "HEAD")
+    changes = _git("status", "--porcelain", "--untracked-files=no")
+    return CodeVersion(commit=head or None, dirty=bool(changes))
+
+
+def _git(*arguments: str) -> str:
+    try:
+        finished = subprocess.run(["git", *arguments], capture_output=True, text=True, check=False)
+    except FileNotFoundError:  # no git on this machine, so no commit to name either
+        return ""
+    return finished.stdout.strip() if finished.returncode == 0 else ""
+
+
+def record_data(folder: Path, push_to: str | None) -> DataVersion:
+    """Record the data set in ``folder`` in DVC, and push it to the S3 address ``push_to`` if one is given.
+
+    The output of dvc.yaml's ingest stage is committed to dvc.lock, so that ``dvc repro`` sees it as done;
+    any other data set gets its own .dvc file. Outside a DVC repository one is created.
+    Raises DarkroomError with DVC's message if that fails.
+    """
+    try:
+        root = Repo.find_root()
+    except NotDvcRepoError:
+        root = str(Path.cwd())
+        Repo.init(root, no_scm=not (Path(root) / ".git").exists()).close()
+    try:
+        with Repo(root, _wait_for_lock=True) as repo:
+            if any(output.stage.addressing == INGEST_STAGE for output in _outputs(repo, folder)):
+                repo.commit(INGEST_STAGE, force=True)
+                output = repo.find_outs_by_path(str(folder))[0]
+            else:
+                output = repo.add(str(folder))[0].outs[0]
+            if push_to:
+                Remote.at(push_to).push(output.hash_info.value, Cache(Path(repo.cache.local.path)))
+            return _version_of(output, push_to is not None)
+    except (DvcException, BotoCoreError, OSError) as error:
+        raise DarkroomError(f"DVC could not record or push {folder}: {error}") from error
+
+
+def data_version(folder: Path) -> DataVersion | None:
+    """DVC's record of the current version of the data set in ``folder``; None if DVC has not recorded it."""
+    try:
+        with Repo() as repo:
+            recorded = next((_version_of(each) for each in _outputs(repo, folder) if each.hash_info), None)
+            cache = Cache(Path(repo.cache.local.path))
+    except NotDvcRepoError:
+        return None
+    path = folder / "manifest.json"
+    manifest = hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest() if path.is_file() else None
+    if recorded is not None:
+        listing = cache.listing(recorded.digest)
+        # An emptied cache does not contradict the record.
+        if listing is None or listing.get(path.name) == manifest:
+            return recorded
+    # A checkout of the tables alone leaves DVC's record of the folder as it was.
+    found = (name for name, listing in cache.listings() if manifest and listing.get(path.name) == manifest)
+    for name in found:
+        return DataVersion(digest=name, pointer=f"datasets/{folder.name}", pushed=False)
+    return None
+
+
+def restore_data(folder: Path, source: str) -> list[str]:
+    """Repair the current version of the data set in ``folder`` from DVC's cache or its remote ``source``.
+
+    Returns the names of restored files. Files that neither has are left for ingest to report. Locks out ingests. Raises
+    UserError if the manifest is damaged, or a file is damaged on the remote as well.
+    """
+    if not (folder / "manifest.json").is_file():
+        return []
+    with FileLock(work_folder(folder) / "lock"):
+        version, written = read_manifest(folder), (folder / "manifest.json").stat().st_mtime_ns
+        recorded = data_version(folder)
+        kept = KeptFiles(folder.name, source, recorded.digest if recorded else None)
+        return [
+            name
+            for name, sha256 in needed_files(folder, version)
+            # The manifest is written last, so intact files are older. A shard that decayed without a new modification
+            # time is found when it is read, as shards are verified then.
+            if not (path := folder / name).is_file() or path.stat().st_mtime_ns >= written
+            if not is_whole(path, sha256) and kept.write(version.digest, name, sha256, path)
+        ]
+
+
+def _outputs(repo: Repo, folder: Path) -> list[Any]:
+    return [output for output in repo.index.outs if Path(output.fs_path) == folder.resolve()]
+
+
+def _version_of(output: Any, pushed: bool = False) -> DataVersion:
+    stage = output.stage
+    pointer = "dvc.lock" if Path(stage.path).name == "dvc.yaml" else Path(stage.relpath).as_posix()
+    return DataVersion(digest=output.hash_info.value, pointer=pointer, pushed=pushed)
+
+
+class RemoteShards:
+    """``diffusion.data.shard_cache.ShardStore`` of the data set in ``folder``, pushed to ``source``."""
+
+    def __init__(self, folder: Path, source: str) -> None:
+        self.folder = folder
+        self.source = source
+        self.remote = Remote.at(source)
+        self._lock = Lock()
+
+    def fetch(self, entry: FileEntry, path: Path) -> None:
+        """Fetch a shard to ``path``, overwriting it; raises UserError if the remote does not have it."""
+        with self._lock:
+            listing = self._listing
+        try:
+            self.remote.fetch(listing[entry.name], path)
+        except (KeyError, Missing) as error:
+            raise UserError(
+                f"shard {entry.name} of data set {self.folder.name} is not on {self.source}: run `darkroom ingest` "
+                "where the data set is whole, which pushes it"
+            ) from error
+
+    @cached_property
+    def _listing(self) -> Listing:
+        name = self.folder.name
+        digest = read_manifest(self.folder).digest
+        recorded = Catalogue.of(name, self.source, self.remote.store).pointer(digest)
+        if recorded is None and (version := data_version(self.folder)) is not None:
+            recorded = version.digest
+        if recorded is None:
+            raise UserError(f"version {digest[:12]} of data set {name} was never pushed: run `darkroom ingest` first")
+        try:
+            return self.remote.listing(recorded)
+        except Missing as error:
+            raise UserError(
+                f"version {digest[:12]} of data set {name} is not on {self.source} (any more): run `darkroom ingest`, "
+                "or check out another one with `darkroom data checkout`"
+            ) from error

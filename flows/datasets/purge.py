@@ -3,6 +3,7 @@
 import hashlib
 import shutil
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,14 +14,13 @@ from pydantic import ValidationError
 
 from diffusion.checkpoints import read_model_header
 from diffusion.common.config import Config
-from diffusion.common.errors import UserError
 from diffusion.data.manifest import Manifest, manifest_bytes, work_folder
 from diffusion.evaluation.evaluator import CACHE
 from diffusion.evaluation.ranking import RANKING, Ranking
 from diffusion.evaluation.reports.comparison_report import PAGE as COMPARISON_PAGE
 from diffusion.evaluation.reports.ranking_report import PAGE
 from diffusion.evaluation.results import Evaluation
-from flows.datasets.dvc import Cache, Depot, Listing, Remote
+from flows.datasets.dvc import Cache, Listing, Remote
 from flows.storage.s3 import DELETED_AT_ONCE
 
 WORK_FILES = ("chunks", "scratch", "plan.sqlite", "index.sqlite", "index.sqlite-shm", "index.sqlite-wal", "captions")
@@ -31,33 +31,20 @@ class Purged(Config):
     """Deleted copies."""
 
     dvc_objects: list[str]
-    """Names of objects in DVC's cache or on its remote."""
     files: list[str]
-    """Files and folders on this machine."""
     artifacts: list[str]
-    """Artifacts of MLflow runs that showed images of the data set."""
 
 
 @dataclass(frozen=True)
 class UnreferencedObjects:
     """DVC objects that no version needs any more, in all stores."""
 
-    depots: list[Depot]
+    depots: list[Cache | Remote]
     files: list[str]
-    """MD5s of the files."""
     listings: list[str]
-    """Names of their folders' listings."""
-
-    @property
-    def names(self) -> list[str]:
-        """Names of all these objects."""
-        return sorted({*self.files, *self.listings})
 
     def delete(self, still: Callable[[], bool] = lambda: True) -> bool:
-        """Delete them while ``still``, called before each request, returns True; returns whether all are deleted.
-
-        Listings go last, so that a later call can finish an interrupted one.
-        """
+        """Delete them, listings last, while ``still`` holds before each request; returns whether all are deleted."""
         for names in (self.files, self.listings):
             for first in range(0, len(names), DELETED_AT_ONCE):
                 for depot in self.depots:
@@ -73,16 +60,16 @@ def unreferenced_objects(held: Iterable[Manifest], others: Iterable[Manifest], s
     ``others`` are the data set's versions that stay. Objects that any other folder in DVC needs, of any data set, stay
     as well.
     """
-    depots: list[Depot] = [Remote.at(source)]
     cache = Cache.here()
-    if cache is not None:
-        depots.append(cache)
+    depots: list[Cache | Remote] = [Remote.at(source), *([cache] if cache else [])]
     going = {hashlib.md5(manifest_bytes(each), usedforsecurity=False).hexdigest() for each in held}
     listings: dict[str, Listing] = {name: listing for depot in depots for name, listing in depot.listings()}
     doomed = {name: listing for name, listing in listings.items() if listing.get("manifest.json") in going}
     staying = {entry.name for each in others for entry in each.files}
     needed = {md5 for name, listing in listings.items() if name not in doomed for md5 in listing.values()}
-    needed |= _single_files()
+    with suppress(NotDvcRepoError), Repo() as repo:
+        # Files that the repository around the working folder tracks individually.
+        needed |= {output.hash_info.value for output in repo.index.outs if output.hash_info}
     files = {
         md5 for listing in doomed.values() for path, md5 in listing.items() if md5 not in needed and path not in staying
     }
@@ -93,7 +80,7 @@ def purge_dvc(held: Iterable[Manifest], others: Iterable[Manifest], source: str)
     """Delete the objects that ``unreferenced_objects`` finds; returns their names."""
     doomed = unreferenced_objects(held, others, source)
     doomed.delete()
-    return doomed.names
+    return sorted({*doomed.files, *doomed.listings})
 
 
 def purge_files(folder: Path, held: Iterable[Manifest], others: Iterable[Manifest], reports: Path) -> list[str]:
@@ -109,22 +96,20 @@ def purge_files(folder: Path, held: Iterable[Manifest], others: Iterable[Manifes
     found = [path for sha256 in sorted(going) for path in sorted((folder.parent / ".shards").glob(f"{sha256}.*"))]
     found += [reports / name for name in (CACHE, "explain")]
     found += [path for each in held for path in sorted((reports / "dataset").glob(f"{each.digest[:16]}.*"))]
-    evaluation = reports / "evaluation.json"
-    if evaluation.is_file():
-        try:
-            shown = {Evaluation.read(evaluation).conditions.content_digest}
-        except UserError:  # of another version of Darkroom, so its pages may show any images
-            shown = {each.content_digest for each in held}
-        if shown & {each.content_digest for each in held}:
-            found += [reports / name for name in ("report.html", COMPARISON_PAGE, "grids")]
-    compared = reports / RANKING
-    if compared.is_file():
-        try:
-            shown = {Ranking.model_validate_json(compared.read_bytes()).conditions.content_digest}
-        except ValidationError:  # the same
-            shown = {each.content_digest for each in held}
-        if shown & {each.content_digest for each in held}:
-            found.append(reports / PAGE)
+    contents = {each.content_digest for each in held}
+    for name, evaluated, pages in (
+        ("evaluation.json", Evaluation, ("report.html", COMPARISON_PAGE, "grids")),
+        (RANKING, Ranking, (PAGE,)),
+    ):
+        if (reports / name).is_file():
+            # Pages of another version of Darkroom may show any images.
+            with suppress(ValidationError):
+                if (
+                    evaluated.model_validate_json((reports / name).read_bytes()).conditions.content_digest
+                    not in contents
+                ):
+                    continue
+            found += [reports / page for page in pages]
     with FileLock(work_folder(folder) / "lock"):
         found += [work_folder(folder) / name for name in WORK_FILES]
         found = [path for path in found if path.exists()]
@@ -137,10 +122,7 @@ def purge_files(folder: Path, held: Iterable[Manifest], others: Iterable[Manifes
 
 
 def purge_samples(run: Path, held: Iterable[Manifest]) -> list[str]:
-    """Delete the sample grids in the folder ``run`` of a training if they show real images of the versions ``held``.
-
-    They do for super-resolution models and autoencoders.
-    """
+    """Delete the run's sample grids if they show real images of ``held``, as those of autoencoders do."""
     final, samples = run / "final.safetensors", run / "samples"
     if not (final.is_file() and samples.is_dir()):
         return []
@@ -150,12 +132,3 @@ def purge_samples(run: Path, held: Iterable[Manifest]) -> list[str]:
         return []
     shutil.rmtree(samples)
     return [str(samples)]
-
-
-def _single_files() -> set[str]:
-    """MD5s of files that the repository around the working folder tracks individually."""
-    try:
-        with Repo() as repo:
-            return {output.hash_info.value for output in repo.index.outs if output.hash_info}
-    except NotDvcRepoError:
-        return set()

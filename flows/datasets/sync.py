@@ -15,7 +15,7 @@ from filelock import FileLock
 from prefect.events import Event
 from prefect.events.clients import get_events_client
 
-from diffusion.common.errors import Held, UserError
+from diffusion.common.errors import Held
 from diffusion.common.progress import Progress, silent
 from diffusion.data.ingest.config import IngestConfig
 from diffusion.data.ingest.merge import unite
@@ -23,11 +23,10 @@ from diffusion.data.manifest import Manifest, parse_manifest, read_manifest, ver
 from diffusion.data.versions.takedown import remove_known
 from diffusion.data.versions.versions import remember
 from flows.config import Params
-from flows.datasets import catalog, lineage
+from flows.datasets import catalog, dvc
 from flows.datasets.catalog import Catalogue, Heads
 from flows.datasets.checkout import CheckedOut, DatasetLocation, checkout, choice, forget_choice, remove_others
-from flows.datasets.dvc import is_whole
-from flows.datasets.lineage import DataVersion
+from flows.datasets.dvc import DataVersion, is_whole
 from flows.deployment.tasks import retryable_task
 from flows.environment import data_source
 
@@ -37,10 +36,7 @@ logger = logging.getLogger(__name__)
 
 @retryable_task
 def sync(params: Params, version: str | None = None) -> CheckedOut | None:
-    """Check out ``version``, or the newest one if the local one is older or missing; returns None if nothing was done.
-
-    Raises UserError as ``checkout`` does.
-    """
+    """Check out ``version``, or the newest one if the local one is older or missing; None if nothing was done."""
     source = data_source()
     catalogue = Catalogue.of(params.training.dataset, source)
     target = version or newer(params, catalogue)
@@ -62,11 +58,7 @@ def newer(params: Params, catalogue: Catalogue) -> str | None:
 
 @retryable_task
 def announce(params: Params, silently: bool) -> None:
-    """Emit the event of the local version, once it is in the catalogue; ``silently`` only marks it as announced.
-
-    A version is announced once. Killed between the event and the mark, the step emits the same event again, with the
-    same ID.
-    """
+    """Emit the event of the local version, once, with an ID of its own; ``silently`` only marks it as announced."""
     catalogue = Catalogue.of(params.training.dataset, data_source())
     version = read_manifest(params.dataset_folder)
     if catalogue.announced(version.digest):
@@ -85,13 +77,7 @@ def created(version: Manifest, catalogue: Catalogue) -> Event:
             "prefect.resource.id": f"darkroom.dataset.{version.name}",
             "prefect.resource.name": version.name,
         },
-        payload={
-            "digest": version.digest,
-            "content_digest": version.content_digest,
-            "parent": version.parent,
-            "change": version.change,
-            "kept": version.kept,
-        },
+        payload={name: getattr(version, name) for name in ("digest", "content_digest", "parent", "change", "kept")},
     )
 
 
@@ -117,7 +103,7 @@ def bring_up_to_date(
     with FileLock(work_folder(folder) / "lock"):
         recorded = Catalogue.of(folder.name, source)
         recorded.fetch_removals(folder)
-        head = Heads(recorded).adopt()
+        head = Heads(recorded).newest()
         if head is not None and not _goes_on_from(folder, head):
             _move(folder, source, recorded, head, config, anew)
         if (folder / "manifest.json").is_file():
@@ -136,7 +122,7 @@ def publish(folder: Path, source: str) -> DataVersion | None:
     with lock, catalog.pushing(folder.name, source, recorded.store):
         if recorded.held_removals(folder):
             return None
-        version = lineage.record_data(folder, source)
+        version = dvc.record_data(folder, source)
         recorded.publish(read_manifest(folder), version.digest)
         # A takedown writes its record first and then lists the versions in the catalogue. So either we see the record
         # of a concurrent takedown, or it sees this version.
@@ -149,7 +135,11 @@ def publish(folder: Path, source: str) -> DataVersion | None:
             logger.info("version %s of data set %s was published meanwhile", faster[:12], folder.name)
             return None
         if chosen is not None:
-            _tell_of_choice(folder.name, current, chosen.version)
+            logger.warning(
+                f"version {current.digest[:12]} is the newest of data set {folder.name} now and goes on from "
+                f"{chosen.version[:12]}, which was checked out: what later versions added is not in it; "
+                f"`darkroom data log --dataset {folder.name}` names them, and `darkroom data checkout` brings one back"
+            )
         forget_choice(folder)
         return version
 
@@ -168,7 +158,7 @@ def _move(folder: Path, source: str, recorded: Catalogue, head: str, config: Ing
     """Make the local version descend from ``head``."""
     theirs = recorded.version(head)
     assert theirs is not None, "a head is in the catalogue"
-    place = DatasetLocation.of(folder, lambda: source)
+    place = DatasetLocation(folder, lambda: source)
     place.known = place.known | {head: theirs}
     place.catalogue()
     if not (folder / "manifest.json").is_file() or anew:
@@ -195,18 +185,13 @@ def _move(folder: Path, source: str, recorded: Catalogue, head: str, config: Ing
     found = unite(folder, config, theirs, base)
     remove_others(folder, found.version)
     logger.info(
-        "%s goes on from version %s, which another machine published, and adds %s images of version %s to it",
-        folder,
-        head[:12],
-        f"{found.added:,}",
-        ours.digest[:12],
+        f"{folder} goes on from version {head[:12]}, which another machine published, and adds {found.added:,} images "
+        f"of version {ours.digest[:12]} to it"
     )
     if found.lost:
         logger.warning(
-            "%s further names of images are left out, as version %s gave up the images that they are copies of: "
-            "ingest them again with --rebuild to have them all the same",
-            f"{found.lost:,}",
-            head[:12],
+            f"{found.lost:,} further names of images are left out, as version {head[:12]} gave up the images that they "
+            "are copies of: ingest them again with --rebuild to have them all the same"
         )
 
 
@@ -216,22 +201,7 @@ def _common(folder: Path, place: DatasetLocation, theirs: Manifest) -> Manifest 
     child = theirs
     while (parent := child.parent) is not None and parent not in line:
         path = version_path(folder, parent)
-        name = path.relative_to(folder).as_posix()
-        if not is_whole(path, parent) and not place.write(theirs, name, parent):
-            raise UserError(
-                f"{name} of version {theirs.digest[:12]} is neither in {folder}, nor in DVC's cache, nor on its remote "
-                "(any more): check out another one, or ingest again from a source that has all of it"
-            )
+        if not is_whole(path, parent):
+            place.write(theirs, path.relative_to(folder).as_posix(), parent)
         child = parse_manifest(path.read_bytes(), str(path))
     return None if parent is None else line[parent]
-
-
-def _tell_of_choice(name: str, current: Manifest, chosen: str) -> None:
-    logger.warning(
-        "version %s is the newest of data set %s now and goes on from %s, which was checked out: what later versions "
-        "added is not in it; `darkroom data log --dataset %s` names them, and `darkroom data checkout` brings one back",
-        current.digest[:12],
-        name,
-        chosen[:12],
-        name,
-    )

@@ -21,8 +21,7 @@ from diffusion.common.progress import Progress, silent
 from flows.environment import settings
 from flows.local_stack.discovery import servers_in_environment
 from flows.local_stack.stack_files import LocalStack
-from flows.storage.s3 import ListedObject, Store, client
-from flows.storage.s3_errors import Missing, in_words
+from flows.storage.s3 import ListedObject, Missing, Store, client
 
 DATABASES = ("mlflow/mlflow.db", "mlflow/auth.db", "prefect/prefect.db")
 PROGRAMS = ("mlflow", "prefect")
@@ -221,7 +220,7 @@ def _save(store: Store, bucket: str, listed: ListedObject, backups: Backups) -> 
     """Copy an object; None if it was deleted meanwhile."""
     try:
         sha256 = backups.keep(partial(store.fetch, bucket, listed.key))
-        with in_words(store.client.meta.endpoint_url, bucket, listed.key):
+        with store.in_words(bucket, listed.key):
             head = store.client.head_object(Bucket=bucket, Key=listed.key)
     except Missing:
         return None

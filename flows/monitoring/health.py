@@ -55,8 +55,7 @@ def _s3() -> list[str]:
     """Optional features that the S3 server lacks; raises UserError without an answer or conditional writes."""
     # boto3 takes half a second to import, which the other checks save.
     from flows.storage.multipart import honours_conditional_completion
-    from flows.storage.s3 import PROBE, Store, client
-    from flows.storage.s3_errors import Denied
+    from flows.storage.s3 import PROBE, Denied, Store, client
 
     server, bucket = server_url("AWS_ENDPOINT_URL_S3"), settings().bucket
     store = Store(client(attempts=1, read_timeout=3))

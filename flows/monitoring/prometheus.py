@@ -19,8 +19,7 @@ from prometheus_client.registry import Collector
 from diffusion.common.errors import DarkroomError, UserError
 from flows.environment import Server, settings
 from flows.local_stack.http_api import NotServing, query_mlflow, query_prefect
-from flows.registry.ledger import Known, Ledger, Newest
-from flows.registry.ledger_entries import History
+from flows.registry.ledger import History, Known, Ledger, Newest
 from flows.storage.s3 import ListedObject, Location, Store, client
 
 GAUGES: Mapping[str, tuple[str, tuple[str, ...]]] = {

@@ -7,7 +7,7 @@ MLflow was restored from a backup; the next process brings it up to date.
 
 import logging
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import ParamSpec, TypeVar
 
@@ -18,9 +18,7 @@ from mlflow.exceptions import MlflowException
 
 from diffusion.common.errors import UserError
 from diffusion.common.files import sha256_bytes
-from flows.registry.ledger import NEWEST, Known, Ledger, Newest
-from flows.registry.ledger_entries import History, LedgerEntry, Standing
-from flows.storage.tags import parse_tags
+from flows.registry.ledger import NEWEST, History, Known, Ledger, LedgerEntry, Newest
 
 logger = logging.getLogger(__name__)
 
@@ -28,15 +26,13 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 COPY = "darkroom.ledger."
-"""Prefix of version tags, followed by an entry's number: the entry in readable form, with its SHA-256."""
-DATA = ".json"
-"""Suffix of the tag with the bytes of the entry, on the version that the entry is about."""
-COPY_NAME = re.compile(re.escape(COPY) + r"([0-9]{8})")
-DATA_NAME = re.compile(COPY_NAME.pattern + re.escape(DATA))
+"""Prefix of version tags, followed by an entry's number: the entry in readable form, with its SHA-256; with the suffix
+.json the bytes of the entry, on the version that the entry is about."""
+COPY_NAME = re.compile(r"darkroom\.ledger\.([0-9]{8})(\.json)?")
 COPY_END = re.compile(r"\(sha256 ([0-9a-f]{64})\)\Z")
-CHAMPION, CHALLENGER, PREVIOUS = "champion", "challenger", "previous"
-ALIASES = (CHAMPION, PREVIOUS, CHALLENGER)
-"""Aliases in the order in which they are written."""
+CHAMPION = "champion"
+ALIASES = (CHAMPION, "previous", "challenger")
+"""Aliases, the fields of ``Standing``, in the order in which they are written."""
 
 
 def none_if_missing(request: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R | None:
@@ -54,9 +50,9 @@ def registered_model(client: MlflowClient, model: str) -> RegisteredModel | None
     return none_if_missing(client.get_registered_model, model)
 
 
-def known_newest(model: str, tags: Mapping[str, str]) -> Known:
-    """Newest recorded entry, from the ``tags`` of a model; raises UserError as ``Newest.of`` does."""
-    newest = Newest.of(model, tags)
+def known_newest(registered: RegisteredModel | None) -> Known:
+    """Newest recorded entry of a model; raises UserError as ``Newest.of`` does."""
+    newest = Newest.of(registered.name, registered.tags) if registered else None
     return {newest.number: newest.sha256} if newest else {}
 
 
@@ -76,8 +72,13 @@ class Record:
             return cls({}, {})
         found = mlflow.search_model_versions(filter_string=f"name='{model}'")
         versions = {int(each.version): each for each in found}
-        known = dict(known_newest(model, registered.tags))
-        for number, digest in _copied(versions.values()):
+        known = dict(known_newest(registered))
+        for tag, text in (item for version in versions.values() for item in version.tags.items()):
+            name = COPY_NAME.fullmatch(tag)
+            readable = COPY_END.search(text) if name and not name[2] else None
+            if not name or not (name[2] or readable):
+                continue
+            number, digest = int(name[1]), readable[1] if readable else sha256_bytes(text.encode())
             if known.setdefault(number, digest) != digest:
                 raise UserError(
                     f"MLflow has two records of entry {number} of the ledger of {model} (sha256 {known[number][:12]}… "
@@ -94,8 +95,8 @@ def verified(client: MlflowClient, ledger: Ledger) -> History:
 def append(client: MlflowClient, ledger: Ledger, decide: Callable[[History], LedgerEntry | None]) -> History:
     """Append to the ledger, with MLflow's record checked before the entry is written and updated after it."""
     history = ledger.append(decide, lambda: Record.of(client, ledger.model).known)
-    for each in history.foreign:
-        logger.warning("foreign object in %s, which decides nothing: %s", ledger.place, each)
+    for name, reason in history.foreign.items():
+        logger.warning("foreign object in %s, which decides nothing: %a %s", ledger.place, name, reason)
     remember(client, ledger, history)
     return history
 
@@ -105,24 +106,10 @@ def remember(client: MlflowClient, ledger: Ledger, history: History) -> None:
     registered = registered_model(client, history.model)
     if registered is None or history.head is None:
         return
-    there, ours = (
-        Newest.of(history.model, registered.tags),
-        Newest(history.head.number, history.head.digest, str(ledger.place)),
-    )
+    there = Newest.of(history.model, registered.tags)
+    ours = Newest(history.head.number, history.head.digest, str(ledger.place))
     if there is None or (there.number <= ours.number and there != ours):
         client.set_registered_model_tag(history.model, NEWEST, str(ours))
-
-
-def copies(history: History) -> dict[int, dict[str, str]]:
-    """Ledger tags of each version, by version number."""
-    found: dict[int, dict[str, str]] = {}
-    for entry in history.entries:
-        tag = f"{COPY}{entry.number:08d}"
-        for number in {entry.version, entry.to_version, entry.from_version} if entry.moves else {entry.version}:
-            if number is not None:
-                found.setdefault(number, {})[tag] = f"{entry} (sha256 {entry.digest})"
-        found[entry.version][tag + DATA] = entry.data.decode()
-    return found
 
 
 def restore(client: MlflowClient, ledger: Ledger) -> list[int]:
@@ -132,18 +119,8 @@ def restore(client: MlflowClient, ledger: Ledger) -> list[int]:
     """
     record = Record.of(client, ledger.model)
     tags = [tag for version in record.versions.values() for tag in version.tags.items()]
-    data = {int(name[1]): text.encode() for tag, text in tags if (name := DATA_NAME.fullmatch(tag))}
+    data = {int(name[1]): text.encode() for tag, text in tags if (name := COPY_NAME.fullmatch(tag)) and name[2]}
     return ledger.restore(data, record.known)
-
-
-def _copied(versions: Iterable[ModelVersion]) -> Iterator[tuple[int, str]]:
-    """Yield number and SHA-256 of each copy of an entry."""
-    for version in versions:
-        for tag, text in version.tags.items():
-            if name := DATA_NAME.fullmatch(tag):
-                yield int(name[1]), sha256_bytes(text.encode())
-            elif (name := COPY_NAME.fullmatch(tag)) and (end := COPY_END.search(text)):
-                yield int(name[1]), end[1]
 
 
 def project(client: MlflowClient, ledger: Ledger) -> History:
@@ -158,7 +135,13 @@ def project(client: MlflowClient, ledger: Ledger) -> History:
         if history.head is None:
             return history
         _copy(client, history, record.versions)
-        _point(client, history, record.versions)
+        there, right = aliases_of(client, history.model), _expected(history.head)
+        for alias in ALIASES:
+            number = right.get(alias)
+            if number is None and alias in there:
+                client.delete_registered_model_alias(history.model, alias)
+            elif number is not None and number in record.versions and number != there.get(alias):
+                client.set_registered_model_alias(history.model, alias, str(number))
         remember(client, ledger, history)
         # Another process may have added an entry and written its aliases before we wrote ours.
         newest = ledger.head({history.head.number: history.head.digest})
@@ -173,45 +156,28 @@ def resolve_alias(client: MlflowClient, model: str, alias: str) -> int | None:
     MLflow's aliases count. Raises UserError if the ledger has lost an entry that MLflow has on record.
     """
     registered = registered_model(client, model)
-    on_record = known_newest(model, registered.tags) if registered else {}
-    there = _ours(registered.aliases) if registered else {}
+    on_record, there = known_newest(registered), _ours(registered)
     ledger = Ledger.of(model)
     head = ledger.head(on_record)
-    if head is not None and (there != expected_aliases(head.standing) or head.number not in on_record):
+    if head is not None and (there != _expected(head) or head.number not in on_record):
         head = project(client, ledger).head
-    return expected_aliases(head.standing).get(alias) if head is not None else there.get(alias)
-
-
-def expected_aliases(standing: Standing) -> dict[str, int]:
-    """Version numbers by alias that follow from ``standing``."""
-    found = {CHAMPION: standing.champion, PREVIOUS: standing.previous, CHALLENGER: standing.challenger}
-    return {alias: number for alias, number in found.items() if number is not None}
+    return (_expected(head) if head is not None else there).get(alias)
 
 
 def aliases_of(client: MlflowClient, model: str) -> dict[str, int]:
     """MLflow's values of ALIASES for ``model``; empty if it has no such model."""
-    registered = registered_model(client, model)
-    return _ours(registered.aliases) if registered else {}
-
-
-def adopted(client: MlflowClient, ledger: Ledger) -> History:
-    """Read the ledger, which begins with MLflow's champion if that is older than the ledger."""
-    there = aliases_of(client, ledger.model)
-
-    def adopt(history: History) -> LedgerEntry | None:
-        if history.head is not None or CHAMPION not in there:
-            return None
-        number = there[CHAMPION]
-        tags = client.get_model_version(ledger.model, str(number)).tags
-        digest = parse_tags(tags, f"models:/{ledger.model}/{number}").weights_sha256 or ""
-        return history.then("adopt", number, digest, challenger=there.get(CHALLENGER))
-
-    return append(client, ledger, adopt)
+    return _ours(registered_model(client, model))
 
 
 def _copy(client: MlflowClient, history: History, versions: Mapping[int, ModelVersion]) -> None:
     """Tag the versions that each entry is about, or that it replaces, with a copy of the entry."""
-    right = copies(history)
+    right: dict[int, dict[str, str]] = {}
+    for entry in history.entries:
+        tag = f"{COPY}{entry.number:08d}"
+        for named in {entry.version, entry.to_version, entry.from_version} if entry.moves else {entry.version}:
+            if named is not None:
+                right.setdefault(named, {})[tag] = f"{entry} (sha256 {entry.digest})"
+        right[entry.version][f"{tag}.json"] = entry.data.decode()
     for number, version in versions.items():
         for tag, text in version.tags.items():
             if tag.startswith(COPY) and right.get(number, {}).get(tag) != text:
@@ -225,16 +191,10 @@ def _copy(client: MlflowClient, history: History, versions: Mapping[int, ModelVe
                 client.set_model_version_tag(history.model, str(number), tag, text)
 
 
-def _point(client: MlflowClient, history: History, versions: Mapping[int, ModelVersion]) -> None:
-    """Point the aliases at the versions that the ledger names, if they are still registered."""
-    there, right = aliases_of(client, history.model), expected_aliases(history.standing)
-    for alias in ALIASES:
-        number = right.get(alias)
-        if number is None and alias in there:
-            client.delete_registered_model_alias(history.model, alias)
-        elif number is not None and number in versions and number != there.get(alias):
-            client.set_registered_model_alias(history.model, alias, str(number))
+def _ours(registered: RegisteredModel | None) -> dict[str, int]:
+    found = registered.aliases if registered else {}
+    return {alias: int(number) for alias, number in found.items() if alias in ALIASES}
 
 
-def _ours(aliases: Mapping[str, str]) -> dict[str, int]:
-    return {alias: int(number) for alias, number in aliases.items() if alias in ALIASES}
+def _expected(head: LedgerEntry) -> dict[str, int]:
+    return head.standing.model_dump(exclude_none=True)

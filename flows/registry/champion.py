@@ -13,28 +13,22 @@ from flows.config import Params
 from flows.deployment.tasks import retryable_task
 from flows.environment import settings
 from flows.registry import model_versions
-from flows.registry.aliases import CHAMPION, Record, adopted, aliases_of, append, none_if_missing, project, verified
-from flows.registry.ledger import Ledger
-from flows.registry.ledger_entries import Evidence, History, LedgerEntry, What
-from flows.registry.model_versions import WEIGHTS, Version
-from flows.registry.takedown_marks import takedowns, with_takedowns
+from flows.registry.aliases import CHAMPION, Record, aliases_of, append, project, verified
+from flows.registry.ledger import Evidence, History, Ledger, LedgerEntry, What
+from flows.registry.model_versions import WEIGHTS, Version, registered_version
+from flows.registry.takedown_marks import TAKEDOWN, takedowns, with_takedowns
 
 
 @retryable_task
 def require_champion(params: Params) -> None:
-    """Fetch the champion's weights; raises UserError with possible fixes if it cannot be used for comparison.
-
-    Raises UserError also if the ledger is broken. A model without a champion is fine.
-    """
+    """Fetch the champion's weights if there is one; raises UserError with ways out if it or the ledger is unusable."""
     client = MlflowClient()
     history = verified(client, Ledger.of(params.model_name))
     if (words := champion_problem(client, history)) is not None:
         raise UserError(words)
     if (champion := history.standing.champion) is not None:
         try:
-            model_versions.fetch_weights(
-                model_versions.version_of(client, history.model, champion), settings().folder / "models"
-            )
+            model_versions.cached_weights(model_versions.version_of(client, history.model, champion))
         except UserError as error:
             raise UserError(f"{error}, or {_ways_out(client, history)}") from error
 
@@ -51,12 +45,12 @@ def champion_problem(client: MlflowClient, history: History) -> str | None:
 
 
 def _problem(client: MlflowClient, history: History, number: int) -> str | None:
-    """Reason why version ``number`` cannot be used for comparison; None if it can."""
+    """Reason why version ``number`` can neither be compared nor become champion; None if it can."""
     version = registered_version(client, history.model, number)
     if version is None:
         return "is not in MLflow's registry any more"
     entry = history.about(number)
-    if entry is None or entry.weights_sha256 != version.weights_sha256:
+    if entry is not None and entry.weights_sha256 != version.weights_sha256:
         return "MLflow's registry has other weights under that number"
     size = model_versions.weights_size(version)
     if size is None or not version.weights_sha256:
@@ -68,35 +62,19 @@ def _problem(client: MlflowClient, history: History, number: int) -> str | None:
 
 
 def _ways_out(client: MlflowClient, history: History) -> str:
-    previous, challenger = history.standing.previous, history.standing.challenger
-    others = sorted(Record.of(client, history.model).versions, key=lambda number: (number == challenger, number))
+    standing, versions = history.standing, Record.of(client, history.model).versions
     usable = [
         number
-        for number in reversed(others)
-        if number != history.standing.champion and _can_be_champion(client, history, number)
+        for number in sorted(versions, key=lambda number: (number == standing.challenger, number), reverse=True)
+        if number != standing.champion and TAKEDOWN not in versions[number].tags
+        if _problem(client, history, number) is None
     ]
-    ways = []
-    if previous in usable:
-        ways.append(f"`darkroom model rollback` makes version {previous} champion")
+    ways = ["--set registry.model=NAME begins a model of another name"]
     if usable:
-        ways.append(f"`darkroom promote --to {usable[0]}` makes version {usable[0]} champion")
-    ways.append("--set registry.model=NAME begins a model of another name")
+        ways.insert(0, f"`darkroom promote --to {usable[0]}` makes version {usable[0]} champion")
+    if standing.previous in usable:
+        ways.insert(0, f"`darkroom model rollback` makes version {standing.previous} champion")
     return ", ".join(ways[:-1]) + (", or " if ways[:-1] else "") + ways[-1]
-
-
-def _can_be_champion(client: MlflowClient, history: History, number: int) -> bool:
-    """Whether this version can be promoted by manual override without further options."""
-    version = registered_version(client, history.model, number)
-    if version is None or takedowns(version) or not version.weights_sha256:
-        return False
-    entry = history.about(number)
-    same = entry is None or entry.weights_sha256 == version.weights_sha256
-    return same and model_versions.weights_size(version) is not None
-
-
-def registered_version(client: MlflowClient, model: str, number: int) -> Version | None:
-    """Version ``number`` of ``model``; None if it is not registered."""
-    return none_if_missing(model_versions.version_of, client, model, number)
 
 
 class ChampionChange(Config):
@@ -113,19 +91,12 @@ def promote(
 ) -> ChampionChange:
     """Make version ``number`` of ``model`` champion regardless of the gate's verdict, which the entry records.
 
-    Args:
-        model: Name of the registered model.
-        number: Version number.
-        reason: Reason for the ledger.
-        taken_down: Whether a version trained on images that were taken down since may be champion.
-        evidence: Verdict of another registry's gate, for a version that this one's gate has not evaluated.
-
-    Raises:
-        UserError: If it has no weights, or was trained on images taken down since without ``taken_down``.
-        Held: If another process changed the champion meanwhile.
+    ``evidence`` is the verdict of another registry's gate, for a version that this one's gate has not evaluated. Raises
+    UserError if the version has no weights, or learned from images taken down since without ``taken_down``, and Held
+    if another process changed the champion meanwhile.
     """
     client, ledger = MlflowClient(), Ledger.of(model)
-    history = adopted(client, ledger)
+    history = verified(client, ledger)
     version = _usable(client, history, number, taken_down)
     if history.standing.champion == number:
         return _done(client, ledger, version, already=True)
@@ -139,13 +110,12 @@ def roll_back(model: str, reason: str | None = None) -> ChampionChange:
     usable previous champion, and Held if another process changed the champion meanwhile.
     """
     client, ledger = MlflowClient(), Ledger.of(model)
-    history = adopted(client, ledger)
-    now, before = history.standing.champion, history.standing.previous
-    head = history.head
+    history = verified(client, ledger)
+    head, now, before = history.head, history.standing.champion, history.standing.previous
     killed = head is not None and head.what == "rollback" and aliases_of(client, model).get(CHAMPION) != now
     # A deleted version can have no alias in MLflow, so its rollback cannot be finished.
-    if head is not None and killed and registered_version(client, model, head.version):
-        return _done(client, ledger, _registered(client, model, head.version), already=True)
+    if head is not None and killed and (version := registered_version(client, model, head.version)):
+        return _done(client, ledger, version, already=True)
     if before is None:
         known = f"champion {now} is the first" if now else "there is no champion"
         raise UserError(f"{known} of {model}: name the version to promote with `darkroom promote --to NUMBER`")
@@ -183,7 +153,11 @@ def _done(client: MlflowClient, ledger: Ledger, version: Version, already: bool)
 
 def _usable(client: MlflowClient, history: History, number: int, taken_down: bool) -> Version:
     """Look up version ``number``; raises UserError unless it can be champion."""
-    version = _registered(client, history.model, number)
+    version = registered_version(client, history.model, number)
+    if version is None:
+        raise UserError(
+            f"models:/{history.model}/{number} is not in the registry: `darkroom promote --to NUMBER` takes one that is"
+        )
     history.require_same(number, version.weights_sha256)
     # Without weights it could neither generate images nor be compared with the next candidate.
     if not version.weights_sha256 or model_versions.weights_size(version) is None:
@@ -196,13 +170,4 @@ def _usable(client: MlflowClient, history: History, number: int, taken_down: boo
         )
     if taken_down and not words:
         raise UserError(f"nothing was taken down of what {version.uri} learned from: leave --taken-down out")
-    return version
-
-
-def _registered(client: MlflowClient, model: str, number: int) -> Version:
-    version = registered_version(client, model, number)
-    if version is None:
-        raise UserError(
-            f"models:/{model}/{number} is not in the registry: `darkroom promote --to NUMBER` takes one that is"
-        )
     return version

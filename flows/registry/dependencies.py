@@ -2,7 +2,7 @@
 
 import logging
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from mlflow.client import MlflowClient
 from pydantic import ValidationError
@@ -16,11 +16,9 @@ from flows.config import Params, registered, registered_start
 from flows.environment import settings
 from flows.registry import model_versions
 from flows.registry.aliases import CHAMPION, resolve_alias
-from flows.registry.champion import registered_version
-from flows.registry.model_versions import Version
+from flows.registry.model_versions import Version, registered_version
 from flows.registry.takedown_marks import TAKEDOWN, joined_names, names_of, takedowns, warn_of_takedown, with_takedowns
-from flows.storage.s3 import Location, Store
-from flows.storage.s3_errors import Missing
+from flows.storage.s3 import Location, Missing, Store
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +37,9 @@ def resolve_start(params: Params, uri: str) -> Version | None:
     registry has no such version.
     """
     store, place = Store(), Location(settings().bucket) / "starts" / params.model_name
-    key = place.key(f"{_training_key(params)}.json")
+    # The requested training, with the models it depends on by name.
+    digest = data_digest(read_manifest(params.dataset_folder), params.training)
+    key = place.key(f"{train_key(digest, params.model, params.training)}.json")
     try:
         noted = store.get(place.bucket, key)
     except Missing:
@@ -85,25 +85,17 @@ def current_start(params: Params, uri: str) -> Version | None:
     return champion
 
 
-def _training_key(params: Params) -> str:
-    """Digest of the requested training, with the models it depends on by name."""
-    digest = data_digest(read_manifest(params.dataset_folder), params.training)
-    return train_key(digest, params.model, params.training)
-
-
 @dataclass(frozen=True)
 class ResolvedParams:
     """Training configuration whose registered models are replaced by local files."""
 
     requested: Params
-    """Configuration as it was given."""
     params: Params
-    """Configuration with files in place of registered models."""
-    autoencoder: str | None = None
+    autoencoder: str | None
     """Exact version of the autoencoder, models:/NAME/NUMBER; None if it is not a registered one."""
-    start: str | None = None
+    start: str | None
     """Exact version of the initial weights; None if they are not of a registered one."""
-    takedown: str | None = None
+    takedown: str | None
     """Names of later takedowns of images that either was trained on, separated by commas."""
 
 
@@ -113,18 +105,20 @@ def resolve_params(params: Params, dry_run: bool = False) -> ResolvedParams:
     The initial version is resolved once per training (``resolve_start``); a ``dry_run`` records nothing. Raises
     UserError if the registry has no such version.
     """
-    ready = ResolvedParams(params, params)
+    autoencoder, start, ready = None, None, params
     if (uri := registered(params)) is not None:
-        version = with_takedowns(model_versions.resolve(MlflowClient(), uri))
-        model = params.model.model_copy(update={"autoencoder": _file(version)})
-        ready = _with(ready, version, autoencoder=version.uri, params=params.model_copy(update={"model": model}))
+        autoencoder = with_takedowns(model_versions.resolve(MlflowClient(), uri))
+        model = params.model.model_copy(update={"autoencoder": _file(autoencoder)})
+        ready = ready.model_copy(update={"model": model})
     if (uri := registered_start(params)) is not None:
         start = current_start(params, uri) if dry_run else resolve_start(params, uri)
         start = start and with_takedowns(start)
         training = params.training.model_copy(update={"init_from": start and _file(start)})
-        params = ready.params.model_copy(update={"training": training})
-        ready = _with(ready, start, start=start and start.uri, params=params)
-    return ready
+        ready = ready.model_copy(update={"training": training})
+    names = [name for each in (autoencoder, start) if each for name in names_of(each.tags.get(TAKEDOWN))]
+    takedown = joined_names(None, *names) or None
+    uris = [each.uri if each else None for each in (autoencoder, start)]
+    return ResolvedParams(params, ready, uris[0], uris[1], takedown)
 
 
 def require_promotable(params: Params) -> None:
@@ -140,10 +134,4 @@ def require_promotable(params: Params) -> None:
 
 def _file(version: Version) -> str:
     warn_of_takedown(version)
-    return str(model_versions.fetch_weights(version, settings().folder / "models"))
-
-
-def _with(ready: ResolvedParams, version: Version | None, **changes: object) -> ResolvedParams:
-    """``ready`` with ``changes`` and the takedowns of ``version``."""
-    names = names_of(version.tags.get(TAKEDOWN)) if version else []
-    return replace(ready, takedown=joined_names(ready.takedown, *names) or None, **changes)  # type: ignore[arg-type]
+    return str(model_versions.cached_weights(version))

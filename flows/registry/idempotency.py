@@ -10,7 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ValidationError
 
 from diffusion.common.config import Config, PlainName
 from diffusion.common.errors import Held, UserError
@@ -20,8 +20,7 @@ from diffusion.generation.config import Conditions
 from flows.config import Params, registered
 from flows.environment import settings
 from flows.registry.ledger import Ledger
-from flows.storage.s3 import Location, Store
-from flows.storage.s3_errors import Missing
+from flows.storage.s3 import Missing, Store
 from flows.storage.tags import VersionNumber
 
 logger = logging.getLogger(__name__)
@@ -30,28 +29,22 @@ LARGEST_NOTE = 2**24
 """Maximum size of a note in bytes."""
 
 
-class NotedVersion(BaseModel):
+class NotedVersion(BaseModel, extra="allow"):
     """Registered version that resulted from a retraining."""
-
-    model_config = ConfigDict(extra="allow")
 
     model: PlainName
     number: VersionNumber
 
 
-class NotedVerdict(BaseModel):
+class NotedVerdict(BaseModel, extra="allow"):
     """Verdict of the gate on that version."""
-
-    model_config = ConfigDict(extra="allow")
 
     version: NotedVersion
     reason: str
 
 
-class Note(BaseModel):
+class Note(BaseModel, extra="allow"):
     """What a retraining left behind, as far as it is read here; the rest of ``RetrainResult`` is passed on."""
-
-    model_config = ConfigDict(extra="allow")
 
     verdict: NotedVerdict
 
@@ -87,23 +80,20 @@ class Request:
         return cls(params.model_name, digest_of(parts))
 
     @property
-    def place(self) -> Location:
-        """Place of the notes of the model."""
-        return Location(settings().bucket) / "retrained" / self.model
+    def _note(self) -> tuple[str, str]:
+        """Bucket and key of the note."""
+        return settings().bucket, f"retrained/{self.model}/{self.key}.json"
 
     def done(self) -> dict[str, Any] | None:
         """Result of an earlier retraining with the same key; None if there is none."""
         try:
-            noted = Store().get(self.place.bucket, self._name, LARGEST_NOTE)
-            return Note.model_validate_json(noted).model_dump(mode="json")
+            return Note.model_validate_json(Store().get(*self._note, LARGEST_NOTE)).model_dump(mode="json")
         except Missing:
             return None
         except (ValidationError, UserError):
             # Each step finds its earlier results by itself.
             logger.warning(
-                "s3://%s/%s is no note of a retraining, so that this one is done again: delete it",
-                self.place.bucket,
-                self._name,
+                "s3://%s/%s is no note of a retraining, so that this one is done again: delete it", *self._note
             )
             return None
 
@@ -111,13 +101,7 @@ class Request:
         """Write the note that the request is done."""
         # Another machine may have finished the same request with another result.
         with suppress(Held):
-            Store().put_once(
-                self.place.bucket, self._name, result.model_dump_json().encode(), content_type="application/json"
-            )
-
-    @property
-    def _name(self) -> str:
-        return self.place.key(f"{self.key}.json")
+            Store().put_once(*self._note, result.model_dump_json().encode(), content_type="application/json")
 
 
 def _champion(uri: str | None) -> int | None:

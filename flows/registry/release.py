@@ -1,46 +1,71 @@
 """Release: a version of the staging registry is registered here and becomes champion.
 
-It is fetched from the servers that ``DARKROOM_STAGING_*`` name, with everything that belongs to it: weights and code,
-tags, card, the gate's evidence, its run with metrics and evaluation, and its data set manifest. It is registered once,
-however often the command is given, and the ledger records who released it and why. Needs no Prefect. Killed at any
-moment and given again, it ends the same.
+It is fetched from the servers that ``DARKROOM_STAGING_*`` name, as a bundle of everything that belongs to it: weights
+and code, tags, card, the gate's evidence, its run with metrics and evaluation, and its data set manifest. It is
+registered once, however often the command is given, and the ledger records who released it and why. Needs no Prefect.
+Killed at any moment and given again, it ends the same.
+
+MLflow's client knows one set of keys per process, so ``python -m flows.registry.release URI FOLDER`` packs the bundle
+in the environment of the source registry.
 """
 
 import subprocess
 import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
+import mlflow
 from filelock import FileLock
 from mlflow.client import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModelStatus, Metric, Param, RunTag
 from mlflow.entities import Run as MlflowRun
 
+from diffusion.common.child_processes import end_with_parent
 from diffusion.common.config import Config
 from diffusion.common.errors import DarkroomError, Held, UserError
+from diffusion.common.escaping import escape_controls
+from diffusion.common.files import sha256_file, write_json
 from flows.environment import settings, staging
+from flows.local_stack.discovery import join_servers
 from flows.registry import champion, model_versions
-from flows.registry.aliases import COPY, adopted
-from flows.registry.bundle import MODEL, RUN, ModelBundle, unpack
-from flows.registry.ledger import Ledger
-from flows.registry.ledger_entries import LedgerEntry
-from flows.registry.model_versions import WEIGHTS, Version
-from flows.tracking.runs import RELEASED_FROM, one_run
+from flows.registry.aliases import COPY, verified
+from flows.registry.champion import ChampionChange
+from flows.registry.ledger import Evidence, Ledger
+from flows.registry.model_versions import WEIGHTS, Version, digest_code
+from flows.tracking.runs import MANIFEST_ARTIFACT, RELEASED_FROM, one_run
 
 RELEASED_RUN = "darkroom.released_run"
 """Tag of a copied run: the ID of the original run."""
 AT_ONCE = 100
 """Parameters, tags or metrics sent to MLflow in one request."""
+BUNDLE = "bundle.json"
+MODEL, RUN = "model", "run"
+"""Folders of the bundle with the artifacts of the version and of its run."""
+CARRIED = ("evaluation", "history", "params.json", MANIFEST_ARTIFACT)
+"""Artifacts of a run in the bundle: its configuration, evaluation and data set manifest."""
 
 
-class Released(Config):
-    """Released version, which is champion here now."""
+class ModelBundle(Config):
+    """Description of the bundle: the version's state in the source registry, and its training run."""
 
     version: Version
+    description: str
+    champion: bool
+    """Whether it was champion when it was packed."""
+    evidence: Evidence | None
+    run_name: str
+    run_tags: dict[str, str]
+    params: dict[str, str]
+    metrics: list[tuple[str, float, int, int]]
+    """Points as name, value, time in milliseconds and step."""
+    inputs: list[dict[str, Any]]
+
+
+class Released(ChampionChange):
+    """Released version, which is champion here now."""
+
     source: str
-    entry: LedgerEntry
-    already: bool
-    """Whether it was champion before, so that nothing was added to the ledger."""
 
 
 def release(uri: str, reason: str | None = None) -> Released:
@@ -54,11 +79,11 @@ def release(uri: str, reason: str | None = None) -> Released:
         folder = Path(scratch)
         source = fetch(uri, folder)
         bundle = unpack(folder)
-        where = f"{bundle.uri} in {source}"
+        where = f"{bundle.version.uri} in {source}"
         if not bundle.champion and reason is None:
             raise UserError(f"{where} is not champion there: say with --reason why it is to be champion here")
         version = register(bundle, folder, where)
-    withheld = adopted(MlflowClient(), Ledger.of(version.model)).withheld(version.number)
+    withheld = verified(MlflowClient(), Ledger.of(version.model)).withheld(version.number)
     if withheld is not None and reason is None:
         raise Held(
             f"a person decided against {version.uri}, which is {where}: {withheld}; say with --reason why it is to be "
@@ -66,13 +91,13 @@ def release(uri: str, reason: str | None = None) -> Released:
         )
     why = f"released from {where}" + (", champion there" if bundle.champion else "") + (f": {reason}" if reason else "")
     done = champion.promote(version.model, version.number, why, evidence=bundle.evidence)
-    return Released(version=done.version, source=source, entry=done.entry, already=done.already)
+    return Released(source=source, **dict(done))
 
 
 def fetch(uri: str, folder: Path) -> str:
     """Pack ``uri`` into ``folder`` in a process that has only staging's servers; returns the name of staging."""
     servers = staging()
-    command = [sys.executable, "-m", "flows.registry.bundle", uri, str(folder)]
+    command = [sys.executable, "-m", "flows.registry.release", uri, str(folder)]
     done = subprocess.run(command, env=servers.variables(), stderr=subprocess.PIPE, text=True, check=False)
     if done.returncode:
         last = "".join(done.stderr.strip().splitlines()[-1:])
@@ -81,62 +106,115 @@ def fetch(uri: str, folder: Path) -> str:
     return servers.called
 
 
+def pack(uri: str, folder: Path) -> None:
+    """Fetch the version that ``uri`` names, and its run, into ``folder``; the description is written last."""
+    client = MlflowClient()
+    version = model_versions.resolve(client, uri)
+    history = verified(client, Ledger.of(version.model))
+    entry = history.about(version.number)
+    _download(version.uri, folder / MODEL)
+    for name in CARRIED:
+        parent = name.rpartition("/")[0] or None
+        if name in {item.path for item in client.list_artifacts(version.run_id, parent)}:
+            _download(f"runs:/{version.run_id}/{name}", folder / RUN / name)
+    run = client.get_run(version.run_id)
+    points = [point for name in sorted(run.data.metrics) for point in client.get_metric_history(version.run_id, name)]
+    bundle = ModelBundle(
+        version=version,
+        description=client.get_model_version(version.model, str(version.number)).description or "",
+        champion=history.standing.champion == version.number,
+        evidence=entry and entry.evidence,
+        run_name=run.info.run_name,
+        run_tags=run.data.tags,
+        params=run.data.params,
+        metrics=[(point.key, point.value, point.timestamp, point.step) for point in points],
+        inputs=[each.to_dictionary() for each in (run.inputs.dataset_inputs if run.inputs else ())],
+    )
+    write_json(folder / BUNDLE, bundle.model_dump(mode="json"))
+
+
+def _download(uri: str, target: Path) -> None:
+    """Fetch a file or folder to exactly ``target``, whatever path MLflow's store gives it."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=target.parent) as scratch:
+        Path(mlflow.artifacts.download_artifacts(uri, dst_path=scratch)).rename(target)
+
+
+def unpack(folder: Path) -> ModelBundle:
+    """Read the bundle in ``folder``; raises UserError if its weights or code are not those that were registered."""
+    bundle = ModelBundle.model_validate_json((folder / BUNDLE).read_bytes())
+    version = bundle.version
+    if sha256_file(folder / MODEL / "artifacts" / "weights.safetensors") != version.weights_sha256:
+        raise UserError(f"the weights of {version.uri} do not match their digest: register the model again")
+    if version.code_sha256 is not None and digest_code(folder / MODEL) != version.code_sha256:
+        raise UserError(f"the code of {version.uri} was altered after it was registered: find out who did")
+    return bundle
+
+
 def register(bundle: ModelBundle, folder: Path, where: str) -> Version:
     """Register the bundle in ``folder`` as a version here, or return the version with its weights."""
-    client = MlflowClient()
+    client, model, digest = MlflowClient(), bundle.version.model, bundle.version.weights_sha256
     # Other processes on this machine that release the same version use other folders.
     with FileLock(settings().folder / "release.lock"):
-        version = model_versions.find(client, bundle.model, bundle.weights_sha256)
+        version = model_versions.find(client, model, digest)
         if version is None:
-            run = _run(client, bundle, folder, where)
-            model_uri = _logged_model(client, bundle, folder, run)
-            tags = {name: value for name, value in bundle.tags.items() if not name.startswith(COPY)}
-            tags |= {RELEASED_FROM: where}
-            version = model_versions.register_once(client, model_uri, bundle.model, bundle.weights_sha256, tags)
-    if not client.get_model_version(version.model, str(version.number)).description:
+            run = _copy_run(client, bundle, folder, where)
+            model_uri = _log_model(client, digest, folder, run)
+            tags = {name: value for name, value in bundle.version.tags.items() if not name.startswith(COPY)}
+            version = model_versions.register_once(client, model_uri, model, digest, tags | {RELEASED_FROM: where})
+    if not client.get_model_version(model, str(version.number)).description:
         card = f"{bundle.description}\n\nReleased from {where}: numbers and runs in this card are those of there."
-        client.update_model_version(version.model, str(version.number), description=card)
+        client.update_model_version(model, str(version.number), description=card)
     return version
 
 
-def _run(client: MlflowClient, bundle: ModelBundle, folder: Path, where: str) -> MlflowRun:
+def _copy_run(client: MlflowClient, bundle: ModelBundle, folder: Path, where: str) -> MlflowRun:
     """Copy the version's run; the copy is complete once it is marked as finished."""
-    packed = bundle.run
-    run = one_run(client, bundle.model, RELEASED_RUN, packed.run_id, packed.name)
+    run = one_run(client, bundle.version.model, RELEASED_RUN, bundle.version.run_id, bundle.run_name)
     run_id = run.info.run_id
     if run.info.status == "FINISHED":
         return run
-    tags = {name: text for name, text in packed.tags.items() if not name.startswith("mlflow.") or ".git." in name}
+    tags = {name: text for name, text in bundle.run_tags.items() if not name.startswith("mlflow.") or ".git." in name}
     entities = [RunTag(name, text) for name, text in (tags | {RELEASED_FROM: where}).items()]
-    params = [Param(name, text) for name, text in packed.params.items()]
-    points = [Metric(*point) for point in packed.metrics]
+    params = [Param(name, text) for name, text in bundle.params.items()]
+    points = [Metric(*point) for point in bundle.metrics]
     for first in range(0, max(len(entities), len(params), len(points)), AT_ONCE):
         some = slice(first, first + AT_ONCE)
         client.log_batch(run_id, metrics=points[some], params=params[some], tags=entities[some])
-    client.log_inputs(
-        run_id,
-        [
-            DatasetInput(
-                Dataset(each.name, each.digest, each.source_type, each.source),
-                [InputTag(name, text) for name, text in each.tags.items()],
-            )
-            for each in packed.inputs
-        ],
-    )
+    inputs = [
+        DatasetInput(Dataset(**each["dataset"]), [InputTag(*tag) for tag in each["tags"].items()])
+        for each in bundle.inputs
+    ]
+    client.log_inputs(run_id, inputs)
     if (folder / RUN).is_dir():
         client.log_artifacts(run_id, str(folder / RUN))
     client.set_terminated(run_id)
     return run
 
 
-def _logged_model(client: MlflowClient, bundle: ModelBundle, folder: Path, run: MlflowRun) -> str:
+def _log_model(client: MlflowClient, weights_sha256: str, folder: Path, run: MlflowRun) -> str:
     """Log the version's files as a model of its run, continuing one that a killed release left."""
-    run_id, experiment = run.info.run_id, run.info.experiment_id
-    found = client.search_logged_models([experiment], f"tags.`{WEIGHTS}` = '{bundle.weights_sha256}'")
-    model = next((each for each in found if each.source_run_id == run_id), None)
+    run_id, tags = run.info.run_id, {WEIGHTS: weights_sha256}
+    model = next(iter(model_versions.logged_models(client, run_id, weights_sha256)), None)
     if model is None:
-        model = client.create_logged_model(experiment, "released", run_id, {WEIGHTS: bundle.weights_sha256})
+        model = client.create_logged_model(run.info.experiment_id, "released", run_id, tags)
     if model.status != LoggedModelStatus.READY:
         client.log_model_artifacts(model.model_id, str(folder / MODEL))
         model = client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
     return str(model.model_uri)
+
+
+def main() -> None:
+    """Pack the version URI into the folder of the arguments; the last line on standard error is the error, if any."""
+    uri, folder = sys.argv[1:]
+    end_with_parent()
+    try:
+        join_servers("mlflow", "s3")
+        pack(uri, Path(folder))
+    except DarkroomError as error:
+        print(escape_controls(" ".join(str(error).split())), file=sys.stderr)
+        sys.exit(error.exit_code)
+
+
+if __name__ == "__main__":
+    main()

@@ -7,8 +7,8 @@ import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
+import mlflow
 from mlflow.client import MlflowClient
 from mlflow.entities import Run, RunTag
 from mlflow.entities.model_registry import ModelVersion
@@ -17,7 +17,7 @@ from mlflow.store.artifact.artifact_repository_registry import get_artifact_repo
 from diffusion.common.config import Config
 from diffusion.common.errors import UserError
 from diffusion.common.escaping import escape_controls, escape_markdown
-from diffusion.data.manifest import Manifest, read_manifest
+from diffusion.data.manifest import read_manifest
 from diffusion.data.versions.takedown_records import Removal, holders
 from diffusion.data.versions.versions import known_versions
 from diffusion.models.config import FAMILIES
@@ -72,24 +72,24 @@ def find_derived(dataset: str, contents: Iterable[str], known: Iterable[str], bu
 
     ``known`` holds the content digests of all versions that could be read.
     """
-    client = MlflowClient()
-    held = sorted(set(contents))
-    runs = {run.info.run_id: run for digest in held for run in _runs(client, "darkroom.content_digest", digest)}
-    models = _versions(client, runs, held)
-    grown = models
-    while grown:
+    client, held = MlflowClient(), sorted(set(contents))
+    runs = {run.info.run_id: run for digest in held for run in _runs("darkroom.content_digest", digest)}
+    queries = [f"tags.`darkroom.content_digest` = '{digest}'" for digest in held]
+    models: dict[tuple[str, int], ModelVersion] = {}
+    new_runs = runs
+    while True:
+        queries += [f"run_id = '{run_id}'" for run_id in new_runs]
+        found = [model for query in queries for model in mlflow.search_model_versions(filter_string=query)]
+        grown = {(model.name, int(model.version)): model for model in found}
+        grown = {key: model for key, model in grown.items() if key not in models}
+        if not grown:
+            break
+        models |= grown
         # A latent diffusion model contains its autoencoder, and a model inherits the training data of its initial
         # weights, transitively.
-        within = [
-            run
-            for name, number in grown
-            for tag in (AUTOENCODER, START)
-            for run in _runs(client, tag, f"models:/{name}/{number}")
-        ]
-        runs |= {run.info.run_id: run for run in within}
-        found = _versions(client, (run.info.run_id for run in within), ())
-        grown = {key: model for key, model in found.items() if key not in models}
-        models |= grown
+        uris = [f"models:/{name}/{number}" for name, number in grown]
+        new_runs = {run.info.run_id: run for uri in uris for tag in (AUTOENCODER, START) for run in _runs(tag, uri)}
+        runs, queries = runs | new_runs, []
     looked_at = {*held, *known}
     return Derived(
         runs=[
@@ -99,25 +99,27 @@ def find_derived(dataset: str, contents: Iterable[str], known: Iterable[str], bu
         models=[
             DerivedModel(
                 uri=f"models:/{name}/{number}",
-                run_id=model.run_id,
+                run_id=model.run_id or "",
                 aliases=sorted(client.get_model_version(name, str(number)).aliases),
             )
             for (name, number), model in sorted(models.items())
         ],
-        samples=[uri for name, number in sorted(models) for uri in _sample_uris(bucket, name, number)],
+        samples=[
+            f"s3://{bucket}/{key.removesuffix(BATCH)}/"
+            for name, number in sorted(models)
+            for key in Store().list_keys(bucket, f"samples/{name}/{number}/")
+            if key.endswith(BATCH)
+        ],
         unclear_runs=sorted(
             run.info.run_id
-            for run in _runs(client, "darkroom.dataset", dataset)
+            for run in _runs("darkroom.dataset", dataset)
             if run.data.tags.get("darkroom.content_digest") not in looked_at
         ),
     )
 
 
 def mark(runs: Iterable[str], versions: Iterable[str], removal: Removal) -> None:
-    """Tag runs, by ID, and model versions, by URI, and describe the takedown there; repeated calls change nothing.
-
-    Runs that no longer exist in MLflow are skipped.
-    """
+    """Tag runs, by ID, if they exist, and model versions, by URI, and describe the takedown there; idempotent."""
     client = MlflowClient()
     note = (
         f"{NOTE_BEGINS}{removal.name}: made from images that were removed from data set {removal.dataset} since "
@@ -138,13 +140,12 @@ def mark(runs: Iterable[str], versions: Iterable[str], removal: Removal) -> None
 
 def clear_images(derived: Derived) -> list[str]:
     """Delete artifacts that show real images of the data set from the runs; returns them as runs:/ID/PATH."""
-    client = MlflowClient()
-    cleared = []
-    for run in derived.runs:
-        artifacts = get_artifact_repository(client.get_run(run.run_id).info.artifact_uri)
-        for path in _showing_images(client, run.run_id):
+    client, cleared = MlflowClient(), []
+    for run in (client.get_run(each.run_id) for each in derived.runs):
+        artifacts = get_artifact_repository(run.info.artifact_uri)
+        for path in _showing_images(client, run):
             artifacts.delete_artifacts(path)  # type: ignore[no-untyped-call]
-            cleared.append(f"runs:/{run.run_id}/{path}")
+            cleared.append(f"runs:/{run.info.run_id}/{path}")
     return cleared
 
 
@@ -175,48 +176,25 @@ def warn_of_takedown(version: Version) -> None:
         print(escape_controls(f"darkroom: {warning}"), file=sys.stderr, flush=True)
 
 
-def _runs(client: MlflowClient, tag: str, value: str) -> Iterator[Run]:
-    experiments = [each.experiment_id for each in pages(client.search_experiments)]
+def _runs(tag: str, value: str) -> list[Run]:
     quoted = value.replace("'", "\\'")
-    return pages(client.search_runs, experiment_ids=experiments, filter_string=f"tags.`{tag}` = '{quoted}'")
+    query = f"tags.`{tag}` = '{quoted}'"
+    return list(mlflow.search_runs(search_all_experiments=True, filter_string=query, output_format="list"))
 
 
-def pages(search: Any, **query: Any) -> Iterator[Any]:
-    """Yield all results of one of MLflow's searches, page by page."""
-    token = None
-    while True:
-        page = search(**query, page_token=token)
-        yield from page
-        token = page.token
-        if not token:
-            return
-
-
-def _versions(
-    client: MlflowClient, runs: Iterable[str], contents: Iterable[str]
-) -> dict[tuple[str, int], ModelVersion]:
-    """Model versions made by these ``runs`` or from data with these ``contents``."""
-    queries = [*(f"tags.`darkroom.content_digest` = '{digest}'" for digest in contents)]
-    queries += (f"run_id = '{run_id}'" for run_id in runs)
-    found = (model for query in queries for model in pages(client.search_model_versions, filter_string=query))
-    return {(model.name, int(model.version)): model for model in found}
-
-
-def _sample_uris(bucket: str, model: str, number: int) -> list[str]:
-    keys = Store().list_keys(bucket, f"samples/{model}/{number}/")
-    return [f"s3://{bucket}/{key.removesuffix(BATCH)}/" for key in keys if key.endswith(BATCH)]
-
-
-def _showing_images(client: MlflowClient, run_id: str) -> list[str]:
+def _showing_images(client: MlflowClient, run: Run) -> list[str]:
     """Artifacts of a run that show images of its data set."""
-    found = [item.path for folder in ("dataset", "explain") for item in client.list_artifacts(run_id, folder)]
-    found += [item.path for item in client.list_artifacts(run_id, "evaluation") if item.path.endswith(".html")]
-    grids = [item.path for item in client.list_artifacts(run_id, "evaluation/grids")]
-    params = client.get_run(run_id).data.params
+
+    def listed(folder: str) -> list[str]:
+        return [item.path for item in client.list_artifacts(run.info.run_id, folder)]
+
+    found = listed("dataset") + listed("explain")
+    found += [path for path in listed("evaluation") if path.endswith(".html")]
+    grids, params = listed("evaluation/grids"), run.data.params
     evaluated_by = FAMILIES[params.get("model.family", "ddpm")].evaluated_by
     if params.get("model.low_resolution", "None") != "None" or evaluated_by == "reconstructions":
         # What these draw are real images, enlarged or come back.
-        found += [*grids, *(item.path for item in client.list_artifacts(run_id, "images"))]
+        found += grids + listed("images")
     else:
         found += [path for path in grids if path.rpartition("/")[2].startswith("held_out")]
     return [path for path in found if path != "dataset/manifest.json"]
@@ -227,10 +205,7 @@ def _with_note(text: str | None, note: str) -> str:
 
 
 def require_current(folder: Path, tracker: RunTracker | None = None) -> None:
-    """Raise UserError if the data set in ``folder`` holds images that were taken down on any machine.
-
-    The run of ``tracker``, if given, is marked first.
-    """
+    """Raise UserError if the data set in ``folder`` holds images taken down anywhere; marks the run first."""
     recorded = Catalogue.of(folder.name, data_source())
     held = recorded.held_removals(folder)
     if not held:
@@ -239,11 +214,9 @@ def require_current(folder: Path, tracker: RunTracker | None = None) -> None:
         marked = tracker.client.get_run(tracker.run_id).data.tags.get(TAKEDOWN)
         tracker.tag({TAKEDOWN: joined_names(marked, *(removal.name for removal in held))})
     here, newest = read_manifest(folder).digest, Heads(recorded).newest()
-    way = (
-        f"`darkroom ingest SOURCE --dataset {folder.name}` makes a version without them"
-        if newest in (None, here)
-        else f"go on with the newest, `darkroom data checkout {newest[:12]} --dataset {folder.name}`"
-    )
+    way = f"`darkroom ingest SOURCE --dataset {folder.name}` makes a version without them"
+    if newest not in (None, here):
+        way = f"go on with the newest, `darkroom data checkout {newest[:12]} --dataset {folder.name}`"
     raise UserError(
         f"version {here[:12]} of data set {folder.name} holds images that were taken down ({held[0].reason}; takedown "
         f"{', '.join(removal.name for removal in held)}): {way}"
@@ -283,7 +256,7 @@ def _behind(client: MlflowClient, version: Version) -> Iterator[Version]:
             if uri not in seen:
                 seen.add(uri)
                 model, _, number = uri.removeprefix("models:/").rpartition("/")
-                found = none_if_missing(model_versions.version_of, client, model, int(number))
+                found = model_versions.registered_version(client, model, int(number))
                 left += [found] if found else []
 
 
@@ -299,13 +272,11 @@ def _removed_since(version: Version) -> list[Removal]:
     if not removals:
         return []
     known = known_versions(folder) if (folder / "manifest.json").is_file() else {}
-    learned_from = _of_content(known, content) or _of_content(recorded.retired() | recorded.versions(), content)
+    learned_from = [each for each in known.values() if each.content_digest == content] or [
+        each for each in (recorded.retired() | recorded.versions()).values() if each.content_digest == content
+    ]
     with TemporaryDirectory() as scratch:
         elsewhere = KeptFiles(dataset, source).elsewhere(learned_from, Path(scratch))
         found = [(removal, holders(folder, removal, learned_from, elsewhere)) for removal in removals]
     # As a takedown does: versions of equal content hold the same images.
     return [removal for removal, each in found if each.held and len(each.held) + len(each.unknown) == len(learned_from)]
-
-
-def _of_content(versions: dict[str, Manifest], content: str) -> list[Manifest]:
-    return [each for each in versions.values() if each.content_digest == content]

@@ -7,7 +7,7 @@ the next gc can finish a killed one. Files are named by content and shared: thos
 import logging
 import re
 from collections.abc import Collection, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from datetime import UTC, datetime
 from hashlib import md5
 from itertools import islice
@@ -21,7 +21,7 @@ from flows.config import RetentionConfig, dataset_folder
 from flows.datasets.catalog import PUSHING, RETIRED, VERSION, CatalogListing, Catalogue, Heads
 from flows.datasets.dvc import Remote
 from flows.datasets.purge import unreferenced_objects
-from flows.retention.policy import Fate, Item, Sweep, age, older
+from flows.retention.sweeps import Fate, Item, Sweep, age, older
 from flows.storage.s3 import Location, Store
 
 logger = logging.getLogger(__name__)
@@ -42,39 +42,33 @@ class DataSets:
         policy: RetentionConfig,
         now: datetime,
     ) -> None:
-        self.store = store
-        self.source = source
-        self.bucket = Location.parse(source).bucket
-        self.contents = contents
+        self.store, self.source, self.bucket = store, source, Location.parse(source).bucket
+        self.contents, self.policy, self.now = contents, policy, now
         self.unclear = unclear
         """Reason why references to versions may be unknown; None if all are known."""
-        self.policy = policy
-        self.now = now
         self.written = self._listed("datasets/", PUBLISHED)
         self.retired = self._listed(f"{RETIRED}/", MARK)
         names = {name for name, _ in (*self.written, *self.retired)}
         self.read = {name: self._catalogue(name).read() for name in sorted(names)}
         self.versions = {name: found.versions for name, found in self.read.items()}
-        self.read_aside = {name: self._catalogue(name).read_retired() for name in {name for name, _ in self.retired}}
+        self.read_aside = {name: self._catalogue(name).read_retired() for name in self.read}
         self.aside = {name: self._aside(name, found) for name, found in self.read_aside.items()}
         self.current = {name: self._current(name) for name in self.read}
 
     def sweep(self) -> Sweep:
         """Sweep of versions in the catalogue and of retired ones."""
         fates = {name: self._fates(name) for name in self.versions}
-        items = [
-            Item(
-                kind="data versions", name=f"{name} {digest[:12]}", bytes=self._bytes(name, digest), fate=fate, why=why
-            )
-            for name, found in fates.items()
-            for digest, (fate, why) in found.items()
-        ]
+        items = []
+        for name, found in fates.items():
+            for digest, (fate, why) in found.items():
+                version = self.versions[name].get(digest)
+                size = None if version is None else sum(shard.bytes for shard in version.shards)
+                items.append(Item(kind="data versions", name=f"{name} {digest[:12]}", bytes=size, fate=fate, why=why))
 
         def act() -> None:
             for name, found in fates.items():
-                aside = [digest for digest, (fate, _) in found.items() if fate == "set aside"]
-                for digest in aside:
-                    if digest in self.versions[name]:
+                for digest, (fate, _) in found.items():
+                    if fate == "set aside" and digest in self.versions[name]:
                         self._retire(self.versions[name][digest])
                 staying = {digest for digest, (fate, _) in found.items() if fate == "stays"}
                 aside_now = self._aside(name, self._catalogue(name).read_retired())
@@ -88,6 +82,8 @@ class DataSets:
         current, doubt = self.current[name]
         heads = Heads(self._catalogue(name))
         head, newest = heads.newest(), self._newest(name, heads)
+        doubt = self.unclear or doubt
+        damaged = self.read[name].damaged | self.read_aside[name].damaged
         found: dict[str, tuple[Fate, str]] = {}
         for digest, version in versions.items():
             written = self.written[name, digest]
@@ -101,17 +97,15 @@ class DataSets:
                 found[digest] = "stays", f"among the newest {policy.data_versions}"
             elif not older(written, policy.data_days, self.now):
                 found[digest] = "stays", f"recorded within {policy.data_days:g} days"
-            elif doubt := self.unclear or doubt:
+            elif doubt is not None:
                 found[digest] = "stays", doubt
             else:
                 found[digest] = "set aside", f"{age(written, self.now)}, and no run that stays learned from it"
-        for digest, version in self.aside.get(name, {}).items():
-            found[digest] = self._fate_aside(version, digest == current, self._doubt(name))
-        aside = self.read_aside.get(name)
         # An unreadable manifest may need files that would be deleted otherwise.
-        for unread in (self.read[name].damaged, aside.damaged if aside else {}):
-            found |= {digest: ("stays", words) for digest, words in unread.items()}
-        return found
+        doubt = doubt or next(iter(damaged.values()), None)
+        for digest, version in self.aside[name].items():
+            found[digest] = self._fate_aside(version, digest == current, doubt)
+        return found | {digest: ("stays", words) for digest, words in damaged.items()}
 
     def _newest(self, name: str, heads: Heads) -> list[str]:
         """Digests of the newest ``retention.data_versions`` versions in the catalogue.
@@ -132,12 +126,6 @@ class DataSets:
             return read_manifest(dataset_folder(name)).digest, None
         except UserError as error:
             return None, str(error)
-
-    def _doubt(self, name: str) -> str | None:
-        """Reason why no file of the data set may be deleted now; None if there is none."""
-        found = [self.read[name], *filter(None, [self.read_aside.get(name)])]
-        damaged = (words for each in found for words in each.damaged.values())
-        return self.unclear or self.current[name][1] or next(damaged, None)
 
     def _fate_aside(self, version: Manifest, current: bool, doubt: str | None) -> tuple[Fate, str]:
         # Another gc may have retired it since they were listed.
@@ -175,10 +163,7 @@ class DataSets:
                 self.store.delete_many(self.bucket, [f"{RETIRED}/{version.name}/{version.digest}.json"])
 
     def _purge(self, name: str, staying: Collection[str]) -> None:
-        """Delete the files of versions whose grace period is over and that have not come back since.
-
-        Versions in ``staying`` are kept, and nothing is deleted while a process pushes.
-        """
+        """Delete the files of versions not ``staying`` whose grace period is over, unless a process pushes."""
         folder = dataset_folder(name)
         with ExitStack() as turn:
             if folder.is_dir():
@@ -189,11 +174,15 @@ class DataSets:
             if aside.damaged or catalogued.damaged:
                 return
             kept, versions = aside.versions, catalogued.versions
-            marks = {digest: since for (owner, digest), since in self._listed(f"{RETIRED}/{name}/", MARK).items()}
-            over = [
-                digest for digest, since in marks.items() if digest not in staying and self._over(name, digest, since)
-            ]
-            going = {digest: kept[digest] for digest in over if digest in kept and digest not in versions}
+            marks = {digest: since for (_, digest), since in self._listed(f"{RETIRED}/{name}/", MARK).items()}
+            grace = self.policy.grace
+            going = {
+                digest: kept[digest]
+                for digest, since in marks.items()
+                if digest in kept and digest not in versions and digest not in staying
+                # A mark that was written since the items were listed begins its own grace period.
+                if not grace or (self.retired.get((name, digest)) == since and self.now - since >= grace)
+            }
             for digest in going:
                 # The gc that retired it may have been killed halfway.
                 self._catalogue(name).withdraw(digest)
@@ -213,33 +202,18 @@ class DataSets:
         found = self.store.list_objects(self.bucket, f"{PUSHING}/")
         return any(datetime.now(UTC) - each.written < self.policy.grace for each in found)
 
-    def _over(self, name: str, digest: str, since: datetime) -> bool:
-        """Whether the grace period of a mark written ``since`` is over; without one it is over at once."""
-        seen = self.retired.get((name, digest)) == since
-        return not self.policy.grace or (seen and self.now - since >= self.policy.grace)
-
     def _aside(self, name: str, retired: CatalogListing) -> dict[str, Manifest]:
         """Retired versions that are no longer in the catalogue."""
         return {digest: each for digest, each in retired.versions.items() if digest not in self.versions[name]}
 
-    def _bytes(self, name: str, digest: str) -> int | None:
-        version = self.versions[name].get(digest)
-        return None if version is None else sum(shard.bytes for shard in version.shards)
-
     def _listed(self, prefix: str, pattern: re.Pattern[str]) -> dict[tuple[str, str], datetime]:
         """Times of writing of the objects named by ``pattern``, by data set and digest."""
-        listed = self.store.list_objects(self.bucket, prefix)
-        named = ((pattern.fullmatch(each.key), each.written) for each in listed)
-        return {(found[1], found[2]): written for found, written in named if found and _is_name(found[1])}
+        found = {}
+        for each in self.store.list_objects(self.bucket, prefix):
+            if named := pattern.fullmatch(each.key):
+                with suppress(ValueError):  # objects under other names are no versions
+                    found[plain_name(named[1]), named[2]] = each.written
+        return found
 
     def _catalogue(self, name: str) -> Catalogue:
         return Catalogue.of(name, self.source, self.store)
-
-
-def _is_name(name: str) -> bool:
-    """Whether ``name`` is a valid data set name; objects under other names are no versions."""
-    try:
-        plain_name(name)
-    except ValueError:
-        return False
-    return True

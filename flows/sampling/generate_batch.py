@@ -2,11 +2,12 @@
 
 import itertools
 import os
+import shutil
 import socket
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -22,7 +23,7 @@ from diffusion.common.device import resolve_device
 from diffusion.common.errors import Held, UserError
 from diffusion.common.fingerprint import Fingerprint, fingerprint
 from diffusion.data.prefetch import ahead
-from diffusion.data.shards import TarWriter
+from diffusion.data.shards import BLOCK, TarWriter
 from diffusion.families.model import Model
 from diffusion.generation.config import UNCONDITIONAL, Conditions
 from diffusion.generation.generate import check_prompts, check_sampling, label_names, prompt_embeddings, sample
@@ -32,18 +33,13 @@ from flows import environment
 from flows.config import SamplingBatchConfig
 from flows.registry.model_versions import Version
 from flows.sampling import sampling_batch
-from flows.sampling.lookup import read_parts, success_of
+from flows.sampling.lookup import read_parts, success_bytes
 from flows.sampling.request_table import REQUESTS, RequestTable
-from flows.sampling.sampling_batch import BATCH, MANIFEST, RESUMED, SUCCESS, Row, SamplingBatch
+from flows.sampling.sampling_batch import BATCH, DELETED, MANIFEST, RESUMED, SUCCESS, USUAL, Row, SamplingBatch
 from flows.storage.multipart import ABANDONED, PART_BYTES, abort_uploads, writing
-from flows.storage.s3 import Location, Object, Store
-from flows.storage.s3_errors import Denied, Missing
+from flows.storage.s3 import Denied, Location, Missing, Object, Store
 
 JSON, JSON_LINES, PNG, TAR = "application/json", "application/jsonl", "image/png", "application/x-tar"
-DEFAULT_COUNT = 64
-"""Number of images in a batch by default."""
-COPIED_AT_ONCE = 2**20
-"""Bytes copied at a time."""
 
 
 class GeneratedImages(NamedTuple):
@@ -76,7 +72,6 @@ class GenerationCost(Config):
     cpu_hours: float = 0.0
     """CPU time of all generating processes, each from its first chunk to its last."""
     images_per_cpu_hour: float | None = None
-    """Throughput; None if no image was generated."""
 
     @property
     def words(self) -> str:
@@ -111,26 +106,20 @@ def generate_chunk(
     indices, part = batch.chunks()[chunk], place.key(sampling_batch.part_key(chunk))
     if store.exists(place.bucket, part) and _has_images(store, batch, place, chunk):
         return Work(images=0, process=process, began=began, ended=time.process_time())
-    require_fingerprint(batch)
+    if other := batch.fingerprint.differences(_fingerprint(batch.sampling)):
+        raise Held(
+            f"this worker would generate other bits than the batch was begun with ({other}): use only machines like "
+            "the one that began it, or begin another batch on the others"
+        )
     groups = _generate(batch, weights, indices, table, at_once)
-    with _output(store, batch, place, chunk) as write:
+    files = nullcontext(partial(_put_files, store, batch, place))
+    with files if batch.format == "png" else _tar(store, batch, place, sampling_batch.tar_key(chunk)) as write:
         lines = b"".join(ahead(write, groups, 1))
     store.put_once(place.bucket, part, lines, content_type=JSON_LINES)
     return Work(images=len(indices), process=process, began=began, ended=time.process_time())
 
 
-def require_fingerprint(batch: SamplingBatch) -> None:
-    """Raise Held unless this process has the fingerprint that ``batch`` was begun with."""
-    if other := batch.fingerprint.differences(fingerprint_of(batch)):
-        raise Held(
-            f"this worker would generate other bits than the batch was begun with ({other}): use only machines like "
-            "the one that began it, or begin another batch on the others"
-        )
-
-
-def fingerprint_of(batch: SamplingBatch) -> Fingerprint:
-    """Fingerprint of this process for ``batch``."""
-    sampling = batch.sampling
+def _fingerprint(sampling: SamplingConfig) -> Fingerprint:
     return fingerprint(sampling.compute_batch, sampling.precision, sampling.device)
 
 
@@ -160,12 +149,6 @@ def conditions_of(batch: SamplingBatch, table: RequestTable | None, indices: ran
     return table.conditions(indices, batch.sampling.compute_batch, conditions.negative_prompt)
 
 
-def _output(store: Store, batch: SamplingBatch, place: Location, chunk: int) -> AbstractContextManager[Write]:
-    if batch.format == "png":
-        return nullcontext(partial(_put_files, store, batch, place))
-    return _tar(store, batch, place, sampling_batch.tar_key(chunk))
-
-
 def _put_files(store: Store, batch: SamplingBatch, place: Location, generated: GeneratedImages) -> bytes:
     encoded = list(_encode(batch, generated))
     seed = {"seed": str(batch.seed)}
@@ -179,7 +162,8 @@ def _tar(store: Store, batch: SamplingBatch, place: Location, name: str) -> Iter
         tar = TarWriter(file)
 
         def add(png: bytes, row: Row) -> Row:
-            return sampling_batch.placed(row, name, tar.add(f"{row['index']:08d}", png, sampling_batch.shard_json(row)))
+            extent = tar.add(f"{row['index']:08d}", png, sampling_batch.shard_json(row))
+            return row | {"tar": name, "offset": extent.start + BLOCK, "size": extent.png}
 
         yield lambda generated: sampling_batch.part_bytes(add(*each) for each in _encode(batch, generated))
         tar.close()
@@ -212,7 +196,7 @@ def unfinished(store: Store, batch: SamplingBatch, place: Location) -> list[int]
 
 def is_deleted(store: Store, place: Location) -> bool:
     """Whether ``darkroom gc`` has marked the batch at ``place`` as deleted."""
-    return sampling_batch.is_usual(place) and store.exists(place.bucket, f"{sampling_batch.DELETED}/{place.prefix}")
+    return bool(USUAL.fullmatch(place.prefix)) and store.exists(place.bucket, f"{DELETED}/{place.prefix}")
 
 
 def finish(store: Store, batch: SamplingBatch, place: Location) -> bool:
@@ -221,10 +205,25 @@ def finish(store: Store, batch: SamplingBatch, place: Location) -> bool:
     Returns False if the batch is incomplete or marked as deleted. Raises UserError if a part of the manifest is not of
     this batch.
     """
+    manifest, parts = place.key(MANIFEST), dict[str, str]()
+
+    def rows() -> Iterator[list[Row]]:
+        for name, digest, part in read_parts(store, batch, place):
+            parts[name] = digest
+            yield part
+
     try:
         if is_deleted(store, place) or unfinished(store, batch, place):
             return False
-        _finish(store, batch, place)
+        if not store.exists(place.bucket, manifest):
+            with writing(store, place.bucket, manifest, sampling_batch.PARQUET) as file:
+                sampling_batch.write_parquet(file, rows(), batch)
+        else:
+            deque(rows(), maxlen=0)
+        # All images exist, so uploads that killed or slower processes left behind are superfluous.
+        abort_uploads(store, Location(place.bucket, place.key("")))
+        success = success_bytes(store, batch, place, parts)
+        store.put_once(place.bucket, place.key(SUCCESS), success, content_type=JSON)
     except Missing:
         if is_deleted(store, place):
             return False
@@ -237,25 +236,6 @@ def finish(store: Store, batch: SamplingBatch, place: Location) -> bool:
     with suppress(Denied):
         store.delete_many(place.bucket, [place.key(SUCCESS)])
     return False
-
-
-def _finish(store: Store, batch: SamplingBatch, place: Location) -> None:
-    manifest, parts = place.key(MANIFEST), dict[str, str]()
-
-    def rows() -> Iterator[list[Row]]:
-        for name, digest, part in read_parts(store, batch, place):
-            parts[name] = digest
-            yield part
-
-    if not store.exists(place.bucket, manifest):
-        with writing(store, place.bucket, manifest, sampling_batch.PARQUET) as file:
-            sampling_batch.write_parquet(file, rows(), batch)
-    else:
-        deque(rows(), maxlen=0)
-    # All images exist, so uploads that killed or slower processes left behind are superfluous.
-    abort_uploads(store, Location(place.bucket, place.key("")))
-    success = success_of(store, batch, place, parts)
-    store.put_once(place.bucket, place.key(SUCCESS), success.data, content_type=JSON)
 
 
 def cost_of(works: Iterable[Work], seconds: float) -> GenerationCost:
@@ -282,23 +262,30 @@ def plan(
     conditions: Conditions,
     requests: str | None,
 ) -> tuple[SamplingBatch, RequestTable | None]:
-    """Plan the requested batch; returns it with its request table, or None without one.
-
-    Raises UserError for options that contradict each other, have no effect, or are not supported by the model.
-    """
-    _require_sense(sampling, config, count, conditions, requests)
+    """Plan a batch, with its request table if it has one; raises UserError for options that conflict or do nothing."""
+    if count is not None and count < 1:
+        raise UserError(f"count {count}: ask for at least one image")
+    if requests is not None and count is not None:
+        raise UserError(f"{requests} says how many images there are, one for each row: leave the count out")
+    if requests is not None and (conditions.labels or conditions.prompts):
+        raise UserError(f"{requests} says what each image is to show: leave labels and prompts out, or the table")
+    if config.runner == "threads" and config.workers > 1 and resolve_device(sampling.device).type == "cuda":
+        raise UserError(
+            f"sampling_batch.workers = {config.workers} does nothing on a GPU with runner = threads, as one chunk "
+            "keeps it busy: set it to 1, or use processes"
+        )
     model = load_model(weights)
     table = _table(store, model, sampling, conditions, requests)
     if table is None:
         check_sampling(model, sampling, conditions)
         check_prompts(conditions)
     prompt_embeddings(model, conditions)
-    number = table.count if table else DEFAULT_COUNT if count is None else count
+    number = table.count if table else 64 if count is None else count
     size = config.chunk or sampling_batch.chunk_size(number, sampling.compute_batch)
-    if number > min(sampling_batch.MOST_IMAGES, sampling_batch.CHUNKS_AT_MOST * size):
+    if number > (most := min(sampling_batch.MOST_IMAGES, sampling_batch.CHUNKS_AT_MOST * size)):
         raise UserError(
             f"{number} images are too many for one batch in chunks of {size}: ask for several batches of at most "
-            f"{min(sampling_batch.MOST_IMAGES, sampling_batch.CHUNKS_AT_MOST * size)}, each with another seed"
+            f"{most}, each with another seed"
         )
     batch = SamplingBatch(
         model=version.model,
@@ -310,34 +297,13 @@ def plan(
         seed=seed,
         count=number,
         sampling=sampling,
-        fingerprint=fingerprint(sampling.compute_batch, sampling.precision, sampling.device),
+        fingerprint=_fingerprint(sampling),
         conditions=None if conditions == UNCONDITIONAL else conditions,
         requests=table.about if table else None,
         chunk=None if size == sampling_batch.CHUNK_BATCHES * sampling.compute_batch else size,
         format=config.format,
     )
     return batch, table
-
-
-def _require_sense(
-    sampling: SamplingConfig,
-    config: SamplingBatchConfig,
-    count: int | None,
-    conditions: Conditions,
-    requests: str | None,
-) -> None:
-    if count is not None and count < 1:
-        raise UserError(f"count {count}: ask for at least one image")
-    if requests is not None and count is not None:
-        raise UserError(f"{requests} says how many images there are, one for each row: leave the count out")
-    if requests is not None and (conditions.labels or conditions.prompts):
-        raise UserError(f"{requests} says what each image is to show: leave labels and prompts out, or the table")
-    if config.runner == "threads" and config.workers > 1 and resolve_device(sampling.device).type == "cuda":
-        raise UserError(
-            f"sampling_batch.workers = {config.workers} does nothing on a GPU with runner = threads, as one chunk "
-            "keeps "
-            "it busy: set it to 1, or use processes"
-        )
 
 
 def _table(
@@ -370,10 +336,7 @@ def usual_place(store: Store, batch: SamplingBatch, bucket: str) -> Location:
 
 
 def begin(store: Store, batch: SamplingBatch, place: Location, table: RequestTable | None) -> None:
-    """Write ``batch.json`` and the request table to ``place``.
-
-    Raises Held if another batch lies there, and UserError for a server that would let two jobs overwrite each other.
-    """
+    """Write ``batch.json`` and the request table to ``place``; raises Held if another batch lies there."""
     store.require_conditional_puts(place.bucket, "samples")
     abort_uploads(store, Location(place.bucket, place.key("")), ABANDONED)
     about, data = place.key(BATCH), batch.json_bytes()
@@ -389,7 +352,7 @@ def begin(store: Store, batch: SamplingBatch, place: Location, table: RequestTab
         raise Held(
             f"{place} holds a batch {how}: finish it where and as it was begun, or give --to another prefix"
         ) from error
-    if put == "already there" and sampling_batch.is_usual(place) and not store.exists(place.bucket, place.key(SUCCESS)):
+    if put == "already there" and USUAL.fullmatch(place.prefix) and not store.exists(place.bucket, place.key(SUCCESS)):
         # As images may exist already, only this mark tells `darkroom gc` that the batch is not abandoned.
         store.put_once(place.bucket, f"{RESUMED}/{place.prefix}/{uuid4().hex}", b"")
     if table is not None and not store.exists(place.bucket, place.key(REQUESTS)):
@@ -397,5 +360,4 @@ def begin(store: Store, batch: SamplingBatch, place: Location, table: RequestTab
             writing(store, place.bucket, place.key(REQUESTS), sampling_batch.PARQUET) as kept,
             table.path.open("rb") as rows,
         ):
-            while piece := rows.read(COPIED_AT_ONCE):
-                kept.write(piece)
+            shutil.copyfileobj(rows, kept, 2**20)

@@ -31,21 +31,15 @@ from flows.registry.model_versions import parse_model_uri
 from flows.sampling import sampling_batch
 from flows.sampling.request_table import LARGEST_GROUP, REQUESTS
 from flows.sampling.sampling_batch import BATCH, MANIFEST, SUCCESS, Row, SamplingBatch
-from flows.storage.s3 import Location, Store
-from flows.storage.s3_errors import Missing
+from flows.storage.s3 import Location, Missing, Store
 from flows.storage.tags import RunId, VersionNumber
 
 logger = logging.getLogger(__name__)
 
 NUMBERED = re.compile(r"([0-9]{8})\.png")
-NUMBER = re.compile("[0-9]{1,19}")
 MOST_NAMED = 20
-LARGEST_SUCCESS = 16 * 2**20
-"""Maximum size of ``_SUCCESS`` in bytes: about 100 per chunk."""
-LARGEST_TABLE = 64 * 2**30
-"""Maximum size of ``manifest.parquet`` and ``requests.parquet`` in bytes: enough for 10^8 rows."""
-LARGEST_ABOUT = 2**18
-"""Maximum size in bytes of the JSON beside an image in a tar."""
+LARGEST_SUCCESS, LARGEST_TABLE, LARGEST_ABOUT = 16 * 2**20, 64 * 2**30, 2**18
+"""Maximum sizes in bytes of ``_SUCCESS``, of the tables, for 10^8 rows, and of the JSON beside an image in a tar."""
 
 
 class Origin(Config):
@@ -67,11 +61,8 @@ class LocatedImage:
 
     png: bytes
     origin: Origin | None
-    """Provenance metadata; None if the PNG has none."""
     index: int
-    """Image number in the batch."""
     row: Row | None
-    """Row of the image in the manifest; None if there is none."""
 
     @property
     def sha256(self) -> str:
@@ -93,7 +84,6 @@ class SampleLocation:
     batch: SamplingBatch | None
     """Batch of the image; None if it cannot be found."""
     place: Location | None
-    """Prefix of the batch."""
     request: RequestRecord | None = None
     """Content of ``request.json`` beside an image made on request."""
 
@@ -123,24 +113,26 @@ def find(where: str, store: Store, bucket: str) -> SampleLocation:
             raise UserError(f"{where} holds no {BATCH}: give the prefix of a sampling batch, or one of its images")
         return SampleLocation(where, None, batch, at)
     folder, _, name = at.prefix.rpartition("/")
-    if folder.endswith(".tar"):
-        return _locate_in_tar(where, Location(at.bucket, folder), name, store)
-    place, png = Location(at.bucket, folder), store.get(at.bucket, at.prefix, sampling_batch.LARGEST_IMAGE)
+    in_tar = folder.endswith(".tar")
+    png = None if in_tar else store.get(at.bucket, at.prefix, sampling_batch.LARGEST_IMAGE)
+    place = Location(at.bucket, folder.rpartition("/")[0] if in_tar else folder)
     batch, number = _read_batch(store, place), NUMBERED.fullmatch(name)
-    if batch is None or number is None or int(number[1]) >= batch.count:
+    index = int(number[1]) if number else -1
+    if batch is None or not 0 <= index < batch.count or (in_tar and place.key(batch.key(index)) != at.prefix):
+        if png is None:
+            raise UserError(f"{where} is no image of a sampling batch: give one of the keys in its manifest")
         return _locate_copy(where, png, store, bucket)
-    index = int(number[1])
-    return SampleLocation(
-        where, LocatedImage(png, _read_origin(png), index, _read_row(store, place, batch, index)), batch, place
-    )
+    row = _read_row(store, place, batch, index)
+    if png is None:
+        png = read_image(store, place, batch, index, row)
+    return SampleLocation(where, LocatedImage(png, _read_origin(png), index, row), batch, place)
 
 
 def read_rows(store: Store, place: Location, batch: SamplingBatch, chunk: int) -> list[Row]:
     """Rows of a chunk's part of the manifest; raises Missing if it does not exist, and UserError if it is damaged."""
     name = sampling_batch.part_key(chunk)
-    return sampling_batch.part_rows(
-        store.get(place.bucket, place.key(name), sampling_batch.LARGEST_PART), f"{place}/{name}"
-    )
+    data = store.get(place.bucket, place.key(name), sampling_batch.LARGEST_PART)
+    return sampling_batch.part_rows(data, f"{place}/{name}")
 
 
 def read_image(store: Store, place: Location, batch: SamplingBatch, index: int, row: Row | None) -> bytes:
@@ -165,18 +157,6 @@ def pixels_sha256(pixels: np.ndarray | None) -> str | None:
     return None if pixels is None else sha256_bytes(np.ascontiguousarray(pixels).tobytes())
 
 
-def _locate_in_tar(where: str, tar: Location, name: str, store: Store) -> SampleLocation:
-    """Locate an image in a tar of a batch by its row in the manifest."""
-    place = Location(tar.bucket, tar.prefix.rpartition("/")[0])
-    batch, number = _read_batch(store, place), NUMBERED.fullmatch(name)
-    index = int(number[1]) if number else -1
-    if batch is None or not 0 <= index < batch.count or place.key(batch.key(index)) != f"{tar.prefix}/{name}":
-        raise UserError(f"{where} is no image of a sampling batch: give one of the keys in its manifest")
-    row = _read_row(store, place, batch, index)
-    png = read_image(store, place, batch, index, row)
-    return SampleLocation(where, LocatedImage(png, _read_origin(png), index, row), batch, place)
-
-
 def _locate_copy(where: str, png: bytes, store: Store, bucket: str) -> SampleLocation:
     """Locate the batch of a copied image by the provenance in its PNG."""
     origin = _read_origin(png)
@@ -188,19 +168,18 @@ def _locate_copy(where: str, png: bytes, store: Store, bucket: str) -> SampleLoc
     if origin.task is not None:
         return _locate_requested(where, png, origin)
     index = origin.index
-    found = list(_batches_of(origin, store, bucket))
-    images = [LocatedImage(png, origin, index, _read_row(store, place, batch, index)) for batch, place in found]
-    same = [
-        number
-        for theirs in ("sha256", "pixels_sha256")
-        for number, each in enumerate(images)
-        if each.row is not None and each.row[theirs] == getattr(each, theirs)
+    found = [
+        (LocatedImage(png, origin, index, _read_row(store, place, batch, index)), batch, place)
+        for batch, place in _batches_of(origin, store, bucket)
     ]
+    for theirs in ("sha256", "pixels_sha256"):
+        for image, batch, place in found:
+            if image.row is not None and image.row[theirs] == getattr(image, theirs):
+                return SampleLocation(where, image, batch, place)
     # The batch of an altered image is known only if there is a single candidate.
-    chosen = same or ([0] if len(found) == 1 else [])
-    if not chosen:
-        return SampleLocation(where, LocatedImage(png, origin, index, None), None, None)
-    return SampleLocation(where, images[chosen[0]], *found[chosen[0]])
+    if len(found) == 1:
+        return SampleLocation(where, *found[0])
+    return SampleLocation(where, LocatedImage(png, origin, index, None), None, None)
 
 
 def _locate_requested(where: str, png: bytes, origin: Origin) -> SampleLocation:
@@ -255,18 +234,8 @@ def _read_origin(png: bytes) -> Origin | None:
         return None
     texts = {name.removeprefix("darkroom:"): text for name, text in image.text.items() if name.startswith("darkroom:")}
     try:
-        model, version = parse_model_uri(texts["model"])
-        numbers = [NUMBER.fullmatch(text) for text in (version, texts["seed"], texts["index"])]
-        number, seed, index = (int(each[0]) for each in numbers if each)
-        return Origin(
-            model=model,
-            version=number,
-            run_id=texts["run_id"],
-            content_digest=texts["content_digest"],
-            seed=seed,
-            index=index,
-            task=texts.get("task"),
-        )
+        texts["model"], texts["version"] = parse_model_uri(texts["model"])
+        return Origin.model_validate({name: texts[name] for name in Origin.model_fields if name in texts})
     # Malformed numbers and names are rejected before any server is queried.
     except (KeyError, ValueError, UserError):
         return None
@@ -289,24 +258,17 @@ class Success(Config):
     sha256: dict[str, Sha256]
     """Hex SHA-256 of every other record of the batch, by its name in the batch."""
 
-    @property
-    def data(self) -> bytes:
-        """Content as canonical JSON."""
-        return canonical_json(self.model_dump(mode="json")).encode()
 
-
-def success_of(store: Store, batch: SamplingBatch, place: Location, parts: dict[str, str]) -> Success:
+def success_bytes(store: Store, batch: SamplingBatch, place: Location, parts: dict[str, str]) -> bytes:
     """Content of ``_SUCCESS`` for a batch whose other records exist; ``parts`` are digests of the manifest's parts."""
     names = [MANIFEST] if batch.requests is None else [MANIFEST, REQUESTS]
     others = {name: store.sha256(place.bucket, place.key(name)) for name in names}
-    return Success(sha256={BATCH: sha256_bytes(batch.json_bytes()), **others, **parts})
+    success = Success(sha256={BATCH: sha256_bytes(batch.json_bytes()), **others, **parts})
+    return canonical_json(success.model_dump(mode="json")).encode()
 
 
 def disagreements(store: Store, batch: SamplingBatch, place: Location, index: int | None) -> list[str]:
-    """Disagreements between the records of a batch, about image number ``index`` or about all images if it is None.
-
-    The first MOST_NAMED are described, and the others counted.
-    """
+    """Describe disagreements of the records of a batch, about one image or all: the first MOST_NAMED, then a number."""
     chunks = range(len(batch.chunks())) if index is None else [index // batch.chunk_size]
     with TemporaryDirectory() as scratch:
         found = _Records(store, batch, place, Path(scratch)).compare(chunks, index)
@@ -319,23 +281,25 @@ class _Records:
     """Records of one batch, each read once."""
 
     def __init__(self, store: Store, batch: SamplingBatch, place: Location, scratch: Path) -> None:
-        self.store = store
-        self.batch = batch
-        self.place = place
-        self.scratch = scratch
+        self.store, self.batch, self.place, self.scratch = store, batch, place, scratch
         self.success: Success | None = None
         """Content of ``_SUCCESS``; None if it does not exist or cannot be read."""
         self.finished = False
-        """Whether ``_SUCCESS`` exists."""
         self.table: pq.ParquetFile | None = None
         """Manifest as Parquet; None if it does not exist or is of another batch."""
 
     def compare(self, chunks: Iterable[int], index: int | None) -> Iterator[str]:
         """Yield every disagreement about ``chunks``, or only about image ``index`` if it is given."""
-        beside = [] if self.batch.requests is None else [REQUESTS]
-        yield from self._read_success({BATCH, MANIFEST, *beside})
-        for name in (BATCH, *beside, *([MANIFEST] if self.finished else [])):
-            yield from self._file(name)
+        beside = [BATCH] if self.batch.requests is None else [BATCH, REQUESTS]
+        yield from self._read_success({MANIFEST, *beside})
+        for name in (*beside, *([MANIFEST] if self.finished else [])):
+            try:
+                self.store.fetch(self.place.bucket, self.place.key(name), self.scratch / name, LARGEST_TABLE)
+                yield from self._digest(name, sha256_file(self.scratch / name))
+            except Missing:
+                yield f"{self._uri(name)} is gone"
+            except UserError as error:
+                yield str(error)
         yield from self._open_table()
         for chunk in chunks:
             yield from self._chunk(chunk, index)
@@ -359,17 +323,6 @@ class _Records:
         if odd := sorted(names ^ self.success.sha256.keys()):
             some = ", ".join(odd[:3]) + (" …" if len(odd) > 3 else "")
             yield f"{self._uri(SUCCESS)} and {self._uri(BATCH)} disagree on which records there are: {some}"
-
-    def _file(self, name: str) -> Iterator[str]:
-        """Fetch a record and compare its digest with ``_SUCCESS``."""
-        path = self.scratch / name
-        try:
-            self.store.fetch(self.place.bucket, self.place.key(name), path, LARGEST_TABLE)
-            yield from self._digest(name, sha256_file(path))
-        except Missing:
-            yield f"{self._uri(name)} is gone"
-        except UserError as error:
-            yield str(error)
 
     def _digest(self, name: str, digest: str) -> Iterator[str]:
         if self.success is not None and self.success.sha256.get(name, digest) != digest:
@@ -411,40 +364,40 @@ class _Records:
         for number, image in enumerate(indices):
             if index is not None and index != image:
                 continue
-            row = None if rows is None else rows[number]
-            other = None if others is None else others[number]
-            if row is not None and (odd := sampling_batch.conflicts(self.batch, image, row)):
-                yield self._differ(name, BATCH, image, odd)
-            if row is not None and other is not None and (odd := _differences(row, other)):
-                yield self._differ(name, MANIFEST, image, odd)
-            if index is not None and row is not None and self.batch.format == "tar" and "tar" in row:
-                yield from self._about(row)
-            if row is None and other is not None and (odd := sampling_batch.conflicts(self.batch, image, other)):
-                yield self._differ(MANIFEST, BATCH, image, odd)
+            row, other = rows[number] if rows else None, others[number] if others else None
+            if row:
+                yield from self._differ(name, BATCH, image, sampling_batch.conflicts(self.batch, image, row))
+                if other:
+                    odd = sorted(field for field in {*row, *other} if row.get(field) != other.get(field))
+                    yield from self._differ(name, MANIFEST, image, odd)
+                if index is not None and "tar" in row and not self._has_about(row):
+                    beside = f"{row['tar']}/{image:08d}.json"
+                    yield from self._differ(beside, name, image, ["what is said of it"])
+            elif other:
+                yield from self._differ(MANIFEST, BATCH, image, sampling_batch.conflicts(self.batch, image, other))
 
-    def _about(self, row: Row) -> Iterator[str]:
-        """Compare the JSON beside an image in a tar, and its position, with the image's ``row``."""
-        name = f"{row['tar']}/{row['index']:08d}.json"
+    def _has_about(self, row: Row) -> bool:
+        """Whether the JSON beside an image in a tar, which its ``row`` locates, says the same as the row."""
+        bucket, tar = self.place.bucket, self.place.key(row["tar"])
         try:
-            same = _read_about(self.store, self.place, row) == canonical_json(sampling_batch.shard_json(row)).encode()
-        except (KeyError, Missing, UserError):
-            same = False
-        if not same:
-            part = sampling_batch.part_key(row["index"] // self.batch.chunk_size)
-            yield self._differ(name, part, row["index"], ["what is said of it"])
+            start = row["offset"] + -(-row["size"] // BLOCK) * BLOCK
+            size = int(self.store.get_span(bucket, tar, start, BLOCK)[124:135], 8)
+            if not 0 < size <= LARGEST_ABOUT:
+                return False
+            about = self.store.get_span(bucket, tar, start + BLOCK, size)
+        except (KeyError, TypeError, ValueError, UserError):
+            return False
+        return about == canonical_json(sampling_batch.shard_json(row)).encode()
 
-    def _differ(self, one: str, other: str, image: int, fields: list[str]) -> str:
-        return f"{self._uri(one)} and {self._uri(other)} disagree on image {image}: {', '.join(fields)}"
+    def _differ(self, one: str, other: str, image: int, fields: list[str]) -> Iterator[str]:
+        if fields:
+            yield f"{self._uri(one)} and {self._uri(other)} disagree on image {image}: {', '.join(fields)}"
 
     def _get(self, name: str, most: int) -> bytes:
         return self.store.get(self.place.bucket, self.place.key(name), most)
 
     def _uri(self, name: str) -> str:
         return f"{self.place}/{name}"
-
-
-def _differences(row: Row, other: Row) -> list[str]:
-    return sorted(name for name in {*row, *other} if row.get(name) != other.get(name))
 
 
 def _row_group(file: pq.ParquetFile, number: int, rows: int) -> list[Row]:
@@ -466,19 +419,6 @@ def _values(column: pa.ChunkedArray) -> list[Any]:
         else:
             found += array.to_pylist()
     return found
-
-
-def _read_about(store: Store, place: Location, row: Row) -> bytes:
-    """JSON beside an image in a tar, located by ``row``; raises UserError if there is none."""
-    start = row["offset"] + -(-row["size"] // BLOCK) * BLOCK
-    header = store.get_span(place.bucket, place.key(row["tar"]), start, BLOCK)
-    try:
-        size = int(header[124:135], 8)
-    except ValueError:
-        size = 0
-    if not 0 < size <= LARGEST_ABOUT:
-        raise UserError(f"{place}/{row['tar']} has no JSON beside image {row['index']}")
-    return store.get_span(place.bucket, place.key(row["tar"]), start + BLOCK, size)
 
 
 def read_parts(store: Store, batch: SamplingBatch, place: Location) -> Iterator[tuple[str, str, list[Row]]]:

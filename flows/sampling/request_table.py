@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal, get_args
 
 import pyarrow as pa
@@ -31,10 +32,8 @@ REQUESTS = "requests.parquet"
 """Name of the table inside its batch."""
 ROWS_AT_ONCE = 1024
 """Rows per row group, and rows held in memory at a time."""
-LONGEST_TEXT = 10_000
-"""Maximum characters in a cell."""
-LARGEST_GROUP = 256 * 2**20
-"""Maximum uncompressed size of a row group in bytes."""
+LONGEST_TEXT, LARGEST_GROUP = 10_000, 256 * 2**20
+"""Maximum characters in a cell, and uncompressed bytes in a row group."""
 
 Row = tuple[str | None, str | None]
 """Label and prompt; None leaves one open."""
@@ -71,13 +70,10 @@ class RequestTable:
         path = folder / f"{about.digest}.parquet"
         if path.is_file():
             return cls(path, about)
-        folder.mkdir(parents=True, exist_ok=True)
-        download = folder / f".{uuid.uuid4().hex}.arrived"
-        try:
+        with TemporaryDirectory() as scratch:
+            download = Path(scratch, REQUESTS)
             store.fetch(place.bucket, place.key(REQUESTS), download)
             found = cls._write(rows_of(download, "parquet"), folder)
-        finally:
-            download.unlink(missing_ok=True)
         if found.about != about:
             raise UserError(f"{place}/{REQUESTS} is not the table that the batch was begun with: put that back")
         return found

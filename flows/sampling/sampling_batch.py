@@ -25,7 +25,6 @@ from diffusion.common.fingerprint import Fingerprint
 from diffusion.common.image_grids import image_of
 from diffusion.common.png_metadata import marked_png
 from diffusion.data.manifest import Sha256
-from diffusion.data.shards import BLOCK, Extent
 from diffusion.generation.config import UNCONDITIONAL, Conditions
 from diffusion.process.samplers import SamplingConfig
 from flows.sampling.request_table import Requests
@@ -34,7 +33,6 @@ from flows.storage.tags import RunId, VersionNumber
 if TYPE_CHECKING:
     from _typeshed import SupportsWrite
 
-    from flows.storage.s3 import Location
 
 Row = dict[str, Any]
 """Row of a manifest, with the fields of ``ManifestRow``."""
@@ -42,31 +40,22 @@ Row = dict[str, Any]
 BATCH, MANIFEST, SUCCESS = "batch.json", "manifest.parquet", "_SUCCESS"
 """Names of the first object of a batch, and of the last two."""
 PARQUET = "application/vnd.apache.parquet"
-"""Content type of tables."""
 CHUNK_BATCHES = 4
 """Compute batches per chunk: small enough to lose little to a kill, large enough for a task."""
 MOST_CHUNKS = 256
 """Chunks per batch before chunks grow, up to LARGEST_CHUNK images, as each task has a cost."""
 LARGEST_CHUNK = 4096
 """Maximum images in a chunk by default, as a chunk's part of the manifest is held in memory."""
-DELETED = "deleted"
-"""Prefix of the deletion marks of batches, apart from the prefixes that sampling may write to."""
+DELETED, RESUMED = "deleted", "resumed"
+"""Prefixes of the marks of deleted batches, apart from where sampling may write, and of unfinished ones in work."""
 USUAL = re.compile(r"samples/[^/]+/[0-9]{1,10}/[^/]+")
 """Prefix of a batch at its default place."""
-RESUMED = "resumed"
-"""Prefix of the marks by which jobs show that an unfinished batch is not abandoned."""
 CHUNK_OBJECT = re.compile(r"(?P<image>\d{8,})\.png|samples-(?P<tar>\d{5,})\.tar|manifest/part-(?P<part>\d{5,})\.jsonl")
 """Names of a chunk's objects inside a batch."""
-MOST_IMAGES = 10**8
-"""Maximum images in a batch: image numbers have eight digits."""
-CHUNKS_AT_MOST = 10**5
-"""Maximum chunks in a batch: each is a task and a part of the manifest."""
-LARGEST_BATCH = 64 * 2**20
-"""Maximum size of ``batch.json`` in bytes."""
-LARGEST_PART = 512 * 2**20
-"""Maximum size of a part of the manifest in bytes."""
-LARGEST_IMAGE = 64 * 2**20
-"""Maximum size of an image in bytes."""
+MOST_IMAGES, CHUNKS_AT_MOST = 10**8, 10**5
+"""Maxima of a batch: image numbers have eight digits, and each chunk is a task and a part of the manifest."""
+LARGEST_BATCH, LARGEST_PART, LARGEST_IMAGE = 64 * 2**20, 512 * 2**20, 64 * 2**20
+"""Maximum sizes in bytes of ``batch.json``, of a part of the manifest and of an image."""
 
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Index = Annotated[int, Field(ge=0, lt=MOST_IMAGES)]
@@ -201,11 +190,6 @@ def part_key(chunk: int) -> str:
     return f"manifest/part-{chunk:05d}.jsonl"
 
 
-def is_usual(place: "Location") -> bool:
-    """Whether ``place`` is a default place of batches, which ``darkroom gc`` manages."""
-    return USUAL.fullmatch(place.prefix) is not None
-
-
 def chunk_of(batch: SamplingBatch, name: str) -> int | None:
     """Chunk that the object ``name`` of ``batch`` belongs to; None if it belongs to none."""
     found = CHUNK_OBJECT.fullmatch(name)
@@ -253,11 +237,6 @@ def shard_json(row: Row) -> dict[str, Any]:
     return {name: row[name] for name in names} | {"caption": row["prompt"], "model": model}
 
 
-def placed(row: Row, tar: str, extent: Extent) -> Row:
-    """``row`` with the position of its image in ``tar``."""
-    return row | {"tar": tar, "offset": extent.start + BLOCK, "size": extent.png}
-
-
 def part_bytes(rows: Iterable[Row]) -> bytes:
     """Encode a chunk's part of the manifest as JSON lines."""
     return "".join(f"{canonical_json(row)}\n" for row in rows).encode()
@@ -282,18 +261,13 @@ def conflicts(batch: SamplingBatch, index: int, row: Row) -> list[str]:
     expected = batch.row(index) | {
         "negative_prompt": conditions.negative_prompt,
         "tar": tar_key(index // batch.chunk_size) if batch.format == "tar" else None,
+        "fingerprint": canonical_json(batch.fingerprint.model_dump(mode="json")),
     }
     if batch.requests is None:
         expected["prompt"] = conditions.prompt(index)
         if (label := conditions.label(index)) is not None:
             expected["label"] = label
-    found = {name for name, value in expected.items() if row.get(name) != value}
-    try:
-        # Compared parsed, as later versions may write more fields.
-        same = Fingerprint.model_validate_json(row["fingerprint"]) == batch.fingerprint
-    except ValidationError:
-        same = False
-    return sorted(found if same else found | {"fingerprint"})
+    return sorted(name for name, value in expected.items() if row.get(name) != value)
 
 
 def _in_words(error: ValidationError) -> str:

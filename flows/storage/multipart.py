@@ -17,15 +17,14 @@ import base64
 import hashlib
 import io
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
 
 from botocore.exceptions import ClientError
 
 from diffusion.common.errors import DarkroomError
-from flows.storage.s3 import PROBE, Location, Put, Store, same_bytes
-from flows.storage.s3_errors import Missing, in_words, status_of
+from flows.storage.s3 import PROBE, Location, Missing, Put, Store, same_bytes, status_of
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
@@ -47,8 +46,8 @@ class Upload(io.RawIOBase):
 
     def __init__(self, store: Store, bucket: str, key: str, content_type: str, part_bytes: int) -> None:
         super().__init__()
-        self._store, self._place, self._type = store, Location(bucket, key), content_type
-        self._part_bytes = part_bytes
+        self._store, self._bucket, self._key = store, bucket, key
+        self._type, self._part_bytes = content_type, part_bytes
         self._buffer = bytearray()
         self._digest = hashlib.sha256()
         self._id: str | None = None
@@ -70,18 +69,16 @@ class Upload(io.RawIOBase):
         return len(view)
 
     def finish(self) -> Put:
-        """Complete the object unless its key is taken; the same bytes there count as success.
-
-        Raises Held if other bytes lie there or are being written.
-        """
-        bucket, key = self._place.bucket, self._place.prefix
+        """Complete the object as ``Store.put_once`` does; raises Held if other bytes lie there or are being written."""
+        bucket, key, digest = self._bucket, self._key, self._digest.hexdigest()
         if self._id is None:
             put = self._store.put_once(bucket, key, bytes(self._buffer), content_type=self._type)
-            self._require_own_sum()
+            # Another writer may be uploading other bytes to this key.
+            with suppress(Missing):
+                same_bytes(bucket, key, self._store.get(bucket, key + SUM)[:64].decode(errors="replace"), digest)
             return put
         if self._buffer:
             self._send(bytes(self._buffer))
-        digest = self._digest.hexdigest()
         if not self._taken_away and not self._store.exists(bucket, key):
             name = key.rpartition("/")[2]
             self._store.put_once(bucket, key + SUM, f"{digest}  {name}\n".encode(), content_type="text/plain")
@@ -92,29 +89,21 @@ class Upload(io.RawIOBase):
             return same_bytes(bucket, key, self._store.sha256(bucket, key), digest)
         except Missing as error:
             raise DarkroomError(
-                f"somebody aborted the upload of {self._place}, and nothing lies there: give the same command again"
+                f"somebody aborted the upload of s3://{bucket}/{key}, and nothing lies there: give the command again"
             ) from error
-
-    def _require_own_sum(self) -> None:
-        """Raise Held if another writer is uploading other bytes to this key."""
-        try:
-            data = self._store.get(self._place.bucket, self._place.prefix + SUM)
-        except Missing:
-            return
-        same_bytes(self._place.bucket, self._place.prefix, data[:64].decode(errors="replace"), self._digest.hexdigest())
 
     def abort(self) -> None:
         """Abort the upload on the server, if one was begun and not finished."""
         if self._id is not None:
-            abort_upload(self._store, self._place.bucket, self._place.prefix, self._id)
+            abort_upload(self._store, self._bucket, self._key, self._id)
             self._id = None
 
     def _send(self, piece: bytes) -> None:
-        client, bucket, key = self._store.client, self._place.bucket, self._place.prefix
+        client, bucket, key = self._store.client, self._bucket, self._key
         # A recent upload is only aborted by a process that found the object: all that is left is to compare.
         if self._taken_away:
             return
-        with _in_words(self._store, self._place):
+        with self._store.in_words(self._bucket, self._key):
             if self._id is None:
                 begun = client.create_multipart_upload(
                     Bucket=bucket, Key=key, ContentType=self._type, ChecksumAlgorithm="SHA256"
@@ -135,11 +124,11 @@ class Upload(io.RawIOBase):
     def _completed(self) -> bool:
         """Complete the upload; returns False if another object may be there."""
         assert self._id is not None
-        with _in_words(self._store, self._place):
+        with self._store.in_words(self._bucket, self._key):
             try:
                 self._store.client.complete_multipart_upload(
-                    Bucket=self._place.bucket,
-                    Key=self._place.prefix,
+                    Bucket=self._bucket,
+                    Key=self._key,
                     UploadId=self._id,
                     MultipartUpload={"Parts": self._parts},
                     IfNoneMatch="*",
@@ -156,10 +145,7 @@ class Upload(io.RawIOBase):
 def writing(
     store: Store, bucket: str, key: str, content_type: str = "application/octet-stream", part_bytes: int = PART_BYTES
 ) -> Iterator[Upload]:
-    """Context with a writable file that becomes an object when the block ends, as by ``Store.put_once``.
-
-    After an exception nothing of it is left.
-    """
+    """Context with a writable file that becomes an object, as by ``Store.put_once``, unless the block fails."""
     upload = Upload(store, bucket, key, content_type, part_bytes)
     try:
         yield upload
@@ -181,13 +167,13 @@ def abort_uploads(store: Store, place: Location, older_than: timedelta = timedel
 def uploads(store: Store, place: Location) -> "list[MultipartUploadTypeDef]":
     """List the unfinished uploads under ``place``."""
     pages = store.client.get_paginator("list_multipart_uploads").paginate(Bucket=place.bucket, Prefix=place.prefix)
-    with _in_words(store, place):
+    with store.in_words(place.bucket, place.prefix):
         return [each for page in pages for each in page.get("Uploads", ())]
 
 
 def abort_upload(store: Store, bucket: str, key: str, upload: str) -> None:
     """Abort an upload, unless it is gone or was completed."""
-    with _in_words(store, Location(bucket, key)):
+    with store.in_words(bucket, key):
         try:
             store.client.abort_multipart_upload(Bucket=bucket, Key=key, UploadId=upload)
         except ClientError as error:
@@ -196,11 +182,7 @@ def abort_upload(store: Store, bucket: str, key: str, upload: str) -> None:
 
 
 def honours_conditional_completion(store: Store, bucket: str, prefix: str = "") -> bool:
-    """Whether the server honours If-None-Match when it completes a multipart upload over an existing object.
-
-    The object is the one that ``Store.require_conditional_puts`` has left under ``prefix``. Some servers honour the
-    condition only on a PUT.
-    """
+    """Whether completing an upload honours If-None-Match, on the object of ``Store.require_conditional_puts``."""
     place = Location(bucket, prefix.strip("/")) / PROBE
     abort_uploads(store, place, ABANDONED)
     upload = Upload(store, bucket, place.prefix, "application/octet-stream", 1)
@@ -209,7 +191,3 @@ def honours_conditional_completion(store: Store, bucket: str, prefix: str = "") 
         return not upload._completed()
     finally:
         upload.abort()
-
-
-def _in_words(store: Store, place: Location) -> AbstractContextManager[None]:
-    return in_words(store.client.meta.endpoint_url, place.bucket, place.prefix)

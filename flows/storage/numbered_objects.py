@@ -5,7 +5,8 @@ on it: a writer that loses reads the winner's object and decides again.
 """
 
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 
 from pydantic import ValidationError
@@ -14,8 +15,7 @@ from diffusion.common.config import Config
 from diffusion.common.errors import Held
 from diffusion.common.files import canonical_json
 from flows.environment import settings
-from flows.storage.s3 import ListedObject, Location, Store
-from flows.storage.s3_errors import Missing
+from flows.storage.s3 import ListedObject, Location, Missing, Store
 
 NAME = re.compile(r"([0-9]{8})\.json")
 LARGEST_CLAIM = 4096
@@ -90,34 +90,27 @@ class Claims(NumberedObjects):
 
     def holder(self, valid: Callable[[str], bool]) -> str | None:
         """Return what the first ``valid`` claim names; None if there is none."""
-        return self._first(valid)[0]
+        return next((made for _, made in self._claims() if made is not None and valid(made)), None)
 
     def claim(self, made: str, valid: Callable[[str], bool]) -> str:
         """Claim to be the first, with ``made`` as the name of the object; returns the name in the first claim."""
         self.require_conditional_puts()
         while True:
-            first, taken = self._first(valid)
-            if first is not None:
-                return first
-            try:
+            taken = set[int]()
+            for number, first in self._claims():
+                if first is not None and valid(first):
+                    return first
+                taken.add(number)
+            with suppress(Held):
                 self.put(first_free(taken), canonical_json(Claim(made=made).model_dump()).encode())
-            except Held:
-                continue
-            return made
+                return made
 
-    def _first(self, valid: Callable[[str], bool]) -> tuple[str | None, set[int]]:
-        """Name in the first valid claim, or None, and the numbers before it."""
-        taken = set[int]()
+    def _claims(self) -> Iterator[tuple[int, str | None]]:
+        """Number and name of each claim; None for foreign objects."""
         for listed in self.listed():
             if number := self.number(listed):
-                made = self._made(number) if listed.size <= LARGEST_CLAIM else None
-                if made is not None and valid(made):
-                    return made, taken
-                taken.add(number)
-        return None, taken
-
-    def _made(self, number: int) -> str | None:
-        try:
-            return Claim.model_validate_json(self.get(number) or b"").made
-        except ValidationError:
-            return None
+                try:
+                    data = self.get(number) if listed.size <= LARGEST_CLAIM else None
+                    yield number, Claim.model_validate_json(data or b"").made
+                except ValidationError:
+                    yield number, None

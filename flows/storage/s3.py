@@ -1,33 +1,53 @@
-"""Client for any S3 server: objects are written once, atomically, and verified by SHA-256."""
+"""Client for any S3 server: objects are written once, atomically, and verified by SHA-256.
+
+All exceptions of boto3 become errors with a one-line message.
+"""
 
 import base64
 import hashlib
+import io
 import os
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
-from functools import partial
+from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypeVar
 
 import boto3
 from botocore.config import Config as ClientConfig
-from botocore.exceptions import BotoCoreError, ClientError
+from botocore.exceptions import (
+    BotoCoreError,
+    ClientError,
+    ConnectionClosedError,
+    CredentialRetrievalError,
+    FlexibleChecksumError,
+    HTTPClientError,
+    IncompleteReadError,
+    NoCredentialsError,
+    ParamValidationError,
+    PartialCredentialsError,
+    ReadTimeoutError,
+    ResponseStreamingError,
+)
+from botocore.exceptions import ConnectionError as NotConnected
 from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_random_exponential
 
 from diffusion.common.errors import DarkroomError, Held, UserError
-from diffusion.common.files import sha256_file, write_atomically
-from flows.storage.s3_errors import Missing, in_words, is_broken_read, is_conflict, status_of
+from diffusion.common.files import write_atomically
+from diffusion.data.sources.base import Found
 
 if TYPE_CHECKING:
+    from botocore.response import StreamingBody
     from mypy_boto3_s3 import S3Client
     from mypy_boto3_s3.type_defs import ObjectIdentifierTypeDef
 
+T = TypeVar("T")
 Put = Literal["written", "already there"]
 """Outcome of a write: by this call, or with the same bytes by an earlier one."""
 
@@ -36,6 +56,26 @@ PROBE = ".darkroom-conditional-put"
 """Name of the object that ``require_conditional_puts`` probes the server with."""
 DELETED_AT_ONCE = 1000
 """Maximum number of objects in one delete request."""
+DENIED = (
+    "403",
+    "AccessDenied",
+    "ExpiredToken",
+    "Forbidden",
+    "InvalidAccessKeyId",
+    "InvalidToken",
+    "SignatureDoesNotMatch",
+)
+SKEWED = ("RequestExpired", "RequestTimeTooSkewed")
+ELSEWHERE = ("301", "AuthorizationHeaderMalformed", "IllegalLocationConstraintException", "PermanentRedirect")
+DAMAGED_READS = (FlexibleChecksumError, IncompleteReadError, ResponseStreamingError)
+
+
+class Missing(UserError):
+    """Missing object."""
+
+
+class Denied(UserError):
+    """Access denied by the server."""
 
 
 @dataclass(frozen=True)
@@ -76,18 +116,11 @@ class Location:
 
 
 class ListedObject(NamedTuple):
-    """Object in a listing: key, size in bytes, ETag, which differs when the bytes do, and time of writing."""
+    """Stored object: key, size in bytes, ETag, which differs when the bytes do, and time of writing."""
 
     key: str
     size: int
     etag: str
-    written: datetime
-
-
-class Stat(NamedTuple):
-    """Metadata of an object: size in bytes and time of writing."""
-
-    size: int
     written: datetime
 
 
@@ -102,11 +135,9 @@ class Object:
 
 
 def client(attempts: int = 5, read_timeout: float = 60, variables: Mapping[str, str] = os.environ) -> "S3Client":
-    """Create a thread-safe client from the standard ``AWS_*`` variables and files.
+    """Create a thread-safe client from the standard ``AWS_*`` ``variables`` and files; raises UserError for bad ones.
 
-    ``attempts`` is the total number of tries per request, over about 8 s for the default; ``read_timeout``
-    is in seconds; settings missing in ``variables`` are looked up by boto3. Raises UserError if the settings
-    are invalid.
+    ``attempts`` is the total number of tries per request, over about 8 s for the default; ``read_timeout`` in seconds.
     """
     pair = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
     access_key, secret_key = (variables.get(name) or None for name in pair)
@@ -136,6 +167,26 @@ def client(attempts: int = 5, read_timeout: float = 60, variables: Mapping[str, 
         raise UserError(f"the AWS_* settings make no S3 client: {error}") from error
 
 
+def status_of(error: ClientError) -> int:
+    """HTTP status of the server's answer."""
+    return error.response["ResponseMetadata"]["HTTPStatusCode"]
+
+
+def is_broken_read(error: BaseException) -> bool:
+    """Whether a response body broke off or did not match the server's checksum."""
+    return isinstance(error, (*DAMAGED_READS, ConnectionClosedError, ReadTimeoutError))
+
+
+def is_conflict(error: BaseException) -> bool:
+    """Whether two writers collided in the server (409), or a conflicting object was gone when it was read (404)."""
+    if not isinstance(error, ClientError):
+        return False
+    code = error.response["Error"]["Code"]
+    return code in {"ConditionalRequestConflict", "OperationAborted"} or (
+        error.operation_name in {"HeadObject", "GetObject"} and status_of(error) == 404
+    )
+
+
 @dataclass(frozen=True)
 class Store:
     """S3 operations of Darkroom. Every method raises UserError, with one line, for errors that the user can fix."""
@@ -146,117 +197,78 @@ class Store:
         self,
         bucket: str,
         key: str,
-        data: bytes,
+        data: bytes | io.BufferedReader,
         metadata: Mapping[str, str] | None = None,
         content_type: str = "application/octet-stream",
     ) -> Put:
-        """Write ``data`` (at most 5 GiB) unless the key is taken; the same bytes there count as success.
+        """Write ``data`` (at most 5 GiB), or a file from its start, unless the key is taken.
 
-        Raises Held if other bytes lie there. The SHA-256 is checked by the server and stored as metadata.
+        The same bytes there count as success; raises Held if other bytes lie there. The SHA-256 is checked by the
+        server and stored as metadata.
         """
-        digest = hashlib.sha256(data).hexdigest()
-        return self._put_once(bucket, key, lambda: data, digest, metadata or {}, content_type)
+        file = io.BytesIO(data) if isinstance(data, bytes) else data
+        file.seek(0)
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
 
-    def put_file_once(self, bucket: str, key: str, path: Path) -> Put:
-        """Write the file at ``path`` as ``put_once`` does, without loading it into memory."""
-        digest = sha256_file(path)
-        with path.open("rb") as file:
-
-            def rewound() -> BinaryIO:
-                file.seek(0)
-                return file
-
-            return self._put_once(bucket, key, rewound, digest, {}, "application/octet-stream")
-
-    def _put_once(
-        self,
-        bucket: str,
-        key: str,
-        body: Callable[[], bytes | BinaryIO],
-        digest: str,
-        metadata: Mapping[str, str],
-        content_type: str,
-    ) -> Put:
-        """Write ``body``, whose hex SHA-256 is ``digest``, as ``put_once`` does."""
-
-        def put() -> str | None:
-            """Write the object; returns None, or the SHA-256 of an existing object."""
+        def put() -> Put:
+            file.seek(0)
             try:
                 self.client.put_object(
                     Bucket=bucket,
                     Key=key,
-                    Body=body(),
+                    Body=file,
                     IfNoneMatch="*",
                     ChecksumSHA256=base64.b64encode(bytes.fromhex(digest)).decode(),
                     ContentType=content_type,
-                    Metadata={"sha256": digest, **metadata},
+                    Metadata={"sha256": digest, **(metadata or {})},
                 )
             except ClientError as error:
                 if status_of(error) != 412:
                     raise
-                return self._sha256(bucket, key)
-            return None
-
-        with self._in_words(bucket, key):
-            there = _retrying(is_conflict)(put)
-        if there is None:
+                return same_bytes(bucket, key, self._sha256(bucket, key), digest)
             return "written"
-        return same_bytes(bucket, key, there, digest)
+
+        return self._retrying(bucket, key, put, is_conflict)
 
     def put_many(self, bucket: str, objects: Sequence[Object], workers: int = 8) -> list[Put]:
         """Write each of ``objects`` as ``put_once`` does, ``workers`` at a time; the first failure stops the rest."""
         with ThreadPoolExecutor(workers) as pool:
-            futures = [pool.submit(self.put_once, bucket, o.key, o.data, o.metadata, o.content_type) for o in objects]
-            try:
-                return [future.result() for future in futures]
-            finally:
-                pool.shutdown(wait=False, cancel_futures=True)
+            return list(pool.map(lambda o: self.put_once(bucket, o.key, o.data, o.metadata, o.content_type), objects))
 
     def get(self, bucket: str, key: str, most: int | None = None) -> bytes:
-        """Read the bytes of an object, verified by the server's checksum; raises Missing.
-
-        Raises UserError, before anything is read, if it has more than ``most`` bytes.
-        """
-
-        def get() -> bytes:
-            answer = self.client.get_object(Bucket=bucket, Key=key)
-            _require_size(answer["ContentLength"], most, bucket, key)
-            return answer["Body"].read()
-
-        with self._in_words(bucket, key):
-            return _retrying(is_broken_read)(get)
+        """Read an object, verified by its checksum; raises Missing, and UserError if it is over ``most`` bytes."""
+        return self._retrying(bucket, key, lambda: self._body(bucket, key, most).read())
 
     def get_span(self, bucket: str, key: str, offset: int, size: int) -> bytes:
         """Read ``size`` bytes of an object from ``offset`` on, without a checksum; raises Missing."""
         span = f"bytes={offset}-{offset + size - 1}"
-        with self._in_words(bucket, key):
-            return _retrying(is_broken_read)(
-                lambda: self.client.get_object(Bucket=bucket, Key=key, Range=span)["Body"].read()
-            )
+        return self._retrying(
+            bucket, key, lambda: self.client.get_object(Bucket=bucket, Key=key, Range=span)["Body"].read()
+        )
 
     def sha256(self, bucket: str, key: str) -> str:
         """Hex SHA-256 of an object, from the server's checksum or else from its bytes; raises Missing."""
-        with self._in_words(bucket, key):
-            return _retrying(is_broken_read)(lambda: self._sha256(bucket, key))
+        return self._retrying(bucket, key, lambda: self._sha256(bucket, key))
 
     def fetch(self, bucket: str, key: str, path: Path, most: int | None = None) -> None:
-        """Fetch an object to ``path``, overwriting it, a megabyte at a time, verified as by ``get``; raises Missing.
-
-        Raises UserError as ``get`` does. No partial file is left after an error.
-        """
+        """Fetch an object to ``path`` as ``get`` does, a megabyte at a time; no partial file is left after an error."""
 
         def fetch() -> None:
-            answer = self.client.get_object(Bucket=bucket, Key=key)
-            _require_size(answer["ContentLength"], most, bucket, key)
+            body = self._body(bucket, key, most)
             with path.open("wb") as file:
-                shutil.copyfileobj(answer["Body"], file, 2**20)
+                shutil.copyfileobj(body, file, 2**20)
 
         try:
-            with self._in_words(bucket, key):
-                _retrying(is_broken_read)(fetch)
+            self._retrying(bucket, key, fetch)
         except BaseException:
             path.unlink(missing_ok=True)
             raise
+
+    def _body(self, bucket: str, key: str, most: int | None) -> "StreamingBody":
+        answer = self.client.get_object(Bucket=bucket, Key=key)
+        if most is not None and (size := answer["ContentLength"]) > most:
+            raise UserError(f"s3://{bucket}/{key} has {size} bytes, and none of its kind has over {most}: delete it")
+        return answer["Body"]
 
     def download(self, bucket: str, key: str, path: Path) -> str:
         """Fetch an object to ``path`` atomically; returns the SHA-256 of its bytes."""
@@ -264,17 +276,16 @@ class Store:
 
     def exists(self, bucket: str, key: str) -> bool:
         """Whether the object exists."""
-        with self._in_words(bucket, key):
-            return _found(lambda: self.client.head_object(Bucket=bucket, Key=key))
+        return self.stat(bucket, key) is not None
 
-    def stat(self, bucket: str, key: str) -> Stat | None:
-        """Size and time of an object; None if it does not exist."""
+    def stat(self, bucket: str, key: str) -> ListedObject | None:
+        """Size, ETag and time of an object; None if it does not exist."""
         try:
-            with self._in_words(bucket, key):
+            with self.in_words(bucket, key):
                 head = self.client.head_object(Bucket=bucket, Key=key)
         except Missing:
             return None
-        return Stat(head["ContentLength"], head["LastModified"])
+        return ListedObject(key, head["ContentLength"], head["ETag"].strip('"'), head["LastModified"])
 
     def list_keys(self, bucket: str, prefix: str = "", after: str = "") -> Iterator[str]:
         """Yield all keys that begin with ``prefix`` and sort after ``after``, in order."""
@@ -284,7 +295,7 @@ class Store:
         """Yield the objects of ``list_keys`` with size, ETag and time; one page is held in memory at a time."""
         # No delimiter: some servers go on listing a "folder" for minutes after it was emptied.
         pages = self.client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix, StartAfter=after)
-        with self._in_words(bucket, prefix):
+        with self.in_words(bucket, prefix):
             for page in pages:
                 for entry in page.get("Contents", ()):
                     yield ListedObject(entry["Key"], entry["Size"], entry["ETag"].strip('"'), entry["LastModified"])
@@ -293,7 +304,7 @@ class Store:
         """Delete the objects of these names, if they exist."""
         left = iter(keys)
         while batch := list(islice(left, DELETED_AT_ONCE)):
-            with self._in_words(bucket, batch[0]):
+            with self.in_words(bucket, batch[0]):
                 objects: list[ObjectIdentifierTypeDef] = [{"Key": key} for key in batch]
                 answer = self.client.delete_objects(Bucket=bucket, Delete={"Objects": objects, "Quiet": True})
             for error in answer.get("Errors", ()):
@@ -302,10 +313,13 @@ class Store:
 
     def ensure_bucket(self, bucket: str) -> None:
         """Create ``bucket`` if it does not exist."""
-        with self._in_words(bucket):
-            if _found(lambda: self.client.head_bucket(Bucket=bucket)):
+        try:
+            with self.in_words(bucket):
+                self.client.head_bucket(Bucket=bucket)
                 return
+        except Missing:
             region = self.client.meta.region_name
+        with self.in_words(bucket):
             try:
                 if region in {None, "us-east-1", "aws-global"}:
                     self.client.create_bucket(Bucket=bucket)
@@ -332,12 +346,9 @@ class Store:
             "two jobs could overwrite each other, and ingest, train, promote and sample refuse to write there: use a "
             "server that honours it, such as Amazon's, SeaweedFS or Ceph's"
         )
-        for body in (
-            b"Kept by Darkroom: a second write of this key must fail.\n",
-            b"This must never be seen.\n",
-        ):
+        for body in (b"Kept by Darkroom: a second write of this key must fail.\n", b"This must never be seen.\n"):
             try:
-                with self._in_words(bucket, key):
+                with self.in_words(bucket, key):
                     self.client.put_object(Bucket=bucket, Key=key, Body=body, IfNoneMatch="*")
             except DarkroomError as error:
                 cause = error.__cause__
@@ -358,8 +369,86 @@ class Store:
             digest.update(piece)
         return digest.hexdigest()
 
-    def _in_words(self, bucket: str, key: str = "") -> AbstractContextManager[None]:
-        return in_words(self.client.meta.endpoint_url, bucket, key)
+    def _retrying(
+        self,
+        bucket: str,
+        key: str,
+        request: Callable[[], T],
+        worth_it: Callable[[BaseException], bool] = is_broken_read,
+    ) -> T:
+        """Answer of a request, retried after errors that botocore does not retry."""
+        retrying = Retrying(
+            retry=retry_if_exception(worth_it),
+            stop=stop_after_attempt(6),
+            wait=wait_random_exponential(0.1, 5),
+            reraise=True,
+        )
+        with self.in_words(bucket, key):
+            return retrying(request)
+
+    @contextmanager
+    def in_words(self, bucket: str, key: str = "") -> Iterator[None]:
+        """Context that turns exceptions of boto3 into errors with a one-line message, with the original as cause."""
+        server = self.client.meta.endpoint_url
+        place = f"s3://{bucket}/{key}"
+        try:
+            yield
+        except ClientError as error:
+            raise _explained(error, place, bucket, server) from error
+        except (NoCredentialsError, PartialCredentialsError, CredentialRetrievalError) as error:
+            hint = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+            raise UserError(f"{place}: no usable S3 credentials ({error}): {hint}") from error
+        except ParamValidationError as error:
+            raise UserError(f"{place}: {' '.join(str(error).split())}") from error
+        except DAMAGED_READS as error:
+            hint = "check the network, then give the same command again"
+            raise DarkroomError(f"{place}: what {server} sends breaks off or is damaged: {hint} ({error})") from error
+        except (HTTPClientError, NotConnected) as error:
+            hint = "is it running, and is AWS_ENDPOINT_URL_S3 right?"
+            raise UserError(f"{place}: the S3 server {server} does not answer: {hint} ({error})") from error
+        except BotoCoreError as error:
+            raise DarkroomError(f"{place}: {error} ({server})") from error
+
+
+@dataclass(frozen=True)
+class S3Objects:
+    """S3 objects by URI, as sources of data sets: see ``diffusion.data.sources.base.ObjectStore``.
+
+    After pickling it uses the environment of the process that it was sent to.
+    """
+
+    @cached_property
+    def _store(self) -> Store:
+        return Store()
+
+    def __getstate__(self) -> None:
+        """Leave the client out, as it cannot be pickled."""
+
+    def find(self, uri: str) -> Iterator[Found]:
+        """Yield all objects whose URI begins with ``uri``, in the server's order, a page at a time."""
+        bucket, prefix = _split(uri)
+        for found in self._store.list_objects(bucket, prefix):
+            yield Found(f"s3://{bucket}/{found.key}", found.size, found.etag)
+
+    def read(self, uri: str) -> bytes:
+        """Read the bytes of one object; raises FileNotFoundError if there is none."""
+        try:
+            return self._store.get(*_split(uri))
+        except Missing as error:
+            raise FileNotFoundError(str(error)) from error
+
+    def download(self, uri: str, path: Path) -> None:
+        """Download one object to ``path`` atomically; raises FileNotFoundError if there is none."""
+        try:
+            self._store.download(*_split(uri), path)
+        except Missing as error:
+            raise FileNotFoundError(str(error)) from error
+
+
+def _split(uri: str) -> tuple[str, str]:
+    """Split ``uri`` into bucket and key, which may be any key that S3 allows."""
+    bucket, _, key = uri.removeprefix("s3://").partition("/")
+    return Location.parse(f"s3://{bucket}").bucket, key
 
 
 def same_bytes(bucket: str, key: str, there: str, here: str) -> Put:
@@ -372,27 +461,23 @@ def same_bytes(bucket: str, key: str, there: str, here: str) -> Put:
     return "already there"
 
 
-def _require_size(size: int, most: int | None, bucket: str, key: str) -> None:
-    if most is not None and size > most:
-        raise UserError(f"s3://{bucket}/{key} has {size} bytes, and none of its kind has over {most}: delete it")
-
-
-def _found(request: Callable[[], object]) -> bool:
-    """Whether the HEAD ``request`` finds its object."""
-    try:
-        request()
-    except ClientError as error:
-        if status_of(error) != 404:
-            raise
-        return False
-    return True
-
-
-def _retrying(worth_it: Callable[[BaseException], bool]) -> Retrying:
-    """Retry policy for errors that botocore does not retry; raises the last error in the end."""
-    return Retrying(
-        retry=retry_if_exception(worth_it),
-        stop=stop_after_attempt(6),
-        wait=wait_random_exponential(0.1, 5),
-        reraise=True,
-    )
+def _explained(error: ClientError, place: str, bucket: str, server: str) -> DarkroomError:
+    code, message = error.response["Error"]["Code"], error.response["Error"].get("Message", "")
+    if code == "NoSuchBucket":
+        hint = "create it, or set DARKROOM_BUCKET to one that is there"
+        return UserError(f"{place}: there is no bucket {bucket} at {server}: {hint}")
+    if code in {"NoSuchKey", "404", "NotFound"}:
+        return Missing(f"{place} does not exist at {server}")
+    if code == "InvalidRange":
+        return Missing(f"{place} is shorter at {server} than the requested range: it was cut, or replaced")
+    if code in DENIED:
+        hint = "check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and what that key may do"
+        if code == "403":  # to a HEAD, whose answer has no body to say why
+            hint += ", and this machine's clock"
+        return Denied(f"{place}: {server} denies access ({code}): {hint}")
+    if code in ("RequestExpired", "RequestTimeTooSkewed"):
+        hint = "set the clock of whichever of the two is wrong"
+        return UserError(f"{place}: the clocks of {server} and of this machine are too far apart ({code}): {hint}")
+    if code in ELSEWHERE:
+        return UserError(f"{place}: the bucket lies in another region ({code}): set AWS_DEFAULT_REGION to it")
+    return DarkroomError(f"{place}: {server} answered {code}: {message}")

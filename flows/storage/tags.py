@@ -41,15 +41,11 @@ class Tags(BaseModel):
     )
 
     weights_sha256: Sha256 | None = None
-    """SHA-256 of the version's weights."""
     code_sha256: Sha256 | None = None
     """Digest of the code that the version ships: see ``flows.provenance.reproduce``."""
     content_digest: Sha256 | None = None
-    """Content of the data set that was trained on."""
     dvc_digest: DvcDigest | None = None
-    """DVC digest of the same data set version."""
     dataset: PlainName | None = None
-    """Name of the data set."""
     autoencoder: ModelUri | None = None
     """Version whose latents the model works in."""
     start: ModelUri | None = None

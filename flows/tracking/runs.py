@@ -28,7 +28,7 @@ from PIL import Image
 
 from diffusion.data.manifest import Manifest
 from diffusion.evaluation.results import CheckpointEvaluation, Evaluation
-from flows.datasets.lineage import CodeVersion, DataVersion
+from flows.datasets.dvc import CodeVersion, DataVersion
 from flows.storage.numbered_objects import Claims
 from flows.tracking.json_logs import RUN_ID
 

@@ -7,7 +7,7 @@ from diffusion.data.ingest.config import IngestConfig
 from diffusion.data.ingest.ingest import ingest
 from diffusion.data.manifest import Manifest, read_manifest, work_folder
 from flows.datasets.catalog import Catalogue
-from flows.datasets.lineage import record_data
+from flows.datasets.dvc import record_data
 from tests.builders.shapes import blob
 
 FOLDER = Path("data/blobs")

@@ -4,8 +4,7 @@ from pathlib import Path
 
 from flows.sampling import generate_batch
 from flows.sampling.sampling_batch import SamplingBatch
-from flows.storage.s3 import Location, Store
-from flows.storage.s3_errors import Missing
+from flows.storage.s3 import Location, Missing, Store
 from tests.builders.sampling_batches import batch
 
 BATCHES = [batch(4, chunk=2), batch(4, chunk=2, format="tar")]

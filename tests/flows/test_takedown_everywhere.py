@@ -14,8 +14,7 @@ from flows.datasets.checkout import checkout
 from flows.environment import data_source, settings
 from flows.registry import champion
 from flows.registry.dependencies import current_start
-from flows.registry.ledger import Ledger
-from flows.registry.ledger_entries import Evidence
+from flows.registry.ledger import Evidence, Ledger
 from flows.registry.model_versions import Version, version_of
 from flows.registry.takedown_marks import find_derived, mark, require_current
 from flows.tracking.runs import AUTOENCODER, START
@@ -70,7 +69,7 @@ def test_a_machine_whose_records_of_it_were_lost_learns_them_again(two: tuple[Ma
     "step",
     [
         "flows.datasets.catalog:Catalogue.publish",
-        pytest.param("flows.datasets.lineage:record_data", marks=pytest.mark.slow),
+        pytest.param("flows.datasets.dvc:record_data", marks=pytest.mark.slow),
         pytest.param("flows.datasets.catalog:Heads.advance", marks=pytest.mark.slow),
     ],
 )
@@ -87,7 +86,7 @@ def test_what_is_taken_down_during_an_ingest_is_not_in_its_version(step: str, tw
     "step",
     [
         "flows.datasets.catalog:Catalogue.publish_removal",
-        "flows.datasets.lineage:record_data",
+        "flows.datasets.dvc:record_data",
         "flows.datasets.catalog:Heads.advance",
     ],
 )
@@ -105,7 +104,7 @@ def test_what_is_ingested_during_a_takedown_is_in_its_version(step: str, two: tu
     "step",
     [
         "flows.datasets.catalog:Catalogue.publish_removal",
-        "flows.datasets.lineage:record_data",
+        "flows.datasets.dvc:record_data",
         "flows.datasets.catalog:Heads.advance",
     ],
 )

@@ -21,7 +21,7 @@ from diffusion.data.manifest import Manifest, read_manifest, work_folder
 from diffusion.data.versions.takedown import remove
 from diffusion.data.versions.takedown_records import Selection
 from flows.datasets.checkout import checkout
-from flows.datasets.lineage import record_data
+from flows.datasets.dvc import record_data
 from flows.datasets.purge import purge_dvc, purge_files
 from flows.registry.model_versions import Version
 from flows.registry.takedown_marks import Derived, clear_images, find_derived, mark, takedowns

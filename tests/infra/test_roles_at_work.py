@@ -19,8 +19,8 @@ from dvc.repo import Repo
 
 from flows.config import RetentionConfig
 from flows.datasets import catalog
-from flows.retention.batch_items import SamplingBatches
 from flows.retention.dataset_items import DataSets
+from flows.retention.sweeps import SamplingBatches
 from flows.sampling.lookup import find
 from flows.sampling.sampling_batch import SamplingBatch
 from flows.storage.multipart import writing

@@ -22,7 +22,7 @@ from diffusion.data.ingest.ingest import ingest
 from diffusion.data.manifest import read_manifest
 from flows.cli import main
 from flows.datasets.catalog import Catalogue
-from flows.datasets.lineage import record_data
+from flows.datasets.dvc import record_data
 from tests.builders import ROOT
 from tests.builders.ingested import files_of
 from tests.builders.shapes import blob

@@ -24,7 +24,7 @@ from diffusion.data.versions.versions import history
 from diffusion.training.config import TrainingConfig
 from flows.config import Params
 from flows.datasets.checkout import checkout
-from flows.datasets.lineage import RemoteShards, data_version, record_data, restore_data
+from flows.datasets.dvc import RemoteShards, data_version, record_data, restore_data
 from flows.ingest import record
 from flows.storage.s3 import Store
 from tests.builders.catalogs import FOLDER, Place

@@ -11,7 +11,7 @@ from dvc.repo import Repo
 
 from diffusion.data.ingest.config import IngestConfig
 from diffusion.data.ingest.ingest import ingest
-from flows.datasets.lineage import data_version, record_data
+from flows.datasets.dvc import data_version, record_data
 from tests.builders import ROOT
 from tests.builders.shapes import blob
 from tests.builders.workspace import PARAMS

@@ -19,8 +19,7 @@ from diffusion.common.errors import DarkroomError, UserError
 from diffusion.data.ingest.config import IngestConfig
 from diffusion.data.ingest.ingest import IngestResult, ingest
 from diffusion.data.sources import open_source
-from flows.datasets.s3_source import S3Objects
-from flows.storage.s3 import Object, Store
+from flows.storage.s3 import Object, S3Objects, Store
 from tests.builders import ROOT
 from tests.builders.archives import tar_bytes
 from tests.builders.ingested import files_of
@@ -173,7 +172,7 @@ def test_processes_fetch_what_threads_do(store: Store, bucket: str, tmp_path: Pa
     # A process of its own, as the helpers of this one may know another environment.
     script = (
         "import sys; from pathlib import Path; from diffusion.data.ingest.config import IngestConfig; "
-        "from diffusion.data.ingest.ingest import ingest; from flows.datasets.s3_source import S3Objects\n"
+        "from diffusion.data.ingest.ingest import ingest; from flows.storage.s3 import S3Objects\n"
         "if __name__ == '__main__': print(ingest(Path(sys.argv[1]), IngestConfig(source=sys.argv[2], size=8, "
         "held_out=0.33, runner='processes'), objects=S3Objects()).model_dump_json())"
     )

@@ -10,7 +10,7 @@ from tests.builders.machines import BASE, NAME, Killed, Machine, Machines, befor
 __all__ = ["first_version", "machine", "two"]
 
 STEPS = (
-    "flows.datasets.lineage:record_data",  # ingested, and not pushed
+    "flows.datasets.dvc:record_data",  # ingested, and not pushed
     "flows.datasets.catalog:Catalogue.publish",  # pushed, and not in the catalogue
     "flows.datasets.catalog:Heads.advance",  # in the catalogue, and not the newest
 )

@@ -486,7 +486,7 @@ def test_notes_that_cannot_be_read_are_named(
     manifest = BuiltDataset(tmp_path / "data" / "blobs", 8, "blobs").version([kept(np.zeros((8, 8), np.uint8), "a")])
     params = Params.model_validate({"training": {"dataset": "blobs", "init_from": "models:/blobs/1"}})
     request = Request.of(params, manifest, ContactSheet(1, 0, None, ASKED))
-    note = request.place.key(f"{request.key}.json")
+    note = f"retrained/{request.model}/{request.key}.json"
     for junk in (b"junk", b"[]", b'{"verdict": 1}'):
         sampled.store.client.put_object(Bucket=BUCKET, Key=note, Body=junk)
         assert request.done() is None

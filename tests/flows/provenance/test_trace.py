@@ -31,7 +31,7 @@ from diffusion.process.samplers import sampling_config
 from flows import sample
 from flows.config import SamplingBatchConfig
 from flows.datasets.catalog import Catalogue
-from flows.datasets.lineage import CodeVersion, DataVersion, record_data
+from flows.datasets.dvc import CodeVersion, DataVersion, record_data
 from flows.provenance.reproduce import ImageComparison, Reproduction, changed_libraries, compare, reproduce
 from flows.provenance.trace import trace
 from flows.registry import model_versions

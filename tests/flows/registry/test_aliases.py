@@ -13,11 +13,10 @@ from mlflow.client import MlflowClient
 from diffusion.common.errors import Held, UserError
 from flows.promote import GateResult, next_entry
 from flows.registry import champion
-from flows.registry.aliases import adopted, aliases_of, append, project, restore
-from flows.registry.ledger import Ledger
-from flows.registry.ledger_entries import Approval, Evidence, History, LedgerEntry, What
+from flows.registry.aliases import aliases_of, append, project, restore, verified
+from flows.registry.ledger import Approval, Evidence, History, Ledger, LedgerEntry, What
 from flows.registry.model_versions import Version, resolve
-from flows.retention.run_items import find_references
+from flows.retention.sweeps import find_references
 from tests.builders.model_versions import Killed, Mortal, add_version
 
 HOLD = Evidence(verdict="hold", reason="kid 0.02 ± 0.01, not lower")
@@ -133,22 +132,6 @@ def test_numbers_and_other_aliases_need_no_ledger(
             resolve(client, uri)
 
 
-def test_a_registry_from_before_the_ledger_is_adopted(
-    client: MlflowClient, versions: list[Version], ledger: Ledger
-) -> None:
-    client.set_registered_model_alias(ledger.model, "champion", "2")
-    client.set_registered_model_alias(ledger.model, "challenger", "3")
-    assert resolve(client, f"models:/{ledger.model}@champion").number == 2
-    assert ledger.head() is None
-    with ThreadPoolExecutor(4) as pool:
-        list(pool.map(lambda _: adopted(client, ledger), range(4)))
-    [entry] = ledger.read().entries
-    assert (entry.what, entry.to_version, entry.challenger) == ("adopt", 2, 3)
-    assert entry.weights_sha256 == versions[2].weights_sha256
-    project(client, ledger)
-    assert aliases_of(client, ledger.model) == {"champion": 2, "challenger": 3}
-
-
 def objects(ledger: Ledger) -> dict[str, bytes]:
     bucket = ledger.place.bucket
     keys = sorted(ledger.store.list_keys(bucket, ledger.place.key("")))
@@ -170,7 +153,7 @@ def refused(client: MlflowClient, ledger: Ledger) -> Callable[[str], None]:
             lambda: champion.roll_back(ledger.model),
             lambda: resolve(client, f"models:/{ledger.model}@champion"),
             lambda: project(client, ledger),
-            lambda: adopted(client, ledger),
+            lambda: verified(client, ledger),
             lambda: append(client, ledger, lambda history: None),
             lambda: find_references(client, ledger.store, ledger.place.bucket, (), {}),
         ):
@@ -434,11 +417,11 @@ def test_a_person_who_decides_on_what_is_past_is_told(
     add(ledger, "promote", versions[2], evidence=WIN)
 
     def meanwhile(client: MlflowClient, asked: Ledger) -> History:
-        seen = adopted(client, asked)
+        seen = verified(client, asked)
         add(ledger, "promote", versions[3], evidence=WIN)
         return seen
 
-    monkeypatch.setattr(champion, "adopted", meanwhile)
+    monkeypatch.setattr(champion, "verified", meanwhile)
     with pytest.raises(Held, match=r"somebody was faster: promote 2 → 3.*darkroom model history"):
         champion.roll_back(ledger.model)
     assert ledger.read().standing.champion == 3

@@ -11,8 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from diffusion.common.errors import Held, UserError
-from flows.registry.ledger import Known, Ledger
-from flows.registry.ledger_entries import Approval, Evidence, History, LedgerEntry, Standing, Titles, What
+from flows.registry.ledger import Approval, Evidence, History, Known, Ledger, LedgerEntry, Standing, Titles, What
 from flows.storage.s3 import Location, Object, Store
 
 HOLD = Evidence(verdict="hold", reason="kid 0.02 ± 0.01, not lower", figures={"kid": 0.02}, eval_key="e" * 64)
@@ -178,14 +177,14 @@ def test_objects_that_are_no_entries_are_told_and_stop_nothing(ledger: Ledger) -
     for seen in (known, {}):
         history = ledger.read(seen)
         assert [entry.version for entry in history.entries] == [1, 2]
-        assert {each.name for each in history.foreign} == left.keys()
+        assert history.foreign.keys() == left.keys()
         head = ledger.head(seen)
         assert head is not None
         assert head.number == 2
     head = ledger.append(lambda history: history.then("promote", 3, weights_of(3)), lambda: known).head
     assert head is not None
     assert (head.number, head.from_version) == (10, 2)
-    assert {each.name for each in ledger.read().foreign} == left.keys()
+    assert ledger.read().foreign.keys() == left.keys()
     known = on_record(ledger, 10)
     # An administrator clears up.
     for name in left:

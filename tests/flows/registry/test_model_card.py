@@ -14,7 +14,7 @@ from diffusion.evaluation.gate import Finding, GateConfig
 from diffusion.evaluation.reports.html import signed, with_error
 from flows.config import Params
 from flows.registry import model_card
-from flows.registry.ledger_entries import Evidence, History
+from flows.registry.ledger import Evidence, History
 from flows.registry.model_versions import Version
 from flows.registry.takedown_marks import mark
 from tests.builders.comparisons import CONFIG, SAMPLING, discs

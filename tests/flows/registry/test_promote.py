@@ -17,8 +17,7 @@ from diffusion.evaluation.comparison import ChampionComparison
 from flows.config import Params
 from flows.promote import GateResult, apply_gate, next_entry
 from flows.registry import model_card
-from flows.registry.ledger import Ledger
-from flows.registry.ledger_entries import History
+from flows.registry.ledger import History, Ledger
 from flows.registry.model_versions import Version
 from tests.builders.comparisons import CONFIG, SAMPLING, discs, let_draw, training_images
 from tests.builders.evaluations import an_evaluation

@@ -23,10 +23,8 @@ from diffusion.common.files import sha256_file
 from diffusion.process.samplers import sampling_config
 from flows.environment import staging
 from flows.registry import champion, model_versions
-from flows.registry.bundle import MODEL, unpack
-from flows.registry.ledger import Ledger
-from flows.registry.ledger_entries import Evidence
-from flows.registry.release import fetch, register, release
+from flows.registry.ledger import Evidence, Ledger
+from flows.registry.release import MODEL, fetch, register, release, unpack
 from flows.storage.s3 import Store
 from flows.tracking.runs import RELEASED_FROM, TRAIN_KEY
 from tests.builders import ROOT
@@ -218,7 +216,7 @@ def test_a_parcel_that_was_altered_on_the_way_is_refused(stages: Stages, tmp_pat
     fetch("models:/blobs/1", tmp_path / "parcel")
     unpack(tmp_path / "parcel")
     (tmp_path / "parcel" / MODEL / "artifacts" / "weights.safetensors").write_bytes(b"other")
-    with pytest.raises(UserError, match=r"weights\.safetensors .* came damaged"):
+    with pytest.raises(UserError, match=r"weights of .* do not match their digest"):
         unpack(tmp_path / "parcel")
 
 

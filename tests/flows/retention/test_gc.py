@@ -23,9 +23,7 @@ from flows.datasets.purge import UnreferencedObjects
 from flows.gc import GcResult, collect
 from flows.registry.champion import promote
 from flows.registry.ledger import NEWEST, Newest
-from flows.retention.batch_items import SamplingBatches, in_order
-from flows.retention.policy import table
-from flows.retention.run_items import CONTENT
+from flows.retention.sweeps import CONTENT, SamplingBatches, in_order, table
 from flows.sampling.generate_batch import begin
 from flows.sampling.sampling_batch import SamplingBatch
 from flows.storage.s3 import Location, Store
@@ -417,7 +415,7 @@ def test_a_batch_that_a_job_has_just_gone_on_with_is_not_set_aside(bucket: str, 
     before = set(store.list_keys(bucket, place.key("")))
     prints = SamplingBatches(store, bucket, STRICT, after(8))
     [batch] = prints.found
-    assert prints.fates[0][0] == "set aside"
+    assert batch.fate == "set aside"
     begin(store, about, place, None)
     prints.sweep().act()
     assert set(store.list_keys(bucket, place.key(""))) == before

@@ -11,7 +11,7 @@ import torch
 
 from diffusion.generation.config import UNCONDITIONAL
 from flows.config import RetentionConfig
-from flows.retention.batch_items import SamplingBatches
+from flows.retention.sweeps import SamplingBatches
 from flows.sampling import generate_batch
 from flows.sampling.generate_batch import GeneratedImages
 from flows.sampling.sampling_batch import SamplingBatch

@@ -21,12 +21,11 @@ from diffusion.common.fingerprint import fingerprint
 from diffusion.data.ingest.config import IngestConfig
 from diffusion.data.ingest.ingest import ingest
 from diffusion.generation.config import Conditions
-from flows.datasets.s3_source import S3Objects
 from flows.sampling import generate_batch
 from flows.sampling.generate_batch import Work, cost_of
 from flows.sampling.request_table import RequestTable
 from flows.sampling.sampling_batch import SamplingBatch, image_key, part_bytes, part_key, part_rows
-from flows.storage.s3 import Location, Object, Store, client
+from flows.storage.s3 import Location, Object, S3Objects, Store, client
 from tests.builders.http_server import serving
 from tests.builders.s3_proxy import ignoring_conditional_completion, proxied
 from tests.builders.sampling_batches import SAMPLING, batch, found, rows_of

@@ -70,7 +70,8 @@ def test_an_object_has_a_size_and_an_age_and_one_that_is_not_there_has_neither(
 ) -> None:
     store.put_once(bucket, "a", b"bytes")
     head = stock(s3_environment).head_object(Bucket=bucket, Key="a")
-    assert store.stat(bucket, "a") == (5, head["LastModified"])
+    stat = store.stat(bucket, "a")
+    assert stat == ("a", 5, head["ETag"].strip('"'), head["LastModified"])
     assert store.stat(bucket, "b") is None
 
 

@@ -1,0 +1,459 @@
+"""Garbage collection of sampling batches, unfinished uploads, runs in MLflow and files on this machine.
+
+A batch is first marked under ``deleted/``, and its objects are deleted when the grace period is over. The mark stays
+for ``MARK_DAYS``: sampling checks it at its beginning and end, and uses a prefix without one. So even a gc or a request
+that was suspended for long never deletes a batch that was sampled later. Runs in MLflow are first marked as deleted;
+their artifacts are deleted when the grace period is over.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from functools import cached_property
+from pathlib import Path
+from typing import Literal
+
+import mlflow
+from filelock import FileLock
+from mlflow.client import MlflowClient
+from mlflow.entities import LifecycleStage, LoggedModel, Run, ViewType
+from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+
+from diffusion.checkpoints import read_header
+from diffusion.common.config import Config
+from diffusion.common.errors import UserError
+from diffusion.common.files import PARTIAL
+from diffusion.evaluation.reports.html import count, storage
+from diffusion.training.train import discard
+from flows.config import RetentionConfig
+from flows.registry.aliases import verified
+from flows.registry.ledger import Ledger, Newest
+from flows.registry.model_versions import WEIGHTS
+from flows.sampling.sampling_batch import DELETED, LARGEST_BATCH, RESUMED, USUAL, SamplingBatch, parse_batch
+from flows.storage.multipart import abort_upload, uploads
+from flows.storage.s3 import Location, Store
+from flows.tracking.runs import SWEEP, TRAIN_KEY
+
+Fate = Literal["stays", "set aside", "goes"]
+"""Decision on an item; ``set aside`` items are unreferenced and go once ``retention.grace_hours`` have passed."""
+FATES: tuple[Fate, ...] = ("goes", "set aside", "stays")
+BATCH = re.compile(rf"({USUAL.pattern})/(.+)")
+"""Object of a batch at its default place."""
+RESUMPTION = re.compile(rf"{RESUMED}/({USUAL.pattern})/[^/]+")
+"""Mark of a job that resumes an unfinished batch."""
+MARK_DAYS = timedelta(days=30)
+"""How long a mark outlives the deleted batch: longer than any suspended request or process."""
+STAGES = ("_SUCCESS", "manifest.parquet", "manifest/", "images", "requests.parquet", "batch.json")
+"""Order in which the objects of a batch are deleted: after a kill the rest is no finished batch and names its model."""
+CONTENT = "darkroom.content_digest"
+LEDGER = re.compile(r"ledger/([A-Za-z0-9][A-Za-z0-9_.-]*)/[0-9]{8}\.json")
+SET_ASIDE = "darkroom.set_aside"
+"""Tag of a run that ``darkroom gc`` has marked as deleted: the time in ISO 8601."""
+ABANDONED_DAYS = 1.0
+"""Days without a write after which an unfinished file counts as abandoned."""
+
+
+class Item(Config):
+    """Candidate for deletion."""
+
+    kind: str
+    """Kind in the plural, such as ``runs``."""
+    name: str
+    bytes: int | None
+    """Size in bytes; None if it is unknown."""
+    fate: Fate
+    why: str
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Items of one kind, with the action that deletes those that need not stay."""
+
+    items: list[Item]
+    act: Callable[[], None]
+    """Action that applies each item's fate if it still holds; a repeated call continues an interrupted one."""
+
+
+def older(moment: datetime, days: float | None, now: datetime) -> bool:
+    """Whether ``moment`` lies ``days`` or more before ``now``; always false if ``days`` is None."""
+    return days is not None and now - moment >= timedelta(days=days)
+
+
+def age(moment: datetime, now: datetime) -> str:
+    """Age of ``moment`` in words."""
+    days = max(0.0, (now - moment).total_seconds() / 86400)
+    return f"{days:.0f} days old" if days >= 2 else f"{days * 24:.0f} hours old"
+
+
+def table(items: Iterable[Item]) -> Iterator[str]:
+    """Yield lines of a table: each item that goes or is set aside, and counts of those that stay by reason."""
+    shown = sorted(items, key=lambda item: (FATES.index(item.fate), item.kind, item.name))
+    rows = [("fate", "what", "size", "name", "why")]
+    rows += [
+        (item.fate, item.kind, "" if item.bytes is None else storage(item.bytes), item.name, item.why)
+        for item in shown
+        if item.fate != "stays"
+    ]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows if len(rows) > 1 else ():
+        yield "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+    staying = Counter((item.kind, item.why) for item in shown if item.fate == "stays")
+    for (kind, why), number in sorted(staying.items()):
+        yield f"stays      {count(number)} {kind}: {why}"
+    fates = Counter(item.fate for item in shown)
+    freed = storage(sum(item.bytes or 0 for item in shown if item.fate == "goes"))
+    yield f"{count(fates['goes'])} go, {freed}; {count(fates['set aside'])} are set aside; {count(fates['stays'])} stay"
+
+
+@dataclass
+class StoredBatch:
+    """Summary of a stored batch, without its keys, which may be millions."""
+
+    place: Location
+    newest: datetime
+    """Time of its newest object or resumption."""
+    bytes: int = 0
+    described: bool = False
+    finished: bool = False
+    deleted: datetime | None = None
+    """Time of its deletion mark; None without one."""
+    fate: Fate = "stays"
+    why: str = ""
+
+
+def in_order(place: Location, keys: list[str]) -> list[list[str]]:
+    """Group the keys of the batch at ``place`` in the order in which they may be deleted."""
+
+    def stage(key: str) -> int:
+        name = key.removeprefix(place.key(""))
+        return STAGES.index(name) if name in STAGES else 2 if name.startswith("manifest/") else 3
+
+    return [[key for key in keys if stage(key) == number] for number in range(len(STAGES))]
+
+
+class SamplingBatches:
+    """Batches in ``bucket`` at their default place; batches elsewhere are not collected."""
+
+    def __init__(self, store: Store, bucket: str, policy: RetentionConfig, now: datetime) -> None:
+        self.store, self.bucket, self.policy, self.now = store, bucket, policy, now
+        self.resumptions = list(store.list_objects(bucket, f"{RESUMED}/"))
+        self.marks = {each.key: each.written for each in store.list_objects(bucket, f"{DELETED}/")}
+        found: dict[str, StoredBatch] = {}
+        for each in store.list_objects(bucket, "samples/"):
+            if named := BATCH.fullmatch(each.key):
+                batch = found.setdefault(named[1], StoredBatch(Location(bucket, named[1]), each.written))
+                batch.bytes += each.size
+                batch.newest = max(batch.newest, each.written)
+                batch.described |= named[2] == "batch.json"
+                batch.finished |= named[2] == "_SUCCESS"
+        for each in self.resumptions:
+            if (named := RESUMPTION.fullmatch(each.key)) and named[1] in found:
+                found[named[1]].newest = max(found[named[1]].newest, each.written)
+        self.found = list(found.values())
+        for batch in self.found:
+            batch.deleted = self.marks.get(f"{DELETED}/{batch.place.prefix}")
+            batch.fate, batch.why = self._fate(batch)
+
+    def remaining(self) -> tuple[list[SamplingBatch], dict[tuple[str, int], str]]:
+        """Requests of the batches that stay; and for unreadable ones, model and version with the reason."""
+        found, unread = list[SamplingBatch](), dict[tuple[str, int], str]()
+        for batch in self.found:
+            if batch.fate == "stays" and batch.described:
+                try:
+                    data = self.store.get(self.bucket, batch.place.key("batch.json"), LARGEST_BATCH)
+                    found.append(parse_batch(data, f"{batch.place}/batch.json"))
+                except UserError as error:
+                    _, model, version, _ = batch.place.prefix.split("/")
+                    unread[model, int(version)] = str(error)
+        return found, unread
+
+    def sweep(self) -> Sweep:
+        """Sweep of batches and uploads."""
+        days, found = self.policy.unfinished_days, uploads(self.store, Location(self.bucket))
+        old = [each for each in found if older(each["Initiated"], days, self.now)]
+        items = [
+            Item(kind="sampling batches", name=str(batch.place), bytes=batch.bytes, fate=batch.fate, why=batch.why)
+            for batch in self.found
+        ]
+        for each in found:
+            fate: tuple[Fate, str] = ("stays", f"begun within {days:g} days")
+            if each in old:
+                fate = "goes", f"{age(each['Initiated'], self.now)}, without an end"
+            name = f"s3://{self.bucket}/{each['Key']}"
+            items.append(Item(kind="unfinished uploads", name=name, bytes=None, fate=fate[0], why=fate[1]))
+
+        def act() -> None:
+            for batch in self.found:
+                if batch.fate == "set aside":
+                    self._set_aside(batch)
+                if batch.fate == "goes" or (batch.fate == "set aside" and not self.policy.grace):
+                    self._delete(batch)
+            there = {f"{DELETED}/{batch.place.prefix}" for batch in self.found}
+            spent = [key for key, since in self.marks.items() if key not in there and self.now - since >= MARK_DAYS]
+            spent += [each.key for each in self.resumptions if older(each.written, days, self.now)]
+            self.store.delete_many(self.bucket, spent)
+            for each in old:
+                abort_upload(self.store, self.bucket, each["Key"], each["UploadId"])
+
+        return Sweep(items, act)
+
+    def _fate(self, batch: StoredBatch) -> tuple[Fate, str]:
+        policy = self.policy
+        if batch.deleted is not None:
+            over = self.now - batch.deleted >= policy.grace
+            return "goes" if over else "set aside", f"since {batch.deleted:%Y-%m-%d %H:%M} UTC"
+        if older(batch.newest, policy.batch_days, self.now):
+            return "set aside", f"{age(batch.newest, self.now)}, retention.batch_days is {policy.batch_days:g}"
+        if batch.finished:
+            return "stays", "finished" if policy.batch_days is None else f"within {policy.batch_days:g} days"
+        if older(batch.newest, policy.unfinished_days, self.now):
+            return "set aside", f"unfinished, and nothing came for {age(batch.newest, self.now).removesuffix(' old')}"
+        return "stays", f"unfinished, within {policy.unfinished_days:g} days"
+
+    def _set_aside(self, batch: StoredBatch) -> None:
+        """Mark the batch as deleted unless a job has resumed it since it was listed."""
+        prefixes = (batch.place.key(""), f"{RESUMED}/{batch.place.prefix}/")
+        written = (each.written for prefix in prefixes for each in self.store.list_objects(self.bucket, prefix))
+        if batch.deleted is None and not any(moment > batch.newest for moment in written):
+            self.store.put_once(self.bucket, f"{DELETED}/{batch.place.prefix}", b"")
+
+    def _delete(self, batch: StoredBatch) -> None:
+        """Delete all current objects of the batch if it is marked."""
+        if not self.store.exists(self.bucket, f"{DELETED}/{batch.place.prefix}"):
+            return
+        # Twice, for objects of a job that had not seen the mark; the job finds the mark before it ends.
+        for _ in range(2):
+            for stage in in_order(batch.place, list(self.store.list_keys(self.bucket, batch.place.key("")))):
+                self.store.delete_many(self.bucket, stage)
+
+
+@dataclass(frozen=True)
+class References:
+    """Referenced runs by ID and data set contents by digest, each with its reason; and weights in use."""
+
+    runs: dict[str, str]
+    contents: dict[str, str]
+    weights: frozenset[str]
+    unclear: str | None
+    """Reason why references may be unknown, so that no run and no data set version may go; None if all are known."""
+
+
+def find_references(
+    client: MlflowClient,
+    store: Store,
+    bucket: str,
+    kept: Iterable[SamplingBatch],
+    unread: Mapping[tuple[str, int], str],
+) -> References:
+    """Find the runs and contents that registered versions, ledgers in ``bucket`` and ``kept`` batches refer to.
+
+    ``unread`` holds the model versions of unreadable batches that stay, with the reason. Every registered version
+    counts, whatever its aliases: each has been evaluated or will be. Raises UserError if a ledger is broken.
+    """
+    runs: dict[str, str] = {}
+    contents: dict[str, str] = {}
+    weights: set[str] = set()
+    registered: set[tuple[str, int]] = set()
+    for version in mlflow.search_model_versions():
+        where = f"models:/{version.name}/{version.version}"
+        registered.add((version.name, int(version.version)))
+        weights.add(version.tags.get(WEIGHTS, ""))
+        runs.setdefault(version.run_id or "", f"made {where}")
+        contents.setdefault(version.tags.get(CONTENT, ""), f"{where} learned from it")
+    # Including ledgers of which only MLflow's record is left.
+    models = {
+        model.name
+        for model in mlflow.search_registered_models()
+        if (newest := Newest.of(model.name, model.tags)) and newest.place == f"s3://{bucket}/ledger/{model.name}"
+    }
+    models |= {found[1] for key in store.list_keys(bucket, "ledger/") if (found := LEDGER.fullmatch(key))}
+    for model in sorted(models):
+        for entry in verified(client, Ledger(Location(bucket) / "ledger" / model, store)).entries:
+            if entry.weights_sha256 not in weights:
+                # The version was deleted, but the ledger's evidence still refers to the runs that logged its weights.
+                query = f"tags.`{WEIGHTS}` = '{entry.weights_sha256}'"
+                for logged in _logged_models([each.experiment_id for each in mlflow.search_experiments()], query):
+                    runs[logged.source_run_id or ""] = f"the ledger names models:/{model}/{entry.version}"
+    for batch in kept:
+        where = f"samples of models:/{batch.model}/{batch.version}"
+        runs.setdefault(batch.run_id, f"made the model of {where}")
+        contents.setdefault(batch.content_digest, f"{where} lead to it")
+    # The references of a registered version are known, even if its batches are unreadable.
+    unclear = next((words for version, words in unread.items() if version not in registered), None)
+    return References(runs, contents, frozenset(weights), unclear)
+
+
+def _logged_models(experiments: list[str], query: str | None = None) -> list[LoggedModel]:
+    if not experiments:
+        return []
+    return list(mlflow.search_logged_models(experiments, query, output_format="list"))
+
+
+class Runs:
+    """Darkroom's training and sweep runs in MLflow, including those marked as deleted."""
+
+    def __init__(self, client: MlflowClient, live: References, policy: RetentionConfig, now: datetime) -> None:
+        self.client, self.live, self.policy, self.now = client, live, policy, now
+        found = mlflow.search_runs(search_all_experiments=True, run_view_type=ViewType.ALL, output_format="list")
+        self.runs: list[Run] = [run for run in found if {TRAIN_KEY, SWEEP} & run.data.tags.keys()]
+        self.fates = {run.info.run_id: self._fate(run) for run in self.runs}
+
+    def contents(self) -> dict[str, str]:
+        """Data set contents of the runs that do not go yet, each with one of these runs."""
+        return {
+            run.data.tags.get(CONTENT, ""): f"run {run.info.run_id} learned from it"
+            for run in self.runs
+            if not self._goes(run)
+        }
+
+    def gone(self) -> frozenset[str]:
+        """Train keys that only runs that go have."""
+        others = {run.data.tags.get(TRAIN_KEY, "") for run in self.runs if not self._goes(run)}
+        return frozenset(run.data.tags.get(TRAIN_KEY, "") for run in self.runs) - others
+
+    def sweep(self) -> Sweep:
+        """Sweep of all runs, except for deleted ones without artifacts."""
+        items = []
+        for run in self.runs:
+            run_id, (fate, why) = run.info.run_id, self.fates[run.info.run_id]
+            if fate != "goes" or run_id in self._models or self.client.list_artifacts(run_id):
+                items.append(Item(kind="runs", name=f"runs:/{run_id}", bytes=None, fate=fate, why=why))
+        return Sweep(items, self._act)
+
+    def _act(self) -> None:
+        for run in self.runs:
+            run_id = run.info.run_id
+            fate, _ = self.fates[run_id]
+            if fate == "stays" and _is_deleted(run) and SET_ASIDE in run.data.tags:
+                # A version was registered from it after all.
+                self.client.restore_run(run_id)
+                self.client.delete_tag(run_id, SET_ASIDE)
+            if fate == "set aside" and not _is_deleted(run):
+                self.client.set_tag(run_id, SET_ASIDE, datetime.now(UTC).isoformat(timespec="seconds"))
+                self.client.delete_run(run_id)
+            if self._goes(run):
+                # The rows in MLflow's database are left to ``mlflow gc`` on the server.
+                for model in self._models.get(run_id, ()):
+                    get_artifact_repository(model.artifact_location).delete_artifacts()  # type: ignore[no-untyped-call]
+                    self.client.delete_logged_model(model.model_id)
+                get_artifact_repository(run.info.artifact_uri).delete_artifacts()  # type: ignore[no-untyped-call]
+
+    def _goes(self, run: Run) -> bool:
+        """Whether its artifacts are to be deleted now; without a grace period also if it is only set aside."""
+        fate, _ = self.fates[run.info.run_id]
+        return fate == "goes" or (fate == "set aside" and not self.policy.grace and self.live.unclear is None)
+
+    def _fate(self, run: Run) -> tuple[Fate, str]:
+        policy, why = self.policy, self.live.runs.get(run.info.run_id)
+        if _is_deleted(run):
+            aside = run.data.tags.get(SET_ASIDE)
+            if aside is None:
+                return "stays", "a person deleted them: `mlflow gc` is theirs to run"
+            if why is not None:
+                return "stays", f"{why}: brought back"
+            try:
+                since = datetime.fromisoformat(aside).astimezone(UTC)
+            except (ValueError, OverflowError):
+                return "stays", f"the tag {SET_ASIDE} of runs:/{run.info.run_id} is no time: delete the tag, or the run"
+            if self.live.unclear is not None:
+                return "set aside", self.live.unclear
+            over = self.now - since >= policy.grace
+            return "goes" if over else "set aside", f"since {since:%Y-%m-%d %H:%M} UTC"
+        if why is not None:
+            return "stays", why
+        # A killed training is never marked as ended: its last report counts.
+        times = [run.info.start_time, run.info.end_time or 0, *(metric.timestamp for metric in run.data._metric_objs)]
+        heard = datetime.fromtimestamp(max(times) / 1000, UTC)
+        if not older(heard, policy.run_days, self.now):
+            return "stays", "all do" if policy.run_days is None else f"heard of within {policy.run_days:g} days"
+        if self.live.unclear is not None:
+            return "stays", self.live.unclear
+        return "set aside", f"{age(heard, self.now)}, and no version was made of it"
+
+    @cached_property
+    def _models(self) -> dict[str, list[LoggedModel]]:
+        """Models that each run has logged."""
+        found: dict[str, list[LoggedModel]] = {}
+        for model in _logged_models(sorted({run.info.experiment_id for run in self.runs})):
+            found.setdefault(model.source_run_id or "", []).append(model)
+        return found
+
+
+def _is_deleted(run: Run) -> bool:
+    return bool(run.info.lifecycle_stage == LifecycleStage.DELETED)
+
+
+class LocalFiles:
+    """Files of this machine: the working folder, and the weights fetched into ``models``.
+
+    ``gone`` holds the train keys of runs that go in MLflow; ``weights`` the SHA-256 of the weights of registered
+    versions, which running jobs may be reading.
+    """
+
+    def __init__(
+        self, models: Path, gone: Container[str], weights: Container[str], policy: RetentionConfig, now: datetime
+    ) -> None:
+        self.models, self.gone, self.weights, self.policy, self.now = models, gone, weights, policy, now
+
+    def sweep(self) -> Sweep:
+        """Sweep of run folders, fetched shards, fetched weights, and partial files of killed writers."""
+        items = [*self._runs(), *self._fetched(), *self._partial()]
+
+        def act() -> None:
+            for item in items:
+                path = Path(item.name)
+                if item.fate != "goes":
+                    continue
+                if item.kind == "run folders":
+                    discard(path)
+                elif item.kind == "fetched shards":
+                    # Processes that fetch shards count the folder's files under this lock.
+                    with FileLock(path.parent / ".lock"):
+                        path.unlink(missing_ok=True)
+                else:
+                    path.unlink(missing_ok=True)
+
+        return Sweep(items, act)
+
+    def _runs(self) -> Iterator[Item]:
+        for final in sorted(Path("runs").glob("**/final.safetensors")):
+            files = [path for path in final.parent.rglob("*") if path.is_file()]
+            used, size = max(map(_touched, files)), sum(path.stat().st_size for path in files)
+            why = "finished, of runs that stay, or that MLflow does not know"
+            try:
+                going = read_header(final).get("train_key") in self.gone and older(used, self.policy.run_days, self.now)
+            except UserError as error:
+                going, why = False, str(error)
+            yield self._item("run folders", final.parent, used, size, going, "and its run goes", why)
+
+    def _fetched(self) -> Iterator[Item]:
+        shards, weights = Path("data", ".shards").glob("*.tar"), self.models.glob("*.safetensors")
+        used = [(path, "fetched shards", "used of late") for path in sorted(shards)]
+        used += [(path, "fetched weights", "used of late, or of registered versions") for path in sorted(weights)]
+        for path, kind, why in used:
+            touched, in_use = _touched(path), kind == "fetched weights" and path.stem in self.weights
+            going = not in_use and older(touched, self.policy.cache_days, self.now)
+            yield self._item(kind, path, touched, path.stat().st_size, going, "and can be fetched again", why)
+
+    def _partial(self) -> Iterator[Item]:
+        # Not data set folders: ingest cleans them, and they may hold millions of images.
+        folders = [Path("runs"), Path("reports"), *Path("data").glob(".*")]
+        folders += [self.models, self.models.parent / "requests"]
+        for path in sorted(path for folder in folders for path in folder.rglob(".*.partial")):
+            # Files of active writers may disappear.
+            with suppress(FileNotFoundError):
+                touched, size = _touched(path), path.stat().st_size
+                if PARTIAL.fullmatch(path.name) and older(touched, ABANDONED_DAYS, self.now):
+                    yield self._item("unfinished files", path, touched, size, True, "and never finished", "")
+
+    def _item(self, kind: str, path: Path, used: datetime, size: int, going: bool, gone: str, stays: str) -> Item:
+        """Item that goes as it is old and ``gone``, or ``stays`` for that reason."""
+        why = f"{age(used, self.now)}, {gone}" if going else stays
+        return Item(kind=kind, name=str(path), bytes=size, fate="goes" if going else "stays", why=why)
+
+
+def _touched(path: Path) -> datetime:
+    return datetime.fromtimestamp(path.stat().st_mtime, UTC)
