@@ -24,7 +24,7 @@ from diffusion.evaluation.bootstrap import difference
 from diffusion.evaluation.cache import cached
 from diffusion.evaluation.config import EvaluationConfig
 from diffusion.evaluation.estimate import Estimate
-from diffusion.evaluation.evaluator import CACHE, Evaluator, GeneratedKey, MetricReplicates, ModelEvaluator, gflop
+from diffusion.evaluation.evaluator import CACHE, Evaluator, MetricReplicates, ModelEvaluator, gflop
 from diffusion.evaluation.gate import GateConfig
 from diffusion.evaluation.metrics.held_out_loss import HeldOutLoss
 from diffusion.evaluation.real_images import SHOWN
@@ -104,16 +104,6 @@ class Ranking(Config):
     leads: list[Lead]
     """Leads of the best over each other model, in their order; empty if there are too few images."""
     real_baseline: RealBaseline
-
-
-class SpeedKey(Config):
-    """Cache key of the generation speed, within one machine."""
-
-    kind: Literal["speed"] = "speed"
-    format_version: Literal[2] = 2
-    """Incremented when the measurement changes."""
-    generated: GeneratedKey
-    cores: int
 
 
 def rank_models(
@@ -242,5 +232,5 @@ def _speed(model: ModelEvaluator) -> float:
         sample(model.model, range(count), model.config.seed, model.guided, model.progress, model.conditions)
         return {"images_per_second": torch.tensor(count / (time.perf_counter() - began), dtype=torch.float64)}
 
-    key = SpeedKey(generated=model.generated_key, cores=cores())
+    key = {"kind": "speed", "format_version": 2, "generated": model.generated_key, "cores": cores()}
     return float(cached(model.folder, key, work)["images_per_second"])
