@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from diffusion.common.config import Config
-from diffusion.evaluation.estimate import wilson_interval
+from diffusion.evaluation.estimate import Estimate, wilson_interval
 from diffusion.evaluation.metrics.distances import compute_kid
 
 SMALLEST = 1e-12
@@ -102,6 +102,11 @@ class ClassScores(Config):
     """The same share of the real images: an upper limit in practice."""
     taken_for: str | None
     """The class to which most of the others are assigned; None if there are no others."""
+
+    @property
+    def estimate(self) -> Estimate:
+        """Return the KID with its error."""
+        return Estimate(value=self.kid, error=self.kid_se, freedom=min(self.samples, self.reference) - 1)
 
 
 class SkippedClass(Config):
