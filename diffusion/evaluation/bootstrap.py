@@ -58,6 +58,7 @@ class Replicates:
     """Values on the two halves of each cut, (splits, 2) float64."""
     samples: int
     reference: int
+    """Numbers of images."""
     extrapolated: bool
     """Whether ``value`` is extrapolated to infinitely many images."""
 

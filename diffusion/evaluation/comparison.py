@@ -37,16 +37,11 @@ from diffusion.evaluation.metrics.per_class import PerClass
 from diffusion.evaluation.real_images import SHOWN
 from diffusion.evaluation.results import EvaluationConditions, ModelEvaluation, RealBaseline
 from diffusion.generation.super_resolution import task_of
-from diffusion.models.config import FAMILIES
 from diffusion.process.family_options import effective_sampling
 from diffusion.process.samplers import SamplingConfig
 
 COMPARISON = "champion_comparison.json"
 """File name of the result in the folder of the evaluation."""
-WORST_CLASSES = 4
-"""Number of worst classes shown."""
-IMAGES_PER_CLASS = 8
-"""Images shown per class, real and generated."""
 
 
 class ChampionComparison(Config):
@@ -136,9 +131,10 @@ def compare_with_champion(
             their_evaluation = theirs.evaluate()
         except UserError as error:
             theirs, incomparable = None, f"the champion cannot be evaluated beside it: {error}"
-    replicates = evaluator.replicates([ours] if theirs is None else [ours, theirs])
-    generated = _by_generated(ours, theirs)
-    if theirs is not None and generated and not replicates:
+    *replicates, baseline = evaluator.replicates([ours] if theirs is None else [ours, theirs])
+    families = {each.header.model.family for each in (ours, theirs or ours)}
+    generated = len(families) > 1 or ours.header.model.evaluated_by == "samples"  # else both are autoencoders
+    if theirs is not None and generated and not baseline:
         incomparable = (
             f"too few images to tell the two apart: {len(ours.features)} generated and {len(ours.real.compared)} held "
             f"out, and errors need {FEWEST_FOR_ERRORS} of either: generate more with evaluation.samples, or hold more "
@@ -155,23 +151,22 @@ def compare_with_champion(
     )
     if theirs is not None and their_evaluation is not None and incomparable is None:
         if generated:
-            differences = _differences(evaluation, their_evaluation, replicates, ours.real.extractor.name, gate)
+            differences = _differences(evaluation, their_evaluation, [*replicates, baseline], gate)
         else:
             assert ours.psnr is not None
             assert theirs.psnr is not None
             differences = {"headline": psnr_headline(ours.psnr, theirs.psnr)}
         compared = compared.model_copy(update=differences)
-    if replicates:
-        evaluation = evaluation.model_copy(update={"estimates": evaluator.estimates(replicates[0])})
-        if their_evaluation is not None:
-            their_evaluation = their_evaluation.model_copy(update={"estimates": evaluator.estimates(replicates[1])})
+    evaluation = evaluation.model_copy(update={"estimates": evaluator.estimates(replicates[0])})
+    if their_evaluation is not None:
+        their_evaluation = their_evaluation.model_copy(update={"estimates": evaluator.estimates(replicates[1])})
     result = ChampionComparison(
         conditions=evaluator.conditions,
         key=evaluator.conditions.key,
         gate=gate,
         candidate=evaluation,
         champion=their_evaluation,
-        real_baseline=evaluator.real_baseline(replicates[-1] if replicates else None),
+        real_baseline=evaluator.real_baseline(baseline),
         compared=compared,
         decision=decide(compared, gate),
     )
@@ -223,23 +218,16 @@ def _champion_evaluator(path: Path, candidate: ModelEvaluator, across_families: 
     return candidate.evaluator.model(path, sampling=sampling)
 
 
-def _by_generated(ours: ModelEvaluator, theirs: ModelEvaluator | None) -> bool:
-    """Return whether the gate compares generated images; otherwise both are autoencoders of one family."""
-    one, other = (each.header.model.family for each in (ours, theirs or ours))
-    return one != other or FAMILIES[one].evaluated_by == "samples"
-
-
 def _differences(
     candidate: ModelEvaluation,
     champion: ModelEvaluation,
     replicates: Sequence[MetricReplicates],
-    extractor: str,
     gate: GateConfig,
 ) -> dict[str, object]:
     """Compare generated images for the gate; ``replicates``: of candidate, champion and real baseline."""
     ours, theirs, real_baseline = replicates
     return {
-        "headline": distance_headline(ours, theirs, real_baseline, extractor, gate),
+        "headline": distance_headline(ours, theirs, real_baseline, candidate.scores.extractor, gate),
         "recall": difference(ours["recall"], theirs["recall"]),
         "worst_class": _worst_class(candidate.per_class, champion.per_class),
         "cost": Cost(candidate=candidate.gflop, champion=champion.gflop, unit="GFLOP"),
@@ -295,9 +283,9 @@ def _sample_grids(ours: ModelEvaluator, theirs: ModelEvaluator | None, evaluatio
     classes = {}
     if evaluation.per_class is not None and ours.labels is not None:
         labels = real.labelled(ours.model.classes).labels
-        for name in [each.name for each in evaluation.per_class.worst_first][:WORST_CLASSES]:
+        for name in [each.name for each in evaluation.per_class.worst_first][:4]:
             number = ours.model.classes.index(name)
-            numbers = [torch.nonzero(each == number)[:IMAGES_PER_CLASS, 0] for each in (labels, ours.labels)]
+            numbers = [torch.nonzero(each == number)[:8, 0] for each in (labels, ours.labels)]
             count = min(map(len, numbers))
             held_out, generated = (each[:count] for each in numbers)
             classes[name] = real.dataset.images(real.compared[held_out.numpy()]), ours.images[generated]

@@ -6,7 +6,7 @@ everything else they depend on: work continues after a kill, and unchanged resul
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import get_args
@@ -28,6 +28,7 @@ from diffusion.evaluation.bootstrap import FEWEST as FEWEST_FOR_ERRORS
 from diffusion.evaluation.bootstrap import SPLITS, Figure, Replicates, compute_replicates
 from diffusion.evaluation.cache import Key, Tensors, cached, cached_result, pieces_folder
 from diffusion.evaluation.config import EvaluationConfig
+from diffusion.evaluation.estimate import MetricEstimate
 from diffusion.evaluation.features.label_classifier import extractor_for
 from diffusion.evaluation.metrics.copies import Memorization, detect_duplicates, detect_memorization
 from diffusion.evaluation.metrics.distances import Scores, compute_moments, frechet_distance
@@ -59,7 +60,6 @@ from diffusion.evaluation.real_images import (
 from diffusion.evaluation.results import (
     CheckpointEvaluation,
     EvaluationConditions,
-    MetricEstimate,
     ModelEvaluation,
     ModelScores,
     RealBaseline,
@@ -141,8 +141,6 @@ class Evaluator:
         Raises:
             UserError: The file does not exist, is not a model, or has another image shape or task.
         """
-        if not path.is_file():
-            raise UserError(f"no model at {path}: train one with `darkroom train`")
         found = ModelEvaluator(path, self, samples or self.config.samples, sampling or self.sampling, name or path.stem)
         header, dataset = found.header, self.real.dataset
         if (shape := (header.channels, header.size, header.size)) != dataset.shape:
@@ -160,40 +158,30 @@ class Evaluator:
         return found
 
     def replicates(self, models: Sequence["ModelEvaluator"]) -> list[MetricReplicates]:
-        """Return metrics on halves for each model, then for the real baseline.
-
-        Empty if a set has too few images for errors.
-        """
+        """Return metrics on halves for each model, then for the real baseline; empty if a set has too few images."""
         real, seed = self.real, self.config.seed
-        _, real_baseline = real.real_baseline(seed)
-        sets, reference = [*(each.features for each in models), real_baseline], real.reference.features
+        baseline_key, baseline = real.real_baseline(seed)
+        sets, reference = [*(each.features for each in models), baseline], real.reference.features
         if min(map(len, (*sets, reference))) < FEWEST_FOR_ERRORS:
-            return []
-        points = [*(each.scores for each in models), self.real_baseline().scores]
+            return [{} for _ in sets]
+        scores = [*(each.scores for each in models), real.scores(baseline_key, baseline)]
 
         def work() -> Tensors:
-            found = compute_replicates(sets, reference, SPLITS, self.progress, points)
-            return {
-                f"{number}/{figure}": some.halves for number, each in enumerate(found) for figure, some in each.items()
-            }
+            found = compute_replicates(sets, reference, SPLITS, self.progress, scores)
+            return {f"{n}/{figure}": some.halves for n, each in enumerate(found) for figure, some in each.items()}
 
         key: Key = {"kind": "halves", "format_version": 2, "generated": [each.features_key for each in models]}
-        key |= {"real_baseline_seed": seed, "training": real.training_key, "compared": real.compared_key}
+        key |= {"real_baseline_seed": seed, "training": real.key(real.train), "compared": real.key(real.compared)}
         kept = cached(self.folder, key | {"splits": SPLITS}, work)
         return [
-            {
-                figure: Replicates.of(figure, score.of(figure), kept[f"{number}/{figure}"], features, reference)
-                for figure in get_args(Figure)
-            }
-            for number, (features, score) in enumerate(zip(sets, points, strict=True))
+            {f: Replicates.of(f, score.of(f), kept[f"{n}/{f}"], features, reference) for f in get_args(Figure)}
+            for n, (features, score) in enumerate(zip(sets, scores, strict=True))
         ]
 
-    def real_baseline(self, replicates: MetricReplicates | None = None) -> RealBaseline:
+    def real_baseline(self, replicates: MetricReplicates) -> RealBaseline:
         """Return the metrics of real training images in the place of generated ones."""
-        return RealBaseline(
-            scores=self.real.scores(*self.real.real_baseline(self.config.seed)),
-            estimates=self.estimates(replicates or {}),
-        )
+        scores = self.real.scores(*self.real.real_baseline(self.config.seed))
+        return RealBaseline(scores=scores, estimates=self.estimates(replicates))
 
     def estimates(self, replicates: MetricReplicates) -> dict[str, MetricEstimate]:
         """Return estimates of metrics by name, such as kid_efflite0."""
@@ -215,7 +203,7 @@ class Evaluator:
             return ResamplingBaseline(scores=real.score(real.extractor(large)), similarity=alike), {}
 
         key: Key = {"kind": "baseline", "format_version": 2, "samples": len(real.shown)}
-        key |= {"low_resolution": low_resolution, "compared": real.compared_key}
+        key |= {"low_resolution": low_resolution, "compared": real.key(real.compared)}
         return {
             name: cached_result(self.folder, key | {"name": name}, ResamplingBaseline, partial(compute, name))[0]
             for name in RESAMPLING
@@ -300,9 +288,8 @@ class ModelEvaluator:
     @cached_property
     def features(self) -> Tensor:
         """Return the features of the generated images, (samples, D) float32."""
-        return cached(self.folder, self.features_key, lambda: {"features": self.real.extractor(self.images)})[
-            "features"
-        ]
+        kept = cached(self.folder, self.features_key, lambda: {"features": self.real.extractor(self.images)})
+        return kept["features"]
 
     @cached_property
     def scores(self) -> Scores:
@@ -354,30 +341,23 @@ class ModelEvaluator:
         """Return the similarity of upscaled to real images; None for other models."""
         if self.header.model.low_resolution is None:
             return None
-        return compare_images(self.images, torch.cat(list(self._originals())))
-
-    @property
-    def reconstruction(self) -> Reconstruction | None:
-        """Return the reconstruction metrics of the model's autoencoder; None if it has none."""
-        return self._reconstructed[0] if self._reconstructed else None
+        return compare_images(self.images, torch.cat(list(self.real.images(self.real.shown[: self.samples]))))
 
     @property
     def reconstructed(self) -> Tensor | None:
         """Return reconstructions of the first held-out images, (N, C, H, W) uint8; None without an autoencoder."""
-        return self._reconstructed[1]["shown"] if self._reconstructed else None
+        return self._reconstruction[1].get("shown")
 
-    @cached_property
+    @property
     def psnr(self) -> Tensor | None:
-        """Return the PSNR in dB of each reconstructed or upscaled held-out image, (M,); None for other models."""
-        if self.header.model.low_resolution is not None:
-            pairs = zip(torch.split(self.images, CHUNK), self._originals(), strict=True)
-            return torch.cat([psnr(*pair) for pair in pairs])
-        return self._reconstructed[1]["psnr"] if self._reconstructed else None
+        """Return the PSNR in dB of each reconstructed held-out image, (M,); None without an autoencoder."""
+        return self._reconstruction[1].get("psnr")
 
     @cached_property
-    def _reconstructed(self) -> tuple[Reconstruction, Tensors] | None:
+    def _reconstruction(self) -> tuple[Reconstruction | None, Tensors]:
+        """Return the reconstruction metrics of the model's autoencoder with the tensors above, if it has one."""
         if self.header.model.evaluated_by != "reconstructions" and self.header.latents is None:
-            return None
+            return None, {}
         real = self.real
         rows = real.held_out if self.samples == self.config.samples else real.held_out[: self.samples]
 
@@ -404,10 +384,6 @@ class ModelEvaluator:
         key = self._held_out_key("reconstructions", len(rows)) | {"extractor_digest": real.extractor.digest}
         return cached_result(self.folder, key, Reconstruction, work)
 
-    def _originals(self) -> Iterator[Tensor]:
-        """Yield the held-out images that the model upscales, chunk by chunk."""
-        return self.real.images(self.real.shown[: self.samples])
-
     def scored(self) -> ModelScores:
         """Return the metrics that every model has."""
         return ModelScores(
@@ -416,7 +392,7 @@ class ModelEvaluator:
             images=self.header.images,
             fingerprint=self.fingerprint,
             scores=self.scores,
-            reconstruction=self.reconstruction,
+            reconstruction=self._reconstruction[0],
             similarity=self.similarity,
         )
 

@@ -21,13 +21,20 @@ from diffusion.common.random import permutation
 from diffusion.data.dataset import Dataset, Rows
 from diffusion.evaluation.bootstrap import FEWEST
 from diffusion.evaluation.cache import Key, Tensors, cached, cached_result
-from diffusion.evaluation.features.feature_extractor import BATCH, Extractor, extract_features
+from diffusion.evaluation.features.feature_extractor import BATCH, Extractor
 from diffusion.evaluation.metrics.copies import PIXELS, make_thumbnails, shifted_thumbnails
 from diffusion.evaluation.metrics.distances import Moments, Reference, Scores, compute_scores
 from diffusion.evaluation.metrics.neighbours import NearestNeighbours, find_nearest
 from diffusion.evaluation.metrics.per_class import Labelled, LinearDiscriminant, fit_discriminant
 from diffusion.evaluation.metrics.pixel_metrics import measure_appearance
 from diffusion.generation.super_resolution import GenerationTask
+
+PIECE = 10_000
+"""Training images per cached piece of features: 50 MB, the most that is lost to a kill."""
+CHUNK = 1000
+"""Images in memory at a time."""
+SHOWN = 64
+"""Images of each set kept for display."""
 
 
 def extractor_key(extractor: Extractor) -> Key:
@@ -50,9 +57,17 @@ def features_key(dataset: Dataset, rows: Rows, extractor: Extractor) -> Key:
 def cached_features(
     folder: Path, dataset: Dataset, rows: Rows, extractor: Extractor, progress: Progress = silent
 ) -> Tensor:
-    """Return features as ``extract_features`` does, (len(rows), D) float32, cached in ``folder``."""
-    key = features_key(dataset, rows, extractor)
-    return cached(folder, key, lambda: {"features": extract_features(dataset, rows, extractor, progress)})["features"]
+    """Return the features of the images in ``rows``, (len(rows), D) float32, cached in ``folder``."""
+
+    def work() -> Tensors:
+        pieces = []
+        for start in range(0, len(rows), CHUNK):
+            chunk = rows[start : start + CHUNK]
+            pieces.append(extractor(dataset.images(chunk)))
+            progress("features of real images", start + len(chunk), len(rows))
+        return {"features": torch.cat(pieces)}
+
+    return cached(folder, features_key(dataset, rows, extractor), work)["features"]
 
 
 def cached_reference(
@@ -69,14 +84,6 @@ def cached_reference(
     key = {"kind": "statistics", "format_version": 2, "features": features_key(dataset, rows, extractor)}
     kept = cached(folder, key, work)
     return Reference(features, Moments(len(rows), kept["mean"], kept["root"]), kept["nearest"], kept["kernel_sums"])
-
-
-PIECE = 10_000
-"""Training images per cached piece of features: 50 MB, the most that is lost to a kill."""
-CHUNK = 1000
-"""Images in memory at a time."""
-SHOWN = 64
-"""Images of each set kept for display."""
 
 
 class RealImages:
@@ -123,7 +130,7 @@ class RealImages:
 
     def scores(self, key: Key, features: Tensor) -> Scores:
         """Return the cached scores of ``features`` (N, D), whose cache key is ``key``, against the reference."""
-        key = {"kind": "scores", "format_version": 2, "features": key, "compared": self.compared_key}
+        key = {"kind": "scores", "format_version": 2, "features": key, "compared": self.key(self.compared)}
         return cached_result(self.folder, key, Scores, lambda: (self.score(features), {}))[0]
 
     def score(self, features: Tensor) -> Scores:
@@ -133,8 +140,7 @@ class RealImages:
     def real_baseline(self, seed: int) -> tuple[Key, Tensor]:
         """Return features of as many training images as are generated, or of all, and their key: (N, D)."""
         rows = self.train[permutation(seed, "evaluation/floor", 0, len(self.train))[: self.samples]]
-        features = cached_features(self.folder, self.dataset, rows, self.extractor, self.progress)
-        return features_key(self.dataset, rows, self.extractor), features
+        return self.key(rows), self._features(rows, self.folder)
 
     @cached_property
     def small(self) -> Tensor | None:
@@ -159,15 +165,9 @@ class RealImages:
         rows = self.shown if len(self.shown) else self.held_out
         return self.dataset.images(rows[:SHOWN])
 
-    @property
-    def training_key(self) -> Key:
-        """Return the cache key of the features of all training images."""
-        return features_key(self.dataset, self.train, self.extractor)
-
-    @property
-    def compared_key(self) -> Key:
-        """Return the cache key of the features of the reference images."""
-        return features_key(self.dataset, self.compared, self.extractor)
+    def key(self, rows: Rows) -> Key:
+        """Return the cache key of the features of the images in ``rows``."""
+        return features_key(self.dataset, rows, self.extractor)
 
     def labelled(self, classes: Sequence[str]) -> Labelled:
         """Return the reference images that have one of ``classes``."""
@@ -206,14 +206,13 @@ class RealImages:
             return tensors
 
         key = {"kind": "neighbours", "format_version": 1, "of": key, "mirrored": mirrored}
-        kept = cached(self.folder, key | {"training": self.training_key}, work)
+        kept = cached(self.folder, key | {"training": self.key(self.train)}, work)
         return {space: NearestNeighbours(kept[f"{space}/distances"], kept[f"{space}/rows"]) for space in spaces}
 
     def held_out_neighbours(self, mirrored: bool) -> dict[str, NearestNeighbours]:
         """Return the training images nearest to the held-out images."""
-        features = cached_features(self.folder, self.dataset, self.held_out, self.extractor, self.progress)
-        key = features_key(self.dataset, self.held_out, self.extractor)
-        return self.neighbours(key, self.images(self.held_out), features, mirrored)
+        features = self._features(self.held_out, self.folder)
+        return self.neighbours(self.key(self.held_out), self.images(self.held_out), features, mirrored)
 
     def reader(self, classes: Sequence[str]) -> LinearDiscriminant:
         """Return a classifier of these ``classes``, fitted to the training images."""
@@ -223,13 +222,16 @@ class RealImages:
             found = fit_discriminant(zip(self._training(), labels, strict=True), len(classes))
             return {"weights": found.weights, "offsets": found.offsets}
 
-        key = {"kind": "reader", "format_version": 1, "training": self.training_key, "classes": list(classes)}
+        key = {"kind": "reader", "format_version": 1, "training": self.key(self.train), "classes": list(classes)}
         return LinearDiscriminant(**cached(self.folder, key, work))
 
     def _training(self) -> Iterator[Tensor]:
         """Yield features of all training images, piece by piece."""
         for rows in self._pieces():
-            yield cached_features(self._training_folder, self.dataset, rows, self.extractor, self.progress)
+            yield self._features(rows, self._training_folder)
+
+    def _features(self, rows: Rows, folder: Path) -> Tensor:
+        return cached_features(folder, self.dataset, rows, self.extractor, self.progress)
 
     def _pieces(self) -> Iterator[Rows]:
         for start in range(0, len(self.train), PIECE):

@@ -22,9 +22,7 @@ from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, Featu
 
 from diffusion.common.errors import UserError
 from diffusion.common.files import sha256_bytes, sha256_file
-from diffusion.common.progress import Progress, silent
 from diffusion.common.threads import worker_threads
-from diffusion.data.dataset import Dataset, Rows
 from diffusion.evaluation.config import EvaluationConfig
 
 if TYPE_CHECKING:
@@ -34,8 +32,6 @@ BATCH = 100
 """Images per pass through EfficientNet-Lite0; in the fingerprint of every network."""
 EFFLITE0_SIZE = 64
 """Default height and width of EfficientNet-Lite0's input, in pixels."""
-CHUNK = 1000
-"""Images read from a data set at a time."""
 INCEPTION_DIGEST = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 """SHA-256 of the weights used in the literature, as converted by torch-fidelity and others."""
 ONNX_KINDS = ("tensor(float)", "tensor(uint8)")
@@ -284,13 +280,3 @@ def make_extractor(config: EvaluationConfig) -> Extractor:
         assert config.extractor_weights is not None
         return OnnxFile(config.extractor_weights, config.extractor_size)
     return EfficientNetLite0(config.extractor_size or EFFLITE0_SIZE)
-
-
-def extract_features(dataset: Dataset, rows: Rows, extractor: Extractor, progress: Progress = silent) -> Tensor:
-    """Compute features, (len(rows), D) float32, of real images, in chunks."""
-    pieces = []
-    for start in range(0, len(rows), CHUNK):
-        chunk = rows[start : start + CHUNK]
-        pieces.append(extractor(dataset.images(chunk)))
-        progress("features of real images", start + len(chunk), len(rows))
-    return torch.cat(pieces)

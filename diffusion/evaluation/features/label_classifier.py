@@ -128,8 +128,10 @@ def load_label_classifier(
         targets = dataset.classes(rows, classes)
         with worker_threads(1):
             network = train_classifier(dataset, rows, targets, len(classes), side, progress)
-            found = _read(network, dataset, held_out, side)
-        right = (found == dataset.classes(held_out, classes)).double().mean()
+            pieces = [held_out[start : start + BATCH] for start in range(0, len(held_out), BATCH)]
+            with torch.inference_mode():
+                read = torch.cat([network(_shown(dataset.images(piece), side)).argmax(1) for piece in pieces])
+        right = (read == dataset.classes(held_out, classes)).double().mean()
         return network.state_dict() | {"accuracy": right}
 
     kept = cached(cache, key, work)
@@ -138,8 +140,7 @@ def load_label_classifier(
         network = ClassifierNetwork(dataset.shape[0], len(classes))
     network.load_state_dict(kept, assign=True)
     chance = max(Counter(truth).values()) / len(truth)
-    network.eval().requires_grad_(False)
-    return LabelClassifier(network, dataset.shape[0], side, accuracy, chance, len(truth))
+    return LabelClassifier(network.eval().requires_grad_(False), dataset.shape[0], side, accuracy, chance, len(truth))
 
 
 def train_classifier(
@@ -167,19 +168,11 @@ def train_classifier(
     return network.eval().requires_grad_(False)
 
 
-@torch.inference_mode()
-def _read(network: ClassifierNetwork, dataset: Dataset, rows: np.ndarray, size: int) -> Tensor:
-    """Return the predicted class number of each of ``rows``, (len(rows),)."""
-    pieces = [rows[start : start + BATCH] for start in range(0, len(rows), BATCH)]
-    return torch.cat([network(_shown(dataset.images(piece), size)).argmax(1) for piece in pieces])
-
-
 def _labelled(dataset: Dataset, split: Literal["train", "held_out"]) -> tuple[np.ndarray, list[str]]:
     """Return the labelled rows of a split and their labels."""
     rows = dataset.rows(split)
     labels = dataset.labels(rows)
-    known = [label for label in labels if label is not None]
-    return rows[[label is not None for label in labels]], known
+    return rows[[label is not None for label in labels]], [label for label in labels if label is not None]
 
 
 def _shown(images: Tensor, size: int) -> Tensor:

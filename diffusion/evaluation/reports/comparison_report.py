@@ -45,7 +45,7 @@ def write_comparison_report(
     if champion is not None and comparison.champion is not None and grids.champion is not None:
         sides[champion], sheets[champion] = comparison.champion, grids.champion
     copies, duplicates = comparison.candidate.memorization.pairs, comparison.candidate.duplicates.groups
-    conditions, headline = comparison.conditions, comparison.compared.headline
+    headline = comparison.compared.headline
     page = render(
         PAGE,
         comparison=comparison,
@@ -74,13 +74,6 @@ def write_comparison_report(
         metric_cell=metric_cell,
         shift_cell=shift_cell,
         probability=probability,
-        conditions={
-            "data set version": conditions.content_digest[:12],
-            "features": f"{conditions.extractor}, {conditions.preprocessing}",
-            "seed": str(conditions.evaluation.seed),
-            "sampler": f"{conditions.sampling.sampler}, {conditions.sampling.steps} steps",
-            "key": comparison.key,
-        },
     )
     return write_bytes(path, page)
 
