@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from filelock import FileLock
+from pydantic_core import to_jsonable_python
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -14,70 +15,46 @@ from diffusion.common.config import Config
 from diffusion.common.files import digest_of, make_folder, sha256_file, write_bytes
 
 Tensors = dict[str, Tensor]
+Key = dict[str, Any]
+"""Everything that a cached value depends on, configurations and other keys included, under names; among them a
+``format_version``, which is incremented when the computation changes."""
 Result = TypeVar("Result", bound=Config)
-RESULT = "found"
-"""Header field that holds the cached result, beside the fields of the key."""
 
 
-def cached(folder: Path, key: Config, work: Callable[[], Tensors]) -> Tensors:
+def cached(folder: Path, key: Key, work: Callable[[], Tensors]) -> Tensors:
     """Return the tensors cached in ``folder`` under ``key``, or compute them with ``work`` and cache them.
 
     The file is ``<digest of the key>.safetensors`` with the key in its header; its own digest is written last. A
     damaged or truncated file, or one of another key, is computed again. Concurrent processes wait for the one that
     computes. Tensors are memory-mapped from the file.
     """
-    return _recalled(folder, key, lambda: ({}, work()))[1]
+    return _load_or_compute(folder, key, lambda: (None, work()))[1]
 
 
 def cached_result(
-    folder: Path, key: Config, kind: type[Result], work: Callable[[], tuple[Result, Tensors]]
+    folder: Path, key: Key, kind: type[Result], work: Callable[[], tuple[Result, Tensors]]
 ) -> tuple[Result, Tensors]:
     """Return a cached result of this ``kind``, stored in the file's header beside the key, and its tensors."""
-
-    def both() -> tuple[dict[str, Any], Tensors]:
-        found, tensors = work()
-        return {RESULT: found.model_dump(mode="json")}, tensors
-
-    header, tensors = _recalled(folder, key, both)
-    return kind.model_validate(header[RESULT]), tensors
+    result, tensors = _load_or_compute(folder, key, work)
+    return kind.model_validate(result), tensors
 
 
-def pieces_folder(folder: Path, key: Config) -> Path:
+def pieces_folder(folder: Path, key: Key) -> Path:
     """Return the folder in which the work under ``key`` may cache pieces; it is deleted once the whole is cached."""
-    return _path(folder, key).with_suffix(".pieces")
+    return folder / f"{digest_of(to_jsonable_python(key))}.pieces"
 
 
-def _recalled(
-    folder: Path, key: Config, work: Callable[[], tuple[dict[str, Any], Tensors]]
-) -> tuple[dict[str, Any], Tensors]:
-    """Return the header and the tensors."""
-    named, path, pieces = key.model_dump(mode="json"), _path(folder, key), pieces_folder(folder, key)
+def _load_or_compute(folder: Path, key: Key, work: Callable[[], tuple[Config | None, Tensors]]) -> tuple[Any, Tensors]:
+    """Return the result, as JSON, and the tensors."""
+    key, pieces = to_jsonable_python(key), pieces_folder(folder, key)
+    path, seal = pieces.with_suffix(".safetensors"), pieces.with_suffix(".sha256")
     make_folder(folder)
-    with FileLock(path.with_suffix(".lock")):
-        if not _is_whole(path) or not _is_of(read_header(path), named):
-            found, tensors = work()
-            write_bytes(_seal(path), _said(save_tensors(path, tensors, named | found)))
+    with FileLock(pieces.with_suffix(".lock")):
+        whole = path.is_file() and seal.is_file() and seal.read_bytes() == f"{sha256_file(path)}\n".encode()
+        if not whole or read_header(path).get("key") != key:
+            result, tensors = work()
+            digest = save_tensors(path, tensors, {"key": key, "result": to_jsonable_python(result)})
+            write_bytes(seal, f"{digest}\n".encode())
         if pieces.exists():
             shutil.rmtree(pieces)
-        return read_header(path), load_file(path)
-
-
-def _path(folder: Path, key: Config) -> Path:
-    return folder / f"{digest_of(key.model_dump(mode='json'))}.safetensors"
-
-
-def _is_of(header: dict[str, Any], named: dict[str, Any]) -> bool:
-    return {name: value for name, value in header.items() if name != RESULT} == named
-
-
-def _is_whole(path: Path) -> bool:
-    seal = _seal(path)
-    return path.is_file() and seal.is_file() and seal.read_bytes() == _said(sha256_file(path))
-
-
-def _said(digest: str) -> bytes:
-    return f"{digest}\n".encode()
-
-
-def _seal(path: Path) -> Path:
-    return path.with_suffix(".sha256")
+        return read_header(path)["result"], load_file(path)

@@ -7,7 +7,7 @@ was selected by. The held-out images are the same in selection and comparison, f
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -21,7 +21,7 @@ from diffusion.common.progress import Progress, silent
 from diffusion.evaluation.bootstrap import FEWEST as FEWEST_FOR_ERRORS
 from diffusion.evaluation.bootstrap import difference
 from diffusion.evaluation.config import EvaluationConfig
-from diffusion.evaluation.estimate import Estimate, paired_difference
+from diffusion.evaluation.estimate import paired_difference
 from diffusion.evaluation.evaluator import CACHE, Evaluator, MetricReplicates, ModelEvaluator
 from diffusion.evaluation.gate import (
     ComparisonMetrics,
@@ -33,21 +33,15 @@ from diffusion.evaluation.gate import (
     WorstClass,
     decide,
 )
-from diffusion.evaluation.metrics.per_class import ClassScores
+from diffusion.evaluation.metrics.per_class import PerClass
 from diffusion.evaluation.real_images import SHOWN
 from diffusion.evaluation.results import EvaluationConditions, ModelEvaluation, RealBaseline
-from diffusion.families.model import ModelHeader
 from diffusion.generation.super_resolution import task_of
-from diffusion.models.config import FAMILIES
 from diffusion.process.family_options import effective_sampling
 from diffusion.process.samplers import SamplingConfig
 
 COMPARISON = "champion_comparison.json"
 """File name of the result in the folder of the evaluation."""
-WORST_CLASSES = 4
-"""Number of worst classes shown."""
-IMAGES_PER_CLASS = 8
-"""Images shown per class, real and generated."""
 
 
 class ChampionComparison(Config):
@@ -92,9 +86,9 @@ class SampleGrids:
     """The candidate's images nearest to training images, in the order of ``memorization.pairs``."""
     nearest_training: Tensor
     """The training images nearest to these."""
-    duplicates: list[Tensor] = field(default_factory=list)
+    duplicates: list[Tensor]
     """The candidate's images that are duplicates of one another, in the order of ``duplicates.groups``."""
-    classes: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    classes: Mapping[str, tuple[Tensor, Tensor]]
     """Held-out images and as many generated ones of the candidate's worst classes by name, the worst first."""
 
 
@@ -130,28 +124,49 @@ def compare_with_champion(
     evaluator = _evaluator(candidate, data, config, sampling, output, progress)
     ours = evaluator.model(candidate)
     evaluation = ours.evaluate()
-    theirs, their_evaluation, incomparable = _evaluate_champion(champion, ours, gate.across_families)
-    replicates = evaluator.replicates([ours] if theirs is None else [ours, theirs])
-    if theirs is not None and not replicates and _by_generated(ours, theirs):
+    theirs = their_evaluation = incomparable = None
+    if champion is not None:
+        try:
+            theirs = _champion_evaluator(champion, ours, gate.across_families)
+            their_evaluation = theirs.evaluate()
+        except UserError as error:
+            theirs, incomparable = None, f"the champion cannot be evaluated beside it: {error}"
+    *replicates, baseline = evaluator.replicates([ours] if theirs is None else [ours, theirs])
+    families = {each.header.model.family for each in (ours, theirs or ours)}
+    generated = len(families) > 1 or ours.header.model.evaluated_by == "samples"  # else both are autoencoders
+    if theirs is not None and generated and not baseline:
         incomparable = (
             f"too few images to tell the two apart: {len(ours.features)} generated and {len(ours.real.compared)} held "
             f"out, and errors need {FEWEST_FOR_ERRORS} of either: generate more with evaluation.samples, or hold more "
             "out with ingest.held_out"
         )
-    compared = _compare(
-        ours, theirs, (evaluation, their_evaluation), replicates, gate, champion is not None, incomparable
+    copied = evaluation.memorization
+    compared = ComparisonMetrics(
+        basis="generated" if generated else "reconstructed",
+        samples=len(ours.features) if generated else len(ours.real.held_out),
+        reference=len(ours.real.compared),
+        has_champion=champion is not None,
+        incomparable=incomparable,
+        memorized=CopyShare(share=copied.excess, p_value=copied.p_value) if generated else None,
     )
-    if replicates:
-        evaluation = evaluation.model_copy(update={"estimates": evaluator.estimates(replicates[0])})
-        if their_evaluation is not None:
-            their_evaluation = their_evaluation.model_copy(update={"estimates": evaluator.estimates(replicates[1])})
+    if theirs is not None and their_evaluation is not None and incomparable is None:
+        if generated:
+            differences = _differences(evaluation, their_evaluation, [*replicates, baseline], gate)
+        else:
+            assert ours.psnr is not None
+            assert theirs.psnr is not None
+            differences = {"headline": psnr_headline(ours.psnr, theirs.psnr)}
+        compared = compared.model_copy(update=differences)
+    evaluation = evaluation.model_copy(update={"estimates": evaluator.estimates(replicates[0])})
+    if their_evaluation is not None:
+        their_evaluation = their_evaluation.model_copy(update={"estimates": evaluator.estimates(replicates[1])})
     result = ChampionComparison(
         conditions=evaluator.conditions,
         key=evaluator.conditions.key,
         gate=gate,
         candidate=evaluation,
         champion=their_evaluation,
-        real_baseline=evaluator.real_baseline(replicates[-1] if replicates else None),
+        real_baseline=evaluator.real_baseline(baseline),
         compared=compared,
         decision=decide(compared, gate),
     )
@@ -187,82 +202,36 @@ def _evaluator(
     return Evaluator(data, config, sampling, output / CACHE, progress, task_of(read_model_header(path).model))
 
 
-def _require_comparable(champion: ModelHeader, candidate: ModelHeader, across_families: bool) -> None:
-    """Raise UserError, with the reason, if the two models differ in task, or in family unless that is allowed."""
-    theirs, ours = champion.model, candidate.model
-    if theirs.family != ours.family and not across_families:
-        raise UserError(
-            f"it is a {theirs.family} and the candidate a {ours.family}, which the gate compares only with "
-            "gate.across_families"
-        )
-    they, we = task_of(theirs), task_of(ours)
-    if they.low_resolution != we.low_resolution:
-        raise UserError(
-            f"it {they.description} and the candidate {we.description}: metrics of two tasks do not compare"
-        )
-
-
-def _evaluate_champion(
-    path: Path | None, candidate: ModelEvaluator, across_families: bool
-) -> tuple[ModelEvaluator | None, ModelEvaluation | None, str | None]:
-    """Evaluate the champion; returns evaluator and evaluation, or why it cannot be compared. All None: no champion.
+def _champion_evaluator(path: Path, candidate: ModelEvaluator, across_families: bool) -> ModelEvaluator:
+    """Return the champion's evaluator; raises UserError if it has another family, unless that is allowed, or task.
 
     A champion of another family to which the configured sampling does not apply generates by the defaults.
     """
-    if path is None:
-        return None, None, None
-    try:
-        header, sampling = read_model_header(path), candidate.sampling
-        _require_comparable(header, candidate.header, across_families)
-        if header.model.family != candidate.header.model.family:
-            sampling = effective_sampling(header.model, sampling)
-        model = candidate.evaluator.model(path, sampling=sampling)
-        return model, model.evaluate(), None
-    except UserError as error:
-        return None, None, f"the champion cannot be evaluated beside it: {error}"
+    theirs, ours, sampling = read_model_header(path).model, candidate.header.model, candidate.sampling
+    if theirs.family != ours.family:
+        if not across_families:
+            raise UserError(
+                f"it is a {theirs.family} and the candidate a {ours.family}, which the gate compares only with "
+                "gate.across_families"
+            )
+        sampling = effective_sampling(theirs, sampling)
+    return candidate.evaluator.model(path, sampling=sampling)
 
 
-def _by_generated(ours: ModelEvaluator, theirs: ModelEvaluator | None) -> bool:
-    """Return whether the gate compares generated images; otherwise both are autoencoders of one family."""
-    one, other = (each.header.model.family for each in (ours, theirs or ours))
-    return one != other or FAMILIES[one].evaluated_by == "samples"
-
-
-def _compare(
-    ours: ModelEvaluator,
-    theirs: ModelEvaluator | None,
-    evaluations: tuple[ModelEvaluation, ModelEvaluation | None],
+def _differences(
+    candidate: ModelEvaluation,
+    champion: ModelEvaluation,
     replicates: Sequence[MetricReplicates],
     gate: GateConfig,
-    has_champion: bool,
-    incomparable: str | None,
-) -> ComparisonMetrics:
-    """Collect the metrics for the gate; ``replicates``: those of candidate, champion and real baseline."""
-    generated, real = _by_generated(ours, theirs), ours.real
-    copied = evaluations[0].memorization
-    compared = ComparisonMetrics(
-        basis="generated" if generated else "reconstructed",
-        samples=len(ours.features) if generated else len(real.held_out),
-        reference=len(real.compared),
-        has_champion=has_champion,
-        incomparable=incomparable,
-        memorized=CopyShare(share=copied.excess, p_value=copied.p_value) if generated else None,
-    )
-    if theirs is None or evaluations[1] is None or incomparable is not None:
-        return compared
-    if not generated:
-        assert ours.psnr is not None
-        assert theirs.psnr is not None
-        return compared.model_copy(update={"headline": psnr_headline(ours.psnr, theirs.psnr)})
-    candidate, champion, real_baseline = replicates
-    return compared.model_copy(
-        update={
-            "headline": distance_headline(candidate, champion, real_baseline, real.extractor.name, gate),
-            "recall": difference(candidate["recall"], champion["recall"]),
-            "worst_class": _worst_class(evaluations[0], evaluations[1]),
-            "cost": Cost(candidate=evaluations[0].gflop, champion=evaluations[1].gflop, unit="GFLOP"),
-        }
-    )
+) -> dict[str, object]:
+    """Compare generated images for the gate; ``replicates``: of candidate, champion and real baseline."""
+    ours, theirs, real_baseline = replicates
+    return {
+        "headline": distance_headline(ours, theirs, real_baseline, candidate.scores.extractor, gate),
+        "recall": difference(ours["recall"], theirs["recall"]),
+        "worst_class": _worst_class(candidate.per_class, champion.per_class),
+        "cost": Cost(candidate=candidate.gflop, champion=champion.gflop, unit="GFLOP"),
+    }
 
 
 def distance_headline(
@@ -286,31 +255,24 @@ def distance_headline(
 
 def psnr_headline(candidate: Tensor, champion: Tensor) -> Headline:
     """Estimate the PSNR difference in dB of two autoencoders on the same M held-out images, (M,) each; M at least 2."""
-    nothing = [0.0] * len(candidate)
-    ours, theirs = candidate.tolist(), champion.tolist()
+    ours, theirs, zeros = candidate.tolist(), champion.tolist(), [0.0] * len(candidate)
     return Headline(
         name="reconstruction_psnr",
-        candidate=paired_difference(ours, nothing),
-        champion=paired_difference(theirs, nothing),
+        candidate=paired_difference(ours, zeros),
+        champion=paired_difference(theirs, zeros),
         difference=paired_difference(ours, theirs),
         real_baseline=None,
     )
 
 
-def _worst_class(ours: ModelEvaluation, theirs: ModelEvaluation) -> WorstClass | None:
+def _worst_class(ours: PerClass | None, theirs: PerClass | None) -> WorstClass | None:
     """Return the worst class of both models; None if either has no classes, or too few images of each."""
-    if ours.per_class is None or theirs.per_class is None:
-        return None
-    candidate, champion = ours.per_class.worst, theirs.per_class.worst
+    candidate, champion = (each.worst if each else None for each in (ours, theirs))
     if candidate is None or champion is None:
         return None
-
-    def estimate(scores: ClassScores) -> Estimate:
-        return Estimate(value=scores.kid, error=scores.kid_se, freedom=min(scores.samples, scores.reference) - 1)
-
     return WorstClass(
-        candidate=estimate(candidate),
-        champion=estimate(champion),
+        candidate=candidate.estimate,
+        champion=champion.estimate,
         candidate_class=candidate.name,
         champion_class=champion.name,
     )
@@ -321,9 +283,9 @@ def _sample_grids(ours: ModelEvaluator, theirs: ModelEvaluator | None, evaluatio
     classes = {}
     if evaluation.per_class is not None and ours.labels is not None:
         labels = real.labelled(ours.model.classes).labels
-        for name in [each.name for each in evaluation.per_class.worst_first][:WORST_CLASSES]:
+        for name in [each.name for each in evaluation.per_class.worst_first][:4]:
             number = ours.model.classes.index(name)
-            numbers = [torch.nonzero(each == number)[:IMAGES_PER_CLASS, 0] for each in (labels, ours.labels)]
+            numbers = [torch.nonzero(each == number)[:8, 0] for each in (labels, ours.labels)]
             count = min(map(len, numbers))
             held_out, generated = (each[:count] for each in numbers)
             classes[name] = real.dataset.images(real.compared[held_out.numpy()]), ours.images[generated]

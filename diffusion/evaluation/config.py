@@ -1,6 +1,5 @@
 """Configuration of the evaluation of checkpoints."""
 
-import math
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -38,22 +37,13 @@ class EvaluationConfig(Config):
     seed: int = Field(0, ge=0)
     """Seed of the generated images and of the choice of training images."""
 
-    @property
-    def first_round(self) -> int:
-        """Return the number of images generated from each checkpoint in the first round."""
-        return max(10, math.ceil(self.samples / 4)) if self.first_samples is None else self.first_samples
-
     @model_validator(mode="after")
-    def _rounds_are_shorter(self) -> "EvaluationConfig":
+    def _means_something(self) -> "EvaluationConfig":
         if self.first_samples is not None and self.first_samples >= self.samples:
             raise ValueError(
                 f"first_samples = {self.first_samples} is no fewer than samples = {self.samples}, and rounds that cost "
                 "as much as the full judgement choose nothing: make it less, or leave it out"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _means_something(self) -> "EvaluationConfig":
         if self.extractor == "inception" and self.extractor_size is not None:
             raise ValueError("extractor = inception sees every image at 299 pixels: leave extractor_size out")
         if self.extractor == "efflite0" and self.extractor_size is not None and self.extractor_size % 32:

@@ -7,6 +7,8 @@ from pydantic import Field, FiniteFloat
 
 from diffusion.common.config import Config
 
+CONFIDENCE = 0.95
+"""Confidence of all intervals that are shown, two-sided."""
 DEVIATIONS = 1.959964
 """Standard errors on either side of a 95 % interval."""
 
@@ -79,6 +81,20 @@ class Share(Estimate):
         z = self.model_copy(update={"error": 1.0}).reach((1 + confidence) / 2)
         low, high = wilson_interval(p, independent, z)
         return Interval(low=low, high=high, confidence=confidence)
+
+
+class MetricEstimate(Config):
+    """A metric with its error and interval."""
+
+    value: FiniteFloat
+    error: FiniteFloat
+    """Standard error, over other generated and held-out images."""
+    interval: Interval
+
+    @classmethod
+    def of(cls, estimate: Estimate) -> "MetricEstimate":
+        """Build from ``estimate``, with confidence CONFIDENCE."""
+        return cls(value=estimate.value, error=estimate.error, interval=estimate.interval(CONFIDENCE))
 
 
 def wilson_interval(share: float, count: float, deviations: float = DEVIATIONS) -> tuple[float, float]:

@@ -40,7 +40,8 @@ def select_finalists(
     advances; of the last round only the finalists. The selection metric, KID or PSNR, is unbiased for any number of
     images.
     """
-    left, behind, samples = list(checkpoints), list[CheckpointEvaluation](), config.first_round
+    left, behind = list(checkpoints), list[CheckpointEvaluation]()
+    samples = config.first_samples or max(10, math.ceil(config.samples / 4))
     while len(left) > config.finalists and samples < config.samples:
         scored = [(path, score(path, samples)) for path in left]
         scored.sort(key=lambda pair: pair[1].selection_metric.rank, reverse=True)
@@ -94,37 +95,32 @@ def evaluate(
         raise UserError("no checkpoint to evaluate: train first, with `darkroom train`")
     task = task_of(read_model_header(checkpoints[0]).model)
     evaluator = Evaluator(data, config, sampling, output / CACHE, progress, task)
-    seen: dict[str, Tensor] = {}
+    generated: dict[str, Tensor] = {}
 
-    def briefly(path: Path, samples: int) -> CheckpointEvaluation:
+    def score(path: Path, samples: int) -> CheckpointEvaluation:
         model = evaluator.model(path, samples)
-        seen[model.sha256] = model.images[:SHOWN]
+        generated[model.sha256] = model.images[:SHOWN]
         return model.checkpoint()
 
-    chosen, behind = select_finalists(checkpoints, config, briefly)
-    models = {model.sha256: model for model in map(evaluator.model, chosen)}
-    evaluated = sorted((model.checkpoint() for model in models.values()), key=lambda each: each.images)
+    chosen, behind = select_finalists(checkpoints, config, score)
+    scored = {each.sha256: each for each in (score(path, config.samples) for path in chosen)}
+    evaluated = sorted(scored.values(), key=lambda each: each.images)
     best = max(evaluated, key=lambda each: each.selection_metric.rank)
-    replicates = evaluator.replicates([models[best.sha256]])
+    model = evaluator.model(Path(best.file))
+    of_best, baseline = evaluator.replicates([model])
     evaluation = Evaluation(
         dataset=evaluator.real.dataset.manifest.name,
         conditions=evaluator.conditions,
         eval_key=evaluator.conditions.key,
         features=evaluator.real.extractor.about,
-        real_baseline=evaluator.real_baseline(replicates[-1] if replicates else None),
+        real_baseline=evaluator.real_baseline(baseline),
         best=best,
         checkpoints=evaluated,
         preliminary=behind,
-        estimates=evaluator.estimates(replicates[0]) if replicates else {},
+        estimates=evaluator.estimates(of_best),
         baselines=evaluator.baselines(),
     )
-    sheets = Sheets(
-        real=evaluator.real.shown_images,
-        generated=seen | {sha256: model.images[:SHOWN] for sha256, model in models.items()},
-        reconstructed={
-            sha256: model.reconstructed for sha256, model in models.items() if model.reconstructed is not None
-        },
-    )
+    sheets = Sheets(evaluator.real.shown_images, generated, model.reconstructed)
     _write(evaluation, sheets, output)
     write_report(output / "report.html", evaluation, sheets, losses)
     return evaluation
@@ -133,8 +129,8 @@ def evaluate(
 def _write(evaluation: Evaluation, sheets: Sheets, output: Path) -> None:
     grids = {REAL_GRID: grid(sheets.real)}
     grids |= {grid_name(each): grid(sheets.generated[each.sha256]) for each in evaluation.checkpoints}
-    if (back := sheets.reconstructed.get(evaluation.best.sha256)) is not None:
-        grids["held_out_reconstructed.png"] = above(sheets.real, back)
+    if sheets.reconstructed is not None:
+        grids["held_out_reconstructed.png"] = above(sheets.real, sheets.reconstructed)
     for name, image in grids.items():
         save_png(output / "grids" / name, image)
     # Old grids go last: a concurrent evaluation of the same checkpoints has written the current ones as well.
@@ -143,13 +139,11 @@ def _write(evaluation: Evaluation, sheets: Sheets, output: Path) -> None:
             path.unlink(missing_ok=True)
     _write_csv(output / "scores.csv", [{"images": each.images, **each.metrics()} for each in evaluation.checkpoints])
     # In a separate file: on one curve it would not show that they rest on fewer images.
-    behind = output / "preliminary.csv"
-    if evaluation.preliminary:
-        _write_csv(
-            behind, [{"images": each.images, **each.selection_metric.metrics()} for each in evaluation.preliminary]
-        )
+    preliminary = [{"images": each.images, **each.selection_metric.metrics()} for each in evaluation.preliminary]
+    if preliminary:
+        _write_csv(output / "preliminary.csv", preliminary)
     else:
-        behind.unlink(missing_ok=True)
+        (output / "preliminary.csv").unlink(missing_ok=True)
     write_json(output / "evaluation.json", json.loads(evaluation.model_dump_json()))
     write_json(output / "metrics.json", evaluation.metrics())
 

@@ -6,31 +6,30 @@ everything else they depend on: work continues after a kill, and unchanged resul
 """
 
 import math
-from collections.abc import Iterator, Sequence
-from functools import cached_property
+from collections.abc import Sequence
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
-from pydantic import Field
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from diffusion.checkpoints import load_model, read_model_header
-from diffusion.common.config import Config, unset
 from diffusion.common.device import resolve_device
 from diffusion.common.errors import UserError
 from diffusion.common.files import sha256_file
-from diffusion.common.fingerprint import Fingerprint, fingerprint
+from diffusion.common.fingerprint import fingerprint
 from diffusion.common.progress import Progress, silent
 from diffusion.common.threads import cores
 from diffusion.data.dataset import Dataset
 from diffusion.data.manifest import read_manifest
 from diffusion.evaluation.bootstrap import FEWEST as FEWEST_FOR_ERRORS
 from diffusion.evaluation.bootstrap import SPLITS, Figure, Replicates, compute_replicates
-from diffusion.evaluation.cache import Tensors, cached, cached_result, pieces_folder
+from diffusion.evaluation.cache import Key, Tensors, cached, cached_result, pieces_folder
 from diffusion.evaluation.config import EvaluationConfig
-from diffusion.evaluation.features.feature_extractor import BATCH, extractor_for
+from diffusion.evaluation.estimate import MetricEstimate
+from diffusion.evaluation.features.label_classifier import extractor_for
 from diffusion.evaluation.metrics.copies import Memorization, detect_duplicates, detect_memorization
 from diffusion.evaluation.metrics.distances import Scores, compute_moments, frechet_distance
 from diffusion.evaluation.metrics.held_out_loss import (
@@ -46,7 +45,6 @@ from diffusion.evaluation.metrics.pixel_metrics import (
     ResamplingBaseline,
     compare_appearance,
     compare_images,
-    measure_appearance,
     psnr,
     resample,
     ssim,
@@ -54,23 +52,21 @@ from diffusion.evaluation.metrics.pixel_metrics import (
 from diffusion.evaluation.real_images import (
     CHUNK,
     SHOWN,
-    FeaturesKey,
     RealImages,
-    packed,
+    appearance_of_pieces,
+    extractor_key,
     thumbnails_of_pieces,
-    unpacked,
 )
 from diffusion.evaluation.results import (
     CheckpointEvaluation,
     EvaluationConditions,
-    MetricEstimate,
     ModelEvaluation,
     ModelScores,
     RealBaseline,
     Reconstruction,
 )
 from diffusion.families import family_of
-from diffusion.families.model import Model, ModelHeader
+from diffusion.families.model import Model
 from diffusion.generation.config import UNCONDITIONAL, Conditions
 from diffusion.generation.generate import conditions_of, is_conditional, labels_of, reconstructed
 from diffusion.generation.super_resolution import FromNoise, GenerationTask, generate, task_of
@@ -87,98 +83,6 @@ MetricReplicates = dict[Figure, Replicates]
 """Metrics of one model with their values on halves; empty if there are too few images for errors."""
 
 
-class GeneratedKey(Config):
-    """Cache key of a model's images."""
-
-    kind: Literal["generated"] = "generated"
-    format_version: Literal[2] = 2
-    """Incremented when the same model generates other images or gets other conditions."""
-    model: str
-    """SHA-256 of the model file."""
-    samples: int
-    seed: int
-    sampling: SamplingConfig
-    fingerprint: Fingerprint
-    content_digest: str | None
-    """Content digest of the data set whose captions or small images condition the model; None: neither, so that its
-    images are the same for every data set."""
-    reference: int | None
-    """Number of held-out images that these come from; None as above."""
-
-
-class PieceKey(Config):
-    """Cache key of a piece of the generated images, within the folder of the whole."""
-
-    kind: Literal["piece"] = "piece"
-    first: int
-    """Number of the first image of the piece."""
-    count: int
-
-
-class GeneratedFeaturesKey(Config):
-    """Cache key of the features of generated images."""
-
-    kind: Literal["features of generated images"] = "features of generated images"
-    format_version: Literal[1] = 1
-    """Incremented when features of the same name and preprocessing change."""
-    generated: GeneratedKey
-    extractor: str
-    extractor_digest: str
-    preprocessing: str
-    fingerprint: Fingerprint
-
-
-class NeighboursKey(Config):
-    """Cache key of the training images nearest to generated ones."""
-
-    kind: Literal["neighbours of generated images"] = "neighbours of generated images"
-    format_version: Literal[1] = 1
-    """Incremented when thumbnails or distances change."""
-    generated: GeneratedFeaturesKey
-    training: FeaturesKey
-    mirrored: bool
-
-
-class HeldOutKey(Config):
-    """Cache key of losses, reconstructions and upscaled images of the first held-out images."""
-
-    kind: Literal["losses", "reconstructions"]
-    format_version: Literal[3] = 3
-    """Incremented when their computation changes."""
-    model: str
-    """SHA-256 of the model file."""
-    content_digest: str
-    count: int
-    fingerprint: Fingerprint
-    extractor_digest: str | None = Field(None, exclude_if=unset)
-    """Digest of the features in which reconstructions are compared, if any."""
-
-
-class HalvesKey(Config):
-    """Cache key of metrics on halves."""
-
-    kind: Literal["halves"] = "halves"
-    format_version: Literal[2] = 2
-    """Incremented when metrics or halves change."""
-    generated: tuple[GeneratedFeaturesKey, ...]
-    real_baseline_seed: int
-    training: FeaturesKey
-    compared: FeaturesKey
-    splits: int
-
-
-class BaselineKey(Config):
-    """Cache key of the scores of images resampled without a model."""
-
-    kind: Literal["baseline"] = "baseline"
-    format_version: Literal[2] = 2
-    """Incremented when these scores change."""
-    name: str
-    samples: int
-    low_resolution: int
-    compared: FeaturesKey
-
-
 def require_enough(data: Path) -> None:
     """Raise UserError if a split of the data set in folder ``data`` is too small for an evaluation."""
     for split, count in read_manifest(data).counts.items():
@@ -187,17 +91,6 @@ def require_enough(data: Path) -> None:
                 f"data set {data} has {count} {split.replace('_', '-').replace('train', 'training')} images, "
                 f"and evaluation needs {FEWEST}: ingest more, or change ingest.held_out"
             )
-
-
-def require_shape(path: Path, header: ModelHeader, dataset: Dataset) -> None:
-    """Raise UserError unless the model in the file ``path`` generates images of the shape of those in ``dataset``."""
-    shape = header.channels, header.size, header.size
-    if shape != dataset.shape:
-        theirs, ours = ("×".join(map(str, each)) for each in (shape, dataset.shape))
-        raise UserError(
-            f"{path} generates images of {theirs} and {dataset.folder} holds {ours} (channels × height × width): "
-            "evaluate it on the data set it was trained on"
-        )
 
 
 class Evaluator:
@@ -248,11 +141,15 @@ class Evaluator:
         Raises:
             UserError: The file does not exist, is not a model, or has another image shape or task.
         """
-        if not path.is_file():
-            raise UserError(f"no model at {path}: train one with `darkroom train`")
         found = ModelEvaluator(path, self, samples or self.config.samples, sampling or self.sampling, name or path.stem)
-        require_shape(path, found.header, self.real.dataset)
-        theirs, ours = task_of(found.header.model), self.real.task
+        header, dataset = found.header, self.real.dataset
+        if (shape := (header.channels, header.size, header.size)) != dataset.shape:
+            raise UserError(
+                f"{path} generates images of {'×'.join(map(str, shape))} and {dataset.folder} holds "
+                f"{'×'.join(map(str, dataset.shape))} (channels × height × width): "
+                "evaluate it on the data set it was trained on"
+            )
+        theirs, ours = task_of(header.model), self.real.task
         if theirs.low_resolution != ours.low_resolution:
             raise UserError(
                 f"{path} {theirs.description}, and what it would be compared with {ours.description}: scores say "
@@ -261,45 +158,30 @@ class Evaluator:
         return found
 
     def replicates(self, models: Sequence["ModelEvaluator"]) -> list[MetricReplicates]:
-        """Return metrics on halves for each model, then for the real baseline.
-
-        Empty if a set has too few images for errors.
-        """
+        """Return metrics on halves for each model, then for the real baseline; empty if a set has too few images."""
         real, seed = self.real, self.config.seed
-        _, real_baseline = real.real_baseline(seed)
-        sets, reference = [*(each.features for each in models), real_baseline], real.reference.features
+        baseline_key, baseline = real.real_baseline(seed)
+        sets, reference = [*(each.features for each in models), baseline], real.reference.features
         if min(map(len, (*sets, reference))) < FEWEST_FOR_ERRORS:
-            return []
-        points = [*(each.scores for each in models), self.real_baseline().scores]
+            return [{} for _ in sets]
+        scores = [*(each.scores for each in models), real.scores(baseline_key, baseline)]
 
         def work() -> Tensors:
-            found = compute_replicates(sets, reference, SPLITS, self.progress, points)
-            return {
-                f"{number}/{figure}": some.halves for number, each in enumerate(found) for figure, some in each.items()
-            }
+            found = compute_replicates(sets, reference, SPLITS, self.progress, scores)
+            return {f"{n}/{figure}": some.halves for n, each in enumerate(found) for figure, some in each.items()}
 
-        key = HalvesKey(
-            generated=tuple(each.features_key for each in models),
-            real_baseline_seed=seed,
-            training=real.training_key,
-            compared=real.compared_key,
-            splits=SPLITS,
-        )
-        kept = cached(self.folder, key, work)
+        key: Key = {"kind": "halves", "format_version": 2, "generated": [each.features_key for each in models]}
+        key |= {"real_baseline_seed": seed, "training": real.key(real.train), "compared": real.key(real.compared)}
+        kept = cached(self.folder, key | {"splits": SPLITS}, work)
         return [
-            {
-                figure: Replicates.of(figure, score.of(figure), kept[f"{number}/{figure}"], features, reference)
-                for figure in get_args(Figure)
-            }
-            for number, (features, score) in enumerate(zip(sets, points, strict=True))
+            {f: Replicates.of(f, score.of(f), kept[f"{n}/{f}"], features, reference) for f in get_args(Figure)}
+            for n, (features, score) in enumerate(zip(sets, scores, strict=True))
         ]
 
-    def real_baseline(self, replicates: MetricReplicates | None = None) -> RealBaseline:
+    def real_baseline(self, replicates: MetricReplicates) -> RealBaseline:
         """Return the metrics of real training images in the place of generated ones."""
-        return RealBaseline(
-            scores=self.real.scores(*self.real.real_baseline(self.config.seed)),
-            estimates=self.estimates(replicates or {}),
-        )
+        scores = self.real.scores(*self.real.real_baseline(self.config.seed))
+        return RealBaseline(scores=scores, estimates=self.estimates(replicates))
 
     def estimates(self, replicates: MetricReplicates) -> dict[str, MetricEstimate]:
         """Return estimates of metrics by name, such as kid_efflite0."""
@@ -310,20 +192,22 @@ class Evaluator:
 
     def baselines(self) -> dict[str, ResamplingBaseline] | None:
         """Return the scores of resampling for super-resolution models; None for other models."""
-        low_resolution = self.real.task.low_resolution
-        return None if low_resolution is None else {name: self._baseline(name, low_resolution) for name in RESAMPLING}
+        real, low_resolution = self.real, self.real.task.low_resolution
+        if low_resolution is None:
+            return None
 
-    def _baseline(self, name: str, low_resolution: int) -> ResamplingBaseline:
-        real = self.real
-
-        def work() -> tuple[ResamplingBaseline, Tensors]:
+        def compute(name: str) -> tuple[ResamplingBaseline, Tensors]:
             assert real.small is not None
             large = resample(real.small, real.dataset.manifest.size // low_resolution, name)
             alike = compare_images(large, torch.cat(list(real.images(real.shown))))
             return ResamplingBaseline(scores=real.score(real.extractor(large)), similarity=alike), {}
 
-        key = BaselineKey(name=name, samples=len(real.shown), low_resolution=low_resolution, compared=real.compared_key)
-        return cached_result(self.folder, key, ResamplingBaseline, work)[0]
+        key: Key = {"kind": "baseline", "format_version": 2, "samples": len(real.shown)}
+        key |= {"low_resolution": low_resolution, "compared": real.key(real.compared)}
+        return {
+            name: cached_result(self.folder, key | {"name": name}, ResamplingBaseline, partial(compute, name))[0]
+            for name in RESAMPLING
+        }
 
 
 class ModelEvaluator:
@@ -395,7 +279,8 @@ class ModelEvaluator:
                 images = generate(self.model, inputs, numbers, seed, self.guided, counted, conditions)
                 return {"images": images}
 
-            return cached(folder, PieceKey(first=numbers.start, count=len(numbers)), work)["images"]
+            key = {"kind": "piece", "first": numbers.start, "count": len(numbers)}
+            return cached(folder, key, work)["images"]
 
         starts = range(0, self.samples, size)
         return torch.cat([piece(range(start, min(start + size, self.samples))) for start in starts])
@@ -403,9 +288,8 @@ class ModelEvaluator:
     @cached_property
     def features(self) -> Tensor:
         """Return the features of the generated images, (samples, D) float32."""
-        return cached(self.folder, self.features_key, lambda: {"features": self.real.extractor(self.images)})[
-            "features"
-        ]
+        kept = cached(self.folder, self.features_key, lambda: {"features": self.real.extractor(self.images)})
+        return kept["features"]
 
     @cached_property
     def scores(self) -> Scores:
@@ -416,13 +300,9 @@ class ModelEvaluator:
     def memorization(self) -> Memorization:
         """Return the test for copies of training images, mirrored ones as well if the model was trained on those."""
         mirrored = bool(self.header.training.get("flip", False))
-
-        def work() -> Tensors:
-            views = self.real.views(torch.split(self.images, CHUNK), self.features, mirrored)
-            return unpacked(self.real.neighbours(views))
-
-        key = NeighboursKey(generated=self.features_key, training=self.real.training_key, mirrored=mirrored)
-        return detect_memorization(packed(cached(self.folder, key, work)), self.real.held_out_neighbours(mirrored))
+        pieces = torch.split(self.images, CHUNK)
+        found = self.real.neighbours(self.features_key, pieces, self.features, mirrored)
+        return detect_memorization(found, self.real.held_out_neighbours(mirrored))
 
     @cached_property
     def labels(self) -> Tensor | None:
@@ -461,30 +341,23 @@ class ModelEvaluator:
         """Return the similarity of upscaled to real images; None for other models."""
         if self.header.model.low_resolution is None:
             return None
-        return compare_images(self.images, torch.cat(list(self._originals())))
-
-    @property
-    def reconstruction(self) -> Reconstruction | None:
-        """Return the reconstruction metrics of the model's autoencoder; None if it has none."""
-        return self._reconstructed[0] if self._reconstructed else None
+        return compare_images(self.images, torch.cat(list(self.real.images(self.real.shown[: self.samples]))))
 
     @property
     def reconstructed(self) -> Tensor | None:
         """Return reconstructions of the first held-out images, (N, C, H, W) uint8; None without an autoencoder."""
-        return self._reconstructed[1]["shown"] if self._reconstructed else None
+        return self._reconstruction[1].get("shown")
 
-    @cached_property
+    @property
     def psnr(self) -> Tensor | None:
-        """Return the PSNR in dB of each reconstructed or upscaled held-out image, (M,); None for other models."""
-        if self.header.model.low_resolution is not None:
-            pairs = zip(torch.split(self.images, CHUNK), self._originals(), strict=True)
-            return torch.cat([psnr(*pair) for pair in pairs])
-        return self._reconstructed[1]["psnr"] if self._reconstructed else None
+        """Return the PSNR in dB of each reconstructed held-out image, (M,); None without an autoencoder."""
+        return self._reconstruction[1].get("psnr")
 
     @cached_property
-    def _reconstructed(self) -> tuple[Reconstruction, Tensors] | None:
+    def _reconstruction(self) -> tuple[Reconstruction | None, Tensors]:
+        """Return the reconstruction metrics of the model's autoencoder with the tensors above, if it has one."""
         if self.header.model.evaluated_by != "reconstructions" and self.header.latents is None:
-            return None
+            return None, {}
         real = self.real
         rows = real.held_out if self.samples == self.config.samples else real.held_out[: self.samples]
 
@@ -508,14 +381,8 @@ class ModelEvaluator:
             )
             return found, {"psnr": of_each, "shown": back[0][:SHOWN]}
 
-        key = self._held_out_key("reconstructions", len(rows)).model_copy(
-            update={"extractor_digest": real.extractor.digest}
-        )
+        key = self._held_out_key("reconstructions", len(rows)) | {"extractor_digest": real.extractor.digest}
         return cached_result(self.folder, key, Reconstruction, work)
-
-    def _originals(self) -> Iterator[Tensor]:
-        """Yield the held-out images that the model upscales, chunk by chunk."""
-        return self.real.images(self.real.shown[: self.samples])
 
     def scored(self) -> ModelScores:
         """Return the metrics that every model has."""
@@ -525,7 +392,7 @@ class ModelEvaluator:
             images=self.header.images,
             fingerprint=self.fingerprint,
             scores=self.scores,
-            reconstruction=self.reconstruction,
+            reconstruction=self._reconstruction[0],
             similarity=self.similarity,
         )
 
@@ -535,53 +402,43 @@ class ModelEvaluator:
 
     def evaluate(self) -> ModelEvaluation:
         """Return all metrics, without estimates."""
-        appearances = [measure_appearance(images) for images in torch.split(self.images, CHUNK)]
+        pieces = torch.split(self.images, CHUNK)
         return ModelEvaluation(
             **dict(self.scored()),
             memorization=self.memorization,
-            duplicates=detect_duplicates(thumbnails_of_pieces(torch.split(self.images, CHUNK)), self.real.thumbnails),
-            drift=compare_appearance(
-                {name: torch.cat([each[name] for each in appearances]) for name in appearances[0]}, self.real.appearance
-            ),
+            duplicates=detect_duplicates(thumbnails_of_pieces(pieces), self.real.thumbnails),
+            drift=compare_appearance(appearance_of_pieces(pieces), self.real.appearance),
             per_class=self.per_class,
             held_out_loss=self.held_out_loss,
             gflop=gflop(self.model, self.guided),
         )
 
     @property
-    def generated_key(self) -> GeneratedKey:
+    def generated_key(self) -> Key:
         """Return the cache key of the generated images."""
-        conditioned = self.header.model.text or self.header.model.low_resolution is not None
-        return GeneratedKey(
-            model=self.sha256,
-            samples=self.samples,
-            seed=self.config.seed,
-            sampling=self.sampling,
-            fingerprint=self.fingerprint,
-            content_digest=self.real.dataset.manifest.content_digest if conditioned else None,
-            reference=self.config.reference if conditioned else None,
-        )
+        key: Key = {"kind": "generated", "format_version": 2, "model": self.sha256, "samples": self.samples}
+        key |= {"seed": self.config.seed, "sampling": self.sampling, "fingerprint": self.fingerprint}
+        if self.header.model.text or self.header.model.low_resolution is not None:
+            # Held-out captions or small images condition the model. Other models' images suit every data set.
+            digest = self.real.dataset.manifest.content_digest
+            key |= {"content_digest": digest, "reference": self.config.reference}
+        return key
 
     @property
-    def features_key(self) -> GeneratedFeaturesKey:
+    def features_key(self) -> Key:
         """Return the cache key of the features of the generated images."""
-        extractor = self.real.extractor
-        return GeneratedFeaturesKey(
-            generated=self.generated_key,
-            extractor=extractor.name,
-            extractor_digest=extractor.digest,
-            preprocessing=extractor.preprocessing,
-            fingerprint=fingerprint(BATCH, "fp32", "cpu"),
-        )
+        return {
+            "kind": "features of generated images",
+            "format_version": 1,
+            "generated": self.generated_key,
+            **extractor_key(self.real.extractor),
+        }
 
-    def _held_out_key(self, kind: Literal["losses", "reconstructions"], count: int) -> HeldOutKey:
-        return HeldOutKey(
-            kind=kind,
-            model=self.sha256,
-            content_digest=self.real.dataset.manifest.content_digest,
-            count=count,
-            fingerprint=self.fingerprint,
-        )
+    def _held_out_key(self, kind: str, count: int) -> Key:
+        """Return the cache key of what is computed of the first ``count`` held-out images."""
+        digest = self.real.dataset.manifest.content_digest
+        key: Key = {"kind": kind, "format_version": 3, "model": self.sha256, "content_digest": digest}
+        return key | {"count": count, "fingerprint": self.fingerprint}
 
 
 def gflop(model: Model, config: SamplingConfig) -> float:

@@ -6,7 +6,6 @@ is missing. So chance promotes a model that is not better by δ in at most 1 −
 """
 
 import math
-from collections.abc import Iterator
 from enum import StrEnum
 from typing import Literal
 
@@ -172,35 +171,35 @@ class Decision(Config):
 
 def decide(metrics: ComparisonMetrics, config: GateConfig) -> Decision:
     """Decide on ``metrics`` by the rules of ``config``."""
-    findings = tuple(_findings(metrics, config))
-    found = {each.verdict for each in findings}
-    worst = next(each for each in (Verdict.reject, Verdict.hold, Verdict.promote) if each in found)
-    return Decision(verdict=worst, findings=findings)
-
-
-def _findings(metrics: ComparisonMetrics, config: GateConfig) -> Iterator[Finding]:
+    findings = [_headline(metrics, config)]
     generated = metrics.basis == "generated"
-    both = generated and metrics.has_champion and metrics.incomparable is None
-    if not metrics.has_champion:
-        yield Finding(rule="headline", verdict=Verdict.promote, reason="first version: there was no champion")
-    elif metrics.incomparable is not None:
-        yield Finding(rule="headline", verdict=Verdict.hold, reason=metrics.incomparable)
-    elif metrics.headline is None:
-        yield _unmeasured("headline", "its difference from the champion")
-    else:
-        yield _headline(metrics.headline, metrics, config)
     if generated and config.memorized is not None:
-        yield _memorized(metrics.memorized, metrics, config.memorized, config.confidence)
-    if both and config.recall_loss is not None:
-        yield _recall(metrics.recall, metrics, config.recall_loss, config.confidence)
-    if both and config.class_loss is not None:
-        yield _worst_class(metrics.worst_class, metrics, config.class_loss, config.confidence)
-    if both and config.cost is not None:
-        yield _cost(metrics.cost, config.cost)
+        findings.append(_memorized(metrics, config.memorized, config.confidence))
+    if generated and metrics.has_champion and metrics.incomparable is None:
+        if config.recall_loss is not None:
+            findings.append(_recall(metrics, config.recall_loss, config.confidence))
+        if config.class_loss is not None:
+            findings.append(_worst_class(metrics, config.class_loss, config.confidence))
+        if config.cost is not None:
+            findings.append(_cost(metrics.cost, config.cost))
+    verdicts = {each.verdict for each in findings}
+    worst = next(each for each in (Verdict.reject, Verdict.hold, Verdict.promote) if each in verdicts)
+    return Decision(verdict=worst, findings=tuple(findings))
 
 
-def _headline(headline: Headline, metrics: ComparisonMetrics, config: GateConfig) -> Finding:
-    lead, smallest, c = headline.lead, headline.smallest(config.delta), config.confidence
+def _finding(rule: Rule, verdict: Verdict, reason: str, images: int | None = None) -> Finding:
+    return Finding(rule=rule, verdict=verdict, reason=reason, images=images)
+
+
+def _headline(metrics: ComparisonMetrics, config: GateConfig) -> Finding:
+    headline, c = metrics.headline, config.confidence
+    if not metrics.has_champion:
+        return _finding("headline", Verdict.promote, "first version: there was no champion")
+    if metrics.incomparable is not None:
+        return _finding("headline", Verdict.hold, metrics.incomparable)
+    if headline is None:
+        return _finding("headline", Verdict.hold, "not measured: its difference from the champion")
+    lead, smallest = headline.lead, headline.smallest(config.delta)
     unit = " dB" if headline.real_baseline is None else ""
     low, high = lead.at_least(c), lead.at_most(c)
     measured = (
@@ -209,51 +208,46 @@ def _headline(headline: Headline, metrics: ComparisonMetrics, config: GateConfig
         f"each with confidence {c:g}; δ = {config.delta:g} is {signed(smallest)}{unit}"
     )
     if low > smallest:
-        return Finding(rule="headline", verdict=Verdict.promote, reason=f"better by more than δ: {measured}")
+        return _finding("headline", Verdict.promote, f"better by more than δ: {measured}")
     if high < 0:
-        return Finding(rule="headline", verdict=Verdict.reject, reason=f"worse than the champion: {measured}")
+        return _finding("headline", Verdict.reject, f"worse than the champion: {measured}")
     if high < smallest:
         reason = f"not better by δ, as more images would only confirm: {measured}"
-        return Finding(rule="headline", verdict=Verdict.hold, reason=reason)
-    beyond = lead.value - smallest if lead.value > smallest else smallest
-    needed = images_needed(metrics.samples, lead, beyond, c)
-    what = "this lead" if lead.value > smallest else "a lead of 2δ"
-    return Finding(
-        rule="headline",
-        verdict=Verdict.hold,
-        reason=f"not surely better by δ: {measured}{_advice(what, needed, metrics)}",
-        images=needed,
-    )
+        return _finding("headline", Verdict.hold, reason)
+    ahead = lead.value > smallest
+    needed = images_needed(metrics.samples, lead, lead.value - smallest if ahead else smallest, c)
+    advice = _advice("this lead" if ahead else "a lead of 2δ", needed, metrics)
+    return _finding("headline", Verdict.hold, f"not surely better by δ: {measured}{advice}", needed)
 
 
-def _memorized(copies: CopyShare | None, metrics: ComparisonMetrics, limit: float, confidence: float) -> Finding:
+def _memorized(metrics: ComparisonMetrics, limit: float, confidence: float) -> Finding:
     """Apply the limit on copies: above it a model is held, and rejected if chance cannot explain the excess."""
-    if copies is None:
-        return _unmeasured("memorized", "the share of copies of training images")
+    if (copies := metrics.memorized) is None:
+        return _finding("memorized", Verdict.hold, "not measured: the share of copies of training images")
     words = (
         f"copies of training images: {copies.share:.2%} of {count(metrics.samples)} generated, allowed are {limit:.2%}"
     )
     if copies.share <= limit:
-        return Finding(rule="memorized", verdict=Verdict.promote, reason=words)
+        return _finding("memorized", Verdict.promote, words)
     if copies.p_value <= 1 - confidence:
-        return Finding(rule="memorized", verdict=Verdict.reject, reason=words)
+        return _finding("memorized", Verdict.reject, words)
     reason = (
         f"{words}; so many may look like copies by chance (p = {copies.p_value:.2g}): hold more images out "
         "(ingest.held_out), or generate more (evaluation.samples)"
     )
-    return Finding(rule="memorized", verdict=Verdict.hold, reason=reason)
+    return _finding("memorized", Verdict.hold, reason)
 
 
-def _recall(recall: Estimate | None, metrics: ComparisonMetrics, limit: float, confidence: float) -> Finding:
-    if recall is None:
-        return _unmeasured("recall", "its difference from the champion's")
+def _recall(metrics: ComparisonMetrics, limit: float, confidence: float) -> Finding:
+    if (recall := metrics.recall) is None:
+        return _finding("recall", Verdict.hold, "not measured: its difference from the champion's")
     words = f"recall {_figure(recall)} higher than the champion's on {_images(metrics)}, allowed is a loss of {limit:g}"
     return _limited("recall", recall.times(-1).less(limit), words, metrics, confidence)
 
 
-def _worst_class(worst: WorstClass | None, metrics: ComparisonMetrics, limit: float, confidence: float) -> Finding:
-    if worst is None:
-        return _unmeasured("worst class", "the distance of each class")
+def _worst_class(metrics: ComparisonMetrics, limit: float, confidence: float) -> Finding:
+    if (worst := metrics.worst_class) is None:
+        return _finding("worst class", Verdict.hold, "not measured: the distance of each class")
     words = (
         f"worst class {worst.candidate_class!r} at {_figure(worst.candidate)}, the champion's "
         f"{worst.champion_class!r} at {_figure(worst.champion)}, allowed are {1 + limit:g} times as much"
@@ -263,25 +257,24 @@ def _worst_class(worst: WorstClass | None, metrics: ComparisonMetrics, limit: fl
 
 def _cost(cost: Cost | None, limit: float) -> Finding:
     if cost is None:
-        return _unmeasured("cost", "the cost of generating an image")
+        return _finding("cost", Verdict.hold, "not measured: the cost of generating an image")
     verdict = Verdict.promote if cost.candidate <= limit * cost.champion else Verdict.reject
     reason = (
         f"an image costs {cost.candidate:,.4g} {cost.unit}, of the champion {cost.champion:,.4g}, allowed are "
         f"{limit:g} times as much"
     )
-    return Finding(rule="cost", verdict=verdict, reason=reason)
+    return _finding("cost", verdict, reason)
 
 
 def _limited(rule: Rule, excess: Estimate, words: str, metrics: ComparisonMetrics, confidence: float) -> Finding:
     """Return whether the excess over a limit is significantly negative, significantly positive, or neither."""
     if excess.at_most(confidence) <= 0:
-        return Finding(rule=rule, verdict=Verdict.promote, reason=words)
+        return _finding(rule, Verdict.promote, words)
     if excess.at_least(confidence) > 0:
-        reason = f"beyond the limit with confidence {confidence:g}: {words}"
-        return Finding(rule=rule, verdict=Verdict.reject, reason=reason)
+        return _finding(rule, Verdict.reject, f"beyond the limit with confidence {confidence:g}: {words}")
     needed = images_needed(metrics.samples, excess, abs(excess.value), confidence)
     reason = f"not surely within the limit: {words}{_advice('that', needed, metrics)}"
-    return Finding(rule=rule, verdict=Verdict.hold, reason=reason, images=needed)
+    return _finding(rule, Verdict.hold, reason, needed)
 
 
 def images_needed(images: int, estimate: Estimate, distance: float, confidence: float) -> int | None:
@@ -296,10 +289,6 @@ def images_needed(images: int, estimate: Estimate, distance: float, confidence: 
     exact = max(images * (times / distance) ** 2, 1)
     unit: int = 10 ** max(0, math.floor(math.log10(exact)) - 1)
     return math.ceil(exact / unit) * unit
-
-
-def _unmeasured(rule: Rule, what: str) -> Finding:
-    return Finding(rule=rule, verdict=Verdict.hold, reason=f"not measured: {what}")
 
 
 def _advice(what: str, needed: int | None, metrics: ComparisonMetrics) -> str:

@@ -14,7 +14,6 @@ import torch
 from pydantic import Field, JsonValue
 from torch import Tensor
 
-from diffusion.checkpoints import read_model_header
 from diffusion.common.config import Config, unset
 from diffusion.common.errors import UserError
 from diffusion.common.files import write_json
@@ -23,16 +22,14 @@ from diffusion.common.threads import cores
 from diffusion.evaluation.bootstrap import difference
 from diffusion.evaluation.cache import cached
 from diffusion.evaluation.config import EvaluationConfig
-from diffusion.evaluation.estimate import Estimate
-from diffusion.evaluation.evaluator import CACHE, Evaluator, GeneratedKey, MetricReplicates, ModelEvaluator, gflop
+from diffusion.evaluation.estimate import CONFIDENCE, Estimate, MetricEstimate
+from diffusion.evaluation.evaluator import CACHE, Evaluator, MetricReplicates, ModelEvaluator, gflop
 from diffusion.evaluation.gate import GateConfig
 from diffusion.evaluation.metrics.held_out_loss import HeldOutLoss
 from diffusion.evaluation.real_images import SHOWN
 from diffusion.evaluation.results import (
-    CONFIDENCE,
     Evaluation,
     EvaluationConditions,
-    MetricEstimate,
     ModelScores,
     RealBaseline,
 )
@@ -41,8 +38,6 @@ from diffusion.process.samplers import SamplingConfig, sampling_config
 
 RANKING = "comparison.json"
 """File name of the ranking of families in the folder of the reports."""
-ROUNDS = 2
-"""Compute batches per core that are timed."""
 
 
 class RankedModel(ModelScores):
@@ -106,16 +101,6 @@ class Ranking(Config):
     real_baseline: RealBaseline
 
 
-class SpeedKey(Config):
-    """Cache key of the generation speed, within one machine."""
-
-    kind: Literal["speed"] = "speed"
-    format_version: Literal[2] = 2
-    """Incremented when the measurement changes."""
-    generated: GeneratedKey
-    cores: int
-
-
 def rank_models(
     data: Path,
     models: Mapping[str, tuple[Path, SamplingConfig]],
@@ -144,11 +129,11 @@ def rank_models(
     if len(models) < 2:
         raise UserError(f"there is nothing to compare {', '.join(models) or 'nothing'} with: name two families or more")
     evaluator = Evaluator(data, config, sampling_config(), output / CACHE, progress)
-    evaluators = {name: _evaluator_of(name, path, how, evaluator) for name, (path, how) in models.items()}
-    found = evaluator.replicates(list(evaluators.values()))
-    replicates = dict(zip(evaluators, found, strict=False)) if found else {}
+    evaluators = {name: evaluator.model(path, sampling=how, name=name) for name, (path, how) in models.items()}
+    *found, baseline = evaluator.replicates(list(evaluators.values()))
+    replicates = dict(zip(evaluators, found, strict=True))
     figure = GateConfig().metric(config.samples, len(evaluator.real.compared))
-    ranked = [_ranked(name, each, replicates.get(name, {}), figure) for name, each in evaluators.items()]
+    ranked = [_ranked(name, each, replicates[name], figure) for name, each in evaluators.items()]
     ranked.sort(key=lambda each: each.value)
     best, *others = [each.name for each in ranked]
     ranking = Ranking(
@@ -161,9 +146,9 @@ def rank_models(
         leads=[
             Lead(worse=name, difference=difference(replicates[name][figure], replicates[best][figure]))
             for name in others
-            if replicates
+            if baseline
         ],
-        real_baseline=evaluator.real_baseline(found[-1] if found else None),
+        real_baseline=evaluator.real_baseline(baseline),
     )
     write_json(output / RANKING, json.loads(ranking.model_dump_json()))
     images = {each.name: evaluators[each.name].images[:SHOWN] for each in ranked}
@@ -174,6 +159,7 @@ def rank_evaluations(
     evaluations: Sequence[Evaluation], settings: Sequence[Mapping[str, JsonValue]], run_ids: Sequence[str]
 ) -> Ranking:
     """Rank training runs that differ in ``settings`` by the selection metric of the best checkpoint of each."""
+    runs = sorted(zip(evaluations, settings, run_ids, strict=True), key=lambda run: -run[0].best.selection_metric.rank)
     models = [
         RankedModel(
             **dict(each.best),
@@ -185,31 +171,22 @@ def rank_evaluations(
             estimates=each.estimates,
             sampling=each.conditions.sampling,
         )
-        for each, some, run_id in zip(evaluations, settings, run_ids, strict=True)
+        for each, some, run_id in runs
     ]
-    by_rank = sorted(range(len(models)), key=lambda n: -evaluations[n].best.selection_metric.rank)
-    best, metric = evaluations[by_rank[0]], evaluations[by_rank[0]].best.selection_metric
-    others = [(models[n].name, evaluations[n].best.selection_metric) for n in by_rank[1:]]
-    estimate = Estimate(value=metric.rank, error=metric.error, freedom=metric.count - 1)
+    best, *ranks = [each.best.selection_metric for each, _, _ in runs]
     return Ranking(
-        dataset=best.dataset,
-        conditions=best.conditions,
+        dataset=runs[0][0].dataset,
+        conditions=runs[0][0].conditions,
         comparable=len({each.eval_key for each in evaluations}) == 1,
-        metric=metric.name,
-        higher_is_better=metric.sign > 0,
-        models=[models[n] for n in by_rank],
+        metric=best.name,
+        higher_is_better=best.sign > 0,
+        models=models,
         leads=[
-            Lead(worse=name, difference=estimate.less(Estimate(value=m.rank, error=m.error, freedom=m.count - 1)))
-            for name, m in others
+            Lead(worse=model.name, difference=best.estimate.less(metric.estimate))
+            for model, metric in zip(models[1:], ranks, strict=True)
         ],
-        real_baseline=best.real_baseline,
+        real_baseline=runs[0][0].real_baseline,
     )
-
-
-def _evaluator_of(name: str, path: Path, sampling: SamplingConfig, evaluator: Evaluator) -> ModelEvaluator:
-    if read_model_header(path).model.low_resolution is not None:
-        raise UserError(f"{path} is a super-resolution model, and the others generate from noise: leave {name} out")
-    return evaluator.model(path, sampling=sampling, name=name)
 
 
 def _ranked(
@@ -235,12 +212,12 @@ def _ranked(
 
 def _speed(model: ModelEvaluator) -> float:
     """Measure the images generated per second by all cores; cached."""
-    count = ROUNDS * cores() * model.sampling.compute_batch
+    count = 2 * cores() * model.sampling.compute_batch
 
     def work() -> dict[str, Tensor]:
         began = time.perf_counter()
         sample(model.model, range(count), model.config.seed, model.guided, model.progress, model.conditions)
         return {"images_per_second": torch.tensor(count / (time.perf_counter() - began), dtype=torch.float64)}
 
-    key = SpeedKey(generated=model.generated_key, cores=cores())
+    key = {"kind": "speed", "format_version": 2, "generated": model.generated_key, "cores": cores()}
     return float(cached(model.folder, key, work)["images_per_second"])

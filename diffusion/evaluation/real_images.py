@@ -8,81 +8,66 @@ import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from diffusion.common.config import Config
 from diffusion.common.errors import UserError
-from diffusion.common.files import digest_of, sha256_bytes
-from diffusion.common.fingerprint import Fingerprint, fingerprint
+from diffusion.common.files import sha256_bytes
+from diffusion.common.fingerprint import fingerprint
 from diffusion.common.progress import Progress, silent
 from diffusion.common.random import permutation
 from diffusion.data.dataset import Dataset, Rows
-from diffusion.evaluation.bootstrap.halves import FEWEST
-from diffusion.evaluation.cache import cached, cached_result
-from diffusion.evaluation.features.feature_extractor import BATCH, Extractor, extract_features
+from diffusion.evaluation.bootstrap import FEWEST
+from diffusion.evaluation.cache import Key, Tensors, cached, cached_result
+from diffusion.evaluation.features.feature_extractor import BATCH, Extractor
 from diffusion.evaluation.metrics.copies import PIXELS, make_thumbnails, shifted_thumbnails
 from diffusion.evaluation.metrics.distances import Moments, Reference, Scores, compute_scores
 from diffusion.evaluation.metrics.neighbours import NearestNeighbours, find_nearest
 from diffusion.evaluation.metrics.per_class import Labelled, LinearDiscriminant, fit_discriminant
 from diffusion.evaluation.metrics.pixel_metrics import measure_appearance
-from diffusion.generation.super_resolution import FromNoise, GenerationTask
+from diffusion.generation.super_resolution import GenerationTask
+
+PIECE = 10_000
+"""Training images per cached piece of features: 50 MB, the most that is lost to a kill."""
+CHUNK = 1000
+"""Images in memory at a time."""
+SHOWN = 64
+"""Images of each set kept for display."""
 
 
-class FeaturesKey(Config):
-    """Cache key of features of some images of a data set."""
-
-    kind: Literal["features"] = "features"
-    format_version: Literal[1] = 1
-    """Incremented when features of the same name and preprocessing change."""
-    content_digest: str
-    """Content digest of the data set."""
-    rows: str
-    """SHA-256 over the numbers of the rows, in order, as int64."""
-    count: int
-    """Number of rows."""
-    extractor: str
-    """Name of the features."""
-    extractor_digest: str
-    """Digest of the network's weights."""
-    preprocessing: str
-    """Preprocessing of images for it, their size included."""
-    fingerprint: Fingerprint
-    """Fingerprint of the machine, whose arithmetic decides the last bits."""
+def extractor_key(extractor: Extractor) -> Key:
+    """Return all that features depend on beside the images, the machine's arithmetic included."""
+    return {
+        "extractor": extractor.name,
+        "extractor_digest": extractor.digest,
+        "preprocessing": extractor.preprocessing,
+        "fingerprint": fingerprint(BATCH, "fp32", "cpu"),
+    }
 
 
-class StatisticsKey(Config):
-    """Cache key of moments, neighbours and kernel sums of features."""
-
-    kind: Literal["statistics"] = "statistics"
-    format_version: Literal[2] = 2
-    """Incremented when one of them changes."""
-    features: FeaturesKey
-
-
-def features_key(dataset: Dataset, rows: Rows, extractor: Extractor) -> FeaturesKey:
-    """Return the cache key of the features that ``extractor`` computes of these ``rows``."""
-    return FeaturesKey(
-        content_digest=dataset.manifest.content_digest,
-        rows=sha256_bytes(np.asarray(rows, np.dtype("<i8")).tobytes()),
-        count=len(rows),
-        extractor=extractor.name,
-        extractor_digest=extractor.digest,
-        preprocessing=extractor.preprocessing,
-        fingerprint=fingerprint(BATCH, "fp32", "cpu"),
-    )
+def features_key(dataset: Dataset, rows: Rows, extractor: Extractor) -> Key:
+    """Return the cache key of the features that ``extractor`` computes of these ``rows``, in order."""
+    numbers = sha256_bytes(np.asarray(rows, np.dtype("<i8")).tobytes())
+    key: Key = {"kind": "features", "format_version": 1, "rows": numbers, "count": len(rows)}
+    return key | {"content_digest": dataset.manifest.content_digest} | extractor_key(extractor)
 
 
 def cached_features(
     folder: Path, dataset: Dataset, rows: Rows, extractor: Extractor, progress: Progress = silent
 ) -> Tensor:
-    """Return features as ``extract_features`` does, (len(rows), D) float32, cached in ``folder``."""
-    key = features_key(dataset, rows, extractor)
-    kept = cached(folder, key, lambda: {"features": extract_features(dataset, rows, extractor, progress)})
-    return kept["features"]
+    """Return the features of the images in ``rows``, (len(rows), D) float32, cached in ``folder``."""
+
+    def work() -> Tensors:
+        pieces = []
+        for start in range(0, len(rows), CHUNK):
+            chunk = rows[start : start + CHUNK]
+            pieces.append(extractor(dataset.images(chunk)))
+            progress("features of real images", start + len(chunk), len(rows))
+        return {"features": torch.cat(pieces)}
+
+    return cached(folder, features_key(dataset, rows, extractor), work)["features"]
 
 
 def cached_reference(
@@ -91,59 +76,14 @@ def cached_reference(
     """Return these ``rows`` as a reference for scores, cached in ``folder``; at least 6 rows."""
     features = cached_features(folder, dataset, rows, extractor, progress)
 
-    def work() -> dict[str, Tensor]:
+    def work() -> Tensors:
         found = Reference.of(features, progress)
-        return {
-            "mean": found.moments.mean,
-            "root": found.moments.root,
-            "nearest": found.nearest,
-            "kernel_sums": found.kernel_sums,
-        }
+        moments = {"mean": found.moments.mean, "root": found.moments.root}
+        return moments | {"nearest": found.nearest, "kernel_sums": found.kernel_sums}
 
-    kept = cached(folder, StatisticsKey(features=features_key(dataset, rows, extractor)), work)
+    key = {"kind": "statistics", "format_version": 2, "features": features_key(dataset, rows, extractor)}
+    kept = cached(folder, key, work)
     return Reference(features, Moments(len(rows), kept["mean"], kept["root"]), kept["nearest"], kept["kernel_sums"])
-
-
-PIECE = 10_000
-"""Training images per cached piece of features: 50 MB, the most that is lost to a kill."""
-CHUNK = 1000
-"""Images in memory at a time."""
-SHOWN = 64
-"""Images of each set kept for display."""
-Views = dict[str, Tensor]
-"""Representations of N images in V views by name of the space: (V, N, D) float32."""
-
-
-class HeldOutNeighboursKey(Config):
-    """Cache key of the training images nearest to held-out ones."""
-
-    kind: Literal["neighbours of held-out images"] = "neighbours of held-out images"
-    format_version: Literal[1] = 1
-    """Incremented when thumbnails or distances change."""
-    held_out: FeaturesKey
-    training: FeaturesKey
-    mirrored: bool
-
-
-class DiscriminantKey(Config):
-    """Cache key of the classifier on features."""
-
-    kind: Literal["reader"] = "reader"
-    format_version: Literal[1] = 1
-    """Incremented when its fit changes."""
-    training: FeaturesKey
-    classes: tuple[str, ...]
-
-
-class ScoresKey(Config):
-    """Cache key of scores."""
-
-    kind: Literal["scores"] = "scores"
-    format_version: Literal[2] = 2
-    """Incremented when a formula changes."""
-    features: str
-    """Digest of the cache key of the evaluated features."""
-    compared: FeaturesKey
 
 
 class RealImages:
@@ -164,50 +104,43 @@ class RealImages:
         count: int,
         samples: int,
         folder: Path,
-        task: GenerationTask = FromNoise(),  # noqa: B008 (frozen)
-        progress: Progress = silent,
+        task: GenerationTask,
+        progress: Progress,
     ) -> None:
         self.dataset = dataset
         self.extractor = extractor
-        self.samples = samples
         self.folder = folder
         self.task = task
         self.progress = progress
         self.train = dataset.rows("train")
         self.held_out = dataset.rows("held_out")[:count]
-        self.shown, self.compared = self.held_out[:0], self.held_out
-        if task.low_resolution is not None:
-            self.shown, self.compared = self._parts(self.held_out, samples)
-
-    def _parts(self, held_out: np.ndarray, samples: int) -> tuple[np.ndarray, np.ndarray]:
-        shown = min(samples, len(held_out) // 2)
-        if shown < FEWEST:
+        self.samples = samples if task.low_resolution is None else min(samples, len(self.held_out) // 2)
+        inputs = 0 if task.low_resolution is None else self.samples
+        self.shown, self.compared = self.held_out[:inputs], self.held_out[inputs:]
+        if task.low_resolution is not None and inputs < FEWEST:
             raise UserError(
                 f"a model that enlarges is shown one half of the held-out images and compared with the other, and "
-                f"{self.dataset.folder} has {len(held_out)} of {2 * FEWEST}: hold more out with ingest.held_out"
+                f"{dataset.folder} has {len(self.held_out)} of {2 * FEWEST}: hold more out with ingest.held_out"
             )
-        return held_out[:shown], held_out[shown:]
 
     @cached_property
     def reference(self) -> Reference:
         """Return the reference that generated images are compared with."""
         return cached_reference(self.folder, self.dataset, self.compared, self.extractor, self.progress)
 
-    def scores(self, key: Config, features: Tensor) -> Scores:
+    def scores(self, key: Key, features: Tensor) -> Scores:
         """Return the cached scores of ``features`` (N, D), whose cache key is ``key``, against the reference."""
-        named = ScoresKey(features=digest_of(key.model_dump(mode="json")), compared=self.compared_key)
-        return cached_result(self.folder, named, Scores, lambda: (self.score(features), {}))[0]
+        key = {"kind": "scores", "format_version": 2, "features": key, "compared": self.key(self.compared)}
+        return cached_result(self.folder, key, Scores, lambda: (self.score(features), {}))[0]
 
     def score(self, features: Tensor) -> Scores:
         """Compute the scores of ``features`` (N, D) against the reference."""
         return compute_scores(features, self.reference, self.extractor.name)
 
-    def real_baseline(self, seed: int) -> tuple[FeaturesKey, Tensor]:
+    def real_baseline(self, seed: int) -> tuple[Key, Tensor]:
         """Return features of as many training images as are generated, or of all, and their key: (N, D)."""
-        order = permutation(seed, "evaluation/floor", 0, len(self.train))
-        rows = self.train[order[: len(self.shown) or self.samples]]
-        features = cached_features(self.folder, self.dataset, rows, self.extractor, self.progress)
-        return features_key(self.dataset, rows, self.extractor), features
+        rows = self.train[permutation(seed, "evaluation/floor", 0, len(self.train))[: self.samples]]
+        return self.key(rows), self._features(rows, self.folder)
 
     @cached_property
     def small(self) -> Tensor | None:
@@ -219,8 +152,7 @@ class RealImages:
     @cached_property
     def appearance(self) -> dict[str, Tensor]:
         """Return colours and brightness of the reference images."""
-        pieces = [measure_appearance(images) for images in self.images(self.compared)]
-        return {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}
+        return appearance_of_pieces(self.images(self.compared))
 
     @cached_property
     def thumbnails(self) -> Tensor:
@@ -233,15 +165,9 @@ class RealImages:
         rows = self.shown if len(self.shown) else self.held_out
         return self.dataset.images(rows[:SHOWN])
 
-    @property
-    def training_key(self) -> FeaturesKey:
-        """Return the cache key of the features of all training images."""
-        return features_key(self.dataset, self.train, self.extractor)
-
-    @property
-    def compared_key(self) -> FeaturesKey:
-        """Return the cache key of the features of the reference images."""
-        return features_key(self.dataset, self.compared, self.extractor)
+    def key(self, rows: Rows) -> Key:
+        """Return the cache key of the features of the images in ``rows``."""
+        return features_key(self.dataset, rows, self.extractor)
 
     def labelled(self, classes: Sequence[str]) -> Labelled:
         """Return the reference images that have one of ``classes``."""
@@ -252,49 +178,60 @@ class RealImages:
         for start in range(0, len(rows), CHUNK):
             yield self.dataset.images(rows[start : start + CHUNK])
 
-    def views(self, pieces: Iterable[Tensor], features: Tensor, mirrored: bool) -> Views:
-        """Return the views, in both spaces, of images (N, C, H, W) uint8 in ``pieces`` with ``features`` (N, D)."""
-        small, flipped = [], []
-        for piece in pieces:
-            small.append(shifted_thumbnails(piece, mirrored))
-            if mirrored:
-                flipped.append(self.extractor(piece.flip(3)))
-        sides = [features, torch.cat(flipped)] if mirrored else [features]
-        return {PIXELS: torch.cat(small, 1), self.extractor.name: torch.stack(sides)}
+    def neighbours(
+        self, key: Key, pieces: Iterable[Tensor], features: Tensor, mirrored: bool
+    ) -> dict[str, NearestNeighbours]:
+        """Return the training images nearest to some images by space; rows count from the first by key. Cached.
 
-    def neighbours(self, views: Views) -> dict[str, NearestNeighbours]:
-        """Find the training images nearest to each of ``views``, by space; rows count from the first by key."""
-        small = (make_thumbnails(images) for images in self.images(self.train))
-        pieces = {PIXELS: small, self.extractor.name: self._training()}
-        return {space: find_nearest(points, pieces[space], progress=self.progress) for space, points in views.items()}
+        Args:
+            key: Cache key of the features.
+            pieces: The images, (n, C, H, W) uint8 each.
+            features: Their features, (N, D).
+            mirrored: Whether their mirrored versions count as well.
+        """
+        spaces = PIXELS, self.extractor.name
+
+        def work() -> Tensors:
+            thumbnails, flipped = [], []
+            for piece in pieces:
+                thumbnails.append(shifted_thumbnails(piece, mirrored))
+                if mirrored:
+                    flipped.append(self.extractor(piece.flip(3)))
+            views = torch.cat(thumbnails, 1), torch.stack([features, torch.cat(flipped)] if mirrored else [features])
+            training = map(make_thumbnails, self.images(self.train)), self._training()
+            tensors: Tensors = {}
+            for space, points, others in zip(spaces, views, training, strict=True):
+                found = find_nearest(points, others, progress=self.progress)
+                tensors |= {f"{space}/distances": found.distances, f"{space}/rows": found.rows}
+            return tensors
+
+        key = {"kind": "neighbours", "format_version": 1, "of": key, "mirrored": mirrored}
+        kept = cached(self.folder, key | {"training": self.key(self.train)}, work)
+        return {space: NearestNeighbours(kept[f"{space}/distances"], kept[f"{space}/rows"]) for space in spaces}
 
     def held_out_neighbours(self, mirrored: bool) -> dict[str, NearestNeighbours]:
         """Return the training images nearest to the held-out images."""
-
-        def work() -> dict[str, Tensor]:
-            features = cached_features(self.folder, self.dataset, self.held_out, self.extractor, self.progress)
-            views = self.views(self.images(self.held_out), features, mirrored)
-            return unpacked(self.neighbours(views))
-
-        held_out = features_key(self.dataset, self.held_out, self.extractor)
-        key = HeldOutNeighboursKey(held_out=held_out, training=self.training_key, mirrored=mirrored)
-        return packed(cached(self.folder, key, work))
+        features = self._features(self.held_out, self.folder)
+        return self.neighbours(self.key(self.held_out), self.images(self.held_out), features, mirrored)
 
     def reader(self, classes: Sequence[str]) -> LinearDiscriminant:
         """Return a classifier of these ``classes``, fitted to the training images."""
 
-        def work() -> dict[str, Tensor]:
+        def work() -> Tensors:
             labels = (self.dataset.classes(rows, classes) for rows in self._pieces())
             found = fit_discriminant(zip(self._training(), labels, strict=True), len(classes))
             return {"weights": found.weights, "offsets": found.offsets}
 
-        kept = cached(self.folder, DiscriminantKey(training=self.training_key, classes=tuple(classes)), work)
-        return LinearDiscriminant(kept["weights"], kept["offsets"])
+        key = {"kind": "reader", "format_version": 1, "training": self.key(self.train), "classes": list(classes)}
+        return LinearDiscriminant(**cached(self.folder, key, work))
 
     def _training(self) -> Iterator[Tensor]:
         """Yield features of all training images, piece by piece."""
         for rows in self._pieces():
-            yield cached_features(self._training_folder, self.dataset, rows, self.extractor, self.progress)
+            yield self._features(rows, self._training_folder)
+
+    def _features(self, rows: Rows, folder: Path) -> Tensor:
+        return cached_features(folder, self.dataset, rows, self.extractor, self.progress)
 
     def _pieces(self) -> Iterator[Rows]:
         for start in range(0, len(self.train), PIECE):
@@ -310,21 +247,12 @@ class RealImages:
         return folder
 
 
+def appearance_of_pieces(pieces: Iterable[Tensor]) -> dict[str, Tensor]:
+    """Measure colours and brightness of images that come in ``pieces``: see ``measure_appearance``."""
+    found = [measure_appearance(piece) for piece in pieces]
+    return {name: torch.cat([each[name] for each in found]) for name in found[0]}
+
+
 def thumbnails_of_pieces(pieces: Iterable[Tensor]) -> Tensor:
     """Compute thumbnails of images that come in ``pieces``, unshifted and shifted: (9, N, D)."""
     return torch.cat([shifted_thumbnails(piece) for piece in pieces], 1)
-
-
-def unpacked(neighbours: dict[str, NearestNeighbours]) -> dict[str, Tensor]:
-    """Convert neighbours by space to the tensors of a file."""
-    return {f"{space}/distances": each.distances for space, each in neighbours.items()} | {
-        f"{space}/rows": each.rows for space, each in neighbours.items()
-    }
-
-
-def packed(tensors: dict[str, Tensor]) -> dict[str, NearestNeighbours]:
-    """Convert the tensors of a file to neighbours by space."""
-    spaces = sorted(
-        {name.removesuffix("/rows") for name in tensors if name.endswith("/rows")}, key=lambda s: s != PIXELS
-    )
-    return {space: NearestNeighbours(tensors[f"{space}/distances"], tensors[f"{space}/rows"]) for space in spaces}

@@ -5,14 +5,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, FiniteFloat, ValidationError
+from pydantic import Field, ValidationError
 
 from diffusion.common.config import Config, unset
 from diffusion.common.errors import UserError
 from diffusion.common.files import digest_of
 from diffusion.common.fingerprint import Fingerprint
 from diffusion.evaluation.config import EvaluationConfig
-from diffusion.evaluation.estimate import Estimate, Interval
+from diffusion.evaluation.estimate import Estimate, MetricEstimate
 from diffusion.evaluation.metrics.copies import Duplicates, Memorization
 from diffusion.evaluation.metrics.distances import Scores
 from diffusion.evaluation.metrics.held_out_loss import HeldOutLoss
@@ -20,9 +20,6 @@ from diffusion.evaluation.metrics.per_class import PerClass
 from diffusion.evaluation.metrics.pixel_metrics import AppearanceDrift, ImageSimilarity, ResamplingBaseline
 from diffusion.models.config import FAMILIES
 from diffusion.process.samplers import SamplingConfig
-
-CONFIDENCE = 0.95
-"""Confidence of all intervals that are shown, two-sided."""
 
 
 class EvaluationConditions(Config):
@@ -33,7 +30,6 @@ class EvaluationConditions(Config):
     content_digest: str
     """Digest of the data set whose held-out images are the reference."""
     extractor: str
-    """Name of the features."""
     extractor_digest: str
     """SHA-256 of the feature network's weights."""
     preprocessing: str
@@ -53,20 +49,6 @@ class EvaluationConditions(Config):
         # Other checkpoints change no metric, and neither does an unused option.
         exclude = {"evaluation": {"ema_stds", "finalists", "first_samples"}}
         return digest_of(self.model_dump(mode="json", exclude=exclude, exclude_none=True))
-
-
-class MetricEstimate(Config):
-    """A metric with its error and interval."""
-
-    value: FiniteFloat
-    error: FiniteFloat
-    """Standard error, over other generated and held-out images."""
-    interval: Interval
-
-    @classmethod
-    def of(cls, estimate: Estimate) -> "MetricEstimate":
-        """Build from ``estimate``, with confidence CONFIDENCE."""
-        return cls(value=estimate.value, error=estimate.error, interval=estimate.interval(CONFIDENCE))
 
 
 def flatten(figures: Mapping[str, MetricEstimate]) -> dict[str, float]:
@@ -93,7 +75,6 @@ class Reconstruction(Config):
     """Reconstruction of held-out images by an autoencoder."""
 
     extractor: str
-    """Name of the features."""
     images: int
     """Number of images."""
     psnr: float
@@ -134,6 +115,11 @@ class SelectionMetric:
         """Return a value by which models are ranked: higher is better."""
         return self.sign * self.value
 
+    @property
+    def estimate(self) -> Estimate:
+        """Return the estimate of ``rank``."""
+        return Estimate(value=self.rank, error=self.error, freedom=self.count - 1)
+
     def metrics(self) -> dict[str, float]:
         """Return the metric with its error and number of images, by name."""
         return {self.name: self.value, f"{self.name}_error": self.error, "samples": self.count}
@@ -145,7 +131,6 @@ class ModelScores(Config):
     sha256: str
     """SHA-256 of the model file."""
     family: str = Field("ddpm", exclude_if=lambda family: family == "ddpm")
-    """Family of the model."""
     images: int
     """Number of images seen in training."""
     fingerprint: Fingerprint
@@ -185,15 +170,11 @@ class ModelEvaluation(ModelScores):
     """All metrics of a model."""
 
     memorization: Memorization
-    """Test for copies of training images."""
     duplicates: Duplicates
-    """Test for images generated more than once."""
     drift: AppearanceDrift
-    """Drift of colours and brightness."""
     per_class: PerClass | None = Field(None, exclude_if=unset)
-    """Metrics by class; None for models without classes."""
+    """None for models without classes."""
     held_out_loss: HeldOutLoss
-    """Loss on held-out images."""
     gflop: float
     """Floating-point operations to generate one image, in 10⁹."""
     estimates: dict[str, MetricEstimate] = Field({})
@@ -211,7 +192,6 @@ class Evaluation(Config):
     """Scores of a run's checkpoints under equal conditions."""
 
     dataset: str
-    """Name of the data set."""
     conditions: EvaluationConditions
     eval_key: str
     """``conditions.key``: models are comparable only where it is equal."""
@@ -243,13 +223,7 @@ class Evaluation(Config):
     def metrics(self) -> dict[str, float]:
         """Return the best checkpoint's metrics and those of the real baseline and of resampling, by name."""
         baseline = {f"real_baseline_{name}": value for name, value in self.real_baseline.metrics().items()}
-        baselines = {
-            f"{name}_{figure}": value
-            for name, each in (self.baselines or {}).items()
-            for figure, value in {
-                f"fd_{each.scores.extractor}": each.scores.fd,
-                f"kid_{each.scores.extractor}": each.scores.kid,
-                **each.similarity.metrics(),
-            }.items()
-        }
-        return {"images": self.best.images, **flatten(self.estimates), **self.best.metrics(), **baseline, **baselines}
+        for name, each in (self.baselines or {}).items():
+            distances = {f"{figure}_{each.scores.extractor}": each.scores.of(figure) for figure in ("fd", "kid")}
+            baseline |= {f"{name}_{figure}": value for figure, value in (distances | each.similarity.metrics()).items()}
+        return {"images": self.best.images, **flatten(self.estimates), **self.best.metrics(), **baseline}

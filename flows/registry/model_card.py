@@ -8,8 +8,9 @@ from mlflow.client import MlflowClient
 from diffusion.common.escaping import escape_markdown
 from diffusion.data.manifest import Manifest, read_manifest
 from diffusion.evaluation.comparison import ChampionComparison
+from diffusion.evaluation.estimate import CONFIDENCE
 from diffusion.evaluation.reports.html import count, counted, share, signed, with_error
-from diffusion.evaluation.results import CONFIDENCE, Evaluation
+from diffusion.evaluation.results import Evaluation
 from flows.config import Params
 from flows.registry.ledger import LedgerEntry
 from flows.registry.model_versions import Version

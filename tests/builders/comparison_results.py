@@ -11,6 +11,7 @@ from diffusion.common.fingerprint import fingerprint
 from diffusion.evaluation.bootstrap import Figure, Replicates, compute_replicates, difference
 from diffusion.evaluation.comparison import ChampionComparison, SampleGrids, distance_headline
 from diffusion.evaluation.config import EvaluationConfig
+from diffusion.evaluation.estimate import MetricEstimate
 from diffusion.evaluation.gate import ComparisonMetrics, GateConfig, decide
 from diffusion.evaluation.metrics.copies import (
     PIXELS,
@@ -25,7 +26,7 @@ from diffusion.evaluation.metrics.held_out_loss import HeldOutLoss, LevelLoss
 from diffusion.evaluation.metrics.neighbours import find_nearest
 from diffusion.evaluation.metrics.per_class import Labelled, PerClass, evaluate_classes, fit_discriminant
 from diffusion.evaluation.metrics.pixel_metrics import compare_appearance, measure_appearance
-from diffusion.evaluation.results import EvaluationConditions, MetricEstimate, ModelEvaluation, RealBaseline
+from diffusion.evaluation.results import EvaluationConditions, ModelEvaluation, RealBaseline
 from diffusion.process.likelihood import noise_levels
 from diffusion.process.samplers import sampling_config
 from tests.builders.degraded import with_copies, with_noise

@@ -13,8 +13,7 @@ from diffusion.evaluation.metrics.neighbours import compute_overlap, nearest_dis
 def kid_replicates(sets: Sequence[Tensor], reference: Tensor, splits: int) -> list[Replicates]:
     halves = kid_of_halves(sets, reference, splits)
     return [
-        Replicates.of("kid", kid_of(x, reference).value, of_x, x, reference)
-        for x, of_x in zip(sets, halves, strict=True)
+        Replicates.of("kid", kid_of(x, reference)[0], of_x, x, reference) for x, of_x in zip(sets, halves, strict=True)
     ]
 
 
@@ -30,7 +29,5 @@ def share_replicates(sets: Sequence[Tensor], reference: Tensor, splits: int) -> 
     found = []
     for x, halves in zip(sets, shares_of_halves(sets, reference, splits), strict=True):
         whole = compute_overlap(x, reference, nearest_distances(x), nearest_distances(reference))
-        found.append(
-            {name: Replicates.of(name, getattr(whole, name), of_x, x, reference) for name, of_x in halves.items()}
-        )
+        found.append({name: Replicates.of(name, whole[name], of_x, x, reference) for name, of_x in halves.items()})
     return found

@@ -3,13 +3,11 @@
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future
 from contextlib import contextmanager
-from importlib import import_module
 from typing import Any, TypeVar
 
 import pytest
 
 T = TypeVar("T")
-USERS = [f"diffusion.evaluation.bootstrap.{name}" for name in ("halves",)]
 
 
 class Alone(Executor):
@@ -34,6 +32,5 @@ def one_thread() -> Iterator[None]:
         yield Alone()
 
     with pytest.MonkeyPatch.context() as patch:
-        for name in USERS:
-            patch.setattr(import_module(name), "worker_threads", alone)
+        patch.setattr("diffusion.evaluation.bootstrap.worker_threads", alone)
         yield

@@ -2,25 +2,24 @@
 
 import math
 from collections import Counter
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, interpolate, normalize
+from torch.nn.functional import cross_entropy, normalize
 
-from diffusion.common.config import Config
 from diffusion.common.errors import UserError
 from diffusion.common.files import digest_of, sha256_bytes
-from diffusion.common.fingerprint import Fingerprint, fingerprint
+from diffusion.common.fingerprint import fingerprint
 from diffusion.common.progress import Progress, silent
 from diffusion.common.random import permutation
 from diffusion.common.threads import worker_threads
 from diffusion.data.dataset import Dataset
-from diffusion.evaluation.cache import cached
+from diffusion.evaluation.cache import Key, Tensors, cached
+from diffusion.evaluation.config import EvaluationConfig
+from diffusion.evaluation.features.feature_extractor import Extractor, make_extractor, resize
 
 SIZE = 32
 """Default height and width of the input, in pixels; smaller images keep theirs."""
@@ -36,20 +35,6 @@ SMOOTHING = 0.1
 """Label smoothing: without it features of easy data sets collapse into a point per class."""
 SEED = 0
 """Seed of the initial weights and of the order of the images."""
-
-
-class LabelsKey(Config):
-    """Cache key of the classifier's weights."""
-
-    kind: Literal["labels"] = "labels"
-    format_version: Literal[1] = 1
-    """Incremented when the network or its training changes."""
-    content_digest: str
-    """Content digest of the data set."""
-    size: int
-    """Height and width of the input, in pixels."""
-    fingerprint: Fingerprint
-    """Fingerprint of the machine, whose arithmetic decides the last bits."""
 
 
 class ClassifierNetwork(nn.Module):
@@ -80,51 +65,43 @@ class ClassifierNetwork(nn.Module):
         return self.body(x).mean((2, 3))  # type: ignore[no-any-return]
 
 
-@dataclass(frozen=True)
-class LabelClassifier:
-    """A trained classifier as a feature network."""
+class LabelClassifier(Extractor):
+    """A trained classifier of K classes as a feature network, of images with ``channels`` at ``size`` pixels.
 
-    network: ClassifierNetwork
-    channels: int
-    """Channels of the input."""
-    size: int
-    """Height and width of the input, in pixels."""
-    accuracy: float
-    """Share of the labelled held-out images classified correctly."""
-    chance: float
-    """Accuracy of always predicting their most common label."""
-    held_out: int
-    """Number of labelled held-out images."""
+    ``accuracy`` is the share of the ``held_out`` labelled images classified correctly, ``chance`` that of always
+    predicting their most common label.
+    """
 
     name = "labels"
+    batch = BATCH
 
-    @cached_property
-    def digest(self) -> str:
-        """Return the SHA-256 over names and weights."""
-        weights = self.network.state_dict()
-        return digest_of({name: sha256_bytes(value.numpy().tobytes()) for name, value in weights.items()})
-
-    @property
-    def preprocessing(self) -> str:
-        """Return a description of the preprocessing of images."""
-        return f"{self.channels} channels, {self.size} px, antialiased bilinear, [-1, 1]; length sqrt({WIDTHS[-1]})"
-
-    @property
-    def about(self) -> str:
-        """Return a short description with the accuracy."""
-        return (
-            f"a classifier of the data set's own labels at {self.size} pixels, right on {self.accuracy:.1%} of "
-            f"{self.held_out:,} held-out images (the most common label: {self.chance:.1%})"
+    def __init__(
+        self, network: ClassifierNetwork, channels: int, size: int, accuracy: float, chance: float, held_out: int
+    ) -> None:
+        self.network, self.size = network, size
+        self.accuracy, self.chance, self.held_out = accuracy, chance, held_out
+        weights = network.state_dict()
+        self.digest = digest_of({name: sha256_bytes(value.numpy().tobytes()) for name, value in weights.items()})
+        self.preprocessing = f"{channels} channels, {size} px, antialiased bilinear, [-1, 1]; length sqrt({WIDTHS[-1]})"
+        self.about = (
+            f"a classifier of the data set's own labels at {size} pixels, right on {accuracy:.1%} of "
+            f"{held_out:,} held-out images (the most common label: {chance:.1%})"
         )
 
-    def __call__(self, images: Tensor) -> Tensor:
-        """Return features, (N, 96) float32, of ``images``, (N, C, H, W) uint8 with as many channels as the data set."""
-        with worker_threads() as pool:
-            return torch.cat(list(pool.map(self._batch, torch.split(images, BATCH))))
-
     @torch.inference_mode()
-    def _batch(self, images: Tensor) -> Tensor:
-        return self.network.features(_shown(images, self.size))
+    def _features(self, network: ClassifierNetwork, images: Tensor) -> Tensor:
+        return network.features(_shown(images, self.size))
+
+
+def extractor_for(config: EvaluationConfig, dataset: Dataset, cache: Path, progress: Progress = silent) -> Extractor:
+    """Open the feature network that ``config`` names for images like those of ``dataset``.
+
+    A classifier trained on its labels is cached in the folder ``cache``. Raises UserError as ``make_extractor`` and
+    ``load_label_classifier`` do.
+    """
+    if config.extractor == "labels":
+        return load_label_classifier(dataset, config.extractor_size, cache, progress)
+    return make_extractor(config)
 
 
 def load_label_classifier(
@@ -144,16 +121,17 @@ def load_label_classifier(
             f"{len(classes)} among its training images and {len(truth)} labelled held-out images: use efflite0, or "
             "ingest images with labels"
         )
-    key = LabelsKey(
-        content_digest=dataset.manifest.content_digest, size=side, fingerprint=fingerprint(BATCH, "fp32", "cpu")
-    )
+    key: Key = {"kind": "labels", "format_version": 1, "content_digest": dataset.manifest.content_digest}
+    key |= {"size": side, "fingerprint": fingerprint(BATCH, "fp32", "cpu")}
 
-    def work() -> dict[str, Tensor]:
+    def work() -> Tensors:
         targets = dataset.classes(rows, classes)
         with worker_threads(1):
             network = train_classifier(dataset, rows, targets, len(classes), side, progress)
-            found = _read(network, dataset, held_out, side)
-        right = (found == dataset.classes(held_out, classes)).double().mean()
+            pieces = [held_out[start : start + BATCH] for start in range(0, len(held_out), BATCH)]
+            with torch.inference_mode():
+                read = torch.cat([network(_shown(dataset.images(piece), side)).argmax(1) for piece in pieces])
+        right = (read == dataset.classes(held_out, classes)).double().mean()
         return network.state_dict() | {"accuracy": right}
 
     kept = cached(cache, key, work)
@@ -162,8 +140,7 @@ def load_label_classifier(
         network = ClassifierNetwork(dataset.shape[0], len(classes))
     network.load_state_dict(kept, assign=True)
     chance = max(Counter(truth).values()) / len(truth)
-    network.eval().requires_grad_(False)
-    return LabelClassifier(network, dataset.shape[0], side, accuracy, chance, len(truth))
+    return LabelClassifier(network.eval().requires_grad_(False), dataset.shape[0], side, accuracy, chance, len(truth))
 
 
 def train_classifier(
@@ -191,24 +168,14 @@ def train_classifier(
     return network.eval().requires_grad_(False)
 
 
-@torch.inference_mode()
-def _read(network: ClassifierNetwork, dataset: Dataset, rows: np.ndarray, size: int) -> Tensor:
-    """Return the predicted class number of each of ``rows``, (len(rows),)."""
-    pieces = [rows[start : start + BATCH] for start in range(0, len(rows), BATCH)]
-    return torch.cat([network(_shown(dataset.images(piece), size)).argmax(1) for piece in pieces])
-
-
 def _labelled(dataset: Dataset, split: Literal["train", "held_out"]) -> tuple[np.ndarray, list[str]]:
     """Return the labelled rows of a split and their labels."""
     rows = dataset.rows(split)
     labels = dataset.labels(rows)
-    known = [label for label in labels if label is not None]
-    return rows[[label is not None for label in labels]], known
+    return rows[[label is not None for label in labels]], [label for label in labels if label is not None]
 
 
 def _shown(images: Tensor, size: int) -> Tensor:
     """Convert images (N, C, H, W) uint8 to the network's input: (N, C, size, size) in [−1, 1]."""
     x = images.float()
-    if x.shape[-1] != size:
-        x = interpolate(x, (size, size), mode="bilinear", antialias=True, align_corners=False)
-    return x / 127.5 - 1
+    return (x if x.shape[-1] == size else resize(x, size)) / 127.5 - 1

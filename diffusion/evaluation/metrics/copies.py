@@ -16,7 +16,9 @@ network trained on sharp images maps all blurred or noisy ones to similar featur
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import product
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d, pad
@@ -28,15 +30,13 @@ from diffusion.evaluation.metrics.neighbours import NearestNeighbours, find_near
 SIDE = 8
 """Height and width of a thumbnail, in pixels, at most the image's own. Measured on 28×28 scans and photographs of
 clothes: larger ones detect no more copies, and fewer blurred ones."""
-SHIFTS = range(3)
-"""Offsets at which the image is cropped from one padded by a pixel on each side."""
 PIXELS = "pixels"
 """Name of the space of thumbnails."""
 
 
 def make_thumbnails(images: Tensor) -> Tensor:
     """Average ``images``, (N, C, H, W) uint8, to SIDE × SIDE or less: (N, D) float32 in [0, 1]."""
-    return _small(images.float() / 255)
+    return _average(images.float() / 255)
 
 
 def shifted_thumbnails(images: Tensor, mirrored: bool = False) -> Tensor:
@@ -46,18 +46,20 @@ def shifted_thumbnails(images: Tensor, mirrored: bool = False) -> Tensor:
     """
     height, width = images.shape[-2:]
     larger = pad(images.float() / 255, (1, 1, 1, 1), mode="replicate")
-    places = sorted(((top, left) for top in SHIFTS for left in SHIFTS), key=lambda place: place != (1, 1))
-    views = [_small(larger[..., top : top + height, left : left + width]) for top, left in places]
+    places = sorted(product(range(3), range(3)), key=lambda place: place != (1, 1))
+    views = [_average(larger[..., top : top + height, left : left + width]) for top, left in places]
     if mirrored:
         views += list(shifted_thumbnails(images.flip(3)))
     return torch.stack(views)
 
 
-def _small(images: Tensor) -> Tensor:
+def _average(images: Tensor) -> Tensor:
     side = min(SIDE, *images.shape[-2:])
     return adaptive_avg_pool2d(images, (side, side)).flatten(1)
 
 
+SHARE_METRICS = ("share", "share_low", "share_high", "expected", "p_value")
+"""Fields that are metrics of copies and of duplicates."""
 LEVEL = 0.01
 """False alarm rate: share of real images that may fall below a threshold, in all spaces together."""
 
@@ -89,7 +91,7 @@ class Threshold:
         low, high = self.rank, self.count - self.rank + 1
         k = torch.arange(below, others + 1, dtype=torch.float64)
         ways = math.lgamma(others + 1) - torch.lgamma(k + 1) - torch.lgamma(others - k + 1)
-        logs = ways + _log_beta(k + low, others - k + high) - _log_beta(torch.tensor(low), torch.tensor(high))
+        logs = ways + _log_beta(k + low, others - k + high) - _log_beta(*torch.tensor([low, high]).double())
         return min(1.0, logs.logsumexp(0).exp().item())
 
 
@@ -103,12 +105,7 @@ def calibrate(values: Tensor, share: float) -> Threshold:
 
 
 def _log_beta(a: Tensor, b: Tensor) -> Tensor:
-    a, b = a.double(), b.double()
     return torch.lgamma(a) + torch.lgamma(b) - torch.lgamma(a + b)
-
-
-PAIRS_SHOWN = 16
-"""Number of pairs listed."""
 
 
 class CopiesInSpace(Config):
@@ -156,9 +153,8 @@ class Memorization(Config):
     share: float
     """``copies`` over ``generated``."""
     share_low: float
-    """Lower end of its 95 % interval, over other images of the same model."""
     share_high: float
-    """Upper end."""
+    """Ends of its 95 % interval, over other images of the same model."""
     expected: float
     """Upper bound on the expected share for a model that copies nothing."""
     p_value: float
@@ -173,13 +169,7 @@ class Memorization(Config):
 
     def metrics(self) -> dict[str, float]:
         """Return the metrics by name."""
-        return {
-            "copies_share": self.share,
-            "copies_share_low": self.share_low,
-            "copies_share_high": self.share_high,
-            "copies_expected": self.expected,
-            "copies_p_value": self.p_value,
-        }
+        return {f"copies_{name}": getattr(self, name) for name in SHARE_METRICS}
 
 
 def detect_memorization(
@@ -195,9 +185,33 @@ def detect_memorization(
     values = torch.tensor([threshold.value for threshold in thresholds])[:, None]
     below = relative < values
     count, copies = relative.shape[1], int(below.any(0).sum())
-    found = zip(generated, thresholds, below.sum(1).tolist(), strict=True)
-    spaces = [_copies_in(space, threshold, number, count) for space, threshold, number in found]
+    spaces = [
+        CopiesInSpace(
+            space=space,
+            threshold=threshold.value,
+            level=threshold.level,
+            count=number,
+            p_value=threshold.chance(number, count),
+        )
+        for space, threshold, number in zip(generated, thresholds, below.sum(1).tolist(), strict=True)
+    ]
     low, high = wilson_interval(copies / count, count)
+    # The threshold may be 0, below which there is nothing.
+    least, nearest_in = (relative / values.clamp(min=1e-9)).min(0)
+    pairs = []
+    for number in least.argsort(stable=True)[:16].tolist():
+        place = int(nearest_in[number])
+        found = generated[spaces[place].space]
+        pairs.append(
+            NearestPair(
+                generated=number,
+                training=int(found.rows[number, 0]),
+                space=spaces[place].space,
+                distance=found.distances[number, 0].item(),
+                relative=relative[place, number].item(),
+                is_copy=bool(below[place, number]),
+            )
+        )
     return Memorization(
         generated=count,
         held_out=len(next(iter(held_out.values())).distances),
@@ -208,42 +222,8 @@ def detect_memorization(
         share_high=high,
         expected=sum(threshold.level for threshold in thresholds),
         p_value=min(1.0, len(spaces) * min(space.p_value for space in spaces)),
-        pairs=_nearest_pairs(generated, relative, values),
+        pairs=pairs,
     )
-
-
-def _copies_in(space: str, threshold: Threshold, count: int, generated: int) -> CopiesInSpace:
-    return CopiesInSpace(
-        space=space,
-        threshold=threshold.value,
-        level=threshold.level,
-        count=count,
-        p_value=threshold.chance(count, generated),
-    )
-
-
-def _nearest_pairs(
-    generated: Mapping[str, NearestNeighbours], relative: Tensor, thresholds: Tensor
-) -> list[NearestPair]:
-    """Return the nearest pairs by ``relative`` distances (S, N) over the ``thresholds`` (S, 1) of the spaces."""
-    names = list(generated)
-    # The threshold may be 0, below which there is nothing.
-    least, where = (relative / thresholds.clamp(min=1e-9)).min(0)
-    pairs = []
-    for number in least.argsort(stable=True)[:PAIRS_SHOWN].tolist():
-        place = int(where[number])
-        found = generated[names[place]]
-        pairs.append(
-            NearestPair(
-                generated=number,
-                training=int(found.rows[number, 0]),
-                space=names[place],
-                distance=found.distances[number, 0].item(),
-                relative=relative[place, number].item(),
-                is_copy=bool(relative[place, number] < thresholds[place, 0]),
-            )
-        )
-    return pairs
 
 
 LEAST = 0.5
@@ -251,28 +231,20 @@ LEAST = 0.5
 one another without being duplicates; below this factor it is variety that is missing."""
 GROUPS_SHOWN = 8
 """Number of groups, and of pairs, listed."""
-MEMBERS = 16
-"""Number of images listed per group."""
-Edge = tuple[float, int, int]
-"""Relative distance of two images, and their numbers, the smaller first."""
 
 
 class DuplicateGroup(Config):
-    """Group of images connected by duplicate pairs."""
+    """Group of ``size`` images connected by duplicate pairs, with the numbers of the first ones."""
 
     size: int
-    """Number of images."""
     members: list[int]
-    """Numbers of the first images of the group."""
 
 
 class DuplicatePair(Config):
-    """Two images that are duplicates of each other."""
+    """Two images, by number, that are duplicates of each other."""
 
     first: int
-    """Number of the first image."""
     second: int
-    """Number of the second image."""
     relative: float
     """Their distance over the mean distance to the twenty nearest real images."""
 
@@ -287,9 +259,8 @@ class Duplicates(Config):
     share: float
     """``duplicates`` over ``images``."""
     share_low: float
-    """Lower end of its 95 % interval, over other images of the same model."""
     share_high: float
-    """Upper end."""
+    """Ends of its 95 % interval, over other images of the same model."""
     expected: float
     """Share of duplicates among real images."""
     p_value: float
@@ -311,15 +282,8 @@ class Duplicates(Config):
 
     def metrics(self) -> dict[str, float]:
         """Return the metrics by name."""
-        return {
-            "duplicates_share": self.share,
-            "duplicates_share_low": self.share_low,
-            "duplicates_share_high": self.share_high,
-            "duplicates_expected": self.expected,
-            "duplicates_p_value": self.p_value,
-            "duplicates_largest_group": self.largest,
-            "duplicates_closeness": self.closeness,
-        }
+        found = {f"duplicates_{name}": getattr(self, name) for name in SHARE_METRICS}
+        return found | {"duplicates_largest_group": self.largest, "duplicates_closeness": self.closeness}
 
 
 def detect_duplicates(generated: Tensor, real: Tensor) -> Duplicates:
@@ -337,8 +301,13 @@ def detect_duplicates(generated: Tensor, real: Tensor) -> Duplicates:
     of_real = calibrate(among_real, LEVEL)
     threshold = of_real.value * min(1.0, max(LEAST, closeness))
     near = relative < threshold
-    edges = _edges(among_generated, relative, near)
     found = int(near[:, 0].sum())
+    numbers, places = near.nonzero(as_tuple=True)
+    others = among_generated.rows[numbers, places]
+    first, second = torch.minimum(numbers, others), torch.maximum(numbers, others)
+    twins: dict[tuple[int, int], float] = {}  # a pair may come from either of its images
+    for value, one, other in sorted(zip(relative[near].tolist(), first.tolist(), second.tolist(), strict=True)):
+        twins.setdefault((one, other), value)
     # Distances are symmetric, so there are half as many chance events as images.
     low, high = wilson_interval(found / count, count / 2)
     halved = Threshold(of_real.value, (of_real.rank + 1) // 2, count // 2)
@@ -352,43 +321,19 @@ def detect_duplicates(generated: Tensor, real: Tensor) -> Duplicates:
         p_value=halved.chance(found // 2, count // 2),
         threshold=threshold,
         closeness=closeness,
-        groups=_groups(edges),
-        twins=_twins(edges),
+        groups=_groups(first, second, count),
+        twins=[DuplicatePair(first=i, second=j, relative=value) for (i, j), value in [*twins.items()][:GROUPS_SHOWN]],
     )
 
 
-def _edges(found: NearestNeighbours, relative: Tensor, near: Tensor) -> list[Edge]:
-    """Return all pairs that are ``near`` (N, k), once or twice."""
-    numbers, places = near.nonzero(as_tuple=True)
-    others = found.rows[numbers, places]
-    first, second = torch.minimum(numbers, others), torch.maximum(numbers, others)
-    return list(zip(relative[numbers, places].tolist(), first.tolist(), second.tolist(), strict=True))
+def _groups(first: Tensor, second: Tensor, count: int) -> list[DuplicateGroup]:
+    """Return the largest connected components of ``count`` images, of which ``first`` and ``second`` are pairs."""
+    # Imported here: scipy takes longer to load than everything `darkroom --help` needs.
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
 
-
-def _groups(edges: list[Edge]) -> list[DuplicateGroup]:
-    """Return the largest connected components."""
-    root: dict[int, int] = {}
-
-    def top(number: int) -> int:
-        while (above := root.setdefault(number, number)) != number:
-            root[number] = number = root[above]
-        return number
-
-    for _, one, other in edges:
-        first, second = sorted((top(one), top(other)))
-        root[second] = first
-    members: dict[int, list[int]] = {}
-    for number in sorted(root):
-        members.setdefault(top(number), []).append(number)
-    largest = sorted(members.values(), key=lambda group: (-len(group), group[0]))[:GROUPS_SHOWN]
-    return [DuplicateGroup(size=len(group), members=group[:MEMBERS]) for group in largest]
-
-
-def _twins(edges: list[Edge]) -> list[DuplicatePair]:
-    """Return the nearest pairs, each once."""
-    once: dict[tuple[int, int], DuplicatePair] = {}
-    for relative, first, second in sorted(edges):
-        once.setdefault((first, second), DuplicatePair(first=first, second=second, relative=relative))
-        if len(once) == GROUPS_SHOWN:
-            break
-    return list(once.values())
+    graph = coo_array((np.ones(len(first)), (first.numpy(), second.numpy())), (count, count))
+    components = connected_components(graph, directed=False)[1]
+    groups = [np.flatnonzero(components == number).tolist() for number in np.flatnonzero(np.bincount(components) > 1)]
+    groups.sort(key=lambda group: (-len(group), group[0]))
+    return [DuplicateGroup(size=len(group), members=group[:16]) for group in groups[:GROUPS_SHOWN]]

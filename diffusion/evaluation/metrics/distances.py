@@ -92,26 +92,19 @@ KERNEL_BLOCK = 2048
 """Rows and columns of the kernel held at a time per worker thread."""
 
 
-@dataclass(frozen=True)
-class Kid:
-    """The KID of two sets."""
+def compute_kid(samples: Tensor, reference: Tensor, sums: Tensor | None = None) -> tuple[float, float]:
+    """Compute KID of features (N, D) and (M, D), N and M at least 3; ``sums``: kernel sums of the latter, if known.
 
-    value: float
-    """Unbiased estimate; 0 is best, and it may be slightly negative."""
-    error: float
-    """Standard error, over new samples of both sets: see ``jackknife``."""
-
-
-def compute_kid(samples: Tensor, reference: Tensor, sums: Tensor | None = None) -> Kid:
-    """Compute KID of features (N, D) and (M, D), N and M at least 3; ``sums``: kernel sums of the latter, if known."""
+    Returns the unbiased estimate, which may be slightly negative, and its standard error over new samples of both sets.
+    """
     of_samples = kernel_sums(samples)
     of_reference = kernel_sums(reference) if sums is None else sums
     from_samples, from_reference = _sums_across(samples, reference)
-    within = _mean_of_pairs(of_samples) + _mean_of_pairs(of_reference)
+    within = sum(float(sums.sum()) / (len(sums) * (len(sums) - 1)) for sums in (of_samples, of_reference))
     value = within - 2 * float(from_samples.sum()) / (len(samples) * len(reference))
     variance = jackknife(of_samples, from_samples, len(reference))
     variance += jackknife(of_reference, from_reference, len(samples))
-    return Kid(value, math.sqrt(variance))
+    return value, math.sqrt(variance)
 
 
 def jackknife(within: Tensor, across: Tensor, others: int) -> float:
@@ -129,6 +122,7 @@ def jackknife(within: Tensor, across: Tensor, others: int) -> float:
 def kernel_sums(features: Tensor, progress: Progress = silent) -> Tensor:
     """Compute the sum of the kernel of each of the features (N, D) with all others: (N,) float64."""
     count = len(features)
+    starts = range(0, count, KERNEL_BLOCK)
 
     def of_block(start: int) -> Tensor:
         sums = torch.zeros(count, dtype=torch.float64)
@@ -144,9 +138,7 @@ def kernel_sums(features: Tensor, progress: Progress = silent) -> Tensor:
 
     total = torch.zeros(count, dtype=torch.float64)
     with worker_threads() as pool:
-        for start, sums in zip(
-            range(0, count, KERNEL_BLOCK), pool.map(of_block, range(0, count, KERNEL_BLOCK)), strict=True
-        ):
+        for start, sums in zip(starts, pool.map(of_block, starts), strict=True):
             total += sums
             progress("kernels of real images", min(start + KERNEL_BLOCK, count), count)
     return total
@@ -171,10 +163,6 @@ def _sums_across(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     return reduce(torch.add, of_x), torch.cat(of_y)
 
 
-def _mean_of_pairs(sums: Tensor) -> float:
-    return float(sums.sum()) / (len(sums) * (len(sums) - 1))
-
-
 FIGURES = ("fd", "fd_infinity", "kid", "kid_se", "precision", "recall", "density", "coverage")
 """Names of the metrics in the order in which they are shown."""
 
@@ -195,12 +183,8 @@ class Reference:
     @classmethod
     def of(cls, features: Tensor, progress: Progress = silent) -> "Reference":
         """Build from features (M, D), M at least 6."""
-        return cls(
-            features,
-            compute_moments(features),
-            nearest_distances(features, progress=progress),
-            kernel_sums(features, progress),
-        )
+        nearest = nearest_distances(features, progress)
+        return cls(features, compute_moments(features), nearest, kernel_sums(features, progress))
 
 
 class Scores(Config):
@@ -209,9 +193,8 @@ class Scores(Config):
     extractor: str
     """Name of the features."""
     samples: int
-    """Number of images evaluated."""
     reference: int
-    """Number of real images that they were compared with."""
+    """Numbers of images evaluated, and of real images that they were compared with."""
     fd: float
     """Fréchet distance of two Gaussians fitted to the features (arXiv 1706.08500); 0 is best."""
     kid: float
@@ -249,18 +232,14 @@ def compute_scores(samples: Tensor, reference: Tensor | Reference, extractor: st
     Pass a ``Reference`` if it is used again: most of the time is spent on it.
     """
     real = Reference.of(reference) if isinstance(reference, Tensor) else reference
-    discrepancy = compute_kid(samples, real.features, real.kernel_sums)
-    shares = compute_overlap(samples, real.features, nearest_distances(samples), real.nearest)
+    kid, kid_se = compute_kid(samples, real.features, real.kernel_sums)
     return Scores(
         extractor=extractor,
         samples=len(samples),
         reference=len(real.features),
         fd=frechet_distance(compute_moments(samples), real.moments),
-        kid=discrepancy.value,
-        kid_se=discrepancy.error,
-        precision=shares.precision,
-        recall=shares.recall,
-        density=shares.density,
-        coverage=shares.coverage,
+        kid=kid,
+        kid_se=kid_se,
         fd_infinity=distance_at_infinity(samples, real.moments),
+        **compute_overlap(samples, real.features, nearest_distances(samples), real.nearest),
     )

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -25,9 +26,8 @@ class LevelLoss(Config):
     """Mean loss in an interval of noise levels."""
 
     sigma_low: float
-    """Lower end of the interval: noise over signal."""
     sigma_high: float
-    """Upper end of the interval."""
+    """Ends of the interval: noise over signal."""
     loss: float
     """Mean squared error of the clean image, weighted by 1/σ² + 1/σ_data² (EDM's λ, arXiv 2206.00364): 1, at every
     level, for the best denoiser of Gaussian values of that deviation, and less for a model of images."""
@@ -54,21 +54,16 @@ class HeldOutLoss(Config):
 
     def metrics(self) -> dict[str, float]:
         """Return the metrics by name."""
-        figures = {
-            "held_out_loss": self.loss,
-            "held_out_loss_se": self.loss_se,
-            "bits_per_dim": self.bits_per_dim,
-            "bits_per_dim_se": self.bits_per_dim_se,
-        }
+        figures = {"held_out_loss": self.loss, "held_out_loss_se": self.loss_se}
+        figures |= {"bits_per_dim": self.bits_per_dim, "bits_per_dim_se": self.bits_per_dim_se}
         return {name: value for name, value in figures.items() if value is not None}
 
 
 def summarize_losses(terms: Terms) -> HeldOutLoss:
     """Compute means and standard errors of ``terms`` of two or more images."""
-    low, high = terms.edges[:-1].tolist(), terms.edges[1:].tolist()
+    intervals = zip(pairwise(terms.edges.tolist()), map(_mean, terms.losses.unbind(1)), strict=True)
     levels = [
-        LevelLoss(sigma_low=low[n], sigma_high=high[n], loss=loss, loss_se=error)
-        for n, (loss, error) in enumerate(map(_mean, terms.losses.unbind(1)))
+        LevelLoss(sigma_low=low, sigma_high=high, loss=loss, loss_se=error) for (low, high), (loss, error) in intervals
     ]
     loss, loss_se = _mean(terms.losses.mean(1)) if levels else (None, None)
     bits, bits_se = (None, None) if terms.bits is None else _mean(terms.bits)

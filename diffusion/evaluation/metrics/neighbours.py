@@ -17,22 +17,6 @@ MANIFOLD_NEIGHBOURS = 3
 """k of the neighbourhoods of precision and recall, as in arXiv 1904.06991."""
 DENSITY_NEIGHBOURS = 5
 """k of those of density and coverage, as in arXiv 2002.09797."""
-NEIGHBOURS = max(MANIFOLD_NEIGHBOURS, DENSITY_NEIGHBOURS)
-"""Number of nearest neighbours needed per feature."""
-
-
-@dataclass(frozen=True)
-class Overlap:
-    """Overlap of two sets: precision, recall, density and coverage."""
-
-    precision: float
-    """Share of the samples at most as far from some reference as its 3rd nearest other reference is."""
-    recall: float
-    """Share of the reference at most as far from some sample as its 3rd nearest other sample is."""
-    density: float
-    """Mean number of reference neighbourhoods (to the 5th nearest) that a sample lies in, over 5."""
-    coverage: float
-    """Share of the reference that has a sample nearer than its 5th nearest other reference."""
 
 
 def squared_distances(x: Tensor, y: Tensor) -> Tensor:
@@ -44,12 +28,12 @@ def squared_distances(x: Tensor, y: Tensor) -> Tensor:
     return crossed.add_(x.square().sum(1, keepdim=True)).clamp_(min=0)
 
 
-def nearest_distances(features: Tensor, count: int = NEIGHBOURS, progress: Progress = silent) -> Tensor:
-    """Compute squared distances of features (N, D) to their ``count`` nearest others: (N, count), ascending.
+def nearest_distances(features: Tensor, progress: Progress = silent) -> Tensor:
+    """Compute squared distances of features (N, D) to their 5 nearest others: (N, 5), ascending; N at least 6.
 
-    N must be above ``count``. Takes N²·D products: 60,000 of 1,280 a minute and a half on two cores.
+    Takes N²·D products: 60,000 of 1,280 a minute and a half on two cores.
     """
-    centre = features.mean(0)
+    centre, count = features.mean(0), DENSITY_NEIGHBOURS
 
     def of_block(start: int) -> Tensor:
         rows = features[start : start + BLOCK] - centre
@@ -70,39 +54,41 @@ def nearest_distances(features: Tensor, count: int = NEIGHBOURS, progress: Progr
     return torch.cat(pieces)
 
 
-def compute_overlap(samples: Tensor, reference: Tensor, near_samples: Tensor, near_reference: Tensor) -> Overlap:
+def compute_overlap(
+    samples: Tensor, reference: Tensor, near_samples: Tensor, near_reference: Tensor
+) -> dict[str, float]:
     """Compare features (N, D) of samples and (M, D) of a reference, each with its ``nearest_distances``.
 
-    Precision and recall as in arXiv 1904.06991, density and coverage as in arXiv 2002.09797.
+    Returns precision and recall (arXiv 1904.06991, k = 3), density and coverage (arXiv 2002.09797, k = 5) by name.
     """
     centre = reference.mean(0)
     of_samples = near_samples[:, MANIFOLD_NEIGHBOURS - 1]
-    of_reference, wider = near_reference[:, MANIFOLD_NEIGHBOURS - 1, None], near_reference[:, DENSITY_NEIGHBOURS - 1]
+    of_reference, wider = (near_reference[:, k - 1, None] for k in (MANIFOLD_NEIGHBOURS, DENSITY_NEIGHBOURS))
 
     def of_block(start: int) -> tuple[Tensor, Tensor, int, int]:
         block = slice(start, start + BLOCK)
         rows = reference[block] - centre
-        closest = rows.new_full((len(rows),), math.inf)
-        among = torch.zeros(len(rows), dtype=torch.bool)
+        among, covered = torch.zeros(2, len(rows), dtype=torch.bool)
         lying, pairs = torch.zeros(len(samples), dtype=torch.bool), 0
         for at, generated in _blocks(samples, centre):
             columns = slice(at, at + len(generated))
             distances = squared_distances(rows, generated)
             lying[columns] = (distances <= of_reference[block]).any(0)
             among |= (distances <= of_samples[columns]).any(1)
-            pairs += int((distances < wider[block, None]).sum())
-            closest = torch.minimum(closest, distances.amin(1))
-        return lying, among, pairs, int((closest < wider[block]).sum())
+            inside = distances < wider[block]
+            pairs += int(inside.sum())
+            covered |= inside.any(1)
+        return lying, among, pairs, int(covered.sum())
 
     with worker_threads() as pool:
         blocks = list(pool.map(of_block, range(0, len(reference), BLOCK)))
     lying, among, pairs, covered = zip(*blocks, strict=True)
-    return Overlap(
-        precision=torch.stack(lying).any(0).double().mean().item(),
-        recall=torch.cat(among).double().mean().item(),
-        density=sum(pairs) / (DENSITY_NEIGHBOURS * len(samples)),
-        coverage=sum(covered) / len(reference),
-    )
+    return {
+        "precision": torch.stack(lying).any(0).double().mean().item(),
+        "recall": torch.cat(among).double().mean().item(),
+        "density": sum(pairs) / (DENSITY_NEIGHBOURS * len(samples)),
+        "coverage": sum(covered) / len(reference),
+    }
 
 
 def _blocks(features: Tensor, centre: Tensor) -> Iterator[tuple[int, Tensor]]:
@@ -151,13 +137,17 @@ def find_nearest(
     """
     # Centring makes the numbers smaller, and with them the rounding error of their differences.
     centre = points.mean(tuple(range(points.ndim - 1)))
-    views = _augmented((points if points.ndim == 3 else points[None]) - centre)
+    x = (points if points.ndim == 3 else points[None]) - centre
+    # Products of these are squared distances: |x|² − 2 x·y + |y|².
+    views = torch.cat([-2 * x, x.square().sum(-1, keepdim=True), torch.ones_like(x[..., :1])], -1)
     size, seen = views.shape[1], 0
     best = torch.full((size, count), math.inf), torch.full((size, count), -1)
     with worker_threads() as pool:
         for piece in pieces:
+            y = piece - centre
+            rows = torch.cat([y, torch.ones_like(y[:, :1]), y.square().sum(1, keepdim=True)], 1)
             step = max(1, BLOCK_DISTANCES // (len(views) * len(piece)))
-            search = partial(_search, best, views, _augmented_rows(piece - centre), seen, step, themselves)
+            search = partial(_search, best, views, rows, seen, step, themselves)
             list(pool.map(search, range(0, size, step)))
             seen += len(piece)
             progress("images compared with", seen, None)
@@ -177,12 +167,3 @@ def _search(
     both = torch.cat([best[0][here], values], 1), torch.cat([best[1][here], places + first], 1)
     values, order = both[0].topk(best[0].shape[1], largest=False)
     best[0][here], best[1][here] = values, both[1].gather(1, order)
-
-
-def _augmented(points: Tensor) -> Tensor:
-    """Map (…, D) to (…, D + 2), whose products with augmented rows are squared distances: |x|² − 2 x·y + |y|²."""
-    return torch.cat([-2 * points, points.square().sum(-1, keepdim=True), torch.ones_like(points[..., :1])], -1)
-
-
-def _augmented_rows(rows: Tensor) -> Tensor:
-    return torch.cat([rows, torch.ones_like(rows[:, :1]), rows.square().sum(1, keepdim=True)], 1)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from diffusion.common.config import Config
-from diffusion.evaluation.estimate import wilson_interval
+from diffusion.evaluation.estimate import Estimate, wilson_interval
 from diffusion.evaluation.metrics.distances import compute_kid
 
 SMALLEST = 1e-12
@@ -74,10 +74,6 @@ class Labelled:
     labels: Tensor
     """(N,) int64, class numbers; any other number: no class."""
 
-    def of(self, label: int) -> Tensor:
-        """Return the features of one class."""
-        return self.features[self.labels == label]
-
 
 class ClassScores(Config):
     """Scores of one class."""
@@ -95,34 +91,34 @@ class ClassScores(Config):
     agreement: float
     """Share of the generated images that a classifier assigns to this class."""
     agreement_low: float
-    """Lower end of its 95 % interval."""
     agreement_high: float
-    """Upper end of its 95 % interval."""
+    """Ends of its 95 % interval."""
     agreement_real: float
     """The same share of the real images: an upper limit in practice."""
     taken_for: str | None
     """The class to which most of the others are assigned; None if there are no others."""
 
+    @property
+    def estimate(self) -> Estimate:
+        """Return the KID with its error."""
+        return Estimate(value=self.kid, error=self.kid_se, freedom=min(self.samples, self.reference) - 1)
+
 
 class SkippedClass(Config):
-    """A class with too few images."""
+    """A class with too few images: ``samples`` generated ones, ``reference`` real ones."""
 
     name: str
     samples: int
-    """Number of generated images."""
     reference: int
-    """Number of real images."""
 
 
 class PerClass(Config):
     """Metrics of a model class by class."""
 
     extractor: str
-    """Name of the features."""
     classes: list[ClassScores]
     """Classes with enough images, in the order of the model's classes."""
     skipped: list[SkippedClass]
-    """Classes with too few images."""
     agreement: float | None
     """Share of all conditionally generated images assigned to their class; None if there are none."""
     agreement_real: float | None
@@ -162,11 +158,11 @@ def evaluate_classes(
     read, read_real = reader(generated.features), reader(real.features)
     evaluated, others = [], []
     for label, name in enumerate(names):
-        ours, theirs = generated.of(label), real.of(label)
+        ours, theirs = (each.features[each.labels == label] for each in (generated, real))
         if min(len(ours), len(theirs)) < FEWEST:
             others.append(SkippedClass(name=name, samples=len(ours), reference=len(theirs)))
             continue
-        distance = compute_kid(ours, theirs)
+        kid, kid_se = compute_kid(ours, theirs)
         counts = torch.bincount(read[generated.labels == label], minlength=len(names))
         right = int(counts[label])
         counts[label] = 0
@@ -176,8 +172,8 @@ def evaluate_classes(
                 name=name,
                 samples=len(ours),
                 reference=len(theirs),
-                kid=distance.value,
-                kid_se=distance.error,
+                kid=kid,
+                kid_se=kid_se,
                 agreement=right / len(ours),
                 agreement_low=low,
                 agreement_high=high,

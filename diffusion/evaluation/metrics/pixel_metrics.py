@@ -16,8 +16,6 @@ RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "lanczos": Image.Resampling.L
 """Resampling filters of the baselines, by name."""
 TITLES = {"bicubic": "bicubic", "lanczos": "Lanczos"}
 """Display names of the filters."""
-RANGE = 255
-"""Range of pixel values."""
 ROUNDING = 1 / 12
 """Mean squared error of rounding to integers."""
 WINDOW, SIGMA = 11, 1.5
@@ -69,7 +67,7 @@ def compare_images(images: Tensor, real: Tensor) -> ImageSimilarity:
 def psnr(images: Tensor, real: Tensor) -> Tensor:
     """Compute 10 log₁₀(255² / mean squared error) of each image, in dB: (N,) float64."""
     error = (images.double() - real.double()).square().mean((1, 2, 3))
-    return 10 * torch.log10(RANGE**2 / error.clamp(min=ROUNDING))
+    return 10 * torch.log10(255**2 / error.clamp(min=ROUNDING))
 
 
 def ssim(images: Tensor, real: Tensor) -> Tensor:
@@ -79,7 +77,10 @@ def ssim(images: Tensor, real: Tensor) -> Tensor:
     within the image; K₁ = 0.01, K₂ = 0.03, and variances divided by n.
     """
     x, y = (each.double().flatten(0, 1)[:, None] for each in (images, real))
-    window = gaussian(min(WINDOW, *x.shape[-2:]))
+    size = min(WINDOW, *x.shape[-2:])
+    offsets = torch.arange(size, dtype=torch.float64) - (size - 1) / 2
+    window = torch.exp(-(offsets**2) / (2 * SIGMA**2))
+    window = window / window.sum()
 
     def local(values: Tensor) -> Tensor:
         return conv2d(conv2d(values, window[None, None, :, None]), window[None, None, None, :])
@@ -87,17 +88,10 @@ def ssim(images: Tensor, real: Tensor) -> Tensor:
     mean_x, mean_y = local(x), local(y)
     variance_x, variance_y = local(x * x) - mean_x**2, local(y * y) - mean_y**2
     covariance = local(x * y) - mean_x * mean_y
-    c1, c2 = (0.01 * RANGE) ** 2, (0.03 * RANGE) ** 2
+    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
     luminance = (2 * mean_x * mean_y + c1) / (mean_x**2 + mean_y**2 + c1)
     structure = (2 * covariance + c2) / (variance_x + variance_y + c2)
     return (luminance * structure).mean((1, 2, 3)).view(len(images), -1).mean(1)
-
-
-def gaussian(size: int) -> Tensor:
-    """Return ``size`` weights of a Gaussian with σ = 1.5, which sum to 1: (size,) float64."""
-    offsets = torch.arange(size, dtype=torch.float64) - (size - 1) / 2
-    weights = torch.exp(-(offsets**2) / (2 * SIGMA**2))
-    return weights / weights.sum()
 
 
 def describe_baselines(ours: Scores, baselines: dict[str, ResamplingBaseline]) -> str:
@@ -111,8 +105,6 @@ def describe_baselines(ours: Scores, baselines: dict[str, ResamplingBaseline]) -
 
 LUMA = (0.299, 0.587, 0.114)
 """Weights of red, green and blue in brightness (ITU-R BT.601)."""
-Appearance = Mapping[str, Tensor]
-"""Value of each property for each of N images, (N,) float64."""
 
 
 class AppearanceShift(Config):
@@ -161,40 +153,33 @@ def measure_appearance(images: Tensor) -> dict[str, Tensor]:
     colours of Hasler and Süsstrunk, SPIE 5007, 2003), and ``saturation``, the mean of the largest minus the smallest
     channel, 0 to 1.
     """
-    values = images.double() / 255
-    if values.shape[1] == 1:
-        return _of_luma(values[:, 0])
-    red, green, blue = values.unbind(1)
-    luma = torch.einsum("c,nchw->nhw", torch.tensor(LUMA, dtype=torch.float64), values)
-    colours = {
-        "red_green": red - green,
-        "yellow_blue": (red + green) / 2 - blue,
-        "saturation": values.amax(1) - values.amin(1),
-    }
-    return _of_luma(luma) | {name: value.mean((1, 2)) for name, value in colours.items()}
+    values, colours = images.double() / 255, {}
+    luma = values[:, 0]
+    if values.shape[1] == 3:
+        red, green, blue = values.unbind(1)
+        luma = torch.einsum("c,nchw->nhw", torch.tensor(LUMA, dtype=torch.float64), values)
+        colours = {
+            "red_green": red - green,
+            "yellow_blue": (red + green) / 2 - blue,
+            "saturation": values.amax(1) - values.amin(1),
+        }
+    found = {"brightness": luma.mean((1, 2)), "contrast": luma.std((1, 2), correction=0)}
+    return found | {name: value.mean((1, 2)) for name, value in colours.items()}
 
 
-def compare_appearance(generated: Appearance, real: Appearance) -> AppearanceDrift:
+def compare_appearance(generated: Mapping[str, Tensor], real: Mapping[str, Tensor]) -> AppearanceDrift:
     """Compare the ``measure_appearance`` of ``generated`` images with that of ``real`` ones, two or more of each."""
-    return AppearanceDrift(
-        generated=len(generated["brightness"]),
-        real=len(real["brightness"]),
-        shifts={name: _shift(generated[name], real[name]) for name in generated},
-    )
-
-
-def _of_luma(luma: Tensor) -> dict[str, Tensor]:
-    return {"brightness": luma.mean((1, 2)), "contrast": luma.std((1, 2), correction=0)}
-
-
-def _shift(generated: Tensor, real: Tensor) -> AppearanceShift:
-    difference = generated.mean() - real.mean()
-    error = (generated.var() / len(generated) + real.var() / len(real)).sqrt()
-    return AppearanceShift(
-        generated=generated.mean().item(),
-        real=real.mean().item(),
-        difference=difference.item(),
-        standard_error=error.item(),
-        generated_spread=generated.std().item(),
-        real_spread=real.std().item(),
-    )
+    shifts = {}
+    for name, ours in generated.items():
+        theirs = real[name]
+        difference = ours.mean() - theirs.mean()
+        error = (ours.var() / len(ours) + theirs.var() / len(theirs)).sqrt()
+        shifts[name] = AppearanceShift(
+            generated=ours.mean().item(),
+            real=theirs.mean().item(),
+            difference=difference.item(),
+            standard_error=error.item(),
+            generated_spread=ours.std().item(),
+            real_spread=theirs.std().item(),
+        )
+    return AppearanceDrift(generated=len(generated["brightness"]), real=len(real["brightness"]), shifts=shifts)

@@ -4,11 +4,14 @@ import csv
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullLocator, StrMethodFormatter
 
 from diffusion.common.image_grids import figure_png
 from diffusion.evaluation.gate import Headline
@@ -40,25 +43,27 @@ class Chart:
     dark: bytes
 
 
-OLDER, NEWER = ("precision", "recall"), ("density", "coverage")
 Draw = Callable[[Axes, Paper], None]
 Points = Sequence[tuple[float, float]]
 """A curve, such as a metric against images seen."""
 STYLES = ("-", "--", ":", "-.")
 """Line styles for lines of the same colour."""
+DASHED = (0, (4, 3))
 
 
 def charts(evaluation: Evaluation, losses: Path | None) -> list[Chart]:
     """Plot scores against images seen, each with its real baseline; and the losses, if there is a CSV of them."""
-    several: list[tuple[str, Draw]] = [
-        ("KID, with 95 % intervals (lower is better)", lambda axes, paper: _kid(axes, paper, evaluation)),
-        ("Fréchet distance (lower is better)", lambda axes, paper: _fd(axes, paper, evaluation)),
-        ("Precision and recall (higher is better)", lambda axes, paper: _fractions(axes, paper, evaluation, OLDER)),
-        ("Density and coverage (higher is better)", lambda axes, paper: _fractions(axes, paper, evaluation, NEWER)),
-    ]
+    draws: dict[str, Draw] = {
+        "KID, with 95 % intervals (lower is better)": partial(_draw_kid, evaluation=evaluation),
+        "Fréchet distance (lower is better)": partial(_draw_scores, evaluation=evaluation, names=["fd"]),
+    }
+    for names in (("precision", "recall"), ("density", "coverage")):
+        title = f"{' and '.join(names).capitalize()} (higher is better)"
+        draws[title] = partial(_draw_scores, evaluation=evaluation, names=names, top=1.02)
     if losses is not None and (columns := read_losses(losses)):
-        several.append(("Loss on fixed images", lambda axes, paper: _losses(axes, paper, columns)))
-    return [chart(title, over_training(draw)) for title, draw in several]
+        by_name = {name.replace("_", " "): points for name, points in columns.items()}
+        draws["Loss on fixed images"] = curves(by_name, logarithmic=True)
+    return [chart(title, over_training(draw)) for title, draw in draws.items()]
 
 
 def chart(title: str, draw: Draw, size: tuple[float, float] = (5.6, 3.3)) -> Chart:
@@ -97,100 +102,66 @@ def over_training(draw: Draw) -> Draw:
         draw(axes, paper)
         axes.set_xlabel("images seen")
         axes.xaxis.set_major_locator(MaxNLocator(5))
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda images, _: _short(images)))
+        axes.xaxis.set_major_formatter(EngFormatter())
 
     return draw_over_images
 
 
-def curves(by_name: Mapping[str, Points]) -> Draw:
-    """Draw a line for each of ``by_name``."""
+def curves(by_name: Mapping[str, Points], logarithmic: bool = False) -> Draw:
+    """Draw a line for each of ``by_name``, on a ``logarithmic`` vertical axis if wanted."""
 
     def draw(axes: Axes, paper: Paper) -> None:
         for number, (name, points) in enumerate(by_name.items()):
             colour, style = paper.series[number % len(paper.series)], STYLES[number // len(paper.series) % len(STYLES)]
             marker = "o" if len(points) <= 12 else ""
-            xs, ys = _transposed(points)
+            xs, ys = [x for x, _ in points], [y for _, y in points]
             axes.plot(xs, ys, color=colour, linestyle=style, marker=marker, markersize=5, linewidth=1.8, label=name)
+        if logarithmic:
+            axes.set_yscale("log")
+            label_decades(axes.yaxis, (1, 2, 5))
         legend(axes, paper)
 
     return draw
 
 
-def _kid(axes: Axes, paper: Paper, evaluation: Evaluation) -> None:
-    baseline, scores = evaluation.real_baseline.scores, [each.scores for each in evaluation.checkpoints]
-    images = [each.images for each in evaluation.checkpoints]
-    axes.axhspan(
-        baseline.kid - 1.96 * baseline.kid_se,
-        baseline.kid + 1.96 * baseline.kid_se,
-        color=paper.muted,
-        alpha=0.18,
-        lw=0,
-    )
-    _baseline_line(axes, paper, baseline.kid)
-    errors = [1.96 * each.kid_se for each in scores]
-    kids = [each.kid for each in scores]
-    axes.errorbar(images, kids, errors, color=paper.series[0], marker="o", markersize=5, linewidth=1.8, capsize=3)
-    if evaluation.preliminary:
-        _preliminary(axes, paper, evaluation.preliminary)
-    best = evaluation.best
+def label_decades(axis: Axis, at: Sequence[float]) -> None:
+    """Label a logarithmic ``axis`` at these multiples of powers of ten, as plain numbers."""
+    axis.set_major_locator(LogLocator(subs=at))
+    axis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axis.set_minor_locator(NullLocator())
+
+
+def _draw_kid(axes: Axes, paper: Paper, evaluation: Evaluation) -> None:
+    baseline, best = evaluation.real_baseline.scores, evaluation.best
+    low, high = (baseline.kid + deviations * baseline.kid_se for deviations in (-1.96, 1.96))
+    axes.axhspan(low, high, color=paper.muted, alpha=0.18, lw=0)
+    axes.axhline(baseline.kid, color=paper.muted, linewidth=1.2, linestyle=DASHED, label="real baseline")
+
+    def plot(checkpoints: Sequence[CheckpointEvaluation], **style: Any) -> None:
+        kids, errors = [each.scores.kid for each in checkpoints], [1.96 * each.scores.kid_se for each in checkpoints]
+        axes.errorbar([each.images for each in checkpoints], kids, errors, markersize=5, **style)
+
+    plot(evaluation.checkpoints, color=paper.series[0], fmt="o-", linewidth=1.8, capsize=3)
+    if evaluation.preliminary:  # measured on fewer images, so points off the curve
+        plot(evaluation.preliminary, color=paper.muted, fmt="o", mfc="none", linewidth=1, label="not evaluated in full")
     axes.plot(best.images, best.scores.kid, "o", markersize=11, mfc="none", mec=paper.series[0], mew=1.5)
-
-
-def _preliminary(axes: Axes, paper: Paper, evaluated: Sequence[CheckpointEvaluation]) -> None:
-    """Draw scores of eliminated checkpoints, measured on fewer images, as points off the curve."""
-    images, kids = [each.images for each in evaluated], [each.scores.kid for each in evaluated]
-    errors = [1.96 * each.scores.kid_se for each in evaluated]
-    label = "not evaluated in full"
-    axes.errorbar(images, kids, errors, color=paper.muted, fmt="o", mfc="none", markersize=5, linewidth=1, label=label)
     legend(axes, paper)
 
 
-def _fd(axes: Axes, paper: Paper, evaluation: Evaluation) -> None:
-    _baseline_line(axes, paper, evaluation.real_baseline.scores.fd)
-    points = [(each.images, each.scores.fd) for each in evaluation.checkpoints]
-    axes.plot(*_transposed(points), color=paper.series[0], marker="o", markersize=5, linewidth=1.8)
-    axes.set_ylim(bottom=0)
-
-
-def _fractions(axes: Axes, paper: Paper, evaluation: Evaluation, names: Sequence[str]) -> None:
+def _draw_scores(axes: Axes, paper: Paper, evaluation: Evaluation, names: Sequence[str], top: float = 0) -> None:
+    """Draw the scores of these ``names`` from 0 to ``top`` or more, each with its real baseline."""
     for name, colour in zip(names, paper.series, strict=False):
-        points = [(each.images, getattr(each.scores, name)) for each in evaluation.checkpoints]
-        axes.plot(*_transposed(points), color=colour, marker="o", markersize=5, linewidth=1.8, label=name)
-        axes.axhline(getattr(evaluation.real_baseline.scores, name), color=colour, linewidth=1.2, linestyle=(0, (4, 3)))
-    axes.set_ylim(0, max(1.02, axes.get_ylim()[1]))
-    axes.plot([], [], color=paper.muted, linewidth=1.2, linestyle=(0, (4, 3)), label="real baselines")
-    legend(axes, paper)
-
-
-def _losses(axes: Axes, paper: Paper, columns: dict[str, list[tuple[float, float]]]) -> None:
-    for number, (name, points) in enumerate(columns.items()):
-        colour = paper.series[number % len(paper.series)]
-        axes.plot(*_transposed(points), color=colour, linewidth=1.8, label=name.replace("_", " "))
-    axes.set_yscale("log")
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.yaxis.set_minor_locator(NullLocator())
-    legend(axes, paper)
-
-
-def _baseline_line(axes: Axes, paper: Paper, value: float) -> None:
-    axes.axhline(value, color=paper.muted, linewidth=1.2, linestyle=(0, (4, 3)), label="real baseline")
+        images, values = zip(*((each.images, each.scores.of(name)) for each in evaluation.checkpoints), strict=True)
+        axes.plot(images, values, color=colour, marker="o", markersize=5, linewidth=1.8, label=name)
+        axes.axhline(evaluation.real_baseline.scores.of(name), color=colour, linewidth=1.2, linestyle=DASHED)
+    axes.set_ylim(0, max(top, axes.get_ylim()[1]))
+    axes.plot([], [], color=paper.muted, linewidth=1.2, linestyle=DASHED, label="real baseline")
     legend(axes, paper)
 
 
 def legend(axes: Axes, paper: Paper) -> None:
     """Draw the legend, with text in the colour of the ink."""
     axes.legend(frameon=False, fontsize=10, labelcolor=paper.ink)
-
-
-def _transposed(points: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:
-    return [x for x, _ in points], [y for _, y in points]
-
-
-def _short(images: float) -> str:
-    if images >= 1e6:
-        return f"{images / 1e6:g} M"
-    return f"{images / 1e3:g} k" if images >= 1e3 else f"{images:g}"
 
 
 def lead_chart(headline: Headline, delta: float, confidence: float) -> Chart:
@@ -200,14 +171,11 @@ def lead_chart(headline: Headline, delta: float, confidence: float) -> Chart:
 
     def draw(axes: Axes, paper: Paper) -> None:
         axes.axvline(0, color=paper.muted, linewidth=1.2, label="as good as the champion")
-        style = (0, (4, 3))
-        axes.axvline(smallest, color=paper.series[1], linewidth=1.4, linestyle=style, label="better by δ")
+        axes.axvline(smallest, color=paper.series[1], linewidth=1.4, linestyle=DASHED, label="better by δ")
         axes.errorbar(
             [lead.value], [0], xerr=[reach], color=paper.series[0], marker="o", markersize=8, linewidth=2.4, capsize=6
         )
-        axes.set_ylim(-1, 1)
-        axes.set_yticks([])
-        axes.set_xlabel(f"how much better in {headline.name}")
+        axes.set(ylim=(-1, 1), yticks=[], xlabel=f"how much better in {headline.name}")
         legend(axes, paper)
 
     return chart(f"The lead, and where it lies with confidence {confidence:g} to either side", draw, (7.4, 1.9))
@@ -223,15 +191,9 @@ def held_out_loss_chart(losses: Mapping[str, HeldOutLoss]) -> Chart | None:
         for (name, levels), colour in zip(by_name.items(), paper.series, strict=False):
             sigmas = [math.sqrt(each.sigma_low * each.sigma_high) for each in levels]
             means, errors = [each.loss for each in levels], [1.96 * each.loss_se for each in levels]
-            axes.errorbar(
-                sigmas, means, errors, color=colour, marker="o", markersize=4, linewidth=1.6, capsize=2, label=name
-            )
-        axes.set_xscale("log")
-        axes.xaxis.set_major_locator(LogLocator())
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axes.xaxis.set_minor_locator(NullLocator())
-        axes.set_ylim(bottom=0)
-        axes.set_xlabel("noise level σ")
+            axes.errorbar(sigmas, means, errors, color=colour, fmt="o-", markersize=4, capsize=2, label=name)
+        axes.set(xscale="log", ylim=(0, None), xlabel="noise level σ")
+        label_decades(axes.xaxis, (1,))
         legend(axes, paper)
 
     return chart("Loss on held-out images by noise level, with 95 % intervals (lower is better)", draw, (7.4, 3.3))

@@ -32,7 +32,6 @@ from diffusion.evaluation.reports.dataset_statistics import (
     MEASURES,
     Drift,
     ParentComparison,
-    ReasonGroup,
     RecordStatistics,
     collect_statistics,
     compare_with_parent,
@@ -46,14 +45,10 @@ SIDE = 64
 """Height and width to which larger images are reduced, in pixels."""
 AVERAGED = 2000
 """Images averaged for a mean image, at most; a tenth of it for the mean image of a class."""
-CLASSES = 12
-"""Classes of which samples are shown, the largest ones."""
 CLASS_NAMES = 8
 """Classes named in a sentence."""
 VERSIONS = 30
 """Versions listed."""
-CELLS = 40
-"""Cells of the chart of sizes along each axis."""
 
 
 class DatasetSummary(Config):
@@ -152,7 +147,7 @@ def write_dataset_report(folder: Path, output: Path, progress: Progress = silent
         order = permutation(0, "dataset report/sample", 0, len(dataset))
         by_size = sorted(manifest.class_histogram.items(), key=lambda pair: (-pair[1], pair[0]))
         held_out = Counter(label for label in dataset.labels(dataset.rows("held_out")) if label is not None)
-        leading = [name for name, _ in by_size[:CLASSES]]
+        leading = [name for name, _ in by_size[:12]]
         numbers = dataset.classes(order, leading).numpy()
         captions = dataset.captions(order[:AVERAGED]) if statistics.captioned else []
         history = list(islice(log(folder), VERSIONS + 1))
@@ -196,13 +191,9 @@ def summarize(
     outcomes = sum((Counter(part.outcomes) for part in manifest.parts), Counter[Outcome]())
     groups = statistics.near_duplicates if statistics.hashed else None
     added = comparison.added
+    same = ("name", "digest", "content_digest", "parent", "change", "kept", "channels", "size", "storage")
     return DatasetSummary(
-        name=manifest.name,
-        digest=manifest.digest,
-        content_digest=manifest.content_digest,
-        parent=manifest.parent,
-        change=manifest.change,
-        kept=manifest.kept,
+        **{name: getattr(manifest, name) for name in same},
         train=manifest.counts["train"],
         held_out=manifest.counts["held_out"],
         added=added,
@@ -215,9 +206,6 @@ def summarize(
         near_duplicates=None if groups is None else sum(map(len, groups)),
         classes=len(manifest.labels),
         captioned=statistics.captioned,
-        channels=manifest.channels,
-        size=manifest.size,
-        storage=manifest.storage,
         shards=len(manifest.shards),
         bytes=sum(entry.bytes for entry in manifest.files),
         verdict=comparison.verdict,
@@ -226,7 +214,10 @@ def summarize(
 
 
 def describe(
-    summary: DatasetSummary, reasons: Sequence[ReasonGroup], manifest: Manifest, parent: Manifest | None
+    summary: DatasetSummary,
+    reasons: Sequence[tuple[str, int, list[str]]],
+    manifest: Manifest,
+    parent: Manifest | None,
 ) -> list[str]:
     """Return the most important findings as sentences."""
     form = f"{summary.size}×{summary.size} pixels in {'colour' if summary.channels == 3 else 'grey'}"
@@ -248,12 +239,12 @@ def describe(
         lines.append(f"{counted(summary.lost, 'image')} of its parent {'is' if summary.lost == 1 else 'are'} gone.")
     lines.append(summary.verdict)
     if summary.quarantined:
-        leading = reasons[0]
-        most = "all" if leading.files == summary.quarantined else count(leading.files)
+        pattern, files, _ = reasons[0]
+        most = "all" if files == summary.quarantined else count(files)
         of_all = share(summary.quarantined, summary.kept + summary.duplicates + summary.quarantined)
         lines.append(
             f"{of_all} of all files are in quarantine ({count(summary.quarantined)}), {most} for this reason: "
-            f"{leading.pattern}."
+            f"{pattern}."
         )
     return lines
 
@@ -280,7 +271,7 @@ def draw_sizes(axes: Axes, paper: Paper, sizes: Mapping[tuple[int, int], int]) -
     """Draw how many images have which width and height, on equal logarithmic axes, and a dashed line for squares."""
     widths, heights = np.array(list(sizes)).T
     low, high = min(widths.min(), heights.min()) / 1.15, max(widths.max(), heights.max()) * 1.15
-    edges, (faint, full) = np.geomspace(low, high, CELLS + 1), ((*to_rgb(paper.series[0]), alpha) for alpha in (0.2, 1))
+    edges, (faint, full) = np.geomspace(low, high, 41), ((*to_rgb(paper.series[0]), alpha) for alpha in (0.2, 1))
     colours = LinearSegmentedColormap.from_list("sizes", [faint, full])
     weights = list(sizes.values())
     axes.hist2d(widths, heights, [edges, edges], weights=weights, cmin=1, cmap=colours, norm=PowerNorm(0.5, vmin=0))

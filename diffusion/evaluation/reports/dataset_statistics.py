@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -37,8 +36,6 @@ Brightness and colours are means over the pixels, contrast is their standard dev
 """
 LUMA = np.array([0.299, 0.587, 0.114])
 """Weights of red, green and blue in brightness (ITU-R BT.601)."""
-MOST_DUPLICATED = 6
-"""Images listed that came more than once."""
 QUARANTINED = 500
 """Quarantined files listed one by one."""
 EXAMPLES = 2
@@ -49,23 +46,6 @@ COLUMNS = (
 )
 VARIABLE = re.compile(r"\S*[/\\]\S*|0x[0-9a-f]+|\b[0-9a-f]{8,}\b|\d+(?:[.,]\d+)*", re.IGNORECASE)
 """Paths, digests and numbers: what differs between two messages about the same problem."""
-
-
-class DuplicatedImage(NamedTuple):
-    """Kept image, with the sources of its first EXAMPLES duplicates."""
-
-    key: str
-    copies: int
-    source: str
-    copy_sources: list[str]
-
-
-class ReasonGroup(NamedTuple):
-    """Quarantined files whose reasons differ only in paths, digests and numbers, with the first EXAMPLES sources."""
-
-    pattern: str
-    files: int
-    sources: list[str]
 
 
 @dataclass
@@ -85,7 +65,8 @@ class RecordStatistics:
     """Kept images that were searched for near-duplicates."""
     contradicted: int = 0
     """Duplicates whose label or caption differs from that of the kept image."""
-    most_duplicated: list[DuplicatedImage] = field(default_factory=list)
+    most_duplicated: list[tuple[str, int, str, list[str]]] = field(default_factory=list)
+    """Key, number of duplicates, source and first EXAMPLES sources of duplicates of the images with most of them."""
     near_duplicates: list[list[str]] = field(default_factory=list)
     """Groups of keys of near-duplicates, the largest group first."""
 
@@ -122,12 +103,12 @@ def collect_statistics(folder: Path, manifest: Manifest, progress: Progress = si
             result.sums[split] += values.sum(0)
     copies, pairs = pa.concat_tables(duplicates), pa.concat_tables(edges)
     counts = copies.group_by("key").aggregate([([], "count_all")])
-    leading = counts.sort_by([("count_all", "descending"), ("key", "ascending")]).slice(0, MOST_DUPLICATED).to_pylist()
+    leading = counts.sort_by([("count_all", "descending"), ("key", "ascending")]).slice(0, 6).to_pylist()
     nodes = pa.chunked_array([*pairs["key"].chunks, *pairs["near"].chunks], pa.string()).unique()
     sources = _find_sources(folder, manifest, {row["key"] for row in leading}.union(nodes.to_pylist()))
     for key, count in ((row["key"], row["count_all"]) for row in leading if row["key"] in sources):
         examples = copies.filter(pc.field("key") == key)["source"].slice(0, EXAMPLES).to_pylist()
-        result.most_duplicated.append(DuplicatedImage(key, count, sources[key], examples))
+        result.most_duplicated.append((key, count, sources[key], examples))
     ends = [np.asarray(pc.index_in(pairs[name], nodes)) for name in ("key", "near")]
     graph = coo_array((np.ones(len(pairs)), ends), (len(nodes), len(nodes)))
     groups: dict[int, list[str]] = {}
@@ -145,8 +126,8 @@ def simplify_reason(reason: str) -> str:
     return VARIABLE.sub("…", reason)
 
 
-def group_reasons(quarantine: Quarantine) -> list[ReasonGroup]:
-    """Group quarantined files by simplified reason, the most frequent first."""
+def group_reasons(quarantine: Quarantine) -> list[tuple[str, int, list[str]]]:
+    """Group quarantined files by simplified reason, the most frequent first: reason, number, first EXAMPLES sources."""
     counts: Counter[str] = Counter()
     for reason in quarantine.reasons:
         counts[simplify_reason(reason.reason)] += reason.count
@@ -154,7 +135,7 @@ def group_reasons(quarantine: Quarantine) -> list[ReasonGroup]:
     for entry in quarantine.samples:
         sources.setdefault(simplify_reason(entry.reason), []).append(entry.source)
     ordered = sorted(counts.items(), key=lambda pair: (-pair[1], pair[0]))
-    return [ReasonGroup(pattern, count, sources.get(pattern, [])[:EXAMPLES]) for pattern, count in ordered]
+    return [(pattern, count, sources.get(pattern, [])[:EXAMPLES]) for pattern, count in ordered]
 
 
 def _measure_images(kept: pa.Table, pixels: int) -> np.ndarray:
@@ -183,8 +164,6 @@ MOST = 1000
 """Images compared on each side, at most."""
 FEWEST = 50
 """Images needed on each side for a comparison."""
-LEAST_SIMILAR = 16
-"""Images listed that are least similar to the parent's."""
 BATCH_BYTES = 2**26
 """Bytes of images at full size in memory at a time."""
 PERMUTATIONS = 499
@@ -278,7 +257,7 @@ def compare_with_parent(dataset: Dataset, parent: Manifest | None, progress: Pro
         f"their KID is {signed(drift.kid)}, and chance alone reaches {signed(drift.kid_chance)}.",
         drift=drift,
         permuted_kids=permuted_kids,
-        least_similar_rows=added[similarity.argsort(stable=True)[:LEAST_SIMILAR].numpy()],
+        least_similar_rows=added[similarity.argsort(stable=True)[:16].numpy()],
     )
 
 
@@ -321,8 +300,8 @@ def measure_drift(added: Tensor, parent: Tensor, others: Tensor, extractor: str)
     drift = Drift(
         extractor=extractor,
         compared=count,
-        kid=compute_kid(added, parent).value,
-        kid_baseline=compute_kid(others, parent).value,
+        kid=compute_kid(added, parent)[0],
+        kid_baseline=compute_kid(others, parent)[0],
         kid_chance=float(permuted_kids.quantile(SIGNIFICANCE, interpolation="higher")),
         fd=frechet_distance(compute_moments(added), fitted),
         fd_baseline=frechet_distance(compute_moments(others), fitted),
@@ -334,7 +313,8 @@ def measure_drift(added: Tensor, parent: Tensor, others: Tensor, extractor: str)
 
 def _neighbor_accuracy(features: Tensor) -> float:
     nearest = (features @ features.T).fill_diagonal_(-math.inf).argmax(1)
-    return float(((nearest < len(features) // 2) == (torch.arange(len(features)) < len(features) // 2)).double().mean())
+    side = torch.arange(len(features)) < len(features) // 2
+    return float((side[nearest] == side).double().mean())
 
 
 def _explain_too_few(added: int, parent: int) -> str:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image
@@ -10,19 +10,18 @@ from torch import Tensor
 
 from diffusion.common.files import write_bytes
 from diffusion.common.image_grids import above, beside, blocks, grid, png_bytes
+from diffusion.evaluation.estimate import MetricEstimate
 from diffusion.evaluation.metrics.distances import Scores
 from diffusion.evaluation.metrics.pixel_metrics import TITLES, ResamplingBaseline, describe_baselines, resample
 from diffusion.evaluation.reports.charts import charts
-from diffusion.evaluation.reports.html import between, counted, plain, render, signed, with_error
-from diffusion.evaluation.results import Evaluation, MetricEstimate, RealBaseline, Reconstruction
+from diffusion.evaluation.reports.html import Cell, between, counted, plain, render, signed, with_error
+from diffusion.evaluation.results import Evaluation, ModelScores
 from diffusion.generation.super_resolution import shrunk
 
 COMPARED = 16
 """Number of images whose upscaled versions are shown side by side."""
 SHARES = ("precision", "recall", "density", "coverage")
 """Scores between 0 and about 1, formatted with equal digits."""
-STRIP = 16
-"""Number of images per checkpoint in the table of checkpoints."""
 
 
 @dataclass(frozen=True)
@@ -33,43 +32,36 @@ class Sheets:
     """Held-out images, (N, C, H, W) uint8."""
     generated: dict[str, Tensor]
     """First generated images by SHA-256 of the model file."""
-    reconstructed: dict[str, Tensor] = field(default_factory=dict)
-    """Reconstructions of the real images by its autoencoder, if it has one."""
+    reconstructed: Tensor | None = None
+    """Reconstructions of the real images by the best model's autoencoder, if it has one."""
 
 
-@dataclass(frozen=True)
-class Line:
-    """A line of the table of scores."""
-
-    name: str
-    value: str
-    real_baseline: str
-    better: str
-    meaning: str
-    interval: str = ""
-    """Interval of the true value, if known."""
-    real_baseline_interval: str = ""
+Line = tuple[str, Cell, Cell, str, str]
+"""Name of a score, its value, its real baseline, the better direction and an explanation."""
 
 
 def write_report(path: Path, evaluation: Evaluation, sheets: Sheets, losses: Path | None = None) -> str:
     """Write the page to ``path``; returns its SHA-256. ``losses``: a CSV of losses by ``images`` seen."""
     best, low = sheets.generated[evaluation.best.sha256], evaluation.conditions.low_resolution
-    back = sheets.reconstructed.get(evaluation.best.sha256)
+    enlarged: dict[str, ModelScores | ResamplingBaseline] = {}
+    if evaluation.baselines:
+        enlarged = {"the model": evaluation.best}
+        enlarged |= {TITLES[name]: each for name, each in evaluation.baselines.items()}
+    strip_scale = max(1, round(32 / best.shape[-1]))
     page = render(
         "report.html",
         evaluation=evaluation,
         findings=findings(evaluation),
-        lines=score_lines(evaluation.best.scores, evaluation.estimates, evaluation.real_baseline)
-        + reconstruction_lines(evaluation.best.reconstruction),
+        lines=score_lines(evaluation),
         generated=png_bytes(grid(best)),
         real=png_bytes(grid(sheets.real)),
-        reconstructed=None if back is None else png_bytes(above(sheets.real, back)),
+        reconstructed=None if sheets.reconstructed is None else png_bytes(above(sheets.real, sheets.reconstructed)),
         shown=len(best),
         charts=charts(evaluation, losses),
         metric=evaluation.best.selection_metric.name,
-        enlarged=enlarged_lines(evaluation),
+        enlarged=enlarged,
         compared=low and png_bytes(compared(sheets.real, best, low)),
-        strips={sha256: png_bytes(_strip(generated)) for sha256, generated in sheets.generated.items()},
+        strips={sha256: png_bytes(grid(x[:16], 8, 1, strip_scale)) for sha256, x in sheets.generated.items()},
     )
     return write_bytes(path, page)
 
@@ -102,18 +94,6 @@ def findings(evaluation: Evaluation) -> list[str]:
     return said
 
 
-def enlarged_lines(evaluation: Evaluation) -> list[tuple[str, str, str, str]]:
-    """Return the rows of the table of super-resolution: name, Fréchet distance, PSNR and SSIM; otherwise empty."""
-    if evaluation.baselines is None or evaluation.best.similarity is None:
-        return []
-    ours = ResamplingBaseline(scores=evaluation.best.scores, similarity=evaluation.best.similarity)
-    named = {"the model": ours} | {TITLES[name]: each for name, each in evaluation.baselines.items()}
-    return [
-        (name, plain(each.scores.fd), f"{each.similarity.psnr:.2f} dB", f"{each.similarity.ssim:.3f}")
-        for name, each in named.items()
-    ]
-
-
 def compared(real: Tensor, generated: Tensor, low_resolution: int) -> Image.Image:
     """Arrange each held-out image small, upscaled by bicubic interpolation and by a model, and at full size."""
     images, size = real[:COMPARED], real.shape[-1]
@@ -137,65 +117,37 @@ MEANINGS = {
 """Direction and explanation of each score."""
 
 
-def score_lines(scores: Scores, figures: Mapping[str, MetricEstimate], real_baseline: RealBaseline) -> list[Line]:
-    """Return the rows of the table of scores: each beside its real baseline, with intervals where available."""
-    return [
-        Line(
-            f"{name}_{scores.extractor}",
-            _score(scores, name, figures),
-            _score(real_baseline.scores, name, real_baseline.estimates),
+def score_lines(evaluation: Evaluation) -> list[Line]:
+    """Return the rows of the table of scores; real images lose nothing on the way through an autoencoder."""
+    best, baseline = evaluation.best.scores, evaluation.real_baseline
+    lines = [
+        (
+            f"{name}_{best.extractor}",
+            _score(best, name, evaluation.estimates),
+            _score(baseline.scores, name, baseline.estimates),
             better,
             meaning,
-            interval_of(figures, f"{name}_{scores.extractor}"),
-            interval_of(real_baseline.estimates, f"{name}_{scores.extractor}"),
         )
         for name, (better, meaning) in MEANINGS.items()
-        if getattr(scores, name) is not None
+        if getattr(best, name) is not None
     ]
+    if (found := evaluation.best.reconstruction) is not None:
+        ratio, structure = Cell(f"{found.psnr:.2f} ± {found.psnr_se:.2f} dB"), Cell(f"{found.ssim:.3f}")
+        meaning = "How close held-out images come back from the autoencoder, pixel by pixel."
+        lines.append(("reconstruction_psnr", ratio, Cell(), "higher", meaning))
+        meaning = "The same by what the eye sees of structure."
+        lines.append(("reconstruction_ssim", structure, Cell("1"), "higher", meaning))
+        name, meaning = f"reconstruction_fd_{found.extractor}", "What they lose on the way of what is seen."
+        lines.append((name, Cell(plain(found.fd)), Cell("0"), "lower", meaning))
+    return lines
 
 
-def interval_of(figures: Mapping[str, MetricEstimate], name: str) -> str:
-    """Format the 95 % interval of a metric, such as ``0.012 … 0.034``; empty if there is none."""
-    return between(figures[name].interval) if name in figures else ""
-
-
-def _score(scores: Scores, name: str, figures: Mapping[str, MetricEstimate]) -> str:
-    value: float | None = getattr(scores, name)
+def _score(scores: Scores, name: str, estimates: Mapping[str, MetricEstimate]) -> Cell:
+    """Return the cell of a score, with the interval of its metric or else KID's error where they are known."""
+    value, estimate = getattr(scores, name), estimates.get(f"{name}_{scores.extractor}")
     if value is None:
-        return ""
-    if name == "kid" and not figures:
-        return with_error(value, scores.kid_se)
-    return f"{value:.3f}" if name in SHARES else signed(value)
-
-
-def reconstruction_lines(found: Reconstruction | None) -> list[Line]:
-    """Return the rows of the table for an autoencoder's loss; real images lose nothing."""
-    if found is None:
-        return []
-    return [
-        Line(
-            "reconstruction_psnr",
-            f"{found.psnr:.2f} ± {found.psnr_se:.2f} dB",
-            "",
-            "higher",
-            "How close held-out images come back from the autoencoder, pixel by pixel.",
-        ),
-        Line(
-            "reconstruction_ssim",
-            f"{found.ssim:.3f}",
-            "1",
-            "higher",
-            "The same by what the eye sees of structure.",
-        ),
-        Line(
-            f"reconstruction_fd_{found.extractor}",
-            plain(found.fd),
-            "0",
-            "lower",
-            "What they lose on the way of what is seen.",
-        ),
-    ]
-
-
-def _strip(generated: Tensor) -> Image.Image:
-    return grid(generated[:STRIP], columns=8, pad=1, scale=max(1, round(32 / generated.shape[-1])))
+        return Cell()
+    if name == "kid" and not estimates:
+        return Cell(with_error(value, scores.kid_se))
+    text = f"{value:.3f}" if name in SHARES else signed(value)
+    return Cell(text, between(estimate.interval) if estimate else "")

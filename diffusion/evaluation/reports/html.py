@@ -3,22 +3,10 @@
 import base64
 import math
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from diffusion.common.escaping import escape_controls
-from diffusion.evaluation.estimate import Interval
-
-
-class BoundedBar(Protocol):
-    """A metric with its interval."""
-
-    @property
-    def value(self) -> float:
-        """Return the measured value."""
-
-    @property
-    def interval(self) -> Interval:
-        """Return the 95 % interval."""
+from diffusion.evaluation.estimate import Interval, MetricEstimate
 
 
 @dataclass(frozen=True)
@@ -29,7 +17,7 @@ class Cell:
     interval: str = ""
 
 
-def metric_cell(metric: BoundedBar | None) -> Cell:
+def metric_cell(metric: MetricEstimate | None) -> Cell:
     """Return the cell of a metric; empty if it was not measured."""
     return Cell() if metric is None else Cell(signed(metric.value), between(metric.interval))
 
@@ -47,16 +35,8 @@ def render(template: str, **content: object) -> bytes:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {
-        "uri": data_uri,
-        "with_error": with_error,
-        "plain": plain,
-        "signed": signed,
-        "count": count,
-        "counted": counted,
-        "share": share,
-        "storage": storage,
-    }
+    filters = (uri, with_error, plain, signed, count, counted, share, storage)
+    environment.filters |= {each.__name__: each for each in filters}
     return environment.get_template(template).render(**content).encode()
 
 
@@ -67,7 +47,7 @@ def _visible(value: Any) -> Any:
     return "\n".join(map(escape_controls, value.split("\n")))
 
 
-def data_uri(png: bytes) -> str:
+def uri(png: bytes) -> str:
     """Encode a PNG file as a data URI."""
     return "data:image/png;base64," + base64.b64encode(png).decode()
 

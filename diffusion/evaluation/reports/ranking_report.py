@@ -2,14 +2,14 @@
 
 import json
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from humanize import metric as si
 from matplotlib.axes import Axes
 
 from diffusion.common.files import write_bytes
-from diffusion.evaluation.estimate import Estimate
+from diffusion.evaluation.estimate import CONFIDENCE
 from diffusion.evaluation.ranking import RankedModel, Ranking
 from diffusion.evaluation.reports.charts import Chart, Paper, Points, chart, curves, over_training, read_losses
 from diffusion.evaluation.reports.evaluation_report import SHARES
@@ -24,14 +24,12 @@ from diffusion.evaluation.reports.html import (
     signed,
     with_error,
 )
-from diffusion.evaluation.results import CONFIDENCE, Evaluation, RealBaseline
+from diffusion.evaluation.results import Evaluation, RealBaseline
 
 PAGE = "comparison.html"
 """The report on families, beside ``comparison.json``."""
 NAMED = 5
 """Number of models beside the best one with a sentence each; more are summarized."""
-LOSS = "held_out_loss_ema"
-"""Column of the losses that is plotted: held-out images, averaged weights."""
 METRICS = {
     "kid": ("KID", "lower is better; unbiased at any number of images"),
     "fd": ("Fréchet distance", "lower is better; grows as images get fewer"),
@@ -41,6 +39,15 @@ METRICS = {
     "coverage": ("coverage", "share of real images with a generated one near"),
 }
 """Title and explanation of each metric."""
+COSTS = (
+    ("bits per dimension", "of held-out images, lower is better; ≤ marks an upper bound"),
+    ("images per second", "generated on the machine that compared"),
+    ("work", "GFLOP to generate an image"),
+    ("parameters", "of the model"),
+    ("images seen", "in training"),
+    ("run", "in MLflow"),
+)
+"""Title and explanation of each column on training, size and cost."""
 Column = tuple[str, str, list[Cell]]
 """Title, explanation, and a cell for each model; metrics have one more for real images."""
 
@@ -100,45 +107,39 @@ def findings(ranking: Ranking) -> list[str]:
 
 def metric_columns(ranking: Ranking) -> list[Column]:
     """Return the columns of the ranking's metric, the distance to the best, and the other metrics."""
-    models, extractor = ranking.models, ranking.conditions.extractor
+    models, leading = ranking.models, ranking.metric.removesuffix(f"_{ranking.conditions.extractor}")
     sides: list[RankedModel | RealBaseline] = [*models, ranking.real_baseline]
-    others = {name: said for name, said in METRICS.items() if f"{name}_{extractor}" != ranking.metric}
-    leading = ranking.metric.removesuffix(f"_{extractor}")
-    behind = [Cell("best"), *(metric_of_lead(lead.difference) for lead in ranking.leads)]
-    if leading in METRICS:
-        first = (*METRICS[leading], [_metric(leading, side) for side in sides])
-    else:
-        first = (
-            ranking.metric,
-            "higher is better",
-            [*(Cell(with_error(each.value, each.error)) for each in models), Cell()],
-        )
-    return [
-        first,
-        ("behind the best", ranking.metric, [*behind, *(Cell() for _ in range(len(sides) - len(behind)))]),
-        *((title, meaning, [_metric(name, side) for side in sides]) for name, (title, meaning) in others.items()),
-    ]
-
-
-def metric_of_lead(difference: Estimate) -> Cell:
-    """Return the cell of a difference from the best model with its interval."""
-    return Cell(signed(difference.value), between(difference.interval(CONFIDENCE)))
+    columns = {name: (*words, [_metric(name, side) for side in sides]) for name, words in METRICS.items()}
+    values = [*(Cell(with_error(each.value, each.error)) for each in models), Cell()]
+    first = columns.pop(leading, (ranking.metric, "higher is better", values))
+    behind = [Cell("best")]
+    for lead in ranking.leads:
+        behind.append(Cell(signed(lead.difference.value), between(lead.difference.interval(CONFIDENCE))))
+    behind += [Cell()] * (len(sides) - len(behind))
+    return [first, ("behind the best", ranking.metric, behind), *columns.values()]
 
 
 def cost_columns(models: Sequence[RankedModel]) -> list[Column]:
-    """Return the columns on training, size and cost."""
-    columns: dict[tuple[str, str], Callable[[RankedModel], str | None]] = {
-        ("bits per dimension", "of held-out images, lower is better; ≤ marks an upper bound"): _bits,
-        ("images per second", "generated on the machine that compared"): lambda each: _or_none(
-            plain, each.images_per_second
-        ),
-        ("work", "GFLOP to generate an image"): lambda each: _or_none(plain, each.gflop),
-        ("parameters", "of the model"): lambda each: _or_none(lambda value: si(value, precision=3), each.parameters),
-        ("images seen", "in training"): lambda each: count(each.images),
-        ("run", "in MLflow"): lambda each: each.run_id,
-    }
-    found = [(*title, [Cell(of(each) or "") for each in models]) for title, of in columns.items()]
-    return [column for column in found if any(cell.value for cell in column[2])]
+    """Return the columns on training, size and cost that have anything in them."""
+    cells = zip(*map(_costs, models), strict=True)
+    return [(*title, list(map(Cell, texts))) for title, texts in zip(COSTS, cells, strict=True) if any(texts)]
+
+
+def _costs(model: RankedModel) -> tuple[str, ...]:
+    """Return the texts of the columns COSTS; empty if not measured."""
+    bits, loss = "", model.held_out_loss
+    if loss is not None:
+        bits = "none"
+        if loss.bits_per_dim is not None and loss.bits_per_dim_se is not None:
+            bits = ("≤ " if model.likelihood == "bound" else "") + with_error(loss.bits_per_dim, loss.bits_per_dim_se)
+    return (
+        bits,
+        "" if model.images_per_second is None else plain(model.images_per_second),
+        "" if model.gflop is None else plain(model.gflop),
+        "" if model.parameters is None else si(model.parameters, precision=3),
+        count(model.images),
+        model.run_id or "",
+    )
 
 
 def metrics_chart(ranking: Ranking) -> Chart | None:
@@ -173,14 +174,12 @@ def training_charts(names: Sequence[str], evaluations: Sequence[Evaluation], los
     found = [
         chart(evaluations[0].best.selection_metric.name, over_training(curves(dict(zip(names, metrics, strict=True)))))
     ]
-    columns: list[Points] = [read_losses(path).get(LOSS, []) if path.is_file() else [] for path in losses]
+    columns: list[Points] = [
+        read_losses(path).get("held_out_loss_ema", []) if path.is_file() else [] for path in losses
+    ]
     if any(columns):
         found.append(chart("Loss on held-out images", over_training(curves(dict(zip(names, columns, strict=True))))))
     return found
-
-
-def _or_none(write: Callable[[float], str], value: float | None) -> str | None:
-    return None if value is None else write(value)
 
 
 def _metric(name: str, side: RankedModel | RealBaseline) -> Cell:
@@ -188,12 +187,3 @@ def _metric(name: str, side: RankedModel | RealBaseline) -> Cell:
     if (found := side.estimates.get(f"{name}_{scores.extractor}")) is not None:
         return Cell(f"{found.value:.3f}", between(found.interval)) if name in SHARES else metric_cell(found)
     return Cell(with_error(scores.kid, scores.kid_se) if name == "kid" else signed(scores.of(name)))
-
-
-def _bits(model: RankedModel) -> str | None:
-    loss = model.held_out_loss
-    if loss is None:
-        return None
-    if loss.bits_per_dim is None or loss.bits_per_dim_se is None:
-        return "none"
-    return ("≤ " if model.likelihood == "bound" else "") + with_error(loss.bits_per_dim, loss.bits_per_dim_se)

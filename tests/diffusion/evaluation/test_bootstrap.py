@@ -14,8 +14,7 @@ from torch_fidelity.metric_kid import kernel_mmd
 from torch_fidelity.metric_prc import prc_features_to_metric
 
 from diffusion.common.errors import UserError
-from diffusion.evaluation.bootstrap import Figure, Replicates, compute_replicates, difference
-from diffusion.evaluation.bootstrap.halves import draw_halves
+from diffusion.evaluation.bootstrap import Figure, Replicates, compute_replicates, difference, draw_halves
 from diffusion.evaluation.estimate import Estimate
 from tests.builders.gaussian_distances import drawn, true_frechet, true_kid
 from tests.builders.one_metric import frechet_replicates, kid_replicates, share_replicates

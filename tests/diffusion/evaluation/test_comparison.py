@@ -265,7 +265,7 @@ def test_a_champion_that_cannot_be_compared_holds_the_challenger_with_the_reason
     champions = {
         "it is a vae and the candidate a ddpm": write_autoencoder(tmp_path / "vae.safetensors", 0),
         "generates images of 3×16×16": plain(tmp_path / "rgb.safetensors", channels=3, size=16),
-        "it enlarges from 4 pixels and the candidate generates from noise": plain(
+        "enlarges from 4 pixels, and what it would be compared with generates from noise": plain(
             tmp_path / "sr.safetensors", config=small
         ),
     }

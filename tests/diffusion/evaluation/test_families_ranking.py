@@ -136,7 +136,7 @@ def test_what_cannot_be_compared_is_refused(
         compared({"gan": models["gan"]}, data, tmp_path)
     small = ModelConfig(width=16, channel_mult=(1,), attention=(), low_resolution=4, conditional=False)
     enlarger = write_model(tmp_path / "enlarger.safetensors", 5, 1, config=small)
-    with pytest.raises(UserError, match="is a super-resolution model"):
+    with pytest.raises(UserError, match="enlarges from 4 pixels, and what it would be compared with"):
         compared(models | {"ddpm": (enlarger, SAMPLING)}, data, tmp_path)
     write_dataset(tmp_path / "other", random_images(60, size=12), per_shard=60)
     with pytest.raises(UserError, match=r"generates images of 1×8×8 and .*other holds 1×12×12"):

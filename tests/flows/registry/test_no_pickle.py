@@ -17,7 +17,6 @@ from mlflow.client import MlflowClient
 from mlflow.exceptions import MlflowException
 
 from diffusion.checkpoints import load_model
-from diffusion.common.config import Config
 from diffusion.common.errors import UserError
 from diffusion.common.files import sha256_bytes, sha256_file
 from diffusion.data.ingest.config import IngestConfig
@@ -122,21 +121,15 @@ def test_instead_of_a_checkpoint_with_the_right_digest_beside_it(
     assert not trace.exists()
 
 
-class Key(Config):
-    """What is remembered under it."""
-
-    number: int
-
-
 def test_among_remembered_features_with_the_right_digest_beside_it(
     tmp_path: Path, trace: Path, planted_by_torch: bytes
 ) -> None:
-    cached(tmp_path, Key(number=1), lambda: {"features": torch.ones(2)})
+    cached(tmp_path, {"number": 1}, lambda: {"features": torch.ones(2)})
     (path,) = tmp_path.glob("*.safetensors")
     path.write_bytes(planted_by_torch)
     path.with_suffix(".sha256").write_bytes(f"{sha256_file(path)}\n".encode())
     with pytest.raises(UserError, match=r"(not a|no) model of ours"):
-        cached(tmp_path, Key(number=1), lambda: {"features": torch.ones(2)})
+        cached(tmp_path, {"number": 1}, lambda: {"features": torch.ones(2)})
     assert not trace.exists()
 
 

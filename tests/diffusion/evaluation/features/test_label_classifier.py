@@ -11,8 +11,7 @@ from diffusion.common.errors import UserError
 from diffusion.data.dataset import Dataset
 from diffusion.evaluation.config import EvaluationConfig
 from diffusion.evaluation.features import label_classifier
-from diffusion.evaluation.features.feature_extractor import extractor_for
-from diffusion.evaluation.features.label_classifier import LabelClassifier, load_label_classifier
+from diffusion.evaluation.features.label_classifier import LabelClassifier, extractor_for, load_label_classifier
 from tests.builders.small_datasets import write_dataset
 
 COUNT = 120

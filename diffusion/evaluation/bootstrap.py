@@ -1,4 +1,26 @@
-"""Fréchet distance, KID, precision, recall, density and coverage of halves of sets of images."""
+"""Standard errors of distances and shares, for one set of images and for the difference between two.
+
+Both sets are cut at random into halves A and B, and the figure T is computed of either: of half of the samples against
+half of the reference. A and B have no image in common and are independent, so
+
+    E[(T(A) − T(B))² / 4] = V(half) / 2,
+
+where V is the variance of the figure over new samples of both sets. That is exact, whatever the figure. And V(half) / 2
+is V(all) where V falls as 1/n, as that of nearly every figure does in the end; where it falls faster (KID and the
+Fréchet distance of sets that have the same distribution: as 1/n²) the error comes out too large, by √2, never too
+small. Of many such cuts the mean is taken. It is the bootstrap with weights 0 and 2 (Præstgaard and Wellner, Ann. Prob.
+21, 1993). Shares near 1 may be nearer still on halves, with too small an error, for which ``Share`` has wider
+intervals.
+
+Why not resample with replacement: an image generated twice is its own nearest neighbour at distance 0, and similar to
+itself; that shrinks neighbourhoods and moves KID. Halves hold nothing twice, keep the proportion of both sets, on which
+coverage depends, and each costs a half. The mean of T over halves tells the bias, too: see ``Replicates.value``.
+
+What the intervals are about: other images generated from the same weights, and other held-out images of the same kind.
+So the reference is resampled: held fixed, a model that happens to suit these very images would surely be better.
+In a comparison both models have the same image numbers and the same reference in each half, and what they have in
+common cancels. Nothing is said of other trainings of the same configuration.
+"""
 
 import math
 from collections.abc import Callable, Sequence
@@ -10,15 +32,112 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from diffusion.common.errors import UserError
 from diffusion.common.progress import Progress, silent
 from diffusion.common.random import generator
 from diffusion.common.threads import worker_threads
-from diffusion.evaluation.metrics.distances import kid_kernel
-from diffusion.evaluation.metrics.neighbours import squared_distances
+from diffusion.evaluation.estimate import Estimate, Share
+from diffusion.evaluation.metrics.distances import PER_FEATURE, Reference, Scores, compute_scores, kid_kernel
+from diffusion.evaluation.metrics.neighbours import DENSITY_NEIGHBOURS, MANIFOLD_NEIGHBOURS, squared_distances
 
 SPLITS = 100
 """Number of cuts: 200 halves. The standard error is then right to 1/√200, 7 %, which Student's t accounts for."""
 Figure = Literal["fd", "kid", "precision", "recall", "density", "coverage"]
+FEWEST = 2 * (DENSITY_NEIGHBOURS + 1)
+"""Fewest features of a set for which every half has neighbourhoods."""
+
+
+@dataclass(frozen=True)
+class Replicates:
+    """A metric of one set of samples against a reference, on all images and on halves of both."""
+
+    figure: Figure
+    whole: float
+    """Value on all images, as in ``Scores``."""
+    halves: Tensor
+    """Values on the two halves of each cut, (splits, 2) float64."""
+    samples: int
+    reference: int
+    """Numbers of images."""
+    extrapolated: bool
+    """Whether ``value`` is extrapolated to infinitely many images."""
+
+    @classmethod
+    def of(cls, figure: Figure, whole: float, halves: Tensor, samples: Tensor, reference: Tensor) -> "Replicates":
+        """Build from features (N, D) and (M, D); the Fréchet distance is extrapolated if both sets are large enough."""
+        enough = min(len(samples), len(reference)) >= PER_FEATURE * samples.shape[1]
+        return cls(figure, whole, halves, len(samples), len(reference), figure == "fd" and enough)
+
+    @property
+    def value(self) -> float:
+        """The figure that the error is about.
+
+        The Fréchet distance is too large by nearly c/n on n images of each set (arXiv 1911.07023), so on halves by
+        c/n more. Where there are images enough that difference is subtracted, and the true distance estimated; else,
+        as of shares and density, what as many images of both sets get on average. KID has no bias.
+        """
+        return 2 * self.whole - float(self.halves.mean()) if self.extrapolated else self.whole
+
+    @property
+    def estimate(self) -> Estimate:
+        """Return the metric with its standard error."""
+        found = _estimate(self.value, self.halves, self.samples, self.reference)
+        if self.figure in ("precision", "recall", "coverage"):
+            count = self.samples if self.figure == "precision" else self.reference
+            return Share(**found.model_dump(), count=count)
+        return found
+
+
+def difference(candidate: Replicates, champion: Replicates) -> Estimate:
+    """Estimate candidate minus champion, on the same image numbers and the same reference."""
+    ours, theirs = ((each.figure, each.samples, each.reference) for each in (candidate, champion))
+    if ours != theirs:
+        raise ValueError(f"figures of unlike sets have no paired difference: {ours} and {theirs}")
+    apart = candidate.halves - champion.halves
+    return _estimate(candidate.value - champion.value, apart, candidate.samples, candidate.reference)
+
+
+def _estimate(value: float, of_halves: Tensor, samples: int, reference: int) -> Estimate:
+    contrasts = (of_halves[:, 0] - of_halves[:, 1]) / 2
+    return Estimate(
+        value=value,
+        error=float(contrasts.square().mean().sqrt()),
+        freedom=min(len(contrasts), samples - 1, reference - 1),
+    )
+
+
+def compute_replicates(
+    sets: Sequence[Tensor],
+    reference: Tensor,
+    splits: int = SPLITS,
+    progress: Progress = silent,
+    scores: Sequence[Scores] | None = None,
+) -> list[dict[Figure, Replicates]]:
+    """Compute every metric of each of ``sets``, features (N, D), against ``reference``, (M, D), with its halves.
+
+    Pass all sets to compare in one call (candidate, champion, real baseline): most of the work depends on the reference
+    alone and is done once. Equal input gives equal bits on any number of cores. ``scores``: of each set as a whole, if
+    they are known. Raises UserError for sets of fewer than 12, of which no half has neighbourhoods.
+    """
+    fewest = min(map(len, (*sets, reference)))
+    if fewest < FEWEST:
+        raise UserError(
+            f"errors of metrics need {FEWEST} images on either side, and there are {fewest}: generate more with "
+            "evaluation.samples, or hold more out with ingest.held_out"
+        )
+    if scores is None:
+        known = Reference.of(reference)
+        scores = [compute_scores(each, known, "features") for each in sets]
+    distances = frechet_of_halves(sets, reference, splits, progress)
+    kids = kid_of_halves(sets, reference, splits, progress)
+    shares = shares_of_halves(sets, reference, splits, progress)
+    found = []
+    for samples, whole, fd, kid, others in zip(sets, scores, distances, kids, shares, strict=True):
+        halves: dict[Figure, Tensor] = {"fd": fd, "kid": kid, **others}
+        found.append(
+            {name: Replicates.of(name, whole.of(name), each, samples, reference) for name, each in halves.items()}
+        )
+    return found
 
 
 def draw_halves(count: int, stream: Literal["samples", "reference"], splits: int) -> Tensor:
@@ -41,65 +160,30 @@ CHUNK = 4096
 """Features converted to double precision at a time."""
 COLUMNS = 256
 """Features whose products with those before them are summed at a time."""
-"""Images of each set per feature from which on the bias is near enough to c/n: of independent Gaussian features less
-than a tenth of it is left."""
-
-
-@dataclass(frozen=True)
-class Sums:
-    """Sums over features x: the count, the sum of x, (D,), and of x·xᵀ, (D, D); float64."""
-
-    count: int
-    first: Tensor
-    second: Tensor
-
-    def without(self, others: "Sums") -> "Sums":
-        """Return the sums over the features that are not in ``others``."""
-        return Sums(self.count - others.count, self.first - others.first, self.second - others.second)
 
 
 @dataclass(frozen=True)
 class Gaussian:
-    """Gaussian fitted to ``rows`` (n,) of ``features``, (N, D)."""
+    """Gaussian fitted to n features of D dimensions, in float64."""
 
-    features: Tensor
-    rows: Tensor
-    sums: Sums | None
-    """Sums over these rows; None if ``few``."""
-
-    @cached_property
-    def mean(self) -> Tensor:
-        """Return the mean, (D,)."""
-        if self.sums is None:
-            return self.features[self.rows].double().mean(0)
-        mean: Tensor = self.sums.first / self.sums.count
-        return mean
-
-    @cached_property
-    def covariance(self) -> Tensor:
-        """Return the covariance, (D, D)."""
-        assert self.sums is not None, "of few rows the root says all"
-        n = self.sums.count
-        covariance: Tensor = (self.sums.second - n * torch.outer(self.mean, self.mean)) / (n - 1)
-        return covariance
-
-    @property
-    def few(self) -> bool:
-        """Return whether there are at most as many rows as dimensions, where working on rows is faster."""
-        return self.sums is None
+    mean: Tensor
+    """(D,)."""
+    few: Tensor | None
+    """A root of the covariance, (n, D), if n is at most D: working on it is faster then."""
+    covariance: Tensor | None
+    """(D, D), if n is larger."""
 
     @cached_property
     def trace(self) -> Tensor:
         """Return the trace of the covariance."""
-        trace: Tensor = self.root.square().sum() if self.few else self.covariance.trace()
+        trace: Tensor = self.root.square().sum() if self.covariance is None else self.covariance.trace()
         return trace
 
     @cached_property
     def root(self) -> Tensor:
         """Return R, (min(n, D), D), with RᵀR the covariance."""
-        if self.sums is None:
-            centred = self.features[self.rows].double() - self.mean
-            return centred.div_(math.sqrt(len(self.rows) - 1))
+        if self.few is not None:
+            return self.few
         lower, failed = torch.linalg.cholesky_ex(self.covariance)
         if not failed:
             upper: Tensor = lower.T
@@ -108,6 +192,19 @@ class Gaussian:
         values, vectors = torch.linalg.eigh(self.covariance)
         root: Tensor = (vectors * values.clamp(min=0).sqrt()).T
         return root
+
+    @classmethod
+    def of_few(cls, features: Tensor) -> "Gaussian":
+        """Fit to ``features``, (n, D)."""
+        x = features.double()
+        mean = x.mean(0)
+        return cls(mean, (x - mean).div_(math.sqrt(len(x) - 1)), None)
+
+    @classmethod
+    def of_sums(cls, count: int, first: Tensor, second: Tensor) -> "Gaussian":
+        """Fit to ``count`` features x from the sums of x, (D,), and of x·xᵀ, (D, D)."""
+        mean = first / count
+        return cls(mean, None, (second - count * torch.outer(mean, mean)) / (count - 1))
 
 
 def frechet_of_halves(
@@ -120,22 +217,20 @@ def frechet_of_halves(
     """
     # Distances are translation-invariant, and centred features lose less to rounding.
     centre = reference.double().mean(0).to(reference.dtype)
-    real, generated = (
-        _Halved(reference - centre, "reference", splits),
-        [_Halved(x - centre, "samples", splits) for x in sets],
-    )
+    real = _HalvedSet(reference - centre, "reference", splits)
+    generated = [_HalvedSet(x - centre, "samples", splits) for x in sets]
 
-    def of_split(split: int) -> list[list[Tensor]]:
+    def of_split(split: int) -> list[Tensor]:
         theirs = real.at(split)
-        return [[gaussian_distance(x, y) for x, y in zip(each.at(split), theirs, strict=True)] for each in generated]
+        pairs = (zip(each.at(split), theirs, strict=True) for each in generated)
+        return [torch.stack([gaussian_distance(x, y) for x, y in pair]) for pair in pairs]
 
-    values: list[list[Tensor]] = [[] for _ in sets]
+    values: list[list[Tensor]] = []
     with worker_threads() as pool:
         for done, found in enumerate(pool.map(of_split, range(splits)), start=1):
-            for so_far, pair in zip(values, found, strict=True):
-                so_far.extend(pair)
+            values.append(found)
             progress("Fréchet distances of halves", done, splits)
-    return [torch.stack(each).view(-1, 2) for each in values]
+    return [torch.stack(each) for each in zip(*values, strict=True)]
 
 
 def gaussian_distance(x: Gaussian, y: Gaussian) -> Tensor:
@@ -144,39 +239,37 @@ def gaussian_distance(x: Gaussian, y: Gaussian) -> Tensor:
     With a root R of Σ_x the last trace is tr (R Σ_y Rᵀ)^½; with a root of Σ_y, too, it is the sum of the singular
     values of the product of the roots.
     """
-    first, second = (x, y) if x.few else (y, x)
-    if second.few:
+    first, second = (y, x) if x.few is None else (x, y)
+    if second.covariance is None:
         shared = torch.linalg.svdvals(first.root @ second.root.T).sum()
     else:
         shared = torch.linalg.eigvalsh(first.root @ second.covariance @ first.root.T).clamp(min=0).sqrt().sum()
-    apart = (x.mean - y.mean).square().sum()
-    squared: Tensor = apart + x.trace + y.trace - 2 * shared
+    squared: Tensor = (x.mean - y.mean).square().sum() + x.trace + y.trace - 2 * shared
     return squared
 
 
-class _Halved:
+class _HalvedSet:
     """A set of features (n, D) and its halves."""
 
     def __init__(self, features: Tensor, stream: Literal["samples", "reference"], splits: int) -> None:
         self.features = features
         self.members = draw_halves(len(features), stream, splits)
-        half = len(features) // 2
-        self.both = None if half <= features.shape[1] else _sums(features, torch.arange(2 * half))
+        self.half = len(features) // 2
+        few = self.half <= features.shape[1]
+        self.sums = None if few else _sums(features, torch.arange(2 * self.half))
 
     def at(self, split: int) -> tuple[Gaussian, Gaussian]:
         """Return the Gaussians of both halves of a cut."""
-        first, second = (self.members[2 * split + half].nonzero()[:, 0] for half in (0, 1))
-        of_first = self._of(first)
-        if of_first.sums is None or self.both is None:
-            return of_first, self._of(second)
-        return of_first, Gaussian(self.features, second, self.both.without(of_first.sums))
-
-    def _of(self, rows: Tensor) -> Gaussian:
-        few = len(rows) <= self.features.shape[1]
-        return Gaussian(self.features, rows, None if few else _sums(self.features, rows))
+        one, other = (self.members[2 * split + half].nonzero()[:, 0] for half in (0, 1))
+        if self.sums is None:
+            return Gaussian.of_few(self.features[one]), Gaussian.of_few(self.features[other])
+        (first, second), (all_first, all_second) = _sums(self.features, one), self.sums
+        rest = Gaussian.of_sums(self.half, all_first - first, all_second - second)
+        return Gaussian.of_sums(self.half, first, second), rest
 
 
-def _sums(features: Tensor, rows: Tensor) -> Sums:
+def _sums(features: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Compute the sums over features x, in ``rows``, of x, (D,), and of x·xᵀ, (D, D); float64."""
     width = features.shape[1]
     first, second = torch.zeros(width, dtype=torch.float64), torch.zeros(width, width, dtype=torch.float64)
     for chunk in torch.split(rows, CHUNK):
@@ -186,7 +279,7 @@ def _sums(features: Tensor, rows: Tensor) -> Sums:
         for start in range(0, width, COLUMNS):
             columns = x[:, start : start + COLUMNS]
             second[: start + COLUMNS, start : start + COLUMNS].addmm_(x[:, : start + COLUMNS].T, columns)
-    return Sums(len(rows), first, second.triu() + second.triu(1).T)
+    return first, second.triu() + second.triu(1).T
 
 
 ROWS = 128
@@ -252,10 +345,6 @@ def _added(of_block: Callable[[int], Tensor], count: int, pool: Executor, progre
     return total
 
 
-MANIFOLD, DENSITY = 3, 5
-"""k of precision and recall (arXiv 1904.06991), and of density and coverage (arXiv 2002.09797)."""
-FEWEST = 2 * (DENSITY + 1)
-"""Fewest features of a set for which every half has neighbourhoods."""
 TABLE = 64
 """Neighbours stored per feature. That fewer than 5 of them are in its half has probability 10⁻¹³; the neighbourhood
 then reaches to the last of them."""
@@ -277,10 +366,10 @@ def shares_of_halves(
     real, of_real = reference - centre, draw_halves(len(reference), "reference", splits)
     found = []
     with worker_threads() as pool:
-        near, wide = _radii(real, of_real, (MANIFOLD, DENSITY), pool, progress)
+        near, wide = _radii(real, of_real, (MANIFOLD_NEIGHBOURS, DENSITY_NEIGHBOURS), pool, progress)
         for features in sets:
             generated, of_generated = features - centre, draw_halves(len(features), "samples", splits)
-            (around,) = _radii(generated, of_generated, (MANIFOLD,), pool, progress)
+            (around,) = _radii(generated, of_generated, (MANIFOLD_NEIGHBOURS,), pool, progress)
             values = _shares(generated, real, of_generated, of_real, (near, wide, around), pool, progress)
             found.append({name: each.view(-1, 2) for name, each in values.items()})
     return found
@@ -328,7 +417,7 @@ def _shares(
     return {
         "precision": precise.sum(1) / samples,
         "recall": recalled.sum(1) / references,
-        "density": pairs / (DENSITY * samples),
+        "density": pairs / (DENSITY_NEIGHBOURS * samples),
         "coverage": covered.sum(1) / references,
     }
 
