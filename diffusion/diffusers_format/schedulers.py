@@ -8,8 +8,6 @@ from diffusers import (
     DDPMScheduler,
     DEISMultistepScheduler,
     DPMSolverMultistepScheduler,
-    EDMDPMSolverMultistepScheduler,
-    EDMEulerScheduler,
     EulerDiscreteScheduler,
     HeunDiscreteScheduler,
     SchedulerMixin,
@@ -19,7 +17,7 @@ from torch import Tensor
 
 from diffusion.common.errors import UserError
 from diffusion.diffusers_format.network import draws_with_learned_variance
-from diffusion.families.model import DiffusionModel
+from diffusion.families.ddpm import DiffusionModel
 from diffusion.process.samplers import (
     DDIMSampling,
     DDPMSampling,
@@ -35,18 +33,13 @@ from diffusion.process.schedules import NoiseSchedule
 
 WHOLE = (DDPMScheduler, DDIMScheduler)
 """Schedulers limited to integral times."""
-PRECONDITIONED = (EDMEulerScheduler, EDMDPMSolverMultistepScheduler)
-"""Schedulers that take EDM's output F instead of the clean image."""
-IN_SIGMA = (EulerDiscreteScheduler, HeunDiscreteScheduler, *PRECONDITIONED)
+IN_SIGMA = (EulerDiscreteScheduler, HeunDiscreteScheduler)
 """Schedulers whose state is x_0 + σ ε, as in Darkroom; that of the others is x_t."""
-SDE = (DPMSolverMultistepScheduler, EDMDPMSolverMultistepScheduler)
-"""Schedulers that can be configured to add fresh noise."""
-OTHERS = (DPMSolverMultistepScheduler, DEISMultistepScheduler, UniPCMultistepScheduler)
-SUPPORTED = (*WHOLE, *IN_SIGMA, *OTHERS)
+SUPPORTED = (*WHOLE, *IN_SIGMA, DPMSolverMultistepScheduler, DEISMultistepScheduler, UniPCMultistepScheduler)
 
 
 def scheduler_of(model: DiffusionModel, sampling: SamplingConfig) -> SchedulerMixin:
-    """The scheduler that takes the steps of ``sampling`` on the schedule of ``model``, whose network says x̂_0.
+    """Make the scheduler that takes the steps of ``sampling`` on the schedule of ``model``, whose network says x̂_0.
 
     In a pipeline of diffusers' own it visits the same noise levels, to the next whole time; DDPM's and DDIM's are
     theirs. Raises UserError if diffusers has none.
@@ -60,15 +53,30 @@ def scheduler_of(model: DiffusionModel, sampling: SamplingConfig) -> SchedulerMi
 
 
 def _scheduler(model: DiffusionModel, sampling: SamplingConfig) -> SchedulerMixin:
+    if isinstance(sampling, EulerSampling | HeunSampling) and sampling.churn is not None:
+        raise UserError(
+            "schedulers of diffusers keep no sampling.churn: leave it out, or use dpmpp_2m_sde, whose noise is fresh"
+        )
+    if isinstance(sampling, DPMSolverSDESampling) and sampling.eta != 1:
+        raise UserError(
+            f"diffusers samples dpmpp_2m_sde with all noise fresh, not with sampling.eta = {sampling.eta:g}: leave it "
+            "out, or use sampling.sampler=dpmpp_2m for none"
+        )
+    if sampling.sampler in ("ddpm", "ddim") and sampling.steps > model.schedule.steps:
+        raise UserError(
+            f"in diffusers {sampling.sampler} visits whole times, of which there are {model.schedule.steps}, and "
+            f"sampling.steps = {sampling.steps}: lower it"
+        )
+    alpha_bar = model.schedule.alphas_cumprod
+    betas = 1 - alpha_bar / torch.cat([alpha_bar.new_ones(1), alpha_bar[:-1]])
     shared: dict[str, Any] = {
         "num_train_timesteps": model.schedule.steps,
-        "trained_betas": betas(model.schedule),
+        "trained_betas": betas.tolist(),
         "prediction_type": "sample",
         "timestep_spacing": "trailing",
     }
     rho = {"use_karras_sigmas": True}
     to_zero = {"final_sigmas_type": "zero"}
-    _require_counterpart(model, sampling)
     match sampling:
         case DDPMSampling():
             variance: str = sampling.variance or "fixed_small"
@@ -91,30 +99,6 @@ def _scheduler(model: DiffusionModel, sampling: SamplingConfig) -> SchedulerMixi
             return UniPCMultistepScheduler(**shared, **rho, **to_zero, solver_order=sampling.order, solver_type="bh2")
 
 
-def _require_counterpart(model: DiffusionModel, sampling: SamplingConfig) -> None:
-    if isinstance(sampling, EulerSampling | HeunSampling) and sampling.churn is not None:
-        raise UserError(
-            "schedulers of diffusers keep no sampling.churn: leave it out, or use dpmpp_2m_sde, whose noise is fresh"
-        )
-    if isinstance(sampling, DPMSolverSDESampling) and sampling.eta != 1:
-        raise UserError(
-            f"diffusers samples dpmpp_2m_sde with all noise fresh, not with sampling.eta = {sampling.eta:g}: leave it "
-            "out, or use sampling.sampler=dpmpp_2m for none"
-        )
-    if sampling.sampler in ("ddpm", "ddim") and sampling.steps > model.schedule.steps:
-        raise UserError(
-            f"in diffusers {sampling.sampler} visits whole times, of which there are {model.schedule.steps}, and "
-            f"sampling.steps = {sampling.steps}: lower it"
-        )
-
-
-def betas(schedule: NoiseSchedule) -> list[float]:
-    """β_t = 1 − ᾱ_t / ᾱ_(t−1), as long as the schedule."""
-    alpha_bar = schedule.alphas_cumprod
-    before = torch.cat([alpha_bar.new_ones(1), alpha_bar[:-1]])
-    return (1 - alpha_bar / before).tolist()
-
-
 def visited(scheduler: SchedulerMixin, schedule: NoiseSchedule, config: SamplingConfig) -> tuple[Tensor, Tensor]:
     """Set the noise levels of ``config`` in ``scheduler``; returns its times, and σ at each as float64.
 
@@ -129,9 +113,7 @@ def visited(scheduler: SchedulerMixin, schedule: NoiseSchedule, config: Sampling
     if isinstance(scheduler, HeunDiscreteScheduler):  # which evaluates twice at each level but the first
         sigmas = torch.cat([sigmas[:1], sigmas[1:-1].repeat_interleave(2), sigmas[-1:]])
     levels = sigmas[:-1]
-    edm = isinstance(scheduler, PRECONDITIONED)
-    scheduler.sigmas = sigmas.float()
-    scheduler.timesteps = scheduler.precondition_noise(levels.float()) if edm else schedule.time(levels)
+    scheduler.sigmas, scheduler.timesteps = sigmas.float(), schedule.time(levels)
     # By number, as two levels may have one time.
     scheduler.set_begin_index(0)
     return scheduler.timesteps, levels

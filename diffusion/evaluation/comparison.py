@@ -39,8 +39,7 @@ from diffusion.evaluation.results import EvaluationConditions, ModelEvaluation, 
 from diffusion.families.model import ModelHeader
 from diffusion.generation.super_resolution import task_of
 from diffusion.models.config import FAMILIES
-from diffusion.process.family_options import effective_sampling
-from diffusion.process.samplers import SamplingConfig
+from diffusion.process.samplers import SamplingConfig, effective_sampling
 
 COMPARISON = "champion_comparison.json"
 """File name of the result in the folder of the evaluation."""

@@ -23,7 +23,7 @@ EXPANSION = 2
 Layer = TypeVar("Layer", nn.Conv2d, nn.Linear)
 
 
-class DiscriminatorBlock(nn.Module):
+class GANBlock(nn.Module):
     """Residual block with an inverted bottleneck."""
 
     def __init__(self, channels: int) -> None:
@@ -40,27 +40,17 @@ class DiscriminatorBlock(nn.Module):
         return out
 
 
-class GeneratorUpsample(nn.Module):
-    """Upsampling by a factor of 2."""
+class GANResample(nn.Module):
+    """Pointwise convolution with upsampling before it or downsampling after it, by a factor of 2."""
 
-    def __init__(self, inputs: int, outputs: int) -> None:
+    def __init__(self, inputs: int, outputs: int, up: bool) -> None:
         super().__init__()
-        self.conv = _scaled(nn.Conv2d(inputs, outputs, 1, bias=False), gain=1)
+        self.conv, self.up = _scaled(nn.Conv2d(inputs, outputs, 1, bias=False), gain=1), up
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, inputs, H, W) to (N, outputs, 2H, 2W)."""
-        return functional.interpolate(self.conv(x), scale_factor=2.0, mode="bilinear")
-
-
-class DiscriminatorDownsample(nn.Module):
-    """Downsampling by a factor of 2."""
-
-    def __init__(self, inputs: int, outputs: int) -> None:
-        super().__init__()
-        self.conv = _scaled(nn.Conv2d(inputs, outputs, 1, bias=False), gain=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, inputs, H, W) to (N, outputs, H/2, W/2)."""
+        """(N, inputs, H, W) to (N, outputs, 2H, 2W), or (N, outputs, H/2, W/2)."""
+        if self.up:
+            return functional.interpolate(self.conv(x), scale_factor=2.0, mode="bilinear")
         out: Tensor = self.conv(functional.avg_pool2d(x, 2))
         return out
 
@@ -75,20 +65,14 @@ class Generator(nn.Module):
     def __init__(self, config: GANConfig, channels: int, size: int, classes: int = 0) -> None:
         super().__init__()
         self.config, self.size, self.patch = config, size, config.patch
-        low = _lowest(config, size)
-        widths = _widths(config)[::-1]
+        low, widths = _lowest(config, size), [config.width * factor for factor in config.channel_mult[::-1]]
         self.no_class = classes
         """Index of the unconditional class."""
         self.classes = nn.Embedding(classes + 1, config.latent) if classes else None
         inputs = config.latent * (2 if classes else 1)
         self.begin = _scaled(nn.Linear(inputs, widths[0] * low**2, bias=False), gain=1)
         self.shape = (widths[0], low, low)
-        layers: list[nn.Module] = []
-        for number, width in enumerate(widths):
-            if number:
-                layers.append(GeneratorUpsample(widths[number - 1], width))
-            layers += [DiscriminatorBlock(width) for _ in range(config.blocks)]
-        self.layers = nn.Sequential(*layers)
+        self.layers = _layers(widths, config.blocks, up=True)
         self.end = _scaled(nn.Conv2d(widths[-1], channels * config.patch**2, 3, padding=1), gain=1)
 
     def forward(self, z: Tensor, label: Tensor | None = None) -> Tensor:
@@ -111,16 +95,12 @@ class Discriminator(nn.Module):
 
     def __init__(self, config: GANConfig, channels: int, size: int, classes: int = 0) -> None:
         super().__init__()
-        self.patch, low, widths = config.patch, _lowest(config, size), _widths(config)
+        low, widths = _lowest(config, size), [config.width * factor for factor in config.channel_mult]
+        self.patch = config.patch
         self.padding = low * config.factor - size
         self.no_class = classes
         self.begin = _scaled(nn.Conv2d(channels * config.patch**2, widths[0], 3, padding=1), gain=1)
-        layers: list[nn.Module] = []
-        for number, width in enumerate(widths):
-            if number:
-                layers.append(DiscriminatorDownsample(widths[number - 1], width))
-            layers += [DiscriminatorBlock(width) for _ in range(config.blocks)]
-        self.layers = nn.Sequential(*layers)
+        self.layers = _layers(widths, config.blocks, up=False)
         self.gather = _scaled(nn.Conv2d(widths[-1], widths[-1], low, groups=widths[-1], bias=False), gain=1)
         self.head = _scaled(nn.Linear(widths[-1], config.latent if classes else 1, bias=False), gain=1)
         self.classes = nn.Embedding(classes + 1, config.latent) if classes else None
@@ -141,8 +121,13 @@ def _labels(label: Tensor | None, like: Tensor, no_class: int) -> Tensor:
     return torch.full((len(like),), no_class, device=like.device) if label is None else label
 
 
-def _widths(config: GANConfig) -> list[int]:
-    return [config.width * multiplier for multiplier in config.channel_mult]
+def _layers(widths: list[int], blocks: int, up: bool) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    for number, width in enumerate(widths):
+        if number:
+            layers.append(GANResample(widths[number - 1], width, up))
+        layers += [GANBlock(width) for _ in range(blocks)]
+    return nn.Sequential(*layers)
 
 
 def _lowest(config: GANConfig, size: int) -> int:

@@ -26,6 +26,7 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, TypeAdapt
 
 from diffusion.common.config import Config, DeviceName, unset
 from diffusion.common.errors import UserError
+from diffusion.models.config import FamilyConfig, ModelConfig
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,12 +35,8 @@ if TYPE_CHECKING:
 
 Denoise: TypeAlias = Callable[["Tensor", "Tensor"], "Tensor"]
 """From x = x_0 + σ ε and σ to the estimate x̂_0."""
-Posterior: TypeAlias = Callable[["Tensor", "Tensor", "Tensor"], tuple["Tensor", "Tensor"]]
-"""From x, its σ and the lower level s: x̂_0, and the standard deviation of x_s, one number or one per value."""
 Noise: TypeAlias = Callable[[], "Tensor"]
 Callback: TypeAlias = Callable[[int, "Tensor", "Tensor"], None]
-Variance: TypeAlias = Callable[["Tensor", "Tensor"], "Tensor"]
-"""Variance of x_s around its mean, from σ and s, all float64 and of one shape."""
 
 DEFAULT_SAMPLER = "dpmpp_2m_sde"
 MAX_CHURN = math.sqrt(2) - 1
@@ -139,30 +136,13 @@ class BaseSampling(Config):
         return self.changed({"guidance": None, "guidance_interval": None, "guidance_rescale": None})
 
 
-def ancestral(
-    posterior: Posterior, x: Tensor, sigmas: Tensor, noise: Noise, callback: Callback | None = None
-) -> Tensor:
-    """Sample x_s from N(mean of q(x_s | x_σ, x̂_0), deviation²) at each level, without noise in the last step.
-
-    This is algorithm 2 of arXiv 2006.11239.
-    """
-    for i, sigma, following in _pairs(sigmas):
-        x0, deviation = posterior(x, sigma, following)
-        if callback:
-            callback(i, x, x0)
-        x = x0 + float((following / sigma) ** 2) * (x - x0)
-        if following > 0:
-            x = x + deviation * noise()
-    return x
-
-
 def fixed_small(sigma: Tensor, following: Tensor) -> Tensor:
-    """Compute s² (1 − s²/σ²), exact for data of a single image: β̃ (arXiv 2006.11239, equation 7) over ᾱ_s."""
+    """Compute s² (1 − s²/σ²), the variance of x_s for data of a single image: β̃ (arXiv 2006.11239, eq. 7) over ᾱ_s."""
     return following**2 * (1 - (following / sigma) ** 2)
 
 
 def fixed_large(sigma: Tensor, following: Tensor) -> Tensor:
-    """Compute (1 + s²)(σ² − s²)/(1 + σ²), exact for data from N(0, I): β (arXiv 2006.11239, section 3.2) over ᾱ_s."""
+    """Compute the variance (1 + s²)(σ² − s²)/(1 + σ²) of x_s, exact for data from N(0, I): β (section 3.2) over ᾱ_s."""
     return (1 + following**2) * (sigma**2 - following**2) / (1 + sigma**2)
 
 
@@ -172,37 +152,36 @@ def ddpm(
     sigmas: Tensor,
     noise: Noise,
     callback: Callback | None = None,
-    variance: Variance | None = None,
+    variance: Literal["fixed_small", "fixed_large"] | None = None,
 ) -> Tensor:
-    """DDPM's ancestral sampling with a fixed ``variance`` (arXiv 2006.11239, section 3.2).
+    """DDPM's ancestral sampling (arXiv 2006.11239, algorithm 2 and section 3.2), without noise in the last step.
 
     Without ``variance``: the learned one (2102.09672) if ``denoise`` is a ``Denoiser`` with one, else ``fixed_small``.
     """
-    if variance is None and getattr(denoise, "learned_variance", False):
-        return ancestral(denoise.posterior, x, sigmas, noise, callback)  # type: ignore[attr-defined]
-    variance = variance or fixed_small
-
-    def posterior(x: Tensor, sigma: Tensor, following: Tensor) -> tuple[Tensor, Tensor]:
-        return denoise(x, sigma), variance(sigma, following).sqrt()
-
-    return ancestral(posterior, x, sigmas, noise, callback)
-
-
-VARIANCES = {None: None, "fixed_small": fixed_small, "fixed_large": fixed_large}
+    learned = variance is None and getattr(denoise, "learned_variance", False)
+    fixed = fixed_large if variance == "fixed_large" else fixed_small
+    for i, sigma, following in _pairs(sigmas):
+        if learned:
+            x0, deviation = denoise.posterior(x, sigma, following)  # type: ignore[attr-defined]
+        else:
+            x0, deviation = denoise(x, sigma), fixed(sigma, following).sqrt()
+        if callback:
+            callback(i, x, x0)
+        x = x0 + float((following / sigma) ** 2) * (x - x0)
+        if following > 0:
+            x = x + deviation * noise()
+    return x
 
 
 class DDPMSampling(BaseSampling):
     """DDPM's ancestral sampling (arXiv 2006.11239): fresh noise in each step, best with many steps."""
 
+    function = ddpm
     sampler: Literal["ddpm"] = "ddpm"
     """Name of the sampler."""
     variance: Literal["fixed_small", "fixed_large"] | None = Field(None, exclude_if=unset)
     """Variance of the noise in each step: its lower or its upper bound (section 3.2). Null: the variance learned with
     model.learned_variance, or else fixed_small."""
-
-    def build_sampler(self) -> Sampler:
-        """Bind ``ddpm`` to its variance."""
-        return partial(ddpm, variance=VARIANCES[self.variance])
 
 
 def ddim(
@@ -526,6 +505,24 @@ def sampling_config(**fields: Any) -> SamplingConfig:
     except ValidationError as error:
         first = error.errors()[0]
         raise UserError(describe_error(first, first["loc"])) from error
+
+
+COMPUTING = {"compute_batch", "precision", "device"}
+"""Fields that have an effect for all families of models."""
+
+
+def effective_sampling(model: FamilyConfig, sampling: SamplingConfig) -> SamplingConfig:
+    """Reset the fields of ``sampling`` without effect for the family of ``model`` to their defaults."""
+    return sampling if isinstance(model, ModelConfig) else sampling_config(**sampling.model_dump(include=COMPUTING))
+
+
+def sampling_conflict(model: FamilyConfig, sampling: SamplingConfig) -> str | None:
+    """Describe a field of ``sampling`` that has no effect for the family of ``model``; None if there is none."""
+    theirs, ours = sampling.model_dump(), effective_sampling(model, sampling).model_dump()
+    changed = [name for name in sorted(theirs) if theirs[name] != ours.get(name)]
+    if not changed:
+        return None
+    return f"sampling.{changed[0]} means nothing to model.family = {model.family}: leave it out"
 
 
 def describe_error(error: Mapping[str, Any], location: Sequence[int | str]) -> str:

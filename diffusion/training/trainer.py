@@ -13,15 +13,14 @@ from torch import Tensor
 from diffusion.common.device import resolve_device
 from diffusion.common.errors import DarkroomError
 from diffusion.common.fingerprint import autocast
-from diffusion.data.loader import Batch
+from diffusion.data.loader import Batch, Loader, Order, TrainingOrder, WindowedOrder
 from diffusion.families import family_of
-from diffusion.families.base import OptimizerStep, TrainingBatch
-from diffusion.families.model import to_float
+from diffusion.families.model import OptimizerStep, TrainingBatch, to_float
 from diffusion.training.config import TrainingConfig
 from diffusion.training.distributed import Ranks, full_tensor
 from diffusion.training.logging import TrainingLog
 from diffusion.training.setup import TrainingSetup
-from diffusion.training.state import make_state
+from diffusion.training.state import TrainingState
 
 LOGS_PER_CHECKPOINT = 20
 
@@ -35,7 +34,7 @@ class NotFiniteError(DarkroomError):
 
 
 class PendingStep:
-    """An optimizer step in flight whose outcome can be read without waiting for later steps."""
+    """An optimizer step in flight, whose outcome can be read without waiting for later steps."""
 
     def __init__(self, images: int, finite: Tensor, batch: Batch, t: Tensor | None) -> None:
         self.images, self.batch, self.t = images, batch, t
@@ -63,16 +62,33 @@ class Trainer:
             # Initial weights are a function of the seed.
             torch.manual_seed(self.config.seed)
             network = setup.make_network(self.config.gradient_checkpointing)
-            self.objective = family_of(setup.model).make_objective(setup.model, self.config, setup.data)
-        if setup.warm_start:
-            setup.warm_start.initialize(network, setup.model, setup.dataset, setup.classes)
+            family, header = family_of(setup.model), setup.model_header(0)
+            self.objective = family.make_objective(header, self.config, setup.autoencoder)
+        if setup.initial:
+            network.load_state_dict(setup.initial.network.state_dict())
         network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         shard = self.config.shard and setup.ranks.count > 1
-        frozen = setup.frozen_tensors()
-        self.state = make_state(network, self.objective, self.config, self.device, frozen, shard)
+        frozen = setup.autoencoder.to(self.device).state_dict() if setup.autoencoder else {}
+        self.state = TrainingState(network, self.objective, self.config, self.device, frozen, shard)
         if setup.compiled:
             network.compile(dynamic=False)
-        self.loader = setup.make_loader()
+        manifest, rows = setup.dataset.manifest, setup.dataset.rows("train")
+        order: Order = (
+            TrainingOrder(manifest.content_digest, self.config.seed, len(rows))
+            if self.config.window is None
+            else WindowedOrder(manifest.layout_digest, self.config.seed, self.config.window, setup.dataset.shards(rows))
+        )
+        self.loader = Loader(
+            setup.dataset,
+            rows,
+            order,
+            self.config.batch_size,
+            rank=setup.ranks.rank,
+            ranks=setup.ranks.count,
+            flip_seed=self.config.seed if self.config.flip else None,
+            prefetch=self.config.prefetch,
+            workers=self.config.workers,
+        )
         self.total = 0
         """Total number of images to see, a whole number of batches."""
         self.pending: deque[PendingStep] = deque()
@@ -123,7 +139,7 @@ class Trainer:
         batch = self.loader.batch(state.images, self.total)
         x0 = to_float(batch.images).contiguous(memory_format=torch.channels_last)
         noised = self.objective.make_batch(x0, batch.indices, self.setup.training_conditioning(batch))
-        t, noised = noised.t, noised.on(self.device)
+        t, noised = noised.random.get("t"), noised.on(self.device)
         finite, norms = torch.ones((), dtype=torch.bool, device=self.device), []
         for step, optimizer in zip(state.steps, state.optimizers, strict=True):
             loss = self.backward(step, noised)
