@@ -25,7 +25,7 @@ from diffusion.models.config import ModelConfig, ObjectiveConfig
 from diffusion.models.unet import UNet, sinusoidal
 from diffusion.models.vae import Latents
 from diffusion.process.denoiser import Denoiser, clipped, guided
-from diffusion.process.editing import Edit, levels_for, pigdm, repaint, replace_known, whole
+from diffusion.process.editing import Edit, blanked, levels_for, pigdm, repaint, replace_known, whole
 from diffusion.process.likelihood import Terms, denoising_terms
 from diffusion.process.parametrization import (
     Objective,
@@ -242,7 +242,9 @@ def edited(
     """
     levels = levels_for(sigmas, edit.strength)
     start = float(levels[0]) * noise()
-    known = model.encoded(to_float(edit.seen.to(start.device))[None])
+    # At full strength the reverse process gets nothing of the hole.
+    seen = edit.image if edit.kept is None or edit.strength < 1 else blanked(edit.image, edit.kept)
+    known = model.encoded(to_float(seen.to(start.device))[None])
     if edit.kept is not None:
         kept = whole(edit.kept.to(start.device), known.shape[-1])
         if edit.guided:

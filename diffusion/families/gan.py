@@ -87,11 +87,7 @@ def gradient_penalties(discriminator: Callable[[Tensor], Tensor], x: Tensor) -> 
 
 @dataclass(frozen=True)
 class RelativisticObjective(TrainingObjective):
-    """R3GAN's loss: the relativistic pairing loss (arXiv 1807.00734) with R1 and R2 gradient penalties.
-
-    The pairing loss leaves no stationary point with mode collapse; the penalties make training converge (2501.05441,
-    section 2).
-    """
+    """R3GAN's loss: relativistic pairing loss (arXiv 1807.00734), against mode collapse, with R1 and R2 penalties."""
 
     betas: ClassVar[tuple[float, float]] = (0.0, 0.99)
     """Without momentum, which destabilises adversarial training (β₁ = 0, as in 2501.05441)."""

@@ -93,9 +93,8 @@ def kl_divergence(mean: Tensor, log_variance: Tensor) -> Tensor:
 def negative_log_likelihood(x: Tensor, reconstruction: Tensor, log_scale: Tensor) -> Tensor:
     """Compute −ln p(x | z) of each image, (N,), for Gaussian values around the reconstruction, (N, …).
 
-    ``log_scale``, the logarithm of their common standard deviation, is learned: its optimum is the reconstruction
-    error, so the weight of the divergence does not depend on the contrast of the images (σ-VAE, arXiv 2006.13202). It
-    is clamped at half a level, the precision of pixels, as exact reconstructions would drive it to −∞.
+    ``log_scale``, the logarithm of their standard deviation, is learned, so that the weight of the divergence does not
+    depend on the contrast of the images (σ-VAE, arXiv 2006.13202). It is at least half a level, pixels' precision.
     """
     log_scale = log_scale.clamp(min=math.log(HALF_A_LEVEL))
     error = (x - reconstruction) * (-log_scale).exp()
@@ -104,10 +103,7 @@ def negative_log_likelihood(x: Tensor, reconstruction: Tensor, log_scale: Tensor
 
 @dataclass(frozen=True)
 class EvidenceObjective(TrainingObjective):
-    """The negative evidence lower bound, in bits per value, with one sample of the posterior.
-
-    The bits are those of 8-bit pixels: the density times the width of a level.
-    """
+    """The negative evidence lower bound, in bits per 8-bit value, with one sample of the posterior."""
 
     config: VAEConfig
     seed: int

@@ -107,10 +107,9 @@ def explain(model: Model, image: Tensor, output: Path, seed: int = 0) -> list[Pa
 
 
 def explain_diffusion(model: DiffusionModel, image: Tensor, output: Path, seed: int = 0) -> list[Path]:
-    """Draw ``forward.png``, ``training_step.png`` and ``reverse.png`` into folder ``output``.
+    """Draw ``forward.png``, ``training_step.png`` and ``reverse.png`` into folder ``output``; noise is from ``seed``.
 
-    ``image``: a real one, (C, H, W) uint8, of the model's shape; UserError if it is another. All noise
-    comes from ``seed``.
+    Raises UserError if the real ``image``, (C, H, W) uint8, is not of the model's shape.
     """
     if tuple(image.shape) != model.shape:
         theirs, ours = ("×".join(map(str, shape)) for shape in (image.shape, model.shape))

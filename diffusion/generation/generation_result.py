@@ -63,9 +63,9 @@ def generate_to_folder(
 ) -> GenerationResult:
     """Generate the images of ``request`` with the model in the file ``weights`` into the folder ``output``.
 
-    The default folder lies in samples/ and is named after model and request. ``origin`` is the origin of the model,
-    written to each image. All files are written atomically; ``request.json`` lists the images only when all are
-    written. Raises UserError as ``answer`` does, and if the folder belongs to another request.
+    The default folder in samples/ is named after model and request. Each image carries the ``origin`` of the model.
+    ``request.json`` lists the images once all are written. Raises UserError as ``answer`` does, and if the folder
+    belongs to another request.
     """
     model = load_model(weights)
     digest = sha256_file(weights)

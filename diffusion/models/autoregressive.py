@@ -57,10 +57,7 @@ class Layer(nn.Module):
 
 
 class PixelCNN(nn.Module):
-    """Gated PixelCNN: the distribution of each pixel given the pixels before it in raster order.
-
-    ``classes`` is the number of classes that it is conditioned on; 0: unconditional.
-    """
+    """Gated PixelCNN: each pixel's distribution given those before it in raster order, and ``classes`` (0: none)."""
 
     def __init__(self, config: AutoregressiveConfig, channels: int, classes: int = 0) -> None:
         super().__init__()
@@ -76,11 +73,9 @@ class PixelCNN(nn.Module):
         _init_head(self.head, channels, config.mixtures)
 
     def forward(self, x: Tensor, label: Tensor | None = None) -> Tensor:
-        """Predict the parameters of each pixel's mixture, (N, ``parameter_count``, H, W).
+        """Predict the parameters of each pixel's mixture, (N, ``parameter_count``, H, W), for images in [−1, 1].
 
-        Args:
-            x: Images, (N, C, H, W) in [−1, 1].
-            label: Class of each image or ``no_class``, (N,) integers; None: ``no_class``.
+        ``label`` is the class of each image or ``no_class``, (N,) integers; None: ``no_class``.
         """
         label = self.labels(label, x)
         marked = with_ones(x)
@@ -105,8 +100,7 @@ class PixelCNN(nn.Module):
 class PixelSampler:
     """Incremental evaluation of a PixelCNN for images of ``size`` pixels that are sampled pixel by pixel.
 
-    The features of both stacks are cached: the vertical stack is evaluated once per row, the horizontal stack once per
-    pixel. Together that is the work of one forward pass.
+    The vertical stack is evaluated once per row, the horizontal stack once per pixel: the work of one forward pass.
     """
 
     def __init__(self, network: PixelCNN, count: int, size: int, label: Tensor | None) -> None:
@@ -222,9 +216,9 @@ def log_probability(mixtures: Mixtures, x: Tensor, levels: int = LEVELS) -> Tens
 
 
 def sample_pixels(mixtures: Mixtures, noise: Tensor, levels: int = LEVELS) -> Tensor:
-    """Sample pixels (…, C) from standard Gaussian ``noise`` (…, C + 1), whose last value selects the component.
+    """Sample pixels (…, C) by inverting the cumulative distributions at standard Gaussian ``noise`` (…, C + 1).
 
-    Sampling inverts the cumulative distributions, so similar mixtures give similar pixels for the same noise.
+    The last value of the noise selects the component.
     """
     quantile = torch.special.ndtr(noise[..., -1:])
     component = (mixtures.logits.softmax(-1).cumsum(-1) < quantile).sum(-1).clamp(max=mixtures.logits.shape[-1] - 1)

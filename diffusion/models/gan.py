@@ -1,7 +1,6 @@
-"""Generator and discriminator after R3GAN (arXiv 2501.05441).
+"""Generator and discriminator after R3GAN (arXiv 2501.05441): residual blocks without normalisation.
 
-Residual blocks without normalisation: an inverted bottleneck around a grouped convolution, initialised as the identity
-(Fixup, 1901.09321); bilinear resampling between resolutions; projection discriminator for classes (1802.05637).
+Blocks are initialised as the identity (Fixup, 1901.09321), and classes are projected (1802.05637).
 """
 
 import math
@@ -24,7 +23,7 @@ Layer = TypeVar("Layer", nn.Conv2d, nn.Linear)
 
 
 class GANBlock(nn.Module):
-    """Residual block with an inverted bottleneck."""
+    """Residual block: an inverted bottleneck around a grouped convolution."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -58,8 +57,8 @@ class GANResample(nn.Module):
 class Generator(nn.Module):
     """Generator of images with ``channels`` and ``size`` pixels from noise, conditioned on ``classes`` (0: none).
 
-    A size that patch and resolutions do not divide is rounded up inside and cropped. Raises UserError if the lowest
-    resolution would be less than a pixel.
+    A size that patch and resolutions do not divide is rounded up inside. Raises UserError if the lowest resolution
+    would be less than a pixel.
     """
 
     def __init__(self, config: GANConfig, channels: int, size: int, classes: int = 0) -> None:
@@ -76,11 +75,9 @@ class Generator(nn.Module):
         self.end = _scaled(nn.Conv2d(widths[-1], channels * config.patch**2, 3, padding=1), gain=1)
 
     def forward(self, z: Tensor, label: Tensor | None = None) -> Tensor:
-        """Generate images (N, C, H, W), nominally in [−1, 1].
+        """Generate images (N, C, H, W), nominally in [−1, 1], from noise ``z`` (N, latent, 1, 1).
 
-        Args:
-            z: Noise, (N, latent, 1, 1).
-            label: Class of each image or ``no_class``, (N,) integers; None: ``no_class``.
+        ``label`` is the class of each image or ``no_class``, (N,) integers; None: ``no_class``.
         """
         z = z.flatten(1)
         if self.classes is not None:

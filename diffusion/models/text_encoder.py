@@ -58,8 +58,7 @@ def check_encoder(encoder: TextEncoder | None) -> None:
 class MiniLM:
     """The encoder with its weights; safe to call from any thread.
 
-    Texts are encoded one by one: in a batch the last bits of each would depend on the others. A caption takes 5 to
-    15 ms on one core; a batch would take half as long.
+    Texts are encoded one by one, 5 to 15 ms each: in a batch the last bits of each would depend on the others.
     """
 
     def __init__(self, folder: Path, tokenizer: "Tokenizer") -> None:

@@ -25,10 +25,7 @@ times as long there on CPUs."""
 
 
 class ResidualBlock(nn.Module):
-    """Residual block of two convolutions, followed by self-attention if ``heads`` is not 0.
-
-    The embedding scales and shifts the second normalisation (adaptive group norm, arXiv 2105.05233, section 3.1).
-    """
+    """Residual block with adaptive group norm (arXiv 2105.05233, section 3.1), and attention if ``heads`` is not 0."""
 
     def __init__(self, inputs: int, outputs: int, embedding: int, heads: int, dropout: float = 0.0) -> None:
         super().__init__()
@@ -101,11 +98,10 @@ class Grow(nn.Module):
 
 
 class UNet(nn.Module):
-    """U-Net with a skip connection from each layer of the downward path.
+    """U-Net for images with ``channels`` and ``size`` pixels, conditioned on ``classes`` (0: none).
 
-    ``channels`` and ``size`` are those of the images, ``classes`` is the number of classes that it is conditioned on
-    (0: none). A size that patch and resolutions do not divide is padded inside. Raises UserError if the lowest
-    resolution would be less than a pixel.
+    A size that patch and resolutions do not divide is padded inside. Raises UserError if the lowest resolution would be
+    less than a pixel.
     """
 
     def __init__(self, config: ModelConfig, channels: int, size: int, classes: int = 0) -> None:
@@ -178,7 +174,7 @@ class UNet(nn.Module):
         low: Tensor | None = None,
         level: Tensor | None = None,
     ) -> Tensor:
-        """Predict from noisy images.
+        """Predict from noisy images: (N, C, H, W), or (N, 2C, H, W) with v of a learned variance in the second half.
 
         Args:
             x: Noisy images, (N, C, H, W).
@@ -188,10 +184,6 @@ class UNet(nn.Module):
             draws: Dropout seeds, (N,) int64 below 2^62; None: no dropout, as outside of training.
             low: For super-resolution, small images enlarged to (N, C, H, W).
             level: Standard deviation of the noise in ``low``, (N,).
-
-        Returns:
-            The prediction, (N, C, H, W), or with a learned variance (N, 2C, H, W), whose second half is v of
-            ``diffusion.process.likelihood``.
         """
         if not self.dropout:
             draws = None
@@ -250,8 +242,7 @@ class UNet(nn.Module):
 def seeded_dropout(h: Tensor, draws: Tensor, rate: float) -> Tensor:
     """Dropout: set a share ``rate`` of the values of ``h`` (N, C, H, W) to 0 and scale up the rest (arXiv 1207.0580).
 
-    The choice is a function of ``draws`` (N,) int64 alone, so it does not depend on threads, ranks or restarts: the
-    index of each value is hashed with its image's seed (the finalizer of SplitMix64).
+    The choice depends on ``draws`` (N,) int64 alone: each value's index is hashed with it (SplitMix64's finalizer).
     """
     numbers = torch.arange(h[0].numel(), device=h.device).view(1, *h.shape[1:])
     mixed = (numbers + 1) * GOLDEN + draws[:, None, None, None]

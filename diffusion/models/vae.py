@@ -39,10 +39,7 @@ class Block(nn.Module):
 
 
 class VAE(nn.Module):
-    """Encoder and decoder of images with ``channels`` and ``size`` pixels.
-
-    Raises UserError if the downsampling factor does not divide the size.
-    """
+    """Encoder and decoder of images with ``channels`` and ``size`` pixels; UserError if the factor does not divide."""
 
     def __init__(self, config: VAEConfig, channels: int, size: int) -> None:
         super().__init__()

@@ -56,11 +56,6 @@ class Edit:
         if not self.kept.any():
             raise UserError("the mask keeps nothing of the image: make it black where it is to stay")
 
-    @property
-    def seen(self) -> Tensor:
-        """The image as the reverse process gets it: at full strength without the pixels of the hole."""
-        return self.image if self.kept is None or self.strength < 1 else blanked(self.image, self.kept)
-
 
 def blanked(images: Tensor, kept: Tensor) -> Tensor:
     """Fill the hole of ``images`` (..., C, H, W) uint8 with each channel's mean over the ``kept`` pixels (H, W).

@@ -20,7 +20,7 @@ import difflib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, TypeAdapter, ValidationError, model_validator
 
@@ -37,19 +37,12 @@ Denoise: TypeAlias = Callable[["Tensor", "Tensor"], "Tensor"]
 """From x = x_0 + σ ε and σ to the estimate x̂_0."""
 Noise: TypeAlias = Callable[[], "Tensor"]
 Callback: TypeAlias = Callable[[int, "Tensor", "Tensor"], None]
+Sampler: TypeAlias = Callable[..., "Tensor"]
+"""From denoise, x, sigmas, noise and callback, as above, to images, nominally in [−1, 1], (N, C, H, W)."""
 
 DEFAULT_SAMPLER = "dpmpp_2m_sde"
 MAX_CHURN = math.sqrt(2) - 1
 """Largest γ of churn in one step (arXiv 2206.00364, algorithm 2)."""
-
-
-class Sampler(Protocol):
-    """Signature of all samplers."""
-
-    def __call__(
-        self, denoise: Denoise, x: Tensor, sigmas: Tensor, noise: Noise, callback: Callback | None = None
-    ) -> Tensor:
-        """Generate images, nominally in [−1, 1], (N, C, H, W)."""
 
 
 class BaseSampling(Config):
@@ -57,7 +50,7 @@ class BaseSampling(Config):
 
     model_config = ConfigDict(allow_inf_nan=False)
 
-    function: ClassVar[Callable[..., Tensor]]
+    function: ClassVar[Sampler]
     """The sampler; it takes the configuration's own options as keyword arguments."""
     sampler: str
     """Name of the sampler, which determines the other options."""

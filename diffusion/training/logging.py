@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
-from typing import Protocol
+from typing import Any, Protocol
 
 from PIL import Image
 from torch import Tensor
@@ -187,12 +187,12 @@ class TrainingLog:
         self.tracker.log_metrics({name: value for name, value in metrics.items() if math.isfinite(value)}, images)
         self.progress("images trained on", images, self.total, f"loss {metrics['loss']:.4f}")
 
-    def checkpoint(self, tensors: dict[str, Tensor], counts: dict[str, int], save_every: int) -> None:
+    def checkpoint(self, tensors: dict[str, Tensor], header: dict[str, Any], save_every: int) -> None:
         """Validate the averaged weights in ``tensors``, log the results and start a checkpoint.
 
         The checkpoint comes last, so that a killed process repeats the rest.
         """
-        setup, images = self.validation.setup, counts["images"]
+        setup, images = self.validation.setup, int(header["model_header"]["images"])
         averaged, metrics = self.validation.evaluate(tensors, images)
         self.losses.append(images, {name: metrics.get(name, math.nan) for name in LOSSES})
         generated = self.validation.generate(averaged, self.sampling)
@@ -209,12 +209,11 @@ class TrainingLog:
         self.monitor.check_weights(_under(NETWORK, tensors), _under(AVERAGED, tensors), images)
         if setup.config.ema_stds is not None:
             kept = {name: value for name, value in tensors.items() if name.startswith((*PREFIXES, AUTOENCODER))}
-            header = setup.header(images, self.total) | {STDS: list(setup.config.ema_stds)}
-            Checkpoints(self.output / SNAPSHOTS).save(kept, header)
+            about = setup.header(images, self.total) | {STDS: list(setup.config.ema_stds)}
+            Checkpoints(self.output / SNAPSHOTS).save(kept, about)
         for file in (self.history, self.losses):
             sync_file(file.path)
         self.tracker.sync()
-        header = setup.checkpoint_header(counts, self.total)
         self.writer.save(tensors, header, setup.config.keep, self._spared(save_every))
 
     def _spared(self, save_every: int) -> set[int]:

@@ -187,11 +187,6 @@ class TrainingSetup:
             "total": total,
         }
 
-    def checkpoint_header(self, counts: dict[str, int], total: int) -> dict[str, Any]:
-        """Build the header of a checkpoint: the counts of the state and the fingerprint of the machine."""
-        header = {COUNTS: counts, FINGERPRINT: self.fingerprint.model_dump(mode="json")}
-        return self.header(counts["images"], total) | header
-
     @cached_property
     def train_key(self) -> str:
         """Return the digest of everything that determines the weights, except the fingerprint."""
@@ -262,7 +257,7 @@ def open_dataset(data: Path, config: TrainingConfig, store: ShardStore | None) -
         needed = sum(sizes if window is None else sizes[: 2 * window])
         if needed > config.stream_bytes:
             fitting = sum(int(total) <= config.stream_bytes for total in np.cumsum(sizes)) // 2
-            less = f", or set training.window to {fitting}" + (" or less" if fitting > 1 else "") if fitting else ""
+            less = f", or set training.window to {fitting} or less" if fitting else ""
             what = f"two windows of training.window = {window}" if window else f"all {len(sizes)}"
             raise UserError(
                 f"{what} shards of data set {manifest.name} have up to {needed} bytes and the cache holds "

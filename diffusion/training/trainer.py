@@ -19,7 +19,7 @@ from diffusion.families.model import OptimizerStep, TrainingBatch, to_float
 from diffusion.training.config import TrainingConfig
 from diffusion.training.distributed import Ranks, full_tensor
 from diffusion.training.logging import TrainingLog
-from diffusion.training.setup import TrainingSetup
+from diffusion.training.setup import COUNTS, FINGERPRINT, TrainingSetup
 from diffusion.training.state import TrainingState
 
 LOGS_PER_CHECKPOINT = 20
@@ -127,7 +127,7 @@ class Trainer:
             if state.images % save_every == 0 or at_end:
                 tensors = self.checkpoint_tensors()
                 if log:
-                    log.checkpoint(tensors, state.counts(), save_every)
+                    log.checkpoint(tensors, self.checkpoint_header(), save_every)
                 since = time.perf_counter()
 
     def train_step(self, learning_rate: float) -> tuple[Tensor, Tensor]:
@@ -212,8 +212,9 @@ class Trainer:
         return self.state.full_tensors(self.setup.ranks.is_main) if self.config.shard else self.state.tensors()
 
     def checkpoint_header(self) -> dict[str, Any]:
-        """Build the header of a checkpoint of the current state."""
-        return self.setup.checkpoint_header(self.state.counts(), self.total)
+        """Build the header of a checkpoint: that of a model, the counts of the state and the machine's fingerprint."""
+        header = self.setup.header(self.state.images, self.total)
+        return header | {COUNTS: self.state.counts(), FINGERPRINT: self.setup.fingerprint.model_dump(mode="json")}
 
 
 def scheduled_learning_rate(config: TrainingConfig, images: int, total: int) -> float:
