@@ -50,14 +50,13 @@ def read_header(path: Path) -> dict[str, Any]:
             )
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-        header = HEADER.validate_json(metadata[METADATA_KEY])
+        return HEADER.validate_json(metadata[METADATA_KEY])
     except FileNotFoundError as error:
         raise UserError(f"no model at {path}: train one with `darkroom train`") from error
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror or error}): give the file of a model") from error
     except (SafetensorError, KeyError, ValidationError) as error:
         raise UserError(f"{path} is not a model of ours, or is damaged: train or fetch it again") from error
-    return header
 
 
 def read_tensors(path: Path, prefix: str) -> dict[str, Tensor]:
@@ -77,14 +76,13 @@ def read_model_header(path: Path) -> ModelHeader:
     """Read the header of a model file; raises UserError as ``load_model`` does."""
     raw = read_header(path)
     try:
-        header = ModelHeader.model_validate(raw["model_header"])
-    except (KeyError, ValidationError) as error:
-        first = error.errors()[0] if isinstance(error, ValidationError) else {"loc": ["model_header"], "msg": "missing"}
-        where = ".".join(map(str, first["loc"]))
+        return ModelHeader.model_validate(raw.get("model_header"))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "model_header"
         raise UserError(
             f"{path} has a header this version cannot read ({where}: {first['msg']}): use the version that wrote it"
         ) from error
-    return header
 
 
 def load_model(path: Path) -> Model:

@@ -104,17 +104,12 @@ def _digests(folder: Path) -> dict[str, str]:
 def readme(model: DiffusionModel, sampling: SamplingConfig, about: Exported) -> str:
     """Write the README of an export: usage, origin and limitations."""
     header, (channels, size, _) = model.header, model.shape
-    conditions = (
-        f", labels=[{python_literal(model.classes[0])}]"
-        if model.classes
-        else ', prompts=["…"]'
-        if model.config.text
-        else ""
-    )
-    stock = (
-        ""
-        if about.pipeline == "DarkroomPipeline"
-        else f"""
+    conditions = ', prompts=["…"]' if model.config.text else ""
+    if model.classes:
+        conditions = f", labels=[{python_literal(model.classes[0])}]"
+    stock = ""
+    if about.pipeline != "DarkroomPipeline":
+        stock = f"""
 Or with a pipeline of diffusers' own, once the class of the network is known (that it expected its own is no error):
 
 ```python
@@ -123,7 +118,6 @@ pipe = diffusers.{about.pipeline}.from_pretrained({python_literal(about.folder.n
 pipe(batch_size=4, num_inference_steps={sampling.steps}).images
 ```
 """
-    )
     classes = f", of {len(model.classes)} classes" if model.classes else ""
     return f"""# {escape_markdown(header.dataset)}
 

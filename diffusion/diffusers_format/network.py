@@ -14,7 +14,6 @@ from diffusion.families.model import ModelHeader, classes_of
 from diffusion.models.config import ModelConfig
 from diffusion.models.unet import UNet
 from diffusion.process.samplers import SAMPLING_ADAPTER, DDPMSampling, SamplingConfig
-from diffusion.process.schedules import NoiseSchedule, make_schedule
 
 
 class DarkroomUNet(ModelMixin, ConfigMixin):  # type: ignore[misc]
@@ -52,20 +51,9 @@ class DarkroomUNet(ModelMixin, ConfigMixin):  # type: ignore[misc]
         return unet
 
     @cached_property
-    def header(self) -> ModelHeader:
-        """Header of the model."""
-        return ModelHeader.model_validate(self.config.header)
-
-    @cached_property
-    def schedule(self) -> NoiseSchedule:
-        """Its noise schedule."""
-        assert isinstance(self.header.model, ModelConfig)
-        return make_schedule(self.header.model)
-
-    @property
     def model(self) -> DiffusionModel:
         """The model as a ``DiffusionModel`` that shares the weights."""
-        return DiffusionModel(self.header, self.network, self.schedule)
+        return DiffusionModel.make_model(ModelHeader.model_validate(self.config.header), self.network, None)
 
     @property
     def sampling(self) -> SamplingConfig:
@@ -88,7 +76,7 @@ class DarkroomUNet(ModelMixin, ConfigMixin):  # type: ignore[misc]
         DDPMScheduler with the variance ``learned_range`` takes it.
         """
         t = torch.as_tensor(timestep, device=sample.device).expand(len(sample))
-        sigma = self.schedule.sigma(t)
+        sigma = self.model.schedule.sigma(t)
         x = sample.float() * (1 + sigma**2).sqrt().float()[:, None, None, None]
         given = {"label": class_labels, "text": text}
         conditioning = {name: each for name, each in given.items() if each is not None}

@@ -24,8 +24,8 @@ Options = Callable[[], dict[str, Any]]
 class DarkroomPipeline(DiffusionPipeline):  # type: ignore[misc]
     """Pipeline for Darkroom models with classes, captions and guidance, for any scheduler of ``SUPPORTED``.
 
-    To use another scheduler: ``pipe.scheduler = UniPCMultistepScheduler.from_config(
-    pipe.scheduler.config)``. All visit the noise levels that ``darkroom sample`` does, but for DDPM's and DDIM's.
+    Another one: ``pipe.scheduler = UniPCMultistepScheduler.from_config(pipe.scheduler.config)``. All but DDPM's and
+    DDIM's visit the noise levels that ``darkroom sample`` does.
     """
 
     model_cpu_offload_seq = "unet"
@@ -75,7 +75,7 @@ class DarkroomPipeline(DiffusionPipeline):  # type: ignore[misc]
         check_prompts(conditions)
         check_sampling(model, config, conditions)
         _check_scheduler(self.scheduler, model)
-        learned = isinstance(self.scheduler, DDPMScheduler) and "learned" in self.scheduler.config.variance_type
+        learned = isinstance(self.scheduler, DDPMScheduler) and "learned" in str(self.scheduler.config.variance_type)
         if learned and (not model.config.learned_variance or config.guides):
             raise UserError(
                 "a variance is learned by one network without guidance: use "

@@ -18,17 +18,7 @@ from torch import Tensor
 from diffusion.common.errors import UserError
 from diffusion.diffusers_format.network import draws_with_learned_variance
 from diffusion.families.ddpm import DiffusionModel
-from diffusion.process.samplers import (
-    DDIMSampling,
-    DDPMSampling,
-    DEISSampling,
-    DPMSolverSampling,
-    DPMSolverSDESampling,
-    EulerSampling,
-    HeunSampling,
-    SamplingConfig,
-    UniPCSampling,
-)
+from diffusion.process.samplers import DPMSolverSDESampling, EulerSampling, HeunSampling, SamplingConfig
 from diffusion.process.schedules import NoiseSchedule
 
 WHOLE = (DDPMScheduler, DDIMScheduler)
@@ -44,15 +34,6 @@ def scheduler_of(model: DiffusionModel, sampling: SamplingConfig) -> SchedulerMi
     In a pipeline of diffusers' own it visits the same noise levels, to the next whole time; DDPM's and DDIM's are
     theirs. Raises UserError if diffusers has none.
     """
-    scheduler = _scheduler(model, sampling)
-    if not isinstance(scheduler, WHOLE):
-        levels = sampling.sigma_grid(model.schedule)
-        # Not among its arguments, but it looks there when it lays out levels as Karras et al. do.
-        scheduler.register_to_config(sigma_max=float(levels[0]), sigma_min=float(levels[-2]))
-    return scheduler
-
-
-def _scheduler(model: DiffusionModel, sampling: SamplingConfig) -> SchedulerMixin:
     if isinstance(sampling, EulerSampling | HeunSampling) and sampling.churn is not None:
         raise UserError(
             "schedulers of diffusers keep no sampling.churn: leave it out, or use dpmpp_2m_sde, whose noise is fresh"
@@ -75,28 +56,28 @@ def _scheduler(model: DiffusionModel, sampling: SamplingConfig) -> SchedulerMixi
         "prediction_type": "sample",
         "timestep_spacing": "trailing",
     }
-    rho = {"use_karras_sigmas": True}
-    to_zero = {"final_sigmas_type": "zero"}
-    match sampling:
-        case DDPMSampling():
-            variance: str = sampling.variance or "fixed_small"
-            if model.config.learned_variance and draws_with_learned_variance(sampling):
-                variance = "learned_range"
-            return DDPMScheduler(**shared, variance_type=variance, clip_sample=False)
-        case DDIMSampling():
-            return DDIMScheduler(**shared, clip_sample=False)
-        case EulerSampling():
-            return EulerDiscreteScheduler(**shared, **rho)
-        case HeunSampling():
-            return HeunDiscreteScheduler(**shared, **rho)
-        case DPMSolverSampling():
-            return DPMSolverMultistepScheduler(**shared, **rho, **to_zero)
-        case DPMSolverSDESampling():
-            return DPMSolverMultistepScheduler(**shared, **rho, **to_zero, algorithm_type="sde-dpmsolver++")
-        case DEISSampling():
-            return DEISMultistepScheduler(**shared, **rho, solver_order=sampling.order, lower_order_final=False)
-        case UniPCSampling():
-            return UniPCMultistepScheduler(**shared, **rho, **to_zero, solver_order=sampling.order, solver_type="bh2")
+    learned = model.config.learned_variance and draws_with_learned_variance(sampling)
+    variance = "learned_range" if learned else getattr(sampling, "variance", None) or "fixed_small"
+    order = getattr(sampling, "order", None)
+    karras = {"use_karras_sigmas": True}
+    to_zero = karras | {"final_sigmas_type": "zero"}
+    kinds: dict[str, tuple[type[SchedulerMixin], dict[str, Any]]] = {
+        "ddpm": (DDPMScheduler, {"variance_type": variance, "clip_sample": False}),
+        "ddim": (DDIMScheduler, {"clip_sample": False}),
+        "euler": (EulerDiscreteScheduler, karras),
+        "heun": (HeunDiscreteScheduler, karras),
+        "dpmpp_2m": (DPMSolverMultistepScheduler, to_zero),
+        "dpmpp_2m_sde": (DPMSolverMultistepScheduler, to_zero | {"algorithm_type": "sde-dpmsolver++"}),
+        "deis": (DEISMultistepScheduler, karras | {"solver_order": order, "lower_order_final": False}),
+        "unipc": (UniPCMultistepScheduler, to_zero | {"solver_order": order, "solver_type": "bh2"}),
+    }
+    kind, options = kinds[sampling.sampler]
+    scheduler = kind(**shared, **options)
+    if not isinstance(scheduler, WHOLE):
+        levels = sampling.sigma_grid(model.schedule)
+        # Not among its arguments, but it looks there when it lays out levels as Karras et al. do.
+        scheduler.register_to_config(sigma_max=float(levels[0]), sigma_min=float(levels[-2]))
+    return scheduler
 
 
 def visited(scheduler: SchedulerMixin, schedule: NoiseSchedule, config: SamplingConfig) -> tuple[Tensor, Tensor]:

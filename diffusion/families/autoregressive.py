@@ -1,7 +1,4 @@
-"""The family autoregressive: the distribution of each pixel given the pixels before it.
-
-A gated PixelCNN (arXiv 1606.05328) with PixelCNN++'s mixtures of logistics (1701.05517): the likelihood is exact.
-"""
+"""The family autoregressive: a gated PixelCNN (arXiv 1606.05328), each pixel given those before it."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -80,12 +77,8 @@ def bits_of_pixels(network: nn.Module, x0: Tensor, conditioning: Conditioning, l
 class ExactLikelihoodObjective(TrainingObjective):
     """Maximum likelihood: the loss is −log₂ p of an image per value, exact bits per dimension."""
 
-    def make_batch(self, x0: Tensor, indices: range, conditioning: Conditioning) -> TrainingBatch:
-        """Make a batch without random numbers, of which the loss has none."""
-        return TrainingBatch(x0, conditioning)
-
-    def make_validation_batch(
-        self, x0: Tensor, split: str, indices: Sequence[int], conditioning: Conditioning
+    def make_batch(
+        self, x0: Tensor, indices: Sequence[int], conditioning: Conditioning, probe: str | None = None
     ) -> TrainingBatch:
         """Make a batch without random numbers, of which the loss has none."""
         return TrainingBatch(x0, conditioning)

@@ -1,6 +1,5 @@
 """The family ddpm: a U-Net that denoises images (arXiv 2006.11239) or latents (2112.10752)."""
 
-import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -95,13 +94,6 @@ class DiffusionModel(Model):
         """(C, H, W) of images, or of their latents."""
         return self.header.latents.shape if self.header.latents else self.shape
 
-    def on(self, device: torch.device) -> Self:
-        """Copy the model and its autoencoder to ``device``."""
-        moved = super().on(device)
-        if self.latents is None or self.latents.mean.device == device:
-            return moved
-        return replace(moved, latents=copy.deepcopy(self.latents).to(device))
-
     def decoded(self, x: Tensor) -> Tensor:
         """Decode states of the reverse process, (N, *noise_shape), to images (N, C, H, W), nominally in [−1, 1]."""
         return x if self.latents is None else self.latents.decode(x)
@@ -144,10 +136,7 @@ class DiffusionModel(Model):
 
 
 class Uncertainty(nn.Module):
-    """Learned uncertainty u(t): a loss L becomes L / e^u + u, minimal at e^u = L (arXiv 2312.02696, equation 21).
-
-    It equalises the gradients of all noise levels. The initial u is 0.
-    """
+    """Learned uncertainty u(t), at first 0: L becomes L / e^u + u, minimal at e^u = L (arXiv 2312.02696, eq. 21)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -170,21 +159,19 @@ class DenoisingObjective(TrainingObjective):
     autoencoder: Latents | None
     """Encodes images into latents; None: noise is added to pixels."""
 
-    def make_batch(self, x0: Tensor, indices: range, conditioning: Conditioning) -> TrainingBatch:
-        """Sample time steps, noise and dropout seeds."""
-        t = sample_timesteps(self.config, self.objective.schedule, indices)
+    def make_batch(
+        self, x0: Tensor, indices: Sequence[int], conditioning: Conditioning, probe: str | None = None
+    ) -> TrainingBatch:
+        """Sample time steps, noise and dropout seeds; in a probe times are spread evenly over their distribution."""
+        schedule = self.objective.schedule
+        if probe is not None:
+            t = timesteps_at(self.config, schedule, (torch.arange(len(x0)) + 0.5) / len(x0))
+            noise = GaussianNoise(0, f"probe/{probe}", indices, self.shape)()
+            return TrainingBatch(x0, conditioning, {"noise": noise, "t": t})
+        t = sample_timesteps(self.config, schedule, indices)
         noise = GaussianNoise(self.config.seed, "noise", indices, self.shape)()
         seeds = (uniform(self.config.seed, "dropout", indices) * 2**62).long()
         return TrainingBatch(x0, conditioning, {"noise": noise, "t": t, "dropout_seeds": seeds})
-
-    def make_validation_batch(
-        self, x0: Tensor, split: str, indices: Sequence[int], conditioning: Conditioning
-    ) -> TrainingBatch:
-        """Spread time steps evenly over their distribution, with noise of a fixed seed."""
-        u = (torch.arange(len(x0)) + 0.5) / len(x0)
-        t = timesteps_at(self.config, self.objective.schedule, u)
-        noise = GaussianNoise(0, f"probe/{split}", indices, self.shape)()
-        return TrainingBatch(x0, conditioning, {"noise": noise, "t": t})
 
     def losses(self, network: nn.Module, batch: TrainingBatch) -> Tensor:
         """Compute the weighted error of each image."""
@@ -236,10 +223,7 @@ def denoiser_of(model: DiffusionModel, conditioning: Conditioning, config: Sampl
 def edited(
     model: DiffusionModel, edit: Edit, denoise: Denoise, sigmas: Tensor, noise: Noise, config: SamplingConfig
 ) -> Tensor:
-    """Run the reverse process from the image of ``edit`` with the noise of its strength; returns uint8.
-
-    A latent position is kept if all of its pixels are; all kept pixels are restored at the end.
-    """
+    """Run the reverse process from the image of ``edit`` with the noise of its strength; restores all kept pixels."""
     levels = levels_for(sigmas, edit.strength)
     start = float(levels[0]) * noise()
     # At full strength the reverse process gets nothing of the hole.

@@ -1,6 +1,6 @@
 """The family gan: generative adversarial networks with R3GAN's loss (arXiv 2501.05441)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar
@@ -91,11 +91,15 @@ class RelativisticObjective(TrainingObjective):
 
     betas: ClassVar[tuple[float, float]] = (0.0, 0.99)
     """Without momentum, which destabilises adversarial training (β₁ = 0, as in 2501.05441)."""
+    comparable: ClassVar[bool] = False
+    """The loss is relative to a discriminator that learns as well."""
     config: GANConfig
     seed: int
     discriminator: Discriminator
 
-    def make_batch(self, x0: Tensor, indices: range, conditioning: Conditioning) -> TrainingBatch:
+    def make_batch(
+        self, x0: Tensor, indices: Sequence[int], conditioning: Conditioning, probe: str | None = None
+    ) -> TrainingBatch:
         """Sample the latents of two images, one for each network's step."""
         noise = GaussianNoise(self.seed, "latent", indices, (2 * self.config.latent, 1, 1))()
         return TrainingBatch(x0, conditioning, {"noise": noise})

@@ -122,10 +122,13 @@ class Model(ABC):
         return classes_of(self.config, self.header.class_histogram)
 
     def on(self, device: torch.device) -> Self:
-        """Copy the model to ``device``."""
-        if device == next(self.network.parameters()).device:
-            return self
-        return replace(self, network=copy.deepcopy(self.network).to(device))
+        """Copy the model's modules to ``device``."""
+        moved: dict[str, Any] = {
+            name: copy.deepcopy(module).to(device)
+            for name, module in vars(self).items()
+            if isinstance(module, nn.Module) and next(module.parameters()).device != device
+        }
+        return replace(self, **moved) if moved else self
 
     def sample(self, batch: ConditioningBatch, config: SamplingConfig, device: torch.device) -> Tensor:
         """Generate images, (N, C, H, W) uint8."""
@@ -199,23 +202,19 @@ class OptimizerStep:
 
 
 class TrainingObjective(ABC):
-    """Training objective of a family.
-
-    The loss of an image depends on no other image, so the batch can be split over threads and processes.
-    """
+    """Training objective of a family; the loss of an image depends on no other image, so a batch can be split."""
 
     betas: ClassVar[tuple[float, float]] = BETAS
     """AdamW's decay rates of the two moments."""
 
-    @abstractmethod
-    def make_batch(self, x0: Tensor, indices: range, conditioning: Conditioning) -> TrainingBatch:
-        """Add the random numbers of a training step to images ``x0``, (N, C, H, W) in [−1, 1], by sample index."""
+    comparable: ClassVar[bool] = True
+    """Whether losses compare between checkpoints."""
 
-    def make_validation_batch(
-        self, x0: Tensor, split: str, indices: Sequence[int], conditioning: Conditioning
-    ) -> TrainingBatch | None:
-        """Add fixed random numbers, for comparable losses over time; None: the losses are not comparable."""
-        return None
+    @abstractmethod
+    def make_batch(
+        self, x0: Tensor, indices: Sequence[int], conditioning: Conditioning, probe: str | None = None
+    ) -> TrainingBatch:
+        """Add random numbers by index to images (N, C, H, W) in [−1, 1]; those of a ``probe`` are equal in all runs."""
 
     @abstractmethod
     def losses(self, network: nn.Module, batch: TrainingBatch) -> Tensor:

@@ -110,15 +110,13 @@ class EvidenceObjective(TrainingObjective):
     size: int
     """Height and width of the images, in pixels."""
 
-    def make_batch(self, x0: Tensor, indices: range, conditioning: Conditioning) -> TrainingBatch:
-        """Sample the posterior's noise."""
-        return TrainingBatch(x0, conditioning, {"noise": self._noise(self.seed, "posterior", indices)})
-
-    def make_validation_batch(
-        self, x0: Tensor, split: str, indices: Sequence[int], conditioning: Conditioning
+    def make_batch(
+        self, x0: Tensor, indices: Sequence[int], conditioning: Conditioning, probe: str | None = None
     ) -> TrainingBatch:
-        """Sample the posterior's noise with a fixed seed."""
-        return TrainingBatch(x0, conditioning, {"noise": self._noise(0, f"probe/{split}", indices)})
+        """Sample the posterior's noise."""
+        seed, stream = (self.seed, "posterior") if probe is None else (0, f"probe/{probe}")
+        noise = GaussianNoise(seed, stream, indices, latent_shape(self.config, self.size))()
+        return TrainingBatch(x0, conditioning, {"noise": noise})
 
     def losses(self, network: nn.Module, batch: TrainingBatch) -> Tensor:
         """Compute −log₂ p(x | z) + β KL of each image, divided by the number of its values."""
@@ -138,6 +136,3 @@ class EvidenceObjective(TrainingObjective):
             "held_out_psnr_ema": (10 * ratio.log10()).mean().item(),
             "held_out_kl_ema": kl_divergence(mean, log_variance).mean().item() / batch.x0[0].numel() / math.log(2),
         }
-
-    def _noise(self, seed: int, stream: str, indices: Sequence[int]) -> Tensor:
-        return GaussianNoise(seed, stream, indices, latent_shape(self.config, self.size))()

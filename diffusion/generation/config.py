@@ -201,10 +201,7 @@ REQUESTS: Mapping[Task, type[GenerationRequest]] = {
 
 
 def make_request(fields: Mapping[str, Any]) -> GenerationRequest:
-    """Make the request with these ``fields``, as from a row of a table; None means left out.
-
-    Raises UserError for an unknown, missing or ineffective field, or a value out of range.
-    """
+    """Make the request with these ``fields``, None meaning left out; raises UserError if one does not fit the task."""
     given = {name: value for name, value in fields.items() if value is not None}
     task = given.get("task", "sample")
     if task not in REQUESTS:

@@ -1,8 +1,9 @@
 """Figures that explain how a trained model works on a real image."""
 
 import io
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -37,8 +38,7 @@ NOISE_RANGE = 3.0
 INK, MUTED, SIGNAL, NOISE = "#1c1f23", "#5c6570", "#2563eb", "#b9c0c8"
 
 
-@dataclass(frozen=True)
-class Forward:
+class Forward(NamedTuple):
     """An image in the forward process at K time steps."""
 
     steps: list[int]
@@ -47,8 +47,7 @@ class Forward:
     """x_t = √ᾱ_t x_0 + √(1 − ᾱ_t) ε with one ε for all: (K, C, H, W) float32."""
 
 
-@dataclass(frozen=True)
-class TrainingStep:
+class TrainingStep(NamedTuple):
     """One image in a training step; all tensors are (C, H, W) float32."""
 
     step: int
@@ -64,8 +63,7 @@ class TrainingStep:
     """Mean square of the difference, DDPM's simple loss (arXiv 2006.11239, equation 14)."""
 
 
-@dataclass(frozen=True)
-class Reverse:
+class Reverse(NamedTuple):
     """K steps of a reverse process."""
 
     numbers: list[int]
@@ -81,10 +79,29 @@ class Reverse:
 
 
 def explain(model: Model, image: Tensor, output: Path, seed: int = 0) -> list[Path]:
-    """Draw figures of how ``model`` works into folder ``output``; ``image``: a real image, (C, H, W) uint8."""
+    """Draw figures of how ``model`` works into folder ``output``, with noise from ``seed``.
+
+    Raises UserError if the real ``image``, (C, H, W) uint8, is not of a diffusion model's shape.
+    """
     match model:
         case DiffusionModel():
-            return explain_diffusion(model, image, output, seed)
+            if tuple(image.shape) != model.shape:
+                theirs, ours = ("×".join(map(str, shape)) for shape in (image.shape, model.shape))
+                raise UserError(
+                    f"the image is {theirs} and the model generates {ours} (channels × height × width): "
+                    "take one from the data set that the model was trained on"
+                )
+            x0 = model.encoded(to_float(image)[None])[0]
+            noise = GaussianNoise(seed, "explain", [0], model.noise_shape)()[0]
+            conditioning = task_of(model.config).conditioning(image[None]) or None
+            figures = {
+                "forward.png": draw_forward(model, forward(model.schedule, x0, noise)),
+                "training_step.png": draw_training_step(model, training_step(model, x0, noise, conditioning)),
+                "reverse.png": draw_reverse(model, reverse(model, seed, conditioning)),
+            }
+            for name, figure in figures.items():
+                write_bytes(output / name, figure_png(figure))
+            return [output / name for name in figures]
         case VAEModel():
             path = output / "reconstruction.png"
             sheet = above(image[None], reconstructed(model, image[None], sampling_config()), scale=4)
@@ -104,29 +121,6 @@ def explain(model: Model, image: Tensor, output: Path, seed: int = 0) -> list[Pa
             raise TypeError(type(model))
     save_png(path, sheet)
     return [path]
-
-
-def explain_diffusion(model: DiffusionModel, image: Tensor, output: Path, seed: int = 0) -> list[Path]:
-    """Draw ``forward.png``, ``training_step.png`` and ``reverse.png`` into folder ``output``; noise is from ``seed``.
-
-    Raises UserError if the real ``image``, (C, H, W) uint8, is not of the model's shape.
-    """
-    if tuple(image.shape) != model.shape:
-        theirs, ours = ("×".join(map(str, shape)) for shape in (image.shape, model.shape))
-        raise UserError(
-            f"the image is {theirs} and the model generates {ours} (channels × height × width): "
-            "take one from the data set that the model was trained on"
-        )
-    x0, conditioning = model.encoded(to_float(image)[None])[0], task_of(model.config).conditioning(image[None]) or None
-    noise = GaussianNoise(seed, "explain", [0], model.noise_shape)()[0]
-    figures = {
-        "forward.png": draw_forward(model, forward(model.schedule, x0, noise)),
-        "training_step.png": draw_training_step(model, training_step(model, x0, noise, conditioning)),
-        "reverse.png": draw_reverse(model, reverse(model, seed, conditioning)),
-    }
-    for name, figure in figures.items():
-        write_bytes(output / name, figure_png(figure))
-    return [output / name for name in figures]
 
 
 def reverse_process_strip(model: DiffusionModel, conditioning: Conditioning | None) -> Image.Image:
@@ -165,10 +159,7 @@ def training_step(
 
 @torch.inference_mode()
 def reverse(model: DiffusionModel, seed: int, conditioning: Conditioning | None = None) -> Reverse:
-    """Record the default sampler on image 0 of ``seed`` at up to FRAMES steps spread evenly in time t.
-
-    ``conditioning`` None: as for any generated image.
-    """
+    """Record the default sampler on image 0 of ``seed`` at up to FRAMES steps spread evenly in time t."""
     sigmas = model.schedule.sigma_grid(REVERSE_STEPS)
     denoiser = model.denoiser(make_conditioning(model, [0], seed) if conditioning is None else conditioning)
     noise = GaussianNoise(seed, "sampling", [0], model.noise_shape)

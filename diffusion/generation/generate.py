@@ -34,12 +34,14 @@ def sample(
     conditions: Conditions = UNCONDITIONAL,
     edit: Edit | None = None,
     at_once: int | None = None,
+    noise: Callable[[range], Noise] | None = None,
 ) -> Tensor:
     """Generate the images ``indices`` of ``seed``, or edits of the image of ``edit``: (len(indices), C, H, W) uint8.
 
     Image i is always computed as member i mod B of the compute batch i div B (B = ``config.compute_batch``), because
     floating-point sums change with a batch's shape. Whole multiples of B, starting at one, waste no work. ``at_once``
-    compute batches are computed concurrently on a CPU, without effect on the bits; None: one per core.
+    compute batches are computed concurrently on a CPU, without effect on the bits; None: one per core. ``noise`` of a
+    compute batch is by default that of ``seed``.
 
     Raises UserError for conditions that the model was not trained with, options that have no effect, and an edit of
     another shape than the model's.
@@ -49,11 +51,38 @@ def sample(
         raise UserError(
             f"the image has {theirs} (channels × height × width) and the model generates {ours}: bring it there"
         )
+    if model.config.low_resolution is not None:
+        raise UserError(
+            "the model enlarges images and generates nothing from noise alone (model.low_resolution): give it a small "
+            "image to upscale"
+        )
+    check_sampling(model, config, conditions)
+    if edit is not None:
+        check_edit(model, edit)
+    size = config.compute_batch
+    batches = [range(b * size, (b + 1) * size) for b in sorted({index // size for index in indices})]
+    generated: dict[int, Tensor] = {}
+    device = resolve_device(config.device)
+    model = model.on(device)
 
-    def noise(members: range) -> Noise:
-        return GaussianNoise(seed, "sampling", members, model.noise_shape)
+    # A GPU computes a batch in parallel by itself.
+    with repeatable(device), worker_threads(at_once if device.type == "cpu" else 1) as pool:
+        # Inside, as the bits of embeddings depend on the number of threads.
+        embeddings = prompt_embeddings(model, conditions)
 
-    return _generate(model, indices, seed, config, progress, conditions, noise, edit, at_once)
+        def generate(members: range) -> Tensor:
+            fresh = noise(members) if noise else GaussianNoise(seed, "sampling", members, model.noise_shape)
+            conditioning = make_conditioning(model, members, seed, conditions, embeddings)
+            conditioning = {name: value.to(device) for name, value in conditioning.items()}
+            negative = embeddings[conditions.negative_prompt].to(device)
+            batch = ConditioningBatch(conditioning, lambda: fresh().to(device), negative, edit)
+            return model.sample(batch, config, device)
+
+        finished = pool.map(generate, batches)
+        for number, (members, images) in enumerate(zip(batches, finished, strict=True), start=1):
+            generated |= zip(members, images, strict=True)
+            progress("images sampled", min(number * size, len(indices)), len(indices))
+    return torch.stack([generated[index] for index in indices])
 
 
 def interpolate(
@@ -78,52 +107,7 @@ def interpolate(
         ends = [GaussianNoise(seed, "sampling", [0], model.noise_shape) for seed in (one, other)]
         return lambda: between(ends[0]()[0], ends[1]()[0], places)
 
-    return _generate(model, range(count), one, config, progress, conditions, noise)
-
-
-def _generate(
-    model: Model,
-    indices: Sequence[int],
-    seed: int,
-    config: SamplingConfig,
-    progress: Progress,
-    conditions: Conditions,
-    noise: Callable[[range], Noise],
-    edit: Edit | None = None,
-    at_once: int | None = None,
-) -> Tensor:
-    if isinstance(model.config, ModelConfig) and model.config.low_resolution is not None:
-        raise UserError(
-            "the model enlarges images and generates nothing from noise alone (model.low_resolution): give it a small "
-            "image to upscale"
-        )
-    check_sampling(model, config, conditions)
-    if edit is not None:
-        check_edit(model, edit)
-    size = config.compute_batch
-    batches = [range(b * size, (b + 1) * size) for b in sorted({index // size for index in indices})]
-    generated: dict[int, Tensor] = {}
-    device = resolve_device(config.device)
-    model = model.on(device)
-
-    # A GPU computes a batch in parallel by itself.
-    with repeatable(device), worker_threads(at_once if device.type == "cpu" else 1) as pool:
-        # Inside, as the bits of embeddings depend on the number of threads.
-        embeddings = prompt_embeddings(model, conditions)
-
-        def generate(members: range) -> Tensor:
-            fresh = noise(members)
-            conditioning = make_conditioning(model, members, seed, conditions, embeddings)
-            conditioning = {name: value.to(device) for name, value in conditioning.items()}
-            negative = embeddings[conditions.negative_prompt].to(device)
-            batch = ConditioningBatch(conditioning, lambda: fresh().to(device), negative, edit)
-            return model.sample(batch, config, device)
-
-        finished = pool.map(generate, batches)
-        for number, (members, images) in enumerate(zip(batches, finished, strict=True), start=1):
-            generated |= zip(members, images, strict=True)
-            progress("images sampled", min(number * size, len(indices)), len(indices))
-    return torch.stack([generated[index] for index in indices])
+    return sample(model, range(count), one, config, progress, conditions, noise=noise)
 
 
 def check_sampling(model: Model, config: SamplingConfig, conditions: Conditions) -> None:

@@ -1,7 +1,4 @@
-"""Generation of images for requests from the command line, the flow and the served model.
-
-Tasks that a model cannot do, and options without effect, are errors.
-"""
+"""Generation of images for requests from the command line, the flow and the served model."""
 
 import math
 from collections.abc import Sequence
@@ -108,10 +105,7 @@ def answer(
 
 
 def original(model: Model, request: GenerationRequest) -> list[Tensor]:
-    """Show the input image of ``request`` at the size of the generated ones, (C, H, W) uint8; [] if there is none.
-
-    Holes are grey; small images are enlarged by repeating pixels.
-    """
+    """Show the input image of ``request``, if any, at the size of generated ones, (C, H, W) uint8, with grey holes."""
     given = _input_of(model, request)
     if isinstance(given, Edit):
         return [given.image if given.kept is None else torch.where(given.kept, given.image, HOLE)]

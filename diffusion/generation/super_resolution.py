@@ -16,7 +16,7 @@ from torch.nn.functional import interpolate
 
 from diffusion.common.device import repeatable, resolve_device
 from diffusion.common.errors import UserError
-from diffusion.common.fingerprint import autocast
+from diffusion.common.fingerprint import CPU, autocast
 from diffusion.common.progress import Progress, silent
 from diffusion.common.random import GaussianNoise, uniform
 from diffusion.common.threads import worker_threads
@@ -83,10 +83,8 @@ class SuperResolution:
         return shrunk(images, self.low_resolution)
 
     def sigma_data(self, images: Tensor) -> float:
-        """Compute the standard deviation of the residuals to the small versions of ``images``, to four digits.
-
-        Further digits depend on the number of cores.
-        """
+        """Compute the standard deviation of the residuals to the small versions of ``images``."""
+        # To four digits, as further ones depend on the number of cores.
         beyond = to_float(images) - self._enlarged_again(images)
         return float(f"{beyond.double().square().mean().sqrt().item():.4g}")
 
@@ -169,10 +167,6 @@ class Tiles:
     weights: Tensor
     """Blending weights, (K, 1, size, size), which sum to 1 at each pixel of the canvas."""
 
-    def on(self, device: torch.device) -> "Tiles":
-        """Copy the tiles to ``device``."""
-        return replace(self, weights=self.weights.to(device))
-
     def cut(self, canvas: Tensor) -> Tensor:
         """Cut ``canvas`` (N, C, H, W) into tiles, those of the first image first: (N K, C, size, size)."""
         pieces = [canvas[:, :, top : top + self.size, left : left + self.size] for top, left in self.places]
@@ -188,7 +182,7 @@ class Tiles:
         return canvas
 
 
-def make_tiles(height: int, width: int, size: int, scale: int) -> Tiles:
+def make_tiles(height: int, width: int, size: int, scale: int, device: torch.device = CPU) -> Tiles:
     """Make tiles of ``size`` small pixels for a small image of ``height`` × ``width``, upscaled by ``scale``.
 
     They are aligned to small pixels, as in training. Weights are highest in the middle of a tile and lowest at its
@@ -203,7 +197,7 @@ def make_tiles(height: int, width: int, size: int, scale: int) -> Tiles:
     for top, left in places:
         total[top : top + full, left : left + full] += tent
     weights = [tent / total[top : top + full, left : left + full] for top, left in places]
-    return Tiles(full, places, torch.stack(weights)[:, None])
+    return Tiles(full, places, torch.stack(weights)[:, None].to(device))
 
 
 def starts(length: int, size: int) -> list[int]:
@@ -234,7 +228,7 @@ def upscale(
     scale, batch = model.header.size // task.low_resolution, config.compute_batch
     device = resolve_device(config.device)
     model = model.on(device)
-    tiles = make_tiles(images.shape[2], images.shape[3], task.low_resolution, scale).on(device)
+    tiles = make_tiles(images.shape[2], images.shape[3], task.low_resolution, scale, device)
     together = max(1, batch // len(tiles.places))
     groups = [range(start, start + together) for start in range(0, len(images), together)]
     alone = len(groups) == 1

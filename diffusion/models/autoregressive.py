@@ -70,7 +70,15 @@ class PixelCNN(nn.Module):
         )
         self.inner = nn.Conv2d(config.width, 2 * config.width, 1)
         self.head = nn.Conv2d(2 * config.width, parameter_count(channels, config.mixtures), 1)
-        _init_head(self.head, channels, config.mixtures)
+        assert self.head.bias is not None
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+        with torch.no_grad():
+            # Means are spread evenly over all values, with scales about as large as the distance between them. On the
+            # CPU even if the weights are meta tensors, as when diffusion.checkpoints checks a header.
+            means = torch.linspace(-1, 1, config.mixtures + 2, device="cpu")[1:-1].repeat(channels)
+            self.head.bias[config.mixtures : config.mixtures + len(means)] = means
+            self.head.bias[config.mixtures + len(means) : config.mixtures + 2 * len(means)] = -1.0
 
     def forward(self, x: Tensor, label: Tensor | None = None) -> Tensor:
         """Predict the parameters of each pixel's mixture, (N, ``parameter_count``, H, W), for images in [−1, 1].
@@ -216,10 +224,7 @@ def log_probability(mixtures: Mixtures, x: Tensor, levels: int = LEVELS) -> Tens
 
 
 def sample_pixels(mixtures: Mixtures, noise: Tensor, levels: int = LEVELS) -> Tensor:
-    """Sample pixels (…, C) by inverting the cumulative distributions at standard Gaussian ``noise`` (…, C + 1).
-
-    The last value of the noise selects the component.
-    """
+    """Sample pixels (…, C) from Gaussian ``noise`` (…, C + 1), whose last value selects the component, by inversion."""
     quantile = torch.special.ndtr(noise[..., -1:])
     component = (mixtures.logits.softmax(-1).cumsum(-1) < quantile).sum(-1).clamp(max=mixtures.logits.shape[-1] - 1)
 
@@ -250,15 +255,3 @@ def gated(x: Tensor) -> Tensor:
 def with_ones(x: Tensor) -> Tensor:
     """Append a channel of ones to ``x`` (N, C, …)."""
     return torch.cat([x, torch.ones_like(x[:, :1])], dim=1)
-
-
-def _init_head(head: nn.Conv2d, channels: int, mixtures: int) -> None:
-    """Spread the means evenly over all values, with scales about as large as the distance between them."""
-    assert head.bias is not None
-    nn.init.zeros_(head.weight)
-    nn.init.zeros_(head.bias)
-    with torch.no_grad():
-        # On the CPU even if the weights are meta tensors, as when diffusion.checkpoints checks a header.
-        means = torch.linspace(-1, 1, mixtures + 2, device="cpu")[1:-1].repeat(channels)
-        head.bias[mixtures : mixtures + len(means)] = means
-        head.bias[mixtures + len(means) : mixtures + 2 * len(means)] = -1.0

@@ -144,7 +144,7 @@ class ModelConfig(Kind):
         return given
 
     @model_validator(mode="after")
-    def _check_conditioning(self) -> "ModelConfig":
+    def _options_fit_each_other(self) -> "ModelConfig":
         if self.low_resolution is not None and (self.conditional or self.text):
             raise ValueError(
                 "model.low_resolution conditions the network on small images, and on nothing besides: leave out "
@@ -165,10 +165,6 @@ class ModelConfig(Kind):
                 "model.low_resolution shows the network small images beside large ones, and model.autoencoder has it "
                 "work on latents: leave one out"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _check_zero_terminal_snr(self) -> "ModelConfig":
         if self.zero_terminal_snr and self.schedule == "edm":
             raise ValueError(
                 "model.zero_terminal_snr stretches the other schedules; edm has its own end: leave one out"
@@ -178,10 +174,6 @@ class ModelConfig(Kind):
                 "model.prediction = epsilon says nothing of an image of which nothing is left, as "
                 "model.zero_terminal_snr makes them: use v_prediction, sample or edm"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _check_attention(self) -> "ModelConfig":
         for level in self.attention:
             if not 0 <= level < len(self.channel_mult):
                 raise ValueError(
@@ -282,11 +274,6 @@ class GANConfig(OtherKind):
     pixels."""
     conditional: bool = True
     """Whether both networks are conditioned on the class, where the data set has several."""
-
-    @property
-    def factor(self) -> int:
-        """Pixels per position of the lowest resolution along each side."""
-        return int(self.patch * 2 ** (len(self.channel_mult) - 1))
 
 
 class AutoregressiveConfig(OtherKind):

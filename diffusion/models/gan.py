@@ -10,15 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from diffusion.common.errors import UserError
 from diffusion.models.config import GANConfig
+from diffusion.models.unet import pixels_per_position
 
 SLOPE = 0.2
 """Negative slope of the leaky ReLU."""
 GROUP = 8
 """Channels per group of the 3×3 convolutions."""
-EXPANSION = 2
-"""Factor of the channels inside a block."""
 Layer = TypeVar("Layer", nn.Conv2d, nn.Linear)
 
 
@@ -27,7 +25,7 @@ class GANBlock(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        inner = channels * EXPANSION
+        inner = 2 * channels
         self.expand = _scaled(nn.Conv2d(channels, inner, 1))
         self.mix = _scaled(nn.Conv2d(inner, inner, 3, padding=1, groups=inner // GROUP))
         self.contract = nn.Conv2d(inner, channels, 1, bias=False)
@@ -57,14 +55,14 @@ class GANResample(nn.Module):
 class Generator(nn.Module):
     """Generator of images with ``channels`` and ``size`` pixels from noise, conditioned on ``classes`` (0: none).
 
-    A size that patch and resolutions do not divide is rounded up inside. Raises UserError if the lowest resolution
-    would be less than a pixel.
+    A size that patch and resolutions do not divide is rounded up inside. Raises UserError as ``pixels_per_position``.
     """
 
     def __init__(self, config: GANConfig, channels: int, size: int, classes: int = 0) -> None:
         super().__init__()
         self.config, self.size, self.patch = config, size, config.patch
-        low, widths = _lowest(config, size), [config.width * factor for factor in config.channel_mult[::-1]]
+        low = math.ceil(size / pixels_per_position(config, size))
+        widths = [config.width * factor for factor in config.channel_mult[::-1]]
         self.no_class = classes
         """Index of the unconditional class."""
         self.classes = nn.Embedding(classes + 1, config.latent) if classes else None
@@ -92,9 +90,9 @@ class Discriminator(nn.Module):
 
     def __init__(self, config: GANConfig, channels: int, size: int, classes: int = 0) -> None:
         super().__init__()
-        low, widths = _lowest(config, size), [config.width * factor for factor in config.channel_mult]
-        self.patch = config.patch
-        self.padding = low * config.factor - size
+        pixels, widths = pixels_per_position(config, size), [config.width * factor for factor in config.channel_mult]
+        low = math.ceil(size / pixels)
+        self.patch, self.padding = config.patch, -size % pixels
         self.no_class = classes
         self.begin = _scaled(nn.Conv2d(channels * config.patch**2, widths[0], 3, padding=1), gain=1)
         self.layers = _layers(widths, config.blocks, up=False)
@@ -125,16 +123,6 @@ def _layers(widths: list[int], blocks: int, up: bool) -> nn.Sequential:
             layers.append(GANResample(widths[number - 1], width, up))
         layers += [GANBlock(width) for _ in range(blocks)]
     return nn.Sequential(*layers)
-
-
-def _lowest(config: GANConfig, size: int) -> int:
-    """Height and width of the lowest resolution."""
-    if config.factor > size:
-        raise UserError(
-            f"model.patch = {config.patch} and {len(config.channel_mult)} resolutions fold {config.factor} pixels into "
-            f"one, and the images have {size}: take a number out of model.channel_mult, or lower model.patch"
-        )
-    return math.ceil(size / config.factor)
 
 
 def _active(x: Tensor) -> Tensor:

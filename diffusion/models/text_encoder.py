@@ -56,10 +56,7 @@ def check_encoder(encoder: TextEncoder | None) -> None:
 
 
 class MiniLM:
-    """The encoder with its weights; safe to call from any thread.
-
-    Texts are encoded one by one, 5 to 15 ms each: in a batch the last bits of each would depend on the others.
-    """
+    """The encoder, for single texts: in a batch the last bits of each would depend on the others. Thread-safe."""
 
     def __init__(self, folder: Path, tokenizer: "Tokenizer") -> None:
         self.weights = load_file(folder / "model.safetensors")

@@ -10,7 +10,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from diffusion.common.errors import UserError
-from diffusion.models.config import ModelConfig
+from diffusion.models.config import GANConfig, ModelConfig
 from diffusion.models.text_encoder import WIDTH
 
 GROUP = 16
@@ -100,18 +100,12 @@ class Grow(nn.Module):
 class UNet(nn.Module):
     """U-Net for images with ``channels`` and ``size`` pixels, conditioned on ``classes`` (0: none).
 
-    A size that patch and resolutions do not divide is padded inside. Raises UserError if the lowest resolution would be
-    less than a pixel.
+    A size that patch and resolutions do not divide is padded inside. Raises UserError as ``pixels_per_position``.
     """
 
     def __init__(self, config: ModelConfig, channels: int, size: int, classes: int = 0) -> None:
         super().__init__()
-        fold = config.patch * 2 ** (len(config.channel_mult) - 1)
-        if fold > size:
-            raise UserError(
-                f"model.patch = {config.patch} and {len(config.channel_mult)} resolutions fold {fold} pixels into "
-                f"one, and the images have {size}: take a number out of model.channel_mult, or lower model.patch"
-            )
+        fold = pixels_per_position(config, size)
         if config.low_resolution is not None and (config.low_resolution >= size or size % config.low_resolution):
             fitting = [str(each) for each in range(2, size) if size % each == 0]
             raise UserError(
@@ -237,6 +231,17 @@ class UNet(nn.Module):
         if self.level is not None and level is not None:
             embedding = embedding + self.level(sinusoidal(level * LEVEL_SCALE, self.width).to(dtype))
         return embedding
+
+
+def pixels_per_position(config: ModelConfig | GANConfig, size: int) -> int:
+    """Compute the pixels along each side of a position at the lowest resolution; UserError if above ``size``."""
+    pixels: int = config.patch * 2 ** (len(config.channel_mult) - 1)
+    if pixels > size:
+        raise UserError(
+            f"model.patch = {config.patch} and {len(config.channel_mult)} resolutions fold {pixels} pixels into one, "
+            f"and the images have {size}: take a number out of model.channel_mult, or lower model.patch"
+        )
+    return pixels
 
 
 def seeded_dropout(h: Tensor, draws: Tensor, rate: float) -> Tensor:

@@ -16,10 +16,7 @@ from diffusion.process.samplers import Denoise, Noise, Sampler
 
 @dataclass(frozen=True)
 class Edit:
-    """An image to edit, and how: with a mask inpainting, without one img2img.
-
-    Raises UserError for options that contradict each other or have no effect.
-    """
+    """An image to edit, by inpainting or without a mask img2img; UserError for options that contradict each other."""
 
     image: Tensor
     """(C, H, W) uint8."""

@@ -11,7 +11,7 @@ own schedule a network gets the nearest time. The integrand is the loss that is 
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.special import log_ndtr
 
 from diffusion.common.random import GaussianNoise, uniform
-from diffusion.process.samplers import fixed_large, fixed_small
+from diffusion.process.samplers import Denoise, fixed_large, fixed_small
 from diffusion.process.schedules import SIGMA_MAX, NoiseSchedule
 
 HALF_A_LEVEL = 1 / 255
@@ -33,8 +33,6 @@ SIGMA_MIN = HALF_A_LEVEL
 and by 0.25 for pixels known to be black."""
 STREAM = "held_out_loss"
 """Name of the random stream, which is the same for all models."""
-Estimate = Callable[[Tensor, Tensor], Tensor]
-"""From x = x_0 + σ ε (N, C, H, W) and σ (N,) to an estimate of x_0."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +53,7 @@ class Terms:
 
 
 def denoising_terms(
-    estimate: Estimate, x0: Tensor, sigma_data: float, indices: Sequence[int], pixels: bool = True
+    estimate: Denoise, x0: Tensor, sigma_data: float, indices: Sequence[int], pixels: bool = True
 ) -> Terms:
     """Compute losses and bits of images ``x0``, (N, C, H, W) in [−1, 1], or of latents under any denoiser.
 
@@ -98,10 +96,7 @@ def noise_levels() -> Tensor:
 
 
 def deviation_between(v: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """Interpolate the logarithms of the variances ``low`` and ``high`` at (v + 1)/2; returns the standard deviation.
-
-    ``v`` is the network's output for each value, (N, C, H, W), mostly but not necessarily in [−1, 1] (equation 15).
-    """
+    """Interpolate the logarithms of the variances ``low`` and ``high`` at (v + 1)/2: standard deviations (eq. 15)."""
     share = (v + 1) / 2
     return low ** ((1 - share) / 2) * high ** (share / 2)
 
@@ -123,14 +118,10 @@ def bound(schedule: NoiseSchedule, t: Tensor, x0: Tensor, error: Tensor, v: Tens
     nats = torch.empty_like(v)
     # Each term only on its own images: on the others its gradient may be NaN.
     nats[first] = -log_likelihood(x0[first], x0[first] + error[first], deviation[first])
-    nats[~first] = divergence(mean_error[~first], like(v, low.sqrt())[~first], deviation[~first])
+    # KL divergence of Gaussians.
+    ratio = like(v, low.sqrt())[~first] / deviation[~first]
+    nats[~first] = ((mean_error[~first] / deviation[~first]) ** 2 + ratio**2 - 1) / 2 - ratio.log()
     return nats.mean((1, 2, 3)) / math.log(2)
-
-
-def divergence(apart: Tensor, true: Tensor, deviation: Tensor) -> Tensor:
-    """Compute the KL divergence of Gaussians of standard deviations ``true`` and ``deviation``, means ``apart``."""
-    ratio = true / deviation
-    return ((apart / deviation) ** 2 + ratio**2 - 1) / 2 - ratio.log()
 
 
 def log_likelihood(x0: Tensor, mean: Tensor, deviation: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ Every prediction is a case of D(x; σ) = c_skip x + c_out F(c_in x, t), where x 
 clean image, and the coefficients are functions of σ (arXiv 2206.00364, equation 7).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -142,7 +142,7 @@ def make_weight(config: ObjectiveConfig, parametrization: Parametrization) -> We
             return edm(sigma_data)
 
 
-def sample_timesteps(config: ObjectiveConfig, schedule: NoiseSchedule, indices: range) -> Tensor:
+def sample_timesteps(config: ObjectiveConfig, schedule: NoiseSchedule, indices: Sequence[int]) -> Tensor:
     """Sample times from 0 to T−1 for the images ``indices``, a rank's part of a batch: (N,), integral if uniform."""
     u = uniform(config.seed, "time", indices)
     if config.stratified_timesteps:

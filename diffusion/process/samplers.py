@@ -90,13 +90,9 @@ class BaseSampling(Config):
         return self.build_sampler()(denoise, float(sigmas[0]) * noise(), sigmas, noise, callback)
 
     @model_validator(mode="after")
-    def _levels_fall(self) -> BaseSampling:
+    def _options_fit_each_other(self) -> BaseSampling:
         if self.sigma_max is not None and self.sigma_max <= (self.sigma_min or 0):
             raise ValueError("sampling.sigma_max is above sigma_min, or there is no level between them")
-        return self
-
-    @model_validator(mode="after")
-    def _guidance_options_need_guidance(self) -> BaseSampling:
         if not self.guides and (self.guidance_interval, self.guidance_rescale) != (None, None):
             raise ValueError(
                 f"sampling.guidance_interval and guidance_rescale mean nothing to guidance = "
@@ -180,10 +176,7 @@ class DDPMSampling(BaseSampling):
 def ddim(
     denoise: Denoise, x: Tensor, sigmas: Tensor, noise: Noise, callback: Callback | None = None, eta: float = 0.0
 ) -> Tensor:
-    """DDIM with a share ``eta`` of fresh noise (arXiv 2010.02502, equations 12 and 16).
-
-    With ``eta`` 0 it is Euler's method in σ, with 1 it is ``ddpm``.
-    """
+    """DDIM with a share ``eta`` of fresh noise (arXiv 2010.02502, eq. 12, 16): 0 is Euler's method, 1 is ``ddpm``."""
     for i, sigma, following in _pairs(sigmas):
         x0 = denoise(x, sigma)
         if callback:
@@ -281,10 +274,7 @@ def heun(
     churn: ChurnConfig | None = None,
     churn_steps: int | None = None,
 ) -> Tensor:
-    """Heun's method, with two evaluations in each step but the last (arXiv 2206.00364, algorithms 1 and 2).
-
-    ``churn_steps`` as in ``euler``.
-    """
+    """Heun's method, two evaluations per step but the last (arXiv 2206.00364, algorithms 1, 2); else as ``euler``."""
     for i, sigma, following in _pairs(sigmas):
         raised, level = churn.add(churn_steps or len(sigmas) - 1, x, sigma, noise) if churn else (x, sigma)
         x0 = denoise(raised, level)
@@ -343,10 +333,7 @@ class DPMSolverSampling(BaseSampling):
 
 
 class DPMSolverSDESampling(BaseSampling):
-    """SDE-DPM-Solver++ (2M) (arXiv 2211.01095), the default.
-
-    Its fresh noise corrects errors of earlier steps, which are large for a briefly trained network.
-    """
+    """SDE-DPM-Solver++ (2M) (arXiv 2211.01095), the default: fresh noise corrects errors of earlier steps."""
 
     function = dpmpp_2m
     sampler: Literal["dpmpp_2m_sde"] = "dpmpp_2m_sde"
@@ -358,10 +345,7 @@ class DPMSolverSDESampling(BaseSampling):
 def deis(
     denoise: Denoise, x: Tensor, sigmas: Tensor, noise: Noise, callback: Callback | None = None, order: int = 3
 ) -> Tensor:
-    """DEIS: polynomial extrapolation of the last ``order`` estimates of the noise, here in λ (arXiv 2204.13902).
-
-    The last step is of first order.
-    """
+    """DEIS: polynomial extrapolation of the last ``order`` estimates of the noise, here in λ (arXiv 2204.13902)."""
     levels = (-sigmas.log()).tolist()
     known: list[tuple[float, Tensor]] = []
     for i, sigma, following in _pairs(sigmas):
@@ -391,10 +375,9 @@ class DEISSampling(BaseSampling):
 def unipc(
     denoise: Denoise, x: Tensor, sigmas: Tensor, noise: Noise, callback: Callback | None = None, order: int = 2
 ) -> Tensor:
-    """UniPC: each estimate first corrects the last step, then predicts the next one (arXiv 2302.04867).
+    """UniPC: each estimate first corrects the last step, then predicts the next one (arXiv 2302.04867), with B_2(h).
 
-    This is the multistep form for x̂_0 with B_2(h). ``order`` is that of the predictor; that of the corrector is one
-    higher. Both fall towards the end.
+    ``order`` is that of the predictor; that of the corrector is one higher. Both fall towards the end.
     """
     levels, start = (-sigmas.log()).tolist(), x
     known: list[tuple[float, Tensor]] = []
@@ -425,10 +408,7 @@ def _pairs(sigmas: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
 
 
 def _towards(known: Sequence[tuple[float, Tensor]], x: Tensor, step: float) -> Tensor:
-    """Advance x by a ``step`` of λ with x̂_0 as the polynomial through ``known``, estimates with their λ.
-
-    The estimate at the start of the step comes first.
-    """
+    """Advance x by a ``step`` of λ with x̂_0 as the polynomial through ``known``, the estimate at its start first."""
     # ∫ e^(τ−h) (τ/h)^k dτ from 0 to h = step, by parts from k to k.
     moments = [-math.expm1(-step)]
     if len(known) == 2:

@@ -86,10 +86,7 @@ class NoiseSchedule:
 
 
 def linear_schedule(steps: int) -> NoiseSchedule:
-    """Linear schedule: β from 1e-4 to 0.02 (arXiv 2006.11239, section 4).
-
-    For T other than 1000 both ends are scaled by 1000/T, so that the total noise is the same.
-    """
+    """Linear schedule: β from 1e-4 to 0.02 (arXiv 2006.11239, section 4), both scaled by 1000/T for other T."""
     scale = 1000 / steps
     betas = torch.linspace(1e-4 * scale, 0.02 * scale, steps, dtype=torch.float64).clamp(max=0.999)
     return NoiseSchedule((1 - betas).cumprod(0))

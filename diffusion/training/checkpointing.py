@@ -61,10 +61,7 @@ class Checkpoints:
 
 
 class CheckpointWriter:
-    """Asynchronous checkpoint writer with one thread; leaving the context waits for the last write.
-
-    Training stops only while the tensors are copied in memory.
-    """
+    """Checkpoint writer in a thread, while training goes on; leaving the context waits for the last write."""
 
     def __init__(self, checkpoints: Checkpoints) -> None:
         self.checkpoints = checkpoints

@@ -96,10 +96,7 @@ def process_group() -> Iterator[Ranks]:
 
 
 def shard_module(network: nn.Module, device: torch.device) -> None:
-    """Shard the weights of ``network`` to ``device``; the weights of a block are gathered while it computes.
-
-    Gradients are summed over the processes instead of averaged, FSDP2's default.
-    """
+    """Shard the weights of ``network`` to ``device`` by block; gradients are summed over the processes."""
     assert dist.group.WORLD is not None
     mesh = DeviceMesh.from_group(dist.group.WORLD, device.type)
     # FSDP2 does not support channels-last weights.

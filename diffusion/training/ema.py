@@ -94,10 +94,7 @@ def _overlap(one: tuple[int, float], other: tuple[int, float]) -> float:
 
 
 def models_to_evaluate(output: Path, report: Path, ema_stds: Iterable[float] = ()) -> list[Path]:
-    """List the checkpoints in the run's folder ``output``, oldest first, and its averages of ``ema_stds``.
-
-    The averages are written to the folder ``report``, so that a finished run does not change.
-    """
+    """List the checkpoints in the run's folder ``output``, and its averages of ``ema_stds``, written to ``report``."""
     averages = [reconstruct_average(output / SNAPSHOTS, std, report / SNAPSHOTS) for std in ema_stds]
     # The first checkpoint was written before the first step.
     return [path for path in Checkpoints(output / "checkpoints").paths() if int(path.stem) > 0] + averages

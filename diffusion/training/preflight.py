@@ -19,7 +19,6 @@ from diffusion.families import family_of
 from diffusion.models.config import FamilyConfig, LatentSpace
 from diffusion.models.vae import VAE
 from diffusion.process.samplers import SamplingConfig
-from diffusion.training.config import TrainingConfig
 from diffusion.training.setup import TrainingSetup
 from diffusion.training.trainer import Trainer, scheduled_learning_rate
 from diffusion.training.validation import Validation
@@ -118,12 +117,19 @@ def state_size(parameters: int, averages: int, threads: int, others: int = 0) ->
 
 
 def make_preflight(trainer: Trainer, pace: Pace | None, reading: float = 0) -> Preflight:
-    """Compute the preflight of a run at this ``pace``, required for ``training.minutes``.
-
-    The embedding of captions takes ``reading`` seconds first.
-    """
+    """Compute the preflight of a run at this ``pace``, and ``reading`` seconds for the embedding of captions."""
     setup, config, state = trainer.setup, trainer.config, trainer.state
-    dataset, images = setup.dataset, images_in(config, pace)
+    dataset, images = setup.dataset, config.images
+    if images is None:
+        assert pace is not None
+        assert config.minutes is not None
+        pauses = pace.checkpoint * config.checkpoints
+        if pauses > config.minutes * 60 / 2:
+            raise UserError(
+                f"{pauses:.0f} s of training.minutes = {config.minutes:g} would go into {config.checkpoints} sample "
+                "grids: raise it, or lower sampling.steps or training.checkpoints"
+            )
+        images = max(config.batch_size, int((config.minutes * 60 - pauses) / pace.image))
     parameters = sum(parameter.numel() for parameter in state.network.parameters())
     others = sum(parameter.numel() for step in state.steps for parameter in step.parameters) - parameters
     memory, checkpoint = state_size(parameters, len(state.averages), config.cpu_threads, others)
@@ -172,21 +178,6 @@ def measure_pace(setup: TrainingSetup, threads: Executor, sampling: SamplingConf
         validation.generate(averaged, sampling)
     pace: Pace = ranks.broadcast(Pace(image, time.perf_counter() - start))
     return pace
-
-
-def images_in(config: TrainingConfig, pace: Pace | None) -> int:
-    """Return the number of images to train on: as configured, or as many as fit into ``minutes`` at this ``pace``."""
-    if config.images is not None:
-        return config.images
-    assert pace is not None
-    assert config.minutes is not None
-    pauses = pace.checkpoint * config.checkpoints
-    if pauses > config.minutes * 60 / 2:
-        raise UserError(
-            f"{pauses:.0f} s of training.minutes = {config.minutes:g} would go into {config.checkpoints} sample grids: "
-            "raise it, or lower sampling.steps or training.checkpoints"
-        )
-    return max(config.batch_size, int((config.minutes * 60 - pauses) / pace.image))
 
 
 def require_disk(output: Path, needed: int) -> None:

@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from diffusion.checkpoints import AVERAGED
 from diffusion.common.device import resolve_device
 from diffusion.common.errors import UserError
 from diffusion.common.files import digest_of
@@ -140,12 +139,6 @@ class TrainingSetup:
             return UNCONDITIONAL
         rows = np.concatenate([self.dataset.rows("held_out"), self.dataset.rows("train")])
         return conditions_of(self.dataset, rows[self.captions.numbers[rows] >= 0][:SAMPLE_GRID], self.classes)
-
-    def model_from(self, tensors: dict[str, Tensor], images: int) -> Model:
-        """Build the model from the averaged weights in ``tensors``, a state after ``images``."""
-        header, network = self.model_header(images), self.network_from(tensors, AVERAGED)
-        model: Model = family_of(self.model).make_model(header, network, self.autoencoder)
-        return model
 
     def network_from(self, tensors: dict[str, Tensor], prefix: str) -> nn.Module:
         """Build a network for inference from copies of the ``tensors`` whose names begin with ``prefix``."""

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from diffusion.checkpoints import AUTOENCODER
 from diffusion.families.model import OptimizerStep, TrainingObjective
 from diffusion.training.config import TrainingConfig
-from diffusion.training.distributed import full_tensor, shard_like, shard_module
+from diffusion.training.distributed import shard_like, shard_module
 from diffusion.training.ema import PREFIXES, ExponentialAverage, PowerAverage, WeightAverage
 
 NETWORK = "network."
@@ -16,10 +16,7 @@ NETWORK = "network."
 
 
 class TrainingState:
-    """Weights, averages, optimizer moments and counts.
-
-    Random numbers are functions of ``images`` and need no state. A sharded state holds this process' shard.
-    """
+    """Weights, averages, optimizer moments and counts; random numbers are functions of ``images`` and need no state."""
 
     def __init__(
         self,
@@ -69,16 +66,6 @@ class TrainingState:
             for prefix, module in step.modules.items():
                 named |= {f"{prefix}.{name}": value for name, value in module.state_dict().items()}
         return named
-
-    def full_tensors(self, is_main: bool) -> dict[str, Tensor]:
-        """Gather the tensors of a sharded state on the main process' CPU; all processes must call this together."""
-        gathered: dict[str, Tensor] = {}
-        for name, value in self.tensors().items():
-            # One tensor at a time, to the CPU: a network that is sharded does not fit on the device.
-            full = full_tensor(value)
-            if is_main:
-                gathered[name] = full.cpu()
-        return gathered
 
     def counts(self) -> dict[str, int]:
         """Return the counts for the header of a checkpoint."""

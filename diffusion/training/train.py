@@ -95,12 +95,16 @@ def train(
                 embed = partial(embeddings_of, pool=readers, progress=progress)
                 setup = make_setup(dataset, model, config, sampling, ranks, embed)
             trainer = Trainer(setup, threads)
-            if ranks.is_main and restart == "if_different" and _differences(output, setup):
+            if ranks.is_main and (changed := _differences(output, setup)):
+                if restart == "never":
+                    raise UserError(
+                        f"{output} holds a run that differs in {', '.join(changed)}: "
+                        "give --restart to throw it away, or set training.output to another folder"
+                    )
                 _discard(output)
             final = output / "final.safetensors"
             with trainer.loader:
                 if ranks.broadcast(final.is_file()):
-                    _require_same_run(output, setup)
                     images = read_header(final)["model_header"]["images"]
                 else:
                     images = _train(trainer, output, sampling, track, progress)
@@ -176,19 +180,16 @@ def discard(output: Path) -> None:
 def _held(output: Path) -> Iterator[None]:
     """Lock the run's folder for this process; raises UserError if another process uses it."""
     make_folder(output.parent)
-    lock = FileLock(output.parent / f".{output.name}.lock")
     try:
-        lock.acquire(blocking=False)
+        lock = FileLock(output.parent / f".{output.name}.lock").acquire(blocking=False)
     except Timeout as error:
         raise UserError(
             f"another process trains in {output}: wait for it, or set training.output to another folder"
         ) from error
-    try:
+    with lock:
         # A process killed during a write left a file as large as a checkpoint.
         remove_partials(output)
         yield
-    finally:
-        lock.release()
 
 
 def _discard(output: Path) -> None:
@@ -227,20 +228,10 @@ def _differences(output: Path, setup: TrainingSetup) -> list[str]:
     return changed or [("the data set's shards" if moved else "its format")]
 
 
-def _require_same_run(output: Path, setup: TrainingSetup) -> None:
-    if changed := _differences(output, setup):
-        raise UserError(
-            f"{output} holds a run that differs in {', '.join(changed)}: "
-            "give --restart to throw it away, or set training.output to another folder"
-        )
-
-
 def _begin_or_resume(trainer: Trainer, checkpoints: Checkpoints, output: Path, sampling: SamplingConfig) -> bool:
     """Load the newest checkpoint, or write the first one; returns whether the run is new."""
     setup, state, config = trainer.setup, trainer.state, trainer.config
     ranks = setup.ranks
-    if ranks.is_main:
-        _require_same_run(output, setup)
     tensors, header = (ranks.is_main and checkpoints.newest()) or ({}, None)
     if header := ranks.broadcast(header):
         trainer.total = header["total"]
@@ -262,6 +253,5 @@ def _begin_or_resume(trainer: Trainer, checkpoints: Checkpoints, output: Path, s
         write_json(output / PREFLIGHT, preflight.model_dump(mode="json"))
     first = trainer.checkpoint_tensors()
     if ranks.is_main:
-        with CheckpointWriter(checkpoints) as writer:
-            writer.save(first, trainer.checkpoint_header(), config.keep)
+        checkpoints.save(first, trainer.checkpoint_header())
     return True

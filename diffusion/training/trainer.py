@@ -4,7 +4,7 @@ import math
 import time
 from collections import deque
 from concurrent.futures import Executor
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -33,19 +33,15 @@ class NotFiniteError(DarkroomError):
         self.batch = batch
 
 
-class PendingStep:
+class PendingStep(NamedTuple):
     """An optimizer step in flight, whose outcome can be read without waiting for later steps."""
 
-    def __init__(self, images: int, finite: Tensor, batch: Batch, t: Tensor | None) -> None:
-        self.images, self.batch, self.t = images, batch, t
-        self._finite = finite.to("cpu", non_blocking=True)
-        self._event = torch.cuda.current_stream(finite.device).record_event() if finite.is_cuda else None
-
-    def was_finite(self) -> bool:
-        """Wait for the step and return whether loss and gradient were finite."""
-        if self._event is not None:
-            self._event.synchronize()
-        return bool(self._finite)
+    images: int
+    batch: Batch
+    t: Tensor | None
+    finite: Tensor
+    """Whether loss and gradient are finite, on the CPU after ``copied``."""
+    copied: torch.cuda.Event | None
 
 
 class Trainer:
@@ -155,7 +151,9 @@ class Trainer:
         state.images += config.batch_size
         for average in state.averages:
             average.update(state.network, state.images // config.batch_size)
-        self.pending.append(PendingStep(state.images, finite, batch, t))
+        copied = finite.to("cpu", non_blocking=True)
+        event = torch.cuda.current_stream(self.device).record_event() if finite.is_cuda else None
+        self.pending.append(PendingStep(state.images, batch, t, copied, event))
         self.check_finite(self.lag)
         return loss, torch.stack(norms).amax()
 
@@ -194,7 +192,9 @@ class Trainer:
         state, config = self.state, self.config
         while len(self.pending) > left:
             step = self.pending.popleft()
-            if step.was_finite():
+            if step.copied is not None:
+                step.copied.synchronize()
+            if step.finite:
                 state.skipped_in_a_row = 0
                 continue
             state.skipped += 1
@@ -209,7 +209,15 @@ class Trainer:
 
     def checkpoint_tensors(self) -> dict[str, Tensor]:
         """Collect the tensors of a checkpoint in the main process; all processes must call this together."""
-        return self.state.full_tensors(self.setup.ranks.is_main) if self.config.shard else self.state.tensors()
+        if not self.config.shard:
+            return self.state.tensors()
+        gathered = {}
+        for name, value in self.state.tensors().items():
+            # One tensor at a time, to the CPU: a network that is sharded does not fit on the device.
+            full = full_tensor(value)
+            if self.setup.ranks.is_main:
+                gathered[name] = full.cpu()
+        return gathered
 
     def checkpoint_header(self) -> dict[str, Any]:
         """Build the header of a checkpoint: that of a model, the counts of the state and the machine's fingerprint."""

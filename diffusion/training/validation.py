@@ -10,11 +10,13 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from diffusion.checkpoints import AVERAGED
 from diffusion.common.fingerprint import autocast
 from diffusion.common.image_grids import beside, blocks, grid
 from diffusion.data.dataset import SPLITS
 from diffusion.data.loader import Batch
 from diffusion.data.manifest import Split
+from diffusion.families import family_of
 from diffusion.families.model import Model, TrainingObjective, to_float
 from diffusion.generation.super_resolution import generate
 from diffusion.process.samplers import SamplingConfig
@@ -53,15 +55,13 @@ class Validation:
         return self.batches["held_out" if "held_out" in self.batches else "train"].images[:SAMPLE_GRID]
 
     def evaluate(self, tensors: dict[str, Tensor], images: int) -> tuple[Model, dict[str, float]]:
-        """Build the model of a state's ``tensors`` after ``images``; returns it and its metrics.
-
-        They are the losses of raw and averaged weights on both splits, and further metrics of the averaged ones.
-        """
-        averaged = self.setup.model_from(tensors, images)
-        networks = {"": self.setup.network_from(tensors, NETWORK), "_ema": averaged.network}
+        """Build the model of a state's ``tensors``; returns it and the losses of raw and averaged weights."""
+        setup = self.setup
+        networks = {"": setup.network_from(tensors, NETWORK), "_ema": setup.network_from(tensors, AVERAGED)}
+        averaged = family_of(setup.model).make_model(setup.model_header(images), networks["_ema"], setup.autoencoder)
         pending = [
             self.threads.submit(self._metrics, split, batch, suffix, network)
-            for split, batch in self.batches.items()
+            for split, batch in (self.batches if self.objective.comparable else {}).items()
             for suffix, network in networks.items()
         ]
         return averaged, {name: value for each in pending for name, value in each.result().items()}
@@ -70,10 +70,7 @@ class Validation:
         device = self.setup.device
         with torch.inference_mode(), autocast(self.setup.config.precision, device):
             conditioning = self.setup.conditioning(batch)
-            fixed = self.objective.make_validation_batch(to_float(batch.images), split, batch.indices, conditioning)
-            if fixed is None:
-                return {}
-            fixed = fixed.on(device)
+            fixed = self.objective.make_batch(to_float(batch.images), batch.indices, conditioning, split).on(device)
             if next(network.parameters()).device != device:
                 network = copy.deepcopy(network).to(device)
             losses = self.objective.losses(network, fixed).cpu()
