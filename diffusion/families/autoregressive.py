@@ -41,9 +41,7 @@ class AutoregressiveModel(Model):
         return out
 
     @staticmethod
-    def make_objective(
-        header: ModelHeader, training: ObjectiveConfig, autoencoder: Latents | None
-    ) -> "ExactLikelihoodObjective":
+    def make_objective(header: ModelHeader, training: ObjectiveConfig, latents: Latents | None) -> TrainingObjective:
         """Build the likelihood objective."""
         return ExactLikelihoodObjective()
 

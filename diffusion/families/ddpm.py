@@ -63,14 +63,12 @@ class DiffusionModel(Model):
         return out
 
     @staticmethod
-    def make_objective(
-        header: ModelHeader, training: ObjectiveConfig, autoencoder: Latents | None
-    ) -> "DenoisingObjective":
+    def make_objective(header: ModelHeader, training: ObjectiveConfig, latents: Latents | None) -> TrainingObjective:
         """Build the denoising objective, in latents where there is an autoencoder."""
         assert isinstance(header.model, ModelConfig)
         shape = header.latents.shape if header.latents else (header.channels, header.size, header.size)
         objective = make_objective(header.model, training, header.sigma_data)
-        return DenoisingObjective(training, objective, shape, autoencoder)
+        return DenoisingObjective(training, objective, shape, latents)
 
     @classmethod
     def make_model(cls, header: ModelHeader, network: UNet, autoencoder: Latents | None) -> Self:

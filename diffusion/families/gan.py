@@ -48,9 +48,7 @@ class GANModel(Model):
         return objective.discriminator_losses(network, batch).sum() + objective.losses(network, batch).sum()
 
     @staticmethod
-    def make_objective(
-        header: ModelHeader, training: ObjectiveConfig, autoencoder: Latents | None
-    ) -> "RelativisticObjective":
+    def make_objective(header: ModelHeader, training: ObjectiveConfig, latents: Latents | None) -> TrainingObjective:
         """Build the adversarial loss with a new discriminator."""
         assert isinstance(header.model, GANConfig)
         classes = len(classes_of(header.model, header.class_histogram))

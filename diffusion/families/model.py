@@ -86,9 +86,7 @@ class Model(ABC):
 
     @staticmethod
     @abstractmethod
-    def make_objective(
-        header: ModelHeader, training: ObjectiveConfig, autoencoder: Latents | None
-    ) -> "TrainingObjective":
+    def make_objective(header: ModelHeader, training: ObjectiveConfig, latents: Latents | None) -> "TrainingObjective":
         """Build the training objective of a model with this ``header``."""
 
     @classmethod

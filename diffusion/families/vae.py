@@ -44,9 +44,7 @@ class VAEModel(Model):
         return network.decode(mean).sum() + log_variance.sum() + network.log_scale
 
     @staticmethod
-    def make_objective(
-        header: ModelHeader, training: ObjectiveConfig, autoencoder: Latents | None
-    ) -> "EvidenceObjective":
+    def make_objective(header: ModelHeader, training: ObjectiveConfig, latents: Latents | None) -> TrainingObjective:
         """Build the evidence lower bound."""
         assert isinstance(header.model, VAEConfig)
         return EvidenceObjective(header.model, training.seed, header.size)

@@ -7,7 +7,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
@@ -190,30 +189,22 @@ def draw_forward(model: DiffusionModel, frames: Forward) -> Figure:
         share = f"= {alpha_bar:.3f}" if alpha_bar >= 0.001 else "< 0.001"
         place = (left + number * pitch, 0.56, width, 0.26)
         _panel(figure, place, _decoded(model, frames.images[number]), f"$t$ = {step}", rf"$\bar\alpha$ {share}")
-    curve = figure.add_axes((left, 0.13, (count - 1) * pitch + width, 0.27))
-    _alpha_bar_curve(curve, frames, model.schedule)
-    margin = width / 2 / pitch * last / (count - 1)
-    curve.set_xlim(-margin, last + margin)
-    return figure
-
-
-def _alpha_bar_curve(axes: Axes, frames: Forward, schedule: NoiseSchedule) -> None:
-    alpha_bars = schedule.alphas_cumprod.numpy()
-    t = np.arange(schedule.steps)
+    axes = figure.add_axes((left, 0.13, (count - 1) * pitch + width, 0.27))
+    alpha_bars, t = model.schedule.alphas_cumprod.numpy(), np.arange(last + 1)
     axes.fill_between(t, alpha_bars, color=SIGNAL, alpha=0.15, linewidth=0)
     axes.fill_between(t, alpha_bars, 1, color=NOISE, alpha=0.35, linewidth=0)
     axes.plot(t, alpha_bars, color=SIGNAL, linewidth=2)
     axes.plot(frames.steps, frames.alpha_bars, "o", color=SIGNAL, markersize=6, clip_on=False, zorder=3)
-    axes.set_ylim(0, 1)
-    axes.set_xticks(frames.steps)
-    axes.set_yticks([0, 0.5, 1])
+    margin = width / 2 / pitch * last / (count - 1)
+    axes.set(xlim=(-margin, last + margin), ylim=(0, 1), xticks=frames.steps, yticks=[0, 0.5, 1])
     axes.tick_params(colors=MUTED, labelsize=9.5, length=0)
     axes.spines[:].set_visible(False)
     axes.set_xlabel("time step $t$", color=MUTED, fontsize=10.5)
     axes.set_ylabel(r"$\bar\alpha$", color=MUTED, fontsize=13, rotation=0, labelpad=10)
     half = int(np.abs(alpha_bars - 0.5).argmin())
     axes.text(half / 2, 0.18, r"image: $\bar\alpha$ of the variance", color=SIGNAL, fontsize=10.5, ha="center")
-    axes.text((half + schedule.steps) / 2, 0.74, r"noise: $1 - \bar\alpha$", color=MUTED, fontsize=10.5, ha="center")
+    axes.text((half + last + 1) / 2, 0.74, r"noise: $1 - \bar\alpha$", color=MUTED, fontsize=10.5, ha="center")
+    return figure
 
 
 def draw_training_step(model: DiffusionModel, step: TrainingStep) -> Figure:

@@ -13,7 +13,7 @@ from torch import Tensor
 from diffusion.common.device import resolve_device
 from diffusion.common.errors import DarkroomError
 from diffusion.common.fingerprint import autocast
-from diffusion.data.loader import Batch, Loader, Order, TrainingOrder, WindowedOrder
+from diffusion.data.loader import Batch, Loader, TrainingOrder, WindowedOrder
 from diffusion.families import family_of
 from diffusion.families.model import OptimizerStep, TrainingBatch, to_float
 from diffusion.training.config import TrainingConfig
@@ -69,7 +69,7 @@ class Trainer:
         if setup.compiled:
             network.compile(dynamic=False)
         manifest, rows = setup.dataset.manifest, setup.dataset.rows("train")
-        order: Order = (
+        order: TrainingOrder | WindowedOrder = (
             TrainingOrder(manifest.content_digest, self.config.seed, len(rows))
             if self.config.window is None
             else WindowedOrder(manifest.layout_digest, self.config.seed, self.config.window, setup.dataset.shards(rows))
