@@ -25,9 +25,10 @@ from diffusion.common.image_grids import grid, save_png
 from diffusion.common.random import GaussianNoise
 from diffusion.data.dataset import Dataset
 from diffusion.evaluation.features.feature_extractor import EfficientNetLite0
-from diffusion.families.model import DiffusionModel, to_float, to_uint8
+from diffusion.families.ddpm import DiffusionModel
+from diffusion.families.model import to_float, to_uint8
+from diffusion.process.denoiser import clipped
 from diffusion.process.editing import blanked, pigdm, repaint, replace_known
-from diffusion.process.guidance import clipped
 from diffusion.process.samplers import sampling_config
 
 SHOWN = 8

@@ -7,7 +7,7 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from diffusion.common.errors import UserError
@@ -23,6 +23,8 @@ AVERAGED = "ema."
 """Prefix of the averaged weights' names in checkpoints and in final models."""
 AUTOENCODER = "autoencoder."
 """Prefix of the weights of a latent diffusion model's autoencoder and of its latents' moments."""
+PARTS = (AVERAGED, AUTOENCODER)
+"""Prefixes of a final model's tensors."""
 LARGEST_HEADER = 16 * 2**20
 """Largest accepted size of a safetensors header, with names and shapes of all tensors, in bytes."""
 
@@ -48,21 +50,25 @@ def read_header(path: Path) -> dict[str, Any]:
             )
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-        header = HEADER.validate_json(metadata[METADATA_KEY])
+        return HEADER.validate_json(metadata[METADATA_KEY])
     except FileNotFoundError as error:
         raise UserError(f"no model at {path}: train one with `darkroom train`") from error
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror or error}): give the file of a model") from error
     except (SafetensorError, KeyError, ValidationError) as error:
         raise UserError(f"{path} is not a model of ours, or is damaged: train or fetch it again") from error
-    return header
+
+
+def read_tensors(path: Path, prefix: str) -> dict[str, Tensor]:
+    """Read the tensors of a safetensors file whose names begin with ``prefix``, without it."""
+    with safe_open(path, framework="pt") as file:
+        names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118 (no mapping)
+        return {name.removeprefix(prefix): file.get_tensor(name) for name in names}
 
 
 def export(checkpoint: Path, path: Path) -> str:
     """Write the final model of a checkpoint to ``path``; returns the new file's SHA-256."""
-    with safe_open(checkpoint, framework="pt") as file:
-        names = [name for name in file.keys() if name.startswith((AVERAGED, AUTOENCODER))]  # noqa: SIM118 (no mapping)
-        tensors = {name: file.get_tensor(name) for name in names}
+    tensors = {prefix + name: value for prefix in PARTS for name, value in read_tensors(checkpoint, prefix).items()}
     return save_tensors(path, tensors, read_header(checkpoint))
 
 
@@ -70,14 +76,13 @@ def read_model_header(path: Path) -> ModelHeader:
     """Read the header of a model file; raises UserError as ``load_model`` does."""
     raw = read_header(path)
     try:
-        header = ModelHeader.model_validate(raw["model_header"])
-    except (KeyError, ValidationError) as error:
-        first = error.errors()[0] if isinstance(error, ValidationError) else {"loc": ["model_header"], "msg": "missing"}
-        where = ".".join(map(str, first["loc"]))
+        return ModelHeader.model_validate(raw.get("model_header"))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "model_header"
         raise UserError(
             f"{path} has a header this version cannot read ({where}: {first['msg']}): use the version that wrote it"
         ) from error
-    return header
 
 
 def load_model(path: Path) -> Model:
@@ -86,21 +91,29 @@ def load_model(path: Path) -> Model:
     Nothing is unpickled. Raises UserError if the file is missing, damaged or of another format.
     """
     header = read_model_header(path)
-    family = family_of(header.model)
     # The header is untrusted: no memory is allocated for it before the file is known to hold these tensors.
     with torch.device("meta"), _SkipInitialization():
-        described = _networks(header)
-    _require_tensors(path, *described)
-    network, autoencoder = _networks(header)
-    try:
-        network.load_state_dict(_tensors(path, AVERAGED))
-        if autoencoder is not None:
-            autoencoder.load_state_dict(_tensors(path, AUTOENCODER))
-    except RuntimeError as error:  # torch's message is a page long; the cause is always the same
-        raise _of_another_version(path) from error
-    for each in filter(None, (network, autoencoder)):
-        each.eval().requires_grad_(False).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    model: Model = family.make_model(header, network, autoencoder)
+        expected = {
+            prefix + name: list(tensor.shape)
+            for prefix, module in _modules(header).items()
+            for name, tensor in module.state_dict().items()
+        }
+    mismatch = UserError(
+        f"{path} was written by another version of the network, or is damaged: its tensors are not those that its "
+        "header describes; load it with the code that its version ships"
+    )
+    with safe_open(path, framework="pt") as file:
+        names = [name for name in file.keys() if name.startswith(PARTS)]  # noqa: SIM118 (no mapping)
+        if {name: file.get_slice(name).get_shape() for name in names} != expected:
+            raise mismatch
+    modules = _modules(header)
+    for prefix, module in modules.items():
+        try:
+            module.load_state_dict(read_tensors(path, prefix))
+        except RuntimeError as error:  # torch's message is a page long; the cause is always the same
+            raise mismatch from error
+        module.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+    model: Model = family_of(header.model).make_model(header, modules[AVERAGED], modules.get(AUTOENCODER))
     return model
 
 
@@ -116,35 +129,10 @@ class _SkipInitialization(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _networks(header: ModelHeader) -> tuple[nn.Module, Latents | None]:
-    """Build the network of ``header``, and its autoencoder if there is one, with random weights."""
+def _modules(header: ModelHeader) -> dict[str, Any]:
+    """Build the network of ``header``, and its autoencoder if there is one, with random weights, by their prefixes."""
     shape = header.channels, header.size, header.size
     inner = header.latents.shape if header.latents else shape
-    network = family_of(header.model).make_network(
-        header.model, inner, len(classes_of(header.model, header.class_histogram))
-    )
-    return network, Latents.with_random_weights(header.latents, shape) if header.latents else None
-
-
-def _require_tensors(path: Path, network: nn.Module, autoencoder: Latents | None) -> None:
-    """Raise UserError unless the file holds exactly the tensors of ``network`` and ``autoencoder``."""
-    expected = {AVERAGED + name: list(tensor.shape) for name, tensor in network.state_dict().items()}
-    if autoencoder is not None:
-        expected |= {AUTOENCODER + name: list(tensor.shape) for name, tensor in autoencoder.state_dict().items()}
-    with safe_open(path, framework="pt") as file:
-        names = [name for name in file.keys() if name.startswith((AVERAGED, AUTOENCODER))]  # noqa: SIM118 (no mapping)
-        if {name: file.get_slice(name).get_shape() for name in names} != expected:
-            raise _of_another_version(path)
-
-
-def _of_another_version(path: Path) -> UserError:
-    return UserError(
-        f"{path} was written by another version of the network, or is damaged: its tensors are not those that its "
-        "header describes; load it with the code that its version ships"
-    )
-
-
-def _tensors(path: Path, prefix: str) -> dict[str, Tensor]:
-    with safe_open(path, framework="pt") as file:
-        names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118 (no mapping)
-        return {name.removeprefix(prefix): file.get_tensor(name) for name in names}
+    classes = classes_of(header.model, header.class_histogram)
+    modules = {AVERAGED: family_of(header.model).make_network(header.model, inner, len(classes))}
+    return modules | ({AUTOENCODER: Latents(header.latents, shape)} if header.latents else {})

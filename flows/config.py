@@ -13,10 +13,9 @@ from diffusion.common.errors import UserError
 from diffusion.data.ingest.config import IngestConfig
 from diffusion.evaluation.config import EvaluationConfig
 from diffusion.evaluation.gate import GateConfig
-from diffusion.models.config import FAMILIES, FamilyConfig, ModelConfig
+from diffusion.models.config import FAMILIES, FamilyConfig, ModelConfig, training_conflict
 from diffusion.presets import PresetName, over
-from diffusion.process.family_options import ineffective_option, training_conflict
-from diffusion.process.samplers import SamplingConfig, describe_error, sampling_config
+from diffusion.process.samplers import SamplingConfig, describe_error, sampling_config, sampling_conflict
 from diffusion.training.config import TrainingConfig
 
 DEFAULT_PARAMS = Path("params.yaml")
@@ -99,7 +98,7 @@ class Params(Config):
 
     @model_validator(mode="after")
     def _means_something(self) -> "Params":
-        if words := ineffective_option(self.model, "sampling", self.sampling):
+        if words := sampling_conflict(self.model, self.sampling):
             raise ValueError(words)
         return self
 

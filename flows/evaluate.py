@@ -14,7 +14,7 @@ from diffusion.common.errors import UserError
 from diffusion.evaluation.evaluate import evaluate as score_checkpoints
 from diffusion.evaluation.results import Evaluation
 from diffusion.training.checkpointing import Checkpoints
-from diffusion.training.post_hoc_ema import models_to_evaluate
+from diffusion.training.ema import models_to_evaluate
 from flows.config import Params
 from flows.deployment.tasks import retryable_task
 from flows.registry.champion import require_champion

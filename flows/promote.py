@@ -28,7 +28,7 @@ from diffusion.data.manifest import read_manifest
 from diffusion.evaluation.comparison import COMPARISON, ChampionComparison, compare_with_champion
 from diffusion.evaluation.reports.comparison_report import PAGE, write_comparison_report
 from diffusion.evaluation.results import Evaluation
-from diffusion.training.post_hoc_ema import SNAPSHOTS
+from diffusion.training.ema import SNAPSHOTS
 from flows.config import Params
 from flows.deployment.tasks import retryable_task
 from flows.environment import settings

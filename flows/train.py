@@ -10,13 +10,12 @@ from diffusion.common.config import Config
 from diffusion.common.device import resolve_device
 from diffusion.common.errors import UserError
 from diffusion.data.manifest import Manifest, read_manifest
-from diffusion.training.autoencoder import with_autoencoder_digest
 from diffusion.training.logging import METRICS_BUFFER, RESTARTED, read_metrics
 from diffusion.training.preflight import PREFLIGHT
+from diffusion.training.pretrained import with_digests
 from diffusion.training.setup import data_digest, identity_fields, train_key
 from diffusion.training.train import Restart, TrainResult, discard
 from diffusion.training.train import train as train_model
-from diffusion.training.warm_start import open_warm_start, with_start_digest
 from flows.config import Params, flattened
 from flows.dataset_page import find_dataset_page
 from flows.datasets import dvc
@@ -152,8 +151,7 @@ def _tracker_of_finished(ready: ResolvedParams, manifest: Manifest, result: Trai
 
 def _open(ready: ResolvedParams, manifest: Manifest, restart: bool) -> RunTracker:
     params = ready.params
-    model = with_autoencoder_digest(params.model)
-    training = with_start_digest(params.training, open_warm_start(params.training))
+    model, training = with_digests(params.model, params.training)
     key = train_key(data_digest(manifest, training), model, training)
     parameters = flattened({"model": model.model_dump(mode="json"), "training": identity_fields(training, model)})
     tracker = open_run(

@@ -8,42 +8,11 @@ from diffusion.common.config import Config
 from diffusion.common.errors import UserError
 from diffusion.common.escaping import escape_markdown, python_literal
 from diffusion.common.files import sha256_file, sync_file, sync_folder
-from diffusion.families.model import DiffusionModel, ModelHeader
+from diffusion.families.ddpm import DiffusionModel
 from diffusion.generation.config import UNCONDITIONAL
 from diffusion.generation.generate import check_sampling, check_sampling_options
 from diffusion.process.samplers import SamplingConfig
 
-MODEL_FIELDS = {
-    "schedule",
-    "steps",
-    "zero_terminal_snr",
-    "prediction",
-    "learned_variance",
-    "width",
-    "channel_mult",
-    "blocks",
-    "attention",
-    "heads",
-    "patch",
-    "dropout",
-    "conditional",
-    "text",
-}
-"""Parts of a ``ModelConfig`` whose meaning is exported with it."""
-HEADER_FIELDS = {
-    "format_version",
-    "model",
-    "channels",
-    "size",
-    "dataset",
-    "content_digest",
-    "sigma_data",
-    "class_histogram",
-    "encoder",
-    "images",
-    "training",
-}
-"""The same of a ``ModelHeader``."""
 STOCK = dict.fromkeys(("ddpm", "dpmpp_2m", "dpmpp_2m_sde", "deis", "unipc"), "DDPMPipeline") | {"ddim": "DDIMPipeline"}
 """Stock pipeline of each sampler; the schedulers of other samplers need scaled noise."""
 
@@ -76,45 +45,14 @@ def export_to_diffusers(
     has no counterpart in diffusers.
     """
     model = load_model(weights)
-    require_known(model.header)
-    assert isinstance(model, DiffusionModel)
+    if not isinstance(model, DiffusionModel):
+        raise UserError(f"diffusers has no counterpart of a model of the family {model.config.family}: export another")
+    for name in ("low_resolution", "autoencoder"):
+        if getattr(model.config, name) is not None:
+            raise UserError(f"a model with model.{name} has no counterpart in diffusers: export one without it")
     check_sampling_options(model.config, sampling)
     if not model.config.text:  # a model of captions gets its prompts later
         check_sampling(model, sampling, UNCONDITIONAL)
-    pipeline = pipeline_of(model, sampling)
-    about = Exported(
-        folder=folder,
-        files={},
-        pipeline=pipeline,
-        weights_sha256=sha256_file(weights),
-        version=version,
-        run_id=run_id,
-    )
-    folder = folder.absolute()
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    _write(model, sampling, pipeline, partial)
-    (partial / "README.md").write_text(readme(model, sampling, about))
-    return about.model_copy(update={"files": _move(partial, folder)})
-
-
-def require_known(header: ModelHeader) -> None:
-    """Raise UserError if the model is of a kind that came later, which nothing here would export rightly."""
-    fields = [f"model.{name}" for name in header.model.model_dump() if name not in MODEL_FIELDS]
-    fields += [name for name in header.model_dump() if name not in HEADER_FIELDS]
-    if not header.model.in_diffusers:
-        raise UserError(f"diffusers has no counterpart of a model of the family {header.model.family}: export another")
-    if fields:
-        raise UserError(f"a model with {fields[0]} has no counterpart in diffusers: export one without it")
-
-
-def pipeline_of(model: DiffusionModel, sampling: SamplingConfig) -> str:
-    """Choose the pipeline class: a stock one for unconditional models with a supported sampler."""
-    conditional = bool(model.classes) or model.config.text
-    return "DarkroomPipeline" if conditional else STOCK.get(sampling.sampler, "DarkroomPipeline")
-
-
-def _write(model: DiffusionModel, sampling: SamplingConfig, pipeline: str, folder: Path) -> None:
     try:
         import diffusers
 
@@ -125,28 +63,37 @@ def _write(model: DiffusionModel, sampling: SamplingConfig, pipeline: str, folde
             f"export to diffusers needs {error.name}, which is not installed: run `pip install -e '.[diffusers]'` in "
             "Darkroom's checkout"
         ) from error
+    conditional = bool(model.classes) or model.config.text
+    pipeline = "DarkroomPipeline" if conditional else STOCK.get(sampling.sampler, "DarkroomPipeline")
+    exported = Exported(
+        folder=folder,
+        files={},
+        pipeline=pipeline,
+        weights_sha256=sha256_file(weights),
+        version=version,
+        run_id=run_id,
+    )
+    folder = folder.absolute()
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    kind = getattr(diffusers, pipeline, diffusers_format.DarkroomPipeline)
     parts = diffusers_format.DarkroomUNet.of(model, sampling), scheduler_of(model, sampling)
-    kind = diffusers_format.DarkroomPipeline if pipeline == "DarkroomPipeline" else getattr(diffusers, pipeline)
-    kind(*parts).save_pretrained(folder, safe_serialization=True)
-
-
-def _move(partial: Path, folder: Path) -> dict[str, str]:
-    """Flush what was written and give it its name, unless the same has it already; the digest of each file."""
+    kind(*parts).save_pretrained(partial, safe_serialization=True)
+    (partial / "README.md").write_text(readme(model, sampling, exported))
     files = _digests(partial)
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
         shutil.rmtree(partial)
-        different = sorted(dict(files.items() ^ _digests(folder).items()))
-        if different:
+        if different := sorted(dict(files.items() ^ _digests(folder).items())):
             raise UserError(f"{folder} is there and differs ({different[0]}): give another folder, or remove it")
-        return files
-    for path in (partial, *partial.rglob("*")):
-        if path.is_dir():
-            sync_folder(path)
-        else:
-            sync_file(path)
-    partial.rename(folder)
-    sync_folder(folder.parent)
-    return files
+    else:
+        for path in (partial, *partial.rglob("*")):
+            if path.is_dir():
+                sync_folder(path)
+            else:
+                sync_file(path)
+        partial.rename(folder)
+        sync_folder(folder.parent)
+    return exported.model_copy(update={"files": files})
 
 
 def _digests(folder: Path) -> dict[str, str]:
@@ -157,17 +104,12 @@ def _digests(folder: Path) -> dict[str, str]:
 def readme(model: DiffusionModel, sampling: SamplingConfig, about: Exported) -> str:
     """Write the README of an export: usage, origin and limitations."""
     header, (channels, size, _) = model.header, model.shape
-    conditions = (
-        f", labels=[{python_literal(model.classes[0])}]"
-        if model.classes
-        else ', prompts=["…"]'
-        if model.config.text
-        else ""
-    )
-    stock = (
-        ""
-        if about.pipeline == "DarkroomPipeline"
-        else f"""
+    conditions = ', prompts=["…"]' if model.config.text else ""
+    if model.classes:
+        conditions = f", labels=[{python_literal(model.classes[0])}]"
+    stock = ""
+    if about.pipeline != "DarkroomPipeline":
+        stock = f"""
 Or with a pipeline of diffusers' own, once the class of the network is known (that it expected its own is no error):
 
 ```python
@@ -176,7 +118,6 @@ pipe = diffusers.{about.pipeline}.from_pretrained({python_literal(about.folder.n
 pipe(batch_size=4, num_inference_steps={sampling.steps}).images
 ```
 """
-    )
     classes = f", of {len(model.classes)} classes" if model.classes else ""
     return f"""# {escape_markdown(header.dataset)}
 

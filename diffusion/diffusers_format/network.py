@@ -9,19 +9,18 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch import Tensor
 
-from diffusion.families.model import DiffusionModel, ModelHeader, classes_of
+from diffusion.families.ddpm import DiffusionModel
+from diffusion.families.model import ModelHeader, classes_of
 from diffusion.models.config import ModelConfig
 from diffusion.models.unet import UNet
 from diffusion.process.samplers import SAMPLING_ADAPTER, DDPMSampling, SamplingConfig
-from diffusion.process.schedules import NoiseSchedule, make_schedule
 
 
 class DarkroomUNet(ModelMixin, ConfigMixin):  # type: ignore[misc]
     """Our U-Net as a denoiser: x_t in, the clean image out, whatever the network itself predicts.
 
-    Its own shape is none of UNet2DModel's, whose normalisations have a fixed number of groups where ours have a fixed
-    number of channels. ``header`` and ``sampling`` are a ``ModelHeader`` and a ``SamplingConfig`` as JSON; the other
-    three are what pipelines of diffusers ask for, ``out_channels`` twice the channels with a learned variance.
+    ``header`` and ``sampling`` are a ``ModelHeader`` and a ``SamplingConfig`` as JSON; the other three are what
+    pipelines of diffusers ask for, ``out_channels`` twice the channels with a learned variance.
     """
 
     @register_to_config  # type: ignore[untyped-decorator]
@@ -52,20 +51,9 @@ class DarkroomUNet(ModelMixin, ConfigMixin):  # type: ignore[misc]
         return unet
 
     @cached_property
-    def header(self) -> ModelHeader:
-        """Header of the model."""
-        return ModelHeader.model_validate(self.config.header)
-
-    @cached_property
-    def schedule(self) -> NoiseSchedule:
-        """Its noise schedule."""
-        assert isinstance(self.header.model, ModelConfig)
-        return make_schedule(self.header.model)
-
-    @property
     def model(self) -> DiffusionModel:
         """The model as a ``DiffusionModel`` that shares the weights."""
-        return DiffusionModel(self.header, self.network, self.schedule)
+        return DiffusionModel.make_model(ModelHeader.model_validate(self.config.header), self.network, None)
 
     @property
     def sampling(self) -> SamplingConfig:
@@ -84,16 +72,15 @@ class DarkroomUNet(ModelMixin, ConfigMixin):  # type: ignore[misc]
 
         ``sample`` is x_t = √ᾱ_t x_0 + √(1 − ᾱ_t) ε, (N, C, H, W), and ``timestep`` t, whole or not, of all or of each
         (N,). ``class_labels`` (N,) are numbers in the sorted classes, one more for any; ``text`` (N, 384) embeddings of
-        captions, zeros for none. With 2C ``out_channels`` the second half is v of ``diffusion.process.variance``, as a
+        captions, zeros for none. With 2C ``out_channels`` the second half is v of ``deviation_between``, as a
         DDPMScheduler with the variance ``learned_range`` takes it.
         """
         t = torch.as_tensor(timestep, device=sample.device).expand(len(sample))
-        sigma = self.schedule.sigma(t)
+        sigma = self.model.schedule.sigma(t)
         x = sample.float() * (1 + sigma**2).sqrt().float()[:, None, None, None]
-        conditioning = {"label": class_labels, "text": text}
-        x0, v = self.model.denoiser({name: each for name, each in conditioning.items() if each is not None}).answer(
-            x, sigma
-        )
+        given = {"label": class_labels, "text": text}
+        conditioning = {name: each for name, each in given.items() if each is not None}
+        x0, v = self.model.denoiser(conditioning).answer(x, sigma)
         answer = torch.cat([x0, v], dim=1) if self.config.out_channels > self.config.in_channels else x0
         answer = answer.to(sample.dtype)
         return UNet2DOutput(sample=answer) if return_dict else (answer,)

@@ -1,35 +1,31 @@
 """Pipeline of diffusers that generates as ``diffusion.generation.generate`` does, stepped by one of its schedulers."""
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from inspect import signature
 from typing import Any
 
 import torch
-from diffusers import DDPMScheduler, DiffusionPipeline, ImagePipelineOutput, SchedulerMixin
+from diffusers import DDPMScheduler, DiffusionPipeline, DPMSolverMultistepScheduler, ImagePipelineOutput, SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from diffusion.common.errors import UserError
 from diffusion.common.random import GaussianNoise
 from diffusion.diffusers_format.network import DarkroomUNet
-from diffusion.diffusers_format.schedulers import IN_SIGMA, PRECONDITIONED, SDE, SUPPORTED, visited
-from diffusion.families.ddpm import denoiser_of
-from diffusion.families.model import Conditioning, DiffusionModel
+from diffusion.diffusers_format.schedulers import IN_SIGMA, SUPPORTED, visited
+from diffusion.families.ddpm import DiffusionModel, denoiser_of
 from diffusion.generation.config import Conditions
 from diffusion.generation.generate import check_prompts, check_sampling, make_conditioning, prompt_embeddings
-from diffusion.process.samplers import DDIMSampling, Denoise, SamplingConfig
+from diffusion.process.samplers import DDIMSampling
 
-Answer = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-"""From x = x_0 + σ ε and σ to the estimate of x_0, and to what the scheduler takes for the model's output."""
 Options = Callable[[], dict[str, Any]]
 
 
 class DarkroomPipeline(DiffusionPipeline):  # type: ignore[misc]
     """Pipeline for Darkroom models with classes, captions and guidance, for any scheduler of ``SUPPORTED``.
 
-    To use another scheduler: ``pipe.scheduler = UniPCMultistepScheduler.from_config(
-    pipe.scheduler.config)``. All visit the noise levels that ``darkroom sample`` does, but for DDPM's and DDIM's.
+    Another one: ``pipe.scheduler = UniPCMultistepScheduler.from_config(pipe.scheduler.config)``. All but DDPM's and
+    DDIM's visit the noise levels that ``darkroom sample`` does.
     """
 
     model_cpu_offload_seq = "unet"
@@ -79,39 +75,37 @@ class DarkroomPipeline(DiffusionPipeline):  # type: ignore[misc]
         check_prompts(conditions)
         check_sampling(model, config, conditions)
         _check_scheduler(self.scheduler, model)
+        learned = isinstance(self.scheduler, DDPMScheduler) and "learned" in str(self.scheduler.config.variance_type)
+        if learned and (not model.config.learned_variance or config.guides):
+            raise UserError(
+                "a variance is learned by one network without guidance: use "
+                "DDPMScheduler.from_config(pipe.scheduler.config, variance_type='fixed_small')"
+            )
         device = self._execution_device
         embeddings = prompt_embeddings(model, conditions)
-        conditioning = {
-            name: each.to(device)
-            for name, each in make_conditioning(model, indices, seed, conditions, embeddings).items()
-        }
+        conditioning = make_conditioning(model, indices, seed, conditions, embeddings)
+        conditioning = {name: each.to(device) for name, each in conditioning.items()}
         denoise = denoiser_of(model, conditioning, config, embeddings[conditions.negative_prompt].to(device))
-        with_variance = learns(self.scheduler)
-        answer = learned(model, conditioning, config) if with_variance else partial(as_output, self.scheduler, denoise)
         start, options = self._noise(model, batch_size, seed, generator, eta)
-        samples = (self._reversed(model, config, start, answer, options) / 2 + 0.5).clamp(0, 1)
+        timesteps, sigmas = visited(self.scheduler, model.schedule, config)
+        in_sigma = isinstance(self.scheduler, IN_SIGMA)
+        x0 = state = float(sigmas[0] if in_sigma else sigmas[0] / (1 + sigmas[0] ** 2).sqrt()) * start
+        for t, sigma in self.progress_bar(list(zip(timesteps, sigmas, strict=True))):
+            self.scheduler.scale_model_input(state, t)  # some insist on it; σ says the same
+            x = state if in_sigma else float((1 + sigma**2).sqrt()) * state
+            if learned:
+                x0, v = model.denoiser(conditioning).answer(x, sigma)
+                output = torch.cat([x0, v], dim=1)
+            else:
+                output = x0 = denoise(x, sigma)
+            state = self.scheduler.step(output, t, state, **options()).prev_sample
+        # The last step of our samplers goes to the last estimate; schedulers end there too, or not quite.
+        samples = (x0 / 2 + 0.5).clamp(0, 1)
         images: Any = samples if output_type == "pt" else samples.cpu().permute(0, 2, 3, 1).numpy()
         if output_type == "pil":
             images = self.numpy_to_pil(images)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
-
-    def _reversed(
-        self, model: DiffusionModel, config: SamplingConfig, start: Tensor, answer: Answer, options: Options
-    ) -> Tensor:
-        """The reverse process from standard Gaussian noise ``start`` to the last estimate of the images.
-
-        The last step of our samplers goes there; schedulers end there too, or not quite.
-        """
-        timesteps, sigmas = visited(self.scheduler, model.schedule, config)
-        in_sigma = isinstance(self.scheduler, IN_SIGMA)
-        state = float(sigmas[0] if in_sigma else sigmas[0] / (1 + sigmas[0] ** 2).sqrt()) * start
-        x0 = state
-        for t, sigma in self.progress_bar(list(zip(timesteps, sigmas, strict=True))):
-            self.scheduler.scale_model_input(state, t)  # some insist on it; σ says the same
-            x0, output = answer(state if in_sigma else float((1 + sigma**2).sqrt()) * state, sigma)
-            state = self.scheduler.step(output, t, state, **options()).prev_sample
-        return x0
 
     def _noise(
         self,
@@ -135,7 +129,8 @@ class DarkroomPipeline(DiffusionPipeline):  # type: ignore[misc]
             start = randn_tensor((count, *model.shape), generator=generator, device=device, dtype=torch.float32)
             return start, lambda: own | ({"generator": generator} if "generator" in accepted else {})
         draws = GaussianNoise(seed, "sampling", range(count), model.shape)
-        if not is_random(self.scheduler, own.get("eta", 0.0)):
+        sde = isinstance(self.scheduler, DPMSolverMultistepScheduler) and "sde" in self.scheduler.config.algorithm_type
+        if not (sde or own.get("eta", 0.0) > 0 or isinstance(self.scheduler, DDPMScheduler)):
             return draws().to(device), lambda: own
         if "variance_noise" not in accepted:
             raise UserError(
@@ -150,8 +145,6 @@ def _check_scheduler(scheduler: SchedulerMixin, model: DiffusionModel) -> None:
     if not isinstance(scheduler, SUPPORTED):
         names = ", ".join(each.__name__ for each in SUPPORTED)
         raise UserError(f"{type(scheduler).__name__} takes none of our steps: use one of {names}")
-    if isinstance(scheduler, PRECONDITIONED):
-        return
     theirs, ours = scheduler.alphas_cumprod.cpu().double(), model.schedule.alphas_cumprod
     same = theirs.shape == ours.shape and torch.allclose(theirs, ours, atol=1e-4)
     if scheduler.config.prediction_type != "sample" or not same:
@@ -160,43 +153,6 @@ def _check_scheduler(scheduler: SchedulerMixin, model: DiffusionModel) -> None:
             f"the {name} is of another prediction or noise schedule than the model: make it by {name}.from_config(c), "
             "where c is the configuration of the scheduler in the model's own folder"
         )
-
-
-def is_random(scheduler: SchedulerMixin, eta: float) -> bool:
-    """Whether steps add fresh noise."""
-    sde = isinstance(scheduler, SDE) and scheduler.config.algorithm_type.startswith("sde")
-    return sde or eta > 0 or isinstance(scheduler, DDPMScheduler)
-
-
-def learns(scheduler: SchedulerMixin) -> bool:
-    """Whether the scheduler uses a learned variance."""
-    return isinstance(scheduler, DDPMScheduler) and str(scheduler.config.variance_type).startswith("learned")
-
-
-def learned(model: DiffusionModel, conditioning: Conditioning, config: SamplingConfig) -> Answer:
-    """The answer with its variance; raises UserError if the network has none, or none that is guided."""
-    if not model.config.learned_variance or config.guides:
-        raise UserError(
-            "a variance is learned by one network without guidance: use "
-            "DDPMScheduler.from_config(pipe.scheduler.config, variance_type='fixed_small')"
-        )
-
-    def answer(x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
-        x0, v = model.denoiser(conditioning).answer(x, sigma)
-        return x0, torch.cat([x0, v], dim=1)
-
-    return answer
-
-
-def as_output(scheduler: SchedulerMixin, denoise: Denoise, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
-    """The estimate, and what ``scheduler`` wants: it, or the F with c_skip x + c_out F (2206.00364, eq. 7)."""
-    x0 = denoise(x, sigma)
-    if not isinstance(scheduler, PRECONDITIONED):
-        return x0, x0
-    zeros, sigma = torch.zeros_like(x), sigma.to(x)
-    skipped = scheduler.precondition_outputs(x, zeros, sigma)
-    c_out = scheduler.precondition_outputs(torch.zeros_like(sigma), torch.ones_like(sigma), sigma)
-    return x0, (x0 - skipped) / c_out
 
 
 def _each(words: str | Sequence[str | None]) -> tuple[str | None, ...]:

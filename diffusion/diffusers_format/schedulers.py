@@ -8,8 +8,6 @@ from diffusers import (
     DDPMScheduler,
     DEISMultistepScheduler,
     DPMSolverMultistepScheduler,
-    EDMDPMSolverMultistepScheduler,
-    EDMEulerScheduler,
     EulerDiscreteScheduler,
     HeunDiscreteScheduler,
     SchedulerMixin,
@@ -19,79 +17,23 @@ from torch import Tensor
 
 from diffusion.common.errors import UserError
 from diffusion.diffusers_format.network import draws_with_learned_variance
-from diffusion.families.model import DiffusionModel
-from diffusion.process.samplers import (
-    DDIMSampling,
-    DDPMSampling,
-    DEISSampling,
-    DPMSolverSampling,
-    DPMSolverSDESampling,
-    EulerSampling,
-    HeunSampling,
-    SamplingConfig,
-    UniPCSampling,
-)
+from diffusion.families.ddpm import DiffusionModel
+from diffusion.process.samplers import DPMSolverSDESampling, EulerSampling, HeunSampling, SamplingConfig
 from diffusion.process.schedules import NoiseSchedule
 
 WHOLE = (DDPMScheduler, DDIMScheduler)
 """Schedulers limited to integral times."""
-PRECONDITIONED = (EDMEulerScheduler, EDMDPMSolverMultistepScheduler)
-"""Schedulers that take EDM's output F instead of the clean image."""
-IN_SIGMA = (EulerDiscreteScheduler, HeunDiscreteScheduler, *PRECONDITIONED)
+IN_SIGMA = (EulerDiscreteScheduler, HeunDiscreteScheduler)
 """Schedulers whose state is x_0 + σ ε, as in Darkroom; that of the others is x_t."""
-SDE = (DPMSolverMultistepScheduler, EDMDPMSolverMultistepScheduler)
-"""Schedulers that can be configured to add fresh noise."""
-OTHERS = (DPMSolverMultistepScheduler, DEISMultistepScheduler, UniPCMultistepScheduler)
-SUPPORTED = (*WHOLE, *IN_SIGMA, *OTHERS)
+SUPPORTED = (*WHOLE, *IN_SIGMA, DPMSolverMultistepScheduler, DEISMultistepScheduler, UniPCMultistepScheduler)
 
 
 def scheduler_of(model: DiffusionModel, sampling: SamplingConfig) -> SchedulerMixin:
-    """The scheduler that takes the steps of ``sampling`` on the schedule of ``model``, whose network says x̂_0.
+    """Make the scheduler that takes the steps of ``sampling`` on the schedule of ``model``, whose network says x̂_0.
 
     In a pipeline of diffusers' own it visits the same noise levels, to the next whole time; DDPM's and DDIM's are
     theirs. Raises UserError if diffusers has none.
     """
-    scheduler = _scheduler(model, sampling)
-    if not isinstance(scheduler, WHOLE):
-        levels = sampling.sigma_grid(model.schedule)
-        # Not among its arguments, but it looks there when it lays out levels as Karras et al. do.
-        scheduler.register_to_config(sigma_max=float(levels[0]), sigma_min=float(levels[-2]))
-    return scheduler
-
-
-def _scheduler(model: DiffusionModel, sampling: SamplingConfig) -> SchedulerMixin:
-    shared: dict[str, Any] = {
-        "num_train_timesteps": model.schedule.steps,
-        "trained_betas": betas(model.schedule),
-        "prediction_type": "sample",
-        "timestep_spacing": "trailing",
-    }
-    rho = {"use_karras_sigmas": True}
-    to_zero = {"final_sigmas_type": "zero"}
-    _require_counterpart(model, sampling)
-    match sampling:
-        case DDPMSampling():
-            variance: str = sampling.variance or "fixed_small"
-            if model.config.learned_variance and draws_with_learned_variance(sampling):
-                variance = "learned_range"
-            return DDPMScheduler(**shared, variance_type=variance, clip_sample=False)
-        case DDIMSampling():
-            return DDIMScheduler(**shared, clip_sample=False)
-        case EulerSampling():
-            return EulerDiscreteScheduler(**shared, **rho)
-        case HeunSampling():
-            return HeunDiscreteScheduler(**shared, **rho)
-        case DPMSolverSampling():
-            return DPMSolverMultistepScheduler(**shared, **rho, **to_zero)
-        case DPMSolverSDESampling():
-            return DPMSolverMultistepScheduler(**shared, **rho, **to_zero, algorithm_type="sde-dpmsolver++")
-        case DEISSampling():
-            return DEISMultistepScheduler(**shared, **rho, solver_order=sampling.order, lower_order_final=False)
-        case UniPCSampling():
-            return UniPCMultistepScheduler(**shared, **rho, **to_zero, solver_order=sampling.order, solver_type="bh2")
-
-
-def _require_counterpart(model: DiffusionModel, sampling: SamplingConfig) -> None:
     if isinstance(sampling, EulerSampling | HeunSampling) and sampling.churn is not None:
         raise UserError(
             "schedulers of diffusers keep no sampling.churn: leave it out, or use dpmpp_2m_sde, whose noise is fresh"
@@ -106,13 +48,36 @@ def _require_counterpart(model: DiffusionModel, sampling: SamplingConfig) -> Non
             f"in diffusers {sampling.sampler} visits whole times, of which there are {model.schedule.steps}, and "
             f"sampling.steps = {sampling.steps}: lower it"
         )
-
-
-def betas(schedule: NoiseSchedule) -> list[float]:
-    """β_t = 1 − ᾱ_t / ᾱ_(t−1), as long as the schedule."""
-    alpha_bar = schedule.alphas_cumprod
-    before = torch.cat([alpha_bar.new_ones(1), alpha_bar[:-1]])
-    return (1 - alpha_bar / before).tolist()
+    alpha_bar = model.schedule.alphas_cumprod
+    betas = 1 - alpha_bar / torch.cat([alpha_bar.new_ones(1), alpha_bar[:-1]])
+    shared: dict[str, Any] = {
+        "num_train_timesteps": model.schedule.steps,
+        "trained_betas": betas.tolist(),
+        "prediction_type": "sample",
+        "timestep_spacing": "trailing",
+    }
+    learned = model.config.learned_variance and draws_with_learned_variance(sampling)
+    variance = "learned_range" if learned else getattr(sampling, "variance", None) or "fixed_small"
+    order = getattr(sampling, "order", None)
+    karras = {"use_karras_sigmas": True}
+    to_zero = karras | {"final_sigmas_type": "zero"}
+    kinds: dict[str, tuple[type[SchedulerMixin], dict[str, Any]]] = {
+        "ddpm": (DDPMScheduler, {"variance_type": variance, "clip_sample": False}),
+        "ddim": (DDIMScheduler, {"clip_sample": False}),
+        "euler": (EulerDiscreteScheduler, karras),
+        "heun": (HeunDiscreteScheduler, karras),
+        "dpmpp_2m": (DPMSolverMultistepScheduler, to_zero),
+        "dpmpp_2m_sde": (DPMSolverMultistepScheduler, to_zero | {"algorithm_type": "sde-dpmsolver++"}),
+        "deis": (DEISMultistepScheduler, karras | {"solver_order": order, "lower_order_final": False}),
+        "unipc": (UniPCMultistepScheduler, to_zero | {"solver_order": order, "solver_type": "bh2"}),
+    }
+    kind, options = kinds[sampling.sampler]
+    scheduler = kind(**shared, **options)
+    if not isinstance(scheduler, WHOLE):
+        levels = sampling.sigma_grid(model.schedule)
+        # Not among its arguments, but it looks there when it lays out levels as Karras et al. do.
+        scheduler.register_to_config(sigma_max=float(levels[0]), sigma_min=float(levels[-2]))
+    return scheduler
 
 
 def visited(scheduler: SchedulerMixin, schedule: NoiseSchedule, config: SamplingConfig) -> tuple[Tensor, Tensor]:
@@ -129,9 +94,7 @@ def visited(scheduler: SchedulerMixin, schedule: NoiseSchedule, config: Sampling
     if isinstance(scheduler, HeunDiscreteScheduler):  # which evaluates twice at each level but the first
         sigmas = torch.cat([sigmas[:1], sigmas[1:-1].repeat_interleave(2), sigmas[-1:]])
     levels = sigmas[:-1]
-    edm = isinstance(scheduler, PRECONDITIONED)
-    scheduler.sigmas = sigmas.float()
-    scheduler.timesteps = scheduler.precondition_noise(levels.float()) if edm else schedule.time(levels)
+    scheduler.sigmas, scheduler.timesteps = sigmas.float(), schedule.time(levels)
     # By number, as two levels may have one time.
     scheduler.set_begin_index(0)
     return scheduler.timesteps, levels

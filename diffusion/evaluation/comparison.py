@@ -37,8 +37,7 @@ from diffusion.evaluation.metrics.per_class import PerClass
 from diffusion.evaluation.real_images import SHOWN
 from diffusion.evaluation.results import EvaluationConditions, ModelEvaluation, RealBaseline
 from diffusion.generation.super_resolution import task_of
-from diffusion.process.family_options import effective_sampling
-from diffusion.process.samplers import SamplingConfig
+from diffusion.process.samplers import SamplingConfig, effective_sampling
 
 COMPARISON = "champion_comparison.json"
 """File name of the result in the folder of the evaluation."""

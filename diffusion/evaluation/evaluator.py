@@ -65,7 +65,6 @@ from diffusion.evaluation.results import (
     RealBaseline,
     Reconstruction,
 )
-from diffusion.families import family_of
 from diffusion.families.model import Model
 from diffusion.generation.config import UNCONDITIONAL, Conditions
 from diffusion.generation.generate import conditions_of, is_conditional, labels_of, reconstructed
@@ -448,7 +447,7 @@ def gflop(model: Model, config: SamplingConfig) -> float:
     ran while each model was timed.
     """
     operations = 0
-    for times, once in family_of(model.config).passes(model, config):
+    for times, once in model.passes(config):
         with torch.inference_mode(), FlopCounterMode(display=False) as counter:
             once()
         operations += times * counter.get_total_flops()

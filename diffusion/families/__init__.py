@@ -1,24 +1,23 @@
-"""Table of the families of models, each of which builds, trains and samples models of its kind."""
+"""Table of the families of models: the class of each builds, trains and samples models of its kind."""
 
 from collections.abc import Mapping
-from typing import Any
 
-from diffusion.families.autoregressive import AutoregressiveFamily
-from diffusion.families.base import Family
-from diffusion.families.ddpm import DiffusionFamily
-from diffusion.families.gan import GANFamily
-from diffusion.families.vae import VAEFamily
+from diffusion.families.autoregressive import AutoregressiveModel
+from diffusion.families.ddpm import DiffusionModel
+from diffusion.families.gan import GANModel
+from diffusion.families.model import Model
+from diffusion.families.vae import VAEModel
 from diffusion.models.config import FamilyConfig
 
-FAMILIES: Mapping[str, Family[Any, Any]] = {
-    "ddpm": DiffusionFamily(),
-    "vae": VAEFamily(),
-    "gan": GANFamily(),
-    "autoregressive": AutoregressiveFamily(),
+FAMILIES: Mapping[str, type[Model]] = {
+    "ddpm": DiffusionModel,
+    "vae": VAEModel,
+    "gan": GANModel,
+    "autoregressive": AutoregressiveModel,
 }
 """Families by ``model.family``."""
 
 
-def family_of(config: FamilyConfig) -> Family[Any, Any]:
+def family_of(config: FamilyConfig) -> type[Model]:
     """Find the family that ``config`` configures."""
     return FAMILIES[config.family]

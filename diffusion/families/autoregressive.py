@@ -1,7 +1,4 @@
-"""The family autoregressive: the distribution of each pixel given the pixels before it.
-
-A gated PixelCNN (arXiv 1606.05328) with PixelCNN++'s mixtures of logistics (1701.05517): the likelihood is exact.
-"""
+"""The family autoregressive: a gated PixelCNN (arXiv 1606.05328), each pixel given those before it."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -10,15 +7,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from diffusion.common.fingerprint import autocast
-from diffusion.families.base import ConditioningBatch, TrainingBatch, TrainingData, TrainingObjective
-from diffusion.families.model import Conditioning, Model, ModelHeader, to_uint8
-from diffusion.models.autoregressive import PixelCNN, sample_images
-from diffusion.models.config import AutoregressiveConfig
-from diffusion.models.discretized_logistics import LEVELS, log_probability, mixtures_of
+from diffusion.families.model import (
+    Conditioning,
+    ConditioningBatch,
+    Model,
+    ModelHeader,
+    TrainingBatch,
+    TrainingObjective,
+    to_uint8,
+)
+from diffusion.models.autoregressive import LEVELS, PixelCNN, log_probability, mixtures_of, sample_images
+from diffusion.models.config import AutoregressiveConfig, ObjectiveConfig
 from diffusion.models.vae import Latents
 from diffusion.process.likelihood import Terms
-from diffusion.process.objective_config import ObjectiveConfig
 from diffusion.process.samplers import SamplingConfig
 
 
@@ -28,16 +29,40 @@ class AutoregressiveModel(Model):
 
     network: PixelCNN
 
-    @property
-    def autoencoder(self) -> None:
-        """None: the model works on pixels."""
-        return
+    @staticmethod
+    def make_network(config: AutoregressiveConfig, shape: tuple[int, int, int], classes: int) -> PixelCNN:
+        """Build the PixelCNN, which takes images of any size."""
+        return PixelCNN(config, shape[0], classes)
+
+    @staticmethod
+    def forward(network: PixelCNN, shape: tuple[int, int, int]) -> Tensor:
+        """Predict all pixels at once and sum."""
+        out: Tensor = network(torch.empty(1, *shape)).sum()
+        return out
+
+    @staticmethod
+    def make_objective(header: ModelHeader, training: ObjectiveConfig, latents: Latents | None) -> TrainingObjective:
+        """Build the likelihood objective."""
+        return ExactLikelihoodObjective()
 
     @property
     def noise_shape(self) -> tuple[int, int, int]:
         """(C + 1, H, W): a number for each value of a pixel, and one that selects the mixture component."""
         channels, height, width = self.shape
         return channels + 1, height, width
+
+    def generate(self, batch: ConditioningBatch, config: SamplingConfig) -> Tensor:
+        """Sample pixel by pixel, each from its own noise."""
+        return to_uint8(sample_images(self.network, batch.noise(), batch.conditioning.get("label")))
+
+    def passes(self, config: SamplingConfig) -> list[tuple[int, Callable[[], Tensor]]]:
+        """List one pass: the cached evaluation computes each column of the network once."""
+        return [(1, lambda: self.network(torch.zeros(1, *self.shape)))]
+
+    def terms(self, x0: Tensor, conditioning: Conditioning, indices: Sequence[int]) -> Terms:
+        """Compute exact bits per dimension."""
+        bits = bits_of_pixels(self.network, x0, conditioning).double().flatten(1).sum(1) / x0[0].numel()
+        return Terms.without_levels(bits, len(bits))
 
 
 def bits_of_pixels(network: nn.Module, x0: Tensor, conditioning: Conditioning, levels: int = LEVELS) -> Tensor:
@@ -50,15 +75,11 @@ def bits_of_pixels(network: nn.Module, x0: Tensor, conditioning: Conditioning, l
 class ExactLikelihoodObjective(TrainingObjective):
     """Maximum likelihood: the loss is −log₂ p of an image per value, exact bits per dimension."""
 
-    def make_batch(self, x0: Tensor, indices: range, conditioning: Conditioning) -> TrainingBatch:
-        """Make a batch without random numbers, of which the loss has none."""
-        return TrainingBatch(x0, None, None, None, conditioning)
-
-    def make_validation_batch(
-        self, x0: Tensor, split: str, indices: Sequence[int], conditioning: Conditioning
+    def make_batch(
+        self, x0: Tensor, indices: Sequence[int], conditioning: Conditioning, probe: str | None = None
     ) -> TrainingBatch:
         """Make a batch without random numbers, of which the loss has none."""
-        return TrainingBatch(x0, None, None, None, conditioning)
+        return TrainingBatch(x0, conditioning)
 
     def losses(self, network: nn.Module, batch: TrainingBatch) -> Tensor:
         """Compute bits per dimension."""
@@ -67,47 +88,3 @@ class ExactLikelihoodObjective(TrainingObjective):
     def validation_metrics(self, network: nn.Module, batch: TrainingBatch, losses: Tensor) -> dict[str, float]:
         """Report the loss under the name of other families' bounds."""
         return {"held_out_bits_per_dim_ema": losses.mean().item()}
-
-
-class AutoregressiveFamily:
-    """Autoregressive models of pixels."""
-
-    edits = False
-
-    def make_network(self, config: AutoregressiveConfig, shape: tuple[int, int, int], classes: int) -> PixelCNN:
-        """Build the PixelCNN, which takes images of any size."""
-        return PixelCNN(config, shape[0], classes)
-
-    def forward(self, network: nn.Module, shape: tuple[int, int, int]) -> Tensor:
-        """Predict all pixels at once and sum."""
-        out: Tensor = network(torch.empty(1, *shape)).sum()
-        return out
-
-    def make_objective(
-        self, config: AutoregressiveConfig, training: ObjectiveConfig, data: TrainingData
-    ) -> ExactLikelihoodObjective:
-        """Build the likelihood objective."""
-        return ExactLikelihoodObjective()
-
-    def make_model(self, header: ModelHeader, network: nn.Module, autoencoder: Latents | None) -> AutoregressiveModel:
-        """Wrap the network."""
-        assert isinstance(network, PixelCNN)
-        return AutoregressiveModel(header, network)
-
-    def sample(
-        self, model: AutoregressiveModel, batch: ConditioningBatch, config: SamplingConfig, device: torch.device
-    ) -> Tensor:
-        """Sample pixel by pixel, each from its own noise."""
-        with torch.inference_mode(), autocast(config.precision, device):
-            return to_uint8(sample_images(model.network, batch.noise(), batch.conditioning.get("label"))).cpu()
-
-    def passes(self, model: AutoregressiveModel, config: SamplingConfig) -> list[tuple[int, Callable[[], Tensor]]]:
-        """List one pass: the cached evaluation computes each column of the network once."""
-        return [(1, lambda: model.network(torch.zeros(1, *model.shape)))]
-
-    def terms(
-        self, model: AutoregressiveModel, x0: Tensor, conditioning: Conditioning, indices: Sequence[int]
-    ) -> Terms:
-        """Compute exact bits per dimension."""
-        bits = bits_of_pixels(model.network, x0, conditioning).double().flatten(1).sum(1) / x0[0].numel()
-        return Terms.without_levels(bits, len(bits))

@@ -3,22 +3,36 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Self
 
 import torch
 from torch import Tensor, nn
 
-from diffusion.common.fingerprint import autocast
 from diffusion.common.random import GaussianNoise, uniform
-from diffusion.families.base import ConditioningBatch, OptimizerStep, TrainingBatch, TrainingData, TrainingObjective
-from diffusion.families.model import Conditioning, DiffusionModel, ModelHeader, to_float, to_uint8
-from diffusion.models.config import ModelConfig
+from diffusion.families.model import (
+    Conditioning,
+    ConditioningBatch,
+    Model,
+    ModelHeader,
+    OptimizerStep,
+    TrainingBatch,
+    TrainingObjective,
+    to_float,
+    to_uint8,
+)
+from diffusion.models.config import ModelConfig, ObjectiveConfig
 from diffusion.models.unet import UNet, sinusoidal
 from diffusion.models.vae import Latents
-from diffusion.process.editing import Edit, levels_for, pigdm, repaint, replace_known, whole
-from diffusion.process.guidance import clipped, guided
+from diffusion.process.denoiser import Denoiser, clipped, guided
+from diffusion.process.editing import Edit, blanked, levels_for, pigdm, repaint, replace_known, whole
 from diffusion.process.likelihood import Terms, denoising_terms
-from diffusion.process.objective_config import ObjectiveConfig
-from diffusion.process.parametrization import Objective, make_objective, sample_timesteps, timesteps_at
+from diffusion.process.parametrization import (
+    Objective,
+    Parametrization,
+    make_objective,
+    sample_timesteps,
+    timesteps_at,
+)
 from diffusion.process.samplers import Denoise, Noise, SamplingConfig
 from diffusion.process.schedules import NoiseSchedule, make_schedule
 
@@ -27,11 +41,100 @@ LEVELS = 8
 UNCERTAINTY_FEATURES = 128
 
 
-class Uncertainty(nn.Module):
-    """Learned uncertainty u(t): a loss L becomes L / e^u + u, minimal at e^u = L (arXiv 2312.02696, equation 21).
+@dataclass(frozen=True)
+class DiffusionModel(Model):
+    """Diffusion model of images or of their latents."""
 
-    It equalises the gradients of all noise levels. The initial u is 0.
-    """
+    network: UNet
+    schedule: NoiseSchedule
+    latents: Latents | None = None
+    """Autoencoder of latent diffusion; None: the network works on pixels."""
+
+    @staticmethod
+    def make_network(config: ModelConfig, shape: tuple[int, int, int], classes: int) -> UNet:
+        """Build the U-Net."""
+        return UNet(config, shape[0], shape[-1], classes)
+
+    @staticmethod
+    def forward(network: UNet, shape: tuple[int, int, int]) -> Tensor:
+        """Predict at time 0 and sum."""
+        x = torch.empty(1, *shape)
+        out: Tensor = network(x, torch.zeros(1), low=None if network.level is None else x).sum()
+        return out
+
+    @staticmethod
+    def make_objective(header: ModelHeader, training: ObjectiveConfig, latents: Latents | None) -> TrainingObjective:
+        """Build the denoising objective, in latents where there is an autoencoder."""
+        assert isinstance(header.model, ModelConfig)
+        shape = header.latents.shape if header.latents else (header.channels, header.size, header.size)
+        objective = make_objective(header.model, training, header.sigma_data)
+        return DenoisingObjective(training, objective, shape, latents)
+
+    @classmethod
+    def make_model(cls, header: ModelHeader, network: UNet, autoencoder: Latents | None) -> Self:
+        """Wrap the network with the schedule that it was trained on."""
+        assert isinstance(header.model, ModelConfig)
+        return cls(header, network, make_schedule(header.model), autoencoder)
+
+    @property
+    def config(self) -> ModelConfig:
+        """Configuration of the network and its noise schedule."""
+        assert isinstance(self.header.model, ModelConfig)
+        return self.header.model
+
+    @property
+    def autoencoder(self) -> Latents | None:
+        """Autoencoder of latent diffusion."""
+        return self.latents
+
+    @property
+    def noise_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of images, or of their latents."""
+        return self.header.latents.shape if self.header.latents else self.shape
+
+    def decoded(self, x: Tensor) -> Tensor:
+        """Decode states of the reverse process, (N, *noise_shape), to images (N, C, H, W), nominally in [−1, 1]."""
+        return x if self.latents is None else self.latents.decode(x)
+
+    def encoded(self, images: Tensor) -> Tensor:
+        """Encode images (N, C, H, W) in [−1, 1] as states of the reverse process, (N, *noise_shape)."""
+        return images if self.latents is None else self.latents.encode(images)
+
+    def denoiser(self, conditioning: Conditioning | None = None) -> Denoiser:
+        """Build the denoiser of the model for batches with ``conditioning``."""
+        parametrization = Parametrization(self.config.prediction, self.header.sigma_data)
+        return Denoiser(
+            partial(self.network, **(conditioning or {})),
+            self.schedule,
+            parametrization,
+            # Latents are unbounded.
+            clip=self.latents is None,
+            learned_variance=self.config.learned_variance,
+            around=(conditioning or {}).get("low"),
+        )
+
+    def generate(self, batch: ConditioningBatch, config: SamplingConfig) -> Tensor:
+        """Run the reverse process."""
+        sigmas = config.sigma_grid(self.schedule)
+        denoise = denoiser_of(self, batch.conditioning, config, batch.negative)
+        if batch.edit is not None:
+            return edited(self, batch.edit, denoise, sigmas, batch.noise, config)
+        return to_uint8(self.decoded(config.run(denoise, sigmas, batch.noise)))
+
+    def passes(self, config: SamplingConfig) -> list[tuple[int, Callable[[], Tensor]]]:
+        """List the sampler's evaluations of the network and one pass through the decoder."""
+        x = torch.zeros(1, *self.noise_shape)
+        once = partial(self.network, x, torch.zeros(1), low=None if self.network.level is None else x)
+        return [(1, lambda: self.decoded(x)), (count_evaluations(config, self.schedule), once)]
+
+    def terms(self, x0: Tensor, conditioning: Conditioning, indices: Sequence[int]) -> Terms:
+        """Compute losses by noise level and the likelihood bound; in latents the losses alone."""
+        denoiser, sigma_data = self.denoiser(conditioning), self.header.sigma_data
+        return denoising_terms(denoiser, self.encoded(x0), sigma_data, indices, self.latents is None)
+
+
+class Uncertainty(nn.Module):
+    """Learned uncertainty u(t), at first 0: L becomes L / e^u + u, minimal at e^u = L (arXiv 2312.02696, eq. 21)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -54,34 +157,30 @@ class DenoisingObjective(TrainingObjective):
     autoencoder: Latents | None
     """Encodes images into latents; None: noise is added to pixels."""
 
-    def make_batch(self, x0: Tensor, indices: range, conditioning: Conditioning) -> TrainingBatch:
-        """Sample time steps, noise and dropout seeds."""
-        t = sample_timesteps(self.config, self.objective.schedule, indices)
+    def make_batch(
+        self, x0: Tensor, indices: Sequence[int], conditioning: Conditioning, probe: str | None = None
+    ) -> TrainingBatch:
+        """Sample time steps, noise and dropout seeds; in a probe times are spread evenly over their distribution."""
+        schedule = self.objective.schedule
+        if probe is not None:
+            t = timesteps_at(self.config, schedule, (torch.arange(len(x0)) + 0.5) / len(x0))
+            noise = GaussianNoise(0, f"probe/{probe}", indices, self.shape)()
+            return TrainingBatch(x0, conditioning, {"noise": noise, "t": t})
+        t = sample_timesteps(self.config, schedule, indices)
         noise = GaussianNoise(self.config.seed, "noise", indices, self.shape)()
         seeds = (uniform(self.config.seed, "dropout", indices) * 2**62).long()
-        return TrainingBatch(x0, t, noise, seeds, conditioning)
-
-    def make_validation_batch(
-        self, x0: Tensor, split: str, indices: Sequence[int], conditioning: Conditioning
-    ) -> TrainingBatch:
-        """Spread time steps evenly over their distribution, with noise of a fixed seed."""
-        u = (torch.arange(len(x0)) + 0.5) / len(x0)
-        t = timesteps_at(self.config, self.objective.schedule, u)
-        noise = GaussianNoise(0, f"probe/{split}", indices, self.shape)()
-        return TrainingBatch(x0, t, noise, None, conditioning)
+        return TrainingBatch(x0, conditioning, {"noise": noise, "t": t, "dropout_seeds": seeds})
 
     def losses(self, network: nn.Module, batch: TrainingBatch) -> Tensor:
         """Compute the weighted error of each image."""
-        assert batch.t is not None
-        assert batch.noise is not None
-        x0 = batch.x0
+        x0, random, low = batch.x0, batch.random, batch.conditioning.get("low")
         if self.autoencoder is not None:
             with torch.no_grad():
                 # Not cached: encoding takes 5 to 20 % of a step, while cached latents could go stale, would be needed
                 # twice for mirrored images, and would have to be deleted when images are taken down.
                 x0 = self.autoencoder.encode(x0)
-        conditioned = partial(network, draws=batch.dropout_seeds, **batch.conditioning)
-        return self.objective.loss(conditioned, x0, batch.t, batch.noise, batch.conditioning.get("low"))
+        conditioned = partial(network, draws=random.get("dropout_seeds"), **batch.conditioning)
+        return self.objective.loss(conditioned, x0, random["t"], random["noise"], low)
 
     def validation_metrics(self, network: nn.Module, batch: TrainingBatch, losses: Tensor) -> dict[str, float]:
         """Compute the mean loss at each of ``LEVELS`` parts of the distribution of noise levels."""
@@ -98,23 +197,10 @@ class DenoisingObjective(TrainingObjective):
         uncertainty = Uncertainty()
 
         def minimized(losses: Tensor, batch: TrainingBatch) -> Tensor:
-            weighted: Tensor = uncertainty(losses, batch.t)
+            weighted: Tensor = uncertainty(losses, batch.random["t"])
             return weighted
 
         return [OptimizerStep({"network": network, "uncertainty": uncertainty}, losses, minimized)]
-
-
-@torch.inference_mode()
-def reverse_process(
-    model: DiffusionModel, batch: ConditioningBatch, config: SamplingConfig, device: torch.device
-) -> Tensor:
-    """Generate the images of a compute batch, (N, C, H, W) uint8, with a diffusion model on ``device``."""
-    sigmas = config.sigma_grid(model.schedule)
-    denoise = denoiser_of(model, batch.conditioning, config, batch.negative)
-    with autocast(config.precision, device):
-        if batch.edit is not None:
-            return edited(model, batch.edit, denoise, sigmas, batch.noise, config).cpu()
-        return to_uint8(model.decoded(config.run(denoise, sigmas, batch.noise))).cpu()
 
 
 def denoiser_of(model: DiffusionModel, conditioning: Conditioning, config: SamplingConfig, negative: Tensor) -> Denoise:
@@ -135,25 +221,24 @@ def denoiser_of(model: DiffusionModel, conditioning: Conditioning, config: Sampl
 def edited(
     model: DiffusionModel, edit: Edit, denoise: Denoise, sigmas: Tensor, noise: Noise, config: SamplingConfig
 ) -> Tensor:
-    """Run the reverse process from the image of ``edit`` with the noise of its strength; returns uint8.
-
-    A latent position is kept if all of its pixels are; all kept pixels are restored at the end.
-    """
+    """Run the reverse process from the image of ``edit`` with the noise of its strength; restores all kept pixels."""
     levels = levels_for(sigmas, edit.strength)
     start = float(levels[0]) * noise()
-    known = model.encoded(to_float(edit.seen.to(start.device))[None])
+    # At full strength the reverse process gets nothing of the hole.
+    seen = edit.image if edit.kept is None or edit.strength < 1 else blanked(edit.image, edit.kept)
+    known = model.encoded(to_float(seen.to(start.device))[None])
     if edit.kept is not None:
-        kept = edit.kept.to(start.device)
-        latent_mask = whole(kept, known.shape[-1])
+        kept = whole(edit.kept.to(start.device), known.shape[-1])
         if edit.guided:
-            guided_denoise = pigdm(denoise, known, latent_mask, model.header.sigma_data)
-            denoise = guided_denoise if model.latents is not None else clipped(guided_denoise)
-        denoise = replace_known(denoise, known, latent_mask)
-
+            denoise = pigdm(denoise, known, kept, model.header.sigma_data)
+            denoise = denoise if model.latents is not None else clipped(denoise)
+        denoise = replace_known(denoise, known, kept)
     sampler = config.build_sampler()
     x = repaint(sampler, denoise, known + start, levels, noise, edit.stretch, edit.resample_steps)
     images = to_uint8(model.decoded(x))
-    return images if edit.kept is None else torch.where(kept, edit.image.to(images.device), images)
+    if edit.kept is None:
+        return images
+    return torch.where(edit.kept.to(images.device), edit.image.to(images.device), images)
 
 
 def count_evaluations(config: SamplingConfig, schedule: NoiseSchedule) -> int:
@@ -169,50 +254,3 @@ def count_evaluations(config: SamplingConfig, schedule: NoiseSchedule) -> int:
     denoise = guided(count, count, guidance, config.guidance_interval)
     config.run(denoise, config.sigma_grid(schedule), lambda: torch.zeros(1, 1, 1, 1))
     return evaluations
-
-
-class DiffusionFamily:
-    """Denoising diffusion models."""
-
-    edits = True
-
-    def make_network(self, config: ModelConfig, shape: tuple[int, int, int], classes: int) -> UNet:
-        """Build the U-Net."""
-        return UNet(config, shape[0], shape[-1], classes)
-
-    def forward(self, network: nn.Module, shape: tuple[int, int, int]) -> Tensor:
-        """Predict at time 0 and sum."""
-        assert isinstance(network, UNet)
-        x = torch.empty(1, *shape)
-        out: Tensor = network(x, torch.zeros(1), low=None if network.level is None else x).sum()
-        return out
-
-    def make_objective(self, config: ModelConfig, training: ObjectiveConfig, data: TrainingData) -> DenoisingObjective:
-        """Build the denoising objective, in latents where there is an autoencoder."""
-        objective = make_objective(config, training, data.sigma_data)
-        return DenoisingObjective(training, objective, data.network_shape, data.autoencoder)
-
-    def make_model(self, header: ModelHeader, network: nn.Module, autoencoder: Latents | None) -> DiffusionModel:
-        """Wrap the network with the schedule that it was trained on."""
-        assert isinstance(network, UNet)
-        assert isinstance(header.model, ModelConfig)
-        return DiffusionModel(header, network, make_schedule(header.model), autoencoder)
-
-    def sample(
-        self, model: DiffusionModel, batch: ConditioningBatch, config: SamplingConfig, device: torch.device
-    ) -> Tensor:
-        """Run the reverse process."""
-        return reverse_process(model, batch, config, device)
-
-    def passes(self, model: DiffusionModel, config: SamplingConfig) -> list[tuple[int, Callable[[], Tensor]]]:
-        """List the sampler's evaluations of the network and one pass through the decoder."""
-        x = torch.zeros(1, *model.noise_shape)
-        count = count_evaluations(config, model.schedule)
-        return [(1, lambda: model.decoded(x)), (count, lambda: self.forward(model.network, model.noise_shape))]
-
-    def terms(self, model: DiffusionModel, x0: Tensor, conditioning: Conditioning, indices: Sequence[int]) -> Terms:
-        """Compute losses by noise level and the likelihood bound; in latents the losses alone."""
-        pixels = model.latents is None
-        return denoising_terms(
-            model.denoiser(conditioning), model.encoded(x0), model.header.sigma_data, indices, pixels
-        )

@@ -3,20 +3,27 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from diffusion.common.fingerprint import autocast
 from diffusion.common.random import GaussianNoise
-from diffusion.families.base import ConditioningBatch, OptimizerStep, TrainingBatch, TrainingData, TrainingObjective
-from diffusion.families.model import Conditioning, Model, ModelHeader, to_uint8
-from diffusion.models.config import GANConfig
+from diffusion.families.model import (
+    Conditioning,
+    ConditioningBatch,
+    Model,
+    ModelHeader,
+    OptimizerStep,
+    TrainingBatch,
+    TrainingObjective,
+    classes_of,
+    to_uint8,
+)
+from diffusion.models.config import GANConfig, ObjectiveConfig
 from diffusion.models.gan import Discriminator, Generator
 from diffusion.models.vae import Latents
-from diffusion.process.likelihood import Terms
-from diffusion.process.objective_config import ObjectiveConfig
 from diffusion.process.samplers import SamplingConfig
 
 
@@ -26,16 +33,41 @@ class GANModel(Model):
 
     network: Generator
 
-    @property
-    def autoencoder(self) -> None:
-        """None: the model works on pixels."""
-        return
+    @staticmethod
+    def make_network(config: GANConfig, shape: tuple[int, int, int], classes: int) -> Generator:
+        """Build the generator."""
+        return Generator(config, shape[0], shape[-1], classes)
+
+    @staticmethod
+    def forward(network: Generator, shape: tuple[int, int, int]) -> Tensor:
+        """Compute both networks' losses and sum."""
+        config = network.config
+        objective = RelativisticObjective(config, 0, Discriminator(config, shape[0], shape[-1], network.no_class))
+        conditioning = {"label": torch.zeros(1, dtype=torch.long)} if network.no_class else {}
+        batch = TrainingBatch(torch.empty(1, *shape), conditioning, {"noise": torch.empty(1, 2 * config.latent, 1, 1)})
+        return objective.discriminator_losses(network, batch).sum() + objective.losses(network, batch).sum()
+
+    @staticmethod
+    def make_objective(header: ModelHeader, training: ObjectiveConfig, latents: Latents | None) -> TrainingObjective:
+        """Build the adversarial loss with a new discriminator."""
+        assert isinstance(header.model, GANConfig)
+        classes = len(classes_of(header.model, header.class_histogram))
+        discriminator = Discriminator(header.model, header.channels, header.size, classes)
+        return RelativisticObjective(header.model, training.seed, discriminator.to(memory_format=torch.channels_last))  # type: ignore[call-overload]
 
     @property
     def noise_shape(self) -> tuple[int, int, int]:
         """(latent, 1, 1)."""
         assert isinstance(self.header.model, GANConfig)
         return self.header.model.latent, 1, 1
+
+    def generate(self, batch: ConditioningBatch, config: SamplingConfig) -> Tensor:
+        """Generate in one pass."""
+        return to_uint8(self.network(batch.noise(), batch.conditioning.get("label")))
+
+    def passes(self, config: SamplingConfig) -> list[tuple[int, Callable[[], Tensor]]]:
+        """List one pass."""
+        return [(1, lambda: self.network(torch.zeros(1, *self.noise_shape)))]
 
 
 def gradient_penalties(discriminator: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
@@ -53,53 +85,40 @@ def gradient_penalties(discriminator: Callable[[Tensor], Tensor], x: Tensor) -> 
 
 @dataclass(frozen=True)
 class RelativisticObjective(TrainingObjective):
-    """R3GAN's loss: the relativistic pairing loss (arXiv 1807.00734) with R1 and R2 gradient penalties.
+    """R3GAN's loss: relativistic pairing loss (arXiv 1807.00734), against mode collapse, with R1 and R2 penalties."""
 
-    The pairing loss leaves no stationary point with mode collapse; the penalties make training converge (2501.05441,
-    section 2).
-    """
-
+    betas: ClassVar[tuple[float, float]] = (0.0, 0.99)
+    """Without momentum, which destabilises adversarial training (β₁ = 0, as in 2501.05441)."""
+    comparable: ClassVar[bool] = False
+    """The loss is relative to a discriminator that learns as well."""
     config: GANConfig
     seed: int
     discriminator: Discriminator
 
-    @property
-    def betas(self) -> tuple[float, float]:
-        """Decay rates without momentum, which destabilises adversarial training (β₁ = 0, as in 2501.05441)."""
-        return 0.0, 0.99
-
-    def make_batch(self, x0: Tensor, indices: range, conditioning: Conditioning) -> TrainingBatch:
+    def make_batch(
+        self, x0: Tensor, indices: Sequence[int], conditioning: Conditioning, probe: str | None = None
+    ) -> TrainingBatch:
         """Sample the latents of two images, one for each network's step."""
         noise = GaussianNoise(self.seed, "latent", indices, (2 * self.config.latent, 1, 1))()
-        return TrainingBatch(x0, None, noise, None, conditioning)
-
-    def make_validation_batch(self, x0: Tensor, split: str, indices: Sequence[int], conditioning: Conditioning) -> None:
-        """Return None: the loss is relative to a discriminator that learns as well."""
-        return
+        return TrainingBatch(x0, conditioning, {"noise": noise})
 
     def losses(self, network: nn.Module, batch: TrainingBatch) -> Tensor:
         """Compute the generator's loss: softplus of the real score minus the generated one."""
-        assert batch.noise is not None
         label = batch.conditioning.get("label")
-        generated = network(batch.noise[:, self.config.latent :], label)
+        generated = network(batch.random["noise"][:, self.config.latent :], label)
         with torch.no_grad():
             real = self.discriminator(batch.x0, label)
         return functional.softplus(real - self.discriminator(generated, label))
 
     def discriminator_losses(self, network: nn.Module, batch: TrainingBatch) -> Tensor:
         """Compute the discriminator's loss: the opposite, plus gradient penalties at both images."""
-        assert batch.noise is not None
         label = batch.conditioning.get("label")
         with torch.no_grad():
-            images = torch.cat([batch.x0, network(batch.noise[:, : self.config.latent], label)])
+            images = torch.cat([batch.x0, network(batch.random["noise"][:, : self.config.latent], label)])
         labels = None if label is None else label.repeat(2)
         scores, penalties = gradient_penalties(lambda x: self.discriminator(x, labels), images)
         real, generated = scores.chunk(2)
         return functional.softplus(generated - real) + self.config.gamma / 2 * torch.stack(penalties.chunk(2)).sum(0)
-
-    def validation_metrics(self, network: nn.Module, batch: TrainingBatch, losses: Tensor) -> dict[str, float]:
-        """Return no further metrics."""
-        return {}
 
     def optimizer_steps(self, network: nn.Module) -> list[OptimizerStep]:
         """Train the discriminator first, then the generator against it."""
@@ -107,45 +126,3 @@ class RelativisticObjective(TrainingObjective):
             OptimizerStep({"discriminator": self.discriminator}, partial(self.discriminator_losses, network)),
             OptimizerStep({"network": network}, partial(self.losses, network)),
         ]
-
-
-class GANFamily:
-    """Generative adversarial networks."""
-
-    edits = False
-
-    def make_network(self, config: GANConfig, shape: tuple[int, int, int], classes: int) -> Generator:
-        """Build the generator."""
-        return Generator(config, shape[0], shape[-1], classes)
-
-    def forward(self, network: nn.Module, shape: tuple[int, int, int]) -> Tensor:
-        """Compute both networks' losses and sum."""
-        assert isinstance(network, Generator)
-        config = network.config
-        objective = RelativisticObjective(config, 0, Discriminator(config, shape[0], shape[-1], network.no_class))
-        conditioning = {"label": torch.zeros(1, dtype=torch.long)} if network.no_class else {}
-        batch = TrainingBatch(torch.empty(1, *shape), None, torch.empty(1, 2 * config.latent, 1, 1), None, conditioning)
-        return objective.discriminator_losses(network, batch).sum() + objective.losses(network, batch).sum()
-
-    def make_objective(self, config: GANConfig, training: ObjectiveConfig, data: TrainingData) -> RelativisticObjective:
-        """Build the adversarial loss with a new discriminator."""
-        discriminator = Discriminator(config, data.shape[0], data.shape[-1], data.classes)
-        return RelativisticObjective(config, training.seed, discriminator.to(memory_format=torch.channels_last))  # type: ignore[call-overload]
-
-    def make_model(self, header: ModelHeader, network: nn.Module, autoencoder: Latents | None) -> GANModel:
-        """Wrap the generator alone."""
-        assert isinstance(network, Generator)
-        return GANModel(header, network)
-
-    def sample(self, model: GANModel, batch: ConditioningBatch, config: SamplingConfig, device: torch.device) -> Tensor:
-        """Generate in one pass."""
-        with torch.inference_mode(), autocast(config.precision, device):
-            return to_uint8(model.network(batch.noise(), batch.conditioning.get("label"))).cpu()
-
-    def passes(self, model: GANModel, config: SamplingConfig) -> list[tuple[int, Callable[[], Tensor]]]:
-        """List one pass."""
-        return [(1, lambda: model.network(torch.zeros(1, *model.noise_shape)))]
-
-    def terms(self, model: GANModel, x0: Tensor, conditioning: Conditioning, indices: Sequence[int]) -> Terms:
-        """Return empty terms: there is no likelihood."""
-        return Terms.without_levels(None, len(x0))

@@ -1,24 +1,27 @@
-"""Trained models: the averaged network and its header, stored in one safetensors file."""
+"""Trained models, stored in one safetensors file, and what each family of models defines."""
 
 import copy
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, replace
-from functools import partial
-from typing import Any, Literal, Protocol, Self
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
 from diffusion.common.config import LARGEST_SIZE, Config, PlainName, unset
-from diffusion.models.config import FamilyConfig, LatentSpace, ModelConfig
+from diffusion.common.fingerprint import autocast
+from diffusion.models.config import FamilyConfig, LatentSpace, ObjectiveConfig
 from diffusion.models.text_encoder import TextEncoder
-from diffusion.models.unet import UNet
-from diffusion.models.vae import Latents
-from diffusion.process.denoiser import Denoiser
-from diffusion.process.parametrization import Parametrization
-from diffusion.process.schedules import NoiseSchedule
+from diffusion.models.vae import VAE, Latents
+from diffusion.process.editing import Edit
+from diffusion.process.likelihood import Terms
+from diffusion.process.samplers import Noise, SamplingConfig
 
+BETAS = (0.9, 0.99)
+"""AdamW's decay rates. Its default β₂ of 0.999 averages over more steps than a run of minutes has: measured worse."""
 Conditioning = dict[str, Tensor]
 """Conditioning of N images, as keywords of ``UNet.forward``: ``label`` and ``text``, or ``low`` and ``level``; empty:
 unconditional."""
@@ -51,14 +54,17 @@ class ModelHeader(Config):
     """The resolved training configuration."""
 
 
-class Autoencoder(Protocol):
-    """Encoder and decoder between images (N, C, H, W), nominally in [−1, 1], and latents (N, c, h, w)."""
+@dataclass(frozen=True)
+class ConditioningBatch:
+    """Inputs of a compute batch of N generated images."""
 
-    def encode(self, x: Tensor, /) -> Tensor:
-        """Encode images as latents."""
-
-    def decode(self, z: Tensor, /) -> Tensor:
-        """Decode latents to images."""
+    conditioning: Conditioning
+    noise: Noise
+    """Noise of the model's ``noise_shape``, on the model's device."""
+    negative: Tensor
+    """Embedding of the negative prompt, (384,); zeros: none."""
+    edit: Edit | None
+    """The image to edit; None: generate from noise alone."""
 
 
 @dataclass(frozen=True)
@@ -68,15 +74,35 @@ class Model(ABC):
     header: ModelHeader
     network: nn.Module
 
+    @staticmethod
+    @abstractmethod
+    def make_network(config: Any, shape: tuple[int, int, int], classes: int) -> nn.Module:
+        """Build a network with random weights for inputs (C, H, W): images, or an autoencoder's latents."""
+
+    @staticmethod
+    @abstractmethod
+    def forward(network: Any, shape: tuple[int, int, int]) -> Tensor:
+        """Compute a scalar that depends on all weights, as in a training step with one image."""
+
+    @staticmethod
+    @abstractmethod
+    def make_objective(header: ModelHeader, training: ObjectiveConfig, latents: Latents | None) -> "TrainingObjective":
+        """Build the training objective of a model with this ``header``."""
+
+    @classmethod
+    def make_model(cls, header: ModelHeader, network: Any, autoencoder: Latents | None) -> Self:
+        """Wrap a trained network for use."""
+        return cls(header, network)
+
     @property
     def config(self) -> FamilyConfig:
         """Configuration of the network."""
         return self.header.model
 
     @property
-    @abstractmethod
-    def autoencoder(self) -> Autoencoder | None:
+    def autoencoder(self) -> VAE | Latents | None:
         """Autoencoder between images and latents; None: the model works on pixels."""
+        return None
 
     @property
     @abstractmethod
@@ -94,64 +120,111 @@ class Model(ABC):
         return classes_of(self.config, self.header.class_histogram)
 
     def on(self, device: torch.device) -> Self:
-        """Copy the model to ``device``."""
-        if device == next(self.network.parameters()).device:
-            return self
-        return replace(self, network=copy.deepcopy(self.network).to(device))
+        """Copy the model's modules to ``device``."""
+        moved: dict[str, Any] = {
+            name: copy.deepcopy(module).to(device)
+            for name, module in vars(self).items()
+            if isinstance(module, nn.Module) and next(module.parameters()).device != device
+        }
+        return replace(self, **moved) if moved else self
+
+    def sample(self, batch: ConditioningBatch, config: SamplingConfig, device: torch.device) -> Tensor:
+        """Generate images, (N, C, H, W) uint8."""
+        with torch.inference_mode(), autocast(config.precision, device):
+            return self.generate(batch, config).cpu()
+
+    @abstractmethod
+    def generate(self, batch: ConditioningBatch, config: SamplingConfig) -> Tensor:
+        """Generate images, (N, C, H, W) uint8, on the model's device under inference mode and autocast."""
+
+    @abstractmethod
+    def passes(self, config: SamplingConfig) -> list[tuple[int, Callable[[], Tensor]]]:
+        """List the network passes that generate an image, as a count and a function for each kind of pass."""
+
+    def terms(self, x0: Tensor, conditioning: Conditioning, indices: Sequence[int]) -> Terms:
+        """Compute likelihood terms of images ``x0``, (N, C, H, W) in [−1, 1], with indices ``indices``.
+
+        ``Kind.likelihood`` says of which kind; empty terms for a family without a likelihood.
+        """
+        return Terms.without_levels(None, len(x0))
 
 
 @dataclass(frozen=True)
-class DiffusionModel(Model):
-    """Diffusion model of images or of their latents."""
+class TrainingBatch:
+    """N images of one training step with its random numbers: a pure function of seed and sample index."""
 
-    network: UNet
-    schedule: NoiseSchedule
-    latents: Latents | None = None
-    """Autoencoder of latent diffusion; None: the network works on pixels."""
+    x0: Tensor
+    """Images, (N, C, H, W) in [−1, 1]."""
+    conditioning: Conditioning
+    random: dict[str, Tensor] = field(default_factory=dict)
+    """Random numbers of the family: ``noise``, Gaussian, (N, C, H, W); ``t``, time steps, (N,); ``dropout_seeds``, (N,)
+    int64."""
 
-    @property
-    def config(self) -> ModelConfig:
-        """Configuration of the network and its noise schedule."""
-        assert isinstance(self.header.model, ModelConfig)
-        return self.header.model
+    def on(self, device: torch.device) -> "TrainingBatch":
+        """Copy the batch to ``device``, asynchronously on a GPU."""
+        if device.type == "cpu":
+            return self
+        # Copies from pinned memory are asynchronous.
+        return self._map(lambda values: values.pin_memory().to(device, non_blocking=True))
 
-    @property
-    def autoencoder(self) -> Latents | None:
-        """Autoencoder of latent diffusion; None: the network works on pixels."""
-        return self.latents
+    def split(self, count: int) -> list["TrainingBatch"]:
+        """Split the batch into ``count`` parts of nearly equal size."""
 
-    @property
-    def noise_shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of images, or of their latents."""
-        return self.header.latents.shape if self.header.latents else self.shape
+        def part(number: int) -> "TrainingBatch":
+            return self._map(lambda values: values.tensor_split(count)[number])
 
-    def on(self, device: torch.device) -> Self:
-        """Copy the model and its autoencoder to ``device``."""
-        moved = super().on(device)
-        if self.latents is None or self.latents.mean.device == device:
-            return moved
-        return replace(moved, latents=copy.deepcopy(self.latents).to(device))
+        return [part(number) for number in range(count)]
 
-    def decoded(self, x: Tensor) -> Tensor:
-        """Decode states of the reverse process, (N, *noise_shape), to images (N, C, H, W), nominally in [−1, 1]."""
-        return x if self.latents is None else self.latents.decode(x)
-
-    def encoded(self, images: Tensor) -> Tensor:
-        """Encode images (N, C, H, W) in [−1, 1] as states of the reverse process, (N, *noise_shape)."""
-        return images if self.latents is None else self.latents.encode(images)
-
-    def denoiser(self, conditioning: Conditioning | None = None) -> Denoiser:
-        """Build the denoiser of the model for batches with ``conditioning``."""
-        parametrization = Parametrization(self.config.prediction, self.header.sigma_data)
-        return Denoiser(
-            partial(self.network, **(conditioning or {})),
-            self.schedule,
-            parametrization,
-            # Latents are unbounded.
-            clip=self.latents is None,
-            learned_variance=self.config.learned_variance,
-            around=(conditioning or {}).get("low"),
+    def _map(self, change: Callable[[Tensor], Tensor]) -> "TrainingBatch":
+        conditioning, random = (
+            {name: change(values) for name, values in each.items()} for each in (self.conditioning, self.random)
         )
+        return TrainingBatch(change(self.x0), conditioning, random)
+
+
+@dataclass(frozen=True)
+class OptimizerStep:
+    """Step of one optimizer: the modules that it trains and the loss that it minimizes."""
+
+    modules: Mapping[str, nn.Module]
+    """Modules by their name in checkpoints; the first name is also that of the optimizer."""
+    losses: Callable[[TrainingBatch], Tensor]
+    """The logged loss of each image, (N,) float32, under autocast."""
+    minimized: Callable[[Tensor, TrainingBatch], Tensor] = lambda losses, _: losses
+    """From the logged losses to the minimized ones, (N,) float32."""
+
+    @cached_property
+    def parameters(self) -> list[nn.Parameter]:
+        """All trained parameters; to be read after the modules are on their device."""
+        return [parameter for module in self.modules.values() for parameter in module.parameters()]
+
+
+class TrainingObjective(ABC):
+    """Training objective of a family; the loss of an image depends on no other image, so a batch can be split."""
+
+    betas: ClassVar[tuple[float, float]] = BETAS
+    """AdamW's decay rates of the two moments."""
+
+    comparable: ClassVar[bool] = True
+    """Whether losses compare between checkpoints."""
+
+    @abstractmethod
+    def make_batch(
+        self, x0: Tensor, indices: Sequence[int], conditioning: Conditioning, probe: str | None = None
+    ) -> TrainingBatch:
+        """Add random numbers by index to images (N, C, H, W) in [−1, 1]; those of a ``probe`` are equal in all runs."""
+
+    @abstractmethod
+    def losses(self, network: nn.Module, batch: TrainingBatch) -> Tensor:
+        """Compute the loss of each image, (N,) float32."""
+
+    def validation_metrics(self, network: nn.Module, batch: TrainingBatch, losses: Tensor) -> dict[str, float]:
+        """Compute further metrics of the averaged weights on held-out images."""
+        return {}
+
+    def optimizer_steps(self, network: nn.Module) -> list[OptimizerStep]:
+        """List the optimizer steps that make up a training step of ``network``, in their order."""
+        return [OptimizerStep({"network": network}, partial(self.losses, network))]
 
 
 def classes_of(config: FamilyConfig, class_histogram: dict[str, int]) -> list[str]:

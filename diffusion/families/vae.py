@@ -7,16 +7,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from diffusion.common.fingerprint import autocast
 from diffusion.common.random import GaussianNoise
-from diffusion.families.base import ConditioningBatch, TrainingBatch, TrainingData, TrainingObjective
-from diffusion.families.model import Conditioning, Model, ModelHeader, to_uint8
-from diffusion.models.config import VAEConfig
+from diffusion.families.model import (
+    Conditioning,
+    ConditioningBatch,
+    Model,
+    ModelHeader,
+    TrainingBatch,
+    TrainingObjective,
+    to_uint8,
+)
+from diffusion.models.config import ObjectiveConfig, VAEConfig
 from diffusion.models.vae import VAE, Latents
-from diffusion.process.likelihood import Terms
-from diffusion.process.objective_config import ObjectiveConfig
+from diffusion.process.likelihood import HALF_A_LEVEL, Terms, log_likelihood
 from diffusion.process.samplers import SamplingConfig
-from diffusion.process.variance import HALF_A_LEVEL, log_likelihood
 
 LEVELS_TO_ONE = 127.5
 """8-bit levels per unit of the network's values: see ``diffusion.families.model.to_float``."""
@@ -28,6 +32,23 @@ class VAEModel(Model):
 
     network: VAE
 
+    @staticmethod
+    def make_network(config: VAEConfig, shape: tuple[int, int, int], classes: int) -> VAE:
+        """Build the autoencoder, which has no classes."""
+        return VAE(config, shape[0], shape[-1])
+
+    @staticmethod
+    def forward(network: VAE, shape: tuple[int, int, int]) -> Tensor:
+        """Encode, decode and sum."""
+        mean, log_variance = network.posterior(torch.empty(1, *shape))
+        return network.decode(mean).sum() + log_variance.sum() + network.log_scale
+
+    @staticmethod
+    def make_objective(header: ModelHeader, training: ObjectiveConfig, latents: Latents | None) -> TrainingObjective:
+        """Build the evidence lower bound."""
+        assert isinstance(header.model, VAEConfig)
+        return EvidenceObjective(header.model, training.seed, header.size)
+
     @property
     def autoencoder(self) -> VAE:
         """The network."""
@@ -38,6 +59,23 @@ class VAEModel(Model):
         """(c, h, w) of the latents."""
         assert isinstance(self.header.model, VAEConfig)
         return latent_shape(self.header.model, self.header.size)
+
+    def generate(self, batch: ConditioningBatch, config: SamplingConfig) -> Tensor:
+        """Decode latents from N(0, I)."""
+        return to_uint8(self.network.decode(batch.noise()))
+
+    def passes(self, config: SamplingConfig) -> list[tuple[int, Callable[[], Tensor]]]:
+        """List one pass through the decoder."""
+        return [(1, lambda: self.network.decode(torch.zeros(1, *self.noise_shape)))]
+
+    def terms(self, x0: Tensor, conditioning: Conditioning, indices: Sequence[int]) -> Terms:
+        """Compute the bound: the training loss with weight 1 of the KL term, for rounded values."""
+        noise = GaussianNoise(0, "probe/held_out", indices, self.noise_shape)().to(x0.device)
+        reconstruction, mean, log_variance = self.network(x0, noise)
+        # Not the density of the training loss, which can exceed the probability of a level.
+        rounded = log_likelihood(x0.double(), reconstruction.double(), self.network.log_scale.double().exp())
+        nats = kl_divergence(mean, log_variance).double() - rounded.flatten(1).sum(1)
+        return Terms.without_levels(nats / x0[0].numel() / math.log(2), len(x0))
 
 
 def latent_shape(config: VAEConfig, size: int) -> tuple[int, int, int]:
@@ -53,9 +91,8 @@ def kl_divergence(mean: Tensor, log_variance: Tensor) -> Tensor:
 def negative_log_likelihood(x: Tensor, reconstruction: Tensor, log_scale: Tensor) -> Tensor:
     """Compute −ln p(x | z) of each image, (N,), for Gaussian values around the reconstruction, (N, …).
 
-    ``log_scale``, the logarithm of their common standard deviation, is learned: its optimum is the reconstruction
-    error, so the weight of the divergence does not depend on the contrast of the images (σ-VAE, arXiv 2006.13202). It
-    is clamped at half a level, the precision of pixels, as exact reconstructions would drive it to −∞.
+    ``log_scale``, the logarithm of their standard deviation, is learned, so that the weight of the divergence does not
+    depend on the contrast of the images (σ-VAE, arXiv 2006.13202). It is at least half a level, pixels' precision.
     """
     log_scale = log_scale.clamp(min=math.log(HALF_A_LEVEL))
     error = (x - reconstruction) * (-log_scale).exp()
@@ -64,30 +101,25 @@ def negative_log_likelihood(x: Tensor, reconstruction: Tensor, log_scale: Tensor
 
 @dataclass(frozen=True)
 class EvidenceObjective(TrainingObjective):
-    """The negative evidence lower bound, in bits per value, with one sample of the posterior.
-
-    The bits are those of 8-bit pixels: the density times the width of a level.
-    """
+    """The negative evidence lower bound, in bits per 8-bit value, with one sample of the posterior."""
 
     config: VAEConfig
     seed: int
     size: int
     """Height and width of the images, in pixels."""
 
-    def make_batch(self, x0: Tensor, indices: range, conditioning: Conditioning) -> TrainingBatch:
-        """Sample the posterior's noise."""
-        return TrainingBatch(x0, None, self._noise(self.seed, "posterior", indices), None, conditioning)
-
-    def make_validation_batch(
-        self, x0: Tensor, split: str, indices: Sequence[int], conditioning: Conditioning
+    def make_batch(
+        self, x0: Tensor, indices: Sequence[int], conditioning: Conditioning, probe: str | None = None
     ) -> TrainingBatch:
-        """Sample the posterior's noise with a fixed seed."""
-        return TrainingBatch(x0, None, self._noise(0, f"probe/{split}", indices), None, conditioning)
+        """Sample the posterior's noise."""
+        seed, stream = (self.seed, "posterior") if probe is None else (0, f"probe/{probe}")
+        noise = GaussianNoise(seed, stream, indices, latent_shape(self.config, self.size))()
+        return TrainingBatch(x0, conditioning, {"noise": noise})
 
     def losses(self, network: nn.Module, batch: TrainingBatch) -> Tensor:
         """Compute −log₂ p(x | z) + β KL of each image, divided by the number of its values."""
         assert isinstance(network, VAE)
-        reconstruction, mean, log_variance = network(batch.x0, batch.noise)
+        reconstruction, mean, log_variance = network(batch.x0, batch.random["noise"])
         misfit = negative_log_likelihood(batch.x0, reconstruction, network.log_scale)
         nats = (misfit + self.config.kl_weight * kl_divergence(mean, log_variance)) / batch.x0[0].numel()
         return nats / math.log(2) + math.log2(LEVELS_TO_ONE)
@@ -95,59 +127,10 @@ class EvidenceObjective(TrainingObjective):
     def validation_metrics(self, network: nn.Module, batch: TrainingBatch, losses: Tensor) -> dict[str, float]:
         """Compute the PSNR of reconstructions and the bits per value in the latents."""
         assert isinstance(network, VAE)
-        reconstruction, mean, log_variance = network(batch.x0, batch.noise)
+        reconstruction, mean, log_variance = network(batch.x0, batch.random["noise"])
         # 4 is the square of the range of values.
         ratio = 4 / (batch.x0 - reconstruction.clamp(-1, 1)).square().mean((1, 2, 3))
         return {
             "held_out_psnr_ema": (10 * ratio.log10()).mean().item(),
             "held_out_kl_ema": kl_divergence(mean, log_variance).mean().item() / batch.x0[0].numel() / math.log(2),
         }
-
-    def _noise(self, seed: int, stream: str, indices: Sequence[int]) -> Tensor:
-        return GaussianNoise(seed, stream, indices, latent_shape(self.config, self.size))()
-
-
-class VAEFamily:
-    """Variational autoencoders."""
-
-    edits = False
-
-    def make_network(self, config: VAEConfig, shape: tuple[int, int, int], classes: int) -> VAE:
-        """Build the autoencoder, which has no classes."""
-        return VAE(config, shape[0], shape[-1])
-
-    def forward(self, network: nn.Module, shape: tuple[int, int, int]) -> Tensor:
-        """Encode, decode and sum."""
-        assert isinstance(network, VAE)
-        mean, log_variance = network.posterior(torch.empty(1, *shape))
-        return network.decode(mean).sum() + log_variance.sum() + network.log_scale
-
-    def make_objective(self, config: VAEConfig, training: ObjectiveConfig, data: TrainingData) -> EvidenceObjective:
-        """Build the evidence lower bound."""
-        return EvidenceObjective(config, training.seed, data.shape[-1])
-
-    def make_model(self, header: ModelHeader, network: nn.Module, autoencoder: Latents | None) -> VAEModel:
-        """Wrap the network, which is its own autoencoder."""
-        assert isinstance(network, VAE)
-        return VAEModel(header, network)
-
-    def sample(self, model: VAEModel, batch: ConditioningBatch, config: SamplingConfig, device: torch.device) -> Tensor:
-        """Decode latents from N(0, I)."""
-        with torch.inference_mode(), autocast(config.precision, device):
-            return to_uint8(model.network.decode(batch.noise())).cpu()
-
-    def passes(self, model: VAEModel, config: SamplingConfig) -> list[tuple[int, Callable[[], Tensor]]]:
-        """List one pass through the decoder."""
-        return [(1, lambda: model.network.decode(torch.zeros(1, *model.noise_shape)))]
-
-    def terms(self, model: VAEModel, x0: Tensor, conditioning: Conditioning, indices: Sequence[int]) -> Terms:
-        """Compute the bound: the training loss with weight 1 of the KL term, for rounded values."""
-        assert isinstance(model.config, VAEConfig)
-        objective = EvidenceObjective(model.config, 0, model.header.size)
-        batch = objective.make_validation_batch(x0, "held_out", indices, conditioning).on(x0.device)
-        reconstruction, mean, log_variance = model.network(batch.x0, batch.noise)
-        # Not the density of the training loss, which can exceed the probability of a level.
-        rounded = log_likelihood(batch.x0.double(), reconstruction.double(), model.network.log_scale.double().exp())
-        nats = kl_divergence(mean, log_variance).double() - rounded.flatten(1).sum(1)
-        bits = nats / batch.x0[0].numel() / math.log(2)
-        return Terms.without_levels(bits, len(bits))

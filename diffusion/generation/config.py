@@ -6,9 +6,9 @@ This module loads without torch.
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Any, Literal
 
-from pydantic import BaseModel, Discriminator, Field, Tag, TypeAdapter, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from diffusion.common.config import Config
 from diffusion.common.errors import UserError
@@ -51,7 +51,7 @@ class Conditions(Config):
 UNCONDITIONAL = Conditions()
 
 
-class BaseRequest(Config):
+class GenerationRequest(Config):
     """Fields of the requests of all tasks."""
 
     count: int = Field(1, ge=1)
@@ -62,6 +62,7 @@ class BaseRequest(Config):
     """As sampling.sampler, with the defaults of its options; null: as configured."""
     steps: int | None = Field(None, ge=2, le=10_000)
     """As sampling.steps; null: as configured."""
+    task: Task
 
     @property
     def conditions(self) -> Conditions:
@@ -89,7 +90,7 @@ class BaseRequest(Config):
         return configured.changed({name: value for name, value in chosen.items() if value is not None})
 
 
-class ConditionalRequest(BaseRequest):
+class ConditionalRequest(GenerationRequest):
     """Fields of tasks with labels and prompts."""
 
     label: str | None = Field(None, max_length=MAX_TEXT_LENGTH)
@@ -111,7 +112,7 @@ class ConditionalRequest(BaseRequest):
         )
 
 
-class IndexedRequest(BaseRequest):
+class IndexedRequest(GenerationRequest):
     """Fields of tasks whose images start at an index."""
 
     index: int = Field(0, ge=0, le=MAX_INTEGER)
@@ -132,7 +133,7 @@ class SampleRequest(ConditionalRequest, IndexedRequest):
 
 
 class InpaintRequest(EditRequest):
-    """Inpainting by replacing the known part of the estimate in each step (the fast method)."""
+    """Inpainting: the part of an image under a mask is generated anew."""
 
     task: Literal["inpaint"] = "inpaint"
     mask: bytes
@@ -140,26 +141,29 @@ class InpaintRequest(EditRequest):
     kept if it is nearly black."""
     strength: float = Field(1.0, allow_inf_nan=False)
     """Strength of the change, above 0 and at most 1."""
-    method: Literal["replace"] = "replace"
-    """Replace the known part of the image in each step."""
+    method: Literal["replace", "repaint", "pigdm"] = "replace"
+    """Replace the known part of the estimate in each step (replace, the fast method); also repeat stretches of steps,
+    which fits the hole better to its surroundings (repaint); or guide each step by a gradient (pigdm, ΠGDM), for 2.5
+    times the work."""
+    resample_steps: int | None = Field(None, ge=1, le=100)
+    """How often each stretch of steps is run, which multiplies the work; null: 5 with repaint, 1 with pigdm."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _default_resample_steps(cls, given: Any) -> Any:
+        method = given.get("method")
+        default = 5 if method == "repaint" else 1 if method == "pigdm" else None
+        return {"resample_steps": default} | given
 
-class RepaintRequest(InpaintRequest):
-    """Inpainting with resampling (RePaint), which fits the hole better to its surroundings."""
-
-    method: Literal["repaint"] = "repaint"  # type: ignore[assignment]
-    """Resample: repeat stretches of steps."""
-    resample_steps: int = Field(5, ge=2, le=100)
-    """How often each stretch of steps is run, which multiplies the work."""
-
-
-class PiGDMRequest(InpaintRequest):
-    """Inpainting guided by a gradient in each step (ΠGDM), for 2.5 times the work."""
-
-    method: Literal["pigdm"] = "pigdm"  # type: ignore[assignment]
-    """Guide each step by a gradient."""
-    resample_steps: int = Field(1, ge=1, le=100)
-    """How often each stretch of steps is run, as in RePaint."""
+    @model_validator(mode="after")
+    def _resampling_has_an_effect(self) -> "InpaintRequest":
+        if self.method == "replace" and self.resample_steps is not None:
+            raise ValueError(
+                "resample_steps means nothing to this method of inpainting: use repaint or pigdm, or leave it out"
+            )
+        if self.method == "repaint" and self.resample_steps == 1:
+            raise ValueError("resample_steps = 1 is no resampling: use 2 or more, or the method replace")
+        return self
 
 
 class Img2ImgRequest(EditRequest):
@@ -186,81 +190,53 @@ class UpscaleRequest(IndexedRequest):
     """Image file (PNG, JPEG, WebP …), used without scaling."""
 
 
-def _task_and_method(given: Any) -> str:
-    """Return the tag of a request: its task, or the method of inpainting if it has its own options."""
-    if isinstance(given, BaseModel):
-        given = {name: getattr(given, name, None) for name in ("task", "method")}
-    task = given.get("task", "sample")
-    method = given.get("method")
-    return str(method) if task == "inpaint" and method in ("repaint", "pigdm") else str(task)
-
-
-GenerationRequest: TypeAlias = Annotated[
-    Annotated[SampleRequest, Tag("sample")]
-    | Annotated[InpaintRequest, Tag("inpaint")]
-    | Annotated[RepaintRequest, Tag("repaint")]
-    | Annotated[PiGDMRequest, Tag("pigdm")]
-    | Annotated[Img2ImgRequest, Tag("img2img")]
-    | Annotated[InterpolateRequest, Tag("interpolate")]
-    | Annotated[UpscaleRequest, Tag("upscale")],
-    Discriminator(_task_and_method),
-]
-REQUEST_ADAPTER: TypeAdapter[GenerationRequest] = TypeAdapter(GenerationRequest)
-REQUESTS: Mapping[Task, type[BaseRequest]] = {
+REQUESTS: Mapping[Task, type[GenerationRequest]] = {
     "sample": SampleRequest,
-    "inpaint": RepaintRequest,
+    "inpaint": InpaintRequest,
     "img2img": Img2ImgRequest,
     "interpolate": InterpolateRequest,
     "upscale": UpscaleRequest,
 }
-"""Request class of each task; for inpainting the one with the most fields."""
+"""Request class of each task."""
 
 
 def make_request(fields: Mapping[str, Any]) -> GenerationRequest:
-    """Make the request with these ``fields``, as from a row of a table; None means left out.
-
-    Raises UserError for an unknown, missing or ineffective field, or a value out of range.
-    """
+    """Make the request with these ``fields``, None meaning left out; raises UserError if one does not fit the task."""
     given = {name: value for name, value in fields.items() if value is not None}
     task = given.get("task", "sample")
     if task not in REQUESTS:
         raise UserError(f"there is no task {task!r}: use {', '.join(REQUESTS)}")
     try:
-        return REQUEST_ADAPTER.validate_python(given)
+        return REQUESTS[task].model_validate(given)
     except ValidationError as error:
         raise UserError(_describe_error(task, error)) from error
 
 
 def _describe_error(task: Task, error: ValidationError) -> str:
     errors = error.errors(include_input=False)
-    for each in errors:
-        name = str(each["loc"][-1])
-        if each["type"] != "extra_forbidden":
-            continue
-        if name == "resample_steps" and task == "inpaint":
-            return "resample_steps means nothing to this method of inpainting: use repaint or pigdm, or leave it out"
-        tasks = [other for other, request in REQUESTS.items() if name in request.model_fields]
-        if tasks:
-            return f"{name} means nothing to {task}, only to {', '.join(tasks)}: leave it out"
-        return f"there is no {name} to ask for; there is {', '.join(REQUESTS[task].model_fields)}"
+    if unknown := [str(each["loc"][-1]) for each in errors if each["type"] == "extra_forbidden"]:
+        if tasks := [other for other, request in REQUESTS.items() if unknown[0] in request.model_fields]:
+            return f"{unknown[0]} means nothing to {task}, only to {', '.join(tasks)}: leave it out"
+        return f"there is no {unknown[0]} to ask for; there is {', '.join(REQUESTS[task].model_fields)}"
     if missing := [str(each["loc"][-1]) for each in errors if each["type"] == "missing"]:
         return f"{task} needs {' and '.join(missing)}: give {'them' if missing[1:] else 'it'}"
-    name = ".".join(str(part) for part in errors[0]["loc"][1:])
+    name, message = ".".join(str(part) for part in errors[0]["loc"]), errors[0]["msg"]
     if name == "method":
         return "method is replace, repaint or pigdm"
-    return f"{name}: {errors[0]['msg'].lower()}"
+    return f"{name}: {message.lower()}" if name else message.removeprefix("Value error, ")
 
 
 def read_request(fields: Mapping[str, Any], image: Path | None = None, mask: Path | None = None) -> GenerationRequest:
     """Make a request with image files; raises UserError as ``make_request`` does, and for unreadable files."""
-    files = {name: _read(path, name) for name, path in (("image", image), ("mask", mask)) if path is not None}
+    files = {}
+    for name, path in (("image", image), ("mask", mask)):
+        try:
+            if path is not None:
+                if path.stat().st_size > MAX_FILE_BYTES:
+                    raise UserError(f"the {name} {path} has over {MAX_FILE_BYTES} bytes: give a smaller one")
+                files[name] = path.read_bytes()
+        except OSError as error:
+            raise UserError(
+                f"the {name} {path} cannot be read ({error.strerror}): give the path of an image"
+            ) from error
     return make_request({**fields, **files})
-
-
-def _read(path: Path, name: str) -> bytes:
-    try:
-        if path.stat().st_size > MAX_FILE_BYTES:
-            raise UserError(f"the {name} {path} has over {MAX_FILE_BYTES} bytes: give a smaller one")
-        return path.read_bytes()
-    except OSError as error:
-        raise UserError(f"the {name} {path} cannot be read ({error.strerror}): give the path of an image") from error

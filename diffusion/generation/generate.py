@@ -12,15 +12,13 @@ from diffusion.common.progress import Progress, silent
 from diffusion.common.random import GaussianNoise, uniform
 from diffusion.common.threads import worker_threads
 from diffusion.data.dataset import Dataset, Rows
-from diffusion.families import family_of
-from diffusion.families.base import ConditioningBatch
-from diffusion.families.model import Conditioning, Model, to_float, to_uint8
+from diffusion.families.ddpm import DiffusionModel
+from diffusion.families.model import Conditioning, ConditioningBatch, Model, to_float, to_uint8
 from diffusion.generation.config import UNCONDITIONAL, Conditions
 from diffusion.models.config import FamilyConfig, ModelConfig
 from diffusion.models.text_encoder import ENDS, LONGEST, WIDTH, check_encoder, encoder
 from diffusion.process.editing import Edit, between, whole
-from diffusion.process.family_options import ineffective_option
-from diffusion.process.samplers import Noise, SamplingConfig
+from diffusion.process.samplers import Noise, SamplingConfig, sampling_conflict
 
 Embeddings = Mapping[str | None, Tensor]
 """Embedding of each prompt, (384,); zeros for None."""
@@ -36,35 +34,55 @@ def sample(
     conditions: Conditions = UNCONDITIONAL,
     edit: Edit | None = None,
     at_once: int | None = None,
+    noise: Callable[[range], Noise] | None = None,
 ) -> Tensor:
-    """Generate images of ``seed``: (len(indices), C, H, W) uint8.
+    """Generate the images ``indices`` of ``seed``, or edits of the image of ``edit``: (len(indices), C, H, W) uint8.
 
     Image i is always computed as member i mod B of the compute batch i div B (B = ``config.compute_batch``), because
-    floating-point sums change with a batch's shape. Whole multiples of B, starting at one, waste no work.
+    floating-point sums change with a batch's shape. Whole multiples of B, starting at one, waste no work. ``at_once``
+    compute batches are computed concurrently on a CPU, without effect on the bits; None: one per core. ``noise`` of a
+    compute batch is by default that of ``seed``.
 
-    Args:
-        model: The model.
-        indices: Indices of the images.
-        seed: Seed of the noise, and of labels that are not given.
-        config: Sampling options.
-        progress: Progress callback.
-        conditions: Labels and prompts.
-        edit: Image to edit, of the model's shape; None: generate from noise.
-        at_once: Compute batches computed concurrently on a CPU, without effect on the bits; None: one per core.
-
-    Raises:
-        UserError: For conditions that the model was not trained with, or options that have no effect.
+    Raises UserError for conditions that the model was not trained with, options that have no effect, and an edit of
+    another shape than the model's.
     """
     if edit is not None and edit.image.shape != model.shape:
         theirs, ours = ("×".join(map(str, shape)) for shape in (edit.image.shape, model.shape))
         raise UserError(
             f"the image has {theirs} (channels × height × width) and the model generates {ours}: bring it there"
         )
+    if model.config.low_resolution is not None:
+        raise UserError(
+            "the model enlarges images and generates nothing from noise alone (model.low_resolution): give it a small "
+            "image to upscale"
+        )
+    check_sampling(model, config, conditions)
+    if edit is not None:
+        check_edit(model, edit)
+    size = config.compute_batch
+    batches = [range(b * size, (b + 1) * size) for b in sorted({index // size for index in indices})]
+    generated: dict[int, Tensor] = {}
+    device = resolve_device(config.device)
+    model = model.on(device)
 
-    def noise(members: range) -> Noise:
-        return GaussianNoise(seed, "sampling", members, model.noise_shape)
+    # A GPU computes a batch in parallel by itself.
+    with repeatable(device), worker_threads(at_once if device.type == "cpu" else 1) as pool:
+        # Inside, as the bits of embeddings depend on the number of threads.
+        embeddings = prompt_embeddings(model, conditions)
 
-    return _generate(model, indices, seed, config, progress, conditions, noise, edit, at_once)
+        def generate(members: range) -> Tensor:
+            fresh = noise(members) if noise else GaussianNoise(seed, "sampling", members, model.noise_shape)
+            conditioning = make_conditioning(model, members, seed, conditions, embeddings)
+            conditioning = {name: value.to(device) for name, value in conditioning.items()}
+            negative = embeddings[conditions.negative_prompt].to(device)
+            batch = ConditioningBatch(conditioning, lambda: fresh().to(device), negative, edit)
+            return model.sample(batch, config, device)
+
+        finished = pool.map(generate, batches)
+        for number, (members, images) in enumerate(zip(batches, finished, strict=True), start=1):
+            generated |= zip(members, images, strict=True)
+            progress("images sampled", min(number * size, len(indices)), len(indices))
+    return torch.stack([generated[index] for index in indices])
 
 
 def interpolate(
@@ -78,8 +96,7 @@ def interpolate(
 ) -> Tensor:
     """Generate ``count`` images from image 0 of seed ``one`` to that of seed ``other``: (count, C, H, W) uint8.
 
-    All noise, including the sampler's fresh noise, is interpolated between the two. Raises UserError if there is no
-    path between them, and as ``sample`` does.
+    All noise, fresh noise included, is interpolated. Raises UserError if there is no path, and as ``sample`` does.
     """
     check_interpolation(model, one, other, count, conditions)
     shares = torch.linspace(0, 1, count)
@@ -90,53 +107,7 @@ def interpolate(
         ends = [GaussianNoise(seed, "sampling", [0], model.noise_shape) for seed in (one, other)]
         return lambda: between(ends[0]()[0], ends[1]()[0], places)
 
-    return _generate(model, range(count), one, config, progress, conditions, noise)
-
-
-def _generate(
-    model: Model,
-    indices: Sequence[int],
-    seed: int,
-    config: SamplingConfig,
-    progress: Progress,
-    conditions: Conditions,
-    noise: Callable[[range], Noise],
-    edit: Edit | None = None,
-    at_once: int | None = None,
-) -> Tensor:
-    if isinstance(model.config, ModelConfig) and model.config.low_resolution is not None:
-        raise UserError(
-            "the model enlarges images and generates nothing from noise alone (model.low_resolution): give it a small "
-            "image to upscale"
-        )
-    check_sampling(model, config, conditions)
-    if edit is not None:
-        check_edit(model, edit)
-    family, size = family_of(model.config), config.compute_batch
-    batches = [range(b * size, (b + 1) * size) for b in sorted({index // size for index in indices})]
-    generated: dict[int, Tensor] = {}
-    device = resolve_device(config.device)
-    model = model.on(device)
-
-    # A GPU computes a batch in parallel by itself.
-    with repeatable(device), worker_threads(at_once if device.type == "cpu" else 1) as pool:
-        # Inside, as the bits of embeddings depend on the number of threads.
-        embeddings = prompt_embeddings(model, conditions)
-
-        def generate(members: range) -> Tensor:
-            fresh = noise(members)
-            conditioning = make_conditioning(model, members, seed, conditions, embeddings)
-            conditioning = {name: value.to(device) for name, value in conditioning.items()}
-            negative = embeddings[conditions.negative_prompt].to(device)
-            return family.sample(
-                model, ConditioningBatch(conditioning, lambda: fresh().to(device), negative, edit), config, device
-            )
-
-        finished = pool.map(generate, batches)
-        for number, (members, images) in enumerate(zip(batches, finished, strict=True), start=1):
-            generated |= zip(members, images, strict=True)
-            progress("images sampled", min(number * size, len(indices)), len(indices))
-    return torch.stack([generated[index] for index in indices])
+    return sample(model, range(count), one, config, progress, conditions, noise=noise)
 
 
 def check_sampling(model: Model, config: SamplingConfig, conditions: Conditions) -> None:
@@ -147,7 +118,7 @@ def check_sampling(model: Model, config: SamplingConfig, conditions: Conditions)
 
 def check_sampling_options(model: FamilyConfig, config: SamplingConfig) -> None:
     """Raise UserError for a setting that has no effect for the family or the task of ``model``."""
-    if problem := ineffective_option(model, "sampling", config):
+    if problem := sampling_conflict(model, config):
         raise UserError(problem)
     noise = config.low_resolution_noise
     if noise is None:
@@ -197,7 +168,7 @@ def check_prompts(conditions: Conditions) -> None:
 
 def check_edit(model: Model, edit: Edit) -> None:
     """Raise UserError if ``model`` cannot edit, or the mask keeps nothing at the model's resolution."""
-    if not family_of(model.config).edits:
+    if not isinstance(model, DiffusionModel):
         raise UserError(
             f"a model of the family {model.config.family} has no steps in which to edit an image: use a diffusion model"
         )
@@ -241,8 +212,7 @@ def is_conditional(classes: Sequence[str], conditions: Conditions) -> bool:
 def labels_of(model: Model, indices: Sequence[int], seed: int, conditions: Conditions = UNCONDITIONAL) -> Tensor | None:
     """Choose the class of each image, its index in ``model.classes`` or one more for unconditional: (N,).
 
-    Without labels and prompts classes are sampled with their frequency in the data set. None for a model without
-    classes.
+    Without labels and prompts classes have their frequency in the data set. None for a model without classes.
     """
     if not model.classes:
         return None

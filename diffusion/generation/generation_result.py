@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from pydantic import ValidationError
-from torch import Tensor
 
 from diffusion.checkpoints import load_model
 from diffusion.common.config import Config
@@ -64,20 +63,24 @@ def generate_to_folder(
 ) -> GenerationResult:
     """Generate the images of ``request`` with the model in the file ``weights`` into the folder ``output``.
 
-    The default folder lies in samples/ and is named after model and request. ``origin`` is the origin of the model,
-    written to each image. All files are written atomically; ``request.json`` lists the images only when all are
-    written. Raises UserError as ``answer`` does, and if the folder belongs to another request.
+    The default folder in samples/ is named after model and request. Each image carries the ``origin`` of the model.
+    ``request.json`` lists the images once all are written. Raises UserError as ``answer`` does, and if the folder
+    belongs to another request.
     """
     model = load_model(weights)
     digest = sha256_file(weights)
     generated_by = origin["model"] if origin else str(weights)
     # Images are shared, so they carry a digest instead of a local path.
-    origin = origin or {"model": f"sha256:{digest}"}
+    origin = {**(origin or {"model": f"sha256:{digest}"}), "content_digest": model.header.content_digest}
     effective = sampling_of(model, request, sampling)
+    fields = request.model_dump(exclude_none=True)
     about = RequestRecord(
-        request=_described(request),
+        request={
+            name: {"sha256": sha256_bytes(value)} if isinstance(value, bytes) else value
+            for name, value in fields.items()
+        },
         sampling=effective,
-        model={**origin, "weights_sha256": digest, "content_digest": model.header.content_digest},
+        model=origin | {"weights_sha256": digest},
         fingerprint=fingerprint(effective.compute_batch, effective.precision, effective.device),
     )
     if output is None:
@@ -86,13 +89,15 @@ def generate_to_folder(
     _require_own(output, about)
     [images] = answer(model, [request], sampling, progress)
     write_json(output / ABOUT, about.model_dump(mode="json", exclude_none=True))
-    texts = {**origin, "content_digest": model.header.content_digest, "task": request.task, "seed": str(request.seed)}
-    rows = tuple(
-        _write(output / f"{index:08d}.png", image, texts | {"index": str(index)})
-        for index, image in zip(request.indices, images, strict=True)
-    )
+    rows = []
+    for index, image in zip(request.indices, images, strict=True):
+        pixels, path = image_of(image), output / f"{index:08d}.png"
+        texts = origin | {"task": request.task, "seed": str(request.seed), "index": str(index)}
+        sha256, pixels_sha256 = write_bytes(path, marked_png(pixels, texts)), sha256_bytes(pixels.tobytes())
+        rows.append({"file": path.name, "index": index, "sha256": sha256, "pixels_sha256": pixels_sha256})
     save_png(output / "grid.png", grid(torch.stack([*original(model, request), *images[:SHOWN]])))
-    write_json(output / ABOUT, about.model_copy(update={"images": rows}).model_dump(mode="json", exclude_none=True))
+    about = about.model_copy(update={"images": tuple(rows)})
+    write_json(output / ABOUT, about.model_dump(mode="json", exclude_none=True))
     return GenerationResult(
         folder=output,
         model=generated_by,
@@ -107,33 +112,12 @@ def generate_to_folder(
 def _require_own(output: Path, about: RequestRecord) -> None:
     """Raise UserError unless ``output`` is a new folder, or that of the same request."""
     record = output / ABOUT
-    try:
-        if record.is_file():
+    if record.is_file():
+        try:
             theirs = RequestRecord.model_validate_json(record.read_bytes())
-            if theirs.model_copy(update={"images": ()}) != about:
-                raise UserError(f"{output} holds the answer to another request: give --out another folder")
-        elif output.exists() and not (
-            output.is_dir() and all(PARTIAL.fullmatch(each.name) for each in output.iterdir())
-        ):
-            raise UserError(f"{output} is there, and is no folder of images made on request: give --out another")
-    except ValidationError as error:
-        raise UserError(f"{record} says nothing of images made on request: give --out another folder") from error
-
-
-def _described(request: GenerationRequest) -> dict[str, Any]:
-    """Dump the request for JSON, with digests in place of images."""
-    fields = request.model_dump(exclude_none=True)
-    return {
-        name: {"sha256": sha256_bytes(value)} if isinstance(value, bytes) else value for name, value in fields.items()
-    }
-
-
-def _write(path: Path, image: Tensor, about: Mapping[str, str]) -> dict[str, Any]:
-    pixels = image_of(image)
-    digest = write_bytes(path, marked_png(pixels, about))
-    return {
-        "file": path.name,
-        "index": int(about["index"]),
-        "sha256": digest,
-        "pixels_sha256": sha256_bytes(pixels.tobytes()),
-    }
+        except ValidationError as error:
+            raise UserError(f"{record} says nothing of images made on request: give --out another folder") from error
+        if theirs.model_copy(update={"images": ()}) != about:
+            raise UserError(f"{output} holds the answer to another request: give --out another folder")
+    elif output.exists() and not (output.is_dir() and all(PARTIAL.fullmatch(each.name) for each in output.iterdir())):
+        raise UserError(f"{output} is there, and is no folder of images made on request: give --out another")

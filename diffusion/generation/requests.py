@@ -1,11 +1,7 @@
-"""Generation of images for requests from the command line, the flow and the served model.
-
-Tasks that a model cannot do, and options without effect, are errors.
-"""
+"""Generation of images for requests from the command line, the flow and the served model."""
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -13,11 +9,12 @@ import torch
 from torch import Tensor
 
 from diffusion.common.errors import UserError
+from diffusion.common.image_grids import blocks
 from diffusion.common.progress import Progress, silent
 from diffusion.data.ingest.config import IngestConfig
 from diffusion.data.ingest.decode import Refused, StoredImage, prepare, unscaled
-from diffusion.families import family_of
-from diffusion.families.model import DiffusionModel, Model
+from diffusion.families.ddpm import DiffusionModel
+from diffusion.families.model import Model
 from diffusion.generation.config import (
     UNCONDITIONAL,
     Conditions,
@@ -25,9 +22,6 @@ from diffusion.generation.config import (
     Img2ImgRequest,
     InpaintRequest,
     InterpolateRequest,
-    PiGDMRequest,
-    RepaintRequest,
-    SampleRequest,
     Task,
     UpscaleRequest,
 )
@@ -39,7 +33,7 @@ from diffusion.generation.generate import (
     interpolate,
     sample,
 )
-from diffusion.generation.super_resolution import SuperResolution, task_of, upscale
+from diffusion.generation.super_resolution import super_resolution_of, task_of, upscale
 from diffusion.process.editing import Edit
 from diffusion.process.samplers import SamplingConfig
 
@@ -57,11 +51,10 @@ KEPT_BELOW = 32
 
 def tasks_of(model: Model) -> tuple[Task, ...]:
     """List the tasks that ``model`` can do."""
-    if isinstance(task_of(model.config), SuperResolution):
+    if task_of(model.config).low_resolution is not None:
         return ("upscale",)
-    return (
-        ("sample", "inpaint", "img2img", "interpolate") if family_of(model.config).edits else ("sample", "interpolate")
-    )
+    edits: tuple[Task, ...] = ("inpaint", "img2img") if isinstance(model, DiffusionModel) else ()
+    return ("sample", *edits, "interpolate")
 
 
 def answer(
@@ -72,34 +65,39 @@ def answer(
     Samples of one seed in several requests are generated together. Raises UserError, before anything is generated, if
     ``model`` cannot do a task, was not trained with a label or prompt, or an option would have no effect.
     """
-    rows = [f"row {number}: " if len(requests) > 1 else "" for number in range(len(requests))]
-    checked = [_checked(model, request, sampling, row) for request, row in zip(requests, rows, strict=True)]
-    if (values := sum(each.request.count * each.values for each in checked)) > MAX_VALUES:
+    configs: list[SamplingConfig] = []
+    inputs: list[Edit | Tensor | None] = []
+    values = 0
+    for number, request in enumerate(requests):
+        try:
+            configs.append(sampling_of(model, request, sampling))
+            inputs.append(_input_of(model, request))
+        except UserError as error:
+            raise UserError(f"row {number}: {error}" if len(requests) > 1 else str(error)) from error
+        small = inputs[-1]
+        size = small.numel() * _scale(model) ** 2 if isinstance(small, Tensor) else math.prod(model.shape)
+        values += request.count * size
+    if values > MAX_VALUES:
         raise UserError(
             f"the requested images have {values:,} values, and {MAX_VALUES:,} are held at once: ask for fewer, or have "
             "a registered version generate them in batches (darkroom sample --model models:/…)"
         )
     answers: dict[int, Tensor] = {}
     together: dict[tuple[int, Conditions, str], list[int]] = {}
-    for number, each in enumerate(checked):
-        request, config = each.request, each.config
-        match request:
-            case SampleRequest():
-                together.setdefault((request.seed, request.conditions, config.model_dump_json()), []).append(number)
-            case InterpolateRequest():
-                ends = request.seed, request.to_seed
-                answers[number] = interpolate(model, *ends, request.count, config, progress, request.conditions)
-            case UpscaleRequest():
-                assert each.small is not None
-                several = each.small.expand(request.count, -1, -1, -1)
-                answers[number] = upscale(model, several, request.seed, config, progress, request.index)
-            case _:
-                answers[number] = sample(
-                    model, request.indices, request.seed, config, progress, request.conditions, each.edit
-                )
+    for number, (request, config, given) in enumerate(zip(requests, configs, inputs, strict=True)):
+        seed, conditions = request.seed, request.conditions
+        if isinstance(given, Edit):
+            answers[number] = sample(model, request.indices, seed, config, progress, conditions, given)
+        elif given is not None:
+            several = given.expand(request.count, -1, -1, -1)
+            answers[number] = upscale(model, several, seed, config, progress, request.indices.start)
+        elif isinstance(request, InterpolateRequest):
+            answers[number] = interpolate(model, seed, request.to_seed, request.count, config, progress, conditions)
+        else:
+            together.setdefault((seed, conditions, config.model_dump_json()), []).append(number)
     for (seed, conditions, _), numbers in together.items():
         indices = sorted({index for number in numbers for index in requests[number].indices})
-        images = sample(model, indices, seed, checked[numbers[0]].config, progress, conditions)
+        images = sample(model, indices, seed, configs[numbers[0]], progress, conditions)
         generated = dict(zip(indices, images, strict=True))
         for number in numbers:
             answers[number] = torch.stack([generated[index] for index in requests[number].indices])
@@ -107,19 +105,11 @@ def answer(
 
 
 def original(model: Model, request: GenerationRequest) -> list[Tensor]:
-    """Show the input image of ``request`` at the size of the generated ones, (C, H, W) uint8; [] if there is none.
-
-    Holes are grey; small images are enlarged by repeating pixels.
-    """
-    match request:
-        case UpscaleRequest():
-            small = _small_image(model, request)
-            scale = _scale(model, small)
-            return [small.repeat_interleave(scale, 1).repeat_interleave(scale, 2)]
-        case InpaintRequest() | Img2ImgRequest():
-            edit = _edit_of(model, request)
-            return [edit.image if edit.kept is None else torch.where(edit.kept, edit.image, HOLE)]
-    return []
+    """Show the input image of ``request``, if any, at the size of generated ones, (C, H, W) uint8, with grey holes."""
+    given = _input_of(model, request)
+    if isinstance(given, Edit):
+        return [given.image if given.kept is None else torch.where(given.kept, given.image, HOLE)]
+    return [] if given is None else [blocks(given[None], given.shape[-1] * _scale(model))[0]]
 
 
 def sampling_of(model: Model, request: GenerationRequest, configured: SamplingConfig) -> SamplingConfig:
@@ -138,30 +128,12 @@ def sampling_of(model: Model, request: GenerationRequest, configured: SamplingCo
     return config
 
 
-@dataclass(frozen=True)
-class _Checked:
-    """A validated request with its decoded images."""
-
-    request: GenerationRequest
-    config: SamplingConfig
-    edit: Edit | None
-    small: Tensor | None
-    values: int
-    """Channels × height × width of each image."""
-
-
-def _checked(model: Model, request: GenerationRequest, configured: SamplingConfig, where: str) -> _Checked:
-    try:
-        config = sampling_of(model, request, configured)
-        edit = _edit_of(model, request) if isinstance(request, InpaintRequest | Img2ImgRequest) else None
-        small = _small_image(model, request) if isinstance(request, UpscaleRequest) else None
-        values = math.prod(model.shape) if small is None else small.numel() * _scale(model, small) ** 2
-        return _Checked(request, config, edit, small, values)
-    except UserError as error:
-        raise UserError(f"{where}{error}") from error
-
-
-def _edit_of(model: Model, request: InpaintRequest | Img2ImgRequest) -> Edit:
+def _input_of(model: Model, request: GenerationRequest) -> Edit | Tensor | None:
+    """Decode the images of ``request``: an edit, or the image to upscale, (C, h, w) uint8."""
+    if isinstance(request, UpscaleRequest):
+        return _small_image(model, request)
+    if not isinstance(request, InpaintRequest | Img2ImgRequest):
+        return None
     prepared = _prepared(model, request.image, "image")
     image = _channels_first(prepared.pixels)
     if isinstance(request, Img2ImgRequest):
@@ -172,20 +144,19 @@ def _edit_of(model: Model, request: InpaintRequest | Img2ImgRequest) -> Edit:
             theirs, ours = ("×".join(map(str, each.source_size)) for each in (mask, prepared))
             raise UserError(f"the mask has {theirs} pixels and the image {ours} (width × height): make them equal")
         kept = torch.from_numpy(mask.pixels < KEPT_BELOW)
-        resample_steps = request.resample_steps if isinstance(request, RepaintRequest | PiGDMRequest) else 1
-        edit = Edit(image, kept, request.strength, resample_steps, guided=isinstance(request, PiGDMRequest))
+        edit = Edit(image, kept, request.strength, request.resample_steps or 1, guided=request.method == "pigdm")
     check_edit(model, edit)
     return edit
 
 
 def _small_image(model: Model, request: UpscaleRequest) -> Tensor:
-    """Decode the image to upscale, (C, h, w) uint8."""
     mode: Literal["grey", "rgb"] = "grey" if model.header.channels == 1 else "rgb"
     try:
         small = _channels_first(unscaled(request.image, IngestConfig(size=MAX_SIZE // 2, mode=mode, enlarge=True)))
     except Refused as error:
         raise UserError(f"the image cannot be used: {error}") from error
-    pixels = request.count * small[0].numel() * _scale(model, small) ** 2
+    super_resolution_of(model).check_images(model, small[None])
+    pixels = request.count * small[0].numel() * _scale(model) ** 2
     if pixels > MAX_PIXELS:
         raise UserError(
             f"{pixels / 1e6:.1f} million pixels in all would be generated at once, and {MAX_PIXELS / 1e6:.1f} may be: "
@@ -194,11 +165,8 @@ def _small_image(model: Model, request: UpscaleRequest) -> Tensor:
     return small
 
 
-def _scale(model: Model, small: Tensor) -> int:
-    task = task_of(model.config)
-    assert isinstance(task, SuperResolution)
-    task.check_images(model, small[None])
-    return model.header.size // task.low_resolution
+def _scale(model: Model) -> int:
+    return model.header.size // super_resolution_of(model).low_resolution
 
 
 def _channels_first(pixels: np.ndarray) -> Tensor:

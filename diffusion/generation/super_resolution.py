@@ -1,12 +1,12 @@
 """Super-resolution by diffusion (SR3, arXiv 2104.07636).
 
-The network is conditioned on the small image, enlarged by interpolation to full size, and predicts the residual to it
-(SRDiff, arXiv 2104.14951). Images larger than those of the training are covered with overlapping tiles, whose
-predictions are blended in every step of a single reverse process (MultiDiffusion, arXiv 2302.08113), without seams.
+The network sees the small image, enlarged by interpolation, and predicts the residual to it (SRDiff, 2104.14951).
+Larger images are covered with overlapping tiles, whose predictions are blended in every step (MultiDiffusion,
+2302.08113).
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
@@ -16,22 +16,19 @@ from torch.nn.functional import interpolate
 
 from diffusion.common.device import repeatable, resolve_device
 from diffusion.common.errors import UserError
-from diffusion.common.fingerprint import autocast
+from diffusion.common.fingerprint import CPU, autocast
 from diffusion.common.progress import Progress, silent
 from diffusion.common.random import GaussianNoise, uniform
 from diffusion.common.threads import worker_threads
-from diffusion.families.model import Conditioning, DiffusionModel, Model, to_float, to_uint8
+from diffusion.families.ddpm import DiffusionModel
+from diffusion.families.model import Conditioning, Model, to_float, to_uint8
 from diffusion.generation.config import UNCONDITIONAL, Conditions
 from diffusion.generation.generate import check_sampling, sample
 from diffusion.models.config import FamilyConfig, ModelConfig
-from diffusion.process.samplers import Callback, SamplingConfig
+from diffusion.process.samplers import SamplingConfig
 
 OVERLAP = 4
 """Neighbouring tiles overlap by at least 1/OVERLAP of their size."""
-Answer = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-"""From noisy images, times, enlarged small images and their noise level to the network's output."""
-Each = Callable[[Callable[[Tensor], Tensor], Iterable[Tensor]], Iterable[Tensor]]
-"""``map``, or that of an executor."""
 
 
 def shrunk(images: Tensor, size: int) -> Tensor:
@@ -79,18 +76,15 @@ class SuperResolution:
 
     def conditioning(self, images: Tensor) -> Conditioning:
         """Make the small version of each image at full size, (N, C, H, W) float32, and a noise level of 0, (N,)."""
-        low = self._enlarged_again(images)
-        return {"low": low, "level": torch.zeros(len(low))}
+        return {"low": self._enlarged_again(images), "level": torch.zeros(len(images))}
 
     def inputs(self, images: Tensor) -> Tensor:
         """Make the small version of each image, (N, C, h, w) uint8."""
         return shrunk(images, self.low_resolution)
 
     def sigma_data(self, images: Tensor) -> float:
-        """Compute the standard deviation of the residuals to the small versions of ``images``, to four digits.
-
-        Further digits depend on the number of cores.
-        """
+        """Compute the standard deviation of the residuals to the small versions of ``images``."""
+        # To four digits, as further ones depend on the number of cores.
         beyond = to_float(images) - self._enlarged_again(images)
         return float(f"{beyond.double().square().mean().sqrt().item():.4g}")
 
@@ -122,6 +116,17 @@ def task_of(config: FamilyConfig) -> GenerationTask:
     if isinstance(config, ModelConfig) and config.low_resolution is not None:
         return SuperResolution(config.low_resolution, config.max_low_resolution_noise)
     return FromNoise()
+
+
+def super_resolution_of(model: Model) -> SuperResolution:
+    """Return the task of a super-resolution model; raises UserError for any other model."""
+    task = task_of(model.config)
+    if isinstance(task, SuperResolution):
+        return task
+    raise UserError(
+        "the model generates images and was not trained to enlarge any: train one with model.low_resolution, the "
+        f"height and width of small images, say {model.header.size // 2}"
+    )
 
 
 def generate(
@@ -162,10 +167,6 @@ class Tiles:
     weights: Tensor
     """Blending weights, (K, 1, size, size), which sum to 1 at each pixel of the canvas."""
 
-    def on(self, device: torch.device) -> "Tiles":
-        """Copy the tiles to ``device``."""
-        return replace(self, weights=self.weights.to(device))
-
     def cut(self, canvas: Tensor) -> Tensor:
         """Cut ``canvas`` (N, C, H, W) into tiles, those of the first image first: (N K, C, size, size)."""
         pieces = [canvas[:, :, top : top + self.size, left : left + self.size] for top, left in self.places]
@@ -181,7 +182,7 @@ class Tiles:
         return canvas
 
 
-def make_tiles(height: int, width: int, size: int, scale: int) -> Tiles:
+def make_tiles(height: int, width: int, size: int, scale: int, device: torch.device = CPU) -> Tiles:
     """Make tiles of ``size`` small pixels for a small image of ``height`` × ``width``, upscaled by ``scale``.
 
     They are aligned to small pixels, as in training. Weights are highest in the middle of a tile and lowest at its
@@ -196,7 +197,7 @@ def make_tiles(height: int, width: int, size: int, scale: int) -> Tiles:
     for top, left in places:
         total[top : top + full, left : left + full] += tent
     weights = [tent / total[top : top + full, left : left + full] for top, left in places]
-    return Tiles(full, places, torch.stack(weights)[:, None])
+    return Tiles(full, places, torch.stack(weights)[:, None].to(device))
 
 
 def starts(length: int, size: int) -> list[int]:
@@ -204,27 +205,6 @@ def starts(length: int, size: int) -> list[int]:
     stride = size - max(1, size // OVERLAP)
     count = 1 + math.ceil((length - size) / stride)
     return [round(number * (length - size) / max(count - 1, 1)) for number in range(count)]
-
-
-def tiled(
-    answer: Answer, tiles: Tiles, low: Tensor, level: Tensor, batch: int, each: Each = map
-) -> Callable[..., Tensor]:
-    """Make a network for the canvas ``low`` (N, C, H, W), with noise ``level`` (N,), from one for tiles.
-
-    It is evaluated on full batches of ``batch`` tiles. Its outputs are blended, and with them the estimates, which are
-    linear in the outputs.
-    """
-    count = len(low) * len(tiles.places)
-    # The last batch is padded with the last tile.
-    numbers = torch.arange(math.ceil(count / batch) * batch).clamp(max=count - 1).view(-1, batch)
-    shown = tiles.cut(low)
-
-    def network(x: Tensor, time: Tensor) -> Tensor:
-        pieces, times, levels = tiles.cut(x), *(values.repeat_interleave(len(tiles.places)) for values in (time, level))
-        answers = each(lambda some: answer(pieces[some], times[some], shown[some], levels[some]), numbers)
-        return tiles.blended(torch.cat(list(answers))[:count], *x.shape[-2:])
-
-    return network
 
 
 def upscale(
@@ -235,46 +215,61 @@ def upscale(
     progress: Progress = silent,
     first: int = 0,
 ) -> Tensor:
-    """Upscale small ``images``, (N, C, h, w) uint8, to (N, C, h·scale, w·scale) uint8.
+    """Upscale small ``images``, (N, C, h, w) uint8, to (N, C, h·scale, w·scale) uint8 with the model's scale.
 
-    The scale is the model's; images may not be smaller than its training inputs. Image i has the noise of index
-    ``first`` + i of ``seed``; its bits depend on no other image, as batches always have ``config.compute_batch`` tiles.
-
-    Raises UserError if the model was not trained for super-resolution, for an image too small or of other channels,
-    and for options without effect.
+    Image i has the noise of index ``first`` + i of ``seed``; its bits depend on no other image, as batches always have
+    ``config.compute_batch`` tiles. Raises UserError if the model was not trained for super-resolution, for an image
+    smaller than its training inputs or of other channels, and for options without effect.
     """
-    task = task_of(model.config)
-    if not isinstance(task, SuperResolution):
-        raise UserError(
-            "the model generates images and was not trained to enlarge any: train one with model.low_resolution, the "
-            f"height and width of small images, say {model.header.size // 2}"
-        )
+    task = super_resolution_of(model)
     assert isinstance(model, DiffusionModel)
     task.check_images(model, images)
     check_sampling(model, config, UNCONDITIONAL)
     scale, batch = model.header.size // task.low_resolution, config.compute_batch
     device = resolve_device(config.device)
     model = model.on(device)
-    tiles = make_tiles(images.shape[2], images.shape[3], task.low_resolution, scale).on(device)
+    tiles = make_tiles(images.shape[2], images.shape[3], task.low_resolution, scale, device)
     together = max(1, batch // len(tiles.places))
     groups = [range(start, start + together) for start in range(0, len(images), together)]
     alone = len(groups) == 1
+    # The tiles of each compute batch; the last batch is padded with the last tile.
+    count = together * len(tiles.places)
+    batches = torch.arange(math.ceil(count / batch) * batch).clamp(max=count - 1).view(-1, batch)
 
     with repeatable(device), worker_threads(None if device.type == "cpu" else 1) as pool:
 
         def generate(members: range) -> Tensor:
             # The last group is padded with the last image.
-            small = images[torch.tensor(members).clamp(max=len(images) - 1)]
+            low = enlarged(images[torch.tensor(members).clamp(max=len(images) - 1)], scale)
             numbers = range(first + members.start, first + members.stop)
-            low, level = (values.to(device) for values in _shown(small, scale, seed, numbers, config))
-            # A single group computes its batches in parallel. Several groups already occupy the threads of the pool.
-            network = tiled(_answer(model, config, device), tiles, low, level, batch, pool.map if alone else map)
-            sample_noise = GaussianNoise(seed, "sampling", numbers, tuple(low.shape[1:]))
-            callback = _step_by_step(progress, config.steps) if alone else None
+            shape, level = tuple(low.shape[1:]), config.low_resolution_noise or 0.0
+            if level:
+                low = low + level * GaussianNoise(seed, "sampling/low_resolution", numbers, shape)()
+            low = low.to(device)
+            shown, levels = tiles.cut(low), torch.full((batch,), level, device=device)
+
+            def network(x: Tensor, time: Tensor) -> Tensor:
+                pieces, times = tiles.cut(x), time.repeat_interleave(len(tiles.places))
+
+                def predict(some: Tensor) -> Tensor:
+                    # Both contexts are thread-local, so they are entered in the worker thread.
+                    with torch.inference_mode(), autocast(config.precision, device):
+                        out: Tensor = model.network(pieces[some], times[some], low=shown[some], level=levels)
+                    return out
+
+                # A single group computes its batches in parallel; several groups already occupy the threads.
+                predictions = torch.cat(list((pool.map if alone else map)(predict, batches)))[:count]
+                # The estimates are linear in the predictions, so these are blended.
+                return tiles.blended(predictions, *x.shape[-2:])
+
+            noise = GaussianNoise(seed, "sampling", numbers, shape)
             with torch.inference_mode():
-                sigmas = config.sigma_grid(model.schedule)
-                denoise = replace(model.denoiser(), network=network, around=low)
-                large = config.run(denoise, sigmas, lambda: sample_noise().to(device), callback)
+                large = config.run(
+                    replace(model.denoiser(), network=network, around=low),
+                    config.sigma_grid(model.schedule),
+                    lambda: noise().to(device),
+                    (lambda step, *_: progress("steps of enlarging", step + 1, config.steps)) if alone else None,
+                )
                 return to_uint8(large).cpu()
 
         finished = []
@@ -282,25 +277,3 @@ def upscale(
             finished.append(large)
             progress("images enlarged", min(members.stop, len(images)), len(images))
     return torch.cat(finished)[: len(images)]
-
-
-def _shown(small: Tensor, scale: int, seed: int, members: range, config: SamplingConfig) -> tuple[Tensor, Tensor]:
-    """Make the conditioning of ``small`` images with indices ``members``: enlarged images and noise levels (N,)."""
-    low, level = enlarged(small, scale), config.low_resolution_noise or 0.0
-    if level:
-        low = low + level * GaussianNoise(seed, "sampling/low_resolution", members, tuple(low.shape[1:]))()
-    return low, torch.full((len(low),), level)
-
-
-def _answer(model: DiffusionModel, config: SamplingConfig, device: torch.device) -> Answer:
-    def answer(x: Tensor, time: Tensor, low: Tensor, level: Tensor) -> Tensor:
-        # Both contexts are thread-local, so they are entered in the worker thread.
-        with torch.inference_mode(), autocast(config.precision, device):
-            out: Tensor = model.network(x, time, low=low, level=level)
-        return out
-
-    return answer
-
-
-def _step_by_step(progress: Progress, steps: int) -> Callback:
-    return lambda step, *_: progress("steps of enlarging", step + 1, steps)

@@ -2,19 +2,25 @@
 
 Two stacks of causal convolutions leave no blind spot: the vertical stack sees all rows above, the horizontal stack the
 pixels to the left in the same row, and the output of the vertical stack. Dilations cycle through 1, 2, 4 and 8
-(1511.07122). The output is PixelCNN++'s mixture of logistics, in which the channels of a pixel are autoregressive
-(1701.05517).
+(1511.07122). The output is PixelCNN++'s discretized mixture of logistics, in which the channels of a pixel are
+autoregressive (1701.05517, sections 2.1, 2.2): values lie on equidistant levels from −1 to 1, each with the probability
+of the continuous mixture between the midpoints to its neighbours; the first and the last include the tails.
 """
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from diffusion.models.config import AutoregressiveConfig
-from diffusion.models.discretized_logistics import LEVELS, mixtures_of, parameter_count, sample_pixels
 
 REACH = (1, 2, 4, 8)
 """Dilations of the layers, repeated in this order."""
+LEVELS = 256
+"""Number of values of stored pixels."""
+LOG_SCALE = -7.0
+"""Smallest log-scale: less than a quarter of one of 256 levels."""
 
 
 class Layer(nn.Module):
@@ -51,10 +57,7 @@ class Layer(nn.Module):
 
 
 class PixelCNN(nn.Module):
-    """Gated PixelCNN: the distribution of each pixel given the pixels before it in raster order.
-
-    ``classes`` is the number of classes that it is conditioned on; 0: unconditional.
-    """
+    """Gated PixelCNN: each pixel's distribution given those before it in raster order, and ``classes`` (0: none)."""
 
     def __init__(self, config: AutoregressiveConfig, channels: int, classes: int = 0) -> None:
         super().__init__()
@@ -67,14 +70,20 @@ class PixelCNN(nn.Module):
         )
         self.inner = nn.Conv2d(config.width, 2 * config.width, 1)
         self.head = nn.Conv2d(2 * config.width, parameter_count(channels, config.mixtures), 1)
-        _init_head(self.head, channels, config.mixtures)
+        assert self.head.bias is not None
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+        with torch.no_grad():
+            # Means are spread evenly over all values, with scales about as large as the distance between them. On the
+            # CPU even if the weights are meta tensors, as when diffusion.checkpoints checks a header.
+            means = torch.linspace(-1, 1, config.mixtures + 2, device="cpu")[1:-1].repeat(channels)
+            self.head.bias[config.mixtures : config.mixtures + len(means)] = means
+            self.head.bias[config.mixtures + len(means) : config.mixtures + 2 * len(means)] = -1.0
 
     def forward(self, x: Tensor, label: Tensor | None = None) -> Tensor:
-        """Predict the parameters of each pixel's mixture, (N, ``parameter_count``, H, W).
+        """Predict the parameters of each pixel's mixture, (N, ``parameter_count``, H, W), for images in [−1, 1].
 
-        Args:
-            x: Images, (N, C, H, W) in [−1, 1].
-            label: Class of each image or ``no_class``, (N,) integers; None: ``no_class``.
+        ``label`` is the class of each image or ``no_class``, (N,) integers; None: ``no_class``.
         """
         label = self.labels(label, x)
         marked = with_ones(x)
@@ -99,8 +108,7 @@ class PixelCNN(nn.Module):
 class PixelSampler:
     """Incremental evaluation of a PixelCNN for images of ``size`` pixels that are sampled pixel by pixel.
 
-    The features of both stacks are cached: the vertical stack is evaluated once per row, the horizontal stack once per
-    pixel. Together that is the work of one forward pass.
+    The vertical stack is evaluated once per row, the horizontal stack once per pixel: the work of one forward pass.
     """
 
     def __init__(self, network: PixelCNN, count: int, size: int, label: Tensor | None) -> None:
@@ -166,6 +174,78 @@ def sample_images(network: PixelCNN, noise: Tensor, label: Tensor | None = None,
     return sampler.images
 
 
+@dataclass(frozen=True)
+class Mixtures:
+    """Mixtures of K logistics for pixels of C values; all values of a pixel share one component."""
+
+    logits: Tensor
+    """(…, K): unnormalised log-probabilities of the components."""
+    means: Tensor
+    """(…, C, K)."""
+    log_scales: Tensor
+    """(…, C, K)."""
+    slopes: Tensor
+    """(…, C, C, K): coefficients of the preceding channels in the mean of a channel; strictly lower triangular."""
+
+
+def parameter_count(channels: int, mixtures: int) -> int:
+    """Count the parameters of a pixel's mixture."""
+    return mixtures * (1 + 2 * channels + channels * (channels - 1) // 2)
+
+
+def mixtures_of(numbers: Tensor, channels: int) -> Mixtures:
+    """Convert a network's output (…, ``parameter_count``) to mixtures."""
+    pairs = channels * (channels - 1) // 2
+    count = numbers.shape[-1] // parameter_count(channels, 1)
+    parts = [count, count * channels, count * channels, count * pairs]
+    logits, means, log_scales, slopes = torch.split(numbers.float(), parts, dim=-1)
+    lower = torch.tril_indices(channels, channels, -1, device=numbers.device)
+    square = numbers.new_zeros(*numbers.shape[:-1], channels, channels, count, dtype=torch.float32)
+    square[..., lower[0], lower[1], :] = torch.unflatten(slopes, -1, (pairs, count)).tanh()
+    return Mixtures(
+        logits,
+        torch.unflatten(means, -1, (channels, count)),
+        torch.unflatten(log_scales, -1, (channels, count)).clamp(min=LOG_SCALE),
+        square,
+    )
+
+
+def log_probability(mixtures: Mixtures, x: Tensor, levels: int = LEVELS) -> Tensor:
+    """Compute ln p of pixels ``x`` (…, C), each value on one of the ``levels``: (…,) float32."""
+    means = mixtures.means + (mixtures.slopes * x[..., None, :, None]).sum(-2)
+    half, inverse = 1 / (levels - 1), (-mixtures.log_scales).exp()
+    centred = x[..., None] - means
+    upper, lower = (centred + half) * inverse, (centred - half) * inverse
+    # σ(u) − σ(l) = σ(u) σ(−l) (1 − e^(l − u)), computed without cancellation.
+    below, beyond = functional.logsigmoid(upper), functional.logsigmoid(-lower)
+    inside = below + beyond + torch.log(-torch.expm1(-2 * half * inverse))
+    at_ends = torch.where((x <= -1 + half)[..., None], below, torch.where((x >= 1 - half)[..., None], beyond, inside))
+    return (at_ends.sum(-2) + mixtures.logits.log_softmax(-1)).logsumexp(-1)
+
+
+def sample_pixels(mixtures: Mixtures, noise: Tensor, levels: int = LEVELS) -> Tensor:
+    """Sample pixels (…, C) from Gaussian ``noise`` (…, C + 1), whose last value selects the component, by inversion."""
+    quantile = torch.special.ndtr(noise[..., -1:])
+    component = (mixtures.logits.softmax(-1).cumsum(-1) < quantile).sum(-1).clamp(max=mixtures.logits.shape[-1] - 1)
+
+    def select(values: Tensor) -> Tensor:
+        where = component[(..., *(None,) * (values.ndim - component.ndim))].expand(*values.shape[:-1], 1)
+        return values.gather(-1, where).squeeze(-1)
+
+    means, log_scales, slopes = (select(each) for each in (mixtures.means, mixtures.log_scales, mixtures.slopes))
+    # The logistic quantile ln u − ln (1 − u) at u = Φ(noise).
+    spread = torch.special.log_ndtr(noise[..., :-1]) - torch.special.log_ndtr(-noise[..., :-1])
+    steps = (levels - 1) / 2
+    values: list[Tensor] = []
+    for channel in range(means.shape[-1]):
+        mean = means[..., channel]
+        for before, value in enumerate(values):
+            mean = mean + slopes[..., channel, before] * value
+        value = mean + log_scales[..., channel].exp() * spread[..., channel]
+        values.append(((value + 1) * steps).round().clamp(0, levels - 1) / steps - 1)
+    return torch.stack(values, -1)
+
+
 def gated(x: Tensor) -> Tensor:
     """Gated activation, (N, 2C, …) to (N, C, …): tanh of the first half times the sigmoid of the second."""
     one, other = x.chunk(2, dim=1)
@@ -175,15 +255,3 @@ def gated(x: Tensor) -> Tensor:
 def with_ones(x: Tensor) -> Tensor:
     """Append a channel of ones to ``x`` (N, C, …)."""
     return torch.cat([x, torch.ones_like(x[:, :1])], dim=1)
-
-
-def _init_head(head: nn.Conv2d, channels: int, mixtures: int) -> None:
-    """Spread the means evenly over all values, with scales about as large as the distance between them."""
-    assert head.bias is not None
-    nn.init.zeros_(head.weight)
-    nn.init.zeros_(head.bias)
-    with torch.no_grad():
-        # On the CPU even if the weights are meta tensors, as when diffusion.checkpoints checks a header.
-        means = torch.linspace(-1, 1, mixtures + 2, device="cpu")[1:-1].repeat(channels)
-        head.bias[mixtures : mixtures + len(means)] = means
-        head.bias[mixtures + len(means) : mixtures + 2 * len(means)] = -1.0

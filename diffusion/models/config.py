@@ -1,4 +1,4 @@
-"""The section ``model`` of the configuration: one class per family of models, and ``FamilyConfig``, their union.
+"""The section ``model`` of the configuration, one class per family of models, and the training objective's options.
 
 This module loads without torch.
 """
@@ -6,7 +6,7 @@ This module loads without torch.
 from collections.abc import Collection, Mapping
 from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 
-from pydantic import BaseModel, Discriminator, Field, Tag, model_validator
+from pydantic import AfterValidator, BaseModel, Discriminator, Field, Tag, model_validator
 
 from diffusion.common.config import LARGEST_SIZE, Config, unset
 
@@ -14,7 +14,17 @@ Prediction = Literal["epsilon", "v_prediction", "sample", "edm"]
 WIDEST, DEEPEST, MOST_LEVELS = 4096, 64, 12
 """Limits of channels, blocks per resolution, and resolutions; files that exceed them are rejected before a network is
 built."""
-ChannelMult = Annotated[tuple[Annotated[int, Field(le=64)], ...], Field(max_length=MOST_LEVELS)]
+
+
+def _positive(numbers: tuple[int, ...]) -> tuple[int, ...]:
+    if not numbers or min(numbers) < 1:
+        raise ValueError("needs at least one positive number, for example [1, 2]")
+    return numbers
+
+
+ChannelMult = Annotated[
+    tuple[Annotated[int, Field(le=64)], ...], Field(max_length=MOST_LEVELS), AfterValidator(_positive)
+]
 """Channels at each resolution, as multiples of the width."""
 NOISE_LEVELS = (
     "weighting",
@@ -30,27 +40,56 @@ NOISE_LEVELS = (
 """Fields of the section ``training`` that have an effect only for diffusion models."""
 
 
+class ObjectiveConfig(Config):
+    """The part of the section ``training`` that defines the objective: noise levels, their weights, and the seed."""
+
+    batch_size: int = Field(64, ge=1, le=2**20)
+    """Images per optimizer step."""
+    seed: int = Field(0, ge=0)
+    """Seed of initial weights, order of images, time steps and noise."""
+    weighting: Literal["plain", "min_snr", "soft_min_snr", "edm"] = "edm"
+    """Loss weight of each noise level: plain squared error of the prediction (arXiv 2006.11239), min-SNR-γ
+    (2303.09556), soft min-SNR (2401.11605) or EDM's (2206.00364). The last two use the standard deviation of data."""
+    min_snr_gamma: float | None = Field(None, gt=0)
+    """γ of min_snr; null: 5."""
+    learned_uncertainty: bool = False
+    """Whether a small network learns the size of the error at each level, by which the loss is divided (2312.02696,
+    equation 21), so that all levels have equal weight."""
+    timestep_sampling: Literal["uniform", "lognormal"] = "lognormal"
+    """Distribution of noise levels: uniform over the steps of the schedule, or normal in ln σ (2206.00364)."""
+    log_sigma_mean: float | None = None
+    """Mean of ln σ for timestep_sampling = lognormal; null: −1.2, EDM's."""
+    log_sigma_std: float | None = Field(None, gt=0)
+    """Standard deviation of ln σ for timestep_sampling = lognormal; null: 1.2, EDM's."""
+    stratified_timesteps: bool = True
+    """Whether the times of a batch's N images are stratified: one in each N-th of the distribution."""
+
+    @model_validator(mode="after")
+    def _noise_levels_have_an_effect(self) -> "ObjectiveConfig":
+        if self.min_snr_gamma is not None and self.weighting != "min_snr":
+            raise ValueError(f"training.min_snr_gamma means nothing to weighting = {self.weighting}: use min_snr")
+        if self.timestep_sampling != "lognormal" and (self.log_sigma_mean, self.log_sigma_std) != (None, None):
+            raise ValueError(
+                f"training.log_sigma_* mean nothing to timestep_sampling = {self.timestep_sampling}: use lognormal"
+            )
+        return self
+
+
 class Kind(Config):
     """The section ``model`` of one family; class variables hold for all models of the family."""
 
-    ineffective_fields: ClassVar[Mapping[str, Collection[str]]] = {}
-    """Fields of other sections that have no effect for the family, by section."""
-    samples_in_steps: ClassVar[bool] = False
-    """Whether it samples by a reverse process; otherwise only the compute options of ``sampling`` have an effect."""
+    ineffective: ClassVar[Collection[str]] = ()
+    """Fields of the section ``training`` that have no effect for the family."""
     evaluated_by: ClassVar[Literal["samples", "reconstructions"]] = "samples"
     """Whether it is evaluated by generated images, or by reconstructions of held-out ones."""
     likelihood: ClassVar[Literal["bound", "exact"] | None] = None
     """Whether its likelihood is a lower bound or exact; None: it has no likelihood."""
-    in_diffusers: ClassVar[bool] = False
-    """Whether it can be exported to diffusers."""
 
 
 class ModelConfig(Kind):
     """The family ddpm: forward process, prediction, and architecture of the U-Net."""
 
     likelihood: ClassVar[Literal["bound", "exact"] | None] = "bound"
-    in_diffusers: ClassVar[bool] = True
-    samples_in_steps: ClassVar[bool] = True
 
     family: Literal["ddpm"] = Field("ddpm", exclude_if=lambda family: family == "ddpm")
     """The family of models: diffusion models; the other families are vae, gan and autoregressive."""
@@ -105,7 +144,7 @@ class ModelConfig(Kind):
         return given
 
     @model_validator(mode="after")
-    def _check_low_resolution(self) -> "ModelConfig":
+    def _options_fit_each_other(self) -> "ModelConfig":
         if self.low_resolution is not None and (self.conditional or self.text):
             raise ValueError(
                 "model.low_resolution conditions the network on small images, and on nothing besides: leave out "
@@ -116,23 +155,6 @@ class ModelConfig(Kind):
                 "model.low_resolution_noise lies over the small image, and there is none: set "
                 "model.low_resolution, or leave it out"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _check_zero_terminal_snr(self) -> "ModelConfig":
-        if self.zero_terminal_snr and self.schedule == "edm":
-            raise ValueError(
-                "model.zero_terminal_snr stretches the other schedules; edm has its own end: leave one out"
-            )
-        if self.zero_terminal_snr and self.prediction == "epsilon":
-            raise ValueError(
-                "model.prediction = epsilon says nothing of an image of which nothing is left, as "
-                "model.zero_terminal_snr makes them: use v_prediction, sample or edm"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _check_autoencoder(self) -> "ModelConfig":
         if self.autoencoder is not None and self.learned_variance:
             raise ValueError(
                 "model.learned_variance is learned from the likelihood of 8-bit pixels, which the latents of "
@@ -143,12 +165,15 @@ class ModelConfig(Kind):
                 "model.low_resolution shows the network small images beside large ones, and model.autoencoder has it "
                 "work on latents: leave one out"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _check_resolutions(self) -> "ModelConfig":
-        if not self.channel_mult or min(self.channel_mult) < 1:
-            raise ValueError("model.channel_mult needs at least one positive number, for example [1, 2]")
+        if self.zero_terminal_snr and self.schedule == "edm":
+            raise ValueError(
+                "model.zero_terminal_snr stretches the other schedules; edm has its own end: leave one out"
+            )
+        if self.zero_terminal_snr and self.prediction == "epsilon":
+            raise ValueError(
+                "model.prediction = epsilon says nothing of an image of which nothing is left, as "
+                "model.zero_terminal_snr makes them: use v_prediction, sample or edm"
+            )
         for level in self.attention:
             if not 0 <= level < len(self.channel_mult):
                 raise ValueError(
@@ -168,26 +193,29 @@ class ModelConfig(Kind):
         return 0.1 if self.low_resolution_noise is None else self.low_resolution_noise
 
 
-class VAEConfig(Kind):
+class OtherKind(Kind):
+    """The section ``model`` of a family other than ddpm, which has neither captions nor super-resolution."""
+
+    text: ClassVar[bool] = False
+    """Whether the network is conditioned on captions."""
+    low_resolution: ClassVar[None] = None
+    """Height and width of the images that it upscales: none."""
+
+
+class VAEConfig(OtherKind):
     """The family vae: a variational autoencoder (arXiv 1312.6114), which also encodes images into latents.
 
     It serves as the autoencoder of latent diffusion (arXiv 2112.10752), too: see model.autoencoder.
     """
 
-    ineffective_fields: ClassVar[Mapping[str, Collection[str]]] = {
-        "training": (*NOISE_LEVELS, "condition_dropout"),
-    }
+    ineffective: ClassVar[Collection[str]] = (*NOISE_LEVELS, "condition_dropout")
     evaluated_by: ClassVar[Literal["samples", "reconstructions"]] = "reconstructions"
     likelihood: ClassVar[Literal["bound", "exact"] | None] = "bound"
     conditional: ClassVar[bool] = False
     """Whether the network is conditioned on classes."""
-    text: ClassVar[bool] = False
-    """Whether it is conditioned on captions."""
-    low_resolution: ClassVar[None] = None
-    """Height and width of the images that it upscales: none."""
 
     family: Literal["vae"] = "vae"
-    """What kind of model it is."""
+    """The family of models."""
     width: int = Field(32, ge=16, le=WIDEST, multiple_of=16)
     """Channels at the highest resolution; a multiple of 16, the channels normalised together."""
     channel_mult: ChannelMult = (1, 2)
@@ -210,33 +238,25 @@ class VAEConfig(Kind):
         return int(self.patch * 2 ** (len(self.channel_mult) - 1))
 
     @model_validator(mode="after")
-    def _check_resolutions(self) -> "VAEConfig":
-        if not self.channel_mult or min(self.channel_mult) < 1:
-            raise ValueError("model.channel_mult needs at least one positive number, for example [1, 2]")
+    def _latents_are_smaller(self) -> "VAEConfig":
         if self.factor == 1:
             raise ValueError("model.patch = 1 and one resolution make latents as large as images: add to either")
         return self
 
 
-class GANConfig(Kind):
+class GANConfig(OtherKind):
     """The family gan: a generative adversarial network (arXiv 1406.2661) after R3GAN (2501.05441).
 
     The generator upsamples from a low resolution, 4×4 for 32 pixels; the discriminator downsamples in the same steps.
     There is no normalisation, and two gradient penalties are the only regularization.
     """
 
-    ineffective_fields: ClassVar[Mapping[str, Collection[str]]] = {
-        # The loss is relative to a discriminator that learns as well, so it does not compare between checkpoints. And
-        # models do not contain the discriminator, so training cannot start from one.
-        "training": (*NOISE_LEVELS, "keep_best", "init_from"),
-    }
-    text: ClassVar[bool] = False
-    """Whether it is conditioned on captions."""
-    low_resolution: ClassVar[None] = None
-    """Height and width of the images that it upscales: none."""
+    # The loss is relative to a discriminator that learns as well, so it does not compare between checkpoints. Models do
+    # not contain the discriminator, so training cannot start from one.
+    ineffective: ClassVar[Collection[str]] = (*NOISE_LEVELS, "keep_best", "init_from")
 
     family: Literal["gan"] = "gan"
-    """What kind of model it is."""
+    """The family of models."""
     width: int = Field(16, ge=8, le=WIDEST, multiple_of=8)
     """Channels at the highest resolution."""
     channel_mult: ChannelMult = (1, 2, 4, 8)
@@ -255,34 +275,19 @@ class GANConfig(Kind):
     conditional: bool = True
     """Whether both networks are conditioned on the class, where the data set has several."""
 
-    @model_validator(mode="after")
-    def _check_resolutions(self) -> "GANConfig":
-        if not self.channel_mult or min(self.channel_mult) < 1:
-            raise ValueError("model.channel_mult needs at least one positive number, for example [1, 2]")
-        return self
 
-    @property
-    def factor(self) -> int:
-        """Pixels per position of the lowest resolution along each side."""
-        return int(self.patch * 2 ** (len(self.channel_mult) - 1))
-
-
-class AutoregressiveConfig(Kind):
+class AutoregressiveConfig(OtherKind):
     """The family autoregressive: each pixel is conditioned on those above it and to its left (arXiv 1606.05328).
 
     The likelihood is exact. Sampling goes pixel by pixel, S² sequential steps for an image of S×S pixels, so it suits
     images of up to about 64 pixels.
     """
 
-    ineffective_fields: ClassVar[Mapping[str, Collection[str]]] = {"training": NOISE_LEVELS}
+    ineffective: ClassVar[Collection[str]] = NOISE_LEVELS
     likelihood: ClassVar[Literal["bound", "exact"] | None] = "exact"
-    text: ClassVar[bool] = False
-    """Whether it is conditioned on captions."""
-    low_resolution: ClassVar[None] = None
-    """Height and width of the images that it upscales: none."""
 
     family: Literal["autoregressive"] = "autoregressive"
-    """What kind of model it is."""
+    """The family of models."""
     width: int = Field(32, ge=8, le=WIDEST, multiple_of=8)
     """Channels of the vertical and of the horizontal stack."""
     layers: int = Field(8, ge=1, le=64)
@@ -338,3 +343,24 @@ FAMILIES: Mapping[str, type[Kind]] = {
     "autoregressive": AutoregressiveConfig,
 }
 """The configuration class of each family."""
+
+
+def training_conflict(model: FamilyConfig, training: ObjectiveConfig) -> str | None:
+    """Describe why ``model`` cannot be trained with ``training``, and what to change; None if it can."""
+    for name in sorted(model.ineffective):
+        if getattr(training, name) != type(training).model_fields[name].default:
+            return f"training.{name} means nothing to model.family = {model.family}: leave it out"
+    if not isinstance(model, ModelConfig) or not model.learned_variance:
+        return None
+    if training.timestep_sampling != "uniform":
+        return (
+            "model.learned_variance is learned at whole steps of the schedule, and training.timestep_sampling = "
+            f"{training.timestep_sampling} samples levels between them: use uniform, or leave model.learned_variance "
+            "out"
+        )
+    if training.learned_uncertainty:
+        return (
+            "model.learned_variance is learned from a sum over all levels, of which training.learned_uncertainty would "
+            "divide each by another number: leave one out"
+        )
+    return None

@@ -1,7 +1,6 @@
-"""Generator and discriminator after R3GAN (arXiv 2501.05441).
+"""Generator and discriminator after R3GAN (arXiv 2501.05441): residual blocks without normalisation.
 
-Residual blocks without normalisation: an inverted bottleneck around a grouped convolution, initialised as the identity
-(Fixup, 1901.09321); bilinear resampling between resolutions; projection discriminator for classes (1802.05637).
+Blocks are initialised as the identity (Fixup, 1901.09321), and classes are projected (1802.05637).
 """
 
 import math
@@ -11,24 +10,22 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from diffusion.common.errors import UserError
 from diffusion.models.config import GANConfig
+from diffusion.models.unet import pixels_per_position
 
 SLOPE = 0.2
 """Negative slope of the leaky ReLU."""
 GROUP = 8
 """Channels per group of the 3×3 convolutions."""
-EXPANSION = 2
-"""Factor of the channels inside a block."""
 Layer = TypeVar("Layer", nn.Conv2d, nn.Linear)
 
 
-class DiscriminatorBlock(nn.Module):
-    """Residual block with an inverted bottleneck."""
+class GANBlock(nn.Module):
+    """Residual block: an inverted bottleneck around a grouped convolution."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        inner = channels * EXPANSION
+        inner = 2 * channels
         self.expand = _scaled(nn.Conv2d(channels, inner, 1))
         self.mix = _scaled(nn.Conv2d(inner, inner, 3, padding=1, groups=inner // GROUP))
         self.contract = nn.Conv2d(inner, channels, 1, bias=False)
@@ -40,27 +37,17 @@ class DiscriminatorBlock(nn.Module):
         return out
 
 
-class GeneratorUpsample(nn.Module):
-    """Upsampling by a factor of 2."""
+class GANResample(nn.Module):
+    """Pointwise convolution with upsampling before it or downsampling after it, by a factor of 2."""
 
-    def __init__(self, inputs: int, outputs: int) -> None:
+    def __init__(self, inputs: int, outputs: int, up: bool) -> None:
         super().__init__()
-        self.conv = _scaled(nn.Conv2d(inputs, outputs, 1, bias=False), gain=1)
+        self.conv, self.up = _scaled(nn.Conv2d(inputs, outputs, 1, bias=False), gain=1), up
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, inputs, H, W) to (N, outputs, 2H, 2W)."""
-        return functional.interpolate(self.conv(x), scale_factor=2.0, mode="bilinear")
-
-
-class DiscriminatorDownsample(nn.Module):
-    """Downsampling by a factor of 2."""
-
-    def __init__(self, inputs: int, outputs: int) -> None:
-        super().__init__()
-        self.conv = _scaled(nn.Conv2d(inputs, outputs, 1, bias=False), gain=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, inputs, H, W) to (N, outputs, H/2, W/2)."""
+        """(N, inputs, H, W) to (N, outputs, 2H, 2W), or (N, outputs, H/2, W/2)."""
+        if self.up:
+            return functional.interpolate(self.conv(x), scale_factor=2.0, mode="bilinear")
         out: Tensor = self.conv(functional.avg_pool2d(x, 2))
         return out
 
@@ -68,35 +55,27 @@ class DiscriminatorDownsample(nn.Module):
 class Generator(nn.Module):
     """Generator of images with ``channels`` and ``size`` pixels from noise, conditioned on ``classes`` (0: none).
 
-    A size that patch and resolutions do not divide is rounded up inside and cropped. Raises UserError if the lowest
-    resolution would be less than a pixel.
+    A size that patch and resolutions do not divide is rounded up inside. Raises UserError as ``pixels_per_position``.
     """
 
     def __init__(self, config: GANConfig, channels: int, size: int, classes: int = 0) -> None:
         super().__init__()
         self.config, self.size, self.patch = config, size, config.patch
-        low = _lowest(config, size)
-        widths = _widths(config)[::-1]
+        low = math.ceil(size / pixels_per_position(config, size))
+        widths = [config.width * factor for factor in config.channel_mult[::-1]]
         self.no_class = classes
         """Index of the unconditional class."""
         self.classes = nn.Embedding(classes + 1, config.latent) if classes else None
         inputs = config.latent * (2 if classes else 1)
         self.begin = _scaled(nn.Linear(inputs, widths[0] * low**2, bias=False), gain=1)
         self.shape = (widths[0], low, low)
-        layers: list[nn.Module] = []
-        for number, width in enumerate(widths):
-            if number:
-                layers.append(GeneratorUpsample(widths[number - 1], width))
-            layers += [DiscriminatorBlock(width) for _ in range(config.blocks)]
-        self.layers = nn.Sequential(*layers)
+        self.layers = _layers(widths, config.blocks, up=True)
         self.end = _scaled(nn.Conv2d(widths[-1], channels * config.patch**2, 3, padding=1), gain=1)
 
     def forward(self, z: Tensor, label: Tensor | None = None) -> Tensor:
-        """Generate images (N, C, H, W), nominally in [−1, 1].
+        """Generate images (N, C, H, W), nominally in [−1, 1], from noise ``z`` (N, latent, 1, 1).
 
-        Args:
-            z: Noise, (N, latent, 1, 1).
-            label: Class of each image or ``no_class``, (N,) integers; None: ``no_class``.
+        ``label`` is the class of each image or ``no_class``, (N,) integers; None: ``no_class``.
         """
         z = z.flatten(1)
         if self.classes is not None:
@@ -111,16 +90,12 @@ class Discriminator(nn.Module):
 
     def __init__(self, config: GANConfig, channels: int, size: int, classes: int = 0) -> None:
         super().__init__()
-        self.patch, low, widths = config.patch, _lowest(config, size), _widths(config)
-        self.padding = low * config.factor - size
+        pixels, widths = pixels_per_position(config, size), [config.width * factor for factor in config.channel_mult]
+        low = math.ceil(size / pixels)
+        self.patch, self.padding = config.patch, -size % pixels
         self.no_class = classes
         self.begin = _scaled(nn.Conv2d(channels * config.patch**2, widths[0], 3, padding=1), gain=1)
-        layers: list[nn.Module] = []
-        for number, width in enumerate(widths):
-            if number:
-                layers.append(DiscriminatorDownsample(widths[number - 1], width))
-            layers += [DiscriminatorBlock(width) for _ in range(config.blocks)]
-        self.layers = nn.Sequential(*layers)
+        self.layers = _layers(widths, config.blocks, up=False)
         self.gather = _scaled(nn.Conv2d(widths[-1], widths[-1], low, groups=widths[-1], bias=False), gain=1)
         self.head = _scaled(nn.Linear(widths[-1], config.latent if classes else 1, bias=False), gain=1)
         self.classes = nn.Embedding(classes + 1, config.latent) if classes else None
@@ -141,18 +116,13 @@ def _labels(label: Tensor | None, like: Tensor, no_class: int) -> Tensor:
     return torch.full((len(like),), no_class, device=like.device) if label is None else label
 
 
-def _widths(config: GANConfig) -> list[int]:
-    return [config.width * multiplier for multiplier in config.channel_mult]
-
-
-def _lowest(config: GANConfig, size: int) -> int:
-    """Height and width of the lowest resolution."""
-    if config.factor > size:
-        raise UserError(
-            f"model.patch = {config.patch} and {len(config.channel_mult)} resolutions fold {config.factor} pixels into "
-            f"one, and the images have {size}: take a number out of model.channel_mult, or lower model.patch"
-        )
-    return math.ceil(size / config.factor)
+def _layers(widths: list[int], blocks: int, up: bool) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    for number, width in enumerate(widths):
+        if number:
+            layers.append(GANResample(widths[number - 1], width, up))
+        layers += [GANBlock(width) for _ in range(blocks)]
+    return nn.Sequential(*layers)
 
 
 def _active(x: Tensor) -> Tensor:

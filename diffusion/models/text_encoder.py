@@ -1,8 +1,7 @@
-"""Sentence encoder of captions and prompts: texts to unit vectors.
+"""Sentence encoder of captions and prompts, all-MiniLM-L6-v2 (arXiv 1908.10084, 2002.10957): texts to unit vectors.
 
-The encoder is all-MiniLM-L6-v2, a BERT of six layers (arXiv 1810.04805, 2002.10957) trained so that sentences of
-similar meaning have similar embeddings (1908.10084). Its weights come with a package and are never downloaded; its
-forward pass is implemented here, so that embeddings do not depend on another library's version.
+Its weights come with a package and are never downloaded; its forward pass is implemented here, so that embeddings do
+not depend on another library's version.
 """
 
 from functools import cache
@@ -57,11 +56,7 @@ def check_encoder(encoder: TextEncoder | None) -> None:
 
 
 class MiniLM:
-    """The encoder with its weights; safe to call from any thread.
-
-    Texts are encoded one by one: in a batch the last bits of each would depend on the others. A caption takes 5 to
-    15 ms on one core; a batch would take half as long.
-    """
+    """The encoder, for single texts: in a batch the last bits of each would depend on the others. Thread-safe."""
 
     def __init__(self, folder: Path, tokenizer: "Tokenizer") -> None:
         self.weights = load_file(folder / "model.safetensors")

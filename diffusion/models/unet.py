@@ -1,6 +1,8 @@
 """The denoising U-Net (after arXiv 2006.11239 and 2105.05233)."""
 
 import math
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -8,7 +10,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from diffusion.common.errors import UserError
-from diffusion.models.config import ModelConfig
+from diffusion.models.config import GANConfig, ModelConfig
 from diffusion.models.text_encoder import WIDTH
 
 GROUP = 16
@@ -23,18 +25,15 @@ times as long there on CPUs."""
 
 
 class ResidualBlock(nn.Module):
-    """Residual block of two convolutions, followed by self-attention if ``heads`` is not 0.
-
-    The embedding scales and shifts the second normalisation (adaptive group norm, arXiv 2105.05233, section 3.1).
-    """
+    """Residual block with adaptive group norm (arXiv 2105.05233, section 3.1), and attention if ``heads`` is not 0."""
 
     def __init__(self, inputs: int, outputs: int, embedding: int, heads: int, dropout: float = 0.0) -> None:
         super().__init__()
         self.dropout = dropout
-        self.norm1 = _normalisation(inputs)
+        self.norm1 = normalisation(inputs)
         self.conv1 = nn.Conv2d(inputs, outputs, 3, padding=1)
         self.modulation = nn.Linear(embedding, 2 * outputs)
-        self.norm2 = _normalisation(outputs)
+        self.norm2 = normalisation(outputs)
         self.conv2 = _zero(nn.Conv2d(outputs, outputs, 3, padding=1))
         self.skip = nn.Conv2d(inputs, outputs, 1) if inputs != outputs else nn.Identity()
         self.attention = SelfAttention(outputs, heads) if heads else nn.Identity()
@@ -57,7 +56,7 @@ class SelfAttention(nn.Module):
     def __init__(self, channels: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
-        self.norm = _normalisation(channels)
+        self.norm = normalisation(channels)
         self.qkv = nn.Conv2d(channels, 3 * channels, 1)
         self.out = _zero(nn.Conv2d(channels, channels, 1))
 
@@ -99,22 +98,20 @@ class Grow(nn.Module):
 
 
 class UNet(nn.Module):
-    """U-Net with a skip connection from each layer of the downward path.
+    """U-Net for images with ``channels`` and ``size`` pixels, conditioned on ``classes`` (0: none).
 
-    ``channels`` and ``size`` are those of the images, ``classes`` is the number of classes that it is conditioned on
-    (0: none). A size that patch and resolutions do not divide is padded inside. Raises UserError if the lowest
-    resolution would be less than a pixel.
+    A size that patch and resolutions do not divide is padded inside. Raises UserError as ``pixels_per_position``.
     """
 
     def __init__(self, config: ModelConfig, channels: int, size: int, classes: int = 0) -> None:
         super().__init__()
-        fold = config.patch * 2 ** (len(config.channel_mult) - 1)
-        if fold > size:
+        fold = pixels_per_position(config, size)
+        if config.low_resolution is not None and (config.low_resolution >= size or size % config.low_resolution):
+            fitting = [str(each) for each in range(2, size) if size % each == 0]
             raise UserError(
-                f"model.patch = {config.patch} and {len(config.channel_mult)} resolutions fold {fold} pixels into "
-                f"one, and the images have {size}: take a number out of model.channel_mult, or lower model.patch"
+                f"model.low_resolution = {config.low_resolution} and the images have {size} pixels, which is no "
+                "multiple of it: " + (f"use {' or '.join(fitting)}" if fitting else "ingest them at another size")
             )
-        require_fitting(config.low_resolution, size)
         self.patch, self.width, self.padding = config.patch, config.width, -size % fold
         self.dropout, self.gradient_checkpointing = config.dropout, False
         """Whether activations inside layers are recomputed in the backward pass instead of stored."""
@@ -156,7 +153,7 @@ class UNet(nn.Module):
             if resolution > 0:
                 self.up.append(Grow(current))
 
-        self.norm = _normalisation(current)
+        self.norm = normalisation(current)
         # The prediction, and with a learned variance as many channels for v.
         outputs = channels * (2 if config.learned_variance else 1)
         self.head = _zero(nn.Conv2d(current, outputs * config.patch**2, 3, padding=1))
@@ -171,7 +168,7 @@ class UNet(nn.Module):
         low: Tensor | None = None,
         level: Tensor | None = None,
     ) -> Tensor:
-        """Predict from noisy images.
+        """Predict from noisy images: (N, C, H, W), or (N, 2C, H, W) with v of a learned variance in the second half.
 
         Args:
             x: Noisy images, (N, C, H, W).
@@ -181,10 +178,6 @@ class UNet(nn.Module):
             draws: Dropout seeds, (N,) int64 below 2^62; None: no dropout, as outside of training.
             low: For super-resolution, small images enlarged to (N, C, H, W).
             level: Standard deviation of the noise in ``low``, (N,).
-
-        Returns:
-            The prediction, (N, C, H, W), or with a learned variance (N, 2C, H, W), whose second half is v of
-            ``diffusion.process.variance``.
         """
         if not self.dropout:
             draws = None
@@ -201,17 +194,14 @@ class UNet(nn.Module):
         skips = [h]
         depth = 0
 
-        def through(layer: nn.Module, h: Tensor) -> Tensor:
+        def through(layer: Callable[..., Tensor], h: Tensor) -> Tensor:
             nonlocal depth
             depth += 1
             # Each layer has its own random numbers.
             own = None if draws is None else draws + depth * LAYER
-            out: Tensor = (
-                checkpoint(layer, h, embedding, own, use_reentrant=False, preserve_rng_state=False)
-                if self.gradient_checkpointing and self.training
-                else layer(h, embedding, own)
-            )
-            return out
+            if self.gradient_checkpointing and self.training:
+                layer = partial(checkpoint, layer, use_reentrant=False, preserve_rng_state=False)
+            return layer(h, embedding, own)
 
         for layer in self.down:
             h = through(layer, h)
@@ -232,35 +222,32 @@ class UNet(nn.Module):
             label = torch.full_like(time, self.no_class, dtype=torch.long) if label is None else label
             embedding = embedding + self.classes(label)
         if self.text is not None and self.no_text is not None:
-            none = self.no_text
-            embedding = embedding + (none if text is None else project_captions(text.to(dtype), self.text, none))
+            captions: Tensor = self.no_text
+            if text is not None:
+                # Embeddings of length 1 are scaled to unit variance, which the initial weights of a layer assume.
+                projected = self.text(text.to(dtype) * WIDTH**0.5)
+                captions = torch.where(text.any(1, keepdim=True), projected, captions)
+            embedding = embedding + captions
         if self.level is not None and level is not None:
             embedding = embedding + self.level(sinusoidal(level * LEVEL_SCALE, self.width).to(dtype))
         return embedding
 
 
-def require_fitting(low_resolution: int | None, size: int) -> None:
-    """Raise UserError unless ``size`` is a larger multiple of ``low_resolution``."""
-    if low_resolution is None or (low_resolution < size and size % low_resolution == 0):
-        return
-    fitting = [str(each) for each in range(2, size) if size % each == 0]
-    raise UserError(
-        f"model.low_resolution = {low_resolution} and the images have {size} pixels, which is no multiple of it: "
-        + (f"use {' or '.join(fitting)}" if fitting else "ingest them at another size")
-    )
-
-
-def project_captions(text: Tensor, project: nn.Linear, none: Tensor) -> Tensor:
-    """Project caption embeddings ``text`` (N, 384), each of length 1; zeros become ``none``."""
-    # Scaled to unit variance, which the initial weights of a layer assume.
-    return torch.where(text.any(1, keepdim=True), project(text * WIDTH**0.5), none)
+def pixels_per_position(config: ModelConfig | GANConfig, size: int) -> int:
+    """Compute the pixels along each side of a position at the lowest resolution; UserError if above ``size``."""
+    pixels: int = config.patch * 2 ** (len(config.channel_mult) - 1)
+    if pixels > size:
+        raise UserError(
+            f"model.patch = {config.patch} and {len(config.channel_mult)} resolutions fold {pixels} pixels into one, "
+            f"and the images have {size}: take a number out of model.channel_mult, or lower model.patch"
+        )
+    return pixels
 
 
 def seeded_dropout(h: Tensor, draws: Tensor, rate: float) -> Tensor:
     """Dropout: set a share ``rate`` of the values of ``h`` (N, C, H, W) to 0 and scale up the rest (arXiv 1207.0580).
 
-    The choice is a function of ``draws`` (N,) int64 alone, so it does not depend on threads, ranks or restarts: the
-    index of each value is hashed with its image's seed (the finalizer of SplitMix64).
+    The choice depends on ``draws`` (N,) int64 alone: each value's index is hashed with it (SplitMix64's finalizer).
     """
     numbers = torch.arange(h[0].numel(), device=h.device).view(1, *h.shape[1:])
     mixed = (numbers + 1) * GOLDEN + draws[:, None, None, None]
@@ -286,7 +273,8 @@ def sinusoidal(time: Tensor, width: int) -> Tensor:
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 
-def _normalisation(channels: int) -> nn.GroupNorm:
+def normalisation(channels: int) -> nn.GroupNorm:
+    """Make a group normalisation with ``GROUP`` channels per group."""
     return nn.GroupNorm(channels // GROUP, channels)
 
 

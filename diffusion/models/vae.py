@@ -1,6 +1,7 @@
 """Convolutional variational autoencoder after arXiv 2112.10752: images to lower-resolution latents, and back."""
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -8,7 +9,7 @@ from torch.nn import functional
 
 from diffusion.common.errors import UserError
 from diffusion.models.config import LatentSpace, VAEConfig
-from diffusion.models.unet import GROUP, Grow
+from diffusion.models.unet import Grow, normalisation
 
 LOG_VARIANCE = (-20.0, 10.0)
 """Range of a posterior's log-variance; values beyond it make no difference in float32."""
@@ -22,9 +23,9 @@ class Block(nn.Module):
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
-        self.norm1 = _normalisation(inputs)
+        self.norm1 = normalisation(inputs)
         self.conv1 = nn.Conv2d(inputs, outputs, 3, padding=1)
-        self.norm2 = _normalisation(outputs)
+        self.norm2 = normalisation(outputs)
         self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1)
         nn.init.zeros_(self.conv2.weight)
         self.skip = nn.Conv2d(inputs, outputs, 1) if inputs != outputs else nn.Identity()
@@ -38,10 +39,7 @@ class Block(nn.Module):
 
 
 class VAE(nn.Module):
-    """Encoder and decoder of images with ``channels`` and ``size`` pixels.
-
-    Raises UserError if the downsampling factor does not divide the size.
-    """
+    """Encoder and decoder of images with ``channels`` and ``size`` pixels; UserError if the factor does not divide."""
 
     def __init__(self, config: VAEConfig, channels: int, size: int) -> None:
         super().__init__()
@@ -54,8 +52,9 @@ class VAE(nn.Module):
         widths = [config.width * multiplier for multiplier in config.channel_mult]
         self.patch = config.patch
         folded = channels * config.patch**2
-        self.encoder = _encoder(widths, config.blocks, folded, config.latent_channels)
-        self.decoder = _decoder(widths[::-1], config.blocks + 1, folded, config.latent_channels)
+        latent, blocks = config.latent_channels, config.blocks
+        self.encoder = _layers(folded, widths, blocks, 2 * latent, lambda c: nn.Conv2d(c, c, 3, stride=2, padding=1))
+        self.decoder = _layers(latent, widths[::-1], blocks + 1, folded, Grow)
         self.log_scale = nn.Parameter(torch.tensor(math.log(SCALE)))
         """Logarithm of the standard deviation of images' values, in [−1, 1], around their reconstructions."""
 
@@ -80,7 +79,7 @@ class VAE(nn.Module):
 
 
 class Latents(nn.Module):
-    """A trained autoencoder with the mean and standard deviation of its latents, each (1, c, 1, 1).
+    """Autoencoder of ``space`` for images (C, H, W), with the mean and standard deviation of its latents, (1, c, 1, 1).
 
     Latents are normalised to mean 0 and standard deviation 1 for a diffusion model (arXiv 2112.10752, appendix G).
     """
@@ -88,17 +87,12 @@ class Latents(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, network: VAE, mean: Tensor, std: Tensor) -> None:
+    def __init__(self, space: LatentSpace, shape: tuple[int, int, int]) -> None:
         super().__init__()
-        self.network = network
-        self.register_buffer("mean", mean)
-        self.register_buffer("std", std)
-
-    @classmethod
-    def with_random_weights(cls, space: LatentSpace, shape: tuple[int, int, int]) -> "Latents":
-        """Build the autoencoder of ``space`` for images of ``shape`` (C, H, W), to load weights into."""
-        moments = torch.zeros(1, space.channels, 1, 1)
-        return cls(VAE(space.autoencoder, shape[0], shape[-1]), moments, moments.clone())
+        self.space = space
+        self.network = VAE(space.autoencoder, shape[0], shape[-1])
+        self.register_buffer("mean", torch.zeros(1, space.channels, 1, 1))
+        self.register_buffer("std", torch.ones(1, space.channels, 1, 1))
 
     def encode(self, x: Tensor) -> Tensor:
         """Encode images (N, C, H, W) in [−1, 1] as latents (N, c, h, w): the posterior means, without its noise."""
@@ -114,30 +108,15 @@ def reparameterize(mean: Tensor, log_variance: Tensor, noise: Tensor) -> Tensor:
     return mean + (0.5 * log_variance).exp() * noise
 
 
-def _encoder(widths: list[int], blocks: int, channels: int, latent_channels: int) -> nn.Sequential:
-    layers: list[nn.Module] = [nn.Conv2d(channels, widths[0], 3, padding=1)]
+def _layers(
+    inputs: int, widths: list[int], blocks: int, outputs: int, resample: Callable[[int], nn.Module]
+) -> nn.Sequential:
+    layers: list[nn.Module] = [nn.Conv2d(inputs, widths[0], 3, padding=1)]
     current = widths[0]
     for resolution, width in enumerate(widths):
         if resolution:
-            layers.append(nn.Conv2d(current, current, 3, stride=2, padding=1))
+            layers.append(resample(current))
         for _ in range(blocks):
             layers.append(Block(current, width))
             current = width
-    head = nn.Conv2d(current, 2 * latent_channels, 3, padding=1)
-    return nn.Sequential(*layers, _normalisation(current), nn.SiLU(), head)
-
-
-def _decoder(widths: list[int], blocks: int, channels: int, latent_channels: int) -> nn.Sequential:
-    layers: list[nn.Module] = [nn.Conv2d(latent_channels, widths[0], 3, padding=1)]
-    current = widths[0]
-    for resolution, width in enumerate(widths):
-        if resolution:
-            layers.append(Grow(current))
-        for _ in range(blocks):
-            layers.append(Block(current, width))
-            current = width
-    return nn.Sequential(*layers, _normalisation(current), nn.SiLU(), nn.Conv2d(current, channels, 3, padding=1))
-
-
-def _normalisation(channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(channels // GROUP, channels)
+    return nn.Sequential(*layers, normalisation(current), nn.SiLU(), nn.Conv2d(current, outputs, 3, padding=1))

@@ -37,15 +37,9 @@ def over(chosen: dict[str, Any], name: PresetName) -> dict[str, Any]:
         if given is None:
             merged[section] = fields
         elif isinstance(given, dict):
-            merged[section] = {name: value for name, value in fields.items() if not _replaced(name, given)} | given
+            # Fields of the preset without effect beside those that are given.
+            replaced = {"ema_decay"} if given.get("ema_stds") else set()
+            if given.get("timestep_sampling", "lognormal") != "lognormal":
+                replaced.add("log_sigma_mean")
+            merged[section] = {name: value for name, value in fields.items() if name not in replaced} | given
     return merged
-
-
-def _replaced(name: str, given: dict[str, Any]) -> bool:
-    """Whether the fields ``given`` replace the field ``name`` of the preset's section."""
-    match name:
-        case "ema_decay":
-            return bool(given.get("ema_stds"))
-        case "log_sigma_mean":
-            return bool(given.get("timestep_sampling", "lognormal") != "lognormal")
-    return False

@@ -16,10 +16,7 @@ from diffusion.process.samplers import Denoise, Noise, Sampler
 
 @dataclass(frozen=True)
 class Edit:
-    """An image to edit, and how: with a mask inpainting, without one img2img.
-
-    Raises UserError for options that contradict each other or have no effect.
-    """
+    """An image to edit, by inpainting or without a mask img2img; UserError for options that contradict each other."""
 
     image: Tensor
     """(C, H, W) uint8."""
@@ -56,11 +53,6 @@ class Edit:
         if not self.kept.any():
             raise UserError("the mask keeps nothing of the image: make it black where it is to stay")
 
-    @property
-    def seen(self) -> Tensor:
-        """The image as the reverse process gets it: at full strength without the pixels of the hole."""
-        return self.image if self.kept is None or self.strength < 1 else blanked(self.image, self.kept)
-
 
 def blanked(images: Tensor, kept: Tensor) -> Tensor:
     """Fill the hole of ``images`` (..., C, H, W) uint8 with each channel's mean over the ``kept`` pixels (H, W).
@@ -74,9 +66,8 @@ def blanked(images: Tensor, kept: Tensor) -> Tensor:
 def replace_known(denoise: Denoise, known: Tensor, kept: Tensor) -> Denoise:
     """Replace the estimate of ``denoise`` by ``known`` (N, C, H, W) where the mask ``kept`` (N or 1, 1, H, W) is True.
 
-    Any sampler then keeps that part of the image, exactly at the end and with the noise of each level before: the
-    replacement method (arXiv 2011.13456, appendix I.2), applied to the estimate instead of the state. It is fast, but
-    the hole may not fit its surroundings well; ``pigdm`` and ``repaint`` improve on that.
+    The replacement method (arXiv 2011.13456, appendix I.2), applied to the estimate instead of the state. It is fast,
+    but the hole may not fit its surroundings well; ``pigdm`` and ``repaint`` improve on that.
     """
     return lambda x, sigma: torch.where(kept, known, denoise(x, sigma))
 
@@ -136,11 +127,7 @@ def repaint(
 
 
 def levels_for(sigmas: Tensor, strength: float) -> Tensor:
-    """Select the noise levels at the end of ``sigmas`` (steps + 1,) for an edit of ``strength``, in (0, 1].
-
-    1 runs all steps and keeps only what a mask keeps; 0.5 runs the lower half of the steps (SDEdit, arXiv 2108.01073).
-    At least one step is left.
-    """
+    """Select the last share ``strength``, in (0, 1], of the steps of ``sigmas``, at least one (SDEdit, 2108.01073)."""
     steps = len(sigmas) - 1
     return sigmas[steps - max(1, round(strength * steps)) :]
 
@@ -148,8 +135,7 @@ def levels_for(sigmas: Tensor, strength: float) -> Tensor:
 def between(one: Tensor, other: Tensor, share: Tensor) -> Tensor:
     """Interpolate Gaussian noise from ``one`` to ``other``, both (C, H, W), at each ``share`` (K,), as (K, C, H, W).
 
-    The interpolation is spherical: on a straight line the noise would have less variance half-way than at the ends
-    (arXiv 2010.02502, appendix D.5).
+    The interpolation is spherical, so that the variance is the same everywhere (arXiv 2010.02502, appendix D.5).
     """
     angle = torch.acos(((one * other).sum() / (one.norm() * other.norm())).clamp(-1, 1))
     to_each = (share * angle)[:, None, None, None].to(one.dtype)

@@ -1,27 +1,30 @@
-"""Losses by noise level and bits per dimension of single images under a diffusion model.
+"""Likelihood under a diffusion model: learned variances of reverse steps, losses by noise level, bits per dimension.
 
-The bits are the continuous-time bound on the likelihood (arXiv 2107.00630, eq. 15):
+A learned variance of the step from σ to a lower level s lies between two bounds, after Improved DDPM (arXiv 2102.09672,
+section 3.1). The bits of single images are the continuous-time bound on the likelihood (arXiv 2107.00630, eq. 15):
 
     −ln p(x_0) ≤ KL(q(x_σmax | x_0) ‖ N(0, σ_max²)) + ∫ E‖x_0 − D(x; σ)‖² / σ² d ln σ − E ln p(x_0 | x_σmin)
 
-It is the limit of DDPM's sum (arXiv 2006.11239, equation 5), lies below it, and depends neither on a number of steps
-nor on a choice of variances. It holds for any function D, so all models are evaluated between the same two levels;
-outside its own schedule a network gets the nearest time. So models with different schedules can be compared, and the
-integrand is the loss that is reported by noise level.
+It is the limit of DDPM's sum (arXiv 2006.11239, equation 5) and depends neither on a number of steps nor on variances.
+It holds for any function D, so models with different schedules are compared between the same two levels; outside its
+own schedule a network gets the nearest time. The integrand is the loss that is reported by noise level.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
 from torch import Tensor
+from torch.special import log_ndtr
 
 from diffusion.common.random import GaussianNoise, uniform
-from diffusion.process.parametrization import edm
-from diffusion.process.schedules import SIGMA_MAX
-from diffusion.process.variance import HALF_A_LEVEL, log_likelihood
+from diffusion.process.samplers import Denoise, fixed_large, fixed_small
+from diffusion.process.schedules import SIGMA_MAX, NoiseSchedule
+
+HALF_A_LEVEL = 1 / 255
+"""Half the distance between neighbouring values of 8-bit pixels in [−1, 1]."""
 
 LEVELS = 16
 """Number of equal intervals of ln σ, in each of which every image is evaluated once."""
@@ -30,8 +33,6 @@ SIGMA_MIN = HALF_A_LEVEL
 and by 0.25 for pixels known to be black."""
 STREAM = "held_out_loss"
 """Name of the random stream, which is the same for all models."""
-Estimate = Callable[[Tensor, Tensor], Tensor]
-"""From x = x_0 + σ ε (N, C, H, W) and σ (N,) to an estimate of x_0."""
 
 
 @dataclass(frozen=True)
@@ -52,19 +53,13 @@ class Terms:
 
 
 def denoising_terms(
-    estimate: Estimate, x0: Tensor, sigma_data: float, indices: Sequence[int], pixels: bool = True
+    estimate: Denoise, x0: Tensor, sigma_data: float, indices: Sequence[int], pixels: bool = True
 ) -> Terms:
-    """Compute losses and bits of images under any denoiser.
+    """Compute losses and bits of images ``x0``, (N, C, H, W) in [−1, 1], or of latents under any denoiser.
 
     In each interval of ``noise_levels`` an image is evaluated at one uniformly sampled ln σ, so sums over intervals
-    are unbiased estimates of integrals.
-
-    Args:
-        estimate: The denoiser.
-        x0: Images, (N, C, H, W) in [−1, 1], or latents.
-        sigma_data: Standard deviation of the data.
-        indices: Index of each image, from which its random numbers follow.
-        pixels: Whether ``x0`` are 8-bit pixels, for which alone bits are defined.
+    are unbiased estimates of integrals. Random numbers follow from the images' ``indices``; bits are defined only for
+    8-bit ``pixels``.
     """
     edges = noise_levels()
     noise = GaussianNoise(0, f"{STREAM}/noise", indices, tuple(x0.shape[1:]))
@@ -81,7 +76,7 @@ def denoising_terms(
         errors.append((estimated(sigma) - x0).double().square().mean((1, 2, 3)))
         sigmas.append(sigma)
     error, sigma = torch.stack(errors, 1), torch.stack(sigmas, 1)
-    losses = edm(sigma_data)(sigma) * error
+    losses = (sigma**-2 + sigma_data**-2) * error
     if not pixels:
         return Terms(edges, losses, None)
     lowest = logs[0].exp().expand(len(x0))
@@ -98,3 +93,49 @@ def denoising_terms(
 def noise_levels() -> Tensor:
     """Bounds of LEVELS equal intervals of ln σ, from SIGMA_MIN to SIGMA_MAX: σ, (LEVELS + 1,) float64."""
     return torch.linspace(math.log(SIGMA_MIN), math.log(SIGMA_MAX), LEVELS + 1, dtype=torch.float64).exp()
+
+
+def deviation_between(v: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """Interpolate the logarithms of the variances ``low`` and ``high`` at (v + 1)/2: standard deviations (eq. 15)."""
+    share = (v + 1) / 2
+    return low ** ((1 - share) / 2) * high ** (share / 2)
+
+
+def bound(schedule: NoiseSchedule, t: Tensor, x0: Tensor, error: Tensor, v: Tensor) -> Tensor:
+    """Compute the term of the variational bound at each image's integral time ``t`` (N,): bits per value, (N,).
+
+    ``error`` is estimate minus truth for the images ``x0`` (N, C, H, W), which have values as from ``to_float``. The
+    term is KL(q(x_s | x_σ, x_0) ‖ p(x_s | x_σ)) at t > 0, and −log p(x_0 | x_σ) at 0 (equations 4 to 6).
+    """
+    sigmas = schedule.sigmas.to(t.device)
+    first = t == 0
+    sigma, following = sigmas[t], sigmas[(t - 1).clamp(min=0)].masked_fill(first, 0)
+    # The lower variance of the last step is 0, so that of the step before it is used, with ᾱ = 1.
+    least = fixed_small(sigmas[1], sigmas[0]) / (1 + sigmas[0] ** 2)
+    low, high = fixed_small(sigma, following).where(~first, least), fixed_large(sigma, following)
+    deviation = deviation_between(v, like(v, low), like(v, high))
+    mean_error = like(v, 1 - (following / sigma) ** 2) * error
+    nats = torch.empty_like(v)
+    # Each term only on its own images: on the others its gradient may be NaN.
+    nats[first] = -log_likelihood(x0[first], x0[first] + error[first], deviation[first])
+    # KL divergence of Gaussians.
+    ratio = like(v, low.sqrt())[~first] / deviation[~first]
+    nats[~first] = ((mean_error[~first] / deviation[~first]) ** 2 + ratio**2 - 1) / 2 - ratio.log()
+    return nats.mean((1, 2, 3)) / math.log(2)
+
+
+def log_likelihood(x0: Tensor, mean: Tensor, deviation: Tensor) -> Tensor:
+    """Compute ln p of each value of ``x0`` for a Gaussian rounded to 256 levels (arXiv 2006.11239, equation 13)."""
+    half, z = HALF_A_LEVEL / deviation, (x0 - mean) / deviation
+    # Black and white include the tails. Elsewhere the tail is taken in which both cumulative probabilities are small,
+    # so that their difference keeps its digits.
+    black, white = x0 < HALF_A_LEVEL - 1, x0 > 1 - HALF_A_LEVEL
+    z = torch.where(black, z, torch.where(white, -z, -z.abs()))
+    below: Tensor = log_ndtr(z + half)
+    gap = (log_ndtr(z - half) - below).exp().masked_fill(black | white, 0)
+    return below + torch.log1p(-gap)
+
+
+def like(images: Tensor, number: Tensor) -> Tensor:
+    """Broadcast a number of each image (N,) to ``images`` (N, C, H, W), in their type."""
+    return number.to(images.dtype)[:, None, None, None]

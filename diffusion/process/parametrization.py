@@ -4,17 +4,16 @@ Every prediction is a case of D(x; σ) = c_skip x + c_out F(c_in x, t), where x 
 clean image, and the coefficients are functions of σ (arXiv 2206.00364, equation 7).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from diffusion.common.random import uniform
-from diffusion.models.config import ModelConfig, Prediction
-from diffusion.process.objective_config import ObjectiveConfig
+from diffusion.models.config import ModelConfig, ObjectiveConfig, Prediction
+from diffusion.process.likelihood import bound, like
 from diffusion.process.schedules import NoiseSchedule, make_schedule
-from diffusion.process.variance import bound
 
 Weight = Callable[[Tensor], Tensor]
 """Weight of the squared error of the image as a function of σ (N,)."""
@@ -62,31 +61,21 @@ class Parametrization:
     def noisy(self, x0: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
         """Compute the network's input from images ``x0`` and standard Gaussian ``noise``, both (N, C, H, W)."""
         scale = self.c_in(sigma)
-        return _as(x0, scale) * x0 + _as(x0, scale * sigma) * noise
+        return like(x0, scale) * x0 + like(x0, scale * sigma) * noise
 
     def target(self, x0: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
         """Compute the target of the network, F with D(x_0 + σ ε; σ) = x_0, without cancellation."""
         c_skip, c_out = self.c_skip(sigma), self.c_out(sigma)
-        return _as(x0, (1 - c_skip) / c_out) * x0 - _as(x0, c_skip * sigma / c_out) * noise
+        return like(x0, (1 - c_skip) / c_out) * x0 - like(x0, c_skip * sigma / c_out) * noise
 
     def to_x0(self, output: Tensor, x: Tensor, sigma: Tensor) -> Tensor:
         """Compute the clean image from the network's ``output`` at x = x_0 + σ ε."""
-        return _as(x, self.c_skip(sigma)) * x + _as(x, self.c_out(sigma)) * output
+        return like(x, self.c_skip(sigma)) * x + like(x, self.c_out(sigma)) * output
 
 
 def plain(parametrization: Parametrization) -> Weight:
     """Unweighted squared error of the prediction, for epsilon DDPM's L_simple (arXiv 2006.11239, equation 14)."""
     return lambda sigma: parametrization.c_out(sigma) ** -2
-
-
-def min_snr(gamma: float) -> Weight:
-    """min(SNR, γ) (arXiv 2303.09556)."""
-    return lambda sigma: (sigma**-2).clamp(max=gamma)
-
-
-def soft_min_snr(sigma_data: float) -> Weight:
-    """1 / (σ² + σ_data²), a smooth form of min-SNR (arXiv 2401.11605, section 4.4)."""
-    return lambda sigma: 1 / (sigma**2 + sigma_data**2)
 
 
 def edm(sigma_data: float) -> Weight:
@@ -110,16 +99,11 @@ class Objective:
         noise: Tensor,
         around: Tensor | None = None,
     ) -> Tensor:
-        """Compute the weighted mean squared error of each image, (N,) float32, in float32 at any precision.
+        """Compute the weighted mean squared error of images ``x0`` (N, C, H, W), (N,), in float32 at any precision.
 
-        If the network outputs 2C channels, it learns its variance: the variational bound is added.
-
-        Args:
-            network: From noisy images and times to the prediction.
-            x0: Images, (N, C, H, W).
-            t: Times, (N,), integral or not; integral with a learned variance.
-            noise: Standard Gaussian noise, (N, C, H, W).
-            around: Known part of the images, as in ``Denoiser``.
+        ``network`` maps noisy images and times to predictions; if these have 2C channels, it learns its variance, and
+        the variational bound is added. ``t`` are times (N,), integral with a learned variance, ``noise`` is standard
+        Gaussian, ``around`` as in ``Denoiser``.
         """
         sigma = self.schedule.sigma(t)
         clean = x0 if around is None else x0 - around
@@ -133,7 +117,7 @@ class Objective:
             return loss
         # L_hybrid = L_simple + λ L_vlb with λ = 0.001, where L_vlb is the sum of T terms, in bits per value, one of
         # which is sampled; it has no gradient by the mean (arXiv 2102.09672, equation 16 and section 3.1).
-        error_x0 = _as(x0, self.parametrization.c_out(sigma)) * difference.detach()
+        error_x0 = like(x0, self.parametrization.c_out(sigma)) * difference.detach()
         return loss + self.schedule.steps / 1000 * bound(self.schedule, t, x0, error_x0, v)
 
 
@@ -145,18 +129,20 @@ def make_objective(model: ModelConfig, config: ObjectiveConfig, sigma_data: floa
 
 def make_weight(config: ObjectiveConfig, parametrization: Parametrization) -> Weight:
     """Build the loss weight that ``config`` names."""
+    sigma_data = parametrization.sigma_data
     match config.weighting:
         case "plain":
             return plain(parametrization)
         case "min_snr":
-            return min_snr(config.gamma)
-        case "soft_min_snr":
-            return soft_min_snr(parametrization.sigma_data)
+            gamma = 5.0 if config.min_snr_gamma is None else config.min_snr_gamma
+            return lambda sigma: (sigma**-2).clamp(max=gamma)
+        case "soft_min_snr":  # section 4.4
+            return lambda sigma: 1 / (sigma**2 + sigma_data**2)
         case "edm":
-            return edm(parametrization.sigma_data)
+            return edm(sigma_data)
 
 
-def sample_timesteps(config: ObjectiveConfig, schedule: NoiseSchedule, indices: range) -> Tensor:
+def sample_timesteps(config: ObjectiveConfig, schedule: NoiseSchedule, indices: Sequence[int]) -> Tensor:
     """Sample times from 0 to T−1 for the images ``indices``, a rank's part of a batch: (N,), integral if uniform."""
     u = uniform(config.seed, "time", indices)
     if config.stratified_timesteps:
@@ -171,10 +157,6 @@ def timesteps_at(config: ObjectiveConfig, schedule: NoiseSchedule, u: Tensor) ->
     if config.timestep_sampling == "uniform":
         return (u * schedule.steps).long().clamp(max=schedule.steps - 1)
     # ln σ is normal (arXiv 2206.00364, table 1).
-    mean, std = config.log_sigma
+    mean = -1.2 if config.log_sigma_mean is None else config.log_sigma_mean
+    std = 1.2 if config.log_sigma_std is None else config.log_sigma_std
     return schedule.time((mean + std * torch.special.ndtri(u)).exp())
-
-
-def _as(images: Tensor, coefficient: Tensor) -> Tensor:
-    """Broadcast a coefficient (N,) to images (N, C, H, W), in their type."""
-    return coefficient.to(images.dtype)[:, None, None, None]

@@ -20,12 +20,13 @@ import difflib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, TypeAdapter, ValidationError, model_validator
 
 from diffusion.common.config import Config, DeviceName, unset
 from diffusion.common.errors import UserError
+from diffusion.models.config import FamilyConfig, ModelConfig
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,25 +35,14 @@ if TYPE_CHECKING:
 
 Denoise: TypeAlias = Callable[["Tensor", "Tensor"], "Tensor"]
 """From x = x_0 + σ ε and σ to the estimate x̂_0."""
-Posterior: TypeAlias = Callable[["Tensor", "Tensor", "Tensor"], tuple["Tensor", "Tensor"]]
-"""From x, its σ and the lower level s: x̂_0, and the standard deviation of x_s, one number or one per value."""
 Noise: TypeAlias = Callable[[], "Tensor"]
 Callback: TypeAlias = Callable[[int, "Tensor", "Tensor"], None]
-Variance: TypeAlias = Callable[["Tensor", "Tensor"], "Tensor"]
-"""Variance of x_s around its mean, from σ and s, all float64 and of one shape."""
+Sampler: TypeAlias = Callable[..., "Tensor"]
+"""From denoise, x, sigmas, noise and callback, as above, to images, nominally in [−1, 1], (N, C, H, W)."""
 
 DEFAULT_SAMPLER = "dpmpp_2m_sde"
 MAX_CHURN = math.sqrt(2) - 1
 """Largest γ of churn in one step (arXiv 2206.00364, algorithm 2)."""
-
-
-class Sampler(Protocol):
-    """Signature of all samplers."""
-
-    def __call__(
-        self, denoise: Denoise, x: Tensor, sigmas: Tensor, noise: Noise, callback: Callback | None = None
-    ) -> Tensor:
-        """Generate images, nominally in [−1, 1], (N, C, H, W)."""
 
 
 class BaseSampling(Config):
@@ -60,7 +50,7 @@ class BaseSampling(Config):
 
     model_config = ConfigDict(allow_inf_nan=False)
 
-    function: ClassVar[Callable[..., Tensor]]
+    function: ClassVar[Sampler]
     """The sampler; it takes the configuration's own options as keyword arguments."""
     sampler: str
     """Name of the sampler, which determines the other options."""
@@ -100,13 +90,9 @@ class BaseSampling(Config):
         return self.build_sampler()(denoise, float(sigmas[0]) * noise(), sigmas, noise, callback)
 
     @model_validator(mode="after")
-    def _levels_fall(self) -> BaseSampling:
+    def _options_fit_each_other(self) -> BaseSampling:
         if self.sigma_max is not None and self.sigma_max <= (self.sigma_min or 0):
             raise ValueError("sampling.sigma_max is above sigma_min, or there is no level between them")
-        return self
-
-    @model_validator(mode="after")
-    def _guidance_options_need_guidance(self) -> BaseSampling:
         if not self.guides and (self.guidance_interval, self.guidance_rescale) != (None, None):
             raise ValueError(
                 f"sampling.guidance_interval and guidance_rescale mean nothing to guidance = "
@@ -139,30 +125,13 @@ class BaseSampling(Config):
         return self.changed({"guidance": None, "guidance_interval": None, "guidance_rescale": None})
 
 
-def ancestral(
-    posterior: Posterior, x: Tensor, sigmas: Tensor, noise: Noise, callback: Callback | None = None
-) -> Tensor:
-    """Sample x_s from N(mean of q(x_s | x_σ, x̂_0), deviation²) at each level, without noise in the last step.
-
-    This is algorithm 2 of arXiv 2006.11239.
-    """
-    for i, sigma, following in _pairs(sigmas):
-        x0, deviation = posterior(x, sigma, following)
-        if callback:
-            callback(i, x, x0)
-        x = x0 + float((following / sigma) ** 2) * (x - x0)
-        if following > 0:
-            x = x + deviation * noise()
-    return x
-
-
 def fixed_small(sigma: Tensor, following: Tensor) -> Tensor:
-    """Compute s² (1 − s²/σ²), exact for data of a single image: β̃ (arXiv 2006.11239, equation 7) over ᾱ_s."""
+    """Compute s² (1 − s²/σ²), the variance of x_s for data of a single image: β̃ (arXiv 2006.11239, eq. 7) over ᾱ_s."""
     return following**2 * (1 - (following / sigma) ** 2)
 
 
 def fixed_large(sigma: Tensor, following: Tensor) -> Tensor:
-    """Compute (1 + s²)(σ² − s²)/(1 + σ²), exact for data from N(0, I): β (arXiv 2006.11239, section 3.2) over ᾱ_s."""
+    """Compute the variance (1 + s²)(σ² − s²)/(1 + σ²) of x_s, exact for data from N(0, I): β (section 3.2) over ᾱ_s."""
     return (1 + following**2) * (sigma**2 - following**2) / (1 + sigma**2)
 
 
@@ -172,46 +141,42 @@ def ddpm(
     sigmas: Tensor,
     noise: Noise,
     callback: Callback | None = None,
-    variance: Variance | None = None,
+    variance: Literal["fixed_small", "fixed_large"] | None = None,
 ) -> Tensor:
-    """DDPM's ancestral sampling with a fixed ``variance`` (arXiv 2006.11239, section 3.2).
+    """DDPM's ancestral sampling (arXiv 2006.11239, algorithm 2 and section 3.2), without noise in the last step.
 
     Without ``variance``: the learned one (2102.09672) if ``denoise`` is a ``Denoiser`` with one, else ``fixed_small``.
     """
-    if variance is None and getattr(denoise, "learned_variance", False):
-        return ancestral(denoise.posterior, x, sigmas, noise, callback)  # type: ignore[attr-defined]
-    variance = variance or fixed_small
-
-    def posterior(x: Tensor, sigma: Tensor, following: Tensor) -> tuple[Tensor, Tensor]:
-        return denoise(x, sigma), variance(sigma, following).sqrt()
-
-    return ancestral(posterior, x, sigmas, noise, callback)
-
-
-VARIANCES = {None: None, "fixed_small": fixed_small, "fixed_large": fixed_large}
+    learned = variance is None and getattr(denoise, "learned_variance", False)
+    fixed = fixed_large if variance == "fixed_large" else fixed_small
+    for i, sigma, following in _pairs(sigmas):
+        if learned:
+            x0, deviation = denoise.posterior(x, sigma, following)  # type: ignore[attr-defined]
+        else:
+            x0, deviation = denoise(x, sigma), fixed(sigma, following).sqrt()
+        if callback:
+            callback(i, x, x0)
+        x = x0 + float((following / sigma) ** 2) * (x - x0)
+        if following > 0:
+            x = x + deviation * noise()
+    return x
 
 
 class DDPMSampling(BaseSampling):
     """DDPM's ancestral sampling (arXiv 2006.11239): fresh noise in each step, best with many steps."""
 
+    function = ddpm
     sampler: Literal["ddpm"] = "ddpm"
     """Name of the sampler."""
     variance: Literal["fixed_small", "fixed_large"] | None = Field(None, exclude_if=unset)
     """Variance of the noise in each step: its lower or its upper bound (section 3.2). Null: the variance learned with
     model.learned_variance, or else fixed_small."""
 
-    def build_sampler(self) -> Sampler:
-        """Bind ``ddpm`` to its variance."""
-        return partial(ddpm, variance=VARIANCES[self.variance])
-
 
 def ddim(
     denoise: Denoise, x: Tensor, sigmas: Tensor, noise: Noise, callback: Callback | None = None, eta: float = 0.0
 ) -> Tensor:
-    """DDIM with a share ``eta`` of fresh noise (arXiv 2010.02502, equations 12 and 16).
-
-    With ``eta`` 0 it is Euler's method in σ, with 1 it is ``ddpm``.
-    """
+    """DDIM with a share ``eta`` of fresh noise (arXiv 2010.02502, eq. 12, 16): 0 is Euler's method, 1 is ``ddpm``."""
     for i, sigma, following in _pairs(sigmas):
         x0 = denoise(x, sigma)
         if callback:
@@ -309,10 +274,7 @@ def heun(
     churn: ChurnConfig | None = None,
     churn_steps: int | None = None,
 ) -> Tensor:
-    """Heun's method, with two evaluations in each step but the last (arXiv 2206.00364, algorithms 1 and 2).
-
-    ``churn_steps`` as in ``euler``.
-    """
+    """Heun's method, two evaluations per step but the last (arXiv 2206.00364, algorithms 1, 2); else as ``euler``."""
     for i, sigma, following in _pairs(sigmas):
         raised, level = churn.add(churn_steps or len(sigmas) - 1, x, sigma, noise) if churn else (x, sigma)
         x0 = denoise(raised, level)
@@ -371,10 +333,7 @@ class DPMSolverSampling(BaseSampling):
 
 
 class DPMSolverSDESampling(BaseSampling):
-    """SDE-DPM-Solver++ (2M) (arXiv 2211.01095), the default.
-
-    Its fresh noise corrects errors of earlier steps, which are large for a briefly trained network.
-    """
+    """SDE-DPM-Solver++ (2M) (arXiv 2211.01095), the default: fresh noise corrects errors of earlier steps."""
 
     function = dpmpp_2m
     sampler: Literal["dpmpp_2m_sde"] = "dpmpp_2m_sde"
@@ -386,10 +345,7 @@ class DPMSolverSDESampling(BaseSampling):
 def deis(
     denoise: Denoise, x: Tensor, sigmas: Tensor, noise: Noise, callback: Callback | None = None, order: int = 3
 ) -> Tensor:
-    """DEIS: polynomial extrapolation of the last ``order`` estimates of the noise, here in λ (arXiv 2204.13902).
-
-    The last step is of first order.
-    """
+    """DEIS: polynomial extrapolation of the last ``order`` estimates of the noise, here in λ (arXiv 2204.13902)."""
     levels = (-sigmas.log()).tolist()
     known: list[tuple[float, Tensor]] = []
     for i, sigma, following in _pairs(sigmas):
@@ -419,10 +375,9 @@ class DEISSampling(BaseSampling):
 def unipc(
     denoise: Denoise, x: Tensor, sigmas: Tensor, noise: Noise, callback: Callback | None = None, order: int = 2
 ) -> Tensor:
-    """UniPC: each estimate first corrects the last step, then predicts the next one (arXiv 2302.04867).
+    """UniPC: each estimate first corrects the last step, then predicts the next one (arXiv 2302.04867), with B_2(h).
 
-    This is the multistep form for x̂_0 with B_2(h). ``order`` is that of the predictor; that of the corrector is one
-    higher. Both fall towards the end.
+    ``order`` is that of the predictor; that of the corrector is one higher. Both fall towards the end.
     """
     levels, start = (-sigmas.log()).tolist(), x
     known: list[tuple[float, Tensor]] = []
@@ -453,10 +408,7 @@ def _pairs(sigmas: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
 
 
 def _towards(known: Sequence[tuple[float, Tensor]], x: Tensor, step: float) -> Tensor:
-    """Advance x by a ``step`` of λ with x̂_0 as the polynomial through ``known``, estimates with their λ.
-
-    The estimate at the start of the step comes first.
-    """
+    """Advance x by a ``step`` of λ with x̂_0 as the polynomial through ``known``, the estimate at its start first."""
     # ∫ e^(τ−h) (τ/h)^k dτ from 0 to h = step, by parts from k to k.
     moments = [-math.expm1(-step)]
     if len(known) == 2:
@@ -526,6 +478,24 @@ def sampling_config(**fields: Any) -> SamplingConfig:
     except ValidationError as error:
         first = error.errors()[0]
         raise UserError(describe_error(first, first["loc"])) from error
+
+
+COMPUTING = {"compute_batch", "precision", "device"}
+"""Fields that have an effect for all families of models."""
+
+
+def effective_sampling(model: FamilyConfig, sampling: SamplingConfig) -> SamplingConfig:
+    """Reset the fields of ``sampling`` without effect for the family of ``model`` to their defaults."""
+    return sampling if isinstance(model, ModelConfig) else sampling_config(**sampling.model_dump(include=COMPUTING))
+
+
+def sampling_conflict(model: FamilyConfig, sampling: SamplingConfig) -> str | None:
+    """Describe a field of ``sampling`` that has no effect for the family of ``model``; None if there is none."""
+    theirs, ours = sampling.model_dump(), effective_sampling(model, sampling).model_dump()
+    changed = [name for name in sorted(theirs) if theirs[name] != ours.get(name)]
+    if not changed:
+        return None
+    return f"sampling.{changed[0]} means nothing to model.family = {model.family}: leave it out"
 
 
 def describe_error(error: Mapping[str, Any], location: Sequence[int | str]) -> str:

@@ -1,7 +1,7 @@
 """Noise schedules of the forward process (arXiv 2006.11239)."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -9,10 +9,6 @@ from torch import Tensor
 
 from diffusion.common.errors import UserError
 from diffusion.models.config import ModelConfig
-
-NOISIEST = 2**-24
-"""Largest ᾱ of the last step of a zero-terminal-SNR schedule: below float32's resolution at 1."""
-
 
 SIGMA_MAX = 80.0
 """Highest noise level at which sampling starts; cosine schedules go on to 20,000 (arXiv 2206.00364, table 1)."""
@@ -26,6 +22,7 @@ class NoiseSchedule:
 
     alphas_cumprod: Tensor
     """ᾱ_t, falling from nearly 1 to nearly 0: (T,) float64."""
+    _copies: dict[torch.device, Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def steps(self) -> int:
@@ -37,20 +34,11 @@ class NoiseSchedule:
         """σ_t = √((1 − ᾱ_t) / ᾱ_t), noise over signal: (T,) float64."""
         return ((1 - self.alphas_cumprod) / self.alphas_cumprod).sqrt()
 
-    @cached_property
-    def _copies(self) -> dict[torch.device, Tensor]:
-        return {}
-
     def _on(self, device: torch.device) -> Tensor:
         """Copy ``sigmas`` to ``device``, once, since each copy waits for the device."""
         if device not in self._copies:
             self._copies[device] = self.sigmas.to(device)
         return self._copies[device]
-
-    @cached_property
-    def snr(self) -> Tensor:
-        """Signal-to-noise ratio ᾱ_t / (1 − ᾱ_t) = 1/σ_t²: (T,) float64."""
-        return self.alphas_cumprod / (1 - self.alphas_cumprod)
 
     def sigma(self, t: Tensor) -> Tensor:
         """Interpolate σ at times ``t`` (N,) from 0 to T−1, as (N,) float64: the inverse of ``time``."""
@@ -98,10 +86,7 @@ class NoiseSchedule:
 
 
 def linear_schedule(steps: int) -> NoiseSchedule:
-    """Linear schedule: β from 1e-4 to 0.02 (arXiv 2006.11239, section 4).
-
-    For T other than 1000 both ends are scaled by 1000/T, so that the total noise is the same.
-    """
+    """Linear schedule: β from 1e-4 to 0.02 (arXiv 2006.11239, section 4), both scaled by 1000/T for other T."""
     scale = 1000 / steps
     betas = torch.linspace(1e-4 * scale, 0.02 * scale, steps, dtype=torch.float64).clamp(max=0.999)
     return NoiseSchedule((1 - betas).cumprod(0))
@@ -137,8 +122,8 @@ def without_signal_at_the_end(schedule: NoiseSchedule) -> NoiseSchedule:
     roots = schedule.alphas_cumprod.sqrt()
     stretched = (roots - roots[-1]) * roots[0] / (roots[0] - roots[-1])
     alpha_bar = stretched**2
-    # Not quite 0, so that σ stays finite, but less than the value before.
-    alpha_bar[-1] = min(NOISIEST, alpha_bar[-2].item() / 4)
+    # Not quite 0, so that σ stays finite, but below float32's resolution at 1 and less than the value before.
+    alpha_bar[-1] = min(2**-24, alpha_bar[-2].item() / 4)
     return NoiseSchedule(alpha_bar)
 
 

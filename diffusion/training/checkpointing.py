@@ -13,8 +13,6 @@ from torch import Tensor
 from diffusion.checkpoints import read_header, save_tensors
 from diffusion.common.files import sha256_file, sync_folder, write_bytes
 
-COUNTS = "counts"
-
 logger = logging.getLogger(__name__)
 
 
@@ -28,8 +26,8 @@ class Checkpoints:
     folder: Path
 
     def save(self, tensors: dict[str, Tensor], header: dict[str, Any]) -> None:
-        """Write ``tensors`` under the number of images in ``header["counts"]``."""
-        path = self.folder / f"{header[COUNTS]['images']:010d}.safetensors"
+        """Write ``tensors`` under the number of images of the model in ``header``."""
+        path = self.folder / f"{header['model_header']['images']:010d}.safetensors"
         digest = save_tensors(path, tensors, header)
         write_bytes(_digest_of(path), f"{digest}\n".encode())
 
@@ -37,14 +35,10 @@ class Checkpoints:
         """Return the complete checkpoints, oldest first."""
         return sorted(path for path in self.folder.glob("*.safetensors") if _digest_of(path).is_file())
 
-    def trained(self) -> list[Path]:
-        """Return the checkpoints to evaluate, oldest first: all except the one from before the first step."""
-        return [path for path in self.paths() if int(path.stem) > 0]
-
     def newest_whole(self) -> Iterator[tuple[Path, dict[str, Any]]]:
         """Yield the checkpoints with a valid digest and their headers, newest first; damaged ones are logged."""
         for path in reversed(self.paths()):
-            if sha256_file(path) == _digest_of(path).read_text().strip():
+            if is_whole(path):
                 yield path, read_header(path)
             else:
                 logger.warning("checkpoint %s is damaged: going on from the one before it", path)
@@ -67,10 +61,7 @@ class Checkpoints:
 
 
 class CheckpointWriter:
-    """Asynchronous checkpoint writer with one thread; leaving the context waits for the last write.
-
-    Training stops only while the tensors are copied in memory.
-    """
+    """Checkpoint writer in a thread, while training goes on; leaving the context waits for the last write."""
 
     def __init__(self, checkpoints: Checkpoints) -> None:
         self.checkpoints = checkpoints
@@ -79,27 +70,28 @@ class CheckpointWriter:
 
     def save(self, tensors: dict[str, Tensor], header: dict[str, Any], keep: int, spared: Container[int] = ()) -> None:
         """Start writing a checkpoint, then pruning; raises the error of the previous write."""
-        self.wait()
-        copies = {name: value.clone() for name, value in tensors.items()}
-        self._pending = self._pool.submit(self._write, copies, header, keep, spared)
-
-    def _write(self, tensors: dict[str, Tensor], header: dict[str, Any], keep: int, spared: Container[int]) -> None:
-        self.checkpoints.save(tensors, header)
-        self.checkpoints.prune(keep, spared)
-
-    def wait(self) -> None:
-        """Wait until the pending checkpoint is on disk; raises its error."""
         if self._pending is not None:
             self._pending.result()
-            self._pending = None
+        copies = {name: value.clone() for name, value in tensors.items()}
+
+        def write() -> None:
+            self.checkpoints.save(copies, header)
+            self.checkpoints.prune(keep, spared)
+
+        self._pending = self._pool.submit(write)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._pool.shutdown()
-        if kind is None:
-            self.wait()
+        if kind is None and self._pending is not None:
+            self._pending.result()
+
+
+def is_whole(path: Path) -> bool:
+    """Whether the checkpoint at ``path`` has the digest that was written with it."""
+    return sha256_file(path) == _digest_of(path).read_text().strip()
 
 
 def _digest_of(path: Path) -> Path:

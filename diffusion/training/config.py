@@ -6,7 +6,7 @@ from typing import Any, Literal
 from pydantic import ConfigDict, Field, PositiveFloat, model_validator
 
 from diffusion.common.config import LARGEST_EMA_STD, DeviceName, unset
-from diffusion.process.objective_config import ObjectiveConfig
+from diffusion.models.config import ObjectiveConfig
 
 
 class TrainingConfig(ObjectiveConfig):
@@ -96,25 +96,17 @@ class TrainingConfig(ObjectiveConfig):
         return given
 
     @model_validator(mode="after")
-    def _one_length(self) -> "TrainingConfig":
+    def _options_fit_each_other(self) -> "TrainingConfig":
         if (self.images is None) == (self.minutes is None):
             raise ValueError("give either training.images or training.minutes, and leave the other out (null)")
         if self.cpu_threads > self.batch_size:
             raise ValueError(
                 f"training.cpu_threads = {self.cpu_threads} parts of {self.batch_size} images: use fewer of them"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _has_an_effect(self) -> "TrainingConfig":
         if self.ema_stds is not None and self.ema_decay is not None:
             raise ValueError("training.ema_decay means nothing to averages with training.ema_stds: leave one out")
         if self.ema_stds is not None and not 0 < self.ema_stds[0] < self.ema_stds[1] < LARGEST_EMA_STD:
             raise ValueError(f"training.ema_stds rise from the first to the second, which is below {LARGEST_EMA_STD}")
-        return self
-
-    @model_validator(mode="after")
-    def _loading(self) -> "TrainingConfig":
         if self.workers > self.prefetch:
             raise ValueError(
                 f"training.workers = {self.workers} have training.prefetch = {self.prefetch} batches to make, so some "

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,8 +18,6 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from diffusion.common.device import resolve_device
 from diffusion.models.unet import ResidualBlock
-
-Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -44,14 +42,12 @@ class Ranks:
         for tensor, part in zip(tensors, torch.split(flat, [tensor.numel() for tensor in tensors]), strict=True):
             tensor.copy_(part.view(tensor.shape))
 
-    def broadcast(self, value: Value) -> Value:
+    def broadcast(self, value: Any) -> Any:
         """Return the main process' ``value`` in all processes."""
-        if self.count == 1:
-            return value
-        values: list[Any] = [value]
-        dist.broadcast_object_list(values, src=0)
-        received: Value = values[0]
-        return received
+        values = [value]
+        if self.count > 1:
+            dist.broadcast_object_list(values, src=0)
+        return values[0]
 
     def broadcast_tensors(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return the main process' ``tensors`` in all processes; those of other processes are ignored."""
@@ -100,10 +96,7 @@ def process_group() -> Iterator[Ranks]:
 
 
 def shard_module(network: nn.Module, device: torch.device) -> None:
-    """Shard the weights of ``network`` to ``device``; the weights of a block are gathered while it computes.
-
-    Gradients are summed over the processes instead of averaged, FSDP2's default.
-    """
+    """Shard the weights of ``network`` to ``device`` by block; gradients are summed over the processes."""
     assert dist.group.WORLD is not None
     mesh = DeviceMesh.from_group(dist.group.WORLD, device.type)
     # FSDP2 does not support channels-last weights.

@@ -1,19 +1,30 @@
-"""Moving averages of the weights over training: exponential (EMA) and power-function."""
+"""Moving averages of the weights: exponential (EMA), power-function, and those computed after training."""
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+from diffusion.checkpoints import AUTOENCODER, AVERAGED, read_header, read_tensors, save_tensors
+from diffusion.common.errors import UserError
+from diffusion.training.checkpointing import Checkpoints, is_whole
+
+PREFIXES = (AVERAGED, "ema1.")
+"""Prefixes of the averages' tensor names in checkpoints; the first average is the model."""
+SNAPSHOTS = "averages"
+"""Subfolder of a run that holds snapshots of its averages."""
+STDS = "stds"
 
 
 class WeightAverage(ABC):
     """Moving average of a network's parameters; subclasses define the decay."""
 
     def __init__(self, network: nn.Module) -> None:
-        self.names = [name for name, _ in network.named_parameters()]
-        self.averages = [parameter.detach().clone() for parameter in network.parameters()]
+        self.averages = {name: parameter.detach().clone() for name, parameter in network.named_parameters()}
 
     @abstractmethod
     def decay(self, step: int) -> float:
@@ -22,16 +33,8 @@ class WeightAverage(ABC):
     @torch.no_grad()
     def update(self, network: nn.Module, step: int) -> None:
         """Update the averages with the network's parameters after ``step`` (1, 2, …) optimizer steps."""
-        torch._foreach_lerp_(self.averages, [p.detach() for p in network.parameters()], 1 - self.decay(step))
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """Return the averages under the names of the network's parameters."""
-        return dict(zip(self.names, self.averages, strict=True))
-
-    def load_state_dict(self, averages: dict[str, Tensor]) -> None:
-        """Restore ``averages`` as returned by ``state_dict``."""
-        for name, average in zip(self.names, self.averages, strict=True):
-            average.copy_(averages[name])
+        parameters = [parameter.detach() for parameter in network.parameters()]
+        torch._foreach_lerp_(list(self.averages.values()), parameters, 1 - self.decay(step))
 
 
 class ExponentialAverage(WeightAverage):
@@ -88,3 +91,38 @@ def _overlap(one: tuple[int, float], other: tuple[int, float]) -> float:
     # With t ≤ s. In logarithms, as the powers overflow a float.
     shape = (gamma + 1) * (delta + 1) / (gamma + delta + 1)
     return shape * math.exp(delta * math.log(t) - (delta + 1) * math.log(s))
+
+
+def models_to_evaluate(output: Path, report: Path, ema_stds: Iterable[float] = ()) -> list[Path]:
+    """List the checkpoints in the run's folder ``output``, and its averages of ``ema_stds``, written to ``report``."""
+    averages = [reconstruct_average(output / SNAPSHOTS, std, report / SNAPSHOTS) for std in ema_stds]
+    # The first checkpoint was written before the first step.
+    return [path for path in Checkpoints(output / "checkpoints").paths() if int(path.stem) > 0] + averages
+
+
+def reconstruct_average(folder: Path, std: float, into: Path) -> Path:
+    """Write the average of relative ``std`` at the last snapshot in ``folder`` as a model file in ``into``.
+
+    Raises UserError if there are no snapshots, or one is damaged.
+    """
+    paths = Checkpoints(folder).paths()
+    if not paths:
+        raise UserError(
+            f"evaluation.ema_stds needs the snapshots of training.ema_stds, and {folder} has none: train with it"
+        )
+    for path in paths:
+        if not is_whole(path):
+            raise UserError(f"{path} is damaged: train again with --restart, or leave evaluation.ema_stds out")
+    header = read_header(paths[-1])
+    stds = header.pop(STDS)
+    averages = [(path, prefix, each) for path in paths for prefix, each in zip(PREFIXES, stds, strict=True)]
+    shares = mixture([(int(path.stem), each) for path, _, each in averages], int(paths[-1].stem), std)
+    total: dict[str, Tensor] = {}
+    for (path, prefix, _), share in zip(averages, shares, strict=True):
+        for name, value in read_tensors(path, prefix).items():
+            total[name] = total.get(name, torch.zeros((), dtype=torch.float64)) + share * value.double()
+    tensors = {AVERAGED + name: value.float() for name, value in total.items()}
+    tensors |= {AUTOENCODER + name: value for name, value in read_tensors(paths[-1], AUTOENCODER).items()}
+    path = into / f"std-{std:g}.safetensors"
+    save_tensors(path, tensors, header)
+    return path

@@ -1,28 +1,29 @@
 """Logging of a run: metrics by images seen in CSV files, in a tracker and on the screen; samples as PNG files."""
 
 import csv
+import logging
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from functools import cached_property
+from collections import deque
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
-from typing import Protocol
+from statistics import median
+from typing import Any, Protocol
 
 from PIL import Image
 from torch import Tensor
 
-from diffusion.checkpoints import AVERAGED
+from diffusion.checkpoints import AUTOENCODER, AVERAGED
 from diffusion.common.files import sync_file, write_bytes
 from diffusion.common.fingerprint import CPU
 from diffusion.common.image_grids import save_png
 from diffusion.common.progress import Progress
-from diffusion.families.model import DiffusionModel
-from diffusion.generation.super_resolution import task_of
+from diffusion.families.ddpm import DiffusionModel
 from diffusion.process.samplers import SamplingConfig
-from diffusion.training.checkpointing import CheckpointWriter
-from diffusion.training.post_hoc_ema import SNAPSHOTS, save_snapshot
+from diffusion.training.checkpointing import Checkpoints, CheckpointWriter
+from diffusion.training.ema import PREFIXES, SNAPSHOTS, STDS
 from diffusion.training.state import NETWORK
-from diffusion.training.training_monitor import TrainingMonitor
 from diffusion.training.validation import Validation
 
 METRICS = ("loss", "gradient_norm", "learning_rate", "images_per_second", "data_wait", "skipped")
@@ -34,6 +35,14 @@ METRICS_BUFFER = "metrics_buffer"
 """Subfolder of a run in which a tracker keeps its files; deleted with the run."""
 RESTARTED = "restarted"
 """Marker file in it: the previous run was discarded, and a tracker has not processed this yet."""
+SPIKE = 5.0
+"""Factor above the median of recent losses from which a loss counts as a spike."""
+REMEMBERED = 50
+"""Number of recent losses that a spike is compared with; at least a tenth of them is needed."""
+RISING = 3
+"""Consecutive checkpoints with rising held-out loss and falling training loss that count as over-fitting."""
+
+logger = logging.getLogger(__name__)
 
 
 class Tracker(Protocol):
@@ -51,9 +60,6 @@ class Tracker(Protocol):
 
 class NoTracker:
     """Tracker that logs nothing: the run's folder holds the files that training itself writes."""
-
-    def __init__(self, anew: bool = True) -> None:
-        """Ignore whether the run starts from scratch."""
 
     def log_metrics(self, metrics: Mapping[str, float], images: int) -> None:
         """Drop ``metrics``."""
@@ -73,28 +79,18 @@ class MetricsFile:
     columns: tuple[str, ...]
 
     def rewind(self, images: int) -> None:
-        """Drop the rows beyond ``images`` and an incomplete last line.
-
-        Columns missing from a file of an earlier version become ``nan``.
-        """
-        columns = ("images", *self.columns)
-        kept = [",".join(columns)]
+        """Drop the rows beyond ``images`` and an incomplete last line."""
+        rows = []
         if self.path.is_file():
             # A power cut may leave zeros after the synced data.
-            complete = csv.DictReader(self.path.read_text().split("\0")[0].split("\n")[:-1], restval="nan")
-            kept += [
-                ",".join(row.get(name, "nan") for name in columns) for row in complete if int(row["images"]) <= images
-            ]
-        write_bytes(self.path, ("\n".join(kept) + "\n").encode())
+            complete = self.path.read_text().split("\0")[0].split("\n")[1:-1]
+            rows = [line for line in complete if int(line.split(",")[0]) <= images]
+        write_bytes(self.path, "".join(f"{line}\n" for line in (",".join(("images", *self.columns)), *rows)).encode())
 
     def append(self, images: int, metrics: Mapping[str, float]) -> None:
         """Append a row."""
         with self.path.open("a", newline="") as file:
             csv.writer(file, lineterminator="\n").writerow([images, *(metrics[name] for name in self.columns)])
-
-    def sync(self) -> None:
-        """Make all rows written so far durable."""
-        sync_file(self.path)
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
@@ -103,43 +99,86 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
         return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
 
 
-@dataclass
+class TrainingMonitor:
+    """Monitor that warns of loss spikes, over-fitting and weights that do not change, given the losses so far."""
+
+    def __init__(self, losses: Iterable[float] = (), validation_losses: Iterable[tuple[float, float]] = ()) -> None:
+        self.losses = deque(losses, REMEMBERED)
+        """Recent mean losses."""
+        self.validation_losses = deque(validation_losses, RISING + 1)
+        """Recent losses of the averaged weights on training and held-out images."""
+        self.sums: dict[str, list[float]] = {}
+        """Sums of the weights at the last check."""
+
+    def check_loss(self, loss: float, images: int) -> None:
+        """Warn of a spike of the mean loss since the last check."""
+        if len(self.losses) >= REMEMBERED // 10 and loss > SPIKE * median(self.losses):
+            logger.warning(
+                "the loss leapt to %.3g after %d images, from about %.3g: if it does not come back, lower "
+                "training.learning_rate or training.max_grad_norm",
+                loss,
+                images,
+                median(self.losses),
+            )
+        if math.isfinite(loss):
+            self.losses.append(loss)
+
+    def check_validation(self, metrics: Mapping[str, float], images: int) -> None:
+        """Warn of over-fitting, by the losses of the averaged weights on fixed images of both splits."""
+        train, held_out = (metrics.get(f"{split}_loss_ema", math.nan) for split in ("train", "held_out"))
+        self.validation_losses.append((train, held_out))
+        steps = list(pairwise(self.validation_losses))
+        if len(steps) == RISING and all(after[0] < before[0] and after[1] > before[1] for before, after in steps):
+            logger.warning(
+                "after %d images the loss on held-out images has risen %d checkpoints in a row, while that on others "
+                "fell: the network memorizes its images. Ingest more, train for less, or make it smaller",
+                images,
+                RISING,
+            )
+            self.validation_losses.clear()
+
+    def check_weights(self, network: Mapping[str, Tensor], average: Mapping[str, Tensor], images: int) -> None:
+        """Warn if the network, or the average of its weights, has not changed since the last check."""
+        for what, tensors in (("network", network), ("average of the weights", average)):
+            now = [float(each.detach().double().sum()) for each in tensors.values()]
+            if self.sums.get(what) == now:
+                logger.warning(
+                    "the %s has not moved since the checkpoint before image %d: look at training.learning_rate, "
+                    "training.ema_decay and the metric skipped",
+                    what,
+                    images,
+                )
+            self.sums[what] = now
+
+
 class TrainingLog:
     """Log of a run in the folder ``output``, with ``tracker`` and on the screen; also starts its checkpoints.
 
-    Only the main process has one.
+    Only the main process has one. Rows beyond ``images``, left by a killed process, are dropped and written again.
+    ``total`` is the number of images to see.
     """
 
-    validation: Validation
-    output: Path
-    sampling: SamplingConfig
-    writer: CheckpointWriter
-    tracker: Tracker
-    progress: Progress
-    images: int
-    """Images seen when the log is opened: later rows, left by a killed process, are dropped and written again."""
-    total: int
-    """Total number of images to see."""
-    monitor: TrainingMonitor = field(default_factory=TrainingMonitor)
-
-    def __post_init__(self) -> None:
-        """Rewind the files, and restore the training monitor from the remaining history."""
+    def __init__(
+        self,
+        validation: Validation,
+        output: Path,
+        sampling: SamplingConfig,
+        writer: CheckpointWriter,
+        tracker: Tracker,
+        progress: Progress,
+        images: int,
+        total: int,
+    ) -> None:
+        self.validation, self.output, self.sampling, self.writer = validation, output, sampling, writer
+        self.tracker, self.progress, self.total = tracker, progress, total
+        self.history = MetricsFile(output / "history.csv", METRICS)
+        self.losses = MetricsFile(output / "losses.csv", LOSSES)
         for file in (self.history, self.losses):
-            file.rewind(self.images)
-        self.monitor.losses.extend(row["loss"] for row in read_metrics(self.history.path) if math.isfinite(row["loss"]))
-        self.monitor.validation_losses.extend(
-            (row["train_loss_ema"], row["held_out_loss_ema"]) for row in read_metrics(self.losses.path)
+            file.rewind(images)
+        self.monitor = TrainingMonitor(
+            (row["loss"] for row in read_metrics(self.history.path) if math.isfinite(row["loss"])),
+            ((row["train_loss_ema"], row["held_out_loss_ema"]) for row in read_metrics(self.losses.path)),
         )
-
-    @cached_property
-    def history(self) -> MetricsFile:
-        """Return the CSV file of metrics of the steps."""
-        return MetricsFile(self.output / "history.csv", METRICS)
-
-    @cached_property
-    def losses(self) -> MetricsFile:
-        """Return the CSV file of losses on the validation images."""
-        return MetricsFile(self.output / "losses.csv", LOSSES)
 
     def log_metrics(self, metrics: dict[str, float], images: int) -> None:
         """Log ``METRICS`` of the steps since the last call."""
@@ -148,14 +187,13 @@ class TrainingLog:
         self.tracker.log_metrics({name: value for name, value in metrics.items() if math.isfinite(value)}, images)
         self.progress("images trained on", images, self.total, f"loss {metrics['loss']:.4f}")
 
-    def checkpoint(self, tensors: dict[str, Tensor], counts: dict[str, int], save_every: int) -> None:
+    def checkpoint(self, tensors: dict[str, Tensor], header: dict[str, Any], save_every: int) -> None:
         """Validate the averaged weights in ``tensors``, log the results and start a checkpoint.
 
         The checkpoint comes last, so that a killed process repeats the rest.
         """
-        setup, images = self.validation.setup, counts["images"]
-        averaged = setup.model_from(tensors, images)
-        metrics = self.validation.metrics({"": setup.network_from(tensors, NETWORK), "_ema": averaged.network})
+        setup, images = self.validation.setup, int(header["model_header"]["images"])
+        averaged, metrics = self.validation.evaluate(tensors, images)
         self.losses.append(images, {name: metrics.get(name, math.nan) for name in LOSSES})
         generated = self.validation.generate(averaged, self.sampling)
         self.tracker.log_metrics(metrics | self.validation.colour_drift(generated), images)
@@ -165,17 +203,17 @@ class TrainingLog:
         if images == self.total and isinstance(averaged, DiffusionModel):
             from diffusion.generation.explain import reverse_process_strip  # matplotlib is slow to load
 
-            conditioning = task_of(setup.model).conditioning(self.validation.images[:1]) or None
+            conditioning = setup.task.conditioning(self.validation.images[:1]) or None
             self.tracker.log_image("reverse", reverse_process_strip(averaged.on(CPU), conditioning), images)
         self.monitor.check_validation(metrics, images)
         self.monitor.check_weights(_under(NETWORK, tensors), _under(AVERAGED, tensors), images)
         if setup.config.ema_stds is not None:
-            header = setup.header(images, self.total)
-            save_snapshot(self.output / SNAPSHOTS, tensors, setup.config.ema_stds, header)
+            kept = {name: value for name, value in tensors.items() if name.startswith((*PREFIXES, AUTOENCODER))}
+            about = setup.header(images, self.total) | {STDS: list(setup.config.ema_stds)}
+            Checkpoints(self.output / SNAPSHOTS).save(kept, about)
         for file in (self.history, self.losses):
-            file.sync()
+            sync_file(file.path)
         self.tracker.sync()
-        header = setup.checkpoint_header(counts, self.total)
         self.writer.save(tensors, header, setup.config.keep, self._spared(save_every))
 
     def _spared(self, save_every: int) -> set[int]:

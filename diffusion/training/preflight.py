@@ -4,13 +4,12 @@ import math
 import shutil
 import time
 from concurrent.futures import Executor
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from humanize import naturalsize, precisedelta
 from pydantic import Field
-from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from diffusion.common.config import Config, unset
@@ -20,9 +19,7 @@ from diffusion.families import family_of
 from diffusion.models.config import FamilyConfig, LatentSpace
 from diffusion.models.vae import VAE
 from diffusion.process.samplers import SamplingConfig
-from diffusion.training.config import TrainingConfig
 from diffusion.training.setup import TrainingSetup
-from diffusion.training.state import NETWORK
 from diffusion.training.trainer import Trainer, scheduled_learning_rate
 from diffusion.training.validation import Validation
 
@@ -87,8 +84,7 @@ class Preflight(Config):
         ]
 
 
-@dataclass(frozen=True)
-class MeasuredSpeed:
+class Pace(NamedTuple):
     """Measured durations on this machine, in seconds."""
 
     image: float
@@ -100,15 +96,12 @@ class MeasuredSpeed:
 def count_flops(
     config: FamilyConfig, shape: tuple[int, int, int], classes: int, latents: LatentSpace | None = None
 ) -> int:
-    """Count the floating-point operations of forward and backward pass of one image with torch's counter.
-
-    With ``latents``, those of the encoder are included.
-    """
-    family = family_of(config)
+    """Count the floating-point operations of an image, forward and backward, with the encoder of ``latents`` if any."""
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
         if latents is not None:
             VAE(latents.autoencoder, shape[0], shape[-1]).requires_grad_(False).encode(torch.empty(1, *shape))
             shape = latents.shape
+        family = family_of(config)
         family.forward(family.make_network(config, shape, classes), shape).backward()  # type: ignore[no-untyped-call]
     return int(counter.get_total_flops())
 
@@ -123,28 +116,27 @@ def state_size(parameters: int, averages: int, threads: int, others: int = 0) ->
     return FLOAT * (2 * checkpoint + (parameters + others) * (1 + threads)), FLOAT * checkpoint
 
 
-def _count(network: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in network.parameters())
-
-
-def kept_at_once(config: TrainingConfig) -> int:
-    """Return the most checkpoint-sized files on disk at a time: one is written before another is removed."""
-    # A snapshot holds two averages; a checkpoint holds these, the weights and two moments.
+def make_preflight(trainer: Trainer, pace: Pace | None, reading: float = 0) -> Preflight:
+    """Compute the preflight of a run at this ``pace``, and ``reading`` seconds for the embedding of captions."""
+    setup, config, state = trainer.setup, trainer.config, trainer.state
+    dataset, images = setup.dataset, config.images
+    if images is None:
+        assert pace is not None
+        assert config.minutes is not None
+        pauses = pace.checkpoint * config.checkpoints
+        if pauses > config.minutes * 60 / 2:
+            raise UserError(
+                f"{pauses:.0f} s of training.minutes = {config.minutes:g} would go into {config.checkpoints} sample "
+                "grids: raise it, or lower sampling.steps or training.checkpoints"
+            )
+        images = max(config.batch_size, int((config.minutes * 60 - pauses) / pace.image))
+    parameters = sum(parameter.numel() for parameter in state.network.parameters())
+    others = sum(parameter.numel() for step in state.steps for parameter in step.parameters) - parameters
+    memory, checkpoint = state_size(parameters, len(state.averages), config.cpu_threads, others)
+    # One checkpoint is written before another is removed. A snapshot holds two of a checkpoint's five parts.
     snapshots = math.ceil(config.checkpoints * 2 / 5) if config.ema_stds is not None else 0
     spared = config.keep_best + (config.checkpoints // config.keep_every if config.keep_every else 0)
-    return min(config.keep + spared, config.checkpoints) + 2 + snapshots
-
-
-def make_preflight(trainer: Trainer, pace: MeasuredSpeed | None, reading: float = 0) -> Preflight:
-    """Compute the preflight of a run at this ``pace``, which must be measured if ``training.minutes`` is given.
-
-    ``reading``: seconds that the embedding of captions takes first.
-    """
-    setup, config, state = trainer.setup, trainer.config, trainer.state
-    dataset, images = setup.dataset, images_in(config, pace)
-    parameters = _count(state.network)
-    others = sum(_count(module) for step in state.steps for module in step.modules.values()) - parameters
-    memory, checkpoint = state_size(parameters, len(state.averages), config.cpu_threads, others)
+    files = min(config.keep + spared, config.checkpoints) + 2 + snapshots
     latents = setup.autoencoder.space if setup.autoencoder else None
     return Preflight(
         dataset=dataset.manifest.name,
@@ -158,14 +150,14 @@ def make_preflight(trainer: Trainer, pace: MeasuredSpeed | None, reading: float 
         parameters=parameters,
         flops=count_flops(setup.model, dataset.shape, len(setup.classes), latents),
         state_bytes=memory,
-        disk_bytes=checkpoint * kept_at_once(config),
+        disk_bytes=checkpoint * files,
         images=images,
         images_per_second=pace and 1 / pace.image,
         seconds=pace and images * pace.image + config.checkpoints * pace.checkpoint + reading,
     )
 
 
-def measure_pace(setup: TrainingSetup, threads: Executor, sampling: SamplingConfig) -> MeasuredSpeed:
+def measure_pace(setup: TrainingSetup, threads: Executor, sampling: SamplingConfig) -> Pace:
     """Measure the pace of a run here: some steps and the validation of one checkpoint of a throw-away trainer."""
     trainer, ranks = Trainer(setup, threads), setup.ranks
     trainer.total = 2**40
@@ -182,25 +174,10 @@ def measure_pace(setup: TrainingSetup, threads: Executor, sampling: SamplingConf
     start = time.perf_counter()
     tensors = trainer.checkpoint_tensors()
     if ranks.is_main:
-        averaged = setup.model_from(tensors, trainer.state.images)
-        validation.metrics({"": setup.network_from(tensors, NETWORK), "_ema": averaged.network})
+        averaged, _ = validation.evaluate(tensors, trainer.state.images)
         validation.generate(averaged, sampling)
-    return ranks.broadcast(MeasuredSpeed(image, time.perf_counter() - start))
-
-
-def images_in(config: TrainingConfig, pace: MeasuredSpeed | None) -> int:
-    """Return the number of images to train on: as configured, or as many as fit into ``minutes`` at this ``pace``."""
-    if config.images is not None:
-        return config.images
-    assert pace is not None
-    assert config.minutes is not None
-    pauses = pace.checkpoint * config.checkpoints
-    if pauses > config.minutes * 60 / 2:
-        raise UserError(
-            f"{pauses:.0f} s of training.minutes = {config.minutes:g} would go into {config.checkpoints} sample grids: "
-            "raise it, or lower sampling.steps or training.checkpoints"
-        )
-    return max(config.batch_size, int((config.minutes * 60 - pauses) / pace.image))
+    pace: Pace = ranks.broadcast(Pace(image, time.perf_counter() - start))
+    return pace
 
 
 def require_disk(output: Path, needed: int) -> None:

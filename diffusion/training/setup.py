@@ -11,37 +11,39 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from diffusion.checkpoints import AUTOENCODER, AVERAGED
-from diffusion.common.device import device_name, resolve_device
+from diffusion.common.device import resolve_device
 from diffusion.common.errors import UserError
 from diffusion.common.files import digest_of
-from diffusion.common.fingerprint import Fingerprint, resolve_precision
+from diffusion.common.fingerprint import Fingerprint, fingerprint, resolve_precision
 from diffusion.common.random import uniform
 from diffusion.data.caption_embeddings import Captions
 from diffusion.data.dataset import Dataset
-from diffusion.data.loader import Batch, Loader, Order, TrainingOrder, WindowedOrder
+from diffusion.data.loader import Batch
 from diffusion.data.manifest import Manifest, read_manifest
 from diffusion.data.shard_cache import ShardCache, ShardStore
 from diffusion.families import family_of
-from diffusion.families.base import TrainingData
 from diffusion.families.model import Conditioning, Model, ModelHeader, classes_of
 from diffusion.generation.config import UNCONDITIONAL, Conditions
 from diffusion.generation.generate import check_conditions, check_sampling_options, conditions_of
-from diffusion.generation.super_resolution import SuperResolution, add_conditioning_noise, task_of
-from diffusion.models.config import FamilyConfig, ModelConfig
+from diffusion.generation.super_resolution import (
+    GenerationTask,
+    SuperResolution,
+    add_conditioning_noise,
+    task_of,
+)
+from diffusion.models.config import FamilyConfig, ModelConfig, training_conflict
 from diffusion.models.text_encoder import ENCODER
 from diffusion.models.unet import UNet
-from diffusion.process.family_options import training_conflict
+from diffusion.models.vae import Latents
 from diffusion.process.samplers import SamplingConfig
-from diffusion.training.autoencoder import DIGEST, LatentAutoencoder, open_autoencoder
-from diffusion.training.checkpointing import COUNTS
 from diffusion.training.config import TrainingConfig
 from diffusion.training.distributed import Ranks
-from diffusion.training.warm_start import WarmStart, open_warm_start, with_start_digest
+from diffusion.training.pretrained import load_autoencoder, load_initial_weights, weights_digest
 
 FORMAT_VERSION = 2
-"""Format version of checkpoints. In version 1 a GAN's discriminator and all optimizers had other names."""
-FINGERPRINT = "fingerprint"
+"""Format version of checkpoints."""
+COUNTS, FINGERPRINT = "counts", "fingerprint"
+"""Keys of a checkpoint's header."""
 SAMPLE_GRID = 36
 """Number of images in a sample grid."""
 LEAST_DEVIATION = 1e-4
@@ -62,10 +64,10 @@ class TrainingSetup:
     ranks: Ranks
     captions: Captions | None
     """Embeddings of the captions that the network is conditioned on, if any."""
-    autoencoder: LatentAutoencoder | None
+    autoencoder: Latents | None
     """Autoencoder of latent diffusion; None: the network works on pixels."""
-    warm_start: WarmStart | None
-    """Initial weights; None: random."""
+    initial: Model | None
+    """Model with the initial weights; None: they are random."""
 
     @cached_property
     def device(self) -> torch.device:
@@ -78,28 +80,29 @@ class TrainingSetup:
         return self.config.compile if self.config.compile is not None else self.device.type == "cuda"
 
     @cached_property
+    def task(self) -> GenerationTask:
+        """Return the task of the model."""
+        return task_of(self.model)
+
+    @cached_property
     def classes(self) -> list[str]:
         """Return the classes that the network is conditioned on, possibly none."""
         return classes_of(self.model, self.dataset.manifest.class_histogram)
 
     @cached_property
-    def data(self) -> TrainingData:
-        """Return the properties of the data that the family needs; raises UserError for constant data."""
-        network_shape = self.autoencoder.space.shape if self.autoencoder else self.dataset.shape
-        latents = self.autoencoder.latents if self.autoencoder else None
-        return TrainingData(self.dataset.shape, network_shape, self._sigma_data(), latents, len(self.classes))
-
-    def _sigma_data(self) -> float:
+    def sigma_data(self) -> float:
+        """Measure the standard deviation of the network's data; raises UserError for constant data."""
         if self.autoencoder:
             return 1.0
-        name, task = self.dataset.manifest.name, task_of(self.model)
-        if isinstance(task, SuperResolution):
+        if isinstance(self.task, SuperResolution):
             # Rows are sorted by content hash, so the first ones are a random sample.
-            sigma_data = task.sigma_data(self.dataset.images(self.dataset.rows("train")[:IMAGES_FOR_DEVIATION]))
-            why = f"show all that they have at {task.low_resolution}×{task.low_resolution}"
+            images = self.dataset.images(self.dataset.rows("train")[:IMAGES_FOR_DEVIATION])
+            sigma_data, low = self.task.sigma_data(images), self.task.low_resolution
+            why = f"show all that they have at {low}×{low}"
         else:
             sigma_data, why = self.dataset.manifest.sigma_data, "are one flat tone"
         if sigma_data < LEAST_DEVIATION:
+            name = self.dataset.manifest.name
             raise UserError(f"the training images of {name} {why}, so there is nothing to learn: ingest others")
         return sigma_data
 
@@ -111,36 +114,9 @@ class TrainingSetup:
             network.gradient_checkpointing = gradient_checkpointing
         return network
 
-    def frozen_tensors(self) -> dict[str, Tensor]:
-        """Move the autoencoder, if any, to the device and return its tensors under their checkpoint names."""
-        if self.autoencoder is None:
-            return {}
-        tensors = self.autoencoder.latents.to(self.device).state_dict()
-        return {AUTOENCODER + name: value for name, value in tensors.items()}
-
-    def make_loader(self) -> Loader:
-        """Build the loader of training images, in the order and batches of the configuration."""
-        manifest, rows, config = self.dataset.manifest, self.dataset.rows("train"), self.config
-        order: Order
-        if config.window is None:
-            order = TrainingOrder(manifest.content_digest, config.seed, len(rows))
-        else:
-            order = WindowedOrder(manifest.layout_digest, config.seed, config.window, self.dataset.shards(rows))
-        return Loader(
-            self.dataset,
-            rows,
-            order,
-            config.batch_size,
-            rank=self.ranks.rank,
-            ranks=self.ranks.count,
-            flip_seed=config.seed if config.flip else None,
-            prefetch=config.prefetch,
-            workers=config.workers,
-        )
-
     def conditioning(self, batch: Batch) -> Conditioning:
         """Collect class, caption and small version of the images, as far as the network is conditioned on them."""
-        conditioning = task_of(self.model).conditioning(batch.images)
+        conditioning = self.task.conditioning(batch.images)
         if self.classes:
             conditioning["label"] = self.dataset.classes(batch.rows, self.classes)
         if self.captions is not None:
@@ -150,9 +126,8 @@ class TrainingSetup:
     def training_conditioning(self, batch: Batch) -> Conditioning:
         """Collect the conditioning of a training step, with conditioning dropout or noise augmentation."""
         conditioning = self.conditioning(batch)
-        task = task_of(self.model)
-        if isinstance(task, SuperResolution):
-            return add_conditioning_noise(conditioning, task.max_noise, self.config.seed, batch.indices)
+        if isinstance(self.task, SuperResolution):
+            return add_conditioning_noise(conditioning, self.task.max_noise, self.config.seed, batch.indices)
         if not conditioning:
             return conditioning
         u = uniform(self.config.seed, "class", batch.indices)
@@ -165,19 +140,16 @@ class TrainingSetup:
         rows = np.concatenate([self.dataset.rows("held_out"), self.dataset.rows("train")])
         return conditions_of(self.dataset, rows[self.captions.numbers[rows] >= 0][:SAMPLE_GRID], self.classes)
 
-    def model_from(self, tensors: dict[str, Tensor], images: int) -> Model:
-        """Build the model from the averaged weights in ``tensors``, a state after ``images``."""
-        network = self.network_from(tensors, AVERAGED)
-        latents = self.autoencoder.latents if self.autoencoder else None
-        model: Model = family_of(self.model).make_model(self.model_header(images), network, latents)
-        return model
-
     def network_from(self, tensors: dict[str, Tensor], prefix: str) -> nn.Module:
         """Build a network for inference from copies of the ``tensors`` whose names begin with ``prefix``."""
         with torch.device("meta"):
             network = self.make_network()
-        weights = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-        network.load_state_dict({name: value.detach().clone() for name, value in weights.items()}, assign=True)
+        weights = {
+            name.removeprefix(prefix): value.detach().clone()
+            for name, value in tensors.items()
+            if name.startswith(prefix)
+        }
+        network.load_state_dict(weights, assign=True)
         network.eval().requires_grad_(False).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         return network
 
@@ -190,7 +162,7 @@ class TrainingSetup:
             size=manifest.size,
             dataset=manifest.name,
             content_digest=manifest.content_digest,
-            sigma_data=self.data.sigma_data,
+            sigma_data=self.sigma_data,
             class_histogram=manifest.class_histogram,
             encoder=ENCODER if self.model.text else None,
             latents=self.autoencoder.space if self.autoencoder else None,
@@ -200,18 +172,13 @@ class TrainingSetup:
 
     def header(self, images: int, total: int) -> dict[str, Any]:
         """Build the header of a final model after ``images`` of ``total``."""
-        header = {
+        layout = {} if self.config.window is None else {"layout_digest": self.dataset.manifest.layout_digest}
+        return layout | {
             "format_version": FORMAT_VERSION,
             "model_header": self.model_header(images).model_dump(mode="json"),
             "train_key": self.train_key,
             "total": total,
         }
-        return header if self.config.window is None else header | {"layout_digest": self.dataset.manifest.layout_digest}
-
-    def checkpoint_header(self, counts: dict[str, int], total: int) -> dict[str, Any]:
-        """Build the header of a checkpoint: the counts of the state and the fingerprint of the machine."""
-        fingerprint = self.fingerprint.model_dump(mode="json")
-        return self.header(counts["images"], total) | {COUNTS: counts, FINGERPRINT: fingerprint}
 
     @cached_property
     def train_key(self) -> str:
@@ -221,14 +188,8 @@ class TrainingSetup:
     @cached_property
     def fingerprint(self) -> Fingerprint:
         """Return the fingerprint, on which the last bits of the weights depend."""
-        return Fingerprint(
-            batch=self.config.batch_size,
-            precision=resolve_precision(self.config.precision, self.device),
-            device=device_name(self.device),
-            torch=torch.__version__,
-            compile=self.compiled,
-            ranks=self.ranks.count,
-        )
+        own = fingerprint(self.config.batch_size, self.config.precision, self.config.device)
+        return own.model_copy(update={"compile": self.compiled, "ranks": self.ranks.count})
 
 
 def make_setup(
@@ -241,16 +202,8 @@ def make_setup(
 ) -> TrainingSetup:
     """Check that data set and configuration match, and load captions, autoencoder and initial weights.
 
-    Args:
-        dataset: The training data.
-        model: Configuration of the network.
-        config: Configuration of the training.
-        sampling: How sample grids are generated.
-        ranks: The processes that train together.
-        embed: Computes the embeddings of the captions of a data set, (captions, 384).
-
-    Raises:
-        UserError: An option has no effect or contradicts another, or a named file is missing or does not match.
+    ``sampling`` is how sample grids are generated; ``embed`` computes the embeddings of captions, (captions, 384).
+    Raises UserError if an option has no effect or contradicts another, or a file is missing or does not match.
     """
     captions = None
     if model.text:
@@ -266,15 +219,18 @@ def make_setup(
     check_sampling_options(model, sampling)
     autoencoder = None
     if isinstance(model, ModelConfig) and model.autoencoder is not None:
-        autoencoder = open_autoencoder(model.autoencoder, dataset, config.window)
-        for name, moment in ranks.broadcast_tensors(dict(autoencoder.latents.named_buffers())).items():
-            autoencoder.latents.get_buffer(name).copy_(moment)
-        model = model.model_copy(update={"autoencoder": DIGEST + autoencoder.space.digest})
+        autoencoder = load_autoencoder(model.autoencoder, dataset, config.window)
+        for name, moment in ranks.broadcast_tensors(dict(autoencoder.named_buffers())).items():
+            autoencoder.get_buffer(name).copy_(moment)
+        model = model.model_copy(update={"autoencoder": f"sha256:{autoencoder.space.digest}"})
     if words := training_conflict(model, config):
         raise UserError(words)
-    warm_start = open_warm_start(config)
-    config = with_start_digest(config, warm_start)
-    setup = TrainingSetup(dataset, model, config, ranks, captions, autoencoder, warm_start)
+    initial = None
+    if config.init_from is not None:
+        classes = classes_of(model, dataset.manifest.class_histogram)
+        initial = load_initial_weights(config.init_from, model, dataset, classes)
+        config = config.model_copy(update={"init_from": weights_digest(initial)})
+    setup = TrainingSetup(dataset, model, config, ranks, captions, autoencoder, initial)
     check_conditions(setup.classes, model.text, sampling, setup.sample_grid_conditions())
     return setup
 
@@ -289,7 +245,17 @@ def open_dataset(data: Path, config: TrainingConfig, store: ShardStore | None) -
                 "training.stream_bytes is set, and there is no remote to fetch shards from: "
                 "leave it out (null) and get the data set with `dvc pull`"
             )
-        _require_room(read_manifest(data), config.stream_bytes, config.window)
+        manifest, window = read_manifest(data), config.window
+        sizes = sorted((shard.bytes for shard in manifest.shards), reverse=True)
+        needed = sum(sizes if window is None else sizes[: 2 * window])
+        if needed > config.stream_bytes:
+            fitting = sum(int(total) <= config.stream_bytes for total in np.cumsum(sizes)) // 2
+            less = f", or set training.window to {fitting} or less" if fitting else ""
+            what = f"two windows of training.window = {window}" if window else f"all {len(sizes)}"
+            raise UserError(
+                f"{what} shards of data set {manifest.name} have up to {needed} bytes and the cache holds "
+                f"{config.stream_bytes}: raise training.stream_bytes to {needed}{less}"
+            )
         shards = ShardCache(data.parent / ".shards", store, config.stream_bytes)
     with closing(Dataset.open(data, shards, config.cache_bytes)) as dataset:
         if not len(dataset.rows("train")):
@@ -297,26 +263,11 @@ def open_dataset(data: Path, config: TrainingConfig, store: ShardStore | None) -
         yield dataset
 
 
-def _require_room(manifest: Manifest, stream_bytes: int, window: int | None) -> None:
-    sizes = sorted((shard.bytes for shard in manifest.shards), reverse=True)
-    needed = sum(sizes if window is None else sizes[: 2 * window])
-    if needed <= stream_bytes:
-        return
-    fitting = sum(int(total) <= stream_bytes for total in np.cumsum(sizes)) // 2
-    less = f", or set training.window to {fitting}" + (" or less" if fitting > 1 else "") if fitting else ""
-    what = f"all {len(sizes)} shards" if window is None else f"two windows of training.window = {window} shards"
-    raise UserError(
-        f"{what} of data set {manifest.name} have up to {needed} bytes and the cache holds {stream_bytes}: "
-        f"raise training.stream_bytes to {needed}{less}"
-    )
-
-
 def drop_conditioning(conditioning: Conditioning, u: Tensor, share: float, no_class: int) -> Conditioning:
-    """Drop conditioning at random.
+    """Drop conditioning where the random numbers ``u`` (N,), in [0, 1), are below ``share`` (arXiv 2207.12598).
 
-    Below ``share`` the random numbers ``u`` (N,), in [0, 1), drop everything (arXiv 2207.12598). With both class and
-    caption, one of them is dropped for an equal share again, so that the model can be conditioned on either alone
-    (arXiv 2211.09800, section 3.2.1).
+    With both class and caption, one of them is dropped for an equal share again, so that the model can be conditioned
+    on either alone (arXiv 2211.09800, section 3.2.1).
     """
     alone = share / 2 if len(conditioning) == 2 else 0
     without_label = (u < share) | ((u >= share + alone) & (u < share + 2 * alone))
@@ -348,7 +299,7 @@ def identity_fields(config: TrainingConfig, model: FamilyConfig) -> dict[str, An
     }
     if config.window is None:
         harmless.add("window")
-    harmless.update(model.ineffective_fields.get("training", ()))
+    harmless.update(model.ineffective)
     return config.model_dump(mode="json", exclude=harmless) | {
         "precision": resolve_precision(config.precision, resolve_device(config.device))
     }
@@ -362,10 +313,7 @@ def data_digest(manifest: Manifest, config: TrainingConfig) -> str:
 
 
 def train_key(data_digest: str, model: FamilyConfig, config: TrainingConfig) -> str:
-    """Compute the digest of everything that determines the weights, except the fingerprint.
-
-    Autoencoder and initial weights are identified by their digests.
-    """
+    """Compute the digest of everything that determines the weights, except the fingerprint, by digests of files."""
     return digest_of(
         {
             "content_digest": data_digest,

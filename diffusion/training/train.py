@@ -4,7 +4,6 @@ import logging
 import math
 import shutil
 from collections.abc import Callable, Iterator
-from concurrent.futures import Executor
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Literal
 import torch
 from filelock import FileLock, Timeout
 
-from diffusion.checkpoints import AUTOENCODER, AVERAGED, read_header, save_tensors
+from diffusion.checkpoints import PARTS, read_header, save_tensors
 from diffusion.common.config import Config
 from diffusion.common.device import repeatable, resolve_device
 from diffusion.common.errors import DarkroomError, UserError
@@ -26,13 +25,13 @@ from diffusion.data.shard_cache import ShardStore
 from diffusion.models.config import FamilyConfig
 from diffusion.models.text_encoder import WIDTH
 from diffusion.process.samplers import SamplingConfig
-from diffusion.training.checkpointing import COUNTS, Checkpoints, CheckpointWriter
+from diffusion.training.checkpointing import Checkpoints, CheckpointWriter
 from diffusion.training.config import TrainingConfig
 from diffusion.training.distributed import SINGLE_PROCESS, process_group
+from diffusion.training.ema import SNAPSHOTS
 from diffusion.training.logging import METRICS_BUFFER, RESTARTED, NoTracker, Tracker, TrainingLog
-from diffusion.training.post_hoc_ema import SNAPSHOTS
 from diffusion.training.preflight import PREFLIGHT, Preflight, make_preflight, measure_pace, require_disk
-from diffusion.training.setup import FINGERPRINT, FORMAT_VERSION, TrainingSetup, make_setup, open_dataset
+from diffusion.training.setup import COUNTS, FINGERPRINT, FORMAT_VERSION, TrainingSetup, make_setup, open_dataset
 from diffusion.training.trainer import NotFiniteError, Trainer, thread_count
 from diffusion.training.validation import Validation
 
@@ -59,7 +58,7 @@ def train(
     model: FamilyConfig,
     config: TrainingConfig,
     sampling: SamplingConfig,
-    track: Callable[[bool], Tracker] = NoTracker,
+    track: Callable[[bool], Tracker] = lambda _: NoTracker(),
     progress: Progress = silent,
     restart: Restart = "never",
     store: ShardStore | None = None,
@@ -80,9 +79,8 @@ def train(
         restart: When to discard an existing run in the folder instead of resuming it.
         store: Source of the shards if ``config.stream_bytes`` is set.
 
-    Raises:
-        UserError: The folder holds a run of another configuration or data set (and ``restart`` is ``never``), another
-            process trains in it, the data set is damaged, or configuration and data set do not fit each other.
+    Raises UserError if the folder holds a run of another configuration or data set (and ``restart`` is ``never``),
+    another process trains in it, the data set is damaged, or configuration and data set do not fit each other.
     """
     with process_group() as ranks, open_dataset(data, config, store) as dataset:
         if config.shard and ranks.count == 1:
@@ -97,15 +95,19 @@ def train(
                 embed = partial(embeddings_of, pool=readers, progress=progress)
                 setup = make_setup(dataset, model, config, sampling, ranks, embed)
             trainer = Trainer(setup, threads)
-            if ranks.is_main and restart == "if_different" and _differences(output, setup):
+            if ranks.is_main and (changed := _differences(output, setup)):
+                if restart == "never":
+                    raise UserError(
+                        f"{output} holds a run that differs in {', '.join(changed)}: "
+                        "give --restart to throw it away, or set training.output to another folder"
+                    )
                 _discard(output)
             final = output / "final.safetensors"
             with trainer.loader:
                 if ranks.broadcast(final.is_file()):
-                    _require_same_run(output, setup)
                     images = read_header(final)["model_header"]["images"]
                 else:
-                    images = _train(trainer, threads, output, sampling, track, progress)
+                    images = _train(trainer, output, sampling, track, progress)
             return TrainResult(
                 output=output,
                 final=final,
@@ -117,7 +119,6 @@ def train(
 
 def _train(
     trainer: Trainer,
-    threads: Executor,
     output: Path,
     sampling: SamplingConfig,
     track: Callable[[bool], Tracker],
@@ -126,11 +127,10 @@ def _train(
     """Start or resume a run, train it to its end and write its final model; returns the number of images seen."""
     setup, state = trainer.setup, trainer.state
     checkpoints = Checkpoints(output / "checkpoints")
-    anew = _begin_or_resume(trainer, threads, checkpoints, output, sampling) == "begun"
+    is_new = _begin_or_resume(trainer, checkpoints, output, sampling)
     try:
         if setup.ranks.is_main:
-            validation = Validation(setup, trainer.objective, threads)
-            tracker = track(anew)
+            validation, tracker = Validation(setup, trainer.objective, trainer.threads), track(is_new)
             with CheckpointWriter(checkpoints) as writer:
                 trainer.train(
                     TrainingLog(validation, output, sampling, writer, tracker, progress, state.images, trainer.total)
@@ -143,7 +143,7 @@ def _train(
         raise DarkroomError(f"{error}, which lies in {path}") from error
     tensors = trainer.checkpoint_tensors()
     if setup.ranks.is_main:
-        weights = {name: value for name, value in tensors.items() if name.startswith((AVERAGED, AUTOENCODER))}
+        weights = {name: value for name, value in tensors.items() if name.startswith(PARTS)}
         save_tensors(output / "final.safetensors", weights, setup.header(state.images, trainer.total))
     # All processes wait until the model is on disk.
     setup.ranks.barrier()
@@ -157,20 +157,13 @@ def preflight(
     sampling: SamplingConfig,
     store: ShardStore | None = None,
 ) -> Preflight:
-    """Measure in a few seconds what ``train`` would do with the same arguments; writes nothing.
-
-    Raises:
-        UserError: As ``train`` does.
-    """
-    device = repeatable(resolve_device(config.device))
-    threads = worker_threads(thread_count(config, SINGLE_PROCESS))
-    with open_dataset(data, config, store) as dataset, device, threads as pool:
-
-        def embed(_: object, texts: list[str]) -> torch.Tensor:
-            # Zero embeddings cost a step the same, so the captions need not be embedded.
-            return torch.zeros(len(texts), WIDTH)
-
-        setup = make_setup(dataset, model, config, sampling, SINGLE_PROCESS, embed)
+    """Measure in a few seconds what ``train`` would do with the same arguments; writes nothing, and raises as it."""
+    device, threads = resolve_device(config.device), thread_count(config, SINGLE_PROCESS)
+    with open_dataset(data, config, store) as dataset, repeatable(device), worker_threads(threads) as pool:
+        # Zero embeddings cost a step the same, so the captions need not be embedded.
+        setup = make_setup(
+            dataset, model, config, sampling, SINGLE_PROCESS, lambda _, texts: torch.zeros(len(texts), WIDTH)
+        )
         reading = seconds_to_read(dataset, dataset.different_captions()[0], cores()) if setup.captions else 0
         trainer = Trainer(setup, pool)
         with trainer.loader:
@@ -187,19 +180,16 @@ def discard(output: Path) -> None:
 def _held(output: Path) -> Iterator[None]:
     """Lock the run's folder for this process; raises UserError if another process uses it."""
     make_folder(output.parent)
-    lock = FileLock(output.parent / f".{output.name}.lock")
     try:
-        lock.acquire(blocking=False)
+        lock = FileLock(output.parent / f".{output.name}.lock").acquire(blocking=False)
     except Timeout as error:
         raise UserError(
             f"another process trains in {output}: wait for it, or set training.output to another folder"
         ) from error
-    try:
+    with lock:
         # A process killed during a write left a file as large as a checkpoint.
         remove_partials(output)
         yield
-    finally:
-        lock.release()
 
 
 def _discard(output: Path) -> None:
@@ -208,16 +198,9 @@ def _discard(output: Path) -> None:
     shutil.rmtree(output / METRICS_BUFFER, ignore_errors=True)
     if output.is_dir():
         write_bytes(output / METRICS_BUFFER / RESTARTED, b"")
-    for pattern in (
-        "final.safetensors",
-        "weights.safetensors",
-        "not_finite*.safetensors",
-        "history.csv",
-        "losses.csv",
-        PREFLIGHT,
-    ):
-        for path in output.glob(pattern):
-            path.unlink()
+    names = ("final.safetensors", "weights.safetensors", "history.csv", "losses.csv", PREFLIGHT)
+    for path in (*output.glob("not_finite*.safetensors"), *(output / name for name in names)):
+        path.unlink(missing_ok=True)
     for folder in (output / "samples", output / SNAPSHOTS, output / "checkpoints"):
         if folder.exists():
             shutil.rmtree(folder)
@@ -225,14 +208,10 @@ def _discard(output: Path) -> None:
 
 def _differences(output: Path, setup: TrainingSetup) -> list[str]:
     """Describe the differences between the run in ``output`` and ``setup``; empty for the same run, or none."""
-    final = output / "final.safetensors"
-    if final.is_file():
-        theirs = read_header(final)
-    else:
-        newest = next(Checkpoints(output / "checkpoints").newest_whole(), None)
-        if newest is None:
-            return []
-        _, theirs = newest
+    final, checkpoints = output / "final.safetensors", Checkpoints(output / "checkpoints")
+    theirs = read_header(final) if final.is_file() else next((each for _, each in checkpoints.newest_whole()), None)
+    if theirs is None:
+        return []
     if theirs.get("format_version") != FORMAT_VERSION:
         return ["its format"]
     ours = setup.header(0, 0)
@@ -249,21 +228,10 @@ def _differences(output: Path, setup: TrainingSetup) -> list[str]:
     return changed or [("the data set's shards" if moved else "its format")]
 
 
-def _require_same_run(output: Path, setup: TrainingSetup) -> None:
-    if changed := _differences(output, setup):
-        raise UserError(
-            f"{output} holds a run that differs in {', '.join(changed)}: "
-            "give --restart to throw it away, or set training.output to another folder"
-        )
-
-
-def _begin_or_resume(
-    trainer: Trainer, threads: Executor, checkpoints: Checkpoints, output: Path, sampling: SamplingConfig
-) -> Literal["begun", "resumed"]:
+def _begin_or_resume(trainer: Trainer, checkpoints: Checkpoints, output: Path, sampling: SamplingConfig) -> bool:
+    """Load the newest checkpoint, or write the first one; returns whether the run is new."""
     setup, state, config = trainer.setup, trainer.state, trainer.config
     ranks = setup.ranks
-    if ranks.is_main:
-        _require_same_run(output, setup)
     tensors, header = (ranks.is_main and checkpoints.newest()) or ({}, None)
     if header := ranks.broadcast(header):
         trainer.total = header["total"]
@@ -273,8 +241,8 @@ def _begin_or_resume(
             logger.info("resuming from %d of %d images", state.images, trainer.total)
             if changed := Fingerprint.model_validate(header[FINGERPRINT]).differences(setup.fingerprint):
                 logger.warning("the fingerprint has changed (%s): the last bits of the weights will differ", changed)
-        return "resumed"
-    pace = None if config.images else measure_pace(setup, threads, sampling)
+        return False
+    pace = None if config.images else measure_pace(setup, trainer.threads, sampling)
     preflight = make_preflight(trainer, pace)
     trainer.total = math.ceil(preflight.images / config.batch_size) * config.batch_size
     trainer.loader.ahead(state.images, trainer.total)
@@ -285,6 +253,5 @@ def _begin_or_resume(
         write_json(output / PREFLIGHT, preflight.model_dump(mode="json"))
     first = trainer.checkpoint_tensors()
     if ranks.is_main:
-        with CheckpointWriter(checkpoints) as writer:
-            writer.save(first, trainer.checkpoint_header(), config.keep)
-    return "begun"
+        checkpoints.save(first, trainer.checkpoint_header())
+    return True

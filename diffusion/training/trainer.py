@@ -4,7 +4,7 @@ import math
 import time
 from collections import deque
 from concurrent.futures import Executor
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -13,15 +13,14 @@ from torch import Tensor
 from diffusion.common.device import resolve_device
 from diffusion.common.errors import DarkroomError
 from diffusion.common.fingerprint import autocast
-from diffusion.data.loader import Batch
+from diffusion.data.loader import Batch, Loader, TrainingOrder, WindowedOrder
 from diffusion.families import family_of
-from diffusion.families.base import OptimizerStep, TrainingBatch
-from diffusion.families.model import to_float
+from diffusion.families.model import OptimizerStep, TrainingBatch, to_float
 from diffusion.training.config import TrainingConfig
 from diffusion.training.distributed import Ranks, full_tensor
 from diffusion.training.logging import TrainingLog
-from diffusion.training.setup import TrainingSetup
-from diffusion.training.state import make_state
+from diffusion.training.setup import COUNTS, FINGERPRINT, TrainingSetup
+from diffusion.training.state import TrainingState
 
 LOGS_PER_CHECKPOINT = 20
 
@@ -34,19 +33,15 @@ class NotFiniteError(DarkroomError):
         self.batch = batch
 
 
-class PendingStep:
-    """An optimizer step in flight whose outcome can be read without waiting for later steps."""
+class PendingStep(NamedTuple):
+    """An optimizer step in flight, whose outcome can be read without waiting for later steps."""
 
-    def __init__(self, images: int, finite: Tensor, batch: Batch, t: Tensor | None) -> None:
-        self.images, self.batch, self.t = images, batch, t
-        self._finite = finite.to("cpu", non_blocking=True)
-        self._event = torch.cuda.current_stream(finite.device).record_event() if finite.is_cuda else None
-
-    def was_finite(self) -> bool:
-        """Wait for the step and return whether loss and gradient were finite."""
-        if self._event is not None:
-            self._event.synchronize()
-        return bool(self._finite)
+    images: int
+    batch: Batch
+    t: Tensor | None
+    finite: Tensor
+    """Whether loss and gradient are finite, on the CPU after ``copied``."""
+    copied: torch.cuda.Event | None
 
 
 class Trainer:
@@ -63,16 +58,33 @@ class Trainer:
             # Initial weights are a function of the seed.
             torch.manual_seed(self.config.seed)
             network = setup.make_network(self.config.gradient_checkpointing)
-            self.objective = family_of(setup.model).make_objective(setup.model, self.config, setup.data)
-        if setup.warm_start:
-            setup.warm_start.initialize(network, setup.model, setup.dataset, setup.classes)
+            family, header = family_of(setup.model), setup.model_header(0)
+            self.objective = family.make_objective(header, self.config, setup.autoencoder)
+        if setup.initial:
+            network.load_state_dict(setup.initial.network.state_dict())
         network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         shard = self.config.shard and setup.ranks.count > 1
-        frozen = setup.frozen_tensors()
-        self.state = make_state(network, self.objective, self.config, self.device, frozen, shard)
+        frozen = setup.autoencoder.to(self.device).state_dict() if setup.autoencoder else {}
+        self.state = TrainingState(network, self.objective, self.config, self.device, frozen, shard)
         if setup.compiled:
             network.compile(dynamic=False)
-        self.loader = setup.make_loader()
+        manifest, rows = setup.dataset.manifest, setup.dataset.rows("train")
+        order: TrainingOrder | WindowedOrder = (
+            TrainingOrder(manifest.content_digest, self.config.seed, len(rows))
+            if self.config.window is None
+            else WindowedOrder(manifest.layout_digest, self.config.seed, self.config.window, setup.dataset.shards(rows))
+        )
+        self.loader = Loader(
+            setup.dataset,
+            rows,
+            order,
+            self.config.batch_size,
+            rank=setup.ranks.rank,
+            ranks=setup.ranks.count,
+            flip_seed=self.config.seed if self.config.flip else None,
+            prefetch=self.config.prefetch,
+            workers=self.config.workers,
+        )
         self.total = 0
         """Total number of images to see, a whole number of batches."""
         self.pending: deque[PendingStep] = deque()
@@ -111,7 +123,7 @@ class Trainer:
             if state.images % save_every == 0 or at_end:
                 tensors = self.checkpoint_tensors()
                 if log:
-                    log.checkpoint(tensors, state.counts(), save_every)
+                    log.checkpoint(tensors, self.checkpoint_header(), save_every)
                 since = time.perf_counter()
 
     def train_step(self, learning_rate: float) -> tuple[Tensor, Tensor]:
@@ -123,7 +135,7 @@ class Trainer:
         batch = self.loader.batch(state.images, self.total)
         x0 = to_float(batch.images).contiguous(memory_format=torch.channels_last)
         noised = self.objective.make_batch(x0, batch.indices, self.setup.training_conditioning(batch))
-        t, noised = noised.t, noised.on(self.device)
+        t, noised = noised.random.get("t"), noised.on(self.device)
         finite, norms = torch.ones((), dtype=torch.bool, device=self.device), []
         for step, optimizer in zip(state.steps, state.optimizers, strict=True):
             loss = self.backward(step, noised)
@@ -139,7 +151,9 @@ class Trainer:
         state.images += config.batch_size
         for average in state.averages:
             average.update(state.network, state.images // config.batch_size)
-        self.pending.append(PendingStep(state.images, finite, batch, t))
+        copied = finite.to("cpu", non_blocking=True)
+        event = torch.cuda.current_stream(self.device).record_event() if finite.is_cuda else None
+        self.pending.append(PendingStep(state.images, batch, t, copied, event))
         self.check_finite(self.lag)
         return loss, torch.stack(norms).amax()
 
@@ -178,7 +192,9 @@ class Trainer:
         state, config = self.state, self.config
         while len(self.pending) > left:
             step = self.pending.popleft()
-            if step.was_finite():
+            if step.copied is not None:
+                step.copied.synchronize()
+            if step.finite:
                 state.skipped_in_a_row = 0
                 continue
             state.skipped += 1
@@ -193,11 +209,20 @@ class Trainer:
 
     def checkpoint_tensors(self) -> dict[str, Tensor]:
         """Collect the tensors of a checkpoint in the main process; all processes must call this together."""
-        return self.state.full_tensors(self.setup.ranks.is_main) if self.config.shard else self.state.tensors()
+        if not self.config.shard:
+            return self.state.tensors()
+        gathered = {}
+        for name, value in self.state.tensors().items():
+            # One tensor at a time, to the CPU: a network that is sharded does not fit on the device.
+            full = full_tensor(value)
+            if self.setup.ranks.is_main:
+                gathered[name] = full.cpu()
+        return gathered
 
     def checkpoint_header(self) -> dict[str, Any]:
-        """Build the header of a checkpoint of the current state."""
-        return self.setup.checkpoint_header(self.state.counts(), self.total)
+        """Build the header of a checkpoint: that of a model, the counts of the state and the machine's fingerprint."""
+        header = self.setup.header(self.state.images, self.total)
+        return header | {COUNTS: self.state.counts(), FINGERPRINT: self.setup.fingerprint.model_dump(mode="json")}
 
 
 def scheduled_learning_rate(config: TrainingConfig, images: int, total: int) -> float:

@@ -222,7 +222,7 @@ def evaluate(config: "Params", local: Local = False) -> CommandOutput:
     """
     if local:
         from diffusion.evaluation.evaluate import evaluate as evaluate_checkpoints
-        from diffusion.training.post_hoc_ema import models_to_evaluate
+        from diffusion.training.ema import models_to_evaluate
         from flows.tracking.console import console
 
         with console() as progress:

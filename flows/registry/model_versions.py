@@ -31,6 +31,7 @@ from diffusion.common.image_grids import image_of, png_bytes
 from diffusion.data.manifest import Sha256
 from diffusion.families.model import Model
 from diffusion.generation.super_resolution import task_of
+from diffusion.models.config import ModelConfig
 from diffusion.process.samplers import SamplingConfig
 from flows.environment import settings
 from flows.registry.aliases import ALIASES, none_if_missing, resolve_alias, verified
@@ -270,7 +271,7 @@ def _example(model: Model) -> pd.DataFrame:
     """Example request that ``model`` can answer."""
     if (low_resolution := task_of(model.config).low_resolution) is None:
         example: dict[str, list[Any]] = {"task": ["sample"], "seed": [0], "count": [2]}
-        return pd.DataFrame(example | ({"steps": [8]} if model.config.samples_in_steps else {}))
+        return pd.DataFrame(example | ({"steps": [8]} if isinstance(model.config, ModelConfig) else {}))
     small = torch.zeros(model.header.channels, low_resolution, low_resolution, dtype=torch.uint8)
     image = base64.b64encode(png_bytes(image_of(small))).decode()
     return pd.DataFrame({"task": ["upscale"], "seed": [0], "image": [image], "steps": [8]})

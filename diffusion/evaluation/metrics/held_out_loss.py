@@ -13,7 +13,6 @@ from diffusion.common.fingerprint import autocast
 from diffusion.common.progress import Progress, silent
 from diffusion.common.threads import worker_threads
 from diffusion.data.dataset import Dataset, Rows
-from diffusion.families import family_of
 from diffusion.families.model import Conditioning, Model, to_float
 from diffusion.generation.config import Conditions
 from diffusion.generation.generate import prompt_embeddings
@@ -86,7 +85,7 @@ def measure_losses(
     number, so that two models get the same noise for the same images.
     """
     device = resolve_device(config.device)
-    model, family = model.on(device), family_of(model.config)
+    model = model.on(device)
     found: list[Terms] = []
     seen = 0
 
@@ -96,7 +95,7 @@ def measure_losses(
         moved = {name: value[places].to(device) for name, value in conditioning.items()}
         x0 = to_float(images[places]).to(device)
         with torch.inference_mode(), autocast(config.precision, device):
-            terms = family.terms(model, x0, moved, [first + int(place) for place in places])
+            terms = model.terms(x0, moved, [first + int(place) for place in places])
         bits = None if terms.bits is None else terms.bits[: len(images)].cpu()
         return Terms(terms.edges, terms.losses[: len(images)].cpu(), bits)
 

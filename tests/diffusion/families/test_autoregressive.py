@@ -22,9 +22,15 @@ from diffusion.generation.config import Conditions
 from diffusion.generation.explain import explain
 from diffusion.generation.generate import interpolate, sample
 from diffusion.generation.requests import tasks_of
-from diffusion.models.autoregressive import PixelCNN, PixelSampler, sample_images
+from diffusion.models.autoregressive import (
+    PixelCNN,
+    PixelSampler,
+    log_probability,
+    mixtures_of,
+    sample_images,
+    sample_pixels,
+)
 from diffusion.models.config import AutoregressiveConfig
-from diffusion.models.discretized_logistics import log_probability, mixtures_of, sample_pixels
 from diffusion.process.editing import Edit
 from diffusion.process.samplers import sampling_config
 from diffusion.training.logging import read_metrics

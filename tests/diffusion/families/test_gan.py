@@ -16,9 +16,8 @@ from diffusion.common.random import GaussianNoise
 from diffusion.common.threads import worker_threads
 from diffusion.data.dataset import Dataset
 from diffusion.evaluation.metrics.held_out_loss import measure_losses, summarize_losses
-from diffusion.families.base import TrainingBatch
 from diffusion.families.gan import GANModel, RelativisticObjective, gradient_penalties
-from diffusion.families.model import to_uint8
+from diffusion.families.model import TrainingBatch, to_uint8
 from diffusion.generation.config import Conditions
 from diffusion.generation.explain import explain
 from diffusion.generation.generate import interpolate, sample
@@ -117,7 +116,7 @@ def test_both_losses_and_their_gradients_are_those_worked_out_by_hand() -> None:
     discriminator, generator = Linear(weights), Constant()
     objective = RelativisticObjective(MODEL.model_copy(update={"latent": 4, "gamma": gamma}), 0, discriminator)  # type: ignore[arg-type]
     x, noise = torch.randn(5, 1, 2, 2), torch.randn(5, 8, 1, 1)
-    batch = TrainingBatch(x, None, noise, None, {})
+    batch = TrainingBatch(x, {}, {"noise": noise})
     mine, theirs = noise[:, 4:].flatten(1), noise[:, :4].flatten(1)
 
     losses = objective.losses(generator, batch)

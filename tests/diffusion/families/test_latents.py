@@ -18,15 +18,16 @@ from diffusion.data.dataset import Dataset
 from diffusion.diffusers_format.export import export_to_diffusers
 from diffusion.evaluation.config import EvaluationConfig
 from diffusion.evaluation.evaluate import evaluate
-from diffusion.families.model import DiffusionModel, to_float, to_uint8
+from diffusion.families.ddpm import DiffusionModel
+from diffusion.families.model import to_float, to_uint8
 from diffusion.generation.explain import explain
 from diffusion.generation.generate import interpolate, make_conditioning, reconstructed, sample
 from diffusion.models.config import ModelConfig
+from diffusion.process.denoiser import guided
 from diffusion.process.editing import Edit, whole
-from diffusion.process.guidance import guided
 from diffusion.training.config import TrainingConfig
+from diffusion.training.ema import models_to_evaluate
 from diffusion.training.logging import read_metrics
-from diffusion.training.post_hoc_ema import models_to_evaluate
 from diffusion.training.preflight import count_flops
 from diffusion.training.setup import train_key
 from diffusion.training.train import preflight

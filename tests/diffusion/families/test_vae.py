@@ -21,7 +21,6 @@ from diffusion.evaluation.evaluate import evaluate
 from diffusion.evaluation.features.feature_extractor import EfficientNetLite0
 from diffusion.evaluation.metrics.distances import compute_moments, frechet_distance
 from diffusion.evaluation.metrics.pixel_metrics import ssim
-from diffusion.families import family_of
 from diffusion.families.model import to_float, to_uint8
 from diffusion.families.vae import VAEModel
 from diffusion.generation.config import Conditions, make_request
@@ -31,8 +30,8 @@ from diffusion.generation.requests import answer, tasks_of
 from diffusion.models import vae
 from diffusion.models.config import ModelConfig, VAEConfig
 from diffusion.process.editing import Edit
+from diffusion.training.ema import models_to_evaluate
 from diffusion.training.logging import read_metrics
-from diffusion.training.post_hoc_ema import models_to_evaluate
 from diffusion.training.preflight import count_flops
 from diffusion.training.train import train
 from tests.builders.comparisons import evaluate_one
@@ -113,7 +112,7 @@ def test_bits_of_what_comes_back_exactly_are_those_of_whole_levels(model: VAEMod
     network.log_scale.data.fill_(log_scale)
     # What the decoder says is the image itself, and the latents say nothing.
     network.forward = lambda x, noise: (x, torch.zeros(len(x), 1), torch.zeros(len(x), 1))  # type: ignore[method-assign]
-    terms = family_of(model.config).terms(VAEModel(model.header, network), to_float(flat), {}, [0, 1])
+    terms = VAEModel(model.header, network).terms(to_float(flat), {}, [0, 1])
     assert terms.bits is not None
     scale = math.exp(log_scale)
     share = math.erf(1 / 255 / scale / math.sqrt(2))

@@ -15,7 +15,7 @@ from diffusion.data.dataset import Dataset
 from diffusion.data.ingest.ingest import forget_captions
 from diffusion.evaluation.config import EvaluationConfig
 from diffusion.evaluation.evaluator import Evaluator
-from diffusion.families.model import DiffusionModel
+from diffusion.families.ddpm import DiffusionModel
 from diffusion.generation.config import Conditions
 from diffusion.generation.generate import check_conditions, check_prompts, label_names, make_conditioning, sample
 from diffusion.models.config import ModelConfig

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from diffusion.checkpoints import load_model
 from diffusion.common.errors import UserError
-from diffusion.families.model import DiffusionModel, to_uint8
+from diffusion.families.ddpm import DiffusionModel
+from diffusion.families.model import to_uint8
 from diffusion.generation.explain import explain, forward, reverse, training_step
 from diffusion.models.config import ModelConfig
 from diffusion.process.schedules import NoiseSchedule, make_schedule

@@ -11,7 +11,7 @@ from PIL import Image
 
 from diffusion.checkpoints import load_model
 from diffusion.common.errors import UserError
-from diffusion.families.model import DiffusionModel
+from diffusion.families.ddpm import DiffusionModel
 from diffusion.generation.config import REQUESTS, GenerationRequest, make_request
 from diffusion.generation.generate import interpolate, sample
 from diffusion.generation.requests import answer, original, tasks_of

@@ -17,7 +17,8 @@ from diffusion.common.errors import UserError
 from diffusion.common.files import digest_of
 from diffusion.data.dataset import Dataset
 from diffusion.evaluation.metrics.pixel_metrics import psnr
-from diffusion.families.model import DiffusionModel, to_float, to_uint8
+from diffusion.families.ddpm import DiffusionModel
+from diffusion.families.model import to_float, to_uint8
 from diffusion.generation.explain import explain
 from diffusion.generation.generate import interpolate, sample
 from diffusion.generation.super_resolution import (

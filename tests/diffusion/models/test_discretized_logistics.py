@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from scipy.stats import chisquare, logistic
 from torch import Tensor
 
-from diffusion.models.discretized_logistics import log_probability, mixtures_of, parameter_count, sample_pixels
+from diffusion.models.autoregressive import log_probability, mixtures_of, parameter_count, sample_pixels
 
 
 def numbers(seed: int, channels: int, mixtures: int, scale: float = 1.0) -> Tensor:

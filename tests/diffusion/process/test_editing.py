@@ -11,7 +11,7 @@ from torch import Tensor
 
 from diffusion.checkpoints import load_model
 from diffusion.common.errors import UserError
-from diffusion.families.model import DiffusionModel
+from diffusion.families.ddpm import DiffusionModel
 from diffusion.generation.config import Conditions
 from diffusion.generation.generate import interpolate, sample
 from diffusion.process.editing import Edit, between, levels_for, pigdm, repaint, replace_known

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from diffusion.process.guidance import clipped, guided, rescaled
+from diffusion.process.denoiser import clipped, guided, rescaled
 from diffusion.process.samplers import heun
 from diffusion.process.schedules import linear_schedule
 

@@ -114,7 +114,7 @@ def test_an_error_of_the_image_weighs_what_the_papers_say(
     objective = Objective(schedule, parametrization, make_weight(config, parametrization))
     x0, noise = images(0), images(1)
     loss = objective.loss(network_wrong_by(0.5, prediction, schedule, x0), x0, torch.tensor([t, t]), noise)
-    expected = 0.25 * as_tabled(weighting, prediction, schedule.snr[t].item(), gamma)
+    expected = 0.25 * as_tabled(weighting, prediction, (schedule.sigmas[t] ** -2).item(), gamma)
     # At the noisiest levels float32 can hardly show an error of x_0 in what is predicted.
     torch.testing.assert_close(loss, torch.full((2,), expected), rtol=5e-3, atol=1e-9)
 

@@ -19,10 +19,10 @@ from diffusion.evaluation.config import EvaluationConfig
 from diffusion.families.model import to_uint8
 from diffusion.generation.explain import explain
 from diffusion.generation.generate import sample
-from diffusion.models.config import ModelConfig, Prediction
+from diffusion.models.config import ModelConfig, Prediction, training_conflict
 from diffusion.models.unet import UNet
 from diffusion.process.denoiser import Denoiser
-from diffusion.process.family_options import training_conflict
+from diffusion.process.likelihood import HALF_A_LEVEL, bound, deviation_between, log_likelihood
 from diffusion.process.parametrization import Objective, Parametrization, plain
 from diffusion.process.samplers import (
     SAMPLING_ADAPTER,
@@ -33,7 +33,6 @@ from diffusion.process.samplers import (
     sampling_config,
 )
 from diffusion.process.schedules import NoiseSchedule, cosine_schedule, edm_schedule, linear_schedule
-from diffusion.process.variance import HALF_A_LEVEL, bound, deviation_between, log_likelihood
 from diffusion.training.config import TrainingConfig
 from diffusion.training.preflight import count_flops
 from diffusion.training.train import train

@@ -19,7 +19,7 @@ def network_of(value: float) -> nn.Linear:
 
 
 def values(average: WeightAverage) -> set[float]:
-    return {value for tensor in average.state_dict().values() for value in tensor.flatten().tolist()}
+    return {value for tensor in average.averages.values() for value in tensor.flatten().tolist()}
 
 
 def test_average_follows_the_closed_form_with_warm_up() -> None:
@@ -49,7 +49,7 @@ def test_average_of_noisy_training_is_nearer_the_optimum_than_the_weights_are() 
             parameter.data -= 0.3 * gradient
         average.update(network, step)
     raw = torch.cat([p.detach().flatten() for p in network.parameters()])
-    averaged = torch.cat([tensor.flatten() for tensor in average.state_dict().values()])
+    averaged = torch.cat([tensor.flatten() for tensor in average.averages.values()])
     assert (averaged - optimum).abs().mean() < 0.5 * (raw - optimum).abs().mean()
 
 
@@ -68,17 +68,18 @@ def test_an_average_restored_from_safetensors_goes_on_bit_for_bit() -> None:
     for step in range(1, 5):
         average.update(nn.Linear(2, 3), step)
     restored = ExponentialAverage(nn.Linear(2, 3), 0.99)
-    restored.load_state_dict(load(save(average.state_dict())))
+    for name, value in load(save(average.averages)).items():
+        restored.averages[name].copy_(value)
     latest = nn.Linear(2, 3)
     average.update(latest, 5)
     restored.update(latest, 5)
-    assert all(torch.equal(value, restored.state_dict()[name]) for name, value in average.state_dict().items())
+    assert all(torch.equal(value, restored.averages[name]) for name, value in average.averages.items())
 
 
 def test_the_averages_fit_the_network_by_name() -> None:
     network = network_of(1.0)
     average = ExponentialAverage(network_of(7.0), 0.9)
-    network.load_state_dict(average.state_dict())
+    network.load_state_dict(average.averages)
     assert {p.unique().item() for p in network.parameters()} == {7.0}
 
 
@@ -125,9 +126,9 @@ def test_an_average_put_together_afterwards_is_that_kept_all_along(length: float
             average.update(layer, step)
         if step % 250 == 0:
             snapshots += [(step, 0.05), (step, 0.1)]
-            values += [average.state_dict()["weight"].clone() for average in kept]
+            values += [average.averages["weight"].clone() for average in kept]
     shares = mixture(snapshots, len(path), length)
     made = sum(share * value for share, value in zip(shares, values, strict=True))
-    expected = wanted.state_dict()["weight"]
+    expected = wanted.averages["weight"]
     assert sum(shares) == pytest.approx(1, abs=0.02)
     assert (made - expected).norm() < 0.1 * min((value - expected).norm() for value in values[-2:])

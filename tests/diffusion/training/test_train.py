@@ -30,12 +30,11 @@ from diffusion.models.config import ModelConfig
 from diffusion.process.schedules import make_schedule
 from diffusion.training.checkpointing import Checkpoints, CheckpointWriter
 from diffusion.training.config import TrainingConfig
-from diffusion.training.logging import MetricsFile, read_metrics
-from diffusion.training.post_hoc_ema import models_to_evaluate
+from diffusion.training.ema import models_to_evaluate
+from diffusion.training.logging import MetricsFile, TrainingMonitor, read_metrics
 from diffusion.training.preflight import count_flops
 from diffusion.training.train import discard, preflight, train
 from diffusion.training.trainer import scheduled_learning_rate
-from diffusion.training.training_monitor import TrainingMonitor
 from tests.builders import ROOT
 from tests.builders.small_datasets import random_images, write_dataset
 from tests.builders.small_trainers import make_trainer, take_step
@@ -316,12 +315,13 @@ def test_the_share_of_time_spent_waiting_for_images_is_recorded(dataset: Path, t
     assert all(0 < share < 1 for share in written)
 
 
-def test_a_history_from_before_a_column_was_there_goes_on(tmp_path: Path) -> None:
-    (tmp_path / "history.csv").write_text("images,loss\n16,0.5\n32,0.4\n48,0.")
+def test_a_history_goes_on_without_the_rows_that_a_killed_process_left(tmp_path: Path) -> None:
+    lines = "images,loss,data_wait\n16,0.5,0\n32,0.4,0\n40,0.3,0\n48,0."
+    (tmp_path / "history.csv").write_text(lines)
     history = MetricsFile(tmp_path / "history.csv", ("loss", "data_wait"))
     history.rewind(32)
     history.append(48, {"loss": 0.25, "data_wait": 0.125})
-    assert (tmp_path / "history.csv").read_text() == "images,loss,data_wait\n16,0.5,nan\n32,0.4,nan\n48,0.25,0.125\n"
+    assert (tmp_path / "history.csv").read_text() == "images,loss,data_wait\n16,0.5,0\n32,0.4,0\n48,0.25,0.125\n"
 
 
 @pytest.fixture

@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from diffusion.common.threads import worker_threads
-from diffusion.families.base import BETAS
-from diffusion.families.model import to_float
+from diffusion.families.model import BETAS, to_float
 from diffusion.models.config import ModelConfig
 from diffusion.training.config import TrainingConfig
 from diffusion.training.trainer import scheduled_learning_rate

@@ -9,9 +9,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from diffusion.checkpoints import load_model
 from diffusion.common.random import GaussianNoise
 from diffusion.evaluation.evaluator import gflop
-from diffusion.families import family_of
-from diffusion.families.base import ConditioningBatch
 from diffusion.families.ddpm import count_evaluations
+from diffusion.families.model import ConditioningBatch
 from diffusion.generation.generate import make_conditioning
 from diffusion.models.config import ModelConfig
 from diffusion.models.text_encoder import WIDTH
@@ -52,7 +51,7 @@ def test_a_image_costs_what_its_drawing_takes(guidance: float | None, tmp_path: 
         make_conditioning(model, [0], 0), GaussianNoise(0, "sampling", [0], model.noise_shape), torch.zeros(WIDTH), None
     )
     with FlopCounterMode(display=False) as counter:
-        family_of(model.config).sample(model, batch, sampling, torch.device("cpu"))
+        model.sample(batch, sampling, torch.device("cpu"))
     assert gflop(model, sampling) == pytest.approx(counter.get_total_flops() / 1e9, rel=0.01)
 
 

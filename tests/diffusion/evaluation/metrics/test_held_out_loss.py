@@ -18,19 +18,19 @@ from diffusion.evaluation.metrics.held_out_loss import (
     measure_losses,
     summarize_losses,
 )
-from diffusion.families.model import DiffusionModel, to_float
+from diffusion.families.ddpm import DiffusionModel
+from diffusion.families.model import to_float
 from diffusion.families.vae import VAEModel
 from diffusion.generation.super_resolution import task_of
-from diffusion.models.config import ModelConfig, VAEConfig
+from diffusion.models.config import LatentSpace, ModelConfig, VAEConfig
 from diffusion.models.text_encoder import ENCODER
 from diffusion.models.unet import UNet
 from diffusion.models.vae import VAE, Latents
 from diffusion.process.denoiser import Denoiser
-from diffusion.process.likelihood import LEVELS, Terms, denoising_terms, noise_levels
+from diffusion.process.likelihood import HALF_A_LEVEL, LEVELS, Terms, bound, denoising_terms, noise_levels
 from diffusion.process.parametrization import Objective, Parametrization, edm
 from diffusion.process.samplers import sampling_config
 from diffusion.process.schedules import edm_schedule
-from diffusion.process.variance import HALF_A_LEVEL, bound
 from tests.builders.captioned import MadeUp
 from tests.builders.ideal_denoiser import IdealDenoiser, two_tone_points
 from tests.builders.small_datasets import random_images, write_dataset
@@ -227,11 +227,11 @@ def test_models_are_told_captions_and_small_images_as_in_training(made_up: MadeU
 
 def test_of_latents_there_is_a_loss_and_no_bits() -> None:
     torch.manual_seed(0)
-    vae = VAE(VAEConfig(width=16, channel_mult=(1, 1), latent_channels=3), 1, 16).eval()
+    vae = VAEConfig(width=16, channel_mult=(1, 1), latent_channels=3)
     about = header(size=16)
     assert isinstance(about.model, ModelConfig)
     network = UNet(about.model.model_copy(update={"patch": 1}), 3, 4).eval()
-    latents = Latents(vae, torch.zeros(1, 3, 1, 1), torch.ones(1, 3, 1, 1))
+    latents = Latents(LatentSpace(autoencoder=vae, digest="", channels=3, size=4), (1, 16, 16)).eval()
     model = DiffusionModel(about, network, edm_schedule(1000), latents)
     found = summarize_losses(measure_losses(model, [(torch.from_numpy(random_images(9, size=16)), {})], SAMPLING))
     assert found.bits_per_dim is None
