@@ -16,7 +16,7 @@ from diffusion.common.config import Config
 from flows import environment
 from flows.config import Params, RetentionConfig
 from flows.deployment.tasks import retryable_task
-from flows.local_stack.discovery import vacuum_deleted_objects
+from flows.local_stack.seaweedfs import vacuum_deleted_objects
 from flows.retention.batch_items import SamplingBatches
 from flows.retention.dataset_items import DataSets
 from flows.retention.policy import Item, Sweep

@@ -22,7 +22,7 @@ from flows.datasets.lineage import DataVersion
 from flows.datasets.purge import Purged, purge_dvc, purge_files, purge_samples
 from flows.datasets.sync import announce, bring_up_to_date, publish
 from flows.deployment.tasks import retryable_task
-from flows.local_stack.discovery import vacuum_deleted_objects
+from flows.local_stack.seaweedfs import vacuum_deleted_objects
 from flows.registry.takedown_marks import Derived, clear_images, find_derived, mark
 from flows.tracking.progress_reporter import reporter
 

@@ -159,7 +159,7 @@ def is_file(model: str | None) -> TypeGuard[str]:
 def connect(*needs: "Server") -> Iterator[None]:
     """Use the servers in ``needs`` in this process, and show progress on the console."""
     from flows.environment import settings
-    from flows.local_stack.discovery import join_servers
+    from flows.local_stack.stack import join_servers
     from flows.monitoring.health import require
     from flows.tracking.console import OURS, console
 

@@ -212,7 +212,7 @@ def _in_cache(folder: Path) -> "Callable[[FileEntry], Path | None]":
 def _connect_remote() -> str:
     """Connect to the S3 server; returns the URL of the DVC remote."""
     from flows.environment import data_source
-    from flows.local_stack.discovery import join_servers
+    from flows.local_stack.stack import join_servers
 
     join_servers("s3")
     return data_source()

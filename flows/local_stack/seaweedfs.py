@@ -11,12 +11,13 @@ import ssl
 import sysconfig
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 import httpx
 
 from diffusion.common.errors import UserError
-from flows.local_stack.stack_files import LOOPBACK
+from flows.environment import settings
+from flows.local_stack.server_process import LOOPBACK
+from flows.local_stack.stack import LocalStack, servers_in_environment
 
 PORTS = ("s3", "master", "volume", "filer", "admin")
 """Each needs its own port and the gRPC port ten thousand above it."""
@@ -28,7 +29,7 @@ ENVIRONMENT = {"GOMEMLIMIT": "400MiB", "GOGC": "50"}
 230 MiB are reserved from the start, mostly untouched: with a lower limit it collects garbage all the time, even idle.
 """
 TLS = "tls.pem"
-"""File in the working folder with the certificate and private key of ``flows.local_stack.tls``."""
+"""File in the working folder with the certificate and private key."""
 GRPC_SERVICES = ("master", "volume", "filer", "s3", "admin", "worker", "client")
 HTTPS_SERVERS = ("master", "volume", "filer", "admin")
 
@@ -72,35 +73,22 @@ def command(ports: Sequence[int]) -> list[str]:
     ]
 
 
-def vacuum(master_port: int, folder: Path) -> None:
-    """Compact the server's volumes, which frees the space of deleted objects.
-
-    Args:
-        master_port: Port of the master.
-        folder: Working folder of the server, where its ``files`` are.
-
-    Raises:
-        httpx.HTTPError: The server does not answer.
-        UserError: The server was started by an older Darkroom.
-    """
-    if not (folder / TLS).exists():
-        raise UserError(f"the S3 server in {folder} is of an older Darkroom: run `darkroom up`, which restarts it")
+def vacuum_deleted_objects() -> None:
+    """Free the disk space of deleted objects on the local S3 server, if it is in use."""
+    local = LocalStack.read(settings().folder)
+    if local is None or "s3" in servers_in_environment() or not local.runs("s3"):
+        return
     time.sleep(FORGOTTEN_AFTER)
-    identity = ssl.create_default_context(cafile=folder / TLS)
-    identity.load_cert_chain(folder / TLS)
+    identity = ssl.create_default_context(cafile=local.folder / "s3" / TLS)
+    identity.load_cert_chain(local.folder / "s3" / TLS)
     with httpx.Client(verify=identity, trust_env=False, timeout=600) as master:
-        # Compact at any share of deleted bytes.
-        address = f"https://{LOOPBACK}:{master_port}/vol/vacuum"
+        # Compact volumes with any share of deleted bytes.
+        address = f"https://{LOOPBACK}:{local.state.ports['master']}/vol/vacuum"
         master.get(address, params={"garbageThreshold": 1e-9}).raise_for_status()
 
 
 def files(configuration: str, tls_identity: str) -> dict[str, str]:
-    """Files of the server's working folder by name; all are secrets.
-
-    Args:
-        configuration: Keys that the S3 port accepts, see ``config``.
-        tls_identity: Certificate and private key in PEM, see ``flows.local_stack.tls.new_identity``.
-    """
+    """Files of the server's working folder by name; all are secrets. ``tls_identity`` is from ``new_identity``."""
     return {"s3.json": configuration, TLS: tls_identity, "security.toml": _security()}
 
 

@@ -19,7 +19,7 @@ from diffusion.common.config import Config
 from diffusion.common.errors import DarkroomError, UserError
 from diffusion.common.escaping import escape_controls
 from diffusion.common.files import sha256_file, write_json
-from flows.local_stack.discovery import join_servers
+from flows.local_stack.stack import join_servers
 from flows.registry import model_versions
 from flows.registry.aliases import verified
 from flows.registry.ledger import Ledger
