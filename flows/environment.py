@@ -121,17 +121,14 @@ class Staging(BaseSettings):
             )
         others = self.model_dump(exclude={"home"}, exclude_none=True)
         if self.home is not None and others:
-            raise ValueError(
-                f"{PREFIX}HOME names a local stack: unset {', '.join(f'{PREFIX}{n.upper()}' for n in others)}"
-            )
+            names = ", ".join(f"{PREFIX}{name.upper()}" for name in others)
+            raise ValueError(f"{PREFIX}HOME names a local stack: unset {names}")
         return self
 
     @property
     def called(self) -> str:
         """Location for messages, without credentials."""
-        if self.home is not None:
-            return str(self.home)
-        return re.sub(r"//[^/]*@", "//", self.mlflow_tracking_uri or "")
+        return str(self.home or re.sub(r"//[^/]*@", "//", self.mlflow_tracking_uri or ""))
 
     def variables(self) -> dict[str, str]:
         """Environment of a process that uses these servers instead of ours."""

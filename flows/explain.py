@@ -38,10 +38,7 @@ def explain_version(params: Params, model: str, output: Path, seed: int) -> Expl
     dataset = Dataset.open(params.dataset_folder)
     held_out = dataset.rows("held_out")
     rows = held_out if len(held_out) else dataset.rows("train")
-    image = dataset.images([rows[seed % len(rows)]])[0]
-    loaded = load_model(weights)
-    files = explain_model(loaded, image, output, seed)
-    tracker = RunTracker(client, version.run_id)
+    files = explain_model(load_model(weights), dataset.images([rows[seed % len(rows)]])[0], output, seed)
     for file in files:
-        tracker.log_file(file, "explain")
+        RunTracker(client, version.run_id).log_file(file, "explain")
     return Explanation(model=version.uri, files=files)

@@ -34,7 +34,7 @@ class GcResult(Config):
 @flow(name="gc", flow_run_name="gc")
 def gc(params: Params) -> GcResult:
     """Delete what ``params.retention`` does not keep in the bucket, in MLflow and on this machine."""
-    done = collect_garbage(params)
+    done = collect_garbage(params.retention)
     create_table_artifact(
         [item.model_dump(mode="json") for item in done.items if item.fate != "stays"],
         key="gc",
@@ -44,13 +44,13 @@ def gc(params: Params) -> GcResult:
 
 
 @retryable_task
-def collect_garbage(params: Params) -> GcResult:
-    """Collect sampling batches and runs first, then the data sets that they refer to."""
-    return collect(params.retention, datetime.now(UTC))
+def collect_garbage(policy: RetentionConfig) -> GcResult:
+    """Collect garbage as of now."""
+    return collect(policy, datetime.now(UTC))
 
 
 def collect(policy: RetentionConfig, now: datetime, dry_run: bool = False) -> GcResult:
-    """Collect garbage as of ``now``; ``dry_run`` only lists the items."""
+    """Collect garbage as of ``now``: batches and runs, then the data sets they need; ``dry_run`` only lists it."""
     items = []
     for sweep in sweeps(policy, now):
         items += sweep.items

@@ -12,7 +12,7 @@ from diffusion.data.manifest import read_manifest
 from flows.config import Params
 from flows.datasets.sync import sync
 from flows.deployment.tasks import completed_state, retryable_task
-from flows.tracking.progress_reporter import reporter
+from flows.tracking.console import reporter
 
 MONITORED = "darkroom.monitored"
 """Tag of a version: digest of data, weights and settings of its last monitoring."""
@@ -84,7 +84,8 @@ def evaluate_champion(params: Params) -> MonitorResult:
     RunTracker(client, version.run_id).log_metrics(
         {f"monitor_{name}": each for name, each in figures.items()}, int(time.time())
     )
-    rows = [f"| {name} | {value:.4g} | {_shown(before.get(name))} |" for name, value in sorted(figures.items())]
+    then = {name: f"{value:.4g}" for name, value in before.items()}
+    rows = [f"| {name} | {value:.4g} | {then.get(name, '')} |" for name, value in sorted(figures.items())]
     create_markdown_artifact(
         "\n".join([f"**{version.uri}**: {summary}", "", "| metric | now | at promotion |", "|---|---|---|", *rows]),
         key="monitor",
@@ -100,12 +101,5 @@ def compare_kid(extractor: str, now: dict[str, float], before: dict[str, float])
     if kid not in before or se not in before:
         return f"{words}; it was not evaluated with it before", False
     drifted = now[kid] - before[kid] > SURELY * math.hypot(now[se], before[se])
-    return (
-        f"{words}, {before[kid]:.4g} ± {before[se]:.2g} at promotion: "
-        + ("significantly worse" if drifted else "not significantly worse"),
-        drifted,
-    )
-
-
-def _shown(value: float | None) -> str:
-    return "" if value is None else f"{value:.4g}"
+    verdict = "significantly worse" if drifted else "not significantly worse"
+    return f"{words}, {before[kid]:.4g} ± {before[se]:.2g} at promotion: {verdict}", drifted

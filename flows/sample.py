@@ -23,7 +23,6 @@ from diffusion.data.prefetch import in_order
 from diffusion.generation.config import UNCONDITIONAL, Conditions, read_request
 from diffusion.generation.generation_result import GenerationResult, generate_to_folder
 from diffusion.generation.super_resolution import task_of
-from diffusion.process.samplers import SamplingConfig
 from flows import environment
 from flows.config import Params, SamplingBatchConfig
 from flows.deployment.tasks import retryable_task, submitter, task_runner
@@ -36,7 +35,7 @@ from flows.sampling.lookup import read_image, read_rows
 from flows.sampling.sampling_batch import MANIFEST, SamplingBatch
 from flows.storage.s3 import Location, Store
 from flows.storage.s3_errors import Missing
-from flows.tracking.progress_reporter import bar, reporter
+from flows.tracking.console import bar, reporter
 
 logger = logging.getLogger(__name__)
 
@@ -80,13 +79,10 @@ def sample(
     """
     version, weights = fetch(model)
     for _ in range(ATTEMPTS):
-        batch, place = begin(
-            version, weights, params.sampling, params.sampling_batch, count, seed, to, conditions, requests
-        )
+        batch, place = begin(params, version, weights, count, seed, to, conditions, requests)
+        chunks = generate_chunks.with_options(task_runner=task_runner(params.sampling_batch))
         try:
-            cost = generate_chunks.with_options(task_runner=task_runner(params.sampling_batch))(
-                params, batch, place, version
-            )
+            cost = chunks(params, batch, place, version)
         except Missing:
             if not generate_batch.is_deleted(Store(), place):
                 raise
@@ -134,19 +130,20 @@ def samples_from_noise(model: str) -> bool:
 
 @retryable_task
 def begin(
+    params: Params,
     version: Version,
     weights: Path,
-    sampling: SamplingConfig,
-    config: SamplingBatchConfig,
     count: int | None,
     seed: int,
     to: str | None,
     conditions: Conditions,
-    requests: str | None = None,
+    requests: str | None,
 ) -> tuple[SamplingBatch, Location]:
     """Plan the batch and record it on S3; raises Held if ``to`` holds a different batch."""
     store = Store()
-    batch, table = generate_batch.plan(store, version, weights, sampling, config, count, seed, conditions, requests)
+    batch, table = generate_batch.plan(
+        store, version, weights, params.sampling, params.sampling_batch, count, seed, conditions, requests
+    )
     place = Location.parse(to or f"s3://{environment.settings().bucket}")
     if not place.prefix:
         place = generate_batch.usual_place(store, batch, place.bucket)
@@ -192,8 +189,14 @@ def finish(batch: SamplingBatch, place: Location, cost: GenerationCost) -> Sampl
     store = Store()
     if not generate_batch.finish(store, batch, place):
         return None
+    shown = min(SHOWN, batch.count)
+    chunks = range(-(-shown // batch.chunk_size))
+    rows = [row for chunk in chunks for row in read_rows(store, place, batch, chunk)][:shown]
+    pngs = (io.BytesIO(read_image(store, place, batch, row["index"], row)) for row in rows)
+    pixels = [np.array(Image.open(png, formats=("PNG",))) for png in pngs]
+    images = [torch.from_numpy(each.reshape(*each.shape[:2], -1)).permute(2, 0, 1) for each in pixels]
     sheet = Path("samples", batch.model, str(batch.version), f"{batch.name}.png")
-    save_png(sheet, grid(torch.stack([_pixels(png) for png in _first(store, batch, place)])))
+    save_png(sheet, grid(torch.stack(images)))
     done = SamplingBatchResult(
         uri=f"{place}/",
         model=f"models:/{batch.model}/{batch.version}",
@@ -224,16 +227,3 @@ def answer(
     origin = {"model": version.uri, "run_id": version.run_id}
     request = read_request(fields, image, mask)
     return generate_to_folder(weights, request, params.sampling, output, origin, reporter())
-
-
-def _first(store: Store, batch: SamplingBatch, place: Location) -> list[bytes]:
-    """PNG bytes of the first images on S3."""
-    shown = min(SHOWN, batch.count)
-    chunks = range(-(-shown // batch.chunk_size))
-    rows = [row for chunk in chunks for row in read_rows(store, place, batch, chunk)][:shown]
-    return [read_image(store, place, batch, row["index"], row) for row in rows]
-
-
-def _pixels(png: bytes) -> torch.Tensor:
-    pixels = np.array(Image.open(io.BytesIO(png), formats=("PNG",)))
-    return torch.from_numpy(pixels.reshape(*pixels.shape[:2], -1)).permute(2, 0, 1)

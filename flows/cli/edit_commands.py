@@ -1,8 +1,7 @@
 """``darkroom edit``: inpainting, img2img, interpolation and super-resolution, written to a local folder."""
 
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -35,14 +34,6 @@ Prompt = Annotated[
 ]
 
 
-class InpaintMethod(StrEnum):
-    """Inpainting method."""
-
-    REPLACE = "replace"
-    PIGDM = "pigdm"
-    REPAINT = "repaint"
-
-
 @command(app)
 def inpaint(
     config: "Params",
@@ -51,13 +42,13 @@ def inpaint(
         Path, typer.Option("--mask", help="Image file of the image's size: white is filled, black is kept.")
     ],
     method: Annotated[
-        InpaintMethod,
+        Literal["replace", "pigdm", "repaint"],
         typer.Option(
             "--method",
             help="replace: replace the known pixels at each step (fast). pigdm: guide each step by a gradient, 2.5 "
             "times the work. repaint: go back and resample.",
         ),
-    ] = InpaintMethod.REPLACE,
+    ] = "replace",
     resample_steps: Annotated[
         int | None,
         typer.Option(
@@ -83,7 +74,7 @@ def inpaint(
     Example:  darkroom edit inpaint face.png --mask hole.png --method pigdm --model models:/faces@champion
     """
     fields: dict[str, Any] = {"count": count, "seed": seed, "strength": strength}
-    fields |= {"method": method.value, "resample_steps": resample_steps}
+    fields |= {"method": method, "resample_steps": resample_steps}
     fields |= {"label": label, "prompt": prompt, "negative_prompt": negative_prompt}
     return generate_images(config, "inpaint", fields, model, output, image, mask)
 
