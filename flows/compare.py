@@ -38,16 +38,10 @@ def compare(params: Params, families: Sequence[str] = tuple(FAMILIES), restart: 
     """
     variants = family_variants(params, families)
     trained = {name: train(each, "if_different" if restart else "never") for name, each in variants.items()}
-    ranking, page = rank(variants)
+    ranking, page = retryable_task(rank_variants)(variants, reporter())
     models = [each.model_copy(update={"run_id": trained[each.name].run_id}) for each in ranking.models]
     report(variants, ranking, page)
     return RankingResult(ranking=ranking.model_copy(update={"models": models}), report=page)
-
-
-@retryable_task
-def rank(variants: Mapping[str, Params]) -> tuple[Ranking, Path]:
-    """Sample from each model, rank them, and write the report; samples are cached."""
-    return rank_variants(variants, reporter())
 
 
 @retryable_task
@@ -84,7 +78,7 @@ def family_variants(params: Params, names: Sequence[str]) -> dict[str, Params]:
 
 
 def rank_variants(variants: Mapping[str, Params], progress: Progress) -> tuple[Ranking, Path]:
-    """Rank the final models of ``variants``; returns the ranking and its report in the data set's report folder."""
+    """Rank the final models by their samples, which are cached; returns the ranking and its report."""
     params = next(iter(variants.values()))
     folder = Path("reports") / params.training.dataset
     models = {name: (each.run_folder / "final.safetensors", each.sampling) for name, each in variants.items()}

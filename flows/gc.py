@@ -34,19 +34,13 @@ class GcResult(Config):
 @flow(name="gc", flow_run_name="gc")
 def gc(params: Params) -> GcResult:
     """Delete what ``params.retention`` does not keep in the bucket, in MLflow and on this machine."""
-    done = collect_garbage(params.retention)
+    done = retryable_task(collect)(params.retention, datetime.now(UTC))
     create_table_artifact(
         [item.model_dump(mode="json") for item in done.items if item.fate != "stays"],
         key="gc",
         description=f"{sum(item.fate == 'stays' for item in done.items)} stay",
     )
     return done
-
-
-@retryable_task
-def collect_garbage(policy: RetentionConfig) -> GcResult:
-    """Collect garbage as of now."""
-    return collect(policy, datetime.now(UTC))
 
 
 def collect(policy: RetentionConfig, now: datetime, dry_run: bool = False) -> GcResult:

@@ -81,10 +81,9 @@ def retrain(
         from diffusion.families.model import classes_of
         from diffusion.generation.generate import check_conditions, check_prompts
         from flows.evaluate import evaluate
-        from flows.explain import explain
         from flows.promote import promote
         from flows.registry.dependencies import require_promotable
-        from flows.sample import sample, samples_from_noise
+        from flows.sample import explain, sample, samples_from_noise
         from flows.train import train
 
         # Before hours of training: can the model be evaluated, promoted, and sampled under these conditions?

@@ -1,4 +1,4 @@
-"""Flows ``sample`` and ``generate``: images of a registered model, on S3 with a manifest or in a local folder."""
+"""Flows of a registered model: ``sample`` to S3 with a manifest, ``generate`` to a local folder, and ``explain``."""
 
 import io
 import logging
@@ -19,10 +19,13 @@ from diffusion.common.device import resolve_device
 from diffusion.common.errors import DarkroomError, Held
 from diffusion.common.image_grids import grid, save_png
 from diffusion.common.threads import cores
+from diffusion.data.dataset import Dataset
 from diffusion.data.prefetch import in_order
 from diffusion.generation.config import UNCONDITIONAL, Conditions, read_request
+from diffusion.generation.explain import explain as explain_model
 from diffusion.generation.generation_result import GenerationResult, generate_to_folder
 from diffusion.generation.super_resolution import task_of
+from diffusion.process.samplers import SamplingConfig
 from flows import environment
 from flows.config import Params, SamplingBatchConfig
 from flows.deployment.tasks import retryable_task, submitter, task_runner
@@ -36,6 +39,7 @@ from flows.sampling.sampling_batch import MANIFEST, SamplingBatch
 from flows.storage.s3 import Location, Store
 from flows.storage.s3_errors import Missing
 from flows.tracking.console import bar, reporter
+from flows.tracking.runs import RunTracker
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +65,13 @@ class SamplingBatchResult(Config):
     """Cost of the images generated in this run."""
 
 
+class Explanation(Config):
+    """Plots of a model version."""
+
+    model: str
+    files: list[Path]
+
+
 @flow(name="sample", flow_run_name="sample-of-{model}")
 def sample(
     params: Params,
@@ -79,7 +90,9 @@ def sample(
     """
     version, weights = fetch(model)
     for _ in range(ATTEMPTS):
-        batch, place = begin(params, version, weights, count, seed, to, conditions, requests)
+        batch, place = begin(
+            version, weights, params.sampling, params.sampling_batch, count, seed, to, conditions, requests
+        )
         chunks = generate_chunks.with_options(task_runner=task_runner(params.sampling_batch))
         try:
             cost = chunks(params, batch, place, version)
@@ -114,6 +127,13 @@ def generate(
     return answer(params, version, weights, fields, image, mask, output)
 
 
+@flow(name="explain", flow_run_name="explain-{model}")
+def explain(params: Params, model: str, output: Path, seed: int = 0) -> Explanation:
+    """Plot forward process, training step and reverse process of a version; also log the plots to its MLflow run."""
+    version, weights = fetch(model)
+    return plot(params, version, weights, output, seed)
+
+
 @retryable_task
 def fetch(model: str) -> tuple[Version, Path]:
     """Resolve ``model`` to a version, and fetch its weights to a local file."""
@@ -130,20 +150,19 @@ def samples_from_noise(model: str) -> bool:
 
 @retryable_task
 def begin(
-    params: Params,
     version: Version,
     weights: Path,
+    sampling: SamplingConfig,
+    config: SamplingBatchConfig,
     count: int | None,
     seed: int,
     to: str | None,
     conditions: Conditions,
-    requests: str | None,
+    requests: str | None = None,
 ) -> tuple[SamplingBatch, Location]:
     """Plan the batch and record it on S3; raises Held if ``to`` holds a different batch."""
     store = Store()
-    batch, table = generate_batch.plan(
-        store, version, weights, params.sampling, params.sampling_batch, count, seed, conditions, requests
-    )
+    batch, table = generate_batch.plan(store, version, weights, sampling, config, count, seed, conditions, requests)
     place = Location.parse(to or f"s3://{environment.settings().bucket}")
     if not place.prefix:
         place = generate_batch.usual_place(store, batch, place.bucket)
@@ -227,3 +246,15 @@ def answer(
     origin = {"model": version.uri, "run_id": version.run_id}
     request = read_request(fields, image, mask)
     return generate_to_folder(weights, request, params.sampling, output, origin, reporter())
+
+
+@retryable_task
+def plot(params: Params, version: Version, weights: Path, output: Path, seed: int) -> Explanation:
+    """Write the plots for a held-out image to ``output`` and log them to the version's MLflow run."""
+    dataset = Dataset.open(params.dataset_folder)
+    held_out = dataset.rows("held_out")
+    rows = held_out if len(held_out) else dataset.rows("train")
+    files = explain_model(load_model(weights), dataset.images([rows[seed % len(rows)]])[0], output, seed)
+    for file in files:
+        RunTracker(MlflowClient(), version.run_id).log_file(file, "explain")
+    return Explanation(model=version.uri, files=files)

@@ -49,15 +49,9 @@ def train(params: Params, restart: Restart | Literal["always"] = "never") -> Tra
     with concurrency_slot(f"training-{resolve_device(params.training.device).type}"):
         if restart == "always":
             # A separate task: a retry of the training must not discard its progress.
-            start_over(params)
+            retryable_task(discard)(params.run_folder)
             restart = "never"
         return train_and_track(params, restart)
-
-
-@retryable_task
-def start_over(params: Params) -> None:
-    """Discard the run folder."""
-    discard(params.run_folder)
 
 
 @retryable_task

@@ -46,8 +46,7 @@ Count = Annotated[int, typer.Option("--count", min=1, help="Number of images.")]
 LARGEST_SEED = 2**63 - 1
 """Largest seed that a manifest can hold."""
 Seed = Annotated[
-    int,
-    typer.Option("--seed", min=0, max=LARGEST_SEED, help="Seed; image i of a seed is the same image everywhere."),
+    int, typer.Option("--seed", min=0, max=LARGEST_SEED, help="Seed; image i of a seed is the same image everywhere.")
 ]
 NegativePrompt = Annotated[
     str | None,

@@ -19,9 +19,7 @@ if TYPE_CHECKING:
     from flows.datasets.dvc import KeptFiles
 
 app = typer.Typer(
-    name="data",
-    help="Versions of a data set: list, show, compare, check out; take images down.",
-    no_args_is_help=True,
+    name="data", help="Versions of a data set: list, show, compare, check out; take images down.", no_args_is_help=True
 )
 All = Annotated[bool, typer.Option("--all", help="Show complete lists instead of the first 20 entries.")]
 FIRST = 20
@@ -147,10 +145,10 @@ def remove(
             metavar="KEY|PATTERN…", help="Image keys (8 or more hex digits) or source name patterns (* as wildcard)."
         ),
     ] = None,
-    source: Annotated[list[str], typer.Option("--source", metavar="PATTERN", help="Source name pattern.")] = [],  # noqa: B006
-    label: Annotated[str | None, typer.Option("--label", help="Only images of this class.")] = None,
+    source: Annotated[list[str], typer.Option(metavar="PATTERN", help="Source name pattern.")] = [],  # noqa: B006
+    label: Annotated[str | None, typer.Option(help="Only images of this class.")] = None,
     reason: Annotated[
-        str, typer.Option("--reason", help="One-line reason, stored in the record; required except with --dry-run.")
+        str, typer.Option(help="One-line reason, stored in the record; required except with --dry-run.")
     ] = "",
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only list the images that would be removed, and their source names.")

@@ -45,11 +45,9 @@ def trace(what: What) -> CommandOutput:
 @command(app, panel="Provenance")
 def reproduce(
     what: What,
-    count: Annotated[
-        int | None, typer.Option("--count", min=1, help="Number of images of a batch; default: all.")
-    ] = None,
+    count: Annotated[int | None, typer.Option(min=1, help="Number of images of a batch; default: all.")] = None,
     out: Annotated[
-        Path | None, typer.Option("--out", metavar="FOLDER", help="Folder to write the images to; default: none.")
+        Path | None, typer.Option(metavar="FOLDER", help="Folder to write the images to; default: none.")
     ] = None,
     installed: Annotated[
         bool,
@@ -77,12 +75,11 @@ def reproduce(
 @operations
 def deploy(
     config: "Params",
-    cron: Annotated[str, typer.Option("--cron", help="Retraining schedule, in UTC.")] = "0 2 * * *",
-    monitor_cron: Annotated[str, typer.Option("--monitor-cron", help="Monitoring schedule, in UTC.")] = "0 5 * * *",
+    cron: Annotated[str, typer.Option(help="Retraining schedule, in UTC.")] = "0 2 * * *",
+    monitor_cron: Annotated[str, typer.Option(help="Monitoring schedule, in UTC.")] = "0 5 * * *",
     pool: Pool = POOL,
     training_pool: Annotated[
-        str | None,
-        typer.Option("--training-pool", metavar="NAME", help="Work pool for training; default: --pool."),
+        str | None, typer.Option(metavar="NAME", help="Work pool for training; default: --pool.")
     ] = None,
     workspace: Annotated[
         Path | None,

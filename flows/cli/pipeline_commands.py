@@ -39,10 +39,7 @@ To = Annotated[
         help="s3://BUCKET (for samples/MODEL/VERSION/BATCH/ in it) or s3://BUCKET/PREFIX; default: DARKROOM_BUCKET.",
     ),
 ]
-Labels = Annotated[
-    list[str],
-    typer.Option("--label", metavar="NAME", help="Class label; several are used in turn."),
-]
+Labels = Annotated[list[str], typer.Option("--label", metavar="NAME", help="Class label; several are used in turn.")]
 Prompts = Annotated[
     list[str],
     typer.Option("--prompt", metavar="TEXT", help="Text prompt, for a model trained on captions; several as --label."),
@@ -254,8 +251,7 @@ def evaluate(config: "Params", local: Local = False) -> CommandOutput:
 def promote(
     config: "Params",
     version: Annotated[
-        int | None,
-        typer.Option("--to", min=1, metavar="VERSION", help="Manual override: make this version champion."),
+        int | None, typer.Option("--to", min=1, metavar="VERSION", help="Manual override: make this version champion.")
     ] = None,
     reason: Reason = None,
     taken_down: Annotated[
@@ -290,7 +286,7 @@ def sample(
     config: "Params",
     model: Model = None,
     count: Annotated[
-        int | None, typer.Option("--count", min=1, help="Number of images; default: 64, or one per row of --requests.")
+        int | None, typer.Option(min=1, help="Number of images; default: 64, or one per row of --requests.")
     ] = None,
     requests: RequestTable = None,
     seed: Seed = 0,
@@ -333,15 +329,7 @@ def sample(
 
         conditions = Conditions(labels=tuple(label), prompts=tuple(prompt), negative_prompt=negative_prompt)
         done = sample(config, model or f"models:/{config.model_name}@champion", count, seed, to, conditions, requests)
-    return CommandOutput(
-        done,
-        [
-            f"{done.count} images of {done.model} in {done.uri}",
-            f"manifest: {done.manifest}",
-            f"contact sheet: {done.contact_sheet}",
-            done.took.words,
-        ],
-    )
+    return CommandOutput(done)
 
 
 @command(app, panel="Pipeline", overrides={"source": "ingest.source"})

@@ -47,29 +47,16 @@ def binary() -> str:
 
 def command(ports: Sequence[int]) -> list[str]:
     """Command line for a working folder with ``files``; ``ports`` in the order of ``PORTS``."""
-    numbers = [f"-{name}.port={port}" for name, port in zip(PORTS, ports, strict=True)]
     return [
-        binary(),
-        "-logtostderr",  # Its log files would go to /tmp.
-        "mini",
-        "-dir=.",
-        f"-ip={LOOPBACK}",
-        f"-ip.bind={LOOPBACK}",
-        "-s3.config=s3.json",
+        # Its log files would go to /tmp.
+        *(binary(), "-logtostderr", "mini", "-dir=.", f"-ip={LOOPBACK}", f"-ip.bind={LOOPBACK}"),
+        *(f"-{name}.port={port}" for name, port in zip(PORTS, ports, strict=True)),
         # The default is in /tmp, where other users could create them first.
-        "-s3.localSocket=s3.sock",
-        "-filer.localSocket=filer.sock",
-        *numbers,
-        "-master.telemetry=false",
-        "-admin.ui=false",
-        "-webdav=false",
-        "-s3.port.iceberg=0",
-        "-s3.port.lance=0",
-        "-s3.autoCreateBucket=false",
-        "-s3.allowDeleteBucketNotEmpty=false",
-        "-master.volumeSizeLimitMB=64",
-        "-volume.max=2000",
-        "-idleTimeout=5",  # Else it takes 30 s to stop.
+        *("-s3.config=s3.json", "-s3.localSocket=s3.sock", "-filer.localSocket=filer.sock"),
+        *("-master.telemetry=false", "-admin.ui=false", "-webdav=false", "-s3.port.iceberg=0", "-s3.port.lance=0"),
+        *("-s3.autoCreateBucket=false", "-s3.allowDeleteBucketNotEmpty=false"),
+        # It would take 30 s to stop.
+        *("-master.volumeSizeLimitMB=64", "-volume.max=2000", "-idleTimeout=5"),
     ]
 
 
@@ -88,8 +75,19 @@ def vacuum_deleted_objects() -> None:
 
 
 def files(configuration: str, tls_identity: str) -> dict[str, str]:
-    """Files of the server's working folder by name; all are secrets. ``tls_identity`` is from ``new_identity``."""
-    return {"s3.json": configuration, TLS: tls_identity, "security.toml": _security()}
+    """Files of the server's working folder by name, all secret; ``security.toml`` asks TLS on all ports but S3."""
+    identity = {"cert": TLS, "key": TLS}
+    sections: dict[str, dict[str, str | bool]] = {
+        "grpc": {"ca": TLS},
+        **{f"grpc.{service}": {**identity} for service in GRPC_SERVICES},
+        "https.client": {"enabled": True, "ca": TLS, **identity},
+        # With a CA they require a client certificate.
+        **{f"https.{server}": {"ca": TLS, **identity} for server in HTTPS_SERVERS},
+    }
+    lines = []
+    for section, values in sections.items():
+        lines += [f"[{section}]", *(f"{name} = {json.dumps(value)}" for name, value in values.items())]
+    return {"s3.json": configuration, TLS: tls_identity, "security.toml": "\n".join(lines) + "\n"}
 
 
 def config(access_key: str, secret_key: str) -> str:
@@ -100,21 +98,3 @@ def config(access_key: str, secret_key: str) -> str:
         "actions": ["Admin", "Read", "List", "Tagging", "Write"],
     }
     return json.dumps({"identities": [identity]})
-
-
-def _security() -> str:
-    """SeaweedFS's ``security.toml``: mutual TLS on every port except S3."""
-    identity = {"cert": TLS, "key": TLS}
-    sections: dict[str, dict[str, str | bool]] = {
-        "grpc": {"ca": TLS},
-        **{f"grpc.{service}": {**identity} for service in GRPC_SERVICES},
-        "https.client": {"enabled": True, "ca": TLS, **identity},
-        # With a CA they require a client certificate.
-        **{f"https.{server}": {"ca": TLS, **identity} for server in HTTPS_SERVERS},
-    }
-    lines = [
-        line
-        for section, values in sections.items()
-        for line in (f"[{section}]", *(f"{name} = {json.dumps(value)}" for name, value in values.items()))
-    ]
-    return "\n".join(lines) + "\n"
