@@ -218,19 +218,23 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
     if not separator or not key.strip():
         raise UserError(f"--set {override}: write it as key=value, for example training.batch_size=64")
-    *sections, name = key.strip().split(".")
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise UserError(f"--set {override}: {text!r} is not a YAML value") from error
-    node = tree
+    assign(tree, key.strip(), value, f"--set {override}")
+
+
+def assign(tree: dict[str, Any], key: str, value: Any, option: str) -> None:
+    """Set the value of a dotted ``key`` in ``tree``; raises UserError that names the ``option`` it is from."""
+    *sections, name = key.split(".")
     for section in sections:
-        if node.get(section) is None:
-            node[section] = {}
-        node = node[section]
-        if not isinstance(node, dict):
-            raise UserError(f"--set {override}: {section} is a value, not a section")
-    node[name] = value
+        if tree.get(section) is None:
+            tree[section] = {}
+        tree = tree[section]
+        if not isinstance(tree, dict):
+            raise UserError(f"{option}: {section} is a value, not a section")
+    tree[name] = value
 
 
 def in_words(error: ValidationError) -> str:

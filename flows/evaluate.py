@@ -8,7 +8,7 @@ from pathlib import Path
 
 from mlflow.client import MlflowClient
 from prefect import flow
-from prefect.artifacts import create_markdown_artifact
+from prefect.artifacts import create_table_artifact
 
 from diffusion.common.config import Config
 from diffusion.common.errors import UserError
@@ -71,9 +71,8 @@ def report(params: Params, evaluation: Evaluation, folder: Path) -> None:
     log_evaluation(tracker, evaluation)
     for path in (folder / "report.html", folder / "evaluation.json", *sorted(folder.glob("grids/*.png"))):
         tracker.log_file(path, "evaluation" if path.parent == folder else "evaluation/grids")
-    lines = [f"| {name} | {value:.4g} |" for name, value in evaluation.metrics().items()]
-    create_markdown_artifact(
-        "\n".join(["| figure | value |", "|---|---|", *lines]),
+    create_table_artifact(
+        [{"metric": name, "value": f"{value:.4g}"} for name, value in evaluation.metrics().items()],
         key="evaluation",
         description=f"best checkpoint of {params.run_folder}, {evaluation.best.images} images seen",
     )

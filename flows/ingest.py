@@ -41,7 +41,6 @@ class IngestOutcome(Config):
     result: IngestResult
     version: DataVersion
     report: Path
-    """Path of its report page."""
 
 
 @flow(name="ingest", flow_run_name="ingest-{params.training.dataset}")

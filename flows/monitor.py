@@ -4,7 +4,7 @@ import math
 import time
 
 from prefect import flow
-from prefect.artifacts import create_markdown_artifact
+from prefect.artifacts import create_table_artifact
 
 from diffusion.common.config import Config
 from diffusion.common.files import digest_of
@@ -26,15 +26,12 @@ class MonitorResult(Config):
     model: str
     """models:/NAME/NUMBER."""
     content_digest: str
-    """Content digest of the data set."""
     figures: dict[str, float]
     """Current metrics; empty if it was monitored before with the same data and settings."""
     before: dict[str, float]
-    """Metrics at promotion."""
     drifted: bool
     """Whether KID is significantly worse than at promotion."""
     summary: str
-    """The comparison in a sentence."""
     skipped: bool
 
 
@@ -85,11 +82,11 @@ def evaluate_champion(params: Params) -> MonitorResult:
         {f"monitor_{name}": each for name, each in figures.items()}, int(time.time())
     )
     then = {name: f"{value:.4g}" for name, value in before.items()}
-    rows = [f"| {name} | {value:.4g} | {then.get(name, '')} |" for name, value in sorted(figures.items())]
-    create_markdown_artifact(
-        "\n".join([f"**{version.uri}**: {summary}", "", "| metric | now | at promotion |", "|---|---|---|", *rows]),
-        key="monitor",
-    )
+    rows = [
+        {"metric": name, "now": f"{value:.4g}", "at promotion": then.get(name, "")}
+        for name, value in sorted(figures.items())
+    ]
+    create_table_artifact(rows, key="monitor", description=f"{version.uri}: {summary}")
     client.set_model_version_tag(version.model, str(version.number), MONITORED, key)
     return MonitorResult(**about, figures=figures, drifted=drifted, summary=f"{version.uri}: {summary}", skipped=False)
 

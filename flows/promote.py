@@ -68,9 +68,7 @@ class PromotionResult(Config):
     """``hold`` if the gate would promote it and a person did not approve."""
     reason: str
     champion: int | None
-    """Number of the current champion."""
     entry: int
-    """Number of the ledger entry."""
 
     @property
     def title(self) -> str:

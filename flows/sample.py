@@ -52,13 +52,11 @@ class SamplingBatchResult(Config):
     """A finished sampling batch."""
 
     uri: str
-    """Prefix on S3."""
     model: str
     """The exact version, models:/NAME/NUMBER."""
     count: int
     seed: int
     manifest: str
-    """URI of manifest.parquet."""
     contact_sheet: Path
     """Local image grid of the first images."""
     took: GenerationCost

@@ -14,19 +14,18 @@ import yaml
 from mlflow.client import MlflowClient
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 from prefect import flow
-from prefect.artifacts import create_markdown_artifact
+from prefect.artifacts import create_table_artifact
 from pydantic import JsonValue, ValidationError
 
 from diffusion.common.config import Config
 from diffusion.common.errors import UserError
-from diffusion.common.escaping import escape_markdown
 from diffusion.common.files import digest_of
 from diffusion.data.manifest import read_manifest
 from diffusion.evaluation.evaluate import REAL_GRID, grid_name
 from diffusion.evaluation.ranking import rank_evaluations
 from diffusion.evaluation.reports.ranking_report import training_charts, write_ranking_report
 from diffusion.evaluation.results import Evaluation
-from flows.config import Params, in_words
+from flows.config import Params, assign, in_words
 from flows.deployment.tasks import retryable_task
 from flows.evaluate import RankingResult, evaluate
 from flows.tracking.runs import SWEEP, RunTracker, one_run
@@ -43,10 +42,8 @@ class Combination(Config):
     """A combination of settings, and the resulting configuration."""
 
     settings: dict[str, JsonValue]
-    """Values by dotted key."""
     params: Params
     folder: Path
-    """Folder of its evaluation."""
     digest: str
     """Digest of the parsed model and training sections."""
 
@@ -107,11 +104,11 @@ def rank(
     tracker = RunTracker(MlflowClient(), parent)
     tracker.client.log_text(parent, page.read_text(), PAGE)
     tracker.finish()
-    lines = [
-        f"| {escape_markdown(words_of(each.settings))} | {each.value:.4g} ± {each.error:.2g} |"
+    rows = [
+        {"settings": words_of(each.settings), ranking.metric: f"{each.value:.4g} ± {each.error:.2g}"}
         for each in ranking.models
     ]
-    create_markdown_artifact("\n".join([f"| settings | {ranking.metric} |", "|---|---|", *lines]), key="sweep")
+    create_table_artifact(rows, key="sweep")
     return RankingResult(ranking=ranking, report=page, run_id=parent)
 
 
@@ -156,13 +153,7 @@ def combinations(params: Params, over: Mapping[str, Sequence[Any]]) -> list[Comb
 def _with(params: Params, settings: dict[str, Any]) -> Combination:
     tree = params.model_dump(mode="json", exclude_unset=True)
     for key, value in settings.items():
-        *sections, name = key.split(".")
-        node = tree
-        for section in sections:
-            node = node.setdefault(section, {})
-            if not isinstance(node, dict):
-                raise UserError(f"--over {key}: {section} is a value, not a section")
-        node[name] = value
+        assign(tree, key, value, f"--over {key}")
     try:
         varied = Params.model_validate(tree)
     except ValidationError as error:
@@ -170,8 +161,7 @@ def _with(params: Params, settings: dict[str, Any]) -> Combination:
     # With the digest, so that settings with equal abbreviations have different folders.
     digest = digest_of({name: getattr(varied, name).model_dump(mode="json") for name in SECTIONS})[:8]
     name = f"{re.sub(r'[^0-9A-Za-z.=,_-]+', '-', words_of(settings))[:80]}-{digest}"
-    output = Path("runs", "sweeps", params.model_name, name)
-    training = varied.training.model_copy(update={"output": output})
+    training = varied.training.model_copy(update={"output": Path("runs", "sweeps", params.model_name, name)})
     varied = varied.model_copy(update={"training": training})
     return Combination(settings=settings, params=varied, folder=params.report_folder / "sweeps" / name, digest=digest)
 

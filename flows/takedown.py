@@ -31,10 +31,8 @@ class TakedownResult(Config):
     """A completed takedown."""
 
     name: str
-    """Name in tags and in the catalogue."""
     removal: Removal
     version: DataVersion
-    """The data set's new DVC version."""
     held: list[str]
     """Digests of the versions that held the images."""
     unknown: list[str]

@@ -41,9 +41,7 @@ class DeployResult(Config):
     """Result of ``deploy``."""
 
     definitions: Path
-    """The file that declares it."""
     deployments: list[str]
-    """FLOW/NAME."""
     work_pools: list[str]
     concurrency_limits: dict[str, int]
     automations: list[str]

@@ -108,11 +108,8 @@ def prefect_fan_out(config: IngestConfig) -> FanOut:
 def concurrency_slot(name: str) -> Iterator[None]:
     """Context in which the current run holds a slot of the concurrency limit ``name``; waits for a free one.
 
-    ``darkroom deploy`` creates the limits. A run of a deployment requires them, a manual run uses those that exist.
-    The slot of a killed run is released after ``heartbeat_timeout()`` seconds.
-
-    Raises:
-        UserError: The run belongs to a deployment and the limit is missing.
+    ``darkroom deploy`` creates the limits. A run of a deployment requires them (else UserError), a manual run uses
+    those that exist. The slot of a killed run is released after ``heartbeat_timeout()`` seconds.
     """
     with get_client(sync_client=True) as client:
         is_deployed = client.read_flow_run(flow_run.root_flow_run_id).deployment_id is not None

@@ -38,7 +38,6 @@ class LaterRemovals(Config):
     """Takedowns since a backup."""
 
     records: dict[str, str] = Field(default_factory=dict)
-    """Catalogue records by key."""
     known_until: AwareDatetime | None = None
     """Time until which the list is complete; None if it is complete."""
 
@@ -68,19 +67,9 @@ def restore(
 ) -> tuple[Backup, LaterRemovals]:
     """Restore a backup into DARKROOM_HOME and start the stack; can be killed and resumed.
 
-    Args:
-        target: Folder of the backups.
-        stamp: Name of the backup; default: the newest.
-        replaced: Folder of the replaced stack, if there is one, whose takedowns are taken over.
-        report: Callback for status lines.
-        progress: Callback for the number of restored objects.
-
-    Returns:
-        The backup, and the takedowns since.
-
-    Raises:
-        UserError: There is a stack already, the replaced stack does not run, or the backup is damaged; before the
-            stack is started.
+    ``target`` is the folder of the backups, ``stamp`` the name of one, by default the newest, and ``replaced`` the
+    folder of a replaced stack, whose takedowns are taken over. Returns the backup and the takedowns since. Raises
+    UserError, before the stack starts, if there is one already, ``replaced`` does not run, or the backup is damaged.
     """
     if elsewhere := servers_in_environment():
         raise UserError(f"{' and '.join(elsewhere.values())} name other servers: unset them to restore a local stack")

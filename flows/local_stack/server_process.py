@@ -23,7 +23,6 @@ FOLDER_MARK = "DARKROOM_STACK"
 SERVICE_MARK = "DARKROOM_SERVICE"
 """Environment variables that mark all processes of the stack, including descendants."""
 NICENESS = 5
-"""Niceness of the servers."""
 LOG_BYTES = 16 * 2**20
 """Size above which a log is rotated when its service starts."""
 
