@@ -30,8 +30,6 @@ ENVIRONMENT = {"GOMEMLIMIT": "400MiB", "GOGC": "50"}
 """
 TLS = "tls.pem"
 """File in the working folder with the certificate and private key."""
-GRPC_SERVICES = ("master", "volume", "filer", "s3", "admin", "worker", "client")
-HTTPS_SERVERS = ("master", "volume", "filer", "admin")
 
 
 def binary() -> str:
@@ -79,10 +77,10 @@ def files(configuration: str, tls_identity: str) -> dict[str, str]:
     identity = {"cert": TLS, "key": TLS}
     sections: dict[str, dict[str, str | bool]] = {
         "grpc": {"ca": TLS},
-        **{f"grpc.{service}": {**identity} for service in GRPC_SERVICES},
+        **{f"grpc.{name}": {**identity} for name in ("master", "volume", "filer", "s3", "admin", "worker", "client")},
         "https.client": {"enabled": True, "ca": TLS, **identity},
         # With a CA they require a client certificate.
-        **{f"https.{server}": {"ca": TLS, **identity} for server in HTTPS_SERVERS},
+        **{f"https.{server}": {"ca": TLS, **identity} for server in ("master", "volume", "filer", "admin")},
     }
     lines = []
     for section, values in sections.items():

@@ -224,8 +224,14 @@ def mlflow_samples(histories: Mapping[str, History]) -> Iterator[Sample]:
         for run in query_mlflow("runs/search", question).get("runs", ()):
             yield from training_samples(experiments[run["info"]["experiment_id"]], run)
     for model, history in histories.items():
-        if history.standing.champion is not None:
-            yield from champion_samples(model, history.standing.champion)
+        if (number := history.standing.champion) is None:
+            continue
+        found = query_mlflow(f"model-versions/get?name={quote(model, safe='')}&version={number}")
+        # The scores of a version are its numeric tags without a namespace.
+        for tag in found["model_version"].get("tags", ()):
+            with suppress(ValueError):
+                if "." not in tag["key"] and math.isfinite(value := float(tag["value"])):
+                    yield "darkroom_champion_figure", (model, tag["key"]), value
 
 
 def training_samples(model: str, run: Mapping[str, Any]) -> Iterator[Sample]:
@@ -237,15 +243,6 @@ def training_samples(model: str, run: Mapping[str, Any]) -> Iterator[Sample]:
         yield "darkroom_training_last_word_timestamp_seconds", labels, int(figures["loss"]["timestamp"]) / 1000
     if "images_per_second" in figures:
         yield "darkroom_training_images_per_second", labels, float(figures["images_per_second"]["value"])
-
-
-def champion_samples(model: str, number: int) -> Iterator[Sample]:
-    """Evaluation metrics of a version: its numeric tags without a namespace."""
-    found = query_mlflow(f"model-versions/get?name={quote(model, safe='')}&version={number}")
-    for tag in found["model_version"].get("tags", ()):
-        with suppress(ValueError):
-            if "." not in tag["key"] and math.isfinite(value := float(tag["value"])):
-                yield "darkroom_champion_figure", (model, tag["key"]), value
 
 
 def _pages(path: str, question: dict[str, Any]) -> Iterator[Mapping[str, Any]]:

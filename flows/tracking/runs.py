@@ -180,7 +180,11 @@ def open_run(
     run = one_run(client, experiment, TRAIN_KEY, train_key, f"train-{train_key[:8]}")
     # Also on an existing run: its creator may have been killed before this.
     client.log_batch(run.info.run_id, params=[Param(name, str(value)) for name, value in parameters.items()])
-    client.log_inputs(run.info.run_id, [_dataset_input(manifest, data, data_source)])
+    source, digest = resolve_dataset_source(data_source), manifest.content_digest[:DIGEST_LENGTH]
+    dataset = MetaDataset(source, manifest.name, digest)  # type: ignore[abstract]
+    about = {"mlflow.data.context": "training"} | ({"dvc_digest": data.digest} if data else {})
+    tags = [InputTag(name, value) for name, value in about.items()]
+    client.log_inputs(run.info.run_id, [DatasetInput(dataset._to_mlflow_entity(), tags)])
     tracker = RunTracker(client, run.info.run_id)
     RUN_ID.set(tracker.run_id)
     client.update_run(run.info.run_id, status="RUNNING")
@@ -195,17 +199,6 @@ def open_run(
         }
     )
     return tracker
-
-
-def _dataset_input(manifest: Manifest, data: DataVersion | None, source: str) -> DatasetInput:
-    digest = manifest.content_digest[:DIGEST_LENGTH]
-    dataset = MetaDataset(  # type: ignore[abstract]
-        resolve_dataset_source(source), manifest.name, digest
-    )
-    tags = [InputTag("mlflow.data.context", "training")]
-    if data is not None:
-        tags.append(InputTag("dvc_digest", data.digest))
-    return DatasetInput(dataset._to_mlflow_entity(), tags)
 
 
 def log_evaluation(tracker: RunTracker, evaluation: Evaluation) -> None:
