@@ -97,56 +97,40 @@ class Params(Config):
         return chosen
 
     @model_validator(mode="after")
-    def _means_something(self) -> "Params":
-        if words := sampling_conflict(self.model, self.sampling):
+    def _is_consistent(self) -> "Params":
+        if words := self._contradiction():
             raise ValueError(words)
         return self
 
-    @model_validator(mode="after")
-    def _averages_are_kept(self) -> "Params":
+    def _contradiction(self) -> str | None:
+        """Settings that contradict each other, and the fix; None if there are none."""
+        if words := sampling_conflict(self.model, self.sampling):
+            return words
         if self.evaluation.ema_stds and self.training.ema_stds is None:
-            raise ValueError(
+            return (
                 "evaluation.ema_stds needs the snapshots that training.ema_stds saves: set that too, say to [0.05, 0.1]"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _guidance_is_trained(self) -> "Params":
         if self.sampling.guides and self.training.condition_dropout == 0:
-            raise ValueError(
+            return (
                 "sampling.guidance needs an unconditional prediction, which the network never learns "
                 "with training.condition_dropout = 0: set that to 0.1, or leave guidance out"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _gate_metrics_exist(self) -> "Params":
         if self.gate.class_loss is not None and not self.model.conditional:
-            raise ValueError(
-                "gate.class_loss needs a class-conditional model, and model.conditional = false: leave it out"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _model_and_training_agree(self) -> "Params":
+            return "gate.class_loss needs a class-conditional model, and model.conditional = false: leave it out"
         if words := training_conflict(self.model, self.training):
-            raise ValueError(words)
+            return words
         if isinstance(self.model, ModelConfig) and self.model.learned_variance and self.sampling.sampler != "ddpm":
-            raise ValueError(
+            return (
                 f"model.learned_variance is used by the sampler ddpm alone, and sampling.sampler = "
                 f"{self.sampling.sampler} ignores it: use ddpm, or leave model.learned_variance out"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _chunks_are_whole(self) -> "Params":
         chunk, batch = self.sampling_batch.chunk, self.sampling.compute_batch
         if chunk is not None and chunk % batch:
-            raise ValueError(
+            return (
                 f"sampling_batch.chunk = {chunk} cuts compute batches of {batch} images (sampling.compute_batch), "
                 f"which cannot be split: use {-(-chunk // batch) * batch}, or leave it out"
             )
-        return self
+        return None
 
     @property
     def dataset_folder(self) -> Path:
@@ -175,10 +159,10 @@ class Params(Config):
 
     @property
     def _name(self) -> str:
-        """Data set name, with the family as suffix unless it is ddpm: each family has its own runs and champion."""
         return self._name_of(self.model.family)
 
     def _name_of(self, family: str) -> str:
+        """Data set name, with the family as suffix unless it is ddpm: each family has its own runs and champion."""
         return self.training.dataset if family == "ddpm" else f"{self.training.dataset}-{family}"
 
 
@@ -233,19 +217,23 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
     if not separator or not key.strip():
         raise UserError(f"--set {override}: write it as key=value, for example training.batch_size=64")
-    *sections, name = key.strip().split(".")
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise UserError(f"--set {override}: {text!r} is not a YAML value") from error
-    node = tree
+    assign(tree, key.strip(), value, f"--set {override}")
+
+
+def assign(tree: dict[str, Any], key: str, value: Any, option: str) -> None:
+    """Set the value of a dotted ``key`` in ``tree``; raises UserError that names the ``option`` it is from."""
+    *sections, name = key.split(".")
     for section in sections:
-        if node.get(section) is None:
-            node[section] = {}
-        node = node[section]
-        if not isinstance(node, dict):
-            raise UserError(f"--set {override}: {section} is a value, not a section")
-    node[name] = value
+        if tree.get(section) is None:
+            tree[section] = {}
+        tree = tree[section]
+        if not isinstance(tree, dict):
+            raise UserError(f"{option}: {section} is a value, not a section")
+    tree[name] = value
 
 
 def in_words(error: ValidationError) -> str:
@@ -280,8 +268,5 @@ def flattened(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested sections as dotted keys, for MLflow parameters."""
     flat: dict[str, Any] = {}
     for name, value in tree.items():
-        if isinstance(value, dict):
-            flat |= flattened(value, f"{prefix}{name}.")
-        else:
-            flat[f"{prefix}{name}"] = value
+        flat |= flattened(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
     return flat

@@ -21,13 +21,8 @@ SERVER_VARIABLES: dict[Server, tuple[str, ...]] = {
     "mlflow": ("MLFLOW_TRACKING_URI",),
     "prefect": ("PREFECT_API_URL",),
     "s3": (
-        "AWS_ENDPOINT_URL_S3",
-        "AWS_ENDPOINT_URL",
-        "AWS_ACCESS_KEY_ID",
-        "AWS_PROFILE",
-        "AWS_ROLE_ARN",
-        "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI",
-        "AWS_CONTAINER_CREDENTIALS_FULL_URI",
+        *("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ACCESS_KEY_ID", "AWS_PROFILE", "AWS_ROLE_ARN"),
+        *("AWS_CONTAINER_CREDENTIALS_RELATIVE_URI", "AWS_CONTAINER_CREDENTIALS_FULL_URI"),
     ),
 }
 """Variables any of which names the server to use; the first is the one to set."""
@@ -121,17 +116,14 @@ class Staging(BaseSettings):
             )
         others = self.model_dump(exclude={"home"}, exclude_none=True)
         if self.home is not None and others:
-            raise ValueError(
-                f"{PREFIX}HOME names a local stack: unset {', '.join(f'{PREFIX}{n.upper()}' for n in others)}"
-            )
+            names = ", ".join(f"{PREFIX}{name.upper()}" for name in others)
+            raise ValueError(f"{PREFIX}HOME names a local stack: unset {names}")
         return self
 
     @property
     def called(self) -> str:
         """Location for messages, without credentials."""
-        if self.home is not None:
-            return str(self.home)
-        return re.sub(r"//[^/]*@", "//", self.mlflow_tracking_uri or "")
+        return str(self.home or re.sub(r"//[^/]*@", "//", self.mlflow_tracking_uri or ""))
 
     def variables(self) -> dict[str, str]:
         """Environment of a process that uses these servers instead of ours."""

@@ -8,10 +8,12 @@ from pathlib import Path
 
 from mlflow.client import MlflowClient
 from prefect import flow
-from prefect.artifacts import create_markdown_artifact
+from prefect.artifacts import create_table_artifact
 
+from diffusion.common.config import Config
 from diffusion.common.errors import UserError
 from diffusion.evaluation.evaluate import evaluate as score_checkpoints
+from diffusion.evaluation.ranking import Ranking
 from diffusion.evaluation.results import Evaluation
 from diffusion.training.checkpointing import Checkpoints
 from diffusion.training.ema import models_to_evaluate
@@ -19,9 +21,18 @@ from flows.config import Params
 from flows.deployment.tasks import retryable_task
 from flows.registry.champion import require_champion
 from flows.registry.takedown_marks import require_current
+from flows.tracking.console import reporter
 from flows.tracking.json_logs import RUN_ID
-from flows.tracking.progress_reporter import reporter
-from flows.tracking.runs import RunTracker, Scoreboard, find_run
+from flows.tracking.runs import TRAIN_KEY, RunTracker, find_run, log_evaluation
+
+
+class RankingResult(Config):
+    """Ranking of several trainings, with its report."""
+
+    ranking: Ranking
+    report: Path
+    run_id: str | None = None
+    """MLflow parent run of a sweep."""
 
 
 @flow(name="evaluate", flow_run_name="evaluate-{params.training.dataset}")
@@ -57,12 +68,11 @@ def report(params: Params, evaluation: Evaluation, folder: Path) -> None:
     """Log evaluated checkpoints, report page and grids to the MLflow run, and a summary to this flow run."""
     tracker = tracker_of(params)
     require_current(params.dataset_folder)
-    Scoreboard(tracker.client, tracker.run_id).show(evaluation)
+    log_evaluation(tracker, evaluation)
     for path in (folder / "report.html", folder / "evaluation.json", *sorted(folder.glob("grids/*.png"))):
         tracker.log_file(path, "evaluation" if path.parent == folder else "evaluation/grids")
-    lines = [f"| {name} | {value:.4g} |" for name, value in evaluation.metrics().items()]
-    create_markdown_artifact(
-        "\n".join(["| figure | value |", "|---|---|", *lines]),
+    create_table_artifact(
+        [{"metric": name, "value": f"{value:.4g}"} for name, value in evaluation.metrics().items()],
         key="evaluation",
         description=f"best checkpoint of {params.run_folder}, {evaluation.best.images} images seen",
     )
@@ -74,7 +84,7 @@ def tracker_of(params: Params) -> RunTracker:
     if newest is None:
         raise UserError(f"no checkpoint in {params.run_folder}: run `darkroom train` first")
     client = MlflowClient()
-    run = find_run(client, params.model_name, newest[1]["train_key"])
+    run = find_run(client, params.model_name, TRAIN_KEY, newest[1]["train_key"])
     if run is None:
         raise UserError(
             f"the run in {params.run_folder} is not in MLflow's experiment {params.model_name}: "

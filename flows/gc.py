@@ -16,7 +16,7 @@ from diffusion.common.config import Config
 from flows import environment
 from flows.config import Params, RetentionConfig
 from flows.deployment.tasks import retryable_task
-from flows.local_stack.discovery import vacuum_deleted_objects
+from flows.local_stack.seaweedfs import vacuum_deleted_objects
 from flows.retention.dataset_items import DataSets
 from flows.retention.sweeps import Item, LocalFiles, Runs, SamplingBatches, Sweep, find_references
 from flows.storage.s3 import Store
@@ -32,7 +32,7 @@ class GcResult(Config):
 @flow(name="gc", flow_run_name="gc")
 def gc(params: Params) -> GcResult:
     """Delete what ``params.retention`` does not keep in the bucket, in MLflow and on this machine."""
-    done = collect_garbage(params)
+    done = retryable_task(collect)(params.retention, datetime.now(UTC))
     create_table_artifact(
         [item.model_dump(mode="json") for item in done.items if item.fate != "stays"],
         key="gc",
@@ -41,14 +41,8 @@ def gc(params: Params) -> GcResult:
     return done
 
 
-@retryable_task
-def collect_garbage(params: Params) -> GcResult:
-    """Collect sampling batches and runs first, then the data sets that they refer to."""
-    return collect(params.retention, datetime.now(UTC))
-
-
 def collect(policy: RetentionConfig, now: datetime, dry_run: bool = False) -> GcResult:
-    """Collect garbage as of ``now``; ``dry_run`` only lists the items."""
+    """Collect garbage as of ``now``: batches and runs, then the data sets they need; ``dry_run`` only lists it."""
     items = []
     for sweep in sweeps(policy, now):
         items += sweep.items

@@ -5,11 +5,13 @@ Does not import torch: most scheduled ingests find nothing new.
 
 import logging
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from prefect import flow
 from prefect.artifacts import create_markdown_artifact
 
 from diffusion.common.config import Config
+from diffusion.common.files import write_json
 from diffusion.data.ingest.ingest import IngestResult, Rebuild
 from diffusion.data.ingest.ingest import ingest as ingest_images
 from diffusion.data.manifest import read_manifest
@@ -22,9 +24,14 @@ from flows.datasets.sync import announce, bring_up_to_date, publish
 from flows.deployment.tasks import completed_state, prefect_fan_out, retryable_task, task_runner
 from flows.environment import data_source, settings
 from flows.storage.s3 import S3Objects, Store
-from flows.tracking.progress_reporter import reporter
+from flows.tracking.console import reporter
+
+if TYPE_CHECKING:
+    from diffusion.evaluation.reports.dataset_report import DatasetSummary
 
 logger = logging.getLogger(__name__)
+COUNTERS = ("listed", "read", "added", "removed", "relabelled", "passed_over")
+"""Fields of an ingest that stay as they are when its images are added to another version."""
 
 
 class IngestOutcome(Config):
@@ -33,7 +40,6 @@ class IngestOutcome(Config):
     result: IngestResult
     version: DataVersion
     report: Path
-    """Path of its report page."""
 
 
 @flow(name="ingest", flow_run_name="ingest-{params.training.dataset}")
@@ -50,7 +56,9 @@ def ingest(
     while (version := record(params)) is None:
         # Another ingest was faster: add the new images to its version, without reading them again.
         repair(params, "never", to_retrain)
-        result = merge_results(result, make(params, requeue=False, rebuild="never"))
+        again = make(params, requeue=False, rebuild="never")
+        counters = {name: getattr(result, name) for name in COUNTERS}
+        result = again.model_copy(update=counters | {"changed": result.changed or again.changed})
     report = describe(params, version)
     announce(params, to_retrain)
     words = f"{result.added:,} new" if result.changed else "nothing new"
@@ -76,14 +84,6 @@ def repair(params: Params, rebuild: Rebuild, to_retrain: bool) -> None:
     bring_up_to_date(folder, source, params.ingest, reporter(), anew=rebuild == "always")
 
 
-def merge_results(first: IngestResult, again: IngestResult) -> IngestResult:
-    """Result of ``again``, with the counters of the ``first`` ingest."""
-    names = ("listed", "read", "added", "removed", "relabelled", "passed_over")
-    return again.model_copy(
-        update={name: getattr(first, name) for name in names} | {"changed": first.changed or again.changed}
-    )
-
-
 @flow(name="make dataset")
 def make_dataset(params: Params, requeue: bool, rebuild: Rebuild) -> IngestResult:
     """Write shards and manifest; each shard is a separate task."""
@@ -107,14 +107,27 @@ def record(params: Params) -> DataVersion | None:
 @retryable_task
 def describe(params: Params, version: DataVersion) -> Path:
     """Write and publish the report page of this version, with a summary on the flow run; returns its path."""
-    from flows.dataset_page import make_dataset_page
-
-    page = make_dataset_page(params)
+    page, summary = dataset_page(params)
     recorded = Catalogue.of(params.training.dataset, data_source())
-    place = recorded.publish_page(read_manifest(params.dataset_folder).digest, page.html.read_bytes())
+    place = recorded.publish_page(read_manifest(params.dataset_folder).digest, page.read_bytes())
     create_markdown_artifact(
-        f"{page.summary.markdown()}\nDVC `{version.digest}`, page `{place}`",
-        key="dataset",
-        description=page.summary.verdict,
+        f"{summary.markdown()}\nDVC `{version.digest}`, page `{place}`", key="dataset", description=summary.verdict
     )
-    return page.html
+    return page
+
+
+def page_path(params: Params) -> Path:
+    """Path of the report page of the current version of the data set ``training.dataset``, which may not exist."""
+    return params.report_folder / "dataset" / f"{read_manifest(params.dataset_folder).digest[:16]}.html"
+
+
+def dataset_page(params: Params) -> "tuple[Path, DatasetSummary]":
+    """Report page of the current version, written if it is missing, and the summary beside it."""
+    from diffusion.evaluation.reports.dataset_report import DatasetSummary, write_dataset_report
+
+    page = page_path(params)
+    figures = page.with_suffix(".json")
+    if not (page.is_file() and figures.is_file()):
+        summary = write_dataset_report(params.dataset_folder, page, reporter())
+        write_json(figures, summary.model_dump(mode="json"))
+    return page, DatasetSummary.model_validate_json(figures.read_bytes())

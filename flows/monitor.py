@@ -4,7 +4,7 @@ import math
 import time
 
 from prefect import flow
-from prefect.artifacts import create_markdown_artifact
+from prefect.artifacts import create_table_artifact
 
 from diffusion.common.config import Config
 from diffusion.common.files import digest_of
@@ -12,7 +12,7 @@ from diffusion.data.manifest import read_manifest
 from flows.config import Params
 from flows.datasets.sync import sync
 from flows.deployment.tasks import completed_state, retryable_task
-from flows.tracking.progress_reporter import reporter
+from flows.tracking.console import reporter
 
 MONITORED = "darkroom.monitored"
 """Tag of a version: digest of data, weights and settings of its last monitoring."""
@@ -26,15 +26,12 @@ class MonitorResult(Config):
     model: str
     """models:/NAME/NUMBER."""
     content_digest: str
-    """Content digest of the data set."""
     figures: dict[str, float]
     """Current metrics; empty if it was monitored before with the same data and settings."""
     before: dict[str, float]
-    """Metrics at promotion."""
     drifted: bool
     """Whether KID is significantly worse than at promotion."""
     summary: str
-    """The comparison in a sentence."""
     skipped: bool
 
 
@@ -84,11 +81,12 @@ def evaluate_champion(params: Params) -> MonitorResult:
     RunTracker(client, version.run_id).log_metrics(
         {f"monitor_{name}": each for name, each in figures.items()}, int(time.time())
     )
-    rows = [f"| {name} | {value:.4g} | {_shown(before.get(name))} |" for name, value in sorted(figures.items())]
-    create_markdown_artifact(
-        "\n".join([f"**{version.uri}**: {summary}", "", "| metric | now | at promotion |", "|---|---|---|", *rows]),
-        key="monitor",
-    )
+    then = {name: f"{value:.4g}" for name, value in before.items()}
+    rows = [
+        {"metric": name, "now": f"{value:.4g}", "at promotion": then.get(name, "")}
+        for name, value in sorted(figures.items())
+    ]
+    create_table_artifact(rows, key="monitor", description=f"{version.uri}: {summary}")
     client.set_model_version_tag(version.model, str(version.number), MONITORED, key)
     return MonitorResult(**about, figures=figures, drifted=drifted, summary=f"{version.uri}: {summary}", skipped=False)
 
@@ -100,12 +98,5 @@ def compare_kid(extractor: str, now: dict[str, float], before: dict[str, float])
     if kid not in before or se not in before:
         return f"{words}; it was not evaluated with it before", False
     drifted = now[kid] - before[kid] > SURELY * math.hypot(now[se], before[se])
-    return (
-        f"{words}, {before[kid]:.4g} ± {before[se]:.2g} at promotion: "
-        + ("significantly worse" if drifted else "not significantly worse"),
-        drifted,
-    )
-
-
-def _shown(value: float | None) -> str:
-    return "" if value is None else f"{value:.4g}"
+    verdict = "significantly worse" if drifted else "not significantly worse"
+    return f"{words}, {before[kid]:.4g} ± {before[se]:.2g} at promotion: {verdict}", drifted

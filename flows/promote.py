@@ -40,7 +40,7 @@ from flows.registry.ledger import Approval, Evidence, GateWord, History, Ledger,
 from flows.registry.model_versions import Version
 from flows.registry.takedown_marks import TAKEDOWN, require_current, takedowns, warn_of_takedown, with_takedowns
 from flows.storage.tags import parse_tags
-from flows.tracking.progress_reporter import reporter
+from flows.tracking.console import reporter
 from flows.tracking.runs import AUTOENCODER, START, RunTracker
 
 APPROVAL_TIMEOUT = 72 * 3600
@@ -67,9 +67,7 @@ class PromotionResult(Config):
     """``hold`` if the gate would promote it and a person did not approve."""
     reason: str
     champion: int | None
-    """Number of the current champion."""
     entry: int
-    """Number of the ledger entry."""
 
     @property
     def title(self) -> str:
@@ -89,20 +87,15 @@ class ApprovalForm(RunInput):
 @flow(name="promote", flow_run_name="promote-{params.training.dataset}")
 def promote(params: Params) -> PromotionResult:
     """Register the best checkpoint, and promote it if the gate prefers it to the champion."""
-    evaluation = read_evaluation(params.report_folder)
+    path = params.report_folder / "evaluation.json"
+    if not path.is_file():
+        raise UserError(f"no evaluation in {params.report_folder}: run `darkroom evaluate` first")
+    evaluation = Evaluation.read(path)
     require_champion(params)
     version = require_promotable(register(params, evaluation))
     result = apply_gate(params, evaluation, version)
     approval = request_approval(version, result) if params.registry.approval else None
     return record(params, evaluation, version, result, approval)
-
-
-def read_evaluation(folder: Path) -> Evaluation:
-    """Read the evaluation in ``folder``; raises UserError if there is none."""
-    path = folder / "evaluation.json"
-    if not path.is_file():
-        raise UserError(f"no evaluation in {folder}: run `darkroom evaluate` first")
-    return Evaluation.read(path)
 
 
 @retryable_task
@@ -115,18 +108,8 @@ def register(params: Params, evaluation: Evaluation) -> Version:
     export(Path(evaluation.best.file), weights)
     run = tracker.client.get_run(tracker.run_id)
     parse_tags(run.data.tags, f"run {tracker.run_id}")
-    tags = {
-        name: run.data.tags.get(name)
-        for name in (
-            "darkroom.content_digest",
-            "darkroom.dvc_digest",
-            "darkroom.dataset",
-            "darkroom.git_dirty",
-            TAKEDOWN,
-            AUTOENCODER,
-            START,
-        )
-    } | {
+    data = ("darkroom.content_digest", "darkroom.dvc_digest", "darkroom.dataset", "darkroom.git_dirty")
+    tags = {name: run.data.tags.get(name) for name in (*data, TAKEDOWN, AUTOENCODER, START)} | {
         "darkroom.run_id": tracker.run_id,
         "darkroom.git_commit": run.data.tags.get("mlflow.source.git.commit"),
         "darkroom.images": evaluation.best.images,
@@ -185,9 +168,13 @@ def apply_gate(params: Params, evaluation: Evaluation, version: Version) -> Gate
         figures = finite(evaluation.metrics())
         evidence = Evidence(verdict="hold", reason=reason, figures=figures, eval_key=evaluation.eval_key)
         return GateResult(champion=champion, evidence=evidence, comparison=last_comparison(params, version))
+    champion_weights = None
+    if champion is not None:
+        opponent = model_versions.version_of(client, version.model, champion)
+        champion_weights = model_versions.fetch_weights(opponent, settings().folder / "models")
     comparison, grids = compare_with_champion(
         params.run_folder / "weights.safetensors",
-        None if champion is None else weights_of(model_versions.version_of(client, version.model, champion)),
+        champion_weights,
         params.dataset_folder,
         params.evaluation,
         params.sampling,
@@ -198,8 +185,8 @@ def apply_gate(params: Params, evaluation: Evaluation, version: Version) -> Gate
     names = f"version {version.number}", None if champion is None else f"version {champion}"
     page = params.report_folder / PAGE
     write_comparison_report(page, comparison, grids, version.model, params.training.dataset, *names)
-    for name in (COMPARISON, PAGE):
-        RunTracker(client, version.run_id).log_file(params.report_folder / name, "evaluation")
+    for path in (params.report_folder / COMPARISON, page):
+        RunTracker(client, version.run_id).log_file(path, "evaluation")
     evidence = Evidence(
         verdict=comparison.decision.verdict.value,
         reason=comparison.reason,
@@ -222,11 +209,6 @@ def last_comparison(params: Params, version: Version) -> ChampionComparison | No
     return found if found.candidate.sha256 == version.weights_sha256 else None
 
 
-def weights_of(version: Version) -> Path:
-    """Local file with the weights of ``version``."""
-    return model_versions.fetch_weights(version, settings().folder / "models")
-
-
 def finite(figures: Mapping[str, float]) -> dict[str, float]:
     """Finite values of ``figures``; JSON has no others."""
     return {name: value for name, value in figures.items() if math.isfinite(value)}
@@ -242,12 +224,9 @@ def request_approval(version: Version, result: GateResult) -> Approval | None:
         f"**{version.uri}** would become champion instead of {result.champion or 'none'}.\n\n"
         f"{escape_markdown(evidence.reason)}\n\nIts model card is in MLflow."
     )
+    form = ApprovalForm.with_initial_data(description=question)
     try:
-        answer = pause_flow_run(
-            wait_for_input=ApprovalForm.with_initial_data(description=question),
-            timeout=APPROVAL_TIMEOUT,
-            poll_interval=5,
-        )
+        answer = pause_flow_run(wait_for_input=form, timeout=APPROVAL_TIMEOUT, poll_interval=5)
     except FlowPauseTimeout:
         return Approval(approved=False, by=None)
     return Approval(approved=answer.approved, by=answer.by, note=answer.note)
@@ -262,7 +241,12 @@ def record(
     history = commit(client, version, result, approval)
     entry = history.about(version.number)
     assert entry is not None, "the champion has an entry in the ledger"
-    _tag(client, version, evaluation, entry)
+    tags = {name: f"{value:.6g}" for name, value in evaluation.metrics().items()}
+    tags["darkroom.eval_key"] = evaluation.eval_key
+    if entry.evidence is not None:
+        tags["darkroom.gate"] = entry.evidence.reason
+    for tag, value in tags.items():
+        client.set_model_version_tag(version.model, str(version.number), tag, value)
     model_card.write(client, params, evaluation, version, entry, result.comparison)
     champion = project(client, ledger).standing.champion
     promoted = champion == version.number
@@ -311,13 +295,3 @@ def next_entry(history: History, version: Version, result: GateResult, approval:
     entry = history.then(what, version.number, version.weights_sha256, evidence=evidence, approval=approval)
     last = history.about(version.number)
     return None if last is not None and last.says_the_same(entry) else entry
-
-
-def _tag(client: MlflowClient, version: Version, evaluation: Evaluation, entry: LedgerEntry) -> None:
-    """Tag the version with its scores and the gate's reason."""
-    tags = {name: f"{value:.6g}" for name, value in evaluation.metrics().items()}
-    tags["darkroom.eval_key"] = evaluation.eval_key
-    if entry.evidence is not None:
-        tags["darkroom.gate"] = entry.evidence.reason
-    for tag, value in tags.items():
-        client.set_model_version_tag(version.model, str(version.number), tag, value)

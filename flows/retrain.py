@@ -3,13 +3,14 @@
 Imports torch and MLflow only when there is work: most scheduled retrainings find nothing new.
 """
 
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 from prefect import flow
 
 from diffusion.common.config import Config
 from diffusion.common.errors import UserError
-from diffusion.data.manifest import Manifest, read_manifest
+from diffusion.data.manifest import read_manifest
 from diffusion.generation.config import UNCONDITIONAL, Conditions
 from flows.config import Params
 from flows.datasets.checkout import CheckedOut
@@ -18,21 +19,24 @@ from flows.deployment.tasks import completed_state, concurrency_slot
 from flows.ingest import IngestOutcome, ingest
 from flows.registry.idempotency import ContactSheet, Request
 
-if TYPE_CHECKING:
-    from flows.retrain_result import RetrainResult
-
 SAMPLING_BATCH = 64
 """Default number of generated images."""
 
 
-class Unchanged(Config):
-    """A retraining that had nothing to do."""
+class RetrainResult(Config):
+    """Results of all steps of a retraining, or of the earlier one with the same inputs."""
 
-    skipped: str
-    """Reason."""
     data: IngestOutcome | CheckedOut
-    before: dict[str, Any]
-    """Result of the earlier retraining with the same inputs."""
+    run_id: str
+    report: Path
+    verdict: dict[str, Any]
+    """Fields of ``PromotionResult``."""
+    samples: dict[str, Any] | None
+    """Fields of ``SamplingBatchResult``; None if there is no champion or it is a super-resolution model."""
+    explained: dict[str, Any]
+    """Fields of ``Explanation``."""
+    skipped: str | None = None
+    """Why there was nothing to do; None if there was."""
 
 
 @flow(name="retrain", flow_run_name="retrain-{params.training.dataset}")
@@ -43,7 +47,7 @@ def retrain(
     to: str | None = None,
     conditions: Conditions = UNCONDITIONAL,
     version: str | None = None,
-) -> "RetrainResult | Unchanged":
+) -> RetrainResult:
     """Ingest, train, evaluate, promote, sample, explain; each step skips work that is done for the same inputs.
 
     Args:
@@ -64,20 +68,32 @@ def retrain(
         manifest = read_manifest(params.dataset_folder)
         request = Request.of(params, manifest, ContactSheet(count, seed, to, conditions))
         if (before := request.done()) is not None:
-            return unchanged(manifest, data, before)
+            made = before["verdict"]["version"]
+            why = (
+                f"version {manifest.digest[:12]} of {manifest.name} was trained on with this configuration before, "
+                f"which ended in models:/{made['model']}/{made['number']}: {before['verdict']['reason']}"
+            )
+            done = RetrainResult.model_validate(before | {"data": data, "skipped": why})
+            return completed_state(done, f"nothing to do: {why}", name="Skipped")
 
         # Imported late: torch and MLflow take seconds, which a skipped retraining saves.
+        from diffusion.evaluation.evaluator import require_enough
+        from diffusion.families.model import classes_of
+        from diffusion.generation.generate import check_conditions, check_prompts
         from flows.evaluate import evaluate
-        from flows.explain import explain
         from flows.promote import promote
         from flows.registry.dependencies import require_promotable
-        from flows.retrain_result import RetrainResult, require_samplable
-        from flows.sample import sample, samples_from_noise
+        from flows.sample import explain, sample, samples_from_noise
         from flows.train import train
 
-        champion = f"models:/{params.model_name}@champion"
-        require_samplable(params, manifest, conditions)
+        # Before hours of training: can the model be evaluated, promoted, and sampled under these conditions?
+        require_enough(params.dataset_folder)
+        classes = classes_of(params.model, manifest.class_histogram)
+        check_conditions(classes, params.model.text, params.sampling, conditions)
+        check_prompts(conditions)
         require_promotable(params)
+
+        champion = f"models:/{params.model_name}@champion"
         training = train(params, restart="if_different")
         evaluate(params)
         verdict = promote(params)
@@ -90,19 +106,9 @@ def retrain(
             data=data,
             run_id=training.run_id,
             report=params.report_folder / "report.html",
-            verdict=verdict,
-            samples=samples,
-            explained=explained,
+            verdict=verdict.model_dump(mode="json"),
+            samples=samples and samples.model_dump(mode="json"),
+            explained=explained.model_dump(mode="json"),
         )
         request.note(done)
-    return completed_state(done, done.summary)
-
-
-def unchanged(manifest: Manifest, data: IngestOutcome | CheckedOut, before: dict[str, Any]) -> Unchanged:
-    """Result of a retraining whose inputs are those of ``before``."""
-    verdict = before["verdict"]
-    why = (
-        f"version {manifest.digest[:12]} of {manifest.name} was trained on with this configuration before, which ended "
-        f"in models:/{verdict['version']['model']}/{verdict['version']['number']}: {verdict['reason']}"
-    )
-    return completed_state(Unchanged(skipped=why, data=data, before=before), f"nothing to do: {why}", name="Skipped")
+    return completed_state(done, f"{verdict.version.uri} is {verdict.title}: {verdict.reason}")

@@ -1,4 +1,4 @@
-"""Flows ``sample`` and ``generate``: images of a registered model, on S3 with a manifest or in a local folder."""
+"""Flows of a registered model: ``sample`` to S3 with a manifest, ``generate`` to a local folder, and ``explain``."""
 
 import io
 import logging
@@ -19,8 +19,10 @@ from diffusion.common.device import resolve_device
 from diffusion.common.errors import DarkroomError, Held
 from diffusion.common.image_grids import grid, save_png
 from diffusion.common.threads import cores
+from diffusion.data.dataset import Dataset
 from diffusion.data.prefetch import in_order
 from diffusion.generation.config import UNCONDITIONAL, Conditions, read_request
+from diffusion.generation.explain import explain as explain_model
 from diffusion.generation.generation_result import GenerationResult, generate_to_folder
 from diffusion.generation.super_resolution import task_of
 from diffusion.process.samplers import SamplingConfig
@@ -35,7 +37,8 @@ from flows.sampling.generate_batch import GenerationCost, Work
 from flows.sampling.lookup import read_image, read_rows
 from flows.sampling.sampling_batch import MANIFEST, SamplingBatch
 from flows.storage.s3 import Location, Missing, Store
-from flows.tracking.progress_reporter import bar, reporter
+from flows.tracking.console import bar, reporter
+from flows.tracking.runs import RunTracker
 
 logger = logging.getLogger(__name__)
 
@@ -48,17 +51,22 @@ class SamplingBatchResult(Config):
     """A finished sampling batch."""
 
     uri: str
-    """Prefix on S3."""
     model: str
     """The exact version, models:/NAME/NUMBER."""
     count: int
     seed: int
     manifest: str
-    """URI of manifest.parquet."""
     contact_sheet: Path
     """Local image grid of the first images."""
     took: GenerationCost
     """Cost of the images generated in this run."""
+
+
+class Explanation(Config):
+    """Plots of a model version."""
+
+    model: str
+    files: list[Path]
 
 
 @flow(name="sample", flow_run_name="sample-of-{model}")
@@ -82,10 +90,9 @@ def sample(
         batch, place = begin(
             version, weights, params.sampling, params.sampling_batch, count, seed, to, conditions, requests
         )
+        chunks = generate_chunks.with_options(task_runner=task_runner(params.sampling_batch))
         try:
-            cost = generate_chunks.with_options(task_runner=task_runner(params.sampling_batch))(
-                params, batch, place, version
-            )
+            cost = chunks(params, batch, place, version)
         except Missing:
             if not generate_batch.is_deleted(Store(), place):
                 raise
@@ -115,6 +122,13 @@ def generate(
     """
     version, weights = fetch(model)
     return answer(params, version, weights, fields, image, mask, output)
+
+
+@flow(name="explain", flow_run_name="explain-{model}")
+def explain(params: Params, model: str, output: Path, seed: int = 0) -> Explanation:
+    """Plot forward process, training step and reverse process of a version; also log the plots to its MLflow run."""
+    version, weights = fetch(model)
+    return plot(params, version, weights, output, seed)
 
 
 @retryable_task
@@ -191,8 +205,14 @@ def finish(batch: SamplingBatch, place: Location, cost: GenerationCost) -> Sampl
     store = Store()
     if not generate_batch.finish(store, batch, place):
         return None
+    shown = min(SHOWN, batch.count)
+    chunks = range(-(-shown // batch.chunk_size))
+    rows = [row for chunk in chunks for row in read_rows(store, place, batch, chunk)][:shown]
+    pngs = (io.BytesIO(read_image(store, place, batch, row["index"], row)) for row in rows)
+    pixels = [np.array(Image.open(png, formats=("PNG",))) for png in pngs]
+    images = [torch.from_numpy(each.reshape(*each.shape[:2], -1)).permute(2, 0, 1) for each in pixels]
     sheet = Path("samples", batch.model, str(batch.version), f"{batch.name}.png")
-    save_png(sheet, grid(torch.stack([_pixels(png) for png in _first(store, batch, place)])))
+    save_png(sheet, grid(torch.stack(images)))
     done = SamplingBatchResult(
         uri=f"{place}/",
         model=f"models:/{batch.model}/{batch.version}",
@@ -225,14 +245,13 @@ def answer(
     return generate_to_folder(weights, request, params.sampling, output, origin, reporter())
 
 
-def _first(store: Store, batch: SamplingBatch, place: Location) -> list[bytes]:
-    """PNG bytes of the first images on S3."""
-    shown = min(SHOWN, batch.count)
-    chunks = range(-(-shown // batch.chunk_size))
-    rows = [row for chunk in chunks for row in read_rows(store, place, batch, chunk)][:shown]
-    return [read_image(store, place, batch, row["index"], row) for row in rows]
-
-
-def _pixels(png: bytes) -> torch.Tensor:
-    pixels = np.array(Image.open(io.BytesIO(png), formats=("PNG",)))
-    return torch.from_numpy(pixels.reshape(*pixels.shape[:2], -1)).permute(2, 0, 1)
+@retryable_task
+def plot(params: Params, version: Version, weights: Path, output: Path, seed: int) -> Explanation:
+    """Write the plots for a held-out image to ``output`` and log them to the version's MLflow run."""
+    dataset = Dataset.open(params.dataset_folder)
+    held_out = dataset.rows("held_out")
+    rows = held_out if len(held_out) else dataset.rows("train")
+    files = explain_model(load_model(weights), dataset.images([rows[seed % len(rows)]])[0], output, seed)
+    for file in files:
+        RunTracker(MlflowClient(), version.run_id).log_file(file, "explain")
+    return Explanation(model=version.uri, files=files)

@@ -4,28 +4,48 @@ Each combination is an ordinary training and evaluation in a separate folder; it
 run. Finished combinations are skipped, so a sweep can be resumed and extended.
 """
 
+import itertools
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
 from mlflow.client import MlflowClient
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 from prefect import flow
-from prefect.artifacts import create_markdown_artifact
-from pydantic import JsonValue
+from prefect.artifacts import create_table_artifact
+from pydantic import JsonValue, ValidationError
 
-from diffusion.common.escaping import escape_markdown
+from diffusion.common.config import Config
+from diffusion.common.errors import UserError
 from diffusion.common.files import digest_of
 from diffusion.data.manifest import read_manifest
 from diffusion.evaluation.evaluate import REAL_GRID, grid_name
 from diffusion.evaluation.ranking import rank_evaluations
 from diffusion.evaluation.reports.ranking_report import training_charts, write_ranking_report
 from diffusion.evaluation.results import Evaluation
-from flows.config import Params
+from flows.config import Params, assign, in_words
 from flows.deployment.tasks import retryable_task
-from flows.evaluate import evaluate
+from flows.evaluate import RankingResult, evaluate
 from flows.tracking.runs import SWEEP, RunTracker, one_run
 from flows.train import train
-from flows.variants import SECTIONS, Combination, RankingResult, combinations, words_of
 
 PAGE = "sweep.html"
 """Name of the report among the artifacts of the sweep's run."""
+SECTIONS = ("model", "training")
+"""Sections that may vary; data, sampling and evaluation are the same for all, so that metrics are comparable."""
+FIXED = ("training.dataset", "training.output", "model.family")
+
+
+class Combination(Config):
+    """A combination of settings, and the resulting configuration."""
+
+    settings: dict[str, JsonValue]
+    params: Params
+    folder: Path
+    digest: str
+    """Digest of the parsed model and training sections."""
 
 
 @flow(name="sweep", flow_run_name="sweep-{params.training.dataset}")
@@ -84,9 +104,68 @@ def rank(
     tracker = RunTracker(MlflowClient(), parent)
     tracker.client.log_text(parent, page.read_text(), PAGE)
     tracker.finish()
-    lines = [
-        f"| {escape_markdown(words_of(each.settings))} | {each.value:.4g} ± {each.error:.2g} |"
+    rows = [
+        {"settings": words_of(each.settings), ranking.metric: f"{each.value:.4g} ± {each.error:.2g}"}
         for each in ranking.models
     ]
-    create_markdown_artifact("\n".join([f"| settings | {ranking.metric} |", "|---|---|", *lines]), key="sweep")
+    create_table_artifact(rows, key="sweep")
     return RankingResult(ranking=ranking, report=page, run_id=parent)
+
+
+def parse_over(words: Sequence[str]) -> dict[str, list[Any]]:
+    """Parse ``key=value,value`` into values by dotted key; values are YAML, so that [1,2],[1,2,2] are two values.
+
+    Raises UserError for malformed or repeated keys.
+    """
+    over: dict[str, list[Any]] = {}
+    for each in words:
+        key, equal, text = each.partition("=")
+        try:
+            values = yaml.safe_load(f"[{text}]") if equal else []
+        except yaml.YAMLError:
+            values = []
+        if not values or not key.strip():
+            raise UserError(f"--over {each}: write it as key=value,value, for example training.learning_rate=1e-3,4e-3")
+        if key.strip() in over:
+            raise UserError(f"--over {each}: {key.strip()} is given twice; write all its values after one --over")
+        over[key.strip()] = values
+    return over
+
+
+def combinations(params: Params, over: Mapping[str, Sequence[Any]]) -> list[Combination]:
+    """Every combination of the values in ``over``; raises UserError for an invalid key or value."""
+    if not over:
+        raise UserError("nothing to vary: say what with --over training.learning_rate=1e-3,4e-3")
+    for key in over:
+        if key.partition(".")[0] not in SECTIONS or key in FIXED:
+            raise UserError(
+                f"--over {key}: data, sampling and evaluation must be the same for all; vary fields of "
+                f"{' and '.join(SECTIONS)}, but for {', '.join(FIXED)}"
+            )
+    choices = (dict(zip(over, values, strict=True)) for values in itertools.product(*over.values()))
+    points = [_with(params, settings) for settings in choices]
+    # By parsed value: 1e-3 equals 0.001.
+    if len({each.digest for each in points}) < len(points):
+        raise UserError("--over gives the same value twice: leave one of them out")
+    return points
+
+
+def _with(params: Params, settings: dict[str, Any]) -> Combination:
+    tree = params.model_dump(mode="json", exclude_unset=True)
+    for key, value in settings.items():
+        assign(tree, key, value, f"--over {key}")
+    try:
+        varied = Params.model_validate(tree)
+    except ValidationError as error:
+        raise UserError(f"--over with {words_of(settings)}: {in_words(error)}") from error
+    # With the digest, so that settings with equal abbreviations have different folders.
+    digest = digest_of({name: getattr(varied, name).model_dump(mode="json") for name in SECTIONS})[:8]
+    name = f"{re.sub(r'[^0-9A-Za-z.=,_-]+', '-', words_of(settings))[:80]}-{digest}"
+    training = varied.training.model_copy(update={"output": Path("runs", "sweeps", params.model_name, name)})
+    varied = varied.model_copy(update={"training": training})
+    return Combination(settings=settings, params=varied, folder=params.report_folder / "sweeps" / name, digest=digest)
+
+
+def words_of(settings: Mapping[str, object]) -> str:
+    """Abbreviated settings, such as ``learning_rate=0.001,width=32``."""
+    return ",".join(f"{key.rpartition('.')[2]}={value}" for key, value in settings.items())

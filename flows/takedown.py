@@ -21,25 +21,43 @@ from flows.datasets.dvc import DataVersion, KeptFiles
 from flows.datasets.purge import Purged, purge_dvc, purge_files, purge_samples
 from flows.datasets.sync import announce, bring_up_to_date, publish
 from flows.deployment.tasks import retryable_task
-from flows.local_stack.discovery import vacuum_deleted_objects
+from flows.local_stack.seaweedfs import vacuum_deleted_objects
 from flows.registry.takedown_marks import Derived, clear_images, find_derived, mark
-from flows.tracking.progress_reporter import reporter
+from flows.tracking.console import reporter
 
 
 class TakedownResult(Config):
     """A completed takedown."""
 
     name: str
-    """Name in tags and in the catalogue."""
     removal: Removal
     version: DataVersion
-    """The data set's new DVC version."""
     held: list[str]
     """Digests of the versions that held the images."""
     unknown: list[str]
     """Digests of versions whose contents are no longer known."""
     derived: Derived
     purged: Purged | None
+
+    def lines(self) -> list[str]:
+        """Describe the takedown, and what derives from the images."""
+        removal, derived, purged = self.removal, self.derived, self.purged
+        lines = [
+            f"{removal.images:,} images taken down from {removal.dataset} (takedown {self.name}"
+            + (", done before)" if removal.already else ")"),
+            f"version    {removal.version[:12]}, content {removal.content_digest}",
+            f"held by    {', '.join(digest[:12] for digest in self.held) or 'no known version'}",
+            *(f"unclear    version {digest[:12]}: its tables are gone" for digest in self.unknown),
+            *(f"similar    {key} stays" for key in removal.near_copies),
+            *(f"run        {run.run_id} ({run.name})" for run in derived.runs),
+            *(f"model      {model.uri}" + "".join(f" @{alias}" for alias in model.aliases) for model in derived.models),
+            *(f"samples    {uri}" for uri in derived.samples),
+            *(f"unclear    run {run_id}: its version of the data set is not known" for run_id in derived.unclear_runs),
+        ]
+        if purged:
+            objects, files, artifacts = map(len, (purged.dvc_objects, purged.files, purged.artifacts))
+            lines.append(f"purged     {objects:,} DVC objects, {files:,} files, {artifacts:,} artifacts")
+        return lines
 
 
 @flow(name="takedown", flow_run_name="takedown-{params.training.dataset}")
@@ -110,11 +128,10 @@ def find_holders(params: Params, removal: Removal) -> tuple[dict[str, Manifest],
 def mark_derived(params: Params, removal: Removal, versions: dict[str, Manifest], affected: Holders) -> Derived:
     """Find what derives from the versions that held the images, and mark it in MLflow."""
     contents = {versions[digest].content_digest for digest in affected.held}
-    others = {
-        each.content_digest for digest, each in versions.items() if digest not in {*affected.held, *affected.unknown}
-    }
-    bucket = environment.settings().bucket
+    unaffected = versions.keys() - {*affected.held, *affected.unknown}
+    others = {versions[digest].content_digest for digest in unaffected}
     # Versions of equal content hold the same images.
+    bucket = environment.settings().bucket
     derived = find_derived(params.training.dataset, contents - others, contents | others, bucket)
     mark([run.run_id for run in derived.runs], [model.uri for model in derived.models], removal)
     return derived
@@ -130,8 +147,9 @@ def clear(params: Params, versions: dict[str, Manifest], affected: Holders, deri
     purged = Purged(
         dvc_objects=purge_dvc(held, others, environment.data_source()),
         files=[
-            *(path for reports in params.report_folders for path in purge_files(folder, held, others, reports)),
-            *(path for reports in params.report_folders for path in purge_samples(Path("runs", reports.name), held)),
+            path
+            for reports in params.report_folders
+            for path in (*purge_files(folder, held, others, reports), *purge_samples(Path("runs", reports.name), held))
         ],
         artifacts=clear_images(derived),
     )
@@ -142,18 +160,5 @@ def clear(params: Params, versions: dict[str, Manifest], affected: Holders, deri
 @retryable_task
 def report(done: TakedownResult) -> None:
     """Summarize the takedown on the flow run."""
-    derived = done.derived
-    rows = [
-        *(f"| run | {run.run_id} | {escape_markdown(run.name)} |" for run in derived.runs),
-        *(f"| model | {model.uri} | {escape_markdown(', '.join(model.aliases))} |" for model in derived.models),
-        *(f"| samples | {escape_markdown(uri)} | |" for uri in derived.samples),
-        *(f"| perhaps | run {run_id} | its version of the data set is not known |" for run_id in derived.unclear_runs),
-        *(f"| perhaps | version {digest[:12]} | its tables are gone |" for digest in done.unknown),
-    ]
-    reason = escape_markdown(done.removal.reason)
-    create_markdown_artifact(
-        f"**{done.removal.dataset}**: {done.removal.images} images taken down ({reason}), "
-        f"takedown `{done.name}`, version `{done.removal.version[:12]}`, DVC `{done.version.digest}`\n\n"
-        + "\n".join(["| derived | name | |", "|---|---|---|", *rows]),
-        key="takedown",
-    )
+    items = [f"- {escape_markdown(line)}" for line in (f"reason {done.removal.reason}", *done.lines())]
+    create_markdown_artifact("\n".join(items), key="takedown")

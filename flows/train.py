@@ -17,19 +17,19 @@ from diffusion.training.setup import data_digest, identity_fields, train_key
 from diffusion.training.train import Restart, TrainResult, discard
 from diffusion.training.train import train as train_model
 from flows.config import Params, flattened
-from flows.dataset_page import find_dataset_page
 from flows.datasets import dvc
 from flows.datasets.dvc import RemoteShards
 from flows.deployment.tasks import concurrency_slot, retryable_task
 from flows.environment import data_source, settings
+from flows.ingest import dataset_page, page_path
 from flows.registry import model_versions
 from flows.registry.champion import require_champion
 from flows.registry.dependencies import ResolvedParams, resolve_params
 from flows.registry.takedown_marks import TAKEDOWN, joined_names, names_of, require_current, with_takedowns
 from flows.storage.s3 import Store
 from flows.tracking.buffered import UNANSWERED, BufferedTracker
-from flows.tracking.progress_reporter import reporter
-from flows.tracking.runs import AUTOENCODER, START, RunTracker, find_run, open_run
+from flows.tracking.console import reporter
+from flows.tracking.runs import AUTOENCODER, START, TRAIN_KEY, RunTracker, find_run, open_run
 
 
 class TrainingRun(Config):
@@ -48,15 +48,9 @@ def train(params: Params, restart: Restart | Literal["always"] = "never") -> Tra
     with concurrency_slot(f"training-{resolve_device(params.training.device).type}"):
         if restart == "always":
             # A separate task: a retry of the training must not discard its progress.
-            start_over(params)
+            retryable_task(discard)(params.run_folder)
             restart = "never"
         return train_and_track(params, restart)
-
-
-@retryable_task
-def start_over(params: Params) -> None:
-    """Discard the run folder."""
-    discard(params.run_folder)
 
 
 @retryable_task
@@ -91,9 +85,14 @@ def train_and_track(params: Params, restart: Restart) -> TrainingRun:
         for each in opened:
             # Before a retry opens the same folder.
             each.abandon()
-            _mark_failed(each.tracker)
+            try:
+                each.tracker.fail()
+            except UNANSWERED as error:  # the training's own error matters more
+                get_run_logger().warning("the MLflow run could not be marked as failed: %s", error)
         raise
-    tracker = _close(opened[0]) if opened else _tracker_of_finished(ready, manifest, result)
+    if opened:
+        opened[0].close()
+    tracker = opened[0].tracker if opened else _tracker_of_finished(ready, manifest, result)
     if not tracker.finished:
         for record in (result.output / "history.csv", result.output / "losses.csv"):
             tracker.log_file(record, "history")
@@ -121,31 +120,18 @@ def _finish(ready: ResolvedParams, tracker: RunTracker) -> None:
     tracker.finish()
 
 
-def _close(buffered: BufferedTracker) -> RunTracker:
-    buffered.close()
-    return buffered.tracker
-
-
-def _mark_failed(tracker: RunTracker) -> None:
-    try:
-        tracker.fail()
-    except UNANSWERED as error:  # the training's own error matters more
-        get_run_logger().warning("the MLflow run could not be marked as failed: %s", error)
-
-
 def _tracker_of_finished(ready: ResolvedParams, manifest: Manifest, result: TrainResult) -> RunTracker:
     """Tracker of a training that had finished before; a missing MLflow run is recreated from its history."""
     client, params = MlflowClient(), ready.params
-    run = find_run(client, params.model_name, result.train_key)
-    if run is None:
-        tracker = _open(ready, manifest, restart=False)
-    else:
-        tracker = _close(BufferedTracker(RunTracker(client, run.info.run_id), params.run_folder / METRICS_BUFFER))
+    run = find_run(client, params.model_name, TRAIN_KEY, result.train_key)
+    tracker = RunTracker(client, run.info.run_id) if run else _open(ready, manifest, restart=False)
+    buffered = BufferedTracker(tracker, params.run_folder / METRICS_BUFFER)
     if not tracker.finished:
         # The whole history, as an earlier attempt may have been killed; existing points are skipped.
         for name in ("history.csv", "losses.csv"):
             for row in read_metrics(result.output / name):
-                tracker.log_metrics(row, int(row.pop("images")))
+                buffered.log_metrics(row, int(row.pop("images")))
+    buffered.close()
     return tracker
 
 
@@ -169,7 +155,9 @@ def _open(ready: ResolvedParams, manifest: Manifest, restart: bool) -> RunTracke
     tracker.log_file(params.dataset_folder / "manifest.json", "dataset")
     if (preflight := params.run_folder / PREFLIGHT).is_file():
         tracker.log_file(preflight, "history")
-    if page := find_dataset_page(params):
-        tracker.log_file(page.html, "dataset")
-        tracker.log_metrics(page.summary.metrics(), images=0)
+    # A page that is not there yet would need all shards, which streaming avoids to have here.
+    if params.training.stream_bytes is None or page_path(params).is_file():
+        page, summary = dataset_page(params)
+        tracker.log_file(page, "dataset")
+        tracker.log_metrics(summary.metrics(), images=0)
     return tracker

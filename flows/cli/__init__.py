@@ -15,7 +15,6 @@ from flows.cli import (
     model_commands,
     operations_commands,
     pipeline_commands,
-    provenance_commands,
     server_commands,
 )
 
@@ -28,9 +27,8 @@ app = typer.Typer(
     add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for commands in (pipeline_commands, provenance_commands, operations_commands):
-    app.add_typer(commands.app)
-app.add_typer(server_commands.top)
+for top in (pipeline_commands.app, operations_commands.app, server_commands.top):
+    app.add_typer(top)
 for group in (data_commands, model_commands, edit_commands, server_commands):
     app.add_typer(group.app, rich_help_panel="Groups of commands")
 

@@ -46,8 +46,7 @@ Count = Annotated[int, typer.Option("--count", min=1, help="Number of images.")]
 LARGEST_SEED = 2**63 - 1
 """Largest seed that a manifest can hold."""
 Seed = Annotated[
-    int,
-    typer.Option("--seed", min=0, max=LARGEST_SEED, help="Seed; image i of a seed is the same image everywhere."),
+    int, typer.Option("--seed", min=0, max=LARGEST_SEED, help="Seed; image i of a seed is the same image everywhere.")
 ]
 NegativePrompt = Annotated[
     str | None,
@@ -60,7 +59,8 @@ class CommandOutput(NamedTuple):
     """Result of a command: ``value`` for ``--json``, ``lines`` for people, and the ``error`` raised after printing."""
 
     value: "BaseModel | Mapping[str, Any]"
-    lines: Iterable[str]
+    lines: Iterable[str] | None = None
+    """None: the fields of ``value`` that are set, as YAML."""
     error: Exception | None = None
 
 
@@ -114,16 +114,11 @@ def command(
                     given["config"] = _load(given.pop("params_file"), words, given.pop("dataset", None))
                 output = function(**given)
                 # Lines may still have to be computed.
-                lines = [] if output is None else list(output.lines)
-            if output is None:
-                return
-            if as_json:
-                value = output.value if isinstance(output.value, Mapping) else output.value.model_dump(mode="json")
-                lines = [json.dumps(value, ensure_ascii=False)]
+                lines = [] if output is None else _lines(output, as_json)
             # Labels, captions and file names are untrusted and may hold terminal control characters.
             for line in lines:
                 print(escape_controls(line))
-            if output.error is not None:
+            if output is not None and output.error is not None:
                 raise output.error
 
         run.__name__, run.__doc__ = function.__name__, function.__doc__
@@ -134,6 +129,19 @@ def command(
         return function
 
     return register
+
+
+def _lines(output: CommandOutput, as_json: bool) -> list[str]:
+    if output.lines is not None and not as_json:
+        return list(output.lines)
+    value = output.value
+    if not isinstance(value, Mapping):
+        value = value.model_dump(mode="json", exclude_none=not as_json)
+    if as_json:
+        return [json.dumps(value, ensure_ascii=False)]
+    import yaml
+
+    return yaml.safe_dump(value, sort_keys=False, allow_unicode=True, width=1000).splitlines()
 
 
 def _load(path: Path, overrides: list[str], dataset: str | None) -> "Params":
@@ -159,7 +167,7 @@ def is_file(model: str | None) -> TypeGuard[str]:
 def connect(*needs: "Server") -> Iterator[None]:
     """Use the servers in ``needs`` in this process, and show progress on the console."""
     from flows.environment import settings
-    from flows.local_stack.discovery import join_servers
+    from flows.local_stack.stack import join_servers
     from flows.monitoring.health import require
     from flows.tracking.console import OURS, console
 
@@ -178,12 +186,5 @@ def connect(*needs: "Server") -> Iterator[None]:
     os.environ.setdefault("PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW", "ignore")
     join_servers(*needs)
     require(*needs)
-
-    from flows.tracking.progress_reporter import CONSOLE
-
-    with console() as progress:
-        token = CONSOLE.set(progress)
-        try:
-            yield
-        finally:
-            CONSOLE.reset(token)
+    with console():
+        yield

@@ -2,24 +2,24 @@
 
 import sys
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from diffusion.common.errors import UserError
 from flows.cli.command import CommandOutput, command, connect
 
 if TYPE_CHECKING:
     from diffusion.data.manifest import FileEntry
-    from diffusion.data.versions.takedown_records import Chosen, Selection
+    from diffusion.data.versions.takedown_records import Chosen
     from diffusion.data.versions.versions import Difference
     from flows.config import Params
-    from flows.takedown import TakedownResult
+    from flows.datasets.dvc import KeptFiles
 
 app = typer.Typer(
-    name="data",
-    help="Versions of a data set: list, show, compare, check out; take images down.",
-    no_args_is_help=True,
+    name="data", help="Versions of a data set: list, show, compare, check out; take images down.", no_args_is_help=True
 )
 All = Annotated[bool, typer.Option("--all", help="Show complete lists instead of the first 20 entries.")]
 FIRST = 20
@@ -95,7 +95,6 @@ def diff(
 
     Example:  darkroom data diff 3f9c21d0 --dataset faces
     """
-    from diffusion.common.errors import UserError
     from diffusion.data.versions.versions import diff as difference_of
     from diffusion.data.versions.versions import resolve
 
@@ -146,10 +145,10 @@ def remove(
             metavar="KEY|PATTERN…", help="Image keys (8 or more hex digits) or source name patterns (* as wildcard)."
         ),
     ] = None,
-    source: Annotated[list[str], typer.Option("--source", metavar="PATTERN", help="Source name pattern.")] = [],  # noqa: B006
-    label: Annotated[str | None, typer.Option("--label", help="Only images of this class.")] = None,
+    source: Annotated[list[str], typer.Option(metavar="PATTERN", help="Source name pattern.")] = [],  # noqa: B006
+    label: Annotated[str | None, typer.Option(help="Only images of this class.")] = None,
     reason: Annotated[
-        str, typer.Option("--reason", help="One-line reason, stored in the record; required except with --dry-run.")
+        str, typer.Option(help="One-line reason, stored in the record; required except with --dry-run.")
     ] = "",
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only list the images that would be removed, and their source names.")
@@ -171,10 +170,14 @@ def remove(
 
     Example:  darkroom data remove 'alice/*' --dataset faces --reason 'consent withdrawn' --purge
     """
-    from diffusion.common.errors import UserError
     from diffusion.data.versions.takedown import choose
+    from diffusion.data.versions.takedown_records import Selection, Selector, is_key
 
-    selection = _selection(images or [], source, label)
+    keys = [each for each in images or [] if is_key(each)]
+    patterns = [each for each in images or [] if not is_key(each)]
+    selection = Selection(prefixes=keys, sources=[*patterns, *source], label=label)
+    # Raises UserError if it is empty or malformed.
+    Selector.of(selection)
     if dry_run and purge:
         raise UserError("--dry-run only says which images would be removed: leave --purge out")
     if dry_run:
@@ -184,95 +187,48 @@ def remove(
     if not reason.strip():
         raise UserError("a removal needs a --reason: one line that is stored in the manifest")
     if not yes:
-        _confirm(
-            f"take down {', '.join([*selection.prefixes, *selection.sources])} from data set {config.training.dataset}"
-        )
+        what = f"take down {', '.join([*keys, *patterns, *source])} from data set {config.training.dataset}"
+        if not sys.stdin.isatty():
+            raise UserError(f"to {what}, give --yes (or --dry-run to list the images)")
+        typer.confirm(f"Really {what}?", abort=True, err=True)
     with connect("prefect", "mlflow", "s3"):
         from flows.takedown import takedown
 
         done = takedown(config, selection, reason, purge)
-    return CommandOutput({"dataset": config.training.dataset, **done.model_dump(mode="json")}, _takedown_lines(done))
+    return CommandOutput({"dataset": config.training.dataset, **done.model_dump(mode="json")}, done.lines())
 
 
 def _in_cache(folder: Path) -> "Callable[[FileEntry], Path | None]":
     """Lookup of files of older versions in DVC's cache, which is opened on first use."""
-    cache: list[Any] = []
 
-    def find(entry: "FileEntry") -> Path | None:
-        if not cache:
-            from flows.datasets.dvc import KeptFiles
+    @cache
+    def kept() -> "KeptFiles":
+        from flows.datasets.dvc import KeptFiles
 
-            cache.append(KeptFiles(folder.name))
-        path: Path | None = cache[0].find(entry)
-        return path
+        return KeptFiles(folder.name)
 
-    return find
+    return lambda entry: kept().find(entry)
 
 
 def _connect_remote() -> str:
     """Connect to the S3 server; returns the URL of the DVC remote."""
     from flows.environment import data_source
-    from flows.local_stack.discovery import join_servers
+    from flows.local_stack.stack import join_servers
 
     join_servers("s3")
     return data_source()
 
 
-def _selection(images: list[str], sources: list[str], label: str | None) -> "Selection":
-    """Selection of the command line; raises UserError if it is empty or malformed."""
-    from diffusion.data.versions.takedown_records import Selection, Selector, is_key
-
-    keys = [each for each in images if is_key(each)]
-    patterns = [each for each in images if not is_key(each)]
-    selection = Selection(prefixes=keys, sources=[*patterns, *sources], label=label)
-    Selector.of(selection)
-    return selection
-
-
-def _confirm(what: str) -> None:
-    from diffusion.common.errors import UserError
-
-    if not sys.stdin.isatty():
-        raise UserError(f"to {what}, give --yes (or --dry-run to list the images)")
-    typer.confirm(f"Really {what}?", abort=True, err=True)
-
-
 def _dry_run_lines(chosen: "Chosen", names: list[str]) -> list[str]:
     shown = [f"  {name}" for name in names[:FIRST]]
     near_duplicates = [f"  {key}" for key in chosen.near_copies[:FIRST]]
-    hidden = len(chosen.near_copies) - len(near_duplicates)
     return [
         f"{chosen.images:,} images would be removed under {len(names):,} names ({chosen.duplicates:,} copies, "
         f"{chosen.refused:,} quarantined); {len(chosen.parts):,} shards would be rewritten",
         *shown,
-        *([f"  … and {len(names) - len(shown):,} more: --json names all"] if len(names) > len(shown) else []),
+        *_more(len(names), shown, "--json"),
         *([f"{len(chosen.near_copies):,} near-duplicates would stay:", *near_duplicates] if near_duplicates else []),
-        *([f"  … and {hidden:,} more"] if hidden else []),
-    ]
-
-
-def _takedown_lines(done: "TakedownResult") -> list[str]:
-    removal, derived = done.removal, done.derived
-    purged = done.purged
-    return [
-        f"{removal.images:,} images taken down from {removal.dataset} (takedown {done.name}"
-        + (", done before)" if removal.already else ")"),
-        f"version    {removal.version[:12]}, content {removal.content_digest}",
-        f"held by    {', '.join(digest[:12] for digest in done.held) or 'no known version'}",
-        *(f"unclear    version {digest[:12]}: its tables are gone" for digest in done.unknown),
-        *(f"similar    {key} stays" for key in removal.near_copies),
-        *(f"run        {run.run_id} ({run.name})" for run in derived.runs),
-        *(f"model      {model.uri}" + "".join(f" @{alias}" for alias in model.aliases) for model in derived.models),
-        *(f"samples    {uri}" for uri in derived.samples),
-        *(f"unclear    run {run_id}: its version of the data set is not known" for run_id in derived.unclear_runs),
-        *(
-            [
-                f"purged     {len(purged.dvc_objects):,} DVC objects, {len(purged.files):,} files, "
-                f"{len(purged.artifacts):,} artifacts"
-            ]
-            if purged
-            else []
-        ),
+        *_more(len(chosen.near_copies), near_duplicates, "--json"),
     ]
 
 
@@ -305,8 +261,8 @@ def _changes(changed: Any) -> str:
     return ", ".join(f"{n}: {getattr(old, n)} → {getattr(new, n)}" for n in names if getattr(old, n) != getattr(new, n))
 
 
-def _more(count: int, shown: list[str]) -> list[str]:
-    return [f"  … and {count - len(shown):,} more: --all shows them"] if count > len(shown) else []
+def _more(count: int, shown: list[str], option: str = "--all") -> list[str]:
+    return [f"  … and {count - len(shown):,} more: {option} shows them"] if count > len(shown) else []
 
 
 def _count(number: int | None) -> str:

@@ -1,8 +1,7 @@
 """``darkroom edit``: inpainting, img2img, interpolation and super-resolution, written to a local folder."""
 
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -23,9 +22,7 @@ if TYPE_CHECKING:
     from flows.config import Params
 
 app = typer.Typer(
-    name="edit",
-    help="Edit images: inpainting, img2img, interpolation, super-resolution.",
-    no_args_is_help=True,
+    name="edit", help="Edit images: inpainting, img2img, interpolation, super-resolution.", no_args_is_help=True
 )
 Image = Annotated[Path, typer.Argument(help="Image file; cropped to a square and resized to the model's size.")]
 Label = Annotated[str | None, typer.Option("--label", metavar="NAME", help="Class label.")]
@@ -35,29 +32,19 @@ Prompt = Annotated[
 ]
 
 
-class InpaintMethod(StrEnum):
-    """Inpainting method."""
-
-    REPLACE = "replace"
-    PIGDM = "pigdm"
-    REPAINT = "repaint"
-
-
 @command(app)
 def inpaint(
     config: "Params",
     image: Image,
-    mask: Annotated[
-        Path, typer.Option("--mask", help="Image file of the image's size: white is filled, black is kept.")
-    ],
+    mask: Annotated[Path, typer.Option(help="Image file of the image's size: white is filled, black is kept.")],
     method: Annotated[
-        InpaintMethod,
+        Literal["replace", "pigdm", "repaint"],
         typer.Option(
             "--method",
             help="replace: replace the known pixels at each step (fast). pigdm: guide each step by a gradient, 2.5 "
             "times the work. repaint: go back and resample.",
         ),
-    ] = InpaintMethod.REPLACE,
+    ] = "replace",
     resample_steps: Annotated[
         int | None,
         typer.Option(
@@ -68,7 +55,7 @@ def inpaint(
         ),
     ] = None,
     strength: Annotated[
-        float | None, typer.Option("--strength", help="Noise added to the hole, up to 1 (replace all); default: 1.")
+        float | None, typer.Option(help="Noise added to the hole, up to 1 (replace all); default: 1.")
     ] = None,
     count: Count = 8,
     seed: Seed = 0,
@@ -83,7 +70,7 @@ def inpaint(
     Example:  darkroom edit inpaint face.png --mask hole.png --method pigdm --model models:/faces@champion
     """
     fields: dict[str, Any] = {"count": count, "seed": seed, "strength": strength}
-    fields |= {"method": method.value, "resample_steps": resample_steps}
+    fields |= {"method": method, "resample_steps": resample_steps}
     fields |= {"label": label, "prompt": prompt, "negative_prompt": negative_prompt}
     return generate_images(config, "inpaint", fields, model, output, image, mask)
 
@@ -93,7 +80,7 @@ def img2img(
     config: "Params",
     image: Image,
     strength: Annotated[
-        float | None, typer.Option("--strength", help="Noise added to the image, between 0 and 1; default: 0.6.")
+        float | None, typer.Option(help="Noise added to the image, between 0 and 1; default: 0.6.")
     ] = None,
     count: Count = 8,
     seed: Seed = 0,
@@ -116,8 +103,8 @@ def img2img(
 def interpolate(
     config: "Params",
     to_seed: Annotated[int, typer.Argument(min=0, max=LARGEST_SEED, metavar="TO_SEED", help="Seed of the last image.")],
-    seed: Annotated[int, typer.Option("--seed", min=0, max=LARGEST_SEED, help="Seed of the first image.")] = 0,
-    count: Annotated[int, typer.Option("--count", min=2, help="Number of images, both ends included.")] = 8,
+    seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Seed of the first image.")] = 0,
+    count: Annotated[int, typer.Option(min=2, help="Number of images, both ends included.")] = 8,
     label: Label = None,
     prompt: Prompt = None,
     negative_prompt: NegativePrompt = None,
@@ -137,7 +124,7 @@ def interpolate(
 def upscale(
     config: "Params",
     image: Annotated[Path, typer.Argument(help="Image file, at least as large as the model's low-resolution input.")],
-    count: Annotated[int, typer.Option("--count", min=1, help="Number of images.")] = 1,
+    count: Annotated[int, typer.Option(min=1, help="Number of images.")] = 1,
     seed: Seed = 0,
     model: Model = None,
     output: OutFolder = None,

@@ -126,7 +126,7 @@ def explain(
     Example:  darkroom model explain --model models:/faces@champion --dataset faces
     """
     with connect("prefect", "mlflow", "s3"):
-        from flows.explain import explain
+        from flows.sample import explain
 
         uri = model or f"models:/{config.model_name}@champion"
         done = explain(config, uri, output or config.report_folder / "explain", seed)
@@ -136,7 +136,7 @@ def explain(
 @command(app)
 def export(
     config: "Params",
-    to: Annotated[Literal["diffusers"], typer.Option("--to", help="Target library.")],
+    to: Annotated[Literal["diffusers"], typer.Option(help="Target library.")],
     folder: Annotated[Path, typer.Option("--out", metavar="FOLDER", help="Folder to write to; must not exist yet.")],
     model: Model = None,
 ) -> CommandOutput:

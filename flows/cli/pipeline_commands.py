@@ -26,7 +26,7 @@ from flows.cli.model_commands import new_champion
 
 if TYPE_CHECKING:
     from diffusion.data.ingest.ingest import IngestResult
-    from diffusion.training.train import Restart
+    from diffusion.training.train import Restart, TrainResult
     from flows.config import Params
     from flows.datasets.dvc import RemoteShards
 
@@ -39,10 +39,7 @@ To = Annotated[
         help="s3://BUCKET (for samples/MODEL/VERSION/BATCH/ in it) or s3://BUCKET/PREFIX; default: DARKROOM_BUCKET.",
     ),
 ]
-Labels = Annotated[
-    list[str],
-    typer.Option("--label", metavar="NAME", help="Class label; several are used in turn."),
-]
+Labels = Annotated[list[str], typer.Option("--label", metavar="NAME", help="Class label; several are used in turn.")]
 Prompts = Annotated[
     list[str],
     typer.Option("--prompt", metavar="TEXT", help="Text prompt, for a model trained on captions; several as --label."),
@@ -165,28 +162,30 @@ def train(
     otherwise: Restart = "if_different" if restart_if_different else "never"
     if local:
         from diffusion.training.train import discard
-        from diffusion.training.train import train as train_model
         from flows.tracking.console import console
 
         if restart and not is_follower():
             discard(config.run_folder)
-        parts = config.dataset_folder, config.run_folder, config.model, config.training, config.sampling
         with console() as progress:
-            result = train_model(*parts, progress=progress, restart=otherwise)
+            result = _train(config, progress=progress, restart=otherwise)
         return None if is_follower() else CommandOutput(result, [f"{result.images} images seen; {result.final}"])
     if is_follower():
-        from diffusion.training.train import train as train_along
-
         config = _with_files(config)
-        parts = config.dataset_folder, config.run_folder, config.model, config.training, config.sampling
         with _shards(config) as store:
-            train_along(*parts, store=store)
+            _train(config, store=store)
         return None
     with connect("prefect", "mlflow", "s3"):
         from flows.train import train
 
         done = train(config, "always" if restart else otherwise)
     return CommandOutput(done, [f"{done.result.images} images seen; {done.result.final}; MLflow run {done.run_id}"])
+
+
+def _train(config: "Params", **options: Any) -> "TrainResult":
+    """Train in this process, without a flow."""
+    from diffusion.training.train import train
+
+    return train(config.dataset_folder, config.run_folder, config.model, config.training, config.sampling, **options)
 
 
 def _with_files(config: "Params", dry_run: bool = False) -> "Params":
@@ -252,8 +251,7 @@ def evaluate(config: "Params", local: Local = False) -> CommandOutput:
 def promote(
     config: "Params",
     version: Annotated[
-        int | None,
-        typer.Option("--to", min=1, metavar="VERSION", help="Manual override: make this version champion."),
+        int | None, typer.Option("--to", min=1, metavar="VERSION", help="Manual override: make this version champion.")
     ] = None,
     reason: Reason = None,
     taken_down: Annotated[
@@ -288,7 +286,7 @@ def sample(
     config: "Params",
     model: Model = None,
     count: Annotated[
-        int | None, typer.Option("--count", min=1, help="Number of images; default: 64, or one per row of --requests.")
+        int | None, typer.Option(min=1, help="Number of images; default: 64, or one per row of --requests.")
     ] = None,
     requests: RequestTable = None,
     seed: Seed = 0,
@@ -331,15 +329,7 @@ def sample(
 
         conditions = Conditions(labels=tuple(label), prompts=tuple(prompt), negative_prompt=negative_prompt)
         done = sample(config, model or f"models:/{config.model_name}@champion", count, seed, to, conditions, requests)
-    return CommandOutput(
-        done,
-        [
-            f"{done.count} images of {done.model} in {done.uri}",
-            f"manifest: {done.manifest}",
-            f"contact sheet: {done.contact_sheet}",
-            done.took.words,
-        ],
-    )
+    return CommandOutput(done)
 
 
 @command(app, panel="Pipeline", overrides={"source": "ingest.source"})
@@ -369,14 +359,10 @@ def retrain(
         raise UserError("--version trains on what was ingested before: leave SOURCE out")
     with connect("prefect", "mlflow", "s3"):
         from diffusion.generation.config import Conditions
-        from flows.retrain import Unchanged, retrain
+        from flows.retrain import retrain
 
         conditions = Conditions(labels=tuple(label), prompts=tuple(prompt), negative_prompt=negative_prompt)
-        done = retrain(config, count, seed, to, conditions, version)
-    found = done.model_dump(mode="json")
-    if isinstance(done, Unchanged):
-        # The same keys as after a retraining that did something.
-        found = found.pop("before") | found
+        found = retrain(config, count, seed, to, conditions, version).model_dump(mode="json")
     error = None if found["verdict"]["promoted"] else typer.Exit(3)
     return CommandOutput(found, _retrained(found), error)
 
@@ -384,8 +370,7 @@ def retrain(
 def _retrained(found: dict[str, Any]) -> Iterator[str]:
     """Describe a retraining for people."""
     data = found["data"].get("result", found["data"])
-    verdict, samples = found["verdict"], found["samples"]
-    version = verdict["version"]
+    verdict, samples, version = found["verdict"], found["samples"], found["verdict"]["version"]
     title = "champion" if verdict["promoted"] else {"hold": "held", "reject": "rejected"}[verdict["verdict"]]
     if found["skipped"]:
         yield f"skipped    {found['skipped']}"
@@ -417,14 +402,10 @@ def sweep(
 
     Example:  darkroom sweep --dataset faces --over training.learning_rate=1e-3,4e-3 --over model.width=32,64
     """
-    from flows.variants import combinations, parse_over
-
-    varied = parse_over(over)
-    combinations(config, varied)
     with connect("prefect", "mlflow", "s3"):
-        from flows.sweep import sweep
+        from flows.sweep import parse_over, sweep
 
-        done = sweep(config, varied)
+        done = sweep(config, parse_over(over))
     lines = [
         f"{done.ranking.metric} {each.value:.4g} ± {each.error:.2g}  "
         + " ".join(f"{key}={value}" for key, value in each.settings.items())
@@ -451,19 +432,16 @@ def compare(
 
     Example:  darkroom compare --dataset faces --set training.minutes=10
     """
-    from diffusion.evaluation.reports.ranking_report import findings
-    from flows.variants import RankingResult, family_variants, rank_variants
-
-    otherwise: Restart = "if_different" if restart else "never"
     if local:
-        from diffusion.training.train import train
+        from flows.compare import family_variants, rank_variants
+        from flows.evaluate import RankingResult
         from flows.tracking.console import console
 
+        otherwise: Restart = "if_different" if restart else "never"
         variants = family_variants(config, family)
         with console() as progress:
             for each in variants.values():
-                parts = each.dataset_folder, each.run_folder, each.model, each.training, each.sampling
-                train(*parts, progress=progress, restart=otherwise)
+                _train(each, progress=progress, restart=otherwise)
             ranking, report = rank_variants(variants, progress)
         done = RankingResult(ranking=ranking, report=report)
     else:
@@ -471,4 +449,6 @@ def compare(
             from flows.compare import compare
 
             done = compare(config, family, restart)
+    from diffusion.evaluation.reports.ranking_report import findings
+
     return CommandOutput(done, [*findings(done.ranking), f"report: {done.report}"])

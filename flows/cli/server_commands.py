@@ -97,7 +97,7 @@ def metrics(
 
     Example:  darkroom server metrics & curl localhost:9464/metrics
     """
-    from flows.local_stack.discovery import join_servers
+    from flows.local_stack.stack import join_servers
 
     join_servers("prefect", "mlflow", "s3")
     from flows.monitoring.prometheus import serve
@@ -123,8 +123,7 @@ def backup(target: Target) -> CommandOutput:
         done = backup(target, progress)
     size = sum(each.size for each in done.objects)
     result = {"stamp": done.stamp, "objects": len(done.objects), "bytes": size, "databases": list(done.databases)}
-    lines = [f"backup {done.stamp} in {target}: {len(done.databases)} databases, {len(done.objects):,} objects"]
-    return CommandOutput(result, lines)
+    return CommandOutput(result)
 
 
 @command(app)
@@ -149,13 +148,13 @@ def restore(
 
     Example:  DARKROOM_HOME=.restored darkroom server restore /mnt/backups/darkroom
     """
+    from flows.environment import settings
     from flows.local_stack.restore import restore
     from flows.tracking.console import console
 
     with console() as progress:
-        done = restore(target, stamp, replaced, lambda line: print(line, file=sys.stderr, flush=True), progress)
-    backup, folder, until = done.backup, done.status.folder, done.later.known_until
-    removals = list(done.later.removals())
+        backup, later = restore(target, stamp, replaced, _say, progress)
+    folder, until, removals = settings().folder, later.known_until, list(later.removals())
     result = {
         "stamp": backup.stamp,
         "folder": str(folder),
@@ -164,18 +163,14 @@ def restore(
         "removals_known_until": until and until.isoformat(),
     }
     for removal in removals:
-        print(
+        _say(
             f"darkroom: {removal.images} images of data set {removal.dataset} were taken down after this backup "
             f"({removal.reason}), and its versions hold them again: no ingest adds them; to delete them run "
             f"`darkroom data remove {' '.join(key[:16] for key in removal.image_keys[:3])}"
-            f"{' …' if len(removal.image_keys) > 3 else ''} --dataset {removal.dataset} --reason … --purge`",
-            file=sys.stderr,
+            f"{' …' if len(removal.image_keys) > 3 else ''} --dataset {removal.dataset} --reason … --purge`"
         )
     if until is not None:
-        print(
-            f"darkroom: takedowns done after {until:%Y-%m-%d %H:%M:%S} UTC are unknown: repeat them",
-            file=sys.stderr,
-        )
+        _say(f"darkroom: takedowns done after {until:%Y-%m-%d %H:%M:%S} UTC are unknown: repeat them")
     return CommandOutput(result, [f"{folder} is restored from backup {backup.stamp} and runs, with new passwords"])
 
 

@@ -41,9 +41,7 @@ class DeployResult(Config):
     """Result of ``deploy``."""
 
     definitions: Path
-    """The file that declares it."""
     deployments: list[str]
-    """FLOW/NAME."""
     work_pools: list[str]
     concurrency_limits: dict[str, int]
     automations: list[str]
@@ -75,7 +73,11 @@ def deploy(
         "SILENCE": heartbeat_timeout(),
     }
     if webhook is not None:
-        values["WEBHOOK"] = _webhook(webhook)
+        if not (url := os.environ.get(webhook)):
+            raise UserError(
+                f"the environment has no {webhook}, which --webhook-env names: set it to the address to notify"
+            )
+        values["WEBHOOK"] = str(Webhook(url=url).save(WEBHOOK, overwrite=True))
     declared = read_definitions(definitions, values)
     with get_client(sync_client=True) as client:
         for item in declared["work_pools"]:
@@ -133,19 +135,8 @@ def _require_cron(words: str) -> None:
     try:
         CronSchedule(cron=words)
     except ValidationError as error:
-        raise UserError(
-            f"{words!r} is no cron schedule: write it like '0 2 * * *', every night at two (UTC)"
-        ) from error
-
-
-def _webhook(variable: str) -> str:
-    """Save the URL in the environment's ``variable`` as a webhook block; returns the block's id."""
-    url = os.environ.get(variable)
-    if not url:
-        raise UserError(
-            f"the environment has no {variable}, which --webhook-env names: set it to the address to notify"
-        )
-    return str(Webhook(url=url).save(WEBHOOK, overwrite=True))
+        message = f"{words!r} is no cron schedule: write it like '0 2 * * *', every night at two (UTC)"
+        raise UserError(message) from error
 
 
 def _ensure_pool(client: SyncPrefectClient, name: str, kind: str) -> None:

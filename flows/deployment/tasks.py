@@ -2,8 +2,8 @@
 
 import logging
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from typing import Any, Literal, ParamSpec, Protocol, TypeVar, cast
+from contextlib import contextmanager, suppress
+from typing import Any, ParamSpec, TypeVar, cast
 
 from prefect import Task, task
 from prefect.cache_policies import NO_CACHE
@@ -23,12 +23,15 @@ from diffusion.common.errors import DarkroomError, UserError
 from diffusion.common.escaping import escape_controls
 from diffusion.data.ingest.config import IngestConfig
 from diffusion.data.prefetch import Begun, FanOut, in_order
+from flows.config import SamplingBatchConfig
 
 logger = logging.getLogger(__name__)
 
 P = ParamSpec("P")
 R = TypeVar("R")
 T = TypeVar("T")
+FanOutConfig = IngestConfig | SamplingBatchConfig
+"""Settings of how work is distributed: ``runner`` and ``workers``."""
 MISSED_HEARTBEATS = 4
 """Missed heartbeats after which a run counts as dead: 240 s at our interval, more than Prefect's own 180 s."""
 SHORTEST_LEASE = 60
@@ -60,18 +63,6 @@ def completed_state(result: R, message: str, name: str = "Completed") -> R:
 def _is_retryable(_task: Task[..., Any], _run: TaskRun, state: State[Any]) -> bool:
     failure = state.result(raise_on_failure=False)
     return not isinstance(failure, DarkroomError)
-
-
-class FanOutConfig(Protocol):
-    """Settings of how work is distributed."""
-
-    @property
-    def runner(self) -> Literal["threads", "processes", "ray"]:
-        """Kind of task runner."""
-
-    @property
-    def workers(self) -> int:
-        """Number of concurrent tasks."""
 
 
 def task_runner(config: FanOutConfig) -> TaskRunner[Any]:
@@ -117,19 +108,21 @@ def prefect_fan_out(config: IngestConfig) -> FanOut:
 def concurrency_slot(name: str) -> Iterator[None]:
     """Context in which the current run holds a slot of the concurrency limit ``name``; waits for a free one.
 
-    ``darkroom deploy`` creates the limits. A run of a deployment requires them, a manual run uses those that exist.
-    The slot of a killed run is released after ``heartbeat_timeout()`` seconds.
-
-    Raises:
-        UserError: The run belongs to a deployment and the limit is missing.
+    ``darkroom deploy`` creates the limits. A run of a deployment requires them (else UserError), a manual run uses
+    those that exist. The slot of a killed run is released after ``heartbeat_timeout()`` seconds.
     """
-    _log_if_taken(name)
+    with get_client(sync_client=True) as client:
+        is_deployed = client.read_flow_run(flow_run.root_flow_run_id).deployment_id is not None
+        with suppress(ObjectNotFound):
+            limit = client.read_global_concurrency_limit_by_name(name)
+            if limit.active and limit.active_slots >= limit.limit:
+                logger.info("waiting for a slot of the concurrency limit %s", name)
     try:
         # A short outage of the server is no reason to discard hours of work.
         with concurrency(
             name,
             lease_duration=max(heartbeat_timeout(), SHORTEST_LEASE),
-            strict=_is_deployed(),
+            strict=is_deployed,
             raise_on_lease_renewal_failure=False,
         ):
             yield
@@ -145,19 +138,3 @@ def concurrency_slot(name: str) -> Iterator[None]:
 def heartbeat_timeout() -> int:
     """Seconds without a heartbeat after which a run counts as dead."""
     return MISSED_HEARTBEATS * (get_current_settings().flows.heartbeat_frequency or SHORTEST_LEASE)
-
-
-def _is_deployed() -> bool:
-    """Whether the current run belongs to a deployment."""
-    with get_client(sync_client=True) as client:
-        return client.read_flow_run(flow_run.root_flow_run_id).deployment_id is not None
-
-
-def _log_if_taken(name: str) -> None:
-    with get_client(sync_client=True) as client:
-        try:
-            limit = client.read_global_concurrency_limit_by_name(name)
-        except ObjectNotFound:
-            return
-    if limit.active and limit.active_slots >= limit.limit:
-        logger.info("waiting for a slot of the concurrency limit %s", name)

@@ -2,7 +2,7 @@
 
 import re
 import sqlite3
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -19,12 +19,10 @@ from diffusion.common.errors import UserError
 from diffusion.common.files import make_folder, sha256_file, sync_file, sync_folder, write_json
 from diffusion.common.progress import Progress, silent
 from flows.environment import settings
-from flows.local_stack.discovery import servers_in_environment
-from flows.local_stack.stack_files import LocalStack
+from flows.local_stack.stack import LocalStack, servers_in_environment
 from flows.storage.s3 import ListedObject, Missing, Store, client
 
 DATABASES = ("mlflow/mlflow.db", "mlflow/auth.db", "prefect/prefect.db")
-PROGRAMS = ("mlflow", "prefect")
 PASSING = ("pushing/", "resumed/")
 """Prefixes of transient objects, which are not backed up."""
 STAMP = "%Y%m%dT%H%M%SZ"
@@ -81,9 +79,7 @@ class Backups:
         """Read a backup, by default the newest; raises UserError if it is missing or damaged."""
         stamps = self.stamps()
         if not stamps or (stamp is not None and stamp not in stamps):
-            hint = (
-                f"there is {', '.join(stamps)}" if stamps else "there is none: make one with `darkroom server backup`"
-            )
+            hint = f"there is {', '.join(stamps) or 'none: make one with `darkroom server backup`'}"
             raise UserError(f"no backup {stamp or ''} in {self.folder}: {hint}")
         path = self.folder / "backups" / f"{stamp or stamps[-1]}.json"
         try:
@@ -91,11 +87,9 @@ class Backups:
         except ValidationError as error:
             raise UserError(f"{path} is damaged, or of a newer Darkroom ({error.errors()[0]['msg']})") from error
 
-    def write(self, backup: Backup) -> Path:
-        """Write the index of ``backup``, after all of its content; returns its path."""
-        path = self.folder / "backups" / f"{backup.stamp}.json"
-        write_json(path, backup.model_dump(mode="json"))
-        return path
+    def write(self, backup: Backup) -> None:
+        """Write the index of ``backup``, after all of its content."""
+        write_json(self.folder / "backups" / f"{backup.stamp}.json", backup.model_dump(mode="json"))
 
     def path(self, sha256: Digest) -> Path:
         """Path of the content with this digest, which may not exist."""
@@ -135,11 +129,6 @@ class Backups:
         return sha256
 
 
-def stamped(moment: datetime) -> datetime:
-    """``moment`` to the second, as in the name of a backup."""
-    return moment.replace(microsecond=0)
-
-
 def backup(target: Path, progress: Progress = silent) -> Backup:
     """Copy databases and bucket of the local stack into the folder ``target``, except content that is there already.
 
@@ -167,9 +156,9 @@ def backup(target: Path, progress: Progress = silent) -> Backup:
             if each.written <= made or not each.key.startswith("samples/")
         ]
         done = Backup(
-            made=stamped(made),
+            made=made.replace(microsecond=0),
             bucket=stack.bucket,
-            versions={name: version(name) for name in PROGRAMS},
+            versions={name: version(name) for name in ("mlflow", "prefect")},
             databases=databases,
             objects=save(store, stack.bucket, objects, backups, progress),
         )
@@ -181,13 +170,15 @@ def save(
     store: Store, bucket: str, objects: Sequence[ListedObject], backups: Backups, progress: Progress = silent
 ) -> list[SavedObject]:
     """Copy ``objects``, except those in the newest backup; objects deleted meanwhile are left out."""
-    known = {(each.key, each.etag, each.size): each for each in _saved(backups)}
+    before = backups.read().objects if backups.stamps() else []
+    known = {(each.key, each.etag, each.size): each for each in before}
     saved = []
     for number, each in enumerate(objects, 1):
         entry = known.get((each.key, each.etag, each.size))
         if entry is None or not backups.has(entry):
             entry = _save(store, bucket, each, backups)
-        saved += [entry] if entry else []
+        if entry is not None:
+            saved.append(entry)
         progress("objects saved", number, len(objects))
     return saved
 
@@ -208,12 +199,6 @@ def _copy(database: Path, target: Path) -> None:
         closing(sqlite3.connect(target)) as copy,
     ):
         source.backup(copy)
-
-
-def _saved(backups: Backups) -> Iterator[SavedObject]:
-    """Objects of the newest complete backup."""
-    if backups.stamps():
-        yield from backups.read().objects
 
 
 def _save(store: Store, bucket: str, listed: ListedObject, backups: Backups) -> SavedObject | None:

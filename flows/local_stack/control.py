@@ -2,9 +2,10 @@
 
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -15,11 +16,10 @@ from diffusion.common.config import Config
 from diffusion.common.errors import DarkroomError, UserError
 from diffusion.common.files import is_full_disk
 from flows.environment import SERVER_TITLES, SERVERS, Server, loopback_no_proxy, settings
-from flows.local_stack import ports, seaweedfs
-from flows.local_stack.discovery import servers_in_environment
-from flows.local_stack.server_process import members, stop
+from flows.local_stack import seaweedfs
+from flows.local_stack.server_process import are_free, choose_ports, members, stop
 from flows.local_stack.services import Service, services
-from flows.local_stack.stack_files import SERVICES, SERVICES_OF, LocalStack, ServiceName
+from flows.local_stack.stack import SERVICES, LocalStack, ServiceName, servers_in_environment
 
 Report = Callable[[str], None]
 
@@ -63,7 +63,8 @@ def up(report: Report, restoring: bool = False) -> StackStatus:
     """
     elsewhere = servers_in_environment()
     if len(elsewhere) < len(SERVERS):
-        folder = settings().folder
+        configured = settings()
+        folder = configured.folder
         with _locked(folder, report):
             # The servers would create the missing databases, empty.
             if (folder / RESTORING).exists() and not restoring:
@@ -71,8 +72,13 @@ def up(report: Report, restoring: bool = False) -> StackStatus:
                     f"a restore into {folder} did not end: give `darkroom server restore` of the same backup again, or "
                     "set DARKROOM_HOME to another folder"
                 )
-            stack = _with_ports(_with_servers(_open(), elsewhere))
-            _start_all(stack, services(stack), report)
+            stack = LocalStack.open(folder, configured.bucket)
+            if os.environ.get("DARKROOM_BUCKET", stack.bucket) != stack.bucket:
+                raise UserError(
+                    f"DARKROOM_BUCKET is {configured.bucket}, but the data of the stack in {folder} is in its bucket "
+                    f"{stack.bucket}: unset it, or begin a new stack in another DARKROOM_HOME"
+                )
+            _start_all(_with_ports(_with_servers(stack, elsewhere)), report)
     for server, variable in elsewhere.items():
         report(f"{SERVER_TITLES[server]}: commands here use the server in {variable}, not the local stack")
     return status()
@@ -82,15 +88,14 @@ def status() -> StackStatus:
     """Check the services of the local stack with real requests."""
     folder = settings().folder
     stack = LocalStack.read(folder)
-    statuses: list[ServiceStatus] = []
+    statuses: tuple[ServiceStatus, ...] = ()
     if stack is not None:
-        known = services(stack)
         with ThreadPoolExecutor(len(SERVICES)) as pool:
-            statuses = list(pool.map(lambda service: _status(stack, service), known))
+            statuses = tuple(pool.map(partial(_status, stack), services(stack)))
     return StackStatus(
         folder=folder,
         credentials=folder / "credentials.json" if stack else None,
-        services=tuple(statuses),
+        services=statuses,
         elsewhere=servers_in_environment(),
     )
 
@@ -104,12 +109,10 @@ def down(report: Report) -> None:
     with _locked(folder, report):
         # The worker first, so that it can still report to Prefect; S3 last, as MLflow uses it.
         for names in (("worker",), ("mlflow", "prefect"), ("s3",)):
-            running = members(folder, *names)
-            if running:
+            if running := members(folder, *names):
                 report(f"stopping {', '.join(names)}")
                 stop(running, GRACE)
-        stack = LocalStack.read(folder)
-        if stack is not None:
+        if (stack := LocalStack.read(folder)) is not None:
             stack.updated(processes={})
     report("the local stack is stopped; `darkroom up` starts it again with its data")
 
@@ -154,18 +157,6 @@ def _locked(folder: Path, report: Report) -> Iterator[None]:
         lock.release()
 
 
-def _open() -> LocalStack:
-    """Open the stack in DARKROOM_HOME; create it if it is missing."""
-    configured = settings()
-    stack = LocalStack.open(configured.folder, configured.bucket)
-    if os.environ.get("DARKROOM_BUCKET", stack.bucket) != stack.bucket:
-        raise UserError(
-            f"DARKROOM_BUCKET is {configured.bucket}, but the data of the stack in {stack.folder} is in its bucket "
-            f"{stack.bucket}: unset it, or begin a new stack in another DARKROOM_HOME"
-        )
-    return stack
-
-
 def _with_servers(stack: LocalStack, elsewhere: dict[Server, str]) -> LocalStack:
     """Add the servers that the environment does not name to those of the stack."""
     ours = [server for server in SERVERS if server not in elsewhere or stack.serves(server)]
@@ -183,28 +174,26 @@ def _with_ports(stack: LocalStack) -> LocalStack:
     """Assign ports to all services, the previous ones if they are still free."""
     numbers = dict(stack.state.ports)
     for server in stack.state.servers:
-        service = SERVICES_OF[server][0]
-        names = seaweedfs.PORTS if service == "s3" else (service,)
-        if stack.process(service) is None:
+        names = seaweedfs.PORTS if server == "s3" else (server,)
+        if stack.process(server) is None:
             # The children of a killed server may still hold its port.
-            _halt(stack, service)
-            if not ports.are_free(numbers[name] for name in names if name in numbers):
+            _halt(stack, server)
+            if not are_free(numbers[name] for name in names if name in numbers):
                 numbers = {name: port for name, port in numbers.items() if name not in names}
         lacking = [name for name in names if name not in numbers]
-        numbers |= zip(lacking, ports.choose(len(lacking), numbers.values()), strict=True)
+        numbers |= zip(lacking, choose_ports(len(lacking), numbers.values()), strict=True)
     return stack.updated(ports=numbers)
 
 
-def _start_all(stack: LocalStack, wanted: Sequence[Service], report: Report) -> None:
-    """Start or restart services that do not run as ``wanted``, in parallel, and wait until all answer."""
-    started = time.monotonic()
+def _start_all(stack: LocalStack, report: Report) -> None:
+    """Start or restart services that do not run as configured, in parallel, and wait until all answer."""
+    started, waiting = time.monotonic(), services(stack)
     fresh: set[ServiceName] = set()
-    for service in wanted:
+    for service in waiting:
         running = stack.process(service.name)
         if running is not None and running.spec != service.spec:
             report(f"{service.title}: restarted, because its settings changed")
             _halt(stack, service.name)
-    waiting = list(wanted)
     while waiting:
         for service in list(waiting):
             if any(other.name == service.after for other in waiting):
@@ -213,7 +202,7 @@ def _start_all(stack: LocalStack, wanted: Sequence[Service], report: Report) -> 
                 if service.name in fresh:
                     raise _failure(stack, service, "ended at once")
                 _halt(stack, service.name)
-                stack = _start(stack, service)
+                stack = stack.updated(processes={**stack.state.processes, service.name: service.start(stack)})
                 fresh.add(service.name)
             if _serves(stack, service):
                 waiting.remove(service)
@@ -235,14 +224,8 @@ def _halt(stack: LocalStack, service: ServiceName, grace: float = GRACE) -> None
     stop(left, grace)
 
 
-def _start(stack: LocalStack, service: Service) -> LocalStack:
-    process = service.start(stack)
-    return stack.updated(processes={**stack.state.processes, service.name: process})
-
-
 def _serves(stack: LocalStack, service: Service) -> bool:
-    process = stack.process(service.name)
-    if process is None:
+    if (process := stack.process(service.name)) is None:
         return False
     try:
         service.check(process)
@@ -253,13 +236,10 @@ def _serves(stack: LocalStack, service: Service) -> bool:
 
 def _status(stack: LocalStack, service: Service) -> ServiceStatus:
     process = stack.process(service.name)
-    state: Literal["running", "not answering", "stopped"] = "stopped"
-    if process is not None:
-        state = "running" if _serves(stack, service) else "not answering"
     return ServiceStatus(
         name=service.name,
         title=service.title,
-        state=state,
+        state="stopped" if process is None else "running" if _serves(stack, service) else "not answering",
         url=stack.url(service.name),
         pid=process and process.pid,
         log=stack.log(service.name),
@@ -269,5 +249,4 @@ def _status(stack: LocalStack, service: Service) -> ServiceStatus:
 def _failure(stack: LocalStack, service: Service, what: str) -> DarkroomError:
     log = stack.log(service.name)
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    last = lines[-1] if lines else "nothing"
-    return DarkroomError(f"{service.title} {what}; the last line of {log} is: {last[:300]}")
+    return DarkroomError(f"{service.title} {what}; the last line of {log} is: {(lines or ['nothing'])[-1][:300]}")

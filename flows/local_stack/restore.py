@@ -21,9 +21,8 @@ from diffusion.common.progress import Progress, silent
 from diffusion.data.versions.takedown_records import Removal
 from flows.environment import SERVERS, settings
 from flows.local_stack.backup import Backup, Backups, SavedObject
-from flows.local_stack.control import RESTORING, StackStatus, status, up
-from flows.local_stack.discovery import servers_in_environment
-from flows.local_stack.stack_files import LocalStack
+from flows.local_stack.control import RESTORING, up
+from flows.local_stack.stack import LocalStack, servers_in_environment
 from flows.storage.s3 import Object, Store, client
 
 AUTH = "mlflow/auth.db"
@@ -31,8 +30,6 @@ AT_ONCE = 2**26
 """Bytes of a batch of objects in memory; a larger object is a batch by itself."""
 UPGRADES = {"mlflow/mlflow.db": ("mlflow", "db", "upgrade"), AUTH: ("mlflow.server.auth", "db", "upgrade", "--url")}
 """Commands that migrate the databases of an older MLflow; Prefect's server migrates its own."""
-
-
 REMOVAL = re.compile(r"datasets/[^/]+/removals/[^/]+\.json")
 """Keys of takedown records in the catalogue."""
 
@@ -41,7 +38,6 @@ class LaterRemovals(Config):
     """Takedowns since a backup."""
 
     records: dict[str, str] = Field(default_factory=dict)
-    """Catalogue records by key."""
     known_until: AwareDatetime | None = None
     """Time until which the list is complete; None if it is complete."""
 
@@ -57,14 +53,6 @@ class LaterRemovals(Config):
                 ) from error
 
 
-class RestoreResult(Config):
-    """Result of a restore."""
-
-    backup: Backup
-    status: StackStatus
-    later: LaterRemovals
-
-
 class RestoreState(Config):
     """State of a restore in progress, kept in the stack's folder."""
 
@@ -75,30 +63,19 @@ class RestoreState(Config):
 
 
 def restore(
-    target: Path,
-    stamp: str | None,
-    replaced: Path,
-    report: Callable[[str], None],
-    progress: Progress = silent,
-) -> RestoreResult:
+    target: Path, stamp: str | None, replaced: Path, report: Callable[[str], None], progress: Progress = silent
+) -> tuple[Backup, LaterRemovals]:
     """Restore a backup into DARKROOM_HOME and start the stack; can be killed and resumed.
 
-    Args:
-        target: Folder of the backups.
-        stamp: Name of the backup; default: the newest.
-        replaced: Folder of the replaced stack, if there is one, whose takedowns are taken over.
-        report: Callback for status lines.
-        progress: Callback for the number of restored objects.
-
-    Raises:
-        UserError: There is a stack already, the replaced stack does not run, or the backup is damaged; before the
-            stack is started.
+    ``target`` is the folder of the backups, ``stamp`` the name of one, by default the newest, and ``replaced`` the
+    folder of a replaced stack, whose takedowns are taken over. Returns the backup and the takedowns since. Raises
+    UserError, before the stack starts, if there is one already, ``replaced`` does not run, or the backup is damaged.
     """
     if elsewhere := servers_in_environment():
         raise UserError(f"{' and '.join(elsewhere.values())} name other servers: unset them to restore a local stack")
     folder, backups = settings().folder, Backups(target)
     backup = backups.read(stamp)
-    state = _begin(folder, backup, lambda: _later_removals(backup, backups, replaced.resolve()))
+    state = _begin(folder, backup, backups, replaced.resolve())
     for each in {*backup.databases.values(), *(each.sha256 for each in backup.objects)}:
         backups.verified_path(each)
     stack = LocalStack.open(folder, backup.bucket)
@@ -106,7 +83,7 @@ def restore(
         if any(stack.runs(server) for server in SERVERS):
             raise UserError(f"a stack runs in {folder}, where no restore ended: run `darkroom down`, then this again")
         for name, sha256 in backup.databases.items():
-            _place(folder / name, name, backups.verified_path(sha256), backup, stack)
+            _place(folder / name, name, backups.path(sha256), backup, stack)
         write_json(folder / RESTORING, state.model_copy(update={"placed": True}).model_dump(mode="json"))
     up(report, restoring=True)
     stack = LocalStack.open(folder, backup.bucket)
@@ -119,7 +96,7 @@ def restore(
     for key, text in state.later.records.items():
         store.put_once(backup.bucket, key, text.encode())
     (folder / RESTORING).unlink()
-    return RestoreResult(backup=backup, status=status(), later=state.later)
+    return backup, state.later
 
 
 def _later_removals(backup: Backup, backups: Backups, replaced: Path) -> LaterRemovals:
@@ -152,7 +129,7 @@ def _later_removals(backup: Backup, backups: Backups, replaced: Path) -> LaterRe
 def _object(saved: SavedObject, backups: Backups) -> Object:
     # The upload adds the digest.
     metadata = {name: text for name, text in saved.metadata.items() if name != "sha256"}
-    return Object(saved.key, backups.verified_path(saved.sha256).read_bytes(), saved.content_type, metadata)
+    return Object(saved.key, backups.path(saved.sha256).read_bytes(), saved.content_type, metadata)
 
 
 def _batches(objects: Iterable[SavedObject]) -> Iterator[list[SavedObject]]:
@@ -169,7 +146,7 @@ def _batches(objects: Iterable[SavedObject]) -> Iterator[list[SavedObject]]:
         yield batch
 
 
-def _begin(folder: Path, backup: Backup, later_removals: Callable[[], LaterRemovals]) -> RestoreState:
+def _begin(folder: Path, backup: Backup, backups: Backups, replaced: Path) -> RestoreState:
     """Read the state of an interrupted restore, or write a new one."""
     path = folder / RESTORING
     if path.is_file():
@@ -181,7 +158,7 @@ def _begin(folder: Path, backup: Backup, later_removals: Callable[[], LaterRemov
         return state
     if (folder / "stack.json").exists() or (folder / "credentials.json").exists():
         raise UserError(f"there is a stack in {folder}: set DARKROOM_HOME to a folder that is not there yet")
-    state = RestoreState(stamp=backup.stamp, later=later_removals())
+    state = RestoreState(stamp=backup.stamp, later=_later_removals(backup, backups, replaced))
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     write_json(path, state.model_dump(mode="json"))
     return state

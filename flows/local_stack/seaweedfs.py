@@ -11,12 +11,13 @@ import ssl
 import sysconfig
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 import httpx
 
 from diffusion.common.errors import UserError
-from flows.local_stack.stack_files import LOOPBACK
+from flows.environment import settings
+from flows.local_stack.server_process import LOOPBACK
+from flows.local_stack.stack import LocalStack, servers_in_environment
 
 PORTS = ("s3", "master", "volume", "filer", "admin")
 """Each needs its own port and the gRPC port ten thousand above it."""
@@ -28,9 +29,7 @@ ENVIRONMENT = {"GOMEMLIMIT": "400MiB", "GOGC": "50"}
 230 MiB are reserved from the start, mostly untouched: with a lower limit it collects garbage all the time, even idle.
 """
 TLS = "tls.pem"
-"""File in the working folder with the certificate and private key of ``flows.local_stack.tls``."""
-GRPC_SERVICES = ("master", "volume", "filer", "s3", "admin", "worker", "client")
-HTTPS_SERVERS = ("master", "volume", "filer", "admin")
+"""File in the working folder with the certificate and private key."""
 
 
 def binary() -> str:
@@ -46,62 +45,47 @@ def binary() -> str:
 
 def command(ports: Sequence[int]) -> list[str]:
     """Command line for a working folder with ``files``; ``ports`` in the order of ``PORTS``."""
-    numbers = [f"-{name}.port={port}" for name, port in zip(PORTS, ports, strict=True)]
     return [
-        binary(),
-        "-logtostderr",  # Its log files would go to /tmp.
-        "mini",
-        "-dir=.",
-        f"-ip={LOOPBACK}",
-        f"-ip.bind={LOOPBACK}",
-        "-s3.config=s3.json",
+        # Its log files would go to /tmp.
+        *(binary(), "-logtostderr", "mini", "-dir=.", f"-ip={LOOPBACK}", f"-ip.bind={LOOPBACK}"),
+        *(f"-{name}.port={port}" for name, port in zip(PORTS, ports, strict=True)),
         # The default is in /tmp, where other users could create them first.
-        "-s3.localSocket=s3.sock",
-        "-filer.localSocket=filer.sock",
-        *numbers,
-        "-master.telemetry=false",
-        "-admin.ui=false",
-        "-webdav=false",
-        "-s3.port.iceberg=0",
-        "-s3.port.lance=0",
-        "-s3.autoCreateBucket=false",
-        "-s3.allowDeleteBucketNotEmpty=false",
-        "-master.volumeSizeLimitMB=64",
-        "-volume.max=2000",
-        "-idleTimeout=5",  # Else it takes 30 s to stop.
+        *("-s3.config=s3.json", "-s3.localSocket=s3.sock", "-filer.localSocket=filer.sock"),
+        *("-master.telemetry=false", "-admin.ui=false", "-webdav=false", "-s3.port.iceberg=0", "-s3.port.lance=0"),
+        *("-s3.autoCreateBucket=false", "-s3.allowDeleteBucketNotEmpty=false"),
+        # It would take 30 s to stop.
+        *("-master.volumeSizeLimitMB=64", "-volume.max=2000", "-idleTimeout=5"),
     ]
 
 
-def vacuum(master_port: int, folder: Path) -> None:
-    """Compact the server's volumes, which frees the space of deleted objects.
-
-    Args:
-        master_port: Port of the master.
-        folder: Working folder of the server, where its ``files`` are.
-
-    Raises:
-        httpx.HTTPError: The server does not answer.
-        UserError: The server was started by an older Darkroom.
-    """
-    if not (folder / TLS).exists():
-        raise UserError(f"the S3 server in {folder} is of an older Darkroom: run `darkroom up`, which restarts it")
+def vacuum_deleted_objects() -> None:
+    """Free the disk space of deleted objects on the local S3 server, if it is in use."""
+    local = LocalStack.read(settings().folder)
+    if local is None or "s3" in servers_in_environment() or not local.runs("s3"):
+        return
     time.sleep(FORGOTTEN_AFTER)
-    identity = ssl.create_default_context(cafile=folder / TLS)
-    identity.load_cert_chain(folder / TLS)
+    identity = ssl.create_default_context(cafile=local.folder / "s3" / TLS)
+    identity.load_cert_chain(local.folder / "s3" / TLS)
     with httpx.Client(verify=identity, trust_env=False, timeout=600) as master:
-        # Compact at any share of deleted bytes.
-        address = f"https://{LOOPBACK}:{master_port}/vol/vacuum"
+        # Compact volumes with any share of deleted bytes.
+        address = f"https://{LOOPBACK}:{local.state.ports['master']}/vol/vacuum"
         master.get(address, params={"garbageThreshold": 1e-9}).raise_for_status()
 
 
 def files(configuration: str, tls_identity: str) -> dict[str, str]:
-    """Files of the server's working folder by name; all are secrets.
-
-    Args:
-        configuration: Keys that the S3 port accepts, see ``config``.
-        tls_identity: Certificate and private key in PEM, see ``flows.local_stack.tls.new_identity``.
-    """
-    return {"s3.json": configuration, TLS: tls_identity, "security.toml": _security()}
+    """Files of the server's working folder by name, all secret; ``security.toml`` asks TLS on all ports but S3."""
+    identity = {"cert": TLS, "key": TLS}
+    sections: dict[str, dict[str, str | bool]] = {
+        "grpc": {"ca": TLS},
+        **{f"grpc.{name}": {**identity} for name in ("master", "volume", "filer", "s3", "admin", "worker", "client")},
+        "https.client": {"enabled": True, "ca": TLS, **identity},
+        # With a CA they require a client certificate.
+        **{f"https.{server}": {"ca": TLS, **identity} for server in ("master", "volume", "filer", "admin")},
+    }
+    lines = []
+    for section, values in sections.items():
+        lines += [f"[{section}]", *(f"{name} = {json.dumps(value)}" for name, value in values.items())]
+    return {"s3.json": configuration, TLS: tls_identity, "security.toml": "\n".join(lines) + "\n"}
 
 
 def config(access_key: str, secret_key: str) -> str:
@@ -112,21 +96,3 @@ def config(access_key: str, secret_key: str) -> str:
         "actions": ["Admin", "Read", "List", "Tagging", "Write"],
     }
     return json.dumps({"identities": [identity]})
-
-
-def _security() -> str:
-    """SeaweedFS's ``security.toml``: mutual TLS on every port except S3."""
-    identity = {"cert": TLS, "key": TLS}
-    sections: dict[str, dict[str, str | bool]] = {
-        "grpc": {"ca": TLS},
-        **{f"grpc.{service}": {**identity} for service in GRPC_SERVICES},
-        "https.client": {"enabled": True, "ca": TLS, **identity},
-        # With a CA they require a client certificate.
-        **{f"https.{server}": {"ca": TLS, **identity} for server in HTTPS_SERVERS},
-    }
-    lines = [
-        line
-        for section, values in sections.items()
-        for line in (f"[{section}]", *(f"{name} = {json.dumps(value)}" for name, value in values.items()))
-    ]
-    return "\n".join(lines) + "\n"

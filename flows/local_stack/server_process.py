@@ -1,20 +1,28 @@
-"""Server processes that outlive the command that started them, identified by their environment."""
+"""Server processes that outlive the command that started them, identified by their environment; free ports."""
 
 import os
+import random
+import socket
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 
 import psutil
 
 from diffusion.common.config import Config
+from diffusion.common.errors import DarkroomError
 
+LOOPBACK = "127.0.0.1"
+GRPC = 10_000
+"""Offset of SeaweedFS's gRPC port from each of its ports."""
+PORT_RANGE = range(10_000, 22_000)
+"""Candidate ports; even with ``GRPC`` added they are below the ephemeral ports."""
 FOLDER_MARK = "DARKROOM_STACK"
 SERVICE_MARK = "DARKROOM_SERVICE"
 """Environment variables that mark all processes of the stack, including descendants."""
 NICENESS = 5
-"""Niceness of the servers."""
 LOG_BYTES = 16 * 2**20
 """Size above which a log is rotated when its service starts."""
 
@@ -95,3 +103,25 @@ def stop(processes: Sequence[psutil.Process], grace: float) -> None:
         if not alive:
             return
         processes = alive
+
+
+def are_free(ports: Iterable[int]) -> bool:
+    """Whether all of ``ports`` and their gRPC ports are free to listen on."""
+    for port in (number + offset for number in ports for offset in (0, GRPC)):
+        with socket.socket() as probe:
+            # As servers do: ports in TIME_WAIT count as free.
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((LOOPBACK, port))
+            except OSError:
+                return False
+    return True
+
+
+def choose_ports(count: int, taken: Collection[int] = ()) -> list[int]:
+    """Choose ``count`` different free ports, none of them in ``taken``."""
+    candidates = (port for port in random.SystemRandom().sample(PORT_RANGE, 1000) if port not in taken)
+    chosen = list(islice((port for port in candidates if are_free([port])), count))
+    if len(chosen) < count:
+        raise DarkroomError(f"no {count} free ports between {PORT_RANGE.start} and {PORT_RANGE.stop}")
+    return chosen

@@ -9,16 +9,15 @@ from functools import cache
 from pathlib import Path
 
 from diffusion.common.files import digest_of
-from flows.environment import DEFAULTS, SERVERS, Server, loopback_no_proxy
+from flows.environment import DEFAULTS, SERVER_PREFIXES, SERVERS, Server, loopback_no_proxy
 from flows.local_stack import seaweedfs
 from flows.local_stack.http_api import NotServing, request_json
-from flows.local_stack.server_process import Process, marks, start
-from flows.local_stack.stack_files import LOOPBACK, LocalStack, ServiceName, write_private
+from flows.local_stack.server_process import LOOPBACK, Process, marks, start
+from flows.local_stack.stack import LocalStack, ServiceName, write_private
 from flows.storage.s3 import Store, client
 
 POOL = "darkroom"
 """Process work pool of the stack's worker."""
-FAMILY: dict[Server, str] = {"mlflow": "MLFLOW_", "prefect": "PREFECT_", "s3": "AWS_"}
 
 
 @dataclass(frozen=True)
@@ -44,8 +43,8 @@ class Service:
 
     def start(self, stack: LocalStack) -> Process:
         """Start the service as a detached process."""
-        families = (*FAMILY.values(), "DARKROOM_", "WEED_")
-        inherited = {name: value for name, value in os.environ.items() if not name.startswith(families)}
+        others = (*SERVER_PREFIXES, "WEED_")
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith(others)}
         environment = inherited | loopback_no_proxy() | self.environment | marks(stack.folder, self.name)
         self.cwd.mkdir(parents=True, exist_ok=True)
         for name, text in self.files.items():
@@ -55,12 +54,12 @@ class Service:
 
 def services(stack: LocalStack) -> list[Service]:
     """Services of ``stack`` with its current ports."""
-    builders: dict[Server, list[Callable[[], Service]]] = {
-        "s3": [lambda: _s3(stack)],
-        "mlflow": [lambda: _mlflow(stack)],
-        "prefect": [lambda: _prefect(stack), lambda: _worker(stack)],
+    builders: dict[Server, list[Callable[[LocalStack], Service]]] = {
+        "s3": [_s3],
+        "mlflow": [_mlflow],
+        "prefect": [_prefect, _worker],
     }
-    return [build() for server, builds in builders.items() if stack.serves(server) for build in builds]
+    return [build(stack) for server, builds in builders.items() if stack.serves(server) for build in builds]
 
 
 def _s3(stack: LocalStack) -> Service:
@@ -75,8 +74,7 @@ def _s3(stack: LocalStack) -> Service:
 
     command = seaweedfs.command([stack.state.ports[name] for name in seaweedfs.PORTS])
     files = seaweedfs.files(seaweedfs.config(own.s3_access_key, own.s3_secret_key), own.s3_tls_identity)
-    environment = seaweedfs.ENVIRONMENT
-    return Service("s3", "S3 (SeaweedFS)", command, environment, stack.folder / "s3", check, files)
+    return Service("s3", "S3 (SeaweedFS)", command, seaweedfs.ENVIRONMENT, stack.folder / "s3", check, files)
 
 
 def _mlflow(stack: LocalStack) -> Service:
@@ -187,4 +185,5 @@ def _client_environment(stack: LocalStack, server: Server) -> dict[str, str]:
     """Variables that connect a service to ``server``, the stack's own or the one in the environment."""
     if stack.serves(server):
         return stack.variables(server)
-    return {name: value for name, value in os.environ.items() if name.startswith(FAMILY[server])}
+    prefix = {"mlflow": "MLFLOW_", "prefect": "PREFECT_", "s3": "AWS_"}[server]
+    return {name: value for name, value in os.environ.items() if name.startswith(prefix)}

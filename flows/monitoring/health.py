@@ -68,12 +68,11 @@ def _s3() -> list[str]:
         return [
             "s3: these keys may not write to samples/, so it was not tested whether the server honours If-None-Match"
         ]
-    if conditional:
-        return []
-    return [
+    lacking = (
         f"s3: {server} ignores If-None-Match when an upload in parts is completed: sampling in tars stays safe by the "
         "sums beside them (KEY.sha256); objects that others upload in parts can be overwritten"
-    ]
+    )
+    return [] if conditional else [lacking]
 
 
 CHECKS: Mapping[str, Callable[[], object]] = {

@@ -7,6 +7,7 @@ import math
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -98,14 +99,21 @@ def prefect_samples() -> Iterator[Sample]:
     flows = {flow["id"]: flow["name"] for flow in _pages("flows/filter", {})}
     now = datetime.now(UTC)
     due = {"expected_start_time": {"before_": now.isoformat()}}
-    waiting = {"state": {"type": {"any_": ["SCHEDULED", *RUNNING]}}, **due}
-    ended = {"state": {"type": {"any_": list(ENDED)}}, "end_time": {"after_": (now - timedelta(days=1)).isoformat()}}
+    waiting = {"flow_runs": {"state": {"type": {"any_": ["SCHEDULED", *RUNNING]}}, **due}}
+    day = {"after_": (now - timedelta(days=1)).isoformat()}
+    ended = {"flow_runs": {"state": {"type": {"any_": list(ENDED)}}, "end_time": day}}
     yield from count_states(
         "darkroom_flow_runs", ("late", *RUNNING.values()), flows, _pages("flow_runs/filter", waiting)
     )
     yield from count_states("darkroom_flow_runs_last_day", ENDED.values(), flows, _pages("flow_runs/filter", ended))
     for flow_id, flow in flows.items():
-        if run := _last_success(flow_id):
+        question = {
+            "flows": {"id": {"any_": [flow_id]}},
+            "flow_runs": {"state": {"type": {"any_": ["COMPLETED"]}}},
+            "sort": "END_TIME_DESC",
+            "limit": 1,
+        }
+        for run in query_prefect("flow_runs/filter", question):
             yield from last_success_samples(flow, run)
     for pool in query_prefect("work_pools/filter", {"limit": PAGE}):
         workers = query_prefect(f"work_pools/{quote(pool['name'], safe='')}/workers/filter", {"limit": PAGE})
@@ -165,7 +173,11 @@ def ledger_samples(read: dict[str, LedgerRead]) -> Iterator[Sample]:
         try:
             if (on_record := known.get(model, {})) is None:
                 raise UserError(f"MLflow's record of the ledger of {model} is invalid")
-            history = _history(Ledger(place / model, store), on_record, read)
+            ledger = Ledger(place / model, store)
+            before, listed = read.get(model), ledger.listed()
+            if before is None or (before.listed, before.known) != (listed, on_record):
+                read[model] = before = LedgerRead(listed, on_record, ledger.read(on_record, listed))
+            history = before.history
         except UserError:
             yield "darkroom_ledger_intact", (model,), 0
             continue
@@ -211,8 +223,14 @@ def mlflow_samples(histories: Mapping[str, History]) -> Iterator[Sample]:
         for run in query_mlflow("runs/search", question).get("runs", ()):
             yield from training_samples(experiments[run["info"]["experiment_id"]], run)
     for model, history in histories.items():
-        if history.standing.champion is not None:
-            yield from champion_samples(model, history.standing.champion)
+        if (number := history.standing.champion) is None:
+            continue
+        found = query_mlflow(f"model-versions/get?name={quote(model, safe='')}&version={number}")
+        # The scores of a version are its numeric tags without a namespace.
+        for tag in found["model_version"].get("tags", ()):
+            with suppress(ValueError):
+                if "." not in tag["key"] and math.isfinite(value := float(tag["value"])):
+                    yield "darkroom_champion_figure", (model, tag["key"]), value
 
 
 def training_samples(model: str, run: Mapping[str, Any]) -> Iterator[Sample]:
@@ -226,47 +244,11 @@ def training_samples(model: str, run: Mapping[str, Any]) -> Iterator[Sample]:
         yield "darkroom_training_images_per_second", labels, float(figures["images_per_second"]["value"])
 
 
-def champion_samples(model: str, number: int) -> Iterator[Sample]:
-    """Evaluation metrics of a version: its numeric tags without a namespace."""
-    found = query_mlflow(f"model-versions/get?name={quote(model, safe='')}&version={number}")
-    for tag in found["model_version"].get("tags", ()):
-        value = _number(tag["value"])
-        if "." not in tag["key"] and value is not None:
-            yield "darkroom_champion_figure", (model, tag["key"]), value
-
-
-def _number(text: str) -> float | None:
-    try:
-        value = float(text)
-    except ValueError:
-        return None
-    return value if math.isfinite(value) else None
-
-
-def _history(ledger: Ledger, known: Known, read: dict[str, LedgerRead]) -> History:
-    before, listed = read.get(ledger.model), ledger.listed()
-    if before is None or (before.listed, before.known) != (listed, known):
-        read[ledger.model] = before = LedgerRead(listed, known, ledger.read(known, listed))
-    return before.history
-
-
-def _last_success(flow_id: str) -> Mapping[str, Any] | None:
-    question = {
-        "flows": {"id": {"any_": [flow_id]}},
-        "flow_runs": {"state": {"type": {"any_": ["COMPLETED"]}}},
-        "sort": "END_TIME_DESC",
-        "limit": 1,
-    }
-    runs: list[Mapping[str, Any]] = query_prefect("flow_runs/filter", question)
-    return runs[0] if runs else None
-
-
-def _pages(path: str, flow_runs: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+def _pages(path: str, question: dict[str, Any]) -> Iterator[Mapping[str, Any]]:
     """All results of a Prefect query, page by page."""
     offset = 0
     while True:
-        question = {"limit": PAGE, "offset": offset} | ({"flow_runs": flow_runs} if flow_runs else {})
-        page = query_prefect(path, question)
+        page = query_prefect(path, {"limit": PAGE, "offset": offset} | question)
         yield from page
         if len(page) < PAGE:
             return

@@ -49,7 +49,7 @@ from flows.sampling.lookup import (
 from flows.sampling.request_table import RequestTable
 from flows.sampling.sampling_batch import Row, SamplingBatch
 from flows.storage.s3 import Location, Missing, Store
-from flows.tracking.progress_reporter import reporter
+from flows.tracking.console import reporter
 
 TOLERANCE = 2.0
 """Largest mean error of an image, in levels of 255, that other arithmetic explains: a model of 32×32 images differed by

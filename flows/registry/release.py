@@ -27,7 +27,7 @@ from diffusion.common.errors import DarkroomError, Held, UserError
 from diffusion.common.escaping import escape_controls
 from diffusion.common.files import sha256_file, write_json
 from flows.environment import settings, staging
-from flows.local_stack.discovery import join_servers
+from flows.local_stack.stack import join_servers
 from flows.registry import champion, model_versions
 from flows.registry.aliases import COPY, verified
 from flows.registry.champion import ChampionChange

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Mapping
 from contextlib import suppress
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -56,8 +57,7 @@ class BufferedTracker:
         if restart:
             shutil.rmtree(folder, ignore_errors=True)
         make_folder(folder)
-        self.tracker = tracker
-        self.folder = folder
+        self.tracker, self.folder = tracker, folder
         self.records = _read_records(folder / "records.jsonl")
         self.delivered = 0
         self._known = {(record["name"], record["step"]) for record in self.records}
@@ -73,14 +73,9 @@ class BufferedTracker:
     def log_metrics(self, metrics: Mapping[str, float], images: int) -> None:
         """Record ``metrics`` at step ``images``, and system metrics every ten seconds."""
         now = int(time.time() * 1000)
-        figures = [*metrics.items(), *self._system_metrics().items()]
-        self._add(
-            [
-                {"name": name, "value": float(value), "time": now, "step": images}
-                for name, value in figures
-                if math.isfinite(value)
-            ]
-        )
+        figures = {name: float(value) for name, value in (*metrics.items(), *self._system_metrics().items())}
+        finite = {name: value for name, value in figures.items() if math.isfinite(value)}
+        self._add([{"name": name, "value": value, "time": now, "step": images} for name, value in finite.items()])
 
     def log_image(self, name: str, image: Image.Image, images: int) -> None:
         """Record ``image`` as the image ``name`` at step ``images``."""
@@ -157,17 +152,10 @@ class BufferedTracker:
             with Image.open(self.folder / first["file"]) as image:
                 self.tracker.log_image(first["image"], image, first["step"])
             return 1
-        figures = []
-        for record in left[:AT_ONCE]:
-            if "image" in record:
-                break
-            figures.append(Metric(record["name"], record["value"], record["time"], record["step"]))
-        # Another machine with the same training writes to the same run.
-        last = self.tracker.last_steps()
-        fresh = [figure for figure in figures if figure.step > last.get(figure.key, -1)]
-        if fresh:
-            self.tracker.client.log_batch(self.tracker.run_id, metrics=fresh)
-        return len(figures)
+        metrics = takewhile(lambda record: "image" not in record, left[:AT_ONCE])
+        points = [Metric(each["name"], each["value"], each["time"], each["step"]) for each in metrics]
+        self.tracker.log_points(points)
+        return len(points)
 
     def _system_metrics(self) -> dict[str, float]:
         """CPU, memory, disk and GPU metrics under MLflow's names; empty within ``EVERY`` seconds of the last ones."""

@@ -1,18 +1,22 @@
-"""Progress on the console: bars on a terminal, plain lines elsewhere."""
+"""Progress of long work: bars on a terminal, plain lines elsewhere, and the log and artifacts of a Prefect run."""
 
 import logging
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Protocol
+from uuid import UUID
 
 import rich.console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn
+import rich.progress
+from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TaskID, TextColumn
 
 from diffusion.common.escaping import escape_controls
+from diffusion.common.progress import Progress
 from flows.environment import settings
+from flows.tracking.json_logs import Formatter, about
 
 logger = logging.getLogger(__name__)
 
@@ -56,103 +60,52 @@ class Pace:
         return f"{per_second}, {minutes}:{seconds:02d} left"
 
 
-class Console(Protocol):
-    """Display of progress and log lines."""
-
-    def __call__(self, what: str, done: int, total: int | None, note: str = "") -> None:
-        """Show that ``done`` of ``total`` units of ``what`` are done."""
-
-    def write(self, line: str) -> None:
-        """Show ``line``."""
-
-    def close(self) -> None:
-        """End the display."""
-
-
-class ConsoleHandler(logging.Handler):
-    """Log handler that shows the records of our packages on the console."""
-
-    def __init__(self, console: Console) -> None:
-        super().__init__(logging.INFO)
-        self.console = console
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """Show the message, marked if it is a warning."""
-        mark = "" if record.levelno < logging.WARNING else f"{record.levelname.lower()}: "
-        self.console.write(mark + record.getMessage())
-
-
-@contextmanager
-def console() -> Iterator[Console]:
-    """Bars on a terminal, plain lines elsewhere, JSON lines with DARKROOM_LOG=json; also shows our log records."""
-    shown, handler = _json_console() if settings().log == "json" else _text_console()
-    ours = [logging.getLogger(name) for name in OURS]
-    before = [(each.level, each.propagate) for each in ours]
-    for each in ours:
-        each.addHandler(handler)
-        each.setLevel(logging.INFO)
-        # Prefect's own console would write the same lines of JSON again.
-        each.propagate = each.propagate and not isinstance(shown, LogLines)
-    try:
-        yield shown
-    finally:
-        for each, (level, propagate) in zip(ours, before, strict=True):
-            each.removeHandler(handler)
-            each.setLevel(level)
-            each.propagate = propagate
-        shown.close()
-
-
-def _text_console() -> tuple[Console, logging.Handler]:
-    shown: Console = Bars() if sys.stderr.isatty() else Lines()
-    return shown, ConsoleHandler(shown)
-
-
-def _json_console() -> tuple[Console, logging.Handler]:
-    from flows.tracking.json_logs import Formatter
-
-    handler = logging.StreamHandler()
-    handler.setFormatter(Formatter())
-    return LogLines(), handler
-
-
 class Lines:
-    """Plain lines, to standard error or to ``write``."""
+    """Plain progress lines on standard error."""
 
     def __init__(self) -> None:
         self.paces: dict[str, Pace] = {}
 
     def __call__(self, what: str, done: int, total: int | None, note: str = "") -> None:
-        """Write a line if one is due."""
+        """Write a line that ``done`` of ``total`` units of ``what`` are done, if one is due."""
         pace = self.paces.setdefault(what, Pace())
         if pace.due(done, total):
             count = f"{done:,}" if total is None else f"{done:,} of {total:,}"
-            self.write(", ".join(part for part in (f"{what}: {count}", pace.words(done, total), note) if part))
-
-    def close(self) -> None:
-        """Do nothing."""
+            self.write(", ".join(filter(None, (f"{what}: {count}", pace.words(done, total), note))))
 
     def write(self, line: str) -> None:
-        """Print ``line`` to standard error."""
+        """Print ``line``."""
         print(escape_controls(line), file=sys.stderr, flush=True)
 
+    def close(self) -> None:
+        """End the display."""
 
-class LogLines(Lines):
+
+class JsonLines(Lines):
     """Progress lines in the log, as JSON."""
 
     def write(self, line: str) -> None:
         """Log ``line``, unless the log of a Prefect run has it already."""
-        from flows.tracking.json_logs import about
-
         if "flow_run_id" not in about():
             logger.info(line)
 
 
-class Bars:
+class RunLog(Lines):
+    """Progress lines in the log of the current Prefect run, if there is one."""
+
+    def write(self, line: str) -> None:
+        """Log ``line``."""
+        if "flow_run_id" in about():
+            from prefect.logging import get_run_logger
+
+            get_run_logger().info(escape_controls(line))
+
+
+class Bars(Lines):
     """Bars on a terminal, one for each kind of work."""
 
     def __init__(self) -> None:
-        self.progress = Progress(
+        self.progress = rich.progress.Progress(
             SpinnerColumn(),
             TextColumn("{task.description}", markup=False),
             BarColumn(),
@@ -168,10 +121,10 @@ class Bars:
         if what not in self.bars:
             self.progress.start()
             self.bars[what] = self.progress.add_task(what, total=total, pace="", note=""), Pace()
-        note = escape_controls(note)
         bar, pace = self.bars[what]
         pace.due(done, total)
-        self.progress.update(bar, completed=done, total=total, pace=pace.words(done, total), note=note)
+        words = pace.words(done, total)
+        self.progress.update(bar, completed=done, total=total, pace=words, note=escape_controls(note))
         if self.progress.finished:
             self.close()
 
@@ -182,3 +135,76 @@ class Bars:
     def close(self) -> None:
         """Stop the live display."""
         self.progress.stop()
+
+
+class ConsoleHandler(logging.Handler):
+    """Log handler that shows the records of our packages on the console."""
+
+    def __init__(self, console: Lines) -> None:
+        super().__init__(logging.INFO)
+        self.console = console
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Show the message, marked if it is a warning."""
+        mark = "" if record.levelno < logging.WARNING else f"{record.levelname.lower()}: "
+        self.console.write(mark + record.getMessage())
+
+
+CONSOLE: ContextVar[Lines | None] = ContextVar("console", default=None)
+"""Console of the command line; flows on a worker have none."""
+
+
+@contextmanager
+def console() -> Iterator[Lines]:
+    """Bars on a terminal, plain lines elsewhere, JSON lines with DARKROOM_LOG=json; also shows our log records."""
+    as_json = settings().log == "json"
+    shown = JsonLines() if as_json else Bars() if sys.stderr.isatty() else Lines()
+    handler: logging.Handler = logging.StreamHandler() if as_json else ConsoleHandler(shown)
+    if as_json:
+        handler.setFormatter(Formatter())
+    ours = [logging.getLogger(name) for name in OURS]
+    before = [(each.level, each.propagate) for each in ours]
+    for each in ours:
+        each.addHandler(handler)
+        each.setLevel(logging.INFO)
+        # Prefect's own console would write the same lines of JSON again.
+        each.propagate = each.propagate and not as_json
+    token = CONSOLE.set(shown)
+    try:
+        yield shown
+    finally:
+        CONSOLE.reset(token)
+        for each, (level, propagate) in zip(ours, before, strict=True):
+            each.removeHandler(handler)
+            each.setLevel(level)
+            each.propagate = propagate
+        shown.close()
+
+
+def reporter() -> Progress:
+    """Progress callback that writes to the log of the Prefect run, and to the console if there is one."""
+    log, console = RunLog(), CONSOLE.get()
+
+    def report(what: str, done: int, total: int | None, note: str = "") -> None:
+        log(what, done, total, note)
+        if console is not None:
+            console(what, done, total, note)
+
+    return report
+
+
+def bar(key: str) -> Progress:
+    """Like ``reporter``, with a progress artifact on the current flow run that has rate and remaining time."""
+    from prefect.artifacts import create_progress_artifact, update_progress_artifact
+
+    report, pace = reporter(), Pace()
+    artifact = create_progress_artifact(progress=0.0, key=key)
+    assert isinstance(artifact, UUID)  # a coroutine only in async code
+
+    def show(what: str, done: int, total: int | None, note: str = "") -> None:
+        report(what, done, total, note)
+        if total and pace.due(done, total):
+            words = ", ".join(filter(None, (f"{done:,} of {total:,} {what}", pace.words(done, total), note)))
+            update_progress_artifact(artifact, progress=100 * done / total, description=words)
+
+    return show

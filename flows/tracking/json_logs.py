@@ -54,23 +54,17 @@ class Formatter(JsonFormatter):
 
 def about() -> dict[str, str]:
     """IDs of the current runs and data set."""
-    fields = {"run_id": RUN_ID.get()} | _prefect_fields()
-    return {name: str(value) for name, value in fields.items() if value is not None}
-
-
-def _prefect_fields() -> dict[str, Any]:
+    fields: dict[str, Any] = {"run_id": RUN_ID.get()}
     # A command without flows does not import Prefect for its log.
-    if "prefect.context" not in sys.modules:
-        return {}
-    from prefect.context import FlowRunContext, TaskRunContext
+    if "prefect.context" in sys.modules:
+        from prefect.context import FlowRunContext, TaskRunContext
 
-    flow, task = FlowRunContext.get(), TaskRunContext.get()
-    fields: dict[str, Any] = {}
-    if task is not None:
-        fields |= {"task_run_id": task.task_run.id, "flow_run_id": task.task_run.flow_run_id}
-    if flow is not None and flow.flow_run is not None:
-        fields |= {"flow_run_id": flow.flow_run.id, "flow_name": flow.flow and flow.flow.name}
-    for parameters in (task and task.parameters, flow and flow.parameters):
-        if training := getattr((parameters or {}).get("params"), "training", None):
-            fields |= {"dataset": training.dataset}
-    return fields
+        flow, task = FlowRunContext.get(), TaskRunContext.get()
+        if task is not None:
+            fields |= {"task_run_id": task.task_run.id, "flow_run_id": task.task_run.flow_run_id}
+        if flow is not None and flow.flow_run is not None:
+            fields |= {"flow_run_id": flow.flow_run.id, "flow_name": flow.flow and flow.flow.name}
+        for parameters in (task and task.parameters, flow and flow.parameters):
+            if training := getattr((parameters or {}).get("params"), "training", None):
+                fields |= {"dataset": training.dataset}
+    return {name: str(value) for name, value in fields.items() if value is not None}

@@ -3,7 +3,7 @@
 import math
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,16 +11,7 @@ from typing import Any
 from mlflow.client import MlflowClient
 from mlflow.data.dataset_source_registry import resolve_dataset_source
 from mlflow.data.meta_dataset import MetaDataset
-from mlflow.entities import (
-    DatasetInput,
-    InputTag,
-    LifecycleStage,
-    LoggedModel,
-    LoggedModelStatus,
-    Metric,
-    Param,
-    RunTag,
-)
+from mlflow.entities import DatasetInput, InputTag, LifecycleStage, LoggedModelStatus, Metric, Param, RunTag
 from mlflow.entities import Run as MlflowRun
 from mlflow.exceptions import MlflowException
 from mlflow.utils.mlflow_tags import MLFLOW_MODEL_IS_EXTERNAL
@@ -59,41 +50,34 @@ PRELIMINARY = "preliminary_"
 """Name prefix of metrics on fewer images, which are not comparable with the others."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class RunTracker:
     """Unbuffered logger of an MLflow run.
 
-    Steps up to the last one of the run are skipped, so that each is logged once.
+    Steps up to the last one on the server are skipped, as another machine with the same training may log them too.
     """
 
     client: MlflowClient
     run_id: str
-    seen: dict[str, int] | None = None
-    """Last step on the server by metric; None before the first request."""
 
     def log_metrics(self, metrics: Mapping[str, float], images: int) -> None:
         """Log ``metrics`` at step ``images``."""
-        seen = self.last_steps() if self.seen is None else self.seen
         now = int(time.time() * 1000)
-        fresh = [
-            Metric(name, value, now, images)
-            for name, value in metrics.items()
-            if math.isfinite(value) and images > seen.get(name, -1)
-        ]
-        if fresh:
-            self.client.log_batch(self.run_id, metrics=fresh)
-        self.seen = seen | {metric.key: images for metric in fresh}
+        self.log_points([Metric(name, value, now, images) for name, value in metrics.items() if math.isfinite(value)])
 
-    def last_steps(self) -> dict[str, int]:
-        """Last step of each metric of the run on the server."""
+    def log_points(self, points: Sequence[Metric]) -> None:
+        """Log at most a thousand points."""
+        last = self._last_steps()
+        if fresh := [point for point in points if point.step > last.get(point.key, -1)]:
+            self.client.log_batch(self.run_id, metrics=fresh)
+
+    def _last_steps(self) -> dict[str, int]:
         return {metric.key: metric.step for metric in self.client.get_run(self.run_id).data._metric_objs}
 
     def log_image(self, name: str, image: Image.Image, images: int) -> None:
         """Log ``image`` as the image ``name`` at step ``images``."""
         marker = image_marker(name)
-        # Another machine with the same training may have logged it meanwhile.
-        self.seen = self.last_steps()
-        if images > self.seen.get(marker, -1):
+        if images > self._last_steps().get(marker, -1):
             self.client.log_image(self.run_id, image, key=name, step=images)
             self.log_metrics({marker: images}, images)
 
@@ -125,12 +109,7 @@ def image_marker(name: str) -> str:
     return f"{name}_at_images"
 
 
-def find_run(client: MlflowClient, experiment: str, train_key: str) -> MlflowRun | None:
-    """Find the run of the training ``train_key``, or None."""
-    return run_by_tag(client, experiment, TRAIN_KEY, train_key)
-
-
-def run_by_tag(client: MlflowClient, experiment: str, tag: str, value: str) -> MlflowRun | None:
+def find_run(client: MlflowClient, experiment: str, tag: str, value: str) -> MlflowRun | None:
     """Find the run of ``experiment`` whose ``tag`` is ``value``, of several the one claimed first; or None."""
     entity = client.get_experiment_by_name(experiment)
     if entity is None:
@@ -148,7 +127,7 @@ def one_run(client: MlflowClient, experiment: str, tag: str, value: str, name: s
 
     Concurrent callers all get the run that is claimed first. The others are deleted in MLflow if they are empty.
     """
-    run = run_by_tag(client, experiment, tag, value) or client.create_run(
+    run = find_run(client, experiment, tag, value) or client.create_run(
         experiment_id(client, experiment), tags={tag: value}, run_name=name
     )
     claimed = Claims.of(experiment, value).claim(run.info.run_id, lambda each: _is_of(client, each, tag, value))
@@ -196,12 +175,16 @@ def open_run(
 ) -> RunTracker:
     """Resume or create the run of this training; ``restart`` detaches an earlier one."""
     client = MlflowClient()
-    if restart and (run := find_run(client, experiment, train_key)) is not None:
+    if restart and (run := find_run(client, experiment, TRAIN_KEY, train_key)) is not None:
         client.set_tag(run.info.run_id, TRAIN_KEY, f"{train_key} (restarted)")
     run = one_run(client, experiment, TRAIN_KEY, train_key, f"train-{train_key[:8]}")
     # Also on an existing run: its creator may have been killed before this.
     client.log_batch(run.info.run_id, params=[Param(name, str(value)) for name, value in parameters.items()])
-    client.log_inputs(run.info.run_id, [_dataset_input(manifest, data, data_source)])
+    source, digest = resolve_dataset_source(data_source), manifest.content_digest[:DIGEST_LENGTH]
+    dataset = MetaDataset(source, manifest.name, digest)  # type: ignore[abstract]
+    about = {"mlflow.data.context": "training"} | ({"dvc_digest": data.digest} if data else {})
+    tags = [InputTag(name, value) for name, value in about.items()]
+    client.log_inputs(run.info.run_id, [DatasetInput(dataset._to_mlflow_entity(), tags)])
     tracker = RunTracker(client, run.info.run_id)
     RUN_ID.set(tracker.run_id)
     client.update_run(run.info.run_id, status="RUNNING")
@@ -218,90 +201,59 @@ def open_run(
     return tracker
 
 
-def _dataset_input(manifest: Manifest, data: DataVersion | None, source: str) -> DatasetInput:
-    digest = manifest.content_digest[:DIGEST_LENGTH]
-    dataset = MetaDataset(  # type: ignore[abstract]
-        resolve_dataset_source(source), manifest.name, digest
-    )
-    tags = [InputTag("mlflow.data.context", "training")]
-    if data is not None:
-        tags.append(InputTag("dvc_digest", data.digest))
-    return DatasetInput(dataset._to_mlflow_entity(), tags)
+def log_evaluation(tracker: RunTracker, evaluation: Evaluation) -> None:
+    """Log each evaluated checkpoint as a model of the run with its scores, once."""
+    experiment = tracker.client.get_run(tracker.run_id).info.experiment_id
+    for each in evaluation.preliminary:
+        metric = each.selection_metric
+        figures = {f"{PRELIMINARY}{metric.name}": metric.value, f"{PRELIMINARY}samples": float(metric.count)}
+        _log_checkpoint(tracker, experiment, evaluation, each, "preliminary", figures)
+    # The best of several EMA lengths comes last, so that it becomes the run's value at that step.
+    for each in sorted(evaluation.checkpoints, key=lambda each: (each.images, each.selection_metric.rank)):
+        _log_checkpoint(tracker, experiment, evaluation, each, "in full", each.metrics())
 
 
-@dataclass(frozen=True)
-class Scoreboard:
-    """The evaluated checkpoints of one MLflow run."""
-
-    client: MlflowClient
-    run_id: str
-
-    def show(self, evaluation: Evaluation) -> None:
-        """Log each evaluated checkpoint as a model with its scores, once."""
-        experiment = self.client.get_run(self.run_id).info.experiment_id
-        for each in evaluation.preliminary:
-            metric = each.selection_metric
-            figures = {f"{PRELIMINARY}{metric.name}": metric.value, f"{PRELIMINARY}samples": float(metric.count)}
-            self._log(experiment, evaluation, each, "preliminary", figures)
-        # The best of several EMA lengths comes last, so that it becomes the run's value at that step.
-        for each in sorted(evaluation.checkpoints, key=lambda each: (each.images, each.selection_metric.rank)):
-            self._log(experiment, evaluation, each, "in full", each.metrics())
-
-    def _log(
-        self,
-        experiment: str,
-        evaluation: Evaluation,
-        evaluated: CheckpointEvaluation,
-        how: str,
-        figures: Mapping[str, float],
-    ) -> None:
-        tags = {
-            CHECKPOINT: evaluated.file,
-            CHECKPOINT_SHA256: evaluated.sha256,
-            EVAL_KEY: evaluation.eval_key,
-            JUDGED: how,
-            "darkroom.images": str(evaluated.images),
-            MLFLOW_MODEL_IS_EXTERNAL: "true",
-        }
-        model = self._model(experiment, evaluated, tags)
-        if changed := {name: value for name, value in tags.items() if model.tags.get(name) != value}:
-            self.client.set_logged_model_tags(model.model_id, changed)
-        content = evaluation.conditions.content_digest[:DIGEST_LENGTH]
-        newest = _latest_metrics(model, evaluation.dataset, content)
-        now = int(time.time() * 1000)
-        fresh = [
-            Metric(
-                name,
-                value,
-                now,
-                evaluated.images,
-                model_id=model.model_id,
-                dataset_name=evaluation.dataset,
-                dataset_digest=content,
-                run_id=self.run_id,
-            )
-            for name, value in figures.items()
-            if math.isfinite(value) and newest.get(name) != value
-        ]
-        if fresh:
-            self.client.log_batch(self.run_id, metrics=fresh)
-
-    def _model(self, experiment: str, evaluated: CheckpointEvaluation, tags: dict[str, str]) -> LoggedModel:
-        """Find or create the logged model of a checkpoint, and finalize it."""
-        found = self.client.search_logged_models([experiment], f"tags.`{CHECKPOINT_SHA256}` = '{evaluated.sha256}'")
-        ours = [model for model in found if model.source_run_id == self.run_id]
+def _log_checkpoint(
+    tracker: RunTracker,
+    experiment: str,
+    evaluation: Evaluation,
+    evaluated: CheckpointEvaluation,
+    how: str,
+    figures: Mapping[str, float],
+) -> None:
+    client, run_id = tracker.client, tracker.run_id
+    tags = {
+        CHECKPOINT: evaluated.file,
+        CHECKPOINT_SHA256: evaluated.sha256,
+        EVAL_KEY: evaluation.eval_key,
+        JUDGED: how,
+        "darkroom.images": str(evaluated.images),
+        MLFLOW_MODEL_IS_EXTERNAL: "true",
+    }
+    found = client.search_logged_models([experiment], f"tags.`{CHECKPOINT_SHA256}` = '{evaluated.sha256}'")
+    if ours := [model for model in found if model.source_run_id == run_id]:
+        model = min(ours, key=lambda model: model.creation_timestamp)
+    else:
         name = f"{evaluated.family}-{evaluated.images}-{evaluated.sha256[:8]}"
-        model = (
-            min(ours, key=lambda model: model.creation_timestamp)
-            if ours
-            else self.client.create_logged_model(experiment, name, self.run_id, tags, model_type=evaluated.family)
-        )
-        if model.status != LoggedModelStatus.READY:
-            model = self.client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
-        return model
-
-
-def _latest_metrics(model: LoggedModel, dataset: str, digest: str) -> dict[str, float]:
-    """Last value of each metric of ``model`` for a data set."""
-    there = [point for point in model.metrics or [] if (point.dataset_name, point.dataset_digest) == (dataset, digest)]
-    return {point.key: point.value for point in sorted(there, key=lambda point: (point.timestamp, point.step))}
+        model = client.create_logged_model(experiment, name, run_id, tags, model_type=evaluated.family)
+    if model.status != LoggedModelStatus.READY:
+        model = client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
+    if changed := {name: value for name, value in tags.items() if model.tags.get(name) != value}:
+        client.set_logged_model_tags(model.model_id, changed)
+    dataset = {
+        "dataset_name": evaluation.dataset,
+        "dataset_digest": evaluation.conditions.content_digest[:DIGEST_LENGTH],
+    }
+    newest = {
+        point.key: point.value
+        for point in sorted(model.metrics or [], key=lambda point: (point.timestamp, point.step))
+        if {"dataset_name": point.dataset_name, "dataset_digest": point.dataset_digest} == dataset
+    }
+    now = int(time.time() * 1000)
+    fresh = [
+        Metric(name, value, now, evaluated.images, model_id=model.model_id, run_id=run_id, **dataset)
+        for name, value in figures.items()
+        if math.isfinite(value) and newest.get(name) != value
+    ]
+    if fresh:
+        client.log_batch(run_id, metrics=fresh)

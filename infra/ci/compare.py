@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from diffusion.common.errors import DarkroomError, UserError
 from flows.environment import data_source
-from flows.local_stack.discovery import join_servers
+from flows.local_stack.stack import join_servers
 
 if TYPE_CHECKING:
     from flows.registry.model_versions import Version

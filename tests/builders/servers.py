@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from flows.local_stack import ports
+from flows.local_stack.server_process import choose_ports
 from tests.builders.installation import INFRA, ROOT, composed, new_environment
 
 PORTS = ("5432", "9333", "9340", "8888", "23646", "8333", "5000", "4200", "8080", "9464")
@@ -137,7 +137,7 @@ def installed(folder: Path) -> Iterator[Servers]:
     (folder / "s3.json").write_text(secrets["S3_CONFIG"])
     for name in ("work", "objects"):
         (folder / name).mkdir()
-    numbers = dict(zip(PORTS, map(str, ports.choose(len(PORTS), taken=())), strict=True))
+    numbers = dict(zip(PORTS, map(str, choose_ports(len(PORTS))), strict=True))
     servers = Servers(folder, composed(folder / ".env")["services"], secrets, numbers)
     with _postgres(servers):
         yield servers

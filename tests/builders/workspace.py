@@ -13,7 +13,7 @@ import boto3
 import yaml
 
 from flows.local_stack.server_process import members
-from flows.local_stack.stack_files import SERVICES
+from flows.local_stack.stack import SERVICES
 from tests.builders import ROOT
 from tests.builders.shapes import disc
 

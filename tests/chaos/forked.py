@@ -192,7 +192,6 @@ def main() -> None:
     began = time.monotonic()
     with connect("prefect", "mlflow", "s3"):
         import flows.evaluate
-        import flows.explain
         import flows.gc
         import flows.promote
         import flows.retrain

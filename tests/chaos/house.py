@@ -24,7 +24,7 @@ from diffusion.common.files import sha256_bytes
 from flows.local_stack.seaweedfs import config
 from flows.local_stack.server_process import Process, members, stop
 from flows.local_stack.services import Service, services
-from flows.local_stack.stack_files import LocalStack, ServiceName
+from flows.local_stack.stack import LocalStack, ServiceName
 from tests.builders.workspace import PARAMS, Workspace, objects
 
 QUICK = PARAMS | {

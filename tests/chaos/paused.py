@@ -43,16 +43,16 @@ def main() -> None:
     point, folder, separator, *arguments = sys.argv[1:]
     assert separator == "--"
     from flows.environment import Server
-    from flows.local_stack import discovery
+    from flows.local_stack import stack
 
-    join = discovery.join_servers
+    join = stack.join_servers
 
     def join_and_arm(*needs: Server) -> None:
         join(*needs)
         # Not before: libraries read the environment that it makes when they are imported.
         arm(point, Path(folder))
 
-    discovery.join_servers = join_and_arm
+    stack.join_servers = join_and_arm
     sys.argv = ["darkroom", *arguments]
     from flows.cli import main as command_line
 

@@ -23,7 +23,7 @@ from diffusion.training.config import TrainingConfig
 from diffusion.training.logging import read_metrics
 from diffusion.training.train import train
 from flows.local_stack.backup import Backup, Backups, save
-from flows.local_stack.stack_files import SERVICES, LocalStack
+from flows.local_stack.stack import SERVICES, LocalStack
 from flows.storage.s3 import Store
 from tests.builders.ingested import files_of
 from tests.builders.shapes import blob

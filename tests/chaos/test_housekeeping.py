@@ -22,7 +22,7 @@ from diffusion.data.manifest import read_manifest
 from flows.local_stack.backup import Backups
 from flows.local_stack.control import RESTORING
 from flows.local_stack.server_process import members
-from flows.local_stack.stack_files import SERVICES, LocalStack
+from flows.local_stack.stack import SERVICES, LocalStack
 from flows.storage.s3 import Object, Store, client
 from tests.builders.ingested import files_of
 from tests.builders.workspace import running

@@ -24,7 +24,7 @@ STEPS = (
     "diffusion.training.checkpointing:Checkpoints.save@3",  # half way
     "flows.tracking.runs:RunTracker.finish",  # trained, and the run goes on
     "flows.evaluate:score_checkpoints",  # evaluate
-    "flows.tracking.runs:Scoreboard.show",  # judged, and MLflow knows nothing
+    "flows.evaluate:log_evaluation",  # judged, and MLflow knows nothing
     "flows.promote:export",  # promote
     "flows.promote:compare_with_champion",  # a version, and no verdict
     "flows.promote:project",  # in the ledger, and nowhere else

@@ -13,8 +13,9 @@ import pytest
 from mlflow.client import MlflowClient
 
 from diffusion.common.errors import DarkroomError
-from flows.local_stack import ports, seaweedfs
-from flows.local_stack.tls import new_identity
+from flows.local_stack import seaweedfs
+from flows.local_stack.server_process import choose_ports
+from flows.local_stack.stack import new_identity
 from flows.storage.s3 import Store, client
 from tests.builders.workspace import Workspace
 
@@ -30,11 +31,9 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, st
         yield given
         return
     folder = tmp_path_factory.mktemp("s3")
-    for name, text in seaweedfs.files(
-        seaweedfs.config("test-access", "test-secret"), new_identity("127.0.0.1")
-    ).items():
+    for name, text in seaweedfs.files(seaweedfs.config("test-access", "test-secret"), new_identity()).items():
         (folder / name).write_text(text)
-    numbers = ports.choose(len(seaweedfs.PORTS), taken=())
+    numbers = choose_ports(len(seaweedfs.PORTS))
     with (folder / "log").open("wb") as log:
         server = subprocess.Popen(
             seaweedfs.command(numbers),

@@ -20,7 +20,7 @@ from mlflow.client import MlflowClient
 from PIL import Image
 
 from diffusion.common.files import sha256_bytes
-from flows.local_stack.ports import choose
+from flows.local_stack.server_process import choose_ports
 from tests.builders.workspace import PARAMS, Workspace, objects, running
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -145,7 +145,7 @@ def test_the_registered_model_loads_elsewhere_without_pickle_and_draws_the_print
 def test_the_registered_model_answers_over_http(workspace: Workspace, tmp_path: Path) -> None:
     done = workspace.json("retrain", "images", "--count", "40", "--seed", "5")
     printed = objects(workspace, done["samples"]["uri"])["00000002.png"][1]
-    [port] = choose(1, taken=())
+    [port] = choose_ports(1)
     serve = [sys.executable, "-m", "mlflow", "models", "serve", "-m", "models:/blobs@champion"]
     serve += ["--env-manager", "local", "--host", "127.0.0.1", "--port", str(port)]
     # MLflow starts uvicorn by its name, as in a shell where the environment is activated.

@@ -11,7 +11,7 @@ import pytest
 import yaml
 from prometheus_client import CollectorRegistry, generate_latest
 
-from flows.local_stack import ports
+from flows.local_stack.server_process import choose_ports
 from flows.monitoring.prometheus import GAUGES, Servers, count_states, last_success_samples, state_of, training_samples
 from tests.builders.installation import INFRA, ROOT, program
 
@@ -117,7 +117,7 @@ RUNS = [
 
 
 def test_servers_that_are_away_are_said_to_be_and_nothing_is_said_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    (port,) = ports.choose(1, taken=())
+    (port,) = choose_ports(1)
     for variable in ("MLFLOW_TRACKING_URI", "PREFECT_API_URL", "AWS_ENDPOINT_URL_S3"):
         monkeypatch.setenv(variable, f"http://127.0.0.1:{port}")
     registry = CollectorRegistry()

@@ -13,8 +13,9 @@ import pytest
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
-from flows.local_stack import ports, seaweedfs
-from flows.local_stack.tls import new_identity
+from flows.local_stack import seaweedfs
+from flows.local_stack.server_process import choose_ports
+from flows.local_stack.stack import new_identity
 from tests.builders.installation import INFRA, new_environment
 
 if TYPE_CHECKING:
@@ -54,9 +55,9 @@ def clients(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, "S3C
     """A client for each role, of a server that knows what ``infra/credentials.py`` made; some objects are there."""
     folder = tmp_path_factory.mktemp("s3")
     made = new_environment(folder / ".env", "--bucket", BUCKET)
-    for name, text in seaweedfs.files(made["S3_CONFIG"], new_identity("127.0.0.1")).items():
+    for name, text in seaweedfs.files(made["S3_CONFIG"], new_identity()).items():
         (folder / name).write_text(text)
-    numbers = ports.choose(len(seaweedfs.PORTS), taken=())
+    numbers = choose_ports(len(seaweedfs.PORTS))
     command = [*seaweedfs.command(numbers), f"-bucket={BUCKET}"]
     environment = os.environ | seaweedfs.ENVIRONMENT
     with (folder / "log").open("wb") as log:

@@ -17,9 +17,9 @@ from diffusion.data.versions.takedown_records import Removal
 from flows.environment import settings
 from flows.local_stack import down, up
 from flows.local_stack import restore as restoring
-from flows.local_stack.backup import DATABASES, SMALL, Backup, Backups, SavedObject, _copy, save, stamped
+from flows.local_stack.backup import DATABASES, SMALL, Backup, Backups, SavedObject, _copy, save
 from flows.local_stack.restore import AT_ONCE, _batches, _later_removals, restore
-from flows.local_stack.stack_files import USER, LocalStack
+from flows.local_stack.stack import USER, LocalStack
 from flows.storage.s3 import Store, client
 from tests.chaos.power_drills import backup_drill
 
@@ -36,9 +36,13 @@ def told(path: Path) -> str:
         return str(found.execute("select text from told").fetchone()[0])
 
 
+def now() -> datetime:
+    return datetime.now(UTC).replace(microsecond=0)
+
+
 def backed_up(store: Store, bucket: str, backups: Backups) -> Backup:
     saved = save(store, bucket, list(store.list_objects(bucket)), backups)
-    done = Backup(made=stamped(datetime.now(UTC)), bucket=bucket, versions={}, databases={}, objects=saved)
+    done = Backup(made=now(), bucket=bucket, versions={}, databases={}, objects=saved)
     backups.write(done)
     return done
 
@@ -118,8 +122,7 @@ def stored(no_servers: None, tmp_path: Path) -> Path:
     auth.engine.dispose()
     databases = {name: backups.keep(partial(_copy, folder / name)) for name in DATABASES}
     versions = {"mlflow": version("mlflow")}
-    made = stamped(datetime.now(UTC))
-    backups.write(Backup(made=made, bucket="darkroom", versions=versions, databases=databases, objects=[]))
+    backups.write(Backup(made=now(), bucket="darkroom", versions=versions, databases=databases, objects=[]))
     return backups.folder
 
 

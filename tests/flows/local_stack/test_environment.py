@@ -10,9 +10,8 @@ import pytest
 from diffusion.common.errors import UserError
 from flows.environment import SERVERS, Server, settings
 from flows.local_stack import exports
-from flows.local_stack.discovery import join_servers, servers_in_environment
 from flows.local_stack.server_process import marks, members, start, stop
-from flows.local_stack.stack_files import LocalStack
+from flows.local_stack.stack import LocalStack, join_servers, servers_in_environment
 
 pytestmark = pytest.mark.usefixtures("no_servers")
 

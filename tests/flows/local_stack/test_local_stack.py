@@ -26,11 +26,9 @@ from playwright.sync_api import sync_playwright
 from diffusion.common.errors import DarkroomError, UserError
 from flows import local_stack
 from flows.environment import SERVERS
-from flows.local_stack import ports, seaweedfs
-from flows.local_stack.discovery import join_servers
-from flows.local_stack.server_process import members
-from flows.local_stack.stack_files import SERVICES, LocalStack
-from flows.local_stack.tls import new_identity
+from flows.local_stack import seaweedfs
+from flows.local_stack.server_process import GRPC, are_free, choose_ports, members
+from flows.local_stack.stack import SERVICES, LocalStack, join_servers, new_identity
 from flows.storage.s3 import Store
 from tests.builders import ROOT, intruder
 from tests.builders.browser import chromium
@@ -367,7 +365,7 @@ def test_another_user_of_the_machine_reads_changes_and_deletes_nothing(
     before = private()
     listeners, sockets = listening(up)
     # What is known of SeaweedFS's ports is that gRPC is above them; any other would be news.
-    of_seaweedfs = {up.state.ports[name] + above for name in seaweedfs.PORTS for above in (0, ports.GRPC)}
+    of_seaweedfs = {up.state.ports[name] + above for name in seaweedfs.PORTS for above in (0, GRPC)}
     assert listeners == of_seaweedfs | {up.state.ports["mlflow"], up.state.ports["prefect"]}
     with TemporaryDirectory(prefix="darkroom-intruder-") as name:
         folder = Path(name)
@@ -375,7 +373,7 @@ def test_another_user_of_the_machine_reads_changes_and_deletes_nothing(
         # One comes without anything, one with a certificate of his own making.
         (folder / "bare").mkdir()
         (folder / "forged").mkdir()
-        for file, text in seaweedfs.files("{}", new_identity("127.0.0.1")).items():
+        for file, text in seaweedfs.files("{}", new_identity()).items():
             (folder / "forged" / file).write_text(text)
         for path in (folder, *folder.rglob("*")):
             path.chmod(0o755)
@@ -517,7 +515,7 @@ from prefect import flow
 @flow
 def probe():
     import os
-    from flows.local_stack.discovery import join_servers
+    from flows.local_stack.stack import join_servers
     from flows.storage.s3 import Store
     join_servers("mlflow", "prefect", "s3")
     mlflow.set_experiment("from the worker")
@@ -551,7 +549,7 @@ print(run.data.metrics["seen"], body.read().decode())
 def test_down_stops_everything_and_up_finds_everything(up: LocalStack) -> None:
     local_stack.down(lambda _: None)
     assert members(up.folder, *SERVICES) == []
-    assert all(ports.is_free(up.state.ports[name]) for name in ("s3", "mlflow", "prefect"))
+    assert are_free(up.state.ports[name] for name in ("s3", "mlflow", "prefect"))
     again = local_stack.up(lambda _: None)
     assert {service.state for service in again.services} == {"running"}
     assert_all_is_kept(up)
@@ -653,16 +651,16 @@ def test_a_service_that_does_not_come_up_is_named_with_its_log() -> None:
         local_stack.down(lambda _: None)
 
 
-@pytest.mark.parametrize("which", [lambda port: port, lambda port: port + ports.GRPC])
+@pytest.mark.parametrize("which", [lambda port: port, lambda port: port + GRPC])
 def test_a_port_counts_as_free_only_with_its_grpc_port(which: Callable[[int], int]) -> None:
-    [port] = ports.choose(1, taken=())
-    assert ports.are_free([port])
+    [port] = choose_ports(1)
+    assert are_free([port])
     with socket.create_server(("127.0.0.1", which(port))):
-        assert not ports.are_free([port])
-    assert ports.are_free([port])
+        assert not are_free([port])
+    assert are_free([port])
 
 
 def test_ports_that_are_spoken_for_are_not_chosen() -> None:
-    chosen = ports.choose(5, taken=())
+    chosen = choose_ports(5)
     assert len(set(chosen)) == 5
-    assert not set(chosen) & set(ports.choose(20, taken=chosen))
+    assert not set(chosen) & set(choose_ports(20, taken=chosen))

@@ -14,7 +14,7 @@ from diffusion.evaluation.config import EvaluationConfig
 from diffusion.evaluation.metrics.distances import Scores
 from diffusion.evaluation.results import CheckpointEvaluation, Evaluation, EvaluationConditions, RealBaseline
 from diffusion.process.samplers import sampling_config
-from flows.tracking.runs import CHECKPOINT, CHECKPOINT_SHA256, EVAL_KEY, JUDGED, Scoreboard
+from flows.tracking.runs import CHECKPOINT, CHECKPOINT_SHA256, EVAL_KEY, JUDGED, RunTracker, log_evaluation
 
 WRITES = ("create_logged_model", "finalize_logged_model", "set_logged_model_tags", "log_batch")
 CONTENT = "c" * 64
@@ -121,7 +121,7 @@ def points(client: MlflowClient, run_id: str, name: str = "kid_efflite0") -> lis
 
 def test_mlflow_ranks_the_checkpoints_by_their_scores_on_the_data_set(client: MlflowClient, run_id: str) -> None:
     evaluation = an_evaluation([0.5, 0.2, 0.3])
-    Scoreboard(client, run_id).show(evaluation)
+    log_evaluation(RunTracker(client, run_id), evaluation)
     found = ranked(client, run_id)
     assert [model.tags[CHECKPOINT] for model in found] == [
         f"runs/blobs/checkpoints/{number}.safetensors" for number in (1, 2, 0)
@@ -140,7 +140,7 @@ def test_mlflow_ranks_the_checkpoints_by_their_scores_on_the_data_set(client: Ml
 
 
 def test_what_was_not_judged_in_full_ranks_behind_all_that_was_however_lucky(client: MlflowClient, run_id: str) -> None:
-    Scoreboard(client, run_id).show(an_evaluation([0.5, 0.2], behind=[-0.1]))
+    log_evaluation(RunTracker(client, run_id), an_evaluation([0.5, 0.2], behind=[-0.1]))
     found = ranked(client, run_id)
     assert [model.tags[JUDGED] for model in found] == ["in full", "in full", "preliminary"]
     assert {point.key: point.value for point in found[2].metrics} == {
@@ -152,9 +152,9 @@ def test_what_was_not_judged_in_full_ranks_behind_all_that_was_however_lucky(cli
 
 def test_shown_again_nothing_is_there_twice(client: MlflowClient, run_id: str) -> None:
     evaluation = an_evaluation([0.5, 0.2], behind=[0.4])
-    Scoreboard(client, run_id).show(evaluation)
+    log_evaluation(RunTracker(client, run_id), evaluation)
     before = [(model.model_id, len(model.metrics)) for model in ranked(client, run_id)]
-    Scoreboard(client, run_id).show(evaluation)
+    log_evaluation(RunTracker(client, run_id), evaluation)
     assert [(model.model_id, len(model.metrics)) for model in ranked(client, run_id)] == before
     assert points(client, run_id) == [(1000, 0.5), (2000, 0.2)]
 
@@ -165,8 +165,8 @@ def test_killed_after_any_write_and_shown_again_each_is_there_once(
 ) -> None:
     evaluation = an_evaluation([0.5, 0.2])
     with pytest.raises(Killed):
-        Scoreboard(Mortal(life), run_id).show(evaluation)
-    Scoreboard(client, run_id).show(evaluation)
+        log_evaluation(RunTracker(Mortal(life), run_id), evaluation)
+    log_evaluation(RunTracker(client, run_id), evaluation)
     found = ranked(client, run_id)
     assert [model.tags[CHECKPOINT_SHA256] for model in found] == [f"{number:064x}" for number in (1, 0)]
     assert {model.status for model in found} == {"READY"}
@@ -176,20 +176,20 @@ def test_killed_after_any_write_and_shown_again_each_is_there_once(
 def test_judged_under_other_conditions_a_checkpoint_is_the_same_model_with_newer_scores(
     client: MlflowClient, run_id: str
 ) -> None:
-    Scoreboard(client, run_id).show(an_evaluation([0.5, 0.2]))
+    log_evaluation(RunTracker(client, run_id), an_evaluation([0.5, 0.2]))
     anew = an_evaluation([0.1, 0.2], seed=1)
-    Scoreboard(client, run_id).show(anew)
+    log_evaluation(RunTracker(client, run_id), anew)
     found = ranked(client, run_id)
     assert [model.tags[CHECKPOINT_SHA256] for model in found] == [f"{number:064x}" for number in (0, 1)]
     assert {model.tags[EVAL_KEY] for model in found} == {anew.eval_key}
-    Scoreboard(client, run_id).show(an_evaluation([0.1, 0.2], behind=[0.4], seed=1))
+    log_evaluation(RunTracker(client, run_id), an_evaluation([0.1, 0.2], behind=[0.4], seed=1))
     assert ranked(client, run_id)[2].tags[JUDGED] == "preliminary"
-    Scoreboard(client, run_id).show(an_evaluation([0.1, 0.2, 0.15], seed=1))
+    log_evaluation(RunTracker(client, run_id), an_evaluation([0.1, 0.2, 0.15], seed=1))
     assert [model.tags[JUDGED] for model in ranked(client, run_id)] == ["in full"] * 3
 
 
 def test_two_runs_have_models_of_their_own(client: MlflowClient, run_id: str) -> None:
     other = client.create_run(client.get_run(run_id).info.experiment_id).info.run_id
     for each in (run_id, other):
-        Scoreboard(client, each).show(an_evaluation([0.5]))
+        log_evaluation(RunTracker(client, each), an_evaluation([0.5]))
     assert {model.source_run_id for model in ranked(client, run_id)} == {run_id, other}

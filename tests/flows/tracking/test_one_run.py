@@ -70,7 +70,7 @@ def test_several_at_once_leave_one_run(
         [run_id] = set(pool.map(partial(begun, mlflow_client), [experiment] * 3))
     assert runs(mlflow_client, experiment) == {run_id}
     assert len(runs(mlflow_client, experiment, ViewType.ALL)) == 3
-    found = find_run(mlflow_client, experiment, KEY)
+    found = find_run(mlflow_client, experiment, TRAIN_KEY, KEY)
     assert found is not None
     assert found.info.run_id == run_id
 
@@ -104,7 +104,7 @@ def test_a_run_that_was_set_aside_or_deleted_is_followed_by_another_one(
     mlflow_client.set_tag(first, TRAIN_KEY, f"{KEY} (restarted)")
     second = begun(mlflow_client, experiment)
     mlflow_client.delete_run(second)
-    assert find_run(mlflow_client, experiment, KEY) is None
+    assert find_run(mlflow_client, experiment, TRAIN_KEY, KEY) is None
     store = Store()
     for number, data in ((3, b"{}"), (4, b'{"made": "../x"}'), (6, b"[" * 5000)):
         store.put_once(bucket, f"claims/{experiment}/{KEY}/{number:08d}.json", data)

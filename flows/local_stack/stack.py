@@ -1,9 +1,10 @@
-"""State of the local stack on disk: folder, passwords, ports and processes."""
+"""The local stack: its state on disk, and how a process finds its servers or those of the environment."""
 
-import json
 import os
 import secrets
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -12,24 +13,55 @@ from pydantic import Field, ValidationError
 from diffusion.common.config import Config
 from diffusion.common.errors import UserError
 from diffusion.common.files import make_folder, write_atomically
-from flows.environment import Server
-from flows.local_stack.server_process import Process, is_member
-from flows.local_stack.tls import new_identity
+from flows.environment import (
+    DEFAULTS,
+    SECRET_VARIABLE,
+    SERVER_TITLES,
+    SERVER_VARIABLES,
+    SERVERS,
+    Server,
+    loopback_no_proxy,
+    settings,
+)
+from flows.local_stack.server_process import LOOPBACK, Process, is_member
 
 ServiceName = Literal["s3", "mlflow", "prefect", "worker"]
 SERVICES: tuple[ServiceName, ...] = get_args(ServiceName)
-SERVICES_OF: dict[Server, tuple[ServiceName, ...]] = {
-    "s3": ("s3",),
-    "mlflow": ("mlflow",),
-    "prefect": ("prefect", "worker"),
-}
-LOOPBACK = "127.0.0.1"
 USER = "darkroom"
 """User name of both UIs."""
 
 
 def _password() -> str:
     return secrets.token_urlsafe(24)
+
+
+def new_identity() -> str:
+    """Create a private key and its self-signed certificate for the loopback address, in PEM.
+
+    It is server, client and CA of mutual TLS in one: processes of one owner, who trust only each other.
+    """
+    # A slow import that is needed once per stack.
+    from cryptography import x509
+    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+    from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "darkroom")])
+    usages = [ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH]
+    certificate = (
+        x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
+        # Trusted for its key alone; a wrong clock must not lock out the owner.
+        .not_valid_before(datetime(2000, 1, 1, tzinfo=UTC))
+        .not_valid_after(datetime(2200, 1, 1, tzinfo=UTC))
+        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ip_address(LOOPBACK))]), critical=False)
+        .add_extension(x509.ExtendedKeyUsage(usages), critical=False)
+        .sign(key, hashes.SHA256())
+    )
+    encoding = serialization.Encoding.PEM
+    private = key.private_bytes(encoding, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    return (private + certificate.public_bytes(encoding)).decode()
 
 
 class Credentials(Config):
@@ -43,7 +75,7 @@ class Credentials(Config):
     """Login of Prefect's UI, entered as a whole: user:password."""
     s3_access_key: str = Field(default_factory=lambda: secrets.token_hex(10))
     s3_secret_key: str = Field(default_factory=lambda: secrets.token_hex(20))
-    s3_tls_identity: str = Field(default_factory=lambda: new_identity(LOOPBACK))
+    s3_tls_identity: str = Field(default_factory=new_identity)
     """Certificate and private key of the S3 server's internal mutual TLS, in PEM."""
 
 
@@ -87,13 +119,9 @@ class LocalStack:
         """Open the stack in ``folder``; create it if it is missing."""
         make_folder(folder, 0o700)
         folder.chmod(0o700)
-        path = folder / "credentials.json"
-        stack = cls.read(folder)
-        if stack is not None:
-            # A file of an older Darkroom lacks credentials that were created just now.
-            if Credentials.model_fields.keys() - json.loads(path.read_bytes()):
-                write_private(path, stack.credentials.model_dump_json(indent=2))
+        if (stack := cls.read(folder)) is not None:
             return stack
+        path = folder / "credentials.json"
         # A killed first `up` may have written credentials that the servers already use.
         credentials = Credentials.model_validate_json(path.read_bytes()) if path.exists() else Credentials()
         write_private(path, credentials.model_dump_json(indent=2))
@@ -128,11 +156,11 @@ class LocalStack:
 
     def serves(self, server: Server) -> bool:
         """Whether the server belongs to the stack."""
-        return server in self.state.servers and SERVICES_OF[server][0] in self.state.ports
+        return server in self.state.servers and server in self.state.ports
 
     def runs(self, server: Server) -> bool:
         """Whether the server belongs to the stack and its process lives."""
-        return self.serves(server) and self.process(SERVICES_OF[server][0]) is not None
+        return self.serves(server) and self.process(server) is not None
 
     def variables(self, server: Server) -> dict[str, str]:
         """Environment variables that connect clients to the stack's ``server``."""
@@ -166,3 +194,41 @@ def write_private(path: Path, text: str) -> None:
             file.write(text)
 
     write_atomically(path, write)
+
+
+def servers_in_environment() -> dict[Server, str]:
+    """Servers named by the environment, with the variable; variables from ``darkroom env`` do not count."""
+    local = LocalStack.read(settings().folder)
+    found: dict[Server, str] = {}
+    for server in SERVERS:
+        named = [name for name in SERVER_VARIABLES[server] if os.environ.get(name)]
+        secret = SECRET_VARIABLE[server]
+        # Also variables that were exported before the stack's ports changed.
+        ours = (
+            local is not None
+            and local.serves(server)
+            and os.environ.get(secret) == local.variables(server)[secret]
+            and os.environ.get(SERVER_VARIABLES[server][0], "").startswith(f"http://{LOOPBACK}:")
+        )
+        if named and not ours:
+            found[server] = named[0]
+    return found
+
+
+def join_servers(*needs: Server) -> None:
+    """Connect this process and its children to the servers in ``needs``; call it before importing their clients.
+
+    Raises UserError for a server that neither the environment nor a running local stack provides.
+    """
+    for name, value in DEFAULTS.items():
+        os.environ.setdefault(name, value)
+    elsewhere = servers_in_environment()
+    local = LocalStack.read(settings().folder)
+    for server in (each for each in needs if each not in elsewhere):
+        if local is None or not local.runs(server):
+            raise UserError(
+                f"no {SERVER_TITLES[server]} server: {SERVER_VARIABLES[server][0]} is not set and no local one runs "
+                f"(in {settings().home}): run `darkroom up`"
+            )
+        os.environ.update(local.variables(server) | loopback_no_proxy())
+        os.environ.setdefault("DARKROOM_BUCKET", local.bucket)

@@ -4,7 +4,7 @@ import pytest
 
 from diffusion.common.errors import UserError
 from flows.config import Params
-from flows.variants import combinations, parse_over
+from flows.sweep import combinations, parse_over
 
 PARAMS = Params.model_validate({"training": {"dataset": "faces", "images": 100}, "model": {"width": 16}})
 
