@@ -174,7 +174,10 @@ class Loader:
 
     def ahead(self, position: int, end: int | None = None) -> None:
         """Start to prepare the batch at ``position`` and those that follow it, and drop all others."""
-        self._announce(position)
+        coming = self.order.coming(position)
+        if coming != self._shards:
+            self.dataset.ahead(coming)
+            self._shards = coming
         following = range(position, position + (self.prefetch + 1) * self.batch_size, self.batch_size)
         positions = [at for at in following if end is None or at < end or at == position]
         for at in self._ready.keys() - positions:
@@ -192,13 +195,6 @@ class Loader:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    def _announce(self, position: int) -> None:
-        """Announce the next shards to the data set, whenever they change."""
-        coming = self.order.coming(position)
-        if coming != self._shards:
-            self.dataset.ahead(coming)
-            self._shards = coming
 
     def _make(self, position: int) -> Batch:
         start = position + self.rank * self.share

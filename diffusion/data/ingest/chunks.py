@@ -26,7 +26,7 @@ from diffusion.data.ingest.decode import Refused, StoredImage, prepare
 from diffusion.data.manifest import RECORDS
 from diffusion.data.shards import TarWriter
 from diffusion.data.sources import open_source
-from diffusion.data.sources.base import Access, Entry, ObjectStore, Payload, Source
+from diffusion.data.sources.base import Access, Entry, ObjectStore, Source
 
 SCHEMA = """
     CREATE TABLE listing
@@ -46,24 +46,16 @@ KNOWN = "SELECT group_concat(hex(r.sha256)) FROM stored.records r WHERE r.source
 CORRECTED = "SELECT 1 FROM stored.seen s WHERE s.origin = :origin AND s.source = l.source AND s.told != l.told"
 """Query: the source describes the entry in another way than before, so it is read again, even with equal bytes."""
 LISTED_AT_ONCE = 10_000
-COLUMNS = (*RECORDS.names, "end", "stamp")
+COLUMNS = (*RECORDS.names, "stamp")
 """Columns of a prepared entry: its record, without outcomes that depend on the whole data set. ``outcome``
-is ``quarantined``, ``duplicate`` (within the chunk), ``known`` (read before) or null; ``end`` is that of the sample."""
+is ``quarantined``, ``duplicate`` (within the chunk), ``known`` (read before) or null; ``offset`` is that of the
+sample."""
 NOT_OF_A_CHUNK = {"source", "licence", "max_quarantined", "shard_bytes", "runner", "workers", "held_out"}
 """Fields of the configuration that cannot change what a chunk becomes."""
-FORMAT = 3
+FORMAT = 4
 """Incremented when the same images would be stored in another way, so that chunks of older code are not reused."""
 TEXT_OF_A_CHUNK = 2**23
 """Approximate characters of names, labels and captions per chunk; its memory grows with them."""
-
-
-@dataclass(frozen=True)
-class Planned:
-    """An entry to read."""
-
-    entry: Entry
-    known: frozenset[str]
-    """SHA-256 of the bytes read under its name before: if they are among these, nothing is new."""
 
 
 def make_plan(
@@ -107,24 +99,15 @@ def make_plan(
         return listed, planned
 
 
-def read_plan(path: Path, first: int, last: int) -> list[Planned]:
-    """Read rows ``first`` … ``last`` of the plan, counted from 1."""
-    with closing(sqlite3.connect(path)) as database:
+def _read_plan(chunk: "Chunk") -> list[tuple[Entry, frozenset[str]]]:
+    """Read the entries of a chunk, each with the SHA-256 of all bytes read under its name before: these are not new."""
+    with closing(sqlite3.connect(chunk.work / "plan.sqlite")) as database:
         rows = database.execute(
             "SELECT source, locator, stamp, label, caption, problem, known FROM plan "
             "WHERE number BETWEEN ? AND ? ORDER BY number",
-            (first, last),
+            (chunk.first, chunk.last),
         )
-        return [Planned(Entry(*row[:6]), frozenset((row[6] or "").lower().split(",")) - {""}) for row in rows]
-
-
-def text_lengths(path: Path) -> Iterator[tuple[int, int]]:
-    """Yield number and characters of text of each row of the plan."""
-    with closing(sqlite3.connect(path)) as database:
-        yield from database.execute(
-            "SELECT number, length(source) + ifnull(length(label), 0) + ifnull(length(caption), 0) FROM plan "
-            "ORDER BY number"
-        )
+        return [(Entry(*row[:6]), frozenset((row[6] or "").lower().split(",")) - {""}) for row in rows]
 
 
 def description_digest(label: str | None, caption: str | None) -> str:
@@ -149,7 +132,6 @@ class Chunk:
     """Rows ``first`` … ``last`` of the plan in the folder ``work``."""
 
     work: Path
-    uri: str
     config: IngestConfig
     objects: ObjectStore | None
     first: int
@@ -180,10 +162,10 @@ def chunk_size(images: int, config: IngestConfig) -> int:
 
 def prepare_chunk(chunk: Chunk) -> PreparedChunk:
     """Read and prepare the images of ``chunk``, unless done already; raises transient errors, such as a full disk."""
-    planned = read_plan(chunk.work / "plan.sqlite", chunk.first, chunk.last)
+    planned = _read_plan(chunk)
     settings = chunk.config.model_dump(mode="json", exclude=NOT_OF_A_CHUNK)
-    listing = [[*_listed(each), sorted(each.known)] for each in planned]
-    name = digest_of({"format": FORMAT, "uri": chunk.uri, "config": settings, "entries": listing})
+    listing = [[entry.source, entry.stamp, entry.label, entry.caption, sorted(known)] for entry, known in planned]
+    name = digest_of({"format": FORMAT, "uri": chunk.config.source, "config": settings, "entries": listing})
     folder = chunk.work / "chunks"
     table, shard = folder / f"{name}.jsonl", folder / f"{name}.tar"
     if not table.is_file():
@@ -207,23 +189,24 @@ def _finish(partial: Path, path: Path) -> None:
     sync_folder(path.parent)
 
 
-def _listed(planned: Planned) -> list[str | None]:
-    entry = planned.entry
-    return [entry.source, entry.stamp, entry.label, entry.caption]
-
-
-def _prepare(chunk: Chunk, planned: list[Planned], writer: TarWriter) -> list[dict[str, Any]]:
+def _prepare(chunk: Chunk, planned: list[tuple[Entry, frozenset[str]]], writer: TarWriter) -> list[dict[str, Any]]:
     """Write the usable images with ``writer``; returns a row of COLUMNS for each of ``planned``."""
-    source = open_source(chunk.uri, Access(chunk.config, chunk.work / "scratch", chunk.objects))
-    payloads = source.read([each.entry for each in planned])
+    source = open_source(chunk.config.source, Access(chunk.config, chunk.work / "scratch", chunk.objects))
+    payloads = source.read([entry for entry, _ in planned])
     seen: set[str] = set()
     rows = []
-    for each, payload in zip(planned, payloads, strict=True):
-        row = dict.fromkeys(COLUMNS) | _about(each, payload)
+    for (entry, known), payload in zip(planned, payloads, strict=True):
+        row: dict[str, Any] = dict.fromkeys(COLUMNS)
+        row |= {"source": entry.source, "stamp": entry.stamp, "label": entry.label, "caption": entry.caption}
         rows.append(row)
-        if isinstance(payload, Refused) or row["outcome"] == "known":
-            continue
         try:
+            if isinstance(payload, Refused):
+                row["source_sha256"] = ""
+                raise payload
+            row["source_sha256"] = _digest(payload)
+            if row["source_sha256"] in known:
+                row["outcome"] = "known"
+                continue
             image = prepare(payload, chunk.config)
         except Refused as refused:
             row |= {"outcome": "quarantined", "reason": str(refused)}
@@ -235,21 +218,9 @@ def _prepare(chunk: Chunk, planned: list[Planned], writer: TarWriter) -> list[di
         seen.add(image.key)
         metadata = {name: row[name] for name in ("label", "caption", "source")} | {"sha256": row["source_sha256"]}
         extent = writer.add(image.key, image.png, metadata)
-        row |= {"offset": extent.start, "size": extent.png, "end": extent.end}
+        row |= {"offset": extent.start, "size": extent.png}
     writer.close()
     return rows
-
-
-def _about(planned: Planned, payload: Payload) -> dict[str, Any]:
-    entry = planned.entry
-    about: dict[str, Any] = {"source": entry.source, "stamp": entry.stamp, "source_sha256": ""}
-    if isinstance(payload, Refused):
-        about |= {"outcome": "quarantined", "reason": str(payload)}
-    else:
-        about["source_sha256"] = _digest(payload)
-        if about["source_sha256"] in planned.known:
-            about["outcome"] = "known"
-    return about | {"label": entry.label, "caption": entry.caption}
 
 
 def _digest(payload: bytes | Image.Image) -> str:
@@ -285,8 +256,12 @@ def chunks_of(work: Path, config: IngestConfig, objects: ObjectStore | None, ima
     """Split a plan of ``images`` rows into chunks of equally many rows, or fewer where texts are long."""
     size = chunk_size(images, config)
     first, text = 1, 0
-    for number, length in text_lengths(work / "plan.sqlite"):
-        text += length
-        if number - first + 1 == size or text >= TEXT_OF_A_CHUNK or number == images:
-            yield Chunk(work, config.source, config, objects, first, number)
-            first, text = number + 1, 0
+    with closing(sqlite3.connect(work / "plan.sqlite")) as database:
+        for number, length in database.execute(
+            "SELECT number, length(source) + ifnull(length(label), 0) + ifnull(length(caption), 0) FROM plan "
+            "ORDER BY number"
+        ):
+            text += length
+            if number - first + 1 == size or text >= TEXT_OF_A_CHUNK or number == images:
+                yield Chunk(work, config, objects, first, number)
+                first, text = number + 1, 0

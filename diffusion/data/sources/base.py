@@ -12,14 +12,8 @@ from diffusion.common.files import sha256_bytes
 from diffusion.data.ingest.config import IngestConfig
 from diffusion.data.ingest.decode import Refused
 
-EXTENSIONS = frozenset((".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".gif", ".bmp", ".tif", ".tiff"))
-"""Extensions of possible images; the format is determined by the bytes."""
-FOREIGN = frozenset(
-    (".heic", ".heif", ".avif", ".jxl", ".jp2", ".psd", ".tga", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2")
-)
-"""Names of images in formats that cannot be read: these are quarantined instead of ignored as other files are."""
-
-
+MISSING = "named in the listing but missing"
+"""Reason why a file that was listed, or named by metadata, is not read."""
 LONGEST = {"name": 4096, "label": 1000, "caption": 10_000}
 """Maximum characters of the texts of an image."""
 
@@ -65,14 +59,14 @@ class Source(Protocol):
 
 
 class Bounded:
-    """Wrapper of ``source`` that limits the length of its texts; longer ones are quarantined."""
+    """Wrapper of ``source`` that limits the length of its texts; images with longer ones are quarantined."""
 
     def __init__(self, source: Source) -> None:
         self.source = source
         self.in_order = source.in_order
 
     def entries(self) -> Iterator[Entry]:
-        """Yield the entries of ``source``; a text that is too long is truncated and set as their ``problem``."""
+        """Yield the entries of ``source``; a text that is too long is cut or left out, and set as their ``problem``."""
         return map(_bounded, self.source.entries())
 
     def read(self, entries: Sequence[Entry]) -> Iterator[Payload]:
@@ -83,24 +77,28 @@ class Bounded:
 
 
 def _bounded(entry: Entry) -> Entry:
-    texts = {"name": entry.source, "label": entry.label or "", "caption": entry.caption or ""}
-    for kind, text in texts.items():
-        if len(text) > LONGEST[kind]:
-            entry = replace(
-                entry,
-                source=entry.source if len(entry.source) <= LONGEST["name"] else shortened(entry.source),
-                stamp="",  # its texts may be fixed while its bytes stay the same
-                label=entry.label if len(texts["label"]) <= LONGEST["label"] else None,
-                caption=entry.caption if len(texts["caption"]) <= LONGEST["caption"] else None,
-                problem=too_long(kind),
-            )
-            break
-    return entry
+    texts = {"name": entry.source, "label": entry.label, "caption": entry.caption}
+    long = [kind for kind, text in texts.items() if len(text or "") > LONGEST[kind]]
+    if not long:
+        return entry
+    return replace(
+        entry,
+        source=shortened(entry.source) if "name" in long else entry.source,
+        stamp="",  # its texts may be fixed while its bytes stay the same
+        label=None if "label" in long else entry.label,
+        caption=None if "caption" in long else entry.caption,
+        problem=too_long(long[0]),
+    )
 
 
 def too_long(kind: str) -> str:
     """Return the reason for a name, label or caption longer than LONGEST."""
     return f"its {kind} has more than {LONGEST[kind]} characters"
+
+
+def too_large(size: int, limit: int) -> Refused:
+    """Return the reason why a file of ``size`` bytes is not read."""
+    return Refused(f"{size} bytes are over the limit of {limit}")
 
 
 def shortened(name: str) -> str:
