@@ -96,8 +96,8 @@ def save_png(path: Path, image: Image.Image) -> str:
     return write_bytes(path, png_bytes(image))
 
 
-def figure_png(figure: "Figure", dpi: int = 160) -> bytes:
+def figure_png(figure: "Figure") -> bytes:
     """Encode ``figure`` as PNG, without creation time or software version."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=dpi, facecolor=figure.get_facecolor(), metadata={"Software": None})
+    figure.savefig(buffer, format="png", dpi=160, facecolor=figure.get_facecolor(), metadata={"Software": None})
     return buffer.getvalue()

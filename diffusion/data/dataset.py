@@ -14,7 +14,8 @@ from torch import Tensor
 from diffusion.common.errors import UserError
 from diffusion.data.manifest import Manifest, Split, mend, read_manifest, read_records, require_whole
 from diffusion.data.png import decode_many
-from diffusion.data.shards import LocalShards, Shards
+from diffusion.data.shard_cache import ShardCache
+from diffusion.data.shards import LocalShards
 
 CACHE_BYTES = 2 * 2**30
 """Size limit, in bytes, up to which the decoded images of the whole set are kept in memory."""
@@ -44,7 +45,9 @@ class Dataset:
     Decoded images are cached in memory if the whole set fits into ``cache_bytes``. Thread-safe.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest, shards: Shards, cache_bytes: int = CACHE_BYTES) -> None:
+    def __init__(
+        self, folder: Path, manifest: Manifest, shards: LocalShards | ShardCache, cache_bytes: int = CACHE_BYTES
+    ) -> None:
         self.folder = folder
         self.manifest = manifest
         self._shards = shards
@@ -57,7 +60,7 @@ class Dataset:
         self._cached = np.zeros(len(self), bool)
 
     @classmethod
-    def open(cls, folder: Path, shards: Shards | None = None, cache_bytes: int = CACHE_BYTES) -> "Dataset":
+    def open(cls, folder: Path, shards: ShardCache | None = None, cache_bytes: int = CACHE_BYTES) -> "Dataset":
         """Open the data set in ``folder``, its shards read from there or from ``shards``.
 
         Raises UserError, naming the file, if one is missing or damaged; damage inside a shard of the right length is
@@ -147,18 +150,15 @@ class Dataset:
         return self._cache[rows]
 
     def _decoded(self, rows: np.ndarray) -> np.ndarray:
-        """Decode the images in ``rows``, (len(rows), H, W, C), in chunks and shard by shard."""
-        if 0 < len(rows) <= CHUNK:
-            return self._read(rows)
+        """Decode the images in ``rows``, (len(rows), H, W, C): many of them in chunks and shard by shard."""
         channels, height, width = self.shape
-        pixels = np.empty((len(rows), height, width, channels), np.uint8)
-        order = np.lexsort((self._table["offset"][rows], self._table["shard"][rows]))
-        for start in range(0, len(rows), CHUNK):
-            places = order[start : start + CHUNK]
-            pixels[places] = self._read(rows[places])
-        return pixels
-
-    def _read(self, rows: np.ndarray) -> np.ndarray:
+        if not 0 < len(rows) <= CHUNK:
+            pixels = np.empty((len(rows), height, width, channels), np.uint8)
+            order = np.lexsort((self._table["offset"][rows], self._table["shard"][rows]))
+            for start in range(0, len(rows), CHUNK):
+                places = order[start : start + CHUNK]
+                pixels[places] = self._decoded(rows[places])
+            return pixels
         table = self._table[rows]
         shards, offsets, sizes = table["shard"], table["offset"], table["size"]
         order = np.argsort(shards, kind="stable")
@@ -166,7 +166,8 @@ class Dataset:
         for places in np.split(order, np.flatnonzero(np.diff(shards[order])) + 1):
             entry = self._entries[shards[places[0]]]
             spans = list(zip(offsets[places].tolist(), sizes[places].tolist(), strict=True))
-            for place, png in zip(places.tolist(), self._shards.read(entry, spans), strict=True):
+            found: Sequence[bytes | memoryview] = self._shards.read(entry, spans)
+            for place, png in zip(places.tolist(), found, strict=True):
                 pngs[place] = png
         try:
             return decode_many(pngs, self.shape).transpose(0, 2, 3, 1)

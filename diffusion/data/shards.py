@@ -14,7 +14,7 @@ from functools import lru_cache
 from io import BufferedReader
 from pathlib import Path
 from threading import Lock
-from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from diffusion.common.errors import UserError
 from diffusion.common.files import canonical_json
@@ -62,15 +62,15 @@ class TarWriter:
         self._member(f"{key}.json", canonical_json(about).encode())
         return Extent(start, self.position, len(png))
 
-    def copy(self, source: BinaryIO, offset: int, size: int) -> Extent:
-        """Append the sample of another shard, open as ``source``, whose PNG of ``size`` bytes lies at ``offset``."""
+    def copy(self, source: BinaryIO, offset: int, size: int) -> int:
+        """Append the sample of ``source`` whose PNG of ``size`` bytes is at ``offset``; returns its new offset."""
         start, behind = offset - BLOCK, offset + _padded(size)
         source.seek(behind)
         about = tarfile.TarInfo.frombuf(source.read(BLOCK), "utf-8", "strict")
         source.seek(start)
-        position = self.position
+        new = self.position + BLOCK
         self._write(source.read(behind + BLOCK + _padded(about.size) - start))
-        return Extent(position, self.position, size)
+        return new
 
     def close(self) -> None:
         """Write the end of the archive, padded as tar does it."""
@@ -93,19 +93,6 @@ class TarWriter:
 
 def _padded(size: int) -> int:
     return -(-size // BLOCK) * BLOCK
-
-
-class Shards(Protocol):
-    """Reader of a data set's shards. Thread-safe."""
-
-    def read(self, entry: FileEntry, spans: Sequence[Span]) -> Sequence[bytes | memoryview]:
-        """Read ``spans`` of a shard; raises UserError if it is damaged or unavailable."""
-
-    def ahead(self, entries: Sequence[FileEntry]) -> None:
-        """Prepare shards that will be read next in the background, soonest first, and drop other requests."""
-
-    def close(self) -> None:
-        """Close files and stop threads."""
 
 
 class LocalShards:

@@ -19,7 +19,7 @@ from diffusion.common.fingerprint import Fingerprint, resolve_precision
 from diffusion.common.random import uniform
 from diffusion.data.caption_embeddings import Captions
 from diffusion.data.dataset import Dataset
-from diffusion.data.loader import Batch, Loader, Order, TrainingOrder, WindowedOrder
+from diffusion.data.loader import Batch, Loader, TrainingOrder, WindowedOrder
 from diffusion.data.manifest import Manifest, read_manifest
 from diffusion.data.shard_cache import ShardCache, ShardStore
 from diffusion.families import family_of
@@ -121,7 +121,7 @@ class TrainingSetup:
     def make_loader(self) -> Loader:
         """Build the loader of training images, in the order and batches of the configuration."""
         manifest, rows, config = self.dataset.manifest, self.dataset.rows("train"), self.config
-        order: Order
+        order: TrainingOrder
         if config.window is None:
             order = TrainingOrder(manifest.content_digest, config.seed, len(rows))
         else:

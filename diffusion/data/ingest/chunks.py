@@ -26,12 +26,13 @@ from diffusion.data.ingest.decode import Refused, StoredImage, prepare
 from diffusion.data.manifest import RECORDS
 from diffusion.data.shards import TarWriter
 from diffusion.data.sources import open_source
-from diffusion.data.sources.base import Access, Entry, ObjectStore, Source
+from diffusion.data.sources.base import Access, Entry, ObjectStore, Source, bounded
 
-SCHEMA = """
-    CREATE TABLE listing
-        (number INTEGER PRIMARY KEY, source TEXT UNIQUE, locator, stamp, label, caption, problem, told);
-    CREATE TABLE plan (number INTEGER PRIMARY KEY, source, locator, stamp, label, caption, problem, known);
+ENTRY = "source, locator, stamp, label, caption, problem"
+"""Fields of an entry, in their order."""
+SCHEMA = f"""
+    CREATE TABLE listing (number INTEGER PRIMARY KEY, {ENTRY}, told, UNIQUE (source));
+    CREATE TABLE plan (number INTEGER PRIMARY KEY, {ENTRY}, known);
 """
 STAMPED = """
     SELECT 1 FROM stored.seen s
@@ -72,14 +73,9 @@ def make_plan(
         database.executescript(f"PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF; {SCHEMA}")
         database.execute("ATTACH ? AS stored", (str(index),))
         database.execute("BEGIN")
-        database.executemany(
-            "INSERT OR REPLACE INTO listing (source, locator, stamp, label, caption, problem, told) "
-            "VALUES (?, ?, ?, ?, ?, ?, ?)",
-            (
-                (e.source, e.locator, e.stamp, e.label, e.caption, e.problem, description_digest(e.label, e.caption))
-                for e in _with_progress(source.entries(), progress)
-            ),
-        )
+        entries = _with_progress(map(bounded, source.entries()), progress)
+        rows = ((*entry, description_digest(entry.label, entry.caption)) for entry in entries)
+        database.executemany(f"INSERT OR REPLACE INTO listing ({ENTRY}, told) VALUES (?, ?, ?, ?, ?, ?, ?)", rows)
         known, condition = KNOWN, f"NOT EXISTS ({STAMPED})"
         if requeue:
             known, condition = f"{KNOWN} AND r.outcome != 'quarantined'", f"{condition} OR EXISTS ({REFUSED})"
@@ -87,9 +83,8 @@ def make_plan(
             known, condition = "NULL", "TRUE"
         order = "l.number" if source.in_order else "l.source"
         database.execute(
-            f"""INSERT INTO plan (source, locator, stamp, label, caption, problem, known)
-                SELECT l.source, l.locator, l.stamp, l.label, l.caption, l.problem,
-                    CASE WHEN EXISTS ({CORRECTED}) THEN NULL ELSE ({known}) END FROM listing l
+            f"""INSERT INTO plan ({ENTRY}, known)
+                SELECT {ENTRY}, CASE WHEN EXISTS ({CORRECTED}) THEN NULL ELSE ({known}) END FROM listing l
                 WHERE {condition} ORDER BY {order}""",
             {"origin": origin},
         )
@@ -97,17 +92,6 @@ def make_plan(
         (planned,) = database.execute("SELECT count(*) FROM plan").fetchone()
         database.execute("COMMIT")
         return listed, planned
-
-
-def _read_plan(chunk: "Chunk") -> list[tuple[Entry, frozenset[str]]]:
-    """Read the entries of a chunk, each with the SHA-256 of all bytes read under its name before: these are not new."""
-    with closing(sqlite3.connect(chunk.work / "plan.sqlite")) as database:
-        rows = database.execute(
-            "SELECT source, locator, stamp, label, caption, problem, known FROM plan "
-            "WHERE number BETWEEN ? AND ? ORDER BY number",
-            (chunk.first, chunk.last),
-        )
-        return [(Entry(*row[:6]), frozenset((row[6] or "").lower().split(",")) - {""}) for row in rows]
 
 
 def description_digest(label: str | None, caption: str | None) -> str:
@@ -162,7 +146,12 @@ def chunk_size(images: int, config: IngestConfig) -> int:
 
 def prepare_chunk(chunk: Chunk) -> PreparedChunk:
     """Read and prepare the images of ``chunk``, unless done already; raises transient errors, such as a full disk."""
-    planned = _read_plan(chunk)
+    with closing(sqlite3.connect(chunk.work / "plan.sqlite")) as database:
+        rows = database.execute(
+            f"SELECT {ENTRY}, known FROM plan WHERE number BETWEEN ? AND ? ORDER BY number", (chunk.first, chunk.last)
+        )
+        # SHA-256 of all bytes read under a name before: these are not new.
+        planned = [(Entry(*row[:6]), frozenset((row[6] or "").lower().split(",")) - {""}) for row in rows]
     settings = chunk.config.model_dump(mode="json", exclude=NOT_OF_A_CHUNK)
     listing = [[entry.source, entry.stamp, entry.label, entry.caption, sorted(known)] for entry, known in planned]
     name = digest_of({"format": FORMAT, "uri": chunk.config.source, "config": settings, "entries": listing})
@@ -173,11 +162,11 @@ def prepare_chunk(chunk: Chunk) -> PreparedChunk:
         # A unique name: a worker whose parent was killed may still be writing.
         partial = folder / f".{name}.{uuid.uuid4().hex}.partial"
         with partial.open("wb") as tar:
-            rows = _prepare(chunk, planned, TarWriter(tar))
+            prepared = _prepare(chunk, planned, TarWriter(tar))
         shard_sha256 = sha256_file(partial)
         _finish(partial, shard)
         with partial.open("w") as lines:
-            lines.writelines(f"{json.dumps(line)}\n" for line in (shard_sha256, *rows))
+            lines.writelines(f"{json.dumps(line)}\n" for line in (shard_sha256, *prepared))
         _finish(partial, table)
     return PreparedChunk(table, shard)
 
@@ -192,16 +181,17 @@ def _finish(partial: Path, path: Path) -> None:
 def _prepare(chunk: Chunk, planned: list[tuple[Entry, frozenset[str]]], writer: TarWriter) -> list[dict[str, Any]]:
     """Write the usable images with ``writer``; returns a row of COLUMNS for each of ``planned``."""
     source = open_source(chunk.config.source, Access(chunk.config, chunk.work / "scratch", chunk.objects))
-    payloads = source.read([entry for entry, _ in planned])
+    payloads = source.read([entry for entry, _ in planned if entry.problem is None])
     seen: set[str] = set()
     rows = []
-    for (entry, known), payload in zip(planned, payloads, strict=True):
+    for entry, known in planned:
         row: dict[str, Any] = dict.fromkeys(COLUMNS)
         row |= {"source": entry.source, "stamp": entry.stamp, "label": entry.label, "caption": entry.caption}
+        row["source_sha256"] = ""
         rows.append(row)
         try:
+            payload = next(payloads) if entry.problem is None else Refused(entry.problem)
             if isinstance(payload, Refused):
-                row["source_sha256"] = ""
                 raise payload
             row["source_sha256"] = _digest(payload)
             if row["source_sha256"] in known:

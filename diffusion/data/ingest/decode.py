@@ -96,7 +96,9 @@ def prepare(payload: bytes | Image.Image, config: IngestConfig) -> StoredImage:
         source = _decode(payload, config, turns)
         image = _square(source, _to_grey_or_rgb(source, config), config)
         if config.mode == "keep":
-            image = _grey_if_all_is(image)
+            # An image without colour is grey, so that it has one key however it was saved.
+            red, *others = image.split()
+            image = red if all(red.tobytes() == each.tobytes() for each in others) else image
     pixels = np.asarray(image)
     header = f"{image.mode}:{image.width}x{image.height}:".encode()
     key = sha256_bytes(header + pixels.tobytes())
@@ -262,12 +264,6 @@ def _to_grey_or_rgb(source: _Source, config: IngestConfig) -> Image.Image:
     if alpha is None:
         return image
     return Image.composite(image, Image.new(image.mode, image.size, config.background), alpha)
-
-
-def _grey_if_all_is(image: Image.Image) -> Image.Image:
-    """Convert an image without colour to ``L``, so that it has one key however it was saved."""
-    red, *others = image.split()
-    return red if all(red.tobytes() == each.tobytes() for each in others) else image
 
 
 def _from_integers(image: Image.Image, layout: str = "") -> Image.Image:

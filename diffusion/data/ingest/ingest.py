@@ -214,7 +214,15 @@ def _merge(
             merge.add(chunk)
             refused = merge.reasons.total()
             progress("images ingested", merge.read, planned, f"{refused:,} refused" if refused else "")
-        _check(merge, config)
+        refused, leading = merge.reasons.total(), merge.reasons.most_common(3)
+        reasons = "; ".join(f"{count} × {reason}" for reason, count in leading)
+        if not any(part.splits for part in merge.parts):
+            raise UserError(f"no usable image in {config.source}: all {refused} were refused ({reasons})")
+        if refused > config.max_quarantined * merge.news.total():
+            raise UserError(
+                f"{refused} of {merge.news.total()} images in {config.source} were refused, more than the share of "
+                f"{config.max_quarantined:g} allowed by ingest.max_quarantined ({reasons}): mend them, or allow more"
+            )
         kept = None if anew else before
         after = Manifest(
             name=folder.name,
@@ -233,18 +241,6 @@ def _merge(
             write_manifest(folder, after)
         index.stands_for(after)
     return after, merge
-
-
-def _check(merge: Merge, config: IngestConfig) -> None:
-    refused = merge.reasons.total()
-    leading = "; ".join(f"{count} × {reason}" for reason, count in merge.reasons.most_common(3))
-    if not any(part.splits for part in merge.parts):
-        raise UserError(f"no usable image in {config.source}: all {refused} were refused ({leading})")
-    if refused > config.max_quarantined * merge.news.total():
-        raise UserError(
-            f"{refused} of {merge.news.total()} images in {config.source} were refused, more than the share of "
-            f"{config.max_quarantined:g} allowed by ingest.max_quarantined ({leading}): mend them, or allow more"
-        )
 
 
 def remove_strays(folder: Path) -> None:

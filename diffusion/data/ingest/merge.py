@@ -182,7 +182,7 @@ def filter_shard(folder: Path, number: int, source: Path, rows: list[dict[str, A
         with source.open("rb") as old, partial.open("wb") as new:
             writer = TarWriter(new)
             for row in sorted(rows, key=lambda row: row["offset"]):
-                row["offset"] = writer.copy(old, row["offset"], row["size"]).start + BLOCK
+                row["offset"] = writer.copy(old, row["offset"], row["size"])
             writer.close()
 
     staged = folder / "shards" / f".{number:05d}.tar"
@@ -195,6 +195,11 @@ def write_part(folder: Path, number: int, shard: FileEntry | None, records: list
     table = pa.Table.from_pylist(records, RECORDS)
     digest = write_atomically(staged, lambda partial: pq.write_table(table, partial, compression="zstd"))
     kept = [row for row in records if row["outcome"] == "kept"]
+    train = [row for row in kept if row["split"] == "train"]
+    sums = {
+        name: sum((np.broadcast_to(np.array(row[name], np.int64), 3) for row in train), np.zeros(3, np.int64)).tolist()
+        for name in ("total", "squares")
+    }
     return Part(
         number=number,
         records=_named(folder, staged, digest),
@@ -203,7 +208,7 @@ def write_part(folder: Path, number: int, shard: FileEntry | None, records: list
         splits=_counts(kept, "split"),
         classes=_counts(kept, "label"),
         modes=_counts(kept, "mode"),
-        totals=_totals(kept, size),
+        totals=Totals(pixels=len(train) * size * size, **sums),
     )
 
 
@@ -231,16 +236,6 @@ def _named(folder: Path, staged: Path, digest: str) -> FileEntry:
     staged.unlink(missing_ok=True)
     sync_folder(path.parent)
     return FileEntry(name=path.relative_to(folder).as_posix(), sha256=digest, bytes=path.stat().st_size)
-
-
-def _totals(kept: list[dict[str, Any]], size: int) -> Totals:
-    """Compute the sums over the training images among ``kept`` rows."""
-    rows = [row for row in kept if row["split"] == "train"]
-    sums = {
-        name: sum((np.broadcast_to(np.array(row[name], np.int64), 3) for row in rows), np.zeros(3, np.int64)).tolist()
-        for name in ("total", "squares")
-    }
-    return Totals(pixels=len(rows) * size * size, **sums)
 
 
 def _link(path: Path, target: Path) -> None:

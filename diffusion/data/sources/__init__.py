@@ -6,7 +6,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from diffusion.common.errors import UserError
-from diffusion.data.sources.base import Access, Bounded, Source
+from diffusion.data.sources.base import Access, Source
 from diffusion.data.sources.folder import Folder
 from diffusion.data.sources.known_sets import Idx, TorchvisionSet
 from diffusion.data.sources.local_files import TARS
@@ -37,17 +37,13 @@ IDX = re.compile(r".*-images[-.]idx3-ubyte(\.gz)?")
 
 
 def open_source(uri: str, access: Access) -> Source:
-    """Open the source that ``uri`` names; nothing is listed or fetched yet. Its texts are bounded in length.
+    """Open the source that ``uri`` names; nothing is listed or fetched yet.
 
     A path (or ``file://`` URL) is a folder, or a file whose extension determines its kind. ``wds:``, ``parquet:``,
     ``idx:`` and ``torchvision:`` state the kind explicitly, and the last three take options: ``?NAME=VALUE&…``.
 
     Raises UserError for an invalid or missing source, and for options without effect.
     """
-    return Bounded(_open_source(uri, access))
-
-
-def _open_source(uri: str, access: Access) -> Source:
     scheme, colon, rest = uri.partition(":")
     if uri.startswith("s3://"):
         return Objects.open(uri, access)

@@ -2,9 +2,9 @@
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol, TypeAlias
+from typing import NamedTuple, Protocol, TypeAlias
 
 from PIL import Image
 
@@ -18,8 +18,7 @@ LONGEST = {"name": 4096, "label": 1000, "caption": 10_000}
 """Maximum characters of the texts of an image."""
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
+class Entry(NamedTuple):
     """A possible image, with its name, label and caption in the source."""
 
     source: str
@@ -58,31 +57,13 @@ class Source(Protocol):
         """
 
 
-class Bounded:
-    """Wrapper of ``source`` that limits the length of its texts; images with longer ones are quarantined."""
-
-    def __init__(self, source: Source) -> None:
-        self.source = source
-        self.in_order = source.in_order
-
-    def entries(self) -> Iterator[Entry]:
-        """Yield the entries of ``source``; a text that is too long is cut or left out, and set as their ``problem``."""
-        return map(_bounded, self.source.entries())
-
-    def read(self, entries: Sequence[Entry]) -> Iterator[Payload]:
-        """Yield the payloads of ``source``, or the reason why an entry is not read."""
-        payloads = self.source.read([entry for entry in entries if entry.problem is None])
-        for entry in entries:
-            yield next(payloads) if entry.problem is None else Refused(entry.problem)
-
-
-def _bounded(entry: Entry) -> Entry:
+def bounded(entry: Entry) -> Entry:
+    """Limit the length of the texts of an entry: a longer one is cut or left out, and becomes its ``problem``."""
     texts = {"name": entry.source, "label": entry.label, "caption": entry.caption}
     long = [kind for kind, text in texts.items() if len(text or "") > LONGEST[kind]]
     if not long:
         return entry
-    return replace(
-        entry,
+    return entry._replace(
         source=shortened(entry.source) if "name" in long else entry.source,
         stamp="",  # its texts may be fixed while its bytes stay the same
         label=None if "label" in long else entry.label,

@@ -100,10 +100,8 @@ class HttpClient:
             proxy: self._through(proxy) for scheme, proxy in self._proxies.items() if scheme in ("http", "https", "all")
         }
 
-    def __enter__(self) -> "HttpClient":
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
+        """Close all connections."""
         for pool in (self._direct, *self._proxied.values()):
             pool.close()
 

@@ -5,7 +5,7 @@ import json
 import struct
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import groupby
 from math import prod
 from pathlib import Path
@@ -173,7 +173,7 @@ class TorchvisionSet:
                 self._opened(download=True)
             classes = _torchvision_class(self.name).classes
             for entry in self._idx().entries():
-                yield replace(entry, label=_label(int(entry.label), classes) if entry.label else None)
+                yield entry._replace(label=_label(int(entry.label), classes) if entry.label else None)
             return
         dataset = self._opened(self.download, **({"loader": Path} if self.name in IMAGE_FILES else {}))
         classes = getattr(dataset, "classes", None)

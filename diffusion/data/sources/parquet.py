@@ -56,13 +56,11 @@ ENCODINGS = {0, 2, 3, 5, 8, 9}
 """Encodings in which no value is larger than its page: PLAIN, PLAIN_DICTIONARY, RLE, DELTA_BINARY_PACKED,
 RLE_DICTIONARY, BYTE_STREAM_SPLIT. In DELTA_BYTE_ARRAY each may be all that came before it, and in
 DELTA_LENGTH_BYTE_ARRAY a few bytes claim any number of lengths."""
-DATA_PAGE, INDEX_PAGE, DICTIONARY_PAGE, DATA_PAGE_V2 = range(4)
-DETAILS = {DATA_PAGE: 5, DICTIONARY_PAGE: 7, DATA_PAGE_V2: 8}
-"""Field number of the header of each page type."""
-ENCODING_FIELD = {DATA_PAGE: 2, DICTIONARY_PAGE: 2, DATA_PAGE_V2: 4}
+DICTIONARY_PAGE = 2
+DETAILS = {0: (5, 2), DICTIONARY_PAGE: (7, 2), 3: (8, 4)}
+"""Field number of the header of each type of page with values, and of the encoding in it; 0 and 3: data."""
 
-BOOLEANS, INTEGERS, LISTS = {1: True, 2: False}, {4, 5, 6}, {9, 10}
-BYTE, DOUBLE, BINARY, MAP, STRUCT = 3, 7, 8, 11, 12
+BOOLEANS, INTEGERS, BINARY, STRUCT = {1, 2}, {4, 5, 6}, 8, 12
 """Types of Thrift's compact protocol."""
 
 
@@ -140,10 +138,11 @@ class Parquet:
             return
         try:
             for batch in self._batches(file, group, named, TEXTS_AT_ONCE, path, texts=True):
-                columns_of = {name: _values(batch.column(name)) for name in named}
-                for row in range(batch.num_rows):
-                    label = columns_of[columns.label][row] if columns.label else None
-                    caption = columns_of[columns.caption][row] if columns.caption else None
+                labels, captions = (
+                    _values(batch.column(name)) if name else [None] * batch.num_rows
+                    for name in (columns.label, columns.caption)
+                )
+                for label, caption in zip(labels, captions, strict=True):
                     yield _class(label, columns.classes), as_text(caption)
         except PageRefused as error:
             raise UserError(f"{path}, row group {group}, {' and '.join(named)}: {error}") from error
@@ -354,50 +353,41 @@ def _rows_at_once(
 
 def _page(header: dict[int, Any]) -> list[int]:
     """Return type, unpacked and packed bytes, number of values, and encoding of a page."""
-    kind = header.get(1, -1)
-    details = header.get(DETAILS[kind]) if kind in DETAILS else {1: 0}
+    kind = header.get(1)
+    field, encoding = DETAILS.get(kind, (0, 0)) if isinstance(kind, int) else (0, 0)
+    details = header.get(field) if field else {1: 0, 0: 0}
     if isinstance(details, dict):
-        encoding = details.get(ENCODING_FIELD.get(kind, 0), 0)
-        numbers: list[Any] = [kind, header.get(2), header.get(3), details.get(1), encoding]
+        numbers: list[Any] = [kind, header.get(2), header.get(3), details.get(1), details.get(encoding, 0)]
         if all(isinstance(each, int) and each >= 0 for each in numbers):
             return numbers
     raise pa.ArrowInvalid("the header of a page is damaged")
 
 
 class _ThriftReader:
-    """Parser of one struct of Thrift's compact protocol."""
+    """Parser of one struct of Thrift's compact protocol, of the types that occur in headers of pages."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.file = file
         self.left = LONGEST_HEADER
 
     def struct(self, depth: int = 0) -> dict[int, Any]:
-        """Return its fields by number: integers, structs, and None for all else."""
+        """Return its integers and structs by field number."""
+        if depth > DEEPEST:
+            raise pa.ArrowInvalid("the header of a page is nested too deeply")
         fields: dict[int, Any] = {}
         number = 0
         while byte := self._bytes(1)[0]:
+            kind = byte & 15
             number = number + (byte >> 4) if byte >> 4 else self._zigzag()
-            fields[number] = self._value(byte & 15, depth, in_struct=True)
+            if kind in INTEGERS:
+                fields[number] = self._zigzag()
+            elif kind == STRUCT:
+                fields[number] = self.struct(depth + 1)
+            elif kind == BINARY:
+                self._bytes(self._varint())
+            elif kind not in BOOLEANS:
+                raise pa.ArrowInvalid("the header of a page is damaged")
         return fields
-
-    def _value(self, kind: int, depth: int, in_struct: bool = False) -> Any:
-        if depth > DEEPEST:
-            raise pa.ArrowInvalid("the header of a page is nested too deeply")
-        if kind in BOOLEANS:
-            return BOOLEANS[kind] if in_struct else self._bytes(1) and None
-        if kind in INTEGERS:
-            return self._zigzag()
-        if kind == STRUCT:
-            return self.struct(depth + 1)
-        if kind in (BYTE, DOUBLE, BINARY):
-            self._bytes({BYTE: 1, DOUBLE: 8}.get(kind) or self._varint())
-        elif kind in LISTS:
-            byte = self._bytes(1)[0]
-            for _ in range(self._varint() if byte >> 4 == 15 else byte >> 4):
-                self._value(byte & 15, depth + 1)
-        else:  # there is no map in a page's header
-            raise pa.ArrowInvalid("the header of a page is damaged")
-        return None
 
     def _varint(self) -> int:
         value = shift = 0

@@ -5,7 +5,7 @@ import json
 import tarfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, TextIO, TypeAlias, cast
@@ -52,7 +52,7 @@ class Tar:
         plain = uncompressed(self.path, known, self.access)
         files = ((member.name, json.dumps(member.place), known) for member in members(plain, where))
         for entry in list_images(files, where, self._table, self.access.passed_over):
-            yield replace(entry, source=f"{self.path.name}/{entry.source}", stamp=known)
+            yield entry._replace(source=f"{self.path.name}/{entry.source}", stamp=known)
 
     def read(self, entries: Sequence[Entry]) -> Iterator[Payload]:
         """Yield their bytes; raises UserError if the tar has changed since it was listed."""

@@ -4,6 +4,7 @@ import random
 import re
 import threading
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
@@ -85,7 +86,8 @@ class Urls:
         """Yield their bytes, fetched concurrently."""
         config = self.access.config
         stopped = threading.Event()
-        with HttpClient(config.download_seconds, config.allow_private_addresses, WORKERS, stopped) as client:
+        client = HttpClient(config.download_seconds, config.allow_private_addresses, WORKERS, stopped)
+        with closing(client):
             answers = ahead(partial(self._fetch, client, stopped), entries, WORKERS)
             try:
                 for answer in answers:

@@ -12,7 +12,7 @@ import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, TextIO, cast
 
@@ -69,7 +69,7 @@ class Zip:
             for name, problem, place in members(self.path)
         )
         for entry in list_images(files, str(self.path), self._table, self.access.passed_over):
-            yield replace(entry, source=f"{self.path.name}/{entry.source}", stamp=entry.stamp or known)
+            yield entry._replace(source=f"{self.path.name}/{entry.source}", stamp=entry.stamp or known)
 
     def read(self, entries: Sequence[Entry]) -> Iterator[Payload]:
         """Yield their bytes; raises UserError if the zip has changed since it was listed."""

@@ -4,6 +4,7 @@ A removed image leaves a row with its key and the digest of its file, by which e
 """
 
 from collections.abc import Callable, Collection
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,6 @@ from diffusion.data.ingest.ingest import forget_captions, remove_strays
 from diffusion.data.ingest.merge import blanked, filter_shard, write_part
 from diffusion.data.manifest import (
     Manifest,
-    Part,
     content_digest,
     mend,
     read_manifest,
@@ -34,6 +34,7 @@ from diffusion.data.versions.takedown_records import (
     Selection,
     Selector,
     chosen_by,
+    is_one_of,
     names_of,
     nothing,
     removals,
@@ -144,11 +145,7 @@ def remove_known(folder: Path, progress: Progress = silent) -> list[Removal]:
         # If the storage configuration has changed since, images have other keys, which duplicates share.
         keys |= {row["key"] for _, row in rows if row["outcome"] == "kept" and row["source_sha256"] in digests}
 
-        def taken(row: Row, keys: set[str] = keys, digests: set[str] = digests) -> bool:
-            return row["outcome"] != "removed" and (
-                row["key"] in keys if row["key"] else row["source_sha256"] in digests
-            )
-
+        taken = partial(is_one_of, keys=keys, digests=digests)
         going = [(number, row) for number, row in rows if taken(row)]
         if sum(row["outcome"] == "kept" for _, row in going) == before.kept:
             raise nothing_left(folder, before)
@@ -181,8 +178,17 @@ def _without(
 ) -> Manifest:
     """Write the version without the rows that are ``taken``, all in parts of these ``numbers``."""
     parts = list(before.parts)
-    for done, (place, part) in enumerate(((i, part) for i, part in enumerate(parts) if part.number in numbers), 1):
-        parts[place] = _rewrite(folder, part, taken, reason, before.size)
+    for done, number in enumerate(sorted(numbers), start=1):
+        (place,) = (place for place, part in enumerate(parts) if part.number == number)
+        part, shard = parts[place], parts[place].shard
+        rows = [blanked(row, reason) if taken(row) else row for row in read_records(folder, part).to_pylist()]
+        kept = [row for row in rows if row["outcome"] == "kept"]
+        if shard is not None and len(kept) < part.outcomes["kept"]:
+            path = folder / shard.name
+            if kept and sha256_file(path) != shard.sha256:
+                raise UserError(f"{path} is damaged (its SHA-256 differs): {mend(folder)}")
+            shard = filter_shard(folder, number, path, kept) if kept else None
+        parts[place] = write_part(folder, number, shard, rows, before.size)
         progress("parts written anew", done, len(numbers))
     return before.model_copy(
         update={
@@ -192,15 +198,3 @@ def _without(
             "parts": parts,
         }
     )
-
-
-def _rewrite(folder: Path, part: Part, taken: Callable[[Row], bool], reason: str, size: int) -> Part:
-    rows = [blanked(row, reason) if taken(row) else row for row in read_records(folder, part).to_pylist()]
-    kept = [row for row in rows if row["outcome"] == "kept"]
-    shard = part.shard
-    if shard is not None and len(kept) < part.outcomes["kept"]:
-        path = folder / shard.name
-        if kept and sha256_file(path) != shard.sha256:
-            raise UserError(f"{path} is damaged (its SHA-256 differs): {mend(folder)}")
-        shard = filter_shard(folder, part.number, path, kept) if kept else None
-    return write_part(folder, part.number, shard, rows, size)

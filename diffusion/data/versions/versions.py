@@ -6,7 +6,7 @@ A version shares unchanged parts with its parent, so that only the others are co
 import logging
 import sqlite3
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from itertools import chain, dropwhile, pairwise
 from pathlib import Path
@@ -49,22 +49,21 @@ ReadTable = Callable[[Part, Sequence[str]], pa.Table | None]
 T = TypeVar("T")
 Side: TypeAlias = Literal["before", "after"]
 COLUMNS = ("outcome", "key", "source", "split", "label", "caption")
+UNKNOWN = dict.fromkeys(COLUMNS)
 SCHEMA = """
-    CREATE TABLE rows (version, key, source, split, label, caption);
-    CREATE TABLE taken (version, key, UNIQUE (version, key));
-    CREATE INDEX by_key ON rows (key, version);
+    CREATE TABLE images (version, key, source, split, label, caption, removed, UNIQUE (key, version));
 """
 ONLY_IN = """
-    SELECT key, source, split, label, caption FROM rows r WHERE version = :this AND NOT EXISTS
-        (SELECT 1 FROM rows WHERE version = :other AND key = r.key)
+    SELECT key, source, split, label, caption FROM images i WHERE version = :this AND
+        (removed OR NOT EXISTS (SELECT 1 FROM images WHERE version = :other AND key = i.key AND NOT removed))
 """
 CHANGED = """
     SELECT a.key, a.source, a.split, a.label, a.caption, b.key, b.source, b.split, b.label, b.caption
-    FROM rows a JOIN rows b USING (key) WHERE a.version = 'before' AND b.version = 'after'
+    FROM images a JOIN images b USING (key) WHERE a.version = 'before' AND b.version = 'after'
+        AND NOT a.removed AND NOT b.removed
         AND (a.split IS NOT b.split OR a.label IS NOT b.label OR a.caption IS NOT b.caption)
 """
 QUARANTINE_SCHEMA = """
-    CREATE TABLE names (source TEXT PRIMARY KEY) WITHOUT ROWID;
     CREATE TABLE outcomes (part TEXT, place INTEGER, source TEXT, outcome TEXT, reason TEXT);
     CREATE INDEX by_part ON outcomes (part);
     CREATE TABLE ranks (version TEXT, part TEXT, rank INTEGER, PRIMARY KEY (version, part)) WITHOUT ROWID;
@@ -257,7 +256,7 @@ def _standing(database: sqlite3.Connection, version: Manifest, limit: int | None
     samples = database.execute(f"{query} ORDER BY source LIMIT :limit", this)
     return Quarantine(
         count=reasons.total(),
-        samples=[QuarantineEntry(source=source, reason=reason) for source, reason in samples],
+        samples=[_entry(*row) for row in samples],
         reasons=[Reason(reason=reason, count=count) for reason, count in reasons.most_common()],
     )
 
@@ -266,21 +265,15 @@ def _load_quarantined(database: sqlite3.Connection, versions: Sequence[Manifest]
     """Load all records of names that were ever quarantined; returns the names of unavailable tables."""
     database.executescript(QUARANTINE_SCHEMA)
     unread = set()
-    parts = _quarantining(versions)
-    for part in parts:
-        if part.outcomes.get("quarantined") and (table := read(part, ("source", "outcome"))) is not None:
-            names = ((row["source"],) for row in table.to_pylist() if row["outcome"] == "quarantined")
-            database.executemany("INSERT OR IGNORE INTO names VALUES (?)", names)
-    for part in parts:
+    for part in _quarantining(versions):
         table = read(part, ("source", "outcome", "reason"))
         if table is None:
             unread.add(part.records.name)
             continue
-        database.executemany(
-            "INSERT INTO outcomes SELECT :part, :place, :source, :outcome, :reason "
-            "WHERE EXISTS (SELECT 1 FROM names WHERE source = :source)",
-            (row | {"part": part.records.sha256, "place": n} for n, row in enumerate(table.to_pylist())),
-        )
+        rows = (row | {"part": part.records.sha256, "place": n} for n, row in enumerate(table.to_pylist()))
+        database.executemany("INSERT INTO outcomes VALUES (:part, :place, :source, :outcome, :reason)", rows)
+    quarantined = "SELECT source FROM outcomes WHERE outcome = 'quarantined'"
+    database.execute(f"DELETE FROM outcomes WHERE source NOT IN ({quarantined})")
     ranks = ((each.digest, part.records.sha256, n) for each in versions for n, part in enumerate(each.parts))
     database.executemany("INSERT OR IGNORE INTO ranks VALUES (?, ?, ?)", ranks)
     return unread
@@ -308,7 +301,13 @@ def history(folder: Path, elsewhere: Elsewhere = nowhere) -> list[HistoryEntry]:
     """
     known = known_versions(folder)
     current = next(iter(known))
-    ordered = _in_lines(known, current)
+    parents = {version.parent for version in known.values()}
+    lines = [[version] for version in known.values() if version.digest not in parents]
+    for line in lines:
+        while (parent := known.get(line[-1].parent or "")) is not None:
+            line.append(parent)
+    lines.sort(key=lambda line: (current not in (version.digest for version in line), -len(line)))
+    ordered = list({version.digest: version for line in lines for version in line}.values())
     quarantines = standing(ordered, lambda part, columns: find_records(folder, part, columns, elsewhere), limit=0)
     return [
         HistoryEntry(
@@ -319,17 +318,6 @@ def history(folder: Path, elsewhere: Elsewhere = nowhere) -> list[HistoryEntry]:
         )
         for version, quarantine in zip(ordered, quarantines, strict=True)
     ]
-
-
-def _in_lines(known: dict[str, Manifest], current: str) -> list[Manifest]:
-    """Order versions by lines that end where they branch off another: the one through ``current`` first, in full."""
-    parents = {version.parent for version in known.values()}
-    lines = [[version] for version in known.values() if version.digest not in parents]
-    for line in lines:
-        while (parent := known.get(line[-1].parent or "")) is not None:
-            line.append(parent)
-    lines.sort(key=lambda line: (current not in (version.digest for version in line), -len(line)))
-    return list({version.digest: version for line in lines for version in line}.values())
 
 
 def show(folder: Path, version: Manifest, elsewhere: Elsewhere = nowhere, limit: int | None = None) -> Contents:
@@ -453,20 +441,26 @@ def diff(
         return find_records(folder, rewritten.get(part.records.sha256, part), columns, elsewhere)
 
     with closing(sqlite3.connect("")) as database:
-        compared = _Comparison(database, -1 if limit is None else limit)
-        compared.load(sides, rewritten, read)
-        unread = compared.unread | _load_quarantined(database, [before, after], read)
-        one, other = {"this": before.digest, "other": after.digest}, {"this": after.digest, "other": before.digest}
+        unread, blind = _load_images(database, sides, rewritten, read)
+        unread |= _load_quarantined(database, [before, after], read)
+
+        def group(make: Callable[..., T], query: str, this: str = "", other: str = "") -> VersionGroup[T]:
+            values = {"this": this, "other": other, "limit": -1 if limit is None else limit}
+            (count,) = database.execute(f"SELECT count(*) FROM ({query})", values).fetchone()
+            rows = database.execute(f"{query} ORDER BY 1 NULLS LAST LIMIT :limit", values)
+            return VersionGroup(count=count, samples=[make(*row) for row in rows if row[0] is not None])
+
+        ours, theirs = before.digest, after.digest
         return Difference(
-            before=before.digest,
-            after=after.digest,
+            before=ours,
+            after=theirs,
             same_content=before.content_digest == after.content_digest,
             kept=(before.kept, after.kept),
-            added=compared.only_in("after", "before"),
-            removed=compared.only_in("before", "after"),
-            changed=compared.changed(),
-            quarantined=None if unread else compared.quarantined(other),
-            cleared=None if unread else compared.quarantined(one),
+            added=None if "before" in blind else group(_sample, ONLY_IN, "after", "before"),
+            removed=None if "after" in blind else group(_sample, ONLY_IN, "before", "after"),
+            changed=None if blind else group(_changed, CHANGED),
+            quarantined=None if unread else group(_entry, QUARANTINED_ONLY_IN, theirs, ours),
+            cleared=None if unread else group(_entry, QUARANTINED_ONLY_IN, ours, theirs),
             storage=_differing(before.storage.model_dump(), after.storage.model_dump()),
             classes=_differing(before.class_histogram, after.class_histogram, 0),
             unread=sorted(unread),
@@ -490,75 +484,48 @@ def _differing(before: dict[str, Any], after: dict[str, Any], absent: Any = None
     return {name: (old, new) for name, (old, new) in pairs.items() if old != new}
 
 
-class _Comparison:
-    """Images that two versions do not share, side by side in ``database``."""
+def _load_images(
+    database: sqlite3.Connection, sides: dict[Side, list[Part]], rewritten: dict[str, Part], read: ReadTable
+) -> tuple[set[str], set[Side]]:
+    """Load the images of the parts of both versions; of parts that a takedown rewrote, only the removed ones.
 
-    def __init__(self, database: sqlite3.Connection, limit: int) -> None:
-        self.database = database
-        self.limit = limit
-        self.unread: set[str] = set()
-        """Names of unavailable tables."""
-        self.blind: set[Side] = set()
-        """Versions with unavailable tables."""
-        self.taken: Counter[Side] = Counter()
-        """Number of images taken down since, with their table; those with known keys are in the database."""
-
-    def load(self, sides: Mapping[Side, list[Part]], rewritten: Mapping[str, Part], read: ReadTable) -> None:
-        """Read the images of both sides; of parts that a takedown rewrote, only what is left of the removed ones."""
-        self.database.executescript(SCHEMA)
-        numbers = {part.number for part in rewritten.values()}
-        for side, parts in sides.items():
-            for part in parts:
-                after = rewritten.get(part.records.sha256)
-                if after is None and part.number in numbers:
-                    continue
-                table = read(part, COLUMNS)
-                if table is None:
-                    self.unread.add(part.records.name)
-                    self.blind |= {side} if after is None else {"before", "after"}
-                    continue
-                rows = table.to_pylist()
-                if after is None:
-                    self.database.executemany(
-                        "INSERT INTO rows VALUES (:version, :key, :source, :split, :label, :caption)",
-                        (row | {"version": side} for row in rows if row["outcome"] == "kept"),
-                    )
-                    continue
-                self.taken[side] += kept_in(part) - kept_in(after)
-                if not part.outcomes.get("removed"):  # otherwise it is unknown which of them were removed before
-                    keys = ((side, row["key"]) for row in rows if row["outcome"] == "removed" and row["key"])
-                    self.database.executemany("INSERT OR IGNORE INTO taken VALUES (?, ?)", keys)
-
-    def only_in(self, this: Side, other: Side) -> VersionGroup[Sample] | None:
-        """Return the images that ``this`` version has and the ``other`` lacks."""
-        if other in self.blind:
-            return None
-        values: dict[str, str] = {"this": this, "other": other}
-        query = f"{ONLY_IN} UNION ALL SELECT key, NULL, NULL, NULL, NULL FROM taken WHERE version = :this"
-        samples = [_sample(row) for row in self._first(query, values)]
-        return VersionGroup(count=self._count(ONLY_IN, values) + self.taken[this], samples=samples)
-
-    def changed(self) -> VersionGroup[Changed] | None:
-        """Return the images of both versions whose records differ."""
-        if self.blind:
-            return None
-        samples = [Changed(before=_sample(row[:5]), after=_sample(row[5:])) for row in self._first(CHANGED, {})]
-        return VersionGroup(count=self._count(CHANGED, {}), samples=samples)
-
-    def quarantined(self, values: dict[str, str]) -> VersionGroup[QuarantineEntry]:
-        """Return the entries quarantined in version ``this`` of ``values`` and not in the ``other``."""
-        found = self._first(QUARANTINED_ONLY_IN, values)
-        samples = [QuarantineEntry(source=source, reason=reason) for source, reason in found]
-        return VersionGroup(count=self._count(QUARANTINED_ONLY_IN, values), samples=samples)
-
-    def _count(self, query: str, values: dict[str, str]) -> int:
-        (count,) = self.database.execute(f"SELECT count(*) FROM ({query})", values).fetchone()
-        return int(count)
-
-    def _first(self, query: str, values: dict[str, str]) -> Iterable[tuple[Any, ...]]:
-        return self.database.execute(f"{query} ORDER BY 1 LIMIT :limit", values | {"limit": self.limit})
+    Returns the names of unavailable tables, and the versions that need them.
+    """
+    database.executescript(SCHEMA)
+    unread: set[str] = set()
+    blind: set[Side] = set()
+    numbers = {part.number for part in rewritten.values()}
+    for side, parts in sides.items():
+        for part in parts:
+            left = rewritten.get(part.records.sha256)
+            if left is None and part.number in numbers:
+                continue
+            table = read(part, COLUMNS)
+            if table is None:
+                unread.add(part.records.name)
+                blind |= {side} if left is None else {"before", "after"}
+                continue
+            if left is None:
+                images = [row for row in table.to_pylist() if row["outcome"] == "kept"]
+            elif part.outcomes.get("removed"):  # it is unknown which of them were removed before
+                images = [{"key": None}] * (kept_in(part) - kept_in(left))
+            else:
+                keys = {row["key"] for row in table.to_pylist() if row["outcome"] == "removed"}
+                images = [{"key": key} for key in keys if key]
+            database.executemany(
+                "INSERT OR IGNORE INTO images VALUES (:version, :key, :source, :split, :label, :caption, :removed)",
+                ({**UNKNOWN, **image, "version": side, "removed": left is not None} for image in images),
+            )
+    return unread, blind
 
 
-def _sample(row: tuple[Any, ...]) -> Sample:
-    key, source, split, label, caption = row
+def _sample(key: str, source: str | None, split: str | None, label: str | None, caption: str | None) -> Sample:
     return Sample(key=key, source=source, split=split, label=label, caption=caption)
+
+
+def _changed(*row: Any) -> Changed:
+    return Changed(before=_sample(*row[:5]), after=_sample(*row[5:]))
+
+
+def _entry(source: str, reason: str) -> QuarantineEntry:
+    return QuarantineEntry(source=source, reason=reason)
