@@ -122,20 +122,6 @@ class Chunk:
     last: int
 
 
-@dataclass(frozen=True)
-class PreparedChunk:
-    """A finished chunk: a shard, and a table in which each line is JSON."""
-
-    table: Path
-    shard: Path
-
-    def read(self) -> tuple[str, list[dict[str, Any]]]:
-        """Return the SHA-256 of the shard, and a row of COLUMNS for each entry, in the order of the plan."""
-        with self.table.open() as lines:
-            shard_sha256, *rows = map(json.loads, lines)
-        return shard_sha256, rows
-
-
 def chunk_size(images: int, config: IngestConfig) -> int:
     """Return the images per chunk: about ``config.shard_bytes``, but small sets get at least eight chunks."""
     # Photographs as PNG take about two thirds of their pixels; headers and JSON about 2 KiB.
@@ -144,8 +130,12 @@ def chunk_size(images: int, config: IngestConfig) -> int:
     return min(most, max(-(-images // 8), 512))
 
 
-def prepare_chunk(chunk: Chunk) -> PreparedChunk:
-    """Read and prepare the images of ``chunk``, unless done already; raises transient errors, such as a full disk."""
+def prepare_chunk(chunk: Chunk) -> Path:
+    """Read and prepare the images of ``chunk``, unless done already; raises transient errors, such as a full disk.
+
+    Returns the path of a table of JSON lines: the SHA-256 of the shard beside it (.tar), and a row of COLUMNS for each
+    entry in the order of the plan.
+    """
     with closing(sqlite3.connect(chunk.work / "plan.sqlite")) as database:
         rows = database.execute(
             f"SELECT {ENTRY}, known FROM plan WHERE number BETWEEN ? AND ? ORDER BY number", (chunk.first, chunk.last)
@@ -168,7 +158,7 @@ def prepare_chunk(chunk: Chunk) -> PreparedChunk:
         with partial.open("w") as lines:
             lines.writelines(f"{json.dumps(line)}\n" for line in (shard_sha256, *prepared))
         _finish(partial, table)
-    return PreparedChunk(table, shard)
+    return table
 
 
 def _finish(partial: Path, path: Path) -> None:

@@ -136,16 +136,11 @@ class Index:
         query = "SELECT 1 FROM removed WHERE digest = ?"
         return any(self._first(query, bytes.fromhex(digest)) for digest in digests if digest)
 
-    def refusal(self, source: str, sha256: str) -> str | None:
-        """Return the reason why the bytes of this name were quarantined; None if they were not."""
-        query = "SELECT reason FROM records WHERE source = ? AND sha256 = ? AND outcome = 'quarantined'"
-        found = self._first(query, source, bytes.fromhex(sha256))
-        return found and str(found[0])
-
-    def has(self, source: str, sha256: str) -> bool:
-        """Return whether the bytes of this name are recorded as an image or a duplicate."""
-        query = "SELECT 1 FROM records WHERE source = ? AND sha256 = ? AND outcome IN ('kept', 'duplicate')"
-        return self._first(query, source, bytes.fromhex(sha256)) is not None
+    def recorded(self, source: str, sha256: str) -> tuple[str, str | None] | None:
+        """Return outcome and reason of the bytes of this name; None if they are not recorded."""
+        query = "SELECT outcome, reason FROM records WHERE source = ? AND sha256 = ?"
+        found: tuple[str, str | None] | None = self._first(query, source, bytes.fromhex(sha256))
+        return found
 
     def count(self, outcome: str) -> int:
         """Return the number of names whose last record has ``outcome``."""

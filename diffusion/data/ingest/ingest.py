@@ -17,7 +17,7 @@ from diffusion.common.config import Config
 from diffusion.common.errors import DarkroomError, UserError
 from diffusion.common.files import is_full_disk, make_folder, remove_partials
 from diffusion.common.progress import Progress, silent
-from diffusion.data.ingest.chunks import PreparedChunk, chunks_of, make_plan, origin_of, prepare_chunk
+from diffusion.data.ingest.chunks import chunks_of, make_plan, origin_of, prepare_chunk
 from diffusion.data.ingest.config import IngestConfig
 from diffusion.data.ingest.index import Index
 from diffusion.data.ingest.merge import Merge, write_part
@@ -190,7 +190,7 @@ def _merge(
     config: IngestConfig,
     before: Manifest | None,
     index: Index,
-    prepared: Iterator[PreparedChunk],
+    prepared: Iterator[Path],
     planned: int,
     anew: bool,
     progress: Progress,

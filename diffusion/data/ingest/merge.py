@@ -4,6 +4,7 @@
 two lines.
 """
 
+import json
 import os
 import shutil
 from collections import Counter
@@ -20,7 +21,6 @@ import pyarrow.parquet as pq
 from diffusion.common.config import Config
 from diffusion.common.errors import Held
 from diffusion.common.files import make_folder, sync_file, sync_folder, write_atomically, write_bytes
-from diffusion.data.ingest.chunks import PreparedChunk
 from diffusion.data.ingest.config import IngestConfig
 from diffusion.data.ingest.index import Index
 from diffusion.data.manifest import (
@@ -67,9 +67,10 @@ class Merge:
     relabelled: int = 0
     """Number of duplicates among them with another label or caption."""
 
-    def add(self, chunk: PreparedChunk) -> None:
-        """Determine the outcome of each image of a chunk; new images become a part."""
-        shard_sha256, rows = chunk.read()
+    def add(self, chunk: Path) -> None:
+        """Determine the outcome of each image of a prepared ``chunk``; new images become a part."""
+        with chunk.open() as lines:
+            shard_sha256, *rows = map(json.loads, lines)
         in_shard = [row for row in rows if row["offset"] is not None]
         records = []
         for row in rows:
@@ -82,7 +83,7 @@ class Merge:
                 self.index.record(row)
                 records.append(row)
         self.read += len(rows)
-        self._append(records, chunk.shard, shard_sha256, len(in_shard))
+        self._append(records, chunk.with_suffix(".tar"), shard_sha256, len(in_shard))
 
     def adopt(self, part: Part) -> int:
         """Add what a part of another version, whose files lie in ``folder``, has and this one lacks.
@@ -96,9 +97,10 @@ class Merge:
             row["offset"] -= BLOCK
         records, lost = [], 0
         for row in rows:
+            ours = self.index.recorded(row["source"], row["source_sha256"])
             if row["outcome"] == "removed":
                 is_recorded = not self._is_known_as_removed(row)
-            elif self.index.has(row["source"], row["source_sha256"]):
+            elif ours is not None and ours[0] != "quarantined":
                 is_recorded = False
             elif row["outcome"] == "duplicate" and self.index.sample(row["key"]) is None:
                 # Its pixels are in a part that this version no longer has.
@@ -126,7 +128,7 @@ class Merge:
         if row["key"] is not None:
             self._classify_image(row)
         if row["outcome"] == "quarantined":
-            if self.index.refusal(row["source"], row["source_sha256"]) == row["reason"]:
+            if self.index.recorded(row["source"], row["source_sha256"]) == ("quarantined", row["reason"]):
                 return False
             known = len(self.reasons) < REASONS_COUNTED or row["reason"] in self.reasons
             self.reasons[row["reason"] if known else "other reasons"] += 1

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from itertools import groupby
 from pathlib import Path
@@ -21,15 +21,6 @@ LONGEST_SIDECAR = 2**18
 """Maximum bytes of a text beside an image; parsed JSON may take a hundred times as many."""
 MOST_OF_A_KEY = 1000
 """Maximum number of images per key; a tar with more was not made for WebDataset."""
-
-
-@dataclass(slots=True)
-class _Sample:
-    """Members collected for one key."""
-
-    key: str
-    images: list[tars.TarMember] = field(default_factory=list)
-    texts: dict[str, tars.TarMember] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -54,13 +45,13 @@ class WebDataset:
             path, known = self._here(place, stamp)
             plain = uncompressed(path, known, self.access)
             with plain.open("rb") as file:
-                for sample in _samples(plain, place):
+                for images, texts in _samples(plain, place):
                     label = caption = reason = None
                     try:
-                        label, caption = _about(sample, file) if sample.images else (None, None)
+                        label, caption = _about(texts, file) if images else (None, None)
                     except ValueError as error:
                         reason = f"what its shard says about it cannot be read ({error})"
-                    for member in sample.images:
+                    for member in images:
                         locator = json.dumps([place, reason or member.place])
                         yield Entry(f"{name}/{member.name}", locator, stamp, label, caption)
 
@@ -109,29 +100,34 @@ def _matches(uri: str, pattern: str) -> bool:
     return len(parts) == len(patterns) and all(map(fnmatchcase, parts, patterns))
 
 
-def _samples(path: Path, where: str) -> Iterator[_Sample]:
-    sample = _Sample("")
-    for member in tars.members(path, where):
-        if len(sample.images) == MOST_OF_A_KEY:
-            raise UserError(
-                f"{where} has over {MOST_OF_A_KEY} images of key {sample.key}: read it without wds: as a plain tar"
-            )
-        folder, slash, name = member.name.rpartition("/")
-        stem, _, extension = name.partition(".")
-        if (key := f"{folder}{slash}{stem}") != sample.key:
-            yield sample
-            sample = _Sample(key)
-        if is_image(member.name):
-            sample.images.append(member)
-        elif extension.lower() in SIDECARS:
-            sample.texts[extension.lower()] = member
-    yield sample
+def _samples(path: Path, where: str) -> Iterator[tuple[list[tars.TarMember], dict[str, tars.TarMember]]]:
+    """Yield the images of each key, and the other members of the key by extension."""
+    for key, members in groupby(tars.members(path, where), key=lambda member: _key_and_extension(member.name)[0]):
+        images: list[tars.TarMember] = []
+        sidecars: dict[str, tars.TarMember] = {}
+        for member in members:
+            extension = _key_and_extension(member.name)[1].lower()
+            if is_image(member.name):
+                images.append(member)
+            elif extension in SIDECARS:
+                sidecars[extension] = member
+            if len(images) > MOST_OF_A_KEY:
+                raise UserError(
+                    f"{where} has over {MOST_OF_A_KEY} images of key {key}: read it without wds: as a plain tar"
+                )
+        yield images, sidecars
 
 
-def _about(sample: _Sample, file: BinaryIO) -> tuple[str | None, str | None]:
+def _key_and_extension(name: str) -> tuple[str, str]:
+    folder, slash, file = name.rpartition("/")
+    stem, _, extension = file.partition(".")
+    return f"{folder}{slash}{stem}", extension
+
+
+def _about(sidecars: dict[str, tars.TarMember], file: BinaryIO) -> tuple[str | None, str | None]:
     """Return label and caption of a sample; raises ValueError for invalid ones."""
     texts = {}
-    for kind, member in sample.texts.items():
+    for kind, member in sidecars.items():
         data = tars.read_slice(file, member.place, LONGEST_SIDECAR)
         if isinstance(data, Refused):
             raise ValueError(f"{member.name}: {data}")
