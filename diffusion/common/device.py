@@ -4,14 +4,14 @@ import os
 import platform
 import re
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
-from threading import Lock
 
 import torch
 
 from diffusion.common.config import DeviceName
 from diffusion.common.errors import UserError
+from diffusion.common.threads import Shared
 
 CPU_INFO = Path("/proc/cpuinfo")
 ISA_VARIABLES = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS", "MKL_CBWR")
@@ -49,38 +49,19 @@ def _processor() -> str:
     return ", ".join([vendor, torch.backends.cpu.get_cpu_capability(), *tiles, *overrides])
 
 
-class _Strict:
-    """Reentrant context manager for deterministic torch algorithms, shared by all threads.
-
-    The settings are global to the process: the first entry sets them, the last exit restores them.
-    """
-
-    def __init__(self) -> None:
-        self._lock = Lock()
-        self._inside = 0
-        self._before = ExitStack()
-
-    def __enter__(self) -> None:
-        with self._lock:
-            if not self._inside:
-                self._before.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
-                self._before.callback(torch.use_deterministic_algorithms, torch.are_deterministic_algorithms_enabled())
-                torch.set_float32_matmul_precision("high")
-                torch.use_deterministic_algorithms(True)
-                # Kernels selected by benchmarking differ from run to run.
-                self._before.enter_context(
-                    torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=True)
-                )
-            self._inside += 1
-
-    def __exit__(self, *_: object) -> None:
-        with self._lock:
-            self._inside -= 1
-            if not self._inside:
-                self._before.close()
+@contextmanager
+def _deterministic() -> Iterator[None]:
+    precision, deterministic = torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled()
+    torch.set_float32_matmul_precision("high")
+    torch.use_deterministic_algorithms(True)
+    # Kernels selected by benchmarking differ from run to run.
+    with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=True):
+        yield
+    torch.use_deterministic_algorithms(deterministic)
+    torch.set_float32_matmul_precision(precision)
 
 
-_STRICT = _Strict()
+_DETERMINISTIC = Shared(_deterministic)
 
 
 @contextmanager
@@ -94,5 +75,5 @@ def repeatable(device: torch.device) -> Iterator[None]:
         return
     # cuBLAS reads this variable on first use.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    with _STRICT:
+    with _DETERMINISTIC:
         yield

@@ -15,17 +15,12 @@ MARKUP = re.compile(
 """Characters that Markdown, or HTML in it, would interpret."""
 
 
-def escape_character(match: re.Match[str]) -> str:
-    """Escape the single character of ``match`` for JSON and Python: backslash, u, four hex digits."""
-    return f"\\u{ord(match[0]):04x}"
-
-
 def escape_controls(text: str) -> str:
     r"""Replace each control character, bidirectional mark or lone surrogate in ``text`` by ``\uXXXX``.
 
     The result is one line and always encodable. Compact JSON keeps its meaning.
     """
-    return INVISIBLE.sub(escape_character, text)
+    return INVISIBLE.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
 
 
 def escape_markdown(text: str) -> str:

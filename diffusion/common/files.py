@@ -43,7 +43,7 @@ def digest_of(value: Any) -> str:
     return sha256_bytes(canonical_json(value).encode())
 
 
-def write_atomically(path: Path, write: Callable[[Path], None]) -> str:
+def write_atomically(path: Path, write: Callable[[Path], object]) -> str:
     """Write a temporary file beside ``path`` with ``write``, flush it to disk and rename it to ``path``.
 
     Of several concurrent writers the last one wins. An exception leaves the previous file in place; a killed process
@@ -72,11 +72,7 @@ def remove_partials(folder: Path) -> None:
 
 def write_bytes(path: Path, data: bytes) -> str:
     """Write ``data`` to ``path`` atomically; returns its SHA-256."""
-
-    def write(partial: Path) -> None:
-        partial.write_bytes(data)
-
-    return write_atomically(path, write)
+    return write_atomically(path, lambda partial: partial.write_bytes(data))
 
 
 def write_json(path: Path, value: Any) -> str:

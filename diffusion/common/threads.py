@@ -8,51 +8,57 @@ depend on the number of cores.
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from threading import Lock
 
 import torch
 
 
-class _Unsplit:
-    """Reentrant context manager that limits torch to one thread per operation, shared by all threads.
+class Shared:
+    """Reentrant context manager of settings of the whole process, shared by all threads.
 
-    The number is global to the process: the first entry saves it, the last exit restores it.
+    The first entry applies ``settings``, the last exit restores what was before.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, settings: Callable[[], AbstractContextManager[None]]) -> None:
+        self._settings = settings
         self._lock = Lock()
         self._inside = 0
-        self._before = 1
+        self._applied = ExitStack()
 
     def __enter__(self) -> None:
         with self._lock:
             if not self._inside:
-                self._before = torch.get_num_threads()
+                self._applied.enter_context(self._settings())
             self._inside += 1
-            torch.set_num_threads(1)
 
     def __exit__(self, *_: object) -> None:
         with self._lock:
             self._inside -= 1
             if not self._inside:
-                torch.set_num_threads(self._before)
+                self._applied.close()
 
 
-_UNSPLIT = _Unsplit()
+@contextmanager
+def _one_torch_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+_ONE_TORCH_THREAD = Shared(_one_torch_thread)
 
 
 @contextmanager
 def worker_threads(count: int | None = None) -> Iterator[ThreadPoolExecutor]:
     """Create a pool of ``count`` worker threads (None: one per core), with one torch thread per operation."""
-    with (
-        _UNSPLIT,
-        # Each new thread has its own setting, which some of torch's libraries do not inherit.
-        ThreadPoolExecutor(count or cores(), initializer=torch.set_num_threads, initargs=(1,)) as pool,
-    ):
-        yield pool
+    with _ONE_TORCH_THREAD:
+        # Each thread has its own setting, which some of torch's libraries do not inherit.
+        torch.set_num_threads(1)
+        with ThreadPoolExecutor(count or cores(), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            yield pool
 
 
 def cores() -> int:

@@ -71,8 +71,10 @@ def embeddings_of(dataset: Dataset, texts: Sequence[str], pool: Executor, progre
             chunk = missing[start : start + CHUNK]
             embeddings[chunk] = torch.stack(list(pool.map(read, [texts[number] for number in chunk])))
             progress("captions read", start + len(chunk), len(missing))
+        tensors = {"texts": torch.from_numpy(np.frombuffer(b"".join(digests), np.uint8).copy()).view(-1, 32)}
+        digest = save_tensors(path, tensors | {"embeddings": embeddings}, {"encoder": ENCODER.model_dump()})
+        write_bytes(path.with_suffix(".sha256"), f"{digest}\n".encode())
         # Earlier files are deleted once the new one is complete.
-        _keep(path, digests, embeddings)
         for other in _files(folder):
             if other != path:
                 other.with_suffix(".sha256").unlink(missing_ok=True)
@@ -108,23 +110,11 @@ def _known(folder: Path, digests: Sequence[bytes]) -> tuple[Tensor, list[int]]:
     embeddings = torch.empty(len(digests), WIDTH)
     missing = dict(zip(digests, range(len(digests)), strict=True))
     for path in _files(folder):
-        for digest, embedding in zip(*(_recalled(path) or ((), ())), strict=True):
-            if (number := missing.pop(digest, None)) is not None:
-                embeddings[number] = embedding
-    return embeddings, list(missing.values())
-
-
-def _keep(path: Path, digests: Sequence[bytes], embeddings: Tensor) -> None:
-    texts = torch.from_numpy(np.frombuffer(b"".join(digests), np.uint8).copy()).view(-1, 32)
-    header = {"encoder": ENCODER.model_dump()}
-    digest = save_tensors(path, {"texts": texts, "embeddings": embeddings}, header)
-    write_bytes(path.with_suffix(".sha256"), f"{digest}\n".encode())
-
-
-def _recalled(path: Path) -> tuple[list[bytes], Tensor] | None:
-    """Read SHA-256 and embedding of each text in a file; None if it is damaged or was deleted meanwhile."""
-    with suppress(FileNotFoundError):
-        if sha256_file(path) == path.with_suffix(".sha256").read_text().strip():
+        with suppress(FileNotFoundError):  # deleted meanwhile
+            if sha256_file(path) != path.with_suffix(".sha256").read_text().strip():
+                continue
             tensors = load_file(path)
-            return [row.tobytes() for row in tensors["texts"].numpy()], tensors["embeddings"]
-    return None
+            for text, embedding in zip(tensors["texts"].numpy(), tensors["embeddings"], strict=True):
+                if (number := missing.pop(text.tobytes(), None)) is not None:
+                    embeddings[number] = embedding
+    return embeddings, list(missing.values())

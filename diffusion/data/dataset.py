@@ -1,7 +1,6 @@
 """Data set as used by training and evaluation: rows in an order free of history, images as tensors."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TypeAlias
@@ -15,38 +14,29 @@ from torch import Tensor
 from diffusion.common.errors import UserError
 from diffusion.data.manifest import Manifest, Split, mend, read_manifest, read_records, require_whole
 from diffusion.data.png import decode_many
-from diffusion.data.shards import LocalShards, Shards
+from diffusion.data.shard_cache import ShardCache
+from diffusion.data.shards import LocalShards
 
 CACHE_BYTES = 2 * 2**30
 """Size limit, in bytes, up to which the decoded images of the whole set are kept in memory."""
 CHUNK = 1024
 """Images decoded at a time."""
-KEY = np.dtype("S32")
-"""Dtype of keys as bytes, which sort as their hex digits do."""
 SPLITS: tuple[Split, ...] = ("train", "held_out")
+ROW = np.dtype(
+    [
+        ("key", "S32"),  # bytes, which sort as their hex digits do
+        ("split", "i1"),  # number in SPLITS
+        ("label", "i4"),  # number in the manifest's labels; −1: none
+        ("shard", "i4"),  # number in the manifest's shards
+        ("offset", "i8"),
+        ("size", "i4"),
+        ("read", "i4"),  # number of kept images before this one in the records
+    ]
+)
+"""Row of the table of the kept images, which is sorted by key: 57 bytes each."""
 
 Rows: TypeAlias = Sequence[int] | np.ndarray
 """Row numbers, (N,)."""
-
-
-@dataclass(frozen=True)
-class _Table:
-    """Table of the kept images, sorted by key: 57 bytes each."""
-
-    keys: np.ndarray
-    """(N,) of 32 bytes."""
-    splits: np.ndarray
-    """(N,) int8, numbers in SPLITS."""
-    labels: np.ndarray
-    """(N,) int32, numbers in the manifest's labels; −1: none."""
-    shards: np.ndarray
-    """(N,) int32, numbers in the manifest's shards."""
-    offsets: np.ndarray
-    """(N,) int64."""
-    sizes: np.ndarray
-    """(N,) int32."""
-    read: np.ndarray
-    """(N,) int32, number of kept images before this one in the records."""
 
 
 class Dataset:
@@ -55,7 +45,9 @@ class Dataset:
     Decoded images are cached in memory if the whole set fits into ``cache_bytes``. Thread-safe.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest, shards: Shards, cache_bytes: int = CACHE_BYTES) -> None:
+    def __init__(
+        self, folder: Path, manifest: Manifest, shards: LocalShards | ShardCache, cache_bytes: int = CACHE_BYTES
+    ) -> None:
         self.folder = folder
         self.manifest = manifest
         self._shards = shards
@@ -68,7 +60,7 @@ class Dataset:
         self._cached = np.zeros(len(self), bool)
 
     @classmethod
-    def open(cls, folder: Path, shards: Shards | None = None, cache_bytes: int = CACHE_BYTES) -> "Dataset":
+    def open(cls, folder: Path, shards: ShardCache | None = None, cache_bytes: int = CACHE_BYTES) -> "Dataset":
         """Open the data set in ``folder``, its shards read from there or from ``shards``.
 
         Raises UserError, naming the file, if one is missing or damaged; damage inside a shard of the right length is
@@ -84,7 +76,7 @@ class Dataset:
         self._shards.close()
 
     def __len__(self) -> int:
-        return len(self._table.keys)
+        return len(self._table)
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -93,24 +85,24 @@ class Dataset:
 
     def rows(self, split: Split) -> np.ndarray:
         """Return the rows of a split, sorted by key, as (N,) int64."""
-        return np.flatnonzero(self._table.splits == SPLITS.index(split))
+        return np.flatnonzero(self._table["split"] == SPLITS.index(split))
 
     def keys(self, rows: Rows) -> list[str]:
         """Return the key of each row: hex SHA-256 of its mode, shape and pixels."""
-        return [key.tobytes().hex() for key in self._table.keys[_numbers(rows)].view(np.uint8).reshape(-1, 32)]
+        return [key.tobytes().hex() for key in self._table["key"][_numbers(rows)].view(np.uint8).reshape(-1, 32)]
 
     def labels(self, rows: Rows) -> list[str | None]:
         """Return the label of each row."""
         names: list[str | None] = [*self.manifest.labels, None]
-        return [names[number] for number in self._table.labels[_numbers(rows)]]
+        return [names[number] for number in self._table["label"][_numbers(rows)]]
 
     def captions(self, rows: Rows) -> list[str | None]:
         """Return the caption of each row."""
-        return self._captions.take(pa.array(self._table.read[_numbers(rows)])).to_pylist()  # type: ignore[no-any-return]
+        return self._captions.take(pa.array(self._table["read"][_numbers(rows)])).to_pylist()  # type: ignore[no-any-return]
 
     def different_captions(self) -> tuple[list[str], np.ndarray]:
         """Return the distinct captions, sorted, and the index of each row's, −1 for none: (len(self),) int32."""
-        column = self._captions.take(pa.array(self._table.read))
+        column = self._captions.take(pa.array(self._table["read"]))
         texts = sorted(pc.unique(column).drop_null().to_pylist())
         return texts, _codes(column, texts)
 
@@ -125,11 +117,11 @@ class Dataset:
         numbers = {label: number for number, label in enumerate(classes)}
         # The last entry is for images without a label, whose number −1 indexes it.
         table = np.array([*(numbers.get(label, len(classes)) for label in self.manifest.labels), len(classes)])
-        return torch.from_numpy(table[self._table.labels[_numbers(rows)]])
+        return torch.from_numpy(table[self._table["label"][_numbers(rows)]])
 
     def shards(self, rows: Rows) -> np.ndarray:
         """Return the number of each row's shard in the manifest: (len(rows),) int32."""
-        return self._table.shards[_numbers(rows)]  # type: ignore[no-any-return]
+        return self._table["shard"][_numbers(rows)]  # type: ignore[no-any-return]
 
     def ahead(self, shards: Sequence[int] | None = None) -> None:
         """Prepare ``shards`` (None: all) in the background, soonest needed first."""
@@ -158,26 +150,24 @@ class Dataset:
         return self._cache[rows]
 
     def _decoded(self, rows: np.ndarray) -> np.ndarray:
-        """Decode the images in ``rows``, (len(rows), H, W, C), in chunks and shard by shard."""
-        if 0 < len(rows) <= CHUNK:
-            return self._read(rows)
+        """Decode the images in ``rows``, (len(rows), H, W, C): many of them in chunks and shard by shard."""
         channels, height, width = self.shape
-        pixels = np.empty((len(rows), height, width, channels), np.uint8)
-        order = np.lexsort((self._table.offsets[rows], self._table.shards[rows]))
-        for start in range(0, len(rows), CHUNK):
-            places = order[start : start + CHUNK]
-            pixels[places] = self._read(rows[places])
-        return pixels
-
-    def _read(self, rows: np.ndarray) -> np.ndarray:
-        table = self._table
-        shards, offsets, sizes = table.shards[rows], table.offsets[rows], table.sizes[rows]
+        if not 0 < len(rows) <= CHUNK:
+            pixels = np.empty((len(rows), height, width, channels), np.uint8)
+            order = np.lexsort((self._table["offset"][rows], self._table["shard"][rows]))
+            for start in range(0, len(rows), CHUNK):
+                places = order[start : start + CHUNK]
+                pixels[places] = self._decoded(rows[places])
+            return pixels
+        table = self._table[rows]
+        shards, offsets, sizes = table["shard"], table["offset"], table["size"]
         order = np.argsort(shards, kind="stable")
         pngs: list[bytes | memoryview] = [b""] * len(rows)
         for places in np.split(order, np.flatnonzero(np.diff(shards[order])) + 1):
             entry = self._entries[shards[places[0]]]
             spans = list(zip(offsets[places].tolist(), sizes[places].tolist(), strict=True))
-            for place, png in zip(places.tolist(), self._shards.read(entry, spans), strict=True):
+            found: Sequence[bytes | memoryview] = self._shards.read(entry, spans)
+            for place, png in zip(places.tolist(), found, strict=True):
                 pngs[place] = png
         try:
             return decode_many(pngs, self.shape).transpose(0, 2, 3, 1)
@@ -199,20 +189,20 @@ def _kept(folder: Path, manifest: Manifest, *columns: str) -> Iterator[tuple[int
         yield number, table.filter(pc.equal(table["outcome"], "kept"))
 
 
-def _read_table(folder: Path, manifest: Manifest) -> _Table:
-    columns: dict[str, list[np.ndarray]] = {
-        name: [] for name in ("keys", "splits", "labels", "shards", "offsets", "sizes")
-    }
-    for number, table in _kept(folder, manifest, "key", "split", "label", "offset", "size"):
-        columns["keys"].append(np.frombuffer(bytes.fromhex("".join(table["key"].to_pylist())), KEY))
-        columns["splits"].append(_codes(table["split"], SPLITS).astype(np.int8))
-        columns["labels"].append(_codes(table["label"], manifest.labels))
-        columns["shards"].append(np.full(len(table), number, np.int32))
-        columns["offsets"].append(table["offset"].to_numpy())
-        columns["sizes"].append(table["size"].to_numpy().astype(np.int32))
-    whole = {name: np.concatenate(pieces) for name, pieces in columns.items()}
-    order = np.argsort(whole["keys"])
-    return _Table(**{name: column[order] for name, column in whole.items()}, read=order.astype(np.int32))
+def _read_table(folder: Path, manifest: Manifest) -> np.ndarray:
+    pieces = []
+    for number, records in _kept(folder, manifest, "key", "split", "label", "offset", "size"):
+        piece = np.empty(len(records), ROW)
+        piece["key"] = np.frombuffer(bytes.fromhex("".join(records["key"].to_pylist())), "S32")
+        piece["split"] = _codes(records["split"], SPLITS)
+        piece["label"] = _codes(records["label"], manifest.labels)
+        piece["shard"] = number
+        piece["offset"] = records["offset"].to_numpy()
+        piece["size"] = records["size"].to_numpy()
+        pieces.append(piece)
+    table = np.concatenate(pieces)
+    table["read"] = np.arange(len(table))
+    return table[np.argsort(table["key"])]
 
 
 def _codes(column: pa.ChunkedArray, names: Sequence[str]) -> np.ndarray:

@@ -4,7 +4,7 @@ import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Protocol, Self
+from typing import Self
 
 import numpy as np
 import torch
@@ -15,41 +15,44 @@ from diffusion.common.random import permutation, uniform
 from diffusion.data.dataset import Dataset, Rows
 
 
-class Order(Protocol):
-    """An endless sequence of sample indices in which each epoch shows every sample once.
-
-    It is a pure function of its arguments; a position in it is a single integer, the number of images seen so far, so
-    resuming anywhere costs nothing.
-    """
-
-    def rows(self, start: int, count: int) -> np.ndarray:
-        """Return the samples at positions start … start+count−1, as (count,) int64."""
-
-    def coming(self, start: int) -> tuple[int, ...] | None:
-        """Return the shards needed from ``start`` on, soonest first; None: any of them at any time."""
-
-
 class TrainingOrder:
-    """A fresh permutation of all samples each epoch: a pure function of (content digest, seed)."""
+    """An endless sequence of sample indices, in which each epoch shows every sample once, in a fresh permutation.
+
+    It is a pure function of (content digest, seed). A position in it is a single integer, the number of images seen so
+    far, so resuming anywhere costs nothing.
+    """
 
     def __init__(self, content_digest: str, seed: int, length: int) -> None:
         self.length = length
-        self._epoch = lru_cache(maxsize=2)(lambda epoch: permutation(seed, f"order/{content_digest}", epoch, length))
+        self._permutation = lru_cache(maxsize=2)(
+            lambda epoch: permutation(seed, f"order/{content_digest}", epoch, length)
+        )
 
     def rows(self, start: int, count: int) -> np.ndarray:
         """Return which of the ``length`` samples are at positions start … start+count−1, as (count,) int64."""
-        epoch, offset = divmod(start, self.length)
-        pieces = [self._epoch(epoch)[offset : offset + count]]
+        epoch, window, offset = self._find(start)
+        pieces = [self._samples(epoch, window)[offset : offset + count]]
         while (missing := count - sum(map(len, pieces))) > 0:
-            epoch += 1
-            pieces.append(self._epoch(epoch)[:missing])
+            epoch, window = self._after(epoch, window)
+            pieces.append(self._samples(epoch, window)[:missing])
         return np.concatenate(pieces)
 
-    def coming(self, start: int) -> None:
-        """Return None: any shard may be needed at any time."""
+    def coming(self, start: int) -> tuple[int, ...] | None:
+        """Return the shards needed from ``start`` on, soonest first; None: any of them at any time."""
+        return None
+
+    def _find(self, position: int) -> tuple[int, int, int]:
+        """Return epoch and window of ``position``, and its place in the window: here all of the epoch."""
+        return position // self.length, 0, position % self.length
+
+    def _after(self, epoch: int, window: int) -> tuple[int, int]:
+        return epoch + 1, 0
+
+    def _samples(self, epoch: int, window: int) -> np.ndarray:
+        return self._permutation(epoch)
 
 
-class WindowedOrder:
+class WindowedOrder(TrainingOrder):
     """Shards in a fresh order each epoch, and samples permuted within windows of ``window`` consecutive shards.
 
     For data sets larger than the shard cache: at any position only the shards of one window are needed, and the next
@@ -59,52 +62,45 @@ class WindowedOrder:
     """
 
     def __init__(self, layout_digest: str, seed: int, window: int, shards: np.ndarray) -> None:
-        self.length = len(shards)
-        self._layout_digest, self._seed, self._window = layout_digest, seed, window
+        super().__init__(layout_digest, seed, len(shards))
+        self._layout_digest, self._seed, self._shards_each = layout_digest, seed, window
         self._numbers, counts = np.unique(shards, return_counts=True)
         self._by_shard = np.split(np.argsort(shards, kind="stable"), np.cumsum(counts)[:-1])
         self._epoch = lru_cache(maxsize=2)(self._shards_and_ends)
-        self._samples = lru_cache(maxsize=4)(self._window_samples)
-
-    def rows(self, start: int, count: int) -> np.ndarray:
-        """Return the samples at positions start … start+count−1, as (count,) int64."""
-        epoch, number, offset = self._find(start)
-        pieces = [self._samples(epoch, number)[offset : offset + count]]
-        while (missing := count - sum(map(len, pieces))) > 0:
-            epoch, number = self._after(epoch, number)
-            pieces.append(self._samples(epoch, number)[:missing])
-        return np.concatenate(pieces)
+        self._window = lru_cache(maxsize=4)(self._permuted)
 
     def coming(self, start: int) -> tuple[int, ...]:
         """Return the shards of the window at position ``start``, then those of the next window."""
-        epoch, number, _ = self._find(start)
-        shards = np.concatenate([self._places(epoch, number), self._places(*self._after(epoch, number))])
+        epoch, window, _ = self._find(start)
+        shards = np.concatenate([self._shards_of(epoch, window), self._shards_of(*self._after(epoch, window))])
         return tuple(dict.fromkeys(self._numbers[shards].tolist()))
 
     def _find(self, position: int) -> tuple[int, int, int]:
-        """Return epoch and window of ``position``, and its place in the window."""
         epoch, offset = divmod(position, self.length)
         ends = self._epoch(epoch)[1]
-        number = int(np.searchsorted(ends, offset, side="right"))
-        return epoch, number, offset - (int(ends[number - 1]) if number else 0)
+        window = int(np.searchsorted(ends, offset, side="right"))
+        return epoch, window, offset - (int(ends[window - 1]) if window else 0)
 
-    def _after(self, epoch: int, number: int) -> tuple[int, int]:
-        return (epoch, number + 1) if number + 1 < len(self._epoch(epoch)[1]) else (epoch + 1, 0)
+    def _after(self, epoch: int, window: int) -> tuple[int, int]:
+        return (epoch, window + 1) if window + 1 < len(self._epoch(epoch)[1]) else (epoch + 1, 0)
+
+    def _samples(self, epoch: int, window: int) -> np.ndarray:
+        return self._window(epoch, window)
 
     def _shards_and_ends(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """Return the epoch's order of shards, and the cumulative number of samples at the end of each window."""
         shards = permutation(self._seed, f"shards/{self._layout_digest}", epoch, len(self._by_shard))
         counts = np.array([len(self._by_shard[shard]) for shard in shards])
-        return shards, np.cumsum(np.add.reduceat(counts, np.arange(0, len(counts), self._window)))
+        return shards, np.cumsum(np.add.reduceat(counts, np.arange(0, len(counts), self._shards_each)))
 
-    def _places(self, epoch: int, number: int) -> np.ndarray:
-        shards: np.ndarray = self._epoch(epoch)[0][number * self._window : (number + 1) * self._window]
+    def _shards_of(self, epoch: int, window: int) -> np.ndarray:
+        shards: np.ndarray = self._epoch(epoch)[0][window * self._shards_each : (window + 1) * self._shards_each]
         return shards
 
-    def _window_samples(self, epoch: int, number: int) -> np.ndarray:
-        samples = np.concatenate([self._by_shard[shard] for shard in self._places(epoch, number)])
+    def _permuted(self, epoch: int, window: int) -> np.ndarray:
+        samples = np.concatenate([self._by_shard[shard] for shard in self._shards_of(epoch, window)])
         stream = f"window/{self._layout_digest}/{epoch}"
-        return np.take(samples, permutation(self._seed, stream, number, len(samples)))
+        return np.take(samples, permutation(self._seed, stream, window, len(samples)))
 
 
 @dataclass(frozen=True)
@@ -135,7 +131,7 @@ class Loader:
         self,
         dataset: Dataset,
         rows: Rows,
-        order: Order,
+        order: TrainingOrder,
         batch_size: int,
         *,
         rank: int = 0,
@@ -174,7 +170,10 @@ class Loader:
 
     def ahead(self, position: int, end: int | None = None) -> None:
         """Start to prepare the batch at ``position`` and those that follow it, and drop all others."""
-        self._announce(position)
+        coming = self.order.coming(position)
+        if coming != self._shards:
+            self.dataset.ahead(coming)
+            self._shards = coming
         following = range(position, position + (self.prefetch + 1) * self.batch_size, self.batch_size)
         positions = [at for at in following if end is None or at < end or at == position]
         for at in self._ready.keys() - positions:
@@ -192,13 +191,6 @@ class Loader:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    def _announce(self, position: int) -> None:
-        """Announce the next shards to the data set, whenever they change."""
-        coming = self.order.coming(position)
-        if coming != self._shards:
-            self.dataset.ahead(coming)
-            self._shards = coming
 
     def _make(self, position: int) -> Batch:
         start = position + self.rank * self.share

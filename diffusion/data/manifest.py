@@ -60,6 +60,10 @@ groups of near-duplicates that it joined) are null unless near-duplicates are co
 """
 
 
+SAMPLE = ("key", "split", "label", "caption")
+"""Columns that make up the content of a data set."""
+
+
 class FileEntry(Config):
     """A file of the data set, relative to its folder."""
 
@@ -151,13 +155,16 @@ class Manifest(Config):
     @property
     def counts(self) -> dict[Split, int]:
         """Return the number of images by split."""
-        found = _summed(part.splits for part in self.parts)
-        return {"train": found["train"], "held_out": found["held_out"]}
+        splits: tuple[Split, ...] = ("train", "held_out")
+        return {split: sum(part.splits.get(split, 0) for part in self.parts) for split in splits}
 
     @property
     def class_histogram(self) -> dict[str, int]:
         """Return the number of images by class, sorted; empty if the set has no classes."""
-        return dict(sorted(_summed(part.classes for part in self.parts).items()))
+        total: Counter[str] = Counter()
+        for part in self.parts:
+            total.update(part.classes)
+        return dict(sorted(total.items()))
 
     @property
     def labels(self) -> list[str]:
@@ -181,21 +188,10 @@ class Manifest(Config):
         return float(np.sqrt(np.mean(np.square(self.std))))
 
     def _moments(self) -> tuple[np.ndarray, np.ndarray]:
-        pixels = max(sum(part.totals.pixels for part in self.parts), 1)
-        total, squares = (
-            np.array([[int(n) for n in getattr(part.totals, name)] for part in self.parts], object)
-            .reshape(-1, 3)
-            .sum(0)
-            for name in ("total", "squares")
-        )
-        return np.array(total / pixels, float), np.array(squares / pixels, float)
-
-
-def _summed(counts: Iterable[dict[Split, int] | dict[str, int]]) -> Counter[str]:
-    total: Counter[str] = Counter()
-    for each in counts:
-        total.update(each)
-    return total
+        totals = [part.totals for part in self.parts]
+        pixels = max(sum(each.pixels for each in totals), 1)
+        mean = np.array([sum(each.total[channel] for each in totals) / pixels for channel in range(3)])
+        return mean, np.array([sum(each.squares[channel] for each in totals) / pixels for channel in range(3)])
 
 
 def read_records(folder: Path, part: Part, columns: Sequence[str] | None = None) -> pa.Table:
@@ -322,11 +318,8 @@ def content_digest(folder: Path, parts: Iterable[Part], storage: StorageConfig) 
     with closing(sqlite3.connect("")) as database:
         database.execute("CREATE TABLE kept (key TEXT, digest BLOB)")
         for part in parts:
-            database.executemany("INSERT INTO kept VALUES (?, ?)", _samples(folder, part))
+            table = read_records(folder, part, ("outcome", *SAMPLE))
+            kept = ([row[name] for name in SAMPLE] for row in table.to_pylist() if row["outcome"] == "kept")
+            rows = ((sample[0], sample_digest(*sample)) for sample in kept)
+            database.executemany("INSERT INTO kept VALUES (?, ?)", rows)
         return digest_of_samples(storage, (row[0] for row in database.execute("SELECT digest FROM kept ORDER BY key")))
-
-
-def _samples(folder: Path, part: Part) -> Iterator[tuple[str, bytes]]:
-    for row in read_records(folder, part, ("outcome", "key", "split", "label", "caption")).to_pylist():
-        if row["outcome"] == "kept":
-            yield row["key"], sample_digest(row["key"], row["split"], row["label"], row["caption"])

@@ -1,21 +1,14 @@
-"""PNG encoder and batch decoder for stored images, and reduction of 12- and 16-bit samples to 8 bits.
-
-Pillow would truncate the lower bits; here they are rounded.
-"""
+"""PNG encoder and batch decoder for stored images."""
 
 import io
 import struct
-import sys
 import zlib
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 from isal import isal_zlib
 from PIL import Image
-from PIL.ImageFile import ImageFile
 from PIL.PngImagePlugin import PngImageFile
-from PIL.TiffImagePlugin import PHOTOMETRIC_INTERPRETATION, TiffImageFile
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 HEADER = 33
@@ -173,82 +166,3 @@ def _decode(png: bytes, shape: tuple[int, int, int]) -> np.ndarray:
     except (OSError, SyntaxError, EOFError, struct.error, zlib.error) as error:
         raise ValueError(f"not a whole PNG: {error}") from error
     return pixels.reshape(height, width, -1).transpose(2, 0, 1)
-
-
-def has_sixteen_bits(image: ImageFile) -> bool:
-    """Return whether the samples in the file of ``image``, which is not loaded yet, have 12 or 16 bits."""
-    deep = (";16", ";12")
-    return isinstance(image, PngImageFile | TiffImageFile) and any(
-        mark in _layout(tile.args) for tile in image.tile for mark in deep
-    )
-
-
-def _layout(args: Any) -> str:
-    """Return Pillow's name of the layout of samples in a file: the first or only argument of a decoder."""
-    return str(args[0] if isinstance(args, tuple) else args)
-
-
-def from_sixteen_bits(image: ImageFile, open_again: Callable[[], ImageFile]) -> Image.Image:
-    """Reduce ``image``, not loaded yet, from 12- or 16-bit samples to 8 bits."""
-    if _layout(image.tile[0].args).startswith("RGBa"):
-        return image  # dividing by alpha loses more than Pillow's truncation
-    made = None
-    for top, samples in _bands(image, open_again):
-        transparent = image.info.get("transparency")
-        if transparent is not None:
-            opaque = (samples != transparent).any(-1, keepdims=True)
-            samples = np.concatenate([samples, opaque * 65535], axis=-1)
-        height, width, channels = samples.shape
-        mode = image.mode if image.mode == "CMYK" else {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}[channels]
-        made = made or Image.new(mode, image.size)
-        made.paste(Image.frombytes(mode, (width, height), eight_bits(samples).tobytes()), (0, top))
-    if made is None:
-        raise ValueError("it has no rows")
-    made.info = {key: value for key, value in image.info.items() if key != "transparency"}
-    return made
-
-
-def eight_bits(samples: np.ndarray) -> np.ndarray:
-    """Round each of 0…65535 to the nearest of 0…255."""
-    return ((samples + 128) // 257).astype(np.uint8)
-
-
-def _bands(image: ImageFile, open_again: Callable[[], ImageFile]) -> Iterator[tuple[int, np.ndarray]]:
-    """Yield the first row and the samples of some rows at a time, as all would take ten times the memory of the image.
-
-    Samples are 0…65535, (H, W, C) int32. With more than one channel Pillow truncates the lower bytes; they are
-    recovered by decoding again with the two bytes of a sample swapped.
-    """
-    layout = _layout(image.tile[0].args)
-    if image.mode.startswith("I;16"):
-        white_is_zero = isinstance(image, TiffImageFile) and image.tag_v2.get(PHOTOMETRIC_INTERPRETATION) == 0
-        for top, band in _cut(image):
-            samples = band[..., None]
-            if layout == "I;12":
-                samples = samples << 4 | samples >> 8
-            yield top, 65535 - samples if white_is_zero else samples
-    elif layout == "LA;16B":
-        for top, both in _cut(_laid_out(image, "RGBA")):
-            yield top, both[..., ::2] << 8 | both[..., 1::2]
-    else:
-        native = "L" if sys.byteorder == "little" else "B"
-        order = layout[-1].replace("N", native)
-        swapped = _laid_out(open_again(), layout[:-1] + ("B" if order == "L" else "L"))
-        for (top, upper), (_, lower) in zip(_cut(image), _cut(swapped), strict=True):
-            yield top, upper << 8 | lower
-
-
-def _cut(image: ImageFile) -> Iterator[tuple[int, np.ndarray]]:
-    """Yield the first row and the values of some rows at a time, as int32."""
-    width, height = image.size
-    rows = max(1, PIXELS_AT_ONCE // width)
-    for top in range(0, height, rows):
-        yield top, np.asarray(image.crop((0, top, width, min(top + rows, height)))).astype(np.int32)
-
-
-def _laid_out(image: ImageFile, layout: str) -> ImageFile:
-    """Return ``image``, before it is loaded, with the samples in its file interpreted in ``layout``."""
-    image.tile = [
-        tile._replace(args=(layout, *tile.args[1:]) if isinstance(tile.args, tuple) else layout) for tile in image.tile
-    ]
-    return image

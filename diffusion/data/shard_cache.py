@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from io import BufferedReader
 from pathlib import Path
 from threading import Lock
@@ -46,12 +46,14 @@ class ShardCache:
 
     A shard is named by its SHA-256, appears atomically, and is verified before its first use. Shards requested with
     ``ahead`` are not evicted. Processes may share a folder: each uses what the others have fetched, and a shard evicted
-    while it is read stays readable.
+    while it is read stays readable. The name of a partial shard states its size; locks serialize processes.
     """
 
     def __init__(self, folder: Path, store: ShardStore, max_bytes: int) -> None:
-        self._folder = _Folder(folder, max_bytes)
+        folder.mkdir(parents=True, exist_ok=True)
+        self._folder = folder
         self._store = store
+        self._max_bytes = max_bytes
         self._lock = Lock()
         self._wanted: list[str] = []
         self._coming: dict[str, Future[None]] = {}
@@ -63,7 +65,15 @@ class ShardCache:
 
         Raises UserError if it is unavailable, arrives damaged twice, or does not fit.
         """
-        self._await(entry)
+        with self._lock:
+            future = self._coming.get(entry.sha256)
+        # A background fetch that has not started is cancelled.
+        if future is not None and not future.cancel():
+            try:
+                future.result()
+            finally:
+                with self._lock:
+                    self._coming.pop(entry.sha256, None)
         with self._opened(entry) as file, mapped(file) as view:
             return [bytes(view[offset : offset + size]) for offset, size in spans]
 
@@ -80,53 +90,46 @@ class ShardCache:
         """Stop fetching; fetched shards stay."""
         self._pool.shutdown(cancel_futures=True)
 
-    def _await(self, entry: FileEntry) -> None:
-        """Wait for a background fetch and raise its error; one that has not started is cancelled."""
-        with self._lock:
-            future = self._coming.get(entry.sha256)
-        if future is not None and not future.cancel():
-            try:
-                future.result()
-            finally:
-                with self._lock:
-                    self._coming.pop(entry.sha256, None)
-
     def _fetch_ahead(self, entry: FileEntry) -> None:
-        if entry.sha256 not in self._wanted or self._folder.path(entry.sha256).is_file():
+        if entry.sha256 not in self._wanted or self._path(entry.sha256).is_file():
             return
-        with self._folder.fetching(entry) as partial:
+        with self._fetching(entry) as partial:
             # Without room the reader fetches it and may evict shards needed later.
-            if partial is not None and self._folder.make_room(partial, entry, keep=self._wanted):
+            if partial is not None and self._make_room(partial, entry, force=False):
                 self._fetch(entry, partial).close()
 
     def _opened(self, entry: FileEntry) -> BufferedReader:
         """Open a shard, verified, for reading: from here on its name may vanish."""
         deadline = time.monotonic() + PATIENCE
         while True:
-            with suppress(FileNotFoundError):
-                return self._open_present(entry)
-            with self._folder.fetching(entry) as partial:
+            if file := self._open_present(entry):
+                return file
+            with self._fetching(entry) as partial:
                 if partial is None:
                     continue
-                if self._folder.make_room(partial, entry, self._wanted, force=True):
+                if self._make_room(partial, entry, force=True):
                     return self._fetch(entry, partial)
             if time.monotonic() > deadline:
                 raise UserError(
-                    f"no room for shard {entry.name} in {self._folder.folder}, which other processes use as well: "
+                    f"no room for shard {entry.name} in {self._folder}, which other processes use as well: "
                     "raise training.stream_bytes, or wait for them"
                 )
             time.sleep(PAUSE)
 
-    def _open_present(self, entry: FileEntry) -> BufferedReader:
-        path = self._folder.path(entry.sha256)
-        file = path.open("rb")
+    def _open_present(self, entry: FileEntry) -> BufferedReader | None:
+        path = self._path(entry.sha256)
+        try:
+            file = path.open("rb")
+        except FileNotFoundError:
+            return None
         os.utime(file.fileno())
         if entry.sha256 not in self._verified:
             if found := damage(file, entry):
                 logger.warning("shard %s in the cache, %s, is %s: fetching it again", entry.name, path, found)
                 file.close()
-                self._folder.remove(entry.sha256)
-                raise FileNotFoundError(path)
+                with self._locked():
+                    path.unlink(missing_ok=True)
+                return None
             self._verified.add(entry.sha256)
         return file
 
@@ -144,7 +147,8 @@ class ShardCache:
             file = partial.open("rb")
             if not (found := damage(file, entry)):
                 self._verified.add(entry.sha256)
-                self._folder.publish(partial, entry.sha256)
+                with self._locked():
+                    partial.replace(self._path(entry.sha256))
                 return file
             file.close()
             logger.warning("shard %s as it comes from the remote is %s", entry.name, found)
@@ -153,70 +157,48 @@ class ShardCache:
             "push the data set once more with `dvc push`, or ingest it again from its source"
         )
 
-
-class _Folder:
-    """Complete shards, and partial ones whose name states their size; locks serialize processes."""
-
-    def __init__(self, folder: Path, max_bytes: int) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        self.folder = folder
-        self.max_bytes = max_bytes
-
-    def path(self, sha256: str) -> Path:
-        """Return the path of a shard, whether it exists or not."""
-        return self.folder / f"{sha256}.tar"
+    def _path(self, sha256: str) -> Path:
+        return self._folder / f"{sha256}.tar"
 
     @contextmanager
-    def fetching(self, entry: FileEntry) -> Iterator[Path | None]:
+    def _fetching(self, entry: FileEntry) -> Iterator[Path | None]:
         """Yield an exclusive path to write a shard to; None if another process just wrote it."""
-        partial = self.folder / f"{entry.sha256}.{entry.bytes}.partial"
+        partial = self._folder / f"{entry.sha256}.{entry.bytes}.partial"
         with self._locked(entry.sha256):
-            if self.path(entry.sha256).is_file():
-                yield None
-                return
             try:
-                yield partial
+                yield None if self._path(entry.sha256).is_file() else partial
             finally:
                 partial.unlink(missing_ok=True)
 
-    def make_room(self, partial: Path, entry: FileEntry, keep: Sequence[str], force: bool = False) -> bool:
+    def _make_room(self, partial: Path, entry: FileEntry, force: bool) -> bool:
         """Reserve room for ``partial`` by evicting the least recently used shards; False if that is not enough.
 
-        Shards in ``keep`` are evicted only with ``force``, the last one first.
+        Shards requested with ``ahead`` are evicted only with ``force``, the last one first.
         """
-        if entry.bytes > self.max_bytes:
+        if entry.bytes > self._max_bytes:
             raise UserError(
-                f"shard {entry.name} has {entry.bytes} bytes and the cache holds {self.max_bytes}: "
+                f"shard {entry.name} has {entry.bytes} bytes and the cache holds {self._max_bytes}: "
                 "raise training.stream_bytes"
             )
-        with self._turn():
-            whole = {path.stem: path.stat() for path in self.folder.glob("*.tar")}
+        keep = self._wanted
+        with self._locked():
+            whole = {path.stem: path.stat() for path in self._folder.glob("*.tar")}
             used = sum(stat.st_size for stat in whole.values()) + sum(self._reserved()) + entry.bytes
             spare = sorted(whole.keys() - keep, key=lambda sha256: whole[sha256].st_mtime_ns)
             spare += [sha256 for sha256 in reversed(keep) if force and sha256 in whole]
             for sha256 in spare:
-                if used <= self.max_bytes:
+                if used <= self._max_bytes:
                     break
-                self.path(sha256).unlink()
+                self._path(sha256).unlink()
                 used -= whole[sha256].st_size
-            if used > self.max_bytes:
+            if used > self._max_bytes:
                 return False
             partial.touch()
             return True
 
-    def publish(self, partial: Path, sha256: str) -> None:
-        """Give a verified shard its name."""
-        with self._turn():
-            partial.replace(self.path(sha256))
-
-    def remove(self, sha256: str) -> None:
-        """Delete a shard, if it exists."""
-        with self._turn():
-            self.path(sha256).unlink(missing_ok=True)
-
     def _reserved(self) -> Iterator[int]:
         """Yield the sizes of shards being fetched; files of killed processes are deleted."""
-        for partial in self.folder.glob("*.partial"):
+        for partial in self._folder.glob("*.partial"):
             sha256, size, _ = partial.name.split(".")
             try:
                 with self._locked(sha256, timeout=0):
@@ -224,9 +206,7 @@ class _Folder:
             except Timeout:
                 yield int(size)
 
-    def _turn(self) -> FileLock:
-        return FileLock(self.folder / ".lock")
-
-    def _locked(self, sha256: str, timeout: float = -1) -> FileLock:
+    def _locked(self, sha256: str = "", timeout: float = -1) -> FileLock:
+        """Return the lock of a shard that is fetched, or of the folder."""
         # The empty lock file is never deleted: deleting it while others wait would admit two of them.
-        return FileLock(self.folder / f".{sha256}.lock", timeout=timeout)
+        return FileLock(self._folder / (f".{sha256}.lock" if sha256 else ".lock"), timeout=timeout)

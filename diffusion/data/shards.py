@@ -1,4 +1,4 @@
-"""WebDataset tars: written so that equal samples give equal bytes, filtered without being unpacked, read by offset.
+"""WebDataset tars: written so that equal samples give equal bytes, copied without being unpacked, read by offset.
 
 Every shard is verified before it is read.
 """
@@ -7,15 +7,14 @@ import hashlib
 import mmap
 import os
 import tarfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from io import BufferedReader
-from itertools import groupby
 from pathlib import Path
 from threading import Lock
-from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from diffusion.common.errors import UserError
 from diffusion.common.files import canonical_json
@@ -63,13 +62,15 @@ class TarWriter:
         self._member(f"{key}.json", canonical_json(about).encode())
         return Extent(start, self.position, len(png))
 
-    def copy(self, source: BinaryIO, extents: Iterable[Extent]) -> Iterator[Extent]:
-        """Append samples of another shard, open as ``source``, in order of place; yields their new positions."""
-        for run in _adjacent(extents):
-            source.seek(run[0].start)
-            shift = self.position - run[0].start
-            self._write(source.read(run[-1].end - run[0].start))
-            yield from (Extent(extent.start + shift, extent.end + shift, extent.png) for extent in run)
+    def copy(self, source: BinaryIO, offset: int, size: int) -> int:
+        """Append the sample of ``source`` whose PNG of ``size`` bytes is at ``offset``; returns its new offset."""
+        start, behind = offset - BLOCK, offset + _padded(size)
+        source.seek(behind)
+        about = tarfile.TarInfo.frombuf(source.read(BLOCK), "utf-8", "strict")
+        source.seek(start)
+        new = self.position + BLOCK
+        self._write(source.read(behind + BLOCK + _padded(about.size) - start))
+        return new
 
     def close(self) -> None:
         """Write the end of the archive, padded as tar does it."""
@@ -90,52 +91,8 @@ class TarWriter:
         self.position += len(data)
 
 
-def filtered(source: Path, target: Path, extents: Iterable[Extent]) -> list[Extent]:
-    """Write the shard ``target`` of those samples of the shard ``source`` that lie at ``extents``, given in order."""
-    with source.open("rb") as old, target.open("wb") as new:
-        writer = TarWriter(new)
-        places = list(writer.copy(old, extents))
-        writer.close()
-    return places
-
-
-def extent_at(shard: BinaryIO, offset: int, size: int) -> Extent:
-    """Return the position of the sample of an open ``shard`` whose PNG has ``size`` bytes and begins at ``offset``."""
-    behind = offset + _padded(size)
-    shard.seek(behind)
-    about = tarfile.TarInfo.frombuf(shard.read(BLOCK), "utf-8", "strict")
-    return Extent(offset - BLOCK, behind + BLOCK + _padded(about.size), size)
-
-
 def _padded(size: int) -> int:
     return -(-size // BLOCK) * BLOCK
-
-
-def _adjacent(extents: Iterable[Extent]) -> Iterator[list[Extent]]:
-    """Yield runs of adjacent samples, so that each run is copied at once."""
-    gap = previous = 0
-
-    def number(extent: Extent) -> int:
-        nonlocal gap, previous
-        gap += extent.start != previous
-        previous = extent.end
-        return gap
-
-    for _, run in groupby(extents, number):
-        yield list(run)
-
-
-class Shards(Protocol):
-    """Reader of a data set's shards. Thread-safe."""
-
-    def read(self, entry: FileEntry, spans: Sequence[Span]) -> Sequence[bytes | memoryview]:
-        """Read ``spans`` of a shard; raises UserError if it is damaged or unavailable."""
-
-    def ahead(self, entries: Sequence[FileEntry]) -> None:
-        """Prepare shards that will be read next in the background, soonest first, and drop other requests."""
-
-    def close(self) -> None:
-        """Close files and stop threads."""
 
 
 class LocalShards:

@@ -12,10 +12,9 @@ from typing import Any
 
 import torch
 import webdataset as wds
-from torch import Tensor
 
 from diffusion.data.dataset import Dataset
-from diffusion.data.manifest import Split, read_manifest, require_whole
+from diffusion.data.manifest import Split
 from diffusion.data.png import decode_many
 
 Sample = dict[str, Any]
@@ -37,9 +36,8 @@ def open_webdataset(folder: Path, split: Split = "train", shuffle: int = 0, seed
     Raises:
         UserError: A shard or table is missing or damaged.
     """
-    manifest = read_manifest(folder)
-    require_whole(folder, manifest)
     dataset = Dataset.open(folder, cache_bytes=0)
+    manifest = dataset.manifest
     keys = frozenset(dataset.keys(dataset.rows(split)))
     dataset.close()
     pipeline = wds.WebDataset(
@@ -60,10 +58,9 @@ def _is_one_of(keys: frozenset[str], sample: Sample) -> bool:
 
 def _decoded(shape: tuple[int, int, int], numbers: dict[str, int], sample: Sample) -> Sample:
     about = json.loads(sample["json"])
-    image: Tensor = torch.from_numpy(decode_many([sample["png"]], shape)[0].copy())
     return {
         "key": sample["__key__"],
-        "image": image,
+        "image": torch.from_numpy(decode_many([sample["png"]], shape)[0].copy()),
         "label": numbers.get(about.get("label"), -1),
         "caption": about.get("caption"),
     }

@@ -12,8 +12,7 @@ from diffusion.common.config import Config
 from diffusion.common.errors import UserError
 from diffusion.common.files import PARTIAL, digest_of, sha256_bytes, sha256_file, write_bytes, write_json
 from diffusion.common.fingerprint import Fingerprint, fingerprint
-from diffusion.common.image_grids import grid, image_of, save_png
-from diffusion.common.png_metadata import marked_png
+from diffusion.common.image_grids import grid, image_of, marked_png, save_png
 from diffusion.common.progress import Progress, silent
 from diffusion.generation.config import GenerationRequest, Task
 from diffusion.generation.requests import answer, original, sampling_of

@@ -69,7 +69,7 @@ class Trainer:
         if setup.compiled:
             network.compile(dynamic=False)
         manifest, rows = setup.dataset.manifest, setup.dataset.rows("train")
-        order: TrainingOrder | WindowedOrder = (
+        order: TrainingOrder = (
             TrainingOrder(manifest.content_digest, self.config.seed, len(rows))
             if self.config.window is None
             else WindowedOrder(manifest.layout_digest, self.config.seed, self.config.window, setup.dataset.shards(rows))

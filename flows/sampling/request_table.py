@@ -180,7 +180,7 @@ def _cell(record: dict[str, Any], name: Column, source: Path, number: int) -> st
 
 def _text(source: Path) -> Iterator[dict[str, Any]]:
     with open_text(source) as lines:
-        yield from records(lines, source.name, str(source))
+        yield from records(lines, str(source))
 
 
 def _parquet(source: Path) -> Iterator[dict[str, Any]]:

@@ -22,8 +22,7 @@ from diffusion.common.config import Config, PlainName, unset
 from diffusion.common.errors import UserError
 from diffusion.common.files import canonical_json, digest_of, sha256_bytes
 from diffusion.common.fingerprint import Fingerprint
-from diffusion.common.image_grids import image_of
-from diffusion.common.png_metadata import marked_png
+from diffusion.common.image_grids import image_of, marked_png
 from diffusion.data.manifest import Sha256
 from diffusion.generation.config import UNCONDITIONAL, Conditions
 from diffusion.process.samplers import SamplingConfig

@@ -26,12 +26,13 @@ from diffusion.data.ingest.decode import Refused, StoredImage, prepare
 from diffusion.data.manifest import RECORDS
 from diffusion.data.shards import TarWriter
 from diffusion.data.sources import open_source
-from diffusion.data.sources.base import Access, Entry, ObjectStore, Payload, Source
+from diffusion.data.sources.base import Access, Entry, ObjectStore, Source, bounded
 
-SCHEMA = """
-    CREATE TABLE listing
-        (number INTEGER PRIMARY KEY, source TEXT UNIQUE, locator, stamp, label, caption, problem, told);
-    CREATE TABLE plan (number INTEGER PRIMARY KEY, source, locator, stamp, label, caption, problem, known);
+ENTRY = "source, locator, stamp, label, caption, problem"
+"""Fields of an entry, in their order."""
+SCHEMA = f"""
+    CREATE TABLE listing (number INTEGER PRIMARY KEY, {ENTRY}, told, UNIQUE (source));
+    CREATE TABLE plan (number INTEGER PRIMARY KEY, {ENTRY}, known);
 """
 STAMPED = """
     SELECT 1 FROM stored.seen s
@@ -46,24 +47,16 @@ KNOWN = "SELECT group_concat(hex(r.sha256)) FROM stored.records r WHERE r.source
 CORRECTED = "SELECT 1 FROM stored.seen s WHERE s.origin = :origin AND s.source = l.source AND s.told != l.told"
 """Query: the source describes the entry in another way than before, so it is read again, even with equal bytes."""
 LISTED_AT_ONCE = 10_000
-COLUMNS = (*RECORDS.names, "end", "stamp")
+COLUMNS = (*RECORDS.names, "stamp")
 """Columns of a prepared entry: its record, without outcomes that depend on the whole data set. ``outcome``
-is ``quarantined``, ``duplicate`` (within the chunk), ``known`` (read before) or null; ``end`` is that of the sample."""
+is ``quarantined``, ``duplicate`` (within the chunk), ``known`` (read before) or null; ``offset`` is that of the
+sample."""
 NOT_OF_A_CHUNK = {"source", "licence", "max_quarantined", "shard_bytes", "runner", "workers", "held_out"}
 """Fields of the configuration that cannot change what a chunk becomes."""
-FORMAT = 3
+FORMAT = 4
 """Incremented when the same images would be stored in another way, so that chunks of older code are not reused."""
 TEXT_OF_A_CHUNK = 2**23
 """Approximate characters of names, labels and captions per chunk; its memory grows with them."""
-
-
-@dataclass(frozen=True)
-class Planned:
-    """An entry to read."""
-
-    entry: Entry
-    known: frozenset[str]
-    """SHA-256 of the bytes read under its name before: if they are among these, nothing is new."""
 
 
 def make_plan(
@@ -80,14 +73,9 @@ def make_plan(
         database.executescript(f"PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF; {SCHEMA}")
         database.execute("ATTACH ? AS stored", (str(index),))
         database.execute("BEGIN")
-        database.executemany(
-            "INSERT OR REPLACE INTO listing (source, locator, stamp, label, caption, problem, told) "
-            "VALUES (?, ?, ?, ?, ?, ?, ?)",
-            (
-                (e.source, e.locator, e.stamp, e.label, e.caption, e.problem, description_digest(e.label, e.caption))
-                for e in _with_progress(source.entries(), progress)
-            ),
-        )
+        entries = _with_progress(map(bounded, source.entries()), progress)
+        rows = ((*entry, description_digest(entry.label, entry.caption)) for entry in entries)
+        database.executemany(f"INSERT OR REPLACE INTO listing ({ENTRY}, told) VALUES (?, ?, ?, ?, ?, ?, ?)", rows)
         known, condition = KNOWN, f"NOT EXISTS ({STAMPED})"
         if requeue:
             known, condition = f"{KNOWN} AND r.outcome != 'quarantined'", f"{condition} OR EXISTS ({REFUSED})"
@@ -95,9 +83,8 @@ def make_plan(
             known, condition = "NULL", "TRUE"
         order = "l.number" if source.in_order else "l.source"
         database.execute(
-            f"""INSERT INTO plan (source, locator, stamp, label, caption, problem, known)
-                SELECT l.source, l.locator, l.stamp, l.label, l.caption, l.problem,
-                    CASE WHEN EXISTS ({CORRECTED}) THEN NULL ELSE ({known}) END FROM listing l
+            f"""INSERT INTO plan ({ENTRY}, known)
+                SELECT {ENTRY}, CASE WHEN EXISTS ({CORRECTED}) THEN NULL ELSE ({known}) END FROM listing l
                 WHERE {condition} ORDER BY {order}""",
             {"origin": origin},
         )
@@ -105,26 +92,6 @@ def make_plan(
         (planned,) = database.execute("SELECT count(*) FROM plan").fetchone()
         database.execute("COMMIT")
         return listed, planned
-
-
-def read_plan(path: Path, first: int, last: int) -> list[Planned]:
-    """Read rows ``first`` … ``last`` of the plan, counted from 1."""
-    with closing(sqlite3.connect(path)) as database:
-        rows = database.execute(
-            "SELECT source, locator, stamp, label, caption, problem, known FROM plan "
-            "WHERE number BETWEEN ? AND ? ORDER BY number",
-            (first, last),
-        )
-        return [Planned(Entry(*row[:6]), frozenset((row[6] or "").lower().split(",")) - {""}) for row in rows]
-
-
-def text_lengths(path: Path) -> Iterator[tuple[int, int]]:
-    """Yield number and characters of text of each row of the plan."""
-    with closing(sqlite3.connect(path)) as database:
-        yield from database.execute(
-            "SELECT number, length(source) + ifnull(length(label), 0) + ifnull(length(caption), 0) FROM plan "
-            "ORDER BY number"
-        )
 
 
 def description_digest(label: str | None, caption: str | None) -> str:
@@ -149,25 +116,10 @@ class Chunk:
     """Rows ``first`` … ``last`` of the plan in the folder ``work``."""
 
     work: Path
-    uri: str
     config: IngestConfig
     objects: ObjectStore | None
     first: int
     last: int
-
-
-@dataclass(frozen=True)
-class PreparedChunk:
-    """A finished chunk: a shard, and a table in which each line is JSON."""
-
-    table: Path
-    shard: Path
-
-    def read(self) -> tuple[str, list[dict[str, Any]]]:
-        """Return the SHA-256 of the shard, and a row of COLUMNS for each entry, in the order of the plan."""
-        with self.table.open() as lines:
-            shard_sha256, *rows = map(json.loads, lines)
-        return shard_sha256, rows
 
 
 def chunk_size(images: int, config: IngestConfig) -> int:
@@ -178,12 +130,21 @@ def chunk_size(images: int, config: IngestConfig) -> int:
     return min(most, max(-(-images // 8), 512))
 
 
-def prepare_chunk(chunk: Chunk) -> PreparedChunk:
-    """Read and prepare the images of ``chunk``, unless done already; raises transient errors, such as a full disk."""
-    planned = read_plan(chunk.work / "plan.sqlite", chunk.first, chunk.last)
+def prepare_chunk(chunk: Chunk) -> Path:
+    """Read and prepare the images of ``chunk``, unless done already; raises transient errors, such as a full disk.
+
+    Returns the path of a table of JSON lines: the SHA-256 of the shard beside it (.tar), and a row of COLUMNS for each
+    entry in the order of the plan.
+    """
+    with closing(sqlite3.connect(chunk.work / "plan.sqlite")) as database:
+        rows = database.execute(
+            f"SELECT {ENTRY}, known FROM plan WHERE number BETWEEN ? AND ? ORDER BY number", (chunk.first, chunk.last)
+        )
+        # SHA-256 of all bytes read under a name before: these are not new.
+        planned = [(Entry(*row[:6]), frozenset((row[6] or "").lower().split(",")) - {""}) for row in rows]
     settings = chunk.config.model_dump(mode="json", exclude=NOT_OF_A_CHUNK)
-    listing = [[*_listed(each), sorted(each.known)] for each in planned]
-    name = digest_of({"format": FORMAT, "uri": chunk.uri, "config": settings, "entries": listing})
+    listing = [[entry.source, entry.stamp, entry.label, entry.caption, sorted(known)] for entry, known in planned]
+    name = digest_of({"format": FORMAT, "uri": chunk.config.source, "config": settings, "entries": listing})
     folder = chunk.work / "chunks"
     table, shard = folder / f"{name}.jsonl", folder / f"{name}.tar"
     if not table.is_file():
@@ -191,13 +152,13 @@ def prepare_chunk(chunk: Chunk) -> PreparedChunk:
         # A unique name: a worker whose parent was killed may still be writing.
         partial = folder / f".{name}.{uuid.uuid4().hex}.partial"
         with partial.open("wb") as tar:
-            rows = _prepare(chunk, planned, TarWriter(tar))
+            prepared = _prepare(chunk, planned, TarWriter(tar))
         shard_sha256 = sha256_file(partial)
         _finish(partial, shard)
         with partial.open("w") as lines:
-            lines.writelines(f"{json.dumps(line)}\n" for line in (shard_sha256, *rows))
+            lines.writelines(f"{json.dumps(line)}\n" for line in (shard_sha256, *prepared))
         _finish(partial, table)
-    return PreparedChunk(table, shard)
+    return table
 
 
 def _finish(partial: Path, path: Path) -> None:
@@ -207,23 +168,25 @@ def _finish(partial: Path, path: Path) -> None:
     sync_folder(path.parent)
 
 
-def _listed(planned: Planned) -> list[str | None]:
-    entry = planned.entry
-    return [entry.source, entry.stamp, entry.label, entry.caption]
-
-
-def _prepare(chunk: Chunk, planned: list[Planned], writer: TarWriter) -> list[dict[str, Any]]:
+def _prepare(chunk: Chunk, planned: list[tuple[Entry, frozenset[str]]], writer: TarWriter) -> list[dict[str, Any]]:
     """Write the usable images with ``writer``; returns a row of COLUMNS for each of ``planned``."""
-    source = open_source(chunk.uri, Access(chunk.config, chunk.work / "scratch", chunk.objects))
-    payloads = source.read([each.entry for each in planned])
+    source = open_source(chunk.config.source, Access(chunk.config, chunk.work / "scratch", chunk.objects))
+    payloads = source.read([entry for entry, _ in planned if entry.problem is None])
     seen: set[str] = set()
     rows = []
-    for each, payload in zip(planned, payloads, strict=True):
-        row = dict.fromkeys(COLUMNS) | _about(each, payload)
+    for entry, known in planned:
+        row: dict[str, Any] = dict.fromkeys(COLUMNS)
+        row |= {"source": entry.source, "stamp": entry.stamp, "label": entry.label, "caption": entry.caption}
+        row["source_sha256"] = ""
         rows.append(row)
-        if isinstance(payload, Refused) or row["outcome"] == "known":
-            continue
         try:
+            payload = next(payloads) if entry.problem is None else Refused(entry.problem)
+            if isinstance(payload, Refused):
+                raise payload
+            row["source_sha256"] = _digest(payload)
+            if row["source_sha256"] in known:
+                row["outcome"] = "known"
+                continue
             image = prepare(payload, chunk.config)
         except Refused as refused:
             row |= {"outcome": "quarantined", "reason": str(refused)}
@@ -235,21 +198,9 @@ def _prepare(chunk: Chunk, planned: list[Planned], writer: TarWriter) -> list[di
         seen.add(image.key)
         metadata = {name: row[name] for name in ("label", "caption", "source")} | {"sha256": row["source_sha256"]}
         extent = writer.add(image.key, image.png, metadata)
-        row |= {"offset": extent.start, "size": extent.png, "end": extent.end}
+        row |= {"offset": extent.start, "size": extent.png}
     writer.close()
     return rows
-
-
-def _about(planned: Planned, payload: Payload) -> dict[str, Any]:
-    entry = planned.entry
-    about: dict[str, Any] = {"source": entry.source, "stamp": entry.stamp, "source_sha256": ""}
-    if isinstance(payload, Refused):
-        about |= {"outcome": "quarantined", "reason": str(payload)}
-    else:
-        about["source_sha256"] = _digest(payload)
-        if about["source_sha256"] in planned.known:
-            about["outcome"] = "known"
-    return about | {"label": entry.label, "caption": entry.caption}
 
 
 def _digest(payload: bytes | Image.Image) -> str:
@@ -285,8 +236,12 @@ def chunks_of(work: Path, config: IngestConfig, objects: ObjectStore | None, ima
     """Split a plan of ``images`` rows into chunks of equally many rows, or fewer where texts are long."""
     size = chunk_size(images, config)
     first, text = 1, 0
-    for number, length in text_lengths(work / "plan.sqlite"):
-        text += length
-        if number - first + 1 == size or text >= TEXT_OF_A_CHUNK or number == images:
-            yield Chunk(work, config.source, config, objects, first, number)
-            first, text = number + 1, 0
+    with closing(sqlite3.connect(work / "plan.sqlite")) as database:
+        for number, length in database.execute(
+            "SELECT number, length(source) + ifnull(length(label), 0) + ifnull(length(caption), 0) FROM plan "
+            "ORDER BY number"
+        ):
+            text += length
+            if number - first + 1 == size or text >= TEXT_OF_A_CHUNK or number == images:
+                yield Chunk(work, config, objects, first, number)
+                first, text = number + 1, 0

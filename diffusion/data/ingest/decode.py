@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from threading import Lock
 from time import monotonic, thread_time
+from typing import cast
 
 import numpy as np
 from PIL import Image, ImageCms
@@ -20,13 +21,12 @@ from PIL.GifImagePlugin import GifImageFile
 from PIL.ImageFile import ImageFile
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
-from PIL.TiffImagePlugin import BITSPERSAMPLE, PLANAR_CONFIGURATION, TiffImageFile
+from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION, PLANAR_CONFIGURATION, TiffImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
 from diffusion.common.files import sha256_bytes
 from diffusion.data import png
 from diffusion.data.ingest.config import IngestConfig
-from diffusion.data.png import eight_bits, from_sixteen_bits, has_sixteen_bits
 
 # Only these decoders are used, so that a file cannot choose an exotic one.
 DECODERS: tuple[tuple[bytes, type[ImageFile]], ...] = (
@@ -96,7 +96,9 @@ def prepare(payload: bytes | Image.Image, config: IngestConfig) -> StoredImage:
         source = _decode(payload, config, turns)
         image = _square(source, _to_grey_or_rgb(source, config), config)
         if config.mode == "keep":
-            image = _grey_if_all_is(image)
+            # An image without colour is grey, so that it has one key however it was saved.
+            red, *others = image.split()
+            image = red if all(red.tobytes() == each.tobytes() for each in others) else image
     pixels = np.asarray(image)
     header = f"{image.mode}:{image.width}x{image.height}:".encode()
     key = sha256_bytes(header + pixels.tobytes())
@@ -171,7 +173,14 @@ def _decode(payload: bytes | Image.Image, config: IngestConfig, turns: ExitStack
     image = _open(file)
     size, scale = image.size, 1
     _require_usable(size, config)
-    _require_known_range(image)
+    layout = _layout(image)
+    if (
+        isinstance(image, TiffImageFile)
+        and max(image.tag_v2.get(BITSPERSAMPLE, (1,))) > 8
+        and (image.tag_v2.get(PLANAR_CONFIGURATION), image.info.get("compression")) == (2, "raw")
+    ):
+        # Pillow misreads them as planes of 8 bits.
+        raise Refused("uncompressed planes of 16 bits: save it with the samples of a pixel side by side")
     if isinstance(image, JpegImageFile):
         width, height = _resized(size, config)
         drafted = image.draft(None, (REDUCED * width, REDUCED * height))
@@ -179,15 +188,23 @@ def _decode(payload: bytes | Image.Image, config: IngestConfig, turns: ExitStack
         image.decodermaxblock = JPEG_BLOCK
     elif size[0] * size[1] > LARGE:
         turns.enter_context(ONE_LARGE)
-    if has_sixteen_bits(image):
-        decoded: Image.Image = from_sixteen_bits(image, lambda: _open(file))
-    else:
-        decoded = image
-    decoded.load()
+    image.load()
     if isinstance(image, PngImageFile):
         _open(file).verify()  # decoding ignores checksums
     file.check()
-    return _upright(decoded, size, scale)
+    if image.mode.startswith("I;16"):
+        return _upright(_from_integers(image, layout), size, scale)
+    transparent = image.info.get("transparency")
+    if ";16" in layout and isinstance(transparent, tuple):
+        # Pillow keeps the upper bytes of colours, but not that of the transparent one.
+        image.info["transparency"] = tuple(sample >> 8 for sample in transparent)
+    return _upright(image, size, scale)
+
+
+def _layout(image: ImageFile) -> str:
+    """Return Pillow's name of the layout of samples in a file that is not loaded yet: ``RGB;16B``, say."""
+    args = image.tile[0].args if image.tile else ""
+    return str(args[0] if isinstance(args, tuple) else args)
 
 
 def _open(file: _Timed) -> ImageFile:
@@ -224,16 +241,6 @@ def _upright(image: Image.Image, size: tuple[int, int], scale: int) -> _Source:
     return _Source(image, size, scale, (left, top))
 
 
-def _require_known_range(image: ImageFile) -> None:
-    if image.mode == "F":
-        raise Refused("floating-point pixels have no known range: save it with 8 or 16 bits")
-    if isinstance(image, TiffImageFile):
-        separate = image.tag_v2.get(PLANAR_CONFIGURATION) == 2 and image.info.get("compression") == "raw"
-        if separate and max(image.tag_v2.get(BITSPERSAMPLE, (1,))) > 8:
-            # Pillow misreads them as planes of 8 bits.
-            raise Refused("uncompressed planes of 16 bits: save it with the samples of a pixel side by side")
-
-
 def _to_grey_or_rgb(source: _Source, config: IngestConfig) -> Image.Image:
     """Convert the image to ``L`` or ``RGB`` in sRGB, over the background where it is transparent."""
     image = source.image
@@ -259,18 +266,21 @@ def _to_grey_or_rgb(source: _Source, config: IngestConfig) -> Image.Image:
     return Image.composite(image, Image.new(image.mode, image.size, config.background), alpha)
 
 
-def _grey_if_all_is(image: Image.Image) -> Image.Image:
-    """Convert an image without colour to ``L``, so that it has one key however it was saved."""
-    red, *others = image.split()
-    return red if all(red.tobytes() == each.tobytes() for each in others) else image
-
-
-def _from_integers(image: Image.Image) -> Image.Image:
-    values = np.asarray(image).astype(np.int64)
-    if values.min() < 0 or values.max() > 65535:
+def _from_integers(image: Image.Image, layout: str = "") -> Image.Image:
+    """Round grey samples of 12 or 16 bits, or of 32 in the range of 16, to 8 bits."""
+    wide = image.convert("I")
+    low, high = cast(tuple[int, int], wide.getextrema())
+    if low < 0 or high > 65535:
         raise Refused("32-bit pixels outside 0…65535: save it with 8 or 16 bits")
-    made = Image.fromarray(eight_bits(values))
-    made.info = image.info
+    values = np.arange(2**16)
+    if layout == "I;12":
+        values = np.minimum(values << 4 | values >> 8, 65535)
+    if layout and isinstance(image, TiffImageFile) and image.tag_v2.get(PHOTOMETRIC_INTERPRETATION) == 0:
+        values = 65535 - values  # white is zero
+    made = wide.point(((values + 128) // 257).tolist(), "L")
+    if (transparent := image.info.get("transparency")) is not None:
+        made.putalpha(wide.point([255 * (value != transparent) for value in range(2**16)], "L"))
+    made.info = {key: value for key, value in image.info.items() if key != "transparency"}
     return made
 
 
@@ -302,10 +312,7 @@ def _conversion(profile: bytes, mode: str) -> Callable[[Image.Image], Image.Imag
     transform = ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), kind, "RGB")
 
     def convert(image: Image.Image) -> Image.Image:
-        converted = ImageCms.applyTransform(image, transform)
-        if converted is None:
-            raise AssertionError("applyTransform returns an image unless asked to work in place")
-        return converted
+        return cast(Image.Image, ImageCms.applyTransform(image, transform))
 
     if mode == "CMYK":
         return convert

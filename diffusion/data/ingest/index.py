@@ -7,9 +7,8 @@ few bits, found without comparing all pairs.
 
 import io
 import sqlite3
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -29,8 +28,6 @@ SCHEMA = """
         (source TEXT, sha256 BLOB, outcome TEXT, reason TEXT, PRIMARY KEY (source, sha256)) WITHOUT ROWID;
     CREATE TABLE IF NOT EXISTS samples (key BLOB PRIMARY KEY, split TEXT, digest BLOB) WITHOUT ROWID;
     CREATE TABLE IF NOT EXISTS removed (digest BLOB PRIMARY KEY) WITHOUT ROWID;
-"""
-NEAR_SCHEMA = """
     CREATE TABLE IF NOT EXISTS bands (band INTEGER, value INTEGER, hash INTEGER, PRIMARY KEY (band, value, hash))
         WITHOUT ROWID;
     CREATE TABLE IF NOT EXISTS groups (hash INTEGER, split TEXT, root BLOB NOT NULL, PRIMARY KEY (hash, split))
@@ -42,14 +39,19 @@ CACHE_KIB = 16 * 1024
 """Size of SQLite's page cache in KiB, so that memory does not grow with the index."""
 FORMAT = 1
 BITS = 64
+"""Bits of a perceptual hash."""
 
 
 class Index:
-    """The index at ``path``, updated to the state of ``manifest`` (None: an empty data set)."""
+    """The index at ``path``, updated to the state of ``manifest`` (None: an empty data set).
+
+    ``near``: the largest number of differing bits between perceptual hashes of near-duplicates; None if these are not
+    grouped. A group is named by its root, the smallest key that founded one of the groups merged into it.
+    """
 
     def __init__(self, path: Path, folder: Path, manifest: Manifest | None, near: int | None) -> None:
         self.path = path
-        self.near_distance = near
+        self.near = near
         try:
             self.database = _open(path)
         except sqlite3.OperationalError:
@@ -59,13 +61,15 @@ class Index:
             for each in (path, *path.parent.glob(f"{path.name}-*")):
                 each.unlink()
             self.database = _open(path)
-        self.near = NearCopies(self.database, near) if near is not None else None
         self._removals = removals(path.parent)
-        if self.database.execute("SELECT value FROM meta WHERE name = 'state'").fetchone() != (self._state(manifest),):
+        if self._first("SELECT value FROM meta WHERE name = 'state'") != (self._state(manifest),):
             with self.transaction():
                 self.clear()
                 for part in manifest.parts if manifest else ():
-                    self._read(folder, part)
+                    rows = read_records(folder, part).to_pylist()
+                    self.add_hashes(folder, part, rows)
+                    for row in rows:
+                        self.record(row)
                 self.stands_for(manifest)
 
     @contextmanager
@@ -92,7 +96,7 @@ class Index:
 
     def _state(self, manifest: Manifest | None) -> str:
         known = sorted(removal.name for removal in self._removals)
-        return digest_of([FORMAT, manifest.digest if manifest else None, self.near_distance, known])
+        return digest_of([FORMAT, manifest.digest if manifest else None, self.near, known])
 
     def close(self) -> None:
         """Close the database."""
@@ -106,61 +110,41 @@ class Index:
 
     def record(self, row: dict[str, Any]) -> None:
         """Add a row of RECORDS."""
-        sha256 = bytes.fromhex(row["source_sha256"])
         if row["outcome"] == "removed":
             self.refuse(row["source_sha256"], row["key"])
             return
         # The last record of a name counts: earlier quarantined records of it are obsolete.
         self.database.execute("DELETE FROM records WHERE source = ? AND outcome = 'quarantined'", (row["source"],))
-        self.database.execute(
-            "INSERT OR REPLACE INTO records VALUES (?, ?, ?, ?)",
-            (row["source"], sha256, row["outcome"], row["reason"] if row["outcome"] == "quarantined" else None),
-        )
+        reason = row["reason"] if row["outcome"] == "quarantined" else None
+        values = (row["source"], bytes.fromhex(row["source_sha256"]), row["outcome"], reason)
+        self.database.execute("INSERT OR REPLACE INTO records VALUES (?, ?, ?, ?)", values)
         if row["outcome"] == "kept":
             key = bytes.fromhex(row["key"])
             digest = sample_digest(row["key"], row["split"], row["label"], row["caption"])
             self.database.execute("INSERT INTO samples VALUES (?, ?, ?)", (key, row["split"], digest))
             if self.near is not None:
-                self.near.add(row["phash"], key, row["split"], [bytes.fromhex(root) for root in row["near"] or ()])
+                self._group(row["phash"], key, row["split"], sorted(map(bytes.fromhex, row["near"] or ())))
 
     def sample(self, key: str) -> tuple[str, bytes] | None:
         """Return split and digest of a kept image; None if there is none with this key."""
-        found = self.database.execute(
-            "SELECT split, digest FROM samples WHERE key = ?", (bytes.fromhex(key),)
-        ).fetchone()
-        return None if found is None else (found[0], found[1])
+        query = "SELECT split, digest FROM samples WHERE key = ?"
+        found: tuple[str, bytes] | None = self._first(query, bytes.fromhex(key))
+        return found
 
-    def is_removed(self, *digests: str) -> bool:
+    def is_removed(self, *digests: str | None) -> bool:
         """Return whether an image with one of these keys or digests was taken down."""
-        return any(
-            self.database.execute("SELECT 1 FROM removed WHERE digest = ?", (bytes.fromhex(digest),)).fetchone()
-            for digest in digests
-            if digest
-        )
+        query = "SELECT 1 FROM removed WHERE digest = ?"
+        return any(self._first(query, bytes.fromhex(digest)) for digest in digests if digest)
 
-    def is_removed_by_all(self, *digests: str | None) -> bool:
-        """Return whether all of these keys and digests that are not None were taken down."""
-        return all(self.is_removed(digest) for digest in digests if digest)
-
-    def refusal(self, source: str, sha256: str) -> str | None:
-        """Return the reason why the bytes of this name were quarantined; None if they were not."""
-        found = self.database.execute(
-            "SELECT reason FROM records WHERE source = ? AND sha256 = ? AND outcome = 'quarantined'",
-            (source, bytes.fromhex(sha256)),
-        ).fetchone()
-        return None if found is None else str(found[0])
-
-    def has(self, source: str, sha256: str) -> bool:
-        """Return whether the bytes of this name are recorded as an image or a duplicate."""
-        found = self.database.execute(
-            "SELECT 1 FROM records WHERE source = ? AND sha256 = ? AND outcome IN ('kept', 'duplicate')",
-            (source, bytes.fromhex(sha256)),
-        ).fetchone()
-        return found is not None
+    def recorded(self, source: str, sha256: str) -> tuple[str, str | None] | None:
+        """Return outcome and reason of the bytes of this name; None if they are not recorded."""
+        query = "SELECT outcome, reason FROM records WHERE source = ? AND sha256 = ?"
+        found: tuple[str, str | None] | None = self._first(query, source, bytes.fromhex(sha256))
+        return found
 
     def count(self, outcome: str) -> int:
         """Return the number of names whose last record has ``outcome``."""
-        (count,) = self.database.execute("SELECT count(*) FROM records WHERE outcome = ?", (outcome,)).fetchone()
+        (count,) = self._first("SELECT count(*) FROM records WHERE outcome = ?", outcome) or (0,)
         return int(count)
 
     def quarantined(self, limit: int) -> list[dict[str, str]]:
@@ -180,74 +164,55 @@ class Index:
         found = [(bytes.fromhex(digest),) for digest in digests if digest]
         self.database.executemany("INSERT OR IGNORE INTO removed VALUES (?)", found)
 
-    def _read(self, folder: Path, part: Part) -> None:
-        rows = read_records(folder, part).to_pylist()
-        if self.near is not None and any(row["outcome"] == "kept" and row["phash"] is None for row in rows):
-            add_hashes(folder, part, rows)
-        for row in rows:
-            self.record(row)
+    def add_hashes(self, folder: Path, part: Part, rows: list[dict[str, Any]]) -> None:
+        """Hash the images in ``rows`` of a part that was written before near-duplicates were configured."""
+        missing = [row for row in rows if row["outcome"] == "kept" and row["phash"] is None]
+        if self.near is not None and part.shard is not None and missing:
+            with (folder / part.shard.name).open("rb") as shard:
+                for row in missing:
+                    shard.seek(row["offset"])
+                    row["phash"] = perceptual_hash(Image.open(io.BytesIO(shard.read(row["size"])), formats=("PNG",)))
+
+    def groups_near(self, phash: int) -> list[tuple[bytes, str]]:
+        """Return root and split of the groups with a near-duplicate of an image with this hash, sorted by root.
+
+        Hashes are cut into one band more than bits may differ: those of near-duplicates have a band in common.
+        """
+        query = (
+            "SELECT g.hash, g.root, g.split FROM bands b JOIN groups g USING (hash) WHERE b.band = ? AND b.value = ?"
+        )
+        groups = {
+            (root, split)
+            for band in self._bands(phash)
+            for other, root, split in self.database.execute(query, band)
+            if ((phash ^ other) % 2**BITS).bit_count() <= (self.near or 0)
+        }
+        return sorted(groups, key=lambda group: group[0])
+
+    def _group(self, phash: int, key: bytes, split: str, roots: list[bytes]) -> None:
+        """Add an image to the groups with these ``roots``, which are merged; without any, to a new group."""
+        root = roots[0] if roots else key
+        self.database.executemany("UPDATE groups SET root = ? WHERE root = ?", ((root, other) for other in roots[1:]))
+        self.database.execute("INSERT OR IGNORE INTO groups VALUES (?, ?, ?)", (phash, split, root))
+        bands = ((*band, phash) for band in self._bands(phash))
+        self.database.executemany("INSERT OR IGNORE INTO bands VALUES (?, ?, ?)", bands)
+
+    def _bands(self, phash: int) -> Iterator[tuple[int, int]]:
+        """Yield number and value of each band of a hash."""
+        count = (self.near or 0) + 1
+        edges = [BITS * band // count for band in range(count + 1)]
+        for band, (low, high) in enumerate(pairwise(edges)):
+            # SQLite's integers are signed.
+            yield band, (phash % 2**BITS >> low & (1 << high - low) - 1) - 2 ** (BITS - 1)
+
+    def _first(self, query: str, *values: object) -> Any:
+        """Return the first row of a query; None if it has none."""
+        return self.database.execute(query, values).fetchone()
 
 
 def _open(path: Path) -> sqlite3.Connection:
     path.parent.mkdir(parents=True, exist_ok=True)
     database = sqlite3.connect(path, isolation_level=None)
     pragmas = f"PRAGMA journal_mode = WAL; PRAGMA synchronous = NORMAL; PRAGMA cache_size = -{CACHE_KIB};"
-    database.executescript(pragmas + SCHEMA + NEAR_SCHEMA)
+    database.executescript(pragmas + SCHEMA)
     return database
-
-
-def add_hashes(folder: Path, part: Part, rows: list[dict[str, Any]]) -> None:
-    """Hash the images of a part that was written before near-duplicates were configured."""
-    assert part.shard is not None
-    with (folder / part.shard.name).open("rb") as shard:
-        for row in rows:
-            if row["outcome"] == "kept" and row["phash"] is None:
-                shard.seek(row["offset"])
-                row["phash"] = perceptual_hash(Image.open(io.BytesIO(shard.read(row["size"])), formats=("PNG",)))
-
-
-@dataclass(frozen=True)
-class Group:
-    """Group of near-duplicates, named after the smallest key that founded one of the groups merged into it."""
-
-    root: bytes
-    split: str
-
-
-class NearCopies:
-    """Groups of near-duplicates in the index ``database``; ``distance``: the largest number of differing bits."""
-
-    def __init__(self, database: sqlite3.Connection, distance: int) -> None:
-        self.database = database
-        self.distance = distance
-        edges = [BITS * band // (distance + 1) for band in range(distance + 2)]
-        self._bands = [(low, (1 << high - low) - 1) for low, high in pairwise(edges)]
-
-    def around(self, phash: int) -> list[Group]:
-        """Return the groups with a near-duplicate of an image with this hash, sorted by root."""
-        query = (
-            "SELECT g.hash, g.root, g.split FROM bands b JOIN groups g USING (hash) WHERE b.band = ? AND b.value = ?"
-        )
-        groups = {
-            Group(root, split)
-            for band_and_value in enumerate(self._values(phash))
-            for other, root, split in self.database.execute(query, band_and_value)
-            if ((phash ^ other) % 2**BITS).bit_count() <= self.distance
-        }
-        return sorted(groups, key=lambda group: group.root)
-
-    def add(self, phash: int, key: bytes, split: str, joined: Iterable[bytes]) -> None:
-        """Add an image to the groups with the roots ``joined``, which are merged; without any, to a new group."""
-        roots = sorted(joined)
-        root = roots[0] if roots else key
-        self.database.executemany("UPDATE groups SET root = ? WHERE root = ?", ((root, other) for other in roots[1:]))
-        self.database.execute("INSERT OR IGNORE INTO groups VALUES (?, ?, ?)", (phash, split, root))
-        self.database.executemany(
-            "INSERT OR IGNORE INTO bands VALUES (?, ?, ?)",
-            ((band, value, phash) for band, value in enumerate(self._values(phash))),
-        )
-
-    def _values(self, phash: int) -> Iterator[int]:
-        unsigned = phash % 2**BITS
-        # SQLite's integers are signed.
-        return ((unsigned >> low & mask) - 2 ** (BITS - 1) for low, mask in self._bands)

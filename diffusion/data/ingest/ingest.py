@@ -6,7 +6,6 @@ manifest is written last; until then the previous version is complete, and nothi
 
 import shutil
 import sqlite3
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
@@ -18,18 +17,11 @@ from diffusion.common.config import Config
 from diffusion.common.errors import DarkroomError, UserError
 from diffusion.common.files import is_full_disk, make_folder, remove_partials
 from diffusion.common.progress import Progress, silent
-from diffusion.data.ingest.chunks import PreparedChunk, chunks_of, make_plan, origin_of, prepare_chunk
+from diffusion.data.ingest.chunks import chunks_of, make_plan, origin_of, prepare_chunk
 from diffusion.data.ingest.config import IngestConfig
 from diffusion.data.ingest.index import Index
 from diffusion.data.ingest.merge import Merge, write_part
-from diffusion.data.manifest import (
-    Manifest,
-    read_manifest,
-    read_records,
-    require_whole,
-    work_folder,
-    write_manifest,
-)
+from diffusion.data.manifest import Manifest, read_manifest, read_records, require_whole, work_folder, write_manifest
 from diffusion.data.prefetch import FanOut, local_fan_out
 from diffusion.data.sources import open_source
 from diffusion.data.sources.base import Access, ObjectStore
@@ -109,10 +101,18 @@ def ingest(
         if before is not None and not anew:
             require_whole(folder, before)
         with closing(Index(work / "index.sqlite", folder, before, config.near_duplicates)) as index:
-            passed_over: Counter[str] = Counter()
-            listed, planned = _plan(work, index, config, objects, requeue, anew, passed_over, progress)
-            chunks = chunks_of(work, config, objects, planned)
-            prepared = fan_out(prepare_chunk, chunks)
+            access = Access(config, work / "scratch", objects)
+            access.scratch.mkdir(exist_ok=True)
+            source, origin = open_source(config.source, access), origin_of(config.source)
+            plan = work / "plan.sqlite"
+            listed, planned = make_plan(plan, source, origin, index.path, requeue, anew, progress)
+            passed_over = access.passed_over
+            if not listed:
+                others = f" ({passed_over.total()} other files)" if passed_over else ""
+                raise UserError(
+                    f"no images in {config.source}{others}: give a source of JPEG, PNG, WebP, GIF, BMP or TIFF images"
+                )
+            prepared = fan_out(prepare_chunk, chunks_of(work, config, objects, planned))
             try:
                 after, merge = _merge(folder, config, before, index, prepared, planned, anew, progress)
             except UserError:
@@ -185,36 +185,12 @@ def _anew(before: Manifest | None, config: IngestConfig, rebuild: Rebuild, folde
     return bool(different)
 
 
-def _plan(
-    work: Path,
-    index: Index,
-    config: IngestConfig,
-    objects: ObjectStore | None,
-    requeue: bool,
-    anew: bool,
-    passed_over: Counter[str],
-    progress: Progress,
-) -> tuple[int, int]:
-    scratch = work / "scratch"
-    scratch.mkdir(exist_ok=True)
-    source = open_source(config.source, Access(config, scratch, objects, passed_over))
-    listed, planned = make_plan(
-        work / "plan.sqlite", source, origin_of(config.source), index.path, requeue, anew, progress
-    )
-    if not listed:
-        others = f" ({passed_over.total()} other files)" if passed_over else ""
-        raise UserError(
-            f"no images in {config.source}{others}: give a source of JPEG, PNG, WebP, GIF, BMP or TIFF images"
-        )
-    return listed, planned
-
-
 def _merge(
     folder: Path,
     config: IngestConfig,
     before: Manifest | None,
     index: Index,
-    prepared: Iterator[PreparedChunk],
+    prepared: Iterator[Path],
     planned: int,
     anew: bool,
     progress: Progress,
@@ -224,14 +200,30 @@ def _merge(
         parts = [] if before is None or anew else list(before.parts)
         merge = Merge(folder, config, index, origin_of(config.source), parts)
         if anew:
-            _begin(merge, before)
+            index.clear()
+            # Images taken down from the previous version are still rejected.
+            tables = (
+                read_records(folder, part) for part in (before.parts if before else ()) if "removed" in part.outcomes
+            )
+            if removed := [row for table in tables for row in table.to_pylist() if row["outcome"] == "removed"]:
+                for row in removed:
+                    index.record(row)
+                parts.append(write_part(folder, 0, None, removed, config.size))
         progress("images ingested", 0, planned)
         for chunk in prepared:
             merge.add(chunk)
             refused = merge.reasons.total()
             progress("images ingested", merge.read, planned, f"{refused:,} refused" if refused else "")
-        _check(merge, config)
-        kept = before if before is not None and not anew else None
+        refused, leading = merge.reasons.total(), merge.reasons.most_common(3)
+        reasons = "; ".join(f"{count} × {reason}" for reason, count in leading)
+        if not any(part.splits for part in merge.parts):
+            raise UserError(f"no usable image in {config.source}: all {refused} were refused ({reasons})")
+        if refused > config.max_quarantined * merge.news.total():
+            raise UserError(
+                f"{refused} of {merge.news.total()} images in {config.source} were refused, more than the share of "
+                f"{config.max_quarantined:g} allowed by ingest.max_quarantined ({reasons}): mend them, or allow more"
+            )
+        kept = None if anew else before
         after = Manifest(
             name=folder.name,
             parent=before.digest if before else None,
@@ -249,34 +241,6 @@ def _merge(
             write_manifest(folder, after)
         index.stands_for(after)
     return after, merge
-
-
-def _begin(merge: Merge, before: Manifest | None) -> None:
-    """Start an empty data set that still rejects images taken down from the previous one."""
-    merge.index.clear()
-    removed = [
-        row
-        for part in (before.parts if before else ())
-        if part.outcomes.get("removed")
-        for row in read_records(merge.folder, part).to_pylist()
-        if row["outcome"] == "removed"
-    ]
-    if removed:
-        for row in removed:
-            merge.index.record(row)
-        merge.parts.append(write_part(merge.folder, 0, None, removed, merge.config.size))
-
-
-def _check(merge: Merge, config: IngestConfig) -> None:
-    refused = merge.reasons.total()
-    leading = "; ".join(f"{count} × {reason}" for reason, count in merge.reasons.most_common(3))
-    if not any(part.splits for part in merge.parts):
-        raise UserError(f"no usable image in {config.source}: all {refused} were refused ({leading})")
-    if refused > config.max_quarantined * merge.news.total():
-        raise UserError(
-            f"{refused} of {merge.news.total()} images in {config.source} were refused, more than the share of "
-            f"{config.max_quarantined:g} allowed by ingest.max_quarantined ({leading}): mend them, or allow more"
-        )
 
 
 def remove_strays(folder: Path) -> None:

@@ -4,6 +4,7 @@
 two lines.
 """
 
+import json
 import os
 import shutil
 from collections import Counter
@@ -20,9 +21,8 @@ import pyarrow.parquet as pq
 from diffusion.common.config import Config
 from diffusion.common.errors import Held
 from diffusion.common.files import make_folder, sync_file, sync_folder, write_atomically, write_bytes
-from diffusion.data.ingest.chunks import PreparedChunk
 from diffusion.data.ingest.config import IngestConfig
-from diffusion.data.ingest.index import Index, add_hashes
+from diffusion.data.ingest.index import Index
 from diffusion.data.manifest import (
     RECORDS,
     FileEntry,
@@ -37,7 +37,7 @@ from diffusion.data.manifest import (
     versions,
     work_folder,
 )
-from diffusion.data.shards import BLOCK, Extent, extent_at, filtered
+from diffusion.data.shards import BLOCK, TarWriter
 from diffusion.data.versions.versions import remember
 
 REASONS_COUNTED = 10_000
@@ -67,9 +67,10 @@ class Merge:
     relabelled: int = 0
     """Number of duplicates among them with another label or caption."""
 
-    def add(self, chunk: PreparedChunk) -> None:
-        """Determine the outcome of each image of a chunk; new images become a part."""
-        shard_sha256, rows = chunk.read()
+    def add(self, chunk: Path) -> None:
+        """Determine the outcome of each image of a prepared ``chunk``; new images become a part."""
+        with chunk.open() as lines:
+            shard_sha256, *rows = map(json.loads, lines)
         in_shard = [row for row in rows if row["offset"] is not None]
         records = []
         for row in rows:
@@ -82,10 +83,7 @@ class Merge:
                 self.index.record(row)
                 records.append(row)
         self.read += len(rows)
-        if records:
-            whole = all(row["outcome"] == "kept" for row in in_shard)
-            shard = self._shard(chunk.shard, shard_sha256, records, whole)
-            self.parts.append(write_part(self.folder, len(self.parts), shard, records, self.config.size))
+        self._append(records, chunk.with_suffix(".tar"), shard_sha256, len(in_shard))
 
     def adopt(self, part: Part) -> int:
         """Add what a part of another version, whose files lie in ``folder``, has and this one lacks.
@@ -94,18 +92,15 @@ class Merge:
         """
         rows = read_records(self.folder, part).to_pylist()
         kept = [row for row in rows if row["outcome"] == "kept"]
-        if self.index.near is not None and any(row["phash"] is None for row in kept):
-            add_hashes(self.folder, part, rows)
-        if part.shard is not None:
-            with (self.folder / part.shard.name).open("rb") as file:
-                for row in kept:
-                    extent = extent_at(file, row["offset"], row["size"])
-                    row |= {"offset": extent.start, "end": extent.end}
+        self.index.add_hashes(self.folder, part, rows)
+        for row in kept:
+            row["offset"] -= BLOCK
         records, lost = [], 0
         for row in rows:
+            ours = self.index.recorded(row["source"], row["source_sha256"])
             if row["outcome"] == "removed":
-                is_recorded = not self.index.is_removed_by_all(row["key"], row["source_sha256"])
-            elif self.index.has(row["source"], row["source_sha256"]):
+                is_recorded = not self._is_known_as_removed(row)
+            elif ours is not None and ours[0] != "quarantined":
                 is_recorded = False
             elif row["outcome"] == "duplicate" and self.index.sample(row["key"]) is None:
                 # Its pixels are in a part that this version no longer has.
@@ -116,31 +111,32 @@ class Merge:
             if is_recorded:
                 self.index.record(row)
                 records.append(row)
-        if records:
-            shard = None
-            if part.shard is not None:
-                whole = len(kept) == sum(row["outcome"] == "kept" for row in records)
-                shard = self._shard(self.folder / part.shard.name, part.shard.sha256, records, whole)
-            self.parts.append(write_part(self.folder, len(self.parts), shard, records, self.config.size))
+        if part.shard is None:
+            self._append(records, None, "", 0)
+        else:
+            self._append(records, self.folder / part.shard.name, part.shard.sha256, len(kept))
         return lost
 
     def _classify(self, row: dict[str, Any]) -> bool:
         """Determine the outcome of an image; returns whether to record it."""
         if self.index.is_removed(row["key"], row["source_sha256"]):
             self.news["removed"] += 1
-            known = self.index.is_removed_by_all(row["key"], row["source_sha256"])
+            known = self._is_known_as_removed(row)
             # Its other files are rejected by their own digests, which are independent of how images are stored.
             row |= blanked(row, "came again after it was taken down")
             return not known
         if row["key"] is not None:
             self._classify_image(row)
         if row["outcome"] == "quarantined":
-            if self.index.refusal(row["source"], row["source_sha256"]) == row["reason"]:
+            if self.index.recorded(row["source"], row["source_sha256"]) == ("quarantined", row["reason"]):
                 return False
             known = len(self.reasons) < REASONS_COUNTED or row["reason"] in self.reasons
             self.reasons[row["reason"] if known else "other reasons"] += 1
         self.news[row["outcome"]] += 1
         return True
+
+    def _is_known_as_removed(self, row: dict[str, Any]) -> bool:
+        return all(self.index.is_removed(digest) for digest in (row["key"], row["source_sha256"]) if digest)
 
     def _classify_image(self, row: dict[str, Any]) -> None:
         there = self.index.sample(row["key"])
@@ -149,38 +145,50 @@ class Merge:
             same = sample_digest(row["key"], split, row["label"], row["caption"]) == digest
             row |= {"outcome": "duplicate", "reason": None if same else "came again with another label or caption"}
             self.relabelled += not same
-        else:
-            row |= {"outcome": "kept", "split": split_of(row["key"], self.config.held_out)}
-            if self.index.near is not None:
-                self._join_group(row)
+            return
+        row |= {"outcome": "kept", "split": split_of(row["key"], self.config.held_out)}
+        if self.index.near is not None and (groups := self.index.groups_near(row["phash"])):
+            roots, splits = zip(*groups, strict=True)
+            if len(set(splits)) > 1:
+                row |= {"outcome": "quarantined", "reason": "a near-copy of images in both splits", "split": None}
+            else:
+                row |= {"split": splits[0], "near": [root.hex() for root in roots]}
 
-    def _join_group(self, row: dict[str, Any]) -> None:
-        assert self.index.near is not None
-        groups = self.index.near.around(row["phash"])
-        splits = {group.split for group in groups}
-        if len(splits) > 1:
-            row |= {"outcome": "quarantined", "reason": "a near-copy of images in both splits", "split": None}
-        elif splits:
-            row |= {"split": splits.pop(), "near": [group.root.hex() for group in groups]}
+    def _append(self, records: list[dict[str, Any]], source: Path | None, digest: str, samples: int) -> None:
+        """Append a part of ``records``: its shard is ``source``, whose SHA-256 is ``digest``, or some of its samples.
 
-    def _shard(self, made: Path, digest: str, records: list[dict[str, Any]], whole: bool) -> FileEntry | None:
-        """Return the shard of the next part: ``made``, whose SHA-256 is ``digest``, or its kept samples."""
+        Their offsets, until here those of the samples, become those of the PNGs.
+        """
+        if not records:
+            return
+        number, shard = len(self.parts), None
         kept = [row for row in records if row["outcome"] == "kept"]
-        if not kept:
-            return None
-        number = len(self.parts)
-        staged = self.folder / "shards" / f".{number:05d}.tar"
-        make_folder(staged.parent)
-        staged.unlink(missing_ok=True)
-        if whole:
-            _link(made, staged)
-        else:
-            extents = [Extent(row["offset"], row["end"], row["size"]) for row in kept]
-            digest = write_atomically(staged, lambda partial: _filter(made, partial, extents, kept))
         for row in kept:
-            # From the start of the sample to that of its PNG.
             row["offset"] += BLOCK
-        return named(self.folder, staged, f"shards/{number:05d}-{digest[:16]}.tar", digest)
+        if source is not None and kept:
+            if len(kept) == samples:
+                staged = self.folder / "shards" / f".{number:05d}.tar"
+                make_folder(staged.parent)
+                staged.unlink(missing_ok=True)
+                _link(source, staged)
+                shard = _named(self.folder, staged, digest)
+            else:
+                shard = filter_shard(self.folder, number, source, kept)
+        self.parts.append(write_part(self.folder, number, shard, records, self.config.size))
+
+
+def filter_shard(folder: Path, number: int, source: Path, rows: list[dict[str, Any]]) -> FileEntry:
+    """Write shard ``number`` of the samples of the shard ``source`` that ``rows`` describe; updates their offsets."""
+
+    def write(partial: Path) -> None:
+        with source.open("rb") as old, partial.open("wb") as new:
+            writer = TarWriter(new)
+            for row in sorted(rows, key=lambda row: row["offset"]):
+                row["offset"] = writer.copy(old, row["offset"], row["size"])
+            writer.close()
+
+    staged = folder / "shards" / f".{number:05d}.tar"
+    return _named(folder, staged, write_atomically(staged, write))
 
 
 def write_part(folder: Path, number: int, shard: FileEntry | None, records: list[dict[str, Any]], size: int) -> Part:
@@ -189,15 +197,20 @@ def write_part(folder: Path, number: int, shard: FileEntry | None, records: list
     table = pa.Table.from_pylist(records, RECORDS)
     digest = write_atomically(staged, lambda partial: pq.write_table(table, partial, compression="zstd"))
     kept = [row for row in records if row["outcome"] == "kept"]
+    train = [row for row in kept if row["split"] == "train"]
+    sums = {
+        name: sum((np.broadcast_to(np.array(row[name], np.int64), 3) for row in train), np.zeros(3, np.int64)).tolist()
+        for name in ("total", "squares")
+    }
     return Part(
         number=number,
-        records=named(folder, staged, f"records/{number:05d}-{digest[:16]}.parquet", digest),
+        records=_named(folder, staged, digest),
         shard=shard,
         outcomes=_counts(records, "outcome"),
         splits=_counts(kept, "split"),
         classes=_counts(kept, "label"),
         modes=_counts(kept, "mode"),
-        totals=_totals(kept, size),
+        totals=Totals(pixels=len(train) * size * size, **sums),
     )
 
 
@@ -217,29 +230,14 @@ def _counts(rows: list[dict[str, Any]], column: str) -> dict[str, int]:
     return dict(sorted(Counter(row[column] for row in rows if row[column] is not None).items()))
 
 
-def named(folder: Path, staged: Path, name: str, digest: str) -> FileEntry:
+def _named(folder: Path, staged: Path, digest: str) -> FileEntry:
     """Rename a finished file of the data set to its final name, which contains its digest."""
-    path = folder / name
+    path = staged.with_name(f"{staged.stem[1:]}-{digest[:16]}{staged.suffix}")
     staged.replace(path)
     # Two names of one file are not merged by a rename.
     staged.unlink(missing_ok=True)
     sync_folder(path.parent)
-    return FileEntry(name=name, sha256=digest, bytes=path.stat().st_size)
-
-
-def _totals(kept: list[dict[str, Any]], size: int) -> Totals:
-    """Compute the sums over the training images among ``kept`` rows."""
-    rows = [row for row in kept if row["split"] == "train"]
-    sums = {
-        name: sum((np.broadcast_to(np.array(row[name], np.int64), 3) for row in rows), np.zeros(3, np.int64)).tolist()
-        for name in ("total", "squares")
-    }
-    return Totals(pixels=len(rows) * size * size, **sums)
-
-
-def _filter(source: Path, target: Path, extents: list[Extent], kept: list[dict[str, Any]]) -> None:
-    for row, extent in zip(kept, filtered(source, target, extents), strict=True):
-        row["offset"] = extent.start
+    return FileEntry(name=path.relative_to(folder).as_posix(), sha256=digest, bytes=path.stat().st_size)
 
 
 def _link(path: Path, target: Path) -> None:

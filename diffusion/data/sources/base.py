@@ -2,9 +2,9 @@
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol, TypeAlias
+from typing import NamedTuple, Protocol, TypeAlias
 
 from PIL import Image
 
@@ -12,20 +12,13 @@ from diffusion.common.files import sha256_bytes
 from diffusion.data.ingest.config import IngestConfig
 from diffusion.data.ingest.decode import Refused
 
-EXTENSIONS = frozenset((".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".gif", ".bmp", ".tif", ".tiff"))
-"""Extensions of possible images; the format is determined by the bytes."""
-FOREIGN = frozenset(
-    (".heic", ".heif", ".avif", ".jxl", ".jp2", ".psd", ".tga", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2")
-)
-"""Names of images in formats that cannot be read: these are quarantined instead of ignored as other files are."""
-
-
+MISSING = "named in the listing but missing"
+"""Reason why a file that was listed, or named by metadata, is not read."""
 LONGEST = {"name": 4096, "label": 1000, "caption": 10_000}
 """Maximum characters of the texts of an image."""
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
+class Entry(NamedTuple):
     """A possible image, with its name, label and caption in the source."""
 
     source: str
@@ -64,43 +57,29 @@ class Source(Protocol):
         """
 
 
-class Bounded:
-    """Wrapper of ``source`` that limits the length of its texts; longer ones are quarantined."""
-
-    def __init__(self, source: Source) -> None:
-        self.source = source
-        self.in_order = source.in_order
-
-    def entries(self) -> Iterator[Entry]:
-        """Yield the entries of ``source``; a text that is too long is truncated and set as their ``problem``."""
-        return map(_bounded, self.source.entries())
-
-    def read(self, entries: Sequence[Entry]) -> Iterator[Payload]:
-        """Yield the payloads of ``source``, or the reason why an entry is not read."""
-        payloads = self.source.read([entry for entry in entries if entry.problem is None])
-        for entry in entries:
-            yield next(payloads) if entry.problem is None else Refused(entry.problem)
-
-
-def _bounded(entry: Entry) -> Entry:
-    texts = {"name": entry.source, "label": entry.label or "", "caption": entry.caption or ""}
-    for kind, text in texts.items():
-        if len(text) > LONGEST[kind]:
-            entry = replace(
-                entry,
-                source=entry.source if len(entry.source) <= LONGEST["name"] else shortened(entry.source),
-                stamp="",  # its texts may be fixed while its bytes stay the same
-                label=entry.label if len(texts["label"]) <= LONGEST["label"] else None,
-                caption=entry.caption if len(texts["caption"]) <= LONGEST["caption"] else None,
-                problem=too_long(kind),
-            )
-            break
-    return entry
+def bounded(entry: Entry) -> Entry:
+    """Limit the length of the texts of an entry: a longer one is cut or left out, and becomes its ``problem``."""
+    texts = {"name": entry.source, "label": entry.label, "caption": entry.caption}
+    long = [kind for kind, text in texts.items() if len(text or "") > LONGEST[kind]]
+    if not long:
+        return entry
+    return entry._replace(
+        source=shortened(entry.source) if "name" in long else entry.source,
+        stamp="",  # its texts may be fixed while its bytes stay the same
+        label=None if "label" in long else entry.label,
+        caption=None if "caption" in long else entry.caption,
+        problem=too_long(long[0]),
+    )
 
 
 def too_long(kind: str) -> str:
     """Return the reason for a name, label or caption longer than LONGEST."""
     return f"its {kind} has more than {LONGEST[kind]} characters"
+
+
+def too_large(size: int, limit: int) -> Refused:
+    """Return the reason why a file of ``size`` bytes is not read."""
+    return Refused(f"{size} bytes are over the limit of {limit}")
 
 
 def shortened(name: str) -> str:

@@ -1,24 +1,33 @@
-"""Names and metadata files of images: the conventions of Hugging Face's ImageFolder."""
+"""Labels and captions of images by the conventions of Hugging Face's ImageFolder: folders, or a metadata file."""
 
 import csv
 import json
 import posixpath
 import re
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+import sqlite3
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, closing
 from pathlib import PurePosixPath
 from typing import Any, TextIO
 
 from diffusion.common.errors import UserError
-from diffusion.data.ingest.decode import Refused
-from diffusion.data.sources.base import EXTENSIONS, FOREIGN
+from diffusion.data.sources.base import MISSING, Entry
 
+EXTENSIONS = frozenset((".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".gif", ".bmp", ".tif", ".tiff"))
+"""Extensions of possible images; the format is determined by the bytes."""
+FOREIGN = frozenset(
+    (".heic", ".heif", ".avif", ".jxl", ".jp2", ".psd", ".tga", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2")
+)
+"""Names of images in formats that cannot be read: these are quarantined instead of ignored as other files are."""
 METADATA_FILES = ("metadata.csv", "metadata.jsonl")
 LONGEST_LINE = 2**20
 """Maximum characters of a line of a table, or of all lines of a CSV record, so that a file that is not a table is not
 read into memory."""
 MOST_COLUMNS = 1000
 """Maximum columns of a CSV; each takes memory and time in every record, even if its line is short."""
+RECORDS_PER_FILE = 10
+"""Maximum average number of metadata records per existing file: they compress well."""
 
 _UNSAFE = re.compile("[\x00-\x1f\x7f\ud800-\udfff]")
 
@@ -38,7 +47,7 @@ def _escaped(match: re.Match[str]) -> str:
 
 def is_image(name: str) -> bool:
     """Return whether a path has an image's extension and no hidden component."""
-    return extension(name) in EXTENSIONS | FOREIGN and not is_hidden(name)
+    return posixpath.splitext(name)[1].lower() in EXTENSIONS | FOREIGN and not is_hidden(name)
 
 
 def is_hidden(name: str) -> bool:
@@ -46,95 +55,70 @@ def is_hidden(name: str) -> bool:
     return any(part.startswith(".") and part not in (".", "..") for part in name.split("/"))
 
 
-def extension(name: str) -> str:
-    """Return the extension of a path, from its last dot, in lower case; empty if there is none."""
-    return posixpath.splitext(name)[1].lower()
+def list_images(
+    files: Iterable[tuple[str, str, str]],
+    where: str,
+    open_table: Callable[[str, str], AbstractContextManager[TextIO]],
+    passed_over: Counter[str],
+) -> Iterator[Entry]:
+    """Yield the images among ``files``, given by name relative to ``where``, locator and stamp.
 
+    With a ``metadata.csv`` or ``metadata.jsonl``, opened by ``open_table(locator, stamp)``, exactly the files that it
+    names (``file_name``, and optionally ``label`` and ``text`` or ``caption``). Without one, every file with an image's
+    extension that is not hidden; its label is the name of its folder if there are several and none of the images lies
+    in the root. The extensions of other visible files are counted in ``passed_over``.
 
-def folder_label(name: str) -> str:
-    """Return the name of the folder of the path ``name``."""
-    return posixpath.basename(posixpath.dirname(name))
+    Labels depend on all files, which are kept on disk. Of several files of a name the last one counts.
 
-
-def as_text(value: object) -> str | None:
-    """Convert a label or caption from JSON or a table to text; empty: None. Raises ValueError for lists and such."""
-    if value is None or value == "":
-        return None
-    if not isinstance(value, str | int | float):
-        raise ValueError(f"{str(value)[:60]!r} is neither text nor a number")
-    return str(value).encode("utf-8", "backslashreplace").decode()
-
-
-def too_large(size: int, limit: int) -> Refused:
-    """Return the reason why a file of ``size`` bytes is not read."""
-    return Refused(f"{size} bytes are over the limit of {limit}")
-
-
-@dataclass(frozen=True, slots=True)
-class Described:
-    """Entry of a metadata file about one image."""
-
-    name: str
-    """Path relative to the metadata file, inside its folder."""
-    label: str | None
-    caption: str | None
-
-
-def records(lines: TextIO, name: str, where: str) -> Iterator[dict[str, Any]]:
-    """Yield the records of a CSV with a header or, by ``name``, of JSON lines; ``where`` is for messages."""
-    try:
-        if not name.lower().endswith(".csv"):
-            for line in _short(lines):
-                if line.strip():
-                    record = json.loads(line)
-                    if not isinstance(record, dict):
-                        raise ValueError(f"{line.strip()[:60]} is no JSON object")
-                    yield record
+    Raises UserError for metadata that cannot be read.
+    """
+    where = where.rstrip("/")
+    # SQLite's name for a private temporary file.
+    with closing(sqlite3.connect("", check_same_thread=False, isolation_level=None)) as database:
+        database.execute("PRAGMA journal_mode = OFF")
+        database.execute("CREATE TABLE files (number INTEGER PRIMARY KEY, name, locator, stamp, folder)")
+        database.execute("BEGIN")
+        # Only images have a folder.
+        rows = ((*file, posixpath.dirname(file[0]) if is_image(file[0]) else None) for file in files)
+        database.executemany("INSERT INTO files (name, locator, stamp, folder) VALUES (?, ?, ?, ?)", rows)
+        # Of several columns beside max(), SQLite returns those of the row with the maximum.
+        last = "SELECT locator, stamp, name, max(number) FROM files WHERE name = ? GROUP BY name"
+        tables = [row for name in METADATA_FILES for row in database.execute(last, (name,))]
+        if len(tables) > 1:
+            raise both_tables(where)
+        for locator, stamp, table, _ in tables:
+            database.execute("CREATE INDEX names ON files (name, number)")
+            (count,) = database.execute("SELECT count(*) FROM files").fetchone()
+            most = RECORDS_PER_FILE * count + 1000
+            with open_table(locator, stamp) as lines:
+                for number, (name, label, caption) in enumerate(described(lines, f"{where}/{table}"), start=1):
+                    if number > most:
+                        raise UserError(
+                            f"the metadata of {count} files has over {most} records: take those of others out"
+                        )
+                    found = database.execute(last, (name,)).fetchone() or (json.dumps(MISSING), "")
+                    yield Entry(name, found[0], found[1], label, caption)
             return
-        table = _Record(lines)
-        for number, row in enumerate(csv.DictReader(table), start=1):
-            table.characters = 0
-            if len(row) > MOST_COLUMNS:
-                raise ValueError(f"it has {len(row)} columns, over the limit of {MOST_COLUMNS}")
-            if None in row:
-                raise ValueError(f"record {number} has more fields than the header: put quotes around commas")
-            yield row
-    except (ValueError, csv.Error, RecursionError) as error:
-        raise UserError(f"{where} cannot be read ({error}): mend it or take it away") from error
+        several = "SELECT min(folder) != max(folder) AND min(folder) != '' FROM files"
+        (labelled,) = database.execute(several).fetchone()
+        for name, locator, stamp, folder in database.execute("SELECT name, locator, stamp, folder FROM files"):
+            if folder is not None:
+                yield Entry(name, locator, stamp, posixpath.basename(folder) if labelled else None)
+            elif not is_hidden(name):
+                passed_over[posixpath.splitext(name)[1].lower()] += 1
 
 
-class _Record:
-    """Lines of a CSV with a limit per record: an unclosed quote would include all lines that follow."""
-
-    def __init__(self, lines: TextIO) -> None:
-        self._lines = _short(lines)
-        self.characters = 0
-        """Characters of the current record."""
-
-    def __iter__(self) -> Iterator[str]:
-        return self
-
-    def __next__(self) -> str:
-        line = next(self._lines)
-        self.characters += len(line)
-        if self.characters > LONGEST_LINE:
-            raise ValueError(f"a record is longer than {LONGEST_LINE} characters")
-        return line
+def both_tables(where: str) -> UserError:
+    """Return the error for two metadata files in one place."""
+    return UserError(f"{where} has both {' and '.join(METADATA_FILES)}: keep one of them")
 
 
-def _short(lines: TextIO) -> Iterator[str]:
-    for line in iter(lambda: lines.readline(LONGEST_LINE), ""):
-        if len(line) == LONGEST_LINE:
-            raise ValueError(f"a line is longer than {LONGEST_LINE} characters")
-        yield line
-
-
-def described(found: Iterable[dict[str, Any]], where: str) -> Iterator[Described]:
-    """Parse metadata ``found`` in ``where``: ``file_name``, and optionally ``label`` and ``text`` or ``caption``.
+def described(lines: TextIO, where: str) -> Iterator[tuple[str, str | None, str | None]]:
+    """Yield relative path, label and caption of each record of the metadata file ``where``.
 
     Raises UserError for records without a ``file_name``, or with one that leads out of the file's folder.
     """
-    for number, record in enumerate(found, start=1):
+    for number, record in enumerate(records(lines, where), start=1):
         name = record.get("file_name")
         if not isinstance(name, str) or not name:
             raise UserError(f"{where}, record {number} has no file_name: give each image's path in it")
@@ -146,8 +130,64 @@ def described(found: Iterable[dict[str, Any]], where: str) -> Iterator[Described
             raise UserError(
                 f"{where}, record {number}: {sane(name)} is no file's name: take its control characters out"
             )
-        try:
-            label, caption = as_text(record.get("label")), as_text(record.get("text") or record.get("caption"))
-        except ValueError as error:
-            raise UserError(f"{where}, record {number}: {error}: give one text for label and caption") from error
-        yield Described(path.as_posix(), label, caption)
+        yield path.as_posix(), *texts_of(record, f"{where}, record {number}")
+
+
+def texts_of(record: dict[str, Any], where: str) -> tuple[str | None, str | None]:
+    """Return label and caption (``text`` or ``caption``) of a record; raises UserError for lists and such."""
+    try:
+        return as_text(record.get("label")), as_text(record.get("text") or record.get("caption"))
+    except ValueError as error:
+        raise UserError(f"{where}: {error}: give one text for each of label and caption") from error
+
+
+def as_text(value: object) -> str | None:
+    """Convert a label or caption from JSON or a table to text; empty: None. Raises ValueError for lists and such."""
+    if value is None or value == "":
+        return None
+    if not isinstance(value, str | int | float):
+        raise ValueError(f"{str(value)[:60]!r} is neither text nor a number")
+    return str(value).encode("utf-8", "backslashreplace").decode()
+
+
+def records(lines: TextIO, where: str) -> Iterator[dict[str, Any]]:
+    """Yield the records of the table ``where``: a CSV with a header, or else JSON lines."""
+    try:
+        if where.lower().endswith(".csv"):
+            yield from _csv_records(lines)
+            return
+        for line in filter(str.strip, _short_lines(lines)):
+            record = json.loads(line)
+            if not isinstance(record, dict):
+                raise ValueError(f"{line.strip()[:60]} is no JSON object")
+            yield record
+    except (ValueError, csv.Error, RecursionError) as error:
+        raise UserError(f"{where} cannot be read ({error}): mend it or take it away") from error
+
+
+def _csv_records(lines: TextIO) -> Iterator[dict[str, Any]]:
+    characters = 0
+
+    def counted() -> Iterator[str]:
+        # An unclosed quote would include all lines that follow.
+        nonlocal characters
+        for line in _short_lines(lines):
+            characters += len(line)
+            if characters > LONGEST_LINE:
+                raise ValueError(f"a record is longer than {LONGEST_LINE} characters")
+            yield line
+
+    for number, row in enumerate(csv.DictReader(counted()), start=1):
+        characters = 0
+        if len(row) > MOST_COLUMNS:
+            raise ValueError(f"it has {len(row)} columns, over the limit of {MOST_COLUMNS}")
+        if None in row:
+            raise ValueError(f"record {number} has more fields than the header: put quotes around commas")
+        yield row
+
+
+def _short_lines(lines: TextIO) -> Iterator[str]:
+    for line in iter(lambda: lines.readline(LONGEST_LINE), ""):
+        if len(line) == LONGEST_LINE:
+            raise ValueError(f"a line is longer than {LONGEST_LINE} characters")
+        yield line

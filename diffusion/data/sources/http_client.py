@@ -9,12 +9,10 @@ import base64
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
-from importlib.util import find_spec
 from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
 from typing import Any, TypeVar
 from urllib.request import getproxies, proxy_bypass
@@ -24,6 +22,7 @@ import httpx
 import psutil
 
 from diffusion.common.errors import UserError
+from diffusion.data.ingest.decode import Refused
 
 Result = TypeVar("Result")
 
@@ -53,10 +52,6 @@ NOT_PUBLIC = tuple(
 )
 
 
-class AddressRefused(Exception):
-    """The host has no allowed address; the message is the reason recorded in the quarantine."""
-
-
 def is_public(address: str) -> bool:
     """Return whether ``address`` (numeric IPv4 or IPv6) is that of a host on the public internet.
 
@@ -79,21 +74,6 @@ def is_own(address: str) -> bool:
     return address in {each.partition("%")[0] for each in own}
 
 
-@dataclass(frozen=True)
-class Answer:
-    """Response at the end of all redirects."""
-
-    status: int
-    headers: httpx.Headers
-    body: Iterable[bytes]
-    """Body as sent, in any encoding; can be read once."""
-
-    @property
-    def line(self) -> str:
-        """Return the status code and its standard name, if any, instead of the server's text."""
-        return f"HTTP {self.status} {httpx.codes.get_reason_phrase(self.status)}".strip()
-
-
 class HttpClient:
     """Thread-safe HTTP client with persistent connections.
 
@@ -109,67 +89,60 @@ class HttpClient:
 
     def __init__(self, seconds: float, allow_private: bool, connections: int, stopped: threading.Event) -> None:
         self.seconds = seconds
-        self._network = _Network(allow_private, stopped)
+        self._allow_private = allow_private
+        self._clock = _Clock(seconds, stopped)
         self._pool_of = partial(
             httpcore.ConnectionPool, ssl_context=httpx.create_ssl_context(), max_connections=connections
         )
-        self._direct = self._pool_of(network_backend=self._network)
+        self._direct = self._pool_of(network_backend=_Network(self._clock, allow_private))
         self._proxies = getproxies()
         self._proxied = {
             proxy: self._through(proxy) for scheme, proxy in self._proxies.items() if scheme in ("http", "https", "all")
         }
 
-    def __enter__(self) -> "HttpClient":
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
+        """Close all connections."""
         for pool in (self._direct, *self._proxied.values()):
             pool.close()
 
     @contextmanager
-    def get(self, url: str) -> Iterator[Answer]:
-        """Yield the response to a GET of ``url`` after all redirects; its body must be read inside.
+    def get(self, url: str) -> Iterator[httpcore.Response]:
+        """Yield the response to a GET of ``url`` after all redirects; its body, as sent, must be read inside.
 
-        Raises AddressRefused, httpx.InvalidURL, httpcore.UnsupportedProtocol (anything but http and https),
-        httpx.TooManyRedirects, httpcore.TimeoutException, or another exception of httpcore.
+        Raises Refused (the host has no allowed address), httpx.InvalidURL, httpcore.UnsupportedProtocol (anything but
+        http and https), httpx.TooManyRedirects, httpcore.TimeoutException, or another exception of httpcore.
         """
-        self._network.begin(self.seconds)
+        self._clock.begin()
         place = httpx.URL(url)
         for _ in range(MOST_REDIRECTS + 1):
             if place.scheme not in ("http", "https") or not place.host:
                 raise httpcore.UnsupportedProtocol(place.scheme)
-            with self._sent(place) as response:
-                headers = httpx.Headers(response.headers)
-                location = headers.get("Location")
+            headers: dict[bytes | str, bytes | str] = {
+                "Host": place.netloc,
+                "User-Agent": "Darkroom",
+                "Accept": "image/*, */*;q=0.5",
+                "Accept-Encoding": "identity",
+            }
+            if place.username or place.password:
+                login = f"{place.username}:{place.password}".encode()
+                headers["Authorization"] = b"Basic " + base64.b64encode(login)
+            pool, extensions = self._pool(place), {"timeout": {"pool": self._clock.left()}}
+            with pool.stream("GET", _for_httpcore(place), headers=headers, extensions=extensions) as response:
+                location = httpx.Headers(response.headers).get("Location")
                 if response.status not in REDIRECTS or location is None:
-                    yield Answer(response.status, headers, response.iter_stream())
+                    yield response
                     return
             # Its body is not read: it is not needed and may be endless.
             place = place.join(location)
         raise httpx.TooManyRedirects(f"more than {MOST_REDIRECTS} redirects")
-
-    @contextmanager
-    def _sent(self, url: httpx.URL) -> Iterator[httpcore.Response]:
-        headers: dict[bytes | str, bytes | str] = {
-            "Host": url.netloc,
-            "User-Agent": "Darkroom",
-            "Accept": "image/*, */*;q=0.5",
-            "Accept-Encoding": "identity",
-        }
-        if url.username or url.password:
-            login = f"{url.username}:{url.password}".encode()
-            headers["Authorization"] = b"Basic " + base64.b64encode(login)
-        target = httpcore.URL(scheme=url.raw_scheme, host=url.raw_host, port=url.port, target=url.raw_path)
-        extensions = {"timeout": {"pool": self._network.left()}}
-        with self._pool(url).stream("GET", target, headers=headers, extensions=extensions) as response:
-            yield response
 
     def _pool(self, url: httpx.URL) -> httpcore.ConnectionPool:
         port = url.port or (443 if url.scheme == "https" else 80)
         proxy = self._proxies.get(url.scheme) or self._proxies.get("all")
         if not proxy or proxy_bypass(f"{url.host}:{port}", self._proxies):
             return self._direct
-        self._network.require_allowed(url.raw_host.decode(), port)
+        if not self._allow_private:
+            self._clock.waited(lambda: _addresses(url.raw_host.decode(), port, allow_private=False))
         return self._proxied[proxy]
 
     def _through(self, address: str) -> httpcore.ConnectionPool:
@@ -178,32 +151,28 @@ class HttpClient:
             proxy = httpx.Proxy(address if "://" in address else f"http://{address}")
         except (ValueError, httpx.InvalidURL) as error:
             raise UserError(f"the proxy in the environment cannot be used ({error}): mend HTTPS_PROXY") from error
-        if proxy.url.scheme.startswith("socks") and find_spec("socksio") is None:
-            raise UserError(
-                f"the proxy in the environment speaks {proxy.url.scheme}, for which a package is missing: "
-                "pip install socksio"
-            )
-        url = httpcore.URL(
-            scheme=proxy.url.raw_scheme, host=proxy.url.raw_host, port=proxy.url.port, target=proxy.url.raw_path
-        )
         return self._pool_of(
-            proxy=httpcore.Proxy(url, proxy.raw_auth, proxy.headers.raw, proxy.ssl_context),
-            network_backend=_ToProxy(self._network),
+            proxy=httpcore.Proxy(_for_httpcore(proxy.url), proxy.raw_auth, proxy.headers.raw, proxy.ssl_context),
+            # It comes from the environment, which is trusted.
+            network_backend=_Network(self._clock, allow_private=True),
         )
 
 
-class _Network(httpcore.NetworkBackend):
-    """Network backend that connects to allowed addresses only, within the time of the thread's current exchange."""
+def _for_httpcore(url: httpx.URL) -> httpcore.URL:
+    return httpcore.URL(scheme=url.raw_scheme, host=url.raw_host, port=url.port, target=url.raw_path)
 
-    def __init__(self, allow_private: bool, stopped: threading.Event) -> None:
-        self._allow_private = allow_private
+
+class _Clock:
+    """Time left for the current exchange of each thread: none once ``stopped`` is set."""
+
+    def __init__(self, seconds: float, stopped: threading.Event) -> None:
+        self._seconds = seconds
         self._stopped = stopped
         self._exchange = threading.local()
-        self._backend = httpcore.SyncBackend()
 
-    def begin(self, seconds: float) -> None:
-        """Begin an exchange of at most ``seconds`` in this thread."""
-        self._exchange.deadline = time.monotonic() + seconds
+    def begin(self) -> None:
+        """Begin an exchange in this thread."""
+        self._exchange.deadline = time.monotonic() + self._seconds
 
     def left(self) -> float:
         """Return the seconds left for this thread's exchange; raises httpcore.ReadTimeout if there are none."""
@@ -211,33 +180,6 @@ class _Network(httpcore.NetworkBackend):
         if left <= 0 or self._stopped.is_set():
             raise httpcore.ReadTimeout
         return left
-
-    def connect_tcp(self, host: str, port: int, *_: Any, **__: Any) -> httpcore.NetworkStream:
-        """Connect to an allowed address of ``host``; raises AddressRefused if it has none."""
-        return self.connected(host, port, self._allow_private)
-
-    def connected(self, host: str, port: int, allow_private: bool) -> httpcore.NetworkStream:
-        """Connect to the first address of ``host`` that accepts, among all or only the public ones."""
-        deadline = self._exchange.deadline
-
-        def connect() -> httpcore.NetworkStream:
-            failure: Exception = httpcore.ConnectTimeout()
-            for address in _addresses(host, port, allow_private):
-                left = deadline - time.monotonic()
-                if left <= 0:
-                    break
-                try:
-                    return self._backend.connect_tcp(address, port, timeout=left)
-                except (httpcore.NetworkError, httpcore.TimeoutException) as error:
-                    failure = error
-            raise failure
-
-        return _Stream(self.waited(connect), self)
-
-    def require_allowed(self, host: str, port: int) -> None:
-        """Raise AddressRefused if ``host`` has no allowed address."""
-        if not self._allow_private:
-            self.waited(lambda: _addresses(host, port, allow_private=False))
 
     def waited(self, work: Callable[[], Result]) -> Result:
         """Return the result of ``work``, which may block for longer than this thread may wait."""
@@ -259,33 +201,48 @@ class _Network(httpcore.NetworkBackend):
                     raise
 
 
-class _ToProxy(httpcore.NetworkBackend):
-    """Network backend for proxies, at any address: they come from the environment, which is trusted."""
+class _Network(httpcore.NetworkBackend):
+    """Network backend that connects to allowed addresses only, within the time of the thread's current exchange."""
 
-    def __init__(self, network: _Network) -> None:
-        self._network = network
+    def __init__(self, clock: _Clock, allow_private: bool) -> None:
+        self._clock = clock
+        self._allow_private = allow_private
 
     def connect_tcp(self, host: str, port: int, *_: Any, **__: Any) -> httpcore.NetworkStream:
-        """Connect to ``host``."""
-        return self._network.connected(host, port, allow_private=True)
+        """Connect to the first allowed address of ``host`` that accepts; raises Refused if it has none."""
+        deadline = time.monotonic() + self._clock.left()
+
+        def connect() -> httpcore.NetworkStream:
+            failure: Exception = httpcore.ConnectTimeout()
+            for address in _addresses(host, port, self._allow_private):
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    break
+                try:
+                    return httpcore.SyncBackend().connect_tcp(address, port, timeout=left)
+                except (httpcore.NetworkError, httpcore.TimeoutException) as error:
+                    failure = error
+            raise failure
+
+        return _Stream(self._clock.waited(connect), self._clock)
 
 
 class _Stream(httpcore.NetworkStream):
     """Connection whose waits end with the exchange of the thread that uses it."""
 
-    def __init__(self, stream: httpcore.NetworkStream, network: _Network) -> None:
+    def __init__(self, stream: httpcore.NetworkStream, clock: _Clock) -> None:
         self._stream = stream
-        self._network = network
+        self._clock = clock
 
     def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
         while True:
             try:
-                return self._stream.read(max_bytes, min(self._network.left(), STEP_SECONDS))
+                return self._stream.read(max_bytes, min(self._clock.left(), STEP_SECONDS))
             except httpcore.ReadTimeout:
-                self._network.left()
+                self._clock.left()
 
     def write(self, buffer: bytes, timeout: float | None = None) -> None:
-        self._stream.write(buffer, self._network.left())
+        self._stream.write(buffer, self._clock.left())
 
     def close(self) -> None:
         self._stream.close()
@@ -293,17 +250,17 @@ class _Stream(httpcore.NetworkStream):
     def start_tls(
         self, ssl_context: Any, server_hostname: str | None = None, timeout: float | None = None
     ) -> "_Stream":
-        left = self._network.left()
+        left = self._clock.left()
         # The timeout is for the whole handshake.
-        stream = self._network.waited(lambda: self._stream.start_tls(ssl_context, server_hostname, left))
-        return _Stream(stream, self._network)
+        stream = self._clock.waited(lambda: self._stream.start_tls(ssl_context, server_hostname, left))
+        return _Stream(stream, self._clock)
 
     def get_extra_info(self, info: str) -> Any:
         return self._stream.get_extra_info(info)
 
 
 def _addresses(host: str, port: int, allow_private: bool) -> list[str]:
-    """Resolve ``host``; raises AddressRefused if only public addresses are allowed and it has none."""
+    """Resolve ``host``; raises Refused if only public addresses are allowed and it has none."""
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except (socket.gaierror, UnicodeError) as error:
@@ -312,7 +269,7 @@ def _addresses(host: str, port: int, allow_private: bool) -> list[str]:
     addresses = list(dict.fromkeys(str(each[4][0]) for each in found))
     allowed = [each for each in addresses if allow_private or (is_public(each) and not is_own(each))]
     if addresses and not allowed:
-        raise AddressRefused(
+        raise Refused(
             f"leads to {addresses[0]}, an address that is private, reserved or this machine's: set "
             "ingest.allow_private_addresses to true if what answers there may be asked"
         )

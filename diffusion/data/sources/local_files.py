@@ -5,14 +5,12 @@ import errno
 import glob
 import gzip
 import io
-import json
 import lzma
 import os
 import shutil
 import stat
 import zlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO, TextIO, cast
 
@@ -20,15 +18,13 @@ from braceexpand import braceexpand
 from filelock import FileLock
 
 from diffusion.common.errors import UserError
-from diffusion.common.files import digest_of
+from diffusion.common.files import digest_of, sync_file
 from diffusion.data.ingest.decode import Refused
-from diffusion.data.sources.base import Access, Payload
-from diffusion.data.sources.conventions import too_large
+from diffusion.data.sources.base import MISSING, Access, Payload, too_large
 
 TARS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 NEVER = {errno.EACCES, errno.EPERM, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG}
 """Permanent errors."""
-MISSING = "named in the listing but missing"
 WILD = "*?["
 COPIED_AT_ONCE = 2**20
 """Bytes copied at a time."""
@@ -36,11 +32,6 @@ RESERVE, RESERVED_SHARE = 2**30, 0.05
 """Bytes that unpacking leaves free on the disk, and the share of a smaller disk: compressed data may be crafted to fill
 any disk."""
 PACKED: dict[str, Callable[[Path], object]] = {".gz": gzip.open, ".tgz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
-
-
-def refusal(reason: str) -> str:
-    """Return the locator, in an archive or a prefix, of an unreadable file with the reason; others are JSON lists."""
-    return json.dumps(reason)
 
 
 def stamp(status: os.stat_result) -> str:
@@ -98,20 +89,22 @@ def changed(where: str) -> UserError:
     return UserError(f"{where} has changed since it was listed: run the ingest again")
 
 
-@contextmanager
-def open_text(path: Path) -> Iterator[TextIO]:
-    """Open a text table, line by line."""
+def open_text(path: Path) -> TextIO:
+    """Open a text table for reading."""
     try:
-        file = path.open(newline="", encoding="utf-8-sig")
+        return path.open(newline="", encoding="utf-8-sig")
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}): check the path and its permissions") from error
-    with file:
-        yield file
 
 
 def as_lines(file: BinaryIO) -> TextIO:
     """Wrap an open file as text."""
     return io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
+
+
+def before_wild(pattern: str, signs: str = f"{WILD}{{") -> str:
+    """Return the part of ``pattern`` before its first wildcard."""
+    return pattern[: min((pattern.index(sign) for sign in signs if sign in pattern), default=len(pattern))]
 
 
 def matching(pattern: str, suffix: str) -> list[tuple[str, Path]]:
@@ -125,13 +118,19 @@ def matching(pattern: str, suffix: str) -> list[tuple[str, Path]]:
     if path.is_file():
         return [(path.name, path)]
     if path.is_dir():
-        base, found = path, _globbed(f"{glob.escape(pattern)}/**/*{suffix}")
+        base, pieces = path, [f"{glob.escape(pattern)}/**/*{suffix}"]
     else:
-        first = min((pattern.index(sign) for sign in f"{WILD}{{" if sign in pattern), default=len(pattern))
-        base = Path(pattern[:first].rpartition("/")[0] or ("/" if pattern.startswith("/") else "."))
-        found = [match for piece in expanded(pattern) for match in _globbed(piece)]
-    paths = sorted({Path(match) for match in found}, key=lambda path: os.fsencode(path.relative_to(base).as_posix()))
-    return [(path.relative_to(base).as_posix(), path) for path in paths]
+        base = Path(before_wild(pattern).rpartition("/")[0] or ("/" if pattern.startswith("/") else "."))
+        pieces = expanded(pattern)
+    names: dict[str, Path] = {}
+    for piece in pieces:
+        wild = any(sign in piece for sign in WILD)
+        found = glob.glob(piece, recursive=True) if wild else [piece]  # noqa: PTH207 (that of Path finds hidden files)
+        files = [match for match in map(Path, found) if match.is_file()]
+        if not files:
+            raise UserError(f"there is no file {piece}: check the path")
+        names |= {match.relative_to(base).as_posix(): match for match in files}
+    return sorted(names.items(), key=lambda item: os.fsencode(item[0]))
 
 
 def expanded(pattern: str) -> list[str]:
@@ -140,15 +139,6 @@ def expanded(pattern: str) -> list[str]:
         return list(braceexpand(pattern))
     except ValueError as error:
         raise UserError(f"{pattern} has unbalanced braces: write them as {{000..123}} or {{a,b}}") from error
-
-
-def _globbed(piece: str) -> list[str]:
-    wild = any(sign in piece for sign in WILD)
-    found = glob.glob(piece, recursive=True) if wild else [piece]  # noqa: PTH207 (that of Path finds hidden files)
-    found = [match for match in found if Path(match).is_file()]
-    if not found:
-        raise UserError(f"there is no file {piece}: check the path")
-    return found
 
 
 def once(path: Path, write: Callable[[Path], object]) -> Path:
@@ -161,8 +151,7 @@ def once(path: Path, write: Callable[[Path], object]) -> Path:
         if not path.exists():
             try:
                 write(partial)
-                with partial.open("rb") as file:
-                    os.fsync(file.fileno())
+                sync_file(partial)
                 partial.replace(path)
             finally:
                 partial.unlink(missing_ok=True)
@@ -172,7 +161,8 @@ def once(path: Path, write: Callable[[Path], object]) -> Path:
 def uncompressed(path: Path, before: str, access: Access) -> Path:
     """Return ``path`` itself, or its unpacked copy in the scratch folder, named by path and stamp ``before``.
 
-    Raises FileNotFoundError if ``path`` is needed but gone, and UserError if it is damaged or has another stamp now.
+    Raises FileNotFoundError if ``path`` is needed but gone, and UserError if it is damaged, has another stamp now, or
+    would fill the disk.
     """
     opener = PACKED.get(path.suffix.lower())
     if opener is None:
@@ -184,31 +174,23 @@ def uncompressed(path: Path, before: str, access: Access) -> Path:
             raise changed(str(path))
         try:
             with cast(BinaryIO, opener(path)) as packed, partial.open("wb") as file:
-                _copy_with_room(packed, file, path, partial.parent)
-        except (EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError) as error:
-            raise _damaged(path, error) from error
-        except OSError as error:
-            # bz2 raises OSError without errno for damage; system errors have one.
-            if error.errno is not None:
+                while piece := packed.read(COPIED_AT_ONCE):
+                    _require_room(path, partial.parent, file.tell() + len(piece), len(piece))
+                    file.write(piece)
+        except (EOFError, OSError, zlib.error, lzma.LZMAError) as error:
+            # Damage has no errno; system errors have one.
+            if isinstance(error, OSError) and error.errno is not None:
                 raise
-            raise _damaged(path, error) from error
+            raise UserError(f"{path} cannot be unpacked ({error}): it is damaged or was cut short") from error
 
     return once(access.scratch / f"unpacked-{name}", unpack)
 
 
-def _copy_with_room(packed: BinaryIO, file: BinaryIO, path: Path, folder: Path) -> None:
-    size = 0
-    while piece := packed.read(COPIED_AT_ONCE):
-        size += len(piece)
-        disk = shutil.disk_usage(folder)
-        reserve = min(RESERVE, int(RESERVED_SHARE * disk.total))
-        if disk.free - len(piece) < reserve:
-            raise UserError(
-                f"{path}, {path.stat().st_size} bytes, unpacks to {size} or more, and where {folder} lies {reserve} "
-                "are to stay free: make room there, or if you do not trust it, leave it"
-            )
-        file.write(piece)
-
-
-def _damaged(path: Path, error: Exception) -> UserError:
-    return UserError(f"{path} cannot be unpacked ({error}): it is damaged or was cut short")
+def _require_room(path: Path, folder: Path, size: int, more: int) -> None:
+    disk = shutil.disk_usage(folder)
+    reserve = min(RESERVE, int(RESERVED_SHARE * disk.total))
+    if disk.free - more < reserve:
+        raise UserError(
+            f"{path}, {path.stat().st_size} bytes, unpacks to {size} or more, and where {folder} lies {reserve} "
+            "are to stay free: make room there, or if you do not trust it, leave it"
+        )

@@ -4,17 +4,16 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Self
+from typing import Self, TextIO
 from uuid import uuid4
 
 from diffusion.common.errors import UserError
 from diffusion.common.files import digest_of
 from diffusion.data.ingest.decode import Refused
 from diffusion.data.prefetch import ahead
-from diffusion.data.sources.base import Access, Entry, Found, ObjectStore, Payload
-from diffusion.data.sources.conventions import METADATA_FILES, described, records, sane, too_large
-from diffusion.data.sources.listing import Listing, listing
-from diffusion.data.sources.local_files import MISSING, TARS, changed, once, open_text
+from diffusion.data.sources.base import MISSING, Access, Entry, ObjectStore, Payload, too_large
+from diffusion.data.sources.conventions import list_images, sane
+from diffusion.data.sources.local_files import TARS, changed, once, open_text
 
 WORKERS = 16
 IN_MEMORY = 2**20
@@ -49,10 +48,7 @@ def fetched(uri: str, etag: str, access: Access) -> Path:
 
 @dataclass(frozen=True)
 class Objects:
-    """The images under ``prefix``, by extension.
-
-    ``metadata.csv`` or ``metadata.jsonl`` right under it, folders and hidden files are treated as in a folder.
-    """
+    """The images under ``prefix``, as ``list_images`` finds them."""
 
     prefix: str
     """A URI that ends in a slash."""
@@ -71,18 +67,7 @@ class Objects:
 
     def entries(self) -> Iterator[Entry]:
         """Yield all images in the store's order; raises UserError for unreadable metadata."""
-        metadata: dict[str, Found] = {}
-        with listing() as files:
-            for found in self.objects.find(self.prefix):
-                name = found.uri.removeprefix(self.prefix)
-                files.add(sane(name), json.dumps([name, found.size]), found.etag)
-                if name in METADATA_FILES:
-                    metadata[name] = found
-            if len(metadata) > 1:
-                raise UserError(f"{self.prefix} has both {' and '.join(METADATA_FILES)}: keep one of them")
-            yield from (
-                self._described(files, *metadata.values()) if metadata else files.images(self.access.passed_over)
-            )
+        return list_images(self._files(), self.prefix, self._table, self.access.passed_over)
 
     def read(self, entries: Sequence[Entry]) -> Iterator[Payload]:
         """Yield their bytes, fetched concurrently; errors of the object store are passed on."""
@@ -110,6 +95,10 @@ class Objects:
             return Refused(MISSING)
         return path
 
-    def _described(self, files: Listing, metadata: Found) -> Iterator[Entry]:
-        with open_text(fetched(metadata.uri, metadata.etag, self.access)) as lines:
-            yield from files.described(described(records(lines, metadata.uri, metadata.uri), metadata.uri))
+    def _files(self) -> Iterator[tuple[str, str, str]]:
+        for found in self.objects.find(self.prefix):
+            name = found.uri.removeprefix(self.prefix)
+            yield sane(name), json.dumps([name, found.size]), found.etag
+
+    def _table(self, locator: str, etag: str) -> TextIO:
+        return open_text(fetched(self.prefix + json.loads(locator)[0], etag, self.access))

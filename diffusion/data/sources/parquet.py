@@ -1,12 +1,19 @@
-"""Parquet files with images in them, as Hugging Face writes them or in a plain binary column."""
+"""Parquet files with images in them, as Hugging Face writes them or in a plain binary column.
+
+A few bytes may stand for any amount of data: pages are compressed, dictionaries repeat a value for one bit per row,
+runs repeat a null, and the sizes in the footer need not be true. Arrow allocates what page headers declare, so these
+are read first (parquet-format's ``PageHeader`` in Thrift's compact protocol), without their pages, to compute the
+memory that a column needs.
+"""
 
 import json
+import struct
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count, groupby
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -14,13 +21,17 @@ import pyarrow.parquet as pq
 
 from diffusion.common.errors import UserError
 from diffusion.data.ingest.decode import Refused
-from diffusion.data.sources.base import LONGEST, Access, Entry, Payload
-from diffusion.data.sources.conventions import as_text, sane, too_large
-from diffusion.data.sources.local_files import MISSING, changed, matching, stamp, stamp_of
-from diffusion.data.sources.parquet_pages import PageRefused, require_small_footer, rows_at_once
+from diffusion.data.sources.base import LONGEST, MISSING, Access, Entry, Payload, too_large
+from diffusion.data.sources.conventions import as_text, sane
+from diffusion.data.sources.local_files import changed, matching, stamp, stamp_of
 
 IMAGES = ("image", "img", "picture", "photo", "bytes", "image_bytes", "png", "jpg", "jpeg", "webp")
-OPTIONS = ("image", "label", "caption")
+TEXTS = (
+    *(pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view, pa.types.is_integer),
+    *(pa.types.is_floating, pa.types.is_boolean, pa.types.is_null),
+)
+BYTES = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view, pa.types.is_fixed_size_binary)
+"""Tests for types of texts, or numbers that can be written as such, and for types of bytes."""
 TEXTS_AT_ONCE, IMAGES_AT_ONCE = 1024, 16
 """Rows held at a time, at most."""
 LARGEST_PAGE_OF_TEXTS = 2**26
@@ -28,14 +39,41 @@ LARGEST_PAGE_OF_TEXTS = 2**26
 LONGEST_PATH = 200
 """Maximum characters of a path in messages."""
 
+FOOTER_END = struct.Struct("<I4s")
+"""End of a file: the size of its footer, and PAR1."""
+LARGEST_FOOTER = 2**23
+"""Maximum bytes of a footer; Arrow takes some thirty times as many for it."""
+LONGEST_HEADER = 2**20
+"""Maximum bytes of a page's header, with its statistics."""
+DEEPEST = 8
+"""Maximum nesting of structs in a page header; two as of today."""
+BYTES_PER_VALUE = 16
+"""Bytes that Arrow stores per value of a page besides its content."""
+DECODED_AT_ONCE = 2**25
+"""Bytes of the rows that are decoded at a time, if no single one is larger."""
+
+ENCODINGS = {0, 2, 3, 5, 8, 9}
+"""Encodings in which no value is larger than its page: PLAIN, PLAIN_DICTIONARY, RLE, DELTA_BINARY_PACKED,
+RLE_DICTIONARY, BYTE_STREAM_SPLIT. In DELTA_BYTE_ARRAY each may be all that came before it, and in
+DELTA_LENGTH_BYTE_ARRAY a few bytes claim any number of lengths."""
+DICTIONARY_PAGE = 2
+DETAILS = {0: (5, 2), DICTIONARY_PAGE: (7, 2), 3: (8, 4)}
+"""Field number of the header of each type of page with values, and of the encoding in it; 0 and 3: data."""
+
+BOOLEANS, INTEGERS, BINARY, STRUCT = {1, 2}, {4, 5, 6}, 8, 12
+"""Types of Thrift's compact protocol."""
+
+
+class PageRefused(ValueError):
+    """The column would take too much memory; the message says why."""
+
 
 @dataclass(frozen=True)
 class Columns:
     """Columns of image, label and caption in a file."""
 
-    image: str
     leaves: tuple[str, ...]
-    """Paths of the leaves of ``image`` to read: itself, or its bytes and path."""
+    """Paths of the leaves to read of the column of images: itself, or its bytes and path."""
     label: str | None
     caption: str | None
     classes: Sequence[str] | None
@@ -56,13 +94,6 @@ class Parquet:
     options: dict[str, str]
     access: Access
     in_order = True
-
-    @classmethod
-    def open(cls, pattern: str, options: dict[str, str], access: Access) -> Self:
-        """Open the source of that pattern; raises UserError for invalid options."""
-        if unknown := sorted(set(options) - set(OPTIONS)):
-            raise UserError(f"parquet:{pattern} has no option {unknown[0]}: there are {', '.join(OPTIONS)}")
-        return cls(pattern, options, access)
 
     def entries(self) -> Iterator[Entry]:
         """Yield all rows; raises UserError for files that are missing, damaged or have no column of images."""
@@ -107,10 +138,11 @@ class Parquet:
             return
         try:
             for batch in self._batches(file, group, named, TEXTS_AT_ONCE, path, texts=True):
-                columns_of = {name: _values(batch.column(name)) for name in named}
-                for row in range(batch.num_rows):
-                    label = columns_of[columns.label][row] if columns.label else None
-                    caption = columns_of[columns.caption][row] if columns.caption else None
+                labels, captions = (
+                    _values(batch.column(name)) if name else [None] * batch.num_rows
+                    for name in (columns.label, columns.caption)
+                )
+                for label, caption in zip(labels, captions, strict=True):
                     yield _class(label, columns.classes), as_text(caption)
         except PageRefused as error:
             raise UserError(f"{path}, row group {group}, {' and '.join(named)}: {error}") from error
@@ -154,7 +186,7 @@ class Parquet:
         if len(columns) != len(leaves):
             raise PageRefused(f"there is not one column {' and one '.join(leaves)}")
         with path.open("rb") as raw:
-            most = min(rows_at_once(raw, about, group, column, most, limit, not texts) for column in columns)
+            most = min(_rows_at_once(raw, about, group, column, most, limit, not texts) for column in columns)
         return iter(file.iter_batches(most, row_groups=[group], columns=list(leaves), use_threads=False))
 
 
@@ -189,7 +221,7 @@ def find_columns(schema: pa.Schema, options: dict[str, str], where: str) -> Colu
     for name in (label, caption):
         if name and not _is_text(kind := schema.field(name).type):
             raise UserError(f"{where}, column {name}, {kind}, is neither text nor a number: choose other columns")
-    return Columns(found[0], leaves, label, caption, classes)
+    return Columns(leaves, label, caption, classes)
 
 
 def _features(schema: pa.Schema) -> dict[str, dict[str, Any]]:
@@ -205,17 +237,14 @@ def _is_text(kind: pa.DataType) -> bool:
     """Return whether values of this type are texts, or numbers that can be written as such."""
     if pa.types.is_dictionary(kind):
         return _is_text(kind.value_type)
-    tests = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
-    numbers = (pa.types.is_integer, pa.types.is_floating, pa.types.is_boolean, pa.types.is_null)
-    return any(test(kind) for test in (*tests, *numbers))
+    return any(test(kind) for test in TEXTS)
 
 
 def _holds_bytes(kind: pa.DataType) -> bool:
     if pa.types.is_struct(kind):
         field = kind.get_field_index("bytes")
         return field >= 0 and not pa.types.is_struct(inner := kind.field(field).type) and _holds_bytes(inner)
-    tests = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view, pa.types.is_fixed_size_binary)
-    return any(test(kind) for test in tests)
+    return any(test(kind) for test in BYTES)
 
 
 def _values(column: pa.Array) -> list[Any]:
@@ -262,8 +291,15 @@ def _in_words(path: Path) -> Iterator[None]:
 @contextmanager
 def _opened(path: Path, dictionaries: Sequence[str] = ()) -> Iterator[pq.ParquetFile]:
     """Open a file to be read page by page, so that row groups of any size fit; ``dictionaries`` share values."""
-    with _in_words(path):
-        require_small_footer(path)
+    with _in_words(path), path.open("rb") as raw:
+        length = raw.seek(0, 2)
+        raw.seek(max(0, length - FOOTER_END.size))
+        size, magic = FOOTER_END.unpack(raw.read().rjust(FOOTER_END.size, b"\0"))
+        if magic == b"PAR1" and LARGEST_FOOTER < size < length:
+            raise UserError(
+                f"{path} has a footer of {size} bytes, over the limit of {LARGEST_FOOTER}: write it again with fewer "
+                "columns and row groups"
+            )
         file = pq.ParquetFile(
             path,
             buffer_size=2**20,
@@ -273,3 +309,106 @@ def _opened(path: Path, dictionaries: Sequence[str] = ()) -> Iterator[pq.Parquet
         )
     with file:
         yield file
+
+
+def _rows_at_once(
+    file: BinaryIO, about: pq.FileMetaData, group: int, column: int, most: int, limit: int, repeats: bool = True
+) -> int:
+    """Return how many rows of a column of a row group to decode at a time, at most ``most``, so that memory is bounded.
+
+    ``limit``: bytes of memory that a page may take; ``repeats``: whether each row gets a copy of its value in a
+    dictionary.
+
+    Raises PageRefused for what would take more however it is read, and pyarrow.ArrowInvalid for damaged headers.
+    """
+    chunk, schema = about.row_group(group).column(column), about.schema.column(column)
+    if schema.max_repetition_level:
+        raise PageRefused("its rows have lists of values")
+    largest = schema.length if schema.physical_type == "FIXED_LEN_BYTE_ARRAY" else 1
+    if largest > DECODED_AT_ONCE:
+        raise PageRefused(f"each row has {largest} bytes, over the limit of {DECODED_AT_ONCE}")
+    place = chunk.data_page_offset
+    if chunk.dictionary_page_offset:
+        place = min(place, chunk.dictionary_page_offset)
+    end = place + chunk.total_compressed_size
+    while place < end:
+        file.seek(place)
+        kind, size, packed, values, encoding = _page(_ThriftReader(file).struct())
+        if kind in DETAILS:
+            if encoding not in ENCODINGS:
+                raise PageRefused(
+                    f"its values are encoded in a way ({encoding}) that may unpack to any size: write it again with "
+                    "data pages of version 1, as pyarrow.parquet.write_table does"
+                )
+            if (taken := max(size, packed) + BYTES_PER_VALUE * values) > limit:
+                raise PageRefused(
+                    f"a page that takes {taken} bytes is over ingest.max_page_bytes = {limit}: raise it, or write the "
+                    "file again with fewer rows in a row group"
+                )
+            if repeats or kind != DICTIONARY_PAGE:
+                largest = max(largest, size)
+        place = file.tell() + packed
+    return max(1, min(most, DECODED_AT_ONCE // largest))
+
+
+def _page(header: dict[int, Any]) -> list[int]:
+    """Return type, unpacked and packed bytes, number of values, and encoding of a page."""
+    kind = header.get(1)
+    field, encoding = DETAILS.get(kind, (0, 0)) if isinstance(kind, int) else (0, 0)
+    details = header.get(field) if field else {1: 0, 0: 0}
+    if isinstance(details, dict):
+        numbers: list[Any] = [kind, header.get(2), header.get(3), details.get(1), details.get(encoding, 0)]
+        if all(isinstance(each, int) and each >= 0 for each in numbers):
+            return numbers
+    raise pa.ArrowInvalid("the header of a page is damaged")
+
+
+class _ThriftReader:
+    """Parser of one struct of Thrift's compact protocol, of the types that occur in headers of pages."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file = file
+        self.left = LONGEST_HEADER
+
+    def struct(self, depth: int = 0) -> dict[int, Any]:
+        """Return its integers and structs by field number."""
+        if depth > DEEPEST:
+            raise pa.ArrowInvalid("the header of a page is nested too deeply")
+        fields: dict[int, Any] = {}
+        number = 0
+        while byte := self._bytes(1)[0]:
+            kind = byte & 15
+            number = number + (byte >> 4) if byte >> 4 else self._zigzag()
+            if kind in INTEGERS:
+                fields[number] = self._zigzag()
+            elif kind == STRUCT:
+                fields[number] = self.struct(depth + 1)
+            elif kind == BINARY:
+                self._bytes(self._varint())
+            elif kind not in BOOLEANS:
+                raise pa.ArrowInvalid("the header of a page is damaged")
+        return fields
+
+    def _varint(self) -> int:
+        value = shift = 0
+        while True:
+            byte = self._bytes(1)[0]
+            value |= (byte & 127) << shift
+            shift += 7
+            if byte < 128:
+                return value
+            if shift > 63:
+                raise pa.ArrowInvalid("the header of a page is damaged")
+
+    def _zigzag(self) -> int:
+        value = self._varint()
+        return value >> 1 ^ -(value & 1)
+
+    def _bytes(self, count: int) -> bytes:
+        self.left -= count
+        if self.left < 0:
+            raise pa.ArrowInvalid("the header of a page has no end")
+        data = self.file.read(count)
+        if len(data) < count:
+            raise pa.ArrowInvalid("the file ends in the middle of a page's header")
+        return data

@@ -1,49 +1,77 @@
-"""Reading of tars without holding the list of members in memory."""
+"""Tar archives of images, compressed or not, read by offset without holding the list of members in memory."""
 
 import io
+import json
 import tarfile
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
-from typing import BinaryIO, TypeAlias
+from typing import BinaryIO, NamedTuple, TextIO, TypeAlias, cast
 
 from diffusion.common.errors import UserError
 from diffusion.data.ingest.decode import Refused
-from diffusion.data.sources.base import LONGEST, Access, Payload, shortened, too_long
-from diffusion.data.sources.conventions import sane, too_large
-from diffusion.data.sources.local_files import MISSING, open_unchanged, uncompressed
+from diffusion.data.sources.base import LONGEST, MISSING, Access, Entry, Payload, shortened, too_large, too_long
+from diffusion.data.sources.conventions import list_images, sane
+from diffusion.data.sources.local_files import as_lines, open_unchanged, stamp_of, uncompressed
 
 LONGEST_HEADER = 2**20
 """Maximum bytes of all headers of a member."""
 LONGEST_GLOBAL_HEADER = 2**16
 """Maximum characters of global attributes, which are copied to every member."""
-
-
-@dataclass(frozen=True, slots=True)
-class TarMember:
-    """A file in a tar."""
-
-    name: str
-    """Name as stored, without a leading ``./``; never used as a path."""
-    offset: int
-    """Offset of its bytes in the tar."""
-    size: int
-    problem: str | None = None
-    """Reason why its bytes are unavailable, if any."""
-
-    @property
-    def place(self) -> "Place":
-        """Return the place that ``read`` takes."""
-        return self.problem or (self.offset, self.size)
-
+LINK = "a link or a device inside an archive: only files are read"
 
 Place: TypeAlias = str | Sequence[int]
 """Offset and size of a member, or the reason why it cannot be read."""
 
 
+class TarMember(NamedTuple):
+    """A file in a tar."""
+
+    name: str
+    """Name as stored, without a leading ``./``; never used as a path."""
+    place: Place
+
+
+@dataclass(frozen=True)
+class Tar:
+    """The images in a tar, as ``list_images`` finds them, named ``ARCHIVE/MEMBER``; links are quarantined.
+
+    A compressed one is unpacked once into the scratch folder. If it has changed, all members are read again.
+    """
+
+    path: Path
+    access: Access
+    # Sorted by name, so that the same images in a folder, a tar and a zip give the same data set.
+    in_order = False
+
+    def entries(self) -> Iterator[Entry]:
+        """Yield its images in its own order or that of its metadata; raises UserError if it is damaged."""
+        known, where = stamp_of(self.path), str(self.path)
+        plain = uncompressed(self.path, known, self.access)
+        files = ((member.name, json.dumps(member.place), known) for member in members(plain, where))
+        for entry in list_images(files, where, self._table, self.access.passed_over):
+            yield entry._replace(source=f"{self.path.name}/{entry.source}", stamp=known)
+
+    def read(self, entries: Sequence[Entry]) -> Iterator[Payload]:
+        """Yield their bytes; raises UserError if the tar has changed since it was listed."""
+        for known, group in groupby(entries, key=lambda entry: entry.stamp):
+            yield from read(self.path, known, (json.loads(entry.locator) for entry in group), self.access)
+
+    @contextmanager
+    def _table(self, locator: str, known: str) -> Iterator[TextIO]:
+        place = json.loads(locator)
+        if isinstance(place, str):
+            raise UserError(f"the metadata in {self.path} cannot be read ({place}): mend it or take it away")
+        with tarfile.open(uncompressed(self.path, known, self.access), "r:") as tar:
+            info = tarfile.TarInfo()
+            info.offset_data, info.size = place
+            yield as_lines(cast(BinaryIO, tar.extractfile(info)))
+
+
 def members(path: Path, where: str) -> Iterator[TarMember]:
-    """Yield all files in the uncompressed tar at ``path``; links and devices have a ``problem``.
+    """Yield all files in the uncompressed tar at ``path``; links and devices have a reason for a place.
 
     Raises UserError, naming ``where``, for a tar that is damaged, truncated, or continues after its end.
     """
@@ -68,30 +96,23 @@ def read(path: Path, known: str, places: Iterable[Place], access: Access) -> Ite
 
     Raises UserError if its stamp has changed.
     """
-    with ExitStack() as stack:
-        file = _opened(path, known, access)
-        if file:
-            stack.enter_context(file)
-        for place in places:
-            if isinstance(place, str):
-                yield Refused(place)
-            elif file is None:
-                yield Refused(MISSING)
-            else:
-                yield read_slice(file, place, access.config.max_bytes)
-
-
-def _opened(path: Path, known: str, access: Access) -> BinaryIO | None:
     try:
         plain = uncompressed(path, known, access)
+        file = open_unchanged(path, known) if plain == path else plain.open("rb")
     except FileNotFoundError:
-        return None
-    return open_unchanged(path, known) if plain == path else plain.open("rb")
+        file = None
+    with file or nullcontext():
+        for place in places:
+            yield read_slice(file, place, access.config.max_bytes)
 
 
-def read_slice(file: BinaryIO, place: Sequence[int], limit: int) -> bytes | Refused:
-    """Read the bytes at (offset, size), unless they are more than ``limit``."""
+def read_slice(file: BinaryIO | None, place: Place, limit: int) -> bytes | Refused:
+    """Read the bytes at (offset, size), unless they are more than ``limit``, or the tar is gone (None)."""
+    if isinstance(place, str):
+        return Refused(place)
     offset, size = place
+    if file is None:
+        return Refused(MISSING)
     if size > limit:
         return too_large(size, limit)
     file.seek(offset)
@@ -114,17 +135,13 @@ class _Headers(io.BufferedReader):
 
 
 def _member(info: tarfile.TarInfo) -> TarMember:
-    name = info.name.removeprefix("./")
+    name, place = info.name.removeprefix("./"), (info.offset_data, info.size)
     if len(name) > LONGEST["name"]:
         # WebDataset keeps all names of a key.
-        return TarMember(sane(shortened(name)), info.offset_data, info.size, too_long("name"))
-    return TarMember(sane(name), info.offset_data, info.size, _problem(info))
-
-
-def _problem(info: tarfile.TarInfo) -> str | None:
+        return TarMember(sane(shortened(name)), too_long("name"))
     if info.issparse():
-        return "stored as a sparse file: pack it again without --sparse"
-    return None if info.isreg() else "a link or a device inside an archive: only files are read"
+        return TarMember(sane(name), "stored as a sparse file: pack it again without --sparse")
+    return TarMember(sane(name), place if info.isreg() else LINK)
 
 
 def _check_end(file: io.BufferedReader, offset: int) -> None:

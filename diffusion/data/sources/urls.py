@@ -3,14 +3,14 @@
 import random
 import re
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from functools import partial
 from pathlib import Path
 from tempfile import SpooledTemporaryFile
-from typing import TypeAlias
 
 import httpcore
 import httpx
@@ -27,9 +27,9 @@ from tenacity.nap import sleep_using_event
 from diffusion.common.errors import UserError
 from diffusion.data.ingest.decode import Refused
 from diffusion.data.prefetch import ahead
-from diffusion.data.sources.base import Access, Entry, Payload
-from diffusion.data.sources.conventions import as_text, records, sane, too_large
-from diffusion.data.sources.http_client import AddressRefused, HttpClient
+from diffusion.data.sources.base import Access, Entry, Payload, too_large
+from diffusion.data.sources.conventions import as_text, records, sane, texts_of
+from diffusion.data.sources.http_client import HttpClient
 from diffusion.data.sources.local_files import open_text
 
 WORKERS = 16
@@ -46,9 +46,6 @@ LONGEST_REASON = 150
 
 STAMP = "url"
 """Stamp of all entries: URLs are fetched once, as revalidation costs nearly as much."""
-
-
-_Fetched: TypeAlias = "SpooledTemporaryFile[bytes] | Refused"
 
 
 class _Again(Exception):
@@ -76,25 +73,21 @@ class Urls:
     def entries(self) -> Iterator[Entry]:
         """Yield all rows; raises UserError for a table that cannot be read or has no column of URLs."""
         with open_text(self.table) as lines:
-            for number, row in enumerate(records(lines, self.table.name, str(self.table)), start=1):
+            for number, row in enumerate(records(lines, str(self.table)), start=1):
                 record = {name.lower(): value for name, value in row.items()}
                 if "url" not in record and "image_url" not in record:
                     columns = ", ".join(row)
                     raise UserError(f"{self.table}, record {number} has no url or image_url: rename one of {columns}")
                 url = str(record.get("url") or record.get("image_url") or "").strip()
-                try:
-                    label = as_text(record.get("label"))
-                    caption = as_text(record.get("text") or record.get("caption"))
-                except ValueError as error:
-                    raise UserError(f"{self.table}, record {number}: {error}: give one text for each") from error
-                name = as_text(sane(url)) or f"{self.table.name}/{number}"
-                yield Entry(name, as_text(url) or "", STAMP, label, caption)
+                texts = texts_of(record, f"{self.table}, record {number}")
+                yield Entry(as_text(sane(url)) or f"{self.table.name}/{number}", as_text(url) or "", STAMP, *texts)
 
     def read(self, entries: Sequence[Entry]) -> Iterator[Payload]:
         """Yield their bytes, fetched concurrently."""
         config = self.access.config
         stopped = threading.Event()
-        with HttpClient(config.download_seconds, config.allow_private_addresses, WORKERS, stopped) as client:
+        client = HttpClient(config.download_seconds, config.allow_private_addresses, WORKERS, stopped)
+        with closing(client):
             answers = ahead(partial(self._fetch, client, stopped), entries, WORKERS)
             try:
                 for answer in answers:
@@ -108,7 +101,9 @@ class Urls:
                 stopped.set()
                 answers.close()
 
-    def _fetch(self, client: HttpClient, stopped: threading.Event, entry: Entry) -> _Fetched:
+    def _fetch(
+        self, client: HttpClient, stopped: threading.Event, entry: Entry
+    ) -> "SpooledTemporaryFile[bytes] | Refused":
         url, config = entry.locator, self.access.config
         if not url:
             return Refused("a row without a URL")
@@ -135,25 +130,31 @@ def _get(client: HttpClient, url: str, limit: int, scratch: Path) -> "SpooledTem
     Raises _Again for a transient failure, else Refused, and nothing else for any behaviour of a server.
     """
     try:
-        with client.get(url) as answer:
-            if answer.status in BUSY or answer.status >= 500:
-                raise _Again(answer.line, _retry_after(answer.headers.get("Retry-After", "")))
-            if not 200 <= answer.status < 300:
-                raise Refused(answer.line)
-            declared = answer.headers.get("Content-Length", "")
+        with client.get(url) as response:
+            status, headers = response.status, httpx.Headers(response.headers)
+            if not 200 <= status < 300:
+                # The standard name, if any, instead of the server's text.
+                line = f"HTTP {status} {httpx.codes.get_reason_phrase(status)}".strip()
+                if status in BUSY or status >= 500:
+                    raise _Again(line, _retry_after(headers.get("Retry-After", "")))
+                raise Refused(line)
+            declared = headers.get("Content-Length", "")
             if re.fullmatch("[0-9]{1,18}", declared) and int(declared) > limit:
                 raise too_large(int(declared), limit)
-            if (encoding := answer.headers.get("Content-Encoding", "identity")) != "identity":
+            if (encoding := headers.get("Content-Encoding", "identity")) != "identity":
                 # A few bytes may unpack to any number.
                 raise Refused(f"sent packed ({_short(encoding)}) although asked for as it is")
+            file = SpooledTemporaryFile(IN_MEMORY, dir=str(scratch))  # noqa: SIM115 (closed by the generator that yields it)
             try:
-                return _body(answer.body, limit, scratch)
+                for piece in response.iter_stream():
+                    file.write(piece)
+                    if file.tell() > limit:
+                        raise Refused(f"more than the limit of {limit} bytes")
             except httpcore.TimeoutException as error:
                 raise _Again(f"not all there after {client.seconds:g} s") from error
+            return file
     except (_Again, Refused):
         raise
-    except AddressRefused as error:
-        raise Refused(str(error)) from error
     except httpcore.UnsupportedProtocol as error:
         raise Refused("leads to something that is neither http nor https") from error
     except (httpx.InvalidURL, httpx.TooManyRedirects) as error:
@@ -166,15 +167,6 @@ def _get(client: HttpClient, url: str, limit: int, scratch: Path) -> "SpooledTem
         raise
     except Exception as error:  # libraries raise whatever they like on answers that they did not expect
         raise Refused(f"an answer that is not understood: {type(error).__name__}: {_short(error)}") from error
-
-
-def _body(pieces: Iterable[bytes], limit: int, scratch: Path) -> "SpooledTemporaryFile[bytes]":
-    file = SpooledTemporaryFile(IN_MEMORY, dir=str(scratch))  # noqa: SIM115 (closed by the generator that yields it)
-    for piece in pieces:
-        file.write(piece)
-        if file.tell() > limit:
-            raise Refused(f"more than the limit of {limit} bytes")
-    return file
 
 
 def _short(said: object) -> str:

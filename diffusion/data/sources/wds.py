@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from itertools import groupby
 from pathlib import Path
@@ -11,9 +11,9 @@ from typing import BinaryIO
 from diffusion.common.errors import UserError
 from diffusion.data.ingest.decode import Refused
 from diffusion.data.sources import tars
-from diffusion.data.sources.base import Access, Entry, Payload
+from diffusion.data.sources.base import MISSING, Access, Entry, Payload
 from diffusion.data.sources.conventions import as_text, is_image, sane
-from diffusion.data.sources.local_files import MISSING, WILD, expanded, matching, stamp_of, uncompressed
+from diffusion.data.sources.local_files import WILD, before_wild, expanded, matching, stamp_of, uncompressed
 from diffusion.data.sources.object_store import fetched, require
 
 SIDECARS = ("json", "txt", "cls")
@@ -21,27 +21,6 @@ LONGEST_SIDECAR = 2**18
 """Maximum bytes of a text beside an image; parsed JSON may take a hundred times as many."""
 MOST_OF_A_KEY = 1000
 """Maximum number of images per key; a tar with more was not made for WebDataset."""
-
-
-@dataclass(frozen=True, slots=True)
-class Shard:
-    """A tar that a pattern matched."""
-
-    name: str
-    """Unique among the shards."""
-    place: str
-    """A path, or a URI in an object store."""
-    stamp: str
-    """Stamp of the file, or the ETag."""
-
-
-@dataclass(slots=True)
-class _Sample:
-    """Members collected for one key."""
-
-    key: str
-    images: list[tars.TarMember] = field(default_factory=list)
-    texts: dict[str, tars.TarMember] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -62,12 +41,19 @@ class WebDataset:
 
     def entries(self) -> Iterator[Entry]:
         """Yield all images, shard by shard; raises UserError for missing or damaged shards."""
-        for shard in self._shards():
-            path, known = self._here(shard.place, shard.stamp)
+        for name, place, stamp in self._shards():
+            path, known = self._here(place, stamp)
             plain = uncompressed(path, known, self.access)
             with plain.open("rb") as file:
-                for sample in _samples(plain, shard.place):
-                    yield from self._entries(shard, sample, file)
+                for images, texts in _samples(plain, place):
+                    label = caption = reason = None
+                    try:
+                        label, caption = _about(texts, file) if images else (None, None)
+                    except ValueError as error:
+                        reason = f"what its shard says about it cannot be read ({error})"
+                    for member in images:
+                        locator = json.dumps([place, reason or member.place])
+                        yield Entry(f"{name}/{member.name}", locator, stamp, label, caption)
 
     def read(self, entries: Sequence[Entry]) -> Iterator[Payload]:
         """Yield their bytes; raises UserError if a shard has changed since it was listed."""
@@ -88,38 +74,24 @@ class WebDataset:
         path = fetched(place, stamp, self.access)
         return path, stamp_of(path)
 
-    def _shards(self) -> Iterator[Shard]:
+    def _shards(self) -> Iterator[tuple[str, str, str]]:
+        """Yield the unique name, the path or URI, and the stamp or ETag of each shard."""
         if self.pattern.startswith("s3://"):
             yield from self._remote()
         else:
-            for name, path in matching(self.pattern, ".tar"):
-                yield Shard(name, str(path), stamp_of(path))
+            yield from ((name, str(path), stamp_of(path)) for name, path in matching(self.pattern, ".tar"))
 
-    def _remote(self) -> Iterator[Shard]:
+    def _remote(self) -> Iterator[tuple[str, str, str]]:
         objects = require(self.pattern, self.access)
-        first = min((self.pattern.index(sign) for sign in f"{WILD}{{" if sign in self.pattern), default=None)
-        base = self.pattern[:first].rpartition("/")[0] + "/"
+        base = before_wild(self.pattern).rpartition("/")[0] + "/"
         matches: dict[str, str] = {}
         for piece in expanded(self.pattern):
-            wild = min((piece.index(sign) for sign in WILD if sign in piece), default=None)
-            etags = {found.uri: found.etag for found in objects.find(piece[:wild]) if _matches(found.uri, piece)}
+            found = objects.find(before_wild(piece, WILD))
+            etags = {each.uri: each.etag for each in found if _matches(each.uri, piece)}
             if not etags or "**" in piece:
                 raise UserError(f"there is no object {piece}: check the name (** has no meaning here)")
             matches |= etags
-        for uri, etag in sorted(matches.items()):
-            yield Shard(sane(uri.removeprefix(base)), uri, etag)
-
-    def _entries(self, shard: Shard, sample: "_Sample", file: BinaryIO) -> Iterator[Entry]:
-        if not sample.images:
-            return
-        label = caption = reason = None
-        try:
-            label, caption = _about(sample, file)
-        except ValueError as error:
-            reason = f"what its shard says about it cannot be read ({error})"
-        for member in sample.images:
-            locator = json.dumps([shard.place, reason or member.place])
-            yield Entry(f"{shard.name}/{member.name}", locator, shard.stamp, label, caption)
+        yield from ((sane(uri.removeprefix(base)), uri, etag) for uri, etag in sorted(matches.items()))
 
 
 def _matches(uri: str, pattern: str) -> bool:
@@ -128,31 +100,35 @@ def _matches(uri: str, pattern: str) -> bool:
     return len(parts) == len(patterns) and all(map(fnmatchcase, parts, patterns))
 
 
-def _samples(path: Path, where: str) -> Iterator[_Sample]:
-    sample = _Sample("")
-    for member in tars.members(path, where):
-        if len(sample.images) == MOST_OF_A_KEY:
-            raise UserError(
-                f"{where} has over {MOST_OF_A_KEY} images of key {sample.key}: read it without wds: as a plain tar"
-            )
-        folder, slash, name = member.name.rpartition("/")
-        stem, _, extension = name.partition(".")
-        if (key := f"{folder}{slash}{stem}") != sample.key:
-            yield sample
-            sample = _Sample(key)
-        if is_image(member.name):
-            sample.images.append(member)
-        elif extension.lower() in SIDECARS:
-            sample.texts[extension.lower()] = member
-    yield sample
+def _samples(path: Path, where: str) -> Iterator[tuple[list[tars.TarMember], dict[str, tars.TarMember]]]:
+    """Yield the images of each key, and the other members of the key by extension."""
+    for key, members in groupby(tars.members(path, where), key=lambda member: _key_and_extension(member.name)[0]):
+        images: list[tars.TarMember] = []
+        sidecars: dict[str, tars.TarMember] = {}
+        for member in members:
+            extension = _key_and_extension(member.name)[1].lower()
+            if is_image(member.name):
+                images.append(member)
+            elif extension in SIDECARS:
+                sidecars[extension] = member
+            if len(images) > MOST_OF_A_KEY:
+                raise UserError(
+                    f"{where} has over {MOST_OF_A_KEY} images of key {key}: read it without wds: as a plain tar"
+                )
+        yield images, sidecars
 
 
-def _about(sample: _Sample, file: BinaryIO) -> tuple[str | None, str | None]:
+def _key_and_extension(name: str) -> tuple[str, str]:
+    folder, slash, file = name.rpartition("/")
+    stem, _, extension = file.partition(".")
+    return f"{folder}{slash}{stem}", extension
+
+
+def _about(sidecars: dict[str, tars.TarMember], file: BinaryIO) -> tuple[str | None, str | None]:
     """Return label and caption of a sample; raises ValueError for invalid ones."""
     texts = {}
-    for kind, member in sample.texts.items():
-        place = member.place
-        data = Refused(place) if isinstance(place, str) else tars.read_slice(file, place, LONGEST_SIDECAR)
+    for kind, member in sidecars.items():
+        data = tars.read_slice(file, member.place, LONGEST_SIDECAR)
         if isinstance(data, Refused):
             raise ValueError(f"{member.name}: {data}")
         texts[kind] = data.decode("utf-8-sig").strip()

@@ -1,23 +1,27 @@
-"""Reading of zips without holding their directory in memory (``zipfile`` keeps about 1 KB per file).
+"""Zip archives of images, read by offset without holding their directory in memory (``zipfile``: 1 KB per file).
 
 Formats by PKWARE's APPNOTE.TXT 6.3.10, sections 4.3.7 (local header), 4.3.12 (central directory), 4.3.14–16 (end of
 central directory, also Zip64) and 4.5.3 (Zip64 extra field).
 """
 
+import json
 import sqlite3
 import stat
 import struct
 import zipfile
 import zlib
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, TextIO, cast
 
 from diffusion.common.errors import UserError
 from diffusion.data.ingest.decode import Refused
-from diffusion.data.sources.conventions import sane
+from diffusion.data.sources.base import MISSING, Access, Entry, Payload, too_large
+from diffusion.data.sources.conventions import list_images, sane
+from diffusion.data.sources.local_files import as_lines, open_unchanged, stamp_of
+from diffusion.data.sources.tars import LINK
 
 LOCAL = struct.Struct("<4s22xHH")
 DIRECTORY = struct.Struct("<4sBB2xHH4xLLLHHH4xLL")
@@ -46,62 +50,93 @@ class ZipOffset(NamedTuple):
     """Offset of the next data in the zip."""
 
 
-@dataclass(frozen=True, slots=True)
-class ZipMember:
-    """A file in a zip."""
+@dataclass(frozen=True)
+class Zip:
+    """The images in a zip, as ``list_images`` finds them, named ``ARCHIVE/MEMBER``; links are quarantined.
 
-    name: str
-    """Name as stored; never used as a path."""
-    place: ZipOffset
-    problem: str | None
-    """Reason why its bytes are unavailable, if any."""
+    Members are stored or deflated. A member has changed if its checksum has.
+    """
+
+    path: Path
+    access: Access
+    in_order = False
+
+    def entries(self) -> Iterator[Entry]:
+        """Yield its images in its own order or that of its metadata; raises UserError if it is damaged."""
+        known = stamp_of(self.path)
+        files = (
+            (name, json.dumps(problem or [known, *place]), f"{place.size}:{place.crc:08x}")
+            for name, problem, place in members(self.path)
+        )
+        for entry in list_images(files, str(self.path), self._table, self.access.passed_over):
+            yield entry._replace(source=f"{self.path.name}/{entry.source}", stamp=entry.stamp or known)
+
+    def read(self, entries: Sequence[Entry]) -> Iterator[Payload]:
+        """Yield their bytes; raises UserError if the zip has changed since it was listed."""
+        places = [json.loads(entry.locator) for entry in entries]
+        known = next((place[0] for place in places if isinstance(place, list)), None)
+        file = open_unchanged(self.path, known) if known else None
+        with file or nullcontext():
+            for place in places:
+                if isinstance(place, str):
+                    yield Refused(place)
+                else:
+                    yield self._member(file, ZipOffset(*place[1:])) if file else Refused(MISSING)
+
+    def _member(self, file: BinaryIO, place: ZipOffset) -> Payload:
+        limit = self.access.config.max_bytes
+        if place.size > limit:
+            return too_large(place.size, limit)
+        try:
+            with open_member(file, place) as member:
+                # Without a number it would unpack up to 2 GiB at once, whatever the file declares.
+                data = member.read(place.size)
+            return data if len(data) == place.size else Refused("damaged in the zip: it ends too soon")
+        except (zipfile.BadZipFile, zlib.error, struct.error, EOFError) as error:
+            return Refused(f"damaged in the zip: {error or 'it ends too soon'}")
+
+    @contextmanager
+    def _table(self, locator: str, _: str) -> Iterator[TextIO]:
+        place = json.loads(locator)
+        try:
+            if isinstance(place, str):
+                raise zipfile.BadZipFile(place)
+            with self.path.open("rb") as file, open_member(file, ZipOffset(*place[1:])) as member:
+                yield as_lines(cast(BinaryIO, member))
+        except (zipfile.BadZipFile, zlib.error, struct.error, EOFError) as error:
+            raise UserError(f"the metadata in {self.path} cannot be read ({error}): pack it again") from error
 
 
-def members(path: Path) -> Iterator[ZipMember]:
-    """Yield all files in the zip at ``path``, in the order of its directory.
+def members(path: Path) -> Iterator[tuple[str, str | None, ZipOffset]]:
+    """Yield name, the reason why it is unavailable, and place of each file in a zip, in the order of its directory.
 
-    Raises UserError if that is damaged, or if files share bytes: such a zip unpacks to far more than it holds (Fifield,
-    A better zip bomb, 2019), and programs interpret it differently.
+    The directory is kept on disk, as there may be any number of files. Raises UserError if it is damaged, or if files
+    share bytes: such a zip unpacks to far more than it holds (Fifield, A better zip bomb, 2019), and programs interpret
+    it differently.
     """
     try:
-        with path.open("rb") as file, _ends(file) as ends:
-            for member, end in zip(_members(file), ends, strict=True):
-                if not member.name.endswith("/"):
-                    yield replace(member, place=member.place._replace(end=end))
+        # SQLite's name for a private temporary file.
+        with closing(sqlite3.connect("", check_same_thread=False, isolation_level=None)) as database:
+            database.execute("PRAGMA journal_mode = OFF")
+            database.execute(
+                "CREATE TABLE files (number INTEGER PRIMARY KEY, name, problem, header, method, packed, size, crc)"
+            )
+            database.execute("BEGIN")
+            with path.open("rb") as file:
+                start, size, shift = _directory(file)
+                rows = _members(file, start, start + size, shift)
+                columns = "name, problem, header, method, packed, size, crc"
+                database.executemany(f"INSERT INTO files ({columns}) VALUES (?, ?, ?, ?, ?, ?, ?)", rows)
+            places = f"SELECT number, {columns}, coalesce(lead(header) OVER (ORDER BY header), ?) AS end FROM files"
+            # Local headers may be longer, which is checked when the file is read.
+            overlapping = f"SELECT header FROM ({places}) WHERE header + {LOCAL.size} + packed > end LIMIT 1"
+            if found := database.execute(overlapping, (start,)).fetchone():
+                raise zipfile.BadZipFile(f"the file stored at byte {found[0]} overlaps another one or the directory")
+            for _, name, problem, *place in database.execute(f"{places} ORDER BY number", (start,)):
+                if not name.endswith("/"):
+                    yield name, problem, ZipOffset(*place)
     except (zipfile.BadZipFile, struct.error, ValueError, OverflowError) as error:
         raise UserError(f"{path} cannot be read as a zip ({error}): it is damaged or was cut short") from error
-
-
-@contextmanager
-def _ends(file: BinaryIO) -> Iterator[Iterator[int]]:
-    """Yield the latest end of each file in the zip, in directory order; raises BadZipFile if any overlap.
-
-    Sorted on disk, as there may be any number of them, in any order.
-    """
-    start, _, _ = _directory(file)
-    # SQLite's name for a private temporary file.
-    with closing(sqlite3.connect("", check_same_thread=False, isolation_level=None)) as database:
-        database.execute("PRAGMA journal_mode = OFF")
-        database.execute("CREATE TABLE files (number INTEGER PRIMARY KEY, header, end)")
-        database.execute("BEGIN")
-        # Local headers may be longer, which is checked when the file is read.
-        extents = ((m.place.header, m.place.header + LOCAL.size + m.place.packed) for m in _members(file))
-        database.executemany("INSERT INTO files (header, end) VALUES (?, ?)", extents)
-        behind = "coalesce(lead(header) OVER (ORDER BY header), ?) AS next"
-        overlaps = f"SELECT header FROM (SELECT header, end, {behind} FROM files) WHERE end > next LIMIT 1"
-        if found := database.execute(overlaps, (start,)).fetchone():
-            raise zipfile.BadZipFile(f"the file stored at byte {found[0]} overlaps another one or the directory")
-        rows = database.execute(f"SELECT number, {behind} FROM files ORDER BY number", (start,))
-        yield (end for _, end in rows)
-
-
-def _members(file: BinaryIO) -> Iterator[ZipMember]:
-    """Yield all members of the directory, folders included."""
-    start, size, shift = _directory(file)
-    file.seek(start)
-    # Not by its number of files, which overflows at 65,536 in older programs.
-    while file.tell() < start + size:
-        yield _member(file, shift)
 
 
 def open_member(file: BinaryIO, place: ZipOffset) -> zipfile.ZipExtFile:
@@ -115,17 +150,6 @@ def open_member(file: BinaryIO, place: ZipOffset) -> zipfile.ZipExtFile:
     info = zipfile.ZipInfo()
     info.compress_type, info.compress_size, info.file_size, info.CRC = place[1:5]
     return zipfile.ZipExtFile(file, "r", info)
-
-
-def read_member(file: BinaryIO, place: ZipOffset) -> bytes | Refused:
-    """Read a file in the zip ``file``; never unpacks more than its declared size."""
-    try:
-        with open_member(file, place) as member:
-            # Without a number it would unpack up to 2 GiB at once, whatever the file declares.
-            data = member.read(place.size)
-        return data if len(data) == place.size else Refused("damaged in the zip: it ends too soon")
-    except (zipfile.BadZipFile, zlib.error, struct.error, EOFError) as error:
-        return Refused(f"damaged in the zip: {error or 'it ends too soon'}")
 
 
 def _directory(file: BinaryIO) -> tuple[int, int, int]:
@@ -159,25 +183,28 @@ def _directory(file: BinaryIO) -> tuple[int, int, int]:
     return start + shift, size, shift
 
 
-def _member(file: BinaryIO, shift: int) -> ZipMember:
-    (signature, _, system, flags, method, crc, packed, size, name_size, extra_size, comment_size, mode, header) = (
-        DIRECTORY.unpack(file.read(DIRECTORY.size))
-    )
-    if signature != b"PK\1\2":
-        raise zipfile.BadZipFile("its directory is damaged")
-    raw = file.read(name_size)
-    numbers = _wide(file.read(extra_size), [size, packed, header])
-    file.seek(comment_size, 1)
-    name = sane(raw.decode("utf-8", "surrogateescape") if flags & UTF8 else raw.decode("cp437"))
-    size, packed, header = numbers
-    problem = None
-    if flags & ENCRYPTED:
-        problem = "encrypted: unpack it with its password"
-    elif method not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-        problem = f"compressed by method {method}, which is not read: pack it with deflate"
-    elif system == UNIX and stat.S_IFMT(mode >> 16) not in (0, stat.S_IFREG, stat.S_IFDIR):
-        problem = "a link or a device inside an archive: only files are read"
-    return ZipMember(name.removeprefix("./"), ZipOffset(header + shift, method, packed, size, crc, 0), problem)
+def _members(file: BinaryIO, start: int, end: int, shift: int) -> Iterator[tuple[Any, ...]]:
+    """Yield name, problem, offset, method, packed and unpacked size, and checksum of all members, folders included."""
+    file.seek(start)
+    # Not by its number of files, which overflows at 65,536 in older programs.
+    while file.tell() < end:
+        (signature, _, system, flags, method, crc, packed, size, name_size, extra_size, comment_size, mode, header) = (
+            DIRECTORY.unpack(file.read(DIRECTORY.size))
+        )
+        if signature != b"PK\1\2":
+            raise zipfile.BadZipFile("its directory is damaged")
+        raw = file.read(name_size)
+        name = sane(raw.decode("utf-8", "surrogateescape") if flags & UTF8 else raw.decode("cp437"))
+        size, packed, header = _wide(file.read(extra_size), [size, packed, header])
+        file.seek(comment_size, 1)
+        problem = None
+        if flags & ENCRYPTED:
+            problem = "encrypted: unpack it with its password"
+        elif method not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            problem = f"compressed by method {method}, which is not read: pack it with deflate"
+        elif system == UNIX and stat.S_IFMT(mode >> 16) not in (0, stat.S_IFREG, stat.S_IFDIR):
+            problem = LINK
+        yield name.removeprefix("./"), problem, header + shift, method, packed, size, crc
 
 
 def _wide(extra: bytes, numbers: list[int]) -> list[int]:

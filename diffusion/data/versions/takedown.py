@@ -4,20 +4,20 @@ A removed image leaves a row with its key and the digest of its file, by which e
 """
 
 from collections.abc import Callable, Collection
+from functools import partial
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock
 
 from diffusion.common.errors import UserError
-from diffusion.common.files import digest_of, sha256_file, write_atomically
+from diffusion.common.files import digest_of, sha256_file
 from diffusion.common.progress import Progress, silent
 from diffusion.data.ingest.ingest import forget_captions, remove_strays
-from diffusion.data.ingest.merge import blanked, named, write_part
+from diffusion.data.ingest.merge import blanked, filter_shard, write_part
 from diffusion.data.manifest import (
-    FileEntry,
     Manifest,
-    Part,
     content_digest,
     mend,
     read_manifest,
@@ -27,7 +27,6 @@ from diffusion.data.manifest import (
     work_folder,
     write_manifest,
 )
-from diffusion.data.shards import BLOCK, extent_at, filtered
 from diffusion.data.versions.takedown_records import (
     Chosen,
     Removal,
@@ -35,6 +34,7 @@ from diffusion.data.versions.takedown_records import (
     Selection,
     Selector,
     chosen_by,
+    is_one_of,
     names_of,
     nothing,
     removals,
@@ -72,39 +72,42 @@ def remove(folder: Path, selection: Selection, reason: str, progress: Progress =
         before = read_manifest(folder)
         chosen, unmatched = chosen_by(folder, before, selector)
         request_digest = digest_of([selection.model_dump(), reason])[:16]
+        described = chosen.model_dump() | {"dataset": folder.name, "request_digest": request_digest, "reason": reason}
         earlier = _earlier(folder, request_digest)
         if unmatched and earlier is None:
             raise nothing(unmatched, folder, before)
         if not chosen.parts:
             forget_captions(folder)
             remove_strays(folder)
-            return earlier or _known_as_removed(before, chosen, request_digest, reason)
+            # Without a record it was done elsewhere, and is known as far as the rows left describe it.
+            about: dict[str, Any] = {
+                "images": len(chosen.image_keys),
+                "parent": None,
+                "version": before.digest,
+                "content_digest": before.content_digest,
+                "tables": [],
+                "already": True,
+            }
+            return earlier or Removal.model_validate(described | about)
         if chosen.images == before.kept:
             raise nothing_left(folder, before)
         require_whole(folder, before)
         keys = set(chosen.image_keys)
         after = _without(folder, before, lambda row: selector.takes(row, keys), chosen.parts, reason, progress)
-        removal = Removal(
-            **chosen.model_dump(),
-            dataset=folder.name,
-            request_digest=request_digest,
-            reason=reason,
-            parent=before.digest,
-            version=after.digest,
-            content_digest=after.content_digest,
-            tables=_tables(before, after),
-            already=False,
-        )
+        parts = zip(before.parts, after.parts, strict=True)
+        about = {
+            "parent": before.digest,
+            "version": after.digest,
+            "content_digest": after.content_digest,
+            "tables": sorted(old.records.sha256 for old, new in parts if kept_in(new) < kept_in(old)),
+            "already": False,
+        }
+        removal = Removal.model_validate(described | about)
         write_removal(work_folder(folder), removal)
         write_manifest(folder, after)
         forget_captions(folder)
         remove_strays(folder)
         return removal
-
-
-def _tables(before: Manifest, after: Manifest) -> list[str]:
-    fewer = (old for old, new in zip(before.parts, after.parts, strict=True) if kept_in(new) < kept_in(old))
-    return sorted(part.records.sha256 for part in fewer)
 
 
 def _earlier(folder: Path, request_digest: str) -> Removal | None:
@@ -119,22 +122,6 @@ def _earlier(folder: Path, request_digest: str) -> Removal | None:
     beside = (removal for removal in found.values() if not still_held(folder, [removal]))
     removal = next(chain(in_line, beside), None)
     return removal and removal.model_copy(update={"already": True})
-
-
-def _known_as_removed(manifest: Manifest, chosen: Chosen, request_digest: str, reason: str) -> Removal:
-    """Return a removal that was done elsewhere, as far as the records describe it."""
-    return Removal(
-        **chosen.model_dump(exclude={"images"}),
-        images=len(chosen.image_keys),
-        dataset=manifest.name,
-        request_digest=request_digest,
-        reason=reason,
-        parent=None,
-        version=manifest.digest,
-        content_digest=manifest.content_digest,
-        tables=[],
-        already=True,
-    )
 
 
 def remove_known(folder: Path, progress: Progress = silent) -> list[Removal]:
@@ -158,11 +145,7 @@ def remove_known(folder: Path, progress: Progress = silent) -> list[Removal]:
         # If the storage configuration has changed since, images have other keys, which duplicates share.
         keys |= {row["key"] for _, row in rows if row["outcome"] == "kept" and row["source_sha256"] in digests}
 
-        def taken(row: Row, keys: set[str] = keys, digests: set[str] = digests) -> bool:
-            return row["outcome"] != "removed" and (
-                row["key"] in keys if row["key"] else row["source_sha256"] in digests
-            )
-
+        taken = partial(is_one_of, keys=keys, digests=digests)
         going = [(number, row) for number, row in rows if taken(row)]
         if sum(row["outcome"] == "kept" for _, row in going) == before.kept:
             raise nothing_left(folder, before)
@@ -195,8 +178,17 @@ def _without(
 ) -> Manifest:
     """Write the version without the rows that are ``taken``, all in parts of these ``numbers``."""
     parts = list(before.parts)
-    for done, (place, part) in enumerate(((i, part) for i, part in enumerate(parts) if part.number in numbers), 1):
-        parts[place] = _rewrite(folder, part, taken, reason, before.size)
+    for done, number in enumerate(sorted(numbers), start=1):
+        (place,) = (place for place, part in enumerate(parts) if part.number == number)
+        part, shard = parts[place], parts[place].shard
+        rows = [blanked(row, reason) if taken(row) else row for row in read_records(folder, part).to_pylist()]
+        kept = [row for row in rows if row["outcome"] == "kept"]
+        if shard is not None and len(kept) < part.outcomes["kept"]:
+            path = folder / shard.name
+            if kept and sha256_file(path) != shard.sha256:
+                raise UserError(f"{path} is damaged (its SHA-256 differs): {mend(folder)}")
+            shard = filter_shard(folder, number, path, kept) if kept else None
+        parts[place] = write_part(folder, number, shard, rows, before.size)
         progress("parts written anew", done, len(numbers))
     return before.model_copy(
         update={
@@ -206,31 +198,3 @@ def _without(
             "parts": parts,
         }
     )
-
-
-def _rewrite(folder: Path, part: Part, taken: Callable[[Row], bool], reason: str, size: int) -> Part:
-    rows = read_records(folder, part).to_pylist()
-    rows = [blanked(row, reason) if taken(row) else row for row in rows]
-    kept = [row for row in rows if row["outcome"] == "kept"]
-    shard = part.shard
-    if shard is not None and len(kept) < part.outcomes["kept"]:
-        shard = _copy_shard(folder, shard, part.number, kept) if kept else None
-    return write_part(folder, part.number, shard, rows, size)
-
-
-def _copy_shard(folder: Path, shard: FileEntry, number: int, kept: list[Row]) -> FileEntry:
-    """Write a shard of the ``kept`` rows alone and update their offsets."""
-    path = folder / shard.name
-    if sha256_file(path) != shard.sha256:
-        raise UserError(f"{path} is damaged (its SHA-256 differs): {mend(folder)}")
-    kept.sort(key=lambda row: row["offset"])
-    with path.open("rb") as file:
-        extents = [extent_at(file, row["offset"], row["size"]) for row in kept]
-
-    def write(partial: Path) -> None:
-        for row, extent in zip(kept, filtered(path, partial, extents), strict=True):
-            row["offset"] = extent.start + BLOCK
-
-    staged = folder / "shards" / f".{number:05d}.tar"
-    digest = write_atomically(staged, write)
-    return named(folder, staged, f"shards/{number:05d}-{digest[:16]}.tar", digest)

@@ -93,11 +93,9 @@ class Selector:
             return False
         key = row["key"] or ""
         named = [prefix for prefix in self.prefixes.get(key[:SHORTEST], ()) if key.startswith(prefix)]
-        for prefix in named:
-            self.fitted.setdefault(prefix, set()).add(key)
         like = [name for name, pattern in self.patterns if row["source"] and pattern.match(row["source"])]
-        for name in like:
-            self.fitted.setdefault(name, set())
+        for each in (*named, *like):
+            self.fitted.setdefault(each, set()).update({key} if each in named else ())
         return bool(named or like)
 
     def takes(self, row: Row, keys: set[str]) -> bool:
@@ -127,15 +125,14 @@ def chosen_by(folder: Path, manifest: Manifest, selector: Selector) -> tuple[Cho
             else:
                 keys.add(row["key"])
     unmatched = selector.unmatched()
-    outcomes: Counter[str] = Counter()
-    digests: set[str] = set()
-    parts: set[int] = set()
-    for part, row in _rows(folder, manifest, SELECTED_BY):
-        if selector.takes(row, keys):
-            outcomes[row["outcome"]] += 1
-            digests.add(row["source_sha256"])
-            parts.add(part.number)
-    if not parts:
+    taken = [
+        (part.number, row["outcome"], row["source_sha256"])
+        for part, row in _rows(folder, manifest, SELECTED_BY)
+        if selector.takes(row, keys)
+    ]
+    outcomes = Counter(outcome for _, outcome, _ in taken)
+    digests = {digest for _, _, digest in taken}
+    if not taken:
         keys, digests = set(gone), set(gone.values())
     chosen = Chosen(
         image_keys=sorted(keys),
@@ -143,8 +140,8 @@ def chosen_by(folder: Path, manifest: Manifest, selector: Selector) -> tuple[Cho
         images=outcomes["kept"],
         duplicates=outcomes["duplicate"],
         refused=outcomes["quarantined"],
-        near_copies=_near_copies(folder, manifest, keys) if parts else [],
-        parts=sorted(parts),
+        near_copies=_near_copies(folder, manifest, keys) if taken else [],
+        parts=sorted({number for number, _, _ in taken}),
     )
     return chosen, unmatched
 
@@ -178,13 +175,12 @@ def names_of(folder: Path, manifest: Manifest, chosen: Chosen) -> list[str]:
     """Return the names of the ``chosen`` images and quarantined entries in their sources, sorted."""
     keys, digests = set(chosen.image_keys), set(chosen.digests)
     rows = (row for _, row in _rows(folder, manifest, ("key", "source", "source_sha256", "outcome")))
-    return sorted(
-        {
-            row["source"]
-            for row in rows
-            if row["outcome"] != "removed" and (row["key"] in keys if row["key"] else row["source_sha256"] in digests)
-        }
-    )
+    return sorted({row["source"] for row in rows if is_one_of(row, keys, digests)})
+
+
+def is_one_of(row: Row, keys: set[str], digests: set[str]) -> bool:
+    """Return whether ``row`` is there and has one of ``keys``, or without a key one of ``digests``."""
+    return row["outcome"] != "removed" and (row["key"] in keys if row["key"] else row["source_sha256"] in digests)
 
 
 def nothing(unmatched: Sequence[str], folder: Path, manifest: Manifest) -> UserError:
@@ -250,14 +246,13 @@ def holders(folder: Path, removal: Removal, versions: Iterable[Manifest], elsewh
     keys, digests = set(removal.image_keys), set(removal.digests)
     removed: dict[str, bool | None] = dict.fromkeys(removal.tables, True)
 
-    def is_one_of_them(row: Row) -> bool:
-        return row["outcome"] == "kept" and (row["key"] in keys or row["source_sha256"] in digests)
-
     def kept_by(part: Part) -> bool | None:
         sha256 = part.records.sha256
         if sha256 not in removed:
             table = find_records(folder, part, ("outcome", "key", "source_sha256"), elsewhere)
-            removed[sha256] = None if table is None else any(map(is_one_of_them, table.to_pylist()))
+            kept = [] if table is None else [row for row in table.to_pylist() if row["outcome"] == "kept"]
+            found = any(row["key"] in keys or row["source_sha256"] in digests for row in kept)
+            removed[sha256] = None if table is None else found
         return removed[sha256]
 
     held, unknown = [], []

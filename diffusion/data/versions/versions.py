@@ -6,11 +6,10 @@ A version shares unchanged parts with its parent, so that only the others are co
 import logging
 import sqlite3
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
-from itertools import chain, pairwise
+from itertools import chain, dropwhile, pairwise
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, Generic, Literal, TypeAlias, TypeVar
 
 import pyarrow as pa
@@ -20,7 +19,6 @@ from diffusion.common.config import Config
 from diffusion.common.errors import UserError
 from diffusion.common.files import sha256_bytes, sha256_file, write_bytes
 from diffusion.data.ingest.config import StorageConfig
-from diffusion.data.ingest.quarantine import QuarantineEntry, Reason, standing
 from diffusion.data.manifest import (
     FileEntry,
     Manifest,
@@ -46,37 +44,64 @@ LEADING = 5
 
 Elsewhere = Callable[[FileEntry], Path | None]
 """Finds a file that is no longer in the data set's folder, because only older versions name it."""
+ReadTable = Callable[[Part, Sequence[str]], pa.Table | None]
+"""Reads some columns of a part's records; None if its table is no longer available."""
 T = TypeVar("T")
 Side: TypeAlias = Literal["before", "after"]
+COLUMNS = ("outcome", "key", "source", "split", "label", "caption")
+UNKNOWN = dict.fromkeys(COLUMNS)
 SCHEMA = """
-    CREATE TABLE rows (version, place INTEGER, source, outcome, reason, key, split, label, caption);
-    CREATE TABLE taken (version, key, UNIQUE (version, key));
-    CREATE INDEX by_key ON rows (key, version);
-    CREATE INDEX by_source ON rows (source, version);
+    CREATE TABLE images (version, key, source, split, label, caption, removed, UNIQUE (key, version));
 """
-COLUMNS = ("source", "outcome", "reason", "key", "split", "label", "caption")
-NOTHING: Mapping[str, str] = MappingProxyType({})
-PLACES = 2**32
-"""Upper bound on the rows of a part."""
 ONLY_IN = """
-    SELECT key, source, split, label, caption FROM rows r WHERE version = :this AND outcome = 'kept' AND NOT EXISTS
-        (SELECT 1 FROM rows WHERE version = :other AND outcome = 'kept' AND key = r.key)
+    SELECT key, source, split, label, caption FROM images i WHERE version = :this AND
+        (removed OR NOT EXISTS (SELECT 1 FROM images WHERE version = :other AND key = i.key AND NOT removed))
 """
 CHANGED = """
     SELECT a.key, a.source, a.split, a.label, a.caption, b.key, b.source, b.split, b.label, b.caption
-    FROM rows a JOIN rows b USING (key)
-    WHERE a.version = 'before' AND b.version = 'after' AND a.outcome = 'kept' AND b.outcome = 'kept'
+    FROM images a JOIN images b USING (key) WHERE a.version = 'before' AND b.version = 'after'
+        AND NOT a.removed AND NOT b.removed
         AND (a.split IS NOT b.split OR a.label IS NOT b.label OR a.caption IS NOT b.caption)
 """
+QUARANTINE_SCHEMA = """
+    CREATE TABLE outcomes (part TEXT, place INTEGER, source TEXT, outcome TEXT, reason TEXT);
+    CREATE INDEX by_part ON outcomes (part);
+    CREATE TABLE ranks (version TEXT, part TEXT, rank INTEGER, PRIMARY KEY (version, part)) WITHOUT ROWID;
+"""
 # Of several columns beside max(), SQLite returns those of the row with the maximum: the last record of a name.
-LAST_WORD = """
-    SELECT source, outcome, reason, max(place) FROM rows WHERE version IN ('{}', 'shared') AND source != ''
-    GROUP BY source
+QUARANTINED_IN = """
+    SELECT source, reason FROM (
+        SELECT source, outcome, reason, max(rank * 4294967296 + place)
+        FROM ranks CROSS JOIN outcomes ON outcomes.part = ranks.part WHERE version = :{} GROUP BY source
+    ) WHERE outcome = 'quarantined'
 """
-REFUSED_ONLY_IN = """
-    SELECT this.source, this.reason FROM ({this}) this LEFT JOIN ({other}) other USING (source)
-    WHERE this.outcome = 'quarantined' AND other.outcome IS NOT 'quarantined'
+QUARANTINED_ONLY_IN = f"""
+    {QUARANTINED_IN.format("this")} AND source NOT IN (SELECT source FROM ({QUARANTINED_IN.format("other")}))
 """
+
+
+class QuarantineEntry(Config):
+    """An entry in quarantine."""
+
+    source: str
+    reason: str
+
+
+class Reason(Config):
+    """A reason of quarantine and the number of its entries."""
+
+    reason: str
+    count: int
+
+
+class Quarantine(Config):
+    """Quarantined entries of a version."""
+
+    count: int
+    samples: list[QuarantineEntry]
+    """The first entries by name."""
+    reasons: list[Reason]
+    """Reasons, the most frequent first."""
 
 
 class Step(Config):
@@ -155,7 +180,7 @@ def known_versions(folder: Path) -> dict[str, Manifest]:
     kept by ``remember``. Raises UserError if a manifest of its line is missing or damaged; others are logged.
     """
     found = {manifest.digest: manifest for manifest in versions(folder)}
-    for path in sorted(_remembered(folder).glob("*.json")):
+    for path in sorted((work_folder(folder) / "versions").glob("*.json")):
         if path.stem not in found:
             data = path.read_bytes()
             try:
@@ -169,13 +194,9 @@ def known_versions(folder: Path) -> dict[str, Manifest]:
 
 def remember(folder: Path, manifest: Manifest) -> None:
     """Record a version on this machine, whichever becomes the current one in ``folder``."""
-    path = _remembered(folder) / f"{manifest.digest}.json"
+    path = work_folder(folder) / "versions" / f"{manifest.digest}.json"
     if not path.is_file():
         write_bytes(path, manifest_bytes(manifest))
-
-
-def _remembered(folder: Path) -> Path:
-    return work_folder(folder) / "versions"
 
 
 def resolve(folder: Path, prefix: str | None) -> Manifest:
@@ -213,6 +234,60 @@ def choose(prefix: str, candidates: dict[str, str], name: str) -> str:
     raise UserError(f"{prefix} is no version of data set {name}: there is {listed}")
 
 
+def standing(versions: Sequence[Manifest], read: ReadTable, limit: int | None = None) -> list[Quarantine | None]:
+    """Return the quarantine of each of ``versions`` of a data set, with the first ``limit`` entries.
+
+    Of all records of a name, the last one counts. None for a version that needs an unavailable table.
+    """
+    with closing(sqlite3.connect("")) as database:
+        unread = _load_quarantined(database, versions, read)
+        return [
+            None
+            if unread & {part.records.name for part in _quarantining([version])}
+            else _standing(database, version, limit)
+            for version in versions
+        ]
+
+
+def _standing(database: sqlite3.Connection, version: Manifest, limit: int | None) -> Quarantine:
+    query, this = QUARANTINED_IN.format("this"), {"this": version.digest, "limit": -1 if limit is None else limit}
+    counts = database.execute(f"SELECT reason, count(*) FROM ({query}) GROUP BY reason ORDER BY reason", this)
+    reasons: Counter[str] = Counter(dict(counts))
+    samples = database.execute(f"{query} ORDER BY source LIMIT :limit", this)
+    return Quarantine(
+        count=reasons.total(),
+        samples=[_entry(*row) for row in samples],
+        reasons=[Reason(reason=reason, count=count) for reason, count in reasons.most_common()],
+    )
+
+
+def _load_quarantined(database: sqlite3.Connection, versions: Sequence[Manifest], read: ReadTable) -> set[str]:
+    """Load all records of names that were ever quarantined; returns the names of unavailable tables."""
+    database.executescript(QUARANTINE_SCHEMA)
+    unread = set()
+    for part in _quarantining(versions):
+        table = read(part, ("source", "outcome", "reason"))
+        if table is None:
+            unread.add(part.records.name)
+            continue
+        rows = (row | {"part": part.records.sha256, "place": n} for n, row in enumerate(table.to_pylist()))
+        database.executemany("INSERT INTO outcomes VALUES (:part, :place, :source, :outcome, :reason)", rows)
+    quarantined = "SELECT source FROM outcomes WHERE outcome = 'quarantined'"
+    database.execute(f"DELETE FROM outcomes WHERE source NOT IN ({quarantined})")
+    ranks = ((each.digest, part.records.sha256, n) for each in versions for n, part in enumerate(each.parts))
+    database.executemany("INSERT OR IGNORE INTO ranks VALUES (?, ?, ?)", ranks)
+    return unread
+
+
+def _quarantining(versions: Sequence[Manifest]) -> list[Part]:
+    """Return the parts with quarantined entries, and later ones, whose records may supersede them."""
+    found: dict[str, Part] = {}
+    for version in versions:
+        later = dropwhile(lambda part: not part.outcomes.get("quarantined"), version.parts)
+        found |= {part.records.sha256: part for part in later}
+    return list(found.values())
+
+
 def log(folder: Path) -> Iterator[Step]:
     """Yield the current version of the data set in ``folder`` and its ancestors, newest first."""
     line: Iterator[Manifest | None] = chain(versions(folder), (None,))
@@ -226,7 +301,13 @@ def history(folder: Path, elsewhere: Elsewhere = nowhere) -> list[HistoryEntry]:
     """
     known = known_versions(folder)
     current = next(iter(known))
-    ordered = _in_lines(known, current)
+    parents = {version.parent for version in known.values()}
+    lines = [[version] for version in known.values() if version.digest not in parents]
+    for line in lines:
+        while (parent := known.get(line[-1].parent or "")) is not None:
+            line.append(parent)
+    lines.sort(key=lambda line: (current not in (version.digest for version in line), -len(line)))
+    ordered = list({version.digest: version for line in lines for version in line}.values())
     quarantines = standing(ordered, lambda part, columns: find_records(folder, part, columns, elsewhere), limit=0)
     return [
         HistoryEntry(
@@ -237,22 +318,6 @@ def history(folder: Path, elsewhere: Elsewhere = nowhere) -> list[HistoryEntry]:
         )
         for version, quarantine in zip(ordered, quarantines, strict=True)
     ]
-
-
-def _in_lines(known: dict[str, Manifest], current: str) -> list[Manifest]:
-    """Order versions by lines that end where they branch off another: the one through ``current`` first, in full."""
-    parents = {version.parent for version in known.values()}
-    lines = [_line(known, version) for version in known.values() if version.digest not in parents]
-    lines.sort(key=lambda line: (current not in (version.digest for version in line), -len(line)))
-    return list({version.digest: version for line in lines for version in line}.values())
-
-
-def _line(known: dict[str, Manifest], version: Manifest) -> list[Manifest]:
-    """Return ``version`` and its ``known`` ancestors."""
-    line = [version]
-    while (parent := known.get(line[-1].parent or "")) is not None:
-        line.append(parent)
-    return line
 
 
 def show(folder: Path, version: Manifest, elsewhere: Elsewhere = nowhere, limit: int | None = None) -> Contents:
@@ -368,23 +433,50 @@ def diff(
 
     Only parts that they do not share are compared, in a database on disk. Raises UserError if a table is damaged.
     """
+    sides: dict[Side, list[Part]] = {"before": unshared(before, after), "after": unshared(after, before)}
+    rewritten = _rewritten(folder, sides["before"], sides["after"], elsewhere)
+    rewritten |= _rewritten(folder, sides["after"], sides["before"], elsewhere)
+
+    def read(part: Part, columns: Sequence[str]) -> pa.Table | None:
+        return find_records(folder, rewritten.get(part.records.sha256, part), columns, elsewhere)
+
     with closing(sqlite3.connect("")) as database:
-        compared = _Comparison(database, folder, elsewhere, limit)
-        compared.load(before, after)
+        unread, blind = _load_images(database, sides, rewritten, read)
+        unread |= _load_quarantined(database, [before, after], read)
+
+        def group(make: Callable[..., T], query: str, this: str = "", other: str = "") -> VersionGroup[T]:
+            values = {"this": this, "other": other, "limit": -1 if limit is None else limit}
+            (count,) = database.execute(f"SELECT count(*) FROM ({query})", values).fetchone()
+            rows = database.execute(f"{query} ORDER BY 1 NULLS LAST LIMIT :limit", values)
+            return VersionGroup(count=count, samples=[make(*row) for row in rows if row[0] is not None])
+
+        ours, theirs = before.digest, after.digest
         return Difference(
-            before=before.digest,
-            after=after.digest,
+            before=ours,
+            after=theirs,
             same_content=before.content_digest == after.content_digest,
             kept=(before.kept, after.kept),
-            added=compared.only_in("after", "before"),
-            removed=compared.only_in("before", "after"),
-            changed=compared.changed(),
-            quarantined=compared.refused_only_in("after", "before"),
-            cleared=compared.refused_only_in("before", "after"),
+            added=None if "before" in blind else group(_sample, ONLY_IN, "after", "before"),
+            removed=None if "after" in blind else group(_sample, ONLY_IN, "before", "after"),
+            changed=None if blind else group(_changed, CHANGED),
+            quarantined=None if unread else group(_entry, QUARANTINED_ONLY_IN, theirs, ours),
+            cleared=None if unread else group(_entry, QUARANTINED_ONLY_IN, ours, theirs),
             storage=_differing(before.storage.model_dump(), after.storage.model_dump()),
             classes=_differing(before.class_histogram, after.class_histogram, 0),
-            unread=sorted(compared.unread),
+            unread=sorted(unread),
         )
+
+
+def _rewritten(folder: Path, parts: list[Part], others: list[Part], elsewhere: Elsewhere) -> dict[str, Part]:
+    """Return what a takedown made of those ``parts`` whose tables it deleted, by their tables' digests."""
+    numbered = {part.number: part for part in others}
+    return {
+        part.records.sha256: numbered[part.number]
+        for part in parts
+        if part.number in numbered
+        and numbered[part.number].outcomes.get("removed", 0) > part.outcomes.get("removed", 0)
+        and find_records(folder, part, ("outcome",), elsewhere) is None
+    }
 
 
 def _differing(before: dict[str, Any], after: dict[str, Any], absent: Any = None) -> dict[str, tuple[Any, Any]]:
@@ -392,129 +484,48 @@ def _differing(before: dict[str, Any], after: dict[str, Any], absent: Any = None
     return {name: (old, new) for name, (old, new) in pairs.items() if old != new}
 
 
-class _Comparison:
-    """Records that two versions do not share, side by side in ``database``."""
+def _load_images(
+    database: sqlite3.Connection, sides: dict[Side, list[Part]], rewritten: dict[str, Part], read: ReadTable
+) -> tuple[set[str], set[Side]]:
+    """Load the images of the parts of both versions; of parts that a takedown rewrote, only the removed ones.
 
-    def __init__(self, database: sqlite3.Connection, folder: Path, elsewhere: Elsewhere, limit: int | None) -> None:
-        self.database = database
-        self.folder = folder
-        self.elsewhere = elsewhere
-        self.limit = -1 if limit is None else limit
-        self.unread: set[str] = set()
-        self.blind: set[Side] = set()
-        """Versions with unavailable tables."""
-        self.remembers = True
-        """Whether earlier quarantined entries are known."""
-        self.taken: dict[Side, int] = {"before": 0, "after": 0}
-        """Number of images taken down since, with their table; those with known keys are in the database."""
-
-    def load(self, before: Manifest, after: Manifest) -> None:
-        """Read the required records of two versions."""
-        self.database.executescript(SCHEMA)
-        sides: dict[Side, list[Part]] = {"before": unshared(before, after), "after": unshared(after, before)}
-        rewritten = self._taken_down("before", sides) | self._taken_down("after", sides)
-        for side, parts in sides.items():
-            for part in parts:
-                if part.number not in rewritten and not self._insert(side, part):
-                    self.unread.add(part.records.name)
-                    self.blind.add(side)
-        own = {part.records.sha256 for part in sides["after"]}
-        self._load_shared([part for part in after.parts if part.records.sha256 not in own])
-
-    def only_in(self, this: Side, other: Side) -> VersionGroup[Sample] | None:
-        """Return the images that ``this`` version has and the ``other`` lacks."""
-        if other in self.blind:
-            return None
-        sides = {"this": this, "other": other}
-        query = f"{ONLY_IN} UNION ALL SELECT key, NULL, NULL, NULL, NULL FROM taken WHERE version = :this"
-        rows = self._first(query, "key", sides)
-        return VersionGroup(
-            count=self._count(ONLY_IN, sides) + self.taken[this], samples=[_sample(row) for row in rows]
-        )
-
-    def changed(self) -> VersionGroup[Changed] | None:
-        """Return the images of both versions whose records differ."""
-        if self.blind:
-            return None
-        samples = [Changed(before=_sample(row[:5]), after=_sample(row[5:])) for row in self._first(CHANGED, "1")]
-        return VersionGroup(count=self._count(CHANGED), samples=samples)
-
-    def refused_only_in(self, this: Side, other: Side) -> VersionGroup[QuarantineEntry] | None:
-        """Return the entries quarantined in ``this`` version and not in the ``other``."""
-        if self.blind or not self.remembers:
-            return None
-        query = REFUSED_ONLY_IN.format(this=LAST_WORD.format(this), other=LAST_WORD.format(other))
-        samples = [QuarantineEntry(source=source, reason=reason) for source, reason in self._first(query, "1")]
-        return VersionGroup(count=self._count(query), samples=samples)
-
-    def _count(self, query: str, values: Mapping[str, str] = NOTHING) -> int:
-        (count,) = self.database.execute(f"SELECT count(*) FROM ({query})", dict(values)).fetchone()
-        return int(count)
-
-    def _first(self, query: str, order: str, values: Mapping[str, str] = NOTHING) -> Iterable[tuple[Any, ...]]:
-        return self.database.execute(f"{query} ORDER BY {order} LIMIT :limit", {**values, "limit": self.limit})
-
-    def _rows(self, part: Part) -> Iterator[dict[str, Any]] | None:
-        table = find_records(self.folder, part, COLUMNS, self.elsewhere)
-        return None if table is None else iter(table.to_pylist())
-
-    def _insert(self, version: Side | Literal["shared"], part: Part) -> bool:
-        """Insert the rows of a part, of a shared one only names that the others mention.
-
-        Returns False if its table is unavailable.
-        """
-        rows = self._rows(part)
-        if rows is None:
-            return False
-        mentioned = " WHERE EXISTS (SELECT 1 FROM rows WHERE source = :source)" if version == "shared" else ""
-        values = ", ".join(f":{name}" for name in COLUMNS)
-        self.database.executemany(
-            f"INSERT INTO rows SELECT :version, :place, {values}{mentioned}",
-            (row | {"version": version, "place": part.number * PLACES + number} for number, row in enumerate(rows)),
-        )
-        return True
-
-    def _load_shared(self, parts: list[Part]) -> None:
-        """Insert earlier records of the same names, if any of them was quarantined."""
-        refused_before = False
+    Returns the names of unavailable tables, and the versions that need them.
+    """
+    database.executescript(SCHEMA)
+    unread: set[str] = set()
+    blind: set[Side] = set()
+    numbers = {part.number for part in rewritten.values()}
+    for side, parts in sides.items():
         for part in parts:
-            if part.outcomes.get("quarantined"):
-                rows = self._rows(part)
-                if rows is None:
-                    self.unread.add(part.records.name)
-                    self.remembers = False
-                    return
-                refused_before |= any(row["outcome"] == "quarantined" and self._mentions(row["source"]) for row in rows)
-        if refused_before:
-            self.remembers = all(self._insert("shared", part) for part in parts)
-
-    def _mentions(self, source: str) -> bool:
-        found = self.database.execute("SELECT 1 FROM rows WHERE source = ? AND version != 'shared'", (source,))
-        return found.fetchone() is not None
-
-    def _taken_down(self, side: Side, sides: dict[Side, list[Part]]) -> set[int]:
-        """Return the parts of ``side`` whose table was deleted because the other version's takedown rewrote it.
-
-        The keys of removed images are known if none had been taken down from the part before.
-        """
-        rewritten = set()
-        others = {part.number: part for part in sides["after" if side == "before" else "before"]}
-        for part in sides[side]:
-            other = others.get(part.number)
-            removed = part.outcomes.get("removed", 0)
-            if other is None or other.outcomes.get("removed", 0) <= removed or self._rows(part) is not None:
+            left = rewritten.get(part.records.sha256)
+            if left is None and part.number in numbers:
                 continue
-            rows = self._rows(other)
-            if rows is None:
+            table = read(part, COLUMNS)
+            if table is None:
+                unread.add(part.records.name)
+                blind |= {side} if left is None else {"before", "after"}
                 continue
-            rewritten.add(part.number)
-            self.taken[side] += kept_in(part) - kept_in(other)
-            if not removed:
-                keys = ((side, row["key"]) for row in rows if row["outcome"] == "removed" and row["key"])
-                self.database.executemany("INSERT OR IGNORE INTO taken VALUES (?, ?)", keys)
-        return rewritten
+            if left is None:
+                images = [row for row in table.to_pylist() if row["outcome"] == "kept"]
+            elif part.outcomes.get("removed"):  # it is unknown which of them were removed before
+                images = [{"key": None}] * (kept_in(part) - kept_in(left))
+            else:
+                keys = {row["key"] for row in table.to_pylist() if row["outcome"] == "removed"}
+                images = [{"key": key} for key in keys if key]
+            database.executemany(
+                "INSERT OR IGNORE INTO images VALUES (:version, :key, :source, :split, :label, :caption, :removed)",
+                ({**UNKNOWN, **image, "version": side, "removed": left is not None} for image in images),
+            )
+    return unread, blind
 
 
-def _sample(row: tuple[Any, ...]) -> Sample:
-    key, source, split, label, caption = row
+def _sample(key: str, source: str | None, split: str | None, label: str | None, caption: str | None) -> Sample:
     return Sample(key=key, source=source, split=split, label=label, caption=caption)
+
+
+def _changed(*row: Any) -> Changed:
+    return Changed(before=_sample(*row[:5]), after=_sample(*row[5:]))
+
+
+def _entry(source: str, reason: str) -> QuarantineEntry:
+    return QuarantineEntry(source=source, reason=reason)

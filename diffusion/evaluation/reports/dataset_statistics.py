@@ -19,9 +19,8 @@ from diffusion.common.config import Config
 from diffusion.common.progress import Progress, silent
 from diffusion.common.random import generator, permutation
 from diffusion.data.dataset import SPLITS, Dataset, Rows
-from diffusion.data.ingest.quarantine import Quarantine, standing
 from diffusion.data.manifest import Manifest, Split, read_records
-from diffusion.data.versions.versions import unshared
+from diffusion.data.versions.versions import Quarantine, standing, unshared
 from diffusion.evaluation.config import EvaluationConfig
 from diffusion.evaluation.features.feature_extractor import make_extractor
 from diffusion.evaluation.metrics.distances import compute_kid, compute_moments, frechet_distance, kid_kernel

@@ -14,7 +14,7 @@ from torch import Tensor
 from diffusion.common.errors import UserError
 from diffusion.common.random import generator
 from diffusion.data.dataset import Dataset
-from diffusion.data.loader import Batch, Loader, Order, TrainingOrder, WindowedOrder
+from diffusion.data.loader import Batch, Loader, TrainingOrder, WindowedOrder
 from diffusion.data.manifest import FileEntry
 from diffusion.data.shards import LocalShards, Span
 from tests.builders.small_datasets import random_images, write_dataset
@@ -31,7 +31,7 @@ def data(tmp_path: Path) -> Iterator[Dataset]:
         yield found
 
 
-def order_of(data: Dataset, window: int | None = None) -> Order:
+def order_of(data: Dataset, window: int | None = None) -> TrainingOrder:
     if window is None:
         return TrainingOrder(data.manifest.content_digest, 3, len(data))
     return WindowedOrder(data.manifest.layout_digest, 3, window, data.shards(range(len(data))))

@@ -16,7 +16,7 @@ from PIL import Image
 
 from diffusion.checkpoints import load_model
 from diffusion.common.files import sha256_bytes, sha256_file
-from diffusion.common.png_metadata import SYNTHETIC
+from diffusion.common.image_grids import SYNTHETIC
 from diffusion.generation.config import REQUESTS
 from diffusion.generation.generate import sample
 from diffusion.process.samplers import sampling_config

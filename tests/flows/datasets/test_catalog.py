@@ -13,7 +13,7 @@ from dvc.repo import Repo
 from diffusion.common.errors import UserError
 from diffusion.common.files import sha256_bytes
 from diffusion.data.dataset import Dataset
-from diffusion.data.ingest.chunks import Chunk, PreparedChunk
+from diffusion.data.ingest.chunks import Chunk
 from diffusion.data.ingest.config import IngestConfig
 from diffusion.data.ingest.ingest import captions_folder, ingest
 from diffusion.data.manifest import FileEntry, read_manifest, work_folder
@@ -75,7 +75,7 @@ def test_no_version_is_recorded_while_another_ingest_is_at_work(
     first = ingest(FOLDER, config)
     with ThreadPoolExecutor(1) as pool:
 
-        def fan_out(prepare: Callable[[Chunk], PreparedChunk], chunks: Iterable[Chunk]) -> Iterator[PreparedChunk]:
+        def fan_out(prepare: Callable[[Chunk], Path], chunks: Iterable[Chunk]) -> Iterator[Path]:
             recorded = pool.submit(record.fn, params)
             yield from map(prepare, chunks)
             with pytest.raises(TimeoutError):

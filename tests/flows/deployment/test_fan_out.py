@@ -8,7 +8,7 @@ import pytest
 from prefect import flow
 from prefect.testing.utilities import prefect_test_harness
 
-from diffusion.data.ingest.chunks import Chunk, PreparedChunk, prepare_chunk
+from diffusion.data.ingest.chunks import Chunk, prepare_chunk
 from diffusion.data.ingest.config import IngestConfig
 from diffusion.data.ingest.ingest import IngestResult, ingest
 from flows.deployment.tasks import prefect_fan_out, task_runner
@@ -32,7 +32,7 @@ def test_a_failed_chunk_is_retried_alone_and_leaves_no_trace(images: Path, tmp_p
     ingest(undisturbed, config)
     tries: Counter[int] = Counter()
 
-    def unlucky(chunk: Chunk) -> PreparedChunk:
+    def unlucky(chunk: Chunk) -> Path:
         tries[chunk.first] += 1
         if chunk.first == 513 and tries[chunk.first] == 1:
             raise ConnectionResetError("the first time only")

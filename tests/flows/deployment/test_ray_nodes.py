@@ -8,7 +8,7 @@ import pytest
 from prefect import flow
 from prefect.testing.utilities import prefect_test_harness
 
-from diffusion.data.ingest.chunks import Chunk, PreparedChunk, prepare_chunk
+from diffusion.data.ingest.chunks import Chunk, prepare_chunk
 from diffusion.data.ingest.config import IngestConfig
 from diffusion.data.ingest.ingest import IngestResult, ingest
 from flows.deployment.tasks import prefect_fan_out, task_runner
@@ -36,7 +36,7 @@ def test_when_a_node_dies_in_the_middle_the_others_finish_with_the_same_bytes(im
     begun.mkdir()
     finished.mkdir()
 
-    def slowly(chunk: Chunk) -> PreparedChunk:
+    def slowly(chunk: Chunk) -> Path:
         node = ray.get_runtime_context().get_node_id()
         (begun / f"{chunk.first}-{node}").touch()
         time.sleep(1)

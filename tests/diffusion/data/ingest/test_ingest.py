@@ -16,7 +16,7 @@ from PIL import Image
 
 from diffusion.common.errors import UserError
 from diffusion.data.dataset import Dataset
-from diffusion.data.ingest.chunks import Chunk, PreparedChunk, chunk_size
+from diffusion.data.ingest.chunks import Chunk, chunk_size
 from diffusion.data.ingest.config import IngestConfig
 from diffusion.data.ingest.ingest import ingest
 from diffusion.data.ingest.merge import split_of
@@ -327,13 +327,13 @@ def test_a_near_copy_of_both_splits_is_quarantined(tmp_path: Path) -> None:
     assert [each.reason for each in result.quarantined] == ["a near-copy of images in both splits"]
 
 
-def failing_after(count: int, seen: dict[str, int]) -> Callable[..., Iterator[PreparedChunk]]:
+def failing_after(count: int, seen: dict[str, int]) -> Callable[..., Iterator[Path]]:
     """A fan-out that is cut off after some chunks; notes when each table was written."""
     run = local_fan_out(IngestConfig(workers=1))
 
-    def fan_out(prepare: Callable[[Chunk], PreparedChunk], chunks: Iterable[Chunk]) -> Iterator[PreparedChunk]:
+    def fan_out(prepare: Callable[[Chunk], Path], chunks: Iterable[Chunk]) -> Iterator[Path]:
         for number, prepared in enumerate(run(prepare, chunks)):
-            seen[prepared.table.name] = prepared.table.stat().st_mtime_ns
+            seen[prepared.name] = prepared.stat().st_mtime_ns
             if number == count:
                 raise ConnectionError("cut off")
             yield prepared

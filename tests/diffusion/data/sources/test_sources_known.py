@@ -14,7 +14,7 @@ from diffusion.common.errors import UserError
 from diffusion.data.ingest.config import IngestConfig
 from diffusion.data.ingest.ingest import ingest
 from diffusion.data.sources import open_source
-from diffusion.data.sources.torchvision_set import ARRAYS, IDX_FILES, IMAGE_FILES, PICKLED
+from diffusion.data.sources.known_sets import ARRAYS, IDX_FILES, IMAGE_FILES, PICKLED
 from tests.builders.reading_sources import access, payloads, png, seen, write_files
 
 
