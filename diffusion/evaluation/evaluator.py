@@ -30,7 +30,7 @@ from diffusion.evaluation.cache import Key, Tensors, cached, cached_result, piec
 from diffusion.evaluation.config import EvaluationConfig
 from diffusion.evaluation.estimate import MetricEstimate
 from diffusion.evaluation.features.label_classifier import extractor_for
-from diffusion.evaluation.metrics.copies import Memorization, detect_duplicates, detect_memorization
+from diffusion.evaluation.metrics.copies import detect_duplicates, detect_memorization
 from diffusion.evaluation.metrics.distances import Scores, compute_moments, frechet_distance
 from diffusion.evaluation.metrics.held_out_loss import (
     HeldOutLoss,
@@ -296,14 +296,6 @@ class ModelEvaluator:
         return self.real.scores(self.features_key, self.features)
 
     @cached_property
-    def memorization(self) -> Memorization:
-        """Return the test for copies of training images, mirrored ones as well if the model was trained on those."""
-        mirrored = bool(self.header.training.get("flip", False))
-        pieces = torch.split(self.images, CHUNK)
-        found = self.real.neighbours(self.features_key, pieces, self.features, mirrored)
-        return detect_memorization(found, self.real.held_out_neighbours(mirrored))
-
-    @cached_property
     def labels(self) -> Tensor | None:
         """Return the class of each image, (samples,), see ``labels_of``; None for models without classes."""
         if self.header.model.low_resolution:
@@ -402,9 +394,11 @@ class ModelEvaluator:
     def evaluate(self) -> ModelEvaluation:
         """Return all metrics, without estimates."""
         pieces = torch.split(self.images, CHUNK)
+        mirrored = bool(self.header.training.get("flip", False))  # then mirrored copies count as well
+        nearest = self.real.neighbours(self.features_key, pieces, self.features, mirrored)
         return ModelEvaluation(
             **dict(self.scored()),
-            memorization=self.memorization,
+            memorization=detect_memorization(nearest, self.real.held_out_neighbours(mirrored)),
             duplicates=detect_duplicates(thumbnails_of_pieces(pieces), self.real.thumbnails),
             drift=compare_appearance(appearance_of_pieces(pieces), self.real.appearance),
             per_class=self.per_class,

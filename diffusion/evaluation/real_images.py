@@ -181,13 +181,10 @@ class RealImages:
     def neighbours(
         self, key: Key, pieces: Iterable[Tensor], features: Tensor, mirrored: bool
     ) -> dict[str, NearestNeighbours]:
-        """Return the training images nearest to some images by space; rows count from the first by key. Cached.
+        """Return the training images nearest to some others by space; rows count from the first by key. Cached.
 
-        Args:
-            key: Cache key of the features.
-            pieces: The images, (n, C, H, W) uint8 each.
-            features: Their features, (N, D).
-            mirrored: Whether their mirrored versions count as well.
+        The others come in ``pieces`` (n, C, H, W) uint8 and as ``features`` (N, D), whose cache key is ``key``;
+        ``mirrored``: their mirrored versions count as well.
         """
         spaces = PIXELS, self.extractor.name
 

@@ -74,6 +74,10 @@ class Labelled:
     labels: Tensor
     """(N,) int64, class numbers; any other number: no class."""
 
+    def of(self, label: int) -> Tensor:
+        """Return the features of one class."""
+        return self.features[self.labels == label]
+
 
 class ClassScores(Config):
     """Scores of one class."""
@@ -158,7 +162,7 @@ def evaluate_classes(
     read, read_real = reader(generated.features), reader(real.features)
     evaluated, others = [], []
     for label, name in enumerate(names):
-        ours, theirs = (each.features[each.labels == label] for each in (generated, real))
+        ours, theirs = generated.of(label), real.of(label)
         if min(len(ours), len(theirs)) < FEWEST:
             others.append(SkippedClass(name=name, samples=len(ours), reference=len(theirs)))
             continue

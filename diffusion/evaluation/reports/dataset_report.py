@@ -143,7 +143,12 @@ def write_dataset_report(folder: Path, output: Path, progress: Progress = silent
         comparison = compare_with_parent(dataset, parent, progress)
         summary = summarize(manifest, parent, statistics, comparison)
         reasons = group_reasons(statistics.quarantine)
-        histograms, kid_chart, size_chart = draw_charts(statistics, comparison, manifest.channels)
+        kid_chart = size_chart = None
+        if comparison.drift is not None and comparison.permuted_kids is not None:
+            test = partial(draw_permutation_test, permuted_kids=comparison.permuted_kids, kid=comparison.drift.kid)
+            kid_chart = chart("KID of the new images and of random permutations", test, (10, 1.7))
+        if len(statistics.sizes) > 1:
+            size_chart = chart("Original widths and heights", partial(draw_sizes, sizes=statistics.sizes), (3.6, 3.5))
         order = permutation(0, "dataset report/sample", 0, len(dataset))
         by_size = sorted(manifest.class_histogram.items(), key=lambda pair: (-pair[1], pair[0]))
         held_out = Counter(label for label in dataset.labels(dataset.rows("held_out")) if label is not None)
@@ -161,7 +166,7 @@ def write_dataset_report(folder: Path, output: Path, progress: Progress = silent
             comparison=comparison,
             history=history[:VERSIONS],
             older=len(history) > VERSIONS,
-            histograms=histograms,
+            histograms=draw_histograms(statistics, manifest.channels),
             kid_chart=kid_chart,
             size_chart=size_chart,
             sizes=sorted(statistics.sizes.items(), key=lambda pair: (-pair[1], pair[0]))[:8],
@@ -293,23 +298,15 @@ def draw_sizes(axes: Axes, paper: Paper, sizes: Mapping[tuple[int, int], int]) -
     axes.set_box_aspect(1)
 
 
-def draw_charts(
-    statistics: RecordStatistics, comparison: ParentComparison, channels: int
-) -> tuple[list[tuple[str, Chart, dict[Split, float]]], Chart | None, Chart | None]:
-    """Draw histograms, each with the means of the splits, the permutation test and the sizes, if there are several."""
+def draw_histograms(statistics: RecordStatistics, channels: int) -> list[tuple[str, Chart, dict[Split, float]]]:
+    """Return name, histogram and mean by split of each measure of images with these ``channels``."""
     histograms = []
     for number, (name, high) in enumerate(list(MEASURES.items())[: 5 if channels == 3 else 2]):
         counts = {split: statistics.histograms[split][number] for split in SPLITS}
         means = {split: statistics.sums[split][number] / n for split in SPLITS if (n := counts[split].sum())}
         draw = partial(draw_histogram, counts=counts, high=high)
         histograms.append((name, chart(f"Histogram of {name}", draw, (4.9, 1.8) if number < 2 else (3.2, 1.5)), means))
-    kid_chart = size_chart = None
-    if comparison.drift is not None and comparison.permuted_kids is not None:
-        test = partial(draw_permutation_test, permuted_kids=comparison.permuted_kids, kid=comparison.drift.kid)
-        kid_chart = chart("KID of the new images and of random permutations", test, (10, 1.7))
-    if len(statistics.sizes) > 1:
-        size_chart = chart("Original widths and heights", partial(draw_sizes, sizes=statistics.sizes), (3.6, 3.5))
-    return histograms, kid_chart, size_chart
+    return histograms
 
 
 def _thumbnails(dataset: Dataset, rows: Rows) -> Tensor:
