@@ -109,16 +109,17 @@ def test_families_are_compared_after_a_kill_too_and_each_is_registered_under_its
     assert entrants["autoregressive"]["held_out_loss"]["bits_per_dim"] > 0
     assert entrants["gan"]["held_out_loss"]["bits_per_dim"] is None
     assert (workspace.folder / done["report"]).is_file()
-    for family, run_id in ((each["name"], each["run_id"]) for each in done["ranking"]["models"]):
+    run_ids = {name: each["run_id"] for name, each in entrants.items()}
+    for family, run_id in run_ids.items():
         experiment = server.get_experiment(server.get_run(run_id).info.experiment_id)
         assert experiment.name == f"blobs-{family}"
         assert len(server.search_runs([experiment.experiment_id])) == 1
         shown = {item.path for item in server.list_artifacts(run_id, "evaluation")}
         assert {"evaluation/comparison.html", "evaluation/comparison.json"} <= shown
 
-    # What was compared is a run like any other: judged, registered and printed by the same commands.
+    # What was compared is a run like any other: evaluated, registered and sampled by the same commands.
     trained = workspace.json("train", "--params", "pixels.yaml")
-    assert trained["run_id"] == done["run_ids"]["autoregressive"]
+    assert trained["run_id"] == run_ids["autoregressive"]
     workspace.json("evaluate", "--params", "pixels.yaml")
     verdict = workspace.json("promote", "--params", "pixels.yaml", "--set", "gate.memorized=null")
     assert verdict["version"]["model"] == "blobs-autoregressive"

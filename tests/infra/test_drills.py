@@ -62,7 +62,10 @@ def test_fails():
 def test_that_is_no_drill():
     raise AssertionError
 """
-PARTS = ("tests/__init__.py", *(f"tests/chaos/{name}.py" for name in ("__init__", "record", "table")))
+PARTS = (
+    *("tests/__init__.py", "tests/builders/__init__.py"),
+    *(f"tests/chaos/{name}.py" for name in ("__init__", "record", "table")),
+)
 
 
 @pytest.mark.slow
@@ -107,7 +110,7 @@ def test_a_drill_that_passed_is_not_run_again_and_one_that_failed_is_until_it_pa
     run, results = read(page.read_text())
     assert {result for _, _, result in results.values()} == {"passed"}
     assert "KILLS=2" in run
-    chaos("--anew", code=0)
+    chaos("--restart", code=0)
     assert ran() == 4
     (tmp_path / "tests" / "other.py").touch()
     chaos(code=0)

@@ -27,9 +27,9 @@ PRINT = """
 import sys
 from pathlib import Path
 from flows.sampling import generate_batch
-from flows.sampling.sampling_batch import Batch
+from flows.sampling.sampling_batch import SamplingBatch
 from flows.storage.s3 import Location, Store
-store, batch, place = Store(), Batch.model_validate_json(sys.argv[1]), Location.parse(sys.argv[2])
+store, batch, place = Store(), SamplingBatch.model_validate_json(sys.argv[1]), Location.parse(sys.argv[2])
 print("begins", flush=True)
 for chunk in generate_batch.unfinished(store, batch, place):
     generate_batch.generate_chunk(store, batch, place, Path(sys.argv[3]), chunk, None, 1)

@@ -133,7 +133,7 @@ def test_a_server_that_goes_away_and_comes_back_has_every_point_once_in_order(
         writer.log_image("samples", blob(images), images)
     assert time.monotonic() - began < 2  # nobody waited for the server
     monkeypatch.setattr(buffered, "PATIENCE", 3.0)
-    with pytest.raises(DarkroomError, match=r"4 figures in .*spool.*give the same command again when MLflow is back"):
+    with pytest.raises(DarkroomError, match=r"4 figures in .*buffer.*give the same command again when MLflow is back"):
         writer.close()
     with mlflow_server(tmp_path, port):
         monkeypatch.setattr(buffered, "PATIENCE", 60.0)
