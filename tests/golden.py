@@ -34,7 +34,7 @@ from diffusion.data.ingest.ingest import ingest
 from diffusion.data.manifest import read_manifest
 from diffusion.data.versions.takedown import remove
 from diffusion.data.versions.takedown_records import Selection
-from diffusion.evaluation.bootstrap import compute_replicates, difference
+from diffusion.evaluation.bootstrap import difference
 from diffusion.evaluation.comparison import compare_with_champion, distance_headline
 from diffusion.evaluation.config import EvaluationConfig
 from diffusion.evaluation.evaluate import evaluate
@@ -47,6 +47,7 @@ from diffusion.process.samplers import sampling_config
 from diffusion.training.config import TrainingConfig
 from diffusion.training.train import train
 from flows.registry.ledger import Approval, Evidence, History, LedgerEntry
+from tests.builders.one_metric import compute_replicates
 
 VALUES = Path(__file__).with_name("golden_values.json")
 IMAGES = 2_000

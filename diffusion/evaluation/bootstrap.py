@@ -32,12 +32,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from diffusion.common.errors import UserError
 from diffusion.common.progress import Progress, silent
 from diffusion.common.random import generator
 from diffusion.common.threads import worker_threads
 from diffusion.evaluation.estimate import Estimate, Share
-from diffusion.evaluation.metrics.distances import PER_FEATURE, Reference, Scores, compute_scores, kid_kernel
+from diffusion.evaluation.metrics.distances import PER_FEATURE, kid_kernel
 from diffusion.evaluation.metrics.neighbours import DENSITY_NEIGHBOURS, MANIFOLD_NEIGHBOURS, squared_distances
 
 SPLITS = 100
@@ -106,38 +105,19 @@ def _estimate(value: float, of_halves: Tensor, samples: int, reference: int) -> 
     )
 
 
-def compute_replicates(
-    sets: Sequence[Tensor],
-    reference: Tensor,
-    splits: int = SPLITS,
-    progress: Progress = silent,
-    scores: Sequence[Scores] | None = None,
-) -> list[dict[Figure, Replicates]]:
-    """Compute every metric of each of ``sets``, features (N, D), against ``reference``, (M, D), with its halves.
+def compute_halves(
+    sets: Sequence[Tensor], reference: Tensor, splits: int = SPLITS, progress: Progress = silent
+) -> list[dict[Figure, Tensor]]:
+    """Compute every metric on the halves of each of ``sets``, features (N, D), and of ``reference``, (M, D).
 
-    Pass all sets to compare in one call (candidate, champion, real baseline): most of the work depends on the reference
-    alone and is done once. Equal input gives equal bits on any number of cores. ``scores``: of each set as a whole, if
-    they are known. Raises UserError for sets of fewer than 12, of which no half has neighbourhoods.
+    N and M at least FEWEST. Pass all sets to compare in one call (candidate, champion, real baseline): most of the work
+    depends on the reference alone and is done once. Equal input gives equal bits on any number of cores. Returns for
+    each set (splits, 2) float64 by metric.
     """
-    fewest = min(map(len, (*sets, reference)))
-    if fewest < FEWEST:
-        raise UserError(
-            f"errors of metrics need {FEWEST} images on either side, and there are {fewest}: generate more with "
-            "evaluation.samples, or hold more out with ingest.held_out"
-        )
-    if scores is None:
-        known = Reference.of(reference)
-        scores = [compute_scores(each, known, "features") for each in sets]
     distances = frechet_of_halves(sets, reference, splits, progress)
     kids = kid_of_halves(sets, reference, splits, progress)
     shares = shares_of_halves(sets, reference, splits, progress)
-    found = []
-    for samples, whole, fd, kid, others in zip(sets, scores, distances, kids, shares, strict=True):
-        halves: dict[Figure, Tensor] = {"fd": fd, "kid": kid, **others}
-        found.append(
-            {name: Replicates.of(name, whole.of(name), each, samples, reference) for name, each in halves.items()}
-        )
-    return found
+    return [{"fd": fd, "kid": kid, **rest} for fd, kid, rest in zip(distances, kids, shares, strict=True)]
 
 
 def draw_halves(count: int, stream: Literal["samples", "reference"], splits: int) -> Tensor:
@@ -168,16 +148,12 @@ class Gaussian:
 
     mean: Tensor
     """(D,)."""
+    trace: Tensor
+    """Trace of the covariance."""
     few: Tensor | None
     """A root of the covariance, (n, D), if n is at most D: working on it is faster then."""
     covariance: Tensor | None
     """(D, D), if n is larger."""
-
-    @cached_property
-    def trace(self) -> Tensor:
-        """Return the trace of the covariance."""
-        trace: Tensor = self.root.square().sum() if self.covariance is None else self.covariance.trace()
-        return trace
 
     @cached_property
     def root(self) -> Tensor:
@@ -185,26 +161,11 @@ class Gaussian:
         if self.few is not None:
             return self.few
         lower, failed = torch.linalg.cholesky_ex(self.covariance)
-        if not failed:
-            upper: Tensor = lower.T
-            return upper
-        # Collinear features make the Cholesky factorization fail. The eigendecomposition always exists but is slower.
-        values, vectors = torch.linalg.eigh(self.covariance)
-        root: Tensor = (vectors * values.clamp(min=0).sqrt()).T
+        root: Tensor = lower.T
+        if failed:  # for collinear features; the eigendecomposition always exists but is slower
+            values, vectors = torch.linalg.eigh(self.covariance)
+            root = (vectors * values.clamp(min=0).sqrt()).T
         return root
-
-    @classmethod
-    def of_few(cls, features: Tensor) -> "Gaussian":
-        """Fit to ``features``, (n, D)."""
-        x = features.double()
-        mean = x.mean(0)
-        return cls(mean, (x - mean).div_(math.sqrt(len(x) - 1)), None)
-
-    @classmethod
-    def of_sums(cls, count: int, first: Tensor, second: Tensor) -> "Gaussian":
-        """Fit to ``count`` features x from the sums of x, (D,), and of x·xᵀ, (D, D)."""
-        mean = first / count
-        return cls(mean, None, (second - count * torch.outer(mean, mean)) / (count - 1))
 
 
 def frechet_of_halves(
@@ -213,7 +174,7 @@ def frechet_of_halves(
     """Compute the Fréchet distance (arXiv 1706.08500) of the halves of each of ``sets`` to those of ``reference``.
 
     Of features (N, D) to (M, D); N and M at least 4. Returns for each set (splits, 2) float64. The sums of a second
-    half are those of both less those of the first, and moments of the reference are computed once for all sets.
+    half are those of both less those of the first.
     """
     # Distances are translation-invariant, and centred features lose less to rounding.
     centre = reference.double().mean(0).to(reference.dtype)
@@ -262,10 +223,20 @@ class _HalvedSet:
         """Return the Gaussians of both halves of a cut."""
         one, other = (self.members[2 * split + half].nonzero()[:, 0] for half in (0, 1))
         if self.sums is None:
-            return Gaussian.of_few(self.features[one]), Gaussian.of_few(self.features[other])
+            return self._fit_few(one), self._fit_few(other)
         (first, second), (all_first, all_second) = _sums(self.features, one), self.sums
-        rest = Gaussian.of_sums(self.half, all_first - first, all_second - second)
-        return Gaussian.of_sums(self.half, first, second), rest
+        return self._fit_sums(first, second), self._fit_sums(all_first - first, all_second - second)
+
+    def _fit_few(self, rows: Tensor) -> Gaussian:
+        x = self.features[rows].double()
+        mean = x.mean(0)
+        root = (x - mean).div_(math.sqrt(self.half - 1))
+        return Gaussian(mean, root.square().sum(), root, None)
+
+    def _fit_sums(self, first: Tensor, second: Tensor) -> Gaussian:
+        mean = first / self.half
+        covariance = (second - self.half * torch.outer(mean, mean)) / (self.half - 1)
+        return Gaussian(mean, covariance.trace(), None, covariance)
 
 
 def _sums(features: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:

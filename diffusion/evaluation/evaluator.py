@@ -25,11 +25,12 @@ from diffusion.common.threads import cores
 from diffusion.data.dataset import Dataset
 from diffusion.data.manifest import read_manifest
 from diffusion.evaluation.bootstrap import FEWEST as FEWEST_FOR_ERRORS
-from diffusion.evaluation.bootstrap import SPLITS, Figure, Replicates, compute_replicates
+from diffusion.evaluation.bootstrap import SPLITS, Figure, Replicates, compute_halves
 from diffusion.evaluation.cache import Key, Tensors, cached, cached_result, pieces_folder
 from diffusion.evaluation.config import EvaluationConfig
 from diffusion.evaluation.estimate import MetricEstimate
-from diffusion.evaluation.features.label_classifier import extractor_for
+from diffusion.evaluation.features.feature_extractor import Extractor, make_extractor
+from diffusion.evaluation.features.label_classifier import load_label_classifier
 from diffusion.evaluation.metrics.copies import detect_duplicates, detect_memorization
 from diffusion.evaluation.metrics.distances import Scores, compute_moments, frechet_distance
 from diffusion.evaluation.metrics.held_out_loss import (
@@ -110,7 +111,10 @@ class Evaluator:
     ) -> None:
         require_enough(data)
         dataset = Dataset.open(data)
-        extractor = extractor_for(config, dataset, folder, progress)
+        if config.extractor == "labels":
+            extractor: Extractor = load_label_classifier(dataset, config.extractor_size, folder, progress)
+        else:
+            extractor = make_extractor(config)
         self.real = RealImages(dataset, extractor, config.reference, config.samples, folder, task, progress)
         self.config = config
         self.sampling = sampling
@@ -166,8 +170,8 @@ class Evaluator:
         scores = [*(each.scores for each in models), real.scores(baseline_key, baseline)]
 
         def work() -> Tensors:
-            found = compute_replicates(sets, reference, SPLITS, self.progress, scores)
-            return {f"{n}/{figure}": some.halves for n, each in enumerate(found) for figure, some in each.items()}
+            found = compute_halves(sets, reference, SPLITS, self.progress)
+            return {f"{n}/{figure}": halves for n, each in enumerate(found) for figure, halves in each.items()}
 
         key: Key = {"kind": "halves", "format_version": 2, "generated": [each.features_key for each in models]}
         key |= {"real_baseline_seed": seed, "training": real.key(real.train), "compared": real.key(real.compared)}

@@ -16,7 +16,7 @@ from torch import Tensor
 from diffusion.common.errors import UserError
 from diffusion.common.files import sha256_bytes
 from diffusion.common.fingerprint import fingerprint
-from diffusion.common.progress import Progress, silent
+from diffusion.common.progress import Progress
 from diffusion.common.random import permutation
 from diffusion.data.dataset import Dataset, Rows
 from diffusion.evaluation.bootstrap import FEWEST
@@ -45,45 +45,6 @@ def extractor_key(extractor: Extractor) -> Key:
         "preprocessing": extractor.preprocessing,
         "fingerprint": fingerprint(BATCH, "fp32", "cpu"),
     }
-
-
-def features_key(dataset: Dataset, rows: Rows, extractor: Extractor) -> Key:
-    """Return the cache key of the features that ``extractor`` computes of these ``rows``, in order."""
-    numbers = sha256_bytes(np.asarray(rows, np.dtype("<i8")).tobytes())
-    key: Key = {"kind": "features", "format_version": 1, "rows": numbers, "count": len(rows)}
-    return key | {"content_digest": dataset.manifest.content_digest} | extractor_key(extractor)
-
-
-def cached_features(
-    folder: Path, dataset: Dataset, rows: Rows, extractor: Extractor, progress: Progress = silent
-) -> Tensor:
-    """Return the features of the images in ``rows``, (len(rows), D) float32, cached in ``folder``."""
-
-    def work() -> Tensors:
-        pieces = []
-        for start in range(0, len(rows), CHUNK):
-            chunk = rows[start : start + CHUNK]
-            pieces.append(extractor(dataset.images(chunk)))
-            progress("features of real images", start + len(chunk), len(rows))
-        return {"features": torch.cat(pieces)}
-
-    return cached(folder, features_key(dataset, rows, extractor), work)["features"]
-
-
-def cached_reference(
-    folder: Path, dataset: Dataset, rows: Rows, extractor: Extractor, progress: Progress = silent
-) -> Reference:
-    """Return these ``rows`` as a reference for scores, cached in ``folder``; at least 6 rows."""
-    features = cached_features(folder, dataset, rows, extractor, progress)
-
-    def work() -> Tensors:
-        found = Reference.of(features, progress)
-        moments = {"mean": found.moments.mean, "root": found.moments.root}
-        return moments | {"nearest": found.nearest, "kernel_sums": found.kernel_sums}
-
-    key = {"kind": "statistics", "format_version": 2, "features": features_key(dataset, rows, extractor)}
-    kept = cached(folder, key, work)
-    return Reference(features, Moments(len(rows), kept["mean"], kept["root"]), kept["nearest"], kept["kernel_sums"])
 
 
 class RealImages:
@@ -125,8 +86,19 @@ class RealImages:
 
     @cached_property
     def reference(self) -> Reference:
-        """Return the reference that generated images are compared with."""
-        return cached_reference(self.folder, self.dataset, self.compared, self.extractor, self.progress)
+        """Return the reference that generated images are compared with; at least 6 images."""
+        features = self.features(self.compared)
+
+        def work() -> Tensors:
+            found = Reference.of(features, self.progress)
+            moments = {"mean": found.moments.mean, "root": found.moments.root}
+            return moments | {"nearest": found.nearest, "kernel_sums": found.kernel_sums}
+
+        kept = cached(
+            self.folder, {"kind": "statistics", "format_version": 2, "features": self.key(self.compared)}, work
+        )
+        moments = Moments(len(features), kept["mean"], kept["root"])
+        return Reference(features, moments, kept["nearest"], kept["kernel_sums"])
 
     def scores(self, key: Key, features: Tensor) -> Scores:
         """Return the cached scores of ``features`` (N, D), whose cache key is ``key``, against the reference."""
@@ -140,7 +112,7 @@ class RealImages:
     def real_baseline(self, seed: int) -> tuple[Key, Tensor]:
         """Return features of as many training images as are generated, or of all, and their key: (N, D)."""
         rows = self.train[permutation(seed, "evaluation/floor", 0, len(self.train))[: self.samples]]
-        return self.key(rows), self._features(rows, self.folder)
+        return self.key(rows), self.features(rows)
 
     @cached_property
     def small(self) -> Tensor | None:
@@ -166,8 +138,22 @@ class RealImages:
         return self.dataset.images(rows[:SHOWN])
 
     def key(self, rows: Rows) -> Key:
-        """Return the cache key of the features of the images in ``rows``."""
-        return features_key(self.dataset, rows, self.extractor)
+        """Return the cache key of the features of the images in ``rows``, in order."""
+        numbers = sha256_bytes(np.asarray(rows, np.dtype("<i8")).tobytes())
+        key: Key = {"kind": "features", "format_version": 1, "rows": numbers, "count": len(rows)}
+        return key | {"content_digest": self.dataset.manifest.content_digest} | extractor_key(self.extractor)
+
+    def features(self, rows: Rows, folder: Path | None = None) -> Tensor:
+        """Return the features of the images in ``rows``, (len(rows), D) float32, cached in ``folder`` or the usual."""
+
+        def work() -> Tensors:
+            pieces = list[Tensor]()
+            for images in self.images(rows):
+                pieces.append(self.extractor(images))
+                self.progress("features of real images", sum(map(len, pieces)), len(rows))
+            return {"features": torch.cat(pieces)}
+
+        return cached(folder or self.folder, self.key(rows), work)["features"]
 
     def labelled(self, classes: Sequence[str]) -> Labelled:
         """Return the reference images that have one of ``classes``."""
@@ -208,8 +194,8 @@ class RealImages:
 
     def held_out_neighbours(self, mirrored: bool) -> dict[str, NearestNeighbours]:
         """Return the training images nearest to the held-out images."""
-        features = self._features(self.held_out, self.folder)
-        return self.neighbours(self.key(self.held_out), self.images(self.held_out), features, mirrored)
+        rows = self.held_out
+        return self.neighbours(self.key(rows), self.images(rows), self.features(rows), mirrored)
 
     def reader(self, classes: Sequence[str]) -> LinearDiscriminant:
         """Return a classifier of these ``classes``, fitted to the training images."""
@@ -224,24 +210,17 @@ class RealImages:
 
     def _training(self) -> Iterator[Tensor]:
         """Yield features of all training images, piece by piece."""
-        for rows in self._pieces():
-            yield self._features(rows, self._training_folder)
-
-    def _features(self, rows: Rows, folder: Path) -> Tensor:
-        return cached_features(folder, self.dataset, rows, self.extractor, self.progress)
-
-    def _pieces(self) -> Iterator[Rows]:
-        for start in range(0, len(self.train), PIECE):
-            yield self.train[start : start + PIECE]
-
-    @cached_property
-    def _training_folder(self) -> Path:
         folder = self.folder / "training" / self.dataset.manifest.content_digest[:16]
         folder.mkdir(parents=True, exist_ok=True)
         for other in folder.parent.iterdir():
             if other != folder:
                 shutil.rmtree(other)
-        return folder
+        for rows in self._pieces():
+            yield self.features(rows, folder)
+
+    def _pieces(self) -> Iterator[Rows]:
+        for start in range(0, len(self.train), PIECE):
+            yield self.train[start : start + PIECE]
 
 
 def appearance_of_pieces(pieces: Iterable[Tensor]) -> dict[str, Tensor]:

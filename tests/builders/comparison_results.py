@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from diffusion.common.fingerprint import fingerprint
-from diffusion.evaluation.bootstrap import Figure, Replicates, compute_replicates, difference
+from diffusion.evaluation.bootstrap import Figure, Replicates, difference
 from diffusion.evaluation.comparison import ChampionComparison, SampleGrids, distance_headline
 from diffusion.evaluation.config import EvaluationConfig
 from diffusion.evaluation.estimate import MetricEstimate
@@ -30,6 +30,7 @@ from diffusion.evaluation.results import EvaluationConditions, ModelEvaluation, 
 from diffusion.process.likelihood import noise_levels
 from diffusion.process.samplers import sampling_config
 from tests.builders.degraded import with_copies, with_noise
+from tests.builders.one_metric import compute_replicates
 from tests.builders.real_images import images
 
 COUNT = 240

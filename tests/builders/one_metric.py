@@ -1,13 +1,31 @@
-"""One metric with its halves, where a simulation would be slow with all of them."""
+"""Metrics with their halves, and single ones, where a simulation would be slow with all of them."""
 
 from collections.abc import Sequence
 
 from torch import Tensor
 
-from diffusion.evaluation.bootstrap import Figure, Replicates, frechet_of_halves, kid_of_halves, shares_of_halves
+from diffusion.common.progress import Progress, silent
+from diffusion.evaluation.bootstrap import (
+    Figure,
+    Replicates,
+    compute_halves,
+    frechet_of_halves,
+    kid_of_halves,
+    shares_of_halves,
+)
+from diffusion.evaluation.metrics.distances import Reference, compute_moments, compute_scores, frechet_distance
 from diffusion.evaluation.metrics.distances import compute_kid as kid_of
-from diffusion.evaluation.metrics.distances import compute_moments, frechet_distance
 from diffusion.evaluation.metrics.neighbours import compute_overlap, nearest_distances
+
+
+def compute_replicates(
+    sets: Sequence[Tensor], reference: Tensor, splits: int, progress: Progress = silent
+) -> list[dict[Figure, Replicates]]:
+    known, found = Reference.of(reference), []
+    for x, halves in zip(sets, compute_halves(sets, reference, splits, progress), strict=True):
+        scores = compute_scores(x, known, "features")
+        found.append({name: Replicates.of(name, scores.of(name), of_x, x, reference) for name, of_x in halves.items()})
+    return found
 
 
 def kid_replicates(sets: Sequence[Tensor], reference: Tensor, splits: int) -> list[Replicates]:

@@ -8,7 +8,7 @@ import sqlite3
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
-from itertools import chain, dropwhile, pairwise
+from itertools import chain, dropwhile, islice, pairwise
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeAlias, TypeVar
 
@@ -59,24 +59,9 @@ ONLY_IN = """
 """
 CHANGED = """
     SELECT a.key, a.source, a.split, a.label, a.caption, b.key, b.source, b.split, b.label, b.caption
-    FROM images a JOIN images b USING (key) WHERE a.version = 'before' AND b.version = 'after'
+    FROM images a JOIN images b USING (key) WHERE a.version = :this AND b.version = :other
         AND NOT a.removed AND NOT b.removed
         AND (a.split IS NOT b.split OR a.label IS NOT b.label OR a.caption IS NOT b.caption)
-"""
-QUARANTINE_SCHEMA = """
-    CREATE TABLE outcomes (part TEXT, place INTEGER, source TEXT, outcome TEXT, reason TEXT);
-    CREATE INDEX by_part ON outcomes (part);
-    CREATE TABLE ranks (version TEXT, part TEXT, rank INTEGER, PRIMARY KEY (version, part)) WITHOUT ROWID;
-"""
-# Of several columns beside max(), SQLite returns those of the row with the maximum: the last record of a name.
-QUARANTINED_IN = """
-    SELECT source, reason FROM (
-        SELECT source, outcome, reason, max(rank * 4294967296 + place)
-        FROM ranks CROSS JOIN outcomes ON outcomes.part = ranks.part WHERE version = :{} GROUP BY source
-    ) WHERE outcome = 'quarantined'
-"""
-QUARANTINED_ONLY_IN = f"""
-    {QUARANTINED_IN.format("this")} AND source NOT IN (SELECT source FROM ({QUARANTINED_IN.format("other")}))
 """
 
 
@@ -239,53 +224,39 @@ def standing(versions: Sequence[Manifest], read: ReadTable, limit: int | None = 
 
     Of all records of a name, the last one counts. None for a version that needs an unavailable table.
     """
-    with closing(sqlite3.connect("")) as database:
-        unread = _load_quarantined(database, versions, read)
-        return [
-            None
-            if unread & {part.records.name for part in _quarantining([version])}
-            else _standing(database, version, limit)
-            for version in versions
-        ]
+    quarantines: list[Quarantine | None] = []
+    for entries in _quarantined(versions, read)[0]:
+        reasons = Counter(sorted(entries.values())).most_common() if entries else ()
+        counts = [Reason(reason=reason, count=count) for reason, count in reasons]
+        group = None if entries is None else Quarantine(**_first(entries, limit), reasons=counts)
+        quarantines.append(group)
+    return quarantines
 
 
-def _standing(database: sqlite3.Connection, version: Manifest, limit: int | None) -> Quarantine:
-    query, this = QUARANTINED_IN.format("this"), {"this": version.digest, "limit": -1 if limit is None else limit}
-    counts = database.execute(f"SELECT reason, count(*) FROM ({query}) GROUP BY reason ORDER BY reason", this)
-    reasons: Counter[str] = Counter(dict(counts))
-    samples = database.execute(f"{query} ORDER BY source LIMIT :limit", this)
-    return Quarantine(
-        count=reasons.total(),
-        samples=[_entry(*row) for row in samples],
-        reasons=[Reason(reason=reason, count=count) for reason, count in reasons.most_common()],
-    )
+def _quarantined(versions: Sequence[Manifest], read: ReadTable) -> tuple[list[dict[str, str] | None], set[str]]:
+    """Return the reasons of quarantined entries by name, for each version, and the names of unavailable tables."""
+    needed = [list(dropwhile(lambda part: not part.outcomes.get("quarantined"), each.parts)) for each in versions]
+    parts = {part.records.name: part for each in needed for part in each}
+    records: dict[str, list[tuple[str, str]]] = {}
+    names: set[str] = set()
+    for name, part in sorted(parts.items(), key=lambda item: item[1].number):
+        if (table := read(part, ("source", "outcome", "reason"))) is not None:
+            outcomes = zip(*(table[column].to_pylist() for column in table.column_names), strict=True)
+            rows = [(source, reason if outcome == "quarantined" else "") for source, outcome, reason in outcomes]
+            names.update(source for source, reason in rows if reason)
+            records[name] = [row for row in rows if row[0] in names]
+    found: list[dict[str, str] | None] = []
+    for each in needed:
+        here = [records.get(part.records.name) for part in each]
+        last = dict(chain.from_iterable(rows or () for rows in here))
+        found.append(None if None in here else {name: last[name] for name in sorted(last) if last[name]})
+    return found, parts.keys() - records.keys()
 
 
-def _load_quarantined(database: sqlite3.Connection, versions: Sequence[Manifest], read: ReadTable) -> set[str]:
-    """Load all records of names that were ever quarantined; returns the names of unavailable tables."""
-    database.executescript(QUARANTINE_SCHEMA)
-    unread = set()
-    for part in _quarantining(versions):
-        table = read(part, ("source", "outcome", "reason"))
-        if table is None:
-            unread.add(part.records.name)
-            continue
-        rows = (row | {"part": part.records.sha256, "place": n} for n, row in enumerate(table.to_pylist()))
-        database.executemany("INSERT INTO outcomes VALUES (:part, :place, :source, :outcome, :reason)", rows)
-    quarantined = "SELECT source FROM outcomes WHERE outcome = 'quarantined'"
-    database.execute(f"DELETE FROM outcomes WHERE source NOT IN ({quarantined})")
-    ranks = ((each.digest, part.records.sha256, n) for each in versions for n, part in enumerate(each.parts))
-    database.executemany("INSERT OR IGNORE INTO ranks VALUES (?, ?, ?)", ranks)
-    return unread
-
-
-def _quarantining(versions: Sequence[Manifest]) -> list[Part]:
-    """Return the parts with quarantined entries, and later ones, whose records may supersede them."""
-    found: dict[str, Part] = {}
-    for version in versions:
-        later = dropwhile(lambda part: not part.outcomes.get("quarantined"), version.parts)
-        found |= {part.records.sha256: part for part in later}
-    return list(found.values())
+def _first(entries: dict[str, str], limit: int | None) -> dict[str, Any]:
+    """Count ``entries``, and list the first ones."""
+    samples = [QuarantineEntry(source=source, reason=reason) for source, reason in islice(entries.items(), limit)]
+    return {"count": len(entries), "samples": samples}
 
 
 def log(folder: Path) -> Iterator[Step]:
@@ -442,25 +413,30 @@ def diff(
 
     with closing(sqlite3.connect("")) as database:
         unread, blind = _load_images(database, sides, rewritten, read)
-        unread |= _load_quarantined(database, [before, after], read)
+        (old, new), missing = _quarantined([before, after], read)
+        unread |= missing
 
-        def group(make: Callable[..., T], query: str, this: str = "", other: str = "") -> VersionGroup[T]:
+        def only_in(this: dict[str, str] | None, other: dict[str, str] | None) -> VersionGroup[QuarantineEntry] | None:
+            if unread or this is None or other is None:
+                return None
+            return VersionGroup(**_first({name: this[name] for name in this if name not in other}, limit))
+
+        def group(make: Callable[..., T], query: str, this: Side, other: Side) -> VersionGroup[T]:
             values = {"this": this, "other": other, "limit": -1 if limit is None else limit}
             (count,) = database.execute(f"SELECT count(*) FROM ({query})", values).fetchone()
             rows = database.execute(f"{query} ORDER BY 1 NULLS LAST LIMIT :limit", values)
             return VersionGroup(count=count, samples=[make(*row) for row in rows if row[0] is not None])
 
-        ours, theirs = before.digest, after.digest
         return Difference(
-            before=ours,
-            after=theirs,
+            before=before.digest,
+            after=after.digest,
             same_content=before.content_digest == after.content_digest,
             kept=(before.kept, after.kept),
             added=None if "before" in blind else group(_sample, ONLY_IN, "after", "before"),
             removed=None if "after" in blind else group(_sample, ONLY_IN, "before", "after"),
-            changed=None if blind else group(_changed, CHANGED),
-            quarantined=None if unread else group(_entry, QUARANTINED_ONLY_IN, theirs, ours),
-            cleared=None if unread else group(_entry, QUARANTINED_ONLY_IN, ours, theirs),
+            changed=None if blind else group(_changed, CHANGED, "before", "after"),
+            quarantined=only_in(new, old),
+            cleared=only_in(old, new),
             storage=_differing(before.storage.model_dump(), after.storage.model_dump()),
             classes=_differing(before.class_histogram, after.class_histogram, 0),
             unread=sorted(unread),
@@ -525,7 +501,3 @@ def _sample(key: str, source: str | None, split: str | None, label: str | None, 
 
 def _changed(*row: Any) -> Changed:
     return Changed(before=_sample(*row[:5]), after=_sample(*row[5:]))
-
-
-def _entry(source: str, reason: str) -> QuarantineEntry:
-    return QuarantineEntry(source=source, reason=reason)

@@ -18,8 +18,7 @@ from diffusion.common.random import permutation
 from diffusion.common.threads import worker_threads
 from diffusion.data.dataset import Dataset
 from diffusion.evaluation.cache import Key, Tensors, cached
-from diffusion.evaluation.config import EvaluationConfig
-from diffusion.evaluation.features.feature_extractor import Extractor, make_extractor, resize
+from diffusion.evaluation.features.feature_extractor import Extractor, resize
 
 SIZE = 32
 """Default height and width of the input, in pixels; smaller images keep theirs."""
@@ -91,17 +90,6 @@ class LabelClassifier(Extractor):
     @torch.inference_mode()
     def _features(self, network: ClassifierNetwork, images: Tensor) -> Tensor:
         return network.features(_shown(images, self.size))
-
-
-def extractor_for(config: EvaluationConfig, dataset: Dataset, cache: Path, progress: Progress = silent) -> Extractor:
-    """Open the feature network that ``config`` names for images like those of ``dataset``.
-
-    A classifier trained on its labels is cached in the folder ``cache``. Raises UserError as ``make_extractor`` and
-    ``load_label_classifier`` do.
-    """
-    if config.extractor == "labels":
-        return load_label_classifier(dataset, config.extractor_size, cache, progress)
-    return make_extractor(config)
 
 
 def load_label_classifier(

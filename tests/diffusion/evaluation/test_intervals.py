@@ -3,12 +3,13 @@
 import json
 from pathlib import Path
 
-from diffusion.evaluation.bootstrap import compute_replicates
+from diffusion.evaluation.bootstrap import SPLITS
 from diffusion.evaluation.config import EvaluationConfig
 from diffusion.evaluation.evaluate import evaluate
 from diffusion.evaluation.evaluator import Evaluator
 from diffusion.process.samplers import sampling_config
 from tests.builders.comparisons import Watcher, evaluate_one
+from tests.builders.one_metric import compute_replicates
 from tests.builders.small_models import write_model
 
 CONFIG = EvaluationConfig(samples=20, extractor_size=32)
@@ -21,7 +22,7 @@ def test_halves_are_cut_once_and_are_those_of_the_features(dataset: Path, tmp_pa
     model = evaluator.model(path)
     found = evaluator.replicates([model])
     _, floor = evaluator.real.real_baseline(CONFIG.seed)
-    expected = compute_replicates([model.features, floor], evaluator.real.reference.features)
+    expected = compute_replicates([model.features, floor], evaluator.real.reference.features, SPLITS)
     for ours, theirs in zip(found, expected, strict=True):
         assert set(ours) == set(theirs) == {"fd", "kid", "precision", "recall", "density", "coverage"}
         for figure, each in theirs.items():

@@ -11,12 +11,14 @@ import torch
 from torch import Tensor
 
 from diffusion.common.fingerprint import fingerprint
+from diffusion.common.progress import Progress, silent
 from diffusion.data.dataset import Dataset
 from diffusion.evaluation import real_images
 from diffusion.evaluation.cache import pieces_folder
 from diffusion.evaluation.metrics import distances
 from diffusion.evaluation.metrics.distances import Reference
-from diffusion.evaluation.real_images import cached_features, cached_reference, features_key
+from diffusion.evaluation.real_images import RealImages
+from diffusion.generation.super_resolution import FromNoise
 from tests.builders.small_datasets import random_images, write_dataset
 
 ROWS = np.arange(30)
@@ -58,6 +60,25 @@ def same(first: Reference, second: Reference) -> bool:
 
 def pixels_of(dataset: Dataset, rows: np.ndarray = ROWS, factor: float = 1.0) -> Reference:
     return Reference.of(dataset.images(rows).flatten(1).float() * factor)
+
+
+def real_images_of(
+    cache: Path, dataset: Dataset, rows: np.ndarray, extractor: Pixels, progress: Progress = silent
+) -> RealImages:
+    """The real images of ``dataset``, of which those in ``rows`` are the reference."""
+    real = RealImages(dataset, extractor, 10, 10, cache, FromNoise(), progress)
+    real.compared = rows
+    return real
+
+
+def cached_features(cache: Path, dataset: Dataset, rows: np.ndarray, extractor: Pixels) -> Tensor:
+    return real_images_of(cache, dataset, rows, extractor).features(rows)
+
+
+def cached_reference(
+    cache: Path, dataset: Dataset, rows: np.ndarray, extractor: Pixels, progress: Progress = silent
+) -> Reference:
+    return real_images_of(cache, dataset, rows, extractor, progress).reference
 
 
 def test_what_is_kept_is_bit_for_bit_what_would_be_computed(dataset: Dataset, cache: Path) -> None:
@@ -111,8 +132,8 @@ def test_another_machine_computes_its_own(dataset: Dataset, cache: Path, monkeyp
     assert extractor.calls == [30, 30, 30]
 
 
-def test_every_part_of_a_key_is_in_its_digest(dataset: Dataset) -> None:
-    key = features_key(dataset, ROWS, Pixels())
+def test_every_part_of_a_key_is_in_its_digest(dataset: Dataset, cache: Path) -> None:
+    key = real_images_of(cache, dataset, ROWS, Pixels()).key(ROWS)
     assert {"content_digest", "rows", "count", "extractor", "extractor_digest", "preprocessing"} < key.keys()
     keys = [key, *(key | {name: 0} for name in key), {"features": key}, *({"features": key | {n: 0}} for n in key)]
     assert len({pieces_folder(Path(), each) for each in keys}) == len(keys)

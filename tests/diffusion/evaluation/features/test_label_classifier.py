@@ -9,9 +9,8 @@ import torch
 
 from diffusion.common.errors import UserError
 from diffusion.data.dataset import Dataset
-from diffusion.evaluation.config import EvaluationConfig
 from diffusion.evaluation.features import label_classifier
-from diffusion.evaluation.features.label_classifier import LabelClassifier, extractor_for, load_label_classifier
+from diffusion.evaluation.features.label_classifier import LabelClassifier, load_label_classifier
 from tests.builders.small_datasets import write_dataset
 
 COUNT = 120
@@ -47,7 +46,7 @@ def watched(dataset: Dataset, cache: Path) -> tuple[LabelClassifier, int]:
 
 
 def test_it_learns_what_the_labels_mean_and_says_how_well(tmp_path: Path) -> None:
-    reader = extractor_for(EvaluationConfig(extractor="labels"), a_dataset(tmp_path / "set"), tmp_path / "cache")
+    reader = load_label_classifier(a_dataset(tmp_path / "set"), None, tmp_path / "cache")
     assert isinstance(reader, LabelClassifier)
     assert reader.accuracy > 0.9
     assert reader.held_out == 40

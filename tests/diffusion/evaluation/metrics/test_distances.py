@@ -11,7 +11,6 @@ from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_features_to_statistics
 from torch_fidelity.metric_kid import kid_features_to_metric
 from torchvision.transforms.functional import gaussian_blur
 
-from diffusion.evaluation.bootstrap import compute_replicates
 from diffusion.evaluation.features.feature_extractor import EfficientNetLite0
 from diffusion.evaluation.metrics.distances import (
     Reference,
@@ -21,6 +20,7 @@ from diffusion.evaluation.metrics.distances import (
     distance_at_infinity,
     frechet_distance,
 )
+from tests.builders.one_metric import compute_replicates
 
 
 @pytest.fixture(scope="module")
