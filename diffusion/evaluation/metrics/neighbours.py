@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -167,3 +168,16 @@ def _search(
     both = torch.cat([best[0][here], values], 1), torch.cat([best[1][here], places + first], 1)
     values, order = both[0].topk(best[0].shape[1], largest=False)
     best[0][here], best[1][here] = values, both[1].gather(1, order)
+
+
+def connected_groups(first: np.ndarray, second: np.ndarray, count: int) -> list[list[int]]:
+    """Return the connected components, of two or more, of ``count`` items with pairs of ``first`` and ``second``."""
+    # Imported here: scipy takes longer to load than everything `darkroom --help` needs.
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
+    graph = coo_array((np.ones(len(first)), (first, second)), (count, count))
+    components = connected_components(graph, directed=False)[1]
+    ends = np.cumsum(np.bincount(components, minlength=1))[:-1]
+    groups = np.split(np.argsort(components, kind="stable"), ends)
+    return [group.tolist() for group in groups if len(group) > 1]
