@@ -1,9 +1,10 @@
 """Nearest neighbours of features in blocks of bounded size; precision, recall, density and coverage from them."""
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -18,6 +19,20 @@ MANIFOLD_NEIGHBOURS = 3
 """k of the neighbourhoods of precision and recall, as in arXiv 1904.06991."""
 DENSITY_NEIGHBOURS = 5
 """k of those of density and coverage, as in arXiv 2002.09797."""
+
+
+Found = TypeVar("Found")
+
+
+def over_blocks(
+    work: Callable[[int], Found], count: int, block: int = 1, what: str = "", progress: Progress = silent
+) -> Iterator[Found]:
+    """Yield ``work(start)`` of each ``block`` of ``count`` rows, in order, computed by worker threads."""
+    starts = range(0, count, block)
+    with worker_threads() as pool:
+        for start, found in zip(starts, pool.map(work, starts), strict=True):
+            yield found
+            progress(what, min(start + block, count), count)
 
 
 def squared_distances(x: Tensor, y: Tensor) -> Tensor:
@@ -47,12 +62,7 @@ def nearest_distances(features: Tensor, progress: Progress = silent) -> Tensor:
             found = torch.cat([found, close], 1).topk(count, largest=False).values
         return found
 
-    pieces: list[Tensor] = []
-    with worker_threads() as pool:
-        for piece in pool.map(of_block, range(0, len(features), BLOCK)):
-            pieces.append(piece)
-            progress("neighbours of real images", sum(map(len, pieces)), len(features))
-    return torch.cat(pieces)
+    return torch.cat([*over_blocks(of_block, len(features), BLOCK, "neighbours of real images", progress)])
 
 
 def compute_overlap(
@@ -81,9 +91,7 @@ def compute_overlap(
             covered |= inside.any(1)
         return lying, among, pairs, int(covered.sum())
 
-    with worker_threads() as pool:
-        blocks = list(pool.map(of_block, range(0, len(reference), BLOCK)))
-    lying, among, pairs, covered = zip(*blocks, strict=True)
+    lying, among, pairs, covered = zip(*over_blocks(of_block, len(reference), BLOCK), strict=True)
     return {
         "precision": torch.stack(lying).any(0).double().mean().item(),
         "recall": torch.cat(among).double().mean().item(),
