@@ -122,7 +122,7 @@ def each_time(scratch: Path) -> dict[str, Any]:
     clock, samples = Clock(), load_file(scratch / "samples.safetensors")["features"]
     features = load_file(scratch / "reference.safetensors")["features"]
     kept = load_file(scratch / "statistics.safetensors")
-    real = Reference(features, Moments(len(features), kept["mean"], kept["root"]), kept["nearest"], kept["kernel_sums"])
+    real = Reference(features, Moments(kept["mean"], kept["root"]), kept["nearest"], kept["kernel_sums"])
     clock("all point values", lambda: compute_scores(samples, real, "synthetic"))
     clock("  Fréchet distance", lambda: frechet_distance(compute_moments(samples), real.moments))
     clock("  and of endlessly many", lambda: distance_at_infinity(samples, real.moments))

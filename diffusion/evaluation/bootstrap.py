@@ -24,7 +24,6 @@ common cancels. Nothing is said of other trainings of the same configuration.
 
 import math
 from collections.abc import Callable, Sequence
-from concurrent.futures import Executor
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -37,7 +36,12 @@ from diffusion.common.random import generator
 from diffusion.common.threads import worker_threads
 from diffusion.evaluation.estimate import Estimate, Share
 from diffusion.evaluation.metrics.distances import PER_FEATURE, kid_kernel
-from diffusion.evaluation.metrics.neighbours import DENSITY_NEIGHBOURS, MANIFOLD_NEIGHBOURS, squared_distances
+from diffusion.evaluation.metrics.neighbours import (
+    DENSITY_NEIGHBOURS,
+    MANIFOLD_NEIGHBOURS,
+    over_blocks,
+    squared_distances,
+)
 
 SPLITS = 100
 """Number of cuts: 200 halves. The standard error is then right to 1/√200, 7 %, which Student's t accounts for."""
@@ -58,14 +62,8 @@ class Replicates:
     samples: int
     reference: int
     """Numbers of images."""
-    extrapolated: bool
-    """Whether ``value`` is extrapolated to infinitely many images."""
-
-    @classmethod
-    def of(cls, figure: Figure, whole: float, halves: Tensor, samples: Tensor, reference: Tensor) -> "Replicates":
-        """Build from features (N, D) and (M, D); the Fréchet distance is extrapolated if both sets are large enough."""
-        enough = min(len(samples), len(reference)) >= PER_FEATURE * samples.shape[1]
-        return cls(figure, whole, halves, len(samples), len(reference), figure == "fd" and enough)
+    dimensions: int
+    """Number of features of each."""
 
     @property
     def value(self) -> float:
@@ -75,7 +73,8 @@ class Replicates:
         c/n more. Where there are images enough that difference is subtracted, and the true distance estimated; else,
         as of shares and density, what as many images of both sets get on average. KID has no bias.
         """
-        return 2 * self.whole - float(self.halves.mean()) if self.extrapolated else self.whole
+        enough = min(self.samples, self.reference) >= PER_FEATURE * self.dimensions
+        return 2 * self.whole - float(self.halves.mean()) if self.figure == "fd" and enough else self.whole
 
     @property
     def estimate(self) -> Estimate:
@@ -186,11 +185,7 @@ def frechet_of_halves(
         pairs = (zip(each.at(split), theirs, strict=True) for each in generated)
         return [torch.stack([gaussian_distance(x, y) for x, y in pair]) for pair in pairs]
 
-    values: list[list[Tensor]] = []
-    with worker_threads() as pool:
-        for done, found in enumerate(pool.map(of_split, range(splits)), start=1):
-            values.append(found)
-            progress("Fréchet distances of halves", done, splits)
+    values = over_blocks(of_split, splits, 1, "Fréchet distances of halves", progress)
     return [torch.stack(each) for each in zip(*values, strict=True)]
 
 
@@ -266,17 +261,17 @@ def kid_of_halves(
     """
     of_reference = draw_halves(len(reference), "reference", splits)
     found = []
-    with worker_threads() as pool:
-        within_reference = _within(reference, of_reference, pool, progress)
+    with worker_threads(1):
+        within_reference = _within(reference, of_reference, progress)
         for samples in sets:
             of_samples = draw_halves(len(samples), "samples", splits)
-            across = _across(samples, reference, of_samples, of_reference, pool, progress)
-            values = _within(samples, of_samples, pool, progress) + within_reference - 2 * across
+            across = _across(samples, reference, of_samples, of_reference, progress)
+            values = _within(samples, of_samples, progress) + within_reference - 2 * across
             found.append(values.view(-1, 2))
     return found
 
 
-def _within(x: Tensor, members: Tensor, pool: Executor, progress: Progress) -> Tensor:
+def _within(x: Tensor, members: Tensor, progress: Progress) -> Tensor:
     """Compute the mean of the kernel over pairs of distinct features in each half: (H,) float64."""
     counts = members.sum(1, dtype=torch.float64)
     itself = torch.cat([(rows.double().square().sum(1) / x.shape[1] + 1) ** 3 for rows in torch.split(x, ROWS)])
@@ -288,11 +283,11 @@ def _within(x: Tensor, members: Tensor, pool: Executor, progress: Progress) -> T
         block[:, ROWS:] *= 2
         return (members[:, start : start + ROWS].T * (block @ columns[start:])).sum(0)
 
-    sums = _added(of_block, len(x), pool, progress)
+    sums = _added(of_block, len(x), progress)
     return (sums - members.double() @ itself) / (counts * (counts - 1))
 
 
-def _across(x: Tensor, y: Tensor, of_x: Tensor, of_y: Tensor, pool: Executor, progress: Progress) -> Tensor:
+def _across(x: Tensor, y: Tensor, of_x: Tensor, of_y: Tensor, progress: Progress) -> Tensor:
     """Compute the mean of the kernel over pairs of x and y in the same half, for each half: (H,) float64."""
     columns = of_y.double().T
 
@@ -300,20 +295,16 @@ def _across(x: Tensor, y: Tensor, of_x: Tensor, of_y: Tensor, pool: Executor, pr
         rows = slice(start, start + ROWS)
         return (of_x[:, rows].T * (kid_kernel(x[rows], y).double() @ columns)).sum(0)
 
-    return _added(of_block, len(x), pool, progress) / (of_x.sum(1, dtype=torch.float64) * of_y.sum(1))
+    return _added(of_block, len(x), progress) / (of_x.sum(1, dtype=torch.float64) * of_y.sum(1))
 
 
-def _added(of_block: Callable[[int], Tensor], count: int, pool: Executor, progress: Progress) -> Tensor:
+def _added(of_block: Callable[[int], Tensor], count: int, progress: Progress) -> Tensor:
     """Sum over blocks of ROWS of ``count`` in a fixed order, whichever finishes first.
 
     In double precision: billions of single-precision kernels would leave no digit of a small distance.
     """
-    starts = range(0, count, ROWS)
-    total = torch.zeros((), dtype=torch.float64)
-    for start, found in zip(starts, pool.map(of_block, starts), strict=True):
-        total = total + found
-        progress("KID of halves", min(start + ROWS, count), count)
-    return total
+    blocks = over_blocks(of_block, count, ROWS, "KID of halves", progress)
+    return sum(blocks, torch.zeros((), dtype=torch.float64))
 
 
 TABLE = 64
@@ -336,12 +327,12 @@ def shares_of_halves(
     centre = reference.mean(0)
     real, of_real = reference - centre, draw_halves(len(reference), "reference", splits)
     found = []
-    with worker_threads() as pool:
-        near, wide = _radii(real, of_real, (MANIFOLD_NEIGHBOURS, DENSITY_NEIGHBOURS), pool, progress)
+    with worker_threads(1):
+        near, wide = _radii(real, of_real, (MANIFOLD_NEIGHBOURS, DENSITY_NEIGHBOURS), progress)
         for features in sets:
             generated, of_generated = features - centre, draw_halves(len(features), "samples", splits)
-            (around,) = _radii(generated, of_generated, (MANIFOLD_NEIGHBOURS,), pool, progress)
-            values = _shares(generated, real, of_generated, of_real, (near, wide, around), pool, progress)
+            (around,) = _radii(generated, of_generated, (MANIFOLD_NEIGHBOURS,), progress)
+            values = _shares(generated, real, of_generated, of_real, (near, wide, around), progress)
             found.append({name: each.view(-1, 2) for name, each in values.items()})
     return found
 
@@ -352,7 +343,6 @@ def _shares(
     of_generated: Tensor,
     of_real: Tensor,
     radii: tuple[Tensor, Tensor, Tensor],
-    pool: Executor,
     progress: Progress,
 ) -> dict[Figure, Tensor]:
     """Compute the metrics on each half, (H,) float64; ``radii``: squared, two of the reference, one of the samples."""
@@ -381,9 +371,8 @@ def _shares(
         return pairs
 
     pairs = torch.zeros(len(of_generated), dtype=torch.float64)
-    for number, block in enumerate(pool.map(of_block, range(0, len(generated), BLOCK)), start=1):
+    for block in over_blocks(of_block, len(generated), BLOCK, "neighbourhoods of halves", progress):
         pairs += block
-        progress("neighbourhoods of halves", min(number * BLOCK, len(generated)), len(generated))
     samples, references = (members.sum(1, dtype=torch.float64) for members in (of_generated, of_real))
     return {
         "precision": precise.sum(1) / samples,
@@ -393,14 +382,12 @@ def _shares(
     }
 
 
-def _radii(
-    features: Tensor, members: Tensor, counts: Sequence[int], pool: Executor, progress: Progress
-) -> list[Tensor]:
+def _radii(features: Tensor, members: Tensor, counts: Sequence[int], progress: Progress) -> list[Tensor]:
     """Compute the squared distance of n features to their k-th neighbour in their half, for k in ``counts``: (H, n).
 
     −1, nearer than anything, for features that are not in that half.
     """
-    distances, neighbours = _nearest(features, pool, progress)
+    distances, neighbours = _nearest(features, progress)
     found = [torch.empty(members.shape, dtype=features.dtype) for _ in counts]
 
     def of_half(half: int) -> None:
@@ -409,11 +396,11 @@ def _radii(
             at = (rank < k).sum(1).clamp(max=distances.shape[1] - 1)
             radii[half] = distances.gather(1, at[:, None])[:, 0].where(members[half], -1)
 
-    list(pool.map(of_half, range(len(members))))
+    list(over_blocks(of_half, len(members)))
     return found
 
 
-def _nearest(features: Tensor, pool: Executor, progress: Progress) -> tuple[Tensor, Tensor]:
+def _nearest(features: Tensor, progress: Progress) -> tuple[Tensor, Tensor]:
     """Find the nearest others of each feature: squared distances and indices, nearest first, (n, TABLE or all)."""
 
     def of_block(start: int) -> tuple[Tensor, Tensor]:
@@ -422,9 +409,5 @@ def _nearest(features: Tensor, pool: Executor, progress: Progress) -> tuple[Tens
         values, at = distances.topk(min(TABLE, len(features) - 1), largest=False)
         return values, at.int()
 
-    pieces = []
-    for piece in pool.map(of_block, range(0, len(features), BLOCK)):
-        pieces.append(piece)
-        progress("neighbours", min(len(pieces) * BLOCK, len(features)), len(features))
-    values, at = zip(*pieces, strict=True)
+    values, at = zip(*over_blocks(of_block, len(features), BLOCK, "neighbours", progress), strict=True)
     return torch.cat(values), torch.cat(at)

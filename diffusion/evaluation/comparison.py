@@ -6,7 +6,7 @@ was selected by. The held-out images are the same in selection and comparison, f
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,7 +33,6 @@ from diffusion.evaluation.gate import (
     WorstClass,
     decide,
 )
-from diffusion.evaluation.metrics.per_class import PerClass
 from diffusion.evaluation.real_images import SHOWN
 from diffusion.evaluation.results import EvaluationConditions, ModelEvaluation, RealBaseline
 from diffusion.generation.super_resolution import task_of
@@ -150,7 +149,20 @@ def compare_with_champion(
     )
     if theirs is not None and their_evaluation is not None and incomparable is None:
         if generated:
-            differences = _differences(evaluation, their_evaluation, [*replicates, baseline], gate)
+            first, second = replicates
+            worst, their_worst = (x.per_class.worst if x.per_class else None for x in (evaluation, their_evaluation))
+            differences: dict[str, object] = {
+                "headline": distance_headline(first, second, baseline, evaluation.scores.extractor, gate),
+                "recall": difference(first["recall"], second["recall"]),
+                "cost": Cost(candidate=evaluation.gflop, champion=their_evaluation.gflop, unit="GFLOP"),
+            }
+            if worst is not None and their_worst is not None:
+                differences["worst_class"] = WorstClass(
+                    candidate=worst.estimate,
+                    champion=their_worst.estimate,
+                    candidate_class=worst.name,
+                    champion_class=their_worst.name,
+                )
         else:
             assert ours.psnr is not None
             assert theirs.psnr is not None
@@ -217,22 +229,6 @@ def _champion_evaluator(path: Path, candidate: ModelEvaluator, across_families: 
     return candidate.evaluator.model(path, sampling=sampling)
 
 
-def _differences(
-    candidate: ModelEvaluation,
-    champion: ModelEvaluation,
-    replicates: Sequence[MetricReplicates],
-    gate: GateConfig,
-) -> dict[str, object]:
-    """Compare generated images for the gate; ``replicates``: of candidate, champion and real baseline."""
-    ours, theirs, real_baseline = replicates
-    return {
-        "headline": distance_headline(ours, theirs, real_baseline, candidate.scores.extractor, gate),
-        "recall": difference(ours["recall"], theirs["recall"]),
-        "worst_class": _worst_class(candidate.per_class, champion.per_class),
-        "cost": Cost(candidate=candidate.gflop, champion=champion.gflop, unit="GFLOP"),
-    }
-
-
 def distance_headline(
     candidate: MetricReplicates,
     champion: MetricReplicates,
@@ -261,19 +257,6 @@ def psnr_headline(candidate: Tensor, champion: Tensor) -> Headline:
         champion=paired_difference(theirs, zeros),
         difference=paired_difference(ours, theirs),
         real_baseline=None,
-    )
-
-
-def _worst_class(ours: PerClass | None, theirs: PerClass | None) -> WorstClass | None:
-    """Return the worst class of both models; None if either has no classes, or too few images of each."""
-    candidate, champion = (each.worst if each else None for each in (ours, theirs))
-    if candidate is None or champion is None:
-        return None
-    return WorstClass(
-        candidate=candidate.estimate,
-        champion=champion.estimate,
-        candidate_class=candidate.name,
-        champion_class=champion.name,
     )
 
 

@@ -176,9 +176,10 @@ class Evaluator:
         key: Key = {"kind": "halves", "format_version": 2, "generated": [each.features_key for each in models]}
         key |= {"real_baseline_seed": seed, "training": real.key(real.train), "compared": real.key(real.compared)}
         kept = cached(self.folder, key | {"splits": SPLITS}, work)
+        count, dimensions = reference.shape
         return [
-            {f: Replicates.of(f, score.of(f), kept[f"{n}/{f}"], features, reference) for f in get_args(Figure)}
-            for n, (features, score) in enumerate(zip(sets, scores, strict=True))
+            {f: Replicates(f, score.of(f), kept[f"{n}/{f}"], samples, count, dimensions) for f in get_args(Figure)}
+            for n, (samples, score) in enumerate(zip(map(len, sets), scores, strict=True))
         ]
 
     def real_baseline(self, replicates: MetricReplicates) -> RealBaseline:
@@ -262,31 +263,26 @@ class ModelEvaluator:
         return cached(self.folder, self.generated_key, lambda: {"images": self._generate()})["images"]
 
     def _generate(self) -> Tensor:
-        """Generate all images in pieces, each cached until the whole is.
-
-        Pieces consist of whole compute batches, so they are bit-identical to a single pass.
-        """
+        """Generate all images in pieces of whole compute batches, bit-identical to one pass, cached until all are."""
         size = BATCHES * cores() * self.sampling.compute_batch
         folder = pieces_folder(self.folder, self.generated_key)
 
-        def piece(numbers: range) -> Tensor:
+        def piece(start: int) -> Tensors:
+            numbers = range(start, min(start + size, self.samples))
+
             def counted(what: str, done: int, total: int | None, note: str = "") -> None:
                 of_images = total == len(numbers)
-                done, total = (numbers.start + done, self.samples) if of_images else (done, total)
-                self.progress(what, done, total, note)
+                self.progress(what, start + done if of_images else done, self.samples if of_images else total, note)
 
-            def work() -> Tensors:
-                small = self.real.small
-                inputs = None if small is None else small[numbers.start : numbers.stop]
-                seed, conditions = self.config.seed, self.conditions
-                images = generate(self.model, inputs, numbers, seed, self.guided, counted, conditions)
-                return {"images": images}
+            inputs = None if self.real.small is None else self.real.small[start : numbers.stop]
+            seed, conditions = self.config.seed, self.conditions
+            return {"images": generate(self.model, inputs, numbers, seed, self.guided, counted, conditions)}
 
-            key = {"kind": "piece", "first": numbers.start, "count": len(numbers)}
-            return cached(folder, key, work)["images"]
-
-        starts = range(0, self.samples, size)
-        return torch.cat([piece(range(start, min(start + size, self.samples))) for start in starts])
+        pieces = []
+        for start in range(0, self.samples, size):
+            key = {"kind": "piece", "first": start, "count": min(size, self.samples - start)}
+            pieces.append(cached(folder, key, partial(piece, start))["images"])
+        return torch.cat(pieces)
 
     @cached_property
     def features(self) -> Tensor:

@@ -27,12 +27,7 @@ from diffusion.evaluation.evaluator import CACHE, Evaluator, MetricReplicates, M
 from diffusion.evaluation.gate import GateConfig
 from diffusion.evaluation.metrics.held_out_loss import HeldOutLoss
 from diffusion.evaluation.real_images import SHOWN
-from diffusion.evaluation.results import (
-    Evaluation,
-    EvaluationConditions,
-    ModelScores,
-    RealBaseline,
-)
+from diffusion.evaluation.results import Evaluation, EvaluationConditions, ModelScores, RealBaseline
 from diffusion.generation.generate import sample
 from diffusion.process.samplers import SamplingConfig, sampling_config
 

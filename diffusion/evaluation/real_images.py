@@ -97,8 +97,7 @@ class RealImages:
         kept = cached(
             self.folder, {"kind": "statistics", "format_version": 2, "features": self.key(self.compared)}, work
         )
-        moments = Moments(len(features), kept["mean"], kept["root"])
-        return Reference(features, moments, kept["nearest"], kept["kernel_sums"])
+        return Reference(features, Moments(kept["mean"], kept["root"]), kept["nearest"], kept["kernel_sums"])
 
     def scores(self, key: Key, features: Tensor) -> Scores:
         """Return the cached scores of ``features`` (N, D), whose cache key is ``key``, against the reference."""

@@ -24,21 +24,26 @@ def compute_replicates(
     known, found = Reference.of(reference), []
     for x, halves in zip(sets, compute_halves(sets, reference, splits, progress), strict=True):
         scores = compute_scores(x, known, "features")
-        found.append({name: Replicates.of(name, scores.of(name), of_x, x, reference) for name, of_x in halves.items()})
+        found.append(
+            {name: Replicates(name, scores.of(name), of_x, len(x), *reference.shape) for name, of_x in halves.items()}
+        )
     return found
 
 
 def kid_replicates(sets: Sequence[Tensor], reference: Tensor, splits: int) -> list[Replicates]:
     halves = kid_of_halves(sets, reference, splits)
     return [
-        Replicates.of("kid", kid_of(x, reference)[0], of_x, x, reference) for x, of_x in zip(sets, halves, strict=True)
+        Replicates("kid", kid_of(x, reference)[0], of_x, len(x), *reference.shape)
+        for x, of_x in zip(sets, halves, strict=True)
     ]
 
 
 def frechet_replicates(sets: Sequence[Tensor], reference: Tensor, splits: int) -> list[Replicates]:
     halves = frechet_of_halves(sets, reference, splits)
     return [
-        Replicates.of("fd", frechet_distance(compute_moments(x), compute_moments(reference)), of_x, x, reference)
+        Replicates(
+            "fd", frechet_distance(compute_moments(x), compute_moments(reference)), of_x, len(x), *reference.shape
+        )
         for x, of_x in zip(sets, halves, strict=True)
     ]
 
@@ -47,5 +52,7 @@ def share_replicates(sets: Sequence[Tensor], reference: Tensor, splits: int) -> 
     found = []
     for x, halves in zip(sets, shares_of_halves(sets, reference, splits), strict=True):
         whole = compute_overlap(x, reference, nearest_distances(x), nearest_distances(reference))
-        found.append({name: Replicates.of(name, whole[name], of_x, x, reference) for name, of_x in halves.items()})
+        found.append(
+            {name: Replicates(name, whole[name], of_x, len(x), *reference.shape) for name, of_x in halves.items()}
+        )
     return found

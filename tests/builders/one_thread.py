@@ -28,9 +28,10 @@ def one_thread() -> Iterator[None]:
     """
 
     @contextmanager
-    def alone() -> Iterator[Executor]:
+    def alone(count: int = 1) -> Iterator[Executor]:
         yield Alone()
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("diffusion.evaluation.bootstrap.worker_threads", alone)
+        for module in ("bootstrap", "metrics.neighbours"):
+            patch.setattr(f"diffusion.evaluation.{module}.worker_threads", alone)
         yield

@@ -18,14 +18,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import product
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d, pad
 
 from diffusion.common.config import Config
 from diffusion.evaluation.estimate import wilson_interval
-from diffusion.evaluation.metrics.neighbours import NearestNeighbours, find_nearest
+from diffusion.evaluation.metrics.neighbours import NearestNeighbours, connected_groups, find_nearest
 
 SIDE = 8
 """Height and width of a thumbnail, in pixels, at most the image's own. Measured on 28×28 scans and photographs of
@@ -311,6 +310,7 @@ def detect_duplicates(generated: Tensor, real: Tensor) -> Duplicates:
     # Distances are symmetric, so there are half as many chance events as images.
     low, high = wilson_interval(found / count, count / 2)
     halved = Threshold(of_real.value, (of_real.rank + 1) // 2, count // 2)
+    groups = sorted(connected_groups(first.numpy(), second.numpy(), count), key=lambda group: (-len(group), group[0]))
     return Duplicates(
         images=count,
         duplicates=found,
@@ -321,19 +321,6 @@ def detect_duplicates(generated: Tensor, real: Tensor) -> Duplicates:
         p_value=halved.chance(found // 2, count // 2),
         threshold=threshold,
         closeness=closeness,
-        groups=_groups(first, second, count),
+        groups=[DuplicateGroup(size=len(group), members=group[:16]) for group in groups[:GROUPS_SHOWN]],
         twins=[DuplicatePair(first=i, second=j, relative=value) for (i, j), value in [*twins.items()][:GROUPS_SHOWN]],
     )
-
-
-def _groups(first: Tensor, second: Tensor, count: int) -> list[DuplicateGroup]:
-    """Return the largest connected components of ``count`` images, of which ``first`` and ``second`` are pairs."""
-    # Imported here: scipy takes longer to load than everything `darkroom --help` needs.
-    from scipy.sparse import coo_array
-    from scipy.sparse.csgraph import connected_components
-
-    graph = coo_array((np.ones(len(first)), (first.numpy(), second.numpy())), (count, count))
-    components = connected_components(graph, directed=False)[1]
-    groups = [np.flatnonzero(components == number).tolist() for number in np.flatnonzero(np.bincount(components) > 1)]
-    groups.sort(key=lambda group: (-len(group), group[0]))
-    return [DuplicateGroup(size=len(group), members=group[:16]) for group in groups[:GROUPS_SHOWN]]

@@ -23,7 +23,7 @@ from diffusion.common.config import Config, unset
 from diffusion.common.progress import Progress, silent
 from diffusion.common.random import permutation
 from diffusion.common.threads import worker_threads
-from diffusion.evaluation.metrics.neighbours import compute_overlap, nearest_distances
+from diffusion.evaluation.metrics.neighbours import compute_overlap, nearest_distances, over_blocks
 
 ROWS = 4096
 """Rows converted to double precision at a time."""
@@ -36,8 +36,6 @@ per feature, and less than a tenth of the bias of independent Gaussian features 
 class Moments:
     """The Gaussian fitted to some features."""
 
-    count: int
-    """Number of features that it was fitted to."""
     mean: Tensor
     """(D,) float64."""
     root: Tensor
@@ -56,7 +54,7 @@ def compute_moments(features: Tensor) -> Moments:
             root = torch.linalg.qr(torch.cat([root, piece.double() - mean]), mode="r").R
         # Contiguous, as LAPACK returns column-major data and cached moments must be bit-identical to computed ones.
         root = root.contiguous() / (len(features) - 1) ** 0.5
-    return Moments(len(features), mean, root)
+    return Moments(mean, root)
 
 
 def frechet_distance(first: Moments, second: Moments) -> float:
@@ -122,7 +120,6 @@ def jackknife(within: Tensor, across: Tensor, others: int) -> float:
 def kernel_sums(features: Tensor, progress: Progress = silent) -> Tensor:
     """Compute the sum of the kernel of each of the features (N, D) with all others: (N,) float64."""
     count = len(features)
-    starts = range(0, count, KERNEL_BLOCK)
 
     def of_block(start: int) -> Tensor:
         sums = torch.zeros(count, dtype=torch.float64)
@@ -137,10 +134,8 @@ def kernel_sums(features: Tensor, progress: Progress = silent) -> Tensor:
         return sums
 
     total = torch.zeros(count, dtype=torch.float64)
-    with worker_threads() as pool:
-        for start, sums in zip(starts, pool.map(of_block, starts), strict=True):
-            total += sums
-            progress("kernels of real images", min(start + KERNEL_BLOCK, count), count)
+    for sums in over_blocks(of_block, count, KERNEL_BLOCK, "kernels of real images", progress):
+        total += sums
     return total
 
 
@@ -158,8 +153,7 @@ def _sums_across(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         of_x = torch.cat([block.sum(1, dtype=torch.float64) for block in blocks])
         return of_x, reduce(torch.add, (block.sum(0, dtype=torch.float64) for block in blocks))
 
-    with worker_threads() as pool:
-        of_x, of_y = zip(*pool.map(of_block, range(0, len(y), KERNEL_BLOCK)), strict=True)
+    of_x, of_y = zip(*over_blocks(of_block, len(y), KERNEL_BLOCK), strict=True)
     return reduce(torch.add, of_x), torch.cat(of_y)
 
 

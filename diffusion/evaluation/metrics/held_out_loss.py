@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -89,23 +90,20 @@ def measure_losses(
     found: list[Terms] = []
     seen = 0
 
-    def batch(images: Tensor, conditioning: Conditioning, first: int) -> Terms:
+    def batch(images: Tensor, conditioning: Conditioning, first: int, start: int) -> Terms:
         # The last batch is padded with its last image, so that all have one shape.
-        places = torch.arange(config.compute_batch).clamp(max=len(images) - 1)
+        count = min(config.compute_batch, len(images) - start)
+        places = start + torch.arange(config.compute_batch).clamp(max=count - 1)
         moved = {name: value[places].to(device) for name, value in conditioning.items()}
         x0 = to_float(images[places]).to(device)
         with torch.inference_mode(), autocast(config.precision, device):
-            terms = model.terms(x0, moved, [first + int(place) for place in places])
-        bits = None if terms.bits is None else terms.bits[: len(images)].cpu()
-        return Terms(terms.edges, terms.losses[: len(images)].cpu(), bits)
+            terms = model.terms(x0, moved, [first + place for place in places.tolist()])
+        return Terms(terms.edges, terms.losses[:count].cpu(), None if terms.bits is None else terms.bits[:count].cpu())
 
     with repeatable(device), worker_threads(None if device.type == "cpu" else 1) as pool:
         for images, conditioning in pieces:
             starts = range(0, len(images), config.compute_batch)
-            parts = [slice(start, start + config.compute_batch) for start in starts]
-            parts_conditioning = [{name: value[part] for name, value in conditioning.items()} for part in parts]
-            firsts = [seen + start for start in starts]
-            found += pool.map(batch, [images[part] for part in parts], parts_conditioning, firsts)
+            found += pool.map(partial(batch, images, conditioning, seen), starts)
             seen += len(images)
             progress("held-out images looked at", seen, None)
     bits = [each.bits for each in found if each.bits is not None]

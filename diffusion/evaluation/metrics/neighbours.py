@@ -1,10 +1,12 @@
 """Nearest neighbours of features in blocks of bounded size; precision, recall, density and coverage from them."""
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,6 +19,20 @@ MANIFOLD_NEIGHBOURS = 3
 """k of the neighbourhoods of precision and recall, as in arXiv 1904.06991."""
 DENSITY_NEIGHBOURS = 5
 """k of those of density and coverage, as in arXiv 2002.09797."""
+
+
+Found = TypeVar("Found")
+
+
+def over_blocks(
+    work: Callable[[int], Found], count: int, block: int = 1, what: str = "", progress: Progress = silent
+) -> Iterator[Found]:
+    """Yield ``work(start)`` of each ``block`` of ``count`` rows, in order, computed by worker threads."""
+    starts = range(0, count, block)
+    with worker_threads() as pool:
+        for start, found in zip(starts, pool.map(work, starts), strict=True):
+            yield found
+            progress(what, min(start + block, count), count)
 
 
 def squared_distances(x: Tensor, y: Tensor) -> Tensor:
@@ -46,12 +62,7 @@ def nearest_distances(features: Tensor, progress: Progress = silent) -> Tensor:
             found = torch.cat([found, close], 1).topk(count, largest=False).values
         return found
 
-    pieces: list[Tensor] = []
-    with worker_threads() as pool:
-        for piece in pool.map(of_block, range(0, len(features), BLOCK)):
-            pieces.append(piece)
-            progress("neighbours of real images", sum(map(len, pieces)), len(features))
-    return torch.cat(pieces)
+    return torch.cat([*over_blocks(of_block, len(features), BLOCK, "neighbours of real images", progress)])
 
 
 def compute_overlap(
@@ -80,9 +91,7 @@ def compute_overlap(
             covered |= inside.any(1)
         return lying, among, pairs, int(covered.sum())
 
-    with worker_threads() as pool:
-        blocks = list(pool.map(of_block, range(0, len(reference), BLOCK)))
-    lying, among, pairs, covered = zip(*blocks, strict=True)
+    lying, among, pairs, covered = zip(*over_blocks(of_block, len(reference), BLOCK), strict=True)
     return {
         "precision": torch.stack(lying).any(0).double().mean().item(),
         "recall": torch.cat(among).double().mean().item(),
@@ -167,3 +176,16 @@ def _search(
     both = torch.cat([best[0][here], values], 1), torch.cat([best[1][here], places + first], 1)
     values, order = both[0].topk(best[0].shape[1], largest=False)
     best[0][here], best[1][here] = values, both[1].gather(1, order)
+
+
+def connected_groups(first: np.ndarray, second: np.ndarray, count: int) -> list[list[int]]:
+    """Return the connected components, of two or more, of ``count`` items with pairs of ``first`` and ``second``."""
+    # Imported here: scipy takes longer to load than everything `darkroom --help` needs.
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
+    graph = coo_array((np.ones(len(first)), (first, second)), (count, count))
+    components = connected_components(graph, directed=False)[1]
+    ends = np.cumsum(np.bincount(components, minlength=1))[:-1]
+    groups = np.split(np.argsort(components, kind="stable"), ends)
+    return [group.tolist() for group in groups if len(group) > 1]

@@ -10,20 +10,10 @@ from matplotlib.axes import Axes
 
 from diffusion.common.files import write_bytes
 from diffusion.evaluation.estimate import CONFIDENCE
+from diffusion.evaluation.evaluate import score_cell
 from diffusion.evaluation.ranking import RankedModel, Ranking
 from diffusion.evaluation.reports.charts import Chart, Paper, Points, chart, curves, over_training, read_losses
-from diffusion.evaluation.reports.evaluation_report import SHARES
-from diffusion.evaluation.reports.html import (
-    Cell,
-    between,
-    count,
-    counted,
-    metric_cell,
-    plain,
-    render,
-    signed,
-    with_error,
-)
+from diffusion.evaluation.reports.html import Cell, between, count, counted, plain, render, signed, with_error
 from diffusion.evaluation.results import Evaluation, RealBaseline
 
 PAGE = "comparison.html"
@@ -109,7 +99,10 @@ def metric_columns(ranking: Ranking) -> list[Column]:
     """Return the columns of the ranking's metric, the distance to the best, and the other metrics."""
     models, leading = ranking.models, ranking.metric.removesuffix(f"_{ranking.conditions.extractor}")
     sides: list[RankedModel | RealBaseline] = [*models, ranking.real_baseline]
-    columns = {name: (*words, [_metric(name, side) for side in sides]) for name, words in METRICS.items()}
+    columns = {
+        name: (*words, [score_cell(side.scores, name, side.estimates) for side in sides])
+        for name, words in METRICS.items()
+    }
     values = [*(Cell(with_error(each.value, each.error)) for each in models), Cell()]
     first = columns.pop(leading, (ranking.metric, "higher is better", values))
     behind = [Cell("best")]
@@ -180,10 +173,3 @@ def training_charts(names: Sequence[str], evaluations: Sequence[Evaluation], los
     if any(columns):
         found.append(chart("Loss on held-out images", over_training(curves(dict(zip(names, columns, strict=True))))))
     return found
-
-
-def _metric(name: str, side: RankedModel | RealBaseline) -> Cell:
-    scores = side.scores
-    if (found := side.estimates.get(f"{name}_{scores.extractor}")) is not None:
-        return Cell(f"{found.value:.3f}", between(found.interval)) if name in SHARES else metric_cell(found)
-    return Cell(with_error(scores.kid, scores.kid_se) if name == "kid" else signed(scores.of(name)))

@@ -272,7 +272,7 @@ def test_where_images_are_fewer_than_four_for_each_feature_no_endless_number_is_
 def test_moments_are_the_same_from_one_piece_and_from_several() -> None:
     features = gaussian(5000, 6, seed=0) * torch.arange(1, 7) + 10
     found = compute_moments(features)
-    assert (found.count, found.root.shape) == (5000, (6, 6))
+    assert found.root.shape == (6, 6)
     np.testing.assert_allclose(found.mean, features.double().mean(0), rtol=1e-9)
     np.testing.assert_allclose(found.root.T @ found.root, np.cov(features.numpy(), rowvar=False), rtol=1e-6, atol=1e-9)
 

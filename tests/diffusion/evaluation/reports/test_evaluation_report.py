@@ -8,8 +8,8 @@ import pytest
 
 from diffusion.common.image_grids import grid, png_bytes
 from diffusion.evaluation.estimate import Estimate, MetricEstimate, Share
+from diffusion.evaluation.evaluate import Sheets, findings, write_report
 from diffusion.evaluation.reports.charts import read_losses
-from diffusion.evaluation.reports.evaluation_report import Sheets, findings, write_report
 from diffusion.evaluation.reports.html import plain, with_error
 from diffusion.evaluation.results import (
     Evaluation,
