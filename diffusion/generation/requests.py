@@ -33,7 +33,7 @@ from diffusion.generation.generate import (
     interpolate,
     sample,
 )
-from diffusion.generation.super_resolution import super_resolution_of, task_of, upscale
+from diffusion.generation.super_resolution import check_images, scale_of, task_of, upscale
 from diffusion.process.editing import Edit
 from diffusion.process.samplers import SamplingConfig
 
@@ -75,7 +75,7 @@ def answer(
         except UserError as error:
             raise UserError(f"row {number}: {error}" if len(requests) > 1 else str(error)) from error
         small = inputs[-1]
-        size = small.numel() * _scale(model) ** 2 if isinstance(small, Tensor) else math.prod(model.shape)
+        size = small.numel() * scale_of(model) ** 2 if isinstance(small, Tensor) else math.prod(model.shape)
         values += request.count * size
     if values > MAX_VALUES:
         raise UserError(
@@ -109,7 +109,7 @@ def original(model: Model, request: GenerationRequest) -> list[Tensor]:
     given = _input_of(model, request)
     if isinstance(given, Edit):
         return [given.image if given.kept is None else torch.where(given.kept, given.image, HOLE)]
-    return [] if given is None else [blocks(given[None], given.shape[-1] * _scale(model))[0]]
+    return [] if given is None else [blocks(given[None], given.shape[-1] * scale_of(model))[0]]
 
 
 def sampling_of(model: Model, request: GenerationRequest, configured: SamplingConfig) -> SamplingConfig:
@@ -155,18 +155,14 @@ def _small_image(model: Model, request: UpscaleRequest) -> Tensor:
         small = _channels_first(unscaled(request.image, IngestConfig(size=MAX_SIZE // 2, mode=mode, enlarge=True)))
     except Refused as error:
         raise UserError(f"the image cannot be used: {error}") from error
-    super_resolution_of(model).check_images(model, small[None])
-    pixels = request.count * small[0].numel() * _scale(model) ** 2
+    check_images(model, small[None])
+    pixels = request.count * small[0].numel() * scale_of(model) ** 2
     if pixels > MAX_PIXELS:
         raise UserError(
             f"{pixels / 1e6:.1f} million pixels in all would be generated at once, and {MAX_PIXELS / 1e6:.1f} may be: "
             "give a smaller image, or ask for fewer"
         )
     return small
-
-
-def _scale(model: Model) -> int:
-    return model.header.size // super_resolution_of(model).low_resolution
 
 
 def _channels_first(pixels: np.ndarray) -> Tensor:

@@ -25,12 +25,7 @@ from diffusion.families import family_of
 from diffusion.families.model import Conditioning, Model, ModelHeader, classes_of
 from diffusion.generation.config import UNCONDITIONAL, Conditions
 from diffusion.generation.generate import check_conditions, check_sampling_options, conditions_of
-from diffusion.generation.super_resolution import (
-    GenerationTask,
-    SuperResolution,
-    add_conditioning_noise,
-    task_of,
-)
+from diffusion.generation.super_resolution import GenerationTask, add_conditioning_noise, task_of
 from diffusion.models.config import FamilyConfig, ModelConfig, training_conflict
 from diffusion.models.text_encoder import ENCODER
 from diffusion.models.unet import UNet
@@ -94,11 +89,10 @@ class TrainingSetup:
         """Measure the standard deviation of the network's data; raises UserError for constant data."""
         if self.autoencoder:
             return 1.0
-        if isinstance(self.task, SuperResolution):
+        if low := self.task.low_resolution:
             # Rows are sorted by content hash, so the first ones are a random sample.
             images = self.dataset.images(self.dataset.rows("train")[:IMAGES_FOR_DEVIATION])
-            sigma_data, low = self.task.sigma_data(images), self.task.low_resolution
-            why = f"show all that they have at {low}×{low}"
+            sigma_data, why = self.task.sigma_data(images), f"show all that they have at {low}×{low}"
         else:
             sigma_data, why = self.dataset.manifest.sigma_data, "are one flat tone"
         if sigma_data < LEAST_DEVIATION:
@@ -126,7 +120,7 @@ class TrainingSetup:
     def training_conditioning(self, batch: Batch) -> Conditioning:
         """Collect the conditioning of a training step, with conditioning dropout or noise augmentation."""
         conditioning = self.conditioning(batch)
-        if isinstance(self.task, SuperResolution):
+        if self.task.low_resolution:
             return add_conditioning_noise(conditioning, self.task.max_noise, self.config.seed, batch.indices)
         if not conditioning:
             return conditioning
