@@ -19,9 +19,9 @@ from diffusion.families import family_of
 from diffusion.models.config import FamilyConfig, LatentSpace
 from diffusion.models.vae import VAE
 from diffusion.process.samplers import SamplingConfig
+from diffusion.training.logging import Validation
 from diffusion.training.setup import TrainingSetup
 from diffusion.training.trainer import Trainer, scheduled_learning_rate
-from diffusion.training.validation import Validation
 
 PREFLIGHT = "preflight.json"
 """File name of the preflight in a run's folder."""

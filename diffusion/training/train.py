@@ -29,11 +29,10 @@ from diffusion.training.checkpointing import Checkpoints, CheckpointWriter
 from diffusion.training.config import TrainingConfig
 from diffusion.training.distributed import SINGLE_PROCESS, process_group
 from diffusion.training.ema import SNAPSHOTS
-from diffusion.training.logging import METRICS_BUFFER, RESTARTED, NoTracker, Tracker, TrainingLog
+from diffusion.training.logging import METRICS_BUFFER, RESTARTED, NoTracker, Tracker, TrainingLog, Validation
 from diffusion.training.preflight import PREFLIGHT, Preflight, make_preflight, measure_pace, require_disk
 from diffusion.training.setup import COUNTS, FINGERPRINT, FORMAT_VERSION, TrainingSetup, make_setup, open_dataset
 from diffusion.training.trainer import NotFiniteError, Trainer, thread_count
-from diffusion.training.validation import Validation
 
 Restart = Literal["never", "if_different"]
 """When to discard an existing run of another configuration or data set in the folder."""
