@@ -1,4 +1,4 @@
-"""Validation of a run, and logging: metrics by images seen in CSV files, in a tracker and on the screen; PNG samples."""
+"""Validation and logging of a run: metrics by images seen in CSV files, a tracker and on the screen; PNG samples."""
 
 import copy
 import csv
