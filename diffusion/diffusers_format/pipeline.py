@@ -101,7 +101,7 @@ class DarkroomPipeline(DiffusionPipeline):  # type: ignore[misc]
         check_sampling(model, config, conditions)
         _check_scheduler(self.scheduler, model)
         learned = isinstance(self.scheduler, DDPMScheduler) and "learned" in str(self.scheduler.config.variance_type)
-        if learned and (not model.config.learned_variance or config.guides):
+        if learned and (model.config.variance == "fixed" or config.guides):
             raise UserError(
                 "a variance is learned by one network without guidance: use "
                 "DDPMScheduler.from_config(pipe.scheduler.config, variance_type='fixed_small')"

@@ -30,7 +30,7 @@ unconditional."""
 class ModelHeader(Config):
     """Metadata stored with the weights."""
 
-    format_version: Literal[3] = 3
+    format_version: Literal[4] = 4
     model: FamilyConfig
     """Configuration of the network, with the digest of the autoencoder's weights in place of its path."""
     channels: Literal[1, 3]

@@ -167,7 +167,7 @@ class DDPMSampling(BaseSampling):
     """Name of the sampler."""
     variance: Literal["fixed_small", "fixed_large"] | None = Field(None, exclude_if=unset)
     """Variance of the noise in each step: its lower or its upper bound (section 3.2). Null: the variance learned with
-    model.learned_variance, or else fixed_small."""
+    model.variance = learned_range, or else fixed_small."""
 
 
 def ddim(denoise: Denoise, x: Tensor, sigmas: Tensor, noise: Noise, eta: float = 0.0) -> Tensor:

@@ -340,7 +340,7 @@ def test_noise_over_the_small_image_is_an_option_and_none_by_default() -> None:
 
 
 def test_a_learned_variance_is_that_of_tiles_too() -> None:
-    model = untrained(MODEL.model_copy(update={"learned_variance": True}))
+    model = untrained(MODEL.model_copy(update={"variance": "learned_range"}))
     learned, fixed = (
         upscale(model, WIDE, 0, sampling_config(sampler="ddpm", steps=4, compute_batch=8, variance=variance))
         for variance in (None, "fixed_small")
