@@ -298,11 +298,11 @@ class AutoregressiveConfig(OtherKind):
     """Whether the network is conditioned on the class, where the data set has several."""
 
 
-def _family(given: Any) -> str:
-    """Return the family of a configuration or its fields; ddpm if none is given."""
+def tag(given: Any, key: str, default: str) -> str:
+    """Return the value of ``key`` in a configuration or in its fields; the ``default`` if none is given."""
     if isinstance(given, BaseModel):
-        return str(getattr(given, "family", ""))
-    return str(given.get("family", "ddpm")) if isinstance(given, dict) else "ddpm"
+        return str(getattr(given, key, ""))
+    return str(given.get(key, default)) if isinstance(given, dict) else default
 
 
 class LatentSpace(Config):
@@ -329,7 +329,7 @@ FamilyConfig: TypeAlias = Annotated[
     | Annotated[GANConfig, Tag("gan")]
     | Annotated[AutoregressiveConfig, Tag("autoregressive")],
     Discriminator(
-        _family,
+        lambda given: tag(given, "family", "ddpm"),
         custom_error_type="unknown_family",
         custom_error_message="family is ddpm, the default, vae, gan or autoregressive",
     ),

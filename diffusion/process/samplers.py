@@ -23,11 +23,11 @@ from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, TypeAdapter, ValidationError, model_validator
+from pydantic import ConfigDict, Discriminator, Field, Tag, TypeAdapter, ValidationError, model_validator
 
 from diffusion.common.config import Config, DeviceName, unset
 from diffusion.common.errors import UserError
-from diffusion.models.config import FamilyConfig, ModelConfig
+from diffusion.models.config import FamilyConfig, ModelConfig, tag
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,7 +40,6 @@ Noise: TypeAlias = Callable[[], "Tensor"]
 Sampler: TypeAlias = Callable[..., "Tensor"]
 """From denoise, x, sigmas and noise, as above, to images, nominally in [−1, 1], (N, C, H, W)."""
 
-DEFAULT_SAMPLER = "dpmpp_2m_sde"
 MAX_CHURN = math.sqrt(2) - 1
 """Largest γ of churn in one step (arXiv 2206.00364, algorithm 2)."""
 
@@ -406,12 +405,6 @@ SAMPLERS: tuple[type[BaseSampling], ...] = (
 )
 
 
-def _sampler_name(given: Any) -> str:
-    if isinstance(given, BaseModel):
-        return str(getattr(given, "sampler", ""))
-    return str(given.get("sampler", DEFAULT_SAMPLER)) if isinstance(given, dict) else DEFAULT_SAMPLER
-
-
 SamplingConfig: TypeAlias = Annotated[
     Annotated[DDPMSampling, Tag("ddpm")]
     | Annotated[DDIMSampling, Tag("ddim")]
@@ -422,7 +415,7 @@ SamplingConfig: TypeAlias = Annotated[
     | Annotated[DEISSampling, Tag("deis")]
     | Annotated[UniPCSampling, Tag("unipc")],
     Discriminator(
-        _sampler_name,
+        lambda given: tag(given, "sampler", "dpmpp_2m_sde"),
         custom_error_type="unknown_sampler",
         custom_error_message="sampler is ddpm, ddim, euler, heun, dpmpp_2m, dpmpp_2m_sde (default), deis or unipc",
     ),
@@ -460,13 +453,13 @@ def sampling_conflict(model: FamilyConfig, sampling: SamplingConfig) -> str | No
 
 def describe_error(error: Mapping[str, Any], location: Sequence[int | str]) -> str:
     """Describe pydantic's error at ``location`` in the section ``sampling``, and how to fix it."""
-    tag, *path = map(str, location or ("",))
+    sampler, *path = map(str, location or ("",))
     where, message = ".".join(("sampling", *path)), error["msg"].removeprefix("Value error, ")
     if error["type"] == "extra_forbidden":
         having = [str(each.model_fields["sampler"].default) for each in SAMPLERS if path[0] in each.model_fields]
-        if having and tag not in having:
-            return f"{where} means nothing to sampler = {tag}: use {' or '.join(having)}, or leave it out"
-        known = next(each.model_fields for each in SAMPLERS if each.model_fields["sampler"].default == tag)
+        if having and sampler not in having:
+            return f"{where} means nothing to sampler = {sampler}: use {' or '.join(having)}, or leave it out"
+        known = next(each.model_fields for each in SAMPLERS if each.model_fields["sampler"].default == sampler)
         close = difflib.get_close_matches(path[-1], known, n=1)
         hint = f"did you mean {close[0]}?" if close else f"known here: {', '.join(sorted(known))}"
         return f"unknown key {where}: {hint}"

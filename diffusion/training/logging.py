@@ -70,19 +70,6 @@ class Tracker(Protocol):
         """Make everything logged so far durable, as a checkpoint follows and earlier steps are not repeated."""
 
 
-class NoTracker:
-    """Tracker that logs nothing: the run's folder holds the files that training itself writes."""
-
-    def log_metrics(self, metrics: Mapping[str, float], images: int) -> None:
-        """Drop ``metrics``."""
-
-    def log_image(self, name: str, image: Image.Image, images: int) -> None:
-        """Drop ``image``."""
-
-    def sync(self) -> None:
-        """Do nothing: nothing was logged."""
-
-
 @dataclass(frozen=True)
 class MetricsFile:
     """CSV file of metrics whose first column, ``images``, is increasing."""
@@ -239,7 +226,7 @@ class Validation:
 
 
 class TrainingLog:
-    """Log of a run in the folder ``output``, with ``tracker`` and on the screen; also starts its checkpoints.
+    """Log of a run in the folder ``output``, with ``tracker``, if any, and on the screen; also starts its checkpoints.
 
     Only the main process has one. Rows beyond ``images``, left by a killed process, are dropped and written again.
     ``total`` is the number of images to see.
@@ -251,7 +238,7 @@ class TrainingLog:
         output: Path,
         sampling: SamplingConfig,
         writer: CheckpointWriter,
-        tracker: Tracker,
+        tracker: Tracker | None,
         progress: Progress,
         images: int,
         total: int,
@@ -271,7 +258,8 @@ class TrainingLog:
         """Log ``METRICS`` of the steps since the last call."""
         self.monitor.check_loss(metrics["loss"], images)
         self.history.append(images, metrics)
-        self.tracker.log_metrics({name: value for name, value in metrics.items() if math.isfinite(value)}, images)
+        if self.tracker:
+            self.tracker.log_metrics({name: value for name, value in metrics.items() if math.isfinite(value)}, images)
         self.progress("images trained on", images, self.total, f"loss {metrics['loss']:.4f}")
 
     def checkpoint(self, tensors: dict[str, Tensor], header: dict[str, Any], save_every: int) -> None:
@@ -283,11 +271,12 @@ class TrainingLog:
         averaged, metrics = self.validation.evaluate(tensors, images)
         self.losses.append(images, {name: metrics.get(name, math.nan) for name in LOSSES})
         generated = self.validation.generate(averaged, self.sampling)
-        self.tracker.log_metrics(metrics | self.validation.colour_drift(generated), images)
         sample_grid = self.validation.sample_grid(generated)
         save_png(self.output / "samples" / f"{images:010d}.png", sample_grid)
-        self.tracker.log_image("samples", sample_grid, images)
-        if images == self.total and isinstance(averaged, DiffusionModel):
+        if self.tracker:
+            self.tracker.log_metrics(metrics | self.validation.colour_drift(generated), images)
+            self.tracker.log_image("samples", sample_grid, images)
+        if self.tracker and images == self.total and isinstance(averaged, DiffusionModel):
             from diffusion.generation.explain import reverse_process_strip  # matplotlib is slow to load
 
             conditioning = setup.task.conditioning(self.validation.images[:1]) or None
@@ -300,7 +289,8 @@ class TrainingLog:
             Checkpoints(self.output / SNAPSHOTS).save(kept, about)
         for file in (self.history, self.losses):
             sync_file(file.path)
-        self.tracker.sync()
+        if self.tracker:
+            self.tracker.sync()
         self.writer.save(tensors, header, setup.config.keep, self._spared(save_every))
 
     def _spared(self, save_every: int) -> set[int]:

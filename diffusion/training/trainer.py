@@ -123,12 +123,7 @@ class PendingStep(NamedTuple):
 
 
 class Trainer:
-    """Trainer of one network; with several processes that share each batch, each has one.
-
-    Args:
-        setup: Data, configuration and device.
-        threads: Executor that computes the parts of a batch on a CPU.
-    """
+    """Trainer of one network, of which each process has one; on a CPU ``threads`` compute the parts of a batch."""
 
     def __init__(self, setup: TrainingSetup, threads: Executor) -> None:
         self.setup, self.config, self.threads, self.device = setup, setup.config, threads, setup.device
