@@ -30,7 +30,7 @@ from diffusion.checkpoints import load_model
 from diffusion.common.files import digest_of, sha256_file, write_json
 from diffusion.data.dataset import Dataset
 from diffusion.diffusers_format import DarkroomUNet
-from diffusion.diffusers_format.schedulers import scheduler_of
+from diffusion.diffusers_format.pipeline import scheduler_of
 from diffusion.families.ddpm import DiffusionModel
 from diffusion.families.model import to_uint8
 from diffusion.generation.generate import sample

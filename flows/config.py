@@ -119,10 +119,10 @@ class Params(Config):
             return "gate.class_loss needs a class-conditional model, and model.conditional = false: leave it out"
         if words := training_conflict(self.model, self.training):
             return words
-        if isinstance(self.model, ModelConfig) and self.model.learned_variance and self.sampling.sampler != "ddpm":
+        if isinstance(self.model, ModelConfig) and self.model.variance != "fixed" and self.sampling.sampler != "ddpm":
             return (
-                f"model.learned_variance is used by the sampler ddpm alone, and sampling.sampler = "
-                f"{self.sampling.sampler} ignores it: use ddpm, or leave model.learned_variance out"
+                f"model.variance = learned_range is used by the sampler ddpm alone, and sampling.sampler = "
+                f"{self.sampling.sampler} ignores it: use ddpm, or leave model.variance out"
             )
         chunk, batch = self.sampling_batch.chunk, self.sampling.compute_batch
         if chunk is not None and chunk % batch:

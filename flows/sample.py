@@ -23,7 +23,7 @@ from diffusion.data.dataset import Dataset
 from diffusion.data.prefetch import in_order
 from diffusion.generation.config import UNCONDITIONAL, Conditions, read_request
 from diffusion.generation.explain import explain as explain_model
-from diffusion.generation.generation_result import GenerationResult, generate_to_folder
+from diffusion.generation.requests import GenerationResult, generate_to_folder
 from diffusion.generation.super_resolution import task_of
 from diffusion.process.samplers import SamplingConfig
 from flows import environment

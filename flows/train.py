@@ -12,8 +12,7 @@ from diffusion.common.errors import UserError
 from diffusion.data.manifest import Manifest, read_manifest
 from diffusion.training.logging import METRICS_BUFFER, RESTARTED, read_metrics
 from diffusion.training.preflight import PREFLIGHT
-from diffusion.training.pretrained import with_digests
-from diffusion.training.setup import data_digest, identity_fields, train_key
+from diffusion.training.setup import data_digest, identity_fields, train_key, with_digests
 from diffusion.training.train import Restart, TrainResult, discard
 from diffusion.training.train import train as train_model
 from flows.config import Params, flattened

@@ -179,7 +179,7 @@ def trained_models(scratch: Path) -> dict[str, Path]:
         "ddpm": ("discs", ModelConfig(**SHAPE), {}),
         "ddpm learned variance": (
             "grey",
-            ModelConfig(**SHAPE, schedule="cosine", prediction="epsilon", learned_variance=True),
+            ModelConfig(**SHAPE, schedule="cosine", prediction="epsilon", variance="learned_range"),
             {"timestep_sampling": "uniform", "weighting": "min_snr", "stratified_timesteps": False},
         ),
         "ddpm v": (

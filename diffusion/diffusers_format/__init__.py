@@ -18,13 +18,9 @@ __all__ = ["DarkroomPipeline", "DarkroomUNet"]
 
 
 def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     # diffusers takes seconds to import, and those who only name the export do not need it.
-    if name == "DarkroomUNet":
-        from diffusion.diffusers_format.network import DarkroomUNet
+    from diffusion.diffusers_format import pipeline
 
-        return DarkroomUNet
-    if name == "DarkroomPipeline":
-        from diffusion.diffusers_format.pipeline import DarkroomPipeline
-
-        return DarkroomPipeline
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(pipeline, name)

@@ -57,7 +57,7 @@ def export_to_diffusers(
         import diffusers
 
         from diffusion import diffusers_format
-        from diffusion.diffusers_format.schedulers import scheduler_of
+        from diffusion.diffusers_format.pipeline import scheduler_of
     except ModuleNotFoundError as error:
         raise UserError(
             f"export to diffusers needs {error.name}, which is not installed: run `pip install -e '.[diffusers]'` in "

@@ -38,7 +38,7 @@ class DarkroomUNet(ModelMixin, ConfigMixin):  # type: ignore[misc]
         """Copy ``model``, with ``sampling`` as its default sampling options."""
         channels, size, _ = model.shape
         machine = {"compute_batch", "precision", "device"}
-        learned = model.config.learned_variance and draws_with_learned_variance(sampling)
+        learned = samples_with_learned_variance(model, sampling)
         unet: DarkroomUNet = cls(
             sample_size=size,
             in_channels=channels,
@@ -86,6 +86,7 @@ class DarkroomUNet(ModelMixin, ConfigMixin):  # type: ignore[misc]
         return UNet2DOutput(sample=answer) if return_dict else (answer,)
 
 
-def draws_with_learned_variance(sampling: SamplingConfig) -> bool:
-    """Whether sampling uses the learned variance, which guided predictions do not have."""
-    return isinstance(sampling, DDPMSampling) and sampling.variance is None and not sampling.guides
+def samples_with_learned_variance(model: DiffusionModel, sampling: SamplingConfig) -> bool:
+    """Whether sampling uses the learned variance of ``model``, which guided predictions do not have."""
+    unset = isinstance(sampling, DDPMSampling) and sampling.variance is None
+    return unset and model.config.variance == "learned_range" and not sampling.guides

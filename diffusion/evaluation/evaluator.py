@@ -69,7 +69,7 @@ from diffusion.evaluation.results import (
 from diffusion.families.model import Model
 from diffusion.generation.config import UNCONDITIONAL, Conditions
 from diffusion.generation.generate import conditions_of, is_conditional, labels_of, reconstructed
-from diffusion.generation.super_resolution import FromNoise, GenerationTask, generate, task_of
+from diffusion.generation.super_resolution import GenerationTask, generate, task_of
 from diffusion.process.likelihood import Terms
 from diffusion.process.samplers import SamplingConfig
 
@@ -107,7 +107,7 @@ class Evaluator:
         sampling: SamplingConfig,
         folder: Path,
         progress: Progress = silent,
-        task: GenerationTask = FromNoise(),  # noqa: B008 (frozen)
+        task: GenerationTask = GenerationTask(),  # noqa: B008 (frozen)
     ) -> None:
         require_enough(data)
         dataset = Dataset.open(data)

@@ -109,7 +109,7 @@ class DiffusionModel(Model):
             parametrization,
             # Latents are unbounded.
             clip=self.latents is None,
-            learned_variance=self.config.learned_variance,
+            learned_variance=self.config.variance == "learned_range",
             around=(conditioning or {}).get("low"),
         )
 

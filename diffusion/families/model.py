@@ -20,8 +20,6 @@ from diffusion.process.editing import Edit
 from diffusion.process.likelihood import Terms
 from diffusion.process.samplers import Noise, SamplingConfig
 
-BETAS = (0.9, 0.99)
-"""AdamW's decay rates. Its default β₂ of 0.999 averages over more steps than a run of minutes has: measured worse."""
 Conditioning = dict[str, Tensor]
 """Conditioning of N images, as keywords of ``UNet.forward``: ``label`` and ``text``, or ``low`` and ``level``; empty:
 unconditional."""
@@ -30,7 +28,7 @@ unconditional."""
 class ModelHeader(Config):
     """Metadata stored with the weights."""
 
-    format_version: Literal[3] = 3
+    format_version: Literal[4] = 4
     model: FamilyConfig
     """Configuration of the network, with the digest of the autoencoder's weights in place of its path."""
     channels: Literal[1, 3]
@@ -202,9 +200,8 @@ class OptimizerStep:
 class TrainingObjective(ABC):
     """Training objective of a family; the loss of an image depends on no other image, so a batch can be split."""
 
-    betas: ClassVar[tuple[float, float]] = BETAS
-    """AdamW's decay rates of the two moments."""
-
+    betas: ClassVar[tuple[float, float]] = (0.9, 0.99)
+    """AdamW's decay rates. Its default β₂ of 0.999 averages over more steps than runs of minutes have: it was worse."""
     comparable: ClassVar[bool] = True
     """Whether losses compare between checkpoints."""
 

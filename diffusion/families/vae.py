@@ -22,9 +22,6 @@ from diffusion.models.vae import VAE, Latents
 from diffusion.process.likelihood import HALF_A_LEVEL, Terms, log_likelihood
 from diffusion.process.samplers import SamplingConfig
 
-LEVELS_TO_ONE = 127.5
-"""8-bit levels per unit of the network's values: see ``diffusion.families.model.to_float``."""
-
 
 @dataclass(frozen=True)
 class VAEModel(Model):
@@ -122,7 +119,8 @@ class EvidenceObjective(TrainingObjective):
         reconstruction, mean, log_variance = network(batch.x0, batch.random["noise"])
         misfit = negative_log_likelihood(batch.x0, reconstruction, network.log_scale)
         nats = (misfit + self.config.kl_weight * kl_divergence(mean, log_variance)) / batch.x0[0].numel()
-        return nats / math.log(2) + math.log2(LEVELS_TO_ONE)
+        # A unit of the network's values is 127.5 levels: see ``to_float``.
+        return nats / math.log(2) + math.log2(127.5)
 
     def validation_metrics(self, network: nn.Module, batch: TrainingBatch, losses: Tensor) -> dict[str, float]:
         """Compute the PSNR of reconstructions and the bits per value in the latents."""

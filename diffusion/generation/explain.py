@@ -37,31 +37,6 @@ NOISE_RANGE = 3.0
 INK, MUTED, SIGNAL, NOISE = "#1c1f23", "#5c6570", "#2563eb", "#b9c0c8"
 
 
-class Forward(NamedTuple):
-    """An image in the forward process at K time steps."""
-
-    steps: list[int]
-    alpha_bars: list[float]
-    images: Tensor
-    """x_t = √ᾱ_t x_0 + √(1 − ᾱ_t) ε with one ε for all: (K, C, H, W) float32."""
-
-
-class TrainingStep(NamedTuple):
-    """One image in a training step; all tensors are (C, H, W) float32."""
-
-    step: int
-    alpha_bar: float
-    image: Tensor
-    noise: Tensor
-    mixture: Tensor
-    predicted: Tensor
-    """Predicted noise, for any prediction type."""
-    difference: Tensor
-    """Predicted minus true noise."""
-    loss: float
-    """Mean square of the difference, DDPM's simple loss (arXiv 2006.11239, equation 14)."""
-
-
 class Reverse(NamedTuple):
     """K steps of a reverse process."""
 
@@ -94,8 +69,8 @@ def explain(model: Model, image: Tensor, output: Path, seed: int = 0) -> list[Pa
             noise = GaussianNoise(seed, "explain", [0], model.noise_shape)()[0]
             conditioning = task_of(model.config).conditioning(image[None]) or None
             figures = {
-                "forward.png": draw_forward(model, forward(model.schedule, x0, noise)),
-                "training_step.png": draw_training_step(model, training_step(model, x0, noise, conditioning)),
+                "forward.png": draw_forward(model, x0, noise),
+                "training_step.png": draw_training_step(model, x0, noise, conditioning),
                 "reverse.png": draw_reverse(model, reverse(model, seed, conditioning)),
             }
             for name, figure in figures.items():
@@ -127,33 +102,29 @@ def reverse_process_strip(model: DiffusionModel, conditioning: Conditioning | No
     return Image.open(io.BytesIO(figure_png(draw_reverse(model, reverse(model, 0, conditioning)))))
 
 
-def forward(schedule: NoiseSchedule, x0: Tensor, noise: Tensor) -> Forward:
-    """Mix ``x0``, (C, H, W) in [−1, 1], with ``noise`` at FRAMES time steps spread evenly from 0 to T−1."""
+def forward(schedule: NoiseSchedule, x0: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+    """Mix ``x0``, (C, H, W) in [−1, 1], with one ``noise`` at FRAMES time steps t spread evenly from 0 to T−1.
+
+    Returns t, (FRAMES,), and x_t, (FRAMES, C, H, W).
+    """
     t = torch.linspace(0, schedule.steps - 1, FRAMES).round().long()
-    images = schedule.q_sample(x0.expand(FRAMES, -1, -1, -1), t, noise.expand(FRAMES, -1, -1, -1))
-    return Forward(t.tolist(), schedule.alphas_cumprod[t].tolist(), images)
+    return t, schedule.q_sample(x0.expand(FRAMES, -1, -1, -1), t, noise.expand(FRAMES, -1, -1, -1))
 
 
 @torch.inference_mode()
 def training_step(
     model: DiffusionModel, x0: Tensor, noise: Tensor, conditioning: Conditioning | None = None
-) -> TrainingStep:
-    """Run one step on ``x0``, (C, H, W) in [−1, 1], at the time with equal weights of image and noise."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Run one step on ``x0``, (C, H, W) in [−1, 1], at the time t, (), with equal weights of image and noise.
+
+    Returns t, x_t, and the predicted noise for any prediction type, both (C, H, W).
+    """
     schedule = model.schedule
     t = (schedule.alphas_cumprod - 0.5).abs().argmin()
     sigma = schedule.sigmas[t].float()
     x = x0 + sigma * noise
     predicted = (x - replace(model.denoiser(conditioning), clip=False)(x[None], sigma)[0]) / sigma
-    return TrainingStep(
-        step=int(t),
-        alpha_bar=schedule.alphas_cumprod[t].item(),
-        image=x0,
-        noise=noise,
-        mixture=schedule.q_sample(x0[None], t[None], noise[None])[0],
-        predicted=predicted,
-        difference=predicted - noise,
-        loss=(predicted - noise).square().mean().item(),
-    )
+    return t, schedule.q_sample(x0[None], t[None], noise[None])[0], predicted
 
 
 @torch.inference_mode()
@@ -161,9 +132,13 @@ def reverse(model: DiffusionModel, seed: int, conditioning: Conditioning | None 
     """Record the default sampler on image 0 of ``seed`` at up to FRAMES steps spread evenly in time t."""
     sigmas = model.schedule.sigma_grid(REVERSE_STEPS)
     denoiser = model.denoiser(make_conditioning(model, [0], seed) if conditioning is None else conditioning)
-    noise = GaussianNoise(seed, "sampling", [0], model.noise_shape)
     seen: list[tuple[Tensor, Tensor]] = []
-    result = sampling_config().run(denoiser, sigmas, noise, lambda i, x, x0_hat: seen.append((x, x0_hat)))
+
+    def denoise(x: Tensor, sigma: Tensor) -> Tensor:
+        seen.append((x, denoiser(x, sigma)))
+        return seen[-1][1]
+
+    result = sampling_config().run(denoise, sigmas, GaussianNoise(seed, "sampling", [0], model.noise_shape))
     times = model.schedule.time(sigmas[:-1])
     targets = torch.linspace(float(times[0]), float(times[-1]), FRAMES)
     chosen = torch.unique((times - targets[:, None]).abs().argmin(1))
@@ -178,25 +153,27 @@ def reverse(model: DiffusionModel, seed: int, conditioning: Conditioning | None 
     )
 
 
-def draw_forward(model: DiffusionModel, frames: Forward) -> Figure:
-    """Plot the images above a curve of ᾱ, each at its time step."""
+def draw_forward(model: DiffusionModel, x0: Tensor, noise: Tensor) -> Figure:
+    """Plot the images of ``forward`` above a curve of ᾱ, each at its time step."""
+    steps, images = forward(model.schedule, x0, noise)
+    at_steps = model.schedule.alphas_cumprod[steps]
     formula = r"$x_t = \sqrt{\bar\alpha_t}\,x_0 + \sqrt{1-\bar\alpha_t}\,\varepsilon$"
     figure = _figure(model, 4.9, "The forward process: an image turns into noise", formula)
-    count, last = len(frames.steps), model.schedule.steps - 1
+    last = model.schedule.steps - 1
     left, width = 0.055, 0.103
-    pitch = (0.985 - left - width) / (count - 1)
-    for number, (step, alpha_bar) in enumerate(zip(frames.steps, frames.alpha_bars, strict=True)):
+    pitch = (0.985 - left - width) / (FRAMES - 1)
+    for number, (step, alpha_bar) in enumerate(zip(steps.tolist(), at_steps.tolist(), strict=True)):
         share = f"= {alpha_bar:.3f}" if alpha_bar >= 0.001 else "< 0.001"
         place = (left + number * pitch, 0.56, width, 0.26)
-        _panel(figure, place, _decoded(model, frames.images[number]), f"$t$ = {step}", rf"$\bar\alpha$ {share}")
-    axes = figure.add_axes((left, 0.13, (count - 1) * pitch + width, 0.27))
+        _panel(figure, place, _decoded(model, images[number]), f"$t$ = {step}", rf"$\bar\alpha$ {share}")
+    axes = figure.add_axes((left, 0.13, (FRAMES - 1) * pitch + width, 0.27))
     alpha_bars, t = model.schedule.alphas_cumprod.numpy(), np.arange(last + 1)
     axes.fill_between(t, alpha_bars, color=SIGNAL, alpha=0.15, linewidth=0)
     axes.fill_between(t, alpha_bars, 1, color=NOISE, alpha=0.35, linewidth=0)
     axes.plot(t, alpha_bars, color=SIGNAL, linewidth=2)
-    axes.plot(frames.steps, frames.alpha_bars, "o", color=SIGNAL, markersize=6, clip_on=False, zorder=3)
-    margin = width / 2 / pitch * last / (count - 1)
-    axes.set(xlim=(-margin, last + margin), ylim=(0, 1), xticks=frames.steps, yticks=[0, 0.5, 1])
+    axes.plot(steps, at_steps, "o", color=SIGNAL, markersize=6, clip_on=False, zorder=3)
+    margin = width / 2 / pitch * last / (FRAMES - 1)
+    axes.set(xlim=(-margin, last + margin), ylim=(0, 1), xticks=steps.tolist(), yticks=[0, 0.5, 1])
     axes.tick_params(colors=MUTED, labelsize=9.5, length=0)
     axes.spines[:].set_visible(False)
     axes.set_xlabel("time step $t$", color=MUTED, fontsize=10.5)
@@ -207,22 +184,23 @@ def draw_forward(model: DiffusionModel, frames: Forward) -> Figure:
     return figure
 
 
-def draw_training_step(model: DiffusionModel, step: TrainingStep) -> Figure:
-    """Plot a training step as an equation of five panels."""
-    about = rf"at $t$ = {step.step}, where $\bar\alpha$ = {step.alpha_bar:.3f}: image and noise weigh the same"
+def draw_training_step(
+    model: DiffusionModel, x0: Tensor, noise: Tensor, conditioning: Conditioning | None = None
+) -> Figure:
+    """Plot ``training_step`` as an equation of five panels."""
+    t, mixture, predicted = training_step(model, x0, noise, conditioning)
+    alpha_bar = model.schedule.alphas_cumprod[t].item()
+    about = rf"at $t$ = {t}, where $\bar\alpha$ = {alpha_bar:.3f}: image and noise weigh the same"
     figure = _figure(model, 4.0, "One step of training: tell the noise from the image", about)
     # The first channels of latents, as many as an image can show.
-    noise, predicted, difference = (
-        to_uint8(each[: 3 if len(each) >= 3 else 1] / NOISE_RANGE)
-        for each in (step.noise, step.predicted, step.difference)
+    true, answer, difference = (
+        to_uint8(each[: 3 if len(each) >= 3 else 1] / NOISE_RANGE) for each in (noise, predicted, predicted - noise)
     )
-    image, mixture = _decoded(model, step.image), _decoded(model, step.mixture)
-    signal, spread = step.alpha_bar**0.5, (1 - step.alpha_bar) ** 0.5
     panels = [
-        (image, "image $x_0$", f"from the data set, × {signal:.3f}", ""),
-        (noise, r"noise $\varepsilon$", f"sampled, × {spread:.3f}", "+"),
-        (mixture, "mixture $x_t$", "all that the network sees", "="),
-        (predicted, r"predicted noise $\hat\varepsilon$", "the network's answer", "→"),
+        (_decoded(model, x0), "image $x_0$", f"from the data set, × {alpha_bar**0.5:.3f}", ""),
+        (true, r"noise $\varepsilon$", f"sampled, × {(1 - alpha_bar) ** 0.5:.3f}", "+"),
+        (_decoded(model, mixture), "mixture $x_t$", "all that the network sees", "="),
+        (answer, r"predicted noise $\hat\varepsilon$", "the network's answer", "→"),
         (difference, r"$\hat\varepsilon - \varepsilon$", "what it got wrong", "−ε ="),
     ]
     width, gap = 0.15, 0.05
@@ -231,9 +209,10 @@ def draw_training_step(model: DiffusionModel, step: TrainingStep) -> Figure:
         start = left + number * (width + gap)
         _panel(figure, (start, 0.3, width, 0.45), pixels, name, about)
         figure.text(start - gap / 2, 0.525, sign, color=INK, fontsize=13, ha="center", va="center")
-    loss = rf"loss = mean of $(\hat\varepsilon - \varepsilon)^2$ = {step.loss:.2g}"
+    # DDPM's simple loss (arXiv 2006.11239, equation 14).
+    loss = rf"loss = mean of $(\hat\varepsilon - \varepsilon)^2$ = {(predicted - noise).square().mean():.2g}"
     figure.text(0.5, 0.085, loss, color=INK, fontsize=12, ha="center")
-    of_which = "" if len(step.noise) in (1, 3) else ", the first channels of it"
+    of_which = "" if len(noise) in (1, 3) else ", the first channels of it"
     shown = f"It is 1 for a network that answers 0. Noise is shown from −{NOISE_RANGE:g} to {NOISE_RANGE:g}{of_which}."
     figure.text(0.5, 0.03, shown, color=MUTED, fontsize=9.5, ha="center")
     return figure

@@ -8,7 +8,7 @@ Larger images are covered with overlapping tiles, whose predictions are blended 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TypeAlias
+from itertools import count
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from diffusion.common.fingerprint import CPU, autocast
 from diffusion.common.progress import Progress, silent
 from diffusion.common.random import GaussianNoise, uniform
 from diffusion.common.threads import worker_threads
-from diffusion.families.ddpm import DiffusionModel
+from diffusion.families.ddpm import DiffusionModel, count_evaluations
 from diffusion.families.model import Conditioning, Model, to_float, to_uint8
 from diffusion.generation.config import UNCONDITIONAL, Conditions
 from diffusion.generation.generate import check_sampling, sample
@@ -46,87 +46,68 @@ def enlarged(small: Tensor, scale: int) -> Tensor:
 
 
 @dataclass(frozen=True)
-class FromNoise:
-    """Unconditional generation, and generation under labels and captions: the network is given no other image."""
+class GenerationTask:
+    """Inputs and conditioning of a model, for training, evaluation and requests: noise alone, or a small image, too."""
 
-    low_resolution: None = None
-    description: str = "generates from noise"
-
-    def conditioning(self, images: Tensor) -> Conditioning:
-        """Return no conditioning."""
-        return {}
-
-    def inputs(self, images: Tensor) -> None:
-        """Return None: generation starts from noise alone."""
-
-
-@dataclass(frozen=True)
-class SuperResolution:
-    """Super-resolution: the network is given a small image, enlarged by interpolation, and the noise level over it."""
-
-    low_resolution: int
-    """Height and width of the small images, in pixels."""
-    max_noise: float
+    low_resolution: int | None = None
+    """Super-resolution: height and width of the small images, in pixels; None: generation from noise."""
+    max_noise: float = 0.0
     """Largest standard deviation of the noise that training adds to them."""
 
     @property
     def description(self) -> str:
         """The task as a verb phrase."""
-        return f"enlarges from {self.low_resolution} pixels"
+        return f"enlarges from {self.low_resolution} pixels" if self.low_resolution else "generates from noise"
+
+    def inputs(self, images: Tensor) -> Tensor | None:
+        """Make the small version of each image, (N, C, h, w) uint8; None for generation from noise."""
+        return shrunk(images, self.low_resolution) if self.low_resolution else None
 
     def conditioning(self, images: Tensor) -> Conditioning:
         """Make the small version of each image at full size, (N, C, H, W) float32, and a noise level of 0, (N,)."""
-        return {"low": self._enlarged_again(images), "level": torch.zeros(len(images))}
-
-    def inputs(self, images: Tensor) -> Tensor:
-        """Make the small version of each image, (N, C, h, w) uint8."""
-        return shrunk(images, self.low_resolution)
+        small = self.inputs(images)
+        if small is None:
+            return {}
+        return {"low": enlarged(small, images.shape[-1] // small.shape[-1]), "level": torch.zeros(len(images))}
 
     def sigma_data(self, images: Tensor) -> float:
         """Compute the standard deviation of the residuals to the small versions of ``images``."""
         # To four digits, as further ones depend on the number of cores.
-        beyond = to_float(images) - self._enlarged_again(images)
+        beyond = to_float(images) - self.conditioning(images)["low"]
         return float(f"{beyond.double().square().mean().sqrt().item():.4g}")
-
-    def check_images(self, model: Model, images: Tensor) -> None:
-        """Raise UserError for small ``images`` (N, C, h, w) that ``model`` cannot enlarge."""
-        _, channels, height, width = images.shape
-        if channels != model.header.channels:
-            raise UserError(
-                f"the image has {channels} channels and the model enlarges images of {model.header.channels}: "
-                f"make it {'grey' if model.header.channels == 1 else 'RGB'}"
-            )
-        if min(height, width) < self.low_resolution:
-            low = f"{self.low_resolution}×{self.low_resolution}"
-            raise UserError(
-                f"the image has {height}×{width} pixels (height × width) and the model was trained on {low}, so it "
-                "enlarges nothing lower or narrower: give it a larger one"
-            )
-
-    def _enlarged_again(self, images: Tensor) -> Tensor:
-        return enlarged(self.inputs(images), images.shape[-1] // self.low_resolution)
-
-
-GenerationTask: TypeAlias = FromNoise | SuperResolution
-"""Task of a model: its inputs and its conditioning, for training, evaluation and requests."""
 
 
 def task_of(config: FamilyConfig) -> GenerationTask:
     """Return the task of a model with this configuration."""
     if isinstance(config, ModelConfig) and config.low_resolution is not None:
-        return SuperResolution(config.low_resolution, config.max_low_resolution_noise)
-    return FromNoise()
+        return GenerationTask(config.low_resolution, config.max_low_resolution_noise)
+    return GenerationTask()
 
 
-def super_resolution_of(model: Model) -> SuperResolution:
-    """Return the task of a super-resolution model; raises UserError for any other model."""
-    task = task_of(model.config)
-    if isinstance(task, SuperResolution):
-        return task
+def scale_of(model: Model) -> int:
+    """Return the scale of a super-resolution model; raises UserError for any other model."""
+    if low_resolution := task_of(model.config).low_resolution:
+        return model.header.size // low_resolution
     raise UserError(
         "the model generates images and was not trained to enlarge any: train one with model.low_resolution, the "
         f"height and width of small images, say {model.header.size // 2}"
     )
+
+
+def check_images(model: Model, images: Tensor) -> None:
+    """Raise UserError for small ``images`` (N, C, h, w) that ``model`` cannot enlarge."""
+    _, channels, height, width = images.shape
+    low = model.header.size // scale_of(model)
+    if channels != model.header.channels:
+        raise UserError(
+            f"the image has {channels} channels and the model enlarges images of {model.header.channels}: "
+            f"make it {'grey' if model.header.channels == 1 else 'RGB'}"
+        )
+    if min(height, width) < low:
+        raise UserError(
+            f"the image has {height}×{width} pixels (height × width) and the model was trained on {low}×{low}, so it "
+            "enlarges nothing lower or narrower: give it a larger one"
+        )
 
 
 def generate(
@@ -221,20 +202,20 @@ def upscale(
     ``config.compute_batch`` tiles. Raises UserError if the model was not trained for super-resolution, for an image
     smaller than its training inputs or of other channels, and for options without effect.
     """
-    task = super_resolution_of(model)
-    assert isinstance(model, DiffusionModel)
-    task.check_images(model, images)
+    check_images(model, images)
     check_sampling(model, config, UNCONDITIONAL)
-    scale, batch = model.header.size // task.low_resolution, config.compute_batch
+    assert isinstance(model, DiffusionModel)
+    scale, batch = scale_of(model), config.compute_batch
     device = resolve_device(config.device)
     model = model.on(device)
-    tiles = make_tiles(images.shape[2], images.shape[3], task.low_resolution, scale, device)
+    tiles = make_tiles(images.shape[2], images.shape[3], model.header.size // scale, scale, device)
     together = max(1, batch // len(tiles.places))
     groups = [range(start, start + together) for start in range(0, len(images), together)]
     alone = len(groups) == 1
     # The tiles of each compute batch; the last batch is padded with the last tile.
-    count = together * len(tiles.places)
-    batches = torch.arange(math.ceil(count / batch) * batch).clamp(max=count - 1).view(-1, batch)
+    pieces = together * len(tiles.places)
+    batches = torch.arange(math.ceil(pieces / batch) * batch).clamp(max=pieces - 1).view(-1, batch)
+    evaluations, steps = count(1), count_evaluations(config, model.schedule)
 
     with repeatable(device), worker_threads(None if device.type == "cpu" else 1) as pool:
 
@@ -249,27 +230,25 @@ def upscale(
             shown, levels = tiles.cut(low), torch.full((batch,), level, device=device)
 
             def network(x: Tensor, time: Tensor) -> Tensor:
-                pieces, times = tiles.cut(x), time.repeat_interleave(len(tiles.places))
+                cut, times = tiles.cut(x), time.repeat_interleave(len(tiles.places))
 
                 def predict(some: Tensor) -> Tensor:
                     # Both contexts are thread-local, so they are entered in the worker thread.
                     with torch.inference_mode(), autocast(config.precision, device):
-                        out: Tensor = model.network(pieces[some], times[some], low=shown[some], level=levels)
+                        out: Tensor = model.network(cut[some], times[some], low=shown[some], level=levels)
                     return out
 
                 # A single group computes its batches in parallel; several groups already occupy the threads.
-                predictions = torch.cat(list((pool.map if alone else map)(predict, batches)))[:count]
+                predictions = torch.cat(list((pool.map if alone else map)(predict, batches)))[:pieces]
+                if alone:
+                    progress("steps of enlarging", next(evaluations), steps)
                 # The estimates are linear in the predictions, so these are blended.
                 return tiles.blended(predictions, *x.shape[-2:])
 
             noise = GaussianNoise(seed, "sampling", numbers, shape)
             with torch.inference_mode():
-                large = config.run(
-                    replace(model.denoiser(), network=network, around=low),
-                    config.sigma_grid(model.schedule),
-                    lambda: noise().to(device),
-                    (lambda step, *_: progress("steps of enlarging", step + 1, config.steps)) if alone else None,
-                )
+                denoiser = replace(model.denoiser(), network=network, around=low)
+                large = config.run(denoiser, config.sigma_grid(model.schedule), lambda: noise().to(device))
                 return to_uint8(large).cpu()
 
         finished = []

@@ -103,9 +103,9 @@ class ModelConfig(Kind):
     prediction: Prediction = "edm"
     """Prediction of the network: the noise (epsilon), v (arXiv 2202.00512), the clean image (sample), or EDM's mixture
     of both, which depends on the standard deviation of the data set (2206.00364)."""
-    learned_variance: bool = Field(False, exclude_if=unset)
-    """Whether the network also predicts the variance of each value in a reverse step, between the two bounds of DDPM,
-    so that the sampler ddpm needs fewer steps (arXiv 2102.09672)."""
+    variance: Literal["fixed", "learned_range"] = Field("fixed", exclude_if=lambda variance: variance == "fixed")
+    """Variance of each value in a reverse step: fixed, or predicted by the network between the two bounds of DDPM, so
+    that the sampler ddpm needs fewer steps (arXiv 2102.09672)."""
     width: int = Field(32, ge=16, le=WIDEST, multiple_of=16)
     """Channels at the highest resolution; a multiple of 16, the channels normalised together."""
     channel_mult: ChannelMult = (1, 2)
@@ -155,9 +155,9 @@ class ModelConfig(Kind):
                 "model.low_resolution_noise lies over the small image, and there is none: set "
                 "model.low_resolution, or leave it out"
             )
-        if self.autoencoder is not None and self.learned_variance:
+        if self.autoencoder is not None and self.variance == "learned_range":
             raise ValueError(
-                "model.learned_variance is learned from the likelihood of 8-bit pixels, which the latents of "
+                "model.variance = learned_range is learned from the likelihood of 8-bit pixels, which the latents of "
                 "model.autoencoder are not: leave one out"
             )
         if self.autoencoder is not None and self.low_resolution is not None:
@@ -298,11 +298,11 @@ class AutoregressiveConfig(OtherKind):
     """Whether the network is conditioned on the class, where the data set has several."""
 
 
-def _family(given: Any) -> str:
-    """Return the family of a configuration or its fields; ddpm if none is given."""
+def tag(given: Any, key: str, default: str) -> str:
+    """Return the value of ``key`` in a configuration or in its fields; the ``default`` if none is given."""
     if isinstance(given, BaseModel):
-        return str(getattr(given, "family", ""))
-    return str(given.get("family", "ddpm")) if isinstance(given, dict) else "ddpm"
+        return str(getattr(given, key, ""))
+    return str(given.get(key, default)) if isinstance(given, dict) else default
 
 
 class LatentSpace(Config):
@@ -329,7 +329,7 @@ FamilyConfig: TypeAlias = Annotated[
     | Annotated[GANConfig, Tag("gan")]
     | Annotated[AutoregressiveConfig, Tag("autoregressive")],
     Discriminator(
-        _family,
+        lambda given: tag(given, "family", "ddpm"),
         custom_error_type="unknown_family",
         custom_error_message="family is ddpm, the default, vae, gan or autoregressive",
     ),
@@ -350,17 +350,16 @@ def training_conflict(model: FamilyConfig, training: ObjectiveConfig) -> str | N
     for name in sorted(model.ineffective):
         if getattr(training, name) != type(training).model_fields[name].default:
             return f"training.{name} means nothing to model.family = {model.family}: leave it out"
-    if not isinstance(model, ModelConfig) or not model.learned_variance:
+    if not isinstance(model, ModelConfig) or model.variance == "fixed":
         return None
     if training.timestep_sampling != "uniform":
         return (
-            "model.learned_variance is learned at whole steps of the schedule, and training.timestep_sampling = "
-            f"{training.timestep_sampling} samples levels between them: use uniform, or leave model.learned_variance "
-            "out"
+            "model.variance is learned at whole steps of the schedule, and training.timestep_sampling = "
+            f"{training.timestep_sampling} samples levels between them: use uniform, or leave model.variance out"
         )
     if training.learned_uncertainty:
         return (
-            "model.learned_variance is learned from a sum over all levels, of which training.learned_uncertainty would "
+            "model.variance is learned from a sum over all levels, of which training.learned_uncertainty would "
             "divide each by another number: leave one out"
         )
     return None

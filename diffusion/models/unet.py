@@ -155,7 +155,7 @@ class UNet(nn.Module):
 
         self.norm = normalisation(current)
         # The prediction, and with a learned variance as many channels for v.
-        outputs = channels * (2 if config.learned_variance else 1)
+        outputs = channels * (2 if config.variance == "learned_range" else 1)
         self.head = _zero(nn.Conv2d(current, outputs * config.patch**2, 3, padding=1))
 
     def forward(

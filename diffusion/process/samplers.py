@@ -5,8 +5,8 @@ makes it available to the command line, ``params.yaml``, requests and the docume
 
 All functions share one signature, followed by their own options. ``x`` is σ_max ε, (N, C, H, W); ``sigmas`` falls
 from σ_max to 0, (steps + 1,) float64; ``noise`` returns fresh standard Gaussian noise of x's shape at each call
-(deterministic samplers never call it); ``callback(i, x, x0_hat)`` is called at each level before the step from it. All
-states are x = x_0 + σ ε, in which DDIM's steps are straight lines (arXiv 2206.00364, appendix C).
+(deterministic samplers never call it). All states are x = x_0 + σ ε, in which DDIM's steps are straight lines (arXiv
+2206.00364, appendix C).
 
 With λ = −ln σ the ODE is dx/dλ = x̂_0 − x. The multistep samplers interpolate their last estimates by a polynomial in
 λ, and integrate it exactly.
@@ -18,15 +18,16 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from itertools import pairwise
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, TypeAdapter, ValidationError, model_validator
+from pydantic import ConfigDict, Discriminator, Field, Tag, TypeAdapter, ValidationError, model_validator
 
 from diffusion.common.config import Config, DeviceName, unset
 from diffusion.common.errors import UserError
-from diffusion.models.config import FamilyConfig, ModelConfig
+from diffusion.models.config import FamilyConfig, ModelConfig, tag
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,11 +37,9 @@ if TYPE_CHECKING:
 Denoise: TypeAlias = Callable[["Tensor", "Tensor"], "Tensor"]
 """From x = x_0 + σ ε and σ to the estimate x̂_0."""
 Noise: TypeAlias = Callable[[], "Tensor"]
-Callback: TypeAlias = Callable[[int, "Tensor", "Tensor"], None]
 Sampler: TypeAlias = Callable[..., "Tensor"]
-"""From denoise, x, sigmas, noise and callback, as above, to images, nominally in [−1, 1], (N, C, H, W)."""
+"""From denoise, x, sigmas and noise, as above, to images, nominally in [−1, 1], (N, C, H, W)."""
 
-DEFAULT_SAMPLER = "dpmpp_2m_sde"
 MAX_CHURN = math.sqrt(2) - 1
 """Largest γ of churn in one step (arXiv 2206.00364, algorithm 2)."""
 
@@ -85,9 +84,9 @@ class BaseSampling(Config):
         own = type(self).model_fields.keys() - BaseSampling.model_fields.keys()
         return partial(type(self).function, **{name: getattr(self, name) for name in own})
 
-    def run(self, denoise: Denoise, sigmas: Tensor, noise: Noise, callback: Callback | None = None) -> Tensor:
+    def run(self, denoise: Denoise, sigmas: Tensor, noise: Noise) -> Tensor:
         """Generate images (N, C, H, W) from noise over the levels ``sigmas`` (see ``sigma_grid``)."""
-        return self.build_sampler()(denoise, float(sigmas[0]) * noise(), sigmas, noise, callback)
+        return self.build_sampler()(denoise, float(sigmas[0]) * noise(), sigmas, noise)
 
     @model_validator(mode="after")
     def _options_fit_each_other(self) -> BaseSampling:
@@ -140,7 +139,6 @@ def ddpm(
     x: Tensor,
     sigmas: Tensor,
     noise: Noise,
-    callback: Callback | None = None,
     variance: Literal["fixed_small", "fixed_large"] | None = None,
 ) -> Tensor:
     """DDPM's ancestral sampling (arXiv 2006.11239, algorithm 2 and section 3.2), without noise in the last step.
@@ -149,13 +147,11 @@ def ddpm(
     """
     learned = variance is None and getattr(denoise, "learned_variance", False)
     fixed = fixed_large if variance == "fixed_large" else fixed_small
-    for i, sigma, following in _pairs(sigmas):
+    for sigma, following in pairwise(sigmas):
         if learned:
             x0, deviation = denoise.posterior(x, sigma, following)  # type: ignore[attr-defined]
         else:
             x0, deviation = denoise(x, sigma), fixed(sigma, following).sqrt()
-        if callback:
-            callback(i, x, x0)
         x = x0 + float((following / sigma) ** 2) * (x - x0)
         if following > 0:
             x = x + deviation * noise()
@@ -170,17 +166,13 @@ class DDPMSampling(BaseSampling):
     """Name of the sampler."""
     variance: Literal["fixed_small", "fixed_large"] | None = Field(None, exclude_if=unset)
     """Variance of the noise in each step: its lower or its upper bound (section 3.2). Null: the variance learned with
-    model.learned_variance, or else fixed_small."""
+    model.variance = learned_range, or else fixed_small."""
 
 
-def ddim(
-    denoise: Denoise, x: Tensor, sigmas: Tensor, noise: Noise, callback: Callback | None = None, eta: float = 0.0
-) -> Tensor:
+def ddim(denoise: Denoise, x: Tensor, sigmas: Tensor, noise: Noise, eta: float = 0.0) -> Tensor:
     """DDIM with a share ``eta`` of fresh noise (arXiv 2010.02502, eq. 12, 16): 0 is Euler's method, 1 is ``ddpm``."""
-    for i, sigma, following in _pairs(sigmas):
+    for sigma, following in pairwise(sigmas):
         x0 = denoise(x, sigma)
-        if callback:
-            callback(i, x, x0)
         ratio = following / sigma
         x = x0 + float(ratio * (1 - eta**2 * (1 - ratio**2)).sqrt()) * (x - x0)
         if eta and following > 0:
@@ -236,23 +228,15 @@ class ChurnSampling(BaseSampling):
 
 
 def euler(
-    denoise: Denoise,
-    x: Tensor,
-    sigmas: Tensor,
-    noise: Noise,
-    callback: Callback | None = None,
-    churn: ChurnConfig | None = None,
-    churn_steps: int | None = None,
+    denoise: Denoise, x: Tensor, sigmas: Tensor, noise: Noise, churn: ChurnConfig | None = None, churn_steps: int = 0
 ) -> Tensor:
     """Euler's method in σ (arXiv 2206.00364, algorithm 2 without its correction); without ``churn`` it is ``ddim``.
 
-    ``churn_steps`` is the number of steps over which the churn is spread, of which ``sigmas`` may be a part.
+    ``churn_steps`` is the number of steps over which the churn is spread, of which ``sigmas`` may be a part; 0: those.
     """
-    for i, sigma, following in _pairs(sigmas):
+    for sigma, following in pairwise(sigmas):
         raised, level = churn.add(churn_steps or len(sigmas) - 1, x, sigma, noise) if churn else (x, sigma)
         x0 = denoise(raised, level)
-        if callback:
-            callback(i, x, x0)
         x = x0 + float(following / level) * (raised - x0)
     return x
 
@@ -266,20 +250,12 @@ class EulerSampling(ChurnSampling):
 
 
 def heun(
-    denoise: Denoise,
-    x: Tensor,
-    sigmas: Tensor,
-    noise: Noise,
-    callback: Callback | None = None,
-    churn: ChurnConfig | None = None,
-    churn_steps: int | None = None,
+    denoise: Denoise, x: Tensor, sigmas: Tensor, noise: Noise, churn: ChurnConfig | None = None, churn_steps: int = 0
 ) -> Tensor:
     """Heun's method, two evaluations per step but the last (arXiv 2206.00364, algorithms 1, 2); else as ``euler``."""
-    for i, sigma, following in _pairs(sigmas):
+    for sigma, following in pairwise(sigmas):
         raised, level = churn.add(churn_steps or len(sigmas) - 1, x, sigma, noise) if churn else (x, sigma)
         x0 = denoise(raised, level)
-        if callback:
-            callback(i, x, x0)
         slope = (raised - x0) / float(level)
         ahead = raised + float(following - level) * slope
         if following > 0:
@@ -297,19 +273,15 @@ class HeunSampling(ChurnSampling):
     """Name of the sampler."""
 
 
-def dpmpp_2m(
-    denoise: Denoise, x: Tensor, sigmas: Tensor, noise: Noise, callback: Callback | None = None, eta: float = 0.0
-) -> Tensor:
+def dpmpp_2m(denoise: Denoise, x: Tensor, sigmas: Tensor, noise: Noise, eta: float = 0.0) -> Tensor:
     """DPM-Solver++ (2M), second order by reuse of the last estimate (arXiv 2211.01095, algorithm 2).
 
     The first and the last step are of first order. With ``eta`` 1 it is SDE-DPM-Solver++ (2M) of the same paper;
     between 0 and 1 a share of the noise is fresh.
     """
     previous: Tensor | None = None
-    for i, sigma, following in _pairs(sigmas):
+    for i, (sigma, following) in enumerate(pairwise(sigmas)):
         x0 = denoise(x, sigma)
-        if callback:
-            callback(i, x, x0)
         estimate = x0
         if previous is not None and following > 0:
             step, last_step = (sigma / following).log(), (sigmas[i - 1] / sigma).log()
@@ -342,16 +314,12 @@ class DPMSolverSDESampling(BaseSampling):
     """Share of the noise that is fresh in each step, from none (0, which is dpmpp_2m) to as much as in ddpm (1)."""
 
 
-def deis(
-    denoise: Denoise, x: Tensor, sigmas: Tensor, noise: Noise, callback: Callback | None = None, order: int = 3
-) -> Tensor:
+def deis(denoise: Denoise, x: Tensor, sigmas: Tensor, noise: Noise, order: int = 3) -> Tensor:
     """DEIS: polynomial extrapolation of the last ``order`` estimates of the noise, here in λ (arXiv 2204.13902)."""
     levels = (-sigmas.log()).tolist()
     known: list[tuple[float, Tensor]] = []
-    for i, sigma, following in _pairs(sigmas):
+    for i, (sigma, following) in enumerate(pairwise(sigmas)):
         x0 = denoise(x, sigma)
-        if callback:
-            callback(i, x, x0)
         known = [(levels[i], (x - x0) / float(sigma)), *known][: order if following > 0 else 1]
         step = levels[i + 1] - levels[i]
         # ∫ e^−τ (τ/h)^k dτ from 0 to h = step, by parts from k to k: dx is ε dσ, and dσ is −σ e^−τ dτ.
@@ -372,19 +340,15 @@ class DEISSampling(BaseSampling):
     """Number of estimates used in a step."""
 
 
-def unipc(
-    denoise: Denoise, x: Tensor, sigmas: Tensor, noise: Noise, callback: Callback | None = None, order: int = 2
-) -> Tensor:
+def unipc(denoise: Denoise, x: Tensor, sigmas: Tensor, noise: Noise, order: int = 2) -> Tensor:
     """UniPC: each estimate first corrects the last step, then predicts the next one (arXiv 2302.04867), with B_2(h).
 
     ``order`` is that of the predictor; that of the corrector is one higher. Both fall towards the end.
     """
     levels, start = (-sigmas.log()).tolist(), x
     known: list[tuple[float, Tensor]] = []
-    for i, sigma, _ in _pairs(sigmas):
+    for i, sigma in enumerate(sigmas[:-1]):
         x0 = denoise(x, sigma)
-        if callback:
-            callback(i, x, x0)
         if known:
             x = _towards([*known, (levels[i], x0)], start, levels[i] - levels[i - 1])
         known = [(levels[i], x0), *known][: min(order, len(sigmas) - 1 - i)]
@@ -400,11 +364,6 @@ class UniPCSampling(BaseSampling):
     """Name of the sampler."""
     order: Literal[2, 3] = 2
     """Number of estimates used by the predictor; the corrector uses one more."""
-
-
-def _pairs(sigmas: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
-    for i in range(len(sigmas) - 1):
-        yield i, sigmas[i], sigmas[i + 1]
 
 
 def _towards(known: Sequence[tuple[float, Tensor]], x: Tensor, step: float) -> Tensor:
@@ -446,12 +405,6 @@ SAMPLERS: tuple[type[BaseSampling], ...] = (
 )
 
 
-def _sampler_name(given: Any) -> str:
-    if isinstance(given, BaseModel):
-        return str(getattr(given, "sampler", ""))
-    return str(given.get("sampler", DEFAULT_SAMPLER)) if isinstance(given, dict) else DEFAULT_SAMPLER
-
-
 SamplingConfig: TypeAlias = Annotated[
     Annotated[DDPMSampling, Tag("ddpm")]
     | Annotated[DDIMSampling, Tag("ddim")]
@@ -462,7 +415,7 @@ SamplingConfig: TypeAlias = Annotated[
     | Annotated[DEISSampling, Tag("deis")]
     | Annotated[UniPCSampling, Tag("unipc")],
     Discriminator(
-        _sampler_name,
+        lambda given: tag(given, "sampler", "dpmpp_2m_sde"),
         custom_error_type="unknown_sampler",
         custom_error_message="sampler is ddpm, ddim, euler, heun, dpmpp_2m, dpmpp_2m_sde (default), deis or unipc",
     ),
@@ -500,13 +453,13 @@ def sampling_conflict(model: FamilyConfig, sampling: SamplingConfig) -> str | No
 
 def describe_error(error: Mapping[str, Any], location: Sequence[int | str]) -> str:
     """Describe pydantic's error at ``location`` in the section ``sampling``, and how to fix it."""
-    tag, *path = map(str, location or ("",))
+    sampler, *path = map(str, location or ("",))
     where, message = ".".join(("sampling", *path)), error["msg"].removeprefix("Value error, ")
     if error["type"] == "extra_forbidden":
         having = [str(each.model_fields["sampler"].default) for each in SAMPLERS if path[0] in each.model_fields]
-        if having and tag not in having:
-            return f"{where} means nothing to sampler = {tag}: use {' or '.join(having)}, or leave it out"
-        known = next(each.model_fields for each in SAMPLERS if each.model_fields["sampler"].default == tag)
+        if having and sampler not in having:
+            return f"{where} means nothing to sampler = {sampler}: use {' or '.join(having)}, or leave it out"
+        known = next(each.model_fields for each in SAMPLERS if each.model_fields["sampler"].default == sampler)
         close = difflib.get_close_matches(path[-1], known, n=1)
         hint = f"did you mean {close[0]}?" if close else f"known here: {', '.join(sorted(known))}"
         return f"unknown key {where}: {hint}"

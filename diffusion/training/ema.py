@@ -1,8 +1,7 @@
 """Moving averages of the weights: exponential (EMA), power-function, and those computed after training."""
 
 import math
-from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -20,15 +19,12 @@ SNAPSHOTS = "averages"
 STDS = "stds"
 
 
-class WeightAverage(ABC):
-    """Moving average of a network's parameters; subclasses define the decay."""
+class WeightAverage:
+    """Moving average of a network's parameters, with the ``decay`` of each step (1, 2, …), from 0 to 1."""
 
-    def __init__(self, network: nn.Module) -> None:
+    def __init__(self, network: nn.Module, decay: Callable[[int], float]) -> None:
         self.averages = {name: parameter.detach().clone() for name, parameter in network.named_parameters()}
-
-    @abstractmethod
-    def decay(self, step: int) -> float:
-        """Return the decay at ``step`` (1, 2, …), from 0 to 1."""
+        self.decay = decay
 
     @torch.no_grad()
     def update(self, network: nn.Module, step: int) -> None:
@@ -37,34 +33,21 @@ class WeightAverage(ABC):
         torch._foreach_lerp_(list(self.averages.values()), parameters, 1 - self.decay(step))
 
 
-class ExponentialAverage(WeightAverage):
-    """Exponential average whose decay warms up: min(max_decay, 1 − (1 + step)^−¾).
+def exponential_decay(max_decay: float) -> Callable[[int], float]:
+    """Make the decay of an exponential average with a warm-up: min(max_decay, 1 − (1 + step)^−¾).
 
     Without the warm-up the average would include the random initial weights for 1/(1 − max_decay) steps.
     """
-
-    def __init__(self, network: nn.Module, max_decay: float) -> None:
-        super().__init__(network)
-        self.max_decay = max_decay
-
-    def decay(self, step: int) -> float:
-        """Return the decay at ``step``."""
-        return min(self.max_decay, 1 - float((1 + step) ** -0.75))
+    return lambda step: min(max_decay, 1 - float((1 + step) ** -0.75))
 
 
-class PowerAverage(WeightAverage):
-    """Power-function average: step τ of t has weight τ^γ, so that its memory grows in proportion to training time.
+def power_decay(length: float) -> Callable[[int], float]:
+    """Make the decay of a power-function average: step τ of t has weight τ^γ, so that its memory grows with training.
 
     ``length`` is the standard deviation of those weights over τ/t (arXiv 2312.02696, equations 1 to 4).
     """
-
-    def __init__(self, network: nn.Module, length: float) -> None:
-        super().__init__(network)
-        self.gamma = power(length)
-
-    def decay(self, step: int) -> float:
-        """Return the decay at ``step``, 0 at the first."""
-        return float((1 - 1 / step) ** (self.gamma + 1))
+    gamma = power(length)
+    return lambda step: float((1 - 1 / step) ** (gamma + 1))
 
 
 def power(length: float) -> float:

@@ -1,30 +1,40 @@
-"""Logging of a run: metrics by images seen in CSV files, in a tracker and on the screen; samples as PNG files."""
+"""Validation and logging of a run: metrics by images seen in CSV files, a tracker and on the screen; PNG samples."""
 
+import copy
 import csv
 import logging
 import math
 from collections import deque
 from collections.abc import Iterable, Mapping
+from concurrent.futures import Executor
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any, Protocol
 
+import numpy as np
+import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffusion.checkpoints import AUTOENCODER, AVERAGED
 from diffusion.common.files import sync_file, write_bytes
-from diffusion.common.fingerprint import CPU
-from diffusion.common.image_grids import save_png
+from diffusion.common.fingerprint import CPU, autocast
+from diffusion.common.image_grids import beside, blocks, grid, save_png
 from diffusion.common.progress import Progress
+from diffusion.data.dataset import SPLITS
+from diffusion.data.loader import Batch
+from diffusion.data.manifest import Split
+from diffusion.families import family_of
 from diffusion.families.ddpm import DiffusionModel
+from diffusion.families.model import Model, TrainingObjective, to_float
+from diffusion.generation.super_resolution import generate
 from diffusion.process.samplers import SamplingConfig
 from diffusion.training.checkpointing import Checkpoints, CheckpointWriter
 from diffusion.training.ema import PREFIXES, SNAPSHOTS, STDS
-from diffusion.training.state import NETWORK
-from diffusion.training.validation import Validation
+from diffusion.training.setup import NETWORK, SAMPLE_GRID, TrainingSetup
 
 METRICS = ("loss", "gradient_norm", "learning_rate", "images_per_second", "data_wait", "skipped")
 """Columns of history.csv; ``data_wait`` is the share of time spent waiting for images, ``skipped`` the total number of
@@ -35,6 +45,8 @@ METRICS_BUFFER = "metrics_buffer"
 """Subfolder of a run in which a tracker keeps its files; deleted with the run."""
 RESTARTED = "restarted"
 """Marker file in it: the previous run was discarded, and a tracker has not processed this yet."""
+VALIDATION_IMAGES = 256
+"""Number of images of each split on which losses are computed."""
 SPIKE = 5.0
 """Factor above the median of recent losses from which a loss counts as a spike."""
 REMEMBERED = 50
@@ -56,19 +68,6 @@ class Tracker(Protocol):
 
     def sync(self) -> None:
         """Make everything logged so far durable, as a checkpoint follows and earlier steps are not repeated."""
-
-
-class NoTracker:
-    """Tracker that logs nothing: the run's folder holds the files that training itself writes."""
-
-    def log_metrics(self, metrics: Mapping[str, float], images: int) -> None:
-        """Drop ``metrics``."""
-
-    def log_image(self, name: str, image: Image.Image, images: int) -> None:
-        """Drop ``image``."""
-
-    def sync(self) -> None:
-        """Do nothing: nothing was logged."""
 
 
 @dataclass(frozen=True)
@@ -151,8 +150,83 @@ class TrainingMonitor:
             self.sums[what] = now
 
 
+@dataclass(frozen=True)
+class Validation:
+    """Validation of a run on the same images, noise levels and noise at each checkpoint."""
+
+    setup: TrainingSetup
+    objective: TrainingObjective
+    threads: Executor
+
+    @cached_property
+    def batches(self) -> dict[Split, Batch]:
+        """Return the validation images of each split; cached, as they may be on remote storage."""
+        batches: dict[Split, Batch] = {}
+        dataset = self.setup.dataset
+        for split in SPLITS:
+            rows = dataset.rows(split)
+            if self.setup.config.window is not None:  # from as few shards as possible
+                rows = rows[np.argsort(dataset.shards(rows), kind="stable")]
+            rows = rows[:VALIDATION_IMAGES]
+            if len(rows):
+                batches[split] = Batch(range(len(rows)), rows, dataset.images(rows))
+        return batches
+
+    @property
+    def images(self) -> Tensor:
+        """Return the images that a super-resolution model upscales, (N, C, H, W) uint8."""
+        return self.batches["held_out" if "held_out" in self.batches else "train"].images[:SAMPLE_GRID]
+
+    def evaluate(self, tensors: dict[str, Tensor], images: int) -> tuple[Model, dict[str, float]]:
+        """Build the model of a state's ``tensors``; returns it and the losses of raw and averaged weights."""
+        setup = self.setup
+        networks = {"": setup.network_from(tensors, NETWORK), "_ema": setup.network_from(tensors, AVERAGED)}
+        averaged = family_of(setup.model).make_model(setup.model_header(images), networks["_ema"], setup.autoencoder)
+        pending = [
+            self.threads.submit(self._metrics, split, batch, suffix, network)
+            for split, batch in (self.batches if self.objective.comparable else {}).items()
+            for suffix, network in networks.items()
+        ]
+        return averaged, {name: value for each in pending for name, value in each.result().items()}
+
+    def _metrics(self, split: Split, batch: Batch, suffix: str, network: nn.Module) -> dict[str, float]:
+        device = self.setup.device
+        with torch.inference_mode(), autocast(self.setup.config.precision, device):
+            conditioning = self.setup.conditioning(batch)
+            fixed = self.objective.make_batch(to_float(batch.images), batch.indices, conditioning, split).on(device)
+            if next(network.parameters()).device != device:
+                network = copy.deepcopy(network).to(device)
+            losses = self.objective.losses(network, fixed).cpu()
+            metrics = {f"{split}_loss{suffix}": losses.mean().item()}
+            if (split, suffix) == ("held_out", "_ema"):
+                metrics |= self.objective.validation_metrics(network, fixed, losses)
+            return metrics
+
+    def generate(self, model: Model, sampling: SamplingConfig) -> Tensor:
+        """Generate the images of a sample grid, or upscale held-out ones: (N, C, H, W) uint8."""
+        inputs, conditions = self.setup.task.inputs(self.images), self.setup.sample_grid_conditions()
+        indices = range(SAMPLE_GRID if inputs is None else len(inputs))
+        return generate(model, inputs, indices, 0, sampling, conditions=conditions)
+
+    def sample_grid(self, generated: Tensor) -> Image.Image:
+        """Arrange ``generated`` images in a grid; upscaled images stand between their small and real images."""
+        inputs = self.setup.task.inputs(self.images)
+        if inputs is None:
+            return grid(generated)
+        return grid(beside(blocks(inputs, generated.shape[-1]), generated, self.images), 12)
+
+    def colour_drift(self, generated: Tensor) -> dict[str, float]:
+        """Compute the deviation of each channel's mean from the data set's, in its standard deviations."""
+        manifest = self.setup.dataset.manifest
+        means = to_float(generated).mean((0, 2, 3)).tolist()
+        return {
+            f"sample_drift_{'grey' if len(means) == 1 else 'rgb'[channel]}": (mean - real) / max(spread, 1e-6)
+            for channel, (mean, real, spread) in enumerate(zip(means, manifest.mean, manifest.std, strict=True))
+        }
+
+
 class TrainingLog:
-    """Log of a run in the folder ``output``, with ``tracker`` and on the screen; also starts its checkpoints.
+    """Log of a run in the folder ``output``, with ``tracker``, if any, and on the screen; also starts its checkpoints.
 
     Only the main process has one. Rows beyond ``images``, left by a killed process, are dropped and written again.
     ``total`` is the number of images to see.
@@ -164,7 +238,7 @@ class TrainingLog:
         output: Path,
         sampling: SamplingConfig,
         writer: CheckpointWriter,
-        tracker: Tracker,
+        tracker: Tracker | None,
         progress: Progress,
         images: int,
         total: int,
@@ -184,7 +258,8 @@ class TrainingLog:
         """Log ``METRICS`` of the steps since the last call."""
         self.monitor.check_loss(metrics["loss"], images)
         self.history.append(images, metrics)
-        self.tracker.log_metrics({name: value for name, value in metrics.items() if math.isfinite(value)}, images)
+        if self.tracker:
+            self.tracker.log_metrics({name: value for name, value in metrics.items() if math.isfinite(value)}, images)
         self.progress("images trained on", images, self.total, f"loss {metrics['loss']:.4f}")
 
     def checkpoint(self, tensors: dict[str, Tensor], header: dict[str, Any], save_every: int) -> None:
@@ -196,11 +271,12 @@ class TrainingLog:
         averaged, metrics = self.validation.evaluate(tensors, images)
         self.losses.append(images, {name: metrics.get(name, math.nan) for name in LOSSES})
         generated = self.validation.generate(averaged, self.sampling)
-        self.tracker.log_metrics(metrics | self.validation.colour_drift(generated), images)
         sample_grid = self.validation.sample_grid(generated)
         save_png(self.output / "samples" / f"{images:010d}.png", sample_grid)
-        self.tracker.log_image("samples", sample_grid, images)
-        if images == self.total and isinstance(averaged, DiffusionModel):
+        if self.tracker:
+            self.tracker.log_metrics(metrics | self.validation.colour_drift(generated), images)
+            self.tracker.log_image("samples", sample_grid, images)
+        if self.tracker and images == self.total and isinstance(averaged, DiffusionModel):
             from diffusion.generation.explain import reverse_process_strip  # matplotlib is slow to load
 
             conditioning = setup.task.conditioning(self.validation.images[:1]) or None
@@ -213,7 +289,8 @@ class TrainingLog:
             Checkpoints(self.output / SNAPSHOTS).save(kept, about)
         for file in (self.history, self.losses):
             sync_file(file.path)
-        self.tracker.sync()
+        if self.tracker:
+            self.tracker.sync()
         self.writer.save(tensors, header, setup.config.keep, self._spared(save_every))
 
     def _spared(self, save_every: int) -> set[int]:

@@ -5,7 +5,6 @@ import shutil
 import time
 from concurrent.futures import Executor
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from humanize import naturalsize, precisedelta
@@ -19,9 +18,9 @@ from diffusion.families import family_of
 from diffusion.models.config import FamilyConfig, LatentSpace
 from diffusion.models.vae import VAE
 from diffusion.process.samplers import SamplingConfig
+from diffusion.training.logging import Validation
 from diffusion.training.setup import TrainingSetup
 from diffusion.training.trainer import Trainer, scheduled_learning_rate
-from diffusion.training.validation import Validation
 
 PREFLIGHT = "preflight.json"
 """File name of the preflight in a run's folder."""
@@ -84,15 +83,6 @@ class Preflight(Config):
         ]
 
 
-class Pace(NamedTuple):
-    """Measured durations on this machine, in seconds."""
-
-    image: float
-    """Training on one image."""
-    checkpoint: float
-    """Validation at a checkpoint."""
-
-
 def count_flops(
     config: FamilyConfig, shape: tuple[int, int, int], classes: int, latents: LatentSpace | None = None
 ) -> int:
@@ -116,20 +106,20 @@ def state_size(parameters: int, averages: int, threads: int, others: int = 0) ->
     return FLOAT * (2 * checkpoint + (parameters + others) * (1 + threads)), FLOAT * checkpoint
 
 
-def make_preflight(trainer: Trainer, pace: Pace | None, reading: float = 0) -> Preflight:
-    """Compute the preflight of a run at this ``pace``, and ``reading`` seconds for the embedding of captions."""
+def make_preflight(trainer: Trainer, pace: tuple[float, float] | None, reading: float = 0) -> Preflight:
+    """Compute the preflight of a run at the ``pace`` of ``measure_pace``; ``reading`` is the time to embed captions."""
     setup, config, state = trainer.setup, trainer.config, trainer.state
     dataset, images = setup.dataset, config.images
     if images is None:
         assert pace is not None
         assert config.minutes is not None
-        pauses = pace.checkpoint * config.checkpoints
+        pauses = pace[1] * config.checkpoints
         if pauses > config.minutes * 60 / 2:
             raise UserError(
                 f"{pauses:.0f} s of training.minutes = {config.minutes:g} would go into {config.checkpoints} sample "
                 "grids: raise it, or lower sampling.steps or training.checkpoints"
             )
-        images = max(config.batch_size, int((config.minutes * 60 - pauses) / pace.image))
+        images = max(config.batch_size, int((config.minutes * 60 - pauses) / pace[0]))
     parameters = sum(parameter.numel() for parameter in state.network.parameters())
     others = sum(parameter.numel() for step in state.steps for parameter in step.parameters) - parameters
     memory, checkpoint = state_size(parameters, len(state.averages), config.cpu_threads, others)
@@ -152,13 +142,13 @@ def make_preflight(trainer: Trainer, pace: Pace | None, reading: float = 0) -> P
         state_bytes=memory,
         disk_bytes=checkpoint * files,
         images=images,
-        images_per_second=pace and 1 / pace.image,
-        seconds=pace and images * pace.image + config.checkpoints * pace.checkpoint + reading,
+        images_per_second=pace and 1 / pace[0],
+        seconds=pace and images * pace[0] + config.checkpoints * pace[1] + reading,
     )
 
 
-def measure_pace(setup: TrainingSetup, threads: Executor, sampling: SamplingConfig) -> Pace:
-    """Measure the pace of a run here: some steps and the validation of one checkpoint of a throw-away trainer."""
+def measure_pace(setup: TrainingSetup, threads: Executor, sampling: SamplingConfig) -> tuple[float, float]:
+    """Measure seconds for training on an image and for validation at a checkpoint, with a throw-away trainer."""
     trainer, ranks = Trainer(setup, threads), setup.ranks
     trainer.total = 2**40
     rate = scheduled_learning_rate(setup.config, 0, trainer.total)
@@ -176,7 +166,7 @@ def measure_pace(setup: TrainingSetup, threads: Executor, sampling: SamplingConf
     if ranks.is_main:
         averaged, _ = validation.evaluate(tensors, trainer.state.images)
         validation.generate(averaged, sampling)
-    pace: Pace = ranks.broadcast(Pace(image, time.perf_counter() - start))
+    pace: tuple[float, float] = ranks.broadcast((image, time.perf_counter() - start))
     return pace
 
 

@@ -29,11 +29,10 @@ from diffusion.training.checkpointing import Checkpoints, CheckpointWriter
 from diffusion.training.config import TrainingConfig
 from diffusion.training.distributed import SINGLE_PROCESS, process_group
 from diffusion.training.ema import SNAPSHOTS
-from diffusion.training.logging import METRICS_BUFFER, RESTARTED, NoTracker, Tracker, TrainingLog
+from diffusion.training.logging import METRICS_BUFFER, RESTARTED, Tracker, TrainingLog, Validation
 from diffusion.training.preflight import PREFLIGHT, Preflight, make_preflight, measure_pace, require_disk
 from diffusion.training.setup import COUNTS, FINGERPRINT, FORMAT_VERSION, TrainingSetup, make_setup, open_dataset
 from diffusion.training.trainer import NotFiniteError, Trainer, thread_count
-from diffusion.training.validation import Validation
 
 Restart = Literal["never", "if_different"]
 """When to discard an existing run of another configuration or data set in the folder."""
@@ -58,7 +57,7 @@ def train(
     model: FamilyConfig,
     config: TrainingConfig,
     sampling: SamplingConfig,
-    track: Callable[[bool], Tracker] = lambda _: NoTracker(),
+    track: Callable[[bool], Tracker | None] = lambda _: None,
     progress: Progress = silent,
     restart: Restart = "never",
     store: ShardStore | None = None,
@@ -68,16 +67,9 @@ def train(
     After a kill the same call resumes from the last checkpoint, to bit-identical weights. Under torchrun each process
     computes a share of every batch, and only the main process writes.
 
-    Args:
-        data: Folder of the data set.
-        output: Folder of the run.
-        model: Configuration of the network.
-        config: Configuration of the training.
-        sampling: How sample grids are generated.
-        track: Called once the folder is locked, with whether the run starts from scratch; returns the tracker.
-        progress: Called as the work proceeds.
-        restart: When to discard an existing run in the folder instead of resuming it.
-        store: Source of the shards if ``config.stream_bytes`` is set.
+    ``sampling`` is how sample grids are generated; ``track`` is called once the folder is locked, with whether the run
+    starts from scratch, and returns the tracker, if any; ``restart`` says when to discard an existing run in the folder
+    instead of resuming it; ``store`` is the source of the shards if ``config.stream_bytes`` is set.
 
     Raises UserError if the folder holds a run of another configuration or data set (and ``restart`` is ``never``),
     another process trains in it, the data set is damaged, or configuration and data set do not fit each other.
@@ -121,7 +113,7 @@ def _train(
     trainer: Trainer,
     output: Path,
     sampling: SamplingConfig,
-    track: Callable[[bool], Tracker],
+    track: Callable[[bool], Tracker | None],
     progress: Progress,
 ) -> int:
     """Start or resume a run, train it to its end and write its final model; returns the number of images seen."""

@@ -1,4 +1,4 @@
-"""The training loop: batch, noise, forward, loss, backward, clip, step, EMA, log, checkpoint."""
+"""The training state, and the loop: batch, noise, forward, loss, backward, clip, step, EMA, log, checkpoint."""
 
 import math
 import time
@@ -8,19 +8,20 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from diffusion.checkpoints import AUTOENCODER
 from diffusion.common.device import resolve_device
 from diffusion.common.errors import DarkroomError
 from diffusion.common.fingerprint import autocast
 from diffusion.data.loader import Batch, Loader, TrainingOrder, WindowedOrder
 from diffusion.families import family_of
-from diffusion.families.model import OptimizerStep, TrainingBatch, to_float
+from diffusion.families.model import OptimizerStep, TrainingBatch, TrainingObjective, to_float
 from diffusion.training.config import TrainingConfig
-from diffusion.training.distributed import Ranks, full_tensor
+from diffusion.training.distributed import Ranks, full_tensor, shard_like, shard_module
+from diffusion.training.ema import PREFIXES, WeightAverage, exponential_decay, power_decay
 from diffusion.training.logging import TrainingLog
 from diffusion.training.setup import COUNTS, FINGERPRINT, TrainingSetup
-from diffusion.training.state import TrainingState
 
 LOGS_PER_CHECKPOINT = 20
 
@@ -31,6 +32,83 @@ class NotFiniteError(DarkroomError):
     def __init__(self, message: str, batch: dict[str, Tensor]) -> None:
         super().__init__(message)
         self.batch = batch
+
+
+class TrainingState:
+    """Weights, averages, optimizer moments and counts; random numbers are functions of ``images`` and need no state."""
+
+    def __init__(
+        self,
+        network: nn.Module,
+        objective: TrainingObjective,
+        config: TrainingConfig,
+        device: torch.device,
+        frozen: dict[str, Tensor],
+        shard: bool,
+    ) -> None:
+        self.network = network
+        self.frozen = {AUTOENCODER + name: value for name, value in frozen.items()}
+        """Tensors of the model's autoencoder, which training does not change."""
+        self.steps = objective.optimizer_steps(network)
+        for module in [module for step in self.steps for module in step.modules.values()]:
+            if shard:
+                shard_module(module, device)
+            module.to(device)
+        self.optimizers = [
+            torch.optim.AdamW(
+                step.parameters, config.learning_rate, objective.betas, weight_decay=config.weight_decay, fused=True
+            )
+            for step in self.steps
+        ]
+        decays = [exponential_decay(0.999 if config.ema_decay is None else config.ema_decay)]
+        if config.ema_stds is not None:
+            decays = [power_decay(std) for std in config.ema_stds]
+        self.averages = [WeightAverage(network, decay) for decay in decays]
+        """Averages of the network's weights; the first is the model."""
+        self.images = self.skipped = self.skipped_in_a_row = 0
+        """Images seen, and optimizer steps skipped because of a non-finite loss or gradient: in all, most recently."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return all tensors, named by module or optimizer."""
+        named = self._weights()
+        for step, optimizer in zip(self.steps, self.optimizers, strict=True):
+            for index, moments in optimizer.state_dict()["state"].items():
+                named |= {f"{_optimizer_prefix(step)}{index}.{name}": value for name, value in moments.items()}
+        return named
+
+    def _weights(self) -> dict[str, Tensor]:
+        named = dict(self.frozen)
+        for prefix, average in zip(PREFIXES, self.averages, strict=False):
+            named |= {prefix + name: value for name, value in average.averages.items()}
+        for step in self.steps:
+            for prefix, module in step.modules.items():
+                named |= {f"{prefix}.{name}": value for name, value in module.state_dict().items()}
+        return named
+
+    def counts(self) -> dict[str, int]:
+        """Return the counts for the header of a checkpoint."""
+        return {"images": self.images, "skipped": self.skipped, "skipped_in_a_row": self.skipped_in_a_row}
+
+    @torch.no_grad()
+    def load(self, tensors: dict[str, Tensor], counts: dict[str, int]) -> None:
+        """Restore the state from ``tensors`` and ``counts``, or this process' shard of it."""
+        for name, value in self._weights().items():
+            # In place: network and optimizer share these tensors.
+            value.copy_(shard_like(tensors[name], value))
+        for step, optimizer in zip(self.steps, self.optimizers, strict=True):
+            prefix, moments = _optimizer_prefix(step), dict[int, dict[str, Tensor]]()
+            for name, value in tensors.items():
+                if name.startswith(prefix):
+                    index, moment = name.removeprefix(prefix).split(".", 1)
+                    if value.ndim:
+                        # Fused AdamW walks parameter and moments in step through memory: their strides must agree.
+                        like = step.parameters[int(index)]
+                        value = torch.empty_like(like).copy_(shard_like(value, like))
+                    moments.setdefault(int(index), {})[moment] = value
+            groups: Any = optimizer.state_dict()["param_groups"]
+            optimizer.load_state_dict({"state": moments, "param_groups": groups})
+        self.images, self.skipped = counts["images"], counts["skipped"]
+        self.skipped_in_a_row = counts["skipped_in_a_row"]
 
 
 class PendingStep(NamedTuple):
@@ -45,12 +123,7 @@ class PendingStep(NamedTuple):
 
 
 class Trainer:
-    """Trainer of one network; with several processes that share each batch, each has one.
-
-    Args:
-        setup: Data, configuration and device.
-        threads: Executor that computes the parts of a batch on a CPU.
-    """
+    """Trainer of one network, of which each process has one; on a CPU ``threads`` compute the parts of a batch."""
 
     def __init__(self, setup: TrainingSetup, threads: Executor) -> None:
         self.setup, self.config, self.threads, self.device = setup, setup.config, threads, setup.device
@@ -239,3 +312,7 @@ def thread_count(config: TrainingConfig, ranks: Ranks) -> int:
     if config.shard or resolve_device(config.device).type != "cpu":
         return 1
     return max(1, config.cpu_threads // ranks.count)
+
+
+def _optimizer_prefix(step: OptimizerStep) -> str:
+    return f"optimizer.{next(iter(step.modules))}."

@@ -151,7 +151,7 @@ def generate_images(
     fields = {"task": task, **{name: value for name, value in fields.items() if value is not None}}
     request = read_request(fields, image, mask)
     if is_file(model):
-        from diffusion.generation.generation_result import generate_to_folder
+        from diffusion.generation.requests import generate_to_folder
         from flows.tracking.console import console
 
         with console() as progress:

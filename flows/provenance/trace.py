@@ -17,7 +17,7 @@ from diffusion.common.config import Config
 from diffusion.common.errors import UserError
 from diffusion.data.manifest import FileEntry, Manifest, parse_manifest
 from diffusion.data.versions.takedown_records import Removal
-from diffusion.generation.generation_result import ABOUT, RequestRecord
+from diffusion.generation.requests import ABOUT, RequestRecord
 from flows import environment
 from flows.config import dataset_folder
 from flows.datasets.catalog import Catalogue

@@ -1,7 +1,7 @@
 """Lookup of generated images by S3 address or local copy, and consistency checks of the records of their batch.
 
 The records of a batch are ``batch.json``, the parts of the manifest, its Parquet table and ``_SUCCESS``. Images made on
-request lie in a folder with ``request.json`` (``diffusion.generation.generation_result``) instead.
+request lie in a folder with ``request.json`` (``diffusion.generation.requests``) instead.
 """
 
 import io
@@ -26,7 +26,7 @@ from diffusion.common.errors import UserError
 from diffusion.common.files import canonical_json, sha256_bytes, sha256_file
 from diffusion.data.manifest import Sha256
 from diffusion.data.shards import BLOCK
-from diffusion.generation.generation_result import ABOUT, RequestRecord
+from diffusion.generation.requests import ABOUT, RequestRecord
 from flows.registry.model_versions import parse_model_uri
 from flows.sampling import sampling_batch
 from flows.sampling.request_table import LARGEST_GROUP, REQUESTS

@@ -14,7 +14,7 @@ from diffusion.evaluation.config import EvaluationConfig
 from diffusion.evaluation.evaluator import Evaluator
 from diffusion.evaluation.results import CheckpointEvaluation
 from diffusion.families import family_of
-from diffusion.generation.super_resolution import FromNoise, GenerationTask
+from diffusion.generation.super_resolution import GenerationTask
 from diffusion.models.config import FamilyConfig, VAEConfig
 from diffusion.process.samplers import SamplingConfig, sampling_config
 from tests.builders.shapes import disc
@@ -32,7 +32,7 @@ def evaluate_one(
     sampling: SamplingConfig,
     output: Path,
     progress: Progress = silent,
-    task: GenerationTask = FromNoise(),  # noqa: B008 (frozen)
+    task: GenerationTask = GenerationTask(),  # noqa: B008 (frozen)
 ) -> CheckpointEvaluation:
     """What ``evaluate`` finds of one model file under equal conditions, remembered in ``output``.
 

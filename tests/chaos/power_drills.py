@@ -16,7 +16,7 @@ from diffusion.data.ingest.ingest import ingest
 from diffusion.evaluation.config import EvaluationConfig
 from diffusion.evaluation.evaluate import evaluate
 from diffusion.generation.config import make_request
-from diffusion.generation.generation_result import generate_to_folder
+from diffusion.generation.requests import generate_to_folder
 from diffusion.models.config import ModelConfig
 from diffusion.process.samplers import sampling_config
 from diffusion.training.config import TrainingConfig

@@ -173,14 +173,14 @@ def test_averages_of_a_length_replace_a_presets_own_and_must_be_kept_to_be_judge
 
 
 def test_a_model_and_a_training_that_do_not_fit_are_refused_before_anything_is_read(params: Path) -> None:
-    learned = ["model.learned_variance=true", "training.timestep_sampling=uniform"]
-    assert load_params(params, [*learned, "sampling.sampler=ddpm"]).model.learned_variance
+    learned = ["model.variance=learned_range", "training.timestep_sampling=uniform"]
+    assert load_params(params, [*learned, "sampling.sampler=ddpm"]).model.variance == "learned_range"
     with pytest.raises(UserError, match=r"sampling\.sampler = deis ignores it: use ddpm"):
         load_params(params, [*learned, "sampling.sampler=deis"])
     with pytest.raises(
         UserError, match=r"training\.timestep_sampling = lognormal samples levels between them: use uniform"
     ):
-        load_params(params, ["preset=large", "model.learned_variance=true"])
+        load_params(params, ["preset=large", "model.variance=learned_range"])
     with pytest.raises(UserError, match=r"never learns with training\.condition_dropout = 0: set that to 0\.1"):
         load_params(params, ["sampling.guidance=3", "training.condition_dropout=0"])
     with pytest.raises(UserError, match=r"sampling\.variance means nothing to sampler = heun"):

@@ -41,7 +41,7 @@ DRILLS = [
     (("evaluate", "--local"), "diffusion.evaluation.evaluate:write_json", "reports/blobs"),
     (
         ("sample", "--model", "weights.safetensors", "--count", "8", "--out", "made"),
-        "diffusion.generation.generation_result:write_bytes@3",
+        "diffusion.generation.requests:write_bytes@3",
         "made",
     ),
 ]

@@ -146,7 +146,9 @@ def test_a_stock_ddim_pipeline_draws_what_we_do_at_its_noise_levels(
 
 @pytest.mark.parametrize("variance", ["fixed_small", "fixed_large", None])
 def test_a_stock_ddpm_pipeline_draws_what_we_do_at_every_noise_level(tmp_path: Path, variance: Any) -> None:
-    weights = write_model(tmp_path, channels=3, steps=40, learned_variance=variance is None, **SCHEDULES["noise"])
+    weights = write_model(
+        tmp_path, channels=3, steps=40, variance="fixed" if variance else "learned_range", **SCHEDULES["noise"]
+    )
     every_level = {"sampler": "ddpm", "steps": 40, "sigma_max": None, "sigma_min": None, "variance": variance}
     model, done = exported(weights, **every_level)
     assert done.pipeline == "DDPMPipeline"
@@ -161,7 +163,7 @@ def test_a_stock_ddpm_pipeline_draws_what_we_do_at_every_noise_level(tmp_path: P
 
 
 def test_a_learned_variance_is_left_out_where_another_sampler_draws(tmp_path: Path) -> None:
-    model, done = exported(write_model(tmp_path, learned_variance=True), sampler="dpmpp_2m")
+    model, done = exported(write_model(tmp_path, variance="learned_range"), sampler="dpmpp_2m")
     theirs = load(done)(batch_size=COUNT, seed=SEED, output_type="pt").images
     assert_equal(theirs, ours(model, sampling_config(sampler="dpmpp_2m", steps=8)))
     assert load(done, DDIMPipeline)(num_inference_steps=5, output_type="pt").images.shape == (1, 1, 8, 8)

@@ -15,7 +15,7 @@ from diffusion.evaluation.metrics.held_out_loss import measure_losses, summarize
 from diffusion.evaluation.metrics.pixel_metrics import compare_appearance, measure_appearance, psnr
 from diffusion.evaluation.results import ModelEvaluation
 from diffusion.generation.generate import sample
-from diffusion.generation.super_resolution import SuperResolution, shrunk, upscale
+from diffusion.generation.super_resolution import GenerationTask, shrunk, upscale
 from diffusion.process.samplers import sampling_config
 from tests.builders.comparisons import (
     CONFIG,
@@ -157,7 +157,7 @@ def test_a_model_that_enlarges_is_shown_one_half_of_the_held_out_images_and_comp
     config = MODEL.model_copy(update={"low_resolution": 4, "conditional": False})
     path = write_model(tmp_path / "sr.safetensors", 0, 1, config=config)
     dataset, extractor = Dataset.open(data), make_extractor(CONFIG)
-    found = Evaluator(data, CONFIG, SAMPLING, tmp_path / "evaluations", task=SuperResolution(4, 0.1)).model(path)
+    found = Evaluator(data, CONFIG, SAMPLING, tmp_path / "evaluations", task=GenerationTask(4, 0.1)).model(path)
     held_out = dataset.rows("held_out")
     shown = dataset.images(held_out[:20])
     assert torch.equal(found.images, upscale(load_model(path), shrunk(shown, 4), CONFIG.seed, SAMPLING))

@@ -270,7 +270,7 @@ def test_what_is_no_autoencoder_or_one_of_other_images_is_refused(
     with pytest.raises(UserError, match=r"4×4 pixels, and 4 does not divide the images' 18"):
         latent(tmp_path / "odd", tmp_path / "run", denoiser(first))
     with pytest.raises(ValueError, match="likelihood of 8-bit pixels"):
-        denoiser(first, learned_variance=True)
+        denoiser(first, variance="learned_range")
     with pytest.raises(ValueError, match=r"model\.low_resolution shows the network small images"):
         denoiser(first, low_resolution=8)
 

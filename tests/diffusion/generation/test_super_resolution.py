@@ -22,7 +22,7 @@ from diffusion.families.model import to_float, to_uint8
 from diffusion.generation.explain import explain
 from diffusion.generation.generate import interpolate, sample
 from diffusion.generation.super_resolution import (
-    SuperResolution,
+    GenerationTask,
     add_conditioning_noise,
     enlarged,
     make_tiles,
@@ -112,9 +112,9 @@ def test_what_images_have_beyond_the_small_ones_is_measured_as_it_is() -> None:
     images = torch.from_numpy(random_images(40, channels=3, size=24))
     apart = (images.double() - pillow(pillow(images, 8, 8), 24, 24).double()).square().mean().sqrt()
     # Between the two lies the clipping of Pillow's whole numbers.
-    assert SuperResolution(8, 0.1).sigma_data(images) == pytest.approx(apart.item() / 127.5, rel=0.02)
+    assert GenerationTask(8, 0.1).sigma_data(images) == pytest.approx(apart.item() / 127.5, rel=0.02)
     # Nothing of flat blocks is lost but what bicubic interpolation smooths.
-    task = SuperResolution(4, 0.1)
+    task = GenerationTask(4, 0.1)
     assert task.sigma_data(torch.from_numpy(flat_blocks(40))) < task.sigma_data(
         torch.from_numpy(random_images(40, size=8))
     )
@@ -340,7 +340,7 @@ def test_noise_over_the_small_image_is_an_option_and_none_by_default() -> None:
 
 
 def test_a_learned_variance_is_that_of_tiles_too() -> None:
-    model = untrained(MODEL.model_copy(update={"learned_variance": True}))
+    model = untrained(MODEL.model_copy(update={"variance": "learned_range"}))
     learned, fixed = (
         upscale(model, WIDE, 0, sampling_config(sampler="ddpm", steps=4, compute_batch=8, variance=variance))
         for variance in (None, "fixed_small")

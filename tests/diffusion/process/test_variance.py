@@ -44,7 +44,7 @@ MEAN, SPREAD = 0.1, 0.5
 SCHEDULES = [linear_schedule(1000), cosine_schedule(1000), cosine_schedule(50), edm_schedule(1000)]
 PREDICTIONS: tuple[Prediction, ...] = ("epsilon", "v_prediction", "sample", "edm")
 schedules = st.sampled_from(SCHEDULES)
-LEARNED = MODEL.model_copy(update={"learned_variance": True})
+LEARNED = MODEL.model_copy(update={"variance": "learned_range"})
 
 
 def ideal(x: Tensor, sigma: Tensor) -> Tensor:
@@ -300,7 +300,7 @@ def test_few_steps_draw_gaussian_data_right_only_with_the_learned_variance(predi
 def network() -> UNet:
     """A small network of random weights, which says something of the variance, too."""
     torch.manual_seed(0)
-    config = ModelConfig(width=16, channel_mult=(1,), blocks=1, attention=(), patch=1, learned_variance=True)
+    config = ModelConfig(width=16, channel_mult=(1,), blocks=1, attention=(), patch=1, variance="learned_range")
     network = UNet(config, 1, 4).eval().requires_grad_(False)
     for parameter in network.parameters():
         if not parameter.any():
@@ -325,13 +325,14 @@ def test_ddpm_of_every_variance_is_that_of_diffusers_step_for_step_on_any_grid(
     schedule, seen = linear_schedule(1000), []
     sigmas = torch.cat([schedule.sigmas[theirs.timesteps], torch.zeros(1).double()])
     generator = torch.Generator().manual_seed(5)
-    denoiser = Denoiser(network, schedule, Parametrization("epsilon"), learned_variance=True)
-    DDPMSampling(variance=ours).run(
-        denoiser,
-        sigmas,
-        lambda: torch.randn(2, 1, 4, 4, generator=generator),
-        lambda i, x, x0: seen.append(x / (1 + sigmas[i] ** 2).sqrt().float()),
-    )
+
+    class Watched(Denoiser):
+        def answer(self, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+            seen.append(x / (1 + sigma**2).sqrt().float())
+            return super().answer(x, sigma)
+
+    denoiser = Watched(network, schedule, Parametrization("epsilon"), learned_variance=True)
+    DDPMSampling(variance=ours).run(denoiser, sigmas, lambda: torch.randn(2, 1, 4, 4, generator=generator))
     generator = torch.Generator().manual_seed(5)
     torch.randn(2, 1, 4, 4, generator=generator)
     x = seen[0]
@@ -375,7 +376,7 @@ def test_trainings_that_cannot_teach_a_variance_are_refused_with_the_reason(
 
 
 def test_configurations_that_leave_it_out_keep_their_digests() -> None:
-    assert "learned_variance" not in ModelConfig().model_dump()
+    assert "variance" not in ModelConfig().model_dump()
     assert "variance" not in sampling_config(sampler="ddpm", steps=20).model_dump()
     assert ModelConfig.model_validate(LEARNED.model_dump()) == LEARNED
     assert sampling_config(sampler="ddpm", variance="fixed_large").model_dump()["variance"] == "fixed_large"
@@ -398,12 +399,12 @@ def test_a_short_training_learns_resumes_to_the_same_bits_and_draws(dataset: Pat
     whole = train(dataset, tmp_path / "whole", shape, config, SAMPLING)
     with pytest.raises(Stop):
         train(dataset, tmp_path / "cut", shape, config, SAMPLING, track=lambda _: StopAt(240))
-    with pytest.raises(UserError, match=r"differs in model\.learned_variance"):
-        train(dataset, tmp_path / "cut", shape.model_copy(update={"learned_variance": False}), config, SAMPLING)
+    with pytest.raises(UserError, match=r"differs in model\.variance"):
+        train(dataset, tmp_path / "cut", shape.model_copy(update={"variance": "fixed"}), config, SAMPLING)
     resumed = train(dataset, tmp_path / "cut", shape, config, SAMPLING)
     assert resumed.final.read_bytes() == whole.final.read_bytes()
     model = load_model(whole.final)
-    assert model.config.learned_variance
+    assert model.config.variance == "learned_range"
     few = sampling_config(sampler="ddpm", steps=4, compute_batch=8)
     images = sample(model, range(8), 0, few)
     assert images.shape == (8, 1, 8, 8)

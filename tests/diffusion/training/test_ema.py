@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load, save
 from torch import nn
 
-from diffusion.training.ema import ExponentialAverage, PowerAverage, WeightAverage, mixture, power
+from diffusion.training.ema import WeightAverage, exponential_decay, mixture, power, power_decay
 
 
 def network_of(value: float) -> nn.Linear:
@@ -23,7 +23,7 @@ def values(average: WeightAverage) -> set[float]:
 
 
 def test_average_follows_the_closed_form_with_warm_up() -> None:
-    average, expected = ExponentialAverage(network_of(0.0), 0.9), 0.0
+    average, expected = WeightAverage(network_of(0.0), exponential_decay(0.9)), 0.0
     for step in range(1, 60):
         value = float(step % 7)
         average.update(network_of(value), step)
@@ -33,7 +33,7 @@ def test_average_follows_the_closed_form_with_warm_up() -> None:
 
 
 def test_warm_up_forgets_the_random_start_within_a_few_steps() -> None:
-    average = ExponentialAverage(network_of(100.0), 0.9999)
+    average = WeightAverage(network_of(100.0), exponential_decay(0.9999))
     for step in range(1, 101):
         average.update(network_of(1.0), step)
     assert max(values(average)) < 1.2  # a constant decay of 0.9999 would still be at 99
@@ -42,7 +42,7 @@ def test_warm_up_forgets_the_random_start_within_a_few_steps() -> None:
 def test_average_of_noisy_training_is_nearer_the_optimum_than_the_weights_are() -> None:
     torch.manual_seed(0)
     network, optimum = network_of(5.0), 1.0
-    average = ExponentialAverage(network, 0.99)
+    average = WeightAverage(network, exponential_decay(0.99))
     for step in range(1, 400):
         for parameter in network.parameters():
             gradient = parameter.detach() - optimum + torch.randn_like(parameter)
@@ -56,7 +56,7 @@ def test_average_of_noisy_training_is_nearer_the_optimum_than_the_weights_are() 
 def test_the_network_is_left_alone_and_not_shared() -> None:
     network = network_of(1.0)
     before = copy.deepcopy(network.state_dict())
-    average = ExponentialAverage(network, 0.9)
+    average = WeightAverage(network, exponential_decay(0.9))
     average.update(network_of(2.0), 1)
     assert all(torch.equal(before[name], value) for name, value in network.state_dict().items())
     assert values(average) != {1.0}
@@ -64,10 +64,10 @@ def test_the_network_is_left_alone_and_not_shared() -> None:
 
 def test_an_average_restored_from_safetensors_goes_on_bit_for_bit() -> None:
     torch.manual_seed(1)
-    average = ExponentialAverage(nn.Linear(2, 3), 0.99)
+    average = WeightAverage(nn.Linear(2, 3), exponential_decay(0.99))
     for step in range(1, 5):
         average.update(nn.Linear(2, 3), step)
-    restored = ExponentialAverage(nn.Linear(2, 3), 0.99)
+    restored = WeightAverage(nn.Linear(2, 3), exponential_decay(0.99))
     for name, value in load(save(average.averages)).items():
         restored.averages[name].copy_(value)
     latest = nn.Linear(2, 3)
@@ -78,7 +78,7 @@ def test_an_average_restored_from_safetensors_goes_on_bit_for_bit() -> None:
 
 def test_the_averages_fit_the_network_by_name() -> None:
     network = network_of(1.0)
-    average = ExponentialAverage(network_of(7.0), 0.9)
+    average = WeightAverage(network_of(7.0), exponential_decay(0.9))
     network.load_state_dict(average.averages)
     assert {p.unique().item() for p in network.parameters()} == {7.0}
 
@@ -86,7 +86,7 @@ def test_the_averages_fit_the_network_by_name() -> None:
 @given(st.floats(0.02, 0.27), st.integers(1, 400))
 def test_a_power_function_average_weighs_steps_as_its_name_says(length: float, steps: int) -> None:
     network = network_of(100.0)
-    average = PowerAverage(network, length)
+    average = WeightAverage(network, power_decay(length))
     shares = np.zeros(steps)
     for step in range(1, steps + 1):
         shares[: step - 1] *= average.decay(step)
@@ -117,8 +117,8 @@ def test_an_average_put_together_afterwards_is_that_kept_all_along(length: float
     rng = np.random.default_rng(0)
     path = np.cumsum(rng.standard_normal((2000, 8)), axis=0)
     layer = nn.Linear(8, 1, bias=False)
-    kept = [PowerAverage(layer, each) for each in (0.05, 0.1)]
-    wanted = PowerAverage(layer, length)
+    kept = [WeightAverage(layer, power_decay(each)) for each in (0.05, 0.1)]
+    wanted = WeightAverage(layer, power_decay(length))
     snapshots, values = [], []
     for step, point in enumerate(path, start=1):
         nn.init.zeros_(layer.weight).data += torch.from_numpy(point).float()

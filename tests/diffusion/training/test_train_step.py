@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from diffusion.common.threads import worker_threads
-from diffusion.families.model import BETAS, to_float
+from diffusion.families.model import TrainingObjective, to_float
 from diffusion.models.config import ModelConfig
 from diffusion.training.config import TrainingConfig
 from diffusion.training.trainer import scheduled_learning_rate
@@ -25,7 +25,7 @@ def test_steps_in_lanes_equal_plain_adamw_on_the_whole_batch(dataset: Path, part
         plain = make_trainer(dataset, MODEL, config, pool, 640)
         network = plain.state.network.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
         reference = torch.optim.AdamW(
-            network.parameters(), betas=BETAS, weight_decay=config.weight_decay, foreach=False
+            network.parameters(), betas=TrainingObjective.betas, weight_decay=config.weight_decay, foreach=False
         )
         for images in range(0, 96, 16):
             batch = plain.loader.batch(images)

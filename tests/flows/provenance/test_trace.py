@@ -26,7 +26,7 @@ from diffusion.data.ingest.config import IngestConfig
 from diffusion.data.ingest.ingest import ingest
 from diffusion.data.manifest import Manifest, read_manifest
 from diffusion.generation.config import UNCONDITIONAL, Conditions, make_request
-from diffusion.generation.generation_result import generate_to_folder
+from diffusion.generation.requests import generate_to_folder
 from diffusion.process.samplers import sampling_config
 from flows import sample
 from flows.config import SamplingBatchConfig

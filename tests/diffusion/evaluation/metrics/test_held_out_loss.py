@@ -173,7 +173,7 @@ def test_each_image_has_its_noise_however_images_come(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "changes", [{"prediction": "v_prediction"}, {"prediction": "epsilon"}, {"learned_variance": True}]
+    "changes", [{"prediction": "v_prediction"}, {"prediction": "epsilon"}, {"variance": "learned_range"}]
 )
 def test_any_network_can_be_measured(changes: dict[str, object], tmp_path: Path) -> None:
     config = ModelConfig.model_validate(header().model.model_dump() | changes)

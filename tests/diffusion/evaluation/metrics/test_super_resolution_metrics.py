@@ -29,7 +29,7 @@ from diffusion.evaluation.metrics.pixel_metrics import (
     ssim,
 )
 from diffusion.evaluation.results import Evaluation
-from diffusion.generation.super_resolution import SuperResolution, shrunk, upscale
+from diffusion.generation.super_resolution import GenerationTask, shrunk, upscale
 from diffusion.models.unet import UNet
 from diffusion.process.samplers import sampling_config
 from tests.builders.comparisons import Watcher, evaluate_one
@@ -194,7 +194,7 @@ def test_the_verdict_is_by_the_distance(bicubic: float, lanczos: float, words: s
 def test_models_of_two_tasks_are_not_compared(data: Path, checkpoints: list[Path], tmp_path: Path) -> None:
     plain = write_model(tmp_path / "plain.safetensors", 0, 100)
     with pytest.raises(UserError, match=r"plain\.safetensors generates from noise, and what .* enlarges from 4 pixels"):
-        evaluate_one(plain, data, CONFIG, SAMPLING, tmp_path / "report", task=SuperResolution(4, 0.1))
+        evaluate_one(plain, data, CONFIG, SAMPLING, tmp_path / "report", task=GenerationTask(4, 0.1))
     with pytest.raises(UserError, match=r"100\.safetensors enlarges from 4 pixels, and what .* generates from noise"):
         evaluate_one(checkpoints[0], data, CONFIG, SAMPLING, tmp_path / "report")
     with pytest.raises(UserError, match="scores say nothing of two tasks"):
