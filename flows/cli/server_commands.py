@@ -123,7 +123,8 @@ def backup(target: Target) -> CommandOutput:
         done = backup(target, progress)
     size = sum(each.size for each in done.objects)
     result = {"stamp": done.stamp, "objects": len(done.objects), "bytes": size, "databases": list(done.databases)}
-    return CommandOutput(result)
+    lines = [f"backup {done.stamp} in {target}: {len(done.databases)} databases, {len(done.objects):,} objects"]
+    return CommandOutput(result, lines)
 
 
 @command(app)
