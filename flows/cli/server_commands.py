@@ -150,7 +150,7 @@ def restore(
     Example:  DARKROOM_HOME=.restored darkroom server restore /mnt/backups/darkroom
     """
     from flows.environment import settings
-    from flows.local_stack.restore import restore
+    from flows.local_stack.backup import restore
     from flows.tracking.console import console
 
     with console() as progress:
