@@ -98,39 +98,33 @@ class Params(Config):
 
     @model_validator(mode="after")
     def _is_consistent(self) -> "Params":
-        if words := self._contradiction():
+        if words := sampling_conflict(self.model, self.sampling) or training_conflict(self.model, self.training):
             raise ValueError(words)
-        return self
-
-    def _contradiction(self) -> str | None:
-        """Settings that contradict each other, and the fix; None if there are none."""
-        if words := sampling_conflict(self.model, self.sampling):
-            return words
         if self.evaluation.ema_stds and self.training.ema_stds is None:
-            return (
+            raise ValueError(
                 "evaluation.ema_stds needs the snapshots that training.ema_stds saves: set that too, say to [0.05, 0.1]"
             )
         if self.sampling.guides and self.training.condition_dropout == 0:
-            return (
+            raise ValueError(
                 "sampling.guidance needs an unconditional prediction, which the network never learns "
                 "with training.condition_dropout = 0: set that to 0.1, or leave guidance out"
             )
         if self.gate.class_loss is not None and not self.model.conditional:
-            return "gate.class_loss needs a class-conditional model, and model.conditional = false: leave it out"
-        if words := training_conflict(self.model, self.training):
-            return words
+            raise ValueError(
+                "gate.class_loss needs a class-conditional model, and model.conditional = false: leave it out"
+            )
         if isinstance(self.model, ModelConfig) and self.model.variance != "fixed" and self.sampling.sampler != "ddpm":
-            return (
+            raise ValueError(
                 f"model.variance = learned_range is used by the sampler ddpm alone, and sampling.sampler = "
                 f"{self.sampling.sampler} ignores it: use ddpm, or leave model.variance out"
             )
         chunk, batch = self.sampling_batch.chunk, self.sampling.compute_batch
         if chunk is not None and chunk % batch:
-            return (
+            raise ValueError(
                 f"sampling_batch.chunk = {chunk} cuts compute batches of {batch} images (sampling.compute_batch), "
                 f"which cannot be split: use {-(-chunk // batch) * batch}, or leave it out"
             )
-        return None
+        return self
 
     @property
     def dataset_folder(self) -> Path:
@@ -140,29 +134,26 @@ class Params(Config):
     @property
     def run_folder(self) -> Path:
         """Folder that training writes to."""
-        return self.training.output or Path("runs") / self._name
+        return self.training.output or Path("runs") / self._name()
 
     @property
     def report_folder(self) -> Path:
         """Folder that evaluation writes to."""
-        return Path("reports") / self._name
+        return Path("reports") / self._name()
 
     @property
     def report_folders(self) -> list[Path]:
         """Report folders of the data set for all families."""
-        return [Path("reports") / self._name_of(family) for family in FAMILIES]
+        return [Path("reports") / self._name(family) for family in FAMILIES]
 
     @property
     def model_name(self) -> str:
         """Name of the registered model."""
-        return self.registry.model or self._name
+        return self.registry.model or self._name()
 
-    @property
-    def _name(self) -> str:
-        return self._name_of(self.model.family)
-
-    def _name_of(self, family: str) -> str:
+    def _name(self, family: str | None = None) -> str:
         """Data set name, with the family as suffix unless it is ddpm: each family has its own runs and champion."""
+        family = family or self.model.family
         return self.training.dataset if family == "ddpm" else f"{self.training.dataset}-{family}"
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal, get_args
 from urllib.request import getproxies
 
-from pydantic import Field, SecretStr, ValidationError, model_validator
+from pydantic import Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from diffusion.common.errors import UserError
@@ -89,54 +89,25 @@ def loopback_no_proxy() -> dict[str, str]:
     return {name: ",".join(filter(None, [hosts, "127.0.0.1"])) for name, hosts in names.items()}
 
 
-class Staging(BaseSettings):
-    """Servers of another stage, or the folder of a local stack; each field is a variable ``DARKROOM_STAGING_…``."""
+def staging() -> tuple[str, dict[str, str]]:
+    """Servers that ``DARKROOM_STAGING_*`` name: their location, without credentials, and the environment to use them.
 
-    model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, use_attribute_docstrings=True)
-
-    home: Path | None = None
-    """Folder of a running local stack, instead of all other fields."""
-    mlflow_tracking_uri: str | None = None
-    mlflow_tracking_username: str | None = None
-    mlflow_tracking_password: SecretStr | None = None
-    bucket: str | None = None
-    """Bucket of its ledgers."""
-    aws_endpoint_url_s3: str | None = None
-    aws_access_key_id: str | None = None
-    aws_secret_access_key: SecretStr | None = None
-    aws_session_token: SecretStr | None = None
-    aws_default_region: str | None = None
-
-    @model_validator(mode="after")
-    def _names_servers(self) -> "Staging":
-        if self.home is None and (self.mlflow_tracking_uri is None or self.bucket is None):
-            raise ValueError(
-                f"set {PREFIX}MLFLOW_TRACKING_URI and {PREFIX}BUCKET, with {PREFIX}AWS_* and {PREFIX}MLFLOW_* for the "
-                f"keys to them, or {PREFIX}HOME to the folder of a local stack"
-            )
-        others = self.model_dump(exclude={"home"}, exclude_none=True)
-        if self.home is not None and others:
-            names = ", ".join(f"{PREFIX}{name.upper()}" for name in others)
-            raise ValueError(f"{PREFIX}HOME names a local stack: unset {names}")
-        return self
-
-    @property
-    def called(self) -> str:
-        """Location for messages, without credentials."""
-        return str(self.home or re.sub(r"//[^/]*@", "//", self.mlflow_tracking_uri or ""))
-
-    def variables(self) -> dict[str, str]:
-        """Environment of a process that uses these servers instead of ours."""
-        variables = {name: value for name, value in os.environ.items() if not name.startswith(SERVER_PREFIXES)}
-        for name, value in self.model_dump(exclude_none=True).items():
-            text = value.get_secret_value() if isinstance(value, SecretStr) else str(value)
-            variables[f"DARKROOM_{name.upper()}" if name in ("home", "bucket") else name.upper()] = text
-        return variables
-
-
-def staging() -> Staging:
-    """Read the ``DARKROOM_STAGING_*`` variables; raises UserError that names what is missing."""
-    try:
-        return Staging()
-    except ValidationError as error:
-        raise UserError(f"no staging servers: {error.errors()[0]['msg'].removeprefix('Value error, ')}") from error
+    HOME is the folder of a running local stack; otherwise MLFLOW_TRACKING_URI and BUCKET, that of its ledgers, are
+    needed, and MLFLOW_* and AWS_* hold the keys to them. Raises UserError that names what is missing.
+    """
+    given = {name.removeprefix(PREFIX): value for name, value in os.environ.items() if name.startswith(PREFIX)}
+    home = given.pop("HOME", None)
+    if home is None and not given.keys() >= {"MLFLOW_TRACKING_URI", "BUCKET"}:
+        raise UserError(
+            f"no staging servers: set {PREFIX}MLFLOW_TRACKING_URI and {PREFIX}BUCKET, with {PREFIX}AWS_* and "
+            f"{PREFIX}MLFLOW_* for the keys to them, or {PREFIX}HOME to the folder of a local stack"
+        )
+    if home is not None and given:
+        names = ", ".join(f"{PREFIX}{name}" for name in given)
+        raise UserError(f"no staging servers: {PREFIX}HOME names a local stack: unset {names}")
+    variables = {name: value for name, value in os.environ.items() if not name.startswith(SERVER_PREFIXES)}
+    variables |= {name: value for name, value in given.items() if name.startswith(("AWS_", "MLFLOW_"))}
+    if home is not None:
+        return home, variables | {"DARKROOM_HOME": home}
+    called = re.sub(r"//[^/]*@", "//", given["MLFLOW_TRACKING_URI"])
+    return called, variables | {"DARKROOM_BUCKET": given["BUCKET"]}

@@ -4,11 +4,13 @@ Does not import torch: most scheduled ingests find nothing new.
 """
 
 import logging
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from prefect import flow
 from prefect.artifacts import create_markdown_artifact
+from pydantic import ValidationError
 
 from diffusion.common.config import Config
 from diffusion.common.files import write_json
@@ -116,18 +118,23 @@ def describe(params: Params, version: DataVersion) -> Path:
     return page
 
 
-def page_path(params: Params) -> Path:
-    """Path of the report page of the current version of the data set ``training.dataset``, which may not exist."""
-    return params.report_folder / "dataset" / f"{read_manifest(params.dataset_folder).digest[:16]}.html"
-
-
 def dataset_page(params: Params) -> "tuple[Path, DatasetSummary]":
     """Report page of the current version, written if it is missing, and the summary beside it."""
-    from diffusion.evaluation.reports.dataset_report import DatasetSummary, write_dataset_report
+    from diffusion.evaluation.reports.dataset_report import write_dataset_report
 
-    page = page_path(params)
-    figures = page.with_suffix(".json")
-    if not (page.is_file() and figures.is_file()):
+    page, summary = find_page(params)
+    if summary is None:
         summary = write_dataset_report(params.dataset_folder, page, reporter())
-        write_json(figures, summary.model_dump(mode="json"))
-    return page, DatasetSummary.model_validate_json(figures.read_bytes())
+        write_json(page.with_suffix(".json"), summary.model_dump(mode="json"))
+    return page, summary
+
+
+def find_page(params: Params) -> "tuple[Path, DatasetSummary | None]":
+    """Path of the report page of the current version, and its summary; None without a page of this Darkroom."""
+    from diffusion.evaluation.reports.dataset_report import DatasetSummary
+
+    page = params.report_folder / "dataset" / f"{read_manifest(params.dataset_folder).digest[:16]}.html"
+    if page.is_file():
+        with suppress(FileNotFoundError, ValidationError):
+            return page, DatasetSummary.model_validate_json(page.with_suffix(".json").read_bytes())
+    return page, None

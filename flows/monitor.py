@@ -55,7 +55,6 @@ def evaluate_champion(params: Params) -> MonitorResult:
     from mlflow.client import MlflowClient
 
     from diffusion.evaluation.comparison import evaluate_model
-    from flows.environment import settings
     from flows.registry import model_versions
     from flows.registry.aliases import verified
     from flows.registry.ledger import Ledger
@@ -72,7 +71,7 @@ def evaluate_champion(params: Params) -> MonitorResult:
         summary = f"nothing to do: {version.uri} was compared with these images of {params.training.dataset} before"
         return MonitorResult(**about, figures={}, drifted=False, summary=summary, skipped=True)
 
-    weights = model_versions.fetch_weights(version, settings().folder / "models")
+    weights = model_versions.cached_weights(version)
     evaluated, extractor = evaluate_model(
         weights, params.dataset_folder, params.evaluation, params.sampling, params.report_folder, reporter()
     )

@@ -31,7 +31,6 @@ from diffusion.evaluation.results import Evaluation
 from diffusion.training.ema import SNAPSHOTS
 from flows.config import Params
 from flows.deployment.tasks import retryable_task
-from flows.environment import settings
 from flows.evaluate import tracker_of
 from flows.registry import model_card, model_versions
 from flows.registry.aliases import append, project, verified
@@ -100,12 +99,28 @@ def promote(params: Params) -> PromotionResult:
 
 @retryable_task
 def register(params: Params, evaluation: Evaluation) -> Version:
-    """Register the EMA weights of the best checkpoint as a version, with provenance tags and a model card."""
-    _require_same(params, evaluation)
+    """Register the EMA weights of the best checkpoint as a version, with provenance tags and a model card.
+
+    Raises UserError unless ``evaluation`` matches the current checkpoint, data set and configuration.
+    """
+    best, conditions = Path(evaluation.best.file), evaluation.conditions
+    is_current = (
+        best.parent in (params.run_folder / "checkpoints", params.report_folder / SNAPSHOTS)
+        and best.is_file()
+        and sha256_file(best) == evaluation.best.sha256
+        and conditions.evaluation == params.evaluation
+        and conditions.sampling == params.sampling
+        and conditions.content_digest == read_manifest(params.dataset_folder).content_digest
+    )
+    if not is_current:
+        raise UserError(
+            f"{params.report_folder} evaluates another training, data set or configuration than {params.run_folder} "
+            "has now: run `darkroom evaluate` again, with the same settings as promote"
+        )
     require_current(params.dataset_folder)
     tracker = tracker_of(params)
     weights = params.run_folder / "weights.safetensors"
-    export(Path(evaluation.best.file), weights)
+    export(best, weights)
     run = tracker.client.get_run(tracker.run_id)
     parse_tags(run.data.tags, f"run {tracker.run_id}")
     data = ("darkroom.content_digest", "darkroom.dvc_digest", "darkroom.dataset", "darkroom.git_dirty")
@@ -120,24 +135,6 @@ def register(params: Params, evaluation: Evaluation) -> Version:
     )
     model_card.write(tracker.client, params, evaluation, version, None)
     return version
-
-
-def _require_same(params: Params, evaluation: Evaluation) -> None:
-    """Raise UserError unless ``evaluation`` matches the current checkpoint, data set and configuration."""
-    best, conditions = Path(evaluation.best.file), evaluation.conditions
-    same = (
-        best.parent in (params.run_folder / "checkpoints", params.report_folder / SNAPSHOTS)
-        and best.is_file()
-        and sha256_file(best) == evaluation.best.sha256
-        and conditions.evaluation == params.evaluation
-        and conditions.sampling == params.sampling
-        and conditions.content_digest == read_manifest(params.dataset_folder).content_digest
-    )
-    if not same:
-        raise UserError(
-            f"{params.report_folder} evaluates another training, data set or configuration than {params.run_folder} "
-            "has now: run `darkroom evaluate` again, with the same settings as promote"
-        )
 
 
 @retryable_task
@@ -162,16 +159,15 @@ def apply_gate(params: Params, evaluation: Evaluation, version: Version) -> Gate
     if (problem := champion_problem(client, history)) is not None:
         raise UserError(problem)
     if champion == version.number:
-        return GateResult(champion=champion, evidence=None, comparison=last_comparison(params, version))
+        return GateResult(champion=champion, evidence=None)
     if entry := history.withheld(version.number):
         reason = f"a person decided against it: {entry}; `darkroom promote --to {version.number}` makes it champion"
         figures = finite(evaluation.metrics())
         evidence = Evidence(verdict="hold", reason=reason, figures=figures, eval_key=evaluation.eval_key)
-        return GateResult(champion=champion, evidence=evidence, comparison=last_comparison(params, version))
+        return GateResult(champion=champion, evidence=evidence)
     champion_weights = None
     if champion is not None:
-        opponent = model_versions.version_of(client, version.model, champion)
-        champion_weights = model_versions.fetch_weights(opponent, settings().folder / "models")
+        champion_weights = model_versions.cached_weights(model_versions.version_of(client, version.model, champion))
     comparison, grids = compare_with_champion(
         params.run_folder / "weights.safetensors",
         champion_weights,
@@ -247,7 +243,8 @@ def record(
         tags["darkroom.gate"] = entry.evidence.reason
     for tag, value in tags.items():
         client.set_model_version_tag(version.model, str(version.number), tag, value)
-    model_card.write(client, params, evaluation, version, entry, result.comparison)
+    comparison = result.comparison or last_comparison(params, version)
+    model_card.write(client, params, evaluation, version, entry, comparison)
     champion = project(client, ledger).standing.champion
     promoted = champion == version.number
     if promoted:

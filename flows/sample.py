@@ -121,7 +121,10 @@ def generate(
     ``model`` is models:/NAME@ALIAS or models:/NAME/NUMBER, and ``output`` the folder; None: a new one in samples/.
     """
     version, weights = fetch(model)
-    return answer(params, version, weights, fields, image, mask, output)
+    request, origin = read_request(fields, image, mask), {"model": version.uri, "run_id": version.run_id}
+    # A separate task, which is retried.
+    make = retryable_task(generate_to_folder)
+    return make(weights, request, params.sampling, output, origin, reporter())
 
 
 @flow(name="explain", flow_run_name="explain-{model}")
@@ -136,7 +139,7 @@ def fetch(model: str) -> tuple[Version, Path]:
     """Resolve ``model`` to a version, and fetch its weights to a local file."""
     version = model_versions.resolve(MlflowClient(), model)
     warn_of_takedown(version)
-    return version, model_versions.fetch_weights(version, environment.settings().folder / "models")
+    return version, model_versions.cached_weights(version)
 
 
 def samples_from_noise(model: str) -> bool:
@@ -191,8 +194,7 @@ def generate_chunk(
     batch: SamplingBatch, place: Location, version: Version, chunk: int, config: SamplingBatchConfig
 ) -> Work:
     """Generate the images of a chunk and upload them, its manifest part last; a finished chunk is skipped."""
-    store = Store()
-    weights = model_versions.fetch_weights(version, environment.settings().folder / "models")
+    store, weights = Store(), model_versions.cached_weights(version)
     table = generate_batch.fetch_table(store, batch, place)
     # On Ray each task has one core; elsewhere the chunks share the cores.
     at_once = 1 if config.runner == "ray" else max(cores() // config.workers, 1)
@@ -227,22 +229,6 @@ def finish(batch: SamplingBatch, place: Location, cost: GenerationCost) -> Sampl
         key="samples",
     )
     return done
-
-
-@retryable_task
-def answer(
-    params: Params,
-    version: Version,
-    weights: Path,
-    fields: dict[str, Any],
-    image: Path | None,
-    mask: Path | None,
-    output: Path | None,
-) -> GenerationResult:
-    """Generate the images and write them with their model version and run."""
-    origin = {"model": version.uri, "run_id": version.run_id}
-    request = read_request(fields, image, mask)
-    return generate_to_folder(weights, request, params.sampling, output, origin, reporter())
 
 
 @retryable_task

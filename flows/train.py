@@ -20,7 +20,7 @@ from flows.datasets import dvc
 from flows.datasets.dvc import RemoteShards
 from flows.deployment.tasks import concurrency_slot, retryable_task
 from flows.environment import data_source, settings
-from flows.ingest import dataset_page, page_path
+from flows.ingest import dataset_page, find_page
 from flows.registry import model_versions
 from flows.registry.champion import require_champion
 from flows.registry.dependencies import ResolvedParams, resolve_params
@@ -155,8 +155,8 @@ def _open(ready: ResolvedParams, manifest: Manifest, restart: bool) -> RunTracke
     if (preflight := params.run_folder / PREFLIGHT).is_file():
         tracker.log_file(preflight, "history")
     # A page that is not there yet would need all shards, which streaming avoids to have here.
-    if params.training.stream_bytes is None or page_path(params).is_file():
-        page, summary = dataset_page(params)
+    page, summary = (dataset_page if params.training.stream_bytes is None else find_page)(params)
+    if summary is not None:
         tracker.log_file(page, "dataset")
         tracker.log_metrics(summary.metrics(), images=0)
     return tracker

@@ -59,8 +59,7 @@ class CommandOutput(NamedTuple):
     """Result of a command: ``value`` for ``--json``, ``lines`` for people, and the ``error`` raised after printing."""
 
     value: "BaseModel | Mapping[str, Any]"
-    lines: Iterable[str] | None = None
-    """None: the fields of ``value`` that are set, as YAML."""
+    lines: Iterable[str]
     error: Exception | None = None
 
 
@@ -114,11 +113,16 @@ def command(
                     given["config"] = _load(given.pop("params_file"), words, given.pop("dataset", None))
                 output = function(**given)
                 # Lines may still have to be computed.
-                lines = [] if output is None else _lines(output, as_json)
+                lines = [] if output is None else list(output.lines)
+            if output is None:
+                return
+            if as_json:
+                value = output.value if isinstance(output.value, Mapping) else output.value.model_dump(mode="json")
+                lines = [json.dumps(value, ensure_ascii=False)]
             # Labels, captions and file names are untrusted and may hold terminal control characters.
             for line in lines:
                 print(escape_controls(line))
-            if output is not None and output.error is not None:
+            if output.error is not None:
                 raise output.error
 
         run.__name__, run.__doc__ = function.__name__, function.__doc__
@@ -129,19 +133,6 @@ def command(
         return function
 
     return register
-
-
-def _lines(output: CommandOutput, as_json: bool) -> list[str]:
-    if output.lines is not None and not as_json:
-        return list(output.lines)
-    value = output.value
-    if not isinstance(value, Mapping):
-        value = value.model_dump(mode="json", exclude_none=not as_json)
-    if as_json:
-        return [json.dumps(value, ensure_ascii=False)]
-    import yaml
-
-    return yaml.safe_dump(value, sort_keys=False, allow_unicode=True, width=1000).splitlines()
 
 
 def _load(path: Path, overrides: list[str], dataset: str | None) -> "Params":

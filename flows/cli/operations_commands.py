@@ -1,5 +1,6 @@
 """Provenance and unattended operation: ``darkroom trace``, ``reproduce``, ``deploy``, ``monitor`` and ``gc``."""
 
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -9,13 +10,18 @@ from diffusion.common.errors import DarkroomError
 from flows.cli.command import CommandOutput, command, connect
 
 if TYPE_CHECKING:
+    from pydantic import BaseModel
+
     from flows.config import Params
+    from flows.provenance.reproduce import Reproduction
+    from flows.provenance.trace import Trace
 
 app = typer.Typer()
 operations = command(app, panel="Operations")
 Pool = Annotated[str, typer.Option("--pool", metavar="NAME", help="Work pool for sampling and monitoring.")]
 POOL = "darkroom"
 """Work pool of the local stack's worker."""
+MINUTE = "%Y-%m-%d %H:%M UTC"
 What = Annotated[
     str,
     typer.Argument(
@@ -39,7 +45,7 @@ def trace(what: What) -> CommandOutput:
 
         found = trace(what)
     error = DarkroomError(f"the chain is broken: {'; '.join(found.broken)}") if found.broken else None
-    return CommandOutput(found, error=error)
+    return CommandOutput(found, _chain(found), error)
 
 
 @command(app, panel="Provenance")
@@ -69,7 +75,82 @@ def reproduce(
         from flows.provenance.reproduce import reproduce
 
         done = reproduce(what, count, out, installed)
-    return CommandOutput(done, error=DarkroomError(f"{what}: {done.failure}") if done.failure else None)
+    return CommandOutput(done, _comparison(done), DarkroomError(f"{what}: {done.failure}") if done.failure else None)
+
+
+def _chain(found: "Trace") -> Iterator[str]:
+    """Describe the links of a trace for people, with a few lines per link."""
+    if image := found.image:
+        state = {True: "as generated", False: "altered since it was generated", None: "generation is not on record"}
+        yield f"image     {image.where}, {state[image.as_generated]}"
+        yield f"          number {image.index} of seed {image.seed}, sha256 {image.sha256}"
+        if shown := [f"{name} {text!r}" for name, text in (("class", image.label), ("prompt", image.prompt)) if text]:
+            yield f"          conditions {', '.join(shown)}"
+    if batch := found.batch:
+        yield f"batch     {found.place}, {'finished' if found.finished else 'not finished'}"
+        yield f"          {batch.count:,} images of seed {batch.seed}: {_fields(batch.sampling)}"
+        if batch.conditions is not None:
+            yield f"          conditions {_fields(batch.conditions)}"
+        if batch.requests is not None:
+            yield f"          conditions from {found.place}requests.parquet, {_fields(batch.requests)}"
+        yield f"          fingerprint {_fields(batch.fingerprint)}"
+    if request := found.request:
+        yield f"request   {_fields(request.request)}"
+        yield f"          fingerprint {_fields(request.fingerprint)}"
+    if model := found.model:
+        names = " ".join([model.uri, *(f"@{alias}" for alias in model.aliases)])
+        yield f"model     {names}, registered {model.registered:{MINUTE}}"
+        code = f"code {model.code_sha256}, as" if model.code_sha256 else "code: no digest of it, or not as"
+        yield f"          {code} registered"
+        yield from (f"          {name} {value}" for name, value in model.tags.items() if name.startswith("darkroom."))
+        if scores := {name: value for name, value in model.tags.items() if not name.startswith("darkroom.")}:
+            yield f"          {_fields(scores)}"
+    if run := found.run:
+        yield f"run       {run.run_id} ({run.name}), {run.status.lower()}, started {run.started:{MINUTE}}"
+        dirty = {True: ", with changes that were not committed", False: ", everything committed", None: ""}
+        git = f"git commit {run.git_commit}{dirty[run.git_dirty]}" if run.git_commit else "git: outside of a repository"
+        yield f"          {git}"
+    if data := found.data:
+        recorded = f"recorded {data.recorded:{MINUTE}}" if data.recorded else "not in the catalogue"
+        yield f"data set  {data.dataset}, version {data.version}, {recorded}"
+        yield f"          content {data.content_digest}"
+        yield f"          DVC {data.dvc_digest or 'has no record of it'}"
+        yield f"          {data.images:,} images in {len(data.shards):,} shards"
+        for shard in data.shards:
+            yield f"shard     {shard.sha256}  {shard.bytes:,} bytes  {shard.name}  {shard.where or 'lost'}"
+        if not found.takedowns:
+            yield "takedown  none of its images was taken down since"
+    for each in found.takedowns:
+        yield f"takedown  {each.name}" + ("" if each.reason is None else f": {each.images:,} images, {each.reason}")
+
+
+def _comparison(done: "Reproduction") -> Iterator[str]:
+    """Describe regenerated images beside the originals for people."""
+    code = f"the code that {done.model} ships" if done.code == "shipped" else "the code installed here"
+    yield f"{done.exact:,} of {done.images:,} identical bit for bit, regenerated with {code}"
+    if done.differences:
+        yield f"the fingerprint differs: {done.differences} (then → now)"
+    if done.moved:
+        yield f"libraries differ from those at registration: {', '.join(done.moved)}"
+    if done.exact < done.images:
+        within = " (within the numerical tolerance)" if done.differences and not done.failure else ""
+        yield (
+            f"largest pixel error {done.largest_error} of 255, {done.differing_pixels:,} pixels differ, "
+            f"mean error of the worst image {done.mean_error:.3g} of 255{within}"
+        )
+    for each in done.other:
+        error = "cannot be compared" if each.largest_error is None else f"off by {each.largest_error} of 255 at most"
+        words = "identical to the generated image" if each.exact else error
+        yield f"  {each.key}: {'altered or lost since generation; regenerated, ' if each.altered else ''}{words}"
+    if done.folder:
+        yield f"written to {done.folder}"
+
+
+def _fields(fields: "BaseModel | Mapping[str, object]") -> str:
+    """The fields that are set, on one line."""
+    if not isinstance(fields, Mapping):
+        fields = fields.model_dump(mode="json")
+    return ", ".join(f"{name} {value}" for name, value in fields.items() if value not in (None, [], ""))
 
 
 @operations
@@ -103,7 +184,14 @@ def deploy(
 
         place = (workspace or Path.cwd()).absolute()
         done = deploy(config, place, pool, training_pool or pool, cron, monitor_cron, webhook)
-    return CommandOutput(done)
+    lines = [
+        *(f"deployment   {name}" for name in done.deployments),
+        f"work pools   {', '.join(done.work_pools)}",
+        f"limits       {', '.join(f'{name} {limit}' for name, limit in done.concurrency_limits.items())}",
+        *(f"automation   {name}" for name in done.automations),
+        f"declared in  {done.definitions}",
+    ]
+    return CommandOutput(done, lines)
 
 
 @operations

@@ -329,7 +329,13 @@ def sample(
 
         conditions = Conditions(labels=tuple(label), prompts=tuple(prompt), negative_prompt=negative_prompt)
         done = sample(config, model or f"models:/{config.model_name}@champion", count, seed, to, conditions, requests)
-    return CommandOutput(done)
+    lines = [
+        f"{done.count} images of {done.model} in {done.uri}",
+        f"manifest: {done.manifest}",
+        f"contact sheet: {done.contact_sheet}",
+        done.took.words,
+    ]
+    return CommandOutput(done, lines)
 
 
 @command(app, panel="Pipeline", overrides={"source": "ingest.source"})

@@ -123,7 +123,8 @@ def backup(target: Target) -> CommandOutput:
         done = backup(target, progress)
     size = sum(each.size for each in done.objects)
     result = {"stamp": done.stamp, "objects": len(done.objects), "bytes": size, "databases": list(done.databases)}
-    return CommandOutput(result)
+    lines = [f"backup {done.stamp} in {target}: {len(done.databases)} databases, {len(done.objects):,} objects"]
+    return CommandOutput(result, lines)
 
 
 @command(app)
@@ -149,7 +150,7 @@ def restore(
     Example:  DARKROOM_HOME=.restored darkroom server restore /mnt/backups/darkroom
     """
     from flows.environment import settings
-    from flows.local_stack.restore import restore
+    from flows.local_stack.backup import restore
     from flows.tracking.console import console
 
     with console() as progress:

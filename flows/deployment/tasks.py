@@ -8,7 +8,6 @@ from typing import Any, ParamSpec, TypeVar, cast
 from prefect import Task, task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.orchestration import get_client
-from prefect.client.schemas.objects import State, TaskRun
 from prefect.concurrency.asyncio import ConcurrencySlotAcquisitionError
 from prefect.concurrency.sync import concurrency
 from prefect.exceptions import ObjectNotFound
@@ -47,7 +46,9 @@ def retryable_task(function: Callable[P, R]) -> Task[P, R]:
         retries=2,
         retry_delay_seconds=exponential_backoff(2),
         retry_jitter_factor=0.5,
-        retry_condition_fn=_is_retryable,
+        retry_condition_fn=lambda _task, _run, state: (
+            not isinstance(state.result(raise_on_failure=False), DarkroomError)
+        ),
         cache_policy=NO_CACHE,
     )(function)
 
@@ -58,11 +59,6 @@ def completed_state(result: R, message: str, name: str = "Completed") -> R:
     Prefect unwraps the state: the caller of the flow gets ``result``.
     """
     return cast(R, Completed(name=name, message=escape_controls(message), data=result))
-
-
-def _is_retryable(_task: Task[..., Any], _run: TaskRun, state: State[Any]) -> bool:
-    failure = state.result(raise_on_failure=False)
-    return not isinstance(failure, DarkroomError)
 
 
 def task_runner(config: FanOutConfig) -> TaskRunner[Any]:

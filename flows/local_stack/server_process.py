@@ -34,10 +34,6 @@ class Process(Config):
     spec: str
     """Digest of its start settings."""
 
-    def start_time(self) -> float:
-        """Start time in seconds of Unix time; raises psutil.NoSuchProcess."""
-        return psutil.Process(self.pid).create_time()
-
 
 def start(command: Sequence[str], environment: Mapping[str, str], cwd: Path, log: Path, spec: str) -> Process:
     """Start ``command`` in a new session, with its output in ``log``."""

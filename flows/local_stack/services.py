@@ -8,6 +8,8 @@ from datetime import datetime
 from functools import cache
 from pathlib import Path
 
+import psutil
+
 from diffusion.common.files import digest_of
 from flows.environment import DEFAULTS, SERVER_PREFIXES, SERVERS, Server, loopback_no_proxy
 from flows.local_stack import seaweedfs
@@ -166,9 +168,10 @@ def _worker(stack: LocalStack) -> Service:
     def check(process: Process) -> None:
         url = f"{stack.url('prefect')}/api/work_pools/{POOL}/workers/filter"
         workers = request_json(url, stack.credentials.prefect_auth_string, {})
+        started = psutil.Process(process.pid).create_time()
         # A dead worker stays online on the server for a while.
         online = [worker["last_heartbeat_time"] for worker in workers if worker["status"] == "ONLINE"]
-        if not any(datetime.fromisoformat(beat).timestamp() > process.start_time() for beat in online):
+        if not any(datetime.fromisoformat(beat).timestamp() > started for beat in online):
             raise NotServing(f"the worker has not reported to the work pool {POOL}")
 
     command = [

@@ -96,14 +96,14 @@ def release(uri: str, reason: str | None = None) -> Released:
 
 def fetch(uri: str, folder: Path) -> str:
     """Pack ``uri`` into ``folder`` in a process that has only staging's servers; returns the name of staging."""
-    servers = staging()
+    called, variables = staging()
     command = [sys.executable, "-m", "flows.registry.release", uri, str(folder)]
-    done = subprocess.run(command, env=servers.variables(), stderr=subprocess.PIPE, text=True, check=False)
+    done = subprocess.run(command, env=variables, stderr=subprocess.PIPE, text=True, check=False)
     if done.returncode:
         last = "".join(done.stderr.strip().splitlines()[-1:])
         error = UserError if done.returncode == UserError.exit_code else DarkroomError
-        raise error(f"staging ({servers.called}): {last or f'ended with {done.returncode}'}")
-    return servers.called
+        raise error(f"staging ({called}): {last or f'ended with {done.returncode}'}")
+    return called
 
 
 def pack(uri: str, folder: Path) -> None:

@@ -61,7 +61,10 @@ class BufferedTracker:
         self.records = _read_records(folder / "records.jsonl")
         self.delivered = 0
         self._known = {(record["name"], record["step"]) for record in self.records}
-        self._monitors = _monitors()
+        self._monitors: list[BaseMetricsMonitor] = [CPUMonitor(), DiskMonitor()]  # type: ignore[no-untyped-call]
+        # Raised without NVIDIA's library or driver.
+        with suppress(ImportError, RuntimeError):
+            self._monitors.append(GPUMonitor())  # type: ignore[no-untyped-call]
         self._measured = time.monotonic()
         self._change = threading.Condition()
         self._closing = False
@@ -169,14 +172,6 @@ class BufferedTracker:
             monitor.clear_metrics()  # type: ignore[no-untyped-call]
             figures |= {f"system/{name}": float(value) for name, value in now.items()}
         return figures
-
-
-def _monitors() -> list[BaseMetricsMonitor]:
-    monitors: list[BaseMetricsMonitor] = [CPUMonitor(), DiskMonitor()]  # type: ignore[no-untyped-call]
-    # Raised without NVIDIA's library or driver.
-    with suppress(ImportError, RuntimeError):
-        monitors.append(GPUMonitor())  # type: ignore[no-untyped-call]
-    return monitors
 
 
 def _read_records(log: Path) -> list[Record]:

@@ -3,7 +3,7 @@
 import logging
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -60,11 +60,28 @@ class Pace:
         return f"{per_second}, {minutes}:{seconds:02d} left"
 
 
-class Lines:
-    """Plain progress lines on standard error."""
+def _print(line: str) -> None:
+    print(escape_controls(line), file=sys.stderr, flush=True)
 
-    def __init__(self) -> None:
-        self.paces: dict[str, Pace] = {}
+
+def _log_json(line: str) -> None:
+    # The log of a Prefect run has its lines already.
+    if "flow_run_id" not in about():
+        logger.info(line)
+
+
+def _log_in_run(line: str) -> None:
+    if "flow_run_id" in about():
+        from prefect.logging import get_run_logger
+
+        get_run_logger().info(escape_controls(line))
+
+
+class Lines:
+    """Plain progress lines, by default on standard error."""
+
+    def __init__(self, write: Callable[[str], None] = _print) -> None:
+        self.write, self.paces = write, dict[str, Pace]()
 
     def __call__(self, what: str, done: int, total: int | None, note: str = "") -> None:
         """Write a line that ``done`` of ``total`` units of ``what`` are done, if one is due."""
@@ -73,38 +90,16 @@ class Lines:
             count = f"{done:,}" if total is None else f"{done:,} of {total:,}"
             self.write(", ".join(filter(None, (f"{what}: {count}", pace.words(done, total), note))))
 
-    def write(self, line: str) -> None:
-        """Print ``line``."""
-        print(escape_controls(line), file=sys.stderr, flush=True)
-
     def close(self) -> None:
         """End the display."""
-
-
-class JsonLines(Lines):
-    """Progress lines in the log, as JSON."""
-
-    def write(self, line: str) -> None:
-        """Log ``line``, unless the log of a Prefect run has it already."""
-        if "flow_run_id" not in about():
-            logger.info(line)
-
-
-class RunLog(Lines):
-    """Progress lines in the log of the current Prefect run, if there is one."""
-
-    def write(self, line: str) -> None:
-        """Log ``line``."""
-        if "flow_run_id" in about():
-            from prefect.logging import get_run_logger
-
-            get_run_logger().info(escape_controls(line))
 
 
 class Bars(Lines):
     """Bars on a terminal, one for each kind of work."""
 
     def __init__(self) -> None:
+        # Lines appear above the bars.
+        super().__init__(lambda line: self.progress.console.print(escape_controls(line), markup=False, highlight=False))
         self.progress = rich.progress.Progress(
             SpinnerColumn(),
             TextColumn("{task.description}", markup=False),
@@ -114,23 +109,19 @@ class Bars(Lines):
             TextColumn("{task.fields[note]}", style="dim", markup=False),
             console=rich.console.Console(stderr=True),
         )
-        self.bars: dict[str, tuple[TaskID, Pace]] = {}
+        self.bars: dict[str, TaskID] = {}
 
     def __call__(self, what: str, done: int, total: int | None, note: str = "") -> None:
         """Move the bar of ``what``."""
+        pace = self.paces.setdefault(what, Pace())
         if what not in self.bars:
             self.progress.start()
-            self.bars[what] = self.progress.add_task(what, total=total, pace="", note=""), Pace()
-        bar, pace = self.bars[what]
+            self.bars[what] = self.progress.add_task(what, total=total, pace="", note="")
         pace.due(done, total)
-        words = pace.words(done, total)
-        self.progress.update(bar, completed=done, total=total, pace=words, note=escape_controls(note))
+        words, note = pace.words(done, total), escape_controls(note)
+        self.progress.update(self.bars[what], completed=done, total=total, pace=words, note=note)
         if self.progress.finished:
             self.close()
-
-    def write(self, line: str) -> None:
-        """Print ``line`` above the bars."""
-        self.progress.console.print(escape_controls(line), markup=False, highlight=False)
 
     def close(self) -> None:
         """Stop the live display."""
@@ -158,7 +149,7 @@ CONSOLE: ContextVar[Lines | None] = ContextVar("console", default=None)
 def console() -> Iterator[Lines]:
     """Bars on a terminal, plain lines elsewhere, JSON lines with DARKROOM_LOG=json; also shows our log records."""
     as_json = settings().log == "json"
-    shown = JsonLines() if as_json else Bars() if sys.stderr.isatty() else Lines()
+    shown = Lines(_log_json) if as_json else Bars() if sys.stderr.isatty() else Lines()
     handler: logging.Handler = logging.StreamHandler() if as_json else ConsoleHandler(shown)
     if as_json:
         handler.setFormatter(Formatter())
@@ -183,7 +174,7 @@ def console() -> Iterator[Lines]:
 
 def reporter() -> Progress:
     """Progress callback that writes to the log of the Prefect run, and to the console if there is one."""
-    log, console = RunLog(), CONSOLE.get()
+    log, console = Lines(_log_in_run), CONSOLE.get()
 
     def report(what: str, done: int, total: int | None, note: str = "") -> None:
         log(what, done, total, note)

@@ -15,10 +15,9 @@ from mlflow.server.auth.sqlalchemy_store import SqlAlchemyStore
 from diffusion.common.errors import UserError
 from diffusion.data.versions.takedown_records import Removal
 from flows.environment import settings
+from flows.local_stack import backup as restoring
 from flows.local_stack import down, up
-from flows.local_stack import restore as restoring
-from flows.local_stack.backup import DATABASES, SMALL, Backup, Backups, SavedObject, _copy, save
-from flows.local_stack.restore import AT_ONCE, _batches, _later_removals, restore
+from flows.local_stack.backup import DATABASES, SMALL, Backup, Backups, _copy, _later_removals, restore, save
 from flows.local_stack.stack import USER, LocalStack
 from flows.storage.s3 import Store, client
 from tests.chaos.power_drills import backup_drill
@@ -246,12 +245,3 @@ def test_a_restore_keeps_the_takedowns_of_the_stack_that_it_replaces(
     with pytest.raises(UserError, match=f"DARKROOM_HOME={old} darkroom up"):
         restore(stored, None, old, print)
     assert not settings().folder.exists()
-
-
-def test_objects_are_restored_in_groups_that_fit_in_memory() -> None:
-    sizes = [AT_ONCE // 2, AT_ONCE // 2, 1, AT_ONCE + 1, 0, 1, 1]
-    objects = [
-        SavedObject(key=str(n), size=size, etag="", sha256="0" * 64, content_type="", metadata={})
-        for n, size in enumerate(sizes)
-    ]
-    assert [[each.size for each in some] for some in _batches(objects)] == [sizes[:2], [1], [AT_ONCE + 1], [0, 1, 1]]

@@ -1,0 +1,132 @@
+"""What people read of ``darkroom trace`` and ``reproduce``: short labelled lines, and no line for what is not there."""
+
+import sys
+from contextlib import nullcontext
+from datetime import UTC, datetime
+
+import pytest
+
+from diffusion.common.fingerprint import Fingerprint
+from diffusion.generation.config import Conditions
+from diffusion.process.samplers import sampling_config
+from flows.cli import main
+from flows.provenance import reproduce, trace
+from flows.provenance.reproduce import ImageComparison, Reproduction
+from flows.provenance.trace import Takedown, Trace, TracedData, TracedImage, TracedModel, TracedRun, TracedShard
+from flows.sampling.sampling_batch import SamplingBatch
+
+FINGERPRINT = Fingerprint(batch=4, precision="fp32", device="cpu", torch="2")
+THEN = datetime(2026, 5, 4, 3, 2, tzinfo=UTC)
+BATCH = SamplingBatch(
+    model="faces",
+    version=3,
+    run_id="1" * 32,
+    content_digest="c" * 64,
+    weights_sha256="d" * 64,
+    seed=7,
+    count=1000,
+    sampling=sampling_config(sampler="dpmpp_2m", steps=3, compute_batch=4),
+    fingerprint=FINGERPRINT,
+    conditions=Conditions(labels=("cat",)),
+)
+TRACE = Trace(
+    image=TracedImage(
+        where="a.png", sha256="a" * 64, pixels_sha256=None, index=5, seed=7, label="cat", prompt=None, as_generated=True
+    ),
+    place="s3://b/p/",
+    batch=BATCH,
+    finished=True,
+    request=None,
+    model=TracedModel(
+        uri="models:/faces/3",
+        aliases=["champion"],
+        registered=THEN,
+        code_sha256=None,
+        tags={"darkroom.images": "480", "kid": "0.25"},
+    ),
+    run=TracedRun(
+        run_id="1" * 32, name="train-1", status="FINISHED", started=THEN, git_commit="c0ffee", git_dirty=False
+    ),
+    data=TracedData(
+        dataset="faces",
+        version="e" * 64,
+        content_digest="c" * 64,
+        dvc_digest=None,
+        recorded=None,
+        images=2000,
+        shards=[TracedShard(name="shards/0.tar", sha256="f" * 64, bytes=4096, where=None)],
+    ),
+    takedowns=[Takedown(name="t1", reason="consent withdrawn", images=2)],
+    broken=[],
+)
+
+
+def lines(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], verb: str) -> list[str]:
+    monkeypatch.setattr("flows.cli.operations_commands.connect", lambda *_: nullcontext())
+    monkeypatch.setattr(sys, "argv", ["darkroom", verb, "a.png"])
+    with pytest.raises(SystemExit):
+        main()
+    return capsys.readouterr().out.splitlines()
+
+
+def test_a_trace_has_a_few_lines_for_each_link(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(trace, "trace", lambda _: TRACE)
+    said = lines(monkeypatch, capsys, "trace")
+    for line in (
+        "image     a.png, as generated",
+        f"          number 5 of seed 7, sha256 {'a' * 64}",
+        "          conditions class 'cat'",
+        "batch     s3://b/p/, finished",
+        "          conditions labels ['cat']",
+        "model     models:/faces/3 @champion, registered 2026-05-04 03:02 UTC",
+        "          code: no digest of it, or not as registered",
+        "          darkroom.images 480",
+        "          kid 0.25",
+        f"run       {'1' * 32} (train-1), finished, started 2026-05-04 03:02 UTC",
+        "          git commit c0ffee, everything committed",
+        f"data set  faces, version {'e' * 64}, not in the catalogue",
+        "          DVC has no record of it",
+        "          2,000 images in 1 shards",
+        f"shard     {'f' * 64}  4,096 bytes  shards/0.tar  lost",
+        "takedown  t1: 2 images, consent withdrawn",
+    ):
+        assert line in said
+    assert not any(word in line for line in said for word in ("None", "null", "{"))
+    monkeypatch.setattr(trace, "trace", lambda _: TRACE.model_copy(update=dict.fromkeys(("image", "batch", "run"))))
+    assert [line.split()[0] for line in lines(monkeypatch, capsys, "trace") if line[0] != " "] == [
+        *("model", "data", "shard", "takedown")
+    ]
+
+
+def test_a_comparison_says_how_many_images_are_the_same_and_how_far_off_the_others_are(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = ImageComparison(
+        key="00000005", exact=False, altered=False, largest_error=2, mean_error=0.01, differing_pixels=9
+    )
+    done = Reproduction(
+        where="s3://b/p/",
+        model="models:/faces/3",
+        code="shipped",
+        images=4,
+        exact=3,
+        fingerprint=FINGERPRINT,
+        differences="torch: 2 → 3",
+        moved=[],
+        largest_error=2,
+        mean_error=0.01,
+        differing_pixels=9,
+        other=[other],
+        altered=[],
+        folder=None,
+    )
+    monkeypatch.setattr(reproduce, "reproduce", lambda *_: done)
+    assert lines(monkeypatch, capsys, "reproduce") == [
+        "3 of 4 identical bit for bit, regenerated with the code that models:/faces/3 ships",
+        "the fingerprint differs: torch: 2 → 3 (then → now)",
+        "largest pixel error 2 of 255, 9 pixels differ, mean error of the worst image 0.01 of 255 (within the "
+        "numerical tolerance)",
+        "  00000005: off by 2 of 255 at most",
+    ]
