@@ -21,8 +21,7 @@ ISA_VARIABLES = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTI
 def resolve_device(name: DeviceName) -> torch.device:
     """Resolve a device name: ``auto`` is a GPU if torch sees one, else the CPU; ``LOCAL_RANK`` selects among several.
 
-    Raises:
-        UserError: If ``name`` is cuda and there is no GPU.
+    Raises UserError if ``name`` is cuda and there is no GPU.
     """
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if name == "cuda" and not count:

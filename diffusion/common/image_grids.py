@@ -27,13 +27,9 @@ XMP = (
 
 
 def grid(images: Tensor, columns: int | None = None, pad: int = 2, scale: int | None = None) -> Image.Image:
-    """Arrange images row by row on a white background.
+    """Arrange ``images``, (N, C, H, W) uint8 with C 1 or 3, row by row on a white background.
 
-    Args:
-        images: (N, C, H, W) uint8 with C 1 or 3.
-        columns: Images per row; default: as square as possible.
-        pad: White pixels between and around the images.
-        scale: Integer enlargement without smoothing; default: to about 64 pixels.
+    By default as square as possible, and enlarged without smoothing, by an integer ``scale``, to about 64 pixels each.
     """
     count, channels, height, width = images.shape
     columns = columns or max(1, math.ceil(math.sqrt(count)))

@@ -1,7 +1,6 @@
-"""Counter-based random numbers: pure functions of (seed, stream, index).
+"""Counter-based random numbers: pure functions of (seed, stream, index), by Philox (Salmon et al., SC 2011).
 
-The index counts images: the global sample index in training, the image's number in sampling. So
-workers, ranks, chunks and restarts do not change them. The generator is Philox (Salmon et al., SC 2011).
+The index counts images, in training or in a sampling batch, so workers, ranks, chunks and restarts do not change them.
 """
 
 from collections.abc import Sequence

@@ -1,10 +1,8 @@
 """Worker threads of one core each, with torch's intra-operation parallelism off.
 
-By default torch splits each operation over the cores. With small networks the threads then synchronize
-thousands of times a second, and if another process is busy, each wait may take a time slice: measured on
-two cores with one busy neighbour, training fell from 420 to under 10 images a second, and with two worker
-threads from 430 to 150. As an operation on one thread always adds in the same order, results do not
-depend on the number of cores.
+Otherwise the threads of a small network synchronize thousands of times a second, and if another process is busy, each
+wait may take a time slice: on two cores with one busy neighbour, training fell from 420 to under 10 images a second,
+with two worker threads from 430 to 150. Nor do results depend on the number of cores, as one thread adds in one order.
 """
 
 import os

@@ -1,8 +1,7 @@
 """Embeddings of a data set's captions: computed at the first training that is conditioned on them, and cached.
 
-They are not computed at ingest: most data sets are never trained with captions, and the machine that ingests may lack
-the text encoder. The cache lies in the work folder, as it is not part of the data set. It holds one embedding per
-distinct caption, by the SHA-256 of its text, and is deleted when images are taken down.
+The cache lies in the work folder, as it is not part of the data set. It holds one embedding per distinct caption, by
+the SHA-256 of its text, and is deleted when images are taken down.
 """
 
 import hashlib
@@ -51,11 +50,8 @@ class Captions:
 def embeddings_of(dataset: Dataset, texts: Sequence[str], pool: Executor, progress: Progress = silent) -> Tensor:
     """Compute the embeddings of ``texts``, all the captions of ``dataset`` in their order: (len(texts), 384) float32.
 
-    Cached under the digests of content and encoder, written atomically. A damaged file is computed again, and
-    embeddings in files of earlier versions are reused before these are deleted. Concurrent trainings wait for one
-    another.
-
-    Raises UserError if the text encoder is unavailable.
+    Cached under the digests of content and encoder; embeddings in files of earlier versions are reused before these are
+    deleted. Concurrent trainings wait for one another. Raises UserError if the text encoder is unavailable.
     """
     # Required even if all embeddings are cached: each checkpoint embeds captions for its sample grid.
     read = encoder()

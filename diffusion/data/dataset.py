@@ -63,8 +63,7 @@ class Dataset:
     def open(cls, folder: Path, shards: ShardCache | None = None, cache_bytes: int = CACHE_BYTES) -> "Dataset":
         """Open the data set in ``folder``, its shards read from there or from ``shards``.
 
-        Raises UserError, naming the file, if one is missing or damaged; damage inside a shard of the right length is
-        detected when images are first read from it.
+        Raises UserError, naming the file, if one is missing or of another length; shards are verified when first read.
         """
         manifest = read_manifest(folder)
         if shards is None:
@@ -128,10 +127,7 @@ class Dataset:
         self._shards.ahead(self._entries if shards is None else [self._entries[number] for number in shards])
 
     def images(self, rows: Rows) -> Tensor:
-        """Return the images in ``rows`` as (len(rows), C, H, W) uint8.
-
-        Raises UserError, naming the shard, if one is damaged or unavailable.
-        """
+        """Return the images in ``rows`` as (len(rows), C, H, W) uint8; raises UserError if a shard is damaged."""
         return torch.from_numpy(np.ascontiguousarray(self.pixels(rows).transpose(0, 3, 1, 2)))
 
     def pixels(self, rows: Rows) -> np.ndarray:

@@ -18,8 +18,7 @@ from diffusion.data.dataset import Dataset, Rows
 class TrainingOrder:
     """An endless sequence of sample indices, in which each epoch shows every sample once, in a fresh permutation.
 
-    It is a pure function of (content digest, seed). A position in it is a single integer, the number of images seen so
-    far, so resuming anywhere costs nothing.
+    A pure function of (content digest, seed). A position is the number of images seen so far, so resuming is free.
     """
 
     def __init__(self, content_digest: str, seed: int, length: int) -> None:
@@ -30,26 +29,21 @@ class TrainingOrder:
 
     def rows(self, start: int, count: int) -> np.ndarray:
         """Return which of the ``length`` samples are at positions start … start+count−1, as (count,) int64."""
-        epoch, window, offset = self._find(start)
-        pieces = [self._samples(epoch, window)[offset : offset + count]]
-        while (missing := count - sum(map(len, pieces))) > 0:
-            epoch, window = self._after(epoch, window)
-            pieces.append(self._samples(epoch, window)[:missing])
+        pieces = []
+        while count > 0:
+            samples, offset = self._at(start)
+            pieces.append(samples[offset : offset + count])
+            start, count = start + len(pieces[-1]), count - len(pieces[-1])
         return np.concatenate(pieces)
 
     def coming(self, start: int) -> tuple[int, ...] | None:
         """Return the shards needed from ``start`` on, soonest first; None: any of them at any time."""
         return None
 
-    def _find(self, position: int) -> tuple[int, int, int]:
-        """Return epoch and window of ``position``, and its place in the window: here all of the epoch."""
-        return position // self.length, 0, position % self.length
-
-    def _after(self, epoch: int, window: int) -> tuple[int, int]:
-        return epoch + 1, 0
-
-    def _samples(self, epoch: int, window: int) -> np.ndarray:
-        return self._permutation(epoch)
+    def _at(self, position: int) -> tuple[np.ndarray, int]:
+        """Return a piece of the sequence that contains ``position``, and the place of ``position`` in it."""
+        epoch, offset = divmod(position, self.length)
+        return self._permutation(epoch), offset
 
 
 class WindowedOrder(TrainingOrder):
@@ -71,21 +65,21 @@ class WindowedOrder(TrainingOrder):
 
     def coming(self, start: int) -> tuple[int, ...]:
         """Return the shards of the window at position ``start``, then those of the next window."""
-        epoch, window, _ = self._find(start)
-        shards = np.concatenate([self._shards_of(epoch, window), self._shards_of(*self._after(epoch, window))])
+        epoch, window, offset = self._find(start)
+        behind = start - offset + len(self._window(epoch, window))
+        shards = np.concatenate([self._shards_of(epoch, window), self._shards_of(*self._find(behind)[:2])])
         return tuple(dict.fromkeys(self._numbers[shards].tolist()))
 
     def _find(self, position: int) -> tuple[int, int, int]:
+        """Return epoch and window of ``position``, and its place in the window."""
         epoch, offset = divmod(position, self.length)
         ends = self._epoch(epoch)[1]
         window = int(np.searchsorted(ends, offset, side="right"))
         return epoch, window, offset - (int(ends[window - 1]) if window else 0)
 
-    def _after(self, epoch: int, window: int) -> tuple[int, int]:
-        return (epoch, window + 1) if window + 1 < len(self._epoch(epoch)[1]) else (epoch + 1, 0)
-
-    def _samples(self, epoch: int, window: int) -> np.ndarray:
-        return self._window(epoch, window)
+    def _at(self, position: int) -> tuple[np.ndarray, int]:
+        epoch, window, offset = self._find(position)
+        return self._window(epoch, window), offset
 
     def _shards_and_ends(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """Return the epoch's order of shards, and the cumulative number of samples at the end of each window."""
@@ -118,9 +112,8 @@ class Batch:
 class Loader:
     """Loader of one rank's share of the batch that begins at a position in the order of training.
 
-    Batches are a pure function of dataset, order, position and the other arguments, independent of the number of
-    workers and of where reading began. The equal shares of all ranks make up the batch of a single rank. Consecutive
-    batches are prepared in the background.
+    Batches are a pure function of the arguments and the position, independent of the number of workers. The equal
+    shares of all ranks make up the batch of a single rank. Consecutive batches are prepared in the background.
 
     ``rows``: the data set's rows that ``order`` orders. ``flip_seed``: half of the images are mirrored, chosen by this
     seed and the image's global index; None: none is. ``prefetch``: batches prepared ahead, by ``workers`` threads.

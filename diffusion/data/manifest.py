@@ -1,8 +1,7 @@
 """The manifest of a data set: the one file that is read first and written last.
 
-``manifest.json`` lists the *parts* of the data set, one for each chunk of images that an ingest read: a shard of the
-kept images and a Parquet table of all entries read. Both are named by content and never change, so a new version adds
-parts and shares the old ones, and a version is complete once its manifest is.
+``manifest.json`` lists the *parts* of the data set, one for each chunk of an ingest: a shard of the kept images and a
+Parquet table of all entries read, both named by content. A new version adds parts and shares the old ones.
 """
 
 import hashlib
@@ -12,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -141,6 +140,11 @@ class Manifest(Config):
     def size(self) -> int:
         """Return height and width of every image, in pixels."""
         return self.storage.size
+
+    def stored_otherwise(self, other: StorageConfig) -> tuple[str, Any, Any] | None:
+        """Return the first storage setting that differs from ``other``, and both values."""
+        differing = ((name, mine, getattr(other, name)) for name, mine in self.storage)
+        return next((each for each in differing if each[1] != each[2]), None)
 
     @property
     def channels(self) -> Literal[1, 3]:
@@ -309,10 +313,7 @@ def digest_of_samples(storage: StorageConfig, samples: Iterable[bytes]) -> str:
 def content_digest(folder: Path, parts: Iterable[Part], storage: StorageConfig) -> str:
     """Compute the content digest of the kept images of ``parts`` of the data set in ``folder``.
 
-    Equal images give equal digests, independent of ingests, chunks and removals. Sorted on disk, so that memory does
-    not grow with the set.
-
-    Raises UserError if a records table is missing or damaged.
+    Sorted on disk, so that memory does not grow with the set. Raises UserError if a table is missing or damaged.
     """
     # A database without a name lies in a temporary file that the system deletes with this process.
     with closing(sqlite3.connect("")) as database:

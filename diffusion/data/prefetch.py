@@ -34,9 +34,14 @@ def in_order(futures: Iterator[Begun[Result]], begun: int) -> Iterator[Result]:
         waiting.extend(islice(futures, 1))
 
 
-def ahead(work: Callable[[Item], Result], items: Iterable[Item], workers: int) -> Generator[Result, None, None]:
-    """Yield ``work`` of each of ``items`` in order, ``workers`` at a time; at most twice as many are buffered."""
-    pool = ThreadPoolExecutor(workers)
+def ahead(
+    work: Callable[[Item], Result], items: Iterable[Item], workers: int, pool: Executor | None = None
+) -> Generator[Result, None, None]:
+    """Yield ``work`` of each of ``items`` in order, ``workers`` at a time; at most twice as many are buffered.
+
+    ``pool`` of so many workers is shut down at the end; None: threads.
+    """
+    pool = pool or ThreadPoolExecutor(workers)
     try:
         yield from in_order((pool.submit(work, item) for item in items), 2 * workers)
     finally:
@@ -62,14 +67,8 @@ def local_fan_out(config: IngestConfig) -> FanOut:
         forkserver.ensure_running()
 
     def fan_out(work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
-        pool: Executor
-        if config.runner == "processes":
-            pool = ProcessPoolExecutor(config.workers, get_context("forkserver"), end_with_parent)
-        else:
-            pool = ThreadPoolExecutor(config.workers)
-        try:
-            yield from in_order((pool.submit(work, item) for item in items), 2 * config.workers)
-        finally:
-            pool.shutdown(cancel_futures=True)
+        processes = config.runner == "processes"
+        pool = ProcessPoolExecutor(config.workers, get_context("forkserver"), end_with_parent) if processes else None
+        return ahead(work, items, config.workers, pool)
 
     return fan_out

@@ -34,19 +34,17 @@ class ShardStore(Protocol):
     """Remote storage of a data set's shards."""
 
     def fetch(self, entry: FileEntry, path: Path) -> None:
-        """Write the shard's bytes to ``path``, replacing any file there, and nothing else into its folder.
+        """Write the shard's bytes to ``path``, unverified, replacing any file there; retry transient errors.
 
-        Should not verify them, but retry transient errors. Raises UserError if the shard does not exist or is
-        unavailable. Called by several threads.
+        Called by several threads. Raises UserError if the shard does not exist or is unavailable.
         """
 
 
 class ShardCache:
     """LRU cache of shards in ``folder``, into which ``store`` fetches them; together they take at most ``max_bytes``.
 
-    A shard is named by its SHA-256, appears atomically, and is verified before its first use. Shards requested with
-    ``ahead`` are not evicted. Processes may share a folder: each uses what the others have fetched, and a shard evicted
-    while it is read stays readable. The name of a partial shard states its size; locks serialize processes.
+    A shard is named by its SHA-256, appears atomically, and is verified before its first use. Processes may share a
+    folder: each uses what the others have fetched, and a shard evicted while it is read stays readable.
     """
 
     def __init__(self, folder: Path, store: ShardStore, max_bytes: int) -> None:

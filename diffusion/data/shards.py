@@ -24,10 +24,6 @@ if TYPE_CHECKING:
     from _typeshed import SupportsWrite
 
 BLOCK = tarfile.BLOCKSIZE
-HEADER = tarfile.TarInfo().tobuf(tarfile.USTAR_FORMAT)
-"""Header of a file without name and bytes, with constant modes and times."""
-SIZE, CHECKSUM = slice(124, 136), slice(148, 156)
-"""Position of these fields in a header (POSIX.1-1988, ustar)."""
 VERIFIERS = 2
 """Shards verified at the same time: SHA-256 works outside the interpreter lock."""
 OPEN_SHARDS = 256
@@ -51,7 +47,7 @@ class Extent:
 class TarWriter:
     """Writes samples of two members each, ``<key>.png`` and ``<key>.json``, as one USTAR archive."""
 
-    def __init__(self, file: "SupportsWrite[bytes | bytearray]") -> None:
+    def __init__(self, file: "SupportsWrite[bytes]") -> None:
         self.file = file
         self.position = 0
 
@@ -78,15 +74,11 @@ class TarWriter:
         self._write(bytes(-(-end // tarfile.RECORDSIZE) * tarfile.RECORDSIZE - self.position))
 
     def _member(self, name: str, data: bytes) -> None:
-        # The same bytes as from tarfile, in a quarter of the time.
-        header = bytearray(HEADER)
-        header[: len(name)] = name.encode()
-        header[SIZE] = b"%011o\0" % len(data)
-        header[CHECKSUM] = b" " * 8
-        header[CHECKSUM] = b"%06o\0 " % sum(header)
-        self._write(header + data + bytes(-len(data) % BLOCK))
+        info = tarfile.TarInfo(name)
+        info.size = len(data)
+        self._write(info.tobuf(tarfile.USTAR_FORMAT) + data + bytes(-len(data) % BLOCK))
 
-    def _write(self, data: bytes | bytearray) -> None:
+    def _write(self, data: bytes) -> None:
         self.file.write(data)
         self.position += len(data)
 

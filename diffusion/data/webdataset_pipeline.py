@@ -1,9 +1,4 @@
-"""WebDataset pipeline over a data set, for training scripts other than Darkroom's.
-
-Any reader of WebDataset tars can open the shards. The manifest and its tables add which shards belong to this version,
-which images are held out, and the number of each class. Darkroom's own training uses ``loader``, whose order is free of
-history and can be resumed at any image.
-"""
+"""WebDataset pipeline over a data set, for training scripts other than Darkroom's, which uses ``loader``."""
 
 import json
 from functools import partial
@@ -27,14 +22,8 @@ def open_webdataset(folder: Path, split: Split = "train", shuffle: int = 0, seed
     the manifest's labels, −1 for none) and ``caption`` (str or None). ``torch.utils.data.DataLoader`` takes it with any
     number of workers, which divide the shards among them. Nothing in the shards is unpickled.
 
-    Args:
-        folder: A data set as ``darkroom ingest`` writes it.
-        split: ``train`` or ``held_out``.
-        shuffle: Size of the shuffle buffer in images; 0 for the stored order of images and shards.
-        seed: Seed of the shuffling of shards.
-
-    Raises:
-        UserError: A shard or table is missing or damaged.
+    ``shuffle``: size of the shuffle buffer in images; 0 for the stored order of images and shards, which are otherwise
+    shuffled by ``seed``. Raises UserError if a shard or table is missing or damaged.
     """
     dataset = Dataset.open(folder, cache_bytes=0)
     manifest = dataset.manifest

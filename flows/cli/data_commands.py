@@ -177,7 +177,7 @@ def remove(
     patterns = [each for each in images or [] if not is_key(each)]
     selection = Selection(prefixes=keys, sources=[*patterns, *source], label=label)
     # Raises UserError if it is empty or malformed.
-    Selector.of(selection)
+    Selector(selection)
     if dry_run and purge:
         raise UserError("--dry-run only says which images would be removed: leave --purge out")
     if dry_run:

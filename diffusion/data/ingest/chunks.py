@@ -1,14 +1,12 @@
 """The plan of an ingest and its chunks: images are read, decoded and written into one shard per chunk.
 
-The plan, the list of the entries to read, is a file on disk. A chunk is a pure function of its entries and the
-configuration, so it may run in any thread, process or machine that sees the work folder, and a chunk that was finished
-before a kill is not repeated.
+A chunk is a pure function of its entries and the configuration, so it may run on any machine that sees the work folder,
+and a chunk that was finished before a kill is not repeated.
 """
 
 import hashlib
 import json
 import sqlite3
-import uuid
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
@@ -19,7 +17,7 @@ import imagehash
 import numpy as np
 from PIL import Image
 
-from diffusion.common.files import canonical_json, digest_of, sha256_bytes, sha256_file, sync_file, sync_folder
+from diffusion.common.files import canonical_json, digest_of, sha256_bytes, write_atomically, write_bytes
 from diffusion.common.progress import Progress
 from diffusion.data.ingest.config import IngestConfig
 from diffusion.data.ingest.decode import Refused, StoredImage, prepare
@@ -40,8 +38,7 @@ STAMPED = """
         AND (EXISTS (SELECT 1 FROM stored.records r WHERE r.source = s.source AND r.sha256 = s.sha256)
             OR EXISTS (SELECT 1 FROM stored.removed d WHERE d.digest = s.sha256))
 """
-"""Query: the entry was read before with the same stamp, and its outcome is recorded; the index may be of another
-version."""
+"""Query: the entry was read before with the same stamp, and its outcome is recorded in this version."""
 REFUSED = "SELECT 1 FROM stored.records r WHERE r.source = l.source AND r.outcome = 'quarantined'"
 KNOWN = "SELECT group_concat(hex(r.sha256)) FROM stored.records r WHERE r.source = l.source"
 CORRECTED = "SELECT 1 FROM stored.seen s WHERE s.origin = :origin AND s.source = l.source AND s.told != l.told"
@@ -73,9 +70,14 @@ def make_plan(
         database.executescript(f"PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF; {SCHEMA}")
         database.execute("ATTACH ? AS stored", (str(index),))
         database.execute("BEGIN")
-        entries = _with_progress(map(bounded, source.entries()), progress)
-        rows = ((*entry, description_digest(entry.label, entry.caption)) for entry in entries)
-        database.executemany(f"INSERT OR REPLACE INTO listing ({ENTRY}, told) VALUES (?, ?, ?, ?, ?, ?, ?)", rows)
+
+        def rows() -> Iterator[tuple[str | None, ...]]:
+            for number, entry in enumerate(map(bounded, source.entries()), start=1):
+                if number % LISTED_AT_ONCE == 0:
+                    progress("images listed", number, None)
+                yield (*entry, description_digest(entry.label, entry.caption))
+
+        database.executemany(f"INSERT OR REPLACE INTO listing ({ENTRY}, told) VALUES (?, ?, ?, ?, ?, ?, ?)", rows())
         known, condition = KNOWN, f"NOT EXISTS ({STAMPED})"
         if requeue:
             known, condition = f"{KNOWN} AND r.outcome != 'quarantined'", f"{condition} OR EXISTS ({REFUSED})"
@@ -102,13 +104,6 @@ def description_digest(label: str | None, caption: str | None) -> str:
 def origin_of(uri: str) -> str:
     """Return the identity of a source: its URI, with local paths made absolute."""
     return uri if ":" in uri else str(Path(uri).resolve())
-
-
-def _with_progress(entries: Iterator[Entry], progress: Progress) -> Iterator[Entry]:
-    for number, entry in enumerate(entries, start=1):
-        if number % LISTED_AT_ONCE == 0:
-            progress("images listed", number, None)
-        yield entry
 
 
 @dataclass(frozen=True)
@@ -145,27 +140,18 @@ def prepare_chunk(chunk: Chunk) -> Path:
     settings = chunk.config.model_dump(mode="json", exclude=NOT_OF_A_CHUNK)
     listing = [[entry.source, entry.stamp, entry.label, entry.caption, sorted(known)] for entry, known in planned]
     name = digest_of({"format": FORMAT, "uri": chunk.config.source, "config": settings, "entries": listing})
-    folder = chunk.work / "chunks"
-    table, shard = folder / f"{name}.jsonl", folder / f"{name}.tar"
+    table = chunk.work / "chunks" / f"{name}.jsonl"
     if not table.is_file():
-        folder.mkdir(parents=True, exist_ok=True)
-        # A unique name: a worker whose parent was killed may still be writing.
-        partial = folder / f".{name}.{uuid.uuid4().hex}.partial"
-        with partial.open("wb") as tar:
-            prepared = _prepare(chunk, planned, TarWriter(tar))
-        shard_sha256 = sha256_file(partial)
-        _finish(partial, shard)
-        with partial.open("w") as lines:
-            lines.writelines(f"{json.dumps(line)}\n" for line in (shard_sha256, *prepared))
-        _finish(partial, table)
+        prepared: list[dict[str, Any]] = []
+
+        def write(partial: Path) -> None:
+            with partial.open("wb") as tar:
+                prepared.extend(_prepare(chunk, planned, TarWriter(tar)))
+
+        # Before the table is written: a table implies that its shard exists.
+        shard_sha256 = write_atomically(table.with_suffix(".tar"), write)
+        write_bytes(table, "".join(f"{json.dumps(line)}\n" for line in (shard_sha256, *prepared)).encode())
     return table
-
-
-def _finish(partial: Path, path: Path) -> None:
-    sync_file(partial)
-    partial.replace(path)
-    # Before the table is written: a table implies that its shard exists.
-    sync_folder(path.parent)
 
 
 def _prepare(chunk: Chunk, planned: list[tuple[Entry, frozenset[str]]], writer: TarWriter) -> list[dict[str, Any]]:

@@ -85,10 +85,8 @@ class StoredImage:
 def prepare(payload: bytes | Image.Image, config: IngestConfig) -> StoredImage:
     """Decode, orient, convert to sRGB, flatten and resize one image, given as a file's bytes or decoded already.
 
-    Of several frames or pages the first is used. ``config.max_seconds`` is CPU time, so that a busy machine quarantines
-    nothing. It is checked whenever a decoder reads on, which that of JPEG does every 4 KiB and those of PNG, GIF and
-    BMP every 64, and once more at the end. A WebP or compressed TIFF is decoded in one go, which only
-    ``config.max_pixels`` keeps short.
+    Of several frames or pages the first is used. ``config.max_seconds`` is CPU time, checked whenever a decoder reads
+    on. A WebP or compressed TIFF is decoded in one go, which only ``config.max_pixels`` keeps short.
 
     Raises Refused, with the reason, and nothing else, whatever the bytes are.
     """
@@ -173,7 +171,8 @@ def _decode(payload: bytes | Image.Image, config: IngestConfig, turns: ExitStack
     image = _open(file)
     size, scale = image.size, 1
     _require_usable(size, config)
-    layout = _layout(image)
+    args = image.tile[0].args if image.tile else ""
+    layout = str(args[0] if isinstance(args, tuple) else args)  # Pillow's name of that of samples: ``RGB;16B``, say
     if (
         isinstance(image, TiffImageFile)
         and max(image.tag_v2.get(BITSPERSAMPLE, (1,))) > 8
@@ -199,12 +198,6 @@ def _decode(payload: bytes | Image.Image, config: IngestConfig, turns: ExitStack
         # Pillow keeps the upper bytes of colours, but not that of the transparent one.
         image.info["transparency"] = tuple(sample >> 8 for sample in transparent)
     return _upright(image, size, scale)
-
-
-def _layout(image: ImageFile) -> str:
-    """Return Pillow's name of the layout of samples in a file that is not loaded yet: ``RGB;16B``, say."""
-    args = image.tile[0].args if image.tile else ""
-    return str(args[0] if isinstance(args, tuple) else args)
 
 
 def _open(file: _Timed) -> ImageFile:
@@ -302,8 +295,7 @@ def _to_srgb(image: Image.Image) -> Image.Image:
 def _conversion(profile: bytes, mode: str) -> Callable[[Image.Image], Image.Image] | None:
     """Build the conversion of images of ``mode`` from ``profile`` to sRGB; None if that changes nothing.
 
-    Most profiles are sRGB, and lcms is slow to build a conversion: one in a thousand images has a new profile. A
-    profile for another pixel mode is ignored, except that RGB profiles apply to grey.
+    A profile for another pixel mode is ignored, except that RGB profiles apply to grey.
     """
     source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
     kind = {"GRAY": "L", "RGB": "RGB", "CMYK": "CMYK"}.get(source.profile.xcolor_space.strip())
@@ -342,8 +334,7 @@ def _resized(size: tuple[int, int], config: IngestConfig) -> tuple[int, int]:
 def _square(source: _Source, image: Image.Image, config: IngestConfig) -> Image.Image:
     """Resize ``image``, converted from ``source``, to ``config.size`` pixels high and wide.
 
-    Uses antialiased bicubic interpolation of an image decoded at a fraction, as is common in data sets for diffusion
-    (Dhariwal and Nichol, Diffusion Models Beat GANs on Image Synthesis, in their code).
+    By antialiased bicubic interpolation, as Dhariwal and Nichol do (Diffusion Models Beat GANs on Image Synthesis).
     """
     width, height = source.size
     left, top, side = 0, 0, min(width, height)

@@ -1,8 +1,7 @@
 """The index of a data set: its records by key and by source, and groups of near-duplicates, on disk.
 
-It is a cache. Its records can always be read again from the tables of the data set; stamps of files, known only to this
-machine, can be restored by reading the files once more. Near-duplicates are images whose perceptual hashes differ in a
-few bits, found without comparing all pairs.
+It is a cache of the tables of the data set, and of stamps, without which files are read once more. Near-duplicates are
+images whose perceptual hashes differ in a few bits, found without comparing all pairs.
 """
 
 import io

@@ -1,7 +1,6 @@
-"""Ingest: reads images from any source and adds new parts to a data set.
+"""Ingest: lists a source, plans what is new, prepares it chunk by chunk on any worker and merges the chunks in order.
 
-It lists the source, plans what is new, prepares it chunk by chunk on any worker and merges the chunks in order. The
-manifest is written last; until then the previous version is complete, and nothing refers to added files.
+The manifest is written last; until then the previous version is complete, and nothing refers to added files.
 """
 
 import shutil
@@ -83,9 +82,8 @@ def ingest(
 ) -> IngestResult:
     """Add what is new in ``config.source`` to the data set in ``folder`` (its name is the data set's).
 
-    Equal images, configuration and history give equal bytes. ``requeue`` reads quarantined entries again. The previous
-    version stays complete until the new one is; a killed run is simply repeated and reuses finished chunks. Concurrent
-    ingests into one folder wait for one another.
+    Equal images, configuration and history give equal bytes. ``requeue`` reads quarantined entries again. A killed run
+    is simply repeated and reuses finished chunks. Concurrent ingests into one folder wait for one another.
 
     Raises UserError if the source cannot be understood, no image can be used, more than ``config.max_quarantined``
     of those read are quarantined, or the data set stores its images in another way and ``rebuild`` is ``never``.
@@ -174,12 +172,11 @@ def _anew(before: Manifest | None, config: IngestConfig, rebuild: Rebuild, folde
     """Return whether the data set is rebuilt."""
     if before is None or rebuild == "always":
         return True
-    ours, theirs = config.storage().model_dump(), before.storage.model_dump()
-    different = [name for name in ours if ours[name] != theirs[name]]
+    different = before.stored_otherwise(config.storage())
     if different and rebuild == "never":
-        name = different[0]
+        name, theirs, ours = different
         raise UserError(
-            f"data set {folder.name} was made with ingest.{name}={theirs[name]} and this is {ours[name]}: "
+            f"data set {folder.name} was made with ingest.{name}={theirs} and this is {ours}: "
             "give another --dataset, or --rebuild to make it anew from this source alone"
         )
     return bool(different)

@@ -1,8 +1,4 @@
-"""Merge: prepared chunks become parts of the data set in order, each checked against all before it.
-
-``unite`` adds the additions of one line of versions to another: two machines that ingest from the same version create
-two lines.
-"""
+"""Merge: prepared chunks become parts of the data set in order, each checked against all before it."""
 
 import json
 import os
@@ -170,7 +166,11 @@ class Merge:
                 staged = self.folder / "shards" / f".{number:05d}.tar"
                 make_folder(staged.parent)
                 staged.unlink(missing_ok=True)
-                _link(source, staged)
+                try:
+                    os.link(source, staged)
+                except OSError:  # a file system without hard links
+                    shutil.copyfile(source, staged)
+                sync_file(staged)
                 shard = _named(self.folder, staged, digest)
             else:
                 shard = filter_shard(self.folder, number, source, kept)
@@ -240,15 +240,6 @@ def _named(folder: Path, staged: Path, digest: str) -> FileEntry:
     return FileEntry(name=path.relative_to(folder).as_posix(), sha256=digest, bytes=path.stat().st_size)
 
 
-def _link(path: Path, target: Path) -> None:
-    """Link a file under a second name, or copy it if the file system has no hard links."""
-    try:
-        os.link(path, target)
-    except OSError:
-        shutil.copyfile(path, target)
-    sync_file(target)
-
-
 class Union(Config):
     """Union of two lines of versions."""
 
@@ -262,12 +253,11 @@ class Union(Config):
 def unite(folder: Path, config: IngestConfig, theirs: Manifest, base: Manifest | None) -> Union:
     """Make a version based on ``theirs`` with the additions of the current version in ``folder`` to ``base``.
 
-    ``base`` is the newest common ancestor; None if there is none. All files of ``theirs``, and the manifests of its
-    ancestors, lie in ``folder``. The caller holds the data set's lock. Repeated after a kill it gives the same result:
-    the manifest is written last.
+    Two machines that ingest into ``base``, the newest common ancestor if there is one, create two lines of versions.
+    All files of ``theirs`` and the manifests of its ancestors lie in ``folder``. The caller holds the data set's lock.
+    Repeated after a kill it gives the same result: the manifest is written last.
 
-    Raises:
-        Held: If the two store images in different ways, or ours rebuilt the data set.
+    Raises Held if the two store images in different ways, or ours rebuilt the data set.
     """
     ours = read_manifest(folder)
     require_compatible(folder, ours, theirs, base)
@@ -308,10 +298,9 @@ def require_compatible(folder: Path, ours: Manifest, theirs: Manifest, base: Man
             f"{faster} {ours.digest[:12]} here began it anew: give the command with --rebuild again to begin anew all "
             f"the same, or to add to theirs {go_on}"
         )
-    mine, other = ours.storage.model_dump(), theirs.storage.model_dump()
-    if different := [name for name in mine if mine[name] != other[name]]:
-        name = different[0]
+    if different := theirs.stored_otherwise(ours.storage):
+        name, other, mine = different
         raise Held(
-            f"{faster} stores images with ingest.{name}={other[name]}, while {ours.digest[:12]} here has {mine[name]}: "
+            f"{faster} stores images with ingest.{name}={other}, while {ours.digest[:12]} here has {mine}: "
             f"give another --dataset, or to add to theirs {go_on} with that"
         )

@@ -20,17 +20,12 @@ UNDERSTOOD = (
     "a folder; a .tar (.tar.gz, .tar.bz2, .tar.xz) or .zip; wds:SHARDS of WebDataset; a .parquet file or "
     "parquet:FILES; a .csv or .jsonl table of URLs; s3://BUCKET/PREFIX; torchvision:NAME; MNIST's IDX files or idx:PATH"
 )
-OPTIONS = {
-    "parquet": ("image", "label", "caption"),
-    "idx": ("split",),
-    "torchvision": ("root", "split", "download"),
+OPENERS: dict[str, tuple[Callable[[str, dict[str, str], Access], Source], tuple[str, ...]]] = {
+    "parquet": (Parquet, ("image", "label", "caption")),
+    "idx": (Idx.open, ("split",)),
+    "torchvision": (TorchvisionSet.open, ("root", "split", "download")),
 }
-"""Options of each scheme that takes any."""
-OPENERS: dict[str, Callable[[str, dict[str, str], Access], Source]] = {
-    "parquet": Parquet,
-    "idx": Idx.open,
-    "torchvision": TorchvisionSet.open,
-}
+"""Schemes that take options, and their names."""
 WITH_OPTIONS = re.compile(r"(.*?)\?([a-z_]+=.*)", re.DOTALL)
 """Other question marks are part of a pattern."""
 IDX = re.compile(r".*-images[-.]idx3-ubyte(\.gz)?")
@@ -52,7 +47,7 @@ def open_source(uri: str, access: Access) -> Source:
     if scheme in OPENERS and colon:
         parts = WITH_OPTIONS.fullmatch(rest)
         place, options = (parts[1], _options(scheme, *parts.groups())) if parts else (rest, {})
-        return OPENERS[scheme](place, options, access)
+        return OPENERS[scheme][0](place, options, access)
     path = _local(uri) if scheme == "file" and colon else Path(uri)
     name = path.name.lower()
     if path.is_dir():
@@ -81,8 +76,8 @@ def _options(scheme: str, place: str, text: str) -> dict[str, str]:
         name, equals, value = option.partition("=")
         if not equals or not value or name in options:
             raise UserError(f"{option!r} in {place}?{text} is no option: write each once, as NAME=VALUE, joined by &")
-        if name not in OPTIONS[scheme]:
-            raise UserError(f"{scheme}:{place} has no option {name}: there is {', '.join(OPTIONS[scheme])}")
+        if name not in (known := OPENERS[scheme][1]):
+            raise UserError(f"{scheme}:{place} has no option {name}: there is {', '.join(known)}")
         options[name] = unquote(value)
     return options
 

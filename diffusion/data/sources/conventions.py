@@ -66,11 +66,8 @@ def list_images(
     With a ``metadata.csv`` or ``metadata.jsonl``, opened by ``open_table(locator, stamp)``, exactly the files that it
     names (``file_name``, and optionally ``label`` and ``text`` or ``caption``). Without one, every file with an image's
     extension that is not hidden; its label is the name of its folder if there are several and none of the images lies
-    in the root. The extensions of other visible files are counted in ``passed_over``.
-
-    Labels depend on all files, which are kept on disk. Of several files of a name the last one counts.
-
-    Raises UserError for metadata that cannot be read.
+    in the root. The extensions of other visible files are counted in ``passed_over``. Of several files of a name the
+    last one counts. Raises UserError for metadata that cannot be read.
     """
     where = where.rstrip("/")
     # SQLite's name for a private temporary file.

@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
@@ -52,12 +52,18 @@ def _walk(folder: str, prefix: str, above: tuple[str, ...]) -> Iterator[str]:
 
     ``above``: the real paths of the folders that lead to it, from the root to itself.
     """
-    with _scanned(folder) as children:
+    try:
+        children = os.scandir(folder)
+    except OSError as error:
+        raise UserError(f"{folder} cannot be read ({error.strerror}): mend its permissions or take it away") from error
+    with children:
         for child in children:
-            name = f"{prefix}{child.name}"
+            name, is_folder = f"{prefix}{child.name}", False
             if child.name.startswith("."):
                 continue
-            if not _is_folder(child):
+            with suppress(OSError):  # a link to itself, say
+                is_folder = child.is_dir()
+            if not is_folder:
                 yield name
                 continue
             real, top = _real(child.path) if child.is_symlink() else f"{above[-1]}/{child.name}", above[0]
@@ -69,17 +75,3 @@ def _walk(folder: str, prefix: str, above: tuple[str, ...]) -> Iterator[str]:
 
 def _real(path: Path | str) -> str:
     return os.path.realpath(path).rstrip("/")
-
-
-def _is_folder(child: os.DirEntry[str]) -> bool:
-    try:
-        return child.is_dir()
-    except OSError:  # a link to itself, say
-        return False
-
-
-def _scanned(folder: str) -> AbstractContextManager[Iterator[os.DirEntry[str]]]:
-    try:
-        return os.scandir(folder)
-    except OSError as error:
-        raise UserError(f"{folder} cannot be read ({error.strerror}): mend its permissions or take it away") from error

@@ -1,8 +1,7 @@
 """HTTP client for untrusted URLs: limits the addresses it connects to and the duration of an exchange.
 
-The author of a table of URLs chooses the requests of this machine. So host names are resolved here, addresses that are
-not public are refused at every redirect, and the connection goes to exactly the address that was checked: names are not
-resolved again, which prevents DNS rebinding. TLS certificates, SNI and ``Host`` keep the name.
+Host names are resolved here, addresses that are not public are refused at every redirect, and the connection goes to
+exactly the address that was checked, which prevents DNS rebinding. TLS certificates, SNI and ``Host`` keep the name.
 """
 
 import base64
@@ -70,21 +69,18 @@ def is_public(address: str) -> bool:
 
 def is_own(address: str) -> bool:
     """Return whether ``address`` is this machine's own: services hidden only by a firewall would answer there."""
-    own = (each.address for interface in psutil.net_if_addrs().values() for each in interface)
-    return address in {each.partition("%")[0] for each in own}
+    interfaces = psutil.net_if_addrs().values()
+    return any(each.address.partition("%")[0] == address for interface in interfaces for each in interface)
 
 
 class HttpClient:
-    """Thread-safe HTTP client with persistent connections.
+    """Thread-safe HTTP client with at most ``connections`` persistent connections, directly and through each proxy.
+
+    ``seconds``: timeout of one exchange, from the name's resolution to the last byte, redirects included.
+    ``allow_private``: whether hosts may have any address. ``stopped`` ends all waits once it is set.
 
     Proxies are those of the environment (``HTTP_PROXY``, ``HTTPS_PROXY``, ``ALL_PROXY``, ``NO_PROXY``) and may have any
     address. A proxy resolves names again, so the check here does not bind it.
-
-    Args:
-        seconds: Timeout of one exchange, from the name's resolution to the last byte, redirects included.
-        allow_private: Whether hosts may have any address.
-        connections: Maximum number open at a time, directly and through each proxy.
-        stopped: Ends all waits once it is set.
     """
 
     def __init__(self, seconds: float, allow_private: bool, connections: int, stopped: threading.Event) -> None:

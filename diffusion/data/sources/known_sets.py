@@ -6,7 +6,6 @@ import struct
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from itertools import groupby
 from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO, Self
@@ -33,6 +32,7 @@ IMAGE_FILES = (
 """Sets that list files, with labels from text, JSON or MAT files; the images are read as they are."""
 ARRAYS = ("SEMEION", "STL10", "SVHN", "USPS")
 """Sets with all images in one text, raw or MAT file, which torchvision holds in memory."""
+# Pickles themselves, or kept by ``torch.save``, or with a cache of keys in a pickle.
 PICKLED = ("CIFAR10", "CIFAR100", "EMNIST", "ImageNet", "LSUN", "PhotoTour", "QMNIST")
 
 
@@ -90,20 +90,21 @@ class Idx:
 
     def read(self, entries: Sequence[Entry]) -> Iterator[Payload]:
         """Yield decoded grey images; raises UserError if the file has changed since it was listed."""
-        for known, group in groupby(entries, key=lambda entry: entry.stamp):
-            with ExitStack() as stack:
-                try:
-                    file, _ = self._opened(stack, self.images, known, 3)
-                except FileNotFoundError:
-                    yield from (Refused(MISSING) for _ in group)
+        if not entries:
+            return
+        with ExitStack() as stack:
+            try:
+                file, _ = self._opened(stack, self.images, entries[0].stamp, 3)
+            except FileNotFoundError:
+                yield from (Refused(MISSING) for _ in entries)
+                return
+            for entry in entries:
+                number, height, width = json.loads(entry.locator)
+                if width * height > (most := self.access.config.max_pixels):
+                    yield Refused(f"{width}×{height} pixels are over the limit of {most}")
                     continue
-                for entry in group:
-                    number, height, width = json.loads(entry.locator)
-                    if width * height > (most := self.access.config.max_pixels):
-                        yield Refused(f"{width}×{height} pixels are over the limit of {most}")
-                        continue
-                    file.seek(IDX_HEADER + number * height * width)
-                    yield Image.frombytes("L", (width, height), file.read(height * width))
+                file.seek(IDX_HEADER + number * height * width)
+                yield Image.frombytes("L", (width, height), file.read(height * width))
 
     def _opened(self, stack: ExitStack, path: Path, known: str, dimensions: int) -> tuple[BinaryIO, tuple[int, ...]]:
         """Open an IDX file whose stamp is ``known``; returns it, positioned behind its header, and its sizes."""
@@ -123,10 +124,8 @@ class Idx:
 class TorchvisionSet:
     """A set that torchvision calls ``name``, where it keeps it in the folder ``root``; labels are its classes' names.
 
-    Supported are only sets whose loading code unpickles nothing (checked in torchvision 0.24 and 0.28). CIFAR10 and
-    CIFAR100 are pickles themselves; EMNIST, ImageNet, PhotoTour and QMNIST are, or were, kept by ``torch.save``; LSUN
-    caches its keys in a pickle. Sets whose images torchvision converts (to RGB, without their profile) are not
-    supported either: read these as a folder.
+    Supported are only sets whose loading code unpickles nothing (checked in torchvision 0.24 and 0.28), nor converts
+    images (to RGB, without their profile).
     """
 
     name: str
@@ -143,24 +142,22 @@ class TorchvisionSet:
 
         Raises UserError for other sets and options. Nothing is fetched unless ``download`` says so.
         """
-        where = f"torchvision:{name}"
+        where, known, split = f"torchvision:{name}", sorted((*IDX_FILES, *IMAGE_FILES, *ARRAYS)), options.get("split")
         if name in PICKLED:
             raise UserError(f"{where} is kept in pickles, and they could run anything: save it as PNG or Parquet first")
-        if name not in (*IDX_FILES, *IMAGE_FILES, *ARRAYS):
-            known = ", ".join(sorted((*IDX_FILES, *IMAGE_FILES, *ARRAYS)))
-            raise UserError(f"{where} is not known; there are {known}: read other sets as a folder")
+        if name not in known:
+            raise UserError(f"{where} is not known; there are {', '.join(known)}: read other sets as a folder")
         if "root" not in options:
             raise UserError(f"{where} lies in no folder: give the one that torchvision keeps it in, as ?root=FOLDER")
         if options.get("download", "true") not in ("true", "false"):
             raise UserError(f"{where} has download={options['download']}: write true or false")
         arguments: dict[str, Any] = {}
-        if split := options.get("split"):
+        if split:
             takes = inspect.signature(_torchvision_class(name)).parameters
-            if "split" not in takes and "train" not in takes:
-                raise UserError(f"{where} has no splits: leave split={split} out")
-            if "split" not in takes and split not in ("train", "test"):
-                raise UserError(f"{where} has no split {split}: give train or test")
             arguments = {"split": split} if "split" in takes else {"train": split == "train"}
+            if "split" not in takes and ("train" not in takes or split not in ("train", "test")):
+                splits = "give train or test" if "train" in takes else "leave it out"
+                raise UserError(f"{where} has no split {split}: {splits}")
         return cls(name, Path(options["root"]).expanduser(), arguments, options.get("download") == "true", access)
 
     def entries(self) -> Iterator[Entry]:

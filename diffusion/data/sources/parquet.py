@@ -1,8 +1,7 @@
 """Parquet files with images in them, as Hugging Face writes them or in a plain binary column.
 
-A few bytes may stand for any amount of data: pages are compressed, dictionaries repeat a value for one bit per row,
-runs repeat a null, and the sizes in the footer need not be true. Arrow allocates what page headers declare, so these
-are read first (parquet-format's ``PageHeader`` in Thrift's compact protocol), without their pages, to compute the
+A few bytes may stand for any amount of data, and the sizes in the footer need not be true. Arrow allocates what page
+headers declare, so these are read first (parquet-format's ``PageHeader`` in Thrift's compact protocol) to compute the
 memory that a column needs.
 """
 
@@ -56,9 +55,8 @@ ENCODINGS = {0, 2, 3, 5, 8, 9}
 """Encodings in which no value is larger than its page: PLAIN, PLAIN_DICTIONARY, RLE, DELTA_BINARY_PACKED,
 RLE_DICTIONARY, BYTE_STREAM_SPLIT. In DELTA_BYTE_ARRAY each may be all that came before it, and in
 DELTA_LENGTH_BYTE_ARRAY a few bytes claim any number of lengths."""
-DICTIONARY_PAGE = 2
-DETAILS = {0: (5, 2), DICTIONARY_PAGE: (7, 2), 3: (8, 4)}
-"""Field number of the header of each type of page with values, and of the encoding in it; 0 and 3: data."""
+DETAILS = {0: (5, 2), 2: (7, 2), 3: (8, 4)}
+"""Field number of the header of each type of page with values, and of the encoding in it; 2: a dictionary."""
 
 BOOLEANS, INTEGERS, BINARY, STRUCT = {1, 2}, {4, 5, 6}, 8, 12
 """Types of Thrift's compact protocol."""
@@ -99,17 +97,15 @@ class Parquet:
         """Yield all rows; raises UserError for files that are missing, damaged or have no column of images."""
         for name, path in matching(self.pattern, ".parquet"):
             known = stamp_of(path)
-            with _opened(path) as file:
+            with _opened(path) as file, _in_words(path):
                 columns = find_columns(file.schema_arrow, self.options, str(path))
-            texts = [name for name in (columns.label, columns.caption) if name]
-            with _opened(path, texts) as file, _in_words(path):
                 if (rows := file.metadata.num_rows) > (size := path.stat().st_size):
                     raise UserError(f"{path} has {rows} rows in {size} bytes, and images take more: leave it out")
                 number = count()
                 for group in range(file.num_row_groups):
-                    for row, (label, caption) in enumerate(self._texts(file, group, columns, path)):
+                    for row, texts in enumerate(self._texts(file, group, columns, path)):
                         locator = json.dumps([str(path), group, row])
-                        yield Entry(f"{sane(name)}/{next(number)}", locator, known, label, caption)
+                        yield Entry(f"{sane(name)}/{next(number)}", locator, known, *texts)
 
     def read(self, entries: Sequence[Entry]) -> Iterator[Payload]:
         """Yield their bytes; raises UserError if a file has changed since it was listed."""
@@ -136,14 +132,13 @@ class Parquet:
         if not named:
             yield from ((None, None) for _ in range(file.metadata.row_group(group).num_rows))
             return
+        limit = min(self.access.config.max_page_bytes, LARGEST_PAGE_OF_TEXTS)
         try:
-            for batch in self._batches(file, group, named, TEXTS_AT_ONCE, path, texts=True):
-                labels, captions = (
-                    _values(batch.column(name)) if name else [None] * batch.num_rows
-                    for name in (columns.label, columns.caption)
-                )
-                for label, caption in zip(labels, captions, strict=True):
-                    yield _class(label, columns.classes), as_text(caption)
+            for batch in _batches(file, group, named, TEXTS_AT_ONCE, limit, path):
+                for row in zip(*map(_values, batch.columns), strict=True):
+                    texts = dict(zip(batch.schema.names, row, strict=True))
+                    label = texts[columns.label] if columns.label else None
+                    yield _class(label, columns.classes), as_text(texts.get(columns.caption))
         except PageRefused as error:
             raise UserError(f"{path}, row group {group}, {' and '.join(named)}: {error}") from error
         except pa.ArrowException:  # some are ValueErrors, too
@@ -161,7 +156,8 @@ class Parquet:
             while row >= start + len(values) and damage is None:
                 start += len(values)
                 try:
-                    batches = batches or self._batches(file, group, columns.leaves, IMAGES_AT_ONCE, path)
+                    limit = self.access.config.max_page_bytes
+                    batches = batches or _batches(file, group, columns.leaves, IMAGES_AT_ONCE, limit, path)
                     values = next(batches).column(0)
                 except PageRefused as error:
                     damage = f"not read from the Parquet file: {error}"
@@ -172,22 +168,21 @@ class Parquet:
                     damage = f"damaged in the Parquet file: {error}"
             yield Refused(damage) if damage else _image(values[row - start], self.access.config.max_bytes)
 
-    def _batches(
-        self, file: pq.ParquetFile, group: int, leaves: Sequence[str], most: int, path: Path, texts: bool = False
-    ) -> Iterator[pa.RecordBatch]:
-        """Yield rows of a row group, with the columns at the paths ``leaves``, as many at a time as memory allows.
 
-        Raises PageRefused if it does not allow a single one.
-        """
-        about, limit = file.metadata, self.access.config.max_page_bytes
-        if texts:
-            limit = min(limit, LARGEST_PAGE_OF_TEXTS)
-        columns = [index for index in range(about.num_columns) if about.schema.column(index).path in leaves]
-        if len(columns) != len(leaves):
-            raise PageRefused(f"there is not one column {' and one '.join(leaves)}")
-        with path.open("rb") as raw:
-            most = min(_rows_at_once(raw, about, group, column, most, limit, not texts) for column in columns)
-        return iter(file.iter_batches(most, row_groups=[group], columns=list(leaves), use_threads=False))
+def _batches(
+    file: pq.ParquetFile, group: int, leaves: Sequence[str], most: int, limit: int, path: Path
+) -> Iterator[pa.RecordBatch]:
+    """Yield rows of a row group, with the columns at the paths ``leaves``, as many at a time as memory allows.
+
+    Raises PageRefused if it does not allow a single one, or a page takes more than ``limit`` bytes.
+    """
+    about = file.metadata
+    columns = [index for index in range(about.num_columns) if about.schema.column(index).path in leaves]
+    if len(columns) != len(leaves):
+        raise PageRefused(f"there is not one column {' and one '.join(leaves)}")
+    with path.open("rb") as raw:
+        most = min(_rows_at_once(raw, about, group, column, most, limit) for column in columns)
+    return iter(file.iter_batches(most, row_groups=[group], columns=list(leaves), use_threads=False))
 
 
 def find_columns(schema: pa.Schema, options: dict[str, str], where: str) -> Columns:
@@ -250,10 +245,7 @@ def _holds_bytes(kind: pa.DataType) -> bool:
 def _values(column: pa.Array) -> list[Any]:
     """Return the values in a column of texts or numbers; texts are truncated just beyond the limit."""
     if pa.types.is_dictionary(column.type):
-        # Each distinct value once: a large one may be in every row.
-        used = column.indices.unique().drop_null()
-        values = dict(zip(used.to_pylist(), _values(column.dictionary.take(used)), strict=True))
-        return [values.get(index) for index in column.indices.to_pylist()]
+        column = column.dictionary_decode()
     if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
         column = pc.utf8_slice_codeunits(column, 0, max(LONGEST.values()) + 1)
     return list(column.to_pylist())
@@ -289,8 +281,8 @@ def _in_words(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _opened(path: Path, dictionaries: Sequence[str] = ()) -> Iterator[pq.ParquetFile]:
-    """Open a file to be read page by page, so that row groups of any size fit; ``dictionaries`` share values."""
+def _opened(path: Path) -> Iterator[pq.ParquetFile]:
+    """Open a file to be read page by page, so that row groups of any size fit."""
     with _in_words(path), path.open("rb") as raw:
         length = raw.seek(0, 2)
         raw.seek(max(0, length - FOOTER_END.size))
@@ -300,26 +292,15 @@ def _opened(path: Path, dictionaries: Sequence[str] = ()) -> Iterator[pq.Parquet
                 f"{path} has a footer of {size} bytes, over the limit of {LARGEST_FOOTER}: write it again with fewer "
                 "columns and row groups"
             )
-        file = pq.ParquetFile(
-            path,
-            buffer_size=2**20,
-            pre_buffer=False,
-            page_checksum_verification=True,
-            read_dictionary=list(dictionaries),
-        )
+        file = pq.ParquetFile(path, buffer_size=2**20, pre_buffer=False, page_checksum_verification=True)
     with file:
         yield file
 
 
-def _rows_at_once(
-    file: BinaryIO, about: pq.FileMetaData, group: int, column: int, most: int, limit: int, repeats: bool = True
-) -> int:
+def _rows_at_once(file: BinaryIO, about: pq.FileMetaData, group: int, column: int, most: int, limit: int) -> int:
     """Return how many rows of a column of a row group to decode at a time, at most ``most``, so that memory is bounded.
 
-    ``limit``: bytes of memory that a page may take; ``repeats``: whether each row gets a copy of its value in a
-    dictionary.
-
-    Raises PageRefused for what would take more however it is read, and pyarrow.ArrowInvalid for damaged headers.
+    Raises PageRefused if a page takes more than ``limit`` bytes, and pyarrow.ArrowInvalid for damaged headers.
     """
     chunk, schema = about.row_group(group).column(column), about.schema.column(column)
     if schema.max_repetition_level:
@@ -345,8 +326,8 @@ def _rows_at_once(
                     f"a page that takes {taken} bytes is over ingest.max_page_bytes = {limit}: raise it, or write the "
                     "file again with fewer rows in a row group"
                 )
-            if repeats or kind != DICTIONARY_PAGE:
-                largest = max(largest, size)
+            # Each row gets a copy of its value in a dictionary.
+            largest = max(largest, size)
         place = file.tell() + packed
     return max(1, min(most, DECODED_AT_ONCE // largest))
 
@@ -355,12 +336,13 @@ def _page(header: dict[int, Any]) -> list[int]:
     """Return type, unpacked and packed bytes, number of values, and encoding of a page."""
     kind = header.get(1)
     field, encoding = DETAILS.get(kind, (0, 0)) if isinstance(kind, int) else (0, 0)
-    details = header.get(field) if field else {1: 0, 0: 0}
+    details = header.get(field) if field else {1: 0}
+    numbers: list[Any] = [kind, header.get(2), header.get(3)]
     if isinstance(details, dict):
-        numbers: list[Any] = [kind, header.get(2), header.get(3), details.get(1), details.get(encoding, 0)]
-        if all(isinstance(each, int) and each >= 0 for each in numbers):
-            return numbers
-    raise pa.ArrowInvalid("the header of a page is damaged")
+        numbers += [details.get(1), details.get(encoding, 0)]
+    if len(numbers) < 5 or not all(isinstance(each, int) and each >= 0 for each in numbers):
+        raise pa.ArrowInvalid("the header of a page is damaged")
+    return numbers
 
 
 class _ThriftReader:
@@ -390,15 +372,13 @@ class _ThriftReader:
         return fields
 
     def _varint(self) -> int:
-        value = shift = 0
-        while True:
+        value = 0
+        for shift in range(0, 70, 7):
             byte = self._bytes(1)[0]
             value |= (byte & 127) << shift
-            shift += 7
             if byte < 128:
                 return value
-            if shift > 63:
-                raise pa.ArrowInvalid("the header of a page is damaged")
+        raise pa.ArrowInvalid("the header of a page is damaged")
 
     def _zigzag(self) -> int:
         value = self._varint()

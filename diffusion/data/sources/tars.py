@@ -6,7 +6,6 @@ import tarfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from itertools import groupby
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, TextIO, TypeAlias, cast
 
@@ -56,8 +55,8 @@ class Tar:
 
     def read(self, entries: Sequence[Entry]) -> Iterator[Payload]:
         """Yield their bytes; raises UserError if the tar has changed since it was listed."""
-        for known, group in groupby(entries, key=lambda entry: entry.stamp):
-            yield from read(self.path, known, (json.loads(entry.locator) for entry in group), self.access)
+        if entries:
+            yield from read(self.path, entries[0].stamp, (json.loads(each.locator) for each in entries), self.access)
 
     @contextmanager
     def _table(self, locator: str, known: str) -> Iterator[TextIO]:
@@ -86,7 +85,13 @@ def members(path: Path, where: str) -> Iterator[TarMember]:
                     raise tarfile.ReadError("a member has a negative size")
                 if not info.isdir():
                     yield _member(info)
-            _check_end(file, tar.offset)
+            # ``tarfile`` takes any invalid header for the end.
+            file.seek(tar.offset)
+            if io.BufferedReader.read(file, tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+                raise tarfile.ReadError(f"no end and no member at byte {tar.offset}")
+            while piece := io.BufferedReader.read(file, LONGEST_HEADER):
+                if piece.count(0) != len(piece):
+                    raise tarfile.ReadError("more follows after its end: was it glued to another tar?")
     except (tarfile.TarError, ValueError, OverflowError, RecursionError) as error:
         raise UserError(f"{where} cannot be read as a tar ({error}): it is damaged or was cut short") from error
 
@@ -142,13 +147,3 @@ def _member(info: tarfile.TarInfo) -> TarMember:
     if info.issparse():
         return TarMember(sane(name), "stored as a sparse file: pack it again without --sparse")
     return TarMember(sane(name), place if info.isreg() else LINK)
-
-
-def _check_end(file: io.BufferedReader, offset: int) -> None:
-    """Check the end of the tar, as ``tarfile`` takes any invalid header for the end."""
-    file.seek(offset)
-    if io.BufferedReader.read(file, tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-        raise tarfile.ReadError(f"no end and no member at byte {offset}")
-    while piece := io.BufferedReader.read(file, LONGEST_HEADER):
-        if piece.count(0) != len(piece):
-            raise tarfile.ReadError("more follows after its end: was it glued to another tar?")

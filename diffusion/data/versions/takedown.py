@@ -3,9 +3,8 @@
 A removed image leaves a row with its key and the digest of its file, by which every later ingest rejects it.
 """
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ from diffusion.data.manifest import (
     write_manifest,
 )
 from diffusion.data.versions.takedown_records import (
+    SELECTED_BY,
     Chosen,
     Removal,
     Row,
@@ -35,9 +35,9 @@ from diffusion.data.versions.takedown_records import (
     Selector,
     chosen_by,
     is_one_of,
-    names_of,
     nothing,
     removals,
+    rows_of,
     still_held,
     write_removal,
 )
@@ -50,10 +50,12 @@ def choose(folder: Path, selection: Selection) -> tuple[Chosen, list[str]]:
     Raises UserError if a key or pattern matches no image, or a key prefix several.
     """
     manifest = read_manifest(folder)
-    chosen, unmatched = chosen_by(folder, manifest, Selector.of(selection))
+    chosen, unmatched = chosen_by(folder, manifest, Selector(selection))
     if unmatched:
         raise nothing(unmatched, folder, manifest)
-    return chosen, names_of(folder, manifest, chosen)
+    keys, digests = set(chosen.image_keys), set(chosen.digests)
+    rows = (row for _, row in rows_of(folder, manifest, ("key", "source", "source_sha256", "outcome")))
+    return chosen, sorted({row["source"] for row in rows if is_one_of(row, keys, digests)})
 
 
 def remove(folder: Path, selection: Selection, reason: str, progress: Progress = silent) -> Removal:
@@ -67,47 +69,32 @@ def remove(folder: Path, selection: Selection, reason: str, progress: Progress =
     """
     if not reason.strip() or len(reason) > 500 or not reason.isprintable():
         raise UserError("a removal needs a reason: one line of at most 500 characters")
-    selector = Selector.of(selection)
+    selector = Selector(selection)
     with FileLock(work_folder(folder) / "lock"):
         before = read_manifest(folder)
         chosen, unmatched = chosen_by(folder, before, selector)
         request_digest = digest_of([selection.model_dump(), reason])[:16]
-        described = chosen.model_dump() | {"dataset": folder.name, "request_digest": request_digest, "reason": reason}
         earlier = _earlier(folder, request_digest)
         if unmatched and earlier is None:
             raise nothing(unmatched, folder, before)
-        if not chosen.parts:
-            forget_captions(folder)
-            remove_strays(folder)
-            # Without a record it was done elsewhere, and is known as far as the rows left describe it.
-            about: dict[str, Any] = {
-                "images": len(chosen.image_keys),
-                "parent": None,
-                "version": before.digest,
-                "content_digest": before.content_digest,
-                "tables": [],
-                "already": True,
-            }
-            return earlier or Removal.model_validate(described | about)
-        if chosen.images == before.kept:
-            raise nothing_left(folder, before)
-        require_whole(folder, before)
-        keys = set(chosen.image_keys)
-        after = _without(folder, before, lambda row: selector.takes(row, keys), chosen.parts, reason, progress)
-        parts = zip(before.parts, after.parts, strict=True)
-        about = {
-            "parent": before.digest,
-            "version": after.digest,
-            "content_digest": after.content_digest,
-            "tables": sorted(old.records.sha256 for old, new in parts if kept_in(new) < kept_in(old)),
-            "already": False,
-        }
-        removal = Removal.model_validate(described | about)
-        write_removal(work_folder(folder), removal)
-        write_manifest(folder, after)
+        # Without a record, what is gone was removed elsewhere, and is known as far as the rows left describe it.
+        about: dict[str, Any] = {"images": len(chosen.image_keys), "parent": None, "tables": [], "already": True}
+        after = before
+        if chosen.parts:
+            keys = set(chosen.image_keys)
+            after = _without(folder, before, lambda row: selector.takes(row, keys), reason, progress)
+            parts = zip(before.parts, after.parts, strict=True)
+            tables = sorted(old.records.sha256 for old, new in parts if kept_in(new) < kept_in(old))
+            about = {"parent": before.digest, "tables": tables, "already": False}
+        about |= {"dataset": folder.name, "request_digest": request_digest, "reason": reason}
+        about |= {"version": after.digest, "content_digest": after.content_digest}
+        removal = Removal.model_validate(chosen.model_dump() | about)
+        if chosen.parts:
+            write_removal(work_folder(folder), removal)
+            write_manifest(folder, after)
         forget_captions(folder)
         remove_strays(folder)
-        return removal
+        return removal if chosen.parts else earlier or removal
 
 
 def _earlier(folder: Path, request_digest: str) -> Removal | None:
@@ -115,12 +102,10 @@ def _earlier(folder: Path, request_digest: str) -> Removal | None:
 
     Otherwise one of whose images nothing is left here: another machine may have done it, and its line been continued.
     """
-    found = {removal.version: removal for removal in removals(work_folder(folder), request_digest)}
-    if not found:
-        return None
-    in_line = (found[version.digest] for version in versions(folder) if version.digest in found)
-    beside = (removal for removal in found.values() if not still_held(folder, [removal]))
-    removal = next(chain(in_line, beside), None)
+    line = [version.digest for version in versions(folder)]
+    recorded = removals(work_folder(folder), request_digest)
+    found = [each for each in recorded if each.version in line or not still_held(folder, [each])]
+    removal = min(found, key=lambda each: [*line, each.version].index(each.version), default=None)
     return removal and removal.model_copy(update={"already": True})
 
 
@@ -128,31 +113,19 @@ def remove_known(folder: Path, progress: Progress = silent) -> list[Removal]:
     """Make a version of the data set in ``folder`` without images that takedown records on this machine name.
 
     Each record of which the current version holds images makes a version of its own, equal to the one that its takedown
-    would have made here. The caller holds the data set's lock, and every file of the version is there.
-
-    Returns:
-        The records that were applied; empty if the version holds none of their images.
-
-    Raises:
-        UserError: If nothing would be left, or a file that is needed is missing or damaged.
+    would have made here. The caller holds the data set's lock, and every file of the version is there. Returns the
+    records that were applied. Raises UserError if nothing would be left, or a file is missing or damaged.
     """
     applied = []
     for removal in still_held(folder, removals(work_folder(folder))):
         before = read_manifest(folder)
         keys, digests = set(removal.image_keys), set(removal.digests)
-        tables = [(part, read_records(folder, part, ("outcome", "key", "source_sha256"))) for part in before.parts]
-        rows = [(part.number, row) for part, table in tables for row in table.to_pylist()]
         # If the storage configuration has changed since, images have other keys, which duplicates share.
+        rows = rows_of(folder, before, ("outcome", "key", "source_sha256"))
         keys |= {row["key"] for _, row in rows if row["outcome"] == "kept" and row["source_sha256"] in digests}
-
         taken = partial(is_one_of, keys=keys, digests=digests)
-        going = [(number, row) for number, row in rows if taken(row)]
-        if sum(row["outcome"] == "kept" for _, row in going) == before.kept:
-            raise nothing_left(folder, before)
-        if going:
-            require_whole(folder, before)
-            numbers = {number for number, _ in going}
-            write_manifest(folder, _without(folder, before, taken, numbers, removal.reason, progress))
+        if (after := _without(folder, before, taken, removal.reason, progress)) is not before:
+            write_manifest(folder, after)
             applied.append(removal)
     if applied:
         forget_captions(folder)
@@ -160,36 +133,32 @@ def remove_known(folder: Path, progress: Progress = silent) -> list[Removal]:
     return applied
 
 
-def nothing_left(folder: Path, manifest: Manifest) -> UserError:
-    """Return the error for a takedown that would leave an empty data set."""
-    return UserError(
-        f"this would remove all {manifest.kept} images of data set {folder.name}: "
-        f"to be rid of the data set, delete {folder}"
-    )
-
-
-def _without(
-    folder: Path,
-    before: Manifest,
-    taken: Callable[[Row], bool],
-    numbers: Collection[int],
-    reason: str,
-    progress: Progress,
-) -> Manifest:
-    """Write the version without the rows that are ``taken``, all in parts of these ``numbers``."""
+def _without(folder: Path, before: Manifest, taken: Callable[[Row], bool], reason: str, progress: Progress) -> Manifest:
+    """Write the version without the rows that are ``taken``; returns ``before`` if there are none."""
+    going = [(part.number, row["outcome"]) for part, row in rows_of(folder, before, SELECTED_BY) if taken(row)]
+    if not going:
+        return before
+    if sum(outcome == "kept" for _, outcome in going) == before.kept:
+        raise UserError(
+            f"this would remove all {before.kept} images of data set {folder.name}: "
+            f"to be rid of the data set, delete {folder}"
+        )
+    require_whole(folder, before)
+    numbers = {number for number, _ in going}
     parts = list(before.parts)
-    for done, number in enumerate(sorted(numbers), start=1):
-        (place,) = (place for place, part in enumerate(parts) if part.number == number)
-        part, shard = parts[place], parts[place].shard
+    for place, part in enumerate(before.parts):
+        if part.number not in numbers:
+            continue
         rows = [blanked(row, reason) if taken(row) else row for row in read_records(folder, part).to_pylist()]
         kept = [row for row in rows if row["outcome"] == "kept"]
+        shard = part.shard
         if shard is not None and len(kept) < part.outcomes["kept"]:
             path = folder / shard.name
             if kept and sha256_file(path) != shard.sha256:
                 raise UserError(f"{path} is damaged (its SHA-256 differs): {mend(folder)}")
-            shard = filter_shard(folder, number, path, kept) if kept else None
-        parts[place] = write_part(folder, number, shard, rows, before.size)
-        progress("parts written anew", done, len(numbers))
+            shard = filter_shard(folder, part.number, path, kept) if kept else None
+        parts[place] = write_part(folder, part.number, shard, rows, before.size)
+        progress("parts written anew", place + 1, len(parts))
     return before.model_copy(
         update={
             "parent": before.digest,

@@ -4,10 +4,10 @@ import fnmatch
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import Field
 
@@ -63,29 +63,25 @@ def is_key(text: str) -> bool:
     return SHORTEST <= len(text) <= 64 and not text.lower().strip("0123456789abcdef")
 
 
-@dataclass
 class Selector:
-    """A compiled selection that is matched against rows; records which of its keys and patterns matched."""
+    """A compiled selection that is matched against rows; records which of its keys and patterns matched.
 
-    prefixes: dict[str, list[str]]
-    """Key prefixes by their first digits."""
-    patterns: list[tuple[str, re.Pattern[str]]]
-    label: str | None
-    fitted: dict[str, set[str]] = field(default_factory=dict)
-    """Keys that each prefix matched; patterns that matched have an empty set."""
+    Raises UserError if ``selection`` is empty or malformed.
+    """
 
-    @classmethod
-    def of(cls, selection: Selection) -> "Selector":
-        """Check and compile ``selection``; raises UserError if it is empty or malformed."""
+    def __init__(self, selection: Selection) -> None:
         if not selection.prefixes and not selection.sources:
             raise UserError("nothing is selected: give keys, or patterns of names ('*' for all)")
-        prefixes: dict[str, list[str]] = {}
-        for key in (key.lower() for key in selection.prefixes):
+        prefixes = [key.lower() for key in selection.prefixes]
+        self.prefixes: dict[str, list[str]] = {}
+        for key in prefixes:
             if not is_key(key):
                 raise UserError(f"{key!r} is no key: give its first {SHORTEST} to 64 hex digits")
-            prefixes.setdefault(key[:SHORTEST], []).append(key)
-        patterns = [(pattern, re.compile(fnmatch.translate(pattern))) for pattern in selection.sources]
-        return cls(prefixes, patterns, selection.label)
+            self.prefixes.setdefault(key[:SHORTEST], []).append(key)
+        self.patterns = [(pattern, re.compile(fnmatch.translate(pattern))) for pattern in selection.sources]
+        self.label = selection.label
+        self.fitted: dict[str, set[str]] = {each: set() for each in (*prefixes, *selection.sources)}
+        """Keys that each prefix matched; patterns that matched have an empty one."""
 
     def means(self, row: Row) -> bool:
         """Return whether ``row`` itself is selected."""
@@ -95,7 +91,7 @@ class Selector:
         named = [prefix for prefix in self.prefixes.get(key[:SHORTEST], ()) if key.startswith(prefix)]
         like = [name for name, pattern in self.patterns if row["source"] and pattern.match(row["source"])]
         for each in (*named, *like):
-            self.fitted.setdefault(each, set()).update({key} if each in named else ())
+            self.fitted[each].add(key if each in named else "")
         return bool(named or like)
 
     def takes(self, row: Row, keys: set[str]) -> bool:
@@ -110,15 +106,14 @@ class Selector:
             if len(keys) > 1:
                 listed = ", ".join(key[:16] for key in sorted(keys)[:5])
                 raise UserError(f"{prefix} is the beginning of {len(keys)} keys ({listed} …): give more digits")
-        asked_for = [*(key for keys in self.prefixes.values() for key in keys), *(name for name, _ in self.patterns)]
-        return [each for each in asked_for if each not in self.fitted]
+        return [each for each, keys in self.fitted.items() if not keys]
 
 
 def chosen_by(folder: Path, manifest: Manifest, selector: Selector) -> tuple[Chosen, list[str]]:
     """Return the images that ``selector`` matches, and its keys and patterns that match nothing."""
     keys: set[str] = set()
     gone: dict[str, str] = {}
-    for _, row in _rows(folder, manifest, SELECTED_BY):
+    for _, row in rows_of(folder, manifest, SELECTED_BY):
         if selector.means(row) and row["key"]:
             if row["outcome"] == "removed":
                 gone[row["key"]] = row["source_sha256"]
@@ -127,7 +122,7 @@ def chosen_by(folder: Path, manifest: Manifest, selector: Selector) -> tuple[Cho
     unmatched = selector.unmatched()
     taken = [
         (part.number, row["outcome"], row["source_sha256"])
-        for part, row in _rows(folder, manifest, SELECTED_BY)
+        for part, row in rows_of(folder, manifest, SELECTED_BY)
         if selector.takes(row, keys)
     ]
     outcomes = Counter(outcome for _, outcome, _ in taken)
@@ -150,7 +145,7 @@ def _near_copies(folder: Path, manifest: Manifest, keys: set[str]) -> list[str]:
     """Return the images in the same groups of near-duplicates as those of ``keys``."""
     groups = set(keys)
     bridges = []
-    for _, row in _rows(folder, manifest, ("key", "near")):
+    for _, row in rows_of(folder, manifest, ("key", "near")):
         near = set(row["near"] or ())
         if row["key"] in keys:
             groups |= near
@@ -161,21 +156,15 @@ def _near_copies(folder: Path, manifest: Manifest, keys: set[str]) -> list[str]:
         groups |= {root for near in bridges if near & groups for root in near}
     return sorted(
         row["key"]
-        for _, row in _rows(folder, manifest, ("key", "near", "outcome"))
+        for _, row in rows_of(folder, manifest, ("key", "near", "outcome"))
         if row["outcome"] == "kept" and row["key"] not in keys and groups & {row["key"], *(row["near"] or ())}
     )
 
 
-def _rows(folder: Path, manifest: Manifest, columns: Sequence[str]) -> Iterator[tuple[Part, Row]]:
+def rows_of(folder: Path, manifest: Manifest, columns: Sequence[str]) -> Iterator[tuple[Part, Row]]:
+    """Yield the records of a version with their parts."""
     for part in manifest.parts:
         yield from ((part, row) for row in read_records(folder, part, columns).to_pylist())
-
-
-def names_of(folder: Path, manifest: Manifest, chosen: Chosen) -> list[str]:
-    """Return the names of the ``chosen`` images and quarantined entries in their sources, sorted."""
-    keys, digests = set(chosen.image_keys), set(chosen.digests)
-    rows = (row for _, row in _rows(folder, manifest, ("key", "source", "source_sha256", "outcome")))
-    return sorted({row["source"] for row in rows if is_one_of(row, keys, digests)})
 
 
 def is_one_of(row: Row, keys: set[str], digests: set[str]) -> bool:
@@ -186,7 +175,9 @@ def is_one_of(row: Row, keys: set[str], digests: set[str]) -> bool:
 def nothing(unmatched: Sequence[str], folder: Path, manifest: Manifest) -> UserError:
     """Return the error for keys and patterns that match nothing."""
     listed = ", ".join(unmatched[:5]) + (f" and {len(unmatched) - 5} more" if len(unmatched) > 5 else "")
-    names = [row["source"] for _, row in _rows(folder, manifest, ("source", "outcome")) if row["outcome"] != "removed"]
+    names = [
+        row["source"] for _, row in rows_of(folder, manifest, ("source", "outcome")) if row["outcome"] != "removed"
+    ]
     inside = [f"*/{pattern}" for pattern in unmatched if fnmatch.filter(names, f"*/{pattern}")]
     if inside:
         meant = " ".join(f"'{pattern}'" for pattern in inside[:5])
@@ -243,26 +234,26 @@ def holders(folder: Path, removal: Removal, versions: Iterable[Manifest], elsewh
 
     With another storage configuration the same files have other keys, so file digests are compared as well.
     """
-    keys, digests = set(removal.image_keys), set(removal.digests)
-    removed: dict[str, bool | None] = dict.fromkeys(removal.tables, True)
-
-    def kept_by(part: Part) -> bool | None:
-        sha256 = part.records.sha256
-        if sha256 not in removed:
-            table = find_records(folder, part, ("outcome", "key", "source_sha256"), elsewhere)
-            kept = [] if table is None else [row for row in table.to_pylist() if row["outcome"] == "kept"]
-            found = any(row["key"] in keys or row["source_sha256"] in digests for row in kept)
-            removed[sha256] = None if table is None else found
-        return removed[sha256]
-
+    removed = {*removal.image_keys, *removal.digests}
+    found: dict[str, bool | None] = dict.fromkeys(removal.tables, True)
     held, unknown = [], []
     for version in versions:
-        answers = {kept_by(part) for part in version.parts if kept_in(part)}
+        for part in version.parts:
+            if kept_in(part) and part.records.sha256 not in found:
+                table = find_records(folder, part, ("outcome", "key", "source_sha256"), elsewhere)
+                found[part.records.sha256] = None if table is None else not removed.isdisjoint(_kept(table))
+        answers = {found[part.records.sha256] for part in version.parts if kept_in(part)}
         if True in answers:
             held.append(version.digest)
         elif None in answers:
             unknown.append(version.digest)
     return Holders(held=held, unknown=unknown)
+
+
+def _kept(records: pa.Table) -> set[str]:
+    """Return the keys of kept images and the digests of their files."""
+    kept = records.filter(pc.equal(records["outcome"], "kept"))
+    return {*kept["key"].to_pylist(), *kept["source_sha256"].to_pylist()}
 
 
 def still_held(folder: Path, removals: Sequence[Removal]) -> list[Removal]:
@@ -275,7 +266,5 @@ def still_held(folder: Path, removals: Sequence[Removal]) -> list[Removal]:
     held: set[str] = set()
     for part in read_manifest(folder).parts:
         if kept_in(part):
-            table = read_records(folder, part, ("outcome", "key", "source_sha256"))
-            kept = table.filter(pc.equal(table["outcome"], "kept"))
-            held.update(kept["key"].to_pylist(), kept["source_sha256"].to_pylist())
+            held |= _kept(read_records(folder, part, ("outcome", "key", "source_sha256")))
     return [each for each in removals if not held.isdisjoint([*each.image_keys, *each.digests])]

@@ -459,9 +459,7 @@ def all_listening(kinds: dict[str, Serve]) -> Iterator[list[int]]:
 def test_no_retry_after_stops_an_ingest(
     names: Names, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wanted: str
 ) -> None:
-    from tenacity import wait_none
-
-    monkeypatch.setattr("diffusion.data.sources.urls.PAUSE", wait_none())
+    monkeypatch.setattr("diffusion.data.sources.urls.PAUSE", 0.0)
     monkeypatch.setattr("diffusion.data.sources.urls.LONGEST_PAUSE", 0.0)
     busy = at_once(response(b"", f"Retry-After: {wanted}".encode().decode("latin-1"), status="503 Busy"))
     with listening(busy) as port:

@@ -128,9 +128,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
 @pytest.fixture(autouse=True)
 def _short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     """Between tries, so that the tests are fast."""
-    from tenacity import wait_none
-
-    monkeypatch.setattr("diffusion.data.sources.urls.PAUSE", wait_none())
+    monkeypatch.setattr("diffusion.data.sources.urls.PAUSE", 0.0)
 
 
 def answers(server: Server, tmp_path: Path, *places: str, **fields: object) -> list[object]:
