@@ -19,8 +19,8 @@ from diffusion.data.ingest.ingest import ingest as ingest_images
 from diffusion.data.manifest import read_manifest
 from flows.config import Params
 from flows.datasets import dvc
-from flows.datasets.catalog import Catalogue
-from flows.datasets.checkout import forget_choice
+from flows.datasets.catalog import Catalog
+from flows.datasets.checkout import unpin
 from flows.datasets.dvc import DataVersion
 from flows.datasets.sync import announce, bring_up_to_date, publish
 from flows.deployment.tasks import completed_state, prefect_fan_out, retryable_task, task_runner
@@ -82,7 +82,7 @@ def repair(params: Params, rebuild: Rebuild, to_retrain: bool) -> None:
         logger.warning("%s was missing or damaged, and is whole again", folder / name)
     if to_retrain:
         # A scheduled retraining ignores a manual checkout of an older version.
-        forget_choice(folder)
+        unpin(folder)
     bring_up_to_date(folder, source, params.ingest, reporter(), anew=rebuild == "always")
 
 
@@ -110,7 +110,7 @@ def record(params: Params) -> DataVersion | None:
 def describe(params: Params, version: DataVersion) -> Path:
     """Write and publish the report page of this version, with a summary on the flow run; returns its path."""
     page, summary = dataset_page(params)
-    recorded = Catalogue.of(params.training.dataset, data_source())
+    recorded = Catalog.of(params.training.dataset, data_source())
     place = recorded.publish_page(read_manifest(params.dataset_folder).digest, page.read_bytes())
     create_markdown_artifact(
         f"{summary.markdown()}\nDVC `{version.digest}`, page `{place}`", key="dataset", description=summary.verdict

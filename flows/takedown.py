@@ -15,8 +15,8 @@ from diffusion.data.versions.versions import known_versions
 from flows import environment
 from flows.config import Params
 from flows.datasets import dvc
-from flows.datasets.catalog import Catalogue
-from flows.datasets.checkout import choice, forget_choice
+from flows.datasets.catalog import Catalog
+from flows.datasets.checkout import choice, unpin
 from flows.datasets.dvc import DataVersion, KeptFiles
 from flows.datasets.purge import Purged, purge_dvc, purge_files, purge_samples
 from flows.datasets.sync import announce, bring_up_to_date, publish
@@ -103,9 +103,9 @@ def record(params: Params, removal: Removal) -> DataVersion:
     folder, source = params.dataset_folder, environment.data_source()
     # First, so that later publications and promotions are checked against it, and earlier ones can be found:
     # see ``flows.datasets.sync.publish`` and ``flows.promote.record``.
-    Catalogue.of(params.training.dataset, source).publish_removal(removal)
+    Catalog.of(params.training.dataset, source).publish_removal(removal)
     # Images removed from an older version are removed from the newest one as well.
-    forget_choice(folder)
+    unpin(folder)
     while True:
         bring_up_to_date(folder, source, params.ingest, reporter())
         if (version := publish(folder, source)) is not None:
@@ -116,8 +116,8 @@ def record(params: Params, removal: Removal) -> DataVersion:
 def find_holders(params: Params, removal: Removal) -> tuple[dict[str, Manifest], Holders]:
     """Find all versions of the data set, and those that held the images."""
     folder, source = params.dataset_folder, environment.data_source()
-    recorded = Catalogue.of(folder.name, source)
-    # Versions that gc removed from the catalogue still have files on the remote for a while.
+    recorded = Catalog.of(folder.name, source)
+    # Versions that gc removed from the catalog still have files on the remote for a while.
     versions = recorded.retired() | known_versions(folder) | recorded.versions()
     with TemporaryDirectory() as scratch:
         elsewhere = KeptFiles(folder.name, source).elsewhere(versions.values(), Path(scratch))
@@ -143,7 +143,7 @@ def clear(params: Params, versions: dict[str, Manifest], affected: Holders, deri
     folder = params.dataset_folder
     held = [versions[digest] for digest in affected.held]
     others = [each for digest, each in versions.items() if digest not in affected.held]
-    Catalogue.of(folder.name, environment.data_source()).delete_pages(affected.held)
+    Catalog.of(folder.name, environment.data_source()).delete_pages(affected.held)
     purged = Purged(
         dvc_objects=purge_dvc(held, others, environment.data_source()),
         files=[

@@ -357,7 +357,7 @@ def _shares(
         # Few pairs are near each other in any half, and only these are checked in each.
         i, j = (distances <= wide_at_most).nonzero(as_tuple=True)
         p, q = (distances <= around_at_most[rows, None]).nonzero(as_tuple=True)
-        apart, asunder = distances[i, j], distances[p, q]
+        apart, other_radii = distances[i, j], distances[p, q]
         i, p = i + start, p + start
         pairs = torch.zeros(len(of_generated), dtype=torch.float64)
         # Threads share these arrays but only ever write True.
@@ -366,7 +366,7 @@ def _shares(
             precise[half, i[here & (apart <= near[half, j])]] = True
             within = here & (apart < wide[half, j])
             covered[half, j[within]] = True
-            recalled[half, q[of_real[half, q] & (asunder <= around[half, p])]] = True
+            recalled[half, q[of_real[half, q] & (other_radii <= around[half, p])]] = True
             pairs[half] = within.sum()
         return pairs
 

@@ -224,9 +224,7 @@ def _memorized(metrics: ComparisonMetrics, limit: float, confidence: float) -> F
     """Apply the limit on copies: above it a model is held, and rejected if chance cannot explain the excess."""
     if (copies := metrics.memorized) is None:
         return _finding("memorized", Verdict.hold, "not measured: the share of copies of training images")
-    words = (
-        f"copies of training images: {copies.share:.2%} of {count(metrics.samples)} generated, allowed are {limit:.2%}"
-    )
+    words = f"copies of training images: {copies.share:.2%} of {count(metrics.samples)} generated, limit {limit:.2%}"
     if copies.share <= limit:
         return _finding("memorized", Verdict.promote, words)
     if copies.p_value <= 1 - confidence:
@@ -250,7 +248,7 @@ def _worst_class(metrics: ComparisonMetrics, limit: float, confidence: float) ->
         return _finding("worst class", Verdict.hold, "not measured: the distance of each class")
     words = (
         f"worst class {worst.candidate_class!r} at {_figure(worst.candidate)}, the champion's "
-        f"{worst.champion_class!r} at {_figure(worst.champion)}, allowed are {1 + limit:g} times as much"
+        f"{worst.champion_class!r} at {_figure(worst.champion)}, limit {1 + limit:g} times as much"
     )
     return _limited("worst class", worst.candidate.less(worst.champion.times(1 + limit)), words, metrics, confidence)
 
@@ -260,7 +258,7 @@ def _cost(cost: Cost | None, limit: float) -> Finding:
         return _finding("cost", Verdict.hold, "not measured: the cost of generating an image")
     verdict = Verdict.promote if cost.candidate <= limit * cost.champion else Verdict.reject
     reason = (
-        f"an image costs {cost.candidate:,.4g} {cost.unit}, of the champion {cost.champion:,.4g}, allowed are "
+        f"an image costs {cost.candidate:,.4g} {cost.unit}, of the champion {cost.champion:,.4g}, limit "
         f"{limit:g} times as much"
     )
     return _finding("cost", verdict, reason)
@@ -294,8 +292,8 @@ def images_needed(images: int, estimate: Estimate, distance: float, confidence: 
 def _advice(what: str, needed: int | None, metrics: ComparisonMetrics) -> str:
     if needed is None:
         return ""
-    times = f"{needed / metrics.samples:,.1f}"
-    return f"; to tell {what} would take about {count(needed)} images, {times} times as many, of held-out ones, too"
+    more = f"{needed / metrics.samples:,.1f} times as many, held-out ones included"
+    return f"; to decide on {what} takes about {count(needed)} images, {more}"
 
 
 def _images(metrics: ComparisonMetrics) -> str:

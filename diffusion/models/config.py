@@ -193,7 +193,7 @@ class ModelConfig(Kind):
         return 0.1 if self.low_resolution_noise is None else self.low_resolution_noise
 
 
-class OtherKind(Kind):
+class NonDiffusionConfig(Kind):
     """The section ``model`` of a family other than ddpm, which has neither captions nor super-resolution."""
 
     text: ClassVar[bool] = False
@@ -202,7 +202,7 @@ class OtherKind(Kind):
     """Height and width of the images that it upscales: none."""
 
 
-class VAEConfig(OtherKind):
+class VAEConfig(NonDiffusionConfig):
     """The family vae: a variational autoencoder (arXiv 1312.6114), which also encodes images into latents.
 
     It serves as the autoencoder of latent diffusion (arXiv 2112.10752), too: see model.autoencoder.
@@ -244,7 +244,7 @@ class VAEConfig(OtherKind):
         return self
 
 
-class GANConfig(OtherKind):
+class GANConfig(NonDiffusionConfig):
     """The family gan: a generative adversarial network (arXiv 1406.2661) after R3GAN (2501.05441).
 
     The generator upsamples from a low resolution, 4×4 for 32 pixels; the discriminator downsamples in the same steps.
@@ -276,7 +276,7 @@ class GANConfig(OtherKind):
     """Whether both networks are conditioned on the class, where the data set has several."""
 
 
-class AutoregressiveConfig(OtherKind):
+class AutoregressiveConfig(NonDiffusionConfig):
     """The family autoregressive: each pixel is conditioned on those above it and to its left (arXiv 1606.05328).
 
     The likelihood is exact. Sampling goes pixel by pixel, S² sequential steps for an image of S×S pixels, so it suits

@@ -47,10 +47,10 @@ class Checkpoints:
         """Return tensors and header of the newest valid checkpoint, or None if there is none."""
         return next(((load_file(path), header) for path, header in self.newest_whole()), None)
 
-    def prune(self, keep: int, spared: Container[int] = ()) -> None:
-        """Remove all but the ``keep`` newest and those after ``spared`` images; each digest goes first."""
+    def prune(self, keep: int, protected: Container[int] = ()) -> None:
+        """Remove all but the ``keep`` newest and those after ``protected`` images; each digest goes first."""
         finished = self.paths()
-        kept = {path for path in finished if int(path.stem) in spared} | set(finished[-keep:])
+        kept = {path for path in finished if int(path.stem) in protected} | set(finished[-keep:])
         # Includes leftovers of a removal that was interrupted.
         there = {path.with_name(path.name.removesuffix(".sha256")) for path in self.folder.glob("[0-9]*.safetensors*")}
         for path in there - kept:
@@ -68,7 +68,9 @@ class CheckpointWriter:
         self._pool = ThreadPoolExecutor(1)
         self._pending: Future[None] | None = None
 
-    def save(self, tensors: dict[str, Tensor], header: dict[str, Any], keep: int, spared: Container[int] = ()) -> None:
+    def save(
+        self, tensors: dict[str, Tensor], header: dict[str, Any], keep: int, protected: Container[int] = ()
+    ) -> None:
         """Start writing a checkpoint, then pruning; raises the error of the previous write."""
         if self._pending is not None:
             self._pending.result()
@@ -76,7 +78,7 @@ class CheckpointWriter:
 
         def write() -> None:
             self.checkpoints.save(copies, header)
-            self.checkpoints.prune(keep, spared)
+            self.checkpoints.prune(keep, protected)
 
         self._pending = self._pool.submit(write)
 

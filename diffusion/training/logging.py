@@ -299,10 +299,12 @@ class TrainingLog:
         rows = read_metrics(self.losses.path)
         finite = [row for row in rows if math.isfinite(row["held_out_loss_ema"])]
         best = sorted(finite, key=lambda row: row["held_out_loss_ema"])[: config.keep_best]
-        spared = {int(row["images"]) for row in best}
+        protected = {int(row["images"]) for row in best}
         if config.keep_every is not None:
-            spared.update(int(row["images"]) for row in rows if row["images"] % (config.keep_every * save_every) == 0)
-        return spared
+            protected.update(
+                int(row["images"]) for row in rows if row["images"] % (config.keep_every * save_every) == 0
+            )
+        return protected
 
 
 def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -125,8 +125,8 @@ def make_preflight(trainer: Trainer, pace: tuple[float, float] | None, reading: 
     memory, checkpoint = state_size(parameters, len(state.averages), config.cpu_threads, others)
     # One checkpoint is written before another is removed. A snapshot holds two of a checkpoint's five parts.
     snapshots = math.ceil(config.checkpoints * 2 / 5) if config.ema_stds is not None else 0
-    spared = config.keep_best + (config.checkpoints // config.keep_every if config.keep_every else 0)
-    files = min(config.keep + spared, config.checkpoints) + 2 + snapshots
+    protected = config.keep_best + (config.checkpoints // config.keep_every if config.keep_every else 0)
+    files = min(config.keep + protected, config.checkpoints) + 2 + snapshots
     latents = setup.autoencoder.space if setup.autoencoder else None
     return Preflight(
         dataset=dataset.manifest.name,

@@ -111,7 +111,7 @@ def _chain(found: "Trace") -> Iterator[str]:
         git = f"git commit {run.git_commit}{dirty[run.git_dirty]}" if run.git_commit else "git: outside of a repository"
         yield f"          {git}"
     if data := found.data:
-        recorded = f"recorded {data.recorded:{MINUTE}}" if data.recorded else "not in the catalogue"
+        recorded = f"recorded {data.recorded:{MINUTE}}" if data.recorded else "not in the catalog"
         yield f"data set  {data.dataset}, version {data.version}, {recorded}"
         yield f"          content {data.content_digest}"
         yield f"          DVC {data.dvc_digest or 'has no record of it'}"

@@ -1,11 +1,11 @@
-"""The catalogue on S3: manifest and DVC pointer of every data set version, by the manifest's digest.
+"""The catalog on S3: manifest and DVC pointer of every data set version, by the manifest's digest.
 
 ``s3://BUCKET/datasets/NAME/<digest>/manifest.json`` and ``pointer.dvc`` beside it are written once, as are the
 version's page ``report.html`` and the mark ``announced``; the version's files lie on DVC's remote. Takedown records lie
 under ``datasets/NAME/removals/``.
 
 ``datasets/NAME/heads/00000001.json`` and so on (``flows.storage.numbered_objects``) name the newest version for all
-machines that add to the data set. A version is first put into the catalogue and then becomes the head, so a process
+machines that add to the data set. A version is first put into the catalog and then becomes the head, so a process
 that is killed in between blocks no other machine, and the same command again continues.
 """
 
@@ -57,15 +57,15 @@ class CatalogListing:
 
 
 @dataclass(frozen=True)
-class Catalogue:
-    """Catalogue of the versions of one data set."""
+class Catalog:
+    """Catalog of the versions of one data set."""
 
     place: Location
     store: Store
 
     @classmethod
-    def of(cls, name: str, source: str, store: Store | None = None) -> "Catalogue":
-        """Catalogue of data set ``name`` in the bucket of the DVC remote with the URL ``source``."""
+    def of(cls, name: str, source: str, store: Store | None = None) -> "Catalog":
+        """Catalog of data set ``name`` in the bucket of the DVC remote with the URL ``source``."""
         return cls(Location(Location.parse(source).bucket) / "datasets" / name, store or Store())
 
     @property
@@ -74,7 +74,7 @@ class Catalogue:
         return self.place.prefix.rpartition("/")[2]
 
     def publish(self, manifest: Manifest, dvc_digest: str) -> None:
-        """Put a version into the catalogue if it is not in it."""
+        """Put a version into the catalog if it is not in it."""
         pointer = {"outs": [{"md5": dvc_digest, "hash": "md5", "path": manifest.name}]}
         try:
             self._put(f"{manifest.digest}/pointer.dvc", yaml.safe_dump(pointer, sort_keys=False).encode())
@@ -104,7 +104,7 @@ class Catalogue:
         return self._readable(self.place, VERSION)
 
     def version(self, digest: str) -> Manifest | None:
-        """Version of this digest; None if it is not in the catalogue. Raises UserError if it is damaged."""
+        """Version of this digest; None if it is not in the catalog. Raises UserError if it is damaged."""
         name = f"{digest}/manifest.json"
         data = self._get(name, LARGEST_MANIFEST)
         return None if data is None else _parsed(data, digest, f"{self.place}/{name}")
@@ -125,7 +125,7 @@ class Catalogue:
         self._put(f"{digest}/announced", b"")
 
     def pointer(self, digest: str) -> str | None:
-        """DVC's digest of a version; None if it is not in the catalogue. Raises UserError if it is damaged."""
+        """DVC's digest of a version; None if it is not in the catalog. Raises UserError if it is damaged."""
         name = f"{digest}/pointer.dvc"
         if (data := self._get(name)) is None:
             return None
@@ -178,14 +178,14 @@ class Catalogue:
         return self._readable(Location(self.place.bucket, f"{RETIRED}/{self.name}"), RETIRED_VERSION)
 
     def withdraw(self, digest: str) -> None:
-        """Remove a version from the catalogue; its files stay on the remote."""
+        """Remove a version from the catalog; its files stay on the remote."""
         # The manifest goes first: without it there is no version.
         self.store.delete_many(self.place.bucket, [self.place.key(f"{digest}/manifest.json")])
         beside = list(self.store.list_keys(self.place.bucket, self.place.key(f"{digest}/")))
         self.store.delete_many(self.place.bucket, beside)
 
     def written(self, digest: str) -> datetime | None:
-        """Time when a version was put into the catalogue; None if it is not in it."""
+        """Time when a version was put into the catalog; None if it is not in it."""
         found = self.store.stat(self.place.bucket, self.place.key(f"{digest}/manifest.json"))
         return found and found.written
 
@@ -252,35 +252,35 @@ class Head(Config):
 class Heads:
     """Chain of newest versions of one data set."""
 
-    catalogue: Catalogue
+    catalog: Catalog
 
     def newest(self) -> str | None:
-        """Digest of the version that the next ingest adds to; None if the catalogue has no version.
+        """Digest of the version that the next ingest adds to; None if the catalog has no version.
 
-        Heads that were deleted from the catalogue are skipped. Without a head the version written last counts, of those
+        Heads that were deleted from the catalog are skipped. Without a head the version written last counts, of those
         that are no other version's parent.
         """
         for version in self.latest():
-            if self.catalogue.written(version) is not None:
+            if self.catalog.written(version) is not None:
                 return version
             logger.warning(
-                f"version {version[:12]} of data set {self.catalogue.name} was its newest, and is not in the "
-                "catalogue any more: the one before it is"
+                f"version {version[:12]} of data set {self.catalog.name} was its newest, and is not in the "
+                "catalog any more: the one before it is"
             )
-        published = self.catalogue.published()
+        published = self.catalog.published()
         if len(published) > 1:
-            parents = {each.parent for each in self.catalogue.versions().values()}
+            parents = {each.parent for each in self.catalog.versions().values()}
             published = {digest: written for digest, written in published.items() if digest not in parents}
         return max(published, key=lambda digest: (published[digest], digest), default=None)
 
     def latest(self) -> Iterator[str]:
-        """Yield the digests of all heads, the newest first, whether they are in the catalogue or not."""
+        """Yield the digests of all heads, the newest first, whether they are in the catalog or not."""
         for number in range(self._count(), 0, -1):
             if (head := self._read(number)) is not None:
                 yield head.version
 
     def advance(self, version: str, onto: Collection[str]) -> str | None:
-        """Make ``version``, which is in the catalogue, the head instead of one of ``onto``.
+        """Make ``version``, which is in the catalog, the head instead of one of ``onto``.
 
         Returns None if ``version`` is the head now, or else the head that another process published first.
         """
@@ -301,7 +301,7 @@ class Heads:
 
     @property
     def _objects(self) -> NumberedObjects:
-        return NumberedObjects(self.catalogue.place / "heads", self.catalogue.store)
+        return NumberedObjects(self.catalog.place / "heads", self.catalog.store)
 
     def _count(self) -> int:
         """Number of entries up to the first gap."""

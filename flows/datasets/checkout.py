@@ -13,7 +13,7 @@ from diffusion.data.manifest import Manifest, manifest_bytes, read_manifest, ver
 from diffusion.data.versions.takedown_records import holders, removals
 from diffusion.data.versions.versions import choose, known_versions, remember
 from flows.datasets import dvc
-from flows.datasets.catalog import Catalogue
+from flows.datasets.catalog import Catalog
 from flows.datasets.dvc import KeptFiles, is_whole, needed_files
 
 Reach = Callable[[], str]
@@ -80,7 +80,7 @@ def choice(folder: Path) -> Choice | None:
     return found if any(version.digest == found.version for version in versions(folder)) else None
 
 
-def forget_choice(folder: Path) -> None:
+def unpin(folder: Path) -> None:
     """Let the next ingest continue from the newest version."""
     _choice(folder).unlink(missing_ok=True)
 
@@ -119,7 +119,7 @@ class DatasetLocation:
             chosen = Choice(version=version.digest, known=sorted(self.known))
             write_json(_choice(folder), chosen.model_dump(mode="json"))
         else:
-            forget_choice(folder)
+            unpin(folder)
         write_bytes(folder / "manifest.json", manifest_bytes(version))
         remove_others(folder, version)
         if without_shards:
@@ -136,7 +136,7 @@ class DatasetLocation:
         )
 
     def choose(self, prefix: str) -> Manifest:
-        """Find the version that ``prefix`` names, here or else in the catalogue."""
+        """Find the version that ``prefix`` names, here or else in the catalog."""
 
         def chosen() -> Manifest:
             candidates = {digest: each.content_digest for digest, each in self.known.items()}
@@ -146,16 +146,16 @@ class DatasetLocation:
             return chosen()
         except UserError as unknown:
             try:
-                catalogue = self.catalogue()
+                catalog = self.catalog()
             except UserError as error:
                 raise (unknown if self.known else error) from error
-        self.known = self.known | catalogue.versions()
+        self.known = self.known | catalog.versions()
         return chosen()
 
     def refuse_removed(self, version: Manifest) -> None:
         """Raise UserError if ``version`` holds images that were taken down, as far as its tables are available."""
         if self.source is not None:
-            self.catalogue().fetch_removals(self.folder)
+            self.catalog().fetch_removals(self.folder)
         for removal in removals(work_folder(self.folder)):
             if holders(self.folder, removal, [version], self.kept.find).held:
                 remove_strays(self.folder)
@@ -195,7 +195,7 @@ class DatasetLocation:
         """Write a file of ``version`` into the folder atomically; raises UserError if it is found nowhere."""
         found = self.kept.write(version.digest, name, sha256, self.folder / name)
         if not found and self.source is None:
-            self.catalogue()
+            self.catalog()
             found = self.kept.write(version.digest, name, sha256, self.folder / name)
         if not found:
             raise UserError(
@@ -213,14 +213,14 @@ class DatasetLocation:
                 return True
         return False
 
-    def catalogue(self) -> Catalogue:
-        """Connect to the catalogue; from then on files come from the remote as well."""
+    def catalog(self) -> Catalog:
+        """Connect to the catalog; from then on files come from the remote as well."""
         if self.source is None:
             self.source = self.reach()
             recorded = dvc.data_version(self.folder)
             self.kept = KeptFiles(self.folder.name, self.source, recorded.digest if recorded else None)
-        assert self.kept.catalogue is not None
-        return self.kept.catalogue
+        assert self.kept.catalog is not None
+        return self.kept.catalog
 
 
 def remove_others(folder: Path, version: Manifest) -> None:

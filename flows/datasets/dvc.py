@@ -28,7 +28,7 @@ from diffusion.common.config import Config
 from diffusion.common.errors import DarkroomError, UserError
 from diffusion.common.files import sha256_file, write_atomically, write_bytes
 from diffusion.data.manifest import FileEntry, Manifest, parse_manifest, read_manifest, version_path, work_folder
-from flows.datasets.catalog import Catalogue
+from flows.datasets.catalog import Catalog
 from flows.storage.s3 import ListedObject, Location, Missing, Store
 from flows.storage.tags import DvcDigest
 
@@ -183,14 +183,14 @@ def _parsed(data: bytes, where: str) -> Listing:
 class KeptFiles:
     """Files of data set ``name`` in DVC's cache, and on the remote with the URL ``source`` if one is given.
 
-    ``recorded`` is DVC's digest of a version that may not be in the catalogue.
+    ``recorded`` is DVC's digest of a version that may not be in the catalog.
     """
 
     def __init__(self, name: str, source: str | None = None, recorded: str | None = None) -> None:
         self.name = name
         self.cache = Cache.here()
         self.remote = Remote.at(source) if source else None
-        self.catalogue = Catalogue.of(name, source, self.remote.store) if source and self.remote else None
+        self.catalog = Catalog.of(name, source, self.remote.store) if source and self.remote else None
         self.recorded = recorded
         self._listings: dict[str, dict[str, Listing]] = {}
 
@@ -226,10 +226,10 @@ class KeptFiles:
 
     def listings(self, version: str) -> dict[str, Listing]:
         """Listings on the remote of the version with the digest ``version``, by DVC's digest."""
-        if self.remote is None or self.catalogue is None or version in self._listings:
+        if self.remote is None or self.catalog is None or version in self._listings:
             return self._listings.get(version, {})
         try:
-            pointer = self.catalogue.pointer(version)
+            pointer = self.catalog.pointer(version)
         except UserError as error:
             logger.warning("%s", error)
             pointer = None
@@ -432,7 +432,7 @@ class RemoteShards:
     def _listing(self) -> Listing:
         name = self.folder.name
         digest = read_manifest(self.folder).digest
-        recorded = Catalogue.of(name, self.source, self.remote.store).pointer(digest)
+        recorded = Catalog.of(name, self.source, self.remote.store).pointer(digest)
         if recorded is None and (version := data_version(self.folder)) is not None:
             recorded = version.digest
         if recorded is None:

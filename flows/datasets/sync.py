@@ -2,7 +2,7 @@
 
 Several machines may add to one data set. Before an ingest or a takedown the local version is brought up to date
 (``flows.datasets.catalog``): an older version is replaced by the newest one, and images that only this machine has are
-added to it. Takedown records of the catalogue are applied at the same time, so that no image comes back that another
+added to it. Takedown records of the catalog are applied at the same time, so that no image comes back that another
 machine took down.
 """
 
@@ -18,14 +18,14 @@ from prefect.events.clients import get_events_client
 from diffusion.common.errors import Held
 from diffusion.common.progress import Progress, silent
 from diffusion.data.ingest.config import IngestConfig
-from diffusion.data.ingest.merge import unite
+from diffusion.data.ingest.merge import merge_versions
 from diffusion.data.manifest import Manifest, parse_manifest, read_manifest, version_path, versions, work_folder
 from diffusion.data.versions.takedown import remove_known
 from diffusion.data.versions.versions import remember
 from flows.config import Params
 from flows.datasets import catalog, dvc
-from flows.datasets.catalog import Catalogue, Heads
-from flows.datasets.checkout import CheckedOut, DatasetLocation, checkout, choice, forget_choice, remove_others
+from flows.datasets.catalog import Catalog, Heads
+from flows.datasets.checkout import CheckedOut, DatasetLocation, checkout, choice, remove_others, unpin
 from flows.datasets.dvc import DataVersion, is_whole
 from flows.deployment.tasks import retryable_task
 from flows.environment import data_source
@@ -38,41 +38,41 @@ logger = logging.getLogger(__name__)
 def sync(params: Params, version: str | None = None) -> CheckedOut | None:
     """Check out ``version``, or the newest one if the local one is older or missing; None if nothing was done."""
     source = data_source()
-    catalogue = Catalogue.of(params.training.dataset, source)
-    target = version or newer(params, catalogue)
+    catalog = Catalog.of(params.training.dataset, source)
+    target = version or newer(params, catalog)
     if target is None:
         return None
-    catalogue.fetch_removals(params.dataset_folder)
+    catalog.fetch_removals(params.dataset_folder)
     return checkout(params.dataset_folder, target, lambda: source)
 
 
-def newer(params: Params, catalogue: Catalogue) -> str | None:
-    """Newest version in the ``catalogue``; None if the local one descends from it or was never published."""
-    newest, folder = Heads(catalogue).newest(), params.dataset_folder
+def newer(params: Params, catalog: Catalog) -> str | None:
+    """Newest version in the ``catalog``; None if the local one descends from it or was never published."""
+    newest, folder = Heads(catalog).newest(), params.dataset_folder
     if newest is None or not (folder / "manifest.json").is_file():
         return newest
     # An unpublished version exists only here: the next ingest adds it to the newest.
-    unpublished = catalogue.written(read_manifest(folder).digest) is None
+    unpublished = catalog.written(read_manifest(folder).digest) is None
     return None if unpublished or any(version.digest == newest for version in versions(folder)) else newest
 
 
 @retryable_task
 def announce(params: Params, silently: bool) -> None:
     """Emit the event of the local version, once, with an ID of its own; ``silently`` only marks it as announced."""
-    catalogue = Catalogue.of(params.training.dataset, data_source())
+    catalog = Catalog.of(params.training.dataset, data_source())
     version = read_manifest(params.dataset_folder)
-    if catalogue.announced(version.digest):
+    if catalog.announced(version.digest):
         return
     if not silently:
-        asyncio.run(_emit(created(version, catalogue)))
-    catalogue.mark_announced(version.digest)
+        asyncio.run(_emit(created(version, catalog)))
+    catalog.mark_announced(version.digest)
 
 
-def created(version: Manifest, catalogue: Catalogue) -> Event:
+def created(version: Manifest, catalog: Catalog) -> Event:
     """Prefect event for the creation of ``version``."""
     return Event(
         event=CREATED,
-        id=uuid5(NAMESPACE_URL, f"{CREATED}:{catalogue.place}/{version.digest}"),
+        id=uuid5(NAMESPACE_URL, f"{CREATED}:{catalog.place}/{version.digest}"),
         resource={
             "prefect.resource.id": f"darkroom.dataset.{version.name}",
             "prefect.resource.name": version.name,
@@ -90,7 +90,7 @@ async def _emit(event: Event) -> None:
 def bring_up_to_date(
     folder: Path, source: str, config: IngestConfig, progress: Progress = silent, anew: bool = False
 ) -> None:
-    """Bring the data set in ``folder`` up to date with its newest version in the catalogue and with all takedowns.
+    """Bring the data set in ``folder`` up to date with its newest version in the catalog and with all takedowns.
 
     With ``anew`` it is about to be rebuilt, so the local version need not be kept. A version that was checked out to
     build on stays if its newer versions were known then. Locks out ingests; killed and given again, it ends the same.
@@ -101,7 +101,7 @@ def bring_up_to_date(
     """
     work_folder(folder).mkdir(parents=True, exist_ok=True)
     with FileLock(work_folder(folder) / "lock"):
-        recorded = Catalogue.of(folder.name, source)
+        recorded = Catalog.of(folder.name, source)
         recorded.fetch_removals(folder)
         head = Heads(recorded).newest()
         if head is not None and not _goes_on_from(folder, head):
@@ -112,19 +112,19 @@ def bring_up_to_date(
 
 
 def publish(folder: Path, source: str) -> DataVersion | None:
-    """Record, push and catalogue the current version of the data set in ``folder``, and make it the newest.
+    """Record, push and catalog the current version of the data set in ``folder``, and make it the newest.
 
     Returns None if another machine published first or took down images that it holds: then call ``bring_up_to_date``
     and publish again. Killed and given again, it ends the same.
     """
-    recorded = Catalogue.of(folder.name, source)
+    recorded = Catalog.of(folder.name, source)
     lock = FileLock(work_folder(folder) / "lock")
     with lock, catalog.pushing(folder.name, source, recorded.store):
         if recorded.held_removals(folder):
             return None
         version = dvc.record_data(folder, source)
         recorded.publish(read_manifest(folder), version.digest)
-        # A takedown writes its record first and then lists the versions in the catalogue. So either we see the record
+        # A takedown writes its record first and then lists the versions in the catalog. So either we see the record
         # of a concurrent takedown, or it sees this version.
         if recorded.held_removals(folder):
             return None
@@ -140,7 +140,7 @@ def publish(folder: Path, source: str) -> DataVersion | None:
                 f"{chosen.version[:12]}, which was checked out: what later versions added is not in it; "
                 f"`darkroom data log --dataset {folder.name}` names them, and `darkroom data checkout` brings one back"
             )
-        forget_choice(folder)
+        unpin(folder)
         return version
 
 
@@ -154,13 +154,13 @@ def _goes_on_from(folder: Path, head: str) -> bool:
     return chosen is not None and head in chosen.known
 
 
-def _move(folder: Path, source: str, recorded: Catalogue, head: str, config: IngestConfig, anew: bool) -> None:
+def _move(folder: Path, source: str, recorded: Catalog, head: str, config: IngestConfig, anew: bool) -> None:
     """Make the local version descend from ``head``."""
     theirs = recorded.version(head)
-    assert theirs is not None, "a head is in the catalogue"
+    assert theirs is not None, "a head is in the catalog"
     place = DatasetLocation(folder, lambda: source)
     place.known = place.known | {head: theirs}
-    place.catalogue()
+    place.catalog()
     if not (folder / "manifest.json").is_file() or anew:
         # A rebuild needs only the tables of the version before, which name the images that were taken down.
         place.make_current(theirs, with_removed=True, without_shards=anew and config.near_duplicates is None)
@@ -169,7 +169,7 @@ def _move(folder: Path, source: str, recorded: Catalogue, head: str, config: Ing
         # The same checkout again would leave it out on purpose.
         remember(folder, theirs)
         raise Held(
-            f"somebody was faster: version {head[:12]} of data set {folder.name} was published since "
+            f"another process was first: version {head[:12]} of data set {folder.name} was published since "
             f"{chosen.version[:12]} was checked out: `darkroom data checkout {head[:12]} --dataset {folder.name}` to "
             f"add to it, or `darkroom data checkout {chosen.version[:12]} --dataset {folder.name}` again to leave it "
             "out"
@@ -182,7 +182,7 @@ def _move(folder: Path, source: str, recorded: Catalogue, head: str, config: Ing
         return
     place.keep_current(theirs)
     place.fetch(theirs, without_shards=False)
-    found = unite(folder, config, theirs, base)
+    found = merge_versions(folder, config, theirs, base)
     remove_others(folder, found.version)
     logger.info(
         f"{folder} goes on from version {head[:12]}, which another machine published, and adds {found.added:,} images "

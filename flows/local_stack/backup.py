@@ -43,7 +43,7 @@ AUTH = "mlflow/auth.db"
 UPGRADES = {"mlflow/mlflow.db": ("mlflow", "db", "upgrade"), AUTH: ("mlflow.server.auth", "db", "upgrade", "--url")}
 """Commands that migrate the databases of an older MLflow; Prefect's server migrates its own."""
 REMOVAL = re.compile(r"datasets/[^/]+/removals/[^/]+\.json")
-"""Keys of takedown records in the catalogue."""
+"""Keys of takedown records in the catalog."""
 Digest = Annotated[str, StringConstraints(pattern="^[0-9a-f]{64}$")]
 """Hex SHA-256."""
 DatabasePath = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]+(/[A-Za-z0-9_-]+)*\.db$")]

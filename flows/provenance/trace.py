@@ -20,7 +20,7 @@ from diffusion.data.versions.takedown_records import Removal
 from diffusion.generation.requests import ABOUT, RequestRecord
 from flows import environment
 from flows.config import dataset_folder
-from flows.datasets.catalog import Catalogue
+from flows.datasets.catalog import Catalog
 from flows.datasets.dvc import KeptFiles, Listing, is_whole
 from flows.provenance.reproduce import fetch_code
 from flows.registry import model_versions
@@ -85,7 +85,7 @@ class TracedData(Config):
     content_digest: str
     dvc_digest: str | None
     recorded: datetime | None
-    """When it was put into the catalogue; None if it is not in it."""
+    """When it was put into the catalog; None if it is not in it."""
     images: int
     shards: list[TracedShard]
 
@@ -265,7 +265,7 @@ class _Walk:
         return found
 
     def manifest(self, run: Run | None, dataset: str | None, content: str, source: str) -> Manifest | None:
-        """Manifest of the data set version, from the run or else from the catalogue."""
+        """Manifest of the data set version, from the run or else from the catalog."""
         found: Manifest | None = None
         if run is not None:
             where = f"runs:/{run.info.run_id}/{MANIFEST_ARTIFACT}"
@@ -275,7 +275,7 @@ class _Walk:
                     raise UserError(f"run {run.info.run_id} keeps no manifest of what it saw (any more)")
                 found = parse_manifest(mlflow.artifacts.load_text(where).encode(), where)
         if found is None and dataset:
-            versions = Catalogue.of(dataset, source, self.store).versions().values()
+            versions = Catalog.of(dataset, source, self.store).versions().values()
             found = next((each for each in versions if each.content_digest == content), None)
         if found is None:
             self.broken.append(f"no manifest of the data set version with the content {content} is to be found")
@@ -298,16 +298,16 @@ class _Walk:
         if lost:
             more = f" and {len(lost) - 3} more" if len(lost) > 3 else ""
             self.broken.append(f"shards that lie neither on {source} nor here: {', '.join(lost[:3])}{more}")
-        catalogue = Catalogue.of(version.name, source, self.store)
+        catalog = Catalog.of(version.name, source, self.store)
         if dvc_digest is None:
             with self.noting():
-                dvc_digest = catalogue.pointer(version.digest)
+                dvc_digest = catalog.pointer(version.digest)
         return TracedData(
             dataset=version.name,
             version=version.digest,
             content_digest=version.content_digest,
             dvc_digest=dvc_digest,
-            recorded=catalogue.written(version.digest),
+            recorded=catalog.written(version.digest),
             images=version.kept,
             shards=shards,
         )
@@ -315,13 +315,13 @@ class _Walk:
     def takedowns(
         self, dataset: str | None, model: TracedModel | None, run: Run | None, version: Manifest | None, source: str
     ) -> list[Takedown]:
-        """Takedowns named by the tags of model and run, and those in the catalogue of the version's tables."""
+        """Takedowns named by the tags of model and run, and those in the catalog of the version's tables."""
         marks = (model.tags if model else {}, run.data.tags if run else {})
         named = {name for tags in marks for name in names_of(tags.get(TAKEDOWN)) if name}
         records: dict[str, Removal] = {}
         if dataset:
             with self.noting():
-                records = {each.name: each for each in Catalogue.of(dataset, source, self.store).removals()}
+                records = {each.name: each for each in Catalog.of(dataset, source, self.store).removals()}
         tables = {part.records.sha256 for part in version.parts} if version else set()
         named |= {name for name, each in records.items() if tables.intersection(each.tables)}
         found = [(name, records.get(name)) for name in sorted(named)]

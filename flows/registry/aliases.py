@@ -31,8 +31,8 @@ COPY = "darkroom.ledger."
 COPY_NAME = re.compile(r"darkroom\.ledger\.([0-9]{8})(\.json)?")
 COPY_END = re.compile(r"\(sha256 ([0-9a-f]{64})\)\Z")
 CHAMPION = "champion"
-ALIASES = (CHAMPION, "previous", "challenger")
-"""Aliases, the fields of ``Standing``, in the order in which they are written."""
+ALIASES = (CHAMPION, "previous", "candidate")
+"""Aliases, the fields of ``AliasNumbers``, in the order in which they are written."""
 
 
 def none_if_missing(request: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R | None:

@@ -30,7 +30,7 @@ def require_champion(params: Params) -> None:
         try:
             model_versions.cached_weights(model_versions.version_of(client, history.model, champion))
         except UserError as error:
-            raise UserError(f"{error}, or {_ways_out(client, history)}") from error
+            raise UserError(f"{error}, or {_recovery_hints(client, history)}") from error
 
 
 def champion_problem(client: MlflowClient, history: History) -> str | None:
@@ -41,7 +41,8 @@ def champion_problem(client: MlflowClient, history: History) -> str | None:
     number = history.standing.champion
     if number is None or (words := _problem(client, history, number)) is None:
         return None
-    return f"version {number} of {history.model} is champion by the ledger, and {words}: {_ways_out(client, history)}"
+    hints = _recovery_hints(client, history)
+    return f"version {number} of {history.model} is champion by the ledger, and {words}: {hints}"
 
 
 def _problem(client: MlflowClient, history: History, number: int) -> str | None:
@@ -61,11 +62,11 @@ def _problem(client: MlflowClient, history: History, number: int) -> str | None:
     return None
 
 
-def _ways_out(client: MlflowClient, history: History) -> str:
+def _recovery_hints(client: MlflowClient, history: History) -> str:
     standing, versions = history.standing, Record.of(client, history.model).versions
     usable = [
         number
-        for number in sorted(versions, key=lambda number: (number == standing.challenger, number), reverse=True)
+        for number in sorted(versions, key=lambda number: (number == standing.candidate, number), reverse=True)
         if number != standing.champion and TAKEDOWN not in versions[number].tags
         if _problem(client, history, number) is None
     ]

@@ -68,13 +68,13 @@ class Approval(Config):
     note: str = ""
 
 
-class Standing(Config):
+class AliasNumbers(Config):
     """Version numbers behind MLflow's aliases."""
 
     champion: Number | None = None
     previous: Number | None = None
     """Version that a rollback would make champion again."""
-    challenger: Number | None = None
+    candidate: Number | None = None
     """Candidate that was held last, and has not become champion since."""
 
 
@@ -95,7 +95,7 @@ class LedgerEntry(Config):
     to_version: Number | None
     """Champion after the entry; ``from_version`` before it."""
     previous: Number | None
-    challenger: Number | None
+    candidate: Number | None
     reason: str | None
     """Reason given for a manual override; None if none was given or the gate decided."""
     evidence: Evidence | None
@@ -115,9 +115,9 @@ class LedgerEntry(Config):
         return sha256_bytes(self.data)
 
     @property
-    def standing(self) -> Standing:
+    def standing(self) -> AliasNumbers:
         """Alias state after the entry."""
-        return Standing(champion=self.to_version, previous=self.previous, challenger=self.challenger)
+        return AliasNumbers(champion=self.to_version, previous=self.previous, candidate=self.candidate)
 
     @property
     def moves(self) -> bool:
@@ -154,7 +154,7 @@ class LedgerEntry(Config):
 
 
 @dataclass(frozen=True)
-class Titles:
+class AliasState:
     """Alias state that determines which entries can follow.
 
     Champions are a stack: a promotion puts one on top and a rollback takes it off, so that rolling back twice goes back
@@ -163,19 +163,19 @@ class Titles:
 
     champions: tuple[int, ...] = ()
     """Stack of champions, the current one last."""
-    challenger: int | None = None
+    candidate: int | None = None
 
     @property
-    def standing(self) -> Standing:
+    def standing(self) -> AliasNumbers:
         """Current version numbers by alias."""
         previous, champion = (None, None, *self.champions)[-2:]
-        return Standing(champion=champion, previous=previous, challenger=self.challenger)
+        return AliasNumbers(champion=champion, previous=previous, candidate=self.candidate)
 
-    def after(self, what: What, version: int) -> "Titles":
+    def after(self, what: What, version: int) -> "AliasState":
         """State after ``what`` was done to ``version``; raises UserError for a rollback past the previous champion."""
         champions = self.champions
         if what == "hold":
-            return Titles(champions, version)
+            return AliasState(champions, version)
         if what == "rollback":
             if champions[-2:-1] != (version,):
                 raise UserError(f"a rollback leads to the champion before the one that is, and that was not {version}")
@@ -183,12 +183,12 @@ class Titles:
         elif what == "promote":
             champions = (*champions, version)
         # A champion or a rejected version is no longer held.
-        return Titles(champions, None if self.challenger == version else self.challenger)
+        return AliasState(champions, None if self.candidate == version else self.candidate)
 
 
-def titles_after(entries: Iterable[LedgerEntry]) -> Titles:
+def replay_aliases(entries: Iterable[LedgerEntry]) -> AliasState:
     """Alias state after ``entries``."""
-    titles = Titles()
+    titles = AliasState()
     for entry in entries:
         titles = titles.after(entry.what, entry.version)
     return titles
@@ -211,14 +211,14 @@ class History:
         return self.entries[-1] if self.entries else None
 
     @property
-    def standing(self) -> Standing:
+    def standing(self) -> AliasNumbers:
         """Alias state now."""
-        return self.head.standing if self.head else Standing()
+        return self.head.standing if self.head else AliasNumbers()
 
     def faster(self) -> str:
         """Describe the newest change of champion for a process that was slower."""
         newest = next((entry for entry in reversed(self.entries) if entry.moves), None)
-        return f"somebody was faster: {newest}" if newest else "the ledger was emptied meanwhile"
+        return f"another process was first: {newest}" if newest else "the ledger was emptied meanwhile"
 
     def require_same(self, version: int, weights_sha256: str) -> None:
         """Raise UserError if the ledger knows other weights as ``version``, as after a reset of the registry."""
@@ -256,7 +256,7 @@ class History:
         approval: Approval | None = None,
     ) -> LedgerEntry:
         """Next entry, written by this process now."""
-        before, after = self.standing, titles_after(self.entries).after(what, version).standing
+        before, after = self.standing, replay_aliases(self.entries).after(what, version).standing
         number = self.head.number + 1 if self.head else 1
         while number in self.taken:
             number += 1
@@ -272,7 +272,7 @@ class History:
             from_version=before.champion,
             to_version=after.champion,
             previous=after.previous,
-            challenger=after.challenger,
+            candidate=after.candidate,
             reason=reason,
             evidence=evidence,
             approval=approval,
@@ -428,7 +428,7 @@ class Ledger(NumberedObjects):
         for number in sorted(known):
             if here.get(number) != known[number]:
                 raise self._broken(object_name(number), f"is not what it was (sha256 {known[number]})")
-        before, titles = None, Titles()
+        before, titles = None, AliasState()
         for entry in entries:
             after = _follow(entry, before, titles)
             if isinstance(after, str):
@@ -440,7 +440,7 @@ class Ledger(NumberedObjects):
         self, entries: list[LedgerEntry], objects: Mapping[int, bytes], numbers: Sequence[int]
     ) -> Iterator[tuple[int, str]]:
         """Add the objects that continue the chain to ``entries``; yields other numbers with the reason for each."""
-        here, titles = {entry.number for entry in entries}, titles_after(entries)
+        here, titles = {entry.number for entry in entries}, replay_aliases(entries)
         for number in numbers:
             if number in here:
                 continue
@@ -448,7 +448,7 @@ class Ledger(NumberedObjects):
             if number not in objects:
                 yield number, f"is larger than {LARGEST} bytes, or was deleted just now"
             elif before is not None and number < before.number:
-                yield number, "is no entry that another one stands on"
+                yield number, "is not part of the chain of entries"
             elif (entry := self._entry(number, objects[number])) is None:
                 yield number, "is no entry of this ledger"
             elif isinstance(after := _follow(entry, before, titles), str):
@@ -479,7 +479,7 @@ class Ledger(NumberedObjects):
         )
 
 
-def _follow(entry: LedgerEntry, before: LedgerEntry | None, titles: Titles) -> Titles | str:
+def _follow(entry: LedgerEntry, before: LedgerEntry | None, titles: AliasState) -> AliasState | str:
     """State after ``entry``, or the reason why it cannot follow ``before`` with the state ``titles``."""
     if entry.parent != (before.digest if before else None):
         return "does not stand on the entry before it"
@@ -488,5 +488,5 @@ def _follow(entry: LedgerEntry, before: LedgerEntry | None, titles: Titles) -> T
     except UserError as error:
         return f"cannot be: {error}"
     if (entry.from_version, entry.standing) != (titles.standing.champion, after.standing):
-        return "names other versions than those that follow from what it says"
+        return "has version numbers that contradict its event"
     return after

@@ -1,6 +1,6 @@
 """Marks of takedowns on derived runs, model versions and sampling batches, which were made from the images taken down.
 
-A takedown finds and marks them; before a data set or a version is used, the catalogue is checked for later takedowns.
+A takedown finds and marks them; before a data set or a version is used, the catalog is checked for later takedowns.
 """
 
 import sys
@@ -22,7 +22,7 @@ from diffusion.data.versions.takedown_records import Removal, holders
 from diffusion.data.versions.versions import known_versions
 from diffusion.models.config import FAMILIES
 from flows.config import dataset_folder
-from flows.datasets.catalog import Catalogue, Heads
+from flows.datasets.catalog import Catalog, Heads
 from flows.datasets.dvc import KeptFiles
 from flows.environment import data_source
 from flows.registry import model_versions
@@ -64,7 +64,7 @@ class Derived(Config):
     samples: list[str]
     """Sampling batches at their default place on S3, which are listed and not deleted, as their images are others."""
     unclear_runs: list[str]
-    """Runs on unknown versions of the data set, found neither here nor in the catalogue."""
+    """Runs on unknown versions of the data set, found neither here nor in the catalog."""
 
 
 def find_derived(dataset: str, contents: Iterable[str], known: Iterable[str], bucket: str) -> Derived:
@@ -206,7 +206,7 @@ def _with_note(text: str | None, note: str) -> str:
 
 def require_current(folder: Path, tracker: RunTracker | None = None) -> None:
     """Raise UserError if the data set in ``folder`` holds images taken down anywhere; marks the run first."""
-    recorded = Catalogue.of(folder.name, data_source())
+    recorded = Catalog.of(folder.name, data_source())
     held = recorded.held_removals(folder)
     if not held:
         return
@@ -233,7 +233,7 @@ def with_takedowns(version: Version) -> Version:
     version = model_versions.version_of(client, version.model, version.number)
     names: set[str] = set()
     records: dict[str, Removal] = {}
-    for each in _behind(client, version):
+    for each in _ancestors(client, version):
         names.update(names_of(parse_tags(each.tags, each.uri).takedown))
         records |= {removal.name: removal for removal in _removed_since(each)}
     here = set(names_of(version.tags.get(TAKEDOWN)))
@@ -245,7 +245,7 @@ def with_takedowns(version: Version) -> Version:
     return model_versions.version_of(client, version.model, version.number) if {*records, *names} - here else version
 
 
-def _behind(client: MlflowClient, version: Version) -> Iterator[Version]:
+def _ancestors(client: MlflowClient, version: Version) -> Iterator[Version]:
     """Yield ``version`` and, transitively, its autoencoder and initial weights, if they are still registered."""
     seen, left = {version.uri}, [version]
     while left:
@@ -267,7 +267,7 @@ def _removed_since(version: Version) -> list[Removal]:
     if dataset is None or content is None:
         return []
     source, folder = data_source(), dataset_folder(dataset)
-    recorded = Catalogue.of(dataset, source)
+    recorded = Catalog.of(dataset, source)
     removals = list(recorded.removals())
     if not removals:
         return []

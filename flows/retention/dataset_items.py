@@ -1,4 +1,4 @@
-"""Garbage collection of old data set versions: first from the catalogue, after the grace period from DVC's remote.
+"""Garbage collection of old data set versions: first from the catalog, after the grace period from DVC's remote.
 
 ``s3://BUCKET/retired/NAME/<digest>.json`` keeps the manifest of a retired version until its files are deleted, so that
 the next gc can finish a killed one. Files are named by content and shared: those that another version needs stay.
@@ -18,7 +18,7 @@ from diffusion.common.config import plain_name
 from diffusion.common.errors import UserError
 from diffusion.data.manifest import Manifest, manifest_bytes, read_manifest, work_folder
 from flows.config import RetentionConfig, dataset_folder
-from flows.datasets.catalog import PUSHING, RETIRED, VERSION, CatalogListing, Catalogue, Heads
+from flows.datasets.catalog import PUSHING, RETIRED, VERSION, Catalog, CatalogListing, Heads
 from flows.datasets.dvc import Remote
 from flows.datasets.purge import unreferenced_objects
 from flows.retention.sweeps import Fate, Item, Sweep, age, older
@@ -31,7 +31,7 @@ MARK = re.compile(RETIRED + r"/([^/]+)/([0-9a-f]{64})\.json")
 
 
 class DataSets:
-    """Data sets in the catalogue of the DVC remote ``source``."""
+    """Data sets in the catalog of the DVC remote ``source``."""
 
     def __init__(
         self,
@@ -49,14 +49,14 @@ class DataSets:
         self.written = self._listed("datasets/", PUBLISHED)
         self.retired = self._listed(f"{RETIRED}/", MARK)
         names = {name for name, _ in (*self.written, *self.retired)}
-        self.read = {name: self._catalogue(name).read() for name in sorted(names)}
+        self.read = {name: self._catalog(name).read() for name in sorted(names)}
         self.versions = {name: found.versions for name, found in self.read.items()}
-        self.read_aside = {name: self._catalogue(name).read_retired() for name in self.read}
+        self.read_aside = {name: self._catalog(name).read_retired() for name in self.read}
         self.aside = {name: self._aside(name, found) for name, found in self.read_aside.items()}
         self.current = {name: self._current(name) for name in self.read}
 
     def sweep(self) -> Sweep:
-        """Sweep of versions in the catalogue and of retired ones."""
+        """Sweep of versions in the catalog and of retired ones."""
         fates = {name: self._fates(name) for name in self.versions}
         items = []
         for name, found in fates.items():
@@ -71,7 +71,7 @@ class DataSets:
                     if fate == "set aside" and digest in self.versions[name]:
                         self._retire(self.versions[name][digest])
                 staying = {digest for digest, (fate, _) in found.items() if fate == "stays"}
-                aside_now = self._aside(name, self._catalogue(name).read_retired())
+                aside_now = self._aside(name, self._catalog(name).read_retired())
                 self._bring_back([each for each in aside_now.values() if each.digest in staying])
                 self._purge(name, staying)
 
@@ -80,7 +80,7 @@ class DataSets:
     def _fates(self, name: str) -> dict[str, tuple[Fate, str]]:
         versions, policy = self.versions[name], self.policy
         current, doubt = self.current[name]
-        heads = Heads(self._catalogue(name))
+        heads = Heads(self._catalog(name))
         head, newest = heads.newest(), self._newest(name, heads)
         doubt = self.unclear or doubt
         damaged = self.read[name].damaged | self.read_aside[name].damaged
@@ -108,7 +108,7 @@ class DataSets:
         return found | {digest: ("stays", words) for digest, words in damaged.items()}
 
     def _newest(self, name: str, heads: Heads) -> list[str]:
-        """Digests of the newest ``retention.data_versions`` versions in the catalogue.
+        """Digests of the newest ``retention.data_versions`` versions in the catalog.
 
         Heads come in their order, which a restored bucket keeps, before versions that never were one, by the time of
         writing. It has a resolution of a second: of two versions of one second the current one is the newer.
@@ -141,15 +141,15 @@ class DataSets:
         return "goes" if over else "set aside", f"since {since:%Y-%m-%d %H:%M} UTC"
 
     def _retire(self, version: Manifest) -> None:
-        """Keep the manifest under ``retired/``, then withdraw the version from the catalogue."""
+        """Keep the manifest under ``retired/``, then withdraw the version from the catalog."""
         key = f"{RETIRED}/{version.name}/{version.digest}.json"
         # The time of an older mark would end the grace period at once.
         self.store.delete_many(self.bucket, [key])
         self.store.put_once(self.bucket, key, manifest_bytes(version), content_type="application/json")
-        self._catalogue(version.name).withdraw(version.digest)
+        self._catalog(version.name).withdraw(version.digest)
 
     def _bring_back(self, versions: Collection[Manifest]) -> None:
-        """Put versions into the catalogue again; versions that were never pushed wait until they are."""
+        """Put versions into the catalog again; versions that were never pushed wait until they are."""
         if not versions:
             return
         try:
@@ -159,7 +159,7 @@ class DataSets:
             return
         for version in versions:
             if pointer := pushed.get(md5(manifest_bytes(version), usedforsecurity=False).hexdigest()):
-                self._catalogue(version.name).publish(version, pointer)
+                self._catalog(version.name).publish(version, pointer)
                 self.store.delete_many(self.bucket, [f"{RETIRED}/{version.name}/{version.digest}.json"])
 
     def _purge(self, name: str, staying: Collection[str]) -> None:
@@ -170,10 +170,10 @@ class DataSets:
                 turn.enter_context(FileLock(work_folder(folder) / "lock"))
             if self._somebody_pushes() or self.unclear is not None or self._current(name)[1] is not None:
                 return
-            aside, catalogued = self._catalogue(name).read_retired(), self._catalogue(name).read()
-            if aside.damaged or catalogued.damaged:
+            aside, in_catalog = self._catalog(name).read_retired(), self._catalog(name).read()
+            if aside.damaged or in_catalog.damaged:
                 return
-            kept, versions = aside.versions, catalogued.versions
+            kept, versions = aside.versions, in_catalog.versions
             marks = {digest: since for (_, digest), since in self._listed(f"{RETIRED}/{name}/", MARK).items()}
             grace = self.policy.grace
             going = {
@@ -185,7 +185,7 @@ class DataSets:
             }
             for digest in going:
                 # The gc that retired it may have been killed halfway.
-                self._catalogue(name).withdraw(digest)
+                self._catalog(name).withdraw(digest)
             if going:
                 try:
                     doomed = unreferenced_objects(going.values(), versions.values(), self.source)
@@ -203,7 +203,7 @@ class DataSets:
         return any(datetime.now(UTC) - each.written < self.policy.grace for each in found)
 
     def _aside(self, name: str, retired: CatalogListing) -> dict[str, Manifest]:
-        """Retired versions that are no longer in the catalogue."""
+        """Retired versions that are no longer in the catalog."""
         return {digest: each for digest, each in retired.versions.items() if digest not in self.versions[name]}
 
     def _listed(self, prefix: str, pattern: re.Pattern[str]) -> dict[tuple[str, str], datetime]:
@@ -215,5 +215,5 @@ class DataSets:
                     found[plain_name(named[1]), named[2]] = each.written
         return found
 
-    def _catalogue(self, name: str) -> Catalogue:
-        return Catalogue.of(name, self.source, self.store)
+    def _catalog(self, name: str) -> Catalog:
+        return Catalog.of(name, self.source, self.store)

@@ -44,7 +44,7 @@ CHECKPOINT_SHA256 = "darkroom.checkpoint_sha256"
 """Tag that identifies the logged model of a checkpoint."""
 EVAL_KEY = "darkroom.eval_key"
 """Tag: scores of two models are comparable if it is equal."""
-JUDGED = "darkroom.judged"
+EVALUATED = "darkroom.evaluated"
 """Tag: ``in full`` or ``preliminary``."""
 PRELIMINARY = "preliminary_"
 """Name prefix of metrics on fewer images, which are not comparable with the others."""
@@ -226,7 +226,7 @@ def _log_checkpoint(
         CHECKPOINT: evaluated.file,
         CHECKPOINT_SHA256: evaluated.sha256,
         EVAL_KEY: evaluation.eval_key,
-        JUDGED: how,
+        EVALUATED: how,
         "darkroom.images": str(evaluated.images),
         MLFLOW_MODEL_IS_EXTERNAL: "true",
     }

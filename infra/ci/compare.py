@@ -70,14 +70,14 @@ def comment(model: str, report: Path) -> str:
 
 def data_version(model: str) -> str:
     """Digest of the version of the data that the champion of ``model`` learned from; raises UserError if it is gone."""
-    from flows.datasets.catalog import Catalogue
+    from flows.datasets.catalog import Catalog
 
     champion = champion_of(model)
     dataset, content = (champion.tags.get(f"darkroom.{name}", "") for name in ("dataset", "content_digest"))
-    for digest, manifest in Catalogue.of(dataset, data_source()).versions().items():
+    for digest, manifest in Catalog.of(dataset, data_source()).versions().items():
         if manifest.content_digest == content:
             return digest
-    raise UserError(f"what {champion.uri} learned from is not in the catalogue of {dataset}: was it removed?")
+    raise UserError(f"what {champion.uri} learned from is not in the catalog of {dataset}: was it removed?")
 
 
 def champion_of(model: str) -> "Version":

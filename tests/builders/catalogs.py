@@ -6,7 +6,7 @@ from pathlib import Path
 from diffusion.data.ingest.config import IngestConfig
 from diffusion.data.ingest.ingest import ingest
 from diffusion.data.manifest import Manifest, read_manifest, work_folder
-from flows.datasets.catalog import Catalogue
+from flows.datasets.catalog import Catalog
 from flows.datasets.dvc import record_data
 from tests.builders.shapes import blob
 
@@ -20,7 +20,7 @@ class Place:
         self.bucket = bucket
         self.source = f"s3://{bucket}/dvc"
         self.images = images
-        self.catalogue = Catalogue.of(FOLDER.name, self.source)
+        self.catalog = Catalog.of(FOLDER.name, self.source)
 
     def version(self, *numbers: int) -> Manifest:
         """Ingest more images, push and publish."""
@@ -32,7 +32,7 @@ class Place:
 
     def publish(self) -> None:
         version = record_data(FOLDER, self.source)
-        self.catalogue.publish(read_manifest(FOLDER), version.digest)
+        self.catalog.publish(read_manifest(FOLDER), version.digest)
 
     def reach(self) -> str:
         return self.source

@@ -19,7 +19,7 @@ from diffusion.data.prefetch import local_fan_out
 from diffusion.data.versions.takedown_records import Removal, Selection
 from flows import takedown
 from flows.config import Params
-from flows.datasets.catalog import Catalogue, Heads
+from flows.datasets.catalog import Catalog, Heads
 from flows.datasets.checkout import checkout
 from flows.environment import data_source
 from flows.storage.s3 import Store
@@ -99,7 +99,7 @@ class Machine:
     def newest(self) -> str | None:
         """The head of the data set, for all machines."""
         with chdir(self.folder):
-            return Heads(Catalogue.of(NAME, data_source())).newest()
+            return Heads(Catalog.of(NAME, data_source())).newest()
 
 
 Machines = Callable[[str], Machine]

@@ -19,7 +19,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 STEPS = (
     "flows.ingest:ingest_images",  # ingest: nothing is there
-    "flows.datasets.catalog:Catalogue.publish",  # pushed, and in no catalogue
+    "flows.datasets.catalog:Catalog.publish",  # pushed, and in no catalog
     "flows.train:train_model",  # train: no run is there
     "diffusion.training.checkpointing:Checkpoints.save@3",  # half way
     "flows.tracking.runs:RunTracker.finish",  # trained, and the run goes on

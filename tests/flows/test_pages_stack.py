@@ -66,7 +66,7 @@ def test_judged_checkpoints_are_models_of_the_run_in_mlflows_ui(
         order_by=[{"field_name": "metrics.kid_efflite0", "ascending": True, "dataset_name": "blobs"}],
     )
     ours = [model for model in found if model.source_run_id == run.info.run_id]
-    judged = {model.name: model.tags["darkroom.judged"] for model in ours if "darkroom.judged" in model.tags}
+    judged = {model.name: model.tags["darkroom.evaluated"] for model in ours if "darkroom.evaluated" in model.tags}
     assert sorted(judged.values()) == ["in full", "in full", "preliminary"]
     with chromium() as browser:
         page = opened(browser, workspace, f"experiments/{run.info.experiment_id}/models")

@@ -68,7 +68,7 @@ def test_a_machine_whose_records_of_it_were_lost_learns_them_again(two: tuple[Ma
 @pytest.mark.parametrize(
     "step",
     [
-        "flows.datasets.catalog:Catalogue.publish",
+        "flows.datasets.catalog:Catalog.publish",
         pytest.param("flows.datasets.dvc:record_data", marks=pytest.mark.slow),
         pytest.param("flows.datasets.catalog:Heads.advance", marks=pytest.mark.slow),
     ],
@@ -85,7 +85,7 @@ def test_what_is_taken_down_during_an_ingest_is_not_in_its_version(step: str, tw
 @pytest.mark.parametrize(
     "step",
     [
-        "flows.datasets.catalog:Catalogue.publish_removal",
+        "flows.datasets.catalog:Catalog.publish_removal",
         "flows.datasets.dvc:record_data",
         "flows.datasets.catalog:Heads.advance",
     ],
@@ -103,7 +103,7 @@ def test_what_is_ingested_during_a_takedown_is_in_its_version(step: str, two: tu
 @pytest.mark.parametrize(
     "step",
     [
-        "flows.datasets.catalog:Catalogue.publish_removal",
+        "flows.datasets.catalog:Catalog.publish_removal",
         "flows.datasets.dvc:record_data",
         "flows.datasets.catalog:Heads.advance",
     ],

@@ -86,7 +86,7 @@ def test_purge_clears_cache_and_remote_of_what_only_the_versions_with_the_images
     checkout(FOLDER, first.digest, place.reach)
     checkout(FOLDER, third.digest, place.reach)
     assert files_of(FOLDER) == third_files
-    assert set(place.catalogue.versions()) == {first.digest, second.digest, third.digest}
+    assert set(place.catalog.versions()) == {first.digest, second.digest, third.digest}
 
 
 def test_purge_leaves_what_another_data_set_needs(place: Place) -> None:

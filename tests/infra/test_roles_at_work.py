@@ -176,11 +176,11 @@ def test_each_role_does_its_work(
     with role("reader") as reader:
         address = f"{batches[0]}/00000001.png"
         assert isinstance(find(address, reader, bucket).batch, SamplingBatch)
-        assert set(catalog.Catalogue.of("blobs", place.source, reader).versions()) == {first.digest, second.digest}
+        assert set(catalog.Catalog.of("blobs", place.source, reader).versions()) == {first.digest, second.digest}
     with role("keeper") as keeper:
         SamplingBatches(keeper, bucket, policy, later).sweep().act()
         assert not [key for key in keeper.list_keys(bucket, "samples/") if key.startswith("samples/blobs/")]
         DataSets(keeper, place.source, {}, None, policy, later).sweep().act()
         DataSets(keeper, place.source, {}, None, policy, later).sweep().act()
-        assert set(place.catalogue.versions()) == {second.digest}
+        assert set(place.catalog.versions()) == {second.digest}
     assert FOLDER.is_dir()

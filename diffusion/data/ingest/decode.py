@@ -43,13 +43,13 @@ JPEG_BLOCK = 4096
 LARGE = 2**24
 """Pixels from which a process decodes one image at a time, at about twenty bytes per pixel. JPEGs are decoded at a
 fraction of their size."""
-ONE_LARGE = Lock()
+LARGE_DECODE = Lock()
 LARGEST_PROFILE = 4 * 2**20
 """Maximum size of a colour profile in bytes; those of presses have up to three million."""
 REDUCED = 2
 """Minimum ratio of a JPEG's decoded size to its stored size. For 600 photographs reduced from 500 to 64 pixels, the
 worst PSNR against full decoding is 44 dB, in half the time; at ratio 1 it is 29 dB."""
-TURNS = {
+EXIF_TRANSPOSES = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -59,7 +59,7 @@ TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 """Transposition that undoes each EXIF orientation."""
-LEFT_WAS_LAST, TOP_WAS_LAST = {2, 3, 6, 7}, {3, 4, 7, 8}
+FLIPPED_X, TOP_WAS_LAST = {2, 3, 6, 7}, {3, 4, 7, 8}
 """Orientations whose left or upper side was the right or lower one of the stored image."""
 
 
@@ -186,7 +186,7 @@ def _decode(payload: bytes | Image.Image, config: IngestConfig, turns: ExitStack
         scale = round(size[0] / drafted[1][2]) if drafted else 1
         image.decodermaxblock = JPEG_BLOCK
     elif size[0] * size[1] > LARGE:
-        turns.enter_context(ONE_LARGE)
+        turns.enter_context(LARGE_DECODE)
     image.load()
     if isinstance(image, PngImageFile):
         _open(file).verify()  # decoding ignores checksums
@@ -224,12 +224,12 @@ def _require_usable(size: tuple[int, int], config: IngestConfig) -> None:
 
 def _upright(image: Image.Image, size: tuple[int, int], scale: int) -> _Source:
     orientation = image.getexif().get(Base.Orientation, 1)
-    if orientation not in TURNS:
+    if orientation not in EXIF_TRANSPOSES:
         return _Source(image, size, scale)
-    image = image.transpose(TURNS[orientation])
+    image = image.transpose(EXIF_TRANSPOSES[orientation])
     size = size[::-1] if orientation >= 5 else size
     over = [decoded - side / scale for decoded, side in zip(image.size, size, strict=True)]
-    left = over[0] if orientation in LEFT_WAS_LAST else 0
+    left = over[0] if orientation in FLIPPED_X else 0
     top = over[1] if orientation in TOP_WAS_LAST else 0
     return _Source(image, size, scale, (left, top))
 

@@ -69,7 +69,7 @@ class Index:
                     self.add_hashes(folder, part, rows)
                     for row in rows:
                         self.record(row)
-                self.stands_for(manifest)
+                self.set_version(manifest)
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
@@ -89,7 +89,7 @@ class Index:
         for removal in self._removals:
             self.refuse(*removal.image_keys, *removal.digests)
 
-    def stands_for(self, manifest: Manifest | None) -> None:
+    def set_version(self, manifest: Manifest | None) -> None:
         """Record the version that the index describes."""
         self.database.execute("INSERT OR REPLACE INTO meta VALUES ('state', ?)", (self._state(manifest),))
 

@@ -128,8 +128,8 @@ def ingest(
                 changed=after != before,
                 listed=listed,
                 read=merge.read,
-                added=merge.news["kept"],
-                removed=merge.news["removed"],
+                added=merge.new_outcomes["kept"],
+                removed=merge.new_outcomes["removed"],
                 relabelled=merge.relabelled,
                 passed_over=dict(passed_over.most_common()),
                 kept=after.kept,
@@ -215,10 +215,11 @@ def _merge(
         reasons = "; ".join(f"{count} × {reason}" for reason, count in leading)
         if not any(part.splits for part in merge.parts):
             raise UserError(f"no usable image in {config.source}: all {refused} were refused ({reasons})")
-        if refused > config.max_quarantined * merge.news.total():
+        if refused > config.max_quarantined * merge.new_outcomes.total():
             raise UserError(
-                f"{refused} of {merge.news.total()} images in {config.source} were refused, more than the share of "
-                f"{config.max_quarantined:g} allowed by ingest.max_quarantined ({reasons}): mend them, or allow more"
+                f"{refused} of {merge.new_outcomes.total()} images in {config.source} were quarantined, more than the "
+                f"share of {config.max_quarantined:g} that ingest.max_quarantined allows ({reasons}): fix them, "
+                "or allow more"
             )
         kept = None if anew else before
         after = Manifest(
@@ -236,7 +237,7 @@ def _merge(
         else:
             after = after.model_copy(update={"content_digest": index.content_digest(after)})
             write_manifest(folder, after)
-        index.stands_for(after)
+        index.set_version(after)
     return after, merge
 
 

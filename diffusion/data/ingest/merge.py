@@ -58,7 +58,7 @@ class Merge:
     """Entries read so far, with any outcome."""
     reasons: Counter[str] = field(default_factory=Counter)
     """Reasons of quarantined entries, without those quarantined for the same reason before."""
-    news: Counter[str] = field(default_factory=Counter)
+    new_outcomes: Counter[str] = field(default_factory=Counter)
     """Outcomes of the new entries."""
     relabelled: int = 0
     """Number of duplicates among them with another label or caption."""
@@ -116,7 +116,7 @@ class Merge:
     def _classify(self, row: dict[str, Any]) -> bool:
         """Determine the outcome of an image; returns whether to record it."""
         if self.index.is_removed(row["key"], row["source_sha256"]):
-            self.news["removed"] += 1
+            self.new_outcomes["removed"] += 1
             known = self._is_known_as_removed(row)
             # Its other files are rejected by their own digests, which are independent of how images are stored.
             row |= blanked(row, "came again after it was taken down")
@@ -128,7 +128,7 @@ class Merge:
                 return False
             known = len(self.reasons) < REASONS_COUNTED or row["reason"] in self.reasons
             self.reasons[row["reason"] if known else "other reasons"] += 1
-        self.news[row["outcome"]] += 1
+        self.new_outcomes[row["outcome"]] += 1
         return True
 
     def _is_known_as_removed(self, row: dict[str, Any]) -> bool:
@@ -250,7 +250,7 @@ class Union(Config):
     """Number of records of duplicates whose image the other line removed, which are in neither."""
 
 
-def unite(folder: Path, config: IngestConfig, theirs: Manifest, base: Manifest | None) -> Union:
+def merge_versions(folder: Path, config: IngestConfig, theirs: Manifest, base: Manifest | None) -> Union:
     """Make a version based on ``theirs`` with the additions of the current version in ``folder`` to ``base``.
 
     Two machines that ingest into ``base``, the newest common ancestor if there is one, create two lines of versions.
@@ -284,18 +284,20 @@ def unite(folder: Path, config: IngestConfig, theirs: Manifest, base: Manifest |
             write_bytes(version_path(folder, theirs.digest), manifest_bytes(theirs))
         remember(folder, ours)
         write_bytes(folder / "manifest.json", manifest_bytes(after))
-        index.stands_for(after)
-    return Union(version=after, added=merge.news["kept"], lost=lost)
+        index.set_version(after)
+    return Union(version=after, added=merge.new_outcomes["kept"], lost=lost)
 
 
 def require_compatible(folder: Path, ours: Manifest, theirs: Manifest, base: Manifest | None) -> None:
     """Raise Held unless what ``ours`` added to ``base`` can be added to ``theirs``, as configured."""
     line = takewhile(lambda version: base is None or version.digest != base.digest, versions(folder))
-    faster = f"somebody was faster: the newest version of data set {folder.name} is {theirs.digest[:12]} by now, and"
+    faster = (
+        f"another process was first: the newest version of data set {folder.name} is {theirs.digest[:12]} by now, and"
+    )
     go_on = f"`darkroom data checkout {theirs.digest[:12]} --dataset {folder.name}`, then ingest again"
     if any(version.change == "rebuild" for version in line):
         raise Held(
-            f"{faster} {ours.digest[:12]} here began it anew: give the command with --rebuild again to begin anew all "
+            f"{faster} {ours.digest[:12]} here is a rebuild: give the command with --rebuild again to publish it all "
             f"the same, or to add to theirs {go_on}"
         )
     if different := theirs.stored_otherwise(ours.storage):

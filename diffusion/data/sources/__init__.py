@@ -16,7 +16,7 @@ from diffusion.data.sources.tars import Tar
 from diffusion.data.sources.wds import WebDataset
 from diffusion.data.sources.zips import Zip
 
-UNDERSTOOD = (
+SUPPORTED = (
     "a folder; a .tar (.tar.gz, .tar.bz2, .tar.xz) or .zip; wds:SHARDS of WebDataset; a .parquet file or "
     "parquet:FILES; a .csv or .jsonl table of URLs; s3://BUCKET/PREFIX; torchvision:NAME; MNIST's IDX files or idx:PATH"
 )
@@ -53,7 +53,7 @@ def open_source(uri: str, access: Access) -> Source:
     if path.is_dir():
         return Folder(path, access)
     if not (name.endswith((*TARS, ".zip", ".parquet", ".csv", ".jsonl")) or IDX.fullmatch(path.name)):
-        raise UserError(f"source {uri} is not a folder, nor anything else that is understood: give {UNDERSTOOD}")
+        raise UserError(f"source {uri} is not a folder, nor anything else that is understood: give {SUPPORTED}")
     if not path.is_file():
         raise UserError(f"source {uri} does not exist: check the path")
     if name.endswith(TARS):

@@ -32,7 +32,7 @@ RECORDS_PER_FILE = 10
 _UNSAFE = re.compile("[\x00-\x1f\x7f\ud800-\udfff]")
 
 
-def sane(name: str) -> str:
+def printable(name: str) -> str:
     """Convert a file name of any bytes to printable text.
 
     Control characters and bytes that are not UTF-8 (surrogates, by PEP 383) become backslash escapes.
@@ -122,10 +122,10 @@ def described(lines: TextIO, where: str) -> Iterator[tuple[str, str | None, str 
         path = PurePosixPath(name)
         if path.is_absolute() or ".." in path.parts:
             root = posixpath.dirname(where)
-            raise UserError(f"{where}, record {number}: {sane(name)} leads out of {root}: use a path inside it")
-        if sane(name) != name:
+            raise UserError(f"{where}, record {number}: {printable(name)} leads out of {root}: use a path inside it")
+        if printable(name) != name:
             raise UserError(
-                f"{where}, record {number}: {sane(name)} is no file's name: take its control characters out"
+                f"{where}, record {number}: {printable(name)} is no file's name: take its control characters out"
             )
         yield path.as_posix(), *texts_of(record, f"{where}, record {number}")
 
@@ -159,7 +159,7 @@ def records(lines: TextIO, where: str) -> Iterator[dict[str, Any]]:
                 raise ValueError(f"{line.strip()[:60]} is no JSON object")
             yield record
     except (ValueError, csv.Error, RecursionError) as error:
-        raise UserError(f"{where} cannot be read ({error}): mend it or take it away") from error
+        raise UserError(f"{where} cannot be read ({error}): fix it or remove it") from error
 
 
 def _csv_records(lines: TextIO) -> Iterator[dict[str, Any]]:

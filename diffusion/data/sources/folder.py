@@ -10,7 +10,7 @@ from typing import TextIO
 
 from diffusion.common.errors import UserError
 from diffusion.data.sources.base import Access, Entry, Payload
-from diffusion.data.sources.conventions import METADATA_FILES, both_tables, described, list_images, sane
+from diffusion.data.sources.conventions import METADATA_FILES, both_tables, described, list_images, printable
 from diffusion.data.sources.local_files import open_text, read_file, stamp_if_there
 
 
@@ -44,7 +44,7 @@ class Folder:
 
     def _files(self) -> Iterator[tuple[str, str, str]]:
         for name in _walk(str(self.root), "", (_real(self.root),)):
-            yield sane(name), json.dumps(name), stamp_if_there(self.root / name)
+            yield printable(name), json.dumps(name), stamp_if_there(self.root / name)
 
 
 def _walk(folder: str, prefix: str, above: tuple[str, ...]) -> Iterator[str]:

@@ -16,7 +16,7 @@ from PIL import Image
 from diffusion.common.errors import UserError
 from diffusion.data.ingest.decode import Refused
 from diffusion.data.sources.base import MISSING, Access, Entry, Payload
-from diffusion.data.sources.conventions import sane
+from diffusion.data.sources.conventions import printable
 from diffusion.data.sources.local_files import changed, read_file, stamp, stamp_if_there, stamp_of, uncompressed
 
 IDX_SPLITS = {"train": "train", "test": "t10k"}
@@ -74,7 +74,7 @@ class Idx:
 
     def entries(self) -> Iterator[Entry]:
         """Yield all images in the file's order; raises UserError if it is damaged, or its labels differ in number."""
-        known, name = stamp_of(self.images), sane(self.images.name)
+        known, name = stamp_of(self.images), printable(self.images.name)
         with ExitStack() as stack:
             _, (count, height, width) = self._opened(stack, self.images, known, 3)
             name_of_labels = self.images.name.replace("-images", "-labels").replace("idx3", "idx1").removesuffix(".gz")
@@ -179,7 +179,7 @@ class TorchvisionSet:
             label = _label(target, classes)
             if isinstance(image, Path):
                 name = image.relative_to(self.root).as_posix()
-                yield Entry(sane(name), json.dumps([str(image)]), stamp_if_there(image), label)
+                yield Entry(printable(name), json.dumps([str(image)]), stamp_if_there(image), label)
             else:
                 # Such a set never changes; torchvision verifies checksums where it has them.
                 yield Entry(f"{self.name}/{number}", json.dumps([number]), self.name, label)

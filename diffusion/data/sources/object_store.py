@@ -12,7 +12,7 @@ from diffusion.common.files import digest_of
 from diffusion.data.ingest.decode import Refused
 from diffusion.data.prefetch import ahead
 from diffusion.data.sources.base import MISSING, Access, Entry, ObjectStore, Payload, too_large
-from diffusion.data.sources.conventions import list_images, sane
+from diffusion.data.sources.conventions import list_images, printable
 from diffusion.data.sources.local_files import TARS, changed, once, open_text
 
 WORKERS = 16
@@ -98,7 +98,7 @@ class Objects:
     def _files(self) -> Iterator[tuple[str, str, str]]:
         for found in self.objects.find(self.prefix):
             name = found.uri.removeprefix(self.prefix)
-            yield sane(name), json.dumps([name, found.size]), found.etag
+            yield printable(name), json.dumps([name, found.size]), found.etag
 
     def _table(self, locator: str, etag: str) -> TextIO:
         return open_text(fetched(self.prefix + json.loads(locator)[0], etag, self.access))

@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from diffusion.common.errors import UserError
 from diffusion.data.ingest.decode import Refused
 from diffusion.data.sources.base import LONGEST, MISSING, Access, Entry, Payload, too_large
-from diffusion.data.sources.conventions import as_text, sane
+from diffusion.data.sources.conventions import as_text, printable
 from diffusion.data.sources.local_files import changed, matching, stamp, stamp_of
 
 IMAGES = ("image", "img", "picture", "photo", "bytes", "image_bytes", "png", "jpg", "jpeg", "webp")
@@ -105,7 +105,7 @@ class Parquet:
                 for group in range(file.num_row_groups):
                     for row, texts in enumerate(self._texts(file, group, columns, path)):
                         locator = json.dumps([str(path), group, row])
-                        yield Entry(f"{sane(name)}/{next(number)}", locator, known, *texts)
+                        yield Entry(f"{printable(name)}/{next(number)}", locator, known, *texts)
 
     def read(self, entries: Sequence[Entry]) -> Iterator[Payload]:
         """Yield their bytes; raises UserError if a file has changed since it was listed."""
@@ -265,7 +265,7 @@ def _image(value: Any, limit: int) -> Payload:
         path = value["path"].as_py() if "path" in value else None
         value = value["bytes"]
         if not value.is_valid and path:
-            return Refused(f"only its path is in the table, not its bytes: {sane(str(path)[:LONGEST_PATH])}")
+            return Refused(f"only its path is in the table, not its bytes: {printable(str(path)[:LONGEST_PATH])}")
     if not value.is_valid:
         return Refused("a row without an image")
     data = value.as_buffer()

@@ -12,7 +12,7 @@ from typing import BinaryIO, NamedTuple, TextIO, TypeAlias, cast
 from diffusion.common.errors import UserError
 from diffusion.data.ingest.decode import Refused
 from diffusion.data.sources.base import LONGEST, MISSING, Access, Entry, Payload, shortened, too_large, too_long
-from diffusion.data.sources.conventions import list_images, sane
+from diffusion.data.sources.conventions import list_images, printable
 from diffusion.data.sources.local_files import as_lines, open_unchanged, stamp_of, uncompressed
 
 LONGEST_HEADER = 2**20
@@ -62,7 +62,7 @@ class Tar:
     def _table(self, locator: str, known: str) -> Iterator[TextIO]:
         place = json.loads(locator)
         if isinstance(place, str):
-            raise UserError(f"the metadata in {self.path} cannot be read ({place}): mend it or take it away")
+            raise UserError(f"the metadata in {self.path} cannot be read ({place}): fix it or remove it")
         with tarfile.open(uncompressed(self.path, known, self.access), "r:") as tar:
             info = tarfile.TarInfo()
             info.offset_data, info.size = place
@@ -143,7 +143,7 @@ def _member(info: tarfile.TarInfo) -> TarMember:
     name, place = info.name.removeprefix("./"), (info.offset_data, info.size)
     if len(name) > LONGEST["name"]:
         # WebDataset keeps all names of a key.
-        return TarMember(sane(shortened(name)), too_long("name"))
+        return TarMember(printable(shortened(name)), too_long("name"))
     if info.issparse():
-        return TarMember(sane(name), "stored as a sparse file: pack it again without --sparse")
-    return TarMember(sane(name), place if info.isreg() else LINK)
+        return TarMember(printable(name), "stored as a sparse file: pack it again without --sparse")
+    return TarMember(printable(name), place if info.isreg() else LINK)

@@ -19,7 +19,7 @@ from diffusion.common.errors import UserError
 from diffusion.data.ingest.decode import Refused
 from diffusion.data.prefetch import ahead
 from diffusion.data.sources.base import Access, Entry, Payload, too_large
-from diffusion.data.sources.conventions import as_text, records, sane, texts_of
+from diffusion.data.sources.conventions import as_text, printable, records, texts_of
 from diffusion.data.sources.http_client import HttpClient
 from diffusion.data.sources.local_files import open_text
 
@@ -71,7 +71,7 @@ class Urls:
                     raise UserError(f"{self.table}, record {number} has no url or image_url: rename one of {columns}")
                 url = str(record.get("url") or record.get("image_url") or "").strip()
                 texts = texts_of(record, f"{self.table}, record {number}")
-                yield Entry(as_text(sane(url)) or f"{self.table.name}/{number}", as_text(url) or "", STAMP, *texts)
+                yield Entry(as_text(printable(url)) or f"{self.table.name}/{number}", as_text(url) or "", STAMP, *texts)
 
     def read(self, entries: Sequence[Entry]) -> Iterator[Payload]:
         """Yield their bytes, fetched concurrently."""
@@ -133,7 +133,7 @@ def _get(client: HttpClient, url: str, limit: int, scratch: Path) -> "SpooledTem
                 raise too_large(int(declared), limit)
             if (encoding := headers.get("Content-Encoding", "identity")) != "identity":
                 # A few bytes may unpack to any number.
-                raise Refused(f"sent packed ({_short(encoding)}) although asked for as it is")
+                raise Refused(f"sent with Content-Encoding {_short(encoding)} although none was accepted")
             file = SpooledTemporaryFile(IN_MEMORY, dir=str(scratch))  # noqa: SIM115 (closed by the generator that yields it)
             try:
                 for piece in response.iter_stream():
@@ -160,7 +160,7 @@ def _get(client: HttpClient, url: str, limit: int, scratch: Path) -> "SpooledTem
 
 
 def _short(said: object) -> str:
-    return sane(str(said)[:LONGEST_REASON])
+    return printable(str(said)[:LONGEST_REASON])
 
 
 def _retry_after(value: str) -> float | None:

@@ -12,7 +12,7 @@ from diffusion.common.errors import UserError
 from diffusion.data.ingest.decode import Refused
 from diffusion.data.sources import tars
 from diffusion.data.sources.base import MISSING, Access, Entry, Payload
-from diffusion.data.sources.conventions import as_text, is_image, sane
+from diffusion.data.sources.conventions import as_text, is_image, printable
 from diffusion.data.sources.local_files import WILD, before_wild, expanded, matching, stamp_of, uncompressed
 from diffusion.data.sources.object_store import fetched, require
 
@@ -91,7 +91,7 @@ class WebDataset:
             if not etags or "**" in piece:
                 raise UserError(f"there is no object {piece}: check the name (** has no meaning here)")
             matches |= etags
-        yield from ((sane(uri.removeprefix(base)), uri, etag) for uri, etag in sorted(matches.items()))
+        yield from ((printable(uri.removeprefix(base)), uri, etag) for uri, etag in sorted(matches.items()))
 
 
 def _matches(uri: str, pattern: str) -> bool:

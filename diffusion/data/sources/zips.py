@@ -15,7 +15,7 @@ from typing import BinaryIO, NamedTuple, TextIO, cast
 from diffusion.common.errors import UserError
 from diffusion.data.ingest.decode import Refused
 from diffusion.data.sources.base import MISSING, Access, Entry, Payload, too_large
-from diffusion.data.sources.conventions import list_images, sane
+from diffusion.data.sources.conventions import list_images, printable
 from diffusion.data.sources.local_files import as_lines, open_unchanged, stamp_of
 from diffusion.data.sources.tars import LINK
 
@@ -121,7 +121,7 @@ def members(path: Path) -> Iterator[tuple[str, str | None, ZipOffset]]:
             if not info.filename.endswith("/"):
                 sizes = (info.compress_type, info.compress_size, info.file_size, info.CRC)
                 yield (
-                    sane(info.filename).removeprefix("./"),
+                    printable(info.filename).removeprefix("./"),
                     _problem(info),
                     ZipOffset(info.header_offset, *sizes, ends[info.header_offset]),
                 )

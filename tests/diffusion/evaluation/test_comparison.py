@@ -146,7 +146,7 @@ def test_what_is_written_is_what_is_returned(data: Path, models: list[Path], tmp
     assert json.loads(written)["gate"] == GATE.model_dump()
 
 
-def test_nothing_is_drawn_twice_not_even_when_the_challenger_has_become_champion(
+def test_nothing_is_drawn_twice_not_even_when_the_candidate_has_become_champion(
     data: Path, models: list[Path], tmp_path: Path
 ) -> None:
     new, old = models
@@ -258,7 +258,7 @@ def plain(path: Path, **changes: object) -> Path:
     return write_model(path, 5, 1, **changes)  # type: ignore[arg-type]
 
 
-def test_a_champion_that_cannot_be_compared_holds_the_challenger_with_the_reason(
+def test_a_champion_that_cannot_be_compared_holds_the_candidate_with_the_reason(
     data: Path, models: list[Path], tmp_path: Path
 ) -> None:
     small = MODEL.model_copy(update={"low_resolution": 4, "conditional": False})
@@ -299,7 +299,7 @@ def test_too_few_images_for_errors_hold_and_a_first_version_passes(models: list[
     assert tried(models[0], None, few, tmp_path)[0].decision.verdict != Verdict.reject
 
 
-def test_a_challenger_that_cannot_be_judged_is_the_users_mistake(data: Path, tmp_path: Path) -> None:
+def test_a_candidate_that_cannot_be_judged_is_the_users_mistake(data: Path, tmp_path: Path) -> None:
     other = plain(tmp_path / "rgb.safetensors", channels=3, size=16)
     with pytest.raises(UserError, match=r"rgb\.safetensors generates images of 3×16×16 and .* holds 1×8×8"):
         tried(other, None, data, tmp_path)

@@ -209,10 +209,10 @@ def test_a_held_model_is_told_how_many_images_would_tell() -> None:
     assert finding.images is not None
     assert exact < finding.images == 3200 < exact + 100
     assert finding.reason.endswith(
-        "to tell this lead would take about 3,200 images, 6.4 times as many, of held-out ones, too"
+        "to decide on this lead takes about 3,200 images, 6.4 times as many, held-out ones included"
     )
     worse = decided(headline=headline(-0.0005)).findings[0]
-    assert "to tell a lead of 2δ" in worse.reason
+    assert "to decide on a lead of 2δ" in worse.reason
     assert worse.images == 3200
 
 
@@ -264,7 +264,7 @@ def test_nothing_that_is_not_better_by_delta_as_measured_is_promoted(
         (
             {"memorized": copies(0.051)},
             "reject",
-            "copies of training images: 5.10% of 500 generated, allowed are 5.00%",
+            "copies of training images: 5.10% of 500 generated, limit 5.00%",
         ),
         (
             {"memorized": copies(0.051, p_value=0.06)},
@@ -305,7 +305,7 @@ def test_the_worst_class_may_get_worse_by_a_share(candidate: float, verdict: str
     assert decision.verdict == verdict
     reason = next(each.reason for each in decision.findings if each.rule == "worst class")
     assert "worst class 'shirt'" in reason
-    assert "the champion's 'bag' at 0.0500 ± 0.0050, allowed are 1.5 times as much" in reason
+    assert "the champion's 'bag' at 0.0500 ± 0.0050, limit 1.5 times as much" in reason
 
 
 @pytest.mark.parametrize("missing", ["headline", "recall", "memorized", "worst_class", "cost"])
@@ -343,7 +343,7 @@ def test_what_cannot_be_compared_is_held_with_the_reason_and_rejected_if_it_copi
 def test_a_better_model_over_the_limit_of_copies_is_never_promoted() -> None:
     decision = decided(headline=headline(-0.02), memorized=copies(0.06))
     assert decision.verdict == Verdict.reject
-    assert decision.reasons == ("copies of training images: 6.00% of 500 generated, allowed are 5.00%",)
+    assert decision.reasons == ("copies of training images: 6.00% of 500 generated, limit 5.00%",)
 
 
 def test_kid_leads_under_five_thousand_images_of_either_side() -> None:

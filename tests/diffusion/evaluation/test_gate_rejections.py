@@ -19,8 +19,8 @@ COUNT = 160
 """Images that a model draws."""
 SET = 750
 """Images of the data set, of which the first and every third one after it are held out."""
-JUDGED = CONFIG.model_copy(update={"samples": COUNT})
-TRIED = JUDGED.model_copy(update={"seed": JUDGED.seed + 1})
+EVALUATED = CONFIG.model_copy(update={"samples": COUNT})
+TRIED = EVALUATED.model_copy(update={"seed": EVALUATED.seed + 1})
 DOSES = {
     "blur": [partial(blurred, sigma=sigma) for sigma in (0.5, 3.0)],
     "noise": [partial(with_noise, deviation=deviation) for deviation in (0.03, 0.4)],
@@ -74,7 +74,7 @@ def few_cuts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def tried(candidate: Path, champion: Path, house: House) -> ChampionComparison:
     found, _ = compare_with_champion(
-        candidate, champion, house.data, JUDGED, SAMPLING, GateConfig(), house.folder, Watcher()
+        candidate, champion, house.data, EVALUATED, SAMPLING, GateConfig(), house.folder, Watcher()
     )
     return found
 

@@ -21,7 +21,7 @@ from diffusion.data.ingest.config import IngestConfig
 from diffusion.data.ingest.ingest import ingest
 from diffusion.data.manifest import read_manifest
 from flows.cli import main
-from flows.datasets.catalog import Catalogue
+from flows.datasets.catalog import Catalog
 from flows.datasets.dvc import record_data
 from tests.builders import ROOT
 from tests.builders.ingested import files_of
@@ -183,7 +183,7 @@ def test_checkout_gets_a_version_from_s3_on_a_machine_that_has_nothing(
 ) -> None:
     Repo.init(no_scm=True).close()
     source = f"s3://{bucket}/dvc"
-    Catalogue.of(FOLDER.name, source).publish(read_manifest(FOLDER), record_data(FOLDER, source).digest)
+    Catalog.of(FOLDER.name, source).publish(read_manifest(FOLDER), record_data(FOLDER, source).digest)
     expected, digest = files_of(FOLDER), read_manifest(FOLDER).digest
     for folder in (FOLDER, FOLDER.with_name(".blobs"), Path(".dvc")):
         shutil.rmtree(folder)

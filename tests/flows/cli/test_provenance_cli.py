@@ -86,7 +86,7 @@ def test_a_trace_has_a_few_lines_for_each_link(
         "          kid 0.25",
         f"run       {'1' * 32} (train-1), finished, started 2026-05-04 03:02 UTC",
         "          git commit c0ffee, everything committed",
-        f"data set  faces, version {'e' * 64}, not in the catalogue",
+        f"data set  faces, version {'e' * 64}, not in the catalog",
         "          DVC has no record of it",
         "          2,000 images in 1 shards",
         f"shard     {'f' * 64}  4,096 bytes  shards/0.tar  lost",

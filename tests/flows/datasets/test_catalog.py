@@ -38,7 +38,7 @@ def unreachable() -> str:
 
 def test_a_version_is_published_once_with_a_pointer_that_dvc_itself_can_pull(place: Place) -> None:
     version = place.version()
-    assert place.catalogue.versions() == {version.digest: version}
+    assert place.catalog.versions() == {version.digest: version}
     expected = files_of(FOLDER)
     store = Store()
     before = list(store.list_objects(place.bucket, "datasets/"))
@@ -46,7 +46,7 @@ def test_a_version_is_published_once_with_a_pointer_that_dvc_itself_can_pull(pla
         f"datasets/blobs/{version.digest}/manifest.json",
         f"datasets/blobs/{version.digest}/pointer.dvc",
     ]
-    place.catalogue.publish(version, record_data(FOLDER, place.source).digest)
+    place.catalog.publish(version, record_data(FOLDER, place.source).digest)
     assert list(store.list_objects(place.bucket, "datasets/")) == before
 
     place.forget()
@@ -60,10 +60,10 @@ def test_a_version_is_published_once_with_a_pointer_that_dvc_itself_can_pull(pla
 @pytest.mark.slow
 def test_something_foreign_in_the_folder_does_not_keep_a_version_from_being_published(place: Place) -> None:
     place.version()
-    pointer = place.catalogue.pointer(read_manifest(FOLDER).digest)
+    pointer = place.catalog.pointer(read_manifest(FOLDER).digest)
     (FOLDER / "notes.txt").write_text("foreign")
     place.publish()
-    assert place.catalogue.pointer(read_manifest(FOLDER).digest) == pointer
+    assert place.catalog.pointer(read_manifest(FOLDER).digest) == pointer
 
 
 def test_no_version_is_recorded_while_another_ingest_is_at_work(
@@ -83,22 +83,22 @@ def test_no_version_is_recorded_while_another_ingest_is_at_work(
 
         blob(100).save(place.images / "odd" / "100.png")
         second = ingest(FOLDER, config, fan_out=fan_out)
-    assert set(place.catalogue.versions()) == {second.digest} != {first.digest}
+    assert set(place.catalog.versions()) == {second.digest} != {first.digest}
 
 
 def test_the_page_on_a_version_lies_beside_it_is_written_once_and_can_be_deleted(place: Place, tmp_path: Path) -> None:
     version = place.version()
     (tmp_path / "page.html").write_text("first")
-    uri = place.catalogue.publish_page(version.digest, (tmp_path / "page.html").read_bytes())
+    uri = place.catalog.publish_page(version.digest, (tmp_path / "page.html").read_bytes())
     assert uri == f"s3://{place.bucket}/datasets/blobs/{version.digest}/report.html"
     (tmp_path / "page.html").write_text("second")
-    assert place.catalogue.publish_page(version.digest, (tmp_path / "page.html").read_bytes()) == uri
+    assert place.catalog.publish_page(version.digest, (tmp_path / "page.html").read_bytes()) == uri
     store = Store()
     key = uri.removeprefix(f"s3://{place.bucket}/")
     assert store.get(place.bucket, key) == b"first"
-    place.catalogue.delete_pages([version.digest, "0" * 64])
+    place.catalog.delete_pages([version.digest, "0" * 64])
     assert not store.exists(place.bucket, key)
-    assert place.catalogue.versions() == {version.digest: version}
+    assert place.catalog.versions() == {version.digest: version}
 
 
 def test_a_manifest_that_was_changed_on_s3_is_named_and_hides_no_other(
@@ -109,9 +109,9 @@ def test_a_manifest_that_was_changed_on_s3_is_named_and_hides_no_other(
     store = Store()
     data = store.get(place.bucket, key)
     store.client.put_object(Bucket=place.bucket, Key=key, Body=data.replace(b"ingest", b"jngest"))
-    assert place.catalogue.versions() == {other.digest: other}
+    assert place.catalog.versions() == {other.digest: other}
     assert f"{key} is damaged" in caplog.text
-    assert list(place.catalogue.read().damaged) == [version.digest]
+    assert list(place.catalog.read().damaged) == [version.digest]
 
 
 def test_an_older_version_comes_back_bit_for_bit_from_s3_alone(place: Place) -> None:
@@ -149,7 +149,7 @@ def test_versions_come_and_go_without_a_server_and_the_next_ingest_adds_to_the_o
     assert third.parent == first.digest
     assert third.kept == 51
     assert {each.digest for each in history(FOLDER)} == {first.digest, second.digest, third.digest}
-    assert set(place.catalogue.versions()) == {first.digest, second.digest, third.digest}
+    assert set(place.catalog.versions()) == {first.digest, second.digest, third.digest}
 
 
 def test_a_version_that_was_never_recorded_is_not_lost_by_a_checkout(place: Place) -> None:
@@ -207,7 +207,7 @@ def test_a_version_with_images_that_were_taken_down_comes_back_only_when_told_so
     old = files_of(FOLDER)
     done = remove(FOLDER, Selection(sources=["odd/01.png"]), "consent withdrawn")
     place.publish()
-    place.catalogue.publish_removal(done)
+    place.catalog.publish_removal(done)
     with pytest.raises(UserError, match=r"taken down since \(consent withdrawn\)"):
         checkout(FOLDER, before.digest, unreachable)
     place.forget()
@@ -225,7 +225,7 @@ def test_a_version_that_stored_them_in_another_way_is_refused_as_well_and_leaves
     ingest(FOLDER, config, rebuild="if_different")
     done = remove(FOLDER, Selection(sources=["odd/01.png"]), "consent withdrawn")
     place.publish()
-    place.catalogue.publish_removal(done)
+    place.catalog.publish_removal(done)
     place.forget()
     with pytest.raises(UserError, match="consent withdrawn"):
         checkout(FOLDER, before.digest, place.reach)
@@ -235,17 +235,17 @@ def test_a_version_that_stored_them_in_another_way_is_refused_as_well_and_leaves
 @pytest.mark.slow
 def test_another_machine_learns_what_was_taken_down_and_whether_it_still_holds_it(place: Place) -> None:
     before = place.version()
-    assert place.catalogue.held_removals(FOLDER) == []
+    assert place.catalog.held_removals(FOLDER) == []
     done = remove(FOLDER, Selection(sources=["odd/01.png"]), "consent withdrawn")
     place.publish()
-    place.catalogue.publish_removal(done)
-    assert place.catalogue.held_removals(FOLDER) == []
+    place.catalog.publish_removal(done)
+    assert place.catalog.held_removals(FOLDER) == []
     checkout(FOLDER, before.digest, place.reach, with_removed=True)
     shutil.rmtree(work_folder(FOLDER))
     for _ in range(2):
-        assert place.catalogue.held_removals(FOLDER) == [done]
+        assert place.catalog.held_removals(FOLDER) == [done]
     checkout(FOLDER, done.version, place.reach)
-    assert place.catalogue.held_removals(FOLDER) == []
+    assert place.catalog.held_removals(FOLDER) == []
     again = remove(FOLDER, Selection(sources=["odd/01.png"]), "consent withdrawn")
     assert again == done.model_copy(update={"already": True})
 
@@ -257,12 +257,12 @@ def test_a_removal_in_the_bucket_that_would_be_written_elsewhere_is_refused_by_i
     place.version()
     done = remove(FOLDER, Selection(sources=["odd/01.png"]), "consent withdrawn")
     told = done.model_dump(mode="json") | {"request_digest": request_digest, "digests": ["0" * 64]}
-    place.catalogue.store.put_once(place.bucket, "datasets/blobs/removals/x.json", json.dumps(told).encode())
+    place.catalog.store.put_once(place.bucket, "datasets/blobs/removals/x.json", json.dumps(told).encode())
     before = files_of(Path())
     with pytest.raises(UserError, match=r"datasets/blobs/removals/x\.json is no removal .*request_digest: "):
-        place.catalogue.fetch_removals(FOLDER)
+        place.catalog.fetch_removals(FOLDER)
     with pytest.raises(UserError, match=r"x\.json is no removal"):
-        list(place.catalogue.removals())
+        list(place.catalog.removals())
     assert files_of(Path()) == before
 
 

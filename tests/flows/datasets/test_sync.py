@@ -32,7 +32,7 @@ def bring(version: str | None = None) -> str:
 
 def test_the_newest_comes_where_an_older_one_or_none_lies(place: Place, versions: list[Manifest]) -> None:
     older, newest = (version.digest for version in versions)
-    assert newer(PARAMS, place.catalogue) is None
+    assert newer(PARAMS, place.catalog) is None
     place.forget()
     assert bring() == newest
     assert bring(older) == older
@@ -49,22 +49,22 @@ def test_what_was_never_published_stays(place: Place, versions: list[Manifest]) 
 
 def test_a_data_set_that_nobody_has_is_nothing_to_bring(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DARKROOM_BUCKET", place.bucket)
-    assert newer(PARAMS, place.catalogue) is None
+    assert newer(PARAMS, place.catalog) is None
 
 
 def test_an_event_names_its_version_and_is_the_same_however_often_it_is_made(
     place: Place, versions: list[Manifest]
 ) -> None:
-    first, second = (created(version, place.catalogue) for version in versions)
-    assert first.id == created(versions[0], place.catalogue).id != second.id
+    first, second = (created(version, place.catalog) for version in versions)
+    assert first.id == created(versions[0], place.catalog).id != second.id
     assert (second.event, second.resource.id) == (CREATED, "darkroom.dataset.blobs")
     assert second.payload["digest"] == versions[1].digest
     assert second.payload["parent"] == versions[0].digest
     for version in versions:
-        assert not place.catalogue.announced(version.digest)
-        place.catalogue.mark_announced(version.digest)
-        assert place.catalogue.announced(version.digest)
-    assert place.catalogue.versions().keys() == {version.digest for version in versions}
+        assert not place.catalog.announced(version.digest)
+        place.catalog.mark_announced(version.digest)
+        assert place.catalog.announced(version.digest)
+    assert place.catalog.versions().keys() == {version.digest for version in versions}
 
 
 class Result(Config):

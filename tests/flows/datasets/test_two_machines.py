@@ -11,8 +11,8 @@ __all__ = ["first_version", "machine", "two"]
 
 STEPS = (
     "flows.datasets.dvc:record_data",  # ingested, and not pushed
-    "flows.datasets.catalog:Catalogue.publish",  # pushed, and not in the catalogue
-    "flows.datasets.catalog:Heads.advance",  # in the catalogue, and not the newest
+    "flows.datasets.catalog:Catalog.publish",  # pushed, and not in the catalog
+    "flows.datasets.catalog:Heads.advance",  # in the catalog, and not the newest
 )
 
 
@@ -68,7 +68,7 @@ def test_two_that_begin_one_data_set_at_the_same_time_make_one_of_it(machine: Ma
 
 
 @pytest.mark.slow
-def test_a_catalogue_from_before_there_were_heads_is_mended_where_one_lost_images(two: tuple[Machine, Machine]) -> None:
+def test_a_catalog_from_before_there_were_heads_is_mended_where_one_lost_images(two: tuple[Machine, Machine]) -> None:
     one, other = two
     with before("flows.datasets.catalog:Heads.advance", killed), pytest.raises(Killed):
         one.ingest(100)
@@ -155,7 +155,7 @@ def test_a_data_set_that_is_begun_anew_while_another_machine_adds_to_it_is_asked
 ) -> None:
     one, other = two
     with (
-        before("flows.datasets.catalog:Catalogue.publish", lambda: other.ingest(200)),
+        before("flows.datasets.catalog:Catalog.publish", lambda: other.ingest(200)),
         pytest.raises(Held, match="--rebuild"),
     ):
         one.ingest(100, rebuild="always")
@@ -172,6 +172,6 @@ def test_what_was_ingested_while_another_machine_began_anew_is_added_to_that(two
     one, other = two
     for each in two:
         (each.folder / "images" / "0.png").unlink()
-    with before("flows.datasets.catalog:Catalogue.publish", lambda: other.ingest(rebuild="always")):
+    with before("flows.datasets.catalog:Catalog.publish", lambda: other.ingest(rebuild="always")):
         one.ingest(100)
     assert one.images == {*BASE, 100} - {0}

@@ -364,7 +364,7 @@ def test_another_user_of_the_machine_reads_changes_and_deletes_nothing(
 ) -> None:
     before = private()
     listeners, sockets = listening(up)
-    # What is known of SeaweedFS's ports is that gRPC is above them; any other would be news.
+    # What is known of SeaweedFS's ports is that gRPC is above them; any other would be new_outcomes.
     of_seaweedfs = {up.state.ports[name] + above for name in seaweedfs.PORTS for above in (0, GRPC)}
     assert listeners == of_seaweedfs | {up.state.ports["mlflow"], up.state.ports["prefect"]}
     with TemporaryDirectory(prefix="darkroom-intruder-") as name:

@@ -30,7 +30,7 @@ from diffusion.generation.requests import generate_to_folder
 from diffusion.process.samplers import sampling_config
 from flows import sample
 from flows.config import SamplingBatchConfig
-from flows.datasets.catalog import Catalogue
+from flows.datasets.catalog import Catalog
 from flows.datasets.dvc import CodeVersion, DataVersion, record_data
 from flows.provenance.reproduce import ImageComparison, Reproduction, changed_libraries, compare, reproduce
 from flows.provenance.trace import trace
@@ -110,7 +110,7 @@ def make(store: Store, client: MlflowClient) -> Made:
         disc(number).save(path)
     ingest(FOLDER, IngestConfig(source="images", size=8, held_out=0.33))
     data, manifest = record_data(FOLDER, SOURCE), read_manifest(FOLDER)
-    Catalogue.of("blobs", SOURCE, store).publish(manifest, data.digest)
+    Catalog.of("blobs", SOURCE, store).publish(manifest, data.digest)
     done = train(FOLDER, Path("run"))
     code = CodeVersion(commit="c0ffee", dirty=True)
     tracker = open_run("blobs", done.train_key, {}, manifest, code, data, SOURCE, restart=False)
@@ -265,7 +265,7 @@ def test_what_is_missing_is_named_and_the_rest_is_told_all_the_same(made: Made) 
     )
 
 
-def test_without_its_run_the_catalogue_tells_what_the_model_saw(made: Made) -> None:
+def test_without_its_run_the_catalog_tells_what_the_model_saw(made: Made) -> None:
     (logged,) = Path().glob(f"mlruns/*/{made.run_id}/artifacts/dataset/manifest.json")
     logged.rename("manifest.json.away")
     try:
@@ -297,9 +297,9 @@ def test_shards_that_are_lost_are_named_and_found_wherever_they_still_are(made: 
         Path("cached").rename(cached)
 
 
-def test_takedowns_are_told_by_the_marks_in_mlflow_and_by_the_catalogue(made: Made) -> None:
+def test_takedowns_are_told_by_the_marks_in_mlflow_and_by_the_catalog(made: Made) -> None:
     tables = [part.records.sha256 for part in made.manifest.parts]
-    Catalogue.of("blobs", SOURCE, made.store).publish_removal(REMOVAL.model_copy(update={"tables": tables}))
+    Catalog.of("blobs", SOURCE, made.store).publish_removal(REMOVAL.model_copy(update={"tables": tables}))
     made.client.set_model_version_tag("blobs", "1", TAKEDOWN, "feedc0de0123")
     try:
         (one, other) = sorted(trace(made.image).takedowns, key=lambda each: each.reason or "")

@@ -62,7 +62,7 @@ def test_aliases_and_copies_of_the_entries_follow_the_ledger(
     add(ledger, "promote", versions[2], evidence=WIN)
     newest = add(ledger, "hold", versions[3], evidence=HOLD)
     project(client, ledger)
-    assert aliases_of(client, ledger.model) == {"champion": 2, "previous": 1, "challenger": 3}
+    assert aliases_of(client, ledger.model) == {"champion": 2, "previous": 1, "candidate": 3}
     assert {number: sorted(map(int, copies(client, ledger.model, number))) for number in (1, 2, 3, 4)} == {
         1: [1, 2],
         2: [2],
@@ -87,7 +87,7 @@ def test_stopped_after_any_write_there_is_one_champion_whom_the_next_reader_find
     add(ledger, "hold", versions[2], evidence=HOLD)
     project(client, ledger)
     for life in count():
-        # Champion, previous and challenger all change.
+        # Champion, previous and candidate all change.
         new, old = (versions[2], versions[1]) if life % 2 == 0 else (versions[1], versions[2])
         if life % 2 == 1:
             add(ledger, "hold", old, evidence=HOLD)
@@ -103,8 +103,8 @@ def test_stopped_after_any_write_there_is_one_champion_whom_the_next_reader_find
 
 
 def aliases_after(new: Version, old: Version, life: int) -> dict[str, int]:
-    challenger = {"challenger": old.number} if life % 2 == 1 else {}
-    return {"champion": new.number, "previous": old.number} | challenger
+    candidate = {"candidate": old.number} if life % 2 == 1 else {}
+    return {"champion": new.number, "previous": old.number} | candidate
 
 
 def test_an_alias_that_somebody_moved_is_put_back_by_whoever_resolves_it(
@@ -287,7 +287,7 @@ def test_of_two_promotions_at_once_one_wins_and_the_other_is_told_who_was_faster
     winner = 2 + said.index("won")
     loser = 5 - winner
     [told] = [each for each in said if each != "won"]
-    assert f"somebody was faster: promote 1 → {winner}" in told
+    assert f"another process was first: promote 1 → {winner}" in told
     assert f"models:/{ledger.model}/{loser} was compared with champion 1: run `darkroom promote` again" in told
     history = ledger.read()
     assert [entry.to_version for entry in history.entries] == [1, winner]
@@ -422,6 +422,6 @@ def test_a_person_who_decides_on_what_is_past_is_told(
         return seen
 
     monkeypatch.setattr(champion, "verified", meanwhile)
-    with pytest.raises(Held, match=r"somebody was faster: promote 2 → 3.*darkroom model history"):
+    with pytest.raises(Held, match=r"another process was first: promote 2 → 3.*darkroom model history"):
         champion.roll_back(ledger.model)
     assert ledger.read().standing.champion == 3

@@ -256,7 +256,7 @@ def test_a_person_approves_or_does_not_before_anything_becomes_champion(
         assert "by Ada (looked at it): first version" in out
         [entry] = workspace.json("model", "history", *named)["entries"]
         assert entry["approval"] == {"approved": approved, "by": "Ada", "note": "looked at it"}
-        assert aliases(server, model) == ({"champion": 1} if approved else {"challenger": 1})
+        assert aliases(server, model) == ({"champion": 1} if approved else {"candidate": 1})
     held = workspace.json("promote", *named, "--set", "registry.approval=true", code=3)
     assert "a person decided against it" in held["reason"]
     assert workspace.json("promote", "--to", "1", *named)["version"]["number"] == 1
@@ -282,6 +282,6 @@ def test_a_retraining_waits_for_approval_and_without_it_leaves_the_champion(
         assert done["verdict"]["version"]["number"] == version
         assert done["verdict"]["promoted"] is approved
         assert done["samples"]["model"] == "models:/asked/1"
-    assert aliases(server, "asked") == {"champion": 1, "challenger": 2}
+    assert aliases(server, "asked") == {"champion": 1, "candidate": 2}
     entries = workspace.json("model", "history", "--set", "registry.model=asked")["entries"]
     assert [(each["what"], each["approval"]["approved"]) for each in entries] == [("promote", True), ("hold", False)]

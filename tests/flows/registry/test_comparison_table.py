@@ -10,7 +10,7 @@ import pytest
 from mlflow.client import MlflowClient
 
 from diffusion.data.manifest import read_manifest
-from flows.datasets.catalog import Catalogue
+from flows.datasets.catalog import Catalog
 from flows.storage.s3 import Location, Store
 from tests.builders import ROOT
 
@@ -89,6 +89,6 @@ def test_the_data_is_what_the_champion_learned_from(
     assert gone.returncode == 2
     place = Location(bucket) / "datasets" / "blobs"
     store.put_once(bucket, place.key(f"{manifest.digest}/manifest.json"), (dataset / "manifest.json").read_bytes())
-    assert Catalogue.of("blobs", f"s3://{bucket}/dvc").versions().keys() == {manifest.digest}
+    assert Catalog.of("blobs", f"s3://{bucket}/dvc").versions().keys() == {manifest.digest}
     mlflow_client.set_model_version_tag(model, "1", "darkroom.content_digest", manifest.content_digest)
     assert compare("data", model, folder=tmp_path).stdout.strip() == manifest.digest

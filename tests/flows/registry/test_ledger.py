@@ -11,7 +11,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from diffusion.common.errors import Held, UserError
-from flows.registry.ledger import Approval, Evidence, History, Known, Ledger, LedgerEntry, Standing, Titles, What
+from flows.registry.ledger import (
+    AliasNumbers,
+    AliasState,
+    Approval,
+    Evidence,
+    History,
+    Known,
+    Ledger,
+    LedgerEntry,
+    What,
+)
 from flows.storage.s3 import Location, Object, Store
 
 HOLD = Evidence(verdict="hold", reason="kid 0.02 ± 0.01, not lower", figures={"kid": 0.02}, eval_key="e" * 64)
@@ -61,13 +71,13 @@ def test_each_entry_is_json_that_names_the_digest_of_the_one_before(ledger: Ledg
     history = ledger.read()
     assert [entry.data for entry in history.entries] == list(found.values())
     assert ledger.head() == history.head
-    assert history.standing == Standing(champion=1, previous=None, challenger=2)
+    assert history.standing == AliasNumbers(champion=1, previous=None, candidate=2)
 
 
 def test_an_empty_ledger_names_nobody(ledger: Ledger) -> None:
     assert ledger.head() is None
     assert ledger.read() == History("faces")
-    assert ledger.read().standing == Standing()
+    assert ledger.read().standing == AliasNumbers()
 
 
 def on_record(ledger: Ledger, *numbers: int) -> Known:
@@ -215,7 +225,7 @@ def test_whose_entry_lost_its_place_to_one_that_was_put_above_it_is_told(ledger:
         seen.append({3: hashlib.sha256(above).hexdigest()})
         return history.then("promote", 2, weights_of(2))
 
-    with pytest.raises(Held, match="somebody was faster: promote 1 → 9"):
+    with pytest.raises(Held, match="another process was first: promote 1 → 9"):
         ledger.append(decide, lambda: seen[-1])
     assert [entry.number for entry in ledger.read(seen[-1]).entries] == [1, 3]
 
@@ -226,7 +236,7 @@ def test_of_many_at_once_each_gets_an_entry_of_its_own(ledger: Ledger) -> None:
         list(pool.map(lambda version: add(ledger, "hold", version, evidence=HOLD), range(2, 8)))
     history = ledger.read()
     assert {entry.version for entry in history.entries[1:]} == set(range(2, 8))
-    assert history.standing == Standing(champion=1, challenger=history.entries[-1].version)
+    assert history.standing == AliasNumbers(champion=1, candidate=history.entries[-1].version)
 
 
 def test_an_entry_whose_writing_was_not_confirmed_counts_once(ledger: Ledger) -> None:
@@ -252,7 +262,7 @@ def test_who_stood_on_what_changed_meanwhile_is_asked_again(ledger: Ledger) -> N
             raise Held(history.faster())
         return history.then("promote", 3, weights_of(3))
 
-    with pytest.raises(Held, match=r"somebody was faster: promote 1 → 2, .*: kid 0\.01 ± 0\.001, lower"):
+    with pytest.raises(Held, match=r"another process was first: promote 1 → 2, .*: kid 0\.01 ± 0\.001, lower"):
         ledger.append(decide)
     assert seen == [1, 2]
     assert ledger.read().standing.champion == 2
@@ -260,7 +270,7 @@ def test_who_stood_on_what_changed_meanwhile_is_asked_again(ledger: Ledger) -> N
 
 @given(st.lists(st.one_of(st.none(), st.integers(1, 6)), max_size=30))
 def test_a_rollback_undoes_the_newest_promotion_that_was_not_undone(moves: list[int | None]) -> None:
-    titles, states = Titles(), [Standing()]
+    titles, states = AliasState(), [AliasNumbers()]
     for version in moves:
         if version is None:
             if len(states) < 3:
@@ -268,28 +278,28 @@ def test_a_rollback_undoes_the_newest_promotion_that_was_not_undone(moves: list[
             states.pop()
             titles = titles.after("rollback", states[-1].champion or 0)
         else:
-            states.append(Standing(champion=version, previous=states[-1].champion))
+            states.append(AliasNumbers(champion=version, previous=states[-1].champion))
             titles = titles.after("promote", version)
         assert titles.standing == states[-1]
 
 
 def test_a_rollback_leads_nowhere_else() -> None:
-    titles = Titles().after("promote", 1).after("promote", 2).after("promote", 3)
+    titles = AliasState().after("promote", 1).after("promote", 2).after("promote", 3)
     for version in (1, 3, 4):
         with pytest.raises(UserError, match="leads to the champion before"):
             titles.after("rollback", version)
     with pytest.raises(UserError):
-        Titles().after("promote", 1).after("rollback", 1)
+        AliasState().after("promote", 1).after("rollback", 1)
 
 
-def test_the_challenger_was_held_last_and_is_neither_champion_nor_rejected() -> None:
-    titles = Titles().after("promote", 1).after("hold", 2)
-    assert titles.standing.challenger == 2
-    assert titles.after("promote", 3).standing.challenger == 2
-    assert titles.after("promote", 2).standing.challenger is None
-    assert titles.after("reject", 2).standing.challenger is None
-    assert titles.after("reject", 3).standing.challenger == 2
-    assert titles.after("hold", 4).standing.challenger == 4
+def test_the_candidate_was_held_last_and_is_neither_champion_nor_rejected() -> None:
+    titles = AliasState().after("promote", 1).after("hold", 2)
+    assert titles.standing.candidate == 2
+    assert titles.after("promote", 3).standing.candidate == 2
+    assert titles.after("promote", 2).standing.candidate is None
+    assert titles.after("reject", 2).standing.candidate is None
+    assert titles.after("reject", 3).standing.candidate == 2
+    assert titles.after("hold", 4).standing.candidate == 4
 
 
 def chain(*moves: tuple[What, int, dict[str, object]]) -> History:

@@ -89,27 +89,27 @@ def test_an_old_version_is_set_aside_and_then_its_files_go_but_not_those_it_shar
     first, second = place.version(), place.version(*range(100, 104))
     shards = {shard.name for shard in first.shards}
     assert shards & {shard.name for shard in second.shards}, "the newer version stands on the older one's shards"
-    before = set(place.catalogue.store.list_keys(place.bucket, "dvc/"))
+    before = set(place.catalog.store.list_keys(place.bucket, "dvc/"))
 
     assert fates(collected(1)) == {f"blobs {each.digest[:12]}": "stays" for each in (first, second)}
-    listed = list(place.catalogue.store.list_objects(place.bucket))
+    listed = list(place.catalog.store.list_objects(place.bucket))
     looked = collect(STRICT, after(100), dry_run=True)
-    assert list(place.catalogue.store.list_objects(place.bucket)) == listed
+    assert list(place.catalog.store.list_objects(place.bucket)) == listed
     lines = list(table(looked.items))
     assert any("set aside" in line and first.digest[:12] in line for line in lines)
     assert any(line.startswith("stays") and "current in data/blobs" in line for line in lines)
     aside = collected(100)
     assert fates(aside) == fates(looked)
     assert fates(aside) == {f"blobs {first.digest[:12]}": "set aside", f"blobs {second.digest[:12]}": "stays"}
-    assert set(place.catalogue.versions()) == {second.digest}
-    assert set(place.catalogue.retired()) == {first.digest}, "a takedown looks there, too"
-    assert set(place.catalogue.store.list_keys(place.bucket, "dvc/")) == before
+    assert set(place.catalog.versions()) == {second.digest}
+    assert set(place.catalog.retired()) == {first.digest}, "a takedown looks there, too"
+    assert set(place.catalog.store.list_keys(place.bucket, "dvc/")) == before
     assert fates(collected(0.5))[f"blobs {first.digest[:12]}"] == "set aside"
     assert fates(collected(100))[f"blobs {first.digest[:12]}"] == "goes"
-    left = set(place.catalogue.store.list_keys(place.bucket, "dvc/"))
+    left = set(place.catalog.store.list_keys(place.bucket, "dvc/"))
     assert left < before
     assert f"blobs {first.digest[:12]}" not in fates(collected(100))
-    assert list(place.catalogue.store.list_keys(place.bucket, "retired/")) == []
+    assert list(place.catalog.store.list_keys(place.bucket, "retired/")) == []
     assert restorable(place, second)
 
 
@@ -117,13 +117,13 @@ def test_the_newest_versions_are_known_by_the_order_of_heads_after_a_restore_wro
     place: Place, bucket: str, store: Store
 ) -> None:
     first, second, third = (place.version(number) for number in (100, 101, 102))
-    heads = Heads(place.catalogue)
+    heads = Heads(place.catalog)
     for version, onto in ((first, ()), (second, (first.digest,)), (third, (second.digest,))):
         assert heads.advance(version.digest, onto) is None
-    key = place.catalogue.place.key(f"{first.digest}/manifest.json")
-    data, written = store.get(bucket, key), place.catalogue.written(third.digest)
+    key = place.catalog.place.key(f"{first.digest}/manifest.json")
+    data, written = store.get(bucket, key), place.catalog.written(third.digest)
     assert written is not None
-    while (again := place.catalogue.written(first.digest)) is None or again <= written:
+    while (again := place.catalog.written(first.digest)) is None or again <= written:
         store.delete_many(bucket, [key])
         time.sleep(0.2)
         store.put_once(bucket, key, data)
@@ -141,8 +141,8 @@ def test_a_version_that_comes_back_within_the_grace_loses_nothing(place: Place) 
     first = place.version()
     place.version(*range(100, 104))
     collected(100)
-    assert first.digest not in place.catalogue.versions()
-    place.catalogue.publish(first, place_digest(place, first))
+    assert first.digest not in place.catalog.versions()
+    place.catalog.publish(first, place_digest(place, first))
     collected(1)
     assert fates(collected(50, STRICT.model_copy(update={"data_versions": 2})))[f"blobs {first.digest[:12]}"] == "stays"
     assert restorable(place, first)
@@ -153,13 +153,13 @@ def test_a_version_that_something_learned_from_while_it_was_set_aside_is_brought
 ) -> None:
     first, _ = place.version(), place.version(*range(100, 104))
     collected(100)
-    assert set(place.catalogue.retired()) == {first.digest}
+    assert set(place.catalog.retired()) == {first.digest}
     run_id = training(mlflow, "a", first)
     add_version(mlflow, tmp_path, "blobs", run_id=run_id, **{CONTENT: first.content_digest})
 
     assert fates(collected(200))[f"blobs {first.digest[:12]}"] == "stays"
-    assert first.digest in place.catalogue.versions()
-    assert not place.catalogue.retired()
+    assert first.digest in place.catalog.versions()
+    assert not place.catalog.retired()
     assert restorable(place, first)
 
 
@@ -175,12 +175,12 @@ def test_while_somebody_pushes_no_file_goes(place: Place) -> None:
     first = place.version()
     place.version(*range(100, 104))
     collected(100)
-    before = set(place.catalogue.store.list_keys(place.bucket, "dvc/"))
+    before = set(place.catalog.store.list_keys(place.bucket, "dvc/"))
     with catalog.pushing("blobs", place.source):
         collected(100)
-        assert set(place.catalogue.store.list_keys(place.bucket, "dvc/")) == before
+        assert set(place.catalog.store.list_keys(place.bucket, "dvc/")) == before
     collected(100)
-    assert set(place.catalogue.store.list_keys(place.bucket, "dvc/")) < before
+    assert set(place.catalog.store.list_keys(place.bucket, "dvc/")) < before
     assert not restorable(place, first)
 
 
@@ -208,13 +208,13 @@ def test_killed_between_any_two_requests_the_next_one_ends_the_same(
     try:
         collected(100, at_once)
     except KeyboardInterrupt:
-        for version in place.catalogue.versions().values():
-            assert place.catalogue.pointer(version.digest) is not None
+        for version in place.catalog.versions().values():
+            assert place.catalog.pointer(version.digest) is not None
     monkeypatch.setattr(Store, "delete_many", original)
     collected(100, at_once)
     assert fates(collected(100, at_once)) == {f"blobs {second.digest[:12]}": "stays"}
-    assert list(place.catalogue.store.list_keys(place.bucket, "retired/")) == []
-    assert not any(first.digest in key for key in place.catalogue.store.list_keys(place.bucket))
+    assert list(place.catalog.store.list_keys(place.bucket, "retired/")) == []
+    assert not any(first.digest in key for key in place.catalog.store.list_keys(place.bucket))
     assert restorable(place, second)
 
 
@@ -225,7 +225,7 @@ def test_runs_of_versions_ledgers_and_prints_stay_with_their_data_and_others_go(
     lost, registered, printed = (training(mlflow, key, version) for key, version in zip("abc", versions, strict=False))
     version = add_version(mlflow, tmp_path, "blobs", run_id=registered, **{CONTENT: versions[1].content_digest})
     promote("blobs", version.number)
-    place.catalogue.store.put_once(place.bucket, *batch_of("blobs", 7, printed, versions[2]))
+    place.catalog.store.put_once(place.bucket, *batch_of("blobs", 7, printed, versions[2]))
 
     not_generated = STRICT.model_copy(update={"batch_days": None, "unfinished_days": 1e4})
     first = fates(collected(100, not_generated))
@@ -239,7 +239,7 @@ def test_runs_of_versions_ledgers_and_prints_stay_with_their_data_and_others_go(
     assert not mlflow.list_artifacts(lost)
     third = fates(collected(100, not_generated))
     assert f"runs:/{lost}" not in third
-    assert set(place.catalogue.versions()) == {each.digest for each in versions[1:]}
+    assert set(place.catalog.versions()) == {each.digest for each in versions[1:]}
 
 
 def test_a_run_is_brought_back_that_a_version_was_made_of_after_all(
@@ -294,7 +294,7 @@ def batch_of(model: str, seed: int, run_id: str, version: Manifest) -> tuple[str
 def test_old_batches_go_and_what_a_kill_leaves_is_an_unfinished_one(place: Place) -> None:
     version = place.version()
     key, about = batch_of("blobs", 1, "1" * 32, version)
-    folder, store = key.removesuffix("/batch.json"), place.catalogue.store
+    folder, store = key.removesuffix("/batch.json"), place.catalog.store
     names = ["_SUCCESS", "manifest.parquet", "manifest/part-00000.jsonl", "00000000.png", "00000001.png", "batch.json"]
     for name in names:
         store.put_once(place.bucket, f"{folder}/{name}", about if name == "batch.json" else name.encode())
@@ -326,7 +326,7 @@ def test_old_batches_go_and_what_a_kill_leaves_is_an_unfinished_one(place: Place
 
 
 def test_uploads_without_an_end_are_aborted_when_they_are_old(place: Place) -> None:
-    client = place.catalogue.store.client
+    client = place.catalog.store.client
     client.create_multipart_upload(Bucket=place.bucket, Key="samples/blobs/1/x/big.tar")
     assert fates(collected(1)) == {f"s3://{place.bucket}/samples/blobs/1/x/big.tar": "stays"}
     assert fates(collected(8)) == {f"s3://{place.bucket}/samples/blobs/1/x/big.tar": "goes"}
@@ -351,7 +351,7 @@ def test_a_damaged_manifest_keeps_its_data_set_whole_and_stops_nothing_else(
 ) -> None:
     first, second = place.version(), place.version(*range(100, 104))
     collected(100)
-    store, junk = place.catalogue.store, [f"datasets/blobs/{'0' * 64}/manifest.json", f"retired/blobs/{'1' * 64}.json"]
+    store, junk = place.catalog.store, [f"datasets/blobs/{'0' * 64}/manifest.json", f"retired/blobs/{'1' * 64}.json"]
     # Under another name than its own digest: a mark that leads to the files of a version that stays.
     for key, data in zip(junk, (b"junk", manifest_bytes(second)), strict=True):
         store.put_once(place.bucket, key, data)
@@ -369,7 +369,7 @@ def test_a_damaged_manifest_keeps_its_data_set_whole_and_stops_nothing_else(
     assert fates(done)[f"blobs {first.digest[:12]}"] == "set aside", "which would have gone"
     assert fates(done)[f"runs:/{run_id}"] == "set aside"
     assert set(store.list_keys(place.bucket, "dvc/")) == before
-    assert set(place.catalogue.versions()) == {second.digest}
+    assert set(place.catalog.versions()) == {second.digest}
     assert junk[0] in caplog.text
 
     store.delete_many(place.bucket, junk)
@@ -382,7 +382,7 @@ def test_what_only_an_unreadable_batch_could_lead_to_stays_until_somebody_mends_
 ) -> None:
     old, _ = place.version(), place.version(*range(100, 104))
     run_id = training(mlflow, "a", old)
-    store, key = place.catalogue.store, "samples/gone/7/x/batch.json"
+    store, key = place.catalog.store, "samples/gone/7/x/batch.json"
     store.put_once(place.bucket, key, b"junk")
     store.put_once(place.bucket, "samples/gone/7/x/_SUCCESS", b"")
     policy = STRICT.model_copy(update={"batch_days": None})
@@ -458,11 +458,11 @@ def test_a_broken_ledger_stops_it_before_anything_goes(place: Place) -> None:
     client, newest = MlflowClient(), Newest(1, "a" * 64, f"s3://{place.bucket}/ledger/blobs")
     client.create_registered_model("blobs")
     client.set_registered_model_tag("blobs", NEWEST, str(newest))
-    place.catalogue.store.put_once(place.bucket, "ledger/blobs/00000001.json", b"{}")
-    before = list(place.catalogue.store.list_objects(place.bucket))
+    place.catalog.store.put_once(place.bucket, "ledger/blobs/00000001.json", b"{}")
+    before = list(place.catalog.store.list_objects(place.bucket))
     with pytest.raises(UserError, match="ledger of blobs is broken"):
         collected(100)
-    assert list(place.catalogue.store.list_objects(place.bucket)) == before
+    assert list(place.catalog.store.list_objects(place.bucket)) == before
 
 
 def test_purging_stops_as_soon_as_it_may_not_go_on() -> None:

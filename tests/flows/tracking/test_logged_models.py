@@ -14,7 +14,7 @@ from diffusion.evaluation.config import EvaluationConfig
 from diffusion.evaluation.metrics.distances import Scores
 from diffusion.evaluation.results import CheckpointEvaluation, Evaluation, EvaluationConditions, RealBaseline
 from diffusion.process.samplers import sampling_config
-from flows.tracking.runs import CHECKPOINT, CHECKPOINT_SHA256, EVAL_KEY, JUDGED, RunTracker, log_evaluation
+from flows.tracking.runs import CHECKPOINT, CHECKPOINT_SHA256, EVAL_KEY, EVALUATED, RunTracker, log_evaluation
 
 WRITES = ("create_logged_model", "finalize_logged_model", "set_logged_model_tags", "log_batch")
 CONTENT = "c" * 64
@@ -130,7 +130,7 @@ def test_mlflow_ranks_the_checkpoints_by_their_scores_on_the_data_set(client: Ml
     assert best.source_run_id == run_id
     assert best.status == "READY"
     assert best.tags[CHECKPOINT_SHA256] == evaluation.best.sha256
-    assert (best.tags[EVAL_KEY], best.tags[JUDGED]) == (evaluation.eval_key, "in full")
+    assert (best.tags[EVAL_KEY], best.tags[EVALUATED]) == (evaluation.eval_key, "in full")
     assert {point.key: point.value for point in best.metrics} == evaluation.best.metrics()
     assert {(point.dataset_name, point.dataset_digest, point.step) for point in best.metrics} == {
         ("blobs", CONTENT[:36], 2000)
@@ -142,7 +142,7 @@ def test_mlflow_ranks_the_checkpoints_by_their_scores_on_the_data_set(client: Ml
 def test_what_was_not_judged_in_full_ranks_behind_all_that_was_however_lucky(client: MlflowClient, run_id: str) -> None:
     log_evaluation(RunTracker(client, run_id), an_evaluation([0.5, 0.2], behind=[-0.1]))
     found = ranked(client, run_id)
-    assert [model.tags[JUDGED] for model in found] == ["in full", "in full", "preliminary"]
+    assert [model.tags[EVALUATED] for model in found] == ["in full", "in full", "preliminary"]
     assert {point.key: point.value for point in found[2].metrics} == {
         "preliminary_kid_efflite0": -0.1,
         "preliminary_samples": 125,
@@ -183,9 +183,9 @@ def test_judged_under_other_conditions_a_checkpoint_is_the_same_model_with_newer
     assert [model.tags[CHECKPOINT_SHA256] for model in found] == [f"{number:064x}" for number in (0, 1)]
     assert {model.tags[EVAL_KEY] for model in found} == {anew.eval_key}
     log_evaluation(RunTracker(client, run_id), an_evaluation([0.1, 0.2], behind=[0.4], seed=1))
-    assert ranked(client, run_id)[2].tags[JUDGED] == "preliminary"
+    assert ranked(client, run_id)[2].tags[EVALUATED] == "preliminary"
     log_evaluation(RunTracker(client, run_id), an_evaluation([0.1, 0.2, 0.15], seed=1))
-    assert [model.tags[JUDGED] for model in ranked(client, run_id)] == ["in full"] * 3
+    assert [model.tags[EVALUATED] for model in ranked(client, run_id)] == ["in full"] * 3
 
 
 def test_two_runs_have_models_of_their_own(client: MlflowClient, run_id: str) -> None:

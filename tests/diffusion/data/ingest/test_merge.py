@@ -9,7 +9,7 @@ from diffusion.common.errors import Held
 from diffusion.data.dataset import Dataset
 from diffusion.data.ingest.config import IngestConfig
 from diffusion.data.ingest.ingest import ingest
-from diffusion.data.ingest.merge import Union, unite
+from diffusion.data.ingest.merge import Union, merge_versions
 from diffusion.data.manifest import Manifest, manifest_bytes, read_manifest, require_whole, version_path, work_folder
 from diffusion.data.versions.takedown import remove, remove_known
 from diffusion.data.versions.takedown_records import Selection
@@ -54,7 +54,7 @@ def bring(ours: Line, theirs: Line) -> Manifest:
 
 def united(ours: Line, theirs: Line, base: Manifest | None, **fields: object) -> Union:
     version = bring(ours, theirs)
-    return unite(ours[0], config(ours[1], **fields), version, base)
+    return merge_versions(ours[0], config(ours[1], **fields), version, base)
 
 
 def test_it_equals_a_data_set_that_one_machine_made_of_all_images(
@@ -147,6 +147,6 @@ def test_images_stored_in_another_way_are_not_mixed(lines: tuple[Line, Line, Man
     add(other, 100)
     ingest(line[0], config(line[1], size=9), rebuild="always")
     before = read_manifest(ours[0])
-    with pytest.raises(Held, match="somebody was faster"):
+    with pytest.raises(Held, match="another process was first"):
         united(ours, theirs, base)
     assert read_manifest(ours[0]) == before
