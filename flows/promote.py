@@ -159,12 +159,12 @@ def apply_gate(params: Params, evaluation: Evaluation, version: Version) -> Gate
     if (problem := champion_problem(client, history)) is not None:
         raise UserError(problem)
     if champion == version.number:
-        return GateResult(champion=champion, evidence=None)
+        return GateResult(champion=champion, evidence=None, comparison=last_comparison(params, version))
     if entry := history.withheld(version.number):
         reason = f"a person decided against it: {entry}; `darkroom promote --to {version.number}` makes it champion"
         figures = finite(evaluation.metrics())
         evidence = Evidence(verdict="hold", reason=reason, figures=figures, eval_key=evaluation.eval_key)
-        return GateResult(champion=champion, evidence=evidence)
+        return GateResult(champion=champion, evidence=evidence, comparison=last_comparison(params, version))
     champion_weights = None
     if champion is not None:
         champion_weights = model_versions.cached_weights(model_versions.version_of(client, version.model, champion))
@@ -243,8 +243,7 @@ def record(
         tags["darkroom.gate"] = entry.evidence.reason
     for tag, value in tags.items():
         client.set_model_version_tag(version.model, str(version.number), tag, value)
-    comparison = result.comparison or last_comparison(params, version)
-    model_card.write(client, params, evaluation, version, entry, comparison)
+    model_card.write(client, params, evaluation, version, entry, result.comparison)
     champion = project(client, ledger).standing.champion
     promoted = champion == version.number
     if promoted:
