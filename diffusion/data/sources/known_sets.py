@@ -155,9 +155,10 @@ class TorchvisionSet:
         if split:
             takes = inspect.signature(_torchvision_class(name)).parameters
             arguments = {"split": split} if "split" in takes else {"train": split == "train"}
-            if "split" not in takes and ("train" not in takes or split not in ("train", "test")):
-                splits = "give train or test" if "train" in takes else "leave it out"
-                raise UserError(f"{where} has no split {split}: {splits}")
+            if "split" not in takes and "train" not in takes:
+                raise UserError(f"{where} has no splits: leave split={split} out")
+            if "split" not in takes and split not in ("train", "test"):
+                raise UserError(f"{where} has no split {split}: give train or test")
         return cls(name, Path(options["root"]).expanduser(), arguments, options.get("download") == "true", access)
 
     def entries(self) -> Iterator[Entry]:
