@@ -1,16 +1,20 @@
-"""Zip archives of images: listed by ``zipfile``, read by offset, so that their directory is read once."""
+"""Zip archives of images, read by offset without holding their directory in memory (``zipfile``: 1 KB per file).
 
-import io
+Formats by PKWARE's APPNOTE.TXT 6.3.10, sections 4.3.7 (local header), 4.3.12 (central directory), 4.3.14–16 (end of
+central directory, also Zip64) and 4.5.3 (Zip64 extra field).
+"""
+
 import json
+import sqlite3
 import stat
 import struct
 import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, NamedTuple, TextIO, cast
+from typing import Any, BinaryIO, NamedTuple, TextIO, cast
 
 from diffusion.common.errors import UserError
 from diffusion.data.ingest.decode import Refused
@@ -20,11 +24,15 @@ from diffusion.data.sources.local_files import as_lines, open_unchanged, stamp_o
 from diffusion.data.sources.tars import LINK
 
 LOCAL = struct.Struct("<4s22xHH")
-"""Local header (PKWARE's APPNOTE.TXT 6.3.10, section 4.3.7)."""
+DIRECTORY = struct.Struct("<4sBB2xHH4xLLLHHH4xLL")
+END = struct.Struct("<4s8xLL2x")
+END64_LOCATOR = struct.Struct("<4s4xQ4x")
+END64 = struct.Struct("<4s36xQQ")
+LONGEST_COMMENT = 2**16 - 1
 UNIX = 3
-ENCRYPTED = 0x1
-LARGEST_DIRECTORY = 2**26
-"""Bytes of a directory, about a hundred for each file: ``zipfile`` takes up to ten times as many to read it."""
+ENCRYPTED, UTF8 = 0x1, 0x800
+FULL = 2**32 - 1
+"""Marker of a number that needs 64 bits and is in the extra field."""
 
 
 class ZipOffset(NamedTuple):
@@ -102,54 +110,33 @@ class Zip:
 def members(path: Path) -> Iterator[tuple[str, str | None, ZipOffset]]:
     """Yield name, the reason why it is unavailable, and place of each file in a zip, in the order of its directory.
 
-    Raises UserError if it is damaged, has too many files, or if files share bytes: such a zip unpacks to far more than
-    it holds (Fifield, A better zip bomb, 2019), and programs interpret it differently.
+    The directory is kept on disk, as there may be any number of files. Raises UserError if it is damaged, or if files
+    share bytes: such a zip unpacks to far more than it holds (Fifield, A better zip bomb, 2019), and programs interpret
+    it differently.
     """
     try:
-        with _Directory(io.FileIO(path)) as file, zipfile.ZipFile(file) as archive:
-            infos, end = archive.infolist(), archive.start_dir
-        ends: dict[int, int] = {}
-        for info in sorted(infos, key=lambda info: info.header_offset, reverse=True):
-            # Local headers may be longer, which is checked when the file is read.
-            if info.header_offset < 0 or info.header_offset + LOCAL.size + info.compress_size > end:
-                raise zipfile.BadZipFile(
-                    f"the file stored at byte {info.header_offset} overlaps another one or the directory"
-                )
-            ends[info.header_offset] = end
-            end = info.header_offset
-        for info in infos:
-            if not info.filename.endswith("/"):
-                sizes = (info.compress_type, info.compress_size, info.file_size, info.CRC)
-                yield (
-                    printable(info.filename).removeprefix("./"),
-                    _problem(info),
-                    ZipOffset(info.header_offset, *sizes, ends[info.header_offset]),
-                )
-    except (zipfile.BadZipFile, struct.error, ValueError, OverflowError, NotImplementedError) as error:
-        raise UserError(f"{path} cannot be read as a zip ({error}): it is damaged or was cut short") from error
-
-
-class _Directory(io.BufferedReader):
-    """File object of a zip with a directory that fits into memory, of which ``zipfile`` takes a few times its size."""
-
-    def read(self, size: int | None = -1, /) -> bytes:
-        """Read at most LARGEST_DIRECTORY bytes at a time."""
-        if size is not None and size > LARGEST_DIRECTORY:
-            raise UserError(
-                f"{self.name} has a directory of {size} bytes, over the limit of {LARGEST_DIRECTORY}: unpack it, and "
-                "give the folder"
+        # SQLite's name for a private temporary file.
+        with closing(sqlite3.connect("", check_same_thread=False, isolation_level=None)) as database:
+            database.execute("PRAGMA journal_mode = OFF")
+            database.execute(
+                "CREATE TABLE files (number INTEGER PRIMARY KEY, name, problem, header, method, packed, size, crc)"
             )
-        return super().read(size)
-
-
-def _problem(info: zipfile.ZipInfo) -> str | None:
-    if info.flag_bits & ENCRYPTED:
-        return "encrypted: unpack it with its password"
-    if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-        return f"compressed by method {info.compress_type}, which is not read: pack it with deflate"
-    if info.create_system == UNIX and stat.S_IFMT(info.external_attr >> 16) not in (0, stat.S_IFREG, stat.S_IFDIR):
-        return LINK
-    return None
+            database.execute("BEGIN")
+            with path.open("rb") as file:
+                start, size, shift = _directory(file)
+                rows = _members(file, start, start + size, shift)
+                columns = "name, problem, header, method, packed, size, crc"
+                database.executemany(f"INSERT INTO files ({columns}) VALUES (?, ?, ?, ?, ?, ?, ?)", rows)
+            places = f"SELECT number, {columns}, coalesce(lead(header) OVER (ORDER BY header), ?) AS end FROM files"
+            # Local headers may be longer, which is checked when the file is read.
+            overlapping = f"SELECT header FROM ({places}) WHERE header + {LOCAL.size} + packed > end LIMIT 1"
+            if found := database.execute(overlapping, (start,)).fetchone():
+                raise zipfile.BadZipFile(f"the file stored at byte {found[0]} overlaps another one or the directory")
+            for _, name, problem, *place in database.execute(f"{places} ORDER BY number", (start,)):
+                if not name.endswith("/"):
+                    yield name, problem, ZipOffset(*place)
+    except (zipfile.BadZipFile, struct.error, ValueError, OverflowError) as error:
+        raise UserError(f"{path} cannot be read as a zip ({error}): it is damaged or was cut short") from error
 
 
 def open_member(file: BinaryIO, place: ZipOffset) -> zipfile.ZipExtFile:
@@ -163,3 +150,69 @@ def open_member(file: BinaryIO, place: ZipOffset) -> zipfile.ZipExtFile:
     info = zipfile.ZipInfo()
     info.compress_type, info.compress_size, info.file_size, info.CRC = place[1:5]
     return zipfile.ZipExtFile(file, "r", info)
+
+
+def _directory(file: BinaryIO) -> tuple[int, int, int]:
+    """Return offset and size of the central directory, and the shift of the offsets in it."""
+    length = file.seek(0, 2)
+    tail_start = file.seek(max(0, length - END.size - LONGEST_COMMENT))
+    tail = file.read()
+    at = tail.rfind(b"PK\5\6", 0, len(tail) - END.size + 4)
+    if at < 0:
+        raise zipfile.BadZipFile("it has no directory at its end")
+    _, size, start = END.unpack_from(tail, at)
+    end = tail_start + at
+    if end >= END64_LOCATOR.size:
+        file.seek(end - END64_LOCATOR.size)
+        signature, end64 = END64_LOCATOR.unpack(file.read(END64_LOCATOR.size))
+        if signature == b"PK\6\7":
+            file.seek(end64)
+            if file.read(4) == b"PK\6\6":
+                file.seek(end64)
+                _, size, start = END64.unpack(file.read(END64.size))
+                return start, size, 0
+            # It may be shifted: then it is right before its locator.
+            end = file.seek(max(0, end - END64_LOCATOR.size - END64.size))
+            signature, size, start = END64.unpack(file.read(END64.size))
+            if signature != b"PK\6\6":
+                raise zipfile.BadZipFile("its directory of 64 bits is not where it should be")
+    # A self-extracting program before the zip shifts everything.
+    shift = end - size - start
+    if shift < 0:
+        raise zipfile.BadZipFile("its directory is cut short")
+    return start + shift, size, shift
+
+
+def _members(file: BinaryIO, start: int, end: int, shift: int) -> Iterator[tuple[Any, ...]]:
+    """Yield name, problem, offset, method, packed and unpacked size, and checksum of all members, folders included."""
+    file.seek(start)
+    # Not by its number of files, which overflows at 65,536 in older programs.
+    while file.tell() < end:
+        (signature, _, system, flags, method, crc, packed, size, name_size, extra_size, comment_size, mode, header) = (
+            DIRECTORY.unpack(file.read(DIRECTORY.size))
+        )
+        if signature != b"PK\1\2":
+            raise zipfile.BadZipFile("its directory is damaged")
+        raw = file.read(name_size)
+        name = printable(raw.decode("utf-8", "surrogateescape") if flags & UTF8 else raw.decode("cp437"))
+        size, packed, header = _wide(file.read(extra_size), [size, packed, header])
+        file.seek(comment_size, 1)
+        problem = None
+        if flags & ENCRYPTED:
+            problem = "encrypted: unpack it with its password"
+        elif method not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            problem = f"compressed by method {method}, which is not read: pack it with deflate"
+        elif system == UNIX and stat.S_IFMT(mode >> 16) not in (0, stat.S_IFREG, stat.S_IFDIR):
+            problem = LINK
+        yield name.removeprefix("./"), problem, header + shift, method, packed, size, crc
+
+
+def _wide(extra: bytes, numbers: list[int]) -> list[int]:
+    """Replace markers in ``numbers`` (size, packed size, offset) by the 64-bit values in the ``extra`` field."""
+    while len(extra) >= 4:
+        kind, size = struct.unpack_from("<HH", extra)
+        if kind == 1:
+            wide = iter(struct.unpack_from(f"<{size // 8}Q", extra, 4))
+            return [next(wide, number) if number == FULL else number for number in numbers]
+        extra = extra[4 + size :]
+    return numbers
