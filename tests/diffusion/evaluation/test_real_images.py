@@ -18,7 +18,7 @@ from diffusion.evaluation.cache import pieces_folder
 from diffusion.evaluation.metrics import distances
 from diffusion.evaluation.metrics.distances import Reference
 from diffusion.evaluation.real_images import RealImages
-from diffusion.generation.super_resolution import FromNoise
+from diffusion.generation.super_resolution import GenerationTask
 from tests.builders.small_datasets import random_images, write_dataset
 
 ROWS = np.arange(30)
@@ -66,7 +66,7 @@ def real_images_of(
     cache: Path, dataset: Dataset, rows: np.ndarray, extractor: Pixels, progress: Progress = silent
 ) -> RealImages:
     """The real images of ``dataset``, of which those in ``rows`` are the reference."""
-    real = RealImages(dataset, extractor, 10, 10, cache, FromNoise(), progress)
+    real = RealImages(dataset, extractor, 10, 10, cache, GenerationTask(), progress)
     real.compared = rows
     return real
 
