@@ -81,7 +81,7 @@ class AliasNumbers(Config):
 class LedgerEntry(Config):
     """Entry of the ledger."""
 
-    format_version: Literal[1] = 1
+    format_version: Literal[2] = 2
     model: str
     number: Number
     what: What
