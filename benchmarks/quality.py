@@ -43,14 +43,14 @@ GAP = 20
 """Pixels between grids that lie side by side."""
 ROUNDS = 3
 """Times that each rate is measured."""
-ON_THE_WAY = 512
+CURVE_SAMPLES = 512
 """Images drawn of the first seed before its end, for the curve."""
 CHECKPOINTS = 6
 """The default: the curve has a point at each second one."""
 
 
 @dataclass(frozen=True)
-class Drawn:
+class RunResult:
     """What a contestant made of its time."""
 
     images: np.ndarray
@@ -73,7 +73,7 @@ class Contestant(Protocol):
     def rate(self, seconds: float) -> float:
         """Images per second of training that takes ``seconds``, with all that belongs to it."""
 
-    def work(self, seed: int, images: int, samples: int, curve: bool) -> Drawn:
+    def work(self, seed: int, images: int, samples: int, curve: bool) -> RunResult:
         """Train on so many ``images`` and draw ``samples``; for a ``curve`` also on the way."""
 
 
@@ -108,7 +108,7 @@ class Darkroom:
         done = darkroom(self.workspace, "train", "--local", words=words)
         return self.workspace / str(done["final"])
 
-    def work(self, seed: int, images: int, samples: int, curve: bool) -> Drawn:
+    def work(self, seed: int, images: int, samples: int, curve: bool) -> RunResult:
         """Train, and draw with the default sampler."""
         final = self.train(seed, images)
         sampling = load_params(self.workspace / "params.yaml", list(self.settings)).sampling
@@ -123,7 +123,7 @@ class Darkroom:
             "parameters": sum(each.numel() for each in load_model(final).network.parameters()),
             "drawing_seconds": time.perf_counter() - began,
         }
-        return Drawn(generated, figures, {int(path.stem): drawn(path, ON_THE_WAY) for path in checkpoints})
+        return RunResult(generated, figures, {int(path.stem): drawn(path, CURVE_SAMPLES) for path in checkpoints})
 
 
 @dataclass(frozen=True)
@@ -143,15 +143,15 @@ class Peer:
         """Of its steps alone: nothing belongs to it but steps."""
         return float(self._trainers("--rate", 12)["images_per_second"])
 
-    def work(self, seed: int, images: int, samples: int, curve: bool) -> Drawn:
+    def work(self, seed: int, images: int, samples: int, curve: bool) -> RunResult:
         """Train, and draw with its own sampler."""
         folder = self.workspace / f"drawn-{self.name}"
         options = ["--folder", folder, "--images", images, "--samples", samples, "--seed", seed]
         if curve:
-            options += ["--on-the-way", ON_THE_WAY]
+            options += ["--on-the-way", CURVE_SAMPLES]
         figures = self._trainers(*options)
         generated = {int(path.stem): np.load(path) for path in folder.glob("*.npy")}
-        return Drawn(generated.pop(images), figures, generated)
+        return RunResult(generated.pop(images), figures, generated)
 
     def _trainers(self, *options: object) -> dict[str, Any]:
         script = Path(__file__).with_name("trainers.py")
@@ -222,7 +222,7 @@ def race(contestant: Contestant, seed: int, judge: "Judge", seconds: float, samp
         return
     images = round(rate_of(contestant, seconds) * seconds)
     drawn = contestant.work(seed, images, samples, curve)
-    on_the_way = drawn.on_the_way | ({images: drawn.images[:ON_THE_WAY]} if curve else {})
+    on_the_way = drawn.on_the_way | ({images: drawn.images[:CURVE_SAMPLES]} if curve else {})
     figures = drawn.figures | {
         "images": images,
         "fd": judge.distance(drawn.images),
@@ -250,8 +250,8 @@ def tell(contestants: list[Contestant], judge: "Judge", args: argparse.Namespace
         print(f"{contestant.name:32} {mean(fds):7.0f} {spread:7} {rate:6.0f} images/s {parameters:6.2f} M")
         curve = {float(minutes): fd for minutes, fd in found[0]["curve"].items()}
         axes.plot(list(curve), list(curve.values()), marker="o", label=contestant.name)
-    axes.axhline(judge.floor(ON_THE_WAY), color="grey", linestyle=":", label="real images")
-    axes.set(xlabel="minutes of training", ylabel=f"Fréchet distance, {ON_THE_WAY} images", yscale="log")
+    axes.axhline(judge.floor(CURVE_SAMPLES), color="grey", linestyle=":", label="real images")
+    axes.set(xlabel="minutes of training", ylabel=f"Fréchet distance, {CURVE_SAMPLES} images", yscale="log")
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     if args.image:

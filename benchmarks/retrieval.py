@@ -32,7 +32,7 @@ FEATURES_AT = 128
 RANKS = (1, 5, 10)
 PENALTIES = tuple(10.0**power for power in range(-2, 5))
 """Of the ridge regression; that counts which serves best the tenth of the training images kept back for it."""
-TOLD = 8
+CAPTION_STRIDE = 8
 """Of so many captions that the network is trained on, one is asked for again, and kept from the reader."""
 SHOWN = (
     "red heart",
@@ -110,13 +110,13 @@ def main() -> None:
     model, dataset = load_model(path), Dataset.open(workspace / "data" / "images")
 
     train, held_out = (_captioned(dataset, split) for split in ("train", "held_out"))
-    told = Captioned(train.rows[::TOLD], train.texts[::TOLD])
+    told = Captioned(train.rows[::CAPTION_STRIDE], train.texts[::CAPTION_STRIDE])
     extractor = EfficientNetLite0(FEATURES_AT)
 
     def features(captioned: Captioned) -> Tensor:
         return extractor(dataset.images(captioned.rows))
 
-    read = np.arange(len(train.rows)) % TOLD != 0
+    read = np.arange(len(train.rows)) % CAPTION_STRIDE != 0
     reader = Reader.trained(features(train)[torch.from_numpy(read)], train.meanings()[torch.from_numpy(read)])
     for title, captioned in {"that training was told": told, "that training never saw": held_out}.items():
         prompts = tuple(captioned.texts)

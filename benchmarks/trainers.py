@@ -26,7 +26,7 @@ WARM_UP = 10
 """Steps before a rate is measured."""
 SHARES = (1 / 3, 2 / 3)
 """Of the training, after which images are drawn on the way."""
-DRAWN_AT_ONCE = 64
+SAMPLES_PER_BATCH = 64
 
 Step = Callable[[Tensor, float], None]
 """One optimizer step on images in [0, 1], (N, C, H, W), at this share of the whole training."""
@@ -151,12 +151,12 @@ def train(step: Step, draw: Draw, images: Tensor, args: argparse.Namespace) -> f
 def keep(draw: Draw, count: int, path: Path) -> float:
     """Draw so many images into a file; returns the mean difference of the first to those in float32, of 255."""
     state = torch.random.get_rng_state()
-    exact = stored(draw(DRAWN_AT_ONCE))
+    exact = stored(draw(SAMPLES_PER_BATCH))
     torch.random.set_rng_state(state)
     with torch.autocast("cpu", torch.bfloat16):
-        drawn = torch.cat([stored(draw(DRAWN_AT_ONCE)) for _ in range(-(-count // DRAWN_AT_ONCE))])[:count]
+        drawn = torch.cat([stored(draw(SAMPLES_PER_BATCH)) for _ in range(-(-count // SAMPLES_PER_BATCH))])[:count]
     np.save(path, drawn.numpy())
-    return (drawn[:DRAWN_AT_ONCE].float() - exact[:count].float()).abs().mean().item()
+    return (drawn[:SAMPLES_PER_BATCH].float() - exact[:count].float()).abs().mean().item()
 
 
 def stored(images: Tensor) -> Tensor:

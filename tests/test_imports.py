@@ -51,6 +51,6 @@ def import_graph() -> "networkx.DiGraph[str]":
     return graph
 
 
-def test_no_imports_go_in_a_circle() -> None:
+def test_no_circular_imports() -> None:
     cycles = [sorted(part) for part in networkx.strongly_connected_components(import_graph()) if len(part) > 1]
     assert cycles == []

@@ -21,7 +21,7 @@ needs_encoder = pytest.mark.skipif(
 )
 
 
-class MadeUp:
+class FakeEncoder:
     """Gives each text a direction of its own that means nothing, and remembers what it was asked."""
 
     def __init__(self) -> None:

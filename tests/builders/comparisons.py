@@ -74,7 +74,7 @@ def discs(folder: Path, count: int = 160, first: int = 0) -> Path:
     return folder
 
 
-def let_draw(
+def save_images(
     path: Path,
     images: Tensor,
     data: Path,

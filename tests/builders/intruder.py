@@ -20,7 +20,7 @@ PATIENCE = 6.0
 """Seconds after which a client that tries again for ever is given up."""
 
 
-def become_nobody() -> None:
+def drop_privileges() -> None:
     """Give up all rights, if there are any to give up."""
     if os.geteuid() == 0:
         nobody = pwd.getpwnam("nobody")
@@ -151,7 +151,7 @@ def administration(weed: str, folders: list[str], ports: dict[str, int], bucket:
 def main() -> None:
     """Try everything, as nobody."""
     given = json.load(sys.stdin)
-    become_nobody()
+    drop_privileges()
     bucket, key = given["bucket"], given["key"]
     readable = [path for path in given["paths"] if os.access(path, os.R_OK)]
     found = list(answers(given["places"], requests(bucket, key)))

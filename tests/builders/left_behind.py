@@ -10,7 +10,7 @@ PATIENCE = 30.0
 """Seconds within which children of a killed process are to end, on a busy machine."""
 
 
-def new_mark() -> dict[str, str]:
+def new_process_tag() -> dict[str, str]:
     """A variable for the environment of a command, with a value that no other command has."""
     return {MARK: uuid4().hex}
 

@@ -21,7 +21,7 @@ class Killed(BaseException):
     """As if the process were."""
 
 
-class Mortal(MlflowClient):
+class CrashingClient(MlflowClient):
     """Dies instead of its write number ``life``, counted from 0."""
 
     def __init__(self, life: int) -> None:

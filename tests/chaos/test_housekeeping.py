@@ -151,12 +151,12 @@ def ends(
 
 
 @pytest.mark.drill(
-    "gc is killed, or told to end",
+    "gc is killed or terminated",
     "SIGKILL, or SIGTERM, at random moments",
     "given again until nothing goes: the same is left of bucket, runs and machine",
 )
 @signals
-def test_gc_that_is_struck_leaves_what_an_undisturbed_one_does(
+def test_interrupted_gc_ends_like_an_undisturbed_one(
     machine: tuple[Machine, dict[str, bytes]], number: Signals, kills: int
 ) -> None:
     undisturbed, *others = ends(machine, number, kills, GC, 3)
@@ -166,12 +166,12 @@ def test_gc_that_is_struck_leaves_what_an_undisturbed_one_does(
 
 
 @pytest.mark.drill(
-    "a takedown is killed, or told to end",
+    "a takedown is killed or terminated",
     "SIGKILL, or SIGTERM, at random moments of `data remove --purge`",
     "the same command: the same bucket, shards and marks",
 )
 @signals
-def test_a_takedown_that_is_struck_ends_as_an_undisturbed_one(
+def test_interrupted_takedown_ends_like_an_undisturbed_one(
     machine: tuple[Machine, dict[str, bytes]], number: Signals, kills: int
 ) -> None:
     undisturbed, *others = ends(machine, number, kills, TAKEDOWN, 1)
@@ -181,12 +181,12 @@ def test_a_takedown_that_is_struck_ends_as_an_undisturbed_one(
 
 
 @pytest.mark.drill(
-    "a checkout from S3 is killed, or told to end",
+    "a checkout from S3 is killed or terminated",
     "SIGKILL, or SIGTERM, at random moments, on a machine that has nothing",
     "the same command: the same files",
 )
 @signals
-def test_a_checkout_that_is_struck_ends_in_the_same_files(
+def test_interrupted_checkout_ends_in_the_same_files(
     machine: tuple[Machine, dict[str, bytes]], house: House, tmp_path: Path, number: Signals, kills: int
 ) -> None:
     on, objects = machine
@@ -236,12 +236,12 @@ def held(stack: LocalStack) -> dict[str, str]:
 
 
 @pytest.mark.drill(
-    "a backup is killed, or told to end",
+    "a backup is killed or terminated",
     "SIGKILL, or SIGTERM, at random moments",
     "the same command: a backup of all there is, each file of it whole",
 )
 @signals
-def test_a_backup_that_is_struck_is_whole_when_it_ends(
+def test_interrupted_backup_is_complete_when_repeated(
     stack: LocalStack, forks: Forks, tmp_path: Path, number: Signals, kills: int
 ) -> None:
     variables, expected = beside(stack.folder), held(stack)
@@ -268,12 +268,12 @@ def _is_restored(folder: Path) -> bool:
 
 
 @pytest.mark.drill(
-    "a restore is killed, or told to end",
+    "a restore is killed or terminated",
     "SIGKILL, or SIGTERM, at random moments",
     "the same command: a stack that runs and holds what the backup has",
 )
 @signals
-def test_a_restore_that_is_struck_ends_in_a_stack_with_all_of_the_backup(
+def test_interrupted_restore_recovers_the_whole_backup(
     stack: LocalStack, forks: Forks, tmp_path: Path, number: Signals, kills: int
 ) -> None:
     expected, target = held(stack), str(tmp_path / "backups")

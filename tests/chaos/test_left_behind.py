@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from tests.builders.left_behind import descendants, left_behind, new_mark
+from tests.builders.left_behind import descendants, left_behind, new_process_tag
 from tests.chaos.house import Site
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -14,7 +14,7 @@ SPREAD = ("--set", "ingest.runner=processes", "--set", "sampling_batch.runner=pr
 
 def killed_alone(site: Site, *command: str, running: int) -> list[str]:
     """What is left of ``command`` after a SIGKILL to its first process, when ``running`` of them are there."""
-    mark, variables = new_mark(), site.variables
+    mark, variables = new_process_tag(), site.variables
     site.variables = variables | mark
     process = site.start(*command)
     site.variables = variables
@@ -47,7 +47,7 @@ def test_an_ingest_killed_alone_leaves_no_process(site: Site) -> None:
 )
 def test_a_training_and_a_sampling_killed_alone_leave_no_process(site: Site) -> None:
     """SIGKILL to `retrain` in training and to `sample` with processes and on Ray: all of their processes end."""
-    mark = new_mark()
+    mark = new_process_tag()
     site.variables |= mark
     with site.paused("diffusion.training.checkpointing:Checkpoints.save@3", (*site.retraining, *SPREAD)) as process:
         process.kill()

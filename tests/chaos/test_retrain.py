@@ -43,7 +43,7 @@ FAKETIME = next(Path("/usr/lib").glob("*/faketime/libfaketime.so.1"), None)
     "SIGKILL at the beginning and in the middle of ingest, train, evaluate, promote and sample, one after the other",
     "the same command: the same end",
 )
-def test_killed_in_every_step_it_ends_as_if_nothing_had_happened(site: Site, undisturbed: Undisturbed) -> None:
+def test_retraining_killed_in_every_step_ends_the_same(site: Site, undisturbed: Undisturbed) -> None:
     for point in STEPS:
         site.killed_at(point)
     done = site.json(*site.retraining)
@@ -92,7 +92,7 @@ def test_mlflow_may_be_away_while_it_trains(house: House, site: Site, undisturbe
     "a second one while the first one trains",
     "it waits for its slot, and has nothing to do",
 )
-def test_of_two_at_once_one_waits_and_has_nothing_to_do(house: House, site: Site, undisturbed: Undisturbed) -> None:
+def test_concurrent_retrainings_train_once_under_the_limit(house: House, site: Site, undisturbed: Undisturbed) -> None:
     url, secret = (house.workspace.variables[f"PREFECT_API_{name}"] for name in ("URL", "AUTH_STRING"))
     user, _, password = secret.partition(":")
     # As `darkroom deploy` makes it.
@@ -113,7 +113,7 @@ def test_of_two_at_once_one_waits_and_has_nothing_to_do(house: House, site: Site
     "the same in one folder without the limit that `darkroom deploy` makes",
     "refused in a line, exit 2; the first one ends",
 )
-def test_of_two_at_once_that_nobody_deployed_one_is_refused(site: Site, undisturbed: Undisturbed) -> None:
+def test_second_concurrent_retraining_fails_without_a_deployment(site: Site, undisturbed: Undisturbed) -> None:
     with site.paused(TRAINING) as first:
         assert "another process trains in" in site.run(*site.retraining, code=2)
     ended(first, 0)
@@ -139,7 +139,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     "a line that says so, exit 1; with room again the same command: the same end",
 )
 @pytest.mark.parametrize("point", [TRAINING, "flows.evaluate:score_checkpoints", "flows.sampling.generate_batch:begin"])
-def test_a_full_disk_is_one_line_and_with_room_again_it_goes_on(
+def test_full_disk_gives_a_one_line_error_and_retraining_resumes(
     house: House, small_disk: Path, undisturbed: Undisturbed, point: str
 ) -> None:
     site = house.site(small_disk / f"full-{STEPS.index(point)}")
@@ -176,7 +176,7 @@ def clock(site: Site) -> Path:
     "ten minutes ahead, and set right during training; then wrong by a day",
     "the jump changes only the order in which MLflow lists metrics; a clock that S3 refuses is named, exit 2",
 )
-def test_the_clock_may_jump_and_one_that_is_far_wrong_is_named(
+def test_clock_jumps_are_tolerated_and_a_wrong_clock_is_named(
     site: Site, undisturbed: Undisturbed, clock: Path
 ) -> None:
     with site.paused(TRAINING) as process:

@@ -1,4 +1,4 @@
-"""Commands that are told to end at random moments, as by systemd, Kubernetes, Slurm and Ctrl-C.
+"""Commands that are terminated at random moments, as by systemd, Kubernetes, Slurm and Ctrl-C.
 
 Each ends within a bounded time and without a traceback, leaves no process behind, and given again ends as if nothing
 had happened.
@@ -50,12 +50,12 @@ def sites(house: House, tmp_path: Path) -> Callable[[Signals, int], Site]:
 
 
 @pytest.mark.drill(
-    "each step is told to end",
+    "each step is terminated",
     "SIGTERM, or SIGINT, at random moments of ingest, train, evaluate, promote and sample",
     "ends in time, with its signal's code, without traceback or children; the same command: the same end",
 )
 @pytest.mark.parametrize("number", [SIGTERM, SIGINT], ids=lambda number: number.name)
-def test_steps_that_are_told_to_end_go_on_as_if_nothing_had_happened(
+def test_terminated_steps_resume_to_the_same_result(
     forks: Forks,
     sites: Callable[[Signals, int], Site],
     seconds: dict[str, float],
@@ -78,12 +78,12 @@ def test_steps_that_are_told_to_end_go_on_as_if_nothing_had_happened(
 
 
 @pytest.mark.drill(
-    "`retrain` is told to end",
+    "`retrain` is terminated",
     "SIGTERM, or SIGINT, at random moments",
     "ends in time, with its signal's code, without traceback or children; the same command: the same end",
 )
 @pytest.mark.parametrize("number", [SIGTERM, SIGINT], ids=lambda number: number.name)
-def test_a_retraining_that_is_told_to_end_goes_on_as_if_nothing_had_happened(
+def test_terminated_retraining_resumes_to_the_same_result(
     forks: Forks,
     sites: Callable[[Signals, int], Site],
     seconds: dict[str, float],

@@ -38,7 +38,7 @@ def through(site: Site, fault: Callable[[int, str], Fault | None]) -> Iterator[F
     "of nine requests one gets 503, one is reset, one is done and its answer lost, one is slow",
     "ends by itself, nothing is there twice",
 )
-def test_a_server_that_is_busy_slow_and_breaks_off_is_asked_again(site: Site, undisturbed: Undisturbed) -> None:
+def test_requests_are_retried_when_s3_is_busy_slow_or_disconnects(site: Site, undisturbed: Undisturbed) -> None:
     course = [Fault.BUSY, None, Fault.RESET, None, None, Fault.UNANSWERED, None, Fault.SLOW, None]
     with through(site, lambda number, _: course[number % len(course)]) as proxy:
         done = site.json(*site.retraining)
@@ -52,7 +52,7 @@ def test_a_server_that_is_busy_slow_and_breaks_off_is_asked_again(site: Site, un
     "a line, exit 1 and 2; the same command goes on",
 )
 @pytest.mark.parametrize("fault", [Fault.BUSY, Fault.DENIED])
-def test_a_server_that_takes_nothing_is_one_line_and_the_same_command_goes_on(
+def test_rejecting_s3_server_gives_a_one_line_error_and_command_resumes(
     site: Site, undisturbed: Undisturbed, fault: Fault
 ) -> None:
     words = {Fault.BUSY: (1, "answered SlowDown"), Fault.DENIED: (2, "denies access")}
@@ -71,7 +71,7 @@ def test_a_server_that_takes_nothing_is_one_line_and_the_same_command_goes_on(
     "taken out of SeaweedFS's configuration during training",
     "a line that names the variable and not the secret, exit 2; with the key back the same command goes on",
 )
-def test_keys_that_are_revoked_meanwhile_are_one_line_and_with_new_ones_it_goes_on(
+def test_revoked_keys_give_a_one_line_error_and_new_keys_resume(
     house: House, site: Site, undisturbed: Undisturbed
 ) -> None:
     own = site.variables
@@ -91,7 +91,7 @@ def test_keys_that_are_revoked_meanwhile_are_one_line_and_with_new_ones_it_goes_
     "a bomb, a cut PNG, an empty file, HTML and a pickle among 120 images",
     "each is quarantined with its reason; nothing is unpickled",
 )
-def test_what_is_no_image_is_told_and_left_out(house: House, undisturbed: Undisturbed) -> None:
+def test_files_that_are_not_images_are_quarantined_with_a_reason(house: House, undisturbed: Undisturbed) -> None:
     refused = undisturbed.done["data"]["result"]["quarantined"]
     assert sorted(Path(each["source"]).name for each in refused) == [
         "bomb.png", "cut.png", "empty.png", "page.jpg", "pickle.png",
@@ -107,7 +107,7 @@ def test_what_is_no_image_is_told_and_left_out(house: House, undisturbed: Undist
     "a folder of these alone",
     "refused in a line, exit 2; no version, run or model is left",
 )
-def test_a_folder_of_nothing_else_is_refused_and_nothing_is_left_of_it(house: House, site: Site) -> None:
+def test_folder_without_any_image_fails_and_leaves_nothing(house: House, site: Site) -> None:
     poison(site.folder / "images", site.folder / "unpickled")
     line = ended(site.start("retrain", "images", "--dataset", site.name), 2)
     assert "no usable image in images: all 5" in line

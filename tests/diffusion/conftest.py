@@ -2,13 +2,13 @@
 
 import pytest
 
-from tests.builders.captioned import MadeUp
+from tests.builders.captioned import FakeEncoder
 
 
 @pytest.fixture
-def made_up(monkeypatch: pytest.MonkeyPatch) -> MadeUp:
+def fake_encoder(monkeypatch: pytest.MonkeyPatch) -> FakeEncoder:
     """Reads captions and prompts instead of the real encoder."""
-    encoder = MadeUp()
+    encoder = FakeEncoder()
     for module in ("diffusion.data.caption_embeddings", "diffusion.generation.generate"):
         monkeypatch.setattr(f"{module}.encoder", lambda: encoder)
     return encoder

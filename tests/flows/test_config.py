@@ -62,13 +62,13 @@ def test_folders_and_model_follow_the_data_set_unless_named(params: Path) -> Non
         ("gate.memorised=0.1", r"unknown key gate\.memorised: did you mean memorized\?"),
     ],
 )
-def test_mistakes_name_the_key_and_the_mend(params: Path, override: str, words: str) -> None:
+def test_configuration_errors_name_the_key_and_the_remedy(params: Path, override: str, words: str) -> None:
     with pytest.raises(UserError, match=words) as caught:
         load_params(params, [override])
     assert "\n" not in str(caught.value)
 
 
-def test_a_missing_or_broken_file_is_said_so(tmp_path: Path) -> None:
+def test_missing_or_broken_configuration_file_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="not found"):
         load_params(tmp_path / "params.yaml", [])
     (tmp_path / "params.yaml").write_text("training: [")
@@ -82,7 +82,7 @@ def test_a_missing_or_broken_file_is_said_so(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["../x", "a/b", ".hidden", "", "a\\b", "a:b", "bob's", 'say "a"', "a\nb"])
-def test_data_set_names_cannot_lead_elsewhere(name: str) -> None:
+def test_data_set_names_cannot_escape_the_folder(name: str) -> None:
     with pytest.raises(UserError, match="plain name"):
         dataset_folder(name)
 
@@ -96,7 +96,7 @@ def test_flattened_keys_are_dotted() -> None:
     assert flattened({"a": {"b": 1, "c": {"d": [2]}}, "e": None}) == {"a.b": 1, "a.c.d": [2], "e": None}
 
 
-def test_the_default_preset_says_what_the_fields_have_by_default(params: Path) -> None:
+def test_default_preset_equals_the_field_defaults(params: Path) -> None:
     config = load_params(params, [])
     assert config.preset == "fast"
     assert (config.model, config.sampling) == (ModelConfig(), sampling_config())
@@ -113,7 +113,7 @@ def test_the_preset_ddpm_is_the_book(params: Path) -> None:
 
 
 @pytest.mark.parametrize("preset", get_args(PresetName))
-def test_what_is_set_wins_over_the_preset_and_the_rest_is_taken_from_it(params: Path, preset: str) -> None:
+def test_explicit_settings_override_the_preset(params: Path, preset: str) -> None:
     plain = load_params(params, [f"preset={preset}"])
     config = load_params(params, [f"preset={preset}", "model.width=16", "sampling.steps=7"])
     assert (config.model.width, config.sampling.steps) == (16, 7)
@@ -138,7 +138,7 @@ def test_where_the_network_enlarges_the_default_has_the_noise_levels_of_what_it_
     assert config.training.log_sigma_mean is None
 
 
-def test_a_preset_that_does_not_exist_is_refused(params: Path) -> None:
+def test_unknown_preset_is_an_error(params: Path) -> None:
     with pytest.raises(UserError, match="preset: Input should be 'fast', 'ddpm' or 'large'"):
         load_params(params, ["preset=quick"])
 
@@ -154,7 +154,7 @@ def test_without_a_file_everything_has_its_default(tmp_path: Path, monkeypatch: 
         load_params(Path("other.yaml"), [])
 
 
-def test_the_gate_is_a_section_and_is_not_asked_about_classes_that_nobody_tells_the_model(params: Path) -> None:
+def test_gate_class_rules_are_off_for_unconditional_models(params: Path) -> None:
     gate = load_params(params, ["gate.delta=0.1", "gate.cost=null", "gate.class_loss=0.5"]).gate
     assert (gate.delta, gate.cost, gate.class_loss, gate.recall_loss) == (0.1, None, 0.5, 0.1)
     with pytest.raises(UserError, match=r"gate\.class_loss needs a class-conditional model"):
@@ -163,7 +163,7 @@ def test_the_gate_is_a_section_and_is_not_asked_about_classes_that_nobody_tells_
         load_params(params, ["gate.class_loss=0.5", "model.family=vae"])
 
 
-def test_averages_of_a_length_replace_a_presets_own_and_must_be_kept_to_be_judged(params: Path) -> None:
+def test_ema_stds_override_the_preset_and_must_be_saved_to_be_evaluated(params: Path) -> None:
     config = load_params(params, ["preset=large", "training.ema_stds=[0.05, 0.1]", "evaluation.ema_stds=[0.08]"])
     assert (config.training.ema_decay, config.training.ema_stds) == (None, (0.05, 0.1))
     with pytest.raises(UserError, match=r"the snapshots that training\.ema_stds saves"):
@@ -172,7 +172,7 @@ def test_averages_of_a_length_replace_a_presets_own_and_must_be_kept_to_be_judge
         load_params(params, ["training.ema_stds=[0.05, 0.1]", "evaluation.ema_stds=[0.5]"])
 
 
-def test_a_model_and_a_training_that_do_not_fit_are_refused_before_anything_is_read(params: Path) -> None:
+def test_incompatible_model_and_training_settings_fail_on_load(params: Path) -> None:
     learned = ["model.variance=learned_range", "training.timestep_sampling=uniform"]
     assert load_params(params, [*learned, "sampling.sampler=ddpm"]).model.variance == "learned_range"
     with pytest.raises(UserError, match=r"sampling\.sampler = deis ignores it: use ddpm"):
@@ -241,13 +241,13 @@ def test_the_form_shows_what_each_family_takes() -> None:
     assert "schedule" not in shown[1]["properties"]
 
 
-def test_a_family_has_defaults_of_its_own_which_what_is_set_wins_over(params: Path) -> None:
+def test_family_defaults_are_overridden_by_explicit_settings(params: Path) -> None:
     gan = load_params(params, ["model.family=gan", "training.batch_size=16"])
     assert (gan.training.batch_size, gan.training.weight_decay) == (16, 0)
     assert load_params(params, ["model.family=vae"]).training.weight_decay == 0.01
 
 
-def test_families_that_are_compared_share_the_data_the_time_and_the_judge_and_nothing_else(params: Path) -> None:
+def test_compared_families_share_data_length_and_evaluation_only(params: Path) -> None:
     chosen = ["training.dataset=faces", "training.images=500", "training.seed=3", "training.learning_rate=0.5"]
     own = load_params(params, [*chosen, "model.width=16", "sampling.compute_batch=8", "evaluation.samples=50"])
     found = family_variants(own, ["gan", "ddpm", "autoregressive"])
@@ -274,14 +274,14 @@ def test_families_that_are_compared_share_the_data_the_time_and_the_judge_and_no
         (["model.low_resolution=4"], ["gan", "vae"], "super-resolution model, and"),
     ],
 )
-def test_what_cannot_be_the_same_for_all_families_is_refused(
+def test_settings_not_shared_by_all_families_are_an_error(
     params: Path, overrides: list[str], families: list[str], words: str
 ) -> None:
     with pytest.raises(UserError, match=words):
         family_variants(load_params(params, overrides), families)
 
 
-def test_what_came_later_is_written_down_only_where_it_is_set(params: Path) -> None:
+def test_optional_settings_are_stored_only_when_set(params: Path) -> None:
     plain = load_params(params, []).model_dump(mode="json")
     assert plain["registry"] == {"model": None}
     assert "licence" not in plain["ingest"]

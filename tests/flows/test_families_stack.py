@@ -47,7 +47,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workspace]:
         yield space
 
 
-def test_an_autoencoder_goes_all_the_way_and_diffusion_is_built_on_its_champion(
+def test_autoencoder_is_promoted_and_diffusion_trains_on_its_champion(
     workspace: Workspace, server: MlflowClient, tmp_path: Path
 ) -> None:
     first = workspace.json("retrain", "images", "--count", "8", "--seed", "5", "--params", "vae.yaml")
@@ -78,7 +78,7 @@ def test_an_autoencoder_goes_all_the_way_and_diffusion_is_built_on_its_champion(
     assert again["verdict"]["version"]["number"] == done["verdict"]["version"]["number"]
 
 
-def test_an_autoencoder_that_nobody_registered_is_one_line(workspace: Workspace) -> None:
+def test_unregistered_autoencoder_is_a_one_line_error(workspace: Workspace) -> None:
     workspace.json("ingest", "images")
     error = workspace.run("train", "--set", "model.autoencoder=models:/nothing@champion", code=2)
     assert "models:/nothing@champion is not in the registry" in error

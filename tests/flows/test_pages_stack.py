@@ -57,7 +57,7 @@ def test_the_version_its_alias_its_card_and_its_images_are_in_mlflows_ui(
         assert samples.evaluate("image => image.naturalWidth") > 0
 
 
-def test_judged_checkpoints_are_models_of_the_run_in_mlflows_ui(
+def test_evaluated_checkpoints_are_logged_models_in_the_mlflow_ui(
     workspace: Workspace, server: MlflowClient, tmp_path: Path
 ) -> None:
     run = server.get_run(server.get_model_version("blobs", "1").run_id)

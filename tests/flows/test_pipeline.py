@@ -32,7 +32,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workspace]:
         yield space
 
 
-def test_retrain_ends_in_a_champion_with_its_lineage_and_prints(workspace: Workspace, server: MlflowClient) -> None:
+def test_retrain_ends_in_a_champion_with_lineage_and_samples(workspace: Workspace, server: MlflowClient) -> None:
     done = workspace.json("retrain", "images", "--count", "40", "--seed", "5")
 
     version = server.get_model_version_by_alias("blobs", "champion")
@@ -66,7 +66,7 @@ def test_retrain_ends_in_a_champion_with_its_lineage_and_prints(workspace: Works
     assert len(found) == 40 + 5
 
 
-def test_the_card_of_the_champion_is_printed(workspace: Workspace, server: MlflowClient) -> None:
+def test_model_card_of_the_champion_is_shown(workspace: Workspace, server: MlflowClient) -> None:
     version = server.get_model_version_by_alias("blobs", "champion")
     card = workspace.json("model", "card")
     assert card == {"model": f"models:/blobs/{version.version}", "card": version.description}
@@ -83,7 +83,7 @@ def test_the_champion_is_exported_with_its_names(workspace: Workspace, server: M
     assert version.tags["darkroom.content_digest"] in told
 
 
-def test_retrain_again_does_nothing_twice(workspace: Workspace, server: MlflowClient) -> None:
+def test_repeated_retrain_does_nothing(workspace: Workspace, server: MlflowClient) -> None:
     first = workspace.json("retrain", "images", "--count", "40", "--seed", "5")
     before = objects(workspace, first["samples"]["uri"])
     again = workspace.json("retrain", "images", "--count", "40", "--seed", "5")
@@ -115,9 +115,7 @@ def test_retrainings_of_the_same_from_other_folders_leave_one_run_and_one_versio
     assert len({point.step for point in points}) == len(points)
 
 
-def test_the_registered_model_loads_elsewhere_without_pickle_and_draws_the_printed_images(
-    workspace: Workspace, tmp_path: Path
-) -> None:
+def test_registered_model_loads_without_pickle_and_regenerates_samples(workspace: Workspace, tmp_path: Path) -> None:
     done = workspace.json("retrain", "images", "--count", "40", "--seed", "5")
     script = (
         "import mlflow, pandas as pd, sys\n"
@@ -186,7 +184,7 @@ def test_the_registered_model_answers_over_http(workspace: Workspace, tmp_path: 
         server.wait()
 
 
-def test_images_from_images_by_the_champion(workspace: Workspace) -> None:
+def test_champion_edits_images_over_the_cli(workspace: Workspace) -> None:
     workspace.json("retrain", "images", "--count", "40", "--seed", "5")
     source = str(next((workspace.folder / "images").rglob("*.png")))
     varied = workspace.json("edit", "img2img", source, "--count", "2", "--strength", "0.4")
@@ -242,9 +240,7 @@ def test_retrain_killed_at_random_moments_ends_the_same(workspace: Workspace, se
     assert final[0].read_bytes() == final[1].read_bytes()
 
 
-def test_averages_of_other_lengths_are_judged_and_the_best_is_promoted_whatever_it_is(
-    workspace: Workspace, server: MlflowClient
-) -> None:
+def test_best_of_the_post_hoc_ema_models_is_promoted(workspace: Workspace, server: MlflowClient) -> None:
     settings = {
         "training.ema_stds": [0.05, 0.1],
         "training.keep": 1,
@@ -286,7 +282,7 @@ def test_threads_processes_and_ray_make_the_same_shards(workspace: Workspace) ->
     assert made["threads"] == made["processes"] == made["ray"]
 
 
-def test_another_batch_at_the_same_place_is_refused(workspace: Workspace) -> None:
+def test_different_batch_at_the_same_location_is_an_error(workspace: Workspace) -> None:
     workspace.run("sample", "--count", "8", "--to", "s3://darkroom/mine/here")
     before = objects(workspace, "s3://darkroom/mine/here")
     workspace.run("sample", "--count", "9", "--to", "s3://darkroom/mine/here", code=3)

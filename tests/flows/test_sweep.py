@@ -9,7 +9,7 @@ from flows.sweep import combinations, parse_over
 PARAMS = Params.model_validate({"training": {"dataset": "faces", "images": 100}, "model": {"width": 16}})
 
 
-def test_every_combination_is_tried_in_folders_of_its_own_and_keeps_the_rest() -> None:
+def test_every_sweep_combination_has_its_own_folders() -> None:
     over = parse_over(["training.learning_rate=1e-3,4e-3", "model.channel_mult=[1,2],[1, 2, 2]"])
     found = combinations(PARAMS, over)
     tried = [(each.params.training.learning_rate, each.params.model.channel_mult) for each in found]
@@ -21,7 +21,7 @@ def test_every_combination_is_tried_in_folders_of_its_own_and_keeps_the_rest() -
     assert found[0].params.sampling == PARAMS.sampling
 
 
-def test_the_same_settings_on_another_beginning_have_another_folder() -> None:
+def test_sweep_folder_depends_on_init_from() -> None:
     over = parse_over(["model.width=32,64"])
     other = PARAMS.model_copy(update={"training": PARAMS.training.model_copy(update={"images": 200})})
     folders = [{each.params.run_folder for each in combinations(params, over)} for params in (PARAMS, other, PARAMS)]
@@ -45,7 +45,7 @@ def test_the_same_settings_on_another_beginning_have_another_folder() -> None:
         (["training.images.x=1,2"], "images is a value, not a section"),
     ],
 )
-def test_what_makes_no_sense_is_refused_in_one_line(words: list[str], error: str) -> None:
+def test_invalid_sweep_is_a_one_line_error(words: list[str], error: str) -> None:
     with pytest.raises(UserError, match=error) as raised:
         combinations(PARAMS, parse_over(words))
     assert "\n" not in str(raised.value)

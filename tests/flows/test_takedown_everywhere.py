@@ -36,17 +36,17 @@ from tests.builders.workspace import PARAMS
 
 __all__ = ["first_version", "machine", "two"]
 
-GONE = 3
+REMOVED = 3
 """The image that is taken down."""
 
 
-def test_an_ingest_elsewhere_does_not_bring_the_images_back(two: tuple[Machine, Machine], machine: Machines) -> None:
+def test_ingest_elsewhere_does_not_restore_removed_images(two: tuple[Machine, Machine], machine: Machines) -> None:
     one, other = two
-    one.take_down(GONE)
-    assert GONE not in one.images
+    one.take_down(REMOVED)
+    assert REMOVED not in one.images
     # Its folder holds the version of before, and its source the image.
     done = other.ingest(200)
-    assert other.images == {*BASE, 200} - {GONE}
+    assert other.images == {*BASE, 200} - {REMOVED}
     assert (done.added, other.newest) == (1, other.version.digest)
     fresh = machine("fresh")
     fresh.ingest(*BASE)
@@ -54,15 +54,15 @@ def test_an_ingest_elsewhere_does_not_bring_the_images_back(two: tuple[Machine, 
 
 
 @pytest.mark.slow
-def test_a_machine_whose_records_of_it_were_lost_learns_them_again(two: tuple[Machine, Machine]) -> None:
+def test_lost_takedown_records_are_fetched_again(two: tuple[Machine, Machine]) -> None:
     one, other = two
-    other.take_down(GONE)
+    other.take_down(REMOVED)
     for path in (work_folder(one.folder / FOLDER), work_folder(other.folder / FOLDER)):
         for record in path.glob("removals/*.json"):
             record.unlink()
     one.ingest()
     other.ingest()
-    assert one.images == other.images == {*BASE} - {GONE}
+    assert one.images == other.images == {*BASE} - {REMOVED}
 
 
 @pytest.mark.parametrize(
@@ -73,11 +73,11 @@ def test_a_machine_whose_records_of_it_were_lost_learns_them_again(two: tuple[Ma
         pytest.param("flows.datasets.catalog:Heads.advance", marks=pytest.mark.slow),
     ],
 )
-def test_what_is_taken_down_during_an_ingest_is_not_in_its_version(step: str, two: tuple[Machine, Machine]) -> None:
+def test_images_removed_during_an_ingest_are_not_in_its_version(step: str, two: tuple[Machine, Machine]) -> None:
     one, other = two
-    with before(step, lambda: one.take_down(GONE)):
+    with before(step, lambda: one.take_down(REMOVED)):
         other.ingest(200)
-    assert other.images == {*BASE, 200} - {GONE}
+    assert other.images == {*BASE, 200} - {REMOVED}
     assert one.newest == other.version.digest
 
 
@@ -90,13 +90,13 @@ def test_what_is_taken_down_during_an_ingest_is_not_in_its_version(step: str, tw
         "flows.datasets.catalog:Heads.advance",
     ],
 )
-def test_what_is_ingested_during_a_takedown_is_in_its_version(step: str, two: tuple[Machine, Machine]) -> None:
+def test_images_ingested_during_a_takedown_are_in_its_version(step: str, two: tuple[Machine, Machine]) -> None:
     one, other = two
     with before(step, lambda: other.ingest(200)):
-        removal = one.take_down(GONE)
-    assert one.images == {*BASE, 200} - {GONE}
+        removal = one.take_down(REMOVED)
+    assert one.images == {*BASE, 200} - {REMOVED}
     assert one.newest == one.version.digest
-    assert one.take_down(GONE) == removal.model_copy(update={"already": True})
+    assert one.take_down(REMOVED) == removal.model_copy(update={"already": True})
 
 
 @pytest.mark.slow
@@ -111,11 +111,11 @@ def test_what_is_ingested_during_a_takedown_is_in_its_version(step: str, two: tu
 def test_a_killed_takedown_is_finished_by_the_next_ingest_or_by_itself(step: str, two: tuple[Machine, Machine]) -> None:
     one, other = two
     with before(step, killed), pytest.raises(Killed):
-        one.take_down(GONE)
+        one.take_down(REMOVED)
     other.ingest(200)
-    assert (GONE in other.images) == step.endswith("publish_removal"), "from its record on, it holds everywhere"
-    one.take_down(GONE)
-    assert one.images == {*BASE, 200} - {GONE}
+    assert (REMOVED in other.images) == step.endswith("publish_removal"), "from its record on, it holds everywhere"
+    one.take_down(REMOVED)
+    assert one.images == {*BASE, 200} - {REMOVED}
     assert one.newest == one.version.digest
 
 
@@ -138,15 +138,15 @@ def test_a_takedown_from_an_older_version_that_was_checked_out_leaves_the_newest
     first = one.version.digest
     one.ingest(200)
     one.check_out(first)
-    one.take_down(GONE)
-    assert one.images == {*BASE, 200} - {GONE}
+    one.take_down(REMOVED)
+    assert one.images == {*BASE, 200} - {REMOVED}
     assert one.newest == one.version.digest
 
 
 # What learned from them
 
 
-class Shop:
+class RunHost:
     """A machine with runs and versions that learned from its data set."""
 
     def __init__(self, machine: Machine, client: MlflowClient) -> None:
@@ -182,14 +182,14 @@ class Shop:
 
 
 @pytest.fixture
-def shop(two: tuple[Machine, Machine], mlflow_client: MlflowClient) -> Shop:
-    return Shop(two[0], mlflow_client)
+def run_host(two: tuple[Machine, Machine], mlflow_client: MlflowClient) -> RunHost:
+    return RunHost(two[0], mlflow_client)
 
 
-def take_down_and_mark(shop: Shop, elsewhere: Machine) -> str:
+def take_down_and_tag(run_host: RunHost, elsewhere: Machine) -> str:
     """A whole takedown, on another machine."""
     held = elsewhere.version.content_digest
-    removal = elsewhere.take_down(GONE)
+    removal = elsewhere.take_down(REMOVED)
     with chdir(elsewhere.folder):
         found = find_derived(NAME, {held}, {held}, settings().bucket)
         mark([run.run_id for run in found.runs], [model.uri for model in found.models], removal)
@@ -202,52 +202,50 @@ def elsewhere(two: tuple[Machine, Machine]) -> Machine:
     return two[1]
 
 
-def test_the_gate_makes_no_champion_of_what_learned_from_them_though_no_takedown_marked_it(
-    shop: Shop, elsewhere: Machine
-) -> None:
-    held, others = shop.machine.version.content_digest, ("d" * 64, "e" * 64, "f" * 64)
-    version = shop.register(shop.train(held))
-    later = shop.register(shop.train(others[0], **{START: version.uri}))
-    inside = shop.register(shop.train(others[1], **{AUTOENCODER: later.uri}))
-    clean = shop.register(shop.train(others[2]))
+def test_gate_never_promotes_versions_trained_on_removed_images(run_host: RunHost, elsewhere: Machine) -> None:
+    held, others = run_host.machine.version.content_digest, ("d" * 64, "e" * 64, "f" * 64)
+    version = run_host.register(run_host.train(held))
+    later = run_host.register(run_host.train(others[0], **{START: version.uri}))
+    inside = run_host.register(run_host.train(others[1], **{AUTOENCODER: later.uri}))
+    clean = run_host.register(run_host.train(others[2]))
     # As if it were killed right after that: nothing is marked in MLflow.
-    removal = elsewhere.take_down(GONE)
+    removal = elsewhere.take_down(REMOVED)
     for each in (inside, later, version):
         with pytest.raises(UserError, match=rf"taken down since \(takedown {removal.name}\)"):
-            shop.commit(each)
-        assert shop.marks(each) == (removal.name, removal.name)
+            run_host.commit(each)
+        assert run_host.marks(each) == (removal.name, removal.name)
     with pytest.raises(UserError, match="--taken-down"):
-        champion.promote(shop.model, inside.number)
-    assert shop.commit(clean) == ["promote"]
-    assert shop.marks(clean) == (None, None)
+        champion.promote(run_host.model, inside.number)
+    assert run_host.commit(clean) == ["promote"]
+    assert run_host.marks(clean) == (None, None)
 
 
-def test_a_takedown_during_a_promotion_stops_it_or_marks_the_version(shop: Shop, elsewhere: Machine) -> None:
-    first, second = (shop.register(shop.train(shop.machine.version.content_digest)) for _ in range(2))
-    with before("flows.promote:next_entry", lambda: take_down_and_mark(shop, elsewhere)):
-        assert shop.commit(first) == ["promote"]
-    assert all(shop.marks(first)), "it was past the check: so the takedown found it"
+def test_takedown_during_a_promotion_stops_it_or_tags_the_version(run_host: RunHost, elsewhere: Machine) -> None:
+    first, second = (run_host.register(run_host.train(run_host.machine.version.content_digest)) for _ in range(2))
+    with before("flows.promote:next_entry", lambda: take_down_and_tag(run_host, elsewhere)):
+        assert run_host.commit(first) == ["promote"]
+    assert all(run_host.marks(first)), "it was past the check: so the takedown found it"
     with pytest.raises(UserError, match="train again"):
-        shop.commit(second)
+        run_host.commit(second)
 
 
 @pytest.mark.slow
-def test_a_takedown_before_the_last_look_stops_the_promotion(shop: Shop, elsewhere: Machine) -> None:
-    version = shop.register(shop.train(shop.machine.version.content_digest))
-    takedown = before("flows.registry.ledger:Ledger.append", lambda: take_down_and_mark(shop, elsewhere))
+def test_takedown_before_the_final_check_stops_the_promotion(run_host: RunHost, elsewhere: Machine) -> None:
+    version = run_host.register(run_host.train(run_host.machine.version.content_digest))
+    takedown = before("flows.registry.ledger:Ledger.append", lambda: take_down_and_tag(run_host, elsewhere))
     with takedown, pytest.raises(UserError, match="train again"):
-        shop.commit(version)
-    assert Ledger.of(shop.model).read().entries == ()
+        run_host.commit(version)
+    assert Ledger.of(run_host.model).read().entries == ()
 
 
-def test_nothing_begins_with_a_version_that_holds_them(shop: Shop, elsewhere: Machine) -> None:
-    removal = elsewhere.take_down(GONE)
-    params = shop.machine.params()
+def test_nothing_starts_from_a_version_with_removed_images(run_host: RunHost, elsewhere: Machine) -> None:
+    removal = elsewhere.take_down(REMOVED)
+    params = run_host.machine.params()
     steps: list[Callable[[], object]] = [
         lambda: train.train_and_track.fn(params, "never"),
         lambda: evaluate.evaluate_checkpoints.fn(params, params.report_folder),
     ]
-    with chdir(shop.machine.folder):
+    with chdir(run_host.machine.folder):
         for step in steps:
             with pytest.raises(UserError, match=rf"data checkout {removal.version[:12]} --dataset {NAME}"):
                 step()
@@ -256,34 +254,34 @@ def test_nothing_begins_with_a_version_that_holds_them(shop: Shop, elsewhere: Ma
 
 
 @pytest.mark.slow
-def test_a_run_whose_images_are_taken_down_while_it_trains_fails_and_says_so(shop: Shop, elsewhere: Machine) -> None:
+def test_takedown_during_training_fails_the_run(run_host: RunHost, elsewhere: Machine) -> None:
     parts = {name: PARAMS[name] for name in ("model", "sampling")}
     training = PARAMS["training"] | {"images": 64, "checkpoints": 1, "warmup_images": 16}
-    params = Params.model_validate(parts | {"training": training, "registry": {"model": shop.model}})
+    params = Params.model_validate(parts | {"training": training, "registry": {"model": run_host.model}})
     names = []
-    with chdir(shop.machine.folder):
-        takedown = before("flows.train:_finish", lambda: names.append(elsewhere.take_down(GONE).name))
+    with chdir(run_host.machine.folder):
+        takedown = before("flows.train:_finish", lambda: names.append(elsewhere.take_down(REMOVED).name))
         with takedown, pytest.raises(UserError, match="data checkout"):
             train.train_and_track.fn(params, "never")
-        (run,) = shop.client.search_runs([shop.client.get_experiment_by_name(shop.model).experiment_id])
+        (run,) = run_host.client.search_runs([run_host.client.get_experiment_by_name(run_host.model).experiment_id])
     assert (run.info.status, run.data.tags["darkroom.takedown"]) == ("FAILED", names[0])
 
 
-def test_a_champion_that_learned_from_them_is_none_to_begin_with(
-    shop: Shop, elsewhere: Machine, caplog: pytest.LogCaptureFixture
+def test_champion_trained_on_removed_images_is_not_used_as_init_from(
+    run_host: RunHost, elsewhere: Machine, caplog: pytest.LogCaptureFixture
 ) -> None:
-    params = shop.machine.params()
+    params = run_host.machine.params()
     training = params.training.model_copy(update={"init_from": "champion"})
     params = params.model_copy(
-        update={"training": training, "registry": params.registry.model_copy(update={"model": shop.model})}
+        update={"training": training, "registry": params.registry.model_copy(update={"model": run_host.model})}
     )
-    version = shop.register(shop.train(shop.machine.version.content_digest))
-    shop.commit(version)
-    with chdir(shop.machine.folder):
-        uri = f"models:/{shop.model}@champion"
+    version = run_host.register(run_host.train(run_host.machine.version.content_digest))
+    run_host.commit(version)
+    with chdir(run_host.machine.folder):
+        uri = f"models:/{run_host.model}@champion"
         begun = current_start(params, uri)
         assert begun is not None
         assert begun.uri == version.uri
-        elsewhere.take_down(GONE)
+        elsewhere.take_down(REMOVED)
         assert current_start(params, uri) is None
     assert "random weights" in caplog.text

@@ -120,7 +120,7 @@ def test_purge_that_was_cut_off_ends_the_same(place: Place) -> None:
 
 
 @pytest.mark.slow
-def test_what_was_purged_can_be_pushed_again(place: Place) -> None:
+def test_purged_files_can_be_pushed_again(place: Place) -> None:
     first, second, third, _ = take_down(place)
     kept = Path("kept")
     checkout(FOLDER, second.digest, place.reach, with_removed=True)
@@ -169,9 +169,7 @@ def test_purge_clears_work_files_fetched_shards_and_pages_of_those_versions_alon
 
 
 @pytest.mark.parametrize("name", ["evaluation.json", "comparison.json"])
-def test_pages_of_another_version_of_darkroom_are_taken_for_showing_the_images(
-    name: str, dataset: Path, tmp_path: Path
-) -> None:
+def test_reports_of_other_darkroom_versions_are_deleted_too(name: str, dataset: Path, tmp_path: Path) -> None:
     page = tmp_path / "reports" / {"evaluation.json": "report.html", "comparison.json": "comparison.html"}[name]
     page.parent.mkdir()
     page.write_bytes(b"")
@@ -198,7 +196,7 @@ def named(found: Derived) -> tuple[list[str], list[str]]:
     return [run.run_id for run in found.runs], [model.uri for model in found.models]
 
 
-def test_derived_are_the_runs_versions_and_prints_of_those_contents_and_nothing_else(
+def test_derived_runs_versions_and_samples_are_found_by_content(
     bucket: str, mlflow: MlflowClient, s3_environment: dict[str, str]
 ) -> None:
     held, clean = "a" * 64, "b" * 64
@@ -235,7 +233,7 @@ def test_derived_are_the_runs_versions_and_prints_of_those_contents_and_nothing_
     assert "darkroom.takedown" not in mlflow.get_run(runs[2]).data.tags
 
 
-def test_what_began_with_the_weights_of_what_was_derived_is_derived_as_well_however_far_it_is(
+def test_warm_started_descendants_are_derived_transitively(
     bucket: str, mlflow: MlflowClient, s3_environment: dict[str, str]
 ) -> None:
     held, clean = "a" * 64, "b" * 64
@@ -249,7 +247,7 @@ def test_what_began_with_the_weights_of_what_was_derived_is_derived_as_well_howe
     assert [model.uri for model in found.models] == [f"models:/blobs/{number}" for number in (1, 2, 3)]
 
 
-def test_a_note_that_was_there_is_kept_and_real_images_on_the_run_are_cleared(
+def test_takedown_keeps_run_notes_and_clears_real_images(
     bucket: str, mlflow: MlflowClient, s3_environment: dict[str, str]
 ) -> None:
     run = run_on(mlflow, "a" * 64)
@@ -268,7 +266,7 @@ def test_a_note_that_was_there_is_kept_and_real_images_on_the_run_are_cleared(
     assert clear_images(found) == []
 
 
-def test_whoever_uses_a_marked_version_is_told() -> None:
+def test_version_under_takedown_gives_a_warning() -> None:
     version = Version(model="blobs", number=3, run_id="r", weights_sha256="d" * 64, tags={})
     assert takedowns(version) is None
     told = takedowns(version.model_copy(update={"tags": {"darkroom.takedown": "0123abcd"}}))
@@ -290,7 +288,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workspace]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_a_takedown_names_and_marks_run_version_and_prints_and_a_retraining_is_clean(
+def test_takedown_tags_run_version_and_samples_and_retraining_is_clean(
     workspace: Workspace, server: MlflowClient
 ) -> None:
     made = workspace.json("retrain", "images", "--count", "8")

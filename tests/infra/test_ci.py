@@ -14,7 +14,7 @@ from tests.builders.installation import INFRA, ROOT
 CI = INFRA / "ci"
 
 
-def test_the_workflow_calls_steps_that_exist_and_holds_no_password() -> None:
+def test_ci_workflow_calls_existing_steps_and_has_no_password() -> None:
     workflow = yaml.safe_load((CI / "github.yaml").read_text())
     steps = [step["run"] for job in workflow["jobs"].values() for step in job["steps"] if "run" in step]
     called = {name for run in steps for name in re.findall(r"infra/ci/steps\.sh (\w+)", run)}

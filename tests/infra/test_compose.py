@@ -46,7 +46,7 @@ def test_without_passwords_nothing_is_started(tmp_path: Path) -> None:
         composed(tmp_path / "empty")
 
 
-def test_the_file_holds_no_secret_and_asks_for_each_one_that_is_made(environment: Path) -> None:
+def test_compose_file_has_no_secret_and_requires_each_generated_one(environment: Path) -> None:
     text = (INFRA / "compose.yaml").read_text()
     made = {line.partition("=")[0] for line in environment.read_text().splitlines()}
     asked = set(re.findall(r"\$\{([A-Z0-9_]+):\?", text)) | set(re.findall(r"environment: (S3_CONFIG)\b", text))
@@ -101,7 +101,7 @@ def test_each_server_has_the_keys_of_its_role_and_no_other(services: Services, e
         assert keys == (secret[f"{roles[name]}_ACCESS_KEY_ID"] if name in roles else None), name
 
 
-def test_health_is_asked_by_the_name_and_password_that_clients_use(services: Services) -> None:
+def test_health_checks_use_the_client_credentials(services: Services) -> None:
     worker = services["worker-cpu"]["environment"]
     for name, variable in (("mlflow", "MLFLOW_TRACKING_URI"), ("prefect", "PREFECT_API_URL")):
         assert services[name]["healthcheck"]["test"] == ["CMD", "darkroom", "server", "health", name]

@@ -19,12 +19,12 @@ def test_each_defence_names_a_test_that_exists() -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_links_lead_somewhere(page: Path) -> None:
+def test_documentation_links_are_valid(page: Path) -> None:
     for link in re.findall(r"\]\(([^)#]+)", page.read_text()):
         assert (page.parent / link).exists(), link
 
 
-def test_what_infra_is_said_to_hold_it_holds() -> None:
+def test_paths_in_the_infra_readme_exist() -> None:
     named = re.findall(r"^\| (`[^|]+) \|", (INFRA / "README.md").read_text(), re.MULTILINE)
     for path in re.findall(r"`([^`]+)`", " ".join(named)):
         assert (INFRA / path).exists(), path

@@ -33,7 +33,7 @@ def ranges() -> list[Requirement]:
 
 
 @pytest.mark.parametrize("accelerator", ["cpu", "cuda"])
-def test_the_lock_has_every_package_that_pyproject_asks_for_in_the_range_it_allows(accelerator: str) -> None:
+def test_lock_file_satisfies_pyproject_requirements(accelerator: str) -> None:
     versions = locked("requirements.lock") | locked(f"torch-{accelerator}.lock")
     for wanted in ranges():
         if wanted.marker is None or wanted.marker.evaluate({"sys_platform": "linux", "platform_machine": "x86_64"}):
@@ -58,13 +58,13 @@ def test_the_dockerfile_is_without_fault_to_hadolint() -> None:
     assert done.returncode == 0, done.stdout
 
 
-def test_the_image_runs_as_nobody_in_particular_and_says_how_it_is() -> None:
+def test_docker_image_runs_unprivileged_with_a_health_check() -> None:
     last_stage = re.split(r"^FROM ", (DOCKER / "Dockerfile").read_text(), flags=re.MULTILINE)[-1]
     assert re.findall(r"^USER (\S+)$", last_stage, re.MULTILINE) == ["10001:10001"]
     assert re.search(r"^HEALTHCHECK .* CMD \[", last_stage, re.MULTILINE)
 
 
-def test_what_is_copied_into_the_image_is_what_dockerignore_lets_through() -> None:
+def test_docker_image_copies_only_what_dockerignore_allows() -> None:
     allowed = [line[1:].rstrip("/") for line in (ROOT / ".dockerignore").read_text().splitlines() if line[:1] == "!"]
     copied = re.findall(r"^COPY (?!--)(.*) \S+$", (DOCKER / "Dockerfile").read_text(), re.MULTILINE)
     for source in " ".join(copied).replace("${ACCELERATOR}", "cpu").split():

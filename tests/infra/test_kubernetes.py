@@ -72,7 +72,7 @@ def test_every_object_is_what_kubernetes_takes_it_for(overlay: str) -> None:
 
 
 @pytest.mark.parametrize("overlay", ["dev", "prod"])
-def test_pods_and_jobs_are_nobody_write_nothing_but_their_volumes_and_have_limits(overlay: str) -> None:
+def test_pods_run_unprivileged_read_only_and_with_limits(overlay: str) -> None:
     jobs = {f"job-{pool}": job(pool)["spec"]["template"] for pool in POOLS}
     for name, pod in {**pods(overlay), **jobs}.items():
         spec = pod["spec"]
@@ -90,7 +90,7 @@ def test_pods_and_jobs_are_nobody_write_nothing_but_their_volumes_and_have_limit
 
 
 @pytest.mark.parametrize("overlay", ["dev", "prod"])
-def test_no_secret_is_in_git_and_every_one_that_is_named_is_made(overlay: str, tmp_path: Path) -> None:
+def test_kubernetes_secrets_are_generated_and_not_in_git(overlay: str, tmp_path: Path) -> None:
     made = new_environment(tmp_path / ".env").keys()
     assert not kind(overlay, "Secret")
     jobs = [job(pool)["spec"]["template"] for pool in POOLS]
@@ -104,7 +104,7 @@ def test_no_secret_is_in_git_and_every_one_that_is_named_is_made(overlay: str, t
 
 
 @pytest.mark.parametrize("overlay", ["dev", "prod"])
-def test_what_is_not_said_to_be_open_is_closed(overlay: str) -> None:
+def test_network_policies_deny_by_default(overlay: str) -> None:
     policies = {each["metadata"]["name"]: each["spec"] for each in kind(overlay, "NetworkPolicy")}
     assert policies["default-deny"] == {"podSelector": {}, "policyTypes": ["Ingress", "Egress"]}
     for name, policy in policies.items():
@@ -129,7 +129,7 @@ def reach(policies: dict[str, Object], server: str, port: int) -> list[Object]:
 
 
 @pytest.mark.parametrize("overlay", ["dev", "prod"])
-def test_health_is_asked_as_clients_ask_before_a_server_gets_any(overlay: str) -> None:
+def test_probes_use_client_credentials_before_traffic(overlay: str) -> None:
     for server in ("mlflow", "prefect"):
         (container,) = pods(overlay)[server]["spec"]["containers"]
         assert container["readinessProbe"]["exec"]["command"] == ["darkroom", "server", "health", server]
@@ -167,7 +167,7 @@ def test_a_flow_run_becomes_a_job_that_kubernetes_takes_and_that_finds_its_serve
     assert [claim for claim in claims if claim] == [named("prod", "PersistentVolumeClaim", "work")["metadata"]["name"]]
 
 
-def test_a_gpu_is_asked_for_in_the_gpus_pool_alone_and_as_many_as_the_deployment_says() -> None:
+def test_gpus_are_requested_only_in_the_gpu_pool() -> None:
     def limits(made: Object) -> Object:
         found: Object = made["spec"]["template"]["spec"]["containers"][0]["resources"]["limits"]
         return found

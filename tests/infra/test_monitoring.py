@@ -40,7 +40,7 @@ def selected(expression: str) -> Iterator[tuple[str, set[str]]]:
 
 
 @pytest.mark.parametrize("expression", EXPRESSIONS)
-def test_what_is_asked_for_is_measured_under_that_name_and_with_those_labels(expression: str) -> None:
+def test_queried_metrics_exist_with_their_labels(expression: str) -> None:
     found = list(selected(expression))
     assert found
     for name, labels in found:
@@ -50,7 +50,7 @@ def test_what_is_asked_for_is_measured_under_that_name_and_with_those_labels(exp
     assert grouped <= {label for name, _ in found for label in GAUGES[name][1]}
 
 
-def test_every_figure_is_shown() -> None:
+def test_every_metric_has_a_panel() -> None:
     shown = {name for panel in PANELS for target in panel["targets"] for name, _ in selected(target["expr"])}
     # When a training last spoke is for the alarm alone.
     assert GAUGES.keys() - shown == {"darkroom_training_last_word_timestamp_seconds"}
@@ -67,7 +67,7 @@ def test_panels_have_their_own_place_and_name() -> None:
     assert len({panel["id"] for panel in PANELS}) == len({panel["title"] for panel in PANELS}) == len(PANELS)
 
 
-def test_every_alarm_has_a_page_that_names_it_and_says_what_to_do() -> None:
+def test_every_alert_has_a_runbook_page() -> None:
     for rule in ALERTS:
         page = (ROOT / rule["annotations"]["runbook"]).read_text()
         assert rule["alert"] in page
@@ -96,13 +96,13 @@ def test_pages_name_commands_that_exist() -> None:
 
 
 @pytest.mark.parametrize("check", [["check", "config", "prometheus.yaml"], ["test", "rules", "alerts_test.yaml"]])
-def test_prometheus_takes_the_rules_and_alarms_go_off_when_they_should(check: list[str]) -> None:
+def test_prometheus_accepts_the_rules_and_alerts_fire(check: list[str]) -> None:
     command = [program("promtool", "Debian's prometheus"), *check]
     done = subprocess.run(command, cwd=INFRA / "prometheus", capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_each_alarm_is_among_those_tried() -> None:
+def test_every_alert_has_a_rule_test() -> None:
     tried = (INFRA / "prometheus" / "alerts_test.yaml").read_text()
     assert all(f"alertname: {rule['alert']}\n" in tried for rule in ALERTS)
 
@@ -116,7 +116,7 @@ RUNS = [
 ]
 
 
-def test_servers_that_are_away_are_said_to_be_and_nothing_is_said_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unreachable_servers_export_only_up_0(monkeypatch: pytest.MonkeyPatch) -> None:
     (port,) = choose_ports(1)
     for variable in ("MLFLOW_TRACKING_URI", "PREFECT_API_URL", "AWS_ENDPOINT_URL_S3"):
         monkeypatch.setenv(variable, f"http://127.0.0.1:{port}")
@@ -142,7 +142,7 @@ def test_runs_are_counted_by_flow_and_state_and_none_is_zero() -> None:
     assert state_of(RUNS[1]) == "scheduled"
 
 
-def test_the_rate_of_prints_is_their_number_by_the_time_the_run_took() -> None:
+def test_sampling_rate_is_images_by_run_duration() -> None:
     run = {"total_run_time": 8.0, "end_time": "1970-01-01T00:01:40Z", "parameters": {"count": 40}}
     assert list(last_success_samples("sample", run)) == [
         ("darkroom_flow_last_success_timestamp_seconds", ("sample",), 100.0),
@@ -154,7 +154,7 @@ def test_the_rate_of_prints_is_their_number_by_the_time_the_run_took() -> None:
     assert len(list(last_success_samples("sample", run | {"parameters": {}}))) == 2
 
 
-def test_a_training_that_has_said_nothing_yet_has_no_figures() -> None:
+def test_training_without_logged_metrics_exports_none() -> None:
     info = {"run_id": "a1"}
     assert list(training_samples("faces", {"info": info, "data": {}})) == []
     logged = [{"key": "loss", "value": 0.5, "step": 640, "timestamp": 7000}, {"key": "images_per_second", "value": 9.5}]

@@ -121,7 +121,7 @@ def test_a_role_may_do_what_its_work_needs_where_it_needs_it_and_nothing_else(
 
 
 @pytest.mark.parametrize("role", READS)
-def test_no_role_may_make_or_remove_a_bucket_or_change_who_may_what(clients: dict[str, "S3Client"], role: str) -> None:
+def test_no_role_may_manage_buckets_or_permissions(clients: dict[str, "S3Client"], role: str) -> None:
     s3 = clients[role]
     everybody = {"Effect": "Allow", "Principal": "*", "Action": "s3:*", "Resource": f"arn:aws:s3:::{BUCKET}/*"}
     opened = json.dumps({"Version": "2012-10-17", "Statement": [everybody]})
@@ -130,7 +130,7 @@ def test_no_role_may_make_or_remove_a_bucket_or_change_who_may_what(clients: dic
     assert not may(lambda: s3.put_bucket_policy(Bucket=BUCKET, Policy=opened))
 
 
-def test_large_objects_go_up_in_parts_and_what_was_given_up_can_be_cleared(clients: dict[str, "S3Client"]) -> None:
+def test_roles_may_upload_in_parts_and_abort_abandoned_uploads(clients: dict[str, "S3Client"]) -> None:
     for role in ("worker", "sampler"):
         s3, place = clients[role], {"Bucket": BUCKET, "Key": f"samples/large-{role}"}
         upload = s3.create_multipart_upload(**place)["UploadId"]
@@ -142,7 +142,7 @@ def test_large_objects_go_up_in_parts_and_what_was_given_up_can_be_cleared(clien
     assert not may(lambda: clients["sampler"].create_multipart_upload(Bucket=BUCKET, Key="ledger/large"))
 
 
-def test_a_key_that_nobody_has_opens_nothing(clients: dict[str, "S3Client"]) -> None:
+def test_unknown_access_key_has_no_permission(clients: dict[str, "S3Client"]) -> None:
     address = clients["reader"].meta.endpoint_url
     config = Config(s3={"addressing_style": "path"}, retries={"total_max_attempts": 1})
     stranger = boto3.client(

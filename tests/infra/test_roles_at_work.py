@@ -100,7 +100,7 @@ def refused(act: Callable[[], object]) -> bool:
     return False
 
 
-def ways_to_change(s3: "S3Client", bucket: str, key: str) -> Iterator[tuple[str, Callable[[], object]]]:
+def modification_attempts(s3: "S3Client", bucket: str, key: str) -> Iterator[tuple[str, Callable[[], object]]]:
     """What somebody with a key could try to do to an object."""
     at: dict[str, Any] = {"Bucket": bucket, "Key": key}
 
@@ -127,7 +127,7 @@ def test_a_stolen_key_changes_nothing_that_is_there(store: Store, bucket: str, e
         store.put_once(bucket, f"{prefix}/old", b"old")
     s3 = stolen(enforcing, name)
     for prefix in prefixes:
-        for way, act in ways_to_change(s3, bucket, f"{prefix}/old"):
+        for way, act in modification_attempts(s3, bucket, f"{prefix}/old"):
             # Who pushes takes its own mark away, and an empty one stands for nothing that is old.
             if (name, prefix, way.partition(" ")[0]) != ("worker", "pushing", "delete"):
                 assert refused(act), (prefix, way)
@@ -137,10 +137,10 @@ def test_a_stolen_key_changes_nothing_that_is_there(store: Store, bucket: str, e
     assert refused(lambda: s3.put_object(Bucket=bucket, Key="deleted/samples/a/1/b", Body=b"", IfNoneMatch="*"))
 
 
-def test_nobody_overwrites_or_deletes_an_entry_of_the_ledger(store: Store, bucket: str, enforcing: str) -> None:
+def test_no_role_overwrites_or_deletes_ledger_entries(store: Store, bucket: str, enforcing: str) -> None:
     store.put_once(bucket, "ledger/old", b"old")
     for name in ROLES:
-        for way, act in ways_to_change(stolen(enforcing, name), bucket, "ledger/old"):
+        for way, act in modification_attempts(stolen(enforcing, name), bucket, "ledger/old"):
             assert refused(act), (name, way)
     assert store.get(bucket, "ledger/old") == b"old"
 

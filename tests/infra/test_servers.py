@@ -62,9 +62,7 @@ def run(servers: Servers, *arguments: str, role: str = "worker") -> subprocess.C
     )
 
 
-def test_a_retraining_leaves_champion_and_prints_with_a_workers_rights_alone(
-    servers: Servers, retrained: dict[str, Any]
-) -> None:
+def test_retraining_works_with_worker_permissions_only(servers: Servers, retrained: dict[str, Any]) -> None:
     assert retrained["verdict"]["promoted"]
     assert retrained["samples"]["uri"].startswith(f"s3://{servers.secrets['DARKROOM_BUCKET']}/samples/blobs/1/")
     traced = run(servers, "trace", f"{retrained['samples']['uri']}00000003.png", "--json", role="reader")
@@ -84,9 +82,7 @@ def test_everything_is_in_postgresql_and_neither_server_sees_the_others(
     assert "permission denied" in query(servers, "mlflow", "prefect", "select 1")
 
 
-def test_its_log_is_json_that_names_flow_run_data_set_and_mlflow_run_and_says_things_once(
-    servers: Servers, retrained: dict[str, Any]
-) -> None:
+def test_worker_log_is_json_with_ids_and_no_duplicates(servers: Servers, retrained: dict[str, Any]) -> None:
     log = (servers.folder / "person" / "log").read_text().splitlines()
     # Libraries that warn by other ways than logging stay out of it.
     lines = [json.loads(line) for line in log if line.startswith("{")]
@@ -100,9 +96,7 @@ def test_its_log_is_json_that_names_flow_run_data_set_and_mlflow_run_and_says_th
     assert [line["flow_name"] for line in ends].count("retrain") == 1
 
 
-def test_who_prints_needs_no_more_than_a_samplers_keys_and_who_reads_cannot_print(
-    servers: Servers, retrained: dict[str, Any]
-) -> None:
+def test_sampler_role_can_sample_and_reader_role_cannot(servers: Servers, retrained: dict[str, Any]) -> None:
     printed = run(servers, "sample", *CHAMPION, "--count", "2", "--seed", "5", "--json", role="sampler")
     assert printed.returncode == 0, printed.stderr[-3000:]
     assert json.loads(printed.stdout)["model"] == retrained["samples"]["model"]
@@ -111,7 +105,7 @@ def test_who_prints_needs_no_more_than_a_samplers_keys_and_who_reads_cannot_prin
     assert refused.stderr.splitlines()[-1].startswith("darkroom: ")
 
 
-def test_the_servers_let_nobody_in_without_password_or_by_another_name(servers: Servers) -> None:
+def test_servers_require_a_password_and_their_host_name(servers: Servers) -> None:
     mlflow, prefect, s3, filer = (servers.numbers[port] for port in ("5000", "4200", "8333", "8888"))
     assert status(mlflow, "/api/2.0/mlflow/experiments/search?max_results=1") == 401
     assert status(prefect, "/api/admin/version") == 401
@@ -144,7 +138,7 @@ def test_health_fails_where_a_client_with_that_password_would(servers: Servers, 
     assert checked.stderr.count("\n") == 1
 
 
-def test_the_worker_reports_and_metrics_say_what_was_done(servers: Servers, retrained: dict[str, Any]) -> None:
+def test_worker_reports_health_and_metrics_of_its_runs(servers: Servers, retrained: dict[str, Any]) -> None:
     with servers.running("worker-cpu", "metrics"):
         address = f"http://127.0.0.1:{servers.numbers['9464']}/metrics"
         deadline = time.monotonic() + 60

@@ -53,7 +53,7 @@ def test_the_bucket_is_encrypted_private_and_keeps_what_was_deleted_for_a_while(
     assert all(rule["status"] == "Enabled" for rule in rules.values())
 
 
-def test_its_policies_are_the_files_that_are_tried_in_tests() -> None:
+def test_terraform_uses_the_tested_policy_files() -> None:
     text = (TERRAFORM / "main.tf").read_text()
     assert 'templatefile("${path.module}/../policies/bucket.json", { bucket = var.bucket })' in text
     assert 'templatefile("${path.module}/../policies/${each.key}.json", { bucket = var.bucket })' in text

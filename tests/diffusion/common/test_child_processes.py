@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from tests.builders import ROOT
-from tests.builders.left_behind import descendants, left_behind, new_mark
+from tests.builders.left_behind import descendants, left_behind, new_process_tag
 from tests.builders.shapes import blob
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
@@ -54,7 +54,7 @@ def folder(tmp_path: Path) -> Path:
 )
 def test_an_ingest_killed_alone_takes_its_processes_along(folder: Path) -> None:
     """SIGKILL to `ingest --local` alone while its workers work: they, the fork server and the resource tracker end."""
-    mark = new_mark()
+    mark = new_process_tag()
     process = start(folder, mark, sys.executable, "-c", DARKROOM, "ingest", "--local")
     # The command, a resource tracker, a fork server and two workers.
     wait_for(5, mark, process, folder / "output")
@@ -74,7 +74,7 @@ def test_ranks_end_when_torchrun_is_killed(dataset: Path, tmp_path: Path) -> Non
     (work / "data").mkdir(parents=True)
     (work / "data" / "set").symlink_to(dataset)
     (work / "params.yaml").write_text(yaml.safe_dump(PARAMS))
-    mark = new_mark()
+    mark = new_process_tag()
     torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--")
     command = work / "command.py"
     command.write_text(DARKROOM)

@@ -29,7 +29,7 @@ def writer(path: Path, letter: str) -> Iterator[Popen[str]]:
         yield process
 
 
-def test_two_processes_that_write_one_path_at_once_leave_it_whole_at_every_look(tmp_path: Path) -> None:
+def test_concurrent_writers_never_expose_a_partial_file(tmp_path: Path) -> None:
     path = tmp_path / "file"
     looks = set()
     with writer(path, "a") as first, writer(path, "b") as second:
@@ -55,7 +55,7 @@ def test_a_writer_that_fails_leaves_the_old_file_and_nothing_else(tmp_path: Path
     assert [(each.name, each.read_bytes()) for each in tmp_path.iterdir()] == [("file", b"old")]
 
 
-def test_what_a_killed_writer_leaves_is_known_by_its_name_and_taken_away(tmp_path: Path) -> None:
+def test_partial_files_of_killed_writers_are_recognized_and_removed(tmp_path: Path) -> None:
     def looking(partial: Path) -> None:
         partial.write_bytes(b"begun")
         assert PARTIAL.fullmatch(partial.name)

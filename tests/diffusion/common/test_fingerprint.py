@@ -6,9 +6,7 @@ from diffusion.common.fingerprint import fingerprint
 
 
 @pytest.mark.parametrize("variable", ["ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "MKL_CBWR", "MKL_ENABLE_INSTRUCTIONS"])
-def test_a_variable_that_makes_a_library_below_torch_compute_otherwise_is_named(
-    monkeypatch: pytest.MonkeyPatch, variable: str
-) -> None:
+def test_fingerprint_names_variables_that_change_math_libraries(monkeypatch: pytest.MonkeyPatch, variable: str) -> None:
     monkeypatch.delenv(variable, raising=False)
     usual = fingerprint(64, "fp32", "cpu")
     monkeypatch.setenv(variable, "AVX2")

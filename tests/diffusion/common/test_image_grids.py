@@ -30,7 +30,7 @@ def test_every_pixel_is_found_again_in_the_grid(count: int, channels: int, colum
             assert (block == images[number, :, y, x].numpy()).all()
 
 
-def test_what_no_image_covers_is_white() -> None:
+def test_uncovered_grid_cells_are_white() -> None:
     sheet = np.asarray(grid(torch.zeros(3, 1, 4, 4, dtype=torch.uint8), columns=2, pad=2, scale=1))
     assert sheet.shape == (14, 14)
     assert (sheet[8:12, 8:12] == 255).all()

@@ -13,7 +13,7 @@ from tests.chaos.power_drills import adding_drill
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
-CARELESS = """
+SCRIPT_WITHOUT_FSYNC = """
 import os
 from pathlib import Path
 Path("new").mkdir()
@@ -40,7 +40,7 @@ def found(recording: Recording, folder: Path, loss: Loss) -> tuple[dict[str, byt
 def test_a_program_that_syncs_nothing_loses_names_and_tears_files(tmp_path: Path) -> None:
     """Power cut after a rename that nothing was synced before: the drill finds the file empty under its new name."""
     (tmp_path / "root").mkdir()
-    recording = record(library(tmp_path), tmp_path / "root", CARELESS)
+    recording = record(library(tmp_path), tmp_path / "root", SCRIPT_WITHOUT_FSYNC)
     assert found(recording, tmp_path, Loss.ALL) == ({}, [])
     assert found(recording, tmp_path, Loss.DATA) == ({"new/renamed": b"", "synced": b"data"}, ["new/renamed"])
     # Written over: what was synced is as long as what is lost.
@@ -52,6 +52,6 @@ def test_a_program_that_syncs_nothing_loses_names_and_tears_files(tmp_path: Path
     "what was not synced is lost, at some moments",
     "the bytes of an undisturbed one",
 )
-def test_an_ingest_whose_power_is_cut_ends_in_the_bytes_of_an_undisturbed_one(tmp_path: Path) -> None:
+def test_ingest_after_a_power_cut_gives_identical_bytes(tmp_path: Path) -> None:
     """Power cut while `ingest` adds images: whatever was not synced is lost, no file is torn, the same end."""
     assert adding_drill(tmp_path).run(tmp_path, cuts=3, seed=7) == 16

@@ -17,7 +17,7 @@ from diffusion.data.ingest.ingest import captions_folder, ingest
 from diffusion.data.versions.takedown import remove
 from diffusion.data.versions.takedown_records import Selection
 from diffusion.generation.generate import conditions_of
-from tests.builders.captioned import MadeUp, squares
+from tests.builders.captioned import FakeEncoder, squares
 from tests.builders.shapes import blob
 
 
@@ -59,13 +59,13 @@ def kept(folder: Path) -> dict[str, bytes]:
 
 
 def test_each_row_has_the_embedding_of_its_caption_and_zeros_without(
-    tmp_path: Path, pool: ThreadPoolExecutor, made_up: MadeUp
+    tmp_path: Path, pool: ThreadPoolExecutor, fake_encoder: FakeEncoder
 ) -> None:
     squares(tmp_path / "squares", 30, every=2)
     dataset = Dataset.open(tmp_path / "squares")
     captions = read(dataset, pool)
     rows = list(range(len(dataset)))
-    reference = MadeUp()
+    reference = FakeEncoder()
     for row, caption, embedding in zip(rows, dataset.captions(rows), captions.of(rows), strict=True):
         assert (captions.numbers[row] < 0) == (caption is None)
         assert torch.equal(embedding, torch.zeros(384) if caption is None else reference(caption))
@@ -73,21 +73,21 @@ def test_each_row_has_the_embedding_of_its_caption_and_zeros_without(
 
 
 def test_each_caption_is_read_once_however_many_images_and_trainings_have_it(
-    source: Path, tmp_path: Path, pool: ThreadPoolExecutor, made_up: MadeUp
+    source: Path, tmp_path: Path, pool: ThreadPoolExecutor, fake_encoder: FakeEncoder
 ) -> None:
     dataset = ingested(source, tmp_path / "data" / "blobs")
     first = read(dataset, pool)
-    assert sorted(made_up.read) == ["a blob", "blob number 10", "blob number 11"]
+    assert sorted(fake_encoder.read) == ["a blob", "blob number 10", "blob number 11"]
     files = kept(dataset.folder)
     assert {Path(name).suffix for name in files} == {".safetensors", ".sha256"}
     assert torch.equal(read(dataset, pool).embeddings, first.embeddings)
-    assert len(made_up.read) == 3
+    assert len(fake_encoder.read) == 3
     assert kept(dataset.folder) == files
     assert not any("captions" in path.name for path in dataset.folder.rglob("*"))
 
 
-def test_how_long_it_will_take_is_told_by_what_is_not_known_yet(
-    source: Path, tmp_path: Path, pool: ThreadPoolExecutor, made_up: MadeUp
+def test_estimated_time_counts_only_uncached_captions(
+    source: Path, tmp_path: Path, pool: ThreadPoolExecutor, fake_encoder: FakeEncoder
 ) -> None:
     dataset = ingested(source, tmp_path / "data" / "blobs")
     texts, _ = dataset.different_captions()
@@ -98,8 +98,8 @@ def test_how_long_it_will_take_is_told_by_what_is_not_known_yet(
 
 
 @pytest.mark.parametrize("damage", ["changed", "cut short", "without its digest", "gone"])
-def test_what_is_damaged_is_made_anew_with_the_same_bytes(
-    source: Path, tmp_path: Path, pool: ThreadPoolExecutor, made_up: MadeUp, damage: str
+def test_damaged_caption_embeddings_are_recomputed_identically(
+    source: Path, tmp_path: Path, pool: ThreadPoolExecutor, fake_encoder: FakeEncoder, damage: str
 ) -> None:
     dataset = ingested(source, tmp_path / "data" / "blobs")
     expected, files = read(dataset, pool).embeddings, kept(dataset.folder)
@@ -114,19 +114,19 @@ def test_what_is_damaged_is_made_anew_with_the_same_bytes(
         case "gone":
             path.unlink()
     assert torch.equal(read(dataset, pool).embeddings, expected)
-    assert len(made_up.read) == 6
+    assert len(fake_encoder.read) == 6
     assert kept(dataset.folder) == files
 
 
-def test_of_a_set_that_grew_only_what_is_new_is_read_and_one_file_stays(
-    source: Path, tmp_path: Path, pool: ThreadPoolExecutor, made_up: MadeUp
+def test_grown_data_set_encodes_only_new_captions(
+    source: Path, tmp_path: Path, pool: ThreadPoolExecutor, fake_encoder: FakeEncoder
 ) -> None:
     folder = tmp_path / "data" / "blobs"
     read(ingested(source, folder), pool)
     describe(source, range(14))
     grown = ingested(source, folder)
     again = read(grown, pool)
-    assert made_up.read[3:] == ["blob number 12", "blob number 13"]
+    assert fake_encoder.read[3:] == ["blob number 12", "blob number 13"]
     assert len(list(captions_folder(folder).glob("*.safetensors"))) == 1
     fresh = read(ingested(source, tmp_path / "data" / "fresh"), pool)
     assert torch.equal(again.embeddings, fresh.embeddings)
@@ -139,12 +139,12 @@ def traces(folder: Path, caption: str, embedding: Tensor) -> list[Path]:
     return [path for path in beside.rglob("*") if path.is_file() and any(mark in path.read_bytes() for mark in marks)]
 
 
-def test_what_a_removed_images_caption_means_goes_with_it(
-    source: Path, tmp_path: Path, pool: ThreadPoolExecutor, made_up: MadeUp
+def test_caption_embedding_is_deleted_with_its_image(
+    source: Path, tmp_path: Path, pool: ThreadPoolExecutor, fake_encoder: FakeEncoder
 ) -> None:
     dataset = ingested(source, tmp_path / "data" / "blobs")
     read(dataset, pool)
-    about = "blob number 11", MadeUp()("blob number 11")
+    about = "blob number 11", FakeEncoder()("blob number 11")
     assert len(traces(dataset.folder, *about)) == 1
     remove(dataset.folder, Selection(sources=["11.png"]), "consent withdrawn")
     assert not traces(dataset.folder, *about)
@@ -159,8 +159,8 @@ def test_what_a_removed_images_caption_means_goes_with_it(
     assert not traces(dataset.folder, *about)
 
 
-def test_images_taken_down_while_captions_are_read_leave_nothing_either(
-    source: Path, tmp_path: Path, pool: ThreadPoolExecutor, made_up: MadeUp
+def test_takedown_during_encoding_leaves_no_embedding(
+    source: Path, tmp_path: Path, pool: ThreadPoolExecutor, fake_encoder: FakeEncoder
 ) -> None:
     dataset = ingested(source, tmp_path / "data" / "blobs")
 

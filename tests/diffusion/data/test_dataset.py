@@ -43,7 +43,7 @@ def test_rows_are_sorted_by_key_and_hold_the_stored_pixels(tmp_path: Path, chann
             np.testing.assert_array_equal(found.numpy(), images[[order[row] for row in chosen]])
 
 
-def test_what_is_done_to_a_batch_does_not_reach_the_next(tmp_path: Path) -> None:
+def test_modifying_a_batch_does_not_change_the_data_set(tmp_path: Path) -> None:
     write_dataset(tmp_path / "set", random_images(4), per_shard=4)
     with closing(Dataset.open(tmp_path / "set")) as data:
         first = data.images([0, 1])
@@ -52,7 +52,7 @@ def test_what_is_done_to_a_batch_does_not_reach_the_next(tmp_path: Path) -> None
         assert torch.equal(data.images([0, 1]), before)
 
 
-def test_images_that_do_not_fit_the_budget_are_read_anew_each_time(tmp_path: Path) -> None:
+def test_images_over_the_cache_budget_are_read_every_time(tmp_path: Path) -> None:
     images = random_images(16)
     manifest = write_dataset(tmp_path / "set", images, per_shard=16)
     shard = tmp_path / "set" / manifest.shards[0].name
@@ -96,7 +96,7 @@ def test_a_grey_image_among_coloured_ones_is_grey_in_all_channels(tmp_path: Path
         np.testing.assert_array_equal(data.images([row])[0].numpy(), np.stack([grey] * 3))
 
 
-def test_history_leaves_no_trace(images: Path, tmp_path: Path) -> None:
+def test_rows_do_not_depend_on_the_ingest_history(images: Path, tmp_path: Path) -> None:
     """Ingested at once or bit by bit, in other shards: the same rows."""
     later = tmp_path / "later"
     for path in sorted(images.glob("*/*.png"))[::3]:
@@ -117,7 +117,7 @@ def test_history_leaves_no_trace(images: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", ["changed", "cut", "missing"])
-def test_a_damaged_shard_is_named_before_a_image_of_it_is_used(tmp_path: Path, damage: str) -> None:
+def test_damaged_shard_is_named_before_any_of_its_images_is_used(tmp_path: Path, damage: str) -> None:
     manifest = write_dataset(tmp_path / "set", random_images(12), per_shard=6)
     shard = tmp_path / "set" / manifest.shards[1].name
     stored = bytearray(shard.read_bytes())

@@ -50,9 +50,7 @@ def flipped(images: Tensor, indices: Sequence[int], seed: int) -> Tensor:
 
 @pytest.mark.parametrize("window", [None, 2])
 @pytest.mark.parametrize("options", [{}, {"workers": 1, "prefetch": 1}, {"workers": 5, "prefetch": 7}])
-def test_batches_are_those_of_the_order_whatever_makes_them_ready(
-    data: Dataset, window: int | None, options: dict[str, int]
-) -> None:
+def test_batches_follow_the_order_with_any_loader(data: Dataset, window: int | None, options: dict[str, int]) -> None:
     positions = range(0, 3 * COUNT, BATCH)  # over the ends of epochs, in the middle of batches
     for batch, position in zip(batches(data, positions, window, **options), positions, strict=True):
         rows = order_of(data, window).rows(position, BATCH)
@@ -74,12 +72,12 @@ def test_ranks_get_equal_shares_that_make_up_the_batch_of_one(data: Dataset, win
         assert torch.equal(torch.cat([part.images for part in parts]), batch.images)
 
 
-def test_ranks_that_do_not_divide_the_batch_are_refused(data: Dataset) -> None:
+def test_batch_size_must_be_divisible_by_the_ranks(data: Dataset) -> None:
     with pytest.raises(UserError, match=r"training\.batch_size = 12 .* 5 ranks: make it a multiple of 5"):
         Loader(data, range(COUNT), order_of(data), BATCH, ranks=5)
 
 
-def test_one_may_begin_and_jump_anywhere(data: Dataset) -> None:
+def test_loader_can_start_and_seek_anywhere(data: Dataset) -> None:
     positions = [10**12, 7, 7 + BATCH, 36, 0, 0, 10**12]
     alone = [batches(data, [at])[0] for at in positions]
     for jumped, fresh in zip(batches(data, positions), alone, strict=True):
@@ -120,7 +118,7 @@ def spied(data: Dataset) -> Iterator[tuple[Dataset, Spy]]:
         yield found, spy
 
 
-def test_while_one_batch_is_used_the_next_ones_are_made(spied: tuple[Dataset, Spy]) -> None:
+def test_next_batches_are_loaded_in_the_background(spied: tuple[Dataset, Spy]) -> None:
     data, spy = spied
     spy.pause = 0.002
     with Loader(data, range(COUNT), order_of(data), BATCH, workers=2, prefetch=3) as loader:
@@ -134,7 +132,7 @@ def test_while_one_batch_is_used_the_next_ones_are_made(spied: tuple[Dataset, Sp
         assert loader.waited - waited < 0.1
 
 
-def test_nothing_is_made_beyond_the_end(spied: tuple[Dataset, Spy]) -> None:
+def test_no_batch_is_loaded_beyond_the_end(spied: tuple[Dataset, Spy]) -> None:
     data, spy = spied
     with Loader(data, range(COUNT), order_of(data), BATCH, prefetch=4) as loader:
         loader.batch(0, end=2 * BATCH)

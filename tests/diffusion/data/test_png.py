@@ -56,7 +56,7 @@ def test_pillow_torchvision_and_webdataset_read_what_we_write(pixels: np.ndarray
 
 
 @pytest.mark.parametrize("mode", ["L", "RGB"])
-def test_rows_are_filtered_each_in_its_own_way_so_that_smooth_images_become_small(mode: str) -> None:
+def test_png_rows_are_filtered_adaptively(mode: str) -> None:
     pixels = smooth(32, mode)
     png = encode(pixels)
     rows = zlib.decompress(png[41:-16])
@@ -81,7 +81,7 @@ def test_grey_is_repeated_where_there_are_three_channels() -> None:
         np.testing.assert_array_equal(decoded, [pixels] * 3)
 
 
-def test_none_are_none() -> None:
+def test_decoding_no_images_gives_an_empty_array() -> None:
     assert decode_many([], (3, 4, 5)).shape == (0, 3, 4, 5)
 
 
@@ -140,7 +140,7 @@ def test_damage_is_an_error_wherever_it_is_and_never_another_image() -> None:
 
 @given(st.binary(max_size=200))
 @settings(deadline=None)
-def test_any_bytes_are_a_image_or_a_value_error(data: bytes) -> None:
+def test_any_bytes_decode_to_an_image_or_raise_value_error(data: bytes) -> None:
     head = struct.pack(">IIBBBBB", 4, 4, 8, 0, 0, 0, 0)
     for png in (
         data,

@@ -100,7 +100,7 @@ def test_the_next_process_finds_what_was_fetched(shelf: Shelf, cache: ShardCache
     assert shelf.fetched == [2]
 
 
-def test_what_was_not_used_for_longest_makes_room(shelf: Shelf, cache: ShardCache, folder: Path) -> None:
+def test_least_recently_used_shard_is_evicted(shelf: Shelf, cache: ShardCache, folder: Path) -> None:
     for number in (0, 1, 2, 0, 3, 4):
         time.sleep(0.01)  # file systems keep times to some milliseconds
         shelf.read(cache, number)
@@ -110,13 +110,13 @@ def test_what_was_not_used_for_longest_makes_room(shelf: Shelf, cache: ShardCach
     assert shelf.fetched == [0, 1, 2, 3, 4]
 
 
-def test_a_shard_larger_than_the_cache_is_refused(shelf: Shelf, folder: Path) -> None:
+def test_shard_larger_than_the_cache_is_an_error(shelf: Shelf, folder: Path) -> None:
     small = ShardCache(folder, shelf, SIZE - 1)
     with pytest.raises(UserError, match=r"shards/00000\.tar has 1000 bytes.*holds 999: raise training\.stream_bytes"):
         shelf.read(small, 0)
 
 
-def test_shards_asked_for_ahead_are_there_when_needed(shelf: Shelf, cache: ShardCache, folder: Path) -> None:
+def test_prefetched_shards_are_ready_when_needed(shelf: Shelf, cache: ShardCache, folder: Path) -> None:
     cache.ahead([shelf.entries[number] for number in (5, 1, 3)])
     eventually(lambda: len(held(folder)) == 3 and not list(folder.glob("*.partial")))
     fetched = list(shelf.fetched)
@@ -126,7 +126,7 @@ def test_shards_asked_for_ahead_are_there_when_needed(shelf: Shelf, cache: Shard
     assert shelf.fetched == fetched
 
 
-def test_what_was_asked_for_stays_whatever_else_is_read(shelf: Shelf, cache: ShardCache, folder: Path) -> None:
+def test_prefetched_shards_are_not_evicted_by_other_reads(shelf: Shelf, cache: ShardCache, folder: Path) -> None:
     cache.ahead([shelf.entries[0], shelf.entries[1]])
     shelf.read(cache, 0)
     shelf.read(cache, 1)
@@ -137,7 +137,7 @@ def test_what_was_asked_for_stays_whatever_else_is_read(shelf: Shelf, cache: Sha
     assert sorted(shelf.fetched) == [0, 1, 2, 3, 4, 5]
 
 
-def test_more_than_fits_may_be_asked_for(shelf: Shelf, cache: ShardCache, folder: Path) -> None:
+def test_prefetching_more_than_the_cache_holds_works(shelf: Shelf, cache: ShardCache, folder: Path) -> None:
     cache.ahead(shelf.entries)
     for number in range(6):
         shelf.read(cache, number)
@@ -145,7 +145,7 @@ def test_more_than_fits_may_be_asked_for(shelf: Shelf, cache: ShardCache, folder
     assert set(shelf.fetched) == set(range(6))
 
 
-def test_a_fetch_under_way_is_waited_for_instead_of_begun_again(shelf: Shelf, cache: ShardCache) -> None:
+def test_concurrent_reads_share_one_fetch(shelf: Shelf, cache: ShardCache) -> None:
     shelf.gate.clear()
     cache.ahead([shelf.entries[0]])
     eventually(lambda: shelf.fetched == [0])
@@ -197,7 +197,7 @@ def test_a_shard_damaged_in_the_cache_is_fetched_again(
     assert "shards/00000.tar" in caplog.text
 
 
-def test_what_the_store_says_is_missing_reaches_the_reader(shelf: Shelf, folder: Path) -> None:
+def test_missing_shard_error_reaches_the_reader(shelf: Shelf, folder: Path) -> None:
     class Empty:
         def fetch(self, entry: FileEntry, path: Path) -> None:
             raise UserError(f"no {entry.name} on the remote")
@@ -210,7 +210,7 @@ def test_what_the_store_says_is_missing_reaches_the_reader(shelf: Shelf, folder:
     assert held(folder) == set()
 
 
-def test_a_full_disk_is_told_in_words(shelf: Shelf, folder: Path) -> None:
+def test_full_disk_in_the_shard_cache_is_a_readable_error(shelf: Shelf, folder: Path) -> None:
     class Full:
         def fetch(self, entry: FileEntry, path: Path) -> None:
             raise OSError(errno.ENOSPC, "No space left on device")
@@ -221,7 +221,7 @@ def test_a_full_disk_is_told_in_words(shelf: Shelf, folder: Path) -> None:
     assert held(folder) == set()
 
 
-def test_what_a_killed_process_left_makes_room(shelf: Shelf, cache: ShardCache, folder: Path) -> None:
+def test_leftovers_of_killed_processes_are_evicted(shelf: Shelf, cache: ShardCache, folder: Path) -> None:
     for number in (4, 5):
         (folder / f"{shelf.entries[number].sha256}.{SIZE}.partial").write_bytes(b"begun")
     for number in (0, 1, 2):

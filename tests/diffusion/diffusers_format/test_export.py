@@ -27,7 +27,7 @@ from diffusion.models.text_encoder import ENCODER
 from diffusion.models.unet import UNet
 from diffusion.process.samplers import SAMPLING_ADAPTER, SamplingConfig, sampling_config
 from tests.builders import small_models
-from tests.builders.captioned import MadeUp
+from tests.builders.captioned import FakeEncoder
 
 CLASSES = {"cat": 30, "dog": 10}
 SEED, COUNT = 7, 3
@@ -108,7 +108,7 @@ def assert_equal(theirs: Tensor, expected: Tensor) -> None:
 
 @pytest.mark.parametrize("sampler", ["euler", "heun", "dpmpp_2m", "dpmpp_2m_sde", "deis", "unipc"])
 @predictions
-def test_our_pipeline_draws_the_images_of_a_seed_with_their_scheduler(
+def test_exported_pipeline_reproduces_images_with_diffusers_scheduler(
     tmp_path: Path, settings: dict[str, Any], sampler: Any
 ) -> None:
     model, done = exported(write_model(tmp_path, channels=3, **settings), sampler=sampler)
@@ -133,7 +133,7 @@ def test_in_a_stock_pipeline_their_scheduler_visits_our_noise_levels(
 
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
 @predictions
-def test_a_stock_ddim_pipeline_draws_what_we_do_at_its_noise_levels(
+def test_stock_ddim_pipeline_matches_our_sampler_at_its_noise_levels(
     tmp_path: Path, settings: dict[str, Any], eta: float
 ) -> None:
     model, done = exported(write_model(tmp_path, **settings))
@@ -145,7 +145,7 @@ def test_a_stock_ddim_pipeline_draws_what_we_do_at_its_noise_levels(
 
 
 @pytest.mark.parametrize("variance", ["fixed_small", "fixed_large", None])
-def test_a_stock_ddpm_pipeline_draws_what_we_do_at_every_noise_level(tmp_path: Path, variance: Any) -> None:
+def test_stock_ddpm_pipeline_matches_our_sampler_at_every_noise_level(tmp_path: Path, variance: Any) -> None:
     weights = write_model(
         tmp_path, channels=3, steps=40, variance="fixed" if variance else "learned_range", **SCHEDULES["noise"]
     )
@@ -162,14 +162,14 @@ def test_a_stock_ddpm_pipeline_draws_what_we_do_at_every_noise_level(tmp_path: P
     assert_equal(load(done)(batch_size=COUNT, generator=again, output_type="pt").images, expected)
 
 
-def test_a_learned_variance_is_left_out_where_another_sampler_draws(tmp_path: Path) -> None:
+def test_learned_variance_is_dropped_on_export_for_other_samplers(tmp_path: Path) -> None:
     model, done = exported(write_model(tmp_path, variance="learned_range"), sampler="dpmpp_2m")
     theirs = load(done)(batch_size=COUNT, seed=SEED, output_type="pt").images
     assert_equal(theirs, ours(model, sampling_config(sampler="dpmpp_2m", steps=8)))
     assert load(done, DDIMPipeline)(num_inference_steps=5, output_type="pt").images.shape == (1, 1, 8, 8)
 
 
-def test_a_scheduler_made_of_the_one_there_is_draws_with_the_same_model(tmp_path: Path) -> None:
+def test_scheduler_from_config_samples_from_the_same_model(tmp_path: Path) -> None:
     model, done = exported(write_model(tmp_path))
     pipe = load(done)
     pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config)
@@ -180,7 +180,7 @@ def test_a_scheduler_made_of_the_one_there_is_draws_with_the_same_model(tmp_path
 
 @pytest.mark.parametrize("labels", [(), ("dog",), ("cat", None, "dog")])
 @pytest.mark.parametrize("guidance", [{}, {"guidance": 3.0, "guidance_interval": (0.2, 5.0), "guidance_rescale": 0.7}])
-def test_classes_are_asked_for_by_name_and_guided_to(
+def test_exported_pipeline_takes_class_names_and_guidance(
     tmp_path: Path, labels: tuple[str | None, ...], guidance: dict[str, Any]
 ) -> None:
     model, done = exported(write_model(tmp_path, classes=CLASSES))
@@ -192,12 +192,12 @@ def test_classes_are_asked_for_by_name_and_guided_to(
     assert not torch.allclose(theirs, none, atol=1e-2)
 
 
-def test_captions_are_asked_for_in_words(tmp_path: Path, made_up: MadeUp) -> None:
+def test_exported_pipeline_takes_prompts(tmp_path: Path, fake_encoder: FakeEncoder) -> None:
     model, done = exported(write_model(tmp_path, channels=3, text=True), guidance=2.0)
     theirs = load(done)(COUNT, SEED, prompts="red square", negative_prompt="blue", output_type="pt").images
     conditions = Conditions(prompts=("red square",), negative_prompt="blue")
     assert_equal(theirs, ours(model, sampling_config(steps=8, guidance=2.0), conditions=conditions))
-    assert set(made_up.read) == {"red square", "blue"}
+    assert set(fake_encoder.read) == {"red square", "blue"}
 
 
 def test_images_are_those_of_sample_to_one_level_of_grey(tmp_path: Path) -> None:
@@ -210,7 +210,7 @@ def test_images_are_those_of_sample_to_one_level_of_grey(tmp_path: Path) -> None
     assert (theirs.view_as(expected) - expected).abs().max() <= 1
 
 
-def test_weights_in_half_precision_draw_about_the_same(tmp_path: Path) -> None:
+def test_half_precision_weights_give_nearly_the_same_images(tmp_path: Path) -> None:
     model, done = exported(write_model(tmp_path), sampler="dpmpp_2m")
     half = load(done).to(torch.bfloat16)
     theirs = half(batch_size=COUNT, seed=SEED, output_type="pt").images
@@ -228,7 +228,7 @@ def test_a_pipeline_saved_again_is_the_same(tmp_path: Path) -> None:
     assert torch.equal(one, other)
 
 
-def test_the_folder_holds_nothing_that_is_unpickled_or_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_exported_folder_contains_no_pickle_and_no_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _, done = exported(write_model(tmp_path))
     assert {Path(name).suffix for name in done.files} == {".json", ".safetensors", ".md"}
 
@@ -241,7 +241,7 @@ def test_the_folder_holds_nothing_that_is_unpickled_or_run(tmp_path: Path, monke
     assert load(done, DDPMPipeline)(num_inference_steps=4, output_type="pt").images.isfinite().all()
 
 
-def test_its_readme_runs_and_says_where_the_model_comes_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_exported_readme_runs_and_names_the_origin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     weights = write_model(tmp_path)
     done = export_to_diffusers(weights, tmp_path / "folder", sampling_config(steps=4), "models:/blobs/3", "run-0815")
     text = (done.folder / "README.md").read_text()
@@ -256,7 +256,7 @@ def test_its_readme_runs_and_says_where_the_model_comes_from(tmp_path: Path, mon
         assert names["pipe"].unet.dtype == torch.float32
 
 
-def test_the_same_again_changes_nothing_and_another_is_refused(tmp_path: Path) -> None:
+def test_repeated_export_changes_nothing_and_a_different_one_fails(tmp_path: Path) -> None:
     weights = write_model(tmp_path)
     _, done = exported(weights)
     before = {path: path.stat().st_mtime_ns for path in done.folder.rglob("*")}
@@ -291,7 +291,7 @@ def test_a_folder_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.Monk
         ({"low_resolution_noise": 0.1}, "the model is given none"),
     ],
 )
-def test_what_diffusers_cannot_draw_is_refused_and_leaves_nothing(
+def test_sampling_settings_unknown_to_diffusers_are_not_exported(
     tmp_path: Path, sampling: dict[str, Any], words: str
 ) -> None:
     weights = write_model(tmp_path)
@@ -300,12 +300,12 @@ def test_what_diffusers_cannot_draw_is_refused_and_leaves_nothing(
     assert [path.name for path in tmp_path.iterdir()] == ["final.safetensors"]
 
 
-def test_models_that_must_be_shown_something_are_refused(tmp_path: Path) -> None:
+def test_super_resolution_models_are_not_exported(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"a model with model\.low_resolution has no counterpart"):
         exported(write_model(tmp_path, low_resolution=4, conditional=False))
 
 
-def test_without_diffusers_one_line_says_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_diffusers_gives_a_one_line_install_hint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     weights = write_model(tmp_path)
     for name in [name for name in sys.modules if name.startswith("diffusion.diffusers_format")]:
         monkeypatch.delitem(sys.modules, name)
@@ -315,7 +315,7 @@ def test_without_diffusers_one_line_says_how_to_get_it(tmp_path: Path, monkeypat
         exported(weights)
 
 
-def test_the_pipeline_refuses_what_would_have_no_effect_or_another_one(tmp_path: Path, made_up: MadeUp) -> None:
+def test_exported_pipeline_rejects_options_without_effect(tmp_path: Path, fake_encoder: FakeEncoder) -> None:
     _, done = exported(write_model(tmp_path, classes=CLASSES))
     pipe = load(done)
     with pytest.raises(UserError, match="no class 'bird'"):

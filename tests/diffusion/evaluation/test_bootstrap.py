@@ -138,7 +138,7 @@ def test_intervals_of_shares_cover_what_as_many_images_get_on_average(shift: flo
         assert covering([each[figure].estimate for each in found], truth) >= LEAST, figure
 
 
-def test_where_nothing_tells_two_sets_apart_errors_are_too_large_by_the_root_of_two() -> None:
+def test_errors_of_equal_sets_are_overestimated_by_root_two() -> None:
     found = trials(kid_replicates, 100, 100, 6, 0.0, 1.0)
     spread = np.std([each.value for each in found])
     claimed = math.sqrt(np.mean([each.estimate.error**2 for each in found]))
@@ -178,7 +178,7 @@ def test_as_many_cores_as_there_are_and_as_many_sets_give_the_same_bits(monkeypa
     assert torch.equal(before, torch.get_rng_state())
 
 
-def test_progress_tells_every_stage_to_its_end() -> None:
+def test_progress_reports_every_stage_to_completion() -> None:
     told: dict[str, list[int]] = {}
 
     def progress(what: str, done: int, total: int | None, note: str = "") -> None:

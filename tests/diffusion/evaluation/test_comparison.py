@@ -22,7 +22,7 @@ from tests.builders.comparisons import (
     SAMPLING,
     Watcher,
     discs,
-    let_draw,
+    save_images,
     training_images,
     write_autoencoder,
     write_of_family,
@@ -75,8 +75,8 @@ def test_a_better_model_is_promoted_and_a_worse_one_rejected_with_figures(
     data: Path, models: list[Path], tmp_path: Path
 ) -> None:
     new, old = models
-    let_draw(new, noisy(good(48), 5), data, tmp_path, TRIED)
-    let_draw(old, noisy(good(48, first=6000), 60), data, tmp_path, TRIED)
+    save_images(new, noisy(good(48), 5), data, tmp_path, TRIED)
+    save_images(old, noisy(good(48, first=6000), 60), data, tmp_path, TRIED)
     found, grids = tried(new, old, data, tmp_path)
     assert found.decision.verdict == Verdict.promote
     assert "better by more than δ: kid_efflite0" in found.reason
@@ -115,7 +115,7 @@ def test_a_model_that_copies_its_training_images_is_rejected_however_good_they_a
 ) -> None:
     new, old = models
     copies = torch.cat([training_images(data, 12), good(36)])
-    let_draw(new, copies, data, tmp_path, TRIED)
+    save_images(new, copies, data, tmp_path, TRIED)
     found, grids = tried(new, None if first else old, data, tmp_path)
     assert found.decision.verdict == Verdict.reject
     assert "copies of training images: " in found.reason
@@ -139,16 +139,14 @@ def test_a_first_version_needs_no_champion_and_has_its_intervals(
     assert found.conditions.evaluation.seed == seed
 
 
-def test_what_is_written_is_what_is_returned(data: Path, models: list[Path], tmp_path: Path) -> None:
+def test_stored_comparison_equals_the_returned_one(data: Path, models: list[Path], tmp_path: Path) -> None:
     found, _ = tried(*models, data, tmp_path)
     written = (tmp_path / "champion_comparison.json").read_bytes()
     assert ChampionComparison.model_validate_json(written) == found
     assert json.loads(written)["gate"] == GATE.model_dump()
 
 
-def test_nothing_is_drawn_twice_not_even_when_the_candidate_has_become_champion(
-    data: Path, models: list[Path], tmp_path: Path
-) -> None:
+def test_images_are_reused_when_the_candidate_becomes_champion(data: Path, models: list[Path], tmp_path: Path) -> None:
     new, old = models
     watcher = Watcher()
     first, _ = tried(new, old, data, tmp_path, progress=watcher)
@@ -171,7 +169,7 @@ def test_nothing_is_drawn_twice_not_even_when_the_candidate_has_become_champion(
     assert other.key != next_one.key
 
 
-def test_a_trial_that_was_cut_short_goes_on_to_the_same_bytes(data: Path, models: list[Path], tmp_path: Path) -> None:
+def test_interrupted_comparison_resumes_to_the_same_bytes(data: Path, models: list[Path], tmp_path: Path) -> None:
     tried(*models, data, tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
         tried(*models, data, tmp_path / "cut", progress=Watcher("old: images sampled"))
@@ -184,7 +182,7 @@ def test_a_trial_that_was_cut_short_goes_on_to_the_same_bytes(data: Path, models
     ).read_bytes()
 
 
-def test_drawing_that_was_cut_short_goes_on_after_the_last_whole_piece(
+def test_interrupted_sampling_resumes_after_the_last_complete_chunk(
     data: Path, models: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("diffusion.evaluation.evaluator.cores", lambda: 1)
@@ -204,13 +202,13 @@ def test_drawing_that_was_cut_short_goes_on_after_the_last_whole_piece(
     assert not list(tmp_path.rglob("*.pieces"))
 
 
-def test_the_worst_classes_and_what_was_drawn_twice_can_be_looked_at(data: Path, tmp_path: Path) -> None:
+def test_grids_show_the_worst_classes_and_duplicate_images(data: Path, tmp_path: Path) -> None:
     classes = {"left": 60, "right": 60}
     path = write_model(tmp_path / "told.safetensors", 1, 1, classes=classes)
     config = CONFIG.model_copy(update={"samples": 64})
     again = good(64)
     again[10:14] = again[10].clone()
-    let_draw(path, again, data, tmp_path, config.model_copy(update={"seed": CONFIG.seed + 1}))
+    save_images(path, again, data, tmp_path, config.model_copy(update={"seed": CONFIG.seed + 1}))
     found, grids = tried(path, None, data, tmp_path, config=config)
     per_class, doubles = found.candidate.per_class, found.candidate.duplicates
     assert per_class is not None
@@ -229,7 +227,7 @@ def test_the_worst_classes_and_what_was_drawn_twice_can_be_looked_at(data: Path,
         assert torch.equal(shown, again[group.members])
 
 
-def test_autoencoders_are_compared_by_what_comes_back_of_each_held_out_image(data: Path, tmp_path: Path) -> None:
+def test_autoencoders_are_compared_by_held_out_reconstructions(data: Path, tmp_path: Path) -> None:
     paths = [write_autoencoder(tmp_path / f"{spread}.safetensors", 1, spread) for spread in (0.02, 0.5)]
     sampling = sampling_config(compute_batch=16, precision="fp32")
     verdicts = {}
@@ -258,7 +256,7 @@ def plain(path: Path, **changes: object) -> Path:
     return write_model(path, 5, 1, **changes)  # type: ignore[arg-type]
 
 
-def test_a_champion_that_cannot_be_compared_holds_the_candidate_with_the_reason(
+def test_incomparable_champion_holds_the_candidate_with_a_reason(
     data: Path, models: list[Path], tmp_path: Path
 ) -> None:
     small = MODEL.model_copy(update={"low_resolution": 4, "conditional": False})
@@ -277,7 +275,7 @@ def test_a_champion_that_cannot_be_compared_holds_the_candidate_with_the_reason(
         assert {each.rule for each in found.decision.findings} == {"headline", "memorized"}
 
 
-def test_a_champion_that_was_told_less_is_drawn_without_guidance(data: Path, tmp_path: Path) -> None:
+def test_champion_without_classes_is_sampled_without_guidance(data: Path, tmp_path: Path) -> None:
     told = write_model(tmp_path / "told.safetensors", 0, 1, classes={"left": 60, "right": 60})
     untold = write_model(tmp_path / "untold.safetensors", 0, 1)
     sampling = SAMPLING.model_copy(update={"guidance": 2.0})
@@ -289,7 +287,7 @@ def test_a_champion_that_was_told_less_is_drawn_without_guidance(data: Path, tmp
     assert found.candidate.gflop == pytest.approx(2 * found.champion.gflop, rel=0.02)
 
 
-def test_too_few_images_for_errors_hold_and_a_first_version_passes(models: list[Path], tmp_path: Path) -> None:
+def test_too_few_images_hold_a_candidate_but_not_a_first_version(models: list[Path], tmp_path: Path) -> None:
     few = tmp_path / "data" / "few"
     write_dataset(few, random_images(44), per_shard=44)
     found, _ = tried(*models, few, tmp_path)
@@ -299,7 +297,7 @@ def test_too_few_images_for_errors_hold_and_a_first_version_passes(models: list[
     assert tried(models[0], None, few, tmp_path)[0].decision.verdict != Verdict.reject
 
 
-def test_a_candidate_that_cannot_be_judged_is_the_users_mistake(data: Path, tmp_path: Path) -> None:
+def test_unevaluable_candidate_is_a_user_error(data: Path, tmp_path: Path) -> None:
     other = plain(tmp_path / "rgb.safetensors", channels=3, size=16)
     with pytest.raises(UserError, match=r"rgb\.safetensors generates images of 3×16×16 and .* holds 1×8×8"):
         tried(other, None, data, tmp_path)
@@ -314,14 +312,14 @@ def test_a_candidate_that_cannot_be_judged_is_the_users_mistake(data: Path, tmp_
         tried(small, None, few, tmp_path)
 
 
-def test_families_meet_only_if_asked_and_then_by_what_they_draw(data: Path, tmp_path: Path) -> None:
+def test_families_are_compared_only_with_across_families(data: Path, tmp_path: Path) -> None:
     # Neither of the two has a reverse process, so that both draw by the same settings.
     plain = sampling_config(compute_batch=16, precision="fp32")
     autoencoder = write_autoencoder(tmp_path / "vae.safetensors", 1)
     gan = write_of_family(tmp_path / "gan.safetensors", GANConfig(width=8, channel_mult=(1,), latent=4), 2)
     asked = GATE.model_copy(update={"across_families": True, "cost": None})
     for path, images in ((gan, noisy(good(48), 5)), (autoencoder, noisy(good(48, first=6000), 60))):
-        let_draw(path, images, data, tmp_path, TRIED, plain)
+        save_images(path, images, data, tmp_path, TRIED, plain)
     held, _ = tried(gan, autoencoder, data, tmp_path, GATE, plain)
     assert held.decision.verdict == Verdict.hold
     assert "only with gate.across_families" in held.reason
@@ -332,9 +330,7 @@ def test_families_meet_only_if_asked_and_then_by_what_they_draw(data: Path, tmp_
     assert rejected.decision.verdict == Verdict.reject
 
 
-def test_a_champion_of_another_family_draws_by_what_of_the_settings_means_something_to_it(
-    data: Path, tmp_path: Path
-) -> None:
+def test_champion_of_another_family_uses_the_settings_it_supports(data: Path, tmp_path: Path) -> None:
     gan = write_of_family(tmp_path / "gan.safetensors", GANConfig(width=8, channel_mult=(1,), latent=4), 2)
     new = write_model(tmp_path / "new.safetensors", 1, 1)
     asked = GATE.model_copy(update={"across_families": True})

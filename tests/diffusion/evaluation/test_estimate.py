@@ -31,7 +31,7 @@ def test_intervals_of_shares_are_wilsons_for_independent_images(count: int, data
     assert (found.low, found.high) == (pytest.approx(theirs.low, abs=1e-6), pytest.approx(theirs.high, abs=1e-6))
 
 
-def test_shares_whose_images_hang_together_have_wider_intervals() -> None:
+def test_correlated_images_widen_the_interval_of_a_share() -> None:
     independent, together = (Share(value=0.9, error=error, freedom=100, count=900) for error in (0.01, 0.03))
     narrow, wide = independent.interval(0.95), together.interval(0.95)
     assert wide.low < narrow.low < 0.9 < narrow.high < wide.high < 1
@@ -47,7 +47,7 @@ def test_the_paired_difference_is_that_of_the_t_test(pairs: list[tuple[float, fl
     assert found.freedom == len(pairs) - 1
 
 
-def test_what_images_have_in_common_does_not_blur_their_difference() -> None:
+def test_paired_difference_removes_common_variation() -> None:
     random = np.random.default_rng(0)
     difficulty = random.normal(30, 5, 200)
     ours, theirs = difficulty + random.normal(0.2, 0.1, 200), difficulty
@@ -69,7 +69,7 @@ def test_errors_of_independent_figures_add_up_in_squares() -> None:
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_what_is_no_number_is_no_estimate(value: float) -> None:
+def test_nan_and_infinity_give_no_estimate(value: float) -> None:
     with pytest.raises(ValidationError):
         Estimate(value=value, error=1)
     with pytest.raises(ValidationError):

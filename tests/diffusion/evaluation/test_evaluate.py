@@ -40,7 +40,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
     return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
-def test_scores_are_those_of_the_drawn_images_against_all_held_out_ones(
+def test_scores_compare_generated_images_with_all_held_out_ones(
     dataset: Path, checkpoints: list[Path], tmp_path: Path
 ) -> None:
     evaluation = evaluate(dataset, checkpoints, CONFIG, SAMPLING, tmp_path / "report")
@@ -62,7 +62,7 @@ def test_checkpoints_come_in_order_and_the_best_has_the_lowest_kid(
     assert evaluation.best.scores.kid == min(kids)
 
 
-def test_the_floor_is_that_of_training_images_and_says_how_many_there_were(
+def test_real_baseline_uses_training_images_and_states_their_number(
     dataset: Path, checkpoints: list[Path], tmp_path: Path
 ) -> None:
     data, extractor = Dataset.open(dataset), EfficientNetLite0(32)
@@ -76,9 +76,7 @@ def test_the_floor_is_that_of_training_images_and_says_how_many_there_were(
     assert few.samples == 20
 
 
-def test_what_is_written_says_the_same_as_what_is_returned(
-    dataset: Path, checkpoints: list[Path], tmp_path: Path
-) -> None:
+def test_stored_evaluation_equals_the_returned_one(dataset: Path, checkpoints: list[Path], tmp_path: Path) -> None:
     output = tmp_path / "report"
     evaluation = evaluate(dataset, checkpoints, CONFIG, SAMPLING, output)
     assert Evaluation.model_validate_json((output / "evaluation.json").read_bytes()) == evaluation
@@ -94,7 +92,7 @@ def test_what_is_written_says_the_same_as_what_is_returned(
     assert [float(row["kid_efflite0"]) for row in rows] == kids
 
 
-def test_the_grids_show_the_first_drawn_and_the_first_held_out_images(
+def test_grids_show_the_first_generated_and_held_out_images(
     dataset: Path, checkpoints: list[Path], tmp_path: Path
 ) -> None:
     output = tmp_path / "report"
@@ -110,7 +108,7 @@ def test_the_grids_show_the_first_drawn_and_the_first_held_out_images(
         assert np.array_equal(np.asarray(Image.open(path)), np.asarray(expected))
 
 
-def test_judging_again_draws_nothing_and_changes_no_byte(
+def test_reevaluation_samples_nothing_and_changes_no_byte(
     dataset: Path, checkpoints: list[Path], tmp_path: Path
 ) -> None:
     first, again = Watcher(), Watcher()
@@ -140,7 +138,7 @@ def changed(change: dict[str, Any]) -> tuple[EvaluationConfig, SamplingConfig]:
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=str)
-def test_another_condition_means_another_judgement(
+def test_changed_condition_triggers_reevaluation(
     change: dict[str, Any], dataset: Path, checkpoints: list[Path], tmp_path: Path
 ) -> None:
     first = evaluate_one(checkpoints[0], dataset, CONFIG, SAMPLING, tmp_path / "report")
@@ -168,9 +166,7 @@ def test_the_key_of_the_conditions_changes_with_each_of_them() -> None:
     assert key(CONFIG, SAMPLING) == key(CONFIG, SAMPLING)
 
 
-def test_other_weights_are_judged_anew_under_the_same_conditions(
-    dataset: Path, checkpoints: list[Path], tmp_path: Path
-) -> None:
+def test_changed_weights_are_evaluated_again(dataset: Path, checkpoints: list[Path], tmp_path: Path) -> None:
     first = evaluate(dataset, checkpoints, CONFIG, SAMPLING, tmp_path / "report")
     write_model(checkpoints[0], seed=7, images=300)
     watcher = Watcher()
@@ -193,7 +189,7 @@ def test_another_data_set_means_other_scores_of_the_same_images(
     assert other.eval_key != first.eval_key
 
 
-def test_a_run_that_was_cut_short_goes_on_to_the_same_end(
+def test_interrupted_run_evaluation_resumes_to_the_same_result(
     dataset: Path, checkpoints: list[Path], tmp_path: Path
 ) -> None:
     evaluate(dataset, checkpoints, CONFIG, SAMPLING, tmp_path / "whole")
@@ -206,7 +202,7 @@ def test_a_run_that_was_cut_short_goes_on_to_the_same_end(
     assert files_of(tmp_path / "cut") == files_of(tmp_path / "whole")
 
 
-def test_a_damaged_memory_is_replaced(dataset: Path, checkpoints: list[Path], tmp_path: Path) -> None:
+def test_damaged_cached_result_is_replaced(dataset: Path, checkpoints: list[Path], tmp_path: Path) -> None:
     evaluate(dataset, checkpoints, CONFIG, SAMPLING, tmp_path / "report")
     before = files_of(tmp_path / "report")
     for path in (tmp_path / "report" / "evaluations").glob("*.safetensors"):
@@ -217,9 +213,7 @@ def test_a_damaged_memory_is_replaced(dataset: Path, checkpoints: list[Path], tm
     assert files_of(tmp_path / "report") == before
 
 
-def test_one_model_judged_alone_has_the_scores_it_has_among_others(
-    dataset: Path, checkpoints: list[Path], tmp_path: Path
-) -> None:
+def test_model_scores_do_not_depend_on_other_models(dataset: Path, checkpoints: list[Path], tmp_path: Path) -> None:
     evaluation = evaluate(dataset, checkpoints, CONFIG, SAMPLING, tmp_path / "report")
     watcher = Watcher()
     alone = evaluate_one(checkpoints[0], dataset, CONFIG, SAMPLING, tmp_path / "other", watcher)

@@ -22,7 +22,7 @@ from tests.builders.comparisons import (
     SAMPLING,
     Watcher,
     discs,
-    let_draw,
+    save_images,
     training_images,
     write_autoencoder,
 )
@@ -70,7 +70,7 @@ def test_an_evaluation_has_each_metric_of_the_generated_images(data: Path, model
     assert {"kid_efflite0", "copies_share", "duplicates_share", "drift_brightness", "bits_per_dim"} <= names
 
 
-def test_scores_are_made_once(data: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scores_are_computed_once(data: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = evaluated(model, data, tmp_path)
     monkeypatch.setattr("diffusion.evaluation.real_images.compute_scores", None)
     assert evaluated(model, data, tmp_path)[1] == first[1]
@@ -78,7 +78,7 @@ def test_scores_are_made_once(data: Path, model: Path, tmp_path: Path, monkeypat
         evaluated(model, data, tmp_path, samples=40)
 
 
-def test_a_model_that_is_told_classes_is_judged_by_class(data: Path, tmp_path: Path) -> None:
+def test_class_conditional_model_is_evaluated_per_class(data: Path, tmp_path: Path) -> None:
     path = write_model(tmp_path / "told.safetensors", 0, 1, classes=CLASSES)
     found = evaluated(path, data, tmp_path, samples=64)[1].per_class
     assert found is not None
@@ -88,7 +88,7 @@ def test_a_model_that_is_told_classes_is_judged_by_class(data: Path, tmp_path: P
 
 
 def test_copies_of_training_images_are_found_and_named(data: Path, model: Path, tmp_path: Path) -> None:
-    let_draw(model, training_images(data, CONFIG.samples), data, tmp_path)
+    save_images(model, training_images(data, CONFIG.samples), data, tmp_path)
     found = evaluated(model, data, tmp_path)[1].memorization
     assert found.share == 1
     assert found.p_value < 1e-3
@@ -98,7 +98,7 @@ def test_copies_of_training_images_are_found_and_named(data: Path, model: Path, 
 @pytest.mark.parametrize("flip", [False, True])
 def test_mirrored_copies_count_where_training_mirrored(flip: bool, data: Path, tmp_path: Path) -> None:
     path = write_model(tmp_path / "flipped.safetensors", 0, 1, training={"flip": flip})
-    let_draw(path, training_images(data, CONFIG.samples).flip(3), data, tmp_path)
+    save_images(path, training_images(data, CONFIG.samples).flip(3), data, tmp_path)
     share = evaluated(path, data, tmp_path)[1].memorization.share
     assert share == 1 if flip else share < 0.9
 
@@ -114,7 +114,7 @@ def test_a_model_is_evaluated_once_and_again_if_anything_changes(data: Path, mod
         assert watcher.drawn == {"model"}
 
 
-def test_what_draws_from_nothing_is_not_drawn_again_because_the_data_set_grew(model: Path, tmp_path: Path) -> None:
+def test_unconditional_samples_are_reused_when_the_data_set_grows(model: Path, tmp_path: Path) -> None:
     first, first_evaluation = evaluated(model, discs(tmp_path / "few", 80), tmp_path)
     watcher = Watcher()
     grown, grown_evaluation = evaluated(model, discs(tmp_path / "more", 96), tmp_path, watcher)
@@ -128,7 +128,7 @@ def test_what_draws_from_nothing_is_not_drawn_again_because_the_data_set_grew(mo
 @pytest.mark.parametrize(
     "stop_at", ["model: images sampled", "images compared with", "model: held-out images looked at"]
 )
-def test_an_evaluation_that_was_cut_short_goes_on_to_the_same_end(
+def test_interrupted_model_evaluation_resumes_to_the_same_result(
     stop_at: str, data: Path, model: Path, tmp_path: Path
 ) -> None:
     whole = evaluated(model, data, tmp_path / "whole")[1]
@@ -139,7 +139,7 @@ def test_an_evaluation_that_was_cut_short_goes_on_to_the_same_end(
     assert watcher.drawn == ({"model"} if stop_at.endswith("sampled") else set())
 
 
-def test_an_autoencoder_is_judged_by_what_comes_back(data: Path, tmp_path: Path) -> None:
+def test_autoencoder_is_evaluated_by_reconstructions(data: Path, tmp_path: Path) -> None:
     path = write_autoencoder(tmp_path / "vae.safetensors", 0)
     sampling = sampling_config(compute_batch=16, precision="fp32")
     found = Evaluator(data, CONFIG, sampling, tmp_path / "evaluations").model(path)
@@ -151,9 +151,7 @@ def test_an_autoencoder_is_judged_by_what_comes_back(data: Path, tmp_path: Path)
     assert evaluation.held_out_loss.bits_per_dim is not None
 
 
-def test_a_model_that_enlarges_is_shown_one_half_of_the_held_out_images_and_compared_with_the_other(
-    data: Path, tmp_path: Path
-) -> None:
+def test_super_resolution_is_evaluated_on_split_held_out_images(data: Path, tmp_path: Path) -> None:
     config = MODEL.model_copy(update={"low_resolution": 4, "conditional": False})
     path = write_model(tmp_path / "sr.safetensors", 0, 1, config=config)
     dataset, extractor = Dataset.open(data), make_extractor(CONFIG)

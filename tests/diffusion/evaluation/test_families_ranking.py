@@ -18,7 +18,7 @@ from diffusion.evaluation.ranking import RANKING, Ranking, rank_models
 from diffusion.evaluation.reports.ranking_report import PAGE, findings, write_ranking_report
 from diffusion.models.config import AutoregressiveConfig, GANConfig, ModelConfig
 from diffusion.process.samplers import SamplingConfig, sampling_config
-from tests.builders.comparisons import CONFIG, SAMPLING, Watcher, discs, let_draw, write_autoencoder, write_of_family
+from tests.builders.comparisons import CONFIG, SAMPLING, Watcher, discs, save_images, write_autoencoder, write_of_family
 from tests.builders.html_pages import Page
 from tests.builders.shapes import disc
 from tests.builders.small_datasets import random_images, write_dataset
@@ -57,12 +57,12 @@ def compared(
     return rank_models(data, models, CONFIG, folder, progress or Watcher())
 
 
-def test_the_nearest_to_real_images_comes_first_with_figures_and_what_can_be_said_of_the_lead(
+def test_families_are_ranked_by_distance_with_confidence_of_the_lead(
     data: Path, models: dict[str, tuple[Path, SamplingConfig]], tmp_path: Path
 ) -> None:
     drawn = {"gan": good(5000, 5), "autoregressive": good(6000, 5), "ddpm": good(7000, 40), "vae": good(8000, 90)}
     for name, images in drawn.items():
-        let_draw(models[name][0], images, data, tmp_path, sampling=models[name][1])
+        save_images(models[name][0], images, data, tmp_path, sampling=models[name][1])
     found, sheets = compared(models, data, tmp_path)
     names = [each.name for each in found.models]
     assert set(names[:2]) == {"gan", "autoregressive"}
@@ -95,7 +95,7 @@ def test_the_nearest_to_real_images_comes_first_with_figures_and_what_can_be_sai
     assert by_name["ddpm"].minutes == 2
 
 
-def test_stopped_anywhere_it_goes_on_and_what_was_drawn_is_not_drawn_again(
+def test_interrupted_ranking_resumes_and_reuses_samples(
     data: Path, models: dict[str, tuple[Path, SamplingConfig]], tmp_path: Path
 ) -> None:
     two = {name: models[name] for name in ("gan", "autoregressive")}
@@ -113,7 +113,7 @@ def test_stopped_anywhere_it_goes_on_and_what_was_drawn_is_not_drawn_again(
     assert json.loads((tmp_path / RANKING).read_text()) == json.loads(first.model_dump_json())
 
 
-def test_the_page_shows_all_of_them_and_needs_nothing_else(
+def test_ranking_report_shows_all_families_and_is_self_contained(
     data: Path, models: dict[str, tuple[Path, SamplingConfig]], tmp_path: Path
 ) -> None:
     found, sheets = compared(models, data, tmp_path)
@@ -129,7 +129,7 @@ def test_the_page_shows_all_of_them_and_needs_nothing_else(
     assert all(words in page.text for words in findings(found))
 
 
-def test_what_cannot_be_compared_is_refused(
+def test_incomparable_models_are_an_error(
     data: Path, models: dict[str, tuple[Path, SamplingConfig]], tmp_path: Path
 ) -> None:
     with pytest.raises(UserError, match="nothing to compare gan with"):

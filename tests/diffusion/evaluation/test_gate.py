@@ -74,7 +74,7 @@ def test_the_same_model_with_other_seeds_is_promoted_no_more_often_than_the_conf
     assert sum(lead.value > lead.error for lead in leads) > MOST
 
 
-def test_a_model_that_draws_real_images_is_not_promoted_over_itself() -> None:
+def test_model_that_samples_real_images_is_not_promoted_over_itself() -> None:
     chances = []
     for seed in range(TRIALS):
         candidate, champion, floor, reference = (drawn(60, WIDTH, 4 * seed + each) for each in range(4))
@@ -112,7 +112,7 @@ def test_an_improvement_of_twice_delta_is_promoted_in_four_of_five_cases(figure:
     assert all(decide(each, config).verdict != Verdict.reject for each in evidence)
 
 
-def test_noise_in_common_lets_smaller_improvements_through() -> None:
+def test_shared_noise_detects_smaller_improvements() -> None:
     shift = better_by("kid", 0.3)
     alone, paired = ([comparison("kid", seed, 120, shift, common) for seed in range(40)] for common in (0.0, 0.98))
     assert promotions(alone, delta=0.05) < 20
@@ -124,7 +124,7 @@ def test_a_model_that_is_surely_worse_is_rejected() -> None:
     assert all(decide(each, GateConfig(**HEADLINE_ALONE)).verdict == Verdict.reject for each in evidence)
 
 
-def test_the_images_that_it_asks_for_suffice_in_four_of_five_cases() -> None:
+def test_images_needed_suffice_in_four_of_five_cases() -> None:
     shift, config = better_by("kid", 0.5), GateConfig(delta=0.2, **HEADLINE_ALONE)
     truth = TRUE["kid"](WIDTH, CHAMPION, 1.0)
     few = [comparison("kid", seed, 120, shift) for seed in range(20)]
@@ -189,20 +189,20 @@ def test_a_better_model_within_all_limits_is_promoted_with_its_figures() -> None
         (0.0020, "reject", "worse than the champion"),
     ],
 )
-def test_the_verdict_on_the_headline_goes_by_its_bounds(difference: float, verdict: str, begins: str) -> None:
+def test_headline_verdict_depends_on_its_confidence_bounds(difference: float, verdict: str, begins: str) -> None:
     decision = decided(headline=headline(difference))
     assert decision.verdict == verdict
     assert decision.reasons[0].startswith(f"{begins}: kid_efflite0")
 
 
-def test_what_is_surely_better_by_less_than_delta_is_held_whatever_the_number_of_images() -> None:
+def test_improvement_below_delta_is_held_for_any_number_of_images() -> None:
     decision = decided(headline=headline(-0.0005, error=0.0001))
     assert decision.verdict == Verdict.hold
     assert decision.reasons[0].startswith("not better by δ, as more images would only confirm")
     assert decision.findings[0].images is None
 
 
-def test_a_held_model_is_told_how_many_images_would_tell() -> None:
+def test_held_model_reports_how_many_images_would_decide() -> None:
     finding = decided(headline=headline(-0.002)).findings[0]
     # n ((t₀.₉₅ + t₀.₈) · 0.001 / (0.002 − 0.001))², with Student's quantiles at 100 degrees of freedom.
     exact = 500 * (1.6602 + 0.8452) ** 2
@@ -280,7 +280,7 @@ def test_nothing_that_is_not_better_by_delta_as_measured_is_promoted(
         ({"cost": Cost(candidate=78, champion=39, unit="network evaluations")}, "promote", "78"),
     ],
 )
-def test_limits_reject_what_is_surely_beyond_and_hold_what_is_not_surely_within(
+def test_limits_reject_certain_violations_and_hold_uncertain_ones(
     changes: dict[str, Any], verdict: str, words: str
 ) -> None:
     decision = decided(**changes)
@@ -309,7 +309,7 @@ def test_the_worst_class_may_get_worse_by_a_share(candidate: float, verdict: str
 
 
 @pytest.mark.parametrize("missing", ["headline", "recall", "memorized", "worst_class", "cost"])
-def test_a_figure_that_a_rule_asks_for_and_nobody_measured_holds(missing: str) -> None:
+def test_unmeasured_metric_of_a_rule_holds_the_candidate(missing: str) -> None:
     config, figures = {"class_loss": 0.5}, {"worst_class": worst(0.05, 0.05, 0.005)}
     assert decided(config, **figures).verdict == Verdict.promote
     decision = decided(config, **figures | {missing: None})
@@ -318,7 +318,7 @@ def test_a_figure_that_a_rule_asks_for_and_nobody_measured_holds(missing: str) -
     assert reason.startswith("not measured: ")
 
 
-def test_rules_that_are_off_ask_for_nothing() -> None:
+def test_disabled_rules_require_no_metrics() -> None:
     decision = decided(HEADLINE_ALONE, recall=None, memorized=None, cost=None)
     assert decision.verdict == Verdict.promote
     assert len(decision.findings) == 1
@@ -333,7 +333,7 @@ def test_a_first_version_is_promoted_unless_it_copies() -> None:
     assert decided(**alone | {"memorized": None}).verdict == Verdict.hold
 
 
-def test_what_cannot_be_compared_is_held_with_the_reason_and_rejected_if_it_copies() -> None:
+def test_incomparable_candidate_is_held_and_rejected_if_it_copies() -> None:
     unlike = {"incomparable": "they are of two families", "headline": None, "recall": None, "cost": None}
     decision = decided({"class_loss": 0.5}, **unlike)
     assert (decision.verdict, decision.reasons) == (Verdict.hold, ("they are of two families",))
@@ -346,13 +346,13 @@ def test_a_better_model_over_the_limit_of_copies_is_never_promoted() -> None:
     assert decision.reasons == ("copies of training images: 6.00% of 500 generated, limit 5.00%",)
 
 
-def test_kid_leads_under_five_thousand_images_of_either_side() -> None:
+def test_headline_metric_is_kid_below_five_thousand_images() -> None:
     figures = {(4999, 60_000): "kid", (10_000, 4999): "kid", (5000, 5000): "fd"}
     assert {counts: GateConfig().metric(*counts) for counts in figures} == figures
     assert GateConfig(headline="fd").metric(100, 100) == "fd"
 
 
-def test_evidence_is_gathered_from_replicates_of_the_same_images() -> None:
+def test_comparison_metrics_use_replicates_of_the_same_images() -> None:
     candidate, champion, floor = drawn(100, 4, 0, 0.2), drawn(100, 4, 1, 0.5), drawn(100, 4, 2)
     figures = share_replicates([candidate, champion, floor], drawn(90, 4, 3), splits=10)
     assert (
@@ -366,7 +366,7 @@ def test_evidence_is_gathered_from_replicates_of_the_same_images() -> None:
     assert gathered.lead.value == pytest.approx(found[1].whole - found[0].whole)
 
 
-def test_autoencoders_are_judged_by_the_decibels_that_each_held_out_image_gains() -> None:
+def test_autoencoders_are_evaluated_by_psnr_gain_per_image() -> None:
     champion = 25 + 4 * torch.randn(300, generator=torch.Generator().manual_seed(0))
     noise = torch.randn(300, generator=torch.Generator().manual_seed(1))
     config = {"delta": 0.05}
@@ -384,6 +384,6 @@ def test_autoencoders_are_judged_by_the_decibels_that_each_held_out_image_gains(
 @pytest.mark.parametrize(
     "wrong", [{"delta": 1}, {"confidence": 0.5}, {"cost": 0}, {"memorized": 1.1}, {"recall_loss": -0.1}, {"other": 1}]
 )
-def test_configurations_that_mean_nothing_are_refused(wrong: dict[str, Any]) -> None:
+def test_meaningless_gate_settings_are_an_error(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
         GateConfig(**wrong)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from diffusion.evaluation.comparison import ChampionComparison, compare_with_champion
 from diffusion.evaluation.gate import GateConfig, Verdict
-from tests.builders.comparisons import CONFIG, SAMPLING, Watcher, let_draw, training_images
+from tests.builders.comparisons import CONFIG, SAMPLING, Watcher, save_images, training_images
 from tests.builders.degraded import blurred, compressed, with_copies, with_noise, without_classes
 from tests.builders.real_images import images
 from tests.builders.small_datasets import write_dataset
@@ -48,7 +48,7 @@ class House:
         """A model that draws these images."""
         self.models += 1
         path = write_model(self.folder / f"{self.models}.safetensors", self.models, self.models, size=28)
-        let_draw(path, drawn, self.data, self.folder, TRIED)
+        save_images(path, drawn, self.data, self.folder, TRIED)
         return path
 
 
@@ -81,9 +81,7 @@ def tried(candidate: Path, champion: Path, house: House) -> ChampionComparison:
 
 @pytest.mark.usefixtures("few_cuts")
 @pytest.mark.parametrize("kind", DOSES)
-def test_what_makes_images_ugly_is_never_promoted_and_rejected_where_anybody_sees_it(
-    kind: str, house: House, champion: Path
-) -> None:
+def test_degraded_images_are_never_promoted_and_rejected_when_visible(kind: str, house: House, champion: Path) -> None:
     # Other real images than the champion's: those would be better or worse by chance alone.
     mild, serious = (
         tried(house.drawing(spoil(house.spare[COUNT : 2 * COUNT])), champion, house) for spoil in DOSES[kind]
@@ -94,7 +92,7 @@ def test_what_makes_images_ugly_is_never_promoted_and_rejected_where_anybody_see
 
 
 @pytest.mark.usefixtures("few_cuts")
-def test_a_model_that_draws_two_of_ten_classes_is_rejected_and_covers_less(house: House, champion: Path) -> None:
+def test_model_that_covers_two_of_ten_classes_is_rejected(house: House, champion: Path) -> None:
     two = without_classes(house.spare[COUNT:], house.classes[COUNT:], 8, COUNT)
     found = tried(house.drawing(two), champion, house)
     assert found.decision.verdict == Verdict.reject

@@ -35,7 +35,7 @@ def test_halves_are_cut_once_and_are_those_of_the_features(dataset: Path, tmp_pa
     assert watcher.seen == []
 
 
-def test_an_evaluation_has_intervals_of_its_best_checkpoint_and_of_its_floor(dataset: Path, tmp_path: Path) -> None:
+def test_evaluation_has_intervals_of_best_checkpoint_and_baseline(dataset: Path, tmp_path: Path) -> None:
     path = write_model(tmp_path / "100.safetensors", seed=1, images=100)
     found = evaluate(dataset, [path], CONFIG, SAMPLING, tmp_path / "report")
     assert found.estimates["fd_efflite0"].value == found.best.scores.fd

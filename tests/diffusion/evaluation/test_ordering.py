@@ -74,16 +74,14 @@ def grows(values: Sequence[float], by: float = 0.0) -> bool:
         pytest.param(compressed, [80, 20, 3], id="JPEG artefacts"),
     ],
 )
-def test_the_distances_grow_with_what_makes_images_ugly(
-    spoil: Callable[[Tensor, float], Tensor], doses: list[float]
-) -> None:
+def test_distances_grow_with_image_degradation(spoil: Callable[[Tensor, float], Tensor], doses: list[float]) -> None:
     found = [floor(), *(scores(spoil(drawn(), dose)) for dose in doses)]
     assert grows([each.fd for each in found])
     assert grows([each.kid for each in found], by=found[0].kid_se)
     assert found[-1].precision < 0.8 * found[0].precision
 
 
-def test_the_distances_grow_with_classes_that_are_not_drawn_and_variety_falls_while_fidelity_does_not() -> None:
+def test_missing_classes_raise_distances_and_lower_recall_only() -> None:
     found = [floor(), *(scores(without_classes(*sets()["drawn"], dropped, COUNT)) for dropped in (2, 5, 9))]
     assert grows([each.fd for each in found])
     assert grows([each.kid for each in found], by=found[0].kid_se)
@@ -94,7 +92,7 @@ def test_the_distances_grow_with_classes_that_are_not_drawn_and_variety_falls_wh
     assert all(each.precision > 0.9 * found[0].precision for each in found)
 
 
-def test_agreement_falls_with_each_class_that_is_drawn_wrong_and_the_first_is_named() -> None:
+def test_label_agreement_falls_with_each_wrong_class() -> None:
     shown, classes = sets()["drawn"]
     reader = fit_discriminant([(features("training"), sets()["training"][1])], len(CLASSES))
     real = Labelled(features("held_out"), sets()["held_out"][1])
@@ -122,7 +120,7 @@ def test_agreement_falls_with_each_class_that_is_drawn_wrong_and_the_first_is_na
     assert (found[1].worst.name, found[1].worst.taken_for) == ("0", "9")
 
 
-def judged_for_copies(judged: Tensor) -> Memorization:
+def detect_copies_among(judged: Tensor) -> Memorization:
     def found(shown: Tensor) -> dict[str, NearestNeighbours]:
         seen = {PIXELS: make_thumbnails(sets()["training"][0]), "efflite0": features("training")}
         points = {PIXELS: shifted_thumbnails(shown), "efflite0": extractor()(shown)}
@@ -134,7 +132,7 @@ def judged_for_copies(judged: Tensor) -> Memorization:
 def test_copies_of_training_images_are_counted_and_no_distance_sees_them() -> None:
     training = sets()["training"][0]
     several = [with_copies(drawn(), training[:count]) for count in (0, 15, 60, 240)]
-    found = [judged_for_copies(each) for each in several]
+    found = [detect_copies_among(each) for each in several]
     assert grows([each.share for each in found], by=0.03)
     assert [each.excess for each in found] == pytest.approx([0, 0.05, 0.2, 0.8], abs=0.04)
     assert found[0].p_value > 0.01 > 1e-4 > found[1].p_value

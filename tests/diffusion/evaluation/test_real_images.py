@@ -81,7 +81,7 @@ def cached_reference(
     return real_images_of(cache, dataset, rows, extractor, progress).reference
 
 
-def test_what_is_kept_is_bit_for_bit_what_would_be_computed(dataset: Dataset, cache: Path) -> None:
+def test_cached_features_equal_computed_ones_bit_for_bit(dataset: Dataset, cache: Path) -> None:
     for _ in range(2):
         assert same(cached_reference(cache, dataset, ROWS, Pixels()), pixels_of(dataset))
 
@@ -139,7 +139,7 @@ def test_every_part_of_a_key_is_in_its_digest(dataset: Dataset, cache: Path) -> 
     assert len({pieces_folder(Path(), each) for each in keys}) == len(keys)
 
 
-def kept_files(cache: Path) -> list[Path]:
+def cached_files(cache: Path) -> list[Path]:
     return sorted(cache.glob("*.safetensors"))
 
 
@@ -160,11 +160,11 @@ DAMAGES = {
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".sha256"])
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_file_is_made_anew(damage: str, suffix: str, dataset: Dataset, cache: Path) -> None:
+def test_damaged_feature_cache_file_is_recomputed(damage: str, suffix: str, dataset: Dataset, cache: Path) -> None:
     cached_reference(cache, dataset, ROWS, Pixels())
     before = {path: path.read_bytes() for path in cache.iterdir()}
-    assert len(kept_files(cache)) == 2
-    for path in kept_files(cache):
+    assert len(cached_files(cache)) == 2
+    for path in cached_files(cache):
         damaged = path.with_suffix(suffix)
         damaged.write_bytes(DAMAGES[damage](damaged.read_bytes()))
     assert same(cached_reference(cache, dataset, ROWS, Pixels()), pixels_of(dataset))
@@ -172,24 +172,24 @@ def test_a_damaged_file_is_made_anew(damage: str, suffix: str, dataset: Dataset,
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".sha256"])
-def test_a_file_without_its_other_half_is_made_anew(suffix: str, dataset: Dataset, cache: Path) -> None:
+def test_feature_cache_file_without_its_counterpart_is_recomputed(suffix: str, dataset: Dataset, cache: Path) -> None:
     cached_reference(cache, dataset, ROWS, Pixels())
-    for path in kept_files(cache):
+    for path in cached_files(cache):
         path.with_suffix(suffix).unlink()
     assert same(cached_reference(cache, dataset, ROWS, Pixels()), pixels_of(dataset))
 
 
 def test_a_whole_file_that_was_moved_under_another_key_s_name_is_not_believed(dataset: Dataset, cache: Path) -> None:
     cached_features(cache, dataset, ROWS, Pixels())
-    (mine,) = kept_files(cache)
+    (mine,) = cached_files(cache)
     cached_features(cache, dataset, ROWS, Pixels(2.0, digest="b" * 64))
-    (other,) = set(kept_files(cache)) - {mine}
+    (other,) = set(cached_files(cache)) - {mine}
     for suffix in (".safetensors", ".sha256"):
         other.with_suffix(suffix).replace(mine.with_suffix(suffix))
     assert torch.equal(cached_features(cache, dataset, ROWS, Pixels()), pixels_of(dataset).features)
 
 
-def test_of_two_at_once_one_computes_and_both_have_the_same(dataset: Dataset, cache: Path) -> None:
+def test_concurrent_processes_compute_reference_features_once(dataset: Dataset, cache: Path) -> None:
     extractor, together = Pixels(), threading.Barrier(2)
     found: list[Reference] = []
 
@@ -212,7 +212,7 @@ def test_work_that_was_broken_off_leaves_nothing_behind(dataset: Dataset, cache:
 
     with pytest.raises(KeyboardInterrupt):
         cached_reference(cache, dataset, ROWS, Pixels(), stop)
-    assert kept_files(cache) == []
+    assert cached_files(cache) == []
     assert same(cached_reference(cache, dataset, ROWS, Pixels()), pixels_of(dataset))
 
 

@@ -67,9 +67,7 @@ def checkpoints(tmp_path: Path) -> list[Path]:
     st.integers(10, 200),
     st.integers(201, 4000),
 )
-def test_where_scores_tell_the_truth_the_best_come_through(
-    kids: list[float], count: int, first: int, samples: int
-) -> None:
+def test_reliable_scores_select_the_best_finalists(kids: list[float], count: int, first: int, samples: int) -> None:
     rounds = Rounds(kids)
     config = EvaluationConfig(samples=samples, first_samples=first, finalists=count)
     left, behind = select_finalists(list(rounds.kids), config, rounds)
@@ -100,12 +98,12 @@ def test_without_further_settings_there_is_one_round_of_a_quarter_of_the_images(
     assert (len(left), len(behind)) == (4, 36)
 
 
-def test_rounds_as_long_as_the_judgement_are_refused() -> None:
+def test_preliminary_rounds_as_large_as_the_evaluation_are_an_error() -> None:
     with pytest.raises(ValidationError, match="first_samples = 500 is no fewer than samples = 500"):
         EvaluationConfig(first_samples=500)
 
 
-def test_those_that_fell_behind_are_marked_everywhere_and_never_the_best(
+def test_eliminated_checkpoints_are_marked_and_never_best(
     dataset: Path, checkpoints: list[Path], tmp_path: Path
 ) -> None:
     found = evaluate(dataset, checkpoints, CONFIG, SAMPLING, tmp_path / "report")
@@ -142,7 +140,7 @@ def test_a_finalist_has_the_scores_that_it_has_without_rounds(
     assert not (tmp_path / "report" / "preliminary.csv").exists()
 
 
-def test_cut_short_in_a_round_it_goes_on_to_the_same_end(
+def test_interrupted_selection_round_resumes_to_the_same_result(
     dataset: Path, checkpoints: list[Path], tmp_path: Path
 ) -> None:
     whole = evaluate(dataset, checkpoints, CONFIG, SAMPLING, tmp_path / "whole")

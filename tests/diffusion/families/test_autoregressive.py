@@ -89,7 +89,7 @@ def model(run: Path) -> AutoregressiveModel:
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_what_is_said_of_a_pixel_has_no_gradient_by_it_or_any_after_it_and_some_by_all_in_reach(channels: int) -> None:
+def test_pixel_parameters_depend_only_on_earlier_pixels_in_reach(channels: int) -> None:
     size = 6
     # Reaches of 1, 2, 4, 8 and 1: all of so small an image.
     made = network(channels)
@@ -123,7 +123,7 @@ def test_the_likelihoods_of_all_images_add_up_to_one(channels: int, size: int, l
 
 
 @pytest.mark.parametrize(("channels", "classes"), [(1, 0), (3, 2)])
-def test_what_is_said_column_by_column_is_what_one_pass_says(channels: int, classes: int) -> None:
+def test_incremental_parameters_equal_those_of_one_full_pass(channels: int, classes: int) -> None:
     size, made = 9, network(channels, classes)
     x = images(3, channels, size)
     label = torch.tensor([0, 1, 2]) if classes else None
@@ -139,7 +139,7 @@ def test_what_is_said_column_by_column_is_what_one_pass_says(channels: int, clas
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_images_drawn_by_columns_are_those_drawn_by_whole_passes(channels: int) -> None:
+def test_incremental_sampling_equals_sampling_by_full_passes(channels: int) -> None:
     size, made = 6, network(channels).float()
     noise = torch.randn(2, channels + 1, size, size, generator=torch.Generator().manual_seed(0))
     x = torch.zeros(2, channels, size, size)
@@ -150,7 +150,7 @@ def test_images_drawn_by_columns_are_those_drawn_by_whole_passes(channels: int) 
         assert torch.equal(to_uint8(sample_images(made, noise)), to_uint8(x))
 
 
-def test_drawing_costs_one_pass_whatever_the_number_of_pixels(model: AutoregressiveModel) -> None:
+def test_sampling_costs_one_pass_for_any_number_of_pixels(model: AutoregressiveModel) -> None:
     with torch.inference_mode(), FlopCounterMode(display=False) as counter:
         sample_images(model.network, torch.zeros(1, 2, SIZE, SIZE), torch.tensor([0]))
     # But for the first layer above, which a whole pass computes for one row more and leaves out.
@@ -158,7 +158,7 @@ def test_drawing_costs_one_pass_whatever_the_number_of_pixels(model: Autoregress
 
 
 @pytest.mark.parametrize("stop", [16, 240])
-def test_a_stopped_training_goes_on_to_the_same_bits(data: Path, run: Path, tmp_path: Path, stop: int) -> None:
+def test_stopped_training_resumes_bit_for_bit(data: Path, run: Path, tmp_path: Path, stop: int) -> None:
     with pytest.raises(Stop):
         trained(data, tmp_path / "cut", track=lambda _: StopAt(stop))
     trained(data, tmp_path / "cut")
@@ -180,7 +180,7 @@ def test_its_loss_is_exactly_the_bits_of_held_out_images(data: Path, run: Path, 
     assert last < 7
 
 
-def test_images_show_what_is_asked_whatever_the_count(model: AutoregressiveModel) -> None:
+def test_class_conditional_images_do_not_depend_on_the_count(model: AutoregressiveModel) -> None:
     many = sample(model, range(40), 3, SAMPLING, conditions=Conditions(labels=("rows",)))
     one = sample(model, [37], 3, SAMPLING, conditions=Conditions(labels=("rows",)))
     assert torch.equal(many[37], one[0])
@@ -190,7 +190,7 @@ def test_images_show_what_is_asked_whatever_the_count(model: AutoregressiveModel
     assert torch.equal(many[:36], to_uint8(expected))
 
 
-def test_what_it_cannot_do_is_refused(model: AutoregressiveModel, data: Path, tmp_path: Path) -> None:
+def test_unsupported_tasks_and_settings_are_an_error(model: AutoregressiveModel, data: Path, tmp_path: Path) -> None:
     assert tasks_of(model) == ("sample", "interpolate")
     way = interpolate(model, 1, 2, 3, SAMPLING, conditions=Conditions(labels=("rows",)))
     assert way.shape == (3, 1, SIZE, SIZE)
@@ -203,6 +203,6 @@ def test_what_it_cannot_do_is_refused(model: AutoregressiveModel, data: Path, tm
         train(data, tmp_path / "run", MODEL, TRAINING.model_copy(update={"timestep_sampling": "uniform"}), SAMPLING)
 
 
-def test_how_it_works_is_drawn_with_a_real_image(data: Path, model: AutoregressiveModel, tmp_path: Path) -> None:
+def test_explain_writes_figures_with_a_real_image(data: Path, model: AutoregressiveModel, tmp_path: Path) -> None:
     paths = explain(model, Dataset.open(data).images([0])[0], tmp_path, 0)
     assert [path.name for path in paths] == ["surprise.png"]

@@ -111,7 +111,7 @@ def test_the_penalty_of_a_square_is_that_of_its_slope() -> None:
     assert torch.allclose(steepness, 4 * x.square().flatten(1).sum(1))
 
 
-def test_both_losses_and_their_gradients_are_those_worked_out_by_hand() -> None:
+def test_gan_losses_and_gradients_match_the_closed_form() -> None:
     weights, gamma = torch.tensor([0.3, -0.2, 0.5, 0.1]), 0.8
     discriminator, generator = Linear(weights), Constant()
     objective = RelativisticObjective(MODEL.model_copy(update={"latent": 4, "gamma": gamma}), 0, discriminator)  # type: ignore[arg-type]
@@ -134,9 +134,7 @@ def test_both_losses_and_their_gradients_are_those_worked_out_by_hand() -> None:
 
 
 @pytest.mark.parametrize("stop", [112, 320])
-def test_a_stopped_training_of_both_networks_goes_on_to_the_same_bits(
-    data: Path, run: Path, tmp_path: Path, stop: int
-) -> None:
+def test_stopped_gan_training_resumes_bit_for_bit(data: Path, run: Path, tmp_path: Path, stop: int) -> None:
     with pytest.raises(Stop):
         trained(data, tmp_path / "cut", track=lambda _: StopAt(stop))
     assert not (tmp_path / "cut" / "final.safetensors").exists()
@@ -160,7 +158,7 @@ def test_a_checkpoint_has_the_discriminator_with_its_moments_and_the_model_has_n
 
 
 @pytest.mark.parametrize("step", [0, 1])
-def test_lanes_add_up_to_the_gradients_of_the_whole_batch(data: Path, step: int) -> None:
+def test_worker_threads_add_up_to_the_gradients_of_the_batch(data: Path, step: int) -> None:
     found = []
     for count in (1, 4):
         config = TRAINING.model_copy(update={"cpu_threads": count})
@@ -175,7 +173,7 @@ def test_lanes_add_up_to_the_gradients_of_the_whole_batch(data: Path, step: int)
         assert torch.allclose(one, other, atol=1e-6, rtol=1e-4)
 
 
-def test_the_discriminator_moves_first_and_what_is_not_finite_moves_nothing_after_it(data: Path) -> None:
+def test_discriminator_steps_first_and_nonfinite_steps_are_skipped(data: Path) -> None:
     with worker_threads(1) as pool:
         trainer = make_trainer(data, MODEL, TRAINING.model_copy(update={"cpu_threads": 1}), pool, 3200)
         state = trainer.state
@@ -190,7 +188,7 @@ def test_the_discriminator_moves_first_and_what_is_not_finite_moves_nothing_afte
         assert all(torch.equal(*pair) for pair in zip(before, state.network.parameters(), strict=True))
 
 
-def test_it_draws_all_that_there_is_and_nothing_else(data: Path, tmp_path: Path) -> None:
+def test_trained_gan_covers_all_modes_and_classes(data: Path, tmp_path: Path) -> None:
     config = TRAINING.model_copy(update={"images": 5600, "learning_rate": 4e-3, "checkpoints": 1})
     drawer = load_model(trained(data, tmp_path / "run", config).final)
     drawn = sample(drawer, range(72), 0, SAMPLING).float()
@@ -205,7 +203,7 @@ def test_it_draws_all_that_there_is_and_nothing_else(data: Path, tmp_path: Path)
     assert (functional.avg_pool2d(upper, half).flatten(1).argmax(1) < 2).float().mean() > 0.9
 
 
-def test_a_image_is_made_of_the_noise_of_its_number_whatever_the_count(model: GANModel) -> None:
+def test_gan_image_depends_on_seed_and_index_only(model: GANModel) -> None:
     conditions = Conditions(labels=("lower",))
     many, one = (
         sample(model, range(40), 3, SAMPLING, conditions=conditions),
@@ -229,7 +227,7 @@ def test_a_size_that_resolutions_do_not_divide_is_cut(size: int) -> None:
         Generator(MODEL.model_copy(update={"channel_mult": (1, 1, 1, 1)}), 1, 8)
 
 
-def test_what_the_discriminator_says_of_a_image_depends_on_no_other() -> None:
+def test_discriminator_output_does_not_depend_on_the_batch() -> None:
     torch.manual_seed(0)
     discriminator = Discriminator(MODEL, 1, SIZE, 2)
     x, label = torch.randn(4, 1, SIZE, SIZE), torch.tensor([0, 1, 2, 0])
@@ -237,7 +235,7 @@ def test_what_the_discriminator_says_of_a_image_depends_on_no_other() -> None:
     assert torch.allclose(discriminator(x, label), alone, atol=1e-6)
 
 
-def test_what_it_cannot_do_is_refused(model: GANModel, data: Path, tmp_path: Path) -> None:
+def test_unsupported_tasks_and_settings_are_an_error(model: GANModel, data: Path, tmp_path: Path) -> None:
     assert tasks_of(model) == ("sample", "interpolate")
     with pytest.raises(UserError, match="no steps in which to edit an image"):
         sample(model, [0], 0, SAMPLING, edit=Edit(torch.zeros(1, SIZE, SIZE, dtype=torch.uint8), strength=0.5))
@@ -248,7 +246,7 @@ def test_what_it_cannot_do_is_refused(model: GANModel, data: Path, tmp_path: Pat
             trained(data, tmp_path / "run", TRAINING.model_copy(update=setting))
 
 
-def test_it_says_nothing_of_how_probable_images_are(data: Path, model: GANModel) -> None:
+def test_gan_reports_no_likelihood(data: Path, model: GANModel) -> None:
     dataset = Dataset.open(data)
     rows = dataset.rows("held_out")
     told = {"label": dataset.classes(rows, model.classes)}
@@ -257,7 +255,7 @@ def test_it_says_nothing_of_how_probable_images_are(data: Path, model: GANModel)
     assert found.metrics() == {}
 
 
-def test_how_it_works_is_drawn(data: Path, model: GANModel, tmp_path: Path) -> None:
+def test_gan_explain_writes_an_interpolation(data: Path, model: GANModel, tmp_path: Path) -> None:
     paths = explain(model, Dataset.open(data).images([0])[0], tmp_path, 0)
     assert [path.name for path in paths] == ["way.png"]
 

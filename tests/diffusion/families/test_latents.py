@@ -94,7 +94,7 @@ def test_its_autoencoder_is_the_one_it_was_given(data: Path, first: Path, model:
     assert (ours.int() - theirs.int()).abs().max() <= 1
 
 
-def test_it_denoises_as_well_as_training_said(data: Path, run: Path, model: DiffusionModel) -> None:
+def test_latent_denoising_loss_matches_the_training_log(data: Path, run: Path, model: DiffusionModel) -> None:
     dataset = Dataset.open(data)
     held_out = dataset.rows("held_out")
     with torch.inference_mode():
@@ -128,9 +128,7 @@ def test_an_exported_checkpoint_is_whole(run: Path, model: DiffusionModel, tmp_p
 
 
 @pytest.mark.parametrize("stop", [16, 112, 320])
-def test_a_stopped_training_goes_on_to_the_same_bits(
-    data: Path, first: Path, run: Path, tmp_path: Path, stop: int
-) -> None:
+def test_stopped_training_resumes_bit_for_bit(data: Path, first: Path, run: Path, tmp_path: Path, stop: int) -> None:
     with pytest.raises(Stop):
         latent(data, tmp_path / "cut", denoiser(first), track=lambda _: StopAt(stop))
     elsewhere = shutil.copy(first, tmp_path / "elsewhere.safetensors")
@@ -155,7 +153,7 @@ def test_the_key_of_a_training_without_one_stays_what_it_is() -> None:
 
 
 @pytest.mark.parametrize("sampler", ["dpmpp_2m_sde", "ddpm", "heun"])
-def test_a_image_has_the_same_bits_whatever_is_drawn_beside_it(model: DiffusionModel, sampler: str) -> None:
+def test_image_does_not_depend_on_the_batch(model: DiffusionModel, sampler: str) -> None:
     config = STEPPED.with_sampler(sampler)
     many = sample(model, range(40), 5, config)
     assert many.shape == (40, 3, SIZE, SIZE)
@@ -163,7 +161,7 @@ def test_a_image_has_the_same_bits_whatever_is_drawn_beside_it(model: DiffusionM
     assert not torch.equal(many[0], many[1])
 
 
-def test_a_way_between_two_seeds_begins_and_ends_with_their_images(model: DiffusionModel) -> None:
+def test_interpolation_between_seeds_starts_and_ends_at_their_images(model: DiffusionModel) -> None:
     way = interpolate(model, 1, 2, 3, STEPPED)
     for place, seed in ((0, 1), (-1, 2)):
         assert (way[place].int() - sample(model, [0], seed, STEPPED)[0].int()).abs().max() <= 2
@@ -177,9 +175,7 @@ def test_a_latent_is_kept_only_if_all_its_pixels_are(seed: int, factor: int) -> 
 
 
 @pytest.mark.parametrize("times", [1, 2])
-def test_what_an_edit_keeps_is_kept_to_the_bit_also_where_latents_are_cut(
-    data: Path, model: DiffusionModel, times: int
-) -> None:
+def test_latent_inpainting_keeps_known_pixels_bit_for_bit(data: Path, model: DiffusionModel, times: int) -> None:
     real = image(data)
     kept = torch.zeros(SIZE, SIZE, dtype=torch.bool)
     kept[1:, :7] = True
@@ -188,9 +184,7 @@ def test_what_an_edit_keeps_is_kept_to_the_bit_also_where_latents_are_cut(
     assert not torch.equal(drawn[0], drawn[1])
 
 
-def test_the_weaker_the_change_the_more_is_left_of_what_the_autoencoder_makes_of_it(
-    data: Path, model: DiffusionModel
-) -> None:
+def test_latent_img2img_strength_controls_the_change(data: Path, model: DiffusionModel) -> None:
     real, config = image(data), STEPPED.model_copy(update={"steps": 20})
     back = reconstructed(model, real[None], SAMPLING)[0]
     strengths = (0.05, 0.4, 0.95)
@@ -200,7 +194,7 @@ def test_the_weaker_the_change_the_more_is_left_of_what_the_autoencoder_makes_of
     assert weak < 20 < middle < strong
 
 
-def test_judging_it_says_what_its_autoencoder_loses_and_goes_by_what_it_draws(
+def test_latent_evaluation_reports_reconstruction_and_ranks_by_kid(
     data: Path, first: Path, run: Path, tmp_path: Path
 ) -> None:
     judging = EvaluationConfig(samples=12, extractor_size=32)
@@ -214,7 +208,7 @@ def test_judging_it_says_what_its_autoencoder_loses_and_goes_by_what_it_draws(
     assert "<h2>Reconstructions</h2>" in (tmp_path / "report.html").read_text()
 
 
-def test_averages_made_after_the_end_are_whole(data: Path, first: Path, tmp_path: Path) -> None:
+def test_post_hoc_ema_model_includes_the_autoencoder(data: Path, first: Path, tmp_path: Path) -> None:
     lengths = {"ema_stds": (0.05, 0.1), "ema_decay": None}
     latent(data, tmp_path / "run", denoiser(first), config=lengths)
     made = models_to_evaluate(tmp_path / "run", tmp_path / "report", [0.2])[-1]
@@ -222,7 +216,7 @@ def test_averages_made_after_the_end_are_whole(data: Path, first: Path, tmp_path
     assert sample(load_model(made), [0], 0, STEPPED).shape == (1, 3, SIZE, SIZE)
 
 
-def test_the_process_is_drawn_as_images(data: Path, model: DiffusionModel, tmp_path: Path) -> None:
+def test_explain_writes_latent_figures_as_images(data: Path, model: DiffusionModel, tmp_path: Path) -> None:
     paths = explain(model, image(data), tmp_path)
     assert [path.name for path in paths] == ["forward.png", "training_step.png", "reverse.png"]
     assert all(Image.open(path).width == 1920 for path in paths)
@@ -254,9 +248,7 @@ def test_estimates_are_not_clipped_to_the_range_of_images_with_or_without_guidan
         assert torch.equal(drawn, to_uint8(model.decoded(expected)))
 
 
-def test_what_is_no_autoencoder_or_one_of_other_images_is_refused(
-    data: Path, first: Path, run: Path, tmp_path: Path
-) -> None:
+def test_invalid_or_mismatched_autoencoder_is_an_error(data: Path, first: Path, run: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"is a model of the family ddpm, and no autoencoder"):
         latent(data, tmp_path / "run", denoiser(run / "final.safetensors"))
     with pytest.raises(UserError, match=r"no model at .*gone\.safetensors"):
@@ -275,7 +267,7 @@ def test_what_is_no_autoencoder_or_one_of_other_images_is_refused(
         denoiser(first, low_resolution=8)
 
 
-def test_what_diffusers_has_no_counterpart_for_is_not_exported(run: Path, first: Path, tmp_path: Path) -> None:
+def test_latent_models_are_not_exported_to_diffusers(run: Path, first: Path, tmp_path: Path) -> None:
     refusals = (
         (run / "final.safetensors", r"a model with model\.autoencoder has no counterpart in diffusers"),
         (first, "diffusers has no counterpart of a model of the family vae"),
@@ -285,13 +277,13 @@ def test_what_diffusers_has_no_counterpart_for_is_not_exported(run: Path, first:
             export_to_diffusers(weights, tmp_path / "exported", STEPPED)
 
 
-def test_headers_say_what_the_network_works_on(run: Path) -> None:
+def test_latent_model_header_names_autoencoder_and_image_shape(run: Path) -> None:
     header = read_header(run / "final.safetensors")["model_header"]
     assert header["model"]["autoencoder"] == f"sha256:{header['latents']['digest']}"
     assert (header["channels"], header["size"]) == (3, SIZE)
 
 
-def test_a_mask_that_keeps_no_latent_whole_is_refused(run: Path) -> None:
+def test_mask_that_keeps_no_whole_latent_is_an_error(run: Path) -> None:
     model = load_model(run / "final.safetensors")
     image = torch.zeros(3, SIZE, SIZE, dtype=torch.uint8)
     striped = torch.ones(SIZE, SIZE, dtype=torch.bool)

@@ -63,7 +63,7 @@ def rewritten(path: Path, change: dict[str, Any]) -> Path:
         {"latents": {"autoencoder": {}, "digest": "0", "channels": 10**6, "size": 8}},
     ],
 )
-def test_a_header_beyond_all_bounds_is_refused_in_one_line(weights: Path, change: dict[str, Any]) -> None:
+def test_out_of_range_model_header_is_a_one_line_error(weights: Path, change: dict[str, Any]) -> None:
     for read in (read_model_header, load_model):
         with pytest.raises(UserError, match="has a header this version cannot read") as raised:
             read(rewritten(weights, change))
@@ -87,7 +87,7 @@ def test_a_header_beyond_all_bounds_is_refused_in_one_line(weights: Path, change
         },
     ],
 )
-def test_what_the_file_has_no_tensors_for_takes_no_memory(weights: Path, change: dict[str, Any]) -> None:
+def test_header_without_matching_tensors_allocates_no_memory(weights: Path, change: dict[str, Any]) -> None:
     load_model(weights)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(UserError, match="its tensors are not those that its header describes"):

@@ -3,7 +3,7 @@ import torch
 from diffusion.families.ddpm import Uncertainty
 
 
-def test_it_settles_where_it_says_how_large_the_loss_is_at_each_time() -> None:
+def test_learned_uncertainty_converges_to_the_log_loss_per_time() -> None:
     time = torch.linspace(0, 999, 64)
     loss = (time / 200).sin().exp()
     uncertainty = Uncertainty()
@@ -16,6 +16,6 @@ def test_it_settles_where_it_says_how_large_the_loss_is_at_each_time() -> None:
     torch.testing.assert_close(uncertainty(loss, time), 1 + loss.log(), atol=0.01, rtol=0)
 
 
-def test_it_begins_as_nothing() -> None:
+def test_learned_uncertainty_starts_without_effect() -> None:
     loss = torch.tensor([0.1, 2.0])
     assert torch.equal(Uncertainty()(loss, torch.tensor([0.0, 999.0])), loss)

@@ -61,7 +61,7 @@ def model(run: Path) -> VAEModel:
 
 
 @pytest.mark.parametrize("stop", [16, 112, 320])
-def test_a_stopped_training_goes_on_to_the_same_bits(data: Path, run: Path, tmp_path: Path, stop: int) -> None:
+def test_stopped_training_resumes_bit_for_bit(data: Path, run: Path, tmp_path: Path, stop: int) -> None:
     with pytest.raises(Stop):
         autoencoder(data, tmp_path / "cut", track=lambda _: StopAt(stop))
     assert not (tmp_path / "cut" / "final.safetensors").exists()
@@ -120,7 +120,7 @@ def test_bits_of_what_comes_back_exactly_are_those_of_whole_levels(model: VAEMod
     assert (terms.bits >= 0).all()
 
 
-def test_a_image_is_the_decoded_noise_of_its_number_whatever_the_count(model: VAEModel) -> None:
+def test_vae_image_is_the_decoded_noise_of_its_seed_and_index(model: VAEModel) -> None:
     many, one = sample(model, range(40), 3, SAMPLING), sample(model, [37], 3, SAMPLING)
     assert torch.equal(many[37], one[0])
     z = GaussianNoise(3, "sampling", range(36), (3, 4, 4))()
@@ -129,7 +129,7 @@ def test_a_image_is_the_decoded_noise_of_its_number_whatever_the_count(model: VA
     assert not torch.equal(many[:4], sample(model, range(4), 4, SAMPLING))
 
 
-def test_a_way_between_two_seeds_begins_and_ends_with_their_images(model: VAEModel) -> None:
+def test_interpolation_between_seeds_starts_and_ends_at_their_images(model: VAEModel) -> None:
     way = interpolate(model, 1, 2, 36, SAMPLING)
     for place, seed in ((0, 1), (-1, 2)):
         assert (way[place].int() - sample(model, [0], seed, SAMPLING)[0].int()).abs().max() <= 1
@@ -141,7 +141,7 @@ def test_an_exported_checkpoint_is_the_same_model(run: Path, model: VAEModel, tm
     assert torch.equal(sample(exported, range(4), 0, SAMPLING), sample(model, range(4), 0, SAMPLING))
 
 
-def test_training_tells_how_close_images_come_back(data: Path, tmp_path: Path) -> None:
+def test_vae_training_logs_the_reconstruction_psnr(data: Path, tmp_path: Path) -> None:
     figures: dict[str, float] = {}
 
     class Listener(StopAt):
@@ -157,7 +157,7 @@ def test_training_tells_how_close_images_come_back(data: Path, tmp_path: Path) -
     assert large / small == pytest.approx(4, rel=0.02)
 
 
-def test_it_is_judged_by_how_close_held_out_images_come_back(data: Path, run: Path, tmp_path: Path) -> None:
+def test_vae_is_evaluated_by_held_out_reconstruction(data: Path, run: Path, tmp_path: Path) -> None:
     evaluation = evaluate(data, models_to_evaluate(run, tmp_path), EVALUATION, SAMPLING, tmp_path, run / "losses.csv")
     dataset, extractor = Dataset.open(data), EfficientNetLite0(32)
     held_out = dataset.images(dataset.rows("held_out"))
@@ -184,7 +184,7 @@ def test_it_is_judged_by_how_close_held_out_images_come_back(data: Path, run: Pa
     assert again == best
 
 
-def test_originals_stand_above_what_comes_back() -> None:
+def test_originals_are_shown_above_reconstructions() -> None:
     images = torch.from_numpy(random_images(5, size=4))
     sheet = np.asarray(above(images, 255 - images, columns=2, scale=1))
     assert sheet.shape == (2 + 4 * 6, 2 + 2 * 6)
@@ -193,7 +193,7 @@ def test_originals_stand_above_what_comes_back() -> None:
     assert np.array_equal(sheet[20:24, 8:12], 255 - images[3, 0])
 
 
-def test_how_it_works_is_drawn_with_a_real_image(data: Path, model: VAEModel, tmp_path: Path) -> None:
+def test_explain_writes_figures_with_a_real_image(data: Path, model: VAEModel, tmp_path: Path) -> None:
     image = Dataset.open(data).images([0])[0]
     paths = explain(model, image, tmp_path, 0)
     assert [path.name for path in paths] == ["reconstruction.png"]
@@ -220,7 +220,7 @@ def test_settings_of_the_reverse_process_are_refused(model: VAEModel, setting: d
         sample(model, [0], 0, SAMPLING.model_copy(update=setting))
 
 
-def test_what_it_cannot_show_or_change_is_refused(model: VAEModel) -> None:
+def test_vae_rejects_unknown_conditions_and_edits(model: VAEModel) -> None:
     with pytest.raises(UserError, match="trained without classes"):
         sample(model, [0], 0, SAMPLING, conditions=Conditions(labels=("cat",)))
     with pytest.raises(UserError, match="trained without captions"):
@@ -230,7 +230,7 @@ def test_what_it_cannot_show_or_change_is_refused(model: VAEModel) -> None:
         sample(model, [0], 0, SAMPLING, edit=Edit(image, strength=0.5))
 
 
-def test_it_answers_the_requests_that_begin_with_nothing(model: VAEModel) -> None:
+def test_vae_supports_sampling_and_interpolation_requests_only(model: VAEModel) -> None:
     assert tasks_of(model) == ("sample", "interpolate")
     drawn = answer(model, [make_request({"count": 2, "seed": 3, "index": 5})], SAMPLING)
     assert torch.equal(drawn[0], sample(model, [5, 6], 3, SAMPLING))
@@ -249,7 +249,7 @@ def test_training_settings_of_diffusion_are_refused(data: Path, tmp_path: Path, 
         autoencoder(data, tmp_path / "run", config=setting)
 
 
-def test_a_run_of_another_family_in_the_folder_is_refused(data: Path, run: Path) -> None:
+def test_run_folder_of_another_family_is_an_error(data: Path, run: Path) -> None:
     with pytest.raises(UserError, match=r"differs in .*model\.kl_weight"):
         train(data, run, ModelConfig(width=16, channel_mult=(1,), attention=()), CONFIG, SAMPLING)
 

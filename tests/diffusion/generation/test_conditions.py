@@ -24,7 +24,7 @@ from diffusion.process.samplers import SAMPLING_ADAPTER, SamplingConfig, samplin
 from diffusion.training.config import TrainingConfig
 from diffusion.training.setup import drop_conditioning, train_key
 from diffusion.training.train import TrainResult, preflight, train
-from tests.builders.captioned import COLOURS, MadeUp, colours, needs_encoder, squares
+from tests.builders.captioned import COLOURS, FakeEncoder, colours, needs_encoder, squares
 from tests.builders.small_datasets import random_images, write_dataset
 from tests.builders.small_models import write_model
 from tests.builders.training_runs import Away, Stop, StopAt
@@ -47,13 +47,13 @@ def run(data: Path, output: Path, model: ModelConfig = MODEL, **options: object)
 
 
 @pytest.fixture
-def model(data: Path, tmp_path: Path, made_up: MadeUp) -> DiffusionModel:
+def model(data: Path, tmp_path: Path, fake_encoder: FakeEncoder) -> DiffusionModel:
     """Told both, and hardly trained."""
     return load_model(run(data, tmp_path / "run").final)
 
 
-def test_a_stopped_run_goes_on_to_the_same_bits_and_says_what_read_its_captions(
-    data: Path, tmp_path: Path, made_up: MadeUp
+def test_stopped_run_resumes_bit_for_bit_and_names_its_text_encoder(
+    data: Path, tmp_path: Path, fake_encoder: FakeEncoder
 ) -> None:
     whole = run(data, tmp_path / "whole", sampling=GUIDED)
     with pytest.raises(Stop):
@@ -69,7 +69,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits_and_says_what_read_its_captions(
     assert load_model(plain.final).header.encoder is None
 
 
-def test_streamed_shards_give_the_weights_of_local_ones(data: Path, tmp_path: Path, made_up: MadeUp) -> None:
+def test_streamed_shards_give_the_weights_of_local_ones(data: Path, tmp_path: Path, fake_encoder: FakeEncoder) -> None:
     local = run(data, tmp_path / "local").final.read_bytes()
     store = Away(data, tmp_path / "remote")
     streaming = CONFIG.model_copy(update={"stream_bytes": 2**20})
@@ -79,7 +79,7 @@ def test_streamed_shards_give_the_weights_of_local_ones(data: Path, tmp_path: Pa
 
 
 def test_another_encoder_is_another_run_and_named(
-    data: Path, tmp_path: Path, made_up: MadeUp, monkeypatch: pytest.MonkeyPatch
+    data: Path, tmp_path: Path, fake_encoder: FakeEncoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     final = run(data, tmp_path / "run").final
     other = TextEncoder(name="newer", digest="b" * 64)
@@ -97,8 +97,8 @@ def test_another_encoder_is_another_run_and_named(
     assert sample(load_model(final), [0], 0, SAMPLING).shape == (1, 3, 8, 8)
 
 
-def test_a_data_set_without_captions_is_refused_before_anything_is_made(
-    dataset: Path, tmp_path: Path, made_up: MadeUp
+def test_data_set_without_captions_fails_before_training(
+    dataset: Path, tmp_path: Path, fake_encoder: FakeEncoder
 ) -> None:
     with pytest.raises(UserError, match=r"blobs has no captions, and model\.text conditions the network on them"):
         run(dataset, tmp_path / "run")
@@ -107,7 +107,7 @@ def test_a_data_set_without_captions_is_refused_before_anything_is_made(
     assert not (tmp_path / "run").exists()
 
 
-def test_a_dry_run_counts_captions_and_keeps_nothing(data: Path, made_up: MadeUp) -> None:
+def test_a_dry_run_counts_captions_and_keeps_nothing(data: Path, fake_encoder: FakeEncoder) -> None:
     before = sorted(data.parent.rglob("*"))
     about = preflight(data, MODEL, CONFIG, SAMPLING)
     assert sorted(data.parent.rglob("*")) == before
@@ -115,7 +115,7 @@ def test_a_dry_run_counts_captions_and_keeps_nothing(data: Path, made_up: MadeUp
 
 
 @given(st.floats(0, 0.5), st.integers(0, 2**32))
-def test_class_and_caption_are_kept_back_by_one_draw(share: float, seed: int) -> None:
+def test_class_and_caption_dropout_share_one_random_number(share: float, seed: int) -> None:
     u = torch.rand(400, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     label, text = torch.arange(400) % 3, torch.ones(400, 384)
     both, classes, captions = (
@@ -135,22 +135,22 @@ def test_class_and_caption_are_kept_back_by_one_draw(share: float, seed: int) ->
     assert both["text"][~unread].eq(1).all()
 
 
-ASKED = Conditions(
+CONDITIONS = Conditions(
     labels=("red", None, "blue"), prompts=("red square", "blue square", None, "green"), negative_prompt="green square"
 )
 
 
 @pytest.mark.parametrize(
-    "conditions", [Conditions(), Conditions(labels=("blue",)), Conditions(prompts=("red", "blue", "green")), ASKED]
+    "conditions", [Conditions(), Conditions(labels=("blue",)), Conditions(prompts=("red", "blue", "green")), CONDITIONS]
 )
-def test_a_image_has_the_same_bits_whatever_is_drawn_beside_it(model: DiffusionModel, conditions: Conditions) -> None:
+def test_image_does_not_depend_on_the_batch(model: DiffusionModel, conditions: Conditions) -> None:
     many = sample(model, range(20), 7, GUIDED, conditions=conditions)
     shuffled = sample(model, [19, 0, 13], 7, GUIDED, conditions=conditions)
     assert torch.equal(shuffled, many[[19, 0, 13]])
     assert torch.equal(sample(model, [13], 7, GUIDED, conditions=conditions)[0], many[13])
 
 
-def test_nothing_asked_is_drawn_as_before(model: DiffusionModel) -> None:
+def test_default_conditions_sample_all_classes_without_captions(model: DiffusionModel) -> None:
     plain = sample(model, range(8), 7, SAMPLING)
     assert torch.equal(sample(model, range(8), 7, SAMPLING.model_copy(update={"guidance": 1.0})), plain)
     numbers = make_conditioning(model, range(300), 7)["label"].tolist()
@@ -159,13 +159,13 @@ def test_nothing_asked_is_drawn_as_before(model: DiffusionModel) -> None:
     assert not make_conditioning(model, range(300), 7)["text"].any()
 
 
-def test_what_is_asked_goes_round_and_of_what_is_not_any_will_do(model: DiffusionModel) -> None:
-    assert label_names(model, range(4), 0, ASKED) == ["red", None, "blue", "red"]
+def test_labels_and_prompts_cycle_over_the_image_indices(model: DiffusionModel) -> None:
+    assert label_names(model, range(4), 0, CONDITIONS) == ["red", None, "blue", "red"]
     assert label_names(model, [7, 0], 0, Conditions(prompts=("a",))) == [None, None]
-    assert [ASKED.prompt(index) for index in (0, 2, 5)] == ["red square", None, "blue square"]
+    assert [CONDITIONS.prompt(index) for index in (0, 2, 5)] == ["red square", None, "blue square"]
 
 
-def test_what_is_asked_changes_the_image_and_so_does_what_is_not_wanted(model: DiffusionModel) -> None:
+def test_labels_prompts_and_negative_prompt_change_the_image(model: DiffusionModel) -> None:
     drawn = [
         sample(model, range(8), 7, GUIDED, conditions=conditions).numpy().tobytes()
         for conditions in (
@@ -203,7 +203,7 @@ THREE = sampling_config(guidance=3)
         (["cat"], True, THREE, Conditions(labels=(None,)), "there is none"),
     ],
 )
-def test_what_would_have_no_effect_is_an_error(
+def test_conditions_without_effect_are_an_error(
     classes: list[str], text: bool, config: SamplingConfig, conditions: Conditions, words: str
 ) -> None:
     with pytest.raises(UserError, match=words):
@@ -221,7 +221,7 @@ def test_what_would_have_no_effect_is_an_error(
         (["cat"], True, PLAIN, Conditions(labels=("cat", None), prompts=("a",))),
     ],
 )
-def test_what_has_an_effect_is_none(
+def test_conditions_with_an_effect_are_accepted(
     classes: list[str], text: bool, config: SamplingConfig, conditions: Conditions
 ) -> None:
     check_conditions(classes, text, config, conditions)
@@ -237,12 +237,12 @@ def test_what_has_an_effect_is_none(
         ({"guidance": 3, "guidance_rescale": 1.5}, "less than or equal to 1"),
     ],
 )
-def test_settings_that_contradict_each_other_are_refused(settings: dict[str, object], words: str) -> None:
+def test_contradicting_settings_are_an_error(settings: dict[str, object], words: str) -> None:
     with pytest.raises(ValidationError, match=words):
         SAMPLING_ADAPTER.validate_python(settings)
 
 
-def test_guidance_for_a_model_that_is_told_nothing_is_refused_before_training(dataset: Path, tmp_path: Path) -> None:
+def test_guidance_without_conditioning_fails_before_training(dataset: Path, tmp_path: Path) -> None:
     untold = SHAPE.model_copy(update={"conditional": False})
     with pytest.raises(UserError, match="trained without classes and captions"):
         run(dataset, tmp_path / "run", untold, sampling=GUIDED)
@@ -271,7 +271,7 @@ def test_a_caption_too_long_to_be_read_whole_keeps_nothing_from_training(tmp_pat
 
 
 @needs_encoder
-def test_images_show_the_colour_that_words_ask_for_and_without_captions_none_in_particular(tmp_path: Path) -> None:
+def test_images_follow_the_colour_of_the_prompt(tmp_path: Path) -> None:
     squares(tmp_path / "squares")
     settings = {
         "images": 1600,
@@ -299,9 +299,7 @@ def test_images_show_the_colour_that_words_ask_for_and_without_captions_none_in_
         sample(untold, range(36), 0, SAMPLING, conditions=Conditions(prompts=("red square",)))
 
 
-def test_models_are_judged_by_images_that_are_to_show_what_held_out_ones_do(
-    model: DiffusionModel, data: Path, tmp_path: Path
-) -> None:
+def test_evaluation_uses_the_conditions_of_held_out_images(model: DiffusionModel, data: Path, tmp_path: Path) -> None:
     evaluator = Evaluator(data, EvaluationConfig(samples=10), SAMPLING, tmp_path / "report")
     conditions, dataset = evaluator.model(tmp_path / "run" / "final.safetensors").conditions, Dataset.open(data)
     held_out = dataset.rows("held_out")

@@ -68,14 +68,14 @@ def test_a_perfect_model_predicts_the_noise_of_the_training_step(prediction: str
 
 
 @pytest.mark.parametrize("level", [0.0, 1.5], ids=["grey", "brighter than white"])
-def test_what_a_model_gets_wrong_is_what_it_takes_for_the_image(level: float) -> None:
+def test_prediction_error_equals_the_wrong_image_estimate(level: float) -> None:
     x0, epsilon = noise(0).clamp(-1, 1), noise(1)
     _, _, predicted = training_step(perfect_model(torch.full((1, 1, 16, 16), level), "sample"), x0, epsilon)
     # x_0 + σ ε less its estimate is taken for noise, and σ is 1 there; nothing is clipped in training.
     torch.testing.assert_close(predicted - epsilon, x0 - level, atol=0.02, rtol=0)
 
 
-def test_the_reverse_process_of_a_perfect_model_ends_at_a_image_it_knows() -> None:
+def test_reverse_process_of_a_perfect_model_ends_at_a_training_image() -> None:
     points = torch.stack([noise(seed).clamp(-1, 1) for seed in range(4)])
     frames = reverse(perfect_model(points, "v_prediction"), seed=3)
     distances = (points - frames.result).abs().amax((1, 2, 3))
@@ -92,7 +92,7 @@ def test_the_reverse_process_of_a_perfect_model_ends_at_a_image_it_knows() -> No
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_three_figures_are_drawn_the_same_each_time(channels: int, tmp_path: Path) -> None:
+def test_explain_writes_three_deterministic_figures(channels: int, tmp_path: Path) -> None:
     model = load_model(write_model(tmp_path / "model.safetensors", seed=0, images=0, channels=channels))
     image = to_uint8(noise(0, channels, 8))
     paths = explain(model, image, tmp_path / "first", seed=5)
@@ -110,7 +110,7 @@ def test_three_figures_are_drawn_the_same_each_time(channels: int, tmp_path: Pat
         assert path.read_bytes() != different.read_bytes()
 
 
-def test_a_image_of_another_size_is_refused(tmp_path: Path) -> None:
+def test_image_of_another_size_is_an_error(tmp_path: Path) -> None:
     model = load_model(write_model(tmp_path / "model.safetensors", seed=0, images=0))
     with pytest.raises(UserError, match="the image is 3×8×8 and the model generates 1×8×8"):
         explain(model, to_uint8(noise(0, 3, 8)), tmp_path)

@@ -32,9 +32,7 @@ def model(dataset: Path, tmp_path: Path) -> DiffusionModel:
     ],
     ids=lambda settings: settings["sampler"],
 )
-def test_a_image_has_the_same_bits_whatever_is_drawn_beside_it(
-    model: DiffusionModel, settings: dict[str, object]
-) -> None:
+def test_image_does_not_depend_on_the_batch(model: DiffusionModel, settings: dict[str, object]) -> None:
     config = SAMPLING_ADAPTER.validate_python({"steps": 3, "compute_batch": 8} | settings)
     many = sample(model, range(20), 7, config)
     assert many.shape == (20, 1, 8, 8)
@@ -49,7 +47,7 @@ def test_seeds_and_indices_give_different_images(model: DiffusionModel) -> None:
     assert len({image.numpy().tobytes() for image in images}) == 16
 
 
-def test_an_exported_checkpoint_draws_the_same_images(model: DiffusionModel, tmp_path: Path) -> None:
+def test_exported_checkpoint_generates_the_same_images(model: DiffusionModel, tmp_path: Path) -> None:
     checkpoint = tmp_path / "run" / "checkpoints" / "0000000320.safetensors"
     first = export(checkpoint, tmp_path / "weights.safetensors")
     assert export(checkpoint, tmp_path / "again.safetensors") == first

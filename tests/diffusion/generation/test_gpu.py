@@ -41,7 +41,7 @@ def test_a_gpu_that_is_not_there_is_an_error_and_auto_does_without() -> None:
     assert torch.backends.cpu.get_cpu_capability() in fingerprint(64, "fp32", "auto").device
 
 
-def test_of_two_that_compute_at_once_the_last_one_puts_back_what_was() -> None:
+def test_concurrent_determinism_settings_are_restored_by_the_last_user() -> None:
     def switches() -> tuple[object, ...]:
         cudnn = torch.backends.cudnn
         return torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled(), cudnn.deterministic
@@ -64,9 +64,7 @@ def test_a_gpu_has_the_losses_of_a_processor(dataset: Path, tmp_path: Path, comp
 
 
 @needs_gpu
-def test_a_gpu_trains_to_the_same_bits_twice_and_when_it_goes_on_from_a_checkpoint(
-    dataset: Path, tmp_path: Path
-) -> None:
+def test_gpu_training_is_repeatable_and_resumes_bit_for_bit(dataset: Path, tmp_path: Path) -> None:
     for name in ("one", "two"):
         losses(dataset, tmp_path / name, device="cuda")
     (tmp_path / "two" / "final.safetensors").unlink()
@@ -78,7 +76,7 @@ def test_a_gpu_trains_to_the_same_bits_twice_and_when_it_goes_on_from_a_checkpoi
 
 
 @needs_gpu
-def test_a_gpu_draws_the_images_of_a_processor(dataset: Path, tmp_path: Path) -> None:
+def test_gpu_generates_the_same_images_as_the_cpu(dataset: Path, tmp_path: Path) -> None:
     losses(dataset, tmp_path / "run", device="cpu")
     model = load_model(tmp_path / "run" / "final.safetensors")
     for guidance in (None, 2.0):

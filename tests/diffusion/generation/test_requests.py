@@ -90,14 +90,14 @@ def test_rows_of_one_seed_get_what_each_would_get_alone(model: DiffusionModel) -
         assert torch.equal(images, answer(model, [row], SAMPLING)[0])
 
 
-def test_inpainting_keeps_what_is_black_in_the_mask_and_paints_what_is_white(model: DiffusionModel) -> None:
+def test_inpainting_keeps_black_and_repaints_white_mask_pixels(model: DiffusionModel) -> None:
     [images] = answer(model, [asked("inpaint", count=3)], SAMPLING)
     kept = torch.from_numpy(PIXELS)[:, :4].expand(3, 1, -1, -1)
     assert torch.equal(images[..., :4], kept)
     assert not torch.equal(images[0, ..., 4:], images[1, ..., 4:])
 
 
-def test_a_image_and_its_mask_are_cut_and_scaled_alike(model: DiffusionModel) -> None:
+def test_image_and_mask_are_cropped_and_scaled_alike(model: DiffusionModel) -> None:
     """Twice as large and wider than high: what is kept is what ingesting the image would have made of it."""
     wide = np.zeros((16, 24), np.uint8)
     wide[:, 4:20] = np.kron(PIXELS, np.ones((2, 2), np.uint8))
@@ -111,7 +111,7 @@ def test_a_image_and_its_mask_are_cut_and_scaled_alike(model: DiffusionModel) ->
     assert (images[0, 0, :, :4].float() - left).abs().mean() < 20
 
 
-def test_the_less_a_image_is_changed_the_nearer_it_stays(model: DiffusionModel) -> None:
+def test_lower_img2img_strength_stays_closer_to_the_image(model: DiffusionModel) -> None:
     sampling = sampling_config(steps=20, compute_batch=4, sampler="ddim")
     source = torch.from_numpy(PIXELS).float()
     distances = [
@@ -121,12 +121,12 @@ def test_the_less_a_image_is_changed_the_nearer_it_stays(model: DiffusionModel) 
     assert distances[0] < distances[1] < distances[2]
 
 
-def test_the_way_between_seeds_begins_and_ends_at_their_images(model: DiffusionModel) -> None:
+def test_interpolation_request_starts_and_ends_at_both_images(model: DiffusionModel) -> None:
     [images] = answer(model, [asked("interpolate", seed=3, to_seed=9, count=5)], SAMPLING)
     assert torch.equal(images, interpolate(model, 3, 9, 5, SAMPLING))
 
 
-def test_a_image_is_enlarged_as_it_is_in_as_many_ways_as_asked_for(enlarging: DiffusionModel) -> None:
+def test_upscale_request_returns_the_requested_number_of_variants(enlarging: DiffusionModel) -> None:
     pixels = np.random.default_rng(1).integers(0, 256, (6, 9), dtype=np.uint8)
     row = asked("upscale", image=png(pixels), seed=2, count=3)
     [images] = answer(enlarging, [row], SAMPLING)
@@ -139,7 +139,7 @@ def test_a_image_is_enlarged_as_it_is_in_as_many_ways_as_asked_for(enlarging: Di
     assert torch.equal(begun_with, torch.from_numpy(np.kron(pixels, np.ones((2, 2), np.uint8)))[None])
 
 
-def test_a_model_that_enlarges_does_nothing_else(enlarging: DiffusionModel) -> None:
+def test_super_resolution_model_supports_upscaling_only(enlarging: DiffusionModel) -> None:
     assert tasks_of(enlarging) == ("upscale",)
     with pytest.raises(UserError, match="the model was not trained to sample: it can upscale"):
         answer(enlarging, [asked("sample")], SAMPLING)
@@ -152,12 +152,12 @@ def test_a_model_that_enlarges_does_nothing_else(enlarging: DiffusionModel) -> N
         (np.zeros((8, 2050), np.uint8), "2050×8 pixels: a side of more than 2047"),
     ],
 )
-def test_what_cannot_be_enlarged_is_told_so(enlarging: DiffusionModel, pixels: np.ndarray, words: str) -> None:
+def test_invalid_upscale_request_is_an_error(enlarging: DiffusionModel, pixels: np.ndarray, words: str) -> None:
     with pytest.raises(UserError, match=words):
         answer(enlarging, [asked("upscale", image=png(pixels))], SAMPLING)
 
 
-def test_a_request_says_how_it_is_drawn(model: DiffusionModel) -> None:
+def test_request_overrides_the_sampling_settings(model: DiffusionModel) -> None:
     [images] = answer(model, [asked("sample", sampler="heun", steps=5)], SAMPLING)
     assert torch.equal(images, sample(model, [0], 0, sampling_config(sampler="heun", steps=5, compute_batch=4)))
 
@@ -182,7 +182,7 @@ def test_a_guidance_of_1_is_none_however_guidance_is_configured() -> None:
     assert asked("sample").sampling(configured) == configured
 
 
-def test_a_pixel_that_stands_for_some_white_in_a_larger_mask_is_painted_anew(model: DiffusionModel) -> None:
+def test_partially_masked_pixel_of_a_larger_mask_is_repainted(model: DiffusionModel) -> None:
     large = np.kron(PIXELS, np.ones((8, 8), np.uint8))
     mask = np.zeros_like(large)
     # A bar of three pixels, less than half of what each of those drawn stands for.
@@ -193,14 +193,14 @@ def test_a_pixel_that_stands_for_some_white_in_a_larger_mask_is_painted_anew(mod
 
 
 @pytest.mark.parametrize("task", REQUESTS)
-def test_what_a_task_would_pass_over_is_refused(task: str) -> None:
+def test_fields_unknown_to_a_task_are_an_error(task: str) -> None:
     for name in EXAMPLES.keys() - REQUESTS[task].model_fields.keys() - {"task"}:  # type: ignore[index]
         with pytest.raises(UserError, match=f"{name} means nothing to {task}"):
             asked(task, **{name: EXAMPLES[name]})
 
 
 @pytest.mark.parametrize("task", REQUESTS)
-def test_what_a_task_needs_is_named(task: str) -> None:
+def test_missing_task_fields_are_named(task: str) -> None:
     for name in needs(task):
         with pytest.raises(UserError, match=f"{task} needs {name}"):
             asked(task, **{name: None})
@@ -218,7 +218,7 @@ def test_what_a_task_needs_is_named(task: str) -> None:
         ({"task": "inpaint", "image": b"", "mask": b"", "resample_steps": 3}, "resample_steps .*use repaint or pigdm"),
     ],
 )
-def test_what_is_no_request_is_told_so(fields: dict[str, Any], words: str) -> None:
+def test_invalid_request_is_an_error(fields: dict[str, Any], words: str) -> None:
     with pytest.raises(UserError, match=words):
         make_request(fields)
 
@@ -245,14 +245,14 @@ def test_what_is_no_request_is_told_so(fields: dict[str, Any], words: str) -> No
         ({"count": 10**12}, "64,000,000,000,064 values, and 2,147,483,648 are held at once: ask for fewer"),
     ],
 )
-def test_nothing_is_drawn_if_one_row_cannot_be(model: DiffusionModel, fields: dict[str, Any], words: str) -> None:
+def test_one_invalid_row_prevents_all_generation(model: DiffusionModel, fields: dict[str, Any], words: str) -> None:
     drawn: list[str] = []
     with pytest.raises(UserError, match=words):
         answer(model, [asked("sample"), make_request(fields)], SAMPLING, lambda what, *_: drawn.append(what))
     assert not drawn
 
 
-def test_a_model_says_what_it_can_do(model: DiffusionModel) -> None:
+def test_model_lists_its_supported_tasks(model: DiffusionModel) -> None:
     assert tasks_of(model) == ("sample", "inpaint", "img2img", "interpolate")
 
 
@@ -261,7 +261,7 @@ def test_of_several_rows_the_one_that_cannot_be_answered_is_named(model: Diffusi
         answer(model, [asked("sample"), asked("sample", label="cat")], SAMPLING)
 
 
-def test_there_is_no_way_between_classes(tmp_path: Path) -> None:
+def test_interpolation_between_classes_is_an_error(tmp_path: Path) -> None:
     model = load_model(write_model(tmp_path / "told.safetensors", 0, 0, size=SIZE, classes={"cat": 5, "dog": 5}))
     drawn: list[str] = []
     rows = [asked("img2img"), asked("interpolate", seed=1, to_seed=2, count=6)]

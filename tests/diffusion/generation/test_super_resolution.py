@@ -90,7 +90,7 @@ def pillow(images: Tensor, height: int, width: int) -> Tensor:
     return torch.from_numpy(np.stack(planes)).view(*images.shape[:2], height, width)
 
 
-def test_images_are_made_small_and_large_as_pillow_does_it() -> None:
+def test_resizing_matches_pillow() -> None:
     images = torch.from_numpy(random_images(4, channels=3, size=24))
     small = shrunk(images, 8)
     assert small.dtype == torch.uint8
@@ -108,7 +108,7 @@ def test_a_network_that_adds_nothing_leaves_the_image_as_interpolation_enlarges_
     assert torch.equal(upscale(model, WIDE, 0, SAMPLING), to_uint8(enlarged(WIDE, 2)))
 
 
-def test_what_images_have_beyond_the_small_ones_is_measured_as_it_is() -> None:
+def test_super_resolution_sigma_data_is_the_residual_deviation() -> None:
     images = torch.from_numpy(random_images(40, channels=3, size=24))
     apart = (images.double() - pillow(pillow(images, 8, 8), 24, 24).double()).square().mean().sqrt()
     # Between the two lies the clipping of Pillow's whole numbers.
@@ -170,7 +170,7 @@ def test_configurations_without_it_keep_their_digests() -> None:
         ({"low_resolution": 4, "low_resolution_noise": -1}, "greater than or equal to 0"),
     ],
 )
-def test_settings_that_contradict_each_other_are_refused(settings: dict[str, object], words: str) -> None:
+def test_contradicting_settings_are_an_error(settings: dict[str, object], words: str) -> None:
     with pytest.raises(ValidationError, match=words):
         ModelConfig.model_validate(settings)
 
@@ -179,12 +179,12 @@ def test_settings_that_contradict_each_other_are_refused(settings: dict[str, obj
     ("low_resolution", "size", "words"),
     [(3, 8, "no multiple of it: use 2 or 4"), (8, 8, "use 2 or 4"), (16, 8, "use 2 or 4"), (3, 7, "at another size")],
 )
-def test_what_is_no_part_of_the_images_size_is_refused(low_resolution: int, size: int, words: str) -> None:
+def test_low_resolution_must_divide_the_image_size(low_resolution: int, size: int, words: str) -> None:
     with pytest.raises(UserError, match=words):
         UNet(MODEL.model_copy(update={"low_resolution": low_resolution}), 1, size)
 
 
-def test_a_stopped_run_goes_on_to_the_same_bits_and_its_model_enlarges_as_before(data: Path, tmp_path: Path) -> None:
+def test_stopped_super_resolution_run_resumes_bit_for_bit(data: Path, tmp_path: Path) -> None:
     whole = train(data, tmp_path / "whole", MODEL, CONFIG, SAMPLING)
     with pytest.raises(Stop):
         train(data, tmp_path / "cut", MODEL, CONFIG, SAMPLING, track=lambda _: StopAt(112))
@@ -221,15 +221,13 @@ def test_a_grid_shows_held_out_images_small_enlarged_and_real(data: Path, tmp_pa
         assert torch.equal(cell(3 * number + 2), real[number, 0])
 
 
-def test_a_dry_run_says_what_the_network_is_shown(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dry_run_reports_the_network_input(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("diffusion.training.preflight.MEASURED_SECONDS", 0.0)
     about = preflight(data, MODEL, CONFIG, SAMPLING)
     assert "8×8×1, upscaled from 4×4" in dict(about.lines())["images"]
 
 
-def test_where_the_answer_is_determined_it_is_found_and_bicubic_interpolation_is_not(
-    data: Path, tmp_path: Path
-) -> None:
+def test_super_resolution_beats_bicubic_on_a_determined_task(data: Path, tmp_path: Path) -> None:
     config = CONFIG.model_copy(update={"images": 2560, "checkpoints": 1})
     model = load_model(train(data, tmp_path / "run", MODEL, config, SAMPLING).final)
     rows = read_metrics(tmp_path / "run" / "losses.csv")
@@ -260,7 +258,7 @@ def test_tiles_cover_everything_and_overlap_by_a_quarter(size: int, more: int) -
 
 
 @given(st.integers(4, 19), st.integers(4, 19), st.integers(1, 3))
-def test_what_tiles_were_cut_from_they_make_again(height: int, width: int, scale: int) -> None:
+def test_blending_tiles_restores_the_image(height: int, width: int, scale: int) -> None:
     tiles = make_tiles(height, width, 4, scale)
     canvas = torch.randn(2, 3, height * scale, width * scale, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(tiles.blended(tiles.cut(canvas), height * scale, width * scale), canvas)
@@ -315,7 +313,7 @@ def test_tiles_give_the_image_that_the_whole_gives(sampler: str) -> None:
 @pytest.mark.parametrize("sampler", ["dpmpp_2m", "ddpm"])
 @pytest.mark.parametrize("small", [SMALL, WIDE], ids=["square", "wide"])
 @pytest.mark.parametrize("batch", [8, 3])
-def test_a_image_has_the_same_bits_whatever_is_enlarged_beside_it(sampler: str, small: Tensor, batch: int) -> None:
+def test_upscaled_image_does_not_depend_on_the_batch(sampler: str, small: Tensor, batch: int) -> None:
     config = SAMPLING.with_sampler(sampler).changed({"compute_batch": batch, "low_resolution_noise": 0.05})
     model = untrained()
     many = upscale(model, small, 7, config)
@@ -348,7 +346,7 @@ def test_a_learned_variance_is_that_of_tiles_too() -> None:
     assert not torch.equal(learned, fixed)
 
 
-def test_how_far_it_is_is_told_by_steps_for_one_image_and_by_images_for_several() -> None:
+def test_upscale_progress_counts_steps_or_images() -> None:
     seen: list[tuple[str, int, int | None]] = []
     upscale(untrained(), WIDE[:1], 0, SAMPLING, lambda what, done, total, note="": seen.append((what, done, total)))
     assert seen == [*(("steps of enlarging", step, 4) for step in (1, 2, 3, 4)), ("images enlarged", 1, 1)]
@@ -382,12 +380,12 @@ GUIDED = SAMPLING.model_copy(update={"guidance": 3.0})
         (lambda: sample(untrained(PLAIN), [0], 0, NOISY), "the model is given none .*: leave it out"),
     ],
 )
-def test_what_a_model_cannot_do_is_said_with_what_it_can(ask: Callable[[], Tensor], words: str) -> None:
+def test_unsupported_task_error_lists_supported_tasks(ask: Callable[[], Tensor], words: str) -> None:
     with pytest.raises(UserError, match=words):
         ask()
 
 
-def test_noise_that_no_model_of_a_run_could_stand_is_refused_before_training(data: Path, tmp_path: Path) -> None:
+def test_too_much_low_resolution_noise_fails_before_training(data: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="more than the model was trained with"):
         train(data, tmp_path / "run", MODEL, CONFIG, NOISY)
     with pytest.raises(UserError, match="the model is given none"):

@@ -48,7 +48,7 @@ def test_values_that_no_logistic_is_near_have_finite_probabilities_and_gradients
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_pixels_are_drawn_as_often_as_they_are_probable(channels: int) -> None:
+def test_pixel_sampling_frequencies_match_the_probabilities(channels: int) -> None:
     levels, count = 4, 20_000
     found = mixtures_of(numbers(3, channels, 3), channels)
     noise = torch.randn(count, channels + 1, generator=torch.Generator().manual_seed(0))

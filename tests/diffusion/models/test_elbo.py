@@ -74,7 +74,7 @@ def test_with_any_other_posterior_it_lies_below_by_the_divergence_of_the_two(see
 
 
 @given(st.integers(0, 2**32 - 1))
-def test_the_divergence_is_that_of_torch_over_all_values_of_a_image(seed: int) -> None:
+def test_divergence_matches_torch_over_all_values_of_an_image(seed: int) -> None:
     mean, log_variance = torch.randn(2, 4, 3, 5, 5, generator=generator(seed), dtype=torch.float64)
     posteriors = Independent(Normal(mean, (0.5 * log_variance).exp()), 3)
     prior = Independent(Normal(torch.zeros_like(mean), torch.ones_like(mean)), 3)
@@ -87,7 +87,7 @@ def test_the_likelihood_is_that_of_a_normal_distribution() -> None:
     assert torch.allclose(-negative_log_likelihood(x, back, torch.tensor(0.3).double().log()), expected)
 
 
-def test_latents_are_drawn_with_the_posteriors_moments() -> None:
+def test_sampled_latents_have_the_moments_of_the_posterior() -> None:
     noise = torch.randn(100_000, 1, generator=generator(0))
     drawn = reparameterize(torch.tensor(2.0), torch.tensor(math.log(9.0)), noise)
     assert drawn.mean().item() == pytest.approx(2, abs=0.05)

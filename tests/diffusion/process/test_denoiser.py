@@ -34,7 +34,7 @@ def test_one_sigma_per_image_is_the_same_as_one_at_a_time() -> None:
     torch.testing.assert_close(denoiser(x, sigmas), torch.cat(one_by_one))
 
 
-def test_estimates_stay_in_the_range_of_images_unless_told_otherwise() -> None:
+def test_estimates_are_clipped_to_the_image_range_by_default() -> None:
     denoiser = Denoiser(lambda x, time: 3 * torch.ones_like(x), SCHEDULE, Parametrization("sample"))
     x, sigma = torch.zeros(1, 1, 4, 4), torch.tensor(1.0)
     assert denoiser(x, sigma).unique().tolist() == [1.0]

@@ -41,7 +41,7 @@ def two_pixels(seed: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("config", DETERMINISTIC + STOCHASTIC, ids=options)
-def test_whatever_the_sampler_what_is_kept_is_kept_exactly_and_the_rest_is_of_the_data(config: SamplingConfig) -> None:
+def test_inpainting_keeps_known_pixels_exactly_with_every_sampler(config: SamplingConfig) -> None:
     points = two_tone_points(6)
     known = points[0:1].expand(4, -1, -1, -1)
     kept = torch.zeros(1, 1, 4, 4, dtype=torch.bool)
@@ -55,7 +55,7 @@ def test_whatever_the_sampler_what_is_kept_is_kept_exactly_and_the_rest_is_of_th
     assert (drawn[..., 2:] - points[nearest.indices][..., 2:]).abs().max() < 0.05
 
 
-def test_going_again_makes_a_hole_agree_with_what_lies_around_it() -> None:
+def test_resampling_makes_the_hole_consistent_with_its_surroundings() -> None:
     count = 4000
     known, kept, start = two_pixels(0, count)
     generator = torch.Generator().manual_seed(1)
@@ -72,7 +72,7 @@ def test_going_again_makes_a_hole_agree_with_what_lies_around_it() -> None:
     assert abs(once.mean() - CORRELATION) > 3 * abs(again.mean() - CORRELATION)
 
 
-def test_a_hole_agrees_with_what_lies_around_it_when_the_estimate_follows_the_gradient() -> None:
+def test_pigdm_makes_the_hole_consistent_with_its_surroundings() -> None:
     count = 4000
     known, kept, start = two_pixels(0, count)
     noise = (lambda generator: lambda: torch.randn(count, 1, 1, 2, generator=generator))(
@@ -90,7 +90,7 @@ def test_a_hole_agrees_with_what_lies_around_it_when_the_estimate_follows_the_gr
 
 
 @given(st.floats(0.01, 80), st.floats(0.2, 2))
-def test_the_estimate_moves_as_gaussian_images_say_it_should(sigma: float, sigma_data: float) -> None:
+def test_pigdm_correction_is_exact_for_gaussian_images(sigma: float, sigma_data: float) -> None:
     """With pixels that know nothing of each other the posterior mean is known: where one is kept, it is what it is."""
     x = torch.tensor([0.3, -1.2]).view(1, 1, 1, 2)
     known, kept = torch.tensor([0.7, 0.0]).view(1, 1, 1, 2), torch.tensor([True, False]).view(1, 1, 1, 2)
@@ -103,7 +103,7 @@ def test_the_estimate_moves_as_gaussian_images_say_it_should(sigma: float, sigma
     torch.testing.assert_close(moved, torch.where(kept, known, exact(x, level)))
 
 
-def test_gone_once_repainting_is_the_sampler_itself() -> None:
+def test_repaint_with_one_resample_step_equals_the_sampler() -> None:
     known, kept, start = two_pixels(0, 3)
     denoise = replace_known(of_two_pixels, known, kept)
     noise = (lambda generator: lambda: torch.randn(3, 1, 1, 2, generator=generator))(torch.Generator().manual_seed(2))
@@ -124,7 +124,7 @@ def test_the_stronger_the_change_the_more_steps_and_noise(strength: float, steps
 
 
 @given(st.integers(0, 1000))
-def test_noise_on_the_way_is_as_strong_as_at_either_end(seed: int) -> None:
+def test_interpolated_noise_keeps_its_variance(seed: int) -> None:
     one, other = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(seed))
     way = between(one, other, torch.linspace(0, 1, 7))
     torch.testing.assert_close(way[0], one)
@@ -141,7 +141,7 @@ def model(dataset: Path, tmp_path: Path) -> DiffusionModel:
     return load_model(run(dataset, tmp_path / "run").final)
 
 
-def test_at_full_strength_what_lies_in_a_hole_decides_nothing_and_below_it_does(model: DiffusionModel) -> None:
+def test_hidden_pixels_matter_only_below_full_strength(model: DiffusionModel) -> None:
     hidden = torch.where(LEFT, IMAGE, 255 - IMAGE)
     assert not torch.equal(hidden, IMAGE)
 
@@ -160,7 +160,7 @@ CONFIG = sampling_config(steps=6, compute_batch=8)
 
 @pytest.mark.parametrize(("resample_steps", "guided"), [(1, False), (3, False), (1, True), (2, True)])
 @pytest.mark.parametrize("sampler", ["ddpm", "dpmpp_2m"])
-def test_a_hole_is_filled_and_the_rest_keeps_its_bits_whatever_is_drawn_beside_it(
+def test_inpainting_keeps_known_pixels_independent_of_the_batch(
     model: DiffusionModel, resample_steps: int, guided: bool, sampler: str
 ) -> None:
     config = CONFIG.with_sampler(sampler)
@@ -181,7 +181,7 @@ def test_the_stronger_the_change_the_less_is_left_of_the_image(model: DiffusionM
     assert changes[0] < changes[3] / 5
 
 
-def test_a_way_begins_and_ends_with_the_images_of_its_seeds(model: DiffusionModel) -> None:
+def test_interpolation_starts_and_ends_at_the_images_of_its_seeds(model: DiffusionModel) -> None:
     even = Conditions(labels=("even",))
     way = interpolate(model, 3, 4, 9, CONFIG, conditions=even).int()
     ends = torch.stack([sample(model, [0], seed, CONFIG, conditions=even)[0] for seed in (3, 4)]).int()
@@ -205,18 +205,18 @@ def test_a_way_begins_and_ends_with_the_images_of_its_seeds(model: DiffusionMode
         (lambda: Edit(IMAGE, torch.zeros(8, 8, dtype=torch.bool)), "keeps nothing of the image"),
     ],
 )
-def test_what_would_do_nothing_is_refused(make: Callable[[], Edit], words: str) -> None:
+def test_edits_without_effect_are_an_error(make: Callable[[], Edit], words: str) -> None:
     with pytest.raises(UserError, match=words):
         make()
 
 
 @pytest.mark.parametrize(("one", "other", "count"), [(3, 3, 9), (3, 4, 1)])
-def test_no_way_between_is_refused(model: DiffusionModel, one: int, other: int, count: int) -> None:
+def test_interpolation_needs_two_seeds_and_images(model: DiffusionModel, one: int, other: int, count: int) -> None:
     with pytest.raises(UserError, match="give two seeds, and ask for two or more"):
         interpolate(model, one, other, count, CONFIG)
 
 
-def test_a_image_of_another_size_is_refused(model: DiffusionModel) -> None:
+def test_image_of_another_size_is_an_error(model: DiffusionModel) -> None:
     edit = Edit(torch.zeros(1, 9, 9, dtype=torch.uint8), strength=0.5)
     with pytest.raises(UserError, match=r"the image has 1×9×9 .* and the model generates 1×8×8"):
         sample(model, [0], 0, CONFIG, edit=edit)

@@ -45,7 +45,7 @@ def test_two_gaussians_make_the_denoiser_of_their_powers_product(
     torch.testing.assert_close(found, x + level**2 * slope, atol=1e-4, rtol=1e-4)
 
 
-def test_of_equally_wide_gaussians_a_sampler_draws_one_whose_mean_is_further_out() -> None:
+def test_guidance_shifts_the_mean_of_equally_wide_gaussians() -> None:
     denoise = guided(Gaussian(0.5, 0.3), Gaussian(0.1, 0.3), 3.0)
     sigmas = linear_schedule(1000).sigma_grid(40)
     drawn = heun(denoise, sigmas[0] * noisy(1, count=4000), sigmas, noisy)

@@ -40,7 +40,7 @@ def test_a_perfect_prediction_gives_back_the_image(prediction: Prediction, sigma
 
 
 @given(st.sampled_from(["epsilon", "v_prediction", "sample"]), st.integers(0, 999))
-def test_what_is_predicted_and_from_what_is_as_in_diffusers(prediction: Prediction, t: int) -> None:
+def test_predictions_and_inputs_match_diffusers(prediction: Prediction, t: int) -> None:
     schedule, x0, noise, at = cosine_schedule(1000), images(0), images(1), torch.tensor([t, t])
     theirs = DDPMScheduler(1000, beta_schedule="squaredcos_cap_v2")
     ours, sigma = Parametrization(prediction), schedule.sigma(at)
@@ -165,7 +165,7 @@ def test_noising_and_loss_are_float32_under_autocast(prediction: Prediction) -> 
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
-def test_around_something_known_the_rest_is_learnt_as_a_image_of_its_own(prediction: Prediction) -> None:
+def test_residual_objective_equals_training_on_the_difference(prediction: Prediction) -> None:
     objective = Objective(edm_schedule(1000), Parametrization(prediction, 0.2), edm(0.2))
     generator = torch.Generator().manual_seed(0)
     x0, around, noise = (torch.randn(4, 1, 8, 8, generator=generator) for _ in range(3))

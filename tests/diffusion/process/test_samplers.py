@@ -40,13 +40,13 @@ def test_every_sampler_lands_on_the_points_of_a_finite_set_and_reaches_all(
 
 
 @deterministic
-def test_what_needs_no_noise_asks_for_none(config: SamplingConfig) -> None:
+def test_deterministic_samplers_draw_no_noise(config: SamplingConfig) -> None:
     sigmas = linear_schedule(1000).sigma_grid(7)
     config.build_sampler()(IdealDenoiser(POINTS), sigmas[0].float() * noises(0, 3)(), sigmas, no_noise)
 
 
 @stochastic
-def test_fresh_noise_makes_another_image_of_the_same_start(config: SamplingConfig) -> None:
+def test_fresh_noise_gives_another_image_from_the_same_start(config: SamplingConfig) -> None:
     sigmas, start = linear_schedule(1000).sigma_grid(20), noises(0, 64)()
     ends = [
         config.build_sampler()(IdealDenoiser(POINTS), sigmas[0].float() * start, sigmas, noises(seed, 64))
@@ -126,7 +126,7 @@ def test_ddim_and_dpmpp_with_all_noise_fresh_are_ddpm_and_between_they_are_neith
     assert not torch.allclose(drawn(two, sampler="dpmpp_2m_sde", eta=0.9), drawn(two), atol=1e-3)
 
 
-def test_nothing_fresh_is_the_sampler_without_and_euler_is_ddim() -> None:
+def test_eta_zero_equals_the_deterministic_sampler_and_euler_is_ddim() -> None:
     sigmas, start = cosine_schedule(1000).sigma_grid(25), noises(3, 8)()
 
     def drawn(**settings: object) -> Tensor:
@@ -181,7 +181,7 @@ def test_churn_is_that_of_algorithm_2(sampler: str, churn: dict[str, float]) -> 
 
 
 @pytest.mark.parametrize("sampler", ["euler", "heun"])
-def test_each_step_of_a_part_of_the_way_is_churned_as_it_is_on_the_whole_way(sampler: str) -> None:
+def test_churn_per_step_is_the_same_on_a_partial_grid(sampler: str) -> None:
     sigmas = linear_schedule(1000).sigma_grid(18)
     churned = sampling_config(sampler=sampler, steps=18, churn={"amount": 3}).build_sampler()
     start = sigmas[0].float() * noises(0, 4)()

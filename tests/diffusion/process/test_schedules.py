@@ -115,7 +115,7 @@ def test_edms_levels_go_from_its_least_to_its_most_by_equal_factors() -> None:
 
 
 @given(schedules)
-def test_time_finds_each_step_of_the_schedule_and_goes_straight_between(schedule: NoiseSchedule) -> None:
+def test_time_interpolates_between_the_steps_of_the_schedule(schedule: NoiseSchedule) -> None:
     steps = torch.arange(schedule.steps)
     torch.testing.assert_close(schedule.time(schedule.sigmas), steps.float(), atol=1e-3, rtol=0)
     assert torch.equal(schedule.sigma(steps), schedule.sigmas)
@@ -135,6 +135,6 @@ def test_time_stays_at_the_ends_for_sigmas_beyond_the_schedule() -> None:
         ({"zero_terminal_snr": True, "schedule": "edm"}, "leave one out"),
     ],
 )
-def test_what_makes_no_sense_together_is_refused_with_the_reason(settings: dict[str, object], words: str) -> None:
+def test_contradicting_schedule_settings_are_an_error(settings: dict[str, object], words: str) -> None:
     with pytest.raises(ValidationError, match=words):
         ModelConfig.model_validate(settings)

@@ -281,7 +281,7 @@ def drawn(sigmas: Tensor, schedule: NoiseSchedule, prediction: Prediction, confi
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
-def test_few_steps_draw_gaussian_data_right_only_with_the_learned_variance(prediction: Prediction) -> None:
+def test_few_steps_sample_gaussian_data_only_with_learned_variance(prediction: Prediction) -> None:
     schedule = linear_schedule(1000)
     sigmas = torch.cat([schedule.sigmas[[999, 600, 300, 100, 0]], torch.zeros(1).double()])
     ratios = {
@@ -326,12 +326,12 @@ def test_ddpm_of_every_variance_is_that_of_diffusers_step_for_step_on_any_grid(
     sigmas = torch.cat([schedule.sigmas[theirs.timesteps], torch.zeros(1).double()])
     generator = torch.Generator().manual_seed(5)
 
-    class Watched(Denoiser):
+    class RecordingDenoiser(Denoiser):
         def answer(self, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
             seen.append(x / (1 + sigma**2).sqrt().float())
             return super().answer(x, sigma)
 
-    denoiser = Watched(network, schedule, Parametrization("epsilon"), learned_variance=True)
+    denoiser = RecordingDenoiser(network, schedule, Parametrization("epsilon"), learned_variance=True)
     DDPMSampling(variance=ours).run(denoiser, sigmas, lambda: torch.randn(2, 1, 4, 4, generator=generator))
     generator = torch.Generator().manual_seed(5)
     torch.randn(2, 1, 4, 4, generator=generator)
@@ -343,7 +343,7 @@ def test_ddpm_of_every_variance_is_that_of_diffusers_step_for_step_on_any_grid(
         x = theirs.step(answer, t, x, generator=generator).prev_sample
 
 
-def test_the_variance_asked_for_is_the_one_taken_whatever_the_network_learned(network: UNet) -> None:
+def test_configured_sampling_variance_overrides_the_learned_one(network: UNet) -> None:
     schedule, sigmas = cosine_schedule(1000), cosine_schedule(1000).sigma_grid(5)
 
     def draw(denoiser: Denoiser, variance: str | None) -> Tensor:
@@ -367,9 +367,7 @@ def test_the_variance_asked_for_is_the_one_taken_whatever_the_network_learned(ne
         ({"learned_uncertainty": True, "timestep_sampling": "uniform"}, "divide each by another number: leave one out"),
     ],
 )
-def test_trainings_that_cannot_teach_a_variance_are_refused_with_the_reason(
-    settings: dict[str, object], words: str
-) -> None:
+def test_unsupported_learned_variance_trainings_are_an_error(settings: dict[str, object], words: str) -> None:
     config = TrainingConfig.model_validate({"images": 1} | settings)
     assert words in (training_conflict(LEARNED, config) or "")
     assert training_conflict(MODEL, config) is None
@@ -382,7 +380,7 @@ def test_configurations_that_leave_it_out_keep_their_digests() -> None:
     assert sampling_config(sampler="ddpm", variance="fixed_large").model_dump()["variance"] == "fixed_large"
 
 
-def test_a_network_says_twice_as_much_and_learns_no_slower_to_say_the_first_half() -> None:
+def test_learned_variance_doubles_the_output_channels_only() -> None:
     torch.manual_seed(0)
     plain = UNet(MODEL, 3, 8)
     torch.manual_seed(0)
@@ -393,7 +391,7 @@ def test_a_network_says_twice_as_much_and_learns_no_slower_to_say_the_first_half
     assert count_flops(LEARNED, (3, 8, 8), 0) > count_flops(MODEL, (3, 8, 8), 0)
 
 
-def test_a_short_training_learns_resumes_to_the_same_bits_and_draws(dataset: Path, tmp_path: Path) -> None:
+def test_learned_variance_training_learns_resumes_and_samples(dataset: Path, tmp_path: Path) -> None:
     shape = LEARNED.model_copy(update={"patch": 2})
     config = CONFIG.model_copy(update={"timestep_sampling": "uniform"})
     whole = train(dataset, tmp_path / "whole", shape, config, SAMPLING)

@@ -115,9 +115,7 @@ def test_a_worker_that_is_killed_is_started_again_and_the_end_is_the_same(datase
     "SIGKILL of all, with the network in shares",
     "the same weights; one process alone goes on, too",
 )
-def test_a_network_in_shares_has_the_losses_of_a_whole_one_and_its_checkpoints_fit_both(
-    dataset: Path, tmp_path: Path
-) -> None:
+def test_sharded_training_matches_unsharded_training(dataset: Path, tmp_path: Path) -> None:
     finish(start(dataset, tmp_path / "whole", 2, 640))
     finish(start(dataset, tmp_path / "shared", 2, 640, 0, "shard"))
     np.testing.assert_allclose(curve(tmp_path / "shared")[:20], curve(tmp_path / "whole")[:20], rtol=2e-2)
@@ -139,12 +137,12 @@ def test_a_network_in_shares_has_the_losses_of_a_whole_one_and_its_checkpoints_f
     np.testing.assert_allclose(curve(tmp_path / "changed"), curve(tmp_path / "whole"), rtol=0.3)
 
 
-def test_minutes_are_measured_on_a_network_in_shares(dataset: Path, tmp_path: Path) -> None:
+def test_sharded_training_supports_a_length_in_minutes(dataset: Path, tmp_path: Path) -> None:
     finish(start(dataset, tmp_path / "run", 2, 0, 0, "shard"))
     assert (tmp_path / "run" / "final.safetensors").is_file()
 
 
-def test_sharing_out_among_one_process_is_refused(dataset: Path, tmp_path: Path) -> None:
+def test_sharding_over_one_process_is_an_error(dataset: Path, tmp_path: Path) -> None:
     process = start(dataset, tmp_path / "alone", 1, 640, 0, "shard")
     out, _ = process.communicate(timeout=300)
     assert process.returncode != 0
@@ -152,7 +150,7 @@ def test_sharing_out_among_one_process_is_refused(dataset: Path, tmp_path: Path)
 
 
 @needs_encoder
-def test_captions_that_one_process_reads_are_told_to_both(tmp_path: Path) -> None:
+def test_captions_encoded_by_one_rank_reach_both(tmp_path: Path) -> None:
     squares(tmp_path / "squares")
     for name, processes in (("one", 1), ("two", 2)):
         finish(start(tmp_path / "squares", tmp_path / name, processes, 320, 0, "text"))

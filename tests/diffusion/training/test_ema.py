@@ -53,7 +53,7 @@ def test_average_of_noisy_training_is_nearer_the_optimum_than_the_weights_are() 
     assert (averaged - optimum).abs().mean() < 0.5 * (raw - optimum).abs().mean()
 
 
-def test_the_network_is_left_alone_and_not_shared() -> None:
+def test_weight_average_does_not_modify_or_alias_the_network() -> None:
     network = network_of(1.0)
     before = copy.deepcopy(network.state_dict())
     average = WeightAverage(network, exponential_decay(0.9))
@@ -62,7 +62,7 @@ def test_the_network_is_left_alone_and_not_shared() -> None:
     assert values(average) != {1.0}
 
 
-def test_an_average_restored_from_safetensors_goes_on_bit_for_bit() -> None:
+def test_restored_ema_continues_bit_for_bit() -> None:
     torch.manual_seed(1)
     average = WeightAverage(nn.Linear(2, 3), exponential_decay(0.99))
     for step in range(1, 5):
@@ -98,12 +98,12 @@ def test_a_power_function_average_weighs_steps_as_its_name_says(length: float, s
 
 
 @pytest.mark.parametrize(("length", "gamma"), [(0.05, 16.97), (0.10, 6.94)])
-def test_lengths_and_powers_are_those_of_the_paper(length: float, gamma: float) -> None:
+def test_ema_stds_and_powers_match_the_paper(length: float, gamma: float) -> None:
     assert power(length) == pytest.approx(gamma, abs=5e-3)
 
 
 @given(st.floats(0.02, 0.27))
-def test_the_length_is_the_deviation_of_the_weights(length: float) -> None:
+def test_ema_std_is_the_deviation_of_the_weighting(length: float) -> None:
     gamma = power(length)
     tau = (np.arange(200_000) + 0.5) / 200_000
     weights = tau**gamma / (tau**gamma).sum()
@@ -112,7 +112,7 @@ def test_the_length_is_the_deviation_of_the_weights(length: float) -> None:
 
 
 @pytest.mark.parametrize("length", [0.06, 0.08, 0.12])
-def test_an_average_put_together_afterwards_is_that_kept_all_along(length: float) -> None:
+def test_post_hoc_ema_equals_the_tracked_average(length: float) -> None:
     """The weights wander, as those of a network do; snapshots of two averages are kept eight times."""
     rng = np.random.default_rng(0)
     path = np.cumsum(rng.standard_normal((2000, 8)), axis=0)

@@ -44,9 +44,7 @@ from tests.builders.training_runs import CONFIG, MODEL, SAMPLING, Away, Stop, St
 @pytest.mark.parametrize(
     ("low_resolution", "words"), [(None, "of plain are one flat tone"), (4, "show all that they have at 4×4")]
 )
-def test_images_of_which_there_is_nothing_to_learn_are_refused(
-    tmp_path: Path, low_resolution: int | None, words: str
-) -> None:
+def test_constant_images_are_an_error(tmp_path: Path, low_resolution: int | None, words: str) -> None:
     write_dataset(tmp_path / "plain", np.full((40, 1, 8, 8), 90, np.uint8), per_shard=40)
     model = MODEL.model_copy(update={"low_resolution": low_resolution, "conditional": False})
     with pytest.raises(UserError, match=words):
@@ -68,7 +66,7 @@ def test_same_inputs_give_the_same_bits(dataset: Path, tmp_path: Path) -> None:
         (320, {"prefetch": 30}),
     ],
 )
-def test_a_stopped_run_goes_on_to_the_same_bits_however_images_are_loaded(
+def test_stopped_run_resumes_bit_for_bit_with_every_loader(
     dataset: Path, tmp_path: Path, stop: int, loading: dict[str, int]
 ) -> None:
     whole = run(dataset, tmp_path / "whole")
@@ -143,7 +141,7 @@ def test_a_damaged_last_checkpoint_falls_back_to_the_one_before(
     assert newest.name in caplog.text
 
 
-def test_what_a_killed_training_was_writing_or_removing_goes_when_it_goes_on(dataset: Path, tmp_path: Path) -> None:
+def test_leftovers_of_a_killed_training_are_removed_on_resume(dataset: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run" / "checkpoints"
     folder.mkdir(parents=True)
     begun = [f".0000000008.safetensors.{'0' * 32}.partial", ".tmpA1b2C3", "0000000003.safetensors"]
@@ -159,7 +157,7 @@ def test_old_checkpoints_are_pruned_and_the_newest_kept(dataset: Path, tmp_path:
     assert names == [f"{images:010d}.safetensors{suffix}" for images in (240, 320) for suffix in ("", ".sha256")]
 
 
-def test_another_configuration_is_refused_and_named_unless_restarted(dataset: Path, tmp_path: Path) -> None:
+def test_changed_configuration_is_an_error_unless_restarted(dataset: Path, tmp_path: Path) -> None:
     first = run(dataset, tmp_path / "run").final.read_bytes()
     other = CONFIG.model_copy(update={"learning_rate": 1e-4})
     with pytest.raises(UserError, match=r"training\.learning_rate.*--restart"):
@@ -167,7 +165,7 @@ def test_another_configuration_is_refused_and_named_unless_restarted(dataset: Pa
     assert run(dataset, tmp_path / "run", other, restart="if_different").final.read_bytes() != first
 
 
-def test_a_discarded_run_begins_anew_with_the_same_end(dataset: Path, tmp_path: Path) -> None:
+def test_discarded_run_restarts_with_the_same_result(dataset: Path, tmp_path: Path) -> None:
     first = run(dataset, tmp_path / "run").final
     bits, written = first.read_bytes(), first.stat().st_mtime_ns
     assert run(dataset, tmp_path / "run").final.stat().st_mtime_ns == written
@@ -181,7 +179,7 @@ def test_a_discarded_run_begins_anew_with_the_same_end(dataset: Path, tmp_path: 
     assert again.read_bytes() == bits
 
 
-def test_minutes_are_turned_into_images_once(dataset: Path, tmp_path: Path) -> None:
+def test_minutes_are_converted_to_images_once(dataset: Path, tmp_path: Path) -> None:
     config = TrainingConfig(dataset="blobs", minutes=0.1, batch_size=16, checkpoints=2)
     with pytest.raises(Stop):
         run(dataset, tmp_path / "run", config, track=lambda _: StopAt(1))
@@ -223,7 +221,7 @@ def test_whatever_is_chosen_from_the_menu_learns_and_resumes_to_the_same_bits(
         assert path.read_bytes() == (tmp_path / "cut" / "averages" / path.name).read_bytes()
 
 
-def test_averages_of_other_lengths_are_made_after_the_end_and_draw(dataset: Path, tmp_path: Path) -> None:
+def test_post_hoc_ema_of_other_stds_generates_images(dataset: Path, tmp_path: Path) -> None:
     config = TrainingConfig.model_validate(CONFIG.model_dump() | {"ema_stds": [0.05, 0.1], "checkpoints": 8})
     result = run(dataset, tmp_path / "run", config)
     *kept, shorter, same = models_to_evaluate(tmp_path / "run", tmp_path / "report", [0.04, 0.05])
@@ -294,7 +292,7 @@ def test_two_trainings_in_one_folder_are_refused(dataset: Path, tmp_path: Path) 
         run(dataset, tmp_path / "run", track=lambda _: Nested(0))
 
 
-def test_exactly_one_length_is_asked_for_and_ten_minutes_if_none_is() -> None:
+def test_training_length_is_set_once_and_defaults_to_ten_minutes() -> None:
     with pytest.raises(ValueError, match=r"either training\.images or training\.minutes"):
         TrainingConfig(images=10, minutes=1.0)
     assert (TrainingConfig().minutes, TrainingConfig().images) == (10, None)
@@ -315,7 +313,7 @@ def test_the_share_of_time_spent_waiting_for_images_is_recorded(dataset: Path, t
     assert all(0 < share < 1 for share in written)
 
 
-def test_a_history_goes_on_without_the_rows_that_a_killed_process_left(tmp_path: Path) -> None:
+def test_resumed_history_drops_rows_after_the_checkpoint(tmp_path: Path) -> None:
     lines = "images,loss,data_wait\n16,0.5,0\n32,0.4,0\n40,0.3,0\n48,0."
     (tmp_path / "history.csv").write_text(lines)
     history = MetricsFile(tmp_path / "history.csv", ("loss", "data_wait"))
@@ -346,7 +344,7 @@ def test_streamed_shards_give_the_weights_of_local_ones(sharded: Path, tmp_path:
     assert sum(path.stat().st_size for path in (sharded.parent / ".shards").glob("*.tar")) <= room
 
 
-def test_a_window_makes_another_order_and_so_another_run(sharded: Path, tmp_path: Path) -> None:
+def test_shuffle_window_changes_the_order_and_the_run(sharded: Path, tmp_path: Path) -> None:
     whole = run(sharded, tmp_path / "run").final.read_bytes()
     windowed = CONFIG.model_copy(update={"window": 2})
     with pytest.raises(UserError, match=r"differs in training\.window"):
@@ -390,12 +388,12 @@ def test_streaming_without_a_remote_is_refused(sharded: Path, tmp_path: Path) ->
         run(sharded, tmp_path / "run", CONFIG.model_copy(update={"stream_bytes": 2**20}))
 
 
-def test_workers_without_work_are_refused() -> None:
+def test_workers_need_prefetched_batches() -> None:
     with pytest.raises(ValueError, match=r"raise training\.prefetch, or lower training\.workers"):
         TrainingConfig(images=1, workers=3, prefetch=2)
 
 
-def test_steps_whose_loss_is_not_finite_are_left_out_and_counted(dataset: Path) -> None:
+def test_nonfinite_steps_are_skipped_and_counted(dataset: Path) -> None:
     with worker_threads(1) as pool:
         trainer = make_trainer(dataset, MODEL, CONFIG, pool, 320)
         broken = {16, 48, 64}
@@ -414,7 +412,7 @@ def test_steps_whose_loss_is_not_finite_are_left_out_and_counted(dataset: Path) 
         assert (trainer.state.images, trainer.state.skipped, trainer.state.skipped_in_a_row) == (96, 3, 0)
 
 
-def test_steps_looked_at_later_leave_out_the_same(dataset: Path) -> None:
+def test_delayed_loss_checks_skip_the_same_steps(dataset: Path) -> None:
     # As on a GPU, which nobody waits for after each step.
     counts, weights = [], []
     for lag in (0, 1):
@@ -434,7 +432,7 @@ def test_steps_looked_at_later_leave_out_the_same(dataset: Path) -> None:
     assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
 
 
-def test_a_run_that_cannot_go_on_stops_and_keeps_the_batch(dataset: Path, tmp_path: Path) -> None:
+def test_diverged_run_stops_and_saves_the_batch(dataset: Path, tmp_path: Path) -> None:
     config = CONFIG.model_copy(update={"learning_rate": 1e30, "max_nonfinite_steps": 3})
     with pytest.raises(DarkroomError, match=r"not finite in 3 steps in a row.*lower training\.learning_rate.*lies in"):
         run(dataset, tmp_path / "run", config)
@@ -444,7 +442,7 @@ def test_a_run_that_cannot_go_on_stops_and_keeps_the_batch(dataset: Path, tmp_pa
     assert len(batch["t"]) == CONFIG.batch_size
 
 
-def test_what_looks_wrong_is_said_once_and_only_then(caplog: pytest.LogCaptureFixture) -> None:
+def test_training_monitor_warns_once_per_problem(caplog: pytest.LogCaptureFixture) -> None:
     monitor = TrainingMonitor()
     with caplog.at_level(logging.WARNING):
         for images in range(20):
@@ -468,7 +466,7 @@ def test_what_looks_wrong_is_said_once_and_only_then(caplog: pytest.LogCaptureFi
     assert all(word in message for word, message in zip(words, caplog.messages, strict=True))
 
 
-def test_a_dry_run_says_what_will_run_and_writes_nothing(dataset: Path, tmp_path: Path) -> None:
+def test_dry_run_describes_the_run_and_writes_nothing(dataset: Path, tmp_path: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     about = preflight(dataset, MODEL, CONFIG, SAMPLING)
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
@@ -509,7 +507,7 @@ def test_a_disk_too_small_for_the_checkpoints_is_an_error_before_the_first(
         ({"keep": 1, "keep_best": 2}, None),
     ],
 )
-def test_the_policy_says_which_checkpoints_stay(
+def test_checkpoint_policy_decides_which_checkpoints_are_kept(
     dataset: Path, tmp_path: Path, policy: dict[str, int], kept: list[int] | None
 ) -> None:
     run(dataset, tmp_path / "run", CONFIG.model_copy(update={"checkpoints": 8} | policy))
@@ -521,7 +519,7 @@ def test_the_policy_says_which_checkpoints_stay(
     assert there == kept
 
 
-def test_what_goes_wrong_with_a_checkpoint_beside_training_stops_it(dataset: Path, tmp_path: Path) -> None:
+def test_background_checkpoint_error_stops_training(dataset: Path, tmp_path: Path) -> None:
     with worker_threads(1) as pool:
         trainer = make_trainer(dataset, MODEL, CONFIG, pool)
     (tmp_path / "file").write_text("no folder")
@@ -531,7 +529,7 @@ def test_what_goes_wrong_with_a_checkpoint_beside_training_stops_it(dataset: Pat
         writer.save(trainer.state.tensors(), trainer.checkpoint_header(), 1)
 
 
-def test_a_checkpoint_holds_the_state_as_it_was_though_training_goes_on(dataset: Path, tmp_path: Path) -> None:
+def test_checkpoint_is_a_snapshot_while_training_continues(dataset: Path, tmp_path: Path) -> None:
     with worker_threads(1) as pool:
         trainer = make_trainer(dataset, MODEL, CONFIG, pool, 320)
         take_step(trainer)
@@ -545,9 +543,7 @@ def test_a_checkpoint_holds_the_state_as_it_was_though_training_goes_on(dataset:
     assert all(torch.equal(value, expected[name]) for name, value in written.items())
 
 
-def test_a_run_tells_losses_by_noise_level_how_colours_drift_and_shows_the_reverse_process(
-    dataset: Path, tmp_path: Path
-) -> None:
+def test_run_logs_losses_per_noise_level_drift_and_samples(dataset: Path, tmp_path: Path) -> None:
     figures: dict[str, float] = {}
     logged: list[tuple[str, int]] = []
 

@@ -42,7 +42,7 @@ def test_training_begins_with_the_weights_it_is_given(dataset: Path, tmp_path: P
     assert not [name for name in begun if name.startswith("optimizer.")]
 
 
-def test_a_stopped_run_goes_on_to_the_same_bits_wherever_its_start_lies(dataset: Path, tmp_path: Path) -> None:
+def test_stopped_warm_started_run_resumes_bit_for_bit(dataset: Path, tmp_path: Path) -> None:
     whole = run(dataset, tmp_path / "whole", start(tmp_path))
     with pytest.raises(Stop):
         run(dataset, tmp_path / "cut", start(tmp_path), track=lambda _: StopAt(48))
@@ -52,7 +52,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits_wherever_its_start_lies(dataset:
     assert resumed.train_key == whole.train_key
 
 
-def test_another_start_is_another_training_and_none_is_the_one_it_always_was(dataset: Path, tmp_path: Path) -> None:
+def test_init_from_changes_the_run_key(dataset: Path, tmp_path: Path) -> None:
     cold = train(dataset, tmp_path / "cold", MODEL, CONFIG.model_copy(update=SHORT), SAMPLING)
     assert run(dataset, tmp_path / "null", None).train_key == cold.train_key
     warm = run(dataset, tmp_path / "warm", start(tmp_path, 1))
@@ -72,7 +72,7 @@ def test_another_start_is_another_training_and_none_is_the_one_it_always_was(dat
         ({"size": 16}, "generates images of 1×16×16 .*, and data set blobs has 1×8×8"),
     ],
 )
-def test_a_model_of_another_kind_is_refused_in_one_line(
+def test_init_from_of_another_architecture_is_a_one_line_error(
     dataset: Path, tmp_path: Path, options: dict[str, object], words: str
 ) -> None:
     given = start(tmp_path, **options)
@@ -89,11 +89,11 @@ def test_families_do_not_mix(dataset: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["champion", "models:/blobs@champion"])
-def test_registered_models_are_for_who_has_a_registry(dataset: Path, tmp_path: Path, name: str) -> None:
+def test_registered_model_as_init_from_needs_a_registry(dataset: Path, tmp_path: Path, name: str) -> None:
     with pytest.raises(UserError, match="names a registered model, which is not fetched here"):
         run(dataset, tmp_path / "warm", name)
 
 
-def test_a_start_that_is_not_there_is_named(dataset: Path, tmp_path: Path) -> None:
+def test_missing_init_from_model_is_named(dataset: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no model at"):
         run(dataset, tmp_path / "warm", tmp_path / "nowhere.safetensors")

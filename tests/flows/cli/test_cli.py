@@ -97,7 +97,7 @@ def test_mistakes_exit_2_without_a_traceback(tmp_path: Path, arguments: list[str
     assert "Traceback" not in done.stderr
 
 
-def test_a_verb_that_needs_servers_says_how_to_get_them(tmp_path: Path) -> None:
+def test_commands_that_need_servers_explain_how_to_start_them(tmp_path: Path) -> None:
     (tmp_path / "params.yaml").write_text("training:\n  images: 10\n")
     done = darkroom(tmp_path, "train")
     assert "run `darkroom up`" in done.stderr
@@ -133,7 +133,7 @@ def test_a_dry_run_of_training_needs_no_server_and_stops_before_it(dataset: Path
 
 
 @pytest.mark.parametrize("words", [["retrain", "x"], ["ingest", "--local"], ["train", "--dry-run"], ["status"]])
-def test_what_one_process_does_is_not_done_by_several(
+def test_single_process_commands_fail_under_torchrun(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str]
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")

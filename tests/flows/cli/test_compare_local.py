@@ -28,7 +28,7 @@ def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_families_are_trained_in_folders_of_their_own_and_judged_on_one_page(workspace: Path) -> None:
+def test_families_train_in_separate_folders_with_one_ranking_report(workspace: Path) -> None:
     done = CliRunner().invoke(app, COMMAND, catch_exceptions=False)
     output = json.loads(done.stdout)
     found = output["ranking"]

@@ -118,7 +118,7 @@ def test_log_lists_versions_newest_first(commands: CommandLine) -> None:
     assert [each["quarantined"] for each in entries] == [1, 0, 1]
 
 
-def test_show_tells_what_is_in_a_version_and_what_stands_refused(commands: CommandLine) -> None:
+def test_show_describes_a_version_and_its_quarantined_files(commands: CommandLine) -> None:
     first = commands.json("log")["versions"][-1]["digest"]
     found = commands.json("show", first[:8])
     assert (found["dataset"], found["digest"], found["kept"]) == ("blobs", first, 48)
@@ -129,7 +129,7 @@ def test_show_tells_what_is_in_a_version_and_what_stands_refused(commands: Comma
     assert "odd/bad.png" not in shown
 
 
-def test_show_is_limited_unless_all_is_asked_for(commands: CommandLine) -> None:
+def test_show_is_limited_without_the_all_option(commands: CommandLine) -> None:
     for number in range(30):
         (commands.folder / "images" / "even" / f"bad{number:02d}.png").write_text("no image")
     ingest(FOLDER, IngestConfig(source="images", size=8, held_out=0.33, max_quarantined=1))
@@ -222,7 +222,7 @@ def test_a_checkout_killed_at_random_moments_ends_the_same(commands: CommandLine
         assert {each["digest"] for each in commands.json("log")["versions"]} > {first, newest}
 
 
-def test_remove_says_first_what_would_go(commands: CommandLine) -> None:
+def test_remove_lists_the_affected_images_first(commands: CommandLine) -> None:
     files = files_of(FOLDER)
     found = commands.json("remove", "odd/0?.png", "--dry-run")
     assert (found["dataset"], found["dry_run"], found["images"], len(found["image_keys"])) == ("blobs", True, 5, 5)
@@ -253,7 +253,7 @@ def test_remove_says_first_what_would_go(commands: CommandLine) -> None:
         (["remove", "odd/01.png", "--reason", "x", "--yes"], "run `darkroom up`"),
     ],
 )
-def test_mistakes_are_one_line_that_says_how_to_mend_them(
+def test_data_command_errors_are_one_line_with_a_remedy(
     commands: CommandLine, arguments: list[str], words: str
 ) -> None:
     files = files_of(FOLDER)

@@ -28,14 +28,14 @@ from tests.builders.small_models import CONFIG, write_model
 QUICK = ["--set", "sampling.steps=3", "--set", "sampling.compute_batch=4"]
 
 
-class Said(NamedTuple):
+class CommandResult(NamedTuple):
     code: int
     out: str
     err: str
 
 
 class Darkroom(Protocol):
-    def __call__(self, *words: str) -> Said: ...
+    def __call__(self, *words: str) -> CommandResult: ...
 
 
 @pytest.fixture
@@ -44,12 +44,12 @@ def darkroom(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
     monkeypatch.chdir(folder)
     monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")
 
-    def run(*words: str) -> Said:
+    def run(*words: str) -> CommandResult:
         monkeypatch.setattr(sys, "argv", ["darkroom", *words])
         with pytest.raises(SystemExit) as end:
             main()
         code = end.value.code
-        return Said(code if isinstance(code, int) else 0, *capsys.readouterr())
+        return CommandResult(code if isinstance(code, int) else 0, *capsys.readouterr())
 
     return run
 
@@ -104,7 +104,7 @@ def test_a_model_file_answers_without_servers_and_again_alike(
     assert {path.name: path.read_bytes() for path in place.iterdir()} == before
 
 
-def test_a_small_image_is_drawn_large_beside_what_it_was(darkroom: Darkroom, folder: Path) -> None:
+def test_upscaled_image_is_shown_beside_its_original(darkroom: Darkroom, folder: Path) -> None:
     config = CONFIG.model_copy(update={"low_resolution": 4, "conditional": False})
     write_model(folder / "model.safetensors", seed=0, images=0, config=config)
     done = made(darkroom, "edit", "upscale", "face.png", "--count", "2")
@@ -135,7 +135,7 @@ def test_images_name_the_weights_of_a_file_and_not_where_it_lay(darkroom: Darkro
     assert image.text["darkroom:model"] == f"sha256:{sha256_file(folder / 'model.safetensors')}"
 
 
-def test_what_is_written_down_is_how_it_was_drawn(darkroom: Darkroom, folder: Path) -> None:
+def test_stored_sampling_settings_are_those_that_were_used(darkroom: Darkroom, folder: Path) -> None:
     """Guidance that leads nowhere is not done, and so is not said."""
     done = made(darkroom, "sample", "--count", "1", "--set", "sampling.guidance=3")
     assert "guidance" not in json.loads((folder / done["about"]).read_text())["sampling"]

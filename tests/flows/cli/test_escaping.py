@@ -49,12 +49,12 @@ def test_any_text_becomes_one_harmless_line_that_can_be_written(text: str) -> No
 
 
 @given(st.text(st.characters(categories=("L", "N", "P", "S", "M"))))
-def test_what_people_write_stays_as_it_is(text: str) -> None:
+def test_ordinary_text_is_not_escaped(text: str) -> None:
     assert escape_controls(text) == text
 
 
 @given(ANY)
-def test_json_and_python_literals_are_harmless_and_say_the_same(text: str) -> None:
+def test_json_and_python_literals_are_escaped_without_loss(text: str) -> None:
     line = escape_controls(json.dumps({text: [text]}, ensure_ascii=False))
     assert harmless(line)
     assert json.loads(line) == {text: [text]}

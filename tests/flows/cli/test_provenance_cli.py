@@ -100,7 +100,7 @@ def test_a_trace_has_a_few_lines_for_each_link(
     ]
 
 
-def test_a_comparison_says_how_many_images_are_the_same_and_how_far_off_the_others_are(
+def test_reproduction_reports_equal_images_and_the_largest_errors(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     other = ImageComparison(

@@ -192,7 +192,7 @@ def test_a_file_that_comes_damaged_from_the_remote_is_named_and_the_version_befo
     assert there.items() <= files_of(FOLDER).items()
 
 
-def test_what_is_gone_from_the_remote_is_pushed_again_with_the_same_version(place: Place) -> None:
+def test_missing_remote_files_are_pushed_again_on_publish(place: Place) -> None:
     shard = place.version().shards[0]
     store = Store()
     before = {key: store.get(place.bucket, key) for key in store.list_keys(place.bucket, "dvc/files/")}
@@ -202,7 +202,7 @@ def test_what_is_gone_from_the_remote_is_pushed_again_with_the_same_version(plac
     assert {key: store.get(place.bucket, key) for key in store.list_keys(place.bucket, "dvc/files/")} == before
 
 
-def test_a_version_with_images_that_were_taken_down_comes_back_only_when_told_so(place: Place) -> None:
+def test_version_with_removed_images_needs_with_removed_on_checkout(place: Place) -> None:
     before = place.version()
     old = files_of(FOLDER)
     done = remove(FOLDER, Selection(sources=["odd/01.png"]), "consent withdrawn")
@@ -219,7 +219,7 @@ def test_a_version_with_images_that_were_taken_down_comes_back_only_when_told_so
 
 
 @pytest.mark.slow
-def test_a_version_that_stored_them_in_another_way_is_refused_as_well_and_leaves_nothing(place: Place) -> None:
+def test_removed_images_in_other_storage_settings_block_checkout_too(place: Place) -> None:
     before = place.version()
     config = IngestConfig(source=str(place.images), size=9, held_out=0.33)
     ingest(FOLDER, config, rebuild="if_different")
@@ -233,7 +233,7 @@ def test_a_version_that_stored_them_in_another_way_is_refused_as_well_and_leaves
 
 
 @pytest.mark.slow
-def test_another_machine_learns_what_was_taken_down_and_whether_it_still_holds_it(place: Place) -> None:
+def test_other_machine_learns_of_takedowns_of_images_it_holds(place: Place) -> None:
     before = place.version()
     assert place.catalog.held_removals(FOLDER) == []
     done = remove(FOLDER, Selection(sources=["odd/01.png"]), "consent withdrawn")
@@ -251,9 +251,7 @@ def test_another_machine_learns_what_was_taken_down_and_whether_it_still_holds_i
 
 
 @pytest.mark.parametrize("request_digest", ["../../../outside", "0" * 15, "0" * 16 + "\n"])
-def test_a_removal_in_the_bucket_that_would_be_written_elsewhere_is_refused_by_its_key(
-    place: Place, request_digest: str
-) -> None:
+def test_removal_record_with_an_unsafe_path_is_named_and_rejected(place: Place, request_digest: str) -> None:
     place.version()
     done = remove(FOLDER, Selection(sources=["odd/01.png"]), "consent withdrawn")
     told = done.model_dump(mode="json") | {"request_digest": request_digest, "digests": ["0" * 64]}
@@ -296,7 +294,7 @@ def test_a_shard_that_is_not_on_the_remote_is_named(place: Place, tmp_path: Path
 
 
 @pytest.mark.parametrize("from_cache", [True, False])
-def test_what_is_cut_damaged_or_missing_is_got_back_and_named(place: Place, from_cache: bool) -> None:
+def test_damaged_or_missing_files_are_restored_and_named(place: Place, from_cache: bool) -> None:
     place.version()
     version = place.version(*range(100, 104))
     whole = files_of(FOLDER)
@@ -314,7 +312,7 @@ def test_what_is_cut_damaged_or_missing_is_got_back_and_named(place: Place, from
     assert files_of(FOLDER) == whole
 
 
-def test_what_neither_cache_nor_remote_has_is_left_for_ingest_to_name(place: Place) -> None:
+def test_unrestorable_files_are_reported_by_ingest(place: Place) -> None:
     config = IngestConfig(source=str(place.images), size=8, held_out=0.33)
     assert restore_data(FOLDER, place.source) == []
     ingest(FOLDER, config)

@@ -38,7 +38,7 @@ def test_a_data_set_outside_dvc_yaml_gets_a_pointer_of_its_own(
 @pytest.mark.parametrize(
     "params", [(ROOT / "params.yaml").read_text(), "training: {dataset: x}\n"], ids=["ours", "least"]
 )
-def test_repro_asks_for_no_section_that_params_may_leave_out(tmp_path: Path, params: str) -> None:
+def test_dvc_repro_needs_no_optional_params_section(tmp_path: Path, params: str) -> None:
     Repo.init(str(tmp_path), no_scm=True).close()
     (tmp_path / "params.yaml").write_text(params)
     (tmp_path / "dvc.yaml").write_text((ROOT / "dvc.yaml").read_text())

@@ -65,7 +65,7 @@ def test_a_prefix_is_a_folder(store: Store, bucket: str, tmp_path: Path) -> None
         seen(f"s3://{bucket}/in", given)
 
 
-def test_what_goes_away_or_is_too_large_is_refused(store: Store, bucket: str, tmp_path: Path) -> None:
+def test_vanished_or_too_large_s3_objects_are_quarantined(store: Store, bucket: str, tmp_path: Path) -> None:
     put(store, bucket, {"a.png": b"x" * 1025, "b.png": b"x" * 1024, "c.png": b"1"})
     given = access(tmp_path / "scratch", S3Objects(), max_bytes=1024)
     entries = list(open_source(f"s3://{bucket}", given).entries())
@@ -86,7 +86,7 @@ def test_what_goes_away_or_is_too_large_is_refused(store: Store, bucket: str, tm
         ("wds:s3://{}/{{0..", "unbalanced braces"),
     ],
 )
-def test_what_is_not_there_is_an_error_of_one_line(bucket: str, tmp_path: Path, place: str, said: str) -> None:
+def test_missing_s3_source_is_a_one_line_error(bucket: str, tmp_path: Path, place: str, said: str) -> None:
     with pytest.raises(UserError, match=said) as error:
         seen(place.format(bucket), access(tmp_path / "scratch", S3Objects()))
     assert "\n" not in str(error.value)
@@ -97,7 +97,7 @@ def test_an_empty_prefix_is_an_error(bucket: str, tmp_path: Path) -> None:
         make(tmp_path / "set", f"s3://{bucket}/none")
 
 
-def test_only_what_is_new_or_has_another_etag_is_fetched(
+def test_only_new_or_changed_s3_objects_are_fetched(
     store: Store, bucket: str, tmp_path: Path, s3_environment: dict[str, str]
 ) -> None:
     images = {f"in/{number % 2}/{number:02d}.png": png(number) for number in range(24)}
@@ -150,7 +150,7 @@ def test_shards_on_s3_are_read_by_pattern_and_fetched_once(
         list(open_source(uri, access(tmp_path / "another worker's", S3Objects())).read(entries))
 
 
-def test_the_adapter_travels_and_finds_its_server_where_it_is(store: Store, bucket: str, tmp_path: Path) -> None:
+def test_s3_adapter_can_be_pickled(store: Store, bucket: str, tmp_path: Path) -> None:
     put(store, bucket, {"in/a.png": b"1", "in/odd/b c.png": b"22"})
     objects = S3Objects()
     assert [each.size for each in objects.find(f"s3://{bucket}/in/")] == [1, 2]

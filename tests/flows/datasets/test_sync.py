@@ -13,7 +13,7 @@ from flows.registry.idempotency import ContactSheet, Request
 from tests.builders.catalogs import FOLDER, Place
 
 PARAMS = Params.model_validate({"training": {"dataset": "blobs", "images": 320}})
-PRINTING = ContactSheet(64, 0, None, UNCONDITIONAL)
+SHEET_OF_64 = ContactSheet(64, 0, None, UNCONDITIONAL)
 
 
 @pytest.fixture
@@ -30,7 +30,7 @@ def bring(version: str | None = None) -> str:
     return read_manifest(FOLDER).digest
 
 
-def test_the_newest_comes_where_an_older_one_or_none_lies(place: Place, versions: list[Manifest]) -> None:
+def test_sync_fetches_the_newest_or_the_named_version(place: Place, versions: list[Manifest]) -> None:
     older, newest = (version.digest for version in versions)
     assert newer(PARAMS, place.catalog) is None
     place.forget()
@@ -40,21 +40,19 @@ def test_the_newest_comes_where_an_older_one_or_none_lies(place: Place, versions
     assert bring() == newest
 
 
-def test_what_was_never_published_stays(place: Place, versions: list[Manifest]) -> None:
+def test_sync_keeps_an_unpublished_data_set(place: Place, versions: list[Manifest]) -> None:
     place.publish = lambda: None  # type: ignore[method-assign]  # as if killed before
     here = place.version(101).digest
     assert here not in {version.digest for version in versions}
     assert bring() == here
 
 
-def test_a_data_set_that_nobody_has_is_nothing_to_bring(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unpublished_data_set_has_nothing_to_sync(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DARKROOM_BUCKET", place.bucket)
     assert newer(PARAMS, place.catalog) is None
 
 
-def test_an_event_names_its_version_and_is_the_same_however_often_it_is_made(
-    place: Place, versions: list[Manifest]
-) -> None:
+def test_event_names_its_version_and_is_idempotent(place: Place, versions: list[Manifest]) -> None:
     first, second = (created(version, place.catalog) for version in versions)
     assert first.id == created(versions[0], place.catalog).id != second.id
     assert (second.event, second.resource.id) == (CREATED, "darkroom.dataset.blobs")
@@ -82,23 +80,23 @@ def changed(section: str, **fields: object) -> Params:
     return Params.model_validate(tree | {section: tree[section] | fields})
 
 
-def test_what_is_done_is_done_for_equal_content_and_configuration(
+def test_completed_requests_are_keyed_by_content_and_configuration(
     place: Place, versions: list[Manifest], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    request = Request.of(PARAMS, versions[0], PRINTING)
+    request = Request.of(PARAMS, versions[0], SHEET_OF_64)
     # What gc keeps is no matter.
-    assert request == Request.of(changed("retention", grace_hours=1), versions[0], PRINTING), (
+    assert request == Request.of(changed("retention", grace_hours=1), versions[0], SHEET_OF_64), (
         "what gc keeps is no matter"
     )
     assert request.done() is None
     request.note(result("first"))
-    Request.of(changed("ingest", source="elsewhere"), versions[0], PRINTING).note(result("second"))
+    Request.of(changed("ingest", source="elsewhere"), versions[0], SHEET_OF_64).note(result("second"))
     assert request.done() == result("first").model_dump()
     others = [
-        Request.of(PARAMS, versions[1], PRINTING),
-        Request.of(changed("training", seed=1), versions[0], PRINTING),
-        Request.of(changed("gate", delta=0.2), versions[0], PRINTING),
-        Request.of(changed("registry", model="other"), versions[0], PRINTING),
+        Request.of(PARAMS, versions[1], SHEET_OF_64),
+        Request.of(changed("training", seed=1), versions[0], SHEET_OF_64),
+        Request.of(changed("gate", delta=0.2), versions[0], SHEET_OF_64),
+        Request.of(changed("registry", model="other"), versions[0], SHEET_OF_64),
         Request.of(PARAMS, versions[0], ContactSheet(65, 0, None, UNCONDITIONAL)),
     ]
     assert len({each.key for each in others} | {request.key}) == 6

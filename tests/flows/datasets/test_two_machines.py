@@ -31,9 +31,7 @@ def test_the_second_adds_to_what_the_first_published(two: tuple[Machine, Machine
 @pytest.mark.parametrize(
     "step", [pytest.param(each, marks=() if "publish" in each else pytest.mark.slow) for each in STEPS]
 )
-def test_whoever_is_slower_adds_what_it_ingested_to_the_version_of_whoever_was_faster(
-    step: str, two: tuple[Machine, Machine]
-) -> None:
+def test_slower_ingest_adds_to_the_version_of_the_faster_one(step: str, two: tuple[Machine, Machine]) -> None:
     one, other = two
     with before(step, lambda: other.ingest(200, 201)):
         done = one.ingest(100, 200)
@@ -46,9 +44,7 @@ def test_whoever_is_slower_adds_what_it_ingested_to_the_version_of_whoever_was_f
 
 @pytest.mark.slow
 @pytest.mark.parametrize("step", STEPS)
-def test_whoever_is_killed_holds_nobody_up_and_goes_on_with_the_same_command(
-    step: str, two: tuple[Machine, Machine]
-) -> None:
+def test_killed_ingest_blocks_no_other_and_resumes(step: str, two: tuple[Machine, Machine]) -> None:
     one, other = two
     with before(step, killed), pytest.raises(Killed):
         one.ingest(100)
@@ -84,7 +80,7 @@ def test_a_catalog_from_before_there_were_heads_is_mended_where_one_lost_images(
 
 
 @pytest.mark.slow
-def test_junk_among_the_heads_stops_nobody(two: tuple[Machine, Machine]) -> None:
+def test_invalid_head_objects_do_not_block_ingest(two: tuple[Machine, Machine]) -> None:
     one, other = two
     for name in ("00000002.json", "99999999.json", "x"):
         Store().put_once(settings().bucket, f"datasets/{NAME}/heads/{name}", b"junk")
@@ -95,7 +91,7 @@ def test_junk_among_the_heads_stops_nobody(two: tuple[Machine, Machine]) -> None
 
 
 @pytest.mark.slow
-def test_a_newest_version_that_somebody_deleted_stops_nobody(two: tuple[Machine, Machine]) -> None:
+def test_deleted_newest_version_does_not_block_ingest(two: tuple[Machine, Machine]) -> None:
     one, other = two
     lost = one.ingest(100).digest
     Store().delete_many(settings().bucket, [f"datasets/{NAME}/{lost}/manifest.json"])
@@ -107,7 +103,7 @@ def test_a_newest_version_that_somebody_deleted_stops_nobody(two: tuple[Machine,
 # A person decides otherwise
 
 
-def test_an_older_version_that_was_checked_out_is_built_on_and_what_it_leaves_out_is_said(
+def test_ingest_on_an_older_checkout_reports_omitted_versions(
     two: tuple[Machine, Machine], caplog: pytest.LogCaptureFixture
 ) -> None:
     one, _ = two
@@ -124,7 +120,7 @@ def test_an_older_version_that_was_checked_out_is_built_on_and_what_it_leaves_ou
 
 
 @pytest.mark.slow
-def test_a_retraining_goes_on_from_the_newest_whatever_was_checked_out(two: tuple[Machine, Machine]) -> None:
+def test_retraining_uses_the_newest_version_after_any_checkout(two: tuple[Machine, Machine]) -> None:
     one, _ = two
     first = one.version.digest
     one.ingest(100)
@@ -134,7 +130,7 @@ def test_a_retraining_goes_on_from_the_newest_whatever_was_checked_out(two: tupl
 
 
 @pytest.mark.slow
-def test_what_came_after_a_checkout_is_left_out_only_by_whoever_knows_of_it(two: tuple[Machine, Machine]) -> None:
+def test_unknown_versions_after_a_checkout_block_ingest(two: tuple[Machine, Machine]) -> None:
     one, other = two
     first = one.version.digest
     one.ingest(100)
@@ -150,7 +146,7 @@ def test_what_came_after_a_checkout_is_left_out_only_by_whoever_knows_of_it(two:
 
 
 @pytest.mark.slow
-def test_a_data_set_that_is_begun_anew_while_another_machine_adds_to_it_is_asked_for_again(
+def test_rebuild_is_held_when_another_machine_added_images(
     two: tuple[Machine, Machine],
 ) -> None:
     one, other = two
@@ -168,7 +164,7 @@ def test_a_data_set_that_is_begun_anew_while_another_machine_adds_to_it_is_asked
 
 
 @pytest.mark.slow
-def test_what_was_ingested_while_another_machine_began_anew_is_added_to_that(two: tuple[Machine, Machine]) -> None:
+def test_ingest_during_a_rebuild_is_added_to_the_rebuilt_version(two: tuple[Machine, Machine]) -> None:
     one, other = two
     for each in two:
         (each.folder / "images" / "0.png").unlink()

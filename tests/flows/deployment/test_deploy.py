@@ -66,7 +66,7 @@ def test_prefect_takes_every_deployment_and_its_parameters_fit_the_flows() -> No
     assert [each["work_pool"]["name"] for each in found] == ["gpu", "cpu", "cpu"]
 
 
-def test_retraining_goes_by_the_clock_and_by_the_event_of_its_own_data_set() -> None:
+def test_retraining_runs_on_schedule_and_own_data_set_events() -> None:
     deployment = declared()["deployments"][0]
     [schedule], [trigger] = deployment["schedules"], deployment["triggers"]
     assert (schedule["cron"], schedule["timezone"]) == ("0 2 * * *", "UTC")
@@ -76,7 +76,7 @@ def test_retraining_goes_by_the_clock_and_by_the_event_of_its_own_data_set() -> 
     assert deployment["concurrency_limit"] == {"limit": 1, "collision_strategy": "ENQUEUE"}
 
 
-def test_every_field_of_the_form_says_what_it_is() -> None:
+def test_every_form_field_has_a_description() -> None:
     schema = parameter_schema(sample_on_demand).model_dump()
     for name, field in schema["properties"].items():
         assert field.get("description"), name
@@ -88,7 +88,7 @@ def test_every_field_of_the_form_says_what_it_is() -> None:
     assert schema["required"] == ["model"]
 
 
-def test_automations_are_valid_and_notifications_need_somewhere_to_go() -> None:
+def test_automations_are_valid_and_notifications_need_a_url() -> None:
     with_webhook = declared(WEBHOOK="0b7b4a6e-3f0b-4f53-9a55-0f3f4f0b5a11")["automations"]
     assert [each["name"] for each in with_webhook][:2] == [each["name"] for each in declared()["automations"]]
     for each in with_webhook:
@@ -96,7 +96,7 @@ def test_automations_are_valid_and_notifications_need_somewhere_to_go() -> None:
     assert with_webhook[-1]["actions"][0]["block_document_id"] == "0b7b4a6e-3f0b-4f53-9a55-0f3f4f0b5a11"
 
 
-def test_a_notification_is_json_whatever_the_message_holds() -> None:
+def test_notification_is_valid_json_for_any_message() -> None:
     payload = declared(WEBHOOK="x")["automations"][-1]["actions"][0]["payload"]
     state = {"name": "Failed", "message": 'it "broke"\n{"text": 1}'}
     text = render_user_template_sync(payload, {"flow_run": {"name": "retrain-faces", "state": state}})
@@ -128,7 +128,7 @@ def test_a_placeholder_alone_keeps_its_type() -> None:
     }
 
 
-def test_a_schedule_that_is_none_is_refused() -> None:
+def test_invalid_schedule_is_an_error() -> None:
     with pytest.raises(UserError, match=r"'at two' is no cron schedule: write it like '0 2 \* \* \*'"):
         _require_cron("at two")
 
@@ -144,7 +144,7 @@ def test_a_champion_drifts_if_it_is_worse_by_more_than_chance_allows(now: float,
     assert compare_kid("x", ours, {})[1] is False
 
 
-def test_what_a_schedule_starts_loads_no_torch_and_no_mlflow_before_there_is_something_to_do() -> None:
+def test_scheduled_flows_import_no_torch_or_mlflow_when_idle() -> None:
     script = (
         "import sys, flows.retrain, flows.sample_on_demand, flows.monitor, flows.deployment.deploy\n"
         "print(*sorted({'torch', 'mlflow', 'matplotlib', 'pandas'} & set(sys.modules)))"

@@ -243,7 +243,7 @@ def test_a_fresh_machine_gets_the_data_and_does_nothing_again(workspace: Workspa
         (workspace.folder / f"{name}-elsewhere").rename(workspace.folder / name)
 
 
-def test_the_champion_is_looked_at_again_once_for_the_same_images(workspace: Workspace, prefect: Prefect) -> None:
+def test_champion_is_monitored_once_per_data_set_version(workspace: Workspace, prefect: Prefect) -> None:
     first = prefect.ended(prefect.start("monitor/blobs"))
     assert first["state_type"] == "COMPLETED", first["state"]["message"]
     assert "kid_efflite0" in first["state"]["message"]
@@ -264,7 +264,7 @@ def test_a_run_that_was_killed_is_crashed_and_its_slot_is_free(prefect: Prefect,
     eventually(lambda: prefect.limit("retrain-blobs")["active_slots"] == 0)
 
 
-def test_without_its_limit_a_deployed_run_fails_and_says_so_to_whom_it_may_concern(
+def test_deployed_run_without_its_concurrency_limit_fails_and_notifies(
     workspace: Workspace, prefect: Prefect, mailbox: Mailbox
 ) -> None:
     assert prefect.client.delete("/v2/concurrency_limits/retrain-blobs").is_success

@@ -55,7 +55,7 @@ def flip(path: Path) -> None:
 
 
 @pytest.mark.parametrize(("size", "harm"), [(100, cut), (100, flip), (SMALL + 1, cut)])
-def test_another_backup_mends_what_is_cut_or_damaged(
+def test_next_backup_repairs_damaged_copies(
     store: Store, bucket: str, tmp_path: Path, size: int, harm: Callable[[Path], None]
 ) -> None:
     store.put_once(bucket, "object", b"x" * size)

@@ -39,7 +39,7 @@ def local() -> Iterator[LocalStack]:
     ("server", "variable"),
     [("mlflow", "MLFLOW_TRACKING_URI"), ("prefect", "PREFECT_API_URL"), ("s3", "AWS_ENDPOINT_URL_S3")],
 )
-def test_without_a_server_the_user_is_told_to_start_one(server: Server, variable: str) -> None:
+def test_missing_server_error_says_how_to_start_one(server: Server, variable: str) -> None:
     with pytest.raises(UserError, match=rf"{variable} is not set .*\.darkroom.*run `darkroom up`") as refusal:
         join_servers(server)
     assert refusal.value.exit_code == 2
@@ -59,7 +59,7 @@ def test_servers_that_the_environment_names_are_used_as_they_are(local: LocalSta
 
 
 @pytest.mark.parametrize("theirs", SERVERS)
-def test_what_the_environment_does_not_name_comes_from_the_local_stack(local: LocalStack, theirs: Server) -> None:
+def test_unset_server_variables_come_from_the_local_stack(local: LocalStack, theirs: Server) -> None:
     os.environ.update(THEIRS[theirs])
     join_servers(*SERVERS)
     for server in SERVERS:
@@ -69,7 +69,7 @@ def test_what_the_environment_does_not_name_comes_from_the_local_stack(local: Lo
     assert ("MLFLOW_TRACKING_PASSWORD" in os.environ) == (theirs != "mlflow")
 
 
-def test_only_what_is_needed_is_joined(local: LocalStack) -> None:
+def test_only_the_required_servers_are_joined(local: LocalStack) -> None:
     join_servers("s3")
     assert os.environ["AWS_ENDPOINT_URL_S3"] == "http://127.0.0.1:20001"
     assert os.environ["DARKROOM_BUCKET"] == "darkroom"
@@ -78,7 +78,7 @@ def test_only_what_is_needed_is_joined(local: LocalStack) -> None:
 
 
 @pytest.mark.parametrize("variable", ["AWS_PROFILE", "AWS_ENDPOINT_URL", "AWS_ROLE_ARN"])
-def test_every_usual_way_to_name_an_s3_server_counts(local: LocalStack, variable: str) -> None:
+def test_every_usual_s3_endpoint_variable_is_recognized(local: LocalStack, variable: str) -> None:
     os.environ[variable] = "set"
     assert servers_in_environment() == {"s3": variable}
 
@@ -141,7 +141,7 @@ def test_exports_name_the_stack_for_commands_in_other_folders(
     assert settings().folder == local.folder
 
 
-def test_nothing_is_unpickled_and_nobody_is_told_unless_the_user_says_so() -> None:
+def test_pickle_and_telemetry_are_disabled_unless_configured() -> None:
     os.environ["MLFLOW_DISABLE_TELEMETRY"] = "false"
     join_servers()
     assert os.environ["MLFLOW_ALLOW_PICKLE_DESERIALIZATION"] == "false"
@@ -149,7 +149,7 @@ def test_nothing_is_unpickled_and_nobody_is_told_unless_the_user_says_so() -> No
     assert os.environ["MLFLOW_DISABLE_TELEMETRY"] == "false"
 
 
-def test_a_proxy_of_the_environment_is_passed_by_on_the_way_to_the_local_stack(local: LocalStack) -> None:
+def test_http_proxy_is_bypassed_for_the_local_stack(local: LocalStack) -> None:
     os.environ.update({"http_proxy": "http://proxy.example.com:3128", "no_proxy": "intranet"})
     join_servers("mlflow")
     assert os.environ["no_proxy"] == "intranet,127.0.0.1"

@@ -9,7 +9,7 @@ from flows.local_stack.http_api import NotServing, fetch, request_json
 from tests.builders.http_server import serving
 
 
-class Telling(BaseHTTPRequestHandler):
+class EchoLoginHandler(BaseHTTPRequestHandler):
     """Answers with the login that it was sent."""
 
     def do_GET(self) -> None:
@@ -22,15 +22,15 @@ class Telling(BaseHTTPRequestHandler):
 
 
 def test_a_login_in_the_address_is_sent_unless_another_is_given() -> None:
-    with serving(Telling) as address:
+    with serving(EchoLoginHandler) as address:
         named = address.replace("//", "//someone:p%40ss:@")
         assert fetch(named) == b"someone:p@ss:"
         assert fetch(named, "other:word") == b"other:word"
         assert fetch(address) == b""
 
 
-def test_an_address_is_told_without_its_login() -> None:
-    with serving(Telling) as address, pytest.raises(NotServing) as caught:
+def test_displayed_url_has_no_credentials() -> None:
+    with serving(EchoLoginHandler) as address, pytest.raises(NotServing) as caught:
         request_json(address.replace("//", "//someone:test-secret@"))
     assert str(caught.value).startswith(f"{address}: ")
     with pytest.raises(NotServing) as caught:

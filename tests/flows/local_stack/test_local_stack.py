@@ -112,7 +112,7 @@ print(json.dumps([
 """
 
 
-def assert_all_is_kept(local: LocalStack) -> None:
+def assert_data_is_intact(local: LocalStack) -> None:
     assert json.loads(joined(local, READ)) == ["on s3", "in mlflow", "in mlflow", "in prefect"]
 
 
@@ -132,7 +132,7 @@ def test_the_stack_outlives_the_command_that_starts_it_and_stock_clients_join_it
     assert local is not None
     assert joined(local, WRITE) == "process"
     home.with_name("written").touch()
-    assert_all_is_kept(local)
+    assert_data_is_intact(local)
 
 
 @pytest.mark.slow
@@ -149,7 +149,7 @@ def test_up_again_leaves_alone_what_runs(up: LocalStack) -> None:
 )
 @pytest.mark.slow
 @pytest.mark.parametrize("service", SERVICES)
-def test_a_killed_service_comes_back_with_all_it_held(up: LocalStack, service: str) -> None:
+def test_killed_service_restarts_with_all_its_data(up: LocalStack, service: str) -> None:
     before = pids()
     kill(before[service])
     assert states() == {**RUNNING, service: "stopped"} | (
@@ -163,7 +163,7 @@ def test_a_killed_service_comes_back_with_all_it_held(up: LocalStack, service: s
     assert {name: pid for name, pid in after.items() if name != service} == {
         name: pid for name, pid in before.items() if name != service
     }
-    assert_all_is_kept(up)
+    assert_data_is_intact(up)
 
 
 @pytest.mark.drill(
@@ -180,7 +180,7 @@ def test_after_the_death_of_everything_two_ups_at_once_make_one_stack(up: LocalS
     assert states() == RUNNING
     leaders = [process for process in members(up.folder, *SERVICES) if os.getsid(process.pid) == process.pid]
     assert {process.pid for process in leaders} == set(pids().values())
-    assert_all_is_kept(up)
+    assert_data_is_intact(up)
 
 
 @pytest.mark.drill("a server hangs", "MLflow is suspended", "`darkroom up` restarts it")
@@ -191,7 +191,7 @@ def test_a_service_that_hangs_is_restarted(up: LocalStack) -> None:
     assert states() == {**RUNNING, "mlflow": "not answering"}
     local_stack.up(lambda _: None)
     assert states() == RUNNING
-    assert_all_is_kept(up)
+    assert_data_is_intact(up)
 
 
 @pytest.mark.drill("a port is taken", "that of the S3 server, while it is dead", "it moves, and the others follow")
@@ -210,12 +210,12 @@ def test_a_service_whose_port_was_taken_moves_and_the_others_follow(up: LocalSta
     moved = LocalStack.read(up.folder)
     assert moved is not None
     assert not {moved.state.ports[name] for name in seaweedfs.PORTS} & set(taken.values())
-    assert_all_is_kept(moved)
+    assert_data_is_intact(moved)
 
 
 @pytest.mark.drill("`darkroom up` is killed", "SIGKILL when some servers run", "it can be stopped and started")
 @pytest.mark.slow
-def test_up_that_was_killed_half_way_can_be_stopped_and_started(up: LocalStack) -> None:
+def test_killed_startup_can_be_stopped_and_started(up: LocalStack) -> None:
     local_stack.down(lambda _: None)
     half = command("up")
     while len(members(up.folder, *SERVICES)) < 3:
@@ -230,7 +230,7 @@ def test_up_that_was_killed_half_way_can_be_stopped_and_started(up: LocalStack) 
     with pytest.raises(UserError, match="run `darkroom up`"):
         local_stack.exports()
     local_stack.up(lambda _: None)
-    assert_all_is_kept(up)
+    assert_data_is_intact(up)
 
 
 @pytest.mark.slow
@@ -244,7 +244,7 @@ def test_down_finds_what_runs_even_if_the_folder_was_removed(up: LocalStack, tmp
         shutil.rmtree(up.folder, ignore_errors=True)
         moved.rename(up.folder)
     local_stack.up(lambda _: None)
-    assert_all_is_kept(up)
+    assert_data_is_intact(up)
 
 
 def answer(url: str, login: tuple[str, str] | None) -> int:
@@ -261,7 +261,7 @@ def answer(url: str, login: tuple[str, str] | None) -> int:
 
 
 @pytest.mark.slow
-def test_who_has_no_password_or_a_wrong_one_is_refused(up: LocalStack) -> None:
+def test_missing_or_wrong_passwords_are_rejected(up: LocalStack) -> None:
     own = up.credentials
     user, password = own.prefect_auth_string.split(":")
     doors: list[tuple[str, tuple[str, str]]] = [
@@ -300,7 +300,7 @@ def test_secrets_are_in_no_log_and_on_no_command_line_and_only_the_owner_reads_t
 
 
 @pytest.mark.slow
-def test_the_s3_server_does_next_to_nothing_when_nobody_asks_it(up: LocalStack) -> None:
+def test_idle_s3_server_uses_little_cpu(up: LocalStack) -> None:
     [server] = members(up.folder, "s3")
     shares = []
     for _ in range(6):
@@ -552,7 +552,7 @@ def test_down_stops_everything_and_up_finds_everything(up: LocalStack) -> None:
     assert are_free(up.state.ports[name] for name in ("s3", "mlflow", "prefect"))
     again = local_stack.up(lambda _: None)
     assert {service.state for service in again.services} == {"running"}
-    assert_all_is_kept(up)
+    assert_data_is_intact(up)
     local_stack.down(lambda _: None)
     local_stack.down(lambda _: None)
 
@@ -617,7 +617,7 @@ def test_another_bucket_than_the_stacks_is_refused() -> None:
 
 @pytest.mark.skipif(sys.prefix == sys.base_prefix, reason="this Python environment has no other below it")
 @pytest.mark.usefixtures("no_servers")
-def test_where_seaweedfs_is_not_installed_the_user_is_told_what_to_set() -> None:
+def test_missing_seaweedfs_error_names_the_variables_to_set() -> None:
     # The interpreter below this environment, with its libraries but without its programs.
     folders = [str(ROOT), sysconfig.get_path("purelib")]
     os.environ.update({"PYTHONPATH": os.pathsep.join(folders), "PATH": "/usr/bin:/bin"})
@@ -660,7 +660,7 @@ def test_a_port_counts_as_free_only_with_its_grpc_port(which: Callable[[int], in
     assert are_free([port])
 
 
-def test_ports_that_are_spoken_for_are_not_chosen() -> None:
+def test_reserved_ports_are_not_chosen() -> None:
     chosen = choose_ports(5)
     assert len(set(chosen)) == 5
     assert not set(chosen) & set(choose_ports(20, taken=chosen))

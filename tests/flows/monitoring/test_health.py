@@ -31,7 +31,7 @@ def here(s3_environment: dict[str, str], bucket: str, monkeypatch: pytest.Monkey
     return s3_environment
 
 
-def test_a_server_that_honours_all_conditions_is_healthy_without_a_word(here: dict[str, str]) -> None:
+def test_fully_conditional_s3_server_passes_the_check_silently(here: dict[str, str]) -> None:
     assert check("s3") == []
 
 
@@ -39,7 +39,7 @@ def test_a_server_that_honours_all_conditions_is_healthy_without_a_word(here: di
     ("judge", "words"),
     [(ignoring_conditional_completion, "ignores If-None-Match"), (read_only, "may not write")],
 )
-def test_what_a_server_lacks_or_was_not_tried_is_a_line(
+def test_missing_or_untested_s3_features_are_one_line_each(
     here: dict[str, str], judge: Callable[[Request], str | None], words: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with proxied(here, judge) as url:
@@ -49,7 +49,7 @@ def test_what_a_server_lacks_or_was_not_tried_is_a_line(
     assert "\n" not in line
 
 
-def test_a_server_without_conditional_writes_is_refused_before_anything_is_ingested_or_trained(
+def test_s3_without_conditional_writes_fails_before_any_work(
     here: dict[str, str], store: Store, bucket: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with proxied(here, ignoring_all_conditions) as url:

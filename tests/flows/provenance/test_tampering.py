@@ -39,7 +39,7 @@ from tests.builders.small_models import write_model
 
 BUCKET = "tampering"
 SAMPLING = sampling_config(sampler="dpmpp_2m", steps=2, compute_batch=4)
-ASKED = Conditions(labels=("even", "odd"))
+CONDITIONS = Conditions(labels=("even", "odd"))
 IMAGE, CHUNK = 5, 1
 """An image that is not in the first of the two chunks."""
 NAME, PART = f"0000000{IMAGE}.png", f"manifest/part-0000{CHUNK}.jsonl"
@@ -107,7 +107,7 @@ def _sampled(store: Store, client: MlflowClient) -> Sampled:
     places = {}
     for kind in ("png", "tar"):
         config = SamplingBatchConfig(format=kind, chunk=4)  # type: ignore[arg-type]
-        batch, place = sample.begin.fn(version, weights, SAMPLING, config, 8, 5, None, ASKED)
+        batch, place = sample.begin.fn(version, weights, SAMPLING, config, 8, 5, None, CONDITIONS)
         for chunk in range(len(batch.chunks())):
             sample.generate_chunk.fn(batch, place, version, chunk, config)
         generate_batch.finish(store, batch, place)
@@ -181,7 +181,7 @@ def test_a_record_of_a_batch_that_was_altered_is_named(
         assert not any("\n" in words for words in found)
 
 
-def test_a_trace_says_what_the_records_do_not_agree_on_beside_all_else(sampled: Sampled) -> None:
+def test_trace_lists_disagreements_of_the_records(sampled: Sampled) -> None:
     files = sampled.files("png")
     place = sampled.beside("relabelled", files | {PART: relabelled_part(files[PART])})
     new = [words for words in trace(f"{place}/{NAME}").broken if words not in sampled.usual.broken]
@@ -196,7 +196,7 @@ def test_an_image_that_was_altered_is_named_and_its_records_are_not(sampled: Sam
     assert f"{place}/{NAME} was altered" in words
 
 
-def test_what_stands_beside_an_image_in_a_tar_is_checked_as_well(sampled: Sampled) -> None:
+def test_json_beside_an_image_in_a_tar_is_verified(sampled: Sampled) -> None:
     tar = f"samples-0000{CHUNK}.tar"
     assert sampled.disagreements(sampled.places["tar"], IMAGE) == []
     files = sampled.files("tar")
@@ -396,7 +396,7 @@ def test_weights_are_fetched_only_by_a_digest(sampled: Sampled, tmp_path: Path) 
         "models:/x@a b",
     ],
 )
-def test_an_address_that_no_version_can_have_is_refused_without_asking_anybody(uri: str) -> None:
+def test_invalid_model_uri_fails_without_a_request(uri: str) -> None:
     with pytest.raises(UserError, match="names no model version") as raised:
         model_versions.parse_model_uri(uri)
     assert len(str(raised.value)) < 400
@@ -418,7 +418,7 @@ def test_an_address_that_no_version_can_have_is_refused_without_asking_anybody(u
         {"task": "x" * 1000},
     ],
 )
-def test_an_image_whose_texts_nobody_wrote_is_none_of_ours(
+def test_image_with_invalid_png_metadata_is_not_recognized(
     texts: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     about = PngInfo()
@@ -447,9 +447,7 @@ def test_an_image_whose_texts_nobody_wrote_is_none_of_ours(
         {"sampling": {"compute_batch": 10**9}},
     ],
 )
-def test_a_batch_that_cannot_be_is_refused_before_anything_is_made_of_it(
-    sampled: Sampled, change: dict[str, object]
-) -> None:
+def test_invalid_batch_description_is_an_error(sampled: Sampled, change: dict[str, object]) -> None:
     about = json.loads(sampled.files("png")["batch.json"])
     with pytest.raises(UserError, match="somewhere is damaged"):
         sampling_batch.parse_batch(canonical_json(about | change).encode(), "somewhere")
@@ -485,7 +483,7 @@ def test_notes_that_cannot_be_read_are_named(
     monkeypatch.chdir(tmp_path)
     manifest = BuiltDataset(tmp_path / "data" / "blobs", 8, "blobs").version([kept(np.zeros((8, 8), np.uint8), "a")])
     params = Params.model_validate({"training": {"dataset": "blobs", "init_from": "models:/blobs/1"}})
-    request = Request.of(params, manifest, ContactSheet(1, 0, None, ASKED))
+    request = Request.of(params, manifest, ContactSheet(1, 0, None, CONDITIONS))
     note = f"retrained/{request.model}/{request.key}.json"
     for junk in (b"junk", b"[]", b'{"verdict": 1}'):
         sampled.store.client.put_object(Bucket=BUCKET, Key=note, Body=junk)

@@ -49,7 +49,7 @@ from tests.builders.training_runs import run as train
 FOLDER = Path("data/blobs")
 SOURCE = "s3://provenance/dvc"
 SAMPLING = sampling_config(sampler="dpmpp_2m", steps=3, compute_batch=4)
-ASKED = Conditions(labels=("even", "odd", None))
+CONDITIONS = Conditions(labels=("even", "odd", None))
 SAMPLING_BATCH = SamplingBatchConfig()
 
 
@@ -120,7 +120,7 @@ def make(store: Store, client: MlflowClient) -> Made:
     tags = {"darkroom.dataset": "blobs", "darkroom.dvc_digest": data.digest}
     version = model_versions.register("blobs", tracker.run_id, weights, SAMPLING, tags, done.images)
     client.set_registered_model_alias("blobs", "champion", str(version.number))
-    batch, place = sample.begin.fn(version, weights, SAMPLING, SAMPLING_BATCH, 18, 5, None, ASKED)
+    batch, place = sample.begin.fn(version, weights, SAMPLING, SAMPLING_BATCH, 18, 5, None, CONDITIONS)
     for chunk in range(len(batch.chunks())):
         sample.generate_chunk.fn(batch, place, version, chunk, SAMPLING_BATCH)
     generate_batch.finish(store, batch, place)
@@ -144,7 +144,7 @@ def pixels_of(png: bytes) -> bytes:
     return Image.open(io.BytesIO(png)).tobytes()
 
 
-def test_a_print_leads_to_its_batch_model_run_and_data_set_and_to_shards_that_are_there(made: Made) -> None:
+def test_sample_traces_to_batch_model_run_data_set_and_shards(made: Made) -> None:
     found = trace(made.image)
     assert found.broken == []
     assert found.takedowns == []
@@ -157,7 +157,7 @@ def test_a_print_leads_to_its_batch_model_run_and_data_set_and_to_shards_that_ar
     assert (found.image.index, found.image.seed, found.image.label) == (17, 5, None)
     assert found.image.sha256 == sha256_bytes(made.png)
     assert (found.place, found.batch, found.finished) == (f"{made.place}/", made.batch, True)
-    assert (found.batch.conditions, found.batch.sampling) == (ASKED, SAMPLING)
+    assert (found.batch.conditions, found.batch.sampling) == (CONDITIONS, SAMPLING)
     assert (found.model.uri, found.model.aliases) == ("models:/blobs/1", ["champion"])
     assert found.model.tags["darkroom.weights_sha256"] == sha256_bytes(Path("weights.safetensors").read_bytes())
     assert (found.run.run_id, found.run.git_commit, found.run.git_dirty) == (made.run_id, "c0ffee", True)
@@ -172,15 +172,13 @@ def test_a_print_leads_to_its_batch_model_run_and_data_set_and_to_shards_that_ar
     assert json.loads(found.model_dump_json())["data"]["shards"]
 
 
-def test_a_whole_batch_leads_there_as_well(made: Made) -> None:
+def test_whole_batch_traces_to_model_run_data_set_and_shards(made: Made) -> None:
     whole, one = trace(f"{made.place}/"), trace(made.image)
     assert whole.image is None
     assert (whole.batch, whole.run, whole.data) == (one.batch, one.run, one.data)
 
 
-def test_a_copy_of_a_print_leads_to_the_batch_that_printed_it_among_several_of_its_seed(
-    made: Made, tmp_path: Path
-) -> None:
+def test_copied_sample_traces_to_its_batch_among_equal_seeds(made: Made, tmp_path: Path) -> None:
     other = SAMPLING.model_copy(update={"steps": 2})
     batch, place = sample.begin.fn(
         made.version, Path("weights.safetensors"), other, SAMPLING_BATCH, 18, 5, None, UNCONDITIONAL
@@ -202,7 +200,7 @@ def test_a_copy_of_a_print_leads_to_the_batch_that_printed_it_among_several_of_i
         reproduce(str(copy))
 
 
-def test_a_image_made_on_request_leads_to_what_was_asked_and_to_its_model(made: Made, tmp_path: Path) -> None:
+def test_image_generated_on_request_traces_to_request_and_model(made: Made, tmp_path: Path) -> None:
     request = make_request({"task": "interpolate", "count": 3, "seed": 5, "to_seed": 6, "label": "even"})
     origin, folder = {"model": made.version.uri, "run_id": made.run_id}, tmp_path / "way"
     generate_to_folder(Path("weights.safetensors"), request, SAMPLING, folder, origin)
@@ -224,7 +222,7 @@ def test_a_image_made_on_request_leads_to_what_was_asked_and_to_its_model(made: 
     assert "no request.json beside it" in " ".join(trace(str(image)).broken)
 
 
-def test_an_altered_print_is_told_from_one_that_was_only_saved_anew(made: Made) -> None:
+def test_altered_sample_is_distinguished_from_a_resaved_one(made: Made) -> None:
     anew = io.BytesIO()
     Image.open(io.BytesIO(made.png)).save(anew, "PNG")
     changes = {"saved": anew.getvalue(), "altered": repainted(made.png, 90), "spoilt": made.png[:60]}
@@ -240,13 +238,13 @@ def test_an_altered_print_is_told_from_one_that_was_only_saved_anew(made: Made) 
     assert "was altered" in words["spoilt"]
 
 
-def test_a_image_under_the_name_of_another_is_noticed(made: Made) -> None:
+def test_image_under_the_name_of_another_is_detected(made: Made) -> None:
     other = made.store.get(made.place.bucket, made.place.key("00000001.png"))
     found = trace(f"{made.beside('swapped', {'00000017.png': other})}/00000017.png")
     assert "says of itself that it is another image" in found.broken[1]
 
 
-def test_what_is_missing_is_named_and_the_rest_is_told_all_the_same(made: Made) -> None:
+def test_trace_names_missing_links_and_reports_the_rest(made: Made) -> None:
     made.client.delete_run(made.run_id)
     try:
         found = trace(made.image)
@@ -265,7 +263,7 @@ def test_what_is_missing_is_named_and_the_rest_is_told_all_the_same(made: Made) 
     )
 
 
-def test_without_its_run_the_catalog_tells_what_the_model_saw(made: Made) -> None:
+def test_trace_without_a_run_uses_the_data_set_catalog(made: Made) -> None:
     (logged,) = Path().glob(f"mlruns/*/{made.run_id}/artifacts/dataset/manifest.json")
     logged.rename("manifest.json.away")
     try:
@@ -297,7 +295,7 @@ def test_shards_that_are_lost_are_named_and_found_wherever_they_still_are(made: 
         Path("cached").rename(cached)
 
 
-def test_takedowns_are_told_by_the_marks_in_mlflow_and_by_the_catalog(made: Made) -> None:
+def test_trace_reports_takedowns_from_mlflow_tags_and_catalog(made: Made) -> None:
     tables = [part.records.sha256 for part in made.manifest.parts]
     Catalog.of("blobs", SOURCE, made.store).publish_removal(REMOVAL.model_copy(update={"tables": tables}))
     made.client.set_model_version_tag("blobs", "1", TAKEDOWN, "feedc0de0123")
@@ -311,14 +309,14 @@ def test_takedowns_are_told_by_the_marks_in_mlflow_and_by_the_catalog(made: Made
 
 
 @pytest.mark.parametrize("what", ["nowhere.png", "s3://provenance/nowhere/00000000.png", "s3://provenance/nowhere"])
-def test_what_is_nowhere_is_the_users_mistake(made: Made, what: str) -> None:
+def test_tracing_a_missing_sample_is_a_user_error(made: Made, what: str) -> None:
     for verb in (trace, reproduce):
         with pytest.raises(UserError, match=r"nowhere") as raised:
             verb(what)
         assert "\n" not in str(raised.value)
 
 
-def test_a_image_that_is_not_ours_is_refused(made: Made, tmp_path: Path) -> None:
+def test_image_without_darkroom_metadata_is_an_error(made: Made, tmp_path: Path) -> None:
     disc(1).save(tmp_path / "mine.png")
     (tmp_path / "notes.png").write_text("no image")
     for name in ("mine.png", "notes.png"):
@@ -326,7 +324,7 @@ def test_a_image_that_is_not_ours_is_refused(made: Made, tmp_path: Path) -> None
             trace(str(tmp_path / name))
 
 
-def test_prints_are_made_again_bit_for_bit_by_the_code_that_the_version_ships(made: Made, tmp_path: Path) -> None:
+def test_samples_are_reproduced_bit_for_bit_by_the_shipped_code(made: Made, tmp_path: Path) -> None:
     done = reproduce(str(made.place), count=17, out=tmp_path)
     assert (done.images, done.exact, done.differences, done.failure) == (17, 17, "", None)
     assert (done.code, done.largest_error, done.differing_pixels, done.moved) == ("shipped", 0, 0, [])
@@ -356,9 +354,7 @@ def test_under_another_fingerprint_the_difference_is_named_with_the_largest_erro
     assert (done.exact, done.largest_error, done.differing_pixels, done.failure) == (0, 3, 1, None)
 
 
-def test_what_the_versions_code_does_not_know_is_said_in_one_line_with_what_may_mend_it(
-    made: Made, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_request_unknown_to_shipped_code_is_a_one_line_error(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
     raw = json.loads(made.batch.json_bytes())
     raw["conditions"]["labels"] = ["neither"]
     place = made.beside("newer", {"batch.json": canonical_json(raw).encode()})
@@ -368,10 +364,10 @@ def test_what_the_versions_code_does_not_know_is_said_in_one_line_with_what_may_
     assert "\n" not in str(raised.value)
 
 
-def test_a_print_in_a_tar_is_traced_and_made_again_as_a_file_is(made: Made, tmp_path: Path) -> None:
+def test_sample_in_a_tar_is_traced_and_reproduced_like_a_file(made: Made, tmp_path: Path) -> None:
     tars, folder = SamplingBatchConfig(format="tar", chunk=8), tmp_path / "again"
     weights = Path("weights.safetensors")
-    batch, place = sample.begin.fn(made.version, weights, SAMPLING, tars, 18, 5, None, ASKED)
+    batch, place = sample.begin.fn(made.version, weights, SAMPLING, tars, 18, 5, None, CONDITIONS)
     for chunk in range(len(batch.chunks())):
         sample.generate_chunk.fn(batch, place, made.version, chunk, tars)
     image = f"{place}/samples-00002.tar/00000017.png"
@@ -390,7 +386,7 @@ def test_a_print_in_a_tar_is_traced_and_made_again_as_a_file_is(made: Made, tmp_
             trace(f"{place}/{nowhere}")
 
 
-def test_prints_by_a_table_are_made_again_by_the_table_beside_them(made: Made, tmp_path: Path) -> None:
+def test_samples_of_a_request_table_are_reproduced_from_the_table(made: Made, tmp_path: Path) -> None:
     table, weights = tmp_path / "wanted.csv", Path("weights.safetensors")
     labels = ["odd", "even", "", *["even"] * 8, "odd", "odd"]
     table.write_text("\n".join(["label", *(label or '""' for label in labels)]))
@@ -417,7 +413,7 @@ def test_prints_by_a_table_are_made_again_by_the_table_beside_them(made: Made, t
 @pytest.mark.parametrize(
     ("what", "count", "words"), [("/00000017.png", 2, "leave it out"), ("", 19, "the batch has 18 images")]
 )
-def test_a_count_that_means_nothing_is_refused(made: Made, what: str, count: int, words: str) -> None:
+def test_reproduce_count_without_effect_is_an_error(made: Made, what: str, count: int, words: str) -> None:
     with pytest.raises(UserError, match=words):
         reproduce(f"{made.place}{what}", count=count)
 
@@ -445,7 +441,7 @@ def test_errors_are_counted_in_levels_and_pixels(shape: tuple[int, ...]) -> None
     assert (same.exact, same.largest_error, same.differing_pixels) == (True, 0, 0)
 
 
-def test_an_altered_image_is_compared_by_the_digest_of_what_was_printed() -> None:
+def test_altered_image_is_compared_by_the_digest_of_the_sample() -> None:
     printed = np.zeros((4, 4), np.uint8)
     altered = original(printed + 9, printed)
     assert compare("x", printed, altered).model_dump(exclude={"key"}) == {
@@ -481,7 +477,7 @@ def outcome(made: Made, mean: float, differences: str, altered: bool = False, co
     ).failure
 
 
-def test_only_other_arithmetic_excuses_an_error_and_only_a_small_one(made: Made) -> None:
+def test_only_small_errors_on_another_fingerprint_are_tolerated(made: Made) -> None:
     assert outcome(made, 0, "") is None
     assert outcome(made, 0.5, "torch: 2 → 3") is None
     assert "not the same inside an equal fingerprint" in (outcome(made, 0.5, "") or "")
@@ -491,7 +487,7 @@ def test_only_other_arithmetic_excuses_an_error_and_only_a_small_one(made: Made)
     assert "altered or lost since sampling: x" in (outcome(made, 0, "", altered=True) or "")
 
 
-def test_libraries_that_moved_are_named() -> None:
+def test_changed_library_versions_are_named() -> None:
     numpy = installed("numpy")
     assert changed_libraries([f"numpy=={numpy}", "torch==1.0", "no-such-thing==2", "", "pandas"]) == [
         f"torch: 1.0 → {installed('torch').split('+')[0]}",

@@ -40,7 +40,7 @@ def git(folder: Path, *arguments: str) -> str:
     return subprocess.run(["git", *arguments], cwd=folder, check=True, capture_output=True, text=True).stdout.strip()
 
 
-def test_a_print_is_traced_to_its_shards_and_made_again(workspace: Workspace, server: MlflowClient, batch: str) -> None:
+def test_sample_is_traced_to_its_shards_and_reproduced(workspace: Workspace, server: MlflowClient, batch: str) -> None:
     image = f"{batch}00000007.png"
     printed = objects(workspace, batch)["00000007.png"][1]
 
@@ -72,9 +72,7 @@ def test_a_print_is_traced_to_its_shards_and_made_again(workspace: Workspace, se
 
 
 @pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() == "DEFAULT", reason="has no other arithmetic to go to")
-def test_with_other_arithmetic_the_difference_is_named_and_the_image_is_nearly_the_same(
-    workspace: Workspace, batch: str
-) -> None:
+def test_reproduction_on_another_fingerprint_is_nearly_equal(workspace: Workspace, batch: str) -> None:
     workspace.variables["ATEN_CPU_CAPABILITY"] = "default"
     try:
         other = workspace.json("reproduce", f"{batch}00000007.png")
@@ -86,7 +84,7 @@ def test_with_other_arithmetic_the_difference_is_named_and_the_image_is_nearly_t
     assert other["mean_error"] <= 2
 
 
-def test_an_altered_print_exits_1_having_told_the_chain_and_an_unknown_one_2(workspace: Workspace, batch: str) -> None:
+def test_altered_sample_exits_1_with_its_trace_and_unknown_exits_2(workspace: Workspace, batch: str) -> None:
     client = boto3.client(
         "s3",
         endpoint_url=workspace.variables["AWS_ENDPOINT_URL_S3"],

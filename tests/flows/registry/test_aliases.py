@@ -17,7 +17,7 @@ from flows.registry.aliases import aliases_of, append, project, restore, verifie
 from flows.registry.ledger import Approval, Evidence, History, Ledger, LedgerEntry, What
 from flows.registry.model_versions import Version, resolve
 from flows.retention.sweeps import find_references
-from tests.builders.model_versions import Killed, Mortal, add_version
+from tests.builders.model_versions import CrashingClient, Killed, add_version
 
 HOLD = Evidence(verdict="hold", reason="kid 0.02 ± 0.01, not lower")
 WIN = Evidence(verdict="promote", reason="kid 0.01 ± 0.001, lower")
@@ -72,7 +72,7 @@ def test_aliases_and_copies_of_the_entries_follow_the_ledger(
     text = copies(client, ledger.model, 3)["00000003"]
     assert newest.digest in text
     assert "kid 0.02 ± 0.01, not lower" in text
-    project(Mortal(0), ledger)
+    project(CrashingClient(0), ledger)
 
 
 @pytest.mark.drill(
@@ -80,7 +80,7 @@ def test_aliases_and_copies_of_the_entries_follow_the_ledger(
     "after each write to MLflow, one after the other",
     "the ledger decides; the next reader finds and mends the aliases",
 )
-def test_stopped_after_any_write_there_is_one_champion_whom_the_next_reader_finds_and_mends(
+def test_interrupted_promotion_leaves_one_champion_and_is_repaired(
     client: MlflowClient, versions: list[Version], ledger: Ledger
 ) -> None:
     add(ledger, "promote", versions[1], evidence=WIN)
@@ -93,7 +93,7 @@ def test_stopped_after_any_write_there_is_one_champion_whom_the_next_reader_find
             add(ledger, "hold", old, evidence=HOLD)
         add(ledger, "promote", new, evidence=WIN)
         try:
-            project(Mortal(life), ledger)
+            project(CrashingClient(life), ledger)
             break
         except Killed:
             assert aliases_of(client, ledger.model)["champion"] in (old.number, new.number)
@@ -107,9 +107,7 @@ def aliases_after(new: Version, old: Version, life: int) -> dict[str, int]:
     return {"champion": new.number, "previous": old.number} | candidate
 
 
-def test_an_alias_that_somebody_moved_is_put_back_by_whoever_resolves_it(
-    client: MlflowClient, versions: list[Version], ledger: Ledger
-) -> None:
+def test_moved_alias_is_restored_on_resolution(client: MlflowClient, versions: list[Version], ledger: Ledger) -> None:
     add(ledger, "promote", versions[1], evidence=WIN)
     project(client, ledger)
     client.set_registered_model_alias(ledger.model, "champion", "3")
@@ -146,7 +144,7 @@ def newest_on_record(client: MlflowClient, ledger: Ledger) -> str:
 def refused(client: MlflowClient, ledger: Ledger) -> Callable[[str], None]:
     """Whoever reads or writes the ledger is refused with these words, and neither server is changed."""
 
-    def all_refused(words: str) -> None:
+    def assert_all_fail(words: str) -> None:
         before, tags = objects(ledger), client.get_registered_model(ledger.model).tags
         for act in (
             lambda: champion.promote(ledger.model, 3),
@@ -162,10 +160,10 @@ def refused(client: MlflowClient, ledger: Ledger) -> Callable[[str], None]:
             assert "\n" not in str(caught.value)
         assert (objects(ledger), client.get_registered_model(ledger.model).tags) == (before, tags)
 
-    return all_refused
+    return assert_all_fail
 
 
-def test_a_ledger_that_was_cut_or_emptied_is_noticed_by_all_and_comes_back_of_mlflows_copies(
+def test_truncated_ledger_is_restored_from_mlflow(
     client: MlflowClient, versions: list[Version], ledger: Ledger, refused: Callable[[str], None]
 ) -> None:
     add(ledger, "promote", versions[1], evidence=WIN)
@@ -190,7 +188,7 @@ def test_a_ledger_that_was_cut_or_emptied_is_noticed_by_all_and_comes_back_of_ml
     assert objects(ledger) == {}
 
 
-def test_an_entry_that_was_replaced_is_noticed_by_all(
+def test_replaced_ledger_entry_is_detected_everywhere(
     client: MlflowClient, versions: list[Version], ledger: Ledger, refused: Callable[[str], None]
 ) -> None:
     add(ledger, "promote", versions[1], evidence=WIN)
@@ -203,7 +201,7 @@ def test_an_entry_that_was_replaced_is_noticed_by_all(
         restore(client, ledger)
 
 
-def test_what_is_on_record_is_behind_for_good_reasons_only(
+def test_outdated_ledger_record_in_mlflow_is_tolerated_when_explained(
     client: MlflowClient, versions: list[Version], ledger: Ledger, refused: Callable[[str], None]
 ) -> None:
     add(ledger, "promote", versions[1], evidence=WIN)
@@ -244,9 +242,7 @@ def test_foreign_objects_stop_neither_promotions_nor_rollbacks_nor_gc(
     find_references(client, ledger.store, ledger.place.bucket, (), {})
 
 
-def test_a_champion_that_was_deleted_is_said_to_be_gone(
-    client: MlflowClient, versions: list[Version], ledger: Ledger
-) -> None:
+def test_deleted_champion_is_reported(client: MlflowClient, versions: list[Version], ledger: Ledger) -> None:
     add(ledger, "promote", versions[1], evidence=WIN)
     add(ledger, "promote", versions[2], evidence=WIN)
     project(client, ledger)
@@ -269,7 +265,7 @@ def judged(
     "a second one while the first one decides",
     "one champion; the slower one is told who was faster, exit 3",
 )
-def test_of_two_promotions_at_once_one_wins_and_the_other_is_told_who_was_faster(
+def test_concurrent_promotions_have_one_winner_named_to_the_other(
     client: MlflowClient, versions: list[Version], ledger: Ledger
 ) -> None:
     add(ledger, "promote", versions[1], evidence=WIN)
@@ -311,9 +307,7 @@ def test_a_verdict_that_is_there_is_not_written_twice(
     assert len(ledger.read().entries) == 4
 
 
-def test_what_a_person_does_not_approve_of_is_held(
-    client: MlflowClient, versions: list[Version], ledger: Ledger
-) -> None:
+def test_unapproved_candidate_is_held(client: MlflowClient, versions: list[Version], ledger: Ledger) -> None:
     judgement = GateResult(champion=None, evidence=WIN)
     no, yes = Approval(approved=False, by="Ada", note="too dark"), Approval(approved=True, by="Ada")
     ledger.append(lambda history: next_entry(history, versions[1], judgement, no))
@@ -324,7 +318,7 @@ def test_what_a_person_does_not_approve_of_is_held(
     assert [entry.approval for entry in history.entries] == [no, yes]
 
 
-def test_rolling_back_twice_goes_back_twice_and_says_when_nothing_is_left(
+def test_repeated_rollbacks_go_back_until_none_is_left(
     client: MlflowClient, versions: list[Version], ledger: Ledger
 ) -> None:
     with pytest.raises(UserError, match="there is no champion of faces-"):
@@ -345,10 +339,10 @@ def test_rolling_back_twice_goes_back_twice_and_says_when_nothing_is_left(
 @pytest.fixture
 def dying(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     """Has the next commands die instead of their write to MLflow of that number."""
-    return lambda life: monkeypatch.setattr(champion, "MlflowClient", lambda: Mortal(life))
+    return lambda life: monkeypatch.setattr(champion, "MlflowClient", lambda: CrashingClient(life))
 
 
-def test_a_rollback_that_was_killed_and_is_given_again_goes_back_once(
+def test_killed_and_repeated_rollback_goes_back_once(
     client: MlflowClient, versions: list[Version], ledger: Ledger, dying: Callable[[int], None]
 ) -> None:
     for version in versions[1:4]:
@@ -364,7 +358,7 @@ def test_a_rollback_that_was_killed_and_is_given_again_goes_back_once(
     assert len(ledger.read().entries) == 4
 
 
-def test_a_promotion_by_hand_overrides_the_gate_and_says_so(
+def test_manual_override_promotes_and_is_recorded(
     client: MlflowClient, versions: list[Version], ledger: Ledger
 ) -> None:
     add(ledger, "promote", versions[1], evidence=WIN)
@@ -381,7 +375,7 @@ def test_a_promotion_by_hand_overrides_the_gate_and_says_so(
         champion.promote(ledger.model, 9)
 
 
-def test_what_was_taken_down_becomes_champion_only_if_somebody_says_so(
+def test_version_under_takedown_needs_an_explicit_option_to_promote(
     client: MlflowClient, versions: list[Version], ledger: Ledger
 ) -> None:
     add(ledger, "promote", versions[1], evidence=WIN)
@@ -410,7 +404,7 @@ def test_a_version_without_weights_is_no_champion(
     assert len(ledger.read().entries) == 1
 
 
-def test_a_person_who_decides_on_what_is_past_is_told(
+def test_manual_promotion_on_outdated_state_is_held(
     client: MlflowClient, versions: list[Version], ledger: Ledger, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     add(ledger, "promote", versions[1], evidence=WIN)

@@ -61,7 +61,7 @@ def problem(params: Params) -> str:
 
 
 @pytest.mark.parametrize("strike", [delete_version, delete_weights, alter_weights])
-def test_both_ways_out_are_named_and_work(
+def test_both_remedies_for_a_deleted_champion_are_named_and_work(
     mlflow_client: MlflowClient,
     params: Params,
     versions: list[Version],
@@ -96,9 +96,7 @@ def test_a_rollback_is_no_dead_end_when_its_champion_was_deleted(
     require_champion.fn(params)
 
 
-def test_only_ways_that_lead_out_are_named(
-    mlflow_client: MlflowClient, params: Params, versions: list[Version]
-) -> None:
+def test_only_working_remedies_are_named(mlflow_client: MlflowClient, params: Params, versions: list[Version]) -> None:
     mlflow_client.set_model_version_tag(params.model_name, "1", "darkroom.takedown", "0123abcd")
     delete_weights(mlflow_client, versions[4])
     delete_version(mlflow_client, versions[2])
@@ -111,7 +109,7 @@ def test_only_ways_that_lead_out_are_named(
     require_champion.fn(params.model_copy(update={"registry": params.registry.model_copy(update={"model": "other"})}))
 
 
-def test_a_registered_model_that_was_deleted_or_made_anew_is_said_to_be(
+def test_deleted_or_recreated_registered_model_is_reported(
     mlflow_client: MlflowClient, params: Params, versions: list[Version], tmp_path: Path
 ) -> None:
     mlflow_client.delete_registered_model(params.model_name)

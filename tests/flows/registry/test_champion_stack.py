@@ -36,9 +36,7 @@ def aliases(server: MlflowClient, model: str = "blobs") -> dict[str, int]:
     return {alias: int(number) for alias, number in server.get_registered_model(model).aliases.items()}
 
 
-def test_history_tells_what_rollback_and_promotion_by_hand_do_and_versions_show_it(
-    workspace: Workspace, server: MlflowClient
-) -> None:
+def test_history_and_versions_show_rollbacks_and_manual_promotions(workspace: Workspace, server: MlflowClient) -> None:
     before = workspace.json("model", "history")
     assert [entry["version"] for entry in before["entries"]] == [1, 2]
     assert (before["entries"][0]["what"], before["entries"][0]["to_version"]) == ("promote", 1)
@@ -65,9 +63,7 @@ def test_history_tells_what_rollback_and_promotion_by_hand_do_and_versions_show_
     assert grid.replace("%2F", "/") in shown
 
 
-def test_the_gate_does_not_bring_back_what_a_person_took_the_title_from(
-    workspace: Workspace, server: MlflowClient
-) -> None:
+def test_gate_does_not_promote_a_version_that_was_rolled_back(workspace: Workspace, server: MlflowClient) -> None:
     workspace.json("promote", "--to", "1")
     workspace.json("promote", "--to", "2")
     workspace.json("model", "rollback", "--reason", "three eyes")
@@ -78,7 +74,7 @@ def test_the_gate_does_not_bring_back_what_a_person_took_the_title_from(
 
 
 @pytest.mark.parametrize("words", [("--reason", "x"), ("--taken-down",), ("--to", "9"), ("--to", "0")])
-def test_promotions_that_make_no_sense_are_refused(workspace: Workspace, words: tuple[str, ...]) -> None:
+def test_invalid_promotions_are_an_error(workspace: Workspace, words: tuple[str, ...]) -> None:
     workspace.run("promote", *words, code=2)
 
 
@@ -124,7 +120,7 @@ def intact(model: str = "blobs") -> float:
     return before[(model,)]
 
 
-def test_whatever_is_done_to_the_ledger_is_said_by_metrics_and_history_and_nothing_is_written(
+def test_ledger_tampering_is_reported_and_blocks_writes(
     workspace: Workspace, server: MlflowClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(workspace.folder)

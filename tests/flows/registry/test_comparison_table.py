@@ -50,7 +50,7 @@ def judged(report: Path, eval_key: str) -> None:
     (report / "evaluation.json").write_text(json.dumps({"eval_key": eval_key}))
 
 
-def test_figures_stand_beside_the_champions_with_their_difference(model: str, report: Path, tmp_path: Path) -> None:
+def test_metrics_are_shown_beside_the_champion_with_their_difference(model: str, report: Path, tmp_path: Path) -> None:
     judged(report, "a" * 64)
     done = compare("figures", model, str(report), folder=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -63,14 +63,12 @@ def test_figures_stand_beside_the_champions_with_their_difference(model: str, re
     assert lines[-1] == "Judged under the same conditions: the figures compare."
 
 
-def test_figures_that_do_not_compare_are_said_not_to(model: str, report: Path, tmp_path: Path) -> None:
+def test_incomparable_metrics_are_labelled_as_such(model: str, report: Path, tmp_path: Path) -> None:
     judged(report, "b" * 64)
     assert "the figures do not compare" in compare("figures", model, str(report), folder=tmp_path).stdout
 
 
-def test_a_first_model_has_nothing_beside_it_and_no_evaluation_is_a_mistake(
-    model: str, report: Path, tmp_path: Path
-) -> None:
+def test_first_model_has_no_comparison_and_needs_an_evaluation(model: str, report: Path, tmp_path: Path) -> None:
     missing = compare("figures", model, str(report), folder=tmp_path)
     assert (missing.returncode, missing.stdout) == (2, "")
     assert "run `darkroom evaluate --local` first" in missing.stderr
@@ -81,7 +79,7 @@ def test_a_first_model_has_nothing_beside_it_and_no_evaluation_is_a_mistake(
     assert "Nothing to compare with" in first.stdout
 
 
-def test_the_data_is_what_the_champion_learned_from(
+def test_comparison_uses_the_training_data_of_the_champion(
     model: str, dataset: Path, bucket: str, store: Store, mlflow_client: MlflowClient, tmp_path: Path
 ) -> None:
     manifest = read_manifest(dataset)

@@ -27,7 +27,7 @@ def params(dataset: Path, mlflow_client: MlflowClient, bucket: str, monkeypatch:
     return load_params(Path("params.yaml"), overrides)
 
 
-def crown(client: MlflowClient, params: Params, folder: Path) -> int:
+def promote_new_version(client: MlflowClient, params: Params, folder: Path) -> int:
     """A new version of the model of ``params``, and its champion."""
     number = len(client.search_model_versions(f"name = '{params.model_name}'"))
     path = write_model(folder / f"{number}.safetensors", number, images=1)
@@ -45,13 +45,13 @@ def other(params: Params, **changes: object) -> Params:
     return params.model_copy(update={"training": params.training.model_copy(update=changes)})
 
 
-def test_a_champion_that_came_of_it_changes_nothing_and_another_configuration_or_data_decide_anew(
+def test_init_from_is_fixed_until_configuration_or_data_change(
     params: Params, mlflow_client: MlflowClient, tmp_path: Path
 ) -> None:
     name = params.model_name
-    crown(mlflow_client, params, tmp_path)
+    promote_new_version(mlflow_client, params, tmp_path)
     assert begun(params) == f"models:/{name}/1"
-    crown(mlflow_client, params, tmp_path)
+    promote_new_version(mlflow_client, params, tmp_path)
     assert begun(params) == f"models:/{name}/1"
     assert begun(other(params, seed=1)) == f"models:/{name}/2"
     manifest = read_manifest(params.dataset_folder)
@@ -59,24 +59,22 @@ def test_a_champion_that_came_of_it_changes_nothing_and_another_configuration_or
     assert begun(params) == f"models:/{name}/2"
 
 
-def test_without_a_champion_it_is_decided_to_begin_at_random(
-    params: Params, mlflow_client: MlflowClient, tmp_path: Path
-) -> None:
+def test_init_from_is_random_without_a_champion(params: Params, mlflow_client: MlflowClient, tmp_path: Path) -> None:
     ready = resolve_params(params)
     assert (ready.params.training.init_from, ready.start, ready.requested.training.init_from) == (
         None,
         None,
         "champion",
     )
-    crown(mlflow_client, params, tmp_path)
+    promote_new_version(mlflow_client, params, tmp_path)
     assert resolve_params(params).start is None
     assert resolve_params(other(params, images=640)).start == f"models:/{params.model_name}/1"
 
 
-def test_the_weights_come_as_a_file_with_what_was_taken_down_of_their_images(
+def test_init_from_weights_come_with_their_takedowns(
     params: Params, mlflow_client: MlflowClient, tmp_path: Path
 ) -> None:
-    crown(mlflow_client, params, tmp_path)
+    promote_new_version(mlflow_client, params, tmp_path)
     mlflow_client.set_model_version_tag(params.model_name, "1", "darkroom.takedown", "b,a")
     ready = resolve_params(other(params, init_from=f"models:/{params.model_name}/1"))
     assert ready.params.training.init_from is not None
@@ -84,25 +82,25 @@ def test_the_weights_come_as_a_file_with_what_was_taken_down_of_their_images(
     assert ready.takedown == "a,b"
 
 
-def test_a_dry_run_decides_nothing(params: Params, mlflow_client: MlflowClient, tmp_path: Path) -> None:
-    crown(mlflow_client, params, tmp_path)
+def test_dry_run_does_not_fix_init_from(params: Params, mlflow_client: MlflowClient, tmp_path: Path) -> None:
+    promote_new_version(mlflow_client, params, tmp_path)
     assert resolve_params(params, dry_run=True).start == f"models:/{params.model_name}/1"
-    crown(mlflow_client, params, tmp_path)
+    promote_new_version(mlflow_client, params, tmp_path)
     assert begun(params) == f"models:/{params.model_name}/2"
 
 
-def test_a_start_that_was_deleted_since_is_named_with_what_decides_anew(
+def test_deleted_init_from_version_is_named_with_a_remedy(
     params: Params, mlflow_client: MlflowClient, tmp_path: Path
 ) -> None:
-    crown(mlflow_client, params, tmp_path)
+    promote_new_version(mlflow_client, params, tmp_path)
     assert begun(params) == f"models:/{params.model_name}/1"
-    crown(mlflow_client, params, tmp_path)
+    promote_new_version(mlflow_client, params, tmp_path)
     mlflow_client.delete_model_version(params.model_name, "1")
     with pytest.raises(UserError, match=r"begins with models:/.*/1, which is not in the registry any more"):
         begun(params)
     assert begun(other(params, seed=1)) == f"models:/{params.model_name}/2"
 
 
-def test_a_version_that_is_not_there_is_named(params: Params) -> None:
+def test_missing_init_from_version_is_named(params: Params) -> None:
     with pytest.raises(UserError, match="models:/nothing/3 is not in the registry"):
         resolve_params(other(params, init_from="models:/nothing/3"))

@@ -74,7 +74,7 @@ def test_each_entry_is_json_that_names_the_digest_of_the_one_before(ledger: Ledg
     assert history.standing == AliasNumbers(champion=1, previous=None, candidate=2)
 
 
-def test_an_empty_ledger_names_nobody(ledger: Ledger) -> None:
+def test_empty_ledger_has_no_champion(ledger: Ledger) -> None:
     assert ledger.head() is None
     assert ledger.read() == History("faces")
     assert ledger.read().standing == AliasNumbers()
@@ -117,7 +117,7 @@ def forked(files: dict[int, bytes]) -> list[bytes]:
     return [entry.data for entry in history.entries[2:]]
 
 
-def test_whatever_is_done_to_entries_that_are_on_record_is_noticed_before_anything_is_written(ledger: Ledger) -> None:
+def test_tampering_with_recorded_entries_blocks_appending(ledger: Ledger) -> None:
     for version in range(1, 5):
         add(ledger, "promote", version, evidence=WIN)
     known, keys = on_record(ledger), list(objects(ledger))
@@ -140,7 +140,7 @@ def test_whatever_is_done_to_entries_that_are_on_record_is_noticed_before_anythi
     assert len(ledger.read(known).entries) == 4
 
 
-def test_a_copy_of_an_entry_that_is_another_one_by_now_is_noticed(ledger: Ledger) -> None:
+def test_changed_ledger_entry_is_detected(ledger: Ledger) -> None:
     for version in range(1, 4):
         add(ledger, "promote", version, evidence=WIN)
     known = on_record(ledger, 2, 3)
@@ -149,7 +149,7 @@ def test_a_copy_of_an_entry_that_is_another_one_by_now_is_noticed(ledger: Ledger
         ledger.read(known | {2: "0" * 64})
 
 
-def test_entries_that_are_not_on_record_yet_count(ledger: Ledger) -> None:
+def test_unrecorded_ledger_entries_count(ledger: Ledger) -> None:
     for version in range(1, 5):
         add(ledger, "promote", version, evidence=WIN)
     for known in ({}, on_record(ledger, 1), on_record(ledger, 3), on_record(ledger, 1, 2, 3, 4)):
@@ -178,7 +178,7 @@ def foreign(ledger: Ledger, history: History) -> dict[str, bytes]:
     }
 
 
-def test_objects_that_are_no_entries_are_told_and_stop_nothing(ledger: Ledger) -> None:
+def test_foreign_ledger_objects_are_reported_and_ignored(ledger: Ledger) -> None:
     for version in (1, 2):
         add(ledger, "promote", version, evidence=WIN)
     known, left = on_record(ledger), foreign(ledger, ledger.read())
@@ -215,7 +215,7 @@ def test_of_many_at_once_among_foreign_objects_each_gets_an_entry_of_its_own(led
     assert [entry.number for entry in history.entries] == [2, 5, 6, 7]
 
 
-def test_whose_entry_lost_its_place_to_one_that_was_put_above_it_is_told(ledger: Ledger) -> None:
+def test_append_fails_when_a_later_entry_took_precedence(ledger: Ledger) -> None:
     add(ledger, "promote", 1)
     seen: list[Known] = [on_record(ledger)]
 
@@ -239,7 +239,7 @@ def test_of_many_at_once_each_gets_an_entry_of_its_own(ledger: Ledger) -> None:
     assert history.standing == AliasNumbers(champion=1, candidate=history.entries[-1].version)
 
 
-def test_an_entry_whose_writing_was_not_confirmed_counts_once(ledger: Ledger) -> None:
+def test_unconfirmed_ledger_write_counts_once(ledger: Ledger) -> None:
     def decide(history: History) -> LedgerEntry:
         entry = history.then("promote", 1, weights_of(1))
         # As a first try leaves it whose answer was lost.
@@ -250,7 +250,7 @@ def test_an_entry_whose_writing_was_not_confirmed_counts_once(ledger: Ledger) ->
     assert len(objects(ledger)) == 1
 
 
-def test_who_stood_on_what_changed_meanwhile_is_asked_again(ledger: Ledger) -> None:
+def test_append_decides_again_when_the_ledger_changed(ledger: Ledger) -> None:
     add(ledger, "promote", 1)
     seen = []
 
@@ -283,7 +283,7 @@ def test_a_rollback_undoes_the_newest_promotion_that_was_not_undone(moves: list[
         assert titles.standing == states[-1]
 
 
-def test_a_rollback_leads_nowhere_else() -> None:
+def test_rollback_to_any_other_version_is_an_error() -> None:
     titles = AliasState().after("promote", 1).after("promote", 2).after("promote", 3)
     for version in (1, 3, 4):
         with pytest.raises(UserError, match="leads to the champion before"):
@@ -292,7 +292,7 @@ def test_a_rollback_leads_nowhere_else() -> None:
         AliasState().after("promote", 1).after("rollback", 1)
 
 
-def test_the_candidate_was_held_last_and_is_neither_champion_nor_rejected() -> None:
+def test_candidate_is_the_last_held_undecided_version() -> None:
     titles = AliasState().after("promote", 1).after("hold", 2)
     assert titles.standing.candidate == 2
     assert titles.after("promote", 3).standing.candidate == 2
@@ -310,7 +310,7 @@ def chain(*moves: tuple[What, int, dict[str, object]]) -> History:
     return history
 
 
-def test_what_a_person_took_the_title_from_is_withheld_until_a_person_gives_it_back() -> None:
+def test_rolled_back_version_is_withheld_until_manually_promoted() -> None:
     up: list[tuple[What, int, dict[str, object]]] = [("promote", 1, {}), ("promote", 2, {})]
     back: tuple[What, int, dict[str, object]] = ("rollback", 1, {"by_hand": True, "reason": "three eyes"})
     hold: tuple[What, int, dict[str, object]] = ("hold", 2, {"evidence": HOLD})
@@ -327,7 +327,7 @@ def test_what_a_person_took_the_title_from_is_withheld_until_a_person_gives_it_b
     assert chain(*up, ("hold", 3, nobody)).withheld(3) is None
 
 
-def test_an_entry_says_who_what_and_why(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ledger_entry_names_user_action_and_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOGNAME", "ada")
     history = chain(
         ("promote", 1, {"evidence": WIN}),
@@ -344,7 +344,7 @@ def test_an_entry_says_who_what_and_why(monkeypatch: pytest.MonkeyPatch) -> None
     assert "not approved by Grace (too dark): kid 0.01" in denied
 
 
-def test_a_registry_that_was_made_anew_is_not_taken_for_the_one_that_the_ledger_knows() -> None:
+def test_recreated_registry_is_not_mistaken_for_the_original() -> None:
     history = chain(("promote", 1, {}))
     history.require_same(1, weights_of(1))
     history.require_same(2, "anything")

@@ -41,7 +41,7 @@ def data(dataset: Path) -> Manifest:
     return read_manifest(dataset)
 
 
-def test_a_card_says_what_a_version_is_made_of_how_good_it_is_and_how_it_was_judged(data: Manifest) -> None:
+def test_model_card_has_origin_metrics_and_evaluation_settings(data: Manifest) -> None:
     evaluation = an_evaluation([0.05, 0.02])
     card = model_card.card(PARAMS, evaluation, data, VERSION, ENTRY)
     assert card.startswith("# faces, version 3\n")
@@ -71,7 +71,7 @@ def test_a_card_says_what_a_version_is_made_of_how_good_it_is_and_how_it_was_jud
     assert model_card.card(PARAMS, evaluation, data, VERSION, ENTRY) == card
 
 
-def test_a_card_without_a_verdict_says_so_and_one_of_few_images_of_a_class_as_well(data: Manifest) -> None:
+def test_model_card_notes_missing_verdict_and_small_classes(data: Manifest) -> None:
     few = data.parts[0].model_copy(update={"classes": {"even": 40, "odd": 2}})
     data = data.model_copy(update={"parts": [few]})
     card = model_card.card(PARAMS, an_evaluation([0.05]), data, VERSION, None)
@@ -79,7 +79,7 @@ def test_a_card_without_a_verdict_says_so_and_one_of_few_images_of_a_class_as_we
     assert "Of class odd it saw 2 images" in section(card, "Limits")
 
 
-def test_a_card_shows_intervals_from_the_trial_and_the_limits_that_it_found(tmp_path: Path) -> None:
+def test_model_card_shows_intervals_and_limits_of_the_comparison(tmp_path: Path) -> None:
     folder = discs(tmp_path / "discs")
     told = {"left": 60, "right": 60}
     new, old = (write_model(tmp_path / f"{n}.safetensors", n, n, classes=told) for n in (1, 2))
@@ -129,7 +129,7 @@ def test_the_licence_is_kept_with_the_data_and_changes_no_content(images: Path, 
     assert rows(card, "Data")["licence"] == ["CC0-1.0"]
 
 
-def test_a_card_is_written_once_for_each_verdict_and_keeps_what_was_said_of_takedowns(
+def test_model_card_is_written_per_verdict_and_keeps_takedowns(
     mlflow_client: MlflowClient, dataset: Path, tmp_path: Path
 ) -> None:
     params = Params.model_validate({"training": {"dataset": "blobs"}})

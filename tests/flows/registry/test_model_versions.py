@@ -66,7 +66,7 @@ def at_once(monkeypatch: pytest.MonkeyPatch, wait: Any) -> Iterator[ThreadPoolEx
         yield pool
 
 
-def test_two_who_register_what_lies_in_one_folder_make_one_version(
+def test_concurrent_registrations_from_one_folder_make_one_version(
     mlflow_client: MlflowClient, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     weights = weights_in(tmp_path / "run")
@@ -110,9 +110,7 @@ def test_two_machines_that_register_the_same_leave_one_version(
     assert model_versions.fetch_weights(version, tmp_path / "cache").read_bytes() == b"weights"
 
 
-def test_a_version_of_a_machine_that_was_stopped_before_it_found_the_first_is_deleted_unless_somebody_named_it(
-    mlflow_client: MlflowClient, name: str, tmp_path: Path
-) -> None:
+def test_duplicate_versions_are_deleted_unless_aliased(mlflow_client: MlflowClient, name: str, tmp_path: Path) -> None:
     weights = weights_in(tmp_path / "run")
     run_id = logged(mlflow_client, name, weights)
     tags = {WEIGHTS: sha256_file(weights)}
@@ -127,7 +125,7 @@ def test_a_version_of_a_machine_that_was_stopped_before_it_found_the_first_is_de
 
 
 @pytest.mark.slow
-def test_a_model_that_was_half_logged_when_its_process_was_killed_goes(
+def test_half_logged_model_of_a_killed_process_is_deleted(
     mlflow_client: MlflowClient, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mlflow.set_tracking_uri(mlflow_client.tracking_uri)

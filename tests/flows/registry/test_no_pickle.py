@@ -68,7 +68,7 @@ def png(number: int) -> bytes:
 
 
 @pytest.mark.parametrize("ending", ["pyd", "pickle", "pkl", "pth", "pt", "npy", "npz", "cls", "json", "txt"])
-def test_in_webdataset_shards_whatever_its_name(
+def test_pickle_in_webdataset_shards_is_never_loaded(
     tmp_path: Path, trace: Path, planted: bytes, planted_by_torch: bytes, ending: str
 ) -> None:
     with tarfile.open(tmp_path / "000.tar", "w") as tar:
@@ -84,7 +84,7 @@ def test_in_webdataset_shards_whatever_its_name(
     assert not trace.exists()
 
 
-def test_among_images_and_in_parquet(tmp_path: Path, trace: Path, planted: bytes) -> None:
+def test_pickle_among_images_or_in_parquet_is_never_loaded(tmp_path: Path, trace: Path, planted: bytes) -> None:
     folder = tmp_path / "images"
     folder.mkdir()
     for number in range(4):
@@ -98,7 +98,7 @@ def test_among_images_and_in_parquet(tmp_path: Path, trace: Path, planted: bytes
     assert not trace.exists()
 
 
-def test_instead_of_a_manifest_or_a_shard(dataset: Path, trace: Path, planted: bytes) -> None:
+def test_pickle_instead_of_a_manifest_or_shard_is_never_loaded(dataset: Path, trace: Path, planted: bytes) -> None:
     shard = dataset / read_manifest(dataset).shards[0].name
     shard.write_bytes(planted)
     (dataset / "manifest.json").write_bytes(planted)
@@ -107,7 +107,7 @@ def test_instead_of_a_manifest_or_a_shard(dataset: Path, trace: Path, planted: b
     assert not trace.exists()
 
 
-def test_instead_of_a_checkpoint_with_the_right_digest_beside_it(
+def test_pickle_instead_of_a_checkpoint_is_never_loaded(
     tmp_path: Path, trace: Path, planted: bytes, planted_by_torch: bytes
 ) -> None:
     for data in (planted, planted_by_torch):
@@ -121,9 +121,7 @@ def test_instead_of_a_checkpoint_with_the_right_digest_beside_it(
     assert not trace.exists()
 
 
-def test_among_remembered_features_with_the_right_digest_beside_it(
-    tmp_path: Path, trace: Path, planted_by_torch: bytes
-) -> None:
+def test_pickle_in_the_feature_cache_is_never_loaded(tmp_path: Path, trace: Path, planted_by_torch: bytes) -> None:
     cached(tmp_path, {"number": 1}, lambda: {"features": torch.ones(2)})
     (path,) = tmp_path.glob("*.safetensors")
     path.write_bytes(planted_by_torch)
@@ -144,7 +142,7 @@ class Harmful(mlflow.pyfunc.PythonModel):
         return model_input
 
 
-def test_in_a_registered_model(
+def test_pickle_in_a_registered_model_is_never_loaded(
     mlflow_client: MlflowClient,
     tmp_path: Path,
     trace: Path,
@@ -174,7 +172,7 @@ FORBIDDEN = {"pickle", "cPickle", "_pickle", "cloudpickle", "dill", "joblib", "s
 
 
 @pytest.mark.parametrize("package", ["diffusion", "flows"])
-def test_no_module_names_what_unpickles(package: str) -> None:
+def test_no_module_uses_unpickling_functions(package: str) -> None:
     for path in (ROOT / package).rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Import):

@@ -19,7 +19,7 @@ from flows.promote import GateResult, apply_gate, next_entry
 from flows.registry import model_card
 from flows.registry.ledger import History, Ledger
 from flows.registry.model_versions import Version
-from tests.builders.comparisons import CONFIG, SAMPLING, discs, let_draw, training_images
+from tests.builders.comparisons import CONFIG, SAMPLING, discs, save_images, training_images
 from tests.builders.evaluations import an_evaluation
 from tests.builders.model_cards import rows, section
 from tests.builders.model_versions import add_version
@@ -51,7 +51,7 @@ class Candidate:
     def __init__(self, client: MlflowClient, params: Params, seed: int, drawn: Tensor) -> None:
         self.client, self.params = client, params
         weights = write_model(params.run_folder / "weights.safetensors", seed, 100 * seed)
-        let_draw(weights, drawn, params.dataset_folder, params.report_folder, TRIED)
+        save_images(weights, drawn, params.dataset_folder, params.report_folder, TRIED)
         experiment = client.get_experiment_by_name(params.model_name)
         where = experiment.experiment_id if experiment else client.create_experiment(params.model_name)
         run_id = client.create_run(where).info.run_id
@@ -124,7 +124,7 @@ def test_versions_are_promoted_and_rejected_with_figures_and_the_gate_in_the_led
     assert "100 % look like copies of training images" in section(card, "Limits")
 
 
-def test_what_a_person_took_the_title_from_is_held_without_a_trial(mlflow_client: MlflowClient, params: Params) -> None:
+def test_rolled_back_version_is_held_without_a_comparison(mlflow_client: MlflowClient, params: Params) -> None:
     old, new = (Candidate(mlflow_client, params, seed, good(48, 5000)) for seed in (1, 2))
     ledger = Ledger.of(params.model_name)
     for what, version in (("promote", old.version), ("promote", new.version), ("rollback", old.version)):

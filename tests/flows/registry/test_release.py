@@ -85,7 +85,7 @@ def stages(
     mlflow.set_tracking_uri(None)
 
 
-def test_a_champion_of_staging_becomes_champion_here_with_all_that_it_stands_on(stages: Stages, tmp_path: Path) -> None:
+def test_staging_champion_is_released_with_its_lineage(stages: Stages, tmp_path: Path) -> None:
     there = stages.at(stages.staging)
     number = stages.version(b"weights", tmp_path)
     champion.promote("blobs", number, "rounder", evidence=EVIDENCE)
@@ -125,7 +125,7 @@ def test_a_champion_of_staging_becomes_champion_here_with_all_that_it_stands_on(
 
 
 @pytest.mark.slow
-def test_what_is_no_champion_there_or_was_taken_the_title_here_needs_a_reason(stages: Stages, tmp_path: Path) -> None:
+def test_releasing_a_version_that_is_not_champion_needs_a_reason(stages: Stages, tmp_path: Path) -> None:
     stages.version(b"first", tmp_path)
     champion.promote("blobs", 1)
     stages.version(b"second", tmp_path)
@@ -144,7 +144,7 @@ def test_what_is_no_champion_there_or_was_taken_the_title_here_needs_a_reason(st
 
 
 @pytest.mark.slow
-def test_killed_before_it_was_registered_it_goes_on_with_what_is_there(
+def test_release_killed_before_registration_resumes(
     stages: Stages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stages.version(b"first", tmp_path)
@@ -195,7 +195,7 @@ def experiment_of(client: MlflowClient) -> str:
 
 
 @pytest.mark.slow
-def test_a_released_model_draws_the_same_images(stages: Stages, tmp_path: Path, dataset: Path) -> None:
+def test_released_model_generates_the_same_images(stages: Stages, tmp_path: Path, dataset: Path) -> None:
     there = stages.at(stages.staging)
     done = train(dataset, tmp_path / "run")
     run_id = there.create_run(there.create_experiment("blobs"), tags={TRAIN_KEY: "key"}).info.run_id
@@ -210,7 +210,7 @@ def test_a_released_model_draws_the_same_images(stages: Stages, tmp_path: Path, 
     assert mlflow.pyfunc.load_model("models:/blobs@champion").predict(asked)["png"].tolist() == drawn["png"].tolist()
 
 
-def test_a_parcel_that_was_altered_on_the_way_is_refused(stages: Stages, tmp_path: Path) -> None:
+def test_altered_model_bundle_is_an_error(stages: Stages, tmp_path: Path) -> None:
     stages.version(b"first", tmp_path)
     stages.at(stages.production)
     fetch("models:/blobs/1", tmp_path / "parcel")
@@ -228,13 +228,13 @@ def test_a_parcel_that_was_altered_on_the_way_is_refused(stages: Stages, tmp_pat
         ({"HOME": "x", "BUCKET": "y"}, "unset DARKROOM_STAGING_BUCKET"),
     ],
 )
-def test_settings_that_lead_nowhere_are_refused(no_servers: None, variables: dict[str, str], words: str) -> None:
+def test_invalid_staging_settings_are_an_error(no_servers: None, variables: dict[str, str], words: str) -> None:
     os.environ.update({f"DARKROOM_STAGING_{name}": value for name, value in variables.items()})
     with pytest.raises(UserError, match=words):
         staging()
 
 
-def test_the_process_that_packs_gets_stagings_keys_and_none_of_ours(no_servers: None) -> None:
+def test_bundling_process_gets_staging_credentials_only(no_servers: None) -> None:
     os.environ.update(
         {
             "AWS_SECRET_ACCESS_KEY": "ours",

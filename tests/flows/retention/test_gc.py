@@ -85,7 +85,7 @@ def restorable(place: Place, version: Manifest) -> bool:
     return True
 
 
-def test_an_old_version_is_set_aside_and_then_its_files_go_but_not_those_it_shares(place: Place) -> None:
+def test_gc_deletes_files_of_old_versions_except_shared_ones(place: Place) -> None:
     first, second = place.version(), place.version(*range(100, 104))
     shards = {shard.name for shard in first.shards}
     assert shards & {shard.name for shard in second.shards}, "the newer version stands on the older one's shards"
@@ -137,7 +137,7 @@ def test_the_newest_versions_are_known_by_the_order_of_heads_after_a_restore_wro
 
 
 @pytest.mark.slow
-def test_a_version_that_comes_back_within_the_grace_loses_nothing(place: Place) -> None:
+def test_version_restored_within_the_grace_period_loses_nothing(place: Place) -> None:
     first = place.version()
     place.version(*range(100, 104))
     collected(100)
@@ -148,9 +148,7 @@ def test_a_version_that_comes_back_within_the_grace_loses_nothing(place: Place) 
     assert restorable(place, first)
 
 
-def test_a_version_that_something_learned_from_while_it_was_set_aside_is_brought_back(
-    place: Place, mlflow: MlflowClient, tmp_path: Path
-) -> None:
+def test_gc_restores_a_version_trained_on_in_the_meantime(place: Place, mlflow: MlflowClient, tmp_path: Path) -> None:
     first, _ = place.version(), place.version(*range(100, 104))
     collected(100)
     assert set(place.catalog.retired()) == {first.digest}
@@ -171,7 +169,7 @@ def place_digest(place: Place, version: Manifest) -> str:
 
 
 @pytest.mark.slow
-def test_while_somebody_pushes_no_file_goes(place: Place) -> None:
+def test_gc_deletes_no_file_during_a_push(place: Place) -> None:
     first = place.version()
     place.version(*range(100, 104))
     collected(100)
@@ -198,13 +196,13 @@ def test_killed_between_any_two_requests_the_next_one_ends_the_same(
     deaths = iter(range(life, -1, -1))
     original = Store.delete_many
 
-    def mortal(self: Store, bucket: str, keys: Iterator[str]) -> None:
+    def crash_before_deleting(self: Store, bucket: str, keys: Iterator[str]) -> None:
         if next(deaths, None) == 0:
             raise KeyboardInterrupt
         original(self, bucket, keys)
 
     # Nothing else is to be killed at exactly one request.
-    monkeypatch.setattr(Store, "delete_many", mortal)
+    monkeypatch.setattr(Store, "delete_many", crash_before_deleting)
     try:
         collected(100, at_once)
     except KeyboardInterrupt:
@@ -218,7 +216,7 @@ def test_killed_between_any_two_requests_the_next_one_ends_the_same(
     assert restorable(place, second)
 
 
-def test_runs_of_versions_ledgers_and_prints_stay_with_their_data_and_others_go(
+def test_gc_keeps_runs_with_versions_ledger_entries_or_samples(
     place: Place, mlflow: MlflowClient, tmp_path: Path
 ) -> None:
     versions = [place.version(*numbers) for numbers in ((), range(100, 104), range(104, 108), range(108, 112))]
@@ -242,9 +240,7 @@ def test_runs_of_versions_ledgers_and_prints_stay_with_their_data_and_others_go(
     assert set(place.catalog.versions()) == {each.digest for each in versions[1:]}
 
 
-def test_a_run_is_brought_back_that_a_version_was_made_of_after_all(
-    mlflow: MlflowClient, place: Place, tmp_path: Path
-) -> None:
+def test_gc_restores_a_run_registered_in_the_meantime(mlflow: MlflowClient, place: Place, tmp_path: Path) -> None:
     run_id = training(mlflow, "a")
     assert fates(collected(100)) == {f"runs:/{run_id}": "set aside"}
     add_version(mlflow, tmp_path, "blobs", run_id=run_id)
@@ -263,9 +259,7 @@ def test_a_version_that_only_the_ledger_names_keeps_its_run(mlflow: MlflowClient
     assert fates(collected(100))[f"runs:/{run_id}"] == "stays"
 
 
-def test_nobody_elses_runs_are_looked_at_and_what_a_person_deleted_is_left_to_them(
-    mlflow: MlflowClient, place: Place
-) -> None:
+def test_gc_ignores_foreign_and_manually_deleted_runs(mlflow: MlflowClient, place: Place) -> None:
     theirs = str(mlflow.create_run(mlflow.create_experiment("other")).info.run_id)
     mine = training(mlflow, "a")
     mlflow.delete_run(mine)
@@ -291,7 +285,7 @@ def batch_of(model: str, seed: int, run_id: str, version: Manifest) -> tuple[str
     return f"samples/{model}/1/{batch.name}/batch.json", batch.json_bytes()
 
 
-def test_old_batches_go_and_what_a_kill_leaves_is_an_unfinished_one(place: Place) -> None:
+def test_gc_deletes_old_batches_and_a_kill_leaves_unfinished_ones(place: Place) -> None:
     version = place.version()
     key, about = batch_of("blobs", 1, "1" * 32, version)
     folder, store = key.removesuffix("/batch.json"), place.catalog.store
@@ -333,7 +327,7 @@ def test_uploads_without_an_end_are_aborted_when_they_are_old(place: Place) -> N
     assert "Uploads" not in client.list_multipart_uploads(Bucket=place.bucket)
 
 
-def test_what_others_abort_delete_or_damage_meanwhile_is_passed_over_or_named(bucket: str, store: Store) -> None:
+def test_gc_skips_or_names_objects_changed_by_others(bucket: str, store: Store) -> None:
     begun = store.client.create_multipart_upload(Bucket=bucket, Key="samples/blobs/1/x/big.tar")
     sweep = SamplingBatches(store, bucket, STRICT, after(8)).sweep()
     store.client.abort_multipart_upload(Bucket=bucket, Key=begun["Key"], UploadId=begun["UploadId"])
@@ -377,9 +371,7 @@ def test_a_damaged_manifest_keeps_its_data_set_whole_and_stops_nothing_else(
     assert restorable(place, second)
 
 
-def test_what_only_an_unreadable_batch_could_lead_to_stays_until_somebody_mends_it(
-    place: Place, mlflow: MlflowClient
-) -> None:
+def test_gc_keeps_everything_an_unreadable_batch_may_need(place: Place, mlflow: MlflowClient) -> None:
     old, _ = place.version(), place.version(*range(100, 104))
     run_id = training(mlflow, "a", old)
     store, key = place.catalog.store, "samples/gone/7/x/batch.json"
@@ -395,7 +387,7 @@ def test_what_only_an_unreadable_batch_could_lead_to_stays_until_somebody_mends_
     assert fates(collected(100, policy))[f"runs:/{run_id}"] == "set aside"
 
 
-def test_a_batch_that_a_job_has_just_gone_on_with_is_not_set_aside(bucket: str, store: Store) -> None:
+def test_gc_keeps_a_batch_that_a_job_just_resumed(bucket: str, store: Store) -> None:
     about = SamplingBatch(
         model="blobs",
         version=1,
@@ -422,9 +414,7 @@ def test_a_batch_that_a_job_has_just_gone_on_with_is_not_set_aside(bucket: str, 
     assert SamplingBatches(store, bucket, STRICT, after(0)).found[0].newest > batch.newest
 
 
-def test_fetched_shards_and_weights_go_when_not_used_but_those_of_registered_versions_stay(
-    place: Place, mlflow: MlflowClient, tmp_path: Path
-) -> None:
+def test_gc_deletes_unused_cached_shards_and_weights(place: Place, mlflow: MlflowClient, tmp_path: Path) -> None:
     version = add_version(mlflow, tmp_path, "blobs", run_id=training(mlflow, "a"))
     models = Path(".darkroom/models")
     files = [Path("data/.shards/aa.tar"), models / "bb.safetensors", models / f"{version.weights_sha256}.safetensors"]
@@ -437,7 +427,7 @@ def test_fetched_shards_and_weights_go_when_not_used_but_those_of_registered_ver
     assert [path.exists() for path in files] == [False, False, True]
 
 
-def test_what_killed_writers_left_goes_but_nothing_that_was_added_to_of_late(place: Place) -> None:
+def test_gc_deletes_leftovers_unless_recently_modified(place: Place) -> None:
     left = [
         Path("runs/blobs/checkpoints", f".0000000008.safetensors.{'a' * 32}.partial"),
         Path("data/.blobs/chunks", f".{'c' * 64}.{'b' * 32}.partial"),
@@ -452,7 +442,7 @@ def test_what_killed_writers_left_goes_but_nothing_that_was_added_to_of_late(pla
     assert [path.exists() for path in [*left, *others]] == [False] * 3 + [True] * 2
 
 
-def test_a_broken_ledger_stops_it_before_anything_goes(place: Place) -> None:
+def test_broken_ledger_stops_gc_before_any_deletion(place: Place) -> None:
     place.version()
     place.version(*range(100, 104))
     client, newest = MlflowClient(), Newest(1, "a" * 64, f"s3://{place.bucket}/ledger/blobs")
@@ -465,7 +455,7 @@ def test_a_broken_ledger_stops_it_before_anything_goes(place: Place) -> None:
     assert list(place.catalog.store.list_objects(place.bucket)) == before
 
 
-def test_purging_stops_as_soon_as_it_may_not_go_on() -> None:
+def test_purge_stops_when_its_permission_is_lost() -> None:
     deleted: list[str] = []
 
     class Recording:

@@ -156,7 +156,7 @@ def test_a_job_runs_before_any_request_of_gc_and_keeps_what_it_finished(
 
 
 @pytest.mark.parametrize("made", BATCHES, ids=lambda made: made.format)
-def test_a_deletion_that_is_late_meets_nothing_that_was_sampled_anew(
+def test_late_deletion_does_not_touch_a_repeated_batch(
     store: Store, bucket: str, weights: Path, made: SamplingBatch
 ) -> None:
     first = generate(store, made, bucket, weights)
@@ -173,7 +173,7 @@ def test_a_deletion_that_is_late_meets_nothing_that_was_sampled_anew(
 
 
 @pytest.mark.parametrize("made", BATCHES, ids=lambda made: made.format)
-def test_success_that_was_written_late_goes_with_the_next_gc(
+def test_late_success_marker_is_deleted_by_the_next_gc(
     store: Store, bucket: str, weights: Path, made: SamplingBatch
 ) -> None:
     place = generate(store, made, bucket, weights)

@@ -45,9 +45,7 @@ def told(space: Workspace, monkeypatch: pytest.MonkeyPatch) -> dict[str, object]
     }
 
 
-def test_a_sweep_compares_its_runs_and_gc_takes_those_that_nothing_came_of(
-    workspace: Workspace, server: MlflowClient
-) -> None:
+def test_gc_deletes_sweep_runs_without_a_registered_version(workspace: Workspace, server: MlflowClient) -> None:
     asked = ("sweep", "--over", "training.seed=1,2", "--over", "model.width=16")
     swept = workspace.json(*asked)
     runs = [server.get_run(point["run_id"]) for point in swept["ranking"]["models"]]
@@ -134,7 +132,7 @@ def test_a_stack_that_was_destroyed_comes_back_of_a_backup_taken_while_it_worked
         elsewhere.run("down")
 
 
-def test_a_backup_of_what_does_not_run_and_a_restore_of_what_is_not_there_are_refused(tmp_path: Path) -> None:
+def test_backup_without_a_stack_and_restore_without_a_backup_fail(tmp_path: Path) -> None:
     space = Workspace(tmp_path)
     assert "run `darkroom up`" in space.run("server", "backup", "backups", code=2)
     assert "there is none" in space.run("server", "restore", "backups", code=2)

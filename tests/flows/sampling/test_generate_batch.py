@@ -46,7 +46,7 @@ def generate_all(
     generate_batch.finish(store, made, place)
 
 
-def test_tars_hold_the_very_files_and_stock_webdataset_and_range_requests_read_them(
+def test_tar_batches_equal_png_files_and_are_readable_by_webdataset(
     store: Store, bucket: str, weights: Path, tmp_path: Path
 ) -> None:
     files, tars, again = (Location(bucket, name) for name in ("files", "tars", "again"))
@@ -77,7 +77,7 @@ def test_tars_hold_the_very_files_and_stock_webdataset_and_range_requests_read_t
         assert sample["json"]["model"] == "models:/blobs/3"
 
 
-def test_what_was_printed_in_tars_is_ingested_from_s3(store: Store, bucket: str, weights: Path, tmp_path: Path) -> None:
+def test_sampled_tars_are_ingested_from_s3(store: Store, bucket: str, weights: Path, tmp_path: Path) -> None:
     place = Location(bucket, "tars")
     generate_all(store, batch(32, format="tar"), place, weights)
     source = f"wds:{place}/samples-*.tar"
@@ -86,9 +86,7 @@ def test_what_was_printed_in_tars_is_ingested_from_s3(store: Store, bucket: str,
     assert done.quarantined == []
 
 
-def test_chunks_drawn_side_by_side_have_the_bytes_of_those_drawn_alone(
-    store: Store, bucket: str, weights: Path
-) -> None:
+def test_parallel_chunks_equal_sequential_ones(store: Store, bucket: str, weights: Path) -> None:
     alone, beside = Location(bucket, "alone"), Location(bucket, "beside")
     generate_all(store, batch(64), alone, weights)
     with ThreadPoolExecutor(4) as pool:
@@ -101,7 +99,7 @@ def test_chunks_drawn_side_by_side_have_the_bytes_of_those_drawn_alone(
     assert found(store, beside) == found(store, alone)
 
 
-def test_a_finished_chunk_is_left_and_what_is_unfinished_is_named(store: Store, bucket: str, weights: Path) -> None:
+def test_finished_chunks_are_skipped_and_unfinished_ones_named(store: Store, bucket: str, weights: Path) -> None:
     made, place = batch(40, format="tar"), Location(bucket, "half")
     assert generate_batch.unfinished(store, made, place) == [0, 1, 2]
     assert generate_batch.generate_chunk(store, made, place, weights, 1, None, 1).images == 16
@@ -109,7 +107,7 @@ def test_a_finished_chunk_is_left_and_what_is_unfinished_is_named(store: Store, 
     assert generate_batch.generate_chunk(store, made, place, weights, 1, None, 1).images == 0
 
 
-def test_a_machine_that_draws_other_bits_draws_nothing(store: Store, bucket: str, weights: Path) -> None:
+def test_another_fingerprint_prevents_sampling(store: Store, bucket: str, weights: Path) -> None:
     made = batch(8)
     elsewhere = made.model_copy(update={"fingerprint": made.fingerprint.model_copy(update={"device": "AVX9"})})
     with pytest.raises(Held, match=r"would generate other bits .*device: AVX9 → "):
@@ -117,9 +115,7 @@ def test_a_machine_that_draws_other_bits_draws_nothing(store: Store, bucket: str
     assert list(store.list_keys(bucket)) == []
 
 
-def test_uploads_that_killed_processes_began_are_gone_when_the_batch_is_finished(
-    store: Store, bucket: str, weights: Path
-) -> None:
+def test_finishing_a_batch_aborts_uploads_of_killed_processes(store: Store, bucket: str, weights: Path) -> None:
     place = Location(bucket, "batch")
     for key in ("batch/samples-00000.tar", "batch/manifest.parquet", "batches/samples-00000.tar"):
         orphan(store, bucket, key)
@@ -169,7 +165,7 @@ def holding(s3_environment: dict[str, str]) -> Iterator[tuple[str, Callable[[Cal
         yield url, waits.append
 
 
-def test_the_next_images_are_drawn_while_those_before_are_uploaded_and_not_many_ahead(
+def test_sampling_overlaps_uploads_with_a_bounded_queue(
     holding: tuple[str, Callable[[Callable[[], None]], None]],
     s3_environment: dict[str, str],
     bucket: str,
@@ -214,7 +210,7 @@ def peak(work: Callable[[], object]) -> int:
         tracemalloc.stop()
 
 
-def test_what_drawing_holds_does_not_grow_with_the_count(store: Store, bucket: str, tmp_path: Path) -> None:
+def test_sampling_memory_does_not_grow_with_the_count(store: Store, bucket: str, tmp_path: Path) -> None:
     weights = write_model(tmp_path / "large.safetensors", 1, 0, channels=3, size=32)
     peaks = []
     # The first has what is loaded once.
@@ -232,7 +228,7 @@ def test_what_drawing_holds_does_not_grow_with_the_count(store: Store, bucket: s
     assert peaks[2] - peaks[1] < sum(sizes) / 2
 
 
-def test_of_all_rows_those_of_a_chunk_are_held_while_the_manifest_is_written(
+def test_manifest_writing_holds_the_rows_of_one_chunk(
     store: Store, bucket: str, weights: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one = Location(bucket, "one")
@@ -276,9 +272,7 @@ def test_on_a_server_that_completes_uploads_over_objects_batches_end_whole_in_fi
     assert files["samples-00000.tar.sha256"].decode().split()[0] == sha256_bytes(files["samples-00000.tar"])
 
 
-def test_a_batch_of_which_an_image_is_missing_is_not_finished_and_what_is_missing_is_generated_again(
-    store: Store, bucket: str, weights: Path
-) -> None:
+def test_missing_images_are_regenerated_before_finishing(store: Store, bucket: str, weights: Path) -> None:
     for made in (batch(5, chunk=2), batch(5, chunk=2, format="tar")):
         place = Location(bucket, made.format)
         for chunk in range(3):
@@ -294,7 +288,7 @@ def test_a_batch_of_which_an_image_is_missing_is_not_finished_and_what_is_missin
         assert before.items() < found(store, place).items()
 
 
-def test_by_a_table_each_image_shows_its_row(store: Store, bucket: str, weights: Path, tmp_path: Path) -> None:
+def test_request_table_sets_conditions_of_each_image(store: Store, bucket: str, weights: Path, tmp_path: Path) -> None:
     labels = ["odd", "even", None, *["even", "odd", "odd"] * 6]
     (tmp_path / "wanted.csv").write_text("\n".join(["label,prompt", *(f"{label or ''}," for label in labels)]))
     table = RequestTable.from_file(tmp_path / "wanted.csv", tmp_path)
@@ -308,7 +302,7 @@ def test_by_a_table_each_image_shows_its_row(store: Store, bucket: str, weights:
     assert [row["pixels_sha256"] for row in ours] == [row["pixels_sha256"] for row in theirs]
 
 
-def test_the_place_of_another_batch_is_kept_and_the_reason_told(store: Store, bucket: str, tmp_path: Path) -> None:
+def test_location_of_another_batch_is_not_overwritten(store: Store, bucket: str, tmp_path: Path) -> None:
     place, made = Location(bucket, "here"), batch(40)
     generate_batch.begin(store, made, place, None)
     generate_batch.begin(store, made, place, None)
@@ -323,7 +317,7 @@ def test_the_place_of_another_batch_is_kept_and_the_reason_told(store: Store, bu
     assert SamplingBatch.model_validate_json(store.get(bucket, "here/batch.json")) == made
 
 
-def test_at_the_place_of_what_cannot_be_read_it_is_named(store: Store, bucket: str) -> None:
+def test_unreadable_batch_at_the_location_is_named(store: Store, bucket: str) -> None:
     store.put_once(bucket, "here/batch.json", b"{}")
     with pytest.raises(UserError, match=rf"s3://{bucket}/here/batch\.json is damaged, or of a newer Darkroom"):
         generate_batch.begin(store, batch(20), Location(bucket, "here"), None)

@@ -41,7 +41,7 @@ def write(path: Path, rows: list[tuple[str | None, str | None]] = ROWS) -> Path:
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
-def test_a_table_says_the_same_in_every_format(tmp_path: Path, suffix: str) -> None:
+def test_request_table_is_read_equally_in_every_format(tmp_path: Path, suffix: str) -> None:
     table = RequestTable.from_file(write(tmp_path / f"table{suffix}"), tmp_path / "kept")
     assert (table.count, table.about.columns) == (4, ("label", "prompt"))
     assert table.rows(range(4)) == ROWS
@@ -51,7 +51,7 @@ def test_a_table_says_the_same_in_every_format(tmp_path: Path, suffix: str) -> N
     assert other.about.digest != table.about.digest
 
 
-def test_what_is_asked_of_any_image_is_its_row_whatever_images_it_is_drawn_with(tmp_path: Path) -> None:
+def test_conditions_of_an_image_come_from_its_table_row(tmp_path: Path) -> None:
     rows: list[tuple[str | None, str | None]] = [(f"label {n}" if n % 3 else None, None) for n in range(2500)]
     table = RequestTable.from_file(write(tmp_path / "table.csv", rows), tmp_path)
     for indices in (range(8), range(5, 6), range(1020, 1040), range(1023, 1025), range(2496, 2500)):
@@ -72,9 +72,7 @@ def test_memory_does_not_grow_with_the_rows(tmp_path: Path) -> None:
     assert peaks[1] < 1.3 * peaks[0]
 
 
-def test_the_kept_table_comes_back_from_s3_and_another_in_its_place_is_refused(
-    store: Store, bucket: str, tmp_path: Path
-) -> None:
+def test_stored_request_table_is_verified_on_download(store: Store, bucket: str, tmp_path: Path) -> None:
     made = RequestTable.from_file(write(tmp_path / "table.csv"), tmp_path)
     place, other = Location(bucket, "batch"), Location(bucket, "other")
     store.put_once(bucket, place.key("requests.parquet"), made.path.read_bytes())
@@ -95,7 +93,7 @@ def planned(store: Store, tmp_path: Path, table: str, classes: dict[str, int], *
     return batch
 
 
-def test_a_batch_has_a_image_for_each_row_and_names_the_table(store: Store, bucket: str, tmp_path: Path) -> None:
+def test_batch_has_one_image_per_row_and_names_the_request_table(store: Store, bucket: str, tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_text("label\neven\nodd\neven\n")
     store.put_once(bucket, "tables/t.csv", (tmp_path / "t.csv").read_bytes())
     here = planned(store, tmp_path, str(tmp_path / "t.csv"), {"even": 1, "odd": 1})
@@ -128,7 +126,7 @@ def test_a_batch_has_a_image_for_each_row_and_names_the_table(store: Store, buck
         ("t.txt", "label\nodd\n", "ends in .csv, .jsonl or .parquet"),
     ],
 )
-def test_a_mistake_in_a_table_is_one_line_that_names_its_place(
+def test_request_table_error_is_one_line_with_its_position(
     store: Store, tmp_path: Path, name: str, text: str, words: str
 ) -> None:
     (tmp_path / name).write_text(text)
@@ -150,7 +148,7 @@ def test_a_mistake_in_a_table_is_one_line_that_names_its_place(
         ),
     ],
 )
-def test_what_contradicts_a_table_or_would_have_no_effect_is_refused(
+def test_options_contradicting_a_request_table_are_an_error(
     store: Store, tmp_path: Path, changes: dict[str, Any], words: str
 ) -> None:
     (tmp_path / "t.csv").write_text('label\nodd\n""\n')
@@ -158,7 +156,7 @@ def test_what_contradicts_a_table_or_would_have_no_effect_is_refused(
         planned(store, tmp_path, str(tmp_path / "t.csv"), {"even": 1, "odd": 1}, **changes)
 
 
-def test_a_table_that_is_nowhere_is_named(store: Store, bucket: str, tmp_path: Path) -> None:
+def test_missing_request_table_is_named(store: Store, bucket: str, tmp_path: Path) -> None:
     for where in (str(tmp_path / "t.csv"), f"s3://{bucket}/t.csv"):
         with pytest.raises(UserError, match=r"t\.csv"):
             planned(store, tmp_path, where, {"even": 1, "odd": 1})

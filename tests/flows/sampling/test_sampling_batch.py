@@ -35,7 +35,7 @@ def batch(conditions: Conditions | None = None, sampling: SamplingConfig = SAMPL
     )
 
 
-def test_a_batch_of_which_nothing_is_asked_has_the_name_and_the_bytes_it_had_before_one_could() -> None:
+def test_unconditional_batch_name_and_bytes_omit_conditions() -> None:
     plain = batch(sampling=sampling_config())
     assert plain.name == "seed7-count4-dpmpp_2m_sde16-8da49c67"
     assert b"guidance" not in plain.json_bytes()
@@ -43,7 +43,7 @@ def test_a_batch_of_which_nothing_is_asked_has_the_name_and_the_bytes_it_had_bef
     assert SamplingBatch.model_validate_json(plain.json_bytes()) == plain
 
 
-def test_batches_that_are_to_show_different_things_have_different_names() -> None:
+def test_batches_with_different_conditions_have_different_names() -> None:
     batches = [
         batch(),
         batch(Conditions(labels=("even",))),
@@ -60,7 +60,7 @@ def test_batches_that_are_to_show_different_things_have_different_names() -> Non
 
 
 @pytest.mark.parametrize("conditions", [None, Conditions(labels=("odd", None, "even"))])
-def test_what_is_written_makes_the_same_images_again_and_says_what_each_shows(
+def test_stored_batch_regenerates_images_and_lists_their_conditions(
     dataset: Path, tmp_path: Path, conditions: Conditions | None
 ) -> None:
     model = load_model(run(dataset, tmp_path / "run").final)
@@ -81,7 +81,7 @@ def test_what_is_written_makes_the_same_images_again_and_says_what_each_shows(
     assert text.get("darkroom:label") == (None if conditions is None else "odd")
 
 
-def test_prompts_stand_in_image_and_manifest_in_any_script() -> None:
+def test_prompts_are_stored_in_png_and_manifest_in_any_script() -> None:
     made = batch(Conditions(prompts=("ein grünes Haus", "красный дом"), negative_prompt="fog"))
     png, row = encode(made, 1, torch.zeros(1, 8, 8, dtype=torch.uint8), None)
     assert Image.open(io.BytesIO(png)).text["darkroom:prompt"] == "красный дом"
@@ -100,7 +100,7 @@ def test_large_batches_have_hundreds_of_chunks_and_no_chunk_is_large(count: int,
     assert -(-count // size) <= 256 or size > 4096 - compute_batch
 
 
-def test_a_batch_cut_otherwise_has_the_name_it_had_and_says_so_and_a_batch_in_tars_another_name() -> None:
+def test_chunk_size_keeps_the_batch_name_and_the_format_changes_it() -> None:
     plain = batch()
     cut, tars = (plain.model_copy(update=change) for change in ({"chunk": 16, "count": 20}, {"format": "tar"}))
     assert cut.name == plain.model_copy(update={"count": 20}).name

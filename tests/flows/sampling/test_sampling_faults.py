@@ -23,7 +23,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 BATCH = batch(4096, format="tar", chunk=3584)
 """In tars of which one is too large for one part."""
-PRINT = """
+SAMPLE_SCRIPT = """
 import sys
 from pathlib import Path
 from flows.sampling import generate_batch
@@ -39,7 +39,7 @@ generate_batch.finish(store, batch, place)
 
 def start(place: Location, weights: Path) -> subprocess.Popen[str]:
     """A process that prints, which has just begun to."""
-    command = [sys.executable, "-c", PRINT, BATCH.json_bytes().decode(), str(place), str(weights)]
+    command = [sys.executable, "-c", SAMPLE_SCRIPT, BATCH.json_bytes().decode(), str(place), str(weights)]
     variables = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, env=variables, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
@@ -52,7 +52,7 @@ def start(place: Location, weights: Path) -> subprocess.Popen[str]:
     "SIGKILL at random moments; then two processes at one batch",
     "the bytes of an undisturbed batch, no upload left",
 )
-def test_printing_killed_at_random_moments_and_doubled_ends_in_the_bytes_of_an_undisturbed_batch(
+def test_killed_and_doubled_sampling_gives_identical_bytes(
     store: Store, bucket: str, tmp_path: Path, kills: int
 ) -> None:
     weights = write_model(tmp_path / "weights.safetensors", 1, 0, classes={"even": 3, "odd": 1})

@@ -15,7 +15,7 @@ from mlflow.client import MlflowClient
 
 from diffusion.process.samplers import sampling_config
 from flows.registry import model_versions
-from tests.builders.left_behind import MARK, descendants, left_behind, new_mark
+from tests.builders.left_behind import MARK, descendants, left_behind, new_process_tag
 from tests.builders.ray_cluster import at_work, two_nodes
 from tests.builders.small_models import write_model
 from tests.builders.workspace import Workspace, objects, running
@@ -86,7 +86,7 @@ def test_killed_and_then_begun_twice_with_other_runners_it_ends_in_the_bytes_of_
 ) -> None:
     expected, seconds = undisturbed
     command = [*ARGUMENTS, "--to", "s3://darkroom/killed"]
-    mark = new_mark()
+    mark = new_process_tag()
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(workspace.variables, MARK, mark[MARK])
         process = workspace.start(*command, "--set", "sampling_batch.runner=processes")
@@ -131,7 +131,7 @@ def test_when_one_of_two_ray_nodes_dies_at_work_the_other_ends_in_the_same_bytes
     assert uploads(workspace, "nodes") == []
 
 
-def test_a_finished_batch_is_left_and_its_run_says_how_far_it_is_and_what_it_took(
+def test_finished_batch_is_skipped_and_its_run_reports_progress(
     workspace: Workspace, undisturbed: tuple[dict[str, bytes], float]
 ) -> None:
     before = objects(workspace, "s3://darkroom/undisturbed/")
@@ -149,7 +149,7 @@ def test_a_finished_batch_is_left_and_its_run_says_how_far_it_is_and_what_it_too
     assert any("images per CPU-hour" in each["data"] for each in shown if each["key"] == "samples")
 
 
-def test_a_batch_cut_otherwise_is_kept_and_a_mistake_in_a_table_is_one_line(
+def test_other_chunk_size_is_held_and_table_errors_are_one_line(
     workspace: Workspace, undisturbed: tuple[dict[str, bytes], float]
 ) -> None:
     workspace.run(*ARGUMENTS[:-1], "sampling_batch.chunk=1024", "--to", "s3://darkroom/undisturbed", code=3)

@@ -37,7 +37,7 @@ def test_an_s3_uri_names_a_bucket_and_a_prefix(uri: str, bucket: str, prefix: st
         "s3://prints/./a", "s3://prints/a\nb", "s3://prints/" + "x" * 1000,
     ],
 )  # fmt: skip
-def test_what_is_no_s3_uri_is_refused_in_one_line(uri: str) -> None:
+def test_invalid_s3_uri_is_a_one_line_error(uri: str) -> None:
     with pytest.raises(UserError) as refusal:
         Location.parse(uri)
     assert "\n" not in str(refusal.value)
@@ -47,7 +47,7 @@ part = st.text(st.characters(categories=["L", "N"]), min_size=1, max_size=8)
 
 
 @given(st.lists(part, max_size=5), part)
-def test_a_place_prints_as_the_uri_it_was_parsed_from(parts: list[str], name: str) -> None:
+def test_location_formats_as_the_uri_it_was_parsed_from(parts: list[str], name: str) -> None:
     uri = "/".join(["s3://prints", *parts])
     assert str(Location.parse(uri)) == uri
     assert Location.parse(uri) / name == Location.parse(f"{uri}/{name}")
@@ -75,7 +75,7 @@ def test_an_object_has_a_size_and_an_age_and_one_that_is_not_there_has_neither(
     assert store.stat(bucket, "b") is None
 
 
-def test_other_bytes_under_a_taken_key_are_held_back(store: Store, bucket: str) -> None:
+def test_different_bytes_under_an_existing_key_are_not_written(store: Store, bucket: str) -> None:
     store.put_once(bucket, "a/x.png", b"first")
     with pytest.raises(Held, match=f"s3://{bucket}/a/x.png is taken by other bytes") as held:
         store.put_once(bucket, "a/x.png", b"other")
@@ -83,7 +83,7 @@ def test_other_bytes_under_a_taken_key_are_held_back(store: Store, bucket: str) 
     assert store.get(bucket, "a/x.png") == b"first"
 
 
-def test_what_others_wrote_without_checksums_is_compared_by_its_bytes(
+def test_objects_without_checksums_are_compared_by_bytes(
     store: Store, bucket: str, s3_environment: dict[str, str]
 ) -> None:
     # A lie in the metadata must not matter.
@@ -137,13 +137,13 @@ def test_many_objects_are_written_together_and_each_only_once(store: Store, buck
     assert store.put_many(bucket, []) == []
 
 
-def test_a_held_object_among_many_is_reported(store: Store, bucket: str) -> None:
+def test_conflicting_object_among_many_is_reported(store: Store, bucket: str) -> None:
     store.put_once(bucket, "p/7", b"other")
     with pytest.raises(Held, match="p/7"):
         store.put_many(bucket, [Object(f"p/{n}", b"same") for n in range(20)])
 
 
-def test_listings_go_past_a_thousand_keys_and_through_folders(store: Store, bucket: str) -> None:
+def test_listings_cover_more_than_a_thousand_keys_and_folders(store: Store, bucket: str) -> None:
     keys = [f"list/{n % 7}/{n:04d}" for n in range(1100)]
     store.put_many(bucket, [Object(key, b"") for key in keys], workers=16)
     store.put_once(bucket, "listing", b"")
@@ -151,9 +151,7 @@ def test_listings_go_past_a_thousand_keys_and_through_folders(store: Store, buck
     assert list(store.list_keys(bucket, "none/")) == []
 
 
-def test_a_listing_tells_sizes_and_etags_that_change_with_the_bytes(
-    store: Store, bucket: str, s3_environment: dict[str, str]
-) -> None:
+def test_listing_has_sizes_and_etags_of_the_bytes(store: Store, bucket: str, s3_environment: dict[str, str]) -> None:
     store.put_many(bucket, [Object("a/1", b"one"), Object("a/2", b"three"), Object("b", b"")])
     before = list(store.list_objects(bucket, "a/"))
     assert [(each.key, each.size) for each in before] == [("a/1", 3), ("a/2", 5)]
@@ -190,7 +188,7 @@ def test_an_object_is_downloaded_whole_or_not_at_all(
     assert (tmp_path / "x").read_bytes() == b"image"
 
 
-def test_what_is_there_is_found_and_what_is_not_is_missing(store: Store, bucket: str) -> None:
+def test_existing_objects_are_found_and_others_missing(store: Store, bucket: str) -> None:
     store.put_once(bucket, "empty", b"")
     assert store.exists(bucket, "empty")
     assert store.get(bucket, "empty") == b""
@@ -199,7 +197,7 @@ def test_what_is_there_is_found_and_what_is_not_is_missing(store: Store, bucket:
         store.get(bucket, "emp")
 
 
-def test_a_bucket_is_made_once(store: Store, bucket: str) -> None:
+def test_bucket_is_created_once(store: Store, bucket: str) -> None:
     store.put_once(bucket, "kept", b"")
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(lambda _: store.ensure_bucket(bucket), range(4)))
@@ -307,8 +305,6 @@ def test_a_server_that_does_not_answer_is_named(s3_environment: dict[str, str]) 
     "change",
     [{"AWS_ENDPOINT_URL_S3": "no url"}, {"AWS_SECRET_ACCESS_KEY": ""}, {"AWS_DEFAULT_REGION": "no region!"}],
 )
-def test_settings_that_make_no_sense_are_refused(
-    no_servers: None, s3_server: dict[str, str], change: dict[str, str]
-) -> None:
+def test_invalid_s3_settings_are_an_error(no_servers: None, s3_server: dict[str, str], change: dict[str, str]) -> None:
     with pytest.raises(UserError, match="AWS_"):
         client(variables={**s3_server, **change})

@@ -45,14 +45,14 @@ def test_a_large_object_appears_whole_in_checked_parts_and_only_once(store: Stor
     assert begun(store, bucket) == []
 
 
-def test_what_fits_in_a_part_is_an_ordinary_object(store: Store, bucket: str) -> None:
+def test_small_multipart_upload_is_a_plain_object(store: Store, bucket: str) -> None:
     for data in (b"", b"few bytes"):
         write(store, bucket, data, f"small/{len(data)}")
         assert store.get(bucket, f"small/{len(data)}") == data
         assert "-" not in store.client.head_object(Bucket=bucket, Key=f"small/{len(data)}")["ETag"]
 
 
-def test_of_what_fails_in_the_middle_nothing_is_left(store: Store, bucket: str) -> None:
+def test_failed_multipart_upload_leaves_nothing(store: Store, bucket: str) -> None:
     def fail() -> None:
         with writing(store, bucket, "a/big", part_bytes=PART) as file:
             file.write(DATA)
@@ -65,9 +65,7 @@ def test_of_what_fails_in_the_middle_nothing_is_left(store: Store, bucket: str) 
     assert not store.exists(bucket, "a/big")
 
 
-def test_of_writers_at_once_all_end_well_with_the_same_bytes_and_with_others_one_alone(
-    store: Store, bucket: str
-) -> None:
+def test_concurrent_multipart_writers_of_equal_bytes_all_succeed(store: Store, bucket: str) -> None:
     ready = threading.Barrier(2)
 
     def attempt(key: str, data: bytes) -> str:
@@ -94,7 +92,7 @@ def test_of_writers_at_once_all_end_well_with_the_same_bytes_and_with_others_one
 
 
 @pytest.mark.parametrize("when", ["in the middle", "at the end"])
-def test_whose_upload_is_aborted_as_the_object_is_there_ends_well(store: Store, bucket: str, when: str) -> None:
+def test_aborted_upload_succeeds_if_the_object_exists(store: Store, bucket: str, when: str) -> None:
     def overtaken() -> None:
         write(store, bucket, DATA)
         assert abort_uploads(store, Location(bucket, "a/")) == 1
@@ -110,7 +108,7 @@ def test_whose_upload_is_aborted_as_the_object_is_there_ends_well(store: Store, 
     assert begun(store, bucket) == []
 
 
-def test_whose_upload_is_aborted_with_nothing_there_is_told(store: Store, bucket: str) -> None:
+def test_aborted_upload_without_an_object_is_an_error(store: Store, bucket: str) -> None:
     def overtaken() -> None:
         with writing(store, bucket, "a/big", part_bytes=PART) as file:
             file.write(DATA)
@@ -120,7 +118,7 @@ def test_whose_upload_is_aborted_with_nothing_there_is_told(store: Store, bucket
         overtaken()
 
 
-def test_what_killed_processes_left_is_aborted_where_asked_and_if_old_enough(store: Store, bucket: str) -> None:
+def test_abandoned_uploads_are_aborted_by_prefix_and_age(store: Store, bucket: str) -> None:
     for key in ("a/1", "a/2", "b/1"):
         orphan(store, bucket, key)
     assert abort_uploads(store, Location(bucket, "a/"), ABANDONED) == 0
@@ -164,7 +162,7 @@ def test_a_server_that_ignores_it_overwrites_nothing_all_the_same(careless: Stor
 
 
 @pytest.mark.parametrize("late", ["the small one", "the large one"])
-def test_of_two_writers_of_other_bytes_one_of_which_needs_no_parts_one_at_least_is_held(
+def test_conflicting_plain_and_multipart_writers_do_not_both_succeed(
     careless: Store, bucket: str, late: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     small, original = b"few bytes", Store.put_once

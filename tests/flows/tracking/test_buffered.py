@@ -56,9 +56,7 @@ def test_all_figures_and_images_arrive_in_order(client: MlflowClient, tmp_path: 
     assert len(client.list_artifacts(tracker.run_id, "images")) > 0
 
 
-def test_what_is_said_again_after_a_kill_is_there_once_with_its_first_time(
-    client: MlflowClient, tmp_path: Path
-) -> None:
+def test_metrics_repeated_after_a_kill_are_logged_once(client: MlflowClient, tmp_path: Path) -> None:
     tracker, folder = new_run(client), tmp_path / "buffer"
     first = BufferedTracker(tracker, folder)
     for images in (16, 32, 48):
@@ -110,7 +108,7 @@ def mlflow_server(folder: Path, port: int) -> Iterator[subprocess.Popen[bytes]]:
 
 
 @pytest.mark.slow
-def test_a_server_that_goes_away_and_comes_back_has_every_point_once_in_order(
+def test_metrics_survive_a_server_outage_once_and_in_order(
     no_servers: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with socket.socket() as free:
@@ -144,7 +142,7 @@ def test_a_server_that_goes_away_and_comes_back_has_every_point_once_in_order(
         assert [point[2] for point in points(tracker, "loss")] == times
 
 
-def test_the_machine_is_looked_at_now_and_then(
+def test_system_metrics_are_sampled_periodically(
     client: MlflowClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(buffered, "EVERY", 0.3)
@@ -160,7 +158,7 @@ def test_the_machine_is_looked_at_now_and_then(
     assert 0 <= share <= 100
 
 
-def test_what_an_abandoned_training_said_is_delivered_the_next_time(client: MlflowClient, tmp_path: Path) -> None:
+def test_buffered_metrics_of_an_abandoned_training_are_sent_later(client: MlflowClient, tmp_path: Path) -> None:
     tracker = new_run(client)
     first = BufferedTracker(tracker, tmp_path / "buffer")
     first.abandon()
@@ -170,7 +168,7 @@ def test_what_an_abandoned_training_said_is_delivered_the_next_time(client: Mlfl
     assert [point[:2] for point in points(tracker, "loss")] == [(16, 0.5)]
 
 
-def test_a_full_disk_is_told_at_once_and_what_was_kept_is_delivered(
+def test_full_disk_is_reported_and_buffered_metrics_are_sent(
     client: MlflowClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tracker = new_run(client)
@@ -189,7 +187,7 @@ def test_a_full_disk_is_told_at_once_and_what_was_kept_is_delivered(
     assert [point[:2] for point in points(tracker, "loss")] == [(16, 0.5), (32, 0.25)]
 
 
-def test_a_run_on_another_server_gets_all_that_was_said(client: MlflowClient, tmp_path: Path) -> None:
+def test_run_on_another_server_receives_all_metrics(client: MlflowClient, tmp_path: Path) -> None:
     first = BufferedTracker(new_run(client), tmp_path / "buffer")
     first.log_metrics({"loss": 0.5}, 16)
     first.close()
@@ -198,9 +196,7 @@ def test_a_run_on_another_server_gets_all_that_was_said(client: MlflowClient, tm
     assert [point[:2] for point in points(other, "loss")] == [(16, 0.5)]
 
 
-def test_what_another_machine_that_trains_the_same_has_said_is_not_said_again(
-    client: MlflowClient, tmp_path: Path
-) -> None:
+def test_metrics_already_logged_by_another_machine_are_not_repeated(client: MlflowClient, tmp_path: Path) -> None:
     tracker = new_run(client)
     image = Image.new("L", (4, 4))
     for name, images in (("here", (16, 32)), ("there", (16, 32, 48)), ("elsewhere", (16,))):

@@ -13,7 +13,7 @@ class Clock:
         monkeypatch.setattr("time.monotonic", lambda: self.now)
 
 
-def test_rate_is_that_since_work_was_first_heard_of_and_of_the_next_run_its_own(
+def test_progress_rate_starts_with_the_first_report_of_each_run(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     # A clock by hand: a test may not depend on how fast this machine is.

@@ -46,7 +46,7 @@ else:
     assert lines(tmp_path, program, {"DARKROOM_LOG": "yaml"}) == []
 
 
-def test_compose_tells_workers_what_a_command_tells_itself() -> None:
+def test_compose_sets_the_environment_variables_of_a_command() -> None:
     text = (ROOT / "infra" / "compose.yaml").read_text()
     for name, value in VARIABLES.items():
         assert f"{name}: {value}" in text or f'{name}: "{value}"' in text

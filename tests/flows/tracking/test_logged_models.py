@@ -24,7 +24,7 @@ class Killed(BaseException):
     """As if the process were."""
 
 
-class Mortal(MlflowClient):
+class CrashingClient(MlflowClient):
     """Dies right after its write number ``life``, counted from 0."""
 
     def __init__(self, life: int) -> None:
@@ -139,7 +139,7 @@ def test_mlflow_ranks_the_checkpoints_by_their_scores_on_the_data_set(client: Ml
     assert points(client, run_id) == [(1000, 0.5), (2000, 0.2), (3000, 0.3)]
 
 
-def test_what_was_not_judged_in_full_ranks_behind_all_that_was_however_lucky(client: MlflowClient, run_id: str) -> None:
+def test_partially_evaluated_checkpoints_rank_last(client: MlflowClient, run_id: str) -> None:
     log_evaluation(RunTracker(client, run_id), an_evaluation([0.5, 0.2], behind=[-0.1]))
     found = ranked(client, run_id)
     assert [model.tags[EVALUATED] for model in found] == ["in full", "in full", "preliminary"]
@@ -150,7 +150,7 @@ def test_what_was_not_judged_in_full_ranks_behind_all_that_was_however_lucky(cli
     assert [step for step, _ in points(client, run_id)] == [1000, 2000]
 
 
-def test_shown_again_nothing_is_there_twice(client: MlflowClient, run_id: str) -> None:
+def test_logging_models_twice_creates_no_duplicates(client: MlflowClient, run_id: str) -> None:
     evaluation = an_evaluation([0.5, 0.2], behind=[0.4])
     log_evaluation(RunTracker(client, run_id), evaluation)
     before = [(model.model_id, len(model.metrics)) for model in ranked(client, run_id)]
@@ -160,12 +160,10 @@ def test_shown_again_nothing_is_there_twice(client: MlflowClient, run_id: str) -
 
 
 @pytest.mark.parametrize("life", range(6))
-def test_killed_after_any_write_and_shown_again_each_is_there_once(
-    client: MlflowClient, run_id: str, life: int
-) -> None:
+def test_logging_models_after_a_kill_creates_no_duplicates(client: MlflowClient, run_id: str, life: int) -> None:
     evaluation = an_evaluation([0.5, 0.2])
     with pytest.raises(Killed):
-        log_evaluation(RunTracker(Mortal(life), run_id), evaluation)
+        log_evaluation(RunTracker(CrashingClient(life), run_id), evaluation)
     log_evaluation(RunTracker(client, run_id), evaluation)
     found = ranked(client, run_id)
     assert [model.tags[CHECKPOINT_SHA256] for model in found] == [f"{number:064x}" for number in (1, 0)]
@@ -173,9 +171,7 @@ def test_killed_after_any_write_and_shown_again_each_is_there_once(
     assert points(client, run_id) == [(1000, 0.5), (2000, 0.2)]
 
 
-def test_judged_under_other_conditions_a_checkpoint_is_the_same_model_with_newer_scores(
-    client: MlflowClient, run_id: str
-) -> None:
+def test_reevaluated_checkpoint_keeps_its_logged_model(client: MlflowClient, run_id: str) -> None:
     log_evaluation(RunTracker(client, run_id), an_evaluation([0.5, 0.2]))
     anew = an_evaluation([0.1, 0.2], seed=1)
     log_evaluation(RunTracker(client, run_id), anew)
@@ -188,7 +184,7 @@ def test_judged_under_other_conditions_a_checkpoint_is_the_same_model_with_newer
     assert [model.tags[EVALUATED] for model in ranked(client, run_id)] == ["in full"] * 3
 
 
-def test_two_runs_have_models_of_their_own(client: MlflowClient, run_id: str) -> None:
+def test_runs_have_separate_logged_models(client: MlflowClient, run_id: str) -> None:
     other = client.create_run(client.get_run(run_id).info.experiment_id).info.run_id
     for each in (run_id, other):
         log_evaluation(RunTracker(client, each), an_evaluation([0.5]))

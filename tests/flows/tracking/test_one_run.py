@@ -51,7 +51,7 @@ def before_it_claims(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], 
     return arm
 
 
-def test_several_at_once_leave_one_run(
+def test_concurrent_starts_leave_one_run(
     mlflow_client: MlflowClient,
     experiment: str,
     before_it_claims: Callable[[Callable[[], Any]], None],
@@ -75,7 +75,7 @@ def test_several_at_once_leave_one_run(
     assert found.info.run_id == run_id
 
 
-def test_what_a_machine_made_that_was_killed_before_it_claimed_it_is_used_or_goes(
+def test_unclaimed_run_of_a_killed_machine_is_reused_or_deleted(
     mlflow_client: MlflowClient,
     experiment: str,
     before_it_claims: Callable[[Callable[[], Any]], None],
@@ -97,9 +97,7 @@ def test_what_a_machine_made_that_was_killed_before_it_claimed_it_is_used_or_goe
     assert runs(mlflow_client, experiment) == {left}
 
 
-def test_a_run_that_was_set_aside_or_deleted_is_followed_by_another_one(
-    mlflow_client: MlflowClient, experiment: str, bucket: str
-) -> None:
+def test_deleted_run_is_replaced_by_a_new_one(mlflow_client: MlflowClient, experiment: str, bucket: str) -> None:
     first = begun(mlflow_client, experiment)
     mlflow_client.set_tag(first, TRAIN_KEY, f"{KEY} (restarted)")
     second = begun(mlflow_client, experiment)

@@ -72,7 +72,7 @@ def test_squash_distorts_to_the_whole_square() -> None:
 
 
 @pytest.mark.parametrize("fit", ["crop", "pad", "squash"])
-def test_images_are_not_enlarged_unless_told(fit: str) -> None:
+def test_images_are_not_enlarged_unless_configured(fit: str) -> None:
     thin, small = Image.new("L", (20, 6)), Image.new("L", (7, 6))
     for image in (thin, small):
         file = saved(image, "PNG")
@@ -84,7 +84,7 @@ def test_images_are_not_enlarged_unless_told(fit: str) -> None:
         assert prepare(file, config(fit=fit, enlarge=True)).pixels.shape == (8, 8)
 
 
-def test_images_under_the_smallest_size_are_refused() -> None:
+def test_images_below_the_minimum_size_are_quarantined() -> None:
     file = saved(Image.new("L", (30, 19)), "PNG")
     assert "min_size = 20" in reason(file, min_size=20)
     assert prepare(file, config(min_size=19)).source_size == (30, 19)
@@ -111,7 +111,7 @@ def test_a_grey_image_has_one_key_however_it_was_saved() -> None:
     assert prepare(saved(grey.convert("RGB"), "PNG"), config(mode="rgb")).mode == "RGB"
 
 
-def test_reduced_decoding_of_jpegs_cannot_be_told_from_whole() -> None:
+def test_reduced_jpeg_decoding_matches_full_decoding() -> None:
     for number, (width, height) in enumerate([(512, 512), (501, 377), (333, 640), (1023, 767)]):
         fine = Image.effect_noise((width, height), 40).convert("RGB")
         image = ImageChops.overlay(blob(number, 640, "RGB").resize((width, height)), fine)
@@ -146,7 +146,7 @@ def test_decoded_images_are_prepared_like_files() -> None:
     assert "over the limit of 100" in reason(Image.new("L", (20, 20)), max_pixels=100)
 
 
-def test_key_names_the_pixels_and_the_png_holds_them() -> None:
+def test_key_is_the_digest_of_the_pixels_in_the_png() -> None:
     stored = prepare(saved(blob(1, 12, "RGB"), "PNG"), config())
     np.testing.assert_array_equal(decode_many([stored.png], (3, 8, 8))[0].transpose(1, 2, 0), stored.pixels)
     again = [prepare(stored.png, config()), prepare(saved(Image.fromarray(stored.pixels), "BMP"), config())]
@@ -159,7 +159,7 @@ def test_key_names_the_pixels_and_the_png_holds_them() -> None:
     assert len({each.key for each in black}) == 3
 
 
-def test_threads_and_processes_make_the_same_of_a_image() -> None:
+def test_threads_and_processes_decode_an_image_identically() -> None:
     files = [saved(blob(number, 150, "RGB"), "JPEG", icc_profile=swapped_profile()) for number in range(12)]
     alone = [prepare(file, config(16)) for file in files]
     for pool in (ThreadPoolExecutor(4), ProcessPoolExecutor(1)):
@@ -178,7 +178,7 @@ def rle_bitmap(side: int) -> bytes:
     return b"BM" + struct.pack("<IHHI", 1078 + len(runs), 0, 0, 1078) + head + bytes(1024) + runs
 
 
-def test_a_image_that_takes_too_long_is_refused_after_that_long() -> None:
+def test_image_is_quarantined_after_the_decoding_timeout() -> None:
     slow = rle_bitmap(2000)
     assert prepare(rle_bitmap(100), config()).source_size == (100, 100)
     began = time.thread_time()
@@ -186,7 +186,7 @@ def test_a_image_that_takes_too_long_is_refused_after_that_long() -> None:
     assert time.thread_time() - began < 0.5
 
 
-def test_images_over_the_limit_of_bytes_or_pixels_are_refused_undecoded() -> None:
+def test_images_over_the_byte_or_pixel_limit_are_quarantined_undecoded() -> None:
     file = saved(blob(1, 64, "RGB"), "BMP")
     assert f"{len(file)} bytes" in reason(file, max_bytes=len(file) - 1)
     assert prepare(file, config(max_bytes=len(file))).source_size == (64, 64)
@@ -195,7 +195,7 @@ def test_images_over_the_limit_of_bytes_or_pixels_are_refused_undecoded() -> Non
         assert prepare(saved(blob(1, 64, "RGB"), kind), config(max_pixels=4096)).source_size == (64, 64)
 
 
-def test_bombs_are_refused() -> None:
+def test_decompression_bombs_are_quarantined() -> None:
     head = struct.pack(">IIBBBBB", 20_000, 20_000, 8, 0, 0, 0, 0)
     bomb = png_of_chunks([(b"IHDR", head), (b"IDAT", zlib.compress(bytes(1000))), (b"IEND", b"")])
     assert "20000×20000 pixels are over the limit" in reason(bomb)
@@ -216,19 +216,19 @@ def test_a_page_that_names_itself_as_the_next_ends_the_file() -> None:
     np.testing.assert_array_equal(pixels(bytes(file)), np.asarray(blob(1, 8, "L")))
 
 
-def test_other_files_are_refused_by_name_of_the_formats() -> None:
+def test_unknown_formats_are_quarantined_with_the_known_formats_named() -> None:
     for data in (b"", b"not an image", b"%PDF-1.4", saved(blob(1, 8, "RGB"), "PPM"), saved(blob(1, 8, "RGB"), "ICO")):
         assert reason(data) == "not an image in a known format (JPEG, PNG, WebP, GIF, BMP, TIFF)"
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"])
-def test_half_a_file_is_refused(kind: str) -> None:
+def test_truncated_image_file_is_quarantined(kind: str) -> None:
     whole = saved(blob(1, 64, "RGB"), kind)
     for part in (0.3, 0.5, 0.9):
         assert reason(whole[: int(part * len(whole))], size=16)
 
 
-def test_a_png_whose_checksum_is_wrong_is_refused() -> None:
+def test_png_with_a_wrong_checksum_is_quarantined() -> None:
     whole = bytearray(saved(Image.fromarray(noise(32, 32, 3).astype(np.uint8)), "PNG"))
     whole[len(whole) // 2] ^= 1
     assert "damaged" in reason(bytes(whole))
@@ -294,7 +294,7 @@ def checksummed(png: bytes) -> bytes:
     fit=st.sampled_from(["crop", "pad", "squash"]),
 )
 @settings(max_examples=300, deadline=None)
-def test_damaged_bytes_are_a_image_or_refused_but_never_crash(
+def test_damaged_bytes_decode_or_are_quarantined_but_never_crash(
     whole: bytes, places: list[tuple[float, int, bytes]], cut: float, fit: str
 ) -> None:
     data = damaged(whole, places)

@@ -127,7 +127,7 @@ def test_tiff_of_twelve_bits_keeps_its_brightness() -> None:
     np.testing.assert_allclose(stored, values * 255 / 4095, atol=0.51)
 
 
-def test_what_has_no_known_range_is_refused() -> None:
+def test_images_of_unknown_value_range_are_quarantined() -> None:
     assert "floating-point" in reason(saved(Image.new("F", (8, 8), 0.5), "TIFF"))
     assert "floating-point" in reason(Image.new("F", (8, 8), 0.5))
     assert "65535" in reason(saved(Image.new("I", (8, 8), 70_000), "TIFF"))
@@ -211,7 +211,7 @@ def test_transparent_gif_shows_the_background() -> None:
     assert (stored[:, 4:] == [0, 200, 0]).all()
 
 
-def test_colours_hidden_by_transparency_do_not_bleed_when_the_image_is_made_smaller() -> None:
+def test_hidden_colours_of_transparent_pixels_do_not_bleed_when_shrinking() -> None:
     clear = Image.new("RGBA", (64, 64), (0, 255, 0, 0))
     clear.paste((255, 0, 0, 255), (0, 0, 33, 64))
     assert pixels(saved(clear, "PNG"), background="#ff0000")[..., 1].max() == 0
@@ -292,7 +292,7 @@ def test_a_profile_of_a_press_is_applied() -> None:
         np.testing.assert_allclose(stored[4], np.stack([expected] * 3, axis=-1), atol=4)
 
 
-def test_a_profile_for_other_pixels_is_not_applied_and_a_broken_one_refused() -> None:
+def test_mismatched_icc_profile_is_ignored_and_a_broken_one_quarantined() -> None:
     image = blob(7, 8, "RGB")
     other = pixels(saved(image, "PNG", icc_profile=linear_grey_profile()))
     np.testing.assert_array_equal(other, np.asarray(image))

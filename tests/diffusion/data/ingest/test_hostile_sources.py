@@ -64,7 +64,7 @@ def test_no_ingest_takes_more_than_a_gigabyte(tmp_path: Path) -> None:
     assert not any("<LINE>" in said for _, _, said in lines)
 
 
-def test_long_texts_are_refused_one_by_one(tmp_path: Path) -> None:
+def test_images_with_too_long_texts_are_quarantined_individually(tmp_path: Path) -> None:
     rows = [
         {"file_name": "0.png", "label": "x" * LONGEST["label"], "text": "y" * LONGEST["caption"]},
         {"file_name": "1.png", "label": "x" * (LONGEST["label"] + 1), "text": "y"},
@@ -134,7 +134,7 @@ def test_the_limit_on_pages_can_be_raised(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "settings", [{}, {"use_dictionary": False}, {"compression": "snappy"}, {"compression": "none"}]
 )
-def test_what_common_writers_make_is_read(tmp_path: Path, version: str, settings: dict[str, object]) -> None:
+def test_files_of_common_parquet_writers_are_read(tmp_path: Path, version: str, settings: dict[str, object]) -> None:
     images = [bytes([number % 256]) * (number % 3000) for number in range(1, 3000)]
     labels, texts = [number % 7 for number in range(1, 3000)], [f"text {number}" for number in range(1, 3000)]
     columns = {"image": images, "label": labels, "text": texts}

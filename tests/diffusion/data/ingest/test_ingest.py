@@ -89,7 +89,7 @@ def test_table_offsets_point_at_the_pngs(dataset: Path, tmp_path: Path) -> None:
             assert places[f"{row['key']}.png"] == (row["offset"], row["size"])
 
 
-def test_a_second_ingest_reads_only_what_is_new_and_touches_no_old_file(images: Path, tmp_path: Path) -> None:
+def test_second_ingest_reads_only_new_images_and_keeps_old_files(images: Path, tmp_path: Path) -> None:
     folder = tmp_path / "set"
     first = ingest(folder, config(images))
     before = files_of(folder)
@@ -133,7 +133,7 @@ def test_the_same_names_from_another_folder_are_other_images(images: Path, datas
     assert [ingest(dataset, config(each)).read for each in (images, other)] == [0, 0]
 
 
-def test_a_lost_index_costs_reading_but_changes_nothing(images: Path, dataset: Path) -> None:
+def test_lost_index_is_rebuilt_without_changing_the_data_set(images: Path, dataset: Path) -> None:
     add_images(images, range(100, 110))
     ingest(dataset, config(images))
     before = files_of(dataset)
@@ -143,7 +143,7 @@ def test_a_lost_index_costs_reading_but_changes_nothing(images: Path, dataset: P
     assert files_of(dataset) == before
 
 
-def test_a_damaged_index_is_made_anew(images: Path, dataset: Path) -> None:
+def test_damaged_index_is_rebuilt(images: Path, dataset: Path) -> None:
     before = files_of(dataset)
     (work_folder(dataset) / "index.sqlite").write_bytes(b"junk" * 4096)
     assert not ingest(dataset, config(images)).changed
@@ -163,7 +163,7 @@ def test_an_older_version_put_back_gets_the_missing_images_again(images: Path, d
     assert (again.added, again.content_digest) == (10, newest.content_digest)
 
 
-def test_bad_images_are_quarantined_and_tried_again_when_asked(images: Path, tmp_path: Path) -> None:
+def test_bad_images_are_quarantined_and_retried_on_request(images: Path, tmp_path: Path) -> None:
     bad = [images / "odd" / f"bad{number}.png" for number in range(3)]
     for path in bad:
         path.write_text(f"not an image: {path.name}")
@@ -200,7 +200,7 @@ def test_too_large_a_share_of_bad_images_names_the_reasons_and_leaves_the_old_ve
     assert ingest(dataset, config(images, max_quarantined=0.9)).added == 10
 
 
-def test_an_ingest_that_failed_for_its_refusals_reads_them_again(images: Path, dataset: Path) -> None:
+def test_quarantined_images_of_a_failed_ingest_are_read_again(images: Path, dataset: Path) -> None:
     add_images(images, [100])
     path = next(iter(images.rglob("*100*.png")))
     good, stat = path.read_bytes(), path.stat()
@@ -224,7 +224,7 @@ def test_a_source_without_a_usable_image_is_an_error(tmp_path: Path) -> None:
     assert not (tmp_path / "set" / "manifest.json").exists()
 
 
-def test_other_storage_is_refused_unless_the_set_is_to_be_made_anew(images: Path, dataset: Path) -> None:
+def test_changed_storage_settings_require_rebuild(images: Path, dataset: Path) -> None:
     first = read_manifest(dataset)
     with pytest.raises(UserError, match=r"ingest.size=8 and this is 9.*--rebuild"):
         ingest(dataset, config(images, size=9))
@@ -290,7 +290,7 @@ def noisy(number: int, strength: float) -> Image.Image:
     return blob(number, 24).point(lambda value: min(255, round(value + strength)))
 
 
-def test_near_copies_share_a_split_and_would_be_bridges_are_quarantined(tmp_path: Path) -> None:
+def test_near_duplicates_share_a_split_and_bridges_are_quarantined(tmp_path: Path) -> None:
     root = tmp_path / "images"
     root.mkdir()
     folder = tmp_path / "set"
@@ -313,7 +313,7 @@ def test_near_copies_share_a_split_and_would_be_bridges_are_quarantined(tmp_path
     assert any(split_of(str(rows[f"{n:02d}-brighter.png"]["key"]), 0.5) != splits[f"{n:02d}.png"] for n in range(20))
 
 
-def test_a_near_copy_of_both_splits_is_quarantined(tmp_path: Path) -> None:
+def test_near_duplicate_of_both_splits_is_quarantined(tmp_path: Path) -> None:
     root = tmp_path / "images"
     root.mkdir()
     folder = tmp_path / "set"
@@ -356,7 +356,7 @@ def test_finished_chunks_are_taken_up_after_a_failure(images: Path, tmp_path: Pa
     assert files_of(folder) == files_of(undisturbed)
 
 
-def test_a_damaged_shard_is_named_and_made_again_when_asked(images: Path, dataset: Path) -> None:
+def test_damaged_shard_is_named_and_rewritten_on_request(images: Path, dataset: Path) -> None:
     before = files_of(dataset)
     shard = next(dataset.glob("shards/*.tar"))
     shard.write_bytes(before[f"shards/{shard.name}"][:1000])
@@ -366,7 +366,7 @@ def test_a_damaged_shard_is_named_and_made_again_when_asked(images: Path, datase
     assert files_of(dataset) == before
 
 
-def test_grey_sets_have_one_channel_and_one_colour_image_makes_it_three(images: Path, dataset: Path) -> None:
+def test_grey_data_set_has_one_channel_and_three_with_a_colour_image(images: Path, dataset: Path) -> None:
     assert Dataset.open(dataset).shape == (1, 8, 8)
     blob(77, 12, "RGB").save(images / "odd" / "colour.png")
     ingest(dataset, config(images))
@@ -387,7 +387,7 @@ def test_manifest_statistics_are_those_of_the_training_images_over_all_parts(ima
 
 
 @given(st.binary(min_size=32, max_size=32), st.floats(0.05, 0.95), st.floats(0, 0.5))
-def test_a_image_never_leaves_the_held_out_split_when_its_share_grows(digest: bytes, share: float, more: float) -> None:
+def test_image_stays_in_the_held_out_split_when_the_split_grows(digest: bytes, share: float, more: float) -> None:
     key = digest.hex()
     if split_of(key, share) == "held_out":
         assert split_of(key, share + more) == "held_out"
@@ -402,7 +402,7 @@ def test_chunks_are_never_larger_than_a_shard_and_small_sets_get_several(images:
         assert -(-images // count) >= 8
 
 
-def test_ray_without_a_flow_is_refused(images: Path, tmp_path: Path) -> None:
+def test_ray_outside_a_flow_is_an_error(images: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="ray"):
         ingest(tmp_path / "set", config(images, runner="ray"))
 
@@ -416,7 +416,7 @@ def test_a_first_ingest_that_fails_leaves_no_data_set(tmp_path: Path) -> None:
     assert not (tmp_path / "data" / "photos").exists()
 
 
-def test_what_is_passed_over_and_labelled_anew_is_told(images: Path, tmp_path: Path) -> None:
+def test_skipped_files_and_changed_labels_are_reported(images: Path, tmp_path: Path) -> None:
     (images / "odd" / "notes.txt").write_text("of a walk")
     shutil.copy(images / "even" / "00.png", images / "odd" / "00.png")
     done = ingest(tmp_path / "data", config(images))

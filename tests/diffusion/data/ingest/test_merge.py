@@ -57,7 +57,7 @@ def united(ours: Line, theirs: Line, base: Manifest | None, **fields: object) ->
     return merge_versions(ours[0], config(ours[1], **fields), version, base)
 
 
-def test_it_equals_a_data_set_that_one_machine_made_of_all_images(
+def test_merged_data_set_equals_one_ingested_on_a_single_machine(
     lines: tuple[Line, Line, Manifest], tmp_path: Path
 ) -> None:
     ours, theirs, base = lines
@@ -77,7 +77,7 @@ def test_it_equals_a_data_set_that_one_machine_made_of_all_images(
     assert Dataset.open(ours[0]).images(range(10)).shape[0] == 10
 
 
-def test_killed_before_the_manifest_it_ends_the_same(
+def test_merge_killed_before_the_manifest_resumes_to_the_same_result(
     lines: tuple[Line, Line, Manifest], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ours, theirs, base = lines
@@ -100,7 +100,7 @@ def test_killed_before_the_manifest_it_ends_the_same(
     assert read_manifest(ours[0]) == read_manifest(other)
 
 
-def test_what_the_other_line_took_down_or_began_anew_without_does_not_come_back(
+def test_merge_keeps_takedowns_and_removals_of_the_other_branch(
     lines: tuple[Line, Line, Manifest],
 ) -> None:
     ours, theirs, base = lines
@@ -124,7 +124,7 @@ def test_a_takedown_of_ours_is_applied_to_theirs(lines: tuple[Line, Line, Manife
     assert read_manifest(ours[0]).change == "removal: consent withdrawn"
 
 
-def test_a_machine_that_applies_a_takedown_makes_the_same_version(lines: tuple[Line, Line, Manifest]) -> None:
+def test_applying_a_takedown_elsewhere_gives_the_same_version(lines: tuple[Line, Line, Manifest]) -> None:
     ours, theirs, _ = lines
     removal = remove(theirs[0], Selection(sources=["3.png"]), "consent withdrawn")
     shutil.copytree(work_folder(theirs[0]) / "removals", work_folder(ours[0]) / "removals")
@@ -132,7 +132,7 @@ def test_a_machine_that_applies_a_takedown_makes_the_same_version(lines: tuple[L
     assert files_of(ours[0]) == files_of(theirs[0])
 
 
-def test_lines_that_have_nothing_in_common_and_near_copies_are_united_as_well(tmp_path: Path) -> None:
+def test_merge_handles_unrelated_branches_and_near_duplicates(tmp_path: Path) -> None:
     ours, theirs = ((tmp_path / name / "blobs", tmp_path / name / "source") for name in ("ours", "theirs"))
     add(ours, 1, 2, 3)
     add(theirs, 3, 4, near_duplicates=2)
@@ -141,7 +141,7 @@ def test_lines_that_have_nothing_in_common_and_near_copies_are_united_as_well(tm
 
 
 @pytest.mark.parametrize("whose", ["ours", "theirs"])
-def test_images_stored_in_another_way_are_not_mixed(lines: tuple[Line, Line, Manifest], whose: str) -> None:
+def test_merge_fails_for_different_storage_settings(lines: tuple[Line, Line, Manifest], whose: str) -> None:
     ours, theirs, base = lines
     line, other = (ours, theirs) if whose == "ours" else (theirs, ours)
     add(other, 100)

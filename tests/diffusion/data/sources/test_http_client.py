@@ -138,7 +138,7 @@ def test_addresses_of_this_machine_are_known() -> None:
     assert not is_own(PUBLIC)
 
 
-def test_local_addresses_are_refused_however_they_are_written(names: Names, tmp_path: Path) -> None:
+def test_local_addresses_are_rejected_in_every_notation(names: Names, tmp_path: Path) -> None:
     asked = []
     with listening(lambda client: asked.append(request_of(client))) as port:
         hosts = [
@@ -160,7 +160,7 @@ def test_local_addresses_are_refused_however_they_are_written(names: Names, tmp_
     assert names.connected == [PUBLIC]
 
 
-def test_a_redirect_to_a_local_address_is_refused(names: Names, tmp_path: Path) -> None:
+def test_redirect_to_a_local_address_is_rejected(names: Names, tmp_path: Path) -> None:
     asked: list[bytes] = []
 
     def local(client: socket.socket) -> None:
@@ -244,7 +244,7 @@ def test_tls_is_verified_by_name_though_the_connection_goes_to_an_address(
 
 
 @pytest.mark.parametrize("through", ["HTTP_PROXY", "ALL_PROXY"])
-def test_a_proxy_is_told_of_nothing_that_is_refused_or_unknown(
+def test_proxy_receives_no_private_or_unresolvable_urls(
     names: Names, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, through: str
 ) -> None:
     asked: list[bytes] = []
@@ -271,7 +271,7 @@ def test_a_proxy_is_told_of_nothing_that_is_refused_or_unknown(
         assert "no route to host" in str(fetched(tmp_path, urls[0])[0])
 
 
-def test_what_was_refused_is_fetched_on_request_once_the_option_is_on(names: Names, tmp_path: Path) -> None:
+def test_quarantined_private_urls_are_fetched_once_allowed(names: Names, tmp_path: Path) -> None:
     def serve(client: socket.socket) -> None:
         number = int(request_of(client).split()[1].strip(b"/"))
         client.sendall(response(png(number), "Connection: close"))
@@ -469,7 +469,7 @@ def test_no_retry_after_stops_an_ingest(
         ]
 
 
-def test_who_stops_reading_does_not_wait_for_a_server_that_drips(names: Names, tmp_path: Path) -> None:
+def test_closing_the_reader_does_not_wait_for_a_slow_server(names: Names, tmp_path: Path) -> None:
     begun = threading.Event()
 
     def serve(client: socket.socket) -> None:
@@ -492,7 +492,7 @@ def test_who_stops_reading_does_not_wait_for_a_server_that_drips(names: Names, t
         assert time.monotonic() - start < 20
 
 
-def test_what_is_fetched_ahead_does_not_fill_the_memory(names: Names, tmp_path: Path) -> None:
+def test_prefetching_is_bounded_in_memory(names: Names, tmp_path: Path) -> None:
     size = 4_000_000
     with listening(at_once(response(bytes(size), "Connection: close"))) as port:
         rows: list[dict[str, object]] = [{"url": f"http://127.0.0.1:{port}/{number}"} for number in range(30)]

@@ -34,7 +34,7 @@ def test_images_in_the_root_or_in_one_folder_only_have_no_class(tmp_path: Path, 
     assert by_name(root, tmp_path / "scratch") == dict.fromkeys(files, (None, None, b"1"))
 
 
-def test_hidden_files_and_files_that_are_no_images_are_passed_over(tmp_path: Path) -> None:
+def test_hidden_and_non_image_files_are_skipped(tmp_path: Path) -> None:
     names = ["a.png", ".b.png", ".git/c.png", "notes.txt", "x/.d/e.png", "png", "x/more.TXT"]
     root = write_files(tmp_path / "set", dict.fromkeys(names, b"1"))
     assert list(by_name(root, tmp_path / "scratch")) == ["a.png"]
@@ -43,7 +43,7 @@ def test_hidden_files_and_files_that_are_no_images_are_passed_over(tmp_path: Pat
     assert given.passed_over == {".txt": 2, "": 1}
 
 
-def test_images_in_formats_that_cannot_be_read_are_not_passed_over(tmp_path: Path) -> None:
+def test_images_in_unsupported_formats_are_not_skipped_silently(tmp_path: Path) -> None:
     root = write_files(tmp_path / "set", dict.fromkeys(["a.png", "b.HEIC", "c/d.avif"], b"1"))
     assert sorted(by_name(root, tmp_path / "scratch")) == ["a.png", "b.HEIC", "c/d.avif"]
 
@@ -119,7 +119,7 @@ def test_links_are_followed_once_and_never_round_in_circles(tmp_path: Path) -> N
     }
 
 
-def test_what_is_no_readable_file_within_the_limit_is_refused(tmp_path: Path) -> None:
+def test_unreadable_or_too_large_files_are_quarantined(tmp_path: Path) -> None:
     root = write_files(tmp_path / "set", {"a.png": b"x" * 1024, "b.png": b"x" * 1025})
     os.mkfifo(root / "pipe.png")
     assert payloads(root, access(tmp_path / "scratch", max_bytes=1024)) == {
@@ -137,7 +137,7 @@ def test_names_of_any_bytes_can_be_written_down(tmp_path: Path) -> None:
     assert payloads(root, access(tmp_path / "scratch")) == {"caf\\xe9\\x0a.png": b"1", "für 東京.png": b"2"}
 
 
-def test_a_file_that_goes_away_after_the_listing_is_refused_and_the_others_are_read(tmp_path: Path) -> None:
+def test_file_deleted_after_listing_is_quarantined_alone(tmp_path: Path) -> None:
     root = write_files(tmp_path / "set", {"a.png": b"1", "b.png": b"2"})
     given = access(tmp_path / "scratch")
     entries = sorted(open_source(str(root), given).entries(), key=lambda entry: entry.source)

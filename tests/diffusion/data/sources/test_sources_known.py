@@ -54,7 +54,7 @@ def test_the_files_of_mnist_are_read_by_split(tmp_path: Path, packed: bool) -> N
         seen(f"idx:{tmp_path}/set/{file}?split=train", access(tmp_path / "scratch"))
 
 
-def test_idx_files_without_labels_or_of_another_length_are_told(tmp_path: Path) -> None:
+def test_mismatched_idx_files_are_an_error_and_labels_are_optional(tmp_path: Path) -> None:
     mnist(tmp_path / "set", {"train": 3})
     labels, images = tmp_path / "set" / "train-labels-idx1-ubyte", tmp_path / "set" / "train-images-idx3-ubyte"
     given = access(tmp_path / "scratch")
@@ -113,7 +113,7 @@ def test_a_set_of_files_is_read_as_the_files_are(tmp_path: Path) -> None:
     assert (grown.read, grown.added) == (1, 1)
 
 
-def test_splits_and_lists_are_those_of_torchvision_and_a_missing_file_is_refused_alone(tmp_path: Path) -> None:
+def test_splits_match_torchvision_and_missing_files_are_quarantined(tmp_path: Path) -> None:
     lists = {"dtd/dtd/labels/val1.txt": b"dots/b.jpg\nbands/a.jpg\ndots/gone.jpg\n"}
     images = {
         "dtd/dtd/images/dots/b.jpg": b"1",

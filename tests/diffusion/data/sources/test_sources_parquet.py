@@ -40,7 +40,7 @@ def told(uri: str | Path, scratch: Path, **fields: object) -> list[tuple[str, st
     return [(each.name, each.label, each.caption, each.payload) for each in seen(uri, access(scratch, **fields))]
 
 
-def test_what_hugging_face_wrote_is_read_with_its_classes_and_captions(tmp_path: Path) -> None:
+def test_hugging_face_parquet_is_read_with_classes_and_captions(tmp_path: Path) -> None:
     hugging_face(tmp_path / "train.parquet", [b"0", b"1", b"2", None], [1, 0, -1, 0], row_group_size=3)
     assert told(tmp_path / "train.parquet", tmp_path / "scratch") == [
         ("train.parquet/0", "dog", None, b"0"),
@@ -120,7 +120,7 @@ def test_a_file_that_is_damaged_is_an_error_and_a_damaged_page_a_reason(tmp_path
             seen(path, access(tmp_path / "scratch"))
 
 
-def test_rows_over_the_limit_are_refused(tmp_path: Path) -> None:
+def test_rows_over_the_limit_are_quarantined(tmp_path: Path) -> None:
     hugging_face(tmp_path / "a.parquet", [b"x" * 1025, b"y" * 1024], [0, 0])
     _, first, second = (
         "",

@@ -176,7 +176,7 @@ def test_only_http_is_fetched_even_after_a_redirect(server: Server, tmp_path: Pa
     assert "not to be had" in str(answers(server, tmp_path, "to/round")[0])
 
 
-def test_what_is_no_url_is_refused(tmp_path: Path) -> None:
+def test_invalid_urls_are_quarantined(tmp_path: Path) -> None:
     places = [
         f"http://{host}/a.png"
         for host in ("xn--", "a" * 300, "\u2100\ufffd", "a b", "[", "x:99999", "a\x00b", "é" * 99)
@@ -186,7 +186,7 @@ def test_what_is_no_url_is_refused(tmp_path: Path) -> None:
     assert all(isinstance(each, str) and "\n" not in each for each in found.values())
 
 
-def test_what_is_gone_is_refused_at_once_and_what_may_come_back_is_tried_again(server: Server, tmp_path: Path) -> None:
+def test_permanent_http_errors_are_quarantined_and_transient_ones_retried(server: Server, tmp_path: Path) -> None:
     places = ["status/404", "status/403", "status/410", "status/500", "status/429", "busy/500", "busy/503", "cut/1"]
     assert answers(server, tmp_path, *places) == [
         "HTTP 404 Not Found",
@@ -203,7 +203,7 @@ def test_what_is_gone_is_refused_at_once_and_what_may_come_back_is_tried_again(s
 
 
 @pytest.mark.parametrize("kind", ["seconds", "date"])
-def test_a_server_that_says_when_to_come_back_is_obeyed(server: Server, tmp_path: Path, kind: str) -> None:
+def test_retry_after_header_is_honoured(server: Server, tmp_path: Path, kind: str) -> None:
     # A date has whole seconds: the one after the next is between one and two away.
     wait = "1" if kind == "seconds" else formatdate(int(time.time()) + 2, usegmt=True)
     assert answers(server, tmp_path, f"busy/503,{wait}") == [b"ok"]
@@ -212,7 +212,7 @@ def test_a_server_that_says_when_to_come_back_is_obeyed(server: Server, tmp_path
     assert kind == "date" or pauses[1] > 0.9
 
 
-def test_what_is_too_large_is_not_fetched_to_its_end(server: Server, tmp_path: Path) -> None:
+def test_oversized_downloads_are_aborted(server: Server, tmp_path: Path) -> None:
     found = answers(server, tmp_path, "size/2048", "size/2049", "endless/1", max_bytes=2048)
     assert found == [
         b"x" * 2048,
@@ -224,7 +224,7 @@ def test_what_is_too_large_is_not_fetched_to_its_end(server: Server, tmp_path: P
     assert found == ["sent with Content-Encoding gzip although none was accepted"]
 
 
-def test_what_takes_too_long_is_given_up(server: Server, tmp_path: Path) -> None:
+def test_slow_downloads_time_out(server: Server, tmp_path: Path) -> None:
     start = time.monotonic()
     found = answers(server, tmp_path, "slow/30", "trickle/1", download_seconds=0.3, download_tries=2)
     assert found == ["no answer within 0.3 s, at each of 2 tries", "not all there after 0.3 s, at each of 2 tries"]
@@ -237,7 +237,7 @@ def test_a_server_that_is_away_is_a_reason(server: Server, tmp_path: Path) -> No
     assert [str(each).rpartition(", ")[2] for each in found.values()] == ["at each of 4 tries"] * 2
 
 
-def test_who_stops_reading_does_not_wait_for_the_tries_that_are_left(
+def test_closing_the_reader_does_not_wait_for_retries(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows: list[dict[str, object]] = [{"url": f"{server.url}/png/1"}, {"url": f"{server.url}/busy/503,50"}]
@@ -270,7 +270,7 @@ def test_a_table_that_cannot_be_understood_is_an_error_of_one_line(
     assert "\n" not in str(error.value)
 
 
-def test_known_urls_are_not_asked_again_and_refused_ones_on_request(server: Server, tmp_path: Path) -> None:
+def test_known_urls_are_not_fetched_again_and_quarantined_ones_on_request(server: Server, tmp_path: Path) -> None:
     config = IngestConfig(source=str(tmp_path / "urls.jsonl"), size=8, held_out=0.33, allow_private_addresses=True)
     rows: list[dict[str, object]] = [{"url": f"{server.url}/png/{number}", "label": number % 2} for number in range(12)]
     table(tmp_path / "urls.jsonl", [*rows, {"url": f"{server.url}/status/404"}])

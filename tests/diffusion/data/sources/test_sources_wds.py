@@ -43,7 +43,7 @@ def test_shards_of_the_library_are_read_as_it_reads_them(tmp_path: Path) -> None
         assert told(uri, tmp_path / "scratch") == expected
 
 
-def test_our_own_shards_come_back_with_all_that_they_say(images: Path, dataset: Path, tmp_path: Path) -> None:
+def test_own_shards_round_trip_with_labels_and_captions(images: Path, dataset: Path, tmp_path: Path) -> None:
     rows = [row for part in read_manifest(dataset).parts for row in read_records(dataset, part).to_pylist()]
     found = {
         name.rpartition("/")[2]: (label, caption)
@@ -54,7 +54,7 @@ def test_our_own_shards_come_back_with_all_that_they_say(images: Path, dataset: 
     assert again.content_digest == read_manifest(dataset).content_digest
 
 
-def test_what_the_members_of_a_key_say_is_said_of_its_images(tmp_path: Path) -> None:
+def test_members_of_a_key_give_label_and_caption_to_its_images(tmp_path: Path) -> None:
     (tmp_path / "a.tar").write_bytes(
         tar_bytes(
             {
@@ -84,14 +84,14 @@ def test_what_the_members_of_a_key_say_is_said_of_its_images(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     "about", [b"{", b"\xff", b"[" * 100_000, b'{"label": ["a"]}', b'{"caption": {"a": 1}}', b"x" * 2000]
 )
-def test_a_image_about_which_its_shard_says_nonsense_is_refused_alone(tmp_path: Path, about: bytes) -> None:
+def test_image_with_invalid_shard_metadata_is_quarantined_alone(tmp_path: Path, about: bytes) -> None:
     (tmp_path / "a.tar").write_bytes(tar_bytes({"1.png": b"1", "1.json": about, "2.png": b"2", "2.json": b"{}"}))
     found = payloads(f"wds:{tmp_path}/a.tar", access(tmp_path / "scratch", max_bytes=1024))
     assert str(found["a.tar/1.png"]).startswith("what its shard says about it cannot be read")
     assert found["a.tar/2.png"] == b"2"
 
 
-def test_members_that_are_no_files_are_refused(tmp_path: Path) -> None:
+def test_tar_members_that_are_not_files_are_quarantined(tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
         for name in ("1.png", "2.json"):
             link = tarfile.TarInfo(name)

@@ -58,7 +58,7 @@ def data(large: Path, tmp_path: Path) -> Path:
     return tmp_path / "data" / "set"
 
 
-def test_only_the_parts_concerned_are_written_anew(data: Path) -> None:
+def test_takedown_rewrites_only_affected_shards(data: Path) -> None:
     before = read_manifest(data)
     assert len(before.parts) > 1
     stood = files_of(data)
@@ -74,7 +74,7 @@ def test_only_the_parts_concerned_are_written_anew(data: Path) -> None:
     assert [each.kept for each in versions(data)] == [598, 600]
 
 
-def test_what_is_left_is_a_data_set_that_never_held_them(large: Path, data: Path, tmp_path: Path) -> None:
+def test_takedown_equals_a_data_set_without_the_images(large: Path, data: Path, tmp_path: Path) -> None:
     remove(data, Selection(sources=["*/000?.png", "b/05[1-9]?.png"]), "asked to")
     shutil.copytree(large / "images", tmp_path / "less")
     for number in (*range(10), *range(510, 600)):
@@ -93,7 +93,7 @@ def test_what_is_left_is_a_data_set_that_never_held_them(large: Path, data: Path
     assert {sample["__key__"] for sample in wds.WebDataset(urls, shardshuffle=False)} == set(other.keys(rows))
 
 
-def test_nothing_of_a_image_is_left_but_its_digests(data: Path) -> None:
+def test_takedown_leaves_only_the_digests_of_an_image(data: Path) -> None:
     key = key_of(data, "b/0555.png")
     (png,) = (s["png"] for s in samples(data) if s["__key__"] == key)
     remove(data, Selection(prefixes=[key[:12]]), "asked to")
@@ -109,7 +109,7 @@ def samples(folder: Path) -> list[dict[str, bytes]]:
     return list(wds.WebDataset(urls, shardshuffle=False))
 
 
-def test_a_image_that_was_taken_down_is_not_taken_again_under_any_name(images: Path, dataset: Path) -> None:
+def test_removed_image_is_not_ingested_again_under_any_name(images: Path, dataset: Path) -> None:
     content = remove(dataset, Selection(sources=["odd/01.png"]), "asked to").content_digest
     again = ingest(dataset, config(images))
     assert (again.added, again.content_digest) == (0, content)
@@ -122,7 +122,7 @@ def test_a_image_that_was_taken_down_is_not_taken_again_under_any_name(images: P
     assert ingest(dataset, config(images), rebuild="always").content_digest == content
 
 
-def test_a_image_goes_under_all_its_names(images: Path, tmp_path: Path) -> None:
+def test_removal_covers_all_names_of_an_image(images: Path, tmp_path: Path) -> None:
     shutil.copy(images / "odd" / "01.png", images / "even" / "copy.png")
     ingest(tmp_path / "data" / "set", config(images))
     folder = tmp_path / "data" / "set"
@@ -137,7 +137,7 @@ def test_a_label_narrows_the_selection(images: Path, dataset: Path) -> None:
     assert read_manifest(dataset).labels == ["even"]
 
 
-def test_a_refused_entry_can_go_and_changes_no_image(images: Path, tmp_path: Path) -> None:
+def test_quarantined_entry_can_be_removed_without_changing_images(images: Path, tmp_path: Path) -> None:
     (images / "odd" / "bad.png").write_text("private words")
     folder = tmp_path / "data" / "set"
     content = ingest(folder, config(images)).content_digest
@@ -147,7 +147,7 @@ def test_a_refused_entry_can_go_and_changes_no_image(images: Path, tmp_path: Pat
     assert holders(folder, done, versions(folder)).held == []
 
 
-def test_the_same_removal_again_changes_nothing_and_tells_the_same(dataset: Path) -> None:
+def test_repeated_removal_changes_nothing_and_returns_the_same(dataset: Path) -> None:
     selection = Selection(sources=["odd/0?.png"])
     first = remove(dataset, selection, "asked to")
     files = files_of(dataset)
@@ -170,7 +170,7 @@ def test_the_same_words_remove_what_came_since_and_both_removals_stay_known(imag
     assert remove(dataset, selection, "asked to").name == second.name
 
 
-def test_near_copies_that_stay_are_named(tmp_path: Path) -> None:
+def test_remaining_near_duplicates_are_named(tmp_path: Path) -> None:
     source = tmp_path / "images"
     source.mkdir()
     for number in range(6):
@@ -192,22 +192,20 @@ def test_near_copies_that_stay_are_named(tmp_path: Path) -> None:
         (Selection(sources=["*"]), "would remove all 48"),
     ],
 )
-def test_a_selection_that_cannot_be_meant_is_refused_and_nothing_changes(
-    dataset: Path, selection: Selection, words: str
-) -> None:
+def test_invalid_selection_is_an_error_and_changes_nothing(dataset: Path, selection: Selection, words: str) -> None:
     files = files_of(dataset)
     with pytest.raises(UserError, match=words):
         remove(dataset, selection, "asked to")
     assert files_of(dataset) == files
 
 
-def test_a_reason_of_many_lines_is_refused(dataset: Path) -> None:
+def test_multi_line_removal_reason_is_an_error(dataset: Path) -> None:
     for reason in ("", " ", "two\nlines", "x" * 501):
         with pytest.raises(UserError, match="one line"):
             remove(dataset, Selection(sources=["odd/01.png"]), reason)
 
 
-def test_choose_tells_what_would_go_and_changes_nothing(dataset: Path) -> None:
+def test_choose_lists_the_selected_images_and_changes_nothing(dataset: Path) -> None:
     files = files_of(dataset)
     chosen, names = choose(dataset, Selection(sources=["odd/0?.png"]))
     assert chosen.images == 5
@@ -294,7 +292,7 @@ def test_a_removal_killed_at_random_moments_ends_in_the_bytes_of_an_undisturbed_
         assert files_of(tmp_path / f"killed{number}" / "set") == expected
 
 
-def test_what_was_taken_down_stays_out_of_a_version_of_before_it_came(images: Path, dataset: Path) -> None:
+def test_removed_images_stay_out_of_an_older_version(images: Path, dataset: Path) -> None:
     old = files_of(dataset)
     blob(100).save(images / "odd" / "100.png")
     blob(101).save(images / "odd" / "101.png")
@@ -308,7 +306,7 @@ def test_what_was_taken_down_stays_out_of_a_version_of_before_it_came(images: Pa
     assert (again.added, again.removed, again.content_digest) == (1, 0, content)
 
 
-def test_what_was_taken_down_stays_out_of_a_set_made_anew(images: Path, dataset: Path) -> None:
+def test_removed_images_stay_out_of_a_rebuilt_data_set(images: Path, dataset: Path) -> None:
     content = remove(dataset, Selection(sources=["odd/01.png"]), "asked to").content_digest
     again = ingest(dataset, config(images), rebuild="always")
     assert (again.removed, again.content_digest) == (1, content)
@@ -320,7 +318,7 @@ def resaved(path: Path, target: Path) -> None:
     Image.open(path).save(target, compress_level=0)
 
 
-def test_a_copy_beside_it_in_other_bytes_stays_away_too_however_images_are_stored(tmp_path: Path) -> None:
+def test_reencoded_copies_of_removed_images_stay_out(tmp_path: Path) -> None:
     images, folder = many(tmp_path / "images", range(12)), tmp_path / "data" / "set"
     ingest(folder, config(images))
     remove(folder, Selection(sources=["a/0003.png"]), "asked to")
@@ -343,7 +341,7 @@ def test_a_copy_that_comes_later_is_known_by_its_own_bytes_from_then_on(tmp_path
     assert ingest(folder, config(images, size=9, enlarge=True), rebuild="always").kept == 11
 
 
-def test_the_name_of_a_refused_file_that_was_taken_down_does_not_come_back(tmp_path: Path) -> None:
+def test_removed_quarantined_file_name_does_not_come_back(tmp_path: Path) -> None:
     images, folder = many(tmp_path / "images", range(12)), tmp_path / "data" / "set"
     (images / "a" / "bad.png").write_bytes(b"no image")
     ingest(folder, config(images, max_quarantined=1))

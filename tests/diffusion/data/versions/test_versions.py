@@ -36,14 +36,14 @@ def image(number: int, **told: object) -> dict[str, object]:
         ("sha256", "../outside"),
     ],
 )
-def test_a_manifest_whose_files_would_lie_elsewhere_is_refused(built: BuiltDataset, field: str, value: str) -> None:
+def test_manifest_with_paths_outside_the_folder_is_an_error(built: BuiltDataset, field: str, value: str) -> None:
     told = json.loads(manifest_bytes(built.version([image(0)])))
     told["parts"][0]["shard"][field] = value
     with pytest.raises(UserError, match="here is damaged"):
         parse_manifest(json.dumps(told).encode(), "here")
 
 
-def test_history_counts_what_each_version_added_removed_and_refused(built: BuiltDataset) -> None:
+def test_history_counts_added_removed_and_quarantined_images(built: BuiltDataset) -> None:
     first = built.version([image(0), image(1), quarantined("bad.png", "damaged")])
     second = built.version([image(2), duplicate(image(0), "copy.png")])
     third = built.replace(0, [image(1)], "removal: asked to")
@@ -57,7 +57,7 @@ def test_history_counts_what_each_version_added_removed_and_refused(built: Built
     assert [each.parent for each in history(built.folder)] == [second.digest, first.digest, None]
 
 
-def test_a_rebuild_counts_as_all_gone_and_all_new(built: BuiltDataset) -> None:
+def test_rebuild_counts_as_removing_and_adding_all_images(built: BuiltDataset) -> None:
     built.version([image(0), image(1)])
     built.parts.clear()
     built.version([image(0), image(1), image(2)], change="rebuild")
@@ -65,7 +65,7 @@ def test_a_rebuild_counts_as_all_gone_and_all_new(built: BuiltDataset) -> None:
     assert (newest.added, newest.removed, newest.kept) == (3, 2, 3)
 
 
-def test_what_stands_refused_is_told_by_the_last_record_of_a_name(built: BuiltDataset) -> None:
+def test_quarantine_status_is_that_of_the_last_record_of_a_name(built: BuiltDataset) -> None:
     built.version([quarantined("once.png", "damaged"), quarantined("always.png", "damaged"), image(0)])
     built.version([kept(PIXELS[1], "once.png"), quarantined("always.png", "too small")])
     built.version([kept(PIXELS[2], "late.png")])
@@ -77,7 +77,7 @@ def test_what_stands_refused_is_told_by_the_last_record_of_a_name(built: BuiltDa
     assert refused == {"always.png": "too small", "late.png": "damaged"}
 
 
-def test_show_names_the_leading_reasons_and_the_first_refused_ones(built: BuiltDataset) -> None:
+def test_show_lists_top_reasons_and_first_quarantined_files(built: BuiltDataset) -> None:
     bad = [quarantined(f"{n:02d}.png", "damaged" if n % 3 else "too small") for n in range(9)]
     version = built.version([*bad, image(0, label="a"), image(1, label="b", split="held_out")])
     found = show(built.folder, version, limit=2)
@@ -87,7 +87,7 @@ def test_show_names_the_leading_reasons_and_the_first_refused_ones(built: BuiltD
     assert (found.kept, found.splits, found.classes) == (2, {"train": 1, "held_out": 1}, {"a": 1, "b": 1})
 
 
-def test_a_table_that_is_gone_makes_the_refused_unknown_and_is_found_elsewhere(built: BuiltDataset) -> None:
+def test_missing_record_table_makes_the_quarantine_count_unknown(built: BuiltDataset) -> None:
     first = built.version([image(0), quarantined("bad.png", "damaged")])
     path = built.folder / first.parts[0].records.name
     copy = path.read_bytes()
@@ -120,7 +120,7 @@ def test_a_version_that_never_was_names_those_there_are(built: BuiltDataset, pre
     assert words != "is no version" or all(version.digest[:12] in str(raised.value) for version in versions)
 
 
-def test_versions_of_other_lines_stay_known_once_remembered(built: BuiltDataset) -> None:
+def test_versions_of_other_branches_stay_known(built: BuiltDataset) -> None:
     first = built.version([image(0)])
     other = built.version([image(1)])
     remember(built.folder, other)
@@ -134,7 +134,7 @@ def test_versions_of_other_lines_stay_known_once_remembered(built: BuiltDataset)
     assert resolve(built.folder, other.digest[:8]) == other
 
 
-def test_versions_stand_in_lines_with_that_of_the_current_one_first(built: BuiltDataset) -> None:
+def test_versions_are_listed_by_branch_with_the_current_one_first(built: BuiltDataset) -> None:
     first = built.version([image(0)])
     second = built.version([image(1)])
     third = built.version([image(2)])
@@ -165,7 +165,7 @@ def test_a_remembered_version_that_was_tampered_with_is_named_and_hides_no_other
     assert [each.digest for each in history(built.folder)] == [version.digest]
 
 
-def test_diff_tells_images_labels_refusals_settings_and_classes(built: BuiltDataset) -> None:
+def test_diff_covers_images_labels_quarantine_settings_and_classes(built: BuiltDataset) -> None:
     before = built.version(
         [image(0), image(1, label="a"), quarantined("bad.png", "damaged")], [image(2), image(3, label="b")]
     )
@@ -214,7 +214,7 @@ def test_diff_reads_no_table_that_both_versions_share(built: BuiltDataset) -> No
     assert found.added.count == 1
 
 
-def test_diff_over_a_removal_knows_the_keys_that_went_although_their_table_is_gone(built: BuiltDataset) -> None:
+def test_diff_over_a_removal_knows_the_removed_keys(built: BuiltDataset) -> None:
     before = built.version([image(0), image(1), image(2)])
     gone: dict[str, object] = {"outcome": "removed", "reason": "asked to", "source": "", "key": image(1)["key"]}
     after = built.replace(0, [image(0), gone | {"source_sha256": "0" * 64}, image(2)], "removal: asked to")

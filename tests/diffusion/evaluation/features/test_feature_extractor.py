@@ -53,7 +53,7 @@ def test_large_images_are_shrunk_with_antialiasing() -> None:
     assert (features - expected).norm() < 0.1 * (features - without).norm()
 
 
-def test_features_of_a_image_do_not_depend_on_its_neighbours() -> None:
+def test_features_of_an_image_do_not_depend_on_the_batch() -> None:
     batch = images(103, 1, 28)
     extractor = EfficientNetLite0(32)
     features = extractor(batch)
@@ -69,7 +69,7 @@ def test_altered_weights_are_refused(tmp_path: Path) -> None:
         load_efficientnet_lite0(tmp_path / "weights.pth")
 
 
-def test_the_extractor_is_the_configured_one_and_says_which_weights_it_has() -> None:
+def test_extractor_is_the_configured_one_and_names_its_weights() -> None:
     extractor = make_extractor(EvaluationConfig())
     assert extractor.name == "efflite0"
     assert len(extractor.digest) == 64

@@ -144,9 +144,7 @@ def site(tmp_path: Path) -> Iterator[str]:
         thread.join()
 
 
-def test_weights_out_of_reach_are_one_error_that_says_what_to_do(
-    hub: Path, site: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_unreachable_weights_are_one_error_with_a_remedy(hub: Path, site: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(feature_extractor, "URL_INCEPTION_V3", f"{site}/gone.pth")
     with pytest.raises(UserError, match=r"gone\.pth .*cannot be fetched.*set evaluation\.extractor_weights"):
         make_extractor(EvaluationConfig(extractor="inception"))
@@ -209,7 +207,7 @@ def write_means(path: Path, shape: tuple[int | str, ...], kind: str = "float", *
 
 
 @pytest.mark.parametrize(("kind", "most"), [("float", 1.0), ("uint8", 255.0)])
-def test_a_network_from_a_file_is_shown_what_it_takes(kind: str, most: float, tmp_path: Path) -> None:
+def test_network_from_a_file_receives_its_own_input_format(kind: str, most: float, tmp_path: Path) -> None:
     extractor = make_extractor(from_file(write_means(tmp_path / "means.onnx", ("n", 3, "h", "w"), kind), size=16))
     batch = images(70, 3, 16)
     features = extractor(batch)
@@ -226,7 +224,7 @@ def test_images_get_the_size_that_the_network_has(tmp_path: Path) -> None:
     torch.testing.assert_close(make_extractor(from_file(path))(batch), shrunk.mean((2, 3)))
 
 
-def test_files_are_told_apart_by_their_digests(tmp_path: Path) -> None:
+def test_extractors_of_different_files_have_different_digests(tmp_path: Path) -> None:
     found = [
         make_extractor(from_file(write_means(tmp_path / f"{size}.onnx", ("n", 3, size, size)))) for size in (8, 16)
     ]
@@ -255,7 +253,7 @@ def test_a_network_of_something_else_is_refused(
         make_extractor(from_file(write_means(tmp_path / "means.onnx", shape, **options), size))
 
 
-def test_a_network_of_grey_images_is_not_shown_colours(tmp_path: Path) -> None:
+def test_network_for_grey_images_rejects_colour_images(tmp_path: Path) -> None:
     extractor = make_extractor(from_file(write_means(tmp_path / "means.onnx", ("n", 1, 8, 8))))
     assert extractor(images(2, 1, 8)).shape == (2, 1)
     with pytest.raises(UserError, match="takes grey images, and these have colours"):
@@ -283,7 +281,7 @@ def test_weights_outside_the_file_are_refused_as_no_digest_covers_them(
         make_extractor(from_file(path))
 
 
-def test_what_is_no_onnx_file_is_refused(tmp_path: Path) -> None:
+def test_invalid_onnx_file_is_rejected(tmp_path: Path) -> None:
     (tmp_path / "network.pt").write_bytes(pickle.dumps({}))
     with pytest.raises(UserError, match=r"TorchScript and pickles are programs.*torch\.onnx\.export"):
         make_extractor(from_file(tmp_path / "network.pt"))

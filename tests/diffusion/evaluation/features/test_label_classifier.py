@@ -38,14 +38,14 @@ def a_dataset(folder: Path, names: Sequence[str | None] | None = None, held_out_
     return Dataset.open(folder)
 
 
-def watched(dataset: Dataset, cache: Path) -> tuple[LabelClassifier, int]:
+def train_and_count_steps(dataset: Dataset, cache: Path) -> tuple[LabelClassifier, int]:
     """The classifier, and how many steps it learned."""
     steps: list[int] = []
     reader = load_label_classifier(dataset, None, cache, lambda what, done, total, note="": steps.append(done))
     return reader, len(steps)
 
 
-def test_it_learns_what_the_labels_mean_and_says_how_well(tmp_path: Path) -> None:
+def test_label_classifier_learns_and_reports_its_accuracy(tmp_path: Path) -> None:
     reader = load_label_classifier(a_dataset(tmp_path / "set"), None, tmp_path / "cache")
     assert isinstance(reader, LabelClassifier)
     assert reader.accuracy > 0.9
@@ -68,31 +68,31 @@ def test_labels_that_mean_nothing_are_read_as_badly_as_by_chance(tmp_path: Path)
     assert 0.5 <= reader.chance < 0.8
 
 
-def test_it_is_the_same_each_time_whatever_else_draws_random_numbers(tmp_path: Path) -> None:
+def test_label_classifier_is_independent_of_the_global_random_state(tmp_path: Path) -> None:
     dataset = a_dataset(tmp_path / "set")
-    first, _ = watched(dataset, tmp_path / "a")
+    first, _ = train_and_count_steps(dataset, tmp_path / "a")
     torch.rand(5)
     before = torch.get_rng_state()
-    again, _ = watched(dataset, tmp_path / "b")
+    again, _ = train_and_count_steps(dataset, tmp_path / "b")
     assert again.digest == first.digest
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_it_learns_once(tmp_path: Path) -> None:
+def test_label_classifier_is_trained_once(tmp_path: Path) -> None:
     dataset, image = a_dataset(tmp_path / "set"), torch.from_numpy(stripes(4)[0])
-    first, steps = watched(dataset, tmp_path / "cache")
-    again, none = watched(dataset, tmp_path / "cache")
+    first, steps = train_and_count_steps(dataset, tmp_path / "cache")
+    again, none = train_and_count_steps(dataset, tmp_path / "cache")
     assert (steps, none) == (25, 0)
     assert (again.digest, again.about, again.preprocessing) == (first.digest, first.about, first.preprocessing)
     assert torch.equal(again(image), first(image))
 
 
-def test_held_out_images_teach_it_nothing(tmp_path: Path) -> None:
+def test_label_classifier_ignores_held_out_images(tmp_path: Path) -> None:
     _, truth = stripes()
     swapped = {"lying": "standing", "standing": "lying"}
     lied = [swapped[name] if number % 3 == 0 else name for number, name in enumerate(truth)]
-    honest, _ = watched(a_dataset(tmp_path / "set"), tmp_path / "cache")
-    fooled, _ = watched(a_dataset(tmp_path / "lied", lied), tmp_path / "cache")
+    honest, _ = train_and_count_steps(a_dataset(tmp_path / "set"), tmp_path / "cache")
+    fooled, _ = train_and_count_steps(a_dataset(tmp_path / "lied", lied), tmp_path / "cache")
     assert fooled.digest == honest.digest
     assert fooled.accuracy == pytest.approx(1 - honest.accuracy)
 
@@ -108,7 +108,7 @@ def test_other_labels_or_another_size_make_another_network(tmp_path: Path) -> No
     assert found[0].preprocessing != found[1].preprocessing
 
 
-def test_images_without_a_label_are_passed_over(tmp_path: Path) -> None:
+def test_unlabelled_images_are_skipped_by_the_label_classifier(tmp_path: Path) -> None:
     _, truth = stripes()
     some = [name if number % 6 else None for number, name in enumerate(truth)]
     assert load_label_classifier(a_dataset(tmp_path / "set", some), None, tmp_path / "c").held_out == 20

@@ -20,7 +20,7 @@ def images(count: int, seed: int, channels: int = 3) -> Tensor:
     return (tint + torch.rand(count, channels, 8, 8, generator=random) * 60).to(torch.uint8)
 
 
-def test_figures_are_what_their_names_say() -> None:
+def test_appearance_metrics_match_their_names() -> None:
     image = images(1, 0)
     found = {name: value.item() for name, value in measure_appearance(image).items()}
     pixels = image[0].permute(1, 2, 0).reshape(-1, 3).numpy() / 255

@@ -19,7 +19,7 @@ def test_the_chance_is_that_of_the_beta_binomial_distribution(count: int, data: 
     assert Threshold(0.0, rank, count).chance(below, others) == pytest.approx(expected, rel=1e-6, abs=1e-12)
 
 
-def test_real_images_fall_below_as_often_as_is_said_and_alarms_are_as_rare() -> None:
+def test_copy_threshold_is_calibrated_in_rate_and_false_alarms() -> None:
     random = torch.Generator().manual_seed(0)
     shares, alarms = [], 0
     for _ in range(400):

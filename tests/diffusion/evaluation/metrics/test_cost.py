@@ -36,13 +36,13 @@ SCHEDULE = make_schedule(ModelConfig())
     ],
     ids=str,
 )
-def test_the_network_is_asked_as_often_as_the_sampler_needs(sampling: dict[str, object], expected: int) -> None:
+def test_cost_counts_the_network_evaluations_of_the_sampler(sampling: dict[str, object], expected: int) -> None:
     config = SAMPLING_ADAPTER.validate_python({"steps": 10, **sampling})
     assert count_evaluations(config, SCHEDULE) == expected
 
 
 @pytest.mark.parametrize("guidance", [None, 3.0])
-def test_a_image_costs_what_its_drawing_takes(guidance: float | None, tmp_path: Path) -> None:
+def test_image_cost_equals_the_flops_of_sampling_it(guidance: float | None, tmp_path: Path) -> None:
     config = CONFIG.model_copy(update={"attention": (0,), "heads": 2})
     path = write_model(tmp_path / "m.safetensors", 0, 1, size=16, config=config, classes={"a": 3, "b": 5})
     model = load_model(path)

@@ -209,7 +209,7 @@ def test_shares_are_those_of_exact_neighbours(samples: int, reference: int) -> N
     assert found.coverage == pytest.approx(inside.any(1).mean(), abs=1e-3)
 
 
-def test_what_all_features_have_in_common_costs_no_precision() -> None:
+def test_precision_ignores_a_common_feature_offset() -> None:
     """Distances through products of far-off features would drown in rounding; those of centred ones do not."""
     samples, reference = gaussian(400, 4, seed=0).double(), gaussian(400, 4, seed=1).double()
     near, far = (compute_scores((samples + by).float(), (reference + by).float(), "x") for by in (0, 300))
@@ -261,7 +261,7 @@ def test_the_distance_of_endlessly_many_images_is_that_of_the_gaussian_they_come
     assert measured[:, 1].std() < 1.2 * measured[:, 0].std()
 
 
-def test_where_images_are_fewer_than_four_for_each_feature_no_endless_number_is_spoken_for() -> None:
+def test_fd_infinity_needs_four_images_per_feature() -> None:
     reference = gaussian(50, 8, seed=1)
     assert compute_scores(gaussian(31, 8, seed=0), reference, "x").fd_infinity is None
     enough = compute_scores(gaussian(32, 8, seed=0), reference, "x")
@@ -283,7 +283,7 @@ def test_a_reference_known_before_gives_the_same_scores() -> None:
 
 
 @pytest.mark.parametrize(("shift", "most"), [(0.4, 1.35), (0.0, 2.2)])
-def test_the_standard_error_is_that_of_kid_over_fresh_draws(shift: float, most: float) -> None:
+def test_standard_error_matches_kid_over_fresh_samples(shift: float, most: float) -> None:
     draws = [compute_scores(gaussian(100, 8, seed, shift), gaussian(100, 8, 10_000 + seed), "x") for seed in range(200)]
     spread = np.std([scores.kid for scores in draws])
     claimed = np.sqrt(np.mean([scores.kid_se**2 for scores in draws]))
@@ -291,7 +291,7 @@ def test_the_standard_error_is_that_of_kid_over_fresh_draws(shift: float, most: 
     assert 0.8 < claimed / spread < most
 
 
-def test_judging_leaves_the_global_random_state_alone_and_repeats_itself() -> None:
+def test_scoring_is_repeatable_and_leaves_the_global_random_state() -> None:
     samples, reference = gaussian(40, 8, seed=0), gaussian(40, 8, seed=1)
     before = np.random.get_state()[1].copy(), torch.get_rng_state()
     scores = [compute_scores(samples, reference, "x") for _ in range(2)]

@@ -29,7 +29,7 @@ def judged(drawn: Tensor) -> Duplicates:
     return detect_duplicates(shifted_thumbnails(drawn), real())
 
 
-def test_real_images_are_duplicates_no_more_often_than_is_said() -> None:
+def test_duplicate_rate_of_real_images_matches_the_threshold() -> None:
     halves = [torch.split(digits(600, seed)[0], 300) for seed in range(10)]
     found = [detect_duplicates(shifted_thumbnails(one), shifted_thumbnails(other)) for one, other in halves]
     assert found[0].expected == pytest.approx(0.01, abs=0.001)
@@ -39,7 +39,7 @@ def test_real_images_are_duplicates_no_more_often_than_is_said() -> None:
     assert [each.closeness for each in found] == pytest.approx([1] * 10, abs=0.1)
 
 
-def test_images_drawn_twice_are_found_in_pairs() -> None:
+def test_images_generated_twice_are_found_as_pairs() -> None:
     drawn = scans()[0].clone()
     drawn[:20] = with_noise(drawn[100:120], 0.02)
     found = judged(drawn)
@@ -80,7 +80,7 @@ def test_chance_alone_seldom_raises_an_alarm() -> None:
     assert sum(each.p_value < 0.01 for each in found) <= 7
 
 
-def test_as_many_are_judged_as_there_are_real_ones() -> None:
+def test_duplicate_search_uses_as_many_images_as_real_ones() -> None:
     found = detect_duplicates(shifted_thumbnails(scans()[0]), real()[:, :100])
     assert found.images == 100
     same = detect_duplicates(shifted_thumbnails(scans()[0][:100]), real()[:, :100])

@@ -31,7 +31,7 @@ from diffusion.process.likelihood import HALF_A_LEVEL, LEVELS, Terms, bound, den
 from diffusion.process.parametrization import Objective, Parametrization, edm
 from diffusion.process.samplers import sampling_config
 from diffusion.process.schedules import edm_schedule
-from tests.builders.captioned import MadeUp
+from tests.builders.captioned import FakeEncoder
 from tests.builders.ideal_denoiser import IdealDenoiser, two_tone_points
 from tests.builders.small_datasets import random_images, write_dataset
 from tests.builders.small_models import header, write_model
@@ -93,7 +93,7 @@ def test_values_of_different_spread_cost_their_entropy() -> None:
     assert -4 * found.bits_per_dim_se < found.bits_per_dim - expected < 4 * found.bits_per_dim_se + 0.01
 
 
-def test_who_knows_all_images_pays_for_which_it_is_and_nothing_else() -> None:
+def test_ideal_denoiser_pays_only_the_bits_of_the_image_index() -> None:
     points = two_tone_points(4)
     x0 = points.repeat(50, 1, 1, 1)
     found = summarize_losses(denoising_terms(IdealDenoiser(points), x0, 1.0, range(200)))
@@ -105,7 +105,7 @@ def test_who_knows_all_images_pays_for_which_it_is_and_nothing_else() -> None:
     assert found.bits_per_dim_se < 0.01
 
 
-def test_who_errs_pays_more() -> None:
+def test_wrong_denoiser_has_more_bits_per_dim() -> None:
     x0 = gaussian(200)
     variances = torch.full((16,), SPREAD**2, dtype=torch.float64)
     bits = []
@@ -186,7 +186,7 @@ def test_any_network_can_be_measured(changes: dict[str, object], tmp_path: Path)
     assert found.metrics().keys() == {"held_out_loss", "held_out_loss_se", "bits_per_dim", "bits_per_dim_se"}
 
 
-def test_models_are_told_what_images_show(tmp_path: Path) -> None:
+def test_held_out_loss_conditions_on_labels(tmp_path: Path) -> None:
     labels = [("cat", "dog", None)[number % 3] for number in range(24)]
     write_dataset(tmp_path / "set", random_images(24), 8, labels)
     dataset = Dataset.open(tmp_path / "set")
@@ -205,7 +205,7 @@ def test_models_are_told_what_images_show(tmp_path: Path) -> None:
     assert conditioning_of_rows(plain, dataset, rows) == {}
 
 
-def test_models_are_told_captions_and_small_images_as_in_training(made_up: MadeUp, tmp_path: Path) -> None:
+def test_held_out_loss_conditions_on_captions_and_small_images(fake_encoder: FakeEncoder, tmp_path: Path) -> None:
     captions = ["a red square" if number % 8 == 0 else None for number in range(24)]
     write_dataset(tmp_path / "set", random_images(24), 8, captions=captions)
     dataset = Dataset.open(tmp_path / "set")
@@ -217,7 +217,7 @@ def test_models_are_told_captions_and_small_images_as_in_training(made_up: MadeU
         model = DiffusionModel(about, UNet(config, 1, 8).eval(), edm_schedule(1000))
         told = conditioning_of_rows(model, dataset, rows)
         if name == "text":
-            known = [made_up(text) if text else torch.zeros(384) for text in dataset.captions(rows)]
+            known = [fake_encoder(text) if text else torch.zeros(384) for text in dataset.captions(rows)]
             assert torch.equal(told["text"], torch.stack(known))
         else:
             assert torch.equal(told["low"], task_of(config).conditioning(shown)["low"])
@@ -225,7 +225,7 @@ def test_models_are_told_captions_and_small_images_as_in_training(made_up: MadeU
         assert measure_losses(model, [(shown, told)], SAMPLING).losses.isfinite().all()
 
 
-def test_of_latents_there_is_a_loss_and_no_bits() -> None:
+def test_latent_models_report_a_loss_and_no_bits_per_dim() -> None:
     torch.manual_seed(0)
     vae = VAEConfig(width=16, channel_mult=(1, 1), latent_channels=3)
     about = header(size=16)
@@ -240,7 +240,7 @@ def test_of_latents_there_is_a_loss_and_no_bits() -> None:
     assert found.metrics().keys() == {"held_out_loss", "held_out_loss_se"}
 
 
-def test_of_an_autoencoder_there_are_bits_and_no_loss_and_they_know_no_weight() -> None:
+def test_autoencoders_report_bits_per_dim_and_no_denoising_loss() -> None:
     x = torch.from_numpy(random_images(9, size=16))
     found = []
     for weight in (1.0, 0.01):

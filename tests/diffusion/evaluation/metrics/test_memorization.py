@@ -49,7 +49,7 @@ def judged(drawn: Tensor) -> Memorization:
     return detect_memorization(in_pixels(drawn), of_held_out())
 
 
-def test_images_that_were_never_seen_are_copies_no_more_often_than_is_said() -> None:
+def test_unseen_images_count_as_copies_at_the_calibrated_rate() -> None:
     found = judged(scans()[2])
     assert found.expected == pytest.approx(0.01, abs=1e-4)
     assert found.share_low < found.expected < found.share_high

@@ -31,7 +31,7 @@ def judged(drawn: Labelled, real: Labelled | None = None) -> PerClass:
 
 
 @pytest.mark.parametrize("piece", [7, 300])
-def test_the_reader_is_scikit_learns_discriminant_analysis(piece: int) -> None:
+def test_discriminant_matches_scikit_learn(piece: int) -> None:
     given, asked = features(50, 0), features(80, 1)
     reader = fit_discriminant(
         zip(torch.split(given.features, piece), torch.split(given.labels, piece), strict=True), len(NAMES)
@@ -44,7 +44,7 @@ def test_the_reader_is_scikit_learns_discriminant_analysis(piece: int) -> None:
     np.testing.assert_allclose(scores - scores[:, :1], expected - expected[:, :1], atol=1e-8)
 
 
-def test_images_of_no_class_teach_nothing_and_a_class_without_images_is_never_answered() -> None:
+def test_unlabelled_images_and_empty_classes_are_ignored() -> None:
     given = features(50, 0)
     strangers = torch.randn(40, WIDTH) * 100
     labels = torch.cat([given.labels, torch.full((40,), 4)])
@@ -60,7 +60,7 @@ def test_of_one_image_of_each_class_the_nearest_is_the_answer() -> None:
     assert torch.equal(reader(known.features + 0.01), known.labels)
 
 
-def test_a_rare_class_is_not_passed_over() -> None:
+def test_rare_class_is_predicted_too() -> None:
     given = features(300, 0)
     kept = (given.labels != 2) | (torch.arange(900) % 30 == 0)
     reader = fit_discriminant([(given.features[kept], given.labels[kept])], 3)
@@ -76,7 +76,7 @@ def test_each_class_has_its_kid_over_all_pairs() -> None:
         assert (found.name, found.samples, found.reference) == (NAMES[label], 60, 60)
 
 
-def test_the_spoiled_class_is_the_worst_and_it_is_said_what_it_is_taken_for() -> None:
+def test_spoiled_class_is_the_worst_and_its_confusion_is_named() -> None:
     for wrong in (1, 2):
         found = judged(features(60, 0, wrong=wrong))
         assert found.worst is not None
@@ -98,7 +98,7 @@ def test_real_images_are_recognised_as_often_as_real_ones() -> None:
         assert each.agreement_low <= each.agreement_real <= each.agreement_high
 
 
-def test_classes_with_too_few_images_are_named_as_not_judged() -> None:
+def test_classes_with_too_few_images_are_named_as_not_evaluated() -> None:
     drawn, real = features(60, 0), features(60, 1)
     kept = (drawn.labels != 1) | (torch.arange(180) < 60 + 19)
     found = judged(Labelled(drawn.features[kept], drawn.labels[kept]), real)

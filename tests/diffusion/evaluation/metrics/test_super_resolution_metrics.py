@@ -82,7 +82,7 @@ def test_psnr_and_ssim_are_those_of_scikit_image() -> None:
     assert alike.psnr == pytest.approx((21.28342813548128 + 20.87628731952565) / 2)
 
 
-def test_likeness_of_flat_images_is_what_it_is_by_hand() -> None:
+def test_psnr_and_ssim_of_flat_images_match_the_closed_form() -> None:
     black, grey = torch.zeros(1, 1, 8, 8, dtype=torch.uint8), torch.full((1, 1, 8, 8), 51, dtype=torch.uint8)
     assert psnr(black, grey).item() == pytest.approx(20 * np.log10(5))
     constant = 2.55**2
@@ -90,7 +90,7 @@ def test_likeness_of_flat_images_is_what_it_is_by_hand() -> None:
 
 
 @given(st.integers(1, 30), st.integers(1, 30), st.integers(0, 2**32 - 1))
-def test_the_likest_of_all_is_the_image_itself(height: int, width: int, seed: int) -> None:
+def test_image_is_most_similar_to_itself(height: int, width: int, seed: int) -> None:
     one, other = np.random.default_rng(seed).integers(0, 256, (2, 2, 3, height, width), np.uint8)
     first, second = torch.from_numpy(one), torch.from_numpy(other)
     assert ssim(first, first).tolist() == pytest.approx([1, 1])
@@ -130,7 +130,7 @@ def test_scores_are_those_of_the_enlarged_held_out_images_beside_interpolation(
         assert found.similarity == compare_images(images, real)
 
 
-def test_what_is_written_says_the_same_and_judging_again_draws_nothing(
+def test_reevaluation_reads_the_stored_result_and_samples_nothing(
     data: Path, checkpoints: list[Path], tmp_path: Path
 ) -> None:
     output, again = tmp_path / "report", Watcher()
@@ -149,7 +149,7 @@ def test_what_is_written_says_the_same_and_judging_again_draws_nothing(
     assert (output / "scores.csv").read_text().splitlines()[0].endswith(",psnr,psnr_se,ssim")
 
 
-def test_the_page_says_whether_interpolation_is_beaten_and_shows_it(
+def test_report_compares_super_resolution_with_interpolation(
     data: Path, checkpoints: list[Path], tmp_path: Path
 ) -> None:
     evaluation = evaluate(data, checkpoints, CONFIG, SAMPLING, tmp_path)
@@ -168,7 +168,7 @@ def test_the_page_says_whether_interpolation_is_beaten_and_shows_it(
     assert np.array_equal(page.image("Enlargements side by side"), np.asarray(shown))
 
 
-def test_the_page_of_another_model_says_nothing_of_enlargement(data: Path, tmp_path: Path) -> None:
+def test_report_of_other_models_has_no_super_resolution_section(data: Path, tmp_path: Path) -> None:
     path = write_model(tmp_path / "plain.safetensors", 0, 100)
     evaluation = evaluate(data, [path], CONFIG, SAMPLING, tmp_path / "report")
     assert "nlarge" not in Page((tmp_path / "report" / "report.html").read_text()).text

@@ -43,7 +43,7 @@ def written(shown: Shown, folder: Path) -> Page:
     return Page((folder / "comparison.html").read_text())
 
 
-def test_the_page_says_the_verdict_its_reasons_and_what_each_rule_found(tmp_path: Path) -> None:
+def test_comparison_report_has_verdict_reasons_and_rule_results(tmp_path: Path) -> None:
     text = written(whole(), tmp_path).text
     assert whole().comparison.decision.verdict == "promote"
     assert "promote: version 3 against version 2, the champion" in text
@@ -62,7 +62,7 @@ def test_both_sides_images_and_real_ones_are_there_to_be_seen(tmp_path: Path) ->
         assert np.array_equal(page.image(name), np.asarray(grid(images)))
 
 
-def test_the_nearest_training_images_stand_beside_what_was_drawn_and_copies_are_called_so(tmp_path: Path) -> None:
+def test_comparison_report_shows_nearest_training_images_and_copies(tmp_path: Path) -> None:
     shown, page = whole(), written(whole(), tmp_path)
     found = shown.comparison.candidate.memorization
     copies = [pair for pair in found.pairs if pair.is_copy]
@@ -77,7 +77,7 @@ def test_the_nearest_training_images_stand_beside_what_was_drawn_and_copies_are_
         assert np.array_equal(page.image(f"Generated image {pair.generated} and its nearest training image"), both)
 
 
-def test_images_drawn_more_than_once_are_shown_in_their_groups(tmp_path: Path) -> None:
+def test_comparison_report_groups_duplicate_images(tmp_path: Path) -> None:
     shown, page = whole(), written(whole(), tmp_path)
     found = shown.comparison.candidate.duplicates
     # Those that were planted are one group.
@@ -88,7 +88,7 @@ def test_images_drawn_more_than_once_are_shown_in_their_groups(tmp_path: Path) -
         assert np.array_equal(page.image(f"Duplicates {numbers}"), np.asarray(grid(images[:4], columns=4)))
 
 
-def test_images_of_the_worst_classes_stand_below_real_ones(tmp_path: Path) -> None:
+def test_comparison_report_shows_worst_classes_below_real_images(tmp_path: Path) -> None:
     shown, page = whole(), written(whole(), tmp_path)
     assert len(shown.grids.classes) == 2
     for name, (real, drawn) in shown.grids.classes.items():
@@ -96,7 +96,7 @@ def test_images_of_the_worst_classes_stand_below_real_ones(tmp_path: Path) -> No
         assert np.array_equal(sheet, np.asarray(grid(torch.cat([real, drawn]), columns=len(real))))
 
 
-def test_figures_stand_side_by_side_with_intervals_their_floor_and_both_numbers_of_images(tmp_path: Path) -> None:
+def test_comparison_report_shows_metrics_with_intervals_and_baseline(tmp_path: Path) -> None:
     shown, text = whole(), written(whole(), tmp_path).text
     assert "metric version 3 version 2 real baseline" in text
     assert "On 240 images of each side, against 240 held-out images" in text
@@ -125,7 +125,7 @@ def changed(shown: Shown, **changes: object) -> Shown:
     return replace(shown, comparison=shown.comparison.model_copy(update={"candidate": candidate}))
 
 
-def test_where_no_class_has_images_enough_the_page_says_so(tmp_path: Path) -> None:
+def test_comparison_report_says_when_no_class_has_enough_images(tmp_path: Path) -> None:
     found = whole().comparison.candidate.per_class
     assert found is not None
     text = written(changed(whole(), per_class=found.model_copy(update={"classes": []})), tmp_path).text
@@ -141,7 +141,7 @@ def test_bits_are_a_bound_where_the_model_gives_one_and_just_so_many_where_it_gi
     assert "version 2: at most 3.900 ± 0.020 on 240 images, in bits per dimension." in text
 
 
-def test_the_page_holds_everything_it_shows_and_is_the_same_twice(tmp_path: Path) -> None:
+def test_comparison_report_is_self_contained_and_deterministic(tmp_path: Path) -> None:
     page = written(whole(), tmp_path)
     html = (tmp_path / "comparison.html").read_text()
     assert all(address.startswith("data:image/png;base64,") for address in page.addresses)
@@ -150,7 +150,7 @@ def test_the_page_holds_everything_it_shows_and_is_the_same_twice(tmp_path: Path
     assert write(tmp_path / "again.html", whole()) == write(tmp_path / "comparison.html", whole())
 
 
-def test_what_was_not_measured_has_no_place_on_the_page(tmp_path: Path) -> None:
+def test_comparison_report_omits_unmeasured_metrics(tmp_path: Path) -> None:
     shown = example_comparison(with_champion=False)
     loss = shown.comparison.candidate.held_out_loss.model_copy(update={"levels": [], "bits_per_dim": None})
     text = written(changed(shown, estimates={}, per_class=None, held_out_loss=loss), tmp_path).text

@@ -106,7 +106,7 @@ def records(seeds: range, upright: bool = False) -> list[Record]:
 
 
 @pytest.mark.parametrize("upright", [False, True])
-def test_new_images_are_judged_against_those_of_the_parent(upright: bool, tmp_path: Path) -> None:
+def test_new_images_are_compared_with_those_of_the_parent(upright: bool, tmp_path: Path) -> None:
     built = BuiltDataset(tmp_path / "waves", size=16)
     built.version(records(range(130)))
     built.version(records(range(200, 260), upright))
@@ -135,7 +135,7 @@ def seeds_of(dataset: Dataset, rows: np.ndarray, seeds: range) -> list[int]:
     return sorted(known[key] for key in dataset.keys(rows))
 
 
-def test_what_is_new_is_told_from_what_was_there_also_where_parts_were_written_anew(tmp_path: Path) -> None:
+def test_new_images_are_identified_when_shards_were_rewritten(tmp_path: Path) -> None:
     built = BuiltDataset(tmp_path / "waves", size=16)
     built.version(records(range(6)), records(range(6, 10)))
     # As a rebuild from a source that has some of the same images would leave it, in another order.
@@ -158,9 +158,7 @@ def test_what_is_new_is_told_from_what_was_there_also_where_parts_were_written_a
         (range(70), range(300, 360), "The parent had only 70 images: too few"),
     ],
 )
-def test_where_images_are_too_few_nothing_is_said_of_them(
-    first: range, then: range, verdict: str, tmp_path: Path
-) -> None:
+def test_too_few_images_give_no_drift_metrics(first: range, then: range, verdict: str, tmp_path: Path) -> None:
     built = BuiltDataset(tmp_path / "waves", size=16)
     built.version(records(first))
     built.version([*records(then), {"source": "x", "outcome": "quarantined", "reason": "damaged"}])

@@ -67,7 +67,7 @@ def test_counts_are_those_of_the_records(built: BuiltDataset) -> None:
     assert "70.0 % of the images have a caption" in page.text
 
 
-def test_the_page_holds_everything_it_shows(built: BuiltDataset) -> None:
+def test_report_is_self_contained(built: BuiltDataset) -> None:
     built.version([*records(range(5), label="a", caption="b"), quarantined("bad.png", "damaged")])
     _, page = report(built)
     anchors = {f"#{told['id']}" for _, told in page.tags if "id" in told}
@@ -80,7 +80,7 @@ def test_the_page_holds_everything_it_shows(built: BuiltDataset) -> None:
     assert "prefers-color-scheme: dark" in html
 
 
-def test_what_stands_refused_is_decided_by_the_last_record_of_a_name(built: BuiltDataset) -> None:
+def test_dataset_report_counts_quarantine_by_the_last_record(built: BuiltDataset) -> None:
     built.version(
         [
             *records([1]),
@@ -217,7 +217,7 @@ def test_duplicates_are_listed_with_the_image_that_was_kept(built: BuiltDataset)
     assert shown == [image(2).tobytes(), image(3).tobytes()]
 
 
-def test_groups_of_near_copies_are_connected_through_all_that_they_joined(built: BuiltDataset) -> None:
+def test_near_duplicate_groups_are_transitively_connected(built: BuiltDataset) -> None:
     rows = [row | {"phash": n} for n, row in enumerate(records(range(9)))]
     keys = [row["key"] for row in rows]
     for member, joined in ((1, [0]), (2, [1]), (4, [3]), (5, [3, 6]), (8, ["f" * 64])):
@@ -232,7 +232,7 @@ def test_groups_of_near_copies_are_connected_through_all_that_they_joined(built:
     assert "7 images in 2 groups" in page.text
 
 
-def test_near_copies_that_were_not_looked_for_are_not_said_to_be_none(built: BuiltDataset) -> None:
+def test_unsearched_near_duplicates_are_not_reported_as_none(built: BuiltDataset) -> None:
     built.version(records(range(3)))
     summary, page = report(built)
     assert (summary.near_duplicate_groups, summary.near_duplicates) == (None, None)
@@ -265,7 +265,7 @@ def test_classes_that_came_and_went_are_named(built: BuiltDataset) -> None:
     assert "1 class gone: old." in page.text
 
 
-def test_images_that_were_taken_down_are_nowhere_on_the_page(dataset: Path, tmp_path: Path) -> None:
+def test_removed_images_are_absent_from_the_dataset_report(dataset: Path, tmp_path: Path) -> None:
     before = write_dataset_report(dataset, tmp_path / "before.html")
     remove(dataset, Selection(sources=["even/00.png", "odd/01.png"]), "they asked for it")
     after = write_dataset_report(dataset, tmp_path / "after.html")
@@ -296,7 +296,7 @@ def test_a_data_set_fresh_from_the_ingest_is_reported(images: Path, tmp_path: Pa
     assert "odd/again.png" in page.text
 
 
-def test_a_single_image_makes_a_page(built: BuiltDataset) -> None:
+def test_dataset_report_works_with_a_single_image(built: BuiltDataset) -> None:
     built.version(records([1], "held_out"))
     summary, page = report(built)
     assert (summary.kept, summary.train) == (1, 0)

@@ -69,7 +69,7 @@ def losses(tmp_path: Path) -> Path:
     return path
 
 
-def test_the_page_holds_everything_it_shows(tmp_path: Path, losses: Path) -> None:
+def test_report_is_self_contained(tmp_path: Path, losses: Path) -> None:
     evaluation = an_evaluation([0.5, 0.2])
     write_report(tmp_path / "report.html", evaluation, sheets_for(evaluation), losses)
     html = (tmp_path / "report.html").read_text()
@@ -81,7 +81,7 @@ def test_the_page_holds_everything_it_shows(tmp_path: Path, losses: Path) -> Non
     assert "<script" not in html
 
 
-def test_the_best_checkpoints_images_stand_beside_real_ones(tmp_path: Path) -> None:
+def test_evaluation_report_shows_best_images_beside_real_ones(tmp_path: Path) -> None:
     evaluation = an_evaluation([0.5, 0.2, 0.9])
     write_report(tmp_path / "report.html", evaluation, sheets_for(evaluation))
     shown = [base64.b64decode(each.split(",")[1]) for each in Page((tmp_path / "report.html").read_text()).addresses]
@@ -89,7 +89,7 @@ def test_the_best_checkpoints_images_stand_beside_real_ones(tmp_path: Path) -> N
     assert all(png.startswith(b"\x89PNG") for png in shown)
 
 
-def test_each_score_stands_beside_its_floor_with_both_numbers_of_images(tmp_path: Path) -> None:
+def test_evaluation_report_shows_scores_with_their_real_baseline(tmp_path: Path) -> None:
     evaluation = an_evaluation([0.5, 0.2])
     write_report(tmp_path / "report.html", evaluation, sheets_for(evaluation))
     text = Page((tmp_path / "report.html").read_text()).text
@@ -101,7 +101,7 @@ def test_each_score_stands_beside_its_floor_with_both_numbers_of_images(tmp_path
     assert "2,000 best" in text
 
 
-def test_figures_have_intervals_where_they_are_known_and_so_have_their_floors(tmp_path: Path) -> None:
+def test_metrics_and_real_baselines_have_intervals_where_known(tmp_path: Path) -> None:
     evaluation = with_more(an_evaluation([0.5, 0.2]))
     write_report(tmp_path / "report.html", evaluation, sheets_for(evaluation))
     text = Page((tmp_path / "report.html").read_text()).text
@@ -118,7 +118,7 @@ def test_figures_have_intervals_where_they_are_known_and_so_have_their_floors(tm
     assert "EfficientNet-Lite0 trained on ImageNet, weights" in text
 
 
-def test_without_intervals_the_page_says_why(tmp_path: Path) -> None:
+def test_evaluation_report_explains_missing_intervals(tmp_path: Path) -> None:
     evaluation = an_evaluation([0.5])
     write_report(tmp_path / "report.html", evaluation, sheets_for(evaluation))
     text = Page((tmp_path / "report.html").read_text()).text
@@ -126,7 +126,7 @@ def test_without_intervals_the_page_says_why(tmp_path: Path) -> None:
     assert "95 of 100" not in text
 
 
-def test_checkpoints_that_fell_behind_are_marked_and_only_what_compares_is_shown_of_them(tmp_path: Path) -> None:
+def test_eliminated_checkpoints_are_marked_with_comparable_scores_only(tmp_path: Path) -> None:
     evaluation = with_more(an_evaluation([0.5, 0.2]))
     write_report(tmp_path / "report.html", evaluation, sheets_for(evaluation))
     text = Page((tmp_path / "report.html").read_text()).text
@@ -156,7 +156,7 @@ def test_the_page_is_whole_in_a_browser(scheme: Literal["light", "dark"], width:
 
 
 @pytest.mark.parametrize("few", [False, True])
-def test_a_floor_of_fewer_images_is_admitted(few: bool, tmp_path: Path) -> None:
+def test_evaluation_report_notes_a_baseline_of_fewer_images(few: bool, tmp_path: Path) -> None:
     floor = scores(0.01, samples=300 if few else 500)
     evaluation = an_evaluation([0.5], floor=floor)
     write_report(tmp_path / "report.html", evaluation, sheets_for(evaluation))
@@ -203,7 +203,7 @@ def test_names_cannot_break_out_of_the_page(tmp_path: Path) -> None:
         ([0.51], ["Its KID lies 0.500 above that of real images, 18 times the standard error."]),
     ],
 )
-def test_findings_say_no_more_than_the_errors_allow(kids: list[float], expected: list[str]) -> None:
+def test_evaluation_findings_respect_the_standard_errors(kids: list[float], expected: list[str]) -> None:
     assert findings(an_evaluation(kids)) == expected
 
 

@@ -64,7 +64,7 @@ def test_the_best_comes_first_and_each_has_its_settings_metrics_and_images(tmp_p
         ([0.2, 0.23, 0.9, 1.0, 1.1, 1.2, 1.3], "1 other cannot be"),
     ],
 )
-def test_it_says_no_more_than_the_errors_allow(kids: list[float], words: str) -> None:
+def test_sweep_findings_respect_the_standard_errors(kids: list[float], words: str) -> None:
     assert words in findings(ranked(kids))[0]
 
 
