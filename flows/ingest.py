@@ -83,7 +83,7 @@ def repair(params: Params, rebuild: Rebuild, to_retrain: bool) -> None:
     if to_retrain:
         # A scheduled retraining ignores a manual checkout of an older version.
         unpin(folder)
-    bring_up_to_date(folder, source, params.ingest, reporter(), anew=rebuild == "always")
+    bring_up_to_date(folder, source, params.ingest, reporter(), rebuilding=rebuild == "always")
 
 
 @flow(name="make dataset")

@@ -160,7 +160,7 @@ def apply_gate(params: Params, evaluation: Evaluation, version: Version) -> Gate
         raise UserError(problem)
     if champion == version.number:
         return GateResult(champion=champion, evidence=None, comparison=last_comparison(params, version))
-    if entry := history.withheld(version.number):
+    if entry := history.manual_demotion(version.number):
         reason = f"a person decided against it: {entry}; `darkroom promote --to {version.number}` makes it champion"
         figures = finite(evaluation.metrics())
         evidence = Evidence(verdict="hold", reason=reason, figures=figures, eval_key=evaluation.eval_key)
@@ -282,12 +282,12 @@ def next_entry(history: History, version: Version, result: GateResult, approval:
         return None
     if champion != result.champion:
         raise Held(
-            f"{history.faster()}; {version.uri} was compared with champion {result.champion or 'none'}: "
+            f"{history.conflict()}; {version.uri} was compared with champion {result.champion or 'none'}: "
             "run `darkroom promote` again to compare it with the current one"
         )
     assert evidence is not None, "a version that is champion already needs no entry"
     declined = approval is not None and not approval.approved
     what = "hold" if declined else evidence.verdict
-    entry = history.then(what, version.number, version.weights_sha256, evidence=evidence, approval=approval)
+    entry = history.next_entry(what, version.number, version.weights_sha256, evidence=evidence, approval=approval)
     last = history.about(version.number)
     return None if last is not None and last.says_the_same(entry) else entry

@@ -17,7 +17,7 @@ from flows.config import Params
 from flows.datasets import dvc
 from flows.datasets.catalog import Catalog
 from flows.datasets.checkout import choice, unpin
-from flows.datasets.dvc import DataVersion, KeptFiles
+from flows.datasets.dvc import DataVersion, StoredFiles
 from flows.datasets.purge import Purged, purge_dvc, purge_files, purge_samples
 from flows.datasets.sync import announce, bring_up_to_date, publish
 from flows.deployment.tasks import retryable_task
@@ -120,7 +120,7 @@ def find_holders(params: Params, removal: Removal) -> tuple[dict[str, Manifest],
     # Versions that gc removed from the catalog still have files on the remote for a while.
     versions = recorded.retired() | known_versions(folder) | recorded.versions()
     with TemporaryDirectory() as scratch:
-        elsewhere = KeptFiles(folder.name, source).elsewhere(versions.values(), Path(scratch))
+        elsewhere = StoredFiles(folder.name, source).remote_lookup(versions.values(), Path(scratch))
         return versions, holders(folder, removal, versions.values(), elsewhere)
 
 

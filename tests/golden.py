@@ -381,7 +381,7 @@ def ledger_entries() -> Values:
     ]
     found: Values = {}
     for what, number, options in steps:
-        entry = history.then(what, number, f"{number:064x}", **options)
+        entry = history.next_entry(what, number, f"{number:064x}", **options)
         # Who wrote it and when differ between machines; a parent's digest follows from what was fixed before.
         entry = LedgerEntry.model_validate(entry.model_dump() | {"who": "who@where", "when": when})
         history = History("discs", (*history.entries, entry))

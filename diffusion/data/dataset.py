@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from diffusion.common.errors import UserError
-from diffusion.data.manifest import Manifest, Split, mend, read_manifest, read_records, require_whole
+from diffusion.data.manifest import Manifest, Split, read_manifest, read_records, repair_hint, require_whole
 from diffusion.data.png import decode_many
 from diffusion.data.shard_cache import ShardCache
 from diffusion.data.shards import LocalShards
@@ -169,7 +169,7 @@ class Dataset:
             return decode_many(pngs, self.shape).transpose(0, 2, 3, 1)
         except ValueError as error:
             raise UserError(
-                f"an image in {self.folder} is not what its record says ({error}): {mend(self.folder)}"
+                f"an image in {self.folder} is not what its record says ({error}): {repair_hint(self.folder)}"
             ) from error
 
 

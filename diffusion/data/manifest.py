@@ -202,7 +202,7 @@ def read_records(folder: Path, part: Part, columns: Sequence[str] | None = None)
     """Read the records of a part, all columns or some; raises UserError if the table is missing or damaged."""
     path = folder / part.records.name
     if not path.is_file() or sha256_file(path) != part.records.sha256:
-        raise UserError(f"{path} is missing or damaged: {mend(folder)}")
+        raise UserError(f"{path} is missing or damaged: {repair_hint(folder)}")
     return pq.ParquetFile(path).read(None if columns is None else list(columns))
 
 
@@ -213,16 +213,16 @@ def require_whole(folder: Path, manifest: Manifest) -> None:
         size = path.stat().st_size if path.is_file() else None
         if size != entry.bytes:
             state = "missing" if size is None else f"{size} bytes long instead of {entry.bytes}"
-            raise UserError(f"{path} is {state}: {mend(folder)}")
+            raise UserError(f"{path} is {state}: {repair_hint(folder)}")
 
 
-def mend(folder: Path) -> str:
+def repair_hint(folder: Path) -> str:
     """Describe how to repair the data set in ``folder``."""
     # A version is named after the bytes of its manifest.
     version = sha256_file(folder / "manifest.json")[:12]
     return (
-        f"restore it with `darkroom data checkout {version} --dataset {folder.name}`, or make the data set anew from a "
-        f"source that has all of it, with `darkroom ingest SOURCE --dataset {folder.name} --rebuild`"
+        f"restore it with `darkroom data checkout {version} --dataset {folder.name}`, or build the data set again from "
+        f"a source that has all of it, with `darkroom ingest SOURCE --dataset {folder.name} --rebuild`"
     )
 
 
@@ -287,9 +287,9 @@ def versions(folder: Path) -> Iterator[Manifest]:
         try:
             data = path.read_bytes()
         except FileNotFoundError as error:
-            raise UserError(f"{path} is missing: {mend(folder)}") from error
+            raise UserError(f"{path} is missing: {repair_hint(folder)}") from error
         if sha256_bytes(data) != manifest.parent:
-            raise UserError(f"{path} is damaged: {mend(folder)}")
+            raise UserError(f"{path} is damaged: {repair_hint(folder)}")
         manifest = parse_manifest(data, str(path))
         yield manifest
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from diffusion.common.errors import UserError
 from diffusion.common.files import canonical_json
-from diffusion.data.manifest import FileEntry, mend
+from diffusion.data.manifest import FileEntry, repair_hint
 
 if TYPE_CHECKING:
     from _typeshed import SupportsWrite
@@ -127,7 +127,7 @@ class LocalShards:
         except FileNotFoundError:
             found = "missing"
         if found:
-            raise UserError(f"shard {path} is {found}: {mend(self._folder)}")
+            raise UserError(f"shard {path} is {found}: {repair_hint(self._folder)}")
 
     def _map(self, name: str) -> memoryview:
         with (self._folder / name).open("rb") as file:

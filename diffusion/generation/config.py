@@ -133,7 +133,7 @@ class SampleRequest(ConditionalRequest, IndexedRequest):
 
 
 class InpaintRequest(EditRequest):
-    """Inpainting: the part of an image under a mask is generated anew."""
+    """Inpainting: the part of an image under a mask is generated again."""
 
     task: Literal["inpaint"] = "inpaint"
     mask: bytes

@@ -21,7 +21,7 @@ from diffusion.common.fingerprint import Fingerprint, fingerprint
 from diffusion.common.image_grids import blocks, grid, image_of, marked_png, save_png
 from diffusion.common.progress import Progress, silent
 from diffusion.data.ingest.config import IngestConfig
-from diffusion.data.ingest.decode import Refused, StoredImage, prepare, unscaled
+from diffusion.data.ingest.decode import StoredImage, UnusableEntry, prepare, unscaled
 from diffusion.families.ddpm import DiffusionModel
 from diffusion.families.model import Model
 from diffusion.generation.config import (
@@ -196,7 +196,7 @@ def _small_image(model: Model, request: UpscaleRequest) -> Tensor:
     mode: Literal["grey", "rgb"] = "grey" if model.header.channels == 1 else "rgb"
     try:
         small = _channels_first(unscaled(request.image, IngestConfig(size=MAX_SIZE // 2, mode=mode, enlarge=True)))
-    except Refused as error:
+    except UnusableEntry as error:
         raise UserError(f"the image cannot be used: {error}") from error
     check_images(model, small[None])
     pixels = request.count * small[0].numel() * scale_of(model) ** 2
@@ -217,7 +217,7 @@ def _prepared(model: Model, payload: bytes, name: str, grey: bool = False) -> St
     mode: Literal["grey", "rgb"] = "grey" if grey or channels == 1 else "rgb"
     try:
         return prepare(payload, IngestConfig(size=size, mode=mode, enlarge=True))
-    except Refused as error:
+    except UnusableEntry as error:
         raise UserError(f"the {name} cannot be used: {error}") from error
 
 

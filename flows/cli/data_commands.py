@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from diffusion.data.versions.takedown_records import Chosen
     from diffusion.data.versions.versions import Difference
     from flows.config import Params
-    from flows.datasets.dvc import KeptFiles
+    from flows.datasets.dvc import StoredFiles
 
 app = typer.Typer(
     name="data", help="Versions of a data set: list, show, compare, check out; take images down.", no_args_is_help=True
@@ -202,10 +202,10 @@ def _in_cache(folder: Path) -> "Callable[[FileEntry], Path | None]":
     """Lookup of files of older versions in DVC's cache, which is opened on first use."""
 
     @cache
-    def kept() -> "KeptFiles":
-        from flows.datasets.dvc import KeptFiles
+    def kept() -> "StoredFiles":
+        from flows.datasets.dvc import StoredFiles
 
-        return KeptFiles(folder.name)
+        return StoredFiles(folder.name)
 
     return lambda entry: kept().find(entry)
 

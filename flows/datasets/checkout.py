@@ -14,7 +14,7 @@ from diffusion.data.versions.takedown_records import holders, removals
 from diffusion.data.versions.versions import choose, known_versions, remember
 from flows.datasets import dvc
 from flows.datasets.catalog import Catalog
-from flows.datasets.dvc import KeptFiles, is_whole, needed_files
+from flows.datasets.dvc import StoredFiles, is_whole, needed_files
 
 Reach = Callable[[], str]
 """Function that joins the S3 server and returns the URL of DVC's remote; raises UserError without a server."""
@@ -94,7 +94,7 @@ class DatasetLocation:
 
     def __init__(self, folder: Path, reach: Reach) -> None:
         self.folder, self.reach = folder, reach
-        self.kept = KeptFiles(folder.name)
+        self.kept = StoredFiles(folder.name)
         self.source: str | None = None
         self.known: dict[str, Manifest] = {}
         if (folder / "manifest.json").is_file():
@@ -218,7 +218,7 @@ class DatasetLocation:
         if self.source is None:
             self.source = self.reach()
             recorded = dvc.data_version(self.folder)
-            self.kept = KeptFiles(self.folder.name, self.source, recorded.digest if recorded else None)
+            self.kept = StoredFiles(self.folder.name, self.source, recorded.digest if recorded else None)
         assert self.kept.catalog is not None
         return self.kept.catalog
 

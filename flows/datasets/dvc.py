@@ -1,6 +1,6 @@
 """Data set versions in DVC: recorded, restored and streamed, with the lineage of runs.
 
-DVC names files by MD5, in its cache on this machine and on its remote. ``KeptFiles`` finds a file of any version in
+DVC names files by MD5, in its cache on this machine and on its remote. ``StoredFiles`` finds a file of any version in
 either.
 """
 
@@ -180,7 +180,7 @@ def _parsed(data: bytes, where: str) -> Listing:
         raise UserError(f"{where} is no listing of DVC: delete it, and push the data set again") from error
 
 
-class KeptFiles:
+class StoredFiles:
     """Files of data set ``name`` in DVC's cache, and on the remote with the URL ``source`` if one is given.
 
     ``recorded`` is DVC's digest of a version that may not be in the catalog.
@@ -212,7 +212,7 @@ class KeptFiles:
         places = dict.fromkeys([*pushed, *(self.cache.places.get(name, ()) if self.cache else ())])
         return any(self._download(md5, name, sha256, target) for md5 in places)
 
-    def elsewhere(self, versions: Iterable[Manifest], scratch: Path) -> Callable[[FileEntry], Path | None]:
+    def remote_lookup(self, versions: Iterable[Manifest], scratch: Path) -> Callable[[FileEntry], Path | None]:
         """Return a function that finds files of ``versions``, fetching them into the folder ``scratch``."""
         holder = {entry.sha256: version.digest for version in versions for entry in version.files}
 
@@ -386,7 +386,7 @@ def restore_data(folder: Path, source: str) -> list[str]:
     with FileLock(work_folder(folder) / "lock"):
         version, written = read_manifest(folder), (folder / "manifest.json").stat().st_mtime_ns
         recorded = data_version(folder)
-        kept = KeptFiles(folder.name, source, recorded.digest if recorded else None)
+        kept = StoredFiles(folder.name, source, recorded.digest if recorded else None)
         return [
             name
             for name, sha256 in needed_files(folder, version)

@@ -88,12 +88,12 @@ async def _emit(event: Event) -> None:
 
 
 def bring_up_to_date(
-    folder: Path, source: str, config: IngestConfig, progress: Progress = silent, anew: bool = False
+    folder: Path, source: str, config: IngestConfig, progress: Progress = silent, rebuilding: bool = False
 ) -> None:
     """Bring the data set in ``folder`` up to date with its newest version in the catalog and with all takedowns.
 
-    With ``anew`` it is about to be rebuilt, so the local version need not be kept. A version that was checked out to
-    build on stays if its newer versions were known then. Locks out ingests; killed and given again, it ends the same.
+    With ``rebuilding`` the local version need not be kept. A version that was checked out to build on stays if its
+    newer versions were known then. Locks out ingests; killed and given again, it ends the same.
 
     Raises:
         Held: If the local version cannot be added to the newest one.
@@ -105,7 +105,7 @@ def bring_up_to_date(
         recorded.fetch_removals(folder)
         head = Heads(recorded).newest()
         if head is not None and not _goes_on_from(folder, head):
-            _move(folder, source, recorded, head, config, anew)
+            _move(folder, source, recorded, head, config, rebuilding)
         if (folder / "manifest.json").is_file():
             for removal in remove_known(folder, progress):
                 logger.warning("%s: images that were taken down (%s) are removed here, too", folder, removal.reason)
@@ -154,16 +154,16 @@ def _goes_on_from(folder: Path, head: str) -> bool:
     return chosen is not None and head in chosen.known
 
 
-def _move(folder: Path, source: str, recorded: Catalog, head: str, config: IngestConfig, anew: bool) -> None:
+def _move(folder: Path, source: str, recorded: Catalog, head: str, config: IngestConfig, rebuilding: bool) -> None:
     """Make the local version descend from ``head``."""
     theirs = recorded.version(head)
     assert theirs is not None, "a head is in the catalog"
     place = DatasetLocation(folder, lambda: source)
     place.known = place.known | {head: theirs}
     place.catalog()
-    if not (folder / "manifest.json").is_file() or anew:
+    if not (folder / "manifest.json").is_file() or rebuilding:
         # A rebuild needs only the tables of the version before, which name the images that were taken down.
-        place.make_current(theirs, with_removed=True, without_shards=anew and config.near_duplicates is None)
+        place.make_current(theirs, with_removed=True, without_shards=rebuilding and config.near_duplicates is None)
         return
     if (chosen := choice(folder)) is not None:
         # The same checkout again would leave it out on purpose.

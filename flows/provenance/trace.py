@@ -21,7 +21,7 @@ from diffusion.generation.requests import ABOUT, RequestRecord
 from flows import environment
 from flows.config import dataset_folder
 from flows.datasets.catalog import Catalog
-from flows.datasets.dvc import KeptFiles, Listing, is_whole
+from flows.datasets.dvc import Listing, StoredFiles, is_whole
 from flows.provenance.reproduce import fetch_code
 from flows.registry import model_versions
 from flows.registry.aliases import none_if_missing
@@ -285,7 +285,7 @@ class _Walk:
 
     def data(self, version: Manifest, dvc_digest: str | None, source: str, released: str | None) -> TracedData:
         """Describe the data set version and where each of its shards lies."""
-        kept = KeptFiles(version.name, source, dvc_digest)
+        kept = StoredFiles(version.name, source, dvc_digest)
         listings = [] if released else list(kept.listings(version.digest).values())
 
         def place(shard: FileEntry) -> TracedShard:
@@ -336,7 +336,7 @@ def _source(run: Run | None) -> str:
     return environment.data_source()
 
 
-def _place_of(shard: FileEntry, version: Manifest, kept: KeptFiles, listings: list[Listing]) -> str | None:
+def _place_of(shard: FileEntry, version: Manifest, kept: StoredFiles, listings: list[Listing]) -> str | None:
     for listing in listings:
         md5, remote = listing.get(shard.name), kept.remote
         if md5 and remote and (stat := remote.stat(md5)) and stat.size == shard.bytes:

@@ -136,11 +136,13 @@ def _commit(
     def decide(history: History) -> LedgerEntry:
         if history.standing.champion != seen.standing.champion:
             raise Held(
-                f"{history.faster()}: look at `darkroom model history`, and give the command again if it still holds"
+                f"{history.conflict()}: look at `darkroom model history`, and give the command again if it still holds"
             )
         last = history.about(version.number)
         basis = last.evidence if last and last.evidence else evidence
-        return history.then(what, version.number, version.weights_sha256, by_hand=True, reason=reason, evidence=basis)
+        return history.next_entry(
+            what, version.number, version.weights_sha256, by_hand=True, reason=reason, evidence=basis
+        )
 
     append(client, ledger, decide)
     return _done(client, ledger, version, already=False)

@@ -215,7 +215,7 @@ class History:
         """Alias state now."""
         return self.head.standing if self.head else AliasNumbers()
 
-    def faster(self) -> str:
+    def conflict(self) -> str:
         """Describe the newest change of champion for a process that was slower."""
         newest = next((entry for entry in reversed(self.entries) if entry.moves), None)
         return f"another process was first: {newest}" if newest else "the ledger was emptied meanwhile"
@@ -233,7 +233,7 @@ class History:
         """Newest entry about ``version``; None if there is none."""
         return next((entry for entry in reversed(self.entries) if entry.version == version), None)
 
-    def withheld(self, version: int) -> LedgerEntry | None:
+    def manual_demotion(self, version: int) -> LedgerEntry | None:
         """Entry of the manual override that demoted or refused ``version``, unless a later one supersedes it."""
         for entry in reversed(self.entries):
             if entry.from_version == version != entry.to_version:
@@ -244,7 +244,7 @@ class History:
                 return entry
         return None
 
-    def then(
+    def next_entry(
         self,
         what: What,
         version: int,
@@ -376,7 +376,7 @@ class Ledger(NumberedObjects):
             # A writer above the next free number may have taken the place of this entry.
             history = self.read(known())
             if entry not in history.entries:
-                raise Held(history.faster())
+                raise Held(history.conflict())
             return history
         return history
 

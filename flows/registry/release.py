@@ -83,10 +83,10 @@ def release(uri: str, reason: str | None = None) -> Released:
         if not bundle.champion and reason is None:
             raise UserError(f"{where} is not champion there: say with --reason why it is to be champion here")
         version = register(bundle, folder, where)
-    withheld = verified(MlflowClient(), Ledger.of(version.model)).withheld(version.number)
-    if withheld is not None and reason is None:
+    demotion = verified(MlflowClient(), Ledger.of(version.model)).manual_demotion(version.number)
+    if demotion is not None and reason is None:
         raise Held(
-            f"a person decided against {version.uri}, which is {where}: {withheld}; say with --reason why it is to be "
+            f"a person decided against {version.uri}, which is {where}: {demotion}; say with --reason why it is to be "
             "champion all the same"
         )
     why = f"released from {where}" + (", champion there" if bundle.champion else "") + (f": {reason}" if reason else "")

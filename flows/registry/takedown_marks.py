@@ -23,7 +23,7 @@ from diffusion.data.versions.versions import known_versions
 from diffusion.models.config import FAMILIES
 from flows.config import dataset_folder
 from flows.datasets.catalog import Catalog, Heads
-from flows.datasets.dvc import KeptFiles
+from flows.datasets.dvc import StoredFiles
 from flows.environment import data_source
 from flows.registry import model_versions
 from flows.registry.aliases import none_if_missing
@@ -276,7 +276,7 @@ def _removed_since(version: Version) -> list[Removal]:
         each for each in (recorded.retired() | recorded.versions()).values() if each.content_digest == content
     ]
     with TemporaryDirectory() as scratch:
-        elsewhere = KeptFiles(dataset, source).elsewhere(learned_from, Path(scratch))
+        elsewhere = StoredFiles(dataset, source).remote_lookup(learned_from, Path(scratch))
         found = [(removal, holders(folder, removal, learned_from, elsewhere)) for removal in removals]
     # As a takedown does: versions of equal content hold the same images.
     return [removal for removal, each in found if each.held and len(each.held) + len(each.unknown) == len(learned_from)]

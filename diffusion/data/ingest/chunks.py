@@ -20,7 +20,7 @@ from PIL import Image
 from diffusion.common.files import canonical_json, digest_of, sha256_bytes, write_atomically, write_bytes
 from diffusion.common.progress import Progress
 from diffusion.data.ingest.config import IngestConfig
-from diffusion.data.ingest.decode import Refused, StoredImage, prepare
+from diffusion.data.ingest.decode import StoredImage, UnusableEntry, prepare
 from diffusion.data.manifest import RECORDS
 from diffusion.data.shards import TarWriter
 from diffusion.data.sources import open_source
@@ -29,19 +29,19 @@ from diffusion.data.sources.base import Access, Entry, ObjectStore, Source, boun
 ENTRY = "source, locator, stamp, label, caption, problem"
 """Fields of an entry, in their order."""
 SCHEMA = f"""
-    CREATE TABLE listing (number INTEGER PRIMARY KEY, {ENTRY}, told, UNIQUE (source));
+    CREATE TABLE listing (number INTEGER PRIMARY KEY, {ENTRY}, digest, UNIQUE (source));
     CREATE TABLE plan (number INTEGER PRIMARY KEY, {ENTRY}, known);
 """
 STAMPED = """
-    SELECT 1 FROM stored.seen s
-    WHERE s.origin = :origin AND s.source = l.source AND s.stamp = l.stamp AND s.stamp != '' AND s.told = l.told
+    SELECT 1 FROM stored.entries s
+    WHERE s.origin = :origin AND s.source = l.source AND s.stamp = l.stamp AND s.stamp != '' AND s.digest = l.digest
         AND (EXISTS (SELECT 1 FROM stored.records r WHERE r.source = s.source AND r.sha256 = s.sha256)
             OR EXISTS (SELECT 1 FROM stored.removed d WHERE d.digest = s.sha256))
 """
 """Query: the entry was read before with the same stamp, and its outcome is recorded in this version."""
 REFUSED = "SELECT 1 FROM stored.records r WHERE r.source = l.source AND r.outcome = 'quarantined'"
 KNOWN = "SELECT group_concat(hex(r.sha256)) FROM stored.records r WHERE r.source = l.source"
-CORRECTED = "SELECT 1 FROM stored.seen s WHERE s.origin = :origin AND s.source = l.source AND s.told != l.told"
+CORRECTED = "SELECT 1 FROM stored.entries s WHERE s.origin = :origin AND s.source = l.source AND s.digest != l.digest"
 """Query: the source describes the entry in another way than before, so it is read again, even with equal bytes."""
 LISTED_AT_ONCE = 10_000
 COLUMNS = (*RECORDS.names, "stamp")
@@ -57,12 +57,12 @@ TEXT_OF_A_CHUNK = 2**23
 
 
 def make_plan(
-    path: Path, source: Source, origin: str, index: Path, requeue: bool, anew: bool, progress: Progress
+    path: Path, source: Source, origin: str, index: Path, requeue: bool, rebuilding: bool, progress: Progress
 ) -> tuple[int, int]:
     """Write the plan to ``path``; returns the number of entries that ``source`` lists, and of those to read.
 
     Entries with an unchanged stamp under the same ``origin`` in the index database ``index`` are omitted, except
-    quarantined ones if ``requeue``. Nothing is omitted if the data set is rebuilt (``anew``).
+    quarantined ones if ``requeue``. Nothing is omitted if the data set is rebuilt (``rebuilding``).
     """
     path.unlink(missing_ok=True)
     with closing(sqlite3.connect(path, isolation_level=None)) as database:
@@ -77,11 +77,11 @@ def make_plan(
                     progress("images listed", number, None)
                 yield (*entry, description_digest(entry.label, entry.caption))
 
-        database.executemany(f"INSERT OR REPLACE INTO listing ({ENTRY}, told) VALUES (?, ?, ?, ?, ?, ?, ?)", rows())
+        database.executemany(f"INSERT OR REPLACE INTO listing ({ENTRY}, digest) VALUES (?, ?, ?, ?, ?, ?, ?)", rows())
         known, condition = KNOWN, f"NOT EXISTS ({STAMPED})"
         if requeue:
             known, condition = f"{KNOWN} AND r.outcome != 'quarantined'", f"{condition} OR EXISTS ({REFUSED})"
-        if anew:
+        if rebuilding:
             known, condition = "NULL", "TRUE"
         order = "l.number" if source.in_order else "l.source"
         database.execute(
@@ -166,15 +166,15 @@ def _prepare(chunk: Chunk, planned: list[tuple[Entry, frozenset[str]]], writer: 
         row["source_sha256"] = ""
         rows.append(row)
         try:
-            payload = next(payloads) if entry.problem is None else Refused(entry.problem)
-            if isinstance(payload, Refused):
+            payload = next(payloads) if entry.problem is None else UnusableEntry(entry.problem)
+            if isinstance(payload, UnusableEntry):
                 raise payload
             row["source_sha256"] = _digest(payload)
             if row["source_sha256"] in known:
                 row["outcome"] = "known"
                 continue
             image = prepare(payload, chunk.config)
-        except Refused as refused:
+        except UnusableEntry as refused:
             row |= {"outcome": "quarantined", "reason": str(refused)}
             continue
         row |= _described(image, chunk.config)

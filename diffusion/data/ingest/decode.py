@@ -63,7 +63,7 @@ FLIPPED_X, TOP_WAS_LAST = {2, 3, 6, 7}, {3, 4, 7, 8}
 """Orientations whose left or upper side was the right or lower one of the stored image."""
 
 
-class Refused(Exception):
+class UnusableEntry(Exception):
     """The image cannot be used; the message, one short line, is the reason recorded in the quarantine."""
 
 
@@ -88,7 +88,7 @@ def prepare(payload: bytes | Image.Image, config: IngestConfig) -> StoredImage:
     Of several frames or pages the first is used. ``config.max_seconds`` is CPU time, checked whenever a decoder reads
     on. A WebP or compressed TIFF is decoded in one go, which only ``config.max_pixels`` keeps short.
 
-    Raises Refused, with the reason, and nothing else, whatever the bytes are.
+    Raises UnusableEntry, with the reason, and nothing else, whatever the bytes are.
     """
     with _refusing(config), ExitStack() as turns:
         source = _decode(payload, config, turns)
@@ -112,21 +112,21 @@ def unscaled(payload: bytes, config: IngestConfig) -> np.ndarray:
         source = _decode(payload, config, turns)
         if max(source.size) >= REDUCED * config.size:
             width, height = source.size
-            raise Refused(f"{width}×{height} pixels: a side of more than {REDUCED * config.size - 1}")
+            raise UnusableEntry(f"{width}×{height} pixels: a side of more than {REDUCED * config.size - 1}")
         return np.asarray(_to_grey_or_rgb(source, config))
 
 
 @contextmanager
 def _refusing(config: IngestConfig) -> Iterator[None]:
-    """Turn any error of decoding into a Refused with the reason."""
+    """Turn any error of decoding into a UnusableEntry with the reason."""
     try:
         yield
-    except Refused:
+    except UnusableEntry:
         raise
     except Image.DecompressionBombError as error:  # raised by decoders that take memory as they read the head
-        raise Refused(f"more pixels than the limit of {config.max_pixels}") from error
+        raise UnusableEntry(f"more pixels than the limit of {config.max_pixels}") from error
     except Exception as error:  # decoders raise whatever they like on bytes that they did not expect
-        raise Refused(f"damaged: {_one_line(error)}") from error
+        raise UnusableEntry(f"damaged: {_one_line(error)}") from error
 
 
 @dataclass(frozen=True)
@@ -157,7 +157,7 @@ class _Timed(io.BytesIO):
     def check(self) -> None:
         # CPU time is at most wall time, which is twenty times as fast to read.
         if monotonic() > self.soonest and thread_time() > self.until:
-            raise Refused(f"takes more than {self.seconds:g} seconds to decode")
+            raise UnusableEntry(f"takes more than {self.seconds:g} seconds to decode")
 
 
 def _decode(payload: bytes | Image.Image, config: IngestConfig, turns: ExitStack) -> _Source:
@@ -166,7 +166,7 @@ def _decode(payload: bytes | Image.Image, config: IngestConfig, turns: ExitStack
         payload.load()
         return _upright(payload, payload.size, 1)
     if len(payload) > config.max_bytes:
-        raise Refused(f"{len(payload)} bytes are over the limit of {config.max_bytes}")
+        raise UnusableEntry(f"{len(payload)} bytes are over the limit of {config.max_bytes}")
     file = _Timed(payload, config.max_seconds)
     image = _open(file)
     size, scale = image.size, 1
@@ -179,7 +179,7 @@ def _decode(payload: bytes | Image.Image, config: IngestConfig, turns: ExitStack
         and (image.tag_v2.get(PLANAR_CONFIGURATION), image.info.get("compression")) == (2, "raw")
     ):
         # Pillow misreads them as planes of 8 bits.
-        raise Refused("uncompressed planes of 16 bits: save it with the samples of a pixel side by side")
+        raise UnusableEntry("uncompressed planes of 16 bits: save it with the samples of a pixel side by side")
     if isinstance(image, JpegImageFile):
         width, height = _resized(size, config)
         drafted = image.draft(None, (REDUCED * width, REDUCED * height))
@@ -208,18 +208,20 @@ def _open(file: _Timed) -> ImageFile:
     for signature, decoder in DECODERS:
         if re.match(signature, start, re.DOTALL):
             return decoder(file)
-    raise Refused("not an image in a known format (JPEG, PNG, WebP, GIF, BMP, TIFF)")
+    raise UnusableEntry("not an image in a known format (JPEG, PNG, WebP, GIF, BMP, TIFF)")
 
 
 def _require_usable(size: tuple[int, int], config: IngestConfig) -> None:
     width, height = size
     if width * height > config.max_pixels:
-        raise Refused(f"{width}×{height} pixels are over the limit of {config.max_pixels}")
+        raise UnusableEntry(f"{width}×{height} pixels are over the limit of {config.max_pixels}")
     if min(size) < config.min_size:
-        raise Refused(f"{width}×{height} pixels: the shorter side is under min_size = {config.min_size}")
+        raise UnusableEntry(f"{width}×{height} pixels: the shorter side is under min_size = {config.min_size}")
     name, side = ("longer", max(size)) if config.fit == "pad" else ("shorter", min(size))
     if side < config.size and not config.enlarge:
-        raise Refused(f"{width}×{height} pixels: the {name} side is under size = {config.size}, and enlarge is off")
+        raise UnusableEntry(
+            f"{width}×{height} pixels: the {name} side is under size = {config.size}, and enlarge is off"
+        )
 
 
 def _upright(image: Image.Image, size: tuple[int, int], scale: int) -> _Source:
@@ -238,7 +240,7 @@ def _to_grey_or_rgb(source: _Source, config: IngestConfig) -> Image.Image:
     """Convert the image to ``L`` or ``RGB`` in sRGB, over the background where it is transparent."""
     image = source.image
     if image.mode == "F":
-        raise Refused("floating-point pixels have no known range: save it with 8 or 16 bits")
+        raise UnusableEntry("floating-point pixels have no known range: save it with 8 or 16 bits")
     if image.mode.startswith("I"):
         image = _from_integers(image)
     grey = image.mode in ("1", "L", "LA", "La")
@@ -264,7 +266,7 @@ def _from_integers(image: Image.Image, layout: str = "") -> Image.Image:
     wide = image.convert("I")
     low, high = cast(tuple[int, int], wide.getextrema())
     if low < 0 or high > 65535:
-        raise Refused("32-bit pixels outside 0…65535: save it with 8 or 16 bits")
+        raise UnusableEntry("32-bit pixels outside 0…65535: save it with 8 or 16 bits")
     values = np.arange(2**16)
     if layout == "I;12":
         values = np.minimum(values << 4 | values >> 8, 65535)
@@ -283,11 +285,11 @@ def _to_srgb(image: Image.Image) -> Image.Image:
     if not isinstance(profile, bytes) or not profile:
         return image
     if len(profile) > LARGEST_PROFILE:
-        raise Refused(f"a colour profile of {len(profile)} bytes, which is over the limit of {LARGEST_PROFILE}")
+        raise UnusableEntry(f"a colour profile of {len(profile)} bytes, which is over the limit of {LARGEST_PROFILE}")
     try:
         convert = _conversion(profile, image.mode)
     except (ImageCms.PyCMSError, OSError) as error:
-        raise Refused(f"unusable colour profile: {_one_line(error)}") from error
+        raise UnusableEntry(f"unusable colour profile: {_one_line(error)}") from error
     return convert(image) if convert else image
 
 

@@ -21,8 +21,8 @@ from diffusion.data.versions.takedown_records import removals
 
 SCHEMA = """
     CREATE TABLE IF NOT EXISTS meta (name TEXT PRIMARY KEY, value);
-    CREATE TABLE IF NOT EXISTS seen
-        (origin TEXT, source TEXT, stamp TEXT, told TEXT, sha256 BLOB, PRIMARY KEY (origin, source)) WITHOUT ROWID;
+    CREATE TABLE IF NOT EXISTS entries
+        (origin TEXT, source TEXT, stamp TEXT, digest TEXT, sha256 BLOB, PRIMARY KEY (origin, source)) WITHOUT ROWID;
     CREATE TABLE IF NOT EXISTS records
         (source TEXT, sha256 BLOB, outcome TEXT, reason TEXT, PRIMARY KEY (source, sha256)) WITHOUT ROWID;
     CREATE TABLE IF NOT EXISTS samples (key BLOB PRIMARY KEY, split TEXT, digest BLOB) WITHOUT ROWID;
@@ -104,8 +104,8 @@ class Index:
     def stamp(self, origin: str, row: dict[str, Any]) -> None:
         """Record the stamp of an entry of ``origin`` after its bytes were read."""
         description = description_digest(row["label"], row["caption"])
-        seen = (origin, row["source"], row["stamp"], description, bytes.fromhex(row["source_sha256"]))
-        self.database.execute("INSERT OR REPLACE INTO seen VALUES (?, ?, ?, ?, ?)", seen)
+        entry = (origin, row["source"], row["stamp"], description, bytes.fromhex(row["source_sha256"]))
+        self.database.execute("INSERT OR REPLACE INTO entries VALUES (?, ?, ?, ?, ?)", entry)
 
     def record(self, row: dict[str, Any]) -> None:
         """Add a row of RECORDS."""

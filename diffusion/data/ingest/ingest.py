@@ -95,15 +95,15 @@ def ingest(
     make_folder(work)
     with FileLock(work / "lock"), _full_disk_in_words(work):
         before = read_manifest(folder) if (folder / "manifest.json").is_file() else None
-        anew = _anew(before, config, rebuild, folder)
-        if before is not None and not anew:
+        rebuilding = _rebuilds(before, config, rebuild, folder)
+        if before is not None and not rebuilding:
             require_whole(folder, before)
         with closing(Index(work / "index.sqlite", folder, before, config.near_duplicates)) as index:
             access = Access(config, work / "scratch", objects)
             access.scratch.mkdir(exist_ok=True)
             source, origin = open_source(config.source, access), origin_of(config.source)
             plan = work / "plan.sqlite"
-            listed, planned = make_plan(plan, source, origin, index.path, requeue, anew, progress)
+            listed, planned = make_plan(plan, source, origin, index.path, requeue, rebuilding, progress)
             passed_over = access.passed_over
             if not listed:
                 others = f" ({passed_over.total()} other files)" if passed_over else ""
@@ -112,7 +112,7 @@ def ingest(
                 )
             prepared = fan_out(prepare_chunk, chunks_of(work, config, objects, planned))
             try:
-                after, merge = _merge(folder, config, before, index, prepared, planned, anew, progress)
+                after, merge = _merge(folder, config, before, index, prepared, planned, rebuilding, progress)
             except UserError:
                 # The cause of the quarantine may be fixed, so the entries must be read again.
                 _remove_work(work)
@@ -153,7 +153,7 @@ def _full_disk_in_words(work: Path) -> Iterator[None]:
     except sqlite3.DatabaseError as error:
         raise DarkroomError(
             f"{work / 'index.sqlite'} is damaged ({error}): delete it and give the same command again, "
-            "which makes it anew"
+            "which builds it again"
         ) from error
 
 
@@ -168,7 +168,7 @@ def forget_captions(folder: Path) -> None:
         shutil.rmtree(captions_folder(folder))
 
 
-def _anew(before: Manifest | None, config: IngestConfig, rebuild: Rebuild, folder: Path) -> bool:
+def _rebuilds(before: Manifest | None, config: IngestConfig, rebuild: Rebuild, folder: Path) -> bool:
     """Return whether the data set is rebuilt."""
     if before is None or rebuild == "always":
         return True
@@ -177,7 +177,7 @@ def _anew(before: Manifest | None, config: IngestConfig, rebuild: Rebuild, folde
         name, theirs, ours = different
         raise UserError(
             f"data set {folder.name} was made with ingest.{name}={theirs} and this is {ours}: "
-            "give another --dataset, or --rebuild to make it anew from this source alone"
+            "give another --dataset, or --rebuild to build it again from this source alone"
         )
     return bool(different)
 
@@ -189,14 +189,14 @@ def _merge(
     index: Index,
     prepared: Iterator[Path],
     planned: int,
-    anew: bool,
+    rebuilding: bool,
     progress: Progress,
 ) -> tuple[Manifest, Merge]:
     """Merge all chunks, and make the result the current version if it has anything new."""
     with index.transaction():
-        parts = [] if before is None or anew else list(before.parts)
+        parts = [] if before is None or rebuilding else list(before.parts)
         merge = Merge(folder, config, index, origin_of(config.source), parts)
-        if anew:
+        if rebuilding:
             index.clear()
             # Images taken down from the previous version are still rejected.
             tables = (
@@ -221,11 +221,11 @@ def _merge(
                 f"share of {config.max_quarantined:g} that ingest.max_quarantined allows ({reasons}): fix them, "
                 "or allow more"
             )
-        kept = None if anew else before
+        kept = None if rebuilding else before
         after = Manifest(
             name=folder.name,
             parent=before.digest if before else None,
-            change="rebuild" if before and anew else "ingest",
+            change="rebuild" if before and rebuilding else "ingest",
             content_digest="",
             storage=config.storage(),
             licence=config.licence or (kept and kept.licence),

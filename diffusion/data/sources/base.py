@@ -10,7 +10,7 @@ from PIL import Image
 
 from diffusion.common.files import sha256_bytes
 from diffusion.data.ingest.config import IngestConfig
-from diffusion.data.ingest.decode import Refused
+from diffusion.data.ingest.decode import UnusableEntry
 
 MISSING = "named in the listing but missing"
 """Reason why a file that was listed, or named by metadata, is not read."""
@@ -33,7 +33,7 @@ class Entry(NamedTuple):
     """Reason why it is not read, if any."""
 
 
-Payload: TypeAlias = bytes | Image.Image | Refused
+Payload: TypeAlias = bytes | Image.Image | UnusableEntry
 """An encoded image, a decoded one, or the reason why there is none."""
 
 
@@ -52,8 +52,8 @@ class Source(Protocol):
     def read(self, entries: Sequence[Entry]) -> Iterator[Payload]:
         """Yield the payload of each of ``entries`` in order, a few in memory at a time.
 
-        Permanent failures of an entry are Refused (a missing file, HTTP 404, too many bytes); transient errors (a full
-        disk, a lost connection to S3) are raised, so that the whole chunk is retried.
+        Permanent failures of an entry are UnusableEntry (a missing file, HTTP 404, too many bytes); transient errors (a
+        full disk, a lost connection to S3) are raised, so that the whole chunk is retried.
         """
 
 
@@ -77,9 +77,9 @@ def too_long(kind: str) -> str:
     return f"its {kind} has more than {LONGEST[kind]} characters"
 
 
-def too_large(size: int, limit: int) -> Refused:
+def too_large(size: int, limit: int) -> UnusableEntry:
     """Return the reason why a file of ``size`` bytes is not read."""
-    return Refused(f"{size} bytes are over the limit of {limit}")
+    return UnusableEntry(f"{size} bytes are over the limit of {limit}")
 
 
 def shortened(name: str) -> str:

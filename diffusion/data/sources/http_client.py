@@ -21,7 +21,7 @@ import httpx
 import psutil
 
 from diffusion.common.errors import UserError
-from diffusion.data.ingest.decode import Refused
+from diffusion.data.ingest.decode import UnusableEntry
 
 Result = TypeVar("Result")
 
@@ -105,8 +105,8 @@ class HttpClient:
     def get(self, url: str) -> Iterator[httpcore.Response]:
         """Yield the response to a GET of ``url`` after all redirects; its body, as sent, must be read inside.
 
-        Raises Refused (the host has no allowed address), httpx.InvalidURL, httpcore.UnsupportedProtocol (anything but
-        http and https), httpx.TooManyRedirects, httpcore.TimeoutException, or another exception of httpcore.
+        Raises UnusableEntry (the host has no allowed address), httpx.InvalidURL, httpcore.UnsupportedProtocol (anything
+        but http and https), httpx.TooManyRedirects, httpcore.TimeoutException, or another exception of httpcore.
         """
         self._clock.begin()
         place = httpx.URL(url)
@@ -205,7 +205,7 @@ class _Network(httpcore.NetworkBackend):
         self._allow_private = allow_private
 
     def connect_tcp(self, host: str, port: int, *_: Any, **__: Any) -> httpcore.NetworkStream:
-        """Connect to the first allowed address of ``host`` that accepts; raises Refused if it has none."""
+        """Connect to the first allowed address of ``host`` that accepts; raises UnusableEntry if it has none."""
         deadline = time.monotonic() + self._clock.left()
 
         def connect() -> httpcore.NetworkStream:
@@ -256,7 +256,7 @@ class _Stream(httpcore.NetworkStream):
 
 
 def _addresses(host: str, port: int, allow_private: bool) -> list[str]:
-    """Resolve ``host``; raises Refused if only public addresses are allowed and it has none."""
+    """Resolve ``host``; raises UnusableEntry if only public addresses are allowed and it has none."""
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except (socket.gaierror, UnicodeError) as error:
@@ -265,7 +265,7 @@ def _addresses(host: str, port: int, allow_private: bool) -> list[str]:
     addresses = list(dict.fromkeys(str(each[4][0]) for each in found))
     allowed = [each for each in addresses if allow_private or (is_public(each) and not is_own(each))]
     if addresses and not allowed:
-        raise Refused(
+        raise UnusableEntry(
             f"leads to {addresses[0]}, an address that is private, reserved or this machine's: set "
             "ingest.allow_private_addresses to true if what answers there may be asked"
         )

@@ -14,7 +14,7 @@ from urllib.error import URLError
 from PIL import Image
 
 from diffusion.common.errors import UserError
-from diffusion.data.ingest.decode import Refused
+from diffusion.data.ingest.decode import UnusableEntry
 from diffusion.data.sources.base import MISSING, Access, Entry, Payload
 from diffusion.data.sources.conventions import printable
 from diffusion.data.sources.local_files import changed, read_file, stamp, stamp_if_there, stamp_of, uncompressed
@@ -96,12 +96,12 @@ class Idx:
             try:
                 file, _ = self._opened(stack, self.images, entries[0].stamp, 3)
             except FileNotFoundError:
-                yield from (Refused(MISSING) for _ in entries)
+                yield from (UnusableEntry(MISSING) for _ in entries)
                 return
             for entry in entries:
                 number, height, width = json.loads(entry.locator)
                 if width * height > (most := self.access.config.max_pixels):
-                    yield Refused(f"{width}×{height} pixels are over the limit of {most}")
+                    yield UnusableEntry(f"{width}×{height} pixels are over the limit of {most}")
                     continue
                 file.seek(IDX_HEADER + number * height * width)
                 yield Image.frombytes("L", (width, height), file.read(height * width))

@@ -19,7 +19,7 @@ from filelock import FileLock
 
 from diffusion.common.errors import UserError
 from diffusion.common.files import digest_of, sync_file
-from diffusion.data.ingest.decode import Refused
+from diffusion.data.ingest.decode import UnusableEntry
 from diffusion.data.sources.base import MISSING, Access, Payload, too_large
 
 TARS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
@@ -60,16 +60,16 @@ def read_file(path: Path, limit: int) -> Payload:
     try:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):
-            return Refused("not a plain file")
+            return UnusableEntry("not a plain file")
         if status.st_size > limit:
             return too_large(status.st_size, limit)
         return path.read_bytes()
     except (FileNotFoundError, NotADirectoryError):
-        return Refused(MISSING)
+        return UnusableEntry(MISSING)
     except OSError as error:
         if error.errno not in NEVER:
             raise
-        return Refused(f"cannot be read: {error.strerror}")
+        return UnusableEntry(f"cannot be read: {error.strerror}")
 
 
 def open_unchanged(path: Path, before: str) -> BinaryIO | None:

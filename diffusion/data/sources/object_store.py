@@ -9,7 +9,7 @@ from uuid import uuid4
 
 from diffusion.common.errors import UserError
 from diffusion.common.files import digest_of
-from diffusion.data.ingest.decode import Refused
+from diffusion.data.ingest.decode import UnusableEntry
 from diffusion.data.prefetch import ahead
 from diffusion.data.sources.base import MISSING, Access, Entry, ObjectStore, Payload, too_large
 from diffusion.data.sources.conventions import list_images, printable
@@ -82,7 +82,7 @@ class Objects:
         """Fetch small objects into memory and large ones to disk, so that waiting ones do not fill the memory."""
         place, limit = json.loads(entry.locator), self.access.config.max_bytes
         if isinstance(place, str):
-            return Refused(place)
+            return UnusableEntry(place)
         name, size = place
         if size > limit:
             return too_large(size, limit)
@@ -92,7 +92,7 @@ class Objects:
             path = self.access.scratch / f"object-{uuid4().hex}"
             self.objects.download(self.prefix + name, path)
         except FileNotFoundError:
-            return Refused(MISSING)
+            return UnusableEntry(MISSING)
         return path
 
     def _files(self) -> Iterator[tuple[str, str, str]]:

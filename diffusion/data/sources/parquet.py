@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from diffusion.common.errors import UserError
-from diffusion.data.ingest.decode import Refused
+from diffusion.data.ingest.decode import UnusableEntry
 from diffusion.data.sources.base import LONGEST, MISSING, Access, Entry, Payload, too_large
 from diffusion.data.sources.conventions import as_text, printable
 from diffusion.data.sources.local_files import changed, matching, stamp, stamp_of
@@ -114,7 +114,7 @@ class Parquet:
             rows = [(number, row) for (_, number, row), _ in group]
             path = Path(place)
             if not path.exists():
-                yield from (Refused(MISSING) for _ in rows)
+                yield from (UnusableEntry(MISSING) for _ in rows)
                 continue
             if stamp(path.stat()) != known:
                 raise changed(place)
@@ -166,7 +166,7 @@ class Parquet:
                     if isinstance(error, OSError) and error.errno is not None:
                         raise
                     damage = f"damaged in the Parquet file: {error}"
-            yield Refused(damage) if damage else _image(values[row - start], self.access.config.max_bytes)
+            yield UnusableEntry(damage) if damage else _image(values[row - start], self.access.config.max_bytes)
 
 
 def _batches(
@@ -265,9 +265,9 @@ def _image(value: Any, limit: int) -> Payload:
         path = value["path"].as_py() if "path" in value else None
         value = value["bytes"]
         if not value.is_valid and path:
-            return Refused(f"only its path is in the table, not its bytes: {printable(str(path)[:LONGEST_PATH])}")
+            return UnusableEntry(f"only its path is in the table, not its bytes: {printable(str(path)[:LONGEST_PATH])}")
     if not value.is_valid:
-        return Refused("a row without an image")
+        return UnusableEntry("a row without an image")
     data = value.as_buffer()
     return too_large(data.size, limit) if data.size > limit else data.to_pybytes()
 

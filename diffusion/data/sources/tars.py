@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple, TextIO, TypeAlias, cast
 
 from diffusion.common.errors import UserError
-from diffusion.data.ingest.decode import Refused
+from diffusion.data.ingest.decode import UnusableEntry
 from diffusion.data.sources.base import LONGEST, MISSING, Access, Entry, Payload, shortened, too_large, too_long
 from diffusion.data.sources.conventions import list_images, printable
 from diffusion.data.sources.local_files import as_lines, open_unchanged, stamp_of, uncompressed
@@ -111,18 +111,18 @@ def read(path: Path, known: str, places: Iterable[Place], access: Access) -> Ite
             yield read_slice(file, place, access.config.max_bytes)
 
 
-def read_slice(file: BinaryIO | None, place: Place, limit: int) -> bytes | Refused:
+def read_slice(file: BinaryIO | None, place: Place, limit: int) -> bytes | UnusableEntry:
     """Read the bytes at (offset, size), unless they are more than ``limit``, or the tar is gone (None)."""
     if isinstance(place, str):
-        return Refused(place)
+        return UnusableEntry(place)
     offset, size = place
     if file is None:
-        return Refused(MISSING)
+        return UnusableEntry(MISSING)
     if size > limit:
         return too_large(size, limit)
     file.seek(offset)
     data = file.read(size)
-    return data if len(data) == size else Refused("cut short in the tar")
+    return data if len(data) == size else UnusableEntry("cut short in the tar")
 
 
 class _Headers(io.BufferedReader):

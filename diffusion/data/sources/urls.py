@@ -16,7 +16,7 @@ import httpcore
 import httpx
 
 from diffusion.common.errors import UserError
-from diffusion.data.ingest.decode import Refused
+from diffusion.data.ingest.decode import UnusableEntry
 from diffusion.data.prefetch import ahead
 from diffusion.data.sources.base import Access, Entry, Payload, too_large
 from diffusion.data.sources.conventions import as_text, printable, records, texts_of
@@ -82,7 +82,7 @@ class Urls:
             answers = ahead(partial(self._fetch, client, stopped), entries, WORKERS)
             try:
                 for answer in answers:
-                    if isinstance(answer, Refused):
+                    if isinstance(answer, UnusableEntry):
                         yield answer
                         continue
                     with answer:
@@ -94,16 +94,16 @@ class Urls:
 
     def _fetch(
         self, client: HttpClient, stopped: threading.Event, entry: Entry
-    ) -> "SpooledTemporaryFile[bytes] | Refused":
+    ) -> "SpooledTemporaryFile[bytes] | UnusableEntry":
         url, config = entry.locator, self.access.config
         if not url:
-            return Refused("a row without a URL")
+            return UnusableEntry("a row without a URL")
         if not url.lower().startswith(("http://", "https://")):
-            return Refused("neither an http:// nor an https:// URL: local files are read from a folder")
+            return UnusableEntry("neither an http:// nor an https:// URL: local files are read from a folder")
         for number in range(config.download_tries):
             try:
                 return _get(client, url, config.max_bytes, self.access.scratch)
-            except Refused as refused:
+            except UnusableEntry as refused:
                 return refused
             except _Again as error:
                 reason, pause = str(error), random.uniform(0, min(PAUSE * 2 ** min(number, 6), 20))
@@ -111,13 +111,13 @@ class Urls:
                     pause = min(max(error.after, 0), LONGEST_PAUSE) + random.uniform(0, 1)
             if number + 1 < config.download_tries and stopped.wait(pause):
                 break
-        return Refused(f"{reason}, at each of {config.download_tries} tries")
+        return UnusableEntry(f"{reason}, at each of {config.download_tries} tries")
 
 
 def _get(client: HttpClient, url: str, limit: int, scratch: Path) -> "SpooledTemporaryFile[bytes]":
     """Fetch a URL once, within ``client.seconds``.
 
-    Raises _Again for a transient failure, else Refused, and nothing else for any behaviour of a server.
+    Raises _Again for a transient failure, else UnusableEntry, and nothing else for any behaviour of a server.
     """
     try:
         with client.get(url) as response:
@@ -127,28 +127,28 @@ def _get(client: HttpClient, url: str, limit: int, scratch: Path) -> "SpooledTem
                 line = f"HTTP {status} {httpx.codes.get_reason_phrase(status)}".strip()
                 if status in BUSY or status >= 500:
                     raise _Again(line, _retry_after(headers.get("Retry-After", "")))
-                raise Refused(line)
+                raise UnusableEntry(line)
             declared = headers.get("Content-Length", "")
             if re.fullmatch("[0-9]{1,18}", declared) and int(declared) > limit:
                 raise too_large(int(declared), limit)
             if (encoding := headers.get("Content-Encoding", "identity")) != "identity":
                 # A few bytes may unpack to any number.
-                raise Refused(f"sent with Content-Encoding {_short(encoding)} although none was accepted")
+                raise UnusableEntry(f"sent with Content-Encoding {_short(encoding)} although none was accepted")
             file = SpooledTemporaryFile(IN_MEMORY, dir=str(scratch))  # noqa: SIM115 (closed by the generator that yields it)
             try:
                 for piece in response.iter_stream():
                     file.write(piece)
                     if file.tell() > limit:
-                        raise Refused(f"more than the limit of {limit} bytes")
+                        raise UnusableEntry(f"more than the limit of {limit} bytes")
             except httpcore.TimeoutException as error:
                 raise _Again(f"not all there after {client.seconds:g} s") from error
             return file
-    except (_Again, Refused):
+    except (_Again, UnusableEntry):
         raise
     except httpcore.UnsupportedProtocol as error:
-        raise Refused("leads to something that is neither http nor https") from error
+        raise UnusableEntry("leads to something that is neither http nor https") from error
     except (httpx.InvalidURL, httpx.TooManyRedirects) as error:
-        raise Refused(f"not to be had: {_short(error)}") from error
+        raise UnusableEntry(f"not to be had: {_short(error)}") from error
     except httpcore.TimeoutException as error:
         raise _Again(f"no answer within {client.seconds:g} s") from error
     except (httpcore.NetworkError, httpcore.RemoteProtocolError, httpcore.ProxyError) as error:
@@ -156,7 +156,7 @@ def _get(client: HttpClient, url: str, limit: int, scratch: Path) -> "SpooledTem
     except OSError:  # of the disk: httpcore has its own for the network
         raise
     except Exception as error:  # libraries raise whatever they like on answers that they did not expect
-        raise Refused(f"an answer that is not understood: {type(error).__name__}: {_short(error)}") from error
+        raise UnusableEntry(f"an answer that is not understood: {type(error).__name__}: {_short(error)}") from error
 
 
 def _short(said: object) -> str:

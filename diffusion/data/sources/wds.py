@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from diffusion.common.errors import UserError
-from diffusion.data.ingest.decode import Refused
+from diffusion.data.ingest.decode import UnusableEntry
 from diffusion.data.sources import tars
 from diffusion.data.sources.base import MISSING, Access, Entry, Payload
 from diffusion.data.sources.conventions import as_text, is_image, printable
@@ -63,7 +63,7 @@ class WebDataset:
             try:
                 path, known = self._here(shard, stamp)
             except FileNotFoundError:
-                yield from (Refused(MISSING) for _ in places)
+                yield from (UnusableEntry(MISSING) for _ in places)
             else:
                 yield from tars.read(path, known, places, self.access)
 
@@ -129,7 +129,7 @@ def _about(sidecars: dict[str, tars.TarMember], file: BinaryIO) -> tuple[str | N
     texts = {}
     for kind, member in sidecars.items():
         data = tars.read_slice(file, member.place, LONGEST_SIDECAR)
-        if isinstance(data, Refused):
+        if isinstance(data, UnusableEntry):
             raise ValueError(f"{member.name}: {data}")
         texts[kind] = data.decode("utf-8-sig").strip()
     try:

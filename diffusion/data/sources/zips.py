@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, TextIO, cast
 
 from diffusion.common.errors import UserError
-from diffusion.data.ingest.decode import Refused
+from diffusion.data.ingest.decode import UnusableEntry
 from diffusion.data.sources.base import MISSING, Access, Entry, Payload, too_large
 from diffusion.data.sources.conventions import list_images, printable
 from diffusion.data.sources.local_files import as_lines, open_unchanged, stamp_of
@@ -79,9 +79,9 @@ class Zip:
         with file or nullcontext():
             for place in places:
                 if isinstance(place, str):
-                    yield Refused(place)
+                    yield UnusableEntry(place)
                 else:
-                    yield self._member(file, ZipOffset(*place[1:])) if file else Refused(MISSING)
+                    yield self._member(file, ZipOffset(*place[1:])) if file else UnusableEntry(MISSING)
 
     def _member(self, file: BinaryIO, place: ZipOffset) -> Payload:
         limit = self.access.config.max_bytes
@@ -91,9 +91,9 @@ class Zip:
             with open_member(file, place) as member:
                 # Without a number it would unpack up to 2 GiB at once, whatever the file declares.
                 data = member.read(place.size)
-            return data if len(data) == place.size else Refused("damaged in the zip: it ends too soon")
+            return data if len(data) == place.size else UnusableEntry("damaged in the zip: it ends too soon")
         except (zipfile.BadZipFile, zlib.error, struct.error, EOFError) as error:
-            return Refused(f"damaged in the zip: {error or 'it ends too soon'}")
+            return UnusableEntry(f"damaged in the zip: {error or 'it ends too soon'}")
 
     @contextmanager
     def _table(self, locator: str, _: str) -> Iterator[TextIO]:

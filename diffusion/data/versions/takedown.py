@@ -18,9 +18,9 @@ from diffusion.data.ingest.merge import blanked, filter_shard, write_part
 from diffusion.data.manifest import (
     Manifest,
     content_digest,
-    mend,
     read_manifest,
     read_records,
+    repair_hint,
     require_whole,
     versions,
     work_folder,
@@ -155,10 +155,10 @@ def _without(folder: Path, before: Manifest, taken: Callable[[Row], bool], reaso
         if shard is not None and len(kept) < part.outcomes["kept"]:
             path = folder / shard.name
             if kept and sha256_file(path) != shard.sha256:
-                raise UserError(f"{path} is damaged (its SHA-256 differs): {mend(folder)}")
+                raise UserError(f"{path} is damaged (its SHA-256 differs): {repair_hint(folder)}")
             shard = filter_shard(folder, part.number, path, kept) if kept else None
         parts[place] = write_part(folder, part.number, shard, rows, before.size)
-        progress("parts written anew", place + 1, len(parts))
+        progress("parts rewritten", place + 1, len(parts))
     return before.model_copy(
         update={
             "parent": before.digest,

@@ -43,7 +43,7 @@ def versions(client: MlflowClient, ledger: Ledger, tmp_path: Path) -> list[Versi
 
 def add(ledger: Ledger, what: What, version: Version, **told: object) -> LedgerEntry:
     def decide(history: History) -> LedgerEntry:
-        return history.then(what, version.number, version.weights_sha256, **told)  # type: ignore[arg-type]
+        return history.next_entry(what, version.number, version.weights_sha256, **told)  # type: ignore[arg-type]
 
     head = ledger.append(decide).head
     assert head is not None

@@ -39,7 +39,7 @@ def weights_of(version: int) -> str:
 
 def add(ledger: Ledger, what: What, version: int, **told: object) -> LedgerEntry:
     def decide(history: History) -> LedgerEntry:
-        return history.then(what, version, weights_of(version), **told)  # type: ignore[arg-type]
+        return history.next_entry(what, version, weights_of(version), **told)  # type: ignore[arg-type]
 
     head = ledger.append(decide).head
     assert head is not None
@@ -112,7 +112,8 @@ def forked(files: dict[int, bytes]) -> list[bytes]:
     history = History("faces", tuple(LedgerEntry.model_validate_json(files[number]) for number in (1, 2)))
     for version in (8, 9):
         history = replace(
-            history, entries=(*history.entries, history.then("promote", version, weights_of(version), evidence=WIN))
+            history,
+            entries=(*history.entries, history.next_entry("promote", version, weights_of(version), evidence=WIN)),
         )
     return [entry.data for entry in history.entries[2:]]
 
@@ -129,7 +130,7 @@ def test_tampering_with_recorded_entries_blocks_appending(ledger: Ledger) -> Non
         for number in changed:
             write_over(ledger, keys[number - 1], files.get(number))
         with pytest.raises(UserError, match=words) as caught:
-            ledger.append(lambda history: history.then("promote", 7, weights_of(7)), lambda: known)
+            ledger.append(lambda history: history.next_entry("promote", 7, weights_of(7)), lambda: known)
         assert "\n" not in str(caught.value)
         if 4 in changed:
             with pytest.raises(UserError, match=words):
@@ -161,7 +162,7 @@ def test_unrecorded_ledger_entries_count(ledger: Ledger) -> None:
 
 def foreign(ledger: Ledger, history: History) -> dict[str, bytes]:
     """What somebody with a key that may write leaves among two entries."""
-    skipped = history.then("promote", 9, weights_of(9))
+    skipped = history.next_entry("promote", 9, weights_of(9))
     return {
         "00000003.json": b"no JSON",
         "00000004.json": b"{}",
@@ -191,7 +192,7 @@ def test_foreign_ledger_objects_are_reported_and_ignored(ledger: Ledger) -> None
         head = ledger.head(seen)
         assert head is not None
         assert head.number == 2
-    head = ledger.append(lambda history: history.then("promote", 3, weights_of(3)), lambda: known).head
+    head = ledger.append(lambda history: history.next_entry("promote", 3, weights_of(3)), lambda: known).head
     assert head is not None
     assert (head.number, head.from_version) == (10, 2)
     assert ledger.read().foreign.keys() == left.keys()
@@ -220,10 +221,10 @@ def test_append_fails_when_a_later_entry_took_precedence(ledger: Ledger) -> None
     seen: list[Known] = [on_record(ledger)]
 
     def decide(history: History) -> LedgerEntry:
-        above = written_again(history.then("promote", 9, weights_of(9)).data, number=3)
+        above = written_again(history.next_entry("promote", 9, weights_of(9)).data, number=3)
         write_over(ledger, ledger.place.key("00000003.json"), above)
         seen.append({3: hashlib.sha256(above).hexdigest()})
-        return history.then("promote", 2, weights_of(2))
+        return history.next_entry("promote", 2, weights_of(2))
 
     with pytest.raises(Held, match="another process was first: promote 1 → 9"):
         ledger.append(decide, lambda: seen[-1])
@@ -241,7 +242,7 @@ def test_of_many_at_once_each_gets_an_entry_of_its_own(ledger: Ledger) -> None:
 
 def test_unconfirmed_ledger_write_counts_once(ledger: Ledger) -> None:
     def decide(history: History) -> LedgerEntry:
-        entry = history.then("promote", 1, weights_of(1))
+        entry = history.next_entry("promote", 1, weights_of(1))
         # As a first try leaves it whose answer was lost.
         ledger.store.put_once(ledger.place.bucket, "ledger/faces/00000001.json", entry.data)
         return entry
@@ -259,8 +260,8 @@ def test_append_decides_again_when_the_ledger_changed(ledger: Ledger) -> None:
         if len(seen) == 1:
             add(ledger, "promote", 2, evidence=WIN)
         elif history.standing.champion != seen[0]:
-            raise Held(history.faster())
-        return history.then("promote", 3, weights_of(3))
+            raise Held(history.conflict())
+        return history.next_entry("promote", 3, weights_of(3))
 
     with pytest.raises(Held, match=r"another process was first: promote 1 → 2, .*: kid 0\.01 ± 0\.001, lower"):
         ledger.append(decide)
@@ -305,7 +306,7 @@ def test_candidate_is_the_last_held_undecided_version() -> None:
 def chain(*moves: tuple[What, int, dict[str, object]]) -> History:
     history = History("faces")
     for what, version, told in moves:
-        entry = history.then(what, version, weights_of(version), **told)  # type: ignore[arg-type]
+        entry = history.next_entry(what, version, weights_of(version), **told)  # type: ignore[arg-type]
         history = History("faces", (*history.entries, entry))
     return history
 
@@ -314,17 +315,17 @@ def test_rolled_back_version_is_withheld_until_manually_promoted() -> None:
     up: list[tuple[What, int, dict[str, object]]] = [("promote", 1, {}), ("promote", 2, {})]
     back: tuple[What, int, dict[str, object]] = ("rollback", 1, {"by_hand": True, "reason": "three eyes"})
     hold: tuple[What, int, dict[str, object]] = ("hold", 2, {"evidence": HOLD})
-    assert chain(*up).withheld(2) is None
-    assert chain(*up).withheld(1) is None
-    assert chain(*up, back).withheld(2) is not None
-    assert chain(*up, back, hold).withheld(2) is not None
-    assert chain(*up, back, ("promote", 3, {})).withheld(2) is not None
-    assert chain(*up, back, ("promote", 2, {"by_hand": True})).withheld(2) is None
-    assert chain(*up, ("promote", 1, {"by_hand": True})).withheld(2) is not None
+    assert chain(*up).manual_demotion(2) is None
+    assert chain(*up).manual_demotion(1) is None
+    assert chain(*up, back).manual_demotion(2) is not None
+    assert chain(*up, back, hold).manual_demotion(2) is not None
+    assert chain(*up, back, ("promote", 3, {})).manual_demotion(2) is not None
+    assert chain(*up, back, ("promote", 2, {"by_hand": True})).manual_demotion(2) is None
+    assert chain(*up, ("promote", 1, {"by_hand": True})).manual_demotion(2) is not None
     denied: dict[str, object] = {"evidence": WIN, "approval": Approval(approved=False, by="Ada")}
     nobody: dict[str, object] = {"evidence": WIN, "approval": Approval(approved=False, by=None)}
-    assert chain(*up, ("hold", 3, denied)).withheld(3) is not None
-    assert chain(*up, ("hold", 3, nobody)).withheld(3) is None
+    assert chain(*up, ("hold", 3, denied)).manual_demotion(3) is not None
+    assert chain(*up, ("hold", 3, nobody)).manual_demotion(3) is None
 
 
 def test_ledger_entry_names_user_action_and_reason(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,7 +32,7 @@ VERSION = Version(
     tags={"darkroom.dvc_digest": "abc.dir", "darkroom.git_commit": "c0ffee", "darkroom.git_dirty": "True"},
 )
 EVIDENCE = Evidence(verdict="promote", reason="first | version:\nno champion", figures={"kid": 0.01}, eval_key="e" * 64)
-ENTRY = History("faces").then("promote", 3, "b" * 64, evidence=EVIDENCE)
+ENTRY = History("faces").next_entry("promote", 3, "b" * 64, evidence=EVIDENCE)
 PARAMS = Params()
 
 
@@ -143,7 +143,7 @@ def test_model_card_is_written_per_verdict_and_keeps_takedowns(
 
     assert "Not yet" in write(History("carded"))
     mark([], [uri], REMOVAL)
-    one = History("carded").then("promote", 1, version.weights_sha256, evidence=EVIDENCE)
+    one = History("carded").next_entry("promote", 1, version.weights_sha256, evidence=EVIDENCE)
     card = write(History("carded", (one,)))
     assert "Not yet" not in card
     assert f"{uri} was made from images that were taken down since (takedown {REMOVAL.name})" in card
@@ -151,7 +151,7 @@ def test_model_card_is_written_per_verdict_and_keeps_takedowns(
 
     mlflow_client.update_model_version("carded", "1", description=f"{card}\n\nLooks best in print.")
     assert write(History("carded", (one,))).endswith("Looks best in print.")
-    two = History("carded", (one,)).then("reject", 1, version.weights_sha256, evidence=EVIDENCE)
+    two = History("carded", (one,)).next_entry("reject", 1, version.weights_sha256, evidence=EVIDENCE)
     card = write(History("carded", (one, two)))
     assert two.digest in card
     assert card.count(f"Takedown {REMOVAL.name}: made from images") == 1
