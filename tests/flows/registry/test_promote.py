@@ -129,7 +129,7 @@ def test_rolled_back_version_is_held_without_a_comparison(mlflow_client: MlflowC
     ledger = Ledger.of(params.model_name)
     for what, version in (("promote", old.version), ("promote", new.version), ("rollback", old.version)):
         told = {"what": what, "version": version.number, "weights_sha256": version.weights_sha256, "by_hand": True}
-        ledger.append(partial(History.then, **told))
+        ledger.append(partial(History.next_entry, **told))
     held = new.decided()
     assert held.evidence is not None
     assert (held.champion, held.evidence.verdict, held.comparison) == (1, "hold", None)
