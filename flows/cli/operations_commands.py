@@ -1,5 +1,6 @@
 """Provenance and unattended operation: ``darkroom trace``, ``reproduce``, ``deploy``, ``monitor`` and ``gc``."""
 
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -102,7 +103,9 @@ def _chain(found: "Trace") -> Iterator[str]:
         yield f"model     {names}, registered {model.registered:{MINUTE}}"
         code = f"code {model.code_sha256}, as" if model.code_sha256 else "code: no digest of it, or not as"
         yield f"          {code} registered"
-        yield from (f"          {name} {value}" for name, value in model.tags.items() if name.startswith("darkroom."))
+        # The ledger's copies are for its repair: `darkroom model history` shows the entries.
+        ours = {name: value for name, value in model.tags.items() if re.match(r"darkroom\.(?!ledger\.)", name)}
+        yield from (f"          {name} {value}" for name, value in ours.items())
         if scores := {name: value for name, value in model.tags.items() if not name.startswith("darkroom.")}:
             yield f"          {_fields(scores)}"
     if run := found.run:
