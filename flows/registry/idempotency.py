@@ -75,7 +75,7 @@ class Request:
             "layout": version.layout_digest if params.training.window is not None else None,
             "params": params.model_dump(mode="json", exclude={"ingest", "retention"}),
             "autoencoder": _champion(registered(params)),
-            "printing": [sheet.count, sheet.seed, sheet.to, sheet.conditions.model_dump(mode="json")],
+            "samples": [sheet.count, sheet.seed, sheet.to, sheet.conditions.model_dump(mode="json")],
         }
         return cls(params.model_name, digest_of(parts))
 

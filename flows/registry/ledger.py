@@ -188,10 +188,10 @@ class AliasState:
 
 def replay_aliases(entries: Iterable[LedgerEntry]) -> AliasState:
     """Alias state after ``entries``."""
-    titles = AliasState()
+    state = AliasState()
     for entry in entries:
-        titles = titles.after(entry.what, entry.version)
-    return titles
+        state = state.after(entry.what, entry.version)
+    return state
 
 
 @dataclass(frozen=True)
@@ -428,19 +428,19 @@ class Ledger(NumberedObjects):
         for number in sorted(known):
             if here.get(number) != known[number]:
                 raise self._broken(object_name(number), f"is not what it was (sha256 {known[number]})")
-        before, titles = None, AliasState()
+        before, state = None, AliasState()
         for entry in entries:
-            after = _follow(entry, before, titles)
+            after = _follow(entry, before, state)
             if isinstance(after, str):
                 raise self._broken(object_name(entry.number), after)
-            before, titles = entry, after
+            before, state = entry, after
         return entries
 
     def _extend(
         self, entries: list[LedgerEntry], objects: Mapping[int, bytes], numbers: Sequence[int]
     ) -> Iterator[tuple[int, str]]:
         """Add the objects that continue the chain to ``entries``; yields other numbers with the reason for each."""
-        here, titles = {entry.number for entry in entries}, replay_aliases(entries)
+        here, state = {entry.number for entry in entries}, replay_aliases(entries)
         for number in numbers:
             if number in here:
                 continue
@@ -451,11 +451,11 @@ class Ledger(NumberedObjects):
                 yield number, "is not part of the chain of entries"
             elif (entry := self._entry(number, objects[number])) is None:
                 yield number, "is no entry of this ledger"
-            elif isinstance(after := _follow(entry, before, titles), str):
+            elif isinstance(after := _follow(entry, before, state), str):
                 yield number, after
             else:
                 entries.append(entry)
-                titles = after
+                state = after
 
     def _recorded(self, number: int, data: bytes) -> LedgerEntry:
         if (entry := self._entry(number, data)) is None:
@@ -479,14 +479,14 @@ class Ledger(NumberedObjects):
         )
 
 
-def _follow(entry: LedgerEntry, before: LedgerEntry | None, titles: AliasState) -> AliasState | str:
-    """State after ``entry``, or the reason why it cannot follow ``before`` with the state ``titles``."""
+def _follow(entry: LedgerEntry, before: LedgerEntry | None, state: AliasState) -> AliasState | str:
+    """State after ``entry``, or the reason why it cannot follow ``before`` with the alias ``state``."""
     if entry.parent != (before.digest if before else None):
         return "does not stand on the entry before it"
     try:
-        after = titles.after(entry.what, entry.version)
+        after = state.after(entry.what, entry.version)
     except UserError as error:
         return f"cannot be: {error}"
-    if (entry.from_version, entry.standing) != (titles.standing.champion, after.standing):
+    if (entry.from_version, entry.standing) != (state.standing.champion, after.standing):
         return "has version numbers that contradict its event"
     return after

@@ -14,6 +14,15 @@ from tempfile import SpooledTemporaryFile
 
 import httpcore
 import httpx
+from tenacity import (
+    RetryCallState,
+    Retrying,
+    retry_if_exception_type,
+    stop_after_attempt,
+    stop_when_event_set,
+    wait_random_exponential,
+)
+from tenacity.nap import sleep_using_event
 
 from diffusion.common.errors import UserError
 from diffusion.data.ingest.decode import UnusableEntry
@@ -24,8 +33,8 @@ from diffusion.data.sources.http_client import HttpClient
 from diffusion.data.sources.local_files import open_text
 
 WORKERS = 16
-PAUSE = 0.5
-"""Seconds before another try, at most; doubled with each, up to twenty."""
+PAUSE = wait_random_exponential(multiplier=0.5, max=20)
+"""Seconds before another try."""
 LONGEST_PAUSE = 60.0
 """Seconds; longest pause, also if a server requests more."""
 BUSY = {408, 425, 429}
@@ -100,18 +109,19 @@ class Urls:
             return UnusableEntry("a row without a URL")
         if not url.lower().startswith(("http://", "https://")):
             return UnusableEntry("neither an http:// nor an https:// URL: local files are read from a folder")
-        for number in range(config.download_tries):
-            try:
-                return _get(client, url, config.max_bytes, self.access.scratch)
-            except UnusableEntry as refused:
-                return refused
-            except _Again as error:
-                reason, pause = str(error), random.uniform(0, min(PAUSE * 2 ** min(number, 6), 20))
-                if error.after is not None:
-                    pause = min(max(error.after, 0), LONGEST_PAUSE) + random.uniform(0, 1)
-            if number + 1 < config.download_tries and stopped.wait(pause):
-                break
-        return UnusableEntry(f"{reason}, at each of {config.download_tries} tries")
+        retrying = Retrying(
+            retry=retry_if_exception_type(_Again),
+            stop=stop_after_attempt(config.download_tries) | stop_when_event_set(stopped),
+            wait=_pause,
+            sleep=sleep_using_event(stopped),
+            reraise=True,
+        )
+        try:
+            return retrying(_get, client, url, config.max_bytes, self.access.scratch)
+        except UnusableEntry as error:
+            return error
+        except _Again as error:
+            return UnusableEntry(f"{error}, at each of {config.download_tries} tries")
 
 
 def _get(client: HttpClient, url: str, limit: int, scratch: Path) -> "SpooledTemporaryFile[bytes]":
@@ -161,6 +171,14 @@ def _get(client: HttpClient, url: str, limit: int, scratch: Path) -> "SpooledTem
 
 def _short(said: object) -> str:
     return printable(str(said)[:LONGEST_REASON])
+
+
+def _pause(state: RetryCallState) -> float:
+    """Return the seconds before the next try: the server's Retry-After, bounded, or jittered exponential backoff."""
+    error = state.outcome.exception() if state.outcome else None
+    if isinstance(error, _Again) and error.after is not None:
+        return min(max(error.after, 0), LONGEST_PAUSE) + random.uniform(0, 1)
+    return PAUSE(state)
 
 
 def _retry_after(value: str) -> float | None:

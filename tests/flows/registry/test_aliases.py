@@ -263,7 +263,7 @@ def judged(
 @pytest.mark.drill(
     "two promotions at once",
     "a second one while the first one decides",
-    "one champion; the slower one is told who was faster, exit 3",
+    "one champion; the slower one names it, exit 3",
 )
 def test_concurrent_promotions_have_one_winner_named_to_the_other(
     client: MlflowClient, versions: list[Version], ledger: Ledger

@@ -15,6 +15,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
+from tenacity import wait_none
 
 from diffusion.data.ingest.config import IngestConfig
 from diffusion.data.ingest.ingest import ingest
@@ -459,7 +460,7 @@ def all_listening(kinds: dict[str, Serve]) -> Iterator[list[int]]:
 def test_no_retry_after_stops_an_ingest(
     names: Names, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wanted: str
 ) -> None:
-    monkeypatch.setattr("diffusion.data.sources.urls.PAUSE", 0.0)
+    monkeypatch.setattr("diffusion.data.sources.urls.PAUSE", wait_none())
     monkeypatch.setattr("diffusion.data.sources.urls.LONGEST_PAUSE", 0.0)
     busy = at_once(response(b"", f"Retry-After: {wanted}".encode().decode("latin-1"), status="503 Busy"))
     with listening(busy) as port:

@@ -13,6 +13,7 @@ from pathlib import Path
 from urllib.parse import unquote
 
 import pytest
+from tenacity import wait_none
 
 from diffusion.common.errors import UserError
 from diffusion.data.ingest.config import IngestConfig
@@ -128,7 +129,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
 @pytest.fixture(autouse=True)
 def _short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     """Between tries, so that the tests are fast."""
-    monkeypatch.setattr("diffusion.data.sources.urls.PAUSE", 0.0)
+    monkeypatch.setattr("diffusion.data.sources.urls.PAUSE", wait_none())
 
 
 def answers(server: Server, tmp_path: Path, *places: str, **fields: object) -> list[object]:
