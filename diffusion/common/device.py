@@ -39,6 +39,13 @@ def device_name(device: torch.device) -> str:
     return f"{torch.cuda.get_device_name(device)}, {_processor()}" if device.type == "cuda" else _processor()
 
 
+def uses_amx() -> bool:
+    """Return whether oneDNN multiplies bf16 matrices in AMX tiles: the CPU has them, and no variable hides them."""
+    limits = [os.environ[name] for name in ISA_VARIABLES[:2] if name in os.environ]
+    hidden = any("AMX" not in limit.upper() and limit.upper() != "DEFAULT" for limit in limits)
+    return torch.cpu._is_amx_tile_supported() and not hidden
+
+
 def _processor() -> str:
     """Name the CPU's vendor (for MKL), torch's vector instructions, and AMX, which oneDNN uses by itself."""
     match = re.search(r"^vendor_id\s*:\s*(\S+)", CPU_INFO.read_text() if CPU_INFO.is_file() else "", re.MULTILINE)

@@ -7,7 +7,7 @@ import torch
 from pydantic import Field
 
 from diffusion.common.config import Config, DeviceName
-from diffusion.common.device import device_name, resolve_device
+from diffusion.common.device import device_name, resolve_device, uses_amx
 
 Precision = Literal["auto", "bf16", "fp32"]
 CPU = torch.device("cpu")
@@ -38,12 +38,27 @@ class Fingerprint(Config):
 
 
 def resolve_precision(precision: Precision, device: torch.device = CPU) -> Literal["bf16", "fp32"]:
-    """Resolve a precision: ``auto`` is bf16 if ``device`` supports it natively, else fp32."""
+    """Resolve a precision: ``auto`` is bf16 on GPUs that support it and on CPUs with AMX, else fp32.
+
+    AVX-512's bf16 instructions without AMX are slower than fp32: 158 against 317 GFLOP/s in the largest matrix product,
+    and training took 1.33 to 1.39 times as long (torch 2.13).
+    """
     if precision != "auto":
         return precision
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    return "bf16" if torch.cpu._is_avx512_bf16_supported() else "fp32"
+    return "bf16" if uses_amx() else "fp32"
+
+
+def describe_precision(precision: Precision, device: torch.device = CPU) -> str:
+    """Name the resolved precision and why it was chosen."""
+    resolved = resolve_precision(precision, device)
+    if precision != "auto":
+        return f"{resolved}, as configured"
+    reasons = {"bf16": "the CPU has AMX", "fp32": "the CPU has no AMX, without which bf16 is slower"}
+    if device.type == "cuda":
+        reasons = {"bf16": "the GPU supports it", "fp32": "the GPU has no bf16"}
+    return f"{resolved}, as {reasons[resolved]}"
 
 
 def autocast(precision: Precision, device: torch.device = CPU) -> AbstractContextManager[object]:

@@ -30,6 +30,7 @@ from diffusion.families.ddpm import DiffusionModel, denoiser_of
 from diffusion.generation.config import Conditions
 from diffusion.generation.generate import check_prompts, check_sampling, make_conditioning, prompt_embeddings
 from diffusion.process.samplers import (
+    ZERO_SNR,
     DDIMSampling,
     DPMSolverSDESampling,
     EulerSampling,
@@ -114,7 +115,14 @@ class DarkroomPipeline(DiffusionPipeline):  # type: ignore[misc]
         start, options = self._noise(model, batch_size, seed, generator, eta)
         timesteps, sigmas = visited(self.scheduler, model.schedule, config)
         in_sigma = isinstance(self.scheduler, IN_SIGMA)
-        x0 = state = float(sigmas[0] if in_sigma else sigmas[0] / (1 + sigmas[0] ** 2).sqrt()) * start
+        mean = model.center(conditioning)
+        first = config.sigma_grid(model.schedule)[0]
+        if first > ZERO_SNR and isinstance(self.scheduler, HeunDiscreteScheduler):
+            mean = denoise(float(first) * start, first)
+        start = float(sigmas[0]) * start
+        if mean is not None:
+            start = start + mean.to(start)
+        x0 = state = start if in_sigma else start / float((1 + sigmas[0] ** 2).sqrt())
         for t, sigma in self.progress_bar(list(zip(timesteps, sigmas, strict=True))):
             self.scheduler.scale_model_input(state, t)  # some insist on it; σ says the same
             x = state if in_sigma else float((1 + sigma**2).sqrt()) * state
@@ -232,6 +240,8 @@ def scheduler_of(model: DiffusionModel, sampling: SamplingConfig) -> SchedulerMi
     scheduler = kind(**shared, **options)
     if not isinstance(scheduler, WHOLE):
         levels = sampling.sigma_grid(model.schedule)
+        if isinstance(scheduler, HeunDiscreteScheduler):
+            levels = levels[levels <= ZERO_SNR]
         # Not among its arguments, but it looks there when it lays out levels as Karras et al. do.
         scheduler.register_to_config(sigma_max=float(levels[0]), sigma_min=float(levels[-2]))
     return scheduler
@@ -249,6 +259,7 @@ def visited(scheduler: SchedulerMixin, schedule: NoiseSchedule, config: Sampling
     if isinstance(scheduler, DEISMultistepScheduler):
         sigmas[-1] = sigmas[-2]  # it cannot go to 0
     if isinstance(scheduler, HeunDiscreteScheduler):  # which evaluates twice at each level but the first
+        sigmas = sigmas[sigmas <= ZERO_SNR]  # from above, the step is the pipeline's
         sigmas = torch.cat([sigmas[:1], sigmas[1:-1].repeat_interleave(2), sigmas[-1:]])
     levels = sigmas[:-1]
     scheduler.sigmas, scheduler.timesteps = sigmas.float(), schedule.time(levels)

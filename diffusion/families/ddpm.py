@@ -33,7 +33,7 @@ from diffusion.process.parametrization import (
     sample_timesteps,
     timesteps_at,
 )
-from diffusion.process.samplers import Denoise, Noise, SamplingConfig
+from diffusion.process.samplers import ZERO_SNR, Denoise, Noise, SamplingConfig
 from diffusion.process.schedules import NoiseSchedule, make_schedule
 
 LEVELS = 8
@@ -67,14 +67,15 @@ class DiffusionModel(Model):
         """Build the denoising objective, in latents where there is an autoencoder."""
         assert isinstance(header.model, ModelConfig)
         shape = header.latents.shape if header.latents else (header.channels, header.size, header.size)
-        objective = make_objective(header.model, training, header.sigma_data)
-        return DenoisingObjective(training, objective, shape, latents)
+        objective = make_objective(header.model, training, header.sigma_data, shape)
+        return DenoisingObjective(training, objective, shape, latents, _center(header))
 
     @classmethod
     def make_model(cls, header: ModelHeader, network: UNet, autoencoder: Latents | None) -> Self:
         """Wrap the network with the schedule that it was trained on."""
         assert isinstance(header.model, ModelConfig)
-        return cls(header, network, make_schedule(header.model), autoencoder)
+        shape = header.latents.shape if header.latents else (header.channels, header.size, header.size)
+        return cls(header, network, make_schedule(header.model, shape), autoencoder)
 
     @property
     def config(self) -> ModelConfig:
@@ -110,8 +111,12 @@ class DiffusionModel(Model):
             # Latents are unbounded.
             clip=self.latents is None,
             learned_variance=self.config.variance == "learned_range",
-            around=(conditioning or {}).get("low"),
+            around=self.center(conditioning or {}),
         )
+
+    def center(self, conditioning: Conditioning) -> Tensor | None:
+        """Return the known part of clean images: the small image enlarged, or the mean, (1, C, 1, 1), or None."""
+        return conditioning["low"] if "low" in conditioning else _center(self.header)
 
     def generate(self, batch: ConditioningBatch, config: SamplingConfig) -> Tensor:
         """Run the reverse process."""
@@ -119,7 +124,7 @@ class DiffusionModel(Model):
         denoise = denoiser_of(self, batch.conditioning, config, batch.negative)
         if batch.edit is not None:
             return edited(self, batch.edit, denoise, sigmas, batch.noise, config)
-        return to_uint8(self.decoded(config.run(denoise, sigmas, batch.noise)))
+        return to_uint8(self.decoded(config.run(denoise, sigmas, batch.noise, self.center(batch.conditioning))))
 
     def passes(self, config: SamplingConfig) -> list[tuple[int, Callable[[], Tensor]]]:
         """List the sampler's evaluations of the network and one pass through the decoder."""
@@ -156,6 +161,8 @@ class DenoisingObjective(TrainingObjective):
     """(C, H, W) of the noise."""
     autoencoder: Latents | None
     """Encodes images into latents; None: noise is added to pixels."""
+    center: Tensor | None
+    """Mean of the images, (1, C, 1, 1), from which the network predicts the difference; None: 0."""
 
     def make_batch(
         self, x0: Tensor, indices: Sequence[int], conditioning: Conditioning, probe: str | None = None
@@ -173,14 +180,14 @@ class DenoisingObjective(TrainingObjective):
 
     def losses(self, network: nn.Module, batch: TrainingBatch) -> Tensor:
         """Compute the weighted error of each image."""
-        x0, random, low = batch.x0, batch.random, batch.conditioning.get("low")
+        x0, random, around = batch.x0, batch.random, batch.conditioning.get("low", self.center)
         if self.autoencoder is not None:
             with torch.no_grad():
                 # Not cached: encoding takes 5 to 20 % of a step, while cached latents could go stale, would be needed
                 # twice for mirrored images, and would have to be deleted when images are taken down.
                 x0 = self.autoencoder.encode(x0)
         conditioned = partial(network, draws=random.get("dropout_seeds"), **batch.conditioning)
-        return self.objective.loss(conditioned, x0, random["t"], random["noise"], low)
+        return self.objective.loss(conditioned, x0, random["t"], random["noise"], around)
 
     def validation_metrics(self, network: nn.Module, batch: TrainingBatch, losses: Tensor) -> dict[str, float]:
         """Compute the mean loss at each of ``LEVELS`` parts of the distribution of noise levels."""
@@ -203,6 +210,10 @@ class DenoisingObjective(TrainingObjective):
         return [OptimizerStep({"network": network, "uncertainty": uncertainty}, losses, minimized)]
 
 
+def _center(header: ModelHeader) -> Tensor | None:
+    return None if header.data_mean is None else torch.tensor(header.data_mean).view(1, -1, 1, 1)
+
+
 def denoiser_of(model: DiffusionModel, conditioning: Conditioning, config: SamplingConfig, negative: Tensor) -> Denoise:
     """Build the conditional denoiser, guided away from the one with no class and the caption ``negative``."""
     if not config.guides:
@@ -222,7 +233,8 @@ def edited(
     model: DiffusionModel, edit: Edit, denoise: Denoise, sigmas: Tensor, noise: Noise, config: SamplingConfig
 ) -> Tensor:
     """Run the reverse process from the image of ``edit`` with the noise of its strength; restores all kept pixels."""
-    levels = levels_for(sigmas, edit.strength)
+    # An edit has an image to start around, and nothing to gain from a level without signal.
+    levels = levels_for(sigmas[sigmas <= ZERO_SNR], edit.strength)
     start = float(levels[0]) * noise()
     # At full strength the reverse process gets nothing of the hole.
     seen = edit.image if edit.kept is None or edit.strength < 1 else blanked(edit.image, edit.kept)

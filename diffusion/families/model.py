@@ -28,7 +28,7 @@ unconditional."""
 class ModelHeader(Config):
     """Metadata stored with the weights."""
 
-    format_version: Literal[4] = 4
+    format_version: Literal[5] = 5
     model: FamilyConfig
     """Configuration of the network, with the digest of the autoencoder's weights in place of its path."""
     channels: Literal[1, 3]
@@ -40,6 +40,8 @@ class ModelHeader(Config):
     """Digest of the data set."""
     sigma_data: float = Field(1.0, gt=0, le=1e6)
     """Standard deviation of the network's data: images in [−1, 1], residuals of super-resolution, or latents."""
+    data_mean: tuple[float, ...] | None = Field(None, exclude_if=unset)
+    """Mean of each channel of the images, in [−1, 1], about which prediction = edm works; None: it works about 0."""
     class_histogram: dict[str, int]
     """Number of images of each class of the data set, sorted by class."""
     encoder: TextEncoder | None = None

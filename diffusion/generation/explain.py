@@ -138,7 +138,8 @@ def reverse(model: DiffusionModel, seed: int, conditioning: Conditioning | None 
         seen.append((x, denoiser(x, sigma)))
         return seen[-1][1]
 
-    result = sampling_config().run(denoise, sigmas, GaussianNoise(seed, "sampling", [0], model.noise_shape))
+    noise = GaussianNoise(seed, "sampling", [0], model.noise_shape)
+    result = sampling_config().run(denoise, sigmas, noise, denoiser.around)
     times = model.schedule.time(sigmas[:-1])
     targets = torch.linspace(float(times[0]), float(times[-1]), FRAMES)
     chosen = torch.unique((times - targets[:, None]).abs().argmin(1))

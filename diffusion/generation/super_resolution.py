@@ -248,7 +248,7 @@ def upscale(
             noise = GaussianNoise(seed, "sampling", numbers, shape)
             with torch.inference_mode():
                 denoiser = replace(model.denoiser(), network=network, around=low)
-                large = config.run(denoiser, config.sigma_grid(model.schedule), lambda: noise().to(device))
+                large = config.run(denoiser, config.sigma_grid(model.schedule), lambda: noise().to(device), low)
                 return to_uint8(large).cpu()
 
         finished = []

@@ -58,7 +58,8 @@ class ObjectiveConfig(Config):
     timestep_sampling: Literal["uniform", "lognormal"] = "lognormal"
     """Distribution of noise levels: uniform over the steps of the schedule, or normal in ln σ (2206.00364)."""
     log_sigma_mean: float | None = None
-    """Mean of ln σ for timestep_sampling = lognormal; null: −1.2, EDM's."""
+    """Mean of ln σ for timestep_sampling = lognormal; null: −1.2, EDM's, and higher for images of more than 3×32×32
+    values, by the logarithm of the root of their ratio (2301.11093)."""
     log_sigma_std: float | None = Field(None, gt=0)
     """Standard deviation of ln σ for timestep_sampling = lognormal; null: 1.2, EDM's."""
     stratified_timesteps: bool = True
@@ -95,7 +96,7 @@ class ModelConfig(Kind):
     """The family of models: diffusion models; the other families are vae, gan and autoregressive."""
     schedule: Literal["linear", "cosine", "sigmoid", "edm"] = "edm"
     """Noise schedule: linear β (arXiv 2006.11239), cosine ᾱ (2102.09672), sigmoid ᾱ (2212.11972), or EDM's σ from
-    0.002 to 80 in a geometric sequence (2206.00364)."""
+    0.002 to 80 in a geometric sequence (2206.00364), which goes higher for images of more than 3×32×32 values."""
     steps: int = Field(1000, ge=2, le=10_000)
     """T, the number of noise levels."""
     zero_terminal_snr: bool = False

@@ -30,8 +30,8 @@ class Denoiser:
     clip: bool = True
     learned_variance: bool = False
     around: Tensor | None = None
-    """Known part of the clean images, (N, C, H, W), to which the network predicts the residual; None: it predicts the
-    images themselves."""
+    """Known part of the clean images, broadcast to (N, C, H, W): their mean, or for super-resolution the small images
+    enlarged. The network predicts the residual; None: it predicts the images themselves."""
 
     def __call__(self, x: Tensor, sigma: Tensor) -> Tensor:
         """Estimate x_0 (N, C, H, W) from ``x`` of the same shape; ``sigma`` is a number or (N,)."""
@@ -49,14 +49,15 @@ class Denoiser:
     def answer(self, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
         """Estimate x_0; also returns v (N, C, H, W) of a learned variance, or a tensor without channels."""
         sigma = sigma.to(x.device).double().expand(len(x))
-        if self.around is not None:
-            x = x - self.around
+        around = None if self.around is None else self.around.to(x)
+        if around is not None:
+            x = x - around
         scaled = like(x, self.parametrization.c_in(sigma)) * x
         output = self.network(scaled, self.schedule.time(sigma)).to(x.dtype)
         prediction, v = output.tensor_split([x.shape[1]], dim=1)
         x0 = self.parametrization.to_x0(prediction, x, sigma)
-        if self.around is not None:
-            x0 = x0 + self.around
+        if around is not None:
+            x0 = x0 + around
         return x0.clamp(-1, 1) if self.clip else x0, v
 
 

@@ -4,6 +4,7 @@ Every prediction is a case of D(x; σ) = c_skip x + c_out F(c_in x, t), where x 
 clean image, and the coefficients are functions of σ (arXiv 2206.00364, equation 7).
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -13,7 +14,7 @@ from torch import Tensor
 from diffusion.common.random import uniform
 from diffusion.models.config import ModelConfig, ObjectiveConfig, Prediction
 from diffusion.process.likelihood import bound, like
-from diffusion.process.schedules import NoiseSchedule, make_schedule
+from diffusion.process.schedules import NoiseSchedule, make_schedule, resolution_scale
 
 Weight = Callable[[Tensor], Tensor]
 """Weight of the squared error of the image as a function of σ (N,)."""
@@ -106,7 +107,7 @@ class Objective:
         Gaussian, ``around`` as in ``Denoiser``.
         """
         sigma = self.schedule.sigma(t)
-        clean = x0 if around is None else x0 - around
+        clean = x0 if around is None else x0 - around.to(x0)
         output = network(self.parametrization.noisy(clean, noise, sigma), t.float()).float()
         prediction, v = output.tensor_split([x0.shape[1]], dim=1)
         difference = prediction - self.parametrization.target(clean, noise, sigma)
@@ -121,10 +122,12 @@ class Objective:
         return loss + self.schedule.steps / 1000 * bound(self.schedule, t, x0, error_x0, v)
 
 
-def make_objective(model: ModelConfig, config: ObjectiveConfig, sigma_data: float) -> Objective:
-    """Build the objective for data of standard deviation ``sigma_data``."""
+def make_objective(
+    model: ModelConfig, config: ObjectiveConfig, sigma_data: float, shape: tuple[int, int, int]
+) -> Objective:
+    """Build the objective for data of standard deviation ``sigma_data`` and ``shape`` (C, H, W)."""
     parametrization = Parametrization(model.prediction, sigma_data)
-    return Objective(make_schedule(model), parametrization, make_weight(config, parametrization))
+    return Objective(make_schedule(model, shape), parametrization, make_weight(config, parametrization))
 
 
 def make_weight(config: ObjectiveConfig, parametrization: Parametrization) -> Weight:
@@ -157,6 +160,8 @@ def timesteps_at(config: ObjectiveConfig, schedule: NoiseSchedule, u: Tensor) ->
     if config.timestep_sampling == "uniform":
         return (u * schedule.steps).long().clamp(max=schedule.steps - 1)
     # ln σ is normal (arXiv 2206.00364, table 1).
-    mean = -1.2 if config.log_sigma_mean is None else config.log_sigma_mean
+    mean = config.log_sigma_mean
+    if mean is None:
+        mean = -1.2 + math.log(resolution_scale(schedule.values))
     std = 1.2 if config.log_sigma_std is None else config.log_sigma_std
     return schedule.time((mean + std * torch.special.ndtri(u)).exp())

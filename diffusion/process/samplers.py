@@ -40,6 +40,8 @@ Noise: TypeAlias = Callable[[], "Tensor"]
 Sampler: TypeAlias = Callable[..., "Tensor"]
 """From denoise, x, sigmas and noise, as above, to images, nominally in [−1, 1], (N, C, H, W)."""
 
+ZERO_SNR = 4000.0
+"""Noise level σ above which nothing is left of an image: the last level of schedules with zero terminal SNR."""
 MAX_CHURN = math.sqrt(2) - 1
 """Largest γ of churn in one step (arXiv 2206.00364, algorithm 2)."""
 
@@ -56,9 +58,10 @@ class BaseSampling(Config):
     steps: int = Field(16, ge=2, le=10_000)
     """Number of noise levels; if it equals model.steps, and sigma_min and sigma_max are null, all levels of the
     schedule are used, as in DDPM."""
-    sigma_max: float | None = Field(20.0, gt=0)
-    """Noise level σ at which sampling starts, at most the schedule's highest. Levels that training with
-    timestep_sampling = lognormal hardly samples are a waste of steps. Null: the schedule's highest, at most 80."""
+    sigma_max: Annotated[float, Field(gt=0)] | Literal["auto"] | None = "auto"
+    """Noise level σ at which sampling starts, at most the schedule's highest. auto: √(C·H·W), at which nothing is left
+    even of an image's brightness, 28 for grey images of 28×28 and 111 for colour at 64×64; the schedule's last level
+    where model.zero_terminal_snr is set. Null: the schedule's highest, at most 80, or more above 3×32×32 values."""
     sigma_min: float | None = Field(0.04, gt=0)
     """Lowest σ, from which the last step goes to 0, at least the schedule's lowest. Null: the schedule's lowest."""
     guidance: float | None = Field(None, ge=0, le=1000, exclude_if=unset)
@@ -75,7 +78,8 @@ class BaseSampling(Config):
     compute_batch: int = Field(64, ge=1, le=2**16)
     """Images per compute batch, always full; the last bits of each image depend on it."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """Number format of matrix products; auto: bf16 if the device supports it. On a GPU fp32 is TF32."""
+    """Number format of matrix products; auto: bf16 on GPUs that support it and CPUs with AMX, else fp32, which is
+    faster there. On a GPU fp32 is TF32."""
     device: DeviceName = Field("auto", exclude_if=unset)
     """Compute device: cpu, cuda, or auto, a GPU if there is one."""
 
@@ -84,13 +88,17 @@ class BaseSampling(Config):
         own = type(self).model_fields.keys() - BaseSampling.model_fields.keys()
         return partial(type(self).function, **{name: getattr(self, name) for name in own})
 
-    def run(self, denoise: Denoise, sigmas: Tensor, noise: Noise) -> Tensor:
-        """Generate images (N, C, H, W) from noise over the levels ``sigmas`` (see ``sigma_grid``)."""
-        return self.build_sampler()(denoise, float(sigmas[0]) * noise(), sigmas, noise)
+    def run(self, denoise: Denoise, sigmas: Tensor, noise: Noise, mean: Tensor | None = None) -> Tensor:
+        """Generate images (N, C, H, W) from noise over the levels ``sigmas`` (see ``sigma_grid``).
+
+        The noise to start from lies around ``mean``, what is known of the clean images; None: 0.
+        """
+        x = float(sigmas[0]) * noise()
+        return self.build_sampler()(denoise, x if mean is None else x + mean.to(x), sigmas, noise)
 
     @model_validator(mode="after")
     def _options_fit_each_other(self) -> BaseSampling:
-        if self.sigma_max is not None and self.sigma_max <= (self.sigma_min or 0):
+        if isinstance(self.sigma_max, float) and self.sigma_max <= (self.sigma_min or 0):
             raise ValueError("sampling.sigma_max is above sigma_min, or there is no level between them")
         if not self.guides and (self.guidance_interval, self.guidance_rescale) != (None, None):
             raise ValueError(
@@ -258,7 +266,9 @@ def heun(
         x0 = denoise(raised, level)
         slope = (raised - x0) / float(level)
         ahead = raised + float(following - level) * slope
-        if following > 0:
+        # A correction amplifies the difference of the estimates by half the ratio of the levels; from noise alone the
+        # step is exact without.
+        if following > 0 and level <= ZERO_SNR:
             slope_ahead = (ahead - denoise(ahead, following)) / float(following)
             ahead = raised + float(following - level) * (slope + slope_ahead) / 2
         x = ahead

@@ -1,8 +1,9 @@
 """Noise schedules of the forward process (arXiv 2006.11239)."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -10,8 +11,12 @@ from torch import Tensor
 from diffusion.common.errors import UserError
 from diffusion.models.config import ModelConfig
 
-SIGMA_MAX = 80.0
-"""Highest noise level at which sampling starts; cosine schedules go on to 20,000 (arXiv 2206.00364, table 1)."""
+SIGMA_MAX, VALUES = 80.0, 3 * 32 * 32
+"""Highest noise level, and the values of the images that it was chosen for (arXiv 2206.00364, table 1).
+
+More values hide an image less, as their mean keeps what is common to them. So that as little is left of larger images,
+σ grows as the root of their number (arXiv 2301.11093, section 3.1).
+"""
 RHO = 7.0
 """Exponent of EDM's grid of noise levels."""
 
@@ -22,6 +27,10 @@ class NoiseSchedule:
 
     alphas_cumprod: Tensor
     """ᾱ_t, falling from nearly 1 to nearly 0: (T,) float64."""
+    values: int = VALUES
+    """Values C·H·W of an image, or of its latents, which decide where sampling starts."""
+    zero_terminal_snr: bool = False
+    """Whether nothing is left of an image at the last level, where sampling then starts."""
     _copies: dict[torch.device, Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     @property
@@ -56,26 +65,34 @@ class NoiseSchedule:
         low = high - 1
         return (low + (value - table[low]) / (table[high] - table[low])).float()
 
-    def sigma_grid(self, steps: int, sigma_max: float | None = None, sigma_min: float | None = None) -> Tensor:
+    def sigma_grid(
+        self, steps: int, sigma_max: float | Literal["auto"] | None = None, sigma_min: float | None = None
+    ) -> Tensor:
         """Build the noise levels for a sampler, (steps + 1,) float64, falling to 0.
 
         All T levels of the schedule if ``steps`` is T and neither end is given; else the grid of EDM (Karras et al.)
         with ρ = 7 (arXiv 2206.00364, equation 5), dense at low levels, between the two ends clamped to the schedule.
-        Raises UserError if no level lies between them.
+        ``auto`` starts at √(C·H·W), where the noise has as much brightness as white against grey, or at the last level
+        of a schedule with zero terminal SNR, from which the first step goes there. Raises UserError if no level lies
+        between the ends.
         """
         if steps == self.steps and sigma_max is None and sigma_min is None:
             levels = self.sigmas.flip(0)
         else:
             highest, lowest = self.sigmas[-1], self.sigmas[0]
-            first = highest.clamp(max=SIGMA_MAX if sigma_max is None else sigma_max)
+            whole = self.zero_terminal_snr and sigma_max == "auto"
+            ends = {None: SIGMA_MAX * resolution_scale(self.values), "auto": math.sqrt(self.values)}
+            first = highest.clamp(max=sigma_max if isinstance(sigma_max, float | int) else ends[sigma_max])
             last = lowest.clamp(min=sigma_min or 0.0)
             if first <= last:
                 raise UserError(
                     f"the noise schedule has σ from {lowest:g} to {highest:g}, none of which lies between "
                     f"sampling.sigma_min = {sigma_min} and sampling.sigma_max = {sigma_max}: change them, or set null"
                 )
-            ramp = torch.linspace(0, 1, steps, dtype=torch.float64)
+            ramp = torch.linspace(0, 1, steps - whole, dtype=torch.float64)
             levels = (first ** (1 / RHO) + ramp * (last ** (1 / RHO) - first ** (1 / RHO))) ** RHO
+            if whole:
+                levels = torch.cat([highest[None], levels])
         return torch.cat([levels, levels.new_zeros(1)])
 
     def q_sample(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
@@ -127,14 +144,27 @@ def without_signal_at_the_end(schedule: NoiseSchedule) -> NoiseSchedule:
     return NoiseSchedule(alpha_bar)
 
 
-SCHEDULES = {"linear": linear_schedule, "cosine": cosine_schedule, "sigmoid": sigmoid_schedule, "edm": edm_schedule}
+SCHEDULES = {"linear": linear_schedule, "cosine": cosine_schedule, "sigmoid": sigmoid_schedule}
 
 
-def make_schedule(config: ModelConfig) -> NoiseSchedule:
-    """Build the schedule of ``config``; raises UserError if its noise levels are not all different."""
-    schedule = SCHEDULES[config.schedule](config.steps)
+def resolution_scale(values: int) -> float:
+    """Compute the factor of noise levels for images of ``values`` C·H·W, at least 1 (arXiv 2301.11093, section 3.1)."""
+    return max(1.0, math.sqrt(values / VALUES))
+
+
+def make_schedule(config: ModelConfig, shape: tuple[int, int, int]) -> NoiseSchedule:
+    """Build the schedule of ``config`` for images or latents of ``shape`` (C, H, W).
+
+    Raises UserError if its noise levels are not all different.
+    """
+    values = math.prod(shape)
+    if config.schedule == "edm":
+        schedule = edm_schedule(config.steps, sigma_max=SIGMA_MAX * resolution_scale(values))
+    else:
+        schedule = SCHEDULES[config.schedule](config.steps)
     if config.zero_terminal_snr:
         schedule = without_signal_at_the_end(schedule)
+    schedule = replace(schedule, values=values, zero_terminal_snr=config.zero_terminal_snr)
     if not (schedule.alphas_cumprod.diff() < 0).all():
         raise UserError(f"model.schedule {config.schedule} has no {config.steps} different steps: lower model.steps")
     return schedule

@@ -1,5 +1,6 @@
 """Moving averages of the weights: exponential (EMA), power-function, and those computed after training."""
 
+import logging
 import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -17,6 +18,10 @@ PREFIXES = (AVERAGED, "ema1.")
 SNAPSHOTS = "averages"
 """Subfolder of a run that holds snapshots of its averages."""
 STDS = "stds"
+LARGEST_FIT_ERROR = 0.1
+"""Error of a reconstructed average above which its message is a warning."""
+
+logger = logging.getLogger(__name__)
 
 
 class WeightAverage:
@@ -56,16 +61,23 @@ def power(length: float) -> float:
     return float(roots[np.isreal(roots)].real.max())
 
 
-def mixture(snapshots: list[tuple[int, float]], images: int, length: float) -> list[float]:
-    """Compute the weight of each of ``snapshots`` in the average of std ``length`` at ``images``.
+def mixture(snapshots: list[tuple[int, float]], images: int, length: float) -> tuple[list[float], float]:
+    """Compute the weight of each of ``snapshots`` in the average of std ``length`` at ``images``, and the fit's error.
 
     A snapshot is a power-function average of some std at some number of images. The weights are the least-squares fit
-    of the snapshots' weight functions to the target's (arXiv 2312.02696, section 3.2).
+    of the snapshots' weight functions to the target's (arXiv 2312.02696, section 3.2), constrained to the sum 1, as
+    the fit alone shrinks the network where snapshots are few. The error is that of the function, relative to its norm.
     """
     profiles = [(at, power(each)) for at, each in snapshots]
     overlaps = np.array([[_overlap(one, other) for other in profiles] for one in profiles])
-    target = np.array([_overlap(one, (images, power(length))) for one in profiles])
-    return [float(share) for share in np.linalg.lstsq(overlaps, target, rcond=None)[0]]
+    wanted = (images, power(length))
+    target = np.array([_overlap(one, wanted) for one in profiles])
+    # The last weight is what the others leave of 1.
+    rest = overlaps[:-1] - overlaps[-1]
+    left = np.linalg.lstsq(rest[:, :-1] - rest[:, -1:], target[:-1] - target[-1] - rest[:, -1], rcond=None)[0]
+    weights = np.append(left, 1 - left.sum())
+    squared = weights @ overlaps @ weights - 2 * weights @ target + _overlap(wanted, wanted)
+    return weights.tolist(), math.sqrt(max(squared, 0.0) / _overlap(wanted, wanted))
 
 
 def _overlap(one: tuple[int, float], other: tuple[int, float]) -> float:
@@ -99,7 +111,14 @@ def reconstruct_average(folder: Path, std: float, into: Path) -> Path:
     header = read_header(paths[-1])
     stds = header.pop(STDS)
     averages = [(path, prefix, each) for path in paths for prefix, each in zip(PREFIXES, stds, strict=True)]
-    shares = mixture([(int(path.stem), each) for path, _, each in averages], int(paths[-1].stem), std)
+    shares, error = mixture([(int(path.stem), each) for path, _, each in averages], int(paths[-1].stem), std)
+    logger.log(
+        logging.WARNING if error > LARGEST_FIT_ERROR else logging.INFO,
+        "average of std %g out of %d snapshots: weighs training steps as one kept in training to %.1f %%",
+        std,
+        len(averages),
+        100 * error,
+    )
     total: dict[str, Tensor] = {}
     for (path, prefix, _), share in zip(averages, shares, strict=True):
         for name, value in read_tensors(path, prefix).items():

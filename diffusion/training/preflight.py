@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from diffusion.common.config import Config, unset
 from diffusion.common.errors import UserError
 from diffusion.common.files import make_folder
+from diffusion.common.fingerprint import describe_precision
 from diffusion.families import family_of
 from diffusion.models.config import FamilyConfig, LatentSpace
 from diffusion.models.vae import VAE
@@ -46,6 +47,8 @@ class Preflight(Config):
     """Number of distinct captions that it is conditioned on."""
     low_resolution: int | None = Field(None, exclude_if=unset)
     """Height and width, in pixels, of the inputs of a super-resolution model; None for other models."""
+    arithmetic: str
+    """Number format of matrix products, and why."""
     parameters: int
     flops: int
     """Floating-point operations per image of a training step, forward and backward."""
@@ -75,6 +78,7 @@ class Preflight(Config):
             ("data", f"{self.dataset}, content {self.content_digest[:12]}"),
             ("images", f"{self.train:,} of {width}×{height}×{channels}{conditioning}; {self.held_out:,} held out"),
             ("network", f"{self.parameters / 1e6:.2f} million parameters"),
+            ("arithmetic", self.arithmetic),
             ("work", f"{self.flops / 1e9:.2f} GFLOP for an image, forward and backward"),
             ("memory", f"{naturalsize(self.state_bytes, binary=True)}, and what a batch takes on its way"),
             ("disk", f"{naturalsize(self.disk_bytes, binary=True)} of checkpoints"),
@@ -137,6 +141,7 @@ def make_preflight(trainer: Trainer, pace: tuple[float, float] | None, reading: 
         classes=len(setup.classes),
         captions=len(setup.captions.embeddings) if setup.captions else 0,
         low_resolution=setup.model.low_resolution,
+        arithmetic=describe_precision(config.precision, setup.device),
         parameters=parameters,
         flops=count_flops(setup.model, dataset.shape, len(setup.classes), latents),
         state_bytes=memory,

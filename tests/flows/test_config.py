@@ -109,7 +109,9 @@ def test_the_preset_ddpm_is_the_book(params: Path) -> None:
     assert (model.steps, model.schedule, model.prediction) == (1000, "linear", "epsilon")
     assert (training.weighting, training.timestep_sampling, training.learning_rate) == ("plain", "uniform", 2e-4)
     assert (sampling.sampler, sampling.steps) == ("ddpm", 1000)
-    torch.testing.assert_close(sampling.sigma_grid(make_schedule(model))[:-1], linear_schedule(1000).sigmas.flip(0))
+    torch.testing.assert_close(
+        sampling.sigma_grid(make_schedule(model, (1, 28, 28)))[:-1], linear_schedule(1000).sigmas.flip(0)
+    )
 
 
 @pytest.mark.parametrize("preset", get_args(PresetName))

@@ -2,7 +2,7 @@
 
 import pytest
 
-from diffusion.common.fingerprint import fingerprint
+from diffusion.common.fingerprint import describe_precision, fingerprint
 
 
 @pytest.mark.parametrize("variable", ["ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "MKL_CBWR", "MKL_ENABLE_INSTRUCTIONS"])
@@ -20,3 +20,26 @@ def test_torch_with_fewer_instructions_is_named_with_the_processor_s_maker(monke
     monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: "OTHER")
     here = fingerprint(64, "fp32", "cpu")
     assert (here.device.split(", ")[0], here == there) == (there.device.split(", ")[0], False)
+
+
+@pytest.mark.parametrize(
+    ("amx", "limit", "precision"),
+    [
+        (False, None, "fp32"),
+        (True, None, "bf16"),
+        (True, "AVX2", "fp32"),
+        (True, "AVX512_CORE_BF16", "fp32"),
+        (True, "AVX512_CORE_AMX", "bf16"),
+    ],
+)
+def test_auto_takes_bf16_on_cpus_only_where_amx_computes_it(
+    monkeypatch: pytest.MonkeyPatch, amx: bool, limit: str | None, precision: str
+) -> None:
+    monkeypatch.delenv("DNNL_MAX_CPU_ISA", raising=False)
+    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
+    if limit is not None:
+        monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
+    monkeypatch.setattr("torch.cpu._is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda: True)
+    assert fingerprint(64, "auto", "cpu").precision == precision
+    assert describe_precision("auto").startswith(precision)

@@ -18,7 +18,7 @@ from diffusion.process.schedules import NoiseSchedule, make_schedule
 from tests.builders.ideal_denoiser import IdealNetwork
 from tests.builders.small_models import header, write_model
 
-SCHEDULES = [make_schedule(ModelConfig(schedule=name)) for name in ("linear", "cosine")]
+SCHEDULES = [make_schedule(ModelConfig(schedule=name), (1, 28, 28)) for name in ("linear", "cosine")]
 
 
 def noise(seed: int, channels: int = 1, size: int = 16) -> Tensor:
@@ -32,7 +32,7 @@ def correlation(a: Tensor, b: Tensor) -> float:
 def perfect_model(points: Tensor, prediction: str) -> DiffusionModel:
     """A model that knows its data set, ``points``, by heart."""
     config = ModelConfig.model_validate({"prediction": prediction})
-    schedule = make_schedule(config)
+    schedule = make_schedule(config, (1, 28, 28))
     ideal = IdealNetwork(points, schedule.sigmas.numpy(), prediction)
 
     def network(x_t: Tensor, time: Tensor, label: Tensor | None = None) -> Tensor:

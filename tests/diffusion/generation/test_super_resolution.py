@@ -73,7 +73,7 @@ def untrained(config: ModelConfig = MODEL, channels: int = 1, size: int = 8) -> 
     for parameter in network.parameters():
         nn.init.normal_(parameter, std=0.1, generator=generator)
     network.eval().requires_grad_(False).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return DiffusionModel(header(config, channels, size), network, make_schedule(config))
+    return DiffusionModel(header(config, channels, size), network, make_schedule(config, (channels, size, size)))
 
 
 @pytest.fixture
@@ -293,7 +293,7 @@ class Oracle(nn.Module):
 
 def oracle(low_resolution: int, size: int) -> DiffusionModel:
     config = MODEL.model_copy(update={"low_resolution": low_resolution})
-    schedule = make_schedule(config)
+    schedule = make_schedule(config, (1, 28, 28))
     return DiffusionModel(header(config, 1, size), Oracle(schedule.sigmas), schedule)  # type: ignore[arg-type]
 
 

@@ -164,6 +164,11 @@ def test_time_embeddings_of_all_steps_differ() -> None:
     assert distances.min() > 0.1
 
 
+@pytest.mark.parametrize("width", [32, 64, 128])
+def test_each_value_of_the_time_embedding_tells_times_apart(width: int) -> None:
+    assert sinusoidal(torch.arange(1000), width).std(0).min() > 0.25  # that of a full wave is 0.71
+
+
 def test_configurations_load_without_torch() -> None:
     code = "import sys, diffusion.models.config, diffusion.generation.config; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -126,7 +126,7 @@ def test_a_weighting_weighs_an_error_of_the_image_the_same_whatever_is_predicted
     for prediction in PREDICTIONS:
         model = ModelConfig(prediction=prediction, schedule="cosine")
         config = TrainingConfig.model_validate({"images": 1, "weighting": weighting})
-        objective = make_objective(model, config, SIGMA_DATA)
+        objective = make_objective(model, config, SIGMA_DATA, (1, 8, 8))
         network = network_wrong_by(0.5, prediction, schedule, x0)
         losses.append(objective.loss(network, x0, torch.tensor([t, t]), noise))
     for loss in losses[1:]:
@@ -134,7 +134,7 @@ def test_a_weighting_weighs_an_error_of_the_image_the_same_whatever_is_predicted
 
 
 def test_each_image_has_its_own_step_and_its_own_loss() -> None:
-    objective = make_objective(ModelConfig(), TrainingConfig(images=1, weighting="min_snr"), SIGMA_DATA)
+    objective = make_objective(ModelConfig(), TrainingConfig(images=1, weighting="min_snr"), SIGMA_DATA, (1, 8, 8))
     x0, noise, t = images(0, 3), images(1, 3), torch.tensor([10, 500, 900])
 
     def network(x: Tensor, time: Tensor) -> Tensor:

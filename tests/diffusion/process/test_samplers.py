@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -9,8 +10,9 @@ import torch
 from torch import Tensor
 
 from diffusion.common.errors import UserError
+from diffusion.models.config import ModelConfig
 from diffusion.process.samplers import SAMPLING_ADAPTER, EulerSampling, HeunSampling, SamplingConfig, sampling_config
-from diffusion.process.schedules import NoiseSchedule, cosine_schedule, edm_schedule, linear_schedule
+from diffusion.process.schedules import NoiseSchedule, cosine_schedule, edm_schedule, linear_schedule, make_schedule
 from tests.builders.ideal_denoiser import IdealDenoiser, two_tone_points
 from tests.builders.sampler_options import DETERMINISTIC, STOCHASTIC, noises, options
 
@@ -247,7 +249,7 @@ def test_the_multistep_samplers_earn_their_place_by_how_near_they_come_in_as_man
         ({"sampler": "magic"}, "sampling: sampler is ddpm, ddim"),
         ({"sampler": "ddim", "eta": 1.5}, "less than or equal to 1"),
         ({"sampler": "unipc", "order": 4}, "2 or 3"),
-        ({"sigma_min": 20}, "sampling.sigma_max is above sigma_min"),
+        ({"sigma_max": 20, "sigma_min": 20}, "sampling.sigma_max is above sigma_min"),
         ({"sigma_max": 0, "sigma_min": None}, "greater than 0"),
     ],
     ids=str,
@@ -298,7 +300,55 @@ def test_levels_beyond_the_schedule_are_its_ends() -> None:
     torch.testing.assert_close(schedule.sigma_grid(9, 70, 0.001), schedule.sigma_grid(9))
     config = sampling_config(steps=9, sigma_max=None, sigma_min=None)
     assert torch.equal(config.sigma_grid(schedule), schedule.sigma_grid(9))
-    assert torch.equal(sampling_config(steps=9).sigma_grid(schedule), schedule.sigma_grid(9, 20, 0.04))
+    assert torch.equal(sampling_config(steps=9).sigma_grid(schedule), schedule.sigma_grid(9, "auto", 0.04))
+
+
+@pytest.mark.parametrize("shape", [(1, 28, 28), (3, 32, 32), (3, 64, 64), (3, 128, 128)], ids=str)
+@pytest.mark.parametrize("sampler", ["dpmpp_2m_sde", "dpmpp_2m", "heun"])
+def test_default_noise_levels_keep_the_variety_of_brightness_at_every_resolution(
+    sampler: str, shape: tuple[int, int, int]
+) -> None:
+    # Plain images, whose brightness is normal: the best denoiser averages the values and shrinks the result.
+    values, spread = math.prod(shape), 0.3
+
+    def denoise(x: Tensor, sigma: Tensor) -> Tensor:
+        return x * spread**2 / (spread**2 + sigma.to(x) ** 2 / values)
+
+    # It depends on the mean of the noise alone, whose standard deviation is 1/√(C·H·W).
+    config, schedule = sampling_config(sampler=sampler), make_schedule(ModelConfig(), shape)
+    means = noises(0, 20_000, 1)
+    found = config.run(denoise, config.sigma_grid(schedule), lambda: means() / math.sqrt(values))
+    assert found.std().item() == pytest.approx(spread, rel=0.05)
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "sigmoid"])
+def test_a_schedule_without_signal_at_its_end_is_sampled_from_there(schedule: Literal["linear", "cosine"]) -> None:
+    made = make_schedule(ModelConfig(schedule=schedule, zero_terminal_snr=True, prediction="v_prediction"), (3, 64, 64))
+    sigmas = sampling_config(steps=12).sigma_grid(made)
+    assert len(sigmas) == 13
+    assert sigmas[0] == made.sigmas[-1] > 4_000
+    assert sigmas[1].item() == pytest.approx(math.sqrt(3 * 64 * 64))
+    assert (sigmas.diff() < 0).all()
+    # Bright images: from a level at which they are seen, a start at pure noise would make them darker.
+    bright = torch.full((1, 1, 4, 4), 0.9)
+    for config in DETERMINISTIC + STOCHASTIC:
+        x = config.run(IdealDenoiser(bright), sigmas, noises(0, 4))
+        torch.testing.assert_close(x, bright.expand(4, -1, -1, -1), atol=0.05, rtol=0)
+        images = config.run(IdealDenoiser(POINTS), sigmas, noises(0, 128))
+        distances = (images[:, None] - POINTS).flatten(2).abs().amax(-1)
+        assert (distances.min(1).values < 0.05).float().mean() > 0.9
+
+
+def test_noise_to_start_from_lies_around_the_mean_of_the_images() -> None:
+    mean, seen = torch.tensor([0.5, -0.7, 0.1]).view(1, 3, 1, 1), list[Tensor]()
+
+    def denoise(x: Tensor, sigma: Tensor) -> Tensor:
+        seen.append(x)
+        return x
+
+    config, schedule = sampling_config(), make_schedule(ModelConfig(), (3, 16, 16))
+    config.run(denoise, config.sigma_grid(schedule), lambda: torch.zeros(2, 3, 16, 16), mean)
+    assert torch.equal(seen[0], mean.expand(2, 3, 16, 16))
 
 
 def test_a_grid_that_the_schedule_does_not_touch_is_refused() -> None:

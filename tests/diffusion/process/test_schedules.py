@@ -28,7 +28,7 @@ schedules = st.builds(
 
 @pytest.fixture(params=["linear", "cosine"])
 def pair(request: pytest.FixtureRequest) -> tuple[NoiseSchedule, DDPMScheduler]:
-    ours = make_schedule(ModelConfig(schedule=request.param))
+    ours = make_schedule(ModelConfig(schedule=request.param), (1, 28, 28))
     return ours, DDPMScheduler(1000, beta_schedule=THEIR_NAME[request.param])
 
 
@@ -84,7 +84,7 @@ def test_a_shorter_linear_schedule_adds_as_much_noise_in_all() -> None:
 
 @pytest.mark.parametrize("name", ["linear", "cosine"])
 def test_a_schedule_without_signal_at_its_end_is_that_of_diffusers(name: str) -> None:
-    ours = make_schedule(ModelConfig.model_validate({"schedule": name, "zero_terminal_snr": True}))
+    ours = make_schedule(ModelConfig.model_validate({"schedule": name, "zero_terminal_snr": True}), (1, 28, 28))
     theirs = DDPMScheduler(1000, beta_schedule=THEIR_NAME[name], rescale_betas_zero_snr=True)
     torch.testing.assert_close(ours.alphas_cumprod.float(), theirs.alphas_cumprod, atol=1e-6, rtol=0)
     assert ours.q_sample(torch.ones(1, 1, 1, 1), torch.tensor([999]), torch.zeros(1, 1, 1, 1)).item() < 3e-4
@@ -112,6 +112,11 @@ def test_edms_levels_go_from_its_least_to_its_most_by_equal_factors() -> None:
     sigmas = edm_schedule(1000).sigmas
     assert [sigmas[0].item(), sigmas[-1].item()] == pytest.approx([0.002, 80])
     torch.testing.assert_close(sigmas[1:] / sigmas[:-1], (sigmas[1] / sigmas[0]).expand(999), rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize(("shape", "highest"), [((1, 28, 28), 80), ((3, 32, 32), 80), ((3, 128, 128), 320)])
+def test_highest_level_of_edm_grows_with_the_resolution(shape: tuple[int, int, int], highest: float) -> None:
+    assert make_schedule(ModelConfig(), shape).sigmas[-1].item() == pytest.approx(highest)
 
 
 @given(schedules)

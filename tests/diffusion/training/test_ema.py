@@ -127,8 +127,37 @@ def test_post_hoc_ema_equals_the_tracked_average(length: float) -> None:
         if step % 250 == 0:
             snapshots += [(step, 0.05), (step, 0.1)]
             values += [average.averages["weight"].clone() for average in kept]
-    shares = mixture(snapshots, len(path), length)
+    shares, error = mixture(snapshots, len(path), length)
     made = sum(share * value for share, value in zip(shares, values, strict=True))
     expected = wanted.averages["weight"]
-    assert sum(shares) == pytest.approx(1, abs=0.02)
+    assert sum(shares) == pytest.approx(1, abs=1e-9)
+    assert error < 0.2
     assert (made - expected).norm() < 0.1 * min((value - expected).norm() for value in values[-2:])
+
+
+@pytest.mark.parametrize("length", [0.03, 0.05, 0.09, 0.2])
+@pytest.mark.parametrize("snapshots", [[(1000, 0.05), (1000, 0.1)], [(at, 0.1) for at in (100, 400, 700, 1000)]])
+def test_post_hoc_ema_of_few_snapshots_does_not_shrink_constant_weights(
+    snapshots: list[tuple[int, float]], length: float
+) -> None:
+    shares, _ = mixture(snapshots, 1000, length)
+    assert sum(shares) == pytest.approx(1, abs=1e-9)
+
+
+def test_error_of_a_post_hoc_ema_is_that_of_its_weight_function() -> None:
+    def density(images: int, std: float) -> np.ndarray:
+        tau, gamma = (np.arange(200_000) + 0.5) / 200_000 * 1000, power(std)
+        return np.where(tau <= images, (gamma + 1) * (tau / images) ** gamma / images, 0)
+
+    snapshots = [(at, std) for at in (250, 500, 750, 1000) for std in (0.05, 0.1)]
+    for length in (0.03, 0.07, 0.2):
+        shares, error = mixture(snapshots, 1000, length)
+        made = sum(share * density(*snapshot) for share, snapshot in zip(shares, snapshots, strict=True))
+        target = density(1000, length)
+        assert error == pytest.approx(np.linalg.norm(made - target) / np.linalg.norm(target), rel=2e-2, abs=1e-3)
+
+
+def test_average_that_was_kept_in_training_is_reconstructed_from_its_snapshot_alone() -> None:
+    shares, error = mixture([(500, 0.05), (500, 0.1), (1000, 0.05), (1000, 0.1)], 1000, 0.1)
+    assert shares == pytest.approx([0, 0, 0, 1], abs=1e-6)
+    assert error < 1e-5

@@ -256,7 +256,7 @@ def test_training_beats_the_best_constant_prediction_by_far(dataset: Path, tmp_p
     data = Dataset.open(dataset)
     x0 = to_float(data.images(data.rows("held_out")))
     # v = √ᾱ ε − √(1−ᾱ) x_0 has mean 0 over the noise, so a constant 0 costs E[ᾱ + (1−ᾱ) x_0²].
-    alpha_bar = make_schedule(model).alphas_cumprod
+    alpha_bar = make_schedule(model, (1, 28, 28)).alphas_cumprod
     constant = (alpha_bar + (1 - alpha_bar) * x0.square().mean()).mean().item()
     assert last["held_out_loss_ema"] < constant / 2.5
 

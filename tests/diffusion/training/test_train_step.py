@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from diffusion.common.threads import worker_threads
+from diffusion.families.ddpm import DiffusionModel
 from diffusion.families.model import TrainingObjective, to_float
 from diffusion.models.config import ModelConfig
 from diffusion.training.config import TrainingConfig
@@ -44,3 +45,24 @@ def test_worker_threads_step_equals_plain_adamw_on_the_batch(dataset: Path, part
         [(a - b).abs().flatten() for a, b in zip(trainer.state.network.parameters(), network.parameters(), strict=True)]
     )
     assert differences.quantile(0.99) < 1e-4
+
+
+@pytest.mark.parametrize("share", [0.02, 0.98], ids=["little noise", "much noise"])
+def test_network_gets_images_of_mean_0_and_variance_1_at_every_noise_level(dataset: Path, share: float) -> None:
+    seen: list[torch.Tensor] = []
+    with worker_threads(1) as pool:
+        trainer = make_trainer(dataset, MODEL, TrainingConfig(images=64), pool, 64)
+        setup = trainer.setup
+        x0 = to_float(setup.dataset.images(setup.dataset.rows("train")))
+        x0 = x0 / 4 + 0.7  # far from a mean of 0 and a variance of 1
+        moments = {"data_mean": x0.mean((0, 2, 3)).tolist(), "sigma_data": x0.var((0, 2, 3)).mean().sqrt().item()}
+        header = setup.model_header(0).model_copy(update=moments)
+        assert header.data_mean is not None
+        objective = DiffusionModel.make_objective(header, trainer.config, None)
+        batch = objective.make_batch(x0, range(len(x0)), {}, probe="moments")
+        batch.random["t"] = torch.full_like(batch.random["t"], share * 999)
+        trainer.state.network.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+        with torch.inference_mode():
+            objective.losses(trainer.state.network, batch)
+    assert seen[0].mean((0, 2, 3)).abs().max().item() < 0.03
+    assert seen[0].var((0, 2, 3), correction=0).mean().item() == pytest.approx(1, rel=0.03)

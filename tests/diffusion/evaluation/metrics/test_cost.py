@@ -18,7 +18,7 @@ from diffusion.process.samplers import SAMPLING_ADAPTER, sampling_config
 from diffusion.process.schedules import make_schedule
 from tests.builders.small_models import CONFIG, write_model
 
-SCHEDULE = make_schedule(ModelConfig())
+SCHEDULE = make_schedule(ModelConfig(), (1, 28, 28))
 
 
 @pytest.mark.parametrize(
