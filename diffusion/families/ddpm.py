@@ -198,16 +198,17 @@ class DenoisingObjective(TrainingObjective):
 
     def optimizer_steps(self, network: nn.Module) -> list[OptimizerStep]:
         """Train the network, together with the uncertainty of each noise level if configured."""
-        losses = partial(self.losses, network)
+        assert isinstance(network, UNet)
+        losses, matrices = partial(self.losses, network), network.matrices()
         if not self.config.learned_uncertainty:
-            return [OptimizerStep({"network": network}, losses)]
+            return [OptimizerStep({"network": network}, losses, matrices=matrices)]
         uncertainty = Uncertainty()
 
         def minimized(losses: Tensor, batch: TrainingBatch) -> Tensor:
             weighted: Tensor = uncertainty(losses, batch.random["t"])
             return weighted
 
-        return [OptimizerStep({"network": network, "uncertainty": uncertainty}, losses, minimized)]
+        return [OptimizerStep({"network": network, "uncertainty": uncertainty}, losses, minimized, matrices)]
 
 
 def _center(header: ModelHeader) -> Tensor | None:

@@ -192,6 +192,8 @@ class OptimizerStep:
     """The logged loss of each image, (N,) float32, under autocast."""
     minimized: Callable[[Tensor, TrainingBatch], Tensor] = lambda losses, _: losses
     """From the logged losses to the minimized ones, (N,) float32."""
+    matrices: Sequence[nn.Parameter] = ()
+    """Weights of hidden layers, which Muon trains where it is configured; all others are AdamW's."""
 
     @cached_property
     def parameters(self) -> list[nn.Parameter]:

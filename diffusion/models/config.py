@@ -26,7 +26,7 @@ ChannelMult = Annotated[
     tuple[Annotated[int, Field(le=64)], ...], Field(max_length=MOST_LEVELS), AfterValidator(_positive)
 ]
 """Channels at each resolution, as multiples of the width."""
-NOISE_LEVELS = (
+DIFFUSION_ONLY = (
     "weighting",
     "min_snr_gamma",
     "learned_uncertainty",
@@ -36,6 +36,7 @@ NOISE_LEVELS = (
     "stratified_timesteps",
     "gradient_checkpointing",
     "shard",
+    "optimizer",
 )
 """Fields of the section ``training`` that have an effect only for diffusion models."""
 
@@ -209,7 +210,7 @@ class VAEConfig(NonDiffusionConfig):
     It serves as the autoencoder of latent diffusion (arXiv 2112.10752), too: see model.autoencoder.
     """
 
-    ineffective: ClassVar[Collection[str]] = (*NOISE_LEVELS, "condition_dropout")
+    ineffective: ClassVar[Collection[str]] = (*DIFFUSION_ONLY, "condition_dropout")
     evaluated_by: ClassVar[Literal["samples", "reconstructions"]] = "reconstructions"
     likelihood: ClassVar[Literal["bound", "exact"] | None] = "bound"
     conditional: ClassVar[bool] = False
@@ -254,7 +255,7 @@ class GANConfig(NonDiffusionConfig):
 
     # The loss is relative to a discriminator that learns as well, so it does not compare between checkpoints. Models do
     # not contain the discriminator, so training cannot start from one.
-    ineffective: ClassVar[Collection[str]] = (*NOISE_LEVELS, "keep_best", "init_from")
+    ineffective: ClassVar[Collection[str]] = (*DIFFUSION_ONLY, "keep_best", "init_from")
 
     family: Literal["gan"] = "gan"
     """The family of models."""
@@ -284,7 +285,7 @@ class AutoregressiveConfig(NonDiffusionConfig):
     images of up to about 64 pixels.
     """
 
-    ineffective: ClassVar[Collection[str]] = NOISE_LEVELS
+    ineffective: ClassVar[Collection[str]] = DIFFUSION_ONLY
     likelihood: ClassVar[Literal["bound", "exact"] | None] = "exact"
 
     family: Literal["autoregressive"] = "autoregressive"

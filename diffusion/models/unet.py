@@ -214,6 +214,11 @@ class UNet(nn.Module):
         unfolded = functional.pixel_shuffle(folded, self.patch)
         return unfolded[..., :height, :width] if self.padding else unfolded
 
+    def matrices(self) -> list[nn.Parameter]:
+        """List the weights between layers, without those that read images and conditions or write predictions."""
+        layers = [*self.down, *self.middle, *self.up]
+        return [parameter for layer in layers for parameter in layer.parameters() if parameter.ndim > 1]
+
     def _embedding(self, time: Tensor, label: Tensor | None, text: Tensor | None, level: Tensor | None) -> Tensor:
         """Embed the time and all other conditioning, (N, embedding)."""
         dtype = self.stem.weight.dtype

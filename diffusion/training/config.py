@@ -31,12 +31,15 @@ class TrainingConfig(ObjectiveConfig):
     cpu_threads: int = Field(2, ge=1)
     """CPU threads that each compute a part of a batch, ideally one per free core. The number of threads decides the
     last bits of the weights, the number of cores does not."""
+    optimizer: Literal["muon", "adamw"] = "muon"
+    """Optimizer of diffusion models: Muon (arXiv 2510.19376) for the matrices of hidden layers, and AdamW for all other
+    weights, or AdamW for all. Other families are trained with AdamW."""
     learning_rate: float = Field(4e-3, gt=0)
-    """Peak learning rate of AdamW."""
+    """Peak learning rate; Muon's updates are scaled so that one rate fits both optimizers."""
     warmup_images: int = Field(4_000, ge=0)
     """Images over which the learning rate rises from zero; it then decays to zero by a cosine."""
     weight_decay: float = Field(0.01, ge=0)
-    """Decoupled weight decay of AdamW."""
+    """Decoupled weight decay."""
     max_grad_norm: float = Field(1.0, gt=0)
     """Norm to which larger gradients are clipped."""
     max_nonfinite_steps: int = Field(20, ge=1)
@@ -108,6 +111,11 @@ class TrainingConfig(ObjectiveConfig):
             raise ValueError("training.ema_decay means nothing to averages with training.ema_stds: leave one out")
         if self.ema_stds is not None and not 0 < self.ema_stds[0] < self.ema_stds[1] < LARGEST_EMA_STD:
             raise ValueError(f"training.ema_stds rise from the first to the second, which is below {LARGEST_EMA_STD}")
+        if self.shard and self.optimizer == "muon":
+            raise ValueError(
+                "training.shard gives each process a part of each matrix, and Muon needs whole ones: set "
+                "training.optimizer to adamw"
+            )
         if self.workers > self.prefetch:
             raise ValueError(
                 f"training.workers = {self.workers} have training.prefetch = {self.prefetch} batches to make, so some "

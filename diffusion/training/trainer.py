@@ -21,6 +21,7 @@ from diffusion.training.config import TrainingConfig
 from diffusion.training.distributed import Ranks, full_tensor, shard_like, shard_module
 from diffusion.training.ema import PREFIXES, WeightAverage, exponential_decay, power_decay
 from diffusion.training.logging import TrainingLog
+from diffusion.training.muon import Muon
 from diffusion.training.setup import COUNTS, FINGERPRINT, TrainingSetup
 
 LOGS_PER_CHECKPOINT = 20
@@ -54,12 +55,8 @@ class TrainingState:
             if shard:
                 shard_module(module, device)
             module.to(device)
-        self.optimizers = [
-            torch.optim.AdamW(
-                step.parameters, config.learning_rate, objective.betas, weight_decay=config.weight_decay, fused=True
-            )
-            for step in self.steps
-        ]
+        self.optimizers = [make_optimizers(step, config, objective.betas) for step in self.steps]
+        """Optimizers of each step, by the prefix of their moments' names in checkpoints."""
         decays = [exponential_decay(0.999 if config.ema_decay is None else config.ema_decay)]
         if config.ema_stds is not None:
             decays = [power_decay(std) for std in config.ema_stds]
@@ -71,10 +68,13 @@ class TrainingState:
     def tensors(self) -> dict[str, Tensor]:
         """Return all tensors, named by module or optimizer."""
         named = self._weights()
-        for step, optimizer in zip(self.steps, self.optimizers, strict=True):
+        for prefix, optimizer in self._named_optimizers():
             for index, moments in optimizer.state_dict()["state"].items():
-                named |= {f"{_optimizer_prefix(step)}{index}.{name}": value for name, value in moments.items()}
+                named |= {f"{prefix}{index}.{name}": value for name, value in moments.items()}
         return named
+
+    def _named_optimizers(self) -> list[tuple[str, torch.optim.Optimizer]]:
+        return [named for optimizers in self.optimizers for named in optimizers.items()]
 
     def _weights(self) -> dict[str, Tensor]:
         named = dict(self.frozen)
@@ -95,14 +95,14 @@ class TrainingState:
         for name, value in self._weights().items():
             # In place: network and optimizer share these tensors.
             value.copy_(shard_like(tensors[name], value))
-        for step, optimizer in zip(self.steps, self.optimizers, strict=True):
-            prefix, moments = _optimizer_prefix(step), dict[int, dict[str, Tensor]]()
+        for prefix, optimizer in self._named_optimizers():
+            parameters, moments = optimizer.param_groups[0]["params"], dict[int, dict[str, Tensor]]()
             for name, value in tensors.items():
                 if name.startswith(prefix):
                     index, moment = name.removeprefix(prefix).split(".", 1)
                     if value.ndim:
                         # Fused AdamW walks parameter and moments in step through memory: their strides must agree.
-                        like = step.parameters[int(index)]
+                        like = parameters[int(index)]
                         value = torch.empty_like(like).copy_(shard_like(value, like))
                     moments.setdefault(int(index), {})[moment] = value
             groups: Any = optimizer.state_dict()["param_groups"]
@@ -210,17 +210,17 @@ class Trainer:
         noised = self.objective.make_batch(x0, batch.indices, self.setup.training_conditioning(batch))
         t, noised = noised.random.get("t"), noised.on(self.device)
         finite, norms = torch.ones((), dtype=torch.bool, device=self.device), []
-        for step, optimizer in zip(state.steps, state.optimizers, strict=True):
+        for step, optimizers in zip(state.steps, state.optimizers, strict=True):
             loss = self.backward(step, noised)
             norm = full_tensor(torch.nn.utils.clip_grad_norm_(step.parameters, config.max_grad_norm))
             norms.append(norm)
             finite = finite & loss.isfinite() & norm.isfinite()
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate
-            # The optimizer skips the step on the device, without synchronization.
-            optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            for optimizer in optimizers.values():
+                optimizer.param_groups[0]["lr"] = learning_rate
+                # The optimizer skips the step on the device, without synchronization.
+                optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
         state.images += config.batch_size
         for average in state.averages:
             average.update(state.network, state.images // config.batch_size)
@@ -314,5 +314,17 @@ def thread_count(config: TrainingConfig, ranks: Ranks) -> int:
     return max(1, config.cpu_threads // ranks.count)
 
 
-def _optimizer_prefix(step: OptimizerStep) -> str:
-    return f"optimizer.{next(iter(step.modules))}."
+def make_optimizers(
+    step: OptimizerStep, config: TrainingConfig, betas: tuple[float, float]
+) -> dict[str, torch.optim.Optimizer]:
+    """Make AdamW for the parameters of ``step``, and Muon for its matrices if configured."""
+    name, muon = next(iter(step.modules)), {id(each) for each in step.matrices if config.optimizer == "muon"}
+    rest = [parameter for parameter in step.parameters if id(parameter) not in muon]
+    optimizers: dict[str, torch.optim.Optimizer] = {
+        f"adamw.{name}.": torch.optim.AdamW(
+            rest, config.learning_rate, betas, weight_decay=config.weight_decay, fused=True
+        )
+    }
+    if muon:
+        optimizers[f"muon.{name}."] = Muon(step.matrices, config.learning_rate, config.weight_decay)
+    return optimizers

@@ -1,0 +1,68 @@
+"""Muon: momentum whose singular values are made equal, for the matrices of hidden layers.
+
+After K. Jordan et al., "Muon: An optimizer for hidden layers in neural networks" (2024); for diffusion models studied
+in arXiv 2510.19376. ``torch.optim.Muon`` takes 2-D weights only and computes in bf16, which CPUs without AMX emulate.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+"""Coefficients of the quintic iteration, chosen by its authors so that small singular values grow fastest."""
+ITERATIONS = 5
+RMS = 0.2
+"""Root mean square of an update relative to the learning rate: about AdamW's, so that both share one learning rate
+(arXiv 2502.16982, section 2.2)."""
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon with Nesterov momentum and decoupled weight decay.
+
+    Convolutions (O, I, k, k) count as matrices (O, I·k·k). If the attribute ``found_inf``, (), is not 0, ``step``
+    changes nothing, as with torch's fused optimizers: without waiting for the device.
+    """
+
+    found_inf: Tensor | None = None
+
+    def __init__(self, parameters: Iterable[nn.Parameter], lr: float, weight_decay: float, momentum: float = 0.95):
+        super().__init__(parameters, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """Update all parameters that have a gradient."""
+        for group in self.param_groups:
+            skip = torch.zeros((), device=group["params"][0].device) if self.found_inf is None else self.found_inf
+            updates = defaultdict[torch.Size, list[tuple[nn.Parameter, Tensor]]](list)
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                state: dict[str, Any] = self.state[parameter]
+                if not state:
+                    state["momentum"] = torch.zeros_like(parameter)
+                gradient = torch.where(skip == 0, parameter.grad, 0)
+                # lerp by 0 leaves the momentum as it is.
+                weight = torch.where(skip == 0, 1 - group["momentum"], 0.0)
+                momentum = state["momentum"].lerp_(gradient, weight)
+                matrix = gradient.lerp(momentum, group["momentum"]).flatten(1)
+                updates[matrix.shape].append((parameter, matrix))
+            # Matrices of one shape together: hidden layers have few shapes.
+            for shape, members in updates.items():
+                scale = torch.where(skip == 0, group["lr"], 0.0)
+                changes = orthogonalize(torch.stack([matrix for _, matrix in members])) * RMS * max(shape) ** 0.5
+                for (parameter, _), change in zip(members, changes, strict=True):
+                    parameter.mul_(1 - scale * group["weight_decay"]).sub_(scale * change.view(parameter.shape))
+
+
+def orthogonalize(matrices: Tensor) -> Tensor:
+    """Bring the singular values of ``matrices`` (B, M, N) to between 0.7 and 1.2 by Newton–Schulz iterations."""
+    a, b, c = COEFFICIENTS
+    wide: Tensor = matrices if matrices.shape[1] <= matrices.shape[2] else matrices.mT
+    wide = wide / wide.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    for _ in range(ITERATIONS):
+        gram = wide @ wide.mT
+        wide = a * wide + (b * gram + c * gram @ gram) @ wide
+    return wide if matrices.shape[1] <= matrices.shape[2] else wide.mT
