@@ -1,8 +1,9 @@
 """The gate: decides whether a candidate replaces the champion, from metrics with their errors.
 
-There are three verdicts. Promote: better by more than δ and within all limits, each with confidence c. Reject:
-significantly worse than the champion, or significantly beyond a limit. Hold: neither is certain, or a required metric
-is missing. So chance promotes a model that is not better by δ in at most 1 − c of all cases.
+There are three verdicts. Promote: better by more than δ with confidence c, and no limit is overstepped; or as good,
+which is with confidence c not worse by δ, and much cheaper. Reject: worse than the champion, or beyond a limit, with
+confidence c. Hold: neither is certain, or a required metric is missing. So chance promotes a model that is not better
+by δ, nor cheaper, in at most 1 − c of all cases.
 """
 
 import math
@@ -15,8 +16,9 @@ from diffusion.common.config import Config, unset
 from diffusion.evaluation.estimate import Estimate
 from diffusion.evaluation.reports.html import count, counted, signed, with_error
 
-ENOUGH = 5000
-"""Images of either side from which the Fréchet distance decides: below, its bias outweighs differences."""
+ENOUGH = 4 * 1280
+"""Images of either side from which the Fréchet distance decides, four for each feature of the default network: below,
+its bias outweighs differences."""
 POWER = 0.8
 """Statistical power for which the number of images needed is computed."""
 MOST = 10**9
@@ -27,7 +29,7 @@ class GateConfig(Config):
     """Rules by which a candidate becomes champion. Null disables a rule."""
 
     headline: Literal["auto", "kid", "fd"] = "auto"
-    """Distance that must decrease. auto: KID where either side has under 5,000 images, else the Fréchet distance.
+    """Distance that must decrease. auto: KID where either side has under 5,120 images, else the Fréchet distance.
     Autoencoders are always compared by the PSNR of held-out images."""
     delta: float = Field(0.05, ge=0, lt=1)
     """δ, the smallest improvement that counts: the share of the distance between champion and real images that the
@@ -45,6 +47,10 @@ class GateConfig(Config):
     """Largest relative increase of the worst class's distance, for class-conditional models: 0.5 is by half."""
     cost: float | None = Field(2.0, gt=0)
     """Largest ratio of the candidate's cost per image to the champion's."""
+    saving: float | None = Field(2.0, gt=1)
+    """k: a candidate whose images cost at most 1/k of the champion's need not be better. It is promoted if it is, with
+    confidence c, not worse by δ: the share of the distance between champion and real images that it may add. Null: it
+    must be better."""
     across_families: bool = Field(False, exclude_if=unset)
     """Whether a champion of another family (``model.family``) may be replaced, compared by generated images,
     autoencoders too. Otherwise the candidate is held. Two families are compared if registry.model gives both the same
@@ -207,6 +213,20 @@ def _headline(metrics: ComparisonMetrics, config: GateConfig) -> Finding:
         f"{_images(metrics)}: better by {_figure(lead)}{unit}, at least {signed(low)} and at most {signed(high)}, "
         f"each with confidence {c:g}; δ = {config.delta:g} is {signed(smallest)}{unit}"
     )
+    cost = metrics.cost
+    if config.saving is not None and cost is not None and cost.candidate * config.saving <= cost.champion:
+        words = f"at {cost.candidate / cost.champion:.2g} of the champion's cost"
+        # Its distance sets the limit, too, and both errors have one sign: a champion that seems worse than it is makes
+        # the lead larger and the limit laxer.
+        error = lead.error if headline.real_baseline is None else lead.error + config.delta * headline.champion.error
+        margin = lead.model_copy(update={"value": lead.value + smallest, "error": error})
+        if margin.at_least(c) > 0:
+            return _finding("headline", Verdict.promote, f"not worse by δ {words}: {measured}")
+        if margin.at_most(c) < 0:
+            return _finding("headline", Verdict.reject, f"worse by more than δ {words}: {measured}")
+        needed = images_needed(metrics.samples, margin, margin.value, c) if margin.value > 0 else None
+        advice = _advice("this difference", needed, metrics)
+        return _finding("headline", Verdict.hold, f"not surely as good within δ {words}: {measured}{advice}", needed)
     if low > smallest:
         return _finding("headline", Verdict.promote, f"better by more than δ: {measured}")
     if high < 0:
@@ -240,7 +260,8 @@ def _recall(metrics: ComparisonMetrics, limit: float, confidence: float) -> Find
     if (recall := metrics.recall) is None:
         return _finding("recall", Verdict.hold, "not measured: its difference from the champion's")
     words = f"recall {_figure(recall)} higher than the champion's on {_images(metrics)}, allowed is a loss of {limit:g}"
-    return _limited("recall", recall.times(-1).less(limit), words, metrics, confidence)
+    loss = recall.times(-1)
+    return _limited("recall", loss, loss.less(limit), words, metrics, confidence)
 
 
 def _worst_class(metrics: ComparisonMetrics, limit: float, confidence: float) -> Finding:
@@ -250,7 +271,8 @@ def _worst_class(metrics: ComparisonMetrics, limit: float, confidence: float) ->
         f"worst class {worst.candidate_class!r} at {_figure(worst.candidate)}, the champion's "
         f"{worst.champion_class!r} at {_figure(worst.champion)}, limit {1 + limit:g} times as much"
     )
-    return _limited("worst class", worst.candidate.less(worst.champion.times(1 + limit)), words, metrics, confidence)
+    loss, excess = (worst.candidate.less(worst.champion.times(factor)) for factor in (1, 1 + limit))
+    return _limited("worst class", loss, excess, words, metrics, confidence)
 
 
 def _cost(cost: Cost | None, limit: float) -> Finding:
@@ -264,9 +286,14 @@ def _cost(cost: Cost | None, limit: float) -> Finding:
     return _finding("cost", verdict, reason)
 
 
-def _limited(rule: Rule, excess: Estimate, words: str, metrics: ComparisonMetrics, confidence: float) -> Finding:
-    """Return whether the excess over a limit is significantly negative, significantly positive, or neither."""
-    if excess.at_most(confidence) <= 0:
+def _limited(
+    rule: Rule, loss: Estimate, excess: Estimate, words: str, metrics: ComparisonMetrics, confidence: float
+) -> Finding:
+    """Apply the limit on a loss: beyond it for certain rejects, a certain loss that may be beyond it holds.
+
+    A loss that chance explains is no objection: few samples would otherwise hold models that are as good.
+    """
+    if loss.at_least(confidence) <= 0 or excess.at_most(confidence) <= 0:
         return _finding(rule, Verdict.promote, words)
     if excess.at_least(confidence) > 0:
         return _finding(rule, Verdict.reject, f"beyond the limit with confidence {confidence:g}: {words}")

@@ -54,9 +54,9 @@ def comparison(figure: Figure, seed: int, count: int, shift: float, common: floa
 
 
 def better_by(figure: Figure, share: float) -> float:
-    """The shift whose true distance is smaller than the champion's by this share."""
+    """The shift whose true distance is smaller than the champion's by this share, larger if that is negative."""
     goal = (1 - share) * TRUE[figure](WIDTH, CHAMPION, 1.0)
-    return float(brentq(lambda shift: TRUE[figure](WIDTH, shift, 1.0) - goal, 0, CHAMPION))
+    return float(brentq(lambda shift: TRUE[figure](WIDTH, shift, 1.0) - goal, 0, 2 * CHAMPION))
 
 
 def promotions(evidence: list[ComparisonMetrics], delta: float) -> int:
@@ -110,6 +110,74 @@ def test_an_improvement_of_twice_delta_is_promoted_in_four_of_five_cases(figure:
         apart += ours.high + each.headline.smallest(0.3) < theirs.low
     assert apart < 80
     assert all(decide(each, config).verdict != Verdict.reject for each in evidence)
+
+
+def recall_verdicts(scale: float, trials: int, count: int) -> list[Verdict]:
+    """What the rule on recall says of a champion against a candidate of ``scale`` times its variety, measured once."""
+    verdicts = []
+    for seed in range(trials):
+        candidate, champion, reference = (drawn(count, WIDTH, 3 * seed + each) for each in range(3))
+        with one_thread():
+            ours, theirs = share_replicates([candidate * scale, champion], reference, splits=SPLITS)
+        found = ComparisonMetrics(
+            basis="generated",
+            samples=count,
+            reference=count,
+            has_champion=True,
+            recall=difference(ours["recall"], theirs["recall"]),
+        )
+        findings = decide(found, GateConfig(memorized=None, cost=None)).findings
+        verdicts.append(next(each.verdict for each in findings if each.rule == "recall"))
+    return verdicts
+
+
+def test_rule_on_recall_holds_equal_models_no_more_often_than_the_confidence_allows() -> None:
+    objections = [verdict for verdict in recall_verdicts(1.0, TRIALS, 60) if verdict != Verdict.promote]
+    assert len(objections) <= MOST
+
+
+def test_rule_on_recall_stops_models_of_less_variety() -> None:
+    verdicts = recall_verdicts(0.5, 20, 150)
+    assert verdicts.count(Verdict.promote) <= 1
+
+
+HALF_THE_COST = Cost(candidate=2, champion=4, unit="network evaluations")
+
+
+def as_good(figure: Figure, worse: float, count: int, trials: int = TRIALS, **config: Any) -> int:
+    """How often a candidate whose distance is larger by the share ``worse`` is promoted at half the cost."""
+    shift, settings = better_by(figure, -worse), GateConfig(**HEADLINE_ALONE | config)
+    found = [comparison(figure, seed, count, shift) for seed in range(trials)]
+    cheaper = [each.model_copy(update={"cost": HALF_THE_COST}) for each in found]
+    return sum(decide(each, settings).verdict == Verdict.promote for each in cheaper)
+
+
+def test_cheaper_model_worse_by_exactly_delta_is_promoted_no_more_often_than_the_confidence_allows() -> None:
+    assert as_good("kid", 0.3, 120, delta=0.3) <= MOST
+
+
+def test_cheaper_model_as_good_as_the_champion_is_promoted_in_four_of_five_cases() -> None:
+    assert as_good("kid", 0.0, 800, trials=40, delta=0.3) >= 32
+
+
+@pytest.mark.parametrize(
+    ("difference", "cost", "verdict", "words"),
+    [
+        (0.0, HALF_THE_COST, "promote", "not worse by δ at 0.5 of the champion's cost"),
+        (0.001, HALF_THE_COST, "promote", "not worse by δ"),
+        (0.004, HALF_THE_COST, "hold", "not surely as good within δ"),
+        (0.008, HALF_THE_COST, "reject", "worse by more than δ"),
+        (0.0, Cost(candidate=2.1, champion=4, unit="s"), "hold", "better by"),
+        (-0.008, HALF_THE_COST, "promote", "not worse by δ"),
+    ],
+)
+def test_much_cheaper_candidate_need_not_be_better(difference: float, cost: Cost, verdict: str, words: str) -> None:
+    decision = decided({"delta": 0.2}, headline=headline(difference), cost=cost)
+    assert decision.verdict == verdict
+    assert any(words in reason for reason in decision.reasons)
+    # Without the rule it must be better, whatever it costs.
+    alone = decided({"delta": 0.2, "saving": None}, headline=headline(difference), cost=cost)
+    assert (alone.verdict == Verdict.promote) == (difference < -0.004)
 
 
 def test_shared_noise_detects_smaller_improvements() -> None:
@@ -346,8 +414,8 @@ def test_a_better_model_over_the_limit_of_copies_is_never_promoted() -> None:
     assert decision.reasons == ("copies of training images: 6.00% of 500 generated, limit 5.00%",)
 
 
-def test_headline_metric_is_kid_below_five_thousand_images() -> None:
-    figures = {(4999, 60_000): "kid", (10_000, 4999): "kid", (5000, 5000): "fd"}
+def test_headline_metric_is_kid_below_four_images_per_feature() -> None:
+    figures = {(5119, 60_000): "kid", (10_000, 5119): "kid", (5120, 5120): "fd"}
     assert {counts: GateConfig().metric(*counts) for counts in figures} == figures
     assert GateConfig(headline="fd").metric(100, 100) == "fd"
 
