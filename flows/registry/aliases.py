@@ -45,12 +45,17 @@ def none_if_missing(request: Callable[P, R], *args: P.args, **kwargs: P.kwargs) 
         return None
 
 
-def registered_model(client: MlflowClient, model: str) -> RegisteredModel | None:
-    """Registered model of that name; None if there is none."""
-    return none_if_missing(client.get_registered_model, model)
+def aliases_of(client: MlflowClient, model: str) -> dict[str, int]:
+    """MLflow's values of ALIASES for ``model``; empty if it has no such model."""
+    return _aliases(none_if_missing(client.get_registered_model, model))
 
 
-def known_newest(registered: RegisteredModel | None) -> Known:
+def _aliases(registered: RegisteredModel | None) -> dict[str, int]:
+    found = registered.aliases if registered else {}
+    return {alias: int(number) for alias, number in found.items() if alias in ALIASES}
+
+
+def _newest(registered: RegisteredModel | None) -> Known:
     """Newest recorded entry of a model; raises UserError as ``Newest.of`` does."""
     newest = Newest.of(registered.name, registered.tags) if registered else None
     return {newest.number: newest.sha256} if newest else {}
@@ -67,12 +72,9 @@ class Record:
     @classmethod
     def of(cls, client: MlflowClient, model: str) -> "Record":
         """Read the record of ``model``; raises UserError if MLflow's copies contradict each other."""
-        registered = registered_model(client, model)
-        if registered is None:
-            return cls({}, {})
+        known = dict(_newest(none_if_missing(client.get_registered_model, model)))
         found = mlflow.search_model_versions(filter_string=f"name='{model}'")
         versions = {int(each.version): each for each in found}
-        known = dict(known_newest(registered))
         for tag, text in (item for version in versions.values() for item in version.tags.items()):
             name = COPY_NAME.fullmatch(tag)
             readable = COPY_END.search(text) if name and not name[2] else None
@@ -103,7 +105,7 @@ def append(client: MlflowClient, ledger: Ledger, decide: Callable[[History], Led
 
 def remember(client: MlflowClient, ledger: Ledger, history: History) -> None:
     """Record the newest entry in MLflow unless a newer one is recorded."""
-    registered = registered_model(client, history.model)
+    registered = none_if_missing(client.get_registered_model, history.model)
     if registered is None or history.head is None:
         return
     there = Newest.of(history.model, registered.tags)
@@ -135,7 +137,7 @@ def project(client: MlflowClient, ledger: Ledger) -> History:
         if history.head is None:
             return history
         _copy(client, history, record.versions)
-        there, right = aliases_of(client, history.model), _expected(history.head)
+        there, right = aliases_of(client, history.model), history.head.aliases
         for alias in ALIASES:
             number = right.get(alias)
             if number is None and alias in there:
@@ -155,18 +157,13 @@ def resolve_alias(client: MlflowClient, model: str, alias: str) -> int | None:
     Costs one request to MLflow and two to S3 while they agree, and repairs MLflow if they do not. Without a ledger
     MLflow's aliases count. Raises UserError if the ledger has lost an entry that MLflow has on record.
     """
-    registered = registered_model(client, model)
-    on_record, there = known_newest(registered), _ours(registered)
+    registered = none_if_missing(client.get_registered_model, model)
+    on_record, there = _newest(registered), _aliases(registered)
     ledger = Ledger.of(model)
     head = ledger.head(on_record)
-    if head is not None and (there != _expected(head) or head.number not in on_record):
+    if head is not None and (there != head.aliases or head.number not in on_record):
         head = project(client, ledger).head
-    return (_expected(head) if head is not None else there).get(alias)
-
-
-def aliases_of(client: MlflowClient, model: str) -> dict[str, int]:
-    """MLflow's values of ALIASES for ``model``; empty if it has no such model."""
-    return _ours(registered_model(client, model))
+    return (head.aliases if head else there).get(alias)
 
 
 def _copy(client: MlflowClient, history: History, versions: Mapping[int, ModelVersion]) -> None:
@@ -189,12 +186,3 @@ def _copy(client: MlflowClient, history: History, versions: Mapping[int, ModelVe
         for tag, text in right[number].items():
             if tag not in versions[number].tags:
                 client.set_model_version_tag(history.model, str(number), tag, text)
-
-
-def _ours(registered: RegisteredModel | None) -> dict[str, int]:
-    found = registered.aliases if registered else {}
-    return {alias: int(number) for alias, number in found.items() if alias in ALIASES}
-
-
-def _expected(head: LedgerEntry) -> dict[str, int]:
-    return head.standing.model_dump(exclude_none=True)

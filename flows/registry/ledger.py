@@ -17,7 +17,7 @@ import getpass
 import os
 import re
 import socket
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -120,6 +120,11 @@ class LedgerEntry(Config):
         return AliasNumbers(champion=self.to_version, previous=self.previous, candidate=self.candidate)
 
     @property
+    def aliases(self) -> dict[str, int]:
+        """Version numbers after the entry by alias, without unset ones."""
+        return self.standing.model_dump(exclude_none=True)
+
+    @property
     def moves(self) -> bool:
         """Whether the entry changes the champion."""
         return self.from_version != self.to_version
@@ -202,8 +207,6 @@ class History:
     entries: tuple[LedgerEntry, ...] = ()
     foreign: Mapping[str, str] = field(default_factory=dict)
     """Other objects below the prefix, left by other writers and ignored: the reason for each, by name."""
-    taken: frozenset[int] = frozenset()
-    """Numbers of foreign objects that are named like entries."""
 
     @property
     def head(self) -> LedgerEntry | None:
@@ -258,7 +261,7 @@ class History:
         """Next entry, written by this process now."""
         before, after = self.standing, replay_aliases(self.entries).after(what, version).standing
         number = self.head.number + 1 if self.head else 1
-        while number in self.taken:
+        while object_name(number) in self.foreign:
             number += 1
         return LedgerEntry(
             model=self.model,
@@ -332,8 +335,8 @@ class Ledger(NumberedObjects):
         listed, newest = self.listed(), max(known, default=0)
         if known and max(map(self.number, listed), default=0) == newest:
             found = self.get(newest)
-            if found is not None and sha256_bytes(found) == known[newest]:
-                return self._recorded(newest, found)
+            if found is not None and sha256_bytes(found) == known[newest] and (entry := self._entry(newest, found)):
+                return entry
         return self.read(known, listed).head
 
     def read(self, known: Known = NOTHING, listed: Sequence[ListedObject] | None = None) -> History:
@@ -342,15 +345,16 @@ class Ledger(NumberedObjects):
         ``known`` is MLflow's record, read before the objects were ``listed``.
         """
         listed = self.listed() if listed is None else listed
-        objects = self._objects(listed)
-        entries = self._verified(objects, known)
-        reasons = dict(self._extend(entries, objects, sorted(filter(None, map(self.number, listed)))))
+        entries, reasons = self._chain(self._objects(listed), known)
+        here = {entry.number for entry in entries}
         foreign = {
-            each.key.removeprefix(self.place.key("")): reasons.get(number, "is not named like an entry")
+            each.key.removeprefix(self.place.key("")): reasons.get(number, f"is larger than {LARGEST} bytes, or gone")
+            if (number := self.number(each))
+            else "is not named like an entry"
             for each in listed
-            if not (number := self.number(each)) or number in reasons
+            if self.number(each) not in here
         }
-        return History(self.model, tuple(entries), foreign, frozenset(reasons))
+        return History(self.model, tuple(entries), foreign)
 
     def append(
         self,
@@ -385,11 +389,10 @@ class Ledger(NumberedObjects):
 
         Raises UserError, and writes nothing, unless all recorded entries exist here or among the copies.
         """
-        listed = self.listed()
+        objects = self._objects(listed := self.listed())
         here = set(map(self.number, listed))
         lost = {number: data for number, data in copies.items() if number not in here}
-        entries = self._verified(self._objects(listed) | lost, known)
-        missing = [entry for entry in entries if entry.number in lost]
+        missing = [entry for entry in self._chain(objects | lost, known)[0] if entry.number in lost]
         for entry in missing:
             self.put(entry.number, entry.data)
         return [entry.number for entry in missing]
@@ -401,66 +404,45 @@ class Ledger(NumberedObjects):
             found = zip(small, pool.map(self.get, small), strict=True)
             return {number: data for number, data in found if data is not None}
 
-    def _verified(self, objects: Mapping[int, bytes], known: Known) -> list[LedgerEntry]:
-        """Entries up to the newest recorded one, followed back from it by their parents' digests."""
-        if not known:
-            return []
-        digests = {number: sha256_bytes(data) for number, data in objects.items()}
-        numbers = {digest: number for number, digest in digests.items()}
-        number, digest = max(known), known[max(known)]
+    def _chain(self, objects: Mapping[int, bytes], known: Known) -> tuple[list[LedgerEntry], dict[int, str]]:
+        """Entries in order, and by number the reason why an object is none; raises UserError as ``read`` does.
+
+        The entries up to the newest recorded one are those that it stands on, followed back by their parents' digests.
+        """
+        found = {number: entry for number, data in objects.items() if (entry := self._entry(number, data))}
+        for number, digest in sorted(known.items(), reverse=True):
+            if number not in found or found[number].digest != digest:
+                words = (
+                    f"was altered (it had sha256 {digest})" if number in objects else f"is missing (sha256 {digest})"
+                )
+                raise self._broken(object_name(number), words)
+        by_digest, recorded = {entry.digest: entry for entry in found.values()}, set[int]()
+        above = found[max(known)] if known else None
+        while above is not None:
+            recorded.add(above.number)
+            below = by_digest.get(above.parent or "")
+            if below is None and above.parent is not None:
+                words = f"is missing or was altered, and {object_name(above.number)} stands on it"
+                raise self._broken(object_name(max(above.number - 1, 1)), words)
+            above = below
         entries: list[LedgerEntry] = []
-        while True:
-            name = object_name(number)
-            if number not in objects:
-                raise self._broken(name, f"is missing (sha256 {digest})")
-            if digests[number] != digest:
-                raise self._broken(name, f"was altered (it had sha256 {digest})")
-            entries.append(entry := self._recorded(number, objects[number]))
-            if entry.parent is None:
-                break
-            below = numbers.get(entry.parent, number)
-            if below >= number:
-                gone = next((each for each in known if known[each] == entry.parent), max(number - 1, 1))
-                raise self._broken(object_name(gone), f"is missing or was altered, and {name} stands on it")
-            number, digest = below, entry.parent
-        entries.reverse()
-        here = {entry.number: entry.digest for entry in entries}
-        for number in sorted(known):
-            if here.get(number) != known[number]:
-                raise self._broken(object_name(number), f"is not what it was (sha256 {known[number]})")
-        before, state = None, AliasState()
-        for entry in entries:
-            after = _follow(entry, before, state)
-            if isinstance(after, str):
-                raise self._broken(object_name(entry.number), after)
-            before, state = entry, after
-        return entries
-
-    def _extend(
-        self, entries: list[LedgerEntry], objects: Mapping[int, bytes], numbers: Sequence[int]
-    ) -> Iterator[tuple[int, str]]:
-        """Add the objects that continue the chain to ``entries``; yields other numbers with the reason for each."""
-        here, state = {entry.number for entry in entries}, replay_aliases(entries)
-        for number in numbers:
-            if number in here:
-                continue
-            before = entries[-1] if entries else None
-            if number not in objects:
-                yield number, f"is larger than {LARGEST} bytes, or was deleted just now"
-            elif before is not None and number < before.number:
-                yield number, "is not part of the chain of entries"
-            elif (entry := self._entry(number, objects[number])) is None:
-                yield number, "is no entry of this ledger"
-            elif isinstance(after := _follow(entry, before, state), str):
-                yield number, after
+        reasons: dict[int, str] = {}
+        state = AliasState()
+        for number in sorted(objects):
+            if number not in found:
+                after: AliasState | str = "is no entry of this ledger"
+            elif number < max(known, default=0) and number not in recorded:
+                after = "is not part of the chain of entries"
             else:
-                entries.append(entry)
+                after = _follow(found[number], entries[-1] if entries else None, state)
+            if isinstance(after, AliasState):
+                entries.append(found[number])
                 state = after
-
-    def _recorded(self, number: int, data: bytes) -> LedgerEntry:
-        if (entry := self._entry(number, data)) is None:
-            raise self._broken(object_name(number), "is no entry of this ledger")
-        return entry
+            elif number in recorded or number in known:
+                raise self._broken(object_name(number), after)
+            else:
+                reasons[number] = after
+        return entries, reasons
 
     def _entry(self, number: int, data: bytes) -> LedgerEntry | None:
         """Entry in ``data``; None unless these are its canonical bytes under the right name."""
