@@ -28,7 +28,6 @@ from diffusion.common.config import Config
 from diffusion.common.errors import UserError
 from diffusion.common.files import write_bytes, write_json
 from diffusion.common.fingerprint import Fingerprint
-from diffusion.generation.config import Conditions
 from flows import environment
 from flows.environment import SERVER_PREFIXES
 from flows.registry import model_versions
@@ -46,8 +45,7 @@ from flows.sampling.lookup import (
     read_pixels,
     read_rows,
 )
-from flows.sampling.request_table import RequestTable
-from flows.sampling.sampling_batch import Row, SamplingBatch
+from flows.sampling.sampling_batch import SamplingBatch
 from flows.storage.s3 import Location, Missing, Store
 from flows.tracking.console import reporter
 
@@ -141,7 +139,16 @@ def reproduce(where: str, count: int | None = None, out: Path | None = None, ins
     table = fetch_table(store, batch, place)
     with TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        request = _request(batch, model_versions.cached_weights(version), chunks, table, folder)
+        conditions = [conditions_of(batch, table, chunk) for chunk in chunks]
+        request = {
+            "weights": str(model_versions.cached_weights(version).resolve()),
+            "folder": str(folder),
+            "seed": batch.seed,
+            "sampling": batch.sampling.model_dump(mode="json", exclude_none=True),
+            "fingerprint": batch.fingerprint.model_dump(mode="json"),
+            "chunks": [(chunk.start, chunk.stop) for chunk in chunks],
+            "conditions": [each.model_dump(mode="json", exclude_none=True) for each in conditions],
+        }
         code = INSTALLED if installed else fetch_code(version, folder / "shipped")
         if not installed and batch.code_sha256 != version.code_sha256:
             said = "names none" if batch.code_sha256 is None else f"names other code, {batch.code_sha256[:12]}…"
@@ -153,7 +160,8 @@ def reproduce(where: str, count: int | None = None, out: Path | None = None, ins
         answers = _run(request, code, version, installed)
         own = Fingerprint.model_validate(next(answers)["fingerprint"])
         compared: list[ImageComparison] = []
-        for chunk, answer in zip(chunks, answers, strict=True):
+        report = reporter()
+        for chunk, of_chunk, answer in zip(chunks, conditions, answers, strict=True):
             # (N, H, W) or (N, H, W, 3)
             again = load_file(answer["file"])["images"].transpose(0, 2, 3, 1)
             again = again[..., 0] if again.shape[-1] == 1 else again
@@ -161,10 +169,12 @@ def reproduce(where: str, count: int | None = None, out: Path | None = None, ins
             originals = [located.image] if located.image else _originals(store, place, batch, chunk)
             compared += [compare(*each) for each in zip(map(batch.key, chunk), again, originals, strict=True)]
             if out is not None:
-                conditions = conditions_of(batch, table, chunk)
                 for index, pixels, original in zip(chunk, again, originals, strict=True):
-                    _write(out, batch, index, pixels, original.row, conditions)
-            reporter()("images generated again", len(compared), sum(map(len, chunks)))
+                    channels = torch.from_numpy(pixels.reshape(*pixels.shape[:2], -1).transpose(2, 0, 1).copy())
+                    label = original.row["label"] if original.row else None
+                    png, _ = sampling_batch.encode(batch, index, channels, label, of_chunk)
+                    write_bytes(out / sampling_batch.image_key(index), png)
+            report("images generated again", len(compared), sum(map(len, chunks)))
     return Reproduction(
         where=where,
         model=version.uri,
@@ -214,22 +224,6 @@ def _chunks(batch: SamplingBatch, image: LocatedImage | None, count: int | None)
     ]
 
 
-def _request(
-    batch: SamplingBatch, weights: Path, chunks: list[range], table: RequestTable | None, folder: Path
-) -> dict[str, Any]:
-    """Request to ``redraw_script``."""
-    conditions = [conditions_of(batch, table, chunk) for chunk in chunks]
-    return {
-        "weights": str(weights.resolve()),
-        "folder": str(folder),
-        "seed": batch.seed,
-        "sampling": batch.sampling.model_dump(mode="json", exclude_none=True),
-        "fingerprint": batch.fingerprint.model_dump(mode="json"),
-        "chunks": [(chunk.start, chunk.stop) for chunk in chunks],
-        "conditions": [each.model_dump(mode="json", exclude_none=True) for each in conditions],
-    }
-
-
 def _originals(store: Store, place: Location, batch: SamplingBatch, chunk: range) -> list[LocatedImage]:
     """Stored images of a chunk with their rows of the manifest."""
     try:
@@ -266,15 +260,6 @@ def compare(key: str, again: np.ndarray, original: LocatedImage) -> ImageCompari
         mean_error=None if errors is None else float(errors.mean()),
         differing_pixels=None if errors is None else int(errors.reshape(*again.shape[:2], -1).any(-1).sum()),
     )
-
-
-def _write(
-    out: Path, batch: SamplingBatch, index: int, pixels: np.ndarray, row: Row | None, conditions: Conditions
-) -> None:
-    channels = torch.from_numpy(pixels.reshape(*pixels.shape[:2], -1).transpose(2, 0, 1).copy())
-    label = row and row.get("label")
-    png, _ = sampling_batch.encode(batch, index, channels, None if label is None else str(label), conditions)
-    write_bytes(out / sampling_batch.image_key(index), png)
 
 
 def _shorten(names: list[str]) -> str:

@@ -4,7 +4,7 @@ A takedown finds and marks them; before a data set or a version is used, the cat
 """
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -73,24 +73,20 @@ def find_derived(dataset: str, contents: Iterable[str], known: Iterable[str], bu
     ``known`` holds the content digests of all versions that could be read.
     """
     client, held = MlflowClient(), sorted(set(contents))
-    runs = {run.info.run_id: run for digest in held for run in _runs("darkroom.content_digest", digest)}
-    queries = [f"tags.`darkroom.content_digest` = '{digest}'" for digest in held]
+    runs: dict[str, Run] = {}
     models: dict[tuple[str, int], ModelVersion] = {}
-    new_runs = runs
-    while True:
-        queries += [f"run_id = '{run_id}'" for run_id in new_runs]
+    fresh = [run for digest in held for run in _runs("darkroom.content_digest", digest)]
+    queries = [f"tags.`darkroom.content_digest` = '{digest}'" for digest in held]
+    while fresh or queries:
+        runs |= {run.info.run_id: run for run in fresh}
+        queries += [f"run_id = '{run.info.run_id}'" for run in fresh]
         found = [model for query in queries for model in mlflow.search_model_versions(filter_string=query)]
-        grown = {(model.name, int(model.version)): model for model in found}
-        grown = {key: model for key, model in grown.items() if key not in models}
-        if not grown:
-            break
-        models |= grown
+        new = {key: model for model in found if (key := (model.name, int(model.version))) not in models}
+        models |= new
         # A latent diffusion model contains its autoencoder, and a model inherits the training data of its initial
         # weights, transitively.
-        uris = [f"models:/{name}/{number}" for name, number in grown]
-        new_runs = {run.info.run_id: run for uri in uris for tag in (AUTOENCODER, START) for run in _runs(tag, uri)}
-        runs, queries = runs | new_runs, []
-    looked_at = {*held, *known}
+        uris = [f"models:/{name}/{number}" for name, number in new]
+        fresh, queries = [run for uri in uris for tag in (AUTOENCODER, START) for run in _runs(tag, uri)], []
     return Derived(
         runs=[
             DerivedRun(run_id=run_id, name=run.info.run_name, content_digest=run.data.tags["darkroom.content_digest"])
@@ -113,7 +109,7 @@ def find_derived(dataset: str, contents: Iterable[str], known: Iterable[str], bu
         unclear_runs=sorted(
             run.info.run_id
             for run in _runs("darkroom.dataset", dataset)
-            if run.data.tags.get("darkroom.content_digest") not in looked_at
+            if run.data.tags.get("darkroom.content_digest") not in {*held, *known}
         ),
     )
 
@@ -233,9 +229,18 @@ def with_takedowns(version: Version) -> Version:
     version = model_versions.version_of(client, version.model, version.number)
     names: set[str] = set()
     records: dict[str, Removal] = {}
-    for each in _ancestors(client, version):
-        names.update(names_of(parse_tags(each.tags, each.uri).takedown))
-        records |= {removal.name: removal for removal in _removed_since(each)}
+    lineage, left = {version.uri}, [version]
+    while left:
+        each = left.pop()
+        tags = parse_tags(each.tags, each.uri)
+        names.update(names_of(tags.takedown))
+        if tags.dataset is not None and tags.content_digest is not None:
+            records |= {removal.name: removal for removal in _removed_since(tags.dataset, tags.content_digest)}
+        for uri in {uri for uri in (tags.autoencoder, tags.start) if uri} - lineage:
+            lineage.add(uri)
+            model, _, number = uri.removeprefix("models:/").rpartition("/")
+            found = model_versions.registered_version(client, model, int(number))
+            left += [found] if found else []
     here = set(names_of(version.tags.get(TAKEDOWN)))
     for name in sorted(records.keys() - here):
         mark([version.run_id], [version.uri], records[name])
@@ -245,27 +250,8 @@ def with_takedowns(version: Version) -> Version:
     return model_versions.version_of(client, version.model, version.number) if {*records, *names} - here else version
 
 
-def _ancestors(client: MlflowClient, version: Version) -> Iterator[Version]:
-    """Yield ``version`` and, transitively, its autoencoder and initial weights, if they are still registered."""
-    seen, left = {version.uri}, [version]
-    while left:
-        version = left.pop()
-        yield version
-        tags = parse_tags(version.tags, version.uri)
-        for uri in filter(None, (tags.autoencoder, tags.start)):
-            if uri not in seen:
-                seen.add(uri)
-                model, _, number = uri.removeprefix("models:/").rpartition("/")
-                found = model_versions.registered_version(client, model, int(number))
-                left += [found] if found else []
-
-
-def _removed_since(version: Version) -> list[Removal]:
-    """Takedown records of images in the data set that ``version`` was trained on."""
-    tags = parse_tags(version.tags, version.uri)
-    dataset, content = tags.dataset, tags.content_digest
-    if dataset is None or content is None:
-        return []
+def _removed_since(dataset: str, content: str) -> list[Removal]:
+    """Takedown records of images in the versions of ``dataset`` with the content digest ``content``."""
     source, folder = data_source(), dataset_folder(dataset)
     recorded = Catalog.of(dataset, source)
     removals = list(recorded.removals())

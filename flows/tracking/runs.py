@@ -203,57 +203,49 @@ def open_run(
 
 def log_evaluation(tracker: RunTracker, evaluation: Evaluation) -> None:
     """Log each evaluated checkpoint as a model of the run with its scores, once."""
-    experiment = tracker.client.get_run(tracker.run_id).info.experiment_id
-    for each in evaluation.preliminary:
-        metric = each.selection_metric
-        figures = {f"{PRELIMINARY}{metric.name}": metric.value, f"{PRELIMINARY}samples": float(metric.count)}
-        _log_checkpoint(tracker, experiment, evaluation, each, "preliminary", figures)
-    # The best of several EMA lengths comes last, so that it becomes the run's value at that step.
-    for each in sorted(evaluation.checkpoints, key=lambda each: (each.images, each.selection_metric.rank)):
-        _log_checkpoint(tracker, experiment, evaluation, each, "in full", each.metrics())
-
-
-def _log_checkpoint(
-    tracker: RunTracker,
-    experiment: str,
-    evaluation: Evaluation,
-    evaluated: CheckpointEvaluation,
-    how: str,
-    figures: Mapping[str, float],
-) -> None:
     client, run_id = tracker.client, tracker.run_id
-    tags = {
-        CHECKPOINT: evaluated.file,
-        CHECKPOINT_SHA256: evaluated.sha256,
-        EVAL_KEY: evaluation.eval_key,
-        EVALUATED: how,
-        "darkroom.images": str(evaluated.images),
-        MLFLOW_MODEL_IS_EXTERNAL: "true",
-    }
-    found = client.search_logged_models([experiment], f"tags.`{CHECKPOINT_SHA256}` = '{evaluated.sha256}'")
-    if ours := [model for model in found if model.source_run_id == run_id]:
-        model = min(ours, key=lambda model: model.creation_timestamp)
-    else:
-        name = f"{evaluated.family}-{evaluated.images}-{evaluated.sha256[:8]}"
-        model = client.create_logged_model(experiment, name, run_id, tags, model_type=evaluated.family)
-    if model.status != LoggedModelStatus.READY:
-        model = client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
-    if changed := {name: value for name, value in tags.items() if model.tags.get(name) != value}:
-        client.set_logged_model_tags(model.model_id, changed)
+    experiment = client.get_run(run_id).info.experiment_id
     dataset = {
         "dataset_name": evaluation.dataset,
         "dataset_digest": evaluation.conditions.content_digest[:DIGEST_LENGTH],
     }
-    newest = {
-        point.key: point.value
-        for point in sorted(model.metrics or [], key=lambda point: (point.timestamp, point.step))
-        if {"dataset_name": point.dataset_name, "dataset_digest": point.dataset_digest} == dataset
-    }
-    now = int(time.time() * 1000)
-    fresh = [
-        Metric(name, value, now, evaluated.images, model_id=model.model_id, run_id=run_id, **dataset)
-        for name, value in figures.items()
-        if math.isfinite(value) and newest.get(name) != value
-    ]
-    if fresh:
-        client.log_batch(run_id, metrics=fresh)
+    results: list[tuple[CheckpointEvaluation, str, dict[str, float]]] = []
+    for each in evaluation.preliminary:
+        metric = each.selection_metric
+        figures = {f"{PRELIMINARY}{metric.name}": metric.value, f"{PRELIMINARY}samples": float(metric.count)}
+        results.append((each, "preliminary", figures))
+    # The best of several EMA lengths comes last, so that it becomes the run's value at that step.
+    for each in sorted(evaluation.checkpoints, key=lambda each: (each.images, each.selection_metric.rank)):
+        results.append((each, "in full", each.metrics()))
+    for evaluated, how, figures in results:
+        tags = {
+            CHECKPOINT: evaluated.file,
+            CHECKPOINT_SHA256: evaluated.sha256,
+            EVAL_KEY: evaluation.eval_key,
+            EVALUATED: how,
+            "darkroom.images": str(evaluated.images),
+            MLFLOW_MODEL_IS_EXTERNAL: "true",
+        }
+        found = client.search_logged_models([experiment], f"tags.`{CHECKPOINT_SHA256}` = '{evaluated.sha256}'")
+        if ours := [model for model in found if model.source_run_id == run_id]:
+            model = min(ours, key=lambda model: model.creation_timestamp)
+        else:
+            name = f"{evaluated.family}-{evaluated.images}-{evaluated.sha256[:8]}"
+            model = client.create_logged_model(experiment, name, run_id, tags, model_type=evaluated.family)
+        if model.status != LoggedModelStatus.READY:
+            model = client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
+        if changed := {name: value for name, value in tags.items() if model.tags.get(name) != value}:
+            client.set_logged_model_tags(model.model_id, changed)
+        newest = {
+            point.key: point.value
+            for point in sorted(model.metrics or [], key=lambda point: (point.timestamp, point.step))
+            if {"dataset_name": point.dataset_name, "dataset_digest": point.dataset_digest} == dataset
+        }
+        now = int(time.time() * 1000)
+        fresh = [
+            Metric(name, value, now, evaluated.images, model_id=model.model_id, run_id=run_id, **dataset)
+            for name, value in figures.items()
+            if math.isfinite(value) and newest.get(name) != value
+        ]
+        if fresh:
+            client.log_batch(run_id, metrics=fresh)
