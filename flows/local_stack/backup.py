@@ -38,7 +38,6 @@ PASSING = ("pushing/", "resumed/")
 STAMP = "%Y%m%dT%H%M%SZ"
 SMALL = 2**20
 """Size in bytes up to which a saved object is verified by its digest."""
-NAMED = re.compile(r"\d{8}T\d{6}Z")
 AUTH = "mlflow/auth.db"
 UPGRADES = {"mlflow/mlflow.db": ("mlflow", "db", "upgrade"), AUTH: ("mlflow.server.auth", "db", "upgrade", "--url")}
 """Commands that migrate the databases of an older MLflow; Prefect's server migrates its own."""
@@ -88,7 +87,7 @@ class Backups:
     def stamps(self) -> list[str]:
         """Names of all complete backups, oldest first."""
         names = (path.stem for path in (self.folder / "backups").glob("*.json"))
-        return sorted(name for name in names if NAMED.fullmatch(name))
+        return sorted(name for name in names if re.fullmatch(r"\d{8}T\d{6}Z", name))
 
     def read(self, stamp: str | None = None) -> Backup:
         """Read a backup, by default the newest; raises UserError if it is missing or damaged."""
@@ -161,7 +160,11 @@ def backup(target: Path, progress: Progress = silent) -> Backup:
     backups, store = Backups(target), Store(client(variables=stack.variables("s3")))
     make_folder(target, 0o700)
     with FileLock(target / ".lock"):
-        ledgers, databases = _copy_databases(stack, store, backups)
+        while True:
+            ledgers = set(store.list_keys(stack.bucket, "ledger/"))
+            databases = {name: backups.keep(partial(_copy, stack.folder / name)) for name in DATABASES}
+            if set(store.list_keys(stack.bucket, "ledger/")) == ledgers:  # none changed meanwhile
+                break
         made = datetime.now(UTC)
         objects = [
             each
@@ -191,20 +194,24 @@ def save(
     for number, each in enumerate(objects, 1):
         entry = known.get((each.key, each.etag, each.size))
         if entry is None or not backups.has(entry):
-            entry = _save(store, bucket, each, backups)
+            try:
+                sha256 = backups.keep(partial(store.fetch, bucket, each.key))
+                with store.in_words(bucket, each.key):
+                    head = store.client.head_object(Bucket=bucket, Key=each.key)
+                entry = SavedObject(
+                    key=each.key,
+                    size=each.size,
+                    etag=each.etag,
+                    sha256=sha256,
+                    content_type=head["ContentType"],
+                    metadata=head["Metadata"],
+                )
+            except Missing:
+                entry = None
         if entry is not None:
             saved.append(entry)
         progress("objects saved", number, len(objects))
     return saved
-
-
-def _copy_databases(stack: LocalStack, store: Store, backups: Backups) -> tuple[set[str], dict[str, Digest]]:
-    """Copy the databases, repeated until no ledger changes meanwhile; returns the ledgers' keys and the digests."""
-    while True:
-        ledgers = set(store.list_keys(stack.bucket, "ledger/"))
-        databases = {name: backups.keep(partial(_copy, stack.folder / name)) for name in DATABASES}
-        if set(store.list_keys(stack.bucket, "ledger/")) == ledgers:
-            return ledgers, databases
 
 
 def _copy(database: Path, target: Path) -> None:
@@ -214,24 +221,6 @@ def _copy(database: Path, target: Path) -> None:
         closing(sqlite3.connect(target)) as copy,
     ):
         source.backup(copy)
-
-
-def _save(store: Store, bucket: str, listed: ListedObject, backups: Backups) -> SavedObject | None:
-    """Copy an object; None if it was deleted meanwhile."""
-    try:
-        sha256 = backups.keep(partial(store.fetch, bucket, listed.key))
-        with store.in_words(bucket, listed.key):
-            head = store.client.head_object(Bucket=bucket, Key=listed.key)
-    except Missing:
-        return None
-    return SavedObject(
-        key=listed.key,
-        size=listed.size,
-        etag=listed.etag,
-        sha256=sha256,
-        content_type=head["ContentType"],
-        metadata=head["Metadata"],
-    )
 
 
 class LaterRemovals(Config):
@@ -310,8 +299,9 @@ def _later_removals(backup: Backup, backups: Backups, replaced: Path) -> LaterRe
     texts: dict[str, str] = {}
     until: AwareDatetime | None = backup.made
     for newer in (backups.read(stamp) for stamp in backups.stamps() if stamp > backup.stamp):
-        records = [each for each in newer.objects if REMOVAL.fullmatch(each.key)]
-        texts |= {each.key: backups.verified_path(each.sha256).read_text() for each in records if each.key not in known}
+        for each in newer.objects:
+            if REMOVAL.fullmatch(each.key) and each.key not in known:
+                texts[each.key] = backups.verified_path(each.sha256).read_text()
         until = newer.made
     stack = None if replaced == settings().folder else LocalStack.read(replaced)
     if stack is not None and stack.serves("s3") and stack.bucket == backup.bucket:
@@ -362,21 +352,17 @@ def _place(path: Path, name: str, source: Path, backup: Backup, stack: LocalStac
                 last = "".join(done.stderr.strip().splitlines()[-1:])
                 raise DarkroomError(f"{name} cannot be migrated to this MLflow: {last}")
         if name == AUTH:
-            _set_password(partial, stack)
+            from mlflow.server.auth.sqlalchemy_store import SqlAlchemyStore
+
+            # The backup has the hash of another stack's password.
+            users = SqlAlchemyStore()
+            users.init_db(f"sqlite:///{partial}")  # type: ignore[no-untyped-call]
+            try:
+                users.update_user(stack.credentials.mlflow_username, stack.credentials.mlflow_password)
+            finally:
+                users.engine.dispose()
 
     # Journals of another database would be applied to this one.
     for journal in ("-wal", "-shm", "-journal"):
         path.with_name(f"{path.name}{journal}").unlink(missing_ok=True)
     write_atomically(path, write)
-
-
-def _set_password(database: Path, stack: LocalStack) -> None:
-    """Replace the old password's hash in the backup with this stack's password."""
-    from mlflow.server.auth.sqlalchemy_store import SqlAlchemyStore
-
-    store = SqlAlchemyStore()
-    store.init_db(f"sqlite:///{database}")  # type: ignore[no-untyped-call]
-    try:
-        store.update_user(stack.credentials.mlflow_username, stack.credentials.mlflow_password)
-    finally:
-        store.engine.dispose()

@@ -56,12 +56,9 @@ class Service:
 
 def services(stack: LocalStack) -> list[Service]:
     """Services of ``stack`` with its current ports."""
-    builders: dict[Server, list[Callable[[LocalStack], Service]]] = {
-        "s3": [_s3],
-        "mlflow": [_mlflow],
-        "prefect": [_prefect, _worker],
-    }
-    return [build(stack) for server, builds in builders.items() if stack.serves(server) for build in builds]
+    order: list[tuple[Server, Callable[[LocalStack], Service]]]
+    order = [("s3", _s3), ("mlflow", _mlflow), ("prefect", _prefect), ("prefect", _worker)]
+    return [build(stack) for server, build in order if stack.serves(server)]
 
 
 def _s3(stack: LocalStack) -> Service:

@@ -258,7 +258,7 @@ def compare(key: str, again: np.ndarray, original: LocatedImage) -> ImageCompari
         altered=altered,
         largest_error=None if errors is None else int(errors.max()),
         mean_error=None if errors is None else float(errors.mean()),
-        differing_pixels=None if errors is None else int(errors.reshape(*again.shape[:2], -1).any(-1).sum()),
+        differing_pixels=None if errors is None else int(errors.any(-1).sum()),
     )
 
 
@@ -301,12 +301,11 @@ def fetch_requirements(version: Version) -> list[str]:
 def changed_libraries(requirements: list[str]) -> list[str]:
     """Libraries of ``requirements`` that this machine has in another version, as ``NAME: theirs → ours``."""
     found = []
-    for name, equal, pin in (line.strip().partition("==") for line in requirements):
-        try:
+    for name, _, pin in (line.partition("==") for line in requirements):
+        here = "not installed"
+        with suppress(PackageNotFoundError):
             # As in the requirements: without the suffix of builds for one device.
-            here = installed(name).split("+")[0] if equal else pin
-        except PackageNotFoundError:
-            here = "not installed"
+            here = installed(name).split("+")[0]
         if here != pin:
             found.append(f"{name}: {pin} → {here}")
     return found
@@ -315,9 +314,7 @@ def changed_libraries(requirements: list[str]) -> list[str]:
 def _run(request: dict[str, Any], code: Path, version: Version, installed: bool) -> Iterator[dict[str, Any]]:
     """Yield the answers of ``redraw_script`` to ``request``, generated with the package ``diffusion`` in ``code``.
 
-    The process has this machine's libraries and no access to the servers. Only imported modules of ``code`` are loaded:
-    no ``sitecustomize`` and no ``.pth``, and no bytecode is written. Raises UserError with the process's last line on
-    standard error if it fails.
+    Of ``code`` only imported modules are loaded: no ``sitecustomize`` and no ``.pth``; no bytecode is written.
     """
     folder = Path(request["folder"])
     stdin, stderr = folder / "request.json", folder / "stderr"

@@ -8,7 +8,6 @@ MLflow was restored from a backup; the next process brings it up to date.
 import logging
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import ParamSpec, TypeVar
 
 import mlflow
@@ -61,42 +60,36 @@ def _newest(registered: RegisteredModel | None) -> Known:
     return {newest.number: newest.sha256} if newest else {}
 
 
-@dataclass(frozen=True)
-class Record:
-    """MLflow's record of the ledger of a model."""
+def read_record(client: MlflowClient, model: str) -> tuple[dict[int, str], dict[int, ModelVersion]]:
+    """Read MLflow's record of the ledger of ``model``: its entries as ``Known``, and the registered versions by number.
 
-    known: Known
-    versions: Mapping[int, ModelVersion]
-    """Registered versions by number."""
-
-    @classmethod
-    def of(cls, client: MlflowClient, model: str) -> "Record":
-        """Read the record of ``model``; raises UserError if MLflow's copies contradict each other."""
-        known = dict(_newest(none_if_missing(client.get_registered_model, model)))
-        found = mlflow.search_model_versions(filter_string=f"name='{model}'")
-        versions = {int(each.version): each for each in found}
-        for tag, text in (item for version in versions.values() for item in version.tags.items()):
-            name = COPY_NAME.fullmatch(tag)
-            readable = COPY_END.search(text) if name and not name[2] else None
-            if not name or not (name[2] or readable):
-                continue
-            number, digest = int(name[1]), readable[1] if readable else sha256_bytes(text.encode())
-            if known.setdefault(number, digest) != digest:
-                raise UserError(
-                    f"MLflow has two records of entry {number} of the ledger of {model} (sha256 {known[number][:12]}… "
-                    f"and {digest[:12]}…): one of the tags {COPY}* was altered: see docs/runbook/ledger-broken.md"
-                )
-        return cls(known, versions)
+    Raises UserError if MLflow's copies contradict each other.
+    """
+    known = dict(_newest(none_if_missing(client.get_registered_model, model)))
+    found = mlflow.search_model_versions(filter_string=f"name='{model}'")
+    versions = {int(each.version): each for each in found}
+    for tag, text in (item for version in found for item in version.tags.items()):
+        name = COPY_NAME.fullmatch(tag)
+        readable = COPY_END.search(text) if name and not name[2] else None
+        if not name or not (name[2] or readable):
+            continue
+        number, digest = int(name[1]), readable[1] if readable else sha256_bytes(text.encode())
+        if known.setdefault(number, digest) != digest:
+            raise UserError(
+                f"MLflow has two records of entry {number} of the ledger of {model} (sha256 {known[number][:12]}… "
+                f"and {digest[:12]}…): one of the tags {COPY}* was altered: see docs/runbook/ledger-broken.md"
+            )
+    return known, versions
 
 
 def verified(client: MlflowClient, ledger: Ledger) -> History:
     """Read all entries of the ledger; raises UserError if they differ from MLflow's record."""
-    return ledger.read(Record.of(client, ledger.model).known)
+    return ledger.read(read_record(client, ledger.model)[0])
 
 
 def append(client: MlflowClient, ledger: Ledger, decide: Callable[[History], LedgerEntry | None]) -> History:
     """Append to the ledger, with MLflow's record checked before the entry is written and updated after it."""
-    history = ledger.append(decide, lambda: Record.of(client, ledger.model).known)
+    history = ledger.append(decide, lambda: read_record(client, ledger.model)[0])
     for name, reason in history.foreign.items():
         logger.warning("foreign object in %s, which decides nothing: %a %s", ledger.place, name, reason)
     remember(client, ledger, history)
@@ -119,10 +112,10 @@ def restore(client: MlflowClient, ledger: Ledger) -> list[int]:
 
     Existing objects are kept, altered or not. Raises UserError, and writes nothing, if an entry would still be missing.
     """
-    record = Record.of(client, ledger.model)
-    tags = [tag for version in record.versions.values() for tag in version.tags.items()]
+    known, versions = read_record(client, ledger.model)
+    tags = [tag for version in versions.values() for tag in version.tags.items()]
     data = {int(name[1]): text.encode() for tag, text in tags if (name := COPY_NAME.fullmatch(tag)) and name[2]}
-    return ledger.restore(data, record.known)
+    return ledger.restore(data, known)
 
 
 def project(client: MlflowClient, ledger: Ledger) -> History:
@@ -132,17 +125,17 @@ def project(client: MlflowClient, ledger: Ledger) -> History:
     """
     while True:
         # Read first, so that it holds no copy of an entry that came after the ledger was read.
-        record = Record.of(client, ledger.model)
-        history = ledger.read(record.known)
+        known, versions = read_record(client, ledger.model)
+        history = ledger.read(known)
         if history.head is None:
             return history
-        _copy(client, history, record.versions)
+        _copy(client, history, versions)
         there, right = aliases_of(client, history.model), history.head.aliases
         for alias in ALIASES:
             number = right.get(alias)
             if number is None and alias in there:
                 client.delete_registered_model_alias(history.model, alias)
-            elif number is not None and number in record.versions and number != there.get(alias):
+            elif number is not None and number in versions and number != there.get(alias):
                 client.set_registered_model_alias(history.model, alias, str(number))
         remember(client, ledger, history)
         # Another process may have added an entry and written its aliases before we wrote ours.

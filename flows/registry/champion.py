@@ -13,7 +13,7 @@ from flows.config import Params
 from flows.deployment.tasks import retryable_task
 from flows.environment import settings
 from flows.registry import model_versions
-from flows.registry.aliases import CHAMPION, Record, aliases_of, append, project, verified
+from flows.registry.aliases import CHAMPION, aliases_of, append, project, read_record, verified
 from flows.registry.ledger import Evidence, History, Ledger, LedgerEntry, What
 from flows.registry.model_versions import WEIGHTS, Version, registered_version
 from flows.registry.takedown_marks import TAKEDOWN, takedowns, with_takedowns
@@ -63,7 +63,7 @@ def _problem(client: MlflowClient, history: History, number: int) -> str | None:
 
 
 def _recovery_hints(client: MlflowClient, history: History) -> str:
-    standing, versions = history.standing, Record.of(client, history.model).versions
+    standing, (_, versions) = history.standing, read_record(client, history.model)
     usable = [
         number
         for number in sorted(versions, key=lambda number: (number == standing.candidate, number), reverse=True)

@@ -1,7 +1,6 @@
 """The ledger on S3: champions of a registered model, with the decision and the evidence for each.
 
-Entries are changes of the champion, each linked to the entry before it. Verdicts that keep the champion are entries as
-well: they record a candidate that was held or rejected, and why.
+Verdicts that keep the champion are entries as well: they record a candidate that was held or rejected, and why.
 
 ``s3://BUCKET/ledger/NAME/00000001.json`` and so on are written once, each with the SHA-256 of the one before it. MLflow
 has no compare-and-swap; creating entry N + 1 with If-None-Match is a single write that only one of several writers
@@ -17,7 +16,7 @@ import getpass
 import os
 import re
 import socket
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -191,14 +190,6 @@ class AliasState:
         return AliasState(champions, None if self.candidate == version else self.candidate)
 
 
-def replay_aliases(entries: Iterable[LedgerEntry]) -> AliasState:
-    """Alias state after ``entries``."""
-    state = AliasState()
-    for entry in entries:
-        state = state.after(entry.what, entry.version)
-    return state
-
-
 @dataclass(frozen=True)
 class History:
     """Entries of a model's ledger, in order."""
@@ -259,7 +250,10 @@ class History:
         approval: Approval | None = None,
     ) -> LedgerEntry:
         """Next entry, written by this process now."""
-        before, after = self.standing, replay_aliases(self.entries).after(what, version).standing
+        state = AliasState()
+        for entry in self.entries:
+            state = state.after(entry.what, entry.version)
+        after = state.after(what, version).standing
         number = self.head.number + 1 if self.head else 1
         while object_name(number) in self.foreign:
             number += 1
@@ -272,7 +266,7 @@ class History:
             when=datetime.now(UTC).replace(microsecond=0),
             version=version,
             weights_sha256=weights_sha256,
-            from_version=before.champion,
+            from_version=self.standing.champion,
             to_version=after.champion,
             previous=after.previous,
             candidate=after.candidate,

@@ -17,8 +17,6 @@ from flows.registry.model_versions import Version
 from flows.registry.takedown_marks import notes_in, takedowns
 
 CLASSES_SHOWN = 12
-COMPARED = (f"{CONFIDENCE:.0%} interval", "the champion's")
-"""Columns of metrics that only a comparison has."""
 SEEN = 0.2
 """Smallest shift of colours or brightness that the card mentions, in standard deviations: less is hardly visible."""
 
@@ -54,6 +52,7 @@ def card(
 ) -> str:
     """Render the card of ``version``, trained on ``data``, with its ``evaluation`` and ``comparison``, as Markdown."""
     best, evaluated, classes = evaluation.best, comparison.candidate if comparison else None, data.class_histogram
+    compared = (f"{CONFIDENCE:.0%} interval", "the champion's") if comparison else ()
     environment = Environment(loader=PackageLoader("flows.registry"), trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {
         "markdown": escape_markdown,
@@ -72,7 +71,7 @@ def card(
         comparison=comparison,
         evaluated=evaluated,
         scores=(evaluated or best).scores,
-        columns=("metric", "value", *(COMPARED if comparison else ()), "real baseline"),
+        columns=("metric", "value", *compared, "real baseline"),
         metrics=_compared(comparison) if comparison else _evaluated(evaluation),
         best=best,
         grid=f"evaluation/grids/{best.images:010d}-{best.sha256[:8]}.png",

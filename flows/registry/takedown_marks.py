@@ -37,7 +37,6 @@ TAKEDOWN = "darkroom.takedown"
 NOTE = "mlflow.note.content"
 """MLflow's tag for the description of a run in its UI."""
 NOTE_BEGINS = "Takedown "
-BATCH = "/batch.json"
 
 
 class DerivedRun(Config):
@@ -101,10 +100,10 @@ def find_derived(dataset: str, contents: Iterable[str], known: Iterable[str], bu
             for (name, number), model in sorted(models.items())
         ],
         samples=[
-            f"s3://{bucket}/{key.removesuffix(BATCH)}/"
+            f"s3://{bucket}/{key.removesuffix('batch.json')}"
             for name, number in sorted(models)
             for key in Store().list_keys(bucket, f"samples/{name}/{number}/")
-            if key.endswith(BATCH)
+            if key.endswith("/batch.json")
         ],
         unclear_runs=sorted(
             run.info.run_id
