@@ -264,7 +264,19 @@ def restore(
         raise UserError(f"{' and '.join(elsewhere.values())} name other servers: unset them to restore a local stack")
     folder, backups = settings().folder, Backups(target)
     backup = backups.read(stamp)
-    state = _begin(folder, backup, backups, replaced.resolve())
+    progress_file = folder / RESTORING
+    if progress_file.is_file():
+        state = RestoreState.model_validate_json(progress_file.read_bytes())
+        if state.stamp != backup.stamp:
+            raise UserError(
+                f"{folder} is being restored from another backup: give that one's name, or another DARKROOM_HOME"
+            )
+    else:
+        if (folder / "stack.json").exists() or (folder / "credentials.json").exists():
+            raise UserError(f"there is a stack in {folder}: set DARKROOM_HOME to a folder that is not there yet")
+        state = RestoreState(stamp=backup.stamp, later=_later_removals(backup, backups, replaced.resolve()))
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        write_json(progress_file, state.model_dump(mode="json"))
     for each in {*backup.databases.values(), *(each.sha256 for each in backup.objects)}:
         backups.verified_path(each)
     stack = LocalStack.open(folder, backup.bucket)
@@ -273,7 +285,7 @@ def restore(
             raise UserError(f"a stack runs in {folder}, where no restore ended: run `darkroom down`, then this again")
         for name, sha256 in backup.databases.items():
             _place(folder / name, name, backups.path(sha256), backup, stack)
-        write_json(folder / RESTORING, state.model_copy(update={"placed": True}).model_dump(mode="json"))
+        write_json(progress_file, state.model_copy(update={"placed": True}).model_dump(mode="json"))
     up(report, restoring=True)
     stack = LocalStack.open(folder, backup.bucket)
     store = Store(client(variables=stack.variables("s3")))
@@ -289,7 +301,7 @@ def restore(
             progress("objects restored", done, len(backup.objects))
     for key, text in state.later.records.items():
         store.put_once(backup.bucket, key, text.encode())
-    (folder / RESTORING).unlink()
+    progress_file.unlink()
     return backup, state.later
 
 
@@ -319,24 +331,6 @@ def _later_removals(backup: Backup, backups: Backups, replaced: Path) -> LaterRe
     # Fail on an unreadable record before anything is written.
     list(later.removals())
     return later
-
-
-def _begin(folder: Path, backup: Backup, backups: Backups, replaced: Path) -> RestoreState:
-    """Read the state of an interrupted restore, or write a new one."""
-    path = folder / RESTORING
-    if path.is_file():
-        state = RestoreState.model_validate_json(path.read_bytes())
-        if state.stamp != backup.stamp:
-            raise UserError(
-                f"{folder} is being restored from another backup: give that one's name, or another DARKROOM_HOME"
-            )
-        return state
-    if (folder / "stack.json").exists() or (folder / "credentials.json").exists():
-        raise UserError(f"there is a stack in {folder}: set DARKROOM_HOME to a folder that is not there yet")
-    state = RestoreState(stamp=backup.stamp, later=_later_removals(backup, backups, replaced))
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    write_json(path, state.model_dump(mode="json"))
-    return state
 
 
 def _place(path: Path, name: str, source: Path, backup: Backup, stack: LocalStack) -> None:

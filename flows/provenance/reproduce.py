@@ -38,7 +38,6 @@ from flows.sampling.generate_batch import conditions_of, fetch_table
 from flows.sampling.lookup import (
     LocatedImage,
     Origin,
-    SampleLocation,
     find,
     pixels_sha256,
     read_image,
@@ -130,7 +129,17 @@ def reproduce(where: str, count: int | None = None, out: Path | None = None, ins
     """
     store = Store()
     located = find(where, store, environment.settings().bucket)
-    batch, place = _require_batch(located)
+    if isinstance(located.origin, Origin) and located.origin.task is not None:
+        raise UserError(
+            f"{where} was made on request ({located.origin.task}), not sampled in a batch: the same command makes it "
+            "again, and request.json beside it says with what"
+        )
+    if located.batch is None or located.place is None:
+        raise UserError(
+            f"the batch of {where} is not at its usual place, and only that says how it was sampled: give the address "
+            "that it was sampled to, s3://BUCKET/PREFIX/00000007.png"
+        )
+    batch, place = located.batch, located.place
     chunks = _chunks(batch, located.image, count)
     version = model_versions.resolve(MlflowClient(), f"models:/{batch.model}/{batch.version}")
     if version.weights_sha256 != batch.weights_sha256:
@@ -191,20 +200,6 @@ def reproduce(where: str, count: int | None = None, out: Path | None = None, ins
         altered=[each.key for each in compared if each.altered],
         folder=out,
     )
-
-
-def _require_batch(located: SampleLocation) -> tuple[SamplingBatch, Location]:
-    if isinstance(located.origin, Origin) and located.origin.task is not None:
-        raise UserError(
-            f"{located.where} was made on request ({located.origin.task}), not sampled in a batch: the same command "
-            "makes it again, and request.json beside it says with what"
-        )
-    if located.batch is None or located.place is None:
-        raise UserError(
-            f"the batch of {located.where} is not at its usual place, and only that says how it was sampled: give the "
-            "address that it was sampled to, s3://BUCKET/PREFIX/00000007.png"
-        )
-    return located.batch, located.place
 
 
 def _chunks(batch: SamplingBatch, image: LocatedImage | None, count: int | None) -> list[range]:

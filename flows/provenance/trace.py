@@ -152,7 +152,11 @@ class _Walk:
         tags = self.tags(model, run)
         released = tags.released_from
         # The remote of staging is not readable from here.
-        source = environment.data_source() if released else _source(run)
+        source = environment.data_source()
+        for each in run.inputs.dataset_inputs if run and run.inputs and not released else ():
+            with suppress(ValueError, LookupError, TypeError, AttributeError, UserError):
+                source = str(Location.parse(json.loads(each.dataset.source)["uri"]))
+                break
         manifest = self.manifest(run, tags.dataset, origin.content_digest, source)
         dirty = run and run.data.tags.get("darkroom.git_dirty")
         run_data = run and TracedRun(
@@ -325,14 +329,6 @@ class _Walk:
         named |= {name for name, each in records.items() if tables.intersection(each.tables)}
         found = [(name, records.get(name)) for name in sorted(named)]
         return [Takedown(name=name, reason=each and each.reason, images=each and each.images) for name, each in found]
-
-
-def _source(run: Run | None) -> str:
-    """DVC remote of the run's data set, or else that of the environment."""
-    for each in run.inputs.dataset_inputs if run and run.inputs else []:
-        with suppress(ValueError, LookupError, TypeError, AttributeError, UserError):
-            return str(Location.parse(json.loads(each.dataset.source)["uri"]))
-    return environment.data_source()
 
 
 def _time(milliseconds: int) -> datetime:

@@ -18,7 +18,7 @@ from flows.registry.takedown_marks import notes_in, takedowns
 
 CLASSES_SHOWN = 12
 SEEN = 0.2
-"""Smallest shift of colours or brightness that the card mentions, in standard deviations: less is hardly visible."""
+"""Smallest significant shift of colours or brightness in the card, in standard deviations: less is hardly visible."""
 
 
 def write(
@@ -79,18 +79,25 @@ def card(
         classes=_listed(f"{escape_markdown(name)} ({count(number)})" for name, number in classes.items()),
         eval_key=evaluation.eval_key,
         rarest=min(classes.items(), key=lambda each: each[1], default=None),
-        shifts=_shifts(comparison) if comparison else {},
+        shifts={
+            name: shift.spreads
+            for name, shift in (comparison.candidate.drift.shifts.items() if comparison else ())
+            if shift.spreads is not None
+            and abs(shift.spreads) > SEEN
+            and abs(shift.difference) > 3 * shift.standard_error
+        },
     )
     return text.rstrip()
 
 
 def _evaluated(evaluation: Evaluation) -> Iterator[tuple[str, ...]]:
     metrics, baseline = evaluation.best.metrics(), evaluation.real_baseline.metrics()
-    errors = {name: _error_of(name, metrics) for name in metrics}
     for name, value in metrics.items():
-        if name not in errors.values():
-            error = errors[name]
-            shown = f"{value:.4g}" if error is None else with_error(value, metrics[error])
+        if "_se_" not in name and not name.endswith("_se"):
+            first, _, rest = name.partition("_")
+            # kid_se_efflite0 is the standard error of kid_efflite0.
+            error = metrics.get(f"{first}_se_{rest}", metrics.get(f"{name}_se"))
+            shown = f"{value:.4g}" if error is None else with_error(value, error)
             yield name, shown, f"{baseline[name]:.4g}" if name in baseline else ""
 
 
@@ -115,21 +122,6 @@ def _compared(comparison: ChampionComparison) -> Iterator[tuple[str, ...]]:
 
 def _range(low: float, high: float) -> str:
     return f"{signed(low)} to {signed(high)}"
-
-
-def _error_of(name: str, figures: Iterable[str]) -> str | None:
-    """Name of the standard error of the metric ``name``, such as kid_se_efflite0 of kid_efflite0; None without one."""
-    first, _, rest = name.partition("_")
-    return next((error for error in (f"{first}_se_{rest}", f"{name}_se") if error in figures), None)
-
-
-def _shifts(comparison: ChampionComparison) -> dict[str, float]:
-    """Visible and significant shifts of colours and brightness, in standard deviations of real images."""
-    return {
-        name: shift.spreads
-        for name, shift in comparison.candidate.drift.shifts.items()
-        if shift.spreads is not None and abs(shift.spreads) > SEEN and abs(shift.difference) > 3 * shift.standard_error
-    }
 
 
 def _listed(names: Iterable[str]) -> str:

@@ -125,13 +125,12 @@ def version_of(client: MlflowClient, model: str, number: int) -> Version:
     return _version(client.get_model_version(model, str(number)))
 
 
-def cached_weights(version: Version) -> Path:
-    """Weights of ``version``, fetched into the cache of this machine."""
-    return fetch_weights(version, settings().folder / "models")
+def cached_weights(version: Version, cache: Path | None = None) -> Path:
+    """Fetch the weights of ``version`` into ``cache``, by default that of this machine, once.
 
-
-def fetch_weights(version: Version, cache: Path) -> Path:
-    """Fetch the weights of ``version`` into ``cache``, once; raises UserError if they are not those of its tag."""
+    Raises UserError if they are not those of its tag.
+    """
+    cache = cache or settings().folder / "models"
     if not version.weights_sha256:
         raise UserError(f"{version.uri} has no tag {WEIGHTS}: it is no model of Darkroom, or the tag was deleted")
     path = cache / f"{version.weights_sha256}.safetensors"

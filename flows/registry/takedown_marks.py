@@ -30,7 +30,7 @@ from flows.registry.aliases import none_if_missing
 from flows.registry.model_versions import Version
 from flows.storage.s3 import Store
 from flows.storage.tags import parse_tags
-from flows.tracking.runs import AUTOENCODER, START, RunTracker
+from flows.tracking.runs import AUTOENCODER, MANIFEST_ARTIFACT, START, RunTracker
 
 TAKEDOWN = "darkroom.takedown"
 """Tag of runs and model versions trained on images taken down since: the names of those takedowns."""
@@ -137,10 +137,23 @@ def clear_images(derived: Derived) -> list[str]:
     """Delete artifacts that show real images of the data set from the runs; returns them as runs:/ID/PATH."""
     client, cleared = MlflowClient(), []
     for run in (client.get_run(each.run_id) for each in derived.runs):
+        folders = ("dataset", "explain", "evaluation", "evaluation/grids", "images")
+        dataset, explain, evaluation, grids, images = (
+            [item.path for item in client.list_artifacts(run.info.run_id, folder)] for folder in folders
+        )
+        params = run.data.params
+        evaluated_by = FAMILIES[params.get("model.family", "ddpm")].evaluated_by
+        if params.get("model.low_resolution", "None") != "None" or evaluated_by == "reconstructions":
+            # What these generate are real images, enlarged or come back.
+            grids += images
+        else:
+            grids = [path for path in grids if path.rpartition("/")[2].startswith("held_out")]
+        pages = [path for path in evaluation if path.endswith(".html")]
         artifacts = get_artifact_repository(run.info.artifact_uri)
-        for path in _showing_images(client, run):
-            artifacts.delete_artifacts(path)  # type: ignore[no-untyped-call]
-            cleared.append(f"runs:/{run.info.run_id}/{path}")
+        for path in (*dataset, *explain, *pages, *grids):
+            if path != MANIFEST_ARTIFACT:
+                artifacts.delete_artifacts(path)  # type: ignore[no-untyped-call]
+                cleared.append(f"runs:/{run.info.run_id}/{path}")
     return cleared
 
 
@@ -175,24 +188,6 @@ def _runs(tag: str, value: str) -> list[Run]:
     quoted = value.replace("'", "\\'")
     query = f"tags.`{tag}` = '{quoted}'"
     return list(mlflow.search_runs(search_all_experiments=True, filter_string=query, output_format="list"))
-
-
-def _showing_images(client: MlflowClient, run: Run) -> list[str]:
-    """Artifacts of a run that show images of its data set."""
-
-    def listed(folder: str) -> list[str]:
-        return [item.path for item in client.list_artifacts(run.info.run_id, folder)]
-
-    found = listed("dataset") + listed("explain")
-    found += [path for path in listed("evaluation") if path.endswith(".html")]
-    grids, params = listed("evaluation/grids"), run.data.params
-    evaluated_by = FAMILIES[params.get("model.family", "ddpm")].evaluated_by
-    if params.get("model.low_resolution", "None") != "None" or evaluated_by == "reconstructions":
-        # What these draw are real images, enlarged or come back.
-        found += grids + listed("images")
-    else:
-        found += [path for path in grids if path.rpartition("/")[2].startswith("held_out")]
-    return [path for path in found if path != "dataset/manifest.json"]
 
 
 def _with_note(text: str | None, note: str) -> str:

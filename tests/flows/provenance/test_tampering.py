@@ -376,7 +376,7 @@ def test_weights_are_fetched_only_by_a_digest(sampled: Sampled, tmp_path: Path) 
     with pytest.raises(ValueError, match="weights_sha256"):
         Version(model="blobs", number=1, run_id="r", weights_sha256="../x", tags={})
     with pytest.raises(UserError, match=f"has no tag {WEIGHTS}"):
-        model_versions.fetch_weights(sampled.version.model_copy(update={"weights_sha256": ""}), tmp_path / "cache")
+        model_versions.cached_weights(sampled.version.model_copy(update={"weights_sha256": ""}), tmp_path / "cache")
     assert not (tmp_path / "cache").exists()
 
 
