@@ -24,10 +24,7 @@ PORTS = ("s3", "master", "volume", "filer", "admin")
 FORGOTTEN_AFTER = 3.0
 """Seconds until a deletion through S3 reaches the volumes; usually less than one."""
 ENVIRONMENT = {"GOMEMLIMIT": "400MiB", "GOGC": "50"}
-"""Limits memory to about 260 MB under load, instead of 500 MB.
-
-230 MiB are reserved from the start, mostly untouched: with a lower limit it collects garbage all the time, even idle.
-"""
+"""Limits memory to about 260 MB under load, instead of 500 MB; with less it would collect garbage even idle."""
 TLS = "tls.pem"
 """File in the working folder with the certificate and private key."""
 

@@ -67,10 +67,8 @@ def marks(folder: Path, service: str) -> dict[str, str]:
 
 
 def is_member(pid: int, folder: Path, *services: str) -> bool:
-    """Whether process ``pid`` lives and was started for one of ``services`` by the stack in ``folder``.
-
-    Checks the environment of the process: PIDs are reused, and start times shift with the clock.
-    """
+    """Whether process ``pid`` lives and was started for one of ``services`` by the stack in ``folder``."""
+    # The environment tells: PIDs are reused, and start times shift with the clock.
     try:
         environment = psutil.Process(pid).environ()
     except (psutil.AccessDenied, psutil.NoSuchProcess, OSError):
@@ -79,10 +77,7 @@ def is_member(pid: int, folder: Path, *services: str) -> bool:
 
 
 def members(folder: Path, *services: str) -> list[psutil.Process]:
-    """All live processes of ``services`` of the stack in ``folder``, with descendants.
-
-    Each has its command line in ``info["cmdline"]``.
-    """
+    """All live processes of ``services`` of the stack in ``folder``, with descendants and ``info["cmdline"]``."""
     others = (process for process in psutil.process_iter(["cmdline"]) if process.pid != os.getpid())
     return [process for process in others if is_member(process.pid, folder, *services)]
 

@@ -154,11 +154,8 @@ PREFECT_LOOPS = {
         "FOREMAN": 30,
     }.items()
 }
-"""Seconds between polls of the database, which seldom changes on one machine; four of them are 5 by default.
-
-They delay only what can wait: a new schedule's first run by 15, the state "late" by 15, the cleanup of cancelled or
-paused runs by 60. Due and triggered runs, and the detection of killed ones, are handled by other services.
-"""
+"""Seconds between polls of the database, which seldom changes on one machine; they delay only what can wait, such as a
+new schedule's first run and the cleanup of cancelled runs."""
 
 
 def _worker(stack: LocalStack) -> Service:

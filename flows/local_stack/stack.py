@@ -36,10 +36,7 @@ def _password() -> str:
 
 
 def new_identity() -> str:
-    """Create a private key and its self-signed certificate for the loopback address, in PEM.
-
-    It is server, client and CA of mutual TLS in one: processes of one owner, who trust only each other.
-    """
+    """Create a private key and its certificate, server, client and CA of mutual TLS on the loopback address, in PEM."""
     # A slow import that is needed once per stack.
     from cryptography import x509
     from cryptography.hazmat.primitives import hashes, serialization

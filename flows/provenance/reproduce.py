@@ -264,8 +264,7 @@ def _shorten(names: list[str]) -> str:
 def fetch_code(version: Version, folder: Path) -> Path:
     """Fetch the code of ``version`` into ``folder``; returns the folder of its package ``diffusion``.
 
-    Raises UserError if it ships none, or its digest differs from the tag: a writer to the bucket can replace the code,
-    but not the tag.
+    Raises UserError if it ships none, or other code than its tag says, which a writer to the bucket cannot change.
     """
     there = {item.path for item in mlflow.artifacts.list_artifacts(artifact_uri=version.uri)}
     if not {CODE_FOLDER, SERVED_MODEL.name} <= there:
@@ -296,7 +295,7 @@ def fetch_requirements(version: Version) -> list[str]:
 def changed_libraries(requirements: list[str]) -> list[str]:
     """Libraries of ``requirements`` that this machine has in another version, as ``NAME: theirs → ours``."""
     found = []
-    for name, _, pin in (line.partition("==") for line in requirements):
+    for name, pin in (line.split("==") for line in requirements if "==" in line):
         here = "not installed"
         with suppress(PackageNotFoundError):
             # As in the requirements: without the suffix of builds for one device.

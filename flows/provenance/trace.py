@@ -130,14 +130,12 @@ class _Walk:
 
     @contextmanager
     def noting(self) -> Iterator[None]:
-        """Context whose UserError is noted as a broken link."""
         try:
             yield
         except UserError as error:
             self.broken.append(str(error))
 
     def along(self, where: str) -> Trace:
-        """Collect all links, starting from the image or batch at ``where``."""
         located = find(where, self.store, environment.settings().bucket)
         origin, batch, place = located.origin, located.batch, located.place
         image = located.image and self.image(located, located.image)
@@ -185,7 +183,6 @@ class _Walk:
         )
 
     def image(self, located: SampleLocation, image: LocatedImage) -> TracedImage:
-        """Compare an image with its row in the manifest."""
         where, batch, row, origin = located.where, located.batch, image.row, image.origin
         if row is not None and row["sha256"] != image.sha256:
             words = "was altered: its pixels are not those that were generated, by its row in the manifest"
@@ -219,7 +216,6 @@ class _Walk:
         return Tags.model_validate(found)
 
     def model(self, name: str, number: int, run_id: str, batch: SamplingBatch | None) -> TracedModel | None:
-        """Look up the version in the registry."""
         uri = f"models:/{name}/{number}"
         found = none_if_missing(self.client.get_model_version, name, str(number))
         if found is None:
@@ -250,7 +246,6 @@ class _Walk:
         )
 
     def run(self, run_id: str) -> Run | None:
-        """Look up the run in MLflow, even if it is marked as deleted."""
         found = none_if_missing(self.client.get_run, run_id)
         if found is None:
             self.broken.append(f"run {run_id} is not in MLflow (any more)")
@@ -280,7 +275,6 @@ class _Walk:
         return found
 
     def data(self, version: Manifest, dvc_digest: str | None, source: str, released: str | None) -> TracedData:
-        """Describe the data set version and where each of its shards lies."""
         kept = StoredFiles(version.name, source, dvc_digest)
         listings = [] if released else list(kept.listings(version.digest).values())
 

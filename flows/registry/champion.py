@@ -1,8 +1,7 @@
 """The champion of a registered model: usability checks, and promotion and rollback by manual override.
 
 A candidate is compared with the champion after hours of training, so the champion is checked before: its version or
-weights may have been deleted in MLflow. Manual overrides need no Prefect, and end the same if they are killed at any
-moment and given again.
+weights may have been deleted in MLflow.
 """
 
 from mlflow.client import MlflowClient
@@ -75,7 +74,7 @@ def _recovery_hints(client: MlflowClient, history: History) -> str:
         ways.insert(0, f"`darkroom promote --to {usable[0]}` makes version {usable[0]} champion")
     if standing.previous in usable:
         ways.insert(0, f"`darkroom model rollback` makes version {standing.previous} champion")
-    return ", ".join(ways[:-1]) + (", or " if ways[:-1] else "") + ways[-1]
+    return ", or ".join(ways)
 
 
 class ChampionChange(Config):

@@ -54,14 +54,8 @@ def card(
     best, evaluated, classes = evaluation.best, comparison.candidate if comparison else None, data.class_histogram
     compared = (f"{CONFIDENCE:.0%} interval", "the champion's") if comparison else ()
     environment = Environment(loader=PackageLoader("flows.registry"), trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {
-        "markdown": escape_markdown,
-        "count": count,
-        "counted": counted,
-        "share": share,
-        "with_error": with_error,
-        "listed": _listed,
-    }
+    environment.filters |= {"markdown": escape_markdown, "listed": _listed}
+    environment.filters |= {each.__name__: each for each in (count, counted, share, with_error)}
     text = environment.get_template("model_card.md").render(
         params=params,
         version=version,

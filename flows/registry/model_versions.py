@@ -172,7 +172,14 @@ def register(
             ours = {name: logged.tags.get(name) for name in (WEIGHTS, CODE)}
             entries = {name: str(value) for name, value in (ours | dict(tags)).items() if value is not None}
             version = register_once(client, logged.model_uri, model, digest, entries)
-        _delete_others(client, run_id, version)
+        # Killed or slower processes may have left other models of the run with these weights.
+        source = client.get_model_version(version.model, str(version.number)).source or ""
+        models = logged_models(client, run_id, version.weights_sha256)
+        used = [each for each in models if source in (each.model_uri, each.artifact_location)]
+        for each in models:
+            if each not in used and (used or each.status != LoggedModelStatus.READY):
+                get_artifact_repository(each.artifact_location).delete_artifacts()  # type: ignore[no-untyped-call]
+                client.delete_logged_model(each.model_id)
         return version
 
 
@@ -202,17 +209,6 @@ def find(client: MlflowClient, model: str, digest: str) -> Version | None:
             if version is not None and not version.aliases:
                 none_if_missing(client.delete_model_version, model, number)
     return version_of(client, model, first)
-
-
-def _delete_others(client: MlflowClient, run_id: str, version: Version) -> None:
-    """Delete the run's other models with these weights, which killed or slower processes left."""
-    source = client.get_model_version(version.model, str(version.number)).source or ""
-    ours = logged_models(client, run_id, version.weights_sha256)
-    used = [each for each in ours if source in (each.model_uri, each.artifact_location)]
-    for each in ours:
-        if each not in used and (used or each.status != LoggedModelStatus.READY):
-            get_artifact_repository(each.artifact_location).delete_artifacts()  # type: ignore[no-untyped-call]
-            client.delete_logged_model(each.model_id)
 
 
 def logged_models(client: MlflowClient, run_id: str, digest: str) -> list[LoggedModel]:

@@ -238,10 +238,11 @@ def with_takedowns(version: Version) -> Version:
     here = set(names_of(version.tags.get(TAKEDOWN)))
     for name in sorted(records.keys() - here):
         mark([version.run_id], [version.uri], records[name])
-    if inherited := names - records.keys() - here:
-        value = joined_names(version.tags.get(TAKEDOWN), *records, *inherited)
-        client.set_model_version_tag(version.model, str(version.number), TAKEDOWN, value)
-    return model_versions.version_of(client, version.model, version.number) if {*records, *names} - here else version
+    if not {*records, *names} - here:
+        return version
+    value = joined_names(version.tags.get(TAKEDOWN), *records, *names)
+    client.set_model_version_tag(version.model, str(version.number), TAKEDOWN, value)
+    return model_versions.version_of(client, version.model, version.number)
 
 
 def _removed_since(dataset: str, content: str) -> list[Removal]:

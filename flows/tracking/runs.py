@@ -11,7 +11,7 @@ from typing import Any
 from mlflow.client import MlflowClient
 from mlflow.data.dataset_source_registry import resolve_dataset_source
 from mlflow.data.meta_dataset import MetaDataset
-from mlflow.entities import DatasetInput, InputTag, LifecycleStage, LoggedModelStatus, Metric, Param, RunTag
+from mlflow.entities import DatasetInput, InputTag, LoggedModelStatus, Metric, Param, RunTag
 from mlflow.entities import Run as MlflowRun
 from mlflow.exceptions import MlflowException
 from mlflow.utils.mlflow_tags import MLFLOW_MODEL_IS_EXTERNAL
@@ -114,7 +114,9 @@ def find_run(client: MlflowClient, experiment: str, tag: str, value: str) -> Mlf
     entity = client.get_experiment_by_name(experiment)
     if entity is None:
         return None
-    claimed = Claims.of(experiment, value).holder(lambda run_id: _is_of(client, run_id, tag, value))
+    claimed = Claims.of(experiment, value).holder(
+        lambda run_id: _is_of(client, entity.experiment_id, run_id, tag, value)
+    )
     if claimed is not None:
         return client.get_run(claimed)
     filter_string = f"tags.`{tag}` = '{value}'"
@@ -130,8 +132,10 @@ def one_run(client: MlflowClient, experiment: str, tag: str, value: str, name: s
     run = find_run(client, experiment, tag, value) or client.create_run(
         experiment_id(client, experiment), tags={tag: value}, run_name=name
     )
-    claimed = Claims.of(experiment, value).claim(run.info.run_id, lambda each: _is_of(client, each, tag, value))
-    for each in client.search_runs([run.info.experiment_id], f"tags.`{tag}` = '{value}'"):
+    within = run.info.experiment_id
+    claims = Claims.of(experiment, value)
+    claimed = claims.claim(run.info.run_id, lambda each: _is_of(client, within, each, tag, value))
+    for each in client.search_runs([within], f"tags.`{tag}` = '{value}'"):
         if each.info.run_id != claimed and not each.data.metrics and not each.data.params:
             client.delete_run(each.info.run_id)
     return run if claimed == run.info.run_id else client.get_run(claimed)
@@ -150,17 +154,10 @@ def experiment_id(client: MlflowClient, name: str) -> str:
     return str(found.experiment_id)
 
 
-def _is_of(client: MlflowClient, run_id: str, tag: str, value: str) -> bool:
-    """Whether a run of this ID exists, is not deleted, and has the tag."""
-    if not RUN_NAME.fullmatch(run_id):
-        return False
-    try:
-        run = client.get_run(run_id)
-    except MlflowException as error:
-        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-            raise
-        return False
-    return bool(run.info.lifecycle_stage == LifecycleStage.ACTIVE and run.data.tags.get(tag) == value)
+def _is_of(client: MlflowClient, experiment: str, run_id: str, tag: str, value: str) -> bool:
+    """Whether a run of this ID, which comes from S3, exists in the experiment, is not deleted, and has the tag."""
+    query = f"attributes.run_id = '{run_id}' and tags.`{tag}` = '{value}'"
+    return bool(RUN_NAME.fullmatch(run_id) and client.search_runs([experiment], query))
 
 
 def open_run(
