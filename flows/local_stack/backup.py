@@ -9,7 +9,7 @@ import shutil
 import sqlite3
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
@@ -26,15 +26,13 @@ from diffusion.common.config import Config
 from diffusion.common.errors import DarkroomError, UserError
 from diffusion.common.files import make_folder, sha256_file, sync_file, sync_folder, write_atomically, write_json
 from diffusion.common.progress import Progress, silent
-from diffusion.data.versions.takedown_records import Removal
+from diffusion.data.versions.takedown_records import Removal, parse_removal
 from flows.environment import SERVERS, settings
 from flows.local_stack.control import RESTORING, up
 from flows.local_stack.stack import LocalStack, servers_in_environment
 from flows.storage.s3 import ListedObject, Missing, Store, client
 
 DATABASES = ("mlflow/mlflow.db", "mlflow/auth.db", "prefect/prefect.db")
-PASSING = ("pushing/", "resumed/")
-"""Prefixes of transient objects, which are not backed up."""
 STAMP = "%Y%m%dT%H%M%SZ"
 SMALL = 2**20
 """Size in bytes up to which a saved object is verified by its digest."""
@@ -44,9 +42,7 @@ UPGRADES = {"mlflow/mlflow.db": ("mlflow", "db", "upgrade"), AUTH: ("mlflow.serv
 REMOVAL = re.compile(r"datasets/[^/]+/removals/[^/]+\.json")
 """Keys of takedown records in the catalog."""
 Digest = Annotated[str, StringConstraints(pattern="^[0-9a-f]{64}$")]
-"""Hex SHA-256."""
 DatabasePath = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]+(/[A-Za-z0-9_-]+)*\.db$")]
-"""Path of a database in the stack's folder."""
 
 
 class SavedObject(Config):
@@ -69,7 +65,6 @@ class Backup(Config):
     versions: dict[str, str]
     """Versions of the programs that wrote the databases."""
     databases: dict[DatabasePath, Digest]
-    """Digests by path in the stack's folder."""
     objects: list[SavedObject]
 
     @property
@@ -169,7 +164,7 @@ def backup(target: Path, progress: Progress = silent) -> Backup:
         objects = [
             each
             for each in store.list_objects(stack.bucket)
-            if not each.key.startswith(PASSING)
+            if not each.key.startswith(("pushing/", "resumed/"))  # transient
             if each.key in ledgers or not each.key.startswith("ledger/")
             if each.written <= made or not each.key.startswith("samples/")
         ]
@@ -230,16 +225,9 @@ class LaterRemovals(Config):
     known_until: AwareDatetime | None = None
     """Time until which the list is complete; None if it is complete."""
 
-    def removals(self) -> Iterator[Removal]:
+    def removals(self) -> list[Removal]:
         """Parsed takedowns; raises UserError for a damaged record."""
-        for key, text in self.records.items():
-            try:
-                yield Removal.model_validate_json(text)
-            except ValidationError as error:
-                raise UserError(
-                    f"{key} is no record of a takedown that this Darkroom understands ({error.errors()[0]['msg']}): "
-                    "update, or if it is damaged delete it and repeat that takedown"
-                ) from error
+        return [parse_removal(text, key) for key, text in self.records.items()]
 
 
 class RestoreState(Config):
@@ -254,7 +242,7 @@ class RestoreState(Config):
 def restore(
     target: Path, stamp: str | None, replaced: Path, report: Callable[[str], None], progress: Progress = silent
 ) -> tuple[Backup, LaterRemovals]:
-    """Restore a backup into DARKROOM_HOME and start the stack; can be killed and resumed.
+    """Restore a backup into DARKROOM_HOME and start the stack.
 
     ``target`` is the folder of the backups, ``stamp`` the name of one, by default the newest, and ``replaced`` the
     folder of a replaced stack, whose takedowns are taken over. Returns the backup and the takedowns since. Raises
@@ -329,7 +317,7 @@ def _later_removals(backup: Backup, backups: Backups, replaced: Path) -> LaterRe
         until = None
     later = LaterRemovals(records=texts, known_until=until)
     # Fail on an unreadable record before anything is written.
-    list(later.removals())
+    later.removals()
     return later
 
 

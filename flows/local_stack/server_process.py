@@ -22,7 +22,6 @@ PORT_RANGE = range(10_000, 22_000)
 FOLDER_MARK = "DARKROOM_STACK"
 SERVICE_MARK = "DARKROOM_SERVICE"
 """Environment variables that mark all processes of the stack, including descendants."""
-NICENESS = 5
 LOG_BYTES = 16 * 2**20
 """Size above which a log is rotated when its service starts."""
 
@@ -32,7 +31,6 @@ class Process(Config):
 
     pid: int
     spec: str
-    """Digest of its start settings."""
 
 
 def start(command: Sequence[str], environment: Mapping[str, str], cwd: Path, log: Path, spec: str) -> Process:
@@ -52,7 +50,7 @@ def start(command: Sequence[str], environment: Mapping[str, str], cwd: Path, log
         )
     process = psutil.Process(child.pid)
     # Polling servers must not slow down the threads of a training.
-    process.nice(NICENESS)
+    process.nice(5)
     # Linux shows no environment while a program is being loaded, and the environment identifies the process.
     while child.poll() is None and not process.environ():
         time.sleep(0.001)

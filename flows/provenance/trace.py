@@ -95,7 +95,6 @@ class Takedown(Config):
 
     name: str
     reason: str | None
-    """Reason of the takedown; None if only its name is known."""
     images: int | None
 
 

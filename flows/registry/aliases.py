@@ -55,7 +55,6 @@ def _aliases(registered: RegisteredModel | None) -> dict[str, int]:
 
 
 def _newest(registered: RegisteredModel | None) -> Known:
-    """Newest recorded entry of a model; raises UserError as ``Newest.of`` does."""
     newest = Newest.of(registered.name, registered.tags) if registered else None
     return {newest.number: newest.sha256} if newest else {}
 
@@ -147,8 +146,7 @@ def project(client: MlflowClient, ledger: Ledger) -> History:
 def resolve_alias(client: MlflowClient, model: str, alias: str) -> int | None:
     """Resolve one of ALIASES to a version number by the ledger; None if the alias is unset.
 
-    Costs one request to MLflow and two to S3 while they agree, and repairs MLflow if they do not. Without a ledger
-    MLflow's aliases count. Raises UserError if the ledger has lost an entry that MLflow has on record.
+    Repairs MLflow if it disagrees; without a ledger its aliases count. Raises UserError if the ledger lost an entry.
     """
     registered = none_if_missing(client.get_registered_model, model)
     on_record, there = _newest(registered), _aliases(registered)

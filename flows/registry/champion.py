@@ -33,10 +33,7 @@ def require_champion(params: Params) -> None:
 
 
 def champion_problem(client: MlflowClient, history: History) -> str | None:
-    """Describe in one line what is wrong with the champion, with possible fixes; None if nothing is.
-
-    A model without a champion is fine. The weights are looked up, not fetched.
-    """
+    """Describe in one line what is wrong with the champion, if any, with possible fixes; None if nothing is."""
     number = history.standing.champion
     if number is None or (words := _problem(client, history, number)) is None:
         return None
@@ -104,10 +101,9 @@ def promote(
 
 
 def roll_back(model: str, reason: str | None = None) -> ChampionChange:
-    """Make the previous champion champion again; two rollbacks in a row go back twice.
+    """Make the previous champion champion again, or finish a rollback that was killed before the aliases were written.
 
-    A rollback that was killed before MLflow's aliases were written is finished instead. Raises UserError if there is no
-    usable previous champion, and Held if another process changed the champion meanwhile.
+    Raises UserError if there is no usable previous champion, and Held if another process changed it meanwhile.
     """
     client, ledger = MlflowClient(), Ledger.of(model)
     history = verified(client, ledger)

@@ -93,7 +93,6 @@ class ResolvedParams:
     autoencoder: str | None
     """Exact version of the autoencoder, models:/NAME/NUMBER; None if it is not a registered one."""
     start: str | None
-    """Exact version of the initial weights; None if they are not of a registered one."""
     takedown: str | None
     """Names of later takedowns of images that either was trained on, separated by commas."""
 

@@ -26,9 +26,6 @@ from flows.storage.tags import VersionNumber
 
 logger = logging.getLogger(__name__)
 
-LARGEST_NOTE = 2**24
-"""Maximum size of a note in bytes."""
-
 
 class Note(BaseModel):
     """Fields of a note, a ``RetrainResult`` in JSON, that are read here and by ``retrain``."""
@@ -67,13 +64,12 @@ class Request:
 
     @property
     def _note(self) -> tuple[str, str]:
-        """Bucket and key of the note."""
         return settings().bucket, f"retrained/{self.model}/{self.key}.json"
 
     def done(self) -> dict[str, Any] | None:
         """Result of an earlier retraining with the same key; None if there is none."""
         try:
-            note = Store().get(*self._note, LARGEST_NOTE)
+            note = Store().get(*self._note, most=2**24)
             Note.model_validate_json(note)
         except Missing:
             return None

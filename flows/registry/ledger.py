@@ -54,7 +54,6 @@ class Evidence(Config):
     reason: str
     figures: dict[str, FiniteFloat] = Field(default_factory=dict)
     eval_key: str | None = None
-    """Digest of the evaluation's conditions; None if no evaluation was needed."""
     gate: dict[str, JsonValue] = Field(default_factory=dict)
 
 
@@ -146,8 +145,7 @@ class LedgerEntry(Config):
     def says_the_same(self, other: "LedgerEntry") -> bool:
         """Whether both entries keep the same champion for the same reasons, so that one is redundant."""
         fields = ("what", "by_hand", "version", "weights_sha256", "to_version", "reason", "evidence", "approval")
-        same = all(getattr(self, name) == getattr(other, name) for name in fields)
-        return same and not self.moves
+        return not self.moves and all(getattr(self, name) == getattr(other, name) for name in fields)
 
     def __str__(self) -> str:
         if self.moves:
@@ -159,14 +157,10 @@ class LedgerEntry(Config):
 
 @dataclass(frozen=True)
 class AliasState:
-    """Alias state that determines which entries can follow.
-
-    Champions are a stack: a promotion puts one on top and a rollback takes it off, so that rolling back twice goes back
-    twice.
-    """
+    """Alias state that determines which entries can follow; rolling back twice goes back twice."""
 
     champions: tuple[int, ...] = ()
-    """Stack of champions, the current one last."""
+    """Stack of champions, on which a promotion puts one at the end and from which a rollback takes it."""
     candidate: int | None = None
 
     @property
@@ -322,10 +316,7 @@ class Ledger(NumberedObjects):
         return cls(Location(settings().bucket) / "ledger" / model, Store())
 
     def head(self, known: Known = NOTHING) -> LedgerEntry | None:
-        """Newest entry, or None. Takes two requests if MLflow has recorded it and no object has a higher number.
-
-        Raises UserError as ``read`` does, but does not verify older entries if the newest one is recorded.
-        """
+        """Newest entry, or None, in two requests if MLflow has recorded it; otherwise verified as ``read`` does."""
         listed, newest = self.listed(), max(known, default=0)
         if known and max(map(self.number, listed), default=0) == newest:
             found = self.get(newest)
@@ -357,9 +348,8 @@ class Ledger(NumberedObjects):
     ) -> History:
         """Commit the entry that ``decide`` returns for the history, or nothing if it returns None.
 
-        If another process was faster, ``decide`` is called again with the new history; it raises Held if its decision
-        no longer holds. ``known`` reads MLflow's record each time before the ledger is read. Raises UserError, and
-        writes nothing, if the ledger differs from that record.
+        If another process was faster, ``decide`` is called again; it raises Held if its decision no longer holds.
+        ``known`` reads MLflow's record each time. Raises UserError, and writes nothing, if the ledger differs from it.
         """
         self.require_conditional_puts()
         while (entry := decide(history := self.read(known()))) is not None:
@@ -379,10 +369,7 @@ class Ledger(NumberedObjects):
         return history
 
     def restore(self, copies: Mapping[int, bytes], known: Known) -> list[int]:
-        """Write missing entries from ``copies``, by number; returns their numbers.
-
-        Raises UserError, and writes nothing, unless all recorded entries exist here or among the copies.
-        """
+        """Write missing entries from ``copies``; returns their numbers. Raises UserError if another one is missing."""
         objects = self._objects(listed := self.listed())
         here = set(map(self.number, listed))
         lost = {number: data for number, data in copies.items() if number not in here}
@@ -392,7 +379,6 @@ class Ledger(NumberedObjects):
         return [entry.number for entry in missing]
 
     def _objects(self, listed: Sequence[ListedObject]) -> dict[int, bytes]:
-        """Bytes of the objects that are named like entries, by number."""
         small = sorted({self.number(each) for each in listed if each.size <= LARGEST} - {0})
         with ThreadPoolExecutor(16) as pool:
             found = zip(small, pool.map(self.get, small), strict=True)
@@ -423,19 +409,28 @@ class Ledger(NumberedObjects):
         reasons: dict[int, str] = {}
         state = AliasState()
         for number in sorted(objects):
-            if number not in found:
-                after: AliasState | str = "is no entry of this ledger"
+            entry, parent = found.get(number), entries[-1].digest if entries else None
+            after, reason = state, ""
+            if entry is None:
+                reason = "is no entry of this ledger"
             elif number < max(known, default=0) and number not in recorded:
-                after = "is not part of the chain of entries"
+                reason = "is not part of the chain of entries"
+            elif entry.parent != parent:
+                reason = "does not stand on the entry before it"
             else:
-                after = _follow(found[number], entries[-1] if entries else None, state)
-            if isinstance(after, AliasState):
-                entries.append(found[number])
+                try:
+                    after = state.after(entry.what, entry.version)
+                except UserError as error:
+                    reason = f"cannot be: {error}"
+                if not reason and (entry.from_version, entry.standing) != (state.standing.champion, after.standing):
+                    reason = "has version numbers that contradict its event"
+            if entry is not None and not reason:
+                entries.append(entry)
                 state = after
             elif number in recorded or number in known:
-                raise self._broken(object_name(number), after)
+                raise self._broken(object_name(number), reason)
             else:
-                reasons[number] = after
+                reasons[number] = reason
         return entries, reasons
 
     def _entry(self, number: int, data: bytes) -> LedgerEntry | None:
@@ -453,16 +448,3 @@ class Ledger(NumberedObjects):
             "docs/runbook/ledger-broken.md says what to do (`darkroom model history --restore` writes back what is "
             "missing)"
         )
-
-
-def _follow(entry: LedgerEntry, before: LedgerEntry | None, state: AliasState) -> AliasState | str:
-    """State after ``entry``, or the reason why it cannot follow ``before`` with the alias ``state``."""
-    if entry.parent != (before.digest if before else None):
-        return "does not stand on the entry before it"
-    try:
-        after = state.after(entry.what, entry.version)
-    except UserError as error:
-        return f"cannot be: {error}"
-    if (entry.from_version, entry.standing) != (state.standing.champion, after.standing):
-        return "has version numbers that contradict its event"
-    return after

@@ -59,7 +59,6 @@ def card(
     text = environment.get_template("model_card.md").render(
         params=params,
         version=version,
-        tags=version.tags,
         warning=takedowns(version),
         entry=entry,
         comparison=comparison,

@@ -50,7 +50,6 @@ class ModelBundle(Config):
     version: Version
     description: str
     champion: bool
-    """Whether it was champion when it was packed."""
     evidence: Evidence | None
     run_name: str
     run_tags: dict[str, str]

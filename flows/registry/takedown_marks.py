@@ -35,7 +35,6 @@ from flows.tracking.runs import AUTOENCODER, MANIFEST_ARTIFACT, START, RunTracke
 TAKEDOWN = "darkroom.takedown"
 """Tag of runs and model versions trained on images taken down since: the names of those takedowns."""
 NOTE = "mlflow.note.content"
-"""MLflow's tag for the description of a run in its UI."""
 NOTE_BEGINS = "Takedown "
 
 
@@ -216,8 +215,7 @@ def require_current(folder: Path, tracker: RunTracker | None = None) -> None:
 def with_takedowns(version: Version) -> Version:
     """Reload ``version`` from MLflow, marked with every takedown of images that it was trained on.
 
-    These are the images of its data set and, transitively, those of its autoencoder and its initial weights. Missing
-    marks are written.
+    These are the images of its data set and, transitively, of its autoencoder and its initial weights.
     """
     client = MlflowClient()
     version = model_versions.version_of(client, version.model, version.number)

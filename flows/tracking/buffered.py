@@ -70,8 +70,15 @@ class BufferedTracker:
     def log_metrics(self, metrics: Mapping[str, float], images: int) -> None:
         """Record ``metrics`` at step ``images``, and system metrics every ten seconds."""
         now = int(time.time() * 1000)
-        figures = {name: float(value) for name, value in (*metrics.items(), *self._system_metrics().items())}
-        finite = {name: value for name, value in figures.items() if math.isfinite(value)}
+        figures = dict(metrics)
+        if time.monotonic() - self._measured >= EVERY:
+            self._measured = time.monotonic()
+            self._monitor.collect_metrics()  # type: ignore[no-untyped-call]
+            of_machine = self._monitor.aggregate_metrics()  # type: ignore[no-untyped-call]
+            figures |= {f"system/{name}": value for name, value in of_machine.items()}
+            for each in self._monitor.monitors:
+                each.clear_metrics()  # type: ignore[no-untyped-call]
+        finite = {name: float(value) for name, value in figures.items() if math.isfinite(value)}
         self._add([{"name": name, "value": value, "time": now, "step": images} for name, value in finite.items()])
 
     def log_image(self, name: str, image: Image.Image, images: int) -> None:
@@ -153,17 +160,6 @@ class BufferedTracker:
         points = [Metric(each["name"], each["value"], each["time"], each["step"]) for each in metrics]
         self.tracker.log_points(points)
         return len(points)
-
-    def _system_metrics(self) -> dict[str, float]:
-        """Metrics of the machine under MLflow's names; empty within ``EVERY`` seconds of the last ones."""
-        if time.monotonic() - self._measured < EVERY:
-            return {}
-        self._measured = time.monotonic()
-        self._monitor.collect_metrics()  # type: ignore[no-untyped-call]
-        figures = self._monitor.aggregate_metrics()  # type: ignore[no-untyped-call]
-        for each in self._monitor.monitors:
-            each.clear_metrics()  # type: ignore[no-untyped-call]
-        return {f"system/{name}": float(value) for name, value in figures.items()}
 
     def _read_records(self) -> list[Record]:
         """Records of earlier processes; an incomplete last line is removed from the file."""

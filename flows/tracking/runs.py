@@ -27,35 +27,26 @@ MANIFEST_ARTIFACT = "dataset/manifest.json"
 """Path of the data set's manifest among the artifacts of a run."""
 TRAIN_KEY = "darkroom.train_key"
 """Tag that identifies the run of a training: digest of everything that determines its weights."""
-AUTOENCODER = "darkroom.autoencoder"
-"""Tag of a latent-space run: the registered autoencoder, models:/NAME/NUMBER."""
+AUTOENCODER, START = "darkroom.autoencoder", "darkroom.start"
+"""Tags of a run: the registered autoencoder that it works in, and its initial model, models:/NAME/NUMBER."""
 SWEEP = "darkroom.sweep"
 """Tag that identifies the parent run of a sweep: digest of its settings and data."""
 RELEASED_FROM = "darkroom.released_from"
 """Tag of a released version and its run: source registry and version."""
-START = "darkroom.start"
-"""Tag of a warm-started run: the registered initial model, models:/NAME/NUMBER."""
 RUN_NAME = re.compile(r"[0-9a-f]{32}")
 DIGEST_LENGTH = 36
 """Longest data set digest that MLflow stores; the tags hold the full one."""
-CHECKPOINT = "darkroom.checkpoint"
-"""Tag of a logged model: the checkpoint's file."""
-CHECKPOINT_SHA256 = "darkroom.checkpoint_sha256"
-"""Tag that identifies the logged model of a checkpoint."""
-EVAL_KEY = "darkroom.eval_key"
-"""Tag: scores of two models are comparable if it is equal."""
-EVALUATED = "darkroom.evaluated"
-"""Tag: ``in full`` or ``preliminary``."""
+CHECKPOINT, CHECKPOINT_SHA256 = "darkroom.checkpoint", "darkroom.checkpoint_sha256"
+"""Tags of a logged model: the file of its checkpoint, and the digest that identifies it."""
+EVAL_KEY, EVALUATED = "darkroom.eval_key", "darkroom.evaluated"
+"""Tags: scores of two models are comparable if the first is equal; the second is ``in full`` or ``preliminary``."""
 PRELIMINARY = "preliminary_"
 """Name prefix of metrics on fewer images, which are not comparable with the others."""
 
 
 @dataclass(frozen=True)
 class RunTracker:
-    """Unbuffered logger of an MLflow run.
-
-    Steps up to the last one on the server are skipped, as another machine with the same training may log them too.
-    """
+    """Unbuffered logger of an MLflow run; skips steps up to the last on the server, as other machines may log them."""
 
     client: MlflowClient
     run_id: str
@@ -179,8 +170,7 @@ def open_run(
     client.log_batch(run.info.run_id, params=[Param(name, str(value)) for name, value in parameters.items()])
     source, digest = resolve_dataset_source(data_source), manifest.content_digest[:DIGEST_LENGTH]
     dataset = MetaDataset(source, manifest.name, digest)  # type: ignore[abstract]
-    about = {"mlflow.data.context": "training"} | ({"dvc_digest": data.digest} if data else {})
-    tags = [InputTag(name, value) for name, value in about.items()]
+    tags = [InputTag("mlflow.data.context", "training"), *([InputTag("dvc_digest", data.digest)] if data else [])]
     client.log_inputs(run.info.run_id, [DatasetInput(dataset._to_mlflow_entity(), tags)])
     tracker = RunTracker(client, run.info.run_id)
     RUN_ID.set(tracker.run_id)
