@@ -331,14 +331,13 @@ class Ledger(NumberedObjects):
         """
         listed = self.listed() if listed is None else listed
         entries, reasons = self._chain(self._objects(listed), known)
-        here = {entry.number for entry in entries}
-        foreign = {
-            each.key.removeprefix(self.place.key("")): reasons.get(number, f"is larger than {LARGEST} bytes, or gone")
-            if (number := self.number(each))
-            else "is not named like an entry"
-            for each in listed
-            if self.number(each) not in here
-        }
+        here, foreign = {entry.number for entry in entries}, {}
+        for each in listed:
+            number = self.number(each)
+            if number not in here:
+                unread = f"is larger than {LARGEST} bytes, or was deleted just now"
+                reason = reasons.get(number, unread) if number else "is not named like an entry"
+                foreign[each.key.removeprefix(self.place.key(""))] = reason
         return History(self.model, tuple(entries), foreign)
 
     def append(
