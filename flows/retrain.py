@@ -17,7 +17,7 @@ from flows.datasets.checkout import CheckedOut
 from flows.datasets.sync import sync
 from flows.deployment.tasks import completed_state, concurrency_slot
 from flows.ingest import IngestOutcome, ingest
-from flows.registry.idempotency import ContactSheet, Request
+from flows.registry.idempotency import Request
 
 SAMPLING_BATCH = 64
 """Default number of generated images."""
@@ -66,7 +66,7 @@ def retrain(
         data = checked_out or ingest(params, to_retrain=True)
 
         manifest = read_manifest(params.dataset_folder)
-        request = Request.of(params, manifest, ContactSheet(count, seed, to, conditions))
+        request = Request.of(params, manifest, count, seed, to, conditions)
         if (before := request.done()) is not None:
             made = before["verdict"]["version"]
             why = (

@@ -11,7 +11,7 @@ from diffusion.common.escaping import escape_controls
 from flows.cli.command import CommandOutput, command
 
 if TYPE_CHECKING:
-    from flows.local_stack import StackStatus
+    from flows.local_stack.control import StackStatus
 
 app = typer.Typer(
     name="server",
@@ -35,7 +35,7 @@ def up() -> CommandOutput:
 
     Example:  darkroom up && eval "$(darkroom env)"
     """
-    from flows.local_stack import up
+    from flows.local_stack.control import up
 
     return _show(up(_say))
 
@@ -44,7 +44,7 @@ def up() -> CommandOutput:
 @command(app)
 def status() -> CommandOutput:
     """Show the local servers: URLs, state, and the locations of logs and passwords."""
-    from flows.local_stack import status
+    from flows.local_stack.control import status
 
     return _show(status())
 
@@ -53,7 +53,7 @@ def status() -> CommandOutput:
 @command(app)
 def down() -> CommandOutput:
     """Stop the local servers; their data is kept for the next `darkroom up`."""
-    from flows.local_stack import down, status
+    from flows.local_stack.control import down, status
 
     down(_say)
     return CommandOutput(status(), [])
@@ -66,7 +66,7 @@ def env() -> CommandOutput:
 
     Example:  eval "$(darkroom env)"
     """
-    from flows.local_stack import exports
+    from flows.local_stack.control import exports
 
     variables = exports()
     return CommandOutput(variables, [f"export {name}={shlex.quote(value)}" for name, value in variables.items()])

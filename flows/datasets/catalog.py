@@ -26,7 +26,7 @@ from diffusion.common.config import Config
 from diffusion.common.errors import Held, UserError
 from diffusion.common.files import canonical_json, sha256_bytes
 from diffusion.data.manifest import Manifest, Sha256, manifest_bytes, parse_manifest, work_folder
-from diffusion.data.versions.takedown_records import Removal, removals, still_held, write_removal
+from diffusion.data.versions.takedown_records import Removal, parse_removal, removals, still_held, write_removal
 from flows.storage.numbered_objects import NumberedObjects, first_free, object_name
 from flows.storage.s3 import Location, Missing, Store
 from flows.storage.tags import DvcDigest
@@ -159,15 +159,7 @@ class Catalog:
         for key in self.store.list_keys(self.place.bucket, self.place.key("removals/")):
             if PurePosixPath(key).stem in known:
                 continue
-            try:
-                yield Removal.model_validate_json(self.store.get(self.place.bucket, key))
-            except ValidationError as error:
-                first = error.errors()[0]
-                raise UserError(
-                    f"s3://{self.place.bucket}/{key} is no removal that this Darkroom understands "
-                    f"({'.'.join(map(str, first['loc']))}: {first['msg']}): update, or if it is damaged delete it and "
-                    "give that takedown again"
-                ) from error
+            yield parse_removal(self.store.get(self.place.bucket, key), f"s3://{self.place.bucket}/{key}")
 
     def retired(self) -> dict[str, Manifest]:
         """Versions by digest that ``darkroom gc`` retired and whose files are still on the remote."""

@@ -9,7 +9,7 @@ import shutil
 import sqlite3
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
@@ -26,28 +26,23 @@ from diffusion.common.config import Config
 from diffusion.common.errors import DarkroomError, UserError
 from diffusion.common.files import make_folder, sha256_file, sync_file, sync_folder, write_atomically, write_json
 from diffusion.common.progress import Progress, silent
-from diffusion.data.versions.takedown_records import Removal
+from diffusion.data.versions.takedown_records import Removal, parse_removal
 from flows.environment import SERVERS, settings
 from flows.local_stack.control import RESTORING, up
 from flows.local_stack.stack import LocalStack, servers_in_environment
 from flows.storage.s3 import ListedObject, Missing, Store, client
 
 DATABASES = ("mlflow/mlflow.db", "mlflow/auth.db", "prefect/prefect.db")
-PASSING = ("pushing/", "resumed/")
-"""Prefixes of transient objects, which are not backed up."""
 STAMP = "%Y%m%dT%H%M%SZ"
 SMALL = 2**20
 """Size in bytes up to which a saved object is verified by its digest."""
-NAMED = re.compile(r"\d{8}T\d{6}Z")
 AUTH = "mlflow/auth.db"
 UPGRADES = {"mlflow/mlflow.db": ("mlflow", "db", "upgrade"), AUTH: ("mlflow.server.auth", "db", "upgrade", "--url")}
 """Commands that migrate the databases of an older MLflow; Prefect's server migrates its own."""
 REMOVAL = re.compile(r"datasets/[^/]+/removals/[^/]+\.json")
 """Keys of takedown records in the catalog."""
 Digest = Annotated[str, StringConstraints(pattern="^[0-9a-f]{64}$")]
-"""Hex SHA-256."""
 DatabasePath = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]+(/[A-Za-z0-9_-]+)*\.db$")]
-"""Path of a database in the stack's folder."""
 
 
 class SavedObject(Config):
@@ -70,7 +65,6 @@ class Backup(Config):
     versions: dict[str, str]
     """Versions of the programs that wrote the databases."""
     databases: dict[DatabasePath, Digest]
-    """Digests by path in the stack's folder."""
     objects: list[SavedObject]
 
     @property
@@ -88,7 +82,7 @@ class Backups:
     def stamps(self) -> list[str]:
         """Names of all complete backups, oldest first."""
         names = (path.stem for path in (self.folder / "backups").glob("*.json"))
-        return sorted(name for name in names if NAMED.fullmatch(name))
+        return sorted(name for name in names if re.fullmatch(r"\d{8}T\d{6}Z", name))
 
     def read(self, stamp: str | None = None) -> Backup:
         """Read a backup, by default the newest; raises UserError if it is missing or damaged."""
@@ -161,12 +155,16 @@ def backup(target: Path, progress: Progress = silent) -> Backup:
     backups, store = Backups(target), Store(client(variables=stack.variables("s3")))
     make_folder(target, 0o700)
     with FileLock(target / ".lock"):
-        ledgers, databases = _copy_databases(stack, store, backups)
+        while True:
+            ledgers = set(store.list_keys(stack.bucket, "ledger/"))
+            databases = {name: backups.keep(partial(_copy, stack.folder / name)) for name in DATABASES}
+            if set(store.list_keys(stack.bucket, "ledger/")) == ledgers:  # none changed meanwhile
+                break
         made = datetime.now(UTC)
         objects = [
             each
             for each in store.list_objects(stack.bucket)
-            if not each.key.startswith(PASSING)
+            if not each.key.startswith(("pushing/", "resumed/"))  # transient
             if each.key in ledgers or not each.key.startswith("ledger/")
             if each.written <= made or not each.key.startswith("samples/")
         ]
@@ -191,20 +189,24 @@ def save(
     for number, each in enumerate(objects, 1):
         entry = known.get((each.key, each.etag, each.size))
         if entry is None or not backups.has(entry):
-            entry = _save(store, bucket, each, backups)
+            try:
+                sha256 = backups.keep(partial(store.fetch, bucket, each.key))
+                with store.in_words(bucket, each.key):
+                    head = store.client.head_object(Bucket=bucket, Key=each.key)
+                entry = SavedObject(
+                    key=each.key,
+                    size=each.size,
+                    etag=each.etag,
+                    sha256=sha256,
+                    content_type=head["ContentType"],
+                    metadata=head["Metadata"],
+                )
+            except Missing:
+                entry = None
         if entry is not None:
             saved.append(entry)
         progress("objects saved", number, len(objects))
     return saved
-
-
-def _copy_databases(stack: LocalStack, store: Store, backups: Backups) -> tuple[set[str], dict[str, Digest]]:
-    """Copy the databases, repeated until no ledger changes meanwhile; returns the ledgers' keys and the digests."""
-    while True:
-        ledgers = set(store.list_keys(stack.bucket, "ledger/"))
-        databases = {name: backups.keep(partial(_copy, stack.folder / name)) for name in DATABASES}
-        if set(store.list_keys(stack.bucket, "ledger/")) == ledgers:
-            return ledgers, databases
 
 
 def _copy(database: Path, target: Path) -> None:
@@ -216,24 +218,6 @@ def _copy(database: Path, target: Path) -> None:
         source.backup(copy)
 
 
-def _save(store: Store, bucket: str, listed: ListedObject, backups: Backups) -> SavedObject | None:
-    """Copy an object; None if it was deleted meanwhile."""
-    try:
-        sha256 = backups.keep(partial(store.fetch, bucket, listed.key))
-        with store.in_words(bucket, listed.key):
-            head = store.client.head_object(Bucket=bucket, Key=listed.key)
-    except Missing:
-        return None
-    return SavedObject(
-        key=listed.key,
-        size=listed.size,
-        etag=listed.etag,
-        sha256=sha256,
-        content_type=head["ContentType"],
-        metadata=head["Metadata"],
-    )
-
-
 class LaterRemovals(Config):
     """Takedowns since a backup."""
 
@@ -241,16 +225,9 @@ class LaterRemovals(Config):
     known_until: AwareDatetime | None = None
     """Time until which the list is complete; None if it is complete."""
 
-    def removals(self) -> Iterator[Removal]:
+    def removals(self) -> list[Removal]:
         """Parsed takedowns; raises UserError for a damaged record."""
-        for key, text in self.records.items():
-            try:
-                yield Removal.model_validate_json(text)
-            except ValidationError as error:
-                raise UserError(
-                    f"{key} is no record of a takedown that this Darkroom understands ({error.errors()[0]['msg']}): "
-                    "update, or if it is damaged delete it and repeat that takedown"
-                ) from error
+        return [parse_removal(text, key) for key, text in self.records.items()]
 
 
 class RestoreState(Config):
@@ -265,7 +242,7 @@ class RestoreState(Config):
 def restore(
     target: Path, stamp: str | None, replaced: Path, report: Callable[[str], None], progress: Progress = silent
 ) -> tuple[Backup, LaterRemovals]:
-    """Restore a backup into DARKROOM_HOME and start the stack; can be killed and resumed.
+    """Restore a backup into DARKROOM_HOME and start the stack.
 
     ``target`` is the folder of the backups, ``stamp`` the name of one, by default the newest, and ``replaced`` the
     folder of a replaced stack, whose takedowns are taken over. Returns the backup and the takedowns since. Raises
@@ -275,7 +252,19 @@ def restore(
         raise UserError(f"{' and '.join(elsewhere.values())} name other servers: unset them to restore a local stack")
     folder, backups = settings().folder, Backups(target)
     backup = backups.read(stamp)
-    state = _begin(folder, backup, backups, replaced.resolve())
+    progress_file = folder / RESTORING
+    if progress_file.is_file():
+        state = RestoreState.model_validate_json(progress_file.read_bytes())
+        if state.stamp != backup.stamp:
+            raise UserError(
+                f"{folder} is being restored from another backup: give that one's name, or another DARKROOM_HOME"
+            )
+    else:
+        if (folder / "stack.json").exists() or (folder / "credentials.json").exists():
+            raise UserError(f"there is a stack in {folder}: set DARKROOM_HOME to a folder that is not there yet")
+        state = RestoreState(stamp=backup.stamp, later=_later_removals(backup, backups, replaced.resolve()))
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        write_json(progress_file, state.model_dump(mode="json"))
     for each in {*backup.databases.values(), *(each.sha256 for each in backup.objects)}:
         backups.verified_path(each)
     stack = LocalStack.open(folder, backup.bucket)
@@ -284,7 +273,7 @@ def restore(
             raise UserError(f"a stack runs in {folder}, where no restore ended: run `darkroom down`, then this again")
         for name, sha256 in backup.databases.items():
             _place(folder / name, name, backups.path(sha256), backup, stack)
-        write_json(folder / RESTORING, state.model_copy(update={"placed": True}).model_dump(mode="json"))
+        write_json(progress_file, state.model_copy(update={"placed": True}).model_dump(mode="json"))
     up(report, restoring=True)
     stack = LocalStack.open(folder, backup.bucket)
     store = Store(client(variables=stack.variables("s3")))
@@ -300,7 +289,7 @@ def restore(
             progress("objects restored", done, len(backup.objects))
     for key, text in state.later.records.items():
         store.put_once(backup.bucket, key, text.encode())
-    (folder / RESTORING).unlink()
+    progress_file.unlink()
     return backup, state.later
 
 
@@ -310,8 +299,9 @@ def _later_removals(backup: Backup, backups: Backups, replaced: Path) -> LaterRe
     texts: dict[str, str] = {}
     until: AwareDatetime | None = backup.made
     for newer in (backups.read(stamp) for stamp in backups.stamps() if stamp > backup.stamp):
-        records = [each for each in newer.objects if REMOVAL.fullmatch(each.key)]
-        texts |= {each.key: backups.verified_path(each.sha256).read_text() for each in records if each.key not in known}
+        for each in newer.objects:
+            if REMOVAL.fullmatch(each.key) and each.key not in known:
+                texts[each.key] = backups.verified_path(each.sha256).read_text()
         until = newer.made
     stack = None if replaced == settings().folder else LocalStack.read(replaced)
     if stack is not None and stack.serves("s3") and stack.bucket == backup.bucket:
@@ -327,26 +317,8 @@ def _later_removals(backup: Backup, backups: Backups, replaced: Path) -> LaterRe
         until = None
     later = LaterRemovals(records=texts, known_until=until)
     # Fail on an unreadable record before anything is written.
-    list(later.removals())
+    later.removals()
     return later
-
-
-def _begin(folder: Path, backup: Backup, backups: Backups, replaced: Path) -> RestoreState:
-    """Read the state of an interrupted restore, or write a new one."""
-    path = folder / RESTORING
-    if path.is_file():
-        state = RestoreState.model_validate_json(path.read_bytes())
-        if state.stamp != backup.stamp:
-            raise UserError(
-                f"{folder} is being restored from another backup: give that one's name, or another DARKROOM_HOME"
-            )
-        return state
-    if (folder / "stack.json").exists() or (folder / "credentials.json").exists():
-        raise UserError(f"there is a stack in {folder}: set DARKROOM_HOME to a folder that is not there yet")
-    state = RestoreState(stamp=backup.stamp, later=_later_removals(backup, backups, replaced))
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    write_json(path, state.model_dump(mode="json"))
-    return state
 
 
 def _place(path: Path, name: str, source: Path, backup: Backup, stack: LocalStack) -> None:
@@ -362,21 +334,17 @@ def _place(path: Path, name: str, source: Path, backup: Backup, stack: LocalStac
                 last = "".join(done.stderr.strip().splitlines()[-1:])
                 raise DarkroomError(f"{name} cannot be migrated to this MLflow: {last}")
         if name == AUTH:
-            _set_password(partial, stack)
+            from mlflow.server.auth.sqlalchemy_store import SqlAlchemyStore
+
+            # The backup has the hash of another stack's password.
+            users = SqlAlchemyStore()
+            users.init_db(f"sqlite:///{partial}")  # type: ignore[no-untyped-call]
+            try:
+                users.update_user(stack.credentials.mlflow_username, stack.credentials.mlflow_password)
+            finally:
+                users.engine.dispose()
 
     # Journals of another database would be applied to this one.
     for journal in ("-wal", "-shm", "-journal"):
         path.with_name(f"{path.name}{journal}").unlink(missing_ok=True)
     write_atomically(path, write)
-
-
-def _set_password(database: Path, stack: LocalStack) -> None:
-    """Replace the old password's hash in the backup with this stack's password."""
-    from mlflow.server.auth.sqlalchemy_store import SqlAlchemyStore
-
-    store = SqlAlchemyStore()
-    store.init_db(f"sqlite:///{database}")  # type: ignore[no-untyped-call]
-    try:
-        store.update_user(stack.credentials.mlflow_username, stack.credentials.mlflow_password)
-    finally:
-        store.engine.dispose()

@@ -52,7 +52,6 @@ class StackStatus(Config):
     """File with the passwords; None without a local stack."""
     services: tuple[ServiceStatus, ...]
     elsewhere: dict[Server, str]
-    """Servers named by the environment, with the variable."""
 
 
 def up(report: Report, restoring: bool = False) -> StackStatus:
@@ -78,7 +77,7 @@ def up(report: Report, restoring: bool = False) -> StackStatus:
                     f"DARKROOM_BUCKET is {configured.bucket}, but the data of the stack in {folder} is in its bucket "
                     f"{stack.bucket}: unset it, or begin a new stack in another DARKROOM_HOME"
                 )
-            _start_all(_with_ports(_with_servers(stack, elsewhere)), report)
+            _start_all(_configured(stack, elsewhere), report)
     for server, variable in elsewhere.items():
         report(f"{SERVER_TITLES[server]}: commands here use the server in {variable}, not the local stack")
     return status()
@@ -118,26 +117,20 @@ def down(report: Report) -> None:
 
 
 def exports() -> dict[str, str]:
-    """Environment variables that connect other clients on this machine to the local stack.
-
-    Empty if the environment names all servers; raises UserError if the stack does not run.
-    """
+    """Variables that connect other clients to the servers of the local stack; raises UserError if one does not run."""
     elsewhere = servers_in_environment()
-    missing = [server for server in SERVERS if server not in elsewhere]
     stack = LocalStack.read(settings().folder)
     variables: dict[str, str] = {}
-    for server in missing:
+    for server in (each for each in SERVERS if each not in elsewhere):
         if stack is None or not stack.runs(server):
             raise UserError(f"no local {SERVER_TITLES[server]} server runs in {settings().folder}: run `darkroom up`")
-        variables |= stack.variables(server)
-    if stack is not None and missing:
-        variables |= {"DARKROOM_HOME": str(stack.folder), "DARKROOM_BUCKET": stack.bucket} | loopback_no_proxy()
+        variables |= stack.variables(server) | loopback_no_proxy()
+        variables |= {"DARKROOM_HOME": str(stack.folder), "DARKROOM_BUCKET": stack.bucket}
     return variables
 
 
 @contextmanager
 def _locked(folder: Path, report: Report) -> Iterator[None]:
-    """Lock the stack, which only one command at a time may change."""
     lock = FileLock(folder / "lock")
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -157,8 +150,8 @@ def _locked(folder: Path, report: Report) -> Iterator[None]:
         lock.release()
 
 
-def _with_servers(stack: LocalStack, elsewhere: dict[Server, str]) -> LocalStack:
-    """Add the servers that the environment does not name to those of the stack."""
+def _configured(stack: LocalStack, elsewhere: dict[Server, str]) -> LocalStack:
+    """Give the stack the servers that the environment does not name, on their previous ports if these are free."""
     ours = [server for server in SERVERS if server not in elsewhere or stack.serves(server)]
     if "s3" in ours:
         seaweedfs.binary()
@@ -167,13 +160,8 @@ def _with_servers(stack: LocalStack, elsewhere: dict[Server, str]) -> LocalStack
                 f"the MLflow server in {stack.folder} keeps its artifacts on an S3 server that the environment used "
                 "to name: set the AWS_* variables again, or begin a new stack in another DARKROOM_HOME"
             )
-    return stack.updated(servers=tuple(ours))
-
-
-def _with_ports(stack: LocalStack) -> LocalStack:
-    """Assign ports to all services, the previous ones if they are still free."""
     numbers = dict(stack.state.ports)
-    for server in stack.state.servers:
+    for server in ours:
         names = seaweedfs.PORTS if server == "s3" else (server,)
         if stack.process(server) is None:
             # The children of a killed server may still hold its port.
@@ -182,7 +170,7 @@ def _with_ports(stack: LocalStack) -> LocalStack:
                 numbers = {name: port for name, port in numbers.items() if name not in names}
         lacking = [name for name in names if name not in numbers]
         numbers |= zip(lacking, choose_ports(len(lacking), numbers.values()), strict=True)
-    return stack.updated(ports=numbers)
+    return stack.updated(servers=tuple(ours), ports=numbers)
 
 
 def _start_all(stack: LocalStack, report: Report) -> None:

@@ -1,8 +1,7 @@
 """Configuration of SeaweedFS, the local S3 server.
 
 Only the S3 port checks S3 keys. All other ports (master, volumes, filer, administration, and the gRPC port of each)
-have full access to the data. They accept only TLS clients with the server's own private key, which is in its working
-folder, readable by the owner.
+have full access to the data; they accept only TLS clients with the server's own private key, in its working folder.
 """
 
 import json
@@ -21,13 +20,8 @@ from flows.local_stack.stack import LocalStack, servers_in_environment
 
 PORTS = ("s3", "master", "volume", "filer", "admin")
 """Each needs its own port and the gRPC port ten thousand above it."""
-FORGOTTEN_AFTER = 3.0
-"""Seconds until a deletion through S3 reaches the volumes; usually less than one."""
 ENVIRONMENT = {"GOMEMLIMIT": "400MiB", "GOGC": "50"}
-"""Limits memory to about 260 MB under load, instead of 500 MB.
-
-230 MiB are reserved from the start, mostly untouched: with a lower limit it collects garbage all the time, even idle.
-"""
+"""Limits memory to about 260 MB under load, instead of 500 MB; with less it would collect garbage even idle."""
 TLS = "tls.pem"
 """File in the working folder with the certificate and private key."""
 
@@ -63,7 +57,7 @@ def vacuum_deleted_objects() -> None:
     local = LocalStack.read(settings().folder)
     if local is None or "s3" in servers_in_environment() or not local.runs("s3"):
         return
-    time.sleep(FORGOTTEN_AFTER)
+    time.sleep(3)  # A deletion through S3 reaches the volumes in less than one, usually.
     identity = ssl.create_default_context(cafile=local.folder / "s3" / TLS)
     identity.load_cert_chain(local.folder / "s3" / TLS)
     with httpx.Client(verify=identity, trust_env=False, timeout=600) as master:

@@ -22,7 +22,6 @@ PORT_RANGE = range(10_000, 22_000)
 FOLDER_MARK = "DARKROOM_STACK"
 SERVICE_MARK = "DARKROOM_SERVICE"
 """Environment variables that mark all processes of the stack, including descendants."""
-NICENESS = 5
 LOG_BYTES = 16 * 2**20
 """Size above which a log is rotated when its service starts."""
 
@@ -32,7 +31,6 @@ class Process(Config):
 
     pid: int
     spec: str
-    """Digest of its start settings."""
 
 
 def start(command: Sequence[str], environment: Mapping[str, str], cwd: Path, log: Path, spec: str) -> Process:
@@ -52,7 +50,7 @@ def start(command: Sequence[str], environment: Mapping[str, str], cwd: Path, log
         )
     process = psutil.Process(child.pid)
     # Polling servers must not slow down the threads of a training.
-    process.nice(NICENESS)
+    process.nice(5)
     # Linux shows no environment while a program is being loaded, and the environment identifies the process.
     while child.poll() is None and not process.environ():
         time.sleep(0.001)
@@ -67,10 +65,8 @@ def marks(folder: Path, service: str) -> dict[str, str]:
 
 
 def is_member(pid: int, folder: Path, *services: str) -> bool:
-    """Whether process ``pid`` lives and was started for one of ``services`` by the stack in ``folder``.
-
-    Checks the environment of the process: PIDs are reused, and start times shift with the clock.
-    """
+    """Whether process ``pid`` lives and was started for one of ``services`` by the stack in ``folder``."""
+    # The environment tells: PIDs are reused, and start times shift with the clock.
     try:
         environment = psutil.Process(pid).environ()
     except (psutil.AccessDenied, psutil.NoSuchProcess, OSError):
@@ -79,10 +75,7 @@ def is_member(pid: int, folder: Path, *services: str) -> bool:
 
 
 def members(folder: Path, *services: str) -> list[psutil.Process]:
-    """All live processes of ``services`` of the stack in ``folder``, with descendants.
-
-    Each has its command line in ``info["cmdline"]``.
-    """
+    """All live processes of ``services`` of the stack in ``folder``, with descendants and ``info["cmdline"]``."""
     others = (process for process in psutil.process_iter(["cmdline"]) if process.pid != os.getpid())
     return [process for process in others if is_member(process.pid, folder, *services)]
 

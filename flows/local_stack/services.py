@@ -56,12 +56,9 @@ class Service:
 
 def services(stack: LocalStack) -> list[Service]:
     """Services of ``stack`` with its current ports."""
-    builders: dict[Server, list[Callable[[LocalStack], Service]]] = {
-        "s3": [_s3],
-        "mlflow": [_mlflow],
-        "prefect": [_prefect, _worker],
-    }
-    return [build(stack) for server, builds in builders.items() if stack.serves(server) for build in builds]
+    order: list[tuple[Server, Callable[[LocalStack], Service]]]
+    order = [("s3", _s3), ("mlflow", _mlflow), ("prefect", _prefect), ("prefect", _worker)]
+    return [build(stack) for server, build in order if stack.serves(server)]
 
 
 def _s3(stack: LocalStack) -> Service:
@@ -157,11 +154,8 @@ PREFECT_LOOPS = {
         "FOREMAN": 30,
     }.items()
 }
-"""Seconds between polls of the database, which seldom changes on one machine; four of them are 5 by default.
-
-They delay only what can wait: a new schedule's first run by 15, the state "late" by 15, the cleanup of cancelled or
-paused runs by 60. Due and triggered runs, and the detection of killed ones, are handled by other services.
-"""
+"""Seconds between polls of the database, which seldom changes on one machine; they delay only what can wait, such as a
+new schedule's first run and the cleanup of cancelled runs."""
 
 
 def _worker(stack: LocalStack) -> Service:

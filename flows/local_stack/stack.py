@@ -28,7 +28,6 @@ from flows.local_stack.server_process import LOOPBACK, Process, is_member
 ServiceName = Literal["s3", "mlflow", "prefect", "worker"]
 SERVICES: tuple[ServiceName, ...] = get_args(ServiceName)
 USER = "darkroom"
-"""User name of both UIs."""
 
 
 def _password() -> str:
@@ -36,10 +35,7 @@ def _password() -> str:
 
 
 def new_identity() -> str:
-    """Create a private key and its self-signed certificate for the loopback address, in PEM.
-
-    It is server, client and CA of mutual TLS in one: processes of one owner, who trust only each other.
-    """
+    """Create a private key and its certificate, server, client and CA of mutual TLS on the loopback address, in PEM."""
     # A slow import that is needed once per stack.
     from cryptography import x509
     from cryptography.hazmat.primitives import hashes, serialization
@@ -85,7 +81,6 @@ class State(Config):
     bucket: str
     """Bucket of the stack, which holds MLflow's artifacts and never changes."""
     servers: tuple[Server, ...] = ()
-    """Servers that belong to the stack."""
     ports: dict[str, int] = Field(default_factory=dict)
     processes: dict[ServiceName, Process] = Field(default_factory=dict)
 
@@ -125,16 +120,13 @@ class LocalStack:
         # A killed first `up` may have written credentials that the servers already use.
         credentials = Credentials.model_validate_json(path.read_bytes()) if path.exists() else Credentials()
         write_private(path, credentials.model_dump_json(indent=2))
-        return cls(folder, credentials, State(bucket=bucket)).write()
-
-    def write(self) -> "LocalStack":
-        """Write the state to disk."""
-        write_private(self.folder / "stack.json", self.state.model_dump_json(indent=2))
-        return self
+        return cls(folder, credentials, State(bucket=bucket)).updated()
 
     def updated(self, **changes: object) -> "LocalStack":
         """Copy of the stack with changed state, which is written to disk."""
-        return replace(self, state=self.state.model_copy(update=changes)).write()
+        stack = replace(self, state=self.state.model_copy(update=changes))
+        write_private(self.folder / "stack.json", stack.state.model_dump_json(indent=2))
+        return stack
 
     @property
     def bucket(self) -> str:

@@ -41,7 +41,7 @@ def redraw(request: dict[str, Any]) -> Iterator[dict[str, Any]]:
         images = sample(model, range(first, end), request["seed"], config, conditions=conditions)
         file = Path(request["folder"]) / f"{first}.safetensors"
         save_file({"images": images.contiguous()}, file)
-        yield {"first": first, "file": str(file)}
+        yield {"file": str(file)}
 
 
 def main() -> None:

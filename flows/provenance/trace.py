@@ -21,7 +21,7 @@ from diffusion.generation.requests import ABOUT, RequestRecord
 from flows import environment
 from flows.config import dataset_folder
 from flows.datasets.catalog import Catalog
-from flows.datasets.dvc import Listing, StoredFiles, is_whole
+from flows.datasets.dvc import StoredFiles, is_whole
 from flows.provenance.reproduce import fetch_code
 from flows.registry import model_versions
 from flows.registry.aliases import none_if_missing
@@ -95,7 +95,6 @@ class Takedown(Config):
 
     name: str
     reason: str | None
-    """Reason of the takedown; None if only its name is known."""
     images: int | None
 
 
@@ -118,28 +117,25 @@ class Trace(Config):
 
 def trace(where: str) -> Trace:
     """Trace a generated image or a sampling batch, by S3 address or local file; raises UserError for others."""
-    store = Store()
-    return _Walk(store).along(find(where, store, environment.settings().bucket))
+    return _Walk().along(where)
 
 
 class _Walk:
     """Walk along the chain of records that continues past missing links."""
 
-    def __init__(self, store: Store) -> None:
-        self.store = store
-        self.client = MlflowClient()
+    def __init__(self) -> None:
+        self.store, self.client = Store(), MlflowClient()
         self.broken: list[str] = []
 
     @contextmanager
     def noting(self) -> Iterator[None]:
-        """Context whose UserError is noted as a broken link."""
         try:
             yield
         except UserError as error:
             self.broken.append(str(error))
 
-    def along(self, located: SampleLocation) -> Trace:
-        """Collect all links, starting from the image."""
+    def along(self, where: str) -> Trace:
+        located = find(where, self.store, environment.settings().bucket)
         origin, batch, place = located.origin, located.batch, located.place
         image = located.image and self.image(located, located.image)
         if batch is not None and place is not None:
@@ -153,37 +149,39 @@ class _Walk:
         tags = self.tags(model, run)
         released = tags.released_from
         # The remote of staging is not readable from here.
-        source = environment.data_source() if released else _source(run)
+        source = environment.data_source()
+        for each in run.inputs.dataset_inputs if run and run.inputs and not released else ():
+            with suppress(ValueError, LookupError, TypeError, AttributeError, UserError):
+                source = str(Location.parse(json.loads(each.dataset.source)["uri"]))
+                break
         manifest = self.manifest(run, tags.dataset, origin.content_digest, source)
         dirty = run and run.data.tags.get("darkroom.git_dirty")
+        run_data = run and TracedRun(
+            run_id=run.info.run_id,
+            name=run.info.run_name,
+            status=run.info.status,
+            started=_time(run.info.start_time),
+            git_commit=run.data.tags.get("mlflow.source.git.commit"),
+            git_dirty=None if dirty is None else dirty == "True",
+        )
+        finished = None
+        if place is not None:
+            deleted = self.store.exists(place.bucket, f"{DELETED}/{place.prefix}")
+            finished = not deleted and self.store.exists(place.bucket, place.key(SUCCESS))
         return Trace(
             image=image,
             place=None if place is None else f"{place}/",
             batch=batch,
-            finished=None if place is None else self.finished(place),
+            finished=finished,
             request=located.request,
             model=model,
-            run=run
-            and TracedRun(
-                run_id=run.info.run_id,
-                name=run.info.run_name,
-                status=run.info.status,
-                started=_time(run.info.start_time),
-                git_commit=run.data.tags.get("mlflow.source.git.commit"),
-                git_dirty=None if dirty is None else dirty == "True",
-            ),
+            run=run_data,
             data=manifest and self.data(manifest, tags.dvc_digest, source, released),
             takedowns=self.takedowns(tags.dataset, model, run, manifest, source),
             broken=list(dict.fromkeys(self.broken)),
         )
 
-    def finished(self, place: Location) -> bool:
-        """Whether the batch at ``place`` is complete and not being deleted."""
-        deleted = self.store.exists(place.bucket, f"{DELETED}/{place.prefix}")
-        return not deleted and self.store.exists(place.bucket, place.key(SUCCESS))
-
     def image(self, located: SampleLocation, image: LocatedImage) -> TracedImage:
-        """Compare an image with its row in the manifest."""
         where, batch, row, origin = located.where, located.batch, image.row, image.origin
         if row is not None and row["sha256"] != image.sha256:
             words = "was altered: its pixels are not those that were generated, by its row in the manifest"
@@ -201,8 +199,8 @@ class _Walk:
             pixels_sha256=image.pixels_sha256,
             index=image.index,
             seed=located.origin.seed,
-            label=_text(row and row.get("label")),
-            prompt=_text(row and row.get("prompt")),
+            label=row and row.get("label"),
+            prompt=row and row.get("prompt"),
             as_generated=None if row is None else row["sha256"] == image.sha256,
         )
 
@@ -217,7 +215,6 @@ class _Walk:
         return Tags.model_validate(found)
 
     def model(self, name: str, number: int, run_id: str, batch: SamplingBatch | None) -> TracedModel | None:
-        """Look up the version in the registry."""
         uri = f"models:/{name}/{number}"
         found = none_if_missing(self.client.get_model_version, name, str(number))
         if found is None:
@@ -227,34 +224,27 @@ class _Walk:
             self.broken.append(f"{uri} is of run {found.run_id} now, and the image of run {run_id}")
         if batch is not None and found.tags.get(WEIGHTS) != batch.weights_sha256:
             self.broken.append(f"{uri} has other weights now than those that generated the image")
+        code_sha256 = None
+        with self.noting():
+            version = model_versions.version_of(self.client, name, number)
+            if batch is not None and batch.code_sha256 != version.code_sha256:
+                tag, other = version.code_sha256 or "nothing", batch.code_sha256 or "nothing"
+                self.broken.append(
+                    f"the tag {CODE} of {uri} says {tag[:12]} of the code that it ships, and its batch {other[:12]}"
+                )
+            if version.code_sha256 is not None:
+                with TemporaryDirectory() as scratch:
+                    fetch_code(version, Path(scratch))
+            code_sha256 = version.code_sha256
         return TracedModel(
             uri=uri,
-            code_sha256=self.code(name, number, batch),
+            code_sha256=code_sha256,
             aliases=sorted(found.aliases),
             registered=_time(found.creation_timestamp),
             tags=dict(sorted(found.tags.items())),
         )
 
-    def code(self, name: str, number: int, batch: SamplingBatch | None) -> str | None:
-        """Digest of the code that the version ships, if its tag, the batch and the shipped files agree on it."""
-        try:
-            version = model_versions.version_of(self.client, name, number)
-            if batch is not None and batch.code_sha256 != version.code_sha256:
-                tag, other = version.code_sha256 or "nothing", batch.code_sha256 or "nothing"
-                self.broken.append(
-                    f"the tag {CODE} of {version.uri} says {tag[:12]} of the code that it ships, and its batch "
-                    f"{other[:12]}"
-                )
-            if version.code_sha256 is not None:
-                with TemporaryDirectory() as scratch:
-                    fetch_code(version, Path(scratch))
-            return version.code_sha256
-        except UserError as error:
-            self.broken.append(str(error))
-            return None
-
     def run(self, run_id: str) -> Run | None:
-        """Look up the run in MLflow, even if it is marked as deleted."""
         found = none_if_missing(self.client.get_run, run_id)
         if found is None:
             self.broken.append(f"run {run_id} is not in MLflow (any more)")
@@ -284,13 +274,19 @@ class _Walk:
         return found
 
     def data(self, version: Manifest, dvc_digest: str | None, source: str, released: str | None) -> TracedData:
-        """Describe the data set version and where each of its shards lies."""
         kept = StoredFiles(version.name, source, dvc_digest)
         listings = [] if released else list(kept.listings(version.digest).values())
 
         def place(shard: FileEntry) -> TracedShard:
-            where = f"where {released} has it" if released else _place_of(shard, version, kept, listings)
-            return TracedShard(**dict(shard), where=where)
+            if released:
+                return TracedShard(**dict(shard), where=f"where {released} has it")
+            for listing in listings:
+                md5, remote = listing.get(shard.name), kept.remote
+                if md5 and remote and (stat := remote.stat(md5)) and stat.size == shard.bytes:
+                    return TracedShard(**dict(shard), where=remote.uri(md5))
+            here = dataset_folder(version.name) / shard.name
+            found = here if is_whole(here, shard.sha256) else kept.find(shard)
+            return TracedShard(**dict(shard), where=found and str(found))
 
         with ThreadPoolExecutor(16) as pool:
             shards = list(pool.map(place, version.shards))
@@ -328,27 +324,5 @@ class _Walk:
         return [Takedown(name=name, reason=each and each.reason, images=each and each.images) for name, each in found]
 
 
-def _source(run: Run | None) -> str:
-    """DVC remote of the run's data set, or else that of the environment."""
-    for each in run.inputs.dataset_inputs if run and run.inputs else []:
-        with suppress(ValueError, LookupError, TypeError, AttributeError, UserError):
-            return str(Location.parse(json.loads(each.dataset.source)["uri"]))
-    return environment.data_source()
-
-
-def _place_of(shard: FileEntry, version: Manifest, kept: StoredFiles, listings: list[Listing]) -> str | None:
-    for listing in listings:
-        md5, remote = listing.get(shard.name), kept.remote
-        if md5 and remote and (stat := remote.stat(md5)) and stat.size == shard.bytes:
-            return remote.uri(md5)
-    here = dataset_folder(version.name) / shard.name
-    found = here if is_whole(here, shard.sha256) else kept.find(shard)
-    return str(found) if found else None
-
-
 def _time(milliseconds: int) -> datetime:
     return datetime.fromtimestamp(milliseconds / 1000, UTC)
-
-
-def _text(value: object) -> str | None:
-    return None if value is None else str(value)

@@ -8,7 +8,6 @@ MLflow was restored from a backup; the next process brings it up to date.
 import logging
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import ParamSpec, TypeVar
 
 import mlflow
@@ -45,56 +44,51 @@ def none_if_missing(request: Callable[P, R], *args: P.args, **kwargs: P.kwargs) 
         return None
 
 
-def registered_model(client: MlflowClient, model: str) -> RegisteredModel | None:
-    """Registered model of that name; None if there is none."""
-    return none_if_missing(client.get_registered_model, model)
+def aliases_of(client: MlflowClient, model: str) -> dict[str, int]:
+    """MLflow's values of ALIASES for ``model``; empty if it has no such model."""
+    return _aliases(none_if_missing(client.get_registered_model, model))
 
 
-def known_newest(registered: RegisteredModel | None) -> Known:
-    """Newest recorded entry of a model; raises UserError as ``Newest.of`` does."""
+def _aliases(registered: RegisteredModel | None) -> dict[str, int]:
+    found = registered.aliases if registered else {}
+    return {alias: int(number) for alias, number in found.items() if alias in ALIASES}
+
+
+def _newest(registered: RegisteredModel | None) -> Known:
     newest = Newest.of(registered.name, registered.tags) if registered else None
     return {newest.number: newest.sha256} if newest else {}
 
 
-@dataclass(frozen=True)
-class Record:
-    """MLflow's record of the ledger of a model."""
+def read_record(client: MlflowClient, model: str) -> tuple[dict[int, str], dict[int, ModelVersion]]:
+    """Read MLflow's record of the ledger of ``model``: its entries as ``Known``, and the registered versions by number.
 
-    known: Known
-    versions: Mapping[int, ModelVersion]
-    """Registered versions by number."""
-
-    @classmethod
-    def of(cls, client: MlflowClient, model: str) -> "Record":
-        """Read the record of ``model``; raises UserError if MLflow's copies contradict each other."""
-        registered = registered_model(client, model)
-        if registered is None:
-            return cls({}, {})
-        found = mlflow.search_model_versions(filter_string=f"name='{model}'")
-        versions = {int(each.version): each for each in found}
-        known = dict(known_newest(registered))
-        for tag, text in (item for version in versions.values() for item in version.tags.items()):
-            name = COPY_NAME.fullmatch(tag)
-            readable = COPY_END.search(text) if name and not name[2] else None
-            if not name or not (name[2] or readable):
-                continue
-            number, digest = int(name[1]), readable[1] if readable else sha256_bytes(text.encode())
-            if known.setdefault(number, digest) != digest:
-                raise UserError(
-                    f"MLflow has two records of entry {number} of the ledger of {model} (sha256 {known[number][:12]}… "
-                    f"and {digest[:12]}…): one of the tags {COPY}* was altered: see docs/runbook/ledger-broken.md"
-                )
-        return cls(known, versions)
+    Raises UserError if MLflow's copies contradict each other.
+    """
+    known = dict(_newest(none_if_missing(client.get_registered_model, model)))
+    found = mlflow.search_model_versions(filter_string=f"name='{model}'")
+    versions = {int(each.version): each for each in found}
+    for tag, text in (item for version in found for item in version.tags.items()):
+        name = COPY_NAME.fullmatch(tag)
+        readable = COPY_END.search(text) if name and not name[2] else None
+        if not name or not (name[2] or readable):
+            continue
+        number, digest = int(name[1]), readable[1] if readable else sha256_bytes(text.encode())
+        if known.setdefault(number, digest) != digest:
+            raise UserError(
+                f"MLflow has two records of entry {number} of the ledger of {model} (sha256 {known[number][:12]}… "
+                f"and {digest[:12]}…): one of the tags {COPY}* was altered: see docs/runbook/ledger-broken.md"
+            )
+    return known, versions
 
 
 def verified(client: MlflowClient, ledger: Ledger) -> History:
     """Read all entries of the ledger; raises UserError if they differ from MLflow's record."""
-    return ledger.read(Record.of(client, ledger.model).known)
+    return ledger.read(read_record(client, ledger.model)[0])
 
 
 def append(client: MlflowClient, ledger: Ledger, decide: Callable[[History], LedgerEntry | None]) -> History:
     """Append to the ledger, with MLflow's record checked before the entry is written and updated after it."""
-    history = ledger.append(decide, lambda: Record.of(client, ledger.model).known)
+    history = ledger.append(decide, lambda: read_record(client, ledger.model)[0])
     for name, reason in history.foreign.items():
         logger.warning("foreign object in %s, which decides nothing: %a %s", ledger.place, name, reason)
     remember(client, ledger, history)
@@ -103,7 +97,7 @@ def append(client: MlflowClient, ledger: Ledger, decide: Callable[[History], Led
 
 def remember(client: MlflowClient, ledger: Ledger, history: History) -> None:
     """Record the newest entry in MLflow unless a newer one is recorded."""
-    registered = registered_model(client, history.model)
+    registered = none_if_missing(client.get_registered_model, history.model)
     if registered is None or history.head is None:
         return
     there = Newest.of(history.model, registered.tags)
@@ -117,10 +111,10 @@ def restore(client: MlflowClient, ledger: Ledger) -> list[int]:
 
     Existing objects are kept, altered or not. Raises UserError, and writes nothing, if an entry would still be missing.
     """
-    record = Record.of(client, ledger.model)
-    tags = [tag for version in record.versions.values() for tag in version.tags.items()]
+    known, versions = read_record(client, ledger.model)
+    tags = [tag for version in versions.values() for tag in version.tags.items()]
     data = {int(name[1]): text.encode() for tag, text in tags if (name := COPY_NAME.fullmatch(tag)) and name[2]}
-    return ledger.restore(data, record.known)
+    return ledger.restore(data, known)
 
 
 def project(client: MlflowClient, ledger: Ledger) -> History:
@@ -130,17 +124,17 @@ def project(client: MlflowClient, ledger: Ledger) -> History:
     """
     while True:
         # Read first, so that it holds no copy of an entry that came after the ledger was read.
-        record = Record.of(client, ledger.model)
-        history = ledger.read(record.known)
+        known, versions = read_record(client, ledger.model)
+        history = ledger.read(known)
         if history.head is None:
             return history
-        _copy(client, history, record.versions)
-        there, right = aliases_of(client, history.model), _expected(history.head)
+        _copy(client, history, versions)
+        there, right = aliases_of(client, history.model), history.head.aliases
         for alias in ALIASES:
             number = right.get(alias)
             if number is None and alias in there:
                 client.delete_registered_model_alias(history.model, alias)
-            elif number is not None and number in record.versions and number != there.get(alias):
+            elif number is not None and number in versions and number != there.get(alias):
                 client.set_registered_model_alias(history.model, alias, str(number))
         remember(client, ledger, history)
         # Another process may have added an entry and written its aliases before we wrote ours.
@@ -152,21 +146,15 @@ def project(client: MlflowClient, ledger: Ledger) -> History:
 def resolve_alias(client: MlflowClient, model: str, alias: str) -> int | None:
     """Resolve one of ALIASES to a version number by the ledger; None if the alias is unset.
 
-    Costs one request to MLflow and two to S3 while they agree, and repairs MLflow if they do not. Without a ledger
-    MLflow's aliases count. Raises UserError if the ledger has lost an entry that MLflow has on record.
+    Repairs MLflow if it disagrees; without a ledger its aliases count. Raises UserError if the ledger lost an entry.
     """
-    registered = registered_model(client, model)
-    on_record, there = known_newest(registered), _ours(registered)
+    registered = none_if_missing(client.get_registered_model, model)
+    on_record, there = _newest(registered), _aliases(registered)
     ledger = Ledger.of(model)
     head = ledger.head(on_record)
-    if head is not None and (there != _expected(head) or head.number not in on_record):
+    if head is not None and (there != head.aliases or head.number not in on_record):
         head = project(client, ledger).head
-    return (_expected(head) if head is not None else there).get(alias)
-
-
-def aliases_of(client: MlflowClient, model: str) -> dict[str, int]:
-    """MLflow's values of ALIASES for ``model``; empty if it has no such model."""
-    return _ours(registered_model(client, model))
+    return (head.aliases if head else there).get(alias)
 
 
 def _copy(client: MlflowClient, history: History, versions: Mapping[int, ModelVersion]) -> None:
@@ -189,12 +177,3 @@ def _copy(client: MlflowClient, history: History, versions: Mapping[int, ModelVe
         for tag, text in right[number].items():
             if tag not in versions[number].tags:
                 client.set_model_version_tag(history.model, str(number), tag, text)
-
-
-def _ours(registered: RegisteredModel | None) -> dict[str, int]:
-    found = registered.aliases if registered else {}
-    return {alias: int(number) for alias, number in found.items() if alias in ALIASES}
-
-
-def _expected(head: LedgerEntry) -> dict[str, int]:
-    return head.standing.model_dump(exclude_none=True)

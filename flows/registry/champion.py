@@ -1,8 +1,7 @@
 """The champion of a registered model: usability checks, and promotion and rollback by manual override.
 
 A candidate is compared with the champion after hours of training, so the champion is checked before: its version or
-weights may have been deleted in MLflow. Manual overrides need no Prefect, and end the same if they are killed at any
-moment and given again.
+weights may have been deleted in MLflow.
 """
 
 from mlflow.client import MlflowClient
@@ -13,7 +12,7 @@ from flows.config import Params
 from flows.deployment.tasks import retryable_task
 from flows.environment import settings
 from flows.registry import model_versions
-from flows.registry.aliases import CHAMPION, Record, aliases_of, append, project, verified
+from flows.registry.aliases import CHAMPION, aliases_of, append, project, read_record, verified
 from flows.registry.ledger import Evidence, History, Ledger, LedgerEntry, What
 from flows.registry.model_versions import WEIGHTS, Version, registered_version
 from flows.registry.takedown_marks import TAKEDOWN, takedowns, with_takedowns
@@ -34,10 +33,7 @@ def require_champion(params: Params) -> None:
 
 
 def champion_problem(client: MlflowClient, history: History) -> str | None:
-    """Describe in one line what is wrong with the champion, with possible fixes; None if nothing is.
-
-    A model without a champion is fine. The weights are looked up, not fetched.
-    """
+    """Describe in one line what is wrong with the champion, if any, with possible fixes; None if nothing is."""
     number = history.standing.champion
     if number is None or (words := _problem(client, history, number)) is None:
         return None
@@ -63,7 +59,7 @@ def _problem(client: MlflowClient, history: History, number: int) -> str | None:
 
 
 def _recovery_hints(client: MlflowClient, history: History) -> str:
-    standing, versions = history.standing, Record.of(client, history.model).versions
+    standing, (_, versions) = history.standing, read_record(client, history.model)
     usable = [
         number
         for number in sorted(versions, key=lambda number: (number == standing.candidate, number), reverse=True)
@@ -75,7 +71,7 @@ def _recovery_hints(client: MlflowClient, history: History) -> str:
         ways.insert(0, f"`darkroom promote --to {usable[0]}` makes version {usable[0]} champion")
     if standing.previous in usable:
         ways.insert(0, f"`darkroom model rollback` makes version {standing.previous} champion")
-    return ", ".join(ways[:-1]) + (", or " if ways[:-1] else "") + ways[-1]
+    return ", or ".join(ways)
 
 
 class ChampionChange(Config):
@@ -105,10 +101,9 @@ def promote(
 
 
 def roll_back(model: str, reason: str | None = None) -> ChampionChange:
-    """Make the previous champion champion again; two rollbacks in a row go back twice.
+    """Make the previous champion champion again, or finish a rollback that was killed before the aliases were written.
 
-    A rollback that was killed before MLflow's aliases were written is finished instead. Raises UserError if there is no
-    usable previous champion, and Held if another process changed the champion meanwhile.
+    Raises UserError if there is no usable previous champion, and Held if another process changed it meanwhile.
     """
     client, ledger = MlflowClient(), Ledger.of(model)
     history = verified(client, ledger)

@@ -31,10 +31,9 @@ class Start(Config):
 
 
 def resolve_start(params: Params, uri: str) -> Version | None:
-    """Resolve the initial version of the training ``params``, which is recorded on S3 the first time.
+    """Resolve the initial version of the training ``params``, what ``uri`` names when this is first recorded on S3.
 
-    Returns what ``uri`` names now if there is no record yet, and None for random weights. Raises UserError if the
-    registry has no such version.
+    None for random weights. Raises UserError if the registry has no such version.
     """
     store, place = Store(), Location(settings().bucket) / "starts" / params.model_name
     # The requested training, with the models it depends on by name.
@@ -94,16 +93,14 @@ class ResolvedParams:
     autoencoder: str | None
     """Exact version of the autoencoder, models:/NAME/NUMBER; None if it is not a registered one."""
     start: str | None
-    """Exact version of the initial weights; None if they are not of a registered one."""
     takedown: str | None
     """Names of later takedowns of images that either was trained on, separated by commas."""
 
 
 def resolve_params(params: Params, dry_run: bool = False) -> ResolvedParams:
-    """Fetch and verify the versions that model.autoencoder and training.init_from name.
+    """Fetch and verify the versions that model.autoencoder and training.init_from name; a ``dry_run`` records nothing.
 
-    The initial version is resolved once per training (``resolve_start``); a ``dry_run`` records nothing. Raises
-    UserError if the registry has no such version.
+    Raises UserError if the registry has no such version.
     """
     autoencoder, start, ready = None, None, params
     if (uri := registered(params)) is not None:
@@ -116,9 +113,8 @@ def resolve_params(params: Params, dry_run: bool = False) -> ResolvedParams:
         training = params.training.model_copy(update={"init_from": start and _file(start)})
         ready = ready.model_copy(update={"training": training})
     names = [name for each in (autoencoder, start) if each for name in names_of(each.tags.get(TAKEDOWN))]
-    takedown = joined_names(None, *names) or None
     uris = [each.uri if each else None for each in (autoencoder, start)]
-    return ResolvedParams(params, ready, uris[0], uris[1], takedown)
+    return ResolvedParams(params, ready, uris[0], uris[1], joined_names(None, *names) or None)
 
 
 def require_promotable(params: Params) -> None:

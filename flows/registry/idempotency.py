@@ -5,12 +5,13 @@ configuration except for the source of images, and the contact sheet. Nothing el
 the code, or the champion, except for an autoencoder that is named by its alias.
 """
 
+import json
 import logging
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from pydantic import BaseModel, ValidationError
+from pydantic import AliasPath, BaseModel, Field, ValidationError
 
 from diffusion.common.config import Config, PlainName
 from diffusion.common.errors import Held, UserError
@@ -25,38 +26,13 @@ from flows.storage.tags import VersionNumber
 
 logger = logging.getLogger(__name__)
 
-LARGEST_NOTE = 2**24
-"""Maximum size of a note in bytes."""
 
+class Note(BaseModel):
+    """Fields of a note, a ``RetrainResult`` in JSON, that are read here and by ``retrain``."""
 
-class NotedVersion(BaseModel, extra="allow"):
-    """Registered version that resulted from a retraining."""
-
-    model: PlainName
-    number: VersionNumber
-
-
-class NotedVerdict(BaseModel, extra="allow"):
-    """Verdict of the gate on that version."""
-
-    version: NotedVersion
-    reason: str
-
-
-class Note(BaseModel, extra="allow"):
-    """What a retraining left behind, as far as it is read here; the rest of ``RetrainResult`` is passed on."""
-
-    verdict: NotedVerdict
-
-
-@dataclass(frozen=True)
-class ContactSheet:
-    """Contact sheet at the end of a retraining, with the arguments of ``sample``."""
-
-    count: int
-    seed: int
-    to: str | None
-    conditions: Conditions
+    model: PlainName = Field(validation_alias=AliasPath("verdict", "version", "model"))
+    number: VersionNumber = Field(validation_alias=AliasPath("verdict", "version", "number"))
+    reason: str = Field(validation_alias=AliasPath("verdict", "reason"))
 
 
 @dataclass(frozen=True)
@@ -67,27 +43,34 @@ class Request:
     key: str
 
     @classmethod
-    def of(cls, params: Params, version: Manifest, sheet: ContactSheet) -> "Request":
-        """Request to retrain on ``version`` with the configuration ``params``."""
+    def of(
+        cls, params: Params, version: Manifest, count: int, seed: int, to: str | None, conditions: Conditions
+    ) -> "Request":
+        """Request to retrain on ``version``; the other arguments are those of ``sample`` for the contact sheet."""
+        uri = registered(params)
+        champion = None
+        if uri is not None and uri.endswith("@champion"):
+            head = Ledger.of(uri.removeprefix("models:/").removesuffix("@champion")).head()
+            champion = head.standing.champion if head else None
         parts = {
             "content": version.content_digest,
             # Windowed training order depends on the layout of the shards.
             "layout": version.layout_digest if params.training.window is not None else None,
             "params": params.model_dump(mode="json", exclude={"ingest", "retention"}),
-            "autoencoder": _champion(registered(params)),
-            "samples": [sheet.count, sheet.seed, sheet.to, sheet.conditions.model_dump(mode="json")],
+            "autoencoder": champion,
+            "samples": [count, seed, to, conditions.model_dump(mode="json")],
         }
         return cls(params.model_name, digest_of(parts))
 
     @property
     def _note(self) -> tuple[str, str]:
-        """Bucket and key of the note."""
         return settings().bucket, f"retrained/{self.model}/{self.key}.json"
 
     def done(self) -> dict[str, Any] | None:
         """Result of an earlier retraining with the same key; None if there is none."""
         try:
-            return Note.model_validate_json(Store().get(*self._note, LARGEST_NOTE)).model_dump(mode="json")
+            note = Store().get(*self._note, most=2**24)
+            Note.model_validate_json(note)
         except Missing:
             return None
         except (ValidationError, UserError):
@@ -96,17 +79,10 @@ class Request:
                 "s3://%s/%s is no note of a retraining, so that this one is done again: delete it", *self._note
             )
             return None
+        return dict(json.loads(note))
 
     def note(self, result: Config) -> None:
         """Write the note that the request is done."""
         # Another machine may have finished the same request with another result.
         with suppress(Held):
             Store().put_once(*self._note, result.model_dump_json().encode(), content_type="application/json")
-
-
-def _champion(uri: str | None) -> int | None:
-    """Version number behind the alias ``champion`` in ``uri``; None if ``uri`` has no such alias."""
-    if uri is None or not uri.endswith("@champion"):
-        return None
-    head = Ledger.of(uri.removeprefix("models:/").removesuffix("@champion")).head()
-    return head.standing.champion if head else None

@@ -1,7 +1,6 @@
 """The ledger on S3: champions of a registered model, with the decision and the evidence for each.
 
-Entries are changes of the champion, each linked to the entry before it. Verdicts that keep the champion are entries as
-well: they record a candidate that was held or rejected, and why.
+Verdicts that keep the champion are entries as well: they record a candidate that was held or rejected, and why.
 
 ``s3://BUCKET/ledger/NAME/00000001.json`` and so on are written once, each with the SHA-256 of the one before it. MLflow
 has no compare-and-swap; creating entry N + 1 with If-None-Match is a single write that only one of several writers
@@ -17,7 +16,7 @@ import getpass
 import os
 import re
 import socket
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -55,7 +54,6 @@ class Evidence(Config):
     reason: str
     figures: dict[str, FiniteFloat] = Field(default_factory=dict)
     eval_key: str | None = None
-    """Digest of the evaluation's conditions; None if no evaluation was needed."""
     gate: dict[str, JsonValue] = Field(default_factory=dict)
 
 
@@ -120,6 +118,11 @@ class LedgerEntry(Config):
         return AliasNumbers(champion=self.to_version, previous=self.previous, candidate=self.candidate)
 
     @property
+    def aliases(self) -> dict[str, int]:
+        """Version numbers after the entry by alias, without unset ones."""
+        return self.standing.model_dump(exclude_none=True)
+
+    @property
     def moves(self) -> bool:
         """Whether the entry changes the champion."""
         return self.from_version != self.to_version
@@ -142,8 +145,7 @@ class LedgerEntry(Config):
     def says_the_same(self, other: "LedgerEntry") -> bool:
         """Whether both entries keep the same champion for the same reasons, so that one is redundant."""
         fields = ("what", "by_hand", "version", "weights_sha256", "to_version", "reason", "evidence", "approval")
-        same = all(getattr(self, name) == getattr(other, name) for name in fields)
-        return same and not self.moves
+        return not self.moves and all(getattr(self, name) == getattr(other, name) for name in fields)
 
     def __str__(self) -> str:
         if self.moves:
@@ -155,14 +157,10 @@ class LedgerEntry(Config):
 
 @dataclass(frozen=True)
 class AliasState:
-    """Alias state that determines which entries can follow.
-
-    Champions are a stack: a promotion puts one on top and a rollback takes it off, so that rolling back twice goes back
-    twice.
-    """
+    """Alias state that determines which entries can follow; rolling back twice goes back twice."""
 
     champions: tuple[int, ...] = ()
-    """Stack of champions, the current one last."""
+    """Stack of champions, on which a promotion puts one at the end and from which a rollback takes it."""
     candidate: int | None = None
 
     @property
@@ -186,14 +184,6 @@ class AliasState:
         return AliasState(champions, None if self.candidate == version else self.candidate)
 
 
-def replay_aliases(entries: Iterable[LedgerEntry]) -> AliasState:
-    """Alias state after ``entries``."""
-    state = AliasState()
-    for entry in entries:
-        state = state.after(entry.what, entry.version)
-    return state
-
-
 @dataclass(frozen=True)
 class History:
     """Entries of a model's ledger, in order."""
@@ -202,8 +192,6 @@ class History:
     entries: tuple[LedgerEntry, ...] = ()
     foreign: Mapping[str, str] = field(default_factory=dict)
     """Other objects below the prefix, left by other writers and ignored: the reason for each, by name."""
-    taken: frozenset[int] = frozenset()
-    """Numbers of foreign objects that are named like entries."""
 
     @property
     def head(self) -> LedgerEntry | None:
@@ -256,9 +244,12 @@ class History:
         approval: Approval | None = None,
     ) -> LedgerEntry:
         """Next entry, written by this process now."""
-        before, after = self.standing, replay_aliases(self.entries).after(what, version).standing
+        state = AliasState()
+        for entry in self.entries:
+            state = state.after(entry.what, entry.version)
+        after = state.after(what, version).standing
         number = self.head.number + 1 if self.head else 1
-        while number in self.taken:
+        while object_name(number) in self.foreign:
             number += 1
         return LedgerEntry(
             model=self.model,
@@ -269,7 +260,7 @@ class History:
             when=datetime.now(UTC).replace(microsecond=0),
             version=version,
             weights_sha256=weights_sha256,
-            from_version=before.champion,
+            from_version=self.standing.champion,
             to_version=after.champion,
             previous=after.previous,
             candidate=after.candidate,
@@ -325,15 +316,12 @@ class Ledger(NumberedObjects):
         return cls(Location(settings().bucket) / "ledger" / model, Store())
 
     def head(self, known: Known = NOTHING) -> LedgerEntry | None:
-        """Newest entry, or None. Takes two requests if MLflow has recorded it and no object has a higher number.
-
-        Raises UserError as ``read`` does, but does not verify older entries if the newest one is recorded.
-        """
+        """Newest entry, or None, in two requests if MLflow has recorded it; otherwise verified as ``read`` does."""
         listed, newest = self.listed(), max(known, default=0)
         if known and max(map(self.number, listed), default=0) == newest:
             found = self.get(newest)
-            if found is not None and sha256_bytes(found) == known[newest]:
-                return self._recorded(newest, found)
+            if found is not None and sha256_bytes(found) == known[newest] and (entry := self._entry(newest, found)):
+                return entry
         return self.read(known, listed).head
 
     def read(self, known: Known = NOTHING, listed: Sequence[ListedObject] | None = None) -> History:
@@ -342,15 +330,15 @@ class Ledger(NumberedObjects):
         ``known`` is MLflow's record, read before the objects were ``listed``.
         """
         listed = self.listed() if listed is None else listed
-        objects = self._objects(listed)
-        entries = self._verified(objects, known)
-        reasons = dict(self._extend(entries, objects, sorted(filter(None, map(self.number, listed)))))
-        foreign = {
-            each.key.removeprefix(self.place.key("")): reasons.get(number, "is not named like an entry")
-            for each in listed
-            if not (number := self.number(each)) or number in reasons
-        }
-        return History(self.model, tuple(entries), foreign, frozenset(reasons))
+        entries, reasons = self._chain(self._objects(listed), known)
+        here, foreign = {entry.number for entry in entries}, {}
+        for each in listed:
+            number = self.number(each)
+            if number not in here:
+                unread = f"is larger than {LARGEST} bytes, or was deleted just now"
+                reason = reasons.get(number, unread) if number else "is not named like an entry"
+                foreign[each.key.removeprefix(self.place.key(""))] = reason
+        return History(self.model, tuple(entries), foreign)
 
     def append(
         self,
@@ -359,9 +347,8 @@ class Ledger(NumberedObjects):
     ) -> History:
         """Commit the entry that ``decide`` returns for the history, or nothing if it returns None.
 
-        If another process was faster, ``decide`` is called again with the new history; it raises Held if its decision
-        no longer holds. ``known`` reads MLflow's record each time before the ledger is read. Raises UserError, and
-        writes nothing, if the ledger differs from that record.
+        If another process was faster, ``decide`` is called again; it raises Held if its decision no longer holds.
+        ``known`` reads MLflow's record each time. Raises UserError, and writes nothing, if the ledger differs from it.
         """
         self.require_conditional_puts()
         while (entry := decide(history := self.read(known()))) is not None:
@@ -381,86 +368,69 @@ class Ledger(NumberedObjects):
         return history
 
     def restore(self, copies: Mapping[int, bytes], known: Known) -> list[int]:
-        """Write missing entries from ``copies``, by number; returns their numbers.
-
-        Raises UserError, and writes nothing, unless all recorded entries exist here or among the copies.
-        """
-        listed = self.listed()
+        """Write missing entries from ``copies``; returns their numbers. Raises UserError if another one is missing."""
+        objects = self._objects(listed := self.listed())
         here = set(map(self.number, listed))
         lost = {number: data for number, data in copies.items() if number not in here}
-        entries = self._verified(self._objects(listed) | lost, known)
-        missing = [entry for entry in entries if entry.number in lost]
+        missing = [entry for entry in self._chain(objects | lost, known)[0] if entry.number in lost]
         for entry in missing:
             self.put(entry.number, entry.data)
         return [entry.number for entry in missing]
 
     def _objects(self, listed: Sequence[ListedObject]) -> dict[int, bytes]:
-        """Bytes of the objects that are named like entries, by number."""
         small = sorted({self.number(each) for each in listed if each.size <= LARGEST} - {0})
         with ThreadPoolExecutor(16) as pool:
             found = zip(small, pool.map(self.get, small), strict=True)
             return {number: data for number, data in found if data is not None}
 
-    def _verified(self, objects: Mapping[int, bytes], known: Known) -> list[LedgerEntry]:
-        """Entries up to the newest recorded one, followed back from it by their parents' digests."""
-        if not known:
-            return []
-        digests = {number: sha256_bytes(data) for number, data in objects.items()}
-        numbers = {digest: number for number, digest in digests.items()}
-        number, digest = max(known), known[max(known)]
-        entries: list[LedgerEntry] = []
-        while True:
-            name = object_name(number)
-            if number not in objects:
-                raise self._broken(name, f"is missing (sha256 {digest})")
-            if digests[number] != digest:
-                raise self._broken(name, f"was altered (it had sha256 {digest})")
-            entries.append(entry := self._recorded(number, objects[number]))
-            if entry.parent is None:
-                break
-            below = numbers.get(entry.parent, number)
-            if below >= number:
-                gone = next((each for each in known if known[each] == entry.parent), max(number - 1, 1))
-                raise self._broken(object_name(gone), f"is missing or was altered, and {name} stands on it")
-            number, digest = below, entry.parent
-        entries.reverse()
-        here = {entry.number: entry.digest for entry in entries}
-        for number in sorted(known):
-            if here.get(number) != known[number]:
-                raise self._broken(object_name(number), f"is not what it was (sha256 {known[number]})")
-        before, state = None, AliasState()
-        for entry in entries:
-            after = _follow(entry, before, state)
-            if isinstance(after, str):
-                raise self._broken(object_name(entry.number), after)
-            before, state = entry, after
-        return entries
+    def _chain(self, objects: Mapping[int, bytes], known: Known) -> tuple[list[LedgerEntry], dict[int, str]]:
+        """Entries in order, and by number the reason why an object is none; raises UserError as ``read`` does.
 
-    def _extend(
-        self, entries: list[LedgerEntry], objects: Mapping[int, bytes], numbers: Sequence[int]
-    ) -> Iterator[tuple[int, str]]:
-        """Add the objects that continue the chain to ``entries``; yields other numbers with the reason for each."""
-        here, state = {entry.number for entry in entries}, replay_aliases(entries)
-        for number in numbers:
-            if number in here:
-                continue
-            before = entries[-1] if entries else None
-            if number not in objects:
-                yield number, f"is larger than {LARGEST} bytes, or was deleted just now"
-            elif before is not None and number < before.number:
-                yield number, "is not part of the chain of entries"
-            elif (entry := self._entry(number, objects[number])) is None:
-                yield number, "is no entry of this ledger"
-            elif isinstance(after := _follow(entry, before, state), str):
-                yield number, after
+        The entries up to the newest recorded one are those that it stands on, followed back by their parents' digests.
+        """
+        found = {number: entry for number, data in objects.items() if (entry := self._entry(number, data))}
+        for number, digest in sorted(known.items(), reverse=True):
+            if number not in found or found[number].digest != digest:
+                words = (
+                    f"was altered (it had sha256 {digest})" if number in objects else f"is missing (sha256 {digest})"
+                )
+                raise self._broken(object_name(number), words)
+        by_digest, recorded = {entry.digest: entry for entry in found.values()}, set[int]()
+        above = found[max(known)] if known else None
+        while above is not None:
+            recorded.add(above.number)
+            below = by_digest.get(above.parent or "")
+            if below is None and above.parent is not None:
+                words = f"is missing or was altered, and {object_name(above.number)} stands on it"
+                raise self._broken(object_name(max(above.number - 1, 1)), words)
+            above = below
+        entries: list[LedgerEntry] = []
+        reasons: dict[int, str] = {}
+        state = AliasState()
+        for number in sorted(objects):
+            entry, parent = found.get(number), entries[-1].digest if entries else None
+            after, reason = state, ""
+            if entry is None:
+                reason = "is no entry of this ledger"
+            elif number < max(known, default=0) and number not in recorded:
+                reason = "is not part of the chain of entries"
+            elif entry.parent != parent:
+                reason = "does not stand on the entry before it"
             else:
+                try:
+                    after = state.after(entry.what, entry.version)
+                except UserError as error:
+                    reason = f"cannot be: {error}"
+                if not reason and (entry.from_version, entry.standing) != (state.standing.champion, after.standing):
+                    reason = "has version numbers that contradict its event"
+            if entry is not None and not reason:
                 entries.append(entry)
                 state = after
-
-    def _recorded(self, number: int, data: bytes) -> LedgerEntry:
-        if (entry := self._entry(number, data)) is None:
-            raise self._broken(object_name(number), "is no entry of this ledger")
-        return entry
+            elif number in recorded or number in known:
+                raise self._broken(object_name(number), reason)
+            else:
+                reasons[number] = reason
+        return entries, reasons
 
     def _entry(self, number: int, data: bytes) -> LedgerEntry | None:
         """Entry in ``data``; None unless these are its canonical bytes under the right name."""
@@ -477,16 +447,3 @@ class Ledger(NumberedObjects):
             "docs/runbook/ledger-broken.md says what to do (`darkroom model history --restore` writes back what is "
             "missing)"
         )
-
-
-def _follow(entry: LedgerEntry, before: LedgerEntry | None, state: AliasState) -> AliasState | str:
-    """State after ``entry``, or the reason why it cannot follow ``before`` with the alias ``state``."""
-    if entry.parent != (before.digest if before else None):
-        return "does not stand on the entry before it"
-    try:
-        after = state.after(entry.what, entry.version)
-    except UserError as error:
-        return f"cannot be: {error}"
-    if (entry.from_version, entry.standing) != (state.standing.champion, after.standing):
-        return "has version numbers that contradict its event"
-    return after

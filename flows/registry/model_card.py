@@ -17,10 +17,8 @@ from flows.registry.model_versions import Version
 from flows.registry.takedown_marks import notes_in, takedowns
 
 CLASSES_SHOWN = 12
-COMPARED = (f"{CONFIDENCE:.0%} interval", "the champion's")
-"""Columns of metrics that only a comparison has."""
 SEEN = 0.2
-"""Smallest shift of colours or brightness that the card mentions, in standard deviations: less is hardly visible."""
+"""Smallest significant shift of colours or brightness in the card, in standard deviations: less is hardly visible."""
 
 
 def write(
@@ -54,25 +52,19 @@ def card(
 ) -> str:
     """Render the card of ``version``, trained on ``data``, with its ``evaluation`` and ``comparison``, as Markdown."""
     best, evaluated, classes = evaluation.best, comparison.candidate if comparison else None, data.class_histogram
+    compared = (f"{CONFIDENCE:.0%} interval", "the champion's") if comparison else ()
     environment = Environment(loader=PackageLoader("flows.registry"), trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {
-        "markdown": escape_markdown,
-        "count": count,
-        "counted": counted,
-        "share": share,
-        "with_error": with_error,
-        "listed": _listed,
-    }
+    environment.filters |= {"markdown": escape_markdown, "listed": _listed}
+    environment.filters |= {each.__name__: each for each in (count, counted, share, with_error)}
     text = environment.get_template("model_card.md").render(
         params=params,
         version=version,
-        tags=version.tags,
         warning=takedowns(version),
         entry=entry,
         comparison=comparison,
         evaluated=evaluated,
         scores=(evaluated or best).scores,
-        columns=("metric", "value", *(COMPARED if comparison else ()), "real baseline"),
+        columns=("metric", "value", *compared, "real baseline"),
         metrics=_compared(comparison) if comparison else _evaluated(evaluation),
         best=best,
         grid=f"evaluation/grids/{best.images:010d}-{best.sha256[:8]}.png",
@@ -80,18 +72,25 @@ def card(
         classes=_listed(f"{escape_markdown(name)} ({count(number)})" for name, number in classes.items()),
         eval_key=evaluation.eval_key,
         rarest=min(classes.items(), key=lambda each: each[1], default=None),
-        shifts=_shifts(comparison) if comparison else {},
+        shifts={
+            name: shift.spreads
+            for name, shift in (comparison.candidate.drift.shifts.items() if comparison else ())
+            if shift.spreads is not None
+            and abs(shift.spreads) > SEEN
+            and abs(shift.difference) > 3 * shift.standard_error
+        },
     )
     return text.rstrip()
 
 
 def _evaluated(evaluation: Evaluation) -> Iterator[tuple[str, ...]]:
     metrics, baseline = evaluation.best.metrics(), evaluation.real_baseline.metrics()
-    errors = {name: _error_of(name, metrics) for name in metrics}
     for name, value in metrics.items():
-        if name not in errors.values():
-            error = errors[name]
-            shown = f"{value:.4g}" if error is None else with_error(value, metrics[error])
+        if "_se_" not in name and not name.endswith("_se"):
+            first, _, rest = name.partition("_")
+            # kid_se_efflite0 is the standard error of kid_efflite0.
+            error = metrics.get(f"{first}_se_{rest}", metrics.get(f"{name}_se"))
+            shown = f"{value:.4g}" if error is None else with_error(value, error)
             yield name, shown, f"{baseline[name]:.4g}" if name in baseline else ""
 
 
@@ -116,21 +115,6 @@ def _compared(comparison: ChampionComparison) -> Iterator[tuple[str, ...]]:
 
 def _range(low: float, high: float) -> str:
     return f"{signed(low)} to {signed(high)}"
-
-
-def _error_of(name: str, figures: Iterable[str]) -> str | None:
-    """Name of the standard error of the metric ``name``, such as kid_se_efflite0 of kid_efflite0; None without one."""
-    first, _, rest = name.partition("_")
-    return next((error for error in (f"{first}_se_{rest}", f"{name}_se") if error in figures), None)
-
-
-def _shifts(comparison: ChampionComparison) -> dict[str, float]:
-    """Visible and significant shifts of colours and brightness, in standard deviations of real images."""
-    return {
-        name: shift.spreads
-        for name, shift in comparison.candidate.drift.shifts.items()
-        if shift.spreads is not None and abs(shift.spreads) > SEEN and abs(shift.difference) > 3 * shift.standard_error
-    }
 
 
 def _listed(names: Iterable[str]) -> str:

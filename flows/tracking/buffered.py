@@ -7,7 +7,6 @@ import shutil
 import threading
 import time
 from collections.abc import Mapping
-from contextlib import suppress
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -16,10 +15,7 @@ from boto3.exceptions import Boto3Error
 from botocore.exceptions import BotoCoreError, ClientError
 from mlflow.entities import Metric
 from mlflow.exceptions import MlflowException
-from mlflow.system_metrics.metrics.base_metrics_monitor import BaseMetricsMonitor
-from mlflow.system_metrics.metrics.cpu_monitor import CPUMonitor
-from mlflow.system_metrics.metrics.disk_monitor import DiskMonitor
-from mlflow.system_metrics.metrics.gpu_monitor import GPUMonitor
+from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 from PIL import Image
 
 from diffusion.common.errors import DarkroomError
@@ -49,8 +45,7 @@ class BufferedTracker:
     """Implements ``diffusion.training.logging.Tracker``: appends to a file, which a thread delivers in order.
 
     A resumed training logs the points after its last checkpoint again; each counts once, with its first timestamp.
-    Each process delivers the whole file except what MLflow has already, so no delivery position is stored, and a
-    different server gets everything.
+    Each process delivers the whole file except what MLflow has already, so that another server gets everything.
     """
 
     def __init__(self, tracker: RunTracker, folder: Path, restart: bool = False) -> None:
@@ -58,13 +53,12 @@ class BufferedTracker:
             shutil.rmtree(folder, ignore_errors=True)
         make_folder(folder)
         self.tracker, self.folder = tracker, folder
-        self.records = _read_records(folder / "records.jsonl")
+        self.log = folder / "records.jsonl"
+        self.records = self._read_records()
         self.delivered = 0
         self._known = {(record["name"], record["step"]) for record in self.records}
-        self._monitors: list[BaseMetricsMonitor] = [CPUMonitor(), DiskMonitor()]  # type: ignore[no-untyped-call]
-        # Raised without NVIDIA's library or driver.
-        with suppress(ImportError, RuntimeError):
-            self._monitors.append(GPUMonitor())  # type: ignore[no-untyped-call]
+        # Never started: its own thread would end when MLflow is unavailable.
+        self._monitor = SystemMetricsMonitor(tracker.run_id)  # type: ignore[no-untyped-call]
         self._measured = time.monotonic()
         self._change = threading.Condition()
         self._closing = False
@@ -76,8 +70,15 @@ class BufferedTracker:
     def log_metrics(self, metrics: Mapping[str, float], images: int) -> None:
         """Record ``metrics`` at step ``images``, and system metrics every ten seconds."""
         now = int(time.time() * 1000)
-        figures = {name: float(value) for name, value in (*metrics.items(), *self._system_metrics().items())}
-        finite = {name: value for name, value in figures.items() if math.isfinite(value)}
+        figures = dict(metrics)
+        if time.monotonic() - self._measured >= EVERY:
+            self._measured = time.monotonic()
+            self._monitor.collect_metrics()  # type: ignore[no-untyped-call]
+            of_machine = self._monitor.aggregate_metrics()  # type: ignore[no-untyped-call]
+            figures |= {f"system/{name}": value for name, value in of_machine.items()}
+            for each in self._monitor.monitors:
+                each.clear_metrics()  # type: ignore[no-untyped-call]
+        finite = {name: float(value) for name, value in figures.items() if math.isfinite(value)}
         self._add([{"name": name, "value": value, "time": now, "step": images} for name, value in finite.items()])
 
     def log_image(self, name: str, image: Image.Image, images: int) -> None:
@@ -88,8 +89,8 @@ class BufferedTracker:
 
     def sync(self) -> None:
         """Flush the records to disk."""
-        if (log := self.folder / "records.jsonl").is_file():
-            sync_file(log)
+        if self.log.is_file():
+            sync_file(self.log)
             sync_folder(self.folder)
 
     def close(self) -> None:
@@ -121,7 +122,7 @@ class BufferedTracker:
     def _add(self, records: list[Record]) -> None:
         with self._change:
             fresh = [record for record in records if (record["name"], record["step"]) not in self._known]
-            with (self.folder / "records.jsonl").open("a") as file:
+            with self.log.open("a") as file:
                 file.write("".join(f"{json.dumps(record)}\n" for record in fresh))
             self._known |= {(record["name"], record["step"]) for record in fresh}
             self.records += fresh
@@ -160,28 +161,12 @@ class BufferedTracker:
         self.tracker.log_points(points)
         return len(points)
 
-    def _system_metrics(self) -> dict[str, float]:
-        """CPU, memory, disk and GPU metrics under MLflow's names; empty within ``EVERY`` seconds of the last ones."""
-        if time.monotonic() - self._measured < EVERY:
-            return {}
-        self._measured = time.monotonic()
-        figures: dict[str, float] = {}
-        for monitor in self._monitors:
-            monitor.collect_metrics()  # type: ignore[no-untyped-call]
-            now = monitor.aggregate_metrics()  # type: ignore[no-untyped-call]
-            monitor.clear_metrics()  # type: ignore[no-untyped-call]
-            figures |= {f"system/{name}": float(value) for name, value in now.items()}
-        return figures
-
-
-def _read_records(log: Path) -> list[Record]:
-    """Records of earlier processes; an incomplete last line is removed from the file."""
-    if not log.is_file():
-        return []
-    data = log.read_bytes()
-    # A power failure may leave zeros at the end.
-    whole = data.split(b"\0")[0]
-    whole = whole[: whole.rfind(b"\n") + 1]
-    if whole != data:
-        write_bytes(log, whole)
-    return [json.loads(line) for line in whole.splitlines()]
+    def _read_records(self) -> list[Record]:
+        """Records of earlier processes; an incomplete last line is removed from the file."""
+        data = self.log.read_bytes() if self.log.is_file() else b""
+        # A power failure may leave zeros at the end.
+        whole = data.split(b"\0")[0]
+        whole = whole[: whole.rfind(b"\n") + 1]
+        if whole != data:
+            write_bytes(self.log, whole)
+        return [json.loads(line) for line in whole.splitlines()]

@@ -22,7 +22,6 @@ logger = logging.getLogger(__name__)
 
 SECONDS_BETWEEN_LINES = 10.0
 OURS = ("diffusion", "flows")
-"""The loggers of our packages."""
 
 
 @dataclass
@@ -33,7 +32,6 @@ class Pace:
     started_at: int | None = None
     """Units done at the first report; the earlier part of a resumed run does not count as speed."""
     reached: int = 0
-    """Units done at the last report."""
     last_line: float = float("-inf")
 
     def due(self, done: int, total: int | None) -> bool:

@@ -23,7 +23,6 @@ VARIABLES: Mapping[str, str] = {
 """Variables that make Prefect write its log, and ours during a run, in this format."""
 
 RUN_ID: ContextVar[str | None] = ContextVar("run_id", default=None)
-"""ID of the current MLflow run."""
 
 
 class Formatter(JsonFormatter):

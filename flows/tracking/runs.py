@@ -11,7 +11,7 @@ from typing import Any
 from mlflow.client import MlflowClient
 from mlflow.data.dataset_source_registry import resolve_dataset_source
 from mlflow.data.meta_dataset import MetaDataset
-from mlflow.entities import DatasetInput, InputTag, LifecycleStage, LoggedModelStatus, Metric, Param, RunTag
+from mlflow.entities import DatasetInput, InputTag, LoggedModelStatus, Metric, Param, RunTag
 from mlflow.entities import Run as MlflowRun
 from mlflow.exceptions import MlflowException
 from mlflow.utils.mlflow_tags import MLFLOW_MODEL_IS_EXTERNAL
@@ -27,35 +27,26 @@ MANIFEST_ARTIFACT = "dataset/manifest.json"
 """Path of the data set's manifest among the artifacts of a run."""
 TRAIN_KEY = "darkroom.train_key"
 """Tag that identifies the run of a training: digest of everything that determines its weights."""
-AUTOENCODER = "darkroom.autoencoder"
-"""Tag of a latent-space run: the registered autoencoder, models:/NAME/NUMBER."""
+AUTOENCODER, START = "darkroom.autoencoder", "darkroom.start"
+"""Tags of a run: the registered autoencoder that it works in, and its initial model, models:/NAME/NUMBER."""
 SWEEP = "darkroom.sweep"
 """Tag that identifies the parent run of a sweep: digest of its settings and data."""
 RELEASED_FROM = "darkroom.released_from"
 """Tag of a released version and its run: source registry and version."""
-START = "darkroom.start"
-"""Tag of a warm-started run: the registered initial model, models:/NAME/NUMBER."""
 RUN_NAME = re.compile(r"[0-9a-f]{32}")
 DIGEST_LENGTH = 36
 """Longest data set digest that MLflow stores; the tags hold the full one."""
-CHECKPOINT = "darkroom.checkpoint"
-"""Tag of a logged model: the checkpoint's file."""
-CHECKPOINT_SHA256 = "darkroom.checkpoint_sha256"
-"""Tag that identifies the logged model of a checkpoint."""
-EVAL_KEY = "darkroom.eval_key"
-"""Tag: scores of two models are comparable if it is equal."""
-EVALUATED = "darkroom.evaluated"
-"""Tag: ``in full`` or ``preliminary``."""
+CHECKPOINT, CHECKPOINT_SHA256 = "darkroom.checkpoint", "darkroom.checkpoint_sha256"
+"""Tags of a logged model: the file of its checkpoint, and the digest that identifies it."""
+EVAL_KEY, EVALUATED = "darkroom.eval_key", "darkroom.evaluated"
+"""Tags: scores of two models are comparable if the first is equal; the second is ``in full`` or ``preliminary``."""
 PRELIMINARY = "preliminary_"
 """Name prefix of metrics on fewer images, which are not comparable with the others."""
 
 
 @dataclass(frozen=True)
 class RunTracker:
-    """Unbuffered logger of an MLflow run.
-
-    Steps up to the last one on the server are skipped, as another machine with the same training may log them too.
-    """
+    """Unbuffered logger of an MLflow run; skips steps up to the last on the server, as other machines may log them."""
 
     client: MlflowClient
     run_id: str
@@ -114,7 +105,9 @@ def find_run(client: MlflowClient, experiment: str, tag: str, value: str) -> Mlf
     entity = client.get_experiment_by_name(experiment)
     if entity is None:
         return None
-    claimed = Claims.of(experiment, value).holder(lambda run_id: _is_of(client, run_id, tag, value))
+    claimed = Claims.of(experiment, value).holder(
+        lambda run_id: _is_of(client, entity.experiment_id, run_id, tag, value)
+    )
     if claimed is not None:
         return client.get_run(claimed)
     filter_string = f"tags.`{tag}` = '{value}'"
@@ -130,8 +123,10 @@ def one_run(client: MlflowClient, experiment: str, tag: str, value: str, name: s
     run = find_run(client, experiment, tag, value) or client.create_run(
         experiment_id(client, experiment), tags={tag: value}, run_name=name
     )
-    claimed = Claims.of(experiment, value).claim(run.info.run_id, lambda each: _is_of(client, each, tag, value))
-    for each in client.search_runs([run.info.experiment_id], f"tags.`{tag}` = '{value}'"):
+    within = run.info.experiment_id
+    claims = Claims.of(experiment, value)
+    claimed = claims.claim(run.info.run_id, lambda each: _is_of(client, within, each, tag, value))
+    for each in client.search_runs([within], f"tags.`{tag}` = '{value}'"):
         if each.info.run_id != claimed and not each.data.metrics and not each.data.params:
             client.delete_run(each.info.run_id)
     return run if claimed == run.info.run_id else client.get_run(claimed)
@@ -150,17 +145,10 @@ def experiment_id(client: MlflowClient, name: str) -> str:
     return str(found.experiment_id)
 
 
-def _is_of(client: MlflowClient, run_id: str, tag: str, value: str) -> bool:
-    """Whether a run of this ID exists, is not deleted, and has the tag."""
-    if not RUN_NAME.fullmatch(run_id):
-        return False
-    try:
-        run = client.get_run(run_id)
-    except MlflowException as error:
-        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-            raise
-        return False
-    return bool(run.info.lifecycle_stage == LifecycleStage.ACTIVE and run.data.tags.get(tag) == value)
+def _is_of(client: MlflowClient, experiment: str, run_id: str, tag: str, value: str) -> bool:
+    """Whether a run of this ID, which comes from S3, exists in the experiment, is not deleted, and has the tag."""
+    query = f"attributes.run_id = '{run_id}' and tags.`{tag}` = '{value}'"
+    return bool(RUN_NAME.fullmatch(run_id) and client.search_runs([experiment], query))
 
 
 def open_run(
@@ -182,8 +170,7 @@ def open_run(
     client.log_batch(run.info.run_id, params=[Param(name, str(value)) for name, value in parameters.items()])
     source, digest = resolve_dataset_source(data_source), manifest.content_digest[:DIGEST_LENGTH]
     dataset = MetaDataset(source, manifest.name, digest)  # type: ignore[abstract]
-    about = {"mlflow.data.context": "training"} | ({"dvc_digest": data.digest} if data else {})
-    tags = [InputTag(name, value) for name, value in about.items()]
+    tags = [InputTag("mlflow.data.context", "training"), *([InputTag("dvc_digest", data.digest)] if data else [])]
     client.log_inputs(run.info.run_id, [DatasetInput(dataset._to_mlflow_entity(), tags)])
     tracker = RunTracker(client, run.info.run_id)
     RUN_ID.set(tracker.run_id)
@@ -203,57 +190,49 @@ def open_run(
 
 def log_evaluation(tracker: RunTracker, evaluation: Evaluation) -> None:
     """Log each evaluated checkpoint as a model of the run with its scores, once."""
-    experiment = tracker.client.get_run(tracker.run_id).info.experiment_id
-    for each in evaluation.preliminary:
-        metric = each.selection_metric
-        figures = {f"{PRELIMINARY}{metric.name}": metric.value, f"{PRELIMINARY}samples": float(metric.count)}
-        _log_checkpoint(tracker, experiment, evaluation, each, "preliminary", figures)
-    # The best of several EMA lengths comes last, so that it becomes the run's value at that step.
-    for each in sorted(evaluation.checkpoints, key=lambda each: (each.images, each.selection_metric.rank)):
-        _log_checkpoint(tracker, experiment, evaluation, each, "in full", each.metrics())
-
-
-def _log_checkpoint(
-    tracker: RunTracker,
-    experiment: str,
-    evaluation: Evaluation,
-    evaluated: CheckpointEvaluation,
-    how: str,
-    figures: Mapping[str, float],
-) -> None:
     client, run_id = tracker.client, tracker.run_id
-    tags = {
-        CHECKPOINT: evaluated.file,
-        CHECKPOINT_SHA256: evaluated.sha256,
-        EVAL_KEY: evaluation.eval_key,
-        EVALUATED: how,
-        "darkroom.images": str(evaluated.images),
-        MLFLOW_MODEL_IS_EXTERNAL: "true",
-    }
-    found = client.search_logged_models([experiment], f"tags.`{CHECKPOINT_SHA256}` = '{evaluated.sha256}'")
-    if ours := [model for model in found if model.source_run_id == run_id]:
-        model = min(ours, key=lambda model: model.creation_timestamp)
-    else:
-        name = f"{evaluated.family}-{evaluated.images}-{evaluated.sha256[:8]}"
-        model = client.create_logged_model(experiment, name, run_id, tags, model_type=evaluated.family)
-    if model.status != LoggedModelStatus.READY:
-        model = client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
-    if changed := {name: value for name, value in tags.items() if model.tags.get(name) != value}:
-        client.set_logged_model_tags(model.model_id, changed)
+    experiment = client.get_run(run_id).info.experiment_id
     dataset = {
         "dataset_name": evaluation.dataset,
         "dataset_digest": evaluation.conditions.content_digest[:DIGEST_LENGTH],
     }
-    newest = {
-        point.key: point.value
-        for point in sorted(model.metrics or [], key=lambda point: (point.timestamp, point.step))
-        if {"dataset_name": point.dataset_name, "dataset_digest": point.dataset_digest} == dataset
-    }
-    now = int(time.time() * 1000)
-    fresh = [
-        Metric(name, value, now, evaluated.images, model_id=model.model_id, run_id=run_id, **dataset)
-        for name, value in figures.items()
-        if math.isfinite(value) and newest.get(name) != value
-    ]
-    if fresh:
-        client.log_batch(run_id, metrics=fresh)
+    results: list[tuple[CheckpointEvaluation, str, dict[str, float]]] = []
+    for each in evaluation.preliminary:
+        metric = each.selection_metric
+        figures = {f"{PRELIMINARY}{metric.name}": metric.value, f"{PRELIMINARY}samples": float(metric.count)}
+        results.append((each, "preliminary", figures))
+    # The best of several EMA lengths comes last, so that it becomes the run's value at that step.
+    for each in sorted(evaluation.checkpoints, key=lambda each: (each.images, each.selection_metric.rank)):
+        results.append((each, "in full", each.metrics()))
+    for evaluated, how, figures in results:
+        tags = {
+            CHECKPOINT: evaluated.file,
+            CHECKPOINT_SHA256: evaluated.sha256,
+            EVAL_KEY: evaluation.eval_key,
+            EVALUATED: how,
+            "darkroom.images": str(evaluated.images),
+            MLFLOW_MODEL_IS_EXTERNAL: "true",
+        }
+        found = client.search_logged_models([experiment], f"tags.`{CHECKPOINT_SHA256}` = '{evaluated.sha256}'")
+        if ours := [model for model in found if model.source_run_id == run_id]:
+            model = min(ours, key=lambda model: model.creation_timestamp)
+        else:
+            name = f"{evaluated.family}-{evaluated.images}-{evaluated.sha256[:8]}"
+            model = client.create_logged_model(experiment, name, run_id, tags, model_type=evaluated.family)
+        if model.status != LoggedModelStatus.READY:
+            model = client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
+        if changed := {name: value for name, value in tags.items() if model.tags.get(name) != value}:
+            client.set_logged_model_tags(model.model_id, changed)
+        newest = {
+            point.key: point.value
+            for point in sorted(model.metrics or [], key=lambda point: (point.timestamp, point.step))
+            if {"dataset_name": point.dataset_name, "dataset_digest": point.dataset_digest} == dataset
+        }
+        now = int(time.time() * 1000)
+        fresh = [
+            Metric(name, value, now, evaluated.images, model_id=model.model_id, run_id=run_id, **dataset)
+            for name, value in figures.items()
+            if math.isfinite(value) and newest.get(name) != value
+        ]
+        if fresh:
+            client.log_batch(run_id, metrics=fresh)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-from pydantic import Field
+from pydantic import Field, ValidationError
 
 from diffusion.common.config import Config
 from diffusion.common.errors import UserError
@@ -205,6 +205,18 @@ class Removal(Chosen):
     """SHA-256 of the deleted tables that listed these images as kept, sorted; empty if unknown."""
     already: bool
     """Whether it had been done before."""
+
+
+def parse_removal(record: bytes | str, where: str) -> Removal:
+    """Parse the takedown record at ``where``; raises UserError if it is damaged or of a newer Darkroom."""
+    try:
+        return Removal.model_validate_json(record)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise UserError(
+            f"{where} is no removal that this Darkroom understands ({'.'.join(map(str, first['loc']))}: "
+            f"{first['msg']}): update, or if it is damaged delete it and give that takedown again"
+        ) from error
 
 
 def removals(work: Path, request_digest: str = "") -> list[Removal]:

@@ -6,14 +6,14 @@ import pytest
 
 from diffusion.common.config import Config
 from diffusion.data.manifest import Manifest, read_manifest
-from diffusion.generation.config import UNCONDITIONAL
+from diffusion.generation.config import UNCONDITIONAL, Conditions
 from flows.config import Params
 from flows.datasets.sync import CREATED, created, newer, sync
-from flows.registry.idempotency import ContactSheet, Request
+from flows.registry.idempotency import Request
 from tests.builders.catalogs import FOLDER, Place
 
 PARAMS = Params.model_validate({"training": {"dataset": "blobs", "images": 320}})
-SHEET_OF_64 = ContactSheet(64, 0, None, UNCONDITIONAL)
+SHEET_OF_64: tuple[int, int, None, Conditions] = (64, 0, None, UNCONDITIONAL)
 
 
 @pytest.fixture
@@ -83,21 +83,21 @@ def changed(section: str, **fields: object) -> Params:
 def test_completed_requests_are_keyed_by_content_and_configuration(
     place: Place, versions: list[Manifest], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    request = Request.of(PARAMS, versions[0], SHEET_OF_64)
+    request = Request.of(PARAMS, versions[0], *SHEET_OF_64)
     # What gc keeps is no matter.
-    assert request == Request.of(changed("retention", grace_hours=1), versions[0], SHEET_OF_64), (
+    assert request == Request.of(changed("retention", grace_hours=1), versions[0], *SHEET_OF_64), (
         "what gc keeps is no matter"
     )
     assert request.done() is None
     request.note(result("first"))
-    Request.of(changed("ingest", source="elsewhere"), versions[0], SHEET_OF_64).note(result("second"))
+    Request.of(changed("ingest", source="elsewhere"), versions[0], *SHEET_OF_64).note(result("second"))
     assert request.done() == result("first").model_dump()
     others = [
-        Request.of(PARAMS, versions[1], SHEET_OF_64),
-        Request.of(changed("training", seed=1), versions[0], SHEET_OF_64),
-        Request.of(changed("gate", delta=0.2), versions[0], SHEET_OF_64),
-        Request.of(changed("registry", model="other"), versions[0], SHEET_OF_64),
-        Request.of(PARAMS, versions[0], ContactSheet(65, 0, None, UNCONDITIONAL)),
+        Request.of(PARAMS, versions[1], *SHEET_OF_64),
+        Request.of(changed("training", seed=1), versions[0], *SHEET_OF_64),
+        Request.of(changed("gate", delta=0.2), versions[0], *SHEET_OF_64),
+        Request.of(changed("registry", model="other"), versions[0], *SHEET_OF_64),
+        Request.of(PARAMS, versions[0], 65, *SHEET_OF_64[1:]),
     ]
     assert len({each.key for each in others} | {request.key}) == 6
     assert [each.done() for each in others] == [None] * 5

@@ -16,8 +16,8 @@ from diffusion.common.errors import UserError
 from diffusion.data.versions.takedown_records import Removal
 from flows.environment import settings
 from flows.local_stack import backup as restoring
-from flows.local_stack import down, up
 from flows.local_stack.backup import DATABASES, SMALL, Backup, Backups, _copy, _later_removals, restore, save
+from flows.local_stack.control import down, up
 from flows.local_stack.stack import USER, LocalStack
 from flows.storage.s3 import Store, client
 from tests.chaos.power_drills import backup_drill

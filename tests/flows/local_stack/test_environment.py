@@ -9,7 +9,7 @@ import pytest
 
 from diffusion.common.errors import UserError
 from flows.environment import SERVERS, Server, settings
-from flows.local_stack import exports
+from flows.local_stack.control import exports
 from flows.local_stack.server_process import marks, members, start, stop
 from flows.local_stack.stack import LocalStack, join_servers, servers_in_environment
 

@@ -24,8 +24,8 @@ import pytest
 from playwright.sync_api import sync_playwright
 
 from diffusion.common.errors import DarkroomError, UserError
-from flows import local_stack
 from flows.environment import SERVERS
+from flows.local_stack import control as local_stack
 from flows.local_stack import seaweedfs
 from flows.local_stack.server_process import GRPC, are_free, choose_ports, members
 from flows.local_stack.stack import SERVICES, LocalStack, join_servers, new_identity
@@ -34,7 +34,9 @@ from tests.builders import ROOT, intruder
 from tests.builders.browser import chromium
 from tests.builders.http_server import serving
 
-COMMAND = "import sys; from flows import local_stack; print(local_stack.{}(lambda line: print(line, file=sys.stderr)))"
+COMMAND = (
+    "import sys; from flows.local_stack import control; print(control.{}(lambda line: print(line, file=sys.stderr)))"
+)
 
 
 def command(verb: str) -> subprocess.Popen[bytes]:
@@ -621,7 +623,7 @@ def test_missing_seaweedfs_error_names_the_variables_to_set() -> None:
     # The interpreter below this environment, with its libraries but without its programs.
     folders = [str(ROOT), sysconfig.get_path("purelib")]
     os.environ.update({"PYTHONPATH": os.pathsep.join(folders), "PATH": "/usr/bin:/bin"})
-    program = "from flows import local_stack; local_stack.up(print)"
+    program = "from flows.local_stack import control as local_stack; local_stack.up(print)"
     result = subprocess.run(
         [os.path.realpath(sys.executable), "-c", program], capture_output=True, text=True, check=False
     )

@@ -28,7 +28,7 @@ from flows.config import Params, SamplingBatchConfig
 from flows.provenance.reproduce import reproduce
 from flows.provenance.trace import Trace, trace
 from flows.registry import dependencies, model_versions
-from flows.registry.idempotency import ContactSheet, Request
+from flows.registry.idempotency import Request
 from flows.registry.model_versions import CODE, WEIGHTS, Version
 from flows.sampling import generate_batch, sampling_batch
 from flows.sampling.lookup import disagreements, find
@@ -376,7 +376,7 @@ def test_weights_are_fetched_only_by_a_digest(sampled: Sampled, tmp_path: Path) 
     with pytest.raises(ValueError, match="weights_sha256"):
         Version(model="blobs", number=1, run_id="r", weights_sha256="../x", tags={})
     with pytest.raises(UserError, match=f"has no tag {WEIGHTS}"):
-        model_versions.fetch_weights(sampled.version.model_copy(update={"weights_sha256": ""}), tmp_path / "cache")
+        model_versions.cached_weights(sampled.version.model_copy(update={"weights_sha256": ""}), tmp_path / "cache")
     assert not (tmp_path / "cache").exists()
 
 
@@ -483,7 +483,7 @@ def test_notes_that_cannot_be_read_are_named(
     monkeypatch.chdir(tmp_path)
     manifest = BuiltDataset(tmp_path / "data" / "blobs", 8, "blobs").version([kept(np.zeros((8, 8), np.uint8), "a")])
     params = Params.model_validate({"training": {"dataset": "blobs", "init_from": "models:/blobs/1"}})
-    request = Request.of(params, manifest, ContactSheet(1, 0, None, CONDITIONS))
+    request = Request.of(params, manifest, 1, 0, None, CONDITIONS)
     note = f"retrained/{request.model}/{request.key}.json"
     for junk in (b"junk", b"[]", b'{"verdict": 1}'):
         sampled.store.client.put_object(Bucket=BUCKET, Key=note, Body=junk)

@@ -146,7 +146,7 @@ def test_changed_ledger_entry_is_detected(ledger: Ledger) -> None:
         add(ledger, "promote", version, evidence=WIN)
     known = on_record(ledger, 2, 3)
     assert len(ledger.read(known).entries) == 3
-    with pytest.raises(UserError, match=r"00000002\.json is not what it was"):
+    with pytest.raises(UserError, match=r"00000002\.json was altered"):
         ledger.read(known | {2: "0" * 64})
 
 

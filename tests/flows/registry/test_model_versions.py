@@ -107,7 +107,7 @@ def test_two_machines_that_register_the_same_leave_one_version(
     version = register(copies[1])
     [left] = mlflow_client.search_logged_models([where])
     assert mlflow_client.get_model_version(name, "1").source == left.model_uri
-    assert model_versions.fetch_weights(version, tmp_path / "cache").read_bytes() == b"weights"
+    assert model_versions.cached_weights(version, tmp_path / "cache").read_bytes() == b"weights"
 
 
 def test_duplicate_versions_are_deleted_unless_aliased(mlflow_client: MlflowClient, name: str, tmp_path: Path) -> None:
@@ -147,6 +147,6 @@ def test_half_logged_model_of_a_killed_process_is_deleted(
     assert statuses() == [LoggedModelStatus.PENDING] * 2
     version = register()
     assert statuses() == [LoggedModelStatus.READY]
-    assert model_versions.fetch_weights(version, tmp_path / "cache").read_bytes() == weights.read_bytes()
+    assert model_versions.cached_weights(version, tmp_path / "cache").read_bytes() == weights.read_bytes()
     assert mlflow.pyfunc.load_model(version.uri).metadata.model_id is not None
     assert numbers(mlflow_client, name) == [1]

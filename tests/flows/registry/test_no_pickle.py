@@ -24,7 +24,7 @@ from diffusion.data.ingest.ingest import ingest
 from diffusion.data.manifest import read_manifest
 from diffusion.evaluation.cache import cached
 from diffusion.training.checkpointing import Checkpoints
-from flows.registry.model_versions import WEIGHTS, fetch_weights, resolve
+from flows.registry.model_versions import WEIGHTS, cached_weights, resolve
 from tests.builders import ROOT
 from tests.builders.shapes import blob
 
@@ -160,7 +160,7 @@ def test_pickle_in_a_registered_model_is_never_loaded(
     mlflow.register_model(info.model_uri, name, tags={WEIGHTS: sha256_file(weights)})
     version = resolve(mlflow_client, f"models:/{name}/1")
     with pytest.raises(UserError, match=r"(not a|no) model of ours"):
-        load_model(fetch_weights(version, tmp_path / "models"))
+        load_model(cached_weights(version, tmp_path / "models"))
     # As flows.environment sets it for every command, and infra/compose.yaml for every service.
     monkeypatch.setenv("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "false")
     with pytest.raises(MlflowException, match=r"(?i)pickle"):

@@ -99,7 +99,7 @@ def test_staging_champion_is_released_with_its_lineage(stages: Stages, tmp_path:
     assert version.tags["darkroom.images"] == "480"
     assert version.tags[RELEASED_FROM] == f"models:/blobs/{number} in {stages.staging[0]}"
     assert (version.description or "").startswith("# blobs\n\nA card.")
-    assert model_versions.fetch_weights(done.version, tmp_path / "cache").read_bytes() == b"weights"
+    assert model_versions.cached_weights(done.version, tmp_path / "cache").read_bytes() == b"weights"
 
     run = here.get_run(version.run_id)
     assert run.info.run_id != theirs.info.run_id
