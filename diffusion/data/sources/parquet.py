@@ -6,6 +6,7 @@ memory that a column needs.
 """
 
 import json
+import os
 import struct
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -44,8 +45,6 @@ LARGEST_FOOTER = 2**23
 """Maximum bytes of a footer; Arrow takes some thirty times as many for it."""
 LONGEST_HEADER = 2**20
 """Maximum bytes of a page's header, with its statistics."""
-DEEPEST = 8
-"""Maximum nesting of structs in a page header; two as of today."""
 BYTES_PER_VALUE = 16
 """Bytes that Arrow stores per value of a page besides its content."""
 DECODED_AT_ONCE = 2**25
@@ -308,17 +307,23 @@ def _rows_at_once(file: BinaryIO, about: pq.FileMetaData, group: int, column: in
     largest = schema.length if schema.physical_type == "FIXED_LEN_BYTE_ARRAY" else 1
     if largest > DECODED_AT_ONCE:
         raise PageRefused(f"each row has {largest} bytes, over the limit of {DECODED_AT_ONCE}")
-    place = chunk.data_page_offset
-    if chunk.dictionary_page_offset:
-        place = min(place, chunk.dictionary_page_offset)
+    place = min(chunk.data_page_offset, chunk.dictionary_page_offset or chunk.data_page_offset)
     end = place + chunk.total_compressed_size
     while place < end:
-        file.seek(place)
-        kind, size, packed, values, encoding = _page(_ThriftReader(file).struct())
-        if kind in DETAILS:
-            if encoding not in ENCODINGS:
+        try:
+            file.seek(place)
+            header = _read_struct(file, place + LONGEST_HEADER)
+            kind, size, packed = header[1], header[2], header[3]
+            field, encoding = DETAILS.get(kind, (None, 0))
+            values, encoded_as = (header[field][1], header[field].get(encoding, 0)) if field else (0, 0)
+            if min(size, packed, values, encoded_as) < 0:
+                raise ValueError
+        except (ValueError, TypeError, LookupError, OverflowError, RecursionError) as error:
+            raise pa.ArrowInvalid("the header of a page is damaged") from error
+        if field:
+            if encoded_as not in ENCODINGS:
                 raise PageRefused(
-                    f"its values are encoded in a way ({encoding}) that may unpack to any size: write it again with "
+                    f"its values are encoded in a way ({encoded_as}) that may unpack to any size: write it again with "
                     "data pages of version 1, as pyarrow.parquet.write_table does"
                 )
             if (taken := max(size, packed) + BYTES_PER_VALUE * values) > limit:
@@ -332,63 +337,39 @@ def _rows_at_once(file: BinaryIO, about: pq.FileMetaData, group: int, column: in
     return max(1, min(most, DECODED_AT_ONCE // largest))
 
 
-def _page(header: dict[int, Any]) -> list[int]:
-    """Return type, unpacked and packed bytes, number of values, and encoding of a page."""
-    kind = header.get(1)
-    field, encoding = DETAILS.get(kind, (0, 0)) if isinstance(kind, int) else (0, 0)
-    details = header.get(field) if field else {1: 0}
-    numbers: list[Any] = [kind, header.get(2), header.get(3)]
-    if isinstance(details, dict):
-        numbers += [details.get(1), details.get(encoding, 0)]
-    if len(numbers) < 5 or not all(isinstance(each, int) and each >= 0 for each in numbers):
-        raise pa.ArrowInvalid("the header of a page is damaged")
-    return numbers
+def _read_struct(file: BinaryIO, end: int) -> dict[int, Any]:
+    """Read a struct of Thrift's compact protocol that ends before ``end``: its integers and structs by field number.
+
+    Raises ValueError for types that do not occur in headers of pages, and other exceptions for damaged structs.
+    """
+    fields: dict[int, Any] = {}
+    number = 0
+    while byte := file.read(1)[0]:
+        kind = byte & 15
+        number = number + (byte >> 4) if byte >> 4 else _read_integer(file)
+        if kind in INTEGERS:
+            fields[number] = _read_integer(file)
+        elif kind == STRUCT:
+            fields[number] = _read_struct(file, end)
+        elif kind == BINARY:
+            file.seek(_read_varint(file), os.SEEK_CUR)
+        elif kind not in BOOLEANS:
+            raise ValueError(kind)
+        if file.tell() > end:
+            raise ValueError(end)
+    return fields
 
 
-class _ThriftReader:
-    """Parser of one struct of Thrift's compact protocol, of the types that occur in headers of pages."""
+def _read_varint(file: BinaryIO) -> int:
+    value = 0
+    for shift in range(0, 70, 7):
+        byte = file.read(1)[0]
+        value |= (byte & 127) << shift
+        if byte < 128:
+            return value
+    raise ValueError(value)
 
-    def __init__(self, file: BinaryIO) -> None:
-        self.file = file
-        self.left = LONGEST_HEADER
 
-    def struct(self, depth: int = 0) -> dict[int, Any]:
-        """Return its integers and structs by field number."""
-        if depth > DEEPEST:
-            raise pa.ArrowInvalid("the header of a page is nested too deeply")
-        fields: dict[int, Any] = {}
-        number = 0
-        while byte := self._bytes(1)[0]:
-            kind = byte & 15
-            number = number + (byte >> 4) if byte >> 4 else self._zigzag()
-            if kind in INTEGERS:
-                fields[number] = self._zigzag()
-            elif kind == STRUCT:
-                fields[number] = self.struct(depth + 1)
-            elif kind == BINARY:
-                self._bytes(self._varint())
-            elif kind not in BOOLEANS:
-                raise pa.ArrowInvalid("the header of a page is damaged")
-        return fields
-
-    def _varint(self) -> int:
-        value = 0
-        for shift in range(0, 70, 7):
-            byte = self._bytes(1)[0]
-            value |= (byte & 127) << shift
-            if byte < 128:
-                return value
-        raise pa.ArrowInvalid("the header of a page is damaged")
-
-    def _zigzag(self) -> int:
-        value = self._varint()
-        return value >> 1 ^ -(value & 1)
-
-    def _bytes(self, count: int) -> bytes:
-        self.left -= count
-        if self.left < 0:
-            raise pa.ArrowInvalid("the header of a page has no end")
-        data = self.file.read(count)
-        if len(data) < count:
-            raise pa.ArrowInvalid("the file ends in the middle of a page's header")
-        return data
+def _read_integer(file: BinaryIO) -> int:
+    value = _read_varint(file)
+    return value >> 1 ^ -(value & 1)

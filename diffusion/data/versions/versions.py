@@ -4,15 +4,15 @@ A version shares unchanged parts with its parent, so that only the others are co
 """
 
 import logging
-import sqlite3
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
+from functools import reduce
 from itertools import chain, dropwhile, islice, pairwise
 from pathlib import Path
-from typing import Any, Generic, Literal, TypeAlias, TypeVar
+from typing import Any, Generic, TypeVar
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from diffusion.common.config import Config
@@ -20,6 +20,7 @@ from diffusion.common.errors import UserError
 from diffusion.common.files import sha256_bytes, sha256_file, write_bytes
 from diffusion.data.ingest.config import StorageConfig
 from diffusion.data.manifest import (
+    RECORDS,
     FileEntry,
     Manifest,
     Outcome,
@@ -47,22 +48,7 @@ Elsewhere = Callable[[FileEntry], Path | None]
 ReadTable = Callable[[Part, Sequence[str]], pa.Table | None]
 """Reads some columns of a part's records; None if its table is no longer available."""
 T = TypeVar("T")
-Side: TypeAlias = Literal["before", "after"]
 COLUMNS = ("outcome", "key", "source", "split", "label", "caption")
-UNKNOWN = dict.fromkeys(COLUMNS)
-SCHEMA = """
-    CREATE TABLE images (version, key, source, split, label, caption, removed, UNIQUE (key, version));
-"""
-ONLY_IN = """
-    SELECT key, source, split, label, caption FROM images i WHERE version = :this AND
-        (removed OR NOT EXISTS (SELECT 1 FROM images WHERE version = :other AND key = i.key AND NOT removed))
-"""
-CHANGED = """
-    SELECT a.key, a.source, a.split, a.label, a.caption, b.key, b.source, b.split, b.label, b.caption
-    FROM images a JOIN images b USING (key) WHERE a.version = :this AND b.version = :other
-        AND NOT a.removed AND NOT b.removed
-        AND (a.split IS NOT b.split OR a.label IS NOT b.label OR a.caption IS NOT b.caption)
-"""
 
 
 class QuarantineEntry(Config):
@@ -226,10 +212,9 @@ def standing(versions: Sequence[Manifest], read: ReadTable, limit: int | None = 
     """
     quarantines: list[Quarantine | None] = []
     for entries in _quarantined(versions, read)[0]:
-        reasons = Counter(sorted(entries.values())).most_common() if entries else ()
-        counts = [Reason(reason=reason, count=count) for reason, count in reasons]
-        group = None if entries is None else Quarantine(**_first(entries, limit), reasons=counts)
-        quarantines.append(group)
+        counts = Counter(sorted(entries.values())).most_common() if entries else ()
+        reasons = [Reason(reason=reason, count=count) for reason, count in counts]
+        quarantines.append(None if entries is None else Quarantine(**_first(entries, limit), reasons=reasons))
     return quarantines
 
 
@@ -402,45 +387,55 @@ def diff(
 ) -> Difference:
     """Compare two versions of the data set in ``folder``, with the first ``limit`` samples of each kind.
 
-    Only parts that they do not share are compared, in a database on disk. Raises UserError if a table is damaged.
+    Only parts that they do not share are read. Raises UserError if a table is damaged.
     """
-    sides: dict[Side, list[Part]] = {"before": unshared(before, after), "after": unshared(after, before)}
-    rewritten = _rewritten(folder, sides["before"], sides["after"], elsewhere)
-    rewritten |= _rewritten(folder, sides["after"], sides["before"], elsewhere)
+    old_parts, new_parts = unshared(before, after), unshared(after, before)
+    left = _rewritten(folder, old_parts, new_parts, elsewhere) | _rewritten(folder, new_parts, old_parts, elsewhere)
 
     def read(part: Part, columns: Sequence[str]) -> pa.Table | None:
-        return find_records(folder, rewritten.get(part.records.sha256, part), columns, elsewhere)
+        return find_records(folder, left.get(part.records.sha256, part), columns, elsewhere)
 
-    with closing(sqlite3.connect("")) as database:
-        unread, blind = _load_images(database, sides, rewritten, read)
-        (old, new), missing = _quarantined([before, after], read)
-        unread |= missing
+    old, unread_old = _images(old_parts, left, read)
+    new, unread_new = _images(new_parts, left, read)
+    (reasons_old, reasons_new), unread_reasons = _quarantined([before, after], read)
+    unread = unread_old | unread_new | unread_reasons
 
-        def only_in(this: dict[str, str] | None, other: dict[str, str] | None) -> VersionGroup[QuarantineEntry] | None:
-            if unread or this is None or other is None:
-                return None
-            return VersionGroup(**_first({name: this[name] for name in this if name not in other}, limit))
+    def samples(images: pa.Table) -> list[Sample]:
+        leading = images.sort_by("key").slice(0, limit).to_pylist()
+        return [Sample(**row) for row in leading if row["key"] is not None]
 
-        def group(make: Callable[..., T], query: str, this: Side, other: Side) -> VersionGroup[T]:
-            values = {"this": this, "other": other, "limit": -1 if limit is None else limit}
-            (count,) = database.execute(f"SELECT count(*) FROM ({query})", values).fetchone()
-            rows = database.execute(f"{query} ORDER BY 1 NULLS LAST LIMIT :limit", values)
-            return VersionGroup(count=count, samples=[make(*row) for row in rows if row[0] is not None])
+    def only_in(this: pa.Table, other: pa.Table) -> VersionGroup[Sample]:
+        images = this.filter(pc.invert(pc.is_in(this["key"], other["key"], skip_nulls=True)))
+        return VersionGroup(count=len(images), samples=samples(images))
 
-        return Difference(
-            before=before.digest,
-            after=after.digest,
-            same_content=before.content_digest == after.content_digest,
-            kept=(before.kept, after.kept),
-            added=None if "before" in blind else group(_sample, ONLY_IN, "after", "before"),
-            removed=None if "after" in blind else group(_sample, ONLY_IN, "before", "after"),
-            changed=None if blind else group(_changed, CHANGED, "before", "after"),
-            quarantined=only_in(new, old),
-            cleared=only_in(old, new),
-            storage=_differing(before.storage.model_dump(), after.storage.model_dump()),
-            classes=_differing(before.class_histogram, after.class_histogram, 0),
-            unread=sorted(unread),
-        )
+    def changed() -> VersionGroup[Changed]:
+        # Keys are unique, so equal rows are of the same image.
+        was = old.filter(pc.is_in(old["key"], new["key"], skip_nulls=True)).sort_by("key")
+        now = new.filter(pc.is_in(new["key"], old["key"], skip_nulls=True)).sort_by("key")
+        pairs = ((pc.fill_null(was[name], ""), pc.fill_null(now[name], "")) for name in ("split", "label", "caption"))
+        differs = reduce(pc.or_, (pc.not_equal(*pair) for pair in pairs))
+        both = zip(samples(was.filter(differs)), samples(now.filter(differs)), strict=True)
+        return VersionGroup(count=pc.sum(differs).as_py() or 0, samples=[Changed(before=b, after=a) for b, a in both])
+
+    def quarantined(this: dict[str, str] | None, other: dict[str, str] | None) -> VersionGroup[QuarantineEntry] | None:
+        if unread or this is None or other is None:
+            return None
+        return VersionGroup(**_first({name: this[name] for name in this if name not in other}, limit))
+
+    return Difference(
+        before=before.digest,
+        after=after.digest,
+        same_content=before.content_digest == after.content_digest,
+        kept=(before.kept, after.kept),
+        added=None if unread_old else only_in(new, old),
+        removed=None if unread_new else only_in(old, new),
+        changed=None if unread_old or unread_new else changed(),
+        quarantined=quarantined(reasons_new, reasons_old),
+        cleared=quarantined(reasons_old, reasons_new),
+        storage=_differing(before.storage.model_dump(), after.storage.model_dump()),
+        classes=_differing(before.class_histogram, after.class_histogram, 0),
+        unread=sorted(unread),
+    )
 
 
 def _rewritten(folder: Path, parts: list[Part], others: list[Part], elsewhere: Elsewhere) -> dict[str, Part]:
@@ -455,49 +450,32 @@ def _rewritten(folder: Path, parts: list[Part], others: list[Part], elsewhere: E
     }
 
 
+def _images(parts: list[Part], left: dict[str, Part], read: ReadTable) -> tuple[pa.Table, set[str]]:
+    """Return the images of ``parts`` as far as known, and the names of unavailable tables.
+
+    ``left``: what a takedown left of some parts, whose images were those that it kept and those that it removed.
+    """
+    tables, unread = [pa.schema([RECORDS.field(name) for name in COLUMNS[1:]]).empty_table()], set()
+    gone: set[str] = set()
+    unknown = 0
+    for part in parts:
+        if (table := read(part, COLUMNS)) is None:
+            unread.add(part.records.name)
+            continue
+        tables.append(table.filter(pc.field("outcome") == "kept").drop_columns("outcome"))
+        if (rest := left.get(part.records.sha256)) is None:
+            continue
+        if part.outcomes.get("removed"):  # it is unknown which of them were removed before
+            unknown += kept_in(part) - kept_in(rest)
+        else:
+            gone.update(table.filter(pc.field("outcome") == "removed")["key"].to_pylist())
+    if left:
+        for each in tables:
+            gone.difference_update(each["key"].to_pylist())
+        tables.append(pa.table({"key": pa.array([*(gone - {""}), *[None] * unknown], pa.string())}))
+    return pa.concat_tables(tables, promote_options="default"), unread
+
+
 def _differing(before: dict[str, Any], after: dict[str, Any], absent: Any = None) -> dict[str, tuple[Any, Any]]:
     pairs = {name: (before.get(name, absent), after.get(name, absent)) for name in sorted({*before, *after})}
     return {name: (old, new) for name, (old, new) in pairs.items() if old != new}
-
-
-def _load_images(
-    database: sqlite3.Connection, sides: dict[Side, list[Part]], rewritten: dict[str, Part], read: ReadTable
-) -> tuple[set[str], set[Side]]:
-    """Load the images of the parts of both versions; of parts that a takedown rewrote, only the removed ones.
-
-    Returns the names of unavailable tables, and the versions that need them.
-    """
-    database.executescript(SCHEMA)
-    unread: set[str] = set()
-    blind: set[Side] = set()
-    numbers = {part.number for part in rewritten.values()}
-    for side, parts in sides.items():
-        for part in parts:
-            left = rewritten.get(part.records.sha256)
-            if left is None and part.number in numbers:
-                continue
-            table = read(part, COLUMNS)
-            if table is None:
-                unread.add(part.records.name)
-                blind |= {side} if left is None else {"before", "after"}
-                continue
-            if left is None:
-                images = [row for row in table.to_pylist() if row["outcome"] == "kept"]
-            elif part.outcomes.get("removed"):  # it is unknown which of them were removed before
-                images = [{"key": None}] * (kept_in(part) - kept_in(left))
-            else:
-                keys = {row["key"] for row in table.to_pylist() if row["outcome"] == "removed"}
-                images = [{"key": key} for key in keys if key]
-            database.executemany(
-                "INSERT OR IGNORE INTO images VALUES (:version, :key, :source, :split, :label, :caption, :removed)",
-                ({**UNKNOWN, **image, "version": side, "removed": left is not None} for image in images),
-            )
-    return unread, blind
-
-
-def _sample(key: str, source: str | None, split: str | None, label: str | None, caption: str | None) -> Sample:
-    return Sample(key=key, source=source, split=split, label=label, caption=caption)
-
-
-def _changed(*row: Any) -> Changed:
-    return Changed(before=_sample(*row[:5]), after=_sample(*row[5:]))
