@@ -122,9 +122,9 @@ class Dataset:
         """Return the number of each row's shard in the manifest: (len(rows),) int32."""
         return self._table["shard"][_numbers(rows)]  # type: ignore[no-any-return]
 
-    def ahead(self, shards: Sequence[int] | None = None) -> None:
+    def prefetch(self, shards: Sequence[int] | None = None) -> None:
         """Prepare ``shards`` (None: all) in the background, soonest needed first."""
-        self._shards.ahead(self._entries if shards is None else [self._entries[number] for number in shards])
+        self._shards.prefetch(self._entries if shards is None else [self._entries[number] for number in shards])
 
     def images(self, rows: Rows) -> Tensor:
         """Return the images in ``rows`` as (len(rows), C, H, W) uint8; raises UserError if a shard is damaged."""

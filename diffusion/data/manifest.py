@@ -6,15 +6,14 @@ Parquet table of all entries read, both named by content. A new version adds par
 
 import hashlib
 import json
-import sqlite3
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import closing
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pydantic import Field, ValidationError
 
@@ -313,14 +312,11 @@ def digest_of_samples(storage: StorageConfig, samples: Iterable[bytes]) -> str:
 def content_digest(folder: Path, parts: Iterable[Part], storage: StorageConfig) -> str:
     """Compute the content digest of the kept images of ``parts`` of the data set in ``folder``.
 
-    Sorted on disk, so that memory does not grow with the set. Raises UserError if a table is missing or damaged.
+    Raises UserError if a table is missing or damaged.
     """
-    # A database without a name lies in a temporary file that the system deletes with this process.
-    with closing(sqlite3.connect("")) as database:
-        database.execute("CREATE TABLE kept (key TEXT, digest BLOB)")
-        for part in parts:
-            table = read_records(folder, part, ("outcome", *SAMPLE))
-            kept = ([row[name] for name in SAMPLE] for row in table.to_pylist() if row["outcome"] == "kept")
-            rows = ((sample[0], sample_digest(*sample)) for sample in kept)
-            database.executemany("INSERT INTO kept VALUES (?, ?)", rows)
-        return digest_of_samples(storage, (row[0] for row in database.execute("SELECT digest FROM kept ORDER BY key")))
+    samples = []
+    for part in parts:
+        kept = read_records(folder, part, ("outcome", *SAMPLE)).filter(pc.field("outcome") == "kept")
+        rows = kept.select(SAMPLE).to_pylist()
+        samples += [bytes.fromhex(row["key"]) + sample_digest(**row) for row in rows]
+    return digest_of_samples(storage, (sample[32:] for sample in sorted(samples)))

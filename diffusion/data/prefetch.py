@@ -34,7 +34,7 @@ def in_order(futures: Iterator[Begun[Result]], begun: int) -> Iterator[Result]:
         waiting.extend(islice(futures, 1))
 
 
-def ahead(
+def prefetch(
     work: Callable[[Item], Result], items: Iterable[Item], workers: int, pool: Executor | None = None
 ) -> Generator[Result, None, None]:
     """Yield ``work`` of each of ``items`` in order, ``workers`` at a time; at most twice as many are buffered.
@@ -69,6 +69,6 @@ def local_fan_out(config: IngestConfig) -> FanOut:
     def fan_out(work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
         processes = config.runner == "processes"
         pool = ProcessPoolExecutor(config.workers, get_context("forkserver"), end_with_parent) if processes else None
-        return ahead(work, items, config.workers, pool)
+        return prefetch(work, items, config.workers, pool)
 
     return fan_out

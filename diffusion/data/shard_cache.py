@@ -75,20 +75,20 @@ class ShardCache:
         with self._opened(entry) as file, mapped(file) as view:
             return [bytes(view[offset : offset + size]) for offset, size in spans]
 
-    def ahead(self, entries: Sequence[FileEntry]) -> None:
+    def prefetch(self, entries: Sequence[FileEntry]) -> None:
         """Fetch ``entries`` in the background, soonest needed first, and cancel earlier requests."""
         with self._lock:
             self._wanted = [entry.sha256 for entry in entries]
             self._coming = {sha256: future for sha256, future in self._coming.items() if not future.done()}
             for entry in entries:
                 if entry.sha256 not in self._coming:
-                    self._coming[entry.sha256] = self._pool.submit(self._fetch_ahead, entry)
+                    self._coming[entry.sha256] = self._pool.submit(self._fetch_requested, entry)
 
     def close(self) -> None:
         """Stop fetching; fetched shards stay."""
         self._pool.shutdown(cancel_futures=True)
 
-    def _fetch_ahead(self, entry: FileEntry) -> None:
+    def _fetch_requested(self, entry: FileEntry) -> None:
         if entry.sha256 not in self._wanted or self._path(entry.sha256).is_file():
             return
         with self._fetching(entry) as partial:
@@ -171,7 +171,7 @@ class ShardCache:
     def _make_room(self, partial: Path, entry: FileEntry, force: bool) -> bool:
         """Reserve room for ``partial`` by evicting the least recently used shards; False if that is not enough.
 
-        Shards requested with ``ahead`` are evicted only with ``force``, the last one first.
+        Those to be prefetched are evicted only with ``force``, the last one first.
         """
         if entry.bytes > self._max_bytes:
             raise UserError(

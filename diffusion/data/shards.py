@@ -9,7 +9,6 @@ import os
 import tarfile
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import lru_cache
 from io import BufferedReader
 from pathlib import Path
@@ -32,18 +31,6 @@ Span = tuple[int, int]
 """Offset and size in a shard, in bytes."""
 
 
-@dataclass(frozen=True)
-class Extent:
-    """Position of a sample in a shard."""
-
-    start: int
-    """Offset of its first header, in bytes."""
-    end: int
-    """Offset of the end of its padding, in bytes."""
-    png: int
-    """Size of its PNG, whose bytes begin one block behind ``start``."""
-
-
 class TarWriter:
     """Writes samples of two members each, ``<key>.png`` and ``<key>.json``, as one USTAR archive."""
 
@@ -51,12 +38,12 @@ class TarWriter:
         self.file = file
         self.position = 0
 
-    def add(self, key: str, png: bytes, about: dict[str, Any]) -> Extent:
-        """Append a sample; ``about`` goes into its JSON."""
-        start = self.position
+    def add(self, key: str, png: bytes, about: dict[str, Any]) -> int:
+        """Append a sample, with ``about`` as its JSON; returns the offset of its PNG."""
+        offset = self.position + BLOCK
         self._member(f"{key}.png", png)
         self._member(f"{key}.json", canonical_json(about).encode())
-        return Extent(start, self.position, len(png))
+        return offset
 
     def copy(self, source: BinaryIO, offset: int, size: int) -> int:
         """Append the sample of ``source`` whose PNG of ``size`` bytes is at ``offset``; returns its new offset."""
@@ -103,7 +90,7 @@ class LocalShards:
         view = self._mapped(entry.name)
         return [view[offset : offset + size] for offset, size in spans]
 
-    def ahead(self, entries: Sequence[FileEntry]) -> None:
+    def prefetch(self, entries: Sequence[FileEntry]) -> None:
         """Start to verify ``entries``."""
         for entry in entries:
             self._verify(entry)

@@ -46,11 +46,10 @@ CORRECTED = "SELECT 1 FROM stored.entries s WHERE s.origin = :origin AND s.sourc
 LISTED_AT_ONCE = 10_000
 COLUMNS = (*RECORDS.names, "stamp")
 """Columns of a prepared entry: its record, without outcomes that depend on the whole data set. ``outcome``
-is ``quarantined``, ``duplicate`` (within the chunk), ``known`` (read before) or null; ``offset`` is that of the
-sample."""
+is ``quarantined``, ``duplicate`` (within the chunk), ``known`` (read before) or null."""
 NOT_OF_A_CHUNK = {"source", "licence", "max_quarantined", "shard_bytes", "runner", "workers", "held_out"}
 """Fields of the configuration that cannot change what a chunk becomes."""
-FORMAT = 4
+FORMAT = 5
 """Incremented when the same images would be stored in another way, so that chunks of older code are not reused."""
 TEXT_OF_A_CHUNK = 2**23
 """Approximate characters of names, labels and captions per chunk; its memory grows with them."""
@@ -183,8 +182,7 @@ def _prepare(chunk: Chunk, planned: list[tuple[Entry, frozenset[str]]], writer: 
             continue
         seen.add(image.key)
         metadata = {name: row[name] for name in ("label", "caption", "source")} | {"sha256": row["source_sha256"]}
-        extent = writer.add(image.key, image.png, metadata)
-        row |= {"offset": extent.start, "size": extent.png}
+        row |= {"offset": writer.add(image.key, image.png, metadata), "size": len(image.png)}
     writer.close()
     return rows
 

@@ -18,6 +18,7 @@ from PIL import Image, ImageCms
 from PIL.BmpImagePlugin import BmpImageFile
 from PIL.ExifTags import Base
 from PIL.GifImagePlugin import GifImageFile
+from PIL.Image import Transpose
 from PIL.ImageFile import ImageFile
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
@@ -49,16 +50,11 @@ LARGEST_PROFILE = 4 * 2**20
 REDUCED = 2
 """Minimum ratio of a JPEG's decoded size to its stored size. For 600 photographs reduced from 500 to 64 pixels, the
 worst PSNR against full decoding is 44 dB, in half the time; at ratio 1 it is 29 dB."""
-EXIF_TRANSPOSES = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-"""Transposition that undoes each EXIF orientation."""
+TRANSPOSITIONS = (
+    *(Transpose.FLIP_LEFT_RIGHT, Transpose.ROTATE_180, Transpose.FLIP_TOP_BOTTOM, Transpose.TRANSPOSE),
+    *(Transpose.ROTATE_270, Transpose.TRANSVERSE, Transpose.ROTATE_90),
+)
+"""Transpositions that undo the EXIF orientations 2 to 8."""
 FLIPPED_X, TOP_WAS_LAST = {2, 3, 6, 7}, {3, 4, 7, 8}
 """Orientations whose left or upper side was the right or lower one of the stored image."""
 
@@ -226,9 +222,9 @@ def _require_usable(size: tuple[int, int], config: IngestConfig) -> None:
 
 def _upright(image: Image.Image, size: tuple[int, int], scale: int) -> _Source:
     orientation = image.getexif().get(Base.Orientation, 1)
-    if orientation not in EXIF_TRANSPOSES:
+    if orientation not in range(2, 9):
         return _Source(image, size, scale)
-    image = image.transpose(EXIF_TRANSPOSES[orientation])
+    image = image.transpose(TRANSPOSITIONS[orientation - 2])
     size = size[::-1] if orientation >= 5 else size
     over = [decoded - side / scale for decoded, side in zip(image.size, size, strict=True)]
     left = over[0] if orientation in FLIPPED_X else 0

@@ -33,7 +33,7 @@ from diffusion.data.manifest import (
     versions,
     work_folder,
 )
-from diffusion.data.shards import BLOCK, TarWriter
+from diffusion.data.shards import TarWriter
 from diffusion.data.versions.versions import remember
 
 REASONS_COUNTED = 10_000
@@ -89,8 +89,6 @@ class Merge:
         rows = read_records(self.folder, part).to_pylist()
         kept = [row for row in rows if row["outcome"] == "kept"]
         self.index.add_hashes(self.folder, part, rows)
-        for row in kept:
-            row["offset"] -= BLOCK
         records, lost = [], 0
         for row in rows:
             ours = self.index.recorded(row["source"], row["source_sha256"])
@@ -151,16 +149,11 @@ class Merge:
                 row |= {"split": splits[0], "near": [root.hex() for root in roots]}
 
     def _append(self, records: list[dict[str, Any]], source: Path | None, digest: str, samples: int) -> None:
-        """Append a part of ``records``: its shard is ``source``, whose SHA-256 is ``digest``, or some of its samples.
-
-        Their offsets, until here those of the samples, become those of the PNGs.
-        """
+        """Append a part of ``records``, whose shard is ``source`` with SHA-256 ``digest``, or some of its samples."""
         if not records:
             return
         number, shard = len(self.parts), None
         kept = [row for row in records if row["outcome"] == "kept"]
-        for row in kept:
-            row["offset"] += BLOCK
         if source is not None and kept:
             if len(kept) == samples:
                 staged = self.folder / "shards" / f".{number:05d}.tar"

@@ -9,7 +9,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from functools import partial
 from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
@@ -86,19 +86,20 @@ class HttpClient:
     def __init__(self, seconds: float, allow_private: bool, connections: int, stopped: threading.Event) -> None:
         self.seconds = seconds
         self._allow_private = allow_private
-        self._clock = _Clock(seconds, stopped)
-        self._pool_of = partial(
-            httpcore.ConnectionPool, ssl_context=httpx.create_ssl_context(), max_connections=connections
-        )
-        self._direct = self._pool_of(network_backend=_Network(self._clock, allow_private))
-        self._proxies = getproxies()
-        self._proxied = {
-            proxy: self._through(proxy) for scheme, proxy in self._proxies.items() if scheme in ("http", "https", "all")
-        }
+        self._stopped = stopped
+        self._exchange = threading.local()
+        new_pool = partial(httpcore.ConnectionPool, ssl_context=httpx.create_ssl_context(), max_connections=connections)
+        self._environment = getproxies()
+        direct = new_pool(network_backend=_Network(self, allow_private))
+        self._pools: dict[str | None, httpcore.ConnectionPool] = {None: direct}
+        for scheme in ("http", "https", "all"):
+            if address := self._environment.get(scheme):
+                # It comes from the environment, which is trusted.
+                self._pools[address] = new_pool(proxy=_proxy(address), network_backend=_Network(self, True))
 
     def close(self) -> None:
         """Close all connections."""
-        for pool in (self._direct, *self._proxied.values()):
+        for pool in self._pools.values():
             pool.close()
 
     @contextmanager
@@ -108,7 +109,7 @@ class HttpClient:
         Raises UnusableEntry (the host has no allowed address), httpx.InvalidURL, httpcore.UnsupportedProtocol (anything
         but http and https), httpx.TooManyRedirects, httpcore.TimeoutException, or another exception of httpcore.
         """
-        self._clock.begin()
+        self._exchange.deadline = time.monotonic() + self.seconds
         place = httpx.URL(url)
         for _ in range(MOST_REDIRECTS + 1):
             if place.scheme not in ("http", "https") or not place.host:
@@ -122,7 +123,7 @@ class HttpClient:
             if place.username or place.password:
                 login = f"{place.username}:{place.password}".encode()
                 headers["Authorization"] = b"Basic " + base64.b64encode(login)
-            pool, extensions = self._pool(place), {"timeout": {"pool": self._clock.left()}}
+            pool, extensions = self._pool(place), {"timeout": {"pool": self.left()}}
             with pool.stream("GET", _for_httpcore(place), headers=headers, extensions=extensions) as response:
                 location = httpx.Headers(response.headers).get("Location")
                 if response.status not in REDIRECTS or location is None:
@@ -134,41 +135,12 @@ class HttpClient:
 
     def _pool(self, url: httpx.URL) -> httpcore.ConnectionPool:
         port = url.port or (443 if url.scheme == "https" else 80)
-        proxy = self._proxies.get(url.scheme) or self._proxies.get("all")
-        if not proxy or proxy_bypass(f"{url.host}:{port}", self._proxies):
-            return self._direct
+        proxy = self._environment.get(url.scheme) or self._environment.get("all")
+        if not proxy or proxy_bypass(f"{url.host}:{port}", self._environment):
+            return self._pools[None]
         if not self._allow_private:
-            self._clock.waited(lambda: _addresses(url.raw_host.decode(), port, allow_private=False))
-        return self._proxied[proxy]
-
-    def _through(self, address: str) -> httpcore.ConnectionPool:
-        """Return connections through the proxy at ``address``; raises UserError for an unusable one."""
-        try:
-            proxy = httpx.Proxy(address if "://" in address else f"http://{address}")
-        except (ValueError, httpx.InvalidURL) as error:
-            raise UserError(f"the proxy in the environment cannot be used ({error}): mend HTTPS_PROXY") from error
-        return self._pool_of(
-            proxy=httpcore.Proxy(_for_httpcore(proxy.url), proxy.raw_auth, proxy.headers.raw, proxy.ssl_context),
-            # It comes from the environment, which is trusted.
-            network_backend=_Network(self._clock, allow_private=True),
-        )
-
-
-def _for_httpcore(url: httpx.URL) -> httpcore.URL:
-    return httpcore.URL(scheme=url.raw_scheme, host=url.raw_host, port=url.port, target=url.raw_path)
-
-
-class _Clock:
-    """Time left for the current exchange of each thread: none once ``stopped`` is set."""
-
-    def __init__(self, seconds: float, stopped: threading.Event) -> None:
-        self._seconds = seconds
-        self._stopped = stopped
-        self._exchange = threading.local()
-
-    def begin(self) -> None:
-        """Begin an exchange in this thread."""
-        self._exchange.deadline = time.monotonic() + self._seconds
+            self.wait_for(lambda: _addresses(url.raw_host.decode(), port, allow_private=False))
+        return self._pools[proxy]
 
     def left(self) -> float:
         """Return the seconds left for this thread's exchange; raises httpcore.ReadTimeout if there are none."""
@@ -177,7 +149,7 @@ class _Clock:
             raise httpcore.ReadTimeout
         return left
 
-    def waited(self, work: Callable[[], Result]) -> Result:
+    def wait_for(self, work: Callable[[], Result]) -> Result:
         """Return the result of ``work``, which may block for longer than this thread may wait."""
         future: Future[Result] = Future()
 
@@ -189,70 +161,76 @@ class _Clock:
 
         # Not from a pool: the interpreter would wait for it at exit, and a resolver cannot be stopped.
         threading.Thread(target=run, daemon=True).start()
-        while True:
-            try:
-                return future.result(min(self.left(), STEP_SECONDS))
-            except TimeoutError:
-                if future.done():  # it is what ``work`` raised
-                    raise
+        while not future.done():
+            wait([future], min(self.left(), STEP_SECONDS))
+        return future.result()
+
+
+def _proxy(address: str) -> httpcore.Proxy:
+    try:
+        proxy = httpx.Proxy(address if "://" in address else f"http://{address}")
+    except (ValueError, httpx.InvalidURL) as error:
+        raise UserError(f"the proxy in the environment cannot be used ({error}): mend HTTPS_PROXY") from error
+    return httpcore.Proxy(_for_httpcore(proxy.url), proxy.raw_auth, proxy.headers.raw, proxy.ssl_context)
+
+
+def _for_httpcore(url: httpx.URL) -> httpcore.URL:
+    return httpcore.URL(scheme=url.raw_scheme, host=url.raw_host, port=url.port, target=url.raw_path)
 
 
 class _Network(httpcore.NetworkBackend):
     """Network backend that connects to allowed addresses only, within the time of the thread's current exchange."""
 
-    def __init__(self, clock: _Clock, allow_private: bool) -> None:
-        self._clock = clock
+    def __init__(self, client: HttpClient, allow_private: bool) -> None:
+        self._client = client
         self._allow_private = allow_private
 
     def connect_tcp(self, host: str, port: int, *_: Any, **__: Any) -> httpcore.NetworkStream:
         """Connect to the first allowed address of ``host`` that accepts; raises UnusableEntry if it has none."""
-        deadline = time.monotonic() + self._clock.left()
+        deadline = time.monotonic() + self._client.left()
 
         def connect() -> httpcore.NetworkStream:
             failure: Exception = httpcore.ConnectTimeout()
             for address in _addresses(host, port, self._allow_private):
-                left = deadline - time.monotonic()
-                if left <= 0:
-                    break
                 try:
-                    return httpcore.SyncBackend().connect_tcp(address, port, timeout=left)
+                    return httpcore.SyncBackend().connect_tcp(address, port, max(deadline - time.monotonic(), 0.001))
                 except (httpcore.NetworkError, httpcore.TimeoutException) as error:
                     failure = error
             raise failure
 
-        return _Stream(self._clock.waited(connect), self._clock)
+        return _Stream(self._client.wait_for(connect), self._client)
 
 
 class _Stream(httpcore.NetworkStream):
     """Connection whose waits end with the exchange of the thread that uses it."""
 
-    def __init__(self, stream: httpcore.NetworkStream, clock: _Clock) -> None:
+    def __init__(self, stream: httpcore.NetworkStream, client: HttpClient) -> None:
         self._stream = stream
-        self._clock = clock
+        self._client = client
 
     def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
         while True:
             try:
-                return self._stream.read(max_bytes, min(self._clock.left(), STEP_SECONDS))
+                return self._stream.read(max_bytes, min(self._client.left(), STEP_SECONDS))
             except httpcore.ReadTimeout:
-                self._clock.left()
+                self._client.left()
 
     def write(self, buffer: bytes, timeout: float | None = None) -> None:
-        self._stream.write(buffer, self._clock.left())
+        self._stream.write(buffer, self._client.left())
 
     def close(self) -> None:
         self._stream.close()
 
+    def get_extra_info(self, info: str) -> Any:
+        return self._stream.get_extra_info(info)
+
     def start_tls(
         self, ssl_context: Any, server_hostname: str | None = None, timeout: float | None = None
     ) -> "_Stream":
-        left = self._clock.left()
+        left = self._client.left()
         # The timeout is for the whole handshake.
-        stream = self._clock.waited(lambda: self._stream.start_tls(ssl_context, server_hostname, left))
-        return _Stream(stream, self._clock)
-
-    def get_extra_info(self, info: str) -> Any:
-        return self._stream.get_extra_info(info)
+        stream = self._client.wait_for(lambda: self._stream.start_tls(ssl_context, server_hostname, left))
+        return _Stream(stream, self._client)
 
 
 def _addresses(host: str, port: int, allow_private: bool) -> list[str]:

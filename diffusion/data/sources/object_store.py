@@ -10,7 +10,7 @@ from uuid import uuid4
 from diffusion.common.errors import UserError
 from diffusion.common.files import digest_of
 from diffusion.data.ingest.decode import UnusableEntry
-from diffusion.data.prefetch import ahead
+from diffusion.data.prefetch import prefetch
 from diffusion.data.sources.base import MISSING, Access, Entry, ObjectStore, Payload, too_large
 from diffusion.data.sources.conventions import list_images, printable
 from diffusion.data.sources.local_files import TARS, changed, once, open_text
@@ -71,7 +71,7 @@ class Objects:
 
     def read(self, entries: Sequence[Entry]) -> Iterator[Payload]:
         """Yield their bytes, fetched concurrently; errors of the object store are passed on."""
-        for payload in ahead(self._fetched, entries, WORKERS):
+        for payload in prefetch(self._fetched, entries, WORKERS):
             if isinstance(payload, Path):
                 yield payload.read_bytes()
                 payload.unlink()

@@ -26,7 +26,7 @@ from tenacity.nap import sleep_using_event
 
 from diffusion.common.errors import UserError
 from diffusion.data.ingest.decode import UnusableEntry
-from diffusion.data.prefetch import ahead
+from diffusion.data.prefetch import prefetch
 from diffusion.data.sources.base import Access, Entry, Payload, too_large
 from diffusion.data.sources.conventions import as_text, printable, records, texts_of
 from diffusion.data.sources.http_client import HttpClient
@@ -88,7 +88,7 @@ class Urls:
         stopped = threading.Event()
         client = HttpClient(config.download_seconds, config.allow_private_addresses, WORKERS, stopped)
         with closing(client):
-            answers = ahead(partial(self._fetch, client, stopped), entries, WORKERS)
+            answers = prefetch(partial(self._fetch, client, stopped), entries, WORKERS)
             try:
                 for answer in answers:
                     if isinstance(answer, UnusableEntry):
@@ -145,13 +145,10 @@ def _get(client: HttpClient, url: str, limit: int, scratch: Path) -> "SpooledTem
                 # A few bytes may unpack to any number.
                 raise UnusableEntry(f"sent with Content-Encoding {_short(encoding)} although none was accepted")
             file = SpooledTemporaryFile(IN_MEMORY, dir=str(scratch))  # noqa: SIM115 (closed by the generator that yields it)
-            try:
-                for piece in response.iter_stream():
-                    file.write(piece)
-                    if file.tell() > limit:
-                        raise UnusableEntry(f"more than the limit of {limit} bytes")
-            except httpcore.TimeoutException as error:
-                raise _Again(f"not all there after {client.seconds:g} s") from error
+            for piece in response.iter_stream():
+                file.write(piece)
+                if file.tell() > limit:
+                    raise UnusableEntry(f"more than the limit of {limit} bytes")
             return file
     except (_Again, UnusableEntry):
         raise
@@ -160,7 +157,7 @@ def _get(client: HttpClient, url: str, limit: int, scratch: Path) -> "SpooledTem
     except (httpx.InvalidURL, httpx.TooManyRedirects) as error:
         raise UnusableEntry(f"not to be had: {_short(error)}") from error
     except httpcore.TimeoutException as error:
-        raise _Again(f"no answer within {client.seconds:g} s") from error
+        raise _Again(f"no whole answer within {client.seconds:g} s") from error
     except (httpcore.NetworkError, httpcore.RemoteProtocolError, httpcore.ProxyError) as error:
         raise _Again(_short(error) or type(error).__name__) from error
     except OSError:  # of the disk: httpcore has its own for the network

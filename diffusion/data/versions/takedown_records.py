@@ -109,8 +109,8 @@ class Selector:
         return [each for each, keys in self.fitted.items() if not keys]
 
 
-def chosen_by(folder: Path, manifest: Manifest, selector: Selector) -> tuple[Chosen, list[str]]:
-    """Return the images that ``selector`` matches, and its keys and patterns that match nothing."""
+def chosen_by(folder: Path, manifest: Manifest, selector: Selector) -> tuple[Chosen, list[str], list[str]]:
+    """Return the images that ``selector`` matches, all their names, and its keys and patterns that match nothing."""
     keys: set[str] = set()
     gone: dict[str, str] = {}
     for _, row in rows_of(folder, manifest, SELECTED_BY):
@@ -120,25 +120,18 @@ def chosen_by(folder: Path, manifest: Manifest, selector: Selector) -> tuple[Cho
             else:
                 keys.add(row["key"])
     unmatched = selector.unmatched()
-    taken = [
-        (part.number, row["outcome"], row["source_sha256"])
-        for part, row in rows_of(folder, manifest, SELECTED_BY)
-        if selector.takes(row, keys)
-    ]
-    outcomes = Counter(outcome for _, outcome, _ in taken)
-    digests = {digest for _, _, digest in taken}
-    if not taken:
-        keys, digests = set(gone), set(gone.values())
+    taken = [(part, row) for part, row in rows_of(folder, manifest, SELECTED_BY) if selector.takes(row, keys)]
+    outcomes = Counter(row["outcome"] for _, row in taken)
     chosen = Chosen(
-        image_keys=sorted(keys),
-        digests=sorted(digests - {""}),
+        image_keys=sorted(keys if taken else gone),
+        digests=sorted({row["source_sha256"] for _, row in taken} - {""} if taken else {*gone.values()} - {""}),
         images=outcomes["kept"],
         duplicates=outcomes["duplicate"],
         refused=outcomes["quarantined"],
         near_copies=_near_copies(folder, manifest, keys) if taken else [],
-        parts=sorted({number for number, _, _ in taken}),
+        parts=sorted({part.number for part, _ in taken}),
     )
-    return chosen, unmatched
+    return chosen, sorted({row["source"] for _, row in taken}), unmatched
 
 
 def _near_copies(folder: Path, manifest: Manifest, keys: set[str]) -> list[str]:

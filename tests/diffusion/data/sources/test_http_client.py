@@ -407,7 +407,7 @@ def test_no_resolution_of_a_name_lasts_longer_than_it_may(
     monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
     start = time.monotonic()
     assert fetched(tmp_path, "http://slow.test/a.png", download_seconds=0.5) == [
-        "no answer within 0.5 s, at each of 1 tries"
+        "no whole answer within 0.5 s, at each of 1 tries"
     ]
     assert time.monotonic() - start < 10
     gone_on.set()
