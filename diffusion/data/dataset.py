@@ -1,9 +1,10 @@
 """Data set as used by training and evaluation: rows in an order free of history, images as tensors."""
 
+import json
 from collections.abc import Iterator, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import pyarrow as pa
@@ -16,6 +17,9 @@ from diffusion.data.manifest import Manifest, Split, read_manifest, read_records
 from diffusion.data.png import decode_many
 from diffusion.data.shard_cache import ShardCache
 from diffusion.data.shards import LocalShards
+
+if TYPE_CHECKING:
+    from webdataset import WebDataset
 
 CACHE_BYTES = 2 * 2**30
 """Size limit, in bytes, up to which the decoded images of the whole set are kept in memory."""
@@ -209,3 +213,46 @@ def _codes(column: pa.ChunkedArray, names: Sequence[str]) -> np.ndarray:
     table: np.ndarray = np.array([*(numbers.get(name, -1) for name in found), -1], np.int32)
     codes: np.ndarray = table[pc.fill_null(encoded.indices, len(found)).to_numpy()]
     return codes
+
+
+def open_webdataset(folder: Path, split: Split = "train", shuffle: int = 0, seed: int = 0) -> "WebDataset":
+    """Open one split of the data set in ``folder`` as a WebDataset pipeline, for other training scripts.
+
+    A sample has ``key`` (hex SHA-256 of its pixels), ``image`` (uint8, (C, H, W)), ``label`` (number of its class in
+    the manifest's labels, −1 for none) and ``caption`` (str or None). ``torch.utils.data.DataLoader`` takes it with any
+    number of workers, which divide the shards among them. Nothing in the shards is unpickled.
+
+    ``shuffle``: size of the shuffle buffer in images; 0 for the stored order of images and shards, which are otherwise
+    shuffled by ``seed``. Raises UserError if a shard or table is missing or damaged.
+    """
+    # Imported here: Darkroom's own training does not need it.
+    import webdataset
+
+    dataset = Dataset.open(folder, cache_bytes=0)
+    manifest = dataset.manifest
+    keys = frozenset(dataset.keys(dataset.rows(split)))
+    dataset.close()
+    pipeline = webdataset.WebDataset(
+        [str(folder / shard.name) for shard in manifest.shards],
+        shardshuffle=len(manifest.shards) if shuffle else False,
+        seed=seed,
+        empty_check=False,
+    ).select(partial(_is_one_of, keys))
+    if shuffle:
+        pipeline = pipeline.shuffle(shuffle)
+    numbers = {label: number for number, label in enumerate(manifest.labels)}
+    return pipeline.map(partial(_decoded, dataset.shape, numbers))
+
+
+def _is_one_of(keys: frozenset[str], sample: dict[str, Any]) -> bool:
+    return sample["__key__"] in keys
+
+
+def _decoded(shape: tuple[int, int, int], numbers: dict[str, int], sample: dict[str, Any]) -> dict[str, Any]:
+    about = json.loads(sample["json"])
+    return {
+        "key": sample["__key__"],
+        "image": torch.from_numpy(decode_many([sample["png"]], shape)[0].copy()),
+        "label": numbers.get(about.get("label"), -1),
+        "caption": about.get("caption"),
+    }

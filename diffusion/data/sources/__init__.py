@@ -7,13 +7,12 @@ from urllib.parse import unquote, urlsplit
 
 from diffusion.common.errors import UserError
 from diffusion.data.sources.base import Access, Source
-from diffusion.data.sources.folder import Folder
+from diffusion.data.sources.conventions import Folder
 from diffusion.data.sources.known_sets import Idx, TorchvisionSet
 from diffusion.data.sources.local_files import TARS
 from diffusion.data.sources.object_store import Objects
 from diffusion.data.sources.parquet import Parquet
-from diffusion.data.sources.tars import Tar
-from diffusion.data.sources.wds import WebDataset
+from diffusion.data.sources.tars import Tar, WebDataset
 from diffusion.data.sources.zips import Zip
 
 SUPPORTED = (
