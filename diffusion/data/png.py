@@ -24,7 +24,6 @@ NONE, SUB, UP = range(3)
 """Filters: a byte as it is, minus the one of the pixel to the left, minus the one above."""
 TOGETHER = 2**19
 """Approximate bytes of pixels unfiltered at a time, so that they stay in the processor's cache."""
-PIXELS_AT_ONCE = 2**20
 
 
 def encode(pixels: np.ndarray) -> bytes:

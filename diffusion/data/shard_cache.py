@@ -18,10 +18,6 @@ from diffusion.common.errors import UserError
 from diffusion.data.manifest import FileEntry
 from diffusion.data.shards import Span, damage, mapped
 
-FETCHERS = 2
-"""Shards fetched at the same time."""
-TRIES = 2
-"""Attempts to fetch a shard that arrives damaged."""
 PATIENCE = 300.0
 """Seconds to wait for other processes to free room in the cache."""
 PAUSE = 0.05
@@ -56,7 +52,7 @@ class ShardCache:
         self._wanted: list[str] = []
         self._coming: dict[str, Future[None]] = {}
         self._verified: set[str] = set()
-        self._pool = ThreadPoolExecutor(FETCHERS, thread_name_prefix="fetch")
+        self._pool = ThreadPoolExecutor(2, thread_name_prefix="fetch")
 
     def read(self, entry: FileEntry, spans: Sequence[Span]) -> list[bytes]:
         """Read ``spans`` of a shard, fetched first if it is not cached.
@@ -64,14 +60,10 @@ class ShardCache:
         Raises UserError if it is unavailable, arrives damaged twice, or does not fit.
         """
         with self._lock:
-            future = self._coming.get(entry.sha256)
+            future = self._coming.pop(entry.sha256, None)
         # A background fetch that has not started is cancelled.
         if future is not None and not future.cancel():
-            try:
-                future.result()
-            finally:
-                with self._lock:
-                    self._coming.pop(entry.sha256, None)
+            future.result()
         with self._opened(entry) as file, mapped(file) as view:
             return [bytes(view[offset : offset + size]) for offset, size in spans]
 
@@ -132,7 +124,7 @@ class ShardCache:
         return file
 
     def _fetch(self, entry: FileEntry, partial: Path) -> BufferedReader:
-        for _ in range(TRIES):
+        for _ in range(2):
             try:
                 self._store.fetch(entry, partial)
             except OSError as error:

@@ -23,10 +23,6 @@ if TYPE_CHECKING:
     from _typeshed import SupportsWrite
 
 BLOCK = tarfile.BLOCKSIZE
-VERIFIERS = 2
-"""Shards verified at the same time: SHA-256 works outside the interpreter lock."""
-OPEN_SHARDS = 256
-"""Maximum number of open shards: each takes a file descriptor, of which systems commonly grant 1024."""
 Span = tuple[int, int]
 """Offset and size in a shard, in bytes."""
 
@@ -79,10 +75,11 @@ class LocalShards:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._mapped = lru_cache(maxsize=OPEN_SHARDS)(self._map)
+        # Each takes a file descriptor, of which systems commonly grant 1024.
+        self._mapped = lru_cache(maxsize=256)(self._map)
         self._verified: dict[str, Future[None]] = {}
         self._lock = Lock()
-        self._pool = ThreadPoolExecutor(VERIFIERS, thread_name_prefix="verify")
+        self._pool = ThreadPoolExecutor(2, thread_name_prefix="verify")
 
     def read(self, entry: FileEntry, spans: Sequence[Span]) -> list[memoryview]:
         """Return ``spans`` of a shard without a copy; raises UserError if it is missing or damaged."""

@@ -43,7 +43,6 @@ REFUSED = "SELECT 1 FROM stored.records r WHERE r.source = l.source AND r.outcom
 KNOWN = "SELECT group_concat(hex(r.sha256)) FROM stored.records r WHERE r.source = l.source"
 CORRECTED = "SELECT 1 FROM stored.entries s WHERE s.origin = :origin AND s.source = l.source AND s.digest != l.digest"
 """Query: the source describes the entry in another way than before, so it is read again, even with equal bytes."""
-LISTED_AT_ONCE = 10_000
 COLUMNS = (*RECORDS.names, "stamp")
 """Columns of a prepared entry: its record, without outcomes that depend on the whole data set. ``outcome``
 is ``quarantined``, ``duplicate`` (within the chunk), ``known`` (read before) or null."""
@@ -72,7 +71,7 @@ def make_plan(
 
         def rows() -> Iterator[tuple[str | None, ...]]:
             for number, entry in enumerate(map(bounded, source.entries()), start=1):
-                if number % LISTED_AT_ONCE == 0:
+                if number % 10_000 == 0:
                     progress("images listed", number, None)
                 yield (*entry, description_digest(entry.label, entry.caption))
 

@@ -25,8 +25,6 @@ from diffusion.data.prefetch import FanOut, local_fan_out
 from diffusion.data.sources import open_source
 from diffusion.data.sources.base import Access, ObjectStore
 
-QUARANTINED_SHOWN = 1000
-
 Rebuild = Literal["never", "if_different", "always"]
 """When to rebuild the data set from this source alone; ``if_different``: if images are to be stored in another way."""
 
@@ -134,7 +132,7 @@ def ingest(
                 passed_over=dict(passed_over.most_common()),
                 kept=after.kept,
                 duplicates=index.count("duplicate"),
-                quarantined=[Quarantined(**each) for each in index.quarantined(QUARANTINED_SHOWN)],
+                quarantined=[Quarantined(**each) for each in index.quarantined(1000)],
                 quarantined_count=index.count("quarantined"),
             )
 

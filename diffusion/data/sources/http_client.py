@@ -26,16 +26,9 @@ from diffusion.data.ingest.decode import UnusableEntry
 Result = TypeVar("Result")
 
 MOST_REDIRECTS = 20
-REDIRECTS = {301, 302, 303, 307, 308}
 STEP_SECONDS = 0.25
 """Interval of a wait between checks whether the client is being closed, in seconds."""
 
-GLOBAL_UNICAST = ip_network("2000::/3")
-"""IANA's global unicast addresses of IPv6."""
-NAT64 = ip_network("64:ff9b::/96")
-"""Prefix of IPv4 addresses in their last 32 bits, in networks with IPv6 only (RFC 6052)."""
-ISATAP = {0x00005EFE, 0x02005EFE}
-"""Interface identifiers of tunnels to the IPv4 address in the last 32 bits (RFC 5214)."""
 NOT_PUBLIC = tuple(
     ip_network(network)
     for network in (
@@ -43,7 +36,7 @@ NOT_PUBLIC = tuple(
         *("0.0.0.0/8", "10.0.0.0/8", "100.64.0.0/10", "127.0.0.0/8", "169.254.0.0/16", "172.16.0.0/12"),
         *("192.0.0.0/24", "192.0.2.0/24", "192.88.99.0/24", "192.168.0.0/16", "198.18.0.0/15", "198.51.100.0/24"),
         *("203.0.113.0/24", "224.0.0.0/4", "240.0.0.0/4"),
-        # Of GLOBAL_UNICAST: protocol assignments with Teredo, documentation, 6to4.
+        # Of the global unicast addresses of IPv6: protocol assignments with Teredo, documentation, 6to4.
         *("2001::/23", "2001:db8::/32", "2002::/16", "3fff::/20"),
         # The metadata service of Azure; those of other clouds are in the networks above.
         "168.63.129.16/32",
@@ -58,11 +51,12 @@ def is_public(address: str) -> bool:
     """
     ip = ip_address(address)
     if isinstance(ip, IPv6Address):
-        if ip.scope_id is not None or int(ip) >> 32 & 0xFFFFFFFF in ISATAP:
+        # Identifiers of ISATAP's tunnels to the IPv4 address in the last 32 bits (RFC 5214).
+        if ip.scope_id is not None or int(ip) >> 32 & 0xFFFFFFFF in (0x00005EFE, 0x02005EFE):
             return False
-        if ip.ipv4_mapped is not None or ip in NAT64:
+        if ip.ipv4_mapped is not None or ip in ip_network("64:ff9b::/96"):  # NAT64 (RFC 6052)
             ip = IPv4Address(int(ip) & 0xFFFFFFFF)
-        elif ip not in GLOBAL_UNICAST:
+        elif ip not in ip_network("2000::/3"):  # IANA's global unicast addresses
             return False
     return not any(ip in network for network in NOT_PUBLIC)
 
@@ -77,10 +71,8 @@ class HttpClient:
     """Thread-safe HTTP client with at most ``connections`` persistent connections, directly and through each proxy.
 
     ``seconds``: timeout of one exchange, from the name's resolution to the last byte, redirects included.
-    ``allow_private``: whether hosts may have any address. ``stopped`` ends all waits once it is set.
-
-    Proxies are those of the environment (``HTTP_PROXY``, ``HTTPS_PROXY``, ``ALL_PROXY``, ``NO_PROXY``) and may have any
-    address. A proxy resolves names again, so the check here does not bind it.
+    ``allow_private``: whether hosts may have any address. ``stopped`` ends all waits once it is set. Proxies are those
+    of the environment and may have any address; they resolve names again, so the check here does not bind them.
     """
 
     def __init__(self, seconds: float, allow_private: bool, connections: int, stopped: threading.Event) -> None:
@@ -126,7 +118,7 @@ class HttpClient:
             pool, extensions = self._pool(place), {"timeout": {"pool": self.left()}}
             with pool.stream("GET", _for_httpcore(place), headers=headers, extensions=extensions) as response:
                 location = httpx.Headers(response.headers).get("Location")
-                if response.status not in REDIRECTS or location is None:
+                if response.status not in (301, 302, 303, 307, 308) or location is None:
                     yield response
                     return
             # Its body is not read: it is not needed and may be endless.

@@ -26,8 +26,6 @@ TARS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 NEVER = {errno.EACCES, errno.EPERM, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG}
 """Permanent errors."""
 WILD = "*?["
-COPIED_AT_ONCE = 2**20
-"""Bytes copied at a time."""
 RESERVE, RESERVED_SHARE = 2**30, 0.05
 """Bytes that unpacking leaves free on the disk, and the share of a smaller disk: compressed data may be crafted to fill
 any disk."""
@@ -174,7 +172,7 @@ def uncompressed(path: Path, before: str, access: Access) -> Path:
             raise changed(str(path))
         try:
             with cast(BinaryIO, opener(path)) as packed, partial.open("wb") as file:
-                while piece := packed.read(COPIED_AT_ONCE):
+                while piece := packed.read(2**20):
                     _require_room(path, partial.parent, file.tell() + len(piece), len(piece))
                     file.write(piece)
         except (EOFError, OSError, zlib.error, lzma.LZMAError) as error:

@@ -32,15 +32,7 @@ TEXTS = (
 )
 BYTES = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view, pa.types.is_fixed_size_binary)
 """Tests for types of texts, or numbers that can be written as such, and for types of bytes."""
-TEXTS_AT_ONCE, IMAGES_AT_ONCE = 1024, 16
-"""Rows held at a time, at most."""
-LARGEST_PAGE_OF_TEXTS = 2**26
-"""Bytes of memory that a page of labels or captions may take."""
-LONGEST_PATH = 200
-"""Maximum characters of a path in messages."""
 
-FOOTER_END = struct.Struct("<I4s")
-"""End of a file: the size of its footer, and PAR1."""
 LARGEST_FOOTER = 2**23
 """Maximum bytes of a footer; Arrow takes some thirty times as many for it."""
 LONGEST_HEADER = 2**20
@@ -131,13 +123,11 @@ class Parquet:
         if not named:
             yield from ((None, None) for _ in range(file.metadata.row_group(group).num_rows))
             return
-        limit = min(self.access.config.max_page_bytes, LARGEST_PAGE_OF_TEXTS)
         try:
-            for batch in _batches(file, group, named, TEXTS_AT_ONCE, limit, path):
-                for row in zip(*map(_values, batch.columns), strict=True):
-                    texts = dict(zip(batch.schema.names, row, strict=True))
-                    label = texts[columns.label] if columns.label else None
-                    yield _class(label, columns.classes), as_text(texts.get(columns.caption))
+            for batch in _batches(file, group, named, 1024, min(self.access.config.max_page_bytes, 2**26), path):
+                values = {name: _values(batch[name]) for name in named} | {None: [None] * len(batch)}
+                for label, caption in zip(values[columns.label], values[columns.caption], strict=True):
+                    yield _class(label, columns.classes), as_text(caption)
         except PageRefused as error:
             raise UserError(f"{path}, row group {group}, {' and '.join(named)}: {error}") from error
         except pa.ArrowException:  # some are ValueErrors, too
@@ -156,7 +146,7 @@ class Parquet:
                 start += len(values)
                 try:
                     limit = self.access.config.max_page_bytes
-                    batches = batches or _batches(file, group, columns.leaves, IMAGES_AT_ONCE, limit, path)
+                    batches = batches or _batches(file, group, columns.leaves, 16, limit, path)
                     values = next(batches).column(0)
                 except PageRefused as error:
                     damage = f"not read from the Parquet file: {error}"
@@ -264,7 +254,7 @@ def _image(value: Any, limit: int) -> Payload:
         path = value["path"].as_py() if "path" in value else None
         value = value["bytes"]
         if not value.is_valid and path:
-            return UnusableEntry(f"only its path is in the table, not its bytes: {printable(str(path)[:LONGEST_PATH])}")
+            return UnusableEntry(f"only its path is in the table, not its bytes: {printable(str(path)[:200])}")
     if not value.is_valid:
         return UnusableEntry("a row without an image")
     data = value.as_buffer()
@@ -284,8 +274,8 @@ def _opened(path: Path) -> Iterator[pq.ParquetFile]:
     """Open a file to be read page by page, so that row groups of any size fit."""
     with _in_words(path), path.open("rb") as raw:
         length = raw.seek(0, 2)
-        raw.seek(max(0, length - FOOTER_END.size))
-        size, magic = FOOTER_END.unpack(raw.read().rjust(FOOTER_END.size, b"\0"))
+        raw.seek(max(0, length - 8))
+        size, magic = struct.unpack("<I4s", raw.read().rjust(8, b"\0"))
         if magic == b"PAR1" and LARGEST_FOOTER < size < length:
             raise UserError(
                 f"{path} has a footer of {size} bytes, over the limit of {LARGEST_FOOTER}: write it again with fewer "

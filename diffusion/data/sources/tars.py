@@ -29,8 +29,6 @@ from diffusion.data.sources.object_store import fetched, require
 
 LONGEST_HEADER = 2**20
 """Maximum bytes of all headers of a member."""
-LONGEST_GLOBAL_HEADER = 2**16
-"""Maximum characters of global attributes, which are copied to every member."""
 LINK = "a link or a device inside an archive: only files are read"
 
 SIDECARS = ("json", "txt", "cls")
@@ -97,7 +95,8 @@ def members(path: Path, where: str) -> Iterator[TarMember]:
             while (info := tar.next()) is not None:
                 file.left = LONGEST_HEADER
                 tar.members.clear()  # type: ignore[attr-defined] # typeshed leaves it out
-                if sum(len(name) + len(value) for name, value in tar.pax_headers.items()) > LONGEST_GLOBAL_HEADER:
+                # They are copied to every member.
+                if sum(len(name) + len(value) for name, value in tar.pax_headers.items()) > 2**16:
                     raise tarfile.ReadError("its headers for all members are too long")
                 if info.size < 0:
                     raise tarfile.ReadError("a member has a negative size")

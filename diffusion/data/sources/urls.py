@@ -37,15 +37,8 @@ PAUSE = wait_random_exponential(multiplier=0.5, max=20)
 """Seconds before another try."""
 LONGEST_PAUSE = 60.0
 """Seconds; longest pause, also if a server requests more."""
-BUSY = {408, 425, 429}
-"""Status codes, besides those of 500 and more, that are retried."""
 IN_MEMORY = 2**20
 """Bytes from which files fetched ahead are kept on disk."""
-LONGEST_REASON = 150
-"""Maximum characters of a failure message of a server or a library."""
-
-STAMP = "url"
-"""Stamp of all entries: URLs are fetched once, as revalidation costs nearly as much."""
 
 
 class _Again(Exception):
@@ -60,10 +53,8 @@ class _Again(Exception):
 class Urls:
     """The images that ``table`` names by ``url`` (or ``image_url``), with ``label`` and ``text`` or ``caption``.
 
-    Column names are case-insensitive. Only http and https are fetched, only from hosts with a public
-    address unless ``allow_private_addresses`` says otherwise, also after a redirect; proxies are those of the
-    environment (``HTTPS_PROXY``, ``NO_PROXY``). Permanent failures, or ``download_tries`` transient ones, are
-    quarantined.
+    Column names are case-insensitive. Only http and https are fetched, and only from hosts with a public address unless
+    ``allow_private_addresses``. Permanent failures, or ``download_tries`` transient ones, are quarantined.
     """
 
     table: Path
@@ -80,7 +71,9 @@ class Urls:
                     raise UserError(f"{self.table}, record {number} has no url or image_url: rename one of {columns}")
                 url = str(record.get("url") or record.get("image_url") or "").strip()
                 texts = texts_of(record, f"{self.table}, record {number}")
-                yield Entry(as_text(printable(url)) or f"{self.table.name}/{number}", as_text(url) or "", STAMP, *texts)
+                name = as_text(printable(url)) or f"{self.table.name}/{number}"
+                # A constant stamp: URLs are fetched once, as revalidation costs nearly as much.
+                yield Entry(name, as_text(url) or "", "url", *texts)
 
     def read(self, entries: Sequence[Entry]) -> Iterator[Payload]:
         """Yield their bytes, fetched concurrently."""
@@ -135,7 +128,7 @@ def _get(client: HttpClient, url: str, limit: int, scratch: Path) -> "SpooledTem
             if not 200 <= status < 300:
                 # The standard name, if any, instead of the server's text.
                 line = f"HTTP {status} {httpx.codes.get_reason_phrase(status)}".strip()
-                if status in BUSY or status >= 500:
+                if status in (408, 425, 429) or status >= 500:
                     raise _Again(line, _retry_after(headers.get("Retry-After", "")))
                 raise UnusableEntry(line)
             declared = headers.get("Content-Length", "")
@@ -167,7 +160,7 @@ def _get(client: HttpClient, url: str, limit: int, scratch: Path) -> "SpooledTem
 
 
 def _short(said: object) -> str:
-    return printable(str(said)[:LONGEST_REASON])
+    return printable(str(said)[:150])
 
 
 def _pause(state: RetryCallState) -> float:

@@ -38,10 +38,6 @@ logger = logging.getLogger(__name__)
 
 SHORTEST = 4
 """Hex digits that a prefix of a digest must have."""
-LISTED = 10
-"""Maximum number of versions listed in an error."""
-LEADING = 5
-"""Number of quarantine reasons shown."""
 
 Elsewhere = Callable[[FileEntry], Path | None]
 """Finds a file that is no longer in the data set's folder, because only older versions name it."""
@@ -199,7 +195,7 @@ def choose(prefix: str, candidates: dict[str, str], name: str) -> str:
     if not candidates:
         raise UserError(f"there is no version of a data set {name}: run `darkroom ingest SOURCE --dataset {name}`")
     shown = [f"{each[:12]} (content {candidates[each][:12]})" for each in (fitting or candidates)]
-    listed = ", ".join(shown[:LISTED]) + (f" and {len(shown) - LISTED} more" if len(shown) > LISTED else "")
+    listed = ", ".join(shown[:10]) + (f" and {len(shown) - 10} more" if len(shown) > 10 else "")
     if fitting:
         raise UserError(f"{prefix} fits {len(fitting)} versions of data set {name}: give more digits of {listed}")
     raise UserError(f"{prefix} is no version of data set {name}: there is {listed}")
@@ -299,7 +295,7 @@ def show(folder: Path, version: Manifest, elsewhere: Elsewhere = nowhere, limit:
         shard_bytes=sum(shard.bytes for shard in version.shards),
         quarantined_count=quarantine and quarantine.count,
         quarantined=quarantine and quarantine.samples,
-        reasons=quarantine and quarantine.reasons[:LEADING],
+        reasons=quarantine and quarantine.reasons[:5],
     )
 
 
