@@ -15,8 +15,7 @@ from torch import Tensor
 from diffusion.common.errors import UserError
 from diffusion.data.manifest import Manifest, Split, read_manifest, read_records, repair_hint, require_whole
 from diffusion.data.png import decode_many
-from diffusion.data.shard_cache import ShardCache
-from diffusion.data.shards import LocalShards
+from diffusion.data.shards import LocalShards, ShardCache
 
 if TYPE_CHECKING:
     from webdataset import WebDataset

@@ -21,7 +21,7 @@ from diffusion.common.fingerprint import Fingerprint
 from diffusion.common.progress import Progress, silent
 from diffusion.common.threads import cores, worker_threads
 from diffusion.data.caption_embeddings import embeddings_of, seconds_to_read
-from diffusion.data.shard_cache import ShardStore
+from diffusion.data.shards import ShardStore
 from diffusion.models.config import FamilyConfig
 from diffusion.models.text_encoder import WIDTH
 from diffusion.process.samplers import SamplingConfig

@@ -18,11 +18,11 @@ import torch
 from filelock import FileLock
 
 from diffusion.common.errors import UserError
-from diffusion.data import shard_cache
+from diffusion.data import shards
 from diffusion.data.dataset import Dataset
 from diffusion.data.loader import Loader, WindowedOrder
 from diffusion.data.manifest import FileEntry
-from diffusion.data.shard_cache import ShardCache
+from diffusion.data.shards import ShardCache
 from tests.builders import ROOT
 from tests.builders.small_datasets import random_images, write_dataset
 
@@ -237,7 +237,7 @@ def test_shards_that_others_fetch_count_and_are_waited_for(
     with closing(ShardCache(folder, other, SIZE)) as slow, closing(ShardCache(folder, shelf, SIZE)) as ours:
         slow.prefetch([other.entries[0]])
         eventually(lambda: other.fetched == [0])
-        monkeypatch.setattr(shard_cache, "PATIENCE", 0.2)
+        monkeypatch.setattr(shards, "PATIENCE", 0.2)
         with pytest.raises(UserError, match=r"no room for shard shards/00001\.tar.*other processes"):
             shelf.read(ours, 1)
         monkeypatch.undo()
@@ -255,7 +255,7 @@ from contextlib import closing
 from pathlib import Path
 sys.path.insert(0, {root!r})
 import numpy as np
-from diffusion.data.shard_cache import ShardCache
+from diffusion.data.shards import ShardCache
 from tests.diffusion.data.test_shard_cache import Shelf
 shelf, rng = Shelf(6), np.random.default_rng(int(sys.argv[2]))
 with closing(ShardCache(Path(sys.argv[1]), shelf, 3000)) as cache:

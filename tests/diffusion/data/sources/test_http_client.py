@@ -20,7 +20,7 @@ from tenacity import wait_none
 from diffusion.data.ingest.config import IngestConfig
 from diffusion.data.ingest.ingest import ingest
 from diffusion.data.sources import open_source
-from diffusion.data.sources.http_client import is_own, is_public
+from diffusion.data.sources.urls import is_own, is_public
 from tests.builders.archives import peak
 from tests.builders.reading_sources import access, png, seen
 from tests.builders.url_tables import table
