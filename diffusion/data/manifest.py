@@ -299,10 +299,7 @@ def sample_digest(key: str, split: str, label: str | None, caption: str | None) 
 
 
 def digest_of_samples(storage: StorageConfig, samples: Iterable[bytes]) -> str:
-    """Compute the content digest of images whose ``sample_digest``s come in the order of their keys.
-
-    Hex SHA-256 over the canonical JSON of ``storage`` followed by the digests.
-    """
+    """Compute the hex SHA-256 over the canonical JSON of ``storage`` and the ``sample_digest``s in order of keys."""
     digest = hashlib.sha256(canonical_json(storage.model_dump(mode="json")).encode())
     for sample in samples:
         digest.update(sample)
@@ -310,10 +307,7 @@ def digest_of_samples(storage: StorageConfig, samples: Iterable[bytes]) -> str:
 
 
 def content_digest(folder: Path, parts: Iterable[Part], storage: StorageConfig) -> str:
-    """Compute the content digest of the kept images of ``parts`` of the data set in ``folder``.
-
-    Raises UserError if a table is missing or damaged.
-    """
+    """Compute the content digest of the images of ``parts``; raises UserError if a table is missing or damaged."""
     samples = []
     for part in parts:
         kept = read_records(folder, part, ("outcome", *SAMPLE)).filter(pc.field("outcome") == "kept")

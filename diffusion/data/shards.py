@@ -277,10 +277,7 @@ class ShardCache:
                 partial.unlink(missing_ok=True)
 
     def _make_room(self, partial: Path, entry: FileEntry, force: bool) -> bool:
-        """Reserve room for ``partial`` by evicting the least recently used shards; False if that is not enough.
-
-        Those to be prefetched are evicted only with ``force``, the last one first.
-        """
+        """Evict the least recently used shards, with ``force`` also those to be prefetched; False if not enough."""
         if entry.bytes > self._max_bytes:
             raise UserError(
                 f"shard {entry.name} has {entry.bytes} bytes and the cache holds {self._max_bytes}: "

@@ -291,10 +291,7 @@ def _to_srgb(image: Image.Image) -> Image.Image:
 
 @lru_cache(maxsize=16)
 def _conversion(profile: bytes, mode: str) -> Callable[[Image.Image], Image.Image] | None:
-    """Build the conversion of images of ``mode`` from ``profile`` to sRGB; None if that changes nothing.
-
-    A profile for another pixel mode is ignored, except that RGB profiles apply to grey.
-    """
+    """Build the conversion of images of ``mode`` from ``profile`` to sRGB; None if it changes or fits nothing."""
     source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
     kind = {"GRAY": "L", "RGB": "RGB", "CMYK": "CMYK"}.get(source.profile.xcolor_space.strip())
     if kind is None or (kind != mode and (kind, mode) != ("RGB", "L")):
@@ -330,10 +327,7 @@ def _resized(size: tuple[int, int], config: IngestConfig) -> tuple[int, int]:
 
 
 def _square(source: _Source, image: Image.Image, config: IngestConfig) -> Image.Image:
-    """Resize ``image``, converted from ``source``, to ``config.size`` pixels high and wide.
-
-    By antialiased bicubic interpolation, as Dhariwal and Nichol do (Diffusion Models Beat GANs on Image Synthesis).
-    """
+    """Resize ``image``, converted from ``source``, to ``config.size`` pixels high and wide."""
     width, height = source.size
     left, top, side = 0, 0, min(width, height)
     if config.fit == "crop":

@@ -10,6 +10,7 @@ from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Literal
 
+import pyarrow.compute as pc
 from filelock import FileLock
 
 from diffusion.common.config import Config
@@ -108,9 +109,10 @@ def ingest(
                 raise UserError(
                     f"no images in {config.source}{others}: give a source of JPEG, PNG, WebP, GIF, BMP or TIFF images"
                 )
+            merge = Merge(folder, config, index, origin, [] if before is None or rebuilding else list(before.parts))
             prepared = fan_out(prepare_chunk, chunks_of(work, config, objects, planned))
             try:
-                after, merge = _merge(folder, config, before, index, prepared, planned, rebuilding, progress)
+                after = _merge(merge, before, prepared, planned, rebuilding, progress)
             except UserError:
                 # The cause of the quarantine may be fixed, so the entries must be read again.
                 _remove_work(work)
@@ -181,29 +183,20 @@ def _rebuilds(before: Manifest | None, config: IngestConfig, rebuild: Rebuild, f
 
 
 def _merge(
-    folder: Path,
-    config: IngestConfig,
-    before: Manifest | None,
-    index: Index,
-    prepared: Iterator[Path],
-    planned: int,
-    rebuilding: bool,
-    progress: Progress,
-) -> tuple[Manifest, Merge]:
+    merge: Merge, before: Manifest | None, prepared: Iterator[Path], planned: int, rebuilding: bool, progress: Progress
+) -> Manifest:
     """Merge all chunks, and make the result the current version if it has anything new."""
+    folder, config, index = merge.folder, merge.config, merge.index
     with index.transaction():
-        parts = [] if before is None or rebuilding else list(before.parts)
-        merge = Merge(folder, config, index, origin_of(config.source), parts)
         if rebuilding:
             index.clear()
             # Images taken down from the previous version are still rejected.
-            tables = (
-                read_records(folder, part) for part in (before.parts if before else ()) if "removed" in part.outcomes
-            )
-            if removed := [row for table in tables for row in table.to_pylist() if row["outcome"] == "removed"]:
+            old = [part for part in (before.parts if before else ()) if "removed" in part.outcomes]
+            tables = (read_records(folder, part).filter(pc.field("outcome") == "removed") for part in old)
+            if removed := [row for table in tables for row in table.to_pylist()]:
                 for row in removed:
                     index.record(row)
-                parts.append(write_part(folder, 0, None, removed, config.size))
+                merge.parts.append(write_part(folder, 0, None, removed, config.size))
         progress("images ingested", 0, planned)
         for chunk in prepared:
             merge.add(chunk)
@@ -219,24 +212,23 @@ def _merge(
                 f"share of {config.max_quarantined:g} that ingest.max_quarantined allows ({reasons}): fix them, "
                 "or allow more"
             )
-        kept = None if rebuilding else before
         after = Manifest(
             name=folder.name,
             parent=before.digest if before else None,
             change="rebuild" if before and rebuilding else "ingest",
             content_digest="",
             storage=config.storage(),
-            licence=config.licence or (kept and kept.licence),
+            licence=config.licence or (None if rebuilding or before is None else before.licence),
             parts=merge.parts,
         )
-        same = ("parts", "storage", "licence")
-        if before is not None and all(getattr(before, name) == getattr(after, name) for name in same):
+        same = {"parts", "storage", "licence"}
+        if before is not None and before.model_dump(include=same) == after.model_dump(include=same):
             after = before
         else:
             after = after.model_copy(update={"content_digest": index.content_digest(after)})
             write_manifest(folder, after)
         index.set_version(after)
-    return after, merge
+    return after
 
 
 def remove_strays(folder: Path) -> None:

@@ -36,10 +36,7 @@ _UNSAFE = re.compile("[\x00-\x1f\x7f\ud800-\udfff]")
 
 
 def printable(name: str) -> str:
-    """Convert a file name of any bytes to printable text.
-
-    Control characters and bytes that are not UTF-8 (surrogates, by PEP 383) become backslash escapes.
-    """
+    """Convert a file name of any bytes to text: control characters and what is not UTF-8 become backslash escapes."""
     return _UNSAFE.sub(_escaped, name)
 
 
@@ -109,10 +106,7 @@ def list_images(
 
 
 def described(lines: TextIO, where: str) -> Iterator[tuple[str, str | None, str | None]]:
-    """Yield relative path, label and caption of each record of the metadata file ``where``.
-
-    Raises UserError for records without a ``file_name``, or with one that leads out of the file's folder.
-    """
+    """Yield path, label and caption of each record; raises UserError for one that names no file in the folder."""
     for number, record in enumerate(records(lines, where), start=1):
         name = record.get("file_name")
         if not isinstance(name, str) or not name:
@@ -198,13 +192,7 @@ class Folder:
 
     def entries(self) -> Iterator[Entry]:
         """Yield all images in the folder's order; raises UserError for unreadable metadata."""
-        tables = [self.root / name for name in METADATA_FILES if (self.root / name).is_file()]
-        if len(tables) == 1:
-            with open_text(tables[0]) as lines:
-                for name, label, caption in described(lines, str(tables[0])):
-                    yield Entry(name, json.dumps(name), stamp_if_there(self.root / name), label, caption)
-        else:
-            yield from list_images(self._files(), str(self.root), self._table, self.access.passed_over)
+        return list_images(self._files(), str(self.root), self._table, self.access.passed_over)
 
     def read(self, entries: Sequence[Entry]) -> Iterator[Payload]:
         """Yield their bytes."""
@@ -220,10 +208,7 @@ class Folder:
 
 
 def _walk(folder: str, prefix: str, above: tuple[str, ...]) -> Iterator[str]:
-    """Yield the relative names of the visible files below ``folder``, each file once, however links lead to it.
-
-    ``above``: the real paths of the folders that lead to it, from the root to itself.
-    """
+    """Yield the visible files below ``folder``, each once, however links lead to it; ``above``: its real parents."""
     try:
         children = os.scandir(folder)
     except OSError as error:

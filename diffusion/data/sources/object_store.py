@@ -28,10 +28,7 @@ def require(uri: str, access: Access) -> ObjectStore:
 
 
 def fetched(uri: str, etag: str, access: Access) -> Path:
-    """Return a copy of an object in the scratch folder, fetched once.
-
-    Raises FileNotFoundError if the object is gone, and UserError if it no longer has ``etag``.
-    """
+    """Return a scratch copy of an object; raises FileNotFoundError if it is gone, UserError if it changed."""
     objects = require(uri, access)
 
     def download(partial: Path) -> None:

@@ -161,10 +161,7 @@ class Parquet:
 def _batches(
     file: pq.ParquetFile, group: int, leaves: Sequence[str], most: int, limit: int, path: Path
 ) -> Iterator[pa.RecordBatch]:
-    """Yield rows of a row group, with the columns at the paths ``leaves``, as many at a time as memory allows.
-
-    Raises PageRefused if it does not allow a single one, or a page takes more than ``limit`` bytes.
-    """
+    """Yield rows of a row group, with the columns at the paths ``leaves``, as many at a time as memory allows."""
     about = file.metadata
     columns = [index for index in range(about.num_columns) if about.schema.column(index).path in leaves]
     if len(columns) != len(leaves):
@@ -287,10 +284,7 @@ def _opened(path: Path) -> Iterator[pq.ParquetFile]:
 
 
 def _rows_at_once(file: BinaryIO, about: pq.FileMetaData, group: int, column: int, most: int, limit: int) -> int:
-    """Return how many rows of a column of a row group to decode at a time, at most ``most``, so that memory is bounded.
-
-    Raises PageRefused if a page takes more than ``limit`` bytes, and pyarrow.ArrowInvalid for damaged headers.
-    """
+    """Return how many rows of a column of a row group to decode at a time, at most ``most``, to bound memory."""
     chunk, schema = about.row_group(group).column(column), about.schema.column(column)
     if schema.max_repetition_level:
         raise PageRefused("its rows have lists of values")
@@ -328,10 +322,7 @@ def _rows_at_once(file: BinaryIO, about: pq.FileMetaData, group: int, column: in
 
 
 def _read_struct(file: BinaryIO, end: int) -> dict[int, Any]:
-    """Read a struct of Thrift's compact protocol that ends before ``end``: its integers and structs by field number.
-
-    Raises ValueError for types that do not occur in headers of pages, and other exceptions for damaged structs.
-    """
+    """Read a struct of Thrift's compact protocol that ends before ``end``: its integers and structs by field number."""
     fields: dict[int, Any] = {}
     number = 0
     while byte := file.read(1)[0]:

@@ -114,10 +114,7 @@ def members(path: Path, where: str) -> Iterator[TarMember]:
 
 
 def read(path: Path, known: str, places: Iterable[Place], access: Access) -> Iterator[Payload]:
-    """Yield members of the tar at ``path``, which may be compressed and had the stamp ``known`` when listed.
-
-    Raises UserError if its stamp has changed.
-    """
+    """Yield members of the tar at ``path``; raises UserError if its stamp is no longer ``known``."""
     try:
         plain = uncompressed(path, known, access)
         file = open_unchanged(path, known) if plain == path else plain.open("rb")

@@ -73,10 +73,7 @@ NOT_PUBLIC = tuple(
 
 
 def is_public(address: str) -> bool:
-    """Return whether ``address`` (numeric IPv4 or IPv6) is that of a host on the public internet.
-
-    IPv4 addresses embedded in IPv6 ones are checked as such; those reached by a tunnel are refused.
-    """
+    """Return whether a numeric IPv4 or IPv6 address is that of a host on the public internet, reached by no tunnel."""
     ip = ip_address(address)
     if isinstance(ip, IPv6Address):
         # Identifiers of ISATAP's tunnels to the IPv4 address in the last 32 bits (RFC 5214).
@@ -347,10 +344,7 @@ class Urls:
 
 
 def _get(client: HttpClient, url: str, limit: int, scratch: Path) -> "SpooledTemporaryFile[bytes]":
-    """Fetch a URL once, within ``client.seconds``.
-
-    Raises _Again for a transient failure, else UnusableEntry, and nothing else for any behaviour of a server.
-    """
+    """Fetch a URL once; raises _Again for a transient failure, UnusableEntry for any other behaviour of a server."""
     try:
         with client.get(url) as response:
             status, headers = response.status, httpx.Headers(response.headers)

@@ -117,15 +117,13 @@ def members(path: Path) -> Iterator[tuple[str, str | None, ZipOffset]]:
     try:
         # SQLite's name for a private temporary file.
         with closing(sqlite3.connect("", check_same_thread=False, isolation_level=None)) as database:
+            columns = "name, problem, header, method, packed, size, crc"
             database.execute("PRAGMA journal_mode = OFF")
-            database.execute(
-                "CREATE TABLE files (number INTEGER PRIMARY KEY, name, problem, header, method, packed, size, crc)"
-            )
+            database.execute(f"CREATE TABLE files (number INTEGER PRIMARY KEY, {columns})")
             database.execute("BEGIN")
             with path.open("rb") as file:
                 start, size, shift = _directory(file)
                 rows = _members(file, start, start + size, shift)
-                columns = "name, problem, header, method, packed, size, crc"
                 database.executemany(f"INSERT INTO files ({columns}) VALUES (?, ?, ?, ?, ?, ?, ?)", rows)
             places = f"SELECT number, {columns}, coalesce(lead(header) OVER (ORDER BY header), ?) AS end FROM files"
             # Local headers may be longer, which is checked when the file is read.

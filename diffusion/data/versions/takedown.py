@@ -100,10 +100,7 @@ def remove(folder: Path, selection: Selection, reason: str, progress: Progress =
 
 
 def _earlier(folder: Path, request_digest: str) -> Removal | None:
-    """Return the newest removal requested in the same words in the history of this folder.
-
-    Otherwise one of whose images nothing is left here: another machine may have done it, and its line been continued.
-    """
+    """Return the newest removal of this request in the history of the folder, or one that left nothing here."""
     line = [version.digest for version in versions(folder)]
     recorded = removals(work_folder(folder), request_digest)
     found = [each for each in recorded if each.version in line or not still_held(folder, [each])]

@@ -64,10 +64,7 @@ def is_key(text: str) -> bool:
 
 
 class Selector:
-    """A compiled selection that is matched against rows; records which of its keys and patterns matched.
-
-    Raises UserError if ``selection`` is empty or malformed.
-    """
+    """A compiled selection that is matched against rows; raises UserError if it is empty or malformed."""
 
     def __init__(self, selection: Selection) -> None:
         if not selection.prefixes and not selection.sources:
@@ -201,10 +198,7 @@ class Removal(Chosen):
 
 
 def removals(work: Path, request_digest: str = "") -> list[Removal]:
-    """Return the removals recorded on this machine for the data set with the work folder ``work``.
-
-    ``request_digest``: only those whose request has this digest.
-    """
+    """Return the removals recorded in the work folder ``work``: all, or those whose request has this digest."""
     paths = sorted((work / "removals").glob(f"{request_digest}*.json"))
     return [Removal.model_validate_json(path.read_bytes()) for path in paths]
 

@@ -127,10 +127,7 @@ def nowhere(entry: FileEntry) -> None:
 def find_records(
     folder: Path, part: Part, columns: Sequence[str] | None = None, elsewhere: Elsewhere = nowhere
 ) -> pa.Table | None:
-    """Read the records of a part of any version, all columns or some.
-
-    None if its table is neither in ``folder`` nor ``elsewhere``. Raises UserError if it is damaged.
-    """
+    """Read the records of a part of any version; None if its table is neither in ``folder`` nor ``elsewhere``."""
     entry = part.records
     if (folder / entry.name).is_file():
         return read_records(folder, part, columns)
@@ -178,10 +175,7 @@ def resolve(folder: Path, prefix: str | None) -> Manifest:
 
 
 def choose(prefix: str, candidates: dict[str, str], name: str) -> str:
-    """Return the one of ``candidates``, versions of data set ``name`` with their content digests, for ``prefix``.
-
-    Raises UserError as ``resolve`` does.
-    """
+    """Return the one of ``candidates``, versions with their content digests, for ``prefix``, as ``resolve`` does."""
     digits = prefix.lower()
     if len(digits) < SHORTEST or digits.strip("0123456789abcdef"):
         raise UserError(f"{prefix!r} names no version: give the first {SHORTEST} or more hex digits of its digest")
@@ -247,10 +241,7 @@ def log(folder: Path) -> Iterator[Step]:
 
 
 def history(folder: Path, elsewhere: Elsewhere = nowhere) -> list[HistoryEntry]:
-    """Return all known versions of the data set in ``folder``, line by line, each before its parent.
-
-    The line of the current version comes first, and whole; the others end where they branch off.
-    """
+    """Return all known versions, line by line, each before its parent; the line of the current one comes first."""
     known = known_versions(folder)
     current = next(iter(known))
     parents = {version.parent for version in known.values()}
@@ -447,10 +438,7 @@ def _rewritten(folder: Path, parts: list[Part], others: list[Part], elsewhere: E
 
 
 def _images(parts: list[Part], left: dict[str, Part], read: ReadTable) -> tuple[pa.Table, set[str]]:
-    """Return the images of ``parts`` as far as known, and the names of unavailable tables.
-
-    ``left``: what a takedown left of some parts, whose images were those that it kept and those that it removed.
-    """
+    """Return the known images of ``parts``, some replaced by what was ``left`` of them, and unavailable tables."""
     tables, unread = [pa.schema([RECORDS.field(name) for name in COLUMNS[1:]]).empty_table()], set()
     gone: set[str] = set()
     unknown = 0
