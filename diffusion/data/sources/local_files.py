@@ -173,7 +173,14 @@ def uncompressed(path: Path, before: str, access: Access) -> Path:
         try:
             with cast(BinaryIO, opener(path)) as packed, partial.open("wb") as file:
                 while piece := packed.read(2**20):
-                    _require_room(path, partial.parent, file.tell() + len(piece), len(piece))
+                    disk = shutil.disk_usage(partial.parent)
+                    reserve = min(RESERVE, int(RESERVED_SHARE * disk.total))
+                    if disk.free - len(piece) < reserve:
+                        raise UserError(
+                            f"{path}, {path.stat().st_size} bytes, unpacks to {file.tell() + len(piece)} or more, and "
+                            f"where {partial.parent} lies {reserve} are to stay free: make room there, or if you do "
+                            "not trust it, leave it"
+                        )
                     file.write(piece)
         except (EOFError, OSError, zlib.error, lzma.LZMAError) as error:
             # Damage has no errno; system errors have one.
@@ -182,13 +189,3 @@ def uncompressed(path: Path, before: str, access: Access) -> Path:
             raise UserError(f"{path} cannot be unpacked ({error}): it is damaged or was cut short") from error
 
     return once(access.scratch / f"unpacked-{name}", unpack)
-
-
-def _require_room(path: Path, folder: Path, size: int, more: int) -> None:
-    disk = shutil.disk_usage(folder)
-    reserve = min(RESERVE, int(RESERVED_SHARE * disk.total))
-    if disk.free - more < reserve:
-        raise UserError(
-            f"{path}, {path.stat().st_size} bytes, unpacks to {size} or more, and where {folder} lies {reserve} "
-            "are to stay free: make room there, or if you do not trust it, leave it"
-        )

@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, wait
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
@@ -96,14 +96,15 @@ class HttpClient:
     """Thread-safe HTTP client with at most ``connections`` persistent connections, directly and through each proxy.
 
     ``seconds``: timeout of one exchange, from the name's resolution to the last byte, redirects included.
-    ``allow_private``: whether hosts may have any address. ``stopped`` ends all waits once it is set. Proxies are those
-    of the environment and may have any address; they resolve names again, so the check here does not bind them.
+    ``allow_private``: whether hosts may have any address. Proxies are those of the environment and may have any
+    address; they resolve names again, so the check here does not bind them.
     """
 
-    def __init__(self, seconds: float, allow_private: bool, connections: int, stopped: threading.Event) -> None:
+    def __init__(self, seconds: float, allow_private: bool, connections: int) -> None:
         self.seconds = seconds
         self._allow_private = allow_private
-        self._stopped = stopped
+        self.stopped = threading.Event()
+        """Ends all waits once it is set."""
         self._exchange = threading.local()
         new_pool = partial(httpcore.ConnectionPool, ssl_context=httpx.create_ssl_context(), max_connections=connections)
         self._environment = getproxies()
@@ -162,7 +163,7 @@ class HttpClient:
     def left(self) -> float:
         """Return the seconds left for this thread's exchange; raises httpcore.ReadTimeout if there are none."""
         left: float = self._exchange.deadline - time.monotonic()
-        if left <= 0 or self._stopped.is_set():
+        if left <= 0 or self.stopped.is_set():
             raise httpcore.ReadTimeout
         return left
 
@@ -304,25 +305,22 @@ class Urls:
     def read(self, entries: Sequence[Entry]) -> Iterator[Payload]:
         """Yield their bytes, fetched concurrently."""
         config = self.access.config
-        stopped = threading.Event()
-        client = HttpClient(config.download_seconds, config.allow_private_addresses, WORKERS, stopped)
-        with closing(client):
-            answers = prefetch(partial(self._fetch, client, stopped), entries, WORKERS)
-            try:
-                for answer in answers:
-                    if isinstance(answer, UnusableEntry):
-                        yield answer
-                        continue
-                    with answer:
-                        answer.seek(0)
-                        yield answer.read()
-            finally:
-                stopped.set()
-                answers.close()
+        client = HttpClient(config.download_seconds, config.allow_private_addresses, WORKERS)
+        answers = prefetch(partial(self._fetch, client), entries, WORKERS)
+        try:
+            for answer in answers:
+                if isinstance(answer, UnusableEntry):
+                    yield answer
+                    continue
+                with answer:
+                    answer.seek(0)
+                    yield answer.read()
+        finally:
+            client.stopped.set()
+            answers.close()
+            client.close()
 
-    def _fetch(
-        self, client: HttpClient, stopped: threading.Event, entry: Entry
-    ) -> "SpooledTemporaryFile[bytes] | UnusableEntry":
+    def _fetch(self, client: HttpClient, entry: Entry) -> "SpooledTemporaryFile[bytes] | UnusableEntry":
         url, config = entry.locator, self.access.config
         if not url:
             return UnusableEntry("a row without a URL")
@@ -330,9 +328,9 @@ class Urls:
             return UnusableEntry("neither an http:// nor an https:// URL: local files are read from a folder")
         retrying = Retrying(
             retry=retry_if_exception_type(_Again),
-            stop=stop_after_attempt(config.download_tries) | stop_when_event_set(stopped),
+            stop=stop_after_attempt(config.download_tries) | stop_when_event_set(client.stopped),
             wait=_pause,
-            sleep=sleep_using_event(stopped),
+            sleep=sleep_using_event(client.stopped),
             reraise=True,
         )
         try:

@@ -26,7 +26,7 @@ from diffusion.data.sources.tars import LINK
 LOCAL = struct.Struct("<4s22xHH")
 DIRECTORY = struct.Struct("<4sBB2xHH4xLLLHHH4xLL")
 END = struct.Struct("<4s8xLL2x")
-END64_LOCATOR = struct.Struct("<4s4xQ4x")
+END64_LOCATOR_SIZE = 20
 END64 = struct.Struct("<4s36xQQ")
 LONGEST_COMMENT = 2**16 - 1
 UNIX = 3
@@ -160,17 +160,11 @@ def _directory(file: BinaryIO) -> tuple[int, int, int]:
         raise zipfile.BadZipFile("it has no directory at its end")
     _, size, start = END.unpack_from(tail, at)
     end = tail_start + at
-    if end >= END64_LOCATOR.size:
-        file.seek(end - END64_LOCATOR.size)
-        signature, end64 = END64_LOCATOR.unpack(file.read(END64_LOCATOR.size))
-        if signature == b"PK\6\7":
-            file.seek(end64)
-            if file.read(4) == b"PK\6\6":
-                file.seek(end64)
-                _, size, start = END64.unpack(file.read(END64.size))
-                return start, size, 0
-            # It may be shifted: then it is right before its locator.
-            end = file.seek(max(0, end - END64_LOCATOR.size - END64.size))
+    if end >= END64_LOCATOR_SIZE:
+        file.seek(end - END64_LOCATOR_SIZE)
+        if file.read(4) == b"PK\6\7":
+            # Right before its locator, as its offset there may be shifted.
+            end = file.seek(max(0, end - END64_LOCATOR_SIZE - END64.size))
             signature, size, start = END64.unpack(file.read(END64.size))
             if signature != b"PK\6\6":
                 raise zipfile.BadZipFile("its directory of 64 bits is not where it should be")
