@@ -61,16 +61,6 @@ class Reason(Config):
     count: int
 
 
-class Quarantine(Config):
-    """Quarantined entries of a version."""
-
-    count: int
-    samples: list[QuarantineEntry]
-    """The first entries by name."""
-    reasons: list[Reason]
-    """Reasons, the most frequent first."""
-
-
 class Step(Config):
     """A version and its changes from its parent."""
 
@@ -195,21 +185,11 @@ def choose(prefix: str, candidates: dict[str, str], name: str) -> str:
     raise UserError(f"{prefix} is no version of data set {name}: there is {listed}")
 
 
-def standing(versions: Sequence[Manifest], read: ReadTable, limit: int | None = None) -> list[Quarantine | None]:
-    """Return the quarantine of each of ``versions`` of a data set, with the first ``limit`` entries.
+def standing(versions: Sequence[Manifest], read: ReadTable) -> list[dict[str, str] | None]:
+    """Return the reasons of the quarantined entries of each of ``versions`` of a data set, by name, sorted.
 
     Of all records of a name, the last one counts. None for a version that needs an unavailable table.
     """
-    quarantines: list[Quarantine | None] = []
-    for entries in _quarantined(versions, read)[0]:
-        counts = Counter(sorted(entries.values())).most_common() if entries else ()
-        reasons = [Reason(reason=reason, count=count) for reason, count in counts]
-        quarantines.append(None if entries is None else Quarantine(**_first(entries, limit), reasons=reasons))
-    return quarantines
-
-
-def _quarantined(versions: Sequence[Manifest], read: ReadTable) -> tuple[list[dict[str, str] | None], set[str]]:
-    """Return the reasons of quarantined entries by name, for each version, and the names of unavailable tables."""
     needed = [list(dropwhile(lambda part: not part.outcomes.get("quarantined"), each.parts)) for each in versions]
     parts = {part.records.name: part for each in needed for part in each}
     records: dict[str, list[tuple[str, str]]] = {}
@@ -225,13 +205,11 @@ def _quarantined(versions: Sequence[Manifest], read: ReadTable) -> tuple[list[di
         here = [records.get(part.records.name) for part in each]
         last = dict(chain.from_iterable(rows or () for rows in here))
         found.append(None if None in here else {name: last[name] for name in sorted(last) if last[name]})
-    return found, parts.keys() - records.keys()
+    return found
 
 
-def _first(entries: dict[str, str], limit: int | None) -> dict[str, Any]:
-    """Count ``entries``, and list the first ones."""
-    samples = [QuarantineEntry(source=source, reason=reason) for source, reason in islice(entries.items(), limit)]
-    return {"count": len(entries), "samples": samples}
+def _first(entries: dict[str, str], limit: int | None) -> list[QuarantineEntry]:
+    return [QuarantineEntry(source=source, reason=reason) for source, reason in islice(entries.items(), limit)]
 
 
 def log(folder: Path) -> Iterator[Step]:
@@ -251,13 +229,13 @@ def history(folder: Path, elsewhere: Elsewhere = nowhere) -> list[HistoryEntry]:
             line.append(parent)
     lines.sort(key=lambda line: (current not in (version.digest for version in line), -len(line)))
     ordered = list({version.digest: version for line in lines for version in line}.values())
-    quarantines = standing(ordered, lambda part, columns: find_records(folder, part, columns, elsewhere), limit=0)
+    quarantines = standing(ordered, lambda part, columns: find_records(folder, part, columns, elsewhere))
     return [
         HistoryEntry(
             **dict(_step(version, known.get(version.parent or ""))),
             parent=version.parent,
             current=version.digest == current,
-            quarantined=quarantine and quarantine.count,
+            quarantined=None if quarantine is None else len(quarantine),
         )
         for version, quarantine in zip(ordered, quarantines, strict=True)
     ]
@@ -268,7 +246,8 @@ def show(folder: Path, version: Manifest, elsewhere: Elsewhere = nowhere, limit:
     outcomes: Counter[Outcome] = Counter()
     for part in version.parts:
         outcomes.update(part.outcomes)
-    (quarantine,) = standing([version], lambda part, columns: find_records(folder, part, columns, elsewhere), limit)
+    (quarantine,) = standing([version], lambda part, columns: find_records(folder, part, columns, elsewhere))
+    reasons = None if quarantine is None else Counter(sorted(quarantine.values())).most_common(5)
     return Contents(
         dataset=version.name,
         digest=version.digest,
@@ -284,9 +263,9 @@ def show(folder: Path, version: Manifest, elsewhere: Elsewhere = nowhere, limit:
         classes=version.class_histogram,
         shards=len(version.shards),
         shard_bytes=sum(shard.bytes for shard in version.shards),
-        quarantined_count=quarantine and quarantine.count,
-        quarantined=quarantine and quarantine.samples,
-        reasons=quarantine and quarantine.reasons[:5],
+        quarantined_count=None if quarantine is None else len(quarantine),
+        quarantined=None if quarantine is None else _first(quarantine, limit),
+        reasons=reasons and [Reason(reason=reason, count=count) for reason, count in reasons],
     )
 
 
@@ -379,23 +358,30 @@ def diff(
     old_parts, new_parts = unshared(before, after), unshared(after, before)
     left = _rewritten(folder, old_parts, new_parts, elsewhere) | _rewritten(folder, new_parts, old_parts, elsewhere)
 
-    def read(part: Part, columns: Sequence[str]) -> pa.Table | None:
-        return find_records(folder, left.get(part.records.sha256, part), columns, elsewhere)
+    unread: set[str] = set()
 
-    old, unread_old = _images(old_parts, left, read)
-    new, unread_new = _images(new_parts, left, read)
-    (reasons_old, reasons_new), unread_reasons = _quarantined([before, after], read)
-    unread = unread_old | unread_new | unread_reasons
+    def read(part: Part, columns: Sequence[str]) -> pa.Table | None:
+        table = find_records(folder, left.get(part.records.sha256, part), columns, elsewhere)
+        if table is None:
+            unread.add(part.records.name)
+        return table
+
+    old, new = _images(old_parts, left, read), _images(new_parts, left, read)
+    reasons_old, reasons_new = standing([before, after], read)
 
     def samples(images: pa.Table) -> list[Sample]:
         leading = images.sort_by("key").slice(0, limit).to_pylist()
         return [Sample(**row) for row in leading if row["key"] is not None]
 
-    def only_in(this: pa.Table, other: pa.Table) -> VersionGroup[Sample]:
+    def only_in(this: pa.Table | None, other: pa.Table | None) -> VersionGroup[Sample] | None:
+        if this is None or other is None:
+            return None
         images = this.filter(pc.invert(pc.is_in(this["key"], other["key"], skip_nulls=True)))
         return VersionGroup(count=len(images), samples=samples(images))
 
-    def changed() -> VersionGroup[Changed]:
+    def changed() -> VersionGroup[Changed] | None:
+        if old is None or new is None:
+            return None
         # Keys are unique, so equal rows are of the same image.
         was = old.filter(pc.is_in(old["key"], new["key"], skip_nulls=True)).sort_by("key")
         now = new.filter(pc.is_in(new["key"], old["key"], skip_nulls=True)).sort_by("key")
@@ -407,16 +393,17 @@ def diff(
     def quarantined(this: dict[str, str] | None, other: dict[str, str] | None) -> VersionGroup[QuarantineEntry] | None:
         if unread or this is None or other is None:
             return None
-        return VersionGroup(**_first({name: this[name] for name in this if name not in other}, limit))
+        entries = {name: this[name] for name in this if name not in other}
+        return VersionGroup(count=len(entries), samples=_first(entries, limit))
 
     return Difference(
         before=before.digest,
         after=after.digest,
         same_content=before.content_digest == after.content_digest,
         kept=(before.kept, after.kept),
-        added=None if unread_old else only_in(new, old),
-        removed=None if unread_new else only_in(old, new),
-        changed=None if unread_old or unread_new else changed(),
+        added=only_in(new, old),
+        removed=only_in(old, new),
+        changed=changed(),
         quarantined=quarantined(reasons_new, reasons_old),
         cleared=quarantined(reasons_old, reasons_new),
         storage=_differing(before.storage.model_dump(), after.storage.model_dump()),
@@ -437,15 +424,14 @@ def _rewritten(folder: Path, parts: list[Part], others: list[Part], elsewhere: E
     }
 
 
-def _images(parts: list[Part], left: dict[str, Part], read: ReadTable) -> tuple[pa.Table, set[str]]:
-    """Return the known images of ``parts``, some replaced by what was ``left`` of them, and unavailable tables."""
-    tables, unread = [pa.schema([RECORDS.field(name) for name in COLUMNS[1:]]).empty_table()], set()
+def _images(parts: list[Part], left: dict[str, Part], read: ReadTable) -> pa.Table | None:
+    """Return the images of ``parts``, of some what was ``left`` and removed; None if a table is unavailable."""
+    tables = [pa.schema([RECORDS.field(name) for name in COLUMNS[1:]]).empty_table()]
     gone: set[str] = set()
     unknown = 0
-    for part in parts:
-        if (table := read(part, COLUMNS)) is None:
-            unread.add(part.records.name)
-            continue
+    for part, table in [(part, read(part, COLUMNS)) for part in parts]:
+        if table is None:
+            return None
         tables.append(table.filter(pc.field("outcome") == "kept").drop_columns("outcome"))
         if (rest := left.get(part.records.sha256)) is None:
             continue
@@ -457,7 +443,7 @@ def _images(parts: list[Part], left: dict[str, Part], read: ReadTable) -> tuple[
         for each in tables:
             gone.difference_update(each["key"].to_pylist())
         tables.append(pa.table({"key": pa.array([*(gone - {""}), *[None] * unknown], pa.string())}))
-    return pa.concat_tables(tables, promote_options="default"), unread
+    return pa.concat_tables(tables, promote_options="default")
 
 
 def _differing(before: dict[str, Any], after: dict[str, Any], absent: Any = None) -> dict[str, tuple[Any, Any]]:
