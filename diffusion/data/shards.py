@@ -12,7 +12,6 @@ import tarfile
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from functools import lru_cache
 from io import BufferedReader
 from pathlib import Path
@@ -197,24 +196,17 @@ class ShardCache:
         self._pool.shutdown(cancel_futures=True)
 
     def _fetch_requested(self, entry: FileEntry) -> None:
-        if entry.sha256 not in self._wanted or self._path(entry.sha256).is_file():
-            return
-        with self._fetching(entry) as partial:
-            # Without room the reader fetches it and may evict shards needed later.
-            if partial is not None and self._make_room(partial, entry, force=False):
-                self._fetch(entry, partial).close()
+        is_needed = entry.sha256 in self._wanted and not self._path(entry.sha256).is_file()
+        # Without room the reader fetches it and may evict shards needed later.
+        if is_needed and (file := self._fetch(entry, force=False)):
+            file.close()
 
     def _opened(self, entry: FileEntry) -> BufferedReader:
         """Open a shard, verified, for reading: from here on its name may vanish."""
         deadline = time.monotonic() + PATIENCE
         while True:
-            if file := self._open_present(entry):
+            if file := self._open_present(entry) or self._fetch(entry, force=True):
                 return file
-            with self._fetching(entry) as partial:
-                if partial is None:
-                    continue
-                if self._make_room(partial, entry, force=True):
-                    return self._fetch(entry, partial)
             if time.monotonic() > deadline:
                 raise UserError(
                     f"no room for shard {entry.name} in {self._folder}, which other processes use as well: "
@@ -239,10 +231,23 @@ class ShardCache:
             self._verified.add(entry.sha256)
         return file
 
-    def _fetch(self, entry: FileEntry, partial: Path) -> BufferedReader:
-        for _ in range(2):
+    def _fetch(self, entry: FileEntry, force: bool) -> BufferedReader | None:
+        """Fetch a shard; None if another process just did, or there is no room for it."""
+        path, partial = self._path(entry.sha256), self._folder / f"{entry.sha256}.{entry.bytes}.partial"
+        with self._locked(entry.sha256):
+            if path.is_file() or not self._make_room(partial, entry, force):
+                return None
             try:
-                self._store.fetch(entry, partial)
+                for _ in range(2):
+                    self._store.fetch(entry, partial)
+                    file = partial.open("rb")
+                    if not (found := damage(file, entry)):
+                        self._verified.add(entry.sha256)
+                        with self._locked():
+                            partial.replace(path)
+                        return file
+                    file.close()
+                    logger.warning("shard %s as it comes from the remote is %s", entry.name, found)
             except OSError as error:
                 if error.errno != errno.ENOSPC:
                     raise
@@ -250,14 +255,8 @@ class ShardCache:
                     f"no space left for shard {entry.name} in {partial.parent}: "
                     "free some, or lower training.stream_bytes"
                 ) from error
-            file = partial.open("rb")
-            if not (found := damage(file, entry)):
-                self._verified.add(entry.sha256)
-                with self._locked():
-                    partial.replace(self._path(entry.sha256))
-                return file
-            file.close()
-            logger.warning("shard %s as it comes from the remote is %s", entry.name, found)
+            finally:
+                partial.unlink(missing_ok=True)
         raise UserError(
             f"shard {entry.name} as it comes from the remote is {found}, also when fetched again: "
             "push the data set once more with `dvc push`, or ingest it again from its source"
@@ -265,16 +264,6 @@ class ShardCache:
 
     def _path(self, sha256: str) -> Path:
         return self._folder / f"{sha256}.tar"
-
-    @contextmanager
-    def _fetching(self, entry: FileEntry) -> Iterator[Path | None]:
-        """Yield an exclusive path to write a shard to; None if another process just wrote it."""
-        partial = self._folder / f"{entry.sha256}.{entry.bytes}.partial"
-        with self._locked(entry.sha256):
-            try:
-                yield None if self._path(entry.sha256).is_file() else partial
-            finally:
-                partial.unlink(missing_ok=True)
 
     def _make_room(self, partial: Path, entry: FileEntry, force: bool) -> bool:
         """Evict the least recently used shards, with ``force`` also those to be prefetched; False if not enough."""

@@ -209,14 +209,8 @@ def write_part(folder: Path, number: int, shard: FileEntry | None, records: list
 
 def blanked(row: dict[str, Any], reason: str) -> dict[str, Any]:
     """Reduce the row of an image that was taken down to the digests by which it is rejected."""
-    left = {
-        "outcome": "removed",
-        "reason": reason,
-        "source": "",
-        "key": row["key"] or "",
-        "source_sha256": row["source_sha256"],
-    }
-    return dict.fromkeys(RECORDS.names) | left
+    digests = {name: row[name] or "" for name in ("key", "source_sha256")}
+    return dict.fromkeys(RECORDS.names) | digests | {"outcome": "removed", "reason": reason, "source": ""}
 
 
 def _counts(rows: list[dict[str, Any]], column: str) -> dict[str, int]:
@@ -253,7 +247,22 @@ def merge_versions(folder: Path, config: IngestConfig, theirs: Manifest, base: M
     Raises Held if the two store images in different ways, or ours rebuilt the data set.
     """
     ours = read_manifest(folder)
-    require_compatible(folder, ours, theirs, base)
+    line = takewhile(lambda version: base is None or version.digest != base.digest, versions(folder))
+    faster = (
+        f"another process was first: the newest version of data set {folder.name} is {theirs.digest[:12]} by now, and"
+    )
+    go_on = f"`darkroom data checkout {theirs.digest[:12]} --dataset {folder.name}`, then ingest again"
+    if any(version.change == "rebuild" for version in line):
+        raise Held(
+            f"{faster} {ours.digest[:12]} here is a rebuild: give the command with --rebuild again to publish it all "
+            f"the same, or to add to theirs {go_on}"
+        )
+    if different := theirs.stored_otherwise(ours.storage):
+        name, other, mine = different
+        raise Held(
+            f"{faster} stores images with ingest.{name}={other}, while {ours.digest[:12]} here has {mine}: "
+            f"give another --dataset, or to add to theirs {go_on} with that"
+        )
     shared = {part.records.sha256 for part in (*theirs.parts, *(base.parts if base else ()))}
     config = config.model_copy(update=dict(theirs.storage))
     with (
@@ -279,23 +288,3 @@ def merge_versions(folder: Path, config: IngestConfig, theirs: Manifest, base: M
         write_bytes(folder / "manifest.json", manifest_bytes(after))
         index.set_version(after)
     return Union(version=after, added=merge.new_outcomes["kept"], lost=lost)
-
-
-def require_compatible(folder: Path, ours: Manifest, theirs: Manifest, base: Manifest | None) -> None:
-    """Raise Held unless what ``ours`` added to ``base`` can be added to ``theirs``, as configured."""
-    line = takewhile(lambda version: base is None or version.digest != base.digest, versions(folder))
-    faster = (
-        f"another process was first: the newest version of data set {folder.name} is {theirs.digest[:12]} by now, and"
-    )
-    go_on = f"`darkroom data checkout {theirs.digest[:12]} --dataset {folder.name}`, then ingest again"
-    if any(version.change == "rebuild" for version in line):
-        raise Held(
-            f"{faster} {ours.digest[:12]} here is a rebuild: give the command with --rebuild again to publish it all "
-            f"the same, or to add to theirs {go_on}"
-        )
-    if different := theirs.stored_otherwise(ours.storage):
-        name, other, mine = different
-        raise Held(
-            f"{faster} stores images with ingest.{name}={other}, while {ours.digest[:12]} here has {mine}: "
-            f"give another --dataset, or to add to theirs {go_on} with that"
-        )
