@@ -27,26 +27,22 @@ CHUNK = 1024
 SPLITS: tuple[Split, ...] = ("train", "held_out")
 ROW = np.dtype(
     [
-        ("key", "S32"),  # bytes, which sort as their hex digits do
-        ("split", "i1"),  # number in SPLITS
-        ("label", "i4"),  # number in the manifest's labels; −1: none
-        ("shard", "i4"),  # number in the manifest's shards
-        ("offset", "i8"),
-        ("size", "i4"),
-        ("read", "i4"),  # number of kept images before this one in the records
+        *[("key", "S32"), ("split", "i1"), ("label", "i4"), ("shard", "i4")],
+        *[("offset", "i8"), ("size", "i4"), ("read", "i4")],
     ]
 )
-"""Row of the table of the kept images, which is sorted by key: 57 bytes each."""
+"""Row of the table of the kept images, sorted by key (bytes, which sort as their hex digits do): 57 bytes each.
+
+``split``, ``label`` and ``shard`` are numbers in SPLITS and the manifest's labels (−1: none) and shards; ``read`` is
+the number of kept images before this one in the records.
+"""
 
 Rows: TypeAlias = Sequence[int] | np.ndarray
 """Row numbers, (N,)."""
 
 
 class Dataset:
-    """A data set in a folder: images are read from shards, which are verified before their first use.
-
-    Decoded images are cached in memory if the whole set fits into ``cache_bytes``. Thread-safe.
-    """
+    """Images of a data set from verified shards; decoded ones are kept if all fit ``cache_bytes``. Thread-safe."""
 
     def __init__(
         self, folder: Path, manifest: Manifest, shards: LocalShards | ShardCache, cache_bytes: int = CACHE_BYTES

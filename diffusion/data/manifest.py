@@ -1,7 +1,6 @@
-"""The manifest of a data set: the one file that is read first and written last.
+"""The manifest of a data set, read first and written last: its parts, one for each chunk of an ingest.
 
-``manifest.json`` lists the *parts* of the data set, one for each chunk of an ingest: a shard of the kept images and a
-Parquet table of all entries read, both named by content. A new version adds parts and shares the old ones.
+A part is a shard of the kept images and a Parquet table of all entries read, both named by content.
 """
 
 import hashlib
@@ -28,21 +27,11 @@ Outcome = Literal["kept", "duplicate", "quarantined", "removed"]
 
 RECORDS = pa.schema(
     [
-        ("source", pa.string()),
-        ("source_sha256", pa.string()),
-        ("outcome", pa.string()),
-        ("reason", pa.string()),
-        ("key", pa.string()),
-        ("split", pa.string()),
-        ("label", pa.string()),
-        ("caption", pa.string()),
-        ("mode", pa.string()),
-        ("width", pa.int32()),
-        ("height", pa.int32()),
-        ("offset", pa.int64()),
-        ("size", pa.int64()),
-        ("total", pa.list_(pa.int64())),
-        ("squares", pa.list_(pa.int64())),
+        *[(name, pa.string()) for name in ("source", "source_sha256", "outcome", "reason", "key", "split")],
+        *[(name, pa.string()) for name in ("label", "caption", "mode")],
+        *[(name, pa.int32()) for name in ("width", "height")],
+        *[(name, pa.int64()) for name in ("offset", "size")],
+        *[(name, pa.list_(pa.int64())) for name in ("total", "squares")],
         ("phash", pa.int64()),
         ("near", pa.list_(pa.string())),
     ]

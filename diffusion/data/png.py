@@ -27,10 +27,7 @@ TOGETHER = 2**19
 
 
 def encode(pixels: np.ndarray) -> bytes:
-    """Encode ``pixels``, uint8 (H, W) for grey or (H, W, 3) for RGB, as an 8-bit PNG.
-
-    Equal pixels give equal bytes on any machine, given the version of zlib.
-    """
+    """Encode uint8 (H, W) or (H, W, 3) as an 8-bit PNG; equal pixels and zlib versions give equal bytes."""
     height, width = pixels.shape[:2]
     channels = 3 if pixels.ndim == 3 else 1
     # The compressor searches for runs only: that takes two thirds of the time of its fastest level and makes

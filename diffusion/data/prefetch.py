@@ -37,10 +37,7 @@ def in_order(futures: Iterator[Begun[Result]], begun: int) -> Iterator[Result]:
 def prefetch(
     work: Callable[[Item], Result], items: Iterable[Item], workers: int, pool: Executor | None = None
 ) -> Generator[Result, None, None]:
-    """Yield ``work`` of each of ``items`` in order, ``workers`` at a time; at most twice as many are buffered.
-
-    ``pool`` of so many workers is shut down at the end; None: threads.
-    """
+    """Yield ``work`` of each of ``items`` in order; up to twice ``workers`` are buffered. Shuts ``pool`` down."""
     pool = pool or ThreadPoolExecutor(workers)
     try:
         yield from in_order((pool.submit(work, item) for item in items), 2 * workers)

@@ -170,10 +170,7 @@ class ShardCache:
         self._pool = ThreadPoolExecutor(2, thread_name_prefix="fetch")
 
     def read(self, entry: FileEntry, spans: Sequence[Span]) -> list[bytes]:
-        """Read ``spans`` of a shard, fetched first if it is not cached.
-
-        Raises UserError if it is unavailable, arrives damaged twice, or does not fit.
-        """
+        """Read ``spans`` of a shard, fetched if needed; raises UserError if it is unavailable, damaged or too large."""
         with self._lock:
             future = self._coming.pop(entry.sha256, None)
         # A background fetch that has not started is cancelled.

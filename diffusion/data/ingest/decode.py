@@ -127,10 +127,10 @@ def _refusing(config: IngestConfig) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class _Source:
+    """Decoded, upright image in its original colours and bit depth, of ``size`` before ``scale``."""
+
     image: Image.Image
-    """Decoded, upright image in its original colours and bit depth."""
     size: tuple[int, int]
-    """Width and height before ``scale``."""
     scale: int
     """The image was decoded at this fraction of its size, rounded up."""
     spare: tuple[float, float] = (0, 0)

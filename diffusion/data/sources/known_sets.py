@@ -135,10 +135,7 @@ class TorchvisionSet:
 
     @classmethod
     def open(cls, name: str, options: dict[str, str], access: Access) -> Self:
-        """The set ``name`` with the options ``root`` (needed), ``split``, and ``download=true``.
-
-        Raises UserError for other sets and options. Nothing is fetched unless ``download`` says so.
-        """
+        """Open a set with the options ``root`` (needed), ``split``, ``download``; raises UserError for other sets."""
         where, known, split = f"torchvision:{name}", sorted((*IDX_FILES, *IMAGE_FILES, *ARRAYS)), options.get("split")
         if name in PICKLED:
             raise UserError(f"{where} is kept in pickles, and they could run anything: save it as PNG or Parquet first")

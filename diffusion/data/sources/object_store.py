@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 from typing import Self, TextIO
 from uuid import uuid4
@@ -13,7 +14,7 @@ from diffusion.data.ingest.decode import UnusableEntry
 from diffusion.data.prefetch import prefetch
 from diffusion.data.sources.base import MISSING, Access, Entry, ObjectStore, Payload, too_large
 from diffusion.data.sources.conventions import list_images, printable
-from diffusion.data.sources.local_files import TARS, changed, once, open_text
+from diffusion.data.sources.local_files import TARS, WILD, before_wild, changed, expanded, once, open_text
 
 WORKERS = 16
 IN_MEMORY = 2**20
@@ -41,6 +42,25 @@ def fetched(uri: str, etag: str, access: Access) -> Path:
 
     suffix = PurePosixPath(uri).suffix
     return once(access.scratch / f"fetched-{digest_of([uri, etag])[:32]}{suffix}", download)
+
+
+def matching_objects(pattern: str, access: Access) -> Iterator[tuple[str, str, str]]:
+    """Yield name, URI and ETag of the objects that ``pattern`` matches, as ``matching`` does for files."""
+    objects = require(pattern, access)
+    base = before_wild(pattern).rpartition("/")[0] + "/"
+    matches: dict[str, str] = {}
+    for piece in expanded(pattern):
+        # Wildcards do not match slashes.
+        parts = piece.split("/")
+        etags = {
+            found.uri: found.etag
+            for found in objects.find(before_wild(piece, WILD))
+            if len(names := found.uri.split("/")) == len(parts) and all(map(fnmatchcase, names, parts))
+        }
+        if not etags or "**" in piece:
+            raise UserError(f"there is no object {piece}: check the name (** has no meaning here)")
+        matches |= etags
+    yield from ((printable(uri.removeprefix(base)), uri, etag) for uri, etag in sorted(matches.items()))
 
 
 @dataclass(frozen=True)

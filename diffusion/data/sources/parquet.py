@@ -59,14 +59,12 @@ class PageRefused(ValueError):
 
 @dataclass(frozen=True)
 class Columns:
-    """Columns of image, label and caption in a file."""
+    """Columns of image (itself, or the paths of its bytes and path), label and caption, and the names of classes."""
 
     leaves: tuple[str, ...]
-    """Paths of the leaves to read of the column of images: itself, or its bytes and path."""
     label: str | None
     caption: str | None
     classes: Sequence[str] | None
-    """Names that integers in ``label`` stand for."""
 
 
 @dataclass(frozen=True)

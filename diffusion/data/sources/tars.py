@@ -6,7 +6,6 @@ import tarfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from itertools import groupby
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, TextIO, TypeAlias, cast
@@ -15,17 +14,8 @@ from diffusion.common.errors import UserError
 from diffusion.data.ingest.decode import UnusableEntry
 from diffusion.data.sources.base import LONGEST, MISSING, Access, Entry, Payload, shortened, too_large, too_long
 from diffusion.data.sources.conventions import as_text, is_image, list_images, printable
-from diffusion.data.sources.local_files import (
-    WILD,
-    as_lines,
-    before_wild,
-    expanded,
-    matching,
-    open_unchanged,
-    stamp_of,
-    uncompressed,
-)
-from diffusion.data.sources.object_store import fetched, require
+from diffusion.data.sources.local_files import as_lines, matching, open_unchanged, stamp_of, uncompressed
+from diffusion.data.sources.object_store import fetched, matching_objects
 
 LONGEST_HEADER = 2**20
 """Maximum bytes of all headers of a member."""
@@ -86,10 +76,7 @@ class Tar:
 
 
 def members(path: Path, where: str) -> Iterator[TarMember]:
-    """Yield all files in the uncompressed tar at ``path``; links and devices have a reason for a place.
-
-    Raises UserError, naming ``where``, for a tar that is damaged, truncated, or continues after its end.
-    """
+    """Yield all files in a plain tar, links with a reason; raises UserError, naming ``where``, for a damaged one."""
     try:
         with _Headers(io.FileIO(path)) as file, tarfile.open(fileobj=file, mode="r:", encoding="utf-8") as tar:
             while (info := tar.next()) is not None:
@@ -217,27 +204,9 @@ class WebDataset:
     def _shards(self) -> Iterator[tuple[str, str, str]]:
         """Yield the unique name, the path or URI, and the stamp or ETag of each shard."""
         if self.pattern.startswith("s3://"):
-            yield from self._remote()
+            yield from matching_objects(self.pattern, self.access)
         else:
             yield from ((name, str(path), stamp_of(path)) for name, path in matching(self.pattern, ".tar"))
-
-    def _remote(self) -> Iterator[tuple[str, str, str]]:
-        objects = require(self.pattern, self.access)
-        base = before_wild(self.pattern).rpartition("/")[0] + "/"
-        matches: dict[str, str] = {}
-        for piece in expanded(self.pattern):
-            found = objects.find(before_wild(piece, WILD))
-            etags = {each.uri: each.etag for each in found if _matches(each.uri, piece)}
-            if not etags or "**" in piece:
-                raise UserError(f"there is no object {piece}: check the name (** has no meaning here)")
-            matches |= etags
-        yield from ((printable(uri.removeprefix(base)), uri, etag) for uri, etag in sorted(matches.items()))
-
-
-def _matches(uri: str, pattern: str) -> bool:
-    """Match as a glob of files does: wildcards do not match slashes."""
-    parts, patterns = uri.split("/"), pattern.split("/")
-    return len(parts) == len(patterns) and all(map(fnmatchcase, parts, patterns))
 
 
 def _samples(path: Path, where: str) -> Iterator[tuple[list[TarMember], dict[str, TarMember]]]:

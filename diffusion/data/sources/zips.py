@@ -36,18 +36,14 @@ FULL = 2**32 - 1
 
 
 class ZipOffset(NamedTuple):
-    """Position and sizes of a file in a zip."""
+    """A file in a zip: offset of its local header, bytes in the zip and unpacked, and offset of the next data."""
 
     header: int
-    """Offset of its local header."""
     method: int
     packed: int
-    """Bytes in the zip."""
     size: int
-    """Bytes unpacked."""
     crc: int
     end: int
-    """Offset of the next data in the zip."""
 
 
 @dataclass(frozen=True)
@@ -111,8 +107,7 @@ def members(path: Path) -> Iterator[tuple[str, str | None, ZipOffset]]:
     """Yield name, the reason why it is unavailable, and place of each file in a zip, in the order of its directory.
 
     The directory is kept on disk, as there may be any number of files. Raises UserError if it is damaged, or if files
-    share bytes: such a zip unpacks to far more than it holds (Fifield, A better zip bomb, 2019), and programs interpret
-    it differently.
+    share bytes: such a zip unpacks to far more than it holds (Fifield, A better zip bomb, 2019).
     """
     try:
         # SQLite's name for a private temporary file.

@@ -44,10 +44,7 @@ from diffusion.data.versions.versions import kept_in
 
 
 def choose(folder: Path, selection: Selection) -> tuple[Chosen, list[str]]:
-    """Find the images of the data set in ``folder`` that ``selection`` matches, and their names; changes nothing.
-
-    Raises UserError if a key or pattern matches no image, or a key prefix several.
-    """
+    """Find the images that ``selection`` matches, and their names; raises UserError if some of it fits none."""
     manifest = read_manifest(folder)
     chosen, names, unmatched = chosen_by(folder, manifest, Selector(selection))
     if unmatched:

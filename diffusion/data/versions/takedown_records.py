@@ -217,10 +217,7 @@ class Holders(Config):
 
 
 def holders(folder: Path, removal: Removal, versions: Iterable[Manifest], elsewhere: Elsewhere = nowhere) -> Holders:
-    """Return those of ``versions`` of the data set in ``folder`` that kept images of ``removal``, in their order.
-
-    With another storage configuration the same files have other keys, so file digests are compared as well.
-    """
+    """Return which of ``versions`` kept images of ``removal``, by their keys or the digests of their files."""
     removed = {*removal.image_keys, *removal.digests}
     found: dict[str, bool | None] = dict.fromkeys(removal.tables, True)
     held, unknown = [], []
@@ -244,10 +241,7 @@ def _kept(records: pa.Table) -> set[str]:
 
 
 def still_held(folder: Path, removals: Sequence[Removal]) -> list[Removal]:
-    """Return the ``removals`` of which the current version of the data set in ``folder`` has images, in their order.
-
-    Every table is read once. Raises UserError if one is missing or damaged.
-    """
+    """Return the ``removals`` of which the current version has images; raises UserError for a damaged table."""
     if not removals:
         return []
     held: set[str] = set()

@@ -351,10 +351,7 @@ class Difference(Config):
 def diff(
     folder: Path, before: Manifest, after: Manifest, limit: int | None = None, elsewhere: Elsewhere = nowhere
 ) -> Difference:
-    """Compare two versions of the data set in ``folder``, with the first ``limit`` samples of each kind.
-
-    Only parts that they do not share are read. Raises UserError if a table is damaged.
-    """
+    """Compare two versions, with ``limit`` samples of each kind; raises UserError if a table is damaged."""
     old_parts, new_parts = unshared(before, after), unshared(after, before)
     left = _rewritten(folder, old_parts, new_parts, elsewhere) | _rewritten(folder, new_parts, old_parts, elsewhere)
 
