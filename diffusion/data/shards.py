@@ -32,8 +32,6 @@ logger = logging.getLogger(__name__)
 BLOCK = tarfile.BLOCKSIZE
 PATIENCE = 300.0
 """Seconds to wait for other processes to free room in the cache."""
-PAUSE = 0.05
-"""Seconds between checks for room."""
 Span = tuple[int, int]
 """Offset and size in a shard, in bytes."""
 
@@ -209,7 +207,7 @@ class ShardCache:
                     f"no room for shard {entry.name} in {self._folder}, which other processes use as well: "
                     "raise training.stream_bytes, or wait for them"
                 )
-            time.sleep(PAUSE)
+            time.sleep(0.05)
 
     def _open_present(self, entry: FileEntry) -> BufferedReader | None:
         path = self._path(entry.sha256)

@@ -39,8 +39,6 @@ DECODERS: tuple[tuple[bytes, type[ImageFile]], ...] = (
     (rb"II[*+]\0|MM\0[*+]", TiffImageFile),
 )
 """Formats by the first bytes of a file."""
-JPEG_BLOCK = 4096
-"""Bytes passed to the JPEG decoder at a time: a few of them may be a scan over the whole image."""
 LARGE = 2**24
 """Pixels from which a process decodes one image at a time, at about twenty bytes per pixel. JPEGs are decoded at a
 fraction of their size."""
@@ -180,7 +178,7 @@ def _decode(payload: bytes | Image.Image, config: IngestConfig, turns: ExitStack
         width, height = _resized(size, config)
         drafted = image.draft(None, (REDUCED * width, REDUCED * height))
         scale = round(size[0] / drafted[1][2]) if drafted else 1
-        image.decodermaxblock = JPEG_BLOCK
+        image.decodermaxblock = 4096  # a few bytes may be a scan over the whole image
     elif size[0] * size[1] > LARGE:
         turns.enter_context(LARGE_DECODE)
     image.load()

@@ -94,7 +94,14 @@ def ingest(
     make_folder(work)
     with FileLock(work / "lock"), _full_disk_in_words(work):
         before = read_manifest(folder) if (folder / "manifest.json").is_file() else None
-        rebuilding = _rebuilds(before, config, rebuild, folder)
+        different = before and before.stored_otherwise(config.storage())
+        if different and rebuild == "never":
+            name, theirs, ours = different
+            raise UserError(
+                f"data set {folder.name} was made with ingest.{name}={theirs} and this is {ours}: "
+                "give another --dataset, or --rebuild to build it again from this source alone"
+            )
+        rebuilding = before is None or rebuild == "always" or bool(different)
         if before is not None and not rebuilding:
             require_whole(folder, before)
         with closing(Index(work / "index.sqlite", folder, before, config.near_duplicates)) as index:
@@ -166,20 +173,6 @@ def forget_captions(folder: Path) -> None:
     """Delete the cached caption embeddings of the data set in ``folder``."""
     with suppress(FileNotFoundError):  # never read, or gone meanwhile
         shutil.rmtree(captions_folder(folder))
-
-
-def _rebuilds(before: Manifest | None, config: IngestConfig, rebuild: Rebuild, folder: Path) -> bool:
-    """Return whether the data set is rebuilt."""
-    if before is None or rebuild == "always":
-        return True
-    different = before.stored_otherwise(config.storage())
-    if different and rebuild == "never":
-        name, theirs, ours = different
-        raise UserError(
-            f"data set {folder.name} was made with ingest.{name}={theirs} and this is {ours}: "
-            "give another --dataset, or --rebuild to build it again from this source alone"
-        )
-    return bool(different)
 
 
 def _merge(

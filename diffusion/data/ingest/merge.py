@@ -36,9 +36,6 @@ from diffusion.data.manifest import (
 from diffusion.data.shards import TarWriter
 from diffusion.data.versions.versions import remember
 
-REASONS_COUNTED = 10_000
-"""Distinct quarantine reasons counted: some contain sizes and server messages, and may be as many as the images."""
-
 
 def split_of(key: str, held_out: float) -> str:
     """Return the split of an image: a function of its content alone, so it never changes."""
@@ -124,7 +121,8 @@ class Merge:
         if row["outcome"] == "quarantined":
             if self.index.recorded(row["source"], row["source_sha256"]) == ("quarantined", row["reason"]):
                 return False
-            known = len(self.reasons) < REASONS_COUNTED or row["reason"] in self.reasons
+            # Some contain sizes and server messages, and may be as many as the images.
+            known = len(self.reasons) < 10_000 or row["reason"] in self.reasons
             self.reasons[row["reason"] if known else "other reasons"] += 1
         self.new_outcomes[row["outcome"]] += 1
         return True

@@ -35,8 +35,6 @@ BYTES = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view, 
 
 LARGEST_FOOTER = 2**23
 """Maximum bytes of a footer; Arrow takes some thirty times as many for it."""
-LONGEST_HEADER = 2**20
-"""Maximum bytes of a page's header, with its statistics."""
 BYTES_PER_VALUE = 16
 """Bytes that Arrow stores per value of a page besides its content."""
 DECODED_AT_ONCE = 2**25
@@ -294,7 +292,7 @@ def _rows_at_once(file: BinaryIO, about: pq.FileMetaData, group: int, column: in
     while place < end:
         try:
             file.seek(place)
-            header = _read_struct(file, place + LONGEST_HEADER)
+            header = _read_struct(file, place + 2**20)
             kind, size, packed = header[1], header[2], header[3]
             field, encoding = DETAILS.get(kind, (None, 0))
             values, encoded_as = (header[field][1], header[field].get(encoding, 0)) if field else (0, 0)

@@ -22,8 +22,6 @@ LONGEST_HEADER = 2**20
 LINK = "a link or a device inside an archive: only files are read"
 
 SIDECARS = ("json", "txt", "cls")
-LONGEST_SIDECAR = 2**18
-"""Maximum bytes of a text beside an image; parsed JSON may take a hundred times as many."""
 MOST_OF_A_KEY = 1000
 """Maximum number of images per key; a tar with more was not made for WebDataset."""
 
@@ -32,10 +30,9 @@ Place: TypeAlias = str | Sequence[int]
 
 
 class TarMember(NamedTuple):
-    """A file in a tar."""
+    """A file in a tar; its name, as stored without a leading ``./``, is never used as a path."""
 
     name: str
-    """Name as stored, without a leading ``./``; never used as a path."""
     place: Place
 
 
@@ -237,7 +234,8 @@ def _about(sidecars: dict[str, TarMember], file: BinaryIO) -> tuple[str | None, 
     """Return label and caption of a sample; raises ValueError for invalid ones."""
     texts = {}
     for kind, member in sidecars.items():
-        data = read_slice(file, member.place, LONGEST_SIDECAR)
+        # Parsed JSON may take a hundred times as many bytes.
+        data = read_slice(file, member.place, 2**18)
         if isinstance(data, UnusableEntry):
             raise ValueError(f"{member.name}: {data}")
         texts[kind] = data.decode("utf-8-sig").strip()
