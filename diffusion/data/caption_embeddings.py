@@ -1,7 +1,6 @@
 """Embeddings of a data set's captions: computed at the first training that is conditioned on them, and cached.
 
-The cache lies in the work folder, as it is not part of the data set. It holds one embedding per distinct caption, by
-the SHA-256 of its text, and is deleted when images are taken down.
+The cache in the work folder has one embedding per distinct caption and is deleted when images are taken down.
 """
 
 import hashlib

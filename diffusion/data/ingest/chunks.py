@@ -1,7 +1,6 @@
 """The plan of an ingest and its chunks: images are read, decoded and written into one shard per chunk.
 
-A chunk is a pure function of its entries and the configuration, so it may run on any machine that sees the work folder,
-and a chunk that was finished before a kill is not repeated.
+A chunk is a pure function of its entries and the configuration: any machine may run it, and none repeats it.
 """
 
 import hashlib
@@ -97,11 +96,6 @@ def make_plan(
 def description_digest(label: str | None, caption: str | None) -> str:
     """Digest what a source says about an image, to detect changes."""
     return digest_of([label, caption])[:16]
-
-
-def origin_of(uri: str) -> str:
-    """Return the identity of a source: its URI, with local paths made absolute."""
-    return uri if ":" in uri else str(Path(uri).resolve())
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from diffusion.common.config import Config
 from diffusion.common.errors import DarkroomError, UserError
 from diffusion.common.files import is_full_disk, make_folder, remove_partials
 from diffusion.common.progress import Progress, silent
-from diffusion.data.ingest.chunks import chunks_of, make_plan, origin_of, prepare_chunk
+from diffusion.data.ingest.chunks import chunks_of, make_plan, prepare_chunk
 from diffusion.data.ingest.config import IngestConfig
 from diffusion.data.ingest.index import Index
 from diffusion.data.ingest.merge import Merge, write_part
@@ -107,7 +107,9 @@ def ingest(
         with closing(Index(work / "index.sqlite", folder, before, config.near_duplicates)) as index:
             access = Access(config, work / "scratch", objects)
             access.scratch.mkdir(exist_ok=True)
-            source, origin = open_source(config.source, access), origin_of(config.source)
+            source = open_source(config.source, access)
+            # The identity of the source.
+            origin = config.source if ":" in config.source else str(Path(config.source).resolve())
             plan = work / "plan.sqlite"
             listed, planned = make_plan(plan, source, origin, index.path, requeue, rebuilding, progress)
             passed_over = access.passed_over

@@ -44,10 +44,15 @@ def open_source(uri: str, access: Access) -> Source:
     if scheme == "wds" and colon:
         return WebDataset(rest, access)
     if scheme in OPENERS and colon:
-        parts = WITH_OPTIONS.fullmatch(rest)
-        place, options = (parts[1], _options(scheme, *parts.groups())) if parts else (rest, {})
+        match = WITH_OPTIONS.fullmatch(rest)
+        place, options = (match[1], _options(scheme, *match.groups())) if match else (rest, {})
         return OPENERS[scheme][0](place, options, access)
-    path = _local(uri) if scheme == "file" and colon else Path(uri)
+    path = Path(uri)
+    if scheme == "file" and colon:
+        parts = urlsplit(uri)
+        if parts.netloc not in ("", "localhost") or parts.query or parts.fragment:
+            raise UserError(f"{uri} is no file of this machine: write file:///PATH, with %3F for ? and %23 for #")
+        path = Path(unquote(parts.path))
     name = path.name.lower()
     if path.is_dir():
         return Folder(path, access)
@@ -79,10 +84,3 @@ def _options(scheme: str, place: str, text: str) -> dict[str, str]:
             raise UserError(f"{scheme}:{place} has no option {name}: there is {', '.join(known)}")
         options[name] = unquote(value)
     return options
-
-
-def _local(uri: str) -> Path:
-    parts = urlsplit(uri)
-    if parts.netloc not in ("", "localhost") or parts.query or parts.fragment:
-        raise UserError(f"{uri} is no file of this machine: write file:///PATH, with %3F for ? and %23 for #")
-    return Path(unquote(parts.path))

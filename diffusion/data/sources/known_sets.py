@@ -38,8 +38,7 @@ class Idx:
     """The images in the file ``images``, named ``FILE/NUMBER``, with the numbers of their classes as labels.
 
     Labels come from the file beside it that is named as in MNIST (``train-labels-idx1-ubyte`` beside
-    ``train-images-idx3-ubyte``); without one there are none. Files may end in ``.gz``: they are unpacked, once, into
-    the scratch folder.
+    ``train-images-idx3-ubyte``), if any. Files may end in ``.gz``.
 
     Format: http://yann.lecun.com/exdb/mnist (big-endian; two zero bytes, the type 8 for unsigned bytes, the number
     of dimensions, their sizes as 32-bit integers, then the values in C order).

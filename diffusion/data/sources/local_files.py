@@ -4,7 +4,6 @@ import bz2
 import errno
 import glob
 import gzip
-import io
 import lzma
 import os
 import shutil
@@ -95,11 +94,6 @@ def open_text(path: Path) -> TextIO:
         raise UserError(f"{path} cannot be read ({error.strerror}): check the path and its permissions") from error
 
 
-def as_lines(file: BinaryIO) -> TextIO:
-    """Wrap an open file as text."""
-    return io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
-
-
 def before_wild(pattern: str, signs: str = f"{WILD}{{") -> str:
     """Return the part of ``pattern`` before its first wildcard."""
     return pattern[: min((pattern.index(sign) for sign in signs if sign in pattern), default=len(pattern))]
@@ -159,8 +153,7 @@ def once(path: Path, write: Callable[[Path], object]) -> Path:
 def uncompressed(path: Path, before: str, access: Access) -> Path:
     """Return ``path`` itself, or its unpacked copy in the scratch folder, named by path and stamp ``before``.
 
-    Raises FileNotFoundError if ``path`` is needed but gone, and UserError if it is damaged, has another stamp now, or
-    would fill the disk.
+    Raises FileNotFoundError if it is gone, UserError if it is damaged, has another stamp, or would fill the disk.
     """
     opener = PACKED.get(path.suffix.lower())
     if opener is None:

@@ -1,8 +1,7 @@
 """Parquet files with images in them, as Hugging Face writes them or in a plain binary column.
 
-A few bytes may stand for any amount of data, and the sizes in the footer need not be true. Arrow allocates what page
-headers declare, so these are read first (parquet-format's ``PageHeader`` in Thrift's compact protocol) to compute the
-memory that a column needs.
+The sizes in the footer need not be true, and Arrow allocates what page headers declare, so these are read first
+(parquet-format's ``PageHeader`` in Thrift's compact protocol) to compute the memory that a column needs.
 """
 
 import json

@@ -14,7 +14,7 @@ from diffusion.common.errors import UserError
 from diffusion.data.ingest.decode import UnusableEntry
 from diffusion.data.sources.base import LONGEST, MISSING, Access, Entry, Payload, shortened, too_large, too_long
 from diffusion.data.sources.conventions import as_text, is_image, list_images, printable
-from diffusion.data.sources.local_files import as_lines, matching, open_unchanged, stamp_of, uncompressed
+from diffusion.data.sources.local_files import matching, open_unchanged, stamp_of, uncompressed
 from diffusion.data.sources.object_store import fetched, matching_objects
 
 LONGEST_HEADER = 2**20
@@ -69,7 +69,7 @@ class Tar:
         with tarfile.open(uncompressed(self.path, known, self.access), "r:") as tar:
             info = tarfile.TarInfo()
             info.offset_data, info.size = place
-            yield as_lines(cast(BinaryIO, tar.extractfile(info)))
+            yield io.TextIOWrapper(cast(BinaryIO, tar.extractfile(info)), encoding="utf-8-sig", newline="")
 
 
 def members(path: Path, where: str) -> Iterator[TarMember]:
@@ -152,11 +152,8 @@ class WebDataset:
     """The images in tars, named ``SHARD/MEMBER``, with labels and captions from other members of the same key.
 
     A key is a member's path up to the first dot in its name; members of a key lie together. Label and caption come
-    from ``KEY.json`` (``label``; ``caption`` or ``text``), else from ``KEY.cls`` and ``KEY.txt``; other members are
-    ignored.
-
-    ``pattern`` is a path, a folder, a glob or has braces; after ``s3://`` it is no folder. Shards in an object store
-    are fetched, once, into the scratch folder.
+    from ``KEY.json`` (``label``; ``caption`` or ``text``), else from ``KEY.cls`` and ``KEY.txt``. ``pattern`` is a
+    path, a folder, a glob or has braces; after ``s3://`` it is no folder, and its shards are fetched once.
     """
 
     pattern: str

@@ -4,6 +4,7 @@ Formats by PKWARE's APPNOTE.TXT 6.3.10, sections 4.3.7 (local header), 4.3.12 (c
 central directory, also Zip64) and 4.5.3 (Zip64 extra field).
 """
 
+import io
 import json
 import sqlite3
 import stat
@@ -20,7 +21,7 @@ from diffusion.common.errors import UserError
 from diffusion.data.ingest.decode import UnusableEntry
 from diffusion.data.sources.base import MISSING, Access, Entry, Payload, too_large
 from diffusion.data.sources.conventions import list_images, printable
-from diffusion.data.sources.local_files import as_lines, open_unchanged, stamp_of
+from diffusion.data.sources.local_files import open_unchanged, stamp_of
 from diffusion.data.sources.tars import LINK
 
 LOCAL = struct.Struct("<4s22xHH")
@@ -98,7 +99,7 @@ class Zip:
             if isinstance(place, str):
                 raise zipfile.BadZipFile(place)
             with self.path.open("rb") as file, open_member(file, ZipOffset(*place[1:])) as member:
-                yield as_lines(cast(BinaryIO, member))
+                yield io.TextIOWrapper(cast(BinaryIO, member), encoding="utf-8-sig", newline="")
         except (zipfile.BadZipFile, zlib.error, struct.error, EOFError) as error:
             raise UserError(f"the metadata in {self.path} cannot be read ({error}): pack it again") from error
 

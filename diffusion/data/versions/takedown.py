@@ -108,9 +108,8 @@ def _earlier(folder: Path, request_digest: str) -> Removal | None:
 def remove_known(folder: Path, progress: Progress = silent) -> list[Removal]:
     """Make a version of the data set in ``folder`` without images that takedown records on this machine name.
 
-    Each record of which the current version holds images makes a version of its own, equal to the one that its takedown
-    would have made here. The caller holds the data set's lock, and every file of the version is there. Returns the
-    records that were applied. Raises UserError if nothing would be left, or a file is missing or damaged.
+    Each record of which the current version holds images makes a version of its own, as its takedown would have here.
+    The caller holds the data set's lock. Returns the applied records; raises UserError as ``remove`` does.
     """
     applied = []
     for removal in still_held(folder, removals(work_folder(folder))):
