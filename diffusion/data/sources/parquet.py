@@ -257,7 +257,7 @@ def _image(value: Any, limit: int) -> Payload:
 def _in_words(path: Path) -> Iterator[None]:
     try:
         yield
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read as Parquet ({error}): it is damaged or no Parquet file") from error
 
 
@@ -295,7 +295,7 @@ def _rows_at_once(file: BinaryIO, about: pq.FileMetaData, group: int, column: in
             kind, size, packed = header[1], header[2], header[3]
             field, encoding = DETAILS.get(kind, (None, 0))
             values, encoded_as = (header[field][1], header[field].get(encoding, 0)) if field else (0, 0)
-            if min(size, packed, values, encoded_as) < 0:
+            if min(kind, size, packed, values, encoded_as) < 0:
                 raise ValueError
         except (ValueError, TypeError, LookupError, OverflowError, RecursionError) as error:
             raise pa.ArrowInvalid("the header of a page is damaged") from error
