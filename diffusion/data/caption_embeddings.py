@@ -1,7 +1,6 @@
 """Embeddings of a data set's captions: computed at the first training that is conditioned on them, and cached.
 
-The cache lies in the work folder, as it is not part of the data set. It holds one embedding per distinct caption, by
-the SHA-256 of its text, and is deleted when images are taken down.
+The cache in the work folder has one embedding per distinct caption and is deleted when images are taken down.
 """
 
 import hashlib
@@ -50,18 +49,17 @@ class Captions:
 def embeddings_of(dataset: Dataset, texts: Sequence[str], pool: Executor, progress: Progress = silent) -> Tensor:
     """Compute the embeddings of ``texts``, all the captions of ``dataset`` in their order: (len(texts), 384) float32.
 
-    Cached under the digests of content and encoder; embeddings in files of earlier versions are reused before these are
-    deleted. Concurrent trainings wait for one another. Raises UserError if the text encoder is unavailable.
+    Those in the cache are reused, and those of captions that the set no longer has leave it when others come.
+    Concurrent trainings wait for one another. Raises UserError if the text encoder is unavailable.
     """
     # Required even if all embeddings are cached: each checkpoint embeds captions for its sample grid.
     read = encoder()
-    folder = captions_folder(dataset.folder)
-    path = folder / f"{dataset.manifest.content_digest[:16]}-{ENCODER.digest[:16]}.safetensors"
-    folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.with_suffix(".lock")):
+    path = _cache_file(dataset)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.parent.with_suffix(".lock")):
         digests = [_digest(text) for text in texts]
-        embeddings, missing = _known(folder, digests)
-        if not missing and _files(folder) == [path]:
+        embeddings, missing = _known(path, digests)
+        if not missing:
             return embeddings
         for start in range(0, len(missing), CHUNK):
             chunk = missing[start : start + CHUNK]
@@ -70,11 +68,6 @@ def embeddings_of(dataset: Dataset, texts: Sequence[str], pool: Executor, progre
         tensors = {"texts": torch.from_numpy(np.frombuffer(b"".join(digests), np.uint8).copy()).view(-1, 32)}
         digest = save_tensors(path, tensors | {"embeddings": embeddings}, {"encoder": ENCODER.model_dump()})
         write_bytes(path.with_suffix(".sha256"), f"{digest}\n".encode())
-        # Earlier files are deleted once the new one is complete.
-        for other in _files(folder):
-            if other != path:
-                other.with_suffix(".sha256").unlink(missing_ok=True)
-                other.unlink(missing_ok=True)
         if read_manifest(dataset.folder).content_digest != dataset.manifest.content_digest:
             # Images may have been taken down meanwhile. A takedown writes the manifest and then checks this folder; the
             # order here is reversed, so that one of the two finds the file.
@@ -84,7 +77,7 @@ def embeddings_of(dataset: Dataset, texts: Sequence[str], pool: Executor, progre
 
 def seconds_to_read(dataset: Dataset, texts: Sequence[str], threads: int) -> float:
     """Estimate the seconds of ``embeddings_of`` in ``threads`` threads from a few of the texts that it would embed."""
-    _, missing = _known(captions_folder(dataset.folder), [_digest(text) for text in texts])
+    _, missing = _known(_cache_file(dataset), [_digest(text) for text in texts])
     tried = [texts[number] for number in missing[:TRIED]]
     read, began = encoder(), time.perf_counter()
     for text in tried:
@@ -96,19 +89,16 @@ def _digest(text: str) -> bytes:
     return hashlib.sha256(text.encode()).digest()
 
 
-def _files(folder: Path) -> list[Path]:
-    """Return the cache files of this encoder in ``folder``."""
-    return sorted(folder.glob(f"*-{ENCODER.digest[:16]}.safetensors"))
+def _cache_file(dataset: Dataset) -> Path:
+    return captions_folder(dataset.folder) / f"{ENCODER.digest[:16]}.safetensors"
 
 
-def _known(folder: Path, digests: Sequence[bytes]) -> tuple[Tensor, list[int]]:
-    """Return the cached embeddings of the texts with these ``digests``, and the indices of those not in ``folder``."""
+def _known(path: Path, digests: Sequence[bytes]) -> tuple[Tensor, list[int]]:
+    """Return the cached embeddings of the texts with these ``digests``, and the indices of those not in the cache."""
     embeddings = torch.empty(len(digests), WIDTH)
     missing = dict(zip(digests, range(len(digests)), strict=True))
-    for path in _files(folder):
-        with suppress(FileNotFoundError):  # deleted meanwhile
-            if sha256_file(path) != path.with_suffix(".sha256").read_text().strip():
-                continue
+    with suppress(FileNotFoundError):  # or deleted meanwhile
+        if sha256_file(path) == path.with_suffix(".sha256").read_text().strip():
             tensors = load_file(path)
             for text, embedding in zip(tensors["texts"].numpy(), tensors["embeddings"], strict=True):
                 if (number := missing.pop(text.tobytes(), None)) is not None:

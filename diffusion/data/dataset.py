@@ -1,9 +1,10 @@
 """Data set as used by training and evaluation: rows in an order free of history, images as tensors."""
 
+import json
 from collections.abc import Iterator, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import pyarrow as pa
@@ -14,8 +15,10 @@ from torch import Tensor
 from diffusion.common.errors import UserError
 from diffusion.data.manifest import Manifest, Split, read_manifest, read_records, repair_hint, require_whole
 from diffusion.data.png import decode_many
-from diffusion.data.shard_cache import ShardCache
-from diffusion.data.shards import LocalShards
+from diffusion.data.shards import LocalShards, ShardCache
+
+if TYPE_CHECKING:
+    from webdataset import WebDataset
 
 CACHE_BYTES = 2 * 2**30
 """Size limit, in bytes, up to which the decoded images of the whole set are kept in memory."""
@@ -24,26 +27,22 @@ CHUNK = 1024
 SPLITS: tuple[Split, ...] = ("train", "held_out")
 ROW = np.dtype(
     [
-        ("key", "S32"),  # bytes, which sort as their hex digits do
-        ("split", "i1"),  # number in SPLITS
-        ("label", "i4"),  # number in the manifest's labels; −1: none
-        ("shard", "i4"),  # number in the manifest's shards
-        ("offset", "i8"),
-        ("size", "i4"),
-        ("read", "i4"),  # number of kept images before this one in the records
+        *[("key", "S32"), ("split", "i1"), ("label", "i4"), ("shard", "i4")],
+        *[("offset", "i8"), ("size", "i4"), ("read", "i4")],
     ]
 )
-"""Row of the table of the kept images, which is sorted by key: 57 bytes each."""
+"""Row of the table of the kept images, sorted by key (bytes, which sort as their hex digits do): 57 bytes each.
+
+``split``, ``label`` and ``shard`` are numbers in SPLITS and the manifest's labels (−1: none) and shards; ``read`` is
+the number of kept images before this one in the records.
+"""
 
 Rows: TypeAlias = Sequence[int] | np.ndarray
 """Row numbers, (N,)."""
 
 
 class Dataset:
-    """A data set in a folder: images are read from shards, which are verified before their first use.
-
-    Decoded images are cached in memory if the whole set fits into ``cache_bytes``. Thread-safe.
-    """
+    """Images of a data set from verified shards; decoded ones are kept if all fit ``cache_bytes``. Thread-safe."""
 
     def __init__(
         self, folder: Path, manifest: Manifest, shards: LocalShards | ShardCache, cache_bytes: int = CACHE_BYTES
@@ -122,9 +121,9 @@ class Dataset:
         """Return the number of each row's shard in the manifest: (len(rows),) int32."""
         return self._table["shard"][_numbers(rows)]  # type: ignore[no-any-return]
 
-    def ahead(self, shards: Sequence[int] | None = None) -> None:
+    def prefetch(self, shards: Sequence[int] | None = None) -> None:
         """Prepare ``shards`` (None: all) in the background, soonest needed first."""
-        self._shards.ahead(self._entries if shards is None else [self._entries[number] for number in shards])
+        self._shards.prefetch(self._entries if shards is None else [self._entries[number] for number in shards])
 
     def images(self, rows: Rows) -> Tensor:
         """Return the images in ``rows`` as (len(rows), C, H, W) uint8; raises UserError if a shard is damaged."""
@@ -209,3 +208,46 @@ def _codes(column: pa.ChunkedArray, names: Sequence[str]) -> np.ndarray:
     table: np.ndarray = np.array([*(numbers.get(name, -1) for name in found), -1], np.int32)
     codes: np.ndarray = table[pc.fill_null(encoded.indices, len(found)).to_numpy()]
     return codes
+
+
+def open_webdataset(folder: Path, split: Split = "train", shuffle: int = 0, seed: int = 0) -> "WebDataset":
+    """Open one split of the data set in ``folder`` as a WebDataset pipeline, for other training scripts.
+
+    A sample has ``key`` (hex SHA-256 of its pixels), ``image`` (uint8, (C, H, W)), ``label`` (number of its class in
+    the manifest's labels, −1 for none) and ``caption`` (str or None). ``torch.utils.data.DataLoader`` takes it with any
+    number of workers, which divide the shards among them. Nothing in the shards is unpickled.
+
+    ``shuffle``: size of the shuffle buffer in images; 0 for the stored order of images and shards, which are otherwise
+    shuffled by ``seed``. Raises UserError if a shard or table is missing or damaged.
+    """
+    # Imported here: Darkroom's own training does not need it.
+    import webdataset
+
+    dataset = Dataset.open(folder, cache_bytes=0)
+    manifest = dataset.manifest
+    keys = frozenset(dataset.keys(dataset.rows(split)))
+    dataset.close()
+    pipeline = webdataset.WebDataset(
+        [str(folder / shard.name) for shard in manifest.shards],
+        shardshuffle=len(manifest.shards) if shuffle else False,
+        seed=seed,
+        empty_check=False,
+    ).select(partial(_is_one_of, keys))
+    if shuffle:
+        pipeline = pipeline.shuffle(shuffle)
+    numbers = {label: number for number, label in enumerate(manifest.labels)}
+    return pipeline.map(partial(_decoded, dataset.shape, numbers))
+
+
+def _is_one_of(keys: frozenset[str], sample: dict[str, Any]) -> bool:
+    return sample["__key__"] in keys
+
+
+def _decoded(shape: tuple[int, int, int], numbers: dict[str, int], sample: dict[str, Any]) -> dict[str, Any]:
+    about = json.loads(sample["json"])
+    return {
+        "key": sample["__key__"],
+        "image": torch.from_numpy(decode_many([sample["png"]], shape)[0].copy()),
+        "label": numbers.get(about.get("label"), -1),
+        "caption": about.get("caption"),
+    }

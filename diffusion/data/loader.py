@@ -145,7 +145,7 @@ class Loader:
         self.rank = rank
         self.share = batch_size // ranks
         self.flip_seed = flip_seed
-        self.prefetch = prefetch
+        self._prefetch = prefetch
         self.waited = 0.0
         """Seconds that callers of ``batch`` have waited so far."""
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="loader")
@@ -155,19 +155,19 @@ class Loader:
     def batch(self, position: int, end: int | None = None) -> Batch:
         """Return this rank's share of the batch at ``position``; nothing is prepared beyond ``end``."""
         began = time.perf_counter()
-        self.ahead(position, end)
+        self.prefetch(position, end)
         try:
             return self._ready.pop(position).result()
         finally:
             self.waited += time.perf_counter() - began
 
-    def ahead(self, position: int, end: int | None = None) -> None:
+    def prefetch(self, position: int, end: int | None = None) -> None:
         """Start to prepare the batch at ``position`` and those that follow it, and drop all others."""
         coming = self.order.coming(position)
         if coming != self._shards:
-            self.dataset.ahead(coming)
+            self.dataset.prefetch(coming)
             self._shards = coming
-        following = range(position, position + (self.prefetch + 1) * self.batch_size, self.batch_size)
+        following = range(position, position + (self._prefetch + 1) * self.batch_size, self.batch_size)
         positions = [at for at in following if end is None or at < end or at == position]
         for at in self._ready.keys() - positions:
             self._ready.pop(at).cancel()

@@ -1,20 +1,18 @@
-"""The manifest of a data set: the one file that is read first and written last.
+"""The manifest of a data set, read first and written last: its parts, one for each chunk of an ingest.
 
-``manifest.json`` lists the *parts* of the data set, one for each chunk of an ingest: a shard of the kept images and a
-Parquet table of all entries read, both named by content. A new version adds parts and shares the old ones.
+A part is a shard of the kept images and a Parquet table of all entries read, both named by content.
 """
 
 import hashlib
 import json
-import sqlite3
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import closing
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pydantic import Field, ValidationError
 
@@ -29,21 +27,11 @@ Outcome = Literal["kept", "duplicate", "quarantined", "removed"]
 
 RECORDS = pa.schema(
     [
-        ("source", pa.string()),
-        ("source_sha256", pa.string()),
-        ("outcome", pa.string()),
-        ("reason", pa.string()),
-        ("key", pa.string()),
-        ("split", pa.string()),
-        ("label", pa.string()),
-        ("caption", pa.string()),
-        ("mode", pa.string()),
-        ("width", pa.int32()),
-        ("height", pa.int32()),
-        ("offset", pa.int64()),
-        ("size", pa.int64()),
-        ("total", pa.list_(pa.int64())),
-        ("squares", pa.list_(pa.int64())),
+        *[(name, pa.string()) for name in ("source", "source_sha256", "outcome", "reason", "key", "split")],
+        *[(name, pa.string()) for name in ("label", "caption", "mode")],
+        *[(name, pa.int32()) for name in ("width", "height")],
+        *[(name, pa.int64()) for name in ("offset", "size")],
+        *[(name, pa.list_(pa.int64())) for name in ("total", "squares")],
         ("phash", pa.int64()),
         ("near", pa.list_(pa.string())),
     ]
@@ -300,10 +288,7 @@ def sample_digest(key: str, split: str, label: str | None, caption: str | None) 
 
 
 def digest_of_samples(storage: StorageConfig, samples: Iterable[bytes]) -> str:
-    """Compute the content digest of images whose ``sample_digest``s come in the order of their keys.
-
-    Hex SHA-256 over the canonical JSON of ``storage`` followed by the digests.
-    """
+    """Compute the hex SHA-256 over the canonical JSON of ``storage`` and the ``sample_digest``s in order of keys."""
     digest = hashlib.sha256(canonical_json(storage.model_dump(mode="json")).encode())
     for sample in samples:
         digest.update(sample)
@@ -311,16 +296,10 @@ def digest_of_samples(storage: StorageConfig, samples: Iterable[bytes]) -> str:
 
 
 def content_digest(folder: Path, parts: Iterable[Part], storage: StorageConfig) -> str:
-    """Compute the content digest of the kept images of ``parts`` of the data set in ``folder``.
-
-    Sorted on disk, so that memory does not grow with the set. Raises UserError if a table is missing or damaged.
-    """
-    # A database without a name lies in a temporary file that the system deletes with this process.
-    with closing(sqlite3.connect("")) as database:
-        database.execute("CREATE TABLE kept (key TEXT, digest BLOB)")
-        for part in parts:
-            table = read_records(folder, part, ("outcome", *SAMPLE))
-            kept = ([row[name] for name in SAMPLE] for row in table.to_pylist() if row["outcome"] == "kept")
-            rows = ((sample[0], sample_digest(*sample)) for sample in kept)
-            database.executemany("INSERT INTO kept VALUES (?, ?)", rows)
-        return digest_of_samples(storage, (row[0] for row in database.execute("SELECT digest FROM kept ORDER BY key")))
+    """Compute the content digest of the images of ``parts``; raises UserError if a table is missing or damaged."""
+    samples = []
+    for part in parts:
+        kept = read_records(folder, part, ("outcome", *SAMPLE)).filter(pc.field("outcome") == "kept")
+        rows = kept.select(SAMPLE).to_pylist()
+        samples += [bytes.fromhex(row["key"]) + sample_digest(**row) for row in rows]
+    return digest_of_samples(storage, (sample[32:] for sample in sorted(samples)))

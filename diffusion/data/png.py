@@ -22,16 +22,10 @@ SUMS = -20
 """Offset, from the end, of the Adler-32 of the rows and the CRC of their chunk."""
 NONE, SUB, UP = range(3)
 """Filters: a byte as it is, minus the one of the pixel to the left, minus the one above."""
-TOGETHER = 2**19
-"""Approximate bytes of pixels unfiltered at a time, so that they stay in the processor's cache."""
-PIXELS_AT_ONCE = 2**20
 
 
 def encode(pixels: np.ndarray) -> bytes:
-    """Encode ``pixels``, uint8 (H, W) for grey or (H, W, 3) for RGB, as an 8-bit PNG.
-
-    Equal pixels give equal bytes on any machine, given the version of zlib.
-    """
+    """Encode uint8 (H, W) or (H, W, 3) as an 8-bit PNG; equal pixels and zlib versions give equal bytes."""
     height, width = pixels.shape[:2]
     channels = 3 if pixels.ndim == 3 else 1
     # The compressor searches for runs only: that takes two thirds of the time of its fastest level and makes
@@ -44,11 +38,9 @@ def encode(pixels: np.ndarray) -> bytes:
 
 
 def _filtered(values: np.ndarray, channels: int) -> np.ndarray:
-    """Prefix each filtered row of ``values``, (H, W·C), with the number of its filter: (H, 1 + W·C).
-
-    The filter of a row is the one whose bytes, taken as signed, are nearest to 0. Only the three are used that can be
-    undone for many pixels at a time; the other two save 3 % of a photograph.
-    """
+    """Prefix each filtered row of ``values``, (H, W·C), with the number of its filter: (H, 1 + W·C)."""
+    # The one whose bytes, taken as signed, are nearest to 0, of the three that can be undone for many pixels at a time.
+    # The other two save 3 % of a photograph.
     tried = np.stack([values, values, values])
     tried[SUB, :, channels:] -= values[:, :-channels]
     tried[UP, 1:] -= values[:-1]
@@ -75,7 +67,8 @@ def decode_many(pngs: Sequence[bytes | memoryview], shape: tuple[int, int, int])
     """
     channels, height, width = shape
     out = np.empty((len(pngs), height, width, channels), np.uint8)
-    step = max(TOGETHER // (channels * height * width), 16)
+    # Few enough pixels to stay in the processor's cache.
+    step = max(2**19 // (channels * height * width), 16)
     for start in range(0, len(pngs), step):
         left = {number: bytes(png) for number, png in enumerate(pngs[start : start + step], start)}
         for each in {1, channels}:
@@ -101,11 +94,9 @@ def _is_plain(png: bytes) -> bool:
 
 
 def _inflated(pngs: Sequence[bytes], height: int, width: int) -> bytes | None:
-    """Inflate plain ``pngs`` to filtered rows, ``width`` bytes each after the filter's; None if any is damaged.
-
-    The blocks of all files form one stream. Inflated one by one they would take half as long again when two threads
-    decode in parallel, as each waits for the interpreter lock between files.
-    """
+    """Inflate plain ``pngs`` to filtered rows, ``width`` bytes each after the filter's; None if any is damaged."""
+    # The blocks of all files form one stream. Inflated one by one they would take half as long again when two threads
+    # decode in parallel, as each waits for the interpreter lock between files.
     blocks = b"".join([*(png[BLOCKS : SUMS - len(LAST_BLOCK)] for png in pngs), LAST_BLOCK])
     length = height * (1 + width)
     inflater = isal_zlib.decompressobj(-zlib.MAX_WBITS)

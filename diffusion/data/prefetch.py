@@ -34,13 +34,10 @@ def in_order(futures: Iterator[Begun[Result]], begun: int) -> Iterator[Result]:
         waiting.extend(islice(futures, 1))
 
 
-def ahead(
+def prefetch(
     work: Callable[[Item], Result], items: Iterable[Item], workers: int, pool: Executor | None = None
 ) -> Generator[Result, None, None]:
-    """Yield ``work`` of each of ``items`` in order, ``workers`` at a time; at most twice as many are buffered.
-
-    ``pool`` of so many workers is shut down at the end; None: threads.
-    """
+    """Yield ``work`` of each of ``items`` in order; up to twice ``workers`` are buffered. Shuts ``pool`` down."""
     pool = pool or ThreadPoolExecutor(workers)
     try:
         yield from in_order((pool.submit(work, item) for item in items), 2 * workers)
@@ -69,6 +66,6 @@ def local_fan_out(config: IngestConfig) -> FanOut:
     def fan_out(work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
         processes = config.runner == "processes"
         pool = ProcessPoolExecutor(config.workers, get_context("forkserver"), end_with_parent) if processes else None
-        return ahead(work, items, config.workers, pool)
+        return prefetch(work, items, config.workers, pool)
 
     return fan_out

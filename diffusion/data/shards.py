@@ -1,20 +1,24 @@
 """WebDataset tars: written so that equal samples give equal bytes, copied without being unpacked, read by offset.
 
-Every shard is verified before it is read.
+Every shard is verified before it is read. Remote shards are fetched into a cache of bounded size ahead of use.
 """
 
+import errno
 import hashlib
+import logging
 import mmap
 import os
 import tarfile
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import lru_cache
 from io import BufferedReader
 from pathlib import Path
 from threading import Lock
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
+
+from filelock import FileLock, Timeout
 
 from diffusion.common.errors import UserError
 from diffusion.common.files import canonical_json
@@ -23,25 +27,13 @@ from diffusion.data.manifest import FileEntry, repair_hint
 if TYPE_CHECKING:
     from _typeshed import SupportsWrite
 
+logger = logging.getLogger(__name__)
+
 BLOCK = tarfile.BLOCKSIZE
-VERIFIERS = 2
-"""Shards verified at the same time: SHA-256 works outside the interpreter lock."""
-OPEN_SHARDS = 256
-"""Maximum number of open shards: each takes a file descriptor, of which systems commonly grant 1024."""
+PATIENCE = 300.0
+"""Seconds to wait for other processes to free room in the cache."""
 Span = tuple[int, int]
 """Offset and size in a shard, in bytes."""
-
-
-@dataclass(frozen=True)
-class Extent:
-    """Position of a sample in a shard."""
-
-    start: int
-    """Offset of its first header, in bytes."""
-    end: int
-    """Offset of the end of its padding, in bytes."""
-    png: int
-    """Size of its PNG, whose bytes begin one block behind ``start``."""
 
 
 class TarWriter:
@@ -51,12 +43,12 @@ class TarWriter:
         self.file = file
         self.position = 0
 
-    def add(self, key: str, png: bytes, about: dict[str, Any]) -> Extent:
-        """Append a sample; ``about`` goes into its JSON."""
-        start = self.position
+    def add(self, key: str, png: bytes, about: dict[str, Any]) -> int:
+        """Append a sample, with ``about`` as its JSON; returns the offset of its PNG."""
+        offset = self.position + BLOCK
         self._member(f"{key}.png", png)
         self._member(f"{key}.json", canonical_json(about).encode())
-        return Extent(start, self.position, len(png))
+        return offset
 
     def copy(self, source: BinaryIO, offset: int, size: int) -> int:
         """Append the sample of ``source`` whose PNG of ``size`` bytes is at ``offset``; returns its new offset."""
@@ -92,10 +84,11 @@ class LocalShards:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._mapped = lru_cache(maxsize=OPEN_SHARDS)(self._map)
+        # Each takes a file descriptor, of which systems commonly grant 1024.
+        self._mapped = lru_cache(maxsize=256)(self._map)
         self._verified: dict[str, Future[None]] = {}
         self._lock = Lock()
-        self._pool = ThreadPoolExecutor(VERIFIERS, thread_name_prefix="verify")
+        self._pool = ThreadPoolExecutor(2, thread_name_prefix="verify")
 
     def read(self, entry: FileEntry, spans: Sequence[Span]) -> list[memoryview]:
         """Return ``spans`` of a shard without a copy; raises UserError if it is missing or damaged."""
@@ -103,7 +96,7 @@ class LocalShards:
         view = self._mapped(entry.name)
         return [view[offset : offset + size] for offset, size in spans]
 
-    def ahead(self, entries: Sequence[FileEntry]) -> None:
+    def prefetch(self, entries: Sequence[FileEntry]) -> None:
         """Start to verify ``entries``."""
         for entry in entries:
             self._verify(entry)
@@ -144,3 +137,163 @@ def damage(file: BufferedReader, entry: FileEntry) -> str | None:
 def mapped(file: BufferedReader) -> memoryview:
     """Map the bytes of an immutable file into memory."""
     return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+
+
+class ShardStore(Protocol):
+    """Remote storage of a data set's shards."""
+
+    def fetch(self, entry: FileEntry, path: Path) -> None:
+        """Write the shard's bytes to ``path``, unverified, replacing any file there; retry transient errors.
+
+        Called by several threads. Raises UserError if the shard does not exist or is unavailable.
+        """
+
+
+class ShardCache:
+    """LRU cache of shards in ``folder``, into which ``store`` fetches them; together they take at most ``max_bytes``.
+
+    A shard is named by its SHA-256, appears atomically, and is verified before its first use. Processes may share a
+    folder: each uses what the others have fetched, and a shard evicted while it is read stays readable.
+    """
+
+    def __init__(self, folder: Path, store: ShardStore, max_bytes: int) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._folder = folder
+        self._store = store
+        self._max_bytes = max_bytes
+        self._lock = Lock()
+        self._wanted: list[str] = []
+        self._coming: dict[str, Future[None]] = {}
+        self._verified: set[str] = set()
+        self._pool = ThreadPoolExecutor(2, thread_name_prefix="fetch")
+
+    def read(self, entry: FileEntry, spans: Sequence[Span]) -> list[bytes]:
+        """Read ``spans`` of a shard, fetched if needed; raises UserError if it is unavailable, damaged or too large."""
+        with self._lock:
+            future = self._coming.pop(entry.sha256, None)
+        # A background fetch that has not started is cancelled.
+        if future is not None and not future.cancel():
+            future.result()
+        with self._opened(entry) as file, mapped(file) as view:
+            return [bytes(view[offset : offset + size]) for offset, size in spans]
+
+    def prefetch(self, entries: Sequence[FileEntry]) -> None:
+        """Fetch ``entries`` in the background, soonest needed first, and cancel earlier requests."""
+        with self._lock:
+            self._wanted = [entry.sha256 for entry in entries]
+            self._coming = {sha256: future for sha256, future in self._coming.items() if not future.done()}
+            for entry in entries:
+                if entry.sha256 not in self._coming:
+                    self._coming[entry.sha256] = self._pool.submit(self._fetch_requested, entry)
+
+    def close(self) -> None:
+        """Stop fetching; fetched shards stay."""
+        self._pool.shutdown(cancel_futures=True)
+
+    def _fetch_requested(self, entry: FileEntry) -> None:
+        is_needed = entry.sha256 in self._wanted and not self._path(entry.sha256).is_file()
+        # Without room the reader fetches it and may evict shards needed later.
+        if is_needed and (file := self._fetch(entry, force=False)):
+            file.close()
+
+    def _opened(self, entry: FileEntry) -> BufferedReader:
+        """Open a shard, verified, for reading: from here on its name may vanish."""
+        deadline = time.monotonic() + PATIENCE
+        while True:
+            if file := self._open_present(entry) or self._fetch(entry, force=True):
+                return file
+            if time.monotonic() > deadline:
+                raise UserError(
+                    f"no room for shard {entry.name} in {self._folder}, which other processes use as well: "
+                    "raise training.stream_bytes, or wait for them"
+                )
+            time.sleep(0.05)
+
+    def _open_present(self, entry: FileEntry) -> BufferedReader | None:
+        path = self._path(entry.sha256)
+        try:
+            file = path.open("rb")
+        except FileNotFoundError:
+            return None
+        os.utime(file.fileno())
+        if entry.sha256 not in self._verified:
+            if found := damage(file, entry):
+                logger.warning("shard %s in the cache, %s, is %s: fetching it again", entry.name, path, found)
+                file.close()
+                with self._locked():
+                    path.unlink(missing_ok=True)
+                return None
+            self._verified.add(entry.sha256)
+        return file
+
+    def _fetch(self, entry: FileEntry, force: bool) -> BufferedReader | None:
+        """Fetch a shard; None if another process just did, or there is no room for it."""
+        path, partial = self._path(entry.sha256), self._folder / f"{entry.sha256}.{entry.bytes}.partial"
+        with self._locked(entry.sha256):
+            if path.is_file() or not self._make_room(partial, entry, force):
+                return None
+            try:
+                for _ in range(2):
+                    self._store.fetch(entry, partial)
+                    file = partial.open("rb")
+                    if not (found := damage(file, entry)):
+                        self._verified.add(entry.sha256)
+                        with self._locked():
+                            partial.replace(path)
+                        return file
+                    file.close()
+                    logger.warning("shard %s as it comes from the remote is %s", entry.name, found)
+            except OSError as error:
+                if error.errno != errno.ENOSPC:
+                    raise
+                raise UserError(
+                    f"no space left for shard {entry.name} in {partial.parent}: "
+                    "free some, or lower training.stream_bytes"
+                ) from error
+            finally:
+                partial.unlink(missing_ok=True)
+        raise UserError(
+            f"shard {entry.name} as it comes from the remote is {found}, also when fetched again: "
+            "push the data set once more with `dvc push`, or ingest it again from its source"
+        )
+
+    def _path(self, sha256: str) -> Path:
+        return self._folder / f"{sha256}.tar"
+
+    def _make_room(self, partial: Path, entry: FileEntry, force: bool) -> bool:
+        """Evict the least recently used shards, with ``force`` also those to be prefetched; False if not enough."""
+        if entry.bytes > self._max_bytes:
+            raise UserError(
+                f"shard {entry.name} has {entry.bytes} bytes and the cache holds {self._max_bytes}: "
+                "raise training.stream_bytes"
+            )
+        keep = self._wanted
+        with self._locked():
+            whole = {path.stem: path.stat() for path in self._folder.glob("*.tar")}
+            used = sum(stat.st_size for stat in whole.values()) + sum(self._reserved()) + entry.bytes
+            spare = sorted(whole.keys() - keep, key=lambda sha256: whole[sha256].st_mtime_ns)
+            spare += [sha256 for sha256 in reversed(keep) if force and sha256 in whole]
+            for sha256 in spare:
+                if used <= self._max_bytes:
+                    break
+                self._path(sha256).unlink()
+                used -= whole[sha256].st_size
+            if used > self._max_bytes:
+                return False
+            partial.touch()
+            return True
+
+    def _reserved(self) -> Iterator[int]:
+        """Yield the sizes of shards being fetched; files of killed processes are deleted."""
+        for partial in self._folder.glob("*.partial"):
+            sha256, size, _ = partial.name.split(".")
+            try:
+                with self._locked(sha256, timeout=0):
+                    partial.unlink(missing_ok=True)
+            except Timeout:
+                yield int(size)
+
+    def _locked(self, sha256: str = "", timeout: float = -1) -> FileLock:
+        """Return the lock of a shard that is fetched, or of the folder."""
+        # The empty lock file is never deleted: deleting it while others wait would admit two of them.
+        return FileLock(self._folder / (f".{sha256}.lock" if sha256 else ".lock"), timeout=timeout)

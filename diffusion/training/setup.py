@@ -26,7 +26,7 @@ from diffusion.data.caption_embeddings import Captions
 from diffusion.data.dataset import Dataset
 from diffusion.data.loader import Batch
 from diffusion.data.manifest import Manifest, read_manifest
-from diffusion.data.shard_cache import ShardCache, ShardStore
+from diffusion.data.shards import ShardCache, ShardStore
 from diffusion.families import family_of
 from diffusion.families.model import Conditioning, Model, ModelHeader, classes_of, to_float
 from diffusion.families.vae import VAEModel, latent_shape

@@ -21,7 +21,7 @@ from diffusion.common.fingerprint import Fingerprint
 from diffusion.common.progress import Progress, silent
 from diffusion.common.threads import cores, worker_threads
 from diffusion.data.caption_embeddings import embeddings_of, seconds_to_read
-from diffusion.data.shard_cache import ShardStore
+from diffusion.data.shards import ShardStore
 from diffusion.models.config import FamilyConfig
 from diffusion.models.text_encoder import WIDTH
 from diffusion.process.samplers import SamplingConfig
@@ -228,7 +228,7 @@ def _begin_or_resume(trainer: Trainer, checkpoints: Checkpoints, output: Path, s
     if header := ranks.broadcast(header):
         trainer.total = header["total"]
         state.load(ranks.broadcast_tensors(tensors), header[COUNTS])
-        trainer.loader.ahead(state.images, trainer.total)
+        trainer.loader.prefetch(state.images, trainer.total)
         if ranks.is_main:
             logger.info("resuming from %d of %d images", state.images, trainer.total)
             if changed := Fingerprint.model_validate(header[FINGERPRINT]).differences(setup.fingerprint):
@@ -237,7 +237,7 @@ def _begin_or_resume(trainer: Trainer, checkpoints: Checkpoints, output: Path, s
     pace = None if config.images else measure_pace(setup, trainer.threads, sampling)
     preflight = make_preflight(trainer, pace)
     trainer.total = math.ceil(preflight.images / config.batch_size) * config.batch_size
-    trainer.loader.ahead(state.images, trainer.total)
+    trainer.loader.prefetch(state.images, trainer.total)
     if ranks.is_main:
         for name, words in preflight.lines():
             logger.info("%-8s  %s", name, words)

@@ -408,7 +408,7 @@ def _version_of(output: Any, pushed: bool = False) -> DataVersion:
 
 
 class RemoteShards:
-    """``diffusion.data.shard_cache.ShardStore`` of the data set in ``folder``, pushed to ``source``."""
+    """``diffusion.data.shards.ShardStore`` of the data set in ``folder``, pushed to ``source``."""
 
     def __init__(self, folder: Path, source: str) -> None:
         self.folder = folder

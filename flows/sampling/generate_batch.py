@@ -22,8 +22,8 @@ from diffusion.common.config import Config
 from diffusion.common.device import resolve_device
 from diffusion.common.errors import Held, UserError
 from diffusion.common.fingerprint import Fingerprint, fingerprint
-from diffusion.data.prefetch import ahead
-from diffusion.data.shards import BLOCK, TarWriter
+from diffusion.data.prefetch import prefetch
+from diffusion.data.shards import TarWriter
 from diffusion.families.model import Model
 from diffusion.generation.config import UNCONDITIONAL, Conditions
 from diffusion.generation.generate import check_prompts, check_sampling, label_names, prompt_embeddings, sample
@@ -114,7 +114,7 @@ def generate_chunk(
     groups = _generate(batch, weights, indices, table, at_once)
     files = nullcontext(partial(_put_files, store, batch, place))
     with files if batch.format == "png" else _tar(store, batch, place, sampling_batch.tar_key(chunk)) as write:
-        lines = b"".join(ahead(write, groups, 1))
+        lines = b"".join(prefetch(write, groups, 1))
     store.put_once(place.bucket, part, lines, content_type=JSON_LINES)
     return Work(images=len(indices), process=process, began=began, ended=time.process_time())
 
@@ -162,8 +162,8 @@ def _tar(store: Store, batch: SamplingBatch, place: Location, name: str) -> Iter
         tar = TarWriter(file)
 
         def add(png: bytes, row: Row) -> Row:
-            extent = tar.add(f"{row['index']:08d}", png, sampling_batch.shard_json(row))
-            return row | {"tar": name, "offset": extent.start + BLOCK, "size": extent.png}
+            offset = tar.add(f"{row['index']:08d}", png, sampling_batch.shard_json(row))
+            return row | {"tar": name, "offset": offset, "size": len(png)}
 
         yield lambda generated: sampling_batch.part_bytes(add(*each) for each in _encode(batch, generated))
         tar.close()

@@ -1,7 +1,6 @@
 """The plan of an ingest and its chunks: images are read, decoded and written into one shard per chunk.
 
-A chunk is a pure function of its entries and the configuration, so it may run on any machine that sees the work folder,
-and a chunk that was finished before a kill is not repeated.
+A chunk is a pure function of its entries and the configuration: any machine may run it, and none repeats it.
 """
 
 import hashlib
@@ -43,14 +42,12 @@ REFUSED = "SELECT 1 FROM stored.records r WHERE r.source = l.source AND r.outcom
 KNOWN = "SELECT group_concat(hex(r.sha256)) FROM stored.records r WHERE r.source = l.source"
 CORRECTED = "SELECT 1 FROM stored.entries s WHERE s.origin = :origin AND s.source = l.source AND s.digest != l.digest"
 """Query: the source describes the entry in another way than before, so it is read again, even with equal bytes."""
-LISTED_AT_ONCE = 10_000
 COLUMNS = (*RECORDS.names, "stamp")
 """Columns of a prepared entry: its record, without outcomes that depend on the whole data set. ``outcome``
-is ``quarantined``, ``duplicate`` (within the chunk), ``known`` (read before) or null; ``offset`` is that of the
-sample."""
+is ``quarantined``, ``duplicate`` (within the chunk), ``known`` (read before) or null."""
 NOT_OF_A_CHUNK = {"source", "licence", "max_quarantined", "shard_bytes", "runner", "workers", "held_out"}
 """Fields of the configuration that cannot change what a chunk becomes."""
-FORMAT = 4
+FORMAT = 5
 """Incremented when the same images would be stored in another way, so that chunks of older code are not reused."""
 TEXT_OF_A_CHUNK = 2**23
 """Approximate characters of names, labels and captions per chunk; its memory grows with them."""
@@ -73,7 +70,7 @@ def make_plan(
 
         def rows() -> Iterator[tuple[str | None, ...]]:
             for number, entry in enumerate(map(bounded, source.entries()), start=1):
-                if number % LISTED_AT_ONCE == 0:
+                if number % 10_000 == 0:
                     progress("images listed", number, None)
                 yield (*entry, description_digest(entry.label, entry.caption))
 
@@ -99,11 +96,6 @@ def make_plan(
 def description_digest(label: str | None, caption: str | None) -> str:
     """Digest what a source says about an image, to detect changes."""
     return digest_of([label, caption])[:16]
-
-
-def origin_of(uri: str) -> str:
-    """Return the identity of a source: its URI, with local paths made absolute."""
-    return uri if ":" in uri else str(Path(uri).resolve())
 
 
 @dataclass(frozen=True)
@@ -183,8 +175,7 @@ def _prepare(chunk: Chunk, planned: list[tuple[Entry, frozenset[str]]], writer: 
             continue
         seen.add(image.key)
         metadata = {name: row[name] for name in ("label", "caption", "source")} | {"sha256": row["source_sha256"]}
-        extent = writer.add(image.key, image.png, metadata)
-        row |= {"offset": extent.start, "size": extent.png}
+        row |= {"offset": writer.add(image.key, image.png, metadata), "size": len(image.png)}
     writer.close()
     return rows
 

@@ -10,13 +10,14 @@ from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Literal
 
+import pyarrow.compute as pc
 from filelock import FileLock
 
 from diffusion.common.config import Config
 from diffusion.common.errors import DarkroomError, UserError
 from diffusion.common.files import is_full_disk, make_folder, remove_partials
 from diffusion.common.progress import Progress, silent
-from diffusion.data.ingest.chunks import chunks_of, make_plan, origin_of, prepare_chunk
+from diffusion.data.ingest.chunks import chunks_of, make_plan, prepare_chunk
 from diffusion.data.ingest.config import IngestConfig
 from diffusion.data.ingest.index import Index
 from diffusion.data.ingest.merge import Merge, write_part
@@ -24,8 +25,6 @@ from diffusion.data.manifest import Manifest, read_manifest, read_records, requi
 from diffusion.data.prefetch import FanOut, local_fan_out
 from diffusion.data.sources import open_source
 from diffusion.data.sources.base import Access, ObjectStore
-
-QUARANTINED_SHOWN = 1000
 
 Rebuild = Literal["never", "if_different", "always"]
 """When to rebuild the data set from this source alone; ``if_different``: if images are to be stored in another way."""
@@ -95,13 +94,22 @@ def ingest(
     make_folder(work)
     with FileLock(work / "lock"), _full_disk_in_words(work):
         before = read_manifest(folder) if (folder / "manifest.json").is_file() else None
-        rebuilding = _rebuilds(before, config, rebuild, folder)
+        different = before and before.stored_otherwise(config.storage())
+        if different and rebuild == "never":
+            name, theirs, ours = different
+            raise UserError(
+                f"data set {folder.name} was made with ingest.{name}={theirs} and this is {ours}: "
+                "give another --dataset, or --rebuild to build it again from this source alone"
+            )
+        rebuilding = before is None or rebuild == "always" or bool(different)
         if before is not None and not rebuilding:
             require_whole(folder, before)
         with closing(Index(work / "index.sqlite", folder, before, config.near_duplicates)) as index:
             access = Access(config, work / "scratch", objects)
             access.scratch.mkdir(exist_ok=True)
-            source, origin = open_source(config.source, access), origin_of(config.source)
+            source = open_source(config.source, access)
+            # The identity of the source.
+            origin = config.source if ":" in config.source else str(Path(config.source).resolve())
             plan = work / "plan.sqlite"
             listed, planned = make_plan(plan, source, origin, index.path, requeue, rebuilding, progress)
             passed_over = access.passed_over
@@ -110,9 +118,10 @@ def ingest(
                 raise UserError(
                     f"no images in {config.source}{others}: give a source of JPEG, PNG, WebP, GIF, BMP or TIFF images"
                 )
+            merge = Merge(folder, config, index, origin, [] if before is None or rebuilding else list(before.parts))
             prepared = fan_out(prepare_chunk, chunks_of(work, config, objects, planned))
             try:
-                after, merge = _merge(folder, config, before, index, prepared, planned, rebuilding, progress)
+                after = _merge(merge, before, prepared, planned, rebuilding, progress)
             except UserError:
                 # The cause of the quarantine may be fixed, so the entries must be read again.
                 _remove_work(work)
@@ -134,7 +143,7 @@ def ingest(
                 passed_over=dict(passed_over.most_common()),
                 kept=after.kept,
                 duplicates=index.count("duplicate"),
-                quarantined=[Quarantined(**each) for each in index.quarantined(QUARANTINED_SHOWN)],
+                quarantined=[Quarantined(**each) for each in index.quarantined(1000)],
                 quarantined_count=index.count("quarantined"),
             )
 
@@ -168,44 +177,21 @@ def forget_captions(folder: Path) -> None:
         shutil.rmtree(captions_folder(folder))
 
 
-def _rebuilds(before: Manifest | None, config: IngestConfig, rebuild: Rebuild, folder: Path) -> bool:
-    """Return whether the data set is rebuilt."""
-    if before is None or rebuild == "always":
-        return True
-    different = before.stored_otherwise(config.storage())
-    if different and rebuild == "never":
-        name, theirs, ours = different
-        raise UserError(
-            f"data set {folder.name} was made with ingest.{name}={theirs} and this is {ours}: "
-            "give another --dataset, or --rebuild to build it again from this source alone"
-        )
-    return bool(different)
-
-
 def _merge(
-    folder: Path,
-    config: IngestConfig,
-    before: Manifest | None,
-    index: Index,
-    prepared: Iterator[Path],
-    planned: int,
-    rebuilding: bool,
-    progress: Progress,
-) -> tuple[Manifest, Merge]:
+    merge: Merge, before: Manifest | None, prepared: Iterator[Path], planned: int, rebuilding: bool, progress: Progress
+) -> Manifest:
     """Merge all chunks, and make the result the current version if it has anything new."""
+    folder, config, index = merge.folder, merge.config, merge.index
     with index.transaction():
-        parts = [] if before is None or rebuilding else list(before.parts)
-        merge = Merge(folder, config, index, origin_of(config.source), parts)
         if rebuilding:
             index.clear()
             # Images taken down from the previous version are still rejected.
-            tables = (
-                read_records(folder, part) for part in (before.parts if before else ()) if "removed" in part.outcomes
-            )
-            if removed := [row for table in tables for row in table.to_pylist() if row["outcome"] == "removed"]:
+            old = [part for part in (before.parts if before else ()) if "removed" in part.outcomes]
+            tables = (read_records(folder, part).filter(pc.field("outcome") == "removed") for part in old)
+            if removed := [row for table in tables for row in table.to_pylist()]:
                 for row in removed:
                     index.record(row)
-                parts.append(write_part(folder, 0, None, removed, config.size))
+                merge.parts.append(write_part(folder, 0, None, removed, config.size))
         progress("images ingested", 0, planned)
         for chunk in prepared:
             merge.add(chunk)
@@ -221,24 +207,23 @@ def _merge(
                 f"share of {config.max_quarantined:g} that ingest.max_quarantined allows ({reasons}): fix them, "
                 "or allow more"
             )
-        kept = None if rebuilding else before
         after = Manifest(
             name=folder.name,
             parent=before.digest if before else None,
             change="rebuild" if before and rebuilding else "ingest",
             content_digest="",
             storage=config.storage(),
-            licence=config.licence or (kept and kept.licence),
+            licence=config.licence or (None if rebuilding or before is None else before.licence),
             parts=merge.parts,
         )
-        same = ("parts", "storage", "licence")
-        if before is not None and all(getattr(before, name) == getattr(after, name) for name in same):
+        same = {"parts", "storage", "licence"}
+        if before is not None and before.model_dump(include=same) == after.model_dump(include=same):
             after = before
         else:
             after = after.model_copy(update={"content_digest": index.content_digest(after)})
             write_manifest(folder, after)
         index.set_version(after)
-    return after, merge
+    return after
 
 
 def remove_strays(folder: Path) -> None:

@@ -33,11 +33,8 @@ from diffusion.data.manifest import (
     versions,
     work_folder,
 )
-from diffusion.data.shards import BLOCK, TarWriter
+from diffusion.data.shards import TarWriter
 from diffusion.data.versions.versions import remember
-
-REASONS_COUNTED = 10_000
-"""Distinct quarantine reasons counted: some contain sizes and server messages, and may be as many as the images."""
 
 
 def split_of(key: str, held_out: float) -> str:
@@ -89,8 +86,6 @@ class Merge:
         rows = read_records(self.folder, part).to_pylist()
         kept = [row for row in rows if row["outcome"] == "kept"]
         self.index.add_hashes(self.folder, part, rows)
-        for row in kept:
-            row["offset"] -= BLOCK
         records, lost = [], 0
         for row in rows:
             ours = self.index.recorded(row["source"], row["source_sha256"])
@@ -126,7 +121,8 @@ class Merge:
         if row["outcome"] == "quarantined":
             if self.index.recorded(row["source"], row["source_sha256"]) == ("quarantined", row["reason"]):
                 return False
-            known = len(self.reasons) < REASONS_COUNTED or row["reason"] in self.reasons
+            # Some contain sizes and server messages, and may be as many as the images.
+            known = len(self.reasons) < 10_000 or row["reason"] in self.reasons
             self.reasons[row["reason"] if known else "other reasons"] += 1
         self.new_outcomes[row["outcome"]] += 1
         return True
@@ -151,16 +147,11 @@ class Merge:
                 row |= {"split": splits[0], "near": [root.hex() for root in roots]}
 
     def _append(self, records: list[dict[str, Any]], source: Path | None, digest: str, samples: int) -> None:
-        """Append a part of ``records``: its shard is ``source``, whose SHA-256 is ``digest``, or some of its samples.
-
-        Their offsets, until here those of the samples, become those of the PNGs.
-        """
+        """Append a part of ``records``, whose shard is ``source`` with SHA-256 ``digest``, or some of its samples."""
         if not records:
             return
         number, shard = len(self.parts), None
         kept = [row for row in records if row["outcome"] == "kept"]
-        for row in kept:
-            row["offset"] += BLOCK
         if source is not None and kept:
             if len(kept) == samples:
                 staged = self.folder / "shards" / f".{number:05d}.tar"
@@ -216,14 +207,8 @@ def write_part(folder: Path, number: int, shard: FileEntry | None, records: list
 
 def blanked(row: dict[str, Any], reason: str) -> dict[str, Any]:
     """Reduce the row of an image that was taken down to the digests by which it is rejected."""
-    left = {
-        "outcome": "removed",
-        "reason": reason,
-        "source": "",
-        "key": row["key"] or "",
-        "source_sha256": row["source_sha256"],
-    }
-    return dict.fromkeys(RECORDS.names) | left
+    digests = {name: row[name] or "" for name in ("key", "source_sha256")}
+    return dict.fromkeys(RECORDS.names) | digests | {"outcome": "removed", "reason": reason, "source": ""}
 
 
 def _counts(rows: list[dict[str, Any]], column: str) -> dict[str, int]:
@@ -260,7 +245,22 @@ def merge_versions(folder: Path, config: IngestConfig, theirs: Manifest, base: M
     Raises Held if the two store images in different ways, or ours rebuilt the data set.
     """
     ours = read_manifest(folder)
-    require_compatible(folder, ours, theirs, base)
+    line = takewhile(lambda version: base is None or version.digest != base.digest, versions(folder))
+    faster = (
+        f"another process was first: the newest version of data set {folder.name} is {theirs.digest[:12]} by now, and"
+    )
+    go_on = f"`darkroom data checkout {theirs.digest[:12]} --dataset {folder.name}`, then ingest again"
+    if any(version.change == "rebuild" for version in line):
+        raise Held(
+            f"{faster} {ours.digest[:12]} here is a rebuild: give the command with --rebuild again to publish it all "
+            f"the same, or to add to theirs {go_on}"
+        )
+    if different := theirs.stored_otherwise(ours.storage):
+        name, other, mine = different
+        raise Held(
+            f"{faster} stores images with ingest.{name}={other}, while {ours.digest[:12]} here has {mine}: "
+            f"give another --dataset, or to add to theirs {go_on} with that"
+        )
     shared = {part.records.sha256 for part in (*theirs.parts, *(base.parts if base else ()))}
     config = config.model_copy(update=dict(theirs.storage))
     with (
@@ -286,23 +286,3 @@ def merge_versions(folder: Path, config: IngestConfig, theirs: Manifest, base: M
         write_bytes(folder / "manifest.json", manifest_bytes(after))
         index.set_version(after)
     return Union(version=after, added=merge.new_outcomes["kept"], lost=lost)
-
-
-def require_compatible(folder: Path, ours: Manifest, theirs: Manifest, base: Manifest | None) -> None:
-    """Raise Held unless what ``ours`` added to ``base`` can be added to ``theirs``, as configured."""
-    line = takewhile(lambda version: base is None or version.digest != base.digest, versions(folder))
-    faster = (
-        f"another process was first: the newest version of data set {folder.name} is {theirs.digest[:12]} by now, and"
-    )
-    go_on = f"`darkroom data checkout {theirs.digest[:12]} --dataset {folder.name}`, then ingest again"
-    if any(version.change == "rebuild" for version in line):
-        raise Held(
-            f"{faster} {ours.digest[:12]} here is a rebuild: give the command with --rebuild again to publish it all "
-            f"the same, or to add to theirs {go_on}"
-        )
-    if different := theirs.stored_otherwise(ours.storage):
-        name, other, mine = different
-        raise Held(
-            f"{faster} stores images with ingest.{name}={other}, while {ours.digest[:12]} here has {mine}: "
-            f"give another --dataset, or to add to theirs {go_on} with that"
-        )

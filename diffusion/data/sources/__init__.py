@@ -7,13 +7,12 @@ from urllib.parse import unquote, urlsplit
 
 from diffusion.common.errors import UserError
 from diffusion.data.sources.base import Access, Source
-from diffusion.data.sources.folder import Folder
+from diffusion.data.sources.conventions import Folder
 from diffusion.data.sources.known_sets import Idx, TorchvisionSet
 from diffusion.data.sources.local_files import TARS
 from diffusion.data.sources.object_store import Objects
 from diffusion.data.sources.parquet import Parquet
-from diffusion.data.sources.tars import Tar
-from diffusion.data.sources.wds import WebDataset
+from diffusion.data.sources.tars import Tar, WebDataset
 from diffusion.data.sources.zips import Zip
 
 SUPPORTED = (
@@ -45,10 +44,15 @@ def open_source(uri: str, access: Access) -> Source:
     if scheme == "wds" and colon:
         return WebDataset(rest, access)
     if scheme in OPENERS and colon:
-        parts = WITH_OPTIONS.fullmatch(rest)
-        place, options = (parts[1], _options(scheme, *parts.groups())) if parts else (rest, {})
+        match = WITH_OPTIONS.fullmatch(rest)
+        place, options = (match[1], _options(scheme, *match.groups())) if match else (rest, {})
         return OPENERS[scheme][0](place, options, access)
-    path = _local(uri) if scheme == "file" and colon else Path(uri)
+    path = Path(uri)
+    if scheme == "file" and colon:
+        parts = urlsplit(uri)
+        if parts.netloc not in ("", "localhost") or parts.query or parts.fragment:
+            raise UserError(f"{uri} is no file of this machine: write file:///PATH, with %3F for ? and %23 for #")
+        path = Path(unquote(parts.path))
     name = path.name.lower()
     if path.is_dir():
         return Folder(path, access)
@@ -80,10 +84,3 @@ def _options(scheme: str, place: str, text: str) -> dict[str, str]:
             raise UserError(f"{scheme}:{place} has no option {name}: there is {', '.join(known)}")
         options[name] = unquote(value)
     return options
-
-
-def _local(uri: str) -> Path:
-    parts = urlsplit(uri)
-    if parts.netloc not in ("", "localhost") or parts.query or parts.fragment:
-        raise UserError(f"{uri} is no file of this machine: write file:///PATH, with %3F for ? and %23 for #")
-    return Path(unquote(parts.path))

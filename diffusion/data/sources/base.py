@@ -63,13 +63,9 @@ def bounded(entry: Entry) -> Entry:
     long = [kind for kind, text in texts.items() if len(text or "") > LONGEST[kind]]
     if not long:
         return entry
-    return entry._replace(
-        source=shortened(entry.source) if "name" in long else entry.source,
-        stamp="",  # its texts may be fixed while its bytes stay the same
-        label=None if "label" in long else entry.label,
-        caption=None if "caption" in long else entry.caption,
-        problem=too_long(long[0]),
-    )
+    source = shortened(entry.source) if "name" in long else entry.source
+    # Without a stamp, as its texts may be fixed while its bytes stay the same.
+    return Entry(source, entry.locator, stamp="", problem=too_long(long[0]))
 
 
 def too_long(kind: str) -> str:

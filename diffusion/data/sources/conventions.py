@@ -2,17 +2,20 @@
 
 import csv
 import json
+import os
 import posixpath
 import re
 import sqlite3
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, closing
-from pathlib import PurePosixPath
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, closing, suppress
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
 from typing import Any, TextIO
 
 from diffusion.common.errors import UserError
-from diffusion.data.sources.base import MISSING, Entry
+from diffusion.data.sources.base import MISSING, Access, Entry, Payload
+from diffusion.data.sources.local_files import open_text, read_file, stamp_if_there
 
 EXTENSIONS = frozenset((".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".gif", ".bmp", ".tif", ".tiff"))
 """Extensions of possible images; the format is determined by the bytes."""
@@ -24,19 +27,12 @@ METADATA_FILES = ("metadata.csv", "metadata.jsonl")
 LONGEST_LINE = 2**20
 """Maximum characters of a line of a table, or of all lines of a CSV record, so that a file that is not a table is not
 read into memory."""
-MOST_COLUMNS = 1000
-"""Maximum columns of a CSV; each takes memory and time in every record, even if its line is short."""
-RECORDS_PER_FILE = 10
-"""Maximum average number of metadata records per existing file: they compress well."""
 
 _UNSAFE = re.compile("[\x00-\x1f\x7f\ud800-\udfff]")
 
 
 def printable(name: str) -> str:
-    """Convert a file name of any bytes to printable text.
-
-    Control characters and bytes that are not UTF-8 (surrogates, by PEP 383) become backslash escapes.
-    """
+    """Convert a file name of any bytes to text: control characters and what is not UTF-8 become backslash escapes."""
     return _UNSAFE.sub(_escaped, name)
 
 
@@ -82,11 +78,11 @@ def list_images(
         last = "SELECT locator, stamp, name, max(number) FROM files WHERE name = ? GROUP BY name"
         tables = [row for name in METADATA_FILES for row in database.execute(last, (name,))]
         if len(tables) > 1:
-            raise both_tables(where)
+            raise UserError(f"{where} has both {' and '.join(METADATA_FILES)}: keep one of them")
         for locator, stamp, table, _ in tables:
             database.execute("CREATE INDEX names ON files (name, number)")
             (count,) = database.execute("SELECT count(*) FROM files").fetchone()
-            most = RECORDS_PER_FILE * count + 1000
+            most = 10 * count + 1000  # records compress well
             with open_table(locator, stamp) as lines:
                 for number, (name, label, caption) in enumerate(described(lines, f"{where}/{table}"), start=1):
                     if number > most:
@@ -105,16 +101,8 @@ def list_images(
                 passed_over[posixpath.splitext(name)[1].lower()] += 1
 
 
-def both_tables(where: str) -> UserError:
-    """Return the error for two metadata files in one place."""
-    return UserError(f"{where} has both {' and '.join(METADATA_FILES)}: keep one of them")
-
-
 def described(lines: TextIO, where: str) -> Iterator[tuple[str, str | None, str | None]]:
-    """Yield relative path, label and caption of each record of the metadata file ``where``.
-
-    Raises UserError for records without a ``file_name``, or with one that leads out of the file's folder.
-    """
+    """Yield path, label and caption of each record; raises UserError for one that names no file in the folder."""
     for number, record in enumerate(records(lines, where), start=1):
         name = record.get("file_name")
         if not isinstance(name, str) or not name:
@@ -176,8 +164,9 @@ def _csv_records(lines: TextIO) -> Iterator[dict[str, Any]]:
 
     for number, row in enumerate(csv.DictReader(counted()), start=1):
         characters = 0
-        if len(row) > MOST_COLUMNS:
-            raise ValueError(f"it has {len(row)} columns, over the limit of {MOST_COLUMNS}")
+        # Each takes memory and time in every record, even if its line is short.
+        if len(row) > 1000:
+            raise ValueError(f"it has {len(row)} columns, over the limit of 1000")
         if None in row:
             raise ValueError(f"record {number} has more fields than the header: put quotes around commas")
         yield row
@@ -188,3 +177,55 @@ def _short_lines(lines: TextIO) -> Iterator[str]:
         if len(line) == LONGEST_LINE:
             raise ValueError(f"a line is longer than {LONGEST_LINE} characters")
         yield line
+
+
+@dataclass(frozen=True)
+class Folder:
+    """The images below ``root``, as ``list_images`` finds them. Links are followed."""
+
+    root: Path
+    access: Access
+    in_order = False
+
+    def entries(self) -> Iterator[Entry]:
+        """Yield all images in the folder's order; raises UserError for unreadable metadata."""
+        return list_images(self._files(), str(self.root), self._table, self.access.passed_over)
+
+    def read(self, entries: Sequence[Entry]) -> Iterator[Payload]:
+        """Yield their bytes."""
+        for entry in entries:
+            yield read_file(self.root / json.loads(entry.locator), self.access.config.max_bytes)
+
+    def _table(self, locator: str, _: str) -> AbstractContextManager[TextIO]:
+        return open_text(self.root / json.loads(locator))
+
+    def _files(self) -> Iterator[tuple[str, str, str]]:
+        for name in _walk(str(self.root), "", (_real(self.root),)):
+            yield printable(name), json.dumps(name), stamp_if_there(self.root / name)
+
+
+def _walk(folder: str, prefix: str, above: tuple[str, ...]) -> Iterator[str]:
+    """Yield the visible files below ``folder``, each once, however links lead to it; ``above``: its real parents."""
+    try:
+        children = os.scandir(folder)
+    except OSError as error:
+        raise UserError(f"{folder} cannot be read ({error.strerror}): mend its permissions or take it away") from error
+    with children:
+        for child in children:
+            name, is_folder = f"{prefix}{child.name}", False
+            if child.name.startswith("."):
+                continue
+            with suppress(OSError):  # a link to itself, say
+                is_folder = child.is_dir()
+            if not is_folder:
+                yield name
+                continue
+            real, top = _real(child.path) if child.is_symlink() else f"{above[-1]}/{child.name}", above[0]
+            # A folder that a walk from the root reaches without following links is read there.
+            elsewhere = real != f"{top}/{name}" and real.startswith(f"{top}/") and "/." not in real[len(top) :]
+            if real not in above and not elsewhere:
+                yield from _walk(child.path, f"{name}/", (*above, real))
+
+
+def _real(path: Path | str) -> str:
+    return os.path.realpath(path).rstrip("/")

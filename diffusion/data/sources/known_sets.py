@@ -20,9 +20,6 @@ from diffusion.data.sources.conventions import printable
 from diffusion.data.sources.local_files import changed, read_file, stamp, stamp_if_there, stamp_of, uncompressed
 
 IDX_SPLITS = {"train": "train", "test": "t10k"}
-UNSIGNED_BYTE = 8
-IDX_HEADER = 16
-"""Bytes before the images."""
 IDX_FILES = ("MNIST", "FashionMNIST", "KMNIST")
 """Sets of torchvision read by ``Idx``: torchvision loads the pickles of its older versions if it finds some."""
 IMAGE_FILES = (
@@ -41,8 +38,7 @@ class Idx:
     """The images in the file ``images``, named ``FILE/NUMBER``, with the numbers of their classes as labels.
 
     Labels come from the file beside it that is named as in MNIST (``train-labels-idx1-ubyte`` beside
-    ``train-images-idx3-ubyte``); without one there are none. Files may end in ``.gz``: they are unpacked, once, into
-    the scratch folder.
+    ``train-images-idx3-ubyte``), if any. Files may end in ``.gz``.
 
     Format: http://yann.lecun.com/exdb/mnist (big-endian; two zero bytes, the type 8 for unsigned bytes, the number
     of dimensions, their sizes as 32-bit integers, then the values in C order).
@@ -103,7 +99,7 @@ class Idx:
                 if width * height > (most := self.access.config.max_pixels):
                     yield UnusableEntry(f"{width}×{height} pixels are over the limit of {most}")
                     continue
-                file.seek(IDX_HEADER + number * height * width)
+                file.seek(16 + number * height * width)
                 yield Image.frombytes("L", (width, height), file.read(height * width))
 
     def _opened(self, stack: ExitStack, path: Path, known: str, dimensions: int) -> tuple[BinaryIO, tuple[int, ...]]:
@@ -113,7 +109,7 @@ class Idx:
             raise changed(str(path))
         file = stack.enter_context(plain.open("rb"))
         magic, *sizes = struct.unpack(f">{dimensions + 1}I", file.read(4 * dimensions + 4).ljust(4 * dimensions + 4))
-        if magic != (UNSIGNED_BYTE << 8) + dimensions:
+        if magic != (8 << 8) + dimensions:
             raise UserError(f"{path} is no IDX file of {dimensions} dimensions of unsigned bytes: check the path")
         if plain.stat().st_size != 4 * dimensions + 4 + prod(sizes) or 0 in sizes[1:]:
             raise UserError(f"{path} has not the length that its header says: it is damaged or was cut short")
@@ -138,10 +134,7 @@ class TorchvisionSet:
 
     @classmethod
     def open(cls, name: str, options: dict[str, str], access: Access) -> Self:
-        """The set ``name`` with the options ``root`` (needed), ``split``, and ``download=true``.
-
-        Raises UserError for other sets and options. Nothing is fetched unless ``download`` says so.
-        """
+        """Open a set with the options ``root`` (needed), ``split``, ``download``; raises UserError for other sets."""
         where, known, split = f"torchvision:{name}", sorted((*IDX_FILES, *IMAGE_FILES, *ARRAYS)), options.get("split")
         if name in PICKLED:
             raise UserError(f"{where} is kept in pickles, and they could run anything: save it as PNG or Parquet first")
@@ -154,11 +147,14 @@ class TorchvisionSet:
         arguments: dict[str, Any] = {}
         if split:
             takes = inspect.signature(_torchvision_class(name)).parameters
-            arguments = {"split": split} if "split" in takes else {"train": split == "train"}
-            if "split" not in takes and "train" not in takes:
+            if "split" in takes:
+                arguments = {"split": split}
+            elif "train" not in takes:
                 raise UserError(f"{where} has no splits: leave split={split} out")
-            if "split" not in takes and split not in ("train", "test"):
+            elif split not in ("train", "test"):
                 raise UserError(f"{where} has no split {split}: give train or test")
+            else:
+                arguments = {"train": split == "train"}
         return cls(name, Path(options["root"]).expanduser(), arguments, options.get("download") == "true", access)
 
     def entries(self) -> Iterator[Entry]:

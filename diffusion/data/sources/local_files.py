@@ -4,7 +4,6 @@ import bz2
 import errno
 import glob
 import gzip
-import io
 import lzma
 import os
 import shutil
@@ -26,8 +25,6 @@ TARS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 NEVER = {errno.EACCES, errno.EPERM, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG}
 """Permanent errors."""
 WILD = "*?["
-COPIED_AT_ONCE = 2**20
-"""Bytes copied at a time."""
 RESERVE, RESERVED_SHARE = 2**30, 0.05
 """Bytes that unpacking leaves free on the disk, and the share of a smaller disk: compressed data may be crafted to fill
 any disk."""
@@ -97,11 +94,6 @@ def open_text(path: Path) -> TextIO:
         raise UserError(f"{path} cannot be read ({error.strerror}): check the path and its permissions") from error
 
 
-def as_lines(file: BinaryIO) -> TextIO:
-    """Wrap an open file as text."""
-    return io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
-
-
 def before_wild(pattern: str, signs: str = f"{WILD}{{") -> str:
     """Return the part of ``pattern`` before its first wildcard."""
     return pattern[: min((pattern.index(sign) for sign in signs if sign in pattern), default=len(pattern))]
@@ -161,8 +153,7 @@ def once(path: Path, write: Callable[[Path], object]) -> Path:
 def uncompressed(path: Path, before: str, access: Access) -> Path:
     """Return ``path`` itself, or its unpacked copy in the scratch folder, named by path and stamp ``before``.
 
-    Raises FileNotFoundError if ``path`` is needed but gone, and UserError if it is damaged, has another stamp now, or
-    would fill the disk.
+    Raises FileNotFoundError if it is gone, UserError if it is damaged, has another stamp, or would fill the disk.
     """
     opener = PACKED.get(path.suffix.lower())
     if opener is None:
@@ -174,8 +165,15 @@ def uncompressed(path: Path, before: str, access: Access) -> Path:
             raise changed(str(path))
         try:
             with cast(BinaryIO, opener(path)) as packed, partial.open("wb") as file:
-                while piece := packed.read(COPIED_AT_ONCE):
-                    _require_room(path, partial.parent, file.tell() + len(piece), len(piece))
+                while piece := packed.read(2**20):
+                    disk = shutil.disk_usage(partial.parent)
+                    reserve = min(RESERVE, int(RESERVED_SHARE * disk.total))
+                    if disk.free - len(piece) < reserve:
+                        raise UserError(
+                            f"{path}, {path.stat().st_size} bytes, unpacks to {file.tell() + len(piece)} or more, and "
+                            f"where {partial.parent} lies {reserve} are to stay free: make room there, or if you do "
+                            "not trust it, leave it"
+                        )
                     file.write(piece)
         except (EOFError, OSError, zlib.error, lzma.LZMAError) as error:
             # Damage has no errno; system errors have one.
@@ -184,13 +182,3 @@ def uncompressed(path: Path, before: str, access: Access) -> Path:
             raise UserError(f"{path} cannot be unpacked ({error}): it is damaged or was cut short") from error
 
     return once(access.scratch / f"unpacked-{name}", unpack)
-
-
-def _require_room(path: Path, folder: Path, size: int, more: int) -> None:
-    disk = shutil.disk_usage(folder)
-    reserve = min(RESERVE, int(RESERVED_SHARE * disk.total))
-    if disk.free - more < reserve:
-        raise UserError(
-            f"{path}, {path.stat().st_size} bytes, unpacks to {size} or more, and where {folder} lies {reserve} "
-            "are to stay free: make room there, or if you do not trust it, leave it"
-        )

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 from typing import Self, TextIO
 from uuid import uuid4
@@ -10,10 +11,10 @@ from uuid import uuid4
 from diffusion.common.errors import UserError
 from diffusion.common.files import digest_of
 from diffusion.data.ingest.decode import UnusableEntry
-from diffusion.data.prefetch import ahead
+from diffusion.data.prefetch import prefetch
 from diffusion.data.sources.base import MISSING, Access, Entry, ObjectStore, Payload, too_large
 from diffusion.data.sources.conventions import list_images, printable
-from diffusion.data.sources.local_files import TARS, changed, once, open_text
+from diffusion.data.sources.local_files import TARS, WILD, before_wild, changed, expanded, once, open_text
 
 WORKERS = 16
 IN_MEMORY = 2**20
@@ -28,10 +29,7 @@ def require(uri: str, access: Access) -> ObjectStore:
 
 
 def fetched(uri: str, etag: str, access: Access) -> Path:
-    """Return a copy of an object in the scratch folder, fetched once.
-
-    Raises FileNotFoundError if the object is gone, and UserError if it no longer has ``etag``.
-    """
+    """Return a scratch copy of an object; raises FileNotFoundError if it is gone, UserError if it changed."""
     objects = require(uri, access)
 
     def download(partial: Path) -> None:
@@ -44,6 +42,25 @@ def fetched(uri: str, etag: str, access: Access) -> Path:
 
     suffix = PurePosixPath(uri).suffix
     return once(access.scratch / f"fetched-{digest_of([uri, etag])[:32]}{suffix}", download)
+
+
+def matching_objects(pattern: str, access: Access) -> Iterator[tuple[str, str, str]]:
+    """Yield name, URI and ETag of the objects that ``pattern`` matches, as ``matching`` does for files."""
+    objects = require(pattern, access)
+    base = before_wild(pattern).rpartition("/")[0] + "/"
+    matches: dict[str, str] = {}
+    for piece in expanded(pattern):
+        # Wildcards do not match slashes.
+        parts = piece.split("/")
+        etags = {
+            found.uri: found.etag
+            for found in objects.find(before_wild(piece, WILD))
+            if len(names := found.uri.split("/")) == len(parts) and all(map(fnmatchcase, names, parts))
+        }
+        if not etags or "**" in piece:
+            raise UserError(f"there is no object {piece}: check the name (** has no meaning here)")
+        matches |= etags
+    yield from ((printable(uri.removeprefix(base)), uri, etag) for uri, etag in sorted(matches.items()))
 
 
 @dataclass(frozen=True)
@@ -71,7 +88,7 @@ class Objects:
 
     def read(self, entries: Sequence[Entry]) -> Iterator[Payload]:
         """Yield their bytes, fetched concurrently; errors of the object store are passed on."""
-        for payload in ahead(self._fetched, entries, WORKERS):
+        for payload in prefetch(self._fetched, entries, WORKERS):
             if isinstance(payload, Path):
                 yield payload.read_bytes()
                 payload.unlink()

@@ -1,11 +1,11 @@
 """Parquet files with images in them, as Hugging Face writes them or in a plain binary column.
 
-A few bytes may stand for any amount of data, and the sizes in the footer need not be true. Arrow allocates what page
-headers declare, so these are read first (parquet-format's ``PageHeader`` in Thrift's compact protocol) to compute the
-memory that a column needs.
+The sizes in the footer need not be true, and Arrow allocates what page headers declare, so these are read first
+(parquet-format's ``PageHeader`` in Thrift's compact protocol) to compute the memory that a column needs.
 """
 
 import json
+import os
 import struct
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -31,21 +31,9 @@ TEXTS = (
 )
 BYTES = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view, pa.types.is_fixed_size_binary)
 """Tests for types of texts, or numbers that can be written as such, and for types of bytes."""
-TEXTS_AT_ONCE, IMAGES_AT_ONCE = 1024, 16
-"""Rows held at a time, at most."""
-LARGEST_PAGE_OF_TEXTS = 2**26
-"""Bytes of memory that a page of labels or captions may take."""
-LONGEST_PATH = 200
-"""Maximum characters of a path in messages."""
 
-FOOTER_END = struct.Struct("<I4s")
-"""End of a file: the size of its footer, and PAR1."""
 LARGEST_FOOTER = 2**23
 """Maximum bytes of a footer; Arrow takes some thirty times as many for it."""
-LONGEST_HEADER = 2**20
-"""Maximum bytes of a page's header, with its statistics."""
-DEEPEST = 8
-"""Maximum nesting of structs in a page header; two as of today."""
 BYTES_PER_VALUE = 16
 """Bytes that Arrow stores per value of a page besides its content."""
 DECODED_AT_ONCE = 2**25
@@ -68,14 +56,12 @@ class PageRefused(ValueError):
 
 @dataclass(frozen=True)
 class Columns:
-    """Columns of image, label and caption in a file."""
+    """Columns of image (itself, or the paths of its bytes and path), label and caption, and the names of classes."""
 
     leaves: tuple[str, ...]
-    """Paths of the leaves to read of the column of images: itself, or its bytes and path."""
     label: str | None
     caption: str | None
     classes: Sequence[str] | None
-    """Names that integers in ``label`` stand for."""
 
 
 @dataclass(frozen=True)
@@ -132,13 +118,11 @@ class Parquet:
         if not named:
             yield from ((None, None) for _ in range(file.metadata.row_group(group).num_rows))
             return
-        limit = min(self.access.config.max_page_bytes, LARGEST_PAGE_OF_TEXTS)
         try:
-            for batch in _batches(file, group, named, TEXTS_AT_ONCE, limit, path):
-                for row in zip(*map(_values, batch.columns), strict=True):
-                    texts = dict(zip(batch.schema.names, row, strict=True))
-                    label = texts[columns.label] if columns.label else None
-                    yield _class(label, columns.classes), as_text(texts.get(columns.caption))
+            for batch in _batches(file, group, named, 1024, min(self.access.config.max_page_bytes, 2**26), path):
+                values = {name: _values(batch[name]) for name in named} | {None: [None] * len(batch)}
+                for label, caption in zip(values[columns.label], values[columns.caption], strict=True):
+                    yield _class(label, columns.classes), as_text(caption)
         except PageRefused as error:
             raise UserError(f"{path}, row group {group}, {' and '.join(named)}: {error}") from error
         except pa.ArrowException:  # some are ValueErrors, too
@@ -157,7 +141,7 @@ class Parquet:
                 start += len(values)
                 try:
                     limit = self.access.config.max_page_bytes
-                    batches = batches or _batches(file, group, columns.leaves, IMAGES_AT_ONCE, limit, path)
+                    batches = batches or _batches(file, group, columns.leaves, 16, limit, path)
                     values = next(batches).column(0)
                 except PageRefused as error:
                     damage = f"not read from the Parquet file: {error}"
@@ -172,10 +156,7 @@ class Parquet:
 def _batches(
     file: pq.ParquetFile, group: int, leaves: Sequence[str], most: int, limit: int, path: Path
 ) -> Iterator[pa.RecordBatch]:
-    """Yield rows of a row group, with the columns at the paths ``leaves``, as many at a time as memory allows.
-
-    Raises PageRefused if it does not allow a single one, or a page takes more than ``limit`` bytes.
-    """
+    """Yield rows of a row group, with the columns at the paths ``leaves``, as many at a time as memory allows."""
     about = file.metadata
     columns = [index for index in range(about.num_columns) if about.schema.column(index).path in leaves]
     if len(columns) != len(leaves):
@@ -265,7 +246,7 @@ def _image(value: Any, limit: int) -> Payload:
         path = value["path"].as_py() if "path" in value else None
         value = value["bytes"]
         if not value.is_valid and path:
-            return UnusableEntry(f"only its path is in the table, not its bytes: {printable(str(path)[:LONGEST_PATH])}")
+            return UnusableEntry(f"only its path is in the table, not its bytes: {printable(str(path)[:200])}")
     if not value.is_valid:
         return UnusableEntry("a row without an image")
     data = value.as_buffer()
@@ -276,7 +257,7 @@ def _image(value: Any, limit: int) -> Payload:
 def _in_words(path: Path) -> Iterator[None]:
     try:
         yield
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read as Parquet ({error}): it is damaged or no Parquet file") from error
 
 
@@ -285,8 +266,8 @@ def _opened(path: Path) -> Iterator[pq.ParquetFile]:
     """Open a file to be read page by page, so that row groups of any size fit."""
     with _in_words(path), path.open("rb") as raw:
         length = raw.seek(0, 2)
-        raw.seek(max(0, length - FOOTER_END.size))
-        size, magic = FOOTER_END.unpack(raw.read().rjust(FOOTER_END.size, b"\0"))
+        raw.seek(max(0, length - 8))
+        size, magic = struct.unpack("<I4s", raw.read().rjust(8, b"\0"))
         if magic == b"PAR1" and LARGEST_FOOTER < size < length:
             raise UserError(
                 f"{path} has a footer of {size} bytes, over the limit of {LARGEST_FOOTER}: write it again with fewer "
@@ -298,27 +279,30 @@ def _opened(path: Path) -> Iterator[pq.ParquetFile]:
 
 
 def _rows_at_once(file: BinaryIO, about: pq.FileMetaData, group: int, column: int, most: int, limit: int) -> int:
-    """Return how many rows of a column of a row group to decode at a time, at most ``most``, so that memory is bounded.
-
-    Raises PageRefused if a page takes more than ``limit`` bytes, and pyarrow.ArrowInvalid for damaged headers.
-    """
+    """Return how many rows of a column of a row group to decode at a time, at most ``most``, to bound memory."""
     chunk, schema = about.row_group(group).column(column), about.schema.column(column)
     if schema.max_repetition_level:
         raise PageRefused("its rows have lists of values")
     largest = schema.length if schema.physical_type == "FIXED_LEN_BYTE_ARRAY" else 1
     if largest > DECODED_AT_ONCE:
         raise PageRefused(f"each row has {largest} bytes, over the limit of {DECODED_AT_ONCE}")
-    place = chunk.data_page_offset
-    if chunk.dictionary_page_offset:
-        place = min(place, chunk.dictionary_page_offset)
+    place = min(chunk.data_page_offset, chunk.dictionary_page_offset or chunk.data_page_offset)
     end = place + chunk.total_compressed_size
     while place < end:
-        file.seek(place)
-        kind, size, packed, values, encoding = _page(_ThriftReader(file).struct())
-        if kind in DETAILS:
-            if encoding not in ENCODINGS:
+        try:
+            file.seek(place)
+            header = _read_struct(file, place + 2**20)
+            kind, size, packed = header[1], header[2], header[3]
+            field, encoding = DETAILS.get(kind, (None, 0))
+            values, encoded_as = (header[field][1], header[field].get(encoding, 0)) if field else (0, 0)
+            if min(kind, size, packed, values, encoded_as) < 0:
+                raise ValueError
+        except (ValueError, TypeError, LookupError, OverflowError, RecursionError) as error:
+            raise pa.ArrowInvalid("the header of a page is damaged") from error
+        if field:
+            if encoded_as not in ENCODINGS:
                 raise PageRefused(
-                    f"its values are encoded in a way ({encoding}) that may unpack to any size: write it again with "
+                    f"its values are encoded in a way ({encoded_as}) that may unpack to any size: write it again with "
                     "data pages of version 1, as pyarrow.parquet.write_table does"
                 )
             if (taken := max(size, packed) + BYTES_PER_VALUE * values) > limit:
@@ -332,63 +316,36 @@ def _rows_at_once(file: BinaryIO, about: pq.FileMetaData, group: int, column: in
     return max(1, min(most, DECODED_AT_ONCE // largest))
 
 
-def _page(header: dict[int, Any]) -> list[int]:
-    """Return type, unpacked and packed bytes, number of values, and encoding of a page."""
-    kind = header.get(1)
-    field, encoding = DETAILS.get(kind, (0, 0)) if isinstance(kind, int) else (0, 0)
-    details = header.get(field) if field else {1: 0}
-    numbers: list[Any] = [kind, header.get(2), header.get(3)]
-    if isinstance(details, dict):
-        numbers += [details.get(1), details.get(encoding, 0)]
-    if len(numbers) < 5 or not all(isinstance(each, int) and each >= 0 for each in numbers):
-        raise pa.ArrowInvalid("the header of a page is damaged")
-    return numbers
+def _read_struct(file: BinaryIO, end: int) -> dict[int, Any]:
+    """Read a struct of Thrift's compact protocol that ends before ``end``: its integers and structs by field number."""
+    fields: dict[int, Any] = {}
+    number = 0
+    while byte := file.read(1)[0]:
+        kind = byte & 15
+        number = number + (byte >> 4) if byte >> 4 else _read_integer(file)
+        if kind in INTEGERS:
+            fields[number] = _read_integer(file)
+        elif kind == STRUCT:
+            fields[number] = _read_struct(file, end)
+        elif kind == BINARY:
+            file.seek(_read_varint(file), os.SEEK_CUR)
+        elif kind not in BOOLEANS:
+            raise ValueError(kind)
+        if file.tell() > end:
+            raise ValueError(end)
+    return fields
 
 
-class _ThriftReader:
-    """Parser of one struct of Thrift's compact protocol, of the types that occur in headers of pages."""
+def _read_varint(file: BinaryIO) -> int:
+    value = 0
+    for shift in range(0, 70, 7):
+        byte = file.read(1)[0]
+        value |= (byte & 127) << shift
+        if byte < 128:
+            return value
+    raise ValueError(value)
 
-    def __init__(self, file: BinaryIO) -> None:
-        self.file = file
-        self.left = LONGEST_HEADER
 
-    def struct(self, depth: int = 0) -> dict[int, Any]:
-        """Return its integers and structs by field number."""
-        if depth > DEEPEST:
-            raise pa.ArrowInvalid("the header of a page is nested too deeply")
-        fields: dict[int, Any] = {}
-        number = 0
-        while byte := self._bytes(1)[0]:
-            kind = byte & 15
-            number = number + (byte >> 4) if byte >> 4 else self._zigzag()
-            if kind in INTEGERS:
-                fields[number] = self._zigzag()
-            elif kind == STRUCT:
-                fields[number] = self.struct(depth + 1)
-            elif kind == BINARY:
-                self._bytes(self._varint())
-            elif kind not in BOOLEANS:
-                raise pa.ArrowInvalid("the header of a page is damaged")
-        return fields
-
-    def _varint(self) -> int:
-        value = 0
-        for shift in range(0, 70, 7):
-            byte = self._bytes(1)[0]
-            value |= (byte & 127) << shift
-            if byte < 128:
-                return value
-        raise pa.ArrowInvalid("the header of a page is damaged")
-
-    def _zigzag(self) -> int:
-        value = self._varint()
-        return value >> 1 ^ -(value & 1)
-
-    def _bytes(self, count: int) -> bytes:
-        self.left -= count
-        if self.left < 0:
-            raise pa.ArrowInvalid("the header of a page has no end")
-        data = self.file.read(count)
-        if len(data) < count:
-            raise pa.ArrowInvalid("the file ends in the middle of a page's header")
-        return data
+def _read_integer(file: BinaryIO) -> int:
+    value = _read_varint(file)
+    return value >> 1 ^ -(value & 1)

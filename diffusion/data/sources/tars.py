@@ -1,4 +1,4 @@
-"""Tar archives of images, compressed or not, read by offset without holding the list of members in memory."""
+"""Tar archives of images and WebDataset shards, read by offset without holding the list of members in memory."""
 
 import io
 import json
@@ -6,30 +6,33 @@ import tarfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, TextIO, TypeAlias, cast
 
 from diffusion.common.errors import UserError
 from diffusion.data.ingest.decode import UnusableEntry
 from diffusion.data.sources.base import LONGEST, MISSING, Access, Entry, Payload, shortened, too_large, too_long
-from diffusion.data.sources.conventions import list_images, printable
-from diffusion.data.sources.local_files import as_lines, open_unchanged, stamp_of, uncompressed
+from diffusion.data.sources.conventions import as_text, is_image, list_images, printable
+from diffusion.data.sources.local_files import matching, open_unchanged, stamp_of, uncompressed
+from diffusion.data.sources.object_store import fetched, matching_objects
 
 LONGEST_HEADER = 2**20
 """Maximum bytes of all headers of a member."""
-LONGEST_GLOBAL_HEADER = 2**16
-"""Maximum characters of global attributes, which are copied to every member."""
 LINK = "a link or a device inside an archive: only files are read"
+
+SIDECARS = ("json", "txt", "cls")
+MOST_OF_A_KEY = 1000
+"""Maximum number of images per key; a tar with more was not made for WebDataset."""
 
 Place: TypeAlias = str | Sequence[int]
 """Offset and size of a member, or the reason why it cannot be read."""
 
 
 class TarMember(NamedTuple):
-    """A file in a tar."""
+    """A file in a tar; its name, as stored without a leading ``./``, is never used as a path."""
 
     name: str
-    """Name as stored, without a leading ``./``; never used as a path."""
     place: Place
 
 
@@ -66,20 +69,18 @@ class Tar:
         with tarfile.open(uncompressed(self.path, known, self.access), "r:") as tar:
             info = tarfile.TarInfo()
             info.offset_data, info.size = place
-            yield as_lines(cast(BinaryIO, tar.extractfile(info)))
+            yield io.TextIOWrapper(cast(BinaryIO, tar.extractfile(info)), encoding="utf-8-sig", newline="")
 
 
 def members(path: Path, where: str) -> Iterator[TarMember]:
-    """Yield all files in the uncompressed tar at ``path``; links and devices have a reason for a place.
-
-    Raises UserError, naming ``where``, for a tar that is damaged, truncated, or continues after its end.
-    """
+    """Yield all files in a plain tar, links with a reason; raises UserError, naming ``where``, for a damaged one."""
     try:
         with _Headers(io.FileIO(path)) as file, tarfile.open(fileobj=file, mode="r:", encoding="utf-8") as tar:
             while (info := tar.next()) is not None:
                 file.left = LONGEST_HEADER
                 tar.members.clear()  # type: ignore[attr-defined] # typeshed leaves it out
-                if sum(len(name) + len(value) for name, value in tar.pax_headers.items()) > LONGEST_GLOBAL_HEADER:
+                # They are copied to every member.
+                if sum(len(name) + len(value) for name, value in tar.pax_headers.items()) > 2**16:
                     raise tarfile.ReadError("its headers for all members are too long")
                 if info.size < 0:
                     raise tarfile.ReadError("a member has a negative size")
@@ -97,10 +98,7 @@ def members(path: Path, where: str) -> Iterator[TarMember]:
 
 
 def read(path: Path, known: str, places: Iterable[Place], access: Access) -> Iterator[Payload]:
-    """Yield members of the tar at ``path``, which may be compressed and had the stamp ``known`` when listed.
-
-    Raises UserError if its stamp has changed.
-    """
+    """Yield members of the tar at ``path``; raises UserError if its stamp is no longer ``known``."""
     try:
         plain = uncompressed(path, known, access)
         file = open_unchanged(path, known) if plain == path else plain.open("rb")
@@ -147,3 +145,102 @@ def _member(info: tarfile.TarInfo) -> TarMember:
     if info.issparse():
         return TarMember(printable(name), "stored as a sparse file: pack it again without --sparse")
     return TarMember(printable(name), place if info.isreg() else LINK)
+
+
+@dataclass(frozen=True)
+class WebDataset:
+    """The images in tars, named ``SHARD/MEMBER``, with labels and captions from other members of the same key.
+
+    A key is a member's path up to the first dot in its name; members of a key lie together. Label and caption come
+    from ``KEY.json`` (``label``; ``caption`` or ``text``), else from ``KEY.cls`` and ``KEY.txt``. ``pattern`` is a
+    path, a folder, a glob or has braces; after ``s3://`` it is no folder, and its shards are fetched once.
+    """
+
+    pattern: str
+    access: Access
+    in_order = True
+
+    def entries(self) -> Iterator[Entry]:
+        """Yield all images, shard by shard; raises UserError for missing or damaged shards."""
+        for name, place, stamp in self._shards():
+            path, known = self._here(place, stamp)
+            plain = uncompressed(path, known, self.access)
+            with plain.open("rb") as file:
+                for images, texts in _samples(plain, place):
+                    label = caption = reason = None
+                    try:
+                        label, caption = _about(texts, file) if images else (None, None)
+                    except ValueError as error:
+                        reason = f"what its shard says about it cannot be read ({error})"
+                    for member in images:
+                        locator = json.dumps([place, reason or member.place])
+                        yield Entry(f"{name}/{member.name}", locator, stamp, label, caption)
+
+    def read(self, entries: Sequence[Entry]) -> Iterator[Payload]:
+        """Yield their bytes; raises UserError if a shard has changed since it was listed."""
+        located = ((json.loads(entry.locator), entry.stamp) for entry in entries)
+        for (shard, stamp), group in groupby(located, key=lambda each: (each[0][0], each[1])):
+            places = (place for (_, place), _ in group)
+            try:
+                path, known = self._here(shard, stamp)
+            except FileNotFoundError:
+                yield from (UnusableEntry(MISSING) for _ in places)
+            else:
+                yield from read(path, known, places, self.access)
+
+    def _here(self, place: str, stamp: str) -> tuple[Path, str]:
+        """Return the local file of a shard, and its stamp."""
+        if not place.startswith("s3://"):
+            return Path(place), stamp
+        path = fetched(place, stamp, self.access)
+        return path, stamp_of(path)
+
+    def _shards(self) -> Iterator[tuple[str, str, str]]:
+        """Yield the unique name, the path or URI, and the stamp or ETag of each shard."""
+        if self.pattern.startswith("s3://"):
+            yield from matching_objects(self.pattern, self.access)
+        else:
+            yield from ((name, str(path), stamp_of(path)) for name, path in matching(self.pattern, ".tar"))
+
+
+def _samples(path: Path, where: str) -> Iterator[tuple[list[TarMember], dict[str, TarMember]]]:
+    """Yield the images of each key, and the other members of the key by extension."""
+    for key, group in groupby(members(path, where), key=lambda member: _key_and_extension(member.name)[0]):
+        images: list[TarMember] = []
+        sidecars: dict[str, TarMember] = {}
+        for member in group:
+            extension = _key_and_extension(member.name)[1].lower()
+            if is_image(member.name):
+                images.append(member)
+            elif extension in SIDECARS:
+                sidecars[extension] = member
+            if len(images) > MOST_OF_A_KEY:
+                raise UserError(
+                    f"{where} has over {MOST_OF_A_KEY} images of key {key}: read it without wds: as a plain tar"
+                )
+        yield images, sidecars
+
+
+def _key_and_extension(name: str) -> tuple[str, str]:
+    folder, slash, file = name.rpartition("/")
+    stem, _, extension = file.partition(".")
+    return f"{folder}{slash}{stem}", extension
+
+
+def _about(sidecars: dict[str, TarMember], file: BinaryIO) -> tuple[str | None, str | None]:
+    """Return label and caption of a sample; raises ValueError for invalid ones."""
+    texts = {}
+    for kind, member in sidecars.items():
+        # Parsed JSON may take a hundred times as many bytes.
+        data = read_slice(file, member.place, 2**18)
+        if isinstance(data, UnusableEntry):
+            raise ValueError(f"{member.name}: {data}")
+        texts[kind] = data.decode("utf-8-sig").strip()
+    try:
+        about = json.loads(texts.get("json", "{}"))
+    except RecursionError as error:
+        raise ValueError("its JSON is nested too deeply") from error
+    if not isinstance(about, dict):
+        about = {}
+    label, caption = as_text(about.get("label")), as_text(about.get("caption") or about.get("text"))
+    return label or texts.get("cls") or None, caption or texts.get("txt") or None

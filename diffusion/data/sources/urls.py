@@ -1,19 +1,31 @@
-"""A table of URLs, CSV or JSON lines: images fetched over HTTP."""
+"""A table of URLs, CSV or JSON lines: images fetched over HTTP from hosts that are not trusted.
 
+Host names are resolved here, addresses that are not public are refused at every redirect, and the connection goes to
+exactly the address that was checked, which prevents DNS rebinding. TLS certificates, SNI and ``Host`` keep the name.
+"""
+
+import base64
 import random
 import re
+import socket
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import closing
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, wait
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from functools import partial
+from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
 from pathlib import Path
 from tempfile import SpooledTemporaryFile
+from typing import Any, TypeVar
+from urllib.request import getproxies, proxy_bypass
 
 import httpcore
 import httpx
+import psutil
 from tenacity import (
     RetryCallState,
     Retrying,
@@ -26,26 +38,234 @@ from tenacity.nap import sleep_using_event
 
 from diffusion.common.errors import UserError
 from diffusion.data.ingest.decode import UnusableEntry
-from diffusion.data.prefetch import ahead
+from diffusion.data.prefetch import prefetch
 from diffusion.data.sources.base import Access, Entry, Payload, too_large
 from diffusion.data.sources.conventions import as_text, printable, records, texts_of
-from diffusion.data.sources.http_client import HttpClient
 from diffusion.data.sources.local_files import open_text
+
+Result = TypeVar("Result")
 
 WORKERS = 16
 PAUSE = wait_random_exponential(multiplier=0.5, max=20)
 """Seconds before another try."""
 LONGEST_PAUSE = 60.0
 """Seconds; longest pause, also if a server requests more."""
-BUSY = {408, 425, 429}
-"""Status codes, besides those of 500 and more, that are retried."""
 IN_MEMORY = 2**20
 """Bytes from which files fetched ahead are kept on disk."""
-LONGEST_REASON = 150
-"""Maximum characters of a failure message of a server or a library."""
 
-STAMP = "url"
-"""Stamp of all entries: URLs are fetched once, as revalidation costs nearly as much."""
+MOST_REDIRECTS = 20
+STEP_SECONDS = 0.25
+"""Interval of a wait between checks whether the client is being closed, in seconds."""
+
+NOT_PUBLIC = tuple(
+    ip_network(network)
+    for network in (
+        # IANA's registries of special-purpose, multicast and reserved addresses.
+        *("0.0.0.0/8", "10.0.0.0/8", "100.64.0.0/10", "127.0.0.0/8", "169.254.0.0/16", "172.16.0.0/12"),
+        *("192.0.0.0/24", "192.0.2.0/24", "192.88.99.0/24", "192.168.0.0/16", "198.18.0.0/15", "198.51.100.0/24"),
+        *("203.0.113.0/24", "224.0.0.0/4", "240.0.0.0/4"),
+        # Of the global unicast addresses of IPv6: protocol assignments with Teredo, documentation, 6to4.
+        *("2001::/23", "2001:db8::/32", "2002::/16", "3fff::/20"),
+        # The metadata service of Azure; those of other clouds are in the networks above.
+        "168.63.129.16/32",
+    )
+)
+
+
+def is_public(address: str) -> bool:
+    """Return whether a numeric IPv4 or IPv6 address is that of a host on the public internet, reached by no tunnel."""
+    ip = ip_address(address)
+    if isinstance(ip, IPv6Address):
+        # Identifiers of ISATAP's tunnels to the IPv4 address in the last 32 bits (RFC 5214).
+        if ip.scope_id is not None or int(ip) >> 32 & 0xFFFFFFFF in (0x00005EFE, 0x02005EFE):
+            return False
+        if ip.ipv4_mapped is not None or ip in ip_network("64:ff9b::/96"):  # NAT64 (RFC 6052)
+            ip = IPv4Address(int(ip) & 0xFFFFFFFF)
+        elif ip not in ip_network("2000::/3"):  # IANA's global unicast addresses
+            return False
+    return not any(ip in network for network in NOT_PUBLIC)
+
+
+def is_own(address: str) -> bool:
+    """Return whether ``address`` is this machine's own: services hidden only by a firewall would answer there."""
+    interfaces = psutil.net_if_addrs().values()
+    return any(each.address.partition("%")[0] == address for interface in interfaces for each in interface)
+
+
+class HttpClient:
+    """Thread-safe HTTP client with at most ``connections`` persistent connections, directly and through each proxy.
+
+    ``seconds``: timeout of one exchange, from the name's resolution to the last byte, redirects included.
+    ``allow_private``: whether hosts may have any address. Proxies are those of the environment and may have any
+    address; they resolve names again, so the check here does not bind them.
+    """
+
+    def __init__(self, seconds: float, allow_private: bool, connections: int) -> None:
+        self.seconds = seconds
+        self._allow_private = allow_private
+        self.stopped = threading.Event()
+        """Ends all waits once it is set."""
+        self._exchange = threading.local()
+        new_pool = partial(httpcore.ConnectionPool, ssl_context=httpx.create_ssl_context(), max_connections=connections)
+        self._environment = getproxies()
+        direct = new_pool(network_backend=_Network(self, allow_private))
+        self._pools: dict[str | None, httpcore.ConnectionPool] = {None: direct}
+        for scheme in ("http", "https", "all"):
+            if address := self._environment.get(scheme):
+                # It comes from the environment, which is trusted.
+                self._pools[address] = new_pool(proxy=_proxy(address), network_backend=_Network(self, True))
+
+    def close(self) -> None:
+        """Close all connections."""
+        for pool in self._pools.values():
+            pool.close()
+
+    @contextmanager
+    def get(self, url: str) -> Iterator[httpcore.Response]:
+        """Yield the response to a GET of ``url`` after all redirects; its body, as sent, must be read inside.
+
+        Raises UnusableEntry (the host has no allowed address), httpx.InvalidURL, httpcore.UnsupportedProtocol (anything
+        but http and https), httpx.TooManyRedirects, httpcore.TimeoutException, or another exception of httpcore.
+        """
+        self._exchange.deadline = time.monotonic() + self.seconds
+        place = httpx.URL(url)
+        for _ in range(MOST_REDIRECTS + 1):
+            if place.scheme not in ("http", "https") or not place.host:
+                raise httpcore.UnsupportedProtocol(place.scheme)
+            headers: dict[bytes | str, bytes | str] = {
+                "Host": place.netloc,
+                "User-Agent": "Darkroom",
+                "Accept": "image/*, */*;q=0.5",
+                "Accept-Encoding": "identity",
+            }
+            if place.username or place.password:
+                login = f"{place.username}:{place.password}".encode()
+                headers["Authorization"] = b"Basic " + base64.b64encode(login)
+            pool, extensions = self._pool(place), {"timeout": {"pool": self.left()}}
+            with pool.stream("GET", _for_httpcore(place), headers=headers, extensions=extensions) as response:
+                location = httpx.Headers(response.headers).get("Location")
+                if response.status not in (301, 302, 303, 307, 308) or location is None:
+                    yield response
+                    return
+            # Its body is not read: it is not needed and may be endless.
+            place = place.join(location)
+        raise httpx.TooManyRedirects(f"more than {MOST_REDIRECTS} redirects")
+
+    def _pool(self, url: httpx.URL) -> httpcore.ConnectionPool:
+        port = url.port or (443 if url.scheme == "https" else 80)
+        proxy = self._environment.get(url.scheme) or self._environment.get("all")
+        if not proxy or proxy_bypass(f"{url.host}:{port}", self._environment):
+            return self._pools[None]
+        if not self._allow_private:
+            self.wait_for(lambda: _addresses(url.raw_host.decode(), port, allow_private=False))
+        return self._pools[proxy]
+
+    def left(self) -> float:
+        """Return the seconds left for this thread's exchange; raises httpcore.ReadTimeout if there are none."""
+        left: float = self._exchange.deadline - time.monotonic()
+        if left <= 0 or self.stopped.is_set():
+            raise httpcore.ReadTimeout
+        return left
+
+    def wait_for(self, work: Callable[[], Result]) -> Result:
+        """Return the result of ``work``, which may block for longer than this thread may wait."""
+        future: Future[Result] = Future()
+
+        def run() -> None:
+            try:
+                future.set_result(work())
+            except Exception as error:  # noqa: BLE001 (handed on)
+                future.set_exception(error)
+
+        # Not from a pool: the interpreter would wait for it at exit, and a resolver cannot be stopped.
+        threading.Thread(target=run, daemon=True).start()
+        while not future.done():
+            wait([future], min(self.left(), STEP_SECONDS))
+        return future.result()
+
+
+def _proxy(address: str) -> httpcore.Proxy:
+    try:
+        proxy = httpx.Proxy(address if "://" in address else f"http://{address}")
+    except (ValueError, httpx.InvalidURL) as error:
+        raise UserError(f"the proxy in the environment cannot be used ({error}): mend HTTPS_PROXY") from error
+    return httpcore.Proxy(_for_httpcore(proxy.url), proxy.raw_auth, proxy.headers.raw, proxy.ssl_context)
+
+
+def _for_httpcore(url: httpx.URL) -> httpcore.URL:
+    return httpcore.URL(scheme=url.raw_scheme, host=url.raw_host, port=url.port, target=url.raw_path)
+
+
+class _Network(httpcore.NetworkBackend):
+    """Network backend that connects to allowed addresses only, within the time of the thread's current exchange."""
+
+    def __init__(self, client: HttpClient, allow_private: bool) -> None:
+        self._client = client
+        self._allow_private = allow_private
+
+    def connect_tcp(self, host: str, port: int, *_: Any, **__: Any) -> httpcore.NetworkStream:
+        """Connect to the first allowed address of ``host`` that accepts; raises UnusableEntry if it has none."""
+        deadline = time.monotonic() + self._client.left()
+
+        def connect() -> httpcore.NetworkStream:
+            failure: Exception = httpcore.ConnectTimeout()
+            for address in _addresses(host, port, self._allow_private):
+                try:
+                    return httpcore.SyncBackend().connect_tcp(address, port, max(deadline - time.monotonic(), 0.001))
+                except (httpcore.NetworkError, httpcore.TimeoutException) as error:
+                    failure = error
+            raise failure
+
+        return _Stream(self._client.wait_for(connect), self._client)
+
+
+class _Stream(httpcore.NetworkStream):
+    """Connection whose waits end with the exchange of the thread that uses it."""
+
+    def __init__(self, stream: httpcore.NetworkStream, client: HttpClient) -> None:
+        self._stream = stream
+        self._client = client
+
+    def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
+        while True:
+            try:
+                return self._stream.read(max_bytes, min(self._client.left(), STEP_SECONDS))
+            except httpcore.ReadTimeout:
+                self._client.left()
+
+    def write(self, buffer: bytes, timeout: float | None = None) -> None:
+        self._stream.write(buffer, self._client.left())
+
+    def close(self) -> None:
+        self._stream.close()
+
+    def get_extra_info(self, info: str) -> Any:
+        return self._stream.get_extra_info(info)
+
+    def start_tls(
+        self, ssl_context: Any, server_hostname: str | None = None, timeout: float | None = None
+    ) -> "_Stream":
+        left = self._client.left()
+        # The timeout is for the whole handshake.
+        stream = self._client.wait_for(lambda: self._stream.start_tls(ssl_context, server_hostname, left))
+        return _Stream(stream, self._client)
+
+
+def _addresses(host: str, port: int, allow_private: bool) -> list[str]:
+    """Resolve ``host``; raises UnusableEntry if only public addresses are allowed and it has none."""
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except (socket.gaierror, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or "not a host's name"
+        raise httpcore.ConnectError(f"its host cannot be found: {reason}") from error
+    addresses = list(dict.fromkeys(str(each[4][0]) for each in found))
+    allowed = [each for each in addresses if allow_private or (is_public(each) and not is_own(each))]
+    if addresses and not allowed:
+        raise UnusableEntry(
+            f"leads to {addresses[0]}, an address that is private, reserved or this machine's: set "
+            "ingest.allow_private_addresses to true if what answers there may be asked"
+        )
+    return allowed
 
 
 class _Again(Exception):
@@ -60,10 +280,8 @@ class _Again(Exception):
 class Urls:
     """The images that ``table`` names by ``url`` (or ``image_url``), with ``label`` and ``text`` or ``caption``.
 
-    Column names are case-insensitive. Only http and https are fetched, only from hosts with a public
-    address unless ``allow_private_addresses`` says otherwise, also after a redirect; proxies are those of the
-    environment (``HTTPS_PROXY``, ``NO_PROXY``). Permanent failures, or ``download_tries`` transient ones, are
-    quarantined.
+    Column names are case-insensitive. Only http and https are fetched, and only from hosts with a public address unless
+    ``allow_private_addresses``. Permanent failures, or ``download_tries`` transient ones, are quarantined.
     """
 
     table: Path
@@ -80,30 +298,29 @@ class Urls:
                     raise UserError(f"{self.table}, record {number} has no url or image_url: rename one of {columns}")
                 url = str(record.get("url") or record.get("image_url") or "").strip()
                 texts = texts_of(record, f"{self.table}, record {number}")
-                yield Entry(as_text(printable(url)) or f"{self.table.name}/{number}", as_text(url) or "", STAMP, *texts)
+                name = as_text(printable(url)) or f"{self.table.name}/{number}"
+                # A constant stamp: URLs are fetched once, as revalidation costs nearly as much.
+                yield Entry(name, as_text(url) or "", "url", *texts)
 
     def read(self, entries: Sequence[Entry]) -> Iterator[Payload]:
         """Yield their bytes, fetched concurrently."""
         config = self.access.config
-        stopped = threading.Event()
-        client = HttpClient(config.download_seconds, config.allow_private_addresses, WORKERS, stopped)
-        with closing(client):
-            answers = ahead(partial(self._fetch, client, stopped), entries, WORKERS)
-            try:
-                for answer in answers:
-                    if isinstance(answer, UnusableEntry):
-                        yield answer
-                        continue
-                    with answer:
-                        answer.seek(0)
-                        yield answer.read()
-            finally:
-                stopped.set()
-                answers.close()
+        client = HttpClient(config.download_seconds, config.allow_private_addresses, WORKERS)
+        answers = prefetch(partial(self._fetch, client), entries, WORKERS)
+        try:
+            for answer in answers:
+                if isinstance(answer, UnusableEntry):
+                    yield answer
+                    continue
+                with answer:
+                    answer.seek(0)
+                    yield answer.read()
+        finally:
+            client.stopped.set()
+            answers.close()
+            client.close()
 
-    def _fetch(
-        self, client: HttpClient, stopped: threading.Event, entry: Entry
-    ) -> "SpooledTemporaryFile[bytes] | UnusableEntry":
+    def _fetch(self, client: HttpClient, entry: Entry) -> "SpooledTemporaryFile[bytes] | UnusableEntry":
         url, config = entry.locator, self.access.config
         if not url:
             return UnusableEntry("a row without a URL")
@@ -111,9 +328,9 @@ class Urls:
             return UnusableEntry("neither an http:// nor an https:// URL: local files are read from a folder")
         retrying = Retrying(
             retry=retry_if_exception_type(_Again),
-            stop=stop_after_attempt(config.download_tries) | stop_when_event_set(stopped),
+            stop=stop_after_attempt(config.download_tries) | stop_when_event_set(client.stopped),
             wait=_pause,
-            sleep=sleep_using_event(stopped),
+            sleep=sleep_using_event(client.stopped),
             reraise=True,
         )
         try:
@@ -125,17 +342,14 @@ class Urls:
 
 
 def _get(client: HttpClient, url: str, limit: int, scratch: Path) -> "SpooledTemporaryFile[bytes]":
-    """Fetch a URL once, within ``client.seconds``.
-
-    Raises _Again for a transient failure, else UnusableEntry, and nothing else for any behaviour of a server.
-    """
+    """Fetch a URL once; raises _Again for a transient failure, UnusableEntry for any other behaviour of a server."""
     try:
         with client.get(url) as response:
             status, headers = response.status, httpx.Headers(response.headers)
             if not 200 <= status < 300:
                 # The standard name, if any, instead of the server's text.
                 line = f"HTTP {status} {httpx.codes.get_reason_phrase(status)}".strip()
-                if status in BUSY or status >= 500:
+                if status in (408, 425, 429) or status >= 500:
                     raise _Again(line, _retry_after(headers.get("Retry-After", "")))
                 raise UnusableEntry(line)
             declared = headers.get("Content-Length", "")
@@ -145,13 +359,10 @@ def _get(client: HttpClient, url: str, limit: int, scratch: Path) -> "SpooledTem
                 # A few bytes may unpack to any number.
                 raise UnusableEntry(f"sent with Content-Encoding {_short(encoding)} although none was accepted")
             file = SpooledTemporaryFile(IN_MEMORY, dir=str(scratch))  # noqa: SIM115 (closed by the generator that yields it)
-            try:
-                for piece in response.iter_stream():
-                    file.write(piece)
-                    if file.tell() > limit:
-                        raise UnusableEntry(f"more than the limit of {limit} bytes")
-            except httpcore.TimeoutException as error:
-                raise _Again(f"not all there after {client.seconds:g} s") from error
+            for piece in response.iter_stream():
+                file.write(piece)
+                if file.tell() > limit:
+                    raise UnusableEntry(f"more than the limit of {limit} bytes")
             return file
     except (_Again, UnusableEntry):
         raise
@@ -160,7 +371,7 @@ def _get(client: HttpClient, url: str, limit: int, scratch: Path) -> "SpooledTem
     except (httpx.InvalidURL, httpx.TooManyRedirects) as error:
         raise UnusableEntry(f"not to be had: {_short(error)}") from error
     except httpcore.TimeoutException as error:
-        raise _Again(f"no answer within {client.seconds:g} s") from error
+        raise _Again(f"no whole answer within {client.seconds:g} s") from error
     except (httpcore.NetworkError, httpcore.RemoteProtocolError, httpcore.ProxyError) as error:
         raise _Again(_short(error) or type(error).__name__) from error
     except OSError:  # of the disk: httpcore has its own for the network
@@ -170,7 +381,7 @@ def _get(client: HttpClient, url: str, limit: int, scratch: Path) -> "SpooledTem
 
 
 def _short(said: object) -> str:
-    return printable(str(said)[:LONGEST_REASON])
+    return printable(str(said)[:150])
 
 
 def _pause(state: RetryCallState) -> float:

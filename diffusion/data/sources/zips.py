@@ -4,6 +4,7 @@ Formats by PKWARE's APPNOTE.TXT 6.3.10, sections 4.3.7 (local header), 4.3.12 (c
 central directory, also Zip64) and 4.5.3 (Zip64 extra field).
 """
 
+import io
 import json
 import sqlite3
 import stat
@@ -20,13 +21,13 @@ from diffusion.common.errors import UserError
 from diffusion.data.ingest.decode import UnusableEntry
 from diffusion.data.sources.base import MISSING, Access, Entry, Payload, too_large
 from diffusion.data.sources.conventions import list_images, printable
-from diffusion.data.sources.local_files import as_lines, open_unchanged, stamp_of
+from diffusion.data.sources.local_files import open_unchanged, stamp_of
 from diffusion.data.sources.tars import LINK
 
 LOCAL = struct.Struct("<4s22xHH")
 DIRECTORY = struct.Struct("<4sBB2xHH4xLLLHHH4xLL")
 END = struct.Struct("<4s8xLL2x")
-END64_LOCATOR = struct.Struct("<4s4xQ4x")
+END64_LOCATOR_SIZE = 20
 END64 = struct.Struct("<4s36xQQ")
 LONGEST_COMMENT = 2**16 - 1
 UNIX = 3
@@ -36,18 +37,14 @@ FULL = 2**32 - 1
 
 
 class ZipOffset(NamedTuple):
-    """Position and sizes of a file in a zip."""
+    """A file in a zip: offset of its local header, bytes in the zip and unpacked, and offset of the next data."""
 
     header: int
-    """Offset of its local header."""
     method: int
     packed: int
-    """Bytes in the zip."""
     size: int
-    """Bytes unpacked."""
     crc: int
     end: int
-    """Offset of the next data in the zip."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +99,7 @@ class Zip:
             if isinstance(place, str):
                 raise zipfile.BadZipFile(place)
             with self.path.open("rb") as file, open_member(file, ZipOffset(*place[1:])) as member:
-                yield as_lines(cast(BinaryIO, member))
+                yield io.TextIOWrapper(cast(BinaryIO, member), encoding="utf-8-sig", newline="")
         except (zipfile.BadZipFile, zlib.error, struct.error, EOFError) as error:
             raise UserError(f"the metadata in {self.path} cannot be read ({error}): pack it again") from error
 
@@ -111,21 +108,18 @@ def members(path: Path) -> Iterator[tuple[str, str | None, ZipOffset]]:
     """Yield name, the reason why it is unavailable, and place of each file in a zip, in the order of its directory.
 
     The directory is kept on disk, as there may be any number of files. Raises UserError if it is damaged, or if files
-    share bytes: such a zip unpacks to far more than it holds (Fifield, A better zip bomb, 2019), and programs interpret
-    it differently.
+    share bytes: such a zip unpacks to far more than it holds (Fifield, A better zip bomb, 2019).
     """
     try:
         # SQLite's name for a private temporary file.
         with closing(sqlite3.connect("", check_same_thread=False, isolation_level=None)) as database:
+            columns = "name, problem, header, method, packed, size, crc"
             database.execute("PRAGMA journal_mode = OFF")
-            database.execute(
-                "CREATE TABLE files (number INTEGER PRIMARY KEY, name, problem, header, method, packed, size, crc)"
-            )
+            database.execute(f"CREATE TABLE files (number INTEGER PRIMARY KEY, {columns})")
             database.execute("BEGIN")
             with path.open("rb") as file:
                 start, size, shift = _directory(file)
                 rows = _members(file, start, start + size, shift)
-                columns = "name, problem, header, method, packed, size, crc"
                 database.executemany(f"INSERT INTO files ({columns}) VALUES (?, ?, ?, ?, ?, ?, ?)", rows)
             places = f"SELECT number, {columns}, coalesce(lead(header) OVER (ORDER BY header), ?) AS end FROM files"
             # Local headers may be longer, which is checked when the file is read.
@@ -162,17 +156,11 @@ def _directory(file: BinaryIO) -> tuple[int, int, int]:
         raise zipfile.BadZipFile("it has no directory at its end")
     _, size, start = END.unpack_from(tail, at)
     end = tail_start + at
-    if end >= END64_LOCATOR.size:
-        file.seek(end - END64_LOCATOR.size)
-        signature, end64 = END64_LOCATOR.unpack(file.read(END64_LOCATOR.size))
-        if signature == b"PK\6\7":
-            file.seek(end64)
-            if file.read(4) == b"PK\6\6":
-                file.seek(end64)
-                _, size, start = END64.unpack(file.read(END64.size))
-                return start, size, 0
-            # It may be shifted: then it is right before its locator.
-            end = file.seek(max(0, end - END64_LOCATOR.size - END64.size))
+    if end >= END64_LOCATOR_SIZE:
+        file.seek(end - END64_LOCATOR_SIZE)
+        if file.read(4) == b"PK\6\7":
+            # Right before its locator, as its offset there may be shifted.
+            end = file.seek(max(0, end - END64_LOCATOR_SIZE - END64.size))
             signature, size, start = END64.unpack(file.read(END64.size))
             if signature != b"PK\6\6":
                 raise zipfile.BadZipFile("its directory of 64 bits is not where it should be")

@@ -6,7 +6,6 @@ A removed image leaves a row with its key and the digest of its file, by which e
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from filelock import FileLock
 
@@ -45,17 +44,12 @@ from diffusion.data.versions.versions import kept_in
 
 
 def choose(folder: Path, selection: Selection) -> tuple[Chosen, list[str]]:
-    """Find the images of the data set in ``folder`` that ``selection`` matches, and their names; changes nothing.
-
-    Raises UserError if a key or pattern matches no image, or a key prefix several.
-    """
+    """Find the images that ``selection`` matches, and their names; raises UserError if some of it fits none."""
     manifest = read_manifest(folder)
-    chosen, unmatched = chosen_by(folder, manifest, Selector(selection))
+    chosen, names, unmatched = chosen_by(folder, manifest, Selector(selection))
     if unmatched:
         raise nothing(unmatched, folder, manifest)
-    keys, digests = set(chosen.image_keys), set(chosen.digests)
-    rows = (row for _, row in rows_of(folder, manifest, ("key", "source", "source_sha256", "outcome")))
-    return chosen, sorted({row["source"] for row in rows if is_one_of(row, keys, digests)})
+    return chosen, names
 
 
 def remove(folder: Path, selection: Selection, reason: str, progress: Progress = silent) -> Removal:
@@ -72,22 +66,27 @@ def remove(folder: Path, selection: Selection, reason: str, progress: Progress =
     selector = Selector(selection)
     with FileLock(work_folder(folder) / "lock"):
         before = read_manifest(folder)
-        chosen, unmatched = chosen_by(folder, before, selector)
+        chosen, _, unmatched = chosen_by(folder, before, selector)
         request_digest = digest_of([selection.model_dump(), reason])[:16]
         earlier = _earlier(folder, request_digest)
         if unmatched and earlier is None:
             raise nothing(unmatched, folder, before)
-        # Without a record, what is gone was removed elsewhere, and is known as far as the rows left describe it.
-        about: dict[str, Any] = {"images": len(chosen.image_keys), "parent": None, "tables": [], "already": True}
-        after = before
+        after, keys = before, set(chosen.image_keys)
         if chosen.parts:
-            keys = set(chosen.image_keys)
             after = _without(folder, before, lambda row: selector.takes(row, keys), reason, progress)
-            parts = zip(before.parts, after.parts, strict=True)
-            tables = sorted(old.records.sha256 for old, new in parts if kept_in(new) < kept_in(old))
-            about = {"parent": before.digest, "tables": tables, "already": False}
-        about |= {"dataset": folder.name, "request_digest": request_digest, "reason": reason}
-        about |= {"version": after.digest, "content_digest": after.content_digest}
+        parts = zip(before.parts, after.parts, strict=True)
+        # Without a record, what is gone was removed elsewhere, and is known as far as the rows left describe it.
+        about = {
+            "dataset": folder.name,
+            "request_digest": request_digest,
+            "reason": reason,
+            "images": len(keys),
+            "parent": before.digest if chosen.parts else None,
+            "version": after.digest,
+            "content_digest": after.content_digest,
+            "tables": sorted(old.records.sha256 for old, new in parts if kept_in(new) < kept_in(old)),
+            "already": not chosen.parts,
+        }
         removal = Removal.model_validate(chosen.model_dump() | about)
         if chosen.parts:
             write_removal(work_folder(folder), removal)
@@ -98,10 +97,7 @@ def remove(folder: Path, selection: Selection, reason: str, progress: Progress =
 
 
 def _earlier(folder: Path, request_digest: str) -> Removal | None:
-    """Return the newest removal requested in the same words in the history of this folder.
-
-    Otherwise one of whose images nothing is left here: another machine may have done it, and its line been continued.
-    """
+    """Return the newest removal of this request in the history of the folder, or one that left nothing here."""
     line = [version.digest for version in versions(folder)]
     recorded = removals(work_folder(folder), request_digest)
     found = [each for each in recorded if each.version in line or not still_held(folder, [each])]
@@ -112,9 +108,8 @@ def _earlier(folder: Path, request_digest: str) -> Removal | None:
 def remove_known(folder: Path, progress: Progress = silent) -> list[Removal]:
     """Make a version of the data set in ``folder`` without images that takedown records on this machine name.
 
-    Each record of which the current version holds images makes a version of its own, equal to the one that its takedown
-    would have made here. The caller holds the data set's lock, and every file of the version is there. Returns the
-    records that were applied. Raises UserError if nothing would be left, or a file is missing or damaged.
+    Each record of which the current version holds images makes a version of its own, as its takedown would have here.
+    The caller holds the data set's lock. Returns the applied records; raises UserError as ``remove`` does.
     """
     applied = []
     for removal in still_held(folder, removals(work_folder(folder))):

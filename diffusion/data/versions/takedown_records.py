@@ -64,10 +64,7 @@ def is_key(text: str) -> bool:
 
 
 class Selector:
-    """A compiled selection that is matched against rows; records which of its keys and patterns matched.
-
-    Raises UserError if ``selection`` is empty or malformed.
-    """
+    """A compiled selection that is matched against rows; raises UserError if it is empty or malformed."""
 
     def __init__(self, selection: Selection) -> None:
         if not selection.prefixes and not selection.sources:
@@ -109,8 +106,8 @@ class Selector:
         return [each for each, keys in self.fitted.items() if not keys]
 
 
-def chosen_by(folder: Path, manifest: Manifest, selector: Selector) -> tuple[Chosen, list[str]]:
-    """Return the images that ``selector`` matches, and its keys and patterns that match nothing."""
+def chosen_by(folder: Path, manifest: Manifest, selector: Selector) -> tuple[Chosen, list[str], list[str]]:
+    """Return the images that ``selector`` matches, all their names, and its keys and patterns that match nothing."""
     keys: set[str] = set()
     gone: dict[str, str] = {}
     for _, row in rows_of(folder, manifest, SELECTED_BY):
@@ -120,25 +117,18 @@ def chosen_by(folder: Path, manifest: Manifest, selector: Selector) -> tuple[Cho
             else:
                 keys.add(row["key"])
     unmatched = selector.unmatched()
-    taken = [
-        (part.number, row["outcome"], row["source_sha256"])
-        for part, row in rows_of(folder, manifest, SELECTED_BY)
-        if selector.takes(row, keys)
-    ]
-    outcomes = Counter(outcome for _, outcome, _ in taken)
-    digests = {digest for _, _, digest in taken}
-    if not taken:
-        keys, digests = set(gone), set(gone.values())
+    taken = [(part, row) for part, row in rows_of(folder, manifest, SELECTED_BY) if selector.takes(row, keys)]
+    outcomes = Counter(row["outcome"] for _, row in taken)
     chosen = Chosen(
-        image_keys=sorted(keys),
-        digests=sorted(digests - {""}),
+        image_keys=sorted(keys if taken else gone),
+        digests=sorted({row["source_sha256"] for _, row in taken} - {""} if taken else {*gone.values()} - {""}),
         images=outcomes["kept"],
         duplicates=outcomes["duplicate"],
         refused=outcomes["quarantined"],
         near_copies=_near_copies(folder, manifest, keys) if taken else [],
-        parts=sorted({number for number, _, _ in taken}),
+        parts=sorted({part.number for part, _ in taken}),
     )
-    return chosen, unmatched
+    return chosen, sorted({row["source"] for _, row in taken}), unmatched
 
 
 def _near_copies(folder: Path, manifest: Manifest, keys: set[str]) -> list[str]:
@@ -220,10 +210,7 @@ def parse_removal(record: bytes | str, where: str) -> Removal:
 
 
 def removals(work: Path, request_digest: str = "") -> list[Removal]:
-    """Return the removals recorded on this machine for the data set with the work folder ``work``.
-
-    ``request_digest``: only those whose request has this digest.
-    """
+    """Return the removals recorded in the work folder ``work``: all, or those whose request has this digest."""
     paths = sorted((work / "removals").glob(f"{request_digest}*.json"))
     return [Removal.model_validate_json(path.read_bytes()) for path in paths]
 
@@ -242,10 +229,7 @@ class Holders(Config):
 
 
 def holders(folder: Path, removal: Removal, versions: Iterable[Manifest], elsewhere: Elsewhere = nowhere) -> Holders:
-    """Return those of ``versions`` of the data set in ``folder`` that kept images of ``removal``, in their order.
-
-    With another storage configuration the same files have other keys, so file digests are compared as well.
-    """
+    """Return which of ``versions`` kept images of ``removal``, by their keys or the digests of their files."""
     removed = {*removal.image_keys, *removal.digests}
     found: dict[str, bool | None] = dict.fromkeys(removal.tables, True)
     held, unknown = [], []
@@ -269,10 +253,7 @@ def _kept(records: pa.Table) -> set[str]:
 
 
 def still_held(folder: Path, removals: Sequence[Removal]) -> list[Removal]:
-    """Return the ``removals`` of which the current version of the data set in ``folder`` has images, in their order.
-
-    Every table is read once. Raises UserError if one is missing or damaged.
-    """
+    """Return the ``removals`` of which the current version has images; raises UserError for a damaged table."""
     if not removals:
         return []
     held: set[str] = set()

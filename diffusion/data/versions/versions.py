@@ -4,15 +4,15 @@ A version shares unchanged parts with its parent, so that only the others are co
 """
 
 import logging
-import sqlite3
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
+from functools import reduce
 from itertools import chain, dropwhile, islice, pairwise
 from pathlib import Path
-from typing import Any, Generic, Literal, TypeAlias, TypeVar
+from typing import Any, Generic, TypeVar
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from diffusion.common.config import Config
@@ -20,6 +20,7 @@ from diffusion.common.errors import UserError
 from diffusion.common.files import sha256_bytes, sha256_file, write_bytes
 from diffusion.data.ingest.config import StorageConfig
 from diffusion.data.manifest import (
+    RECORDS,
     FileEntry,
     Manifest,
     Outcome,
@@ -37,32 +38,13 @@ logger = logging.getLogger(__name__)
 
 SHORTEST = 4
 """Hex digits that a prefix of a digest must have."""
-LISTED = 10
-"""Maximum number of versions listed in an error."""
-LEADING = 5
-"""Number of quarantine reasons shown."""
 
 Elsewhere = Callable[[FileEntry], Path | None]
 """Finds a file that is no longer in the data set's folder, because only older versions name it."""
 ReadTable = Callable[[Part, Sequence[str]], pa.Table | None]
 """Reads some columns of a part's records; None if its table is no longer available."""
 T = TypeVar("T")
-Side: TypeAlias = Literal["before", "after"]
 COLUMNS = ("outcome", "key", "source", "split", "label", "caption")
-UNKNOWN = dict.fromkeys(COLUMNS)
-SCHEMA = """
-    CREATE TABLE images (version, key, source, split, label, caption, removed, UNIQUE (key, version));
-"""
-ONLY_IN = """
-    SELECT key, source, split, label, caption FROM images i WHERE version = :this AND
-        (removed OR NOT EXISTS (SELECT 1 FROM images WHERE version = :other AND key = i.key AND NOT removed))
-"""
-CHANGED = """
-    SELECT a.key, a.source, a.split, a.label, a.caption, b.key, b.source, b.split, b.label, b.caption
-    FROM images a JOIN images b USING (key) WHERE a.version = :this AND b.version = :other
-        AND NOT a.removed AND NOT b.removed
-        AND (a.split IS NOT b.split OR a.label IS NOT b.label OR a.caption IS NOT b.caption)
-"""
 
 
 class QuarantineEntry(Config):
@@ -77,16 +59,6 @@ class Reason(Config):
 
     reason: str
     count: int
-
-
-class Quarantine(Config):
-    """Quarantined entries of a version."""
-
-    count: int
-    samples: list[QuarantineEntry]
-    """The first entries by name."""
-    reasons: list[Reason]
-    """Reasons, the most frequent first."""
 
 
 class Step(Config):
@@ -145,10 +117,7 @@ def nowhere(entry: FileEntry) -> None:
 def find_records(
     folder: Path, part: Part, columns: Sequence[str] | None = None, elsewhere: Elsewhere = nowhere
 ) -> pa.Table | None:
-    """Read the records of a part of any version, all columns or some.
-
-    None if its table is neither in ``folder`` nor ``elsewhere``. Raises UserError if it is damaged.
-    """
+    """Read the records of a part of any version; None if its table is neither in ``folder`` nor ``elsewhere``."""
     entry = part.records
     if (folder / entry.name).is_file():
         return read_records(folder, part, columns)
@@ -196,10 +165,7 @@ def resolve(folder: Path, prefix: str | None) -> Manifest:
 
 
 def choose(prefix: str, candidates: dict[str, str], name: str) -> str:
-    """Return the one of ``candidates``, versions of data set ``name`` with their content digests, for ``prefix``.
-
-    Raises UserError as ``resolve`` does.
-    """
+    """Return the one of ``candidates``, versions with their content digests, for ``prefix``, as ``resolve`` does."""
     digits = prefix.lower()
     if len(digits) < SHORTEST or digits.strip("0123456789abcdef"):
         raise UserError(f"{prefix!r} names no version: give the first {SHORTEST} or more hex digits of its digest")
@@ -213,28 +179,17 @@ def choose(prefix: str, candidates: dict[str, str], name: str) -> str:
     if not candidates:
         raise UserError(f"there is no version of a data set {name}: run `darkroom ingest SOURCE --dataset {name}`")
     shown = [f"{each[:12]} (content {candidates[each][:12]})" for each in (fitting or candidates)]
-    listed = ", ".join(shown[:LISTED]) + (f" and {len(shown) - LISTED} more" if len(shown) > LISTED else "")
+    listed = ", ".join(shown[:10]) + (f" and {len(shown) - 10} more" if len(shown) > 10 else "")
     if fitting:
         raise UserError(f"{prefix} fits {len(fitting)} versions of data set {name}: give more digits of {listed}")
     raise UserError(f"{prefix} is no version of data set {name}: there is {listed}")
 
 
-def standing(versions: Sequence[Manifest], read: ReadTable, limit: int | None = None) -> list[Quarantine | None]:
-    """Return the quarantine of each of ``versions`` of a data set, with the first ``limit`` entries.
+def standing(versions: Sequence[Manifest], read: ReadTable) -> list[dict[str, str] | None]:
+    """Return the reasons of the quarantined entries of each of ``versions`` of a data set, by name, sorted.
 
     Of all records of a name, the last one counts. None for a version that needs an unavailable table.
     """
-    quarantines: list[Quarantine | None] = []
-    for entries in _quarantined(versions, read)[0]:
-        reasons = Counter(sorted(entries.values())).most_common() if entries else ()
-        counts = [Reason(reason=reason, count=count) for reason, count in reasons]
-        group = None if entries is None else Quarantine(**_first(entries, limit), reasons=counts)
-        quarantines.append(group)
-    return quarantines
-
-
-def _quarantined(versions: Sequence[Manifest], read: ReadTable) -> tuple[list[dict[str, str] | None], set[str]]:
-    """Return the reasons of quarantined entries by name, for each version, and the names of unavailable tables."""
     needed = [list(dropwhile(lambda part: not part.outcomes.get("quarantined"), each.parts)) for each in versions]
     parts = {part.records.name: part for each in needed for part in each}
     records: dict[str, list[tuple[str, str]]] = {}
@@ -250,13 +205,11 @@ def _quarantined(versions: Sequence[Manifest], read: ReadTable) -> tuple[list[di
         here = [records.get(part.records.name) for part in each]
         last = dict(chain.from_iterable(rows or () for rows in here))
         found.append(None if None in here else {name: last[name] for name in sorted(last) if last[name]})
-    return found, parts.keys() - records.keys()
+    return found
 
 
-def _first(entries: dict[str, str], limit: int | None) -> dict[str, Any]:
-    """Count ``entries``, and list the first ones."""
-    samples = [QuarantineEntry(source=source, reason=reason) for source, reason in islice(entries.items(), limit)]
-    return {"count": len(entries), "samples": samples}
+def _first(entries: dict[str, str], limit: int | None) -> list[QuarantineEntry]:
+    return [QuarantineEntry(source=source, reason=reason) for source, reason in islice(entries.items(), limit)]
 
 
 def log(folder: Path) -> Iterator[Step]:
@@ -266,10 +219,7 @@ def log(folder: Path) -> Iterator[Step]:
 
 
 def history(folder: Path, elsewhere: Elsewhere = nowhere) -> list[HistoryEntry]:
-    """Return all known versions of the data set in ``folder``, line by line, each before its parent.
-
-    The line of the current version comes first, and whole; the others end where they branch off.
-    """
+    """Return all known versions, line by line, each before its parent; the line of the current one comes first."""
     known = known_versions(folder)
     current = next(iter(known))
     parents = {version.parent for version in known.values()}
@@ -279,13 +229,13 @@ def history(folder: Path, elsewhere: Elsewhere = nowhere) -> list[HistoryEntry]:
             line.append(parent)
     lines.sort(key=lambda line: (current not in (version.digest for version in line), -len(line)))
     ordered = list({version.digest: version for line in lines for version in line}.values())
-    quarantines = standing(ordered, lambda part, columns: find_records(folder, part, columns, elsewhere), limit=0)
+    quarantines = standing(ordered, lambda part, columns: find_records(folder, part, columns, elsewhere))
     return [
         HistoryEntry(
             **dict(_step(version, known.get(version.parent or ""))),
             parent=version.parent,
             current=version.digest == current,
-            quarantined=quarantine and quarantine.count,
+            quarantined=None if quarantine is None else len(quarantine),
         )
         for version, quarantine in zip(ordered, quarantines, strict=True)
     ]
@@ -296,7 +246,8 @@ def show(folder: Path, version: Manifest, elsewhere: Elsewhere = nowhere, limit:
     outcomes: Counter[Outcome] = Counter()
     for part in version.parts:
         outcomes.update(part.outcomes)
-    (quarantine,) = standing([version], lambda part, columns: find_records(folder, part, columns, elsewhere), limit)
+    (quarantine,) = standing([version], lambda part, columns: find_records(folder, part, columns, elsewhere))
+    reasons = None if quarantine is None else Counter(sorted(quarantine.values())).most_common(5)
     return Contents(
         dataset=version.name,
         digest=version.digest,
@@ -312,9 +263,9 @@ def show(folder: Path, version: Manifest, elsewhere: Elsewhere = nowhere, limit:
         classes=version.class_histogram,
         shards=len(version.shards),
         shard_bytes=sum(shard.bytes for shard in version.shards),
-        quarantined_count=quarantine and quarantine.count,
-        quarantined=quarantine and quarantine.samples,
-        reasons=quarantine and quarantine.reasons[:LEADING],
+        quarantined_count=None if quarantine is None else len(quarantine),
+        quarantined=None if quarantine is None else _first(quarantine, limit),
+        reasons=reasons and [Reason(reason=reason, count=count) for reason, count in reasons],
     )
 
 
@@ -400,47 +351,62 @@ class Difference(Config):
 def diff(
     folder: Path, before: Manifest, after: Manifest, limit: int | None = None, elsewhere: Elsewhere = nowhere
 ) -> Difference:
-    """Compare two versions of the data set in ``folder``, with the first ``limit`` samples of each kind.
+    """Compare two versions, with ``limit`` samples of each kind; raises UserError if a table is damaged."""
+    old_parts, new_parts = unshared(before, after), unshared(after, before)
+    left = _rewritten(folder, old_parts, new_parts, elsewhere) | _rewritten(folder, new_parts, old_parts, elsewhere)
 
-    Only parts that they do not share are compared, in a database on disk. Raises UserError if a table is damaged.
-    """
-    sides: dict[Side, list[Part]] = {"before": unshared(before, after), "after": unshared(after, before)}
-    rewritten = _rewritten(folder, sides["before"], sides["after"], elsewhere)
-    rewritten |= _rewritten(folder, sides["after"], sides["before"], elsewhere)
+    unread: set[str] = set()
 
     def read(part: Part, columns: Sequence[str]) -> pa.Table | None:
-        return find_records(folder, rewritten.get(part.records.sha256, part), columns, elsewhere)
+        table = find_records(folder, left.get(part.records.sha256, part), columns, elsewhere)
+        if table is None:
+            unread.add(part.records.name)
+        return table
 
-    with closing(sqlite3.connect("")) as database:
-        unread, blind = _load_images(database, sides, rewritten, read)
-        (old, new), missing = _quarantined([before, after], read)
-        unread |= missing
+    old, new = _images(old_parts, left, read), _images(new_parts, left, read)
+    reasons_old, reasons_new = standing([before, after], read)
 
-        def only_in(this: dict[str, str] | None, other: dict[str, str] | None) -> VersionGroup[QuarantineEntry] | None:
-            if unread or this is None or other is None:
-                return None
-            return VersionGroup(**_first({name: this[name] for name in this if name not in other}, limit))
+    def samples(images: pa.Table) -> list[Sample]:
+        leading = images.sort_by("key").slice(0, limit).to_pylist()
+        return [Sample(**row) for row in leading if row["key"] is not None]
 
-        def group(make: Callable[..., T], query: str, this: Side, other: Side) -> VersionGroup[T]:
-            values = {"this": this, "other": other, "limit": -1 if limit is None else limit}
-            (count,) = database.execute(f"SELECT count(*) FROM ({query})", values).fetchone()
-            rows = database.execute(f"{query} ORDER BY 1 NULLS LAST LIMIT :limit", values)
-            return VersionGroup(count=count, samples=[make(*row) for row in rows if row[0] is not None])
+    def only_in(this: pa.Table | None, other: pa.Table | None) -> VersionGroup[Sample] | None:
+        if this is None or other is None:
+            return None
+        images = this.filter(pc.invert(pc.is_in(this["key"], other["key"], skip_nulls=True)))
+        return VersionGroup(count=len(images), samples=samples(images))
 
-        return Difference(
-            before=before.digest,
-            after=after.digest,
-            same_content=before.content_digest == after.content_digest,
-            kept=(before.kept, after.kept),
-            added=None if "before" in blind else group(_sample, ONLY_IN, "after", "before"),
-            removed=None if "after" in blind else group(_sample, ONLY_IN, "before", "after"),
-            changed=None if blind else group(_changed, CHANGED, "before", "after"),
-            quarantined=only_in(new, old),
-            cleared=only_in(old, new),
-            storage=_differing(before.storage.model_dump(), after.storage.model_dump()),
-            classes=_differing(before.class_histogram, after.class_histogram, 0),
-            unread=sorted(unread),
-        )
+    def changed() -> VersionGroup[Changed] | None:
+        if old is None or new is None:
+            return None
+        # Keys are unique, so equal rows are of the same image.
+        was = old.filter(pc.is_in(old["key"], new["key"], skip_nulls=True)).sort_by("key")
+        now = new.filter(pc.is_in(new["key"], old["key"], skip_nulls=True)).sort_by("key")
+        pairs = ((pc.fill_null(was[name], ""), pc.fill_null(now[name], "")) for name in ("split", "label", "caption"))
+        differs = reduce(pc.or_, (pc.not_equal(*pair) for pair in pairs))
+        both = zip(samples(was.filter(differs)), samples(now.filter(differs)), strict=True)
+        return VersionGroup(count=pc.sum(differs).as_py() or 0, samples=[Changed(before=b, after=a) for b, a in both])
+
+    def quarantined(this: dict[str, str] | None, other: dict[str, str] | None) -> VersionGroup[QuarantineEntry] | None:
+        if unread or this is None or other is None:
+            return None
+        entries = {name: this[name] for name in this if name not in other}
+        return VersionGroup(count=len(entries), samples=_first(entries, limit))
+
+    return Difference(
+        before=before.digest,
+        after=after.digest,
+        same_content=before.content_digest == after.content_digest,
+        kept=(before.kept, after.kept),
+        added=only_in(new, old),
+        removed=only_in(old, new),
+        changed=changed(),
+        quarantined=quarantined(reasons_new, reasons_old),
+        cleared=quarantined(reasons_old, reasons_new),
+        storage=_differing(before.storage.model_dump(), after.storage.model_dump()),
+        classes=_differing(before.class_histogram, after.class_histogram, 0),
+        unread=sorted(unread),
+    )
 
 
 def _rewritten(folder: Path, parts: list[Part], others: list[Part], elsewhere: Elsewhere) -> dict[str, Part]:
@@ -455,49 +421,28 @@ def _rewritten(folder: Path, parts: list[Part], others: list[Part], elsewhere: E
     }
 
 
+def _images(parts: list[Part], left: dict[str, Part], read: ReadTable) -> pa.Table | None:
+    """Return the images of ``parts``, of some what was ``left`` and removed; None if a table is unavailable."""
+    tables = [pa.schema([RECORDS.field(name) for name in COLUMNS[1:]]).empty_table()]
+    gone: set[str] = set()
+    unknown = 0
+    for part, table in [(part, read(part, COLUMNS)) for part in parts]:
+        if table is None:
+            return None
+        tables.append(table.filter(pc.field("outcome") == "kept").drop_columns("outcome"))
+        if (rest := left.get(part.records.sha256)) is None:
+            continue
+        if part.outcomes.get("removed"):  # it is unknown which of them were removed before
+            unknown += kept_in(part) - kept_in(rest)
+        else:
+            gone.update(table.filter(pc.field("outcome") == "removed")["key"].to_pylist())
+    if left:
+        for each in tables:
+            gone.difference_update(each["key"].to_pylist())
+        tables.append(pa.table({"key": pa.array([*(gone - {""}), *[None] * unknown], pa.string())}))
+    return pa.concat_tables(tables, promote_options="default")
+
+
 def _differing(before: dict[str, Any], after: dict[str, Any], absent: Any = None) -> dict[str, tuple[Any, Any]]:
     pairs = {name: (before.get(name, absent), after.get(name, absent)) for name in sorted({*before, *after})}
     return {name: (old, new) for name, (old, new) in pairs.items() if old != new}
-
-
-def _load_images(
-    database: sqlite3.Connection, sides: dict[Side, list[Part]], rewritten: dict[str, Part], read: ReadTable
-) -> tuple[set[str], set[Side]]:
-    """Load the images of the parts of both versions; of parts that a takedown rewrote, only the removed ones.
-
-    Returns the names of unavailable tables, and the versions that need them.
-    """
-    database.executescript(SCHEMA)
-    unread: set[str] = set()
-    blind: set[Side] = set()
-    numbers = {part.number for part in rewritten.values()}
-    for side, parts in sides.items():
-        for part in parts:
-            left = rewritten.get(part.records.sha256)
-            if left is None and part.number in numbers:
-                continue
-            table = read(part, COLUMNS)
-            if table is None:
-                unread.add(part.records.name)
-                blind |= {side} if left is None else {"before", "after"}
-                continue
-            if left is None:
-                images = [row for row in table.to_pylist() if row["outcome"] == "kept"]
-            elif part.outcomes.get("removed"):  # it is unknown which of them were removed before
-                images = [{"key": None}] * (kept_in(part) - kept_in(left))
-            else:
-                keys = {row["key"] for row in table.to_pylist() if row["outcome"] == "removed"}
-                images = [{"key": key} for key in keys if key]
-            database.executemany(
-                "INSERT OR IGNORE INTO images VALUES (:version, :key, :source, :split, :label, :caption, :removed)",
-                ({**UNKNOWN, **image, "version": side, "removed": left is not None} for image in images),
-            )
-    return unread, blind
-
-
-def _sample(key: str, source: str | None, split: str | None, label: str | None, caption: str | None) -> Sample:
-    return Sample(key=key, source=source, split=split, label=label, caption=caption)
-
-
-def _changed(*row: Any) -> Changed:
-    return Changed(before=_sample(*row[:5]), after=_sample(*row[5:]))

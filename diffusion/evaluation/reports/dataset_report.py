@@ -33,7 +33,7 @@ from diffusion.common.random import generator, permutation
 from diffusion.data.dataset import SPLITS, Dataset, Rows
 from diffusion.data.ingest.config import StorageConfig
 from diffusion.data.manifest import Manifest, Outcome, Split, read_records, versions
-from diffusion.data.versions.versions import Quarantine, log, standing, unshared
+from diffusion.data.versions.versions import log, standing, unshared
 from diffusion.evaluation.config import EvaluationConfig
 from diffusion.evaluation.features.feature_extractor import make_extractor
 from diffusion.evaluation.metrics.distances import compute_kid, compute_moments, frechet_distance, kid_kernel
@@ -49,8 +49,6 @@ MEASURES = {"brightness": 256.0, "contrast": 128.0, "red": 256.0, "green": 256.0
 
 Brightness and colours are means over the pixels, contrast is their standard deviation. Grey images have the first two.
 """
-QUARANTINED = 500
-"""Quarantined files listed one by one."""
 EXAMPLES = 2
 """Sources given as examples."""
 COLUMNS = (
@@ -65,8 +63,8 @@ VARIABLE = re.compile(r"\S*[/\\]\S*|0x[0-9a-f]+|\b[0-9a-f]{8,}\b|\d+(?:[.,]\d+)*
 class RecordStatistics:
     """Statistics of the records of one version."""
 
-    quarantine: Quarantine
-    """Files in quarantine, the first QUARANTINED of them by name."""
+    quarantine: dict[str, str]
+    """Reasons of the files in quarantine by name."""
     histograms: dict[Split, np.ndarray]
     """Kept images per bin of each measure: (len(MEASURES), BINS) int64."""
     sums: dict[Split, np.ndarray]
@@ -90,7 +88,7 @@ def collect_statistics(folder: Path, manifest: Manifest, progress: Progress = si
     Raises:
         UserError: If a table of records is missing or damaged.
     """
-    (quarantine,) = standing([manifest], lambda part, columns: read_records(folder, part, columns), QUARANTINED)
+    (quarantine,) = standing([manifest], lambda part, columns: read_records(folder, part, columns))
     assert quarantine is not None  # read_records raises UserError where a table is missing
     histograms = {split: np.zeros((len(MEASURES), BINS), np.int64) for split in SPLITS}
     result = RecordStatistics(quarantine, histograms, {split: np.zeros(len(MEASURES)) for split in SPLITS})
@@ -132,16 +130,13 @@ def collect_statistics(folder: Path, manifest: Manifest, progress: Progress = si
     return result
 
 
-def group_reasons(quarantine: Quarantine) -> list[tuple[str, int, list[str]]]:
+def group_reasons(quarantine: dict[str, str]) -> list[tuple[str, int, list[str]]]:
     """Group quarantined files by reason without what varies, most frequent first: reason, number, EXAMPLES sources."""
-    counts: Counter[str] = Counter()
-    for reason in quarantine.reasons:
-        counts[VARIABLE.sub("…", reason.reason)] += reason.count
     sources: dict[str, list[str]] = {}
-    for entry in quarantine.samples:
-        sources.setdefault(VARIABLE.sub("…", entry.reason), []).append(entry.source)
-    ordered = sorted(counts.items(), key=lambda pair: (-pair[1], pair[0]))
-    return [(pattern, count, sources.get(pattern, [])[:EXAMPLES]) for pattern, count in ordered]
+    for source, reason in quarantine.items():
+        sources.setdefault(VARIABLE.sub("…", reason), []).append(source)
+    ordered = sorted(sources.items(), key=lambda item: (-len(item[1]), item[0]))
+    return [(pattern, len(names), names[:EXAMPLES]) for pattern, names in ordered]
 
 
 def _measure_images(kept: pa.Table, pixels: int) -> np.ndarray:
@@ -486,7 +481,7 @@ def summarize(
         lost=None if parent is None or added is None else parent.kept + added - manifest.kept,
         duplicates=outcomes["duplicate"],
         contradicted=statistics.contradicted,
-        quarantined=statistics.quarantine.count,
+        quarantined=len(statistics.quarantine),
         removed=outcomes["removed"],
         near_duplicate_groups=None if groups is None else len(groups),
         near_duplicates=None if groups is None else sum(map(len, groups)),

@@ -105,9 +105,9 @@ class Spy(LocalShards):
         self.reads += 1
         return super().read(entry, spans)
 
-    def ahead(self, entries: Sequence[FileEntry]) -> None:
+    def prefetch(self, entries: Sequence[FileEntry]) -> None:
         self.asked.append([entry.name for entry in entries])
-        super().ahead(entries)
+        super().prefetch(entries)
 
 
 @pytest.fixture

@@ -18,11 +18,11 @@ import torch
 from filelock import FileLock
 
 from diffusion.common.errors import UserError
-from diffusion.data import shard_cache
+from diffusion.data import shards
 from diffusion.data.dataset import Dataset
 from diffusion.data.loader import Loader, WindowedOrder
 from diffusion.data.manifest import FileEntry
-from diffusion.data.shard_cache import ShardCache
+from diffusion.data.shards import ShardCache
 from tests.builders import ROOT
 from tests.builders.small_datasets import random_images, write_dataset
 
@@ -117,7 +117,7 @@ def test_shard_larger_than_the_cache_is_an_error(shelf: Shelf, folder: Path) -> 
 
 
 def test_prefetched_shards_are_ready_when_needed(shelf: Shelf, cache: ShardCache, folder: Path) -> None:
-    cache.ahead([shelf.entries[number] for number in (5, 1, 3)])
+    cache.prefetch([shelf.entries[number] for number in (5, 1, 3)])
     eventually(lambda: len(held(folder)) == 3 and not list(folder.glob("*.partial")))
     fetched = list(shelf.fetched)
     for number in (5, 1, 3):
@@ -127,7 +127,7 @@ def test_prefetched_shards_are_ready_when_needed(shelf: Shelf, cache: ShardCache
 
 
 def test_prefetched_shards_are_not_evicted_by_other_reads(shelf: Shelf, cache: ShardCache, folder: Path) -> None:
-    cache.ahead([shelf.entries[0], shelf.entries[1]])
+    cache.prefetch([shelf.entries[0], shelf.entries[1]])
     shelf.read(cache, 0)
     shelf.read(cache, 1)
     for number in (2, 3, 4, 5):
@@ -138,7 +138,7 @@ def test_prefetched_shards_are_not_evicted_by_other_reads(shelf: Shelf, cache: S
 
 
 def test_prefetching_more_than_the_cache_holds_works(shelf: Shelf, cache: ShardCache, folder: Path) -> None:
-    cache.ahead(shelf.entries)
+    cache.prefetch(shelf.entries)
     for number in range(6):
         shelf.read(cache, number)
         assert sum((folder / name).stat().st_size for name in held(folder)) <= 3 * SIZE
@@ -147,7 +147,7 @@ def test_prefetching_more_than_the_cache_holds_works(shelf: Shelf, cache: ShardC
 
 def test_concurrent_reads_share_one_fetch(shelf: Shelf, cache: ShardCache) -> None:
     shelf.gate.clear()
-    cache.ahead([shelf.entries[0]])
+    cache.prefetch([shelf.entries[0]])
     eventually(lambda: shelf.fetched == [0])
     readers = [threading.Thread(target=shelf.read, args=(cache, 0)) for _ in range(4)]
     for reader in readers:
@@ -168,14 +168,14 @@ def test_a_shard_that_comes_damaged_is_fetched_once_more(
     assert "shards/00003.tar" in caplog.text
 
 
-@pytest.mark.parametrize("ahead", [False, True])
+@pytest.mark.parametrize("prefetch", [False, True])
 @pytest.mark.parametrize(("spoilt", "words"), [(b"short", "5 bytes long instead of 1000"), (bytes(SIZE), "changed")])
 def test_a_shard_that_comes_damaged_twice_is_an_error_that_names_it(
-    shelf: Shelf, cache: ShardCache, folder: Path, ahead: bool, spoilt: bytes, words: str
+    shelf: Shelf, cache: ShardCache, folder: Path, prefetch: bool, spoilt: bytes, words: str
 ) -> None:
     shelf.spoilt[3] = [spoilt, spoilt]
-    if ahead:
-        cache.ahead([shelf.entries[3]])
+    if prefetch:
+        cache.prefetch([shelf.entries[3]])
         eventually(lambda: shelf.fetched == [3, 3])
     with pytest.raises(UserError, match=rf"shards/00003\.tar .* is {words}.*, also when fetched again"):
         shelf.read(cache, 3)
@@ -203,8 +203,8 @@ def test_missing_shard_error_reaches_the_reader(shelf: Shelf, folder: Path) -> N
             raise UserError(f"no {entry.name} on the remote")
 
     with closing(ShardCache(folder, Empty(), 3 * SIZE)) as cache:
-        for ahead in ([], shelf.entries[:1]):
-            cache.ahead(ahead)
+        for entries in ([], shelf.entries[:1]):
+            cache.prefetch(entries)
             with pytest.raises(UserError, match=r"no shards/00000\.tar on the remote"):
                 cache.read(shelf.entries[0], [(0, 1)])
     assert held(folder) == set()
@@ -235,9 +235,9 @@ def test_shards_that_others_fetch_count_and_are_waited_for(
     other = Shelf(6)
     other.gate.clear()
     with closing(ShardCache(folder, other, SIZE)) as slow, closing(ShardCache(folder, shelf, SIZE)) as ours:
-        slow.ahead([other.entries[0]])
+        slow.prefetch([other.entries[0]])
         eventually(lambda: other.fetched == [0])
-        monkeypatch.setattr(shard_cache, "PATIENCE", 0.2)
+        monkeypatch.setattr(shards, "PATIENCE", 0.2)
         with pytest.raises(UserError, match=r"no room for shard shards/00001\.tar.*other processes"):
             shelf.read(ours, 1)
         monkeypatch.undo()
@@ -255,13 +255,13 @@ from contextlib import closing
 from pathlib import Path
 sys.path.insert(0, {root!r})
 import numpy as np
-from diffusion.data.shard_cache import ShardCache
+from diffusion.data.shards import ShardCache
 from tests.diffusion.data.test_shard_cache import Shelf
 shelf, rng = Shelf(6), np.random.default_rng(int(sys.argv[2]))
 with closing(ShardCache(Path(sys.argv[1]), shelf, 3000)) as cache:
     print("begun", flush=True)
     for _ in range(int(sys.argv[3])):
-        cache.ahead([shelf.entries[number] for number in rng.permutation(6)[:2]])
+        cache.prefetch([shelf.entries[number] for number in rng.permutation(6)[:2]])
         shelf.read(cache, int(rng.integers(6)))
 """
 

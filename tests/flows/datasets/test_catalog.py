@@ -17,7 +17,7 @@ from diffusion.data.ingest.chunks import Chunk
 from diffusion.data.ingest.config import IngestConfig
 from diffusion.data.ingest.ingest import captions_folder, ingest
 from diffusion.data.manifest import FileEntry, read_manifest, work_folder
-from diffusion.data.shard_cache import ShardCache
+from diffusion.data.shards import ShardCache
 from diffusion.data.versions.takedown import remove
 from diffusion.data.versions.takedown_records import Selection
 from diffusion.data.versions.versions import history

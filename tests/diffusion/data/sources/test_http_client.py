@@ -20,7 +20,7 @@ from tenacity import wait_none
 from diffusion.data.ingest.config import IngestConfig
 from diffusion.data.ingest.ingest import ingest
 from diffusion.data.sources import open_source
-from diffusion.data.sources.http_client import is_own, is_public
+from diffusion.data.sources.urls import is_own, is_public
 from tests.builders.archives import peak
 from tests.builders.reading_sources import access, png, seen
 from tests.builders.url_tables import table
@@ -407,7 +407,7 @@ def test_no_resolution_of_a_name_lasts_longer_than_it_may(
     monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
     start = time.monotonic()
     assert fetched(tmp_path, "http://slow.test/a.png", download_seconds=0.5) == [
-        "no answer within 0.5 s, at each of 1 tries"
+        "no whole answer within 0.5 s, at each of 1 tries"
     ]
     assert time.monotonic() - start < 10
     gone_on.set()

@@ -7,9 +7,8 @@ import torch
 from torch.utils.data import DataLoader
 
 from diffusion.common.errors import UserError
-from diffusion.data.dataset import SPLITS, Dataset
+from diffusion.data.dataset import SPLITS, Dataset, open_webdataset
 from diffusion.data.manifest import Split
-from diffusion.data.webdataset_pipeline import open_webdataset
 
 
 @pytest.mark.parametrize("split", SPLITS)
