@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Literal
 
 import mlflow
+from botocore.exceptions import ClientError
 from filelock import FileLock
 from mlflow.client import MlflowClient
 from mlflow.entities import LifecycleStage, LoggedModel, Run, ViewType
@@ -33,8 +34,7 @@ from flows.registry.aliases import verified
 from flows.registry.ledger import Ledger, Newest
 from flows.registry.model_versions import WEIGHTS
 from flows.sampling.sampling_batch import DELETED, LARGEST_BATCH, RESUMED, USUAL, SamplingBatch, parse_batch
-from flows.storage.multipart import abort_upload, uploads
-from flows.storage.s3 import Location, Store
+from flows.storage.s3 import Location, Store, status_of
 from flows.tracking.runs import SWEEP, TRAIN_KEY
 
 Fate = Literal["stays", "set aside", "goes"]
@@ -172,7 +172,11 @@ class SamplingBatches:
 
     def sweep(self) -> Sweep:
         """Sweep of batches and uploads."""
-        days, found = self.policy.unfinished_days, uploads(self.store, Location(self.bucket))
+        days, client = self.policy.unfinished_days, self.store.client
+        with self.store.in_words(self.bucket):
+            # Of MLflow or of other programs: Darkroom itself uploads nothing in parts.
+            pages = client.get_paginator("list_multipart_uploads").paginate(Bucket=self.bucket)
+            found = [each for page in pages for each in page.get("Uploads", ())]
         old = [each for each in found if older(each["Initiated"], days, self.now)]
         items = [
             Item(kind="sampling batches", name=str(batch.place), bytes=batch.bytes, fate=batch.fate, why=batch.why)
@@ -196,7 +200,12 @@ class SamplingBatches:
             spent += [each.key for each in self.resumptions if older(each.written, days, self.now)]
             self.store.delete_many(self.bucket, spent)
             for each in old:
-                abort_upload(self.store, self.bucket, each["Key"], each["UploadId"])
+                with self.store.in_words(self.bucket, each["Key"]):
+                    try:
+                        client.abort_multipart_upload(Bucket=self.bucket, Key=each["Key"], UploadId=each["UploadId"])
+                    except ClientError as error:
+                        if status_of(error) != 404:  # completed or aborted since
+                            raise
 
         return Sweep(items, act)
 

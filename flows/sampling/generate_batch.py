@@ -2,16 +2,15 @@
 
 import itertools
 import os
-import shutil
 import socket
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, TemporaryFile
 from typing import NamedTuple
 from uuid import uuid4
 
@@ -36,7 +35,6 @@ from flows.sampling import sampling_batch
 from flows.sampling.lookup import read_parts, success_bytes
 from flows.sampling.request_table import REQUESTS, RequestTable
 from flows.sampling.sampling_batch import BATCH, DELETED, MANIFEST, RESUMED, SUCCESS, USUAL, Row, SamplingBatch
-from flows.storage.multipart import ABANDONED, PART_BYTES, abort_uploads, writing
 from flows.storage.s3 import Denied, Location, Missing, Object, Store
 
 JSON, JSON_LINES, PNG, TAR = "application/json", "application/jsonl", "image/png", "application/x-tar"
@@ -84,10 +82,6 @@ class GenerationCost(Config):
         )
 
 
-Write = Callable[[GeneratedImages], bytes]
-"""Writer of images to S3 that returns their rows of the manifest as JSON lines."""
-
-
 def generate_chunk(
     store: Store,
     batch: SamplingBatch,
@@ -112,9 +106,10 @@ def generate_chunk(
             "the one that began it, or begin another batch on the others"
         )
     groups = _generate(batch, weights, indices, table, at_once)
-    files = nullcontext(partial(_put_files, store, batch, place))
-    with files if batch.format == "png" else _tar(store, batch, place, sampling_batch.tar_key(chunk)) as write:
-        lines = b"".join(ahead(write, groups, 1))
+    if batch.format == "png":
+        lines = b"".join(ahead(partial(_put_files, store, batch, place), groups, 1))
+    else:
+        lines = _put_tar(store, batch, place, sampling_batch.tar_key(chunk), groups)
     store.put_once(place.bucket, part, lines, content_type=JSON_LINES)
     return Work(images=len(indices), process=process, began=began, ended=time.process_time())
 
@@ -156,17 +151,23 @@ def _put_files(store: Store, batch: SamplingBatch, place: Location, generated: G
     return sampling_batch.part_bytes(row for _, row in encoded)
 
 
-@contextmanager
-def _tar(store: Store, batch: SamplingBatch, place: Location, name: str) -> Iterator[Write]:
-    with writing(store, place.bucket, place.key(name), TAR, PART_BYTES) as file:
+def _put_tar(
+    store: Store, batch: SamplingBatch, place: Location, name: str, groups: Iterator[GeneratedImages]
+) -> bytes:
+    with TemporaryFile() as file:
         tar = TarWriter(file)
 
         def add(png: bytes, row: Row) -> Row:
             extent = tar.add(f"{row['index']:08d}", png, sampling_batch.shard_json(row))
             return row | {"tar": name, "offset": extent.start + BLOCK, "size": extent.png}
 
-        yield lambda generated: sampling_batch.part_bytes(add(*each) for each in _encode(batch, generated))
+        def write(generated: GeneratedImages) -> bytes:
+            return sampling_batch.part_bytes(add(*each) for each in _encode(batch, generated))
+
+        lines = b"".join(ahead(write, groups, 1))
         tar.close()
+        store.put_once(place.bucket, place.key(name), file, content_type=TAR)
+    return lines
 
 
 def _encode(batch: SamplingBatch, generated: GeneratedImages) -> Iterator[tuple[bytes, Row]]:
@@ -216,12 +217,11 @@ def finish(store: Store, batch: SamplingBatch, place: Location) -> bool:
         if is_deleted(store, place) or unfinished(store, batch, place):
             return False
         if not store.exists(place.bucket, manifest):
-            with writing(store, place.bucket, manifest, sampling_batch.PARQUET) as file:
+            with TemporaryFile() as file:
                 sampling_batch.write_parquet(file, rows(), batch)
+                store.put_once(place.bucket, manifest, file, content_type=sampling_batch.PARQUET)
         else:
             deque(rows(), maxlen=0)
-        # All images exist, so uploads that killed or slower processes left behind are superfluous.
-        abort_uploads(store, Location(place.bucket, place.key("")))
         success = success_bytes(store, batch, place, parts)
         store.put_once(place.bucket, place.key(SUCCESS), success, content_type=JSON)
     except Missing:
@@ -338,7 +338,6 @@ def usual_place(store: Store, batch: SamplingBatch, bucket: str) -> Location:
 def begin(store: Store, batch: SamplingBatch, place: Location, table: RequestTable | None) -> None:
     """Write ``batch.json`` and the request table to ``place``; raises Held if another batch lies there."""
     store.require_conditional_puts(place.bucket, "samples")
-    abort_uploads(store, Location(place.bucket, place.key("")), ABANDONED)
     about, data = place.key(BATCH), batch.json_bytes()
     try:
         put = store.put_once(place.bucket, about, data, content_type=JSON)
@@ -356,8 +355,5 @@ def begin(store: Store, batch: SamplingBatch, place: Location, table: RequestTab
         # As images may exist already, only this mark tells `darkroom gc` that the batch is not abandoned.
         store.put_once(place.bucket, f"{RESUMED}/{place.prefix}/{uuid4().hex}", b"")
     if table is not None and not store.exists(place.bucket, place.key(REQUESTS)):
-        with (
-            writing(store, place.bucket, place.key(REQUESTS), sampling_batch.PARQUET) as kept,
-            table.path.open("rb") as rows,
-        ):
-            shutil.copyfileobj(rows, kept, 2**20)
+        with table.path.open("rb") as rows:
+            store.put_once(place.bucket, place.key(REQUESTS), rows, content_type=sampling_batch.PARQUET)

@@ -38,8 +38,8 @@ logger = logging.getLogger(__name__)
 
 NUMBERED = re.compile(r"([0-9]{8})\.png")
 MOST_NAMED = 20
-LARGEST_SUCCESS, LARGEST_TABLE, LARGEST_ABOUT = 16 * 2**20, 64 * 2**30, 2**18
-"""Maximum sizes in bytes of ``_SUCCESS``, of the tables, for 10^8 rows, and of the JSON beside an image in a tar."""
+LARGEST_SUCCESS, LARGEST_TABLE, LARGEST_ABOUT = 16 * 2**20, 5 * 2**30, 2**18
+"""Maximum sizes in bytes of ``_SUCCESS``, of the tables, and of the JSON beside an image in a tar."""
 
 
 class Origin(Config):

@@ -51,8 +51,8 @@ USUAL = re.compile(r"samples/[^/]+/[0-9]{1,10}/[^/]+")
 """Prefix of a batch at its default place."""
 CHUNK_OBJECT = re.compile(r"(?P<image>\d{8,})\.png|samples-(?P<tar>\d{5,})\.tar|manifest/part-(?P<part>\d{5,})\.jsonl")
 """Names of a chunk's objects inside a batch."""
-MOST_IMAGES, CHUNKS_AT_MOST = 10**8, 10**5
-"""Maxima of a batch: image numbers have eight digits, and each chunk is a task and a part of the manifest."""
+MOST_IMAGES, CHUNKS_AT_MOST = 10**7, 10**5
+"""Maxima of a batch: the manifest must fit in one object, and each chunk is a task and a part of the manifest."""
 LARGEST_BATCH, LARGEST_PART, LARGEST_IMAGE = 64 * 2**20, 512 * 2**20, 64 * 2**20
 """Maximum sizes in bytes of ``batch.json``, of a part of the manifest and of an image."""
 

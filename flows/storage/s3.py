@@ -54,6 +54,8 @@ Put = Literal["written", "already there"]
 BUCKET_NAME = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
 PROBE = ".darkroom-conditional-put"
 """Name of the object that ``require_conditional_puts`` probes the server with."""
+LARGEST_PUT = 5 * 2**30
+"""Maximum size in bytes of an object that is written by one request."""
 DELETED_AT_ONCE = 1000
 """Maximum number of objects in one delete request."""
 DENIED = (
@@ -197,16 +199,21 @@ class Store:
         self,
         bucket: str,
         key: str,
-        data: bytes | io.BufferedReader,
+        data: bytes | io.BufferedReader | io.BufferedRandom,
         metadata: Mapping[str, str] | None = None,
         content_type: str = "application/octet-stream",
     ) -> Put:
-        """Write ``data`` (at most 5 GiB), or a file from its start, unless the key is taken.
+        """Write ``data``, or a file from its start, unless the key is taken.
 
-        The same bytes there count as success; raises Held if other bytes lie there. The SHA-256 is checked by the
-        server and stored as metadata.
+        The same bytes there count as success; raises Held if other bytes lie there, and UserError for over 5 GiB. The
+        SHA-256 is checked by the server and stored as metadata.
         """
         file = io.BytesIO(data) if isinstance(data, bytes) else data
+        if (size := file.seek(0, os.SEEK_END)) > LARGEST_PUT:
+            raise UserError(
+                f"s3://{bucket}/{key} would have {size:,} bytes, and S3 takes at most {LARGEST_PUT:,} in one object: "
+                "split it, tars of images with a smaller sampling_batch.chunk"
+            )
         file.seek(0)
         digest = hashlib.file_digest(file, "sha256").hexdigest()
 
