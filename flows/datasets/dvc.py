@@ -12,8 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cached_property
-from itertools import repeat
+from functools import cached_property, partial
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -149,21 +148,22 @@ class Remote:
         listing = cache.listing(name)
         if listing is None:
             raise UserError(f"{cache.path(name)} is missing: ingest the data set again")
+
+        def upload(name: str) -> None:
+            path = cache.path(name)
+            if not path.is_file():
+                raise UserError(f"{path} is missing: ingest the data set again")
+            with path.open("rb") as file:
+                if hashlib.file_digest(file, "md5").hexdigest() != name.removesuffix(FOLDER):
+                    raise UserError(f"{path} is damaged: delete it, and ingest the data set again")
+                self.store.put_once(self.place.bucket, self._key(name), file)
+
         present = self.names()
         with ThreadPoolExecutor(4) as pool:
             # An error cancels the uploads that have not begun.
-            list(pool.map(self._upload, sorted(set(listing.values()) - present), repeat(cache)))
+            list(pool.map(upload, sorted(set(listing.values()) - present)))
         if name not in present:
-            self._upload(name, cache)
-
-    def _upload(self, name: str, cache: Cache) -> None:
-        path = cache.path(name)
-        if not path.is_file():
-            raise UserError(f"{path} is missing: ingest the data set again")
-        with path.open("rb") as file:
-            if hashlib.file_digest(file, "md5").hexdigest() != name.removesuffix(FOLDER):
-                raise UserError(f"{path} is damaged: delete it, and ingest the data set again")
-            self.store.put_once(self.place.bucket, self._key(name), file)
+            upload(name)
 
     def delete(self, names: Iterable[str]) -> None:
         """Delete objects, if they exist."""
@@ -202,11 +202,7 @@ class StoredFiles:
         """Write a file of ``version`` to ``target`` if it is found; raises UserError if it is damaged on the remote."""
         cached = self._cached(name, sha256)
         if cached is not None:
-
-            def copy(partial: Path) -> None:
-                shutil.copyfile(cached, partial)
-
-            write_atomically(target, copy)
+            write_atomically(target, partial(shutil.copyfile, cached))
             return True
         pushed = [listing[name] for listing in self.listings(version).values() if name in listing]
         places = dict.fromkeys([*pushed, *(self.cache.places.get(name, ()) if self.cache else ())])
@@ -257,9 +253,9 @@ class StoredFiles:
             return False
         remote = self.remote
 
-        def fetch(partial: Path) -> None:
-            remote.fetch(md5, partial)
-            if sha256_file(partial) != sha256:
+        def fetch(path: Path) -> None:
+            remote.fetch(md5, path)
+            if sha256_file(path) != sha256:
                 raise UserError(
                     f"{name} of data set {self.name} is damaged on the remote (its SHA-256 differs): delete "
                     f"{remote.uri(md5)}, and give `darkroom ingest SOURCE` where the data set is whole, or where its "
@@ -411,36 +407,28 @@ class RemoteShards:
     """``diffusion.data.shard_cache.ShardStore`` of the data set in ``folder``, pushed to ``source``."""
 
     def __init__(self, folder: Path, source: str) -> None:
-        self.folder = folder
-        self.source = source
-        self.remote = Remote.at(source)
-        self._lock = Lock()
+        self.folder, self.source, self.remote, self._lock = folder, source, Remote.at(source), Lock()
 
     def fetch(self, entry: FileEntry, path: Path) -> None:
         """Fetch a shard to ``path``, overwriting it; raises UserError if the remote does not have it."""
         with self._lock:
-            listing = self._listing
-        try:
-            self.remote.fetch(listing[entry.name], path)
-        except (KeyError, Missing) as error:
-            raise UserError(
-                f"shard {entry.name} of data set {self.folder.name} is not on {self.source}: run `darkroom ingest` "
-                "where the data set is whole, which pushes it"
-            ) from error
+            listings = self._listings
+        for listing in listings:
+            with suppress(KeyError, Missing):
+                self.remote.fetch(listing[entry.name], path)
+                return
+        raise UserError(
+            f"shard {entry.name} of data set {self.folder.name} is not on {self.source}: run `darkroom ingest` where "
+            "the data set is whole, which pushes it"
+        )
 
     @cached_property
-    def _listing(self) -> Listing:
-        name = self.folder.name
-        digest = read_manifest(self.folder).digest
-        recorded = Catalog.of(name, self.source, self.remote.store).pointer(digest)
-        if recorded is None and (version := data_version(self.folder)) is not None:
-            recorded = version.digest
-        if recorded is None:
-            raise UserError(f"version {digest[:12]} of data set {name} was never pushed: run `darkroom ingest` first")
-        try:
-            return self.remote.listing(recorded)
-        except Missing as error:
-            raise UserError(
-                f"version {digest[:12]} of data set {name} is not on {self.source} (any more): run `darkroom ingest`, "
-                "or check out another one with `darkroom data checkout`"
-            ) from error
+    def _listings(self) -> list[Listing]:
+        digest, recorded = read_manifest(self.folder).digest, data_version(self.folder)
+        kept = StoredFiles(self.folder.name, self.source, recorded.digest if recorded else None)
+        if found := list(kept.listings(digest).values()):
+            return found
+        raise UserError(
+            f"version {digest[:12]} of data set {self.folder.name} was never pushed to {self.source}, or is not there "
+            "any more: run `darkroom ingest`, or check out another one with `darkroom data checkout`"
+        )
