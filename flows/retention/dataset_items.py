@@ -120,10 +120,9 @@ class DataSets:
 
     def _current(self, name: str) -> tuple[str | None, str | None]:
         """Digest of the version in the data set's folder, or None; and the reason if it cannot be read."""
-        if not (dataset_folder(name) / "manifest.json").is_file():
-            return None, None
+        folder = dataset_folder(name)
         try:
-            return read_manifest(dataset_folder(name)).digest, None
+            return read_manifest(folder).digest if (folder / "manifest.json").is_file() else None, None
         except UserError as error:
             return None, str(error)
 
