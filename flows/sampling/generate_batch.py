@@ -20,6 +20,7 @@ from diffusion.checkpoints import load_model
 from diffusion.common.config import Config
 from diffusion.common.device import resolve_device
 from diffusion.common.errors import Held, UserError
+from diffusion.common.files import canonical_json, sha256_bytes
 from diffusion.common.fingerprint import Fingerprint, fingerprint
 from diffusion.data.prefetch import ahead
 from diffusion.data.shards import BLOCK, TarWriter
@@ -32,7 +33,7 @@ from flows import environment
 from flows.config import SamplingBatchConfig
 from flows.registry.model_versions import Version
 from flows.sampling import sampling_batch
-from flows.sampling.lookup import read_parts, success_bytes
+from flows.sampling.lookup import Success
 from flows.sampling.request_table import REQUESTS, RequestTable
 from flows.sampling.sampling_batch import BATCH, DELETED, MANIFEST, RESUMED, SUCCESS, USUAL, Row, SamplingBatch
 from flows.storage.s3 import Denied, Location, Missing, Object, Store
@@ -206,11 +207,19 @@ def finish(store: Store, batch: SamplingBatch, place: Location) -> bool:
     Returns False if the batch is incomplete or marked as deleted. Raises UserError if a part of the manifest is not of
     this batch.
     """
-    manifest, parts = place.key(MANIFEST), dict[str, str]()
+    manifest, digests = place.key(MANIFEST), {BATCH: sha256_bytes(batch.json_bytes())}
 
     def rows() -> Iterator[list[Row]]:
-        for name, digest, part in read_parts(store, batch, place):
-            parts[name] = digest
+        for chunk, indices in enumerate(batch.chunks()):
+            name = sampling_batch.part_key(chunk)
+            data = store.get(place.bucket, place.key(name), sampling_batch.LARGEST_PART)
+            part = sampling_batch.part_rows(data, f"{place}/{name}")
+            if len(part) != len(indices) or any(map(partial(sampling_batch.conflicts, batch), indices, part)):
+                raise UserError(
+                    f"{place}/{name} is not of this batch: delete it, and give the same `darkroom sample` again, which "
+                    "generates its images again"
+                )
+            digests[name] = sha256_bytes(data)
             yield part
 
     try:
@@ -222,7 +231,9 @@ def finish(store: Store, batch: SamplingBatch, place: Location) -> bool:
                 store.put_once(place.bucket, manifest, file, content_type=sampling_batch.PARQUET)
         else:
             deque(rows(), maxlen=0)
-        success = success_bytes(store, batch, place, parts)
+        for name in (MANIFEST, REQUESTS) if batch.requests else (MANIFEST,):
+            digests[name] = store.sha256(place.bucket, place.key(name))
+        success = canonical_json(Success(sha256=digests).model_dump(mode="json")).encode()
         store.put_once(place.bucket, place.key(SUCCESS), success, content_type=JSON)
     except Missing:
         if is_deleted(store, place):
