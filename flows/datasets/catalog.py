@@ -49,12 +49,6 @@ class CatalogListing:
     damaged: dict[str, str]
     """Errors for unreadable manifests, with the fix, by the digest in the name."""
 
-    def log_damaged(self) -> dict[str, Manifest]:
-        """Log the damaged manifests, and return the readable versions."""
-        for words in self.damaged.values():
-            logger.warning("%s", words)
-        return self.versions
-
 
 @dataclass(frozen=True)
 class Catalog:
@@ -95,13 +89,30 @@ class Catalog:
         """Delete the pages of versions, if they exist."""
         self.store.delete_many(self.place.bucket, (self.place.key(f"{digest}/report.html") for digest in digests))
 
-    def versions(self) -> dict[str, Manifest]:
-        """Readable versions by digest; damaged manifests are logged."""
-        return self.read().log_damaged()
+    def versions(self, retired: bool = False) -> dict[str, Manifest]:
+        """Readable versions of ``read`` by digest; damaged manifests are logged."""
+        found = self.read(retired)
+        for words in found.damaged.values():
+            logger.warning("%s", words)
+        return found.versions
 
-    def read(self) -> CatalogListing:
-        """List all versions, readable and damaged ones."""
-        return self._readable(self.place, VERSION)
+    def read(self, retired: bool = False) -> CatalogListing:
+        """List all versions, or those that ``darkroom gc`` retired and whose files are still on the remote."""
+        place, pattern = self.place, VERSION
+        if retired:
+            place, pattern = Location(self.place.bucket, f"{RETIRED}/{self.name}"), RETIRED_VERSION
+        found, prefix = CatalogListing({}, {}), place.key("")
+        for key in self.store.list_keys(place.bucket, prefix):
+            if (named := pattern.fullmatch(key.removeprefix(prefix))) is None:
+                continue
+            try:
+                data = self.store.get(place.bucket, key, LARGEST_MANIFEST)
+                found.versions[named[1]] = _parsed(data, named[1], f"s3://{place.bucket}/{key}")
+            except Missing:  # deleted by gc since it was listed
+                continue
+            except UserError as error:
+                found.damaged[named[1]] = str(error)
+        return found
 
     def version(self, digest: str) -> Manifest | None:
         """Version of this digest; None if it is not in the catalog. Raises UserError if it is damaged."""
@@ -169,14 +180,6 @@ class Catalog:
                     "give that takedown again"
                 ) from error
 
-    def retired(self) -> dict[str, Manifest]:
-        """Versions by digest that ``darkroom gc`` retired and whose files are still on the remote."""
-        return self.read_retired().log_damaged()
-
-    def read_retired(self) -> CatalogListing:
-        """List all retired versions, readable and damaged ones."""
-        return self._readable(Location(self.place.bucket, f"{RETIRED}/{self.name}"), RETIRED_VERSION)
-
     def withdraw(self, digest: str) -> None:
         """Remove a version from the catalog; its files stay on the remote."""
         # The manifest goes first: without it there is no version.
@@ -188,22 +191,6 @@ class Catalog:
         """Time when a version was put into the catalog; None if it is not in it."""
         found = self.store.stat(self.place.bucket, self.place.key(f"{digest}/manifest.json"))
         return found and found.written
-
-    def _readable(self, place: Location, pattern: re.Pattern[str]) -> CatalogListing:
-        """Read the manifests under ``place`` whose names match ``pattern``, which captures their digests."""
-        found, prefix = CatalogListing({}, {}), place.key("")
-        for key in self.store.list_keys(place.bucket, prefix):
-            if (named := pattern.fullmatch(key.removeprefix(prefix))) is None:
-                continue
-            where = f"s3://{place.bucket}/{key}"
-            try:
-                data = self.store.get(place.bucket, key, LARGEST_MANIFEST)
-                found.versions[named[1]] = _parsed(data, named[1], where)
-            except Missing:  # deleted by gc since it was listed
-                continue
-            except UserError as error:
-                found.damaged[named[1]] = str(error)
-        return found
 
     def _get(self, name: str, most: int | None = None) -> bytes | None:
         try:

@@ -63,8 +63,14 @@ def announce(params: Params, silently: bool) -> None:
     version = read_manifest(params.dataset_folder)
     if catalog.announced(version.digest):
         return
+
+    async def emit() -> None:
+        # Confirmed before it is marked: Prefect's own emitter sends in the background.
+        async with get_events_client(checkpoint_every=1) as client:
+            await client.emit(created(version, catalog))
+
     if not silently:
-        asyncio.run(_emit(created(version, catalog)))
+        asyncio.run(emit())
     catalog.mark_announced(version.digest)
 
 
@@ -79,12 +85,6 @@ def created(version: Manifest, catalog: Catalog) -> Event:
         },
         payload={name: getattr(version, name) for name in ("digest", "content_digest", "parent", "change", "kept")},
     )
-
-
-async def _emit(event: Event) -> None:
-    # Confirmed before it is marked: Prefect's own emitter sends in the background.
-    async with get_events_client(checkpoint_every=1) as client:
-        await client.emit(event)
 
 
 def bring_up_to_date(
@@ -148,10 +148,8 @@ def _goes_on_from(folder: Path, head: str) -> bool:
     """Whether the local version descends from ``head``, or leaves it out on purpose."""
     if not (folder / "manifest.json").is_file():
         return False
-    if any(version.digest == head for version in versions(folder)):
-        return True
     chosen = choice(folder)
-    return chosen is not None and head in chosen.known
+    return any(version.digest == head for version in versions(folder)) or (chosen is not None and head in chosen.known)
 
 
 def _move(folder: Path, source: str, recorded: Catalog, head: str, config: IngestConfig, rebuilding: bool) -> None:

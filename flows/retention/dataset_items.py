@@ -51,7 +51,7 @@ class DataSets:
         names = {name for name, _ in (*self.written, *self.retired)}
         self.read = {name: self._catalog(name).read() for name in sorted(names)}
         self.versions = {name: found.versions for name, found in self.read.items()}
-        self.read_aside = {name: self._catalog(name).read_retired() for name in self.read}
+        self.read_aside = {name: self._catalog(name).read(retired=True) for name in self.read}
         self.aside = {name: self._aside(name, found) for name, found in self.read_aside.items()}
         self.current = {name: self._current(name) for name in self.read}
 
@@ -71,7 +71,7 @@ class DataSets:
                     if fate == "set aside" and digest in self.versions[name]:
                         self._retire(self.versions[name][digest])
                 staying = {digest for digest, (fate, _) in found.items() if fate == "stays"}
-                aside_now = self._aside(name, self._catalog(name).read_retired())
+                aside_now = self._aside(name, self._catalog(name).read(retired=True))
                 self._bring_back([each for each in aside_now.values() if each.digest in staying])
                 self._purge(name, staying)
 
@@ -169,7 +169,7 @@ class DataSets:
                 turn.enter_context(FileLock(work_folder(folder) / "lock"))
             if self._somebody_pushes() or self.unclear is not None or self._current(name)[1] is not None:
                 return
-            aside, in_catalog = self._catalog(name).read_retired(), self._catalog(name).read()
+            aside, in_catalog = self._catalog(name).read(retired=True), self._catalog(name).read()
             if aside.damaged or in_catalog.damaged:
                 return
             kept, versions = aside.versions, in_catalog.versions

@@ -346,7 +346,7 @@ class Store:
 
         Leaves a small object under ``prefix`` for the next probe, so that no right to delete is needed.
         """
-        place = Location(bucket, prefix.strip("/"))
+        place = Location(bucket, prefix)
         key = place.key(PROBE)
         refusal = (
             f"{self.client.meta.endpoint_url} {{}} the condition If-None-Match on writes to {place}, so that "
@@ -396,8 +396,7 @@ class Store:
     @contextmanager
     def in_words(self, bucket: str, key: str = "") -> Iterator[None]:
         """Context that turns exceptions of boto3 into errors with a one-line message, with the original as cause."""
-        server = self.client.meta.endpoint_url
-        place = f"s3://{bucket}/{key}"
+        server, place = self.client.meta.endpoint_url, f"s3://{bucket}/{key}"
         try:
             yield
         except ClientError as error:
@@ -482,7 +481,7 @@ def _explained(error: ClientError, place: str, bucket: str, server: str) -> Dark
         if code == "403":  # to a HEAD, whose answer has no body to say why
             hint += ", and this machine's clock"
         return Denied(f"{place}: {server} denies access ({code}): {hint}")
-    if code in ("RequestExpired", "RequestTimeTooSkewed"):
+    if code in SKEWED:
         hint = "set the clock of whichever of the two is wrong"
         return UserError(f"{place}: the clocks of {server} and of this machine are too far apart ({code}): {hint}")
     if code in ELSEWHERE:
