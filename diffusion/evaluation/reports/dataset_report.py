@@ -6,7 +6,7 @@ Statistics come from the version's records; the images that it adds are compared
 import math
 import re
 from bisect import bisect_left
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -67,10 +67,10 @@ class RecordStatistics:
 
     quarantine: Quarantine
     """Files in quarantine, the first QUARANTINED of them by name."""
-    histograms: dict[Split, np.ndarray]
-    """Kept images per bin of each measure: (len(MEASURES), BINS) int64."""
-    sums: dict[Split, np.ndarray]
-    """Sum of each measure over the kept images: (len(MEASURES),) float64."""
+    histograms: np.ndarray
+    """Kept images per split, measure and bin: (len(SPLITS), len(MEASURES), BINS) int64."""
+    sums: np.ndarray
+    """Sum of each measure over the kept images of each split: (len(SPLITS), len(MEASURES)) float64."""
     sizes: Counter[tuple[int, int]] = field(default_factory=Counter)
     """Kept images by width and height before they were resized."""
     captioned: int = 0
@@ -92,8 +92,8 @@ def collect_statistics(folder: Path, manifest: Manifest, progress: Progress = si
     """
     (quarantine,) = standing([manifest], lambda part, columns: read_records(folder, part, columns), QUARANTINED)
     assert quarantine is not None  # read_records raises UserError where a table is missing
-    histograms = {split: np.zeros((len(MEASURES), BINS), np.int64) for split in SPLITS}
-    result = RecordStatistics(quarantine, histograms, {split: np.zeros(len(MEASURES)) for split in SPLITS})
+    shape = len(SPLITS), len(MEASURES)
+    result = RecordStatistics(quarantine, np.zeros((*shape, BINS), np.int64), np.zeros(shape))
     duplicates, edges = [], []
     for number, part in enumerate(manifest.parts):
         progress("records read", number, len(manifest.parts))
@@ -109,11 +109,11 @@ def collect_statistics(folder: Path, manifest: Manifest, progress: Progress = si
         result.captioned += pc.sum(pc.greater(pc.utf8_length(kept["caption"]), 0)).as_py() or 0
         result.hashed += len(kept) - kept["phash"].null_count
         measures, splits = _measure_images(kept, manifest.size**2), np.asarray(kept["split"])
-        for split in SPLITS:
+        for number, split in enumerate(SPLITS):
             values = measures[splits == split]
             columns = zip(values.T, MEASURES.values(), strict=True)
-            result.histograms[split] += [np.histogram(column, BINS, (0, high))[0] for column, high in columns]
-            result.sums[split] += values.sum(0)
+            result.histograms[number] += [np.histogram(column, BINS, (0, high))[0] for column, high in columns]
+            result.sums[number] += values.sum(0)
     copies, pairs = pa.concat_tables(duplicates), pa.concat_tables(edges)
     counts = copies.group_by("key").aggregate([([], "count_all")])
     leading = counts.sort_by([("count_all", "descending"), ("key", "ascending")]).slice(0, 6).to_pylist()
@@ -134,14 +134,13 @@ def collect_statistics(folder: Path, manifest: Manifest, progress: Progress = si
 
 def group_reasons(quarantine: Quarantine) -> list[tuple[str, int, list[str]]]:
     """Group quarantined files by reason without what varies, most frequent first: reason, number, EXAMPLES sources."""
-    counts: Counter[str] = Counter()
+    counts, sources = Counter[str](), defaultdict[str, list[str]](list)
     for reason in quarantine.reasons:
         counts[VARIABLE.sub("…", reason.reason)] += reason.count
-    sources: dict[str, list[str]] = {}
     for entry in quarantine.samples:
-        sources.setdefault(VARIABLE.sub("…", entry.reason), []).append(entry.source)
+        sources[VARIABLE.sub("…", entry.reason)].append(entry.source)
     ordered = sorted(counts.items(), key=lambda pair: (-pair[1], pair[0]))
-    return [(pattern, count, sources.get(pattern, [])[:EXAMPLES]) for pattern, count in ordered]
+    return [(pattern, count, sources[pattern][:EXAMPLES]) for pattern, count in ordered]
 
 
 def _measure_images(kept: pa.Table, pixels: int) -> np.ndarray:
@@ -242,13 +241,14 @@ def compare_with_parent(dataset: Dataset, parent: Manifest | None, progress: Pro
     )
     compared = min(MOST, len(added), len(others) // 2)
     if compared < FEWEST:
-        held = counted(len(others), "image")
-        verdict = f"The parent had only {held}: too few to tell whether the new ones differ from them."
-        if len(added) < FEWEST:
-            were = f"{counted(len(added), 'image')} {'was' if len(added) == 1 else 'were'}"
-            verdict = f"Only {were} added: too few to tell whether they differ from the parent's."
         if not len(added):
             verdict = "No image was added: there is nothing new to compare."
+        elif len(added) < FEWEST:
+            were = counted(len(added), "image was", "images were")
+            verdict = f"Only {were} added: too few to tell whether they differ from the parent's."
+        else:
+            held = counted(len(others), "image")
+            verdict = f"The parent had only {held}: too few to tell whether the new ones differ from them."
         return ParentComparison(verdict, len(added), added, others)
     extractor = make_extractor(EvaluationConfig())
     features: list[Tensor] = []
@@ -296,7 +296,7 @@ def measure_drift(added: Tensor, parent: Tensor, others: Tensor, extractor: str)
     """
     count, fitted = len(added), compute_moments(parent)
     added, parent, others = added.double(), parent.double(), others.double()
-    both, baseline = (torch.cat([each, parent]) for each in (added, others))
+    both = torch.cat([added, parent])
     sides = np.tile(np.repeat([1.0, 0.0], count), (PERMUTATIONS, 1))
     first = torch.from_numpy(generator(0, "dataset report/permutations", 0).permuted(sides, axis=1)).T
     pairs = kid_kernel(both, both).fill_diagonal_(0)
@@ -311,7 +311,7 @@ def measure_drift(added: Tensor, parent: Tensor, others: Tensor, extractor: str)
         fd=frechet_distance(compute_moments(added), fitted),
         fd_baseline=frechet_distance(compute_moments(others), fitted),
         neighbor_accuracy=_neighbor_accuracy(both),
-        neighbor_accuracy_baseline=_neighbor_accuracy(baseline),
+        neighbor_accuracy_baseline=_neighbor_accuracy(torch.cat([others, parent])),
     )
     return drift, permuted_kids.numpy()
 
@@ -422,7 +422,28 @@ def write_dataset_report(folder: Path, output: Path, progress: Progress = silent
         manifest, parent = dataset.manifest, next(islice(versions(folder), 1, None), None)
         statistics = collect_statistics(folder, manifest, progress)
         comparison = compare_with_parent(dataset, parent, progress)
-        summary = summarize(manifest, parent, statistics, comparison)
+        outcomes = sum((Counter(part.outcomes) for part in manifest.parts), Counter[Outcome]())
+        groups, added = statistics.near_duplicates if statistics.hashed else None, comparison.added
+        same = ("name", "digest", "content_digest", "parent", "change", "kept", "channels", "size", "storage")
+        summary = DatasetSummary(
+            **{name: getattr(manifest, name) for name in same},
+            train=manifest.counts["train"],
+            held_out=manifest.counts["held_out"],
+            added=added,
+            lost=None if parent is None or added is None else parent.kept + added - manifest.kept,
+            duplicates=outcomes["duplicate"],
+            contradicted=statistics.contradicted,
+            quarantined=statistics.quarantine.count,
+            removed=outcomes["removed"],
+            near_duplicate_groups=None if groups is None else len(groups),
+            near_duplicates=None if groups is None else sum(map(len, groups)),
+            classes=len(manifest.labels),
+            captioned=statistics.captioned,
+            shards=len(manifest.shards),
+            bytes=sum(entry.bytes for entry in manifest.files),
+            verdict=comparison.verdict,
+            drift=comparison.drift,
+        )
         reasons = group_reasons(statistics.quarantine)
         kid_chart = size_chart = None
         if comparison.drift is not None and comparison.permuted_kids is not None:
@@ -470,35 +491,6 @@ def write_dataset_report(folder: Path, output: Path, progress: Progress = silent
     return summary
 
 
-def summarize(
-    manifest: Manifest, parent: Manifest | None, statistics: RecordStatistics, comparison: ParentComparison
-) -> DatasetSummary:
-    """Collect the key figures of ``manifest``."""
-    outcomes = sum((Counter(part.outcomes) for part in manifest.parts), Counter[Outcome]())
-    groups = statistics.near_duplicates if statistics.hashed else None
-    added = comparison.added
-    same = ("name", "digest", "content_digest", "parent", "change", "kept", "channels", "size", "storage")
-    return DatasetSummary(
-        **{name: getattr(manifest, name) for name in same},
-        train=manifest.counts["train"],
-        held_out=manifest.counts["held_out"],
-        added=added,
-        lost=None if parent is None or added is None else parent.kept + added - manifest.kept,
-        duplicates=outcomes["duplicate"],
-        contradicted=statistics.contradicted,
-        quarantined=statistics.quarantine.count,
-        removed=outcomes["removed"],
-        near_duplicate_groups=None if groups is None else len(groups),
-        near_duplicates=None if groups is None else sum(map(len, groups)),
-        classes=len(manifest.labels),
-        captioned=statistics.captioned,
-        shards=len(manifest.shards),
-        bytes=sum(entry.bytes for entry in manifest.files),
-        verdict=comparison.verdict,
-        drift=comparison.drift,
-    )
-
-
 def describe(
     summary: DatasetSummary,
     reasons: Sequence[tuple[str, int, list[str]]],
@@ -522,7 +514,7 @@ def describe(
         if lost_classes := sorted(theirs - ours):
             lines.append(f"{counted(len(lost_classes), 'class', 'classes')} gone: {_enumerate(lost_classes)}.")
     if summary.lost:
-        lines.append(f"{counted(summary.lost, 'image')} of its parent {'is' if summary.lost == 1 else 'are'} gone.")
+        lines.append(f"{counted(summary.lost, 'image of its parent is', 'images of its parent are')} gone.")
     lines.append(summary.verdict)
     if summary.quarantined:
         pattern, files, _ = reasons[0]
@@ -565,21 +557,23 @@ def draw_sizes(axes: Axes, paper: Paper, sizes: Mapping[tuple[int, int], int]) -
 def draw_histograms(statistics: RecordStatistics, channels: int) -> list[tuple[str, Chart, dict[Split, float]]]:
     """Return name, histogram and mean by split of each measure of images with these ``channels``."""
 
-    def draw(axes: Axes, paper: Paper, counts: Mapping[Split, np.ndarray], high: float) -> None:
+    def draw(axes: Axes, paper: Paper, counts: np.ndarray, high: float) -> None:
         edges = np.linspace(0, high, BINS + 1)
-        for split, colour in zip(SPLITS, paper.series, strict=False):
-            if total := counts[split].sum():
-                axes.stairs(counts[split] / total, edges, color=colour, linewidth=1.6)
+        for split, colour, bins in zip(SPLITS, paper.series, counts, strict=False):
+            if total := bins.sum():
+                axes.stairs(bins / total, edges, color=colour, linewidth=1.6)
                 if split == "train":
-                    axes.stairs(counts[split] / total, edges, color=colour, alpha=0.16, fill=True)
+                    axes.stairs(bins / total, edges, color=colour, alpha=0.16, fill=True)
         axes.set(xlim=(0, high), ylim=(0, None), xticks=np.linspace(0, high, 5), yticks=[])
 
     histograms = []
+    images = dict(zip(SPLITS, statistics.histograms[:, 0].sum(1), strict=True))
     for number, (name, high) in enumerate(list(MEASURES.items())[: 5 if channels == 3 else 2]):
-        counts = {split: statistics.histograms[split][number] for split in SPLITS}
-        means = {split: statistics.sums[split][number] / n for split in SPLITS if (n := counts[split].sum())}
+        sums = zip(images.items(), statistics.sums[:, number], strict=True)
+        means = {split: total / n for (split, n), total in sums if n}
+        draw_measure = partial(draw, counts=statistics.histograms[:, number], high=high)
         size = (4.9, 1.8) if number < 2 else (3.2, 1.5)
-        histograms.append((name, chart(f"Histogram of {name}", partial(draw, counts=counts, high=high), size), means))
+        histograms.append((name, chart(f"Histogram of {name}", draw_measure, size), means))
     return histograms
 
 
