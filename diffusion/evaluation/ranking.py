@@ -103,20 +103,11 @@ def rank_models(
     output: Path,
     progress: Progress = silent,
 ) -> tuple[Ranking, dict[str, Tensor]]:
-    """Rank model files by the distance of their images to held-out ones.
+    """Rank model files, each with its sampling, by the distance of their images to held-out ones of ``data``.
 
-    All generate image numbers 0 … ``config.samples`` − 1 of ``config.seed``. Expensive parts are cached: the same call
-    continues after a kill.
-
-    Args:
-        data: Folder of the data set.
-        models: File and sampling of each model by name, two or more.
-        config: What to generate and to compare with.
-        output: Folder of ``comparison.json``, written last, and of the cache.
-        progress: Called as the work proceeds.
-
-    Returns:
-        The ranking, and the first images of each model by name with held-out ones under ``real``, (N, C, H, W) uint8.
+    All generate image numbers 0 … ``config.samples`` − 1 of ``config.seed``. Expensive parts are cached in ``output``:
+    the same call continues after a kill, and ``comparison.json`` is written last. Returns the ranking, and the first
+    images of each model by name with held-out ones under ``real``, (N, C, H, W) uint8.
 
     Raises:
         UserError: For fewer than two models, a super-resolution model, other image shapes, or a data set too small.

@@ -204,14 +204,8 @@ class DatasetLocation:
             )
 
     def _goes_back(self, version: Manifest) -> bool:
-        """Whether a known version descends from this one."""
-        for child in self.known.values():
-            parent = child.parent
-            while parent is not None and parent != version.digest:
-                parent = self.known[parent].parent if parent in self.known else None
-            if parent is not None:
-                return True
-        return False
+        """Whether a known version descends from this one, as then one is its child."""
+        return any(child.parent == version.digest for child in self.known.values())
 
     def catalog(self) -> Catalog:
         """Connect to the catalog; from then on files come from the remote as well."""
