@@ -5,6 +5,7 @@ import json
 import os
 import uuid
 from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -151,11 +152,13 @@ def rows_of(source: Path, kind: str) -> Iterator[Row]:
     if not source.is_file():
         raise UserError(f"{source} is no file: give a table of requests, with a row for each image")
     any_value = False
-    for number, record in enumerate(_parquet(source) if kind == "parquet" else _text(source), start=1):
-        _require_known(record, f"{source}, record {number}")
-        row = _cell(record, "label", source, number), _cell(record, "prompt", source, number)
-        any_value = any_value or any(row)
-        yield row
+    with nullcontext() if kind == "parquet" else open_text(source) as lines:
+        found = _parquet(source) if lines is None else records(lines, str(source))
+        for number, record in enumerate(found, start=1):
+            _require_known(record, f"{source}, record {number}")
+            row = _cell(record, "label", source, number), _cell(record, "prompt", source, number)
+            any_value = any_value or any(row)
+            yield row
     if not any_value:
         raise UserError(f"{source} asks for nothing, in no row: use --count, or fill in {' or '.join(COLUMNS)}")
 
@@ -176,11 +179,6 @@ def _cell(record: dict[str, Any], name: Column, source: Path, number: int) -> st
     if text is not None and len(text) > LONGEST_TEXT:
         raise UserError(f"{source}, record {number}: its {name} has over {LONGEST_TEXT:,} characters: shorten it")
     return text
-
-
-def _text(source: Path) -> Iterator[dict[str, Any]]:
-    with open_text(source) as lines:
-        yield from records(lines, str(source))
 
 
 def _parquet(source: Path) -> Iterator[dict[str, Any]]:

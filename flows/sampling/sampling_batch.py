@@ -115,8 +115,7 @@ class SamplingBatch(Config):
 
     def row(self, index: int) -> Row:
         """Fields of image number ``index`` in the manifest that follow from the batch alone."""
-        fields = ("seed", "model", "version", "run_id", "content_digest", "weights_sha256")
-        own = {name: getattr(self, name) for name in fields}
+        own = self.model_dump(include={"seed", "model", "version", "run_id", "content_digest", "weights_sha256"})
         return {"key": self.key(index), "index": index, **own, "guidance": self.sampling.guidance}
 
     def json_bytes(self) -> bytes:

@@ -75,7 +75,6 @@ class Claim(Config):
     made: str
 
 
-@dataclass(frozen=True)
 class Claims(NumberedObjects):
     """Claims to be the first creator of an object, ``s3://BUCKET/claims/MODEL/KEY/00000001.json`` and so on.
 
