@@ -23,7 +23,7 @@ from diffusion.evaluation.bootstrap import difference
 from diffusion.evaluation.cache import cached
 from diffusion.evaluation.config import EvaluationConfig
 from diffusion.evaluation.estimate import CONFIDENCE, Estimate, MetricEstimate
-from diffusion.evaluation.evaluator import CACHE, Evaluator, MetricReplicates, ModelEvaluator, gflop
+from diffusion.evaluation.evaluator import CACHE, Evaluator, ModelEvaluator, gflop
 from diffusion.evaluation.gate import GateConfig
 from diffusion.evaluation.metrics.held_out_loss import HeldOutLoss
 from diffusion.evaluation.real_images import SHOWN
@@ -119,7 +119,24 @@ def rank_models(
     *found, baseline = evaluator.replicates(list(evaluators.values()))
     replicates = dict(zip(evaluators, found, strict=True))
     figure = GateConfig().metric(config.samples, len(evaluator.real.compared))
-    ranked = [_ranked(name, each, replicates[name], figure) for name, each in evaluators.items()]
+    ranked = [
+        RankedModel(
+            **dict(each.scored()),
+            name=name,
+            file=str(each.path),
+            value=each.scores.of(figure),
+            error=some[figure].estimate.error if some else each.scores.kid_se if figure == "kid" else 0.0,
+            estimates=evaluator.estimates(some),
+            minutes=each.header.training.get("minutes"),
+            parameters=sum(parameter.numel() for parameter in each.model.network.parameters()),
+            held_out_loss=each.held_out_loss,
+            likelihood=each.header.model.likelihood,
+            gflop=gflop(each.model, each.guided),
+            images_per_second=_speed(each),
+            sampling=each.guided,
+        )
+        for (name, each), some in zip(evaluators.items(), found, strict=True)
+    ]
     ranked.sort(key=lambda each: each.value)
     best, *others = [each.name for each in ranked]
     ranking = Ranking(
@@ -172,27 +189,6 @@ def rank_evaluations(
             for model, metric in zip(models[1:], ranks, strict=True)
         ],
         real_baseline=runs[0][0].real_baseline,
-    )
-
-
-def _ranked(
-    name: str, model: ModelEvaluator, replicates: MetricReplicates, figure: Literal["kid", "fd"]
-) -> RankedModel:
-    header, scores = model.header, model.scores
-    return RankedModel(
-        **dict(model.scored()),
-        name=name,
-        file=str(model.path),
-        value=scores.of(figure),
-        error=replicates[figure].estimate.error if replicates else scores.kid_se if figure == "kid" else 0.0,
-        estimates=model.evaluator.estimates(replicates),
-        minutes=header.training.get("minutes"),
-        parameters=sum(parameter.numel() for parameter in model.model.network.parameters()),
-        held_out_loss=model.held_out_loss,
-        likelihood=header.model.likelihood,
-        gflop=gflop(model.model, model.guided),
-        images_per_second=_speed(model),
-        sampling=model.guided,
     )
 
 

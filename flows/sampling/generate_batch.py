@@ -11,7 +11,6 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory, TemporaryFile
-from typing import NamedTuple
 from uuid import uuid4
 
 from torch import Tensor
@@ -41,14 +40,8 @@ from flows.storage.s3 import Denied, Location, Missing, Object, Store
 JSON, JSON_LINES, PNG, TAR = "application/json", "application/jsonl", "image/png", "application/x-tar"
 
 
-class GeneratedImages(NamedTuple):
-    """Consecutive images of a batch."""
-
-    indices: range
-    images: Tensor
-    """(len(indices), C, H, W) uint8."""
-    labels: list[str | None]
-    conditions: Conditions
+ImageGroup = list[tuple[int, Tensor, str | None, Conditions]]
+"""Consecutive images: number, pixels (C, H, W) uint8, label, and conditions of the group."""
 
 
 class Work(Config):
@@ -121,14 +114,15 @@ def _fingerprint(sampling: SamplingConfig) -> Fingerprint:
 
 def _generate(
     batch: SamplingBatch, weights: Path, indices: range, table: RequestTable | None, at_once: int
-) -> Iterator[GeneratedImages]:
+) -> Iterator[ImageGroup]:
     """Generate the images, ``at_once`` compute batches at a time."""
     model, size = load_model(weights), at_once * batch.sampling.compute_batch
     for start in range(indices.start, indices.stop, size):
         group = range(start, min(start + size, indices.stop))
         conditions = conditions_of(batch, table, group)
         images = sample(model, group, batch.seed, batch.sampling, conditions=conditions, at_once=at_once)
-        yield GeneratedImages(group, images, label_names(model, group, batch.seed, conditions), conditions)
+        labels = label_names(model, group, batch.seed, conditions)
+        yield [(*each, conditions) for each in zip(group, images, labels, strict=True)]
 
 
 def fetch_table(store: Store, batch: SamplingBatch, place: Location) -> RequestTable | None:
@@ -145,16 +139,14 @@ def conditions_of(batch: SamplingBatch, table: RequestTable | None, indices: ran
     return table.conditions(indices, batch.sampling.compute_batch, conditions.negative_prompt)
 
 
-def _put_files(store: Store, batch: SamplingBatch, place: Location, generated: GeneratedImages) -> bytes:
-    encoded = list(_encode(batch, generated))
+def _put_files(store: Store, batch: SamplingBatch, place: Location, group: ImageGroup) -> bytes:
+    encoded = [sampling_batch.encode(batch, *each) for each in group]
     seed = {"seed": str(batch.seed)}
     store.put_many(place.bucket, [Object(place.key(row["key"]), png, PNG, seed) for png, row in encoded])
     return sampling_batch.part_bytes(row for _, row in encoded)
 
 
-def _put_tar(
-    store: Store, batch: SamplingBatch, place: Location, name: str, groups: Iterator[GeneratedImages]
-) -> bytes:
+def _put_tar(store: Store, batch: SamplingBatch, place: Location, name: str, groups: Iterator[ImageGroup]) -> bytes:
     with TemporaryFile() as file:
         tar = TarWriter(file)
 
@@ -162,18 +154,13 @@ def _put_tar(
             extent = tar.add(f"{row['index']:08d}", png, sampling_batch.shard_json(row))
             return row | {"tar": name, "offset": extent.start + BLOCK, "size": extent.png}
 
-        def write(generated: GeneratedImages) -> bytes:
-            return sampling_batch.part_bytes(add(*each) for each in _encode(batch, generated))
+        def write(group: ImageGroup) -> bytes:
+            return sampling_batch.part_bytes(add(*sampling_batch.encode(batch, *each)) for each in group)
 
         lines = b"".join(ahead(write, groups, 1))
         tar.close()
         store.put_once(place.bucket, place.key(name), file, content_type=TAR)
     return lines
-
-
-def _encode(batch: SamplingBatch, generated: GeneratedImages) -> Iterator[tuple[bytes, Row]]:
-    for index, image, label in zip(generated.indices, generated.images, generated.labels, strict=True):
-        yield sampling_batch.encode(batch, index, image, label, generated.conditions)
 
 
 def _has_images(store: Store, batch: SamplingBatch, place: Location, chunk: int) -> bool:
@@ -322,15 +309,13 @@ def _table(
 ) -> RequestTable | None:
     if requests is None:
         return None
-    folder = environment.settings().folder / "requests"
-    if requests.startswith("s3://"):
-        where = Location.parse(requests)
-        with TemporaryDirectory() as scratch:
+    with TemporaryDirectory() as scratch:
+        source = Path(requests)
+        if requests.startswith("s3://"):
+            where = Location.parse(requests)
             source = Path(scratch, where.prefix.rpartition("/")[2])
             store.fetch(where.bucket, where.prefix, source)
-            table = RequestTable.from_file(source, folder)
-    else:
-        table = RequestTable.from_file(Path(requests), folder)
+        table = RequestTable.from_file(source, environment.settings().folder / "requests")
     # The labels and prompts that guidance needs are in the rows, which are checked below.
     check_sampling(model, sampling.unguided(), UNCONDITIONAL)
     if "prompt" in table.about.columns:
