@@ -94,8 +94,7 @@ class DarkroomPipeline(DiffusionPipeline):  # type: ignore[misc]
             "guidance_interval": guidance_interval,
             "guidance_rescale": guidance_rescale,
         }
-        known = {name: value for name, value in given.items() if value is not None}
-        config = self.unet.sampling.changed(known)
+        config = self.unet.sampling.changed({name: value for name, value in given.items() if value is not None})
         conditions = Conditions(labels=_each(labels), prompts=_each(prompts), negative_prompt=negative_prompt)
         check_prompts(conditions)
         check_sampling(model, config, conditions)

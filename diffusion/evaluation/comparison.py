@@ -1,8 +1,7 @@
 """Comparison of a candidate with the champion under equal conditions, and the gate's decision.
 
-Both generate the same image numbers of one seed and are compared with the same held-out images on the same features.
-The seed differs from that of checkpoint selection, because the best of many checkpoints looks too good on the images it
-was selected by. The held-out images are the same in selection and comparison, for the champion as well.
+Both generate the same image numbers of one seed, other than that of checkpoint selection, because the best of many
+checkpoints looks too good on the images it was selected by. The held-out images are the same in both.
 """
 
 import json

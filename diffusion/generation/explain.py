@@ -55,9 +55,9 @@ class Reverse(NamedTuple):
 
 
 def explain(model: Model, image: Tensor, output: Path, seed: int = 0) -> list[Path]:
-    """Draw figures of how ``model`` works into folder ``output``, with noise from ``seed``.
+    """Draw figures of how ``model`` works on ``image``, (C, H, W) uint8, into folder ``output``, with ``seed``'s noise.
 
-    Raises UserError if the real ``image``, (C, H, W) uint8, is not of a diffusion model's shape.
+    Raises UserError if the image is not of a diffusion model's shape.
     """
     match model:
         case DiffusionModel():
@@ -71,13 +71,13 @@ def explain(model: Model, image: Tensor, output: Path, seed: int = 0) -> list[Pa
             noise = GaussianNoise(seed, "explain", [0], model.noise_shape)()[0]
             conditioning = task_of(model.config).conditioning(image[None]) or None
             figures = {
-                "forward.png": draw_forward(model, x0, noise),
-                "training_step.png": draw_training_step(model, x0, noise, conditioning),
-                "reverse.png": draw_reverse(model, reverse(model, seed, conditioning)),
+                output / "forward.png": draw_forward(model, x0, noise),
+                output / "training_step.png": draw_training_step(model, x0, noise, conditioning),
+                output / "reverse.png": draw_reverse(model, reverse(model, seed, conditioning)),
             }
-            for name, figure in figures.items():
-                write_bytes(output / name, figure_png(figure))
-            return [output / name for name in figures]
+            for path, figure in figures.items():
+                write_bytes(path, figure_png(figure))
+            return list(figures)
         case VAEModel():
             path = output / "reconstruction.png"
             sheet = above(image[None], reconstructed(model, image[None], sampling_config()), scale=4)

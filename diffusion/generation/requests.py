@@ -227,8 +227,7 @@ def generate_to_folder(
     """Generate the images of ``request`` with the model in the file ``weights`` into the folder ``output``.
 
     The default folder in samples/ is named after model and request. Each image carries the ``origin`` of the model.
-    ``request.json`` lists the images once all are written. Raises UserError as ``answer`` does, and if the folder
-    belongs to another request.
+    Raises UserError as ``answer`` does, and if the folder belongs to another request.
     """
     model = load_model(weights)
     digest = sha256_file(weights)
@@ -261,15 +260,8 @@ def generate_to_folder(
     save_png(output / "grid.png", grid(torch.stack([*original(model, request), *images[:SHOWN]])))
     about = about.model_copy(update={"images": tuple(rows)})
     write_json(output / ABOUT, about.model_dump(mode="json", exclude_none=True))
-    return GenerationResult(
-        folder=output,
-        model=generated_by,
-        task=request.task,
-        count=request.count,
-        seed=request.seed,
-        grid=output / "grid.png",
-        about=output / ABOUT,
-    )
+    same = {name: getattr(request, name) for name in ("task", "count", "seed")}
+    return GenerationResult(folder=output, model=generated_by, grid=output / "grid.png", about=output / ABOUT, **same)
 
 
 def _require_own(output: Path, about: RequestRecord) -> None:

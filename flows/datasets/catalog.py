@@ -1,12 +1,11 @@
 """The catalog on S3: manifest and DVC pointer of every data set version, by the manifest's digest.
 
-``s3://BUCKET/datasets/NAME/<digest>/manifest.json`` and ``pointer.dvc`` beside it are written once, as are the
-version's page ``report.html`` and the mark ``announced``; the version's files lie on DVC's remote. Takedown records lie
-under ``datasets/NAME/removals/``.
+``s3://BUCKET/datasets/NAME/<digest>/`` holds ``manifest.json`` and ``pointer.dvc``, each written once, and the
+version's page ``report.html`` and mark ``announced``; its files lie on DVC's remote. Takedown records lie under
+``datasets/NAME/removals/``.
 
-``datasets/NAME/heads/00000001.json`` and so on (``flows.storage.numbered_objects``) name the newest version for all
-machines that add to the data set. A version is first put into the catalog and then becomes the head, so a process
-that is killed in between blocks no other machine, and the same command again continues.
+``datasets/NAME/heads/00000001.json`` and so on name the newest version. A version is first put into the catalog and
+then becomes the head, so a process that is killed in between blocks no other machine.
 """
 
 import logging

@@ -126,14 +126,8 @@ class DatasetLocation:
             self.kept.keep_listing(version.digest)
         else:
             dvc.record_data(folder, push_to=None)
-        return CheckedOut(
-            dataset=folder.name,
-            folder=folder,
-            digest=version.digest,
-            content_digest=version.content_digest,
-            kept=version.kept,
-            restored=restored,
-        )
+        same = {name: getattr(version, name) for name in ("digest", "content_digest", "kept")}
+        return CheckedOut(dataset=folder.name, folder=folder, restored=restored, **same)
 
     def choose(self, prefix: str) -> Manifest:
         """Find the version that ``prefix`` names, here or else in the catalog."""

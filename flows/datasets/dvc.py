@@ -1,8 +1,4 @@
-"""Data set versions in DVC: recorded, restored and streamed, with the lineage of runs.
-
-DVC names files by MD5, in its cache on this machine and on its remote. ``StoredFiles`` finds a file of any version in
-either.
-"""
+"""Data set versions in DVC, which names files by MD5: recorded, restored and streamed, with the lineage of runs."""
 
 import hashlib
 import logging
@@ -141,9 +137,8 @@ class Remote:
     def push(self, name: str, cache: Cache) -> None:
         """Upload the missing files of the folder ``name`` from ``cache``, and its listing last.
 
-        DVC's own push is not used: it overwrites, which bucket policies that demand If-None-Match refuse, and it takes
-        all files as pushed once it finds the listing. Raises UserError if a file of the cache is missing or
-        damaged, and Held if an object of its name holds other bytes.
+        DVC's own push overwrites, and takes all files as pushed once it finds the listing. Raises UserError if a file
+        of the cache is missing or damaged, and Held if an object of its name holds other bytes.
         """
         listing = cache.listing(name)
         if listing is None:
@@ -243,9 +238,7 @@ class StoredFiles:
                 write_bytes(self.cache.path(digest), self.remote.read(digest))
 
     def _cached(self, name: str, sha256: str) -> Path | None:
-        if self.cache is None:
-            return None
-        paths = map(self.cache.path, self.cache.places.get(name, ()))
+        paths = map(self.cache.path, self.cache.places.get(name, ())) if self.cache else ()
         return next((path for path in paths if is_whole(path, sha256)), None)
 
     def _download(self, md5: str, name: str, sha256: str, target: Path) -> bool:
@@ -326,9 +319,8 @@ def _git(*arguments: str) -> str:
 def record_data(folder: Path, push_to: str | None) -> DataVersion:
     """Record the data set in ``folder`` in DVC, and push it to the S3 address ``push_to`` if one is given.
 
-    The output of dvc.yaml's ingest stage is committed to dvc.lock, so that ``dvc repro`` sees it as done;
-    any other data set gets its own .dvc file. Outside a DVC repository one is created.
-    Raises DarkroomError with DVC's message if that fails.
+    The output of dvc.yaml's ingest stage is committed to dvc.lock, so that ``dvc repro`` sees it as done; any other
+    data set gets its own .dvc file. Outside a DVC repository one is created. Raises DarkroomError if that fails.
     """
     try:
         root = Repo.find_root()

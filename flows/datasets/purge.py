@@ -102,14 +102,12 @@ def purge_files(folder: Path, held: Iterable[Manifest], others: Iterable[Manifes
         (RANKING, Ranking, (PAGE,)),
     ):
         if (reports / name).is_file():
+            shown = None
             # Pages of another version of Darkroom may show any images.
             with suppress(ValidationError):
-                if (
-                    evaluated.model_validate_json((reports / name).read_bytes()).conditions.content_digest
-                    not in contents
-                ):
-                    continue
-            found += [reports / page for page in pages]
+                shown = evaluated.model_validate_json((reports / name).read_bytes()).conditions.content_digest
+            if shown is None or shown in contents:
+                found += [reports / page for page in pages]
     with FileLock(work_folder(folder) / "lock"):
         found += [work_folder(folder) / name for name in WORK_FILES]
         found = [path for path in found if path.exists()]

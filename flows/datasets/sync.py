@@ -1,9 +1,7 @@
 """Synchronization of a data set between machines: checkout of the newest version, merge, publication and events.
 
-Several machines may add to one data set. Before an ingest or a takedown the local version is brought up to date
-(``flows.datasets.catalog``): an older version is replaced by the newest one, and images that only this machine has are
-added to it. Takedown records of the catalog are applied at the same time, so that no image comes back that another
-machine took down.
+Before an ingest or a takedown an older local version is replaced by the newest one in the catalog, and images that only
+this machine has are added to it. Takedown records are applied at the same time, so that no image comes back.
 """
 
 import asyncio
@@ -93,11 +91,8 @@ def bring_up_to_date(
     """Bring the data set in ``folder`` up to date with its newest version in the catalog and with all takedowns.
 
     With ``rebuilding`` the local version need not be kept. A version that was checked out to build on stays if its
-    newer versions were known then. Locks out ingests; killed and given again, it ends the same.
-
-    Raises:
-        Held: If the local version cannot be added to the newest one.
-        UserError: If a file of the newest version cannot be found.
+    newer versions were known then. Locks out ingests; killed and given again, it ends the same. Raises Held if the
+    local version cannot be added to the newest one, and UserError if a file of the newest cannot be found.
     """
     work_folder(folder).mkdir(parents=True, exist_ok=True)
     with FileLock(work_folder(folder) / "lock"):

@@ -1,9 +1,8 @@
 """Garbage collection of sampling batches, unfinished uploads, runs in MLflow and files on this machine.
 
 A batch is first marked under ``deleted/``, and its objects are deleted when the grace period is over. The mark stays
-for ``MARK_DAYS``: sampling checks it at its beginning and end, and uses a prefix without one. So even a gc or a request
-that was suspended for long never deletes a batch that was sampled later. Runs in MLflow are first marked as deleted;
-their artifacts are deleted when the grace period is over.
+for ``MARK_DAYS``, and sampling uses a prefix without one, so even a gc or a request that was suspended for long never
+deletes a batch that was sampled later. Runs in MLflow are marked as deleted, and their artifacts are deleted later.
 """
 
 import re

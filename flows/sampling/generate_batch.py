@@ -50,9 +50,8 @@ class Work(Config):
     images: int
     """Images generated; 0 if the chunk was finished before."""
     process: str
-    """HOST:PID of the process."""
+    """HOST:PID of the process, whose CPU time at start and end follows, in seconds over all its cores."""
     began: float
-    """CPU time of the process at the start and at the end, in seconds over all its cores."""
     ended: float
 
 

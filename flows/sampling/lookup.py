@@ -1,7 +1,6 @@
 """Lookup of generated images by S3 address or local copy, and consistency checks of the records of their batch.
 
-The records of a batch are ``batch.json``, the parts of the manifest, its Parquet table and ``_SUCCESS``. Images made on
-request lie in a folder with ``request.json`` (``diffusion.generation.requests``) instead.
+Images made on request lie in a folder with ``request.json`` (``diffusion.generation.requests``) instead of a batch.
 """
 
 import io
@@ -167,11 +166,9 @@ def _locate_copy(where: str, png: bytes, store: Store, bucket: str) -> SampleLoc
         )
     if origin.task is not None:
         return _locate_requested(where, png, origin)
-    index = origin.index
-    found = [
-        (LocatedImage(png, origin, index, _read_row(store, place, batch, index)), batch, place)
-        for batch, place in _batches_of(origin, store, bucket)
-    ]
+    index, found = origin.index, []
+    for batch, place in _batches_of(origin, store, bucket):
+        found.append((LocatedImage(png, origin, index, _read_row(store, place, batch, index)), batch, place))
     for theirs in ("sha256", "pixels_sha256"):
         for image, batch, place in found:
             if image.row is not None and image.row[theirs] == getattr(image, theirs):

@@ -1,9 +1,8 @@
 """Format of sampling batches: images of a model version on S3 with a manifest that leads back to the data.
 
-A batch lies under one prefix and is written in this order: ``batch.json`` (the request), ``requests.parquet`` (the
-request table, if there is one), the images, as files or as a tar per chunk, with a part of the manifest per chunk,
-``manifest.parquet``, and ``_SUCCESS``. Every object is a function of the first two alone, so any machine can finish an
-unfinished batch.
+A batch is written in this order: ``batch.json`` (the request), ``requests.parquet`` (the request table, if there is
+one), the images, as files or as a tar per chunk, with a part of the manifest per chunk, ``manifest.parquet``, and
+``_SUCCESS``. Every object is a function of the first two alone, so any machine can finish a batch.
 
 Before ``darkroom gc`` deletes a batch it marks its prefix by ``s3://BUCKET/deleted/PREFIX``. Nothing is sampled into a
 marked prefix: the same request gets the next one, BATCH.2 and so on, which a late deletion cannot reach.
@@ -69,8 +68,7 @@ class SamplingBatch(Config):
     content_digest: Sha256
     weights_sha256: Sha256
     code_sha256: Sha256 | None = Field(None, exclude_if=unset)
-    """Digest of the code that the version ships (``model_versions.digest_code``), by its tag when the batch was begun;
-    None if the version has no such tag."""
+    """Digest of the code that the version ships, by its tag when the batch was begun; None without such a tag."""
     seed: Seed
     count: int = Field(ge=1, le=MOST_IMAGES)
     sampling: SamplingConfig
@@ -160,8 +158,6 @@ class ManifestRow(Config):
     size: Annotated[int, Field(ge=1, le=LARGEST_IMAGE)] | None = None
 
 
-IN_TARS = ("tar", "offset", "size")
-"""Columns that only batches of tars have."""
 COLUMN_TYPES = dict.fromkeys(("index", "seed", "version", "offset", "size"), pa.int64()) | {"guidance": pa.float64()}
 """Types of the manifest's columns that are not text."""
 
@@ -276,13 +272,13 @@ def _in_words(error: ValidationError) -> str:
 
 def schema_of(batch: SamplingBatch) -> pa.Schema:
     """Schema of the Parquet manifest of ``batch``."""
-    names = [name for name in ManifestRow.model_fields if batch.format == "tar" or name not in IN_TARS]
+    in_tars = {"tar", "offset", "size"}
+    names = [name for name in ManifestRow.model_fields if batch.format == "tar" or name not in in_tars]
     return pa.schema([(name, COLUMN_TYPES.get(name, pa.string())) for name in names])
 
 
 def write_parquet(sink: "SupportsWrite[bytes]", parts: Iterator[list[Row]], batch: SamplingBatch) -> None:
     """Write the Parquet manifest of a batch, one row group per part; one part is held in memory at a time."""
-    schema = schema_of(batch)
-    with pq.ParquetWriter(sink, schema) as writer:
+    with pq.ParquetWriter(sink, schema_of(batch)) as writer:
         for rows in parts:
-            writer.write_table(pa.Table.from_pylist(rows, schema=schema))
+            writer.write_table(pa.Table.from_pylist(rows, writer.schema))

@@ -384,14 +384,9 @@ class Store:
         worth_it: Callable[[BaseException], bool] = is_broken_read,
     ) -> T:
         """Answer of a request, retried after errors that botocore does not retry."""
-        retrying = Retrying(
-            retry=retry_if_exception(worth_it),
-            stop=stop_after_attempt(6),
-            wait=wait_random_exponential(0.1, 5),
-            reraise=True,
-        )
+        wait, stop = wait_random_exponential(0.1, 5), stop_after_attempt(6)
         with self.in_words(bucket, key):
-            return retrying(request)
+            return Retrying(retry=retry_if_exception(worth_it), stop=stop, wait=wait, reraise=True)(request)
 
     @contextmanager
     def in_words(self, bucket: str, key: str = "") -> Iterator[None]:

@@ -85,11 +85,7 @@ class RecordStatistics:
 
 
 def collect_statistics(folder: Path, manifest: Manifest, progress: Progress = silent) -> RecordStatistics:
-    """Compute the statistics of ``manifest``, a version of the data set in ``folder``.
-
-    Raises:
-        UserError: If a table of records is missing or damaged.
-    """
+    """Compute the statistics of ``manifest``, a version of the data set in ``folder``; raises UserError if damaged."""
     (quarantine,) = standing([manifest], lambda part, columns: read_records(folder, part, columns), QUARANTINED)
     assert quarantine is not None  # read_records raises UserError where a table is missing
     shape = len(SPLITS), len(MEASURES)
@@ -225,8 +221,7 @@ class ParentComparison:
 def compare_with_parent(dataset: Dataset, parent: Manifest | None, progress: Progress = silent) -> ParentComparison:
     """Compare the images that ``dataset`` adds to ``parent`` with the images of ``parent`` that it still has.
 
-    Raises:
-        UserError: If a table or a shard of the current version is missing or damaged.
+    Raises UserError if a table or a shard of the current version is missing or damaged.
     """
     manifest = dataset.manifest
     if parent is None:
@@ -415,8 +410,7 @@ class DatasetSummary(Config):
 def write_dataset_report(folder: Path, output: Path, progress: Progress = silent) -> DatasetSummary:
     """Write the page on the current version of the data set in ``folder`` to ``output``; equal versions, equal pages.
 
-    Raises:
-        UserError: If a file of the version is missing or damaged.
+    Raises UserError if a file of the version is missing or damaged.
     """
     with closing(Dataset.open(folder, cache_bytes=0)) as dataset:  # few images are read, and at most twice
         manifest, parent = dataset.manifest, next(islice(versions(folder), 1, None), None)
@@ -446,8 +440,8 @@ def write_dataset_report(folder: Path, output: Path, progress: Progress = silent
         )
         reasons = group_reasons(statistics.quarantine)
         kid_chart = size_chart = None
-        if comparison.drift is not None and comparison.permuted_kids is not None:
-            test = partial(draw_permutation_test, permuted_kids=comparison.permuted_kids, kid=comparison.drift.kid)
+        if (drift := comparison.drift) is not None and comparison.permuted_kids is not None:
+            test = partial(draw_permutation_test, permuted_kids=comparison.permuted_kids, kid=drift.kid)
             kid_chart = chart("KID of the new images and of random permutations", test, (10, 1.7))
         if len(statistics.sizes) > 1:
             size_chart = chart("Original widths and heights", partial(draw_sizes, sizes=statistics.sizes), (3.6, 3.5))

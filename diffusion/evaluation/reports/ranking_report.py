@@ -155,9 +155,8 @@ def metrics_chart(ranking: Ranking) -> Chart | None:
 def training_charts(names: Sequence[str], evaluations: Sequence[Evaluation], losses: Sequence[Path]) -> list[Chart]:
     """Plot selection metrics of checkpoints, and held-out losses of CSV files, if there are any, for each run."""
     metrics = [[(each.images, each.selection_metric.value) for each in one.checkpoints] for one in evaluations]
-    found = [
-        chart(evaluations[0].best.selection_metric.name, over_training(curves(dict(zip(names, metrics, strict=True)))))
-    ]
+    name = evaluations[0].best.selection_metric.name
+    found = [chart(name, over_training(curves(dict(zip(names, metrics, strict=True)))))]
     columns = [read_losses(path).get("held_out_loss_ema", []) if path.is_file() else [] for path in losses]
     if any(columns):
         found.append(chart("Loss on held-out images", over_training(curves(dict(zip(names, columns, strict=True))))))
