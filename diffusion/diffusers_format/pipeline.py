@@ -1,7 +1,4 @@
-"""Pipeline of diffusers that generates as ``diffusion.generation.generate`` does, stepped by one of its schedulers.
-
-The schedulers are equivalent to Darkroom's samplers (tests compare them step for step).
-"""
+"""Pipeline of diffusers that generates as ``darkroom sample`` does, stepped by an equivalent scheduler of diffusers."""
 
 from collections.abc import Callable, Sequence
 from inspect import signature

@@ -115,8 +115,7 @@ def compare_with_champion(
         output: Folder of ``champion_comparison.json``, written last, and of the cache.
         progress: Called as the work proceeds.
 
-    Raises:
-        UserError: The candidate cannot be evaluated.
+    Raises UserError if the candidate cannot be evaluated.
     """
     evaluator = _evaluator(candidate, data, config, sampling, output, progress)
     ours = evaluator.model(candidate)

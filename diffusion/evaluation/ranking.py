@@ -109,8 +109,7 @@ def rank_models(
     the same call continues after a kill, and ``comparison.json`` is written last. Returns the ranking, and the first
     images of each model by name with held-out ones under ``real``, (N, C, H, W) uint8.
 
-    Raises:
-        UserError: For fewer than two models, a super-resolution model, other image shapes, or a data set too small.
+    Raises UserError for fewer than two models, a super-resolution model, other image shapes, or a data set too small.
     """
     if len(models) < 2:
         raise UserError(f"there is nothing to compare {', '.join(models) or 'nothing'} with: name two families or more")

@@ -1,7 +1,4 @@
-"""Generation of images for requests from the command line, the flow and the served model.
-
-Images of the command line lie in a folder with a record that reproduces them.
-"""
+"""Generation of images for requests from the command line, the flow and the served model."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence

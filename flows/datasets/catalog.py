@@ -212,10 +212,9 @@ def _parsed(data: bytes, digest: str, where: str) -> Manifest:
 
 @contextmanager
 def pushing(name: str, source: str, store: Store | None = None) -> Iterator[None]:
-    """Context in which files of the data set ``name`` are pushed to ``source`` and its version is published.
+    """Context in which files of the data set ``name`` are pushed to ``source``, and ``darkroom gc`` deletes none.
 
-    DVC skips files that are already there, so meanwhile ``darkroom gc`` deletes none. A process that is killed inside
-    blocks gc for ``retention.grace_hours`` at most.
+    A process that is killed inside blocks gc for ``retention.grace_hours`` at most.
     """
     place, store = Location(Location.parse(source).bucket) / PUSHING, store or Store()
     mark = place.key(f"{name}/{uuid4().hex}")

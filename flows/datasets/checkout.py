@@ -61,8 +61,7 @@ def checkout(
         without_shards: Whether to skip missing shards, for training that streams them.
         to_build_on: Whether the next ingest continues from this version instead of the newest.
 
-    Raises:
-        UserError: If there is no such version, a file of it cannot be found, or it holds images that were taken down.
+    Raises UserError if there is no such version, a file of it cannot be found, or it holds images that were taken down.
     """
     work_folder(folder).mkdir(parents=True, exist_ok=True)
     with FileLock(work_folder(folder) / "lock"):

@@ -1,7 +1,7 @@
 """Garbage collection of old data set versions: first from the catalog, after the grace period from DVC's remote.
 
 ``s3://BUCKET/retired/NAME/<digest>.json`` keeps the manifest of a retired version until its files are deleted, so that
-the next gc can finish a killed one. Files are named by content and shared: those that another version needs stay.
+the next gc can finish a killed one. Files are shared: those that another version needs stay.
 """
 
 import logging

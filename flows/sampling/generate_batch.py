@@ -190,8 +190,7 @@ def is_deleted(store: Store, place: Location) -> bool:
 def finish(store: Store, batch: SamplingBatch, place: Location) -> bool:
     """Write the manifest and then ``_SUCCESS`` with the digests of all records; existing objects are kept.
 
-    Returns False if the batch is incomplete or marked as deleted. Raises UserError if a part of the manifest is not of
-    this batch.
+    Returns False if the batch is incomplete or marked as deleted. Raises UserError for a foreign part of the manifest.
     """
     manifest, digests = place.key(MANIFEST), {BATCH: sha256_bytes(batch.json_bytes())}
 

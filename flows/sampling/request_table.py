@@ -60,8 +60,7 @@ class RequestTable:
     def from_file(cls, source: Path, folder: Path) -> "RequestTable":
         """Read the table in ``source`` (.csv, .jsonl, .parquet), and store it in ``folder`` under its digest.
 
-        Its columns are label and prompt, or one of them; an empty cell leaves that condition open. Raises UserError
-        for a file that is no such table.
+        Columns are label and prompt, or one of them; an empty cell leaves it open. Raises UserError for another file.
         """
         return cls._write(rows_of(source, source.suffix.lower().removeprefix(".")), folder)
 
@@ -116,8 +115,7 @@ class RequestTable:
     def conditions(self, indices: range, compute_batch: int, negative_prompt: str | None = None) -> Conditions:
         """Conditions of images number ``indices`` and of the others in their compute batches.
 
-        ``Conditions`` repeats its entries, so they are those of whole compute batches, rotated until each image number
-        finds its own.
+        ``Conditions`` repeats its entries, so they are rotated until each image number finds its own.
         """
         start = indices.start // compute_batch * compute_batch
         stop = -(-indices.stop // compute_batch) * compute_batch

@@ -157,7 +157,7 @@ def _find_sources(folder: Path, manifest: Manifest, keys: Collection[str]) -> di
     found: dict[str, str] = {}
     for part in manifest.parts if keys else ():
         rows = read_records(folder, part, ("source", "outcome", "key")).filter(chosen)
-        found.update(zip(rows["key"].to_pylist(), rows["source"].to_pylist(), strict=True))
+        found |= zip(rows["key"].to_pylist(), rows["source"].to_pylist(), strict=True)
     return found
 
 
@@ -266,9 +266,9 @@ def split_by_parent(dataset: Dataset, parent: Manifest) -> tuple[np.ndarray, np.
 
     Images are unique in a data set, so only parts that the two versions do not share are compared.
     """
-    new_parts = {part.number for part in unshared(dataset.manifest, parent)}
+    new_parts = [part.number for part in unshared(dataset.manifest, parent)]
     with_shards = [part.number for part in dataset.manifest.parts if part.shard is not None]
-    is_new = np.isin(dataset.shards(range(len(dataset))), np.flatnonzero(np.isin(with_shards, list(new_parts))))
+    is_new = np.isin(dataset.shards(range(len(dataset))), np.flatnonzero(np.isin(with_shards, new_parts)))
     candidates = np.flatnonzero(is_new)
     keys = pa.array(dataset.keys(candidates), pa.string())
     for part in unshared(parent, dataset.manifest):
@@ -453,6 +453,19 @@ def write_dataset_report(folder: Path, output: Path, progress: Progress = silent
         captions = dataset.captions(order[:AVERAGED]) if statistics.captioned else []
         history = list(islice(log(folder), VERSIONS + 1))
         sides, images = np.array([min(size) for size in statistics.sizes]), np.array(list(statistics.sizes.values()))
+
+        def mean_image(rows: Rows) -> bytes:
+            mean = _thumbnails(dataset, rows).double().mean(0, keepdim=True)
+            return png_bytes(grid(mean.round().to(torch.uint8), pad=0))
+
+        def find_rows(keys: Sequence[str]) -> list[int]:
+            """Find the rows of a few kept images by binary search."""
+            return [bisect_left(range(len(dataset)), key, key=lambda row: dataset.keys([row])[0]) for key in keys]
+
+        def splits_of(rows: Sequence[int]) -> str:
+            held = np.isin(rows, dataset.rows("held_out"))
+            return "held out" if held.all() else "both splits" if held.any() else "training"
+
         page = render(
             "dataset.html",
             summary=summary,
@@ -477,9 +490,9 @@ def write_dataset_report(folder: Path, output: Path, progress: Progress = silent
             class_rows=[(name, order[numbers == number]) for number, name in enumerate(leading)],
             captions=[(row, text) for row, text in zip(order, captions, strict=False) if text],
             sheet=partial(_sheet, dataset),
-            mean_image=partial(_mean_image, dataset),
-            find_rows=partial(_find_rows, dataset),
-            splits_of=partial(_splits_of, dataset),
+            mean_image=mean_image,
+            find_rows=find_rows,
+            splits_of=splits_of,
         )
     write_bytes(output, page)
     return summary
@@ -575,29 +588,13 @@ def _thumbnails(dataset: Dataset, rows: Rows) -> Tensor:
     """Return the images in ``rows``, large ones reduced to SIDE × SIDE: (len(rows), C, h, w) uint8."""
     batches = read_batches(dataset, rows)
     if dataset.manifest.size > SIDE:
-        reduced = (interpolate(batch.float(), (SIDE, SIDE), mode="area") for batch in batches)
-        batches = (batch.round().to(torch.uint8) for batch in reduced)
+        batches = (interpolate(each.float(), (SIDE, SIDE), mode="area").round().to(torch.uint8) for each in batches)
     return torch.cat(list(batches))
 
 
 def _sheet(dataset: Dataset, rows: Rows, columns: int = 8) -> bytes:
     """Return a PNG of the images in ``rows`` side by side."""
     return png_bytes(grid(_thumbnails(dataset, rows), columns, pad=0 if len(rows) == 1 else 2))
-
-
-def _mean_image(dataset: Dataset, rows: Rows) -> bytes:
-    mean = _thumbnails(dataset, rows).double().mean(0, keepdim=True)
-    return png_bytes(grid(mean.round().to(torch.uint8), pad=0))
-
-
-def _find_rows(dataset: Dataset, keys: Sequence[str]) -> list[int]:
-    """Find the rows of a few kept images by binary search."""
-    return [bisect_left(range(len(dataset)), key, key=lambda row: dataset.keys([row])[0]) for key in keys]
-
-
-def _splits_of(dataset: Dataset, rows: Sequence[int]) -> str:
-    held_out = np.isin(rows, dataset.rows("held_out"))
-    return "held out" if held_out.all() else "both splits" if held_out.any() else "training"
 
 
 def _enumerate(names: Sequence[str]) -> str:
