@@ -66,11 +66,9 @@ drill-upgrade: $(READY)  ## Test upgrades of databases of an older MLflow and Pr
 drill-ceph: $(READY)  ## Run S3 tests and the pipeline on a one-node Ceph (minutes)
 	trap 'tests/drills/ceph.sh stop .drill/ceph' EXIT; trap 'exit 1' INT TERM; rm -rf .drill/ceph; mkdir -p .drill; tests/drills/ceph.sh start .drill/ceph > .drill/ceph.env \
 		&& eval "$$(sed 's/export /export TEST_/' .drill/ceph.env)" \
-		&& $(BIN)/pytest tests/drills/ceph.py tests/flows/storage/test_s3.py tests/flows/storage/test_s3_multipart.py tests/flows/datasets/test_s3_source.py \
+		&& $(BIN)/pytest tests/drills/ceph.py tests/flows/storage/test_s3.py tests/flows/datasets/test_s3_source.py \
 			tests/flows/sampling/test_generate_batch.py tests/flows/retention/test_gc_beside_sample.py tests/flows/datasets/test_catalog.py tests/flows/registry/test_ledger.py \
-			--deselect tests/flows/storage/test_s3.py::test_a_multipart_object_is_compared_by_its_bytes \
-			--deselect tests/flows/storage/test_s3_multipart.py::test_a_large_object_appears_whole_in_checked_parts_and_only_once \
-			--deselect tests/flows/storage/test_s3_multipart.py::test_a_server_that_honours_the_condition_on_completion_passes_and_keeps_nothing
+			--deselect tests/flows/storage/test_s3.py::test_a_multipart_object_is_compared_by_its_bytes
 
 check: $(READY)  ## Check lint, format, types, layers and secrets
 	$(BIN)/ruff check

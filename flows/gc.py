@@ -18,7 +18,7 @@ from flows.config import Params, RetentionConfig
 from flows.deployment.tasks import retryable_task
 from flows.local_stack.seaweedfs import vacuum_deleted_objects
 from flows.retention.dataset_items import DataSets
-from flows.retention.sweeps import Item, LocalFiles, Runs, SamplingBatches, Sweep, find_references
+from flows.retention.sweeps import Item, Runs, SamplingBatches, Sweep, find_references, sweep_local_files
 from flows.storage.s3 import Store
 
 
@@ -63,4 +63,4 @@ def sweeps(policy: RetentionConfig, now: datetime) -> Iterator[Sweep]:
     yield batches.sweep()
     yield runs.sweep()
     yield DataSets(store, source, runs.contents() | live.contents, live.unclear, policy, now).sweep()
-    yield LocalFiles(environment.settings().folder / "models", runs.gone(), live.weights, policy, now).sweep()
+    yield sweep_local_files(environment.settings().folder / "models", runs.gone(), live.weights, policy, now)

@@ -118,7 +118,7 @@ def find_holders(params: Params, removal: Removal) -> tuple[dict[str, Manifest],
     folder, source = params.dataset_folder, environment.data_source()
     recorded = Catalog.of(folder.name, source)
     # Versions that gc removed from the catalog still have files on the remote for a while.
-    versions = recorded.retired() | known_versions(folder) | recorded.versions()
+    versions = recorded.versions(retired=True) | known_versions(folder) | recorded.versions()
     with TemporaryDirectory() as scratch:
         elsewhere = StoredFiles(folder.name, source).remote_lookup(versions.values(), Path(scratch))
         return versions, holders(folder, removal, versions.values(), elsewhere)

@@ -38,11 +38,9 @@ def export_to_diffusers(
 ) -> Exported:
     """Write the model in the file ``weights`` to ``folder`` as a pipeline of diffusers: whole, or not at all.
 
-    Weights are safetensors, all else is JSON, and a README. ``sampling`` is the default sampling
-    options, ``version`` and ``run_id`` those of the registered model. Repeating an export changes nothing.
-
-    Raises UserError if diffusers is not installed, the folder holds something else, or the model or an option
-    has no counterpart in diffusers.
+    ``sampling`` is the default sampling options, ``version`` and ``run_id`` those of the registered model. Repeating
+    an export changes nothing. Raises UserError if diffusers is not installed, the folder holds something else, or the
+    model or an option has no counterpart in diffusers.
     """
     model = load_model(weights)
     if not isinstance(model, DiffusionModel):
@@ -65,13 +63,9 @@ def export_to_diffusers(
         ) from error
     conditional = bool(model.classes) or model.config.text
     pipeline = "DarkroomPipeline" if conditional else STOCK.get(sampling.sampler, "DarkroomPipeline")
+    digest = sha256_file(weights)
     exported = Exported(
-        folder=folder,
-        files={},
-        pipeline=pipeline,
-        weights_sha256=sha256_file(weights),
-        version=version,
-        run_id=run_id,
+        folder=folder, files={}, pipeline=pipeline, weights_sha256=digest, version=version, run_id=run_id
     )
     folder = folder.absolute()
     partial = folder.with_name(f".{folder.name}.partial")

@@ -37,14 +37,13 @@ class DarkroomUNet(ModelMixin, ConfigMixin):  # type: ignore[misc]
     def of(cls, model: DiffusionModel, sampling: SamplingConfig) -> "DarkroomUNet":
         """Copy ``model``, with ``sampling`` as its default sampling options."""
         channels, size, _ = model.shape
-        machine = {"compute_batch", "precision", "device"}
         learned = samples_with_learned_variance(model, sampling)
         unet: DarkroomUNet = cls(
             sample_size=size,
             in_channels=channels,
             out_channels=(2 if learned else 1) * channels,
             header=model.header.model_dump(mode="json"),
-            sampling=sampling.model_dump(mode="json", exclude=machine),
+            sampling=sampling.model_dump(mode="json", exclude={"compute_batch", "precision", "device"}),
         )
         unet.network.load_state_dict(model.network.state_dict())
         unet.eval()

@@ -1,7 +1,4 @@
-"""Pipeline of diffusers that generates as ``diffusion.generation.generate`` does, stepped by one of its schedulers.
-
-The schedulers are equivalent to Darkroom's samplers (tests compare them step for step).
-"""
+"""Pipeline of diffusers that generates as ``darkroom sample`` does, stepped by an equivalent scheduler of diffusers."""
 
 from collections.abc import Callable, Sequence
 from inspect import signature
@@ -95,8 +92,7 @@ class DarkroomPipeline(DiffusionPipeline):  # type: ignore[misc]
             "guidance_interval": guidance_interval,
             "guidance_rescale": guidance_rescale,
         }
-        known = {name: value for name, value in given.items() if value is not None}
-        config = self.unet.sampling.changed(known)
+        config = self.unet.sampling.changed({name: value for name, value in given.items() if value is not None})
         conditions = Conditions(labels=_each(labels), prompts=_each(prompts), negative_prompt=negative_prompt)
         check_prompts(conditions)
         check_sampling(model, config, conditions)

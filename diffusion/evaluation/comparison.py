@@ -1,8 +1,7 @@
 """Comparison of a candidate with the champion under equal conditions, and the gate's decision.
 
-Both generate the same image numbers of one seed and are compared with the same held-out images on the same features.
-The seed differs from that of checkpoint selection, because the best of many checkpoints looks too good on the images it
-was selected by. The held-out images are the same in selection and comparison, for the champion as well.
+Both generate the same image numbers of one seed, other than that of checkpoint selection, because the best of many
+checkpoints looks too good on the images it was selected by. The held-out images are the same in both.
 """
 
 import json
@@ -116,8 +115,7 @@ def compare_with_champion(
         output: Folder of ``champion_comparison.json``, written last, and of the cache.
         progress: Called as the work proceeds.
 
-    Raises:
-        UserError: The candidate cannot be evaluated.
+    Raises UserError if the candidate cannot be evaluated.
     """
     evaluator = _evaluator(candidate, data, config, sampling, output, progress)
     ours = evaluator.model(candidate)
@@ -125,7 +123,16 @@ def compare_with_champion(
     theirs = their_evaluation = incomparable = None
     if champion is not None:
         try:
-            theirs = _champion_evaluator(champion, ours, gate.across_families)
+            family, how = ours.header.model.family, ours.sampling
+            if (other := read_model_header(champion).model).family != family:
+                if not gate.across_families:
+                    raise UserError(
+                        f"it is a {other.family} and the candidate a {family}, which the gate compares only with "
+                        "gate.across_families"
+                    )
+                # Sampling that does not apply to its family is replaced by that family's defaults.
+                how = effective_sampling(other, how)
+            theirs = evaluator.model(champion, sampling=how)
             their_evaluation = theirs.evaluate()
         except UserError as error:
             theirs, incomparable = None, f"the champion cannot be evaluated beside it: {error}"
@@ -193,13 +200,9 @@ def evaluate_model(
     output: Path,
     progress: Progress = silent,
 ) -> tuple[ModelEvaluation, str]:
-    """Evaluate the model file ``path`` on the current held-out images of ``data``.
+    """Evaluate a model file on the held-out images of ``data`` as a comparison does; returns the features' name, too.
 
-    Generates as for a comparison with the same arguments, so that metrics are comparable, and shares its cache. Returns
-    the evaluation and the name of the features.
-
-    Raises:
-        UserError: The model cannot be evaluated.
+    Raises UserError if the model cannot be evaluated.
     """
     evaluator = _evaluator(path, data, config, sampling, output, progress)
     return evaluator.model(path).evaluate(), evaluator.conditions.extractor
@@ -211,22 +214,6 @@ def _evaluator(
     """Build an evaluator with another seed than that of checkpoint selection."""
     config = config.model_copy(update={"seed": config.seed + 1})
     return Evaluator(data, config, sampling, output / CACHE, progress, task_of(read_model_header(path).model))
-
-
-def _champion_evaluator(path: Path, candidate: ModelEvaluator, across_families: bool) -> ModelEvaluator:
-    """Return the champion's evaluator; raises UserError if it has another family, unless that is allowed, or task.
-
-    A champion of another family to which the configured sampling does not apply generates by the defaults.
-    """
-    theirs, ours, sampling = read_model_header(path).model, candidate.header.model, candidate.sampling
-    if theirs.family != ours.family:
-        if not across_families:
-            raise UserError(
-                f"it is a {theirs.family} and the candidate a {ours.family}, which the gate compares only with "
-                "gate.across_families"
-            )
-        sampling = effective_sampling(theirs, sampling)
-    return candidate.evaluator.model(path, sampling=sampling)
 
 
 def distance_headline(

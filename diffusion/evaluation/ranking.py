@@ -23,7 +23,7 @@ from diffusion.evaluation.bootstrap import difference
 from diffusion.evaluation.cache import cached
 from diffusion.evaluation.config import EvaluationConfig
 from diffusion.evaluation.estimate import CONFIDENCE, Estimate, MetricEstimate
-from diffusion.evaluation.evaluator import CACHE, Evaluator, MetricReplicates, ModelEvaluator, gflop
+from diffusion.evaluation.evaluator import CACHE, Evaluator, ModelEvaluator, gflop
 from diffusion.evaluation.gate import GateConfig
 from diffusion.evaluation.metrics.held_out_loss import HeldOutLoss
 from diffusion.evaluation.real_images import SHOWN
@@ -103,23 +103,13 @@ def rank_models(
     output: Path,
     progress: Progress = silent,
 ) -> tuple[Ranking, dict[str, Tensor]]:
-    """Rank model files by the distance of their images to held-out ones.
+    """Rank model files, each with its sampling, by the distance of their images to held-out ones of ``data``.
 
-    All generate image numbers 0 … ``config.samples`` − 1 of ``config.seed``. Expensive parts are cached: the same call
-    continues after a kill.
+    All generate image numbers 0 … ``config.samples`` − 1 of ``config.seed``. Expensive parts are cached in ``output``:
+    the same call continues after a kill, and ``comparison.json`` is written last. Returns the ranking, and the first
+    images of each model by name with held-out ones under ``real``, (N, C, H, W) uint8.
 
-    Args:
-        data: Folder of the data set.
-        models: File and sampling of each model by name, two or more.
-        config: What to generate and to compare with.
-        output: Folder of ``comparison.json``, written last, and of the cache.
-        progress: Called as the work proceeds.
-
-    Returns:
-        The ranking, and the first images of each model by name with held-out ones under ``real``, (N, C, H, W) uint8.
-
-    Raises:
-        UserError: For fewer than two models, a super-resolution model, other image shapes, or a data set too small.
+    Raises UserError for fewer than two models, a super-resolution model, other image shapes, or a data set too small.
     """
     if len(models) < 2:
         raise UserError(f"there is nothing to compare {', '.join(models) or 'nothing'} with: name two families or more")
@@ -128,7 +118,24 @@ def rank_models(
     *found, baseline = evaluator.replicates(list(evaluators.values()))
     replicates = dict(zip(evaluators, found, strict=True))
     figure = GateConfig().metric(config.samples, len(evaluator.real.compared))
-    ranked = [_ranked(name, each, replicates[name], figure) for name, each in evaluators.items()]
+    ranked = [
+        RankedModel(
+            **dict(each.scored()),
+            name=name,
+            file=str(each.path),
+            value=each.scores.of(figure),
+            error=some[figure].estimate.error if some else each.scores.kid_se if figure == "kid" else 0.0,
+            estimates=evaluator.estimates(some),
+            minutes=each.header.training.get("minutes"),
+            parameters=sum(parameter.numel() for parameter in each.model.network.parameters()),
+            held_out_loss=each.held_out_loss,
+            likelihood=each.header.model.likelihood,
+            gflop=gflop(each.model, each.guided),
+            images_per_second=_speed(each),
+            sampling=each.guided,
+        )
+        for (name, each), some in zip(evaluators.items(), found, strict=True)
+    ]
     ranked.sort(key=lambda each: each.value)
     best, *others = [each.name for each in ranked]
     ranking = Ranking(
@@ -181,27 +188,6 @@ def rank_evaluations(
             for model, metric in zip(models[1:], ranks, strict=True)
         ],
         real_baseline=runs[0][0].real_baseline,
-    )
-
-
-def _ranked(
-    name: str, model: ModelEvaluator, replicates: MetricReplicates, figure: Literal["kid", "fd"]
-) -> RankedModel:
-    header, scores = model.header, model.scores
-    return RankedModel(
-        **dict(model.scored()),
-        name=name,
-        file=str(model.path),
-        value=scores.of(figure),
-        error=replicates[figure].estimate.error if replicates else scores.kid_se if figure == "kid" else 0.0,
-        estimates=model.evaluator.estimates(replicates),
-        minutes=header.training.get("minutes"),
-        parameters=sum(parameter.numel() for parameter in model.model.network.parameters()),
-        held_out_loss=model.held_out_loss,
-        likelihood=header.model.likelihood,
-        gflop=gflop(model.model, model.guided),
-        images_per_second=_speed(model),
-        sampling=model.guided,
     )
 
 

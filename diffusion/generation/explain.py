@@ -7,7 +7,9 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.gridspec import SubplotSpec
 from PIL import Image
 from torch import Tensor
 
@@ -53,9 +55,9 @@ class Reverse(NamedTuple):
 
 
 def explain(model: Model, image: Tensor, output: Path, seed: int = 0) -> list[Path]:
-    """Draw figures of how ``model`` works into folder ``output``, with noise from ``seed``.
+    """Draw figures of how ``model`` works on ``image``, (C, H, W) uint8, into folder ``output``, with ``seed``'s noise.
 
-    Raises UserError if the real ``image``, (C, H, W) uint8, is not of a diffusion model's shape.
+    Raises UserError if the image is not of a diffusion model's shape.
     """
     match model:
         case DiffusionModel():
@@ -69,13 +71,13 @@ def explain(model: Model, image: Tensor, output: Path, seed: int = 0) -> list[Pa
             noise = GaussianNoise(seed, "explain", [0], model.noise_shape)()[0]
             conditioning = task_of(model.config).conditioning(image[None]) or None
             figures = {
-                "forward.png": draw_forward(model, x0, noise),
-                "training_step.png": draw_training_step(model, x0, noise, conditioning),
-                "reverse.png": draw_reverse(model, reverse(model, seed, conditioning)),
+                output / "forward.png": draw_forward(model, x0, noise),
+                output / "training_step.png": draw_training_step(model, x0, noise, conditioning),
+                output / "reverse.png": draw_reverse(model, reverse(model, seed, conditioning)),
             }
-            for name, figure in figures.items():
-                write_bytes(output / name, figure_png(figure))
-            return [output / name for name in figures]
+            for path, figure in figures.items():
+                write_bytes(path, figure_png(figure))
+            return list(figures)
         case VAEModel():
             path = output / "reconstruction.png"
             sheet = above(image[None], reconstructed(model, image[None], sampling_config()), scale=4)
@@ -157,23 +159,19 @@ def reverse(model: DiffusionModel, seed: int, conditioning: Conditioning | None 
 def draw_forward(model: DiffusionModel, x0: Tensor, noise: Tensor) -> Figure:
     """Plot the images of ``forward`` above a curve of ᾱ, each at its time step."""
     steps, images = forward(model.schedule, x0, noise)
-    at_steps = model.schedule.alphas_cumprod[steps]
+    alpha_bars, last = model.schedule.alphas_cumprod.numpy(), model.schedule.steps - 1
     formula = r"$x_t = \sqrt{\bar\alpha_t}\,x_0 + \sqrt{1-\bar\alpha_t}\,\varepsilon$"
     figure = _figure(model, 4.9, "The forward process: an image turns into noise", formula)
-    last = model.schedule.steps - 1
-    left, width = 0.055, 0.103
-    pitch = (0.985 - left - width) / (FRAMES - 1)
-    for number, (step, alpha_bar) in enumerate(zip(steps.tolist(), at_steps.tolist(), strict=True)):
-        share = f"= {alpha_bar:.3f}" if alpha_bar >= 0.001 else "< 0.001"
-        place = (left + number * pitch, 0.56, width, 0.26)
-        _panel(figure, place, _decoded(model, images[number]), f"$t$ = {step}", rf"$\bar\alpha$ {share}")
-    axes = figure.add_axes((left, 0.13, (FRAMES - 1) * pitch + width, 0.27))
-    alpha_bars, t = model.schedule.alphas_cumprod.numpy(), np.arange(last + 1)
+    columns = figure.add_gridspec(2, FRAMES, left=0.05, right=0.99, bottom=0.13, top=0.8, hspace=0.65)
+    for number, (step, image) in enumerate(zip(steps.tolist(), images, strict=True)):
+        share = f"= {alpha_bars[step]:.3f}" if alpha_bars[step] >= 0.001 else "< 0.001"
+        _panel(figure, columns[0, number], _decoded(model, image), f"$t$ = {step}", rf"$\bar\alpha$ {share}")
+    axes, t = figure.add_subplot(columns[1, :]), np.arange(last + 1)
     axes.fill_between(t, alpha_bars, color=SIGNAL, alpha=0.15, linewidth=0)
     axes.fill_between(t, alpha_bars, 1, color=NOISE, alpha=0.35, linewidth=0)
     axes.plot(t, alpha_bars, color=SIGNAL, linewidth=2)
-    axes.plot(steps, at_steps, "o", color=SIGNAL, markersize=6, clip_on=False, zorder=3)
-    margin = width / 2 / pitch * last / (FRAMES - 1)
+    axes.plot(steps, alpha_bars[steps], "o", color=SIGNAL, markersize=6, clip_on=False, zorder=3)
+    margin = 0.42 * last / (FRAMES - 1)
     axes.set(xlim=(-margin, last + margin), ylim=(0, 1), xticks=steps.tolist(), yticks=[0, 0.5, 1])
     axes.tick_params(colors=MUTED, labelsize=9.5, length=0)
     axes.spines[:].set_visible(False)
@@ -204,12 +202,10 @@ def draw_training_step(
         (answer, r"predicted noise $\hat\varepsilon$", "the network's answer", "→"),
         (difference, r"$\hat\varepsilon - \varepsilon$", "what it got wrong", "−ε ="),
     ]
-    width, gap = 0.15, 0.05
-    left = (1 - 5 * width - 4 * gap) / 2
-    for number, (pixels, name, about, sign) in enumerate(panels):
-        start = left + number * (width + gap)
-        _panel(figure, (start, 0.3, width, 0.45), pixels, name, about)
-        figure.text(start - gap / 2, 0.525, sign, color=INK, fontsize=13, ha="center", va="center")
+    columns = figure.add_gridspec(1, 5, left=0.02, right=0.98, bottom=0.3, top=0.76, wspace=0.3)
+    for number, (pixels, name, said, sign) in enumerate(panels):
+        axes = _panel(figure, columns[number], pixels, name, said)
+        axes.text(-0.15, 0.5, sign, color=INK, fontsize=13, ha="center", va="center", transform=axes.transAxes)
     # DDPM's simple loss (arXiv 2006.11239, equation 14).
     loss = rf"loss = mean of $(\hat\varepsilon - \varepsilon)^2$ = {(predicted - noise).square().mean():.2g}"
     figure.text(0.5, 0.085, loss, color=INK, fontsize=12, ha="center")
@@ -223,16 +219,15 @@ def draw_reverse(model: DiffusionModel, frames: Reverse) -> Figure:
     """Plot the states above the estimates of the image, and the result at the end."""
     about = f"{REVERSE_STEPS} steps; each moves towards the model's estimate of the image, then asks again"
     figure = _figure(model, 4.3, "The reverse process: noise turns into an image", about)
-    count = len(frames.numbers) + 1
-    left, width = 0.085, 0.092
-    pitch = (0.985 - left - width) / (count - 1)
+    columns = figure.add_gridspec(2, len(frames.numbers) + 1, left=0.08, right=0.99, bottom=0.16, top=0.8, wspace=0.1)
     for number, (step, t) in enumerate(zip(frames.numbers, frames.steps, strict=True)):
-        start, estimate = left + number * pitch, _decoded(model, frames.estimates[number])
-        _panel(figure, (start, 0.5, width, 0.29), _decoded(model, frames.images[number]))
-        _panel(figure, (start, 0.17, width, 0.29), estimate, f"step {step}", f"$t$ = {t:.0f}")
-    _panel(figure, (left + (count - 1) * pitch, 0.335, width, 0.29), _decoded(model, frames.result), "image")
-    for height, name in (0.645, "$x_t$"), (0.315, "estimate\nof $x_0$"):
-        figure.text(left - 0.012, height, name, color=INK, fontsize=11, ha="right", va="center")
+        state = _panel(figure, columns[0, number], _decoded(model, frames.images[number]))
+        estimate = _decoded(model, frames.estimates[number])
+        below = _panel(figure, columns[1, number], estimate, f"step {step}", f"$t$ = {t:.0f}")
+        if number == 0:
+            for axes, name in (state, "$x_t$"), (below, "estimate\nof $x_0$"):
+                axes.set_ylabel(name, color=INK, fontsize=11, rotation=0, ha="right", va="center")
+    _panel(figure, columns[:, -1], _decoded(model, frames.result), "image")
     return figure
 
 
@@ -249,16 +244,13 @@ def _figure(model: DiffusionModel, height: float, title: str, about: str) -> Fig
     return figure
 
 
-def _panel(
-    figure: Figure, place: tuple[float, float, float, float], pixels: Tensor, first: str = "", second: str = ""
-) -> None:
+def _panel(figure: Figure, place: SubplotSpec, pixels: Tensor, first: str = "", second: str = "") -> Axes:
     """Show ``pixels``, (C, H, W) uint8, above two lines of text."""
-    axes = figure.add_axes(place)
+    axes = figure.add_subplot(place, xticks=[], yticks=[])
     axes.imshow(pixels.permute(1, 2, 0).numpy(), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
-    axes.set_xticks([])
-    axes.set_yticks([])
     axes.spines[:].set_color("#d5d9de")
     for text, below, colour, size in (first, 17, INK, 10.5), (second, 33, MUTED, 9.5):
         axes.annotate(
             text, (0.5, 0), (0, -below), "axes fraction", "offset points", color=colour, fontsize=size, ha="center"
         )
+    return axes

@@ -39,9 +39,8 @@ def sample(
     """Generate the images ``indices`` of ``seed``, or edits of the image of ``edit``: (len(indices), C, H, W) uint8.
 
     Image i is always computed as member i mod B of the compute batch i div B (B = ``config.compute_batch``), because
-    floating-point sums change with a batch's shape. Whole multiples of B, starting at one, waste no work. ``at_once``
-    compute batches are computed concurrently on a CPU, without effect on the bits; None: one per core. ``noise`` of a
-    compute batch is by default that of ``seed``.
+    floating-point sums change with a batch's shape. ``at_once`` compute batches are computed concurrently on a CPU;
+    None: one per core. ``noise`` of a compute batch is by default that of ``seed``.
 
     Raises UserError for conditions that the model was not trained with, options that have no effect, and an edit of
     another shape than the model's.

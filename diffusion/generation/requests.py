@@ -1,12 +1,9 @@
-"""Generation of images for requests from the command line, the flow and the served model.
-
-Images of the command line lie in a folder with a record that reproduces them.
-"""
+"""Generation of images for requests from the command line, the flow and the served model."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -21,7 +18,7 @@ from diffusion.common.fingerprint import Fingerprint, fingerprint
 from diffusion.common.image_grids import blocks, grid, image_of, marked_png, save_png
 from diffusion.common.progress import Progress, silent
 from diffusion.data.ingest.config import IngestConfig
-from diffusion.data.ingest.decode import StoredImage, UnusableEntry, prepare, unscaled
+from diffusion.data.ingest.decode import UnusableEntry, prepare, unscaled
 from diffusion.families.ddpm import DiffusionModel
 from diffusion.families.model import Model
 from diffusion.generation.config import (
@@ -46,6 +43,7 @@ from diffusion.generation.super_resolution import check_images, scale_of, task_o
 from diffusion.process.editing import Edit
 from diffusion.process.samplers import SamplingConfig
 
+T = TypeVar("T")
 HOLE = torch.tensor(128, dtype=torch.uint8)
 """Grey value that shows the hole of an image to inpaint."""
 MAX_SIZE = 2048
@@ -56,8 +54,6 @@ MAX_VALUES = 2**31
 """Most values of all images that are generated in one call, which are all in memory at once."""
 KEPT_BELOW = 32
 """Grey value of a scaled mask below which a pixel is kept."""
-
-
 SHOWN = 64
 """Most images in the grid."""
 ABOUT = "request.json"
@@ -177,12 +173,13 @@ def _input_of(model: Model, request: GenerationRequest) -> Edit | Tensor | None:
         return _small_image(model, request)
     if not isinstance(request, InpaintRequest | Img2ImgRequest):
         return None
-    prepared = _prepared(model, request.image, "image")
+    channels, size, _ = model.shape
+    prepared = _decoded(prepare, request.image, "image", size, channels)
     image = _channels_first(prepared.pixels)
     if isinstance(request, Img2ImgRequest):
         edit = Edit(image, strength=request.strength)
     else:
-        mask = _prepared(model, request.mask, "mask", grey=True)
+        mask = _decoded(prepare, request.mask, "mask", size, 1)
         if mask.source_size != prepared.source_size:
             theirs, ours = ("×".join(map(str, each.source_size)) for each in (mask, prepared))
             raise UserError(f"the mask has {theirs} pixels and the image {ours} (width × height): make them equal")
@@ -193,11 +190,7 @@ def _input_of(model: Model, request: GenerationRequest) -> Edit | Tensor | None:
 
 
 def _small_image(model: Model, request: UpscaleRequest) -> Tensor:
-    mode: Literal["grey", "rgb"] = "grey" if model.header.channels == 1 else "rgb"
-    try:
-        small = _channels_first(unscaled(request.image, IngestConfig(size=MAX_SIZE // 2, mode=mode, enlarge=True)))
-    except UnusableEntry as error:
-        raise UserError(f"the image cannot be used: {error}") from error
+    small = _channels_first(_decoded(unscaled, request.image, "image", MAX_SIZE // 2, model.header.channels))
     check_images(model, small[None])
     pixels = request.count * small[0].numel() * scale_of(model) ** 2
     if pixels > MAX_PIXELS:
@@ -212,11 +205,10 @@ def _channels_first(pixels: np.ndarray) -> Tensor:
     return torch.from_numpy(pixels.copy()).reshape(*pixels.shape[:2], -1).permute(2, 0, 1)
 
 
-def _prepared(model: Model, payload: bytes, name: str, grey: bool = False) -> StoredImage:
-    channels, size, _ = model.shape
-    mode: Literal["grey", "rgb"] = "grey" if grey or channels == 1 else "rgb"
+def _decoded(decode: Callable[[bytes, IngestConfig], T], payload: bytes, name: str, size: int, channels: int) -> T:
+    mode: Literal["grey", "rgb"] = "grey" if channels == 1 else "rgb"
     try:
-        return prepare(payload, IngestConfig(size=size, mode=mode, enlarge=True))
+        return decode(payload, IngestConfig(size=size, mode=mode, enlarge=True))
     except UnusableEntry as error:
         raise UserError(f"the {name} cannot be used: {error}") from error
 
@@ -232,8 +224,7 @@ def generate_to_folder(
     """Generate the images of ``request`` with the model in the file ``weights`` into the folder ``output``.
 
     The default folder in samples/ is named after model and request. Each image carries the ``origin`` of the model.
-    ``request.json`` lists the images once all are written. Raises UserError as ``answer`` does, and if the folder
-    belongs to another request.
+    Raises UserError as ``answer`` does, and if the folder belongs to another request.
     """
     model = load_model(weights)
     digest = sha256_file(weights)
@@ -266,15 +257,8 @@ def generate_to_folder(
     save_png(output / "grid.png", grid(torch.stack([*original(model, request), *images[:SHOWN]])))
     about = about.model_copy(update={"images": tuple(rows)})
     write_json(output / ABOUT, about.model_dump(mode="json", exclude_none=True))
-    return GenerationResult(
-        folder=output,
-        model=generated_by,
-        task=request.task,
-        count=request.count,
-        seed=request.seed,
-        grid=output / "grid.png",
-        about=output / ABOUT,
-    )
+    same = {name: getattr(request, name) for name in ("task", "count", "seed")}
+    return GenerationResult(folder=output, model=generated_by, grid=output / "grid.png", about=output / ABOUT, **same)
 
 
 def _require_own(output: Path, about: RequestRecord) -> None:

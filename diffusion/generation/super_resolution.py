@@ -1,8 +1,7 @@
 """Super-resolution by diffusion (SR3, arXiv 2104.07636).
 
 The network sees the small image, enlarged by interpolation, and predicts the residual to it (SRDiff, 2104.14951).
-Larger images are covered with overlapping tiles, whose predictions are blended in every step (MultiDiffusion,
-2302.08113).
+Larger images are covered with tiles, whose predictions are blended in every step (MultiDiffusion, 2302.08113).
 """
 
 import math
@@ -166,8 +165,7 @@ class Tiles:
 def make_tiles(height: int, width: int, size: int, scale: int, device: torch.device = CPU) -> Tiles:
     """Make tiles of ``size`` small pixels for a small image of ``height`` × ``width``, upscaled by ``scale``.
 
-    They are aligned to small pixels, as in training. Weights are highest in the middle of a tile and lowest at its
-    edges, where the network lacks context.
+    They are aligned to small pixels, as in training. Weights fall towards the edges, where the network lacks context.
     """
     rows, columns = ([scale * start for start in starts(length, size)] for length in (height, width))
     places = [(top, left) for top in rows for left in columns]

@@ -78,7 +78,7 @@ def health(
 ) -> CommandOutput:
     """Check the servers of the environment with real requests; exit code 1 if one fails, with the reason.
 
-    Optional features that an S3 server lacks are listed as well.
+    What could not be tested of an S3 server is listed as well.
 
     Example:  darkroom server health mlflow prefect s3
     """

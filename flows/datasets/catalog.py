@@ -1,12 +1,11 @@
 """The catalog on S3: manifest and DVC pointer of every data set version, by the manifest's digest.
 
-``s3://BUCKET/datasets/NAME/<digest>/manifest.json`` and ``pointer.dvc`` beside it are written once, as are the
-version's page ``report.html`` and the mark ``announced``; the version's files lie on DVC's remote. Takedown records lie
-under ``datasets/NAME/removals/``.
+``s3://BUCKET/datasets/NAME/<digest>/`` holds ``manifest.json`` and ``pointer.dvc``, each written once, and the
+version's page ``report.html`` and mark ``announced``; its files lie on DVC's remote. Takedown records lie under
+``datasets/NAME/removals/``.
 
-``datasets/NAME/heads/00000001.json`` and so on (``flows.storage.numbered_objects``) name the newest version for all
-machines that add to the data set. A version is first put into the catalog and then becomes the head, so a process
-that is killed in between blocks no other machine, and the same command again continues.
+``datasets/NAME/heads/00000001.json`` and so on name the newest version. A version is first put into the catalog and
+then becomes the head, so a process that is killed in between blocks no other machine.
 """
 
 import logging
@@ -49,12 +48,6 @@ class CatalogListing:
     damaged: dict[str, str]
     """Errors for unreadable manifests, with the fix, by the digest in the name."""
 
-    def log_damaged(self) -> dict[str, Manifest]:
-        """Log the damaged manifests, and return the readable versions."""
-        for words in self.damaged.values():
-            logger.warning("%s", words)
-        return self.versions
-
 
 @dataclass(frozen=True)
 class Catalog:
@@ -95,13 +88,30 @@ class Catalog:
         """Delete the pages of versions, if they exist."""
         self.store.delete_many(self.place.bucket, (self.place.key(f"{digest}/report.html") for digest in digests))
 
-    def versions(self) -> dict[str, Manifest]:
-        """Readable versions by digest; damaged manifests are logged."""
-        return self.read().log_damaged()
+    def versions(self, retired: bool = False) -> dict[str, Manifest]:
+        """Readable versions of ``read`` by digest; damaged manifests are logged."""
+        found = self.read(retired)
+        for words in found.damaged.values():
+            logger.warning("%s", words)
+        return found.versions
 
-    def read(self) -> CatalogListing:
-        """List all versions, readable and damaged ones."""
-        return self._readable(self.place, VERSION)
+    def read(self, retired: bool = False) -> CatalogListing:
+        """List all versions, or those that ``darkroom gc`` retired and whose files are still on the remote."""
+        place, pattern = self.place, VERSION
+        if retired:
+            place, pattern = Location(self.place.bucket, f"{RETIRED}/{self.name}"), RETIRED_VERSION
+        found, prefix = CatalogListing({}, {}), place.key("")
+        for key in self.store.list_keys(place.bucket, prefix):
+            if (named := pattern.fullmatch(key.removeprefix(prefix))) is None:
+                continue
+            try:
+                data = self.store.get(place.bucket, key, LARGEST_MANIFEST)
+                found.versions[named[1]] = _parsed(data, named[1], f"s3://{place.bucket}/{key}")
+            except Missing:  # deleted by gc since it was listed
+                continue
+            except UserError as error:
+                found.damaged[named[1]] = str(error)
+        return found
 
     def version(self, digest: str) -> Manifest | None:
         """Version of this digest; None if it is not in the catalog. Raises UserError if it is damaged."""
@@ -161,14 +171,6 @@ class Catalog:
                 continue
             yield parse_removal(self.store.get(self.place.bucket, key), f"s3://{self.place.bucket}/{key}")
 
-    def retired(self) -> dict[str, Manifest]:
-        """Versions by digest that ``darkroom gc`` retired and whose files are still on the remote."""
-        return self.read_retired().log_damaged()
-
-    def read_retired(self) -> CatalogListing:
-        """List all retired versions, readable and damaged ones."""
-        return self._readable(Location(self.place.bucket, f"{RETIRED}/{self.name}"), RETIRED_VERSION)
-
     def withdraw(self, digest: str) -> None:
         """Remove a version from the catalog; its files stay on the remote."""
         # The manifest goes first: without it there is no version.
@@ -180,22 +182,6 @@ class Catalog:
         """Time when a version was put into the catalog; None if it is not in it."""
         found = self.store.stat(self.place.bucket, self.place.key(f"{digest}/manifest.json"))
         return found and found.written
-
-    def _readable(self, place: Location, pattern: re.Pattern[str]) -> CatalogListing:
-        """Read the manifests under ``place`` whose names match ``pattern``, which captures their digests."""
-        found, prefix = CatalogListing({}, {}), place.key("")
-        for key in self.store.list_keys(place.bucket, prefix):
-            if (named := pattern.fullmatch(key.removeprefix(prefix))) is None:
-                continue
-            where = f"s3://{place.bucket}/{key}"
-            try:
-                data = self.store.get(place.bucket, key, LARGEST_MANIFEST)
-                found.versions[named[1]] = _parsed(data, named[1], where)
-            except Missing:  # deleted by gc since it was listed
-                continue
-            except UserError as error:
-                found.damaged[named[1]] = str(error)
-        return found
 
     def _get(self, name: str, most: int | None = None) -> bytes | None:
         try:
@@ -218,10 +204,9 @@ def _parsed(data: bytes, digest: str, where: str) -> Manifest:
 
 @contextmanager
 def pushing(name: str, source: str, store: Store | None = None) -> Iterator[None]:
-    """Context in which files of the data set ``name`` are pushed to ``source`` and its version is published.
+    """Context in which files of the data set ``name`` are pushed to ``source``, and ``darkroom gc`` deletes none.
 
-    DVC skips files that are already there, so meanwhile ``darkroom gc`` deletes none. A process that is killed inside
-    blocks gc for ``retention.grace_hours`` at most.
+    A process that is killed inside blocks gc for ``retention.grace_hours`` at most.
     """
     place, store = Location(Location.parse(source).bucket) / PUSHING, store or Store()
     mark = place.key(f"{name}/{uuid4().hex}")

@@ -61,8 +61,7 @@ def checkout(
         without_shards: Whether to skip missing shards, for training that streams them.
         to_build_on: Whether the next ingest continues from this version instead of the newest.
 
-    Raises:
-        UserError: If there is no such version, a file of it cannot be found, or it holds images that were taken down.
+    Raises UserError if there is no such version, a file of it cannot be found, or it holds images that were taken down.
     """
     work_folder(folder).mkdir(parents=True, exist_ok=True)
     with FileLock(work_folder(folder) / "lock"):
@@ -126,14 +125,8 @@ class DatasetLocation:
             self.kept.keep_listing(version.digest)
         else:
             dvc.record_data(folder, push_to=None)
-        return CheckedOut(
-            dataset=folder.name,
-            folder=folder,
-            digest=version.digest,
-            content_digest=version.content_digest,
-            kept=version.kept,
-            restored=restored,
-        )
+        same = {name: getattr(version, name) for name in ("digest", "content_digest", "kept")}
+        return CheckedOut(dataset=folder.name, folder=folder, restored=restored, **same)
 
     def choose(self, prefix: str) -> Manifest:
         """Find the version that ``prefix`` names, here or else in the catalog."""
@@ -204,14 +197,8 @@ class DatasetLocation:
             )
 
     def _goes_back(self, version: Manifest) -> bool:
-        """Whether a known version descends from this one."""
-        for child in self.known.values():
-            parent = child.parent
-            while parent is not None and parent != version.digest:
-                parent = self.known[parent].parent if parent in self.known else None
-            if parent is not None:
-                return True
-        return False
+        """Whether a known version descends from this one, as then one is its child."""
+        return any(child.parent == version.digest for child in self.known.values())
 
     def catalog(self) -> Catalog:
         """Connect to the catalog; from then on files come from the remote as well."""

@@ -1,8 +1,4 @@
-"""Data set versions in DVC: recorded, restored and streamed, with the lineage of runs.
-
-DVC names files by MD5, in its cache on this machine and on its remote. ``StoredFiles`` finds a file of any version in
-either.
-"""
+"""Data set versions in DVC, which names files by MD5: recorded, restored and streamed, with the lineage of runs."""
 
 import hashlib
 import logging
@@ -12,8 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cached_property
-from itertools import repeat
+from functools import cached_property, partial
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -142,28 +137,28 @@ class Remote:
     def push(self, name: str, cache: Cache) -> None:
         """Upload the missing files of the folder ``name`` from ``cache``, and its listing last.
 
-        DVC's own push is not used: it overwrites, which bucket policies that demand If-None-Match refuse, and it takes
-        all files as pushed once it finds the listing. Raises UserError if a file of the cache is missing or
-        damaged, and Held if an object of its name holds other bytes.
+        DVC's own push overwrites, and takes all files as pushed once it finds the listing. Raises UserError if a file
+        of the cache is missing or damaged, and Held if an object of its name holds other bytes.
         """
         listing = cache.listing(name)
         if listing is None:
             raise UserError(f"{cache.path(name)} is missing: ingest the data set again")
+
+        def upload(name: str) -> None:
+            path = cache.path(name)
+            if not path.is_file():
+                raise UserError(f"{path} is missing: ingest the data set again")
+            with path.open("rb") as file:
+                if hashlib.file_digest(file, "md5").hexdigest() != name.removesuffix(FOLDER):
+                    raise UserError(f"{path} is damaged: delete it, and ingest the data set again")
+                self.store.put_once(self.place.bucket, self._key(name), file)
+
         present = self.names()
         with ThreadPoolExecutor(4) as pool:
             # An error cancels the uploads that have not begun.
-            list(pool.map(self._upload, sorted(set(listing.values()) - present), repeat(cache)))
+            list(pool.map(upload, sorted(set(listing.values()) - present)))
         if name not in present:
-            self._upload(name, cache)
-
-    def _upload(self, name: str, cache: Cache) -> None:
-        path = cache.path(name)
-        if not path.is_file():
-            raise UserError(f"{path} is missing: ingest the data set again")
-        with path.open("rb") as file:
-            if hashlib.file_digest(file, "md5").hexdigest() != name.removesuffix(FOLDER):
-                raise UserError(f"{path} is damaged: delete it, and ingest the data set again")
-            self.store.put_once(self.place.bucket, self._key(name), file)
+            upload(name)
 
     def delete(self, names: Iterable[str]) -> None:
         """Delete objects, if they exist."""
@@ -202,11 +197,7 @@ class StoredFiles:
         """Write a file of ``version`` to ``target`` if it is found; raises UserError if it is damaged on the remote."""
         cached = self._cached(name, sha256)
         if cached is not None:
-
-            def copy(partial: Path) -> None:
-                shutil.copyfile(cached, partial)
-
-            write_atomically(target, copy)
+            write_atomically(target, partial(shutil.copyfile, cached))
             return True
         pushed = [listing[name] for listing in self.listings(version).values() if name in listing]
         places = dict.fromkeys([*pushed, *(self.cache.places.get(name, ()) if self.cache else ())])
@@ -247,9 +238,7 @@ class StoredFiles:
                 write_bytes(self.cache.path(digest), self.remote.read(digest))
 
     def _cached(self, name: str, sha256: str) -> Path | None:
-        if self.cache is None:
-            return None
-        paths = map(self.cache.path, self.cache.places.get(name, ()))
+        paths = map(self.cache.path, self.cache.places.get(name, ())) if self.cache else ()
         return next((path for path in paths if is_whole(path, sha256)), None)
 
     def _download(self, md5: str, name: str, sha256: str, target: Path) -> bool:
@@ -257,9 +246,9 @@ class StoredFiles:
             return False
         remote = self.remote
 
-        def fetch(partial: Path) -> None:
-            remote.fetch(md5, partial)
-            if sha256_file(partial) != sha256:
+        def fetch(path: Path) -> None:
+            remote.fetch(md5, path)
+            if sha256_file(path) != sha256:
                 raise UserError(
                     f"{name} of data set {self.name} is damaged on the remote (its SHA-256 differs): delete "
                     f"{remote.uri(md5)}, and give `darkroom ingest SOURCE` where the data set is whole, or where its "
@@ -330,9 +319,8 @@ def _git(*arguments: str) -> str:
 def record_data(folder: Path, push_to: str | None) -> DataVersion:
     """Record the data set in ``folder`` in DVC, and push it to the S3 address ``push_to`` if one is given.
 
-    The output of dvc.yaml's ingest stage is committed to dvc.lock, so that ``dvc repro`` sees it as done;
-    any other data set gets its own .dvc file. Outside a DVC repository one is created.
-    Raises DarkroomError with DVC's message if that fails.
+    The output of dvc.yaml's ingest stage is committed to dvc.lock, so that ``dvc repro`` sees it as done; any other
+    data set gets its own .dvc file. Outside a DVC repository one is created. Raises DarkroomError if that fails.
     """
     try:
         root = Repo.find_root()
@@ -411,36 +399,28 @@ class RemoteShards:
     """``diffusion.data.shards.ShardStore`` of the data set in ``folder``, pushed to ``source``."""
 
     def __init__(self, folder: Path, source: str) -> None:
-        self.folder = folder
-        self.source = source
-        self.remote = Remote.at(source)
-        self._lock = Lock()
+        self.folder, self.source, self.remote, self._lock = folder, source, Remote.at(source), Lock()
 
     def fetch(self, entry: FileEntry, path: Path) -> None:
         """Fetch a shard to ``path``, overwriting it; raises UserError if the remote does not have it."""
         with self._lock:
-            listing = self._listing
-        try:
-            self.remote.fetch(listing[entry.name], path)
-        except (KeyError, Missing) as error:
-            raise UserError(
-                f"shard {entry.name} of data set {self.folder.name} is not on {self.source}: run `darkroom ingest` "
-                "where the data set is whole, which pushes it"
-            ) from error
+            listings = self._listings
+        for listing in listings:
+            with suppress(KeyError, Missing):
+                self.remote.fetch(listing[entry.name], path)
+                return
+        raise UserError(
+            f"shard {entry.name} of data set {self.folder.name} is not on {self.source}: run `darkroom ingest` where "
+            "the data set is whole, which pushes it"
+        )
 
     @cached_property
-    def _listing(self) -> Listing:
-        name = self.folder.name
-        digest = read_manifest(self.folder).digest
-        recorded = Catalog.of(name, self.source, self.remote.store).pointer(digest)
-        if recorded is None and (version := data_version(self.folder)) is not None:
-            recorded = version.digest
-        if recorded is None:
-            raise UserError(f"version {digest[:12]} of data set {name} was never pushed: run `darkroom ingest` first")
-        try:
-            return self.remote.listing(recorded)
-        except Missing as error:
-            raise UserError(
-                f"version {digest[:12]} of data set {name} is not on {self.source} (any more): run `darkroom ingest`, "
-                "or check out another one with `darkroom data checkout`"
-            ) from error
+    def _listings(self) -> list[Listing]:
+        digest, recorded = read_manifest(self.folder).digest, data_version(self.folder)
+        kept = StoredFiles(self.folder.name, self.source, recorded.digest if recorded else None)
+        if found := list(kept.listings(digest).values()):
+            return found
+        raise UserError(
+            f"version {digest[:12]} of data set {self.folder.name} was never pushed to {self.source}, or is not there "
+            "any more: run `darkroom ingest`, or check out another one with `darkroom data checkout`"
+        )

@@ -57,8 +57,7 @@ class UnreferencedObjects:
 def unreferenced_objects(held: Iterable[Manifest], others: Iterable[Manifest], source: str) -> UnreferencedObjects:
     """Find objects in DVC's cache and on the remote ``source`` that only the versions ``held`` need.
 
-    ``others`` are the data set's versions that stay. Objects that any other folder in DVC needs, of any data set, stay
-    as well.
+    ``others`` are the data set's versions that stay. Objects that any other folder in DVC needs stay as well.
     """
     cache = Cache.here()
     depots: list[Cache | Remote] = [Remote.at(source), *([cache] if cache else [])]
@@ -86,8 +85,7 @@ def purge_dvc(held: Iterable[Manifest], others: Iterable[Manifest], source: str)
 def purge_files(folder: Path, held: Iterable[Manifest], others: Iterable[Manifest], reports: Path) -> list[str]:
     """Delete this machine's copies of the versions ``held`` outside of the data set in ``folder``; returns the paths.
 
-    These are work files of ingest and training, shards fetched for training, cached evaluations, and pages and grids in
-    the folder ``reports`` that show images of those versions. Locks out ingests.
+    These are work files, fetched shards, cached evaluations, and pages and grids in ``reports``. Locks out ingests.
     """
     held = list(held)
     staying = {shard.sha256 for each in others for shard in each.shards}
@@ -102,14 +100,12 @@ def purge_files(folder: Path, held: Iterable[Manifest], others: Iterable[Manifes
         (RANKING, Ranking, (PAGE,)),
     ):
         if (reports / name).is_file():
+            shown = None
             # Pages of another version of Darkroom may show any images.
             with suppress(ValidationError):
-                if (
-                    evaluated.model_validate_json((reports / name).read_bytes()).conditions.content_digest
-                    not in contents
-                ):
-                    continue
-            found += [reports / page for page in pages]
+                shown = evaluated.model_validate_json((reports / name).read_bytes()).conditions.content_digest
+            if shown is None or shown in contents:
+                found += [reports / page for page in pages]
     with FileLock(work_folder(folder) / "lock"):
         found += [work_folder(folder) / name for name in WORK_FILES]
         found = [path for path in found if path.exists()]

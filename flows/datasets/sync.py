@@ -1,9 +1,7 @@
 """Synchronization of a data set between machines: checkout of the newest version, merge, publication and events.
 
-Several machines may add to one data set. Before an ingest or a takedown the local version is brought up to date
-(``flows.datasets.catalog``): an older version is replaced by the newest one, and images that only this machine has are
-added to it. Takedown records of the catalog are applied at the same time, so that no image comes back that another
-machine took down.
+Before an ingest or a takedown an older local version is replaced by the newest one in the catalog, and images that only
+this machine has are added to it. Takedown records are applied at the same time, so that no image comes back.
 """
 
 import asyncio
@@ -63,8 +61,14 @@ def announce(params: Params, silently: bool) -> None:
     version = read_manifest(params.dataset_folder)
     if catalog.announced(version.digest):
         return
+
+    async def emit() -> None:
+        # Confirmed before it is marked: Prefect's own emitter sends in the background.
+        async with get_events_client(checkpoint_every=1) as client:
+            await client.emit(created(version, catalog))
+
     if not silently:
-        asyncio.run(_emit(created(version, catalog)))
+        asyncio.run(emit())
     catalog.mark_announced(version.digest)
 
 
@@ -81,23 +85,14 @@ def created(version: Manifest, catalog: Catalog) -> Event:
     )
 
 
-async def _emit(event: Event) -> None:
-    # Confirmed before it is marked: Prefect's own emitter sends in the background.
-    async with get_events_client(checkpoint_every=1) as client:
-        await client.emit(event)
-
-
 def bring_up_to_date(
     folder: Path, source: str, config: IngestConfig, progress: Progress = silent, rebuilding: bool = False
 ) -> None:
     """Bring the data set in ``folder`` up to date with its newest version in the catalog and with all takedowns.
 
     With ``rebuilding`` the local version need not be kept. A version that was checked out to build on stays if its
-    newer versions were known then. Locks out ingests; killed and given again, it ends the same.
-
-    Raises:
-        Held: If the local version cannot be added to the newest one.
-        UserError: If a file of the newest version cannot be found.
+    newer versions were known then. Locks out ingests; killed and given again, it ends the same. Raises Held if the
+    local version cannot be added to the newest one, and UserError if a file of the newest cannot be found.
     """
     work_folder(folder).mkdir(parents=True, exist_ok=True)
     with FileLock(work_folder(folder) / "lock"):
@@ -148,10 +143,8 @@ def _goes_on_from(folder: Path, head: str) -> bool:
     """Whether the local version descends from ``head``, or leaves it out on purpose."""
     if not (folder / "manifest.json").is_file():
         return False
-    if any(version.digest == head for version in versions(folder)):
-        return True
     chosen = choice(folder)
-    return chosen is not None and head in chosen.known
+    return any(version.digest == head for version in versions(folder)) or (chosen is not None and head in chosen.known)
 
 
 def _move(folder: Path, source: str, recorded: Catalog, head: str, config: IngestConfig, rebuilding: bool) -> None:

@@ -252,7 +252,9 @@ def _removed_since(dataset: str, content: str) -> list[Removal]:
         return []
     known = known_versions(folder) if (folder / "manifest.json").is_file() else {}
     learned_from = [each for each in known.values() if each.content_digest == content] or [
-        each for each in (recorded.retired() | recorded.versions()).values() if each.content_digest == content
+        each
+        for each in (recorded.versions(retired=True) | recorded.versions()).values()
+        if each.content_digest == content
     ]
     with TemporaryDirectory() as scratch:
         elsewhere = StoredFiles(dataset, source).remote_lookup(learned_from, Path(scratch))

@@ -1,7 +1,7 @@
 """Garbage collection of old data set versions: first from the catalog, after the grace period from DVC's remote.
 
 ``s3://BUCKET/retired/NAME/<digest>.json`` keeps the manifest of a retired version until its files are deleted, so that
-the next gc can finish a killed one. Files are named by content and shared: those that another version needs stay.
+the next gc can finish a killed one. Files are shared: those that another version needs stay.
 """
 
 import logging
@@ -10,7 +10,6 @@ from collections.abc import Collection, Mapping
 from contextlib import ExitStack, suppress
 from datetime import UTC, datetime
 from hashlib import md5
-from itertools import islice
 
 from filelock import FileLock
 
@@ -48,42 +47,41 @@ class DataSets:
         """Reason why references to versions may be unknown; None if all are known."""
         self.written = self._listed("datasets/", PUBLISHED)
         self.retired = self._listed(f"{RETIRED}/", MARK)
-        names = {name for name, _ in (*self.written, *self.retired)}
-        self.read = {name: self._catalog(name).read() for name in sorted(names)}
-        self.versions = {name: found.versions for name, found in self.read.items()}
-        self.read_aside = {name: self._catalog(name).read_retired() for name in self.read}
-        self.aside = {name: self._aside(name, found) for name, found in self.read_aside.items()}
-        self.current = {name: self._current(name) for name in self.read}
+        self.names = sorted({name for name, _ in (*self.written, *self.retired)})
 
     def sweep(self) -> Sweep:
         """Sweep of versions in the catalog and of retired ones."""
-        fates = {name: self._fates(name) for name in self.versions}
+        listed = {name: self._catalog(name).read() for name in self.names}
+        fates = {name: self._fates(name, found) for name, found in listed.items()}
         items = []
         for name, found in fates.items():
             for digest, (fate, why) in found.items():
-                version = self.versions[name].get(digest)
+                version = listed[name].versions.get(digest)
                 size = None if version is None else sum(shard.bytes for shard in version.shards)
                 items.append(Item(kind="data versions", name=f"{name} {digest[:12]}", bytes=size, fate=fate, why=why))
 
         def act() -> None:
             for name, found in fates.items():
+                versions = listed[name].versions
                 for digest, (fate, _) in found.items():
-                    if fate == "set aside" and digest in self.versions[name]:
-                        self._retire(self.versions[name][digest])
+                    if fate == "set aside" and digest in versions:
+                        self._retire(versions[digest])
                 staying = {digest for digest, (fate, _) in found.items() if fate == "stays"}
-                aside_now = self._aside(name, self._catalog(name).read_retired())
-                self._bring_back([each for each in aside_now.values() if each.digest in staying])
+                retired = self._catalog(name).read(retired=True).versions
+                self._bring_back([retired[digest] for digest in staying if digest in retired.keys() - versions.keys()])
                 self._purge(name, staying)
 
         return Sweep(items, act)
 
-    def _fates(self, name: str) -> dict[str, tuple[Fate, str]]:
-        versions, policy = self.versions[name], self.policy
-        current, doubt = self.current[name]
-        heads = Heads(self._catalog(name))
-        head, newest = heads.newest(), self._newest(name, heads)
-        doubt = self.unclear or doubt
-        damaged = self.read[name].damaged | self.read_aside[name].damaged
+    def _fates(self, name: str, listed: CatalogListing) -> dict[str, tuple[Fate, str]]:
+        versions, policy, aside = listed.versions, self.policy, self._catalog(name).read(retired=True)
+        (current, doubt), heads = self._current(name), Heads(self._catalog(name))
+        doubt, head = self.unclear or doubt, heads.newest()
+        # Heads come in their order, which a restored bucket keeps, before versions that never were one, by the time of
+        # writing. It has a resolution of a second: of two versions of one second the current one is the newer.
+        by_age = sorted(versions, key=lambda each: (self.written[name, each], each == current), reverse=True)
+        latest = dict.fromkeys([*(each for each in heads.latest() if each in versions), *by_age])
+        newest = list(latest)[: policy.data_versions]
         found: dict[str, tuple[Fate, str]] = {}
         for digest, version in versions.items():
             written = self.written[name, digest]
@@ -102,28 +100,17 @@ class DataSets:
             else:
                 found[digest] = "set aside", f"{age(written, self.now)}, and no run that stays learned from it"
         # An unreadable manifest may need files that would be deleted otherwise.
+        damaged = listed.damaged | aside.damaged
         doubt = doubt or next(iter(damaged.values()), None)
-        for digest, version in self.aside[name].items():
-            found[digest] = self._fate_aside(version, digest == current, doubt)
+        for digest in sorted(aside.versions.keys() - versions.keys()):
+            found[digest] = self._fate_aside(aside.versions[digest], digest == current, doubt)
         return found | {digest: ("stays", words) for digest, words in damaged.items()}
-
-    def _newest(self, name: str, heads: Heads) -> list[str]:
-        """Digests of the newest ``retention.data_versions`` versions in the catalog.
-
-        Heads come in their order, which a restored bucket keeps, before versions that never were one, by the time of
-        writing. It has a resolution of a second: of two versions of one second the current one is the newer.
-        """
-        versions, most = self.versions[name], self.policy.data_versions
-        found = list(islice((each for each in dict.fromkeys(heads.latest()) if each in versions), most))
-        by_age = sorted(versions, key=lambda each: (self.written[name, each], each == self.current[name][0]))
-        return list(dict.fromkeys([*found, *reversed(by_age)]))[:most]
 
     def _current(self, name: str) -> tuple[str | None, str | None]:
         """Digest of the version in the data set's folder, or None; and the reason if it cannot be read."""
-        if not (dataset_folder(name) / "manifest.json").is_file():
-            return None, None
+        folder = dataset_folder(name)
         try:
-            return read_manifest(dataset_folder(name)).digest, None
+            return read_manifest(folder).digest if (folder / "manifest.json").is_file() else None, None
         except UserError as error:
             return None, str(error)
 
@@ -170,7 +157,7 @@ class DataSets:
                 turn.enter_context(FileLock(work_folder(folder) / "lock"))
             if self._somebody_pushes() or self.unclear is not None or self._current(name)[1] is not None:
                 return
-            aside, in_catalog = self._catalog(name).read_retired(), self._catalog(name).read()
+            aside, in_catalog = self._catalog(name).read(retired=True), self._catalog(name).read()
             if aside.damaged or in_catalog.damaged:
                 return
             kept, versions = aside.versions, in_catalog.versions
@@ -201,10 +188,6 @@ class DataSets:
         """Whether a process announced a push within the grace period: DVC skips files that it finds on the remote."""
         found = self.store.list_objects(self.bucket, f"{PUSHING}/")
         return any(datetime.now(UTC) - each.written < self.policy.grace for each in found)
-
-    def _aside(self, name: str, retired: CatalogListing) -> dict[str, Manifest]:
-        """Retired versions that are no longer in the catalog."""
-        return {digest: each for digest, each in retired.versions.items() if digest not in self.versions[name]}
 
     def _listed(self, prefix: str, pattern: re.Pattern[str]) -> dict[tuple[str, str], datetime]:
         """Times of writing of the objects named by ``pattern``, by data set and digest."""

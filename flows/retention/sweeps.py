@@ -1,9 +1,8 @@
 """Garbage collection of sampling batches, unfinished uploads, runs in MLflow and files on this machine.
 
 A batch is first marked under ``deleted/``, and its objects are deleted when the grace period is over. The mark stays
-for ``MARK_DAYS``: sampling checks it at its beginning and end, and uses a prefix without one. So even a gc or a request
-that was suspended for long never deletes a batch that was sampled later. Runs in MLflow are first marked as deleted;
-their artifacts are deleted when the grace period is over.
+for ``MARK_DAYS``, and sampling uses a prefix without one, so even a gc or a request that was suspended for long never
+deletes a batch that was sampled later. Runs in MLflow are marked as deleted, and their artifacts are deleted later.
 """
 
 import re
@@ -13,10 +12,12 @@ from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import cached_property
+from itertools import groupby
 from pathlib import Path
 from typing import Literal
 
 import mlflow
+from botocore.exceptions import ClientError
 from filelock import FileLock
 from mlflow.client import MlflowClient
 from mlflow.entities import LifecycleStage, LoggedModel, Run, ViewType
@@ -33,8 +34,7 @@ from flows.registry.aliases import verified
 from flows.registry.ledger import Ledger, Newest
 from flows.registry.model_versions import WEIGHTS
 from flows.sampling.sampling_batch import DELETED, LARGEST_BATCH, RESUMED, USUAL, SamplingBatch, parse_batch
-from flows.storage.multipart import abort_upload, uploads
-from flows.storage.s3 import Location, Store
+from flows.storage.s3 import Location, Store, status_of
 from flows.tracking.runs import SWEEP, TRAIN_KEY
 
 Fate = Literal["stays", "set aside", "goes"]
@@ -46,7 +46,7 @@ RESUMPTION = re.compile(rf"{RESUMED}/({USUAL.pattern})/[^/]+")
 """Mark of a job that resumes an unfinished batch."""
 MARK_DAYS = timedelta(days=30)
 """How long a mark outlives the deleted batch: longer than any suspended request or process."""
-STAGES = ("_SUCCESS", "manifest.parquet", "manifest/", "images", "requests.parquet", "batch.json")
+STAGES = ("_SUCCESS", "manifest.parquet", "manifest/", "", "requests.parquet", "batch.json")
 """Order in which the objects of a batch are deleted: after a kill the rest is no finished batch and names its model."""
 CONTENT = "darkroom.content_digest"
 LEDGER = re.compile(r"ledger/([A-Za-z0-9][A-Za-z0-9_.-]*)/[0-9]{8}\.json")
@@ -70,11 +70,10 @@ class Item(Config):
 
 @dataclass(frozen=True)
 class Sweep:
-    """Items of one kind, with the action that deletes those that need not stay."""
+    """Items of one kind, with the action that applies each item's fate if it still holds, and can be repeated."""
 
     items: list[Item]
     act: Callable[[], None]
-    """Action that applies each item's fate if it still holds; a repeated call continues an interrupted one."""
 
 
 def older(moment: datetime, days: float | None, now: datetime) -> bool:
@@ -124,14 +123,14 @@ class StoredBatch:
     why: str = ""
 
 
-def in_order(place: Location, keys: list[str]) -> list[list[str]]:
+def in_order(place: Location, keys: Iterable[str]) -> list[list[str]]:
     """Group the keys of the batch at ``place`` in the order in which they may be deleted."""
 
     def stage(key: str) -> int:
         name = key.removeprefix(place.key(""))
-        return STAGES.index(name) if name in STAGES else 2 if name.startswith("manifest/") else 3
+        return STAGES.index(name if name in STAGES else "manifest/" if name.startswith("manifest/") else "")
 
-    return [[key for key in keys if stage(key) == number] for number in range(len(STAGES))]
+    return [list(group) for _, group in groupby(sorted(keys, key=stage), stage)]
 
 
 class SamplingBatches:
@@ -172,7 +171,11 @@ class SamplingBatches:
 
     def sweep(self) -> Sweep:
         """Sweep of batches and uploads."""
-        days, found = self.policy.unfinished_days, uploads(self.store, Location(self.bucket))
+        days, client = self.policy.unfinished_days, self.store.client
+        with self.store.in_words(self.bucket):
+            # Of MLflow or of other programs: Darkroom itself uploads nothing in parts.
+            pages = client.get_paginator("list_multipart_uploads").paginate(Bucket=self.bucket)
+            found = [each for page in pages for each in page.get("Uploads", ())]
         old = [each for each in found if older(each["Initiated"], days, self.now)]
         items = [
             Item(kind="sampling batches", name=str(batch.place), bytes=batch.bytes, fate=batch.fate, why=batch.why)
@@ -196,7 +199,12 @@ class SamplingBatches:
             spent += [each.key for each in self.resumptions if older(each.written, days, self.now)]
             self.store.delete_many(self.bucket, spent)
             for each in old:
-                abort_upload(self.store, self.bucket, each["Key"], each["UploadId"])
+                with self.store.in_words(self.bucket, each["Key"]):
+                    try:
+                        client.abort_multipart_upload(Bucket=self.bucket, Key=each["Key"], UploadId=each["UploadId"])
+                    except ClientError as error:
+                        if status_of(error) != 404:  # completed or aborted since
+                            raise
 
         return Sweep(items, act)
 
@@ -226,8 +234,8 @@ class SamplingBatches:
             return
         # Twice, for objects of a job that had not seen the mark; the job finds the mark before it ends.
         for _ in range(2):
-            for stage in in_order(batch.place, list(self.store.list_keys(self.bucket, batch.place.key("")))):
-                self.store.delete_many(self.bucket, stage)
+            for keys in in_order(batch.place, self.store.list_keys(self.bucket, batch.place.key(""))):
+                self.store.delete_many(self.bucket, keys)
 
 
 @dataclass(frozen=True)
@@ -287,9 +295,7 @@ def find_references(
 
 
 def _logged_models(experiments: list[str], query: str | None = None) -> list[LoggedModel]:
-    if not experiments:
-        return []
-    return list(mlflow.search_logged_models(experiments, query, output_format="list"))
+    return list(mlflow.search_logged_models(experiments, query, output_format="list")) if experiments else []
 
 
 class Runs:
@@ -386,73 +392,62 @@ def _is_deleted(run: Run) -> bool:
     return bool(run.info.lifecycle_stage == LifecycleStage.DELETED)
 
 
-class LocalFiles:
-    """Files of this machine: the working folder, and the weights fetched into ``models``.
+def sweep_local_files(
+    models: Path, gone: Container[str], weights: Container[str], policy: RetentionConfig, now: datetime
+) -> Sweep:
+    """Sweep of this machine: run folders, fetched shards and weights, and partial files of killed writers.
 
-    ``gone`` holds the train keys of runs that go in MLflow; ``weights`` the SHA-256 of the weights of registered
-    versions, which running jobs may be reading.
+    ``models`` is the folder of fetched weights, ``gone`` holds the train keys of runs that go in MLflow, and
+    ``weights`` the SHA-256 of the weights of registered versions, which running jobs may be reading.
     """
+    items: list[Item] = []
 
-    def __init__(
-        self, models: Path, gone: Container[str], weights: Container[str], policy: RetentionConfig, now: datetime
-    ) -> None:
-        self.models, self.gone, self.weights, self.policy, self.now = models, gone, weights, policy, now
+    def add(kind: str, path: Path, used: datetime, size: int, going: bool, gone: str, stays: str) -> None:
+        """Add an item that goes as it is old and ``gone``, or ``stays`` for that reason."""
+        why = f"{age(used, now)}, {gone}" if going else stays
+        items.append(Item(kind=kind, name=str(path), bytes=size, fate="goes" if going else "stays", why=why))
 
-    def sweep(self) -> Sweep:
-        """Sweep of run folders, fetched shards, fetched weights, and partial files of killed writers."""
-        items = [*self._runs(), *self._fetched(), *self._partial()]
+    for final in sorted(Path("runs").glob("**/final.safetensors")):
+        files = [path for path in final.parent.rglob("*") if path.is_file()]
+        used, size = max(map(_touched, files)), sum(path.stat().st_size for path in files)
+        why = "finished, of runs that stay, or that MLflow does not know"
+        try:
+            going = read_header(final).get("train_key") in gone and older(used, policy.run_days, now)
+        except UserError as error:
+            going, why = False, str(error)
+        add("run folders", final.parent, used, size, going, "and its run goes", why)
+    for kind, paths, in_use, why in (
+        ("fetched shards", Path("data", ".shards").glob("*.tar"), (), "used of late"),
+        ("fetched weights", models.glob("*.safetensors"), weights, "used of late, or of registered versions"),
+    ):
+        for path in sorted(paths):
+            used = _touched(path)
+            going = path.stem not in in_use and older(used, policy.cache_days, now)
+            add(kind, path, used, path.stat().st_size, going, "and can be fetched again", why)
+    # Not data set folders: ingest cleans them, and they may hold millions of images.
+    folders = [Path("runs"), Path("reports"), *Path("data").glob(".*"), models, models.parent / "requests"]
+    for path in sorted(path for folder in folders for path in folder.rglob(".*.partial")):
+        # Files of active writers may disappear.
+        with suppress(FileNotFoundError):
+            used, size = _touched(path), path.stat().st_size
+            if PARTIAL.fullmatch(path.name) and older(used, ABANDONED_DAYS, now):
+                add("unfinished files", path, used, size, True, "and never finished", "")
 
-        def act() -> None:
-            for item in items:
-                path = Path(item.name)
-                if item.fate != "goes":
-                    continue
-                if item.kind == "run folders":
-                    discard(path)
-                elif item.kind == "fetched shards":
-                    # Processes that fetch shards count the folder's files under this lock.
-                    with FileLock(path.parent / ".lock"):
-                        path.unlink(missing_ok=True)
-                else:
+    def act() -> None:
+        for item in items:
+            path = Path(item.name)
+            if item.fate != "goes":
+                continue
+            if item.kind == "run folders":
+                discard(path)
+            elif item.kind == "fetched shards":
+                # Processes that fetch shards count the folder's files under this lock.
+                with FileLock(path.parent / ".lock"):
                     path.unlink(missing_ok=True)
+            else:
+                path.unlink(missing_ok=True)
 
-        return Sweep(items, act)
-
-    def _runs(self) -> Iterator[Item]:
-        for final in sorted(Path("runs").glob("**/final.safetensors")):
-            files = [path for path in final.parent.rglob("*") if path.is_file()]
-            used, size = max(map(_touched, files)), sum(path.stat().st_size for path in files)
-            why = "finished, of runs that stay, or that MLflow does not know"
-            try:
-                going = read_header(final).get("train_key") in self.gone and older(used, self.policy.run_days, self.now)
-            except UserError as error:
-                going, why = False, str(error)
-            yield self._item("run folders", final.parent, used, size, going, "and its run goes", why)
-
-    def _fetched(self) -> Iterator[Item]:
-        shards, weights = Path("data", ".shards").glob("*.tar"), self.models.glob("*.safetensors")
-        used = [(path, "fetched shards", "used of late") for path in sorted(shards)]
-        used += [(path, "fetched weights", "used of late, or of registered versions") for path in sorted(weights)]
-        for path, kind, why in used:
-            touched, in_use = _touched(path), kind == "fetched weights" and path.stem in self.weights
-            going = not in_use and older(touched, self.policy.cache_days, self.now)
-            yield self._item(kind, path, touched, path.stat().st_size, going, "and can be fetched again", why)
-
-    def _partial(self) -> Iterator[Item]:
-        # Not data set folders: ingest cleans them, and they may hold millions of images.
-        folders = [Path("runs"), Path("reports"), *Path("data").glob(".*")]
-        folders += [self.models, self.models.parent / "requests"]
-        for path in sorted(path for folder in folders for path in folder.rglob(".*.partial")):
-            # Files of active writers may disappear.
-            with suppress(FileNotFoundError):
-                touched, size = _touched(path), path.stat().st_size
-                if PARTIAL.fullmatch(path.name) and older(touched, ABANDONED_DAYS, self.now):
-                    yield self._item("unfinished files", path, touched, size, True, "and never finished", "")
-
-    def _item(self, kind: str, path: Path, used: datetime, size: int, going: bool, gone: str, stays: str) -> Item:
-        """Item that goes as it is old and ``gone``, or ``stays`` for that reason."""
-        why = f"{age(used, self.now)}, {gone}" if going else stays
-        return Item(kind=kind, name=str(path), bytes=size, fate="goes" if going else "stays", why=why)
+    return Sweep(items, act)
 
 
 def _touched(path: Path) -> datetime:

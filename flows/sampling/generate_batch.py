@@ -2,17 +2,15 @@
 
 import itertools
 import os
-import shutil
 import socket
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import NamedTuple
+from tempfile import TemporaryDirectory, TemporaryFile
 from uuid import uuid4
 
 from torch import Tensor
@@ -21,6 +19,7 @@ from diffusion.checkpoints import load_model
 from diffusion.common.config import Config
 from diffusion.common.device import resolve_device
 from diffusion.common.errors import Held, UserError
+from diffusion.common.files import canonical_json, sha256_bytes
 from diffusion.common.fingerprint import Fingerprint, fingerprint
 from diffusion.data.prefetch import prefetch
 from diffusion.data.shards import TarWriter
@@ -33,23 +32,16 @@ from flows import environment
 from flows.config import SamplingBatchConfig
 from flows.registry.model_versions import Version
 from flows.sampling import sampling_batch
-from flows.sampling.lookup import read_parts, success_bytes
+from flows.sampling.lookup import Success
 from flows.sampling.request_table import REQUESTS, RequestTable
 from flows.sampling.sampling_batch import BATCH, DELETED, MANIFEST, RESUMED, SUCCESS, USUAL, Row, SamplingBatch
-from flows.storage.multipart import ABANDONED, PART_BYTES, abort_uploads, writing
 from flows.storage.s3 import Denied, Location, Missing, Object, Store
 
 JSON, JSON_LINES, PNG, TAR = "application/json", "application/jsonl", "image/png", "application/x-tar"
 
 
-class GeneratedImages(NamedTuple):
-    """Consecutive images of a batch."""
-
-    indices: range
-    images: Tensor
-    """(len(indices), C, H, W) uint8."""
-    labels: list[str | None]
-    conditions: Conditions
+ImageGroup = list[tuple[int, Tensor, str | None, Conditions]]
+"""Consecutive images: number, pixels (C, H, W) uint8, label, and conditions of the group."""
 
 
 class Work(Config):
@@ -58,9 +50,8 @@ class Work(Config):
     images: int
     """Images generated; 0 if the chunk was finished before."""
     process: str
-    """HOST:PID of the process."""
+    """HOST:PID of the process, whose CPU time at start and end follows, in seconds over all its cores."""
     began: float
-    """CPU time of the process at the start and at the end, in seconds over all its cores."""
     ended: float
 
 
@@ -82,10 +73,6 @@ class GenerationCost(Config):
             f"{self.images:,} generated in {self.seconds:,.1f} s and {self.cpu_hours:.3g} CPU-hours: "
             f"{self.images_per_cpu_hour:,.0f} images per CPU-hour"
         )
-
-
-Write = Callable[[GeneratedImages], bytes]
-"""Writer of images to S3 that returns their rows of the manifest as JSON lines."""
 
 
 def generate_chunk(
@@ -112,9 +99,10 @@ def generate_chunk(
             "the one that began it, or begin another batch on the others"
         )
     groups = _generate(batch, weights, indices, table, at_once)
-    files = nullcontext(partial(_put_files, store, batch, place))
-    with files if batch.format == "png" else _tar(store, batch, place, sampling_batch.tar_key(chunk)) as write:
-        lines = b"".join(prefetch(write, groups, 1))
+    if batch.format == "png":
+        lines = b"".join(prefetch(partial(_put_files, store, batch, place), groups, 1))
+    else:
+        lines = _put_tar(store, batch, place, sampling_batch.tar_key(chunk), groups)
     store.put_once(place.bucket, part, lines, content_type=JSON_LINES)
     return Work(images=len(indices), process=process, began=began, ended=time.process_time())
 
@@ -125,14 +113,15 @@ def _fingerprint(sampling: SamplingConfig) -> Fingerprint:
 
 def _generate(
     batch: SamplingBatch, weights: Path, indices: range, table: RequestTable | None, at_once: int
-) -> Iterator[GeneratedImages]:
+) -> Iterator[ImageGroup]:
     """Generate the images, ``at_once`` compute batches at a time."""
     model, size = load_model(weights), at_once * batch.sampling.compute_batch
     for start in range(indices.start, indices.stop, size):
         group = range(start, min(start + size, indices.stop))
         conditions = conditions_of(batch, table, group)
         images = sample(model, group, batch.seed, batch.sampling, conditions=conditions, at_once=at_once)
-        yield GeneratedImages(group, images, label_names(model, group, batch.seed, conditions), conditions)
+        labels = label_names(model, group, batch.seed, conditions)
+        yield [(*each, conditions) for each in zip(group, images, labels, strict=True)]
 
 
 def fetch_table(store: Store, batch: SamplingBatch, place: Location) -> RequestTable | None:
@@ -149,29 +138,28 @@ def conditions_of(batch: SamplingBatch, table: RequestTable | None, indices: ran
     return table.conditions(indices, batch.sampling.compute_batch, conditions.negative_prompt)
 
 
-def _put_files(store: Store, batch: SamplingBatch, place: Location, generated: GeneratedImages) -> bytes:
-    encoded = list(_encode(batch, generated))
+def _put_files(store: Store, batch: SamplingBatch, place: Location, group: ImageGroup) -> bytes:
+    encoded = [sampling_batch.encode(batch, *each) for each in group]
     seed = {"seed": str(batch.seed)}
     store.put_many(place.bucket, [Object(place.key(row["key"]), png, PNG, seed) for png, row in encoded])
     return sampling_batch.part_bytes(row for _, row in encoded)
 
 
-@contextmanager
-def _tar(store: Store, batch: SamplingBatch, place: Location, name: str) -> Iterator[Write]:
-    with writing(store, place.bucket, place.key(name), TAR, PART_BYTES) as file:
+def _put_tar(store: Store, batch: SamplingBatch, place: Location, name: str, groups: Iterator[ImageGroup]) -> bytes:
+    with TemporaryFile() as file:
         tar = TarWriter(file)
 
         def add(png: bytes, row: Row) -> Row:
             offset = tar.add(f"{row['index']:08d}", png, sampling_batch.shard_json(row))
             return row | {"tar": name, "offset": offset, "size": len(png)}
 
-        yield lambda generated: sampling_batch.part_bytes(add(*each) for each in _encode(batch, generated))
+        def write(group: ImageGroup) -> bytes:
+            return sampling_batch.part_bytes(add(*sampling_batch.encode(batch, *each)) for each in group)
+
+        lines = b"".join(prefetch(write, groups, 1))
         tar.close()
-
-
-def _encode(batch: SamplingBatch, generated: GeneratedImages) -> Iterator[tuple[bytes, Row]]:
-    for index, image, label in zip(generated.indices, generated.images, generated.labels, strict=True):
-        yield sampling_batch.encode(batch, index, image, label, generated.conditions)
+        store.put_once(place.bucket, place.key(name), file, content_type=TAR)
+    return lines
 
 
 def _has_images(store: Store, batch: SamplingBatch, place: Location, chunk: int) -> bool:
@@ -202,27 +190,35 @@ def is_deleted(store: Store, place: Location) -> bool:
 def finish(store: Store, batch: SamplingBatch, place: Location) -> bool:
     """Write the manifest and then ``_SUCCESS`` with the digests of all records; existing objects are kept.
 
-    Returns False if the batch is incomplete or marked as deleted. Raises UserError if a part of the manifest is not of
-    this batch.
+    Returns False if the batch is incomplete or marked as deleted. Raises UserError for a foreign part of the manifest.
     """
-    manifest, parts = place.key(MANIFEST), dict[str, str]()
+    manifest, digests = place.key(MANIFEST), {BATCH: sha256_bytes(batch.json_bytes())}
 
     def rows() -> Iterator[list[Row]]:
-        for name, digest, part in read_parts(store, batch, place):
-            parts[name] = digest
+        for chunk, indices in enumerate(batch.chunks()):
+            name = sampling_batch.part_key(chunk)
+            data = store.get(place.bucket, place.key(name), sampling_batch.LARGEST_PART)
+            part = sampling_batch.part_rows(data, f"{place}/{name}")
+            if len(part) != len(indices) or any(map(partial(sampling_batch.conflicts, batch), indices, part)):
+                raise UserError(
+                    f"{place}/{name} is not of this batch: delete it, and give the same `darkroom sample` again, which "
+                    "generates its images again"
+                )
+            digests[name] = sha256_bytes(data)
             yield part
 
     try:
         if is_deleted(store, place) or unfinished(store, batch, place):
             return False
         if not store.exists(place.bucket, manifest):
-            with writing(store, place.bucket, manifest, sampling_batch.PARQUET) as file:
+            with TemporaryFile() as file:
                 sampling_batch.write_parquet(file, rows(), batch)
+                store.put_once(place.bucket, manifest, file, content_type=sampling_batch.PARQUET)
         else:
             deque(rows(), maxlen=0)
-        # All images exist, so uploads that killed or slower processes left behind are superfluous.
-        abort_uploads(store, Location(place.bucket, place.key("")))
-        success = success_bytes(store, batch, place, parts)
+        for name in (MANIFEST, REQUESTS) if batch.requests else (MANIFEST,):
+            digests[name] = store.sha256(place.bucket, place.key(name))
+        success = canonical_json(Success(sha256=digests).model_dump(mode="json")).encode()
         store.put_once(place.bucket, place.key(SUCCESS), success, content_type=JSON)
     except Missing:
         if is_deleted(store, place):
@@ -311,15 +307,13 @@ def _table(
 ) -> RequestTable | None:
     if requests is None:
         return None
-    folder = environment.settings().folder / "requests"
-    if requests.startswith("s3://"):
-        where = Location.parse(requests)
-        with TemporaryDirectory() as scratch:
+    with TemporaryDirectory() as scratch:
+        source = Path(requests)
+        if requests.startswith("s3://"):
+            where = Location.parse(requests)
             source = Path(scratch, where.prefix.rpartition("/")[2])
             store.fetch(where.bucket, where.prefix, source)
-            table = RequestTable.from_file(source, folder)
-    else:
-        table = RequestTable.from_file(Path(requests), folder)
+        table = RequestTable.from_file(source, environment.settings().folder / "requests")
     # The labels and prompts that guidance needs are in the rows, which are checked below.
     check_sampling(model, sampling.unguided(), UNCONDITIONAL)
     if "prompt" in table.about.columns:
@@ -338,7 +332,6 @@ def usual_place(store: Store, batch: SamplingBatch, bucket: str) -> Location:
 def begin(store: Store, batch: SamplingBatch, place: Location, table: RequestTable | None) -> None:
     """Write ``batch.json`` and the request table to ``place``; raises Held if another batch lies there."""
     store.require_conditional_puts(place.bucket, "samples")
-    abort_uploads(store, Location(place.bucket, place.key("")), ABANDONED)
     about, data = place.key(BATCH), batch.json_bytes()
     try:
         put = store.put_once(place.bucket, about, data, content_type=JSON)
@@ -356,8 +349,5 @@ def begin(store: Store, batch: SamplingBatch, place: Location, table: RequestTab
         # As images may exist already, only this mark tells `darkroom gc` that the batch is not abandoned.
         store.put_once(place.bucket, f"{RESUMED}/{place.prefix}/{uuid4().hex}", b"")
     if table is not None and not store.exists(place.bucket, place.key(REQUESTS)):
-        with (
-            writing(store, place.bucket, place.key(REQUESTS), sampling_batch.PARQUET) as kept,
-            table.path.open("rb") as rows,
-        ):
-            shutil.copyfileobj(rows, kept, 2**20)
+        with table.path.open("rb") as rows:
+            store.put_once(place.bucket, place.key(REQUESTS), rows, content_type=sampling_batch.PARQUET)

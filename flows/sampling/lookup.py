@@ -1,15 +1,14 @@
 """Lookup of generated images by S3 address or local copy, and consistency checks of the records of their batch.
 
-The records of a batch are ``batch.json``, the parts of the manifest, its Parquet table and ``_SUCCESS``. Images made on
-request lie in a folder with ``request.json`` (``diffusion.generation.requests``) instead.
+Images made on request lie in a folder with ``request.json`` (``diffusion.generation.requests``) instead of a batch.
 """
 
 import io
 import logging
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, zip_longest
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated, Any, Literal
@@ -38,8 +37,8 @@ logger = logging.getLogger(__name__)
 
 NUMBERED = re.compile(r"([0-9]{8})\.png")
 MOST_NAMED = 20
-LARGEST_SUCCESS, LARGEST_TABLE, LARGEST_ABOUT = 16 * 2**20, 64 * 2**30, 2**18
-"""Maximum sizes in bytes of ``_SUCCESS``, of the tables, for 10^8 rows, and of the JSON beside an image in a tar."""
+LARGEST_SUCCESS, LARGEST_TABLE, LARGEST_ABOUT = 16 * 2**20, 5 * 2**30, 2**18
+"""Maximum sizes in bytes of ``_SUCCESS``, of the tables, and of the JSON beside an image in a tar."""
 
 
 class Origin(Config):
@@ -167,11 +166,9 @@ def _locate_copy(where: str, png: bytes, store: Store, bucket: str) -> SampleLoc
         )
     if origin.task is not None:
         return _locate_requested(where, png, origin)
-    index = origin.index
-    found = [
-        (LocatedImage(png, origin, index, _read_row(store, place, batch, index)), batch, place)
-        for batch, place in _batches_of(origin, store, bucket)
-    ]
+    index, found = origin.index, []
+    for batch, place in _batches_of(origin, store, bucket):
+        found.append((LocatedImage(png, origin, index, _read_row(store, place, batch, index)), batch, place))
     for theirs in ("sha256", "pixels_sha256"):
         for image, batch, place in found:
             if image.row is not None and image.row[theirs] == getattr(image, theirs):
@@ -259,145 +256,106 @@ class Success(Config):
     """Hex SHA-256 of every other record of the batch, by its name in the batch."""
 
 
-def success_bytes(store: Store, batch: SamplingBatch, place: Location, parts: dict[str, str]) -> bytes:
-    """Content of ``_SUCCESS`` for a batch whose other records exist; ``parts`` are digests of the manifest's parts."""
-    names = [MANIFEST] if batch.requests is None else [MANIFEST, REQUESTS]
-    others = {name: store.sha256(place.bucket, place.key(name)) for name in names}
-    success = Success(sha256={BATCH: sha256_bytes(batch.json_bytes()), **others, **parts})
-    return canonical_json(success.model_dump(mode="json")).encode()
-
-
 def disagreements(store: Store, batch: SamplingBatch, place: Location, index: int | None) -> list[str]:
     """Describe disagreements of the records of a batch, about one image or all: the first MOST_NAMED, then a number."""
-    chunks = range(len(batch.chunks())) if index is None else [index // batch.chunk_size]
     with TemporaryDirectory() as scratch:
-        found = _Records(store, batch, place, Path(scratch)).compare(chunks, index)
+        found = _compare_records(store, batch, place, index, Path(scratch))
         named = list(islice(found, MOST_NAMED))
         more = sum(1 for _ in found)
     return [*named, *([f"and {more} more disagreements of the records in {place}"] if more else [])]
 
 
-class _Records:
-    """Records of one batch, each read once."""
-
-    def __init__(self, store: Store, batch: SamplingBatch, place: Location, scratch: Path) -> None:
-        self.store, self.batch, self.place, self.scratch = store, batch, place, scratch
-        self.success: Success | None = None
-        """Content of ``_SUCCESS``; None if it does not exist or cannot be read."""
-        self.finished = False
-        self.table: pq.ParquetFile | None = None
-        """Manifest as Parquet; None if it does not exist or is of another batch."""
-
-    def compare(self, chunks: Iterable[int], index: int | None) -> Iterator[str]:
-        """Yield every disagreement about ``chunks``, or only about image ``index`` if it is given."""
-        beside = [BATCH] if self.batch.requests is None else [BATCH, REQUESTS]
-        yield from self._read_success({MANIFEST, *beside})
-        for name in (*beside, *([MANIFEST] if self.finished else [])):
-            try:
-                self.store.fetch(self.place.bucket, self.place.key(name), self.scratch / name, LARGEST_TABLE)
-                yield from self._digest(name, sha256_file(self.scratch / name))
-            except Missing:
-                yield f"{self._uri(name)} is gone"
-            except UserError as error:
-                yield str(error)
-        yield from self._open_table()
-        for chunk in chunks:
-            yield from self._chunk(chunk, index)
-
-    def _read_success(self, beside: set[str]) -> Iterator[str]:
-        """Read ``_SUCCESS`` and check that it names the parts of the manifest and the records ``beside`` them."""
-        try:
-            data = self._get(SUCCESS, LARGEST_SUCCESS)
-        except Missing:
-            return
-        except UserError:
-            data = b""
-        self.finished = True
-        try:
-            self.success = Success.model_validate_json(data)
-        except ValidationError:
-            words = "holds no digests of the batch's records: it was altered, or an older Darkroom wrote it"
-            yield f"{self._uri(SUCCESS)} {words}"
-            return
-        names = beside | set(map(sampling_batch.part_key, range(len(self.batch.chunks()))))
-        if odd := sorted(names ^ self.success.sha256.keys()):
+def _compare_records(
+    store: Store, batch: SamplingBatch, place: Location, index: int | None, scratch: Path
+) -> Iterator[str]:
+    """Yield every disagreement, or only those about image ``index``; each record is read once."""
+    beside = [BATCH] if batch.requests is None else [BATCH, REQUESTS]
+    finished, digests = True, dict[str, str]()
+    try:
+        data = store.get(place.bucket, place.key(SUCCESS), LARGEST_SUCCESS)
+        digests = Success.model_validate_json(data).sha256
+    except Missing:
+        finished = False
+    except (UserError, ValidationError):
+        words = "holds no digests of the batch's records: it was altered, or an older Darkroom wrote it"
+        yield f"{place}/{SUCCESS} {words}"
+    else:
+        names = {MANIFEST, *beside, *map(sampling_batch.part_key, range(len(batch.chunks())))}
+        if odd := sorted(names ^ digests.keys()):
             some = ", ".join(odd[:3]) + (" …" if len(odd) > 3 else "")
-            yield f"{self._uri(SUCCESS)} and {self._uri(BATCH)} disagree on which records there are: {some}"
+            yield f"{place}/{SUCCESS} and {place}/{BATCH} disagree on which records there are: {some}"
 
-    def _digest(self, name: str, digest: str) -> Iterator[str]:
-        if self.success is not None and self.success.sha256.get(name, digest) != digest:
-            yield f"{self._uri(name)} is not what {self._uri(SUCCESS)} says: one of the two was altered"
+    def check_digest(name: str, digest: str) -> Iterator[str]:
+        if digests.get(name, digest) != digest:
+            yield f"{place}/{name} is not what {place}/{SUCCESS} says: one of the two was altered"
 
-    def _open_table(self) -> Iterator[str]:
-        """Open the Parquet manifest if it was fetched."""
-        names = sampling_batch.schema_of(self.batch).names
+    for name in (*beside, *([MANIFEST] if finished else [])):
         try:
-            if (path := self.scratch / MANIFEST).is_file():
-                file = pq.ParquetFile(path, read_dictionary=names)
-                if file.schema_arrow.names != names or file.num_row_groups != len(self.batch.chunks()):
-                    raise UserError("it has other columns or row groups")
-                self.table = file
-        except (pa.ArrowException, OSError, UserError) as error:
-            yield f"{self._uri(MANIFEST)} is not the manifest of this batch: {' '.join(str(error).split())}"
-
-    def _chunk(self, chunk: int, index: int | None) -> Iterator[str]:
-        name, indices = sampling_batch.part_key(chunk), self.batch.chunks()[chunk]
-        rows: list[Row] | None = None
-        try:
-            data = self._get(name, sampling_batch.LARGEST_PART)
-            yield from self._digest(name, sha256_bytes(data))
-            rows = sampling_batch.part_rows(data, self._uri(name))
+            store.fetch(place.bucket, place.key(name), scratch / name, LARGEST_TABLE)
+            yield from check_digest(name, sha256_file(scratch / name))
         except Missing:
-            if self.finished:
-                yield f"{self._uri(name)} is gone"
+            yield f"{place}/{name} is gone"
         except UserError as error:
             yield str(error)
-        if rows is not None and len(rows) != len(indices):
-            yield f"{self._uri(name)} has {len(rows)} rows, and {self._uri(BATCH)} {len(indices)} images for them"
-            rows = None
-        others: list[Row] | None = None
-        if self.table is not None:
-            try:
-                others = _row_group(self.table, chunk, len(indices))
-            except (pa.ArrowException, OSError, UserError) as error:
-                yield f"{self._uri(MANIFEST)} cannot be read: {' '.join(str(error).split())}"
-        for number, image in enumerate(indices):
+    table, columns = None, sampling_batch.schema_of(batch).names
+    try:
+        if (path := scratch / MANIFEST).is_file():
+            table = pq.ParquetFile(path, read_dictionary=columns)
+            if table.schema_arrow.names != columns or table.num_row_groups != len(batch.chunks()):
+                table = None
+                raise UserError("it has other columns or row groups")
+    except (pa.ArrowException, OSError, UserError) as error:
+        yield f"{place}/{MANIFEST} is not the manifest of this batch: {' '.join(str(error).split())}"
+
+    def differ(one: str, other: str, image: int, fields: list[str]) -> Iterator[str]:
+        if fields:
+            yield f"{place}/{one} and {place}/{other} disagree on image {image}: {', '.join(fields)}"
+
+    for chunk in range(len(batch.chunks())) if index is None else [index // batch.chunk_size]:
+        name, indices = sampling_batch.part_key(chunk), batch.chunks()[chunk]
+        rows = others = list[Row]()
+        try:
+            data = store.get(place.bucket, place.key(name), sampling_batch.LARGEST_PART)
+            yield from check_digest(name, sha256_bytes(data))
+            rows = sampling_batch.part_rows(data, f"{place}/{name}")
+            if len(rows) != len(indices):
+                yield f"{place}/{name} has {len(rows)} rows, and {place}/{BATCH} {len(indices)} images for them"
+                rows = []
+        except Missing:
+            if finished:
+                yield f"{place}/{name} is gone"
+        except UserError as error:
+            yield str(error)
+        try:
+            others = _row_group(table, chunk, len(indices)) if table else []
+        except (pa.ArrowException, OSError, UserError) as error:
+            yield f"{place}/{MANIFEST} cannot be read: {' '.join(str(error).split())}"
+        for image, row, other in zip_longest(indices, rows, others):
             if index is not None and index != image:
                 continue
-            row, other = rows[number] if rows else None, others[number] if others else None
             if row:
-                yield from self._differ(name, BATCH, image, sampling_batch.conflicts(self.batch, image, row))
+                yield from differ(name, BATCH, image, sampling_batch.conflicts(batch, image, row))
                 if other:
                     odd = sorted(field for field in {*row, *other} if row.get(field) != other.get(field))
-                    yield from self._differ(name, MANIFEST, image, odd)
-                if index is not None and "tar" in row and not self._has_about(row):
-                    beside = f"{row['tar']}/{image:08d}.json"
-                    yield from self._differ(beside, name, image, ["what is said of it"])
+                    yield from differ(name, MANIFEST, image, odd)
+                if index is not None and "tar" in row and not _has_about(store, place, row):
+                    yield from differ(f"{row['tar']}/{image:08d}.json", name, image, ["what is said of it"])
             elif other:
-                yield from self._differ(MANIFEST, BATCH, image, sampling_batch.conflicts(self.batch, image, other))
+                yield from differ(MANIFEST, BATCH, image, sampling_batch.conflicts(batch, image, other))
 
-    def _has_about(self, row: Row) -> bool:
-        """Whether the JSON beside an image in a tar, which its ``row`` locates, says the same as the row."""
-        bucket, tar = self.place.bucket, self.place.key(row["tar"])
-        try:
-            start = row["offset"] + -(-row["size"] // BLOCK) * BLOCK
-            size = int(self.store.get_span(bucket, tar, start, BLOCK)[124:135], 8)
-            if not 0 < size <= LARGEST_ABOUT:
-                return False
-            about = self.store.get_span(bucket, tar, start + BLOCK, size)
-        except (KeyError, TypeError, ValueError, UserError):
+
+def _has_about(store: Store, place: Location, row: Row) -> bool:
+    """Whether the JSON beside an image in a tar, which its ``row`` locates, says the same as the row."""
+    tar = place.key(row["tar"])
+    try:
+        start = row["offset"] + -(-row["size"] // BLOCK) * BLOCK
+        size = int(store.get_span(place.bucket, tar, start, BLOCK)[124:135], 8)
+        if not 0 < size <= LARGEST_ABOUT:
             return False
-        return about == canonical_json(sampling_batch.shard_json(row)).encode()
-
-    def _differ(self, one: str, other: str, image: int, fields: list[str]) -> Iterator[str]:
-        if fields:
-            yield f"{self._uri(one)} and {self._uri(other)} disagree on image {image}: {', '.join(fields)}"
-
-    def _get(self, name: str, most: int) -> bytes:
-        return self.store.get(self.place.bucket, self.place.key(name), most)
-
-    def _uri(self, name: str) -> str:
-        return f"{self.place}/{name}"
+        about = store.get_span(place.bucket, tar, start + BLOCK, size)
+    except (KeyError, TypeError, ValueError, UserError):
+        return False
+    return about == canonical_json(sampling_batch.shard_json(row)).encode()
 
 
 def _row_group(file: pq.ParquetFile, number: int, rows: int) -> list[Row]:
@@ -419,19 +377,3 @@ def _values(column: pa.ChunkedArray) -> list[Any]:
         else:
             found += array.to_pylist()
     return found
-
-
-def read_parts(store: Store, batch: SamplingBatch, place: Location) -> Iterator[tuple[str, str, list[Row]]]:
-    """Yield name, SHA-256 and rows of each part of the manifest; raises UserError if one is not of ``batch``."""
-    for chunk, indices in enumerate(batch.chunks()):
-        name = sampling_batch.part_key(chunk)
-        data = store.get(place.bucket, place.key(name), sampling_batch.LARGEST_PART)
-        rows = sampling_batch.part_rows(data, f"{place}/{name}")
-        if len(rows) != len(indices) or any(
-            sampling_batch.conflicts(batch, *each) for each in zip(indices, rows, strict=True)
-        ):
-            raise UserError(
-                f"{place}/{name} is not of this batch: delete it, and give the same `darkroom sample` again, which "
-                "generates its images again"
-            )
-        yield name, sha256_bytes(data), rows

@@ -5,6 +5,7 @@ import json
 import os
 import uuid
 from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -59,8 +60,7 @@ class RequestTable:
     def from_file(cls, source: Path, folder: Path) -> "RequestTable":
         """Read the table in ``source`` (.csv, .jsonl, .parquet), and store it in ``folder`` under its digest.
 
-        Its columns are label and prompt, or one of them; an empty cell leaves that condition open. Raises UserError
-        for a file that is no such table.
+        Columns are label and prompt, or one of them; an empty cell leaves it open. Raises UserError for another file.
         """
         return cls._write(rows_of(source, source.suffix.lower().removeprefix(".")), folder)
 
@@ -115,8 +115,7 @@ class RequestTable:
     def conditions(self, indices: range, compute_batch: int, negative_prompt: str | None = None) -> Conditions:
         """Conditions of images number ``indices`` and of the others in their compute batches.
 
-        ``Conditions`` repeats its entries, so they are those of whole compute batches, rotated until each image number
-        finds its own.
+        ``Conditions`` repeats its entries, so they are rotated until each image number finds its own.
         """
         start = indices.start // compute_batch * compute_batch
         stop = -(-indices.stop // compute_batch) * compute_batch
@@ -151,11 +150,13 @@ def rows_of(source: Path, kind: str) -> Iterator[Row]:
     if not source.is_file():
         raise UserError(f"{source} is no file: give a table of requests, with a row for each image")
     any_value = False
-    for number, record in enumerate(_parquet(source) if kind == "parquet" else _text(source), start=1):
-        _require_known(record, f"{source}, record {number}")
-        row = _cell(record, "label", source, number), _cell(record, "prompt", source, number)
-        any_value = any_value or any(row)
-        yield row
+    with nullcontext() if kind == "parquet" else open_text(source) as lines:
+        found = _parquet(source) if lines is None else records(lines, str(source))
+        for number, record in enumerate(found, start=1):
+            _require_known(record, f"{source}, record {number}")
+            row = _cell(record, "label", source, number), _cell(record, "prompt", source, number)
+            any_value = any_value or any(row)
+            yield row
     if not any_value:
         raise UserError(f"{source} asks for nothing, in no row: use --count, or fill in {' or '.join(COLUMNS)}")
 
@@ -176,11 +177,6 @@ def _cell(record: dict[str, Any], name: Column, source: Path, number: int) -> st
     if text is not None and len(text) > LONGEST_TEXT:
         raise UserError(f"{source}, record {number}: its {name} has over {LONGEST_TEXT:,} characters: shorten it")
     return text
-
-
-def _text(source: Path) -> Iterator[dict[str, Any]]:
-    with open_text(source) as lines:
-        yield from records(lines, str(source))
 
 
 def _parquet(source: Path) -> Iterator[dict[str, Any]]:

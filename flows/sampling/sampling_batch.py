@@ -1,9 +1,8 @@
 """Format of sampling batches: images of a model version on S3 with a manifest that leads back to the data.
 
-A batch lies under one prefix and is written in this order: ``batch.json`` (the request), ``requests.parquet`` (the
-request table, if there is one), the images, as files or as a tar per chunk, with a part of the manifest per chunk,
-``manifest.parquet``, and ``_SUCCESS``. Every object is a function of the first two alone, so any machine can finish an
-unfinished batch.
+A batch is written in this order: ``batch.json`` (the request), ``requests.parquet`` (the request table, if there is
+one), the images, as files or as a tar per chunk, with a part of the manifest per chunk, ``manifest.parquet``, and
+``_SUCCESS``. Every object is a function of the first two alone, so any machine can finish a batch.
 
 Before ``darkroom gc`` deletes a batch it marks its prefix by ``s3://BUCKET/deleted/PREFIX``. Nothing is sampled into a
 marked prefix: the same request gets the next one, BATCH.2 and so on, which a late deletion cannot reach.
@@ -51,8 +50,8 @@ USUAL = re.compile(r"samples/[^/]+/[0-9]{1,10}/[^/]+")
 """Prefix of a batch at its default place."""
 CHUNK_OBJECT = re.compile(r"(?P<image>\d{8,})\.png|samples-(?P<tar>\d{5,})\.tar|manifest/part-(?P<part>\d{5,})\.jsonl")
 """Names of a chunk's objects inside a batch."""
-MOST_IMAGES, CHUNKS_AT_MOST = 10**8, 10**5
-"""Maxima of a batch: image numbers have eight digits, and each chunk is a task and a part of the manifest."""
+MOST_IMAGES, CHUNKS_AT_MOST = 10**7, 10**5
+"""Maxima of a batch: the manifest must fit in one object, and each chunk is a task and a part of the manifest."""
 LARGEST_BATCH, LARGEST_PART, LARGEST_IMAGE = 64 * 2**20, 512 * 2**20, 64 * 2**20
 """Maximum sizes in bytes of ``batch.json``, of a part of the manifest and of an image."""
 
@@ -69,8 +68,7 @@ class SamplingBatch(Config):
     content_digest: Sha256
     weights_sha256: Sha256
     code_sha256: Sha256 | None = Field(None, exclude_if=unset)
-    """Digest of the code that the version ships (``model_versions.digest_code``), by its tag when the batch was begun;
-    None if the version has no such tag."""
+    """Digest of the code that the version ships, by its tag when the batch was begun; None without such a tag."""
     seed: Seed
     count: int = Field(ge=1, le=MOST_IMAGES)
     sampling: SamplingConfig
@@ -115,8 +113,7 @@ class SamplingBatch(Config):
 
     def row(self, index: int) -> Row:
         """Fields of image number ``index`` in the manifest that follow from the batch alone."""
-        fields = ("seed", "model", "version", "run_id", "content_digest", "weights_sha256")
-        own = {name: getattr(self, name) for name in fields}
+        own = self.model_dump(include={"seed", "model", "version", "run_id", "content_digest", "weights_sha256"})
         return {"key": self.key(index), "index": index, **own, "guidance": self.sampling.guidance}
 
     def json_bytes(self) -> bytes:
@@ -161,8 +158,6 @@ class ManifestRow(Config):
     size: Annotated[int, Field(ge=1, le=LARGEST_IMAGE)] | None = None
 
 
-IN_TARS = ("tar", "offset", "size")
-"""Columns that only batches of tars have."""
 COLUMN_TYPES = dict.fromkeys(("index", "seed", "version", "offset", "size"), pa.int64()) | {"guidance": pa.float64()}
 """Types of the manifest's columns that are not text."""
 
@@ -277,13 +272,13 @@ def _in_words(error: ValidationError) -> str:
 
 def schema_of(batch: SamplingBatch) -> pa.Schema:
     """Schema of the Parquet manifest of ``batch``."""
-    names = [name for name in ManifestRow.model_fields if batch.format == "tar" or name not in IN_TARS]
+    in_tars = {"tar", "offset", "size"}
+    names = [name for name in ManifestRow.model_fields if batch.format == "tar" or name not in in_tars]
     return pa.schema([(name, COLUMN_TYPES.get(name, pa.string())) for name in names])
 
 
 def write_parquet(sink: "SupportsWrite[bytes]", parts: Iterator[list[Row]], batch: SamplingBatch) -> None:
     """Write the Parquet manifest of a batch, one row group per part; one part is held in memory at a time."""
-    schema = schema_of(batch)
-    with pq.ParquetWriter(sink, schema) as writer:
+    with pq.ParquetWriter(sink, schema_of(batch)) as writer:
         for rows in parts:
-            writer.write_table(pa.Table.from_pylist(rows, schema=schema))
+            writer.write_table(pa.Table.from_pylist(rows, writer.schema))

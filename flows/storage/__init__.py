@@ -1,1 +1,1 @@
-"""S3 storage: write-once, verified objects, multipart uploads and numbered objects."""
+"""S3 storage: write-once, verified objects and numbered objects."""

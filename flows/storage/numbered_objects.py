@@ -1,7 +1,6 @@
 """Numbered objects on S3, ``PLACE/00000001.json`` and so on, each written once: of several writers one succeeds.
 
-Creating an object with If-None-Match is a single write. The ledgers of models, the heads of data sets and claims rely
-on it: a writer that loses reads the winner's object and decides again.
+Ledgers of models, heads of data sets and claims rely on it: a writer that loses reads the winner's object.
 """
 
 import re
@@ -75,7 +74,6 @@ class Claim(Config):
     made: str
 
 
-@dataclass(frozen=True)
 class Claims(NumberedObjects):
     """Claims to be the first creator of an object, ``s3://BUCKET/claims/MODEL/KEY/00000001.json`` and so on.
 

@@ -54,6 +54,8 @@ Put = Literal["written", "already there"]
 BUCKET_NAME = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
 PROBE = ".darkroom-conditional-put"
 """Name of the object that ``require_conditional_puts`` probes the server with."""
+LARGEST_PUT = 5 * 2**30
+"""Maximum size in bytes of an object that is written by one request."""
 DELETED_AT_ONCE = 1000
 """Maximum number of objects in one delete request."""
 DENIED = (
@@ -197,16 +199,21 @@ class Store:
         self,
         bucket: str,
         key: str,
-        data: bytes | io.BufferedReader,
+        data: bytes | io.BufferedReader | io.BufferedRandom,
         metadata: Mapping[str, str] | None = None,
         content_type: str = "application/octet-stream",
     ) -> Put:
-        """Write ``data`` (at most 5 GiB), or a file from its start, unless the key is taken.
+        """Write ``data``, or a file from its start, unless the key is taken.
 
-        The same bytes there count as success; raises Held if other bytes lie there. The SHA-256 is checked by the
-        server and stored as metadata.
+        The same bytes there count as success; raises Held if other bytes lie there, and UserError for over 5 GiB. The
+        SHA-256 is checked by the server and stored as metadata.
         """
         file = io.BytesIO(data) if isinstance(data, bytes) else data
+        if (size := file.seek(0, os.SEEK_END)) > LARGEST_PUT:
+            raise UserError(
+                f"s3://{bucket}/{key} would have {size:,} bytes, and S3 takes at most {LARGEST_PUT:,} in one object: "
+                "split it, tars of images with a smaller sampling_batch.chunk"
+            )
         file.seek(0)
         digest = hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -339,7 +346,7 @@ class Store:
 
         Leaves a small object under ``prefix`` for the next probe, so that no right to delete is needed.
         """
-        place = Location(bucket, prefix.strip("/"))
+        place = Location(bucket, prefix)
         key = place.key(PROBE)
         refusal = (
             f"{self.client.meta.endpoint_url} {{}} the condition If-None-Match on writes to {place}, so that "
@@ -377,20 +384,14 @@ class Store:
         worth_it: Callable[[BaseException], bool] = is_broken_read,
     ) -> T:
         """Answer of a request, retried after errors that botocore does not retry."""
-        retrying = Retrying(
-            retry=retry_if_exception(worth_it),
-            stop=stop_after_attempt(6),
-            wait=wait_random_exponential(0.1, 5),
-            reraise=True,
-        )
+        wait, stop = wait_random_exponential(0.1, 5), stop_after_attempt(6)
         with self.in_words(bucket, key):
-            return retrying(request)
+            return Retrying(retry=retry_if_exception(worth_it), stop=stop, wait=wait, reraise=True)(request)
 
     @contextmanager
     def in_words(self, bucket: str, key: str = "") -> Iterator[None]:
         """Context that turns exceptions of boto3 into errors with a one-line message, with the original as cause."""
-        server = self.client.meta.endpoint_url
-        place = f"s3://{bucket}/{key}"
+        server, place = self.client.meta.endpoint_url, f"s3://{bucket}/{key}"
         try:
             yield
         except ClientError as error:
@@ -475,7 +476,7 @@ def _explained(error: ClientError, place: str, bucket: str, server: str) -> Dark
         if code == "403":  # to a HEAD, whose answer has no body to say why
             hint += ", and this machine's clock"
         return Denied(f"{place}: {server} denies access ({code}): {hint}")
-    if code in ("RequestExpired", "RequestTimeTooSkewed"):
+    if code in SKEWED:
         hint = "set the clock of whichever of the two is wrong"
         return UserError(f"{place}: the clocks of {server} and of this machine are too far apart ({code}): {hint}")
     if code in ELSEWHERE:

@@ -1,7 +1,6 @@
 """Darkroom's tags of model versions and runs, validated before use.
 
-MLflow stores tags as text that everybody with an account can change. They become file names, S3 keys and search
-expressions here, so all tags are validated by ``parse_tags`` and read only from ``Tags``.
+Everybody with an account at MLflow can change them, and they become file names, S3 keys and search expressions here.
 """
 
 from collections.abc import Mapping

@@ -42,12 +42,6 @@ Judge = Callable[[Request], str | None]
 """Changes a request, and says by which error code it is refused; None: it goes on to the server."""
 
 
-def ignoring_conditional_completion(request: Request) -> None:
-    """As Ceph's gateway does: an upload in parts is completed over whatever is there."""
-    if request.method == "POST" and "uploadId" in request.query:
-        del request.headers["If-None-Match"]
-
-
 @contextmanager
 def proxied(server: Mapping[str, str], judge: Judge) -> Iterator[str]:
     """The address of a proxy before the S3 server that the variables ``server`` name, whose keys it signs with."""

@@ -23,7 +23,6 @@ from flows.retention.dataset_items import DataSets
 from flows.retention.sweeps import SamplingBatches
 from flows.sampling.lookup import find
 from flows.sampling.sampling_batch import SamplingBatch
-from flows.storage.multipart import writing
 from flows.storage.s3 import Location, Store
 from tests.builders.catalogs import FOLDER, Place
 from tests.builders.gc_batches import BATCHES, generate
@@ -167,8 +166,6 @@ def test_each_role_does_its_work(
             worker.put_once(bucket, f"{prefix}/blobs/00000001.json", b"{}")
         generate(worker, BATCHES[1], bucket, weights)
     with role("sampler") as sampler:
-        with writing(sampler, bucket, "samples/large", part_bytes=4) as file:
-            file.write(b"four")
         batches: list[Location] = [
             generate(sampler, made.model_copy(update={"seed": 8}), bucket, weights) for made in BATCHES
         ]

@@ -30,16 +30,9 @@ def write_comparison_report(
     candidate: str,
     champion: str | None = None,
 ) -> str:
-    """Write the report to ``path``, whole; returns its SHA-256.
+    """Write the report on ``comparison`` to ``path``, whole; returns its SHA-256.
 
-    Args:
-        path: The file.
-        comparison: The result of ``compare_with_champion``.
-        grids: The images that belong to it.
-        model: Name of the registered model.
-        dataset: Name of the data set.
-        candidate: Name of the candidate, such as ``version 3``.
-        champion: Name of the champion; None if there is none.
+    ``candidate`` and ``champion`` are names, such as ``version 3``; without a champion None.
     """
     sides, sheets = {candidate: comparison.candidate}, {candidate: grids.candidate}
     if champion is not None and comparison.champion is not None and grids.champion is not None:

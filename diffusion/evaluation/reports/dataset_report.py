@@ -65,10 +65,10 @@ class RecordStatistics:
 
     quarantine: dict[str, str]
     """Reasons of the files in quarantine by name."""
-    histograms: dict[Split, np.ndarray]
-    """Kept images per bin of each measure: (len(MEASURES), BINS) int64."""
-    sums: dict[Split, np.ndarray]
-    """Sum of each measure over the kept images: (len(MEASURES),) float64."""
+    histograms: np.ndarray
+    """Kept images per split, measure and bin: (len(SPLITS), len(MEASURES), BINS) int64."""
+    sums: np.ndarray
+    """Sum of each measure over the kept images of each split: (len(SPLITS), len(MEASURES)) float64."""
     sizes: Counter[tuple[int, int]] = field(default_factory=Counter)
     """Kept images by width and height before they were resized."""
     captioned: int = 0
@@ -83,15 +83,11 @@ class RecordStatistics:
 
 
 def collect_statistics(folder: Path, manifest: Manifest, progress: Progress = silent) -> RecordStatistics:
-    """Compute the statistics of ``manifest``, a version of the data set in ``folder``.
-
-    Raises:
-        UserError: If a table of records is missing or damaged.
-    """
+    """Compute the statistics of ``manifest``, a version of the data set in ``folder``; raises UserError if damaged."""
     (quarantine,) = standing([manifest], lambda part, columns: read_records(folder, part, columns))
     assert quarantine is not None  # read_records raises UserError where a table is missing
-    histograms = {split: np.zeros((len(MEASURES), BINS), np.int64) for split in SPLITS}
-    result = RecordStatistics(quarantine, histograms, {split: np.zeros(len(MEASURES)) for split in SPLITS})
+    shape = len(SPLITS), len(MEASURES)
+    result = RecordStatistics(quarantine, np.zeros((*shape, BINS), np.int64), np.zeros(shape))
     duplicates, edges = [], []
     for number, part in enumerate(manifest.parts):
         progress("records read", number, len(manifest.parts))
@@ -107,11 +103,11 @@ def collect_statistics(folder: Path, manifest: Manifest, progress: Progress = si
         result.captioned += pc.sum(pc.greater(pc.utf8_length(kept["caption"]), 0)).as_py() or 0
         result.hashed += len(kept) - kept["phash"].null_count
         measures, splits = _measure_images(kept, manifest.size**2), np.asarray(kept["split"])
-        for split in SPLITS:
+        for number, split in enumerate(SPLITS):
             values = measures[splits == split]
             columns = zip(values.T, MEASURES.values(), strict=True)
-            result.histograms[split] += [np.histogram(column, BINS, (0, high))[0] for column, high in columns]
-            result.sums[split] += values.sum(0)
+            result.histograms[number] += [np.histogram(column, BINS, (0, high))[0] for column, high in columns]
+            result.sums[number] += values.sum(0)
     copies, pairs = pa.concat_tables(duplicates), pa.concat_tables(edges)
     counts = copies.group_by("key").aggregate([([], "count_all")])
     leading = counts.sort_by([("count_all", "descending"), ("key", "ascending")]).slice(0, 6).to_pylist()
@@ -157,7 +153,7 @@ def _find_sources(folder: Path, manifest: Manifest, keys: Collection[str]) -> di
     found: dict[str, str] = {}
     for part in manifest.parts if keys else ():
         rows = read_records(folder, part, ("source", "outcome", "key")).filter(chosen)
-        found.update(zip(rows["key"].to_pylist(), rows["source"].to_pylist(), strict=True))
+        found |= zip(rows["key"].to_pylist(), rows["source"].to_pylist(), strict=True)
     return found
 
 
@@ -221,8 +217,7 @@ class ParentComparison:
 def compare_with_parent(dataset: Dataset, parent: Manifest | None, progress: Progress = silent) -> ParentComparison:
     """Compare the images that ``dataset`` adds to ``parent`` with the images of ``parent`` that it still has.
 
-    Raises:
-        UserError: If a table or a shard of the current version is missing or damaged.
+    Raises UserError if a table or a shard of the current version is missing or damaged.
     """
     manifest = dataset.manifest
     if parent is None:
@@ -237,13 +232,14 @@ def compare_with_parent(dataset: Dataset, parent: Manifest | None, progress: Pro
     )
     compared = min(MOST, len(added), len(others) // 2)
     if compared < FEWEST:
-        held = counted(len(others), "image")
-        verdict = f"The parent had only {held}: too few to tell whether the new ones differ from them."
-        if len(added) < FEWEST:
-            were = f"{counted(len(added), 'image')} {'was' if len(added) == 1 else 'were'}"
-            verdict = f"Only {were} added: too few to tell whether they differ from the parent's."
         if not len(added):
             verdict = "No image was added: there is nothing new to compare."
+        elif len(added) < FEWEST:
+            were = counted(len(added), "image was", "images were")
+            verdict = f"Only {were} added: too few to tell whether they differ from the parent's."
+        else:
+            held = counted(len(others), "image")
+            verdict = f"The parent had only {held}: too few to tell whether the new ones differ from them."
         return ParentComparison(verdict, len(added), added, others)
     extractor = make_extractor(EvaluationConfig())
     features: list[Tensor] = []
@@ -266,9 +262,9 @@ def split_by_parent(dataset: Dataset, parent: Manifest) -> tuple[np.ndarray, np.
 
     Images are unique in a data set, so only parts that the two versions do not share are compared.
     """
-    new_parts = {part.number for part in unshared(dataset.manifest, parent)}
+    new_parts = [part.number for part in unshared(dataset.manifest, parent)]
     with_shards = [part.number for part in dataset.manifest.parts if part.shard is not None]
-    is_new = np.isin(dataset.shards(range(len(dataset))), np.flatnonzero(np.isin(with_shards, list(new_parts))))
+    is_new = np.isin(dataset.shards(range(len(dataset))), np.flatnonzero(np.isin(with_shards, new_parts)))
     candidates = np.flatnonzero(is_new)
     keys = pa.array(dataset.keys(candidates), pa.string())
     for part in unshared(parent, dataset.manifest):
@@ -291,7 +287,7 @@ def measure_drift(added: Tensor, parent: Tensor, others: Tensor, extractor: str)
     """
     count, fitted = len(added), compute_moments(parent)
     added, parent, others = added.double(), parent.double(), others.double()
-    both, baseline = (torch.cat([each, parent]) for each in (added, others))
+    both = torch.cat([added, parent])
     sides = np.tile(np.repeat([1.0, 0.0], count), (PERMUTATIONS, 1))
     first = torch.from_numpy(generator(0, "dataset report/permutations", 0).permuted(sides, axis=1)).T
     pairs = kid_kernel(both, both).fill_diagonal_(0)
@@ -306,7 +302,7 @@ def measure_drift(added: Tensor, parent: Tensor, others: Tensor, extractor: str)
         fd=frechet_distance(compute_moments(added), fitted),
         fd_baseline=frechet_distance(compute_moments(others), fitted),
         neighbor_accuracy=_neighbor_accuracy(both),
-        neighbor_accuracy_baseline=_neighbor_accuracy(baseline),
+        neighbor_accuracy_baseline=_neighbor_accuracy(torch.cat([others, parent])),
     )
     return drift, permuted_kids.numpy()
 
@@ -410,18 +406,38 @@ class DatasetSummary(Config):
 def write_dataset_report(folder: Path, output: Path, progress: Progress = silent) -> DatasetSummary:
     """Write the page on the current version of the data set in ``folder`` to ``output``; equal versions, equal pages.
 
-    Raises:
-        UserError: If a file of the version is missing or damaged.
+    Raises UserError if a file of the version is missing or damaged.
     """
     with closing(Dataset.open(folder, cache_bytes=0)) as dataset:  # few images are read, and at most twice
         manifest, parent = dataset.manifest, next(islice(versions(folder), 1, None), None)
         statistics = collect_statistics(folder, manifest, progress)
         comparison = compare_with_parent(dataset, parent, progress)
-        summary = summarize(manifest, parent, statistics, comparison)
+        outcomes = sum((Counter(part.outcomes) for part in manifest.parts), Counter[Outcome]())
+        groups, added = statistics.near_duplicates if statistics.hashed else None, comparison.added
+        same = ("name", "digest", "content_digest", "parent", "change", "kept", "channels", "size", "storage")
+        summary = DatasetSummary(
+            **{name: getattr(manifest, name) for name in same},
+            train=manifest.counts["train"],
+            held_out=manifest.counts["held_out"],
+            added=added,
+            lost=None if parent is None or added is None else parent.kept + added - manifest.kept,
+            duplicates=outcomes["duplicate"],
+            contradicted=statistics.contradicted,
+            quarantined=len(statistics.quarantine),
+            removed=outcomes["removed"],
+            near_duplicate_groups=None if groups is None else len(groups),
+            near_duplicates=None if groups is None else sum(map(len, groups)),
+            classes=len(manifest.labels),
+            captioned=statistics.captioned,
+            shards=len(manifest.shards),
+            bytes=sum(entry.bytes for entry in manifest.files),
+            verdict=comparison.verdict,
+            drift=comparison.drift,
+        )
         reasons = group_reasons(statistics.quarantine)
         kid_chart = size_chart = None
-        if comparison.drift is not None and comparison.permuted_kids is not None:
-            test = partial(draw_permutation_test, permuted_kids=comparison.permuted_kids, kid=comparison.drift.kid)
+        if (drift := comparison.drift) is not None and comparison.permuted_kids is not None:
+            test = partial(draw_permutation_test, permuted_kids=comparison.permuted_kids, kid=drift.kid)
             kid_chart = chart("KID of the new images and of random permutations", test, (10, 1.7))
         if len(statistics.sizes) > 1:
             size_chart = chart("Original widths and heights", partial(draw_sizes, sizes=statistics.sizes), (3.6, 3.5))
@@ -433,6 +449,19 @@ def write_dataset_report(folder: Path, output: Path, progress: Progress = silent
         captions = dataset.captions(order[:AVERAGED]) if statistics.captioned else []
         history = list(islice(log(folder), VERSIONS + 1))
         sides, images = np.array([min(size) for size in statistics.sizes]), np.array(list(statistics.sizes.values()))
+
+        def mean_image(rows: Rows) -> bytes:
+            mean = _thumbnails(dataset, rows).double().mean(0, keepdim=True)
+            return png_bytes(grid(mean.round().to(torch.uint8), pad=0))
+
+        def find_rows(keys: Sequence[str]) -> list[int]:
+            """Find the rows of a few kept images by binary search."""
+            return [bisect_left(range(len(dataset)), key, key=lambda row: dataset.keys([row])[0]) for key in keys]
+
+        def splits_of(rows: Sequence[int]) -> str:
+            held = np.isin(rows, dataset.rows("held_out"))
+            return "held out" if held.all() else "both splits" if held.any() else "training"
+
         page = render(
             "dataset.html",
             summary=summary,
@@ -457,41 +486,12 @@ def write_dataset_report(folder: Path, output: Path, progress: Progress = silent
             class_rows=[(name, order[numbers == number]) for number, name in enumerate(leading)],
             captions=[(row, text) for row, text in zip(order, captions, strict=False) if text],
             sheet=partial(_sheet, dataset),
-            mean_image=partial(_mean_image, dataset),
-            find_rows=partial(_find_rows, dataset),
-            splits_of=partial(_splits_of, dataset),
+            mean_image=mean_image,
+            find_rows=find_rows,
+            splits_of=splits_of,
         )
     write_bytes(output, page)
     return summary
-
-
-def summarize(
-    manifest: Manifest, parent: Manifest | None, statistics: RecordStatistics, comparison: ParentComparison
-) -> DatasetSummary:
-    """Collect the key figures of ``manifest``."""
-    outcomes = sum((Counter(part.outcomes) for part in manifest.parts), Counter[Outcome]())
-    groups = statistics.near_duplicates if statistics.hashed else None
-    added = comparison.added
-    same = ("name", "digest", "content_digest", "parent", "change", "kept", "channels", "size", "storage")
-    return DatasetSummary(
-        **{name: getattr(manifest, name) for name in same},
-        train=manifest.counts["train"],
-        held_out=manifest.counts["held_out"],
-        added=added,
-        lost=None if parent is None or added is None else parent.kept + added - manifest.kept,
-        duplicates=outcomes["duplicate"],
-        contradicted=statistics.contradicted,
-        quarantined=len(statistics.quarantine),
-        removed=outcomes["removed"],
-        near_duplicate_groups=None if groups is None else len(groups),
-        near_duplicates=None if groups is None else sum(map(len, groups)),
-        classes=len(manifest.labels),
-        captioned=statistics.captioned,
-        shards=len(manifest.shards),
-        bytes=sum(entry.bytes for entry in manifest.files),
-        verdict=comparison.verdict,
-        drift=comparison.drift,
-    )
 
 
 def describe(
@@ -517,7 +517,7 @@ def describe(
         if lost_classes := sorted(theirs - ours):
             lines.append(f"{counted(len(lost_classes), 'class', 'classes')} gone: {_enumerate(lost_classes)}.")
     if summary.lost:
-        lines.append(f"{counted(summary.lost, 'image')} of its parent {'is' if summary.lost == 1 else 'are'} gone.")
+        lines.append(f"{counted(summary.lost, 'image of its parent is', 'images of its parent are')} gone.")
     lines.append(summary.verdict)
     if summary.quarantined:
         pattern, files, _ = reasons[0]
@@ -560,21 +560,23 @@ def draw_sizes(axes: Axes, paper: Paper, sizes: Mapping[tuple[int, int], int]) -
 def draw_histograms(statistics: RecordStatistics, channels: int) -> list[tuple[str, Chart, dict[Split, float]]]:
     """Return name, histogram and mean by split of each measure of images with these ``channels``."""
 
-    def draw(axes: Axes, paper: Paper, counts: Mapping[Split, np.ndarray], high: float) -> None:
+    def draw(axes: Axes, paper: Paper, counts: np.ndarray, high: float) -> None:
         edges = np.linspace(0, high, BINS + 1)
-        for split, colour in zip(SPLITS, paper.series, strict=False):
-            if total := counts[split].sum():
-                axes.stairs(counts[split] / total, edges, color=colour, linewidth=1.6)
+        for split, colour, bins in zip(SPLITS, paper.series, counts, strict=False):
+            if total := bins.sum():
+                axes.stairs(bins / total, edges, color=colour, linewidth=1.6)
                 if split == "train":
-                    axes.stairs(counts[split] / total, edges, color=colour, alpha=0.16, fill=True)
+                    axes.stairs(bins / total, edges, color=colour, alpha=0.16, fill=True)
         axes.set(xlim=(0, high), ylim=(0, None), xticks=np.linspace(0, high, 5), yticks=[])
 
     histograms = []
+    images = dict(zip(SPLITS, statistics.histograms[:, 0].sum(1), strict=True))
     for number, (name, high) in enumerate(list(MEASURES.items())[: 5 if channels == 3 else 2]):
-        counts = {split: statistics.histograms[split][number] for split in SPLITS}
-        means = {split: statistics.sums[split][number] / n for split in SPLITS if (n := counts[split].sum())}
+        sums = zip(images.items(), statistics.sums[:, number], strict=True)
+        means = {split: total / n for (split, n), total in sums if n}
+        draw_measure = partial(draw, counts=statistics.histograms[:, number], high=high)
         size = (4.9, 1.8) if number < 2 else (3.2, 1.5)
-        histograms.append((name, chart(f"Histogram of {name}", partial(draw, counts=counts, high=high), size), means))
+        histograms.append((name, chart(f"Histogram of {name}", draw_measure, size), means))
     return histograms
 
 
@@ -582,29 +584,13 @@ def _thumbnails(dataset: Dataset, rows: Rows) -> Tensor:
     """Return the images in ``rows``, large ones reduced to SIDE × SIDE: (len(rows), C, h, w) uint8."""
     batches = read_batches(dataset, rows)
     if dataset.manifest.size > SIDE:
-        reduced = (interpolate(batch.float(), (SIDE, SIDE), mode="area") for batch in batches)
-        batches = (batch.round().to(torch.uint8) for batch in reduced)
+        batches = (interpolate(each.float(), (SIDE, SIDE), mode="area").round().to(torch.uint8) for each in batches)
     return torch.cat(list(batches))
 
 
 def _sheet(dataset: Dataset, rows: Rows, columns: int = 8) -> bytes:
     """Return a PNG of the images in ``rows`` side by side."""
     return png_bytes(grid(_thumbnails(dataset, rows), columns, pad=0 if len(rows) == 1 else 2))
-
-
-def _mean_image(dataset: Dataset, rows: Rows) -> bytes:
-    mean = _thumbnails(dataset, rows).double().mean(0, keepdim=True)
-    return png_bytes(grid(mean.round().to(torch.uint8), pad=0))
-
-
-def _find_rows(dataset: Dataset, keys: Sequence[str]) -> list[int]:
-    """Find the rows of a few kept images by binary search."""
-    return [bisect_left(range(len(dataset)), key, key=lambda row: dataset.keys([row])[0]) for key in keys]
-
-
-def _splits_of(dataset: Dataset, rows: Sequence[int]) -> str:
-    held_out = np.isin(rows, dataset.rows("held_out"))
-    return "held out" if held_out.all() else "both splits" if held_out.any() else "training"
 
 
 def _enumerate(names: Sequence[str]) -> str:

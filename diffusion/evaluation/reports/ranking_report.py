@@ -12,7 +12,7 @@ from diffusion.common.files import write_bytes
 from diffusion.evaluation.estimate import CONFIDENCE
 from diffusion.evaluation.evaluate import score_cell
 from diffusion.evaluation.ranking import RankedModel, Ranking
-from diffusion.evaluation.reports.charts import Chart, Paper, Points, chart, curves, over_training, read_losses
+from diffusion.evaluation.reports.charts import Chart, Paper, chart, curves, over_training, read_losses
 from diffusion.evaluation.reports.html import Cell, between, count, counted, plain, render, signed, with_error
 from diffusion.evaluation.results import Evaluation, RealBaseline
 
@@ -47,12 +47,7 @@ def write_ranking_report(
 ) -> str:
     """Write the report to ``path``, whole; returns its SHA-256.
 
-    Args:
-        path: The file.
-        ranking: The ranking.
-        images: PNG of the first images of each model by name.
-        real: PNG of held-out images.
-        charts: Further charts, such as ``training_charts``.
+    ``images`` holds a PNG of the first images of each model by name, and ``real`` one of held-out images.
     """
     best, overview = ranking.models[0], metrics_chart(ranking)
     words = [word for key, value in best.settings.items() for word in ("--set", f"{key}={json.dumps(value)}")]
@@ -105,9 +100,8 @@ def metric_columns(ranking: Ranking) -> list[Column]:
     }
     values = [*(Cell(with_error(each.value, each.error)) for each in models), Cell()]
     first = columns.pop(leading, (ranking.metric, "higher is better", values))
-    behind = [Cell("best")]
-    for lead in ranking.leads:
-        behind.append(Cell(signed(lead.difference.value), between(lead.difference.interval(CONFIDENCE))))
+    leads = [each.difference for each in ranking.leads]
+    behind = [Cell("best"), *(Cell(signed(each.value), between(each.interval(CONFIDENCE))) for each in leads)]
     behind += [Cell()] * (len(sides) - len(behind))
     return [first, ("behind the best", ranking.metric, behind), *columns.values()]
 
@@ -146,10 +140,10 @@ def metrics_chart(ranking: Ranking) -> Chart | None:
         if baseline is not None:
             axes.axvline(baseline, color=paper.muted, linewidth=1.2)
         for row, each in enumerate(models):
-            low, high = each.value - 1.96 * each.error, each.value + 1.96 * each.error
+            reach = [[1.96 * each.error]] * 2
             if (estimate := each.estimates.get(name)) is not None:
-                low, high = estimate.interval.low, estimate.interval.high
-            reach = [[max(each.value - low, 0)], [max(high - each.value, 0)]]
+                ends = each.value - estimate.interval.low, estimate.interval.high - each.value
+                reach = [[max(end, 0)] for end in ends]
             axes.errorbar([each.value], [row], xerr=reach, color=paper.series[0], marker="o", linewidth=2, capsize=5)
         axes.set_yticks(range(len(models)), [each.name for each in models])
         axes.set_xlabel(name + ("; the line is the real baseline" if baseline is not None else ""))
@@ -159,17 +153,11 @@ def metrics_chart(ranking: Ranking) -> Chart | None:
 
 
 def training_charts(names: Sequence[str], evaluations: Sequence[Evaluation], losses: Sequence[Path]) -> list[Chart]:
-    """Plot the selection metric of each checkpoint, and held-out losses, against images seen: a line for each run.
-
-    ``losses``: a CSV of losses by images seen of each run, which may be missing.
-    """
+    """Plot selection metrics of checkpoints, and held-out losses of CSV files, if there are any, for each run."""
     metrics = [[(each.images, each.selection_metric.value) for each in one.checkpoints] for one in evaluations]
-    found = [
-        chart(evaluations[0].best.selection_metric.name, over_training(curves(dict(zip(names, metrics, strict=True)))))
-    ]
-    columns: list[Points] = [
-        read_losses(path).get("held_out_loss_ema", []) if path.is_file() else [] for path in losses
-    ]
+    name = evaluations[0].best.selection_metric.name
+    found = [chart(name, over_training(curves(dict(zip(names, metrics, strict=True)))))]
+    columns = [read_losses(path).get("held_out_loss_ema", []) if path.is_file() else [] for path in losses]
     if any(columns):
         found.append(chart("Loss on held-out images", over_training(curves(dict(zip(names, columns, strict=True))))))
     return found

@@ -102,7 +102,7 @@ def test_gc_deletes_files_of_old_versions_except_shared_ones(place: Place) -> No
     assert fates(aside) == fates(looked)
     assert fates(aside) == {f"blobs {first.digest[:12]}": "set aside", f"blobs {second.digest[:12]}": "stays"}
     assert set(place.catalog.versions()) == {second.digest}
-    assert set(place.catalog.retired()) == {first.digest}, "a takedown looks there, too"
+    assert set(place.catalog.versions(retired=True)) == {first.digest}, "a takedown looks there, too"
     assert set(place.catalog.store.list_keys(place.bucket, "dvc/")) == before
     assert fates(collected(0.5))[f"blobs {first.digest[:12]}"] == "set aside"
     assert fates(collected(100))[f"blobs {first.digest[:12]}"] == "goes"
@@ -151,13 +151,13 @@ def test_version_restored_within_the_grace_period_loses_nothing(place: Place) ->
 def test_gc_restores_a_version_trained_on_in_the_meantime(place: Place, mlflow: MlflowClient, tmp_path: Path) -> None:
     first, _ = place.version(), place.version(*range(100, 104))
     collected(100)
-    assert set(place.catalog.retired()) == {first.digest}
+    assert set(place.catalog.versions(retired=True)) == {first.digest}
     run_id = training(mlflow, "a", first)
     add_version(mlflow, tmp_path, "blobs", run_id=run_id, **{CONTENT: first.content_digest})
 
     assert fates(collected(200))[f"blobs {first.digest[:12]}"] == "stays"
     assert first.digest in place.catalog.versions()
-    assert not place.catalog.retired()
+    assert not place.catalog.versions(retired=True)
     assert restorable(place, first)
 
 

@@ -13,7 +13,7 @@ from diffusion.generation.config import UNCONDITIONAL
 from flows.config import RetentionConfig
 from flows.retention.sweeps import SamplingBatches
 from flows.sampling import generate_batch
-from flows.sampling.generate_batch import GeneratedImages
+from flows.sampling.generate_batch import ImageGroup
 from flows.sampling.sampling_batch import SamplingBatch
 from flows.storage.s3 import Location, Store
 from tests.builders.gc_batches import BATCHES, generate
@@ -28,9 +28,9 @@ WAYS = [pytest.param(BATCHES[0], False, id="png-paused"), pytest.param(BATCHES[1
 def weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """No model: what is generated is no matter here, and takes no time."""
 
-    def generated(made: SamplingBatch, _: Path, indices: range, *__: object) -> Iterator[GeneratedImages]:
+    def generated(made: SamplingBatch, _: Path, indices: range, *__: object) -> Iterator[ImageGroup]:
         images = torch.arange(len(indices) * 64, dtype=torch.uint8).reshape(-1, 1, 8, 8)
-        yield GeneratedImages(indices, images, [None] * len(indices), UNCONDITIONAL)
+        yield [(index, image, None, UNCONDITIONAL) for index, image in zip(indices, images, strict=True)]
 
     monkeypatch.setattr(generate_batch, "_generate", generated)
     return tmp_path / "weights.safetensors"

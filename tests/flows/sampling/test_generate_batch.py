@@ -16,8 +16,6 @@ import pytest
 import webdataset as wds
 
 from diffusion.common.errors import Held, UserError
-from diffusion.common.files import sha256_bytes
-from diffusion.common.fingerprint import fingerprint
 from diffusion.data.ingest.config import IngestConfig
 from diffusion.data.ingest.ingest import ingest
 from diffusion.generation.config import Conditions
@@ -27,10 +25,8 @@ from flows.sampling.request_table import RequestTable
 from flows.sampling.sampling_batch import SamplingBatch, image_key, part_bytes, part_key, part_rows
 from flows.storage.s3 import Location, Object, S3Objects, Store, client
 from tests.builders.http_server import serving
-from tests.builders.s3_proxy import ignoring_conditional_completion, proxied
-from tests.builders.sampling_batches import SAMPLING, batch, found, rows_of
+from tests.builders.sampling_batches import batch, found, rows_of
 from tests.builders.small_models import write_model
-from tests.builders.uploads import begun, orphan
 
 
 @pytest.fixture
@@ -113,14 +109,6 @@ def test_another_fingerprint_prevents_sampling(store: Store, bucket: str, weight
     with pytest.raises(Held, match=r"would generate other bits .*device: AVX9 → "):
         generate_batch.generate_chunk(store, elsewhere, Location(bucket, "x"), weights, 0, None, 1)
     assert list(store.list_keys(bucket)) == []
-
-
-def test_finishing_a_batch_aborts_uploads_of_killed_processes(store: Store, bucket: str, weights: Path) -> None:
-    place = Location(bucket, "batch")
-    for key in ("batch/samples-00000.tar", "batch/manifest.parquet", "batches/samples-00000.tar"):
-        orphan(store, bucket, key)
-    generate_all(store, batch(8, format="tar"), place, weights)
-    assert begun(store, bucket) == ["batches/samples-00000.tar"]
 
 
 @pytest.fixture
@@ -244,32 +232,7 @@ def test_manifest_writing_holds_the_rows_of_one_chunk(
         store.put_many(bucket, objects)
         peaks.append(peak(lambda: generate_batch.finish(store, made, place)))  # noqa: B023
     assert pq.read_metadata(io.BytesIO(store.get(bucket, "24/manifest.parquet"))).num_rows == 128 * 24
-    # Beside the rows of a chunk, the manifest itself is held, and copied, as long as it is smaller than a part.
     assert peaks[1] - peaks[0] < 3 * len(store.get(bucket, "24/manifest.parquet"))
-
-
-@pytest.mark.slow
-def test_on_a_server_that_completes_uploads_over_objects_batches_end_whole_in_files_and_in_large_tars(
-    store: Store, s3_environment: dict[str, str], bucket: str, weights: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(generate_batch, "PART_BYTES", 5 * 2**20)
-    sampling = SAMPLING.model_copy(update={"compute_batch": 64})
-    traits = fingerprint(sampling.compute_batch, sampling.precision, sampling.device)
-    large = batch(2048, chunk=2048, format="tar", sampling=sampling, fingerprint=traits)
-    with proxied(s3_environment, ignoring_conditional_completion) as url:
-        careless = Store(client(attempts=1, variables=s3_environment | {"AWS_ENDPOINT_URL_S3": url}))
-        for made in (batch(32), large):
-            place = Location(bucket, made.format)
-            for _ in range(2):
-                generate_batch.begin(careless, made, place, None)
-                generate_all(careless, made, place, weights)
-            files = found(store, place)
-            assert "_SUCCESS" in files
-            for row in rows_of(files):
-                png = files[row["key"]] if made is not large else files[row["tar"]][row["offset"] :][: row["size"]]
-                assert sha256_bytes(png) == row["sha256"]
-    assert store.client.head_object(Bucket=bucket, Key="tar/samples-00000.tar")["ETag"].strip('"').endswith("-2")
-    assert files["samples-00000.tar.sha256"].decode().split()[0] == sha256_bytes(files["samples-00000.tar"])
 
 
 def test_missing_images_are_regenerated_before_finishing(store: Store, bucket: str, weights: Path) -> None:

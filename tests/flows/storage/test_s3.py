@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from diffusion.common.errors import Held, UserError
-from flows.storage.s3 import Location, Missing, Object, Store, client
+from flows.storage.s3 import LARGEST_PUT, Location, Missing, Object, Store, client
 from tests.builders.http_server import serving
 from tests.builders.s3_clients import stock
 
@@ -109,6 +109,14 @@ def test_a_multipart_object_is_compared_by_its_bytes(store: Store, bucket: str, 
     assert store.put_once(bucket, "big", data) == "already there"
     with pytest.raises(Held):
         store.put_once(bucket, "big", data[:-1])
+
+
+def test_an_object_of_over_5_gib_is_refused_before_it_is_sent(store: Store, bucket: str, tmp_path: Path) -> None:
+    with (tmp_path / "large").open("wb+") as file:
+        file.truncate(LARGEST_PUT + 1)
+        with pytest.raises(UserError, match=r"a/large would have 5,368,709,121 bytes.* smaller sampling_batch.chunk"):
+            store.put_once(bucket, "a/large", file)
+    assert not store.exists(bucket, "a/large")
 
 
 def test_of_many_writers_at_once_exactly_one_wins(store: Store, bucket: str) -> None:
