@@ -151,6 +151,11 @@ class Params(Config):
         """Name of the registered model."""
         return self.registry.model or self._name()
 
+    @property
+    def champion(self) -> str:
+        """URI of the champion of the registered model."""
+        return f"models:/{self.model_name}@champion"
+
     def _name(self, family: str | None = None) -> str:
         """Data set name, with the family as suffix unless it is ddpm: each family has its own runs and champion."""
         family = family or self.model.family
@@ -175,7 +180,7 @@ def registered_start(params: Params) -> str | None:
     """Model URI in ``training.init_from``; None if it is a path or unset."""
     start = params.training.init_from
     if start == "champion":
-        return f"models:/{params.model_name}@champion"
+        return params.champion
     return start if start is not None and start.startswith("models:/") else None
 
 

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer import Argument, Option
 
 from diffusion.common.errors import UserError
 from flows.cli.command import (
@@ -29,34 +30,21 @@ if TYPE_CHECKING:
     from diffusion.training.train import Restart, TrainResult
     from flows.config import Params
     from flows.datasets.dvc import RemoteShards
+    from flows.environment import Server
 
 app = typer.Typer()
 To = Annotated[
     str | None,
-    typer.Option(
-        "--to",
-        metavar="S3_URI",
-        help="s3://BUCKET (for samples/MODEL/VERSION/BATCH/ in it) or s3://BUCKET/PREFIX; default: DARKROOM_BUCKET.",
+    Option(
+        "--to", metavar="S3_URI", help="s3://BUCKET[/PREFIX]; default: samples/MODEL/VERSION/BATCH/ in DARKROOM_BUCKET."
     ),
 ]
-Labels = Annotated[list[str], typer.Option("--label", metavar="NAME", help="Class label; several are used in turn.")]
+Labels = Annotated[list[str], Option("--label", metavar="NAME", help="Class label; several are used in turn.")]
 Prompts = Annotated[
-    list[str],
-    typer.Option("--prompt", metavar="TEXT", help="Text prompt, for a model trained on captions; several as --label."),
-]
-RequestTable = Annotated[
-    str | None,
-    typer.Option(
-        "--requests",
-        metavar="TABLE",
-        help="Table (.csv, .jsonl or .parquet, local or s3://) with a label or prompt for each image.",
-    ),
+    list[str], Option("--prompt", metavar="TEXT", help="Text prompt, for a model trained on captions; several in turn.")
 ]
 ALL_FAMILIES = ["ddpm", "vae", "gan", "autoregressive"]
 """Families of ``diffusion.models.config``, which is too slow to import for ``--help``."""
-QUARANTINED_SHOWN = 20
-SIDECARS = {".json", ".cls", ".txt"}
-"""Files beside the images of a WebDataset shard."""
 pipeline = command(app, panel="Pipeline")
 
 
@@ -65,14 +53,12 @@ def ingest(
     config: "Params",
     source: Annotated[
         str | None,
-        typer.Argument(
-            help="Folder, tar, zip, Parquet, table of URLs, s3:// prefix, wds:, idx: …; default: ingest.source."
-        ),
+        Argument(help="Folder, tar, zip, Parquet, table of URLs, s3:// prefix, wds:, idx: …; default: ingest.source."),
     ] = None,
-    requeue: Annotated[bool, typer.Option("--requeue", help="Retry sources that were quarantined before.")] = False,
-    rebuild: Annotated[bool, typer.Option("--rebuild", help="Rebuild the data set from this source alone.")] = False,
+    requeue: Annotated[bool, Option("--requeue", help="Retry sources that were quarantined before.")] = False,
+    rebuild: Annotated[bool, Option("--rebuild", help="Rebuild the data set from this source alone.")] = False,
     rebuild_if_different: Annotated[
-        bool, typer.Option("--rebuild-if-different", help="Rebuild only if the storage settings have changed.")
+        bool, Option("--rebuild-if-different", help="Rebuild only if the storage settings have changed.")
     ] = False,
     local: Local = False,
 ) -> CommandOutput:
@@ -117,7 +103,7 @@ def _ingested(result: "IngestResult", source: str) -> Iterator[str]:
         f"{result.kept:,} images in {result.folder} ({result.added:,} new), {result.duplicates:,} duplicates, "
         f"{result.quarantined_count:,} quarantined"
     )
-    shown = result.quarantined[:QUARANTINED_SHOWN]
+    shown = result.quarantined[:20]
     yield from (f"  quarantined: {each.source}: {each.reason}" for each in shown)
     if (more := result.quarantined_count - len(shown)) > 0:
         yield f"  … and {more:,} more: darkroom data show --dataset {result.dataset} --all"
@@ -128,19 +114,19 @@ def _ingested(result: "IngestResult", source: str) -> Iterator[str]:
     if result.passed_over:
         ends = [f"{count:,} {end or 'without extension'}" for end, count in result.passed_over.items()]
         yield f"ignored, no image extension: {', '.join(ends[:5])}{' …' if len(ends) > 5 else ''}"
-        if result.passed_over.keys() & SIDECARS and ".tar" in source and not source.startswith("wds:"):
+        if result.passed_over.keys() & {".json", ".cls", ".txt"} and ".tar" in source and not source.startswith("wds:"):
             yield f"  if it is a WebDataset, wds:{source} reads labels and captions from them"
 
 
 @pipeline
 def train(
     config: "Params",
-    restart: Annotated[bool, typer.Option("--restart", help="Discard the run folder and start over.")] = False,
+    restart: Annotated[bool, Option("--restart", help="Discard the run folder and start over.")] = False,
     restart_if_different: Annotated[
-        bool, typer.Option("--restart-if-different", help="Start over only if the folder holds a run of other inputs.")
+        bool, Option("--restart-if-different", help="Start over only if the folder holds a run of other inputs.")
     ] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show the configuration and the estimated time; needs no server.")
+        bool, Option("--dry-run", help="Show configuration and estimated time, without servers.")
     ] = False,
     local: Local = False,
 ) -> CommandOutput | None:
@@ -155,8 +141,7 @@ def train(
     if dry_run:
         from diffusion.training.train import preflight
 
-        config = _with_files(config, dry_run=True)
-        with _shards(config) as store:
+        with _inputs(config, dry_run=True) as (config, store):
             about = preflight(config.dataset_folder, config.model, config.training, config.sampling, store)
         return CommandOutput(about, [f"{name:10} {words}" for name, words in about.lines()])
     otherwise: Restart = "if_different" if restart_if_different else "never"
@@ -170,8 +155,7 @@ def train(
             result = _train(config, progress=progress, restart=otherwise)
         return None if is_follower() else CommandOutput(result, [f"{result.images} images seen; {result.final}"])
     if is_follower():
-        config = _with_files(config)
-        with _shards(config) as store:
+        with _inputs(config) as (config, store):
             _train(config, store=store)
         return None
     with connect("prefect", "mlflow", "s3"):
@@ -188,29 +172,27 @@ def _train(config: "Params", **options: Any) -> "TrainResult":
     return train(config.dataset_folder, config.run_folder, config.model, config.training, config.sampling, **options)
 
 
-def _with_files(config: "Params", dry_run: bool = False) -> "Params":
-    """Replace registered models in ``config`` by local files."""
+@contextmanager
+def _inputs(config: "Params", dry_run: bool = False) -> "Iterator[tuple[Params, RemoteShards | None]]":
+    """Configuration with local files for registered models, and the shards' store if training streams them."""
     from flows.config import registered, registered_start
 
-    if registered(config) is None and registered_start(config) is None:
-        return config
-    with connect("mlflow", "s3"):
-        from flows.registry.dependencies import resolve_params
-
-        return resolve_params(config, dry_run).params
-
-
-@contextmanager
-def _shards(config: "Params") -> "Iterator[RemoteShards | None]":
-    """Open the shard store if training streams shards."""
-    if config.training.stream_bytes is None:
-        yield None
+    from_registry = registered(config) is not None or registered_start(config) is not None
+    streams = config.training.stream_bytes is not None
+    if not from_registry and not streams:
+        yield config, None
         return
-    with connect("s3"):
+    needs: tuple[Server, ...] = ("mlflow", "s3") if from_registry else ("s3",)
+    with connect(*needs):
         from flows.datasets.dvc import RemoteShards
         from flows.environment import data_source
 
-        yield RemoteShards(config.dataset_folder, data_source())
+        store = RemoteShards(config.dataset_folder, data_source()) if streams else None
+        if from_registry:
+            from flows.registry.dependencies import resolve_params
+
+            config = resolve_params(config, dry_run).params
+        yield config, store
 
 
 @pipeline
@@ -251,12 +233,10 @@ def evaluate(config: "Params", local: Local = False) -> CommandOutput:
 def promote(
     config: "Params",
     version: Annotated[
-        int | None, typer.Option("--to", min=1, metavar="VERSION", help="Manual override: make this version champion.")
+        int | None, Option("--to", min=1, metavar="VERSION", help="Manual override: make this version champion.")
     ] = None,
     reason: Reason = None,
-    taken_down: Annotated[
-        bool, typer.Option("--taken-down", help="With --to: even if some of its training images were taken down.")
-    ] = False,
+    taken_down: Annotated[bool, Option("--taken-down", help="With --to: even if its images were taken down.")] = False,
 ) -> CommandOutput:
     """Register the best checkpoint and promote it if it beats the champion; else it is held or rejected (exit code 3).
 
@@ -285,10 +265,13 @@ def promote(
 def sample(
     config: "Params",
     model: Model = None,
-    count: Annotated[
-        int | None, typer.Option(min=1, help="Number of images; default: 64, or one per row of --requests.")
+    count: Annotated[int | None, Option(min=1, help="Number; default: 64, or one per row of --requests.")] = None,
+    requests: Annotated[
+        str | None,
+        Option(
+            metavar="TABLE", help=".csv, .jsonl or .parquet, local or s3://, with a label or prompt for each image."
+        ),
     ] = None,
-    requests: RequestTable = None,
     seed: Seed = 0,
     to: To = None,
     output: OutFolder = None,
@@ -328,7 +311,7 @@ def sample(
         from flows.sample import sample
 
         conditions = Conditions(labels=tuple(label), prompts=tuple(prompt), negative_prompt=negative_prompt)
-        done = sample(config, model or f"models:/{config.model_name}@champion", count, seed, to, conditions, requests)
+        done = sample(config, model or config.champion, count, seed, to, conditions, requests)
     lines = [
         f"{done.count} images of {done.model} in {done.uri}",
         f"manifest: {done.manifest}",
@@ -341,12 +324,9 @@ def sample(
 @command(app, panel="Pipeline", overrides={"source": "ingest.source"})
 def retrain(
     config: "Params",
-    source: Annotated[
-        str | None, typer.Argument(help="Source of images, as for `darkroom ingest`; default: ingest.source.")
-    ] = None,
+    source: Annotated[str | None, Argument(help="Source, as for `darkroom ingest`; default: ingest.source.")] = None,
     version: Annotated[
-        str | None,
-        typer.Option("--version", metavar="DIGEST", help="Train on this version of the data set, without an ingest."),
+        str | None, Option("--version", metavar="DIGEST", help="Train on this data set version, without an ingest.")
     ] = None,
     count: Count = 64,
     seed: Seed = 0,
@@ -394,12 +374,11 @@ def _retrained(found: dict[str, Any]) -> Iterator[str]:
     yield from (f"           {file}" for file in found["explained"]["files"])
 
 
-@pipeline
+@command(app, panel="Pipeline", servers=("prefect", "mlflow", "s3"))
 def sweep(
     config: "Params",
     over: Annotated[
-        list[str],
-        typer.Option("--over", metavar="KEY=V,V", help="Values of a field of model or training; may be repeated."),
+        list[str], Option("--over", metavar="KEY=V,V", help="Values of a field of model or training; may be repeated.")
     ],
 ) -> CommandOutput:
     """Grid search: train and evaluate every combination of settings, and rank them in a report; resumable.
@@ -408,10 +387,9 @@ def sweep(
 
     Example:  darkroom sweep --dataset faces --over training.learning_rate=1e-3,4e-3 --over model.width=32,64
     """
-    with connect("prefect", "mlflow", "s3"):
-        from flows.sweep import parse_over, sweep
+    from flows.sweep import parse_over, sweep
 
-        done = sweep(config, parse_over(over))
+    done = sweep(config, parse_over(over))
     lines = [
         f"{done.ranking.metric} {each.value:.4g} ± {each.error:.2g}  "
         + " ".join(f"{key}={value}" for key, value in each.settings.items())
@@ -424,12 +402,9 @@ def sweep(
 def compare(
     config: "Params",
     family: Annotated[
-        list[str],
-        typer.Option("--family", metavar="NAME", help="ddpm, vae, gan or autoregressive; repeatable; default: all."),
+        list[str], Option("--family", metavar="NAME", help="ddpm, vae, gan or autoregressive; may be repeated.")
     ] = ALL_FAMILIES,
-    restart: Annotated[
-        bool, typer.Option("--restart", help="Discard runs of other settings in the families' folders.")
-    ] = False,
+    restart: Annotated[bool, Option("--restart", help="Discard runs of other settings in their folders.")] = False,
     local: Local = False,
 ) -> CommandOutput:
     """Train each model family on the same images with the same budget, and rank their samples.
