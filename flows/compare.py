@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mlflow.client import MlflowClient
 from prefect import flow
 from prefect.artifacts import create_markdown_artifact
 
@@ -15,8 +16,9 @@ from diffusion.evaluation.reports.ranking_report import PAGE, findings, write_ra
 from diffusion.models.config import FAMILIES
 from flows.config import Params
 from flows.deployment.tasks import retryable_task
-from flows.evaluate import RankingResult, tracker_of
+from flows.evaluate import RankingResult
 from flows.tracking.console import reporter
+from flows.tracking.runs import RunTracker
 from flows.train import train
 
 SHARED: Mapping[str, set[str]] = {
@@ -40,18 +42,17 @@ def compare(params: Params, families: Sequence[str] = tuple(FAMILIES), restart: 
     trained = {name: train(each, "if_different" if restart else "never") for name, each in variants.items()}
     ranking, page = retryable_task(rank_variants)(variants, reporter())
     models = [each.model_copy(update={"run_id": trained[each.name].run_id}) for each in ranking.models]
-    report(variants, ranking, page)
+    report([each.run_id for each in trained.values()], page)
+    create_markdown_artifact("\n\n".join(findings(ranking)), key="comparison")
     return RankingResult(ranking=ranking.model_copy(update={"models": models}), report=page)
 
 
 @retryable_task
-def report(variants: Mapping[str, Params], ranking: Ranking, page: Path) -> None:
-    """Log the report to the MLflow run of each training, and its findings to this flow run."""
-    for params in variants.values():
-        tracker = tracker_of(params)
+def report(run_ids: Sequence[str], page: Path) -> None:
+    """Log the report to the MLflow run of each training."""
+    for run_id in run_ids:
         for path in (page, page.parent / RANKING):
-            tracker.log_file(path, "evaluation")
-    create_markdown_artifact("\n\n".join(findings(ranking)), key="comparison")
+            RunTracker(MlflowClient(), run_id).log_file(path, "evaluation")
 
 
 def family_variants(params: Params, names: Sequence[str]) -> dict[str, Params]:

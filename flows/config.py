@@ -202,22 +202,18 @@ def load_params(path: Path, overrides: list[str]) -> Params:
     if not isinstance(tree, dict):
         raise UserError(f"{path} must hold sections such as `training:`, not a {type(tree).__name__}")
     for override in overrides:
-        _apply(tree, override)
+        key, separator, text = override.partition("=")
+        if not separator or not key.strip():
+            raise UserError(f"--set {override}: write it as key=value, for example training.batch_size=64")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise UserError(f"--set {override}: {text!r} is not a YAML value") from error
+        assign(tree, key.strip(), value, f"--set {override}")
     try:
         return Params.model_validate(tree)
     except ValidationError as error:
         raise UserError(f"{path}: {in_words(error)}") from error
-
-
-def _apply(tree: dict[str, Any], override: str) -> None:
-    key, separator, text = override.partition("=")
-    if not separator or not key.strip():
-        raise UserError(f"--set {override}: write it as key=value, for example training.batch_size=64")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"--set {override}: {text!r} is not a YAML value") from error
-    assign(tree, key.strip(), value, f"--set {override}")
 
 
 def assign(tree: dict[str, Any], key: str, value: Any, option: str) -> None:

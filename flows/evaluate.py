@@ -1,7 +1,6 @@
 """Flow ``evaluate``: score the checkpoints of a run and log the report to its MLflow run.
 
-A separate flow, so that a deployment can run it on another work pool without blocking training: it reads checkpoints,
-which are written atomically, and writes only to the report folder.
+It can run beside a training: it reads checkpoints, which are written atomically, and writes to the report folder.
 """
 
 from pathlib import Path
@@ -37,10 +36,7 @@ class RankingResult(Config):
 
 @flow(name="evaluate", flow_run_name="evaluate-{params.training.dataset}")
 def evaluate(params: Params, folder: Path | None = None) -> Evaluation:
-    """Evaluate every checkpoint against the held-out images and log the report to the MLflow run.
-
-    ``folder`` is the output folder; None: the report folder of the data set.
-    """
+    """Evaluate every checkpoint against the held-out images; report to ``folder``, by default that of the data set."""
     require_champion(params)
     folder = folder or params.report_folder
     evaluation = evaluate_checkpoints(params, folder)
@@ -52,15 +48,9 @@ def evaluate(params: Params, folder: Path | None = None) -> Evaluation:
 def evaluate_checkpoints(params: Params, folder: Path) -> Evaluation:
     """Score the checkpoints; results under the same conditions are cached."""
     require_current(params.dataset_folder)
-    return score_checkpoints(
-        params.dataset_folder,
-        models_to_evaluate(params.run_folder, folder, params.evaluation.ema_stds),
-        params.evaluation,
-        params.sampling,
-        folder,
-        params.run_folder / "losses.csv",
-        reporter(),
-    )
+    data, losses = params.dataset_folder, params.run_folder / "losses.csv"
+    models = models_to_evaluate(params.run_folder, folder, params.evaluation.ema_stds)
+    return score_checkpoints(data, models, params.evaluation, params.sampling, folder, losses, reporter())
 
 
 @retryable_task

@@ -43,24 +43,24 @@ def gc(params: Params) -> GcResult:
 
 def collect(policy: RetentionConfig, now: datetime, dry_run: bool = False) -> GcResult:
     """Collect garbage as of ``now``: batches and runs, then the data sets they need; ``dry_run`` only lists it."""
+    store, client, bucket = Store(), MlflowClient(), environment.settings().bucket
+    batches = SamplingBatches(store, bucket, policy, now)
+    live = find_references(client, store, bucket, *batches.remaining())
+    runs = Runs(client, live, policy, now)
+
+    def sweeps() -> Iterator[Sweep]:
+        yield batches.sweep()
+        yield runs.sweep()
+        contents = runs.contents() | live.contents
+        yield DataSets(store, environment.data_source(), contents, live.unclear, policy, now).sweep()
+        yield LocalFiles(environment.settings().folder / "models", runs.gone(), live.weights, policy, now).sweep()
+
     items = []
-    for sweep in sweeps(policy, now):
+    # Each kind is listed after the kinds that refer to it were collected.
+    for sweep in sweeps():
         items += sweep.items
         if not dry_run:
             sweep.act()
     if not dry_run and any(item.fate == "goes" for item in items):
         vacuum_deleted_objects()
     return GcResult(dry_run=dry_run, items=items)
-
-
-def sweeps(policy: RetentionConfig, now: datetime) -> Iterator[Sweep]:
-    """Sweeps by kind of item, each before the kinds it refers to."""
-    store, client, source = Store(), MlflowClient(), environment.data_source()
-    bucket = environment.settings().bucket
-    batches = SamplingBatches(store, bucket, policy, now)
-    live = find_references(client, store, bucket, *batches.remaining())
-    runs = Runs(client, live, policy, now)
-    yield batches.sweep()
-    yield runs.sweep()
-    yield DataSets(store, source, runs.contents() | live.contents, live.unclear, policy, now).sweep()
-    yield LocalFiles(environment.settings().folder / "models", runs.gone(), live.weights, policy, now).sweep()

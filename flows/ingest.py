@@ -55,8 +55,10 @@ def ingest(
     repair(params, rebuild, to_retrain)
     make = make_dataset.with_options(task_runner=task_runner(params.ingest))
     result = make(params, requeue, rebuild)
-    while (version := record(params)) is None:
-        # Another ingest was faster: add the new images to its version, without reading them again.
+    # A DVC commit and push; None if another ingest was faster.
+    record = retryable_task(publish)
+    while (version := record(params.dataset_folder, data_source())) is None:
+        # Add the new images to the version of that ingest, without reading them again.
         repair(params, "never", to_retrain)
         again = make(params, requeue=False, rebuild="never")
         counters = {name: getattr(result, name) for name in COUNTERS}
@@ -89,21 +91,10 @@ def repair(params: Params, rebuild: Rebuild, to_retrain: bool) -> None:
 @flow(name="make dataset")
 def make_dataset(params: Params, requeue: bool, rebuild: Rebuild) -> IngestResult:
     """Write shards and manifest; each shard is a separate task."""
+    folder, config, fan_out = params.dataset_folder, params.ingest, prefect_fan_out(params.ingest)
     return ingest_images(
-        params.dataset_folder,
-        params.ingest,
-        reporter(),
-        requeue=requeue,
-        rebuild=rebuild,
-        objects=S3Objects(),
-        fan_out=prefect_fan_out(params.ingest),
+        folder, config, reporter(), requeue=requeue, rebuild=rebuild, objects=S3Objects(), fan_out=fan_out
     )
-
-
-@retryable_task
-def record(params: Params) -> DataVersion | None:
-    """Commit the data set to DVC, push it and publish it; None if another ingest was faster, see ``publish``."""
-    return publish(params.dataset_folder, data_source())
 
 
 @retryable_task

@@ -1,8 +1,7 @@
 """Flow ``promote``: register the best checkpoint, and make it champion if it is significantly better.
 
-Candidate and champion are compared on the same held-out images (``diffusion.evaluation.comparison``). Appending the
-verdict to the ledger is the commit; MLflow's tags and aliases follow it. A repeated command finds the entry, or
-resumes the comparison.
+Appending the verdict to the ledger is the commit; MLflow's tags and aliases follow it. A repeated command finds the
+entry, or resumes the comparison.
 """
 
 import logging
@@ -42,9 +41,6 @@ from flows.storage.tags import parse_tags
 from flows.tracking.console import reporter
 from flows.tracking.runs import AUTOENCODER, START, RunTracker
 
-APPROVAL_TIMEOUT = 72 * 3600
-"""Seconds until a request for approval expires."""
-
 
 class GateResult(Config):
     """Result of the gate for a version against the champion."""
@@ -54,7 +50,6 @@ class GateResult(Config):
     evidence: Evidence | None
     """Metrics and verdict; None if it is champion already."""
     comparison: ChampionComparison | None = None
-    """The comparison; None if there was none, because it is champion already or a person decided."""
 
 
 class PromotionResult(Config):
@@ -165,23 +160,16 @@ def apply_gate(params: Params, evaluation: Evaluation, version: Version) -> Gate
         figures = finite(evaluation.metrics())
         evidence = Evidence(verdict="hold", reason=reason, figures=figures, eval_key=evaluation.eval_key)
         return GateResult(champion=champion, evidence=evidence, comparison=last_comparison(params, version))
-    champion_weights = None
+    theirs = None
     if champion is not None:
-        champion_weights = model_versions.cached_weights(model_versions.version_of(client, version.model, champion))
+        theirs = model_versions.cached_weights(model_versions.version_of(client, version.model, champion))
+    ours, data, folder = params.run_folder / "weights.safetensors", params.dataset_folder, params.report_folder
     comparison, grids = compare_with_champion(
-        params.run_folder / "weights.safetensors",
-        champion_weights,
-        params.dataset_folder,
-        params.evaluation,
-        params.sampling,
-        params.gate,
-        params.report_folder,
-        reporter(),
+        ours, theirs, data, params.evaluation, params.sampling, params.gate, folder, reporter()
     )
     names = f"version {version.number}", None if champion is None else f"version {champion}"
-    page = params.report_folder / PAGE
-    write_comparison_report(page, comparison, grids, version.model, params.training.dataset, *names)
-    for path in (params.report_folder / COMPARISON, page):
+    write_comparison_report(folder / PAGE, comparison, grids, version.model, params.training.dataset, *names)
+    for path in (folder / COMPARISON, folder / PAGE):
         RunTracker(client, version.run_id).log_file(path, "evaluation")
     evidence = Evidence(
         verdict=comparison.decision.verdict.value,
@@ -195,12 +183,9 @@ def apply_gate(params: Params, evaluation: Evaluation, version: Version) -> Gate
 
 def last_comparison(params: Params, version: Version) -> ChampionComparison | None:
     """Comparison in the report folder; None if there is none or ``version`` was not its candidate."""
-    path = params.report_folder / COMPARISON
-    if not path.is_file():
-        return None
     try:
-        found = ChampionComparison.model_validate_json(path.read_bytes())
-    except ValidationError:  # written by another version of Darkroom
+        found = ChampionComparison.model_validate_json((params.report_folder / COMPARISON).read_bytes())
+    except (FileNotFoundError, ValidationError):  # written by another version of Darkroom
         return None
     return found if found.candidate.sha256 == version.weights_sha256 else None
 
@@ -222,7 +207,7 @@ def request_approval(version: Version, result: GateResult) -> Approval | None:
     )
     form = ApprovalForm.with_initial_data(description=question)
     try:
-        answer = pause_flow_run(wait_for_input=form, timeout=APPROVAL_TIMEOUT, poll_interval=5)
+        answer = pause_flow_run(wait_for_input=form, timeout=72 * 3600, poll_interval=5)
     except FlowPauseTimeout:
         return Approval(approved=False, by=None)
     return Approval(approved=answer.approved, by=answer.by, note=answer.note)
@@ -233,20 +218,16 @@ def record(
     params: Params, evaluation: Evaluation, version: Version, result: GateResult, approval: Approval | None
 ) -> PromotionResult:
     """Commit the verdict to the ledger, then update MLflow: scores, card, copies of the entry, aliases."""
-    client, ledger = MlflowClient(), Ledger.of(version.model)
-    history = commit(client, version, result, approval)
-    entry = history.about(version.number)
+    client = MlflowClient()
+    entry = commit(client, version, result, approval).about(version.number)
     assert entry is not None, "the champion has an entry in the ledger"
     tags = {name: f"{value:.6g}" for name, value in evaluation.metrics().items()}
-    tags["darkroom.eval_key"] = evaluation.eval_key
-    if entry.evidence is not None:
-        tags["darkroom.gate"] = entry.evidence.reason
-    for tag, value in tags.items():
+    gate = {"darkroom.gate": entry.evidence.reason} if entry.evidence else {}
+    for tag, value in (tags | {"darkroom.eval_key": evaluation.eval_key} | gate).items():
         client.set_model_version_tag(version.model, str(version.number), tag, value)
     model_card.write(client, params, evaluation, version, entry, result.comparison)
-    champion = project(client, ledger).standing.champion
-    promoted = champion == version.number
-    if promoted:
+    champion = project(client, Ledger.of(version.model)).standing.champion
+    if promoted := champion == version.number:
         warn_of_takedown(with_takedowns(version))
     verdict = PromotionResult(
         version=version,
@@ -261,10 +242,7 @@ def record(
 
 
 def commit(client: MlflowClient, version: Version, result: GateResult, approval: Approval | None) -> History:
-    """Append the verdict on ``version`` to its model's ledger unless it is there; returns the ledger.
-
-    Raises UserError if some of its training images were taken down, and Held as ``next_entry`` does.
-    """
+    """Append the verdict on ``version`` to its model's ledger unless it is there, or it must not be promoted."""
 
     def decide(history: History) -> LedgerEntry | None:
         # A takedown writes its record before it searches for versions, and this one is registered: either the record

@@ -28,7 +28,7 @@ from diffusion.generation.super_resolution import task_of
 from diffusion.process.samplers import SamplingConfig
 from flows import environment
 from flows.config import Params, SamplingBatchConfig
-from flows.deployment.tasks import retryable_task, submitter, task_runner
+from flows.deployment.tasks import ray_resources, retryable_task, task_runner
 from flows.registry import model_versions
 from flows.registry.model_versions import Version
 from flows.registry.takedown_marks import warn_of_takedown
@@ -42,7 +42,6 @@ from flows.tracking.runs import RunTracker
 
 logger = logging.getLogger(__name__)
 
-SHOWN = 64
 ATTEMPTS = 3
 """Number of attempts for a batch that is deleted while it is generated."""
 
@@ -122,9 +121,7 @@ def generate(
     """
     version, weights = fetch(model)
     request, origin = read_request(fields, image, mask), {"model": version.uri, "run_id": version.run_id}
-    # A separate task, which is retried.
-    make = retryable_task(generate_to_folder)
-    return make(weights, request, params.sampling, output, origin, reporter())
+    return retryable_task(generate_to_folder)(weights, request, params.sampling, output, origin, reporter())
 
 
 @flow(name="explain", flow_run_name="explain-{model}")
@@ -180,12 +177,12 @@ def generate_chunks(params: Params, batch: SamplingBatch, place: Location, versi
     show, works = bar("sampling"), list[Work]()
     done = batch.count - sum(len(chunks[chunk]) for chunk in missing)
     show("images generated", done, batch.count)
-    submit = submitter(generate_chunk, config, gpu=resolve_device(batch.sampling.device).type == "cuda")
-    futures = (submit(batch, place, version, chunk, config) for chunk in missing)
-    for chunk, work in zip(missing, in_order(futures, 2 * config.workers), strict=True):
-        works.append(work)
-        done += len(chunks[chunk])
-        show("images generated", done, batch.count)
+    futures = (generate_chunk.submit(batch, place, version, chunk, config) for chunk in missing)
+    with ray_resources(config, gpu=resolve_device(batch.sampling.device).type == "cuda"):
+        for chunk, work in zip(missing, in_order(futures, 2 * config.workers), strict=True):
+            works.append(work)
+            done += len(chunks[chunk])
+            show("images generated", done, batch.count)
     return generate_batch.cost_of(works, time.monotonic() - started)
 
 
@@ -207,7 +204,7 @@ def finish(batch: SamplingBatch, place: Location, cost: GenerationCost) -> Sampl
     store = Store()
     if not generate_batch.finish(store, batch, place):
         return None
-    shown = min(SHOWN, batch.count)
+    shown = min(64, batch.count)
     chunks = range(-(-shown // batch.chunk_size))
     rows = [row for chunk in chunks for row in read_rows(store, place, batch, chunk)][:shown]
     pngs = (io.BytesIO(read_image(store, place, batch, row["index"], row)) for row in rows)

@@ -7,6 +7,7 @@ run. Finished combinations are skipped, so a sweep can be resumed and extended.
 import itertools
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,6 @@ from flows.evaluate import RankingResult, evaluate
 from flows.tracking.runs import SWEEP, RunTracker, one_run
 from flows.train import train
 
-PAGE = "sweep.html"
-"""Name of the report among the artifacts of the sweep's run."""
 SECTIONS = ("model", "training")
 """Sections that may vary; data, sampling and evaluation are the same for all, so that metrics are comparable."""
 FIXED = ("training.dataset", "training.output", "model.family")
@@ -88,21 +87,14 @@ def rank(
     """Rank all combinations; write the report and log it to the sweep's run."""
     ranking = rank_evaluations(evaluations, [each.settings for each in points], runs)
     places = dict(zip(runs, zip(points, evaluations, strict=True), strict=True))
-    ordered = {each.name: places[each.run_id] for each in ranking.models if each.run_id is not None}
+    ordered = [(each.name, *places[each.run_id]) for each in ranking.models if each.run_id is not None]
     page = params.report_folder / "sweeps" / f"{parent}.html"
-    write_ranking_report(
-        page,
-        ranking,
-        {name: (point.folder / "grids" / grid_name(each.best)).read_bytes() for name, (point, each) in ordered.items()},
-        (points[0].folder / "grids" / REAL_GRID).read_bytes(),
-        training_charts(
-            list(ordered),
-            [each for _, each in ordered.values()],
-            [point.params.run_folder / "losses.csv" for point, _ in ordered.values()],
-        ),
-    )
+    grids = {name: (point.folder / "grids" / grid_name(each.best)).read_bytes() for name, point, each in ordered}
+    losses = [point.params.run_folder / "losses.csv" for _, point, _ in ordered]
+    charts = training_charts(list(grids), [each for *_, each in ordered], losses)
+    write_ranking_report(page, ranking, grids, (points[0].folder / "grids" / REAL_GRID).read_bytes(), charts)
     tracker = RunTracker(MlflowClient(), parent)
-    tracker.client.log_text(parent, page.read_text(), PAGE)
+    tracker.client.log_text(parent, page.read_text(), "sweep.html")
     tracker.finish()
     rows = [
         {"settings": words_of(each.settings), ranking.metric: f"{each.value:.4g} ± {each.error:.2g}"}
@@ -120,10 +112,9 @@ def parse_over(words: Sequence[str]) -> dict[str, list[Any]]:
     over: dict[str, list[Any]] = {}
     for each in words:
         key, equal, text = each.partition("=")
-        try:
+        values: list[Any] = []
+        with suppress(yaml.YAMLError):
             values = yaml.safe_load(f"[{text}]") if equal else []
-        except yaml.YAMLError:
-            values = []
         if not values or not key.strip():
             raise UserError(f"--over {each}: write it as key=value,value, for example training.learning_rate=1e-3,4e-3")
         if key.strip() in over:
@@ -142,8 +133,7 @@ def combinations(params: Params, over: Mapping[str, Sequence[Any]]) -> list[Comb
                 f"--over {key}: data, sampling and evaluation must be the same for all; vary fields of "
                 f"{' and '.join(SECTIONS)}, but for {', '.join(FIXED)}"
             )
-    choices = (dict(zip(over, values, strict=True)) for values in itertools.product(*over.values()))
-    points = [_with(params, settings) for settings in choices]
+    points = [_with(params, dict(zip(over, values, strict=True))) for values in itertools.product(*over.values())]
     # By parsed value: 1e-3 equals 0.001.
     if len({each.digest for each in points}) < len(points):
         raise UserError("--over gives the same value twice: leave one of them out")

@@ -72,18 +72,14 @@ def takedown(params: Params, selection: Selection, reason: str, purge: bool = Fa
     version = record(params, removal)
     announce(params, silently=False)
     versions, affected = find_holders(params, removal)
+    held, unknown = affected.held, affected.unknown
     derived = mark_derived(params, removal, versions, affected)
     purged = clear(params, versions, affected, derived) if purge else None
     done = TakedownResult(
-        name=removal.name,
-        removal=removal,
-        version=version,
-        held=affected.held,
-        unknown=affected.unknown,
-        derived=derived,
-        purged=purged,
+        name=removal.name, removal=removal, version=version, held=held, unknown=unknown, derived=derived, purged=purged
     )
-    report(done)
+    items = [f"- {escape_markdown(line)}" for line in (f"reason {removal.reason}", *done.lines())]
+    create_markdown_artifact("\n".join(items), key="takedown")
     return done
 
 
@@ -144,21 +140,9 @@ def clear(params: Params, versions: dict[str, Manifest], affected: Holders, deri
     held = [versions[digest] for digest in affected.held]
     others = [each for digest, each in versions.items() if digest not in affected.held]
     Catalog.of(folder.name, environment.data_source()).delete_pages(affected.held)
-    purged = Purged(
-        dvc_objects=purge_dvc(held, others, environment.data_source()),
-        files=[
-            path
-            for reports in params.report_folders
-            for path in (*purge_files(folder, held, others, reports), *purge_samples(Path("runs", reports.name), held))
-        ],
-        artifacts=clear_images(derived),
-    )
+    objects, files = purge_dvc(held, others, environment.data_source()), list[str]()
+    for reports in params.report_folders:
+        files += purge_files(folder, held, others, reports) + purge_samples(Path("runs", reports.name), held)
+    purged = Purged(dvc_objects=objects, files=files, artifacts=clear_images(derived))
     vacuum_deleted_objects()
     return purged
-
-
-@retryable_task
-def report(done: TakedownResult) -> None:
-    """Summarize the takedown on the flow run."""
-    items = [f"- {escape_markdown(line)}" for line in (f"reason {done.removal.reason}", *done.lines())]
-    create_markdown_artifact("\n".join(items), key="takedown")

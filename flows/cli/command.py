@@ -7,7 +7,6 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, TypeGuard, TypeVar
 
 import typer
@@ -18,7 +17,6 @@ from diffusion.common.escaping import escape_controls
 if TYPE_CHECKING:
     from pydantic import BaseModel
 
-    from flows.config import Params
     from flows.environment import Server
 
 LARGEST_SEED = 2**63 - 1
@@ -62,7 +60,7 @@ def command(
     *,
     panel: str | None = None,
     dataset: bool = True,
-    overrides: Mapping[str, str] = MappingProxyType({}),
+    sets_source: bool = False,
     servers: "tuple[Server, ...]" = (),
 ) -> Callable[[Function], Function]:
     """Register a function as a command of ``app``.
@@ -76,7 +74,7 @@ def command(
         name: Name of the command; default: the function's.
         panel: Heading in the help text.
         dataset: Whether there is ``--dataset``.
-        overrides: Configuration keys by the parameters that set them, such as ``{"source": "ingest.source"}``.
+        sets_source: Whether the parameter ``source`` sets ingest.source.
         servers: Servers that the command is connected to, see ``connect``.
     """
 
@@ -96,9 +94,15 @@ def command(
             # Libraries print to standard output, which belongs to the result.
             with redirect_stdout(sys.stderr):
                 if configured:
-                    chosen = {key: given[parameter] for parameter, key in overrides.items()}
+                    from flows.config import load_params
+
+                    chosen = {"ingest.source": given["source"]} if sets_source else {}
                     chosen["training.dataset"] = given.pop("dataset", None)
-                    given["config"] = _load(given.pop("params_file"), given.pop("settings"), chosen)
+                    words = {
+                        key: json.dumps(value, ensure_ascii=False) for key, value in chosen.items() if value is not None
+                    }
+                    settings = given.pop("settings") + [f"{key}={value}" for key, value in words.items()]
+                    given["config"] = load_params(given.pop("params_file"), settings)
                 with connect(*servers) if servers else nullcontext():
                     output = function(**given)
                 # Lines may still have to be computed.
@@ -122,15 +126,6 @@ def command(
         return function
 
     return register
-
-
-def _load(path: Path, overrides: list[str], chosen: Mapping[str, str | None]) -> "Params":
-    from flows.config import dataset_folder, load_params
-
-    if (dataset := chosen["training.dataset"]) is not None:
-        dataset_folder(dataset)
-    words = {key: json.dumps(value, ensure_ascii=False) for key, value in chosen.items() if value is not None}
-    return load_params(path, [*overrides, *(f"{key}={value}" for key, value in words.items())])
 
 
 def is_follower() -> bool:

@@ -48,7 +48,7 @@ ALL_FAMILIES = ["ddpm", "vae", "gan", "autoregressive"]
 pipeline = command(app, panel="Pipeline")
 
 
-@command(app, panel="Pipeline", overrides={"source": "ingest.source"})
+@command(app, panel="Pipeline", sets_source=True)
 def ingest(
     config: "Params",
     source: Annotated[
@@ -86,15 +86,10 @@ def ingest(
         from flows.ingest import ingest
 
         done = ingest(config, requeue, when)
-    return CommandOutput(
-        done.result.model_dump(mode="json") | {"dvc_digest": done.version.digest, "report": str(done.report)},
-        [
-            *_ingested(done.result, config.ingest.source),
-            f"content {done.result.content_digest}",
-            f"DVC {done.version.digest} in {done.version.pointer}",
-            f"report: {done.report}",
-        ],
-    )
+    value = done.result.model_dump(mode="json") | {"dvc_digest": done.version.digest, "report": str(done.report)}
+    stored = f"DVC {done.version.digest} in {done.version.pointer}"
+    about = (f"content {done.result.content_digest}", stored, f"report: {done.report}")
+    return CommandOutput(value, [*_ingested(done.result, config.ingest.source), *about])
 
 
 def _ingested(result: "IngestResult", source: str) -> Iterator[str]:
@@ -206,27 +201,19 @@ def evaluate(config: "Params", local: Local = False) -> CommandOutput:
         from diffusion.training.ema import models_to_evaluate
         from flows.tracking.console import console
 
+        data, folder, losses = config.dataset_folder, config.report_folder, config.run_folder / "losses.csv"
+        models = models_to_evaluate(config.run_folder, folder, config.evaluation.ema_stds)
         with console() as progress:
-            done = evaluate_checkpoints(
-                config.dataset_folder,
-                models_to_evaluate(config.run_folder, config.report_folder, config.evaluation.ema_stds),
-                config.evaluation,
-                config.sampling,
-                config.report_folder,
-                config.run_folder / "losses.csv",
-                progress,
-            )
+            done = evaluate_checkpoints(data, models, config.evaluation, config.sampling, folder, losses, progress)
     else:
         with connect("prefect", "mlflow", "s3"):
             from flows.evaluate import evaluate
 
             done = evaluate(config)
     metrics = [f"  {name}: {value:.4g}" for name, value in done.metrics().items()]
-    report = config.report_folder / "report.html"
-    return CommandOutput(
-        done.model_dump(mode="json") | {"report": str(report)},
-        [f"best of {len(done.checkpoints)} checkpoints:", *metrics, f"report: {report}"],
-    )
+    report = str(config.report_folder / "report.html")
+    lines = [f"best of {len(done.checkpoints)} checkpoints:", *metrics, f"report: {report}"]
+    return CommandOutput(done.model_dump(mode="json") | {"report": report}, lines)
 
 
 @pipeline
@@ -302,26 +289,18 @@ def sample(
         fields |= {"label": next(iter(label), None), "prompt": next(iter(prompt), None)}
         return generate_images(config, "sample", fields, model, output)
     if output is not None:
-        raise UserError(
-            "--out is where images of a model file go, and those of a registered model go to S3: use "
-            "--to s3://BUCKET/PREFIX"
-        )
+        raise UserError("--out is where images of a model file go, and this is a registered model: use --to S3_URI")
     with connect("prefect", "mlflow", "s3"):
         from diffusion.generation.config import Conditions
         from flows.sample import sample
 
         conditions = Conditions(labels=tuple(label), prompts=tuple(prompt), negative_prompt=negative_prompt)
         done = sample(config, model or config.champion, count, seed, to, conditions, requests)
-    lines = [
-        f"{done.count} images of {done.model} in {done.uri}",
-        f"manifest: {done.manifest}",
-        f"contact sheet: {done.contact_sheet}",
-        done.took.words,
-    ]
-    return CommandOutput(done, lines)
+    files = [f"manifest: {done.manifest}", f"contact sheet: {done.contact_sheet}"]
+    return CommandOutput(done, [f"{done.count} images of {done.model} in {done.uri}", *files, done.took.words])
 
 
-@command(app, panel="Pipeline", overrides={"source": "ingest.source"})
+@command(app, panel="Pipeline", sets_source=True)
 def retrain(
     config: "Params",
     source: Annotated[str | None, Argument(help="Source, as for `darkroom ingest`; default: ingest.source.")] = None,

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Any, ParamSpec, TypeVar, cast
 
 from prefect import Task, task
@@ -21,7 +21,7 @@ from diffusion.common.child_processes import end_with_parent
 from diffusion.common.errors import DarkroomError, UserError
 from diffusion.common.escaping import escape_controls
 from diffusion.data.ingest.config import IngestConfig
-from diffusion.data.prefetch import Begun, FanOut, in_order
+from diffusion.data.prefetch import FanOut, in_order
 from flows.config import SamplingBatchConfig
 
 logger = logging.getLogger(__name__)
@@ -77,17 +77,14 @@ def task_runner(config: FanOutConfig) -> TaskRunner[Any]:
     return ThreadPoolTaskRunner(max_workers=config.workers)
 
 
-def submitter(task: Task[P, R], config: FanOutConfig, gpu: bool) -> Callable[P, Begun[R]]:
-    """Function that submits ``task`` to the task runner of ``config``; on Ray with one core, and a GPU if ``gpu``."""
+def ray_resources(config: FanOutConfig, gpu: bool) -> AbstractContextManager[Any]:
+    """Context in which tasks are submitted with one core each, and a GPU if ``gpu``, on the runner ray."""
     if config.runner != "ray":
-        return task.submit
+        return nullcontext()
     from prefect_ray.context import remote_options
 
-    def submit(*args: P.args, **kwargs: P.kwargs) -> Begun[R]:
-        with remote_options(num_cpus=1, num_gpus=int(gpu)):
-            return task.submit(*args, **kwargs)
-
-    return submit
+    options: AbstractContextManager[Any] = remote_options(num_cpus=1, num_gpus=int(gpu))
+    return options
 
 
 def prefect_fan_out(config: IngestConfig) -> FanOut:

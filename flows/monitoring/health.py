@@ -20,10 +20,10 @@ def check(name: str) -> list[str]:
     ``name`` is one of ``CHECKS``, located by the environment, s3, or a http:// URL. Raises NotServing or UserError with
     the reason if the server does not work.
     """
+    if name == "s3":
+        return _s3()
     if name.startswith("http://"):
         fetch(name)
-    elif name == "s3":
-        return _s3()
     elif name in CHECKS:
         CHECKS[name]()
     else:
@@ -63,16 +63,16 @@ def _s3() -> list[str]:
     list(store.list_keys(bucket, f"samples/{PROBE}"))
     try:
         store.require_conditional_puts(bucket, "samples")
-        conditional = honours_conditional_completion(store, bucket, "samples")
+        if honours_conditional_completion(store, bucket, "samples"):
+            return []
     except Denied:
         return [
             "s3: these keys may not write to samples/, so it was not tested whether the server honours If-None-Match"
         ]
-    lacking = (
+    return [
         f"s3: {server} ignores If-None-Match when an upload in parts is completed: sampling in tars stays safe by the "
         "sums beside them (KEY.sha256); objects that others upload in parts can be overwritten"
-    )
-    return [] if conditional else [lacking]
+    ]
 
 
 CHECKS: Mapping[str, Callable[[], object]] = {

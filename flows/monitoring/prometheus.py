@@ -45,11 +45,12 @@ GAUGES: Mapping[str, tuple[str, tuple[str, ...]]] = {
 }
 """Help and labels of all metrics by name."""
 
-RUNNING = {"PENDING": "pending", "RUNNING": "running", "PAUSED": "paused", "CANCELLING": "cancelling"}
-ENDED = {"COMPLETED": "completed", "FAILED": "failed", "CRASHED": "crashed", "CANCELLED": "cancelled"}
+RUNNING = ("pending", "running", "paused", "cancelling")
+ENDED = ("completed", "failed", "crashed", "cancelled")
 PAGE = 200
 """Page size of Prefect's API."""
-
+MOST = 1000
+"""Maximum number of models, experiments and running trainings."""
 Sample = tuple[str, tuple[str, ...], float]
 """Name, label values and value of a metric."""
 
@@ -99,13 +100,11 @@ def prefect_samples() -> Iterator[Sample]:
     flows = {flow["id"]: flow["name"] for flow in _pages("flows/filter", {})}
     now = datetime.now(UTC)
     due = {"expected_start_time": {"before_": now.isoformat()}}
-    waiting = {"flow_runs": {"state": {"type": {"any_": ["SCHEDULED", *RUNNING]}}, **due}}
+    waiting = {"flow_runs": {"state": {"type": {"any_": ["SCHEDULED", *map(str.upper, RUNNING)]}}, **due}}
     day = {"after_": (now - timedelta(days=1)).isoformat()}
-    ended = {"flow_runs": {"state": {"type": {"any_": list(ENDED)}}, "end_time": day}}
-    yield from count_states(
-        "darkroom_flow_runs", ("late", *RUNNING.values()), flows, _pages("flow_runs/filter", waiting)
-    )
-    yield from count_states("darkroom_flow_runs_last_day", ENDED.values(), flows, _pages("flow_runs/filter", ended))
+    ended = {"flow_runs": {"state": {"type": {"any_": [*map(str.upper, ENDED)]}}, "end_time": day}}
+    yield from count_states("darkroom_flow_runs", ("late", *RUNNING), flows, _pages("flow_runs/filter", waiting))
+    yield from count_states("darkroom_flow_runs_last_day", ENDED, flows, _pages("flow_runs/filter", ended))
     for flow_id, flow in flows.items():
         question = {
             "flows": {"id": {"any_": [flow_id]}},
@@ -135,9 +134,7 @@ def count_states(
 
 def state_of(run: Mapping[str, Any]) -> str:
     """State of a run: ``late`` if no worker started it when it was due, ``scheduled`` before that."""
-    if run["state_name"] == "Late":
-        return "late"
-    return (RUNNING | ENDED).get(run["state_type"], "scheduled")
+    return "late" if run["state_name"] == "Late" else str(run["state_type"]).lower()
 
 
 def last_success_samples(flow: str, run: Mapping[str, Any]) -> Iterator[Sample]:
@@ -166,8 +163,11 @@ def ledger_samples(read: dict[str, LedgerRead]) -> Iterator[Sample]:
     ``read`` is the cache, which is updated. While MLflow does not answer, its last known records are used.
     """
     place, store = Location(settings().bucket) / "ledger", Store(client(attempts=1, read_timeout=5))
-    # Before the ledgers are listed: entries are appended before they are recorded in MLflow.
-    known = _on_record(str(place), {model: each.known for model, each in read.items()})
+    try:
+        # Before the ledgers are listed: entries are appended before they are recorded in MLflow.
+        known = _on_record(str(place))
+    except NotServing:
+        known = {model: each.known for model, each in read.items()}
     keys = (key.removeprefix(place.key("")) for key in store.list_keys(place.bucket, place.key("")))
     for model in sorted({key.partition("/")[0] for key in keys if "/" in key} | known.keys()):
         try:
@@ -191,42 +191,34 @@ def ledger_samples(read: dict[str, LedgerRead]) -> Iterator[Sample]:
             yield "darkroom_champion_since_timestamp_seconds", (model,), since[-1].timestamp()
 
 
-def _on_record(place: str, before: Mapping[str, Known]) -> dict[str, Known | None]:
+def _on_record(place: str) -> dict[str, Known | None]:
     """MLflow's records of the ledgers below ``place``, by model; None for an invalid record."""
     found: dict[str, Known | None] = {}
-    token = ""
-    while True:
+    for model in query_mlflow(f"registered-models/search?max_results={MOST}").get("registered_models", ()):
+        name, tags = model["name"], {tag["key"]: tag["value"] for tag in model.get("tags", ())}
         try:
-            answer = query_mlflow(f"registered-models/search?max_results={PAGE}&page_token={quote(token, safe='')}")
-        except NotServing:
-            return {model: each for model, each in before.items() if each}
-        for model in answer.get("registered_models", ()):
-            name, tags = model["name"], {tag["key"]: tag["value"] for tag in model.get("tags", ())}
-            try:
-                newest = Newest.of(name, tags)
-            except UserError:
-                found[name] = None
-                continue
-            if newest is not None and newest.place == f"{place}/{name}":
-                found[name] = {newest.number: newest.sha256}
-        if not (token := answer.get("next_page_token", "")):
-            return found
+            newest = Newest.of(name, tags)
+        except UserError:
+            found[name] = None
+            continue
+        if newest is not None and newest.place == f"{place}/{name}":
+            found[name] = {newest.number: newest.sha256}
+    return found
 
 
 def mlflow_samples(histories: Mapping[str, History]) -> Iterator[Sample]:
     """Metrics of running trainings, and of the champions in ``histories``; raises NotServing."""
-    found = query_mlflow("experiments/search", {"max_results": 1000}).get("experiments", ())
-    experiments = {each["experiment_id"]: each["name"] for each in found}
-    if experiments:
+    found = query_mlflow("experiments/search", {"max_results": MOST}).get("experiments", ())
+    if experiments := {each["experiment_id"]: each["name"] for each in found}:
         trainings = "attributes.status = 'RUNNING' and tags.`darkroom.train_key` != ''"
-        question = {"experiment_ids": list(experiments), "filter": trainings, "max_results": 1000}
+        question = {"experiment_ids": list(experiments), "filter": trainings, "max_results": MOST}
         for run in query_mlflow("runs/search", question).get("runs", ()):
             yield from training_samples(experiments[run["info"]["experiment_id"]], run)
     for model, history in histories.items():
         if (number := history.standing.champion) is None:
             continue
         found = query_mlflow(f"model-versions/get?name={quote(model, safe='')}&version={number}")
-        # The scores of a version are its numeric tags without a namespace.
+        # The metrics of a version are its numeric tags without a namespace.
         for tag in found["model_version"].get("tags", ()):
             with suppress(ValueError):
                 if "." not in tag["key"] and math.isfinite(value := float(tag["value"])):
