@@ -9,10 +9,8 @@ from mlflow.client import MlflowClient
 from prefect import flow
 from prefect.artifacts import create_table_artifact
 
-from diffusion.common.config import Config
 from diffusion.common.errors import UserError
 from diffusion.evaluation.evaluate import evaluate as score_checkpoints
-from diffusion.evaluation.ranking import Ranking
 from diffusion.evaluation.results import Evaluation
 from diffusion.training.checkpointing import Checkpoints
 from diffusion.training.ema import models_to_evaluate
@@ -23,15 +21,6 @@ from flows.registry.takedown_marks import require_current
 from flows.tracking.console import reporter
 from flows.tracking.json_logs import RUN_ID
 from flows.tracking.runs import TRAIN_KEY, RunTracker, find_run, log_evaluation
-
-
-class RankingResult(Config):
-    """Ranking of several trainings, with its report."""
-
-    ranking: Ranking
-    report: Path
-    run_id: str | None = None
-    """MLflow parent run of a sweep."""
 
 
 @flow(name="evaluate", flow_run_name="evaluate-{params.training.dataset}")

@@ -37,11 +37,7 @@ class MonitorResult(Config):
 
 @flow(name="monitor", flow_run_name="monitor-{params.training.dataset}")
 def monitor(params: Params) -> MonitorResult:
-    """Re-evaluate the champion on the newest held-out images, and log the metrics to its MLflow run.
-
-    Args:
-        params: The configuration, as params.yaml has it.
-    """
+    """Re-evaluate the champion on the newest held-out images, and log the metrics to its MLflow run."""
     sync(params, None)
     result = evaluate_champion(params)
     name = "Skipped" if result.skipped else "Drifted" if result.drifted else "Completed"
@@ -61,7 +57,7 @@ def evaluate_champion(params: Params) -> MonitorResult:
     from flows.tracking.runs import RunTracker
 
     client, content = MlflowClient(), read_manifest(params.dataset_folder).content_digest
-    version = model_versions.resolve(client, f"models:/{params.model_name}@champion")
+    version = model_versions.resolve(client, params.champion)
     entry = verified(client, Ledger.of(version.model)).about(version.number)
     before = entry.evidence.figures if entry and entry.evidence else {}
     conditions = [params.evaluation.model_dump(mode="json"), params.sampling.model_dump(mode="json")]

@@ -81,8 +81,7 @@ class ApprovalForm(RunInput):
 @flow(name="promote", flow_run_name="promote-{params.training.dataset}")
 def promote(params: Params) -> PromotionResult:
     """Register the best checkpoint, and promote it if the gate prefers it to the champion."""
-    path = params.report_folder / "evaluation.json"
-    if not path.is_file():
+    if not (path := params.report_folder / "evaluation.json").is_file():
         raise UserError(f"no evaluation in {params.report_folder}: run `darkroom evaluate` first")
     evaluation = Evaluation.read(path)
     require_champion(params)
@@ -94,10 +93,7 @@ def promote(params: Params) -> PromotionResult:
 
 @retryable_task
 def register(params: Params, evaluation: Evaluation) -> Version:
-    """Register the EMA weights of the best checkpoint as a version, with provenance tags and a model card.
-
-    Raises UserError unless ``evaluation`` matches the current checkpoint, data set and configuration.
-    """
+    """Register the EMA weights of the best checkpoint as a version; raises UserError for an outdated ``evaluation``."""
     best, conditions = Path(evaluation.best.file), evaluation.conditions
     is_current = (
         best.parent in (params.run_folder / "checkpoints", params.report_folder / SNAPSHOTS)
@@ -135,23 +131,19 @@ def register(params: Params, evaluation: Evaluation) -> Version:
 @retryable_task
 def require_promotable(version: Version) -> Version:
     """Reload ``version`` from MLflow; raises UserError if some of its training images were taken down."""
-    found = with_takedowns(version)
-    if (words := takedowns(found)) is not None:
+    if words := takedowns(found := with_takedowns(version)):
         raise UserError(words)
     return found
 
 
 @retryable_task
 def apply_gate(params: Params, evaluation: Evaluation, version: Version) -> GateResult:
-    """Compare ``version`` with the champion of the ledger and apply the gate.
-
-    A first version has no champion to beat, but must still pass the memorization check.
-    """
+    """Apply the gate to ``version`` and the champion; a first version must still pass the memorization check."""
     client = MlflowClient()
     history = verified(client, Ledger.of(version.model))
     history.require_same(version.number, version.weights_sha256)
     champion = history.standing.champion
-    if (problem := champion_problem(client, history)) is not None:
+    if problem := champion_problem(client, history):
         raise UserError(problem)
     if champion == version.number:
         return GateResult(champion=champion, evidence=None, comparison=last_comparison(params, version))

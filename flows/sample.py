@@ -58,7 +58,6 @@ class SamplingBatchResult(Config):
     contact_sheet: Path
     """Local image grid of the first images."""
     took: GenerationCost
-    """Cost of the images generated in this run."""
 
 
 class Explanation(Config):
@@ -81,8 +80,7 @@ def sample(
     """Generate ``count`` images of ``seed`` under ``conditions`` with the version ``model``.
 
     ``model`` is models:/NAME@ALIAS or models:/NAME/NUMBER; ``to`` is s3://BUCKET, for samples/MODEL/VERSION/BATCH/ in
-    it, or s3://BUCKET/PREFIX. ``requests`` replaces the count: a table (.csv, .jsonl or .parquet; a path or s3://…)
-    with a label or a prompt for each image.
+    it, or s3://BUCKET/PREFIX. ``requests`` replaces the count: a table with a label or a prompt for each image.
     """
     version, weights = fetch(model)
     for _ in range(ATTEMPTS):
@@ -114,10 +112,9 @@ def generate(
     mask: Path | None = None,
     output: Path | None = None,
 ) -> GenerationResult:
-    """Generate the images of a request into a local folder.
+    """Generate the images of a request into the folder ``output``, by default a new one in samples/.
 
     ``fields`` are those of a ``GenerationRequest``, except the images in the files ``image`` and ``mask``.
-    ``model`` is models:/NAME@ALIAS or models:/NAME/NUMBER, and ``output`` the folder; None: a new one in samples/.
     """
     version, weights = fetch(model)
     request, origin = read_request(fields, image, mask), {"model": version.uri, "run_id": version.run_id}
@@ -208,10 +205,9 @@ def finish(batch: SamplingBatch, place: Location, cost: GenerationCost) -> Sampl
     chunks = range(-(-shown // batch.chunk_size))
     rows = [row for chunk in chunks for row in read_rows(store, place, batch, chunk)][:shown]
     pngs = (io.BytesIO(read_image(store, place, batch, row["index"], row)) for row in rows)
-    pixels = [np.array(Image.open(png, formats=("PNG",))) for png in pngs]
-    images = [torch.from_numpy(each.reshape(*each.shape[:2], -1)).permute(2, 0, 1) for each in pixels]
+    images = np.stack([np.array(Image.open(png, formats=("PNG",))) for png in pngs])
     sheet = Path("samples", batch.model, str(batch.version), f"{batch.name}.png")
-    save_png(sheet, grid(torch.stack(images)))
+    save_png(sheet, grid(torch.from_numpy(images.reshape(*images.shape[:3], -1)).permute(0, 3, 1, 2)))
     done = SamplingBatchResult(
         uri=f"{place}/",
         model=f"models:/{batch.model}/{batch.version}",

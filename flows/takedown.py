@@ -65,8 +65,7 @@ def takedown(params: Params, selection: Selection, reason: str, purge: bool = Fa
     """Remove the images of ``selection`` from the data set ``training.dataset``, and mark what derives from them.
 
     Runs and model versions get the tag ``darkroom.takedown`` and a note. Sampling batches are listed and kept.
-    ``purge`` clears caches, remote copies and pages of the versions that held the images. The flow can be killed and
-    repeated at any moment.
+    ``purge`` clears caches, remote copies and pages of the versions that held the images.
     """
     removal = remove(params, selection, reason)
     version = record(params, removal)

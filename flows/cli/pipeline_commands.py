@@ -393,8 +393,7 @@ def compare(
     Example:  darkroom compare --dataset faces --set training.minutes=10
     """
     if local:
-        from flows.compare import family_variants, rank_variants
-        from flows.evaluate import RankingResult
+        from flows.sweep import RankingResult, family_variants, rank_variants
         from flows.tracking.console import console
 
         otherwise: Restart = "if_different" if restart else "never"
@@ -406,7 +405,7 @@ def compare(
         done = RankingResult(ranking=ranking, report=report)
     else:
         with connect("prefect", "mlflow", "s3"):
-            from flows.compare import compare
+            from flows.sweep import compare
 
             done = compare(config, family, restart)
     from diffusion.evaluation.reports.ranking_report import findings

@@ -30,7 +30,6 @@ P = ParamSpec("P")
 R = TypeVar("R")
 T = TypeVar("T")
 FanOutConfig = IngestConfig | SamplingBatchConfig
-"""Settings of how work is distributed: ``runner`` and ``workers``."""
 MISSED_HEARTBEATS = 4
 """Missed heartbeats after which a run counts as dead: 240 s at our interval, more than Prefect's own 180 s."""
 SHORTEST_LEASE = 60
@@ -40,7 +39,7 @@ SHORTEST_LEASE = 60
 def retryable_task(function: Callable[P, R]) -> Task[P, R]:
     """Prefect task that is retried with exponential backoff, except after a DarkroomError.
 
-    Prefect's cache is off: each task recognises finished work by digests, also in a new run and on another machine.
+    Prefect's cache is off: each task recognises finished work by digests, also on another machine.
     """
     return task(
         retries=2,
@@ -101,8 +100,8 @@ def prefect_fan_out(config: IngestConfig) -> FanOut:
 def concurrency_slot(name: str) -> Iterator[None]:
     """Context in which the current run holds a slot of the concurrency limit ``name``; waits for a free one.
 
-    ``darkroom deploy`` creates the limits. A run of a deployment requires them (else UserError), a manual run uses
-    those that exist. The slot of a killed run is released after ``heartbeat_timeout()`` seconds.
+    A run of a deployment requires the limit, which ``darkroom deploy`` creates (else UserError); a manual run does not.
+    The slot of a killed run is released after ``heartbeat_timeout()`` seconds.
     """
     with get_client(sync_client=True) as client:
         is_deployed = client.read_flow_run(flow_run.root_flow_run_id).deployment_id is not None

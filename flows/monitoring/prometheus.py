@@ -1,6 +1,6 @@
-"""``darkroom server metrics``: Prometheus metrics from Prefect, MLflow and the ledger.
+"""``darkroom server metrics``: Prometheus metrics from Prefect, MLflow and the ledger, queried at each scrape.
 
-Flow runs are too short-lived to be scraped. One small, stateless process queries the servers at each scrape instead.
+Flow runs are too short-lived to be scraped themselves.
 """
 
 import math
@@ -8,7 +8,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
 from urllib.parse import quote
@@ -66,12 +66,12 @@ def serve(host: str, port: int) -> None:
     threading.Event().wait()
 
 
-@dataclass(eq=False)  # a registry needs identity hashing
 class Servers(Collector):
     """Collector that queries the servers of the environment at each scrape."""
 
-    read: dict[str, "LedgerRead"] = field(default_factory=dict)
-    """Cache by model: a ledger is read again when its listing or MLflow's record of it changes."""
+    def __init__(self) -> None:
+        # By model: a ledger is read again when its listing or MLflow's record of it changes.
+        self.read: dict[str, LedgerRead] = {}
 
     def describe(self) -> Iterable[Metric]:
         """Describe no metrics, so that registration queries no server."""
@@ -125,16 +125,17 @@ def prefect_samples() -> Iterator[Sample]:
 def count_states(
     name: str, states: Iterable[str], flows: Mapping[str, str], runs: Iterable[Mapping[str, Any]]
 ) -> Iterator[Sample]:
-    """Number of ``runs`` per flow and state, including zeros; ``flows`` are names by id."""
-    found = Counter((flows.get(run["flow_id"], "unknown"), state_of(run)) for run in runs)
+    """Number of ``runs`` per flow and state, including zeros; ``flows`` are names by id.
+
+    A run is ``late`` if no worker started it when it was due.
+    """
+    found = Counter(
+        (flows.get(run["flow_id"], "unknown"), "late" if run["state_name"] == "Late" else run["state_type"].lower())
+        for run in runs
+    )
     for flow in sorted({*flows.values(), *(flow for flow, _ in found)}):
         for state in states:
             yield name, (flow, state), found[flow, state]
-
-
-def state_of(run: Mapping[str, Any]) -> str:
-    """State of a run: ``late`` if no worker started it when it was due, ``scheduled`` before that."""
-    return "late" if run["state_name"] == "Late" else str(run["state_type"]).lower()
 
 
 def last_success_samples(flow: str, run: Mapping[str, Any]) -> Iterator[Sample]:
@@ -158,10 +159,7 @@ class LedgerRead:
 
 
 def ledger_samples(read: dict[str, LedgerRead]) -> Iterator[Sample]:
-    """Metrics of the ledger of each registered model; raises DarkroomError.
-
-    ``read`` is the cache, which is updated. While MLflow does not answer, its last known records are used.
-    """
+    """Metrics of all ledgers, with the cache ``read``; while MLflow does not answer, with its last known records."""
     place, store = Location(settings().bucket) / "ledger", Store(client(attempts=1, read_timeout=5))
     try:
         # Before the ledgers are listed: entries are appended before they are recorded in MLflow.
