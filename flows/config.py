@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from diffusion.common.config import LONGEST_NAME, Config, plain_name, unset
 from diffusion.common.errors import UserError
@@ -101,18 +101,14 @@ class Params(Config):
         if words := sampling_conflict(self.model, self.sampling) or training_conflict(self.model, self.training):
             raise ValueError(words)
         if self.evaluation.ema_stds and self.training.ema_stds is None:
-            raise ValueError(
-                "evaluation.ema_stds needs the snapshots that training.ema_stds saves: set that too, say to [0.05, 0.1]"
-            )
+            raise ValueError("evaluation.ema_stds needs the snapshots that training.ema_stds saves: set it to [0.05]")
         if self.sampling.guides and self.training.condition_dropout == 0:
             raise ValueError(
                 "sampling.guidance needs an unconditional prediction, which the network never learns "
                 "with training.condition_dropout = 0: set that to 0.1, or leave guidance out"
             )
         if self.gate.class_loss is not None and not self.model.conditional:
-            raise ValueError(
-                "gate.class_loss needs a class-conditional model, and model.conditional = false: leave it out"
-            )
+            raise ValueError("gate.class_loss needs a class-conditional model (model.conditional): leave it out")
         if isinstance(self.model, ModelConfig) and self.model.variance != "fixed" and self.sampling.sampler != "ddpm":
             raise ValueError(
                 f"model.variance = learned_range is used by the sampler ddpm alone, and sampling.sampler = "
@@ -238,7 +234,10 @@ def in_words(error: ValidationError) -> str:
     family = location.pop(1) if location[:1] == ["model"] and len(location) > 1 else None
     where = ".".join(location)
     if first["type"] == "extra_forbidden":
-        known = list(FAMILIES[family].model_fields) if family else _fields_at(location[:-1])
+        section: Any = FAMILIES[family] if family else Params
+        for name in () if family else location[:-1]:
+            section = section.model_fields[name].annotation
+        known = list(getattr(section, "model_fields", ()))
         if family and (others := [name for name, other in FAMILIES.items() if location[-1] in other.model_fields]):
             return f"{where} is a field of model.family = {' and '.join(others)}, and this is {family}: leave it out"
         close = difflib.get_close_matches(location[-1], known, n=1)
@@ -247,13 +246,6 @@ def in_words(error: ValidationError) -> str:
     message = first["msg"].removeprefix("Value error, ")
     got = "" if first["type"] == "value_error" else f" (got {first['input']!r})"
     return f"{where}: {message}{got}" if where else message + got
-
-
-def _fields_at(location: list[str]) -> list[str]:
-    model: Any = Params
-    for name in location:
-        model = model.model_fields[name].annotation
-    return list(model.model_fields) if isinstance(model, type) and issubclass(model, BaseModel) else []
 
 
 def flattened(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -50,11 +50,9 @@ def report(params: Params, evaluation: Evaluation, folder: Path) -> None:
     log_evaluation(tracker, evaluation)
     for path in (folder / "report.html", folder / "evaluation.json", *sorted(folder.glob("grids/*.png"))):
         tracker.log_file(path, "evaluation" if path.parent == folder else "evaluation/grids")
-    create_table_artifact(
-        [{"metric": name, "value": f"{value:.4g}"} for name, value in evaluation.metrics().items()],
-        key="evaluation",
-        description=f"best checkpoint of {params.run_folder}, {evaluation.best.images} images seen",
-    )
+    rows = [{"metric": name, "value": f"{value:.4g}"} for name, value in evaluation.metrics().items()]
+    best = f"best checkpoint of {params.run_folder}, {evaluation.best.images} images seen"
+    create_table_artifact(rows, key="evaluation", description=best)
 
 
 def tracker_of(params: Params) -> RunTracker:

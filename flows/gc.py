@@ -1,8 +1,7 @@
 """Flow ``gc``: delete what nothing needs any more, in two steps with a grace period between them.
 
-Everything that registered versions, ledgers and retained sampling batches need is kept, whatever its age. The rest is
-first set aside, so that nothing refers to it; after ``retention.grace_hours`` it is checked again and its content is
-deleted. The flow can be killed and repeated at any moment.
+Everything that registered versions, ledgers and retained sampling batches need is kept. The rest is set aside, and
+deleted after ``retention.grace_hours`` if it is still not needed. The flow can be killed and repeated at any moment.
 """
 
 from collections.abc import Iterator
@@ -33,11 +32,8 @@ class GcResult(Config):
 def gc(params: Params) -> GcResult:
     """Delete what ``params.retention`` does not keep in the bucket, in MLflow and on this machine."""
     done = retryable_task(collect)(params.retention, datetime.now(UTC))
-    create_table_artifact(
-        [item.model_dump(mode="json") for item in done.items if item.fate != "stays"],
-        key="gc",
-        description=f"{sum(item.fate == 'stays' for item in done.items)} stay",
-    )
+    rows = [item.model_dump(mode="json") for item in done.items if item.fate != "stays"]
+    create_table_artifact(rows, key="gc", description=f"{len(done.items) - len(rows)} stay")
     return done
 
 

@@ -6,7 +6,6 @@ entry, or resumes the comparison.
 
 import logging
 import math
-from collections.abc import Mapping
 from pathlib import Path
 
 from mlflow.client import MlflowClient
@@ -121,9 +120,8 @@ def register(params: Params, evaluation: Evaluation) -> Version:
         "darkroom.images": evaluation.best.images,
         "darkroom.train_key": read_header(weights)["train_key"],
     }
-    version = model_versions.register(
-        params.model_name, tracker.run_id, weights, params.sampling, tags, evaluation.best.images
-    )
+    model, run_id, images = params.model_name, tracker.run_id, evaluation.best.images
+    version = model_versions.register(model, run_id, weights, params.sampling, tags, images)
     model_card.write(tracker.client, params, evaluation, version, None)
     return version
 
@@ -149,7 +147,8 @@ def apply_gate(params: Params, evaluation: Evaluation, version: Version) -> Gate
         return GateResult(champion=champion, evidence=None, comparison=last_comparison(params, version))
     if entry := history.manual_demotion(version.number):
         reason = f"a person decided against it: {entry}; `darkroom promote --to {version.number}` makes it champion"
-        figures = finite(evaluation.metrics())
+        # JSON has finite numbers alone.
+        figures = {name: value for name, value in evaluation.metrics().items() if math.isfinite(value)}
         evidence = Evidence(verdict="hold", reason=reason, figures=figures, eval_key=evaluation.eval_key)
         return GateResult(champion=champion, evidence=evidence, comparison=last_comparison(params, version))
     theirs = None
@@ -166,7 +165,7 @@ def apply_gate(params: Params, evaluation: Evaluation, version: Version) -> Gate
     evidence = Evidence(
         verdict=comparison.decision.verdict.value,
         reason=comparison.reason,
-        figures=finite(comparison.metrics()),
+        figures={name: value for name, value in comparison.metrics().items() if math.isfinite(value)},
         eval_key=comparison.key,
         gate=params.gate.model_dump(mode="json"),
     )
@@ -180,11 +179,6 @@ def last_comparison(params: Params, version: Version) -> ChampionComparison | No
     except (FileNotFoundError, ValidationError):  # written by another version of Darkroom
         return None
     return found if found.candidate.sha256 == version.weights_sha256 else None
-
-
-def finite(figures: Mapping[str, float]) -> dict[str, float]:
-    """Finite values of ``figures``; JSON has no others."""
-    return {name: value for name, value in figures.items() if math.isfinite(value)}
 
 
 def request_approval(version: Version, result: GateResult) -> Approval | None:

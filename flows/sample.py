@@ -83,11 +83,10 @@ def sample(
     it, or s3://BUCKET/PREFIX. ``requests`` replaces the count: a table with a label or a prompt for each image.
     """
     version, weights = fetch(model)
+    config = params.sampling_batch
     for _ in range(ATTEMPTS):
-        batch, place = begin(
-            version, weights, params.sampling, params.sampling_batch, count, seed, to, conditions, requests
-        )
-        chunks = generate_chunks.with_options(task_runner=task_runner(params.sampling_batch))
+        batch, place = begin(version, weights, params.sampling, config, count, seed, to, conditions, requests)
+        chunks = generate_chunks.with_options(task_runner=task_runner(config))
         try:
             cost = chunks(params, batch, place, version)
         except Missing:
@@ -217,10 +216,8 @@ def finish(batch: SamplingBatch, place: Location, cost: GenerationCost) -> Sampl
         contact_sheet=sheet,
         took=cost,
     )
-    create_markdown_artifact(
-        f"{batch.count:,} images of {done.model} in `{done.uri}`, manifest `{done.manifest}`\n\n{cost.words}",
-        key="samples",
-    )
+    text = f"{batch.count:,} images of {done.model} in `{done.uri}`, manifest `{done.manifest}`\n\n{cost.words}"
+    create_markdown_artifact(text, key="samples")
     return done
 
 

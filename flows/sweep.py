@@ -118,11 +118,9 @@ def rank(
     tracker = RunTracker(MlflowClient(), parent)
     tracker.client.log_text(parent, page.read_text(), "sweep.html")
     tracker.finish()
-    rows = [
-        {"settings": words_of(each.settings), ranking.metric: f"{each.value:.4g} ± {each.error:.2g}"}
-        for each in ranking.models
-    ]
-    create_table_artifact(rows, key="sweep")
+    values = [f"{each.value:.4g} ± {each.error:.2g}" for each in ranking.models]
+    settings = [words_of(each.settings) for each in ranking.models]
+    create_table_artifact({"settings": settings, ranking.metric: values}, key="sweep")
     return RankingResult(ranking=ranking, report=page, run_id=parent)
 
 
@@ -192,11 +190,11 @@ def compare(params: Params, families: Sequence[str] = tuple(FAMILIES), restart: 
     """
     variants = family_variants(params, families)
     trained = {name: train(each, "if_different" if restart else "never") for name, each in variants.items()}
-    ranking, page = retryable_task(rank_variants)(variants, reporter())
-    models = [each.model_copy(update={"run_id": trained[each.name].run_id}) for each in ranking.models]
-    log_report([each.run_id for each in trained.values()], page)
-    create_markdown_artifact("\n\n".join(findings(ranking)), key="comparison")
-    return RankingResult(ranking=ranking.model_copy(update={"models": models}), report=page)
+    done = retryable_task(rank_variants)(variants, reporter())
+    log_report([each.run_id for each in trained.values()], done.report)
+    create_markdown_artifact("\n\n".join(findings(done.ranking)), key="comparison")
+    models = [each.model_copy(update={"run_id": trained[each.name].run_id}) for each in done.ranking.models]
+    return done.model_copy(update={"ranking": done.ranking.model_copy(update={"models": models})})
 
 
 @retryable_task
@@ -224,18 +222,16 @@ def family_variants(params: Params, names: Sequence[str]) -> dict[str, Params]:
         raise UserError("model.low_resolution makes a super-resolution model, and `compare` ranks generative ones")
     shared: dict[str, Any] = {name: getattr(params, name).model_dump(include=SHARED[name]) for name in SHARED}
     shared |= {"ingest": params.ingest.model_dump(), "evaluation": params.evaluation.model_dump(exclude={"ema_stds"})}
-    return {
-        name: params if name == params.model.family else Params.model_validate(shared | {"model": {"family": name}})
-        for name in names
-    }
+    variants = {name: Params.model_validate(shared | {"model": {"family": name}}) for name in names}
+    return variants | {name: params for name in names if name == params.model.family}
 
 
-def rank_variants(variants: Mapping[str, Params], progress: Progress) -> tuple[Ranking, Path]:
-    """Rank the final models by their samples, which are cached; returns the ranking and its report."""
+def rank_variants(variants: Mapping[str, Params], progress: Progress) -> RankingResult:
+    """Rank the final models by their samples, which are cached, and write the report."""
     params = next(iter(variants.values()))
     folder = Path("reports") / params.training.dataset
     models = {name: (each.run_folder / "final.safetensors", each.sampling) for name, each in variants.items()}
     ranking, images = rank_models(params.dataset_folder, models, params.evaluation, folder, progress)
     sheets = {name: png_bytes(grid(each, columns=8)) for name, each in images.items()}
     write_ranking_report(folder / PAGE, ranking, sheets, sheets.pop("real"))
-    return ranking, folder / PAGE
+    return RankingResult(ranking=ranking, report=folder / PAGE)

@@ -70,13 +70,10 @@ def takedown(params: Params, selection: Selection, reason: str, purge: bool = Fa
     removal = remove(params, selection, reason)
     version = record(params, removal)
     announce(params, silently=False)
-    versions, affected = find_holders(params, removal)
-    held, unknown = affected.held, affected.unknown
-    derived = mark_derived(params, removal, versions, affected)
+    versions, affected, derived = mark_derived(params, removal)
+    about = {"name": removal.name, "removal": removal, "version": version, "derived": derived}
     purged = clear(params, versions, affected, derived) if purge else None
-    done = TakedownResult(
-        name=removal.name, removal=removal, version=version, held=held, unknown=unknown, derived=derived, purged=purged
-    )
+    done = TakedownResult(**about, held=affected.held, unknown=affected.unknown, purged=purged)
     items = [f"- {escape_markdown(line)}" for line in (f"reason {removal.reason}", *done.lines())]
     create_markdown_artifact("\n".join(items), key="takedown")
     return done
@@ -108,28 +105,22 @@ def record(params: Params, removal: Removal) -> DataVersion:
 
 
 @retryable_task
-def find_holders(params: Params, removal: Removal) -> tuple[dict[str, Manifest], Holders]:
-    """Find all versions of the data set, and those that held the images."""
+def mark_derived(params: Params, removal: Removal) -> tuple[dict[str, Manifest], Holders, Derived]:
+    """Find all versions of the data set, those that held the images, and what derives from them; mark it in MLflow."""
     folder, source = params.dataset_folder, environment.data_source()
     recorded = Catalog.of(folder.name, source)
     # Versions that gc removed from the catalog still have files on the remote for a while.
     versions = recorded.retired() | known_versions(folder) | recorded.versions()
     with TemporaryDirectory() as scratch:
         elsewhere = StoredFiles(folder.name, source).remote_lookup(versions.values(), Path(scratch))
-        return versions, holders(folder, removal, versions.values(), elsewhere)
-
-
-@retryable_task
-def mark_derived(params: Params, removal: Removal, versions: dict[str, Manifest], affected: Holders) -> Derived:
-    """Find what derives from the versions that held the images, and mark it in MLflow."""
+        affected = holders(folder, removal, versions.values(), elsewhere)
     contents = {versions[digest].content_digest for digest in affected.held}
     unaffected = versions.keys() - {*affected.held, *affected.unknown}
     others = {versions[digest].content_digest for digest in unaffected}
     # Versions of equal content hold the same images.
-    bucket = environment.settings().bucket
-    derived = find_derived(params.training.dataset, contents - others, contents | others, bucket)
+    derived = find_derived(folder.name, contents - others, contents | others, environment.settings().bucket)
     mark([run.run_id for run in derived.runs], [model.uri for model in derived.models], removal)
-    return derived
+    return versions, affected, derived
 
 
 @retryable_task

@@ -68,12 +68,10 @@ def train_and_track(params: Params, restart: Restart) -> TrainingRun:
         opened.append(BufferedTracker(_open(ready, manifest, discarded), folder, is_new or discarded))
         return opened[0]
 
-    data, run = params.dataset_folder, params.run_folder
+    data, run, show = params.dataset_folder, params.run_folder, reporter()
     store = RemoteShards(data, data_source()) if params.training.stream_bytes is not None else None
     try:
-        result = train_model(
-            data, run, params.model, params.training, params.sampling, track, reporter(), restart, store
-        )
+        result = train_model(data, run, params.model, params.training, params.sampling, track, show, restart, store)
     except BaseException:
         for each in opened:
             # Before a retry opens the same folder.

@@ -28,19 +28,13 @@ DatasetName = Annotated[str | None, Option("--dataset", metavar="NAME", help="Da
 Local = Annotated[bool, Option("--local", help="Work on files of this machine, without a server, as dvc.yaml does.")]
 Model = Annotated[
     str | None,
-    Option(
-        "--model",
-        metavar="URI|FILE",
-        help="models:/NAME@ALIAS or models:/NAME/NUMBER; default: champion. Or a final.safetensors, without servers.",
-    ),
+    Option(metavar="URI|FILE", help="models:/NAME@ALIAS or models:/NAME/NUMBER; default: champion. Or a .safetensors."),
 ]
 OutFolder = Annotated[Path | None, Option("--out", metavar="FOLDER", help="Output folder; default: one in samples/.")]
 Count = Annotated[int, Option("--count", min=1, help="Number of images.")]
 Seed = Annotated[int, Option("--seed", min=0, max=LARGEST_SEED, help="Seed; its image i is the same everywhere.")]
-NegativePrompt = Annotated[
-    str | None, Option("--negative-prompt", metavar="TEXT", help="What not to show; needs sampling.guidance, say 3.")
-]
-Reason = Annotated[str | None, Option("--reason", metavar="TEXT", help="Reason, recorded in the ledger.")]
+NegativePrompt = Annotated[str | None, Option("--negative-prompt", help="What not to show; needs sampling.guidance.")]
+Reason = Annotated[str | None, Option("--reason", help="Reason, recorded in the ledger.")]
 
 
 class CommandOutput(NamedTuple):
@@ -85,9 +79,8 @@ def command(
         if configured:
             shared |= {"params_file": (ParamsFile, Path("params.yaml")), "settings": (Set, [])}
         for option, (annotation, default) in (shared | {"as_json": (Json, False)}).items():
-            parameters[option] = inspect.Parameter(
-                option, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation
-            )
+            keyword = inspect.Parameter.KEYWORD_ONLY
+            parameters[option] = inspect.Parameter(option, keyword, default=default, annotation=annotation)
 
         def run(**given: Any) -> None:
             as_json = given.pop("as_json")
@@ -98,10 +91,10 @@ def command(
 
                     chosen = {"ingest.source": given["source"]} if sets_source else {}
                     chosen["training.dataset"] = given.pop("dataset", None)
-                    words = {
-                        key: json.dumps(value, ensure_ascii=False) for key, value in chosen.items() if value is not None
-                    }
-                    settings = given.pop("settings") + [f"{key}={value}" for key, value in words.items()]
+                    settings = [*given.pop("settings")]
+                    for key, value in chosen.items():
+                        if value is not None:
+                            settings.append(f"{key}={json.dumps(value, ensure_ascii=False)}")
                     given["config"] = load_params(given.pop("params_file"), settings)
                 with connect(*servers) if servers else nullcontext():
                     output = function(**given)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from flows.datasets.dvc import StoredFiles
 
 app = typer.Typer(
-    name="data", help="Versions of a data set: list, show, compare, check out; take images down.", no_args_is_help=True
+    name="data", help="Data sets: versions, differences, checkout, takedown of images.", no_args_is_help=True
 )
 All = Annotated[bool, Option("--all", help="Show complete lists instead of the first 20 entries.")]
 FIRST = 20
@@ -106,7 +106,7 @@ def checkout(
     version: Annotated[str, Argument(metavar="VERSION", help="Prefix of the version's digest.")],
     with_removed: Annotated[bool, Option("--with-removed", help="Allow images that were taken down since.")] = False,
     without_shards: Annotated[
-        bool, Option("--without-shards", help="Only manifest and tables; training.stream_bytes fetches shards later.")
+        bool, Option("--without-shards", help="training.stream_bytes fetches them later.")
     ] = False,
 ) -> CommandOutput:
     """Restore a version into data/NAME, verify every file, and make it the base of the next ingest.

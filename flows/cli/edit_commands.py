@@ -22,14 +22,10 @@ from flows.cli.command import (
 if TYPE_CHECKING:
     from flows.config import Params
 
-app = typer.Typer(
-    name="edit", help="Edit images: inpainting, img2img, interpolation, super-resolution.", no_args_is_help=True
-)
+app = typer.Typer(name="edit", help="Inpainting, img2img, interpolation, super-resolution.", no_args_is_help=True)
 Image = Annotated[Path, Argument(help="Image file; cropped to a square and resized to the model's size.")]
 Label = Annotated[str | None, Option("--label", metavar="NAME", help="Class label.")]
-Prompt = Annotated[
-    str | None, Option("--prompt", metavar="TEXT", help="Text prompt, for a model trained on captions (model.text).")
-]
+Prompt = Annotated[str | None, Option("--prompt", help="Text prompt, for a model with model.text.")]
 
 
 @command(app)
@@ -39,10 +35,7 @@ def inpaint(
     mask: Annotated[Path, Option(help="Image file of the image's size: white is filled, black is kept.")],
     method: Annotated[
         Literal["replace", "pigdm", "repaint"],
-        Option(
-            help="replace: replace the known pixels at each step (fast). pigdm: guide each step by a gradient, 2.5 "
-            "times the work. repaint: go back and resample.",
-        ),
+        Option(help="replace: set known pixels each step. pigdm: gradient guidance, 2.5x the work. repaint: resample."),
     ] = "replace",
     resample_steps: Annotated[
         int | None, Option(min=2, max=100, help="How often each stretch of steps is resampled; default: 5, pigdm 1.")

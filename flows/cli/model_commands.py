@@ -16,14 +16,10 @@ if TYPE_CHECKING:
     from flows.registry.release import Released
 
 app = typer.Typer(
-    name="model",
-    help="Registered models: history, rollback, release, model card, explanation, export.",
-    no_args_is_help=True,
+    name="model", help="Models: history, rollback, release, card, explanation, export.", no_args_is_help=True
 )
 registry_command = command(app, servers=("mlflow", "s3"))
-ModelUri = Annotated[
-    str | None, Option("--model", metavar="URI", help="models:/NAME@ALIAS or models:/NAME/NUMBER; default: champion.")
-]
+ModelUri = Annotated[str | None, Option("--model", help="models:/NAME@ALIAS or models:/NAME/NUMBER; default champion.")]
 
 
 @registry_command
@@ -55,7 +51,7 @@ def history(
         "foreign": [{"name": name, "reason": reason} for name, reason in found.foreign.items()],
         "entries": [each.model_dump(mode="json") | {"why": each.why, "sha256": each.digest} for each in found.entries],
     }
-    return CommandOutput(result, [*_table(found), *([problem] if problem else [])])
+    return CommandOutput(result, [*_table(found), *filter(None, [problem])])
 
 
 @registry_command

@@ -23,11 +23,7 @@ provenance = command(app, panel="Provenance", servers=("mlflow", "s3"))
 MINUTE = "%Y-%m-%d %H:%M UTC"
 What = Annotated[
     str,
-    Argument(
-        metavar="IMAGE|BATCH",
-        help="URI of an image, s3://…/00000007.png or s3://…/samples-00000.tar/00000007.png, or a local copy of it; "
-        "or the URI of its batch.",
-    ),
+    Argument(metavar="IMAGE|BATCH", help="URI of an image (….png or ….tar/….png), a local copy, or URI of a batch."),
 ]
 
 
@@ -51,9 +47,7 @@ def reproduce(
     what: What,
     count: Annotated[int | None, Option(min=1, help="Number of images of a batch; default: all.")] = None,
     out: Annotated[Path | None, Option(metavar="FOLDER", help="Folder to write the images to; default: none.")] = None,
-    installed: Annotated[
-        bool, Option("--installed", help="Use the code installed here, for batches of newer code than the model's.")
-    ] = False,
+    installed: Annotated[bool, Option("--installed", help="Use the code installed here, for newer batches.")] = False,
 ) -> CommandOutput:
     """Regenerate images in a process with the code of their model version, and compare every pixel.
 
@@ -153,12 +147,8 @@ def deploy(
     monitor_cron: Annotated[str, Option(help="Monitoring schedule, in UTC.")] = "0 5 * * *",
     pool: Annotated[str, Option(metavar="NAME", help="Work pool for sampling and monitoring.")] = "darkroom",
     training_pool: Annotated[str | None, Option(metavar="NAME", help="That for training; default: --pool.")] = None,
-    workspace: Annotated[
-        Path, Option(metavar="FOLDER", help="Workers' folder of data, runs, reports; default: this one.")
-    ] = Path(),
-    webhook: Annotated[
-        str | None, Option("--webhook-env", metavar="NAME", help="Environment variable with the webhook URL to notify.")
-    ] = None,
+    workspace: Annotated[Path, Option(metavar="FOLDER", help="Workers' folder of data, runs, reports.")] = Path(),
+    webhook: Annotated[str | None, Option("--webhook-env", help="Variable with the webhook URL to notify.")] = None,
 ) -> CommandOutput:
     """Apply prefect.yaml: deployments with schedules and triggers, work pools, concurrency limits, automations.
 

@@ -33,16 +33,9 @@ if TYPE_CHECKING:
     from flows.environment import Server
 
 app = typer.Typer()
-To = Annotated[
-    str | None,
-    Option(
-        "--to", metavar="S3_URI", help="s3://BUCKET[/PREFIX]; default: samples/MODEL/VERSION/BATCH/ in DARKROOM_BUCKET."
-    ),
-]
+To = Annotated[str | None, Option(metavar="S3_URI", help="s3://BUCKET[/PREFIX]; default: the DARKROOM_BUCKET.")]
 Labels = Annotated[list[str], Option("--label", metavar="NAME", help="Class label; several are used in turn.")]
-Prompts = Annotated[
-    list[str], Option("--prompt", metavar="TEXT", help="Text prompt, for a model trained on captions; several in turn.")
-]
+Prompts = Annotated[list[str], Option("--prompt", help="Text prompt; several are used in turn.")]
 ALL_FAMILIES = ["ddpm", "vae", "gan", "autoregressive"]
 """Families of ``diffusion.models.config``, which is too slow to import for ``--help``."""
 pipeline = command(app, panel="Pipeline")
@@ -58,7 +51,7 @@ def ingest(
     requeue: Annotated[bool, Option("--requeue", help="Retry sources that were quarantined before.")] = False,
     rebuild: Annotated[bool, Option("--rebuild", help="Rebuild the data set from this source alone.")] = False,
     rebuild_if_different: Annotated[
-        bool, Option("--rebuild-if-different", help="Rebuild only if the storage settings have changed.")
+        bool, Option("--rebuild-if-different", help="Rebuild if the storage differs.")
     ] = False,
     local: Local = False,
 ) -> CommandOutput:
@@ -121,7 +114,7 @@ def train(
         bool, Option("--restart-if-different", help="Start over only if the folder holds a run of other inputs.")
     ] = False,
     dry_run: Annotated[
-        bool, Option("--dry-run", help="Show configuration and estimated time, without servers.")
+        bool, Option("--dry-run", help="Show settings and the estimated time, without servers.")
     ] = False,
     local: Local = False,
 ) -> CommandOutput | None:
@@ -219,9 +212,7 @@ def evaluate(config: "Params", local: Local = False) -> CommandOutput:
 @pipeline
 def promote(
     config: "Params",
-    version: Annotated[
-        int | None, Option("--to", min=1, metavar="VERSION", help="Manual override: make this version champion.")
-    ] = None,
+    version: Annotated[int | None, Option("--to", min=1, metavar="VERSION", help="Make this version champion.")] = None,
     reason: Reason = None,
     taken_down: Annotated[bool, Option("--taken-down", help="With --to: even if its images were taken down.")] = False,
 ) -> CommandOutput:
@@ -254,10 +245,7 @@ def sample(
     model: Model = None,
     count: Annotated[int | None, Option(min=1, help="Number; default: 64, or one per row of --requests.")] = None,
     requests: Annotated[
-        str | None,
-        Option(
-            metavar="TABLE", help=".csv, .jsonl or .parquet, local or s3://, with a label or prompt for each image."
-        ),
+        str | None, Option(metavar="TABLE", help="Labels or prompts in a .csv, .jsonl or .parquet, local or on s3://.")
     ] = None,
     seed: Seed = 0,
     to: To = None,
@@ -304,9 +292,7 @@ def sample(
 def retrain(
     config: "Params",
     source: Annotated[str | None, Argument(help="Source, as for `darkroom ingest`; default: ingest.source.")] = None,
-    version: Annotated[
-        str | None, Option("--version", metavar="DIGEST", help="Train on this data set version, without an ingest.")
-    ] = None,
+    version: Annotated[str | None, Option(metavar="DIGEST", help="Data set version, instead of an ingest.")] = None,
     count: Count = 64,
     seed: Seed = 0,
     to: To = None,
@@ -356,9 +342,7 @@ def _retrained(found: dict[str, Any]) -> Iterator[str]:
 @command(app, panel="Pipeline", servers=("prefect", "mlflow", "s3"))
 def sweep(
     config: "Params",
-    over: Annotated[
-        list[str], Option("--over", metavar="KEY=V,V", help="Values of a field of model or training; may be repeated.")
-    ],
+    over: Annotated[list[str], Option(metavar="KEY=V,V", help="Values of a field of model or training; repeatable.")],
 ) -> CommandOutput:
     """Grid search: train and evaluate every combination of settings, and rank them in a report; resumable.
 
@@ -380,9 +364,7 @@ def sweep(
 @pipeline
 def compare(
     config: "Params",
-    family: Annotated[
-        list[str], Option("--family", metavar="NAME", help="ddpm, vae, gan or autoregressive; may be repeated.")
-    ] = ALL_FAMILIES,
+    family: Annotated[list[str], Option(metavar="NAME", help="Model family; may be repeated.")] = ALL_FAMILIES,
     restart: Annotated[bool, Option("--restart", help="Discard runs of other settings in their folders.")] = False,
     local: Local = False,
 ) -> CommandOutput:
@@ -393,16 +375,14 @@ def compare(
     Example:  darkroom compare --dataset faces --set training.minutes=10
     """
     if local:
-        from flows.sweep import RankingResult, family_variants, rank_variants
+        from flows.sweep import family_variants, rank_variants
         from flows.tracking.console import console
 
-        otherwise: Restart = "if_different" if restart else "never"
         variants = family_variants(config, family)
         with console() as progress:
             for each in variants.values():
-                _train(each, progress=progress, restart=otherwise)
-            ranking, report = rank_variants(variants, progress)
-        done = RankingResult(ranking=ranking, report=report)
+                _train(each, progress=progress, restart="if_different" if restart else "never")
+            done = rank_variants(variants, progress)
     else:
         with connect("prefect", "mlflow", "s3"):
             from flows.sweep import compare

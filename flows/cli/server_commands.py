@@ -14,12 +14,7 @@ from flows.cli.command import CommandOutput, command
 if TYPE_CHECKING:
     from flows.local_stack import StackStatus
 
-app = typer.Typer(
-    name="server",
-    help="Servers: start, stop and back up the local stack; health and metrics of any server.",
-    no_args_is_help=True,
-)
-
+app = typer.Typer(name="server", help="Local servers and their backups; health and metrics.", no_args_is_help=True)
 Target = Annotated[Path, Argument(metavar="FOLDER", help="Backup folder, preferably on another disk.")]
 top = typer.Typer()
 """Commands that are also at the top level, as in docker compose."""
@@ -132,9 +127,7 @@ def restore(
     stamp: Annotated[str | None, Option("--backup", metavar="STAMP", help="Backup; default: the newest.")] = None,
     replaced: Annotated[
         Path,
-        Option(
-            "--replaces", metavar="HOME", help="DARKROOM_HOME of the running stack, whose takedowns are taken over."
-        ),
+        Option("--replaces", metavar="HOME", help="DARKROOM_HOME of the running stack, to take over its takedowns."),
     ] = Path(".darkroom"),
 ) -> CommandOutput:
     """Restore a backup into a new DARKROOM_HOME and start the local stack, with new passwords.

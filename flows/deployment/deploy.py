@@ -73,9 +73,7 @@ def deploy(
     }
     if webhook is not None:
         if not (url := os.environ.get(webhook)):
-            raise UserError(
-                f"the environment has no {webhook}, which --webhook-env names: set it to the address to notify"
-            )
+            raise UserError(f"the environment has no {webhook}, which --webhook-env names: set it to the URL to notify")
         values["WEBHOOK"] = str(Webhook(url=url).save("darkroom", overwrite=True))
     declared = read_definitions(definitions, values)
     with get_client(sync_client=True) as client:

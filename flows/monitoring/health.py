@@ -66,9 +66,7 @@ def _s3() -> list[str]:
         if honours_conditional_completion(store, bucket, "samples"):
             return []
     except Denied:
-        return [
-            "s3: these keys may not write to samples/, so it was not tested whether the server honours If-None-Match"
-        ]
+        return ["s3: these keys may not write to samples/, so whether the server honours If-None-Match was not tested"]
     return [
         f"s3: {server} ignores If-None-Match when an upload in parts is completed: sampling in tars stays safe by the "
         "sums beside them (KEY.sha256); objects that others upload in parts can be overwritten"

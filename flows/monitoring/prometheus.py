@@ -129,10 +129,10 @@ def count_states(
 
     A run is ``late`` if no worker started it when it was due.
     """
-    found = Counter(
-        (flows.get(run["flow_id"], "unknown"), "late" if run["state_name"] == "Late" else run["state_type"].lower())
-        for run in runs
-    )
+    found = Counter[tuple[str, str]]()
+    for run in runs:
+        state = "late" if run["state_name"] == "Late" else run["state_type"].lower()
+        found[flows.get(run["flow_id"], "unknown"), state] += 1
     for flow in sorted({*flows.values(), *(flow for flow, _ in found)}):
         for state in states:
             yield name, (flow, state), found[flow, state]
