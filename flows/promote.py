@@ -155,9 +155,8 @@ def apply_gate(params: Params, evaluation: Evaluation, version: Version) -> Gate
     if champion is not None:
         theirs = model_versions.cached_weights(model_versions.version_of(client, version.model, champion))
     ours, data, folder = params.run_folder / "weights.safetensors", params.dataset_folder, params.report_folder
-    comparison, grids = compare_with_champion(
-        ours, theirs, data, params.evaluation, params.sampling, params.gate, folder, reporter()
-    )
+    settings = params.evaluation, params.sampling, params.gate
+    comparison, grids = compare_with_champion(ours, theirs, data, *settings, folder, reporter())
     names = f"version {version.number}", None if champion is None else f"version {champion}"
     write_comparison_report(folder / PAGE, comparison, grids, version.model, params.training.dataset, *names)
     for path in (folder / COMPARISON, folder / PAGE):

@@ -78,7 +78,7 @@ def sweep(params: Params, over: dict[str, list[JsonValue]]) -> RankingResult:
     evaluations: list[Evaluation] = []
     for point in points:
         runs.append(train(point.params, restart="if_different").run_id)
-        adopt(parent, runs[-1])
+        MlflowClient().set_tag(runs[-1], MLFLOW_PARENT_RUN_ID, parent)
         evaluations.append(evaluate(point.params, point.folder))
     return rank(params, parent, points, runs, evaluations)
 
@@ -94,12 +94,6 @@ def begin(params: Params, over: dict[str, list[JsonValue]]) -> str:
         client.log_param(run.info.run_id, name, ", ".join(map(str, values)))
     client.update_run(run.info.run_id, status="RUNNING")
     return str(run.info.run_id)
-
-
-@retryable_task
-def adopt(parent: str, run_id: str) -> None:
-    """Make a run a child of the sweep's run."""
-    MlflowClient().set_tag(run_id, MLFLOW_PARENT_RUN_ID, parent)
 
 
 @retryable_task

@@ -106,7 +106,7 @@ def checkout(
     version: Annotated[str, Argument(metavar="VERSION", help="Prefix of the version's digest.")],
     with_removed: Annotated[bool, Option("--with-removed", help="Allow images that were taken down since.")] = False,
     without_shards: Annotated[
-        bool, Option("--without-shards", help="training.stream_bytes fetches them later.")
+        bool, Option("--without-shards", help="Only manifest and tables; training.stream_bytes fetches shards later.")
     ] = False,
 ) -> CommandOutput:
     """Restore a version into data/NAME, verify every file, and make it the base of the next ingest.
@@ -119,10 +119,8 @@ def checkout(
     from flows.datasets.checkout import checkout as make_current
 
     done = make_current(folder, version, _connect_remote, with_removed, without_shards, to_build_on=True)
-    lines = [
-        f"{done.kept:,} images in {done.folder}: version {done.digest[:12]}, {len(done.restored):,} files restored",
-        f"content {done.content_digest}",
-    ]
+    about = f"version {done.digest[:12]}, {len(done.restored):,} files restored"
+    lines = [f"{done.kept:,} images in {done.folder}: {about}", f"content {done.content_digest}"]
     return CommandOutput(done, lines)
 
 

@@ -70,10 +70,9 @@ def ingest(
         # The worker processes start during this slow import.
         from diffusion.data.ingest.ingest import ingest as ingest_images
 
+        data = config.dataset_folder
         with console() as progress:
-            result = ingest_images(
-                config.dataset_folder, config.ingest, progress, requeue=requeue, rebuild=when, fan_out=fan_out
-            )
+            result = ingest_images(data, config.ingest, progress, requeue=requeue, rebuild=when, fan_out=fan_out)
         return CommandOutput(result, _ingested(result, config.ingest.source))
     with connect("prefect", "s3"):
         from flows.ingest import ingest

@@ -103,14 +103,10 @@ def concurrency_slot(name: str) -> Iterator[None]:
             limit = client.read_global_concurrency_limit_by_name(name)
             if limit.active and limit.active_slots >= limit.limit:
                 logger.info("waiting for a slot of the concurrency limit %s", name)
+    lease = max(heartbeat_timeout(), SHORTEST_LEASE)
     try:
         # A short outage of the server is no reason to discard hours of work.
-        with concurrency(
-            name,
-            lease_duration=max(heartbeat_timeout(), SHORTEST_LEASE),
-            strict=is_deployed,
-            raise_on_lease_renewal_failure=False,
-        ):
+        with concurrency(name, lease_duration=lease, strict=is_deployed, raise_on_lease_renewal_failure=False):
             yield
     except ConcurrencySlotAcquisitionError as error:
         if "must be created" not in str(error):

@@ -106,13 +106,8 @@ def prefect_samples() -> Iterator[Sample]:
     yield from count_states("darkroom_flow_runs", ("late", *RUNNING), flows, _pages("flow_runs/filter", waiting))
     yield from count_states("darkroom_flow_runs_last_day", ENDED, flows, _pages("flow_runs/filter", ended))
     for flow_id, flow in flows.items():
-        question = {
-            "flows": {"id": {"any_": [flow_id]}},
-            "flow_runs": {"state": {"type": {"any_": ["COMPLETED"]}}},
-            "sort": "END_TIME_DESC",
-            "limit": 1,
-        }
-        for run in query_prefect("flow_runs/filter", question):
+        completed = {"flows": {"id": {"any_": [flow_id]}}, "flow_runs": {"state": {"type": {"any_": ["COMPLETED"]}}}}
+        for run in query_prefect("flow_runs/filter", completed | {"sort": "END_TIME_DESC", "limit": 1}):
             yield from last_success_samples(flow, run)
     for pool in query_prefect("work_pools/filter", {"limit": PAGE}):
         workers = query_prefect(f"work_pools/{quote(pool['name'], safe='')}/workers/filter", {"limit": PAGE})
