@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from diffusion.common.config import LONGEST_NAME, Config, plain_name, unset
 from diffusion.common.errors import UserError
@@ -101,18 +101,14 @@ class Params(Config):
         if words := sampling_conflict(self.model, self.sampling) or training_conflict(self.model, self.training):
             raise ValueError(words)
         if self.evaluation.ema_stds and self.training.ema_stds is None:
-            raise ValueError(
-                "evaluation.ema_stds needs the snapshots that training.ema_stds saves: set that too, say to [0.05, 0.1]"
-            )
+            raise ValueError("evaluation.ema_stds needs the snapshots that training.ema_stds saves: set it to [0.05]")
         if self.sampling.guides and self.training.condition_dropout == 0:
             raise ValueError(
                 "sampling.guidance needs an unconditional prediction, which the network never learns "
                 "with training.condition_dropout = 0: set that to 0.1, or leave guidance out"
             )
         if self.gate.class_loss is not None and not self.model.conditional:
-            raise ValueError(
-                "gate.class_loss needs a class-conditional model, and model.conditional = false: leave it out"
-            )
+            raise ValueError("gate.class_loss needs a class-conditional model (model.conditional): leave it out")
         if isinstance(self.model, ModelConfig) and self.model.variance != "fixed" and self.sampling.sampler != "ddpm":
             raise ValueError(
                 f"model.variance = learned_range is used by the sampler ddpm alone, and sampling.sampler = "
@@ -151,6 +147,11 @@ class Params(Config):
         """Name of the registered model."""
         return self.registry.model or self._name()
 
+    @property
+    def champion(self) -> str:
+        """URI of the champion of the registered model."""
+        return f"models:/{self.model_name}@champion"
+
     def _name(self, family: str | None = None) -> str:
         """Data set name, with the family as suffix unless it is ddpm: each family has its own runs and champion."""
         family = family or self.model.family
@@ -175,7 +176,7 @@ def registered_start(params: Params) -> str | None:
     """Model URI in ``training.init_from``; None if it is a path or unset."""
     start = params.training.init_from
     if start == "champion":
-        return f"models:/{params.model_name}@champion"
+        return params.champion
     return start if start is not None and start.startswith("models:/") else None
 
 
@@ -197,22 +198,18 @@ def load_params(path: Path, overrides: list[str]) -> Params:
     if not isinstance(tree, dict):
         raise UserError(f"{path} must hold sections such as `training:`, not a {type(tree).__name__}")
     for override in overrides:
-        _apply(tree, override)
+        key, separator, text = override.partition("=")
+        if not separator or not key.strip():
+            raise UserError(f"--set {override}: write it as key=value, for example training.batch_size=64")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise UserError(f"--set {override}: {text!r} is not a YAML value") from error
+        assign(tree, key.strip(), value, f"--set {override}")
     try:
         return Params.model_validate(tree)
     except ValidationError as error:
         raise UserError(f"{path}: {in_words(error)}") from error
-
-
-def _apply(tree: dict[str, Any], override: str) -> None:
-    key, separator, text = override.partition("=")
-    if not separator or not key.strip():
-        raise UserError(f"--set {override}: write it as key=value, for example training.batch_size=64")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"--set {override}: {text!r} is not a YAML value") from error
-    assign(tree, key.strip(), value, f"--set {override}")
 
 
 def assign(tree: dict[str, Any], key: str, value: Any, option: str) -> None:
@@ -237,7 +234,10 @@ def in_words(error: ValidationError) -> str:
     family = location.pop(1) if location[:1] == ["model"] and len(location) > 1 else None
     where = ".".join(location)
     if first["type"] == "extra_forbidden":
-        known = list(FAMILIES[family].model_fields) if family else _fields_at(location[:-1])
+        section: Any = FAMILIES[family] if family else Params
+        for name in () if family else location[:-1]:
+            section = section.model_fields[name].annotation
+        known = list(getattr(section, "model_fields", ()))
         if family and (others := [name for name, other in FAMILIES.items() if location[-1] in other.model_fields]):
             return f"{where} is a field of model.family = {' and '.join(others)}, and this is {family}: leave it out"
         close = difflib.get_close_matches(location[-1], known, n=1)
@@ -246,13 +246,6 @@ def in_words(error: ValidationError) -> str:
     message = first["msg"].removeprefix("Value error, ")
     got = "" if first["type"] == "value_error" else f" (got {first['input']!r})"
     return f"{where}: {message}{got}" if where else message + got
-
-
-def _fields_at(location: list[str]) -> list[str]:
-    model: Any = Params
-    for name in location:
-        model = model.model_fields[name].annotation
-    return list(model.model_fields) if isinstance(model, type) and issubclass(model, BaseModel) else []
 
 
 def flattened(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -16,7 +16,6 @@ from diffusion.common.errors import UserError
 
 Server = Literal["mlflow", "prefect", "s3"]
 SERVERS: tuple[Server, ...] = get_args(Server)
-
 SERVER_VARIABLES: dict[Server, tuple[str, ...]] = {
     "mlflow": ("MLFLOW_TRACKING_URI",),
     "prefect": ("PREFECT_API_URL",),

@@ -1,7 +1,6 @@
 """Flow ``evaluate``: score the checkpoints of a run and log the report to its MLflow run.
 
-A separate flow, so that a deployment can run it on another work pool without blocking training: it reads checkpoints,
-which are written atomically, and writes only to the report folder.
+It can run beside a training: it reads checkpoints, which are written atomically, and writes to the report folder.
 """
 
 from pathlib import Path
@@ -10,10 +9,8 @@ from mlflow.client import MlflowClient
 from prefect import flow
 from prefect.artifacts import create_table_artifact
 
-from diffusion.common.config import Config
 from diffusion.common.errors import UserError
 from diffusion.evaluation.evaluate import evaluate as score_checkpoints
-from diffusion.evaluation.ranking import Ranking
 from diffusion.evaluation.results import Evaluation
 from diffusion.training.checkpointing import Checkpoints
 from diffusion.training.ema import models_to_evaluate
@@ -26,21 +23,9 @@ from flows.tracking.json_logs import RUN_ID
 from flows.tracking.runs import TRAIN_KEY, RunTracker, find_run, log_evaluation
 
 
-class RankingResult(Config):
-    """Ranking of several trainings, with its report."""
-
-    ranking: Ranking
-    report: Path
-    run_id: str | None = None
-    """MLflow parent run of a sweep."""
-
-
 @flow(name="evaluate", flow_run_name="evaluate-{params.training.dataset}")
 def evaluate(params: Params, folder: Path | None = None) -> Evaluation:
-    """Evaluate every checkpoint against the held-out images and log the report to the MLflow run.
-
-    ``folder`` is the output folder; None: the report folder of the data set.
-    """
+    """Evaluate every checkpoint against the held-out images; report to ``folder``, by default that of the data set."""
     require_champion(params)
     folder = folder or params.report_folder
     evaluation = evaluate_checkpoints(params, folder)
@@ -52,15 +37,9 @@ def evaluate(params: Params, folder: Path | None = None) -> Evaluation:
 def evaluate_checkpoints(params: Params, folder: Path) -> Evaluation:
     """Score the checkpoints; results under the same conditions are cached."""
     require_current(params.dataset_folder)
-    return score_checkpoints(
-        params.dataset_folder,
-        models_to_evaluate(params.run_folder, folder, params.evaluation.ema_stds),
-        params.evaluation,
-        params.sampling,
-        folder,
-        params.run_folder / "losses.csv",
-        reporter(),
-    )
+    data, losses = params.dataset_folder, params.run_folder / "losses.csv"
+    models = models_to_evaluate(params.run_folder, folder, params.evaluation.ema_stds)
+    return score_checkpoints(data, models, params.evaluation, params.sampling, folder, losses, reporter())
 
 
 @retryable_task
@@ -71,11 +50,9 @@ def report(params: Params, evaluation: Evaluation, folder: Path) -> None:
     log_evaluation(tracker, evaluation)
     for path in (folder / "report.html", folder / "evaluation.json", *sorted(folder.glob("grids/*.png"))):
         tracker.log_file(path, "evaluation" if path.parent == folder else "evaluation/grids")
-    create_table_artifact(
-        [{"metric": name, "value": f"{value:.4g}"} for name, value in evaluation.metrics().items()],
-        key="evaluation",
-        description=f"best checkpoint of {params.run_folder}, {evaluation.best.images} images seen",
-    )
+    rows = [{"metric": name, "value": f"{value:.4g}"} for name, value in evaluation.metrics().items()]
+    best = f"best checkpoint of {params.run_folder}, {evaluation.best.images} images seen"
+    create_table_artifact(rows, key="evaluation", description=best)
 
 
 def tracker_of(params: Params) -> RunTracker:

@@ -1,8 +1,7 @@
 """Flow ``gc``: delete what nothing needs any more, in two steps with a grace period between them.
 
-Everything that registered versions, ledgers and retained sampling batches need is kept, whatever its age. The rest is
-first set aside, so that nothing refers to it; after ``retention.grace_hours`` it is checked again and its content is
-deleted. The flow can be killed and repeated at any moment.
+Everything that registered versions, ledgers and retained sampling batches need is kept. The rest is set aside, and
+deleted after ``retention.grace_hours`` if it is still not needed. The flow can be killed and repeated at any moment.
 """
 
 from collections.abc import Iterator
@@ -23,7 +22,7 @@ from flows.storage.s3 import Store
 
 
 class GcResult(Config):
-    """All items considered, each with its fate."""
+    """All items considered, each with what is done."""
 
     dry_run: bool
     items: list[Item]
@@ -33,34 +32,31 @@ class GcResult(Config):
 def gc(params: Params) -> GcResult:
     """Delete what ``params.retention`` does not keep in the bucket, in MLflow and on this machine."""
     done = retryable_task(collect)(params.retention, datetime.now(UTC))
-    create_table_artifact(
-        [item.model_dump(mode="json") for item in done.items if item.fate != "stays"],
-        key="gc",
-        description=f"{sum(item.fate == 'stays' for item in done.items)} stay",
-    )
+    rows = [item.model_dump(mode="json") for item in done.items if item.action != "keep"]
+    create_table_artifact(rows, key="gc", description=f"{len(done.items) - len(rows)} kept")
     return done
 
 
 def collect(policy: RetentionConfig, now: datetime, dry_run: bool = False) -> GcResult:
     """Collect garbage as of ``now``: batches and runs, then the data sets they need; ``dry_run`` only lists it."""
-    items = []
-    for sweep in sweeps(policy, now):
-        items += sweep.items
-        if not dry_run:
-            sweep.act()
-    if not dry_run and any(item.fate == "goes" for item in items):
-        vacuum_deleted_objects()
-    return GcResult(dry_run=dry_run, items=items)
-
-
-def sweeps(policy: RetentionConfig, now: datetime) -> Iterator[Sweep]:
-    """Sweeps by kind of item, each before the kinds it refers to."""
-    store, client, source = Store(), MlflowClient(), environment.data_source()
-    bucket = environment.settings().bucket
+    store, client, bucket = Store(), MlflowClient(), environment.settings().bucket
     batches = SamplingBatches(store, bucket, policy, now)
     live = find_references(client, store, bucket, *batches.remaining())
     runs = Runs(client, live, policy, now)
-    yield batches.sweep()
-    yield runs.sweep()
-    yield DataSets(store, source, runs.contents() | live.contents, live.unclear, policy, now).sweep()
-    yield sweep_local_files(environment.settings().folder / "models", runs.gone(), live.weights, policy, now)
+
+    def sweeps() -> Iterator[Sweep]:
+        yield batches.sweep()
+        yield runs.sweep()
+        contents = runs.contents() | live.contents
+        yield DataSets(store, environment.data_source(), contents, live.unclear, policy, now).sweep()
+        yield sweep_local_files(environment.settings().folder / "models", runs.gone(), live.weights, policy, now)
+
+    items = []
+    # Each kind is listed after the kinds that refer to it were collected.
+    for sweep in sweeps():
+        items += sweep.items
+        if not dry_run:
+            sweep.act()
+    if not dry_run and any(item.action == "delete" for item in items):
+        vacuum_deleted_objects()
+    return GcResult(dry_run=dry_run, items=items)

@@ -32,8 +32,6 @@ if TYPE_CHECKING:
     from diffusion.evaluation.reports.dataset_report import DatasetSummary
 
 logger = logging.getLogger(__name__)
-COUNTERS = ("listed", "read", "added", "removed", "relabelled", "passed_over")
-"""Fields of an ingest that stay as they are when its images are added to another version."""
 
 
 class IngestOutcome(Config):
@@ -55,11 +53,13 @@ def ingest(
     repair(params, rebuild, to_retrain)
     make = make_dataset.with_options(task_runner=task_runner(params.ingest))
     result = make(params, requeue, rebuild)
-    while (version := record(params)) is None:
-        # Another ingest was faster: add the new images to its version, without reading them again.
+    # A DVC commit and push; None if another ingest was faster.
+    record = retryable_task(publish)
+    while (version := record(params.dataset_folder, data_source())) is None:
+        # Add the new images to the version of that ingest, without reading them again.
         repair(params, "never", to_retrain)
         again = make(params, requeue=False, rebuild="never")
-        counters = {name: getattr(result, name) for name in COUNTERS}
+        counters = result.model_dump(include={"listed", "read", "added", "removed", "relabelled", "passed_over"})
         result = again.model_copy(update=counters | {"changed": result.changed or again.changed})
     report = describe(params, version)
     announce(params, to_retrain)
@@ -89,21 +89,8 @@ def repair(params: Params, rebuild: Rebuild, to_retrain: bool) -> None:
 @flow(name="make dataset")
 def make_dataset(params: Params, requeue: bool, rebuild: Rebuild) -> IngestResult:
     """Write shards and manifest; each shard is a separate task."""
-    return ingest_images(
-        params.dataset_folder,
-        params.ingest,
-        reporter(),
-        requeue=requeue,
-        rebuild=rebuild,
-        objects=S3Objects(),
-        fan_out=prefect_fan_out(params.ingest),
-    )
-
-
-@retryable_task
-def record(params: Params) -> DataVersion | None:
-    """Commit the data set to DVC, push it and publish it; None if another ingest was faster, see ``publish``."""
-    return publish(params.dataset_folder, data_source())
+    data, config, run = params.dataset_folder, params.ingest, prefect_fan_out(params.ingest)
+    return ingest_images(data, config, reporter(), requeue=requeue, rebuild=rebuild, objects=S3Objects(), fan_out=run)
 
 
 @retryable_task
@@ -112,14 +99,13 @@ def describe(params: Params, version: DataVersion) -> Path:
     page, summary = dataset_page(params)
     recorded = Catalog.of(params.training.dataset, data_source())
     place = recorded.publish_page(read_manifest(params.dataset_folder).digest, page.read_bytes())
-    create_markdown_artifact(
-        f"{summary.markdown()}\nDVC `{version.digest}`, page `{place}`", key="dataset", description=summary.verdict
-    )
+    text = f"{summary.markdown()}\nDVC `{version.digest}`, page `{place}`"
+    create_markdown_artifact(text, key="dataset", description=summary.verdict)
     return page
 
 
 def dataset_page(params: Params) -> "tuple[Path, DatasetSummary]":
-    """Report page of the current version, written if it is missing, and the summary beside it."""
+    """Report page of the current version, written unless ``find_page`` finds it, and the summary beside it."""
     from diffusion.evaluation.reports.dataset_report import write_dataset_report
 
     page, summary = find_page(params)

@@ -37,11 +37,7 @@ class MonitorResult(Config):
 
 @flow(name="monitor", flow_run_name="monitor-{params.training.dataset}")
 def monitor(params: Params) -> MonitorResult:
-    """Re-evaluate the champion on the newest held-out images, and log the metrics to its MLflow run.
-
-    Args:
-        params: The configuration, as params.yaml has it.
-    """
+    """Re-evaluate the champion on the newest held-out images, and log the metrics to its MLflow run."""
     sync(params, None)
     result = evaluate_champion(params)
     name = "Skipped" if result.skipped else "Drifted" if result.drifted else "Completed"
@@ -61,7 +57,7 @@ def evaluate_champion(params: Params) -> MonitorResult:
     from flows.tracking.runs import RunTracker
 
     client, content = MlflowClient(), read_manifest(params.dataset_folder).content_digest
-    version = model_versions.resolve(client, f"models:/{params.model_name}@champion")
+    version = model_versions.resolve(client, params.champion)
     entry = verified(client, Ledger.of(version.model)).about(version.number)
     before = entry.evidence.figures if entry and entry.evidence else {}
     conditions = [params.evaluation.model_dump(mode="json"), params.sampling.model_dump(mode="json")]
@@ -72,19 +68,14 @@ def evaluate_champion(params: Params) -> MonitorResult:
         return MonitorResult(**about, figures={}, drifted=False, summary=summary, skipped=True)
 
     weights = model_versions.cached_weights(version)
-    evaluated, extractor = evaluate_model(
-        weights, params.dataset_folder, params.evaluation, params.sampling, params.report_folder, reporter()
-    )
+    data, folder = params.dataset_folder, params.report_folder
+    evaluated, extractor = evaluate_model(weights, data, params.evaluation, params.sampling, folder, reporter())
     figures = {name: value for name, value in evaluated.metrics().items() if math.isfinite(value)}
     summary, drifted = compare_kid(extractor, figures, before)
-    RunTracker(client, version.run_id).log_metrics(
-        {f"monitor_{name}": each for name, each in figures.items()}, int(time.time())
-    )
-    then = {name: f"{value:.4g}" for name, value in before.items()}
-    rows = [
-        {"metric": name, "now": f"{value:.4g}", "at promotion": then.get(name, "")}
-        for name, value in sorted(figures.items())
-    ]
+    logged = {f"monitor_{name}": value for name, value in figures.items()}
+    RunTracker(client, version.run_id).log_metrics(logged, int(time.time()))
+    now, then = ({name: f"{value:.4g}" for name, value in each.items()} for each in (figures, before))
+    rows = [{"metric": name, "now": now[name], "at promotion": then.get(name, "")} for name in sorted(now)]
     create_table_artifact(rows, key="monitor", description=f"{version.uri}: {summary}")
     client.set_model_version_tag(version.model, str(version.number), MONITORED, key)
     return MonitorResult(**about, figures=figures, drifted=drifted, summary=f"{version.uri}: {summary}", skipped=False)

@@ -1,13 +1,11 @@
 """Flow ``promote``: register the best checkpoint, and make it champion if it is significantly better.
 
-Candidate and champion are compared on the same held-out images (``diffusion.evaluation.comparison``). Appending the
-verdict to the ledger is the commit; MLflow's tags and aliases follow it. A repeated command finds the entry, or
-resumes the comparison.
+Appending the verdict to the ledger is the commit; MLflow's tags and aliases follow it. A repeated command finds the
+entry, or resumes the comparison.
 """
 
 import logging
 import math
-from collections.abc import Mapping
 from pathlib import Path
 
 from mlflow.client import MlflowClient
@@ -21,7 +19,7 @@ from pydantic import Field, ValidationError
 
 from diffusion.checkpoints import export, read_header
 from diffusion.common.config import Config
-from diffusion.common.errors import Held, UserError
+from diffusion.common.errors import ConflictError, UserError
 from diffusion.common.escaping import escape_markdown
 from diffusion.common.files import sha256_file
 from diffusion.data.manifest import read_manifest
@@ -42,9 +40,6 @@ from flows.storage.tags import parse_tags
 from flows.tracking.console import reporter
 from flows.tracking.runs import AUTOENCODER, START, RunTracker
 
-APPROVAL_TIMEOUT = 72 * 3600
-"""Seconds until a request for approval expires."""
-
 
 class GateResult(Config):
     """Result of the gate for a version against the champion."""
@@ -54,7 +49,6 @@ class GateResult(Config):
     evidence: Evidence | None
     """Metrics and verdict; None if it is champion already."""
     comparison: ChampionComparison | None = None
-    """The comparison; None if there was none, because it is champion already or a person decided."""
 
 
 class PromotionResult(Config):
@@ -86,8 +80,7 @@ class ApprovalForm(RunInput):
 @flow(name="promote", flow_run_name="promote-{params.training.dataset}")
 def promote(params: Params) -> PromotionResult:
     """Register the best checkpoint, and promote it if the gate prefers it to the champion."""
-    path = params.report_folder / "evaluation.json"
-    if not path.is_file():
+    if not (path := params.report_folder / "evaluation.json").is_file():
         raise UserError(f"no evaluation in {params.report_folder}: run `darkroom evaluate` first")
     evaluation = Evaluation.read(path)
     require_champion(params)
@@ -99,10 +92,7 @@ def promote(params: Params) -> PromotionResult:
 
 @retryable_task
 def register(params: Params, evaluation: Evaluation) -> Version:
-    """Register the EMA weights of the best checkpoint as a version, with provenance tags and a model card.
-
-    Raises UserError unless ``evaluation`` matches the current checkpoint, data set and configuration.
-    """
+    """Register the EMA weights of the best checkpoint as a version; raises UserError for an outdated ``evaluation``."""
     best, conditions = Path(evaluation.best.file), evaluation.conditions
     is_current = (
         best.parent in (params.run_folder / "checkpoints", params.report_folder / SNAPSHOTS)
@@ -130,9 +120,8 @@ def register(params: Params, evaluation: Evaluation) -> Version:
         "darkroom.images": evaluation.best.images,
         "darkroom.train_key": read_header(weights)["train_key"],
     }
-    version = model_versions.register(
-        params.model_name, tracker.run_id, weights, params.sampling, tags, evaluation.best.images
-    )
+    model, run_id, images = params.model_name, tracker.run_id, evaluation.best.images
+    version = model_versions.register(model, run_id, weights, params.sampling, tags, images)
     model_card.write(tracker.client, params, evaluation, version, None)
     return version
 
@@ -140,53 +129,42 @@ def register(params: Params, evaluation: Evaluation) -> Version:
 @retryable_task
 def require_promotable(version: Version) -> Version:
     """Reload ``version`` from MLflow; raises UserError if some of its training images were taken down."""
-    found = with_takedowns(version)
-    if (words := takedowns(found)) is not None:
+    if words := takedowns(found := with_takedowns(version)):
         raise UserError(words)
     return found
 
 
 @retryable_task
 def apply_gate(params: Params, evaluation: Evaluation, version: Version) -> GateResult:
-    """Compare ``version`` with the champion of the ledger and apply the gate.
-
-    A first version has no champion to beat, but must still pass the memorization check.
-    """
+    """Apply the gate to ``version`` and the champion; a first version must still pass the memorization check."""
     client = MlflowClient()
     history = verified(client, Ledger.of(version.model))
     history.require_same(version.number, version.weights_sha256)
     champion = history.standing.champion
-    if (problem := champion_problem(client, history)) is not None:
+    if problem := champion_problem(client, history):
         raise UserError(problem)
     if champion == version.number:
         return GateResult(champion=champion, evidence=None, comparison=last_comparison(params, version))
     if entry := history.manual_demotion(version.number):
         reason = f"a person decided against it: {entry}; `darkroom promote --to {version.number}` makes it champion"
-        figures = finite(evaluation.metrics())
+        # JSON has finite numbers alone.
+        figures = {name: value for name, value in evaluation.metrics().items() if math.isfinite(value)}
         evidence = Evidence(verdict="hold", reason=reason, figures=figures, eval_key=evaluation.eval_key)
         return GateResult(champion=champion, evidence=evidence, comparison=last_comparison(params, version))
-    champion_weights = None
+    theirs = None
     if champion is not None:
-        champion_weights = model_versions.cached_weights(model_versions.version_of(client, version.model, champion))
-    comparison, grids = compare_with_champion(
-        params.run_folder / "weights.safetensors",
-        champion_weights,
-        params.dataset_folder,
-        params.evaluation,
-        params.sampling,
-        params.gate,
-        params.report_folder,
-        reporter(),
-    )
+        theirs = model_versions.cached_weights(model_versions.version_of(client, version.model, champion))
+    ours, data, folder = params.run_folder / "weights.safetensors", params.dataset_folder, params.report_folder
+    settings = params.evaluation, params.sampling, params.gate
+    comparison, grids = compare_with_champion(ours, theirs, data, *settings, folder, reporter())
     names = f"version {version.number}", None if champion is None else f"version {champion}"
-    page = params.report_folder / PAGE
-    write_comparison_report(page, comparison, grids, version.model, params.training.dataset, *names)
-    for path in (params.report_folder / COMPARISON, page):
+    write_comparison_report(folder / PAGE, comparison, grids, version.model, params.training.dataset, *names)
+    for path in (folder / COMPARISON, folder / PAGE):
         RunTracker(client, version.run_id).log_file(path, "evaluation")
     evidence = Evidence(
         verdict=comparison.decision.verdict.value,
         reason=comparison.reason,
-        figures=finite(comparison.metrics()),
+        figures={name: value for name, value in comparison.metrics().items() if math.isfinite(value)},
         eval_key=comparison.key,
         gate=params.gate.model_dump(mode="json"),
     )
@@ -195,19 +173,11 @@ def apply_gate(params: Params, evaluation: Evaluation, version: Version) -> Gate
 
 def last_comparison(params: Params, version: Version) -> ChampionComparison | None:
     """Comparison in the report folder; None if there is none or ``version`` was not its candidate."""
-    path = params.report_folder / COMPARISON
-    if not path.is_file():
-        return None
     try:
-        found = ChampionComparison.model_validate_json(path.read_bytes())
-    except ValidationError:  # written by another version of Darkroom
+        found = ChampionComparison.model_validate_json((params.report_folder / COMPARISON).read_bytes())
+    except (FileNotFoundError, ValidationError):  # written by another version of Darkroom
         return None
     return found if found.candidate.sha256 == version.weights_sha256 else None
-
-
-def finite(figures: Mapping[str, float]) -> dict[str, float]:
-    """Finite values of ``figures``; JSON has no others."""
-    return {name: value for name, value in figures.items() if math.isfinite(value)}
 
 
 def request_approval(version: Version, result: GateResult) -> Approval | None:
@@ -222,7 +192,7 @@ def request_approval(version: Version, result: GateResult) -> Approval | None:
     )
     form = ApprovalForm.with_initial_data(description=question)
     try:
-        answer = pause_flow_run(wait_for_input=form, timeout=APPROVAL_TIMEOUT, poll_interval=5)
+        answer = pause_flow_run(wait_for_input=form, timeout=72 * 3600, poll_interval=5)
     except FlowPauseTimeout:
         return Approval(approved=False, by=None)
     return Approval(approved=answer.approved, by=answer.by, note=answer.note)
@@ -233,20 +203,16 @@ def record(
     params: Params, evaluation: Evaluation, version: Version, result: GateResult, approval: Approval | None
 ) -> PromotionResult:
     """Commit the verdict to the ledger, then update MLflow: scores, card, copies of the entry, aliases."""
-    client, ledger = MlflowClient(), Ledger.of(version.model)
-    history = commit(client, version, result, approval)
-    entry = history.about(version.number)
+    client = MlflowClient()
+    entry = commit(client, version, result, approval).about(version.number)
     assert entry is not None, "the champion has an entry in the ledger"
     tags = {name: f"{value:.6g}" for name, value in evaluation.metrics().items()}
-    tags["darkroom.eval_key"] = evaluation.eval_key
-    if entry.evidence is not None:
-        tags["darkroom.gate"] = entry.evidence.reason
-    for tag, value in tags.items():
+    gate = {"darkroom.gate": entry.evidence.reason} if entry.evidence else {}
+    for tag, value in (tags | {"darkroom.eval_key": evaluation.eval_key} | gate).items():
         client.set_model_version_tag(version.model, str(version.number), tag, value)
     model_card.write(client, params, evaluation, version, entry, result.comparison)
-    champion = project(client, ledger).standing.champion
-    promoted = champion == version.number
-    if promoted:
+    champion = project(client, Ledger.of(version.model)).standing.champion
+    if promoted := champion == version.number:
         warn_of_takedown(with_takedowns(version))
     verdict = PromotionResult(
         version=version,
@@ -261,10 +227,7 @@ def record(
 
 
 def commit(client: MlflowClient, version: Version, result: GateResult, approval: Approval | None) -> History:
-    """Append the verdict on ``version`` to its model's ledger unless it is there; returns the ledger.
-
-    Raises UserError if some of its training images were taken down, and Held as ``next_entry`` does.
-    """
+    """Append the verdict on ``version`` to its model's ledger unless it is there, or it must not be promoted."""
 
     def decide(history: History) -> LedgerEntry | None:
         # A takedown writes its record before it searches for versions, and this one is registered: either the record
@@ -276,12 +239,12 @@ def commit(client: MlflowClient, version: Version, result: GateResult, approval:
 
 
 def next_entry(history: History, version: Version, result: GateResult, approval: Approval | None) -> LedgerEntry | None:
-    """Ledger entry of the verdict; None if it is there. Raises Held if the champion has changed meanwhile."""
+    """Ledger entry of the verdict; None if it is there. Raises ConflictError if the champion has changed meanwhile."""
     champion, evidence = history.standing.champion, result.evidence
     if champion == version.number:
         return None
     if champion != result.champion:
-        raise Held(
+        raise ConflictError(
             f"{history.conflict()}; {version.uri} was compared with champion {result.champion or 'none'}: "
             "run `darkroom promote` again to compare it with the current one"
         )

@@ -19,9 +19,6 @@ from flows.deployment.tasks import completed_state, concurrency_slot
 from flows.ingest import IngestOutcome, ingest
 from flows.registry.idempotency import Request
 
-SAMPLING_BATCH = 64
-"""Default number of generated images."""
-
 
 class RetrainResult(Config):
     """Results of all steps of a retraining, or of the earlier one with the same inputs."""
@@ -42,7 +39,7 @@ class RetrainResult(Config):
 @flow(name="retrain", flow_run_name="retrain-{params.training.dataset}")
 def retrain(
     params: Params,
-    count: int = SAMPLING_BATCH,
+    count: int = 64,
     seed: int = 0,
     to: str | None = None,
     conditions: Conditions = UNCONDITIONAL,
@@ -59,7 +56,7 @@ def retrain(
         version: Digest of the data set version to train on, which is checked out; default: the newest version, plus
             the new images of ingest.source.
     """
-    if params.model.low_resolution is not None and (count, seed, to) != (SAMPLING_BATCH, 0, None):
+    if params.model.low_resolution is not None and (count, seed, to) != (64, 0, None):
         raise UserError("a model with model.low_resolution only upscales images: leave --count, --seed and --to out")
     with concurrency_slot(f"retrain-{params.training.dataset}"):
         checked_out = sync(params, version) if version else None
@@ -93,13 +90,12 @@ def retrain(
         check_prompts(conditions)
         require_promotable(params)
 
-        champion = f"models:/{params.model_name}@champion"
         training = train(params, restart="if_different")
         evaluate(params)
         verdict = promote(params)
         # There may be no champion yet, or an earlier super-resolution model.
-        has_samples = verdict.champion is not None and samples_from_noise(champion)
-        samples = sample(params, champion, count, seed, to, conditions) if has_samples else None
+        has_samples = verdict.champion is not None and samples_from_noise(params.champion)
+        samples = sample(params, params.champion, count, seed, to, conditions) if has_samples else None
         explained = explain(params, verdict.version.uri, params.report_folder / "explain")
 
         done = RetrainResult(

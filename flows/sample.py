@@ -16,7 +16,7 @@ from prefect.artifacts import create_markdown_artifact
 from diffusion.checkpoints import load_model
 from diffusion.common.config import Config
 from diffusion.common.device import resolve_device
-from diffusion.common.errors import DarkroomError, Held
+from diffusion.common.errors import ConflictError, DarkroomError
 from diffusion.common.image_grids import grid, save_png
 from diffusion.common.threads import cores
 from diffusion.data.dataset import Dataset
@@ -28,7 +28,7 @@ from diffusion.generation.super_resolution import task_of
 from diffusion.process.samplers import SamplingConfig
 from flows import environment
 from flows.config import Params, SamplingBatchConfig
-from flows.deployment.tasks import retryable_task, submitter, task_runner
+from flows.deployment.tasks import ray_resources, retryable_task, task_runner
 from flows.registry import model_versions
 from flows.registry.model_versions import Version
 from flows.registry.takedown_marks import warn_of_takedown
@@ -42,7 +42,6 @@ from flows.tracking.runs import RunTracker
 
 logger = logging.getLogger(__name__)
 
-SHOWN = 64
 ATTEMPTS = 3
 """Number of attempts for a batch that is deleted while it is generated."""
 
@@ -59,7 +58,6 @@ class SamplingBatchResult(Config):
     contact_sheet: Path
     """Local image grid of the first images."""
     took: GenerationCost
-    """Cost of the images generated in this run."""
 
 
 class Explanation(Config):
@@ -82,15 +80,13 @@ def sample(
     """Generate ``count`` images of ``seed`` under ``conditions`` with the version ``model``.
 
     ``model`` is models:/NAME@ALIAS or models:/NAME/NUMBER; ``to`` is s3://BUCKET, for samples/MODEL/VERSION/BATCH/ in
-    it, or s3://BUCKET/PREFIX. ``requests`` replaces the count: a table (.csv, .jsonl or .parquet; a path or s3://…)
-    with a label or a prompt for each image.
+    it, or s3://BUCKET/PREFIX. ``requests`` replaces the count: a table with a label or a prompt for each image.
     """
     version, weights = fetch(model)
+    config = params.sampling_batch
     for _ in range(ATTEMPTS):
-        batch, place = begin(
-            version, weights, params.sampling, params.sampling_batch, count, seed, to, conditions, requests
-        )
-        chunks = generate_chunks.with_options(task_runner=task_runner(params.sampling_batch))
+        batch, place = begin(version, weights, params.sampling, config, count, seed, to, conditions, requests)
+        chunks = generate_chunks.with_options(task_runner=task_runner(config))
         try:
             cost = chunks(params, batch, place, version)
         except Missing:
@@ -115,16 +111,13 @@ def generate(
     mask: Path | None = None,
     output: Path | None = None,
 ) -> GenerationResult:
-    """Generate the images of a request into a local folder.
+    """Generate the images of a request into the folder ``output``, by default a new one in samples/.
 
     ``fields`` are those of a ``GenerationRequest``, except the images in the files ``image`` and ``mask``.
-    ``model`` is models:/NAME@ALIAS or models:/NAME/NUMBER, and ``output`` the folder; None: a new one in samples/.
     """
     version, weights = fetch(model)
     request, origin = read_request(fields, image, mask), {"model": version.uri, "run_id": version.run_id}
-    # A separate task, which is retried.
-    make = retryable_task(generate_to_folder)
-    return make(weights, request, params.sampling, output, origin, reporter())
+    return retryable_task(generate_to_folder)(weights, request, params.sampling, output, origin, reporter())
 
 
 @flow(name="explain", flow_run_name="explain-{model}")
@@ -160,14 +153,16 @@ def begin(
     conditions: Conditions,
     requests: str | None = None,
 ) -> tuple[SamplingBatch, Location]:
-    """Plan the batch and record it on S3; raises Held if ``to`` holds a different batch."""
+    """Plan the batch and record it on S3; raises ConflictError if ``to`` holds a different batch."""
     store = Store()
     batch, table = generate_batch.plan(store, version, weights, sampling, config, count, seed, conditions, requests)
     place = Location.parse(to or f"s3://{environment.settings().bucket}")
     if not place.prefix:
         place = generate_batch.usual_place(store, batch, place.bucket)
     elif generate_batch.is_deleted(store, place):
-        raise Held(f"`darkroom gc` deletes the objects at {place}, or did so recently: give --to another prefix")
+        raise ConflictError(
+            f"`darkroom gc` deletes the objects at {place}, or did so recently: give --to another prefix"
+        )
     generate_batch.begin(store, batch, place, table)
     return batch, place
 
@@ -180,12 +175,12 @@ def generate_chunks(params: Params, batch: SamplingBatch, place: Location, versi
     show, works = bar("sampling"), list[Work]()
     done = batch.count - sum(len(chunks[chunk]) for chunk in missing)
     show("images generated", done, batch.count)
-    submit = submitter(generate_chunk, config, gpu=resolve_device(batch.sampling.device).type == "cuda")
-    futures = (submit(batch, place, version, chunk, config) for chunk in missing)
-    for chunk, work in zip(missing, in_order(futures, 2 * config.workers), strict=True):
-        works.append(work)
-        done += len(chunks[chunk])
-        show("images generated", done, batch.count)
+    futures = (generate_chunk.submit(batch, place, version, chunk, config) for chunk in missing)
+    with ray_resources(config, gpu=resolve_device(batch.sampling.device).type == "cuda"):
+        for chunk, work in zip(missing, in_order(futures, 2 * config.workers), strict=True):
+            works.append(work)
+            done += len(chunks[chunk])
+            show("images generated", done, batch.count)
     return generate_batch.cost_of(works, time.monotonic() - started)
 
 
@@ -207,14 +202,13 @@ def finish(batch: SamplingBatch, place: Location, cost: GenerationCost) -> Sampl
     store = Store()
     if not generate_batch.finish(store, batch, place):
         return None
-    shown = min(SHOWN, batch.count)
+    shown = min(64, batch.count)
     chunks = range(-(-shown // batch.chunk_size))
     rows = [row for chunk in chunks for row in read_rows(store, place, batch, chunk)][:shown]
     pngs = (io.BytesIO(read_image(store, place, batch, row["index"], row)) for row in rows)
-    pixels = [np.array(Image.open(png, formats=("PNG",))) for png in pngs]
-    images = [torch.from_numpy(each.reshape(*each.shape[:2], -1)).permute(2, 0, 1) for each in pixels]
+    images = np.stack([np.array(Image.open(png, formats=("PNG",))) for png in pngs])
     sheet = Path("samples", batch.model, str(batch.version), f"{batch.name}.png")
-    save_png(sheet, grid(torch.stack(images)))
+    save_png(sheet, grid(torch.from_numpy(images.reshape(*images.shape[:3], -1)).permute(0, 3, 1, 2)))
     done = SamplingBatchResult(
         uri=f"{place}/",
         model=f"models:/{batch.model}/{batch.version}",
@@ -224,10 +218,8 @@ def finish(batch: SamplingBatch, place: Location, cost: GenerationCost) -> Sampl
         contact_sheet=sheet,
         took=cost,
     )
-    create_markdown_artifact(
-        f"{batch.count:,} images of {done.model} in `{done.uri}`, manifest `{done.manifest}`\n\n{cost.words}",
-        key="samples",
-    )
+    text = f"{batch.count:,} images of {done.model} in `{done.uri}`, manifest `{done.manifest}`\n\n{cost.words}"
+    create_markdown_artifact(text, key="samples")
     return done
 
 

@@ -1,12 +1,14 @@
-"""Flow ``sweep``: grid search over settings on the same data, ranked in one report.
+"""Flows ``sweep`` and ``compare``: train several models on the same data and rank them in one report.
 
-Each combination is an ordinary training and evaluation in a separate folder; its MLflow run is a child of the sweep's
-run. Finished combinations are skipped, so a sweep can be resumed and extended.
+Each combination of a sweep is an ordinary training and evaluation in a separate folder; its MLflow run is a child of
+the sweep's run. Finished combinations are skipped, so a sweep can be resumed and extended. A comparison trains each
+model family with the same budget.
 """
 
 import itertools
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,28 +16,47 @@ import yaml
 from mlflow.client import MlflowClient
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 from prefect import flow
-from prefect.artifacts import create_table_artifact
+from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from pydantic import JsonValue, ValidationError
 
 from diffusion.common.config import Config
 from diffusion.common.errors import UserError
 from diffusion.common.files import digest_of
+from diffusion.common.image_grids import grid, png_bytes
+from diffusion.common.progress import Progress
 from diffusion.data.manifest import read_manifest
 from diffusion.evaluation.evaluate import REAL_GRID, grid_name
-from diffusion.evaluation.ranking import rank_evaluations
-from diffusion.evaluation.reports.ranking_report import training_charts, write_ranking_report
+from diffusion.evaluation.ranking import RANKING, Ranking, rank_evaluations, rank_models
+from diffusion.evaluation.reports.ranking_report import PAGE, findings, training_charts, write_ranking_report
 from diffusion.evaluation.results import Evaluation
+from diffusion.models.config import FAMILIES
 from flows.config import Params, assign, in_words
 from flows.deployment.tasks import retryable_task
-from flows.evaluate import RankingResult, evaluate
+from flows.evaluate import evaluate
+from flows.tracking.console import reporter
 from flows.tracking.runs import SWEEP, RunTracker, one_run
 from flows.train import train
 
-PAGE = "sweep.html"
-"""Name of the report among the artifacts of the sweep's run."""
 SECTIONS = ("model", "training")
 """Sections that may vary; data, sampling and evaluation are the same for all, so that metrics are comparable."""
 FIXED = ("training.dataset", "training.output", "model.family")
+SHARED: Mapping[str, set[str]] = {
+    "training": {
+        *("dataset", "images", "minutes", "flip", "seed", "precision", "device", "compile", "checkpoints", "keep"),
+        *("cpu_threads", "workers", "prefetch", "cache_bytes", "stream_bytes", "window"),
+    },
+    "sampling": {"compute_batch", "precision", "device"},
+}
+"""Settings shared by all families: data, budget and compute; the rest has each family's defaults."""
+
+
+class RankingResult(Config):
+    """Ranking of several trainings, with its report."""
+
+    ranking: Ranking
+    report: Path
+    run_id: str | None = None
+    """MLflow parent run of a sweep."""
 
 
 class Combination(Config):
@@ -57,7 +78,7 @@ def sweep(params: Params, over: dict[str, list[JsonValue]]) -> RankingResult:
     evaluations: list[Evaluation] = []
     for point in points:
         runs.append(train(point.params, restart="if_different").run_id)
-        adopt(parent, runs[-1])
+        MlflowClient().set_tag(runs[-1], MLFLOW_PARENT_RUN_ID, parent)
         evaluations.append(evaluate(point.params, point.folder))
     return rank(params, parent, points, runs, evaluations)
 
@@ -76,39 +97,24 @@ def begin(params: Params, over: dict[str, list[JsonValue]]) -> str:
 
 
 @retryable_task
-def adopt(parent: str, run_id: str) -> None:
-    """Make a run a child of the sweep's run."""
-    MlflowClient().set_tag(run_id, MLFLOW_PARENT_RUN_ID, parent)
-
-
-@retryable_task
 def rank(
     params: Params, parent: str, points: list[Combination], runs: list[str], evaluations: list[Evaluation]
 ) -> RankingResult:
     """Rank all combinations; write the report and log it to the sweep's run."""
     ranking = rank_evaluations(evaluations, [each.settings for each in points], runs)
     places = dict(zip(runs, zip(points, evaluations, strict=True), strict=True))
-    ordered = {each.name: places[each.run_id] for each in ranking.models if each.run_id is not None}
+    ordered = [(each.name, *places[each.run_id]) for each in ranking.models if each.run_id is not None]
     page = params.report_folder / "sweeps" / f"{parent}.html"
-    write_ranking_report(
-        page,
-        ranking,
-        {name: (point.folder / "grids" / grid_name(each.best)).read_bytes() for name, (point, each) in ordered.items()},
-        (points[0].folder / "grids" / REAL_GRID).read_bytes(),
-        training_charts(
-            list(ordered),
-            [each for _, each in ordered.values()],
-            [point.params.run_folder / "losses.csv" for point, _ in ordered.values()],
-        ),
-    )
+    grids = {name: (point.folder / "grids" / grid_name(each.best)).read_bytes() for name, point, each in ordered}
+    losses = [point.params.run_folder / "losses.csv" for _, point, _ in ordered]
+    charts = training_charts(list(grids), [each for *_, each in ordered], losses)
+    write_ranking_report(page, ranking, grids, (points[0].folder / "grids" / REAL_GRID).read_bytes(), charts)
     tracker = RunTracker(MlflowClient(), parent)
-    tracker.client.log_text(parent, page.read_text(), PAGE)
+    tracker.client.log_text(parent, page.read_text(), "sweep.html")
     tracker.finish()
-    rows = [
-        {"settings": words_of(each.settings), ranking.metric: f"{each.value:.4g} ± {each.error:.2g}"}
-        for each in ranking.models
-    ]
-    create_table_artifact(rows, key="sweep")
+    values = [f"{each.value:.4g} ± {each.error:.2g}" for each in ranking.models]
+    settings = [words_of(each.settings) for each in ranking.models]
+    create_table_artifact({"settings": settings, ranking.metric: values}, key="sweep")
     return RankingResult(ranking=ranking, report=page, run_id=parent)
 
 
@@ -120,10 +126,9 @@ def parse_over(words: Sequence[str]) -> dict[str, list[Any]]:
     over: dict[str, list[Any]] = {}
     for each in words:
         key, equal, text = each.partition("=")
-        try:
+        values: list[Any] = []
+        with suppress(yaml.YAMLError):
             values = yaml.safe_load(f"[{text}]") if equal else []
-        except yaml.YAMLError:
-            values = []
         if not values or not key.strip():
             raise UserError(f"--over {each}: write it as key=value,value, for example training.learning_rate=1e-3,4e-3")
         if key.strip() in over:
@@ -142,8 +147,7 @@ def combinations(params: Params, over: Mapping[str, Sequence[Any]]) -> list[Comb
                 f"--over {key}: data, sampling and evaluation must be the same for all; vary fields of "
                 f"{' and '.join(SECTIONS)}, but for {', '.join(FIXED)}"
             )
-    choices = (dict(zip(over, values, strict=True)) for values in itertools.product(*over.values()))
-    points = [_with(params, settings) for settings in choices]
+    points = [_with(params, dict(zip(over, values, strict=True))) for values in itertools.product(*over.values())]
     # By parsed value: 1e-3 equals 0.001.
     if len({each.digest for each in points}) < len(points):
         raise UserError("--over gives the same value twice: leave one of them out")
@@ -169,3 +173,59 @@ def _with(params: Params, settings: dict[str, Any]) -> Combination:
 def words_of(settings: Mapping[str, object]) -> str:
     """Abbreviated settings, such as ``learning_rate=0.001,width=32``."""
     return ",".join(f"{key.rpartition('.')[2]}={value}" for key, value in settings.items())
+
+
+@flow(name="compare", flow_run_name="compare-{params.training.dataset}")
+def compare(params: Params, families: Sequence[str] = tuple(FAMILIES), restart: bool = False) -> RankingResult:
+    """Train the families one after the other and rank them by their samples.
+
+    Each training is resumable, and is the same run as that of ``train``. ``restart`` discards runs of other settings
+    in the families' folders.
+    """
+    variants = family_variants(params, families)
+    trained = {name: train(each, "if_different" if restart else "never") for name, each in variants.items()}
+    done = retryable_task(rank_variants)(variants, reporter())
+    log_report([each.run_id for each in trained.values()], done.report)
+    create_markdown_artifact("\n\n".join(findings(done.ranking)), key="comparison")
+    models = [each.model_copy(update={"run_id": trained[each.name].run_id}) for each in done.ranking.models]
+    return done.model_copy(update={"ranking": done.ranking.model_copy(update={"models": models})})
+
+
+@retryable_task
+def log_report(run_ids: Sequence[str], page: Path) -> None:
+    """Log the report to the MLflow run of each training."""
+    for run_id in run_ids:
+        for path in (page, page.parent / RANKING):
+            RunTracker(MlflowClient(), run_id).log_file(path, "evaluation")
+
+
+def family_variants(params: Params, names: Sequence[str]) -> dict[str, Params]:
+    """Configurations of the families in ``names``, by name.
+
+    The family of ``params`` keeps ``params``; the others have their own defaults with the same images, budget and
+    evaluation. Raises UserError for an unknown or repeated family, and for settings that families cannot share.
+    """
+    if unknown := [family for family in names if family not in FAMILIES]:
+        raise UserError(f"there is no family {unknown[0]!r}: there is {', '.join(FAMILIES)}")
+    if len(set(names)) < max(2, len(names)):
+        raise UserError(f"--family {' --family '.join(names)}: name two families or more, each once")
+    for field, value in (("training.output", params.training.output), ("registry.model", params.registry.model)):
+        if value is not None:
+            raise UserError(f"{field} = {value} is one place, and each family needs its own: leave it out")
+    if params.model.low_resolution is not None:
+        raise UserError("model.low_resolution makes a super-resolution model, and `compare` ranks generative ones")
+    shared: dict[str, Any] = {name: getattr(params, name).model_dump(include=SHARED[name]) for name in SHARED}
+    shared |= {"ingest": params.ingest.model_dump(), "evaluation": params.evaluation.model_dump(exclude={"ema_stds"})}
+    variants = {name: Params.model_validate(shared | {"model": {"family": name}}) for name in names}
+    return variants | {name: params for name in names if name == params.model.family}
+
+
+def rank_variants(variants: Mapping[str, Params], progress: Progress) -> RankingResult:
+    """Rank the final models by their samples, which are cached, and write the report."""
+    params = next(iter(variants.values()))
+    folder = Path("reports") / params.training.dataset
+    models = {name: (each.run_folder / "final.safetensors", each.sampling) for name, each in variants.items()}
+    ranking, images = rank_models(params.dataset_folder, models, params.evaluation, folder, progress)
+    sheets = {name: png_bytes(grid(each, columns=8)) for name, each in images.items()}
+    write_ranking_report(folder / PAGE, ranking, sheets, sheets.pop("real"))
+    return RankingResult(ranking=ranking, report=folder / PAGE)

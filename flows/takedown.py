@@ -65,25 +65,17 @@ def takedown(params: Params, selection: Selection, reason: str, purge: bool = Fa
     """Remove the images of ``selection`` from the data set ``training.dataset``, and mark what derives from them.
 
     Runs and model versions get the tag ``darkroom.takedown`` and a note. Sampling batches are listed and kept.
-    ``purge`` clears caches, remote copies and pages of the versions that held the images. The flow can be killed and
-    repeated at any moment.
+    ``purge`` clears caches, remote copies and pages of the versions that held the images.
     """
     removal = remove(params, selection, reason)
     version = record(params, removal)
     announce(params, silently=False)
-    versions, affected = find_holders(params, removal)
-    derived = mark_derived(params, removal, versions, affected)
+    versions, affected, derived = mark_derived(params, removal)
+    about = {"name": removal.name, "removal": removal, "version": version, "derived": derived}
     purged = clear(params, versions, affected, derived) if purge else None
-    done = TakedownResult(
-        name=removal.name,
-        removal=removal,
-        version=version,
-        held=affected.held,
-        unknown=affected.unknown,
-        derived=derived,
-        purged=purged,
-    )
-    report(done)
+    done = TakedownResult(**about, held=affected.held, unknown=affected.unknown, purged=purged)
+    items = [f"- {escape_markdown(line)}" for line in (f"reason {removal.reason}", *done.lines())]
+    create_markdown_artifact("\n".join(items), key="takedown")
     return done
 
 
@@ -113,28 +105,22 @@ def record(params: Params, removal: Removal) -> DataVersion:
 
 
 @retryable_task
-def find_holders(params: Params, removal: Removal) -> tuple[dict[str, Manifest], Holders]:
-    """Find all versions of the data set, and those that held the images."""
+def mark_derived(params: Params, removal: Removal) -> tuple[dict[str, Manifest], Holders, Derived]:
+    """Find all versions of the data set, those that held the images, and what derives from them; mark it in MLflow."""
     folder, source = params.dataset_folder, environment.data_source()
     recorded = Catalog.of(folder.name, source)
     # Versions that gc removed from the catalog still have files on the remote for a while.
     versions = recorded.versions(retired=True) | known_versions(folder) | recorded.versions()
     with TemporaryDirectory() as scratch:
         elsewhere = StoredFiles(folder.name, source).remote_lookup(versions.values(), Path(scratch))
-        return versions, holders(folder, removal, versions.values(), elsewhere)
-
-
-@retryable_task
-def mark_derived(params: Params, removal: Removal, versions: dict[str, Manifest], affected: Holders) -> Derived:
-    """Find what derives from the versions that held the images, and mark it in MLflow."""
+        affected = holders(folder, removal, versions.values(), elsewhere)
     contents = {versions[digest].content_digest for digest in affected.held}
     unaffected = versions.keys() - {*affected.held, *affected.unknown}
     others = {versions[digest].content_digest for digest in unaffected}
     # Versions of equal content hold the same images.
-    bucket = environment.settings().bucket
-    derived = find_derived(params.training.dataset, contents - others, contents | others, bucket)
+    derived = find_derived(folder.name, contents - others, contents | others, environment.settings().bucket)
     mark([run.run_id for run in derived.runs], [model.uri for model in derived.models], removal)
-    return derived
+    return versions, affected, derived
 
 
 @retryable_task
@@ -144,21 +130,9 @@ def clear(params: Params, versions: dict[str, Manifest], affected: Holders, deri
     held = [versions[digest] for digest in affected.held]
     others = [each for digest, each in versions.items() if digest not in affected.held]
     Catalog.of(folder.name, environment.data_source()).delete_pages(affected.held)
-    purged = Purged(
-        dvc_objects=purge_dvc(held, others, environment.data_source()),
-        files=[
-            path
-            for reports in params.report_folders
-            for path in (*purge_files(folder, held, others, reports), *purge_samples(Path("runs", reports.name), held))
-        ],
-        artifacts=clear_images(derived),
-    )
+    objects, files = purge_dvc(held, others, environment.data_source()), list[str]()
+    for reports in params.report_folders:
+        files += purge_files(folder, held, others, reports) + purge_samples(Path("runs", reports.name), held)
+    purged = Purged(dvc_objects=objects, files=files, artifacts=clear_images(derived))
     vacuum_deleted_objects()
     return purged
-
-
-@retryable_task
-def report(done: TakedownResult) -> None:
-    """Summarize the takedown on the flow run."""
-    items = [f"- {escape_markdown(line)}" for line in (f"reason {done.removal.reason}", *done.lines())]
-    create_markdown_artifact("\n".join(items), key="takedown")

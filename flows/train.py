@@ -68,18 +68,10 @@ def train_and_track(params: Params, restart: Restart) -> TrainingRun:
         opened.append(BufferedTracker(_open(ready, manifest, discarded), folder, is_new or discarded))
         return opened[0]
 
+    data, run, show = params.dataset_folder, params.run_folder, reporter()
+    store = RemoteShards(data, data_source()) if params.training.stream_bytes is not None else None
     try:
-        result = train_model(
-            params.dataset_folder,
-            params.run_folder,
-            params.model,
-            params.training,
-            params.sampling,
-            track,
-            reporter(),
-            restart,
-            RemoteShards(params.dataset_folder, data_source()) if params.training.stream_bytes is not None else None,
-        )
+        result = train_model(data, run, params.model, params.training, params.sampling, track, show, restart, store)
     except BaseException:
         for each in opened:
             # Before a retry opens the same folder.
@@ -100,21 +92,16 @@ def train_and_track(params: Params, restart: Restart) -> TrainingRun:
 
 
 def _finish(ready: ResolvedParams, tracker: RunTracker) -> None:
-    """Finish the run; it fails with UserError if some of its training images were taken down meanwhile.
-
-    A takedown writes its record before it searches for runs, and the run has named its data set from the start: either
-    the takedown finds the run, or this finds the record.
-    """
+    """Finish the run; it fails with UserError if some of its training images were taken down meanwhile."""
+    # A takedown writes its record before it searches for runs, and the run has named its data set from the start:
+    # either the takedown finds the run, or this finds the record.
     try:
         require_current(ready.params.dataset_folder, tracker)
     except UserError:
         tracker.fail()
         raise
-    sources = [
-        model_versions.resolve(tracker.client, uri) for uri in (ready.autoencoder, ready.start) if uri is not None
-    ]
-    names = [name for each in sources for name in names_of(with_takedowns(each).tags.get(TAKEDOWN))]
-    if names:
+    sources = [model_versions.resolve(tracker.client, uri) for uri in (ready.autoencoder, ready.start) if uri]
+    if names := [name for each in sources for name in names_of(with_takedowns(each).tags.get(TAKEDOWN))]:
         tracker.tag({TAKEDOWN: joined_names(ready.takedown, *names)})
     tracker.finish()
 
@@ -139,16 +126,8 @@ def _open(ready: ResolvedParams, manifest: Manifest, restart: bool) -> RunTracke
     model, training = with_digests(params.model, params.training)
     key = train_key(data_digest(manifest, training), model, training)
     parameters = flattened({"model": model.model_dump(mode="json"), "training": identity_fields(training, model)})
-    tracker = open_run(
-        params.model_name,
-        key,
-        parameters,
-        manifest,
-        dvc.code_version(),
-        dvc.data_version(params.dataset_folder),
-        data_source(),
-        restart,
-    )
+    code, data = dvc.code_version(), dvc.data_version(params.dataset_folder)
+    tracker = open_run(params.model_name, key, parameters, manifest, code, data, data_source(), restart)
     tracker.client.log_text(tracker.run_id, ready.requested.model_dump_json(indent=2), "params.json")
     tracker.tag({AUTOENCODER: ready.autoencoder, START: ready.start, TAKEDOWN: ready.takedown})
     tracker.log_file(params.dataset_folder / "manifest.json", "dataset")

@@ -13,7 +13,7 @@ class UserError(DarkroomError):
     exit_code = 2
 
 
-class Held(DarkroomError):
-    """Completed work whose result was not applied, because of the gate or a concurrent change."""
+class ConflictError(DarkroomError):
+    """Conflict with what another process or a person wrote or decided first; nothing was overwritten."""
 
     exit_code = 3

@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from pydantic import ConfigDict, Field, PositiveFloat, model_validator
 
-from diffusion.common.config import LARGEST_EMA_STD, DeviceName, unset
+from diffusion.common.config import LARGEST_EMA_STD, DeviceName, PlainName, unset
 from diffusion.models.config import ObjectiveConfig
 
 
@@ -14,7 +14,7 @@ class TrainingConfig(ObjectiveConfig):
 
     model_config = ConfigDict(allow_inf_nan=False)
 
-    dataset: str = "digits"
+    dataset: PlainName = "digits"
     """Name of the data set, a folder in data/."""
     output: Path | None = None
     """Output folder of the run: checkpoints, history.csv, sample grids and finally final.safetensors; null:

@@ -38,7 +38,14 @@ def main() -> None:
     # Waiting threads should sleep, not spin: spinning threads slow down other work on the machine.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
-        _require_one_process(sys.argv[1:])
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            # A killed torchrun does not stop its processes: they would go on training.
+            end_with_parent()
+            if sys.argv[1:2] != ["train"] or "--dry-run" in sys.argv:
+                raise UserError(
+                    f"torchrun started several processes, and `darkroom {' '.join(sys.argv[1:3])}` is done by one: "
+                    "leave torchrun out, or use it for `darkroom train` alone"
+                )
         app()
     except DarkroomError as error:
         print(escape_controls(f"darkroom: {' '.join(str(error).split())}"), file=sys.stderr)
@@ -52,16 +59,3 @@ def main() -> None:
         words = escape_controls(" ".join(str(error).split())[:500])
         print(f"darkroom: {type(error).__name__}: {words} ({hint})", file=sys.stderr)
         sys.exit(1)
-
-
-def _require_one_process(words: list[str]) -> None:
-    """Raise UserError if torchrun started several processes for a command that runs in one."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return
-    # A killed torchrun does not stop its processes: they would go on training.
-    end_with_parent()
-    if words[:1] != ["train"] or "--dry-run" in words:
-        raise UserError(
-            f"torchrun started several processes, and `darkroom {' '.join(words[:2])}` is done by one: leave torchrun "
-            "out, or use it for `darkroom train` alone"
-        )

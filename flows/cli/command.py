@@ -5,54 +5,36 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, TypeGuard, TypeVar
 
 import typer
+from typer import Option
 
 from diffusion.common.escaping import escape_controls
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
 
-    from flows.config import Params
     from flows.environment import Server
 
-Set = Annotated[
-    list[str],
-    typer.Option("--set", metavar="KEY=VALUE", help="Override a field of params.yaml, e.g. training.batch_size=64."),
-]
-ParamsFile = Annotated[Path, typer.Option("--params", help="Configuration file.")]
-Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object on standard output.")]
-DatasetName = Annotated[
-    str | None, typer.Option("--dataset", metavar="NAME", help="Name of the data set; default: training.dataset.")
-]
-Local = Annotated[
-    bool, typer.Option("--local", help="Work on files of this machine alone, without a server, as dvc.yaml does.")
-]
-Model = Annotated[
-    str | None,
-    typer.Option(
-        "--model",
-        metavar="URI|FILE",
-        help="models:/NAME@ALIAS or models:/NAME/NUMBER; default: champion. Or a final.safetensors, without servers.",
-    ),
-]
-OutFolder = Annotated[
-    Path | None, typer.Option("--out", metavar="FOLDER", help="Folder to write to; default: a new one in samples/.")
-]
-Count = Annotated[int, typer.Option("--count", min=1, help="Number of images.")]
 LARGEST_SEED = 2**63 - 1
 """Largest seed that a manifest can hold."""
-Seed = Annotated[
-    int, typer.Option("--seed", min=0, max=LARGEST_SEED, help="Seed; image i of a seed is the same image everywhere.")
-]
-NegativePrompt = Annotated[
+Set = Annotated[list[str], Option("--set", metavar="KEY=VALUE", help="Override a field, as training.batch_size=64.")]
+ParamsFile = Annotated[Path, Option("--params", help="Configuration file.")]
+Json = Annotated[bool, Option("--json", help="Print the result as one JSON object on standard output.")]
+DatasetName = Annotated[str | None, Option("--dataset", metavar="NAME", help="Data set; default: training.dataset.")]
+Local = Annotated[bool, Option("--local", help="Work on files of this machine, without a server, as dvc.yaml does.")]
+Model = Annotated[
     str | None,
-    typer.Option("--negative-prompt", metavar="TEXT", help="What not to show; needs sampling.guidance, say 3."),
+    Option(metavar="URI|FILE", help="models:/NAME@ALIAS or models:/NAME/NUMBER; default: champion. Or a .safetensors."),
 ]
-Reason = Annotated[str | None, typer.Option("--reason", metavar="TEXT", help="Reason, recorded in the ledger.")]
+OutFolder = Annotated[Path | None, Option("--out", metavar="FOLDER", help="Output folder; default: one in samples/.")]
+Count = Annotated[int, Option("--count", min=1, help="Number of images.")]
+Seed = Annotated[int, Option("--seed", min=0, max=LARGEST_SEED, help="Seed; its image i is the same everywhere.")]
+NegativePrompt = Annotated[str | None, Option("--negative-prompt", help="What not to show; needs sampling.guidance.")]
+Reason = Annotated[str | None, Option("--reason", help="Reason, recorded in the ledger.")]
 
 
 class CommandOutput(NamedTuple):
@@ -72,7 +54,8 @@ def command(
     *,
     panel: str | None = None,
     dataset: bool = True,
-    overrides: Mapping[str, str] | None = None,
+    sets_source: bool = False,
+    servers: "tuple[Server, ...]" = (),
 ) -> Callable[[Function], Function]:
     """Register a function as a command of ``app``.
 
@@ -85,33 +68,36 @@ def command(
         name: Name of the command; default: the function's.
         panel: Heading in the help text.
         dataset: Whether there is ``--dataset``.
-        overrides: Configuration keys by the parameters that set them, such as ``{"source": "ingest.source"}``.
+        sets_source: Whether the parameter ``source`` sets ingest.source.
+        servers: Servers that the command is connected to, see ``connect``.
     """
 
     def register(function: Function) -> Function:
         parameters = dict(inspect.signature(function).parameters)
         configured = parameters.pop("config", None) is not None
-        shared: list[tuple[str, Any, Any]] = [("as_json", Json, False)]
+        shared: dict[str, tuple[Any, Any]] = {"dataset": (DatasetName, None)} if configured and dataset else {}
         if configured:
-            shared = [("params_file", ParamsFile, Path("params.yaml")), ("settings", Set, []), *shared]
-        if configured and dataset:
-            shared = [("dataset", DatasetName, None), *shared]
-        for option, annotation, default in shared:
-            parameters[option] = inspect.Parameter(
-                option, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation
-            )
+            shared |= {"params_file": (ParamsFile, Path("params.yaml")), "settings": (Set, [])}
+        for option, (annotation, default) in (shared | {"as_json": (Json, False)}).items():
+            keyword = inspect.Parameter.KEYWORD_ONLY
+            parameters[option] = inspect.Parameter(option, keyword, default=default, annotation=annotation)
 
         def run(**given: Any) -> None:
             as_json = given.pop("as_json")
             # Libraries print to standard output, which belongs to the result.
             with redirect_stdout(sys.stderr):
                 if configured:
-                    words = [*given.pop("settings")]
-                    for parameter, key in (overrides or {}).items():
-                        if given[parameter] is not None:
-                            words.append(f"{key}={json.dumps(given[parameter], ensure_ascii=False)}")
-                    given["config"] = _load(given.pop("params_file"), words, given.pop("dataset", None))
-                output = function(**given)
+                    from flows.config import load_params
+
+                    chosen = {"ingest.source": given["source"]} if sets_source else {}
+                    chosen["training.dataset"] = given.pop("dataset", None)
+                    settings = [*given.pop("settings")]
+                    for key, value in chosen.items():
+                        if value is not None:
+                            settings.append(f"{key}={json.dumps(value, ensure_ascii=False)}")
+                    given["config"] = load_params(given.pop("params_file"), settings)
+                with connect(*servers) if servers else nullcontext():
+                    output = function(**given)
                 # Lines may still have to be computed.
                 lines = [] if output is None else list(output.lines)
             if output is None:
@@ -133,15 +119,6 @@ def command(
         return function
 
     return register
-
-
-def _load(path: Path, overrides: list[str], dataset: str | None) -> "Params":
-    from flows.config import dataset_folder, load_params
-
-    if dataset is not None:
-        dataset_folder(dataset)
-        overrides = [*overrides, f"training.dataset={json.dumps(dataset, ensure_ascii=False)}"]
-    return load_params(path, overrides)
 
 
 def is_follower() -> bool:

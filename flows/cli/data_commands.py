@@ -1,27 +1,27 @@
 """``darkroom data``: versions of a data set, their differences, checkout, and takedown of images."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer import Argument, Option
 
 from diffusion.common.errors import UserError
 from flows.cli.command import CommandOutput, command, connect
 
 if TYPE_CHECKING:
     from diffusion.data.manifest import FileEntry
-    from diffusion.data.versions.takedown_records import Chosen
     from diffusion.data.versions.versions import Difference
     from flows.config import Params
     from flows.datasets.dvc import StoredFiles
 
 app = typer.Typer(
-    name="data", help="Versions of a data set: list, show, compare, check out; take images down.", no_args_is_help=True
+    name="data", help="Data sets: versions, differences, checkout, takedown of images.", no_args_is_help=True
 )
-All = Annotated[bool, typer.Option("--all", help="Show complete lists instead of the first 20 entries.")]
+All = Annotated[bool, Option("--all", help="Show complete lists instead of the first 20 entries.")]
 FIRST = 20
 """Number of list entries shown by default."""
 
@@ -38,21 +38,18 @@ def log(config: "Params") -> CommandOutput:
     entries = history(folder, _in_cache(folder))
     head = f"  {'version':<12}  {'parent':<12}  {'added':>9} {'removed':>9} {'kept':>9} {'quarantined':>11}  change"
     rows = [
-        f"{'*' if each.current else ' '} {each.digest[:12]}  {(each.parent or '')[:12]:<12}  "
-        f"{each.added:>9,} {each.removed:>9,} {each.kept:>9,} "
-        f"{_count(each.quarantined):>11}  {each.change}"
+        f"{'*' if each.current else ' '} {each.digest[:12]}  {(each.parent or '')[:12]:<12}  {each.added:>9,} "
+        f"{each.removed:>9,} {each.kept:>9,} {_count(each.quarantined):>11}  {each.change}"
         for each in entries
     ]
-    versions = [each.model_dump(mode="json") for each in entries]
-    return CommandOutput({"dataset": folder.name, "versions": versions}, [head, *rows])
+    value = {"dataset": folder.name, "versions": [each.model_dump(mode="json") for each in entries]}
+    return CommandOutput(value, [head, *rows])
 
 
 @command(app, "show")
 def show_version(
     config: "Params",
-    version: Annotated[
-        str | None, typer.Argument(metavar="VERSION", help="Prefix of a version's digest; default: the current one.")
-    ] = None,
+    version: Annotated[str | None, Argument(help="Prefix of a version's digest; default: the current one.")] = None,
     everything: All = False,
 ) -> CommandOutput:
     """Show the contents of a version, and which sources were quarantined and why.
@@ -65,8 +62,8 @@ def show_version(
     folder = config.dataset_folder
     limit = None if everything else FIRST
     found = contents_of(folder, resolve(folder, version), _in_cache(folder), limit)
-    classes = [f"  {name}: {count:,}" for name, count in found.classes.items()][:limit]
-    quarantined = [f"  {each.source}: {each.reason}" for each in found.quarantined or ()]
+    classes = [f"{name}: {count:,}" for name, count in found.classes.items()]
+    quarantined = [f"{each.source}: {each.reason}" for each in found.quarantined or ()]
     lines = [
         f"version    {found.digest}, from {found.change}" + (f" of {found.parent[:12]}" if found.parent else ""),
         f"content    {found.content_digest}",
@@ -74,10 +71,8 @@ def show_version(
         + ", ".join(f"{count:,} {split.replace('_', '-')}" for split, count in found.splits.items()),
         f"shards     {found.shards:,}, {found.shard_bytes:,} bytes",
         f"read       {', '.join(f'{count:,} {outcome}' for outcome, count in found.outcomes.items())}",
-        *([f"classes    {len(found.classes):,}", *classes, *_more(len(found.classes), classes)] if classes else []),
-        f"quarantine {_count(found.quarantined_count)}",
-        *quarantined,
-        *_more(found.quarantined_count or 0, quarantined),
+        *(_section("classes   ", len(classes), classes[:limit]) if classes else []),
+        *_section("quarantine", found.quarantined_count, quarantined),
     ]
     return CommandOutput(found, lines)
 
@@ -85,10 +80,8 @@ def show_version(
 @command(app)
 def diff(
     config: "Params",
-    before: Annotated[
-        str | None, typer.Argument(metavar="A", help="Old version; default: the parent of the new one.")
-    ] = None,
-    after: Annotated[str | None, typer.Argument(metavar="B", help="New version; default: the current one.")] = None,
+    before: Annotated[str | None, Argument(metavar="A", help="Old version; default: the new one's parent.")] = None,
+    after: Annotated[str | None, Argument(metavar="B", help="New version; default: the current one.")] = None,
     everything: All = False,
 ) -> CommandOutput:
     """Show the differences between two versions, image by image.
@@ -110,13 +103,10 @@ def diff(
 @command(app)
 def checkout(
     config: "Params",
-    version: Annotated[str, typer.Argument(metavar="VERSION", help="Prefix of the version's digest.")],
-    with_removed: Annotated[
-        bool, typer.Option("--with-removed", help="Allow a version with images that have since been taken down.")
-    ] = False,
+    version: Annotated[str, Argument(metavar="VERSION", help="Prefix of the version's digest.")],
+    with_removed: Annotated[bool, Option("--with-removed", help="Allow images that were taken down since.")] = False,
     without_shards: Annotated[
-        bool,
-        typer.Option("--without-shards", help="Only manifest and tables; training.stream_bytes fetches shards later."),
+        bool, Option("--without-shards", help="Only manifest and tables; training.stream_bytes fetches shards later.")
     ] = False,
 ) -> CommandOutput:
     """Restore a version into data/NAME, verify every file, and make it the base of the next ingest.
@@ -129,10 +119,8 @@ def checkout(
     from flows.datasets.checkout import checkout as make_current
 
     done = make_current(folder, version, _connect_remote, with_removed, without_shards, to_build_on=True)
-    lines = [
-        f"{done.kept:,} images in {done.folder}: version {done.digest[:12]}, {len(done.restored):,} files restored",
-        f"content {done.content_digest}",
-    ]
+    about = f"version {done.digest[:12]}, {len(done.restored):,} files restored"
+    lines = [f"{done.kept:,} images in {done.folder}: {about}", f"content {done.content_digest}"]
     return CommandOutput(done, lines)
 
 
@@ -141,27 +129,21 @@ def remove(
     config: "Params",
     images: Annotated[
         list[str] | None,
-        typer.Argument(
-            metavar="KEY|PATTERN…", help="Image keys (8 or more hex digits) or source name patterns (* as wildcard)."
-        ),
+        Argument(metavar="KEY|PATTERN…", help="Image keys (8 or more hex digits) or patterns (*) of source names."),
     ] = None,
-    source: Annotated[list[str], typer.Option(metavar="PATTERN", help="Source name pattern.")] = [],  # noqa: B006
-    label: Annotated[str | None, typer.Option(help="Only images of this class.")] = None,
-    reason: Annotated[
-        str, typer.Option(help="One-line reason, stored in the record; required except with --dry-run.")
-    ] = "",
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Only list the images that would be removed, and their source names.")
-    ] = False,
+    source: Annotated[list[str], Option(metavar="PATTERN", help="Source name pattern.")] = [],  # noqa: B006
+    label: Annotated[str | None, Option(help="Only images of this class.")] = None,
+    reason: Annotated[str, Option(help="One-line reason, stored in the record; required except with --dry-run.")] = "",
+    dry_run: Annotated[bool, Option("--dry-run", help="Only list what would be removed, with source names.")] = False,
     purge: Annotated[
         bool,
-        typer.Option(
+        Option(
             "--purge",
             help="Also delete the affected versions' files from caches, the DVC remote, reports and MLflow runs, "
             "unless other versions need them. The affected versions can no longer be checked out.",
         ),
     ] = False,
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Skip the confirmation.")] = False,
+    yes: Annotated[bool, Option("--yes", "-y", help="Skip the confirmation.")] = False,
 ) -> CommandOutput:
     """Take images down: create a version without them, and exclude them from every later ingest.
 
@@ -173,9 +155,9 @@ def remove(
     from diffusion.data.versions.takedown import choose
     from diffusion.data.versions.takedown_records import Selection, Selector, is_key
 
-    keys = [each for each in images or [] if is_key(each)]
-    patterns = [each for each in images or [] if not is_key(each)]
-    selection = Selection(prefixes=keys, sources=[*patterns, *source], label=label)
+    keys = list(filter(is_key, images or ()))
+    sources = [*(each for each in images or () if not is_key(each)), *source]
+    selection = Selection(prefixes=keys, sources=sources, label=label)
     # Raises UserError if it is empty or malformed.
     Selector(selection)
     if dry_run and purge:
@@ -183,11 +165,18 @@ def remove(
     if dry_run:
         chosen, names = choose(config.dataset_folder, selection)
         about = {"dataset": config.training.dataset, "dry_run": True, "names": names}
-        return CommandOutput(about | chosen.model_dump(mode="json"), _dry_run_lines(chosen, names))
+        copies = chosen.near_copies
+        lines = [
+            f"{chosen.images:,} images would be removed ({chosen.duplicates:,} copies, {chosen.refused:,} quarantined) "
+            f"and {len(chosen.parts):,} shards rewritten",
+            *_section("source names", len(names), names[:FIRST], "--json"),
+            *(_section("near-duplicates that stay", len(copies), copies[:FIRST], "--json") if copies else []),
+        ]
+        return CommandOutput(about | chosen.model_dump(mode="json"), lines)
     if not reason.strip():
         raise UserError("a removal needs a --reason: one line that is stored in the manifest")
     if not yes:
-        what = f"take down {', '.join([*keys, *patterns, *source])} from data set {config.training.dataset}"
+        what = f"take down {', '.join([*keys, *sources])} from data set {config.training.dataset}"
         if not sys.stdin.isatty():
             raise UserError(f"to {what}, give --yes (or --dry-run to list the images)")
         typer.confirm(f"Really {what}?", abort=True, err=True)
@@ -202,12 +191,12 @@ def _in_cache(folder: Path) -> "Callable[[FileEntry], Path | None]":
     """Lookup of files of older versions in DVC's cache, which is opened on first use."""
 
     @cache
-    def kept() -> "StoredFiles":
+    def stored() -> "StoredFiles":
         from flows.datasets.dvc import StoredFiles
 
         return StoredFiles(folder.name)
 
-    return lambda entry: kept().find(entry)
+    return lambda entry: stored().find(entry)
 
 
 def _connect_remote() -> str:
@@ -219,50 +208,41 @@ def _connect_remote() -> str:
     return data_source()
 
 
-def _dry_run_lines(chosen: "Chosen", names: list[str]) -> list[str]:
-    shown = [f"  {name}" for name in names[:FIRST]]
-    near_duplicates = [f"  {key}" for key in chosen.near_copies[:FIRST]]
-    return [
-        f"{chosen.images:,} images would be removed under {len(names):,} names ({chosen.duplicates:,} copies, "
-        f"{chosen.refused:,} quarantined); {len(chosen.parts):,} shards would be rewritten",
-        *shown,
-        *_more(len(names), shown, "--json"),
-        *([f"{len(chosen.near_copies):,} near-duplicates would stay:", *near_duplicates] if near_duplicates else []),
-        *_more(len(chosen.near_copies), near_duplicates, "--json"),
-    ]
-
-
-def _diff_lines(found: "Difference") -> list[str]:
-    lines = [f"{found.before[:12]} → {found.after[:12]}: {found.kept[0]:,} → {found.kept[1]:,} images"]
+def _diff_lines(found: "Difference") -> Iterator[str]:
+    yield f"{found.before[:12]} → {found.after[:12]}: {found.kept[0]:,} → {found.kept[1]:,} images"
     if found.same_content:
-        lines.append("the same content")
-    for what, group in (("added", found.added), ("removed", found.removed)):
-        lines += _group(what, group, lambda each: f"{each.key[:16]} {each.source or ''} {each.label or ''}".rstrip())
-    lines += _group("changed", found.changed, lambda each: f"{each.before.key[:16]} {_changes(each)}")
-    for what, refusals in (("quarantined now", found.quarantined), ("no longer quarantined", found.cleared)):
-        lines += _group(what, refusals, lambda each: f"{each.source}: {each.reason}")
-    lines += [f"setting    {name}: {old} → {new}" for name, (old, new) in found.storage.items()]
-    lines += [f"class      {name}: {old:,} → {new:,}" for name, (old, new) in found.classes.items()]
-    return lines + [f"cannot be read any more: {name}" for name in found.unread]
+        yield "the same content"
+    sections: list[tuple[str, Any, Callable[[Any], str]]] = [
+        ("added", found.added, _image),
+        ("removed", found.removed, _image),
+        ("changed", found.changed, lambda each: f"{each.before.key[:16]} {_changes(each.before, each.after)}"),
+        ("quarantined now", found.quarantined, lambda each: f"{each.source}: {each.reason}"),
+        ("no longer quarantined", found.cleared, lambda each: f"{each.source}: {each.reason}"),
+    ]
+    for what, group, line in sections:
+        if group is None:
+            yield f"{what:<10} unknown: a table that is needed is no longer here"
+        elif group.count:
+            yield from _section(f"{what:<10}", group.count, map(line, group.samples))
+    yield from (f"setting    {name}: {old} → {new}" for name, (old, new) in found.storage.items())
+    yield from (f"class      {name}: {old:,} → {new:,}" for name, (old, new) in found.classes.items())
+    yield from (f"cannot be read any more: {name}" for name in found.unread)
 
 
-def _group(what: str, group: Any, line: Callable[[Any], str]) -> list[str]:
-    if group is None:
-        return [f"{what:<10} unknown: a table that is needed is no longer here"]
-    if not group.count:
-        return []
-    rows = [f"  {line(each)}" for each in group.samples]
-    return [f"{what:<10} {group.count:,}", *rows, *_more(group.count, rows)]
+def _image(sample: Any) -> str:
+    return f"{sample.key[:16]} {sample.source or ''} {sample.label or ''}".rstrip()
 
 
-def _changes(changed: Any) -> str:
-    old, new = changed.before, changed.after
+def _changes(old: Any, new: Any) -> str:
     names = ("split", "label", "caption")
     return ", ".join(f"{n}: {getattr(old, n)} → {getattr(new, n)}" for n in names if getattr(old, n) != getattr(new, n))
 
 
-def _more(count: int, shown: list[str], option: str = "--all") -> list[str]:
-    return [f"  … and {count - len(shown):,} more: {option} shows them"] if count > len(shown) else []
+def _section(title: str, count: int | None, rows: Iterable[str], option: str = "--all") -> list[str]:
+    """Title with ``count``, the ``rows`` that are shown, and how many there are more."""
+    shown = [f"  {row}" for row in rows]
+    more = (count or 0) - len(shown)
+    return [f"{title} {_count(count)}", *shown, *([f"  … and {more:,} more: {option} shows them"] if more > 0 else [])]
 
 
 def _count(number: int | None) -> str:

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+from typer import Argument, Option
 
 from flows.cli.command import (
     LARGEST_SEED,
@@ -21,42 +22,25 @@ from flows.cli.command import (
 if TYPE_CHECKING:
     from flows.config import Params
 
-app = typer.Typer(
-    name="edit", help="Edit images: inpainting, img2img, interpolation, super-resolution.", no_args_is_help=True
-)
-Image = Annotated[Path, typer.Argument(help="Image file; cropped to a square and resized to the model's size.")]
-Label = Annotated[str | None, typer.Option("--label", metavar="NAME", help="Class label.")]
-Prompt = Annotated[
-    str | None,
-    typer.Option("--prompt", metavar="TEXT", help="Text prompt, for a model trained on captions (model.text)."),
-]
+app = typer.Typer(name="edit", help="Inpainting, img2img, interpolation, super-resolution.", no_args_is_help=True)
+Image = Annotated[Path, Argument(help="Image file; cropped to a square and resized to the model's size.")]
+Label = Annotated[str | None, Option("--label", metavar="NAME", help="Class label.")]
+Prompt = Annotated[str | None, Option("--prompt", help="Text prompt, for a model with model.text.")]
 
 
 @command(app)
 def inpaint(
     config: "Params",
     image: Image,
-    mask: Annotated[Path, typer.Option(help="Image file of the image's size: white is filled, black is kept.")],
+    mask: Annotated[Path, Option(help="Image file of the image's size: white is filled, black is kept.")],
     method: Annotated[
         Literal["replace", "pigdm", "repaint"],
-        typer.Option(
-            "--method",
-            help="replace: replace the known pixels at each step (fast). pigdm: guide each step by a gradient, 2.5 "
-            "times the work. repaint: go back and resample.",
-        ),
+        Option(help="replace: set known pixels each step. pigdm: gradient guidance, 2.5x the work. repaint: resample."),
     ] = "replace",
     resample_steps: Annotated[
-        int | None,
-        typer.Option(
-            "--resample-steps",
-            min=2,
-            max=100,
-            help="How often each stretch of steps is resampled; default: 5, with pigdm 1.",
-        ),
+        int | None, Option(min=2, max=100, help="How often each stretch of steps is resampled; default: 5, pigdm 1.")
     ] = None,
-    strength: Annotated[
-        float | None, typer.Option(help="Noise added to the hole, up to 1 (replace all); default: 1.")
-    ] = None,
+    strength: Annotated[float | None, Option(help="Noise added to the hole; default: 1, which replaces all.")] = None,
     count: Count = 8,
     seed: Seed = 0,
     label: Label = None,
@@ -69,9 +53,8 @@ def inpaint(
 
     Example:  darkroom edit inpaint face.png --mask hole.png --method pigdm --model models:/faces@champion
     """
-    fields: dict[str, Any] = {"count": count, "seed": seed, "strength": strength}
-    fields |= {"method": method, "resample_steps": resample_steps}
-    fields |= {"label": label, "prompt": prompt, "negative_prompt": negative_prompt}
+    fields: dict[str, Any] = {"count": count, "seed": seed, "strength": strength, "method": method}
+    fields |= {"resample_steps": resample_steps, "label": label, "prompt": prompt, "negative_prompt": negative_prompt}
     return generate_images(config, "inpaint", fields, model, output, image, mask)
 
 
@@ -79,9 +62,7 @@ def inpaint(
 def img2img(
     config: "Params",
     image: Image,
-    strength: Annotated[
-        float | None, typer.Option(help="Noise added to the image, between 0 and 1; default: 0.6.")
-    ] = None,
+    strength: Annotated[float | None, Option(help="Noise added to the image, between 0 and 1; default: 0.6.")] = None,
     count: Count = 8,
     seed: Seed = 0,
     label: Label = None,
@@ -102,9 +83,9 @@ def img2img(
 @command(app)
 def interpolate(
     config: "Params",
-    to_seed: Annotated[int, typer.Argument(min=0, max=LARGEST_SEED, metavar="TO_SEED", help="Seed of the last image.")],
-    seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Seed of the first image.")] = 0,
-    count: Annotated[int, typer.Option(min=2, help="Number of images, both ends included.")] = 8,
+    to_seed: Annotated[int, Argument(min=0, max=LARGEST_SEED, metavar="TO_SEED", help="Seed of the last image.")],
+    seed: Annotated[int, Option(min=0, max=LARGEST_SEED, help="Seed of the first image.")] = 0,
+    count: Annotated[int, Option(min=2, help="Number of images, both ends included.")] = 8,
     label: Label = None,
     prompt: Prompt = None,
     negative_prompt: NegativePrompt = None,
@@ -123,8 +104,8 @@ def interpolate(
 @command(app)
 def upscale(
     config: "Params",
-    image: Annotated[Path, typer.Argument(help="Image file, at least as large as the model's low-resolution input.")],
-    count: Annotated[int, typer.Option(min=1, help="Number of images.")] = 1,
+    image: Annotated[Path, Argument(help="Image file, at least as large as the model's low-resolution input.")],
+    count: Annotated[int, Option(min=1, help="Number of images.")] = 1,
     seed: Seed = 0,
     model: Model = None,
     output: OutFolder = None,
@@ -148,7 +129,7 @@ def generate_images(
     """Generate images with a model file in this process, or with a registered model in a flow."""
     from diffusion.generation.config import read_request
 
-    fields = {"task": task, **{name: value for name, value in fields.items() if value is not None}}
+    fields = {"task": task} | {name: value for name, value in fields.items() if value is not None}
     request = read_request(fields, image, mask)
     if is_file(model):
         from diffusion.generation.requests import generate_to_folder
@@ -160,6 +141,5 @@ def generate_images(
         with connect("prefect", "mlflow", "s3"):
             from flows.sample import generate
 
-            uri = model or f"models:/{config.model_name}@champion"
-            done = generate(config, uri, fields, image, mask, output)
+            done = generate(config, model or config.champion, fields, image, mask, output)
     return CommandOutput(done, [f"{done.count} images of {done.model} in {done.folder}", f"look at {done.grid}"])

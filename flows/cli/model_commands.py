@@ -5,49 +5,43 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
+from typer import Argument, Option
 
 from flows.cli.command import CommandOutput, Model, Reason, Seed, command, connect, is_file
 
 if TYPE_CHECKING:
     from flows.config import Params
     from flows.registry.champion import ChampionChange
-    from flows.registry.ledger import History, LedgerEntry
+    from flows.registry.ledger import History
     from flows.registry.release import Released
 
 app = typer.Typer(
-    name="model",
-    help="Registered models: history, rollback, release, model card, explanation, export.",
-    no_args_is_help=True,
+    name="model", help="Models: history, rollback, release, card, explanation, export.", no_args_is_help=True
 )
-ModelUri = Annotated[
-    str | None,
-    typer.Option("--model", metavar="URI", help="models:/NAME@ALIAS or models:/NAME/NUMBER; default: champion."),
-]
+registry_command = command(app, servers=("mlflow", "s3"))
+ModelUri = Annotated[str | None, Option("--model", help="models:/NAME@ALIAS or models:/NAME/NUMBER; default champion.")]
 
 
-@command(app)
+@registry_command
 def history(
     config: "Params",
-    restore: Annotated[
-        bool, typer.Option("--restore", help="First restore entries that are missing on S3 from MLflow's copies.")
-    ] = False,
+    restore: Annotated[bool, Option("--restore", help="First restore missing entries from MLflow's copies.")] = False,
 ) -> CommandOutput:
     """Show the ledger of champions with dates, authors and reasons; verify its hash chain and repair aliases.
 
     Example:  darkroom model history --dataset faces
     """
-    with connect("mlflow", "s3"):
-        from mlflow.client import MlflowClient
+    from mlflow.client import MlflowClient
 
-        from flows.registry.aliases import project
-        from flows.registry.aliases import restore as restore_ledger
-        from flows.registry.champion import champion_problem
-        from flows.registry.ledger import Ledger
+    from flows.registry.aliases import project
+    from flows.registry.aliases import restore as restore_ledger
+    from flows.registry.champion import champion_problem
+    from flows.registry.ledger import Ledger
 
-        client, ledger = MlflowClient(), Ledger.of(config.model_name)
-        restored = restore_ledger(client, ledger) if restore else []
-        found = project(client, ledger)
-        problem = champion_problem(client, found)
+    client, ledger = MlflowClient(), Ledger.of(config.model_name)
+    restored = restore_ledger(client, ledger) if restore else []
+    found = project(client, ledger)
+    problem = champion_problem(client, found)
     result = {
         "model": found.model,
         **found.standing.model_dump(),
@@ -57,10 +51,10 @@ def history(
         "foreign": [{"name": name, "reason": reason} for name, reason in found.foreign.items()],
         "entries": [each.model_dump(mode="json") | {"why": each.why, "sha256": each.digest} for each in found.entries],
     }
-    return CommandOutput(result, [*_table(found), *([problem] if problem else [])])
+    return CommandOutput(result, [*_table(found), *filter(None, [problem])])
 
 
-@command(app)
+@registry_command
 def rollback(config: "Params", reason: Reason = None) -> CommandOutput:
     """Make the previous champion champion again; repeat to go back further. Needs no Prefect server.
 
@@ -68,17 +62,14 @@ def rollback(config: "Params", reason: Reason = None) -> CommandOutput:
 
     Example:  darkroom model rollback --dataset faces --reason "draws three eyes"
     """
-    with connect("mlflow", "s3"):
-        from flows.registry import champion
+    from flows.registry.champion import roll_back
 
-        return new_champion(champion.roll_back(config.model_name, reason))
+    return new_champion(roll_back(config.model_name, reason))
 
 
-@command(app)
+@registry_command
 def release(
-    model: Annotated[
-        str, typer.Argument(metavar="URI", help="Model in staging: models:/NAME@champion or models:/NAME/NUMBER.")
-    ],
+    model: Annotated[str, Argument(metavar="URI", help="Model in staging: models:/NAME@champion or /NUMBER.")],
     reason: Reason = None,
 ) -> CommandOutput:
     """Copy a version from the staging registry, with run, evaluation and card, and make it champion here.
@@ -88,56 +79,49 @@ def release(
 
     Example:  darkroom model release models:/faces@champion
     """
-    with connect("mlflow", "s3"):
-        from flows.registry.release import release
+    from flows.registry.release import release
 
-        return new_champion(release(model, reason))
+    return new_champion(release(model, reason))
 
 
-@command(app)
+@registry_command
 def card(config: "Params", model: ModelUri = None) -> CommandOutput:
     """Print the model card of a registered version, in Markdown.
 
     Example:  darkroom model card --model models:/faces@champion
     """
-    with connect("mlflow", "s3"):
-        from mlflow.client import MlflowClient
+    from mlflow.client import MlflowClient
 
-        from flows.registry.model_versions import resolve
+    from flows.registry.model_versions import resolve
 
-        client = MlflowClient()
-        version = resolve(client, model or f"models:/{config.model_name}@champion")
-        text = client.get_model_version(version.model, str(version.number)).description or ""
+    client = MlflowClient()
+    version = resolve(client, model or config.champion)
+    text = client.get_model_version(version.model, str(version.number)).description or ""
     return CommandOutput({"model": version.uri, "card": text}, text.splitlines())
 
 
-@command(app)
+@command(app, servers=("prefect", "mlflow", "s3"))
 def explain(
     config: "Params",
     model: ModelUri = None,
-    output: Annotated[
-        Path | None,
-        typer.Option("--out", metavar="FOLDER", help="Folder to write to; default: reports/DATASET/explain."),
-    ] = None,
+    output: Annotated[Path | None, Option("--out", help="Output folder; default: reports/DATASET/explain.")] = None,
     seed: Seed = 0,
 ) -> CommandOutput:
     """Plot the forward process, one training step and the reverse process of a registered model.
 
     Example:  darkroom model explain --model models:/faces@champion --dataset faces
     """
-    with connect("prefect", "mlflow", "s3"):
-        from flows.sample import explain
+    from flows.sample import explain
 
-        uri = model or f"models:/{config.model_name}@champion"
-        done = explain(config, uri, output or config.report_folder / "explain", seed)
+    done = explain(config, model or config.champion, output or config.report_folder / "explain", seed)
     return CommandOutput(done, map(str, done.files))
 
 
 @command(app)
 def export(
     config: "Params",
-    to: Annotated[Literal["diffusers"], typer.Option(help="Target library.")],
-    folder: Annotated[Path, typer.Option("--out", metavar="FOLDER", help="Folder to write to; must not exist yet.")],
+    to: Annotated[Literal["diffusers"], Option(help="Target library.")],
+    folder: Annotated[Path, Option("--out", metavar="FOLDER", help="Output folder, which must not exist yet.")],
     model: Model = None,
 ) -> CommandOutput:
     """Export a model as a diffusers pipeline folder, with the sampler settings of sampling.*.
@@ -146,17 +130,16 @@ def export(
 
     Example:  darkroom model export --to diffusers --model runs/faces/final.safetensors --out exports/faces
     """
-    if is_file(model):
-        from diffusion.diffusers_format.export import export_to_diffusers
+    from diffusion.diffusers_format.export import export_to_diffusers
 
+    if is_file(model):
         done = export_to_diffusers(Path(model), folder, config.sampling)
     else:
         with connect("mlflow", "s3"):
-            from diffusion.diffusers_format.export import export_to_diffusers
             from flows.sample import fetch
 
             # The plain function, outside of Prefect.
-            version, weights = fetch.fn(model or f"models:/{config.model_name}@champion")
+            version, weights = fetch.fn(model or config.champion)
             done = export_to_diffusers(weights, folder, config.sampling, version.uri, version.run_id)
     lines = [f"{done.folder}: {done.pipeline}, {len(done.files)} files", f"how to use it: {done.folder / 'README.md'}"]
     return CommandOutput(done.model_dump(mode="json") | {"to": to}, lines)
@@ -169,20 +152,25 @@ def new_champion(done: "ChampionChange | Released") -> CommandOutput:
 
 
 def _table(found: "History") -> Iterator[str]:
-    """Format the ledger for people."""
+    """Describe the ledger for people."""
     for name, reason in found.foreign.items():
         yield f"foreign object among the entries, ignored (docs/runbook/ledger-broken.md): {name!a} {reason}"
     if found.head is None:
         yield f"the ledger of {found.model} is empty: the first verdict of `darkroom promote` starts it"
         return
-    rows = [_row(entry) for entry in found.entries]
+    rows = [
+        (
+            str(entry.number),
+            f"{entry.when:%Y-%m-%d %H:%M}",
+            entry.who,
+            entry.what,
+            f"{entry.from_version or '–'} → {entry.to_version}" if entry.moves else f"({entry.version})",
+            " ".join(entry.why.split()),
+        )
+        for entry in found.entries
+    ]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         yield "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
     yield ", ".join(f"{title} {number or 'none'}" for title, number in found.standing.model_dump().items())
     yield f"{len(found.entries)} entries, each verified against the one before; the last is sha256 {found.head.digest}"
-
-
-def _row(entry: "LedgerEntry") -> tuple[str, ...]:
-    move = f"{entry.from_version or '–'} → {entry.to_version}" if entry.moves else f"({entry.version})"
-    return str(entry.number), f"{entry.when:%Y-%m-%d %H:%M}", entry.who, entry.what, move, " ".join(entry.why.split())

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer import Argument, Option
 
 from diffusion.common.errors import UserError
 from flows.cli.command import (
@@ -29,50 +30,28 @@ if TYPE_CHECKING:
     from diffusion.training.train import Restart, TrainResult
     from flows.config import Params
     from flows.datasets.dvc import RemoteShards
+    from flows.environment import Server
 
 app = typer.Typer()
-To = Annotated[
-    str | None,
-    typer.Option(
-        "--to",
-        metavar="S3_URI",
-        help="s3://BUCKET (for samples/MODEL/VERSION/BATCH/ in it) or s3://BUCKET/PREFIX; default: DARKROOM_BUCKET.",
-    ),
-]
-Labels = Annotated[list[str], typer.Option("--label", metavar="NAME", help="Class label; several are used in turn.")]
-Prompts = Annotated[
-    list[str],
-    typer.Option("--prompt", metavar="TEXT", help="Text prompt, for a model trained on captions; several as --label."),
-]
-RequestTable = Annotated[
-    str | None,
-    typer.Option(
-        "--requests",
-        metavar="TABLE",
-        help="Table (.csv, .jsonl or .parquet, local or s3://) with a label or prompt for each image.",
-    ),
-]
+To = Annotated[str | None, Option(metavar="S3_URI", help="s3://BUCKET[/PREFIX]; default: the DARKROOM_BUCKET.")]
+Labels = Annotated[list[str], Option("--label", metavar="NAME", help="Class label; several are used in turn.")]
+Prompts = Annotated[list[str], Option("--prompt", help="Text prompt; several are used in turn.")]
 ALL_FAMILIES = ["ddpm", "vae", "gan", "autoregressive"]
 """Families of ``diffusion.models.config``, which is too slow to import for ``--help``."""
-QUARANTINED_SHOWN = 20
-SIDECARS = {".json", ".cls", ".txt"}
-"""Files beside the images of a WebDataset shard."""
 pipeline = command(app, panel="Pipeline")
 
 
-@command(app, panel="Pipeline", overrides={"source": "ingest.source"})
+@command(app, panel="Pipeline", sets_source=True)
 def ingest(
     config: "Params",
     source: Annotated[
         str | None,
-        typer.Argument(
-            help="Folder, tar, zip, Parquet, table of URLs, s3:// prefix, wds:, idx: …; default: ingest.source."
-        ),
+        Argument(help="Folder, tar, zip, Parquet, table of URLs, s3:// prefix, wds:, idx: …; default: ingest.source."),
     ] = None,
-    requeue: Annotated[bool, typer.Option("--requeue", help="Retry sources that were quarantined before.")] = False,
-    rebuild: Annotated[bool, typer.Option("--rebuild", help="Rebuild the data set from this source alone.")] = False,
+    requeue: Annotated[bool, Option("--requeue", help="Retry sources that were quarantined before.")] = False,
+    rebuild: Annotated[bool, Option("--rebuild", help="Rebuild the data set from this source alone.")] = False,
     rebuild_if_different: Annotated[
-        bool, typer.Option("--rebuild-if-different", help="Rebuild only if the storage settings have changed.")
+        bool, Option("--rebuild-if-different", help="Rebuild if the storage differs.")
     ] = False,
     local: Local = False,
 ) -> CommandOutput:
@@ -91,24 +70,18 @@ def ingest(
         # The worker processes start during this slow import.
         from diffusion.data.ingest.ingest import ingest as ingest_images
 
+        data = config.dataset_folder
         with console() as progress:
-            result = ingest_images(
-                config.dataset_folder, config.ingest, progress, requeue=requeue, rebuild=when, fan_out=fan_out
-            )
+            result = ingest_images(data, config.ingest, progress, requeue=requeue, rebuild=when, fan_out=fan_out)
         return CommandOutput(result, _ingested(result, config.ingest.source))
     with connect("prefect", "s3"):
         from flows.ingest import ingest
 
         done = ingest(config, requeue, when)
-    return CommandOutput(
-        done.result.model_dump(mode="json") | {"dvc_digest": done.version.digest, "report": str(done.report)},
-        [
-            *_ingested(done.result, config.ingest.source),
-            f"content {done.result.content_digest}",
-            f"DVC {done.version.digest} in {done.version.pointer}",
-            f"report: {done.report}",
-        ],
-    )
+    value = done.result.model_dump(mode="json") | {"dvc_digest": done.version.digest, "report": str(done.report)}
+    stored = f"DVC {done.version.digest} in {done.version.pointer}"
+    about = (f"content {done.result.content_digest}", stored, f"report: {done.report}")
+    return CommandOutput(value, [*_ingested(done.result, config.ingest.source), *about])
 
 
 def _ingested(result: "IngestResult", source: str) -> Iterator[str]:
@@ -117,7 +90,7 @@ def _ingested(result: "IngestResult", source: str) -> Iterator[str]:
         f"{result.kept:,} images in {result.folder} ({result.added:,} new), {result.duplicates:,} duplicates, "
         f"{result.quarantined_count:,} quarantined"
     )
-    shown = result.quarantined[:QUARANTINED_SHOWN]
+    shown = result.quarantined[:20]
     yield from (f"  quarantined: {each.source}: {each.reason}" for each in shown)
     if (more := result.quarantined_count - len(shown)) > 0:
         yield f"  … and {more:,} more: darkroom data show --dataset {result.dataset} --all"
@@ -128,19 +101,19 @@ def _ingested(result: "IngestResult", source: str) -> Iterator[str]:
     if result.passed_over:
         ends = [f"{count:,} {end or 'without extension'}" for end, count in result.passed_over.items()]
         yield f"ignored, no image extension: {', '.join(ends[:5])}{' …' if len(ends) > 5 else ''}"
-        if result.passed_over.keys() & SIDECARS and ".tar" in source and not source.startswith("wds:"):
+        if result.passed_over.keys() & {".json", ".cls", ".txt"} and ".tar" in source and not source.startswith("wds:"):
             yield f"  if it is a WebDataset, wds:{source} reads labels and captions from them"
 
 
 @pipeline
 def train(
     config: "Params",
-    restart: Annotated[bool, typer.Option("--restart", help="Discard the run folder and start over.")] = False,
+    restart: Annotated[bool, Option("--restart", help="Discard the run folder and start over.")] = False,
     restart_if_different: Annotated[
-        bool, typer.Option("--restart-if-different", help="Start over only if the folder holds a run of other inputs.")
+        bool, Option("--restart-if-different", help="Start over only if the folder holds a run of other inputs.")
     ] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show the configuration and the estimated time; needs no server.")
+        bool, Option("--dry-run", help="Show settings and the estimated time, without servers.")
     ] = False,
     local: Local = False,
 ) -> CommandOutput | None:
@@ -155,8 +128,7 @@ def train(
     if dry_run:
         from diffusion.training.train import preflight
 
-        config = _with_files(config, dry_run=True)
-        with _shards(config) as store:
+        with _inputs(config, dry_run=True) as (config, store):
             about = preflight(config.dataset_folder, config.model, config.training, config.sampling, store)
         return CommandOutput(about, [f"{name:10} {words}" for name, words in about.lines()])
     otherwise: Restart = "if_different" if restart_if_different else "never"
@@ -170,8 +142,7 @@ def train(
             result = _train(config, progress=progress, restart=otherwise)
         return None if is_follower() else CommandOutput(result, [f"{result.images} images seen; {result.final}"])
     if is_follower():
-        config = _with_files(config)
-        with _shards(config) as store:
+        with _inputs(config) as (config, store):
             _train(config, store=store)
         return None
     with connect("prefect", "mlflow", "s3"):
@@ -188,29 +159,27 @@ def _train(config: "Params", **options: Any) -> "TrainResult":
     return train(config.dataset_folder, config.run_folder, config.model, config.training, config.sampling, **options)
 
 
-def _with_files(config: "Params", dry_run: bool = False) -> "Params":
-    """Replace registered models in ``config`` by local files."""
+@contextmanager
+def _inputs(config: "Params", dry_run: bool = False) -> "Iterator[tuple[Params, RemoteShards | None]]":
+    """Configuration with local files for registered models, and the shards' store if training streams them."""
     from flows.config import registered, registered_start
 
-    if registered(config) is None and registered_start(config) is None:
-        return config
-    with connect("mlflow", "s3"):
-        from flows.registry.dependencies import resolve_params
-
-        return resolve_params(config, dry_run).params
-
-
-@contextmanager
-def _shards(config: "Params") -> "Iterator[RemoteShards | None]":
-    """Open the shard store if training streams shards."""
-    if config.training.stream_bytes is None:
-        yield None
+    from_registry = registered(config) is not None or registered_start(config) is not None
+    streams = config.training.stream_bytes is not None
+    if not from_registry and not streams:
+        yield config, None
         return
-    with connect("s3"):
+    needs: tuple[Server, ...] = ("mlflow", "s3") if from_registry else ("s3",)
+    with connect(*needs):
         from flows.datasets.dvc import RemoteShards
         from flows.environment import data_source
 
-        yield RemoteShards(config.dataset_folder, data_source())
+        store = RemoteShards(config.dataset_folder, data_source()) if streams else None
+        if from_registry:
+            from flows.registry.dependencies import resolve_params
+
+            config = resolve_params(config, dry_run).params
+        yield config, store
 
 
 @pipeline
@@ -224,39 +193,27 @@ def evaluate(config: "Params", local: Local = False) -> CommandOutput:
         from diffusion.training.ema import models_to_evaluate
         from flows.tracking.console import console
 
+        data, folder, losses = config.dataset_folder, config.report_folder, config.run_folder / "losses.csv"
+        models = models_to_evaluate(config.run_folder, folder, config.evaluation.ema_stds)
         with console() as progress:
-            done = evaluate_checkpoints(
-                config.dataset_folder,
-                models_to_evaluate(config.run_folder, config.report_folder, config.evaluation.ema_stds),
-                config.evaluation,
-                config.sampling,
-                config.report_folder,
-                config.run_folder / "losses.csv",
-                progress,
-            )
+            done = evaluate_checkpoints(data, models, config.evaluation, config.sampling, folder, losses, progress)
     else:
         with connect("prefect", "mlflow", "s3"):
             from flows.evaluate import evaluate
 
             done = evaluate(config)
     metrics = [f"  {name}: {value:.4g}" for name, value in done.metrics().items()]
-    report = config.report_folder / "report.html"
-    return CommandOutput(
-        done.model_dump(mode="json") | {"report": str(report)},
-        [f"best of {len(done.checkpoints)} checkpoints:", *metrics, f"report: {report}"],
-    )
+    report = str(config.report_folder / "report.html")
+    lines = [f"best of {len(done.checkpoints)} checkpoints:", *metrics, f"report: {report}"]
+    return CommandOutput(done.model_dump(mode="json") | {"report": report}, lines)
 
 
 @pipeline
 def promote(
     config: "Params",
-    version: Annotated[
-        int | None, typer.Option("--to", min=1, metavar="VERSION", help="Manual override: make this version champion.")
-    ] = None,
+    version: Annotated[int | None, Option("--to", min=1, metavar="VERSION", help="Make this version champion.")] = None,
     reason: Reason = None,
-    taken_down: Annotated[
-        bool, typer.Option("--taken-down", help="With --to: even if some of its training images were taken down.")
-    ] = False,
+    taken_down: Annotated[bool, Option("--taken-down", help="With --to: even if its images were taken down.")] = False,
 ) -> CommandOutput:
     """Register the best checkpoint and promote it if it beats the champion; else it is held or rejected (exit code 3).
 
@@ -285,10 +242,10 @@ def promote(
 def sample(
     config: "Params",
     model: Model = None,
-    count: Annotated[
-        int | None, typer.Option(min=1, help="Number of images; default: 64, or one per row of --requests.")
+    count: Annotated[int | None, Option(min=1, help="Number; default: 64, or one per row of --requests.")] = None,
+    requests: Annotated[
+        str | None, Option(metavar="TABLE", help="Labels or prompts in a .csv, .jsonl or .parquet, local or on s3://.")
     ] = None,
-    requests: RequestTable = None,
     seed: Seed = 0,
     to: To = None,
     output: OutFolder = None,
@@ -319,35 +276,22 @@ def sample(
         fields |= {"label": next(iter(label), None), "prompt": next(iter(prompt), None)}
         return generate_images(config, "sample", fields, model, output)
     if output is not None:
-        raise UserError(
-            "--out is where images of a model file go, and those of a registered model go to S3: use "
-            "--to s3://BUCKET/PREFIX"
-        )
+        raise UserError("--out is where images of a model file go, and this is a registered model: use --to S3_URI")
     with connect("prefect", "mlflow", "s3"):
         from diffusion.generation.config import Conditions
         from flows.sample import sample
 
         conditions = Conditions(labels=tuple(label), prompts=tuple(prompt), negative_prompt=negative_prompt)
-        done = sample(config, model or f"models:/{config.model_name}@champion", count, seed, to, conditions, requests)
-    lines = [
-        f"{done.count} images of {done.model} in {done.uri}",
-        f"manifest: {done.manifest}",
-        f"contact sheet: {done.contact_sheet}",
-        done.took.words,
-    ]
-    return CommandOutput(done, lines)
+        done = sample(config, model or config.champion, count, seed, to, conditions, requests)
+    files = [f"manifest: {done.manifest}", f"contact sheet: {done.contact_sheet}"]
+    return CommandOutput(done, [f"{done.count} images of {done.model} in {done.uri}", *files, done.took.words])
 
 
-@command(app, panel="Pipeline", overrides={"source": "ingest.source"})
+@command(app, panel="Pipeline", sets_source=True)
 def retrain(
     config: "Params",
-    source: Annotated[
-        str | None, typer.Argument(help="Source of images, as for `darkroom ingest`; default: ingest.source.")
-    ] = None,
-    version: Annotated[
-        str | None,
-        typer.Option("--version", metavar="DIGEST", help="Train on this version of the data set, without an ingest."),
-    ] = None,
+    source: Annotated[str | None, Argument(help="Source, as for `darkroom ingest`; default: ingest.source.")] = None,
+    version: Annotated[str | None, Option(metavar="DIGEST", help="Data set version, instead of an ingest.")] = None,
     count: Count = 64,
     seed: Seed = 0,
     to: To = None,
@@ -394,13 +338,10 @@ def _retrained(found: dict[str, Any]) -> Iterator[str]:
     yield from (f"           {file}" for file in found["explained"]["files"])
 
 
-@pipeline
+@command(app, panel="Pipeline", servers=("prefect", "mlflow", "s3"))
 def sweep(
     config: "Params",
-    over: Annotated[
-        list[str],
-        typer.Option("--over", metavar="KEY=V,V", help="Values of a field of model or training; may be repeated."),
-    ],
+    over: Annotated[list[str], Option(metavar="KEY=V,V", help="Values of a field of model or training; repeatable.")],
 ) -> CommandOutput:
     """Grid search: train and evaluate every combination of settings, and rank them in a report; resumable.
 
@@ -408,10 +349,9 @@ def sweep(
 
     Example:  darkroom sweep --dataset faces --over training.learning_rate=1e-3,4e-3 --over model.width=32,64
     """
-    with connect("prefect", "mlflow", "s3"):
-        from flows.sweep import parse_over, sweep
+    from flows.sweep import parse_over, sweep
 
-        done = sweep(config, parse_over(over))
+    done = sweep(config, parse_over(over))
     lines = [
         f"{done.ranking.metric} {each.value:.4g} ± {each.error:.2g}  "
         + " ".join(f"{key}={value}" for key, value in each.settings.items())
@@ -423,13 +363,8 @@ def sweep(
 @pipeline
 def compare(
     config: "Params",
-    family: Annotated[
-        list[str],
-        typer.Option("--family", metavar="NAME", help="ddpm, vae, gan or autoregressive; repeatable; default: all."),
-    ] = ALL_FAMILIES,
-    restart: Annotated[
-        bool, typer.Option("--restart", help="Discard runs of other settings in the families' folders.")
-    ] = False,
+    family: Annotated[list[str], Option(metavar="NAME", help="Model family; may be repeated.")] = ALL_FAMILIES,
+    restart: Annotated[bool, Option("--restart", help="Discard runs of other settings in their folders.")] = False,
     local: Local = False,
 ) -> CommandOutput:
     """Train each model family on the same images with the same budget, and rank their samples.
@@ -439,20 +374,17 @@ def compare(
     Example:  darkroom compare --dataset faces --set training.minutes=10
     """
     if local:
-        from flows.compare import family_variants, rank_variants
-        from flows.evaluate import RankingResult
+        from flows.sweep import family_variants, rank_variants
         from flows.tracking.console import console
 
-        otherwise: Restart = "if_different" if restart else "never"
         variants = family_variants(config, family)
         with console() as progress:
             for each in variants.values():
-                _train(each, progress=progress, restart=otherwise)
-            ranking, report = rank_variants(variants, progress)
-        done = RankingResult(ranking=ranking, report=report)
+                _train(each, progress=progress, restart="if_different" if restart else "never")
+            done = rank_variants(variants, progress)
     else:
         with connect("prefect", "mlflow", "s3"):
-            from flows.compare import compare
+            from flows.sweep import compare
 
             done = compare(config, family, restart)
     from diffusion.evaluation.reports.ranking_report import findings

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from typer import Argument, Option
 
 from diffusion.common.escaping import escape_controls
 from flows.cli.command import CommandOutput, command
@@ -13,12 +14,8 @@ from flows.cli.command import CommandOutput, command
 if TYPE_CHECKING:
     from flows.local_stack.control import StackStatus
 
-app = typer.Typer(
-    name="server",
-    help="Servers: start, stop and back up the local stack; health and metrics of any server.",
-    no_args_is_help=True,
-)
-
+app = typer.Typer(name="server", help="Local servers and their backups; health and metrics.", no_args_is_help=True)
+Target = Annotated[Path, Argument(metavar="FOLDER", help="Backup folder, preferably on another disk.")]
 top = typer.Typer()
 """Commands that are also at the top level, as in docker compose."""
 both = command(top, panel="Servers of this machine")
@@ -74,7 +71,7 @@ def env() -> CommandOutput:
 
 @command(app)
 def health(
-    servers: Annotated[list[str], typer.Argument(help="mlflow, prefect, s3, or a http:// URL.")],
+    servers: Annotated[list[str], Argument(help="mlflow, prefect, s3, or a http:// URL.")],
 ) -> CommandOutput:
     """Check the servers of the environment with real requests; exit code 1 if one fails, with the reason.
 
@@ -90,8 +87,8 @@ def health(
 
 @command(app)
 def metrics(
-    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 9464,
+    host: Annotated[str, Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, Option(min=1, max=65535, help="Port to listen on.")] = 9464,
 ) -> None:
     """Serve Prometheus metrics of queues, failures, throughput and champions, from Prefect, MLflow and the ledger.
 
@@ -103,9 +100,6 @@ def metrics(
     from flows.monitoring.prometheus import serve
 
     serve(host, port)
-
-
-Target = Annotated[Path, typer.Argument(metavar="FOLDER", help="Backup folder, preferably on another disk.")]
 
 
 @command(app)
@@ -130,17 +124,10 @@ def backup(target: Target) -> CommandOutput:
 @command(app)
 def restore(
     target: Target,
-    stamp: Annotated[
-        str | None, typer.Option("--backup", metavar="STAMP", help="Name of the backup; default: the newest.")
-    ] = None,
+    stamp: Annotated[str | None, Option("--backup", metavar="STAMP", help="Backup; default: the newest.")] = None,
     replaced: Annotated[
         Path,
-        typer.Option(
-            "--replaces",
-            metavar="HOME",
-            help="DARKROOM_HOME of the running stack that is replaced; takedowns done since the backup are taken over "
-            "from it.",
-        ),
+        Option("--replaces", metavar="HOME", help="DARKROOM_HOME of the running stack, to take over its takedowns."),
     ] = Path(".darkroom"),
 ) -> CommandOutput:
     """Restore a backup into a new DARKROOM_HOME and start the local stack, with new passwords.

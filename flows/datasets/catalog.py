@@ -22,7 +22,7 @@ import yaml
 from pydantic import Field, TypeAdapter, ValidationError
 
 from diffusion.common.config import Config
-from diffusion.common.errors import Held, UserError
+from diffusion.common.errors import ConflictError, UserError
 from diffusion.common.files import canonical_json, sha256_bytes
 from diffusion.data.manifest import Manifest, Sha256, manifest_bytes, parse_manifest, work_folder
 from diffusion.data.versions.takedown_records import Removal, parse_removal, removals, still_held, write_removal
@@ -71,7 +71,7 @@ class Catalog:
         pointer = {"outs": [{"md5": dvc_digest, "hash": "md5", "path": manifest.name}]}
         try:
             self._put(f"{manifest.digest}/pointer.dvc", yaml.safe_dump(pointer, sort_keys=False).encode())
-        except Held:
+        except ConflictError:
             # A foreign file lay in the folder, then or now. The existing pointer leads to the version as well.
             self.pointer(manifest.digest)
         self._put(f"{manifest.digest}/manifest.json", manifest_bytes(manifest))
@@ -80,7 +80,7 @@ class Catalog:
         """Put the HTML page of a version beside it if there is none; returns its place."""
         name = f"{digest}/report.html"
         # A page rendered by other code shows the same version.
-        with suppress(Held):
+        with suppress(ConflictError):
             self._put(name, page, "text/html; charset=utf-8")
         return str(self.place / name)
 
@@ -150,7 +150,7 @@ class Catalog:
         """Publish a takedown record for other machines."""
         removal = removal.model_copy(update={"already": False})
         # The same images may have been taken down before, for another reason or from another version.
-        with suppress(Held):
+        with suppress(ConflictError):
             self._put(f"removals/{removal.name}.json", canonical_json(removal.model_dump(mode="json")).encode())
 
     def fetch_removals(self, folder: Path) -> None:
@@ -272,7 +272,7 @@ class Heads:
             entry = Head(number=number + 1, version=version, before=head)
             try:
                 self._objects.put(entry.number, canonical_json(entry.model_dump(mode="json")).encode())
-            except Held:
+            except ConflictError:
                 if self._count() < entry.number:
                     raise
 

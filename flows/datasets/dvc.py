@@ -138,7 +138,7 @@ class Remote:
         """Upload the missing files of the folder ``name`` from ``cache``, and its listing last.
 
         DVC's own push overwrites, and takes all files as pushed once it finds the listing. Raises UserError if a file
-        of the cache is missing or damaged, and Held if an object of its name holds other bytes.
+        of the cache is missing or damaged, and ConflictError if an object of its name holds other bytes.
         """
         listing = cache.listing(name)
         if listing is None:

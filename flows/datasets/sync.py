@@ -13,7 +13,7 @@ from filelock import FileLock
 from prefect.events import Event
 from prefect.events.clients import get_events_client
 
-from diffusion.common.errors import Held
+from diffusion.common.errors import ConflictError
 from diffusion.common.progress import Progress, silent
 from diffusion.data.ingest.config import IngestConfig
 from diffusion.data.ingest.merge import merge_versions
@@ -91,8 +91,8 @@ def bring_up_to_date(
     """Bring the data set in ``folder`` up to date with its newest version in the catalog and with all takedowns.
 
     With ``rebuilding`` the local version need not be kept. A version that was checked out to build on stays if its
-    newer versions were known then. Locks out ingests; killed and given again, it ends the same. Raises Held if the
-    local version cannot be added to the newest one, and UserError if a file of the newest cannot be found.
+    newer versions were known then. Locks out ingests; killed and given again, it ends the same. Raises ConflictError if
+    the local version cannot be added to the newest one, and UserError if a file of the newest cannot be found.
     """
     work_folder(folder).mkdir(parents=True, exist_ok=True)
     with FileLock(work_folder(folder) / "lock"):
@@ -161,7 +161,7 @@ def _move(folder: Path, source: str, recorded: Catalog, head: str, config: Inges
     if (chosen := choice(folder)) is not None:
         # The same checkout again would leave it out on purpose.
         remember(folder, theirs)
-        raise Held(
+        raise ConflictError(
             f"another process was first: version {head[:12]} of data set {folder.name} was published since "
             f"{chosen.version[:12]} was checked out: `darkroom data checkout {head[:12]} --dataset {folder.name}` to "
             f"add to it, or `darkroom data checkout {chosen.version[:12]} --dataset {folder.name}` again to leave it "

@@ -1,7 +1,6 @@
 """``darkroom deploy``: applies ``prefect.yaml`` to the Prefect server; idempotent.
 
-Deployments go through ``prefect deploy``. Work pools, concurrency limits and automations, which it does not support,
-are looked up by name here, and created or updated.
+Deployments go through ``prefect deploy``, which does not support work pools, concurrency limits and automations.
 """
 
 import os
@@ -29,12 +28,8 @@ from diffusion.common.errors import DarkroomError, UserError
 from flows.config import Params
 from flows.deployment.tasks import SHORTEST_LEASE, heartbeat_timeout
 
-DEFINITIONS = Path("prefect.yaml")
-"""File in the working folder that replaces the packaged one."""
 PACKAGED = Path(__file__).with_name("prefect.yaml")
 PLACEHOLDER = re.compile(r"\{\{ \$(\w+) \}\}")
-WEBHOOK = "darkroom"
-"""Name of the block that holds the address of notifications."""
 
 
 class DeployResult(Config):
@@ -50,14 +45,18 @@ class DeployResult(Config):
 def deploy(
     params: Params, workspace: Path, pool: str, training_pool: str, cron: str, monitor_cron: str, webhook: str | None
 ) -> DeployResult:
-    """Apply the ``prefect.yaml`` of the working folder, or the packaged one.
+    """Apply the ``prefect.yaml`` of the working folder, or the packaged one; raises UserError for invalid settings.
 
     ``workspace`` is the folder of data, runs and reports on the workers' machines; ``webhook`` names the environment
-    variable that holds the URL to notify. Raises UserError for invalid settings or definitions.
+    variable that holds the URL to notify.
     """
     for words in (cron, monitor_cron):
-        _require_cron(words)
-    definitions = DEFINITIONS if DEFINITIONS.is_file() else PACKAGED
+        try:
+            CronSchedule(cron=words)
+        except ValidationError as error:
+            message = f"{words!r} is no cron schedule: write it like '0 2 * * *', every night at two (UTC)"
+            raise UserError(message) from error
+    definitions = path if (path := Path("prefect.yaml")).is_file() else PACKAGED
     values: dict[str, Any] = {
         "DATASET": params.training.dataset,
         "MODEL": params.model_name,
@@ -74,19 +73,17 @@ def deploy(
     }
     if webhook is not None:
         if not (url := os.environ.get(webhook)):
-            raise UserError(
-                f"the environment has no {webhook}, which --webhook-env names: set it to the address to notify"
-            )
-        values["WEBHOOK"] = str(Webhook(url=url).save(WEBHOOK, overwrite=True))
+            raise UserError(f"the environment has no {webhook}, which --webhook-env names: set it to the URL to notify")
+        values["WEBHOOK"] = str(Webhook(url=url).save("darkroom", overwrite=True))
     declared = read_definitions(definitions, values)
     with get_client(sync_client=True) as client:
         for item in declared["work_pools"]:
             _ensure_pool(client, item["name"], item["type"])
         for item in declared["concurrency_limits"]:
             client.upsert_global_concurrency_limit_by_name(item["name"], item["limit"])
-    deployments = _prefect_deploy(declared)
-    for item in declared["automations"]:
-        _ensure_automation(item)
+        deployments = _prefect_deploy(declared)
+        for item in declared["automations"]:
+            _ensure_automation(client, item)
     return DeployResult(
         definitions=definitions,
         deployments=deployments,
@@ -131,14 +128,6 @@ def filled(node: Any, values: Mapping[str, Any], path: Path) -> Any:
     return PLACEHOLDER.sub(lambda match: str(values[match[1]]), node)
 
 
-def _require_cron(words: str) -> None:
-    try:
-        CronSchedule(cron=words)
-    except ValidationError as error:
-        message = f"{words!r} is no cron schedule: write it like '0 2 * * *', every night at two (UTC)"
-        raise UserError(message) from error
-
-
 def _ensure_pool(client: SyncPrefectClient, name: str, kind: str) -> None:
     try:
         client.read_work_pool(name)
@@ -166,23 +155,16 @@ def _prefect_deploy(declared: Mapping[str, Any]) -> list[str]:
     return re.findall(r"Deployment '([^']+)' successfully", " ".join(process.stdout.split()))
 
 
-def _ensure_automation(declared: Mapping[str, Any]) -> None:
-    """Create or update the automation; one that is as ``declared`` is left alone.
-
-    A rewritten automation forgets the runs whose heartbeats it tracks, and would never mark a dead one as crashed.
-    """
+def _ensure_automation(client: SyncPrefectClient, declared: Mapping[str, Any]) -> None:
+    """Create or update the automation; one that is as ``declared`` keeps the heartbeats of runs that it tracks."""
     try:
         automation = AutomationCore.model_validate(declared)
     except ValidationError as error:
         raise UserError(f"the automation {declared.get('name')!r} cannot be: {error.errors()[0]['msg']}") from error
-    with get_client(sync_client=True) as client:
-        there = client.read_automations_by_name(automation.name)
-        if not there:
-            client.create_automation(automation)
-        elif _fields(there[0]) != _fields(automation):
-            client.update_automation(there[0].id, automation)
-
-
-def _fields(automation: AutomationCore) -> dict[str, Any]:
-    """Declared fields of an automation, without those that the server adds."""
-    return AutomationCore.model_validate(automation.model_dump(mode="json")).model_dump()
+    there = client.read_automations_by_name(automation.name)
+    # Without the fields that the server adds.
+    fields = [AutomationCore.model_validate(each.model_dump(mode="json")).model_dump() for each in (automation, *there)]
+    if not there:
+        client.create_automation(automation)
+    elif fields[0] != fields[1]:
+        client.update_automation(there[0].id, automation)

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Any, ParamSpec, TypeVar, cast
 
 from prefect import Task, task
@@ -21,7 +21,7 @@ from diffusion.common.child_processes import end_with_parent
 from diffusion.common.errors import DarkroomError, UserError
 from diffusion.common.escaping import escape_controls
 from diffusion.data.ingest.config import IngestConfig
-from diffusion.data.prefetch import Begun, FanOut, in_order
+from diffusion.data.prefetch import FanOut, in_order
 from flows.config import SamplingBatchConfig
 
 logger = logging.getLogger(__name__)
@@ -30,9 +30,6 @@ P = ParamSpec("P")
 R = TypeVar("R")
 T = TypeVar("T")
 FanOutConfig = IngestConfig | SamplingBatchConfig
-"""Settings of how work is distributed: ``runner`` and ``workers``."""
-MISSED_HEARTBEATS = 4
-"""Missed heartbeats after which a run counts as dead: 240 s at our interval, more than Prefect's own 180 s."""
 SHORTEST_LEASE = 60
 """Shortest lease of a concurrency slot that the server grants, in seconds."""
 
@@ -40,15 +37,13 @@ SHORTEST_LEASE = 60
 def retryable_task(function: Callable[P, R]) -> Task[P, R]:
     """Prefect task that is retried with exponential backoff, except after a DarkroomError.
 
-    Prefect's cache is off: each task recognises finished work by digests, also in a new run and on another machine.
+    Prefect's cache is off: each task recognises finished work by digests, also on another machine.
     """
     return task(
         retries=2,
         retry_delay_seconds=exponential_backoff(2),
         retry_jitter_factor=0.5,
-        retry_condition_fn=lambda _task, _run, state: (
-            not isinstance(state.result(raise_on_failure=False), DarkroomError)
-        ),
+        retry_condition_fn=lambda _, __, state: not isinstance(state.result(raise_on_failure=False), DarkroomError),
         cache_policy=NO_CACHE,
     )(function)
 
@@ -67,9 +62,7 @@ def task_runner(config: FanOutConfig) -> TaskRunner[Any]:
         try:
             from prefect_ray import RayTaskRunner
         except ImportError as error:
-            raise UserError(
-                "runner=ray needs Ray: run `pip install -e '.[ray]'` in Darkroom's checkout, or use processes"
-            ) from error
+            raise UserError("runner=ray needs Ray: run `pip install -e '.[ray]'`, or use processes") from error
         ray: TaskRunner[Any] = RayTaskRunner()
         return ray
     if config.runner == "processes":
@@ -77,17 +70,14 @@ def task_runner(config: FanOutConfig) -> TaskRunner[Any]:
     return ThreadPoolTaskRunner(max_workers=config.workers)
 
 
-def submitter(task: Task[P, R], config: FanOutConfig, gpu: bool) -> Callable[P, Begun[R]]:
-    """Function that submits ``task`` to the task runner of ``config``; on Ray with one core, and a GPU if ``gpu``."""
+def ray_resources(config: FanOutConfig, gpu: bool) -> AbstractContextManager[Any]:
+    """Context in which tasks are submitted with one core each, and a GPU if ``gpu``, on the runner ray."""
     if config.runner != "ray":
-        return task.submit
+        return nullcontext()
     from prefect_ray.context import remote_options
 
-    def submit(*args: P.args, **kwargs: P.kwargs) -> Begun[R]:
-        with remote_options(num_cpus=1, num_gpus=int(gpu)):
-            return task.submit(*args, **kwargs)
-
-    return submit
+    options: AbstractContextManager[Any] = remote_options(num_cpus=1, num_gpus=int(gpu))
+    return options
 
 
 def prefect_fan_out(config: IngestConfig) -> FanOut:
@@ -104,8 +94,8 @@ def prefect_fan_out(config: IngestConfig) -> FanOut:
 def concurrency_slot(name: str) -> Iterator[None]:
     """Context in which the current run holds a slot of the concurrency limit ``name``; waits for a free one.
 
-    ``darkroom deploy`` creates the limits. A run of a deployment requires them (else UserError), a manual run uses
-    those that exist. The slot of a killed run is released after ``heartbeat_timeout()`` seconds.
+    A run of a deployment requires the limit, which ``darkroom deploy`` creates (else UserError); a manual run does not.
+    The slot of a killed run is released after ``heartbeat_timeout()`` seconds.
     """
     with get_client(sync_client=True) as client:
         is_deployed = client.read_flow_run(flow_run.root_flow_run_id).deployment_id is not None
@@ -113,14 +103,10 @@ def concurrency_slot(name: str) -> Iterator[None]:
             limit = client.read_global_concurrency_limit_by_name(name)
             if limit.active and limit.active_slots >= limit.limit:
                 logger.info("waiting for a slot of the concurrency limit %s", name)
+    lease = max(heartbeat_timeout(), SHORTEST_LEASE)
     try:
         # A short outage of the server is no reason to discard hours of work.
-        with concurrency(
-            name,
-            lease_duration=max(heartbeat_timeout(), SHORTEST_LEASE),
-            strict=is_deployed,
-            raise_on_lease_renewal_failure=False,
-        ):
+        with concurrency(name, lease_duration=lease, strict=is_deployed, raise_on_lease_renewal_failure=False):
             yield
     except ConcurrencySlotAcquisitionError as error:
         if "must be created" not in str(error):
@@ -132,5 +118,5 @@ def concurrency_slot(name: str) -> Iterator[None]:
 
 
 def heartbeat_timeout() -> int:
-    """Seconds without a heartbeat after which a run counts as dead."""
-    return MISSED_HEARTBEATS * (get_current_settings().flows.heartbeat_frequency or SHORTEST_LEASE)
+    """Seconds after which a run counts as dead, four heartbeats: 240 s at our interval, more than Prefect's 180 s."""
+    return 4 * (get_current_settings().flows.heartbeat_frequency or SHORTEST_LEASE)

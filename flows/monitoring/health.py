@@ -20,10 +20,10 @@ def check(name: str) -> list[str]:
     ``name`` is one of ``CHECKS``, located by the environment, s3, or a http:// URL. Raises NotServing or UserError with
     the reason if the server does not work.
     """
+    if name == "s3":
+        return _s3()
     if name.startswith("http://"):
         fetch(name)
-    elif name == "s3":
-        return _s3()
     elif name in CHECKS:
         CHECKS[name]()
     else:
@@ -63,9 +63,7 @@ def _s3() -> list[str]:
     try:
         store.require_conditional_puts(bucket, "samples")
     except Denied:
-        return [
-            "s3: these keys may not write to samples/, so it was not tested whether the server honours If-None-Match"
-        ]
+        return ["s3: these keys may not write to samples/, so whether the server honours If-None-Match was not tested"]
     return []
 
 

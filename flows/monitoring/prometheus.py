@@ -1,6 +1,6 @@
-"""``darkroom server metrics``: Prometheus metrics from Prefect, MLflow and the ledger.
+"""``darkroom server metrics``: Prometheus metrics from Prefect, MLflow and the ledger, queried at each scrape.
 
-Flow runs are too short-lived to be scraped. One small, stateless process queries the servers at each scrape instead.
+Flow runs are too short-lived to be scraped themselves.
 """
 
 import math
@@ -8,7 +8,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
 from urllib.parse import quote
@@ -45,11 +45,12 @@ GAUGES: Mapping[str, tuple[str, tuple[str, ...]]] = {
 }
 """Help and labels of all metrics by name."""
 
-RUNNING = {"PENDING": "pending", "RUNNING": "running", "PAUSED": "paused", "CANCELLING": "cancelling"}
-ENDED = {"COMPLETED": "completed", "FAILED": "failed", "CRASHED": "crashed", "CANCELLED": "cancelled"}
+RUNNING = ("pending", "running", "paused", "cancelling")
+ENDED = ("completed", "failed", "crashed", "cancelled")
 PAGE = 200
 """Page size of Prefect's API."""
-
+MOST = 1000
+"""Maximum number of models, experiments and running trainings."""
 Sample = tuple[str, tuple[str, ...], float]
 """Name, label values and value of a metric."""
 
@@ -65,12 +66,12 @@ def serve(host: str, port: int) -> None:
     threading.Event().wait()
 
 
-@dataclass(eq=False)  # a registry needs identity hashing
 class Servers(Collector):
     """Collector that queries the servers of the environment at each scrape."""
 
-    read: dict[str, "LedgerRead"] = field(default_factory=dict)
-    """Cache by model: a ledger is read again when its listing or MLflow's record of it changes."""
+    def __init__(self) -> None:
+        # By model: a ledger is read again when its listing or MLflow's record of it changes.
+        self.read: dict[str, LedgerRead] = {}
 
     def describe(self) -> Iterable[Metric]:
         """Describe no metrics, so that registration queries no server."""
@@ -99,21 +100,14 @@ def prefect_samples() -> Iterator[Sample]:
     flows = {flow["id"]: flow["name"] for flow in _pages("flows/filter", {})}
     now = datetime.now(UTC)
     due = {"expected_start_time": {"before_": now.isoformat()}}
-    waiting = {"flow_runs": {"state": {"type": {"any_": ["SCHEDULED", *RUNNING]}}, **due}}
+    waiting = {"flow_runs": {"state": {"type": {"any_": ["SCHEDULED", *map(str.upper, RUNNING)]}}, **due}}
     day = {"after_": (now - timedelta(days=1)).isoformat()}
-    ended = {"flow_runs": {"state": {"type": {"any_": list(ENDED)}}, "end_time": day}}
-    yield from count_states(
-        "darkroom_flow_runs", ("late", *RUNNING.values()), flows, _pages("flow_runs/filter", waiting)
-    )
-    yield from count_states("darkroom_flow_runs_last_day", ENDED.values(), flows, _pages("flow_runs/filter", ended))
+    ended = {"flow_runs": {"state": {"type": {"any_": [*map(str.upper, ENDED)]}}, "end_time": day}}
+    yield from count_states("darkroom_flow_runs", ("late", *RUNNING), flows, _pages("flow_runs/filter", waiting))
+    yield from count_states("darkroom_flow_runs_last_day", ENDED, flows, _pages("flow_runs/filter", ended))
     for flow_id, flow in flows.items():
-        question = {
-            "flows": {"id": {"any_": [flow_id]}},
-            "flow_runs": {"state": {"type": {"any_": ["COMPLETED"]}}},
-            "sort": "END_TIME_DESC",
-            "limit": 1,
-        }
-        for run in query_prefect("flow_runs/filter", question):
+        completed = {"flows": {"id": {"any_": [flow_id]}}, "flow_runs": {"state": {"type": {"any_": ["COMPLETED"]}}}}
+        for run in query_prefect("flow_runs/filter", completed | {"sort": "END_TIME_DESC", "limit": 1}):
             yield from last_success_samples(flow, run)
     for pool in query_prefect("work_pools/filter", {"limit": PAGE}):
         workers = query_prefect(f"work_pools/{quote(pool['name'], safe='')}/workers/filter", {"limit": PAGE})
@@ -126,18 +120,17 @@ def prefect_samples() -> Iterator[Sample]:
 def count_states(
     name: str, states: Iterable[str], flows: Mapping[str, str], runs: Iterable[Mapping[str, Any]]
 ) -> Iterator[Sample]:
-    """Number of ``runs`` per flow and state, including zeros; ``flows`` are names by id."""
-    found = Counter((flows.get(run["flow_id"], "unknown"), state_of(run)) for run in runs)
+    """Number of ``runs`` per flow and state, including zeros; ``flows`` are names by id.
+
+    A run is ``late`` if no worker started it when it was due.
+    """
+    found = Counter[tuple[str, str]]()
+    for run in runs:
+        state = "late" if run["state_name"] == "Late" else run["state_type"].lower()
+        found[flows.get(run["flow_id"], "unknown"), state] += 1
     for flow in sorted({*flows.values(), *(flow for flow, _ in found)}):
         for state in states:
             yield name, (flow, state), found[flow, state]
-
-
-def state_of(run: Mapping[str, Any]) -> str:
-    """State of a run: ``late`` if no worker started it when it was due, ``scheduled`` before that."""
-    if run["state_name"] == "Late":
-        return "late"
-    return (RUNNING | ENDED).get(run["state_type"], "scheduled")
 
 
 def last_success_samples(flow: str, run: Mapping[str, Any]) -> Iterator[Sample]:
@@ -161,13 +154,13 @@ class LedgerRead:
 
 
 def ledger_samples(read: dict[str, LedgerRead]) -> Iterator[Sample]:
-    """Metrics of the ledger of each registered model; raises DarkroomError.
-
-    ``read`` is the cache, which is updated. While MLflow does not answer, its last known records are used.
-    """
+    """Metrics of all ledgers, with the cache ``read``; while MLflow does not answer, with its last known records."""
     place, store = Location(settings().bucket) / "ledger", Store(client(attempts=1, read_timeout=5))
-    # Before the ledgers are listed: entries are appended before they are recorded in MLflow.
-    known = _on_record(str(place), {model: each.known for model, each in read.items()})
+    try:
+        # Before the ledgers are listed: entries are appended before they are recorded in MLflow.
+        known = _on_record(str(place))
+    except NotServing:
+        known = {model: each.known for model, each in read.items()}
     keys = (key.removeprefix(place.key("")) for key in store.list_keys(place.bucket, place.key("")))
     for model in sorted({key.partition("/")[0] for key in keys if "/" in key} | known.keys()):
         try:
@@ -191,42 +184,34 @@ def ledger_samples(read: dict[str, LedgerRead]) -> Iterator[Sample]:
             yield "darkroom_champion_since_timestamp_seconds", (model,), since[-1].timestamp()
 
 
-def _on_record(place: str, before: Mapping[str, Known]) -> dict[str, Known | None]:
+def _on_record(place: str) -> dict[str, Known | None]:
     """MLflow's records of the ledgers below ``place``, by model; None for an invalid record."""
     found: dict[str, Known | None] = {}
-    token = ""
-    while True:
+    for model in query_mlflow(f"registered-models/search?max_results={MOST}").get("registered_models", ()):
+        name, tags = model["name"], {tag["key"]: tag["value"] for tag in model.get("tags", ())}
         try:
-            answer = query_mlflow(f"registered-models/search?max_results={PAGE}&page_token={quote(token, safe='')}")
-        except NotServing:
-            return {model: each for model, each in before.items() if each}
-        for model in answer.get("registered_models", ()):
-            name, tags = model["name"], {tag["key"]: tag["value"] for tag in model.get("tags", ())}
-            try:
-                newest = Newest.of(name, tags)
-            except UserError:
-                found[name] = None
-                continue
-            if newest is not None and newest.place == f"{place}/{name}":
-                found[name] = {newest.number: newest.sha256}
-        if not (token := answer.get("next_page_token", "")):
-            return found
+            newest = Newest.of(name, tags)
+        except UserError:
+            found[name] = None
+            continue
+        if newest is not None and newest.place == f"{place}/{name}":
+            found[name] = {newest.number: newest.sha256}
+    return found
 
 
 def mlflow_samples(histories: Mapping[str, History]) -> Iterator[Sample]:
     """Metrics of running trainings, and of the champions in ``histories``; raises NotServing."""
-    found = query_mlflow("experiments/search", {"max_results": 1000}).get("experiments", ())
-    experiments = {each["experiment_id"]: each["name"] for each in found}
-    if experiments:
+    found = query_mlflow("experiments/search", {"max_results": MOST}).get("experiments", ())
+    if experiments := {each["experiment_id"]: each["name"] for each in found}:
         trainings = "attributes.status = 'RUNNING' and tags.`darkroom.train_key` != ''"
-        question = {"experiment_ids": list(experiments), "filter": trainings, "max_results": 1000}
+        question = {"experiment_ids": list(experiments), "filter": trainings, "max_results": MOST}
         for run in query_mlflow("runs/search", question).get("runs", ()):
             yield from training_samples(experiments[run["info"]["experiment_id"]], run)
     for model, history in histories.items():
         if (number := history.standing.champion) is None:
             continue
         found = query_mlflow(f"model-versions/get?name={quote(model, safe='')}&version={number}")
-        # The scores of a version are its numeric tags without a namespace.
+        # The metrics of a version are its numeric tags without a namespace.
         for tag in found["model_version"].get("tags", ()):
             with suppress(ValueError):
                 if "." not in tag["key"] and math.isfinite(value := float(tag["value"])):

@@ -7,7 +7,7 @@ weights may have been deleted in MLflow.
 from mlflow.client import MlflowClient
 
 from diffusion.common.config import Config
-from diffusion.common.errors import Held, UserError
+from diffusion.common.errors import ConflictError, UserError
 from flows.config import Params
 from flows.deployment.tasks import retryable_task
 from flows.environment import settings
@@ -89,8 +89,8 @@ def promote(
     """Make version ``number`` of ``model`` champion regardless of the gate's verdict, which the entry records.
 
     ``evidence`` is the verdict of another registry's gate, for a version that this one's gate has not evaluated. Raises
-    UserError if the version has no weights, or learned from images taken down since without ``taken_down``, and Held
-    if another process changed the champion meanwhile.
+    UserError if the version has no weights, or learned from images taken down since without ``taken_down``, and
+    ConflictError if another process changed the champion meanwhile.
     """
     client, ledger = MlflowClient(), Ledger.of(model)
     history = verified(client, ledger)
@@ -103,7 +103,7 @@ def promote(
 def roll_back(model: str, reason: str | None = None) -> ChampionChange:
     """Make the previous champion champion again, or finish a rollback that was killed before the aliases were written.
 
-    Raises UserError if there is no usable previous champion, and Held if another process changed it meanwhile.
+    Raises UserError if there is no usable previous champion, and ConflictError if another process changed it meanwhile.
     """
     client, ledger = MlflowClient(), Ledger.of(model)
     history = verified(client, ledger)
@@ -130,7 +130,7 @@ def _commit(
 ) -> ChampionChange:
     def decide(history: History) -> LedgerEntry:
         if history.standing.champion != seen.standing.champion:
-            raise Held(
+            raise ConflictError(
                 f"{history.conflict()}: look at `darkroom model history`, and give the command again if it still holds"
             )
         last = history.about(version.number)

@@ -8,7 +8,7 @@ from mlflow.client import MlflowClient
 from pydantic import ValidationError
 
 from diffusion.common.config import Config
-from diffusion.common.errors import Held, UserError
+from diffusion.common.errors import ConflictError, UserError
 from diffusion.common.files import canonical_json
 from diffusion.data.manifest import read_manifest
 from diffusion.training.setup import data_digest, train_key
@@ -46,7 +46,7 @@ def resolve_start(params: Params, uri: str) -> Version | None:
         version = current_start(params, uri)
         start = Start(version=version and version.uri)
         logger.info("training begins with %s", start.version or "random weights, as there is no champion")
-        with suppress(Held):  # another machine was faster, and its record counts
+        with suppress(ConflictError):  # another machine was faster, and its record counts
             store.put_once(place.bucket, key, canonical_json(start.model_dump()).encode())
         noted = store.get(place.bucket, key)
     try:

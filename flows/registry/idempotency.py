@@ -14,7 +14,7 @@ from typing import Any
 from pydantic import AliasPath, BaseModel, Field, ValidationError
 
 from diffusion.common.config import Config, PlainName
-from diffusion.common.errors import Held, UserError
+from diffusion.common.errors import ConflictError, UserError
 from diffusion.common.files import digest_of
 from diffusion.data.manifest import Manifest
 from diffusion.generation.config import Conditions
@@ -84,5 +84,5 @@ class Request:
     def note(self, result: Config) -> None:
         """Write the note that the request is done."""
         # Another machine may have finished the same request with another result.
-        with suppress(Held):
+        with suppress(ConflictError):
             Store().put_once(*self._note, result.model_dump_json().encode(), content_type="application/json")

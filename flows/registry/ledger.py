@@ -26,7 +26,7 @@ from typing import Annotated, Literal
 from pydantic import AwareDatetime, Field, FiniteFloat, JsonValue
 
 from diffusion.common.config import Config
-from diffusion.common.errors import Held, UserError
+from diffusion.common.errors import ConflictError, UserError
 from diffusion.common.files import canonical_json, sha256_bytes
 from flows.environment import settings
 from flows.storage.numbered_objects import NumberedObjects, object_name
@@ -347,8 +347,9 @@ class Ledger(NumberedObjects):
     ) -> History:
         """Commit the entry that ``decide`` returns for the history, or nothing if it returns None.
 
-        If another process was faster, ``decide`` is called again; it raises Held if its decision no longer holds.
-        ``known`` reads MLflow's record each time. Raises UserError, and writes nothing, if the ledger differs from it.
+        If another process was faster, ``decide`` is called again; it raises ConflictError if its decision no longer
+        holds. ``known`` reads MLflow's record each time. Raises UserError, and writes nothing, if the ledger differs
+        from it.
         """
         self.require_conditional_puts()
         while (entry := decide(history := self.read(known()))) is not None:
@@ -356,14 +357,14 @@ class Ledger(NumberedObjects):
                 raise UserError(f"an entry of the ledger has at most {LARGEST} bytes: give a shorter --reason")
             try:
                 self.put(entry.number, entry.data)
-            except Held:
+            except ConflictError:
                 if entry.number not in self.numbers():
                     raise
                 continue
             # A writer above the next free number may have taken the place of this entry.
             history = self.read(known())
             if entry not in history.entries:
-                raise Held(history.conflict())
+                raise ConflictError(history.conflict())
             return history
         return history
 

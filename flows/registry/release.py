@@ -22,7 +22,7 @@ from mlflow.entities import Run as MlflowRun
 
 from diffusion.common.child_processes import end_with_parent
 from diffusion.common.config import Config
-from diffusion.common.errors import DarkroomError, Held, UserError
+from diffusion.common.errors import ConflictError, DarkroomError, UserError
 from diffusion.common.escaping import escape_controls
 from diffusion.common.files import sha256_file, write_json
 from flows.environment import settings, staging
@@ -68,8 +68,8 @@ class Released(ChampionChange):
 def release(uri: str, reason: str | None = None) -> Released:
     """Make the version that ``uri`` names in staging champion here.
 
-    Raises UserError if it is not champion there and no ``reason`` is given; Held if a manual override decided against
-    it here, or another process changes the champion meanwhile.
+    Raises UserError if it is not champion there and no ``reason`` is given; ConflictError if a manual override decided
+    against it here, or another process changes the champion meanwhile.
     """
     settings().folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     with TemporaryDirectory(dir=settings().folder) as scratch:
@@ -82,7 +82,7 @@ def release(uri: str, reason: str | None = None) -> Released:
         version = register(bundle, folder, where)
     demotion = verified(MlflowClient(), Ledger.of(version.model)).manual_demotion(version.number)
     if demotion is not None and reason is None:
-        raise Held(
+        raise ConflictError(
             f"a person decided against {version.uri}, which is {where}: {demotion}; say with --reason why it is to be "
             "champion all the same"
         )

@@ -20,7 +20,7 @@ from flows.config import RetentionConfig, dataset_folder
 from flows.datasets.catalog import PUSHING, RETIRED, VERSION, Catalog, CatalogListing, Heads
 from flows.datasets.dvc import Remote
 from flows.datasets.purge import unreferenced_objects
-from flows.retention.sweeps import Fate, Item, Sweep, age, older
+from flows.retention.sweeps import Action, Item, Sweep, age, older
 from flows.storage.s3 import Location, Store
 
 logger = logging.getLogger(__name__)
@@ -52,28 +52,30 @@ class DataSets:
     def sweep(self) -> Sweep:
         """Sweep of versions in the catalog and of retired ones."""
         listed = {name: self._catalog(name).read() for name in self.names}
-        fates = {name: self._fates(name, found) for name, found in listed.items()}
+        actions = {name: self._actions(name, found) for name, found in listed.items()}
         items = []
-        for name, found in fates.items():
-            for digest, (fate, why) in found.items():
+        for name, found in actions.items():
+            for digest, (action, why) in found.items():
                 version = listed[name].versions.get(digest)
                 size = None if version is None else sum(shard.bytes for shard in version.shards)
-                items.append(Item(kind="data versions", name=f"{name} {digest[:12]}", bytes=size, fate=fate, why=why))
+                items.append(
+                    Item(kind="data versions", name=f"{name} {digest[:12]}", bytes=size, action=action, why=why)
+                )
 
         def act() -> None:
-            for name, found in fates.items():
+            for name, found in actions.items():
                 versions = listed[name].versions
-                for digest, (fate, _) in found.items():
-                    if fate == "set aside" and digest in versions:
+                for digest, (action, _) in found.items():
+                    if action == "set aside" and digest in versions:
                         self._retire(versions[digest])
-                staying = {digest for digest, (fate, _) in found.items() if fate == "stays"}
+                staying = {digest for digest, (action, _) in found.items() if action == "keep"}
                 retired = self._catalog(name).read(retired=True).versions
                 self._bring_back([retired[digest] for digest in staying if digest in retired.keys() - versions.keys()])
                 self._purge(name, staying)
 
         return Sweep(items, act)
 
-    def _fates(self, name: str, listed: CatalogListing) -> dict[str, tuple[Fate, str]]:
+    def _actions(self, name: str, listed: CatalogListing) -> dict[str, tuple[Action, str]]:
         versions, policy, aside = listed.versions, self.policy, self._catalog(name).read(retired=True)
         (current, doubt), heads = self._current(name), Heads(self._catalog(name))
         doubt, head = self.unclear or doubt, heads.newest()
@@ -82,29 +84,29 @@ class DataSets:
         by_age = sorted(versions, key=lambda each: (self.written[name, each], each == current), reverse=True)
         latest = dict.fromkeys([*(each for each in heads.latest() if each in versions), *by_age])
         newest = list(latest)[: policy.data_versions]
-        found: dict[str, tuple[Fate, str]] = {}
+        found: dict[str, tuple[Action, str]] = {}
         for digest, version in versions.items():
             written = self.written[name, digest]
             if why := self.contents.get(version.content_digest):
-                found[digest] = "stays", why
+                found[digest] = "keep", why
             elif digest == current:
-                found[digest] = "stays", f"current in {dataset_folder(name)}"
+                found[digest] = "keep", f"current in {dataset_folder(name)}"
             elif digest == head:
-                found[digest] = "stays", "the next ingest goes on from it"
+                found[digest] = "keep", "the next ingest goes on from it"
             elif digest in newest:
-                found[digest] = "stays", f"among the newest {policy.data_versions}"
+                found[digest] = "keep", f"among the newest {policy.data_versions}"
             elif not older(written, policy.data_days, self.now):
-                found[digest] = "stays", f"recorded within {policy.data_days:g} days"
+                found[digest] = "keep", f"recorded within {policy.data_days:g} days"
             elif doubt is not None:
-                found[digest] = "stays", doubt
+                found[digest] = "keep", doubt
             else:
                 found[digest] = "set aside", f"{age(written, self.now)}, and no run that stays learned from it"
         # An unreadable manifest may need files that would be deleted otherwise.
         damaged = listed.damaged | aside.damaged
         doubt = doubt or next(iter(damaged.values()), None)
         for digest in sorted(aside.versions.keys() - versions.keys()):
-            found[digest] = self._fate_aside(aside.versions[digest], digest == current, doubt)
-        return found | {digest: ("stays", words) for digest, words in damaged.items()}
+            found[digest] = self._action_aside(aside.versions[digest], digest == current, doubt)
+        return found | {digest: ("keep", words) for digest, words in damaged.items()}
 
     def _current(self, name: str) -> tuple[str | None, str | None]:
         """Digest of the version in the data set's folder, or None; and the reason if it cannot be read."""
@@ -114,18 +116,18 @@ class DataSets:
         except UserError as error:
             return None, str(error)
 
-    def _fate_aside(self, version: Manifest, current: bool, doubt: str | None) -> tuple[Fate, str]:
+    def _action_aside(self, version: Manifest, current: bool, doubt: str | None) -> tuple[Action, str]:
         # Another gc may have retired it since they were listed.
         since = self.retired.get((version.name, version.digest), self.now)
         # A machine that still had its files may have trained on it meanwhile.
         if why := self.contents.get(version.content_digest):
-            return "stays", f"{why}: brought back"
+            return "keep", f"{why}: brought back"
         if current:
-            return "stays", f"current in {dataset_folder(version.name)}: brought back"
+            return "keep", f"current in {dataset_folder(version.name)}: brought back"
         over = self.now - since >= self.policy.grace
         if over and doubt is not None:
             return "set aside", doubt
-        return "goes" if over else "set aside", f"since {since:%Y-%m-%d %H:%M} UTC"
+        return "delete" if over else "set aside", f"since {since:%Y-%m-%d %H:%M} UTC"
 
     def _retire(self, version: Manifest) -> None:
         """Keep the manifest under ``retired/``, then withdraw the version from the catalog."""

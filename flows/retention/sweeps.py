@@ -37,9 +37,9 @@ from flows.sampling.sampling_batch import DELETED, LARGEST_BATCH, RESUMED, USUAL
 from flows.storage.s3 import Location, Store, status_of
 from flows.tracking.runs import SWEEP, TRAIN_KEY
 
-Fate = Literal["stays", "set aside", "goes"]
+Action = Literal["keep", "set aside", "delete"]
 """Decision on an item; ``set aside`` items are unreferenced and go once ``retention.grace_hours`` have passed."""
-FATES: tuple[Fate, ...] = ("goes", "set aside", "stays")
+ACTIONS: tuple[Action, ...] = ("delete", "set aside", "keep")
 BATCH = re.compile(rf"({USUAL.pattern})/(.+)")
 """Object of a batch at its default place."""
 RESUMPTION = re.compile(rf"{RESUMED}/({USUAL.pattern})/[^/]+")
@@ -64,13 +64,13 @@ class Item(Config):
     name: str
     bytes: int | None
     """Size in bytes; None if it is unknown."""
-    fate: Fate
+    action: Action
     why: str
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """Items of one kind, with the action that applies each item's fate if it still holds, and can be repeated."""
+    """Items of one kind, with the function that applies each item's action if it still holds, and can be repeated."""
 
     items: list[Item]
     act: Callable[[], None]
@@ -89,22 +89,22 @@ def age(moment: datetime, now: datetime) -> str:
 
 def table(items: Iterable[Item]) -> Iterator[str]:
     """Yield lines of a table: each item that goes or is set aside, and counts of those that stay by reason."""
-    shown = sorted(items, key=lambda item: (FATES.index(item.fate), item.kind, item.name))
-    rows = [("fate", "what", "size", "name", "why")]
+    shown = sorted(items, key=lambda item: (ACTIONS.index(item.action), item.kind, item.name))
+    rows = [("action", "what", "size", "name", "why")]
     rows += [
-        (item.fate, item.kind, "" if item.bytes is None else storage(item.bytes), item.name, item.why)
+        (item.action, item.kind, "" if item.bytes is None else storage(item.bytes), item.name, item.why)
         for item in shown
-        if item.fate != "stays"
+        if item.action != "keep"
     ]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows if len(rows) > 1 else ():
         yield "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-    staying = Counter((item.kind, item.why) for item in shown if item.fate == "stays")
+    staying = Counter((item.kind, item.why) for item in shown if item.action == "keep")
     for (kind, why), number in sorted(staying.items()):
-        yield f"stays      {count(number)} {kind}: {why}"
-    fates = Counter(item.fate for item in shown)
-    freed = storage(sum(item.bytes or 0 for item in shown if item.fate == "goes"))
-    yield f"{count(fates['goes'])} go, {freed}; {count(fates['set aside'])} are set aside; {count(fates['stays'])} stay"
+        yield f"keep       {count(number)} {kind}: {why}"
+    deleted, aside, kept = (count(sum(item.action == action for item in shown)) for action in ACTIONS)
+    freed = storage(sum(item.bytes or 0 for item in shown if item.action == "delete"))
+    yield f"{deleted} deleted, {freed}; {aside} set aside; {kept} kept"
 
 
 @dataclass
@@ -119,7 +119,7 @@ class StoredBatch:
     finished: bool = False
     deleted: datetime | None = None
     """Time of its deletion mark; None without one."""
-    fate: Fate = "stays"
+    action: Action = "keep"
     why: str = ""
 
 
@@ -154,13 +154,13 @@ class SamplingBatches:
         self.found = list(found.values())
         for batch in self.found:
             batch.deleted = self.marks.get(f"{DELETED}/{batch.place.prefix}")
-            batch.fate, batch.why = self._fate(batch)
+            batch.action, batch.why = self._action(batch)
 
     def remaining(self) -> tuple[list[SamplingBatch], dict[tuple[str, int], str]]:
         """Requests of the batches that stay; and for unreadable ones, model and version with the reason."""
         found, unread = list[SamplingBatch](), dict[tuple[str, int], str]()
         for batch in self.found:
-            if batch.fate == "stays" and batch.described:
+            if batch.action == "keep" and batch.described:
                 try:
                     data = self.store.get(self.bucket, batch.place.key("batch.json"), LARGEST_BATCH)
                     found.append(parse_batch(data, f"{batch.place}/batch.json"))
@@ -178,21 +178,21 @@ class SamplingBatches:
             found = [each for page in pages for each in page.get("Uploads", ())]
         old = [each for each in found if older(each["Initiated"], days, self.now)]
         items = [
-            Item(kind="sampling batches", name=str(batch.place), bytes=batch.bytes, fate=batch.fate, why=batch.why)
+            Item(kind="sampling batches", name=str(batch.place), bytes=batch.bytes, action=batch.action, why=batch.why)
             for batch in self.found
         ]
         for each in found:
-            fate: tuple[Fate, str] = ("stays", f"begun within {days:g} days")
+            action: tuple[Action, str] = ("keep", f"begun within {days:g} days")
             if each in old:
-                fate = "goes", f"{age(each['Initiated'], self.now)}, without an end"
+                action = "delete", f"{age(each['Initiated'], self.now)}, without an end"
             name = f"s3://{self.bucket}/{each['Key']}"
-            items.append(Item(kind="unfinished uploads", name=name, bytes=None, fate=fate[0], why=fate[1]))
+            items.append(Item(kind="unfinished uploads", name=name, bytes=None, action=action[0], why=action[1]))
 
         def act() -> None:
             for batch in self.found:
-                if batch.fate == "set aside":
+                if batch.action == "set aside":
                     self._set_aside(batch)
-                if batch.fate == "goes" or (batch.fate == "set aside" and not self.policy.grace):
+                if batch.action == "delete" or (batch.action == "set aside" and not self.policy.grace):
                     self._delete(batch)
             there = {f"{DELETED}/{batch.place.prefix}" for batch in self.found}
             spent = [key for key, since in self.marks.items() if key not in there and self.now - since >= MARK_DAYS]
@@ -208,18 +208,18 @@ class SamplingBatches:
 
         return Sweep(items, act)
 
-    def _fate(self, batch: StoredBatch) -> tuple[Fate, str]:
+    def _action(self, batch: StoredBatch) -> tuple[Action, str]:
         policy = self.policy
         if batch.deleted is not None:
             over = self.now - batch.deleted >= policy.grace
-            return "goes" if over else "set aside", f"since {batch.deleted:%Y-%m-%d %H:%M} UTC"
+            return "delete" if over else "set aside", f"since {batch.deleted:%Y-%m-%d %H:%M} UTC"
         if older(batch.newest, policy.batch_days, self.now):
             return "set aside", f"{age(batch.newest, self.now)}, retention.batch_days is {policy.batch_days:g}"
         if batch.finished:
-            return "stays", "finished" if policy.batch_days is None else f"within {policy.batch_days:g} days"
+            return "keep", "finished" if policy.batch_days is None else f"within {policy.batch_days:g} days"
         if older(batch.newest, policy.unfinished_days, self.now):
             return "set aside", f"unfinished, and nothing came for {age(batch.newest, self.now).removesuffix(' old')}"
-        return "stays", f"unfinished, within {policy.unfinished_days:g} days"
+        return "keep", f"unfinished, within {policy.unfinished_days:g} days"
 
     def _set_aside(self, batch: StoredBatch) -> None:
         """Mark the batch as deleted unless a job has resumed it since it was listed."""
@@ -305,7 +305,7 @@ class Runs:
         self.client, self.live, self.policy, self.now = client, live, policy, now
         found = mlflow.search_runs(search_all_experiments=True, run_view_type=ViewType.ALL, output_format="list")
         self.runs: list[Run] = [run for run in found if {TRAIN_KEY, SWEEP} & run.data.tags.keys()]
-        self.fates = {run.info.run_id: self._fate(run) for run in self.runs}
+        self.actions = {run.info.run_id: self._action(run) for run in self.runs}
 
     def contents(self) -> dict[str, str]:
         """Data set contents of the runs that do not go yet, each with one of these runs."""
@@ -324,20 +324,20 @@ class Runs:
         """Sweep of all runs, except for deleted ones without artifacts."""
         items = []
         for run in self.runs:
-            run_id, (fate, why) = run.info.run_id, self.fates[run.info.run_id]
-            if fate != "goes" or run_id in self._models or self.client.list_artifacts(run_id):
-                items.append(Item(kind="runs", name=f"runs:/{run_id}", bytes=None, fate=fate, why=why))
+            run_id, (action, why) = run.info.run_id, self.actions[run.info.run_id]
+            if action != "delete" or run_id in self._models or self.client.list_artifacts(run_id):
+                items.append(Item(kind="runs", name=f"runs:/{run_id}", bytes=None, action=action, why=why))
         return Sweep(items, self._act)
 
     def _act(self) -> None:
         for run in self.runs:
             run_id = run.info.run_id
-            fate, _ = self.fates[run_id]
-            if fate == "stays" and _is_deleted(run) and SET_ASIDE in run.data.tags:
+            action, _ = self.actions[run_id]
+            if action == "keep" and _is_deleted(run) and SET_ASIDE in run.data.tags:
                 # A version was registered from it after all.
                 self.client.restore_run(run_id)
                 self.client.delete_tag(run_id, SET_ASIDE)
-            if fate == "set aside" and not _is_deleted(run):
+            if action == "set aside" and not _is_deleted(run):
                 self.client.set_tag(run_id, SET_ASIDE, datetime.now(UTC).isoformat(timespec="seconds"))
                 self.client.delete_run(run_id)
             if self._goes(run):
@@ -349,34 +349,34 @@ class Runs:
 
     def _goes(self, run: Run) -> bool:
         """Whether its artifacts are to be deleted now; without a grace period also if it is only set aside."""
-        fate, _ = self.fates[run.info.run_id]
-        return fate == "goes" or (fate == "set aside" and not self.policy.grace and self.live.unclear is None)
+        action, _ = self.actions[run.info.run_id]
+        return action == "delete" or (action == "set aside" and not self.policy.grace and self.live.unclear is None)
 
-    def _fate(self, run: Run) -> tuple[Fate, str]:
+    def _action(self, run: Run) -> tuple[Action, str]:
         policy, why = self.policy, self.live.runs.get(run.info.run_id)
         if _is_deleted(run):
             aside = run.data.tags.get(SET_ASIDE)
             if aside is None:
-                return "stays", "a person deleted them: `mlflow gc` is theirs to run"
+                return "keep", "a person deleted them: `mlflow gc` is theirs to run"
             if why is not None:
-                return "stays", f"{why}: brought back"
+                return "keep", f"{why}: brought back"
             try:
                 since = datetime.fromisoformat(aside).astimezone(UTC)
             except (ValueError, OverflowError):
-                return "stays", f"the tag {SET_ASIDE} of runs:/{run.info.run_id} is no time: delete the tag, or the run"
+                return "keep", f"the tag {SET_ASIDE} of runs:/{run.info.run_id} is no time: delete the tag, or the run"
             if self.live.unclear is not None:
                 return "set aside", self.live.unclear
             over = self.now - since >= policy.grace
-            return "goes" if over else "set aside", f"since {since:%Y-%m-%d %H:%M} UTC"
+            return "delete" if over else "set aside", f"since {since:%Y-%m-%d %H:%M} UTC"
         if why is not None:
-            return "stays", why
+            return "keep", why
         # A killed training is never marked as ended: its last report counts.
         times = [run.info.start_time, run.info.end_time or 0, *(metric.timestamp for metric in run.data._metric_objs)]
         heard = datetime.fromtimestamp(max(times) / 1000, UTC)
         if not older(heard, policy.run_days, self.now):
-            return "stays", "all do" if policy.run_days is None else f"heard of within {policy.run_days:g} days"
+            return "keep", "all do" if policy.run_days is None else f"heard of within {policy.run_days:g} days"
         if self.live.unclear is not None:
-            return "stays", self.live.unclear
+            return "keep", self.live.unclear
         return "set aside", f"{age(heard, self.now)}, and no version was made of it"
 
     @cached_property
@@ -405,7 +405,7 @@ def sweep_local_files(
     def add(kind: str, path: Path, used: datetime, size: int, going: bool, gone: str, stays: str) -> None:
         """Add an item that goes as it is old and ``gone``, or ``stays`` for that reason."""
         why = f"{age(used, now)}, {gone}" if going else stays
-        items.append(Item(kind=kind, name=str(path), bytes=size, fate="goes" if going else "stays", why=why))
+        items.append(Item(kind=kind, name=str(path), bytes=size, action="delete" if going else "keep", why=why))
 
     for final in sorted(Path("runs").glob("**/final.safetensors")):
         files = [path for path in final.parent.rglob("*") if path.is_file()]
@@ -436,7 +436,7 @@ def sweep_local_files(
     def act() -> None:
         for item in items:
             path = Path(item.name)
-            if item.fate != "goes":
+            if item.action != "delete":
                 continue
             if item.kind == "run folders":
                 discard(path)

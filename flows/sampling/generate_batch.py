@@ -18,7 +18,7 @@ from torch import Tensor
 from diffusion.checkpoints import load_model
 from diffusion.common.config import Config
 from diffusion.common.device import resolve_device
-from diffusion.common.errors import Held, UserError
+from diffusion.common.errors import ConflictError, UserError
 from diffusion.common.files import canonical_json, sha256_bytes
 from diffusion.common.fingerprint import Fingerprint, fingerprint
 from diffusion.data.prefetch import prefetch
@@ -87,14 +87,15 @@ def generate_chunk(
     """Generate a chunk's images and put them on S3, their part of the manifest last; a complete chunk is skipped.
 
     ``at_once`` compute batches are generated in parallel, one per core, while earlier ones are uploaded; at most three
-    times as many are held in memory. Equal chunks give equal bytes; raises Held on a machine with another fingerprint.
+    times as many are held in memory. Equal chunks give equal bytes; raises ConflictError on a machine with another
+    fingerprint.
     """
     process, began = f"{socket.gethostname()}:{os.getpid()}", time.process_time()
     indices, part = batch.chunks()[chunk], place.key(sampling_batch.part_key(chunk))
     if store.exists(place.bucket, part) and _has_images(store, batch, place, chunk):
         return Work(images=0, process=process, began=began, ended=time.process_time())
     if other := batch.fingerprint.differences(_fingerprint(batch.sampling)):
-        raise Held(
+        raise ConflictError(
             f"this worker would generate other bits than the batch was begun with ({other}): use only machines like "
             "the one that began it, or begin another batch on the others"
         )
@@ -330,19 +331,19 @@ def usual_place(store: Store, batch: SamplingBatch, bucket: str) -> Location:
 
 
 def begin(store: Store, batch: SamplingBatch, place: Location, table: RequestTable | None) -> None:
-    """Write ``batch.json`` and the request table to ``place``; raises Held if another batch lies there."""
+    """Write ``batch.json`` and the request table to ``place``; raises ConflictError if another batch lies there."""
     store.require_conditional_puts(place.bucket, "samples")
     about, data = place.key(BATCH), batch.json_bytes()
     try:
         put = store.put_once(place.bucket, about, data, content_type=JSON)
-    except Held as error:
+    except ConflictError as error:
         found = sampling_batch.parse_batch(store.get(place.bucket, about), f"{place}/batch.json")
         how = "of another request"
         if other := found.fingerprint.differences(batch.fingerprint):
             how = f"begun under another fingerprint ({other})"
         elif found.model_copy(update={"chunk": batch.chunk}) == batch:
             how = f"in chunks of {found.chunk_size} images (sampling_batch.chunk), and this has {batch.chunk_size}"
-        raise Held(
+        raise ConflictError(
             f"{place} holds a batch {how}: finish it where and as it was begun, or give --to another prefix"
         ) from error
     if put == "already there" and USUAL.fullmatch(place.prefix) and not store.exists(place.bucket, place.key(SUCCESS)):

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pydantic import ValidationError
 
 from diffusion.common.config import Config
-from diffusion.common.errors import Held
+from diffusion.common.errors import ConflictError
 from diffusion.common.files import canonical_json
 from flows.environment import settings
 from flows.storage.s3 import ListedObject, Location, Missing, Store
@@ -63,7 +63,7 @@ class NumberedObjects:
             return None
 
     def put(self, number: int, data: bytes) -> None:
-        """Create an object; raises Held if one of that number holds other bytes."""
+        """Create an object; raises ConflictError if one of that number holds other bytes."""
         key = self.place.key(object_name(number))
         self.store.put_once(self.place.bucket, key, data, content_type="application/json")
 
@@ -99,7 +99,7 @@ class Claims(NumberedObjects):
                 if first is not None and valid(first):
                     return first
                 taken.add(number)
-            with suppress(Held):
+            with suppress(ConflictError):
                 self.put(first_free(taken), canonical_json(Claim(made=made).model_dump()).encode())
                 return made
 

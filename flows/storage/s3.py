@@ -38,7 +38,7 @@ from botocore.exceptions import (
 from botocore.exceptions import ConnectionError as NotConnected
 from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_random_exponential
 
-from diffusion.common.errors import DarkroomError, Held, UserError
+from diffusion.common.errors import ConflictError, DarkroomError, UserError
 from diffusion.common.files import write_atomically
 from diffusion.data.sources.base import Found
 
@@ -205,8 +205,8 @@ class Store:
     ) -> Put:
         """Write ``data``, or a file from its start, unless the key is taken.
 
-        The same bytes there count as success; raises Held if other bytes lie there, and UserError for over 5 GiB. The
-        SHA-256 is checked by the server and stored as metadata.
+        The same bytes there count as success; raises ConflictError if other bytes lie there, and UserError for over 5
+        GiB. The SHA-256 is checked by the server and stored as metadata.
         """
         file = io.BytesIO(data) if isinstance(data, bytes) else data
         if (size := file.seek(0, os.SEEK_END)) > LARGEST_PUT:
@@ -453,9 +453,9 @@ def _split(uri: str) -> tuple[str, str]:
 
 
 def same_bytes(bucket: str, key: str, there: str, here: str) -> Put:
-    """Outcome of a write that found an object of the SHA-256 ``there``; raises Held unless that equals ``here``."""
+    """Outcome of a write that found the SHA-256 ``there``; raises ConflictError unless that equals ``here``."""
     if there != here:
-        raise Held(
+        raise ConflictError(
             f"s3://{bucket}/{key} is taken by other bytes (sha256 {there[:12]}… there, {here[:12]}… here): write "
             "under another prefix, or remove what is there"
         )

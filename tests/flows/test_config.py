@@ -12,8 +12,8 @@ from diffusion.presets import PresetName
 from diffusion.process.samplers import sampling_config
 from diffusion.process.schedules import linear_schedule, make_schedule
 from diffusion.training.config import TrainingConfig
-from flows.compare import family_variants
 from flows.config import Params, dataset_folder, flattened, load_params, registered
+from flows.sweep import family_variants
 from tests.builders import ROOT
 
 MINIMAL = "training:\n  images: 100\n"

@@ -12,7 +12,7 @@ import yaml
 from prometheus_client import CollectorRegistry, generate_latest
 
 from flows.local_stack.server_process import choose_ports
-from flows.monitoring.prometheus import GAUGES, Servers, count_states, last_success_samples, state_of, training_samples
+from flows.monitoring.prometheus import GAUGES, Servers, count_states, last_success_samples, training_samples
 from tests.builders.installation import INFRA, ROOT, program
 
 ALERTS = [
@@ -129,17 +129,19 @@ def test_unreachable_servers_export_only_up_0(monkeypatch: pytest.MonkeyPatch) -
 def test_runs_are_counted_by_flow_and_state_and_none_is_zero() -> None:
     found = {
         labels: value
-        for _, labels, value in count_states("n", ("late", "running"), {"1": "train", "2": "sample"}, RUNS)
+        for _, labels, value in count_states("n", ("late", "scheduled", "running"), {"1": "train", "2": "sample"}, RUNS)
     }
     assert found == {
         ("train", "late"): 1,
+        ("train", "scheduled"): 1,
         ("train", "running"): 1,
         ("sample", "late"): 0,
+        ("sample", "scheduled"): 0,
         ("sample", "running"): 1,
         ("unknown", "late"): 0,
+        ("unknown", "scheduled"): 0,
         ("unknown", "running"): 1,
     }
-    assert state_of(RUNS[1]) == "scheduled"
 
 
 def test_sampling_rate_is_images_by_run_duration() -> None:

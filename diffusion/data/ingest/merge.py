@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from diffusion.common.config import Config
-from diffusion.common.errors import Held
+from diffusion.common.errors import ConflictError
 from diffusion.common.files import make_folder, sync_file, sync_folder, write_atomically, write_bytes
 from diffusion.data.ingest.config import IngestConfig
 from diffusion.data.ingest.index import Index
@@ -242,7 +242,7 @@ def merge_versions(folder: Path, config: IngestConfig, theirs: Manifest, base: M
     All files of ``theirs`` and the manifests of its ancestors lie in ``folder``. The caller holds the data set's lock.
     Repeated after a kill it gives the same result: the manifest is written last.
 
-    Raises Held if the two store images in different ways, or ours rebuilt the data set.
+    Raises ConflictError if the two store images in different ways, or ours rebuilt the data set.
     """
     ours = read_manifest(folder)
     line = takewhile(lambda version: base is None or version.digest != base.digest, versions(folder))
@@ -251,13 +251,13 @@ def merge_versions(folder: Path, config: IngestConfig, theirs: Manifest, base: M
     )
     go_on = f"`darkroom data checkout {theirs.digest[:12]} --dataset {folder.name}`, then ingest again"
     if any(version.change == "rebuild" for version in line):
-        raise Held(
+        raise ConflictError(
             f"{faster} {ours.digest[:12]} here is a rebuild: give the command with --rebuild again to publish it all "
             f"the same, or to add to theirs {go_on}"
         )
     if different := theirs.stored_otherwise(ours.storage):
         name, other, mine = different
-        raise Held(
+        raise ConflictError(
             f"{faster} stores images with ingest.{name}={other}, while {ours.digest[:12]} here has {mine}: "
             f"give another --dataset, or to add to theirs {go_on} with that"
         )

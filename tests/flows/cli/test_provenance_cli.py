@@ -62,7 +62,7 @@ TRACE = Trace(
 
 
 def lines(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], verb: str) -> list[str]:
-    monkeypatch.setattr("flows.cli.operations_commands.connect", lambda *_: nullcontext())
+    monkeypatch.setattr("flows.cli.command.connect", lambda *_: nullcontext())
     monkeypatch.setattr(sys, "argv", ["darkroom", verb, "a.png"])
     with pytest.raises(SystemExit):
         main()

@@ -21,11 +21,9 @@ from diffusion.data.shards import ShardCache
 from diffusion.data.versions.takedown import remove
 from diffusion.data.versions.takedown_records import Selection
 from diffusion.data.versions.versions import history
-from diffusion.training.config import TrainingConfig
-from flows.config import Params
 from flows.datasets.checkout import checkout
 from flows.datasets.dvc import RemoteShards, data_version, record_data, restore_data
-from flows.ingest import record
+from flows.datasets.sync import publish
 from flows.storage.s3 import Store
 from tests.builders.catalogs import FOLDER, Place
 from tests.builders.ingested import files_of
@@ -66,20 +64,16 @@ def test_something_foreign_in_the_folder_does_not_keep_a_version_from_being_publ
     assert place.catalog.pointer(read_manifest(FOLDER).digest) == pointer
 
 
-def test_no_version_is_recorded_while_another_ingest_is_at_work(
-    place: Place, bucket: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("DARKROOM_BUCKET", bucket)
-    params = Params(training=TrainingConfig(dataset=FOLDER.name, images=1))
+def test_no_version_is_published_while_another_ingest_is_at_work(place: Place) -> None:
     config = IngestConfig(source=str(place.images), size=8, held_out=0.33)
     first = ingest(FOLDER, config)
     with ThreadPoolExecutor(1) as pool:
 
         def fan_out(prepare: Callable[[Chunk], Path], chunks: Iterable[Chunk]) -> Iterator[Path]:
-            recorded = pool.submit(record.fn, params)
+            published = pool.submit(publish, FOLDER, place.source)
             yield from map(prepare, chunks)
             with pytest.raises(TimeoutError):
-                recorded.result(timeout=1)
+                published.result(timeout=1)
 
         blob(100).save(place.images / "odd" / "100.png")
         second = ingest(FOLDER, config, fan_out=fan_out)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from diffusion.common.errors import Held
+from diffusion.common.errors import ConflictError
 from flows.environment import settings
 from flows.storage.s3 import Store
 from tests.builders.machines import BASE, NAME, Killed, Machine, Machines, before, first_version, killed, machine, two
@@ -137,7 +137,7 @@ def test_unknown_versions_after_a_checkout_block_ingest(two: tuple[Machine, Mach
     one.check_out(first)
     other.ingest(200)
     for _ in range(2):
-        with pytest.raises(Held, match=f"data checkout {other.version.digest[:12]}"):
+        with pytest.raises(ConflictError, match=f"data checkout {other.version.digest[:12]}"):
             one.ingest(101)
     assert one.newest == other.version.digest
     one.check_out(first)
@@ -152,7 +152,7 @@ def test_rebuild_is_held_when_another_machine_added_images(
     one, other = two
     with (
         before("flows.datasets.catalog:Catalog.publish", lambda: other.ingest(200)),
-        pytest.raises(Held, match="--rebuild"),
+        pytest.raises(ConflictError, match="--rebuild"),
     ):
         one.ingest(100, rebuild="always")
     assert one.newest == other.version.digest

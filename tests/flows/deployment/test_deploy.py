@@ -19,7 +19,7 @@ from diffusion.common.errors import UserError
 from diffusion.process.samplers import SAMPLERS
 from flows.config import Params
 from flows.datasets.sync import CREATED
-from flows.deployment.deploy import PACKAGED, _require_cron, filled, read_definitions
+from flows.deployment.deploy import PACKAGED, deploy, filled, read_definitions
 from flows.monitor import compare_kid, monitor
 from flows.retrain import retrain
 from flows.sample_on_demand import sample_on_demand
@@ -130,7 +130,7 @@ def test_a_placeholder_alone_keeps_its_type() -> None:
 
 def test_invalid_schedule_is_an_error() -> None:
     with pytest.raises(UserError, match=r"'at two' is no cron schedule: write it like '0 2 \* \* \*'"):
-        _require_cron("at two")
+        deploy(PARAMS, Path("/srv"), "cpu", "gpu", "at two", "0 5 * * *", None)
 
 
 @pytest.mark.parametrize(("now", "drifted"), [(0.010, False), (0.012, False), (0.016, True)])

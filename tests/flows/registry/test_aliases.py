@@ -10,7 +10,7 @@ from uuid import uuid4
 import pytest
 from mlflow.client import MlflowClient
 
-from diffusion.common.errors import Held, UserError
+from diffusion.common.errors import ConflictError, UserError
 from flows.promote import GateResult, next_entry
 from flows.registry import champion
 from flows.registry.aliases import aliases_of, append, project, restore, verified
@@ -273,7 +273,7 @@ def test_concurrent_promotions_have_one_winner_named_to_the_other(
     def promote(version: Version) -> str:
         try:
             ledger.append(judged(version, 1, WIN))
-        except Held as error:
+        except ConflictError as error:
             return str(error)
         return "won"
 
@@ -416,6 +416,6 @@ def test_manual_promotion_on_outdated_state_is_held(
         return seen
 
     monkeypatch.setattr(champion, "verified", meanwhile)
-    with pytest.raises(Held, match=r"another process was first: promote 2 → 3.*darkroom model history"):
+    with pytest.raises(ConflictError, match=r"another process was first: promote 2 → 3.*darkroom model history"):
         champion.roll_back(ledger.model)
     assert ledger.read().standing.champion == 3

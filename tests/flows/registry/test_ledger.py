@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from diffusion.common.errors import Held, UserError
+from diffusion.common.errors import ConflictError, UserError
 from flows.registry.ledger import (
     AliasNumbers,
     AliasState,
@@ -226,7 +226,7 @@ def test_append_fails_when_a_later_entry_took_precedence(ledger: Ledger) -> None
         seen.append({3: hashlib.sha256(above).hexdigest()})
         return history.next_entry("promote", 2, weights_of(2))
 
-    with pytest.raises(Held, match="another process was first: promote 1 → 9"):
+    with pytest.raises(ConflictError, match="another process was first: promote 1 → 9"):
         ledger.append(decide, lambda: seen[-1])
     assert [entry.number for entry in ledger.read(seen[-1]).entries] == [1, 3]
 
@@ -260,10 +260,10 @@ def test_append_decides_again_when_the_ledger_changed(ledger: Ledger) -> None:
         if len(seen) == 1:
             add(ledger, "promote", 2, evidence=WIN)
         elif history.standing.champion != seen[0]:
-            raise Held(history.conflict())
+            raise ConflictError(history.conflict())
         return history.next_entry("promote", 3, weights_of(3))
 
-    with pytest.raises(Held, match=r"another process was first: promote 1 → 2, .*: kid 0\.01 ± 0\.001, lower"):
+    with pytest.raises(ConflictError, match=r"another process was first: promote 1 → 2, .*: kid 0\.01 ± 0\.001, lower"):
         ledger.append(decide)
     assert seen == [1, 2]
     assert ledger.read().standing.champion == 2

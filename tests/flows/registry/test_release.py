@@ -18,7 +18,7 @@ from mlflow.data.meta_dataset import MetaDataset
 from mlflow.entities import DatasetInput, Metric, Param
 
 from diffusion.checkpoints import export
-from diffusion.common.errors import Held, UserError
+from diffusion.common.errors import ConflictError, UserError
 from diffusion.common.files import sha256_file
 from diffusion.process.samplers import sampling_config
 from flows.environment import staging
@@ -139,7 +139,7 @@ def test_releasing_a_version_that_is_not_champion_needs_a_reason(stages: Stages,
     stages.at(stages.staging)
     champion.promote("blobs", 2)
     stages.at(stages.production)
-    with pytest.raises(Held, match="three eyes"):
+    with pytest.raises(ConflictError, match="three eyes"):
         release("models:/blobs@champion")
 
 

@@ -60,8 +60,8 @@ def collected(days: float, policy: RetentionConfig = STRICT) -> GcResult:
     return collect(policy, after(days))
 
 
-def fates(done: GcResult) -> dict[str, str]:
-    return {item.name: item.fate for item in done.items}
+def actions(done: GcResult) -> dict[str, str]:
+    return {item.name: item.action for item in done.items}
 
 
 def training(mlflow: MlflowClient, key: str, version: Manifest | None = None) -> str:
@@ -91,24 +91,24 @@ def test_gc_deletes_files_of_old_versions_except_shared_ones(place: Place) -> No
     assert shards & {shard.name for shard in second.shards}, "the newer version stands on the older one's shards"
     before = set(place.catalog.store.list_keys(place.bucket, "dvc/"))
 
-    assert fates(collected(1)) == {f"blobs {each.digest[:12]}": "stays" for each in (first, second)}
+    assert actions(collected(1)) == {f"blobs {each.digest[:12]}": "keep" for each in (first, second)}
     listed = list(place.catalog.store.list_objects(place.bucket))
     looked = collect(STRICT, after(100), dry_run=True)
     assert list(place.catalog.store.list_objects(place.bucket)) == listed
     lines = list(table(looked.items))
     assert any("set aside" in line and first.digest[:12] in line for line in lines)
-    assert any(line.startswith("stays") and "current in data/blobs" in line for line in lines)
+    assert any(line.startswith("keep") and "current in data/blobs" in line for line in lines)
     aside = collected(100)
-    assert fates(aside) == fates(looked)
-    assert fates(aside) == {f"blobs {first.digest[:12]}": "set aside", f"blobs {second.digest[:12]}": "stays"}
+    assert actions(aside) == actions(looked)
+    assert actions(aside) == {f"blobs {first.digest[:12]}": "set aside", f"blobs {second.digest[:12]}": "keep"}
     assert set(place.catalog.versions()) == {second.digest}
     assert set(place.catalog.versions(retired=True)) == {first.digest}, "a takedown looks there, too"
     assert set(place.catalog.store.list_keys(place.bucket, "dvc/")) == before
-    assert fates(collected(0.5))[f"blobs {first.digest[:12]}"] == "set aside"
-    assert fates(collected(100))[f"blobs {first.digest[:12]}"] == "goes"
+    assert actions(collected(0.5))[f"blobs {first.digest[:12]}"] == "set aside"
+    assert actions(collected(100))[f"blobs {first.digest[:12]}"] == "delete"
     left = set(place.catalog.store.list_keys(place.bucket, "dvc/"))
     assert left < before
-    assert f"blobs {first.digest[:12]}" not in fates(collected(100))
+    assert f"blobs {first.digest[:12]}" not in actions(collected(100))
     assert list(place.catalog.store.list_keys(place.bucket, "retired/")) == []
     assert restorable(place, second)
 
@@ -129,10 +129,10 @@ def test_the_newest_versions_are_known_by_the_order_of_heads_after_a_restore_wro
         store.put_once(bucket, key, data)
 
     two = STRICT.model_copy(update={"data_versions": 2})
-    assert fates(collected(100, two)) == {
+    assert actions(collected(100, two)) == {
         f"blobs {first.digest[:12]}": "set aside",
-        f"blobs {second.digest[:12]}": "stays",
-        f"blobs {third.digest[:12]}": "stays",
+        f"blobs {second.digest[:12]}": "keep",
+        f"blobs {third.digest[:12]}": "keep",
     }
 
 
@@ -144,7 +144,9 @@ def test_version_restored_within_the_grace_period_loses_nothing(place: Place) ->
     assert first.digest not in place.catalog.versions()
     place.catalog.publish(first, place_digest(place, first))
     collected(1)
-    assert fates(collected(50, STRICT.model_copy(update={"data_versions": 2})))[f"blobs {first.digest[:12]}"] == "stays"
+    assert (
+        actions(collected(50, STRICT.model_copy(update={"data_versions": 2})))[f"blobs {first.digest[:12]}"] == "keep"
+    )
     assert restorable(place, first)
 
 
@@ -155,7 +157,7 @@ def test_gc_restores_a_version_trained_on_in_the_meantime(place: Place, mlflow: 
     run_id = training(mlflow, "a", first)
     add_version(mlflow, tmp_path, "blobs", run_id=run_id, **{CONTENT: first.content_digest})
 
-    assert fates(collected(200))[f"blobs {first.digest[:12]}"] == "stays"
+    assert actions(collected(200))[f"blobs {first.digest[:12]}"] == "keep"
     assert first.digest in place.catalog.versions()
     assert not place.catalog.versions(retired=True)
     assert restorable(place, first)
@@ -210,7 +212,7 @@ def test_killed_between_any_two_requests_the_next_one_ends_the_same(
             assert place.catalog.pointer(version.digest) is not None
     monkeypatch.setattr(Store, "delete_many", original)
     collected(100, at_once)
-    assert fates(collected(100, at_once)) == {f"blobs {second.digest[:12]}": "stays"}
+    assert actions(collected(100, at_once)) == {f"blobs {second.digest[:12]}": "keep"}
     assert list(place.catalog.store.list_keys(place.bucket, "retired/")) == []
     assert not any(first.digest in key for key in place.catalog.store.list_keys(place.bucket))
     assert restorable(place, second)
@@ -226,25 +228,25 @@ def test_gc_keeps_runs_with_versions_ledger_entries_or_samples(
     place.catalog.store.put_once(place.bucket, *batch_of("blobs", 7, printed, versions[2]))
 
     not_generated = STRICT.model_copy(update={"batch_days": None, "unfinished_days": 1e4})
-    first = fates(collected(100, not_generated))
+    first = actions(collected(100, not_generated))
     assert first[f"runs:/{lost}"] == "set aside"
-    assert {first[f"runs:/{each}"] for each in (registered, printed)} == {"stays"}
+    assert {first[f"runs:/{each}"] for each in (registered, printed)} == {"keep"}
     assert mlflow.get_run(lost).info.lifecycle_stage == "deleted"
     assert mlflow.list_artifacts(lost)
-    assert first[f"blobs {versions[0].digest[:12]}"] == "stays", "the run may yet be brought back"
+    assert first[f"blobs {versions[0].digest[:12]}"] == "keep", "the run may yet be brought back"
 
-    assert fates(collected(100, not_generated))[f"runs:/{lost}"] == "goes"
+    assert actions(collected(100, not_generated))[f"runs:/{lost}"] == "delete"
     assert not mlflow.list_artifacts(lost)
-    third = fates(collected(100, not_generated))
+    third = actions(collected(100, not_generated))
     assert f"runs:/{lost}" not in third
     assert set(place.catalog.versions()) == {each.digest for each in versions[1:]}
 
 
 def test_gc_restores_a_run_registered_in_the_meantime(mlflow: MlflowClient, place: Place, tmp_path: Path) -> None:
     run_id = training(mlflow, "a")
-    assert fates(collected(100)) == {f"runs:/{run_id}": "set aside"}
+    assert actions(collected(100)) == {f"runs:/{run_id}": "set aside"}
     add_version(mlflow, tmp_path, "blobs", run_id=run_id)
-    assert fates(collected(100)) == {f"runs:/{run_id}": "stays"}
+    assert actions(collected(100)) == {f"runs:/{run_id}": "keep"}
     assert mlflow.get_run(run_id).info.lifecycle_stage == "active"
 
 
@@ -256,7 +258,7 @@ def test_a_version_that_only_the_ledger_names_keeps_its_run(mlflow: MlflowClient
     mlflow.create_logged_model(experiment, "m", run_id, {"darkroom.weights_sha256": version.weights_sha256})
     mlflow.delete_registered_model_alias("blobs", "champion")
     mlflow.delete_model_version("blobs", str(version.number))
-    assert fates(collected(100))[f"runs:/{run_id}"] == "stays"
+    assert actions(collected(100))[f"runs:/{run_id}"] == "keep"
 
 
 def test_gc_ignores_foreign_and_manually_deleted_runs(mlflow: MlflowClient, place: Place) -> None:
@@ -264,7 +266,7 @@ def test_gc_ignores_foreign_and_manually_deleted_runs(mlflow: MlflowClient, plac
     mine = training(mlflow, "a")
     mlflow.delete_run(mine)
     for _ in range(2):
-        assert fates(collected(1000)) == {f"runs:/{mine}": "stays"}
+        assert actions(collected(1000)) == {f"runs:/{mine}": "keep"}
     assert mlflow.get_run(theirs).info.lifecycle_stage == "active"
     assert mlflow.list_artifacts(mine)
 
@@ -295,9 +297,9 @@ def test_gc_deletes_old_batches_and_a_kill_leaves_unfinished_ones(place: Place) 
     store.put_once(place.bucket, "samples/blobs/1/half/batch.json", about)
     store.put_once(place.bucket, "elsewhere/00000000.png", b"")
 
-    looked = fates(collect(STRICT, after(8), dry_run=True))
+    looked = actions(collect(STRICT, after(8), dry_run=True))
     assert (looked[f"s3://{place.bucket}/{folder}"], looked[f"s3://{place.bucket}/samples/blobs/1/half"]) == (
-        "stays",
+        "keep",
         "set aside",
     )
     [found] = [each for each in SamplingBatches(store, place.bucket, STRICT, after(100)).found if each.finished]
@@ -306,13 +308,13 @@ def test_gc_deletes_old_batches_and_a_kill_leaves_unfinished_ones(place: Place) 
     assert order == names
     before = set(store.list_keys(place.bucket, "samples/"))
     marks = {f"deleted/{folder}", "deleted/samples/blobs/1/half"}
-    assert fates(collected(100))[f"s3://{place.bucket}/{folder}"] == "set aside"
+    assert actions(collected(100))[f"s3://{place.bucket}/{folder}"] == "set aside"
     assert set(store.list_keys(place.bucket, "samples/")) == before
     assert set(store.list_keys(place.bucket, "deleted/")) == marks
-    assert fates(collected(0.5))[f"s3://{place.bucket}/{folder}"] == "set aside"
-    assert fates(collected(1.1))[f"s3://{place.bucket}/{folder}"] == "goes"
+    assert actions(collected(0.5))[f"s3://{place.bucket}/{folder}"] == "set aside"
+    assert actions(collected(1.1))[f"s3://{place.bucket}/{folder}"] == "delete"
     assert list(store.list_keys(place.bucket, "samples/")) == []
-    assert f"s3://{place.bucket}/{folder}" not in fates(collected(29))
+    assert f"s3://{place.bucket}/{folder}" not in actions(collected(29))
     assert set(store.list_keys(place.bucket, "deleted/")) == marks
     collected(31)
     assert list(store.list_keys(place.bucket, "deleted/")) == []
@@ -322,8 +324,8 @@ def test_gc_deletes_old_batches_and_a_kill_leaves_unfinished_ones(place: Place) 
 def test_uploads_without_an_end_are_aborted_when_they_are_old(place: Place) -> None:
     client = place.catalog.store.client
     client.create_multipart_upload(Bucket=place.bucket, Key="samples/blobs/1/x/big.tar")
-    assert fates(collected(1)) == {f"s3://{place.bucket}/samples/blobs/1/x/big.tar": "stays"}
-    assert fates(collected(8)) == {f"s3://{place.bucket}/samples/blobs/1/x/big.tar": "goes"}
+    assert actions(collected(1)) == {f"s3://{place.bucket}/samples/blobs/1/x/big.tar": "keep"}
+    assert actions(collected(8)) == {f"s3://{place.bucket}/samples/blobs/1/x/big.tar": "delete"}
     assert "Uploads" not in client.list_multipart_uploads(Bucket=place.bucket)
 
 
@@ -356,18 +358,18 @@ def test_a_damaged_manifest_keeps_its_data_set_whole_and_stops_nothing_else(
     done = collected(200)
     why = {item.name: item.why for item in done.items}
     for digest, key in zip("01", junk, strict=True):
-        assert (fates(done)[f"blobs {digest * 12}"], f"{key} is damaged" in why[f"blobs {digest * 12}"]) == (
-            "stays",
+        assert (actions(done)[f"blobs {digest * 12}"], f"{key} is damaged" in why[f"blobs {digest * 12}"]) == (
+            "keep",
             True,
         )
-    assert fates(done)[f"blobs {first.digest[:12]}"] == "set aside", "which would have gone"
-    assert fates(done)[f"runs:/{run_id}"] == "set aside"
+    assert actions(done)[f"blobs {first.digest[:12]}"] == "set aside", "which would have gone"
+    assert actions(done)[f"runs:/{run_id}"] == "set aside"
     assert set(store.list_keys(place.bucket, "dvc/")) == before
     assert set(place.catalog.versions()) == {second.digest}
     assert junk[0] in caplog.text
 
     store.delete_many(place.bucket, junk)
-    assert fates(collected(300))[f"blobs {first.digest[:12]}"] == "goes"
+    assert actions(collected(300))[f"blobs {first.digest[:12]}"] == "delete"
     assert restorable(place, second)
 
 
@@ -381,10 +383,10 @@ def test_gc_keeps_everything_an_unreadable_batch_may_need(place: Place, mlflow: 
 
     done = collected(100, policy)
     (run,) = (item for item in done.items if item.name == f"runs:/{run_id}")
-    assert (run.fate, key in run.why) == ("stays", True)
-    assert fates(done)[f"blobs {old.digest[:12]}"] == "stays"
+    assert (run.action, key in run.why) == ("keep", True)
+    assert actions(done)[f"blobs {old.digest[:12]}"] == "keep"
     store.delete_many(place.bucket, [key])
-    assert fates(collected(100, policy))[f"runs:/{run_id}"] == "set aside"
+    assert actions(collected(100, policy))[f"runs:/{run_id}"] == "set aside"
 
 
 def test_gc_keeps_a_batch_that_a_job_just_resumed(bucket: str, store: Store) -> None:
@@ -407,7 +409,7 @@ def test_gc_keeps_a_batch_that_a_job_just_resumed(bucket: str, store: Store) -> 
     before = set(store.list_keys(bucket, place.key("")))
     prints = SamplingBatches(store, bucket, STRICT, after(8))
     [batch] = prints.found
-    assert batch.fate == "set aside"
+    assert batch.action == "set aside"
     begin(store, about, place, None)
     prints.sweep().act()
     assert set(store.list_keys(bucket, place.key(""))) == before
@@ -437,8 +439,8 @@ def test_gc_deletes_leftovers_unless_recently_modified(place: Place) -> None:
     for path in [*left, *others]:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(b"begun")
-    assert not fates(collected(0.9))
-    assert fates(collected(1.1)) == {str(path): "goes" for path in left}
+    assert not actions(collected(0.9))
+    assert actions(collected(1.1)) == {str(path): "delete" for path in left}
     assert [path.exists() for path in [*left, *others]] == [False] * 3 + [True] * 2
 
 

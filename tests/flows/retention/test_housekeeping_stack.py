@@ -61,12 +61,12 @@ def test_gc_deletes_sweep_runs_without_a_registered_version(workspace: Workspace
     assert {path: path.stat().st_mtime_ns for path in finals} == finals
 
     looked = workspace.json("gc", "--dry-run")
-    assert {item["fate"] for item in looked["items"]} == {"stays"}
+    assert {item["action"] for item in looked["items"]} == {"keep"}
     strict = ("--set", "retention.run_days=0", "--set", "retention.grace_hours=0", "--set", "retention.data_days=0")
     experiment = runs[0].info.experiment_id
     kept = server.get_model_version_by_alias("blobs", "champion").run_id
     done = workspace.json("gc", *strict)
-    gone = {item["name"] for item in done["items"] if item["fate"] != "stays" and item["kind"] == "runs"}
+    gone = {item["name"] for item in done["items"] if item["action"] != "keep" and item["kind"] == "runs"}
     assert gone == {f"runs:/{run_id}" for run_id in (swept["run_id"], *(run.info.run_id for run in runs))}
     left = objects(workspace, f"s3://darkroom/mlflow/{experiment}/")
     assert not any(run.info.run_id in name for name in left for run in runs)

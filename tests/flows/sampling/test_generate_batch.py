@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 import webdataset as wds
 
-from diffusion.common.errors import Held, UserError
+from diffusion.common.errors import ConflictError, UserError
 from diffusion.data.ingest.config import IngestConfig
 from diffusion.data.ingest.ingest import ingest
 from diffusion.generation.config import Conditions
@@ -106,7 +106,7 @@ def test_finished_chunks_are_skipped_and_unfinished_ones_named(store: Store, buc
 def test_another_fingerprint_prevents_sampling(store: Store, bucket: str, weights: Path) -> None:
     made = batch(8)
     elsewhere = made.model_copy(update={"fingerprint": made.fingerprint.model_copy(update={"device": "AVX9"})})
-    with pytest.raises(Held, match=r"would generate other bits .*device: AVX9 → "):
+    with pytest.raises(ConflictError, match=r"would generate other bits .*device: AVX9 → "):
         generate_batch.generate_chunk(store, elsewhere, Location(bucket, "x"), weights, 0, None, 1)
     assert list(store.list_keys(bucket)) == []
 
@@ -275,7 +275,7 @@ def test_location_of_another_batch_is_not_overwritten(store: Store, bucket: str,
         (batch(40, chunk=24), "in chunks of 16 images .*and this has 24"),
         (batch(40, fingerprint=moved), "another fingerprint .torch: .* → 9"),
     ):
-        with pytest.raises(Held, match=words):
+        with pytest.raises(ConflictError, match=words):
             generate_batch.begin(store, other, place, None)
     assert SamplingBatch.model_validate_json(store.get(bucket, "here/batch.json")) == made
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from diffusion.common.errors import Held, UserError
+from diffusion.common.errors import ConflictError, UserError
 from flows.storage.s3 import LARGEST_PUT, Location, Missing, Object, Store, client
 from tests.builders.http_server import serving
 from tests.builders.s3_clients import stock
@@ -77,7 +77,7 @@ def test_an_object_has_a_size_and_an_age_and_one_that_is_not_there_has_neither(
 
 def test_different_bytes_under_an_existing_key_are_not_written(store: Store, bucket: str) -> None:
     store.put_once(bucket, "a/x.png", b"first")
-    with pytest.raises(Held, match=f"s3://{bucket}/a/x.png is taken by other bytes") as held:
+    with pytest.raises(ConflictError, match=f"s3://{bucket}/a/x.png is taken by other bytes") as held:
         store.put_once(bucket, "a/x.png", b"other")
     assert held.value.exit_code == 3
     assert store.get(bucket, "a/x.png") == b"first"
@@ -91,7 +91,7 @@ def test_objects_without_checksums_are_compared_by_bytes(
     stock(s3_environment).put_object(Bucket=bucket, Key="same", Body=b"ours")
     stock(s3_environment).put_object(Bucket=bucket, Key="other", Body=b"theirs", Metadata=lie)
     assert store.put_once(bucket, "same", b"ours") == "already there"
-    with pytest.raises(Held):
+    with pytest.raises(ConflictError):
         store.put_once(bucket, "other", b"ours")
 
 
@@ -107,7 +107,7 @@ def test_a_multipart_object_is_compared_by_its_bytes(store: Store, bucket: str, 
         parts.append({"PartNumber": number, "ETag": sent["ETag"], "ChecksumSHA256": sent["ChecksumSHA256"]})
     s3.complete_multipart_upload(Bucket=bucket, Key="big", UploadId=upload, MultipartUpload={"Parts": parts})
     assert store.put_once(bucket, "big", data) == "already there"
-    with pytest.raises(Held):
+    with pytest.raises(ConflictError):
         store.put_once(bucket, "big", data[:-1])
 
 
@@ -127,7 +127,7 @@ def test_of_many_writers_at_once_exactly_one_wins(store: Store, bucket: str) -> 
         start.wait()
         try:
             return store.put_once(bucket, key, f"writer {number}".encode())
-        except Held:
+        except ConflictError:
             return "held"
 
     with ThreadPoolExecutor(writers) as pool:
@@ -147,7 +147,7 @@ def test_many_objects_are_written_together_and_each_only_once(store: Store, buck
 
 def test_conflicting_object_among_many_is_reported(store: Store, bucket: str) -> None:
     store.put_once(bucket, "p/7", b"other")
-    with pytest.raises(Held, match="p/7"):
+    with pytest.raises(ConflictError, match="p/7"):
         store.put_many(bucket, [Object(f"p/{n}", b"same") for n in range(20)])
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from diffusion.common.errors import Held
+from diffusion.common.errors import ConflictError
 from diffusion.data.dataset import Dataset
 from diffusion.data.ingest.config import IngestConfig
 from diffusion.data.ingest.ingest import ingest
@@ -147,6 +147,6 @@ def test_merge_fails_for_different_storage_settings(lines: tuple[Line, Line, Man
     add(other, 100)
     ingest(line[0], config(line[1], size=9), rebuild="always")
     before = read_manifest(ours[0])
-    with pytest.raises(Held, match="another process was first"):
+    with pytest.raises(ConflictError, match="another process was first"):
         united(ours, theirs, base)
     assert read_manifest(ours[0]) == before
