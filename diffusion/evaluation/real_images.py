@@ -22,11 +22,12 @@ from diffusion.data.dataset import Dataset, Rows
 from diffusion.evaluation.bootstrap import FEWEST
 from diffusion.evaluation.cache import Key, Tensors, cached, cached_result
 from diffusion.evaluation.features.feature_extractor import BATCH, Extractor
-from diffusion.evaluation.metrics.copies import PIXELS, make_thumbnails, shifted_thumbnails
+from diffusion.evaluation.metrics.copies import PIXELS, shifted_thumbnails
 from diffusion.evaluation.metrics.distances import Moments, Reference, Scores, compute_scores
 from diffusion.evaluation.metrics.neighbours import NearestNeighbours, find_nearest
 from diffusion.evaluation.metrics.per_class import Labelled, LinearDiscriminant, fit_discriminant
 from diffusion.evaluation.metrics.pixel_metrics import measure_appearance
+from diffusion.evaluation.metrics.registration import find_registered
 from diffusion.generation.super_resolution import GenerationTask
 
 PIECE = 10_000
@@ -169,25 +170,27 @@ class RealImages:
         """Return the training images nearest to some others by space; rows count from the first by key. Cached.
 
         The others come in ``pieces`` (n, C, H, W) uint8 and as ``features`` (N, D), whose cache key is ``key``;
-        ``mirrored``: their mirrored versions count as well.
+        ``mirrored``: in features, their mirrored versions count as well.
         """
         spaces = PIXELS, self.extractor.name
 
         def work() -> Tensors:
-            thumbnails, flipped = [], []
-            for piece in pieces:
-                thumbnails.append(shifted_thumbnails(piece, mirrored))
-                if mirrored:
-                    flipped.append(self.extractor(piece.flip(3)))
-            views = torch.cat(thumbnails, 1), torch.stack([features, torch.cat(flipped)] if mirrored else [features])
-            training = map(make_thumbnails, self.images(self.train)), self._training()
+            images = [*pieces]
+            views = [features]
+            if mirrored:
+                views.append(torch.cat([self.extractor(piece.flip(3)) for piece in images]))
+            both = (
+                find_registered(
+                    images, self.images(self.train), lambda rows: self.dataset.images(self.train[rows]), self.progress
+                ),
+                find_nearest(torch.stack(views), self._training(), progress=self.progress),
+            )
             tensors: Tensors = {}
-            for space, points, others in zip(spaces, views, training, strict=True):
-                found = find_nearest(points, others, progress=self.progress)
+            for space, found in zip(spaces, both, strict=True):
                 tensors |= {f"{space}/distances": found.distances, f"{space}/rows": found.rows}
             return tensors
 
-        key = {"kind": "neighbours", "format_version": 1, "of": key, "mirrored": mirrored}
+        key = {"kind": "neighbours", "format_version": 2, "of": key, "mirrored": mirrored}
         kept = cached(self.folder, key | {"training": self.key(self.train)}, work)
         return {space: NearestNeighbours(kept[f"{space}/distances"], kept[f"{space}/rows"]) for space in spaces}
 

@@ -41,7 +41,7 @@ from diffusion.process.samplers import SamplingConfig
 from diffusion.training.config import TrainingConfig
 from diffusion.training.distributed import Ranks
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 """Format version of checkpoints."""
 COUNTS, FINGERPRINT = "counts", "fingerprint"
 """Keys of a checkpoint's header."""

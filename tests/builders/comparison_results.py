@@ -18,14 +18,13 @@ from diffusion.evaluation.metrics.copies import (
     Memorization,
     detect_duplicates,
     detect_memorization,
-    make_thumbnails,
     shifted_thumbnails,
 )
 from diffusion.evaluation.metrics.distances import compute_scores
 from diffusion.evaluation.metrics.held_out_loss import HeldOutLoss, LevelLoss
-from diffusion.evaluation.metrics.neighbours import find_nearest
 from diffusion.evaluation.metrics.per_class import Labelled, PerClass, evaluate_classes, fit_discriminant
 from diffusion.evaluation.metrics.pixel_metrics import compare_appearance, measure_appearance
+from diffusion.evaluation.metrics.registration import find_registered
 from diffusion.evaluation.results import EvaluationConditions, ModelEvaluation, RealBaseline
 from diffusion.process.likelihood import noise_levels
 from diffusion.process.samplers import sampling_config
@@ -57,8 +56,8 @@ def example_comparison(with_champion: bool = True) -> Shown:
     """A noisy champion, and a candidate that generates real images and a few of those that it learned from."""
     sets, _ = _sets()
     generated = [sets["candidate"], *([sets["champion"]] if with_champion else [])]
-    points = [make_thumbnails(each) for each in (*generated, sets["real baseline"])]
-    reference = make_thumbnails(sets["held out"])
+    points = [shifted_thumbnails(each)[0] for each in (*generated, sets["real baseline"])]
+    reference = shifted_thumbnails(sets["held out"])[0]
     *found, baseline = compute_replicates(points, reference, 20)
     sides = [
         _side(images, point, reference, metrics)
@@ -150,17 +149,19 @@ def _sets() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
 
 def _copies(drawn: Tensor) -> Memorization:
     sets, _ = _sets()
-    training = make_thumbnails(sets["training"])
-    near, of_real = (find_nearest(shifted_thumbnails(each), [training]) for each in (drawn, sets["held out"]))
+    training = sets["training"]
+    near, of_real = (
+        find_registered([each], [training], lambda rows: training[rows]) for each in (drawn, sets["held out"])
+    )
     return detect_memorization({PIXELS: near}, {PIXELS: of_real})
 
 
 def _by_class(drawn: Tensor) -> PerClass:
     sets, labels = _sets()
-    reader = fit_discriminant([(make_thumbnails(sets["training"]), labels["training"])], len(CLASSES))
+    reader = fit_discriminant([(shifted_thumbnails(sets["training"])[0], labels["training"])], len(CLASSES))
     whose = "candidate" if drawn is sets["candidate"] else "champion"
-    real = Labelled(make_thumbnails(sets["held out"]), labels["held out"])
-    return evaluate_classes(Labelled(make_thumbnails(drawn), labels[whose]), real, reader, CLASSES, PIXELS)
+    real = Labelled(shifted_thumbnails(sets["held out"])[0], labels["held out"])
+    return evaluate_classes(Labelled(shifted_thumbnails(drawn)[0], labels[whose]), real, reader, CLASSES, PIXELS)
 
 
 def _class_samples(found: PerClass) -> dict[str, tuple[Tensor, Tensor]]:

@@ -3,10 +3,13 @@
 A generated image counts as a copy if it is nearer to a training image, relative to the local density, than all but a
 few held-out images, which the model has never seen: that calibrates any distance in any space. (The test of arXiv
 2202.02514 compares all generated images at once, and so misses a few copies among many others.) Two spaces detect
-different copies: thumbnails those that were compressed, grainy or shifted by a pixel, features those with different
-pixels. Not detected are copies of an image that is in the training set more than twenty times, as then many are as near
-as the nearest. And as no image is in a data set twice, held-out images are never exact copies: for simple motifs that
-recur, a perfect model has a few.
+different copies: pixels after registration those that were moved, turned, blurred or made grainy, features those with
+different pixels. Not detected are copies of an image that is in the training set more than twenty times, as then many
+are as near as the nearest.
+
+Held-out images that are themselves near-duplicates of training images, as in a set of emoji with many skin tones, would
+make the threshold blind. They do not set it, but count among those below it: a model that generates as many is no
+worse.
 
 A generated image counts as a duplicate if its thumbnail is nearer to another generated one, relative to the local
 density of real images, than all but a few of as many real images are to another real one. Features are unsuitable: a
@@ -30,26 +33,18 @@ SIDE = 8
 """Height and width of a thumbnail, in pixels, at most the image's own. Measured on 28×28 scans and photographs of
 clothes: larger ones detect no more copies, and fewer blurred ones."""
 PIXELS = "pixels"
-"""Name of the space of thumbnails."""
+"""Name of the space of pixels after registration."""
 
 
-def make_thumbnails(images: Tensor) -> Tensor:
-    """Average ``images``, (N, C, H, W) uint8, to SIDE × SIDE or less: (N, D) float32 in [0, 1]."""
-    return _average(images.float() / 255)
+def shifted_thumbnails(images: Tensor) -> Tensor:
+    """Compute thumbnails of ``images``, (N, C, H, W) uint8, unshifted and shifted by a pixel: (9, N, D) float32.
 
-
-def shifted_thumbnails(images: Tensor, mirrored: bool = False) -> Tensor:
-    """Compute thumbnails of ``images``, (N, C, H, W) uint8, unshifted and shifted by a pixel: (V, N, D) float32.
-
-    The first view is unshifted. Edges are repeated. ``mirrored``: also the mirrored images, for models trained on them.
+    The first view is unshifted. Edges are repeated.
     """
     height, width = images.shape[-2:]
     larger = pad(images.float() / 255, (1, 1, 1, 1), mode="replicate")
     places = sorted(product(range(3), range(3)), key=lambda place: place != (1, 1))
-    views = [_average(larger[..., top : top + height, left : left + width]) for top, left in places]
-    if mirrored:
-        views += list(shifted_thumbnails(images.flip(3)))
-    return torch.stack(views)
+    return torch.stack([_average(larger[..., top : top + height, left : left + width]) for top, left in places])
 
 
 def _average(images: Tensor) -> Tensor:
@@ -59,8 +54,17 @@ def _average(images: Tensor) -> Tensor:
 
 SHARE_METRICS = ("share", "share_low", "share_high", "expected", "p_value")
 """Fields that are metrics of copies and of duplicates."""
-LEVEL = 0.01
-"""False alarm rate: share of real images that may fall below a threshold, in all spaces together."""
+LEVEL = 0.05
+"""False alarm rate of copies: share of distinct real images that fall below a threshold, in all spaces together."""
+FEATURE_LEVEL = 0.01
+"""Its part for each space of features, in which fewer copies stand out."""
+DUPLICATE_LEVEL = 0.01
+"""False alarm rate of duplicates."""
+NEAR_DUPLICATE = 1 / 3
+"""Distance to the nearest training image over the mean distance to the twenty nearest below which held-out images are
+near-duplicates: in data of five dimensions or more that is no chance."""
+SUSPICIOUS = 0.02
+"""Share of near-duplicates among held-out images from which reports say so."""
 
 
 @dataclass(frozen=True)
@@ -95,11 +99,12 @@ class Threshold:
 
 
 def calibrate(values: Tensor, share: float) -> Threshold:
-    """Compute the threshold below which at most ``share`` of real images fall, from ``values`` (M,) of some.
+    """Compute the threshold below which at most ``share`` of distinct real images fall, from ``values`` (M,) of some.
 
-    For small M it is the minimum, below which one in M + 1 falls.
+    For small M it is their minimum. Values below NEAR_DUPLICATE do not set it, but have a rank.
     """
-    rank = max(1, math.floor(share * (len(values) + 1)))
+    near = int((values < NEAR_DUPLICATE).sum())
+    rank = min(near + max(1, math.floor(share * (len(values) - near + 1))), len(values))
     return Threshold(values.kthvalue(rank).values.item(), rank, len(values))
 
 
@@ -156,6 +161,8 @@ class Memorization(Config):
     """Ends of its 95 % interval, over other images of the same model."""
     expected: float
     """Upper bound on the expected share for a model that copies nothing."""
+    near_duplicates: int
+    """Held-out images that are near-duplicates of training images in any space: see NEAR_DUPLICATE."""
     p_value: float
     """Upper bound on the probability of as many for such a model: the smallest over the spaces, times their number."""
     pairs: list[NearestPair]
@@ -165,6 +172,11 @@ class Memorization(Config):
     def excess(self) -> float:
         """Return the share of copies beyond chance, at least 0."""
         return max(0.0, (self.share - self.expected) / (1 - self.expected))
+
+    @property
+    def suspicious(self) -> bool:
+        """Return whether so many held-out images are near-duplicates that copies are hard to tell."""
+        return self.near_duplicates > SUSPICIOUS * self.held_out
 
     def metrics(self) -> dict[str, float]:
         """Return the metrics by name."""
@@ -176,14 +188,17 @@ def detect_memorization(
 ) -> Memorization:
     """Compare the neighbours of ``generated`` and of ``held_out`` images among the same training images.
 
-    Neighbours are by name of the space, and include mirrored views if the model was trained on those. The thresholds
-    divide the false alarm rate LEVEL among the spaces.
+    Neighbours are by name of the space. The thresholds divide the false alarm rate LEVEL among the spaces, of which the
+    first gets what the others leave.
     """
     relative = torch.stack([each.relative for each in generated.values()])
-    thresholds = [calibrate(held_out[space].relative, LEVEL / len(generated)) for space in generated]
+    levels = dict.fromkeys(generated, FEATURE_LEVEL)
+    levels[next(iter(generated))] = LEVEL - FEATURE_LEVEL * (len(generated) - 1)
+    thresholds = [calibrate(held_out[space].relative, level) for space, level in levels.items()]
     values = torch.tensor([threshold.value for threshold in thresholds])[:, None]
     below = relative < values
     count, copies = relative.shape[1], int(below.any(0).sum())
+    near = torch.stack([each.relative < NEAR_DUPLICATE for each in held_out.values()]).any(0)
     spaces = [
         CopiesInSpace(
             space=space,
@@ -219,7 +234,8 @@ def detect_memorization(
         share=copies / count,
         share_low=low,
         share_high=high,
-        expected=sum(threshold.level for threshold in thresholds),
+        expected=min(1.0, sum(threshold.level for threshold in thresholds)),
+        near_duplicates=int(near.sum()),
         p_value=min(1.0, len(spaces) * min(space.p_value for space in spaces)),
         pairs=pairs,
     )
@@ -297,7 +313,8 @@ def detect_duplicates(generated: Tensor, real: Tensor) -> Duplicates:
     around = find_nearest(generated, [real[0]]).distances.mean(1, keepdim=True)
     relative = among_generated.distances / around.clamp(min=torch.finfo().tiny)
     closeness = (relative[:, 0].median() / among_real.median()).nan_to_num(1.0).item()
-    of_real = calibrate(among_real, LEVEL)
+    rank = max(1, math.floor(DUPLICATE_LEVEL * (count + 1)))
+    of_real = Threshold(among_real.kthvalue(rank).values.item(), rank, count)
     threshold = of_real.value * min(1.0, max(LEAST, closeness))
     near = relative < threshold
     found = int(near[:, 0].sum())

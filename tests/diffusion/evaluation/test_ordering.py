@@ -13,12 +13,11 @@ from diffusion.evaluation.metrics.copies import (
     PIXELS,
     Memorization,
     detect_memorization,
-    make_thumbnails,
-    shifted_thumbnails,
 )
 from diffusion.evaluation.metrics.distances import Scores, compute_scores
 from diffusion.evaluation.metrics.neighbours import NearestNeighbours, find_nearest
 from diffusion.evaluation.metrics.per_class import Labelled, PerClass, evaluate_classes, fit_discriminant
+from diffusion.evaluation.metrics.registration import find_registered
 from tests.builders.degraded import blurred, compressed, with_copies, with_noise, without_classes
 from tests.builders.real_images import FASHION, clothes
 
@@ -122,9 +121,11 @@ def test_label_agreement_falls_with_each_wrong_class() -> None:
 
 def detect_copies_among(judged: Tensor) -> Memorization:
     def found(shown: Tensor) -> dict[str, NearestNeighbours]:
-        seen = {PIXELS: make_thumbnails(sets()["training"][0]), "efflite0": features("training")}
-        points = {PIXELS: shifted_thumbnails(shown), "efflite0": extractor()(shown)}
-        return {space: find_nearest(points[space], [seen[space]]) for space in points}
+        training = sets()["training"][0]
+        return {
+            PIXELS: find_registered([shown], [training], lambda rows: training[rows]),
+            "efflite0": find_nearest(extractor()(shown), [features("training")]),
+        }
 
     return detect_memorization(found(judged), found(sets()["held_out"][0]))
 

@@ -149,8 +149,8 @@ def test_a_checkpoint_has_the_discriminator_with_its_moments_and_the_model_has_n
     names = set(checkpoint[0])
     assert {
         "discriminator.begin.weight",
-        "optimizer.discriminator.0.exp_avg_sq",
-        "optimizer.network.0.exp_avg_sq",
+        "adamw.discriminator.0.exp_avg_sq",
+        "adamw.network.0.exp_avg_sq",
     } <= names
     with safe_open(run / "final.safetensors", framework="pt") as file:
         assert all(name.startswith("ema.") for name in file.keys())  # noqa: SIM118

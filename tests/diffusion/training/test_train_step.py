@@ -19,7 +19,13 @@ MODEL = ModelConfig(width=16, channel_mult=(1, 2), blocks=1, attention=(1,), pat
 @pytest.mark.parametrize("parts", [1, 2, 3])
 def test_worker_threads_step_equals_plain_adamw_on_the_batch(dataset: Path, parts: int) -> None:
     config = TrainingConfig(
-        images=640, batch_size=16, cpu_threads=parts, precision="fp32", warmup_images=0, max_grad_norm=1e9
+        images=640,
+        batch_size=16,
+        cpu_threads=parts,
+        precision="fp32",
+        warmup_images=0,
+        max_grad_norm=1e9,
+        optimizer="adamw",
     )
     with worker_threads(parts) as pool:
         trainer = make_trainer(dataset, MODEL, config, pool, 640)

@@ -23,8 +23,8 @@ def test_copy_threshold_is_calibrated_in_rate_and_false_alarms() -> None:
     random = torch.Generator().manual_seed(0)
     shares, alarms = [], 0
     for _ in range(400):
-        threshold = calibrate(torch.rand(150, generator=random), 0.02)
-        below = int((torch.rand(200, generator=random) < threshold.value).sum())
+        threshold = calibrate(1 + torch.rand(150, generator=random), 0.02)
+        below = int((1 + torch.rand(200, generator=random) < threshold.value).sum())
         shares.append(below / 200)
         alarms += threshold.chance(below, 200) < 0.05
     # The share has a deviation of 1.5 %, so its mean over 400 lies within four errors.
@@ -35,9 +35,16 @@ def test_copy_threshold_is_calibrated_in_rate_and_false_alarms() -> None:
 
 
 def test_ties_raise_no_alarm() -> None:
-    threshold = calibrate(torch.zeros(100), 0.05)
-    assert int((torch.zeros(500) < threshold.value).sum()) == 0
+    threshold = calibrate(torch.ones(100), 0.05)
+    assert int((torch.ones(500) < threshold.value).sum()) == 0
     assert threshold.chance(0, 500) == 1
+
+
+def test_near_duplicates_have_ranks_but_set_no_threshold() -> None:
+    distinct = torch.linspace(0.5, 1, 99)
+    alone, among = calibrate(distinct, 0.05), calibrate(torch.cat([torch.full((25,), 0.1), distinct]), 0.05)
+    assert (alone.rank, among.rank) == (5, 30)
+    assert among.value == alone.value
 
 
 def test_of_few_real_images_the_least_is_the_threshold() -> None:

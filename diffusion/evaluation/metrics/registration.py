@@ -1,0 +1,152 @@
+"""Nearest training images under small shifts, turns, scalings, mirroring, blur, brightness and contrast.
+
+A generated image is compared in two steps. Thumbnails of many transformed versions of it find candidates among all
+training images. Then it is registered onto each: the transformation is refined by Gauss–Newton steps on small images
+(as in Lucas and Kanade, IJCAI 1981), and the distance is what no transformation, change of brightness and contrast, or
+blur explains. Both sides of a comparison, generated and held-out images, gain by that alike, copies far more.
+"""
+
+import math
+from collections.abc import Callable, Iterable
+from itertools import product
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torchvision.transforms.functional import gaussian_blur
+
+from diffusion.common.progress import Progress, silent
+from diffusion.evaluation.metrics.neighbours import NearestNeighbours, find_nearest, over_blocks
+
+SIDE, THUMBNAIL = 28, 7
+"""Height and width, in pixels, of images that are registered, and of those that find candidates."""
+BLUR = 1.0
+"""Standard deviation of the blur of small images, in their pixels, which makes derivatives smooth."""
+EDGE = 0.3
+"""Weight of the outermost pixels: a shifted image has lost what was there."""
+STEPS = 3
+"""Gauss–Newton steps."""
+LIMITS = torch.tensor([0.26, 0.16, 0.25, 0.25])
+"""Largest turn (15°), logarithm of a scaling (17 %) and shifts (an eighth of the width); positions are in [−1, 1]."""
+STARTS = torch.tensor(
+    [
+        (math.radians(turn), math.log(scale), right, down)
+        for turn, scale in ((0, 1), (-8, 1), (8, 1), (0, 0.93), (0, 1.07))
+        for right, down in product((-0.14, -0.07, 0, 0.07, 0.14), repeat=2)
+    ]
+)
+"""Transformations from which registration starts, (125, 4): turn, logarithm of the scale, and shifts."""
+CONSTANT, SLOPE = 0.05, 0.02
+"""Contrast of small images, as a norm and its square, below which they count as plain: noise is not scaled up."""
+BLOCK = 50
+"""Images registered at a time per worker thread."""
+
+
+def shrink(images: Tensor) -> Tensor:
+    """Shrink ``images``, (N, C, H, W) uint8, to SIDE × SIDE and blur them: (N, C, SIDE, SIDE) float32 in [0, 1]."""
+    size = (SIDE, SIDE)
+    small = functional.interpolate(images.float() / 255, size, mode="bilinear", antialias=True, align_corners=False)
+    blurred: Tensor = gaussian_blur(small, [7, 7], [BLUR, BLUR])
+    return blurred
+
+
+def describe(small: Tensor) -> Tensor:
+    """Make thumbnails of small images without brightness and contrast: (N, D) float32 of length below 1."""
+    thumbnails = functional.adaptive_avg_pool2d(small, (THUMBNAIL, THUMBNAIL)).flatten(1)
+    weights = _edged(THUMBNAIL).flatten().repeat(small.shape[1])
+    centered = (thumbnails - (thumbnails * weights).sum(1, keepdim=True) / weights.sum()) * weights
+    described: Tensor = centered / (centered.norm(dim=1, keepdim=True) + CONSTANT)
+    return described
+
+
+def transformed(small: Tensor, parameters: Tensor) -> tuple[Tensor, Tensor]:
+    """Transform small images (N, C, S, S) by ``parameters`` (N, 4); also returns what comes from inside, (N, S, S)."""
+    turn, scale, right, down = parameters.unbind(1)
+    cosine, sine = turn.cos() * (-scale).exp(), turn.sin() * (-scale).exp()
+    matrix = torch.stack([cosine, -sine, right, sine, cosine, down], 1).view(-1, 2, 3)
+    grid = functional.affine_grid(matrix, list(small.shape), align_corners=False)
+    inside = (grid.abs() <= 1 + 1 / SIDE).all(-1)
+    return functional.grid_sample(small, grid, padding_mode="border", align_corners=False), inside
+
+
+def register(small: Tensor, onto: Tensor, parameters: Tensor) -> Tensor:
+    """Register small images onto others, both (N, C, S, S), from ``parameters`` (N, 4): distances (N,) in [0, 1].
+
+    The distance is the share of the standard deviation of ``onto`` that remains unexplained.
+    """
+    x = (torch.arange(SIDE) * 2 + 1) / SIDE - 1
+    x, y = x.view(1, 1, 1, -1), x.view(1, 1, -1, 1)
+    for step in range(STEPS + 1):
+        z, inside = transformed(small, parameters)
+        weights = (inside * _edged(SIDE))[:, None]
+        padded = functional.pad(z, (1, 1, 1, 1), mode="replicate")
+        left, right = padded[..., 1:-1, :-2], padded[..., 1:-1, 2:]
+        above, below = padded[..., :-2, 1:-1], padded[..., 2:, 1:-1]
+        # An image as a sum of a constant, itself and its blur, and its derivatives by the parameters.
+        terms = [torch.ones_like(z), z, left + right + above + below - 4 * z]
+        if step < STEPS:
+            dx, dy = (right - left) * SIDE / 4, (below - above) * SIDE / 4
+            terms += [x * dy - y * dx, -(x * dx + y * dy), dx, dy]
+        matrix = (torch.stack(terms, -1) * weights[..., None]).flatten(1, 3)
+        target = (onto * weights).flatten(1)[..., None]
+        # Damped, so that a plain image does not send the parameters anywhere.
+        damping = torch.tensor([1e-4] * 3 + [2e-3] * (len(terms) - 3)).diag()
+        solution = torch.linalg.solve(matrix.mT @ matrix + damping, matrix.mT @ target)
+        if step < STEPS:
+            change = solution[:, 3:, 0] / solution[:, 1].clamp(min=0.3)
+            parameters = (parameters + change.clamp(-0.1, 0.1)).clamp(-LIMITS, LIMITS)
+    rest = (target - matrix @ solution).square().sum((1, 2))
+    mean = target.sum((1, 2)) / weights.expand_as(onto).sum((1, 2, 3))
+    contrast = ((onto - mean[:, None, None, None]) * weights).square().sum((1, 2, 3))
+    distances: Tensor = (rest / (contrast + SLOPE)).clamp(0, 1).sqrt()
+    return distances
+
+
+def find_registered(
+    pieces: Iterable[Tensor],
+    training: Iterable[Tensor],
+    images_of: Callable[[np.ndarray], Tensor],
+    progress: Progress = silent,
+) -> NearestNeighbours:
+    """Find the nearest training images of others, which come in ``pieces`` (n, C, H, W) uint8, by registration.
+
+    ``training`` yields all training images in pieces as well, and ``images_of`` returns those of some rows.
+    """
+    thumbnails = [describe(shrink(piece)) for piece in training]
+    found = [_find_in_piece(piece, thumbnails, images_of, progress) for piece in pieces]
+    return NearestNeighbours(torch.cat([each.distances for each in found]), torch.cat([each.rows for each in found]))
+
+
+def _find_in_piece(
+    images: Tensor, training: list[Tensor], images_of: Callable[[np.ndarray], Tensor], progress: Progress
+) -> NearestNeighbours:
+    sides = torch.stack([shrink(images), shrink(images.flip(3))])
+    starts = STARTS.repeat(2, 1)
+    views = [describe(transformed(side, start.expand(len(images), 4))[0]) for side in sides for start in STARTS]
+    points = torch.stack(views)
+    found = find_nearest(points, training, progress=progress)
+    # Only candidates are kept as small images: all of a large training set would fill the memory.
+    rows, places = np.unique(found.rows.numpy(), return_inverse=True)
+    candidates = torch.cat([shrink(images_of(rows[at : at + 1000])) for at in range(0, len(rows), 1000)])
+    thumbnails, where = describe(candidates), torch.from_numpy(places).view(found.rows.shape)
+
+    def of_block(at: int) -> Tensor:
+        block = slice(at, at + BLOCK)
+        near = where[block]
+        apart = (thumbnails[near] - points[:, block, None]).square().sum(-1)
+        best = apart.argmin(0)
+        numbers = torch.arange(len(near))[:, None].expand_as(near)
+        mine = sides[:, block][(best >= len(STARTS)).long(), numbers]
+        distances = register(mine.flatten(0, 1), candidates[near.flatten()], starts[best.flatten()])
+        return distances.view(near.shape)
+
+    distances = torch.cat([*over_blocks(of_block, len(images), BLOCK, "images registered", progress)])
+    ordered, order = distances.sort(dim=1, stable=True)
+    return NearestNeighbours(ordered, found.rows.gather(1, order))
+
+
+def _edged(side: int) -> Tensor:
+    weights = torch.full((side, side), EDGE)
+    weights[1:-1, 1:-1] = 1
+    return weights
