@@ -1,5 +1,6 @@
 """Models and checkpoints as safetensors files: written atomically, read without unpickling anything."""
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,16 @@ def read_tensors(path: Path, prefix: str) -> dict[str, Tensor]:
     with safe_open(path, framework="pt") as file:
         names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118 (no mapping)
         return {name.removeprefix(prefix): file.get_tensor(name) for name in names}
+
+
+def model_digest(path: Path) -> str:
+    """Compute the SHA-256 of the model in a file, header and weights: equal for a checkpoint and its final model."""
+    digest = hashlib.sha256(read_model_header(path).model_dump_json().encode())
+    for prefix in PARTS:
+        for name, value in sorted(read_tensors(path, prefix).items()):
+            digest.update(f"{prefix}{name} {value.dtype} {tuple(value.shape)}".encode())
+            digest.update(value.contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def export(checkpoint: Path, path: Path) -> str:

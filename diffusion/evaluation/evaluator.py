@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from diffusion.checkpoints import load_model, read_model_header
+from diffusion.checkpoints import load_model, model_digest, read_model_header
 from diffusion.common.device import resolve_device
 from diffusion.common.errors import UserError
 from diffusion.common.files import sha256_file
@@ -222,7 +222,7 @@ class ModelEvaluator:
 
     def __init__(self, path: Path, evaluator: Evaluator, samples: int, sampling: SamplingConfig, name: str) -> None:
         self.header = read_model_header(path)
-        self.sha256 = sha256_file(path)
+        self.sha256, self.digest = sha256_file(path), model_digest(path)
         self.path = path
         self.evaluator = evaluator
         self.real = evaluator.real
@@ -409,7 +409,7 @@ class ModelEvaluator:
     @property
     def generated_key(self) -> Key:
         """Return the cache key of the generated images."""
-        key: Key = {"kind": "generated", "format_version": 2, "model": self.sha256, "samples": self.samples}
+        key: Key = {"kind": "generated", "format_version": 3, "model": self.digest, "samples": self.samples}
         key |= {"seed": self.config.seed, "sampling": self.sampling, "fingerprint": self.fingerprint}
         if self.header.model.text or self.header.model.low_resolution is not None:
             # Held-out captions or small images condition the model. Other models' images suit every data set.
@@ -430,7 +430,7 @@ class ModelEvaluator:
     def _held_out_key(self, kind: str, count: int) -> Key:
         """Return the cache key of what is computed of the first ``count`` held-out images."""
         digest = self.real.dataset.manifest.content_digest
-        key: Key = {"kind": kind, "format_version": 3, "model": self.sha256, "content_digest": digest}
+        key: Key = {"kind": kind, "format_version": 4, "model": self.digest, "content_digest": digest}
         return key | {"count": count, "fingerprint": self.fingerprint}
 
 
