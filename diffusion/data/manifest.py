@@ -25,6 +25,8 @@ Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 Split = Literal["train", "held_out"]
 Outcome = Literal["kept", "duplicate", "quarantined", "removed"]
 
+FORMAT_VERSION: Literal[3] = 3
+"""Format version of manifests and of the tables they name."""
 RECORDS = pa.schema(
     [
         *[(name, pa.string()) for name in ("source", "source_sha256", "outcome", "reason", "key", "split")],
@@ -32,7 +34,7 @@ RECORDS = pa.schema(
         *[(name, pa.int32()) for name in ("width", "height")],
         *[(name, pa.int64()) for name in ("offset", "size")],
         *[(name, pa.list_(pa.int64())) for name in ("total", "squares")],
-        ("phash", pa.int64()),
+        ("phash", pa.string()),
         ("near", pa.list_(pa.string())),
     ]
 )
@@ -42,8 +44,8 @@ RECORDS = pa.schema(
 (its pixels were there already), ``quarantined`` (``reason`` says why) or ``removed`` (taken down; only key and digest
 are left). ``width`` and ``height`` are those of the image as it came. For kept rows ``offset`` and ``size`` are those
 of the PNG in the part's shard; ``total`` and ``squares`` are the sums of its stored 8-bit values and of their squares
-over the pixels, per channel (1 or 3 by ``mode``). ``phash`` (64 bits as a signed integer) and ``near`` (keys of the
-groups of near-duplicates that it joined) are null unless near-duplicates are configured.
+over the pixels, per channel (1 or 3 by ``mode``). ``phash`` (64 hex digits) and ``near`` (key of the first image of the
+group of near-duplicates that it joined) are null unless near-duplicates are configured.
 """
 
 
@@ -90,7 +92,7 @@ class Part(Config):
 class Manifest(Config):
     """A version of a data set."""
 
-    format_version: Literal[2] = 2
+    format_version: Literal[3] = FORMAT_VERSION
     name: PlainName
     parent: Sha256 | None
     """Digest of the manifest that this version was made from; None for the first."""
@@ -236,8 +238,10 @@ def parse_manifest(data: bytes, where: str) -> Manifest:
     """Parse a manifest; raises UserError, naming the location ``where``, if it is damaged."""
     try:
         version = json.loads(data).get("format_version")
-        if version != 2:
-            raise UserError(f"{where} has format {version}, and this Darkroom reads 2: ingest the data set again")
+        if version != FORMAT_VERSION:
+            raise UserError(
+                f"{where} has format {version}, and this Darkroom reads {FORMAT_VERSION}: ingest the data set again"
+            )
         return Manifest.model_validate_json(data)
     except (ValidationError, ValueError, AttributeError) as error:
         words = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)

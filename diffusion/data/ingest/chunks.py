@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import imagehash
 import numpy as np
 from PIL import Image
 
@@ -42,12 +41,14 @@ REFUSED = "SELECT 1 FROM stored.records r WHERE r.source = l.source AND r.outcom
 KNOWN = "SELECT group_concat(hex(r.sha256)) FROM stored.records r WHERE r.source = l.source"
 CORRECTED = "SELECT 1 FROM stored.entries s WHERE s.origin = :origin AND s.source = l.source AND s.digest != l.digest"
 """Query: the source describes the entry in another way than before, so it is read again, even with equal bytes."""
+HASH_BITS = 256
+"""Bits of a perceptual hash."""
 COLUMNS = (*RECORDS.names, "stamp")
 """Columns of a prepared entry: its record, without outcomes that depend on the whole data set. ``outcome``
 is ``quarantined``, ``duplicate`` (within the chunk), ``known`` (read before) or null."""
 NOT_OF_A_CHUNK = {"source", "licence", "max_quarantined", "shard_bytes", "runner", "workers", "held_out"}
 """Fields of the configuration that cannot change what a chunk becomes."""
-FORMAT = 5
+FORMAT = 6
 """Incremented when the same images would be stored in another way, so that chunks of older code are not reused."""
 TEXT_OF_A_CHUNK = 2**23
 """Approximate characters of names, labels and captions per chunk; its memory grows with them."""
@@ -204,9 +205,21 @@ def _described(image: StoredImage, config: IngestConfig) -> dict[str, Any]:
     return described
 
 
-def perceptual_hash(image: Image.Image) -> int:
-    """Compute the 64-bit perceptual hash (DCT of a 32×32 reduction, signs against the median) as a signed integer."""
-    return int.from_bytes(np.packbits(imagehash.phash(image).hash).tobytes(), "big", signed=True)
+def perceptual_hash(image: Image.Image) -> str:
+    """Compute the perceptual hash: 256 signs of the lowest frequencies of a 32×32 reduction to grey, as hex digits.
+
+    Of 2,500 digits, photographs of clothes or emoji, copies by JPEG of quality 80, twice the size or noise of 4 levels
+    differ in at most 24 bits in 99 %, other digits and clothes in 0.1 %. The usual 64 bits against their median tell
+    neither apart: at the same share of copies a tenth of all digits has another one as near.
+    """
+    # Imported here: scipy.fft takes longer to load than all else, and near-duplicates are rarely asked for.
+    from scipy.fft import dctn
+
+    grey = np.asarray(image.convert("L").resize((32, 32), Image.Resampling.LANCZOS), np.float64)
+    rows, columns = np.indices(grey.shape)
+    order = np.lexsort((rows.ravel(), (rows + columns).ravel()))[1 : HASH_BITS + 1]  # without the brightness
+    # Above 4 levels, so that frequencies which an image does not have are not decided by its noise.
+    return np.packbits(dctn(grey, norm="ortho").ravel()[order] > 4).tobytes().hex()
 
 
 def chunks_of(work: Path, config: IngestConfig, objects: ObjectStore | None, images: int) -> Iterator[Chunk]:

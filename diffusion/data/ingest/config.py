@@ -34,8 +34,9 @@ class IngestConfig(StorageConfig):
     """Whether images that are smaller than ``size`` are enlarged; otherwise they are quarantined."""
     min_size: int = Field(1, ge=1)
     """Images whose shorter side has fewer pixels than this are quarantined."""
-    near_duplicates: int | None = Field(None, ge=0, le=5)
-    """Images whose 64-bit perceptual hashes differ in at most this many bits are one group, in one split."""
+    near_duplicates: int | None = Field(None, ge=0, le=48)
+    """Images whose 256-bit perceptual hash differs from that of the first image of a group in at most this many bits
+    join it, all in one split; 24 finds other sizes and compressions, and few distinct images."""
     max_quarantined: float = Field(0.5, ge=0, le=1)
     """Share of quarantined images, among those read, above which the ingest fails."""
     max_pixels: int = Field(50_000_000, ge=64, le=178_956_970)

@@ -15,7 +15,7 @@ from typing import Any
 from PIL import Image
 
 from diffusion.common.files import digest_of
-from diffusion.data.ingest.chunks import description_digest, perceptual_hash
+from diffusion.data.ingest.chunks import HASH_BITS, description_digest, perceptual_hash
 from diffusion.data.manifest import Manifest, Part, digest_of_samples, read_records, sample_digest
 from diffusion.data.versions.takedown_records import removals
 
@@ -27,25 +27,22 @@ SCHEMA = """
         (source TEXT, sha256 BLOB, outcome TEXT, reason TEXT, PRIMARY KEY (source, sha256)) WITHOUT ROWID;
     CREATE TABLE IF NOT EXISTS samples (key BLOB PRIMARY KEY, split TEXT, digest BLOB) WITHOUT ROWID;
     CREATE TABLE IF NOT EXISTS removed (digest BLOB PRIMARY KEY) WITHOUT ROWID;
-    CREATE TABLE IF NOT EXISTS bands (band INTEGER, value INTEGER, hash INTEGER, PRIMARY KEY (band, value, hash))
+    CREATE TABLE IF NOT EXISTS bands (band INTEGER, value INTEGER, hash BLOB, PRIMARY KEY (band, value, hash))
         WITHOUT ROWID;
-    CREATE TABLE IF NOT EXISTS groups (hash INTEGER, split TEXT, root BLOB NOT NULL, PRIMARY KEY (hash, split))
-        WITHOUT ROWID;
-    CREATE INDEX IF NOT EXISTS by_root ON groups (root);
+    CREATE TABLE IF NOT EXISTS groups (hash BLOB PRIMARY KEY, split TEXT, root BLOB NOT NULL) WITHOUT ROWID;
 """
 FROM_THE_TABLES = ("records", "samples", "removed", "bands", "groups")
 CACHE_KIB = 16 * 1024
 """Size of SQLite's page cache in KiB, so that memory does not grow with the index."""
-FORMAT = 1
-BITS = 64
-"""Bits of a perceptual hash."""
+FORMAT = 2
 
 
 class Index:
     """The index at ``path``, updated to the state of ``manifest`` (None: an empty data set).
 
-    ``near``: the largest number of differing bits between perceptual hashes of near-duplicates; None if these are not
-    grouped. A group is named by its root, the smallest key that founded one of the groups merged into it.
+    ``near``: the largest number of bits in which the perceptual hash of a near-duplicate differs from that of the first
+    image of its group, its root; None if near-duplicates are not grouped. Members found no members, so that a chain of
+    images that differ a little does not become one group.
     """
 
     def __init__(self, path: Path, folder: Path, manifest: Manifest | None, near: int | None) -> None:
@@ -121,8 +118,11 @@ class Index:
             key = bytes.fromhex(row["key"])
             digest = sample_digest(row["key"], row["split"], row["label"], row["caption"])
             self.database.execute("INSERT INTO samples VALUES (?, ?, ?)", (key, row["split"], digest))
-            if self.near is not None:
-                self._group(row["phash"], key, row["split"], sorted(map(bytes.fromhex, row["near"] or ())))
+            if self.near is not None and not row["near"]:
+                phash = bytes.fromhex(row["phash"])
+                self.database.execute("INSERT OR IGNORE INTO groups VALUES (?, ?, ?)", (phash, row["split"], key))
+                bands = ((*band, phash) for band in enumerate(self._bands(phash)))
+                self.database.executemany("INSERT OR IGNORE INTO bands VALUES (?, ?, ?)", bands)
 
     def sample(self, key: str) -> tuple[str, bytes] | None:
         """Return split and digest of a kept image; None if there is none with this key."""
@@ -172,37 +172,35 @@ class Index:
                     shard.seek(row["offset"])
                     row["phash"] = perceptual_hash(Image.open(io.BytesIO(shard.read(row["size"])), formats=("PNG",)))
 
-    def groups_near(self, phash: int) -> list[tuple[bytes, str]]:
-        """Return root and split of the groups with a near-duplicate of an image with this hash, sorted by root.
+    def nearest_group(self, phash: bytes) -> tuple[bytes, str] | None:
+        """Return root and split of the nearest group of near-duplicates of an image with this hash; None without one.
 
-        Hashes are cut into one band more than bits may differ: those of near-duplicates have a band in common.
+        Hashes are cut into more bands than half of the bits that may differ: near-duplicates have a band that differs
+        in one bit at most, and all such values are looked up.
         """
-        query = (
-            "SELECT g.hash, g.root, g.split FROM bands b JOIN groups g USING (hash) WHERE b.band = ? AND b.value = ?"
-        )
-        groups = {
-            (root, split)
-            for band in self._bands(phash)
-            for other, root, split in self.database.execute(query, band)
-            if ((phash ^ other) % 2**BITS).bit_count() <= (self.near or 0)
-        }
-        return sorted(groups, key=lambda group: group[0])
+        width = HASH_BITS // self._band_count
+        flips = [0, *(1 << bit for bit in range(width + 1))] if self.near else [0]
+        marks = ", ".join("?" * len(flips))
+        query = f"SELECT g.* FROM bands JOIN groups g USING (hash) WHERE band = ? AND value IN ({marks})"
+        number = int.from_bytes(phash, "big")
+        found = []
+        for band, value in enumerate(self._bands(phash)):
+            for other, split, root in self.database.execute(query, (band, *(value ^ flip for flip in flips))):
+                distance = (number ^ int.from_bytes(other, "big")).bit_count()
+                if distance <= (self.near or 0):
+                    found.append((distance, root, split))
+        return min(found)[1:] if found else None
 
-    def _group(self, phash: int, key: bytes, split: str, roots: list[bytes]) -> None:
-        """Add an image to the groups with these ``roots``, which are merged; without any, to a new group."""
-        root = roots[0] if roots else key
-        self.database.executemany("UPDATE groups SET root = ? WHERE root = ?", ((root, other) for other in roots[1:]))
-        self.database.execute("INSERT OR IGNORE INTO groups VALUES (?, ?, ?)", (phash, split, root))
-        bands = ((*band, phash) for band in self._bands(phash))
-        self.database.executemany("INSERT OR IGNORE INTO bands VALUES (?, ?, ?)", bands)
+    @property
+    def _band_count(self) -> int:
+        # At least five, as SQLite's integers have 63 bits besides the sign.
+        return max((self.near or 0) // 2 + 1, 5)
 
-    def _bands(self, phash: int) -> Iterator[tuple[int, int]]:
-        """Yield number and value of each band of a hash."""
-        count = (self.near or 0) + 1
-        edges = [BITS * band // count for band in range(count + 1)]
-        for band, (low, high) in enumerate(pairwise(edges)):
-            # SQLite's integers are signed.
-            yield band, (phash % 2**BITS >> low & (1 << high - low) - 1) - 2 ** (BITS - 1)
+    def _bands(self, phash: bytes) -> Iterator[int]:
+        """Yield the value of each band of a hash."""
+        number = int.from_bytes(phash, "big")
+        for low, high in pairwise(HASH_BITS * band // self._band_count for band in range(self._band_count + 1)):
+            yield number >> low & (1 << high - low) - 1
 
     def _first(self, query: str, *values: object) -> Any:
         """Return the first row of a query; None if it has none."""

@@ -139,12 +139,8 @@ class Merge:
             self.relabelled += not same
             return
         row |= {"outcome": "kept", "split": split_of(row["key"], self.config.held_out)}
-        if self.index.near is not None and (groups := self.index.groups_near(row["phash"])):
-            roots, splits = zip(*groups, strict=True)
-            if len(set(splits)) > 1:
-                row |= {"outcome": "quarantined", "reason": "a near-copy of images in both splits", "split": None}
-            else:
-                row |= {"split": splits[0], "near": [root.hex() for root in roots]}
+        if self.index.near is not None and (group := self.index.nearest_group(bytes.fromhex(row["phash"]))):
+            row |= {"split": group[1], "near": [group[0].hex()]}
 
     def _append(self, records: list[dict[str, Any]], source: Path | None, digest: str, samples: int) -> None:
         """Append a part of ``records``, whose shard is ``source`` with SHA-256 ``digest``, or some of its samples."""

@@ -134,16 +134,9 @@ def chosen_by(folder: Path, manifest: Manifest, selector: Selector) -> tuple[Cho
 def _near_copies(folder: Path, manifest: Manifest, keys: set[str]) -> list[str]:
     """Return the images in the same groups of near-duplicates as those of ``keys``."""
     groups = set(keys)
-    bridges = []
     for _, row in rows_of(folder, manifest, ("key", "near")):
-        near = set(row["near"] or ())
         if row["key"] in keys:
-            groups |= near
-        if len(near) > 1:
-            bridges.append(near)
-    # An image that joined several groups merged them.
-    while any(near & groups and not near <= groups for near in bridges):
-        groups |= {root for near in bridges if near & groups for root in near}
+            groups.update(row["near"] or ())
     return sorted(
         row["key"]
         for _, row in rows_of(folder, manifest, ("key", "near", "outcome"))

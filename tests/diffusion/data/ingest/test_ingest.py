@@ -4,9 +4,12 @@ import json
 import os
 import shutil
 import tarfile
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing
 from pathlib import Path
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import webdataset as wds
@@ -18,11 +21,13 @@ from diffusion.common.errors import UserError
 from diffusion.data.dataset import Dataset
 from diffusion.data.ingest.chunks import Chunk, chunk_size
 from diffusion.data.ingest.config import IngestConfig
+from diffusion.data.ingest.index import Index
 from diffusion.data.ingest.ingest import ingest
 from diffusion.data.ingest.merge import split_of
 from diffusion.data.manifest import content_digest, read_manifest, versions, work_folder
 from diffusion.data.prefetch import local_fan_out
 from tests.builders.ingested import files_of, records
+from tests.builders.real_images import digits
 from tests.builders.shapes import blob
 
 
@@ -290,13 +295,13 @@ def noisy(number: int, strength: float) -> Image.Image:
     return blob(number, 24).point(lambda value: min(255, round(value + strength)))
 
 
-def test_near_duplicates_share_a_split_and_bridges_are_quarantined(tmp_path: Path) -> None:
+def test_near_duplicates_share_a_split(tmp_path: Path) -> None:
     root = tmp_path / "images"
     root.mkdir()
     folder = tmp_path / "set"
     for number in range(20):
         noisy(number, 0).save(root / f"{number:02d}.png")
-    first = config(root, size=24, near_duplicates=3, held_out=0.5)
+    first = config(root, size=24, near_duplicates=24, held_out=0.5)
     ingest(folder, first)
     splits = {row["source"]: row["split"] for row in records(folder)}
     for number in range(20):
@@ -313,7 +318,7 @@ def test_near_duplicates_share_a_split_and_bridges_are_quarantined(tmp_path: Pat
     assert any(split_of(str(rows[f"{n:02d}-brighter.png"]["key"]), 0.5) != splits[f"{n:02d}.png"] for n in range(20))
 
 
-def test_near_duplicate_of_both_splits_is_quarantined(tmp_path: Path) -> None:
+def test_near_duplicate_joins_the_nearest_group_and_founds_no_chain(tmp_path: Path) -> None:
     root = tmp_path / "images"
     root.mkdir()
     folder = tmp_path / "set"
@@ -323,8 +328,45 @@ def test_near_duplicate_of_both_splits_is_quarantined(tmp_path: Path) -> None:
     ingest(folder, config(root, size=24, held_out=0.5))
     assert {row["split"] for row in records(folder)} == {"train", "held_out"}
     noisy(5, 13).save(root / "bridge.png")
-    result = ingest(folder, config(root, size=24, held_out=0.5, near_duplicates=4, max_quarantined=1))
-    assert [each.reason for each in result.quarantined] == ["a near-copy of images in both splits"]
+    ingest(folder, config(root, size=24, held_out=0.5, near_duplicates=24))
+    rows = {row["source"]: row for row in records(folder)}
+    joined = {row["key"]: row for row in rows.values()}[rows["bridge.png"]["near"][0]]
+    assert joined["near"] is None
+    assert rows["bridge.png"]["split"] == joined["split"]
+
+
+def test_few_distinct_images_count_as_near_duplicates_and_nearly_all_copies_do(tmp_path: Path) -> None:
+    root = tmp_path / "images"
+    root.mkdir()
+    distinct, _ = digits(800)
+    for number, image in enumerate(distinct):
+        Image.fromarray(image[0].numpy()).save(root / f"{number:04d}.png")
+    folder = tmp_path / "set"
+    ingest(folder, config(root, size=28, near_duplicates=24))
+    assert sum(row["near"] is not None for row in records(folder)) <= 4
+    for number in range(100):
+        original = Image.fromarray(distinct[number, 0].numpy())
+        original.resize((56, 56), Image.Resampling.BICUBIC).save(root / f"{number:04d}-twice.png")
+        original.save(root / f"{number:04d}-packed.jpg", quality=80)
+    ingest(folder, config(root, size=28, near_duplicates=24))
+    rows = {row["source"]: row for row in records(folder)}
+    copies = {name: row for name, row in rows.items() if "-" in name and row["outcome"] == "kept"}
+    found = [row for name, row in copies.items() if row["near"] == [rows[f"{name[:4]}.png"]["key"]]]
+    assert len(copies) > 150
+    assert len(found) >= 0.97 * len(copies)
+
+
+@given(st.integers(0, 48), st.lists(st.integers(0, 255), max_size=60), st.integers(0, 2**32))
+def test_nearest_group_is_found_up_to_the_limit_of_bits_and_no_further(near: int, flips: list[int], seed: int) -> None:
+    first = int.from_bytes(np.random.default_rng(seed).bytes(32), "big")
+    other = first
+    for bit in set(flips):
+        other ^= 1 << bit
+    with tempfile.TemporaryDirectory() as folder, closing(Index(Path(folder) / "i", Path(folder), None, near)) as index:
+        row = {"source": "a", "source_sha256": "00", "outcome": "kept", "key": "11", "split": "train", "near": None}
+        index.record(row | {"label": None, "caption": None, "phash": f"{first:064x}"})
+        found = index.nearest_group(other.to_bytes(32, "big"))
+    assert found == ((b"\x11", "train") if len(set(flips)) <= near else None)
 
 
 def failing_after(count: int, seen: dict[str, int]) -> Callable[..., Iterator[Path]]:

@@ -218,7 +218,7 @@ def test_duplicates_are_listed_with_the_image_that_was_kept(built: BuiltDataset)
 
 
 def test_near_duplicate_groups_are_transitively_connected(built: BuiltDataset) -> None:
-    rows = [row | {"phash": n} for n, row in enumerate(records(range(9)))]
+    rows = [row | {"phash": f"{n:064x}"} for n, row in enumerate(records(range(9)))]
     keys = [row["key"] for row in rows]
     for member, joined in ((1, [0]), (2, [1]), (4, [3]), (5, [3, 6]), (8, ["f" * 64])):
         rows[member]["near"] = [keys[each] if isinstance(each, int) else each for each in joined]
@@ -359,7 +359,7 @@ def test_equal_versions_give_equal_pages(tmp_path: Path) -> None:
     pages = []
     for name in ("one", "other"):
         built = BuiltDataset(tmp_path / name / "built", size=8)
-        rows = [row | {"phash": 1} for row in records(range(70), label="a", caption="b")]
+        rows = [row | {"phash": "0" * 64} for row in records(range(70), label="a", caption="b")]
         rows[1]["near"] = [rows[0]["key"]]
         built.version([*rows, duplicate(rows[0], "x"), duplicate(rows[3], "y"), quarantined("z", "no")])
         built.version(records(range(100, 155), label="c"))
