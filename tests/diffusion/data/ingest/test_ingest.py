@@ -301,7 +301,7 @@ def test_near_duplicates_share_a_split(tmp_path: Path) -> None:
     folder = tmp_path / "set"
     for number in range(20):
         noisy(number, 0).save(root / f"{number:02d}.png")
-    first = config(root, size=24, near_duplicates=24, held_out=0.5)
+    first = config(root, size=24, near_duplicates=8, held_out=0.5)
     ingest(folder, first)
     splits = {row["source"]: row["split"] for row in records(folder)}
     for number in range(20):

@@ -177,7 +177,7 @@ def test_remaining_near_duplicates_are_named(tmp_path: Path) -> None:
         blob(number, 64).save(source / f"{number}.png")
     blob(0, 64).save(source / "0.jpg", quality=90)
     folder = tmp_path / "data" / "set"
-    ingest(folder, config(source, size=32, near_duplicates=24))
+    ingest(folder, config(source, size=32, near_duplicates=8))
     done = remove(folder, Selection(sources=["0.png"]), "asked to")
     assert done.near_copies == [key_of(folder, "0.jpg")]
 
