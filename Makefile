@@ -29,17 +29,15 @@ DATA ?= images/digits
 DIGITS := $(filter images/digits,$(DATA))
 SOURCE := $(if $(DIGITS),$(DATA),$(abspath $(DATA)))
 NAME := $(notdir $(patsubst %/,%,$(DATA)))
-# Three minutes, and no guidance, which needs classes.
-SETTINGS := $(if $(DIGITS),,--set ingest.size=32 --set training.images=null --set training.minutes=3 \
-  --set sampling.guidance=null --set sampling.guidance_interval=null)
+SETTINGS := $(if $(DIGITS),,--set ingest.size=32)
 
 demo: $(READY) demo/.dvc/config $(if $(DIGITS),images)  ## Run the whole pipeline on 5,000 digits, on this machine, in demo/
 	cd demo && $(CURDIR)/$(BIN)/darkroom up
 	cd demo && $(CURDIR)/$(BIN)/darkroom retrain "$(SOURCE)" --dataset "$(NAME)" $(SETTINGS)
 	@cd demo && $(CURDIR)/$(BIN)/darkroom status
 
-demo/.dvc/config: $(READY) params.yaml dvc.yaml
-	mkdir -p demo && cp params.yaml dvc.yaml demo/
+demo/.dvc/config: $(READY) params.yaml infra/demo_params.yaml dvc.yaml
+	mkdir -p demo && cp dvc.yaml demo/ && cp $(if $(DIGITS),infra/demo_params.yaml,params.yaml) demo/params.yaml
 	test -d demo/.dvc || (cd demo && $(CURDIR)/$(BIN)/dvc init --quiet --no-scm)
 	touch $@
 

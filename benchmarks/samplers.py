@@ -13,7 +13,7 @@ from torch import Tensor
 
 from diffusion.checkpoints import load_model
 from diffusion.common.random import GaussianNoise
-from diffusion.generation.generate import labels_of
+from diffusion.generation.generate import make_conditioning
 from diffusion.process.samplers import SamplingConfig, sampling_config
 
 EVALUATIONS = (5, 8, 10, 15, 20, 30)
@@ -44,11 +44,12 @@ def main() -> None:
 
     model = load_model(arguments.model)
     numbers = range(arguments.count)
-    denoiser = model.denoiser(labels_of(model, numbers, arguments.seed))
+    conditioning = make_conditioning(model, numbers, arguments.seed)
+    denoiser = model.denoiser(conditioning)
 
     def drawn(config: SamplingConfig, steps: int) -> Tensor:
         noise = GaussianNoise(arguments.seed, "sampling", numbers, model.shape)
-        return config.run(denoiser, config.sigma_grid(model.schedule), noise)
+        return config.run(denoiser, config.sigma_grid(model.schedule), noise, model.start(conditioning))
 
     exact = drawn(CONTESTANTS["dpmpp_2m"], EXACT)
     print("evaluations", *(f"{count:7}" for count in EVALUATIONS))

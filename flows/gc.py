@@ -40,6 +40,7 @@ def gc(params: Params) -> GcResult:
 def collect(policy: RetentionConfig, now: datetime, dry_run: bool = False) -> GcResult:
     """Collect garbage as of ``now``: batches and runs, then the data sets they need; ``dry_run`` only lists it."""
     store, client, bucket = Store(), MlflowClient(), environment.settings().bucket
+    source = environment.data_source()  # raises UserError before anything is deleted
     batches = SamplingBatches(store, bucket, policy, now)
     live = find_references(client, store, bucket, *batches.remaining())
     runs = Runs(client, live, policy, now)
@@ -48,7 +49,7 @@ def collect(policy: RetentionConfig, now: datetime, dry_run: bool = False) -> Gc
         yield batches.sweep()
         yield runs.sweep()
         contents = runs.contents() | live.contents
-        yield DataSets(store, environment.data_source(), contents, live.unclear, policy, now).sweep()
+        yield DataSets(store, source, contents, live.unclear, policy, now).sweep()
         yield sweep_local_files(environment.settings().folder / "models", runs.gone(), live.weights, policy, now)
 
     items = []

@@ -240,7 +240,8 @@ def parse_manifest(data: bytes, where: str) -> Manifest:
         version = json.loads(data).get("format_version")
         if version != FORMAT_VERSION:
             raise UserError(
-                f"{where} has format {version}, and this Darkroom reads {FORMAT_VERSION}: ingest the data set again"
+                f"{where} has format {version}, and this Darkroom reads {FORMAT_VERSION}: ingest its source again "
+                "under another name (--dataset)"
             )
         return Manifest.model_validate_json(data)
     except (ValidationError, ValueError, AttributeError) as error:

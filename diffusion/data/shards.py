@@ -230,6 +230,8 @@ class ShardCache:
         """Fetch a shard; None if another process just did, or there is no room for it."""
         path, partial = self._path(entry.sha256), self._folder / f"{entry.sha256}.{entry.bytes}.partial"
         with self._locked(entry.sha256):
+            # Left by a process that was killed, it would count as space that another one is about to fill.
+            partial.unlink(missing_ok=True)
             if path.is_file() or not self._make_room(partial, entry, force):
                 return None
             try:

@@ -111,7 +111,7 @@ class DarkroomPipeline(DiffusionPipeline):  # type: ignore[misc]
         start, options = self._noise(model, batch_size, seed, generator, eta)
         timesteps, sigmas = visited(self.scheduler, model.schedule, config)
         in_sigma = isinstance(self.scheduler, IN_SIGMA)
-        mean = model.center(conditioning)
+        mean = model.start(conditioning)
         first = config.sigma_grid(model.schedule)[0]
         if first > ZERO_SNR and isinstance(self.scheduler, HeunDiscreteScheduler):
             mean = denoise(float(first) * start, first)

@@ -49,8 +49,8 @@ class GateConfig(Config):
     """Largest ratio of the candidate's cost per image to the champion's."""
     saving: float | None = Field(2.0, gt=1)
     """k: a candidate whose images cost at most 1/k of the champion's need not be better. It is promoted if it is, with
-    confidence c, not worse by δ: the share of the distance between champion and real images that it may add. Null: it
-    must be better."""
+    confidence c, not worse by δ: the share of the distance between champion and real images that it may add. Both are
+    sampled in the same way, so it is its network that is cheaper. Null: it must be better."""
     across_families: bool = Field(False, exclude_if=unset)
     """Whether a champion of another family (``model.family``) may be replaced, compared by generated images,
     autoencoders too. Otherwise the candidate is held. Two families are compared if registry.model gives both the same

@@ -25,7 +25,7 @@ from diffusion.process.samplers import SamplingConfig
 class EvaluationConditions(Config):
     """Conditions that two models must share for their metrics to be comparable."""
 
-    format_version: Literal[3] = 3
+    format_version: Literal[4] = 4
     """Incremented when preprocessing, the choice of images or a formula changes."""
     content_digest: str
     """Digest of the data set whose held-out images are the reference."""

@@ -1,7 +1,7 @@
 """The family ddpm: a U-Net that denoises images (arXiv 2006.11239) or latents (2112.10752)."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Self
 
@@ -21,7 +21,7 @@ from diffusion.families.model import (
     to_uint8,
 )
 from diffusion.models.config import ModelConfig, ObjectiveConfig
-from diffusion.models.unet import UNet, sinusoidal
+from diffusion.models.unet import TIMES, UNet, sinusoidal
 from diffusion.models.vae import Latents
 from diffusion.process.denoiser import Denoiser, clipped, guided
 from diffusion.process.editing import Edit, blanked, levels_for, pigdm, repaint, replace_known, whole
@@ -68,7 +68,9 @@ class DiffusionModel(Model):
         assert isinstance(header.model, ModelConfig)
         shape = header.latents.shape if header.latents else (header.channels, header.size, header.size)
         objective = make_objective(header.model, training, header.sigma_data, shape)
-        return DenoisingObjective(training, objective, shape, latents, _center(header))
+        # EDM's coefficients are derived for data of zero mean (arXiv 2206.00364, appendix B.6).
+        center = _mean(header) if header.model.prediction == "edm" else None
+        return DenoisingObjective(training, objective, shape, latents, center)
 
     @classmethod
     def make_model(cls, header: ModelHeader, network: UNet, autoencoder: Latents | None) -> Self:
@@ -104,19 +106,20 @@ class DiffusionModel(Model):
     def denoiser(self, conditioning: Conditioning | None = None) -> Denoiser:
         """Build the denoiser of the model for batches with ``conditioning``."""
         parametrization = Parametrization(self.config.prediction, self.header.sigma_data)
+        conditioning, mean = conditioning or {}, _mean(self.header)
         return Denoiser(
-            partial(self.network, **(conditioning or {})),
+            partial(self.network, **conditioning),
             self.schedule,
             parametrization,
             # Latents are unbounded.
             clip=self.latents is None,
             learned_variance=self.config.variance == "learned_range",
-            around=self.center(conditioning or {}),
+            around=conditioning.get("low", mean if self.config.prediction == "edm" else None),
         )
 
-    def center(self, conditioning: Conditioning) -> Tensor | None:
-        """Return the known part of clean images: the small image enlarged, or the mean, (1, C, 1, 1), or None."""
-        return conditioning["low"] if "low" in conditioning else _center(self.header)
+    def start(self, conditioning: Conditioning) -> Tensor | None:
+        """Return what is known of clean images: the small image enlarged, their mean, (1, C, 1, 1), or None."""
+        return conditioning["low"] if "low" in conditioning else _mean(self.header)
 
     def generate(self, batch: ConditioningBatch, config: SamplingConfig) -> Tensor:
         """Run the reverse process."""
@@ -124,7 +127,7 @@ class DiffusionModel(Model):
         denoise = denoiser_of(self, batch.conditioning, config, batch.negative)
         if batch.edit is not None:
             return edited(self, batch.edit, denoise, sigmas, batch.noise, config)
-        return to_uint8(self.decoded(config.run(denoise, sigmas, batch.noise, self.center(batch.conditioning))))
+        return to_uint8(self.decoded(config.run(denoise, sigmas, batch.noise, self.start(batch.conditioning))))
 
     def passes(self, config: SamplingConfig) -> list[tuple[int, Callable[[], Tensor]]]:
         """List the sampler's evaluations of the network and one pass through the decoder."""
@@ -146,7 +149,7 @@ class Uncertainty(nn.Module):
         self.weight = nn.Parameter(torch.zeros(UNCERTAINTY_FEATURES))
 
     def forward(self, loss: Tensor, time: Tensor) -> Tensor:
-        """Weight ``loss`` (N,) at time steps ``time`` (N,), in 0 … T−1; returns the minimized loss, (N,)."""
+        """Weight ``loss`` (N,) at times ``time`` (N,), from 0 to TIMES; returns the minimized loss, (N,)."""
         u = sinusoidal(time, UNCERTAINTY_FEATURES) @ self.weight
         return loss * (-u).exp() + u
 
@@ -163,6 +166,7 @@ class DenoisingObjective(TrainingObjective):
     """Encodes images into latents; None: noise is added to pixels."""
     center: Tensor | None
     """Mean of the images, (1, C, 1, 1), from which the network predicts the difference; None: 0."""
+    _centers: dict[torch.device, Tensor] = field(default_factory=dict, repr=False)
 
     def make_batch(
         self, x0: Tensor, indices: Sequence[int], conditioning: Conditioning, probe: str | None = None
@@ -180,7 +184,11 @@ class DenoisingObjective(TrainingObjective):
 
     def losses(self, network: nn.Module, batch: TrainingBatch) -> Tensor:
         """Compute the weighted error of each image."""
-        x0, random, around = batch.x0, batch.random, batch.conditioning.get("low", self.center)
+        x0, random, around = batch.x0, batch.random, batch.conditioning.get("low")
+        if around is None and self.center is not None:
+            if x0.device not in self._centers:  # each copy would wait for the device
+                self._centers[x0.device] = self.center.to(x0.device)
+            around = self._centers[x0.device]
         if self.autoencoder is not None:
             with torch.no_grad():
                 # Not cached: encoding takes 5 to 20 % of a step, while cached latents could go stale, would be needed
@@ -205,13 +213,13 @@ class DenoisingObjective(TrainingObjective):
         uncertainty = Uncertainty()
 
         def minimized(losses: Tensor, batch: TrainingBatch) -> Tensor:
-            weighted: Tensor = uncertainty(losses, batch.random["t"])
+            weighted: Tensor = uncertainty(losses, batch.random["t"] * (TIMES / self.objective.schedule.steps))
             return weighted
 
         return [OptimizerStep({"network": network, "uncertainty": uncertainty}, losses, minimized, matrices)]
 
 
-def _center(header: ModelHeader) -> Tensor | None:
+def _mean(header: ModelHeader) -> Tensor | None:
     return None if header.data_mean is None else torch.tensor(header.data_mean).view(1, -1, 1, 1)
 
 

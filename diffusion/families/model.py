@@ -41,7 +41,8 @@ class ModelHeader(Config):
     sigma_data: float = Field(1.0, gt=0, le=1e6)
     """Standard deviation of the network's data: images in [−1, 1], residuals of super-resolution, or latents."""
     data_mean: tuple[float, ...] | None = Field(None, exclude_if=unset)
-    """Mean of each channel of the images, in [−1, 1], about which prediction = edm works; None: it works about 0."""
+    """Mean of each channel of the images, in [−1, 1], around which the reverse process starts, and prediction = edm
+    works; None: 0."""
     class_histogram: dict[str, int]
     """Number of images of each class of the data set, sorted by class."""
     encoder: TextEncoder | None = None

@@ -132,8 +132,9 @@ def training_step(
 @torch.inference_mode()
 def reverse(model: DiffusionModel, seed: int, conditioning: Conditioning | None = None) -> Reverse:
     """Record the default sampler on image 0 of ``seed`` at up to FRAMES steps spread evenly in time t."""
-    sigmas = model.schedule.sigma_grid(REVERSE_STEPS)
-    denoiser = model.denoiser(make_conditioning(model, [0], seed) if conditioning is None else conditioning)
+    sigmas = model.schedule.sigma_grid(REVERSE_STEPS, "auto")
+    conditioning = make_conditioning(model, [0], seed) if conditioning is None else conditioning
+    denoiser = model.denoiser(conditioning)
     seen: list[tuple[Tensor, Tensor]] = []
 
     def denoise(x: Tensor, sigma: Tensor) -> Tensor:
@@ -141,7 +142,7 @@ def reverse(model: DiffusionModel, seed: int, conditioning: Conditioning | None 
         return seen[-1][1]
 
     noise = GaussianNoise(seed, "sampling", [0], model.noise_shape)
-    result = sampling_config().run(denoise, sigmas, noise, denoiser.around)
+    result = sampling_config().run(denoise, sigmas, noise, model.start(conditioning))
     times = model.schedule.time(sigmas[:-1])
     targets = torch.linspace(float(times[0]), float(times[-1]), FRAMES)
     chosen = torch.unique((times - targets[:, None]).abs().argmin(1))

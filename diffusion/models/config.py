@@ -352,7 +352,14 @@ def training_conflict(model: FamilyConfig, training: ObjectiveConfig) -> str | N
     for name in sorted(model.ineffective):
         if getattr(training, name) != type(training).model_fields[name].default:
             return f"training.{name} means nothing to model.family = {model.family}: leave it out"
-    if not isinstance(model, ModelConfig) or model.variance == "fixed":
+    if not isinstance(model, ModelConfig):
+        return None
+    if getattr(training, "shard", False) and getattr(training, "optimizer", None) == "muon":
+        return (
+            "training.shard gives each process a part of each matrix, and Muon needs whole ones: set "
+            "training.optimizer to adamw"
+        )
+    if model.variance == "fixed":
         return None
     if training.timestep_sampling != "uniform":
         return (

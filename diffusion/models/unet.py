@@ -19,6 +19,8 @@ LAYER, GOLDEN = 0x9E3779B97F4A7, -0x61C8864680B583EB
 """Odd multipliers that separate the dropout random numbers of layers and of values."""
 LEVEL_SCALE = 1000
 """Factor from the noise level of small images, below 1, to the range of time steps that the embedding expects."""
+TIMES = 1000
+"""Range of times that the embedding tells apart; those of schedules with other numbers of steps are scaled to it."""
 WRITTEN_OUT = 256
 """Most positions for which attention is computed without the fused kernel, whose backward pass takes up to five
 times as long there on CPUs."""
@@ -113,6 +115,7 @@ class UNet(nn.Module):
                 "multiple of it: " + (f"use {' or '.join(fitting)}" if fitting else "ingest them at another size")
             )
         self.patch, self.width, self.padding = config.patch, config.width, -size % fold
+        self.time_scale = TIMES / config.steps
         self.dropout, self.gradient_checkpointing = config.dropout, False
         """Whether activations inside layers are recomputed in the backward pass instead of stored."""
         embedding = 4 * config.width
@@ -222,7 +225,7 @@ class UNet(nn.Module):
     def _embedding(self, time: Tensor, label: Tensor | None, text: Tensor | None, level: Tensor | None) -> Tensor:
         """Embed the time and all other conditioning, (N, embedding)."""
         dtype = self.stem.weight.dtype
-        embedding: Tensor = self.time(sinusoidal(time, self.width).to(dtype))
+        embedding: Tensor = self.time(sinusoidal(time * self.time_scale, self.width).to(dtype))
         if self.classes is not None:
             label = torch.full_like(time, self.no_class, dtype=torch.long) if label is None else label
             embedding = embedding + self.classes(label)

@@ -80,7 +80,7 @@ class NoiseSchedule:
             levels = self.sigmas.flip(0)
         else:
             highest, lowest = self.sigmas[-1], self.sigmas[0]
-            whole = self.zero_terminal_snr and sigma_max == "auto"
+            whole = self.zero_terminal_snr and sigma_max in ("auto", None)
             ends = {None: SIGMA_MAX * resolution_scale(self.values), "auto": math.sqrt(self.values)}
             first = highest.clamp(max=sigma_max if isinstance(sigma_max, float | int) else ends[sigma_max])
             last = lowest.clamp(min=sigma_min or 0.0)

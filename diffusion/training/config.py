@@ -111,11 +111,6 @@ class TrainingConfig(ObjectiveConfig):
             raise ValueError("training.ema_decay means nothing to averages with training.ema_stds: leave one out")
         if self.ema_stds is not None and not 0 < self.ema_stds[0] < self.ema_stds[1] < LARGEST_EMA_STD:
             raise ValueError(f"training.ema_stds rise from the first to the second, which is below {LARGEST_EMA_STD}")
-        if self.shard and self.optimizer == "muon":
-            raise ValueError(
-                "training.shard gives each process a part of each matrix, and Muon needs whole ones: set "
-                "training.optimizer to adamw"
-            )
         if self.workers > self.prefetch:
             raise ValueError(
                 f"training.workers = {self.workers} have training.prefetch = {self.prefetch} batches to make, so some "

@@ -100,13 +100,13 @@ def count_flops(
     return int(counter.get_total_flops())
 
 
-def state_size(parameters: int, averages: int, threads: int, others: int = 0) -> tuple[int, int]:
+def state_size(parameters: int, averages: int, threads: int, others: int = 0, matrices: int = 0) -> tuple[int, int]:
     """Compute the bytes of memory of a run without a batch, and of its checkpoint: weights, two moments, averages.
 
     Memory also holds gradients, per thread and in total, and a copy of the checkpoint while it is written. ``others``:
-    trained parameters outside the network, which have no average.
+    trained parameters outside the network, which have no average; ``matrices``: those of Muon, which has one moment.
     """
-    checkpoint = parameters * (3 + averages) + others * 3
+    checkpoint = parameters * (3 + averages) + others * 3 - matrices
     return FLOAT * (2 * checkpoint + (parameters + others) * (1 + threads)), FLOAT * checkpoint
 
 
@@ -126,7 +126,9 @@ def make_preflight(trainer: Trainer, pace: tuple[float, float] | None, reading: 
         images = max(config.batch_size, int((config.minutes * 60 - pauses) / pace[0]))
     parameters = sum(parameter.numel() for parameter in state.network.parameters())
     others = sum(parameter.numel() for step in state.steps for parameter in step.parameters) - parameters
-    memory, checkpoint = state_size(parameters, len(state.averages), config.cpu_threads, others)
+    muon = config.optimizer == "muon"
+    matrices = sum(parameter.numel() for step in state.steps for parameter in step.matrices) if muon else 0
+    memory, checkpoint = state_size(parameters, len(state.averages), config.cpu_threads, others, matrices)
     # One checkpoint is written before another is removed. A snapshot holds two of a checkpoint's five parts.
     snapshots = math.ceil(config.checkpoints * 2 / 5) if config.ema_stds is not None else 0
     protected = config.keep_best + (config.checkpoints // config.keep_every if config.keep_every else 0)

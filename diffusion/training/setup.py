@@ -160,9 +160,7 @@ class TrainingSetup:
     def model_header(self, images: int) -> ModelHeader:
         """Build the header of a model that has seen ``images``."""
         manifest = self.dataset.manifest
-        # EDM's coefficients are derived for data of zero mean (arXiv 2206.00364, appendix B.6).
-        centered = isinstance(self.model, ModelConfig) and self.model.prediction == "edm"
-        pixels = self.autoencoder is None and self.task.low_resolution is None
+        pixels = isinstance(self.model, ModelConfig) and self.autoencoder is None and self.task.low_resolution is None
         return ModelHeader(
             model=self.model,
             channels=manifest.channels,
@@ -170,7 +168,7 @@ class TrainingSetup:
             dataset=manifest.name,
             content_digest=manifest.content_digest,
             sigma_data=self.sigma_data,
-            data_mean=tuple(manifest.mean) if centered and pixels else None,
+            data_mean=tuple(manifest.mean) if pixels else None,
             class_histogram=manifest.class_histogram,
             encoder=ENCODER if self.model.text else None,
             latents=self.autoencoder.space if self.autoencoder else None,

@@ -240,7 +240,7 @@ def _begin_or_resume(trainer: Trainer, checkpoints: Checkpoints, output: Path, s
     trainer.loader.prefetch(state.images, trainer.total)
     if ranks.is_main:
         for name, words in preflight.lines():
-            logger.info("%-8s  %s", name, words)
+            logger.info("%-10s  %s", name, words)
         require_disk(output, preflight.disk_bytes)
         write_json(output / PREFLIGHT, preflight.model_dump(mode="json"))
     first = trainer.checkpoint_tensors()

@@ -187,16 +187,20 @@ def ledger_samples(read: dict[str, LedgerRead]) -> Iterator[Sample]:
 def _on_record(place: str) -> dict[str, Known | None]:
     """MLflow's records of the ledgers below ``place``, by model; None for an invalid record."""
     found: dict[str, Known | None] = {}
-    for model in query_mlflow(f"registered-models/search?max_results={MOST}").get("registered_models", ()):
-        name, tags = model["name"], {tag["key"]: tag["value"] for tag in model.get("tags", ())}
-        try:
-            newest = Newest.of(name, tags)
-        except UserError:
-            found[name] = None
-            continue
-        if newest is not None and newest.place == f"{place}/{name}":
-            found[name] = {newest.number: newest.sha256}
-    return found
+    token = ""
+    while True:
+        answer = query_mlflow(f"registered-models/search?max_results={MOST}&page_token={quote(token)}")
+        for model in answer.get("registered_models", ()):
+            name, tags = model["name"], {tag["key"]: tag["value"] for tag in model.get("tags", ())}
+            try:
+                newest = Newest.of(name, tags)
+            except UserError:
+                found[name] = None
+                continue
+            if newest is not None and newest.place == f"{place}/{name}":
+                found[name] = {newest.number: newest.sha256}
+        if not (token := answer.get("next_page_token", "")):
+            return found
 
 
 def mlflow_samples(histories: Mapping[str, History]) -> Iterator[Sample]:

@@ -85,6 +85,7 @@ def find_derived(dataset: str, contents: Iterable[str], known: Iterable[str], bu
         # weights, transitively.
         uris = [f"models:/{name}/{number}" for name, number in new]
         fresh, queries = [run for uri in uris for tag in (AUTOENCODER, START) for run in _runs(tag, uri)], []
+    understood = {*held, *known}
     return Derived(
         runs=[
             DerivedRun(run_id=run_id, name=run.info.run_name, content_digest=run.data.tags["darkroom.content_digest"])
@@ -107,7 +108,7 @@ def find_derived(dataset: str, contents: Iterable[str], known: Iterable[str], bu
         unclear_runs=sorted(
             run.info.run_id
             for run in _runs("darkroom.dataset", dataset)
-            if run.data.tags.get("darkroom.content_digest") not in {*held, *known}
+            if run.data.tags.get("darkroom.content_digest") not in understood
         ),
     )
 
@@ -238,6 +239,8 @@ def with_takedowns(version: Version) -> Version:
         mark([version.run_id], [version.uri], records[name])
     if not {*records, *names} - here:
         return version
+    # Read anew: a takedown may have added its name meanwhile.
+    version = model_versions.version_of(client, version.model, version.number)
     value = joined_names(version.tags.get(TAKEDOWN), *records, *names)
     client.set_model_version_tag(version.model, str(version.number), TAKEDOWN, value)
     return model_versions.version_of(client, version.model, version.number)

@@ -173,9 +173,10 @@ class SamplingBatches:
         """Sweep of batches and uploads."""
         days, client = self.policy.unfinished_days, self.store.client
         with self.store.in_words(self.bucket):
-            # Of MLflow or of other programs: Darkroom itself uploads nothing in parts.
+            # Of DVC or of other programs: Darkroom itself uploads nothing in parts, and MLflow's are not its to abort.
             pages = client.get_paginator("list_multipart_uploads").paginate(Bucket=self.bucket)
-            found = [each for page in pages for each in page.get("Uploads", ())]
+            uploads = [each for page in pages for each in page.get("Uploads", ())]
+            found = [each for each in uploads if not each["Key"].startswith("mlflow/")]
         old = [each for each in found if older(each["Initiated"], days, self.now)]
         items = [
             Item(kind="sampling batches", name=str(batch.place), bytes=batch.bytes, action=batch.action, why=batch.why)

@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from functools import partial
+from io import BufferedRandom
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory, TemporaryFile
@@ -19,7 +20,7 @@ from diffusion.checkpoints import load_model
 from diffusion.common.config import Config
 from diffusion.common.device import resolve_device
 from diffusion.common.errors import ConflictError, UserError
-from diffusion.common.files import canonical_json, sha256_bytes
+from diffusion.common.files import canonical_json, make_folder, sha256_bytes
 from diffusion.common.fingerprint import Fingerprint, fingerprint
 from diffusion.data.prefetch import prefetch
 from diffusion.data.shards import TarWriter
@@ -146,8 +147,14 @@ def _put_files(store: Store, batch: SamplingBatch, place: Location, group: Image
     return sampling_batch.part_bytes(row for _, row in encoded)
 
 
+def _temporary_file() -> BufferedRandom:
+    """Create a file that vanishes when it is closed, beside other working data: /tmp may be memory."""
+    make_folder(environment.settings().folder)
+    return TemporaryFile(dir=environment.settings().folder)
+
+
 def _put_tar(store: Store, batch: SamplingBatch, place: Location, name: str, groups: Iterator[ImageGroup]) -> bytes:
-    with TemporaryFile() as file:
+    with _temporary_file() as file:
         tar = TarWriter(file)
 
         def add(png: bytes, row: Row) -> Row:
@@ -212,7 +219,7 @@ def finish(store: Store, batch: SamplingBatch, place: Location) -> bool:
         if is_deleted(store, place) or unfinished(store, batch, place):
             return False
         if not store.exists(place.bucket, manifest):
-            with TemporaryFile() as file:
+            with _temporary_file() as file:
                 sampling_batch.write_parquet(file, rows(), batch)
                 store.put_once(place.bucket, manifest, file, content_type=sampling_batch.PARQUET)
         else:

@@ -8,7 +8,6 @@ import io
 import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,8 @@ SCHEMA = """
     CREATE TABLE IF NOT EXISTS removed (digest BLOB PRIMARY KEY) WITHOUT ROWID;
     CREATE TABLE IF NOT EXISTS bands (band INTEGER, value INTEGER, hash BLOB, PRIMARY KEY (band, value, hash))
         WITHOUT ROWID;
-    CREATE TABLE IF NOT EXISTS groups (hash BLOB PRIMARY KEY, split TEXT, root BLOB NOT NULL) WITHOUT ROWID;
+    CREATE TABLE IF NOT EXISTS groups (hash BLOB, split TEXT, root BLOB NOT NULL, PRIMARY KEY (hash, split))
+        WITHOUT ROWID;
 """
 FROM_THE_TABLES = ("records", "samples", "removed", "bands", "groups")
 CACHE_KIB = 16 * 1024
@@ -118,7 +118,8 @@ class Index:
             key = bytes.fromhex(row["key"])
             digest = sample_digest(row["key"], row["split"], row["label"], row["caption"])
             self.database.execute("INSERT INTO samples VALUES (?, ?, ?)", (key, row["split"], digest))
-            if self.near is not None and not row["near"]:
+            # Without its first image a group goes on with the next one.
+            if self.near is not None and not any(self.sample(root) for root in row["near"] or ()):
                 phash = bytes.fromhex(row["phash"])
                 self.database.execute("INSERT OR IGNORE INTO groups VALUES (?, ?, ?)", (phash, row["split"], key))
                 bands = ((*band, phash) for band in enumerate(self._bands(phash)))
@@ -172,24 +173,24 @@ class Index:
                     shard.seek(row["offset"])
                     row["phash"] = perceptual_hash(Image.open(io.BytesIO(shard.read(row["size"])), formats=("PNG",)))
 
-    def nearest_group(self, phash: bytes) -> tuple[bytes, str] | None:
-        """Return root and split of the nearest group of near-duplicates of an image with this hash; None without one.
+    def groups_near(self, phash: bytes) -> list[tuple[bytes, str]]:
+        """Return root and split of the groups of near-duplicates of an image with this hash, the nearest first.
 
         Hashes are cut into more bands than half of the bits that may differ: near-duplicates have a band that differs
         in one bit at most, and all such values are looked up.
         """
-        width = HASH_BITS // self._band_count
-        flips = [0, *(1 << bit for bit in range(width + 1))] if self.near else [0]
+        width = -(-HASH_BITS // self._band_count)
+        flips = [0, *(1 << bit for bit in range(width))] if self.near else [0]
         marks = ", ".join("?" * len(flips))
-        query = f"SELECT g.* FROM bands JOIN groups g USING (hash) WHERE band = ? AND value IN ({marks})"
+        query = f"SELECT DISTINCT g.* FROM bands JOIN groups g USING (hash) WHERE band = ? AND value IN ({marks})"
         number = int.from_bytes(phash, "big")
-        found = []
+        found = set()
         for band, value in enumerate(self._bands(phash)):
             for other, split, root in self.database.execute(query, (band, *(value ^ flip for flip in flips))):
                 distance = (number ^ int.from_bytes(other, "big")).bit_count()
                 if distance <= (self.near or 0):
-                    found.append((distance, root, split))
-        return min(found)[1:] if found else None
+                    found.add((distance, root, split))
+        return [(root, split) for _, root, split in sorted(found)]
 
     @property
     def _band_count(self) -> int:
@@ -197,10 +198,12 @@ class Index:
         return max((self.near or 0) // 2 + 1, 5)
 
     def _bands(self, phash: bytes) -> Iterator[int]:
-        """Yield the value of each band of a hash."""
-        number = int.from_bytes(phash, "big")
-        for low, high in pairwise(HASH_BITS * band // self._band_count for band in range(self._band_count + 1)):
-            yield number >> low & (1 << high - low) - 1
+        """Yield the value of each band of a hash.
+
+        A band has bits of all frequencies: smooth images have the same high ones.
+        """
+        bits = f"{int.from_bytes(phash, 'big'):0{HASH_BITS}b}"
+        yield from (int(bits[band :: self._band_count], 2) for band in range(self._band_count))
 
     def _first(self, query: str, *values: object) -> Any:
         """Return the first row of a query; None if it has none."""

@@ -138,9 +138,13 @@ class Merge:
             row |= {"outcome": "duplicate", "reason": None if same else "came again with another label or caption"}
             self.relabelled += not same
             return
-        row |= {"outcome": "kept", "split": split_of(row["key"], self.config.held_out)}
-        if self.index.near is not None and (group := self.index.nearest_group(bytes.fromhex(row["phash"]))):
-            row |= {"split": group[1], "near": [group[0].hex()]}
+        row |= {"outcome": "kept", "split": split_of(row["key"], self.config.held_out), "near": None}
+        if self.index.near is not None and (groups := self.index.groups_near(bytes.fromhex(row["phash"]))):
+            if len({split for _, split in groups}) > 1:
+                row |= {"outcome": "quarantined", "reason": "a near-copy of images in both splits", "split": None}
+            else:
+                (root, split), *_ = groups
+                row |= {"split": split, "near": [root.hex()]}
 
     def _append(self, records: list[dict[str, Any]], source: Path | None, digest: str, samples: int) -> None:
         """Append a part of ``records``, whose shard is ``source`` with SHA-256 ``digest``, or some of its samples."""

@@ -328,7 +328,9 @@ def _read_struct(file: BinaryIO, end: int) -> dict[int, Any]:
         elif kind == STRUCT:
             fields[number] = _read_struct(file, end)
         elif kind == BINARY:
-            file.seek(_read_varint(file), os.SEEK_CUR)
+            if (length := _read_varint(file)) > end - file.tell():
+                raise ValueError(length)
+            file.seek(length, os.SEEK_CUR)
         elif kind not in BOOLEANS:
             raise ValueError(kind)
         if file.tell() > end:

@@ -160,7 +160,7 @@ class Memorization(Config):
     share_high: float
     """Ends of its 95 % interval, over other images of the same model."""
     expected: float
-    """Upper bound on the expected share for a model that copies nothing."""
+    """Expected share for a model that copies nothing: that of held-out images, and at least one."""
     near_duplicates: int
     """Held-out images that are near-duplicates of training images in any space: see NEAR_DUPLICATE."""
     p_value: float
@@ -171,7 +171,7 @@ class Memorization(Config):
     @property
     def excess(self) -> float:
         """Return the share of copies beyond chance, at least 0."""
-        return max(0.0, (self.share - self.expected) / (1 - self.expected))
+        return max(0.0, (self.share - self.expected) / (1 - self.expected)) if self.expected < 1 else 0.0
 
     @property
     def suspicious(self) -> bool:
@@ -198,7 +198,10 @@ def detect_memorization(
     values = torch.tensor([threshold.value for threshold in thresholds])[:, None]
     below = relative < values
     count, copies = relative.shape[1], int(below.any(0).sum())
-    near = torch.stack([each.relative < NEAR_DUPLICATE for each in held_out.values()]).any(0)
+    of_held_out = torch.stack([held_out[space].relative for space in generated])
+    near = (of_held_out < NEAR_DUPLICATE).any(0)
+    # Of the union, as a near-duplicate is one in every space.
+    expected = (int((of_held_out <= values).any(0).sum()) + 1) / (len(near) + 1)
     spaces = [
         CopiesInSpace(
             space=space,
@@ -234,7 +237,7 @@ def detect_memorization(
         share=copies / count,
         share_low=low,
         share_high=high,
-        expected=min(1.0, sum(threshold.level for threshold in thresholds)),
+        expected=expected,
         near_duplicates=int(near.sum()),
         p_value=min(1.0, len(spaces) * min(space.p_value for space in spaces)),
         pairs=pairs,

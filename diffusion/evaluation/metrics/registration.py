@@ -134,7 +134,9 @@ def _find_in_piece(
     def of_block(at: int) -> Tensor:
         block = slice(at, at + BLOCK)
         near = where[block]
-        apart = (thumbnails[near] - points[:, block, None]).square().sum(-1)
+        theirs, views_here = thumbnails[near], points[:, block]
+        # |x|² − 2 x·y, which has the least view where the distance has; their difference would fill the memory.
+        apart = views_here.square().sum(-1, keepdim=True) - 2 * torch.einsum("nkd,vnd->vnk", theirs, views_here)
         best = apart.argmin(0)
         numbers = torch.arange(len(near))[:, None].expand_as(near)
         mine = sides[:, block][(best >= len(STARTS)).long(), numbers]

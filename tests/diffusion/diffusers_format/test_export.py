@@ -102,7 +102,7 @@ def ours(
     meanings = prompt_embeddings(model, conditions)
     told = make_conditioning(model, range(COUNT), SEED, conditions, meanings)
     denoise = denoiser_of(model, told, config, meanings[conditions.negative_prompt])
-    return (config.run(denoise, levels, noise or from_seed(model), model.center(told)) / 2 + 0.5).clamp(0, 1)
+    return (config.run(denoise, levels, noise or from_seed(model), model.start(told)) / 2 + 0.5).clamp(0, 1)
 
 
 def whole(model: DiffusionModel, scheduler: Any, steps: int) -> Tensor:
@@ -122,11 +122,11 @@ def assert_equal(theirs: Tensor, expected: Tensor, tolerance: float = 1e-3) -> N
 def test_exported_pipeline_reproduces_images_with_diffusers_scheduler(
     tmp_path: Path, settings: dict[str, Any], sampler: Any
 ) -> None:
-    mean = (0.4, -0.6, 0.1) if settings["prediction"] == "edm" else None
+    mean = (0.4, -0.6, 0.1)
     model, done = exported(write_model(tmp_path, channels=3, data_mean=mean, **settings), sampler=sampler)
     theirs = load(done)(batch_size=COUNT, seed=SEED, output_type="pt").images
     # DEIS as diffusers has it computes σ = 4,096 in float32.
-    tolerance = 2e-3 if sampler == "deis" and settings.get("zero_terminal_snr") else 1e-3
+    tolerance = 4e-3 if sampler == "deis" and settings.get("zero_terminal_snr") else 1e-3
     assert_equal(theirs, ours(model, sampling_config(sampler=sampler, steps=8)), tolerance)
 
 

@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -318,7 +319,7 @@ def test_near_duplicates_share_a_split(tmp_path: Path) -> None:
     assert any(split_of(str(rows[f"{n:02d}-brighter.png"]["key"]), 0.5) != splits[f"{n:02d}.png"] for n in range(20))
 
 
-def test_near_duplicate_joins_the_nearest_group_and_founds_no_chain(tmp_path: Path) -> None:
+def test_near_duplicate_of_both_splits_is_quarantined(tmp_path: Path) -> None:
     root = tmp_path / "images"
     root.mkdir()
     folder = tmp_path / "set"
@@ -328,11 +329,31 @@ def test_near_duplicate_joins_the_nearest_group_and_founds_no_chain(tmp_path: Pa
     ingest(folder, config(root, size=24, held_out=0.5))
     assert {row["split"] for row in records(folder)} == {"train", "held_out"}
     noisy(5, 13).save(root / "bridge.png")
-    ingest(folder, config(root, size=24, held_out=0.5, near_duplicates=24))
-    rows = {row["source"]: row for row in records(folder)}
-    joined = {row["key"]: row for row in rows.values()}[rows["bridge.png"]["near"][0]]
-    assert joined["near"] is None
-    assert rows["bridge.png"]["split"] == joined["split"]
+    result = ingest(folder, config(root, size=24, held_out=0.5, near_duplicates=8, max_quarantined=1))
+    assert [each.reason for each in result.quarantined] == ["a near-copy of images in both splits"]
+
+
+def test_members_found_no_groups_and_a_group_goes_on_without_its_first_image(tmp_path: Path) -> None:
+    def row(key: str, near: list[str] | None = None) -> dict[str, Any]:
+        hashed = {"aa": 0, "bb": 0xFF, "cc": 0xFFFF}[key]
+        described = {
+            "source": key,
+            "source_sha256": "00",
+            "outcome": "kept",
+            "key": key,
+            "split": "train",
+            "near": near,
+        }
+        return described | {"label": None, "caption": None, "phash": f"{hashed:064x}"}
+
+    with closing(Index(tmp_path / "whole", tmp_path, None, 8)) as index:
+        index.record(row("aa"))
+        index.record(row("bb", ["aa"]))
+        # Within 8 bits of a member, and of no first image.
+        assert index.groups_near((0xFFFF).to_bytes(32, "big")) == []
+    with closing(Index(tmp_path / "taken down", tmp_path, None, 8)) as index:
+        index.record(row("bb", ["aa"]))
+        assert index.groups_near((0xFFFF).to_bytes(32, "big")) == [(b"\xbb", "train")]
 
 
 def test_few_distinct_images_count_as_near_duplicates_and_nearly_all_copies_do(tmp_path: Path) -> None:
@@ -365,8 +386,8 @@ def test_nearest_group_is_found_up_to_the_limit_of_bits_and_no_further(near: int
     with tempfile.TemporaryDirectory() as folder, closing(Index(Path(folder) / "i", Path(folder), None, near)) as index:
         row = {"source": "a", "source_sha256": "00", "outcome": "kept", "key": "11", "split": "train", "near": None}
         index.record(row | {"label": None, "caption": None, "phash": f"{first:064x}"})
-        found = index.nearest_group(other.to_bytes(32, "big"))
-    assert found == ((b"\x11", "train") if len(set(flips)) <= near else None)
+        found = index.groups_near(other.to_bytes(32, "big"))
+    assert found == ([(b"\x11", "train")] if len(set(flips)) <= near else [])
 
 
 def failing_after(count: int, seen: dict[str, int]) -> Callable[..., Iterator[Path]]:
