@@ -160,7 +160,7 @@ class Memorization(Config):
     share_high: float
     """Ends of its 95 % interval, over other images of the same model."""
     expected: float
-    """Expected share for a model that copies nothing: that of held-out images, and at least one."""
+    """Expected share for a model that copies nothing: that of held-out images."""
     near_duplicates: int
     """Held-out images that are near-duplicates of training images in any space: see NEAR_DUPLICATE."""
     p_value: float
@@ -201,7 +201,7 @@ def detect_memorization(
     of_held_out = torch.stack([held_out[space].relative for space in generated])
     near = (of_held_out < NEAR_DUPLICATE).any(0)
     # Of the union, as a near-duplicate is one in every space.
-    expected = (int((of_held_out <= values).any(0).sum()) + 1) / (len(near) + 1)
+    expected = int((of_held_out <= values).any(0).sum()) / (len(near) + 1)
     spaces = [
         CopiesInSpace(
             space=space,

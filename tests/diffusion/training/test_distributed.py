@@ -32,7 +32,7 @@ told, shard = "text" in sys.argv, "shard" in sys.argv
 model = ModelConfig(width=16, channel_mult=(1,), blocks=1, attention=(), patch=1, dropout=0.1, text=told)
 length = {"images": int(sys.argv[3]), "checkpoints": 16} if sys.argv[3] != "0" else {"minutes": 0.3, "checkpoints": 2}
 config = TrainingConfig(**length, batch_size=16, warmup_images=32, keep=2, cpu_threads=2,
-    learned_uncertainty=True, shard=shard)
+    learned_uncertainty=True, shard=shard, optimizer="adamw" if shard or "adamw" in sys.argv else "muon")
 train(Path(sys.argv[1]), Path(sys.argv[2]), model, config, sampling_config(steps=2, compute_batch=36))
 """
 
@@ -116,7 +116,7 @@ def test_a_worker_that_is_killed_is_started_again_and_the_end_is_the_same(datase
     "the same weights; one process alone goes on, too",
 )
 def test_sharded_training_matches_unsharded_training(dataset: Path, tmp_path: Path) -> None:
-    finish(start(dataset, tmp_path / "whole", 2, 640))
+    finish(start(dataset, tmp_path / "whole", 2, 640, 0, "adamw"))
     finish(start(dataset, tmp_path / "shared", 2, 640, 0, "shard"))
     np.testing.assert_allclose(curve(tmp_path / "shared")[:20], curve(tmp_path / "whole")[:20], rtol=2e-2)
     final = load_file(tmp_path / "shared" / "final.safetensors")
@@ -133,7 +133,7 @@ def test_sharded_training_matches_unsharded_training(dataset: Path, tmp_path: Pa
         torch.equal(value, final[name]) for name, value in load_file(tmp_path / "cut" / "final.safetensors").items()
     )
     # One process alone goes on from what two had in shares.
-    finish(start(dataset, tmp_path / "changed", 1, 640))
+    finish(start(dataset, tmp_path / "changed", 1, 640, 0, "adamw"))
     np.testing.assert_allclose(curve(tmp_path / "changed"), curve(tmp_path / "whole"), rtol=0.3)
 
 
