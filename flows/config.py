@@ -174,8 +174,7 @@ def registered(params: Params) -> str | None:
 
 def registered_start(params: Params) -> str | None:
     """Model URI in ``training.init_from``; None if it is a path or unset."""
-    start = params.training.init_from
-    if start == "champion":
+    if (start := params.training.init_from) == "champion":
         return params.champion
     return start if start is not None and start.startswith("models:/") else None
 

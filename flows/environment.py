@@ -95,8 +95,7 @@ def staging() -> tuple[str, dict[str, str]]:
     needed, and MLFLOW_* and AWS_* hold the keys to them. Raises UserError that names what is missing.
     """
     given = {name.removeprefix(PREFIX): value for name, value in os.environ.items() if name.startswith(PREFIX)}
-    home = given.pop("HOME", None)
-    if home is None and not given.keys() >= {"MLFLOW_TRACKING_URI", "BUCKET"}:
+    if (home := given.pop("HOME", None)) is None and not given.keys() >= {"MLFLOW_TRACKING_URI", "BUCKET"}:
         raise UserError(
             f"no staging servers: set {PREFIX}MLFLOW_TRACKING_URI and {PREFIX}BUCKET, with {PREFIX}AWS_* and "
             f"{PREFIX}MLFLOW_* for the keys to them, or {PREFIX}HOME to the folder of a local stack"
@@ -108,5 +107,4 @@ def staging() -> tuple[str, dict[str, str]]:
     variables |= {name: value for name, value in given.items() if name.startswith(("AWS_", "MLFLOW_"))}
     if home is not None:
         return home, variables | {"DARKROOM_HOME": home}
-    called = re.sub(r"//[^/]*@", "//", given["MLFLOW_TRACKING_URI"])
-    return called, variables | {"DARKROOM_BUCKET": given["BUCKET"]}
+    return re.sub(r"//[^/]*@", "//", given["MLFLOW_TRACKING_URI"]), variables | {"DARKROOM_BUCKET": given["BUCKET"]}

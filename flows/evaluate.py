@@ -57,12 +57,10 @@ def report(params: Params, evaluation: Evaluation, folder: Path) -> None:
 
 def tracker_of(params: Params) -> RunTracker:
     """Tracker of the MLflow run of the training in ``params.run_folder``; raises UserError if there is none."""
-    newest = next(Checkpoints(params.run_folder / "checkpoints").newest_whole(), None)
-    if newest is None:
+    if (newest := next(Checkpoints(params.run_folder / "checkpoints").newest_whole(), None)) is None:
         raise UserError(f"no checkpoint in {params.run_folder}: run `darkroom train` first")
     client = MlflowClient()
-    run = find_run(client, params.model_name, TRAIN_KEY, newest[1]["train_key"])
-    if run is None:
+    if (run := find_run(client, params.model_name, TRAIN_KEY, newest[1]["train_key"])) is None:
         raise UserError(
             f"the run in {params.run_folder} is not in MLflow's experiment {params.model_name}: "
             "run `darkroom train` with the same configuration to record it"

@@ -48,8 +48,7 @@ def collect(policy: RetentionConfig, now: datetime, dry_run: bool = False) -> Gc
     def sweeps() -> Iterator[Sweep]:
         yield batches.sweep()
         yield runs.sweep()
-        contents = runs.contents() | live.contents
-        yield DataSets(store, source, contents, live.unclear, policy, now).sweep()
+        yield DataSets(store, source, runs.contents() | live.contents, live.unclear, policy, now).sweep()
         yield sweep_local_files(environment.settings().folder / "models", runs.gone(), live.weights, policy, now)
 
     items = []

@@ -182,8 +182,7 @@ def last_comparison(params: Params, version: Version) -> ChampionComparison | No
 
 def request_approval(version: Version, result: GateResult) -> Approval | None:
     """Pause the flow until a person approves the promotion in Prefect's UI; None if the gate does not promote."""
-    evidence = result.evidence
-    if evidence is None or evidence.verdict != "promote":
+    if (evidence := result.evidence) is None or evidence.verdict != "promote":
         return None
     logging.getLogger(__name__).info("%s waits for approval: %s", version.uri, flow_run.ui_url)
     question = (
@@ -249,8 +248,7 @@ def next_entry(history: History, version: Version, result: GateResult, approval:
             "run `darkroom promote` again to compare it with the current one"
         )
     assert evidence is not None, "a version that is champion already needs no entry"
-    declined = approval is not None and not approval.approved
-    what = "hold" if declined else evidence.verdict
+    what = "hold" if approval is not None and not approval.approved else evidence.verdict
     entry = history.next_entry(what, version.number, version.weights_sha256, evidence=evidence, approval=approval)
     last = history.about(version.number)
     return None if last is not None and last.says_the_same(entry) else entry

@@ -115,8 +115,7 @@ def mark_derived(params: Params, removal: Removal) -> tuple[dict[str, Manifest],
         elsewhere = StoredFiles(folder.name, source).remote_lookup(versions.values(), Path(scratch))
         affected = holders(folder, removal, versions.values(), elsewhere)
     contents = {versions[digest].content_digest for digest in affected.held}
-    unaffected = versions.keys() - {*affected.held, *affected.unknown}
-    others = {versions[digest].content_digest for digest in unaffected}
+    others = {versions[digest].content_digest for digest in versions.keys() - {*affected.held, *affected.unknown}}
     # Versions of equal content hold the same images.
     derived = find_derived(folder.name, contents - others, contents | others, environment.settings().bucket)
     mark([run.run_id for run in derived.runs], [model.uri for model in derived.models], removal)

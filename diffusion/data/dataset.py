@@ -47,9 +47,7 @@ class Dataset:
     def __init__(
         self, folder: Path, manifest: Manifest, shards: LocalShards | ShardCache, cache_bytes: int = CACHE_BYTES
     ) -> None:
-        self.folder = folder
-        self.manifest = manifest
-        self._shards = shards
+        self.folder, self.manifest, self._shards = folder, manifest, shards
         self._entries = manifest.shards
         self._table = _read_table(folder, manifest)
         channels, height, width = self.shape
@@ -177,9 +175,7 @@ def _numbers(rows: Rows) -> np.ndarray:
 
 
 def _kept(folder: Path, manifest: Manifest, *columns: str) -> Iterator[tuple[int, pa.Table]]:
-    """Yield for each shard its number and the records of the images in it."""
-    parts = (part for part in manifest.parts if part.shard is not None)
-    for number, part in enumerate(parts):
+    for number, part in enumerate(part for part in manifest.parts if part.shard is not None):
         table = read_records(folder, part, ["outcome", *columns])
         yield number, table.filter(pc.equal(table["outcome"], "kept"))
 

@@ -93,8 +93,7 @@ class WindowedOrder(TrainingOrder):
 
     def _permuted(self, epoch: int, window: int) -> np.ndarray:
         samples = np.concatenate([self._by_shard[shard] for shard in self._shards_of(epoch, window)])
-        stream = f"window/{self._layout_digest}/{epoch}"
-        return np.take(samples, permutation(self._seed, stream, window, len(samples)))
+        return np.take(samples, permutation(self._seed, f"window/{self._layout_digest}/{epoch}", window, len(samples)))
 
 
 @dataclass(frozen=True)
@@ -140,12 +139,9 @@ class Loader:
             )
         self.dataset = dataset
         self.rows = np.asarray(rows)
-        self.order = order
-        self.batch_size = batch_size
-        self.rank = rank
+        self.order, self.batch_size, self.rank = order, batch_size, rank
         self.share = batch_size // ranks
-        self.flip_seed = flip_seed
-        self._prefetch = prefetch
+        self.flip_seed, self._prefetch = flip_seed, prefetch
         self.waited = 0.0
         """Seconds that callers of ``batch`` have waited so far."""
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="loader")
@@ -163,8 +159,7 @@ class Loader:
 
     def prefetch(self, position: int, end: int | None = None) -> None:
         """Start to prepare the batch at ``position`` and those that follow it, and drop all others."""
-        coming = self.order.coming(position)
-        if coming != self._shards:
+        if (coming := self.order.coming(position)) != self._shards:
             self.dataset.prefetch(coming)
             self._shards = coming
         following = range(position, position + (self._prefetch + 1) * self.batch_size, self.batch_size)

@@ -47,8 +47,6 @@ of the PNG in the part's shard; ``total`` and ``squares`` are the sums of its st
 over the pixels, per channel (1 or 3 by ``mode``). ``phash`` (64 hex digits) and ``near`` (key of the first image of the
 group of near-duplicates that it joined) are null unless near-duplicates are configured.
 """
-
-
 SAMPLE = ("key", "split", "label", "caption")
 """Columns that make up the content of a data set."""
 
@@ -200,8 +198,7 @@ def require_whole(folder: Path, manifest: Manifest) -> None:
     """Raise UserError if a file of the data set in ``folder`` is missing or truncated; contents are not checked."""
     for entry in manifest.files:
         path = folder / entry.name
-        size = path.stat().st_size if path.is_file() else None
-        if size != entry.bytes:
+        if (size := path.stat().st_size if path.is_file() else None) != entry.bytes:
             state = "missing" if size is None else f"{size} bytes long instead of {entry.bytes}"
             raise UserError(f"{path} is {state}: {repair_hint(folder)}")
 
@@ -237,8 +234,7 @@ def read_manifest(folder: Path) -> Manifest:
 def parse_manifest(data: bytes, where: str) -> Manifest:
     """Parse a manifest; raises UserError, naming the location ``where``, if it is damaged."""
     try:
-        version = json.loads(data).get("format_version")
-        if version != FORMAT_VERSION:
+        if (version := json.loads(data).get("format_version")) != FORMAT_VERSION:
             raise UserError(
                 f"{where} has format {version}, and this Darkroom reads {FORMAT_VERSION}: ingest its source again "
                 "under another name (--dataset)"
@@ -305,6 +301,5 @@ def content_digest(folder: Path, parts: Iterable[Part], storage: StorageConfig) 
     samples = []
     for part in parts:
         kept = read_records(folder, part, ("outcome", *SAMPLE)).filter(pc.field("outcome") == "kept")
-        rows = kept.select(SAMPLE).to_pylist()
-        samples += [bytes.fromhex(row["key"]) + sample_digest(**row) for row in rows]
+        samples += [bytes.fromhex(row["key"]) + sample_digest(**row) for row in kept.select(SAMPLE).to_pylist()]
     return digest_of_samples(storage, (sample[32:] for sample in sorted(samples)))

@@ -74,8 +74,7 @@ def decode_many(pngs: Sequence[bytes | memoryview], shape: tuple[int, int, int])
         for each in {1, channels}:
             header = _header(each, height, width)
             plain = [number for number, png in left.items() if png.startswith(header) and _is_plain(png)]
-            rows = _inflated([left[number] for number in plain], height, width * each)
-            if rows:
+            if rows := _inflated([left[number] for number in plain], height, width * each):
                 out[plain] = _unfiltered(rows, each, height, width)
                 for number in plain:
                     del left[number]
@@ -110,8 +109,7 @@ def _inflated(pngs: Sequence[bytes], height: int, width: int) -> bytes | None:
     views = (memoryview(rows)[at : at + length] for at in range(0, len(rows), length))
     sums = (int.from_bytes(png[SUMS : SUMS + 4]) for png in pngs)
     whole = all(isal_zlib.adler32(view) == checksum for view, checksum in zip(views, sums, strict=True))
-    filters = np.frombuffer(rows, np.uint8)[:: 1 + width]
-    return rows if whole and filters.max(initial=NONE) <= UP else None
+    return rows if whole and np.frombuffer(rows, np.uint8)[:: 1 + width].max(initial=NONE) <= UP else None
 
 
 def _unfiltered(rows: bytes, channels: int, height: int, width: int) -> np.ndarray:

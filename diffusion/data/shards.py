@@ -40,8 +40,7 @@ class TarWriter:
     """Writes samples of two members each, ``<key>.png`` and ``<key>.json``, as one USTAR archive."""
 
     def __init__(self, file: "SupportsWrite[bytes]") -> None:
-        self.file = file
-        self.position = 0
+        self.file, self.position = file, 0
 
     def add(self, key: str, png: bytes, about: dict[str, Any]) -> int:
         """Append a sample, with ``about`` as its JSON; returns the offset of its PNG."""
@@ -158,9 +157,7 @@ class ShardCache:
 
     def __init__(self, folder: Path, store: ShardStore, max_bytes: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self._folder = folder
-        self._store = store
-        self._max_bytes = max_bytes
+        self._folder, self._store, self._max_bytes = folder, store, max_bytes
         self._lock = Lock()
         self._wanted: list[str] = []
         self._coming: dict[str, Future[None]] = {}
@@ -296,6 +293,5 @@ class ShardCache:
                 yield int(size)
 
     def _locked(self, sha256: str = "", timeout: float = -1) -> FileLock:
-        """Return the lock of a shard that is fetched, or of the folder."""
         # The empty lock file is never deleted: deleting it while others wait would admit two of them.
         return FileLock(self._folder / (f".{sha256}.lock" if sha256 else ".lock"), timeout=timeout)

@@ -120,8 +120,7 @@ def checkout(
 
     done = make_current(folder, version, _connect_remote, with_removed, without_shards, to_build_on=True)
     about = f"version {done.digest[:12]}, {len(done.restored):,} files restored"
-    lines = [f"{done.kept:,} images in {done.folder}: {about}", f"content {done.content_digest}"]
-    return CommandOutput(done, lines)
+    return CommandOutput(done, [f"{done.kept:,} images in {done.folder}: {about}", f"content {done.content_digest}"])
 
 
 @command(app)
@@ -200,7 +199,6 @@ def _in_cache(folder: Path) -> "Callable[[FileEntry], Path | None]":
 
 
 def _connect_remote() -> str:
-    """Connect to the S3 server; returns the URL of the DVC remote."""
     from flows.environment import data_source
     from flows.local_stack.stack import join_servers
 
@@ -239,7 +237,6 @@ def _changes(old: Any, new: Any) -> str:
 
 
 def _section(title: str, count: int | None, rows: Iterable[str], option: str = "--all") -> list[str]:
-    """Title with ``count``, the ``rows`` that are shown, and how many there are more."""
     shown = [f"  {row}" for row in rows]
     more = (count or 0) - len(shown)
     return [f"{title} {_count(count)}", *shown, *([f"  … and {more:,} more: {option} shows them"] if more > 0 else [])]

@@ -152,7 +152,6 @@ def new_champion(done: "ChampionChange | Released") -> CommandOutput:
 
 
 def _table(found: "History") -> Iterator[str]:
-    """Describe the ledger for people."""
     for name, reason in found.foreign.items():
         yield f"foreign object among the entries, ignored (docs/runbook/ledger-broken.md): {name!a} {reason}"
     if found.head is None:

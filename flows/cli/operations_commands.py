@@ -64,7 +64,6 @@ def reproduce(
 
 
 def _chain(found: "Trace") -> Iterator[str]:
-    """Describe the links of a trace for people, with a few lines per link."""
     if image := found.image:
         state = {True: "as generated", False: "altered since it was generated", None: "generation is not on record"}
         yield f"image     {image.where}, {state[image.as_generated]}"
@@ -112,7 +111,6 @@ def _chain(found: "Trace") -> Iterator[str]:
 
 
 def _comparison(done: "Reproduction") -> Iterator[str]:
-    """Describe regenerated images beside the originals for people."""
     code = f"the code that {done.model} ships" if done.code == "shipped" else "the code installed here"
     yield f"{done.exact:,} of {done.images:,} identical bit for bit, regenerated with {code}"
     if done.differences:
@@ -134,7 +132,6 @@ def _comparison(done: "Reproduction") -> Iterator[str]:
 
 
 def _fields(fields: "BaseModel | Mapping[str, object]") -> str:
-    """The fields that are set, on one line."""
     if not isinstance(fields, Mapping):
         fields = fields.model_dump(mode="json")
     return ", ".join(f"{name} {value}" for name, value in fields.items() if value not in (None, [], ""))

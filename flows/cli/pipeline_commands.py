@@ -85,7 +85,6 @@ def ingest(
 
 
 def _ingested(result: "IngestResult", source: str) -> Iterator[str]:
-    """Describe the data set after an ingest of ``source``, and the files that were left out."""
     yield (
         f"{result.kept:,} images in {result.folder} ({result.added:,} new), {result.duplicates:,} duplicates, "
         f"{result.quarantined_count:,} quarantined"
@@ -153,7 +152,6 @@ def train(
 
 
 def _train(config: "Params", **options: Any) -> "TrainResult":
-    """Train in this process, without a flow."""
     from diffusion.training.train import train
 
     return train(config.dataset_folder, config.run_folder, config.model, config.training, config.sampling, **options)
@@ -313,12 +311,10 @@ def retrain(
 
         conditions = Conditions(labels=tuple(label), prompts=tuple(prompt), negative_prompt=negative_prompt)
         found = retrain(config, count, seed, to, conditions, version).model_dump(mode="json")
-    error = None if found["verdict"]["promoted"] else typer.Exit(3)
-    return CommandOutput(found, _retrained(found), error)
+    return CommandOutput(found, _retrained(found), None if found["verdict"]["promoted"] else typer.Exit(3))
 
 
 def _retrained(found: dict[str, Any]) -> Iterator[str]:
-    """Describe a retraining for people."""
     data = found["data"].get("result", found["data"])
     verdict, samples, version = found["verdict"], found["samples"], found["verdict"]["version"]
     title = "champion" if verdict["promoted"] else {"hold": "held", "reject": "rejected"}[verdict["verdict"]]

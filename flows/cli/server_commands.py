@@ -70,9 +70,7 @@ def env() -> CommandOutput:
 
 
 @command(app)
-def health(
-    servers: Annotated[list[str], Argument(help="mlflow, prefect, s3, or a http:// URL.")],
-) -> CommandOutput:
+def health(servers: Annotated[list[str], Argument(help="mlflow, prefect, s3, or a http:// URL.")]) -> CommandOutput:
     """Check the servers of the environment with real requests; exit code 1 if one fails, with the reason.
 
     What could not be tested of an S3 server is listed as well.

@@ -264,8 +264,7 @@ class Heads:
         self._objects.require_conditional_puts()
         while True:
             number = self._count()
-            head = self.newest() if number else None
-            if head == version:
+            if (head := self.newest() if number else None) == version:
                 return None
             if head is not None and head not in onto:
                 return head
@@ -289,7 +288,6 @@ class Heads:
         try:
             found = Head.model_validate_json(self._objects.get(number) or b"")
         except ValidationError:
-            place = self._objects.place / object_name(number)
-            logger.warning("%s is no head of a data set, and is passed over", place)
+            logger.warning("%s is no head of a data set, and is passed over", self._objects.place / object_name(number))
             return None
         return found if found.number == number else None

@@ -66,8 +66,7 @@ def checkout(
     work_folder(folder).mkdir(parents=True, exist_ok=True)
     with FileLock(work_folder(folder) / "lock"):
         place = DatasetLocation(folder, reach)
-        version = place.choose(prefix)
-        return place.make_current(version, with_removed, without_shards, to_build_on)
+        return place.make_current(place.choose(prefix), with_removed, without_shards, to_build_on)
 
 
 def choice(folder: Path) -> Choice | None:
@@ -197,7 +196,6 @@ class DatasetLocation:
             )
 
     def _goes_back(self, version: Manifest) -> bool:
-        """Whether a known version descends from this one, as then one is its child."""
         return any(child.parent == version.digest for child in self.known.values())
 
     def catalog(self) -> Catalog:

@@ -131,8 +131,7 @@ class Remote:
     def names(self) -> set[str]:
         """Names of all objects; takes one listing of the bucket."""
         prefix = self._key("")
-        keys = self.store.list_keys(self.place.bucket, prefix)
-        return {key.removeprefix(prefix).replace("/", "") for key in keys}
+        return {key.removeprefix(prefix).replace("/", "") for key in self.store.list_keys(self.place.bucket, prefix)}
 
     def push(self, name: str, cache: Cache) -> None:
         """Upload the missing files of the folder ``name`` from ``cache``, and its listing last.
@@ -140,8 +139,7 @@ class Remote:
         DVC's own push overwrites, and takes all files as pushed once it finds the listing. Raises UserError if a file
         of the cache is missing or damaged, and ConflictError if an object of its name holds other bytes.
         """
-        listing = cache.listing(name)
-        if listing is None:
+        if (listing := cache.listing(name)) is None:
             raise UserError(f"{cache.path(name)} is missing: ingest the data set again")
 
         def upload(name: str) -> None:
@@ -195,8 +193,7 @@ class StoredFiles:
 
     def write(self, version: str, name: str, sha256: str, target: Path) -> bool:
         """Write a file of ``version`` to ``target`` if it is found; raises UserError if it is damaged on the remote."""
-        cached = self._cached(name, sha256)
-        if cached is not None:
+        if (cached := self._cached(name, sha256)) is not None:
             write_atomically(target, partial(shutil.copyfile, cached))
             return True
         pushed = [listing[name] for listing in self.listings(version).values() if name in listing]
@@ -304,8 +301,7 @@ class DataVersion(Config):
 def code_version() -> CodeVersion:
     """Git commit of the working folder, and whether tracked files differ from it."""
     head = _git("rev-parse", "HEAD")
-    changes = _git("status", "--porcelain", "--untracked-files=no")
-    return CodeVersion(commit=head or None, dirty=bool(changes))
+    return CodeVersion(commit=head or None, dirty=bool(_git("status", "--porcelain", "--untracked-files=no")))
 
 
 def _git(*arguments: str) -> str:

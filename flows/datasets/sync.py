@@ -37,8 +37,7 @@ def sync(params: Params, version: str | None = None) -> CheckedOut | None:
     """Check out ``version``, or the newest one if the local one is older or missing; None if nothing was done."""
     source = data_source()
     catalog = Catalog.of(params.training.dataset, source)
-    target = version or newer(params, catalog)
-    if target is None:
+    if (target := version or newer(params, catalog)) is None:
         return None
     catalog.fetch_removals(params.dataset_folder)
     return checkout(params.dataset_folder, target, lambda: source)
@@ -77,10 +76,7 @@ def created(version: Manifest, catalog: Catalog) -> Event:
     return Event(
         event=CREATED,
         id=uuid5(NAMESPACE_URL, f"{CREATED}:{catalog.place}/{version.digest}"),
-        resource={
-            "prefect.resource.id": f"darkroom.dataset.{version.name}",
-            "prefect.resource.name": version.name,
-        },
+        resource={"prefect.resource.id": f"darkroom.dataset.{version.name}", "prefect.resource.name": version.name},
         payload={name: getattr(version, name) for name in ("digest", "content_digest", "parent", "change", "kept")},
     )
 
@@ -98,8 +94,7 @@ def bring_up_to_date(
     with FileLock(work_folder(folder) / "lock"):
         recorded = Catalog.of(folder.name, source)
         recorded.fetch_removals(folder)
-        head = Heads(recorded).newest()
-        if head is not None and not _goes_on_from(folder, head):
+        if (head := Heads(recorded).newest()) is not None and not _goes_on_from(folder, head):
             _move(folder, source, recorded, head, config, rebuilding)
         if (folder / "manifest.json").is_file():
             for removal in remove_known(folder, progress):
@@ -113,8 +108,7 @@ def publish(folder: Path, source: str) -> DataVersion | None:
     and publish again. Killed and given again, it ends the same.
     """
     recorded = Catalog.of(folder.name, source)
-    lock = FileLock(work_folder(folder) / "lock")
-    with lock, catalog.pushing(folder.name, source, recorded.store):
+    with FileLock(work_folder(folder) / "lock"), catalog.pushing(folder.name, source, recorded.store):
         if recorded.held_removals(folder):
             return None
         version = dvc.record_data(folder, source)
@@ -148,7 +142,6 @@ def _goes_on_from(folder: Path, head: str) -> bool:
 
 
 def _move(folder: Path, source: str, recorded: Catalog, head: str, config: IngestConfig, rebuilding: bool) -> None:
-    """Make the local version descend from ``head``."""
     theirs = recorded.version(head)
     assert theirs is not None, "a head is in the catalog"
     place = DatasetLocation(folder, lambda: source)
@@ -168,8 +161,7 @@ def _move(folder: Path, source: str, recorded: Catalog, head: str, config: Inges
             "out"
         )
     ours = read_manifest(folder)
-    base = _common(folder, place, theirs)
-    if base is not None and base.digest == ours.digest:
+    if (base := _common(folder, place, theirs)) is not None and base.digest == ours.digest:
         place.make_current(theirs, with_removed=True)
         logger.info("%s goes on from version %s, which another machine published", folder, head[:12])
         return

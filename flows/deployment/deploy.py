@@ -142,7 +142,6 @@ def _ensure_pool(client: SyncPrefectClient, name: str, kind: str) -> None:
 
 
 def _prefect_deploy(declared: Mapping[str, Any]) -> list[str]:
-    """Have ``prefect deploy`` apply the deployments that are ``declared``; returns their names."""
     with TemporaryDirectory() as scratch:
         path = Path(scratch, "prefect.yaml")
         path.write_text(yaml.safe_dump({name: declared[name] for name in ("name", "pull", "deployments")}))

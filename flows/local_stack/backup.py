@@ -86,8 +86,7 @@ class Backups:
 
     def read(self, stamp: str | None = None) -> Backup:
         """Read a backup, by default the newest; raises UserError if it is missing or damaged."""
-        stamps = self.stamps()
-        if not stamps or (stamp is not None and stamp not in stamps):
+        if not (stamps := self.stamps()) or (stamp is not None and stamp not in stamps):
             hint = f"there is {', '.join(stamps) or 'none: make one with `darkroom server backup`'}"
             raise UserError(f"no backup {stamp or ''} in {self.folder}: {hint}")
         path = self.folder / "backups" / f"{stamp or stamps[-1]}.json"
@@ -183,12 +182,10 @@ def save(
     store: Store, bucket: str, objects: Sequence[ListedObject], backups: Backups, progress: Progress = silent
 ) -> list[SavedObject]:
     """Copy ``objects``, except those in the newest backup; objects deleted meanwhile are left out."""
-    before = backups.read().objects if backups.stamps() else []
-    known = {(each.key, each.etag, each.size): each for each in before}
+    known = {(each.key, each.etag, each.size): each for each in (backups.read().objects if backups.stamps() else [])}
     saved = []
     for number, each in enumerate(objects, 1):
-        entry = known.get((each.key, each.etag, each.size))
-        if entry is None or not backups.has(entry):
+        if (entry := known.get((each.key, each.etag, each.size))) is None or not backups.has(entry):
             try:
                 sha256 = backups.keep(partial(store.fetch, bucket, each.key))
                 with store.in_words(bucket, each.key):
@@ -294,7 +291,6 @@ def restore(
 
 
 def _later_removals(backup: Backup, backups: Backups, replaced: Path) -> LaterRemovals:
-    """Takedowns in newer backups or in the stack ``replaced`` that are not in ``backup``."""
     known = {each.key for each in backup.objects}
     texts: dict[str, str] = {}
     until: AwareDatetime | None = backup.made

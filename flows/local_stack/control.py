@@ -174,12 +174,10 @@ def _configured(stack: LocalStack, elsewhere: dict[Server, str]) -> LocalStack:
 
 
 def _start_all(stack: LocalStack, report: Report) -> None:
-    """Start or restart services that do not run as configured, in parallel, and wait until all answer."""
     started, waiting = time.monotonic(), services(stack)
     fresh: set[ServiceName] = set()
     for service in waiting:
-        running = stack.process(service.name)
-        if running is not None and running.spec != service.spec:
+        if (running := stack.process(service.name)) is not None and running.spec != service.spec:
             report(f"{service.title}: restarted, because its settings changed")
             _halt(stack, service.name)
     while waiting:
@@ -204,7 +202,6 @@ def _start_all(stack: LocalStack, report: Report) -> None:
 
 
 def _halt(stack: LocalStack, service: ServiceName, grace: float = GRACE) -> None:
-    """Stop a service, and processes that a killed one left behind."""
     left = members(stack.folder, service)
     if service == "worker":
         # Flow runs that outlive their worker finish on their own, and report to Prefect themselves.

@@ -56,8 +56,7 @@ def fetch(url: str, login: str = "", body: Any = None) -> bytes:
         request = urllib.request.Request(url, data, headers)
         # No proxy for the loopback address.
         proxies: dict[str, str] | None = {} if request.host.startswith("127.0.0.1") else None
-        opener = urllib.request.build_opener(urllib.request.ProxyHandler(proxies))
-        with opener.open(request, timeout=3) as answer:
+        with urllib.request.build_opener(urllib.request.ProxyHandler(proxies)).open(request, timeout=3) as answer:
             content = bytes(answer.read(LARGEST + 1))
     except (OSError, ValueError, http.client.HTTPException) as error:
         raise NotServing(f"{url}: {error}") from error

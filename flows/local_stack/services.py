@@ -179,7 +179,6 @@ def _worker(stack: LocalStack) -> Service:
 
 
 def _client_environment(stack: LocalStack, server: Server) -> dict[str, str]:
-    """Variables that connect a service to ``server``, the stack's own or the one in the environment."""
     if stack.serves(server):
         return stack.variables(server)
     prefix = {"mlflow": "MLFLOW_", "prefect": "PREFECT_", "s3": "AWS_"}[server]

@@ -234,7 +234,6 @@ def training_samples(model: str, run: Mapping[str, Any]) -> Iterator[Sample]:
 
 
 def _pages(path: str, question: dict[str, Any]) -> Iterator[Mapping[str, Any]]:
-    """All results of a Prefect query, page by page."""
     offset = 0
     while True:
         page = query_prefect(path, {"limit": PAGE, "offset": offset} | question)

@@ -33,12 +33,10 @@ def redraw(request: dict[str, Any]) -> Iterator[dict[str, Any]]:
     device = "auto" if "," in recorded["device"] else "cpu"
     sampling = {**request["sampling"], "precision": recorded["precision"], "device": device}
     config: SamplingConfig = SAMPLING_ADAPTER.validate_python(sampling)
-    own = fingerprint(config.compute_batch, config.precision, config.device)
-    yield {"fingerprint": own.model_dump(mode="json")}
+    yield {"fingerprint": fingerprint(config.compute_batch, config.precision, config.device).model_dump(mode="json")}
     model = load_model(Path(request["weights"]))
     for (first, end), fields in zip(request["chunks"], request["conditions"], strict=True):
-        conditions = Conditions.model_validate(fields)
-        images = sample(model, range(first, end), request["seed"], config, conditions=conditions)
+        images = sample(model, range(first, end), request["seed"], config, conditions=Conditions.model_validate(fields))
         file = Path(request["folder"]) / f"{first}.safetensors"
         save_file({"images": images.contiguous()}, file)
         yield {"file": str(file)}

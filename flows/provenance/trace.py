@@ -216,8 +216,7 @@ class _Walk:
 
     def model(self, name: str, number: int, run_id: str, batch: SamplingBatch | None) -> TracedModel | None:
         uri = f"models:/{name}/{number}"
-        found = none_if_missing(self.client.get_model_version, name, str(number))
-        if found is None:
+        if (found := none_if_missing(self.client.get_model_version, name, str(number))) is None:
             self.broken.append(f"{uri} is not in the registry (any more)")
             return None
         if found.run_id != run_id:
@@ -245,8 +244,7 @@ class _Walk:
         )
 
     def run(self, run_id: str) -> Run | None:
-        found = none_if_missing(self.client.get_run, run_id)
-        if found is None:
+        if (found := none_if_missing(self.client.get_run, run_id)) is None:
             self.broken.append(f"run {run_id} is not in MLflow (any more)")
         elif found.info.lifecycle_stage == "deleted":
             self.broken.append(
@@ -255,7 +253,6 @@ class _Walk:
         return found
 
     def manifest(self, run: Run | None, dataset: str | None, content: str, source: str) -> Manifest | None:
-        """Manifest of the data set version, from the run or else from the catalog."""
         found: Manifest | None = None
         if run is not None:
             where = f"runs:/{run.info.run_id}/{MANIFEST_ARTIFACT}"
@@ -290,8 +287,7 @@ class _Walk:
 
         with ThreadPoolExecutor(16) as pool:
             shards = list(pool.map(place, version.shards))
-        lost = [shard.name for shard in shards if shard.where is None]
-        if lost:
+        if lost := [shard.name for shard in shards if shard.where is None]:
             more = f" and {len(lost) - 3} more" if len(lost) > 3 else ""
             self.broken.append(f"shards that lie neither on {source} nor here: {', '.join(lost[:3])}{more}")
         catalog = Catalog.of(version.name, source, self.store)
@@ -311,7 +307,6 @@ class _Walk:
     def takedowns(
         self, dataset: str | None, model: TracedModel | None, run: Run | None, version: Manifest | None, source: str
     ) -> list[Takedown]:
-        """Takedowns named by the tags of model and run, and those in the catalog of the version's tables."""
         marks = (model.tags if model else {}, run.data.tags if run else {})
         named = {name for tags in marks for name in names_of(tags.get(TAKEDOWN)) if name}
         records: dict[str, Removal] = {}

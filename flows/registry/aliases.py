@@ -131,8 +131,7 @@ def project(client: MlflowClient, ledger: Ledger) -> History:
         _copy(client, history, versions)
         there, right = aliases_of(client, history.model), history.head.aliases
         for alias in ALIASES:
-            number = right.get(alias)
-            if number is None and alias in there:
+            if (number := right.get(alias)) is None and alias in there:
                 client.delete_registered_model_alias(history.model, alias)
             elif number is not None and number in versions and number != there.get(alias):
                 client.set_registered_model_alias(history.model, alias, str(number))
@@ -151,8 +150,7 @@ def resolve_alias(client: MlflowClient, model: str, alias: str) -> int | None:
     registered = none_if_missing(client.get_registered_model, model)
     on_record, there = _newest(registered), _aliases(registered)
     ledger = Ledger.of(model)
-    head = ledger.head(on_record)
-    if head is not None and (there != head.aliases or head.number not in on_record):
+    if (head := ledger.head(on_record)) is not None and (there != head.aliases or head.number not in on_record):
         head = project(client, ledger).head
     return (head.aliases if head else there).get(alias)
 

@@ -34,8 +34,7 @@ def require_champion(params: Params) -> None:
 
 def champion_problem(client: MlflowClient, history: History) -> str | None:
     """Describe in one line what is wrong with the champion, if any, with possible fixes; None if nothing is."""
-    number = history.standing.champion
-    if number is None or (words := _problem(client, history, number)) is None:
+    if (number := history.standing.champion) is None or (words := _problem(client, history, number)) is None:
         return None
     hints = _recovery_hints(client, history)
     return f"version {number} of {history.model} is champion by the ledger, and {words}: {hints}"
@@ -43,14 +42,11 @@ def champion_problem(client: MlflowClient, history: History) -> str | None:
 
 def _problem(client: MlflowClient, history: History, number: int) -> str | None:
     """Reason why version ``number`` can neither be compared nor become champion; None if it can."""
-    version = registered_version(client, history.model, number)
-    if version is None:
+    if (version := registered_version(client, history.model, number)) is None:
         return "is not in MLflow's registry any more"
-    entry = history.about(number)
-    if entry is not None and entry.weights_sha256 != version.weights_sha256:
+    if (entry := history.about(number)) is not None and entry.weights_sha256 != version.weights_sha256:
         return "MLflow's registry has other weights under that number"
-    size = model_versions.weights_size(version)
-    if size is None or not version.weights_sha256:
+    if (size := model_versions.weights_size(version)) is None or not version.weights_sha256:
         return "its weights are gone"
     cached = settings().folder / "models" / f"{version.weights_sha256}.safetensors"
     if cached.is_file() and cached.stat().st_size != size:
@@ -151,8 +147,7 @@ def _done(client: MlflowClient, ledger: Ledger, version: Version, already: bool)
 
 def _usable(client: MlflowClient, history: History, number: int, taken_down: bool) -> Version:
     """Look up version ``number``; raises UserError unless it can be champion."""
-    version = registered_version(client, history.model, number)
-    if version is None:
+    if (version := registered_version(client, history.model, number)) is None:
         raise UserError(
             f"models:/{history.model}/{number} is not in the registry: `darkroom promote --to NUMBER` takes one that is"
         )
@@ -161,8 +156,7 @@ def _usable(client: MlflowClient, history: History, number: int, taken_down: boo
     if not version.weights_sha256 or model_versions.weights_size(version) is None:
         raise UserError(f"{version.uri} has no weights ({WEIGHTS}, artifacts/weights.safetensors): promote another one")
     version = with_takedowns(version)
-    words = takedowns(version)
-    if words and not taken_down:
+    if (words := takedowns(version)) and not taken_down:
         raise UserError(
             f"{words}, or say with `darkroom promote --to {number} --taken-down` that it may be champion all the same"
         )

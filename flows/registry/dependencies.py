@@ -105,8 +105,7 @@ def resolve_params(params: Params, dry_run: bool = False) -> ResolvedParams:
     autoencoder, start, ready = None, None, params
     if (uri := registered(params)) is not None:
         autoencoder = with_takedowns(model_versions.resolve(MlflowClient(), uri))
-        model = params.model.model_copy(update={"autoencoder": _file(autoencoder)})
-        ready = ready.model_copy(update={"model": model})
+        ready = ready.model_copy(update={"model": params.model.model_copy(update={"autoencoder": _file(autoencoder)})})
     if (uri := registered_start(params)) is not None:
         start = current_start(params, uri) if dry_run else resolve_start(params, uri)
         start = start and with_takedowns(start)

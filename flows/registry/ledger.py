@@ -210,8 +210,7 @@ class History:
 
     def require_same(self, version: int, weights_sha256: str) -> None:
         """Raise UserError if the ledger knows other weights as ``version``, as after a reset of the registry."""
-        entry = self.about(version)
-        if entry is not None and entry.weights_sha256 != weights_sha256:
+        if (entry := self.about(version)) is not None and entry.weights_sha256 != weights_sha256:
             raise UserError(
                 f"the ledger knows other weights as version {version} of {self.model} than the registry, which was "
                 "reset: give registry.model another name"
@@ -333,17 +332,14 @@ class Ledger(NumberedObjects):
         entries, reasons = self._chain(self._objects(listed), known)
         here, foreign = {entry.number for entry in entries}, {}
         for each in listed:
-            number = self.number(each)
-            if number not in here:
+            if (number := self.number(each)) not in here:
                 unread = f"is larger than {LARGEST} bytes, or was deleted just now"
                 reason = reasons.get(number, unread) if number else "is not named like an entry"
                 foreign[each.key.removeprefix(self.place.key(""))] = reason
         return History(self.model, tuple(entries), foreign)
 
     def append(
-        self,
-        decide: Callable[[History], LedgerEntry | None],
-        known: Callable[[], Known] = lambda: NOTHING,
+        self, decide: Callable[[History], LedgerEntry | None], known: Callable[[], Known] = lambda: NOTHING
     ) -> History:
         """Commit the entry that ``decide`` returns for the history, or nothing if it returns None.
 
@@ -385,10 +381,7 @@ class Ledger(NumberedObjects):
             return {number: data for number, data in found if data is not None}
 
     def _chain(self, objects: Mapping[int, bytes], known: Known) -> tuple[list[LedgerEntry], dict[int, str]]:
-        """Entries in order, and by number the reason why an object is none; raises UserError as ``read`` does.
-
-        The entries up to the newest recorded one are those that it stands on, followed back by their parents' digests.
-        """
+        """Entries in order, and by number the reason why an object is none; raises UserError as ``read`` does."""
         found = {number: entry for number, data in objects.items() if (entry := self._entry(number, data))}
         for number, digest in sorted(known.items(), reverse=True):
             if number not in found or found[number].digest != digest:
@@ -400,8 +393,7 @@ class Ledger(NumberedObjects):
         above = found[max(known)] if known else None
         while above is not None:
             recorded.add(above.number)
-            below = by_digest.get(above.parent or "")
-            if below is None and above.parent is not None:
+            if (below := by_digest.get(above.parent or "")) is None and above.parent is not None:
                 words = f"is missing or was altered, and {object_name(above.number)} stands on it"
                 raise self._broken(object_name(max(above.number - 1, 1)), words)
             above = below

@@ -208,8 +208,7 @@ def find(client: MlflowClient, model: str, digest: str) -> Version | None:
 
     Later ones without a ledger entry, which slower processes registered, are deleted in MLflow.
     """
-    found = client.search_model_versions(f"name='{model}' and tags.`{WEIGHTS}`='{digest}'")
-    if not found:
+    if not (found := client.search_model_versions(f"name='{model}' and tags.`{WEIGHTS}`='{digest}'")):
         return None
     first, *later = sorted(int(each.version) for each in found)
     history = verified(client, Ledger.of(model)) if later else None
@@ -223,8 +222,7 @@ def find(client: MlflowClient, model: str, digest: str) -> Version | None:
 
 def logged_models(client: MlflowClient, run_id: str, digest: str) -> list[LoggedModel]:
     """Models that a run logged with the weights of the SHA-256 ``digest``, complete or not."""
-    experiment = client.get_run(run_id).info.experiment_id
-    found = client.search_logged_models([experiment], f"tags.`{WEIGHTS}` = '{digest}'")
+    found = client.search_logged_models([client.get_run(run_id).info.experiment_id], f"tags.`{WEIGHTS}` = '{digest}'")
     return [model for model in found if model.source_run_id == run_id]
 
 

@@ -69,7 +69,6 @@ class ServedModel(PythonModel):
 
 
 def _parse_cell(name: str, value: Any) -> Any:
-    """Convert a cell of column ``name`` to a Python value; None if it is empty."""
     if value is None or (pd.api.types.is_scalar(value) and pd.isna(value)):
         return None
     if name in FILES:

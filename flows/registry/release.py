@@ -111,8 +111,7 @@ def pack(uri: str, folder: Path) -> None:
     entry = history.about(version.number)
     _download(version.uri, folder / MODEL)
     for name in CARRIED:
-        parent = name.rpartition("/")[0] or None
-        if name in {item.path for item in client.list_artifacts(version.run_id, parent)}:
+        if name in {item.path for item in client.list_artifacts(version.run_id, name.rpartition("/")[0] or None)}:
             _download(f"runs:/{version.run_id}/{name}", folder / RUN / name)
     run = client.get_run(version.run_id)
     points = [point for name in sorted(run.data.metrics) for point in client.get_metric_history(version.run_id, name)]
@@ -153,10 +152,8 @@ def register(bundle: ModelBundle, folder: Path, where: str) -> Version:
     client, model, digest = MlflowClient(), bundle.version.model, bundle.version.weights_sha256
     # Other processes on this machine that release the same version use other folders.
     with FileLock(settings().folder / "release.lock"):
-        version = model_versions.find(client, model, digest)
-        if version is None:
-            run = _copy_run(client, bundle, folder, where)
-            model_uri = _log_model(client, digest, folder, run)
+        if (version := model_versions.find(client, model, digest)) is None:
+            model_uri = _log_model(client, digest, folder, _copy_run(client, bundle, folder, where))
             tags = {name: value for name, value in bundle.version.tags.items() if not name.startswith(COPY)}
             version = model_versions.register_once(client, model_uri, model, digest, tags | {RELEASED_FROM: where})
     if not client.get_model_version(model, str(version.number)).description:
@@ -192,8 +189,7 @@ def _copy_run(client: MlflowClient, bundle: ModelBundle, folder: Path, where: st
 def _log_model(client: MlflowClient, weights_sha256: str, folder: Path, run: MlflowRun) -> str:
     """Log the version's files as a model of its run, continuing one that a killed release left."""
     run_id, tags = run.info.run_id, {WEIGHTS: weights_sha256}
-    model = next(iter(model_versions.logged_models(client, run_id, weights_sha256)), None)
-    if model is None:
+    if (model := next(iter(model_versions.logged_models(client, run_id, weights_sha256)), None)) is None:
         model = client.create_logged_model(run.info.experiment_id, "released", run_id, tags)
     if model.status != LoggedModelStatus.READY:
         client.log_model_artifacts(model.model_id, str(folder / MODEL))

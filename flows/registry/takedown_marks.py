@@ -197,8 +197,7 @@ def _with_note(text: str | None, note: str) -> str:
 def require_current(folder: Path, tracker: RunTracker | None = None) -> None:
     """Raise UserError if the data set in ``folder`` holds images taken down anywhere; marks the run first."""
     recorded = Catalog.of(folder.name, data_source())
-    held = recorded.held_removals(folder)
-    if not held:
+    if not (held := recorded.held_removals(folder)):
         return
     if tracker is not None:
         marked = tracker.client.get_run(tracker.run_id).data.tags.get(TAKEDOWN)
@@ -247,11 +246,9 @@ def with_takedowns(version: Version) -> Version:
 
 
 def _removed_since(dataset: str, content: str) -> list[Removal]:
-    """Takedown records of images in the versions of ``dataset`` with the content digest ``content``."""
     source, folder = data_source(), dataset_folder(dataset)
     recorded = Catalog.of(dataset, source)
-    removals = list(recorded.removals())
-    if not removals:
+    if not (removals := list(recorded.removals())):
         return []
     known = known_versions(folder) if (folder / "manifest.json").is_file() else {}
     learned_from = [each for each in known.values() if each.content_digest == content] or [

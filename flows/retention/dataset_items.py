@@ -124,13 +124,11 @@ class DataSets:
             return "keep", f"{why}: brought back"
         if current:
             return "keep", f"current in {dataset_folder(version.name)}: brought back"
-        over = self.now - since >= self.policy.grace
-        if over and doubt is not None:
+        if (over := self.now - since >= self.policy.grace) and doubt is not None:
             return "set aside", doubt
         return "delete" if over else "set aside", f"since {since:%Y-%m-%d %H:%M} UTC"
 
     def _retire(self, version: Manifest) -> None:
-        """Keep the manifest under ``retired/``, then withdraw the version from the catalog."""
         key = f"{RETIRED}/{version.name}/{version.digest}.json"
         # The time of an older mark would end the grace period at once.
         self.store.delete_many(self.bucket, [key])
@@ -192,7 +190,6 @@ class DataSets:
         return any(datetime.now(UTC) - each.written < self.policy.grace for each in found)
 
     def _listed(self, prefix: str, pattern: re.Pattern[str]) -> dict[tuple[str, str], datetime]:
-        """Times of writing of the objects named by ``pattern``, by data set and digest."""
         found = {}
         for each in self.store.list_objects(self.bucket, prefix):
             if named := pattern.fullmatch(each.key):

@@ -8,7 +8,7 @@ deletes a batch that was sampled later. Runs in MLflow are marked as deleted, an
 import re
 from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import cached_property
@@ -230,7 +230,6 @@ class SamplingBatches:
             self.store.put_once(self.bucket, f"{DELETED}/{batch.place.prefix}", b"")
 
     def _delete(self, batch: StoredBatch) -> None:
-        """Delete all current objects of the batch if it is marked."""
         if not self.store.exists(self.bucket, f"{DELETED}/{batch.place.prefix}"):
             return
         # Twice, for objects of a job that had not seen the mark; the job finds the mark before it ends.
@@ -332,8 +331,7 @@ class Runs:
 
     def _act(self) -> None:
         for run in self.runs:
-            run_id = run.info.run_id
-            action, _ = self.actions[run_id]
+            run_id, (action, _) = run.info.run_id, self.actions[run.info.run_id]
             if action == "keep" and _is_deleted(run) and SET_ASIDE in run.data.tags:
                 # A version was registered from it after all.
                 self.client.restore_run(run_id)
@@ -356,8 +354,7 @@ class Runs:
     def _action(self, run: Run) -> tuple[Action, str]:
         policy, why = self.policy, self.live.runs.get(run.info.run_id)
         if _is_deleted(run):
-            aside = run.data.tags.get(SET_ASIDE)
-            if aside is None:
+            if (aside := run.data.tags.get(SET_ASIDE)) is None:
                 return "keep", "a person deleted them: `mlflow gc` is theirs to run"
             if why is not None:
                 return "keep", f"{why}: brought back"
@@ -367,8 +364,7 @@ class Runs:
                 return "keep", f"the tag {SET_ASIDE} of runs:/{run.info.run_id} is no time: delete the tag, or the run"
             if self.live.unclear is not None:
                 return "set aside", self.live.unclear
-            over = self.now - since >= policy.grace
-            return "delete" if over else "set aside", f"since {since:%Y-%m-%d %H:%M} UTC"
+            return "delete" if self.now - since >= policy.grace else "set aside", f"since {since:%Y-%m-%d %H:%M} UTC"
         if why is not None:
             return "keep", why
         # A killed training is never marked as ended: its last report counts.
@@ -382,7 +378,6 @@ class Runs:
 
     @cached_property
     def _models(self) -> dict[str, list[LoggedModel]]:
-        """Models that each run has logged."""
         found: dict[str, list[LoggedModel]] = {}
         for model in _logged_models(sorted({run.info.experiment_id for run in self.runs})):
             found.setdefault(model.source_run_id or "", []).append(model)
@@ -404,7 +399,6 @@ def sweep_local_files(
     items: list[Item] = []
 
     def add(kind: str, path: Path, used: datetime, size: int, going: bool, gone: str, stays: str) -> None:
-        """Add an item that goes as it is old and ``gone``, or ``stays`` for that reason."""
         why = f"{age(used, now)}, {gone}" if going else stays
         items.append(Item(kind=kind, name=str(path), bytes=size, action="delete" if going else "keep", why=why))
 
@@ -441,11 +435,9 @@ def sweep_local_files(
                 continue
             if item.kind == "run folders":
                 discard(path)
-            elif item.kind == "fetched shards":
-                # Processes that fetch shards count the folder's files under this lock.
-                with FileLock(path.parent / ".lock"):
-                    path.unlink(missing_ok=True)
-            else:
+                continue
+            # Processes that fetch shards count the folder's files under this lock.
+            with FileLock(path.parent / ".lock") if item.kind == "fetched shards" else nullcontext():
                 path.unlink(missing_ok=True)
 
     return Sweep(items, act)

@@ -39,8 +39,6 @@ from flows.sampling.sampling_batch import BATCH, DELETED, MANIFEST, RESUMED, SUC
 from flows.storage.s3 import Denied, Location, Missing, Object, Store
 
 JSON, JSON_LINES, PNG, TAR = "application/json", "application/jsonl", "image/png", "application/x-tar"
-
-
 ImageGroup = list[tuple[int, Tensor, str | None, Conditions]]
 """Consecutive images: number, pixels (C, H, W) uint8, label, and conditions of the group."""
 
@@ -116,7 +114,6 @@ def _fingerprint(sampling: SamplingConfig) -> Fingerprint:
 def _generate(
     batch: SamplingBatch, weights: Path, indices: range, table: RequestTable | None, at_once: int
 ) -> Iterator[ImageGroup]:
-    """Generate the images, ``at_once`` compute batches at a time."""
     model, size = load_model(weights), at_once * batch.sampling.compute_batch
     for start in range(indices.start, indices.stop, size):
         group = range(start, min(start + size, indices.stop))
@@ -171,13 +168,11 @@ def _put_tar(store: Store, batch: SamplingBatch, place: Location, name: str, gro
 
 
 def _has_images(store: Store, batch: SamplingBatch, place: Location, chunk: int) -> bool:
-    """Whether all images of a chunk exist."""
     if batch.format == "tar":
         return store.exists(place.bucket, place.key(sampling_batch.tar_key(chunk)))
     expected = [place.key(sampling_batch.image_key(index)) for index in batch.chunks()[chunk]]
     # The listing starts after a key that sorts just before the first image.
-    keys = store.list_keys(place.bucket, place.key(""), after=expected[0][:-1])
-    return list(islice(keys, len(expected))) == expected
+    return list(islice(store.list_keys(place.bucket, place.key(""), after=expected[0][:-1]), len(expected))) == expected
 
 
 def unfinished(store: Store, batch: SamplingBatch, place: Location) -> list[int]:
@@ -279,8 +274,7 @@ def plan(
             "keeps it busy: set it to 1, or use processes"
         )
     model = load_model(weights)
-    table = _table(store, model, sampling, conditions, requests)
-    if table is None:
+    if (table := _table(store, model, sampling, conditions, requests)) is None:
         check_sampling(model, sampling, conditions)
         check_prompts(conditions)
     prompt_embeddings(model, conditions)

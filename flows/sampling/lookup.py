@@ -157,9 +157,7 @@ def pixels_sha256(pixels: np.ndarray | None) -> str | None:
 
 
 def _locate_copy(where: str, png: bytes, store: Store, bucket: str) -> SampleLocation:
-    """Locate the batch of a copied image by the provenance in its PNG."""
-    origin = _read_origin(png)
-    if origin is None:
+    if (origin := _read_origin(png)) is None:
         raise UserError(
             f"{where} names no registered model that made it: it is no image of ours, is of a model in a file, or "
             "was saved again without its PNG metadata; give the address that it was sampled to"
@@ -180,7 +178,6 @@ def _locate_copy(where: str, png: bytes, store: Store, bucket: str) -> SampleLoc
 
 
 def _locate_requested(where: str, png: bytes, origin: Origin) -> SampleLocation:
-    """Locate an image made on request, with the ``request.json`` beside it if there is one."""
     beside = Path(where).with_name(ABOUT)
     try:
         request = RequestRecord.model_validate_json(beside.read_bytes()) if beside.is_file() else None
@@ -226,8 +223,7 @@ def _read_row(store: Store, place: Location, batch: SamplingBatch, index: int) -
 
 
 def _read_origin(png: bytes) -> Origin | None:
-    image = _open_png(png)
-    if image is None:
+    if (image := _open_png(png)) is None:
         return None
     texts = {name.removeprefix("darkroom:"): text for name, text in image.text.items() if name.startswith("darkroom:")}
     try:

@@ -31,10 +31,8 @@ from flows.storage.tags import RunId, VersionNumber
 if TYPE_CHECKING:
     from _typeshed import SupportsWrite
 
-
 Row = dict[str, Any]
 """Row of a manifest, with the fields of ``ManifestRow``."""
-
 BATCH, MANIFEST, SUCCESS = "batch.json", "manifest.parquet", "_SUCCESS"
 """Names of the first object of a batch, and of the last two."""
 PARQUET = "application/vnd.apache.parquet"
@@ -240,8 +238,7 @@ def part_rows(part: bytes, where: str) -> list[Row]:
     """Parse a part of the manifest; raises UserError that names ``where`` it lies if it is not one."""
     try:
         # Not splitlines(): texts may contain Unicode line separators.
-        lines = part.split(b"\n")[:-1]
-        return [ManifestRow.model_validate_json(line).model_dump(exclude_unset=True) for line in lines]
+        return [ManifestRow.model_validate_json(line).model_dump(exclude_unset=True) for line in part.split(b"\n")[:-1]]
     except ValidationError as error:
         raise UserError(
             f"{where} is no part of a manifest ({_in_words(error)}): delete it, and give the same `darkroom sample` "

@@ -104,7 +104,6 @@ class Claims(NumberedObjects):
                 return made
 
     def _claims(self) -> Iterator[tuple[int, str | None]]:
-        """Number and name of each claim; None for foreign objects."""
         for listed in self.listed():
             if number := self.number(listed):
                 try:

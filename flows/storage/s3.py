@@ -183,8 +183,7 @@ def is_conflict(error: BaseException) -> bool:
     """Whether two writers collided in the server (409), or a conflicting object was gone when it was read (404)."""
     if not isinstance(error, ClientError):
         return False
-    code = error.response["Error"]["Code"]
-    return code in {"ConditionalRequestConflict", "OperationAborted"} or (
+    return error.response["Error"]["Code"] in {"ConditionalRequestConflict", "OperationAborted"} or (
         error.operation_name in {"HeadObject", "GetObject"} and status_of(error) == 404
     )
 
@@ -447,7 +446,6 @@ class S3Objects:
 
 
 def _split(uri: str) -> tuple[str, str]:
-    """Split ``uri`` into bucket and key, which may be any key that S3 allows."""
     bucket, _, key = uri.removeprefix("s3://").partition("/")
     return Location.parse(f"s3://{bucket}").bucket, key
 

@@ -33,10 +33,7 @@ class Tags(BaseModel):
     """Darkroom's tags of a model version or a run; None for missing tags. Other tags are ignored."""
 
     model_config = ConfigDict(
-        extra="ignore",
-        frozen=True,
-        use_attribute_docstrings=True,
-        alias_generator=lambda name: f"{PREFIX}{name}",
+        extra="ignore", frozen=True, use_attribute_docstrings=True, alias_generator=lambda name: f"{PREFIX}{name}"
     )
 
     weights_sha256: Sha256 | None = None

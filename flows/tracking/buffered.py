@@ -138,8 +138,7 @@ class BufferedTracker:
             try:
                 count = self._send(left)
             except UNANSWERED as error:
-                trouble = " ".join(str(error).split())[:300]
-                if trouble != self._trouble:
+                if (trouble := " ".join(str(error).split())[:300]) != self._trouble:
                     logger.warning("MLflow is unavailable; metrics are buffered in %s: %s", self.folder, trouble)
                 self._trouble = trouble
                 time.sleep(PAUSE)
@@ -150,7 +149,6 @@ class BufferedTracker:
             self.delivered += count
 
     def _send(self, left: list[Record]) -> int:
-        """Deliver the first records of ``left``; returns their number."""
         first = left[0]
         if "image" in first:
             with Image.open(self.folder / first["file"]) as image:
@@ -166,7 +164,6 @@ class BufferedTracker:
         data = self.log.read_bytes() if self.log.is_file() else b""
         # A power failure may leave zeros at the end.
         whole = data.split(b"\0")[0]
-        whole = whole[: whole.rfind(b"\n") + 1]
-        if whole != data:
+        if (whole := whole[: whole.rfind(b"\n") + 1]) != data:
             write_bytes(self.log, whole)
         return [json.loads(line) for line in whole.splitlines()]

@@ -48,8 +48,7 @@ class Pace:
 
     def words(self, done: int, total: int | None) -> str:
         """Rate and remaining time as text; empty if unknown."""
-        rate = (done - (self.started_at or 0)) / max(time.monotonic() - self.started, 1e-9)
-        if rate <= 0:
+        if (rate := (done - (self.started_at or 0)) / max(time.monotonic() - self.started, 1e-9)) <= 0:
             return ""
         per_second = f"{rate:,.0f}/s" if rate >= 10 else f"{rate:.2g}/s"
         if total is None or done >= total:

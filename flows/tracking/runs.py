@@ -102,8 +102,7 @@ def image_marker(name: str) -> str:
 
 def find_run(client: MlflowClient, experiment: str, tag: str, value: str) -> MlflowRun | None:
     """Find the run of ``experiment`` whose ``tag`` is ``value``, of several the one claimed first; or None."""
-    entity = client.get_experiment_by_name(experiment)
-    if entity is None:
+    if (entity := client.get_experiment_by_name(experiment)) is None:
         return None
     claimed = Claims.of(experiment, value).holder(
         lambda run_id: _is_of(client, entity.experiment_id, run_id, tag, value)
@@ -124,8 +123,7 @@ def one_run(client: MlflowClient, experiment: str, tag: str, value: str, name: s
         experiment_id(client, experiment), tags={tag: value}, run_name=name
     )
     within = run.info.experiment_id
-    claims = Claims.of(experiment, value)
-    claimed = claims.claim(run.info.run_id, lambda each: _is_of(client, within, each, tag, value))
+    claimed = Claims.of(experiment, value).claim(run.info.run_id, lambda each: _is_of(client, within, each, tag, value))
     for each in client.search_runs([within], f"tags.`{tag}` = '{value}'"):
         if each.info.run_id != claimed and not each.data.metrics and not each.data.params:
             client.delete_run(each.info.run_id)
