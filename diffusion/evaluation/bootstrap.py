@@ -81,8 +81,7 @@ class Replicates:
         """Return the metric with its standard error."""
         found = _estimate(self.value, self.halves, self.samples, self.reference)
         if self.figure in ("precision", "recall", "coverage"):
-            count = self.samples if self.figure == "precision" else self.reference
-            return Share(**found.model_dump(), count=count)
+            return Share(**found.model_dump(), count=self.samples if self.figure == "precision" else self.reference)
         return found
 
 
@@ -211,8 +210,7 @@ class _HalvedSet:
         self.features = features
         self.members = draw_halves(len(features), stream, splits)
         self.half = len(features) // 2
-        few = self.half <= features.shape[1]
-        self.sums = None if few else _sums(features, torch.arange(2 * self.half))
+        self.sums = None if self.half <= features.shape[1] else _sums(features, torch.arange(2 * self.half))
 
     def at(self, split: int) -> tuple[Gaussian, Gaussian]:
         """Return the Gaussians of both halves of a cut."""
@@ -266,8 +264,7 @@ def kid_of_halves(
         for samples in sets:
             of_samples = draw_halves(len(samples), "samples", splits)
             across = _across(samples, reference, of_samples, of_reference, progress)
-            values = _within(samples, of_samples, progress) + within_reference - 2 * across
-            found.append(values.view(-1, 2))
+            found.append((_within(samples, of_samples, progress) + within_reference - 2 * across).view(-1, 2))
     return found
 
 
@@ -283,8 +280,7 @@ def _within(x: Tensor, members: Tensor, progress: Progress) -> Tensor:
         block[:, ROWS:] *= 2
         return (members[:, start : start + ROWS].T * (block @ columns[start:])).sum(0)
 
-    sums = _added(of_block, len(x), progress)
-    return (sums - members.double() @ itself) / (counts * (counts - 1))
+    return (_added(of_block, len(x), progress) - members.double() @ itself) / (counts * (counts - 1))
 
 
 def _across(x: Tensor, y: Tensor, of_x: Tensor, of_y: Tensor, progress: Progress) -> Tensor:
@@ -299,12 +295,8 @@ def _across(x: Tensor, y: Tensor, of_x: Tensor, of_y: Tensor, progress: Progress
 
 
 def _added(of_block: Callable[[int], Tensor], count: int, progress: Progress) -> Tensor:
-    """Sum over blocks of ROWS of ``count`` in a fixed order, whichever finishes first.
-
-    In double precision: billions of single-precision kernels would leave no digit of a small distance.
-    """
-    blocks = over_blocks(of_block, count, ROWS, "KID of halves", progress)
-    return sum(blocks, torch.zeros((), dtype=torch.float64))
+    """Sum over blocks in a fixed order, in float64: billions of float32 kernels leave no digit of a small distance."""
+    return sum(over_blocks(of_block, count, ROWS, "KID of halves", progress), torch.zeros((), dtype=torch.float64))
 
 
 TABLE = 64
@@ -383,10 +375,7 @@ def _shares(
 
 
 def _radii(features: Tensor, members: Tensor, counts: Sequence[int], progress: Progress) -> list[Tensor]:
-    """Compute the squared distance of n features to their k-th neighbour in their half, for k in ``counts``: (H, n).
-
-    −1, nearer than anything, for features that are not in that half.
-    """
+    """Compute squared distances to the k-th neighbour in each half, for k in ``counts``: (H, n), −1 outside it."""
     distances, neighbours = _nearest(features, progress)
     found = [torch.empty(members.shape, dtype=features.dtype) for _ in counts]
 

@@ -157,8 +157,7 @@ def _write(evaluation: Evaluation, sheets: Sheets, output: Path) -> None:
             path.unlink(missing_ok=True)
     _write_csv(output / "scores.csv", [{"images": each.images, **each.metrics()} for each in evaluation.checkpoints])
     # In a separate file: on one curve it would not show that they rest on fewer images.
-    preliminary = [{"images": each.images, **each.selection_metric.metrics()} for each in evaluation.preliminary]
-    if preliminary:
+    if preliminary := [{"images": each.images, **each.selection_metric.metrics()} for each in evaluation.preliminary]:
         _write_csv(output / "preliminary.csv", preliminary)
     else:
         (output / "preliminary.csv").unlink(missing_ok=True)
@@ -220,12 +219,10 @@ def findings(evaluation: Evaluation) -> list[str]:
     else:
         times = f"{gap / error:,.0f} times the standard error"
         said = [f"Its KID lies {plain(gap)} above that of real images, {times}."]
-    others = [each for each in evaluation.checkpoints if each.sha256 != best.sha256]
-    if others:
+    if others := [each for each in evaluation.checkpoints if each.sha256 != best.sha256]:
         second = min(others, key=lambda each: each.scores.kid)
         error = math.hypot(best.scores.kid_se, second.scores.kid_se)
-        lead = second.scores.kid - best.scores.kid
-        within = "within" if lead <= 2 * error else "beyond"
+        within = "within" if second.scores.kid - best.scores.kid <= 2 * error else "beyond"
         said.append(f"Its lead over the next best ({second.images:,} images) is {within} two standard errors.")
     if evaluation.preliminary:
         fewest = min(each.selection_metric.count for each in evaluation.preliminary)
@@ -293,5 +290,4 @@ def score_cell(scores: Scores, name: str, estimates: Mapping[str, MetricEstimate
         return Cell()
     if name == "kid" and not estimates:
         return Cell(with_error(value, scores.kid_se))
-    text = f"{value:.3f}" if name in SHARES else signed(value)
-    return Cell(text, between(estimate.interval) if estimate else "")
+    return Cell(f"{value:.3f}" if name in SHARES else signed(value), between(estimate.interval) if estimate else "")

@@ -116,10 +116,7 @@ class Evaluator:
         else:
             extractor = make_extractor(config)
         self.real = RealImages(dataset, extractor, config.reference, config.samples, folder, task, progress)
-        self.config = config
-        self.sampling = sampling
-        self.folder = folder
-        self.progress = progress
+        self.config, self.sampling, self.folder, self.progress = config, sampling, folder, progress
         self.conditions = EvaluationConditions(
             content_digest=dataset.manifest.content_digest,
             extractor=extractor.name,
@@ -223,8 +220,7 @@ class ModelEvaluator:
     def __init__(self, path: Path, evaluator: Evaluator, samples: int, sampling: SamplingConfig, name: str) -> None:
         self.header = read_model_header(path)
         self.sha256, self.digest = sha256_file(path), model_digest(path)
-        self.path = path
-        self.evaluator = evaluator
+        self.path, self.evaluator = path, evaluator
         self.real = evaluator.real
         self.config = evaluator.config
         self.samples = samples if evaluator.real.small is None else min(samples, len(evaluator.real.shown))
@@ -287,8 +283,9 @@ class ModelEvaluator:
     @cached_property
     def features(self) -> Tensor:
         """Return the features of the generated images, (samples, D) float32."""
-        kept = cached(self.folder, self.features_key, lambda: {"features": self.real.extractor(self.images)})
-        return kept["features"]
+        return cached(self.folder, self.features_key, lambda: {"features": self.real.extractor(self.images)})[
+            "features"
+        ]
 
     @cached_property
     def scores(self) -> Scores:

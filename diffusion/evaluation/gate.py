@@ -232,8 +232,7 @@ def _headline(metrics: ComparisonMetrics, config: GateConfig) -> Finding:
     if high < 0:
         return _finding("headline", Verdict.reject, f"worse than the champion: {measured}")
     if high < smallest:
-        reason = f"not better by δ, as more images would only confirm: {measured}"
-        return _finding("headline", Verdict.hold, reason)
+        return _finding("headline", Verdict.hold, f"not better by δ, as more images would only confirm: {measured}")
     ahead = lead.value > smallest
     needed = images_needed(metrics.samples, lead, lead.value - smallest if ahead else smallest, c)
     advice = _advice("this lead" if ahead else "a lead of 2δ", needed, metrics)
@@ -289,10 +288,8 @@ def _cost(cost: Cost | None, limit: float) -> Finding:
 def _limited(
     rule: Rule, loss: Estimate, excess: Estimate, words: str, metrics: ComparisonMetrics, confidence: float
 ) -> Finding:
-    """Apply the limit on a loss: beyond it for certain rejects, a certain loss that may be beyond it holds.
-
-    A loss that chance explains is no objection: few samples would otherwise hold models that are as good.
-    """
+    """Reject a loss that is surely beyond the limit, and hold a sure one that may be beyond it."""
+    # A loss that chance explains is no objection: few samples would otherwise hold models that are as good.
     if loss.at_least(confidence) <= 0 or excess.at_most(confidence) <= 0:
         return _finding(rule, Verdict.promote, words)
     if excess.at_least(confidence) > 0:

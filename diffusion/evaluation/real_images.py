@@ -69,10 +69,7 @@ class RealImages:
         task: GenerationTask,
         progress: Progress,
     ) -> None:
-        self.dataset = dataset
-        self.extractor = extractor
-        self.folder = folder
-        self.task = task
+        self.dataset, self.extractor, self.folder, self.task = dataset, extractor, folder, task
         self.progress = progress
         self.train = dataset.rows("train")
         self.held_out = dataset.rows("held_out")[:count]
@@ -134,8 +131,7 @@ class RealImages:
     @property
     def shown_images(self) -> Tensor:
         """Return held-out images for display, (N, C, H, W) uint8; the inputs of super-resolution, if any."""
-        rows = self.shown if len(self.shown) else self.held_out
-        return self.dataset.images(rows[:SHOWN])
+        return self.dataset.images((self.shown if len(self.shown) else self.held_out)[:SHOWN])
 
     def key(self, rows: Rows) -> Key:
         """Return the cache key of the features of the images in ``rows``, in order."""

@@ -254,8 +254,7 @@ def edited(
             denoise = pigdm(denoise, known, kept, model.header.sigma_data)
             denoise = denoise if model.latents is not None else clipped(denoise)
         denoise = replace_known(denoise, known, kept)
-    sampler = config.build_sampler()
-    x = repaint(sampler, denoise, known + start, levels, noise, edit.stretch, edit.resample_steps)
+    x = repaint(config.build_sampler(), denoise, known + start, levels, noise, edit.stretch, edit.resample_steps)
     images = to_uint8(model.decoded(x))
     if edit.kept is None:
         return images
@@ -271,7 +270,6 @@ def count_evaluations(config: SamplingConfig, schedule: NoiseSchedule) -> int:
         evaluations += 1
         return x
 
-    guidance = 1.0 if config.guidance is None else config.guidance
-    denoise = guided(count, count, guidance, config.guidance_interval)
+    denoise = guided(count, count, 1.0 if config.guidance is None else config.guidance, config.guidance_interval)
     config.run(denoise, config.sigma_grid(schedule), lambda: torch.zeros(1, 1, 1, 1))
     return evaluations

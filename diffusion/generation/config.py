@@ -77,8 +77,7 @@ class GenerationRequest(Config):
 
     def sampling(self, configured: SamplingConfig) -> SamplingConfig:
         """Apply the request's options to ``configured``; raises UserError if they contradict each other."""
-        guidance = getattr(self, "guidance", None)
-        if guidance == 1:
+        if (guidance := getattr(self, "guidance", None)) == 1:
             # Its other options have no effect without guidance.
             configured = configured.unguided()
         if self.sampler is not None and self.sampler != configured.sampler:
@@ -203,8 +202,7 @@ REQUESTS: Mapping[Task, type[GenerationRequest]] = {
 def make_request(fields: Mapping[str, Any]) -> GenerationRequest:
     """Make the request with these ``fields``, None meaning left out; raises UserError if one does not fit the task."""
     given = {name: value for name, value in fields.items() if value is not None}
-    task = given.get("task", "sample")
-    if task not in REQUESTS:
+    if (task := given.get("task", "sample")) not in REQUESTS:
         raise UserError(f"there is no task {task!r}: use {', '.join(REQUESTS)}")
     try:
         return REQUESTS[task].model_validate(given)

@@ -77,8 +77,7 @@ def sample(
             batch = ConditioningBatch(conditioning, lambda: fresh().to(device), negative, edit)
             return model.sample(batch, config, device)
 
-        finished = pool.map(generate, batches)
-        for number, (members, images) in enumerate(zip(batches, finished, strict=True), start=1):
+        for number, (members, images) in enumerate(zip(batches, pool.map(generate, batches), strict=True), start=1):
             generated |= zip(members, images, strict=True)
             progress("images sampled", min(number * size, len(indices)), len(indices))
     return torch.stack([generated[index] for index in indices])
@@ -119,8 +118,7 @@ def check_sampling_options(model: FamilyConfig, config: SamplingConfig) -> None:
     """Raise UserError for a setting that has no effect for the family or the task of ``model``."""
     if problem := sampling_conflict(model, config):
         raise UserError(problem)
-    noise = config.low_resolution_noise
-    if noise is None:
+    if (noise := config.low_resolution_noise) is None:
         return
     if not isinstance(model, ModelConfig) or model.low_resolution is None:
         raise UserError(
@@ -219,8 +217,7 @@ def labels_of(model: Model, indices: Sequence[int], seed: int, conditions: Condi
         names: list[str | None] = [*model.classes, None]
         return torch.tensor([names.index(conditions.label(index)) for index in indices])
     counts = torch.tensor([model.header.class_histogram[label] for label in model.classes])
-    shares = counts.cumsum(0).double() / counts.sum()
-    return torch.searchsorted(shares, uniform(seed, "label", indices), right=True)
+    return torch.searchsorted(counts.cumsum(0).double() / counts.sum(), uniform(seed, "label", indices), right=True)
 
 
 def reconstructed(model: Model, images: Tensor, config: SamplingConfig) -> Tensor:
@@ -233,8 +230,7 @@ def reconstructed(model: Model, images: Tensor, config: SamplingConfig) -> Tenso
         # The last batch is padded with its last image, so that all have one shape.
         padded = batch[torch.arange(config.compute_batch).clamp(max=len(batch) - 1)]
         with autocast(config.precision, device):
-            images = autoencoder.decode(autoencoder.encode(to_float(padded).to(device)))
-            return to_uint8(images)[: len(batch)].cpu()
+            return to_uint8(autoencoder.decode(autoencoder.encode(to_float(padded).to(device))))[: len(batch)].cpu()
 
     with repeatable(device), worker_threads(None if device.type == "cpu" else 1) as pool:
         return torch.cat(list(pool.map(reconstruct, torch.split(images, config.compute_batch))))

@@ -170,7 +170,14 @@ def sampling_of(model: Model, request: GenerationRequest, configured: SamplingCo
 def _input_of(model: Model, request: GenerationRequest) -> Edit | Tensor | None:
     """Decode the images of ``request``: an edit, or the image to upscale, (C, h, w) uint8."""
     if isinstance(request, UpscaleRequest):
-        return _small_image(model, request)
+        small = _channels_first(_decoded(unscaled, request.image, "image", MAX_SIZE // 2, model.header.channels))
+        check_images(model, small[None])
+        if (pixels := request.count * small[0].numel() * scale_of(model) ** 2) > MAX_PIXELS:
+            raise UserError(
+                f"{pixels / 1e6:.1f} million pixels in all would be generated at once, and {MAX_PIXELS / 1e6:.1f} may "
+                "be: give a smaller image, or ask for fewer"
+            )
+        return small
     if not isinstance(request, InpaintRequest | Img2ImgRequest):
         return None
     channels, size, _ = model.shape
@@ -187,18 +194,6 @@ def _input_of(model: Model, request: GenerationRequest) -> Edit | Tensor | None:
         edit = Edit(image, kept, request.strength, request.resample_steps or 1, guided=request.method == "pigdm")
     check_edit(model, edit)
     return edit
-
-
-def _small_image(model: Model, request: UpscaleRequest) -> Tensor:
-    small = _channels_first(_decoded(unscaled, request.image, "image", MAX_SIZE // 2, model.header.channels))
-    check_images(model, small[None])
-    pixels = request.count * small[0].numel() * scale_of(model) ** 2
-    if pixels > MAX_PIXELS:
-        raise UserError(
-            f"{pixels / 1e6:.1f} million pixels in all would be generated at once, and {MAX_PIXELS / 1e6:.1f} may be: "
-            "give a smaller image, or ask for fewer"
-        )
-    return small
 
 
 def _channels_first(pixels: np.ndarray) -> Tensor:
@@ -232,11 +227,10 @@ def generate_to_folder(
     # Images are shared, so they carry a digest instead of a local path.
     origin = {**(origin or {"model": f"sha256:{digest}"}), "content_digest": model.header.content_digest}
     effective = sampling_of(model, request, sampling)
-    fields = request.model_dump(exclude_none=True)
     about = RequestRecord(
         request={
             name: {"sha256": sha256_bytes(value)} if isinstance(value, bytes) else value
-            for name, value in fields.items()
+            for name, value in request.model_dump(exclude_none=True).items()
         },
         sampling=effective,
         model=origin | {"weights_sha256": digest},

@@ -64,8 +64,7 @@ class GenerationTask:
 
     def conditioning(self, images: Tensor) -> Conditioning:
         """Make the small version of each image at full size, (N, C, H, W) float32, and a noise level of 0, (N,)."""
-        small = self.inputs(images)
-        if small is None:
+        if (small := self.inputs(images)) is None:
             return {}
         return {"low": enlarged(small, images.shape[-1] // small.shape[-1]), "level": torch.zeros(len(images))}
 
@@ -181,8 +180,7 @@ def make_tiles(height: int, width: int, size: int, scale: int, device: torch.dev
 
 def starts(length: int, size: int) -> list[int]:
     """Compute evenly spaced starts of tiles of ``size`` that cover ``length``, with the overlap of ``OVERLAP``."""
-    stride = size - max(1, size // OVERLAP)
-    count = 1 + math.ceil((length - size) / stride)
+    count = 1 + math.ceil((length - size) / (size - max(1, size // OVERLAP)))
     return [round(number * (length - size) / max(count - 1, 1)) for number in range(count)]
 
 

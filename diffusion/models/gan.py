@@ -66,8 +66,7 @@ class Generator(nn.Module):
         self.no_class = classes
         """Index of the unconditional class."""
         self.classes = nn.Embedding(classes + 1, config.latent) if classes else None
-        inputs = config.latent * (2 if classes else 1)
-        self.begin = _scaled(nn.Linear(inputs, widths[0] * low**2, bias=False), gain=1)
+        self.begin = _scaled(nn.Linear(config.latent * (2 if classes else 1), widths[0] * low**2, bias=False), gain=1)
         self.shape = (widths[0], low, low)
         self.layers = _layers(widths, config.blocks, up=True)
         self.end = _scaled(nn.Conv2d(widths[-1], channels * config.patch**2, 3, padding=1), gain=1)

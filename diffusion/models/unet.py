@@ -68,8 +68,7 @@ class SelfAttention(nn.Module):
         # In channels-last memory format this order of dimensions needs no copy.
         qkv = self.qkv(self.norm(x)).permute(0, 2, 3, 1).reshape(n, h * w, 3, self.heads, c // self.heads)
         query, key, value = qkv.permute(2, 0, 3, 1, 4)
-        attended = attend(query, key, value).transpose(1, 2).reshape(n, h, w, c)
-        out: Tensor = self.out(attended.permute(0, 3, 1, 2))
+        out: Tensor = self.out(attend(query, key, value).transpose(1, 2).reshape(n, h, w, c).permute(0, 3, 1, 2))
         return x + out
 
 

@@ -76,8 +76,7 @@ TIMEOUT = timedelta(days=7)
 @contextmanager
 def process_group() -> Iterator[Ranks]:
     """Join the process group that torchrun started and yield this process' rank."""
-    count = int(os.environ.get("WORLD_SIZE", "1"))
-    if count == 1:
+    if (count := int(os.environ.get("WORLD_SIZE", "1"))) == 1:
         yield SINGLE_PROCESS
         return
     # A new key prefix per restart: addresses left in torchrun's store by earlier processes must not be used.

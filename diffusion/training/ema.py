@@ -100,8 +100,7 @@ def reconstruct_average(folder: Path, std: float, into: Path) -> Path:
 
     Raises UserError if there are no snapshots, or one is damaged.
     """
-    paths = Checkpoints(folder).paths()
-    if not paths:
+    if not (paths := Checkpoints(folder).paths()):
         raise UserError(
             f"evaluation.ema_stds needs the snapshots of training.ema_stds, and {folder} has none: train with it"
         )

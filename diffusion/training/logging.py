@@ -210,8 +210,7 @@ class Validation:
 
     def sample_grid(self, generated: Tensor) -> Image.Image:
         """Arrange ``generated`` images in a grid; upscaled images stand between their small and real images."""
-        inputs = self.setup.task.inputs(self.images)
-        if inputs is None:
+        if (inputs := self.setup.task.inputs(self.images)) is None:
             return grid(generated)
         return grid(beside(blocks(inputs, generated.shape[-1]), generated, self.images), 12)
 

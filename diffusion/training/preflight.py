@@ -71,8 +71,7 @@ class Preflight(Config):
         conditioning += f", upscaled from {self.low_resolution}×{self.low_resolution}" if self.low_resolution else ""
         time = "seen as it goes: --dry-run measures it"
         if self.seconds is not None:
-            unit = "seconds" if self.seconds < 60 else "minutes"
-            length = precisedelta(self.seconds, minimum_unit=unit, format="%d")
+            length = precisedelta(self.seconds, minimum_unit="seconds" if self.seconds < 60 else "minutes", format="%d")
             time = f"{length} at {self.images_per_second:.0f} images/s, as measured"
         return [
             ("data", f"{self.dataset}, content {self.content_digest[:12]}"),
@@ -117,8 +116,7 @@ def make_preflight(trainer: Trainer, pace: tuple[float, float] | None, reading: 
     if images is None:
         assert pace is not None
         assert config.minutes is not None
-        pauses = pace[1] * config.checkpoints
-        if pauses > config.minutes * 60 / 2:
+        if (pauses := pace[1] * config.checkpoints) > config.minutes * 60 / 2:
             raise UserError(
                 f"{pauses:.0f} s of training.minutes = {config.minutes:g} would go into {config.checkpoints} sample "
                 "grids: raise it, or lower sampling.steps or training.checkpoints"
@@ -180,8 +178,7 @@ def measure_pace(setup: TrainingSetup, threads: Executor, sampling: SamplingConf
 def require_disk(output: Path, needed: int) -> None:
     """Raise UserError if the disk that holds ``output`` has less than ``needed`` bytes free."""
     make_folder(output)
-    free = shutil.disk_usage(output).free
-    if free < needed:
+    if (free := shutil.disk_usage(output).free) < needed:
         required, available = (naturalsize(size, binary=True) for size in (needed, free))
         raise UserError(
             f"the checkpoints in {output} take {required} and its disk has {available} free: free some, "

@@ -253,8 +253,7 @@ def open_dataset(data: Path, config: TrainingConfig, store: ShardStore | None) -
             )
         manifest, window = read_manifest(data), config.window
         sizes = sorted((shard.bytes for shard in manifest.shards), reverse=True)
-        needed = sum(sizes if window is None else sizes[: 2 * window])
-        if needed > config.stream_bytes:
+        if (needed := sum(sizes if window is None else sizes[: 2 * window])) > config.stream_bytes:
             fitting = sum(int(total) <= config.stream_bytes for total in np.cumsum(sizes)) // 2
             less = f", or set training.window to {fitting} or less" if fitting else ""
             what = f"two windows of training.window = {window}" if window else f"all {len(sizes)}"
@@ -370,19 +369,15 @@ def load_autoencoder(path: str, dataset: Dataset, window: int | None) -> Latents
     rows = dataset.rows("train")
     if window is not None:
         rows = rows[np.argsort(dataset.shards(rows), kind="stable")]
-    _measure_moments(latents, dataset.images(rows[:MEASURED]))
+    images = dataset.images(rows[:MEASURED])
+    with torch.inference_mode():
+        means = [latents.network.encode(to_float(batch)).double() for batch in torch.split(images, ENCODED)]
+        std, mean = torch.std_mean(torch.cat(means).transpose(0, 1).flatten(1), dim=1, correction=0)
+        # A constant channel keeps its scale instead of being amplified.
+        std = torch.where(std > 1e-4 * std.max(), std, 1.0)
+        latents.std.copy_(std.view(1, -1, 1, 1))
+        latents.mean.copy_(mean.view(1, -1, 1, 1))
     return latents
-
-
-@torch.inference_mode()
-def _measure_moments(latents: Latents, images: Tensor) -> None:
-    """Set the moments of each channel over all positions from ``images`` (N, C, H, W) uint8, in float32 on the CPU."""
-    means = [latents.network.encode(to_float(batch)).double() for batch in torch.split(images, ENCODED)]
-    std, mean = torch.std_mean(torch.cat(means).transpose(0, 1).flatten(1), dim=1, correction=0)
-    # A constant channel keeps its scale instead of being amplified.
-    std = torch.where(std > 1e-4 * std.max(), std, 1.0)
-    latents.std.copy_(std.view(1, -1, 1, 1))
-    latents.mean.copy_(mean.view(1, -1, 1, 1))
 
 
 def load_initial_weights(path: str, model: FamilyConfig, dataset: Dataset, classes: list[str]) -> Model:

@@ -234,8 +234,7 @@ def _begin_or_resume(trainer: Trainer, checkpoints: Checkpoints, output: Path, s
             if changed := Fingerprint.model_validate(header[FINGERPRINT]).differences(setup.fingerprint):
                 logger.warning("the fingerprint has changed (%s): the last bits of the weights will differ", changed)
         return False
-    pace = None if config.images else measure_pace(setup, trainer.threads, sampling)
-    preflight = make_preflight(trainer, pace)
+    preflight = make_preflight(trainer, None if config.images else measure_pace(setup, trainer.threads, sampling))
     trainer.total = math.ceil(preflight.images / config.batch_size) * config.batch_size
     trainer.loader.prefetch(state.images, trainer.total)
     if ranks.is_main:

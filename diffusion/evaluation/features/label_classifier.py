@@ -119,8 +119,7 @@ def load_label_classifier(
             pieces = [held_out[start : start + BATCH] for start in range(0, len(held_out), BATCH)]
             with torch.inference_mode():
                 read = torch.cat([network(_shown(dataset.images(piece), side)).argmax(1) for piece in pieces])
-        right = (read == dataset.classes(held_out, classes)).double().mean()
-        return network.state_dict() | {"accuracy": right}
+        return network.state_dict() | {"accuracy": (read == dataset.classes(held_out, classes)).double().mean()}
 
     kept = cached(cache, key, work)
     accuracy = kept.pop("accuracy").item()
@@ -144,8 +143,7 @@ def train_classifier(
     per_epoch = len(rows) // batch
     for step in range(STEPS):
         epoch, place = divmod(step, per_epoch)
-        order = permutation(SEED, "evaluation/labels", epoch, len(rows))
-        chosen = order[place * batch : (place + 1) * batch]
+        chosen = permutation(SEED, "evaluation/labels", epoch, len(rows))[place * batch : (place + 1) * batch]
         logits = network(_shown(dataset.images(rows[chosen]), size))
         loss = cross_entropy(logits, targets[torch.from_numpy(chosen)], label_smoothing=SMOOTHING)
         optimizer.zero_grad()

@@ -44,12 +44,11 @@ def shifted_thumbnails(images: Tensor) -> Tensor:
     height, width = images.shape[-2:]
     larger = pad(images.float() / 255, (1, 1, 1, 1), mode="replicate")
     places = sorted(product(range(3), range(3)), key=lambda place: place != (1, 1))
-    return torch.stack([_average(larger[..., top : top + height, left : left + width]) for top, left in places])
-
-
-def _average(images: Tensor) -> Tensor:
-    side = min(SIDE, *images.shape[-2:])
-    return adaptive_avg_pool2d(images, (side, side)).flatten(1)
+    views, side = (
+        (larger[..., top : top + height, left : left + width] for top, left in places),
+        min(SIDE, height, width),
+    )
+    return torch.stack([adaptive_avg_pool2d(view, (side, side)).flatten(1) for view in views])
 
 
 SHARE_METRICS = ("share", "share_low", "share_high", "expected", "p_value")

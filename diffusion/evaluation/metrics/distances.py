@@ -74,8 +74,7 @@ def distance_at_infinity(samples: Tensor, reference: Moments) -> float | None:
     of that of the distance itself. The bias from a finite reference remains; it is the same for everything compared
     with it.
     """
-    count = len(samples)
-    if count < PER_FEATURE * samples.shape[1]:
+    if (count := len(samples)) < PER_FEATURE * samples.shape[1]:
         return None
     order = torch.from_numpy(permutation(0, "evaluation/halves", 0, count))
     half = count // 2
@@ -133,10 +132,8 @@ def kernel_sums(features: Tensor, progress: Progress = silent) -> Tensor:
             sums[start : start + KERNEL_BLOCK] += found.sum(1, dtype=torch.float64)
         return sums
 
-    total = torch.zeros(count, dtype=torch.float64)
-    for sums in over_blocks(of_block, count, KERNEL_BLOCK, "kernels of real images", progress):
-        total += sums
-    return total
+    blocks = over_blocks(of_block, count, KERNEL_BLOCK, "kernels of real images", progress)
+    return sum(blocks, torch.zeros(count, dtype=torch.float64))
 
 
 def kid_kernel(x: Tensor, y: Tensor) -> Tensor:

@@ -102,8 +102,7 @@ def measure_losses(
 
     with repeatable(device), worker_threads(None if device.type == "cpu" else 1) as pool:
         for images, conditioning in pieces:
-            starts = range(0, len(images), config.compute_batch)
-            found += pool.map(partial(batch, images, conditioning, seen), starts)
+            found += pool.map(partial(batch, images, conditioning, seen), range(0, len(images), config.compute_batch))
             seen += len(images)
             progress("held-out images looked at", seen, None)
     bits = [each.bits for each in found if each.bits is not None]

@@ -40,8 +40,7 @@ def squared_distances(x: Tensor, y: Tensor) -> Tensor:
 
     Computed through products, so the error is relative to |x|² and |y|²: centre the rows first.
     """
-    crossed = torch.addmm(y.square().sum(1), x, y.T, alpha=-2)
-    return crossed.add_(x.square().sum(1, keepdim=True)).clamp_(min=0)
+    return torch.addmm(y.square().sum(1), x, y.T, alpha=-2).add_(x.square().sum(1, keepdim=True)).clamp_(min=0)
 
 
 def nearest_distances(features: Tensor, progress: Progress = silent) -> Tensor:
@@ -156,8 +155,7 @@ def find_nearest(
             y = piece - centre
             rows = torch.cat([y, torch.ones_like(y[:, :1]), y.square().sum(1, keepdim=True)], 1)
             step = max(1, BLOCK_DISTANCES // (len(views) * len(piece)))
-            search = partial(_search, best, views, rows, seen, step, themselves)
-            list(pool.map(search, range(0, size, step)))
+            list(pool.map(partial(_search, best, views, rows, seen, step, themselves), range(0, size, step)))
             seen += len(piece)
             progress("images compared with", seen, None)
     there = seen - themselves
@@ -186,6 +184,5 @@ def connected_groups(first: np.ndarray, second: np.ndarray, count: int) -> list[
 
     graph = coo_array((np.ones(len(first)), (first, second)), (count, count))
     components = connected_components(graph, directed=False)[1]
-    ends = np.cumsum(np.bincount(components, minlength=1))[:-1]
-    groups = np.split(np.argsort(components, kind="stable"), ends)
+    groups = np.split(np.argsort(components, kind="stable"), np.cumsum(np.bincount(components, minlength=1))[:-1])
     return [group.tolist() for group in groups if len(group) > 1]

@@ -54,8 +54,7 @@ def fit_discriminant(pieces: Iterable[tuple[Tensor, Tensor]], classes: int) -> L
     dimensions = len(covariance)
     # With one image per class the covariance is 0, and the nearest mean is predicted.
     variance = (covariance.trace() / dimensions).clamp(min=SMALLEST)
-    identity = torch.eye(dimensions, dtype=torch.float64) * variance
-    shrunk = (1 - SHRINKAGE) * covariance + SHRINKAGE * identity
+    shrunk = (1 - SHRINKAGE) * covariance + SHRINKAGE * (torch.eye(dimensions, dtype=torch.float64) * variance)
     weights = torch.linalg.solve(shrunk, means.T)
     offsets = -0.5 * (means * weights.T).sum(1)
     return LinearDiscriminant(weights, offsets.masked_fill(counts == 0, -torch.inf))

@@ -172,13 +172,11 @@ def compare_appearance(generated: Mapping[str, Tensor], real: Mapping[str, Tenso
     shifts = {}
     for name, ours in generated.items():
         theirs = real[name]
-        difference = ours.mean() - theirs.mean()
-        error = (ours.var() / len(ours) + theirs.var() / len(theirs)).sqrt()
         shifts[name] = AppearanceShift(
             generated=ours.mean().item(),
             real=theirs.mean().item(),
-            difference=difference.item(),
-            standard_error=error.item(),
+            difference=(ours.mean() - theirs.mean()).item(),
+            standard_error=(ours.var() / len(ours) + theirs.var() / len(theirs)).sqrt().item(),
             generated_spread=ours.std().item(),
             real_spread=theirs.std().item(),
         )

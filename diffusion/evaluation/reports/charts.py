@@ -183,8 +183,7 @@ def lead_chart(headline: Headline, delta: float, confidence: float) -> Chart:
 
 def held_out_loss_chart(losses: Mapping[str, HeldOutLoss]) -> Chart | None:
     """Plot the loss on held-out images by noise level for each model; None if no model has any."""
-    by_name = {name: found.levels for name, found in losses.items() if found.levels}
-    if not by_name:
+    if not (by_name := {name: found.levels for name, found in losses.items() if found.levels}):
         return None
 
     def draw(axes: Axes, paper: Paper) -> None:

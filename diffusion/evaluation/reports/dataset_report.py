@@ -143,8 +143,7 @@ def _measure_images(kept: pa.Table, pixels: int) -> np.ndarray:
         sums = np.asarray(pc.list_flatten(padded), float).reshape(-1, 3)
         moments.append(np.where(np.isnan(sums), sums[:, :1], sums) / pixels)
     mean, squares = moments
-    contrast = np.sqrt(np.maximum(squares - mean**2, 0).mean(1))
-    return np.column_stack([mean @ LUMA, contrast, mean])
+    return np.column_stack([mean @ LUMA, np.sqrt(np.maximum(squares - mean**2, 0).mean(1)), mean])
 
 
 def _find_sources(folder: Path, manifest: Manifest, keys: Collection[str]) -> dict[str, str]:
@@ -230,8 +229,7 @@ def compare_with_parent(dataset: Dataset, parent: Manifest | None, progress: Pro
         rows[permutation(0, f"dataset report/{name}", 0, len(rows))]
         for name, rows in zip(("added", "parent"), split_by_parent(dataset, parent), strict=True)
     )
-    compared = min(MOST, len(added), len(others) // 2)
-    if compared < FEWEST:
+    if (compared := min(MOST, len(added), len(others) // 2)) < FEWEST:
         if not len(added):
             verdict = "No image was added: there is nothing new to compare."
         elif len(added) < FEWEST:
@@ -450,6 +448,9 @@ def write_dataset_report(folder: Path, output: Path, progress: Progress = silent
         history = list(islice(log(folder), VERSIONS + 1))
         sides, images = np.array([min(size) for size in statistics.sizes]), np.array(list(statistics.sizes.values()))
 
+        def sheet(rows: Rows, columns: int = 8) -> bytes:
+            return png_bytes(grid(_thumbnails(dataset, rows), columns, pad=0 if len(rows) == 1 else 2))
+
         def mean_image(rows: Rows) -> bytes:
             mean = _thumbnails(dataset, rows).double().mean(0, keepdim=True)
             return png_bytes(grid(mean.round().to(torch.uint8), pad=0))
@@ -485,7 +486,7 @@ def write_dataset_report(folder: Path, output: Path, progress: Progress = silent
             averaged=AVERAGED,
             class_rows=[(name, order[numbers == number]) for number, name in enumerate(leading)],
             captions=[(row, text) for row, text in zip(order, captions, strict=False) if text],
-            sheet=partial(_sheet, dataset),
+            sheet=sheet,
             mean_image=mean_image,
             find_rows=find_rows,
             splits_of=splits_of,
@@ -586,11 +587,6 @@ def _thumbnails(dataset: Dataset, rows: Rows) -> Tensor:
     if dataset.manifest.size > SIDE:
         batches = (interpolate(each.float(), (SIDE, SIDE), mode="area").round().to(torch.uint8) for each in batches)
     return torch.cat(list(batches))
-
-
-def _sheet(dataset: Dataset, rows: Rows, columns: int = 8) -> bytes:
-    """Return a PNG of the images in ``rows`` side by side."""
-    return png_bytes(grid(_thumbnails(dataset, rows), columns, pad=0 if len(rows) == 1 else 2))
 
 
 def _enumerate(names: Sequence[str]) -> str:

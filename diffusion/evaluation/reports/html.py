@@ -90,8 +90,7 @@ def share(part: int, whole: int) -> str:
     """Format ``part`` of ``whole`` in per cent, never 0 % of something nor 100 % of less than all."""
     if not part or part == whole:
         return "100 %" if part else "0 %"
-    percent = 100 * part / whole
-    if percent < 0.1:
+    if (percent := 100 * part / whole) < 0.1:
         return "under 0.1 %"
     return "over 99.9 %" if percent > 99.9 else f"{percent:.1f} %"
 

@@ -75,8 +75,7 @@ def findings(ranking: Ranking) -> list[str]:
     if not ranking.leads:
         return ["There are too few images to tell one from another."]
     if len(ranking.leads) > NAMED:
-        alike = [lead for lead in ranking.leads if not lead.is_sure]
-        if not alike:
+        if not (alike := [lead for lead in ranking.leads if not lead.is_sure]):
             return ["It is better than every other, with 95 % confidence."]
         return [f"{counted(len(alike), 'other')} cannot be told from it with 95 % confidence."]
     title = METRICS[figure][0] if figure in METRICS else ranking.metric
@@ -136,8 +135,7 @@ def metrics_chart(ranking: Ranking) -> Chart | None:
         return None
 
     def draw(axes: Axes, paper: Paper) -> None:
-        baseline = ranking.real_baseline.metrics().get(name)
-        if baseline is not None:
+        if (baseline := ranking.real_baseline.metrics().get(name)) is not None:
             axes.axvline(baseline, color=paper.muted, linewidth=1.2)
         for row, each in enumerate(models):
             reach = [[1.96 * each.error]] * 2
