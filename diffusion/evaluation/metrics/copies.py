@@ -44,10 +44,8 @@ def shifted_thumbnails(images: Tensor) -> Tensor:
     height, width = images.shape[-2:]
     larger = pad(images.float() / 255, (1, 1, 1, 1), mode="replicate")
     places = sorted(product(range(3), range(3)), key=lambda place: place != (1, 1))
-    views, side = (
-        (larger[..., top : top + height, left : left + width] for top, left in places),
-        min(SIDE, height, width),
-    )
+    side = min(SIDE, height, width)
+    views = (larger[..., top : top + height, left : left + width] for top, left in places)
     return torch.stack([adaptive_avg_pool2d(view, (side, side)).flatten(1) for view in views])
 
 
