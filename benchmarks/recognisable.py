@@ -1,6 +1,7 @@
 """Recognisability of a model's images, class by class, to a classifier trained on the real ones.
 
     python benchmarks/recognisable.py data/digits runs/digits/final.safetensors
+    python benchmarks/recognisable.py … --guidance 2 --interval 0.2 5      # as the demo samples
 
 Prints the share of samples that the classifier is at least 90 % sure of, and the share of each class.
 """
@@ -63,14 +64,17 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=500)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--epochs", type=int, default=8)
+    parser.add_argument("--guidance", type=float)
+    parser.add_argument("--interval", type=float, nargs=2)
     arguments = parser.parse_args()
+    sampling = sampling_config(guidance=arguments.guidance, guidance_interval=arguments.interval)
 
     data = Dataset.open(arguments.dataset)
     labels = data.manifest.labels
     network = train_classifier(data, arguments.epochs)
     held_out = data.rows("held_out")
     real = data.images(held_out)
-    drawn = sample(load_model(arguments.model), range(arguments.count), arguments.seed, sampling_config())
+    drawn = sample(load_model(arguments.model), range(arguments.count), arguments.seed, sampling)
     accuracy = (verdict(network, real)[1] == data.classes(held_out, labels)).float().mean().item()
     print(f"classifier: {accuracy:.1%} of {len(real)} held-out images right")
     for name, images in (("held-out images", real), ("samples", drawn)):

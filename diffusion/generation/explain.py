@@ -132,7 +132,7 @@ def training_step(
 @torch.inference_mode()
 def reverse(model: DiffusionModel, seed: int, conditioning: Conditioning | None = None) -> Reverse:
     """Record the default sampler on image 0 of ``seed`` at up to FRAMES steps spread evenly in time t."""
-    sigmas = model.schedule.sigma_grid(REVERSE_STEPS, "auto")
+    sigmas = model.schedule.sigma_grid(REVERSE_STEPS)
     conditioning = make_conditioning(model, [0], seed) if conditioning is None else conditioning
     denoiser = model.denoiser(conditioning)
     seen: list[tuple[Tensor, Tensor]] = []
