@@ -74,10 +74,10 @@ def main() -> None:
     network = train_classifier(data, arguments.epochs)
     held_out = data.rows("held_out")
     real = data.images(held_out)
-    drawn = sample(load_model(arguments.model), range(arguments.count), arguments.seed, sampling)
+    generated = sample(load_model(arguments.model), range(arguments.count), arguments.seed, sampling)
     accuracy = (verdict(network, real)[1] == data.classes(held_out, labels)).float().mean().item()
     print(f"classifier: {accuracy:.1%} of {len(real)} held-out images right")
-    for name, images in (("held-out images", real), ("samples", drawn)):
+    for name, images in (("held-out images", real), ("samples", generated)):
         confidence, label = verdict(network, images)
         shares = torch.bincount(label, minlength=len(labels)) / len(label)
         sure = (confidence >= CONFIDENCE).float().mean().item()

@@ -23,7 +23,15 @@ from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeAlias
 
-from pydantic import ConfigDict, Discriminator, Field, Tag, TypeAdapter, ValidationError, model_validator
+from pydantic import (
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
 
 from diffusion.common.config import Config, DeviceName, unset
 from diffusion.common.errors import UserError
@@ -465,6 +473,8 @@ def describe_error(error: Mapping[str, Any], location: Sequence[int | str]) -> s
     """Describe pydantic's error at ``location`` in the section ``sampling``, and how to fix it."""
     sampler, *path = map(str, location or ("",))
     where, message = ".".join(("sampling", *path)), error["msg"].removeprefix("Value error, ")
+    if path[:1] == ["sigma_max"]:  # of a union, whose types pydantic names
+        where, message = "sampling.sigma_max", "give a number above 0, auto or null"
     if error["type"] == "extra_forbidden":
         having = [str(each.model_fields["sampler"].default) for each in SAMPLERS if path[0] in each.model_fields]
         if having and sampler not in having:

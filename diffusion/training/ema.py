@@ -18,9 +18,6 @@ PREFIXES = (AVERAGED, "ema1.")
 SNAPSHOTS = "averages"
 """Subfolder of a run that holds snapshots of its averages."""
 STDS = "stds"
-LARGEST_FIT_ERROR = 0.1
-"""Error of a reconstructed average above which its message is a warning."""
-
 logger = logging.getLogger(__name__)
 
 
@@ -112,8 +109,8 @@ def reconstruct_average(folder: Path, std: float, into: Path) -> Path:
     averages = [(path, prefix, each) for path in paths for prefix, each in zip(PREFIXES, stds, strict=True)]
     shares, error = mixture([(int(path.stem), each) for path, _, each in averages], int(paths[-1].stem), std)
     logger.log(
-        logging.WARNING if error > LARGEST_FIT_ERROR else logging.INFO,
-        "average of std %g out of %d snapshots: weighs training steps as one kept in training to %.1f %%",
+        logging.WARNING if error > 0.1 else logging.INFO,
+        "average of std %g from %d snapshots: %.1f %% off; more training.checkpoints bring it nearer",
         std,
         len(averages),
         100 * error,

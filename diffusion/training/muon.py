@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """Coefficients of the quintic iteration, chosen by its authors so that small singular values grow fastest."""
-ITERATIONS = 5
+ITERATIONS, MOMENTUM = 5, 0.95
 RMS = 0.2
 """Root mean square of an update relative to the learning rate: about AdamW's, so that both share one learning rate
 (arXiv 2502.16982, section 2.2)."""
@@ -28,26 +28,24 @@ class Muon(torch.optim.Optimizer):
 
     found_inf: Tensor | None = None
 
-    def __init__(self, parameters: Iterable[nn.Parameter], lr: float, weight_decay: float, momentum: float = 0.95):
-        super().__init__(parameters, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+    def __init__(self, parameters: Iterable[nn.Parameter], lr: float, weight_decay: float) -> None:
+        super().__init__(parameters, {"lr": lr, "weight_decay": weight_decay})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """Update all parameters that have a gradient."""
+        """Update all parameters, each of which has a gradient."""
         for group in self.param_groups:
             skip = torch.zeros((), device=group["params"][0].device) if self.found_inf is None else self.found_inf
             updates = defaultdict[torch.Size, list[tuple[nn.Parameter, Tensor]]](list)
             for parameter in group["params"]:
-                if parameter.grad is None:
-                    continue
                 state: dict[str, Any] = self.state[parameter]
                 if not state:
                     state["momentum"] = torch.zeros_like(parameter)
                 gradient = torch.where(skip == 0, parameter.grad, 0)
                 # lerp by 0 leaves the momentum as it is.
-                weight = torch.where(skip == 0, 1 - group["momentum"], 0.0)
+                weight = torch.where(skip == 0, 1 - MOMENTUM, 0.0)
                 momentum = state["momentum"].lerp_(gradient, weight)
-                matrix = gradient.lerp(momentum, group["momentum"]).flatten(1)
+                matrix = gradient.lerp(momentum, MOMENTUM).flatten(1)
                 updates[matrix.shape].append((parameter, matrix))
             # Matrices of one shape together: hidden layers have few shapes.
             for shape, members in updates.items():

@@ -85,9 +85,9 @@ def generate_chunk(
 ) -> Work:
     """Generate a chunk's images and put them on S3, their part of the manifest last; a complete chunk is skipped.
 
-    ``at_once`` compute batches are generated in parallel, one per core, while earlier ones are uploaded; at most three
-    times as many are held in memory. Equal chunks give equal bytes; raises ConflictError on a machine with another
-    fingerprint.
+    ``at_once`` compute batches are generated in parallel, one per core; files are uploaded meanwhile, tars at the end.
+    At most three times as many are in memory. Equal chunks give equal bytes; raises ConflictError on a machine with
+    another fingerprint.
     """
     process, began = f"{socket.gethostname()}:{os.getpid()}", time.process_time()
     indices, part = batch.chunks()[chunk], place.key(sampling_batch.part_key(chunk))

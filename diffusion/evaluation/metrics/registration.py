@@ -45,8 +45,7 @@ BLOCK = 50
 
 def shrink(images: Tensor) -> Tensor:
     """Shrink ``images``, (N, C, H, W) uint8, to SIDE × SIDE and blur them: (N, C, SIDE, SIDE) float32 in [0, 1]."""
-    size = (SIDE, SIDE)
-    small = functional.interpolate(images.float() / 255, size, mode="bilinear", antialias=True, align_corners=False)
+    small = functional.interpolate(images.float() / 255, (SIDE, SIDE), mode="bilinear", antialias=True)
     blurred: Tensor = gaussian_blur(small, [7, 7], [BLUR, BLUR])
     return blurred
 
@@ -123,8 +122,8 @@ def _find_in_piece(
 ) -> NearestNeighbours:
     sides = torch.stack([shrink(images), shrink(images.flip(3))])
     starts = STARTS.repeat(2, 1)
-    views = [describe(transformed(side, start.expand(len(images), 4))[0]) for side in sides for start in STARTS]
-    points = torch.stack(views)
+    each = (transformed(side, start.expand(len(images), 4))[0] for side in sides for start in STARTS)
+    points = torch.stack([describe(view) for view in each])
     found = find_nearest(points, training, progress=progress)
     # Only candidates are kept as small images: all of a large training set would fill the memory.
     rows, places = np.unique(found.rows.numpy(), return_inverse=True)

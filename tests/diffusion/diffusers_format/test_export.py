@@ -100,9 +100,9 @@ def ours(
     """In [0, 1], as diffusers gives images."""
     levels = config.sigma_grid(model.schedule) if levels is None else levels
     meanings = prompt_embeddings(model, conditions)
-    told = make_conditioning(model, range(COUNT), SEED, conditions, meanings)
-    denoise = denoiser_of(model, told, config, meanings[conditions.negative_prompt])
-    return (config.run(denoise, levels, noise or from_seed(model), model.start(told)) / 2 + 0.5).clamp(0, 1)
+    conditioning = make_conditioning(model, range(COUNT), SEED, conditions, meanings)
+    denoise = denoiser_of(model, conditioning, config, meanings[conditions.negative_prompt])
+    return (config.run(denoise, levels, noise or from_seed(model), model.start(conditioning)) / 2 + 0.5).clamp(0, 1)
 
 
 def whole(model: DiffusionModel, scheduler: Any, steps: int) -> Tensor:

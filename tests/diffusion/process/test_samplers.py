@@ -250,7 +250,8 @@ def test_the_multistep_samplers_earn_their_place_by_how_near_they_come_in_as_man
         ({"sampler": "ddim", "eta": 1.5}, "less than or equal to 1"),
         ({"sampler": "unipc", "order": 4}, "2 or 3"),
         ({"sigma_max": 20, "sigma_min": 20}, "sampling.sigma_max is above sigma_min"),
-        ({"sigma_max": 0, "sigma_min": None}, "greater than 0"),
+        ({"sigma_max": 0, "sigma_min": None}, r"sampling\.sigma_max: give a number above 0, auto or null"),
+        ({"sigma_max": "most"}, r"sampling\.sigma_max: give a number above 0, auto or null"),
     ],
     ids=str,
 )
