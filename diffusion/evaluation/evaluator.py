@@ -224,7 +224,7 @@ class ModelEvaluator:
         self.real = evaluator.real
         self.config = evaluator.config
         self.samples = samples if evaluator.real.small is None else min(samples, len(evaluator.real.shown))
-        self.sampling = sampling
+        self.sampling = sampling = self.header.sampling(sampling)
         self.folder = evaluator.folder
         self.name = name
         self.fingerprint = fingerprint(sampling.compute_batch, sampling.precision, sampling.device)

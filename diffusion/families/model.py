@@ -12,13 +12,14 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from diffusion.common.config import LARGEST_SIZE, Config, PlainName, unset
+from diffusion.common.errors import UserError
 from diffusion.common.fingerprint import autocast
 from diffusion.models.config import FamilyConfig, LatentSpace, ObjectiveConfig
 from diffusion.models.text_encoder import TextEncoder
 from diffusion.models.vae import VAE, Latents
 from diffusion.process.editing import Edit
 from diffusion.process.likelihood import Terms
-from diffusion.process.samplers import Noise, SamplingConfig
+from diffusion.process.samplers import COMPUTING, Noise, SamplingConfig, sampling_config
 
 Conditioning = dict[str, Tensor]
 """Conditioning of N images, as keywords of ``UNet.forward``: ``label`` and ``text``, or ``low`` and ``level``; empty:
@@ -53,6 +54,32 @@ class ModelHeader(Config):
     """Images seen in training."""
     training: dict[str, Any]
     """The resolved training configuration."""
+    guidance: float | None = Field(None, ge=0, le=1000, exclude_if=unset)
+    """Scale of guidance that evaluation chose, for sampling.guidance = null. None: none."""
+    guidance_interval: tuple[float, float] | None = Field(None, exclude_if=unset)
+    """Noise levels σ at which it guides. None: all."""
+
+    @property
+    def student_steps(self) -> int | None:
+        """Network evaluations for which a student was distilled; None for other models."""
+        return (self.training.get("student") or {}).get("steps")
+
+    def sampling(self, configured: SamplingConfig, conditional: bool = True) -> SamplingConfig:
+        """Complete ``configured`` with the guidance chosen for this model; a student has its own sampler and steps.
+
+        Images that are not ``conditional`` on a class or prompt are not guided.
+
+        Raises UserError if the sampler is one for students, and this is none.
+        """
+        is_consistency = configured.sampler == "consistency"
+        if self.student_steps is not None and not is_consistency:
+            shared = configured.model_dump(include={"sigma_max", "low_resolution_noise", *COMPUTING})
+            return sampling_config(**shared, sampler="consistency", steps=self.student_steps)
+        if self.student_steps is None and is_consistency:
+            raise UserError("sampling.sampler = consistency is for students (darkroom distill): use another one")
+        if not conditional or configured.guidance is not None or self.guidance is None or is_consistency:
+            return configured
+        return configured.changed({"guidance": self.guidance, "guidance_interval": self.guidance_interval})
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,7 @@ from diffusion.generation.generate import (
     check_prompts,
     check_sampling,
     interpolate,
+    is_conditional,
     sample,
 )
 from diffusion.generation.super_resolution import check_images, scale_of, task_of, upscale
@@ -155,7 +156,8 @@ def sampling_of(model: Model, request: GenerationRequest, configured: SamplingCo
     """Resolve the sampling options of ``request``; raises UserError if ``model`` does not support them."""
     if request.task not in tasks_of(model):
         raise UserError(f"the model was not trained to {request.task}: it can {', '.join(tasks_of(model))}")
-    config = request.sampling(configured)
+    conditional = is_conditional(model.classes, request.conditions)
+    config = request.sampling(model.header.sampling(configured, conditional))
     if getattr(request, "guidance", None) is None and request.conditions == UNCONDITIONAL and not model.classes:
         config = config.unguided()
     check_sampling(model, config, request.conditions)

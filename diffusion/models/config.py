@@ -37,8 +37,20 @@ DIFFUSION_ONLY = (
     "gradient_checkpointing",
     "shard",
     "optimizer",
+    "student",
 )
 """Fields of the section ``training`` that have an effect only for diffusion models."""
+
+
+class StudentConfig(Config):
+    """What a student is distilled for; `darkroom distill` sets it."""
+
+    steps: int = Field(ge=1, le=8)
+    """Network evaluations in which it generates."""
+    guidance: float | None = Field(None, ge=0, le=1000, exclude_if=unset)
+    """Scale of guidance of the teacher, which the student learns to need no more. Null: none."""
+    guidance_interval: tuple[float, float] | None = Field(None, exclude_if=unset)
+    """Noise levels σ at which the teacher is guided. Null: all."""
 
 
 class ObjectiveConfig(Config):
@@ -63,6 +75,9 @@ class ObjectiveConfig(Config):
     values, by the logarithm of the root of their ratio (2301.11093)."""
     log_sigma_std: float | None = Field(None, gt=0)
     """Standard deviation of ln σ for timestep_sampling = lognormal; null: 1.2, EDM's."""
+    student: StudentConfig | None = Field(None, exclude_if=unset)
+    """Distil training.init_from into a student of few evaluations, as `darkroom distill` does. Null: train to
+    denoise."""
     stratified_timesteps: bool = True
     """Whether the times of a batch's N images are stratified: one in each N-th of the distribution."""
 

@@ -74,7 +74,8 @@ class BaseSampling(Config):
     """Lowest σ, from which the last step goes to 0, at least the schedule's lowest. Null: the schedule's lowest."""
     guidance: float | None = Field(None, ge=0, le=1000, exclude_if=unset)
     """Scale of classifier-free guidance towards the class or prompt (arXiv 2207.12598): 1 is no
-    guidance, 2 to 8 gives clearer and less varied images, 0 is unconditional. Twice the work. Null: 1."""
+    guidance, 2 to 8 gives clearer and less varied images, 0 is unconditional. Twice the work. Null: what evaluation
+    chose for the model (evaluation.guidance), or 1."""
     guidance_interval: tuple[float, float] | None = Field(None, exclude_if=unset)
     """Guide only at noise levels σ above the first number and up to the second (2404.07724), such as [0.2, 5]: at high
     levels guidance reduces variety, at low levels it has no effect. Null: at all levels."""
@@ -384,6 +385,27 @@ class UniPCSampling(BaseSampling):
     """Number of estimates used by the predictor; the corrector uses one more."""
 
 
+def consistency(denoise: Denoise, x: Tensor, sigmas: Tensor, noise: Noise) -> Tensor:
+    """Multistep consistency sampling: each estimate is noised to the next level (arXiv 2303.01469, algorithm 1)."""
+    for sigma, following in pairwise(sigmas):
+        x = denoise(x, sigma)
+        if following > 0:
+            x = x + float(following) * noise()
+    return x
+
+
+class ConsistencySampling(BaseSampling):
+    """Consistency sampling (arXiv 2303.01469), for students of ``darkroom distill``: one to four evaluations."""
+
+    function = consistency
+    sampler: Literal["consistency"] = "consistency"
+    """Name of the sampler."""
+    steps: int = Field(2, ge=1, le=10_000)
+    """Number of network evaluations, one at each noise level."""
+    sigma_min: float | None = Field(0.8, gt=0)
+    """Lowest σ, at which the last evaluation starts, if there are two or more."""
+
+
 def _towards(known: Sequence[tuple[float, Tensor]], x: Tensor, step: float) -> Tensor:
     """Advance x by a ``step`` of λ with x̂_0 as the polynomial through ``known``, the estimate at its start first."""
     # ∫ e^(τ−h) (τ/h)^k dτ from 0 to h = step, by parts from k to k.
@@ -420,6 +442,7 @@ SAMPLERS: tuple[type[BaseSampling], ...] = (
     DPMSolverSDESampling,
     DEISSampling,
     UniPCSampling,
+    ConsistencySampling,
 )
 
 
@@ -431,11 +454,12 @@ SamplingConfig: TypeAlias = Annotated[
     | Annotated[DPMSolverSampling, Tag("dpmpp_2m")]
     | Annotated[DPMSolverSDESampling, Tag("dpmpp_2m_sde")]
     | Annotated[DEISSampling, Tag("deis")]
-    | Annotated[UniPCSampling, Tag("unipc")],
+    | Annotated[UniPCSampling, Tag("unipc")]
+    | Annotated[ConsistencySampling, Tag("consistency")],
     Discriminator(
         lambda given: tag(given, "sampler", "dpmpp_2m_sde"),
         custom_error_type="unknown_sampler",
-        custom_error_message="sampler is ddpm, ddim, euler, heun, dpmpp_2m, dpmpp_2m_sde (default), deis or unipc",
+        custom_error_message="sampler is ddpm, ddim, euler, heun, dpmpp_2m, dpmpp_2m_sde (default), deis, unipc or consistency",
     ),
 ]
 """The section ``sampling`` of a configuration; options of other samplers are unknown keys."""

@@ -30,6 +30,7 @@ from diffusion.data.manifest import Split
 from diffusion.families import family_of
 from diffusion.families.ddpm import DiffusionModel
 from diffusion.families.model import Model, TrainingObjective, to_float
+from diffusion.generation.generate import is_conditional
 from diffusion.generation.super_resolution import generate
 from diffusion.process.samplers import SamplingConfig
 from diffusion.training.checkpointing import Checkpoints, CheckpointWriter
@@ -206,6 +207,7 @@ class Validation:
         """Generate the images of a sample grid, or upscale held-out ones: (N, C, H, W) uint8."""
         inputs, conditions = self.setup.task.inputs(self.images), self.setup.sample_grid_conditions()
         indices = range(SAMPLE_GRID if inputs is None else len(inputs))
+        sampling = model.header.sampling(sampling, is_conditional(model.classes, conditions))
         return generate(model, inputs, indices, 0, sampling, conditions=conditions)
 
     def sample_grid(self, generated: Tensor) -> Image.Image:

@@ -26,7 +26,14 @@ from diffusion.data.prefetch import prefetch
 from diffusion.data.shards import TarWriter
 from diffusion.families.model import Model
 from diffusion.generation.config import UNCONDITIONAL, Conditions
-from diffusion.generation.generate import check_prompts, check_sampling, label_names, prompt_embeddings, sample
+from diffusion.generation.generate import (
+    check_prompts,
+    check_sampling,
+    is_conditional,
+    label_names,
+    prompt_embeddings,
+    sample,
+)
 from diffusion.models.text_encoder import check_encoder
 from diffusion.process.samplers import SamplingConfig
 from flows import environment
@@ -274,6 +281,7 @@ def plan(
             "keeps it busy: set it to 1, or use processes"
         )
     model = load_model(weights)
+    sampling = model.header.sampling(sampling, requests is not None or is_conditional(model.classes, conditions))
     if (table := _table(store, model, sampling, conditions, requests)) is None:
         check_sampling(model, sampling, conditions)
         check_prompts(conditions)
