@@ -16,6 +16,7 @@ from diffusion.common.files import canonical_json, write_atomically
 from diffusion.families import family_of
 from diffusion.families.model import Model, ModelHeader, classes_of
 from diffusion.models.vae import Latents
+from diffusion.process.samplers import SamplingConfig
 
 METADATA_KEY = "darkroom"
 HEADER = TypeAdapter(dict[str, Any])
@@ -77,10 +78,13 @@ def model_digest(path: Path) -> str:
     return digest.hexdigest()
 
 
-def export(checkpoint: Path, path: Path) -> str:
-    """Write the final model of a checkpoint to ``path``; returns the new file's SHA-256."""
+def export(checkpoint: Path, path: Path, sampling: SamplingConfig | None = None) -> str:
+    """Write the final model of a checkpoint to ``path``, with the guidance of ``sampling``; returns its SHA-256."""
     tensors = {prefix + name: value for prefix in PARTS for name, value in read_tensors(checkpoint, prefix).items()}
-    return save_tensors(path, tensors, read_header(checkpoint))
+    header = read_header(checkpoint)
+    if sampling is not None:
+        header["model_header"] |= sampling.model_dump(mode="json", include={"guidance", "guidance_interval"})
+    return save_tensors(path, tensors, header)
 
 
 def read_model_header(path: Path) -> ModelHeader:

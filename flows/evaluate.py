@@ -50,7 +50,8 @@ def report(params: Params, evaluation: Evaluation, folder: Path) -> None:
     log_evaluation(tracker, evaluation)
     for path in (folder / "report.html", folder / "evaluation.json", *sorted(folder.glob("grids/*.png"))):
         tracker.log_file(path, "evaluation" if path.parent == folder else "evaluation/grids")
-    rows = [{"metric": name, "value": f"{value:.4g}"} for name, value in evaluation.metrics().items()]
+    tried = {f"KID, guidance {each.sampling.guidance_text}": each.kid for each in evaluation.guidance}
+    rows = [{"metric": name, "value": f"{value:.4g}"} for name, value in (evaluation.metrics() | tried).items()]
     best = f"best checkpoint of {params.run_folder}, {evaluation.best.images} images seen"
     create_table_artifact(rows, key="evaluation", description=best)
 

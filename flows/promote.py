@@ -110,13 +110,14 @@ def register(params: Params, evaluation: Evaluation) -> Version:
     require_current(params.dataset_folder)
     tracker = tracker_of(params)
     weights = params.run_folder / "weights.safetensors"
-    export(best, weights)
+    export(best, weights, evaluation.sampling if evaluation.guidance else None)
     run = tracker.client.get_run(tracker.run_id)
     parse_tags(run.data.tags, f"run {tracker.run_id}")
     data = ("darkroom.content_digest", "darkroom.dvc_digest", "darkroom.dataset", "darkroom.git_dirty")
     tags = {name: run.data.tags.get(name) for name in (*data, TAKEDOWN, AUTOENCODER, START)} | {
         "darkroom.run_id": tracker.run_id,
         "darkroom.git_commit": run.data.tags.get("mlflow.source.git.commit"),
+        "darkroom.guidance": evaluation.sampling.guidance_text if evaluation.sampling.guides else None,
         "darkroom.images": evaluation.best.images,
         "darkroom.train_key": read_header(weights)["train_key"],
     }

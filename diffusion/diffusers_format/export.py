@@ -99,6 +99,7 @@ def readme(model: DiffusionModel, sampling: SamplingConfig, about: Exported) -> 
     """Write the README of an export: usage, origin and limitations."""
     header, (channels, size, _) = model.header, model.shape
     conditions = ', prompts=["…"]' if model.config.text else ""
+    sampling = header.sampling(sampling, bool(model.classes) or model.config.text)
     if model.classes:
         conditions = f", labels=[{python_literal(model.classes[0])}]"
     stock = ""
@@ -132,7 +133,7 @@ pipe(batch_size=4, seed=0{conditions}).images
 | trained on | {header.images:,} images seen |
 | weights | SHA-256 of the model file `{about.weights_sha256}` |
 | predicts | {model.config.prediction}, on the schedule {model.config.schedule} of {model.config.steps} levels |
-| sampled with | {sampling.sampler}, {sampling.steps} steps |
+| sampled with | {sampling.sampler}, {sampling.steps} steps, guidance {sampling.guidance_text} |
 
 The weights come under no licence but what the rights in the images of that data set allow. The model reproduces its
 training data, at this size, with its gaps and biases, and may come close to single images: mark what it generates as

@@ -88,4 +88,4 @@ class DarkroomUNet(ModelMixin, ConfigMixin):  # type: ignore[misc]
 def samples_with_learned_variance(model: DiffusionModel, sampling: SamplingConfig) -> bool:
     """Whether sampling uses the learned variance of ``model``, which guided predictions do not have."""
     unset = isinstance(sampling, DDPMSampling) and sampling.variance is None
-    return unset and model.config.variance == "learned_range" and not sampling.guides
+    return unset and model.config.variance == "learned_range" and not model.header.sampling(sampling).guides

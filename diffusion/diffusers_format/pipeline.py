@@ -25,7 +25,13 @@ from diffusion.common.random import GaussianNoise
 from diffusion.diffusers_format.network import DarkroomUNet, samples_with_learned_variance
 from diffusion.families.ddpm import DiffusionModel, denoiser_of
 from diffusion.generation.config import Conditions
-from diffusion.generation.generate import check_prompts, check_sampling, make_conditioning, prompt_embeddings
+from diffusion.generation.generate import (
+    check_prompts,
+    check_sampling,
+    is_conditional,
+    make_conditioning,
+    prompt_embeddings,
+)
 from diffusion.process.samplers import (
     ZERO_SNR,
     DDIMSampling,
@@ -92,8 +98,9 @@ class DarkroomPipeline(DiffusionPipeline):  # type: ignore[misc]
             "guidance_interval": guidance_interval,
             "guidance_rescale": guidance_rescale,
         }
-        config = self.unet.sampling.changed({name: value for name, value in given.items() if value is not None})
         conditions = Conditions(labels=_each(labels), prompts=_each(prompts), negative_prompt=negative_prompt)
+        config = self.unet.sampling.changed({name: value for name, value in given.items() if value is not None})
+        config = model.header.sampling(config, is_conditional(model.classes, conditions))
         check_prompts(conditions)
         check_sampling(model, config, conditions)
         _check_scheduler(self.scheduler, model)

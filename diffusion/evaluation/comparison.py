@@ -123,7 +123,7 @@ def compare_with_champion(
     theirs = their_evaluation = incomparable = None
     if champion is not None:
         try:
-            family, how = ours.header.model.family, ours.sampling
+            family, how = ours.header.model.family, sampling  # not the candidate's, which has its own guidance
             if (other := read_model_header(champion).model).family != family:
                 if not gate.across_families:
                     raise UserError(

@@ -21,15 +21,16 @@ from diffusion.common.image_grids import above, beside, blocks, grid, png_bytes,
 from diffusion.common.progress import Progress, silent
 from diffusion.evaluation.config import EvaluationConfig
 from diffusion.evaluation.estimate import MetricEstimate
-from diffusion.evaluation.evaluator import CACHE, Evaluator
-from diffusion.evaluation.metrics.distances import Scores
+from diffusion.evaluation.evaluator import CACHE, Evaluator, ModelEvaluator
+from diffusion.evaluation.metrics.distances import Scores, jackknife, kid_deviations
 from diffusion.evaluation.metrics.pixel_metrics import TITLES, ResamplingBaseline, describe_baselines, resample
 from diffusion.evaluation.real_images import SHOWN
 from diffusion.evaluation.reports.charts import charts
 from diffusion.evaluation.reports.html import Cell, between, counted, plain, render, signed, with_error
-from diffusion.evaluation.results import CheckpointEvaluation, Evaluation, ModelScores
+from diffusion.evaluation.results import CheckpointEvaluation, Evaluation, GuidanceScore, ModelScores
 from diffusion.generation.super_resolution import shrunk, task_of
 from diffusion.process.samplers import SamplingConfig
+from diffusion.process.schedules import resolution_scale
 
 ETA = 4
 """η of successive halving: the share of checkpoints that goes on falls by it as the number of images grows by it, so
@@ -58,6 +59,41 @@ def select_finalists(
         behind += [each for _, each in scored[places:]]
         samples *= ETA
     return left, sorted(behind, key=lambda each: each.images)
+
+
+GUIDANCE_INTERVAL = 0.2, 5.0
+"""Noise levels σ between which scales of guidance are tried (arXiv 2404.07724), for images of up to 3×32×32 values.
+Both ends grow with the noise levels of larger ones, of which the same features are left at a higher σ."""
+
+
+def score_guidance(evaluator: Evaluator, best: ModelEvaluator) -> list[GuidanceScore]:
+    """Score the images of the ``best`` checkpoint without guidance and with each one that ``config.guidance`` tries.
+
+    The gate sees none of what they are scored by: they are a quarter of ``config.samples``, of ``config.seed`` + 2, and
+    compared with training images, whose captions they have. The least guidance comes first. Empty if a user has set it,
+    or the model is none that can be guided: a diffusion model of classes or captions that learned to do without them,
+    and no student.
+    """
+    header, config, real = best.header, evaluator.config, evaluator.real
+    learned = header.model.family == "ddpm" and header.training.get("condition_dropout", 0) > 0
+    is_set = evaluator.sampling.guidance is not None or header.student_steps is not None
+    if not config.guidance or not learned or is_set or not best.is_conditional:
+        return []
+    scales, factor = sorted(config.guidance), resolution_scale(math.prod(best.model.noise_shape))
+    interval = [round(factor * sigma, 2) for sigma in GUIDANCE_INTERVAL]
+    tried: list[dict[str, object]] = [{}, *({"guidance": w, "guidance_interval": interval} for w in scales)]
+    tried.append({"guidance": scales[len(scales) // 2]})
+    rows, samples, scores = real.training_rows(config.seed), max(10, config.samples // 4), []
+    samplings = [evaluator.sampling.changed(each) for each in tried]
+    for each in samplings:
+        model = evaluator.model(best.path, samples, each, f"guidance {each.guidance_text}", config.seed + 2, rows)
+        scores.append(kid_deviations(model.features, real.features(rows)))
+    least, *theirs = min(scores, key=lambda each: each[0])
+    found = []
+    for sampling, (kid, *ours) in zip(samplings, scores, strict=True):
+        variance = sum(jackknife(one - other) for one, other in zip(ours, theirs, strict=True))
+        found.append(GuidanceScore(sampling=sampling, kid=kid, excess=kid - least, excess_se=math.sqrt(variance)))
+    return found
 
 
 REAL_GRID = "held_out.png"
@@ -137,6 +173,7 @@ def evaluate(
         preliminary=behind,
         estimates=evaluator.estimates(of_best),
         baselines=evaluator.baselines(),
+        guidance=score_guidance(evaluator, model),
     )
     sheets = Sheets(evaluator.real.shown_images, generated, model.reconstructed)
     _write(evaluation, sheets, output)
@@ -229,6 +266,15 @@ def findings(evaluation: Evaluation) -> list[str]:
         said.append(
             f"{counted(len(evaluation.preliminary), 'more checkpoint')} fell behind on fewer images, from "
             f"{fewest:,} on, and {'was' if len(evaluation.preliminary) == 1 else 'were'} not evaluated in full."
+        )
+    if evaluation.guidance:
+        kids = {each.sampling.guidance_text: signed(each.kid) for each in evaluation.guidance}
+        chosen = evaluation.sampling.guidance_text
+        said.append(
+            f"Of {len(kids) - 1} kinds of guidance none surely lowers its KID, {kids[chosen]} against training images."
+            if chosen == "none"
+            else f"Guidance {chosen} lowers its KID against training images from {kids['none']} to {kids[chosen]}: the "
+            "registered model samples with it."
         )
     if evaluation.baselines:
         said.append(describe_baselines(best.scores, evaluation.baselines))

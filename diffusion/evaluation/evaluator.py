@@ -22,7 +22,7 @@ from diffusion.common.files import sha256_file
 from diffusion.common.fingerprint import fingerprint
 from diffusion.common.progress import Progress, silent
 from diffusion.common.threads import cores
-from diffusion.data.dataset import Dataset
+from diffusion.data.dataset import Dataset, Rows
 from diffusion.data.manifest import read_manifest
 from diffusion.evaluation.bootstrap import FEWEST as FEWEST_FOR_ERRORS
 from diffusion.evaluation.bootstrap import SPLITS, Figure, Replicates, compute_halves
@@ -128,7 +128,13 @@ class Evaluator:
         )
 
     def model(
-        self, path: Path, samples: int | None = None, sampling: SamplingConfig | None = None, name: str = ""
+        self,
+        path: Path,
+        samples: int | None = None,
+        sampling: SamplingConfig | None = None,
+        name: str = "",
+        seed: int | None = None,
+        captioned: Rows | None = None,
     ) -> "ModelEvaluator":
         """Return the lazy evaluation of the model in the file ``path``.
 
@@ -137,11 +143,15 @@ class Evaluator:
             samples: Images to generate; None: as configured.
             sampling: How to generate them; None: as configured.
             name: Name shown with progress; empty: the file's name.
+            seed: Seed of the images; None: as configured.
+            captioned: Images whose captions condition a model with captions; None: held-out ones.
 
         Raises:
             UserError: The file does not exist, is not a model, or has another image shape or task.
         """
-        found = ModelEvaluator(path, self, samples or self.config.samples, sampling or self.sampling, name or path.stem)
+        config = self.config if seed is None else self.config.model_copy(update={"seed": seed})
+        samples, sampling = samples or config.samples, sampling or self.sampling
+        found = ModelEvaluator(path, self, config, samples, sampling, name or path.stem, captioned)
         header, dataset = found.header, self.real.dataset
         if (shape := (header.channels, header.size, header.size)) != dataset.shape:
             raise UserError(
@@ -217,12 +227,21 @@ class ModelEvaluator:
     It generates image numbers 0 … ``samples`` − 1 of the configured seed, or upscales held-out images.
     """
 
-    def __init__(self, path: Path, evaluator: Evaluator, samples: int, sampling: SamplingConfig, name: str) -> None:
+    def __init__(
+        self,
+        path: Path,
+        evaluator: Evaluator,
+        config: EvaluationConfig,
+        samples: int,
+        sampling: SamplingConfig,
+        name: str,
+        captioned: Rows | None,
+    ) -> None:
         self.header = read_model_header(path)
         self.sha256, self.digest = sha256_file(path), model_digest(path)
         self.path, self.evaluator = path, evaluator
         self.real = evaluator.real
-        self.config = evaluator.config
+        self.config, self.captioned = config, captioned
         self.samples = samples if evaluator.real.small is None else min(samples, len(evaluator.real.shown))
         self.sampling = sampling = self.header.sampling(sampling)
         self.folder = evaluator.folder
@@ -240,18 +259,22 @@ class ModelEvaluator:
 
     @cached_property
     def conditions(self) -> Conditions:
-        """Return captions of held-out images for models with captions, else classes as frequent as in the data set."""
+        """Return captions of real images for models with captions, else classes as frequent as in the data set."""
         if not self.header.model.text:
             return UNCONDITIONAL
-        real = self.real
-        captioned = [caption is not None for caption in real.dataset.captions(real.held_out)]
-        return conditions_of(real.dataset, real.held_out[captioned][: self.config.samples], self.model.classes)
+        dataset, rows = self.real.dataset, self.real.held_out if self.captioned is None else self.captioned
+        captioned = [row for row, caption in zip(rows, dataset.captions(rows), strict=True) if caption is not None]
+        return conditions_of(dataset, captioned[: self.config.samples], self.model.classes)
+
+    @property
+    def is_conditional(self) -> bool:
+        """Return whether images have a class or caption that guidance leads towards."""
+        return self.header.model.low_resolution is None and is_conditional(self.model.classes, self.conditions)
 
     @cached_property
     def guided(self) -> SamplingConfig:
         """Return the sampling configuration, without guidance if the model has no conditions."""
-        leads = is_conditional(self.model.classes, self.conditions) and self.header.model.low_resolution is None
-        return self.sampling if leads else self.sampling.unguided()
+        return self.sampling if self.is_conditional else self.sampling.unguided()
 
     @cached_property
     def images(self) -> Tensor:
@@ -409,9 +432,11 @@ class ModelEvaluator:
         key: Key = {"kind": "generated", "format_version": 3, "model": self.digest, "samples": self.samples}
         key |= {"seed": self.config.seed, "sampling": self.sampling, "fingerprint": self.fingerprint}
         if self.header.model.text or self.header.model.low_resolution is not None:
-            # Held-out captions or small images condition the model. Other models' images suit every data set.
+            # Real captions or small images condition the model. Other models' images suit every data set.
             digest = self.real.dataset.manifest.content_digest
             key |= {"content_digest": digest, "reference": self.config.reference}
+        if self.header.model.text and self.captioned is not None:
+            key |= {"captioned": self.real.key(self.captioned)}
         return key
 
     @property

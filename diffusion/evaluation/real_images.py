@@ -106,9 +106,14 @@ class RealImages:
         """Compute the scores of ``features`` (N, D) against the reference."""
         return compute_scores(features, self.reference, self.extractor.name)
 
+    def training_rows(self, seed: int) -> Rows:
+        """Choose as many training images as are generated, or all."""
+        rows: Rows = self.train[permutation(seed, "evaluation/floor", 0, len(self.train))[: self.samples]]
+        return rows
+
     def real_baseline(self, seed: int) -> tuple[Key, Tensor]:
-        """Return features of as many training images as are generated, or of all, and their key: (N, D)."""
-        rows = self.train[permutation(seed, "evaluation/floor", 0, len(self.train))[: self.samples]]
+        """Return the features of ``training_rows``, and their key: (N, D)."""
+        rows = self.training_rows(seed)
         return self.key(rows), self.features(rows)
 
     @cached_property

@@ -46,8 +46,8 @@ class EvaluationConditions(Config):
 
         A model's metrics depend on it, on the weights, and within floating-point error on the fingerprint.
         """
-        # Other checkpoints change no metric, and neither does an unused option.
-        exclude = {"evaluation": {"ema_stds", "finalists", "first_samples"}}
+        # Other checkpoints change no metric, and neither does an unused option. Guidance is in the model file.
+        exclude = {"evaluation": {"ema_stds", "finalists", "first_samples", "guidance"}}
         return digest_of(self.model_dump(mode="json", exclude=exclude, exclude_none=True))
 
 
@@ -188,6 +188,17 @@ class ModelEvaluation(ModelScores):
         return figures | {"gflop_per_image": self.gflop} | flatten(self.estimates)
 
 
+class GuidanceScore(Config):
+    """KID of the best checkpoint's images with some guidance, or none, against training images."""
+
+    sampling: SamplingConfig
+    kid: float
+    excess: float
+    """How far ``kid`` lies above the smallest of all that were tried."""
+    excess_se: float
+    """Standard error of ``excess``; all were tried on the same noise."""
+
+
 class Evaluation(Config):
     """Scores of a run's checkpoints under equal conditions."""
 
@@ -209,6 +220,18 @@ class Evaluation(Config):
     """Estimates of the best checkpoint's metrics."""
     baselines: dict[str, ResamplingBaseline] | None = Field(None, exclude_if=unset)
     """Scores of resampling by name, for super-resolution models."""
+    guidance: list[GuidanceScore] = Field([], exclude_if=lambda guidance: not guidance)
+    """No guidance, and each one that was tried with the best checkpoint, the least first; empty if none was."""
+
+    @property
+    def sampling(self) -> SamplingConfig:
+        """Return how the registered model samples: as configured, with the guidance that was chosen, if any was tried.
+
+        It is the least whose KID is within one standard error of the smallest (Breiman et al., Classification and
+        Regression Trees, 1984, section 3.4.3), as more costs variety and work.
+        """
+        near = [each.sampling for each in self.guidance if each.excess <= each.excess_se]
+        return near[0] if near else self.conditions.sampling
 
     @classmethod
     def read(cls, path: Path) -> "Evaluation":

@@ -123,6 +123,14 @@ class BaseSampling(Config):
         """Whether guidance has an effect."""
         return self.guidance not in (None, 1)
 
+    @property
+    def guidance_text(self) -> str:
+        """Description of guidance, such as ``2 at σ from 0.2 to 5``."""
+        if self.guidance is None or not self.guides:
+            return "none"
+        where = "all σ" if self.guidance_interval is None else "σ from {:g} to {:g}".format(*self.guidance_interval)
+        return f"{self.guidance:g} at {where}"
+
     def sigma_grid(self, schedule: NoiseSchedule) -> Tensor:
         """Build the noise levels, (steps + 1,) float64, falling to 0; see ``NoiseSchedule.sigma_grid``."""
         return schedule.sigma_grid(self.steps, self.sigma_max, self.sigma_min)

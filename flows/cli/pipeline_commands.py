@@ -202,7 +202,8 @@ def evaluate(config: "Params", local: Local = False) -> CommandOutput:
             done = evaluate(config)
     metrics = [f"  {name}: {value:.4g}" for name, value in done.metrics().items()]
     report = str(config.report_folder / "report.html")
-    lines = [f"best of {len(done.checkpoints)} checkpoints:", *metrics, f"report: {report}"]
+    guidance = f"guidance: {done.sampling.guidance_text}"
+    lines = [f"best of {len(done.checkpoints)} checkpoints:", *metrics, guidance, f"report: {report}"]
     return CommandOutput(done.model_dump(mode="json") | {"report": report}, lines)
 
 

@@ -67,6 +67,7 @@ def card(
         columns=("metric", "value", *compared, "real baseline"),
         metrics=_compared(comparison) if comparison else _evaluated(evaluation),
         best=best,
+        sampling=evaluation.sampling,
         grid=f"evaluation/grids/{best.images:010d}-{best.sha256[:8]}.png",
         data=data,
         classes=_listed(f"{escape_markdown(name)} ({count(number)})" for name, number in classes.items()),

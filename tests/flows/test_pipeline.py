@@ -19,7 +19,9 @@ import pytest
 from mlflow.client import MlflowClient
 from PIL import Image
 
+from diffusion.checkpoints import read_model_header
 from diffusion.common.files import sha256_bytes
+from diffusion.evaluation.results import Evaluation
 from flows.local_stack.server_process import choose_ports
 from tests.builders.workspace import PARAMS, Workspace, objects, running
 
@@ -45,6 +47,11 @@ def test_retrain_ends_in_a_champion_with_lineage_and_samples(workspace: Workspac
     for metric in ("loss", "held_out_loss_ema", "train_loss", "images_per_second", "kid_efflite0"):
         points = server.get_metric_history(run.info.run_id, metric)
         assert len({point.step for point in points}) == len(points) > 0
+    evaluation = Evaluation.read(workspace.folder / "reports" / "blobs" / "evaluation.json")
+    header = read_model_header(workspace.folder / "runs" / "blobs" / "weights.safetensors")
+    assert len(evaluation.guidance) == 5
+    assert header.sampling(evaluation.conditions.sampling) == evaluation.sampling
+    assert version.tags.get("darkroom.guidance", "none") == evaluation.sampling.guidance_text
     artifacts = {item.path for item in server.list_artifacts(run.info.run_id, "evaluation")}
     assert "evaluation/report.html" in artifacts
     history = {item.path for item in server.list_artifacts(run.info.run_id, "history")}
@@ -62,6 +69,7 @@ def test_retrain_ends_in_a_champion_with_lineage_and_samples(workspace: Workspac
         assert sha256_bytes(image.tobytes()) == row["pixels_sha256"]
         assert image.text["darkroom:seed"] == "5"
         assert (row["version"], row["run_id"]) == (int(version.version), done["run_id"])
+        assert row["guidance"] == evaluation.sampling.guidance
         assert row["content_digest"] == version.tags["darkroom.content_digest"]
     assert len(found) == 40 + 5
 

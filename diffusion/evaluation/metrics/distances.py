@@ -94,26 +94,42 @@ def compute_kid(samples: Tensor, reference: Tensor, sums: Tensor | None = None) 
 
     Returns the unbiased estimate, which may be slightly negative, and its standard error over new samples of both sets.
     """
+    value, of_samples, of_reference = kid_deviations(samples, reference, sums)
+    return value, math.sqrt(jackknife(of_samples) + jackknife(of_reference))
+
+
+def kid_deviations(samples: Tensor, reference: Tensor, sums: Tensor | None = None) -> tuple[float, Tensor, Tensor]:
+    """Compute KID as ``compute_kid``, and its deviations without each member of either set: (N,), (M,) float64.
+
+    Those of two sets of paired samples differ by the deviations of the difference of their KID.
+    """
     of_samples = kernel_sums(samples)
     of_reference = kernel_sums(reference) if sums is None else sums
     from_samples, from_reference = _sums_across(samples, reference)
     within = sum(float(sums.sum()) / (len(sums) * (len(sums) - 1)) for sums in (of_samples, of_reference))
     value = within - 2 * float(from_samples.sum()) / (len(samples) * len(reference))
-    variance = jackknife(of_samples, from_samples, len(reference))
-    variance += jackknife(of_reference, from_reference, len(samples))
-    return value, math.sqrt(variance)
+
+    def deviations(within: Tensor, across: Tensor, others: int) -> Tensor:
+        """From sums of the kernel of each member with the rest of its set, and with the ``others`` of the other set."""
+        n = len(within)
+        left = (within.sum() - 2 * within) / ((n - 1) * (n - 2)) - 2 * (across.sum() - across) / ((n - 1) * others)
+        return left - left.mean()
+
+    return (
+        value,
+        deviations(of_samples, from_samples, len(reference)),
+        deviations(of_reference, from_reference, len(samples)),
+    )
 
 
-def jackknife(within: Tensor, across: Tensor, others: int) -> float:
-    """Compute the variance due to one of the two sets, from the metric without each of its n members in turn.
+def jackknife(deviations: Tensor) -> float:
+    """Compute the variance due to one set, from the ``deviations`` of a metric without each of its n members, (n,).
 
-    ``within``, ``across``: (n,) each, sums of the kernel of each member with the rest of its set and with the other set
-    of ``others`` members. The jackknife variance is not too small on average (Efron and Stein, Ann. Statist. 9, 1981);
-    for sets of the same distribution the error is too large by √2, as the one from halves is.
+    It is not too small on average (Efron and Stein, Ann. Statist. 9, 1981); for KID of sets of the same distribution
+    the error is too large by √2, as the one from halves is.
     """
-    n = len(within)
-    left = (within.sum() - 2 * within) / ((n - 1) * (n - 2)) - 2 * (across.sum() - across) / ((n - 1) * others)
-    return float((left - left.mean()).square().sum()) * (n - 1) / n
+    n = len(deviations)
+    return float(deviations.square().sum()) * (n - 1) / n
 
 
 def kernel_sums(features: Tensor, progress: Progress = silent) -> Tensor:

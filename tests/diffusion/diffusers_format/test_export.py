@@ -14,7 +14,7 @@ from diffusers import DDIMPipeline, DDPMPipeline, DiffusionPipeline
 from torch import Tensor
 
 import diffusion.diffusers_format.export
-from diffusion.checkpoints import AVERAGED, load_model, save_tensors
+from diffusion.checkpoints import AVERAGED, export, load_model, save_tensors
 from diffusion.common.errors import UserError
 from diffusion.common.random import GaussianNoise
 from diffusion.diffusers_format import DarkroomPipeline
@@ -355,3 +355,15 @@ def test_exported_pipeline_rejects_options_without_effect(tmp_path: Path, fake_e
         pipe.scheduler = scheduler
         with pytest.raises(UserError, match=words):
             pipe()
+
+
+def test_exported_pipeline_guides_as_evaluation_chose_unless_told_otherwise(tmp_path: Path) -> None:
+    checkpoint, weights = write_model(tmp_path, classes=CLASSES), tmp_path / "weights.safetensors"
+    guided = sampling_config(steps=8, sampler="dpmpp_2m", guidance=3, guidance_interval=(0.2, 5))
+    export(checkpoint, weights, guided)
+    model, done = exported(weights, sampler="dpmpp_2m")
+    pipe = load(done)
+    assert_equal(pipe(batch_size=COUNT, seed=SEED, output_type="pt").images, ours(model, guided))
+    unguided = pipe(batch_size=COUNT, seed=SEED, output_type="pt", guidance_scale=1).images
+    assert_equal(unguided, ours(model, guided.unguided()))
+    assert "guidance 3 at σ from 0.2 to 5" in (done.folder / "README.md").read_text()

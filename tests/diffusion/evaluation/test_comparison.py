@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from diffusion.checkpoints import load_model
+from diffusion.checkpoints import export, load_model
 from diffusion.common.errors import UserError
 from diffusion.data.dataset import Dataset
 from diffusion.evaluation.comparison import ChampionComparison, SampleGrids, compare_with_champion
@@ -338,3 +338,21 @@ def test_champion_of_another_family_uses_the_settings_it_supports(data: Path, tm
     found, _ = tried(new, gan, data, tmp_path, asked, SAMPLING)
     assert found.champion is not None
     assert found.champion.family == "gan"
+
+
+def test_candidate_and_champion_are_each_sampled_with_the_guidance_in_their_own_file(
+    data: Path, tmp_path: Path
+) -> None:
+    new, old = (write_model(tmp_path / f"{seed}.st", seed, seed, classes={"left": 1, "right": 1}) for seed in (1, 2))
+    guided = SAMPLING.changed({"guidance": 3, "guidance_interval": (0.2, 5)})
+    chosen = tmp_path / "chosen.safetensors"
+    export(new, chosen, guided)
+    expected = {
+        chosen: sample(load_model(new), range(48), TRIED.seed, guided),
+        old: sample(load_model(old), range(48), TRIED.seed, SAMPLING),
+    }
+    for candidate, champion in ((chosen, old), (old, chosen)):
+        _, grids = tried(candidate, champion, data, tmp_path)
+        assert grids.champion is not None
+        assert torch.equal(grids.candidate, expected[candidate])
+        assert torch.equal(grids.champion, expected[champion])

@@ -12,6 +12,7 @@ from diffusion.data.manifest import Manifest, read_manifest
 from diffusion.evaluation.comparison import ChampionComparison, compare_with_champion
 from diffusion.evaluation.gate import Finding, GateConfig
 from diffusion.evaluation.reports.html import signed, with_error
+from diffusion.evaluation.results import GuidanceScore
 from flows.config import Params
 from flows.registry import model_card
 from flows.registry.ledger import Evidence, History
@@ -155,3 +156,12 @@ def test_model_card_is_written_per_verdict_and_keeps_takedowns(
     card = write(History("carded", (one, two)))
     assert two.digest in card
     assert card.count(f"Takedown {REMOVAL.name}: made from images") == 1
+
+
+def test_model_card_names_the_guidance_that_evaluation_chose(data: Manifest) -> None:
+    evaluation = an_evaluation([0.02])
+    assert "guidance" not in model_card.card(PARAMS, evaluation, data, VERSION, ENTRY)
+    sampling = evaluation.conditions.sampling.changed({"guidance": 2, "guidance_interval": (0.2, 5)})
+    chosen = [GuidanceScore(sampling=sampling, kid=0.1, excess=0, excess_se=0)]
+    card = model_card.card(PARAMS, evaluation.model_copy(update={"guidance": chosen}), data, VERSION, ENTRY)
+    assert "guidance 2 at σ from 0.2 to 5" in section(card, "How to call it")

@@ -19,6 +19,8 @@ from diffusion.evaluation.metrics.distances import (
     compute_scores,
     distance_at_infinity,
     frechet_distance,
+    jackknife,
+    kid_deviations,
 )
 from tests.builders.one_metric import compute_replicates
 
@@ -177,6 +179,24 @@ def test_the_error_of_kid_is_the_jackknife_s_which_leaves_out_each_image_in_turn
     )
     variance = sum((len(each) - 1) * np.var(each) for each in without)
     assert compute_scores(samples, reference, "x").kid_se == pytest.approx(variance**0.5, rel=1e-4)
+
+
+def test_deviations_of_paired_samples_give_the_jackknife_error_of_the_difference_of_their_kid() -> None:
+    reference, noise = gaussian(11, 5, seed=2), gaussian(14, 5, seed=1)
+    pair = 1.1 * noise + 0.3, 1.2 * noise + 0.2
+    rows = [[each for each in range(count) if each != gone] for count in (14, 11) for gone in range(count)]
+
+    def difference(some: list[int], others: list[int]) -> float:
+        ours, theirs = (over_all_pairs(each[some], reference[others]) for each in pair)
+        return ours - theirs
+
+    without = (
+        [difference(some, [*range(11)]) for some in rows[:14]],
+        [difference([*range(14)], some) for some in rows[14:]],
+    )
+    (_, *ours), (_, *theirs) = (kid_deviations(each, reference) for each in pair)
+    for found, other, expected in zip(ours, theirs, without, strict=True):
+        assert jackknife(found - other) == pytest.approx((len(expected) - 1) * np.var(expected), rel=1e-4)
 
 
 def test_precision_and_recall_are_shares_of_points_within_the_third_neighbours_radius() -> None:

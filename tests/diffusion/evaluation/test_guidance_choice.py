@@ -1,0 +1,194 @@
+"""Guidance is chosen by evaluation: the least that brings images nearest to training images, unless a user sets it."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from diffusion.checkpoints import export, load_model
+from diffusion.data.dataset import Dataset
+from diffusion.evaluation.cache import cached
+from diffusion.evaluation.config import EvaluationConfig
+from diffusion.evaluation.evaluate import evaluate, findings
+from diffusion.evaluation.evaluator import Evaluator
+from diffusion.evaluation.features.feature_extractor import EfficientNetLite0
+from diffusion.evaluation.metrics.distances import compute_kid
+from diffusion.evaluation.results import Evaluation
+from diffusion.generation.config import make_request
+from diffusion.generation.generate import sample
+from diffusion.generation.requests import answer
+from diffusion.process.samplers import sampling_config
+from tests.builders.captioned import squares
+from tests.builders.comparisons import CONFIG, SAMPLING, Watcher, discs, training_images
+from tests.builders.evaluations import an_evaluation
+from tests.builders.html_pages import Page
+from tests.builders.small_datasets import random_images, write_dataset
+from tests.builders.small_models import CONFIG as NETWORK
+from tests.builders.small_models import write_model
+
+CLASSES = {"left": 60, "right": 60}
+TRIED = {
+    "none": SAMPLING,
+    "1.5 at σ from 0.2 to 5": SAMPLING.changed({"guidance": 1.5, "guidance_interval": (0.2, 5)}),
+    "2 at σ from 0.2 to 5": SAMPLING.changed({"guidance": 2, "guidance_interval": (0.2, 5)}),
+    "3 at σ from 0.2 to 5": SAMPLING.changed({"guidance": 3, "guidance_interval": (0.2, 5)}),
+    "2 at all σ": SAMPLING.changed({"guidance": 2}),
+}
+COUNT = CONFIG.samples // 4
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    return discs(tmp_path / "data" / "discs")
+
+
+def write_checkpoint(folder: Path, classes: dict[str, int] | None = CLASSES, **training: Any) -> Path:
+    return write_model(
+        folder / "checkpoints" / "100.safetensors",
+        seed=1,
+        images=100,
+        classes=classes,
+        training={"condition_dropout": 0.1} | training,
+    )
+
+
+def evaluated(data: Path, checkpoint: Path, output: Path, images: dict[str, Tensor]) -> Evaluation:
+    """An evaluation of a model that generates these ``images``, by guidance."""
+    evaluator = Evaluator(data, CONFIG, SAMPLING, output / "evaluations")
+    rows = evaluator.real.training_rows(CONFIG.seed)
+    for text, generated in images.items():
+        model = evaluator.model(checkpoint, COUNT, TRIED[text], seed=CONFIG.seed + 2, captioned=rows)
+        cached(evaluator.folder, model.generated_key, lambda generated=generated: {"images": generated})
+    return evaluate(data, [checkpoint], CONFIG, SAMPLING, output)
+
+
+def spoiled(data: Path, deviation: float) -> Tensor:
+    clean = training_images(data, COUNT)
+    noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(0))
+    return (clean + deviation * noise).round().clamp(0, 255).to(torch.uint8)
+
+
+def test_guidance_is_scored_on_images_and_training_images_that_the_gate_does_not_compare(
+    data: Path, tmp_path: Path
+) -> None:
+    checkpoint, watcher = write_checkpoint(tmp_path), Watcher()
+    evaluation = evaluate(data, [checkpoint], CONFIG, SAMPLING, tmp_path / "report", progress=watcher)
+    assert {each.sampling.guidance_text: each.sampling for each in evaluation.guidance} == TRIED
+    assert watcher.drawn == {"100", *(f"guidance {text}" for text in TRIED)}
+    dataset, extractor, model = Dataset.open(data), EfficientNetLite0(32), load_model(checkpoint)
+    train = dataset.rows("train")
+    rows = Evaluator(data, CONFIG, SAMPLING, tmp_path / "other").real.training_rows(CONFIG.seed)
+    assert len(rows) == CONFIG.samples
+    assert set(rows) <= set(train)
+    reference = extractor(dataset.images(rows))
+    for each in evaluation.guidance:
+        images = sample(model, range(COUNT), CONFIG.seed + 2, each.sampling)
+        assert each.kid == pytest.approx(compute_kid(extractor(images), reference)[0], rel=1e-3)
+    smallest = min(each.kid for each in evaluation.guidance)
+    assert [each.excess for each in evaluation.guidance] == [each.kid - smallest for each in evaluation.guidance]
+    near = [each.sampling for each in evaluation.guidance if each.kid - smallest <= each.excess_se]
+    assert evaluation.sampling == near[0]
+
+    again = Watcher()
+    assert evaluate(data, [checkpoint], CONFIG, SAMPLING, tmp_path / "report", progress=again) == evaluation
+    assert again.seen == []
+
+
+def test_chosen_guidance_goes_into_the_registered_file_which_samples_with_it(data: Path, tmp_path: Path) -> None:
+    checkpoint, report = write_checkpoint(tmp_path), tmp_path / "report"
+    noises = dict(zip(TRIED, (90, 40, 2, 20, 60), strict=True))
+    evaluation = evaluated(data, checkpoint, report, {text: spoiled(data, noise) for text, noise in noises.items()})
+    chosen = "2 at σ from 0.2 to 5"
+    assert evaluation.sampling == TRIED[chosen]
+    assert min(evaluation.guidance, key=lambda each: each.kid).sampling == TRIED[chosen]
+    assert Evaluation.read(report / "evaluation.json") == evaluation
+    [said] = [each for each in findings(evaluation) if "uidance" in each]
+    assert said.startswith(f"Guidance {chosen} lowers its KID")
+    page = Page((report / "report.html").read_text())
+    assert all(text in page.text for text in TRIED)
+    assert f"{chosen} chosen" in " ".join(page.text.split())
+
+    weights = tmp_path / "weights.safetensors"
+    digest = export(checkpoint, weights, evaluation.sampling)
+    assert export(checkpoint, tmp_path / "again.safetensors", evaluation.sampling) == digest
+    model = load_model(weights)
+    [images] = answer(model, [make_request({"task": "sample", "seed": 7, "count": 3})], SAMPLING)
+    assert torch.equal(images, sample(load_model(checkpoint), range(3), 7, TRIED[chosen]))
+    unguided = SAMPLING.changed({"guidance": 1})
+    [images] = answer(model, [make_request({"task": "sample", "seed": 7, "count": 3})], unguided)
+    assert torch.equal(images, sample(model, range(3), 7, SAMPLING))
+    # The gate and monitoring see it as it samples.
+    assert Evaluator(data, CONFIG, SAMPLING, report / "evaluations").model(weights).guided == TRIED[chosen]
+
+
+def test_of_guidance_with_equal_kid_the_least_is_chosen(data: Path, tmp_path: Path) -> None:
+    checkpoint, clean, bad = write_checkpoint(tmp_path), spoiled(data, 2), spoiled(data, 90)
+    images = dict(zip(TRIED, (bad, clean, clean, bad, clean), strict=True))
+    some = evaluated(data, checkpoint, tmp_path / "some", images)
+    assert some.sampling == TRIED["1.5 at σ from 0.2 to 5"]
+    none = evaluated(data, checkpoint, tmp_path / "none", dict.fromkeys(TRIED, clean))
+    assert none.sampling == SAMPLING
+    assert "none surely lowers its KID" in " ".join(findings(none))
+    plain = export(checkpoint, tmp_path / "plain.safetensors")
+    assert export(checkpoint, tmp_path / "weights.safetensors", none.sampling) == plain
+
+
+@pytest.mark.parametrize("guidance", [1, 2])
+def test_guidance_of_a_user_wins(data: Path, tmp_path: Path, guidance: float) -> None:
+    sampling = SAMPLING.changed({"guidance": guidance})
+    evaluation = evaluate(data, [write_checkpoint(tmp_path)], CONFIG, sampling, tmp_path / "report")
+    assert (evaluation.guidance, evaluation.sampling) == ([], sampling)
+
+
+@pytest.mark.parametrize(
+    ("classes", "training", "tried"),
+    [
+        ({}, {}, (2,)),
+        (CLASSES, {"condition_dropout": 0}, (2,)),
+        (CLASSES, {"student": {"steps": 2}}, (2,)),
+        (CLASSES, {}, ()),
+        (CLASSES, {}, None),
+    ],
+    ids=["no classes", "no dropout", "student", "empty", "null"],
+)
+def test_no_guidance_is_tried_where_there_is_none_to_try(
+    data: Path, tmp_path: Path, classes: dict[str, int], training: dict[str, Any], tried: tuple[float, ...] | None
+) -> None:
+    checkpoint = write_checkpoint(tmp_path, classes, **training)
+    config = CONFIG.model_copy(update={"guidance": tried})
+    assert evaluate(data, [checkpoint], config, SAMPLING, tmp_path / "report").guidance == []
+
+
+def test_what_is_tried_changes_no_evaluation_key_and_has_scales_above_1() -> None:
+    conditions = an_evaluation([0.1]).conditions
+    other = conditions.model_copy(update={"evaluation": EvaluationConfig(guidance=(4,))})
+    assert (other != conditions, other.key) == (True, conditions.key)
+    with pytest.raises(ValueError, match="greater than 1"):
+        EvaluationConfig(guidance=(1,))
+
+
+def test_interval_grows_with_the_noise_levels_of_large_images(tmp_path: Path) -> None:
+    labels = ["left" if number % 3 else "right" for number in range(48)]
+    write_dataset(tmp_path / "large", random_images(48, 3, 64), 48, labels=labels)
+    checkpoint = write_model(
+        tmp_path / "100.safetensors", 1, 100, 3, 64, NETWORK, CLASSES, training={"condition_dropout": 0.1}
+    )
+    config = CONFIG.model_copy(update={"samples": 10, "guidance": (4, 2)})
+    sampling = sampling_config(sampler="dpmpp_2m", steps=2, compute_batch=10, precision="fp32")
+    found = evaluate(tmp_path / "large", [checkpoint], config, sampling, tmp_path / "report").guidance
+    texts = [each.sampling.guidance_text for each in found]
+    assert texts == ["none", "2 at σ from 0.4 to 10", "4 at σ from 0.4 to 10", "4 at all σ"]
+
+
+def test_captions_of_the_choice_are_those_of_training_images(tmp_path: Path) -> None:
+    squares(tmp_path / "squares")
+    checkpoint = write_model(tmp_path / "100.safetensors", 1, 100, 3, config=NETWORK.model_copy(update={"text": True}))
+    evaluator = Evaluator(tmp_path / "squares", CONFIG, SAMPLING, tmp_path / "cache")
+    dataset, rows = evaluator.real.dataset, evaluator.real.training_rows(0)
+    chosen = evaluator.model(checkpoint, 12, seed=2, captioned=rows)
+    usual = evaluator.model(checkpoint, 12, seed=2)
+    assert list(chosen.conditions.prompts) == dataset.captions(rows)
+    assert list(usual.conditions.prompts) == dataset.captions(dataset.rows("held_out"))
+    assert chosen.generated_key != usual.generated_key
