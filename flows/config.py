@@ -16,7 +16,7 @@ from diffusion.evaluation.gate import GateConfig
 from diffusion.models.config import FAMILIES, FamilyConfig, ModelConfig, training_conflict
 from diffusion.presets import PresetName, over
 from diffusion.process.samplers import SamplingConfig, describe_error, sampling_config, sampling_conflict
-from diffusion.training.config import TrainingConfig
+from diffusion.training.config import DistillationConfig, TrainingConfig
 
 DEFAULT_PARAMS = Path("params.yaml")
 """Default configuration file; it may be missing, which means all defaults."""
@@ -84,6 +84,7 @@ class Params(Config):
     sampling: SamplingConfig = sampling_config()
     evaluation: EvaluationConfig = EvaluationConfig()
     gate: GateConfig = GateConfig()
+    distillation: DistillationConfig = DistillationConfig()
     registry: RegistryConfig = RegistryConfig()
     sampling_batch: SamplingBatchConfig = SamplingBatchConfig()
     retention: RetentionConfig = RetentionConfig()
@@ -130,12 +131,12 @@ class Params(Config):
     @property
     def run_folder(self) -> Path:
         """Folder that training writes to."""
-        return self.training.output or Path("runs") / self._name()
+        return self.training.output or Path("runs") / (self._name() + self._student)
 
     @property
     def report_folder(self) -> Path:
         """Folder that evaluation writes to."""
-        return Path("reports") / self._name()
+        return Path("reports") / (self._name() + self._student)
 
     @property
     def report_folders(self) -> list[Path]:
@@ -151,6 +152,11 @@ class Params(Config):
     def champion(self) -> str:
         """URI of the champion of the registered model."""
         return f"models:/{self.model_name}@champion"
+
+    @property
+    def _student(self) -> str:
+        """Suffix of folders: a student has its own beside those of its teacher."""
+        return "" if self.training.student is None else "-student"
 
     def _name(self, family: str | None = None) -> str:
         """Data set name, with the family as suffix unless it is ddpm: each family has its own runs and champion."""

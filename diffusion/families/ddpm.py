@@ -223,18 +223,23 @@ def _mean(header: ModelHeader) -> Tensor | None:
     return None if header.data_mean is None else torch.tensor(header.data_mean).view(1, -1, 1, 1)
 
 
+def unconditional(model: DiffusionModel, conditioning: Conditioning, negative: Tensor) -> Conditioning:
+    """Replace ``conditioning`` by no class and the embedding of the negative prompt, (384,), zeros for none."""
+    return {
+        name: torch.full_like(value, len(model.classes)) if name == "label" else negative.expand_as(value)
+        for name, value in conditioning.items()
+    }
+
+
 def denoiser_of(model: DiffusionModel, conditioning: Conditioning, config: SamplingConfig, negative: Tensor) -> Denoise:
     """Build the conditional denoiser, guided away from the one with no class and the caption ``negative``."""
     if not config.guides:
         return model.denoiser(conditioning)
     assert config.guidance is not None
-    other = {
-        name: torch.full_like(value, len(model.classes)) if name == "label" else negative.expand_as(value)
-        for name, value in conditioning.items()
-    }
     # Only the mixture is clipped: clipped estimates would be equal where images are black or white.
-    conditional, unconditional = (replace(model.denoiser(each), clip=False) for each in (conditioning, other))
-    mixture = guided(conditional, unconditional, config.guidance, config.guidance_interval, config.guidance_rescale)
+    pair = conditioning, unconditional(model, conditioning, negative)
+    conditional, other = (replace(model.denoiser(each), clip=False) for each in pair)
+    mixture = guided(conditional, other, config.guidance, config.guidance_interval, config.guidance_rescale)
     return mixture if model.latents is not None else clipped(mixture)
 
 

@@ -374,6 +374,11 @@ def training_conflict(model: FamilyConfig, training: ObjectiveConfig) -> str | N
             "training.shard gives each process a part of each matrix, and Muon needs whole ones: set "
             "training.optimizer to adamw"
         )
+    if training.student is not None and model.prediction == "sample":
+        return (
+            "model.prediction = sample says nothing of small noise, and a student must leave images without noise as "
+            "they are: distil a model of another prediction"
+        )
     if model.variance == "fixed":
         return None
     if training.timestep_sampling != "uniform":

@@ -467,7 +467,8 @@ SamplingConfig: TypeAlias = Annotated[
     Discriminator(
         lambda given: tag(given, "sampler", "dpmpp_2m_sde"),
         custom_error_type="unknown_sampler",
-        custom_error_message="sampler is ddpm, ddim, euler, heun, dpmpp_2m, dpmpp_2m_sde (default), deis, unipc or consistency",
+        custom_error_message="sampler is ddpm, ddim, euler, heun, dpmpp_2m, dpmpp_2m_sde (default), deis, unipc, or "
+        "consistency for students",
     ),
 ]
 """The section ``sampling`` of a configuration; options of other samplers are unknown keys."""

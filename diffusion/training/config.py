@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from pydantic import ConfigDict, Field, PositiveFloat, model_validator
 
-from diffusion.common.config import LARGEST_EMA_STD, DeviceName, PlainName, unset
+from diffusion.common.config import LARGEST_EMA_STD, Config, DeviceName, PlainName, unset
 from diffusion.models.config import ObjectiveConfig
 
 
@@ -111,9 +111,29 @@ class TrainingConfig(ObjectiveConfig):
             raise ValueError("training.ema_decay means nothing to averages with training.ema_stds: leave one out")
         if self.ema_stds is not None and not 0 < self.ema_stds[0] < self.ema_stds[1] < LARGEST_EMA_STD:
             raise ValueError(f"training.ema_stds rise from the first to the second, which is below {LARGEST_EMA_STD}")
+        if self.student is not None and (self.init_from is None or self.images is None):
+            raise ValueError(
+                "training.student learns from the model in training.init_from over training.images: run "
+                "`darkroom distill`, which sets all three"
+            )
         if self.workers > self.prefetch:
             raise ValueError(
                 f"training.workers = {self.workers} have training.prefetch = {self.prefetch} batches to make, so some "
                 "would have none: raise training.prefetch, or lower training.workers"
             )
         return self
+
+
+class DistillationConfig(Config):
+    """Distillation of a diffusion model into a student of few evaluations, by `darkroom distill`."""
+
+    teacher: str = "champion"
+    """Model to distil: champion, a registered version (models:/NAME@ALIAS, models:/NAME/NUMBER), or with --local the
+    path of its final.safetensors. It is guided as it samples; the student then needs no guidance. A student stands for
+    its own teacher."""
+    steps: int = Field(2, ge=1, le=8)
+    """Network evaluations in which the student generates an image."""
+    images: int = Field(60_000, ge=1)
+    """Images to see."""
+    learning_rate: float = Field(1e-3, gt=0)
+    """Peak learning rate."""

@@ -38,7 +38,7 @@ from diffusion.models.text_encoder import ENCODER
 from diffusion.models.unet import UNet
 from diffusion.models.vae import Latents
 from diffusion.process.samplers import SamplingConfig
-from diffusion.training.config import TrainingConfig
+from diffusion.training.config import DistillationConfig, TrainingConfig
 from diffusion.training.distributed import Ranks
 
 FORMAT_VERSION = 3
@@ -235,6 +235,8 @@ def make_setup(
     if config.init_from is not None:
         classes = classes_of(model, dataset.manifest.class_histogram)
         initial = load_initial_weights(config.init_from, model, dataset, classes)
+        if config.student is not None and initial.header.student_steps is not None:
+            raise UserError(f"{config.init_from} is a student itself: name its teacher with distillation.teacher")
         config = config.model_copy(update={"init_from": weights_digest(initial)})
     setup = TrainingSetup(dataset, model, config, ranks, captions, autoencoder, initial)
     check_conditions(setup.classes, model.text, sampling, setup.sample_grid_conditions())
@@ -282,6 +284,27 @@ def drop_conditioning(conditioning: Conditioning, u: Tensor, share: float, no_cl
     if "text" in conditioning:
         left["text"] = conditioning["text"].masked_fill((u < share + alone)[:, None], 0)
     return left
+
+
+def student_training(
+    training: TrainingConfig, config: DistillationConfig, sampling: SamplingConfig, teacher: str, header: ModelHeader
+) -> TrainingConfig:
+    """Configure the training of a student of ``teacher``, the file or URI of a model with this ``header``.
+
+    The rest is as in the ``training`` of other models; the teacher is guided as it samples where ``sampling`` is
+    configured.
+    """
+    sampling = header.sampling(sampling)
+    guidance = {"guidance": sampling.guidance, "guidance_interval": sampling.guidance_interval}
+    own = {
+        "init_from": teacher,
+        "images": config.images,
+        "minutes": None,
+        "learning_rate": config.learning_rate,
+        "warmup_images": min(training.warmup_images, config.images // 10),
+        "student": {"steps": config.steps} | (guidance if sampling.guides else {}),
+    }
+    return TrainingConfig.model_validate(training.model_dump() | own)
 
 
 def identity_fields(config: TrainingConfig, model: FamilyConfig) -> dict[str, Any]:

@@ -4,6 +4,7 @@ import math
 import time
 from collections import deque
 from concurrent.futures import Executor
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,6 +17,8 @@ from diffusion.common.errors import DarkroomError
 from diffusion.common.fingerprint import autocast
 from diffusion.data.loader import Batch, Loader, TrainingOrder, WindowedOrder
 from diffusion.families import family_of
+from diffusion.families.ddpm import DiffusionModel
+from diffusion.families.distillation import ConsistencyObjective
 from diffusion.families.model import OptimizerStep, TrainingBatch, TrainingObjective, to_float
 from diffusion.training.config import TrainingConfig
 from diffusion.training.distributed import Ranks, full_tensor, shard_like, shard_module
@@ -133,6 +136,11 @@ class Trainer:
             network = setup.make_network(self.config.gradient_checkpointing)
             family, header = family_of(setup.model), setup.model_header(0)
             self.objective = family.make_objective(header, self.config, setup.autoencoder)
+            if self.config.student is not None:
+                assert isinstance(setup.initial, DiffusionModel)
+                assert self.config.images is not None
+                teacher = replace(setup.initial, latents=setup.autoencoder).on(self.device)
+                self.objective = ConsistencyObjective(self.config, teacher, self.config.images)
         if setup.initial:
             network.load_state_dict(setup.initial.network.state_dict())
         network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

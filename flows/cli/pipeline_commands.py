@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from flows.config import Params
     from flows.datasets.dvc import RemoteShards
     from flows.environment import Server
+    from flows.promote import PromotionResult
 
 app = typer.Typer()
 To = Annotated[str | None, Option(metavar="S3_URI", help="s3://BUCKET[/PREFIX]; default: the DARKROOM_BUCKET.")]
@@ -232,7 +234,10 @@ def promote(
     with connect("prefect", "mlflow", "s3"):
         from flows.promote import promote
 
-        done = promote(config)
+        return _promoted(promote(config))
+
+
+def _promoted(done: "PromotionResult") -> CommandOutput:
     error = None if done.promoted else typer.Exit(3)
     return CommandOutput(done, [f"{done.version.uri} is {done.title}: {done.reason}"], error)
 
@@ -333,6 +338,34 @@ def _retrained(found: dict[str, Any]) -> Iterator[str]:
     else:
         yield "samples    none: there is no champion yet"
     yield from (f"           {file}" for file in found["explained"]["files"])
+
+
+@pipeline
+def distill(config: "Params", local: Local = False) -> CommandOutput:
+    """Train a student of the champion that generates in two evaluations or so, and promote it if it is as good.
+
+    The same command resumes an interrupted distillation.
+
+    Example:  darkroom distill --dataset faces --set distillation.steps=2
+
+    Example:  darkroom distill --dataset faces --local --set distillation.teacher=runs/faces/final.safetensors
+    """
+    if local:
+        from diffusion.checkpoints import read_model_header
+        from diffusion.training.setup import student_training
+        from flows.tracking.console import console
+
+        path = config.distillation.teacher
+        header = read_model_header(Path(path))
+        training = student_training(config.training, config.distillation, config.sampling, path, header)
+        config = config.model_copy(update={"training": training})
+        with console() as progress:
+            result = _train(config, progress=progress, restart="if_different")
+        return CommandOutput(result, [f"{result.images} images seen; {result.final}"])
+    with connect("prefect", "mlflow", "s3"):
+        from flows.distill import distill
+
+        return _promoted(distill(config))
 
 
 @command(app, panel="Pipeline", servers=("prefect", "mlflow", "s3"))

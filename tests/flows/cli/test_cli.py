@@ -14,7 +14,7 @@ from flows.cli.command import CommandOutput, command
 from tests.builders.command_line import darkroom
 
 COMMANDS = (
-    *("ingest", "train", "evaluate", "promote", "sample", "retrain", "sweep", "compare"),
+    *("ingest", "train", "evaluate", "promote", "sample", "retrain", "sweep", "compare", "distill"),
     *("trace", "reproduce", "deploy", "monitor", "gc", "up", "down", "status", "env"),
 )
 GROUPS = {

@@ -1,0 +1,100 @@
+"""Distillation of a diffusion model into a student of one to four evaluations (consistency models, arXiv 2303.01469).
+
+The student begins with the teacher's weights and is tuned to be consistent (easy consistency tuning, 2406.14548): from
+the same image with the same noise it predicts at σ what it predicts itself at a lower level, and nothing is left to
+predict at none. The two levels are far apart at first, which is denoising, and move together. Guidance of the teacher
+shifts the image, so that the student generates what the guided teacher does without being guided.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from diffusion.common.random import GaussianNoise, uniform
+from diffusion.families.ddpm import DiffusionModel, unconditional
+from diffusion.families.model import Conditioning, OptimizerStep, TrainingBatch, TrainingObjective
+from diffusion.models.config import ObjectiveConfig
+from diffusion.models.text_encoder import WIDTH
+from diffusion.models.unet import UNet
+from diffusion.process.denoiser import guided
+from diffusion.process.likelihood import like
+
+LOG_SIGMA_STD = 1.8
+"""Standard deviation of ln σ, wider than that of denoising, as the first evaluation starts from pure noise; its mean is
+ln σ_max − ln 28, 0 for grey images of 28×28."""
+FIRST_GAP, LAST_GAP = 0.6, 0.05
+"""1 − ρ/σ for the lower level ρ, at the start and at the end of training; it falls geometrically."""
+HUBER = 1e-3
+"""c of the pseudo-Huber loss √(d² + c²) − c of a root mean square d (2310.14189, section 3.3)."""
+
+
+@dataclass(frozen=True)
+class ConsistencyObjective(TrainingObjective):
+    """Consistency of a student that begins as ``teacher``, guided as ``config.student`` says, over ``images``."""
+
+    config: ObjectiveConfig
+    teacher: DiffusionModel
+    images: int
+
+    def make_batch(
+        self, x0: Tensor, indices: Sequence[int], conditioning: Conditioning, probe: str | None = None
+    ) -> TrainingBatch:
+        """Sample noise levels, noise and dropout seeds; in a probe levels are spread evenly, as close as at the end."""
+        seed, shape, schedule = self.config.seed, self.teacher.noise_shape, self.teacher.schedule
+        random = {}
+        if probe is not None:
+            u, progress = (torch.arange(len(x0)) + 0.5) / len(x0), torch.ones(len(x0))
+            random["noise"] = GaussianNoise(0, f"probe/{probe}", indices, shape)()
+        else:
+            numbers, size = torch.tensor(indices), self.config.batch_size
+            u, progress = (numbers % size + uniform(seed, "time", indices)) / size, numbers / self.images
+            random["noise"] = GaussianNoise(seed, "noise", indices, shape)()
+            random["dropout_seeds"] = (uniform(seed, "dropout", indices) * 2**62).long()
+        highest = math.sqrt(schedule.values)
+        sigma = highest / 28 * (LOG_SIGMA_STD * torch.special.ndtri(u.double())).exp()
+        sigma = sigma.clamp(2 * float(schedule.sigmas[0]), min(highest, float(schedule.sigmas[-1])))
+        gap = FIRST_GAP * (LAST_GAP / FIRST_GAP) ** progress.double()
+        return TrainingBatch(x0, conditioning, random | {"sigma": sigma, "lower": sigma * (1 - gap)})
+
+    def losses(self, network: nn.Module, batch: TrainingBatch) -> Tensor:
+        """Compute the pseudo-Huber distance of each image's two estimates, weighted by 1/σ + 1/σ_data."""
+        teacher, random, conditioning = self.teacher, batch.random, batch.conditioning
+        sigma, lower, in_pixels = random["sigma"], random["lower"], teacher.latents is None
+        drawn = partial(network, draws=random.get("dropout_seeds"), **conditioning)
+        student = replace(teacher.denoiser(conditioning), network=drawn, clip=False)
+        with torch.no_grad():
+            x0 = teacher.encoded(batch.x0)
+            x = x0 + like(x0, sigma) * random["noise"]
+            x0 = x0 + self._shift(x, sigma, conditioning)
+            target = student(x0 + like(x, lower / sigma) * (x - x0), lower).float()
+        estimate = student(x, sigma).float()
+        if in_pixels:
+            # Sampling clips estimates, so one beyond black or white is as good as the target there: without this the
+            # network never gets rid of the last grain on plain areas.
+            both = torch.stack([estimate.detach(), target])
+            target = torch.where(target <= -1, both.amin(0), torch.where(target >= 1, both.amax(0), target))
+        distance = ((estimate - target).square().mean((1, 2, 3)) + HUBER**2).sqrt() - HUBER
+        return distance * (1 / sigma + 1 / teacher.header.sigma_data).to(distance.dtype)
+
+    def _shift(self, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
+        """Compute by how much guidance moves the teacher's estimate."""
+        student = self.config.student
+        assert student is not None
+        if student.guidance is None:
+            return torch.zeros_like(x)
+        other = unconditional(self.teacher, conditioning, torch.zeros(WIDTH, device=x.device))
+        conditioned, apart = (replace(self.teacher.denoiser(each), clip=False) for each in (conditioning, other))
+        estimate = conditioned(x, sigma)
+        mixture = guided(lambda *_: estimate, apart, student.guidance, student.guidance_interval)(x, sigma)
+        if self.teacher.latents is None:
+            mixture, estimate = mixture.clamp(-1, 1), estimate.clamp(-1, 1)
+        return mixture - estimate
+
+    def optimizer_steps(self, network: nn.Module) -> list[OptimizerStep]:
+        """Train the network."""
+        assert isinstance(network, UNet)
+        return [OptimizerStep({"network": network}, partial(self.losses, network), matrices=network.matrices())]

@@ -1,0 +1,128 @@
+"""Students of few evaluations: consistency sampling in closed form, and distillation as a training of its own."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+
+from diffusion.checkpoints import load_model, read_model_header
+from diffusion.common.errors import UserError
+from diffusion.families.ddpm import DiffusionModel, count_evaluations
+from diffusion.generation.config import make_request
+from diffusion.generation.generate import sample
+from diffusion.generation.requests import sampling_of
+from diffusion.models.config import training_conflict
+from diffusion.process.samplers import sampling_config
+from diffusion.process.schedules import edm_schedule
+from diffusion.training.config import DistillationConfig, TrainingConfig
+from diffusion.training.setup import student_training
+from diffusion.training.train import TrainResult, train
+from tests.builders.sampler_options import noises
+from tests.builders.small_datasets import write_dataset
+from tests.builders.training_runs import CONFIG, MODEL, SAMPLING, Stop, StopAt
+
+STEPS = 2
+
+
+@pytest.fixture
+def teacher(dataset: Path, tmp_path: Path) -> Path:
+    return train(dataset, tmp_path / "teacher", MODEL, CONFIG.model_copy(update={"images": 160}), SAMPLING).final
+
+
+def distilled(dataset: Path, output: Path, teacher: Path, images: int = 320, **options: object) -> TrainResult:
+    config = DistillationConfig(steps=STEPS, images=images)
+    training = student_training(CONFIG, config, SAMPLING, str(teacher), read_model_header(teacher))
+    return train(dataset, output, MODEL, training, SAMPLING, **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4])
+def test_consistency_sampling_of_gaussian_data_is_exact_in_any_number_of_steps(steps: int) -> None:
+    """From N(0, s²) data the ODE leads from x at σ to x s/√(σ² + s²)."""
+    spread, config = 0.5, sampling_config(sampler="consistency", steps=steps)
+    sigmas, noise = config.sigma_grid(edm_schedule(1000)), noises(0, 4000)
+    seen = []
+
+    def exact(x: Tensor, sigma: Tensor) -> Tensor:
+        seen.append(float(sigma))
+        return x * spread / float((sigma**2 + spread**2).sqrt())
+
+    images = config.run(exact, sigmas, noise)
+    assert len(seen) == steps
+    assert seen == sorted(seen, reverse=True)
+    # The start, σ ε, lacks the data's own variance.
+    assert images.std().item() == pytest.approx(spread, rel=0.02)
+    assert images.mean().item() == pytest.approx(0, abs=0.02)
+
+
+def test_student_separates_two_tones_in_as_many_evaluations_as_leave_its_teacher_between_them(tmp_path: Path) -> None:
+    """From noise the best estimate is their mean, and a step to the lowest level leaves the teacher there."""
+    random = np.random.default_rng(0)
+    tones = random.permutation(np.repeat([40, 215], 100))[:, None, None, None]
+    write_dataset(tmp_path / "tones", (tones + random.integers(-9, 10, (200, 1, 8, 8))).astype(np.uint8), 100)
+    config = CONFIG.model_copy(update={"images": 9600, "flip": False, "learning_rate": 1e-2})
+    teacher = train(tmp_path / "tones", tmp_path / "teacher", MODEL, config, SAMPLING).final
+    student = distilled(tmp_path / "tones", tmp_path / "student", teacher, 6400).final
+
+    def apart(path: Path, **options: object) -> float:
+        """Share of images whose mean is within 25 of a tone."""
+        model = load_model(path)
+        config = model.header.sampling(sampling_config(compute_batch=36, **options))
+        assert isinstance(model, DiffusionModel)
+        assert count_evaluations(config, model.schedule) == STEPS
+        means = sample(model, range(144), 0, config).float().mean((1, 2, 3))
+        return ((means - torch.tensor([[40], [215]])).abs().amin(0) < 25).float().mean().item()
+
+    assert apart(student) > 0.8
+    assert apart(teacher, sampler="ddim", steps=STEPS) < 0.5
+
+
+def test_stopped_distillation_resumes_bit_for_bit(dataset: Path, teacher: Path, tmp_path: Path) -> None:
+    whole = distilled(dataset, tmp_path / "whole", teacher)
+    with pytest.raises(Stop):
+        distilled(dataset, tmp_path / "cut", teacher, track=lambda _: StopAt(160))
+    assert distilled(dataset, tmp_path / "cut", teacher).final.read_bytes() == whole.final.read_bytes()
+
+
+def test_student_samples_as_it_was_distilled_unless_a_request_says_otherwise(
+    dataset: Path, teacher: Path, tmp_path: Path
+) -> None:
+    model = load_model(distilled(dataset, tmp_path / "student", teacher, 32).final)
+    configured = sampling_config(steps=16, guidance=3, compute_batch=8)
+    found = sampling_of(model, make_request({"task": "sample"}), configured)
+    assert (found.sampler, found.steps, found.guidance, found.compute_batch) == ("consistency", STEPS, None, 8)
+    assert sampling_of(model, make_request({"task": "sample", "steps": 4}), configured).steps == 4
+    with pytest.raises(UserError):
+        sampling_of(load_model(teacher), make_request({"task": "sample"}), sampling_config(sampler="consistency"))
+
+
+def test_guidance_of_the_teacher_is_part_of_the_distillation(dataset: Path, teacher: Path) -> None:
+    config, header = DistillationConfig(), read_model_header(teacher)
+    chosen = header.model_copy(update={"guidance": 2.0, "guidance_interval": (0.2, 5.0)})
+    student = student_training(CONFIG, config, sampling_config(), str(teacher), chosen).student
+    assert student is not None
+    assert (student.guidance, student.guidance_interval) == (2, (0.2, 5))
+    set_by_user = student_training(CONFIG, config, sampling_config(guidance=1), str(teacher), chosen).student
+    assert set_by_user is not None
+    assert set_by_user.guidance is None
+
+
+def test_guided_distillation_has_other_weights(dataset: Path, teacher: Path, tmp_path: Path) -> None:
+    plain = distilled(dataset, tmp_path / "plain", teacher, 32)
+    config = sampling_config(guidance=2)
+    training = student_training(CONFIG, DistillationConfig(images=32), config, str(teacher), read_model_header(teacher))
+    guided = train(dataset, tmp_path / "guided", MODEL, training, config)
+    assert guided.train_key != plain.train_key
+    assert guided.final.read_bytes() != plain.final.read_bytes()
+
+
+def test_what_cannot_be_distilled_is_refused(dataset: Path, teacher: Path, tmp_path: Path) -> None:
+    student = distilled(dataset, tmp_path / "student", teacher, 32).final
+    with pytest.raises(UserError, match="student"):
+        distilled(dataset, tmp_path / "another", student)
+    with pytest.raises(ValidationError):
+        TrainingConfig(images=100, student={"steps": 2})  # type: ignore[arg-type]
+    training = CONFIG.model_copy(update={"student": {"steps": 2}})
+    assert training_conflict(MODEL.model_copy(update={"prediction": "sample"}), training) is not None
