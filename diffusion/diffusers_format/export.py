@@ -48,6 +48,8 @@ def export_to_diffusers(
     for name in ("low_resolution", "autoencoder"):
         if getattr(model.config, name) is not None:
             raise UserError(f"a model with model.{name} has no counterpart in diffusers: export one without it")
+    if model.header.student_steps is not None or sampling.sampler == "consistency":
+        raise UserError("no scheduler of diffusers samples as students of Darkroom do: export the teacher")
     check_sampling_options(model.config, sampling)
     if not model.config.text:  # a model of captions gets its prompts later
         check_sampling(model, sampling, UNCONDITIONAL)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from diffusion.checkpoints import load_model, read_model_header
 from diffusion.common.errors import UserError
+from diffusion.diffusers_format.export import export_to_diffusers
 from diffusion.families.ddpm import DiffusionModel, count_evaluations
 from diffusion.generation.config import make_request
 from diffusion.generation.generate import sample
@@ -21,6 +22,7 @@ from diffusion.training.config import DistillationConfig, TrainingConfig
 from diffusion.training.setup import student_training
 from diffusion.training.train import TrainResult, train
 from tests.builders.sampler_options import noises
+from tests.builders.small_autoencoders import autoencoder, colours, denoiser
 from tests.builders.small_datasets import write_dataset
 from tests.builders.training_runs import CONFIG, MODEL, SAMPLING, Stop, StopAt
 
@@ -118,10 +120,27 @@ def test_guided_distillation_has_other_weights(dataset: Path, teacher: Path, tmp
     assert guided.final.read_bytes() != plain.final.read_bytes()
 
 
-def test_what_cannot_be_distilled_is_refused(dataset: Path, teacher: Path, tmp_path: Path) -> None:
+def test_latent_models_are_distilled(tmp_path: Path) -> None:
+    data = colours(tmp_path / "colours")
+    vae = autoencoder(data, tmp_path / "vae").final
+    teacher = train(data, tmp_path / "teacher", denoiser(vae), CONFIG, SAMPLING).final
+    training = student_training(
+        CONFIG, DistillationConfig(images=32), SAMPLING, str(teacher), read_model_header(teacher)
+    )
+    student = train(data, tmp_path / "student", denoiser(vae), training, SAMPLING).final
+    model = load_model(student)
+    assert isinstance(model, DiffusionModel)
+    assert model.latents is not None
+    images = sample(model, range(3), 0, model.header.sampling(SAMPLING))
+    assert images.shape == (3, 3, 16, 16)
+
+
+def test_what_cannot_be_distilled_or_exported_is_refused(dataset: Path, teacher: Path, tmp_path: Path) -> None:
     student = distilled(dataset, tmp_path / "student", teacher, 32).final
     with pytest.raises(UserError, match="student"):
         distilled(dataset, tmp_path / "another", student)
+    with pytest.raises(UserError, match="teacher"):
+        export_to_diffusers(student, tmp_path / "export", SAMPLING)
     with pytest.raises(ValidationError):
         TrainingConfig(images=100, student={"steps": 2})  # type: ignore[arg-type]
     training = CONFIG.model_copy(update={"student": {"steps": 2}})
