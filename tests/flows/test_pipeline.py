@@ -290,6 +290,27 @@ def test_threads_processes_and_ray_make_the_same_shards(workspace: Workspace) ->
     assert made["threads"] == made["processes"] == made["ray"]
 
 
+def test_champion_is_distilled_into_a_version_that_names_its_teacher_and_once_only(
+    workspace: Workspace, server: MlflowClient
+) -> None:
+    teacher = workspace.json("retrain", "images", "--count", "40", "--seed", "5")["verdict"]["champion"]
+    words = ("distill", "--set", "distillation.images=960", "--json")
+    found = []
+    for _ in range(2):
+        process = workspace.start(*words)
+        out, err = process.communicate(timeout=600)
+        assert process.returncode in (0, 3), err[-3000:]
+        found.append(json.loads(out)["version"])
+    assert found[0]["number"] == found[1]["number"] > teacher
+    version = server.get_model_version("blobs", str(found[0]["number"]))
+    assert version.tags["darkroom.start"] == f"models:/blobs/{teacher}"
+    header = read_model_header(workspace.folder / "runs" / "blobs-student" / "weights.safetensors")
+    assert header.student_steps == 2
+    done = workspace.json("sample", "--model", f"models:/blobs/{version.version}", "--count", "4")
+    batch = json.loads(objects(workspace, done["uri"])["batch.json"][1])
+    assert (batch["sampling"]["sampler"], batch["sampling"]["steps"]) == ("consistency", 2)
+
+
 def test_different_batch_at_the_same_location_is_an_error(workspace: Workspace) -> None:
     workspace.run("sample", "--count", "8", "--to", "s3://darkroom/mine/here")
     before = objects(workspace, "s3://darkroom/mine/here")

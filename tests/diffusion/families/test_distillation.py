@@ -124,9 +124,8 @@ def test_latent_models_are_distilled(tmp_path: Path) -> None:
     data = colours(tmp_path / "colours")
     vae = autoencoder(data, tmp_path / "vae").final
     teacher = train(data, tmp_path / "teacher", denoiser(vae), CONFIG, SAMPLING).final
-    training = student_training(
-        CONFIG, DistillationConfig(images=32), SAMPLING, str(teacher), read_model_header(teacher)
-    )
+    config, header = DistillationConfig(images=32), read_model_header(teacher)
+    training = student_training(CONFIG, config, SAMPLING, str(teacher), header)
     student = train(data, tmp_path / "student", denoiser(vae), training, SAMPLING).final
     model = load_model(student)
     assert isinstance(model, DiffusionModel)
