@@ -418,6 +418,7 @@ class ModelEvaluator:
         nearest = self.real.neighbours(self.features_key, pieces, self.features, mirrored)
         return ModelEvaluation(
             **dict(self.scored()),
+            sampling=self.guided,
             memorization=detect_memorization(nearest, self.real.held_out_neighbours(mirrored)),
             duplicates=detect_duplicates(thumbnails_of_pieces(pieces), self.real.thumbnails),
             drift=compare_appearance(appearance_of_pieces(pieces), self.real.appearance),

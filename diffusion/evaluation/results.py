@@ -169,6 +169,8 @@ class CheckpointEvaluation(ModelScores):
 class ModelEvaluation(ModelScores):
     """All metrics of a model."""
 
+    sampling: SamplingConfig
+    """How it was sampled: as configured, with the model's own guidance; a student as it was distilled."""
     memorization: Memorization
     duplicates: Duplicates
     drift: AppearanceDrift

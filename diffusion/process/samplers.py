@@ -50,6 +50,8 @@ Sampler: TypeAlias = Callable[..., "Tensor"]
 
 ZERO_SNR = 4000.0
 """Noise level σ above which nothing is left of an image: the last level of schedules with zero terminal SNR."""
+LAST_LEVEL = 6.4
+"""Noise level of a student's last evaluation, times the square of their number: measured for two and four on digits."""
 MAX_CHURN = math.sqrt(2) - 1
 """Largest γ of churn in one step (arXiv 2206.00364, algorithm 2)."""
 
@@ -410,8 +412,16 @@ class ConsistencySampling(BaseSampling):
     """Name of the sampler."""
     steps: int = Field(2, ge=1, le=10_000)
     """Number of network evaluations, one at each noise level."""
-    sigma_min: float | None = Field(0.8, gt=0)
-    """Lowest σ, at which the last evaluation starts, if there are two or more."""
+    sigma_min: float | None = Field(None, gt=0)
+    """Lowest σ, at which the last evaluation starts, if there are two or more. Null: 6.4/steps², 1.6 for two and 0.4
+    for four, or more for images of more than 3×32×32 values."""
+
+    def sigma_grid(self, schedule: NoiseSchedule) -> Tensor:
+        """Build the noise levels of the evaluations and 0, (steps + 1,) float64, falling."""
+        from diffusion.process.schedules import resolution_scale
+
+        lowest = self.sigma_min or LAST_LEVEL / self.steps**2 * resolution_scale(schedule.values)
+        return schedule.sigma_grid(self.steps, self.sigma_max, lowest)
 
 
 def _towards(known: Sequence[tuple[float, Tensor]], x: Tensor, step: float) -> Tensor:

@@ -115,6 +115,7 @@ def _side(images: Tensor, points: Tensor, reference: Tensor, metrics: dict[Figur
     sets, _ = _sets()
     is_champion = images is sets["champion"]
     return ModelEvaluation(
+        sampling=sampling_config(),
         sha256="a" * 64,
         family="ddpm" if is_champion else "autoregressive",
         images=1000,
