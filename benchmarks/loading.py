@@ -184,12 +184,15 @@ def litdata(data: Path) -> Callable[[], Epochs]:
     """LitData on its own chunks, with the decoder that served it best (torchvision's)."""
     import torch
     from litdata import StreamingDataLoader, StreamingDataset
-    from torchvision.io import decode_image
+    from torchvision.io import ImageReadMode, decode_image
+
+    # Photographs without colour are stored in grey.
+    mode = ImageReadMode.GRAY if "32" in data.parts[-3] else ImageReadMode.RGB
 
     class Images(StreamingDataset):  # type: ignore[misc]
         def __getitem__(self, index: Any) -> tuple[Any, int]:
             sample = super().__getitem__(index)
-            return decode_image(torch.frombuffer(bytearray(sample["image"]), dtype=torch.uint8)), sample["label"]
+            return decode_image(torch.frombuffer(bytearray(sample["image"]), dtype=torch.uint8), mode), sample["label"]
 
     def start() -> Epochs:
         dataset = Images(str(data.parent / "litdata"), shuffle=True, seed=0)

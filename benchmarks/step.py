@@ -4,9 +4,11 @@
 
 The networks have the same resolutions, channels, residual blocks and attention, so about the same parameters. Each
 step is whole: Darkroom's as ``darkroom train`` takes it, from the loader to the average of the weights, and diffusers'
-as its training script does, once as it is and once with bf16 and channels last as well. They take turns; the median of
-the rounds counts. Work is counted by torch's FlopCounterMode, and compared with the fastest matrix product here. All on
-a GPU where there is one, or on what ``--device`` says.
+as its training script does, once as it is and once with bf16 and channels last as well. They take turns, in short
+rounds and with matrix products between them; medians of the rounds count, and of their ratios. All run in one process,
+so that diffusers, too, has Darkroom's settings of the memory allocator. Work is counted by torch's FlopCounterMode.
+Runs on a GPU where there is one, or on what ``--device`` says. ``--threads 1`` counts seconds of the processor instead
+of the clock's, which other work on the machine hardly changes.
 """
 
 import argparse
@@ -27,7 +29,7 @@ from trainers import diffusers
 
 from diffusion.common.config import DeviceName
 from diffusion.common.device import device_name, repeatable, resolve_device
-from diffusion.common.fingerprint import autocast
+from diffusion.common.fingerprint import autocast, describe_precision, resolve_precision
 from diffusion.common.threads import cores, worker_threads
 from diffusion.data.dataset import Dataset
 from diffusion.models.config import ModelConfig
@@ -49,8 +51,6 @@ MODEL = ModelConfig(
     prediction="epsilon",
 )
 """The shape of the network in ``trainers.py``."""
-WARM_UP = 3
-"""Steps before the clock starts: the first compile and set up what the others use."""
 KINDS = {
     "convolution": ("conv", "mkldnn", "addmm", "linear"),
     "normalisation": ("norm",),
@@ -60,17 +60,16 @@ KINDS = {
 Step = Callable[[], object]
 
 
-def rate(step: Step, batch: int, seconds: float) -> float:
+def rate(step: Step, batch: int, seconds: float, clock: Callable[[], float]) -> float:
     """Images per second over about so many seconds."""
-    for _ in range(WARM_UP):
-        step()
+    step()
     done()
-    count, began = 0, time.perf_counter()
-    while time.perf_counter() - began < seconds:
+    count, began = 0, clock()
+    while clock() - began < seconds:
         step()
         count += batch
     done()
-    return count / (time.perf_counter() - began)
+    return count / (clock() - began)
 
 
 def done() -> None:
@@ -79,18 +78,23 @@ def done() -> None:
         torch.cuda.synchronize()
 
 
-def peak(dtype: torch.dtype, device: torch.device) -> float:
-    """Floating-point operations per second of a matrix product on all of ``device``, the best of a few."""
-    size = 2048 if device.type == "cpu" else 8192
-    a, b = (torch.randn(size, size, dtype=dtype, device=device) for _ in range(2))
-    seconds = []
-    for _ in range(8):
-        done()
-        began = time.perf_counter()
-        a @ b
-        done()
-        seconds.append(time.perf_counter() - began)
-    return 2 * size**3 / min(seconds)
+def peaks(device: torch.device, clock: Callable[[], float]) -> dict[str, float]:
+    """Floating-point operations per second of products of square matrices on ``device``, the best of a few."""
+    size = 1024 if device.type == "cpu" else 8192
+    a, b = (torch.randn(size, size, device=device) for _ in range(2))
+    c, d = a.bfloat16(), b.bfloat16()
+    products = {"fp32": lambda: a @ b, "bf16": lambda: c @ d}
+    found = {}
+    for name, product in products.items():
+        seconds = []
+        for _ in range(8):
+            done()
+            began = clock()
+            product()
+            done()
+            seconds.append(clock() - began)
+        found[name] = 2 * size**3 / min(seconds)
+    return found
 
 
 def step_of(trainer: Trainer) -> Step:
@@ -133,17 +137,21 @@ def kinds(step: Step) -> Counter[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--seconds", type=float, default=8)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=2)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--threads", type=int, default=cores())
     parser.add_argument("--device", choices=get_args(DeviceName), default="auto")
     parser.add_argument("--scratch", type=Path, help="where the data set lies or is made; default: a temporary folder")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="step-") as temporary:
         dataset = Dataset.open(prepare((args.scratch or Path(temporary)).resolve(), "32 px grey"))
-        config = TrainingConfig(images=2**40, batch_size=args.batch, cpu_threads=cores(), device=args.device)
+        config = TrainingConfig(images=2**40, batch_size=args.batch, cpu_threads=args.threads, device=args.device)
         device = resolve_device(args.device)
-        fp32, bf16 = peak(torch.float32, device), peak(torch.bfloat16, device)
-        with worker_threads(thread_count(config, SINGLE_PROCESS)) as pool:
+        threads, clock = thread_count(config, SINGLE_PROCESS), time.perf_counter
+        if device.type == "cpu":
+            torch.set_num_threads(args.threads)
+            clock = time.process_time if args.threads == 1 else clock
+        with worker_threads(threads) as pool:
             setup = make_setup(
                 dataset,
                 MODEL,
@@ -158,23 +166,31 @@ def main() -> None:
                 x = torch.zeros(1, *dataset.shape, device=device)
                 trainer.state.network.forward(x, torch.zeros(1, device=device)).sum().backward()
             ours = sum(p.numel() for p in trainer.state.network.parameters()), counter.get_total_flops()
-        rates: dict[str, list[float]] = {}
+        others = {
+            name: theirs(args.batch, dataset.shape[1], bf16, device)
+            for name, bf16 in (("diffusers", False), ("diffusers, bf16, channels last", True))
+        }
+        work = {"darkroom": ours} | {name: (parameters, flops) for name, (_, parameters, flops) in others.items()}
+        rates, products = dict[str, list[float]](), dict[str, list[float]]()
         for _ in range(args.rounds):
-            with repeatable(device), worker_threads(thread_count(config, SINGLE_PROCESS)) as pool:
+            for name, product in peaks(device, clock).items():
+                products.setdefault(name, []).append(product)
+            with repeatable(device), worker_threads(threads) as pool:
                 trainer.threads = pool
-                rates.setdefault("darkroom", []).append(rate(step_of(trainer), args.batch, args.seconds))
-            for name, flag in (("diffusers", False), ("diffusers, bf16, channels last", True)):
-                step, parameters, flops = theirs(args.batch, dataset.shape[1], flag, device)
-                rates.setdefault(name, []).append(rate(step, args.batch, args.seconds))
-        medians = {name: median(each) for name, each in rates.items()}
-        print(device_name(device))
-        print(f"fastest matrix product: {fp32 / 1e9:.0f} GFLOP/s in fp32, {bf16 / 1e9:.0f} in bf16\n")
-        for name, value in medians.items():
-            count, work = ours if name == "darkroom" else (parameters, flops)
-            done = value * work
+                rates.setdefault("darkroom", []).append(rate(step_of(trainer), args.batch, args.seconds, clock))
+            for name, (step, *_) in others.items():
+                rates.setdefault(name, []).append(rate(step, args.batch, args.seconds, clock))
+        print(f"{device_name(device)}; {describe_precision(config.precision, device)}; {args.threads} threads")
+        best = {name: median(found) for name, found in products.items()}
+        print("matrix product: " + ", ".join(f"{each / 1e9:.0f} GFLOP/s {name}" for name, each in best.items()) + "\n")
+        chosen = products[resolve_precision(config.precision, device)]
+        for name, found in rates.items():
+            count, flops = work[name]
+            ratio = median(mine / each for mine, each in zip(rates["darkroom"], found, strict=True))
+            share = median(each * flops / product for each, product in zip(found, chosen, strict=True))
             print(
-                f"{name:32} {value:7.1f} images/s {medians['darkroom'] / value:5.2f}×  {count / 1e6:5.2f} M  "
-                f"{work / 1e9:6.2f} GFLOP each, {done / 1e9:5.0f} GFLOP/s, {done / fp32:4.0%} of the fp32 product"
+                f"{name:32} {median(found):7.1f} images/s {ratio:5.2f}× {count / 1e6:5.2f} M  {flops / 1e9:6.2f} GFLOP "
+                f"each, {median(found) * flops / 1e9:5.0f} GFLOP/s, {share:4.0%} of the product in Darkroom's format"
             )
         with repeatable(device), worker_threads(1):
             # In this thread, which alone is seen by the profiler.

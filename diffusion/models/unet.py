@@ -21,9 +21,9 @@ LEVEL_SCALE = 1000
 """Factor from the noise level of small images, below 1, to the range of time steps that the embedding expects."""
 TIMES = 1000
 """Range of times that the embedding tells apart; those of schedules with other numbers of steps are scaled to it."""
-WRITTEN_OUT = 256
-"""Most positions for which attention is computed without the fused kernel, whose backward pass takes up to five
-times as long there on CPUs."""
+WRITTEN_OUT = (64, 256)
+"""Most positions for which attention is computed without the fused kernel, in float32 and in bfloat16: below, its
+backward pass takes longer on CPUs, up to six times in bfloat16."""
 
 
 class ResidualBlock(nn.Module):
@@ -266,7 +266,7 @@ def seeded_dropout(h: Tensor, draws: Tensor, rate: float) -> Tensor:
 
 def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Compute scaled dot-product attention over (N, heads, positions, channels)."""
-    if query.shape[-2] > WRITTEN_OUT:
+    if query.shape[-2] > WRITTEN_OUT[query.dtype != torch.float32]:
         return functional.scaled_dot_product_attention(query, key, value)
     scores = torch.matmul(query * query.shape[-1] ** -0.5, key.transpose(-1, -2))
     return torch.matmul(scores.softmax(-1), value)

@@ -89,8 +89,8 @@ class BaseSampling(Config):
     compute_batch: int = Field(64, ge=1, le=2**16)
     """Images per compute batch, always full; the last bits of each image depend on it."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """Number format of matrix products; auto: bf16 on GPUs that support it and CPUs with AMX, else fp32, which is
-    faster there. On a GPU fp32 is TF32."""
+    """Number format of matrix products; auto: bf16 on GPUs that support it and CPUs that are faster in it
+    (AMX, or AMD with AVX512_BF16), else fp32. On a GPU fp32 is TF32."""
     device: DeviceName = Field("auto", exclude_if=unset)
     """Compute device: cpu, cuda, or auto, a GPU if there is one."""
 

@@ -6,6 +6,8 @@ in arXiv 2510.19376. ``torch.optim.Muon`` takes 2-D weights only and computes in
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable
+from concurrent.futures import Executor
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,6 +29,8 @@ class Muon(torch.optim.Optimizer):
     """
 
     found_inf: Tensor | None = None
+    threads: Executor | None = None
+    """Threads that share the matrices, which changes no bits; None: the calling thread alone."""
 
     def __init__(self, parameters: Iterable[nn.Parameter], lr: float, weight_decay: float) -> None:
         super().__init__(parameters, {"lr": lr, "weight_decay": weight_decay})
@@ -35,24 +39,31 @@ class Muon(torch.optim.Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         """Update all parameters, each of which has a gradient."""
         for group in self.param_groups:
-            skip = torch.zeros((), device=group["params"][0].device) if self.found_inf is None else self.found_inf
-            updates = defaultdict[torch.Size, list[tuple[nn.Parameter, Tensor]]](list)
+            updates = defaultdict[torch.Size, list[nn.Parameter]](list)
             for parameter in group["params"]:
-                state: dict[str, Any] = self.state[parameter]
-                if not state:
-                    state["momentum"] = torch.zeros_like(parameter)
-                gradient = torch.where(skip == 0, parameter.grad, 0)
-                # lerp by 0 leaves the momentum as it is.
-                weight = torch.where(skip == 0, 1 - MOMENTUM, 0.0)
-                momentum = state["momentum"].lerp_(gradient, weight)
-                matrix = gradient.lerp(momentum, MOMENTUM).flatten(1)
-                updates[matrix.shape].append((parameter, matrix))
-            # Matrices of one shape together: hidden layers have few shapes.
-            for shape, members in updates.items():
-                scale = torch.where(skip == 0, group["lr"], 0.0)
-                changes = orthogonalize(torch.stack([matrix for _, matrix in members])) * RMS * max(shape) ** 0.5
-                for (parameter, _), change in zip(members, changes, strict=True):
-                    parameter.mul_(1 - scale * group["weight_decay"]).sub_(scale * change.view(parameter.shape))
+                if not self.state[parameter]:
+                    self.state[parameter]["momentum"] = torch.zeros_like(parameter)
+                updates[parameter.flatten(1).shape].append(parameter)
+            # Matrices of one shape together: hidden layers have few shapes. The most work first, for even shares.
+            shares = sorted(updates.values(), key=lambda each: -len(each) * each[0].numel())
+            list((self.threads.map if self.threads else map)(partial(self._update, group), shares))
+
+    @torch.no_grad()
+    def _update(self, group: dict[str, Any], parameters: list[nn.Parameter]) -> None:
+        """Update ``parameters`` of one shape."""
+        skip = torch.zeros((), device=parameters[0].device) if self.found_inf is None else self.found_inf
+        # lerp by 0 leaves the momentum as it is.
+        weight = torch.where(skip == 0, 1 - MOMENTUM, 0.0)
+        scale = torch.where(skip == 0, group["lr"], 0.0)
+        matrices = []
+        for parameter in parameters:
+            assert parameter.grad is not None
+            gradient = torch.where(skip == 0, parameter.grad, 0)
+            momentum = self.state[parameter]["momentum"].lerp_(gradient, weight)
+            matrices.append(gradient.lerp(momentum, MOMENTUM).flatten(1))
+        changes = orthogonalize(torch.stack(matrices)) * RMS * max(matrices[0].shape) ** 0.5
+        for parameter, change in zip(parameters, changes, strict=True):
+            parameter.mul_(1 - scale * group["weight_decay"]).sub_(scale * change.view(parameter.shape))
 
 
 def orthogonalize(matrices: Tensor) -> Tensor:

@@ -227,6 +227,7 @@ class Trainer:
                 optimizer.param_groups[0]["lr"] = learning_rate
                 # The optimizer skips the step on the device, without synchronization.
                 optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
+                optimizer.threads = self.threads  # type: ignore[attr-defined]
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
         state.images += config.batch_size

@@ -1,5 +1,7 @@
 """What the bits of a result depend on is written down."""
 
+from pathlib import Path
+
 import pytest
 
 from diffusion.common.fingerprint import describe_precision, fingerprint
@@ -23,22 +25,28 @@ def test_torch_with_fewer_instructions_is_named_with_the_processor_s_maker(monke
 
 
 @pytest.mark.parametrize(
-    ("amx", "limit", "precision"),
+    ("vendor", "amx", "limit", "precision"),
     [
-        (False, None, "fp32"),
-        (True, None, "bf16"),
-        (True, "AVX2", "fp32"),
-        (True, "AVX512_CORE_BF16", "fp32"),
-        (True, "AVX512_CORE_AMX", "bf16"),
+        ("GenuineIntel", False, None, "fp32"),
+        ("GenuineIntel", True, None, "bf16"),
+        ("GenuineIntel", True, "AVX2", "fp32"),
+        ("GenuineIntel", True, "AVX512_CORE_BF16", "fp32"),
+        ("GenuineIntel", True, "AVX512_CORE_AMX", "bf16"),
+        ("AuthenticAMD", False, None, "bf16"),
+        ("AuthenticAMD", False, "avx512_core_bf16", "bf16"),
+        ("AuthenticAMD", False, "AVX512_CORE", "fp32"),
+        ("AuthenticAMD", False, "AVX2", "fp32"),
     ],
 )
-def test_auto_takes_bf16_on_cpus_only_where_amx_computes_it(
-    monkeypatch: pytest.MonkeyPatch, amx: bool, limit: str | None, precision: str
+def test_auto_takes_bf16_on_cpus_only_where_it_is_faster(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, vendor: str, amx: bool, limit: str | None, precision: str
 ) -> None:
     monkeypatch.delenv("DNNL_MAX_CPU_ISA", raising=False)
     monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
     if limit is not None:
         monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
+    (tmp_path / "cpuinfo").write_text(f"processor\t: 0\nvendor_id\t: {vendor}\n")
+    monkeypatch.setattr("diffusion.common.device.CPU_INFO", tmp_path / "cpuinfo")
     monkeypatch.setattr("torch.cpu._is_amx_tile_supported", lambda: amx)
     monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda: True)
     assert fingerprint(64, "auto", "cpu").precision == precision

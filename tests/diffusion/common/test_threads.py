@@ -1,5 +1,7 @@
 """Several who compute at once in one process: torch splits no operation while any of them is at it."""
 
+import platform
+import resource
 from collections.abc import Iterator
 from contextlib import ExitStack
 
@@ -32,3 +34,17 @@ def test_after_an_error_torch_is_as_it_was(three_threads: None) -> None:
     with pytest.raises(ZeroDivisionError), worker_threads(1):
         raise ZeroDivisionError
     assert torch.get_num_threads() == 3
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other allocators have no mallopt")
+def test_memory_is_kept_for_the_next_step_instead_of_being_faulted_in_again() -> None:
+    def step(_: int) -> int:
+        before = resource.getrusage(resource.RUSAGE_THREAD).ru_minflt
+        activations = [torch.ones(2**20) for _ in range(30)]
+        del activations
+        return resource.getrusage(resource.RUSAGE_THREAD).ru_minflt - before
+
+    with worker_threads(1) as pool:
+        for run in (map, pool.map):
+            first, _, *others = run(step, range(4))
+            assert max(others) < first / 20

@@ -1,5 +1,7 @@
 """Muon: equal singular values, whole steps, and the same end however often it is interrupted."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from hypothesis import given
@@ -69,6 +71,24 @@ def test_a_step_that_is_not_finite_changes_neither_weights_nor_momentum() -> Non
     layer.grad, optimizer.found_inf = good.clone(), torch.tensor(0.0)
     optimizer.step()
     assert torch.equal(layer, stepped(start, [good], lr=0.1, weight_decay=0.1))
+
+
+def test_threads_that_share_the_matrices_change_no_bits() -> None:
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((16, 8, 3, 3), (8, 8, 1, 1), (16, 8, 3, 3), (32, 16))
+    values = [[torch.randn(shape, generator=generator) for shape in shapes] for _ in range(4)]
+    results = []
+    with ThreadPoolExecutor(3) as pool:
+        for threads in (None, pool):
+            layers = [nn.Parameter(value.clone()) for value in values[0]]
+            optimizer = Muon(layers, 0.1, 0.1)
+            optimizer.threads = threads
+            for gradients in values[1:]:
+                for layer, gradient in zip(layers, gradients, strict=True):
+                    layer.grad = gradient.clone()
+                optimizer.step()
+            results.append(layers)
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
 
 
 def test_weights_that_read_inputs_or_write_outputs_are_left_to_adamw() -> None:
