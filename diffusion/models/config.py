@@ -248,8 +248,8 @@ class VAEConfig(NonDiffusionConfig):
     """Dimensions of the global latent, a vector that the prior of the latents is conditioned on."""
     kl_weight: float = Field(1.0, ge=0)
     """β, weight of the divergence of the posterior from the prior (β-VAE, Higgins et al., ICLR 2017). 1 is the evidence
-    lower bound; a lower β gives closer reconstructions and latents that are harder to model. Measured on emoji at 64
-    pixels: 0.01 gave 0.3 dB more, and diffusion in those latents, trained as long, a KID higher by 15 %."""
+    lower bound; a lower β gives closer reconstructions and latents that are harder to model. Measured on digits: 0.3
+    gave 1.2 dB more, and samples with a KID of 0.66 instead of 0.35."""
 
     @property
     def factor(self) -> int:

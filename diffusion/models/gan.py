@@ -114,17 +114,15 @@ class Discriminator(nn.Module):
 
 
 def augment(x: Tensor, uniform: Tensor, rate: float) -> Tensor:
-    """Recolour, translate and cut out, each with probability ``rate``, images (N, C, S, S): differentiable, by x.
+    """Recolour, translate and cut holes into images (N, C, S, S), each with probability ``rate``; differentiable by x.
 
-    The random numbers ``uniform``, (N, AUGMENTING) in [0, 1), belong to images, real and generated. As in DiffAugment
-    (arXiv 2006.10738), except that edges are repeated. A rate below 1 keeps the generator from learning to augment
-    (2006.06676, section 2.2).
+    After DiffAugment (arXiv 2006.10738), but edges are repeated. ``uniform`` are the random numbers of each image,
+    (N, AUGMENTING) in [0, 1). A rate below 1 keeps the generator from learning to augment (2006.06676, section 2.2).
     """
     size, places = x.shape[-1], torch.arange(x.shape[-1], device=x.device)
     recolour, translate, cut = (uniform[:, :3] < rate).unbind(1)
-    brightness, saturation, contrast = torch.where(recolour[:, None], uniform[:, 3:6], 0.5)[
-        ..., None, None, None
-    ].unbind(1)
+    colours = torch.where(recolour[:, None], uniform[:, 3:6], 0.5)[..., None, None, None]
+    brightness, saturation, contrast = colours.unbind(1)
     x = x + brightness - 0.5
     x = torch.lerp(x.mean(1, keepdim=True), x, 2 * saturation)
     x = torch.lerp(x.mean((1, 2, 3), keepdim=True), x, contrast + 0.5)
