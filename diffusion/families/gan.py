@@ -22,7 +22,7 @@ from diffusion.families.model import (
     to_uint8,
 )
 from diffusion.models.config import GANConfig, ObjectiveConfig
-from diffusion.models.gan import Discriminator, Generator
+from diffusion.models.gan import AUGMENTING, Discriminator, Generator, augment
 from diffusion.models.vae import Latents
 from diffusion.process.samplers import SamplingConfig
 
@@ -44,7 +44,8 @@ class GANModel(Model):
         config = network.config
         objective = RelativisticObjective(config, 0, Discriminator(config, shape[0], shape[-1], network.no_class))
         conditioning = {"label": torch.zeros(1, dtype=torch.long)} if network.no_class else {}
-        batch = TrainingBatch(torch.empty(1, *shape), conditioning, {"noise": torch.empty(1, 2 * config.latent, 1, 1)})
+        random = {"noise": torch.empty(1, 2 * config.latent, 1, 1), "augment": torch.empty(1, AUGMENTING)}
+        batch = TrainingBatch(torch.empty(1, *shape), conditioning, random)
         return objective.discriminator_losses(network, batch).sum() + objective.losses(network, batch).sum()
 
     @staticmethod
@@ -100,25 +101,31 @@ class RelativisticObjective(TrainingObjective):
     ) -> TrainingBatch:
         """Sample the latents of two images, one for each network's step."""
         noise = GaussianNoise(self.seed, "latent", indices, (2 * self.config.latent, 1, 1))()
-        return TrainingBatch(x0, conditioning, {"noise": noise})
+        uniform = torch.special.ndtr(GaussianNoise(self.seed, "augment", indices, (AUGMENTING,))())
+        return TrainingBatch(x0, conditioning, {"noise": noise, "augment": uniform})
 
     def losses(self, network: nn.Module, batch: TrainingBatch) -> Tensor:
         """Compute the generator's loss: softplus of the real score minus the generated one."""
         label = batch.conditioning.get("label")
         generated = network(batch.random["noise"][:, self.config.latent :], label)
         with torch.no_grad():
-            real = self.discriminator(batch.x0, label)
-        return functional.softplus(real - self.discriminator(generated, label))
+            real = self.discriminator(self.augmented(batch.x0, batch), label)
+        return functional.softplus(real - self.discriminator(self.augmented(generated, batch), label))
 
     def discriminator_losses(self, network: nn.Module, batch: TrainingBatch) -> Tensor:
         """Compute the discriminator's loss: the opposite, plus gradient penalties at both images."""
         label = batch.conditioning.get("label")
         with torch.no_grad():
-            images = torch.cat([batch.x0, network(batch.random["noise"][:, : self.config.latent], label)])
+            generated = network(batch.random["noise"][:, : self.config.latent], label)
+            images = torch.cat([self.augmented(batch.x0, batch), self.augmented(generated, batch)])
         labels = None if label is None else label.repeat(2)
         scores, penalties = gradient_penalties(lambda x: self.discriminator(x, labels), images)
         real, generated = scores.chunk(2)
         return functional.softplus(generated - real) + self.config.gamma / 2 * torch.stack(penalties.chunk(2)).sum(0)
+
+    def augmented(self, images: Tensor, batch: TrainingBatch) -> Tensor:
+        """Augment ``images``, real or generated, as those of the ``batch``."""
+        return augment(images, batch.random["augment"], self.config.augment)
 
     def optimizer_steps(self, network: nn.Module) -> list[OptimizerStep]:
         """Train the discriminator first, then the generator against it."""

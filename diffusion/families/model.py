@@ -16,7 +16,7 @@ from diffusion.common.errors import UserError
 from diffusion.common.fingerprint import autocast
 from diffusion.models.config import FamilyConfig, LatentSpace, ObjectiveConfig
 from diffusion.models.text_encoder import TextEncoder
-from diffusion.models.vae import VAE, Latents
+from diffusion.models.vae import Autoencoder, Latents
 from diffusion.process.editing import Edit
 from diffusion.process.likelihood import Terms
 from diffusion.process.samplers import COMPUTING, Noise, SamplingConfig, sampling_config
@@ -128,7 +128,7 @@ class Model(ABC):
         return self.header.model
 
     @property
-    def autoencoder(self) -> VAE | Latents | None:
+    def autoencoder(self) -> Autoencoder | Latents | None:
         """Autoencoder between images and latents; None: the model works on pixels."""
         return None
 

@@ -213,14 +213,18 @@ def mixtures_of(numbers: Tensor, channels: int) -> Mixtures:
 def log_probability(mixtures: Mixtures, x: Tensor, levels: int = LEVELS) -> Tensor:
     """Compute ln p of pixels ``x`` (…, C), each value on one of the ``levels``: (…,) float32."""
     means = mixtures.means + (mixtures.slopes * x[..., None, :, None]).sum(-2)
-    half, inverse = 1 / (levels - 1), (-mixtures.log_scales).exp()
-    centred = x[..., None] - means
-    upper, lower = (centred + half) * inverse, (centred - half) * inverse
+    values = log_logistic(x[..., None], means, mixtures.log_scales, levels)
+    return (values.sum(-2) + mixtures.logits.log_softmax(-1)).logsumexp(-1)
+
+
+def log_logistic(x: Tensor, mean: Tensor, log_scale: Tensor, levels: int = LEVELS) -> Tensor:
+    """Compute ln p of values ``x``, each on one of the ``levels``, under discretized logistics, all of one shape."""
+    half, inverse = 1 / (levels - 1), (-log_scale).exp()
+    upper, lower = (x - mean + half) * inverse, (x - mean - half) * inverse
     # σ(u) − σ(l) = σ(u) σ(−l) (1 − e^(l − u)), computed without cancellation.
     below, beyond = functional.logsigmoid(upper), functional.logsigmoid(-lower)
     inside = below + beyond + torch.log(-torch.expm1(-2 * half * inverse))
-    at_ends = torch.where((x <= -1 + half)[..., None], below, torch.where((x >= 1 - half)[..., None], beyond, inside))
-    return (at_ends.sum(-2) + mixtures.logits.log_softmax(-1)).logsumexp(-1)
+    return torch.where(x <= -1 + half, below, torch.where(x >= 1 - half, beyond, inside))
 
 
 def sample_pixels(mixtures: Mixtures, noise: Tensor, levels: int = LEVELS) -> Tensor:

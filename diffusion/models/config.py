@@ -244,10 +244,12 @@ class VAEConfig(NonDiffusionConfig):
     """Residual blocks at each resolution of the encoder; the decoder has one more."""
     latent_channels: int = Field(4, ge=1, le=64)
     """Channels of the latents."""
+    global_latent: int = Field(64, ge=1, le=4096)
+    """Dimensions of the global latent, a vector that the prior of the latents is conditioned on."""
     kl_weight: float = Field(1.0, ge=0)
-    """β, weight of the divergence of the posterior from N(0, I) (β-VAE, Higgins et al., ICLR 2017). 1 is the evidence
-    lower bound; a lower β gives closer reconstructions and latents that are harder to model. Measured on emoji at 64
-    pixels: 0.01 gave 0.3 dB more, and diffusion in those latents, trained as long, a KID higher by 15 %."""
+    """β, weight of the divergence of the posterior from the prior (β-VAE, Higgins et al., ICLR 2017). 1 is the evidence
+    lower bound; a lower β gives closer reconstructions and latents that are harder to model. Measured on digits: 0.3
+    gave 1.2 dB more, and samples with a KID of 0.66 instead of 0.35."""
 
     @property
     def factor(self) -> int:
@@ -274,13 +276,13 @@ class GANConfig(NonDiffusionConfig):
 
     family: Literal["gan"] = "gan"
     """The family of models."""
-    width: int = Field(16, ge=8, le=WIDEST, multiple_of=8)
+    width: int = Field(32, ge=8, le=WIDEST, multiple_of=8)
     """Channels at the highest resolution."""
-    channel_mult: ChannelMult = (1, 2, 4, 8)
+    channel_mult: ChannelMult = (1, 2, 4)
     """Channels at each resolution, as multiples of ``width``, from the highest; each halves the one before."""
-    patch: Literal[1, 2, 4] = 1
-    """Size of the patches of pixels folded into channels: less work for the same width, but visible patches early in
-    training."""
+    patch: Literal[1, 2, 4] = 2
+    """Size of the patches of pixels folded into channels. With 1 and a resolution more at the top, width 16 and
+    channel_mult [1, 2, 4, 8], an image takes 2.4 times as long in training."""
     blocks: int = Field(1, ge=1, le=DEEPEST)
     """Residual blocks per resolution in each of the two networks."""
     latent: int = Field(64, ge=1, le=4096)
@@ -289,6 +291,9 @@ class GANConfig(NonDiffusionConfig):
     """γ, weight of the gradient penalties: γ/2 times the squared gradient of the discriminator at real images (R1) and
     at generated ones (R2). Larger images need a larger γ; with 1 the default learned more slowly on grey images of 32
     pixels."""
+    augment: float = Field(0.5, ge=0, le=1)
+    """Probability of each augmentation of real and generated images alike before the discriminator: colour, translation
+    and a hole (DiffAugment, arXiv 2006.10738). On 300 digits 0.5 gave a KID lower by 6 % than 0, no augmentation."""
     conditional: bool = True
     """Whether both networks are conditioned on the class, where the data set has several."""
 

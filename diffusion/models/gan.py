@@ -17,6 +17,8 @@ SLOPE = 0.2
 """Negative slope of the leaky ReLU."""
 GROUP = 8
 """Channels per group of the 3×3 convolutions."""
+AUGMENTING = 10
+"""Random numbers that augment an image."""
 Layer = TypeVar("Layer", nn.Conv2d, nn.Linear)
 
 
@@ -109,6 +111,27 @@ class Discriminator(nn.Module):
             return scores.squeeze(1)
         direction: Tensor = self.classes(_labels(label, scores, self.no_class))
         return (scores * direction).sum(1) / math.sqrt(direction.shape[1])
+
+
+def augment(x: Tensor, uniform: Tensor, rate: float) -> Tensor:
+    """Recolour, translate and cut holes into images (N, C, S, S), each with probability ``rate``; differentiable by x.
+
+    After DiffAugment (arXiv 2006.10738), but edges are repeated. ``uniform`` are the random numbers of each image,
+    (N, AUGMENTING) in [0, 1). A rate below 1 keeps the generator from learning to augment (2006.06676, section 2.2).
+    """
+    size, places = x.shape[-1], torch.arange(x.shape[-1], device=x.device)
+    recolour, translate, cut = (uniform[:, :3] < rate).unbind(1)
+    colours = torch.where(recolour[:, None], uniform[:, 3:6], 0.5)[..., None, None, None]
+    brightness, saturation, contrast = colours.unbind(1)
+    x = x + brightness - 0.5
+    x = torch.lerp(x.mean(1, keepdim=True), x, 2 * saturation)
+    x = torch.lerp(x.mean((1, 2, 3), keepdim=True), x, contrast + 0.5)
+    shift = torch.where(translate[:, None], (uniform[:, 6:8] - 0.5) * size / 4, 0).round()
+    # Products with matrices of zeros and ones, whose gradients are deterministic on every device.
+    rows, columns = ((places[:, None] + shift[..., None, None]).clamp(0, size - 1) == places).to(x).unbind(1)
+    x = rows[:, None] @ x @ columns[:, None].mT
+    near = ((places - uniform[:, 8:, None] * size).abs() < size / 4) & cut[:, None, None]
+    return x.masked_fill((near[:, 0, :, None] & near[:, 1, None, :])[:, None], 0)
 
 
 def _labels(label: Tensor | None, like: Tensor, no_class: int) -> Tensor:

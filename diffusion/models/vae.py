@@ -1,4 +1,4 @@
-"""Convolutional variational autoencoder after arXiv 2112.10752: images to lower-resolution latents, and back."""
+"""Convolutional variational autoencoder after arXiv 2112.10752, with a learned, hierarchical prior of its latents."""
 
 import math
 from collections.abc import Callable
@@ -8,13 +8,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from diffusion.common.errors import UserError
+from diffusion.models.autoregressive import log_logistic
 from diffusion.models.config import LatentSpace, VAEConfig
 from diffusion.models.unet import Grow, normalisation
 
 LOG_VARIANCE = (-20.0, 10.0)
 """Range of a posterior's log-variance; values beyond it make no difference in float32."""
 SCALE = 0.1
-"""Initial standard deviation of the likelihood. Starting at the error of an untrained decoder would make latents cost
+"""Initial scale of the likelihood. Starting at the error of an untrained decoder would make latents cost
 more than they gain, and the network would learn to ignore them (posterior collapse, arXiv 1511.06349)."""
 
 
@@ -38,7 +39,7 @@ class Block(nn.Module):
         return out
 
 
-class VAE(nn.Module):
+class Autoencoder(nn.Module):
     """Encoder and decoder of images with ``channels`` and ``size`` pixels; UserError if the factor does not divide."""
 
     def __init__(self, config: VAEConfig, channels: int, size: int) -> None:
@@ -55,8 +56,11 @@ class VAE(nn.Module):
         latent, blocks = config.latent_channels, config.blocks
         self.encoder = _layers(folded, widths, blocks, 2 * latent, lambda c: nn.Conv2d(c, c, 3, stride=2, padding=1))
         self.decoder = _layers(latent, widths[::-1], blocks + 1, folded, Grow)
-        self.log_scale = nn.Parameter(torch.tensor(math.log(SCALE)))
-        """Logarithm of the standard deviation of images' values, in [−1, 1], around their reconstructions."""
+        self.log_scale = nn.Parameter(torch.full((1, channels, 1, 1), math.log(SCALE)))
+        """Logarithm of the scale of the discretized logistic around reconstructions, in [−1, 1], of each channel.
+
+        It is learned, so that the weight of the divergence does not depend on contrast (σ-VAE, arXiv 2006.13202).
+        """
 
     def encode(self, x: Tensor) -> Tensor:
         """Encode images (N, C, H, W) in [−1, 1] as the means of their posteriors, (N, c, H/f, W/f)."""
@@ -64,18 +68,90 @@ class VAE(nn.Module):
 
     def posterior(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Encode images (N, C, H, W) in [−1, 1] as mean and log-variance of the posterior, (N, c, H/f, W/f) each."""
-        mean, log_variance = self.encoder(functional.pixel_unshuffle(x, self.patch)).float().chunk(2, dim=1)
-        return mean, log_variance.clamp(*LOG_VARIANCE)
+        return _moments(self.encoder(functional.pixel_unshuffle(x, self.patch)))
 
     def decode(self, z: Tensor) -> Tensor:
         """Decode latents (N, c, H/f, W/f) to images (N, C, H, W), nominally in [−1, 1]."""
         out: Tensor = functional.pixel_shuffle(self.decoder(z), self.patch).float()
         return out
 
+
+class Prior(nn.Module):
+    """Prior of latents z (N, c, h, w): a vector g ~ N(0, I), and each channel of z given g and the channels before it.
+
+    With the posterior of g, a VAE of latents (arXiv 1903.05789): g holds what is global, and channels are the groups of
+    a hierarchical VAE (2011.10650), but of one resolution, so that latent diffusion has one z to model.
+    """
+
+    def __init__(self, config: VAEConfig, shape: tuple[int, int, int]) -> None:
+        super().__init__()
+        channels, inner = shape[0], config.width * config.channel_mult[-1]
+        self.size, self.shape, self.hidden = config.global_latent, shape, (inner, *shape[1:])
+        numbers = math.prod(self.hidden)
+        self.encoder = nn.Sequential(
+            _layers(channels, [inner], 1, inner, Grow), nn.Flatten(), nn.Linear(numbers, 2 * self.size)
+        )
+        self.begin = nn.Linear(self.size, numbers)
+        self.blocks = nn.ModuleList(Block(inner, inner) for _ in range(channels))
+        self.heads = nn.ModuleList(_head(inner, 2) for _ in range(channels))
+        self.channels = nn.ModuleList(nn.Conv2d(1, inner, 3, padding=1) for _ in range(channels - 1))
+
+    def split(self, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """Split noise of images, (N, G + c·h·w, 1, 1), into that of g, (N, G), and that of z, (N, c, h, w)."""
+        one, other = noise.flatten(1).tensor_split([self.size], dim=1)
+        return one, torch.unflatten(other, 1, self.shape)
+
+    def posterior(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Encode latents (N, c, h, w) as mean and log-variance of the posterior of g, (N, G) each."""
+        return _moments(self.encoder(z))
+
+    def forward(self, g: Tensor, value: Callable[[int, Tensor, Tensor], Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Compute mean and log-variance of z given g (N, G), and z, (N, c, h, w) each.
+
+        ``value`` gives each channel of z, (N, 1, h, w), from its number, mean and log-variance.
+        """
+        h = torch.unflatten(self.begin(g), 1, self.hidden)
+        found: list[tuple[Tensor, Tensor, Tensor]] = []
+        for number, (block, head) in enumerate(zip(self.blocks, self.heads, strict=True)):
+            h = block(h if number == 0 else h + self.channels[number - 1](found[-1][2]))
+            mean, log_variance = _moments(head(h))
+            found.append((mean, log_variance, value(number, mean, log_variance)))
+        mean, log_variance, z = (torch.cat(each, dim=1) for each in zip(*found, strict=True))
+        return mean, log_variance, z
+
+
+class VAE(nn.Module):
+    """Hierarchical VAE of images with ``channels`` and ``size`` pixels: an autoencoder and the prior of its latents."""
+
+    def __init__(self, config: VAEConfig, channels: int, size: int) -> None:
+        super().__init__()
+        self.config, self.autoencoder = config, Autoencoder(config, channels, size)
+        self.prior = Prior(config, latent_shape(config, size))
+
+    def generate(self, noise: Tensor) -> Tensor:
+        """Generate images (N, C, H, W), nominally in [−1, 1], from Gaussian ``noise`` (N, G + c·h·w, 1, 1)."""
+        g, fresh = self.prior.split(noise)
+        _, _, z = self.prior(
+            g, lambda number, mean, log_variance: reparameterize(mean, log_variance, fresh[:, [number]])
+        )
+        return self.autoencoder.decode(z)
+
     def forward(self, x: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Reconstruct ``x`` from latents sampled with ``noise``; also returns their mean and log-variance."""
-        mean, log_variance = self.posterior(x)
-        return self.decode(reparameterize(mean, log_variance, noise)), mean, log_variance
+        """Compute both parts of the negative evidence lower bound of images (N, C, H, W) in [−1, 1], in nats, (N,).
+
+        They are −ln p(x | z), of 8-bit values, and KL(q(z | x) ‖ p(z | g)) + KL(q(g | z) ‖ N(0, I)), for z and g
+        sampled from their posteriors with Gaussian ``noise`` (N, G + c·h·w, 1, 1). Also returns the reconstructions.
+        """
+        for_g, for_z = self.prior.split(noise)
+        posterior = self.autoencoder.posterior(x)
+        z = reparameterize(*posterior, for_z)
+        over = self.prior.posterior(z)
+        mean, log_variance, _ = self.prior(reparameterize(*over, for_g), lambda number, *_: z[:, [number]])
+        reconstruction = self.autoencoder.decode(z)
+        misfit = -log_logistic(x, reconstruction, self.autoencoder.log_scale).flatten(1).sum(1)
+        divergence = kl_divergence(*posterior, mean, log_variance)
+        zero = torch.zeros_like(over[0])
+        return misfit, divergence + kl_divergence(*over, zero, zero), reconstruction
 
 
 class Latents(nn.Module):
@@ -90,7 +166,7 @@ class Latents(nn.Module):
     def __init__(self, space: LatentSpace, shape: tuple[int, int, int]) -> None:
         super().__init__()
         self.space = space
-        self.network = VAE(space.autoencoder, shape[0], shape[-1])
+        self.network = Autoencoder(space.autoencoder, shape[0], shape[-1])
         self.register_buffer("mean", torch.zeros(1, space.channels, 1, 1))
         self.register_buffer("std", torch.ones(1, space.channels, 1, 1))
 
@@ -103,9 +179,25 @@ class Latents(nn.Module):
         return self.network.decode(z * self.std + self.mean)
 
 
+def latent_shape(config: VAEConfig, size: int) -> tuple[int, int, int]:
+    """Compute (c, h, w) of the latents of images of ``size`` pixels."""
+    return config.latent_channels, size // config.factor, size // config.factor
+
+
+def kl_divergence(mean: Tensor, log_variance: Tensor, prior_mean: Tensor, prior_log_variance: Tensor) -> Tensor:
+    """Compute the divergence of a Gaussian posterior from a Gaussian prior, of each image: (N,) from (N, …) each."""
+    distance = (mean - prior_mean) ** 2 + log_variance.exp()
+    return 0.5 * (distance * (-prior_log_variance).exp() - 1 - log_variance + prior_log_variance).flatten(1).sum(1)
+
+
 def reparameterize(mean: Tensor, log_variance: Tensor, noise: Tensor) -> Tensor:
     """Sample latents from the posterior with standard Gaussian ``noise``, all (N, …) (arXiv 1312.6114, section 2.4)."""
     return mean + (0.5 * log_variance).exp() * noise
+
+
+def _moments(numbers: Tensor) -> tuple[Tensor, Tensor]:
+    mean, log_variance = numbers.float().chunk(2, dim=1)
+    return mean, log_variance.clamp(*LOG_VARIANCE)
 
 
 def _layers(
@@ -119,4 +211,8 @@ def _layers(
         for _ in range(blocks):
             layers.append(Block(current, width))
             current = width
-    return nn.Sequential(*layers, normalisation(current), nn.SiLU(), nn.Conv2d(current, outputs, 3, padding=1))
+    return nn.Sequential(*layers, _head(current, outputs))
+
+
+def _head(inputs: int, outputs: int) -> nn.Sequential:
+    return nn.Sequential(normalisation(inputs), nn.SiLU(), nn.Conv2d(inputs, outputs, 3, padding=1))

@@ -17,7 +17,7 @@ from diffusion.common.files import make_folder
 from diffusion.common.fingerprint import describe_precision
 from diffusion.families import family_of
 from diffusion.models.config import FamilyConfig, LatentSpace
-from diffusion.models.vae import VAE
+from diffusion.models.vae import Autoencoder
 from diffusion.process.samplers import SamplingConfig
 from diffusion.training.logging import Validation
 from diffusion.training.setup import TrainingSetup
@@ -92,7 +92,7 @@ def count_flops(
     """Count the floating-point operations of an image, forward and backward, with the encoder of ``latents`` if any."""
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
         if latents is not None:
-            VAE(latents.autoencoder, shape[0], shape[-1]).requires_grad_(False).encode(torch.empty(1, *shape))
+            Autoencoder(latents.autoencoder, shape[0], shape[-1]).requires_grad_(False).encode(torch.empty(1, *shape))
             shape = latents.shape
         family = family_of(config)
         family.forward(family.make_network(config, shape, classes), shape).backward()  # type: ignore[no-untyped-call]

@@ -29,14 +29,14 @@ from diffusion.data.manifest import Manifest, read_manifest
 from diffusion.data.shards import ShardCache, ShardStore
 from diffusion.families import family_of
 from diffusion.families.model import Conditioning, Model, ModelHeader, classes_of, to_float
-from diffusion.families.vae import VAEModel, latent_shape
+from diffusion.families.vae import VAEModel
 from diffusion.generation.config import UNCONDITIONAL, Conditions
 from diffusion.generation.generate import check_conditions, check_sampling_options, conditions_of
 from diffusion.generation.super_resolution import GenerationTask, add_conditioning_noise, task_of
 from diffusion.models.config import FamilyConfig, LatentSpace, ModelConfig, VAEConfig, training_conflict
 from diffusion.models.text_encoder import ENCODER
 from diffusion.models.unet import UNet
-from diffusion.models.vae import Latents
+from diffusion.models.vae import Latents, latent_shape
 from diffusion.process.samplers import SamplingConfig
 from diffusion.training.config import DistillationConfig, TrainingConfig
 from diffusion.training.distributed import Ranks
@@ -387,7 +387,7 @@ def load_autoencoder(path: str, dataset: Dataset, window: int | None) -> Latents
         autoencoder=config, digest=weights_digest(model).removeprefix("sha256:"), channels=inner[0], size=inner[1]
     )
     latents = Latents(space, dataset.shape)
-    latents.network.load_state_dict(model.network.state_dict())
+    latents.network.load_state_dict(model.network.autoencoder.state_dict())
     latents.eval().requires_grad_(False).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     rows = dataset.rows("train")
     if window is not None:

@@ -23,7 +23,7 @@ from diffusion.generation.explain import explain
 from diffusion.generation.generate import interpolate, sample
 from diffusion.generation.requests import tasks_of
 from diffusion.models.config import GANConfig
-from diffusion.models.gan import Discriminator, Generator
+from diffusion.models.gan import AUGMENTING, Discriminator, Generator, augment
 from diffusion.process.editing import Edit
 from diffusion.training.checkpointing import Checkpoints
 from diffusion.training.config import TrainingConfig
@@ -114,9 +114,10 @@ def test_the_penalty_of_a_square_is_that_of_its_slope() -> None:
 def test_gan_losses_and_gradients_match_the_closed_form() -> None:
     weights, gamma = torch.tensor([0.3, -0.2, 0.5, 0.1]), 0.8
     discriminator, generator = Linear(weights), Constant()
-    objective = RelativisticObjective(MODEL.model_copy(update={"latent": 4, "gamma": gamma}), 0, discriminator)  # type: ignore[arg-type]
+    config = MODEL.model_copy(update={"latent": 4, "gamma": gamma, "augment": 0.0})
+    objective = RelativisticObjective(config, 0, discriminator)  # type: ignore[arg-type]
     x, noise = torch.randn(5, 1, 2, 2), torch.randn(5, 8, 1, 1)
-    batch = TrainingBatch(x, {}, {"noise": noise})
+    batch = TrainingBatch(x, {}, {"noise": noise, "augment": torch.rand(5, AUGMENTING)})
     mine, theirs = noise[:, 4:].flatten(1), noise[:, :4].flatten(1)
 
     losses = objective.losses(generator, batch)
@@ -131,6 +132,65 @@ def test_gan_losses_and_gradients_match_the_closed_form() -> None:
     (gradient,) = torch.autograd.grad(opposing.sum(), discriminator.weights)
     expected = (behind * (behind @ weights).sigmoid()[:, None]).sum(0) + 5 * 2 * gamma * weights
     assert torch.allclose(gradient, expected)
+
+
+def numbers(count: int, **chosen: float) -> Tensor:
+    """Numbers that leave ``count`` images as they are at a rate of 0.5, but for those ``chosen`` by name."""
+    names = ["recolour", "translate", "cut", "brightness", "saturation", "contrast", "down", "right", "row", "column"]
+    neutral = dict.fromkeys(names, 0.5) | chosen
+    return torch.tensor([[neutral[name] for name in names]]).expand(count, -1)
+
+
+def test_augmentations_do_what_their_numbers_say() -> None:
+    x = torch.rand(3, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    assert torch.allclose(augment(x, torch.rand(3, AUGMENTING), 0.0), x, atol=1e-6)
+    assert torch.allclose(augment(x, numbers(3), 0.5), x, atol=1e-6)
+    assert torch.allclose(augment(x, numbers(3, recolour=0, brightness=0.75), 0.5), x + 0.25, atol=1e-6)
+    grey = x.mean(1, keepdim=True).expand_as(x)
+    assert torch.allclose(augment(x, numbers(3, recolour=0, saturation=0), 0.5), grey, atol=1e-6)
+    twice = x.mean((1, 2, 3), keepdim=True) + 1.25 * (x - x.mean((1, 2, 3), keepdim=True))
+    assert torch.allclose(augment(x, numbers(3, recolour=0, contrast=0.75), 0.5), twice, atol=1e-6)
+    # A quarter of the range of 8/4 pixels to either side is one pixel.
+    moved = augment(x, numbers(3, translate=0, down=1.0, right=0.0), 0.5)
+    rows, columns = torch.tensor([1, 2, 3, 4, 5, 6, 7, 7]), torch.tensor([0, 0, 1, 2, 3, 4, 5, 6])
+    assert torch.allclose(moved, x[:, :, rows][..., columns], atol=1e-6)
+    cut = augment(x, numbers(3, cut=0, row=0.0, column=0.5), 0.5)
+    assert (cut[:, :, :2, 3:6] == 0).all()
+    assert torch.allclose(cut[:, :, 2:], x[:, :, 2:], atol=1e-6)
+
+
+def test_augmentation_changes_about_its_rate_of_images_each_by_its_own_numbers() -> None:
+    random = torch.Generator().manual_seed(0)
+    x, uniform = torch.rand(400, 1, 8, 8, generator=random), torch.rand(400, AUGMENTING, generator=random)
+    found = augment(x, uniform, 0.3)
+    assert torch.equal(found[17:18], augment(x[17:18], uniform[17:18], 0.3))
+    changed = (found - x).abs().amax((1, 2, 3)) > 1e-4
+    # A translation by nothing is one of 9, and a hole is always seen.
+    assert changed.float().mean().item() == pytest.approx(1 - 0.7**3, abs=0.07)
+
+
+def test_both_networks_see_real_and_generated_images_under_the_same_augmentation() -> None:
+    seen: list[Tensor] = []
+
+    class Recorder(nn.Module):
+        def forward(self, x: Tensor, label: Tensor | None = None) -> Tensor:
+            seen.append(x)
+            return x.flatten(1).sum(1)
+
+    objective = RelativisticObjective(MODEL.model_copy(update={"latent": 64, "augment": 1.0}), 3, Recorder())  # type: ignore[arg-type]
+    x = torch.rand(5, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    batch = objective.make_batch(x, range(5), {})
+
+    def same(noise: Tensor, label: Tensor | None) -> Tensor:
+        return x.clone().requires_grad_()
+
+    objective.losses(same, batch).sum().backward()  # type: ignore[arg-type]
+    objective.discriminator_losses(same, batch)  # type: ignore[arg-type]
+    expected = augment(x, batch.random["augment"], 1.0)
+    assert (expected - x).abs().max() > 0.1
+    for images in (seen[0], seen[1], *seen[2].chunk(2)):
+        assert torch.allclose(images, expected)
+    assert torch.equal(objective.make_batch(x[3:], range(3, 5), {}).random["augment"], batch.random["augment"][3:])
 
 
 @pytest.mark.parametrize("stop", [112, 320])

@@ -1,6 +1,5 @@
 """Autoencoders: trained, resumed, judged and drawn from as diffusion models are, by their own measure."""
 
-import copy
 import json
 import math
 from pathlib import Path
@@ -97,7 +96,7 @@ def test_the_bound_of_a_trained_network_lies_below_the_likelihood_of_its_data(tm
     covariance = torch.from_numpy(loadings @ loadings.T + spread**2 * np.eye(size * size))
     exact = MultivariateNormal(torch.zeros(size * size).double(), covariance).log_prob(held_out).mean().item()
     independent = MultivariateNormal(torch.zeros(size * size).double(), covariance.diagonal().diag())
-    # From bits a value, were values whole levels of 8 bits, to nats an image of values in [−1, 1].
+    # From bits of whole levels to the density of values in [−1, 1].
     bits = [row["held_out_loss_ema"] for row in read_metrics(run.output / "losses.csv")]
     bounds = [-size * size * math.log(2) * (each - math.log2(127.5)) for each in bits]
     assert max(bounds) < exact
@@ -105,27 +104,12 @@ def test_the_bound_of_a_trained_network_lies_below_the_likelihood_of_its_data(tm
     assert bounds[-1] > independent.log_prob(held_out).mean().item()
 
 
-@pytest.mark.parametrize("log_scale", [-2.0, -5.0, -9.0])
-def test_bits_of_what_comes_back_exactly_are_those_of_whole_levels(model: VAEModel, log_scale: float) -> None:
-    flat = torch.full((2, *model.shape), 127, dtype=torch.uint8)
-    network = copy.deepcopy(model.network)
-    network.log_scale.data.fill_(log_scale)
-    # What the decoder says is the image itself, and the latents say nothing.
-    network.forward = lambda x, noise: (x, torch.zeros(len(x), 1), torch.zeros(len(x), 1))  # type: ignore[method-assign]
-    terms = VAEModel(model.header, network).terms(to_float(flat), {}, [0, 1])
-    assert terms.bits is not None
-    scale = math.exp(log_scale)
-    share = math.erf(1 / 255 / scale / math.sqrt(2))
-    assert terms.bits.tolist() == pytest.approx([-math.log2(share)] * 2, abs=1e-9)
-    assert (terms.bits >= 0).all()
-
-
-def test_vae_image_is_the_decoded_noise_of_its_seed_and_index(model: VAEModel) -> None:
+def test_vae_image_is_generated_from_the_noise_of_its_seed_and_index(model: VAEModel) -> None:
     many, one = sample(model, range(40), 3, SAMPLING), sample(model, [37], 3, SAMPLING)
     assert torch.equal(many[37], one[0])
-    z = GaussianNoise(3, "sampling", range(36), (3, 4, 4))()
+    noise = GaussianNoise(3, "sampling", range(36), (64 + 3 * 4 * 4, 1, 1))()
     with torch.inference_mode():
-        assert torch.equal(many[:36], to_uint8(model.network.decode(z)))
+        assert torch.equal(many[:36], to_uint8(model.network.generate(noise)))
     assert not torch.equal(many[:4], sample(model, range(4), 4, SAMPLING))
 
 
@@ -257,7 +241,7 @@ def test_run_folder_of_another_family_is_an_error(data: Path, run: Path) -> None
 def test_it_starts_from_images_of_the_same_deviation_whatever_the_depth() -> None:
     torch.manual_seed(0)
     network = vae.VAE(VAE, 3, SIZE)
-    mean, log_variance = network.posterior(torch.randn(8, 3, SIZE, SIZE))
+    mean, log_variance = network.autoencoder.posterior(torch.randn(8, 3, SIZE, SIZE))
     assert 0.1 < mean.std().item() < 2
     assert log_variance.abs().mean().item() < 2
-    assert network.decode(torch.randn(8, 3, 4, 4)).std().item() < 2
+    assert network.generate(torch.randn(8, 64 + 3 * 4 * 4, 1, 1)).std().item() < 2
