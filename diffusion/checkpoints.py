@@ -101,10 +101,7 @@ def read_model_header(path: Path) -> ModelHeader:
 
 
 def load_model(path: Path) -> Model:
-    """Load the averaged network of a final model or of a checkpoint for inference.
-
-    Nothing is unpickled. Raises UserError if the file is missing, damaged or of another format.
-    """
+    """Load the averaged network of a model or checkpoint, unpickling nothing; raises UserError for any other file."""
     header = read_model_header(path)
     # The header is untrusted: no memory is allocated for it before the file is known to hold these tensors.
     with torch.device("meta"), _SkipInitialization():

@@ -5,9 +5,6 @@ import os
 import threading
 import time
 
-SECONDS_BETWEEN_LOOKS = 1.0
-"""Polling interval, in seconds, of processes that know only the process id of their parent."""
-
 
 def end_with_parent() -> None:
     """Exit this child process at once, without cleanup, when its parent process is gone.
@@ -25,5 +22,5 @@ def _end_after_parent(number: int) -> None:
         parent.join()
     else:
         while os.getppid() == number:
-            time.sleep(SECONDS_BETWEEN_LOOKS)
+            time.sleep(1)
     os._exit(1)

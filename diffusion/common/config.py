@@ -36,8 +36,5 @@ DeviceName = Literal["auto", "cpu", "cuda"]
 
 
 def unset(value: object) -> bool:
-    """Whether an optional field has its default (null, false or auto); such fields are not written (``exclude_if``).
-
-    Configurations written before the field existed thus keep their digests.
-    """
+    """Whether an optional field has its default, and is not written: older configurations keep their digests."""
     return value is None or value is False or value == "auto"

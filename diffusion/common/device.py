@@ -19,10 +19,7 @@ ISA_VARIABLES = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTI
 
 
 def resolve_device(name: DeviceName) -> torch.device:
-    """Resolve a device name: ``auto`` is a GPU if torch sees one, else the CPU; ``LOCAL_RANK`` selects among several.
-
-    Raises UserError if ``name`` is cuda and there is no GPU.
-    """
+    """Resolve a device name; ``LOCAL_RANK`` selects among several GPUs. Raises UserError for cuda without a GPU."""
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if name == "cuda" and not count:
         raise UserError(
@@ -81,10 +78,7 @@ _DETERMINISTIC = Shared(_deterministic)
 
 @contextmanager
 def repeatable(device: torch.device) -> Iterator[None]:
-    """Compute deterministically on ``device``, with float32 matrix products in TF32 on GPUs.
-
-    CPU computation is always deterministic. Any number of threads may enter.
-    """
+    """Compute deterministically, as CPUs always do, with float32 matrix products in TF32 on GPUs; for any threads."""
     if device.type != "cuda":
         yield
         return

@@ -16,10 +16,7 @@ MARKUP = re.compile(
 
 
 def escape_controls(text: str) -> str:
-    r"""Replace each control character, bidirectional mark or lone surrogate in ``text`` by ``\uXXXX``.
-
-    The result is one line and always encodable. Compact JSON keeps its meaning.
-    """
+    r"""Replace control characters, bidirectional marks and lone surrogates by ``\uXXXX``; JSON keeps its meaning."""
     return INVISIBLE.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
 
 

@@ -82,10 +82,7 @@ def write_json(path: Path, value: Any) -> str:
 
 
 def make_folder(folder: Path, mode: int = 0o777) -> None:
-    """Create ``folder`` and its missing parents durably: they survive a power failure.
-
-    ``mode`` is the permissions of ``folder`` itself if it is new.
-    """
+    """Create ``folder``, with the permissions ``mode``, and its missing parents: they survive a power failure."""
     if not folder.is_dir():
         make_folder(folder.parent)
         folder.mkdir(mode, exist_ok=True)

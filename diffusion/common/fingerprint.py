@@ -68,8 +68,5 @@ def fingerprint(batch: int, precision: Precision, device: DeviceName) -> Fingerp
     """Make the fingerprint of this process for compute batches of ``batch`` images."""
     where = resolve_device(device)
     return Fingerprint(
-        batch=batch,
-        precision=resolve_precision(precision, where),
-        device=device_name(where),
-        torch=torch.__version__,
+        batch=batch, precision=resolve_precision(precision, where), device=device_name(where), torch=torch.__version__
     )

@@ -27,10 +27,7 @@ XMP = (
 
 
 def grid(images: Tensor, columns: int | None = None, pad: int = 2, scale: int | None = None) -> Image.Image:
-    """Arrange ``images``, (N, C, H, W) uint8 with C 1 or 3, row by row on a white background.
-
-    By default as square as possible, and enlarged without smoothing, by an integer ``scale``, to about 64 pixels each.
-    """
+    """Arrange ``images``, (N, C, H, W) uint8 with C 1 or 3, on white; by default in a square, about 64 pixels each."""
     count, channels, height, width = images.shape
     columns = columns or max(1, math.ceil(math.sqrt(count)))
     scale = scale or max(1, round(64 / max(height, width)))

@@ -32,10 +32,7 @@ def uniform(seed: int, stream: str, indices: Sequence[int]) -> Tensor:
 
 
 class GaussianNoise:
-    """Standard Gaussian noise with an independent, unlimited sequence for each image.
-
-    Each call returns the next tensor of the sequence: (len(indices), *shape) float32.
-    """
+    """Standard Gaussian noise, an independent sequence for each image: (len(indices), *shape) float32 at each call."""
 
     def __init__(self, seed: int, stream: str, indices: Sequence[int], shape: tuple[int, ...]) -> None:
         self.generators = [generator(seed, stream, index) for index in indices]

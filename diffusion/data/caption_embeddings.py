@@ -1,7 +1,4 @@
-"""Embeddings of a data set's captions: computed at the first training that is conditioned on them, and cached.
-
-The cache in the work folder has one embedding per distinct caption and is deleted when images are taken down.
-"""
+"""Embeddings of a data set's captions, computed at the first training on them and cached until a takedown."""
 
 import hashlib
 import time
@@ -27,8 +24,6 @@ from diffusion.models.text_encoder import ENCODER, WIDTH, encoder
 
 CHUNK = 256
 """Captions embedded between two progress reports."""
-TRIED = 8
-"""Captions embedded to estimate the time for all."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +73,7 @@ def embeddings_of(dataset: Dataset, texts: Sequence[str], pool: Executor, progre
 def seconds_to_read(dataset: Dataset, texts: Sequence[str], threads: int) -> float:
     """Estimate the seconds of ``embeddings_of`` in ``threads`` threads from a few of the texts that it would embed."""
     _, missing = _known(_cache_file(dataset), [_digest(text) for text in texts])
-    tried = [texts[number] for number in missing[:TRIED]]
+    tried = [texts[number] for number in missing[:8]]
     read, began = encoder(), time.perf_counter()
     for text in tried:
         read(text)

@@ -58,10 +58,7 @@ class Dataset:
 
     @classmethod
     def open(cls, folder: Path, shards: ShardCache | None = None, cache_bytes: int = CACHE_BYTES) -> "Dataset":
-        """Open the data set in ``folder``, its shards read from there or from ``shards``.
-
-        Raises UserError, naming the file, if one is missing or of another length; shards are verified when first read.
-        """
+        """Open the data set in ``folder``, or its shards in ``shards``; raises UserError for missing or cut files."""
         manifest = read_manifest(folder)
         if shards is None:
             require_whole(folder, manifest)
@@ -135,11 +132,8 @@ class Dataset:
         missing = ~self._cached[rows]
         if missing.any():
             new = rows[missing]
-            pixels = self._decoded(new)
-            self._cache[new] = pixels
+            self._cache[new] = self._decoded(new)
             self._cached[new] = True
-            if len(new) == len(rows):
-                return pixels
         return self._cache[rows]
 
     def _decoded(self, rows: np.ndarray) -> np.ndarray:

@@ -1,7 +1,4 @@
-"""The manifest of a data set, read first and written last: its parts, one for each chunk of an ingest.
-
-A part is a shard of the kept images and a Parquet table of all entries read, both named by content.
-"""
+"""The manifest of a data set, read first and written last: its parts, one for each chunk of an ingest."""
 
 import hashlib
 import json
@@ -47,8 +44,6 @@ of the PNG in the part's shard; ``total`` and ``squares`` are the sums of its st
 over the pixels, per channel (1 or 3 by ``mode``). ``phash`` (64 hex digits) and ``near`` (key of the first image of the
 group of near-duplicates that it joined) are null unless near-duplicates are configured.
 """
-SAMPLE = ("key", "split", "label", "caption")
-"""Columns that make up the content of a data set."""
 
 
 class FileEntry(Config):
@@ -70,7 +65,7 @@ class Totals(Config):
 
 
 class Part(Config):
-    """A part of a data set: the result of one chunk of one ingest."""
+    """A part of a data set, the result of one chunk of one ingest: a table and a shard, both named by content."""
 
     number: int
     records: FileEntry
@@ -79,11 +74,9 @@ class Part(Config):
     """WebDataset tar of the kept images; None if there are none."""
     outcomes: dict[Outcome, int]
     splits: dict[Split, int]
-    """Kept images by split."""
     classes: dict[str, int]
-    """Kept images by label."""
     modes: dict[str, int]
-    """Kept images by stored mode, ``L`` or ``RGB``."""
+    """Kept images by split, by label and by stored mode, ``L`` or ``RGB``."""
     totals: Totals
 
 
@@ -298,8 +291,8 @@ def digest_of_samples(storage: StorageConfig, samples: Iterable[bytes]) -> str:
 
 def content_digest(folder: Path, parts: Iterable[Part], storage: StorageConfig) -> str:
     """Compute the content digest of the images of ``parts``; raises UserError if a table is missing or damaged."""
-    samples = []
+    samples, columns = [], ("key", "split", "label", "caption")
     for part in parts:
-        kept = read_records(folder, part, ("outcome", *SAMPLE)).filter(pc.field("outcome") == "kept")
-        samples += [bytes.fromhex(row["key"]) + sample_digest(**row) for row in kept.select(SAMPLE).to_pylist()]
+        kept = read_records(folder, part, ("outcome", *columns)).filter(pc.field("outcome") == "kept")
+        samples += [bytes.fromhex(row["key"]) + sample_digest(**row) for row in kept.select(columns).to_pylist()]
     return digest_of_samples(storage, (sample[32:] for sample in sorted(samples)))

@@ -61,9 +61,8 @@ def _chunk(kind: bytes, data: bytes) -> bytes:
 def decode_many(pngs: Sequence[bytes | memoryview], shape: tuple[int, int, int]) -> np.ndarray:
     """Decode ``pngs``, each of ``shape`` (C, H, W), to (N, C, H, W) uint8; a grey one is repeated over RGB.
 
-    Channels are last in memory, as in the files. Any PNG of that shape is accepted; files written by ``encode`` are
-    decoded much faster, by the checksum of their compressed rows. Raises ValueError, with the reason, for a file that
-    is damaged or of another shape.
+    Channels are last in memory. Files written by ``encode`` are decoded much faster, by the checksum of their rows.
+    Raises ValueError, with the reason, for a file that is damaged or of another shape.
     """
     channels, height, width = shape
     out = np.empty((len(pngs), height, width, channels), np.uint8)

@@ -1,7 +1,4 @@
-"""Work on threads and processes, a little ahead of the consumer of the results, which come in order.
-
-Imports little, so that processes can start while their caller imports the rest.
-"""
+"""Ordered work on threads and processes, a little ahead; imports little, so that processes start early."""
 
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator

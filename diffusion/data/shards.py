@@ -1,7 +1,4 @@
-"""WebDataset tars: written so that equal samples give equal bytes, copied without being unpacked, read by offset.
-
-Every shard is verified before it is read. Remote shards are fetched into a cache of bounded size ahead of use.
-"""
+"""WebDataset tars: written so that equal samples give equal bytes, copied without being unpacked, read by offset."""
 
 import errno
 import hashlib
@@ -16,16 +13,13 @@ from functools import lru_cache
 from io import BufferedReader
 from pathlib import Path
 from threading import Lock
-from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
+from typing import Any, BinaryIO, Protocol
 
 from filelock import FileLock, Timeout
 
 from diffusion.common.errors import UserError
 from diffusion.common.files import canonical_json
 from diffusion.data.manifest import FileEntry, repair_hint
-
-if TYPE_CHECKING:
-    from _typeshed import SupportsWrite
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +33,7 @@ Span = tuple[int, int]
 class TarWriter:
     """Writes samples of two members each, ``<key>.png`` and ``<key>.json``, as one USTAR archive."""
 
-    def __init__(self, file: "SupportsWrite[bytes]") -> None:
+    def __init__(self, file: BinaryIO) -> None:
         self.file, self.position = file, 0
 
     def add(self, key: str, png: bytes, about: dict[str, Any]) -> int:
@@ -142,10 +136,7 @@ class ShardStore(Protocol):
     """Remote storage of a data set's shards."""
 
     def fetch(self, entry: FileEntry, path: Path) -> None:
-        """Write the shard's bytes to ``path``, unverified, replacing any file there; retry transient errors.
-
-        Called by several threads. Raises UserError if the shard does not exist or is unavailable.
-        """
+        """Write the shard to ``path``, unverified, from any thread; raises UserError if it is unavailable."""
 
 
 class ShardCache:

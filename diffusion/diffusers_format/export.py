@@ -38,9 +38,8 @@ def export_to_diffusers(
 ) -> Exported:
     """Write the model in the file ``weights`` to ``folder`` as a pipeline of diffusers: whole, or not at all.
 
-    ``sampling`` is the default sampling options, ``version`` and ``run_id`` those of the registered model. Repeating
-    an export changes nothing. Raises UserError if diffusers is not installed, the folder holds something else, or the
-    model or an option has no counterpart in diffusers.
+    ``sampling`` is the default sampling options. Repeating an export changes nothing. Raises UserError if diffusers is
+    not installed, the folder holds something else, or the model or an option has no counterpart in diffusers.
     """
     model = load_model(weights)
     if not isinstance(model, DiffusionModel):

@@ -42,7 +42,6 @@ from diffusion.process.samplers import (
 )
 from diffusion.process.schedules import NoiseSchedule
 
-Options = Callable[[], dict[str, Any]]
 WHOLE = (DDPMScheduler, DDIMScheduler)
 """Schedulers limited to integral times."""
 IN_SIGMA = (EulerDiscreteScheduler, HeunDiscreteScheduler)
@@ -98,7 +97,8 @@ class DarkroomPipeline(DiffusionPipeline):  # type: ignore[misc]
             "guidance_interval": guidance_interval,
             "guidance_rescale": guidance_rescale,
         }
-        conditions = Conditions(labels=_each(labels), prompts=_each(prompts), negative_prompt=negative_prompt)
+        labels, prompts = ((each,) if isinstance(each, str) else tuple(each) for each in (labels, prompts))
+        conditions = Conditions(labels=labels, prompts=prompts, negative_prompt=negative_prompt)
         config = self.unet.sampling.changed({name: value for name, value in given.items() if value is not None})
         config = model.header.sampling(config, is_conditional(model.classes, conditions))
         check_prompts(conditions)
@@ -150,7 +150,7 @@ class DarkroomPipeline(DiffusionPipeline):  # type: ignore[misc]
         seed: int,
         generator: torch.Generator | list[torch.Generator] | None,
         eta: float | None,
-    ) -> tuple[Tensor, Options]:
+    ) -> tuple[Tensor, Callable[[], dict[str, Any]]]:
         """The noise to start from, and what the scheduler is given at each step: fresh noise, if it takes any."""
         device, accepted = self._execution_device, signature(self.scheduler.step).parameters
         if eta is not None and "eta" not in accepted:
@@ -191,16 +191,8 @@ def _check_scheduler(scheduler: SchedulerMixin, model: DiffusionModel) -> None:
         )
 
 
-def _each(words: str | Sequence[str | None]) -> tuple[str | None, ...]:
-    return (words,) if isinstance(words, str) else tuple(words)
-
-
 def scheduler_of(model: DiffusionModel, sampling: SamplingConfig) -> SchedulerMixin:
-    """Make the scheduler that takes the steps of ``sampling`` on the schedule of ``model``, whose network says x̂_0.
-
-    In a pipeline of diffusers' own it visits the same noise levels, to the next whole time; DDPM's and DDIM's are
-    theirs. Raises UserError if diffusers has none.
-    """
+    """Make the scheduler that takes the steps of ``sampling`` for ``model``; raises UserError if diffusers has none."""
     if isinstance(sampling, EulerSampling | HeunSampling) and sampling.churn is not None:
         raise UserError(
             "schedulers of diffusers keep no sampling.churn: leave it out, or use dpmpp_2m_sde, whose noise is fresh"
@@ -251,10 +243,8 @@ def scheduler_of(model: DiffusionModel, sampling: SamplingConfig) -> SchedulerMi
 
 
 def visited(scheduler: SchedulerMixin, schedule: NoiseSchedule, config: SamplingConfig) -> tuple[Tensor, Tensor]:
-    """Set the noise levels of ``config`` in ``scheduler``; returns its times, and σ at each as float64.
-
-    DDPM and DDIM keep their own integral times, which equal Darkroom's if all steps of the schedule are used.
-    """
+    """Set the noise levels of ``config`` in ``scheduler``; returns its times, and σ at each as float64."""
+    # DDPM and DDIM keep their own integral times, which equal Darkroom's if all steps of the schedule are used.
     scheduler.set_timesteps(config.steps)
     if isinstance(scheduler, WHOLE):
         return scheduler.timesteps, schedule.sigma(scheduler.timesteps)

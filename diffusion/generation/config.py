@@ -1,8 +1,4 @@
-"""Conditions and generation requests, one pydantic model per task.
-
-The command line, the flow and the served model share them. A request has only the options with an effect for its task.
-This module loads without torch.
-"""
+"""Conditions and generation requests, one pydantic model per task with the options that affect it; without torch."""
 
 from collections.abc import Mapping
 from pathlib import Path

@@ -28,14 +28,11 @@ from diffusion.generation.super_resolution import task_of
 from diffusion.process.samplers import sampling_config
 from diffusion.process.schedules import NoiseSchedule
 
-MOST_BITS = 8
-"""Bits per value shown as white in the figure of an autoregressive model."""
 FRAMES = 8
 """Images in a strip."""
 REVERSE_STEPS = 40
 """Steps of the sampler: more than it needs, for an even sequence from noise to image."""
 NOISE_RANGE = 3.0
-"""Noise is shown from minus this, black, to this, white."""
 INK, MUTED, SIGNAL, NOISE = "#1c1f23", "#5c6570", "#2563eb", "#b9c0c8"
 
 
@@ -55,10 +52,7 @@ class Reverse(NamedTuple):
 
 
 def explain(model: Model, image: Tensor, output: Path, seed: int = 0) -> list[Path]:
-    """Draw figures of how ``model`` works on ``image``, (C, H, W) uint8, into folder ``output``, with ``seed``'s noise.
-
-    Raises UserError if the image is not of a diffusion model's shape.
-    """
+    """Draw figures of how ``model`` works on ``image``, (C, H, W) uint8; raises UserError if it is of another shape."""
     match model:
         case DiffusionModel():
             if tuple(image.shape) != model.shape:
@@ -91,7 +85,8 @@ def explain(model: Model, image: Tensor, output: Path, seed: int = 0) -> list[Pa
             path = output / "surprise.png"
             with torch.inference_mode():
                 bits = bits_of_pixels(model.network, to_float(image[None]), {}) / image.shape[0]
-            shown = (bits / MOST_BITS * 255).clamp(0, 255).to(torch.uint8)[:, None].expand(-1, len(image), -1, -1)
+            # Eight bits per value are white.
+            shown = (bits / 8 * 255).clamp(0, 255).to(torch.uint8)[:, None].expand(-1, len(image), -1, -1)
             sheet = above(image[None], shown, scale=8)
         case _:
             raise TypeError(type(model))
@@ -105,10 +100,7 @@ def reverse_process_strip(model: DiffusionModel, conditioning: Conditioning | No
 
 
 def forward(schedule: NoiseSchedule, x0: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-    """Mix ``x0``, (C, H, W) in [−1, 1], with one ``noise`` at FRAMES time steps t spread evenly from 0 to T−1.
-
-    Returns t, (FRAMES,), and x_t, (FRAMES, C, H, W).
-    """
+    """Mix ``x0``, (C, H, W), with one ``noise`` at FRAMES even time steps: t, (FRAMES,), and x_t, (FRAMES, C, H, W)."""
     t = torch.linspace(0, schedule.steps - 1, FRAMES).round().long()
     return t, schedule.q_sample(x0.expand(FRAMES, -1, -1, -1), t, noise.expand(FRAMES, -1, -1, -1))
 
@@ -117,10 +109,7 @@ def forward(schedule: NoiseSchedule, x0: Tensor, noise: Tensor) -> tuple[Tensor,
 def training_step(
     model: DiffusionModel, x0: Tensor, noise: Tensor, conditioning: Conditioning | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Run one step on ``x0``, (C, H, W) in [−1, 1], at the time t, (), with equal weights of image and noise.
-
-    Returns t, x_t, and the predicted noise for any prediction type, both (C, H, W).
-    """
+    """Run one step on ``x0``, (C, H, W), where image and noise weigh the same: t, x_t and the predicted noise."""
     schedule = model.schedule
     t = (schedule.alphas_cumprod - 0.5).abs().argmin()
     sigma = schedule.sigmas[t].float()

@@ -92,10 +92,7 @@ def interpolate(
     progress: Progress = silent,
     conditions: Conditions = UNCONDITIONAL,
 ) -> Tensor:
-    """Generate ``count`` images from image 0 of seed ``one`` to that of seed ``other``: (count, C, H, W) uint8.
-
-    All noise, fresh noise included, is interpolated. Raises UserError if there is no path, and as ``sample`` does.
-    """
+    """Generate images from image 0 of seed ``one`` to that of ``other``, (count, C, H, W) uint8, as ``sample`` does."""
     check_interpolation(model, one, other, count, conditions)
     shares = torch.linspace(0, 1, count)
 
@@ -207,15 +204,13 @@ def is_conditional(classes: Sequence[str], conditions: Conditions) -> bool:
 
 
 def labels_of(model: Model, indices: Sequence[int], seed: int, conditions: Conditions = UNCONDITIONAL) -> Tensor | None:
-    """Choose the class of each image, its index in ``model.classes`` or one more for unconditional: (N,).
-
-    Without labels and prompts classes have their frequency in the data set. None for a model without classes.
-    """
+    """Choose each image's index in ``model.classes``, one more for unconditional: (N,); None for a model without."""
     if not model.classes:
         return None
     if conditions.labels or conditions.prompts:
         names: list[str | None] = [*model.classes, None]
         return torch.tensor([names.index(conditions.label(index)) for index in indices])
+    # As often as in the data set.
     counts = torch.tensor([model.header.class_histogram[label] for label in model.classes])
     return torch.searchsorted(counts.cumsum(0).double() / counts.sum(), uniform(seed, "label", indices), right=True)
 

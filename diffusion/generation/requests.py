@@ -47,14 +47,10 @@ from diffusion.process.samplers import SamplingConfig
 T = TypeVar("T")
 HOLE = torch.tensor(128, dtype=torch.uint8)
 """Grey value that shows the hole of an image to inpaint."""
-MAX_SIZE = 2048
-"""Largest height or width of an upscaled image, in pixels."""
 MAX_PIXELS = 2**23
 """Most pixels of all upscaled images of a request, whose tiles are all in memory at once."""
 MAX_VALUES = 2**31
 """Most values of all images that are generated in one call, which are all in memory at once."""
-KEPT_BELOW = 32
-"""Grey value of a scaled mask below which a pixel is kept."""
 SHOWN = 64
 """Most images in the grid."""
 ABOUT = "request.json"
@@ -172,7 +168,8 @@ def sampling_of(model: Model, request: GenerationRequest, configured: SamplingCo
 def _input_of(model: Model, request: GenerationRequest) -> Edit | Tensor | None:
     """Decode the images of ``request``: an edit, or the image to upscale, (C, h, w) uint8."""
     if isinstance(request, UpscaleRequest):
-        small = _channels_first(_decoded(unscaled, request.image, "image", MAX_SIZE // 2, model.header.channels))
+        # Under 2,048 pixels high and wide.
+        small = _channels_first(_decoded(unscaled, request.image, "image", 1024, model.header.channels))
         check_images(model, small[None])
         if (pixels := request.count * small[0].numel() * scale_of(model) ** 2) > MAX_PIXELS:
             raise UserError(
@@ -192,7 +189,7 @@ def _input_of(model: Model, request: GenerationRequest) -> Edit | Tensor | None:
         if mask.source_size != prepared.source_size:
             theirs, ours = ("×".join(map(str, each.source_size)) for each in (mask, prepared))
             raise UserError(f"the mask has {theirs} pixels and the image {ours} (width × height): make them equal")
-        kept = torch.from_numpy(mask.pixels < KEPT_BELOW)
+        kept = torch.from_numpy(mask.pixels < 32)  # nearly black, also after scaling
         edit = Edit(image, kept, request.strength, request.resample_steps or 1, guided=request.method == "pigdm")
     check_edit(model, edit)
     return edit
@@ -220,8 +217,8 @@ def generate_to_folder(
 ) -> GenerationResult:
     """Generate the images of ``request`` with the model in the file ``weights`` into the folder ``output``.
 
-    The default folder in samples/ is named after model and request. Each image carries the ``origin`` of the model.
-    Raises UserError as ``answer`` does, and if the folder belongs to another request.
+    By default it is named after model and request, in samples/. Each image carries the ``origin`` of the model. Raises
+    UserError as ``answer`` does, and if the folder belongs to another request.
     """
     model = load_model(weights)
     digest = sha256_file(weights)

@@ -26,9 +26,6 @@ from diffusion.generation.generate import check_sampling, sample
 from diffusion.models.config import FamilyConfig, ModelConfig
 from diffusion.process.samplers import SamplingConfig
 
-OVERLAP = 4
-"""Neighbouring tiles overlap by at least 1/OVERLAP of their size."""
-
 
 def shrunk(images: Tensor, size: int) -> Tensor:
     """Downscale ``images``, (N, C, H, W) uint8, to (N, C, size, size) uint8."""
@@ -126,10 +123,7 @@ def generate(
 def add_conditioning_noise(
     conditioning: Conditioning, max_noise: float, seed: int, indices: Sequence[int]
 ) -> Conditioning:
-    """Add noise of a standard deviation uniform in [0, ``max_noise``] to each small image.
-
-    Without this augmentation a network takes artefacts of a small image for details (arXiv 2106.15282, section 4.3).
-    """
+    """Add noise of a standard deviation uniform in [0, ``max_noise``] to each small image (arXiv 2106.15282, 4.3)."""
     low, level = conditioning["low"], max_noise * uniform(seed, "low_resolution/level", indices).float()
     noise = GaussianNoise(seed, "low_resolution/noise", indices, tuple(low.shape[1:]))()
     return {"low": low + level[:, None, None, None] * noise, "level": level}
@@ -162,10 +156,8 @@ class Tiles:
 
 
 def make_tiles(height: int, width: int, size: int, scale: int, device: torch.device = CPU) -> Tiles:
-    """Make tiles of ``size`` small pixels for a small image of ``height`` × ``width``, upscaled by ``scale``.
-
-    They are aligned to small pixels, as in training. Weights fall towards the edges, where the network lacks context.
-    """
+    """Make tiles of ``size`` small pixels for a small image of ``height`` × ``width``, upscaled by ``scale``."""
+    # Aligned to small pixels, as in training. Weights fall towards the edges, where the network lacks context.
     rows, columns = ([scale * start for start in starts(length, size)] for length in (height, width))
     places = [(top, left) for top in rows for left in columns]
     full = size * scale
@@ -179,24 +171,18 @@ def make_tiles(height: int, width: int, size: int, scale: int, device: torch.dev
 
 
 def starts(length: int, size: int) -> list[int]:
-    """Compute evenly spaced starts of tiles of ``size`` that cover ``length``, with the overlap of ``OVERLAP``."""
-    count = 1 + math.ceil((length - size) / (size - max(1, size // OVERLAP)))
+    """Compute evenly spaced starts of tiles of ``size`` that cover ``length`` and overlap by a quarter or more."""
+    count = 1 + math.ceil((length - size) / (size - max(1, size // 4)))
     return [round(number * (length - size) / max(count - 1, 1)) for number in range(count)]
 
 
 def upscale(
-    model: Model,
-    images: Tensor,
-    seed: int,
-    config: SamplingConfig,
-    progress: Progress = silent,
-    first: int = 0,
+    model: Model, images: Tensor, seed: int, config: SamplingConfig, progress: Progress = silent, first: int = 0
 ) -> Tensor:
     """Upscale small ``images``, (N, C, h, w) uint8, to (N, C, h·scale, w·scale) uint8 with the model's scale.
 
     Image i has the noise of index ``first`` + i of ``seed``; its bits depend on no other image, as batches always have
-    ``config.compute_batch`` tiles. Raises UserError if the model was not trained for super-resolution, for an image
-    smaller than its training inputs or of other channels, and for options without effect.
+    ``config.compute_batch`` tiles. Raises UserError as ``check_images`` and ``check_sampling`` do.
     """
     check_images(model, images)
     check_sampling(model, config, UNCONDITIONAL)

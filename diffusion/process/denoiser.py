@@ -1,8 +1,4 @@
-"""Denoiser, a network as a function from a noisy image and its σ to the clean one; and guidance between two of them.
-
-Classifier-free guidance gives images that follow their conditioning more closely, with less variety. The two denoisers
-are evaluated one after the other: on a CPU, one batch of both took as long at 28 pixels and a tenth longer at 64.
-"""
+"""Denoiser, a network as a function from a noisy image and its σ to the clean one; and guidance between two of them."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,8 +16,7 @@ from diffusion.process.schedules import NoiseSchedule
 class Denoiser:
     """D(x; σ) for x = x_0 + σ ε, for any prediction of the network (arXiv 2206.00364).
 
-    It is the only interface between samplers and models. ``clip`` limits the estimate to [−1, 1], the range of images;
-    ``learned_variance`` says whether ``posterior`` is available.
+    ``clip`` limits the estimate to [−1, 1], the range of images; with ``learned_variance`` there is a ``posterior``.
     """
 
     network: Callable[[Tensor, Tensor], Tensor]
@@ -39,10 +34,7 @@ class Denoiser:
         return x0
 
     def posterior(self, x: Tensor, sigma: Tensor, following: Tensor) -> tuple[Tensor, Tensor]:
-        """Estimate x_0, and the learned standard deviation of each value of x at σ = ``following``.
-
-        Both are (N, C, H, W); ``sigma`` and the lower ``following`` are numbers.
-        """
+        """Estimate x_0, and the learned standard deviation of x at the lower σ ``following``: both (N, C, H, W)."""
         x0, v = self.answer(x, sigma)
         return x0, deviation_between(v, fixed_small(sigma, following), fixed_large(sigma, following))
 
@@ -77,6 +69,7 @@ def guided(
         return conditional
 
     def denoise(x: Tensor, sigma: Tensor) -> Tensor:
+        # One batch for both would be no faster on a CPU.
         conditioned = conditional(x, sigma)
         inside = torch.ones_like(sigma, dtype=torch.bool)
         if interval is not None:
@@ -93,10 +86,7 @@ def guided(
 
 
 def rescaled(estimate: Tensor, conditioned: Tensor, share: float) -> Tensor:
-    """Rescale ``estimate`` to the standard deviation of each image in ``conditioned``, mixed by ``share`` with itself.
-
-    Both are (N, C, H, W). This undoes the contrast that strong guidance adds (arXiv 2305.08891, equations 15, 16).
-    """
+    """Rescale a ``share`` of ``estimate`` to the contrast of ``conditioned`` (arXiv 2305.08891, equations 15, 16)."""
     ours, theirs = (each.std((1, 2, 3), keepdim=True) for each in (estimate, conditioned))
     return torch.lerp(estimate, estimate * (theirs / ours.clamp(min=1e-12)), share)
 

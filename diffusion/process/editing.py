@@ -55,10 +55,8 @@ class Edit:
 
 
 def blanked(images: Tensor, kept: Tensor) -> Tensor:
-    """Fill the hole of ``images`` (..., C, H, W) uint8 with each channel's mean over the ``kept`` pixels (H, W).
-
-    Even at the highest noise level the brightness of the hole would otherwise shine through.
-    """
+    """Fill the hole of ``images`` (..., C, H, W) uint8 with each channel's mean over the ``kept`` pixels (H, W)."""
+    # Even at the highest noise level the brightness of the hole would shine through.
     mean = images[..., kept].float().mean(-1).round().to(images.dtype)
     return torch.where(kept, images, mean[..., None, None])
 
@@ -133,10 +131,7 @@ def levels_for(sigmas: Tensor, strength: float) -> Tensor:
 
 
 def between(one: Tensor, other: Tensor, share: Tensor) -> Tensor:
-    """Interpolate Gaussian noise from ``one`` to ``other``, both (C, H, W), at each ``share`` (K,), as (K, C, H, W).
-
-    The interpolation is spherical, so that the variance is the same everywhere (arXiv 2010.02502, appendix D.5).
-    """
+    """Interpolate noise (C, H, W) spherically at each ``share`` (K,), as (K, C, H, W) (arXiv 2010.02502, app. D.5)."""
     angle = torch.acos(((one * other).sum() / (one.norm() * other.norm())).clamp(-1, 1))
     to_each = (share * angle)[:, None, None, None].to(one.dtype)
     return (torch.sin(angle - to_each) * one + torch.sin(to_each) * other) / math.sin(float(angle))

@@ -5,9 +5,8 @@ section 3.1). The bits of single images are the continuous-time bound on the lik
 
     −ln p(x_0) ≤ KL(q(x_σmax | x_0) ‖ N(0, σ_max²)) + ∫ E‖x_0 − D(x; σ)‖² / σ² d ln σ − E ln p(x_0 | x_σmin)
 
-It is the limit of DDPM's sum (arXiv 2006.11239, equation 5) and depends neither on a number of steps nor on variances.
-It holds for any function D, so models with different schedules are compared between the same two levels; outside its
-own schedule a network gets the nearest time. The integrand is the loss that is reported by noise level.
+It is the limit of DDPM's sum (arXiv 2006.11239, equation 5). It holds for any function D, so models with different
+schedules are compared between the same two levels. The integrand is the loss that is reported by noise level.
 """
 
 import math
@@ -31,8 +30,6 @@ LEVELS = 16
 SIGMA_MIN = HALF_A_LEVEL
 """Lowest σ: below it noise changes hardly any 8-bit value. The bound is then too high by 0.03 bits for Gaussian values,
 and by 0.25 for pixels known to be black."""
-STREAM = "held_out_loss"
-"""Name of the random stream, which is the same for all models."""
 
 
 @dataclass(frozen=True)
@@ -57,13 +54,12 @@ def denoising_terms(
 ) -> Terms:
     """Compute losses and bits of images ``x0``, (N, C, H, W) in [−1, 1], or of latents under any denoiser.
 
-    In each interval of ``noise_levels`` an image is evaluated at one uniformly sampled ln σ, so sums over intervals
-    are unbiased estimates of integrals. Random numbers follow from the images' ``indices``; bits are defined only for
-    8-bit ``pixels``.
+    In each interval of ``noise_levels`` an image is evaluated at one uniformly sampled ln σ, by the images'
+    ``indices``, so that sums estimate integrals without bias. Bits are defined only for 8-bit ``pixels``.
     """
     edges = noise_levels()
-    noise = GaussianNoise(0, f"{STREAM}/noise", indices, tuple(x0.shape[1:]))
-    u = uniform(0, f"{STREAM}/level", indices).to(x0.device)
+    noise = GaussianNoise(0, "held_out_loss/noise", indices, tuple(x0.shape[1:]))
+    u = uniform(0, "held_out_loss/level", indices).to(x0.device)
     logs = edges.log().to(x0.device)
 
     def estimated(sigma: Tensor) -> Tensor:

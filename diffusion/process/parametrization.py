@@ -22,10 +22,7 @@ Weight = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Parametrization:
-    """The coefficients of ``prediction``; ``sigma_data`` is the standard deviation of the images' values.
-
-    σ and the coefficients are (N,) float64: float32 is not exact enough at the ends of a schedule.
-    """
+    """The coefficients of ``prediction`` as functions of σ, (N,) float64, for images of deviation ``sigma_data``."""
 
     prediction: Prediction
     sigma_data: float = 1.0

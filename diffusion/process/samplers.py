@@ -21,17 +21,9 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import pairwise
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeAlias, get_args
 
-from pydantic import (
-    ConfigDict,
-    Discriminator,
-    Field,
-    Tag,
-    TypeAdapter,
-    ValidationError,
-    model_validator,
-)
+from pydantic import ConfigDict, Discriminator, Field, Tag, TypeAdapter, ValidationError, model_validator
 
 from diffusion.common.config import Config, DeviceName, unset
 from diffusion.common.errors import UserError
@@ -45,6 +37,7 @@ if TYPE_CHECKING:
 Denoise: TypeAlias = Callable[["Tensor", "Tensor"], "Tensor"]
 """From x = x_0 + σ ε and σ to the estimate x̂_0."""
 Noise: TypeAlias = Callable[[], "Tensor"]
+FixedVariance: TypeAlias = Literal["fixed_small", "fixed_large"]
 Sampler: TypeAlias = Callable[..., "Tensor"]
 """From denoise, x, sigmas and noise, as above, to images, nominally in [−1, 1], (N, C, H, W)."""
 
@@ -100,10 +93,7 @@ class BaseSampling(Config):
         return partial(type(self).function, **{name: getattr(self, name) for name in own})
 
     def run(self, denoise: Denoise, sigmas: Tensor, noise: Noise, mean: Tensor | None = None) -> Tensor:
-        """Generate images (N, C, H, W) from noise over the levels ``sigmas`` (see ``sigma_grid``).
-
-        The noise to start from lies around ``mean``, what is known of the clean images; None: 0.
-        """
+        """Generate images (N, C, H, W) over the levels ``sigmas``, from noise around their known ``mean`` (None: 0)."""
         x = float(sigmas[0]) * noise()
         return self.build_sampler()(denoise, x if mean is None else x + mean.to(x), sigmas, noise)
 
@@ -161,13 +151,7 @@ def fixed_large(sigma: Tensor, following: Tensor) -> Tensor:
     return (1 + following**2) * (sigma**2 - following**2) / (1 + sigma**2)
 
 
-def ddpm(
-    denoise: Denoise,
-    x: Tensor,
-    sigmas: Tensor,
-    noise: Noise,
-    variance: Literal["fixed_small", "fixed_large"] | None = None,
-) -> Tensor:
+def ddpm(denoise: Denoise, x: Tensor, sigmas: Tensor, noise: Noise, variance: FixedVariance | None = None) -> Tensor:
     """DDPM's ancestral sampling (arXiv 2006.11239, algorithm 2 and section 3.2), without noise in the last step.
 
     Without ``variance``: the learned one (2102.09672) if ``denoise`` is a ``Denoiser`` with one, else ``fixed_small``.
@@ -191,7 +175,7 @@ class DDPMSampling(BaseSampling):
     function = ddpm
     sampler: Literal["ddpm"] = "ddpm"
     """Name of the sampler."""
-    variance: Literal["fixed_small", "fixed_large"] | None = Field(None, exclude_if=unset)
+    variance: FixedVariance | None = Field(None, exclude_if=unset)
     """Variance of the noise in each step: its lower or its upper bound (section 3.2). Null: the variance learned with
     model.variance = learned_range, or else fixed_small."""
 
@@ -305,8 +289,7 @@ class HeunSampling(ChurnSampling):
 def dpmpp_2m(denoise: Denoise, x: Tensor, sigmas: Tensor, noise: Noise, eta: float = 0.0) -> Tensor:
     """DPM-Solver++ (2M), second order by reuse of the last estimate (arXiv 2211.01095, algorithm 2).
 
-    The first and the last step are of first order. With ``eta`` 1 it is SDE-DPM-Solver++ (2M) of the same paper;
-    between 0 and 1 a share of the noise is fresh.
+    The first and the last step are of first order. With a share ``eta`` of fresh noise of 1 it is SDE-DPM-Solver++.
     """
     previous: Tensor | None = None
     for i, (sigma, following) in enumerate(pairwise(sigmas)):
@@ -451,19 +434,6 @@ def _integral(known: Sequence[tuple[float, Tensor]], step: float, moments: Seque
     return integral
 
 
-SAMPLERS: tuple[type[BaseSampling], ...] = (
-    DDPMSampling,
-    DDIMSampling,
-    EulerSampling,
-    HeunSampling,
-    DPMSolverSampling,
-    DPMSolverSDESampling,
-    DEISSampling,
-    UniPCSampling,
-    ConsistencySampling,
-)
-
-
 SamplingConfig: TypeAlias = Annotated[
     Annotated[DDPMSampling, Tag("ddpm")]
     | Annotated[DDIMSampling, Tag("ddim")]
@@ -483,6 +453,8 @@ SamplingConfig: TypeAlias = Annotated[
 ]
 """The section ``sampling`` of a configuration; options of other samplers are unknown keys."""
 SAMPLING_ADAPTER: TypeAdapter[SamplingConfig] = TypeAdapter(SamplingConfig)
+SAMPLERS: tuple[type[BaseSampling], ...] = tuple(get_args(each)[0] for each in get_args(get_args(SamplingConfig)[0]))
+"""The configurations in the union."""
 
 
 def sampling_config(**fields: Any) -> SamplingConfig:

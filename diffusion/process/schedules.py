@@ -12,13 +12,8 @@ from diffusion.common.errors import UserError
 from diffusion.models.config import ModelConfig
 
 SIGMA_MAX, VALUES = 80.0, 3 * 32 * 32
-"""Highest noise level, and the values of the images that it was chosen for (arXiv 2206.00364, table 1).
-
-More values hide an image less, as their mean keeps what is common to them. So that as little is left of larger images,
-σ grows as the root of their number (arXiv 2301.11093, section 3.1).
-"""
-RHO = 7.0
-"""Exponent of EDM's grid of noise levels."""
+"""Highest noise level, and the values of the images that it was chosen for (arXiv 2206.00364, table 1). So that as
+little is left of larger images, σ grows as the root of the number of values (2301.11093, section 3.1)."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +85,7 @@ class NoiseSchedule:
                     f"sampling.sigma_min = {sigma_min} and sampling.sigma_max = {sigma_max}: change them, or set null"
                 )
             ramp = torch.linspace(0, 1, steps - whole, dtype=torch.float64)
-            levels = (first ** (1 / RHO) + ramp * (last ** (1 / RHO) - first ** (1 / RHO))) ** RHO
+            levels = (first ** (1 / 7) + ramp * (last ** (1 / 7) - first ** (1 / 7))) ** 7.0
             if whole:
                 levels = torch.cat([highest[None], levels])
         return torch.cat([levels, levels.new_zeros(1)])
@@ -153,10 +148,7 @@ def resolution_scale(values: int) -> float:
 
 
 def make_schedule(config: ModelConfig, shape: tuple[int, int, int]) -> NoiseSchedule:
-    """Build the schedule of ``config`` for images or latents of ``shape`` (C, H, W).
-
-    Raises UserError if its noise levels are not all different.
-    """
+    """Build the schedule of ``config`` for ``shape`` (C, H, W); raises UserError if its levels are not distinct."""
     values = math.prod(shape)
     if config.schedule == "edm":
         schedule = edm_schedule(config.steps, sigma_max=SIGMA_MAX * resolution_scale(values))

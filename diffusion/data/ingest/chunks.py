@@ -119,10 +119,9 @@ def chunk_size(images: int, config: IngestConfig) -> int:
 
 
 def prepare_chunk(chunk: Chunk) -> Path:
-    """Read and prepare the images of ``chunk``, unless done already; raises transient errors, such as a full disk.
+    """Prepare the images of ``chunk``, unless done already; raises transient errors, such as a full disk.
 
-    Returns the path of a table of JSON lines: the SHA-256 of the shard beside it (.tar), and a row of COLUMNS for each
-    entry in the order of the plan.
+    Returns a table of JSON lines: the SHA-256 of the shard beside it (.tar), then each entry's COLUMNS.
     """
     with closing(sqlite3.connect(chunk.work / "plan.sqlite")) as database:
         rows = database.execute(
@@ -155,8 +154,7 @@ def _prepare(chunk: Chunk, planned: list[tuple[Entry, frozenset[str]]], writer: 
     rows = []
     for entry, known in planned:
         row: dict[str, Any] = dict.fromkeys(COLUMNS)
-        row |= {"source": entry.source, "stamp": entry.stamp, "label": entry.label, "caption": entry.caption}
-        row["source_sha256"] = ""
+        row |= {name: getattr(entry, name) for name in ("source", "stamp", "label", "caption")} | {"source_sha256": ""}
         rows.append(row)
         try:
             payload = next(payloads) if entry.problem is None else UnusableEntry(entry.problem)
@@ -209,8 +207,7 @@ def perceptual_hash(image: Image.Image) -> str:
     """Compute the perceptual hash: 256 signs of the lowest frequencies of a 32×32 reduction to grey, as hex digits.
 
     Of 2,500 digits, photographs of clothes or emoji, copies by JPEG of quality 80, twice the size or noise of 4 levels
-    differ in at most 24 bits in 99 %, other digits and clothes in 0.1 %. The usual 64 bits against their median tell
-    neither apart: at the same share of copies a tenth of all digits has another one as near.
+    differ in at most 24 bits in 99 %, other digits and clothes in 0.1 %; with the usual 64 bits a tenth of all digits.
     """
     # Imported here: scipy.fft takes longer to load than all else, and near-duplicates are rarely asked for.
     from scipy.fft import dctn

@@ -40,8 +40,7 @@ DECODERS: tuple[tuple[bytes, type[ImageFile]], ...] = (
 )
 """Formats by the first bytes of a file."""
 LARGE = 2**24
-"""Pixels from which a process decodes one image at a time, at about twenty bytes per pixel. JPEGs are decoded at a
-fraction of their size."""
+"""Pixels from which a process decodes one image at a time, at about twenty bytes per pixel; JPEGs are reduced."""
 LARGE_DECODE = Lock()
 LARGEST_PROFILE = 4 * 2**20
 """Maximum size of a colour profile in bytes; those of presses have up to three million."""
@@ -98,10 +97,7 @@ def prepare(payload: bytes | Image.Image, config: IngestConfig) -> StoredImage:
 
 
 def unscaled(payload: bytes, config: IngestConfig) -> np.ndarray:
-    """Decode as ``prepare`` does, but at the original size: (H, W) for grey, (H, W, 3) for RGB; uint8.
-
-    Both sides must have less than 2 · ``config.size`` pixels, as larger JPEGs are decoded at a fraction.
-    """
+    """Decode as ``prepare`` does, but at the original size, under 2 · ``config.size``: (H, W) or (H, W, 3) uint8."""
     with _refusing(config), ExitStack() as turns:
         source = _decode(payload, config, turns)
         if max(source.size) >= REDUCED * config.size:
@@ -112,7 +108,7 @@ def unscaled(payload: bytes, config: IngestConfig) -> np.ndarray:
 
 @contextmanager
 def _refusing(config: IngestConfig) -> Iterator[None]:
-    """Turn any error of decoding into a UnusableEntry with the reason."""
+    """Turn any error of decoding into an UnusableEntry with the reason."""
     try:
         yield
     except UnusableEntry:

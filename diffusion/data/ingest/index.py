@@ -1,8 +1,4 @@
-"""The index of a data set: its records by key and by source, and groups of near-duplicates, on disk.
-
-It is a cache of the tables of the data set, and of stamps, without which files are read once more. Near-duplicates are
-images whose perceptual hashes differ in a few bits, found without comparing all pairs.
-"""
+"""The index of a data set on disk: a cache of its tables, with groups of near-duplicates, and of stamps."""
 
 import io
 import sqlite3
@@ -31,18 +27,14 @@ SCHEMA = """
     CREATE TABLE IF NOT EXISTS groups (hash BLOB, split TEXT, root BLOB NOT NULL, PRIMARY KEY (hash, split))
         WITHOUT ROWID;
 """
-FROM_THE_TABLES = ("records", "samples", "removed", "bands", "groups")
-CACHE_KIB = 16 * 1024
-"""Size of SQLite's page cache in KiB, so that memory does not grow with the index."""
 FORMAT = 2
 
 
 class Index:
     """The index at ``path``, updated to the state of ``manifest`` (None: an empty data set).
 
-    ``near``: the largest number of bits in which the perceptual hash of a near-duplicate differs from that of the first
-    image of its group, its root; None if near-duplicates are not grouped. Members found no members, so that a chain of
-    images that differ a little does not become one group.
+    ``near``: bits in which the perceptual hashes of a near-duplicate and the first image of its group, its root, may
+    differ; None if near-duplicates are not grouped. A chain of images that differ a little is not one group.
     """
 
     def __init__(self, path: Path, folder: Path, manifest: Manifest | None, near: int | None) -> None:
@@ -81,7 +73,7 @@ class Index:
 
     def clear(self) -> None:
         """Delete everything except the stamps and the takedowns known to this machine."""
-        for table in FROM_THE_TABLES:
+        for table in ("records", "samples", "removed", "bands", "groups"):
             self.database.execute(f"DELETE FROM {table}")
         for removal in self._removals:
             self.refuse(*removal.image_keys, *removal.digests)
@@ -198,10 +190,7 @@ class Index:
         return max((self.near or 0) // 2 + 1, 5)
 
     def _bands(self, phash: bytes) -> Iterator[int]:
-        """Yield the value of each band of a hash.
-
-        A band has bits of all frequencies: smooth images have the same high ones.
-        """
+        """Yield the value of each band of a hash: bits of all frequencies, as smooth images have the same high ones."""
         bits = f"{int.from_bytes(phash, 'big'):0{HASH_BITS}b}"
         yield from (int(bits[band :: self._band_count], 2) for band in range(self._band_count))
 
@@ -213,6 +202,7 @@ class Index:
 def _open(path: Path) -> sqlite3.Connection:
     path.parent.mkdir(parents=True, exist_ok=True)
     database = sqlite3.connect(path, isolation_level=None)
-    pragmas = f"PRAGMA journal_mode = WAL; PRAGMA synchronous = NORMAL; PRAGMA cache_size = -{CACHE_KIB};"
+    # A page cache of 16 MiB: memory does not grow with the index.
+    pragmas = "PRAGMA journal_mode = WAL; PRAGMA synchronous = NORMAL; PRAGMA cache_size = -16384;"
     database.executescript(pragmas + SCHEMA)
     return database

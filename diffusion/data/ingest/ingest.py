@@ -49,11 +49,9 @@ class IngestResult(Config):
     changed: bool
     """Whether this ingest created a new version."""
     listed: int
-    """Number of entries of the source."""
     read: int
-    """Number of entries that had to be read."""
+    """Number of entries of the source, and of those that had to be read."""
     added: int
-    """Number of images that this ingest added."""
     removed: int
     """Number of images read but omitted because they were taken down before."""
     relabelled: int
@@ -61,7 +59,6 @@ class IngestResult(Config):
     passed_over: dict[str, int]
     """Number of ignored files without an image's extension, by extension."""
     kept: int
-    """Number of images of the data set."""
     duplicates: int
     """Number of names in the data set's records whose pixels were already there."""
     quarantined: list[Quarantined]

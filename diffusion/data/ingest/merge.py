@@ -79,10 +79,7 @@ class Merge:
         self._append(records, chunk.with_suffix(".tar"), shard_sha256, len(in_shard))
 
     def adopt(self, part: Part) -> int:
-        """Add what a part of another version, whose files lie in ``folder``, has and this one lacks.
-
-        Returns the number of records not added: duplicates of images that neither this version nor the part has.
-        """
+        """Add what a part of another version has and this one lacks; returns how many duplicates of lost images."""
         rows = read_records(self.folder, part).to_pylist()
         kept = [row for row in rows if row["outcome"] == "kept"]
         self.index.add_hashes(self.folder, part, rows)

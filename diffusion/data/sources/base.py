@@ -38,10 +38,7 @@ Payload: TypeAlias = bytes | Image.Image | UnusableEntry
 
 
 class Source(Protocol):
-    """A set of images.
-
-    Both methods stream: memory does not grow with the set. Every worker opens it again, so opening must be cheap.
-    """
+    """A set of images, streamed: memory does not grow with the set. Every worker opens it again: that must be cheap."""
 
     in_order: bool
     """Whether ``entries`` has an order that depends on the images alone; otherwise they are sorted by name."""
@@ -85,11 +82,10 @@ def shortened(name: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """An object in an object store."""
+    """An object in an object store; its size in bytes."""
 
     uri: str
     size: int
-    """In bytes."""
     etag: str
 
 
@@ -111,10 +107,9 @@ class Access:
     """Resources of sources: limits, scratch folder, object store."""
 
     config: IngestConfig
-    """Ingest configuration with the limits ``max_bytes``, ``download_seconds``, ``download_tries``."""
     scratch: Path
     """Folder for unpacked or fetched files, kept until the end of the ingest and shared by all workers."""
     objects: ObjectStore | None = None
-    """Object store; None: ``s3://`` sources are rejected."""
+    """None: ``s3://`` sources are rejected."""
     passed_over: Counter[str] = field(default_factory=Counter)
     """Number of files ignored by a listing because they are not images, by extension."""

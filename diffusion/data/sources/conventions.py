@@ -25,20 +25,17 @@ FOREIGN = frozenset(
 """Names of images in formats that cannot be read: these are quarantined instead of ignored as other files are."""
 METADATA_FILES = ("metadata.csv", "metadata.jsonl")
 LONGEST_LINE = 2**20
-"""Maximum characters of a line of a table, or of all lines of a CSV record, so that a file that is not a table is not
-read into memory."""
-
-_UNSAFE = re.compile("[\x00-\x1f\x7f\ud800-\udfff]")
+"""Maximum characters of a line of a table, or of all lines of a CSV record: other files may be one endless line."""
 
 
 def printable(name: str) -> str:
     """Convert a file name of any bytes to text: control characters and what is not UTF-8 become backslash escapes."""
-    return _UNSAFE.sub(_escaped, name)
 
+    def escaped(match: re.Match[str]) -> str:
+        code = ord(match[0])
+        return f"\\u{code:04x}" if 0xD800 <= code < 0xDC80 or code > 0xDCFF else f"\\x{code & 0xFF:02x}"
 
-def _escaped(match: re.Match[str]) -> str:
-    code = ord(match[0])
-    return f"\\u{code:04x}" if 0xD800 <= code < 0xDC80 or code > 0xDCFF else f"\\x{code & 0xFF:02x}"
+    return re.sub("[\x00-\x1f\x7f\ud800-\udfff]", escaped, name)
 
 
 def is_image(name: str) -> bool:

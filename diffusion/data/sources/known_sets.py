@@ -120,8 +120,7 @@ class Idx:
 class TorchvisionSet:
     """A set that torchvision calls ``name``, where it keeps it in the folder ``root``; labels are its classes' names.
 
-    Supported are only sets whose loading code unpickles nothing (checked in torchvision 0.24 and 0.28), nor converts
-    images (to RGB, without their profile).
+    Its loading code unpickles nothing (checked in torchvision 0.24 and 0.28), nor converts images to RGB.
     """
 
     name: str

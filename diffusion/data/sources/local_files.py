@@ -26,8 +26,7 @@ NEVER = {errno.EACCES, errno.EPERM, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLON
 """Permanent errors."""
 WILD = "*?["
 RESERVE, RESERVED_SHARE = 2**30, 0.05
-"""Bytes that unpacking leaves free on the disk, and the share of a smaller disk: compressed data may be crafted to fill
-any disk."""
+"""Bytes that unpacking leaves free on the disk, and the share of a smaller disk: data may be crafted to fill any."""
 PACKED: dict[str, Callable[[Path], object]] = {".gz": gzip.open, ".tgz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 
 
@@ -102,9 +101,8 @@ def before_wild(pattern: str, signs: str = f"{WILD}{{") -> str:
 def matching(pattern: str, suffix: str) -> list[tuple[str, Path]]:
     """Return names and paths of the files that match ``pattern``, sorted by name.
 
-    It is a file, a folder (all files below it that end in ``suffix``), a glob, or has ``{00..42}`` or ``{a,b}`` in
-    it. Names are relative to what comes before its first wildcard, so more matches do not change them.
-    Raises UserError if a named file does not exist.
+    It is a file, a folder (all files below it that end in ``suffix``), a glob, or has ``{00..42}`` or ``{a,b}`` in it.
+    Names are relative to what comes before its first wildcard. Raises UserError if a named file does not exist.
     """
     path = Path(pattern)
     if path.is_file():
@@ -151,10 +149,7 @@ def once(path: Path, write: Callable[[Path], object]) -> Path:
 
 
 def uncompressed(path: Path, before: str, access: Access) -> Path:
-    """Return ``path`` itself, or its unpacked copy in the scratch folder, named by path and stamp ``before``.
-
-    Raises FileNotFoundError if it is gone, UserError if it is damaged, has another stamp, or would fill the disk.
-    """
+    """Return ``path``, or its unpacked scratch copy; raises UserError if it is damaged, changed, or fills the disk."""
     opener = PACKED.get(path.suffix.lower())
     if opener is None:
         return path

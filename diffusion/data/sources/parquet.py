@@ -34,8 +34,6 @@ BYTES = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view, 
 
 LARGEST_FOOTER = 2**23
 """Maximum bytes of a footer; Arrow takes some thirty times as many for it."""
-BYTES_PER_VALUE = 16
-"""Bytes that Arrow stores per value of a page besides its content."""
 DECODED_AT_ONCE = 2**25
 """Bytes of the rows that are decoded at a time, if no single one is larger."""
 
@@ -305,7 +303,8 @@ def _rows_at_once(file: BinaryIO, about: pq.FileMetaData, group: int, column: in
                     f"its values are encoded in a way ({encoded_as}) that may unpack to any size: write it again with "
                     "data pages of version 1, as pyarrow.parquet.write_table does"
                 )
-            if (taken := max(size, packed) + BYTES_PER_VALUE * values) > limit:
+            # Besides its content Arrow stores 16 bytes per value.
+            if (taken := max(size, packed) + 16 * values) > limit:
                 raise PageRefused(
                     f"a page that takes {taken} bytes is over ingest.max_page_bytes = {limit}: raise it, or write the "
                     "file again with fewer rows in a row group"

@@ -38,10 +38,7 @@ class TarMember(NamedTuple):
 
 @dataclass(frozen=True)
 class Tar:
-    """The images in a tar, as ``list_images`` finds them, named ``ARCHIVE/MEMBER``; links are quarantined.
-
-    A compressed one is unpacked once into the scratch folder. If it has changed, all members are read again.
-    """
+    """The images in a tar, as ``list_images`` finds them, named ``ARCHIVE/MEMBER``; links are quarantined."""
 
     path: Path
     access: Access

@@ -42,6 +42,7 @@ from diffusion.data.prefetch import prefetch
 from diffusion.data.sources.base import Access, Entry, Payload, too_large
 from diffusion.data.sources.conventions import as_text, printable, records, texts_of
 from diffusion.data.sources.local_files import open_text
+from diffusion.data.sources.object_store import IN_MEMORY
 
 Result = TypeVar("Result")
 
@@ -50,9 +51,6 @@ PAUSE = wait_random_exponential(multiplier=0.5, max=20)
 """Seconds before another try."""
 LONGEST_PAUSE = 60.0
 """Seconds; longest pause, also if a server requests more."""
-IN_MEMORY = 2**20
-"""Bytes from which files fetched ahead are kept on disk."""
-
 MOST_REDIRECTS = 20
 STEP_SECONDS = 0.25
 """Interval of a wait between checks whether the client is being closed, in seconds."""
@@ -200,8 +198,7 @@ class _Network(httpcore.NetworkBackend):
     """Network backend that connects to allowed addresses only, within the time of the thread's current exchange."""
 
     def __init__(self, client: HttpClient, allow_private: bool) -> None:
-        self._client = client
-        self._allow_private = allow_private
+        self._client, self._allow_private = client, allow_private
 
     def connect_tcp(self, host: str, port: int, *_: Any, **__: Any) -> httpcore.NetworkStream:
         """Connect to the first allowed address of ``host`` that accepts; raises UnusableEntry if it has none."""
@@ -223,8 +220,7 @@ class _Stream(httpcore.NetworkStream):
     """Connection whose waits end with the exchange of the thread that uses it."""
 
     def __init__(self, stream: httpcore.NetworkStream, client: HttpClient) -> None:
-        self._stream = stream
-        self._client = client
+        self._stream, self._client = stream, client
 
     def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
         while True:

@@ -29,9 +29,7 @@ DIRECTORY = struct.Struct("<4sBB2xHH4xLLLHHH4xLL")
 END = struct.Struct("<4s8xLL2x")
 END64_LOCATOR_SIZE = 20
 END64 = struct.Struct("<4s36xQQ")
-LONGEST_COMMENT = 2**16 - 1
-UNIX = 3
-ENCRYPTED, UTF8 = 0x1, 0x800
+UNIX, ENCRYPTED, UTF8 = 3, 0x1, 0x800
 FULL = 2**32 - 1
 """Marker of a number that needs 64 bits and is in the extra field."""
 
@@ -49,10 +47,7 @@ class ZipOffset(NamedTuple):
 
 @dataclass(frozen=True)
 class Zip:
-    """The images in a zip, as ``list_images`` finds them, named ``ARCHIVE/MEMBER``; links are quarantined.
-
-    Members are stored or deflated. A member has changed if its checksum has.
-    """
+    """The images in a zip, as ``list_images`` finds them, named ``ARCHIVE/MEMBER``; links are quarantined."""
 
     path: Path
     access: Access
@@ -149,7 +144,7 @@ def open_member(file: BinaryIO, place: ZipOffset) -> zipfile.ZipExtFile:
 def _directory(file: BinaryIO) -> tuple[int, int, int]:
     """Return offset and size of the central directory, and the shift of the offsets in it."""
     length = file.seek(0, 2)
-    tail_start = file.seek(max(0, length - END.size - LONGEST_COMMENT))
+    tail_start = file.seek(max(0, length - END.size - (2**16 - 1)))  # with the longest comment
     tail = file.read()
     at = tail.rfind(b"PK\5\6", 0, len(tail) - END.size + 4)
     if at < 0:

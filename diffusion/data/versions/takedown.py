@@ -1,7 +1,4 @@
-"""Takedown: images are removed permanently, and only the parts that held them are rewritten.
-
-A removed image leaves a row with its key and the digest of its file, by which every later ingest rejects it.
-"""
+"""Takedown: parts are rewritten without the images; rows of their digests stay, by which later ingests reject them."""
 
 from collections.abc import Callable
 from functools import partial

@@ -1,7 +1,4 @@
-"""The versions of a data set: the contents of each, and the difference of two.
-
-A version shares unchanged parts with its parent, so that only the others are compared.
-"""
+"""The versions of a data set: the contents of each, and the difference of two, of which shared parts are left out."""
 
 import logging
 from collections import Counter
@@ -130,8 +127,8 @@ def find_records(
 def known_versions(folder: Path) -> dict[str, Manifest]:
     """Return all versions whose manifest this machine has, by digest.
 
-    The current version of the data set in ``folder`` and its line come first, newest first, then those of other lines,
-    kept by ``remember``. Raises UserError if a manifest of its line is missing or damaged; others are logged.
+    The current version and its line come first, newest first, then other lines, kept by ``remember``. Raises UserError
+    if a manifest of its line is missing or damaged; others are logged.
     """
     found = {manifest.digest: manifest for manifest in versions(folder)}
     for path in sorted((work_folder(folder) / "versions").glob("*.json")):
@@ -154,10 +151,7 @@ def remember(folder: Path, manifest: Manifest) -> None:
 
 
 def resolve(folder: Path, prefix: str | None) -> Manifest:
-    """Return the version whose digest or content digest begins with ``prefix``; None: the current one.
-
-    Raises UserError, listing the versions, if it matches none of them, or several of different content.
-    """
+    """Return the version for ``prefix``, None: the current one; raises UserError if it fits none or several."""
     if prefix is None:
         return read_manifest(folder)
     found = known_versions(folder)
@@ -165,7 +159,7 @@ def resolve(folder: Path, prefix: str | None) -> Manifest:
 
 
 def choose(prefix: str, candidates: dict[str, str], name: str) -> str:
-    """Return the one of ``candidates``, versions with their content digests, for ``prefix``, as ``resolve`` does."""
+    """Return the one of ``candidates``, with their content digests, whose digest or content begins with ``prefix``."""
     digits = prefix.lower()
     if len(digits) < SHORTEST or digits.strip("0123456789abcdef"):
         raise UserError(f"{prefix!r} names no version: give the first {SHORTEST} or more hex digits of its digest")
