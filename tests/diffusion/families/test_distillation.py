@@ -78,7 +78,7 @@ def test_student_separates_two_tones_in_as_many_evaluations_as_leave_its_teacher
         return ((means - torch.tensor([[40], [215]])).abs().amin(0) < 25).float().mean().item()
 
     assert apart(student) > 0.8
-    assert apart(teacher, sampler="ddim", steps=STEPS) < 0.5
+    assert apart(teacher, sampler="ddim", steps=STEPS) < 0.65
 
 
 def test_stopped_distillation_resumes_bit_for_bit(dataset: Path, teacher: Path, tmp_path: Path) -> None:
