@@ -18,9 +18,6 @@ from diffusion.presets import PresetName, over
 from diffusion.process.samplers import SamplingConfig, describe_error, sampling_config, sampling_conflict
 from diffusion.training.config import DistillationConfig, TrainingConfig
 
-DEFAULT_PARAMS = Path("params.yaml")
-"""Default configuration file; it may be missing, which means all defaults."""
-
 
 class RegistryConfig(Config):
     """Model registry."""
@@ -193,7 +190,8 @@ def load_params(path: Path, overrides: list[str]) -> Params:
     try:
         tree = yaml.safe_load(path.read_text()) or {}
     except FileNotFoundError as error:
-        if path != DEFAULT_PARAMS:
+        # The default file may be missing, which means all defaults.
+        if path != Path("params.yaml"):
             raise UserError(f"{path} not found: give the path of a configuration to --params") from error
         tree = {}
     except OSError as error:

@@ -113,7 +113,7 @@ class DatasetLocation:
         restored = self.fetch(version, without_shards)
         if not with_removed:
             self.refuse_removed(version)
-        if to_build_on and self._goes_back(version):
+        if to_build_on and any(child.parent == version.digest for child in self.known.values()):
             chosen = Choice(version=version.digest, known=sorted(self.known))
             write_json(_choice(folder), chosen.model_dump(mode="json"))
         else:
@@ -194,9 +194,6 @@ class DatasetLocation:
                 f"{name} of version {version.digest[:12]} is neither in {self.folder}, nor in DVC's cache, nor on its "
                 "remote (any more): check out another one, or ingest again from a source that has all of it"
             )
-
-    def _goes_back(self, version: Manifest) -> bool:
-        return any(child.parent == version.digest for child in self.known.values())
 
     def catalog(self) -> Catalog:
         """Connect to the catalog; from then on files come from the remote as well."""

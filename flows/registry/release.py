@@ -34,8 +34,6 @@ from flows.registry.ledger import Evidence, Ledger
 from flows.registry.model_versions import WEIGHTS, Version, digest_code
 from flows.tracking.runs import MANIFEST_ARTIFACT, RELEASED_FROM, one_run
 
-RELEASED_RUN = "darkroom.released_run"
-"""Tag of a copied run: the ID of the original run."""
 AT_ONCE = 100
 """Parameters, tags or metrics sent to MLflow in one request."""
 MODEL, RUN = "model", "run"
@@ -164,7 +162,7 @@ def register(bundle: ModelBundle, folder: Path, where: str) -> Version:
 
 def _copy_run(client: MlflowClient, bundle: ModelBundle, folder: Path, where: str) -> MlflowRun:
     """Copy the version's run; the copy is complete once it is marked as finished."""
-    run = one_run(client, bundle.version.model, RELEASED_RUN, bundle.version.run_id, bundle.run_name)
+    run = one_run(client, bundle.version.model, "darkroom.released_run", bundle.version.run_id, bundle.run_name)
     run_id = run.info.run_id
     if run.info.status == "FINISHED":
         return run

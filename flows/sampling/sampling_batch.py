@@ -38,10 +38,6 @@ BATCH, MANIFEST, SUCCESS = "batch.json", "manifest.parquet", "_SUCCESS"
 PARQUET = "application/vnd.apache.parquet"
 CHUNK_BATCHES = 4
 """Compute batches per chunk: small enough to lose little to a kill, large enough for a task."""
-MOST_CHUNKS = 256
-"""Chunks per batch before chunks grow, up to LARGEST_CHUNK images, as each task has a cost."""
-LARGEST_CHUNK = 4096
-"""Maximum images in a chunk by default, as a chunk's part of the manifest is held in memory."""
 DELETED, RESUMED = "deleted", "resumed"
 """Prefixes of the marks of deleted batches, apart from where sampling may write, and of unfinished ones in work."""
 USUAL = re.compile(r"samples/[^/]+/[0-9]{1,10}/[^/]+")
@@ -161,10 +157,13 @@ COLUMN_TYPES = dict.fromkeys(("index", "seed", "version", "offset", "size"), pa.
 
 
 def chunk_size(count: int, compute_batch: int) -> int:
-    """Default number of images in a chunk of a batch of ``count`` images."""
+    """Default number of images in a chunk of a batch of ``count`` images: more for over 256 chunks, at most 4096.
+
+    Each task has a cost, and a chunk's part of the manifest is held in memory.
+    """
     batches = -(-count // compute_batch)
-    most = max(LARGEST_CHUNK // compute_batch, CHUNK_BATCHES)
-    return compute_batch * min(max(-(-batches // MOST_CHUNKS), CHUNK_BATCHES), most)
+    most = max(4096 // compute_batch, CHUNK_BATCHES)
+    return compute_batch * min(max(-(-batches // 256), CHUNK_BATCHES), most)
 
 
 def image_key(index: int) -> str:

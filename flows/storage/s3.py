@@ -11,31 +11,18 @@ import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
 import boto3
+from botocore import exceptions
 from botocore.config import Config as ClientConfig
-from botocore.exceptions import (
-    BotoCoreError,
-    ClientError,
-    ConnectionClosedError,
-    CredentialRetrievalError,
-    FlexibleChecksumError,
-    HTTPClientError,
-    IncompleteReadError,
-    NoCredentialsError,
-    ParamValidationError,
-    PartialCredentialsError,
-    ReadTimeoutError,
-    ResponseStreamingError,
-)
-from botocore.exceptions import ConnectionError as NotConnected
+from botocore.exceptions import BotoCoreError, ClientError
 from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_random_exponential
 
 from diffusion.common.errors import ConflictError, DarkroomError, UserError
@@ -51,7 +38,6 @@ T = TypeVar("T")
 Put = Literal["written", "already there"]
 """Outcome of a write: by this call, or with the same bytes by an earlier one."""
 
-BUCKET_NAME = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
 PROBE = ".darkroom-conditional-put"
 """Name of the object that ``require_conditional_puts`` probes the server with."""
 LARGEST_PUT = 5 * 2**30
@@ -59,17 +45,15 @@ LARGEST_PUT = 5 * 2**30
 DELETED_AT_ONCE = 1000
 """Maximum number of objects in one delete request."""
 DENIED = (
-    "403",
-    "AccessDenied",
-    "ExpiredToken",
-    "Forbidden",
-    "InvalidAccessKeyId",
-    "InvalidToken",
-    "SignatureDoesNotMatch",
+    *("403", "AccessDenied", "ExpiredToken", "Forbidden"),
+    *("InvalidAccessKeyId", "InvalidToken", "SignatureDoesNotMatch"),
 )
-SKEWED = ("RequestExpired", "RequestTimeTooSkewed")
 ELSEWHERE = ("301", "AuthorizationHeaderMalformed", "IllegalLocationConstraintException", "PermanentRedirect")
-DAMAGED_READS = (FlexibleChecksumError, IncompleteReadError, ResponseStreamingError)
+NO_CREDENTIALS = (
+    *(exceptions.NoCredentialsError, exceptions.PartialCredentialsError),
+    exceptions.CredentialRetrievalError,
+)
+DAMAGED_READS = exceptions.FlexibleChecksumError, exceptions.IncompleteReadError, exceptions.ResponseStreamingError
 
 
 class Missing(UserError):
@@ -94,7 +78,7 @@ class Location:
         if scheme != "s3" or not separator:
             raise UserError(f"{uri!r} is not an S3 URI: write it as s3://BUCKET/PREFIX")
         bucket, _, prefix = path.partition("/")
-        if not BUCKET_NAME.fullmatch(bucket):
+        if not re.fullmatch(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]", bucket):
             raise UserError(
                 f"{uri!r}: {bucket!r} is no bucket name: 3 to 63 lower-case letters, digits, dots and dashes"
             )
@@ -176,7 +160,7 @@ def status_of(error: ClientError) -> int:
 
 def is_broken_read(error: BaseException) -> bool:
     """Whether a response body broke off or did not match the server's checksum."""
-    return isinstance(error, (*DAMAGED_READS, ConnectionClosedError, ReadTimeoutError))
+    return isinstance(error, (*DAMAGED_READS, exceptions.ConnectionClosedError, exceptions.ReadTimeoutError))
 
 
 def is_conflict(error: BaseException) -> bool:
@@ -231,7 +215,12 @@ class Store:
             except ClientError as error:
                 if status_of(error) != 412:
                     raise
-                return same_bytes(bucket, key, self._sha256(bucket, key), digest)
+                if (there := self._sha256(bucket, key)) != digest:
+                    raise ConflictError(
+                        f"s3://{bucket}/{key} is taken by other bytes (sha256 {there[:12]}… there, {digest[:12]}… "
+                        "here): write under another prefix, or remove what is there"
+                    ) from error
+                return "already there"
             return "written"
 
         return self._retrying(bucket, key, put, is_conflict)
@@ -319,21 +308,15 @@ class Store:
 
     def ensure_bucket(self, bucket: str) -> None:
         """Create ``bucket`` if it does not exist."""
-        try:
-            with self.in_words(bucket):
-                self.client.head_bucket(Bucket=bucket)
-                return
-        except Missing:
-            region = self.client.meta.region_name
+        with suppress(Missing), self.in_words(bucket):
+            self.client.head_bucket(Bucket=bucket)
+            return
+        region, options = self.client.meta.region_name, dict[str, Any]()
+        if region not in {None, "us-east-1", "aws-global"}:
+            options["CreateBucketConfiguration"] = {"LocationConstraint": region}
         with self.in_words(bucket):
             try:
-                if region in {None, "us-east-1", "aws-global"}:
-                    self.client.create_bucket(Bucket=bucket)
-                else:
-                    self.client.create_bucket(
-                        Bucket=bucket,
-                        CreateBucketConfiguration={"LocationConstraint": region},  # type: ignore[typeddict-item]
-                    )
+                self.client.create_bucket(Bucket=bucket, **options)
             except ClientError as error:
                 # Another process created it at the same moment.
                 if error.response["Error"]["Code"] not in {"BucketAlreadyOwnedByYou", "BucketAlreadyExists"}:
@@ -395,15 +378,15 @@ class Store:
             yield
         except ClientError as error:
             raise _explained(error, place, bucket, server) from error
-        except (NoCredentialsError, PartialCredentialsError, CredentialRetrievalError) as error:
+        except NO_CREDENTIALS as error:
             hint = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
             raise UserError(f"{place}: no usable S3 credentials ({error}): {hint}") from error
-        except ParamValidationError as error:
+        except exceptions.ParamValidationError as error:
             raise UserError(f"{place}: {' '.join(str(error).split())}") from error
         except DAMAGED_READS as error:
             hint = "check the network, then give the same command again"
             raise DarkroomError(f"{place}: what {server} sends breaks off or is damaged: {hint} ({error})") from error
-        except (HTTPClientError, NotConnected) as error:
+        except (exceptions.HTTPClientError, exceptions.ConnectionError) as error:
             hint = "is it running, and is AWS_ENDPOINT_URL_S3 right?"
             raise UserError(f"{place}: the S3 server {server} does not answer: {hint} ({error})") from error
         except BotoCoreError as error:
@@ -450,16 +433,6 @@ def _split(uri: str) -> tuple[str, str]:
     return Location.parse(f"s3://{bucket}").bucket, key
 
 
-def same_bytes(bucket: str, key: str, there: str, here: str) -> Put:
-    """Outcome of a write that found the SHA-256 ``there``; raises ConflictError unless that equals ``here``."""
-    if there != here:
-        raise ConflictError(
-            f"s3://{bucket}/{key} is taken by other bytes (sha256 {there[:12]}… there, {here[:12]}… here): write "
-            "under another prefix, or remove what is there"
-        )
-    return "already there"
-
-
 def _explained(error: ClientError, place: str, bucket: str, server: str) -> DarkroomError:
     code, message = error.response["Error"]["Code"], error.response["Error"].get("Message", "")
     if code == "NoSuchBucket":
@@ -474,7 +447,7 @@ def _explained(error: ClientError, place: str, bucket: str, server: str) -> Dark
         if code == "403":  # to a HEAD, whose answer has no body to say why
             hint += ", and this machine's clock"
         return Denied(f"{place}: {server} denies access ({code}): {hint}")
-    if code in SKEWED:
+    if code in {"RequestExpired", "RequestTimeTooSkewed"}:
         hint = "set the clock of whichever of the two is wrong"
         return UserError(f"{place}: the clocks of {server} and of this machine are too far apart ({code}): {hint}")
     if code in ELSEWHERE:
