@@ -183,10 +183,7 @@ def registered_start(params: Params) -> str | None:
 
 
 def load_params(path: Path, overrides: list[str]) -> Params:
-    """Load and validate ``path`` with ``key=value`` overrides (dotted keys, YAML values).
-
-    Raises UserError that names the key and the fix.
-    """
+    """Load ``path`` with ``key=value`` overrides (dotted keys, YAML values); raises UserError with key and fix."""
     try:
         tree = yaml.safe_load(path.read_text()) or {}
     except FileNotFoundError as error:

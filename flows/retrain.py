@@ -1,7 +1,4 @@
-"""Flow ``retrain``: the whole pipeline, from a folder of images to an evaluated model and its samples on S3.
-
-Imports torch and MLflow only when there is work: most scheduled retrainings find nothing new.
-"""
+"""Flow ``retrain``: the whole pipeline; imports torch and MLflow only when there is work, as mostly there is none."""
 
 import json
 import logging
@@ -59,9 +56,8 @@ class Note(BaseModel):
 class Request:
     """Retraining request, done once: a note on S3, ``retrained/MODEL/<key>.json``, is written last.
 
-    ``key`` is the digest of the data set's content, the configuration except for the source of images, and the contact
-    sheet. Nothing else counts as a change: not the machine, the code, or the champion, except for an autoencoder that
-    is named by its alias.
+    ``key`` is the digest of the data set's content, the configuration except for the source of images, the contact
+    sheet, and the autoencoder if its alias names it. Machine, code and champion do not count as changes.
     """
 
     model: str

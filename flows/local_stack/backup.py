@@ -34,14 +34,11 @@ from flows.local_stack.stack import LocalStack, servers_in_environment
 from flows.storage.s3 import ListedObject, Missing, Store, client
 
 DATABASES = ("mlflow/mlflow.db", "mlflow/auth.db", "prefect/prefect.db")
-STAMP = "%Y%m%dT%H%M%SZ"
-SMALL = 2**20
-"""Size in bytes up to which a saved object is verified by its digest."""
+SMALL = 2**20  # size in bytes up to which a saved object is verified by its digest
 AUTH = "mlflow/auth.db"
 UPGRADES = {"mlflow/mlflow.db": ("mlflow", "db", "upgrade"), AUTH: ("mlflow.server.auth", "db", "upgrade", "--url")}
 """Commands that migrate the databases of an older MLflow; Prefect's server migrates its own."""
 REMOVAL = re.compile(r"datasets/[^/]+/removals/[^/]+\.json")
-"""Keys of takedown records in the catalog."""
 DatabasePath = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]+(/[A-Za-z0-9_-]+)*\.db$")]
 
 
@@ -63,14 +60,13 @@ class Backup(Config):
     made: AwareDatetime
     bucket: str
     versions: dict[str, str]
-    """Versions of the programs that wrote the databases."""
     databases: dict[DatabasePath, Sha256]
     objects: list[SavedObject]
 
     @property
     def stamp(self) -> str:
         """Name of the backup."""
-        return self.made.strftime(STAMP)
+        return self.made.strftime("%Y%m%dT%H%M%SZ")
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,7 @@
 """Release: a version of the staging registry is registered here and becomes champion.
 
-It is fetched from the servers that ``DARKROOM_STAGING_*`` name, as a bundle of everything that belongs to it: weights
-and code, tags, card, the gate's evidence, its run with metrics and evaluation, and its data set manifest. It is
-registered once, however often the command is given, and the ledger records who released it and why.
+It is fetched from the servers that ``DARKROOM_STAGING_*`` name, as a bundle with its code, card, evidence, run and data
+set manifest, and registered once, however often the command is given; the ledger records who released it and why.
 
 MLflow's client knows one set of keys per process, so ``python -m flows.registry.release URI FOLDER`` packs the bundle
 in the environment of the source registry.
@@ -34,10 +33,8 @@ from flows.registry.ledger import Evidence, Ledger
 from flows.registry.model_versions import WEIGHTS, Version, digest_code
 from flows.tracking.runs import MANIFEST_ARTIFACT, RELEASED_FROM, one_run
 
-AT_ONCE = 100
-"""Parameters, tags or metrics sent to MLflow in one request."""
-MODEL, RUN = "model", "run"
-"""Folders of the bundle with the artifacts of the version and of its run."""
+AT_ONCE = 100  # parameters, tags or metrics sent to MLflow in one request
+MODEL, RUN = "model", "run"  # folders of the bundle with the artifacts of the version and of its run
 CARRIED = ("evaluation", "history", "params.json", MANIFEST_ARTIFACT)
 """Artifacts of a run in the bundle: its configuration, evaluation and data set manifest."""
 

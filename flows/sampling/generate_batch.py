@@ -274,9 +274,8 @@ def plan(
             "keeps it busy: set it to 1, or use processes"
         )
     model = load_model(weights)
-    sampling = model.header.sampling(
-        sampling, requests is not None or generate.is_conditional(model.classes, conditions)
-    )
+    conditional = requests is not None or generate.is_conditional(model.classes, conditions)
+    sampling = model.header.sampling(sampling, conditional)
     if (table := _table(store, model, sampling, conditions, requests)) is None:
         generate.check_sampling(model, sampling, conditions)
         generate.check_prompts(conditions)

@@ -1,7 +1,4 @@
-"""Client for any S3 server: objects are written once, atomically, and verified by SHA-256.
-
-All exceptions of boto3 become errors with a one-line message.
-"""
+"""Client for any S3 server: objects are written once and verified by SHA-256; errors of boto3 become one line."""
 
 import base64
 import hashlib
@@ -20,10 +17,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
 import boto3
+import tenacity
 from botocore import exceptions
 from botocore.config import Config as ClientConfig
 from botocore.exceptions import BotoCoreError, ClientError
-from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_random_exponential
 
 from diffusion.common.errors import ConflictError, DarkroomError, UserError
 from diffusion.common.files import write_atomically
@@ -38,22 +35,19 @@ T = TypeVar("T")
 Put = Literal["written", "already there"]
 """Outcome of a write: by this call, or with the same bytes by an earlier one."""
 
-PROBE = ".darkroom-conditional-put"
-"""Name of the object that ``require_conditional_puts`` probes the server with."""
-LARGEST_PUT = 5 * 2**30
-"""Maximum size in bytes of an object that is written by one request."""
-DELETED_AT_ONCE = 1000
-"""Maximum number of objects in one delete request."""
+PROBE = ".darkroom-conditional-put"  # name of the object that ``require_conditional_puts`` probes the server with
+LARGEST_PUT = 5 * 2**30  # maximum size in bytes of an object that is written by one request
+DELETED_AT_ONCE = 1000  # maximum number of objects in one delete request
 DENIED = (
     *("403", "AccessDenied", "ExpiredToken", "Forbidden"),
     *("InvalidAccessKeyId", "InvalidToken", "SignatureDoesNotMatch"),
 )
 ELSEWHERE = ("301", "AuthorizationHeaderMalformed", "IllegalLocationConstraintException", "PermanentRedirect")
-NO_CREDENTIALS = (
-    *(exceptions.NoCredentialsError, exceptions.PartialCredentialsError),
-    exceptions.CredentialRetrievalError,
-)
+NO_KEYS = exceptions.NoCredentialsError, exceptions.PartialCredentialsError, exceptions.CredentialRetrievalError
 DAMAGED_READS = exceptions.FlexibleChecksumError, exceptions.IncompleteReadError, exceptions.ResponseStreamingError
+BROKEN_READ = tenacity.retry_if_exception_type(
+    (*DAMAGED_READS, exceptions.ConnectionClosedError, exceptions.ReadTimeoutError)
+)
 
 
 class Missing(UserError):
@@ -158,11 +152,6 @@ def status_of(error: ClientError) -> int:
     return error.response["ResponseMetadata"]["HTTPStatusCode"]
 
 
-def is_broken_read(error: BaseException) -> bool:
-    """Whether a response body broke off or did not match the server's checksum."""
-    return isinstance(error, (*DAMAGED_READS, exceptions.ConnectionClosedError, exceptions.ReadTimeoutError))
-
-
 def is_conflict(error: BaseException) -> bool:
     """Whether two writers collided in the server (409), or a conflicting object was gone when it was read (404)."""
     if not isinstance(error, ClientError):
@@ -223,7 +212,7 @@ class Store:
                 return "already there"
             return "written"
 
-        return self._retrying(bucket, key, put, is_conflict)
+        return self._retrying(bucket, key, put, tenacity.retry_if_exception(is_conflict))
 
     def put_many(self, bucket: str, objects: Sequence[Object], workers: int = 8) -> list[Put]:
         """Write each of ``objects`` as ``put_once`` does, ``workers`` at a time; the first failure stops the rest."""
@@ -363,12 +352,12 @@ class Store:
         bucket: str,
         key: str,
         request: Callable[[], T],
-        worth_it: Callable[[BaseException], bool] = is_broken_read,
+        retry: tenacity.retry_base = BROKEN_READ,
     ) -> T:
         """Answer of a request, retried after errors that botocore does not retry."""
-        wait, stop = wait_random_exponential(0.1, 5), stop_after_attempt(6)
+        wait, stop = tenacity.wait_random_exponential(0.1, 5), tenacity.stop_after_attempt(6)
         with self.in_words(bucket, key):
-            return Retrying(retry=retry_if_exception(worth_it), stop=stop, wait=wait, reraise=True)(request)
+            return tenacity.Retrying(retry=retry, stop=stop, wait=wait, reraise=True)(request)
 
     @contextmanager
     def in_words(self, bucket: str, key: str = "") -> Iterator[None]:
@@ -378,7 +367,7 @@ class Store:
             yield
         except ClientError as error:
             raise _explained(error, place, bucket, server) from error
-        except NO_CREDENTIALS as error:
+        except NO_KEYS as error:
             hint = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
             raise UserError(f"{place}: no usable S3 credentials ({error}): {hint}") from error
         except exceptions.ParamValidationError as error:
@@ -395,10 +384,7 @@ class Store:
 
 @dataclass(frozen=True)
 class S3Objects:
-    """S3 objects by URI, as sources of data sets: see ``diffusion.data.sources.base.ObjectStore``.
-
-    After pickling it uses the environment of the process that it was sent to.
-    """
+    """S3 objects by URI (an ``ObjectStore``); after pickling it uses the environment of the process it was sent to."""
 
     @cached_property
     def _store(self) -> Store:

@@ -23,24 +23,19 @@ from flows.datasets.dvc import CodeVersion, DataVersion
 from flows.storage.numbered_objects import Claims
 from flows.tracking.json_logs import RUN_ID
 
-MANIFEST_ARTIFACT = "dataset/manifest.json"
-"""Path of the data set's manifest among the artifacts of a run."""
+MANIFEST_ARTIFACT = "dataset/manifest.json"  # path of the data set's manifest among the artifacts of a run
 TRAIN_KEY = "darkroom.train_key"
 """Tag that identifies the run of a training: digest of everything that determines its weights."""
 AUTOENCODER, START = "darkroom.autoencoder", "darkroom.start"
 """Tags of a run: the registered autoencoder that it works in, and its initial model, models:/NAME/NUMBER."""
-SWEEP = "darkroom.sweep"
-"""Tag that identifies the parent run of a sweep: digest of its settings and data."""
-RELEASED_FROM = "darkroom.released_from"
-"""Tag of a released version and its run: source registry and version."""
-DIGEST_LENGTH = 36
-"""Longest data set digest that MLflow stores; the tags hold the full one."""
+SWEEP = "darkroom.sweep"  # tag that identifies the parent run of a sweep: digest of its settings and data
+RELEASED_FROM = "darkroom.released_from"  # tag of a released version and its run: source registry and version
+DIGEST_LENGTH = 36  # longest data set digest that MLflow stores; the tags hold the full one
 CHECKPOINT, CHECKPOINT_SHA256 = "darkroom.checkpoint", "darkroom.checkpoint_sha256"
 """Tags of a logged model: the file of its checkpoint, and the digest that identifies it."""
 EVAL_KEY, EVALUATED = "darkroom.eval_key", "darkroom.evaluated"
 """Tags: scores of two models are comparable if the first is equal; the second is ``in full`` or ``preliminary``."""
-PRELIMINARY = "preliminary_"
-"""Name prefix of metrics on fewer images, which are not comparable with the others."""
+PRELIMINARY = "preliminary_"  # name prefix of metrics on fewer images, which are not comparable with the others
 
 
 @dataclass(frozen=True)
