@@ -34,6 +34,7 @@ from flows.local_stack.stack import LocalStack, servers_in_environment
 from flows.storage.s3 import ListedObject, Missing, Store, client
 
 DATABASES = ("mlflow/mlflow.db", "mlflow/auth.db", "prefect/prefect.db")
+STAMP = "%Y%m%dT%H%M%SZ"
 SMALL = 2**20  # size in bytes up to which a saved object is verified by its digest
 AUTH = "mlflow/auth.db"
 UPGRADES = {"mlflow/mlflow.db": ("mlflow", "db", "upgrade"), AUTH: ("mlflow.server.auth", "db", "upgrade", "--url")}
@@ -66,7 +67,7 @@ class Backup(Config):
     @property
     def stamp(self) -> str:
         """Name of the backup."""
-        return self.made.strftime("%Y%m%dT%H%M%SZ")
+        return self.made.strftime(STAMP)
 
 
 @dataclass(frozen=True)
