@@ -18,9 +18,6 @@ from diffusion.presets import PresetName, over
 from diffusion.process.samplers import SamplingConfig, describe_error, sampling_config, sampling_conflict
 from diffusion.training.config import DistillationConfig, TrainingConfig
 
-DEFAULT_PARAMS = Path("params.yaml")
-"""Default configuration file; it may be missing, which means all defaults."""
-
 
 class RegistryConfig(Config):
     """Model registry."""
@@ -186,14 +183,12 @@ def registered_start(params: Params) -> str | None:
 
 
 def load_params(path: Path, overrides: list[str]) -> Params:
-    """Load and validate ``path`` with ``key=value`` overrides (dotted keys, YAML values).
-
-    Raises UserError that names the key and the fix.
-    """
+    """Load ``path`` with ``key=value`` overrides (dotted keys, YAML values); raises UserError with key and fix."""
     try:
         tree = yaml.safe_load(path.read_text()) or {}
     except FileNotFoundError as error:
-        if path != DEFAULT_PARAMS:
+        # The default file may be missing, which means all defaults.
+        if path != Path("params.yaml"):
             raise UserError(f"{path} not found: give the path of a configuration to --params") from error
         tree = {}
     except OSError as error:

@@ -1,7 +1,4 @@
-"""Environment variables of Darkroom itself and of the servers it uses.
-
-``DARKROOM_STAGING_*`` name the servers of another stage, the source of releases.
-"""
+"""Environment variables of Darkroom and its servers; ``DARKROOM_STAGING_*`` name those of another stage."""
 
 import os
 import re

@@ -1,8 +1,4 @@
-"""Flow ``gc``: delete what nothing needs any more, in two steps with a grace period between them.
-
-Everything that registered versions, ledgers and retained sampling batches need is kept. The rest is set aside, and
-deleted after ``retention.grace_hours`` if it is still not needed. The flow can be killed and repeated at any moment.
-"""
+"""Flow ``gc``: set aside what nothing needs any more, and delete it after ``retention.grace_hours`` if that holds."""
 
 from collections.abc import Iterator
 from datetime import UTC, datetime

@@ -1,7 +1,4 @@
-"""Flow ``ingest``: add images to a data set, record it in DVC, push it to S3 and write its report page.
-
-Does not import torch: most scheduled ingests find nothing new.
-"""
+"""Flow ``ingest``: add images to a data set, record, push and describe it; without torch, as most find none."""
 
 import logging
 from contextlib import suppress

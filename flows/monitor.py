@@ -14,17 +14,14 @@ from flows.datasets.sync import sync
 from flows.deployment.tasks import completed_state, retryable_task
 from flows.tracking.console import reporter
 
-MONITORED = "darkroom.monitored"
-"""Tag of a version: digest of data, weights and settings of its last monitoring."""
-SURELY = 3
-"""Standard errors by which a metric must change to count as drift; happens by chance once in 370 times."""
+MONITORED = "darkroom.monitored"  # tag of a version: digest of data, weights and settings of its last monitoring
+SURELY = 3  # standard errors by which a metric must change to count as drift; happens by chance once in 370 times
 
 
 class MonitorResult(Config):
     """Result of monitoring a champion."""
 
     model: str
-    """models:/NAME/NUMBER."""
     content_digest: str
     figures: dict[str, float]
     """Current metrics; empty if it was monitored before with the same data and settings."""

@@ -47,7 +47,6 @@ class GateResult(Config):
     champion: int | None
     """Champion it was compared with; the version itself if it is champion already."""
     evidence: Evidence | None
-    """Metrics and verdict; None if it is champion already."""
     comparison: ChampionComparison | None = None
 
 

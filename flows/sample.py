@@ -42,8 +42,7 @@ from flows.tracking.runs import RunTracker
 
 logger = logging.getLogger(__name__)
 
-ATTEMPTS = 3
-"""Number of attempts for a batch that is deleted while it is generated."""
+ATTEMPTS = 3  # number of attempts for a batch that is deleted while it is generated
 
 
 class SamplingBatchResult(Config):
@@ -51,7 +50,6 @@ class SamplingBatchResult(Config):
 
     uri: str
     model: str
-    """The exact version, models:/NAME/NUMBER."""
     count: int
     seed: int
     manifest: str

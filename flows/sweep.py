@@ -1,8 +1,7 @@
 """Flows ``sweep`` and ``compare``: train several models on the same data and rank them in one report.
 
-Each combination of a sweep is an ordinary training and evaluation in a separate folder; its MLflow run is a child of
-the sweep's run. Finished combinations are skipped, so a sweep can be resumed and extended. A comparison trains each
-model family with the same budget.
+Each combination of a sweep is an ordinary training and evaluation in a folder of its own, and is skipped if it is
+finished; its MLflow run is a child of the sweep's. A comparison trains each model family with the same budget.
 """
 
 import itertools
@@ -119,10 +118,7 @@ def rank(
 
 
 def parse_over(words: Sequence[str]) -> dict[str, list[Any]]:
-    """Parse ``key=value,value`` into values by dotted key; values are YAML, so that [1,2],[1,2,2] are two values.
-
-    Raises UserError for malformed or repeated keys.
-    """
+    """Parse ``key=value,value`` into YAML values by dotted key; raises UserError for malformed or repeated keys."""
     over: dict[str, list[Any]] = {}
     for each in words:
         key, equal, text = each.partition("=")

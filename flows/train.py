@@ -77,7 +77,7 @@ def train_and_track(params: Params, restart: Restart) -> TrainingRun:
             # Before a retry opens the same folder.
             each.abandon()
             try:
-                each.tracker.fail()
+                each.tracker.finish("FAILED")
             except UNANSWERED as error:  # the training's own error matters more
                 get_run_logger().warning("the MLflow run could not be marked as failed: %s", error)
         raise
@@ -98,7 +98,7 @@ def _finish(ready: ResolvedParams, tracker: RunTracker) -> None:
     try:
         require_current(ready.params.dataset_folder, tracker)
     except UserError:
-        tracker.fail()
+        tracker.finish("FAILED")
         raise
     sources = [model_versions.resolve(tracker.client, uri) for uri in (ready.autoencoder, ready.start) if uri]
     if names := [name for each in sources for name in names_of(with_takedowns(each).tags.get(TAKEDOWN))]:

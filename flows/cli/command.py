@@ -19,8 +19,7 @@ if TYPE_CHECKING:
 
     from flows.environment import Server
 
-LARGEST_SEED = 2**63 - 1
-"""Largest seed that a manifest can hold."""
+LARGEST_SEED = 2**63 - 1  # largest seed that a manifest can hold
 Set = Annotated[list[str], Option("--set", metavar="KEY=VALUE", help="Override a field, as training.batch_size=64.")]
 ParamsFile = Annotated[Path, Option("--params", help="Configuration file.")]
 Json = Annotated[bool, Option("--json", help="Print the result as one JSON object on standard output.")]
@@ -61,15 +60,8 @@ def command(
 
     Every command has ``--json``. One with a parameter ``config`` gets the validated configuration in it, and has
     ``--dataset``, ``--params`` and ``--set``. Standard output has the command's result and nothing else: what libraries
-    print goes to standard error.
-
-    Args:
-        app: Command group.
-        name: Name of the command; default: the function's.
-        panel: Heading in the help text.
-        dataset: Whether there is ``--dataset``.
-        sets_source: Whether the parameter ``source`` sets ingest.source.
-        servers: Servers that the command is connected to, see ``connect``.
+    print goes to standard error. ``panel`` is a heading in the help text; ``sets_source`` says whether the parameter
+    ``source`` sets ingest.source; the command is connected to the ``servers``, see ``connect``.
     """
 
     def register(function: Function) -> Function:
@@ -135,8 +127,8 @@ def is_file(model: str | None) -> TypeGuard[str]:
 def connect(*needs: "Server") -> Iterator[None]:
     """Use the servers in ``needs`` in this process, and show progress on the console."""
     from flows.environment import settings
+    from flows.local_stack.http_api import require
     from flows.local_stack.stack import join_servers
-    from flows.monitoring.health import require
     from flows.tracking.console import OURS, console
 
     if settings().log == "json":

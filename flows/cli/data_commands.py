@@ -22,8 +22,7 @@ app = typer.Typer(
     name="data", help="Data sets: versions, differences, checkout, takedown of images.", no_args_is_help=True
 )
 All = Annotated[bool, Option("--all", help="Show complete lists instead of the first 20 entries.")]
-FIRST = 20
-"""Number of list entries shown by default."""
+FIRST = 20  # number of list entries shown by default
 
 
 @command(app)

@@ -6,18 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from typer import Argument, Option
 
-from flows.cli.command import (
-    LARGEST_SEED,
-    CommandOutput,
-    Count,
-    Model,
-    NegativePrompt,
-    OutFolder,
-    Seed,
-    command,
-    connect,
-    is_file,
-)
+from flows.cli import command as options
+from flows.cli.command import LARGEST_SEED, CommandOutput, command, connect, is_file
 
 if TYPE_CHECKING:
     from flows.config import Params
@@ -41,13 +31,13 @@ def inpaint(
         int | None, Option(min=2, max=100, help="How often each stretch of steps is resampled; default: 5, pigdm 1.")
     ] = None,
     strength: Annotated[float | None, Option(help="Noise added to the hole; default: 1, which replaces all.")] = None,
-    count: Count = 8,
-    seed: Seed = 0,
+    count: options.Count = 8,
+    seed: options.Seed = 0,
     label: Label = None,
     prompt: Prompt = None,
-    negative_prompt: NegativePrompt = None,
-    model: Model = None,
-    output: OutFolder = None,
+    negative_prompt: options.NegativePrompt = None,
+    model: options.Model = None,
+    output: options.OutFolder = None,
 ) -> CommandOutput:
     """Fill the masked part of an image; all other pixels are kept.
 
@@ -63,13 +53,13 @@ def img2img(
     config: "Params",
     image: Image,
     strength: Annotated[float | None, Option(help="Noise added to the image, between 0 and 1; default: 0.6.")] = None,
-    count: Count = 8,
-    seed: Seed = 0,
+    count: options.Count = 8,
+    seed: options.Seed = 0,
     label: Label = None,
     prompt: Prompt = None,
-    negative_prompt: NegativePrompt = None,
-    model: Model = None,
-    output: OutFolder = None,
+    negative_prompt: options.NegativePrompt = None,
+    model: options.Model = None,
+    output: options.OutFolder = None,
 ) -> CommandOutput:
     """Generate variations of an image, optionally conditioned on a label or prompt.
 
@@ -88,9 +78,9 @@ def interpolate(
     count: Annotated[int, Option(min=2, help="Number of images, both ends included.")] = 8,
     label: Label = None,
     prompt: Prompt = None,
-    negative_prompt: NegativePrompt = None,
-    model: Model = None,
-    output: OutFolder = None,
+    negative_prompt: options.NegativePrompt = None,
+    model: options.Model = None,
+    output: options.OutFolder = None,
 ) -> CommandOutput:
     """Interpolate between image 0 of one seed and image 0 of another.
 
@@ -106,9 +96,9 @@ def upscale(
     config: "Params",
     image: Annotated[Path, Argument(help="Image file, at least as large as the model's low-resolution input.")],
     count: Annotated[int, Option(min=1, help="Number of images.")] = 1,
-    seed: Seed = 0,
-    model: Model = None,
-    output: OutFolder = None,
+    seed: options.Seed = 0,
+    model: options.Model = None,
+    output: options.OutFolder = None,
 ) -> CommandOutput:
     """Upscale an image with a super-resolution model (model.low_resolution); large images in overlapping tiles.
 

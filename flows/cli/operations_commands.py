@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator, Mapping
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -190,18 +191,9 @@ def gc(
 
     Example:  darkroom gc --dry-run --set retention.batch_days=180
     """
-    if dry_run:
-        with connect("mlflow", "s3"):
-            from datetime import UTC, datetime
+    with connect("mlflow", "s3") if dry_run else connect("prefect", "mlflow", "s3"):
+        from flows.gc import collect, gc
+        from flows.retention.sweeps import table
 
-            from flows.gc import collect
-
-            done = collect(config.retention, datetime.now(UTC), dry_run=True)
-    else:
-        with connect("prefect", "mlflow", "s3"):
-            from flows.gc import gc
-
-            done = gc(config)
-    from flows.retention.sweeps import table
-
+        done = collect(config.retention, datetime.now(UTC), dry_run=True) if dry_run else gc(config)
     return CommandOutput(done, table(done.items))

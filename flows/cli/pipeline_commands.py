@@ -9,20 +9,8 @@ import typer
 from typer import Argument, Option
 
 from diffusion.common.errors import UserError
-from flows.cli.command import (
-    CommandOutput,
-    Count,
-    Local,
-    Model,
-    NegativePrompt,
-    OutFolder,
-    Reason,
-    Seed,
-    command,
-    connect,
-    is_file,
-    is_follower,
-)
+from flows.cli import command as options
+from flows.cli.command import CommandOutput, command, connect, is_file, is_follower
 from flows.cli.edit_commands import generate_images
 from flows.cli.model_commands import new_champion
 
@@ -35,7 +23,7 @@ if TYPE_CHECKING:
     from flows.promote import PromotionResult
 
 app = typer.Typer()
-To = Annotated[str | None, Option(metavar="S3_URI", help="s3://BUCKET[/PREFIX]; default: the DARKROOM_BUCKET.")]
+To = Annotated[str | None, Option(metavar="S3_URI", help="s3://BUCKET, or a prefix in it; default: DARKROOM_BUCKET.")]
 Labels = Annotated[list[str], Option("--label", metavar="NAME", help="Class label; several are used in turn.")]
 Prompts = Annotated[list[str], Option("--prompt", help="Text prompt; several are used in turn.")]
 ALL_FAMILIES = ["ddpm", "vae", "gan", "autoregressive"]
@@ -55,7 +43,7 @@ def ingest(
     rebuild_if_different: Annotated[
         bool, Option("--rebuild-if-different", help="Rebuild if the storage differs.")
     ] = False,
-    local: Local = False,
+    local: options.Local = False,
 ) -> CommandOutput:
     """Add the new images of a source to a data set of WebDataset shards; record it in DVC and push it.
 
@@ -116,7 +104,7 @@ def train(
     dry_run: Annotated[
         bool, Option("--dry-run", help="Show settings and the estimated time, without servers.")
     ] = False,
-    local: Local = False,
+    local: options.Local = False,
 ) -> CommandOutput | None:
     """Train on a data set with live MLflow tracking; the same command resumes an interrupted run.
 
@@ -183,7 +171,7 @@ def _inputs(config: "Params", dry_run: bool = False) -> "Iterator[tuple[Params, 
 
 
 @pipeline
-def evaluate(config: "Params", local: Local = False) -> CommandOutput:
+def evaluate(config: "Params", local: options.Local = False) -> CommandOutput:
     """Evaluate the checkpoints against the held-out images; the report is logged to the MLflow run.
 
     Example:  darkroom evaluate --dataset faces --set evaluation.samples=1000
@@ -213,7 +201,7 @@ def evaluate(config: "Params", local: Local = False) -> CommandOutput:
 def promote(
     config: "Params",
     version: Annotated[int | None, Option("--to", min=1, metavar="VERSION", help="Make this version champion.")] = None,
-    reason: Reason = None,
+    reason: options.Reason = None,
     taken_down: Annotated[bool, Option("--taken-down", help="With --to: even if its images were taken down.")] = False,
 ) -> CommandOutput:
     """Register the best checkpoint and promote it if it beats the champion; else it is held or rejected (exit code 3).
@@ -245,17 +233,17 @@ def _promoted(done: "PromotionResult") -> CommandOutput:
 @pipeline
 def sample(
     config: "Params",
-    model: Model = None,
+    model: options.Model = None,
     count: Annotated[int | None, Option(min=1, help="Number; default: 64, or one per row of --requests.")] = None,
     requests: Annotated[
         str | None, Option(metavar="TABLE", help="Labels or prompts in a .csv, .jsonl or .parquet, local or on s3://.")
     ] = None,
-    seed: Seed = 0,
+    seed: options.Seed = 0,
     to: To = None,
-    output: OutFolder = None,
+    output: options.OutFolder = None,
     label: Labels = [],  # noqa: B006
     prompt: Prompts = [],  # noqa: B006
-    negative_prompt: NegativePrompt = None,
+    negative_prompt: options.NegativePrompt = None,
 ) -> CommandOutput:
     """Generate images with a registered model to S3, with a manifest; the same command resumes an interrupted batch.
 
@@ -296,12 +284,12 @@ def retrain(
     config: "Params",
     source: Annotated[str | None, Argument(help="Source, as for `darkroom ingest`; default: ingest.source.")] = None,
     version: Annotated[str | None, Option(metavar="DIGEST", help="Data set version, instead of an ingest.")] = None,
-    count: Count = 64,
-    seed: Seed = 0,
+    count: options.Count = 64,
+    seed: options.Seed = 0,
     to: To = None,
     label: Labels = [],  # noqa: B006
     prompt: Prompts = [],  # noqa: B006
-    negative_prompt: NegativePrompt = None,
+    negative_prompt: options.NegativePrompt = None,
 ) -> CommandOutput:
     """Run the whole pipeline: ingest, train, evaluate, promote and sample.
 
@@ -341,7 +329,7 @@ def _retrained(found: dict[str, Any]) -> Iterator[str]:
 
 
 @pipeline
-def distill(config: "Params", local: Local = False) -> CommandOutput:
+def distill(config: "Params", local: options.Local = False) -> CommandOutput:
     """Train a student of the champion that generates in two evaluations or so, and promote it if it is as good.
 
     The same command resumes an interrupted distillation.
@@ -395,7 +383,7 @@ def compare(
     config: "Params",
     family: Annotated[list[str], Option(metavar="NAME", help="Model family; may be repeated.")] = ALL_FAMILIES,
     restart: Annotated[bool, Option("--restart", help="Discard runs of other settings in their folders.")] = False,
-    local: Local = False,
+    local: options.Local = False,
 ) -> CommandOutput:
     """Train each model family on the same images with the same budget, and rank their samples.
 

@@ -77,7 +77,7 @@ def health(servers: Annotated[list[str], Argument(help="mlflow, prefect, s3, or 
 
     Example:  darkroom server health mlflow prefect s3
     """
-    from flows.monitoring.health import check
+    from flows.local_stack.http_api import check
 
     lacks = {server: check(server) for server in servers}
     return CommandOutput(lacks, [line for lines in lacks.values() for line in lines])

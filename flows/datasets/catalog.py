@@ -36,8 +36,7 @@ RETIRED, PUSHING = "retired", "pushing"
 """Prefixes of the manifests of retired versions, and of the marks of processes that push to the remote."""
 VERSION, RETIRED_VERSION = re.compile(r"([0-9a-f]{64})/manifest\.json"), re.compile(r"([0-9a-f]{64})\.json")
 POINTER = TypeAdapter(DvcDigest)
-LARGEST_MANIFEST = 2**30
-"""Maximum size of a manifest in bytes: enough for a million parts."""
+LARGEST_MANIFEST = 2**30  # maximum size of a manifest in bytes: enough for a million parts
 
 
 @dataclass(frozen=True)
@@ -204,10 +203,7 @@ def _parsed(data: bytes, digest: str, where: str) -> Manifest:
 
 @contextmanager
 def pushing(name: str, source: str, store: Store | None = None) -> Iterator[None]:
-    """Context in which files of the data set ``name`` are pushed to ``source``, and ``darkroom gc`` deletes none.
-
-    A process that is killed inside blocks gc for ``retention.grace_hours`` at most.
-    """
+    """Context of a push to ``source``; until it ends, or for the grace period if it is killed, gc deletes no file."""
     place, store = Location(Location.parse(source).bucket) / PUSHING, store or Store()
     mark = place.key(f"{name}/{uuid4().hex}")
     store.put_once(place.bucket, mark, b"")
@@ -222,7 +218,6 @@ class Head(Config):
     number: int = Field(ge=1)
     version: Sha256
     before: Sha256 | None
-    """Digest of the head before it; None for the first."""
 
 
 @dataclass(frozen=True)
@@ -257,10 +252,7 @@ class Heads:
                 yield head.version
 
     def advance(self, version: str, onto: Collection[str]) -> str | None:
-        """Make ``version``, which is in the catalog, the head instead of one of ``onto``.
-
-        Returns None if ``version`` is the head now, or else the head that another process published first.
-        """
+        """Make ``version`` the head instead of one of ``onto``; None, or the head that another process published."""
         self._objects.require_conditional_puts()
         while True:
             number = self._count()
@@ -280,7 +272,6 @@ class Heads:
         return NumberedObjects(self.catalog.place / "heads", self.catalog.store)
 
     def _count(self) -> int:
-        """Number of entries up to the first gap."""
         return first_free(self._objects.numbers()) - 1
 
     def _read(self, number: int) -> Head | None:

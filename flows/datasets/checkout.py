@@ -29,7 +29,6 @@ class CheckedOut(Config):
     content_digest: str
     kept: int
     restored: list[str]
-    """Names of files."""
 
 
 class Choice(Config):
@@ -53,13 +52,9 @@ def checkout(
     Files come from the folder, DVC's cache or the remote, and are verified by SHA-256. All other versions stay known,
     and files that only the folder holds are put into DVC's cache first. Killed and given again, it ends the same.
 
-    Args:
-        folder: Folder of the data set.
-        prefix: First characters of the version's digest.
-        reach: Connection to the remote, called only if it is needed.
-        with_removed: Whether to check out images that were taken down since.
-        without_shards: Whether to skip missing shards, for training that streams them.
-        to_build_on: Whether the next ingest continues from this version instead of the newest.
+    ``reach`` is called only if the remote is needed. ``with_removed`` allows images that were taken down since,
+    ``without_shards`` skips missing shards, for training that streams them, and with ``to_build_on`` the next ingest
+    continues from this version instead of the newest.
 
     Raises UserError if there is no such version, a file of it cannot be found, or it holds images that were taken down.
     """
@@ -113,7 +108,7 @@ class DatasetLocation:
         restored = self.fetch(version, without_shards)
         if not with_removed:
             self.refuse_removed(version)
-        if to_build_on and self._goes_back(version):
+        if to_build_on and any(child.parent == version.digest for child in self.known.values()):
             chosen = Choice(version=version.digest, known=sorted(self.known))
             write_json(_choice(folder), chosen.model_dump(mode="json"))
         else:
@@ -194,9 +189,6 @@ class DatasetLocation:
                 f"{name} of version {version.digest[:12]} is neither in {self.folder}, nor in DVC's cache, nor on its "
                 "remote (any more): check out another one, or ingest again from a source that has all of it"
             )
-
-    def _goes_back(self, version: Manifest) -> bool:
-        return any(child.parent == version.digest for child in self.known.values())
 
     def catalog(self) -> Catalog:
         """Connect to the catalog; from then on files come from the remote as well."""

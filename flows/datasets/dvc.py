@@ -30,10 +30,8 @@ from flows.storage.tags import DvcDigest
 logger = logging.getLogger(__name__)
 
 INGEST_STAGE = "ingest"
-FOLDER = ".dir"
-"""Suffix of the name of a folder's listing."""
-Listing = dict[str, str]
-"""Folder in DVC: the MD5 of each file by its path in the folder."""
+FOLDER = ".dir"  # suffix of the name of a folder's listing
+Listing = dict[str, str]  # folder in DVC: the MD5 of each file by its path in the folder
 
 
 class ListedFile(Config):
@@ -262,8 +260,7 @@ class StoredFiles:
 def needed_files(folder: Path, version: Manifest) -> Iterator[tuple[str, str]]:
     """Yield name and SHA-256 of all files that belong beside the manifest if ``version`` is current in ``folder``.
 
-    The manifest of a parent is read after it was yielded, so that the caller can repair it in between; if it is still
-    damaged then, the iteration ends.
+    A parent's manifest is read after it was yielded, so that the caller can repair it; a damaged one is the last.
     """
     for entry in version.files:
         yield entry.name, entry.sha256

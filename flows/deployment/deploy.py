@@ -1,7 +1,4 @@
-"""``darkroom deploy``: applies ``prefect.yaml`` to the Prefect server; idempotent.
-
-Deployments go through ``prefect deploy``, which does not support work pools, concurrency limits and automations.
-"""
+"""``darkroom deploy``: applies ``prefect.yaml``, with ``prefect deploy`` and what that does not support; idempotent."""
 
 import os
 import re
@@ -96,8 +93,7 @@ def deploy(
 def read_definitions(path: Path, values: Mapping[str, Any]) -> dict[str, Any]:
     """Read the file ``path`` with its placeholders replaced by ``values``; ``notifications`` become automations.
 
-    Notifications are dropped without a value for WEBHOOK. Raises UserError for invalid YAML, a missing section, or an
-    unknown placeholder.
+    Notifications are dropped without a value for WEBHOOK. Raises UserError for what is invalid, missing or unknown.
     """
     try:
         tree = yaml.safe_load(path.read_text())

@@ -30,15 +30,11 @@ P = ParamSpec("P")
 R = TypeVar("R")
 T = TypeVar("T")
 FanOutConfig = IngestConfig | SamplingBatchConfig
-SHORTEST_LEASE = 60
-"""Shortest lease of a concurrency slot that the server grants, in seconds."""
+SHORTEST_LEASE = 60  # shortest lease of a concurrency slot that the server grants, in seconds
 
 
 def retryable_task(function: Callable[P, R]) -> Task[P, R]:
-    """Prefect task that is retried with exponential backoff, except after a DarkroomError.
-
-    Prefect's cache is off: each task recognises finished work by digests, also on another machine.
-    """
+    """Prefect task, retried except after a DarkroomError; uncached, as each recognises finished work by digests."""
     return task(
         retries=2,
         retry_delay_seconds=exponential_backoff(2),

@@ -26,6 +26,7 @@ from diffusion.common.config import Config
 from diffusion.common.errors import DarkroomError, UserError
 from diffusion.common.files import make_folder, sha256_file, sync_file, sync_folder, write_atomically, write_json
 from diffusion.common.progress import Progress, silent
+from diffusion.data.manifest import Sha256
 from diffusion.data.versions.takedown_records import Removal, parse_removal
 from flows.environment import SERVERS, settings
 from flows.local_stack.control import RESTORING, up
@@ -34,14 +35,11 @@ from flows.storage.s3 import ListedObject, Missing, Store, client
 
 DATABASES = ("mlflow/mlflow.db", "mlflow/auth.db", "prefect/prefect.db")
 STAMP = "%Y%m%dT%H%M%SZ"
-SMALL = 2**20
-"""Size in bytes up to which a saved object is verified by its digest."""
+SMALL = 2**20  # size in bytes up to which a saved object is verified by its digest
 AUTH = "mlflow/auth.db"
 UPGRADES = {"mlflow/mlflow.db": ("mlflow", "db", "upgrade"), AUTH: ("mlflow.server.auth", "db", "upgrade", "--url")}
 """Commands that migrate the databases of an older MLflow; Prefect's server migrates its own."""
 REMOVAL = re.compile(r"datasets/[^/]+/removals/[^/]+\.json")
-"""Keys of takedown records in the catalog."""
-Digest = Annotated[str, StringConstraints(pattern="^[0-9a-f]{64}$")]
 DatabasePath = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]+(/[A-Za-z0-9_-]+)*\.db$")]
 
 
@@ -51,7 +49,7 @@ class SavedObject(Config):
     key: str
     size: int
     etag: str
-    sha256: Digest
+    sha256: Sha256
     content_type: str
     metadata: dict[str, str]
 
@@ -63,8 +61,7 @@ class Backup(Config):
     made: AwareDatetime
     bucket: str
     versions: dict[str, str]
-    """Versions of the programs that wrote the databases."""
-    databases: dict[DatabasePath, Digest]
+    databases: dict[DatabasePath, Sha256]
     objects: list[SavedObject]
 
     @property
@@ -99,11 +96,11 @@ class Backups:
         """Write the index of ``backup``, after all of its content."""
         write_json(self.folder / "backups" / f"{backup.stamp}.json", backup.model_dump(mode="json"))
 
-    def path(self, sha256: Digest) -> Path:
+    def path(self, sha256: Sha256) -> Path:
         """Path of the content with this digest, which may not exist."""
         return self.folder / "objects" / sha256[:2] / sha256
 
-    def verified_path(self, sha256: Digest) -> Path:
+    def verified_path(self, sha256: Sha256) -> Path:
         """Path of the verified content with this digest; raises UserError if it is damaged or missing."""
         path = self.path(sha256)
         if not path.is_file() or sha256_file(path) != sha256:
@@ -120,7 +117,7 @@ class Backups:
         # A crash leaves another size. Hashing all large objects would take as long as a first backup.
         return saved.size > SMALL or sha256_file(path) == saved.sha256
 
-    def keep(self, write: Callable[[Path], None]) -> Digest:
+    def keep(self, write: Callable[[Path], None]) -> Sha256:
         """Store the content that ``write`` writes to the path it gets; returns its SHA-256."""
         scratch = self.folder / "objects" / ".partial"
         make_folder(scratch.parent)

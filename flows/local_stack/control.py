@@ -23,14 +23,10 @@ from flows.local_stack.stack import SERVICES, LocalStack, ServiceName, servers_i
 
 Report = Callable[[str], None]
 
-RESTORING = "restoring.json"
-"""State file in the stack's folder during ``darkroom server restore``."""
-PATIENCE = 120.0
-"""Seconds within which a started service must answer."""
-HUNG = 15.0
-"""Seconds after which an earlier process that does not answer is restarted."""
-GRACE = 15.0
-"""Seconds between SIGTERM and SIGKILL."""
+RESTORING = "restoring.json"  # state file in the stack's folder during ``darkroom server restore``
+PATIENCE = 120.0  # seconds within which a started service must answer
+HUNG = 15.0  # seconds after which an earlier process that does not answer is restarted
+GRACE = 15.0  # seconds between SIGTERM and SIGKILL
 
 
 class ServiceStatus(Config):
@@ -57,8 +53,7 @@ class StackStatus(Config):
 def up(report: Report, restoring: bool = False) -> StackStatus:
     """Start the servers that the environment does not name and that do not run yet; returns when all answer.
 
-    Raises DarkroomError with the log of a service that does not start, and UserError after an incomplete restore,
-    unless ``restoring``.
+    Raises DarkroomError with the log of a service that does not start, and UserError after an incomplete restore.
     """
     elsewhere = servers_in_environment()
     if len(elsewhere) < len(SERVERS):

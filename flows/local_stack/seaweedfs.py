@@ -18,12 +18,10 @@ from flows.environment import settings
 from flows.local_stack.server_process import LOOPBACK
 from flows.local_stack.stack import LocalStack, servers_in_environment
 
-PORTS = ("s3", "master", "volume", "filer", "admin")
-"""Each needs its own port and the gRPC port ten thousand above it."""
+PORTS = ("s3", "master", "volume", "filer", "admin")  # each needs its own port and the gRPC port ten thousand above it
 ENVIRONMENT = {"GOMEMLIMIT": "400MiB", "GOGC": "50"}
 """Limits memory to about 260 MB under load, instead of 500 MB; with less it would collect garbage even idle."""
-TLS = "tls.pem"
-"""File in the working folder with the certificate and private key."""
+TLS = "tls.pem"  # file in the working folder with the certificate and private key
 
 
 def binary() -> str:

@@ -15,15 +15,12 @@ from diffusion.common.config import Config
 from diffusion.common.errors import DarkroomError
 
 LOOPBACK = "127.0.0.1"
-GRPC = 10_000
-"""Offset of SeaweedFS's gRPC port from each of its ports."""
-PORT_RANGE = range(10_000, 22_000)
-"""Candidate ports; even with ``GRPC`` added they are below the ephemeral ports."""
+GRPC = 10_000  # offset of SeaweedFS's gRPC port from each of its ports
+PORT_RANGE = range(10_000, 22_000)  # candidate ports; even with ``GRPC`` added they are below the ephemeral ports
 FOLDER_MARK = "DARKROOM_STACK"
 SERVICE_MARK = "DARKROOM_SERVICE"
 """Environment variables that mark all processes of the stack, including descendants."""
-LOG_BYTES = 16 * 2**20
-"""Size above which a log is rotated when its service starts."""
+LOG_BYTES = 16 * 2**20  # size above which a log is rotated when its service starts
 
 
 class Process(Config):

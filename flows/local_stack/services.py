@@ -18,8 +18,7 @@ from flows.local_stack.server_process import LOOPBACK, Process, marks, start
 from flows.local_stack.stack import LocalStack, ServiceName, write_private
 from flows.storage.s3 import Store, client
 
-POOL = "darkroom"
-"""Process work pool of the stack's worker."""
+POOL = "darkroom"  # process work pool of the stack's worker
 
 
 @dataclass(frozen=True)
@@ -138,22 +137,13 @@ def _prefect(stack: LocalStack) -> Service:
             "PREFECT_SERVER_UI_API_URL": f"{stack.url('prefect')}/api",
             "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
         }
-        | PREFECT_LOOPS
+        | {f"PREFECT_SERVER_SERVICES_{name}_LOOP_SECONDS": str(seconds) for name, seconds in PREFECT_LOOPS.items()}
     )
     return Service("prefect", "Prefect", command, environment, stack.folder / "prefect", check)
 
 
-PREFECT_LOOPS = {
-    f"PREFECT_SERVER_SERVICES_{service}_LOOP_SECONDS": str(seconds)
-    for service, seconds in {
-        "LATE_RUNS": 15,
-        "PAUSE_EXPIRATIONS": 60,
-        "SCHEDULER_RECENT_DEPLOYMENTS": 15,
-        "CLEANUP_RECONCILER": 60,
-        "CANCELLATION_CLEANUP": 60,
-        "FOREMAN": 30,
-    }.items()
-}
+PREFECT_LOOPS = dict.fromkeys(("PAUSE_EXPIRATIONS", "CLEANUP_RECONCILER", "CANCELLATION_CLEANUP"), 60)
+PREFECT_LOOPS |= {"LATE_RUNS": 15, "SCHEDULER_RECENT_DEPLOYMENTS": 15, "FOREMAN": 30}
 """Seconds between polls of the database, which seldom changes on one machine; they delay only what can wait, such as a
 new schedule's first run and the cleanup of cancelled runs."""
 

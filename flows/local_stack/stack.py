@@ -13,16 +13,8 @@ from pydantic import Field, ValidationError
 from diffusion.common.config import Config
 from diffusion.common.errors import UserError
 from diffusion.common.files import make_folder, write_atomically
-from flows.environment import (
-    DEFAULTS,
-    SECRET_VARIABLE,
-    SERVER_TITLES,
-    SERVER_VARIABLES,
-    SERVERS,
-    Server,
-    loopback_no_proxy,
-    settings,
-)
+from flows import environment
+from flows.environment import SERVER_VARIABLES, SERVERS, Server, settings
 from flows.local_stack.server_process import LOOPBACK, Process, is_member
 
 ServiceName = Literal["s3", "mlflow", "prefect", "worker"]
@@ -194,7 +186,7 @@ def servers_in_environment() -> dict[Server, str]:
     found: dict[Server, str] = {}
     for server in SERVERS:
         named = [name for name in SERVER_VARIABLES[server] if os.environ.get(name)]
-        secret = SECRET_VARIABLE[server]
+        secret = environment.SECRET_VARIABLE[server]
         # Also variables that were exported before the stack's ports changed.
         ours = (
             local is not None
@@ -208,19 +200,16 @@ def servers_in_environment() -> dict[Server, str]:
 
 
 def join_servers(*needs: Server) -> None:
-    """Connect this process and its children to the servers in ``needs``; call it before importing their clients.
-
-    Raises UserError for a server that neither the environment nor a running local stack provides.
-    """
-    for name, value in DEFAULTS.items():
+    """Connect this process to servers before it imports their clients; raises UserError for one that is not there."""
+    for name, value in environment.DEFAULTS.items():
         os.environ.setdefault(name, value)
     elsewhere = servers_in_environment()
     local = LocalStack.read(settings().folder)
     for server in (each for each in needs if each not in elsewhere):
         if local is None or not local.runs(server):
             raise UserError(
-                f"no {SERVER_TITLES[server]} server: {SERVER_VARIABLES[server][0]} is not set and no local one runs "
-                f"(in {settings().home}): run `darkroom up`"
+                f"no {environment.SERVER_TITLES[server]} server: {SERVER_VARIABLES[server][0]} is not set and no local "
+                f"one runs (in {settings().home}): run `darkroom up`"
             )
-        os.environ.update(local.variables(server) | loopback_no_proxy())
+        os.environ.update(local.variables(server) | environment.loopback_no_proxy())
         os.environ.setdefault("DARKROOM_BUCKET", local.bucket)

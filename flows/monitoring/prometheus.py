@@ -1,7 +1,4 @@
-"""``darkroom server metrics``: Prometheus metrics from Prefect, MLflow and the ledger, queried at each scrape.
-
-Flow runs are too short-lived to be scraped themselves.
-"""
+"""``darkroom server metrics``: Prometheus metrics from Prefect, MLflow and the ledger, queried at each scrape."""
 
 import math
 import threading
@@ -43,16 +40,12 @@ GAUGES: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "darkroom_ledger_entries": ("verdicts and decisions in the ledger", ("model", "what")),
     "darkroom_ledger_intact": ("whether the ledger matches MLflow's record and has no foreign objects", ("model",)),
 }
-"""Help and labels of all metrics by name."""
 
 RUNNING = ("pending", "running", "paused", "cancelling")
 ENDED = ("completed", "failed", "crashed", "cancelled")
-PAGE = 200
-"""Page size of Prefect's API."""
-MOST = 1000
-"""Maximum number of models, experiments and running trainings."""
-Sample = tuple[str, tuple[str, ...], float]
-"""Name, label values and value of a metric."""
+PAGE = 200  # page size of Prefect's API
+MOST = 1000  # maximum number of models, experiments and running trainings
+Sample = tuple[str, tuple[str, ...], float]  # name, label values and value of a metric
 
 
 def serve(host: str, port: int) -> None:
@@ -120,10 +113,7 @@ def prefect_samples() -> Iterator[Sample]:
 def count_states(
     name: str, states: Iterable[str], flows: Mapping[str, str], runs: Iterable[Mapping[str, Any]]
 ) -> Iterator[Sample]:
-    """Number of ``runs`` per flow and state, including zeros; ``flows`` are names by id.
-
-    A run is ``late`` if no worker started it when it was due.
-    """
+    """Number of ``runs`` per flow (names by id) and state, zeros included; no worker started ``late`` ones in time."""
     found = Counter[tuple[str, str]]()
     for run in runs:
         state = "late" if run["state_name"] == "Late" else run["state_type"].lower()

@@ -43,8 +43,7 @@ from flows.tracking.console import reporter
 TOLERANCE = 2.0
 """Largest mean error of an image, in levels of 255, that other arithmetic explains: a model of 32×32 images differed by
 0.3 in bf16 and by 0.001 in fp32 between AVX-512 and AVX2, and images of two seeds by 15 or more."""
-NAMED = 20
-"""Maximum number of differing images that are listed."""
+NAMED = 20  # maximum number of differing images that are listed
 BEGIN = (
     "import runpy, sys; sys.path.insert(0, sys.argv[1]); script = sys.argv[2]; runpy.run_path(script, None, '__main__')"
 )

@@ -85,7 +85,6 @@ class TracedData(Config):
     content_digest: str
     dvc_digest: str | None
     recorded: datetime | None
-    """When it was put into the catalog; None if it is not in it."""
     images: int
     shards: list[TracedShard]
 
@@ -106,7 +105,6 @@ class Trace(Config):
     batch: SamplingBatch | None
     finished: bool | None
     request: RequestRecord | None
-    """Content of ``request.json`` beside an image made on request, which has no batch."""
     model: TracedModel | None
     run: TracedRun | None
     data: TracedData | None

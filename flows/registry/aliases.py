@@ -60,10 +60,7 @@ def _newest(registered: RegisteredModel | None) -> Known:
 
 
 def read_record(client: MlflowClient, model: str) -> tuple[dict[int, str], dict[int, ModelVersion]]:
-    """Read MLflow's record of the ledger of ``model``: its entries as ``Known``, and the registered versions by number.
-
-    Raises UserError if MLflow's copies contradict each other.
-    """
+    """MLflow's record of the ledger of ``model``, and its versions by number; raises UserError if copies contradict."""
     known = dict(_newest(none_if_missing(client.get_registered_model, model)))
     found = mlflow.search_model_versions(filter_string=f"name='{model}'")
     versions = {int(each.version): each for each in found}

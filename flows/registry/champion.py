@@ -1,8 +1,4 @@
-"""The champion of a registered model: usability checks, and promotion and rollback by manual override.
-
-A candidate is compared with the champion after hours of training, so the champion is checked before: its version or
-weights may have been deleted in MLflow.
-"""
+"""The champion of a registered model: checks before hours of training, and promotion and rollback by override."""
 
 from mlflow.client import MlflowClient
 

@@ -98,10 +98,7 @@ class ResolvedParams:
 
 
 def resolve_params(params: Params, dry_run: bool = False) -> ResolvedParams:
-    """Fetch and verify the versions that model.autoencoder and training.init_from name; a ``dry_run`` records nothing.
-
-    Raises UserError if the registry has no such version.
-    """
+    """Fetch the models that a training depends on; a ``dry_run`` records nothing. Raises UserError without one."""
     autoencoder, start, ready = None, None, params
     if (uri := registered(params)) is not None:
         autoencoder = with_takedowns(model_versions.resolve(MlflowClient(), uri))

@@ -32,8 +32,7 @@ from flows.environment import settings
 from flows.storage.numbered_objects import NumberedObjects, object_name
 from flows.storage.s3 import ListedObject, Location, Store
 
-LARGEST = 2**16
-"""Maximum size of an entry in bytes: larger objects are not entries and are not fetched."""
+LARGEST = 2**16  # maximum size of an entry in bytes: larger objects are not entries and are not fetched
 
 Known = Mapping[int, str]
 """SHA-256 by number of the entries that MLflow has recorded."""
@@ -324,10 +323,7 @@ class Ledger(NumberedObjects):
         return self.read(known, listed).head
 
     def read(self, known: Known = NOTHING, listed: Sequence[ListedObject] | None = None) -> History:
-        """Read and verify all entries; raises UserError that names a recorded entry that is missing or altered.
-
-        ``known`` is MLflow's record, read before the objects were ``listed``.
-        """
+        """Read all entries; raises UserError that names one of MLflow's record ``known`` that is missing or altered."""
         listed = self.listed() if listed is None else listed
         entries, reasons = self._chain(self._objects(listed), known)
         here, foreign = {entry.number for entry in entries}, {}

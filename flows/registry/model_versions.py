@@ -38,8 +38,7 @@ from flows.registry.ledger import Ledger
 from flows.storage.tags import HIGHEST_NUMBER, RunId, VersionNumber, parse_tags
 
 WEIGHTS, CODE = "darkroom.weights_sha256", "darkroom.code_sha256"
-CODE_FOLDER = "code"
-"""Folder of a logged model that MLflow puts on the import path when it loads the model."""
+CODE_FOLDER = "code"  # folder of a logged model that MLflow puts on the import path when it loads the model
 SERVED_MODEL = Path(__file__).with_name("pyfunc_model.py")
 REQUIREMENTS = ("isal", "mlflow", "numpy", "pandas", "pillow", "pydantic", "safetensors", "torch")
 """Libraries that the served model imports; the installed versions are logged with it."""

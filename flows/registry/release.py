@@ -1,8 +1,7 @@
 """Release: a version of the staging registry is registered here and becomes champion.
 
-It is fetched from the servers that ``DARKROOM_STAGING_*`` name, as a bundle of everything that belongs to it: weights
-and code, tags, card, the gate's evidence, its run with metrics and evaluation, and its data set manifest. It is
-registered once, however often the command is given, and the ledger records who released it and why.
+It is fetched from the servers that ``DARKROOM_STAGING_*`` name, as a bundle with its code, card, evidence, run and data
+set manifest, and registered once, however often the command is given; the ledger records who released it and why.
 
 MLflow's client knows one set of keys per process, so ``python -m flows.registry.release URI FOLDER`` packs the bundle
 in the environment of the source registry.
@@ -34,12 +33,8 @@ from flows.registry.ledger import Evidence, Ledger
 from flows.registry.model_versions import WEIGHTS, Version, digest_code
 from flows.tracking.runs import MANIFEST_ARTIFACT, RELEASED_FROM, one_run
 
-RELEASED_RUN = "darkroom.released_run"
-"""Tag of a copied run: the ID of the original run."""
-AT_ONCE = 100
-"""Parameters, tags or metrics sent to MLflow in one request."""
-MODEL, RUN = "model", "run"
-"""Folders of the bundle with the artifacts of the version and of its run."""
+AT_ONCE = 100  # parameters, tags or metrics sent to MLflow in one request
+MODEL, RUN = "model", "run"  # folders of the bundle with the artifacts of the version and of its run
 CARRIED = ("evaluation", "history", "params.json", MANIFEST_ARTIFACT)
 """Artifacts of a run in the bundle: its configuration, evaluation and data set manifest."""
 
@@ -164,7 +159,7 @@ def register(bundle: ModelBundle, folder: Path, where: str) -> Version:
 
 def _copy_run(client: MlflowClient, bundle: ModelBundle, folder: Path, where: str) -> MlflowRun:
     """Copy the version's run; the copy is complete once it is marked as finished."""
-    run = one_run(client, bundle.version.model, RELEASED_RUN, bundle.version.run_id, bundle.run_name)
+    run = one_run(client, bundle.version.model, "darkroom.released_run", bundle.version.run_id, bundle.run_name)
     run_id = run.info.run_id
     if run.info.status == "FINISHED":
         return run

@@ -41,19 +41,15 @@ Action = Literal["keep", "set aside", "delete"]
 """Decision on an item; ``set aside`` items are unreferenced and go once ``retention.grace_hours`` have passed."""
 ACTIONS: tuple[Action, ...] = ("delete", "set aside", "keep")
 BATCH = re.compile(rf"({USUAL.pattern})/(.+)")
-"""Object of a batch at its default place."""
 RESUMPTION = re.compile(rf"{RESUMED}/({USUAL.pattern})/[^/]+")
-"""Mark of a job that resumes an unfinished batch."""
 MARK_DAYS = timedelta(days=30)
 """How long a mark outlives the deleted batch: longer than any suspended request or process."""
 STAGES = ("_SUCCESS", "manifest.parquet", "manifest/", "", "requests.parquet", "batch.json")
 """Order in which the objects of a batch are deleted: after a kill the rest is no finished batch and names its model."""
 CONTENT = "darkroom.content_digest"
 LEDGER = re.compile(r"ledger/([A-Za-z0-9][A-Za-z0-9_.-]*)/[0-9]{8}\.json")
-SET_ASIDE = "darkroom.set_aside"
-"""Tag of a run that ``darkroom gc`` has marked as deleted: the time in ISO 8601."""
-ABANDONED_DAYS = 1.0
-"""Days without a write after which an unfinished file counts as abandoned."""
+SET_ASIDE = "darkroom.set_aside"  # tag of a run that ``darkroom gc`` has marked as deleted: the time in ISO 8601
+ABANDONED_DAYS = 1.0  # days without a write after which an unfinished file counts as abandoned
 
 
 class Item(Config):
@@ -63,7 +59,6 @@ class Item(Config):
     """Kind in the plural, such as ``runs``."""
     name: str
     bytes: int | None
-    """Size in bytes; None if it is unknown."""
     action: Action
     why: str
 
@@ -118,7 +113,6 @@ class StoredBatch:
     described: bool = False
     finished: bool = False
     deleted: datetime | None = None
-    """Time of its deletion mark; None without one."""
     action: Action = "keep"
     why: str = ""
 

@@ -25,15 +25,8 @@ from diffusion.common.fingerprint import Fingerprint, fingerprint
 from diffusion.data.prefetch import prefetch
 from diffusion.data.shards import TarWriter
 from diffusion.families.model import Model
+from diffusion.generation import generate
 from diffusion.generation.config import UNCONDITIONAL, Conditions
-from diffusion.generation.generate import (
-    check_prompts,
-    check_sampling,
-    is_conditional,
-    label_names,
-    prompt_embeddings,
-    sample,
-)
 from diffusion.models.text_encoder import check_encoder
 from diffusion.process.samplers import SamplingConfig
 from flows import environment
@@ -125,8 +118,8 @@ def _generate(
     for start in range(indices.start, indices.stop, size):
         group = range(start, min(start + size, indices.stop))
         conditions = conditions_of(batch, table, group)
-        images = sample(model, group, batch.seed, batch.sampling, conditions=conditions, at_once=at_once)
-        labels = label_names(model, group, batch.seed, conditions)
+        images = generate.sample(model, group, batch.seed, batch.sampling, conditions=conditions, at_once=at_once)
+        labels = generate.label_names(model, group, batch.seed, conditions)
         yield [(*each, conditions) for each in zip(group, images, labels, strict=True)]
 
 
@@ -281,11 +274,12 @@ def plan(
             "keeps it busy: set it to 1, or use processes"
         )
     model = load_model(weights)
-    sampling = model.header.sampling(sampling, requests is not None or is_conditional(model.classes, conditions))
+    conditional = requests is not None or generate.is_conditional(model.classes, conditions)
+    sampling = model.header.sampling(sampling, conditional)
     if (table := _table(store, model, sampling, conditions, requests)) is None:
-        check_sampling(model, sampling, conditions)
-        check_prompts(conditions)
-    prompt_embeddings(model, conditions)
+        generate.check_sampling(model, sampling, conditions)
+        generate.check_prompts(conditions)
+    generate.prompt_embeddings(model, conditions)
     number = table.count if table else 64 if count is None else count
     size = config.chunk or sampling_batch.chunk_size(number, sampling.compute_batch)
     if number > (most := min(sampling_batch.MOST_IMAGES, sampling_batch.CHUNKS_AT_MOST * size)):
@@ -325,7 +319,7 @@ def _table(
             store.fetch(where.bucket, where.prefix, source)
         table = RequestTable.from_file(source, environment.settings().folder / "requests")
     # The labels and prompts that guidance needs are in the rows, which are checked below.
-    check_sampling(model, sampling.unguided(), UNCONDITIONAL)
+    generate.check_sampling(model, sampling.unguided(), UNCONDITIONAL)
     if "prompt" in table.about.columns:
         check_encoder(model.header.encoder)
     table.check(model, sampling, conditions.negative_prompt, requests)

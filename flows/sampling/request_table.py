@@ -29,15 +29,11 @@ from flows.storage.s3 import Location, Store
 Column = Literal["label", "prompt"]
 COLUMNS: tuple[Column, ...] = get_args(Column)
 SCHEMA = pa.schema([(name, pa.string()) for name in COLUMNS])
-REQUESTS = "requests.parquet"
-"""Name of the table inside its batch."""
-ROWS_AT_ONCE = 1024
-"""Rows per row group, and rows held in memory at a time."""
-LONGEST_TEXT, LARGEST_GROUP = 10_000, 256 * 2**20
-"""Maximum characters in a cell, and uncompressed bytes in a row group."""
+REQUESTS = "requests.parquet"  # name of the table inside its batch
+ROWS_AT_ONCE = 1024  # rows per row group, and rows held in memory at a time
+LONGEST_TEXT, LARGEST_GROUP = 10_000, 256 * 2**20  # maximum characters in a cell, and uncompressed bytes in a row group
 
-Row = tuple[str | None, str | None]
-"""Label and prompt; None leaves one open."""
+Row = tuple[str | None, str | None]  # label and prompt; None leaves one open
 
 
 class Requests(Config):

@@ -34,20 +34,12 @@ if TYPE_CHECKING:
 Row = dict[str, Any]
 """Row of a manifest, with the fields of ``ManifestRow``."""
 BATCH, MANIFEST, SUCCESS = "batch.json", "manifest.parquet", "_SUCCESS"
-"""Names of the first object of a batch, and of the last two."""
 PARQUET = "application/vnd.apache.parquet"
-CHUNK_BATCHES = 4
-"""Compute batches per chunk: small enough to lose little to a kill, large enough for a task."""
-MOST_CHUNKS = 256
-"""Chunks per batch before chunks grow, up to LARGEST_CHUNK images, as each task has a cost."""
-LARGEST_CHUNK = 4096
-"""Maximum images in a chunk by default, as a chunk's part of the manifest is held in memory."""
+CHUNK_BATCHES = 4  # compute batches per chunk: small enough to lose little to a kill, large enough for a task
 DELETED, RESUMED = "deleted", "resumed"
 """Prefixes of the marks of deleted batches, apart from where sampling may write, and of unfinished ones in work."""
 USUAL = re.compile(r"samples/[^/]+/[0-9]{1,10}/[^/]+")
-"""Prefix of a batch at its default place."""
 CHUNK_OBJECT = re.compile(r"(?P<image>\d{8,})\.png|samples-(?P<tar>\d{5,})\.tar|manifest/part-(?P<part>\d{5,})\.jsonl")
-"""Names of a chunk's objects inside a batch."""
 MOST_IMAGES, CHUNKS_AT_MOST = 10**7, 10**5
 """Maxima of a batch: the manifest must fit in one object, and each chunk is a task and a part of the manifest."""
 LARGEST_BATCH, LARGEST_PART, LARGEST_IMAGE = 64 * 2**20, 512 * 2**20, 64 * 2**20
@@ -134,7 +126,6 @@ class ManifestRow(Config):
     """Row of the manifest: an image, its provenance and its conditions."""
 
     key: Annotated[str, Field(max_length=100)]
-    """Key inside the batch."""
     index: Index
     seed: Seed
     model: PlainName
@@ -161,10 +152,10 @@ COLUMN_TYPES = dict.fromkeys(("index", "seed", "version", "offset", "size"), pa.
 
 
 def chunk_size(count: int, compute_batch: int) -> int:
-    """Default number of images in a chunk of a batch of ``count`` images."""
+    """Default number of images in a chunk: for over 256 chunks more, as each is a task, up to 4096."""
     batches = -(-count // compute_batch)
-    most = max(LARGEST_CHUNK // compute_batch, CHUNK_BATCHES)
-    return compute_batch * min(max(-(-batches // MOST_CHUNKS), CHUNK_BATCHES), most)
+    most = max(4096 // compute_batch, CHUNK_BATCHES)
+    return compute_batch * min(max(-(-batches // 256), CHUNK_BATCHES), most)
 
 
 def image_key(index: int) -> str:

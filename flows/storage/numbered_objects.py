@@ -1,7 +1,4 @@
-"""Numbered objects on S3, ``PLACE/00000001.json`` and so on, each written once: of several writers one succeeds.
-
-Ledgers of models, heads of data sets and claims rely on it: a writer that loses reads the winner's object.
-"""
+"""Numbered objects on S3, ``PLACE/00000001.json`` and so on, written once: a writer that loses reads the winner's."""
 
 import re
 from collections.abc import Callable, Collection, Iterator
@@ -17,8 +14,7 @@ from flows.environment import settings
 from flows.storage.s3 import ListedObject, Location, Missing, Store
 
 NAME = re.compile(r"([0-9]{8})\.json")
-LARGEST_CLAIM = 4096
-"""Maximum size of a claim in bytes; larger objects are no claims."""
+LARGEST_CLAIM = 4096  # maximum size of a claim in bytes; larger objects are no claims
 
 
 def object_name(number: int) -> str:
@@ -55,10 +51,10 @@ class NumberedObjects:
         """Raise UserError if the server ignores If-None-Match."""
         self.store.require_conditional_puts(self.place.bucket, self.place.prefix.partition("/")[0])
 
-    def get(self, number: int, most: int | None = None) -> bytes | None:
-        """Return the bytes of an object; None if it is not there. Raises UserError if they are more than ``most``."""
+    def get(self, number: int) -> bytes | None:
+        """Return the bytes of an object; None if it is not there."""
         try:
-            return self.store.get(self.place.bucket, self.place.key(object_name(number)), most)
+            return self.store.get(self.place.bucket, self.place.key(object_name(number)))
         except Missing:
             return None
 

@@ -1,7 +1,4 @@
-"""Client for any S3 server: objects are written once, atomically, and verified by SHA-256.
-
-All exceptions of boto3 become errors with a one-line message.
-"""
+"""Client for any S3 server: objects are written once and verified by SHA-256; errors of boto3 become one line."""
 
 import base64
 import hashlib
@@ -11,32 +8,19 @@ import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
 import boto3
+import tenacity
+from botocore import exceptions
 from botocore.config import Config as ClientConfig
-from botocore.exceptions import (
-    BotoCoreError,
-    ClientError,
-    ConnectionClosedError,
-    CredentialRetrievalError,
-    FlexibleChecksumError,
-    HTTPClientError,
-    IncompleteReadError,
-    NoCredentialsError,
-    ParamValidationError,
-    PartialCredentialsError,
-    ReadTimeoutError,
-    ResponseStreamingError,
-)
-from botocore.exceptions import ConnectionError as NotConnected
-from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_random_exponential
+from botocore.exceptions import BotoCoreError, ClientError
 
 from diffusion.common.errors import ConflictError, DarkroomError, UserError
 from diffusion.common.files import write_atomically
@@ -51,25 +35,19 @@ T = TypeVar("T")
 Put = Literal["written", "already there"]
 """Outcome of a write: by this call, or with the same bytes by an earlier one."""
 
-BUCKET_NAME = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
-PROBE = ".darkroom-conditional-put"
-"""Name of the object that ``require_conditional_puts`` probes the server with."""
-LARGEST_PUT = 5 * 2**30
-"""Maximum size in bytes of an object that is written by one request."""
-DELETED_AT_ONCE = 1000
-"""Maximum number of objects in one delete request."""
+PROBE = ".darkroom-conditional-put"  # name of the object that ``require_conditional_puts`` probes the server with
+LARGEST_PUT = 5 * 2**30  # maximum size in bytes of an object that is written by one request
+DELETED_AT_ONCE = 1000  # maximum number of objects in one delete request
 DENIED = (
-    "403",
-    "AccessDenied",
-    "ExpiredToken",
-    "Forbidden",
-    "InvalidAccessKeyId",
-    "InvalidToken",
-    "SignatureDoesNotMatch",
+    *("403", "AccessDenied", "ExpiredToken", "Forbidden"),
+    *("InvalidAccessKeyId", "InvalidToken", "SignatureDoesNotMatch"),
 )
-SKEWED = ("RequestExpired", "RequestTimeTooSkewed")
 ELSEWHERE = ("301", "AuthorizationHeaderMalformed", "IllegalLocationConstraintException", "PermanentRedirect")
-DAMAGED_READS = (FlexibleChecksumError, IncompleteReadError, ResponseStreamingError)
+NO_KEYS = exceptions.NoCredentialsError, exceptions.PartialCredentialsError, exceptions.CredentialRetrievalError
+DAMAGED_READS = exceptions.FlexibleChecksumError, exceptions.IncompleteReadError, exceptions.ResponseStreamingError
+BROKEN_READ = tenacity.retry_if_exception_type(
+    (*DAMAGED_READS, exceptions.ConnectionClosedError, exceptions.ReadTimeoutError)
+)
 
 
 class Missing(UserError):
@@ -94,7 +72,7 @@ class Location:
         if scheme != "s3" or not separator:
             raise UserError(f"{uri!r} is not an S3 URI: write it as s3://BUCKET/PREFIX")
         bucket, _, prefix = path.partition("/")
-        if not BUCKET_NAME.fullmatch(bucket):
+        if not re.fullmatch(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]", bucket):
             raise UserError(
                 f"{uri!r}: {bucket!r} is no bucket name: 3 to 63 lower-case letters, digits, dots and dashes"
             )
@@ -174,11 +152,6 @@ def status_of(error: ClientError) -> int:
     return error.response["ResponseMetadata"]["HTTPStatusCode"]
 
 
-def is_broken_read(error: BaseException) -> bool:
-    """Whether a response body broke off or did not match the server's checksum."""
-    return isinstance(error, (*DAMAGED_READS, ConnectionClosedError, ReadTimeoutError))
-
-
 def is_conflict(error: BaseException) -> bool:
     """Whether two writers collided in the server (409), or a conflicting object was gone when it was read (404)."""
     if not isinstance(error, ClientError):
@@ -231,10 +204,15 @@ class Store:
             except ClientError as error:
                 if status_of(error) != 412:
                     raise
-                return same_bytes(bucket, key, self._sha256(bucket, key), digest)
+                if (there := self._sha256(bucket, key)) != digest:
+                    raise ConflictError(
+                        f"s3://{bucket}/{key} is taken by other bytes (sha256 {there[:12]}… there, {digest[:12]}… "
+                        "here): write under another prefix, or remove what is there"
+                    ) from error
+                return "already there"
             return "written"
 
-        return self._retrying(bucket, key, put, is_conflict)
+        return self._retrying(bucket, key, put, tenacity.retry_if_exception(is_conflict))
 
     def put_many(self, bucket: str, objects: Sequence[Object], workers: int = 8) -> list[Put]:
         """Write each of ``objects`` as ``put_once`` does, ``workers`` at a time; the first failure stops the rest."""
@@ -319,21 +297,15 @@ class Store:
 
     def ensure_bucket(self, bucket: str) -> None:
         """Create ``bucket`` if it does not exist."""
-        try:
-            with self.in_words(bucket):
-                self.client.head_bucket(Bucket=bucket)
-                return
-        except Missing:
-            region = self.client.meta.region_name
+        with suppress(Missing), self.in_words(bucket):
+            self.client.head_bucket(Bucket=bucket)
+            return
+        region, options = self.client.meta.region_name, dict[str, Any]()
+        if region not in {None, "us-east-1", "aws-global"}:
+            options["CreateBucketConfiguration"] = {"LocationConstraint": region}
         with self.in_words(bucket):
             try:
-                if region in {None, "us-east-1", "aws-global"}:
-                    self.client.create_bucket(Bucket=bucket)
-                else:
-                    self.client.create_bucket(
-                        Bucket=bucket,
-                        CreateBucketConfiguration={"LocationConstraint": region},  # type: ignore[typeddict-item]
-                    )
+                self.client.create_bucket(Bucket=bucket, **options)
             except ClientError as error:
                 # Another process created it at the same moment.
                 if error.response["Error"]["Code"] not in {"BucketAlreadyOwnedByYou", "BucketAlreadyExists"}:
@@ -380,12 +352,12 @@ class Store:
         bucket: str,
         key: str,
         request: Callable[[], T],
-        worth_it: Callable[[BaseException], bool] = is_broken_read,
+        retry: tenacity.retry_base = BROKEN_READ,
     ) -> T:
         """Answer of a request, retried after errors that botocore does not retry."""
-        wait, stop = wait_random_exponential(0.1, 5), stop_after_attempt(6)
+        wait, stop = tenacity.wait_random_exponential(0.1, 5), tenacity.stop_after_attempt(6)
         with self.in_words(bucket, key):
-            return Retrying(retry=retry_if_exception(worth_it), stop=stop, wait=wait, reraise=True)(request)
+            return tenacity.Retrying(retry=retry, stop=stop, wait=wait, reraise=True)(request)
 
     @contextmanager
     def in_words(self, bucket: str, key: str = "") -> Iterator[None]:
@@ -395,15 +367,15 @@ class Store:
             yield
         except ClientError as error:
             raise _explained(error, place, bucket, server) from error
-        except (NoCredentialsError, PartialCredentialsError, CredentialRetrievalError) as error:
+        except NO_KEYS as error:
             hint = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
             raise UserError(f"{place}: no usable S3 credentials ({error}): {hint}") from error
-        except ParamValidationError as error:
+        except exceptions.ParamValidationError as error:
             raise UserError(f"{place}: {' '.join(str(error).split())}") from error
         except DAMAGED_READS as error:
             hint = "check the network, then give the same command again"
             raise DarkroomError(f"{place}: what {server} sends breaks off or is damaged: {hint} ({error})") from error
-        except (HTTPClientError, NotConnected) as error:
+        except (exceptions.HTTPClientError, exceptions.ConnectionError) as error:
             hint = "is it running, and is AWS_ENDPOINT_URL_S3 right?"
             raise UserError(f"{place}: the S3 server {server} does not answer: {hint} ({error})") from error
         except BotoCoreError as error:
@@ -412,10 +384,7 @@ class Store:
 
 @dataclass(frozen=True)
 class S3Objects:
-    """S3 objects by URI, as sources of data sets: see ``diffusion.data.sources.base.ObjectStore``.
-
-    After pickling it uses the environment of the process that it was sent to.
-    """
+    """S3 objects by URI (an ``ObjectStore``); after pickling it uses the environment of the process it was sent to."""
 
     @cached_property
     def _store(self) -> Store:
@@ -450,16 +419,6 @@ def _split(uri: str) -> tuple[str, str]:
     return Location.parse(f"s3://{bucket}").bucket, key
 
 
-def same_bytes(bucket: str, key: str, there: str, here: str) -> Put:
-    """Outcome of a write that found the SHA-256 ``there``; raises ConflictError unless that equals ``here``."""
-    if there != here:
-        raise ConflictError(
-            f"s3://{bucket}/{key} is taken by other bytes (sha256 {there[:12]}… there, {here[:12]}… here): write "
-            "under another prefix, or remove what is there"
-        )
-    return "already there"
-
-
 def _explained(error: ClientError, place: str, bucket: str, server: str) -> DarkroomError:
     code, message = error.response["Error"]["Code"], error.response["Error"].get("Message", "")
     if code == "NoSuchBucket":
@@ -474,7 +433,7 @@ def _explained(error: ClientError, place: str, bucket: str, server: str) -> Dark
         if code == "403":  # to a HEAD, whose answer has no body to say why
             hint += ", and this machine's clock"
         return Denied(f"{place}: {server} denies access ({code}): {hint}")
-    if code in SKEWED:
+    if code in {"RequestExpired", "RequestTimeTooSkewed"}:
         hint = "set the clock of whichever of the two is wrong"
         return UserError(f"{place}: the clocks of {server} and of this machine are too far apart ({code}): {hint}")
     if code in ELSEWHERE:

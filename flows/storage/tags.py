@@ -1,7 +1,4 @@
-"""Darkroom's tags of model versions and runs, validated before use.
-
-Everybody with an account at MLflow can change them, and they become file names, S3 keys and search expressions here.
-"""
+"""Darkroom's tags in MLflow, validated: any account can change them, and they become file names and S3 keys here."""
 
 from collections.abc import Mapping
 from typing import Annotated
@@ -12,17 +9,12 @@ from diffusion.common.config import PlainName
 from diffusion.common.errors import UserError
 from diffusion.data.manifest import Sha256
 
-PREFIX = "darkroom."
-"""Prefix of the names of Darkroom's tags."""
-HIGHEST_NUMBER = 2**31 - 1
-"""Largest number of a model version that MLflow's database can hold."""
-SHOWN = 60
-"""Maximum characters of a bad value in an error message."""
+PREFIX = "darkroom."  # prefix of the names of Darkroom's tags
+HIGHEST_NUMBER = 2**31 - 1  # largest number of a model version that MLflow's database can hold
+SHOWN = 60  # maximum characters of a bad value in an error message
 
 RunId = Annotated[str, StringConstraints(pattern=r"^[0-9A-Za-z_-]{1,64}$")]
-"""ID of an MLflow run."""
 VersionNumber = Annotated[int, Field(ge=1, le=HIGHEST_NUMBER)]
-"""Number of a model version."""
 ModelUri = Annotated[str, StringConstraints(pattern=r"^models:/[^/@]{1,200}/[1-9][0-9]{0,9}$")]
 """Exact version of a registered model."""
 DvcDigest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{32}(\.dir)?$")]
@@ -38,7 +30,6 @@ class Tags(BaseModel):
 
     weights_sha256: Sha256 | None = None
     code_sha256: Sha256 | None = None
-    """Digest of the code that the version ships: see ``flows.provenance.reproduce``."""
     content_digest: Sha256 | None = None
     dvc_digest: DvcDigest | None = None
     dataset: PlainName | None = None

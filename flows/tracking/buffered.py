@@ -23,14 +23,10 @@ from diffusion.common.files import make_folder, sync_file, sync_folder, write_by
 from diffusion.common.image_grids import save_png
 from flows.tracking.runs import RunTracker, image_marker
 
-AT_ONCE = 500
-"""Metrics per request; MLflow accepts a thousand."""
-PAUSE = 5.0
-"""Seconds between retries while MLflow does not answer."""
-PATIENCE = 120.0
-"""Seconds without progress after which ``close`` gives up."""
-EVERY = 10.0
-"""Seconds between two measurements of system metrics."""
+AT_ONCE = 500  # metrics per request; MLflow accepts a thousand
+PAUSE = 5.0  # seconds between retries while MLflow does not answer
+PATIENCE = 120.0  # seconds without progress after which ``close`` gives up
+EVERY = 10.0  # seconds between two measurements of system metrics
 
 UNANSWERED = (MlflowException, OSError, BotoCoreError, Boto3Error, ClientError)
 """Exceptions raised while MLflow or its artifact store is unavailable."""

@@ -20,7 +20,6 @@ from flows.tracking.json_logs import Formatter, about
 
 logger = logging.getLogger(__name__)
 
-SECONDS_BETWEEN_LINES = 10.0
 OURS = ("diffusion", "flows")
 
 
@@ -41,7 +40,7 @@ class Pace:
         if self.started_at is None or done < self.reached:
             self.started, self.started_at = now, done
         self.reached = done
-        if done != total and now - self.last_line < SECONDS_BETWEEN_LINES:
+        if done != total and now - self.last_line < 10.0:
             return False
         self.last_line = now
         return True

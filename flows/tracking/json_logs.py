@@ -1,7 +1,6 @@
 """JSON log lines of Darkroom and Prefect, with the IDs of flow run, task run, MLflow run and data set.
 
-``DARKROOM_LOG=json`` enables them for a command. Prefect workers and their runs need ``VARIABLES`` in their
-environment.
+``DARKROOM_LOG=json`` enables them for a command; the environment of Prefect workers and their runs needs ``VARIABLES``.
 """
 
 import sys

@@ -6,7 +6,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from mlflow.client import MlflowClient
 from mlflow.data.dataset_source_registry import resolve_dataset_source
@@ -23,25 +23,19 @@ from flows.datasets.dvc import CodeVersion, DataVersion
 from flows.storage.numbered_objects import Claims
 from flows.tracking.json_logs import RUN_ID
 
-MANIFEST_ARTIFACT = "dataset/manifest.json"
-"""Path of the data set's manifest among the artifacts of a run."""
+MANIFEST_ARTIFACT = "dataset/manifest.json"  # path of the data set's manifest among the artifacts of a run
 TRAIN_KEY = "darkroom.train_key"
 """Tag that identifies the run of a training: digest of everything that determines its weights."""
 AUTOENCODER, START = "darkroom.autoencoder", "darkroom.start"
 """Tags of a run: the registered autoencoder that it works in, and its initial model, models:/NAME/NUMBER."""
-SWEEP = "darkroom.sweep"
-"""Tag that identifies the parent run of a sweep: digest of its settings and data."""
-RELEASED_FROM = "darkroom.released_from"
-"""Tag of a released version and its run: source registry and version."""
-RUN_NAME = re.compile(r"[0-9a-f]{32}")
-DIGEST_LENGTH = 36
-"""Longest data set digest that MLflow stores; the tags hold the full one."""
+SWEEP = "darkroom.sweep"  # tag that identifies the parent run of a sweep: digest of its settings and data
+RELEASED_FROM = "darkroom.released_from"  # tag of a released version and its run: source registry and version
+DIGEST_LENGTH = 36  # longest data set digest that MLflow stores; the tags hold the full one
 CHECKPOINT, CHECKPOINT_SHA256 = "darkroom.checkpoint", "darkroom.checkpoint_sha256"
 """Tags of a logged model: the file of its checkpoint, and the digest that identifies it."""
 EVAL_KEY, EVALUATED = "darkroom.eval_key", "darkroom.evaluated"
 """Tags: scores of two models are comparable if the first is equal; the second is ``in full`` or ``preliminary``."""
-PRELIMINARY = "preliminary_"
-"""Name prefix of metrics on fewer images, which are not comparable with the others."""
+PRELIMINARY = "preliminary_"  # name prefix of metrics on fewer images, which are not comparable with the others
 
 
 @dataclass(frozen=True)
@@ -86,13 +80,9 @@ class RunTracker:
         entities = [RunTag(name, str(value)) for name, value in tags.items() if value is not None]
         self.client.log_batch(self.run_id, tags=entities)
 
-    def finish(self) -> None:
-        """Mark the run as finished."""
-        self.client.set_terminated(self.run_id)
-
-    def fail(self) -> None:
-        """Mark the run as failed; it can be resumed."""
-        self.client.set_terminated(self.run_id, "FAILED")
+    def finish(self, status: Literal["FINISHED", "FAILED"] = "FINISHED") -> None:
+        """Mark the run as finished or failed; a failed one can be resumed."""
+        self.client.set_terminated(self.run_id, status)
 
 
 def image_marker(name: str) -> str:
@@ -146,7 +136,7 @@ def experiment_id(client: MlflowClient, name: str) -> str:
 def _is_of(client: MlflowClient, experiment: str, run_id: str, tag: str, value: str) -> bool:
     """Whether a run of this ID, which comes from S3, exists in the experiment, is not deleted, and has the tag."""
     query = f"attributes.run_id = '{run_id}' and tags.`{tag}` = '{value}'"
-    return bool(RUN_NAME.fullmatch(run_id) and client.search_runs([experiment], query))
+    return bool(re.fullmatch(r"[0-9a-f]{32}", run_id) and client.search_runs([experiment], query))
 
 
 def open_run(

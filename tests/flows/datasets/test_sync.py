@@ -9,7 +9,7 @@ from diffusion.data.manifest import Manifest, read_manifest
 from diffusion.generation.config import UNCONDITIONAL, Conditions
 from flows.config import Params
 from flows.datasets.sync import CREATED, created, newer, sync
-from flows.registry.idempotency import Request
+from flows.retrain import Request
 from tests.builders.catalogs import FOLDER, Place
 
 PARAMS = Params.model_validate({"training": {"dataset": "blobs", "images": 320}})

@@ -28,8 +28,8 @@ from flows.config import Params, SamplingBatchConfig
 from flows.provenance.reproduce import reproduce
 from flows.provenance.trace import Trace, trace
 from flows.registry import dependencies, model_versions
-from flows.registry.idempotency import Request
 from flows.registry.model_versions import CODE, WEIGHTS, Version
+from flows.retrain import Request
 from flows.sampling import generate_batch, sampling_batch
 from flows.sampling.lookup import disagreements, find
 from flows.sampling.sampling_batch import SamplingBatch

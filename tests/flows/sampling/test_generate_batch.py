@@ -18,6 +18,7 @@ import webdataset as wds
 from diffusion.common.errors import ConflictError, UserError
 from diffusion.data.ingest.config import IngestConfig
 from diffusion.data.ingest.ingest import ingest
+from diffusion.generation import generate
 from diffusion.generation.config import Conditions
 from flows.sampling import generate_batch
 from flows.sampling.generate_batch import Work, cost_of
@@ -179,8 +180,8 @@ def test_sampling_overlaps_uploads_with_a_bounded_queue(
 
     ahead: list[int] = []
     # It draws as ever, and only tells when.
-    really = generate_batch.sample
-    monkeypatch.setattr(generate_batch, "sample", counted)
+    really = generate.sample
+    monkeypatch.setattr(generate, "sample", counted)
     hold_by(hold)
     slow = Store(client(variables={**s3_environment, "AWS_ENDPOINT_URL_S3": url}))
     generate_batch.generate_chunk(slow, batch(64, chunk=64), Location(bucket, "x"), weights, 0, None, 1)

@@ -5,7 +5,7 @@ import pytest
 from diffusion.common.errors import UserError
 from flows import ingest, train
 from flows.config import Params
-from flows.monitoring.health import check
+from flows.local_stack.http_api import check
 from flows.storage.s3 import Store
 from tests.builders.s3_proxy import Request, proxied
 
