@@ -1,25 +1,16 @@
 """Standard errors of distances and shares, for one set of images and for the difference between two.
 
-Both sets are cut at random into halves A and B, and the figure T is computed of either: of half of the samples against
-half of the reference. A and B have no image in common and are independent, so
+Both sets are cut at random into halves A and B, which have no image in common, and the figure T is computed of half of
+the samples against half of the reference. Whatever the figure, E[(T(A) − T(B))² / 4] = V(half) / 2, where V is its
+variance over new samples of both sets. That is V(all) where V falls as 1/n, as that of nearly every figure does in the
+end; for KID and the Fréchet distance of equal distributions, where it falls as 1/n², the error comes out too large by
+√2, never too small. Of many such cuts the mean is taken: the bootstrap with weights 0 and 2 (Præstgaard and Wellner,
+Ann. Prob. 21, 1993). With replacement, an image would be its own nearest neighbour at distance 0.
 
-    E[(T(A) − T(B))² / 4] = V(half) / 2,
-
-where V is the variance of the figure over new samples of both sets. That is exact, whatever the figure. And V(half) / 2
-is V(all) where V falls as 1/n, as that of nearly every figure does in the end; where it falls faster (KID and the
-Fréchet distance of sets that have the same distribution: as 1/n²) the error comes out too large, by √2, never too
-small. Of many such cuts the mean is taken. It is the bootstrap with weights 0 and 2 (Præstgaard and Wellner, Ann. Prob.
-21, 1993). Shares near 1 may be nearer still on halves, with too small an error, for which ``Share`` has wider
-intervals.
-
-Why not resample with replacement: an image generated twice is its own nearest neighbour at distance 0, and similar to
-itself; that shrinks neighbourhoods and moves KID. Halves hold nothing twice, keep the proportion of both sets, on which
-coverage depends, and each costs a half. The mean of T over halves tells the bias, too: see ``Replicates.value``.
-
-What the intervals are about: other images generated from the same weights, and other held-out images of the same kind.
-So the reference is resampled: held fixed, a model that happens to suit these very images would surely be better.
-In a comparison both models have the same image numbers and the same reference in each half, and what they have in
-common cancels. Nothing is said of other trainings of the same configuration.
+The intervals are about other images generated from the same weights and other held-out images of the same kind, so the
+reference is resampled as well: held fixed, a model that happens to suit these very images would surely be better. In a
+comparison both models have the same image numbers and the same reference in each half, and what they have in common
+cancels. Nothing is said of other trainings of the same configuration.
 """
 
 import math
@@ -46,7 +37,7 @@ from diffusion.evaluation.metrics.neighbours import (
 SPLITS = 100
 """Number of cuts: 200 halves. The standard error is then right to 1/√200, 7 %, which Student's t accounts for."""
 Figure = Literal["fd", "kid", "precision", "recall", "density", "coverage"]
-FEWEST = 2 * (DENSITY_NEIGHBOURS + 1)
+FEWEST_FOR_ERRORS = 2 * (DENSITY_NEIGHBOURS + 1)
 """Fewest features of a set for which every half has neighbourhoods."""
 
 
@@ -67,11 +58,9 @@ class Replicates:
 
     @property
     def value(self) -> float:
-        """The figure that the error is about.
+        """The figure that the error is about; of the Fréchet distance without its bias, if there are images enough.
 
-        The Fréchet distance is too large by nearly c/n on n images of each set (arXiv 1911.07023), so on halves by
-        c/n more. Where there are images enough that difference is subtracted, and the true distance estimated; else,
-        as of shares and density, what as many images of both sets get on average. KID has no bias.
+        That is nearly c/n on n images of each set (arXiv 1911.07023), so c/n more on halves.
         """
         enough = min(self.samples, self.reference) >= PER_FEATURE * self.dimensions
         return 2 * self.whole - float(self.halves.mean()) if self.figure == "fd" and enough else self.whole
@@ -108,9 +97,8 @@ def compute_halves(
 ) -> list[dict[Figure, Tensor]]:
     """Compute every metric on the halves of each of ``sets``, features (N, D), and of ``reference``, (M, D).
 
-    N and M at least FEWEST. Pass all sets to compare in one call (candidate, champion, real baseline): most of the work
-    depends on the reference alone and is done once. Equal input gives equal bits on any number of cores. Returns for
-    each set (splits, 2) float64 by metric.
+    N and M at least FEWEST_FOR_ERRORS. Pass all sets at once: most of the work depends on the reference alone.
+    Returns for each set (splits, 2) float64 by metric, with equal bits on any number of cores.
     """
     distances = frechet_of_halves(sets, reference, splits, progress)
     kids = kid_of_halves(sets, reference, splits, progress)
@@ -119,10 +107,9 @@ def compute_halves(
 
 
 def draw_halves(count: int, stream: Literal["samples", "reference"], splits: int) -> Tensor:
-    """Assign ``count`` images to halves at random: (2·splits, count) bool.
+    """Assign ``count`` images to halves at random: (2·splits, count) bool, of which rows 2r and 2r+1 are cut r.
 
-    Rows 2r and 2r+1 are the two halves of cut r. With an odd count, the last image is in no half. Sets of equal size
-    get equal halves, so that image numbers stay paired.
+    With an odd count, the last image is in no half. Equal counts get equal halves, so that image numbers stay paired.
     """
     half = count // 2
     members = torch.zeros(2 * splits, count, dtype=torch.bool)
@@ -134,6 +121,8 @@ def draw_halves(count: int, stream: Literal["samples", "reference"], splits: int
     return members
 
 
+BLOCK = 128
+"""Rows of the kernel, or of distances, per worker thread: with 60,000 columns about 100 MB."""
 CHUNK = 4096
 """Features converted to double precision at a time."""
 COLUMNS = 256
@@ -171,8 +160,7 @@ def frechet_of_halves(
 ) -> list[Tensor]:
     """Compute the Fréchet distance (arXiv 1706.08500) of the halves of each of ``sets`` to those of ``reference``.
 
-    Of features (N, D) to (M, D); N and M at least 4. Returns for each set (splits, 2) float64. The sums of a second
-    half are those of both less those of the first.
+    Of features (N, D) to (M, D); N and M at least 4. Returns for each set (splits, 2) float64.
     """
     # Distances are translation-invariant, and centred features lose less to rounding.
     centre = reference.double().mean(0).to(reference.dtype)
@@ -246,10 +234,6 @@ def _sums(features: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
     return first, second.triu() + second.triu(1).T
 
 
-ROWS = 128
-"""Rows of the kernel per worker thread: with 60,000 columns about 100 MB."""
-
-
 def kid_of_halves(
     sets: Sequence[Tensor], reference: Tensor, splits: int = SPLITS, progress: Progress = silent
 ) -> list[Tensor]:
@@ -271,14 +255,14 @@ def kid_of_halves(
 def _within(x: Tensor, members: Tensor, progress: Progress) -> Tensor:
     """Compute the mean of the kernel over pairs of distinct features in each half: (H,) float64."""
     counts = members.sum(1, dtype=torch.float64)
-    itself = torch.cat([(rows.double().square().sum(1) / x.shape[1] + 1) ** 3 for rows in torch.split(x, ROWS)])
+    itself = torch.cat([(rows.double().square().sum(1) / x.shape[1] + 1) ** 3 for rows in torch.split(x, BLOCK)])
     columns = members.double().T
 
     def of_block(start: int) -> Tensor:
-        block = kid_kernel(x[start : start + ROWS], x[start:]).double()
+        block = kid_kernel(x[start : start + BLOCK], x[start:]).double()
         # Each pair of blocks once.
-        block[:, ROWS:] *= 2
-        return (members[:, start : start + ROWS].T * (block @ columns[start:])).sum(0)
+        block[:, BLOCK:] *= 2
+        return (members[:, start : start + BLOCK].T * (block @ columns[start:])).sum(0)
 
     return (_added(of_block, len(x), progress) - members.double() @ itself) / (counts * (counts - 1))
 
@@ -288,7 +272,7 @@ def _across(x: Tensor, y: Tensor, of_x: Tensor, of_y: Tensor, progress: Progress
     columns = of_y.double().T
 
     def of_block(start: int) -> Tensor:
-        rows = slice(start, start + ROWS)
+        rows = slice(start, start + BLOCK)
         return (of_x[:, rows].T * (kid_kernel(x[rows], y).double() @ columns)).sum(0)
 
     return _added(of_block, len(x), progress) / (of_x.sum(1, dtype=torch.float64) * of_y.sum(1))
@@ -296,25 +280,21 @@ def _across(x: Tensor, y: Tensor, of_x: Tensor, of_y: Tensor, progress: Progress
 
 def _added(of_block: Callable[[int], Tensor], count: int, progress: Progress) -> Tensor:
     """Sum over blocks in a fixed order, in float64: billions of float32 kernels leave no digit of a small distance."""
-    return sum(over_blocks(of_block, count, ROWS, "KID of halves", progress), torch.zeros((), dtype=torch.float64))
+    return sum(over_blocks(of_block, count, BLOCK, "KID of halves", progress), torch.zeros((), dtype=torch.float64))
 
 
 TABLE = 64
 """Neighbours stored per feature. That fewer than 5 of them are in its half has probability 10⁻¹³; the neighbourhood
 then reaches to the last of them."""
-BLOCK = 128
-"""Rows of distances per worker thread."""
 
 
 def shares_of_halves(
     sets: Sequence[Tensor], reference: Tensor, splits: int = SPLITS, progress: Progress = silent
 ) -> list[dict[Figure, Tensor]]:
-    """Compare the halves of ``sets``, features (N, D) each, with those of ``reference``, (M, D); N, M at least 12.
+    """Compute precision, recall, density and coverage, as in ``Scores``, of the halves of ``sets``.
 
-    Precision: share of samples no farther from some reference than its 3rd nearest other; recall: the same the other
-    way round; density: how many reference features have a sample nearer than their 5th nearest other, over 5; coverage:
-    share of the reference that has any sample so near. Neighbours are those in the same half.
-    Returns for each set (splits, 2) float64 by metric.
+    Of features (N, D) against the halves of ``reference``, (M, D); N and M at least 12. Neighbours are those in the
+    same half. Returns for each set (splits, 2) float64 by metric.
     """
     centre = reference.mean(0)
     real, of_real = reference - centre, draw_halves(len(reference), "reference", splits)

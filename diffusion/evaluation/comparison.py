@@ -17,8 +17,7 @@ from diffusion.common.config import Config
 from diffusion.common.errors import UserError
 from diffusion.common.files import write_json
 from diffusion.common.progress import Progress, silent
-from diffusion.evaluation.bootstrap import FEWEST as FEWEST_FOR_ERRORS
-from diffusion.evaluation.bootstrap import difference
+from diffusion.evaluation.bootstrap import FEWEST_FOR_ERRORS, difference
 from diffusion.evaluation.config import EvaluationConfig
 from diffusion.evaluation.estimate import paired_difference
 from diffusion.evaluation.evaluator import CACHE, Evaluator, MetricReplicates, ModelEvaluator
@@ -76,13 +75,11 @@ class SampleGrids:
     real: Tensor
     """Held-out images; for super-resolution models the ones that they upscaled."""
     candidate: Tensor
-    """The first images that the candidate generated."""
     champion: Tensor | None
-    """The champion's images of the same numbers."""
+    """The first images that each generated."""
     nearest_generated: Tensor
-    """The candidate's images nearest to training images, in the order of ``memorization.pairs``."""
     nearest_training: Tensor
-    """The training images nearest to these."""
+    """The candidate's images nearest to training images, and these, in the order of ``memorization.pairs``."""
     duplicates: list[Tensor]
     """The candidate's images that are duplicates of one another, in the order of ``duplicates.groups``."""
     classes: Mapping[str, tuple[Tensor, Tensor]]
@@ -103,17 +100,9 @@ def compare_with_champion(
 
     A champion that cannot be compared (of another family, shape or task, or one that cannot sample as configured), and
     sets too small for errors, hold the candidate with the reason. Expensive parts are cached: the same call after a
-    kill continues, and the champion's images are generated again only if something differs.
-
-    Args:
-        candidate: The candidate's model file.
-        champion: The champion's model file; None: there is none.
-        data: Folder of the data set.
-        config: How the candidate's checkpoint was selected; the comparison generates with ``config.seed`` + 1.
-        sampling: How both models generate.
-        gate: The rules of the decision.
-        output: Folder of ``champion_comparison.json``, written last, and of the cache.
-        progress: Called as the work proceeds.
+    kill continues, and the champion's images are generated again only if something differs. ``config`` is how the
+    candidate's checkpoint was selected, and the comparison generates with ``config.seed`` + 1; ``output`` is the folder
+    of ``champion_comparison.json``, written last, and of the cache.
 
     Raises UserError if the candidate cannot be evaluated.
     """

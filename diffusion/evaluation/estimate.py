@@ -106,10 +106,7 @@ def wilson_interval(share: float, count: float, deviations: float = DEVIATIONS) 
 
 
 def paired_difference(candidate: Sequence[float], champion: Sequence[float]) -> Estimate:
-    """Estimate the mean difference of a per-image metric on the same images in the same order; at least two.
-
-    Pairing cancels how hard each image is for both, which an interval from two errors would count twice.
-    """
+    """Estimate the mean difference of a per-image metric on the same images in the same order; at least two."""
     differences = [ours - theirs for ours, theirs in zip(candidate, champion, strict=True)]
     count = len(differences)
     mean = math.fsum(differences) / count

@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image
 from torch import Tensor
 
 from diffusion.checkpoints import read_model_header
@@ -33,8 +32,7 @@ from diffusion.process.samplers import SamplingConfig
 from diffusion.process.schedules import resolution_scale
 
 ETA = 4
-"""η of successive halving: the share of checkpoints that goes on falls by it as the number of images grows by it, so
-that every round generates about as many images as the one before."""
+"""η of successive halving: the factor by which checkpoints get fewer and their images more in each round."""
 
 
 def select_finalists(
@@ -43,9 +41,8 @@ def select_finalists(
     """Select the checkpoints to evaluate in full, in their order; also returns the last scores of the others.
 
     Successive halving (arXiv 1502.07943): while there are more than ``config.finalists`` and images are fewer than
-    ``config.samples``, all are scored by ``score(checkpoint, images)``, and the better quarter by the selection metric
-    advances; of the last round only the finalists. The selection metric, KID or PSNR, is unbiased for any number of
-    images.
+    ``config.samples``, all are scored by ``score(checkpoint, images)``, and the better quarter by the selection metric,
+    which is unbiased for any number of images, advances; of the last round only the finalists.
     """
     left, behind = list(checkpoints), list[CheckpointEvaluation]()
     samples = config.first_samples or max(10, math.ceil(config.samples / 4))
@@ -62,8 +59,7 @@ def select_finalists(
 
 
 GUIDANCE_INTERVAL = 0.2, 5.0
-"""Noise levels σ between which scales of guidance are tried (arXiv 2404.07724), for images of up to 3×32×32 values.
-Both ends grow with the noise levels of larger ones, of which the same features are left at a higher σ."""
+"""Noise levels σ between which guidance is tried (arXiv 2404.07724), up to 3×32×32 values; higher for larger images."""
 
 
 def score_guidance(evaluator: Evaluator, best: ModelEvaluator) -> list[GuidanceScore]:
@@ -71,8 +67,7 @@ def score_guidance(evaluator: Evaluator, best: ModelEvaluator) -> list[GuidanceS
 
     The gate sees none of what they are scored by: they are a quarter of ``config.samples``, of ``config.seed`` + 2, and
     compared with training images, whose captions they have. The least guidance comes first. Empty if a user has set it,
-    or the model is none that can be guided: a diffusion model of classes or captions that learned to do without them,
-    and no student.
+    or unless the model is a diffusion model of classes or captions that learned to do without them, and no student.
     """
     header, config, real = best.header, evaluator.config, evaluator.real
     learned = header.model.family == "ddpm" and header.training.get("condition_dropout", 0) > 0
@@ -130,20 +125,11 @@ def evaluate(
 
     All generate the same image numbers of the same seed; the best one has the best selection metric. Of more than
     ``config.finalists`` only the leading ones are evaluated in full, as shorter rounds select them. Expensive parts are
-    cached in ``output``: the same call continues after a kill, and generates nothing once it is complete.
+    cached in ``output``: the same call continues after a kill, and generates nothing once it is complete. ``output``
+    gets ``evaluation.json``, ``metrics.json``, ``scores.csv``, if there were rounds ``preliminary.csv`` of those that
+    fell behind, grids as PNG, and at last ``report.html``, with ``losses``: the CSV by images seen that training left.
 
-    Args:
-        data: Folder of the data set.
-        checkpoints: Model files.
-        config: What to generate and to compare with.
-        sampling: How to generate.
-        output: Folder of ``evaluation.json``, ``metrics.json``, ``scores.csv``, if there were rounds
-            ``preliminary.csv`` of those that fell behind, grids as PNG, and at last ``report.html``.
-        losses: The CSV of losses by images seen that training left, for the report.
-        progress: Called as the work proceeds.
-
-    Raises:
-        UserError: For a data set too small, or a file that is no model or one of another image size.
+    Raises UserError for a data set too small, or a file that is no model or one of another image size.
     """
     if not checkpoints:
         raise UserError("no checkpoint to evaluate: train first, with `darkroom train`")
@@ -154,7 +140,7 @@ def evaluate(
     def score(path: Path, samples: int) -> CheckpointEvaluation:
         model = evaluator.model(path, samples)
         generated[model.sha256] = model.images[:SHOWN]
-        return model.checkpoint()
+        return CheckpointEvaluation(**dict(model.scored()), file=str(path))
 
     chosen, behind = select_finalists(checkpoints, config, score)
     scored = {each.sha256: each for each in (score(path, config.samples) for path in chosen)}
@@ -216,10 +202,6 @@ SHARES = ("precision", "recall", "density", "coverage")
 """Scores between 0 and about 1, formatted with equal digits."""
 
 
-Line = tuple[str, Cell, Cell, str, str]
-"""Name of a score, its value, its real baseline, the better direction and an explanation."""
-
-
 def write_report(path: Path, evaluation: Evaluation, sheets: Sheets, losses: Path | None = None) -> str:
     """Write the HTML report to ``path``; returns its SHA-256. ``losses``: a CSV of losses by ``images`` seen."""
     best, low = sheets.generated[evaluation.best.sha256], evaluation.conditions.low_resolution
@@ -227,6 +209,12 @@ def write_report(path: Path, evaluation: Evaluation, sheets: Sheets, losses: Pat
     if evaluation.baselines:
         enlarged = {"the model": evaluation.best}
         enlarged |= {TITLES[name]: each for name, each in evaluation.baselines.items()}
+    compared = None
+    if low:
+        images, size = sheets.real[:COMPARED], best.shape[-1]
+        small = shrunk(images, low)
+        bicubic = resample(small, size // low, "bicubic")
+        compared = png_bytes(grid(beside(blocks(small, size), bicubic, best[:COMPARED], images), columns=8))
     strip_scale = max(1, round(32 / best.shape[-1]))
     page = render(
         "report.html",
@@ -240,7 +228,7 @@ def write_report(path: Path, evaluation: Evaluation, sheets: Sheets, losses: Pat
         charts=charts(evaluation, losses),
         metric=evaluation.best.selection_metric.name,
         enlarged=enlarged,
-        compared=low and png_bytes(compared(sheets.real, best, low)),
+        compared=compared,
         strips={sha256: png_bytes(grid(x[:16], 8, 1, strip_scale)) for sha256, x in sheets.generated.items()},
     )
     return write_bytes(path, page)
@@ -281,14 +269,6 @@ def findings(evaluation: Evaluation) -> list[str]:
     return said
 
 
-def compared(real: Tensor, generated: Tensor, low_resolution: int) -> Image.Image:
-    """Arrange each held-out image small, upscaled by bicubic interpolation and by a model, and at full size."""
-    images, size = real[:COMPARED], real.shape[-1]
-    small = shrunk(images, low_resolution)
-    bicubic = resample(small, size // low_resolution, "bicubic")
-    return grid(beside(blocks(small, size), bicubic, generated[:COMPARED], images), columns=8)
-
-
 MEANINGS = {
     "kid": ("lower", "Unbiased at any number of images: the one to go by."),
     "fd": ("lower", "Grows as images get fewer: means something only beside its real baseline."),
@@ -304,8 +284,8 @@ MEANINGS = {
 """Direction and explanation of each score."""
 
 
-def score_lines(evaluation: Evaluation) -> list[Line]:
-    """Return the rows of the table of scores; real images lose nothing on the way through an autoencoder."""
+def score_lines(evaluation: Evaluation) -> list[tuple[str, Cell, Cell, str, str]]:
+    """Return name, value, real baseline, better direction and explanation of each score."""
     best, baseline = evaluation.best.scores, evaluation.real_baseline
     lines = [
         (

@@ -1,8 +1,7 @@
 """The evaluator: generates images from model files, extracts features and computes metrics, under equal conditions.
 
-Selecting a checkpoint, comparing a candidate with the champion, monitoring a champion and comparing families all go
-through it. Images, features, neighbours, losses and halves are each cached in a file under a digest of the weights and
-everything else they depend on: work continues after a kill, and unchanged results are not computed again.
+Images, features, neighbours, losses and halves are each cached in a file under a digest of the weights and everything
+else they depend on: work continues after a kill, and unchanged results are not computed again.
 """
 
 import math
@@ -24,8 +23,7 @@ from diffusion.common.progress import Progress, silent
 from diffusion.common.threads import cores
 from diffusion.data.dataset import Dataset, Rows
 from diffusion.data.manifest import read_manifest
-from diffusion.evaluation.bootstrap import FEWEST as FEWEST_FOR_ERRORS
-from diffusion.evaluation.bootstrap import SPLITS, Figure, Replicates, compute_halves
+from diffusion.evaluation.bootstrap import FEWEST_FOR_ERRORS, SPLITS, Figure, Replicates, compute_halves
 from diffusion.evaluation.cache import Key, Tensors, cached, cached_result, pieces_folder
 from diffusion.evaluation.config import EvaluationConfig
 from diffusion.evaluation.estimate import MetricEstimate
@@ -42,7 +40,6 @@ from diffusion.evaluation.metrics.held_out_loss import (
 from diffusion.evaluation.metrics.per_class import Labelled, PerClass, evaluate_classes
 from diffusion.evaluation.metrics.pixel_metrics import (
     RESAMPLING,
-    ImageSimilarity,
     ResamplingBaseline,
     compare_appearance,
     compare_images,
@@ -50,16 +47,8 @@ from diffusion.evaluation.metrics.pixel_metrics import (
     resample,
     ssim,
 )
-from diffusion.evaluation.real_images import (
-    CHUNK,
-    SHOWN,
-    RealImages,
-    appearance_of_pieces,
-    extractor_key,
-    thumbnails_of_pieces,
-)
+from diffusion.evaluation.real_images import CHUNK, SHOWN, RealImages, appearance_of_pieces, thumbnails_of_pieces
 from diffusion.evaluation.results import (
-    CheckpointEvaluation,
     EvaluationConditions,
     ModelEvaluation,
     ModelScores,
@@ -136,18 +125,11 @@ class Evaluator:
         seed: int | None = None,
         captioned: Rows | None = None,
     ) -> "ModelEvaluator":
-        """Return the lazy evaluation of the model in the file ``path``.
+        """Return the lazy evaluation of the model in the file ``path``, a checkpoint or a final model.
 
-        Args:
-            path: A checkpoint, or a final model.
-            samples: Images to generate; None: as configured.
-            sampling: How to generate them; None: as configured.
-            name: Name shown with progress; empty: the file's name.
-            seed: Seed of the images; None: as configured.
-            captioned: Images whose captions condition a model with captions; None: held-out ones.
-
-        Raises:
-            UserError: The file does not exist, is not a model, or has another image shape or task.
+        ``samples``, ``sampling`` and ``seed`` of the images are as configured if None; ``name`` is shown with progress,
+        by default the file's; ``captioned``: images whose captions condition a model with captions, by default held-out
+        ones. Raises UserError if the file does not exist, is not a model, or has another image shape or task.
         """
         config = self.config if seed is None else self.config.model_copy(update={"seed": seed})
         samples, sampling = samples or config.samples, sampling or self.sampling
@@ -196,10 +178,8 @@ class Evaluator:
 
     def estimates(self, replicates: MetricReplicates) -> dict[str, MetricEstimate]:
         """Return estimates of metrics by name, such as kid_efflite0."""
-        return {
-            f"{figure}_{self.conditions.extractor}": MetricEstimate.of(each.estimate)
-            for figure, each in replicates.items()
-        }
+        extractor = self.conditions.extractor
+        return {f"{figure}_{extractor}": MetricEstimate.of(each.estimate) for figure, each in replicates.items()}
 
     def baselines(self) -> dict[str, ResamplingBaseline] | None:
         """Return the scores of resampling for super-resolution models; None for other models."""
@@ -306,9 +286,8 @@ class ModelEvaluator:
     @cached_property
     def features(self) -> Tensor:
         """Return the features of the generated images, (samples, D) float32."""
-        return cached(self.folder, self.features_key, lambda: {"features": self.real.extractor(self.images)})[
-            "features"
-        ]
+        kept = cached(self.folder, self.features_key, lambda: {"features": self.real.extractor(self.images)})
+        return kept["features"]
 
     @cached_property
     def scores(self) -> Scores:
@@ -346,13 +325,6 @@ class ModelEvaluator:
 
         kept = cached(self.folder, self._held_out_key("losses", len(rows)), work)
         return summarize_losses(Terms(kept["edges"], kept["losses"], kept.get("bits")))
-
-    @cached_property
-    def similarity(self) -> ImageSimilarity | None:
-        """Return the similarity of upscaled to real images; None for other models."""
-        if self.header.model.low_resolution is None:
-            return None
-        return compare_images(self.images, torch.cat(list(self.real.images(self.real.shown[: self.samples]))))
 
     @property
     def reconstructed(self) -> Tensor | None:
@@ -397,6 +369,10 @@ class ModelEvaluator:
 
     def scored(self) -> ModelScores:
         """Return the metrics that every model has."""
+        similarity = None
+        if self.header.model.low_resolution is not None:
+            real = torch.cat(list(self.real.images(self.real.shown[: self.samples])))
+            similarity = compare_images(self.images, real)
         return ModelScores(
             sha256=self.sha256,
             family=self.header.model.family,
@@ -404,24 +380,22 @@ class ModelEvaluator:
             fingerprint=self.fingerprint,
             scores=self.scores,
             reconstruction=self._reconstruction[0],
-            similarity=self.similarity,
+            similarity=similarity,
         )
-
-    def checkpoint(self) -> CheckpointEvaluation:
-        """Return the metrics for the selection of a checkpoint."""
-        return CheckpointEvaluation(**dict(self.scored()), file=str(self.path))
 
     def evaluate(self) -> ModelEvaluation:
         """Return all metrics, without estimates."""
-        pieces = torch.split(self.images, CHUNK)
+        real, pieces = self.real, torch.split(self.images, CHUNK)
         mirrored = bool(self.header.training.get("flip", False))  # then mirrored copies count as well
-        nearest = self.real.neighbours(self.features_key, pieces, self.features, mirrored)
+        nearest = real.neighbours(self.features_key, pieces, self.features, mirrored)
+        rows = real.held_out
+        nearest_to_real = real.neighbours(real.key(rows), real.images(rows), real.features(rows), mirrored)
         return ModelEvaluation(
             **dict(self.scored()),
             sampling=self.guided,
-            memorization=detect_memorization(nearest, self.real.held_out_neighbours(mirrored)),
-            duplicates=detect_duplicates(thumbnails_of_pieces(pieces), self.real.thumbnails),
-            drift=compare_appearance(appearance_of_pieces(pieces), self.real.appearance),
+            memorization=detect_memorization(nearest, nearest_to_real),
+            duplicates=detect_duplicates(thumbnails_of_pieces(pieces), real.thumbnails),
+            drift=compare_appearance(appearance_of_pieces(pieces), real.appearance),
             per_class=self.per_class,
             held_out_loss=self.held_out_loss,
             gflop=gflop(self.model, self.guided),
@@ -443,12 +417,8 @@ class ModelEvaluator:
     @property
     def features_key(self) -> Key:
         """Return the cache key of the features of the generated images."""
-        return {
-            "kind": "features of generated images",
-            "format_version": 1,
-            "generated": self.generated_key,
-            **extractor_key(self.real.extractor),
-        }
+        key: Key = {"kind": "features of generated images", "format_version": 1, "generated": self.generated_key}
+        return key | self.real.extractor_key
 
     def _held_out_key(self, kind: str, count: int) -> Key:
         """Return the cache key of what is computed of the first ``count`` held-out images."""
@@ -458,11 +428,7 @@ class ModelEvaluator:
 
 
 def gflop(model: Model, config: SamplingConfig) -> float:
-    """Count the floating-point operations, in 10⁹, of matrix products and convolutions to generate one image.
-
-    The count is the same on every machine under any load. Seconds are not: they would make the gate depend on what else
-    ran while each model was timed.
-    """
+    """Count the operations, in 10⁹, of an image's matrix products and convolutions: unlike seconds, always the same."""
     operations = 0
     for times, once in model.passes(config):
         with torch.inference_mode(), FlopCounterMode(display=False) as counter:

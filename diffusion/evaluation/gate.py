@@ -2,8 +2,7 @@
 
 There are three verdicts. Promote: better by more than δ with confidence c, and no limit is overstepped; or as good,
 which is with confidence c not worse by δ, and much cheaper. Reject: worse than the champion, or beyond a limit, with
-confidence c. Hold: neither is certain, or a required metric is missing. So chance promotes a model that is not better
-by δ, nor cheaper, in at most 1 − c of all cases.
+confidence c. Hold: neither is certain, or a required metric is missing.
 """
 
 import math
@@ -81,10 +80,7 @@ class Headline(Config):
         return self.difference.times(1 if self.real_baseline is None else -1)
 
     def smallest(self, delta: float) -> float:
-        """Return the lead that δ requires, in the unit of the metric.
-
-        The error of the champion's distance is ignored, as it enters with a factor of δ only.
-        """
+        """Return the lead that δ requires, in the unit of the metric, for the champion's distance as measured."""
         if self.real_baseline is None:
             return -10 * math.log10(1 - delta)
         return delta * max(self.champion.value - self.real_baseline, 0.0)
@@ -103,10 +99,9 @@ class WorstClass(Config):
     """The class with the largest distance to real images, for either model."""
 
     candidate: Estimate
-    """Distance of the candidate's worst class."""
     champion: Estimate
+    """Distances of the worst class of either."""
     candidate_class: str
-    """Name of the candidate's worst class."""
     champion_class: str
 
 

@@ -53,7 +53,6 @@ class RankedModel(ModelScores):
     minutes: float | None = Field(None, exclude_if=unset)
     """Configured training time in minutes; None if configured in images."""
     parameters: int | None = Field(None, exclude_if=unset)
-    """Number of parameters."""
     held_out_loss: HeldOutLoss | None = Field(None, exclude_if=unset)
     likelihood: Literal["bound", "exact"] | None = Field(None, exclude_if=unset)
     """Whether its bits per dimension are an upper bound, or exact; None if it has no likelihood."""
@@ -107,9 +106,8 @@ def rank_models(
 
     All generate image numbers 0 … ``config.samples`` − 1 of ``config.seed``. Expensive parts are cached in ``output``:
     the same call continues after a kill, and ``comparison.json`` is written last. Returns the ranking, and the first
-    images of each model by name with held-out ones under ``real``, (N, C, H, W) uint8.
-
-    Raises UserError for fewer than two models, a super-resolution model, other image shapes, or a data set too small.
+    images of each model by name with held-out ones under ``real``, (N, C, H, W) uint8. Raises UserError for fewer than
+    two models, a super-resolution model, other image shapes, or a data set too small.
     """
     if len(models) < 2:
         raise UserError(f"there is nothing to compare {', '.join(models) or 'nothing'} with: name two families or more")

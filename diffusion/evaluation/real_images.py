@@ -19,7 +19,7 @@ from diffusion.common.fingerprint import fingerprint
 from diffusion.common.progress import Progress
 from diffusion.common.random import permutation
 from diffusion.data.dataset import Dataset, Rows
-from diffusion.evaluation.bootstrap import FEWEST
+from diffusion.evaluation.bootstrap import FEWEST_FOR_ERRORS
 from diffusion.evaluation.cache import Key, Tensors, cached, cached_result
 from diffusion.evaluation.features.feature_extractor import BATCH, Extractor
 from diffusion.evaluation.metrics.copies import PIXELS, shifted_thumbnails
@@ -38,25 +38,13 @@ SHOWN = 64
 """Images of each set kept for display."""
 
 
-def extractor_key(extractor: Extractor) -> Key:
-    """Return all that features depend on beside the images, the machine's arithmetic included."""
-    return {
-        "extractor": extractor.name,
-        "extractor_digest": extractor.digest,
-        "preprocessing": extractor.preprocessing,
-        "fingerprint": fingerprint(BATCH, "fp32", "cpu"),
-    }
-
-
 class RealImages:
     """Real images of one data set as seen by one feature network.
 
     ``count``: held-out images used at most, the first by key. Generated images are compared with these. For
     super-resolution, ``samples`` of them are the inputs and the others the reference: compared with their own inputs,
-    upscaled images would be nearer than real images are.
-
-    Results are cached in ``folder``. Features of training images are large, so those of other data set versions are
-    removed.
+    upscaled images would be nearer than real images are. Results are cached in ``folder``; large ones, the features of
+    training images, only for the current version of the data set.
     """
 
     def __init__(
@@ -76,11 +64,22 @@ class RealImages:
         self.samples = samples if task.low_resolution is None else min(samples, len(self.held_out) // 2)
         inputs = 0 if task.low_resolution is None else self.samples
         self.shown, self.compared = self.held_out[:inputs], self.held_out[inputs:]
-        if task.low_resolution is not None and inputs < FEWEST:
+        if task.low_resolution is not None and inputs < FEWEST_FOR_ERRORS:
             raise UserError(
-                f"a model that enlarges is shown one half of the held-out images and compared with the other, and "
-                f"{dataset.folder} has {len(self.held_out)} of {2 * FEWEST}: hold more out with ingest.held_out"
+                "a model that enlarges is shown one half of the held-out images and compared with the other, and "
+                f"{dataset.folder} has {len(self.held_out)} of {2 * FEWEST_FOR_ERRORS}: hold more out with "
+                "ingest.held_out"
             )
+
+    @property
+    def extractor_key(self) -> Key:
+        """Return all that features depend on beside the images, the machine's arithmetic included."""
+        return {
+            "extractor": self.extractor.name,
+            "extractor_digest": self.extractor.digest,
+            "preprocessing": self.extractor.preprocessing,
+            "fingerprint": fingerprint(BATCH, "fp32", "cpu"),
+        }
 
     @cached_property
     def reference(self) -> Reference:
@@ -92,9 +91,8 @@ class RealImages:
             moments = {"mean": found.moments.mean, "root": found.moments.root}
             return moments | {"nearest": found.nearest, "kernel_sums": found.kernel_sums}
 
-        kept = cached(
-            self.folder, {"kind": "statistics", "format_version": 2, "features": self.key(self.compared)}, work
-        )
+        key: Key = {"kind": "statistics", "format_version": 2, "features": self.key(self.compared)}
+        kept = cached(self.folder, key, work)
         return Reference(features, Moments(kept["mean"], kept["root"]), kept["nearest"], kept["kernel_sums"])
 
     def scores(self, key: Key, features: Tensor) -> Scores:
@@ -142,7 +140,7 @@ class RealImages:
         """Return the cache key of the features of the images in ``rows``, in order."""
         numbers = sha256_bytes(np.asarray(rows, np.dtype("<i8")).tobytes())
         key: Key = {"kind": "features", "format_version": 1, "rows": numbers, "count": len(rows)}
-        return key | {"content_digest": self.dataset.manifest.content_digest} | extractor_key(self.extractor)
+        return key | {"content_digest": self.dataset.manifest.content_digest} | self.extractor_key
 
     def features(self, rows: Rows, folder: Path | None = None) -> Tensor:
         """Return the features of the images in ``rows``, (len(rows), D) float32, cached in ``folder`` or the usual."""
@@ -176,8 +174,7 @@ class RealImages:
         spaces = PIXELS, self.extractor.name
 
         def work() -> Tensors:
-            images = [*pieces]
-            views = [features]
+            images, views = [*pieces], [features]
             if mirrored:
                 views.append(torch.cat([self.extractor(piece.flip(3)) for piece in images]))
             both = (
@@ -194,11 +191,6 @@ class RealImages:
         key = {"kind": "neighbours", "format_version": 2, "of": key, "mirrored": mirrored}
         kept = cached(self.folder, key | {"training": self.key(self.train)}, work)
         return {space: NearestNeighbours(kept[f"{space}/distances"], kept[f"{space}/rows"]) for space in spaces}
-
-    def held_out_neighbours(self, mirrored: bool) -> dict[str, NearestNeighbours]:
-        """Return the training images nearest to the held-out images."""
-        rows = self.held_out
-        return self.neighbours(self.key(rows), self.images(rows), self.features(rows), mirrored)
 
     def reader(self, classes: Sequence[str]) -> LinearDiscriminant:
         """Return a classifier of these ``classes``, fitted to the training images."""

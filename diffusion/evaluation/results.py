@@ -42,10 +42,7 @@ class EvaluationConditions(Config):
 
     @property
     def key(self) -> str:
-        """Return the digest of the conditions.
-
-        A model's metrics depend on it, on the weights, and within floating-point error on the fingerprint.
-        """
+        """Return the digest of the conditions."""
         # Other checkpoints change no metric, and neither does an unused option. Guidance is in the model file.
         exclude = {"evaluation": {"ema_stds", "finalists", "first_samples", "guidance"}}
         return digest_of(self.model_dump(mode="json", exclude=exclude, exclude_none=True))
@@ -71,30 +68,20 @@ class RealBaseline(Config):
         return self.scores.metrics() | flatten(self.estimates)
 
 
-class Reconstruction(Config):
+class Reconstruction(ImageSimilarity):
     """Reconstruction of held-out images by an autoencoder."""
 
     extractor: str
     images: int
     """Number of images."""
-    psnr: float
-    """Peak signal-to-noise ratio in dB, the mean over the images; higher is better."""
-    psnr_se: float
-    """Standard error, over other images."""
-    ssim: float
-    """Structural similarity, the mean over the images; higher is better."""
     fd: float
     """Fréchet distance between the images and their reconstructions: the perceptible loss of an autoencoder. 0 is best;
     lower than between different images, as these are the same."""
 
     def metrics(self) -> dict[str, float]:
         """Return the metrics by name."""
-        return {
-            "reconstruction_psnr": self.psnr,
-            "reconstruction_psnr_se": self.psnr_se,
-            "reconstruction_ssim": self.ssim,
-            f"reconstruction_fd_{self.extractor}": self.fd,
-        }
+        found = {f"reconstruction_{name}": value for name, value in super().metrics().items()}
+        return found | {f"reconstruction_fd_{self.extractor}": self.fd}
 
 
 @dataclass(frozen=True)
@@ -104,7 +91,6 @@ class SelectionMetric:
     name: str
     value: float
     error: float
-    """Standard error of the value."""
     count: int
     """Number of images it was measured on."""
     sign: Literal[1, -1]

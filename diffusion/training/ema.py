@@ -36,10 +36,7 @@ class WeightAverage:
 
 
 def exponential_decay(max_decay: float) -> Callable[[int], float]:
-    """Make the decay of an exponential average with a warm-up: min(max_decay, 1 − (1 + step)^−¾).
-
-    Without the warm-up the average would include the random initial weights for 1/(1 − max_decay) steps.
-    """
+    """Make the decay of an exponential average with a warm-up: min(max_decay, 1 − (1 + step)^−¾)."""
     return lambda step: min(max_decay, 1 - float((1 + step) ** -0.75))
 
 
@@ -93,10 +90,7 @@ def models_to_evaluate(output: Path, report: Path, ema_stds: Iterable[float] = (
 
 
 def reconstruct_average(folder: Path, std: float, into: Path) -> Path:
-    """Write the average of relative ``std`` at the last snapshot in ``folder`` as a model file in ``into``.
-
-    Raises UserError if there are no snapshots, or one is damaged.
-    """
+    """Write the average of relative ``std`` at the last snapshot in ``folder`` to ``into``; UserError if it cannot."""
     if not (paths := Checkpoints(folder).paths()):
         raise UserError(
             f"evaluation.ema_stds needs the snapshots of training.ema_stds, and {folder} has none: train with it"

@@ -229,8 +229,8 @@ class Validation:
 class TrainingLog:
     """Log of a run in the folder ``output``, with ``tracker``, if any, and on the screen; also starts its checkpoints.
 
-    Only the main process has one. Rows beyond ``images``, left by a killed process, are dropped and written again.
-    ``total`` is the number of images to see.
+    Only the main process has one. Rows beyond ``images``, left by a killed process, are dropped. ``total`` is the
+    number of images to see.
     """
 
     def __init__(
@@ -264,10 +264,7 @@ class TrainingLog:
         self.progress("images trained on", images, self.total, f"loss {metrics['loss']:.4f}")
 
     def checkpoint(self, tensors: dict[str, Tensor], header: dict[str, Any], save_every: int) -> None:
-        """Validate the averaged weights in ``tensors``, log the results and start a checkpoint.
-
-        The checkpoint comes last, so that a killed process repeats the rest.
-        """
+        """Validate and log the averaged weights in ``tensors``, then start a checkpoint: a kill repeats the rest."""
         setup, images = self.validation.setup, int(header["model_header"]["images"])
         averaged, metrics = self.validation.evaluate(tensors, images)
         self.losses.append(images, {name: metrics.get(name, math.nan) for name in LOSSES})

@@ -36,15 +36,13 @@ class Preflight(Config):
     dataset: str
     content_digest: str
     train: int
-    """Number of training images."""
     held_out: int
-    """Number of held-out images."""
+    """Numbers of training and of held-out images."""
     shape: tuple[int, int, int]
     """Shape (C, H, W) of an image."""
     classes: int
-    """Number of classes that the network is conditioned on."""
     captions: int
-    """Number of distinct captions that it is conditioned on."""
+    """Numbers of classes and of distinct captions that the network is conditioned on."""
     low_resolution: int | None = Field(None, exclude_if=unset)
     """Height and width, in pixels, of the inputs of a super-resolution model; None for other models."""
     arithmetic: str

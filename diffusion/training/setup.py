@@ -291,8 +291,7 @@ def student_training(
 ) -> TrainingConfig:
     """Configure the training of a student of ``teacher``, the file or URI of a model with this ``header``.
 
-    The rest is as in the ``training`` of other models; the teacher is guided as it samples where ``sampling`` is
-    configured.
+    The rest is as in ``training``; the teacher is guided as it samples where ``sampling`` is configured.
     """
     sampling = header.sampling(sampling)
     guidance = {"guidance": sampling.guidance, "guidance_interval": sampling.guidance_interval}

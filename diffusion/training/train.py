@@ -65,11 +65,10 @@ def train(
     """Train on the data set in folder ``data`` until folder ``output`` holds ``final.safetensors``.
 
     After a kill the same call resumes from the last checkpoint, to bit-identical weights. Under torchrun each process
-    computes a share of every batch, and only the main process writes.
-
-    ``sampling`` is how sample grids are generated; ``track`` is called once the folder is locked, with whether the run
-    starts from scratch, and returns the tracker, if any; ``restart`` says when to discard an existing run in the folder
-    instead of resuming it; ``store`` is the source of the shards if ``config.stream_bytes`` is set.
+    computes a share of every batch, and only the main process writes. ``sampling`` is how sample grids are generated;
+    ``track`` is called once the folder is locked, with whether the run starts from scratch, and returns the tracker, if
+    any; ``restart`` says when to discard an existing run in the folder instead of resuming it; ``store`` is the source
+    of the shards if ``config.stream_bytes`` is set.
 
     Raises UserError if the folder holds a run of another configuration or data set (and ``restart`` is ``never``),
     another process trains in it, the data set is damaged, or configuration and data set do not fit each other.

@@ -314,10 +314,7 @@ def scheduled_learning_rate(config: TrainingConfig, images: int, total: int) -> 
 
 
 def thread_count(config: TrainingConfig, ranks: Ranks) -> int:
-    """Return the number of threads per process that compute parts of a batch.
-
-    It is one on a GPU, which parallelizes by itself, and for a sharded network, which gathers each block once.
-    """
+    """Return the number of threads per process that compute parts of a batch: one on a GPU or for a sharded network."""
     if config.shard or resolve_device(config.device).type != "cpu":
         return 1
     return max(1, config.cpu_threads // ranks.count)

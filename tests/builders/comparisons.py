@@ -39,7 +39,7 @@ def evaluate_one(
     ``task``: that of the models that it is compared with; UserError if it has another.
     """
     evaluator = Evaluator(data, config, sampling, output / "evaluations", progress, task)
-    return evaluator.model(model_file).checkpoint()
+    return CheckpointEvaluation(**dict(evaluator.model(model_file).scored()), file=str(model_file))
 
 
 class Watcher:

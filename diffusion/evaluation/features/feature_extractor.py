@@ -1,8 +1,7 @@
 """Feature networks: EfficientNet-Lite0, Inception-v3 as the literature uses it (arXiv 1706.08500), and ONNX files.
 
-ONNX is data: a graph of known operators, and nothing in it runs that is not onnxruntime's own. TorchScript is not
-supported. Its files are pickled programs, which ``torch.jit.load`` runs; a digest does not make them safe, and
-``torch.onnx.export`` writes the same network as data.
+ONNX is data: a graph of known operators, and nothing in it runs that is not onnxruntime's own. TorchScript files are
+pickled programs, which ``torch.jit.load`` runs, and are not supported.
 """
 
 import io
@@ -73,11 +72,9 @@ def resize(images: Tensor, size: int) -> Tensor:
 class EfficientNetLite0(Extractor):
     """EfficientNet-Lite0 (arXiv 1905.11946 without squeeze-and-excitation), trained on ImageNet.
 
-    Features are the 1280 channels before its classifier, averaged over the image and scaled to the same
-    length √1280. Without scaling, their length and thus the distances are not monotonic in the level of noise; scaled,
-    they order blur, noise and compression correctly at every level. Grey images are repeated to RGB; all are resized to
-    ``size`` pixels (a multiple of 32) with antialiased bilinear interpolation and mapped to [−1, 1], as the network was
-    trained.
+    Features are the 1280 channels before its classifier, averaged over the image and scaled to the same length √1280:
+    unscaled, distances are not monotonic in the level of noise. Grey images are repeated to RGB; all are resized to
+    ``size`` pixels (a multiple of 32) with antialiased bilinear interpolation and mapped to [−1, 1].
     """
 
     name = "efflite0"
@@ -120,10 +117,8 @@ class InceptionV3(Extractor):
 
     Features are the 2048 channels of its last pooling layer. Grey images are repeated to RGB; the network itself
     resizes to 299 pixels as TensorFlow 1 did and maps to [−1, 1). The name ``inception`` is reserved for the original
-    weights; others are named by digest, ``inception_1a2b3c4d``.
-
-    ``weights``: None are the original ones, from torch-fidelity's cache or release. Raises UserError if they are
-    unavailable or unexpected.
+    weights; others are named by digest, ``inception_1a2b3c4d``. ``weights``: None are the original ones, from
+    torch-fidelity's cache or release. Raises UserError if they are unavailable or unexpected.
     """
 
     preprocessing = "RGB, 299 px by TensorFlow 1's bilinear interpolation, (x - 128) / 128"
@@ -270,10 +265,7 @@ def _unfit(path: Path, actual: str, expected: str) -> UserError:
 
 
 def make_extractor(config: EvaluationConfig) -> Extractor:
-    """Open the pretrained feature network that ``config`` names.
-
-    Raises UserError if its weights are unavailable, or it cannot be used as configured.
-    """
+    """Open the pretrained feature network that ``config`` names; UserError if it is unavailable or does not fit."""
     if config.extractor == "inception":
         return InceptionV3(config.extractor_weights)
     if config.extractor == "file":

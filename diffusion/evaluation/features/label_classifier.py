@@ -39,8 +39,7 @@ SEED = 0
 class ClassifierNetwork(nn.Module):
     """Three stages of two 3×3 convolutions, each at half the previous size; then the mean over all positions.
 
-    Features are these means scaled, after training, to the same length √96: their original length is not monotonic in
-    the level of noise, and unscaled scores rank much noise above little.
+    Features are these means scaled, after training, to length √96: unscaled, they rank much noise above little.
     """
 
     def __init__(self, channels: int, classes: int) -> None:

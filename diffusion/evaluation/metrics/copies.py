@@ -1,15 +1,11 @@
 """Copies of training images (memorization) and images generated more than once (duplicates).
 
 A generated image counts as a copy if it is nearer to a training image, relative to the local density, than all but a
-few held-out images, which the model has never seen: that calibrates any distance in any space. (The test of arXiv
-2202.02514 compares all generated images at once, and so misses a few copies among many others.) Two spaces detect
+few held-out images, which the model has never seen: that calibrates any distance in any space. Two spaces detect
 different copies: pixels after registration those that were moved, turned, blurred or made grainy, features those with
 different pixels. Not detected are copies of an image that is in the training set more than twenty times, as then many
-are as near as the nearest.
-
-Held-out images that are themselves near-duplicates of training images, as in a set of emoji with many skin tones, would
-make the threshold blind. They do not set it, but count among those below it: a model that generates as many is no
-worse.
+are as near as the nearest. Held-out images that are themselves near-duplicates of training images do not set the
+threshold, but count among those below it: a model that generates as many is no worse.
 
 A generated image counts as a duplicate if its thumbnail is nearer to another generated one, relative to the local
 density of real images, than all but a few of as many real images are to another real one. Features are unsuitable: a
@@ -30,17 +26,13 @@ from diffusion.evaluation.estimate import wilson_interval
 from diffusion.evaluation.metrics.neighbours import NearestNeighbours, connected_groups, find_nearest
 
 SIDE = 8
-"""Height and width of a thumbnail, in pixels, at most the image's own. Measured on 28×28 scans and photographs of
-clothes: larger ones detect no more copies, and fewer blurred ones."""
+"""Height and width of a thumbnail, in pixels, at most the image's own; larger ones miss blurred duplicates."""
 PIXELS = "pixels"
 """Name of the space of pixels after registration."""
 
 
 def shifted_thumbnails(images: Tensor) -> Tensor:
-    """Compute thumbnails of ``images``, (N, C, H, W) uint8, unshifted and shifted by a pixel: (9, N, D) float32.
-
-    The first view is unshifted. Edges are repeated.
-    """
+    """Compute thumbnails of ``images``, (N, C, H, W) uint8, unshifted, then shifted by a pixel: (9, N, D) float32."""
     height, width = images.shape[-2:]
     larger = pad(images.float() / 255, (1, 1, 1, 1), mode="replicate")
     places = sorted(product(range(3), range(3)), key=lambda place: place != (1, 1))
@@ -49,8 +41,6 @@ def shifted_thumbnails(images: Tensor) -> Tensor:
     return torch.stack([adaptive_avg_pool2d(view, (side, side)).flatten(1) for view in views])
 
 
-SHARE_METRICS = ("share", "share_low", "share_high", "expected", "p_value")
-"""Fields that are metrics of copies and of duplicates."""
 LEVEL = 0.05
 """False alarm rate of copies: share of distinct real images that fall below a threshold, in all spaces together."""
 FEATURE_LEVEL = 0.01
@@ -70,9 +60,8 @@ class Threshold:
 
     value: float
     rank: int
-    """Rank of the threshold among the values, from 1."""
     count: int
-    """Number of values."""
+    """Rank of the threshold among the values, from 1, and their number."""
 
     @property
     def level(self) -> float:
@@ -82,9 +71,8 @@ class Threshold:
     def chance(self, below: int, others: int) -> float:
         """Return the probability that at least ``below`` of ``others`` lie below it if they are real as well.
 
-        Exact for any distribution, and accounts for the randomness of the threshold: all orders of exchangeable values
-        are equally probable, so the number below is beta-binomial (the exceedance test of Gumbel and von Schelling,
-        Ann. Math. Statist. 21, 1950). With ties it is too large, never too small.
+        Exact for any distribution: all orders of exchangeable values are equally probable, so the number below is
+        beta-binomial (Gumbel and von Schelling, Ann. Math. Statist. 21, 1950). With ties too large, never too small.
         """
         if below <= 0:
             return 1.0
@@ -141,7 +129,21 @@ class NearestPair(Config):
     """Whether the relative distance is below the threshold."""
 
 
-class Memorization(Config):
+class CopyRate(Config):
+    """Share of copies of training images, or of duplicates, among a model's images."""
+
+    share: float
+    share_low: float
+    share_high: float
+    """Ends of its 95 % interval, over other images of the same model."""
+    expected: float
+    """Expected share for a model that copies nothing: that of real images."""
+    p_value: float
+    """Probability of as many for such a model, see ``Threshold.chance``; for copies the smallest over the spaces, times
+    their number."""
+
+
+class Memorization(CopyRate):
     """Copies of training images among a model's images."""
 
     generated: int
@@ -151,17 +153,8 @@ class Memorization(Config):
     spaces: list[CopiesInSpace]
     copies: int
     """Number of images that are copies in any of the spaces."""
-    share: float
-    """``copies`` over ``generated``."""
-    share_low: float
-    share_high: float
-    """Ends of its 95 % interval, over other images of the same model."""
-    expected: float
-    """Expected share for a model that copies nothing: that of held-out images."""
     near_duplicates: int
     """Held-out images that are near-duplicates of training images in any space: see NEAR_DUPLICATE."""
-    p_value: float
-    """Upper bound on the probability of as many for such a model: the smallest over the spaces, times their number."""
     pairs: list[NearestPair]
     """The nearest pairs of all, one per generated image, whether copies or not."""
 
@@ -177,16 +170,15 @@ class Memorization(Config):
 
     def metrics(self) -> dict[str, float]:
         """Return the metrics by name."""
-        return {f"copies_{name}": getattr(self, name) for name in SHARE_METRICS}
+        return {f"copies_{name}": getattr(self, name) for name in CopyRate.model_fields}
 
 
 def detect_memorization(
     generated: Mapping[str, NearestNeighbours], held_out: Mapping[str, NearestNeighbours]
 ) -> Memorization:
-    """Compare the neighbours of ``generated`` and of ``held_out`` images among the same training images.
+    """Compare neighbours of ``generated`` and ``held_out`` images, by space, among the same training images.
 
-    Neighbours are by name of the space. The thresholds divide the false alarm rate LEVEL among the spaces, of which the
-    first gets what the others leave.
+    The thresholds divide the false alarm rate LEVEL among the spaces, of which the first gets what the others leave.
     """
     relative = torch.stack([each.relative for each in generated.values()])
     levels = dict.fromkeys(generated, FEATURE_LEVEL)
@@ -242,8 +234,7 @@ def detect_memorization(
 
 
 LEAST = 0.5
-"""Smallest factor by which the threshold shrinks with the median distance. Blurred or low-contrast images are nearer to
-one another without being duplicates; below this factor it is variety that is missing."""
+"""Smallest factor by which the threshold shrinks with the median distance, as between blurred images."""
 GROUPS_SHOWN = 8
 """Number of groups, and of pairs, listed."""
 
@@ -264,22 +255,13 @@ class DuplicatePair(Config):
     """Their distance over the mean distance to the twenty nearest real images."""
 
 
-class Duplicates(Config):
+class Duplicates(CopyRate):
     """Images that a model generated more than once."""
 
     images: int
     """Number of images evaluated: the first ones, as many as real ones, because distances shrink with the number."""
     duplicates: int
     """Number of duplicates."""
-    share: float
-    """``duplicates`` over ``images``."""
-    share_low: float
-    share_high: float
-    """Ends of its 95 % interval, over other images of the same model."""
-    expected: float
-    """Share of duplicates among real images."""
-    p_value: float
-    """Probability of as many among real images: see ``Threshold.chance``."""
     threshold: float
     """Threshold of the distance to the nearest other generated image over the mean distance to the twenty nearest real
     ones."""
@@ -297,15 +279,12 @@ class Duplicates(Config):
 
     def metrics(self) -> dict[str, float]:
         """Return the metrics by name."""
-        found = {f"duplicates_{name}": getattr(self, name) for name in SHARE_METRICS}
+        found = {f"duplicates_{name}": getattr(self, name) for name in CopyRate.model_fields}
         return found | {"duplicates_largest_group": self.largest, "duplicates_closeness": self.closeness}
 
 
 def detect_duplicates(generated: Tensor, real: Tensor) -> Duplicates:
-    """Compare ``shifted_thumbnails`` of ``generated`` and of ``real`` images, (V, N, D) and (V, M, D).
-
-    The larger set is truncated to the size of the smaller one.
-    """
+    """Compare ``shifted_thumbnails`` of two sets, (V, N, D) and (V, M, D), of which the larger one is truncated."""
     count = min(generated.shape[1], real.shape[1])
     generated, real = generated[:, :count], real[:, :count]
     among_real = find_nearest(real, [real[0]], themselves=True).relative

@@ -1,14 +1,10 @@
 """Distances between two sets of images in a feature space: Fréchet distance, KID, and all scores of a set.
 
-They equal torch-fidelity's where it has them. (Its KID is a mean over random subsets: equal if one subset has all
-images, and otherwise the limit of that mean.) Every score carries the name of its features (``fd_efflite0``), as "FID"
-alone means Inception-v3.
+They equal torch-fidelity's where it has them; its KID is a mean over random subsets, equal if one has all images. Every
+score carries the name of its features (``fd_efflite0``), as "FID" alone means Inception-v3.
 
-Small samples: the Fréchet distance is biased upwards by about 1/n, and with fewer images than features its covariances
-are singular. Two halves of the same real set are then far from 0, the more so the smaller n. KID is unbiased at any n.
-So under 5,120 images KID decides, and every score is shown beside its real baseline: the score of as many training
-images against the same reference. With at least four images per feature the distance is also extrapolated to infinitely
-many.
+The Fréchet distance is biased upwards by about 1/n, while KID is unbiased at any n. So under 5,120 images KID decides,
+and every score is shown beside its real baseline: the score of as many training images against the same reference.
 """
 
 import math
@@ -28,8 +24,7 @@ from diffusion.evaluation.metrics.neighbours import compute_overlap, nearest_dis
 ROWS = 4096
 """Rows converted to double precision at a time."""
 PER_FEATURE = 4
-"""Images per feature from which the distance is close enough to linear in 1/n to be extrapolated: halves then have two
-per feature, and less than a tenth of the bias of independent Gaussian features remains."""
+"""Images per feature from which the distance is close enough to linear in 1/n to be extrapolated."""
 
 
 @dataclass(frozen=True)
@@ -70,9 +65,7 @@ def distance_at_infinity(samples: Tensor, reference: Moments) -> float | None:
     """Extrapolate ``frechet_distance`` of features (N, D) to ``reference`` to infinite N; None if N is too small.
 
     The distance is biased by nearly a/N (arXiv 1911.07023, section 3). It is measured at N and at N/2, the mean over
-    two random halves, and extrapolated linearly to 1/N = 0: all images count alike, and the error is a small multiple
-    of that of the distance itself. The bias from a finite reference remains; it is the same for everything compared
-    with it.
+    two random halves, and extrapolated linearly to 1/N = 0. The bias from a finite reference remains.
     """
     if (count := len(samples)) < PER_FEATURE * samples.shape[1]:
         return None
@@ -99,10 +92,7 @@ def compute_kid(samples: Tensor, reference: Tensor, sums: Tensor | None = None) 
 
 
 def kid_deviations(samples: Tensor, reference: Tensor, sums: Tensor | None = None) -> tuple[float, Tensor, Tensor]:
-    """Compute KID as ``compute_kid``, and its deviations without each member of either set: (N,), (M,) float64.
-
-    Those of two sets of paired samples differ by the deviations of the difference of their KID.
-    """
+    """Compute KID as ``compute_kid``, and its deviations without each member of either set: (N,), (M,) float64."""
     of_samples = kernel_sums(samples)
     of_reference = kernel_sums(reference) if sums is None else sums
     from_samples, from_reference = _sums_across(samples, reference)
@@ -125,8 +115,7 @@ def kid_deviations(samples: Tensor, reference: Tensor, sums: Tensor | None = Non
 def jackknife(deviations: Tensor) -> float:
     """Compute the variance due to one set, from the ``deviations`` of a metric without each of its n members, (n,).
 
-    It is not too small on average (Efron and Stein, Ann. Statist. 9, 1981); for KID of sets of the same distribution
-    the error is too large by √2, as the one from halves is.
+    It is not too small on average (Efron and Stein, Ann. Statist. 9, 1981).
     """
     n = len(deviations)
     return float(deviations.square().sum()) * (n - 1) / n

@@ -82,8 +82,7 @@ def measure_losses(
 ) -> Terms:
     """Compute the likelihood terms of images, (N, C, H, W) uint8, which come in ``pieces`` with their conditioning.
 
-    Computed in batches of ``config.compute_batch``, in its precision and on its device. Noise depends on the image
-    number, so that two models get the same noise for the same images.
+    Computed as ``config`` says. Noise depends on the image number: two models get the same for the same images.
     """
     device = resolve_device(config.device)
     model = model.on(device)
@@ -110,10 +109,7 @@ def measure_losses(
 
 
 def conditioning_of_rows(model: Model, dataset: Dataset, rows: Rows) -> Conditioning:
-    """Return the conditioning of ``model`` for the images in ``rows``.
-
-    Raises UserError if it uses captions and the text encoder is unavailable.
-    """
+    """Return the conditioning of ``model`` for the images in ``rows``; UserError if its text encoder is unavailable."""
     conditioning = task_of(model.config).conditioning(dataset.images(rows))
     if model.classes:
         conditioning["label"] = dataset.classes(rows, model.classes)

@@ -12,8 +12,7 @@ from diffusion.evaluation.metrics.distances import compute_kid
 
 SMALLEST = 1e-12
 SHRINKAGE = 0.3
-"""Shrinkage of the covariance towards a multiple of the identity, as features may outnumber images. Measured on 300 to
-3,000 scans of digits: a third or a hundredth of it classified fewer correctly."""
+"""Shrinkage of the covariance towards a multiple of the identity, as features may outnumber images."""
 
 
 @dataclass(frozen=True)
@@ -34,9 +33,8 @@ def fit_discriminant(pieces: Iterable[tuple[Tensor, Tensor]], classes: int) -> L
     """Fit to features (B, D) and their classes (B,), which come in ``pieces``.
 
     Class numbers outside 0 … K − 1 are ignored. Each class is Gaussian with its own mean and the pooled within-class
-    covariance, shrunk towards the identity; priors are equal, so that rare classes are recognized as well (Hastie,
-    Tibshirani and Friedman, The Elements of Statistical Learning, sections 4.3 and 18.3). A class without images is
-    never predicted.
+    covariance, shrunk towards the identity; priors are equal (Hastie, Tibshirani and Friedman, The Elements of
+    Statistical Learning, sections 4.3 and 18.3). A class without images is never predicted.
     """
     counts, sums, squares = torch.zeros(classes, dtype=torch.float64), None, None
     for features, numbers in pieces:
@@ -87,8 +85,7 @@ class ClassScores(Config):
     reference: int
     """Number of real images of the class that they were compared with."""
     kid: float
-    """KID of generated against real images of the class: 0 is best. Not comparable with the KID of all classes, as
-    images of one class are more alike."""
+    """KID of generated against real images of the class: 0 is best. Not comparable with the KID of all classes."""
     kid_se: float
     """Standard error of ``kid``."""
     agreement: float

@@ -111,17 +111,15 @@ class AppearanceShift(Config):
     """Difference of one property between generated and real images."""
 
     generated: float
-    """Mean over the generated images."""
     real: float
-    """Mean over the real ones."""
+    """Means over the generated and over the real images."""
     difference: float
     """Generated minus real."""
     standard_error: float
     """Standard error of the difference, over new samples of both (Welch, Biometrika 34, 1947)."""
     generated_spread: float
-    """Standard deviation over the generated images: less than the real one means missing variety."""
     real_spread: float
-    """Standard deviation over the real images."""
+    """Standard deviations over the images: a smaller one of the generated images means missing variety."""
 
     @property
     def spreads(self) -> float | None:
@@ -133,9 +131,8 @@ class AppearanceDrift(Config):
     """Drift of colours and brightness of generated images from real ones."""
 
     generated: int
-    """Number of generated images."""
     real: int
-    """Number of real images."""
+    """Numbers of images."""
     shifts: dict[str, AppearanceShift]
     """Shift of each property: see ``measure_appearance``."""
 

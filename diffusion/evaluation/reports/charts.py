@@ -44,8 +44,6 @@ class Chart:
 
 
 Draw = Callable[[Axes, Paper], None]
-Points = Sequence[tuple[float, float]]
-"""A curve, such as a metric against images seen."""
 STYLES = ("-", "--", ":", "-.")
 """Line styles for lines of the same colour."""
 DASHED = (0, (4, 3))
@@ -68,7 +66,21 @@ def charts(evaluation: Evaluation, losses: Path | None) -> list[Chart]:
 
 def chart(title: str, draw: Draw, size: tuple[float, float] = (5.6, 3.3)) -> Chart:
     """Render what ``draw`` draws, ``size`` inches wide and high, for light and for dark pages."""
-    return Chart(title, _render(draw, LIGHT, size), _render(draw, DARK, size))
+    pages = []
+    for paper in (LIGHT, DARK):
+        figure = Figure(figsize=size, layout="constrained", facecolor=paper.background)
+        axes = figure.subplots()
+        axes.set_facecolor(paper.background)
+        draw(axes, paper)
+        axes.tick_params(colors=paper.muted, labelsize=10, length=0)
+        axes.xaxis.label.set(color=paper.muted, fontsize=10)
+        axes.yaxis.label.set(color=paper.muted, fontsize=10)
+        axes.grid(axis="y", color=paper.rule, linewidth=0.8)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right", "left"]].set_visible(False)
+        axes.spines["bottom"].set_color(paper.rule)
+        pages.append(figure_png(figure))
+    return Chart(title, *pages)
 
 
 def read_losses(path: Path) -> dict[str, list[tuple[float, float]]]:
@@ -78,21 +90,6 @@ def read_losses(path: Path) -> dict[str, list[tuple[float, float]]]:
     names = [name for name in (rows[0] if rows else {}) if name != "images"]
     columns = {name: [(row["images"], row[name]) for row in rows if math.isfinite(row[name])] for name in names}
     return {name: points for name, points in columns.items() if points}
-
-
-def _render(draw: Draw, paper: Paper, size: tuple[float, float]) -> bytes:
-    figure = Figure(figsize=size, layout="constrained", facecolor=paper.background)
-    axes = figure.subplots()
-    axes.set_facecolor(paper.background)
-    draw(axes, paper)
-    axes.tick_params(colors=paper.muted, labelsize=10, length=0)
-    axes.xaxis.label.set(color=paper.muted, fontsize=10)
-    axes.yaxis.label.set(color=paper.muted, fontsize=10)
-    axes.grid(axis="y", color=paper.rule, linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.spines["bottom"].set_color(paper.rule)
-    return figure_png(figure)
 
 
 def over_training(draw: Draw) -> Draw:
@@ -107,8 +104,8 @@ def over_training(draw: Draw) -> Draw:
     return draw_over_images
 
 
-def curves(by_name: Mapping[str, Points], logarithmic: bool = False) -> Draw:
-    """Draw a line for each of ``by_name``, on a ``logarithmic`` vertical axis if wanted."""
+def curves(by_name: Mapping[str, Sequence[tuple[float, float]]], logarithmic: bool = False) -> Draw:
+    """Draw a line through the points of each of ``by_name``, on a ``logarithmic`` vertical axis if wanted."""
 
     def draw(axes: Axes, paper: Paper) -> None:
         for number, (name, points) in enumerate(by_name.items()):

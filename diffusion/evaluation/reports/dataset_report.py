@@ -7,7 +7,7 @@ import math
 import re
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
@@ -112,7 +112,12 @@ def collect_statistics(folder: Path, manifest: Manifest, progress: Progress = si
     counts = copies.group_by("key").aggregate([([], "count_all")])
     leading = counts.sort_by([("count_all", "descending"), ("key", "ascending")]).slice(0, 6).to_pylist()
     nodes = pa.chunked_array([*pairs["key"].chunks, *pairs["near"].chunks], pa.string()).unique()
-    sources = _find_sources(folder, manifest, {row["key"] for row in leading}.union(nodes.to_pylist()))
+    keys = pa.array(sorted({row["key"] for row in leading}.union(nodes.to_pylist())), pa.string())
+    shown = (pc.field("outcome") == "kept") & pc.field("key").isin(keys)
+    sources: dict[str, str] = {}
+    for part in manifest.parts if len(keys) else ():
+        rows = read_records(folder, part, ("source", "outcome", "key")).filter(shown)
+        sources |= zip(rows["key"].to_pylist(), rows["source"].to_pylist(), strict=True)
     for row in leading:
         if (key := row["key"]) in sources:
             examples = copies.filter(pc.field("key") == key)["source"].slice(0, EXAMPLES).to_pylist()
@@ -144,16 +149,6 @@ def _measure_images(kept: pa.Table, pixels: int) -> np.ndarray:
         moments.append(np.where(np.isnan(sums), sums[:, :1], sums) / pixels)
     mean, squares = moments
     return np.column_stack([mean @ LUMA, np.sqrt(np.maximum(squares - mean**2, 0).mean(1)), mean])
-
-
-def _find_sources(folder: Path, manifest: Manifest, keys: Collection[str]) -> dict[str, str]:
-    """Return the sources of the kept images among ``keys``."""
-    chosen = (pc.field("outcome") == "kept") & pc.field("key").isin(pa.array(sorted(keys), pa.string()))
-    found: dict[str, str] = {}
-    for part in manifest.parts if keys else ():
-        rows = read_records(folder, part, ("source", "outcome", "key")).filter(chosen)
-        found |= zip(rows["key"].to_pylist(), rows["source"].to_pylist(), strict=True)
-    return found
 
 
 MOST = 1000
