@@ -128,7 +128,8 @@ class Params(Config):
     @property
     def run_folder(self) -> Path:
         """Folder that training writes to."""
-        return self.training.output or Path("runs") / (self._name() + self._student)
+        folder = self.training.output or Path("runs") / self._name()
+        return folder.with_name(folder.name + self._student)
 
     @property
     def report_folder(self) -> Path:

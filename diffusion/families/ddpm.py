@@ -39,6 +39,8 @@ from diffusion.process.schedules import NoiseSchedule, make_schedule
 LEVELS = 8
 """Number of equal parts of the distribution of noise levels for which the held-out loss is logged."""
 UNCERTAINTY_FEATURES = 128
+EDIT_STEPS = 8
+"""Fewest noise levels for edits by students."""
 
 
 @dataclass(frozen=True)
@@ -126,6 +128,9 @@ class DiffusionModel(Model):
         sigmas = config.sigma_grid(self.schedule)
         denoise = denoiser_of(self, batch.conditioning, config, batch.negative)
         if batch.edit is not None:
+            if self.header.student_steps is not None:
+                # With few levels all strengths would be the same.
+                sigmas = config.changed({"steps": max(config.steps, EDIT_STEPS)}).sigma_grid(self.schedule)
             return edited(self, batch.edit, denoise, sigmas, batch.noise, config)
         return to_uint8(self.decoded(config.run(denoise, sigmas, batch.noise, self.start(batch.conditioning))))
 

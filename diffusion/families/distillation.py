@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from diffusion.common.random import GaussianNoise, uniform
 from diffusion.families.ddpm import DiffusionModel, unconditional
-from diffusion.families.model import Conditioning, OptimizerStep, TrainingBatch, TrainingObjective
+from diffusion.families.model import Conditioning, ModelHeader, OptimizerStep, TrainingBatch, TrainingObjective
 from diffusion.models.config import ObjectiveConfig
 from diffusion.models.text_encoder import WIDTH
 from diffusion.models.unet import UNet
@@ -38,6 +38,8 @@ class ConsistencyObjective(TrainingObjective):
 
     config: ObjectiveConfig
     teacher: DiffusionModel
+    header: ModelHeader
+    """Of the student, whose data may have other moments than the teacher's."""
     images: int
 
     def make_batch(
@@ -65,7 +67,8 @@ class ConsistencyObjective(TrainingObjective):
         teacher, random, conditioning = self.teacher, batch.random, batch.conditioning
         sigma, lower, in_pixels = random["sigma"], random["lower"], teacher.latents is None
         drawn = partial(network, draws=random.get("dropout_seeds"), **conditioning)
-        student = replace(teacher.denoiser(conditioning), network=drawn, clip=False)
+        own = replace(teacher, header=self.header)
+        student = replace(own.denoiser(conditioning), network=drawn, clip=False)
         with torch.no_grad():
             x0 = teacher.encoded(batch.x0)
             x = x0 + like(x0, sigma) * random["noise"]
@@ -78,7 +81,7 @@ class ConsistencyObjective(TrainingObjective):
             both = torch.stack([estimate.detach(), target])
             target = torch.where(target <= -1, both.amin(0), torch.where(target >= 1, both.amax(0), target))
         distance = ((estimate - target).square().mean((1, 2, 3)) + HUBER**2).sqrt() - HUBER
-        return distance * (1 / sigma + 1 / teacher.header.sigma_data).to(distance.dtype)
+        return distance * (1 / sigma + 1 / self.header.sigma_data).to(distance.dtype)
 
     def _shift(self, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
         """Compute by how much guidance moves the teacher's estimate."""

@@ -56,7 +56,7 @@ class GenerationRequest(Config):
     """Image i of a seed is the same image everywhere."""
     sampler: str | None = None
     """As sampling.sampler, with the defaults of its options; null: as configured."""
-    steps: int | None = Field(None, ge=2, le=10_000)
+    steps: int | None = Field(None, ge=1, le=10_000)
     """As sampling.steps; null: as configured."""
     task: Task
 

@@ -152,8 +152,10 @@ def sampling_of(model: Model, request: GenerationRequest, configured: SamplingCo
     """Resolve the sampling options of ``request``; raises UserError if ``model`` does not support them."""
     if request.task not in tasks_of(model):
         raise UserError(f"the model was not trained to {request.task}: it can {', '.join(tasks_of(model))}")
-    conditional = is_conditional(model.classes, request.conditions)
-    config = request.sampling(model.header.sampling(configured, conditional))
+    chosen = is_conditional(model.classes, request.conditions) and getattr(request, "guidance", None) is None
+    config = request.sampling(model.header.sampling(configured, chosen))
+    if (config.sampler == "consistency") != (model.header.student_steps is not None):
+        raise UserError(f"sampler {config.sampler} is of no use here: students, and they alone, sample by consistency")
     if getattr(request, "guidance", None) is None and request.conditions == UNCONDITIONAL and not model.classes:
         config = config.unguided()
     check_sampling(model, config, request.conditions)

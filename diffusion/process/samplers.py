@@ -134,6 +134,8 @@ class BaseSampling(Config):
     def with_sampler(self, sampler: str) -> SamplingConfig:
         """Return a copy with another ``sampler`` and the defaults of its own options."""
         shared = self.model_dump(include=set(BaseSampling.model_fields))
+        if "consistency" in (sampler, self.sampler):  # whose few levels are others
+            del shared["steps"], shared["sigma_min"]
         return sampling_config(**shared | {"sampler": sampler})
 
     def unguided(self) -> SamplingConfig:
@@ -403,8 +405,12 @@ class ConsistencySampling(BaseSampling):
         """Build the noise levels of the evaluations and 0, (steps + 1,) float64, falling."""
         from diffusion.process.schedules import resolution_scale
 
-        lowest = self.sigma_min or LAST_LEVEL / self.steps**2 * resolution_scale(schedule.values)
-        return schedule.sigma_grid(self.steps, self.sigma_max, lowest)
+        # Students know no higher levels, whatever the schedule has.
+        highest = min(math.sqrt(schedule.values), float(schedule.sigmas[-1]))
+        if isinstance(self.sigma_max, float):
+            highest = min(highest, self.sigma_max)
+        lowest = min(LAST_LEVEL / self.steps**2 * resolution_scale(schedule.values), highest / 2)
+        return schedule.sigma_grid(self.steps, highest, self.sigma_min or lowest)
 
 
 def _towards(known: Sequence[tuple[float, Tensor]], x: Tensor, step: float) -> Tensor:

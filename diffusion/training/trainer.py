@@ -140,7 +140,7 @@ class Trainer:
                 assert isinstance(setup.initial, DiffusionModel)
                 assert self.config.images is not None
                 teacher = replace(setup.initial, latents=setup.autoencoder).on(self.device)
-                self.objective = ConsistencyObjective(self.config, teacher, self.config.images)
+                self.objective = ConsistencyObjective(self.config, teacher, header, self.config.images)
         if setup.initial:
             network.load_state_dict(setup.initial.network.state_dict())
         network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

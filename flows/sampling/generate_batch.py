@@ -274,9 +274,10 @@ def plan(
             "keeps it busy: set it to 1, or use processes"
         )
     model = load_model(weights)
-    conditional = requests is not None or generate.is_conditional(model.classes, conditions)
+    table = _table(store, model, model.header.sampling(sampling, conditional=False), conditions, requests)
+    conditional = table.is_conditional(model.classes) if table else generate.is_conditional(model.classes, conditions)
     sampling = model.header.sampling(sampling, conditional)
-    if (table := _table(store, model, sampling, conditions, requests)) is None:
+    if table is None:
         generate.check_sampling(model, sampling, conditions)
         generate.check_prompts(conditions)
     generate.prompt_embeddings(model, conditions)

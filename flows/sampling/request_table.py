@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import islice
@@ -22,7 +22,7 @@ from diffusion.data.sources.conventions import as_text, records
 from diffusion.data.sources.local_files import open_text
 from diffusion.families.model import Model
 from diffusion.generation.config import Conditions
-from diffusion.generation.generate import check_conditions, check_prompts
+from diffusion.generation.generate import check_conditions, check_prompts, is_conditional
 from diffusion.process.samplers import SamplingConfig
 from flows.storage.s3 import Location, Store
 
@@ -129,6 +129,11 @@ class RequestTable:
                     check_prompts(conditions.model_copy(update={"negative_prompt": None}))
                 except UserError as error:
                     raise UserError(f"{where}, record {number}: {error}") from error
+
+    def is_conditional(self, classes: Sequence[str]) -> bool:
+        """Whether every row of it names a class or a prompt to a model of ``classes``."""
+        pieces = (range(start, min(start + ROWS_AT_ONCE, self.count)) for start in range(0, self.count, ROWS_AT_ONCE))
+        return all(is_conditional(classes, self._conditions([row], None)) for some in pieces for row in self.rows(some))
 
     def _conditions(self, rows: list[Row], negative_prompt: str | None) -> Conditions:
         labels, prompts = zip(*rows, strict=True)

@@ -1,5 +1,6 @@
 """Students of few evaluations: consistency sampling in closed form, and distillation as a training of its own."""
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -15,12 +16,13 @@ from diffusion.families.ddpm import DiffusionModel, count_evaluations
 from diffusion.generation.config import make_request
 from diffusion.generation.generate import sample
 from diffusion.generation.requests import sampling_of
-from diffusion.models.config import training_conflict
+from diffusion.models.config import ModelConfig, training_conflict
 from diffusion.process.samplers import sampling_config
-from diffusion.process.schedules import edm_schedule
+from diffusion.process.schedules import edm_schedule, make_schedule
 from diffusion.training.config import DistillationConfig, TrainingConfig
 from diffusion.training.setup import student_training
 from diffusion.training.train import TrainResult, train
+from flows.config import Params
 from tests.builders.sampler_options import noises
 from tests.builders.small_autoencoders import autoencoder, colours, denoiser
 from tests.builders.small_datasets import write_dataset
@@ -144,3 +146,19 @@ def test_what_cannot_be_distilled_or_exported_is_refused(dataset: Path, teacher:
         TrainingConfig(images=100, student={"steps": 2})  # type: ignore[arg-type]
     training = CONFIG.model_copy(update={"student": {"steps": 2}})
     assert training_conflict(MODEL.model_copy(update={"prediction": "sample"}), training) is not None
+
+
+def test_one_step_students_of_any_schedule_begin_at_a_level_that_they_know() -> None:
+    for model in (ModelConfig(), ModelConfig(schedule="linear", zero_terminal_snr=True, prediction="v_prediction")):
+        schedule = make_schedule(model, (3, 64, 64))
+        for sigma_max in ("auto", None, 4.0):
+            config = sampling_config(sampler="consistency", steps=1, sigma_max=sigma_max)
+            first, last = config.sigma_grid(schedule).tolist()
+            assert last == 0
+            assert first == pytest.approx(sigma_max if isinstance(sigma_max, float) else math.sqrt(3 * 64 * 64))
+
+
+def test_consistency_sampling_has_its_own_defaults_beside_those_of_the_preset() -> None:
+    params = Params.model_validate({"sampling": {"sampler": "consistency", "steps": 4}})
+    assert params.sampling == sampling_config(sampler="consistency", steps=4)
+    assert sampling_config(steps=16).with_sampler("consistency") == sampling_config(sampler="consistency")
