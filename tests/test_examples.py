@@ -1,0 +1,31 @@
+"""The model that comes with the repository, as a user first tries it."""
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from diffusion.checkpoints import read_model_header
+from tests.builders import ROOT
+from tests.builders.command_line import darkroom
+
+MODEL = ROOT / "examples" / "emoji.safetensors"
+
+
+def test_a_prompt_gives_an_image_of_its_colour_with_the_chosen_guidance(tmp_path: Path) -> None:
+    assert MODEL.stat().st_size <= 10e6
+    header = read_model_header(MODEL)
+    assert header.model.text
+    assert header.guidance is not None
+    colours = {}
+    for prompt in ("a red heart", "a blue heart"):
+        out = tmp_path / prompt
+        done = darkroom(
+            tmp_path, "sample", "--model", str(MODEL), "--prompt", prompt, "--count", "4", "--out", str(out)
+        )
+        assert done.returncode == 0, done.stderr
+        images = np.stack([np.asarray(Image.open(path)) for path in sorted(out.glob("0*.png"))]).astype(float)
+        colours[prompt] = images.reshape(-1, 3).mean(0)
+    difference = colours["a red heart"] - colours["a blue heart"]
+    assert difference[0] > 10
+    assert difference[2] < -10
