@@ -1,8 +1,8 @@
 """Distillation of a diffusion model into a student of one to four evaluations (consistency models, arXiv 2303.01469).
 
 The student begins with the teacher's weights and is tuned to be consistent (easy consistency tuning, 2406.14548): from
-the same image with the same noise it predicts at σ what it predicts itself at a lower level, and nothing is left to
-predict at none. The two levels are far apart at first, which is denoising, and move together. Guidance of the teacher
+the same image with the same noise it predicts at σ what it predicts itself at a lower level, and without noise the
+image as it is. The two levels are far apart at first, which is denoising, and move together. Guidance of the teacher
 shifts the image, so that the student generates what the guided teacher does without being guided.
 """
 
@@ -66,9 +66,9 @@ class ConsistencyObjective(TrainingObjective):
         """Compute the pseudo-Huber distance of each image's two estimates, weighted by 1/σ + 1/σ_data."""
         teacher, random, conditioning = self.teacher, batch.random, batch.conditioning
         sigma, lower, in_pixels = random["sigma"], random["lower"], teacher.latents is None
-        drawn = partial(network, draws=random.get("dropout_seeds"), **conditioning)
+        conditioned = partial(network, draws=random.get("dropout_seeds"), **conditioning)
         own = replace(teacher, header=self.header)
-        student = replace(own.denoiser(conditioning), network=drawn, clip=False)
+        student = replace(own.denoiser(conditioning), network=conditioned, clip=False)
         with torch.no_grad():
             x0 = teacher.encoded(batch.x0)
             x = x0 + like(x0, sigma) * random["noise"]

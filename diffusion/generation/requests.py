@@ -155,7 +155,9 @@ def sampling_of(model: Model, request: GenerationRequest, configured: SamplingCo
     chosen = is_conditional(model.classes, request.conditions) and getattr(request, "guidance", None) is None
     config = request.sampling(model.header.sampling(configured, chosen))
     if (config.sampler == "consistency") != (model.header.student_steps is not None):
-        raise UserError(f"sampler {config.sampler} is of no use here: students, and they alone, sample by consistency")
+        raise UserError(
+            f"sampler {config.sampler} does not fit: consistency is for students, and they have no other: leave it out"
+        )
     if getattr(request, "guidance", None) is None and request.conditions == UNCONDITIONAL and not model.classes:
         config = config.unguided()
     check_sampling(model, config, request.conditions)

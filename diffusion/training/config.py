@@ -129,8 +129,8 @@ class DistillationConfig(Config):
 
     teacher: str = "champion"
     """Model to distil: champion, a registered version (models:/NAME@ALIAS, models:/NAME/NUMBER), or with --local the
-    path of its final.safetensors. It is guided as it samples; the student then needs no guidance. A student stands for
-    its own teacher."""
+    path of its final.safetensors. It is guided as it samples; the student then needs no guidance. Where a student
+    is named, its teacher is distilled."""
     steps: int = Field(2, ge=1, le=8)
     """Network evaluations in which the student generates an image."""
     images: int = Field(60_000, ge=1)

@@ -1,6 +1,7 @@
 """Students of few evaluations: consistency sampling in closed form, and distillation as a training of its own."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from diffusion.families.ddpm import DiffusionModel, count_evaluations
 from diffusion.generation.config import make_request
 from diffusion.generation.generate import sample
 from diffusion.generation.requests import sampling_of
-from diffusion.models.config import ModelConfig, training_conflict
+from diffusion.models.config import ModelConfig, StudentConfig, training_conflict
 from diffusion.process.samplers import sampling_config
 from diffusion.process.schedules import edm_schedule, make_schedule
 from diffusion.training.config import DistillationConfig, TrainingConfig
@@ -111,6 +112,22 @@ def test_guidance_of_the_teacher_is_part_of_the_distillation(dataset: Path, teac
     set_by_user = student_training(CONFIG, config, sampling_config(guidance=1), str(teacher), chosen).student
     assert set_by_user is not None
     assert set_by_user.guidance is None
+
+
+def test_guidance_of_a_request_has_no_interval_that_was_chosen_for_another_scale(teacher: Path) -> None:
+    model = load_model(teacher)
+    model = replace(model, header=model.header.model_copy(update={"guidance": 2.0, "guidance_interval": (0.2, 5.0)}))
+    chosen = sampling_of(model, make_request({"label": model.classes[0]}), SAMPLING)
+    assert (chosen.guidance, chosen.guidance_interval) == (2, (0.2, 5))
+    asked = sampling_of(model, make_request({"label": model.classes[0], "guidance": 3}), SAMPLING)
+    assert (asked.guidance, asked.guidance_interval) == (3, None)
+
+
+def test_student_has_a_folder_beside_that_of_its_teacher() -> None:
+    params = Params.model_validate({"training": {"output": "runs/mine", "images": 100}})
+    student = TrainingConfig(images=100, init_from="x", output=Path("runs/mine"), student=StudentConfig(steps=2))
+    assert params.run_folder == Path("runs/mine")
+    assert params.model_copy(update={"training": student}).run_folder == Path("runs/mine-student")
 
 
 def test_guided_distillation_has_other_weights(dataset: Path, teacher: Path, tmp_path: Path) -> None:
