@@ -5,35 +5,19 @@ import re
 import shutil
 import subprocess
 import sys
-from importlib.metadata import distribution
 from pathlib import Path
 from zipfile import ZipFile
 
 import pytest
-from packaging.requirements import Requirement
 from PIL import Image
 
 import diffusion
 from tests.builders import ROOT
+from tests.builders.virtual_environments import environment
 
 pytestmark = pytest.mark.slow
 EXTRAS = ("boto3", "dvc", "matplotlib", "mlflow", "pandas", "prefect", "scipy", "torchvision", "torch_fidelity")
 MODEL = ROOT / "examples" / "emoji.safetensors"
-
-
-def closure(requirements: list[str]) -> set[str]:
-    """Names of the distributions that ``requirements`` without extras bring, those of their dependencies included."""
-    found: set[str] = set()
-    left = [(Requirement(line), "") for line in requirements]
-    while left:
-        wanted, extra = left.pop()
-        if wanted.marker is None or wanted.marker.evaluate({"extra": extra}):
-            ours = {f"{wanted.name}[{each}]" for each in ("", *wanted.extras)}
-            if not ours <= found:
-                found |= ours
-                lines = distribution(wanted.name).requires or []
-                left += [(Requirement(line), each) for line in lines for each in ("", *wanted.extras)]
-    return {name.partition("[")[0] for name in found}
 
 
 @pytest.fixture(scope="module")
@@ -52,21 +36,15 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The programs of a virtual environment that has the wheel, and what its core requires, as links."""
-    folder = tmp_path_factory.mktemp("installed") / "venv"
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True)
-    [packages] = folder.glob("lib/python*/site-packages")
+    """The programs of an environment with the wheel and what its core requires."""
     with ZipFile(wheel) as archive:
         [metadata] = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
         lines = re.findall(r"^Requires-Dist: (.*)$", archive.read(metadata).decode(), re.MULTILINE)
-    for name in closure([line for line in lines if "extra ==" not in line]):
-        files = distribution(name).files or []
-        for top in {file.parts[0] for file in files} - {"..", "__pycache__"}:
-            if not (packages / top).exists():
-                (packages / top).symlink_to(Path(str(distribution(name).locate_file(top))).resolve())
-    pip = [sys.executable, "-m", "pip", "--python", str(folder / "bin" / "python")]
+    core = [line for line in lines if "extra ==" not in line]
+    programs = environment(tmp_path_factory.mktemp("installed") / "venv", core)
+    pip = [sys.executable, "-m", "pip", "--python", str(programs / "python")]
     subprocess.run([*pip, "install", "--quiet", "--no-deps", "--no-index", str(wheel)], check=True)
-    return folder / "bin"
+    return programs
 
 
 def run(*command: str | Path, folder: Path) -> subprocess.CompletedProcess[str]:
