@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
-from diffusion.common.config import LONGEST_NAME, Config, plain_name, unset
+from diffusion.common.config import Config, dataset_folder, unset
 from diffusion.common.errors import UserError
 from diffusion.data.ingest.config import IngestConfig
 from diffusion.evaluation.config import EvaluationConfig
@@ -160,14 +160,6 @@ class Params(Config):
         """Data set name, with the family as suffix unless it is ddpm: each family has its own runs and champion."""
         family = family or self.model.family
         return self.training.dataset if family == "ddpm" else f"{self.training.dataset}-{family}"
-
-
-def dataset_folder(name: str) -> Path:
-    """Folder of the data set ``name``; raises UserError for a name that is no plain folder name."""
-    try:
-        return Path("data") / plain_name(name)
-    except ValueError as error:
-        raise UserError(f"data set name {name[:LONGEST_NAME]!r} {error}") from error
 
 
 def registered(params: Params) -> str | None:

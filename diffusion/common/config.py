@@ -1,8 +1,11 @@
 """Base class and shared types of the configuration models, which live beside the code they configure."""
 
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict
+
+from diffusion.common.errors import UserError
 
 
 class Config(BaseModel):
@@ -30,6 +33,15 @@ def plain_name(name: str) -> str:
 
 PlainName = Annotated[str, AfterValidator(plain_name)]
 """Name of a data set or of a registered model, safe as a path component."""
+
+
+def dataset_folder(name: str) -> Path:
+    """Folder of the data set ``name``; raises UserError for a name that is no plain folder name."""
+    try:
+        return Path("data") / plain_name(name)
+    except ValueError as error:
+        raise UserError(f"data set name {name[:LONGEST_NAME]!r} {error}") from error
+
 
 DeviceName = Literal["auto", "cpu", "cuda"]
 """Device for computation; auto: a GPU if there is one."""

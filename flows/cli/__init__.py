@@ -50,7 +50,15 @@ def main() -> None:
                     f"torchrun started several processes, and `darkroom {' '.join(sys.argv[1:3])}` is done by one: "
                     "leave torchrun out, or use it for `darkroom train` alone"
                 )
-        app()
+        try:
+            app()
+        except ModuleNotFoundError as error:
+            if (error.name or "").partition(".")[0] in ("diffusion", "flows"):
+                raise
+            raise UserError(
+                f"this command needs {error.name}, which is not installed: install Darkroom with its extra [pipeline], "
+                "`pip install -e '.[pipeline]'` in its checkout"
+            ) from error
     except DarkroomError as error:
         print(escape_controls(f"darkroom: {' '.join(str(error).split())}"), file=sys.stderr)
         sys.exit(error.exit_code)

@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, redirect_stdout
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, TypeGuard, TypeVar
 
@@ -126,6 +127,11 @@ def is_file(model: str | None) -> TypeGuard[str]:
 @contextmanager
 def connect(*needs: "Server") -> Iterator[None]:
     """Use the servers in ``needs`` in this process, and show progress on the console."""
+    for name in ("prefect", "mlflow", "boto3"):
+        # Before a server is looked for, which nothing could start without them.
+        if find_spec(name) is None:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
     from flows.environment import settings
     from flows.local_stack.http_api import require
     from flows.local_stack.stack import join_servers

@@ -13,13 +13,12 @@ import mlflow
 from mlflow.client import MlflowClient
 from mlflow.entities import Run
 
-from diffusion.common.config import Config
+from diffusion.common.config import Config, dataset_folder
 from diffusion.common.errors import UserError
 from diffusion.data.manifest import FileEntry, Manifest, parse_manifest
 from diffusion.data.versions.takedown_records import Removal
 from diffusion.generation.requests import ABOUT, RequestRecord
 from flows import environment
-from flows.config import dataset_folder
 from flows.datasets.catalog import Catalog
 from flows.datasets.dvc import StoredFiles, is_whole
 from flows.provenance.reproduce import fetch_code

@@ -5,6 +5,7 @@ import re
 import shutil
 from collections.abc import Mapping
 from importlib.metadata import version as installed
+from modulefinder import ModuleFinder
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
@@ -17,7 +18,7 @@ from mlflow.client import MlflowClient
 from mlflow.entities import LoggedModel, LoggedModelStatus
 from mlflow.models import ModelSignature
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
-from mlflow.types import ColSpec, DataType, Schema
+from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
 from mlflow.types.schema import AnyType
 from pydantic import ValidationError
 
@@ -40,27 +41,41 @@ from flows.storage.tags import HIGHEST_NUMBER, RunId, VersionNumber, parse_tags
 WEIGHTS, CODE = "darkroom.weights_sha256", "darkroom.code_sha256"
 CODE_FOLDER = "code"  # folder of a logged model that MLflow puts on the import path when it loads the model
 SERVED_MODEL = Path(__file__).with_name("pyfunc_model.py")
-REQUIREMENTS = ("isal", "mlflow", "numpy", "pandas", "pillow", "pydantic", "safetensors", "torch")
-"""Libraries that the served model imports; the installed versions are logged with it."""
+REQUIREMENTS = (
+    *("filelock", "isal", "mlflow-skinny", "numpy", "pandas", "pillow", "pyarrow", "pydantic", "safetensors", "torch"),
+)
+"""Libraries that the served model imports; the installed versions are logged with it. MLflow's full package would bring
+its server and forty packages more."""
 MODEL_URI = re.compile(r"models:/(?P<name>[^/@]+)(@(?P<alias>[\w.-]{1,100})|/(?P<number>[1-9][0-9]{0,9}))")
-NUMBERS = ("count", "index", "to_seed", "steps", "resample_steps", "strength", "guidance")
-TEXTS = ("task", "label", "prompt", "negative_prompt", "sampler", "method", "image", "mask")
+PARAMETERS: Mapping[str, tuple[DataType, Any]] = {
+    "task": (DataType.string, "sample"),
+    "seed": (DataType.long, 0),
+    "count": (DataType.long, 1),
+    **dict.fromkeys(("index", "to_seed", "steps", "resample_steps"), (DataType.long, None)),
+    **dict.fromkeys(("strength", "guidance"), (DataType.double, None)),
+    **dict.fromkeys(("label", "prompt", "negative_prompt", "sampler", "method"), (DataType.string, None)),
+}
+"""Type and default of each field of a request but its files; None: the default of its task, or of the model."""
 ANY = AnyType()  # type: ignore[no-untyped-call]
 SIGNATURE = ModelSignature(
     inputs=Schema(
         [
-            ColSpec(DataType.long, "seed"),
-            # MLflow takes no whole numbers for doubles, and no empty cells among whole numbers.
-            *(ColSpec(ANY, name, required=False) for name in NUMBERS),
+            # Among numbers MLflow takes no empty cells, and no whole ones for doubles: rows of several tasks have both.
+            *(
+                ColSpec(kind if kind == DataType.string else ANY, name, required=False)
+                for name, (kind, _) in PARAMETERS.items()
+            ),
             # Files in base64: among bytes it takes no empty cells if they come as JSON.
-            *(ColSpec(DataType.string, name, required=False) for name in TEXTS),
+            *(ColSpec(DataType.string, name, required=False) for name in ("image", "mask")),
         ]
     ),
+    params=ParamSchema([ParamSpec(name, kind, default) for name, (kind, default) in PARAMETERS.items()]),
     outputs=Schema(
         [ColSpec(DataType.long, "request"), ColSpec(DataType.long, "index"), ColSpec(DataType.binary, "png")]
     ),
 )
-"""Inputs, a row per request with the fields of ``diffusion.generation.config.GenerationRequest``, and image outputs."""
+"""Inputs, a row per request with the fields of ``diffusion.generation.config.GenerationRequest``, and image outputs. A
+parameter is for all rows that leave the field out."""
 
 
 class Version(Config):
@@ -248,7 +263,10 @@ def _log_model(run_id: str, weights: Path, digest: str, sampling: SamplingConfig
         shutil.copy(SERVED_MODEL, scratch)
         package = Path(diffusion.__file__).parent
         shipped = Path(scratch, CODE_FOLDER, package.name)
-        shutil.copytree(package, shipped, ignore=shutil.ignore_patterns("__pycache__", "*.pyc"))
+        for path in generation_code(package):
+            target = shipped / path.relative_to(package)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, target)
         info = mlflow.pyfunc.log_model(
             name=loaded.config.family,
             python_model=str(SERVED_MODEL),
@@ -264,6 +282,16 @@ def _log_model(run_id: str, weights: Path, digest: str, sampling: SamplingConfig
             step=images,
         )
     return mlflow.get_logged_model(info.model_id)
+
+
+def generation_code(package: Path) -> list[Path]:
+    """List the modules of ``diffusion`` in the folder ``package`` that the served model imports, of all there are."""
+    finder = ModuleFinder(path=[str(package.parent)], excludes=["diffusion.api"])
+    finder.run_script(str(SERVED_MODEL))
+    # With it the process of `darkroom reproduce` ends when its parent does.
+    finder.import_hook("diffusion.common.child_processes")
+    modules = [module for name, module in finder.modules.items() if name.partition(".")[0] == package.name]
+    return sorted(Path(module.__file__) for module in modules)  # type: ignore[attr-defined]
 
 
 def _example(model: Model) -> pd.DataFrame:

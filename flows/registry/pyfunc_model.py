@@ -1,10 +1,10 @@
 """Pyfunc model that MLflow loads and serves, logged as code, so that nothing is unpickled.
 
-A request is a table with a row for each task and the columns of ``diffusion.generation.config``, most of which may be
-left out: a ``seed`` alone is one image, ``seed`` and ``index`` are the two numbers in the manifest of every sampling
-batch. Files (``image``, ``mask``) are given in base64. The answer is a table with a row per image: ``request``, the
-number of its request's row, ``index``, the image number, and ``png``. Equal requests give equal bits within the
-fingerprint of the machine.
+A request is a table with a row for each task and the columns of ``diffusion.generation.config``, all optional: a
+``prompt`` alone is one image, ``seed`` and ``index`` are the two numbers in the manifest of every sampling batch. What
+all rows share may be given as a parameter. Files (``image``, ``mask``) are given in base64. The answer is a table with
+a row per image: ``request``, the number of its request's row, ``index``, the image number, and ``png``. Equal requests
+give equal bits within the fingerprint of the machine.
 """
 
 import base64
@@ -42,7 +42,7 @@ class ServedModel(PythonModel):
     def predict(
         self, context: PythonModelContext, model_input: pd.DataFrame, params: dict[str, Any] | None = None
     ) -> pd.DataFrame:
-        """Generate the images of each row, in order; an empty cell counts as a missing column.
+        """Generate the images of each row, in order; an empty cell has the value of the parameter of its name.
 
         Raises MlflowException, which HTTP clients receive, for requests that the model does not support and for more
         than MOST_IMAGES images.
@@ -52,7 +52,8 @@ class ServedModel(PythonModel):
             for number, row in enumerate(model_input.to_dict("records")):
                 try:
                     fields = {str(name): _parse_cell(str(name), value) for name, value in row.items()}
-                    requests.append(make_request(fields))
+                    given = {name: value for name, value in fields.items() if value is not None}
+                    requests.append(make_request({**(params or {}), **given}))
                 except UserError as error:
                     raise UserError(f"row {number}: {error}") from error
             if (count := sum(request.count for request in requests)) > MOST_IMAGES:

@@ -14,14 +14,13 @@ from mlflow.entities import Run, RunTag
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
-from diffusion.common.config import Config
+from diffusion.common.config import Config, dataset_folder
 from diffusion.common.errors import UserError
 from diffusion.common.escaping import escape_controls, escape_markdown
 from diffusion.data.manifest import read_manifest
 from diffusion.data.versions.takedown_records import Removal, holders
 from diffusion.data.versions.versions import known_versions
 from diffusion.models.config import FAMILIES
-from flows.config import dataset_folder
 from flows.datasets.catalog import Catalog, Heads
 from flows.datasets.dvc import StoredFiles
 from flows.environment import data_source

@@ -13,10 +13,10 @@ from hashlib import md5
 
 from filelock import FileLock
 
-from diffusion.common.config import plain_name
+from diffusion.common.config import dataset_folder, plain_name
 from diffusion.common.errors import UserError
 from diffusion.data.manifest import Manifest, manifest_bytes, read_manifest, work_folder
-from flows.config import RetentionConfig, dataset_folder
+from flows.config import RetentionConfig
 from flows.datasets.catalog import PUSHING, RETIRED, VERSION, Catalog, CatalogListing, Heads
 from flows.datasets.dvc import Remote
 from flows.datasets.purge import unreferenced_objects

@@ -11,7 +11,7 @@ from tempfile import TemporaryDirectory
 
 HERE = Path(__file__).parent
 PYTHON, PLATFORM = "3.12", "x86_64-manylinux_2_28"
-EXTRAS = ("servers", "text")
+EXTRAS = ("pipeline", "servers", "text")
 WITH_TORCH = re.compile(r"(torch|torchvision|triton|cuda-[a-z]+|nvidia-[a-z0-9-]+)==")
 """Packages that come with PyTorch's build for CUDA, and not with the one for processors."""
 PINNED = re.compile(r"/(torch|torchvision)-([0-9.]+)%2Bcpu-", re.MULTILINE)

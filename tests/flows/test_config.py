@@ -6,13 +6,14 @@ from typing import get_args
 import pytest
 import torch
 
+from diffusion.common.config import dataset_folder
 from diffusion.common.errors import UserError
 from diffusion.models.config import ModelConfig, VAEConfig
 from diffusion.presets import PresetName
 from diffusion.process.samplers import sampling_config
 from diffusion.process.schedules import linear_schedule, make_schedule
 from diffusion.training.config import TrainingConfig
-from flows.config import Params, dataset_folder, flattened, load_params, registered
+from flows.config import Params, flattened, load_params, registered
 from flows.sweep import family_variants
 from tests.builders import ROOT
 

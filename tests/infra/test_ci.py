@@ -15,7 +15,7 @@ CI = INFRA / "ci"
 
 
 def test_ci_workflow_calls_existing_steps_and_has_no_password() -> None:
-    workflow = yaml.safe_load((CI / "github.yaml").read_text())
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "darkroom.yaml").read_text())
     steps = [step["run"] for job in workflow["jobs"].values() for step in job["steps"] if "run" in step]
     called = {name for run in steps for name in re.findall(r"infra/ci/steps\.sh (\w+)", run)}
     known = set(re.findall(r"^(\w+)\) ", (CI / "steps.sh").read_text(), re.MULTILINE))

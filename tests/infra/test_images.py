@@ -29,7 +29,9 @@ def locked(name: str) -> dict[str, str]:
 def ranges() -> list[Requirement]:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    return [Requirement(line) for line in [*project["dependencies"], *extras["servers"], *extras["text"]]]
+    chosen = [*extras["evaluation"], *extras["pipeline"], *extras["servers"], *extras["text"]]
+    found = [Requirement(line) for line in [*project["dependencies"], *chosen]]
+    return [each for each in found if each.name != project["name"]]
 
 
 @pytest.mark.parametrize("accelerator", ["cpu", "cuda"])

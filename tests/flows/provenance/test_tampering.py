@@ -258,7 +258,7 @@ def planted_bytecode(code: Path, mark: Path) -> None:
 
 
 def missing_module(code: Path, mark: Path) -> None:
-    (code / "diffusion" / "generation" / "explain.py").unlink()
+    (code / "diffusion" / "generation" / "super_resolution.py").unlink()
 
 
 def changed_script(code: Path, mark: Path) -> None:

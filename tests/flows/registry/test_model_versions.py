@@ -1,5 +1,7 @@
 """Whoever registers the same weights at the same time, here or on another machine, goes on with one version."""
 
+import hashlib
+import subprocess
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -14,12 +16,15 @@ import pytest
 from mlflow.client import MlflowClient
 from mlflow.entities import LoggedModelStatus
 
+import diffusion
 from diffusion.common.files import sha256_file
+from diffusion.common.image_grids import png_bytes
 from diffusion.process.samplers import sampling_config
 from flows.registry import champion, model_versions
 from flows.registry.model_versions import WEIGHTS, Version
 from tests.builders.model_versions import Killed
 from tests.builders.small_models import write_model
+from tests.builders.virtual_environments import environment
 
 
 def killed(*_: Any, **__: Any) -> None:
@@ -122,6 +127,38 @@ def test_duplicate_versions_are_deleted_unless_aliased(mlflow_client: MlflowClie
     for _ in range(2):
         assert model_versions.register(name, run_id, weights, sampling_config(), {}, 8).number == 1
         assert numbers(mlflow_client, name) == [1, 2, 3]
+
+
+@pytest.mark.slow
+def test_a_version_is_served_with_its_own_requirements_and_the_code_of_generation(
+    mlflow_client: MlflowClient, name: str, tmp_path: Path
+) -> None:
+    mlflow.set_tracking_uri(mlflow_client.tracking_uri)
+    weights = write_model(tmp_path / "run" / "weights.safetensors", seed=0, images=8)
+    experiment = mlflow_client.create_experiment(name, artifact_location=(tmp_path / "artifacts").as_uri())
+    run_id = mlflow_client.create_run(experiment).info.run_id
+    version = model_versions.register(name, run_id, weights, sampling_config(steps=3, compute_batch=4), {}, 8)
+    model = Path(mlflow.artifacts.download_artifacts(version.uri, dst_path=str(tmp_path / "model")))
+    assert len([path for path in model.rglob("*") if path.is_file()]) < 70
+    requirements = (model / "requirements.txt").read_text().splitlines()
+    assert not {"mlflow", "prefect", "dvc", "boto3"} & {line.partition("==")[0] for line in requirements}
+    python = environment(tmp_path / "venv", requirements) / "python"
+    script = (
+        "import hashlib, importlib.util, mlflow, pandas as pd\n"
+        "assert all(importlib.util.find_spec(name) is None for name in ('flows', 'prefect', 'dvc', 'sqlalchemy'))\n"
+        "model = mlflow.pyfunc.load_model('model')\n"
+        "for each in model.metadata.signature.params: print(each.name, each.dtype.name, each.default)\n"
+        "table = pd.DataFrame({'task': ['sample', 'interpolate'], 'to_seed': [None, 4], 'count': [None, 3]})\n"
+        "out = model.predict(table, params={'seed': 3, 'count': 2, 'steps': 4})\n"
+        "print(out['request'].tolist(), *(hashlib.sha256(png).hexdigest() for png in out['png']))"
+    )
+    done = subprocess.run([python, "-c", script], cwd=tmp_path, env={}, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    *lines, last = done.stdout.splitlines()
+    assert {"seed long 0", "count long 1", "steps long None", "guidance double None", "prompt string None"} <= {*lines}
+    ours = diffusion.load(weights, compute_batch=4)
+    images = ours.generate(2, seed=3, steps=4) + ours.interpolate(3, 4, 3, steps=4)
+    assert last.split(" ", 5)[5].split() == [hashlib.sha256(png_bytes(image)).hexdigest() for image in images]
 
 
 @pytest.mark.slow

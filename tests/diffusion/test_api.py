@@ -1,0 +1,153 @@
+"""The Python API: the images are those of the command line, and what it writes the command line goes on with."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import diffusion
+from diffusion.common.errors import UserError
+from diffusion.models.config import ModelConfig
+from flows.cli import main
+from tests.builders.small_models import write_model
+
+Darkroom = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    write_model(tmp_path / "model.safetensors", seed=0, images=0)
+    small = ModelConfig(width=16, channel_mult=(1,), blocks=1, attention=(), heads=1, patch=2, low_resolution=4)
+    write_model(tmp_path / "enlarging.safetensors", seed=0, images=0, config=small)
+    generator = np.random.default_rng(0)
+    Image.fromarray(generator.integers(0, 256, (8, 8), np.uint8)).save(tmp_path / "face.png")
+    Image.fromarray(generator.integers(0, 256, (4, 4), np.uint8)).save(tmp_path / "small.png")
+    hole = np.zeros((8, 8), np.uint8)
+    hole[2:5, 2:5] = 255
+    Image.fromarray(hole).save(tmp_path / "hole.png")
+    (tmp_path / "images").mkdir()
+    for number, pixels in enumerate(generator.integers(0, 256, (120, 8, 8), np.uint8)):
+        Image.fromarray(pixels).save(tmp_path / "images" / f"{number}.png")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def darkroom(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Darkroom:
+    """The command line in this process, which has loaded torch already."""
+    monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")
+
+    def run(*words: str) -> dict[str, Any]:
+        monkeypatch.setattr(sys, "argv", ["darkroom", *words, "--json"])
+        with pytest.raises(SystemExit) as end:
+            main()
+        out, err = capsys.readouterr()
+        assert not end.value.code, err
+        result: dict[str, Any] = json.loads(out)
+        return result
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("words", "generate"),
+    [
+        ("sample --count 3 --seed 7", lambda model: model.generate(3, seed=7)),
+        ("sample --seed 7 --count 1 --set sampling.steps=3", lambda model: model.generate(seed=7, steps=3)),
+        (
+            "edit inpaint face.png --mask hole.png --method pigdm --count 2",
+            lambda model: model.inpaint("face.png", "hole.png", 2, method="pigdm"),
+        ),
+        (
+            "edit img2img face.png --strength 0.5 --count 2",
+            lambda model: model.img2img(Image.open("face.png"), 2, strength=0.5),
+        ),
+        ("edit interpolate 9 --seed 3 --count 4", lambda model: model.interpolate(3, 9, 4)),
+    ],
+)
+def test_images_are_those_of_the_command_line(
+    folder: Path, darkroom: Darkroom, words: str, generate: Callable[[diffusion.ImageGenerator], list[Image.Image]]
+) -> None:
+    images = generate(diffusion.load("model.safetensors", compute_batch=4))
+    done = darkroom(*words.split(), "--model", "model.safetensors", "--set", "sampling.compute_batch=4", "--out", "out")
+    files = sorted((folder / "out").glob("0*.png"))
+    assert len(images) == len(files) == done["count"]
+    for image, file in zip(images, files, strict=True):
+        assert (image.size, image.tobytes()) == ((8, 8), Image.open(file).tobytes())
+
+
+def test_an_image_may_be_a_path_its_bytes_or_one_of_pillow(folder: Path) -> None:
+    model = diffusion.load("enlarging.safetensors", compute_batch=4, steps=3)
+    assert model.tasks == ("upscale",)
+    kinds = [Path("small.png"), "small.png", (folder / "small.png").read_bytes(), Image.open("small.png")]
+    first, *others = (model.upscale(kind, seed=1)[0].tobytes() for kind in kinds)
+    assert len(first) == 8 * 8
+    assert set(others) == {first}
+
+
+def test_a_run_begins_in_python_and_goes_on_with_the_command_line(folder: Path, darkroom: Darkroom) -> None:
+    data = diffusion.ingest("images", "noise", size=8, held_out=0.3)
+    assert data.kept == 120
+    network = {"width": 16, "channel_mult": [1], "attention": [], "heads": 1}
+    quick = {"batch_size": 16, "images": 64, "warmup_images": 16, "checkpoints": 1, "cpu_threads": 1}
+    run = diffusion.train("noise", model=network, sampling={"steps": 3}, **quick)
+    assert run.final == Path("runs/noise/final.safetensors")
+    sections = [f"model.{name}={json.dumps(value)}" for name, value in network.items()]
+    sections += [f"training.{name}={value}" for name, value in quick.items()]
+    settings = [word for each in sections for word in ("--set", each)]
+    assert darkroom("train", "--local", "--dataset", "noise", *settings)["train_key"] == run.train_key
+
+    report = diffusion.evaluate("noise", samples=20, guidance=None, sampling={"steps": 3})
+    assert report.best.images == 64
+    assert Path("reports/noise/report.html").is_file()
+    model = diffusion.load(run.final)
+    assert repr(model).startswith("<ddpm of noise: 8×8×1")
+
+    with pytest.raises(UserError, match=r"runs/noise.*learning_rate"):
+        diffusion.train("noise", model=network, learning_rate=1e-4, **quick)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: diffusion.load("nowhere.safetensors"),
+        lambda: diffusion.load("model.safetensors", stepps=3),
+        lambda: diffusion.load("model.safetensors").generate(label="cat"),
+        lambda: diffusion.load("model.safetensors").generate(prompt="a cat"),
+        lambda: diffusion.load("model.safetensors").img2img("nowhere.png"),
+        lambda: diffusion.load("model.safetensors").upscale("face.png"),
+        lambda: diffusion.load("model.safetensors").interpolate(3, 3),
+        lambda: diffusion.ingest("nowhere", "noise"),
+        lambda: diffusion.ingest("images", "noise", sise=8),
+        lambda: diffusion.ingest("images", "no/name", size=8),
+        lambda: diffusion.train("missing", minutes=1),
+        lambda: diffusion.train("missing", minutes=1, images=1),
+        lambda: diffusion.train("missing", preset="large", model={"family": "vae"}),
+        lambda: diffusion.train("missing", model={"family": "vae"}, sampling={"steps": 3}),
+        lambda: diffusion.evaluate("missing"),
+        lambda: diffusion.evaluate("missing", sample=20),
+    ],
+)
+@pytest.mark.usefixtures("folder")
+def test_mistakes_are_one_line(call: Callable[[], object]) -> None:
+    with pytest.raises(UserError) as caught:
+        call()
+    assert "\n" not in str(caught.value)
+
+
+def test_importing_the_package_loads_nothing_else() -> None:
+    script = (
+        "import sys; before = set(sys.modules); import diffusion; diffusion.__version__; dir(diffusion)\n"
+        "loaded = {name.partition('.')[0] for name in set(sys.modules) - before}\n"
+        "print(*(loaded - set(sys.stdlib_module_names)))\n"
+        "diffusion.ingest, diffusion.load, diffusion.train, diffusion.evaluate\n"
+        "print('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["diffusion", "False"]
