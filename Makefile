@@ -38,8 +38,8 @@ demo: $(READY) demo/.dvc/config $(if $(DIGITS),images)  ## Run the whole pipelin
 	cd demo && $(CURDIR)/$(BIN)/darkroom retrain "$(SOURCE)" --dataset "$(NAME)" $(SETTINGS)
 	@cd demo && $(CURDIR)/$(BIN)/darkroom status
 
-demo/.dvc/config: $(READY) params.yaml infra/demo_params.yaml dvc.yaml
-	mkdir -p demo && cp dvc.yaml demo/ && cp $(if $(DIGITS),infra/demo_params.yaml,params.yaml) demo/params.yaml
+demo/.dvc/config: $(READY) params.yaml infra/demo_params.yaml dvc.yaml params.schema.json
+	mkdir -p demo && cp dvc.yaml params.schema.json demo/ && cp $(if $(DIGITS),infra/demo_params.yaml,params.yaml) demo/params.yaml
 	test -d demo/.dvc || (cd demo && $(CURDIR)/$(BIN)/dvc init --quiet --no-scm)
 	touch $@
 

@@ -55,6 +55,11 @@ def generated() -> dict[Path, str]:
 def params_schema() -> dict[str, Any]:
     """Return the JSON schema of ``params.yaml``, by which editors complete and check it."""
     schema = _any_of(Params.model_json_schema())
+    defaults = {"family": {"ddpm"}, "sampler": {preset(name)["sampling"]["sampler"] for name in get_args(PresetName)}}
+    for kind in schema["$defs"].values():
+        for tag, unnamed in defaults.items():
+            if kind["properties"].get(tag, {}).get("const", next(iter(unnamed))) not in unnamed:
+                kind["required"] = [*kind.get("required", ()), tag]
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", "$id": "params.schema.json", **schema}
 
 
@@ -145,7 +150,7 @@ def _fields(section: Schema, root: Schema, path: str) -> Iterator[str]:
     required = section.get("required", ())
     for name, field in section["properties"].items():
         parts = [_resolved(each, root) for each in field.get("anyOf", [_resolved(field, root)])]
-        default = "required" if name in required else _code(field.get("default"))
+        default = "required" if name in required and "default" not in field else _code(field.get("default"))
         types = " or ".join(dict.fromkeys(_type(part) for part in parts))
         ranges = "; ".join(dict.fromkeys(filter(None, map(_range, parts))))
         about = _prose(field.get("description", ""))

@@ -1,7 +1,6 @@
 """What the pages on infrastructure name is there."""
 
 import re
-from pathlib import Path
 
 from tests.builders.installation import INFRA, ROOT
 
