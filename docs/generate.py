@@ -142,7 +142,7 @@ def _shared(kinds: list[Schema]) -> dict[str, Schema]:
 
 
 def _table(section: Schema, root: Schema, path: str) -> list[str]:
-    lines = _rows(["field", "type", "default", "range", "meaning"])
+    lines = _rows(["field", "value", "default", "meaning"])
     return [*lines, *(row for row in _fields(section, root, path))]
 
 
@@ -151,10 +151,9 @@ def _fields(section: Schema, root: Schema, path: str) -> Iterator[str]:
     for name, field in section["properties"].items():
         parts = [_resolved(each, root) for each in field.get("anyOf", [_resolved(field, root)])]
         default = "required" if name in required and "default" not in field else _code(field.get("default"))
-        types = " or ".join(dict.fromkeys(_type(part) for part in parts))
-        ranges = "; ".join(dict.fromkeys(filter(None, map(_range, parts))))
+        values = " or ".join(dict.fromkeys(", ".join(filter(None, (_type(part), _range(part)))) for part in parts))
         about = _prose(field.get("description", ""))
-        yield _rows([f"`{path}.{name}`", types, default, ranges, about])[0]
+        yield _rows([f"`{path}.{name}`", values, default, about])[0]
         for part in parts:
             if part.get("properties"):
                 yield from _fields(part, root, f"{path}.{name}")
