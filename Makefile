@@ -98,4 +98,4 @@ format: $(READY)  ## Format the code and fix lint where possible
 clean:  ## Stop the local servers and delete everything but your images
 	-$(BIN)/darkroom down
 	-test ! -d demo || (cd demo && $(CURDIR)/$(BIN)/darkroom down)
-	rm -rf demo/.darkroom demo/.dvc demo/dvc.* demo/data demo/runs demo/reports demo/samples .darkroom .drill .chaos data runs reports samples $(VENV)
+	rm -rf demo/.darkroom demo/.dvc demo/dvc.* demo/data demo/runs demo/reports demo/samples .darkroom .drill .chaos docs/_build data runs reports samples $(VENV)

@@ -60,8 +60,8 @@ def read_page(app: Sphinx, name: str, source: list[str]) -> None:
         source[0] += "\n".join(["", "```{toctree}", ":hidden:", "", *listed, "```", ""])
 
 
-def drawn(tex: str, size: int) -> str:
-    """Draw a formula as SVG of ``size`` points in the colour of the text, which needs no script and no network."""
+def formula_svg(tex: str, size: int) -> str:
+    """Render a formula as SVG of ``size`` points in the colour of the text, which needs no script and no network."""
     file = io.StringIO()
     with mpl.rc_context({"mathtext.fontset": "stix", "font.size": size, "svg.hashsalt": tex}):
         depth = math_to_image(f"${' '.join(tex.split())}$", file, format="svg")
@@ -72,13 +72,13 @@ def drawn(tex: str, size: int) -> str:
 
 def visit_inline_math(writer: HTML5Translator, node: nodes.math) -> None:
     """Write a formula within a line."""
-    writer.body.append(f'<span class="math">{drawn(node.astext(), 13)}</span>')
+    writer.body.append(f'<span class="math">{formula_svg(node.astext(), 13)}</span>')
     raise nodes.SkipNode
 
 
 def visit_block_math(writer: HTML5Translator, node: nodes.math_block) -> None:
     """Write a formula on its own line."""
-    writer.body.append(f'<div class="math">{drawn(node.astext(), 16)}</div>')
+    writer.body.append(f'<div class="math">{formula_svg(node.astext(), 16)}</div>')
     raise nodes.SkipNode
 
 
