@@ -382,8 +382,8 @@ def prometheus_metrics() -> str:
 
 def python_api() -> str:
     """Return the page of the package ``diffusion``: what its ``__all__`` names."""
-    lines = ["# Python API", "", NOTE, _prose(inspect.getdoc(diffusion) or ""), ""]
-    for name in getattr(diffusion, "__all__", ()):
+    lines = ["# Python API", "", NOTE, _docstring(inspect.getdoc(diffusion) or ""), ""]
+    for name in filter(lambda name: not name.startswith("__"), getattr(diffusion, "__all__", ())):
         lines += _object(name, getattr(diffusion, name), 2)
     return "\n".join(lines).rstrip() + "\n"
 
@@ -401,14 +401,23 @@ def _object(name: str, value: Any, level: int) -> Iterator[str]:
 
 def _docstring(text: str) -> str:
     """Turn a docstring in Google's style into Markdown."""
-    lines = []
+    lines, section = [], ""
     for line in inspect.cleandoc(text).replace("``", "`").splitlines():
-        if re.fullmatch(r"(Args|Returns|Raises|Yields|Attributes|Example|Examples):", line):
-            lines += [f"**{line[:-1]}**", ""]
-        elif field := re.match(r" {4}(\w[\w.]*)(?: \([^)]*\))?: (.*)", line):
-            lines.append(f"- `{field[1]}`: {field[2]}")
+        if found := re.fullmatch(r"(Args|Returns|Raises|Yields|Attributes|Examples?):", line):
+            section = found[1]
+            lines += [f"**{section}**", ""]
+            continue
+        if line and not line.startswith(" "):
+            section = ""
+        named = (
+            re.match(r" {4}(\*{0,2}\w[\w.]*)(?: \([^)]*\))?: (.*)", line)
+            if section in ("Args", "Raises", "Attributes")
+            else None
+        )
+        if named:
+            lines.append(f"- `{named[1]}`: {named[2]}")
         else:
-            lines.append(line)
+            lines.append(line.removeprefix("    ") if section else line)
     return "\n".join(lines)
 
 
