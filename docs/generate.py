@@ -417,7 +417,7 @@ def _docstring(text: str) -> str:
         if named:
             lines.append(f"- `{named[1]}`: {named[2]}")
         else:
-            lines.append(line.removeprefix("    ") if section else line)
+            lines.append(line.removeprefix("    ") if section and not section.startswith("Example") else line)
     return "\n".join(lines)
 
 
