@@ -89,7 +89,9 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workspace]:
         small_images(folder / "path" / "to" / "faces", 96)
         program = folder / "bin" / "darkroom"
         program.parent.mkdir()
-        program.write_text(f"#!{sys.executable}\nfrom flows.cli import main\n\nmain()\n")
+        program.write_text(
+            f"#!{sys.executable}\nfrom flows.cli import main\n\nif __name__ == '__main__':\n    main()\n"
+        )
         program.chmod(0o755)
         space.variables["PATH"] = f"{program.parent}:{os.environ['PATH']}"
         follow(space, "get-started/own-images.md")
