@@ -8,6 +8,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ from diffusion.common.files import write_json
 from diffusion.common.progress import Progress, silent
 from diffusion.evaluation.bootstrap import FEWEST_FOR_ERRORS, difference
 from diffusion.evaluation.config import EvaluationConfig
-from diffusion.evaluation.estimate import paired_difference
+from diffusion.evaluation.estimate import Estimate, paired_difference
 from diffusion.evaluation.evaluator import CACHE, Evaluator, MetricReplicates, ModelEvaluator
 from diffusion.evaluation.gate import (
     ComparisonMetrics,
@@ -134,13 +135,19 @@ def compare_with_champion(
             f"out, and errors need {FEWEST_FOR_ERRORS} of either: generate more with evaluation.samples, or hold more "
             "out with ingest.held_out"
         )
-    copied = evaluation.memorization
+    copied, scores = evaluation.memorization, evaluation.scores
+    # Sets that are too small for errors are decided on as measured.
+    own: dict[Literal["precision", "recall"], Estimate] = {
+        "precision": replicates[0]["precision"].estimate if baseline else Estimate(value=scores.precision),
+        "recall": replicates[0]["recall"].estimate if baseline else Estimate(value=scores.recall),
+    }
     compared = ComparisonMetrics(
         basis="generated" if generated else "reconstructed",
         samples=len(ours.features) if generated else len(ours.real.held_out),
         reference=len(ours.real.compared),
         has_champion=champion is not None,
         incomparable=incomparable,
+        own=own if generated and champion is None else {},
         memorized=CopyShare(share=copied.excess, p_value=copied.p_value) if generated else None,
     )
     if theirs is not None and their_evaluation is not None and incomparable is None:

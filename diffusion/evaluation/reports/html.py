@@ -52,16 +52,27 @@ def uri(png: bytes) -> str:
     return "data:image/png;base64," + base64.b64encode(png).decode()
 
 
+def decimals(error: float) -> int:
+    """Return the number of decimals that shows the second significant digit of ``error``; 3 if it is 0."""
+    return max(0, 1 - math.floor(math.log10(error))) if error > 0 else 3
+
+
+def fixed(value: float, digits: int) -> str:
+    """Format ``value`` with this many decimals and a typographic minus, but never as −0."""
+    text = f"{value:,.{digits}f}"
+    return text.replace("-", "−") if float(text.replace(",", "")) else text.lstrip("-")
+
+
 def with_error(value: float, error: float) -> str:
     """Format ``value`` ± ``error``, both to the error's second significant digit."""
-    digits = max(0, 1 - math.floor(math.log10(error))) if error > 0 else 3
+    digits = decimals(error)
     return f"{value:,.{digits}f} ± {error:,.{digits}f}"
 
 
 def plain(value: float) -> str:
-    """Format ``value`` to three significant digits, never in powers of ten."""
-    digits = max(0, 2 - math.floor(math.log10(abs(value)))) if value else 0
-    return f"{value:,.{digits}f}"
+    """Format ``value`` to three significant digits or six decimals, never in powers of ten; less is 0."""
+    digits = min(6, max(0, 2 - math.floor(math.log10(abs(value))))) if abs(value) >= 5e-7 else 0
+    return f"{value:,.{digits}f}" if digits or value >= 0.5 or value <= -0.5 else "0"
 
 
 def signed(value: float) -> str:
@@ -71,9 +82,8 @@ def signed(value: float) -> str:
 
 def between(interval: Interval) -> str:
     """Format both ends of an interval to the second significant digit of its length."""
-    length = interval.high - interval.low
-    digits = max(0, 1 - math.floor(math.log10(length))) if length > 0 else 3
-    return f"{interval.low:,.{digits}f} … {interval.high:,.{digits}f}".replace("-", "−")
+    digits = decimals(interval.high - interval.low)
+    return f"{fixed(interval.low, digits)} … {fixed(interval.high, digits)}"
 
 
 def count(number: int) -> str:

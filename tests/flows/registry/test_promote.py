@@ -39,7 +39,7 @@ def params(mlflow_client: MlflowClient, bucket: str, tmp_path: Path, monkeypatch
             "training": {"dataset": "discs"},
             "evaluation": CONFIG.model_dump(),
             "sampling": SAMPLING.model_dump(),
-            "gate": {"recall_loss": None, "delta": 0.1},
+            "gate": {"recall_loss": None, "delta": 0.1, "min_precision": None, "min_recall": None},
             "registry": {"model": f"discs-{uuid4().hex}"},
         }
     )

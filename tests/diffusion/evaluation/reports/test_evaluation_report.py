@@ -8,7 +8,7 @@ import pytest
 
 from diffusion.common.image_grids import grid, png_bytes
 from diffusion.evaluation.estimate import Estimate, MetricEstimate, Share
-from diffusion.evaluation.evaluate import Sheets, findings, write_report
+from diffusion.evaluation.evaluate import Sheets, findings, undertrained, write_report
 from diffusion.evaluation.reports.charts import read_losses
 from diffusion.evaluation.reports.html import plain, with_error
 from diffusion.evaluation.results import (
@@ -199,12 +199,33 @@ def test_names_cannot_break_out_of_the_page(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("kids", "expected"),
     [
-        ([0.03], ["On 500 images its KID cannot be told from that of real ones."]),
-        ([0.51], ["Its KID lies 0.500 above that of real images, 18 times the standard error."]),
+        (
+            [0.03],
+            [
+                "KID 0.030 ± 0.020; real images 0.0100.",
+                "On 500 images that cannot be told from real ones.",
+            ],
+        ),
+        ([0.51], ["KID 0.510 ± 0.020; real images 0.0100."]),
     ],
 )
 def test_evaluation_findings_respect_the_standard_errors(kids: list[float], expected: list[str]) -> None:
     assert findings(an_evaluation(kids)) == expected
+
+
+@pytest.mark.parametrize(
+    ("kids", "warned"),
+    [
+        ([2.0, 1.0, 0.5], True),
+        ([0.5, 0.51, 0.5], False),
+        ([2.0, 0.5, 0.6], False),
+        ([3.0, 2.9, 2.6], False),
+    ],
+)
+def test_a_kid_that_still_falls_surely_and_much_at_the_end_is_warned_of(kids: list[float], warned: bool) -> None:
+    evaluation = an_evaluation(kids)
+    assert (undertrained(evaluation) is not None) == warned
+    assert any("ndertrained" in line for line in findings(evaluation)) == warned
 
 
 @pytest.mark.parametrize(("second", "word"), [(0.52, "within"), (0.9, "beyond")])
@@ -216,7 +237,16 @@ def test_findings_weigh_the_lead_over_the_next_best(second: float, word: str) ->
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(1234.5, "1,234"), (61.23, "61.2"), (0.01234, "0.0123"), (0.0, "0"), (-0.5, "-0.500"), (2e-7, "0.000000200")],
+    [
+        (1234.5, "1,234"),
+        (61.23, "61.2"),
+        (0.01234, "0.0123"),
+        (0.0, "0"),
+        (-0.5, "-0.500"),
+        (2e-7, "0"),
+        (4.3e-19, "0"),
+        (-0.000012345, "-0.000012"),
+    ],
 )
 def test_figures_have_three_digits_and_no_powers_of_ten(value: float, text: str) -> None:
     assert plain(value) == text
