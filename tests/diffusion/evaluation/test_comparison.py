@@ -145,7 +145,7 @@ def test_a_first_version_of_noise_is_held_and_one_of_good_images_is_champion(
     data: Path, models: list[Path], tmp_path: Path
 ) -> None:
     noise, understood = models
-    save_images(noise, torch.from_numpy(random_images(48, 8)), data, tmp_path, TRIED)
+    save_images(noise, torch.from_numpy(random_images(48)), data, tmp_path, TRIED)
     save_images(understood, noisy(good(48), 5), data, tmp_path, TRIED)
     assert tried(noise, None, data, tmp_path)[0].decision.verdict == Verdict.hold
     assert tried(understood, None, data, tmp_path)[0].decision.verdict == Verdict.promote
