@@ -83,6 +83,8 @@ class SampleGrids:
     """The candidate's images nearest to training images, and these, in the order of ``memorization.pairs``."""
     duplicates: list[Tensor]
     """The candidate's images that are duplicates of one another, in the order of ``duplicates.groups``."""
+    captions: tuple[list[str], list[str]]
+    """Prompt or class of each image of candidate and champion; empty if they have none."""
     classes: Mapping[str, tuple[Tensor, Tensor]]
     """Held-out images and as many generated ones of the candidate's worst classes by name, the worst first."""
 
@@ -261,5 +263,6 @@ def _sample_grids(ours: ModelEvaluator, theirs: ModelEvaluator | None, evaluatio
         nearest_generated=ours.images[[pair.generated for pair in pairs]],
         nearest_training=real.dataset.images(real.train[[pair.training for pair in pairs]]),
         duplicates=[ours.images[group.members] for group in evaluation.duplicates.groups],
+        captions=(ours.captions, [] if theirs is None else theirs.captions),
         classes=classes,
     )

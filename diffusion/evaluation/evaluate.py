@@ -8,7 +8,7 @@ import io
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from torch import Tensor
@@ -25,7 +25,18 @@ from diffusion.evaluation.metrics.distances import Scores, jackknife, kid_deviat
 from diffusion.evaluation.metrics.pixel_metrics import TITLES, ResamplingBaseline, describe_baselines, resample
 from diffusion.evaluation.real_images import SHOWN
 from diffusion.evaluation.reports.charts import charts
-from diffusion.evaluation.reports.html import Cell, between, counted, decimals, fixed, plain, render, signed, with_error
+from diffusion.evaluation.reports.html import (
+    Cell,
+    between,
+    captioned,
+    counted,
+    decimals,
+    fixed,
+    plain,
+    render,
+    signed,
+    with_error,
+)
 from diffusion.evaluation.results import CheckpointEvaluation, Evaluation, GuidanceScore, ModelScores
 from diffusion.generation.super_resolution import shrunk, task_of
 from diffusion.process.samplers import SamplingConfig
@@ -108,6 +119,8 @@ class Sheets:
     """Held-out images, (N, C, H, W) uint8."""
     generated: dict[str, Tensor]
     """First generated images by SHA-256 of the model file."""
+    captions: list[str] = field(default_factory=list)
+    """Prompt or class of each image of the best model; empty if they have none."""
     reconstructed: Tensor | None = None
     """Reconstructions of the real images by the best model's autoencoder, if it has one."""
 
@@ -161,7 +174,7 @@ def evaluate(
         baselines=evaluator.baselines(),
         guidance=score_guidance(evaluator, model),
     )
-    sheets = Sheets(evaluator.real.shown_images, generated, model.reconstructed)
+    sheets = Sheets(evaluator.real.shown_images, generated, model.captions, model.reconstructed)
     _write(evaluation, sheets, output)
     write_report(output / "report.html", evaluation, sheets, losses)
     return evaluation
@@ -222,6 +235,7 @@ def write_report(path: Path, evaluation: Evaluation, sheets: Sheets, losses: Pat
         findings=findings(evaluation),
         lines=score_lines(evaluation),
         generated=png_bytes(grid(best)),
+        samples=captioned(best, sheets.captions),
         real=png_bytes(grid(sheets.real)),
         reconstructed=None if sheets.reconstructed is None else png_bytes(above(sheets.real, sheets.reconstructed)),
         shown=len(best),
@@ -303,7 +317,7 @@ def findings(evaluation: Evaluation) -> list[str]:
 
 MEANINGS = {
     "kid": ("lower", "Unbiased at any number of images: the one to go by."),
-    "fd": ("lower", "Grows as images get fewer: means something only beside its real baseline."),
+    "fd": ("lower", "Grows as images get fewer: means something only beside its real-vs-real baseline."),
     "fd_infinity": ("lower", "The same as it would be of endlessly many images."),
     "precision": ("higher", "Share of generated images that lie among real ones: fidelity."),
     "recall": ("higher", "Share of real images that lie among generated ones: variety."),

@@ -67,7 +67,7 @@ def card(
         comparison=comparison,
         evaluated=evaluated,
         scores=(evaluated or best).scores,
-        columns=("metric", "value", *compared, "real baseline"),
+        columns=("metric", "value", *compared, "real-vs-real baseline"),
         metrics=_compared(comparison) if comparison else _evaluated(evaluation),
         best=best,
         sampling=evaluation.sampling,

@@ -100,6 +100,7 @@ def example_comparison(with_champion: bool = True) -> Shown:
         nearest_generated=sets["candidate"][[p.generated for p in pairs]],
         nearest_training=sets["training"][[p.training for p in pairs]],
         duplicates=[sets["candidate"][group.members] for group in sides[0].duplicates.groups],
+        captions=([f"disc {number % 2}" for number in range(64)], []),
         classes=_class_samples(per_class),
     )
     if with_champion:

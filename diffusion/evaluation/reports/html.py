@@ -2,11 +2,15 @@
 
 import base64
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from diffusion.common.escaping import escape_controls
 from diffusion.evaluation.estimate import Interval, MetricEstimate
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,13 @@ def fixed(value: float, digits: int) -> str:
     """Format ``value`` with this many decimals and a typographic minus, but never as −0."""
     text = f"{value:,.{digits}f}"
     return text.replace("-", "−") if float(text.replace(",", "")) else text.lstrip("-")
+
+
+def captioned(images: "Tensor", captions: Sequence[str]) -> list[tuple[bytes, str]]:
+    """Return a PNG of each of ``images``, (N, C, H, W) uint8, with its caption; empty without ``captions``."""
+    from diffusion.common.image_grids import image_of, png_bytes
+
+    return [(png_bytes(image_of(image)), caption) for image, caption in zip(images, captions, strict=False)]
 
 
 def with_error(value: float, error: float) -> str:

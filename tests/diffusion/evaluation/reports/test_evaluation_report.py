@@ -96,7 +96,7 @@ def test_evaluation_report_shows_scores_with_their_real_baseline(tmp_path: Path)
     assert "kid_efflite0 0.200 ± 0.020 0.010 ± 0.020 lower" in text
     assert "fd_efflite0 123 61.2 lower" in text
     assert "precision_efflite0 0.812 0.812 higher" in text
-    assert "500 generated real baseline: 500 real" in text
+    assert "500 generated real-vs-real baseline: 500 real" in text
     assert "the same 480 held-out images" in text
     assert "2,000 best" in text
 
