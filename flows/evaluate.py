@@ -53,11 +53,11 @@ def report(params: Params, evaluation: Evaluation, folder: Path) -> None:
     log_evaluation(tracker, evaluation)
     for path in (folder / "report.html", folder / "evaluation.json", *sorted(folder.glob("grids/*.png"))):
         tracker.log_file(path, "evaluation" if path.parent == folder else "evaluation/grids")
-    page = run_page(tracker.client, tracker.run_id)
+    pages = [run_page(tracker.client, tracker.run_id, artifact) for artifact in ("evaluation/report.html", None)]
     tried = {f"KID, guidance {each.sampling.guidance_text}": each.kid for each in evaluation.guidance}
     rows = [{"metric": name, "value": plain(value)} for name, value in (evaluation.metrics() | tried).items()]
     said = " ".join(escape_markdown(line) for line in findings(evaluation))
-    about = f"{said}\n\n[Report]({page}/artifacts/evaluation/report.html) · [MLflow run]({page})"
+    about = f"{said}\n\n[Report]({pages[0]}) · [MLflow run]({pages[1]})"
     create_table_artifact(rows, key=artifact_key("evaluation", params.training.dataset), description=about)
 
 

@@ -229,10 +229,14 @@ def record(
         champion=champion,
         entry=entry.number,
     )
-    run, page = run_page(client, version.run_id), version_page(version.model, version.number)
-    links = f"[Model version]({page}) · [MLflow run]({run}) · [Comparison]({run}/artifacts/evaluation/{PAGE})"
+    links = {
+        "Model version": version_page(version.model, version.number),
+        "MLflow run": run_page(client, version.run_id),
+        "Comparison": run_page(client, version.run_id, f"evaluation/{PAGE}"),
+    }
+    listed = " · ".join(f"[{name}]({page})" for name, page in links.items())
     create_markdown_artifact(
-        f"**{version.uri}** is {verdict.title}: {escape_markdown(verdict.reason)}\n\n{links}",
+        f"**{version.uri}** is {verdict.title}: {escape_markdown(verdict.reason)}\n\n{listed}",
         key=artifact_key("verdict", version.model),
         description=f"{version.uri} is {verdict.title}",
     )

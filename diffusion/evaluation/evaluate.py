@@ -264,7 +264,7 @@ def describe_kid(evaluation: Evaluation) -> str:
 def undertrained(evaluation: Evaluation) -> str | None:
     """Warn if the last checkpoint is the best and KID was still falling; None if not, or if nobody can tell.
 
-    Falling is: in the second half of the training, surely (by two standard errors) and by a quarter or more of what
+    Falling is: in the second half of the training, surely (by two standard errors) and by a tenth or more of what
     separates it from real images.
     """
     best, baseline = evaluation.best, evaluation.real_baseline.scores
@@ -274,7 +274,12 @@ def undertrained(evaluation: Evaluation) -> str | None:
     ).scores
     fall = earlier.kid - best.scores.kid
     is_sure = fall > 2 * math.hypot(earlier.kid_se, best.scores.kid_se)
-    if best.images < last or best.selection_metric.sign > 0 or not is_sure or 4 * fall < best.scores.kid - baseline.kid:
+    if (
+        best.images < last
+        or best.selection_metric.sign > 0
+        or not is_sure
+        or 10 * fall < best.scores.kid - baseline.kid
+    ):
         return None
     return (
         f"undertrained: KID was still falling at the end, from {signed(earlier.kid)} to {signed(best.scores.kid)}: "

@@ -113,14 +113,15 @@ def training_metric(name: str) -> str:
     return f"noise_level/{level}" if by_level else f"{TRAINING}{name}"
 
 
-def run_page(client: MlflowClient, run_id: str) -> str:
-    """Address of a run in MLflow's UI."""
-    return f"{_server()}/#/experiments/{client.get_run(run_id).info.experiment_id}/runs/{run_id}"
+def run_page(client: MlflowClient, run_id: str, artifact: str | None = None) -> str:
+    """Address of a run, or of one of its artifacts, in MLflow's UI."""
+    place = f"experiments/{client.get_run(run_id).info.experiment_id}/runs/{run_id}"
+    return _page(place if artifact is None else f"{place}/artifacts/{quote(artifact)}")
 
 
 def version_page(model: str, number: int) -> str:
     """Address of a version of a registered model in MLflow's UI."""
-    return f"{_server()}/#/models/{quote(model)}/versions/{number}"
+    return _page(f"models/{quote(model)}/versions/{number}")
 
 
 def version_artifact(weights_sha256: str) -> str:
@@ -128,9 +129,10 @@ def version_artifact(weights_sha256: str) -> str:
     return f"evaluation/versions/{weights_sha256[:16]}.json"
 
 
-def _server() -> str:
-    # Without credentials, which an address may hold.
-    return re.sub(r"//[^/]*@", "//", mlflow.get_tracking_uri()).rstrip("/")
+def _page(place: str) -> str:
+    # Without credentials, which an address may hold; the UI shows GenAI applications unless it is told.
+    server = re.sub(r"//[^/]*@", "//", mlflow.get_tracking_uri()).rstrip("/")
+    return f"{server}/#/{place}?workflowType=machine_learning"
 
 
 def find_run(client: MlflowClient, experiment: str, tag: str, value: str) -> MlflowRun | None:
