@@ -10,17 +10,20 @@ from prefect import flow
 from prefect.artifacts import create_table_artifact
 
 from diffusion.common.errors import UserError
+from diffusion.common.escaping import escape_markdown
 from diffusion.evaluation.evaluate import evaluate as score_checkpoints
+from diffusion.evaluation.evaluate import findings
+from diffusion.evaluation.reports.html import plain
 from diffusion.evaluation.results import Evaluation
 from diffusion.training.checkpointing import Checkpoints
 from diffusion.training.ema import models_to_evaluate
 from flows.config import Params
-from flows.deployment.tasks import retryable_task
+from flows.deployment.tasks import artifact_key, retryable_task
 from flows.registry.champion import require_champion
 from flows.registry.takedown_marks import require_current
 from flows.tracking.console import reporter
 from flows.tracking.json_logs import RUN_ID
-from flows.tracking.runs import TRAIN_KEY, RunTracker, find_run, log_evaluation
+from flows.tracking.runs import TRAIN_KEY, RunTracker, find_run, log_evaluation, run_page
 
 
 @flow(name="evaluate", flow_run_name="evaluate-{params.training.dataset}")
@@ -50,10 +53,12 @@ def report(params: Params, evaluation: Evaluation, folder: Path) -> None:
     log_evaluation(tracker, evaluation)
     for path in (folder / "report.html", folder / "evaluation.json", *sorted(folder.glob("grids/*.png"))):
         tracker.log_file(path, "evaluation" if path.parent == folder else "evaluation/grids")
+    pages = [run_page(tracker.client, tracker.run_id, artifact) for artifact in ("evaluation/report.html", None)]
     tried = {f"KID, guidance {each.sampling.guidance_text}": each.kid for each in evaluation.guidance}
-    rows = [{"metric": name, "value": f"{value:.4g}"} for name, value in (evaluation.metrics() | tried).items()]
-    best = f"best checkpoint of {params.run_folder}, {evaluation.best.images} images seen"
-    create_table_artifact(rows, key="evaluation", description=best)
+    rows = [{"metric": name, "value": plain(value)} for name, value in (evaluation.metrics() | tried).items()]
+    said = " ".join(escape_markdown(line) for line in findings(evaluation))
+    about = f"{said}\n\n[Report]({pages[0]}) · [MLflow run]({pages[1]})"
+    create_table_artifact(rows, key=artifact_key("evaluation", params.training.dataset), description=about)
 
 
 def tracker_of(params: Params) -> RunTracker:

@@ -20,7 +20,7 @@ from flows.datasets.catalog import Catalog
 from flows.datasets.checkout import unpin
 from flows.datasets.dvc import DataVersion
 from flows.datasets.sync import announce, bring_up_to_date, publish
-from flows.deployment.tasks import completed_state, prefect_fan_out, retryable_task, task_runner
+from flows.deployment.tasks import artifact_key, completed_state, prefect_fan_out, retryable_task, task_runner
 from flows.environment import data_source, settings
 from flows.storage.s3 import S3Objects, Store
 from flows.tracking.console import reporter
@@ -83,7 +83,7 @@ def repair(params: Params, rebuild: Rebuild, to_retrain: bool) -> None:
     bring_up_to_date(folder, source, params.ingest, reporter(), rebuilding=rebuild == "always")
 
 
-@flow(name="make dataset")
+@flow(name="make dataset", flow_run_name="make-dataset-{params.training.dataset}")
 def make_dataset(params: Params, requeue: bool, rebuild: Rebuild) -> IngestResult:
     """Write shards and manifest; each shard is a separate task."""
     data, config, run = params.dataset_folder, params.ingest, prefect_fan_out(params.ingest)
@@ -97,7 +97,7 @@ def describe(params: Params, version: DataVersion) -> Path:
     recorded = Catalog.of(params.training.dataset, data_source())
     place = recorded.publish_page(read_manifest(params.dataset_folder).digest, page.read_bytes())
     text = f"{summary.markdown()}\nDVC `{version.digest}`, page `{place}`"
-    create_markdown_artifact(text, key="dataset", description=summary.verdict)
+    create_markdown_artifact(text, key=artifact_key("dataset", params.training.dataset), description=summary.verdict)
     return page
 
 

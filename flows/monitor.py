@@ -11,7 +11,7 @@ from diffusion.common.files import digest_of
 from diffusion.data.manifest import read_manifest
 from flows.config import Params
 from flows.datasets.sync import sync
-from flows.deployment.tasks import completed_state, retryable_task
+from flows.deployment.tasks import artifact_key, completed_state, retryable_task
 from flows.tracking.console import reporter
 
 MONITORED = "darkroom.monitored"  # tag of a version: digest of data, weights and settings of its last monitoring
@@ -69,11 +69,13 @@ def evaluate_champion(params: Params) -> MonitorResult:
     evaluated, extractor = evaluate_model(weights, data, params.evaluation, params.sampling, folder, reporter())
     figures = {name: value for name, value in evaluated.metrics().items() if math.isfinite(value)}
     summary, drifted = compare_kid(extractor, figures, before)
-    logged = {f"monitor_{name}": value for name, value in figures.items()}
+    logged = {f"monitor/{name}": value for name, value in figures.items()}
     RunTracker(client, version.run_id).log_metrics(logged, int(time.time()))
     now, then = ({name: f"{value:.4g}" for name, value in each.items()} for each in (figures, before))
     rows = [{"metric": name, "now": now[name], "at promotion": then.get(name, "")} for name in sorted(now)]
-    create_table_artifact(rows, key="monitor", description=f"{version.uri}: {summary}")
+    create_table_artifact(
+        rows, key=artifact_key("monitor", params.training.dataset), description=f"{version.uri}: {summary}"
+    )
     client.set_model_version_tag(version.model, str(version.number), MONITORED, key)
     return MonitorResult(**about, figures=figures, drifted=drifted, summary=f"{version.uri}: {summary}", skipped=False)
 

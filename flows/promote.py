@@ -28,7 +28,7 @@ from diffusion.evaluation.reports.comparison_report import PAGE, write_compariso
 from diffusion.evaluation.results import Evaluation
 from diffusion.training.ema import SNAPSHOTS
 from flows.config import Params
-from flows.deployment.tasks import retryable_task
+from flows.deployment.tasks import artifact_key, retryable_task
 from flows.evaluate import tracker_of
 from flows.registry import model_card, model_versions
 from flows.registry.aliases import append, project, verified
@@ -38,7 +38,9 @@ from flows.registry.model_versions import Version
 from flows.registry.takedown_marks import TAKEDOWN, require_current, takedowns, warn_of_takedown, with_takedowns
 from flows.storage.tags import parse_tags
 from flows.tracking.console import reporter
-from flows.tracking.runs import AUTOENCODER, START, RunTracker
+from flows.tracking.runs import AUTOENCODER, EVAL_KEY, START, RunTracker, run_page, version_artifact, version_page
+
+UNCOMMITTED = ", with changes that were not committed"
 
 
 class GateResult(Config):
@@ -112,13 +114,13 @@ def register(params: Params, evaluation: Evaluation) -> Version:
     export(best, weights, evaluation.sampling if evaluation.guidance else None)
     run = tracker.client.get_run(tracker.run_id)
     parse_tags(run.data.tags, f"run {tracker.run_id}")
-    data = ("darkroom.content_digest", "darkroom.dvc_digest", "darkroom.dataset", "darkroom.git_dirty")
+    data = ("darkroom.content_digest", "darkroom.dvc_digest", "darkroom.dataset")
+    commit, is_dirty = (run.data.tags.get(name) for name in ("mlflow.source.git.commit", "darkroom.git_dirty"))
+    # Few: they head the version's page in MLflow. ``record`` logs all else as an artifact.
     tags = {name: run.data.tags.get(name) for name in (*data, TAKEDOWN, AUTOENCODER, START)} | {
-        "darkroom.run_id": tracker.run_id,
-        "darkroom.git_commit": run.data.tags.get("mlflow.source.git.commit"),
+        "darkroom.git_commit": f"{commit}{UNCOMMITTED}" if commit and is_dirty == "True" else commit,
         "darkroom.guidance": evaluation.sampling.guidance_text if evaluation.sampling.guides else None,
-        "darkroom.images": evaluation.best.images,
-        "darkroom.train_key": read_header(weights)["train_key"],
+        EVAL_KEY: evaluation.eval_key,
     }
     model, run_id, images = params.model_name, tracker.run_id, evaluation.best.images
     version = model_versions.register(model, run_id, weights, params.sampling, tags, images)
@@ -205,10 +207,16 @@ def record(
     client = MlflowClient()
     entry = commit(client, version, result, approval).about(version.number)
     assert entry is not None, "the champion has an entry in the ledger"
-    tags = {name: f"{value:.6g}" for name, value in evaluation.metrics().items()}
-    gate = {"darkroom.gate": entry.evidence.reason} if entry.evidence else {}
-    for tag, value in (tags | {"darkroom.eval_key": evaluation.eval_key} | gate).items():
-        client.set_model_version_tag(version.model, str(version.number), tag, value)
+    about = {
+        "version": version.uri,
+        "eval_key": evaluation.eval_key,
+        "metrics": evaluation.metrics(),
+        "gate": entry.evidence and entry.evidence.reason,
+        "train_key": read_header(params.run_folder / "weights.safetensors")["train_key"],
+    }
+    client.log_dict(version.run_id, about, version_artifact(version.weights_sha256))
+    if version.tags.get(EVAL_KEY) != evaluation.eval_key:
+        client.set_model_version_tag(version.model, str(version.number), EVAL_KEY, evaluation.eval_key)
     model_card.write(client, params, evaluation, version, entry, result.comparison)
     champion = project(client, Ledger.of(version.model)).standing.champion
     if promoted := champion == version.number:
@@ -221,7 +229,17 @@ def record(
         champion=champion,
         entry=entry.number,
     )
-    create_markdown_artifact(f"**{version.uri}** is {verdict.title}: {escape_markdown(verdict.reason)}", key="verdict")
+    links = {
+        "Model version": version_page(version.model, version.number),
+        "MLflow run": run_page(client, version.run_id),
+        "Comparison": run_page(client, version.run_id, f"evaluation/{PAGE}"),
+    }
+    listed = " · ".join(f"[{name}]({page})" for name, page in links.items())
+    create_markdown_artifact(
+        f"**{version.uri}** is {verdict.title}: {escape_markdown(verdict.reason)}\n\n{listed}",
+        key=artifact_key("verdict", version.model),
+        description=f"{version.uri} is {verdict.title}",
+    )
     return verdict
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from prefect import flow
+from prefect.runtime import flow_run
 from pydantic import AliasPath, BaseModel, Field, ValidationError
 
 from diffusion.common.config import Config, PlainName
@@ -24,6 +25,7 @@ from flows.ingest import IngestOutcome, ingest
 from flows.registry.ledger import Ledger
 from flows.storage.s3 import Missing, Store
 from flows.storage.tags import VersionNumber
+from flows.tracking.console import phase
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +42,15 @@ class RetrainResult(Config):
     """Fields of ``SamplingBatchResult``; None if there is no champion or it is a super-resolution model."""
     explained: dict[str, Any]
     """Fields of ``Explanation``."""
+    seconds: dict[str, float] = Field({})
+    """Duration of each phase, in the order of their running."""
+    quality: str = ""
+    """KID with its interval, and that of real images."""
+    warning: str | None = None
+    """Warning that the training was too short; None if it was not, or nobody can tell."""
+    mlflow_page: str = ""
+    prefect_page: str = ""
+    """Addresses of the MLflow run and of this flow run."""
     skipped: str | None = None
     """Why there was nothing to do; None if there was."""
 
@@ -131,9 +142,11 @@ def retrain(
     """
     if params.model.low_resolution is not None and (count, seed, to) != (64, 0, None):
         raise UserError("a model with model.low_resolution only upscales images: leave --count, --seed and --to out")
+    seconds: dict[str, float] = {}
     with concurrency_slot(f"retrain-{params.training.dataset}"):
-        checked_out = sync(params, version) if version else None
-        data = checked_out or ingest(params, to_retrain=True)
+        with phase("ingest", seconds):
+            checked_out = sync(params, version) if version else None
+            data = checked_out or ingest(params, to_retrain=True)
 
         manifest = read_manifest(params.dataset_folder)
         request = Request.of(params, manifest, count, seed, to, conditions)
@@ -147,6 +160,9 @@ def retrain(
             return completed_state(done, f"nothing to do: {why}", name="Skipped")
 
         # Imported late: torch and MLflow take seconds, which a skipped retraining saves.
+        from mlflow.client import MlflowClient
+
+        from diffusion.evaluation.evaluate import describe_kid, undertrained
         from diffusion.evaluation.evaluator import require_enough
         from diffusion.families.model import classes_of
         from diffusion.generation.generate import check_conditions, check_prompts
@@ -154,6 +170,7 @@ def retrain(
         from flows.promote import promote
         from flows.registry.dependencies import require_promotable
         from flows.sample import explain, sample, samples_from_noise
+        from flows.tracking.runs import run_page
         from flows.train import train
 
         # Before hours of training: can the model be evaluated, promoted, and sampled under these conditions?
@@ -163,13 +180,18 @@ def retrain(
         check_prompts(conditions)
         require_promotable(params)
 
-        training = train(params, restart="if_different")
-        evaluate(params)
-        verdict = promote(params)
-        # There may be no champion yet, or an earlier super-resolution model.
-        has_samples = verdict.champion is not None and samples_from_noise(params.champion)
-        samples = sample(params, params.champion, count, seed, to, conditions) if has_samples else None
-        explained = explain(params, verdict.version.uri, params.report_folder / "explain")
+        with phase("train", seconds):
+            training = train(params, restart="if_different")
+        with phase("evaluate", seconds):
+            evaluation = evaluate(params)
+        with phase("promote", seconds):
+            verdict = promote(params)
+        with phase("sample", seconds):
+            # There may be no champion yet, or an earlier super-resolution model.
+            has_samples = verdict.champion is not None and samples_from_noise(params.champion)
+            samples = sample(params, params.champion, count, seed, to, conditions) if has_samples else None
+        with phase("explain", seconds):
+            explained = explain(params, verdict.version.uri, params.report_folder / "explain")
 
         done = RetrainResult(
             data=data,
@@ -178,6 +200,11 @@ def retrain(
             verdict=verdict.model_dump(mode="json"),
             samples=samples and samples.model_dump(mode="json"),
             explained=explained.model_dump(mode="json"),
+            seconds=seconds,
+            quality=describe_kid(evaluation),
+            warning=undertrained(evaluation),
+            mlflow_page=run_page(MlflowClient(), training.run_id),
+            prefect_page=flow_run.ui_url or "",
         )
         request.note(done)
     return completed_state(done, f"{verdict.version.uri} is {verdict.title}: {verdict.reason}")

@@ -28,7 +28,7 @@ from diffusion.generation.super_resolution import task_of
 from diffusion.process.samplers import SamplingConfig
 from flows import environment
 from flows.config import Params, SamplingBatchConfig
-from flows.deployment.tasks import ray_resources, retryable_task, task_runner
+from flows.deployment.tasks import artifact_key, ray_resources, retryable_task, task_runner
 from flows.registry import model_versions
 from flows.registry.model_versions import Version
 from flows.registry.takedown_marks import warn_of_takedown
@@ -165,15 +165,20 @@ def begin(
     return batch, place
 
 
-@flow(name="generate chunks")
+@flow(name="generate chunks", flow_run_name="generate-chunks-{batch.model}-{batch.version}")
 def generate_chunks(params: Params, batch: SamplingBatch, place: Location, version: Version) -> GenerationCost:
     """Generate the missing chunks; each is a separate task, and few are submitted ahead."""
     config = params.sampling_batch
     started, missing, chunks = time.monotonic(), generate_batch.unfinished(Store(), batch, place), batch.chunks()
-    show, works = bar("sampling"), list[Work]()
+    show, works = bar(artifact_key("sampling", batch.model)), list[Work]()
     done = batch.count - sum(len(chunks[chunk]) for chunk in missing)
     show("images generated", done, batch.count)
-    futures = (generate_chunk.submit(batch, place, version, chunk, config) for chunk in missing)
+    futures = (
+        generate_chunk.with_options(task_run_name=f"generate chunk {chunk}").submit(
+            batch, place, version, chunk, config
+        )
+        for chunk in missing
+    )
     with ray_resources(config, gpu=resolve_device(batch.sampling.device).type == "cuda"):
         for chunk, work in zip(missing, in_order(futures, 2 * config.workers), strict=True):
             works.append(work)
@@ -217,7 +222,7 @@ def finish(batch: SamplingBatch, place: Location, cost: GenerationCost) -> Sampl
         took=cost,
     )
     text = f"{batch.count:,} images of {done.model} in `{done.uri}`, manifest `{done.manifest}`\n\n{cost.words}"
-    create_markdown_artifact(text, key="samples")
+    create_markdown_artifact(text, key=artifact_key("samples", batch.model), description=f"images of {done.model}")
     return done
 
 

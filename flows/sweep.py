@@ -30,7 +30,7 @@ from diffusion.evaluation.reports.ranking_report import PAGE, findings, training
 from diffusion.evaluation.results import Evaluation
 from diffusion.models.config import FAMILIES
 from flows.config import Params, assign, in_words
-from flows.deployment.tasks import retryable_task
+from flows.deployment.tasks import artifact_key, retryable_task
 from flows.evaluate import evaluate
 from flows.tracking.console import reporter
 from flows.tracking.runs import SWEEP, RunTracker, one_run
@@ -113,7 +113,9 @@ def rank(
     tracker.finish()
     values = [f"{each.value:.4g} ± {each.error:.2g}" for each in ranking.models]
     settings = [words_of(each.settings) for each in ranking.models]
-    create_table_artifact({"settings": settings, ranking.metric: values}, key="sweep")
+    create_table_artifact(
+        {"settings": settings, ranking.metric: values}, key=artifact_key("sweep", params.training.dataset)
+    )
     return RankingResult(ranking=ranking, report=page, run_id=parent)
 
 
@@ -182,7 +184,9 @@ def compare(params: Params, families: Sequence[str] = tuple(FAMILIES), restart: 
     trained = {name: train(each, "if_different" if restart else "never") for name, each in variants.items()}
     done = retryable_task(rank_variants)(variants, reporter())
     log_report([each.run_id for each in trained.values()], done.report)
-    create_markdown_artifact("\n\n".join(findings(done.ranking)), key="comparison")
+    create_markdown_artifact(
+        "\n\n".join(findings(done.ranking)), key=artifact_key("comparison", params.training.dataset)
+    )
     models = [each.model_copy(update={"run_id": trained[each.name].run_id}) for each in done.ranking.models]
     return done.model_copy(update={"ranking": done.ranking.model_copy(update={"models": models})})
 

@@ -20,7 +20,7 @@ from flows.datasets.checkout import choice, unpin
 from flows.datasets.dvc import DataVersion, StoredFiles
 from flows.datasets.purge import Purged, purge_dvc, purge_files, purge_samples
 from flows.datasets.sync import announce, bring_up_to_date, publish
-from flows.deployment.tasks import retryable_task
+from flows.deployment.tasks import artifact_key, retryable_task
 from flows.local_stack.seaweedfs import vacuum_deleted_objects
 from flows.registry.takedown_marks import Derived, clear_images, find_derived, mark
 from flows.tracking.console import reporter
@@ -75,7 +75,9 @@ def takedown(params: Params, selection: Selection, reason: str, purge: bool = Fa
     purged = clear(params, versions, affected, derived) if purge else None
     done = TakedownResult(**about, held=affected.held, unknown=affected.unknown, purged=purged)
     items = [f"- {escape_markdown(line)}" for line in (f"reason {removal.reason}", *done.lines())]
-    create_markdown_artifact("\n".join(items), key="takedown")
+    create_markdown_artifact(
+        "\n".join(items), key=artifact_key("takedown", params.training.dataset), description=f"takedown {done.name}"
+    )
     return done
 
 

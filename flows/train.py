@@ -3,6 +3,7 @@
 from typing import Literal
 
 from mlflow.client import MlflowClient
+from mlflow.utils.mlflow_tags import MLFLOW_USER
 from prefect import flow
 from prefect.logging import get_run_logger
 
@@ -24,6 +25,7 @@ from flows.ingest import dataset_page, find_page
 from flows.registry import model_versions
 from flows.registry.champion import require_champion
 from flows.registry.dependencies import ResolvedParams, resolve_params
+from flows.registry.ledger import who
 from flows.registry.takedown_marks import TAKEDOWN, joined_names, names_of, require_current, with_takedowns
 from flows.storage.s3 import Store
 from flows.tracking.buffered import UNANSWERED, BufferedTracker
@@ -129,13 +131,14 @@ def _open(ready: ResolvedParams, manifest: Manifest, restart: bool) -> RunTracke
     code, data = dvc.code_version(), dvc.data_version(params.dataset_folder)
     tracker = open_run(params.model_name, key, parameters, manifest, code, data, data_source(), restart)
     tracker.client.log_text(tracker.run_id, ready.requested.model_dump_json(indent=2), "params.json")
-    tracker.tag({AUTOENCODER: ready.autoencoder, START: ready.start, TAKEDOWN: ready.takedown})
+    user = who().partition("@")[0]
+    tracker.tag({AUTOENCODER: ready.autoencoder, START: ready.start, TAKEDOWN: ready.takedown, MLFLOW_USER: user})
     tracker.log_file(params.dataset_folder / "manifest.json", "dataset")
     if (preflight := params.run_folder / PREFLIGHT).is_file():
         tracker.log_file(preflight, "history")
     # A page that is not there yet would need all shards, which streaming avoids to have here.
     page, summary = (dataset_page if params.training.stream_bytes is None else find_page)(params)
     if summary is not None:
-        tracker.log_file(page, "dataset")
-        tracker.log_metrics(summary.metrics(), images=0)
+        for path in (page, page.with_suffix(".json")):
+            tracker.log_file(path, "dataset")
     return tracker

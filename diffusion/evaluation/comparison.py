@@ -8,6 +8,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ from diffusion.common.files import write_json
 from diffusion.common.progress import Progress, silent
 from diffusion.evaluation.bootstrap import FEWEST_FOR_ERRORS, difference
 from diffusion.evaluation.config import EvaluationConfig
-from diffusion.evaluation.estimate import paired_difference
+from diffusion.evaluation.estimate import Estimate, paired_difference
 from diffusion.evaluation.evaluator import CACHE, Evaluator, MetricReplicates, ModelEvaluator
 from diffusion.evaluation.gate import (
     ComparisonMetrics,
@@ -82,6 +83,8 @@ class SampleGrids:
     """The candidate's images nearest to training images, and these, in the order of ``memorization.pairs``."""
     duplicates: list[Tensor]
     """The candidate's images that are duplicates of one another, in the order of ``duplicates.groups``."""
+    captions: tuple[list[str], list[str]]
+    """Prompt or class of each image of candidate and champion; empty if they have none."""
     classes: Mapping[str, tuple[Tensor, Tensor]]
     """Held-out images and as many generated ones of the candidate's worst classes by name, the worst first."""
 
@@ -181,13 +184,19 @@ def _compare(evaluator: Evaluator, candidate: Path, champion: Path | None, gate:
             f"out, and errors need {FEWEST_FOR_ERRORS} of either: generate more with evaluation.samples, or hold more "
             "out with ingest.held_out"
         )
-    copied = evaluations[0].memorization
+    copied, scores = evaluations[0].memorization, evaluations[0].scores
+    # Sets that are too small for errors are decided on as measured.
+    own: dict[Literal["precision", "recall"], Estimate] = {
+        "precision": replicates[0]["precision"].estimate if baseline else Estimate(value=scores.precision),
+        "recall": replicates[0]["recall"].estimate if baseline else Estimate(value=scores.recall),
+    }
     compared = ComparisonMetrics(
         basis="generated" if generated else "reconstructed",
         samples=len(ours.features) if generated else len(ours.real.held_out),
         reference=len(ours.real.compared),
         has_champion=champion is not None,
         incomparable=incomparable,
+        own=own if generated and champion is None else {},
         memorized=CopyShare(share=copied.excess, p_value=copied.p_value) if generated else None,
     )
     if theirs is not None and incomparable is None:
@@ -287,5 +296,6 @@ def _sample_grids(ours: ModelEvaluator, theirs: ModelEvaluator | None, evaluatio
         nearest_generated=ours.images[[pair.generated for pair in pairs]],
         nearest_training=real.dataset.images(real.train[[pair.training for pair in pairs]]),
         duplicates=[ours.images[group.members] for group in evaluation.duplicates.groups],
+        captions=(ours.captions, [] if theirs is None else theirs.captions),
         classes=classes,
     )

@@ -8,7 +8,7 @@ import io
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from torch import Tensor
@@ -25,7 +25,18 @@ from diffusion.evaluation.metrics.distances import Scores, jackknife, kid_deviat
 from diffusion.evaluation.metrics.pixel_metrics import TITLES, ResamplingBaseline, describe_baselines, resample
 from diffusion.evaluation.real_images import SHOWN
 from diffusion.evaluation.reports.charts import charts
-from diffusion.evaluation.reports.html import Cell, between, counted, plain, render, signed, with_error
+from diffusion.evaluation.reports.html import (
+    Cell,
+    between,
+    captioned,
+    counted,
+    decimals,
+    fixed,
+    plain,
+    render,
+    signed,
+    with_error,
+)
 from diffusion.evaluation.results import CheckpointEvaluation, Evaluation, GuidanceScore, ModelScores
 from diffusion.generation.super_resolution import shrunk, task_of
 from diffusion.process.samplers import SamplingConfig
@@ -108,6 +119,8 @@ class Sheets:
     """Held-out images, (N, C, H, W) uint8."""
     generated: dict[str, Tensor]
     """First generated images by SHA-256 of the model file."""
+    captions: list[str] = field(default_factory=list)
+    """Prompt or class of each image of the best model; empty if they have none."""
     reconstructed: Tensor | None = None
     """Reconstructions of the real images by the best model's autoencoder, if it has one."""
 
@@ -161,7 +174,7 @@ def evaluate(
         baselines=evaluator.baselines(),
         guidance=score_guidance(evaluator, model),
     )
-    sheets = Sheets(evaluator.real.shown_images, generated, model.reconstructed)
+    sheets = Sheets(evaluator.real.shown_images, generated, model.captions, model.reconstructed)
     _write(evaluation, sheets, output)
     write_report(output / "report.html", evaluation, sheets, losses)
     return evaluation
@@ -222,6 +235,7 @@ def write_report(path: Path, evaluation: Evaluation, sheets: Sheets, losses: Pat
         findings=findings(evaluation),
         lines=score_lines(evaluation),
         generated=png_bytes(grid(best)),
+        samples=captioned(best, sheets.captions),
         real=png_bytes(grid(sheets.real)),
         reconstructed=None if sheets.reconstructed is None else png_bytes(above(sheets.real, sheets.reconstructed)),
         shown=len(best),
@@ -234,16 +248,53 @@ def write_report(path: Path, evaluation: Evaluation, sheets: Sheets, losses: Pat
     return write_bytes(path, page)
 
 
+def describe_kid(evaluation: Evaluation) -> str:
+    """Describe the best checkpoint's KID, with its 95 % interval if there is one, beside that of real images."""
+    scores, baseline = evaluation.best.scores, evaluation.real_baseline.scores
+    found = evaluation.estimates.get(f"kid_{scores.extractor}")
+    if found is None:
+        return f"KID {with_error(scores.kid, scores.kid_se)}; real images {signed(baseline.kid)}"
+    digits = decimals(found.interval.high - found.interval.low)
+    kid, low, high, real = (
+        fixed(value, digits) for value in (found.value, found.interval.low, found.interval.high, baseline.kid)
+    )
+    return f"KID {kid} [{low}, {high}]; real images {real}"
+
+
+def undertrained(evaluation: Evaluation) -> str | None:
+    """Warn if the last checkpoint is the best and KID was still falling; None if not, or if nobody can tell.
+
+    Falling is: in the second half of the training, surely (by two standard errors) and by a tenth or more of what
+    separates it from real images.
+    """
+    best, baseline = evaluation.best, evaluation.real_baseline.scores
+    last = max(each.images for each in evaluation.checkpoints)
+    earlier = min(
+        (each for each in evaluation.checkpoints if each.images >= last / 2), key=lambda each: each.images
+    ).scores
+    fall = earlier.kid - best.scores.kid
+    is_sure = fall > 2 * math.hypot(earlier.kid_se, best.scores.kid_se)
+    if (
+        best.images < last
+        or best.selection_metric.sign > 0
+        or not is_sure
+        or 10 * fall < best.scores.kid - baseline.kid
+    ):
+        return None
+    return (
+        f"undertrained: KID was still falling at the end, from {signed(earlier.kid)} to {signed(best.scores.kid)}: "
+        "train longer (training.minutes or training.images)"
+    )
+
+
 def findings(evaluation: Evaluation) -> list[str]:
     """Describe the metrics in sentences no stronger than their errors allow."""
     best, baseline = evaluation.best, evaluation.real_baseline.scores
-    gap = best.scores.kid - baseline.kid
-    error = math.hypot(best.scores.kid_se, baseline.kid_se)
-    if gap <= 2 * error:
-        said = [f"On {best.scores.samples:,} images its KID cannot be told from that of real ones."]
-    else:
-        times = f"{gap / error:,.0f} times the standard error"
-        said = [f"Its KID lies {plain(gap)} above that of real images, {times}."]
+    said = [f"{describe_kid(evaluation)}."]
+    if best.scores.kid - baseline.kid <= 2 * math.hypot(best.scores.kid_se, baseline.kid_se):
+        said.append(f"On {best.scores.samples:,} images that cannot be told from real ones.")
+    if (words := undertrained(evaluation)) is not None:
+        said.append(f"{words[0].upper()}{words[1:]}.")
     if others := [each for each in evaluation.checkpoints if each.sha256 != best.sha256]:
         second = min(others, key=lambda each: each.scores.kid)
         error = math.hypot(best.scores.kid_se, second.scores.kid_se)
@@ -271,7 +322,7 @@ def findings(evaluation: Evaluation) -> list[str]:
 
 MEANINGS = {
     "kid": ("lower", "Unbiased at any number of images: the one to go by."),
-    "fd": ("lower", "Grows as images get fewer: means something only beside its real baseline."),
+    "fd": ("lower", "Grows as images get fewer: means something only beside its real-vs-real baseline."),
     "fd_infinity": ("lower", "The same as it would be of endlessly many images."),
     "precision": ("higher", "Share of generated images that lie among real ones: fidelity."),
     "recall": ("higher", "Share of real images that lie among generated ones: variety."),

@@ -312,6 +312,16 @@ class ModelEvaluator:
             return None
         return labels_of(self.model, range(self.samples), self.config.seed, self.conditions)
 
+    @property
+    def captions(self) -> list[str]:
+        """Return the prompt, or else the class, of each of the first images; empty if they have none."""
+        if self.header.model.low_resolution:
+            return []
+        numbers, names = range(min(self.samples, SHOWN)), [*self.model.classes, ""]
+        classes = [""] * len(numbers) if self.labels is None else [names[n] for n in self.labels[: len(numbers)]]
+        found = [self.conditions.prompt(n) or name for n, name in zip(numbers, classes, strict=True)]
+        return found if any(found) else []
+
     @cached_property
     def per_class(self) -> PerClass | None:
         """Return metrics by class; None for models without classes, or none that the data set has images of."""

@@ -41,6 +41,11 @@ class GateConfig(Config):
     δ."""
     recall_loss: float | None = Field(0.1, ge=0, le=1)
     """Largest loss of recall, from 0 to 1: fidelity must not come from generating only easy images."""
+    min_precision: float | None = Field(0.1, ge=0, lt=1)
+    """Precision that a first version must surely have, from 0 to 1: without a champion nothing else would keep noise
+    out."""
+    min_recall: float | None = Field(0.1, ge=0, lt=1)
+    """Recall that a first version must surely have, from 0 to 1."""
     memorized: float | None = Field(0.05, ge=0, le=1)
     """Largest share of generated images that may be copies of training images, beyond chance. Applies to first
     versions, too."""
@@ -138,6 +143,8 @@ class ComparisonMetrics(Config):
     """Whether there is a champion. If not, only rules that need none apply."""
     incomparable: str | None = None
     """Why the two cannot be compared, which holds the candidate; None if they can."""
+    own: dict[Literal["precision", "recall"], Estimate] = Field({}, exclude_if=lambda own: not own)
+    """The candidate's own precision and recall, which a first version is decided on."""
     headline: Headline | None = None
     recall: Estimate | None = None
     """Candidate minus champion, on the same images as the headline."""
@@ -212,7 +219,7 @@ def _finding(rule: Rule, verdict: Verdict, reason: str, images: int | None = Non
 def _headline(metrics: ComparisonMetrics, config: GateConfig) -> Finding:
     headline, c = metrics.headline, config.confidence
     if not metrics.has_champion:
-        return _finding("headline", Verdict.promote, "first version: there was no champion")
+        return _first_version(metrics, config)
     if metrics.incomparable is not None:
         return _finding("headline", Verdict.hold, metrics.incomparable)
     if headline is None:
@@ -249,6 +256,23 @@ def _headline(metrics: ComparisonMetrics, config: GateConfig) -> Finding:
     needed = images_needed(metrics.samples, lead, lead.value - smallest if ahead else smallest, c)
     advice = _advice("this lead" if ahead else "a lead of 2δ", needed, metrics)
     return _finding("headline", Verdict.hold, f"not surely better by δ: {measured}{advice}", needed)
+
+
+def _first_version(metrics: ComparisonMetrics, config: GateConfig) -> Finding:
+    """Hold a first version unless its precision and recall are surely above their bars."""
+    bars = {"precision": config.min_precision, "recall": config.min_recall}
+    required = {name: bar for name, bar in bars.items() if bar is not None and metrics.basis == "generated"}
+    if missing := [name for name in required if name not in metrics.own]:
+        return _finding("headline", Verdict.hold, f"not measured: {' and '.join(missing)} of a first version")
+    own = {name: each for name, each in metrics.own.items() if name in required}
+    words = "".join(f", {name} {_figure(each)} (required {required[name]:g})" for name, each in own.items())
+    if all(each.at_least(config.confidence) > required[name] for name, each in own.items()):
+        return _finding("headline", Verdict.promote, f"first version: there was no champion{words}")
+    reason = (
+        f"first version, whose images are not surely like real ones{words} on {_images(metrics)}: train longer "
+        "(training.minutes or training.images), or look at its samples and make it champion by `darkroom promote --to`"
+    )
+    return _finding("headline", Verdict.hold, reason)
 
 
 def _memorized(metrics: ComparisonMetrics, limit: float, confidence: float) -> Finding:

@@ -237,8 +237,8 @@ def _begin_or_resume(trainer: Trainer, checkpoints: Checkpoints, output: Path, s
     trainer.total = math.ceil(preflight.images / config.batch_size) * config.batch_size
     trainer.loader.prefetch(state.images, trainer.total)
     if ranks.is_main:
-        for name, words in preflight.lines():
-            logger.info("%-10s  %s", name, words)
+        about = dict(preflight.lines())
+        logger.info("training on %s; %s, %s", *(about[name] for name in ("images", "network", "length")))
         require_disk(output, preflight.disk_bytes)
         write_json(output / PREFLIGHT, preflight.model_dump(mode="json"))
     first = trainer.checkpoint_tensors()

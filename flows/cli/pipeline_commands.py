@@ -309,23 +309,38 @@ def retrain(
 
 
 def _retrained(found: dict[str, Any]) -> Iterator[str]:
+    from flows.environment import settings
+    from flows.tracking.console import clock
+
     data = found["data"].get("result", found["data"])
     verdict, samples, version = found["verdict"], found["samples"], found["verdict"]["version"]
     title = "champion" if verdict["promoted"] else {"hold": "held", "reject": "rejected"}[verdict["verdict"]]
     if found["skipped"]:
         yield f"skipped    {found['skipped']}"
-    yield f"data set   {data['kept']} images, content {data['content_digest'][:12]}"
-    yield f"run        {found['run_id']}"
-    yield f"report     {found['report']}"
-    yield f"model      models:/{version['model']}/{version['number']}, {title}: {verdict['reason']}"
+    elif found["seconds"]:
+        times = ", ".join(f"{name} {clock(seconds)}" for name, seconds in found["seconds"].items())
+        yield f"took       {clock(sum(found['seconds'].values()))}: {times}"
+    dropped = f", {data['duplicates']:,} duplicates dropped" if data.get("duplicates") else ""
+    yield f"data set   {data['kept']:,} images{dropped}, content {data['content_digest'][:12]}"
+    if found["quality"]:
+        yield f"quality    {found['quality']} (95 % interval; lower is better)"
+    if found["warning"]:
+        yield f"warning    {found['warning']}"
+    yield f"model      models:/{version['model']}/{version['number']} is {title}: {verdict['reason']}"
     if samples is not None:
-        yield f"samples    {samples['uri']}"
-        yield f"look at    {samples['contact_sheet']}"
+        yield f"samples    {samples['contact_sheet']}, all in {samples['uri']}"
     elif verdict["champion"] is not None:
         yield "samples    none: this is a super-resolution model, see `darkroom edit upscale --help`"
     else:
         yield "samples    none: there is no champion yet"
-    yield from (f"           {file}" for file in found["explained"]["files"])
+    yield f"report     {found['report']}"
+    yield f"explained  {', '.join(found['explained']['files'])}"
+    yield f"MLflow     {found['mlflow_page'] or found['run_id']}"
+    if found["prefect_page"]:
+        yield f"Prefect    {found['prefect_page']}"
+    if (passwords := settings().folder / "credentials.json").is_file():
+        yield f"log in     MLflow: user darkroom, password mlflow_password in {passwords}"
+        yield "           Prefect: user:password together, as prefect_auth_string there"
 
 
 @pipeline

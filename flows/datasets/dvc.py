@@ -28,6 +28,7 @@ from flows.storage.s3 import ListedObject, Location, Missing, Store
 from flows.storage.tags import DvcDigest
 
 logger = logging.getLogger(__name__)
+logging.getLogger("dvc").setLevel(logging.WARNING)  # it would tell of each dvc.lock that it writes
 
 INGEST_STAGE = "ingest"
 FOLDER = ".dir"  # suffix of the name of a folder's listing

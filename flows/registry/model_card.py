@@ -9,7 +9,8 @@ from diffusion.common.escaping import escape_markdown
 from diffusion.data.manifest import Manifest, read_manifest
 from diffusion.evaluation.comparison import ChampionComparison
 from diffusion.evaluation.estimate import CONFIDENCE
-from diffusion.evaluation.reports.html import count, counted, share, signed, with_error
+from diffusion.evaluation.evaluate import describe_kid
+from diffusion.evaluation.reports.html import between, count, counted, share, signed, with_error
 from diffusion.evaluation.results import Evaluation
 from flows.config import Params
 from flows.registry.ledger import LedgerEntry
@@ -52,7 +53,9 @@ def card(
 ) -> str:
     """Render the card of ``version``, trained on ``data``, with its ``evaluation`` and ``comparison``, as Markdown."""
     best, evaluated, classes = evaluation.best, comparison.candidate if comparison else None, data.class_histogram
-    compared = (f"{CONFIDENCE:.0%} interval", "the champion's") if comparison else ()
+    compared = (f"{CONFIDENCE:.0%} interval",) if comparison else ()
+    if comparison and comparison.champion:
+        compared = (*compared, "the champion's")
     environment = Environment(loader=PackageLoader("flows.registry"), trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"markdown": escape_markdown, "listed": _listed}
     environment.filters |= {each.__name__: each for each in (count, counted, share, with_error)}
@@ -64,7 +67,7 @@ def card(
         comparison=comparison,
         evaluated=evaluated,
         scores=(evaluated or best).scores,
-        columns=("metric", "value", *compared, "real baseline"),
+        columns=("metric", "value", *compared, "real-vs-real baseline"),
         metrics=_compared(comparison) if comparison else _evaluated(evaluation),
         best=best,
         sampling=evaluation.sampling,
@@ -72,6 +75,7 @@ def card(
         data=data,
         classes=_listed(f"{escape_markdown(name)} ({count(number)})" for name, number in classes.items()),
         eval_key=evaluation.eval_key,
+        quality=describe_kid(evaluation),
         rarest=min(classes.items(), key=lambda each: each[1], default=None),
         shifts={
             name: shift.spreads
@@ -91,31 +95,32 @@ def _evaluated(evaluation: Evaluation) -> Iterator[tuple[str, ...]]:
             first, _, rest = name.partition("_")
             # kid_se_efflite0 is the standard error of kid_efflite0.
             error = metrics.get(f"{first}_se_{rest}", metrics.get(f"{name}_se"))
-            shown = f"{value:.4g}" if error is None else with_error(value, error)
-            yield name, shown, f"{baseline[name]:.4g}" if name in baseline else ""
+            yield name, _figure(value, error), signed(baseline[name]) if name in baseline else ""
 
 
 def _compared(comparison: ChampionComparison) -> Iterator[tuple[str, ...]]:
     ours, baseline = comparison.candidate.metrics(), comparison.real_baseline.metrics()
     theirs = comparison.champion.metrics() if comparison.champion else {}
     rows = {
-        name: (with_error(each.value, each.error), _range(each.interval.low, each.interval.high))
+        name: (_figure(each.value, each.error), between(each.interval))
         for name, each in comparison.candidate.estimates.items()
     }
     for name in ("copies_share", "duplicates_share"):
-        rows[name] = f"{ours[name]:.2%}", _range(ours[f"{name}_low"], ours[f"{name}_high"])
+        rows[name] = f"{ours[name]:.1%}", f"{ours[f'{name}_low']:.1%} … {ours[f'{name}_high']:.1%}"
     for name in ("reconstruction_psnr", "psnr", "bits_per_dim", "held_out_loss"):
         if name in ours:
             rows[name] = with_error(ours[name], ours[f"{name}_se"]), ""
     for name in ("class_agreement", "gflop_per_image"):
         if name in ours:
-            rows[name] = f"{ours[name]:.4g}", ""
+            rows[name] = signed(ours[name]), ""
+    sides = (theirs, baseline) if comparison.champion else (baseline,)
     for name, row in rows.items():
-        yield name, *row, *(f"{side[name]:.4g}" if name in side else "" for side in (theirs, baseline))
+        yield name, *row, *(signed(side[name]) if name in side else "" for side in sides)
 
 
-def _range(low: float, high: float) -> str:
-    return f"{signed(low)} to {signed(high)}"
+def _figure(value: float, error: float | None) -> str:
+    # A share of 0 or 1 has no error that was measured.
+    return with_error(value, error).replace("-", "−") if error else signed(value)
 
 
 def _listed(names: Iterable[str]) -> str:

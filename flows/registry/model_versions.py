@@ -1,6 +1,7 @@
 """Versions of registered models in MLflow: registration, lookup by URI, and verified downloads of weights."""
 
 import base64
+import json
 import re
 import shutil
 from collections.abc import Mapping
@@ -16,10 +17,12 @@ import torch
 from filelock import FileLock
 from mlflow.client import MlflowClient
 from mlflow.entities import LoggedModel, LoggedModelStatus
+from mlflow.exceptions import MlflowException
 from mlflow.models import ModelSignature
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
 from mlflow.types.schema import AnyType
+from mlflow.utils.mlflow_tags import MLFLOW_MODEL_VERSIONS
 from pydantic import ValidationError
 
 import diffusion
@@ -56,6 +59,11 @@ PARAMETERS: Mapping[str, tuple[DataType, Any]] = {
     **dict.fromkeys(("label", "prompt", "negative_prompt", "sampler", "method"), (DataType.string, None)),
 }
 """Type and default of each field of a request but its files; None: the default of its task, or of the model."""
+ABOUT = (
+    "A generative image model of Darkroom. The alias `champion` is the version that samples come from; a new version "
+    "gets it only if the gate finds it better. Each version's page has its model card."
+)
+"""Description of a registered model."""
 ANY = AnyType()  # type: ignore[no-untyped-call]
 SIGNATURE = ModelSignature(
     inputs=Schema(
@@ -210,7 +218,18 @@ def register(
 
 def register_once(client: MlflowClient, model_uri: str, model: str, digest: str, tags: Mapping[str, str]) -> Version:
     """Register a logged model with these weights as a version of ``model``; returns the first such version."""
-    mlflow.register_model(model_uri, model, tags=dict(tags))
+    # As mlflow.register_model does, but that prints.
+    try:
+        client.create_registered_model(model, description=ABOUT)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+    model_id = model_uri.rpartition("/")[2]
+    made = client.create_model_version(model, model_uri, tags=dict(tags), model_id=model_id)
+    # By which the UI leads from the logged model to its version.
+    client.set_logged_model_tags(
+        model_id, {MLFLOW_MODEL_VERSIONS: json.dumps([{"name": model, "version": made.version}])}
+    )
     # Another machine may have registered them meanwhile: both go on with the same version.
     version = find(client, model, digest)
     assert version is not None, "it was registered just now"

@@ -21,7 +21,7 @@ from PIL import Image
 from diffusion.common.errors import DarkroomError
 from diffusion.common.files import make_folder, sync_file, sync_folder, write_bytes
 from diffusion.common.image_grids import save_png
-from flows.tracking.runs import RunTracker, image_marker
+from flows.tracking.runs import RunTracker, image_marker, training_metric
 
 AT_ONCE = 500  # metrics per request; MLflow accepts a thousand
 PAUSE = 5.0  # seconds between retries while MLflow does not answer
@@ -66,7 +66,7 @@ class BufferedTracker:
     def log_metrics(self, metrics: Mapping[str, float], images: int) -> None:
         """Record ``metrics`` at step ``images``, and system metrics every ten seconds."""
         now = int(time.time() * 1000)
-        figures = dict(metrics)
+        figures = {training_metric(name): value for name, value in metrics.items()}
         if time.monotonic() - self._measured >= EVERY:
             self._measured = time.monotonic()
             self._monitor.collect_metrics()  # type: ignore[no-untyped-call]

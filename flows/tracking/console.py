@@ -3,6 +3,7 @@
 import logging
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -11,7 +12,7 @@ from uuid import UUID
 
 import rich.console
 import rich.progress
-from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TaskID, TextColumn
+from rich.progress import BarColumn, SpinnerColumn, TaskID, TextColumn
 
 from diffusion.common.escaping import escape_controls
 from diffusion.common.progress import Progress
@@ -23,37 +24,56 @@ logger = logging.getLogger(__name__)
 OURS = ("diffusion", "flows")
 
 
+EVERY = 30.0
+"""Seconds between two lines where there is no terminal."""
+SETTLED = 3.0
+"""Seconds after which a rate says something: before, it is mostly start-up."""
+
+
 @dataclass
 class Pace:
-    """Rate and remaining time of one kind of work, and the rate limit of its lines."""
+    """Rate and remaining time of one kind of work, from its later half: start-up and slow beginnings count no more."""
 
-    started: float = field(default_factory=time.monotonic)
-    started_at: int | None = None
-    """Units done at the first report; the earlier part of a resumed run does not count as speed."""
-    reached: int = 0
-    last_line: float = float("-inf")
+    seen: deque[tuple[float, int]] = field(default_factory=deque)
+    """Times and units done at reports, the oldest first."""
+    started: float = field(default_factory=lambda: time.monotonic())
+    last: float = field(default_factory=lambda: time.monotonic())
+    """Time of the last line or update, from the start on."""
 
-    def due(self, done: int, total: int | None) -> bool:
-        """Whether a line is due: the first, the last, and one every ten seconds."""
+    def add(self, done: int) -> None:
+        """Take a report of ``done`` units into account."""
         now = time.monotonic()
         # A smaller number belongs to the next of several runs.
-        if self.started_at is None or done < self.reached:
-            self.started, self.started_at = now, done
-        self.reached = done
-        if done != total and now - self.last_line < 10.0:
+        if self.seen and done < self.seen[-1][1]:
+            self.seen.clear()
+            self.started = now
+        self.seen.append((now, done))
+        while len(self.seen) > 2 and self.seen[1][0] <= now - max(EVERY, (now - self.started) / 2):
+            self.seen.popleft()
+
+    def due(self, seconds: float) -> bool:
+        """Whether these ``seconds`` have passed since the last time that something was due."""
+        now = time.monotonic()
+        if now - self.last < seconds:
             return False
-        self.last_line = now
+        self.last = now
         return True
 
-    def words(self, done: int, total: int | None) -> str:
-        """Rate and remaining time as text; empty if unknown."""
-        if (rate := (done - (self.started_at or 0)) / max(time.monotonic() - self.started, 1e-9)) <= 0:
+    def words(self, total: int | None) -> str:
+        """Rate and remaining time as text; empty while they are unknown."""
+        (start, before), (now, done) = self.seen[0], self.seen[-1]
+        if now - self.started < SETTLED or done <= before or now <= start:
             return ""
+        rate = (done - before) / (now - start)
         per_second = f"{rate:,.0f}/s" if rate >= 10 else f"{rate:.2g}/s"
-        if total is None or done >= total:
-            return per_second
-        minutes, seconds = divmod(round((total - done) / rate), 60)
-        return f"{per_second}, {minutes}:{seconds:02d} left"
+        return per_second if total is None or done >= total else f"{per_second}, {clock((total - done) / rate)} left"
+
+
+def clock(seconds: float) -> str:
+    """Format a duration as minutes and seconds, or hours, minutes and seconds."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
 def _print(line: str) -> None:
@@ -74,50 +94,88 @@ def _log_in_run(line: str) -> None:
 
 
 class Lines:
-    """Plain progress lines, by default on standard error."""
+    """Plain progress lines, by default on standard error: one at the end of each phase, and one every half a minute."""
 
     def __init__(self, write: Callable[[str], None] = _print) -> None:
-        self.write, self.paces = write, dict[str, Pace]()
+        self.write, self.phase, self.pace = write, "", Pace()
+        self.paces = dict[str, Pace]()
 
     def __call__(self, what: str, done: int, total: int | None, note: str = "") -> None:
         """Write a line that ``done`` of ``total`` units of ``what`` are done, if one is due."""
         pace = self.paces.setdefault(what, Pace())
-        if pace.due(done, total):
+        pace.add(done)
+        # The end of what took long; in a phase, that of the phase says it.
+        ended = done == total and not self.phase and time.monotonic() - pace.started >= EVERY
+        if ended or (done != total and self.pace.due(EVERY)):
             count = f"{done:,}" if total is None else f"{done:,} of {total:,}"
-            self.write(", ".join(filter(None, (f"{what}: {count}", pace.words(done, total), note))))
+            where = f"{self.phase}: {what}" if self.phase else what
+            self.write(", ".join(filter(None, (f"{where}: {count}", pace.words(total), note))))
+
+    def begin(self, phase: str) -> None:
+        """Begin a phase: the work that is reported from now on is part of it."""
+        self.phase, self.pace = phase, Pace()
+        self.paces.clear()
+
+    def end(self, seconds: float) -> None:
+        """End the phase, which took this long."""
+        self.write(f"{self.phase:<11}done in {clock(seconds)}")
+        self.phase = ""
 
     def close(self) -> None:
         """End the display."""
 
 
 class Bars(Lines):
-    """Bars on a terminal, one for each kind of work."""
+    """Live display on a terminal: a bar for each phase, or for each kind of work outside of phases."""
 
     def __init__(self) -> None:
         # Lines appear above the bars.
         super().__init__(lambda line: self.progress.console.print(escape_controls(line), markup=False, highlight=False))
         self.progress = rich.progress.Progress(
-            SpinnerColumn(),
+            SpinnerColumn(finished_text="✓"),
             TextColumn("{task.description}", markup=False),
             BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[pace]}", markup=False),
+            TextColumn("{task.fields[words]}", markup=False),
             TextColumn("{task.fields[note]}", style="dim", markup=False),
             console=rich.console.Console(stderr=True),
         )
         self.bars: dict[str, TaskID] = {}
 
     def __call__(self, what: str, done: int, total: int | None, note: str = "") -> None:
-        """Move the bar of ``what``."""
+        """Move the bar of the phase, or that of ``what``."""
         pace = self.paces.setdefault(what, Pace())
-        if what not in self.bars:
-            self.progress.start()
-            self.bars[what] = self.progress.add_task(what, total=total, pace="", note="")
-        pace.due(done, total)
-        words, note = pace.words(done, total), escape_controls(note)
-        self.progress.update(self.bars[what], completed=done, total=total, pace=words, note=note)
+        pace.add(done)
+        count = f"{done:,}" if total is None else f"{done:,} of {total:,}"
+        words, note = ", ".join(filter(None, (count, pace.words(total)))), escape_controls(note)
+        where = f"{self.phase}: {what}" if self.phase else what
+        bar = self._bar(self.phase or what)
+        if self.phase:
+            # Other work of the same phase may follow.
+            share = min(done / total, 0.99) if total else 0.0
+            self.progress.update(bar, description=where, completed=share, total=1.0, words=words, note=note)
+            return
+        self.progress.update(bar, description=where, completed=done, total=total, words=words, note=note)
+        if done == total and time.monotonic() - pace.started < SETTLED:
+            self.progress.remove_task(self.bars.pop(what))
         if self.progress.finished:
             self.close()
+
+    def _bar(self, name: str) -> TaskID:
+        if name not in self.bars:
+            self.progress.start()
+            self.bars[name] = self.progress.add_task(name, total=None, words="", note="")
+        return self.bars[name]
+
+    def begin(self, phase: str) -> None:
+        """Begin a phase, with a bar of its own."""
+        super().begin(phase)
+        self._bar(phase)
+
+    def end(self, seconds: float) -> None:
+        """End the phase, whose bar says how long it took."""
+        bar = self._bar(self.phase)
+        self.progress.update(bar, description=self.phase, completed=1, total=1, words=clock(seconds), note="")
+        self.phase = ""
 
     def close(self) -> None:
         """Stop the live display."""
@@ -180,6 +238,18 @@ def reporter() -> Progress:
     return report
 
 
+@contextmanager
+def phase(name: str, seconds: dict[str, float]) -> Iterator[None]:
+    """Context of a phase of a long command, which the console shows; its duration is added to ``seconds``."""
+    started, console = time.monotonic(), CONSOLE.get()
+    if console is not None:
+        console.begin(name)
+    yield
+    seconds[name] = time.monotonic() - started
+    if console is not None:
+        console.end(seconds[name])
+
+
 def bar(key: str) -> Progress:
     """Like ``reporter``, with a progress artifact on the current flow run that has rate and remaining time."""
     from prefect.artifacts import create_progress_artifact, update_progress_artifact
@@ -190,8 +260,9 @@ def bar(key: str) -> Progress:
 
     def show(what: str, done: int, total: int | None, note: str = "") -> None:
         report(what, done, total, note)
-        if total and pace.due(done, total):
-            words = ", ".join(filter(None, (f"{done:,} of {total:,} {what}", pace.words(done, total), note)))
+        pace.add(done)
+        if total and (done == total or pace.due(10.0)):
+            words = ", ".join(filter(None, (f"{done:,} of {total:,} {what}", pace.words(total), note)))
             update_progress_artifact(artifact, progress=100 * done / total, description=words)
 
     return show

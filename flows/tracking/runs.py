@@ -7,17 +7,25 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import quote
 
+import mlflow
 from mlflow.client import MlflowClient
 from mlflow.data.dataset_source_registry import resolve_dataset_source
 from mlflow.data.meta_dataset import MetaDataset
 from mlflow.entities import DatasetInput, InputTag, LoggedModelStatus, Metric, Param, RunTag
 from mlflow.entities import Run as MlflowRun
 from mlflow.exceptions import MlflowException
-from mlflow.utils.mlflow_tags import MLFLOW_MODEL_IS_EXTERNAL
+from mlflow.utils.mlflow_tags import (
+    MLFLOW_MODEL_IS_EXTERNAL,
+    MLFLOW_RUN_NOTE,
+    MLFLOW_SOURCE_NAME,
+    MLFLOW_SOURCE_TYPE,
+)
 from PIL import Image
 
 from diffusion.data.manifest import Manifest
+from diffusion.evaluation.reports.html import counted
 from diffusion.evaluation.results import CheckpointEvaluation, Evaluation
 from flows.datasets.dvc import CodeVersion, DataVersion
 from flows.storage.numbered_objects import Claims
@@ -35,6 +43,15 @@ CHECKPOINT, CHECKPOINT_SHA256 = "darkroom.checkpoint", "darkroom.checkpoint_sha2
 """Tags of a logged model: the file of its checkpoint, and the digest that identifies it."""
 EVAL_KEY, EVALUATED = "darkroom.eval_key", "darkroom.evaluated"
 """Tags: scores of two models are comparable if the first is equal; the second is ``in full`` or ``preliminary``."""
+EXPERIMENT = {
+    # MLflow's UI then opens with runs and models instead of the traces of GenAI applications.
+    "mlflow.experimentKind": "custom_model_development",
+    MLFLOW_RUN_NOTE: "Trainings and evaluations of generative image models by Darkroom. Each run is a training on one "
+    "version of a data set; its artifact `evaluation/report.html` shows how good it became.",
+}
+"""Tags of an experiment."""
+TRAINING, EVALUATION = "train/", "eval/"
+"""Prefixes of the names of a run's metrics, by which MLflow groups them; system metrics have their own."""
 PRELIMINARY = "preliminary_"  # name prefix of metrics on fewer images, which are not comparable with the others
 
 
@@ -87,7 +104,35 @@ class RunTracker:
 
 def image_marker(name: str) -> str:
     """Name of the metric with the last step of the images ``name``."""
-    return f"{name}_at_images"
+    return f"{TRAINING}{name}_at_images"
+
+
+def training_metric(name: str) -> str:
+    """Name in MLflow of a metric of the training: that of losses by noise level is ``noise_level/1`` and so on."""
+    _, by_level, level = name.partition("_level_")
+    return f"noise_level/{level}" if by_level else f"{TRAINING}{name}"
+
+
+def run_page(client: MlflowClient, run_id: str, artifact: str | None = None) -> str:
+    """Address of a run, or of one of its artifacts, in MLflow's UI."""
+    place = f"experiments/{client.get_run(run_id).info.experiment_id}/runs/{run_id}"
+    return _page(place if artifact is None else f"{place}/artifacts/{quote(artifact)}")
+
+
+def version_page(model: str, number: int) -> str:
+    """Address of a version of a registered model in MLflow's UI."""
+    return _page(f"models/{quote(model)}/versions/{number}")
+
+
+def version_artifact(weights_sha256: str) -> str:
+    """Path, among the artifacts of its run, of what a version with these weights scored."""
+    return f"evaluation/versions/{weights_sha256[:16]}.json"
+
+
+def _page(place: str) -> str:
+    # Without credentials, which an address may hold; the UI shows GenAI applications unless it is told.
+    server = re.sub(r"//[^/]*@", "//", mlflow.get_tracking_uri()).rstrip("/")
+    return f"{server}/#/{place}?workflowType=machine_learning"
 
 
 def find_run(client: MlflowClient, experiment: str, tag: str, value: str) -> MlflowRun | None:
@@ -104,13 +149,15 @@ def find_run(client: MlflowClient, experiment: str, tag: str, value: str) -> Mlf
     return runs[0] if runs else None
 
 
-def one_run(client: MlflowClient, experiment: str, tag: str, value: str, name: str) -> MlflowRun:
-    """Find the run of ``experiment`` whose ``tag`` is ``value``, or create it with this ``name``.
+def one_run(
+    client: MlflowClient, experiment: str, tag: str, value: str, name: str, about: Mapping[str, str] | None = None
+) -> MlflowRun:
+    """Find the run of ``experiment`` whose ``tag`` is ``value``, or create it with this ``name`` and further tags.
 
     Concurrent callers all get the run that is claimed first. The others are deleted in MLflow if they are empty.
     """
     run = find_run(client, experiment, tag, value) or client.create_run(
-        experiment_id(client, experiment), tags={tag: value}, run_name=name
+        experiment_id(client, experiment), tags={tag: value, **(about or {})}, run_name=name
     )
     within = run.info.experiment_id
     claimed = Claims.of(experiment, value).claim(run.info.run_id, lambda each: _is_of(client, within, each, tag, value))
@@ -124,7 +171,7 @@ def experiment_id(client: MlflowClient, name: str) -> str:
     """ID of the experiment ``name``, which is created if missing."""
     if (found := client.get_experiment_by_name(name)) is None:
         try:
-            return str(client.create_experiment(name))
+            return str(client.create_experiment(name, tags=EXPERIMENT))
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
@@ -153,7 +200,17 @@ def open_run(
     client = MlflowClient()
     if restart and (run := find_run(client, experiment, TRAIN_KEY, train_key)) is not None:
         client.set_tag(run.info.run_id, TRAIN_KEY, f"{train_key} (restarted)")
-    run = one_run(client, experiment, TRAIN_KEY, train_key, f"train-{train_key[:8]}")
+    family = parameters.get("model.family", "ddpm")
+    about = {
+        MLFLOW_RUN_NOTE: f"Training of a {family} model on {manifest.counts['train']:,} images of the data set "
+        f"**{manifest.name}**, {manifest.size}×{manifest.size} pixels, "
+        f"{counted(len(manifest.class_histogram), 'class', 'classes')}; "
+        f"{manifest.counts['held_out']:,} held out. "
+        "Artifacts: `evaluation/report.html` (how good it is), `dataset` (what it learned from), `params.json`.",
+        MLFLOW_SOURCE_NAME: "darkroom train",
+        MLFLOW_SOURCE_TYPE: "LOCAL",
+    }
+    run = one_run(client, experiment, TRAIN_KEY, train_key, f"{manifest.name}-{family}-{train_key[:8]}", about)
     # Also on an existing run: its creator may have been killed before this.
     client.log_batch(run.info.run_id, params=[Param(name, str(value)) for name, value in parameters.items()])
     source, digest = resolve_dataset_source(data_source), manifest.content_digest[:DIGEST_LENGTH]
@@ -192,7 +249,8 @@ def log_evaluation(tracker: RunTracker, evaluation: Evaluation) -> None:
     # The best of several EMA lengths comes last, so that it becomes the run's value at that step.
     for each in sorted(evaluation.checkpoints, key=lambda each: (each.images, each.selection_metric.rank)):
         results.append((each, "in full", each.metrics()))
-    for evaluated, how, figures in results:
+    for evaluated, how, scores in results:
+        figures = {f"{EVALUATION}{name}": value for name, value in scores.items()}
         tags = {
             CHECKPOINT: evaluated.file,
             CHECKPOINT_SHA256: evaluated.sha256,

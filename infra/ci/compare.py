@@ -7,7 +7,6 @@ evaluate --local``. The champion is asked of the MLflow server and the bucket of
 
 import argparse
 import json
-import math
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -36,17 +35,17 @@ def table(ours: Mapping[str, float], theirs: Mapping[str, float]) -> str:
     return "\n".join(lines)
 
 
-def numbers(tags: Mapping[str, str]) -> dict[str, float]:
-    """Those of a version's tags that are figures."""
-    found = {}
-    for name, text in tags.items():
-        try:
-            value = float(text)
-        except ValueError:
-            continue
-        if "." not in name and math.isfinite(value):
-            found[name] = value
-    return found
+def scores(champion: "Version") -> dict[str, float]:
+    """What ``champion`` scored when it was evaluated, from its run's artifacts; empty if they are gone."""
+    import mlflow
+
+    from flows.tracking.runs import version_artifact
+
+    try:
+        artifact = f"runs:/{champion.run_id}/{version_artifact(champion.weights_sha256)}"
+        return {name: float(value) for name, value in mlflow.artifacts.load_dict(artifact)["metrics"].items()}
+    except (mlflow.MlflowException, OSError):
+        return {}
 
 
 def comment(model: str, report: Path) -> str:
@@ -65,7 +64,7 @@ def comment(model: str, report: Path) -> str:
         if champion.tags.get("darkroom.eval_key") == conditions
         else "Judged under other conditions (data, features, sampling): **the figures do not compare**."
     )
-    return "\n\n".join([MARK, f"Beside `{champion.uri}`.", table(ours, numbers(champion.tags)), said])
+    return "\n\n".join([MARK, f"Beside `{champion.uri}`.", table(ours, scores(champion)), said])
 
 
 def data_version(model: str) -> str:

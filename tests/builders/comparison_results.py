@@ -37,7 +37,7 @@ COUNT = 240
 CLASSES = ["T-shirt", "trousers", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot"]
 TWICE = [20, 31, 42]
 """Images of the candidate that are one."""
-GATE = GateConfig(memorized=None, cost=None)
+GATE = GateConfig(memorized=None, cost=None, min_precision=None, min_recall=None)
 
 
 @dataclass(frozen=True)
@@ -100,6 +100,7 @@ def example_comparison(with_champion: bool = True) -> Shown:
         nearest_generated=sets["candidate"][[p.generated for p in pairs]],
         nearest_training=sets["training"][[p.training for p in pairs]],
         duplicates=[sets["candidate"][group.members] for group in sides[0].duplicates.groups],
+        captions=([], []),
         classes=_class_samples(per_class),
     )
     if with_champion:

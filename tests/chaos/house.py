@@ -180,7 +180,7 @@ class Site(Workspace):
         """All that the retraining left behind which said ``done``, but for what differs between any two: ids, times."""
         client = MlflowClient(self.variables["MLFLOW_TRACKING_URI"])
         runs = client.search_runs([client.get_experiment_by_name(self.name).experiment_id])
-        losses = client.get_metric_history(done["run_id"], "loss")
+        losses = client.get_metric_history(done["run_id"], "train/loss")
         printed = self.house.objects(done["samples"]["uri"].removeprefix(f"s3://{self.house.stack.bucket}/"))
         table = pq.read_table(io.BytesIO(printed["manifest.parquet"])).to_pylist()
         return {

@@ -63,7 +63,7 @@ def test_evaluated_checkpoints_are_logged_models_in_the_mlflow_ui(
     run = server.get_run(server.get_model_version("blobs", "1").run_id)
     found = server.search_logged_models(
         [run.info.experiment_id],
-        order_by=[{"field_name": "metrics.kid_efflite0", "ascending": True, "dataset_name": "blobs"}],
+        order_by=[{"field_name": "metrics.eval/kid_efflite0", "ascending": True, "dataset_name": "blobs"}],
     )
     ours = [model for model in found if model.source_run_id == run.info.run_id]
     judged = {model.name: model.tags["darkroom.evaluated"] for model in ours if "darkroom.evaluated" in model.tags}

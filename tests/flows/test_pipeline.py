@@ -44,7 +44,8 @@ def test_retrain_ends_in_a_champion_with_lineage_and_samples(workspace: Workspac
     assert version.tags["darkroom.dvc_digest"] == done["data"]["version"]["digest"]
     assert run.inputs.dataset_inputs[0].dataset.digest == version.tags["darkroom.content_digest"][:36]
     assert run.info.status == "FINISHED"
-    for metric in ("loss", "held_out_loss_ema", "train_loss", "images_per_second", "kid_efflite0"):
+    training = ("loss", "held_out_loss_ema", "train_loss", "images_per_second")
+    for metric in (*(f"train/{name}" for name in training), "noise_level/1", "eval/kid_efflite0"):
         points = server.get_metric_history(run.info.run_id, metric)
         assert len({point.step for point in points}) == len(points) > 0
     evaluation = Evaluation.read(workspace.folder / "reports" / "blobs" / "evaluation.json")
@@ -119,7 +120,7 @@ def test_retrainings_of_the_same_from_other_folders_leave_one_run_and_one_versio
     assert len(server.search_model_versions("name='blobs'")) == 1
     runs = server.search_runs([server.get_run(first["run_id"]).info.experiment_id])
     assert [run.info.run_id for run in runs if "darkroom.train_key" in run.data.tags] == [first["run_id"]]
-    points = server.get_metric_history(first["run_id"], "loss")
+    points = server.get_metric_history(first["run_id"], "train/loss")
     assert len({point.step for point in points}) == len(points)
 
 
@@ -237,7 +238,7 @@ def test_retrain_killed_at_random_moments_ends_the_same(workspace: Workspace, se
     assert server.get_model_version_by_alias("killed", "champion").version == "1"
     runs = server.search_runs([server.get_experiment_by_name("killed").experiment_id])
     assert [run.info.run_id for run in runs] == [done["run_id"]]
-    losses = server.get_metric_history(done["run_id"], "loss")
+    losses = server.get_metric_history(done["run_id"], "train/loss")
     assert len({point.step for point in losses}) == len(losses)
     assert max(point.step for point in losses) == 4800
     found = objects(workspace, done["samples"]["uri"])

@@ -132,7 +132,7 @@ def _draw_kid(axes: Axes, paper: Paper, evaluation: Evaluation) -> None:
     baseline, best = evaluation.real_baseline.scores, evaluation.best
     low, high = (baseline.kid + deviations * baseline.kid_se for deviations in (-1.96, 1.96))
     axes.axhspan(low, high, color=paper.muted, alpha=0.18, lw=0)
-    axes.axhline(baseline.kid, color=paper.muted, linewidth=1.2, linestyle=DASHED, label="real baseline")
+    axes.axhline(baseline.kid, color=paper.muted, linewidth=1.2, linestyle=DASHED, label="real-vs-real baseline")
 
     def plot(checkpoints: Sequence[CheckpointEvaluation], **style: Any) -> None:
         kids, errors = [each.scores.kid for each in checkpoints], [1.96 * each.scores.kid_se for each in checkpoints]
@@ -152,7 +152,7 @@ def _draw_scores(axes: Axes, paper: Paper, evaluation: Evaluation, names: Sequen
         axes.plot(images, values, color=colour, marker="o", markersize=5, linewidth=1.8, label=name)
         axes.axhline(evaluation.real_baseline.scores.of(name), color=colour, linewidth=1.2, linestyle=DASHED)
     axes.set_ylim(0, max(top, axes.get_ylim()[1]))
-    axes.plot([], [], color=paper.muted, linewidth=1.2, linestyle=DASHED, label="real baseline")
+    axes.plot([], [], color=paper.muted, linewidth=1.2, linestyle=DASHED, label="real-vs-real baseline")
     legend(axes, paper)
 
 

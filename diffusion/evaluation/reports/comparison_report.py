@@ -10,7 +10,7 @@ from diffusion.evaluation.comparison import ChampionComparison, SampleGrids
 from diffusion.evaluation.estimate import DEVIATIONS, Interval
 from diffusion.evaluation.metrics.pixel_metrics import AppearanceShift
 from diffusion.evaluation.reports.charts import held_out_loss_chart, lead_chart
-from diffusion.evaluation.reports.html import Cell, between, metric_cell, render
+from diffusion.evaluation.reports.html import Cell, between, captioned, metric_cell, render
 from diffusion.models.config import FAMILIES
 
 PAGE = "champion_comparison.html"
@@ -47,7 +47,10 @@ def write_comparison_report(
         candidate=candidate,
         champion=champion if champion in sides else None,
         sides=sides,
-        sheets={name: (len(images), png_bytes(grid(images))) for name, images in sheets.items()},
+        sheets={
+            name: (len(images), png_bytes(grid(images)), captioned(images, captions))
+            for (name, images), captions in zip(sheets.items(), grids.captions, strict=False)
+        },
         real=png_bytes(grid(grids.real)),
         lead=headline and lead_chart(headline, comparison.gate.delta, comparison.gate.confidence),
         metrics=dict.fromkeys(name for side in sides.values() for name in side.estimates),

@@ -2,11 +2,15 @@
 
 import base64
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from diffusion.common.escaping import escape_controls
 from diffusion.evaluation.estimate import Interval, MetricEstimate
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -52,16 +56,34 @@ def uri(png: bytes) -> str:
     return "data:image/png;base64," + base64.b64encode(png).decode()
 
 
+def decimals(error: float) -> int:
+    """Return the number of decimals that shows the second significant digit of ``error``; 3 if it is 0."""
+    return max(0, 1 - math.floor(math.log10(error))) if error > 0 else 3
+
+
+def fixed(value: float, digits: int) -> str:
+    """Format ``value`` with this many decimals and a typographic minus, but never as −0."""
+    text = f"{value:,.{digits}f}"
+    return text.replace("-", "−") if float(text.replace(",", "")) else text.lstrip("-")
+
+
+def captioned(images: "Tensor", captions: Sequence[str]) -> list[tuple[bytes, str]]:
+    """Return a PNG of each of ``images``, (N, C, H, W) uint8, with its caption; empty without ``captions``."""
+    from diffusion.common.image_grids import image_of, png_bytes
+
+    return [(png_bytes(image_of(image)), caption) for image, caption in zip(images, captions, strict=False)]
+
+
 def with_error(value: float, error: float) -> str:
     """Format ``value`` ± ``error``, both to the error's second significant digit."""
-    digits = max(0, 1 - math.floor(math.log10(error))) if error > 0 else 3
+    digits = decimals(error)
     return f"{value:,.{digits}f} ± {error:,.{digits}f}"
 
 
 def plain(value: float) -> str:
-    """Format ``value`` to three significant digits, never in powers of ten."""
-    digits = max(0, 2 - math.floor(math.log10(abs(value)))) if value else 0
-    return f"{value:,.{digits}f}"
+    """Format ``value`` to three significant digits or six decimals, never in powers of ten; less is 0."""
+    digits = min(6, max(0, 2 - math.floor(math.log10(abs(value))))) if abs(value) >= 5e-7 else 0
+    return f"{value:,.{digits}f}" if digits or value >= 0.5 or value <= -0.5 else "0"
 
 
 def signed(value: float) -> str:
@@ -71,9 +93,8 @@ def signed(value: float) -> str:
 
 def between(interval: Interval) -> str:
     """Format both ends of an interval to the second significant digit of its length."""
-    length = interval.high - interval.low
-    digits = max(0, 1 - math.floor(math.log10(length))) if length > 0 else 3
-    return f"{interval.low:,.{digits}f} … {interval.high:,.{digits}f}".replace("-", "−")
+    digits = decimals(interval.high - interval.low)
+    return f"{fixed(interval.low, digits)} … {fixed(interval.high, digits)}"
 
 
 def count(number: int) -> str:

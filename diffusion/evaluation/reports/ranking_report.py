@@ -144,7 +144,7 @@ def metrics_chart(ranking: Ranking) -> Chart | None:
                 reach = [[max(end, 0)] for end in ends]
             axes.errorbar([each.value], [row], xerr=reach, color=paper.series[0], marker="o", linewidth=2, capsize=5)
         axes.set_yticks(range(len(models)), [each.name for each in models])
-        axes.set_xlabel(name + ("; the line is the real baseline" if baseline is not None else ""))
+        axes.set_xlabel(name + ("; the line is the real-vs-real baseline" if baseline is not None else ""))
 
     better = "higher" if ranking.higher_is_better else "lower"
     return chart(f"{name} with 95 % intervals ({better} is better)", draw, (7.4, 0.9 + 0.4 * len(models)))

@@ -35,6 +35,7 @@ from tests.builders.small_models import write_model
 
 GATE = GateConfig(recall_loss=None, looks=1)
 """Recall of 48 images is not known well enough."""
+NO_BARS = GATE.model_copy(update={"min_precision": None, "min_recall": None})
 TRIED = CONFIG.model_copy(update={"seed": CONFIG.seed + 1})
 """Trials draw with another seed than that by which checkpoints are chosen."""
 
@@ -157,9 +158,10 @@ def test_a_model_that_copies_its_training_images_is_rejected_however_good_they_a
 def test_a_first_version_needs_no_champion_and_has_its_intervals(
     data: Path, models: list[Path], tmp_path: Path
 ) -> None:
-    found, grids = tried(models[0], None, data, tmp_path)
+    found, grids = tried(models[0], None, data, tmp_path, NO_BARS)
     assert found.decision.verdict == Verdict.promote
     assert found.decision.reasons[0] == "first version: there was no champion"
+    assert found.compared.own.keys() == {"precision", "recall"}
     assert {each.rule for each in found.decision.findings} == {"headline", "memorized"}
     assert (found.champion, grids.champion) == (None, None)
     assert {"fd_efflite0", "kid_efflite0", "recall_efflite0", "coverage_efflite0"} <= found.candidate.estimates.keys()
@@ -167,6 +169,16 @@ def test_a_first_version_needs_no_champion_and_has_its_intervals(
     expected = sample(load_model(models[0]), range(CONFIG.samples), seed, SAMPLING)
     assert torch.equal(grids.candidate, expected)
     assert found.conditions.evaluation.seed == seed
+
+
+def test_a_first_version_of_noise_is_held_and_one_of_good_images_is_champion(
+    data: Path, models: list[Path], tmp_path: Path
+) -> None:
+    noise, understood = models
+    save_images(noise, torch.from_numpy(random_images(48)), data, tmp_path, TRIED)
+    save_images(understood, noisy(good(48), 5), data, tmp_path, TRIED)
+    assert tried(noise, None, data, tmp_path)[0].decision.verdict == Verdict.hold
+    assert tried(understood, None, data, tmp_path)[0].decision.verdict == Verdict.promote
 
 
 def test_stored_comparison_equals_the_returned_one(data: Path, models: list[Path], tmp_path: Path) -> None:

@@ -394,11 +394,25 @@ def test_disabled_rules_require_no_metrics() -> None:
 
 def test_a_first_version_is_promoted_unless_it_copies() -> None:
     alone = {"has_champion": False, "headline": None, "recall": None, "cost": None}
+    alone["own"] = {name: Estimate(value=0.5, error=0.05, freedom=100) for name in ("precision", "recall")}
     decision = decided(**alone)
     assert decision.verdict == Verdict.promote
-    assert decision.reasons[0] == "first version: there was no champion"
+    assert decision.reasons[0].startswith("first version: there was no champion")
     assert decided(**alone | {"memorized": copies(0.3)}).verdict == Verdict.reject
     assert decided(**alone | {"memorized": None}).verdict == Verdict.hold
+
+
+@pytest.mark.parametrize("weak", ["precision", "recall"])
+def test_a_first_version_below_a_bar_or_not_surely_above_it_is_held(weak: str) -> None:
+    alone = {"has_champion": False, "headline": None, "recall": None, "cost": None}
+    good = {name: Estimate(value=0.5, error=0.05, freedom=100) for name in ("precision", "recall")}
+    for value, verdict in ((0.0, "hold"), (0.15, "hold"), (0.25, "promote")):
+        own = good | {weak: Estimate(value=value, error=0.05, freedom=100)}
+        assert decided(**alone, own=own).verdict == verdict, value
+        assert decided({f"min_{weak}": None}, **alone, own=own).verdict == Verdict.promote
+    assert decided(**alone).verdict == Verdict.hold, "not measured"
+    reconstructed = alone | {"basis": "reconstructed", "memorized": None}
+    assert decided(**reconstructed).verdict == Verdict.promote, "autoencoders generate nothing"
 
 
 def test_incomparable_candidate_is_held_and_rejected_if_it_copies() -> None:

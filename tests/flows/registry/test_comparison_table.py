@@ -11,7 +11,9 @@ from mlflow.client import MlflowClient
 
 from diffusion.data.manifest import read_manifest
 from flows.datasets.catalog import Catalog
+from flows.registry.model_versions import WEIGHTS
 from flows.storage.s3 import Location, Store
+from flows.tracking.runs import version_artifact
 from tests.builders import ROOT
 
 FIGURES = {"images": 640, "kid_efflite0": 0.25, "real_baseline_kid_efflite0": 0.01, "precision_efflite0": 0.5}
@@ -30,7 +32,9 @@ def model(mlflow_client: MlflowClient, bucket: str, monkeypatch: pytest.MonkeyPa
     name = f"model-{bucket[-8:]}"
     run = mlflow_client.create_run(mlflow_client.create_experiment(name))
     mlflow_client.create_registered_model(name)
-    tags = {"kid_efflite0": "0.2", "images": "64000", "darkroom.eval_key": "a" * 64, "darkroom.dataset": "blobs"}
+    tags = {"darkroom.eval_key": "a" * 64, "darkroom.dataset": "blobs", WEIGHTS: "b" * 64}
+    scores = {"metrics": {"kid_efflite0": 0.2, "images": 64000.0}}
+    mlflow_client.log_dict(run.info.run_id, scores, version_artifact("b" * 64))
     mlflow_client.create_model_version(name, "s3://nowhere/model", run.info.run_id, tags=tags)
     mlflow_client.set_registered_model_alias(name, "champion", "1")
     return name

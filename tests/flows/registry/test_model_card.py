@@ -11,7 +11,7 @@ from diffusion.data.ingest.ingest import ingest
 from diffusion.data.manifest import Manifest, read_manifest
 from diffusion.evaluation.comparison import ChampionComparison, compare_with_champion
 from diffusion.evaluation.gate import Finding, GateConfig
-from diffusion.evaluation.reports.html import signed, with_error
+from diffusion.evaluation.reports.html import between, signed, with_error
 from diffusion.evaluation.results import GuidanceScore
 from flows.config import Params
 from flows.registry import model_card
@@ -30,7 +30,7 @@ VERSION = Version(
     number=3,
     run_id="0123456789abcdef",
     weights_sha256="b" * 64,
-    tags={"darkroom.dvc_digest": "abc.dir", "darkroom.git_commit": "c0ffee", "darkroom.git_dirty": "True"},
+    tags={"darkroom.dvc_digest": "abc.dir", "darkroom.git_commit": "c0ffee, with changes that were not committed"},
 )
 EVIDENCE = Evidence(verdict="promote", reason="first | version:\nno champion", figures={"kid": 0.01}, eval_key="e" * 64)
 ENTRY = History("faces").next_entry("promote", 3, "b" * 64, evidence=EVIDENCE)
@@ -54,9 +54,9 @@ def test_model_card_has_origin_metrics_and_evaluation_settings(data: Manifest) -
     assert about["licence"][0].startswith("unknown: set ingest.licence")
     training = rows(card, "Training")
     assert training["images seen"] == ["2,000"]
-    assert training["code"] == ["git `c0ffee`, with changes that were not committed"]
+    assert training["code"] == ["git c0ffee, with changes that were not committed"]
     figures = rows(card, "How good it is")
-    assert figures["kid_efflite0"] == ["0.020 ± 0.020", "0.01"]
+    assert figures["kid_efflite0"] == ["0.020 ± 0.020", "0.0100"]
     assert figures["recall_efflite0"] == ["0.745", "0.745"]
     assert "kid_se_efflite0" not in figures
     judged = rows(card, "Gate decision")
@@ -90,12 +90,11 @@ def test_model_card_shows_intervals_and_limits_of_the_comparison(tmp_path: Path)
     figures = rows(card, "How good it is")
     assert found.champion is not None
     measured = found.candidate.estimates["kid_efflite0"]
-    low, high = measured.interval.low, measured.interval.high
     assert figures["kid_efflite0"] == [
         with_error(measured.value, measured.error),
-        f"{signed(low)} to {signed(high)}",
-        f"{found.champion.estimates['kid_efflite0'].value:.4g}",
-        f"{found.real_baseline.estimates['kid_efflite0'].value:.4g}",
+        between(measured.interval),
+        signed(found.champion.estimates["kid_efflite0"].value),
+        signed(found.real_baseline.estimates["kid_efflite0"].value),
     ]
     assert {"copies_share", "duplicates_share", "bits_per_dim", "gflop_per_image"} <= figures.keys()
     judged = rows(card, "Gate decision", 1)

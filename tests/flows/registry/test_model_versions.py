@@ -60,14 +60,14 @@ def weights_in(folder: Path) -> Path:
 @contextmanager
 def at_once(monkeypatch: pytest.MonkeyPatch, wait: Any) -> Iterator[ThreadPoolExecutor]:
     """Two who call ``wait`` when they have looked whether the version is there: else they seldom meet."""
-    original = mlflow.register_model
+    original = MlflowClient.create_model_version
 
     def waiting(*args: Any, **kwargs: Any) -> Any:
         wait()
         return original(*args, **kwargs)
 
     with monkeypatch.context() as patch, ThreadPoolExecutor(2) as pool:
-        patch.setattr(mlflow, "register_model", waiting)
+        patch.setattr(MlflowClient, "create_model_version", waiting)
         yield pool
 
 

@@ -39,7 +39,7 @@ def params(mlflow_client: MlflowClient, bucket: str, tmp_path: Path, monkeypatch
             "training": {"dataset": "discs"},
             "evaluation": CONFIG.model_dump(),
             "sampling": SAMPLING.model_dump(),
-            "gate": {"recall_loss": None, "delta": 0.1},
+            "gate": {"recall_loss": None, "delta": 0.1, "min_precision": None, "min_recall": None},
             "registry": {"model": f"discs-{uuid4().hex}"},
         }
     )
@@ -118,7 +118,7 @@ def test_versions_are_promoted_and_rejected_with_figures_and_the_gate_in_the_led
 
     data, entry = read_manifest(params.dataset_folder), history.about(3)
     card = model_card.card(params, third.evaluation, data, third.version, entry, copier.comparison)
-    assert rows(card, "How good it is")["copies_share"][0] == "100.00%"
+    assert rows(card, "How good it is")["copies_share"][0] == "100.0%"
     assert "copies of training images" in rows(card, "Gate decision")["why"][0]
     assert rows(card, "Gate decision", 1)["memorized"][0] == "reject"
     assert "100 % look like copies of training images" in section(card, "Limits")

@@ -171,13 +171,13 @@ def test_two_releases_at_once_make_one_version_and_one_run(
     (folder := tmp_path / "parcel").mkdir()
     fetch("models:/blobs/1", folder)
     parcel, here = unpack(folder), stages.at(stages.production)
-    original = mlflow.register_model
+    original = MlflowClient.create_model_version
 
     def slowly(*args: Any, **kwargs: Any) -> Any:
         time.sleep(0.5)  # else they seldom meet
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(mlflow, "register_model", slowly)
+    monkeypatch.setattr(MlflowClient, "create_model_version", slowly)
     with ThreadPoolExecutor(2) as pool:
         found = list(pool.map(lambda where: register(parcel, folder, where), ("one", "two")))
     assert [each.number for each in found] == [1, 1]

@@ -122,13 +122,13 @@ def test_finished_batch_is_skipped_and_its_run_reports_progress(
     assert objects(workspace, "s3://darkroom/undisturbed/") == before
     api, secret = (workspace.variables[f"PREFECT_API_{name}"] for name in ("URL", "AUTH_STRING"))
     user, _, password = secret.partition(":")
-    wanted = {"artifacts": {"key": {"any_": ["sampling", "samples"]}}, "sort": "CREATED_DESC"}
+    wanted = {"artifacts": {"key": {"any_": ["sampling-blobs", "samples-blobs"]}}, "sort": "CREATED_DESC"}
     shown = httpx.post(f"{api}/artifacts/filter", json=wanted, auth=(user, password)).raise_for_status().json()
-    progress = [each for each in shown if each["key"] == "sampling"]
+    progress = [each for each in shown if each["key"] == "sampling-blobs"]
     # Of the run just now; that of one that was killed stands still.
     assert progress[0]["data"] == 100.0
     assert any(f"{COUNT:,} of {COUNT:,} images generated" in (each["description"] or "") for each in progress)
-    assert any("images per CPU-hour" in each["data"] for each in shown if each["key"] == "samples")
+    assert any("images per CPU-hour" in each["data"] for each in shown if each["key"] == "samples-blobs")
 
 
 def test_other_chunk_size_is_held_and_table_errors_are_one_line(

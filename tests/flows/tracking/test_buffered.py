@@ -50,9 +50,9 @@ def test_all_figures_and_images_arrive_in_order(client: MlflowClient, tmp_path: 
         writer.log_metrics({"loss": 1 / (images + 1), "nothing": float("nan")}, images)
     writer.log_image("samples", blob(0), 1200)
     writer.close()
-    assert [point[:2] for point in points(tracker, "loss")] == [(n, 1 / (n + 1)) for n in range(0, 1200, 2)]
-    assert points(tracker, "nothing") == []
-    assert [point[0] for point in points(tracker, "samples_at_images")] == [1200]
+    assert [point[:2] for point in points(tracker, "train/loss")] == [(n, 1 / (n + 1)) for n in range(0, 1200, 2)]
+    assert points(tracker, "train/nothing") == []
+    assert [point[0] for point in points(tracker, "train/samples_at_images")] == [1200]
     assert len(client.list_artifacts(tracker.run_id, "images")) > 0
 
 
@@ -62,7 +62,7 @@ def test_metrics_repeated_after_a_kill_are_logged_once(client: MlflowClient, tmp
     for images in (16, 32, 48):
         first.log_metrics({"loss": images / 100}, images)
     first.close()
-    before = points(tracker, "loss")
+    before = points(tracker, "train/loss")
     # As a kill leaves it: a line that was being written.
     with (folder / "records.jsonl").open("a") as file:
         file.write('{"name": "lo')
@@ -71,7 +71,7 @@ def test_metrics_repeated_after_a_kill_are_logged_once(client: MlflowClient, tmp
     for images in (32, 48, 64):
         again.log_metrics({"loss": images / 100}, images)
     again.close()
-    after = points(tracker, "loss")
+    after = points(tracker, "train/loss")
     assert after[:3] == before
     assert [point[:2] for point in after] == [(n, n / 100) for n in (16, 32, 48, 64)]
     assert [each["step"] for each in map(json.loads, (folder / "records.jsonl").read_text().splitlines())] == [
@@ -136,10 +136,10 @@ def test_metrics_survive_a_server_outage_once_and_in_order(
     with mlflow_server(tmp_path, port):
         monkeypatch.setattr(buffered, "PATIENCE", 60.0)
         writer.close()
-        assert [point[:2] for point in points(tracker, "loss")] == [(16, 0.5), (32, 1 / 32), (48, 1 / 48)]
+        assert [point[:2] for point in points(tracker, "train/loss")] == [(16, 0.5), (32, 1 / 32), (48, 1 / 48)]
         lines = (tmp_path / "buffer" / "records.jsonl").read_text().splitlines()
-        times = [record["time"] for record in map(json.loads, lines) if record["name"] == "loss"]
-        assert [point[2] for point in points(tracker, "loss")] == times
+        times = [record["time"] for record in map(json.loads, lines) if record["name"] == "train/loss"]
+        assert [point[2] for point in points(tracker, "train/loss")] == times
 
 
 def test_system_metrics_are_sampled_periodically(
@@ -163,9 +163,9 @@ def test_buffered_metrics_of_an_abandoned_training_are_sent_later(client: Mlflow
     first = BufferedTracker(tracker, tmp_path / "buffer")
     first.abandon()
     first.log_metrics({"loss": 0.5}, 16)
-    assert points(tracker, "loss") == []
+    assert points(tracker, "train/loss") == []
     BufferedTracker(tracker, tmp_path / "buffer").close()
-    assert [point[:2] for point in points(tracker, "loss")] == [(16, 0.5)]
+    assert [point[:2] for point in points(tracker, "train/loss")] == [(16, 0.5)]
 
 
 def test_full_disk_is_reported_and_buffered_metrics_are_sent(
@@ -184,7 +184,7 @@ def test_full_disk_is_reported_and_buffered_metrics_are_sent(
             writer.log_metrics({"loss": 0.25}, 32)
     writer.log_metrics({"loss": 0.25}, 32)
     writer.close()
-    assert [point[:2] for point in points(tracker, "loss")] == [(16, 0.5), (32, 0.25)]
+    assert [point[:2] for point in points(tracker, "train/loss")] == [(16, 0.5), (32, 0.25)]
 
 
 def test_run_on_another_server_receives_all_metrics(client: MlflowClient, tmp_path: Path) -> None:
@@ -193,7 +193,7 @@ def test_run_on_another_server_receives_all_metrics(client: MlflowClient, tmp_pa
     first.close()
     other = RunTracker(client, client.create_run("0").info.run_id)
     BufferedTracker(other, tmp_path / "buffer").close()
-    assert [point[:2] for point in points(other, "loss")] == [(16, 0.5)]
+    assert [point[:2] for point in points(other, "train/loss")] == [(16, 0.5)]
 
 
 def test_metrics_already_logged_by_another_machine_are_not_repeated(client: MlflowClient, tmp_path: Path) -> None:
@@ -205,5 +205,5 @@ def test_metrics_already_logged_by_another_machine_are_not_repeated(client: Mlfl
             writer.log_metrics({"loss": 1 / step}, step)
             writer.log_image("samples", image, step)
         writer.close()
-    assert [point[:2] for point in points(tracker, "loss")] == [(16, 1 / 16), (32, 1 / 32), (48, 1 / 48)]
-    assert [point[0] for point in points(tracker, "samples_at_images")] == [16, 32, 48]
+    assert [point[:2] for point in points(tracker, "train/loss")] == [(16, 1 / 16), (32, 1 / 32), (48, 1 / 48)]
+    assert [point[0] for point in points(tracker, "train/samples_at_images")] == [16, 32, 48]

@@ -1,40 +1,100 @@
-"""Rate and time left, as those who watch long work read them."""
+"""Rate and time left, and the lines of long work, as those who watch it read them."""
 
 import pytest
 
-from flows.tracking.console import Pace
+from flows.tracking.console import CONSOLE, Lines, Pace, clock, phase
 
 
 class Clock:
-    """A monotonic clock that is set by hand."""
+    """A monotonic clock that is set by hand: a test may not depend on how fast this machine is."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 100.0
         monkeypatch.setattr("time.monotonic", lambda: self.now)
 
 
-def test_progress_rate_starts_with_the_first_report_of_each_run(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    # A clock by hand: a test may not depend on how fast this machine is.
-    clock, total = Clock(monkeypatch), 2000
+@pytest.fixture
+def hands(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    return Clock(monkeypatch)
+
+
+def test_progress_rate_starts_with_the_first_report_of_each_run(hands: Clock) -> None:
     pace = Pace()
-    assert pace.due(500, total), "the first"
-    clock.now += 20
-    assert pace.due(700, total)
-    assert pace.words(700, total) == "10/s, 2:10 left", "what a resumed run had before does not count"
-    clock.now += 1
-    assert not pace.due(710, total), "a line a second is too much"
-    clock.now += 1000
-    assert pace.due(100, total), "another run of the same kind"
-    clock.now += 10
-    assert pace.due(300, total)
-    assert pace.words(300, total) == "20/s, 1:25 left"
-    assert pace.due(total, total), "the last"
+    pace.add(500)
+    assert pace.words(2000) == "", "nothing is known yet"
+    hands.now += 20
+    pace.add(700)
+    assert pace.words(2000) == "10/s, 2:10 left", "what a resumed run had before does not count"
+    hands.now += 1000
+    pace.add(100)
+    assert pace.words(2000) == "", "another run of the same kind"
+    hands.now += 10
+    pace.add(300)
+    assert pace.words(2000) == "20/s, 1:25 left"
 
 
-def test_slow_work_has_a_rate_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock, pace = Clock(monkeypatch), Pace()
-    assert pace.due(0, 100)
-    clock.now += 100
-    assert pace.words(30, 100) == "0.3/s, 3:53 left"
+def test_a_slow_start_does_not_spoil_the_estimate(hands: Clock) -> None:
+    pace, done = Pace(), 0
+    for second in range(300):
+        hands.now += 1
+        done += 1 if second < 100 else 10
+        pace.add(done)
+    assert pace.words(done + 1000) == "10/s, 1:40 left"
+
+
+def test_work_of_a_second_has_no_rate(hands: Clock) -> None:
+    pace = Pace()
+    pace.add(0)
+    hands.now += 1
+    pace.add(500)
+    assert pace.words(500) == pace.words(1000) == ""
+
+
+def test_slow_work_has_a_rate_of_its_own(hands: Clock) -> None:
+    pace = Pace()
+    pace.add(0)
+    hands.now += 100
+    pace.add(30)
+    assert pace.words(100) == "0.3/s, 3:53 left"
+
+
+def test_without_a_terminal_short_work_says_nothing_and_long_work_a_line_each_half_a_minute(hands: Clock) -> None:
+    said: list[str] = []
+    lines = Lines(said.append)
+    for done in range(0, 501, 50):
+        hands.now += 0.1
+        lines("images sampled", done, 500)
+    assert said == []
+    for done in range(0, 901, 10):
+        hands.now += 1
+        lines("images trained on", done, 900, "loss 0.1")
+    assert len(said) == 4
+    assert said[0] == "images trained on: 280 of 900, 10/s, 1:02 left, loss 0.1"
+    assert said[-1] == "images trained on: 900 of 900, 10/s, loss 0.1", "the end of what took long"
+
+
+def test_a_phase_ends_with_one_line_and_its_duration(hands: Clock) -> None:
+    said: list[str] = []
+    lines, seconds = Lines(said.append), dict[str, float]()
+    token = CONSOLE.set(lines)
+    try:
+        with phase("train", seconds):
+            for done in range(0, 401, 10):
+                hands.now += 1
+                lines("images trained on", done, 400)
+        with phase("evaluate", seconds):
+            hands.now += 5
+            lines("KID of halves", 500, 500)
+    finally:
+        CONSOLE.reset(token)
+    assert said == [
+        "train: images trained on: 290 of 400, 10/s, 0:11 left",
+        "train      done in 0:41",
+        "evaluate   done in 0:05",
+    ]
+    assert seconds == {"train": 41, "evaluate": 5}
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(0.4, "0:00"), (61, "1:01"), (3600, "1:00:00"), (59.6, "1:00")])
+def test_durations_are_minutes_and_seconds(seconds: float, text: str) -> None:
+    assert clock(seconds) == text

@@ -27,7 +27,9 @@ def lines(folder: Path, program: str, variables: dict[str, str]) -> list[dict[st
 
 
 def test_a_command_without_servers_writes_json_too(tmp_path: Path) -> None:
-    program = "from flows.tracking.console import console\nwith console() as show: show('images', 1, 10)"
+    program = (
+        "from flows.tracking import console\nconsole.EVERY = 0\nwith console.console() as show: show('images', 1, 10)"
+    )
     (line,) = lines(tmp_path, program, {"DARKROOM_LOG": "json"})
     assert (line["level"], line["message"]) == ("info", "images: 1 of 10")
 

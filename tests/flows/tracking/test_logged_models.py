@@ -109,13 +109,13 @@ def ranked(client: MlflowClient, run_id: str) -> list[LoggedModel]:
     """As MLflow's documentation says one ranks models."""
     found: list[LoggedModel] = mlflow.search_logged_models(
         [client.get_run(run_id).info.experiment_id],
-        order_by=[{"field_name": "metrics.kid_efflite0", "ascending": True, "dataset_name": "blobs"}],
+        order_by=[{"field_name": "metrics.eval/kid_efflite0", "ascending": True, "dataset_name": "blobs"}],
         output_format="list",
     )
     return found
 
 
-def points(client: MlflowClient, run_id: str, name: str = "kid_efflite0") -> list[tuple[int, float]]:
+def points(client: MlflowClient, run_id: str, name: str = "eval/kid_efflite0") -> list[tuple[int, float]]:
     return [(point.step, point.value) for point in client.get_metric_history(run_id, name)]
 
 
@@ -131,7 +131,8 @@ def test_mlflow_ranks_the_checkpoints_by_their_scores_on_the_data_set(client: Ml
     assert best.status == "READY"
     assert best.tags[CHECKPOINT_SHA256] == evaluation.best.sha256
     assert (best.tags[EVAL_KEY], best.tags[EVALUATED]) == (evaluation.eval_key, "in full")
-    assert {point.key: point.value for point in best.metrics} == evaluation.best.metrics()
+    scores = {f"eval/{name}": value for name, value in evaluation.best.metrics().items()}
+    assert {point.key: point.value for point in best.metrics} == scores
     assert {(point.dataset_name, point.dataset_digest, point.step) for point in best.metrics} == {
         ("blobs", CONTENT[:36], 2000)
     }
@@ -144,8 +145,8 @@ def test_partially_evaluated_checkpoints_rank_last(client: MlflowClient, run_id:
     found = ranked(client, run_id)
     assert [model.tags[EVALUATED] for model in found] == ["in full", "in full", "preliminary"]
     assert {point.key: point.value for point in found[2].metrics} == {
-        "preliminary_kid_efflite0": -0.1,
-        "preliminary_samples": 125,
+        "eval/preliminary_kid_efflite0": -0.1,
+        "eval/preliminary_samples": 125,
     }
     assert [step for step, _ in points(client, run_id)] == [1000, 2000]
 

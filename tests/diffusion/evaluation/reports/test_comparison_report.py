@@ -98,10 +98,10 @@ def test_comparison_report_shows_worst_classes_below_real_images(tmp_path: Path)
 
 def test_comparison_report_shows_metrics_with_intervals_and_baseline(tmp_path: Path) -> None:
     shown, text = whole(), written(whole(), tmp_path).text
-    assert "metric version 3 version 2 real baseline" in text
+    assert "metric version 3 version 2 real-vs-real baseline" in text
     assert "On 240 images of each side, against 240 held-out images" in text
     for name, figure in shown.comparison.candidate.estimates.items():
-        after = text.partition("version 2 real baseline ")[2].partition(f"{name} ")[2]
+        after = text.partition("version 2 real-vs-real baseline ")[2].partition(f"{name} ")[2]
         value, low, between, high = (word.replace("−", "-") for word in after.split()[:4])
         assert float(value) == pytest.approx(figure.value, rel=0.01)
         assert between == "…"
@@ -165,7 +165,7 @@ def test_comparison_report_omits_unmeasured_metrics(tmp_path: Path) -> None:
 def test_a_first_version_is_shown_without_a_champion(tmp_path: Path) -> None:
     text = written(example_comparison(with_champion=False), tmp_path).text
     assert "promote: version 1 first version: there was no champion" in text
-    assert "metric version 1 real baseline" in text
+    assert "metric version 1 real-vs-real baseline" in text
     assert "champion's" not in text
 
 

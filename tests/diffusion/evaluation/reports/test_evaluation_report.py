@@ -1,14 +1,16 @@
 """The report: one page that shows what was measured, and needs nothing but itself."""
 
 import base64
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import pytest
 
-from diffusion.common.image_grids import grid, png_bytes
+from diffusion.common.image_grids import grid, image_of, png_bytes
 from diffusion.evaluation.estimate import Estimate, MetricEstimate, Share
-from diffusion.evaluation.evaluate import Sheets, findings, write_report
+from diffusion.evaluation.evaluate import Sheets, findings, undertrained, write_report
 from diffusion.evaluation.reports.charts import read_losses
 from diffusion.evaluation.reports.html import plain, with_error
 from diffusion.evaluation.results import (
@@ -96,7 +98,7 @@ def test_evaluation_report_shows_scores_with_their_real_baseline(tmp_path: Path)
     assert "kid_efflite0 0.200 ± 0.020 0.010 ± 0.020 lower" in text
     assert "fd_efflite0 123 61.2 lower" in text
     assert "precision_efflite0 0.812 0.812 higher" in text
-    assert "500 generated real baseline: 500 real" in text
+    assert "500 generated real-vs-real baseline: 500 real" in text
     assert "the same 480 held-out images" in text
     assert "2,000 best" in text
 
@@ -182,6 +184,16 @@ def test_losses_that_are_not_finite_are_left_out(losses: Path) -> None:
     assert read_losses(losses) == {"train_loss": [(100.0, 0.5), (200.0, 0.3)]}
 
 
+def test_samples_have_their_class_or_prompt_below_them(tmp_path: Path) -> None:
+    evaluation = an_evaluation([0.5])
+    sheets = replace(sheets_for(evaluation), captions=[f"a <bird> number {n}" for n in range(64)])
+    write_report(tmp_path / "report.html", evaluation, sheets)
+    page = Page((tmp_path / "report.html").read_text())
+    generated = sheets.generated[evaluation.best.sha256]
+    assert np.array_equal(page.image("a <bird> number 63"), np.asarray(image_of(generated[63])))
+    assert "a <bird> number 0" in page.text
+
+
 def test_equal_evaluations_give_equal_pages(tmp_path: Path, losses: Path) -> None:
     evaluation = an_evaluation([0.5, 0.2])
     digests = {
@@ -199,12 +211,33 @@ def test_names_cannot_break_out_of_the_page(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("kids", "expected"),
     [
-        ([0.03], ["On 500 images its KID cannot be told from that of real ones."]),
-        ([0.51], ["Its KID lies 0.500 above that of real images, 18 times the standard error."]),
+        (
+            [0.03],
+            [
+                "KID 0.030 ± 0.020; real images 0.0100.",
+                "On 500 images that cannot be told from real ones.",
+            ],
+        ),
+        ([0.51], ["KID 0.510 ± 0.020; real images 0.0100."]),
     ],
 )
 def test_evaluation_findings_respect_the_standard_errors(kids: list[float], expected: list[str]) -> None:
     assert findings(an_evaluation(kids)) == expected
+
+
+@pytest.mark.parametrize(
+    ("kids", "warned"),
+    [
+        ([2.0, 1.0, 0.5], True),
+        ([0.5, 0.51, 0.5], False),
+        ([2.0, 0.5, 0.6], False),
+        ([3.0, 2.9, 2.8], False),
+    ],
+)
+def test_a_kid_that_still_falls_surely_and_much_at_the_end_is_warned_of(kids: list[float], warned: bool) -> None:
+    evaluation = an_evaluation(kids)
+    assert (undertrained(evaluation) is not None) == warned
+    assert any("ndertrained" in line for line in findings(evaluation)) == warned
 
 
 @pytest.mark.parametrize(("second", "word"), [(0.52, "within"), (0.9, "beyond")])
@@ -216,7 +249,16 @@ def test_findings_weigh_the_lead_over_the_next_best(second: float, word: str) ->
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(1234.5, "1,234"), (61.23, "61.2"), (0.01234, "0.0123"), (0.0, "0"), (-0.5, "-0.500"), (2e-7, "0.000000200")],
+    [
+        (1234.5, "1,234"),
+        (61.23, "61.2"),
+        (0.01234, "0.0123"),
+        (0.0, "0"),
+        (-0.5, "-0.500"),
+        (2e-7, "0"),
+        (4.3e-19, "0"),
+        (-0.000012345, "-0.000012"),
+    ],
 )
 def test_figures_have_three_digits_and_no_powers_of_ten(value: float, text: str) -> None:
     assert plain(value) == text
