@@ -1,6 +1,6 @@
 # `make` alone lists the targets.
 .DEFAULT_GOAL := help
-.PHONY: help install demo images test test-slow chaos drill-upgrade drill-ceph check audit lock format clean
+.PHONY: help install demo images test test-slow chaos drill-upgrade drill-ceph check docs reference audit lock format clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -38,8 +38,8 @@ demo: $(READY) demo/.dvc/config $(if $(DIGITS),images)  ## Run the whole pipelin
 	cd demo && $(CURDIR)/$(BIN)/darkroom retrain "$(SOURCE)" --dataset "$(NAME)" $(SETTINGS)
 	@cd demo && $(CURDIR)/$(BIN)/darkroom status
 
-demo/.dvc/config: $(READY) params.yaml infra/demo_params.yaml dvc.yaml
-	mkdir -p demo && cp dvc.yaml demo/ && cp $(if $(DIGITS),infra/demo_params.yaml,params.yaml) demo/params.yaml
+demo/.dvc/config: $(READY) params.yaml infra/demo_params.yaml dvc.yaml params.schema.json
+	mkdir -p demo && cp dvc.yaml params.schema.json demo/ && cp $(if $(DIGITS),infra/demo_params.yaml,params.yaml) demo/params.yaml
 	test -d demo/.dvc || (cd demo && $(CURDIR)/$(BIN)/dvc init --quiet --no-scm)
 	touch $@
 
@@ -72,12 +72,18 @@ drill-ceph: $(READY)  ## Run S3 tests and the pipeline on a one-node Ceph (minut
 			tests/flows/sampling/test_generate_batch.py tests/flows/retention/test_gc_beside_sample.py tests/flows/datasets/test_catalog.py tests/flows/registry/test_ledger.py \
 			--deselect tests/flows/storage/test_s3.py::test_a_multipart_object_is_compared_by_its_bytes
 
-check: $(READY)  ## Check lint, format, types, layers and secrets
+check: $(READY) docs  ## Check lint, format, types, layers, secrets and documentation
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	PATH="$(CURDIR)/$(BIN):$$PATH" infra/ci/secrets.sh
+
+docs: $(READY)  ## Build the documentation site in docs/_build; a warning is an error
+	$(BIN)/python -m sphinx -q -W --keep-going -b html docs docs/_build
+
+reference: $(READY)  ## Write the pages of docs/reference that follow from the code, and params.schema.json
+	$(BIN)/python docs/generate.py
 
 audit: $(READY)  ## Query PyPI for known vulnerabilities in the container images
 	$(BIN)/pip-audit --no-deps --disable-pip --requirement infra/docker/requirements.lock --requirement infra/docker/torch-cuda.lock
@@ -92,4 +98,4 @@ format: $(READY)  ## Format the code and fix lint where possible
 clean:  ## Stop the local servers and delete everything but your images
 	-$(BIN)/darkroom down
 	-test ! -d demo || (cd demo && $(CURDIR)/$(BIN)/darkroom down)
-	rm -rf demo/.darkroom demo/.dvc demo/dvc.* demo/data demo/runs demo/reports demo/samples .darkroom .drill .chaos data runs reports samples $(VENV)
+	rm -rf demo/.darkroom demo/.dvc demo/dvc.* demo/data demo/runs demo/reports demo/samples .darkroom .drill .chaos docs/_build data runs reports samples $(VENV)

@@ -2,6 +2,7 @@
 
     python benchmarks/gate_power.py                      # 500 samples of each model, 500 held-out images
     python benchmarks/gate_power.py --samples 1200
+    python benchmarks/gate_power.py --looks 3             # up to 2,000 samples of each, as the gate does by default
 
 Samples are the 5,000 digits of the demo with Gaussian noise: the champion's with so much that its KID is 0.3, about
 that of the demo's model without guidance, a candidate's with less, until its KID is lower by its lead. In each trial
@@ -47,9 +48,11 @@ def measured(sets: list[Tensor], reference: Tensor) -> list[dict[Figure, Replica
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--samples", type=int, default=500, help="of each model, and held-out images; at most 1,250")
+    parser.add_argument("--looks", type=int, default=1, help="at twice the samples each, of as many held-out images")
     parser.add_argument("--trials", type=int, default=200)
     arguments = parser.parse_args()
-    count, config = arguments.samples, GateConfig(memorized=None, recall_loss=None)
+    count, config = arguments.samples, GateConfig(memorized=None, recall_loss=None, looks=arguments.looks)
+    rules, most = config.of_each_look, count * 2 ** (config.looks - 1)
     real = noisy_features(0)
     # Of different images, as no two sets of a trial share one.
     kids = [compute_kid(noisy_features(deviation)[::2], real[1::2])[0] for deviation in NOISE]
@@ -62,24 +65,36 @@ def main() -> None:
         theirs_and_ours = [compute_kid(each[::2], real[1::2])[0] for each in (of_champion, of_candidate)]
         lead = 1 - theirs_and_ours[1] / theirs_and_ours[0]
         verdicts: dict[str, list[Verdict]] = {name: [] for name in COSTS}
+        drawn: dict[str, list[int]] = {name: [] for name in COSTS}
         for trial in range(arguments.trials):
-            dealt = torch.randperm(len(real), generator=torch.Generator().manual_seed(trial))[: 4 * count].view(
-                4, count
-            )
-            sets = [of_candidate[dealt[0]], of_champion[dealt[1]], real[dealt[2]]]
-            ours, theirs, baseline = measured(sets, real[dealt[3]])
-            for name, cost in COSTS.items():
-                metrics = ComparisonMetrics(
-                    basis="generated",
-                    samples=count,
-                    reference=count,
-                    has_champion=True,
-                    headline=distance_headline(ours, theirs, baseline, "efflite0", config),
-                    cost=Cost(candidate=cost, champion=1.0, unit="evaluations"),
-                )
-                verdicts[name].append(decide(metrics, config).verdict)
+            dealt = torch.randperm(len(real), generator=torch.Generator().manual_seed(trial))
+            ours, theirs, baseline, held_out = dealt[: 2 * most + 2 * count].split([most, most, count, count])
+            sets = of_candidate[ours], of_champion[theirs]
+            reference = real[held_out]
+            *_, floor = measured([real[baseline]], reference)
+            undecided = set(COSTS)
+            for look in range(config.looks):
+                if not undecided:
+                    break
+                samples = count * 2**look
+                pair = measured([each[:samples] for each in sets], reference)
+                for name in sorted(undecided):
+                    metrics = ComparisonMetrics(
+                        basis="generated",
+                        samples=samples,
+                        reference=count,
+                        has_champion=True,
+                        headline=distance_headline(*pair, floor, "efflite0", rules),
+                        cost=Cost(candidate=COSTS[name], champion=1.0, unit="evaluations"),
+                    )
+                    decision = decide(metrics, rules)
+                    if look == config.looks - 1 or not decision.worth_another_look(samples):
+                        verdicts[name].append(decision.verdict)
+                        drawn[name].append(samples)
+                        undecided.remove(name)
         shares = {
             name: ", ".join(f"{verdict} {found.count(verdict) / len(found):.0%}" for verdict in Verdict)
+            + f" of {np.mean(drawn[name]):,.0f} samples"
             for name, found in verdicts.items()
         }
         print(f"lead {lead:.1%}: " + "; ".join(f"{name}: {words}" for name, words in shares.items()), flush=True)

@@ -79,7 +79,7 @@ class Contestant(Protocol):
 
 @dataclass(frozen=True)
 class Darkroom:
-    """``darkroom train --local`` as it is configured by default, but for ``settings``, told of no classes."""
+    """``darkroom train --local`` as it is configured by default, but for ``settings``."""
 
     name: str
     workspace: Path
@@ -92,7 +92,7 @@ class Darkroom:
 
     def rate(self, seconds: float) -> float:
         """As the dry run says, with its pauses for sample grids."""
-        words = [*self.settings, "training.images=null", f"training.minutes={seconds / 60}", "model.conditional=false"]
+        words = [*self.settings, "training.images=null", f"training.minutes={seconds / 60}"]
         done = darkroom(self.workspace, "train", "--dry-run", words=words)
         return float(done["images"]) / seconds
 
@@ -102,8 +102,7 @@ class Darkroom:
         # Where the same training goes on, or is found, whatever the sampler.
         output = f"runs/{digest_of([training, images, seed])[:8]}"
         chosen = {"training.minutes": "null", "training.images": images, "training.seed": seed}
-        chosen |= {"training.output": output, "model.conditional": "false"}
-        chosen |= {"training.checkpoints": CHECKPOINTS, "training.keep": CHECKPOINTS}
+        chosen |= {"training.output": output, "training.checkpoints": CHECKPOINTS, "training.keep": CHECKPOINTS}
         words = [*self.settings, *(f"{key}={value}" for key, value in chosen.items())]
         done = darkroom(self.workspace, "train", "--local", words=words)
         return self.workspace / str(done["final"])
@@ -183,6 +182,7 @@ def workspace_of(scratch: Path, source: Path | None, size: int) -> Path:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trainers-python", type=Path, help="Python of the peers' venv (trainers.txt); none: no peers")
+    parser.add_argument("--peers", nargs="*", choices=PEERS, default=PEERS)
     parser.add_argument("--images", type=Path, help="a source to train on; default: Fashion-MNIST, padded to 32×32")
     parser.add_argument("--size", type=int, default=64, help="of its images")
     parser.add_argument("--seconds", type=float, default=600)
@@ -197,7 +197,7 @@ def main() -> None:
     workspace = workspace_of(args.scratch, args.images, args.size)
     contestants: list[Contestant] = [Darkroom(args.name, workspace, tuple(args.set))]
     if args.trainers_python:
-        contestants += [Peer(name, workspace, args.trainers_python) for name in PEERS]
+        contestants += [Peer(name, workspace, args.trainers_python) for name in args.peers]
     judge = Judge(Dataset.open(workspace / "data" / "images"), workspace)
     measure_rates(contestants, args.seconds)
     for seed in range(args.seeds):

@@ -167,7 +167,7 @@ def stored(images: Tensor) -> Tensor:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", choices=RECIPES)
-    parser.add_argument("images", type=Path, help="(N, C, H, W) uint8, as .npy")
+    parser.add_argument("source", type=Path, help="(N, C, H, W) uint8, as .npy")
     parser.add_argument("--rate", type=float, metavar="SECONDS", help="only measure how fast it trains, for so long")
     parser.add_argument("--folder", type=Path, help="where the drawn images go, each file named for the images seen")
     parser.add_argument("--images", type=int, help="images to train on")
@@ -177,7 +177,7 @@ def main() -> None:
     args = parser.parse_args()
 
     torch.manual_seed(args.seed)
-    images = torch.from_numpy(np.load(args.images))
+    images = torch.from_numpy(np.load(args.source))
     network, step, draw = RECIPES[args.recipe](images.shape[1], images.shape[2])
     if args.rate:
         print(json.dumps({"images_per_second": rate(step, images, args.rate)}))

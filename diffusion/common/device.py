@@ -5,6 +5,7 @@ import platform
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -45,12 +46,13 @@ def has_fast_bf16() -> bool:
     limits = [os.environ[name].upper() for name in ISA_VARIABLES[:2] if name in os.environ]
     amx, avx512 = ("AMX", "DEFAULT"), ("AMX", "AVX10", "FP16", "BF16", "DEFAULT")
     amx_allowed, avx512_allowed = (all(any(isa in limit for isa in isas) for limit in limits) for isas in (amx, avx512))
-    on_amd = _vendor() == "AuthenticAMD" and torch.cpu._is_avx512_bf16_supported()
+    on_amd = _vendor(CPU_INFO) == "AuthenticAMD" and torch.cpu._is_avx512_bf16_supported()
     return (torch.cpu._is_amx_tile_supported() and amx_allowed) or (on_amd and avx512_allowed)
 
 
-def _vendor() -> str:
-    match = re.search(r"^vendor_id\s*:\s*(\S+)", CPU_INFO.read_text() if CPU_INFO.is_file() else "", re.MULTILINE)
+@cache
+def _vendor(info: Path) -> str:
+    match = re.search(r"^vendor_id\s*:\s*(\S+)", info.read_text() if info.is_file() else "", re.MULTILINE)
     return match[1] if match else platform.machine()
 
 
@@ -58,7 +60,7 @@ def _processor() -> str:
     """Name the CPU's vendor (for MKL), torch's vector instructions, and AMX, which oneDNN uses by itself."""
     tiles = ["AMX"] if torch.cpu._is_amx_tile_supported() else []
     overrides = [f"{name}={os.environ[name]}" for name in ISA_VARIABLES if name in os.environ]
-    return ", ".join([_vendor(), torch.backends.cpu.get_cpu_capability(), *tiles, *overrides])
+    return ", ".join([_vendor(CPU_INFO), torch.backends.cpu.get_cpu_capability(), *tiles, *overrides])
 
 
 @contextmanager

@@ -99,7 +99,8 @@ def compare_with_champion(
     """Compare two model files on the data set in ``data`` and apply the gate.
 
     A champion that cannot be compared (of another family, shape or task, or one that cannot sample as configured), and
-    sets too small for errors, hold the candidate with the reason. Expensive parts are cached: the same call after a
+    sets too small for errors, hold the candidate with the reason. Where twice as many images may decide, both generate
+    as many, ``gate.looks`` times at most. Expensive parts are cached: the same call after a
     kill continues, and the champion's images are generated again only if something differs. ``config`` is how the
     candidate's checkpoint was selected, and the comparison generates with ``config.seed`` + 1; ``output`` is the folder
     of ``champion_comparison.json``, written last, and of the cache.
@@ -107,12 +108,57 @@ def compare_with_champion(
     Raises UserError if the candidate cannot be evaluated.
     """
     evaluator = _evaluator(candidate, data, config, sampling, output, progress)
-    ours = evaluator.model(candidate)
-    evaluation = ours.evaluate()
-    theirs = their_evaluation = incomparable = None
+    samples, rules = config.samples, gate.of_each_look
+    for look in range(gate.looks):
+        found = _compare(evaluator, candidate, champion, gate, samples)
+        can_go_on = found.compared.has_champion and found.compared.basis == "generated" and evaluator.real.small is None
+        decision = decide(found.compared, rules if can_go_on else gate)
+        if look == gate.looks - 1 or not (can_go_on and decision.worth_another_look(samples)):
+            break
+        samples *= 2
+    *of_models, baseline = found.replicates
+    evaluation, *their_evaluation = (
+        each.model_copy(update={"estimates": evaluator.estimates(replicates)})
+        for each, replicates in zip(found.evaluations, of_models, strict=True)
+    )
+    result = ChampionComparison(
+        conditions=evaluator.conditions,
+        key=evaluator.conditions.key,
+        gate=gate,
+        candidate=evaluation,
+        champion=their_evaluation[0] if their_evaluation else None,
+        real_baseline=evaluator.real_baseline(baseline),
+        compared=found.compared,
+        decision=decision,
+    )
+    write_json(output / COMPARISON, json.loads(result.model_dump_json()))
+    return result, _sample_grids(found.ours, found.theirs, evaluation)
+
+
+@dataclass(frozen=True)
+class _Look:
+    """A comparison on so many images."""
+
+    ours: ModelEvaluator
+    theirs: ModelEvaluator | None
+    evaluations: list[ModelEvaluation]
+    """Of the candidate, and of the champion if it could be evaluated."""
+    replicates: list[MetricReplicates]
+    """Of the same models, and of the real baseline."""
+    compared: ComparisonMetrics
+
+
+def _compare(evaluator: Evaluator, candidate: Path, champion: Path | None, gate: GateConfig, samples: int) -> _Look:
+    """Compare two model files on ``samples`` images of each."""
+    ours = evaluator.model(candidate, samples)
+    evaluations = [ours.evaluate()]
+    theirs = incomparable = None
     if champion is not None:
         try:
-            family, how = ours.header.model.family, sampling  # not the candidate's, which has its own guidance
+            family, how = (
+                ours.header.model.family,
+                evaluator.sampling,
+            )  # not the candidate's, which has its own guidance
             if (other := read_model_header(champion).model).family != family:
                 if not gate.across_families:
                     raise UserError(
@@ -121,11 +167,12 @@ def compare_with_champion(
                     )
                 # Sampling that does not apply to its family is replaced by that family's defaults.
                 how = effective_sampling(other, how)
-            theirs = evaluator.model(champion, sampling=how)
-            their_evaluation = theirs.evaluate()
+            theirs = evaluator.model(champion, samples, how)
+            evaluations.append(theirs.evaluate())
         except UserError as error:
             theirs, incomparable = None, f"the champion cannot be evaluated beside it: {error}"
-    *replicates, baseline = evaluator.replicates([ours] if theirs is None else [ours, theirs])
+    replicates = evaluator.replicates([ours] if theirs is None else [ours, theirs])
+    baseline = replicates[-1]
     families = {each.header.model.family for each in (ours, theirs or ours)}
     generated = len(families) > 1 or ours.header.model.evaluated_by == "samples"  # else both are autoencoders
     if theirs is not None and generated and not baseline:
@@ -134,7 +181,7 @@ def compare_with_champion(
             f"out, and errors need {FEWEST_FOR_ERRORS} of either: generate more with evaluation.samples, or hold more "
             "out with ingest.held_out"
         )
-    copied = evaluation.memorization
+    copied = evaluations[0].memorization
     compared = ComparisonMetrics(
         basis="generated" if generated else "reconstructed",
         samples=len(ours.features) if generated else len(ours.real.held_out),
@@ -143,14 +190,14 @@ def compare_with_champion(
         incomparable=incomparable,
         memorized=CopyShare(share=copied.excess, p_value=copied.p_value) if generated else None,
     )
-    if theirs is not None and their_evaluation is not None and incomparable is None:
+    if theirs is not None and incomparable is None:
         if generated:
-            first, second = replicates
-            worst, their_worst = (x.per_class.worst if x.per_class else None for x in (evaluation, their_evaluation))
+            first, second, _ = replicates
+            worst, their_worst = (x.per_class.worst if x.per_class else None for x in evaluations)
             differences: dict[str, object] = {
-                "headline": distance_headline(first, second, baseline, evaluation.scores.extractor, gate),
+                "headline": distance_headline(first, second, baseline, evaluations[0].scores.extractor, gate),
                 "recall": difference(first["recall"], second["recall"]),
-                "cost": Cost(candidate=evaluation.gflop, champion=their_evaluation.gflop, unit="GFLOP"),
+                "cost": Cost(candidate=evaluations[0].gflop, champion=evaluations[1].gflop, unit="GFLOP"),
             }
             if worst is not None and their_worst is not None:
                 differences["worst_class"] = WorstClass(
@@ -164,21 +211,7 @@ def compare_with_champion(
             assert theirs.psnr is not None
             differences = {"headline": psnr_headline(ours.psnr, theirs.psnr)}
         compared = compared.model_copy(update=differences)
-    evaluation = evaluation.model_copy(update={"estimates": evaluator.estimates(replicates[0])})
-    if their_evaluation is not None:
-        their_evaluation = their_evaluation.model_copy(update={"estimates": evaluator.estimates(replicates[1])})
-    result = ChampionComparison(
-        conditions=evaluator.conditions,
-        key=evaluator.conditions.key,
-        gate=gate,
-        candidate=evaluation,
-        champion=their_evaluation,
-        real_baseline=evaluator.real_baseline(baseline),
-        compared=compared,
-        decision=decide(compared, gate),
-    )
-    write_json(output / COMPARISON, json.loads(result.model_dump_json()))
-    return result, _sample_grids(ours, theirs, evaluation)
+    return _Look(ours, theirs, evaluations, replicates, compared)
 
 
 def evaluate_model(

@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import get_args
 
 import torch
+from pydantic_core import to_jsonable_python
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from diffusion.checkpoints import load_model, model_digest, read_model_header
 from diffusion.common.device import resolve_device
 from diffusion.common.errors import UserError
-from diffusion.common.files import sha256_file
+from diffusion.common.files import digest_of, sha256_file
 from diffusion.common.fingerprint import fingerprint
 from diffusion.common.progress import Progress, silent
 from diffusion.common.threads import cores
@@ -106,6 +107,8 @@ class Evaluator:
             extractor = make_extractor(config)
         self.real = RealImages(dataset, extractor, config.reference, config.samples, folder, task, progress)
         self.config, self.sampling, self.folder, self.progress = config, sampling, folder, progress
+        self.generated: dict[str, Tensor] = {}
+        """Images of the last evaluation of each model, by all that they depend on but their number."""
         self.conditions = EvaluationConditions(
             content_digest=dataset.manifest.content_digest,
             extractor=extractor.name,
@@ -259,12 +262,20 @@ class ModelEvaluator:
     @cached_property
     def images(self) -> Tensor:
         """Return the generated images, (samples, C, H, W) uint8."""
-        return cached(self.folder, self.generated_key, lambda: {"images": self._generate()})["images"]
+        images = cached(self.folder, self.generated_key, lambda: {"images": self._generate()})["images"]
+        self.evaluator.generated[self._numbered_key] = images
+        return images
 
     def _generate(self) -> Tensor:
-        """Generate all images in pieces of whole compute batches, bit-identical to one pass, cached until all are."""
-        size = BATCHES * cores() * self.sampling.compute_batch
+        """Generate all images in pieces of whole compute batches, bit-identical to one pass, cached until all are.
+
+        Those of an evaluation on fewer images, as many as fill compute batches, are the first of them.
+        """
+        batch = self.sampling.compute_batch
+        size = BATCHES * cores() * batch
         folder = pieces_folder(self.folder, self.generated_key)
+        before = self.evaluator.generated.get(self._numbered_key, torch.empty(0))
+        first = min(len(before), self.samples) // batch * batch
 
         def piece(start: int) -> Tensors:
             numbers = range(start, min(start + size, self.samples))
@@ -277,8 +288,8 @@ class ModelEvaluator:
             seed, conditions = self.config.seed, self.conditions
             return {"images": generate(self.model, inputs, numbers, seed, self.guided, counted, conditions)}
 
-        pieces = []
-        for start in range(0, self.samples, size):
+        pieces = [before[:first]] if first else []
+        for start in range(first, self.samples, size):
             key = {"kind": "piece", "first": start, "count": min(size, self.samples - start)}
             pieces.append(cached(folder, key, partial(piece, start))["images"])
         return torch.cat(pieces)
@@ -413,6 +424,11 @@ class ModelEvaluator:
         if self.header.model.text and self.captioned is not None:
             key |= {"captioned": self.real.key(self.captioned)}
         return key
+
+    @property
+    def _numbered_key(self) -> str:
+        """Return the digest of ``generated_key`` for any number of images."""
+        return digest_of(to_jsonable_python(self.generated_key | {"samples": None}))
 
     @property
     def features_key(self) -> Key:

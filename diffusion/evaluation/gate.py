@@ -20,6 +20,8 @@ ENOUGH = 4 * 1280
 its bias outweighs differences."""
 POWER = 0.8
 """Statistical power for which the number of images needed is computed."""
+FAR_MORE = 16
+"""Times as many images as there are, beyond which another look is hopeless."""
 MOST = 10**9
 """Largest number of images needed that is reported."""
 
@@ -50,6 +52,10 @@ class GateConfig(Config):
     """k: a candidate whose images cost at most 1/k of the champion's need not be better. It is promoted if it is, with
     confidence c, not worse by δ: the share of the distance between champion and real images that it may add. Both are
     sampled in the same way, so it is its network that is cheaper. Null: it must be better."""
+    looks: int = Field(3, ge=1, le=8)
+    """Times that the two are compared at most, 1 to 8. Where a comparison holds the candidate and more images may tell,
+    both generate twice as many. Each look has an equal share of 1 − c, so that all together err no more often than one
+    would. 1: evaluation.samples decide."""
     across_families: bool = Field(False, exclude_if=unset)
     """Whether a champion of another family (``model.family``) may be replaced, compared by generated images,
     autoencoders too. Otherwise the candidate is held. Two families are compared if registry.model gives both the same
@@ -60,6 +66,11 @@ class GateConfig(Config):
         if self.headline != "auto":
             return self.headline
         return "fd" if min(samples, reference) >= ENOUGH else "kid"
+
+    @property
+    def of_each_look(self) -> "GateConfig":
+        """Return the rules of one look of several: their confidence is higher (Bonferroni)."""
+        return self.model_copy(update={"confidence": 1 - (1 - self.confidence) / self.looks, "looks": 1})
 
 
 class Headline(Config):
@@ -163,6 +174,12 @@ class Decision(Config):
 
     verdict: Verdict
     findings: tuple[Finding, ...]
+
+    def worth_another_look(self, samples: int) -> bool:
+        """Return whether twice the ``samples`` may decide: only holds object, and not for want of far more images."""
+        holding = [each for each in self.findings if each.verdict == Verdict.hold]
+        needed = [each.images for each in holding if each.images is not None]
+        return self.verdict == Verdict.hold and len(needed) == len(holding) and max(needed) <= FAR_MORE * samples
 
     @property
     def reasons(self) -> tuple[str, ...]:

@@ -1,5 +1,7 @@
 """The command line, ``darkroom COMMAND``. Heavy libraries load only inside the command that uses them."""
 
+import atexit
+import gc
 import os
 import sys
 
@@ -37,6 +39,8 @@ def main() -> None:
     """Run the command line; a DarkroomError becomes one line and its exit code."""
     # Waiting threads should sleep, not spin: spinning threads slow down other work on the machine.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # At its end the interpreter would look for cycles in all that the libraries hold, for two seconds.
+    atexit.register(gc.freeze)
     try:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             # A killed torchrun does not stop its processes: they would go on training.

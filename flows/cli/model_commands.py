@@ -153,7 +153,7 @@ def new_champion(done: "ChampionChange | Released") -> CommandOutput:
 
 def _table(found: "History") -> Iterator[str]:
     for name, reason in found.foreign.items():
-        yield f"foreign object among the entries, ignored (docs/runbook/ledger-broken.md): {name!a} {reason}"
+        yield f"foreign object among the entries, ignored (docs/operations/runbook/ledger-broken.md): {name!a} {reason}"
     if found.head is None:
         yield f"the ledger of {found.model} is empty: the first verdict of `darkroom promote` starts it"
         return

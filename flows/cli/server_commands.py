@@ -104,7 +104,7 @@ def metrics(
 def backup(target: Target) -> CommandOutput:
     """Back up databases and bucket of the running local stack, without passwords and keys.
 
-    Backups are incremental. For a team's servers see docs/operations.md.
+    Backups are incremental. For a team's servers see docs/operations/backup.md.
 
     Example:  darkroom server backup /mnt/backups/darkroom
     """

@@ -143,7 +143,7 @@ def backup(target: Path, progress: Progress = silent) -> Backup:
     if elsewhere := servers_in_environment():
         raise UserError(
             f"{' and '.join(elsewhere.values())} name servers outside the local stack: back those up as "
-            "docs/operations.md says, or unset the variables"
+            "docs/operations/backup.md says, or unset the variables"
         )
     stack = LocalStack.read(settings().folder)
     if stack is None or not all(stack.runs(server) for server in ("s3", "mlflow", "prefect")):

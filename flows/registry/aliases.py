@@ -73,7 +73,8 @@ def read_record(client: MlflowClient, model: str) -> tuple[dict[int, str], dict[
         if known.setdefault(number, digest) != digest:
             raise UserError(
                 f"MLflow has two records of entry {number} of the ledger of {model} (sha256 {known[number][:12]}… "
-                f"and {digest[:12]}…): one of the tags {COPY}* was altered: see docs/runbook/ledger-broken.md"
+                f"and {digest[:12]}…): one of the tags {COPY}* was altered: see "
+                "docs/operations/runbook/ledger-broken.md"
             )
     return known, versions
 

@@ -292,7 +292,9 @@ class Newest:
         if (text := tags.get(NEWEST)) is None:
             return None
         if (found := NEWEST_TEXT.fullmatch(text)) is None or not int(found[1]):
-            raise UserError(f"the tag {NEWEST} of {model} in MLflow was altered: see docs/runbook/ledger-broken.md")
+            raise UserError(
+                f"the tag {NEWEST} of {model} in MLflow was altered: see docs/operations/runbook/ledger-broken.md"
+            )
         return cls(int(found[1]), found[2], found[3])
 
     def __str__(self) -> str:
@@ -433,6 +435,6 @@ class Ledger(NumberedObjects):
         place = f"s3://{self.place.bucket}/{self.place.key(name)}"
         return UserError(
             f"the ledger of {self.model} is broken: {place} {words}, says MLflow's record of it; "
-            "docs/runbook/ledger-broken.md says what to do (`darkroom model history --restore` writes back what is "
-            "missing)"
+            "docs/operations/runbook/ledger-broken.md says what to do (`darkroom model history --restore` writes back "
+            "what is missing)"
         )

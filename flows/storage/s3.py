@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
@@ -114,11 +114,26 @@ class Object:
     metadata: Mapping[str, str] = field(default_factory=dict)
 
 
+Variables = tuple[tuple[str, str], ...]
+
+
 def client(attempts: int = 5, read_timeout: float = 60, variables: Mapping[str, str] = os.environ) -> "S3Client":
     """Create a thread-safe client from the standard ``AWS_*`` ``variables`` and files; raises UserError for bad ones.
 
     ``attempts`` is the total number of tries per request, over about 8 s for the default; ``read_timeout`` in seconds.
+    A process makes one client of the same settings, as boto3 takes a third of a second for each.
     """
+    given, around = (
+        tuple((name, value) for name, value in sorted(each.items()) if name.startswith("AWS_"))
+        for each in (variables, os.environ)
+    )
+    return _client(attempts, read_timeout, given, around, os.getpid())
+
+
+@cache
+def _client(attempts: int, read_timeout: float, given: Variables, around: Variables, process: int) -> "S3Client":
+    """Create the client; it depends on files and variables ``around`` that boto3 reads, and a fork needs another."""
+    variables = dict(given)
     pair = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
     access_key, secret_key = (variables.get(name) or None for name in pair)
     if (access_key is None) != (secret_key is None):

@@ -2,7 +2,7 @@
 
 What is recorded lies in ``.chaos/CODE-killsN/``, where CODE is the digest of the code: results of other code or of
 fewer kills are never taken for this one's. ``results.jsonl`` has a line for each drill that ended, ``logs/`` what a
-failed one wrote. When every drill has a result, docs/failure-drills.md gets its table.
+failed one wrote. When every drill has a result, docs/operations/failure-drills.md gets its table.
 """
 
 import json

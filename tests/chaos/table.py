@@ -1,4 +1,4 @@
-"""The drills there are, read from their markers, and their table in docs/failure-drills.md.
+"""The drills there are, read from their markers, and their table in docs/operations/failure-drills.md.
 
 A drill is a test with ``@pytest.mark.drill(title, what is done, how it ends)``: three plain strings, which are read
 without importing anything. ``python -m tests.chaos.table`` writes the table with the results it has already; a whole
@@ -12,7 +12,7 @@ from pathlib import Path
 
 from tests.builders import ROOT
 
-PAGE = ROOT / "docs" / "failure-drills.md"
+PAGE = ROOT / "docs" / "operations" / "failure-drills.md"
 BEGIN, END = "<!-- drills: `make chaos` writes this table -->", "<!-- end of the drills -->"
 NO_RUN = "No whole run is recorded yet."
 HEAD = "| drill | what is done | how it ends | test | kills | seconds | result |\n|---|---|---|---|---|---|---|"

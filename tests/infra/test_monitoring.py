@@ -85,7 +85,7 @@ def test_pages_name_commands_that_exist() -> None:
     groups = "|".join(name for name, group in known.items() if hasattr(group, "commands"))
     named = {
         verb
-        for page in (ROOT / "docs" / "runbook").glob("*.md")
+        for page in (ROOT / "docs" / "operations" / "runbook").glob("*.md")
         for verb in re.findall(
             rf"(?<!-n )\bdarkroom ((?:(?:{groups}) )?[a-z]+)\b",
             "".join(re.findall(r"`[^`]+`|```.*?```", page.read_text(), re.DOTALL)),

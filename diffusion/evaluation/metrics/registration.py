@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
-from torchvision.transforms.functional import gaussian_blur
 
 from diffusion.common.progress import Progress, silent
 from diffusion.evaluation.metrics.neighbours import NearestNeighbours, find_nearest, over_blocks
@@ -46,8 +45,10 @@ BLOCK = 50
 def shrink(images: Tensor) -> Tensor:
     """Shrink ``images``, (N, C, H, W) uint8, to SIDE × SIDE and blur them: (N, C, SIDE, SIDE) float32 in [0, 1]."""
     small = functional.interpolate(images.float() / 255, (SIDE, SIDE), mode="bilinear", antialias=True)
-    blurred: Tensor = gaussian_blur(small, [7, 7], [BLUR, BLUR])
-    return blurred
+    kernel = torch.exp(-(torch.arange(-3, 4) ** 2) / (2 * BLUR**2))
+    planes = functional.pad(small.flatten(0, 1)[:, None], (3, 3, 3, 3), mode="reflect")
+    across = functional.conv2d(planes, kernel.view(1, 1, 1, 7) / kernel.sum())
+    return functional.conv2d(across, kernel.view(1, 1, 7, 1) / kernel.sum()).view_as(small)
 
 
 def describe(small: Tensor) -> Tensor:
@@ -60,13 +61,17 @@ def describe(small: Tensor) -> Tensor:
 
 
 def transformed(small: Tensor, parameters: Tensor) -> tuple[Tensor, Tensor]:
-    """Transform small images (N, C, S, S) by ``parameters`` (N, 4); also returns what comes from inside, (N, S, S)."""
+    """Transform small images (N, C, S, S) by ``parameters``, (N, 4) or (1, 4) for all.
+
+    Also returns which pixels come from inside, (N, S, S) or (1, S, S).
+    """
     turn, scale, right, down = parameters.unbind(1)
     cosine, sine = turn.cos() * (-scale).exp(), turn.sin() * (-scale).exp()
     matrix = torch.stack([cosine, -sine, right, sine, cosine, down], 1).view(-1, 2, 3)
-    grid = functional.affine_grid(matrix, list(small.shape), align_corners=False)
+    grid = functional.affine_grid(matrix, [len(matrix), *small.shape[1:]], align_corners=False)
     inside = (grid.abs() <= 1 + 1 / SIDE).all(-1)
-    return functional.grid_sample(small, grid, padding_mode="border", align_corners=False), inside
+    everywhere = grid.expand(len(small), -1, -1, -1)
+    return functional.grid_sample(small, everywhere, padding_mode="border", align_corners=False), inside
 
 
 def register(small: Tensor, onto: Tensor, parameters: Tensor) -> Tensor:
@@ -122,7 +127,7 @@ def _find_in_piece(
 ) -> NearestNeighbours:
     sides = torch.stack([shrink(images), shrink(images.flip(3))])
     starts = STARTS.repeat(2, 1)
-    each = (transformed(side, start.expand(len(images), 4))[0] for side in sides for start in STARTS)
+    each = (transformed(side, start[None])[0] for side in sides for start in STARTS)
     points = torch.stack([describe(view) for view in each])
     found = find_nearest(points, training, progress=progress)
     # Only candidates are kept as small images: all of a large training set would fill the memory.

@@ -3,6 +3,7 @@
 Statistics come from the version's records; the images that it adds are compared with its parent's.
 """
 
+import io
 import math
 import re
 from bisect import bisect_left
@@ -13,6 +14,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -21,16 +23,18 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap, PowerNorm, to_rgb
 from matplotlib.ticker import NullLocator
+from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate
 
 from diffusion.common.config import Config
 from diffusion.common.escaping import escape_markdown
 from diffusion.common.files import write_bytes
-from diffusion.common.image_grids import grid, png_bytes
+from diffusion.common.image_grids import grid, image_of, png_bytes
 from diffusion.common.progress import Progress, silent
 from diffusion.common.random import generator, permutation
 from diffusion.data.dataset import SPLITS, Dataset, Rows
+from diffusion.data.ingest.chunks import perceptual_hash
 from diffusion.data.ingest.config import StorageConfig
 from diffusion.data.manifest import Manifest, Outcome, Split, read_records, versions
 from diffusion.data.versions.versions import log, standing, unshared
@@ -42,6 +46,10 @@ from diffusion.evaluation.metrics.pixel_metrics import LUMA
 from diffusion.evaluation.reports.charts import DASHED, Chart, Paper, chart
 from diffusion.evaluation.reports.html import count, counted, plain, render, share, signed, storage
 
+CALIBRATED, HASHES = 300, 100_000
+"""Images whose copies calibrate the search for near-duplicates, and images that they are compared with at most."""
+BITS, MOST_BITS = (8, 16, 24, 32, 40, 48), 48
+"""Thresholds in the table, and the largest one that an ingest accepts."""
 BINS = 32
 """Bins of a histogram."""
 MEASURES = {"brightness": 256.0, "contrast": 128.0, "red": 256.0, "green": 256.0, "blue": 256.0}
@@ -74,6 +82,8 @@ class RecordStatistics:
     captioned: int = 0
     hashed: int = 0
     """Kept images that were searched for near-duplicates."""
+    hashes: list[str] = field(default_factory=list)
+    """Perceptual hashes of the first HASHES of them."""
     contradicted: int = 0
     """Duplicates whose label or caption differs from that of the kept image."""
     most_duplicated: list[tuple[str, int, str, list[str]]] = field(default_factory=list)
@@ -102,6 +112,7 @@ def collect_statistics(folder: Path, manifest: Manifest, progress: Progress = si
         result.sizes.update({(row["width"], row["height"]): row["count_all"] for row in sizes})
         result.captioned += pc.sum(pc.greater(pc.utf8_length(kept["caption"]), 0)).as_py() or 0
         result.hashed += len(kept) - kept["phash"].null_count
+        result.hashes += kept["phash"].drop_null().slice(0, HASHES - len(result.hashes)).to_pylist()
         measures, splits = _measure_images(kept, manifest.size**2), np.asarray(kept["split"])
         for number, split in enumerate(SPLITS):
             values = measures[splits == split]
@@ -129,6 +140,49 @@ def collect_statistics(folder: Path, manifest: Manifest, progress: Progress = si
     result.near_duplicates = sorted(several, key=lambda keys: (-len(keys), keys[0]))
     progress("records read", len(manifest.parts), len(manifest.parts))
     return result
+
+
+class HashThreshold(NamedTuple):
+    """What a value of ``ingest.near_duplicates`` finds in this data set."""
+
+    bits: int
+    copies: float
+    """Share of copies of its images (JPEG of quality 80, twice and three quarters of the size) within so many bits."""
+    others: float
+    """Share of its images with another one within so many bits."""
+
+
+def calibrate_near_duplicates(images: Tensor, hashes: Sequence[str]) -> tuple[list[HashThreshold], int | None]:
+    """Calibrate thresholds by copies of ``images`` (N, C, H, W) uint8 and the ``hashes`` of all images, theirs too.
+
+    Also returns the least number of bits that finds 99 % of the copies; None if it is above MOST_BITS.
+    """
+    known = np.array([np.frombuffer(bytes.fromhex(each), np.uint8) for each in hashes]).view(np.uint64)
+    to_copies, to_others = list[int](), list[int]()
+    for tensor in images:
+        image = image_of(tensor)
+        own, *copies = (
+            np.frombuffer(bytes.fromhex(perceptual_hash(each)), np.uint64)
+            for each in (image, _compressed(image), *(image.resize(_scaled(image, x)) for x in (2, 0.75)))
+        )
+        to_copies += [int(np.bitwise_count(own ^ each).sum()) for each in copies]
+        distances = np.sort(np.bitwise_count(known ^ own).sum(1))
+        to_others += distances[1:2].tolist()  # the first is the image itself
+    ours, theirs = np.array(to_copies), np.array(to_others)
+    least = int(np.quantile(ours, 0.99, method="inverted_cdf"))
+    enough = least if least <= MOST_BITS else None
+    bits = sorted({*BITS, min(least, MOST_BITS)})
+    return [HashThreshold(x, float((ours <= x).mean()), float((theirs <= x).mean())) for x in bits], enough
+
+
+def _compressed(image: Image.Image) -> Image.Image:
+    data = io.BytesIO()
+    image.save(data, "JPEG", quality=80)
+    return Image.open(data)
+
+
+def _scaled(image: Image.Image, factor: float) -> tuple[int, int]:
+    return max(1, round(image.width * factor)), max(1, round(image.height * factor))
 
 
 def group_reasons(quarantine: dict[str, str]) -> list[tuple[str, int, list[str]]]:
@@ -441,6 +495,10 @@ def write_dataset_report(folder: Path, output: Path, progress: Progress = silent
         numbers = dataset.classes(order, leading).numpy()
         captions = dataset.captions(order[:AVERAGED]) if statistics.captioned else []
         history = list(islice(log(folder), VERSIONS + 1))
+        chosen = order[:CALIBRATED] if len(statistics.hashes) > 1 else order[:0]
+        thresholds, enough = list[HashThreshold](), None
+        if len(chosen):
+            thresholds, enough = calibrate_near_duplicates(dataset.images(chosen), statistics.hashes)
         sides, images = np.array([min(size) for size in statistics.sizes]), np.array(list(statistics.sizes.values()))
 
         def sheet(rows: Rows, columns: int = 8) -> bytes:
@@ -485,6 +543,8 @@ def write_dataset_report(folder: Path, output: Path, progress: Progress = silent
             mean_image=mean_image,
             find_rows=find_rows,
             splits_of=splits_of,
+            thresholds=thresholds,
+            enough=enough,
         )
     write_bytes(output, page)
     return summary

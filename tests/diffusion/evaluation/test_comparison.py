@@ -13,6 +13,7 @@ from diffusion.common.errors import UserError
 from diffusion.data.dataset import Dataset
 from diffusion.evaluation.comparison import ChampionComparison, SampleGrids, compare_with_champion
 from diffusion.evaluation.config import EvaluationConfig
+from diffusion.evaluation.evaluator import Evaluator
 from diffusion.evaluation.gate import GateConfig, Verdict
 from diffusion.generation.generate import labels_of, sample
 from diffusion.models.config import GANConfig
@@ -32,7 +33,7 @@ from tests.builders.small_datasets import random_images, write_dataset
 from tests.builders.small_models import CONFIG as MODEL
 from tests.builders.small_models import write_model
 
-GATE = GateConfig(recall_loss=None)
+GATE = GateConfig(recall_loss=None, looks=1)
 """Recall of 48 images is not known well enough."""
 TRIED = CONFIG.model_copy(update={"seed": CONFIG.seed + 1})
 """Trials draw with another seed than that by which checkpoints are chosen."""
@@ -98,6 +99,35 @@ def test_a_better_model_is_promoted_and_a_worse_one_rejected_with_figures(
     reverse, _ = tried(old, new, data, tmp_path)
     assert reverse.decision.verdict == Verdict.reject
     assert reverse.reason.startswith("worse than the champion: kid_efflite0")
+
+
+@pytest.mark.parametrize(
+    ("deviation", "looks", "count", "verdict"),
+    [(37, 1, 48, "hold"), (37, 2, 96, "hold"), (37, 3, 192, "hold"), (36, 2, 96, "promote"), (36, 3, 96, "promote")],
+)
+def test_undecided_comparison_samples_twice_as_many_images_at_each_look_until_it_is_decided(
+    deviation: float, looks: int, count: int, verdict: str, data: Path, models: list[Path], tmp_path: Path
+) -> None:
+    new, old = models
+    for samples in (48, 96, 192):
+        config = TRIED.model_copy(update={"samples": samples})
+        save_images(new, noisy(good(192), deviation)[:samples], data, tmp_path, config)
+        save_images(old, noisy(good(192, first=6000), 40)[:samples], data, tmp_path, config)
+    gate = GATE.model_copy(update={"looks": looks, "delta": 0})
+    found, _ = tried(new, old, data, tmp_path, gate)
+    assert (found.compared.samples, found.decision.verdict) == (count, verdict)
+    assert f"each with confidence {1 - 0.05 / looks:g}" in found.reason
+
+
+def test_more_images_of_a_model_begin_with_the_whole_batches_it_generated_before(
+    data: Path, models: list[Path], tmp_path: Path
+) -> None:
+    sampling, watcher = SAMPLING.model_copy(update={"compute_batch": 32}), Watcher()
+    evaluator = Evaluator(data, CONFIG, sampling, tmp_path, watcher)
+    fewer, more = (evaluator.model(models[0], count).images for count in (48, 96))
+    assert torch.equal(more, sample(load_model(models[0]), range(96), CONFIG.seed, sampling))
+    assert torch.equal(more[:32], fewer[:32])
+    assert [done for what, done in watcher.told if what == "new: images sampled"] == [32, 48, 64, 96]
 
 
 @pytest.mark.parametrize("delta", [0.0, 0.05])

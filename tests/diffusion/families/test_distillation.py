@@ -12,11 +12,13 @@ from torch import Tensor
 
 from diffusion.checkpoints import load_model, read_model_header
 from diffusion.common.errors import UserError
+from diffusion.common.image_grids import image_of, png_bytes
+from diffusion.data.dataset import Dataset
 from diffusion.diffusers_format.export import export_to_diffusers
 from diffusion.families.ddpm import DiffusionModel, count_evaluations
 from diffusion.generation.config import make_request
 from diffusion.generation.generate import sample
-from diffusion.generation.requests import sampling_of
+from diffusion.generation.requests import answer, sampling_of
 from diffusion.models.config import ModelConfig, StudentConfig, training_conflict
 from diffusion.process.samplers import sampling_config
 from diffusion.process.schedules import edm_schedule, make_schedule
@@ -101,6 +103,18 @@ def test_student_samples_as_it_was_distilled_unless_a_request_says_otherwise(
     assert sampling_of(model, make_request({"task": "sample", "steps": 4}), configured).steps == 4
     with pytest.raises(UserError):
         sampling_of(load_model(teacher), make_request({"task": "sample"}), sampling_config(sampler="consistency"))
+
+
+def test_students_edit_an_image_the_more_the_greater_the_strength(dataset: Path, teacher: Path, tmp_path: Path) -> None:
+    model = load_model(distilled(dataset, tmp_path / "student", teacher, 32).final)
+    given = Dataset.open(dataset).images(np.arange(1))
+    image = png_bytes(image_of(given[0]))
+    changed = []
+    for strength in (0.2, 0.5, 0.9):
+        request = make_request({"task": "img2img", "image": image, "strength": strength, "count": 8})
+        [images] = answer(model, [request], SAMPLING)
+        changed.append((images.float() - given.float()).square().mean().item())
+    assert 0 < changed[0] < changed[1] < changed[2]
 
 
 def test_guidance_of_the_teacher_is_part_of_the_distillation(dataset: Path, teacher: Path) -> None:

@@ -137,5 +137,5 @@ def test_backup_without_a_stack_and_restore_without_a_backup_fail(tmp_path: Path
     assert "run `darkroom up`" in space.run("server", "backup", "backups", code=2)
     assert "there is none" in space.run("server", "restore", "backups", code=2)
     space.variables["MLFLOW_TRACKING_URI"] = "http://elsewhere:5000"
-    assert "docs/operations.md" in space.run("server", "backup", "backups", code=2)
+    assert "docs/operations/backup.md" in space.run("server", "backup", "backups", code=2)
     assert "unset" in space.run("server", "restore", "backups", code=2)

