@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     """Path of an image file, its bytes, or an image of Pillow's."""
 
 
-class Steps(TypedDict, total=False):
+class StepOptions(TypedDict, total=False):
     """How images are sampled; what is left out is as in ``ImageGenerator.sampling``."""
 
     steps: int
@@ -47,7 +47,7 @@ class Steps(TypedDict, total=False):
     """Name of the sampler, such as ``heun``, with the defaults of its own options."""
 
 
-class Conditioning(Steps, total=False):
+class ConditionalOptions(StepOptions, total=False):
     """What images show, and how they are sampled."""
 
     prompt: str | None
@@ -91,7 +91,7 @@ class ImageGenerator:
         seed: int = 0,
         index: int = 0,
         progress: Progress = silent,
-        **options: Unpack[Conditioning],
+        **options: Unpack[ConditionalOptions],
     ) -> list[Image.Image]:
         """Generate the images ``index`` to ``index + count - 1`` of ``seed``.
 
@@ -119,7 +119,7 @@ class ImageGenerator:
         seed: int = 0,
         index: int = 0,
         progress: Progress = silent,
-        **options: Unpack[Conditioning],
+        **options: Unpack[ConditionalOptions],
     ) -> list[Image.Image]:
         """Generate the part of an image where a mask is white again; what is black is kept.
 
@@ -152,7 +152,7 @@ class ImageGenerator:
         seed: int = 0,
         index: int = 0,
         progress: Progress = silent,
-        **options: Unpack[Conditioning],
+        **options: Unpack[ConditionalOptions],
     ) -> list[Image.Image]:
         """Generate variations of an image.
 
@@ -178,7 +178,7 @@ class ImageGenerator:
         count: int = 8,
         *,
         progress: Progress = silent,
-        **options: Unpack[Conditioning],
+        **options: Unpack[ConditionalOptions],
     ) -> list[Image.Image]:
         """Generate the path from image 0 of ``seed`` to image 0 of ``to_seed``, both ends included.
 
@@ -197,7 +197,7 @@ class ImageGenerator:
         seed: int = 0,
         index: int = 0,
         progress: Progress = silent,
-        **options: Unpack[Steps],
+        **options: Unpack[StepOptions],
     ) -> list[Image.Image]:
         """Enlarge an image with a super-resolution model (``model.low_resolution``), in overlapping tiles if large.
 
