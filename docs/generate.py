@@ -391,7 +391,7 @@ def python_api() -> str:
 def _object(name: str, value: Any, level: int) -> Iterator[str]:
     yield from (f"{'#' * level} `{name}`", "")
     if callable(value):
-        yield from ("```python", f"{name.rpartition('.')[2]}{inspect.signature(value)}", "```", "")
+        yield from ("```python", f"{name.rpartition('.')[2]}{_signature(value)}", "```", "")
     yield from (_docstring(inspect.getdoc(value) or ""), "")
     if inspect.isclass(value):
         for member, of_class in vars(value).items():
@@ -399,26 +399,38 @@ def _object(name: str, value: Any, level: int) -> Iterator[str]:
                 yield from _object(f"{name}.{member}", of_class, level + 1)
 
 
+def _signature(function: Any) -> str:
+    """Return parameters and result of a function, without addresses of objects and quotes around annotations."""
+    signature = inspect.signature(function)
+    parts: list[str] = []
+    for each in signature.parameters.values():
+        if each.kind is each.KEYWORD_ONLY and not any(part.startswith("*") for part in parts):
+            parts.append("*")
+        if each.name != "self":
+            parts.append(str(each))
+    result = "" if inspect.isclass(function) else str(signature.replace(parameters=())).removeprefix("()")
+    text = f"({', '.join(parts)})" if len(", ".join(parts)) < 80 else "(\n    " + ",\n    ".join(parts) + ",\n)"
+    text = re.sub(r"<(?:function|class) '?(?:\w+\.)*(\w+)[^>]*>", r"\1", text + result)
+    return re.sub(r"""((?<=: )|(?<=-> ))(["'])(.*?)\2(?=[,)\n ]|$)""", r"\3", text)
+
+
 def _docstring(text: str) -> str:
     """Turn a docstring in Google's style into Markdown."""
-    lines, section = [], ""
-    for line in inspect.cleandoc(text).replace("``", "`").splitlines():
+    lines, section, code = [], "", False
+    for line in [*inspect.cleandoc(text).replace("``", "`").splitlines(), ""]:
         if found := re.fullmatch(r"(Args|Returns|Raises|Yields|Attributes|Examples?):", line):
             section = found[1]
             lines += [f"**{section}**", ""]
             continue
         if line and not line.startswith(" "):
             section = ""
-        named = (
-            re.match(r" {4}(\*{0,2}\w[\w.]*)(?: \([^)]*\))?: (.*)", line)
-            if section in ("Args", "Raises", "Attributes")
-            else None
-        )
-        if named:
-            lines.append(f"- `{named[1]}`: {named[2]}")
-        else:
-            lines.append(line.removeprefix("    ") if section and not section.startswith("Example") else line)
-    return "\n".join(lines)
+        line = line.removeprefix("    ") if section else line
+        if (not code and line.startswith(">>> ")) or (code and not line):
+            code = not code
+            lines.append("```python" if code else "```")
+        named = re.match(r"(\*{0,2}\w[\w.]*)(?: \([^)]*\))?: (.*)", line)
+        lines.append(f"- `{named[1]}`: {named[2]}" if named and section in ("Args", "Raises", "Attributes") else line)
+    return "\n".join(lines).rstrip()
 
 
 # Markdown

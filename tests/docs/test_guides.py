@@ -99,13 +99,13 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workspace]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)  # commands start slowly on a busy machine
 def test_own_images_end_on_s3_and_a_champion_is_in_the_registry(stack: Workspace) -> None:
     assert stack.json("model", "history", "--dataset", "faces")["champion"] == 1
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)  # commands start slowly on a busy machine
 def test_guides_to_generation_can_be_followed(stack: Workspace) -> None:
     batch = stack.json("sample", "--dataset", "faces", "--count", "1000", "--seed", "7")["uri"].rstrip("/")
     shown = "s3://darkroom/samples/faces/3/seed7-count1000-dpmpp_2m_sde16-af14cd24"
@@ -117,7 +117,7 @@ def test_guides_to_generation_can_be_followed(stack: Workspace) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)  # commands start slowly on a busy machine
 def test_guides_to_versions_can_be_followed(stack: Workspace) -> None:
     second = ("--dataset", "faces", "--set", "training.seed=1", "--set", "training.output=runs/second")
     stack.json("train", *second)
@@ -134,7 +134,7 @@ def test_guides_to_versions_can_be_followed(stack: Workspace) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)  # commands start slowly on a busy machine
 def test_guides_to_data_sets_can_be_followed(stack: Workspace) -> None:
     for number in range(1000, 1008):
         disc(number).save(stack.folder / "path" / "to" / "faces" / f"{number}.png")
