@@ -12,8 +12,7 @@ from diffusion.presets import PresetName
 from diffusion.process.samplers import sampling_config
 from diffusion.process.schedules import linear_schedule, make_schedule
 from diffusion.training.config import TrainingConfig
-from flows.config import Params, dataset_folder, flattened, load_params, registered
-from flows.sweep import family_variants
+from flows.config import Params, dataset_folder, family_variants, flattened, load_params, registered
 from tests.builders import ROOT
 
 MINIMAL = "training:\n  images: 100\n"
@@ -52,7 +51,6 @@ def test_folders_and_model_follow_the_data_set_unless_named(params: Path) -> Non
         ("ingest.size=4", r"ingest\.size: .*greater than or equal to 8"),
         ("training.images", "write it as key=value"),
         ("training.images.more=1", "is a value, not a section"),
-        ("training.minutes=1", r"either training\.images or training\.minutes"),
         ("model.attention=[5]", r"model\.attention"),
         ("ingest.background=red", "ingest.background"),
         ("sampling_batch.chunk=100", r"cuts compute batches of 64 images .* use 128"),
