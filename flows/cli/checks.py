@@ -85,14 +85,13 @@ def require_label_in_source(params: Params, conditions: Conditions) -> None:
 def require_version(uri: str, params: Params | None = None, conditions: Conditions | None = None) -> None:
     """Raise UserError if ``uri`` names no registered version, or one that cannot generate under ``conditions``.
 
-    The version's classes are known if its weights are on this machine.
+    Weights that are not on this machine are fetched for that, as the flow would.
     """
     name, which = parse_model_uri(uri)
     if (model := registered_models(name).get(name)) is None:
         known = sorted(registered_models())
         there = f"there is {_some(known)}" if known else "there is none yet"
         raise UserError(f"{uri}: no model {name} in the registry, {there}: `darkroom retrain` registers one")
-    # By number, newest first.
     versions = {int(each["version"]): each for each in _search("model-versions", f"name='{name}'")}
     aliases = {each["alias"]: int(each["version"]) for each in model.get("aliases", ())}
     number = aliases.get(which[1:]) if which.startswith("@") else int(which)
@@ -103,10 +102,17 @@ def require_version(uri: str, params: Params | None = None, conditions: Conditio
         named = _some([f"@{alias} ({version})" for alias, version in sorted(aliases.items())]) or "none"
         raise UserError(f"{uri} is not in the registry: model {name} has versions {numbers} and aliases {named}")
     if params is not None and conditions is not None and number in versions:
+        if not conditions.labels and not conditions.texts:
+            return
         tags = {each["key"]: each["value"] for each in versions[number].get("tags", ())}
         weights = settings().folder / "models" / f"{tags.get(WEIGHTS)}.safetensors"
-        if weights.is_file():
-            require_conditions(weights, params, conditions)
+        if not weights.is_file():
+            from mlflow.client import MlflowClient
+
+            from flows.registry import model_versions
+
+            weights = model_versions.cached_weights(model_versions.version_of(MlflowClient(), name, number))
+        require_conditions(weights, params, conditions)
 
 
 def require_model(params: Params) -> None:

@@ -99,8 +99,8 @@ def _size(found: "Survey") -> int:
 
 def _template(found: "Survey", name: str, size: int) -> str:
     lines = "\n".join(f"#   {line}" for line in found.lines())
-    conditional = len(found.classes) > 1
-    text = ["  text: true  # learn the captions, for --prompt; needs the extra `text`"] if found.captions else []
+    model = ["  conditional: true  # learn the classes, for --label"] if len(found.classes) > 1 else []
+    model += ["  text: true  # learn the captions, for --prompt; needs the extra `text`"] if found.captions else []
     enlarged = found.too_small(size)
     return "\n".join(
         [
@@ -115,10 +115,7 @@ def _template(found: "Survey", name: str, size: int) -> str:
             "  # fit: crop  # of images that are not square: crop, pad or squash",
             *(["  # enlarge: true  # images below that size are quarantined otherwise"] if enlarged else []),
             "",
-            "model:",
-            f"  conditional: {json.dumps(conditional)}  # learn the classes, for --label",
-            *text,
-            "",
+            *(["model:", *model, ""] if model else []),
             "training:",
             f"  dataset: {json.dumps(name, ensure_ascii=False)}",
             "  minutes: 10  # or `images`, the number to see; quality grows for hours",
@@ -224,9 +221,9 @@ def _runs() -> list[dict[str, Any]]:
         for file in filter(Path.is_file, files):
             try:
                 header = read_header(file)["model_header"]
-                about = {"images": header["images"], "family": header["model"]["family"]}
+                about = {"images": header["images"], "family": header["model"].get("family", "ddpm")}
                 break
-            except (UserError, KeyError, TypeError):  # being written, or of another version
+            except (UserError, KeyError, AttributeError):  # being written, or of another version
                 continue
         state = "finished" if files[0].is_file() else "unfinished"
         found.append({"name": str(folder), "state": state, **about})

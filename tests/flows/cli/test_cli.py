@@ -96,7 +96,8 @@ def test_mistakes_exit_2_without_a_traceback(tmp_path: Path, arguments: list[str
     done = darkroom(tmp_path, *arguments)
     assert done.returncode == 2
     assert done.stdout == ""
-    assert "Traceback" not in done.stderr
+    assert done.stderr.startswith("darkroom: ")
+    assert len(done.stderr.splitlines()) == 1
 
 
 def test_commands_that_need_servers_explain_how_to_start_them(tmp_path: Path) -> None:
