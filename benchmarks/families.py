@@ -20,8 +20,7 @@ from diffusion.data.dataset import Dataset
 from diffusion.evaluation.ranking import Ranking, rank_models
 from diffusion.evaluation.reports.ranking_report import Column, cost_columns, findings, metric_columns
 from diffusion.models.config import FAMILIES
-from flows.config import load_params
-from flows.sweep import family_variants
+from flows.config import family_variants, load_params
 
 PAGE = Path(__file__).parents[1] / "docs" / "comparison.md"
 IMAGES = PAGE.parent / "images" / "comparison"

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -13,22 +13,19 @@ from torch.overrides import TorchFunctionMode
 
 from diffusion.common.errors import UserError
 from diffusion.common.files import canonical_json, write_atomically
+from diffusion.common.model_files import METADATA_KEY, read_header
 from diffusion.families import family_of
-from diffusion.families.model import Model, ModelHeader, classes_of
+from diffusion.families.model import Model, ModelHeader
+from diffusion.models.config import classes_of
 from diffusion.models.vae import Latents
 from diffusion.process.samplers import SamplingConfig
 
-METADATA_KEY = "darkroom"
-HEADER = TypeAdapter(dict[str, Any])
-"""Parser of the header, which is stored under a single metadata key: safetensors writes several in random order."""
 AVERAGED = "ema."
 """Prefix of the averaged weights' names in checkpoints and in final models."""
 AUTOENCODER = "autoencoder."
 """Prefix of the weights of a latent diffusion model's autoencoder and of its latents' moments."""
 PARTS = (AVERAGED, AUTOENCODER)
 """Prefixes of a final model's tensors."""
-LARGEST_HEADER = 16 * 2**20
-"""Largest accepted size of a safetensors header, with names and shapes of all tensors, in bytes."""
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], header: dict[str, Any]) -> str:
@@ -39,26 +36,6 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], header: dict[str, Any])
         return write_atomically(path, lambda partial: save_file(packed, partial, metadata))
     except SafetensorError as error:
         raise OSError(f"{path} cannot be written: {error}") from error
-
-
-def read_header(path: Path) -> dict[str, Any]:
-    """Read the header of a file written by ``save_tensors``; raises UserError for any other file."""
-    try:
-        with path.open("rb") as raw:
-            size = int.from_bytes(raw.read(8), "little")
-        if size > LARGEST_HEADER:
-            raise UserError(
-                f"{path} is not a model of ours, or is damaged (a header of {size} bytes): train or fetch it again"
-            )
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-        return HEADER.validate_json(metadata[METADATA_KEY])
-    except FileNotFoundError as error:
-        raise UserError(f"no model at {path}: train one with `darkroom train`") from error
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror or error}): give the file of a model") from error
-    except (SafetensorError, KeyError, ValidationError) as error:
-        raise UserError(f"{path} is not a model of ours, or is damaged: train or fetch it again") from error
 
 
 def read_tensors(path: Path, prefix: str) -> dict[str, Tensor]:

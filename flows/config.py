@@ -1,15 +1,20 @@
 """``params.yaml``: one configuration for the command line, the flows' forms, DVC and MLflow."""
 
 import difflib
+import itertools
+import re
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import yaml
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, JsonValue, ValidationError, model_validator
 
 from diffusion.common.config import Config, dataset_folder, unset
 from diffusion.common.errors import UserError
+from diffusion.common.files import digest_of
 from diffusion.data.ingest.config import IngestConfig
 from diffusion.evaluation.config import EvaluationConfig
 from diffusion.evaluation.gate import GateConfig
@@ -17,6 +22,20 @@ from diffusion.models.config import FAMILIES, FamilyConfig, ModelConfig, trainin
 from diffusion.presets import PresetName, over
 from diffusion.process.samplers import SamplingConfig, describe_error, sampling_config, sampling_conflict
 from diffusion.training.config import DistillationConfig, TrainingConfig
+
+DURATIONS = ("training.images", "training.minutes")
+"""Fields of which one replaces the other."""
+SECTIONS = ("model", "training")
+"""Sections that may vary; data, sampling and evaluation are the same for all, so that metrics are comparable."""
+FIXED = ("training.dataset", "training.output", "model.family")
+SHARED: Mapping[str, set[str]] = {
+    "training": {
+        *("dataset", "images", "minutes", "flip", "seed", "precision", "device", "compile", "checkpoints", "keep"),
+        *("cpu_threads", "workers", "prefetch", "cache_bytes", "stream_bytes", "window"),
+    },
+    "sampling": {"compute_batch", "precision", "device"},
+}
+"""Settings shared by all families: data, budget and compute; the rest has each family's defaults."""
 
 
 class RegistryConfig(Config):
@@ -175,12 +194,48 @@ def registered_start(params: Params) -> str | None:
     return start if start is not None and start.startswith("models:/") else None
 
 
-def load_params(path: Path, overrides: list[str]) -> Params:
-    """Load ``path`` with ``key=value`` overrides (dotted keys, YAML values); raises UserError with key and fix."""
+def load_params(path: Path, overrides: list[str], options: Mapping[str, tuple[str, Any]] = {}) -> Params:
+    """Load ``path`` with overrides; see ``load_with_origins``."""
+    return load_with_origins(path, overrides, options)[0]
+
+
+def load_with_origins(
+    path: Path, overrides: list[str], options: Mapping[str, tuple[str, Any]] = {}
+) -> tuple[Params, dict[str, str]]:
+    """Load ``path`` with overrides; also returns which of them each field is from, by dotted key.
+
+    Args:
+        path: Configuration file; the default one may be missing, which means all defaults.
+        overrides: ``key=value`` of ``--set``, with dotted keys and YAML values.
+        options: Option and value of other options of the command line that set a field, by dotted key.
+
+    Raises:
+        UserError: For an invalid configuration, with the file or the option to change.
+    """
+    tree = _read(path)
+    origins = dict.fromkeys(flattened(tree), str(path))
+    given = [_parsed(override) for override in overrides]
+    given += [(f"{option} {value}", key, value) for key, (option, value) in options.items()]
+    if {key for _, key, value in given if value is not None} >= set(DURATIONS):
+        raise UserError(f"--set {' --set '.join(DURATIONS)}: give one of the two, as each determines the other")
+    for option, key, value in given:
+        assign(tree, key, value, option)
+        replaced = {key, *DURATIONS} if key in DURATIONS else {key}
+        origins = {each: origin for each, origin in origins.items() if each not in replaced}
+        origins |= {each: option.partition("=")[0].partition(" ")[0] for each in flattened(_nested(key, value))}
+    try:
+        params = Params.model_validate(tree)
+    except ValidationError as error:
+        raise UserError(f"{_blamed(error, path, given)}: {in_words(error)}") from error
+    preset = flattened(over(tree, params.preset)).keys() - flattened(tree).keys()
+    origins |= dict.fromkeys(preset, f"preset {params.preset}")
+    return params, {key: origins.get(key, "default") for key in flattened(params.model_dump(mode="json"))}
+
+
+def _read(path: Path) -> dict[str, Any]:
     try:
         tree = yaml.safe_load(path.read_text()) or {}
     except FileNotFoundError as error:
-        # The default file may be missing, which means all defaults.
         if path != Path("params.yaml"):
             raise UserError(f"{path} not found: give the path of a configuration to --params") from error
         tree = {}
@@ -190,23 +245,44 @@ def load_params(path: Path, overrides: list[str]) -> Params:
         raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(tree, dict):
         raise UserError(f"{path} must hold sections such as `training:`, not a {type(tree).__name__}")
-    for override in overrides:
-        key, separator, text = override.partition("=")
-        if not separator or not key.strip():
-            raise UserError(f"--set {override}: write it as key=value, for example training.batch_size=64")
-        try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise UserError(f"--set {override}: {text!r} is not a YAML value") from error
-        assign(tree, key.strip(), value, f"--set {override}")
+    return tree
+
+
+def _parsed(override: str) -> tuple[str, str, Any]:
+    key, separator, text = override.partition("=")
+    if not separator or not key.strip():
+        raise UserError(f"--set {override}: write it as key=value, for example training.batch_size=64")
     try:
-        return Params.model_validate(tree)
-    except ValidationError as error:
-        raise UserError(f"{path}: {in_words(error)}") from error
+        return f"--set {override}", key.strip(), yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"--set {override}: {text!r} is not a YAML value") from error
+
+
+def _nested(key: str, value: Any) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    assign(tree, key, value, key)
+    return tree
+
+
+def _blamed(error: ValidationError, path: Path, given: list[tuple[str, str, Any]]) -> str:
+    """Source of an invalid configuration: the options that set its key, all options if the file alone is valid."""
+    location = [str(part) for part in error.errors()[0]["loc"]]
+    if location[:1] == ["model"]:
+        del location[1:2]
+    where = f"{'.'.join(location)}."
+    options = [option for option, key, _ in given if where.startswith(f"{key}.")]
+    if not options and given:
+        with suppress(ValidationError):
+            Params.model_validate(_read(path))
+            options = [option for option, *_ in given]
+    return " ".join(dict.fromkeys(options)) or str(path)
 
 
 def assign(tree: dict[str, Any], key: str, value: Any, option: str) -> None:
-    """Set the value of a dotted ``key`` in ``tree``; raises UserError that names the ``option`` it is from."""
+    """Set the value of a dotted ``key`` in ``tree``; raises UserError that names the ``option`` it is from.
+
+    A duration replaces the other one of DURATIONS.
+    """
     *sections, name = key.split(".")
     for section in sections:
         if tree.get(section) is None:
@@ -214,6 +290,8 @@ def assign(tree: dict[str, Any], key: str, value: Any, option: str) -> None:
         tree = tree[section]
         if not isinstance(tree, dict):
             raise UserError(f"{option}: {section} is a value, not a section")
+    if key in DURATIONS and value is not None:
+        tree.pop("minutes" if name == "images" else "images", None)
     tree[name] = value
 
 
@@ -239,6 +317,91 @@ def in_words(error: ValidationError) -> str:
     message = first["msg"].removeprefix("Value error, ")
     got = "" if first["type"] == "value_error" else f" (got {first['input']!r})"
     return f"{where}: {message}{got}" if where else message + got
+
+
+class Combination(Config):
+    """A combination of settings, and the resulting configuration."""
+
+    settings: dict[str, JsonValue]
+    params: Params
+    folder: Path
+    digest: str
+    """Digest of the parsed model and training sections."""
+
+
+def parse_over(words: Sequence[str]) -> dict[str, list[Any]]:
+    """Parse ``key=value,value`` into YAML values by dotted key; raises UserError for malformed or repeated keys."""
+    over: dict[str, list[Any]] = {}
+    for each in words:
+        key, equal, text = each.partition("=")
+        values: list[Any] = []
+        with suppress(yaml.YAMLError):
+            values = yaml.safe_load(f"[{text}]") if equal else []
+        if not values or not key.strip():
+            raise UserError(f"--over {each}: write it as key=value,value, for example training.learning_rate=1e-3,4e-3")
+        if key.strip() in over:
+            raise UserError(f"--over {each}: {key.strip()} is given twice; write all its values after one --over")
+        over[key.strip()] = values
+    return over
+
+
+def combinations(params: Params, over: Mapping[str, Sequence[Any]]) -> list[Combination]:
+    """Every combination of the values in ``over``; raises UserError for an invalid key or value."""
+    if not over:
+        raise UserError("nothing to vary: say what with --over training.learning_rate=1e-3,4e-3")
+    for key in over:
+        if key.partition(".")[0] not in SECTIONS or key in FIXED:
+            raise UserError(
+                f"--over {key}: data, sampling and evaluation must be the same for all; vary fields of "
+                f"{' and '.join(SECTIONS)}, but for {', '.join(FIXED)}"
+            )
+    points = [_with(params, dict(zip(over, values, strict=True))) for values in itertools.product(*over.values())]
+    # By parsed value: 1e-3 equals 0.001.
+    if len({each.digest for each in points}) < len(points):
+        raise UserError("--over gives the same value twice: leave one of them out")
+    return points
+
+
+def _with(params: Params, settings: dict[str, Any]) -> Combination:
+    tree = params.model_dump(mode="json", exclude_unset=True)
+    for key, value in settings.items():
+        assign(tree, key, value, f"--over {key}")
+    try:
+        varied = Params.model_validate(tree)
+    except ValidationError as error:
+        raise UserError(f"--over with {words_of(settings)}: {in_words(error)}") from error
+    # With the digest, so that settings with equal abbreviations have different folders.
+    digest = digest_of({name: getattr(varied, name).model_dump(mode="json") for name in SECTIONS})[:8]
+    name = f"{re.sub(r'[^0-9A-Za-z.=,_-]+', '-', words_of(settings))[:80]}-{digest}"
+    training = varied.training.model_copy(update={"output": Path("runs", "sweeps", params.model_name, name)})
+    varied = varied.model_copy(update={"training": training})
+    return Combination(settings=settings, params=varied, folder=params.report_folder / "sweeps" / name, digest=digest)
+
+
+def words_of(settings: Mapping[str, object]) -> str:
+    """Abbreviated settings, such as ``learning_rate=0.001,width=32``."""
+    return ",".join(f"{key.rpartition('.')[2]}={value}" for key, value in settings.items())
+
+
+def family_variants(params: Params, names: Sequence[str]) -> dict[str, Params]:
+    """Configurations of the families in ``names``, by name.
+
+    The family of ``params`` keeps ``params``; the others have their own defaults with the same images, budget and
+    evaluation. Raises UserError for an unknown or repeated family, and for settings that families cannot share.
+    """
+    if unknown := [family for family in names if family not in FAMILIES]:
+        raise UserError(f"there is no family {unknown[0]!r}: there is {', '.join(FAMILIES)}")
+    if len(set(names)) < max(2, len(names)):
+        raise UserError(f"--family {' --family '.join(names)}: name two families or more, each once")
+    for field, value in (("training.output", params.training.output), ("registry.model", params.registry.model)):
+        if value is not None:
+            raise UserError(f"{field} = {value} is one place, and each family needs its own: leave it out")
+    if params.model.low_resolution is not None:
+        raise UserError("model.low_resolution makes a super-resolution model, and `compare` ranks generative ones")
+    shared: dict[str, Any] = {name: getattr(params, name).model_dump(include=SHARED[name]) for name in SHARED}
+    shared |= {"ingest": params.ingest.model_dump(), "evaluation": params.evaluation.model_dump(exclude={"ema_stds"})}
+    variants = {name: Params.model_validate(shared | {"model": {"family": name}}) for name in names}
+    return variants | {name: params for name in names if name == params.model.family}
 
 
 def flattened(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -17,11 +17,12 @@ from prefect.input import RunInput
 from prefect.runtime import flow_run
 from pydantic import Field, ValidationError
 
-from diffusion.checkpoints import export, read_header
+from diffusion.checkpoints import export
 from diffusion.common.config import Config
 from diffusion.common.errors import ConflictError, UserError
 from diffusion.common.escaping import escape_markdown
 from diffusion.common.files import sha256_file
+from diffusion.common.model_files import read_header
 from diffusion.data.manifest import read_manifest
 from diffusion.evaluation.comparison import COMPARISON, ChampionComparison, compare_with_champion
 from diffusion.evaluation.reports.comparison_report import PAGE, write_comparison_report

@@ -164,8 +164,9 @@ def retrain(
 
         from diffusion.evaluation.evaluate import describe_kid, undertrained
         from diffusion.evaluation.evaluator import require_enough
-        from diffusion.families.model import classes_of
-        from diffusion.generation.generate import check_conditions, check_prompts
+        from diffusion.generation.config import check_conditions
+        from diffusion.generation.generate import check_prompts
+        from diffusion.models.config import classes_of
         from flows.evaluate import evaluate
         from flows.promote import promote
         from flows.registry.dependencies import require_promotable

@@ -4,22 +4,16 @@ Each combination of a sweep is an ordinary training and evaluation in a folder o
 finished; its MLflow run is a child of the sweep's. A comparison trains each model family with the same budget.
 """
 
-import itertools
-import re
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
-import yaml
 from mlflow.client import MlflowClient
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 from prefect import flow
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
-from pydantic import JsonValue, ValidationError
+from pydantic import JsonValue
 
 from diffusion.common.config import Config
-from diffusion.common.errors import UserError
 from diffusion.common.files import digest_of
 from diffusion.common.image_grids import grid, png_bytes
 from diffusion.common.progress import Progress
@@ -29,24 +23,12 @@ from diffusion.evaluation.ranking import RANKING, Ranking, rank_evaluations, ran
 from diffusion.evaluation.reports.ranking_report import PAGE, findings, training_charts, write_ranking_report
 from diffusion.evaluation.results import Evaluation
 from diffusion.models.config import FAMILIES
-from flows.config import Params, assign, in_words
+from flows.config import SECTIONS, Combination, Params, combinations, family_variants, words_of
 from flows.deployment.tasks import artifact_key, retryable_task
 from flows.evaluate import evaluate
 from flows.tracking.console import reporter
 from flows.tracking.runs import SWEEP, RunTracker, one_run
 from flows.train import train
-
-SECTIONS = ("model", "training")
-"""Sections that may vary; data, sampling and evaluation are the same for all, so that metrics are comparable."""
-FIXED = ("training.dataset", "training.output", "model.family")
-SHARED: Mapping[str, set[str]] = {
-    "training": {
-        *("dataset", "images", "minutes", "flip", "seed", "precision", "device", "compile", "checkpoints", "keep"),
-        *("cpu_threads", "workers", "prefetch", "cache_bytes", "stream_bytes", "window"),
-    },
-    "sampling": {"compute_batch", "precision", "device"},
-}
-"""Settings shared by all families: data, budget and compute; the rest has each family's defaults."""
 
 
 class RankingResult(Config):
@@ -56,16 +38,6 @@ class RankingResult(Config):
     report: Path
     run_id: str | None = None
     """MLflow parent run of a sweep."""
-
-
-class Combination(Config):
-    """A combination of settings, and the resulting configuration."""
-
-    settings: dict[str, JsonValue]
-    params: Params
-    folder: Path
-    digest: str
-    """Digest of the parsed model and training sections."""
 
 
 @flow(name="sweep", flow_run_name="sweep-{params.training.dataset}")
@@ -119,60 +91,6 @@ def rank(
     return RankingResult(ranking=ranking, report=page, run_id=parent)
 
 
-def parse_over(words: Sequence[str]) -> dict[str, list[Any]]:
-    """Parse ``key=value,value`` into YAML values by dotted key; raises UserError for malformed or repeated keys."""
-    over: dict[str, list[Any]] = {}
-    for each in words:
-        key, equal, text = each.partition("=")
-        values: list[Any] = []
-        with suppress(yaml.YAMLError):
-            values = yaml.safe_load(f"[{text}]") if equal else []
-        if not values or not key.strip():
-            raise UserError(f"--over {each}: write it as key=value,value, for example training.learning_rate=1e-3,4e-3")
-        if key.strip() in over:
-            raise UserError(f"--over {each}: {key.strip()} is given twice; write all its values after one --over")
-        over[key.strip()] = values
-    return over
-
-
-def combinations(params: Params, over: Mapping[str, Sequence[Any]]) -> list[Combination]:
-    """Every combination of the values in ``over``; raises UserError for an invalid key or value."""
-    if not over:
-        raise UserError("nothing to vary: say what with --over training.learning_rate=1e-3,4e-3")
-    for key in over:
-        if key.partition(".")[0] not in SECTIONS or key in FIXED:
-            raise UserError(
-                f"--over {key}: data, sampling and evaluation must be the same for all; vary fields of "
-                f"{' and '.join(SECTIONS)}, but for {', '.join(FIXED)}"
-            )
-    points = [_with(params, dict(zip(over, values, strict=True))) for values in itertools.product(*over.values())]
-    # By parsed value: 1e-3 equals 0.001.
-    if len({each.digest for each in points}) < len(points):
-        raise UserError("--over gives the same value twice: leave one of them out")
-    return points
-
-
-def _with(params: Params, settings: dict[str, Any]) -> Combination:
-    tree = params.model_dump(mode="json", exclude_unset=True)
-    for key, value in settings.items():
-        assign(tree, key, value, f"--over {key}")
-    try:
-        varied = Params.model_validate(tree)
-    except ValidationError as error:
-        raise UserError(f"--over with {words_of(settings)}: {in_words(error)}") from error
-    # With the digest, so that settings with equal abbreviations have different folders.
-    digest = digest_of({name: getattr(varied, name).model_dump(mode="json") for name in SECTIONS})[:8]
-    name = f"{re.sub(r'[^0-9A-Za-z.=,_-]+', '-', words_of(settings))[:80]}-{digest}"
-    training = varied.training.model_copy(update={"output": Path("runs", "sweeps", params.model_name, name)})
-    varied = varied.model_copy(update={"training": training})
-    return Combination(settings=settings, params=varied, folder=params.report_folder / "sweeps" / name, digest=digest)
-
-
-def words_of(settings: Mapping[str, object]) -> str:
-    """Abbreviated settings, such as ``learning_rate=0.001,width=32``."""
-    return ",".join(f"{key.rpartition('.')[2]}={value}" for key, value in settings.items())
-
-
 @flow(name="compare", flow_run_name="compare-{params.training.dataset}")
 def compare(params: Params, families: Sequence[str] = tuple(FAMILIES), restart: bool = False) -> RankingResult:
     """Train the families one after the other and rank them by their samples.
@@ -197,27 +115,6 @@ def log_report(run_ids: Sequence[str], page: Path) -> None:
     for run_id in run_ids:
         for path in (page, page.parent / RANKING):
             RunTracker(MlflowClient(), run_id).log_file(path, "evaluation")
-
-
-def family_variants(params: Params, names: Sequence[str]) -> dict[str, Params]:
-    """Configurations of the families in ``names``, by name.
-
-    The family of ``params`` keeps ``params``; the others have their own defaults with the same images, budget and
-    evaluation. Raises UserError for an unknown or repeated family, and for settings that families cannot share.
-    """
-    if unknown := [family for family in names if family not in FAMILIES]:
-        raise UserError(f"there is no family {unknown[0]!r}: there is {', '.join(FAMILIES)}")
-    if len(set(names)) < max(2, len(names)):
-        raise UserError(f"--family {' --family '.join(names)}: name two families or more, each once")
-    for field, value in (("training.output", params.training.output), ("registry.model", params.registry.model)):
-        if value is not None:
-            raise UserError(f"{field} = {value} is one place, and each family needs its own: leave it out")
-    if params.model.low_resolution is not None:
-        raise UserError("model.low_resolution makes a super-resolution model, and `compare` ranks generative ones")
-    shared: dict[str, Any] = {name: getattr(params, name).model_dump(include=SHARED[name]) for name in SHARED}
-    shared |= {"ingest": params.ingest.model_dump(), "evaluation": params.evaluation.model_dump(exclude={"ema_stds"})}
-    variants = {name: Params.model_validate(shared | {"model": {"family": name}}) for name in names}
-    return variants | {name: params for name in names if name == params.model.family}
 
 
 def rank_variants(variants: Mapping[str, Params], progress: Progress) -> RankingResult:

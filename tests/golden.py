@@ -27,8 +27,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from diffusion.checkpoints import load_model, read_header
+from diffusion.checkpoints import load_model
 from diffusion.common.fingerprint import fingerprint
+from diffusion.common.model_files import read_header
 from diffusion.data.ingest.config import IngestConfig
 from diffusion.data.ingest.ingest import ingest
 from diffusion.data.manifest import read_manifest

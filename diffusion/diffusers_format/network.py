@@ -10,8 +10,8 @@ from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch import Tensor
 
 from diffusion.families.ddpm import DiffusionModel
-from diffusion.families.model import ModelHeader, classes_of
-from diffusion.models.config import ModelConfig
+from diffusion.families.model import ModelHeader
+from diffusion.models.config import ModelConfig, classes_of
 from diffusion.models.unet import UNet
 from diffusion.process.samplers import SAMPLING_ADAPTER, DDPMSampling, SamplingConfig
 

@@ -24,14 +24,8 @@ from diffusion.common.errors import UserError
 from diffusion.common.random import GaussianNoise
 from diffusion.diffusers_format.network import DarkroomUNet, samples_with_learned_variance
 from diffusion.families.ddpm import DiffusionModel, denoiser_of
-from diffusion.generation.config import Conditions
-from diffusion.generation.generate import (
-    check_prompts,
-    check_sampling,
-    is_conditional,
-    make_conditioning,
-    prompt_embeddings,
-)
+from diffusion.generation.config import Conditions, is_conditional
+from diffusion.generation.generate import check_prompts, check_sampling, make_conditioning, prompt_embeddings
 from diffusion.process.samplers import (
     ZERO_SNR,
     DDIMSampling,

@@ -10,9 +10,10 @@ from pydantic_core import to_jsonable_python
 from safetensors.torch import load_file
 from torch import Tensor
 
-from diffusion.checkpoints import read_header, save_tensors
+from diffusion.checkpoints import save_tensors
 from diffusion.common.config import Config
 from diffusion.common.files import digest_of, make_folder, sha256_file, write_bytes
+from diffusion.common.model_files import read_header
 
 Tensors = dict[str, Tensor]
 Key = dict[str, Any]

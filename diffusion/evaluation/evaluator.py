@@ -57,8 +57,8 @@ from diffusion.evaluation.results import (
     Reconstruction,
 )
 from diffusion.families.model import Model
-from diffusion.generation.config import UNCONDITIONAL, Conditions
-from diffusion.generation.generate import conditions_of, is_conditional, labels_of, reconstructed
+from diffusion.generation.config import UNCONDITIONAL, Conditions, is_conditional
+from diffusion.generation.generate import conditions_of, labels_of, reconstructed
 from diffusion.generation.super_resolution import GenerationTask, generate, task_of
 from diffusion.process.likelihood import Terms
 from diffusion.process.samplers import SamplingConfig

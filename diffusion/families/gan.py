@@ -18,10 +18,9 @@ from diffusion.families.model import (
     OptimizerStep,
     TrainingBatch,
     TrainingObjective,
-    classes_of,
     to_uint8,
 )
-from diffusion.models.config import GANConfig, ObjectiveConfig
+from diffusion.models.config import GANConfig, ObjectiveConfig, classes_of
 from diffusion.models.gan import AUGMENTING, Discriminator, Generator, augment
 from diffusion.models.vae import Latents
 from diffusion.process.samplers import SamplingConfig

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from diffusion.common.config import LARGEST_SIZE, Config, PlainName, unset
 from diffusion.common.errors import UserError
 from diffusion.common.fingerprint import autocast
-from diffusion.models.config import FamilyConfig, LatentSpace, ObjectiveConfig
+from diffusion.models.config import FamilyConfig, LatentSpace, ObjectiveConfig, classes_of
 from diffusion.models.text_encoder import TextEncoder
 from diffusion.models.vae import Autoencoder, Latents
 from diffusion.process.editing import Edit
@@ -254,11 +254,6 @@ class TrainingObjective(ABC):
     def optimizer_steps(self, network: nn.Module) -> list[OptimizerStep]:
         """List the optimizer steps that make up a training step of ``network``, in their order."""
         return [OptimizerStep({"network": network}, partial(self.losses, network))]
-
-
-def classes_of(config: FamilyConfig, class_histogram: dict[str, int]) -> list[str]:
-    """List the classes that a network is conditioned on: those of the data set, if there are several."""
-    return list(class_histogram) if config.conditional and len(class_histogram) > 1 else []
 
 
 def to_float(images: Tensor) -> Tensor:

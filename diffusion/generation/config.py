@@ -1,6 +1,6 @@
 """Conditions and generation requests, one pydantic model per task with the options that affect it; without torch."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -45,6 +45,31 @@ class Conditions(Config):
 
 
 UNCONDITIONAL = Conditions()
+
+
+def is_conditional(classes: Sequence[str], conditions: Conditions) -> bool:
+    """Whether a model of ``classes`` is conditioned on a label or prompt, as guidance needs."""
+    named = any(each is not None for each in (*conditions.labels, *conditions.prompts, conditions.negative_prompt))
+    return named or bool(classes and not conditions.prompts and not conditions.labels)
+
+
+def check_conditions(classes: Sequence[str], text: bool, config: SamplingConfig, conditions: Conditions) -> None:
+    """Raise UserError for ``conditions`` without effect on a model of ``classes``, and of captions if ``text``."""
+    labels = [label for label in conditions.labels if label is not None]
+    if labels and not classes:
+        raise UserError("the model was trained without classes (model.conditional): leave labels out")
+    if unknown := sorted(set(labels) - set(classes)):
+        raise UserError(f"the model knows no class {unknown[0]!r}: use one of {', '.join(classes)}")
+    if conditions.texts and not text:
+        raise UserError("the model was trained without captions: leave prompts out, or train one with model.text=true")
+    if conditions.negative_prompt is not None and not config.guides:
+        raise UserError("a negative prompt is what sampling.guidance leads away from: set that, say to 3")
+    if config.guides and not is_conditional(classes, conditions):
+        raise UserError(
+            f"sampling.guidance = {config.guidance:g} leads towards a label or prompt, and there is none: "
+            + ("give a prompt, or " if text else "the model was trained without classes and captions, ")
+            + "leave it out (null)"
+        )
 
 
 class GenerationRequest(Config):
@@ -134,7 +159,7 @@ class InpaintRequest(EditRequest):
     mask: bytes
     """Image file as large as ``image``, white where it is filled, black where it is kept; after scaling, a pixel is
     kept if it is nearly black."""
-    strength: float = Field(1.0, allow_inf_nan=False)
+    strength: float = Field(1.0, gt=0, le=1)
     """Strength of the change, above 0 and at most 1."""
     method: Literal["replace", "repaint", "pigdm"] = "replace"
     """Replace the known part of the estimate in each step (replace, the fast method); also repeat stretches of steps,
@@ -165,7 +190,7 @@ class Img2ImgRequest(EditRequest):
     """Image-to-image generation (SDEdit): a variation of an image."""
 
     task: Literal["img2img"] = "img2img"
-    strength: float = Field(0.6, allow_inf_nan=False)
+    strength: float = Field(0.6, gt=0, lt=1)
     """Strength of the change, above 0 and below 1; at 0.6 the image is still recognisable."""
 
 

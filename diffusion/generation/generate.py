@@ -14,7 +14,7 @@ from diffusion.common.threads import worker_threads
 from diffusion.data.dataset import Dataset, Rows
 from diffusion.families.ddpm import DiffusionModel
 from diffusion.families.model import Conditioning, ConditioningBatch, Model, to_float, to_uint8
-from diffusion.generation.config import UNCONDITIONAL, Conditions
+from diffusion.generation.config import UNCONDITIONAL, Conditions, check_conditions
 from diffusion.models.config import FamilyConfig, ModelConfig
 from diffusion.models.text_encoder import ENDS, LONGEST, WIDTH, check_encoder, encoder
 from diffusion.process.editing import Edit, between, whole
@@ -129,25 +129,6 @@ def check_sampling_options(model: FamilyConfig, config: SamplingConfig) -> None:
         )
 
 
-def check_conditions(classes: Sequence[str], text: bool, config: SamplingConfig, conditions: Conditions) -> None:
-    """Raise UserError for ``conditions`` without effect on a model of ``classes``, and of captions if ``text``."""
-    labels = [label for label in conditions.labels if label is not None]
-    if labels and not classes:
-        raise UserError("the model was trained without classes (model.conditional): leave labels out")
-    if unknown := sorted(set(labels) - set(classes)):
-        raise UserError(f"the model knows no class {unknown[0]!r}: use one of {', '.join(classes)}")
-    if conditions.texts and not text:
-        raise UserError("the model was trained without captions: leave prompts out, or train one with model.text=true")
-    if conditions.negative_prompt is not None and not config.guides:
-        raise UserError("a negative prompt is what sampling.guidance leads away from: set that, say to 3")
-    if config.guides and not is_conditional(classes, conditions):
-        raise UserError(
-            f"sampling.guidance = {config.guidance:g} leads towards a label or prompt, and there is none: "
-            + ("give a prompt, or " if text else "the model was trained without classes and captions, ")
-            + "leave it out (null)"
-        )
-
-
 def check_prompts(conditions: Conditions) -> None:
     """Raise UserError for prompts that are empty or too long; captions of data sets may be either."""
     for text in conditions.texts:
@@ -195,12 +176,6 @@ def prompt_embeddings(model: Model, conditions: Conditions) -> Embeddings:
     check_encoder(model.header.encoder)
     embed = encoder()
     return {**NO_EMBEDDINGS, **{text: embed(text) for text in sorted(set(conditions.texts))}}
-
-
-def is_conditional(classes: Sequence[str], conditions: Conditions) -> bool:
-    """Whether a model of ``classes`` is conditioned on a label or prompt, as guidance needs."""
-    named = any(each is not None for each in (*conditions.labels, *conditions.prompts, conditions.negative_prompt))
-    return named or bool(classes and not conditions.prompts and not conditions.labels)
 
 
 def labels_of(model: Model, indices: Sequence[int], seed: int, conditions: Conditions = UNCONDITIONAL) -> Tensor | None:

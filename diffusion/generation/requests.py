@@ -30,6 +30,7 @@ from diffusion.generation.config import (
     InterpolateRequest,
     Task,
     UpscaleRequest,
+    is_conditional,
 )
 from diffusion.generation.generate import (
     check_edit,
@@ -37,7 +38,6 @@ from diffusion.generation.generate import (
     check_prompts,
     check_sampling,
     interpolate,
-    is_conditional,
     sample,
 )
 from diffusion.generation.super_resolution import check_images, scale_of, task_of, upscale

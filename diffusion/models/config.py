@@ -397,3 +397,8 @@ def training_conflict(model: FamilyConfig, training: ObjectiveConfig) -> str | N
             "divide each by another number: leave one out"
         )
     return None
+
+
+def classes_of(config: FamilyConfig, class_histogram: dict[str, int]) -> list[str]:
+    """List the classes that a network is conditioned on: those of the data set, if there are several."""
+    return list(class_histogram) if config.conditional and len(class_histogram) > 1 else []

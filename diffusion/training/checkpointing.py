@@ -10,8 +10,9 @@ from typing import Any, Self
 from safetensors.torch import load_file
 from torch import Tensor
 
-from diffusion.checkpoints import read_header, save_tensors
+from diffusion.checkpoints import save_tensors
 from diffusion.common.files import sha256_file, sync_folder, write_bytes
+from diffusion.common.model_files import read_header
 
 logger = logging.getLogger(__name__)
 

@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from diffusion.checkpoints import AUTOENCODER, AVERAGED, read_header, read_tensors, save_tensors
+from diffusion.checkpoints import AUTOENCODER, AVERAGED, read_tensors, save_tensors
 from diffusion.common.errors import UserError
+from diffusion.common.model_files import read_header
 from diffusion.training.checkpointing import Checkpoints, is_whole
 
 PREFIXES = (AVERAGED, "ema1.")

@@ -30,7 +30,7 @@ from diffusion.data.manifest import Split
 from diffusion.families import family_of
 from diffusion.families.ddpm import DiffusionModel
 from diffusion.families.model import Model, TrainingObjective, to_float
-from diffusion.generation.generate import is_conditional
+from diffusion.generation.config import is_conditional
 from diffusion.generation.super_resolution import generate
 from diffusion.process.samplers import SamplingConfig
 from diffusion.training.checkpointing import Checkpoints, CheckpointWriter

@@ -28,12 +28,12 @@ from diffusion.data.loader import Batch
 from diffusion.data.manifest import Manifest, read_manifest
 from diffusion.data.shards import ShardCache, ShardStore
 from diffusion.families import family_of
-from diffusion.families.model import Conditioning, Model, ModelHeader, classes_of, to_float
+from diffusion.families.model import Conditioning, Model, ModelHeader, to_float
 from diffusion.families.vae import VAEModel
-from diffusion.generation.config import UNCONDITIONAL, Conditions
-from diffusion.generation.generate import check_conditions, check_sampling_options, conditions_of
+from diffusion.generation.config import UNCONDITIONAL, Conditions, check_conditions
+from diffusion.generation.generate import check_sampling_options, conditions_of
 from diffusion.generation.super_resolution import GenerationTask, add_conditioning_noise, task_of
-from diffusion.models.config import FamilyConfig, LatentSpace, ModelConfig, VAEConfig, training_conflict
+from diffusion.models.config import FamilyConfig, LatentSpace, ModelConfig, VAEConfig, classes_of, training_conflict
 from diffusion.models.text_encoder import ENCODER
 from diffusion.models.unet import UNet
 from diffusion.models.vae import Latents, latent_shape

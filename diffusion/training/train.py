@@ -12,12 +12,13 @@ from typing import Literal
 import torch
 from filelock import FileLock, Timeout
 
-from diffusion.checkpoints import PARTS, read_header, save_tensors
+from diffusion.checkpoints import PARTS, save_tensors
 from diffusion.common.config import Config
 from diffusion.common.device import repeatable, resolve_device
 from diffusion.common.errors import DarkroomError, UserError
 from diffusion.common.files import make_folder, remove_partials, write_bytes, write_json
 from diffusion.common.fingerprint import Fingerprint
+from diffusion.common.model_files import read_header
 from diffusion.common.progress import Progress, silent
 from diffusion.common.threads import cores, worker_threads
 from diffusion.data.caption_embeddings import embeddings_of, seconds_to_read
@@ -86,12 +87,7 @@ def train(
                 embed = partial(embeddings_of, pool=readers, progress=progress)
                 setup = make_setup(dataset, model, config, sampling, ranks, embed)
             trainer = Trainer(setup, threads)
-            if ranks.is_main and (changed := _differences(output, setup)):
-                if restart == "never":
-                    raise UserError(
-                        f"{output} holds a run that differs in {', '.join(changed)}: "
-                        "give --restart to throw it away, or set training.output to another folder"
-                    )
+            if ranks.is_main and _require_same_run(output, setup, restart):
                 _discard(output)
             final = output / "final.safetensors"
             with trainer.loader:
@@ -159,6 +155,32 @@ def preflight(
         trainer = Trainer(setup, pool)
         with trainer.loader:
             return make_preflight(trainer, measure_pace(setup, pool, sampling), reading)
+
+
+def check(
+    data: Path,
+    output: Path,
+    model: FamilyConfig,
+    config: TrainingConfig,
+    sampling: SamplingConfig,
+    restart: Literal["never", "if_different", "always"],
+) -> None:
+    """Raise UserError as ``train`` would before its first step; writes nothing, and embeds no captions."""
+    with open_dataset(data, config, None) as dataset, repeatable(resolve_device(config.device)):
+        setup = make_setup(
+            dataset, model, config, sampling, SINGLE_PROCESS, lambda _, texts: torch.zeros(len(texts), WIDTH)
+        )
+        _require_same_run(output, setup, restart)
+
+
+def _require_same_run(output: Path, setup: TrainingSetup, restart: str) -> bool:
+    """Whether the folder ``output`` holds another run, which may be discarded; raises UserError if it may not."""
+    if (changed := _differences(output, setup)) and restart == "never":
+        raise UserError(
+            f"{output} holds a run that differs in {', '.join(changed)}: "
+            "give --restart to throw it away, or set training.output to another folder"
+        )
+    return bool(changed)
 
 
 def discard(output: Path) -> None:

@@ -2,14 +2,16 @@
 
 import atexit
 import gc
+import json
 import os
 import sys
+from typing import Annotated, Any, NoReturn
 
 import typer
+from typer import Option
 
 from diffusion.common.child_processes import end_with_parent
 from diffusion.common.errors import DarkroomError, UserError
-from diffusion.common.escaping import escape_controls
 from diffusion.common.files import is_full_disk
 from flows.cli import (
     data_commands,
@@ -18,25 +20,51 @@ from flows.cli import (
     operations_commands,
     pipeline_commands,
     server_commands,
+    setup_commands,
 )
+from flows.cli.command import VERBOSITY, Quiet, Verbose, print_error, set_verbosity
 
+USAGE_ERROR: type[Exception] = typer.BadParameter.__bases__[0]
+"""Base class of errors in options and arguments, for which typer has no public name."""
 app = typer.Typer(
     name="darkroom",
     help="Turn a growing folder of images into a diffusion model that is promoted only when it is better.",
-    epilog="Start with:  darkroom up  &&  darkroom retrain IMAGES --dataset NAME",
+    epilog="Start with:  darkroom init IMAGES",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    add_completion=False,
+    rich_markup_mode="rich" if sys.stdout.isatty() else None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for top in (pipeline_commands.app, operations_commands.app, server_commands.top):
+for top in (setup_commands.app, pipeline_commands.app, operations_commands.app, server_commands.top):
     app.add_typer(top)
 for group in (data_commands, model_commands, edit_commands, server_commands):
     app.add_typer(group.app, rich_help_panel="Groups of commands")
+app.add_typer(setup_commands.config, rich_help_panel="Groups of commands")
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import entry_points
+
+        # By the command, whatever the distribution is named.
+        [command] = {each.dist.version for each in entry_points(group="console_scripts", name="darkroom") if each.dist}
+        print(f"darkroom {command}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+    version: Annotated[bool, Option("--version", callback=_print_version, is_eager=True, help="Show version.")] = False,
+) -> None:
+    """Set the options of all commands."""
+    VERBOSITY.set("normal")
+    set_verbosity(quiet, verbose)
 
 
 def main() -> None:
-    """Run the command line; a DarkroomError becomes one line and its exit code."""
+    """Run the command line; an error becomes one line, or with ``--json`` an object, and its exit code."""
     # Waiting threads should sleep, not spin: spinning threads slow down other work on the machine.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # At its end the interpreter would look for cycles in all that the libraries hold, for two seconds.
@@ -51,7 +79,7 @@ def main() -> None:
                     "leave torchrun out, or use it for `darkroom train` alone"
                 )
         try:
-            app()
+            sys.exit(app(standalone_mode=False) or 0)
         except ModuleNotFoundError as error:
             if (error.name or "").partition(".")[0] in ("diffusion", "flows"):
                 raise
@@ -60,14 +88,31 @@ def main() -> None:
                 "`pip install -e '.[pipeline]'` in its checkout"
             ) from error
     except DarkroomError as error:
-        print(escape_controls(f"darkroom: {' '.join(str(error).split())}"), file=sys.stderr)
-        sys.exit(error.exit_code)
+        _fail(str(error), error.exit_code)
+    except typer.Abort:
+        _fail("aborted", 1)
+    except USAGE_ERROR as error:
+        _fail_usage(error)
     except Exception as error:
-        if os.environ.get("DARKROOM_DEBUG"):
+        if VERBOSITY.get() == "verbose":
             raise
-        hint = "DARKROOM_DEBUG=1 in the environment shows where"
+        hint = "-v shows where"
         if is_full_disk(error):
             hint = "a disk is full: free some space and give the same command again, which goes on from there"
-        words = escape_controls(" ".join(str(error).split())[:500])
-        print(f"darkroom: {type(error).__name__}: {words} ({hint})", file=sys.stderr)
-        sys.exit(1)
+        _fail(f"{type(error).__name__}: {' '.join(str(error).split())[:500]} ({hint})", 1)
+
+
+def _fail(message: str, exit_code: int) -> NoReturn:
+    print_error(message)
+    if "--json" in sys.argv:
+        print(json.dumps({"error": " ".join(message.split()), "exit_code": exit_code}, ensure_ascii=False))
+    sys.exit(exit_code)
+
+
+def _fail_usage(error: Any) -> NoReturn:
+    command = error.ctx.command_path if error.ctx else "darkroom"
+    if type(error).__name__ == "NoArgsIsHelpError":  # its message is the help text, which rich printed already
+        print(error.message, file=sys.stderr)
+        sys.exit(error.exit_code)
+    message = error.format_message().removesuffix(".").replace("Value error, ", "")
+    _fail(f"{message}: see `{command} --help`", error.exit_code)

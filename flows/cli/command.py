@@ -6,35 +6,63 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, redirect_stdout
+from contextvars import ContextVar
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, TypeGuard, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, TypeGuard, TypeVar
 
 import typer
 from typer import Option
 
+from diffusion.common.errors import DarkroomError
 from diffusion.common.escaping import escape_controls
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
 
+    from diffusion.common.progress import Progress
     from flows.environment import Server
 
 LARGEST_SEED = 2**63 - 1  # largest seed that a manifest can hold
 Set = Annotated[list[str], Option("--set", metavar="KEY=VALUE", help="Override a field, as training.batch_size=64.")]
 ParamsFile = Annotated[Path, Option("--params", help="Configuration file.")]
+Quiet = Annotated[bool, Option("--quiet", "-q", help="Show results, warnings and errors alone, no progress.")]
+Verbose = Annotated[
+    bool, Option("--verbose", "-v", help="Show more: complete results, logs of the servers' clients, tracebacks.")
+]
 Json = Annotated[bool, Option("--json", help="Print the result as one JSON object on standard output.")]
 DatasetName = Annotated[str | None, Option("--dataset", metavar="NAME", help="Data set; default: training.dataset.")]
 Local = Annotated[bool, Option("--local", help="Work on files of this machine, without a server, as dvc.yaml does.")]
+
+
+def check_model_uri(model: str | None) -> str | None:
+    """Check the form of a model URI, without a server."""
+    if model is not None and not is_file(model):
+        from flows.storage.tags import parse_model_uri
+
+        parse_model_uri(model)
+    return model
+
+
 Model = Annotated[
     str | None,
-    Option(metavar="URI|FILE", help="models:/NAME@ALIAS or models:/NAME/NUMBER; default: champion. Or a .safetensors."),
+    Option(
+        metavar="URI|FILE",
+        help="models:/NAME@ALIAS or models:/NAME/NUMBER; default: champion. Or a .safetensors.",
+        callback=check_model_uri,
+    ),
+]
+ModelUri = Annotated[
+    str | None,
+    Option("--model", help="models:/NAME@ALIAS or models:/NAME/NUMBER; default champion.", callback=check_model_uri),
 ]
 OutFolder = Annotated[Path | None, Option("--out", metavar="FOLDER", help="Output folder; default: one in samples/.")]
 Count = Annotated[int, Option("--count", min=1, help="Number of images.")]
 Seed = Annotated[int, Option("--seed", min=0, max=LARGEST_SEED, help="Seed; its image i is the same everywhere.")]
 NegativePrompt = Annotated[str | None, Option("--negative-prompt", help="What not to show; needs sampling.guidance.")]
 Reason = Annotated[str | None, Option("--reason", help="Reason, recorded in the ledger.")]
+Verbosity = Literal["quiet", "normal", "verbose"]
+VERBOSITY: ContextVar[Verbosity] = ContextVar("verbosity", default="normal")
 
 
 class CommandOutput(NamedTuple):
@@ -59,10 +87,11 @@ def command(
 ) -> Callable[[Function], Function]:
     """Register a function as a command of ``app``.
 
-    Every command has ``--json``. One with a parameter ``config`` gets the validated configuration in it, and has
-    ``--dataset``, ``--params`` and ``--set``. Standard output has the command's result and nothing else: what libraries
-    print goes to standard error. ``panel`` is a heading in the help text; ``sets_source`` says whether the parameter
-    ``source`` sets ingest.source; the command is connected to the ``servers``, see ``connect``.
+    Every command has ``--json``, ``--quiet`` and ``--verbose``. One with a parameter ``config`` gets the validated
+    configuration in it, and has ``--dataset``, ``--params`` and ``--set``. Standard output has the command's result and
+    nothing else: what libraries print goes to standard error. ``panel`` is a heading in the help text; ``sets_source``
+    says whether the parameter ``source`` sets ingest.source; the command is connected to the ``servers``, see
+    ``connect``.
     """
 
     def register(function: Function) -> Function:
@@ -71,24 +100,24 @@ def command(
         shared: dict[str, tuple[Any, Any]] = {"dataset": (DatasetName, None)} if configured and dataset else {}
         if configured:
             shared |= {"params_file": (ParamsFile, Path("params.yaml")), "settings": (Set, [])}
-        for option, (annotation, default) in (shared | {"as_json": (Json, False)}).items():
+        shared |= {"as_json": (Json, False), "quiet": (Quiet, False), "verbose": (Verbose, False)}
+        for option, (annotation, default) in shared.items():
             keyword = inspect.Parameter.KEYWORD_ONLY
             parameters[option] = inspect.Parameter(option, keyword, default=default, annotation=annotation)
 
         def run(**given: Any) -> None:
             as_json = given.pop("as_json")
+            set_verbosity(given.pop("quiet"), given.pop("verbose"))
             # Libraries print to standard output, which belongs to the result.
             with redirect_stdout(sys.stderr):
                 if configured:
                     from flows.config import load_params
 
-                    chosen = {"ingest.source": given["source"]} if sets_source else {}
-                    chosen["training.dataset"] = given.pop("dataset", None)
-                    settings = [*given.pop("settings")]
-                    for key, value in chosen.items():
-                        if value is not None:
-                            settings.append(f"{key}={json.dumps(value, ensure_ascii=False)}")
-                    given["config"] = load_params(given.pop("params_file"), settings)
+                    chosen = {"training.dataset": ("--dataset", given.pop("dataset", None))}
+                    if sets_source:
+                        chosen["ingest.source"] = ("SOURCE", given["source"])
+                    options = {key: option for key, option in chosen.items() if option[1] is not None}
+                    given["config"] = load_params(given.pop("params_file"), given.pop("settings"), options)
                 with connect(*servers) if servers else nullcontext():
                     output = function(**given)
                 # Lines may still have to be computed.
@@ -101,6 +130,10 @@ def command(
             # Labels, captions and file names are untrusted and may hold terminal control characters.
             for line in lines:
                 print(escape_controls(line))
+            if isinstance(output.error, DarkroomError):
+                # Standard output has its one object already.
+                print_error(str(output.error))
+                raise typer.Exit(output.error.exit_code)
             if output.error is not None:
                 raise output.error
 
@@ -112,6 +145,30 @@ def command(
         return function
 
     return register
+
+
+def set_verbosity(quiet: bool, verbose: bool) -> None:
+    """Set how much this process shows; without either option it stays as it is."""
+    if quiet or verbose:
+        VERBOSITY.set("verbose" if verbose else "quiet")
+
+
+def print_error(message: str) -> None:
+    """Print an error as one line on standard error."""
+    print(escape_controls(f"darkroom: {' '.join(message.split())}"), file=sys.stderr)
+
+
+@contextmanager
+def progress_shown() -> "Iterator[Progress]":
+    """Show progress and log lines on standard error; with ``--quiet`` warnings alone."""
+    from diffusion.common.progress import silent
+    from flows.tracking.console import console
+
+    if VERBOSITY.get() == "quiet":
+        yield silent
+    else:
+        with console() as progress:
+            yield progress
 
 
 def is_follower() -> bool:
@@ -135,22 +192,22 @@ def connect(*needs: "Server") -> Iterator[None]:
     from flows.environment import settings
     from flows.local_stack.http_api import require
     from flows.local_stack.stack import join_servers
-    from flows.tracking.console import OURS, console
+    from flows.tracking.console import OURS
 
     if settings().log == "json":
         from flows.tracking.json_logs import VARIABLES
 
         os.environ.update(VARIABLES)
-    else:
+    elif VERBOSITY.get() != "verbose":
         # The console shows our own progress; the Prefect UI still gets every log line.
         os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
-    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "INFO" if VERBOSITY.get() == "verbose" else "WARNING")
     # Log records of our packages go to the current Prefect run, if there is one.
     os.environ.setdefault("PREFECT_LOGGING_EXTRA_LOGGERS", ",".join(OURS))
     os.environ.setdefault("PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW", "ignore")
     join_servers(*needs)
     require(*needs)
-    with console():
+    with progress_shown():
         yield

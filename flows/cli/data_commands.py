@@ -150,8 +150,9 @@ def remove(
 
     Example:  darkroom data remove 'alice/*' --dataset faces --reason 'consent withdrawn' --purge
     """
+    from diffusion.data.manifest import read_manifest, work_folder
     from diffusion.data.versions.takedown import choose
-    from diffusion.data.versions.takedown_records import Selection, Selector, is_key
+    from diffusion.data.versions.takedown_records import Selection, Selector, is_key, removals
 
     keys = list(filter(is_key, images or ()))
     sources = [*(each for each in images or () if not is_key(each)), *source]
@@ -178,7 +179,16 @@ def remove(
         if not sys.stdin.isatty():
             raise UserError(f"to {what}, give --yes (or --dry-run to list the images)")
         typer.confirm(f"Really {what}?", abort=True, err=True)
+    if (config.dataset_folder / "manifest.json").is_file() and not any(removals(work_folder(config.dataset_folder))):
+        # An earlier takedown may have removed them already, which its repetition reports.
+        choose(config.dataset_folder, selection)
     with connect("prefect", "mlflow", "s3"):
+        if not (config.dataset_folder / "manifest.json").is_file():
+            from flows.datasets.catalog import Catalog
+            from flows.environment import data_source
+
+            if not Catalog.of(config.training.dataset, data_source()).versions():
+                read_manifest(config.dataset_folder)  # says what there is
         from flows.takedown import takedown
 
         done = takedown(config, selection, reason, purge)

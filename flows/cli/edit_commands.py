@@ -7,7 +7,7 @@ import typer
 from typer import Argument, Option
 
 from flows.cli import command as options
-from flows.cli.command import LARGEST_SEED, CommandOutput, command, connect, is_file
+from flows.cli.command import LARGEST_SEED, CommandOutput, command, connect, is_file, progress_shown
 
 if TYPE_CHECKING:
     from flows.config import Params
@@ -122,13 +122,19 @@ def generate_images(
     fields = {"task": task} | {name: value for name, value in fields.items() if value is not None}
     request = read_request(fields, image, mask)
     if is_file(model):
-        from diffusion.generation.requests import generate_to_folder
-        from flows.tracking.console import console
+        from flows.cli.checks import require_conditions
 
-        with console() as progress:
+        require_conditions(Path(model), config, request.conditions)
+        from diffusion.generation.requests import generate_to_folder
+
+        with progress_shown() as progress:
             done = generate_to_folder(Path(model), request, config.sampling, output, progress=progress)
     else:
         with connect("prefect", "mlflow", "s3"):
+            from flows.cli.checks import require_prompts, require_version
+
+            require_version(model or config.champion, config, request.conditions)
+            require_prompts(request.conditions)
             from flows.sample import generate
 
             done = generate(config, model or config.champion, fields, image, mask, output)

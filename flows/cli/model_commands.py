@@ -7,7 +7,18 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 from typer import Argument, Option
 
-from flows.cli.command import CommandOutput, Model, Reason, Seed, command, connect, is_file
+from flows.cli.command import (
+    VERBOSITY,
+    CommandOutput,
+    Model,
+    ModelUri,
+    Reason,
+    Seed,
+    check_model_uri,
+    command,
+    connect,
+    is_file,
+)
 
 if TYPE_CHECKING:
     from flows.config import Params
@@ -15,11 +26,11 @@ if TYPE_CHECKING:
     from flows.registry.ledger import History
     from flows.registry.release import Released
 
+LONGEST_REASON = 80  # characters of a reason in the table of a history, unless -v is given
 app = typer.Typer(
     name="model", help="Models: history, rollback, release, card, explanation, export.", no_args_is_help=True
 )
 registry_command = command(app, servers=("mlflow", "s3"))
-ModelUri = Annotated[str | None, Option("--model", help="models:/NAME@ALIAS or models:/NAME/NUMBER; default champion.")]
 
 
 @registry_command
@@ -31,6 +42,9 @@ def history(
 
     Example:  darkroom model history --dataset faces
     """
+    from flows.cli.checks import require_model
+
+    require_model(config)
     from mlflow.client import MlflowClient
 
     from flows.registry.aliases import project
@@ -62,14 +76,20 @@ def rollback(config: "Params", reason: Reason = None) -> CommandOutput:
 
     Example:  darkroom model rollback --dataset faces --reason "draws three eyes"
     """
+    from flows.cli.checks import require_model
+
+    require_model(config)
     from flows.registry.champion import roll_back
 
     return new_champion(roll_back(config.model_name, reason))
 
 
-@registry_command
+@command(app)
 def release(
-    model: Annotated[str, Argument(metavar="URI", help="Model in staging: models:/NAME@champion or /NUMBER.")],
+    model: Annotated[
+        str,
+        Argument(metavar="URI", help="Model in staging: models:/NAME@champion or /NUMBER.", callback=check_model_uri),
+    ],
     reason: Reason = None,
 ) -> CommandOutput:
     """Copy a version from the staging registry, with run, evaluation and card, and make it champion here.
@@ -79,9 +99,13 @@ def release(
 
     Example:  darkroom model release models:/faces@champion
     """
-    from flows.registry.release import release
+    from flows.environment import staging
 
-    return new_champion(release(model, reason))
+    staging()
+    with connect("mlflow", "s3"):
+        from flows.registry.release import release
+
+        return new_champion(release(model, reason))
 
 
 @registry_command
@@ -90,6 +114,9 @@ def card(config: "Params", model: ModelUri = None) -> CommandOutput:
 
     Example:  darkroom model card --model models:/faces@champion
     """
+    from flows.cli.checks import require_version
+
+    require_version(model or config.champion)
     from mlflow.client import MlflowClient
 
     from flows.registry.model_versions import resolve
@@ -111,6 +138,9 @@ def explain(
 
     Example:  darkroom model explain --model models:/faces@champion --dataset faces
     """
+    from flows.cli.checks import require_version
+
+    require_version(model or config.champion)
     from flows.sample import explain
 
     done = explain(config, model or config.champion, output or config.report_folder / "explain", seed)
@@ -130,12 +160,19 @@ def export(
 
     Example:  darkroom model export --to diffusers --model runs/faces/final.safetensors --out exports/faces
     """
-    from diffusion.diffusers_format.export import export_to_diffusers
-
     if is_file(model):
+        from diffusion.common.model_files import read_header
+
+        read_header(Path(model))
+        from diffusion.diffusers_format.export import export_to_diffusers
+
         done = export_to_diffusers(Path(model), folder, config.sampling)
     else:
         with connect("mlflow", "s3"):
+            from flows.cli.checks import require_version
+
+            require_version(model or config.champion)
+            from diffusion.diffusers_format.export import export_to_diffusers
             from flows.sample import fetch
 
             # The plain function, outside of Prefect.
@@ -164,7 +201,9 @@ def _table(found: "History") -> Iterator[str]:
             entry.who,
             entry.what,
             f"{entry.from_version or '–'} → {entry.to_version}" if entry.moves else f"({entry.version})",
-            " ".join(entry.why.split()),
+            why
+            if VERBOSITY.get() == "verbose" or len(why := " ".join(entry.why.split())) <= LONGEST_REASON
+            else f"{why[:LONGEST_REASON]}…",
         )
         for entry in found.entries
     ]

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -9,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from typer import Argument, Option
 
-from diffusion.common.errors import DarkroomError
-from flows.cli.command import CommandOutput, command, connect
+from diffusion.common.errors import DarkroomError, UserError
+from flows.cli.command import VERBOSITY, CommandOutput, command, connect
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -22,9 +23,34 @@ if TYPE_CHECKING:
 app = typer.Typer()
 provenance = command(app, panel="Provenance", servers=("mlflow", "s3"))
 MINUTE = "%Y-%m-%d %H:%M UTC"
+
+
+def _existing(what: str) -> str:
+    """Check that a local image is there and was generated, without a server."""
+    if what.startswith("s3://"):
+        return what
+    if not Path(what).is_file():
+        raise UserError(f"{what} is no file: give an image of a batch, or its address, s3://BUCKET/…/00000007.png")
+    from PIL import Image
+    from PIL.PngImagePlugin import PngImageFile
+
+    with suppress(OSError, SyntaxError, ValueError, Image.DecompressionBombError), Image.open(what) as image:
+        image.load()
+        if isinstance(image, PngImageFile) and "darkroom:model" in image.text:
+            return what
+    raise UserError(
+        f"{what} names no model that made it: it is no generated image, or was saved again without its PNG metadata; "
+        "give the address that it was sampled to"
+    )
+
+
 What = Annotated[
     str,
-    Argument(metavar="IMAGE|BATCH", help="URI of an image (….png or ….tar/….png), a local copy, or URI of a batch."),
+    Argument(
+        metavar="IMAGE|BATCH",
+        help="URI of an image (….png or ….tar/….png), a local copy, or URI of a batch.",
+        callback=_existing,
+    ),
 ]
 
 
@@ -32,7 +58,8 @@ What = Annotated[
 def trace(what: What) -> CommandOutput:
     """Trace a generated image to its batch, model version, run, data set version and exact shards.
 
-    Broken links (altered, deleted, lost) are listed at the end, with exit code 1.
+    Broken links (altered, deleted, lost) are listed at the end, with exit code 1. With -v also conditions, fingerprint,
+    tags and every shard.
 
     Example:  darkroom trace s3://darkroom/samples/faces/3/seed7-count64-dpmpp_2m_sde16-af14cd24/00000007.png
     """
@@ -40,7 +67,7 @@ def trace(what: What) -> CommandOutput:
 
     found = trace(what)
     error = DarkroomError(f"the chain is broken: {'; '.join(found.broken)}") if found.broken else None
-    return CommandOutput(found, _chain(found), error)
+    return CommandOutput(found, _chain(found) if VERBOSITY.get() == "verbose" else _summary(found), error)
 
 
 @provenance
@@ -62,6 +89,35 @@ def reproduce(
 
     done = reproduce(what, count, out, installed)
     return CommandOutput(done, _comparison(done), DarkroomError(f"{what}: {done.failure}") if done.failure else None)
+
+
+def _summary(found: "Trace") -> Iterator[str]:
+    if image := found.image:
+        state = {True: "as generated", False: "altered since it was generated", None: "generation is not on record"}
+        shown = "".join(f", {each!r}" for each in (image.label, image.prompt) if each)
+        yield f"image     {image.where}: number {image.index} of seed {image.seed}{shown}, {state[image.as_generated]}"
+    if batch := found.batch:
+        state_of_batch = "finished" if found.finished else "not finished"
+        yield f"batch     {found.place}: {batch.count:,} images of seed {batch.seed}, {state_of_batch}"
+    elif found.request:
+        yield f"request   {_fields(found.request.request)}"
+    if model := found.model:
+        names = " ".join([model.uri, *(f"@{alias}" for alias in model.aliases)])
+        yield f"model     {names}, registered {model.registered:{MINUTE}}"
+    if run := found.run:
+        commit = f", git commit {run.git_commit[:12]}" if run.git_commit else ""
+        dirty = " with uncommitted changes" if run.git_dirty else ""
+        yield f"run       {run.run_id} ({run.name}), started {run.started:{MINUTE}}{commit}{dirty}"
+    if data := found.data:
+        lost = sum(shard.where is None for shard in data.shards)
+        state_of_data = f"{lost} of them lost" if lost else "all found"
+        yield (
+            f"data set  {data.dataset}, version {data.version[:12]}: {data.images:,} images in {len(data.shards):,} "
+            f"shards, {state_of_data}"
+        )
+    taken = [each.name if each.images is None else f"{each.name} ({each.images:,} images)" for each in found.takedowns]
+    if taken or found.data:
+        yield f"takedown  {', '.join(taken) or 'none of its images was taken down since'}"
 
 
 def _chain(found: "Trace") -> Iterator[str]:
@@ -173,6 +229,9 @@ def monitor(config: "Params") -> CommandOutput:
 
     Example:  darkroom monitor --dataset faces
     """
+    from flows.cli.checks import require_version
+
+    require_version(config.champion)
     from flows.monitor import monitor
 
     done = monitor(config)

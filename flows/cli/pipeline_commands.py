@@ -1,6 +1,6 @@
 """Top-level pipeline commands, from ``ingest`` to ``retrain``; each runs the flow of its name."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,12 +10,12 @@ from typer import Argument, Option
 
 from diffusion.common.errors import UserError
 from flows.cli import command as options
-from flows.cli.command import CommandOutput, command, connect, is_file, is_follower
+from flows.cli.command import CommandOutput, command, connect, is_file, is_follower, progress_shown
 from flows.cli.edit_commands import generate_images
 from flows.cli.model_commands import new_champion
 
 if TYPE_CHECKING:
-    from diffusion.data.ingest.ingest import IngestResult
+    from diffusion.data.ingest.ingest import IngestPreview, IngestResult
     from diffusion.training.train import Restart, TrainResult
     from flows.config import Params
     from flows.datasets.dvc import RemoteShards
@@ -28,6 +28,7 @@ Labels = Annotated[list[str], Option("--label", metavar="NAME", help="Class labe
 Prompts = Annotated[list[str], Option("--prompt", help="Text prompt; several are used in turn.")]
 ALL_FAMILIES = ["ddpm", "vae", "gan", "autoregressive"]
 """Families of ``diffusion.models.config``, which is too slow to import for ``--help``."""
+DryRun = Annotated[bool, Option("--dry-run", help="Only show what would be done, and the estimated time.")]
 pipeline = command(app, panel="Pipeline")
 
 
@@ -43,6 +44,9 @@ def ingest(
     rebuild_if_different: Annotated[
         bool, Option("--rebuild-if-different", help="Rebuild if the storage differs.")
     ] = False,
+    dry_run: Annotated[
+        bool, Option("--dry-run", help="Only look at the source: counts, sizes, classes, captions, what is new.")
+    ] = False,
     local: options.Local = False,
 ) -> CommandOutput:
     """Add the new images of a source to a data set of WebDataset shards; record it in DVC and push it.
@@ -51,17 +55,22 @@ def ingest(
 
     Example:  darkroom ingest ~/faces --dataset faces --set ingest.size=32
     """
+    from flows.cli.checks import require_source
+
+    require_source(config.ingest)
     when: Any = "always" if rebuild else "if_different" if rebuild_if_different else "never"
+    if dry_run:
+        preview = _preview(config, requeue, when)
+        return CommandOutput(preview, preview.lines())
     if local:
         from diffusion.data.prefetch import local_fan_out
-        from flows.tracking.console import console
 
         fan_out = local_fan_out(config.ingest)
         # The worker processes start during this slow import.
         from diffusion.data.ingest.ingest import ingest as ingest_images
 
         data = config.dataset_folder
-        with console() as progress:
+        with progress_shown() as progress:
             result = ingest_images(data, config.ingest, progress, requeue=requeue, rebuild=when, fan_out=fan_out)
         return CommandOutput(result, _ingested(result, config.ingest.source))
     with connect("prefect", "s3"):
@@ -74,7 +83,41 @@ def ingest(
     return CommandOutput(value, [*_ingested(done.result, config.ingest.source), *about])
 
 
+def _preview(config: "Params", requeue: bool = False, rebuild: Any = "never") -> "IngestPreview":
+    from diffusion.data.ingest.ingest import preview
+
+    if not config.ingest.source.startswith("s3://"):
+        return preview(config.dataset_folder, config.ingest, requeue=requeue, rebuild=rebuild)
+    with connect("s3"):
+        from flows.storage.s3 import S3Objects
+
+        return preview(config.dataset_folder, config.ingest, requeue=requeue, rebuild=rebuild, objects=S3Objects())
+
+
+def _preflight(variants: "Mapping[str, Params]") -> CommandOutput:
+    """What the trainings of several configurations, by name, would do; measured one after the other."""
+    from humanize import precisedelta
+
+    from diffusion.training.train import preflight
+
+    found = {}
+    for name, each in variants.items():
+        with _inputs(each, dry_run=True) as (config, store):
+            found[name] = preflight(config.dataset_folder, config.model, config.training, config.sampling, store)
+    lines = []
+    for name, about in found.items():
+        rows = about.lines()
+        lines += [f"{key:10} {words}" for key, words in rows] if len(found) == 1 else [f"{name}: {rows[-1][1]}"]
+    seconds = sum(about.seconds or 0 for about in found.values())
+    if len(found) > 1:
+        lines.append(f"{len(found)} trainings, {precisedelta(seconds, minimum_unit='minutes', format='%d')} in all")
+    value = {name: about.model_dump(mode="json") for name, about in found.items()}
+    return CommandOutput({"dry_run": True, "seconds": seconds, "trainings": value}, lines)
+
+
 def _ingested(result: "IngestResult", source: str) -> Iterator[str]:
+    from diffusion.data.sources.survey import find_captions, offer
+
     yield (
         f"{result.kept:,} images in {result.folder} ({result.added:,} new), {result.duplicates:,} duplicates, "
         f"{result.quarantined_count:,} quarantined"
@@ -88,6 +131,8 @@ def _ingested(result: "IngestResult", source: str) -> Iterator[str]:
     if result.relabelled:
         yield f"kept with their old label or caption: {result.relabelled:,} images that came with another one"
     if result.passed_over:
+        if Path(source).is_dir() and (table := find_captions(Path(source))) is not None:
+            yield offer(table)
         ends = [f"{count:,} {end or 'without extension'}" for end, count in result.passed_over.items()]
         yield f"ignored, no image extension: {', '.join(ends[:5])}{' …' if len(ends) > 5 else ''}"
         if result.passed_over.keys() & {".json", ".cls", ".txt"} and ".tar" in source and not source.startswith("wds:"):
@@ -114,6 +159,12 @@ def train(
     """
     if dry_run and (restart or restart_if_different):
         raise UserError("--dry-run discards nothing: leave --restart out")
+    from flows.cli.checks import require_training_inputs
+
+    if dry_run or local:
+        from diffusion.data.manifest import read_manifest
+
+        read_manifest(config.dataset_folder)
     if dry_run:
         from diffusion.training.train import preflight
 
@@ -123,18 +174,28 @@ def train(
     otherwise: Restart = "if_different" if restart_if_different else "never"
     if local:
         from diffusion.training.train import discard
-        from flows.tracking.console import console
 
         if restart and not is_follower():
             discard(config.run_folder)
-        with console() as progress:
+        with progress_shown() as progress:
             result = _train(config, progress=progress, restart=otherwise)
         return None if is_follower() else CommandOutput(result, [f"{result.images} images seen; {result.final}"])
     if is_follower():
         with _inputs(config) as (config, store):
             _train(config, store=store)
         return None
+    from diffusion.data.manifest import read_manifest
+
+    read_manifest(config.dataset_folder)
     with connect("prefect", "mlflow", "s3"):
+        require_training_inputs(config)
+        from flows.config import registered, registered_start
+
+        if config.training.stream_bytes is None and not (registered(config) or registered_start(config)):
+            from diffusion.training.train import check
+
+            params = config.model, config.training, config.sampling
+            check(config.dataset_folder, config.run_folder, *params, "always" if restart else otherwise)
         from flows.train import train
 
         done = train(config, "always" if restart else otherwise)
@@ -176,14 +237,16 @@ def evaluate(config: "Params", local: options.Local = False) -> CommandOutput:
 
     Example:  darkroom evaluate --dataset faces --set evaluation.samples=1000
     """
+    from flows.cli.checks import require_run
+
+    require_run(config)
     if local:
         from diffusion.evaluation.evaluate import evaluate as evaluate_checkpoints
         from diffusion.training.ema import models_to_evaluate
-        from flows.tracking.console import console
 
         data, folder, losses = config.dataset_folder, config.report_folder, config.run_folder / "losses.csv"
         models = models_to_evaluate(config.run_folder, folder, config.evaluation.ema_stds)
-        with console() as progress:
+        with progress_shown() as progress:
             done = evaluate_checkpoints(data, models, config.evaluation, config.sampling, folder, losses, progress)
     else:
         with connect("prefect", "mlflow", "s3"):
@@ -214,11 +277,17 @@ def promote(
     """
     if version is not None:
         with connect("mlflow", "s3"):
+            from flows.cli.checks import require_version
+
+            require_version(f"models:/{config.model_name}/{version}")
             from flows.registry import champion
 
             return new_champion(champion.promote(config.model_name, version, reason, taken_down))
     if reason is not None or taken_down:
         raise UserError("--reason and --taken-down are for a manual override of the gate: give --to VERSION as well")
+    from flows.cli.checks import require_evaluation
+
+    require_evaluation(config)
     with connect("prefect", "mlflow", "s3"):
         from flows.promote import promote
 
@@ -269,11 +338,17 @@ def sample(
         return generate_images(config, "sample", fields, model, output)
     if output is not None:
         raise UserError("--out is where images of a model file go, and this is a registered model: use --to S3_URI")
+    if requests is not None and not requests.startswith("s3://") and not Path(requests).is_file():
+        raise UserError(f"--requests {requests} is no file: give a .csv, .jsonl or .parquet table, local or on s3://")
+    from diffusion.generation.config import Conditions
+    from flows.cli.checks import require_prompts, require_version
+
+    conditions = Conditions(labels=tuple(label), prompts=tuple(prompt), negative_prompt=negative_prompt)
     with connect("prefect", "mlflow", "s3"):
-        from diffusion.generation.config import Conditions
+        require_version(model or config.champion, config, conditions)
+        require_prompts(conditions)
         from flows.sample import sample
 
-        conditions = Conditions(labels=tuple(label), prompts=tuple(prompt), negative_prompt=negative_prompt)
         done = sample(config, model or config.champion, count, seed, to, conditions, requests)
     files = [f"manifest: {done.manifest}", f"contact sheet: {done.contact_sheet}"]
     return CommandOutput(done, [f"{done.count} images of {done.model} in {done.uri}", *files, done.took.words])
@@ -290,6 +365,7 @@ def retrain(
     label: Labels = [],  # noqa: B006
     prompt: Prompts = [],  # noqa: B006
     negative_prompt: options.NegativePrompt = None,
+    dry_run: DryRun = False,
 ) -> CommandOutput:
     """Run the whole pipeline: ingest, train, evaluate, promote and sample.
 
@@ -299,13 +375,42 @@ def retrain(
     """
     if source is not None and version is not None:
         raise UserError("--version trains on what was ingested before: leave SOURCE out")
+    from diffusion.generation.config import Conditions
+    from flows.cli import checks
+
+    conditions = Conditions(labels=tuple(label), prompts=tuple(prompt), negative_prompt=negative_prompt)
+    if version is None:
+        checks.require_source(config.ingest)
+        checks.require_label_in_source(config, conditions)
+    if dry_run:
+        return _retraining(config, version)
     with connect("prefect", "mlflow", "s3"):
-        from diffusion.generation.config import Conditions
+        checks.require_prompts(conditions)
+        if version is not None:
+            from flows.datasets.checkout import DatasetLocation
+            from flows.environment import data_source
+
+            DatasetLocation(config.dataset_folder, data_source).choose(version)
         from flows.retrain import retrain
 
-        conditions = Conditions(labels=tuple(label), prompts=tuple(prompt), negative_prompt=negative_prompt)
         found = retrain(config, count, seed, to, conditions, version).model_dump(mode="json")
     return CommandOutput(found, _retrained(found), None if found["verdict"]["promoted"] else typer.Exit(3))
+
+
+def _retraining(config: "Params", version: str | None) -> CommandOutput:
+    """What a retraining would do: its ingest, and its training if the data set exists."""
+    value: dict[str, Any] = {"dry_run": True, "ingest": None, "training": None}
+    lines: list[str] = []
+    if version is None:
+        preview = _preview(config, rebuild="never")
+        value["ingest"], lines = preview.model_dump(mode="json"), preview.lines()
+    if (config.dataset_folder / "manifest.json").is_file():
+        training = _preflight({config.training.dataset: config})
+        value["training"] = training.value
+        lines += ["training, on the images that are there now:", *training.lines]
+    else:
+        lines.append("training   measured after `darkroom ingest`, by `darkroom train --dry-run`")
+    return CommandOutput(value, lines)
 
 
 def _retrained(found: dict[str, Any]) -> Iterator[str]:
@@ -344,7 +449,7 @@ def _retrained(found: dict[str, Any]) -> Iterator[str]:
 
 
 @pipeline
-def distill(config: "Params", local: options.Local = False) -> CommandOutput:
+def distill(config: "Params", dry_run: DryRun = False, local: options.Local = False) -> CommandOutput:
     """Train a student of the champion that generates in two evaluations or so, and promote it if it is as good.
 
     The same command resumes an interrupted distillation.
@@ -353,28 +458,47 @@ def distill(config: "Params", local: options.Local = False) -> CommandOutput:
 
     Example:  darkroom distill --dataset faces --local --set distillation.teacher=runs/faces/final.safetensors
     """
+    from diffusion.data.manifest import read_manifest
+
+    read_manifest(config.dataset_folder)
     if local:
-        from diffusion.checkpoints import read_model_header
-        from diffusion.training.setup import student_training
-        from flows.tracking.console import console
+        from diffusion.common.model_files import read_header
 
         path = config.distillation.teacher
+        read_header(Path(path))
+        from diffusion.checkpoints import read_model_header
+        from diffusion.training.setup import student_training
+
         header = read_model_header(Path(path))
         training = student_training(config.training, config.distillation, config.sampling, path, header)
         config = config.model_copy(update={"training": training})
-        with console() as progress:
+        if dry_run:
+            return _preflight({"student": config})
+        with progress_shown() as progress:
             result = _train(config, progress=progress, restart="if_different")
         return CommandOutput(result, [f"{result.images} images seen; {result.final}"])
     with connect("prefect", "mlflow", "s3"):
+        from flows.cli.checks import require_version
+
+        teacher = config.distillation.teacher
+        require_version(config.champion if teacher == "champion" else teacher)
+        if dry_run:
+            from diffusion.training.setup import student_training
+            from flows.distill import find_teacher
+
+            # The plain function, outside of Prefect.
+            training = student_training(config.training, config.distillation, config.sampling, *find_teacher.fn(config))
+            return _preflight({"student": config.model_copy(update={"training": training})})
         from flows.distill import distill
 
         return _promoted(distill(config))
 
 
-@command(app, panel="Pipeline", servers=("prefect", "mlflow", "s3"))
+@pipeline
 def sweep(
     config: "Params",
     over: Annotated[list[str], Option(metavar="KEY=V,V", help="Values of a field of model or training; repeatable.")],
+    dry_run: DryRun = False,
 ) -> CommandOutput:
     """Grid search: train and evaluate every combination of settings, and rank them in a report; resumable.
 
@@ -382,9 +506,19 @@ def sweep(
 
     Example:  darkroom sweep --dataset faces --over training.learning_rate=1e-3,4e-3 --over model.width=32,64
     """
-    from flows.sweep import parse_over, sweep
+    from flows.config import combinations, parse_over, words_of
 
-    done = sweep(config, parse_over(over))
+    values = parse_over(over)
+    points = combinations(config, values)
+    from diffusion.data.manifest import read_manifest
+
+    read_manifest(config.dataset_folder)
+    if dry_run:
+        return _preflight({words_of(each.settings): each.params for each in points})
+    with connect("prefect", "mlflow", "s3"):
+        from flows.sweep import sweep
+
+        done = sweep(config, values)
     lines = [
         f"{done.ranking.metric} {each.value:.4g} ± {each.error:.2g}  "
         + " ".join(f"{key}={value}" for key, value in each.settings.items())
@@ -398,6 +532,7 @@ def compare(
     config: "Params",
     family: Annotated[list[str], Option(metavar="NAME", help="Model family; may be repeated.")] = ALL_FAMILIES,
     restart: Annotated[bool, Option("--restart", help="Discard runs of other settings in their folders.")] = False,
+    dry_run: DryRun = False,
     local: options.Local = False,
 ) -> CommandOutput:
     """Train each model family on the same images with the same budget, and rank their samples.
@@ -406,12 +541,18 @@ def compare(
 
     Example:  darkroom compare --dataset faces --set training.minutes=10
     """
-    if local:
-        from flows.sweep import family_variants, rank_variants
-        from flows.tracking.console import console
+    from flows.config import family_variants
 
-        variants = family_variants(config, family)
-        with console() as progress:
+    variants = family_variants(config, family)
+    from diffusion.data.manifest import read_manifest
+
+    read_manifest(config.dataset_folder)
+    if dry_run:
+        return _preflight(variants)
+    if local:
+        from flows.sweep import rank_variants
+
+        with progress_shown() as progress:
             for each in variants.values():
                 _train(each, progress=progress, restart="if_different" if restart else "never")
             done = rank_variants(variants, progress)

@@ -9,7 +9,7 @@ import typer
 from typer import Argument, Option
 
 from diffusion.common.escaping import escape_controls
-from flows.cli.command import CommandOutput, command
+from flows.cli.command import CommandOutput, command, progress_shown
 
 if TYPE_CHECKING:
     from flows.local_stack.control import StackStatus
@@ -109,9 +109,8 @@ def backup(target: Target) -> CommandOutput:
     Example:  darkroom server backup /mnt/backups/darkroom
     """
     from flows.local_stack.backup import backup
-    from flows.tracking.console import console
 
-    with console() as progress:
+    with progress_shown() as progress:
         done = backup(target, progress)
     size = sum(each.size for each in done.objects)
     result = {"stamp": done.stamp, "objects": len(done.objects), "bytes": size, "databases": list(done.databases)}
@@ -136,9 +135,8 @@ def restore(
     """
     from flows.environment import settings
     from flows.local_stack.backup import restore
-    from flows.tracking.console import console
 
-    with console() as progress:
+    with progress_shown() as progress:
         backup, later = restore(target, stamp, replaced, _say, progress)
     folder, until, removals = settings().folder, later.known_until, list(later.removals())
     result = {

@@ -8,15 +8,16 @@ import base64
 import http.client
 import json
 import os
+import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from tenacity import Retrying, stop_after_delay, wait_fixed
+from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_fixed
 
 from diffusion.common.errors import DarkroomError, UserError
-from flows.environment import SERVER_TITLES, SERVER_VARIABLES, Server, settings
+from flows.environment import SECRET_VARIABLE, SERVER_TITLES, SERVER_VARIABLES, Server, settings
 
 LARGEST = 64 * 2**20  # largest accepted response, in bytes
 
@@ -25,8 +26,12 @@ class NotServing(DarkroomError):
     """The service does not answer correctly (yet)."""
 
 
+class WrongLogin(UserError):
+    """The server rejects user or password."""
+
+
 def request_json(url: str, login: str = "", body: Any = None) -> Any:
-    """Send a GET, or a POST of ``body``; returns the JSON response. Raises NotServing without one within 3 s."""
+    """Send a GET, or a POST of ``body``; returns the JSON response. Raises as ``fetch`` does."""
     try:
         return json.loads(fetch(url, login, body))
     except ValueError as error:
@@ -53,7 +58,10 @@ def server_url(variable: str) -> str:
 
 
 def fetch(url: str, login: str = "", body: Any = None) -> bytes:
-    """Send a GET, or a POST of ``body``; returns the raw response. Raises NotServing without one within 3 s."""
+    """Send a GET, or a POST of ``body``; returns the raw response.
+
+    Raises NotServing without one within 3 s, WrongLogin if the server rejects user or password.
+    """
     url, named = without_login(url)
     login, headers = login or named, {"Content-Type": "application/json"}
     if login:
@@ -65,6 +73,10 @@ def fetch(url: str, login: str = "", body: Any = None) -> bytes:
         proxies: dict[str, str] | None = {} if request.host.startswith("127.0.0.1") else None
         with urllib.request.build_opener(urllib.request.ProxyHandler(proxies)).open(request, timeout=3) as answer:
             content = bytes(answer.read(LARGEST + 1))
+    except urllib.error.HTTPError as error:
+        if error.code == 401:
+            raise WrongLogin(f"{url}: wrong user or password") from error
+        raise NotServing(f"{url}: {error}") from error
     except (OSError, ValueError, http.client.HTTPException) as error:
         raise NotServing(f"{url}: {error}") from error
     if len(content) > LARGEST:
@@ -98,21 +110,36 @@ def check(name: str) -> list[str]:
 def require(*servers: Server) -> None:
     """Wait until each of ``servers`` works; raises DarkroomError for one that does not within 10 s.
 
-    The clients of MLflow and Prefect would retry silently for minutes. A file store of MLflow is not checked, nor is
-    S3, whose client fails within seconds.
+    The clients of MLflow and Prefect would retry silently for minutes. A wrong login is not retried: UserError. A file
+    store of MLflow is not checked.
     """
     for server in servers:
         variable = SERVER_VARIABLES[server][0]
-        if server == "s3" or not os.environ.get(variable, "").startswith("http"):
-            continue
-        try:
-            for attempt in Retrying(stop=stop_after_delay(10), wait=wait_fixed(1), reraise=True):
-                with attempt:
-                    CHECKS[server]()
-        except NotServing as error:
-            raise DarkroomError(
-                f"{SERVER_TITLES[server]} does not answer ({error}): is it running, and is {variable} right?"
-            ) from error
+        if server == "s3":
+            require_s3_login()
+        elif os.environ.get(variable, "").startswith("http"):
+            again = retry_if_exception_type(NotServing)
+            try:
+                Retrying(retry=again, stop=stop_after_delay(10), wait=wait_fixed(1), reraise=True)(CHECKS[server])
+            except WrongLogin as error:
+                hint = "MLFLOW_TRACKING_USERNAME and " if server == "mlflow" else ""
+                raise UserError(f"{SERVER_TITLES[server]} at {error}: set {hint}{SECRET_VARIABLE[server]}") from error
+            except NotServing as error:
+                raise DarkroomError(
+                    f"{SERVER_TITLES[server]} does not answer ({error}): is it running, and is {variable} right?"
+                ) from error
+
+
+def require_s3_login() -> None:
+    """Raise UserError if the S3 server does not answer or does not know the keys; what they may do is not checked."""
+    from flows.storage.s3 import PROBE, Denied, Store, WrongKeys
+
+    try:
+        next(Store().list_keys(settings().bucket, f"samples/{PROBE}"), None)
+    except WrongKeys:
+        raise
+    except Denied:  # these keys may not list everything, as a command may not need
+        pass
 
 
 def _s3() -> list[str]:

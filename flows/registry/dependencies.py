@@ -19,6 +19,7 @@ from flows.registry.aliases import CHAMPION, resolve_alias
 from flows.registry.model_versions import Version, registered_version
 from flows.registry.takedown_marks import TAKEDOWN, joined_names, names_of, takedowns, warn_of_takedown, with_takedowns
 from flows.storage.s3 import Location, Missing, Store
+from flows.storage.tags import parse_model_uri
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +59,7 @@ def resolve_start(params: Params, uri: str) -> Version | None:
         ) from error
     if begun is None:
         return None
-    name, number = model_versions.parse_model_uri(begun)
+    name, number = parse_model_uri(begun)
     if (version := registered_version(MlflowClient(), name, int(number))) is None:
         raise UserError(
             f"this training begins with {begun}, which is not in the registry any more: set training.init_from to "

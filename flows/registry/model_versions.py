@@ -2,7 +2,6 @@
 
 import base64
 import json
-import re
 import shutil
 from collections.abc import Mapping
 from importlib.metadata import version as installed
@@ -27,7 +26,7 @@ from pydantic import ValidationError
 
 import diffusion
 from diffusion.checkpoints import load_model
-from diffusion.common.config import LONGEST_NAME, Config, PlainName, plain_name
+from diffusion.common.config import Config, PlainName
 from diffusion.common.errors import UserError
 from diffusion.common.files import digest_of, sha256_file
 from diffusion.common.image_grids import image_of, png_bytes
@@ -39,7 +38,7 @@ from diffusion.process.samplers import SamplingConfig
 from flows.environment import settings
 from flows.registry.aliases import ALIASES, none_if_missing, resolve_alias, verified
 from flows.registry.ledger import Ledger
-from flows.storage.tags import HIGHEST_NUMBER, RunId, VersionNumber, parse_tags
+from flows.storage.tags import RunId, VersionNumber, parse_model_uri, parse_tags
 
 WEIGHTS, CODE = "darkroom.weights_sha256", "darkroom.code_sha256"
 CODE_FOLDER = "code"  # folder of a logged model that MLflow puts on the import path when it loads the model
@@ -49,7 +48,6 @@ REQUIREMENTS = (
 )
 """Libraries that the served model imports; the installed versions are logged with it. MLflow's full package would bring
 its server and forty packages more."""
-MODEL_URI = re.compile(r"models:/(?P<name>[^/@]+)(@(?P<alias>[\w.-]{1,100})|/(?P<number>[1-9][0-9]{0,9}))")
 PARAMETERS: Mapping[str, tuple[DataType, Any]] = {
     "task": (DataType.string, "sample"),
     "seed": (DataType.long, 0),
@@ -105,18 +103,6 @@ class Version(Config):
         return f"models:/{self.model}/{self.number}"
 
 
-def parse_model_uri(uri: str) -> tuple[str, str]:
-    """Parse ``models:/NAME@ALIAS`` or ``models:/NAME/NUMBER`` into (NAME, "@ALIAS" or NUMBER)."""
-    named = MODEL_URI.fullmatch(uri)
-    try:
-        if named is None or int(named["number"] or 1) > HIGHEST_NUMBER:
-            raise ValueError(uri)
-        return plain_name(named["name"]), named["number"] or f"@{named['alias']}"
-    except ValueError as error:
-        shown = uri if len(uri) <= LONGEST_NAME else f"{uri[:LONGEST_NAME]}…"
-        raise UserError(f"{shown} names no model version: write models:/NAME@champion or models:/NAME/1") from error
-
-
 def resolve(client: MlflowClient, uri: str) -> Version:
     """Resolve ``uri`` to a version, by the ledger for the aliases that follow it; raises UserError if there is none."""
     name, which = parse_model_uri(uri)
@@ -129,10 +115,21 @@ def resolve(client: MlflowClient, uri: str) -> Version:
     if number is not None and (version := registered_version(client, name, number)):
         return version
     if alias is None or number is None:
-        raise UserError(f"{uri} is not in the registry: run `darkroom retrain`, or see the MLflow UI")
+        raise UserError(f"{uri} is not in the registry: {_known(client, name)}")
     raise UserError(
         f"{uri} is not in the registry any more (version {number}): `darkroom model history` says what to do"
     )
+
+
+def _known(client: MlflowClient, name: str) -> str:
+    """Describe the versions and aliases of a model, or the models if there is no such one."""
+    if (model := none_if_missing(client.get_registered_model, name)) is None:
+        models = sorted(each.name for each in client.search_registered_models())
+        there = f"there is {', '.join(models[:10])}{' …' if models[10:] else ''}" if models else "there is none yet"
+        return f"no model is named {name}, {there}; `darkroom retrain` registers one"
+    numbers = sorted(int(each.version) for each in client.search_model_versions(f"name='{name}'"))
+    aliases = ", ".join(f"@{alias} ({number})" for alias, number in sorted(model.aliases.items()))
+    return f"model {name} has versions {', '.join(map(str, numbers[-10:])) or 'none'} and aliases {aliases or 'none'}"
 
 
 def registered_version(client: MlflowClient, model: str, number: int) -> Version | None:

@@ -23,10 +23,10 @@ from mlflow.client import MlflowClient
 from mlflow.entities import LifecycleStage, LoggedModel, Run, ViewType
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
-from diffusion.checkpoints import read_header
 from diffusion.common.config import Config
 from diffusion.common.errors import UserError
 from diffusion.common.files import PARTIAL
+from diffusion.common.model_files import read_header
 from diffusion.evaluation.reports.html import count, storage
 from diffusion.training.train import discard
 from flows.config import RetentionConfig

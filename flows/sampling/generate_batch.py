@@ -26,7 +26,7 @@ from diffusion.data.prefetch import prefetch
 from diffusion.data.shards import TarWriter
 from diffusion.families.model import Model
 from diffusion.generation import generate
-from diffusion.generation.config import UNCONDITIONAL, Conditions
+from diffusion.generation.config import UNCONDITIONAL, Conditions, is_conditional
 from diffusion.models.text_encoder import check_encoder
 from diffusion.process.samplers import SamplingConfig
 from flows import environment
@@ -275,7 +275,7 @@ def plan(
         )
     model = load_model(weights)
     table = _table(store, model, model.header.sampling(sampling, conditional=False), conditions, requests)
-    conditional = table.is_conditional(model.classes) if table else generate.is_conditional(model.classes, conditions)
+    conditional = table.is_conditional(model.classes) if table else is_conditional(model.classes, conditions)
     sampling = model.header.sampling(sampling, conditional)
     if table is None:
         generate.check_sampling(model, sampling, conditions)

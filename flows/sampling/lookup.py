@@ -23,12 +23,11 @@ from diffusion.common.files import canonical_json, sha256_bytes, sha256_file
 from diffusion.data.manifest import Sha256
 from diffusion.data.shards import BLOCK
 from diffusion.generation.requests import ABOUT, RequestRecord
-from flows.registry.model_versions import parse_model_uri
 from flows.sampling import sampling_batch
 from flows.sampling.request_table import LARGEST_GROUP, REQUESTS
 from flows.sampling.sampling_batch import BATCH, MANIFEST, SUCCESS, Row, SamplingBatch
 from flows.storage.s3 import Location, Missing, Store
-from flows.storage.tags import RunId, VersionNumber
+from flows.storage.tags import RunId, VersionNumber, parse_model_uri
 
 logger = logging.getLogger(__name__)
 

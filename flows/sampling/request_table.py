@@ -21,8 +21,8 @@ from diffusion.data.manifest import Sha256
 from diffusion.data.sources.conventions import as_text, records
 from diffusion.data.sources.local_files import open_text
 from diffusion.families.model import Model
-from diffusion.generation.config import Conditions
-from diffusion.generation.generate import check_conditions, check_prompts, is_conditional
+from diffusion.generation.config import Conditions, check_conditions, is_conditional
+from diffusion.generation.generate import check_prompts
 from diffusion.process.samplers import SamplingConfig
 from flows.storage.s3 import Location, Store
 

@@ -38,10 +38,8 @@ Put = Literal["written", "already there"]
 PROBE = ".darkroom-conditional-put"  # name of the object that ``require_conditional_puts`` probes the server with
 LARGEST_PUT = 5 * 2**30  # maximum size in bytes of an object that is written by one request
 DELETED_AT_ONCE = 1000  # maximum number of objects in one delete request
-DENIED = (
-    *("403", "AccessDenied", "ExpiredToken", "Forbidden"),
-    *("InvalidAccessKeyId", "InvalidToken", "SignatureDoesNotMatch"),
-)
+WRONG_KEYS = ("ExpiredToken", "InvalidAccessKeyId", "InvalidToken", "SignatureDoesNotMatch")
+DENIED = ("403", "AccessDenied", "Forbidden", *WRONG_KEYS)
 ELSEWHERE = ("301", "AuthorizationHeaderMalformed", "IllegalLocationConstraintException", "PermanentRedirect")
 NO_KEYS = exceptions.NoCredentialsError, exceptions.PartialCredentialsError, exceptions.CredentialRetrievalError
 DAMAGED_READS = exceptions.FlexibleChecksumError, exceptions.IncompleteReadError, exceptions.ResponseStreamingError
@@ -56,6 +54,10 @@ class Missing(UserError):
 
 class Denied(UserError):
     """Access denied by the server."""
+
+
+class WrongKeys(Denied):
+    """Credentials that the server does not know."""
 
 
 @dataclass(frozen=True)
@@ -443,6 +445,9 @@ def _explained(error: ClientError, place: str, bucket: str, server: str) -> Dark
         return Missing(f"{place} does not exist at {server}")
     if code == "InvalidRange":
         return Missing(f"{place} is shorter at {server} than the requested range: it was cut, or replaced")
+    if code in WRONG_KEYS:
+        hint = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY to valid ones"
+        return WrongKeys(f"{place}: {server} rejects the credentials ({code}): {hint}")
     if code in DENIED:
         hint = "check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and what that key may do"
         if code == "403":  # to a HEAD, whose answer has no body to say why

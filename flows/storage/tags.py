@@ -1,11 +1,12 @@
-"""Darkroom's tags in MLflow, validated: any account can change them, and they become file names and S3 keys here."""
+"""Model URIs, and Darkroom's tags in MLflow, validated: any account can change them, and they become names of files."""
 
+import re
 from collections.abc import Mapping
 from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
-from diffusion.common.config import PlainName
+from diffusion.common.config import LONGEST_NAME, PlainName, plain_name
 from diffusion.common.errors import UserError
 from diffusion.data.manifest import Sha256
 
@@ -19,6 +20,9 @@ ModelUri = Annotated[str, StringConstraints(pattern=r"^models:/[^/@]{1,200}/[1-9
 """Exact version of a registered model."""
 DvcDigest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{32}(\.dir)?$")]
 """Name that DVC gives a file or, with ``.dir``, a folder: the MD5 of its bytes or of its listing."""
+
+
+MODEL_URI = re.compile(r"models:/(?P<name>[^/@]+)(@(?P<alias>[\w.-]{1,100})|/(?P<number>[1-9][0-9]{0,9}))")
 
 
 class Tags(BaseModel):
@@ -54,4 +58,19 @@ def parse_tags(tags: Mapping[str, str], where: str) -> Tags:
         raise UserError(
             f"{where} has the tag {first['loc'][0]} = {shown}, which is not what Darkroom writes there: correct it in "
             "MLflow, or delete it"
+        ) from error
+
+
+def parse_model_uri(uri: str) -> tuple[str, str]:
+    """Parse ``models:/NAME@ALIAS`` or ``models:/NAME/NUMBER`` into (NAME, "@ALIAS" or NUMBER)."""
+    named = MODEL_URI.fullmatch(uri)
+    try:
+        if named is None or int(named["number"] or 1) > HIGHEST_NUMBER:
+            raise ValueError(uri)
+        return plain_name(named["name"]), named["number"] or f"@{named['alias']}"
+    except ValueError as error:
+        shown = uri if len(uri) <= LONGEST_NAME else f"{uri[:LONGEST_NAME]}…"
+        raise UserError(
+            f"{shown} names no model version: write models:/NAME@champion, models:/NAME/1, or a path that ends in "
+            ".safetensors"
         ) from error

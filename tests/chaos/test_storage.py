@@ -79,7 +79,7 @@ def test_revoked_keys_give_a_one_line_error_and_new_keys_resume(
     with site.paused(TRAINING) as process:
         house.admit()
     line = ended(process, 2)
-    assert "denies access" in line
+    assert "rejects the credentials" in line
     assert "AWS_ACCESS_KEY_ID" in line
     assert NIGHT["AWS_SECRET_ACCESS_KEY"] not in line
     house.admit(NIGHT)

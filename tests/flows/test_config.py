@@ -13,8 +13,7 @@ from diffusion.presets import PresetName
 from diffusion.process.samplers import sampling_config
 from diffusion.process.schedules import linear_schedule, make_schedule
 from diffusion.training.config import TrainingConfig
-from flows.config import Params, flattened, load_params, registered
-from flows.sweep import family_variants
+from flows.config import Params, family_variants, flattened, load_params, load_with_origins, registered
 from tests.builders import ROOT
 
 MINIMAL = "training:\n  images: 100\n"
@@ -53,8 +52,8 @@ def test_folders_and_model_follow_the_data_set_unless_named(params: Path) -> Non
         ("ingest.size=4", r"ingest\.size: .*greater than or equal to 8"),
         ("training.images", "write it as key=value"),
         ("training.images.more=1", "is a value, not a section"),
-        ("training.minutes=1", r"either training\.images or training\.minutes"),
-        ("model.attention=[5]", r"model\.attention"),
+        ("ingest.size=huge", r"^--set ingest\.size=huge: "),
+        ("model.attention=[5]", r"^--set model\.attention=\[5\]: model: model\.attention"),
         ("ingest.background=red", "ingest.background"),
         ("sampling_batch.chunk=100", r"cuts compute batches of 64 images .* use 128"),
         ("training.minutes=.inf", r"training\.minutes: .*finite"),
@@ -67,6 +66,46 @@ def test_configuration_errors_name_the_key_and_the_remedy(params: Path, override
     with pytest.raises(UserError, match=words) as caught:
         load_params(params, [override])
     assert "\n" not in str(caught.value)
+
+
+def test_a_duration_on_the_command_line_replaces_the_one_in_the_file(params: Path) -> None:
+    config = load_params(params, ["training.minutes=3"])
+    assert (config.training.images, config.training.minutes) == (None, 3)
+    params.write_text("training:\n  minutes: 3\n")
+    config = load_params(params, ["training.images=8000"])
+    assert (config.training.images, config.training.minutes) == (8000, None)
+    with pytest.raises(UserError, match=r"^--set training\.images --set training\.minutes: give one"):
+        load_params(params, ["training.images=8000", "training.minutes=2"])
+    params.write_text("training:\n  images: 5\n  minutes: 3\n")
+    with pytest.raises(UserError, match=r"^.*params\.yaml: training: give either"):
+        load_params(params, [])
+
+
+def test_errors_blame_the_file_or_the_option_that_they_are_from(params: Path) -> None:
+    params.write_text("training:\n  batchsize: 3\n")
+    with pytest.raises(UserError, match=r"^.*params\.yaml: unknown key training\.batchsize"):
+        load_params(params, ["ingest.size=32"])
+    params.write_text(MINIMAL)
+    with pytest.raises(UserError, match=r"^--dataset \.\./x: training\.dataset"):
+        load_params(params, ["ingest.size=32"], {"training.dataset": ("--dataset", "../x")})
+    # Of several fields that contradict each other, those of the command line are to blame if the file alone is valid.
+    with pytest.raises(UserError, match=r"^--set sampling_batch\.chunk=100: "):
+        load_params(params, ["sampling_batch.chunk=100"])
+
+
+def test_each_field_has_the_origin_that_set_it_last(params: Path) -> None:
+    params.write_text("preset: ddpm\ningest:\n  size: 32\ntraining:\n  images: 5\n  dataset: faces\n")
+    values, origins = load_with_origins(params, ["ingest.size=64", "training.minutes=1"])
+    assert origins.keys() == flattened(values.model_dump(mode="json")).keys()
+    expected = {
+        "ingest.size": "--set",
+        "training.minutes": "--set",
+        "training.images": "default",
+        "training.dataset": str(params),
+        "sampling.sampler": "preset ddpm",
+        "ingest.fit": "default",
+    }
+    assert {key: origins[key] for key in expected} == expected
 
 
 def test_missing_or_broken_configuration_file_is_an_error(tmp_path: Path) -> None:

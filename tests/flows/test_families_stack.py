@@ -15,7 +15,7 @@ import yaml
 from mlflow.client import MlflowClient
 from PIL import Image
 
-from diffusion.checkpoints import read_header
+from diffusion.common.model_files import read_header
 from tests.builders.workspace import PARAMS, Workspace, objects, running
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]

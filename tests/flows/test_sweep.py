@@ -3,8 +3,7 @@
 import pytest
 
 from diffusion.common.errors import UserError
-from flows.config import Params
-from flows.sweep import combinations, parse_over
+from flows.config import Params, combinations, parse_over
 
 PARAMS = Params.model_validate({"training": {"dataset": "faces", "images": 100}, "model": {"width": 16}})
 

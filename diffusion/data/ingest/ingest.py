@@ -8,6 +8,7 @@ import sqlite3
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Literal
 
 import pyarrow.compute as pc
@@ -25,6 +26,7 @@ from diffusion.data.manifest import Manifest, read_manifest, read_records, requi
 from diffusion.data.prefetch import FanOut, local_fan_out
 from diffusion.data.sources import open_source
 from diffusion.data.sources.base import Access, ObjectStore
+from diffusion.data.sources.survey import Survey, survey
 
 Rebuild = Literal["never", "if_different", "always"]
 """When to rebuild the data set from this source alone; ``if_different``: if images are to be stored in another way."""
@@ -66,6 +68,69 @@ class IngestResult(Config):
     quarantined_count: int
 
 
+class IngestPreview(Config):
+    """What an ingest would do."""
+
+    dataset: str
+    kept: int | None
+    """Images in the data set; None if there is none yet."""
+    new: int
+    """Entries of the source that would be read: those not read before, or changed since."""
+    size: int
+    survey: Survey
+
+    def lines(self) -> list[str]:
+        """Describe the source, and what of it is new."""
+        already = "a new data set" if self.kept is None else f"data set {self.dataset}, which has {self.kept:,} images"
+        small = ["small      images below ingest.size are quarantined: lower it, or set ingest.enlarge=true"]
+        return [
+            *self.survey.lines(),
+            *(small if self.survey.too_small(self.size) else []),
+            f"would read {self.new:,} of them into {already}, at {self.size}×{self.size} pixels",
+        ]
+
+
+def preview(
+    folder: Path,
+    config: IngestConfig,
+    *,
+    requeue: bool = False,
+    rebuild: Rebuild = "never",
+    objects: ObjectStore | None = None,
+) -> IngestPreview:
+    """Look at ``config.source`` and count what ``ingest`` would read of it; changes nothing. Raises as it does."""
+    before = read_manifest(folder) if (folder / "manifest.json").is_file() else None
+    rebuilding = before is None or _require_same_storage(folder, before, config, rebuild)
+    with TemporaryDirectory() as temporary:
+        scratch = Path(temporary)
+        for path in work_folder(folder).glob("index.sqlite*"):
+            shutil.copyfile(path, scratch / path.name)
+        found = survey(config, scratch, objects)
+        with closing(Index(scratch / "index.sqlite", folder, before, config.near_duplicates)) as index:
+            source = open_source(config.source, Access(config, scratch, objects))
+            plan = scratch / "plan.sqlite"
+            _, new = make_plan(plan, source, _origin(config), index.path, requeue, rebuilding, silent)
+    kept = None if before is None or rebuilding else before.kept
+    return IngestPreview(dataset=folder.name, kept=kept, new=new, size=config.size, survey=found)
+
+
+def _require_same_storage(folder: Path, before: Manifest, config: IngestConfig, rebuild: Rebuild) -> bool:
+    """Whether the data set is rebuilt; raises UserError if it stores images in another way and must not be."""
+    different = before.stored_otherwise(config.storage())
+    if different and rebuild == "never":
+        name, theirs, ours = different
+        raise UserError(
+            f"data set {folder.name} was made with ingest.{name}={theirs} and this is {ours}: "
+            "give another --dataset, or --rebuild to build it again from this source alone"
+        )
+    return rebuild == "always" or bool(different)
+
+
+def _origin(config: IngestConfig) -> str:
+    """Identity of the source, under which the stamps of its entries are known."""
+    return config.source if ":" in config.source else str(Path(config.source).resolve())
+
+
 def ingest(
     folder: Path,
     config: IngestConfig,
@@ -91,22 +156,14 @@ def ingest(
     make_folder(work)
     with FileLock(work / "lock"), _full_disk_in_words(work):
         before = read_manifest(folder) if (folder / "manifest.json").is_file() else None
-        different = before and before.stored_otherwise(config.storage())
-        if different and rebuild == "never":
-            name, theirs, ours = different
-            raise UserError(
-                f"data set {folder.name} was made with ingest.{name}={theirs} and this is {ours}: "
-                "give another --dataset, or --rebuild to build it again from this source alone"
-            )
-        rebuilding = before is None or rebuild == "always" or bool(different)
+        rebuilding = before is None or _require_same_storage(folder, before, config, rebuild)
         if before is not None and not rebuilding:
             require_whole(folder, before)
         with closing(Index(work / "index.sqlite", folder, before, config.near_duplicates)) as index:
             access = Access(config, work / "scratch", objects)
             access.scratch.mkdir(exist_ok=True)
             source = open_source(config.source, access)
-            # The identity of the source.
-            origin = config.source if ":" in config.source else str(Path(config.source).resolve())
+            origin = _origin(config)
             plan = work / "plan.sqlite"
             listed, planned = make_plan(plan, source, origin, index.path, requeue, rebuilding, progress)
             passed_over = access.passed_over

@@ -7,7 +7,7 @@ from urllib.parse import unquote, urlsplit
 
 from diffusion.common.errors import UserError
 from diffusion.data.sources.base import Access, Source
-from diffusion.data.sources.conventions import Folder
+from diffusion.data.sources.conventions import EXTENSIONS, Folder
 from diffusion.data.sources.known_sets import Idx, TorchvisionSet
 from diffusion.data.sources.local_files import TARS
 from diffusion.data.sources.object_store import Objects
@@ -47,6 +47,15 @@ def open_source(uri: str, access: Access) -> Source:
         match = WITH_OPTIONS.fullmatch(rest)
         place, options = (match[1], _options(scheme, *match.groups())) if match else (rest, {})
         return OPENERS[scheme][0](place, options, access)
+    if uri.startswith(("hf:", "http://", "https://")):
+        what, fix = "an address on the web", "download it and give its path, or give a .csv table with a column url"
+        if scheme == "hf":
+            what = "a data set of the Hugging Face Hub"
+            fix = (
+                f"run `hf download --repo-type dataset {rest.lstrip('/')} --local-dir hub` and give parquet:hub, if it "
+                "has Parquet files, or else hub"
+            )
+        raise UserError(f"source {uri} is {what}, which is not read directly: {fix}")
     path = Path(uri)
     if scheme == "file" and colon:
         parts = urlsplit(uri)
@@ -57,7 +66,10 @@ def open_source(uri: str, access: Access) -> Source:
     if path.is_dir():
         return Folder(path, access)
     if not (name.endswith((*TARS, ".zip", ".parquet", ".csv", ".jsonl")) or IDX.fullmatch(path.name)):
-        raise UserError(f"source {uri} is not a folder, nor anything else that is understood: give {SUPPORTED}")
+        if path.suffix.lower() in EXTENSIONS and path.is_file():
+            raise UserError(f"source {uri} is one image: give the folder that it is in")
+        state = "is not understood" if path.exists() else "does not exist"
+        raise UserError(f"source {uri} {state}: give {SUPPORTED}")
     if not path.is_file():
         raise UserError(f"source {uri} does not exist: check the path")
     if name.endswith(TARS):

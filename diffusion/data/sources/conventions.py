@@ -201,6 +201,12 @@ class Folder:
             yield printable(name), json.dumps(name), stamp_if_there(self.root / name)
 
 
+def holds_images(root: Path) -> bool:
+    """Return whether the folder ``root`` may hold images: a metadata file, or a file with an image's extension."""
+    names = _walk(str(root), "", (_real(root),))
+    return any(is_image(name) or name in METADATA_FILES for name in map(printable, names))
+
+
 def _walk(folder: str, prefix: str, above: tuple[str, ...]) -> Iterator[str]:
     """Yield the visible files below ``folder``, each once, however links lead to it; ``above``: its real parents."""
     try:

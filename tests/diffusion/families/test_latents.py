@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors import safe_open
 
-from diffusion.checkpoints import export, load_model, read_header
+from diffusion.checkpoints import export, load_model
 from diffusion.common.errors import UserError
+from diffusion.common.model_files import read_header
 from diffusion.common.random import GaussianNoise
 from diffusion.data.dataset import Dataset
 from diffusion.diffusers_format.export import export_to_diffusers

@@ -9,15 +9,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from diffusion.checkpoints import load_model, read_header
+from diffusion.checkpoints import load_model
 from diffusion.common.errors import UserError
+from diffusion.common.model_files import read_header
 from diffusion.data.dataset import Dataset
 from diffusion.data.ingest.ingest import forget_captions
 from diffusion.evaluation.config import EvaluationConfig
 from diffusion.evaluation.evaluator import Evaluator
 from diffusion.families.ddpm import DiffusionModel
-from diffusion.generation.config import Conditions
-from diffusion.generation.generate import check_conditions, check_prompts, label_names, make_conditioning, sample
+from diffusion.generation.config import Conditions, check_conditions
+from diffusion.generation.generate import check_prompts, label_names, make_conditioning, sample
 from diffusion.models.config import ModelConfig
 from diffusion.models.text_encoder import ENCODER, TextEncoder
 from diffusion.process.samplers import SAMPLING_ADAPTER, SamplingConfig, sampling_config

@@ -19,8 +19,9 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from diffusion.checkpoints import load_model, read_header
+from diffusion.checkpoints import load_model
 from diffusion.common.errors import DarkroomError, UserError
+from diffusion.common.model_files import read_header
 from diffusion.common.threads import worker_threads
 from diffusion.data.dataset import Dataset
 from diffusion.data.manifest import read_manifest, write_manifest

@@ -61,9 +61,9 @@ TRACE = Trace(
 )
 
 
-def lines(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], verb: str) -> list[str]:
+def lines(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *words: str) -> list[str]:
     monkeypatch.setattr("flows.cli.command.connect", lambda *_: nullcontext())
-    monkeypatch.setattr(sys, "argv", ["darkroom", verb, "a.png"])
+    monkeypatch.setattr(sys, "argv", ["darkroom", *words, "s3://b/p/a.png"])
     with pytest.raises(SystemExit):
         main()
     return capsys.readouterr().out.splitlines()
@@ -73,7 +73,7 @@ def test_a_trace_has_a_few_lines_for_each_link(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(trace, "trace", lambda _: TRACE)
-    said = lines(monkeypatch, capsys, "trace")
+    said = lines(monkeypatch, capsys, "trace", "-v")
     for line in (
         "image     a.png, as generated",
         f"          number 5 of seed 7, sha256 {'a' * 64}",
@@ -95,9 +95,28 @@ def test_a_trace_has_a_few_lines_for_each_link(
         assert line in said
     assert not any(word in line for line in said for word in ("None", "null", "{"))
     monkeypatch.setattr(trace, "trace", lambda _: TRACE.model_copy(update=dict.fromkeys(("image", "batch", "run"))))
-    assert [line.split()[0] for line in lines(monkeypatch, capsys, "trace") if line[0] != " "] == [
+    assert [line.split()[0] for line in lines(monkeypatch, capsys, "trace", "-v") if line[0] != " "] == [
         *("model", "data", "shard", "takedown")
     ]
+
+
+def test_a_trace_has_six_lines_without_verbose(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(trace, "trace", lambda _: TRACE)
+    said = lines(monkeypatch, capsys, "trace")
+    assert [line.split()[0] for line in said] == ["image", "batch", "model", "run", "data", "takedown"]
+    # The chain of names, and what is wrong with it.
+    for name in (
+        "a.png",
+        "s3://b/p/",
+        "models:/faces/3 @champion",
+        "1" * 32,
+        "faces, version eeee",
+        "1 of them lost",
+        "t1",
+    ):
+        assert any(name in line for line in said), name
 
 
 def test_reproduction_reports_equal_images_and_the_largest_errors(

@@ -34,6 +34,7 @@ from flows.sampling import generate_batch, sampling_batch
 from flows.sampling.lookup import disagreements, find
 from flows.sampling.sampling_batch import SamplingBatch
 from flows.storage.s3 import Location, Object, Store
+from flows.storage.tags import parse_model_uri
 from tests.builders.built_datasets import BuiltDataset, kept
 from tests.builders.small_models import write_model
 
@@ -398,7 +399,7 @@ def test_weights_are_fetched_only_by_a_digest(sampled: Sampled, tmp_path: Path) 
 )
 def test_invalid_model_uri_fails_without_a_request(uri: str) -> None:
     with pytest.raises(UserError, match="names no model version") as raised:
-        model_versions.parse_model_uri(uri)
+        parse_model_uri(uri)
     assert len(str(raised.value)) < 400
 
 

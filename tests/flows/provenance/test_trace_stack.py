@@ -62,7 +62,7 @@ def test_sample_is_traced_to_its_shards_and_reproduced(workspace: Workspace, ser
     for shard in found["data"]["shards"]:
         ((_, data),) = objects(workspace, shard["where"]).values()
         assert (len(data), sha256_bytes(data)) == (shard["bytes"], shard["sha256"])
-    lines = workspace.run("trace", image)
+    lines = workspace.run("trace", "-v", image)
     assert all(name in lines for name in (image, version.run_id, manifest.digest, manifest.shards[0].sha256))
 
     again = workspace.json("reproduce", batch, "--out", "again")

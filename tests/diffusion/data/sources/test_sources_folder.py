@@ -159,11 +159,12 @@ def test_a_file_url_is_a_path(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("uri", "said"),
     [
-        ("nowhere", "nowhere is not a folder"),
+        ("nowhere", "nowhere does not exist"),
         ("nowhere.tar", "nowhere.tar does not exist"),
         ("nowhere.zip", "nowhere.zip does not exist"),
-        ("image.png", "is not a folder, nor anything else"),
-        ("https://example.org/set", "is not a folder, nor anything else"),
+        ("image.png", "is one image|does not exist"),
+        ("https://example.org/set", "an address on the web"),
+        ("hf://user/set", "Hugging Face Hub.*hf download.*user/set"),
         ("wds:nowhere-{000..003}.tar", "there is no file nowhere-000.tar"),
         ("wds:nowhere-{000..", "unbalanced braces"),
         ("parquet:nowhere*.parquet", "there is no file"),

@@ -1,0 +1,36 @@
+"""Headers of model files, read without torch, which takes seconds to import."""
+
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+from safetensors import SafetensorError, safe_open
+
+from diffusion.common.errors import UserError
+
+METADATA_KEY = "darkroom"
+HEADER = TypeAdapter(dict[str, Any])
+"""Parser of the header, which is stored under a single metadata key: safetensors writes several in random order."""
+LARGEST_HEADER = 16 * 2**20
+"""Largest accepted size of a safetensors header, with names and shapes of all tensors, in bytes."""
+
+
+def read_header(path: Path) -> dict[str, Any]:
+    """Read the header of a file that ``diffusion.checkpoints`` wrote; raises UserError for any other file."""
+    fix = "give the final.safetensors of a run, or train one with `darkroom train`"
+    try:
+        with path.open("rb") as raw:
+            size = int.from_bytes(raw.read(8), "little")
+        if size > LARGEST_HEADER:
+            raise UserError(f"{path} is no model, as it is no safetensors file: {fix}")
+        with safe_open(path, framework="np") as file:
+            metadata = file.metadata() or {}
+        return HEADER.validate_json(metadata[METADATA_KEY])
+    except FileNotFoundError as error:
+        raise UserError(f"no model at {path}: train one with `darkroom train`") from error
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror or error}): give the file of a model") from error
+    except SafetensorError as error:
+        raise UserError(f"{path} is no model, or is damaged ({error}): {fix}") from error
+    except (KeyError, ValidationError) as error:
+        raise UserError(f"{path} has tensors of something else than a model of Darkroom: {fix}") from error

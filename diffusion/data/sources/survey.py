@@ -1,0 +1,182 @@
+"""Survey of a source before its ingest: counts of images, classes and captions, and sizes in a random sample."""
+
+import csv
+import io
+import random
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from diffusion.common.config import Config
+from diffusion.common.errors import UserError
+from diffusion.common.files import write_atomically
+from diffusion.data.ingest.config import IngestConfig
+from diffusion.data.ingest.decode import UnusableEntry
+from diffusion.data.sources import open_source
+from diffusion.data.sources.base import Access, Entry, ObjectStore
+from diffusion.data.sources.conventions import METADATA_FILES, records
+from diffusion.data.sources.local_files import open_text
+
+SAMPLED = 128
+"""Images that are opened."""
+CAPTION_COLUMNS = ("text", "caption", "captions", "prompt", "description", "comment", "title")
+LABEL_COLUMNS = ("label", "class", "category")
+CHECKED = 100
+"""Records of a table that are compared with the files beside it."""
+
+
+class CaptionsTable(Config):
+    """Table beside images that names them, but is not called as ``ingest`` expects."""
+
+    path: Path
+    image: str
+    """Column with file names."""
+    text: str
+    """Column with captions."""
+    label: str | None
+    """Column with class names, if any."""
+
+
+class Survey(Config):
+    """What a source holds."""
+
+    source: str
+    images: int
+    sampled: int
+    unreadable: int
+    """Images of the sample that cannot be opened."""
+    shorter_sides: tuple[int, int, int] | None
+    """Shortest, median and longest shorter side of the sampled images, in pixels; None if none could be opened."""
+    square: bool
+    """Whether all sampled images are square."""
+    channels: int
+    """3 if a sampled image shows colours, otherwise 1."""
+    classes: dict[str, int]
+    """Images by label."""
+    captions: int
+    """Images with a caption."""
+    captions_table: CaptionsTable | None
+    """Table that probably holds captions, which the source does not use."""
+
+    def too_small(self, size: int) -> bool:
+        """Whether some sampled image has fewer pixels than ``size`` on its shorter side."""
+        return self.shorter_sides is not None and self.shorter_sides[0] < size
+
+    def lines(self) -> list[str]:
+        """Describe the source in a few lines."""
+        if self.shorter_sides is None:
+            sizes = "none of them can be read"
+        else:
+            first, median, last = self.shorter_sides
+            sides = f"{first} pixels" if first == last else f"{first} to {last} pixels, median {median}"
+            sizes = (
+                f"{'square' if self.square else 'shorter side'}, {sides}, {'colour' if self.channels == 3 else 'grey'}"
+            )
+        few = self.classes if len(self.classes) <= 8 else dict(Counter(self.classes).most_common(8))
+        names = ", ".join(f"{name} {count:,}" for name, count in few.items())
+        more = f" and {len(self.classes) - len(few):,} more" if len(few) < len(self.classes) else ""
+        lines = [f"images     {self.images:,} in {self.source}: {sizes}"]
+        if self.unreadable and self.shorter_sides is not None:
+            lines.append(f"unreadable {self.unreadable:,} of {self.sampled:,} sampled images")
+        lines.append(f"classes    {len(self.classes):,}: {names}{more}" if self.classes else "classes    none")
+        lines.append(f"captions   {self.captions:,} images have one" if self.captions else "captions   none")
+        if self.captions_table is not None:
+            lines.append(f"           {offer(self.captions_table)}")
+        return lines
+
+
+def survey(config: IngestConfig, scratch: Path, objects: ObjectStore | None = None) -> Survey:
+    """List ``config.source`` and open a random sample of its images; raises UserError as ``ingest`` does."""
+    source = open_source(config.source, Access(config, scratch, objects))
+    chosen: list[tuple[int, Entry]] = []
+    classes, captions, count, generator = Counter[str](), 0, 0, random.Random(0)
+    for count, entry in enumerate(source.entries(), start=1):
+        if entry.label is not None:
+            classes[entry.label] += 1
+        captions += entry.caption is not None
+        # Reservoir sampling: each entry is in the sample with the same probability.
+        if len(chosen) < SAMPLED:
+            chosen.append((count, entry))
+        elif (place := generator.randrange(count)) < SAMPLED:
+            chosen[place] = count, entry
+    table = find_captions(Path(config.source)) if not captions and Path(config.source).is_dir() else None
+    if not count:
+        raise UserError(f"no images in {config.source}: give a source of JPEG, PNG, WebP, GIF, BMP or TIFF images")
+    sizes, coloured = list[tuple[int, int]](), False
+    for payload in source.read([entry for _, entry in sorted(chosen)]):
+        if isinstance(payload, UnusableEntry):
+            continue
+        try:
+            with payload if isinstance(payload, Image.Image) else Image.open(io.BytesIO(payload)) as image:
+                sizes.append(image.size)
+                if not coloured and image.width * image.height <= config.max_pixels:
+                    image.thumbnail((64, 64))
+                    coloured = bool(np.ptp(np.asarray(image.convert("RGB")), axis=-1).max() > 0)
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):  # as Pillow's decoders do
+            continue
+    sides = sorted(map(min, sizes))
+    return Survey(
+        source=config.source,
+        images=count,
+        sampled=len(chosen),
+        unreadable=len(chosen) - len(sizes),
+        shorter_sides=(sides[0], sides[len(sides) // 2], sides[-1]) if sides else None,
+        square=all(width == height for width, height in sizes),
+        channels=3 if coloured else 1,
+        classes=dict(sorted(classes.items())),
+        captions=captions,
+        captions_table=table,
+    )
+
+
+def find_captions(folder: Path) -> CaptionsTable | None:
+    """Find a table in ``folder`` that names its images, with a column of captions, and is not used by ``ingest``."""
+    if any((folder / name).exists() for name in METADATA_FILES):
+        return None
+    for path in sorted((*folder.glob("*.csv"), *folder.glob("*.jsonl"))):
+        try:
+            with open_text(path) as lines:
+                rows = [row for row, _ in zip(records(lines, str(path)), range(CHECKED), strict=False)]
+        except UserError:
+            continue
+        columns = list(rows[0]) if rows else []
+        image = next((each for each in columns if _names_images(folder, rows, each)), None)
+        text = next((each for each in columns if each.strip().lower() in CAPTION_COLUMNS and each != image), None)
+        if image is not None and text is not None:
+            label = next((each for each in columns if each.strip().lower() in LABEL_COLUMNS), None)
+            return CaptionsTable(path=path, image=image, text=text, label=label)
+    return None
+
+
+def _names_images(folder: Path, rows: list[dict[str, object]], column: str) -> bool:
+    names = [name for row in rows if isinstance(name := row.get(column), str) and name and "\0" not in name]
+    found = sum((folder / name).is_file() for name in names if len(name) < 256)
+    return found > 0 and 2 * found >= len(rows)
+
+
+def offer(table: CaptionsTable) -> str:
+    """Describe what ``table`` probably is, and how to use it."""
+    return (
+        f"{table.path.name} probably has their captions ({table.image} = file_name, {table.text} = text), but only "
+        f"metadata.csv is read: `darkroom init {table.path.parent} --write-metadata` writes it"
+    )
+
+
+def write_metadata(table: CaptionsTable) -> Path:
+    """Write ``metadata.csv`` beside ``table``, with the columns that ``ingest`` reads; returns its path."""
+    columns: Mapping[str, str | None] = {"file_name": table.image, "text": table.text, "label": table.label}
+    used = {name: column for name, column in columns.items() if column is not None}
+    path = table.path.with_name(METADATA_FILES[0])
+
+    def write(partial: Path) -> None:
+        with open_text(table.path) as lines, partial.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, list(used))
+            writer.writeheader()
+            for row in records(lines, str(table.path)):
+                writer.writerow({name: row.get(column) for name, column in used.items()})
+
+    write_atomically(path, write)
+    return path

@@ -1,0 +1,325 @@
+"""Commands to set up and look around: ``darkroom init``, ``config``, ``ls`` and ``open``."""
+
+import json
+import re
+import sys
+import webbrowser
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+from typer import Argument, Option
+
+from diffusion.common.errors import DarkroomError, UserError
+from flows.cli.command import CommandOutput, DatasetName, ParamsFile, Set, command, connect
+
+if TYPE_CHECKING:
+    from diffusion.data.sources.survey import Survey
+    from flows.config import Params
+
+app = typer.Typer()
+config = typer.Typer(name="config", help="Configuration: show, schema, validate.", no_args_is_help=True)
+PANEL = "Start and look around"
+Kind = Literal["datasets", "runs", "models", "batches"]
+SIZES = (64, 48, 32, 28, 24, 16, 8)
+"""Sizes of stored images that ``init`` chooses from, in pixels; a CPU trains larger ones for hours."""
+FEW = 1000
+"""Images below which ``init`` warns."""
+LISTED = 1000
+"""Most entries of a list from a server."""
+
+
+@command(app, panel=PANEL)
+def init(
+    source: Annotated[str, Argument(metavar="FOLDER", help="Images: a folder, or any source of `darkroom ingest`.")],
+    dataset: DatasetName = None,
+    write_metadata: Annotated[
+        bool, Option("--write-metadata", help="First write FOLDER/metadata.csv from a table with captions beside it.")
+    ] = False,
+) -> CommandOutput:
+    """Look at images (sizes, channels, classes, captions), and write a commented params.yaml for them.
+
+    An existing params.yaml is never changed.
+
+    Example:  darkroom init ~/faces
+    """
+    from tempfile import TemporaryDirectory
+
+    from diffusion.common.config import plain_name
+    from diffusion.common.files import write_bytes
+    from diffusion.data.ingest.config import IngestConfig
+    from diffusion.data.sources import survey as surveys
+
+    path = Path("params.yaml")
+    if path.exists():
+        raise UserError(f"{path} exists already: edit it, or run `darkroom init` in another folder")
+    name = dataset or re.sub(r"[^a-z0-9]+", "-", Path(source).resolve().name.partition(".")[0].lower()).strip("-")
+    try:
+        plain_name(name := name or "images")
+    except ValueError as error:
+        raise UserError(f"--dataset {name} {error}") from error
+    if write_metadata:
+        if (table := surveys.find_captions(Path(source))) is None:
+            raise UserError(f"no table with captions in {source}: leave --write-metadata out")
+        surveys.write_metadata(table)
+    settings = IngestConfig(source=source)
+    if source.startswith("s3://"):
+        with connect("s3"), TemporaryDirectory() as scratch:
+            from flows.storage.s3 import S3Objects
+
+            found = surveys.survey(settings, Path(scratch), S3Objects())
+    else:
+        with TemporaryDirectory() as scratch:
+            found = surveys.survey(settings, Path(scratch))
+    if found.shorter_sides is None:
+        raise UserError(
+            f"none of {found.sampled} images of {source} can be read: give JPEG, PNG, WebP, GIF, BMP or TIFF"
+        )
+    size = _size(found)
+    write_bytes(path, _template(found, name, size).encode())
+    lines = found.lines()
+    if found.images < FEW:
+        lines.append(f"note       {found.images:,} images are few: a model of them will mostly copy them")
+    following = "darkroom up && darkroom retrain"
+    lines += [f"wrote      {path}: {size}×{size} pixels, data set {name}", f"next       {following}"]
+    value = {"params": str(path), "dataset": name, "size": size, "next": following}
+    return CommandOutput(value | {"survey": found.model_dump(mode="json")}, lines)
+
+
+def _size(found: "Survey") -> int:
+    assert found.shorter_sides is not None
+    shortest, median, longest = found.shorter_sides
+    if shortest == longest and found.square and 8 <= shortest <= SIZES[0] and shortest % 4 == 0:
+        return shortest
+    # A few small images are quarantined rather than making all others small.
+    return next((size for size in SIZES if size <= max(shortest, median // 2)), SIZES[-1])
+
+
+def _template(found: "Survey", name: str, size: int) -> str:
+    lines = "\n".join(f"#   {line}" for line in found.lines())
+    model = ["  conditional: true  # learn the classes, for --label"] if len(found.classes) > 1 else []
+    model += ["  text: true  # learn the captions, for --prompt; needs the extra `text`"] if found.captions else []
+    enlarged = found.too_small(size)
+    return "\n".join(
+        [
+            "# yaml-language-server: $schema=params.schema.json",
+            "# Configuration of Darkroom. Fields that are left out have their defaults.",
+            "#   darkroom config show                           all fields, and where each is from",
+            "#   darkroom config schema > params.schema.json    completion and checks in an editor",
+            lines,
+            "ingest:",
+            f"  source: {json.dumps(found.source, ensure_ascii=False)}",
+            f"  size: {size}  # height and width of stored images; twice the size trains four times as long",
+            "  # fit: crop  # of images that are not square: crop, pad or squash",
+            *(["  # enlarge: true  # images below that size are quarantined otherwise"] if enlarged else []),
+            "",
+            *(["model:", *model, ""] if model else []),
+            "training:",
+            f"  dataset: {json.dumps(name, ensure_ascii=False)}",
+            "  minutes: 10  # or `images`, the number to see; quality grows for hours",
+            "  # flip: true  # mirror half of the images: right for most photographs, wrong for text",
+            "",
+        ]
+    )
+
+
+@command(config, "show")
+def show_config(
+    params_file: ParamsFile = Path("params.yaml"),
+    settings: Set = [],  # noqa: B006
+    dataset: DatasetName = None,
+) -> CommandOutput:
+    """Show every field of the effective configuration, and where it is from: file, option, preset or default.
+
+    Example:  darkroom config show --set training.images=8000
+    """
+    from flows.config import flattened, load_with_origins
+
+    options = {} if dataset is None else {"training.dataset": ("--dataset", dataset)}
+    params, origins = load_with_origins(params_file, settings, options)
+    values = flattened(params.model_dump(mode="json"))
+    texts = {key: json.dumps(value, ensure_ascii=False) for key, value in values.items()}
+    widths = max(map(len, texts)), min(max(map(len, texts.values())), 32)
+    lines = [f"{key:<{widths[0]}}  {text:<{widths[1]}}  {origins[key]}" for key, text in texts.items()]
+    return CommandOutput({"params": params.model_dump(mode="json"), "origin": origins}, lines)
+
+
+@command(config)
+def schema() -> CommandOutput:
+    """Print the JSON schema of params.yaml, by which editors complete and check it.
+
+    Example:  darkroom config schema > params.schema.json
+    """
+    from flows.config import Params
+
+    value = Params.model_json_schema()
+    return CommandOutput(value, json.dumps(value, indent=2, ensure_ascii=False).splitlines())
+
+
+@command(config)
+def validate(config: "Params", params_file: ParamsFile = Path("params.yaml")) -> CommandOutput:
+    """Check params.yaml; exit code 2 with the field and the fix if it is invalid.
+
+    Example:  darkroom config validate --params faces.yaml
+    """
+    return CommandOutput({"valid": True, "file": str(params_file)}, [f"{params_file} is valid"])
+
+
+@command(app, panel=PANEL)
+def ls(
+    kind: Annotated[Kind | None, Argument(help="What to list; default: all.")] = None,
+) -> CommandOutput:
+    """List data sets and runs of this folder, registered models, and sampling batches on S3.
+
+    Example:  darkroom ls models
+    """
+    found: dict[str, list[dict[str, Any]]] = {}
+    lines: list[str] = []
+    for each, (read, head) in LISTS.items():
+        if kind not in (None, each):
+            continue
+        try:
+            found[each] = rows = read()
+        except DarkroomError as error:
+            if kind is not None:
+                raise
+            lines.append(f"{each}: {error}")
+            continue
+        table = [(each.upper(), *head), *(tuple(_cell(row.get(name)) for name in ("name", *head)) for row in rows)]
+        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+        lines += ["  ".join(map(str.ljust, row, widths)).rstrip() for row in (table if rows else [])]
+        lines += [] if rows else [f"no {each}"]
+    return CommandOutput(found, lines)
+
+
+def _cell(value: Any) -> str:
+    return "" if value is None else f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def _datasets() -> list[dict[str, Any]]:
+    from diffusion.data.manifest import read_manifest
+
+    found = []
+    for path in sorted(Path("data").glob("*/manifest.json")):
+        version = read_manifest(path.parent)
+        shape = f"{version.size}×{version.size}×{version.channels}"
+        about = {"images": version.kept, "shape": shape, "classes": len(version.labels), "version": version.digest[:12]}
+        found.append({"name": path.parent.name, **about})
+    return found
+
+
+def _runs() -> list[dict[str, Any]]:
+    from diffusion.common.errors import UserError
+    from diffusion.common.model_files import read_header
+
+    found = []
+    for folder in sorted(path.parent for path in Path("runs").glob("**/checkpoints")):
+        files = [folder / "final.safetensors", *sorted(folder.glob("checkpoints/*.safetensors"), reverse=True)]
+        about: dict[str, Any] = {"images": None, "family": None}
+        for file in filter(Path.is_file, files):
+            try:
+                header = read_header(file)["model_header"]
+                about = {"images": header["images"], "family": header["model"].get("family", "ddpm")}
+                break
+            except (UserError, KeyError, AttributeError):  # being written, or of another version
+                continue
+        state = "finished" if files[0].is_file() else "unfinished"
+        found.append({"name": str(folder), "state": state, **about})
+    return found
+
+
+def _models() -> list[dict[str, Any]]:
+    from flows.cli.checks import registered_models
+
+    with connect("mlflow"):
+        return [
+            {
+                "name": name,
+                "versions": max((int(each["version"]) for each in model.get("latest_versions", ())), default=0),
+                **{each["alias"]: int(each["version"]) for each in model.get("aliases", ())},
+            }
+            for name, model in sorted(registered_models().items())
+        ]
+
+
+def _batches() -> list[dict[str, Any]]:
+    with connect("s3"):
+        from flows.environment import settings
+        from flows.storage.s3 import Location, Missing, Store
+
+        store, bucket, after, found = Store(), settings().bucket, "", list[dict[str, Any]]()
+        # The first key of each batch: one batch may have millions.
+        while len(found) < LISTED and (key := next(store.list_keys(bucket, "samples/", after), None)) is not None:
+            place = re.match(r"samples/[^/]+/[0-9]{1,10}/[^/]+", key)
+            after = f"{place[0]}0" if place else key  # the character after the slash
+            if place is None:
+                continue
+            about: dict[str, Any] = {}
+            # Read without the class, whose module imports torch.
+            with suppress(Missing, ValueError):
+                batch = json.loads(store.get(bucket, f"{place[0]}/batch.json", most=2**20))
+                about = {
+                    "model": f"{batch['model']}/{batch['version']}",
+                    "images": batch["count"],
+                    "seed": batch["seed"],
+                }
+            state = "finished" if store.exists(bucket, f"{place[0]}/_SUCCESS") else "unfinished"
+            found.append({"name": f"{Location(bucket, place[0])}/", **about, "state": state})
+        return found
+
+
+LISTS: dict[Kind, tuple[Callable[[], list[dict[str, Any]]], tuple[str, ...]]] = {
+    "datasets": (_datasets, ("images", "shape", "classes", "version")),
+    "runs": (_runs, ("state", "images", "family")),
+    "models": (_models, ("versions", "champion", "previous", "candidate")),
+    "batches": (_batches, ("model", "images", "seed", "state")),
+}
+"""Function and columns of each list, besides the name."""
+
+
+@command(app, "open", panel=PANEL)
+def open_page(
+    config: "Params",
+    page: Annotated[Literal["mlflow", "prefect", "report"], Argument(help="Which page.")],
+) -> CommandOutput:
+    """Print the address of MLflow, Prefect or the newest report, with user and password, and open it in a browser.
+
+    Example:  darkroom open mlflow
+    """
+    about = _report(config) if page == "report" else _server(page)
+    lines = [about["url"], *(f"{name:<9} {about[name]}" for name in ("user", "password") if about.get(name))]
+    if sys.stdin.isatty() and sys.stderr.isatty():
+        try:
+            webbrowser.get().open(about["url"])
+        except webbrowser.Error:
+            lines.append("no browser here: open the address in one")
+    return CommandOutput(about, lines)
+
+
+def _report(config: "Params") -> dict[str, str]:
+    pages = [config.report_folder / "report.html", *(config.report_folder / "dataset").glob("*.html")]
+    if not (there := [page for page in pages if page.is_file()]):
+        raise UserError(f"no report in {config.report_folder}: run `darkroom evaluate` or `darkroom ingest` first")
+    # The evaluation, if there is one.
+    newest = there[0] if there[0] == pages[0] else max(there, key=lambda page: page.stat().st_mtime)
+    return {"url": newest.resolve().as_uri()}
+
+
+def _server(page: "Literal['mlflow', 'prefect']") -> dict[str, str]:
+    import os
+
+    from flows.environment import SECRET_VARIABLE, SERVER_VARIABLES, settings
+    from flows.local_stack.http_api import without_login
+    from flows.local_stack.stack import USER, join_servers, servers_in_environment
+
+    elsewhere = page in servers_in_environment()
+    join_servers(page)
+    url, login = without_login(os.environ[SERVER_VARIABLES[page][0]])
+    url = url.removesuffix("/").removesuffix("/api") if page == "prefect" else url
+    if not elsewhere:
+        field = "mlflow_password" if page == "mlflow" else "prefect_auth_string, which is user:password"
+        return {"url": url, "user": USER, "password": f"in {settings().folder / 'credentials.json'}, {field}"}
+    user = os.environ.get("MLFLOW_TRACKING_USERNAME", "") if page == "mlflow" else ""
+    return {"url": url, "user": user or login.partition(":")[0], "password": f"in the variable {SECRET_VARIABLE[page]}"}

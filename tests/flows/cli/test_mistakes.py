@@ -1,0 +1,179 @@
+"""Wrong input: fifty things that users type; each ends with exit code 2 and one line, before anything slow begins."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flows.cli import main
+from tests.builders import ROOT
+from tests.builders.shapes import blob
+
+SERVER_VARIABLES = ("DARKROOM_", "MLFLOW_", "PREFECT_", "AWS_")
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of things to get wrong, in which no server is known."""
+    for name in [name for name in os.environ if name.startswith(SERVER_VARIABLES)]:
+        monkeypatch.delenv(name)
+    monkeypatch.chdir(tmp_path)
+    for name in ("pets/cat", "pets/dog", "empty", "notes"):
+        (tmp_path / name).mkdir(parents=True)
+    for name in ("pets/cat/1.png", "pets/dog/2.png", "one.png"):
+        blob(1).save(tmp_path / name)
+    (tmp_path / "notes" / "a.txt").write_text("no image")
+    (tmp_path / "text.safetensors").write_text("this is no model")
+    (tmp_path / "params.yaml").write_text("training:\n  dataset: pets\n  minutes: 3\n")
+    for name, text in {"bad": "training: [", "list": "- a", "typo": "trainning: {}"}.items():
+        (tmp_path / f"{name}.yaml").write_text(text)
+    return tmp_path
+
+
+MISTAKES = """
+nonsense
+ingest one another
+ingest nosuch
+ingest nosuch --local
+ingest empty
+ingest notes --local
+ingest hf://user/set
+ingest https://example.org/a.zip
+ingest one.png
+ingest text.safetensors
+ingest torchvision:Nope
+ingest pets --set ingest.size=4
+ingest pets --set ingest.sise=32
+ingest pets --dataset ../x
+train
+train --dataset nope --local
+train --dataset nope --dry-run
+train --dry-run --restart
+train --no-such-option
+train --set training.images
+train --set training.images=abc
+train --set training.images=8000 --set training.minutes=2
+train --set model.family=transformer
+train --set preset=best
+train --params missing.yaml
+train --params bad.yaml
+train --params list.yaml
+train --params typo.yaml
+evaluate
+promote
+promote --reason x
+promote --to 0
+sample --count many
+sample --seed -1
+sample --model text.safetensors
+sample --model nosuch.safetensors
+sample --model one.png
+sample --model faces
+sample --out here
+sample --requests nosuch.csv
+retrain nosuch
+retrain pets --label bird
+retrain --version abcd pets
+retrain --version abcd
+sweep
+sweep --over training.learning_rate
+sweep --over ingest.size=8,16
+sweep --over training.lr=1,2
+sweep --over training.seed=1,2 --dry-run
+compare --family nope
+compare --family ddpm
+distill --local
+data show --dataset nope
+data remove
+data remove cat* --dataset nope --reason x
+model history
+model card --model faces
+model export --to onnx --out x
+model export --to diffusers --model text.safetensors --out x
+model release faces
+edit inpaint one.png --mask nosuch.png --model m.safetensors
+edit img2img one.png --strength 3 --model m.safetensors
+edit interpolate
+trace nosuch.png
+trace one.png
+reproduce one.png
+server health foo
+deploy
+gc --set retention.grace_hours=-1
+init pets
+config validate --params typo.yaml
+ls nonsense
+ls models
+open nowhere
+open report
+open mlflow
+"""
+
+
+@pytest.mark.parametrize("words", MISTAKES.strip().splitlines())
+def test_a_mistake_is_one_line_and_exit_code_2(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: str
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["darkroom", *words.split(), "--json"])
+    before = sorted(folder.rglob("*"))
+    with pytest.raises(SystemExit) as ended:
+        main()
+    out, err = capsys.readouterr()
+    assert ended.value.code == 2, err
+    [line] = err.splitlines()
+    # One object on standard output, which says the same.
+    assert json.loads(out) == {"error": line.removeprefix("darkroom: "), "exit_code": 2}
+    assert sorted(folder.rglob("*")) == before
+
+
+def test_mistakes_are_found_before_anything_slow_is_imported(folder: Path) -> None:
+    mistakes = [
+        "ingest nosuch",
+        "train --dataset nope",
+        "sample --model text.safetensors",
+        "sample --model faces",
+        "retrain pets --label bird",
+        "sweep --over training.lr=1,2",
+        "compare --family nope",
+        "trace one.png",
+    ]
+    script = (
+        "import sys\nfrom flows.cli import main\n"
+        f"for words in {mistakes!r}:\n"
+        "    sys.argv = ['darkroom', *words.split()]\n"
+        "    try: main()\n"
+        "    except SystemExit as ended: assert ended.code == 2\n"
+        "print(*sorted({'torch', 'mlflow', 'prefect', 'dvc', 'boto3'} & set(sys.modules)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.split() == []
+
+
+@pytest.mark.parametrize("words", ["", "data", "model --help", "config schema", "--version"])
+def test_pipes_get_plain_text(folder: Path, monkeypatch: pytest.MonkeyPatch, words: str, capfd: Any) -> None:
+    monkeypatch.setattr(sys, "argv", ["darkroom", *words.split()])
+    with pytest.raises(SystemExit):
+        main()
+    out, err = capfd.readouterr()
+    assert out + err
+    assert not set(out + err) & set("╭│╰\x1b")
+
+
+def test_a_label_that_the_source_has_is_no_mistake(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["darkroom", "retrain", "pets", "--label", "cat", "--dry-run", "--json"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 0
+    assert json.loads(capsys.readouterr().out)["ingest"]["survey"]["classes"] == {"cat": 1, "dog": 1}

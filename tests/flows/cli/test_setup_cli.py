@@ -1,0 +1,179 @@
+"""``darkroom init``, ``config``, ``ls``, ``open`` and the dry runs: what a new user sees first."""
+
+import csv
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flows.cli import main
+from flows.config import load_params
+from tests.builders.shapes import blob
+from tests.builders.small_models import write_model
+
+
+class CommandLine:
+    """``darkroom`` in this process and an empty folder."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+        self.monkeypatch, self.capsys = monkeypatch, capsys
+
+    def __call__(self, *words: str, code: int = 0) -> str:
+        self.monkeypatch.setattr(sys, "argv", ["darkroom", *words])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        out, err = self.capsys.readouterr()
+        assert ended.value.code == code, err
+        return out
+
+    def json(self, *words: str) -> Any:
+        return json.loads(self(*words, "--json"))
+
+
+@pytest.fixture
+def run(no_servers: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> CommandLine:
+    return CommandLine(monkeypatch, capsys)
+
+
+@pytest.fixture
+def captioned(tmp_path: Path) -> Path:
+    folder = tmp_path / "captioned"
+    folder.mkdir()
+    for number in range(4):
+        blob(number).save(folder / f"{number}.png")
+    rows = "".join(f'{number}.png,"a blob, number {number}",round\n' for number in range(4))
+    (folder / "captions.csv").write_text(f"image,caption,class\n{rows}")
+    return folder
+
+
+def test_init_writes_a_configuration_that_ingests_the_images(run: CommandLine, images: Path) -> None:
+    about = run.json("init", str(images))
+    assert (about["params"], about["dataset"], about["size"]) == ("params.yaml", "images", 12)
+    assert about["survey"]["classes"] == {"even": 24, "odd": 24}
+    assert (about["survey"]["images"], about["survey"]["channels"]) == (48, 1)
+    assert about["next"] == "darkroom up && darkroom retrain"
+    params = load_params(Path("params.yaml"), [])
+    assert (params.ingest.source, params.ingest.size, params.training.dataset) == (str(images), 12, "images")
+    assert params.model.conditional
+    done = run.json("ingest", "--local")
+    assert (done["kept"], done["quarantined"]) == (48, [])
+
+
+def test_init_changes_no_existing_configuration(run: CommandLine, images: Path) -> None:
+    Path("params.yaml").write_text("training:\n  dataset: mine\n")
+    run("init", str(images), code=2)
+    assert Path("params.yaml").read_text() == "training:\n  dataset: mine\n"
+
+
+def test_a_table_of_captions_is_offered_and_becomes_metadata_when_asked(run: CommandLine, captioned: Path) -> None:
+    found = run.json("init", str(captioned), "--dataset", "blobs")["survey"]
+    assert (found["captions"], found["captions_table"]["image"]) == (0, "image")
+    assert not (captioned / "metadata.csv").exists()
+    assert "captions.csv" in run("ingest", str(captioned), "--dataset", "plain", "--set", "ingest.size=12", "--local")
+    Path("params.yaml").unlink()
+    found = run.json("init", str(captioned), "--write-metadata")["survey"]
+    assert (found["captions"], found["classes"], found["captions_table"]) == (4, {"round": 4}, None)
+    with (captioned / "metadata.csv").open() as file:
+        assert next(iter(csv.DictReader(file))) == {
+            "file_name": "0.png",
+            "text": "a blob, number 0",
+            "label": "round",
+        }
+    run("init", str(captioned), "--write-metadata", code=2)
+
+
+def test_config_shows_values_with_their_origin(run: CommandLine) -> None:
+    Path("params.yaml").write_text("training:\n  dataset: faces\n  minutes: 3\n")
+    found = run.json("config", "show", "--set", "training.images=8000")
+    assert (found["params"]["training"]["images"], found["params"]["training"]["minutes"]) == (8000, None)
+    assert found["origin"]["training.images"] == "--set"
+    assert found["origin"]["training.dataset"] == "params.yaml"
+    shown = run("config", "show", "--dataset", "cats")
+    assert any(line.split() == ["training.dataset", '"cats"', "--dataset"] for line in shown.splitlines())
+
+
+def test_config_schema_describes_every_section_and_validate_checks_the_file(run: CommandLine) -> None:
+    schema = json.loads(run("config", "schema"))
+    assert schema == run.json("config", "schema")
+    assert {"ingest", "model", "training", "sampling", "evaluation", "gate"} <= schema["properties"].keys()
+    assert schema["$defs"]["IngestConfig"]["properties"]["size"]["maximum"] == 1024
+    assert run.json("config", "validate") == {"valid": True, "file": "params.yaml"}
+    Path("params.yaml").write_text("training:\n  imagess: 3\n")
+    run("config", "validate", code=2)
+
+
+def test_ls_lists_what_is_here_and_does_not_fail_for_servers_that_are_not(
+    run: CommandLine, dataset: Path, tmp_path: Path
+) -> None:
+    for name in ("blobs", "more"):
+        (tmp_path / "runs" / name / "checkpoints").mkdir(parents=True)
+    write_model(tmp_path / "runs" / "more" / "final.safetensors", seed=0, images=640)
+    found = run.json("ls")
+    assert found["datasets"][0] | {"version": ""} == {
+        **{"name": "blobs", "images": 48, "shape": "8×8×1", "classes": 2, "version": ""}
+    }
+    assert found["runs"] == [
+        {"name": "runs/blobs", "state": "unfinished", "images": None, "family": None},
+        {"name": "runs/more", "state": "finished", "images": 640, "family": "ddpm"},
+    ]
+    assert found.keys() == {"datasets", "runs"}
+    assert run.json("ls", "datasets").keys() == {"datasets"}
+    assert run("ls", "runs").splitlines()[1].split() == ["runs/blobs", "unfinished"]
+    run("ls", "models", code=2)
+
+
+def test_open_prints_the_address_of_a_report_and_of_a_server_with_where_its_password_is(
+    run: CommandLine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    run("open", "report", code=2)
+    page = tmp_path / "reports" / "digits" / "report.html"
+    page.parent.mkdir(parents=True)
+    page.write_text("<html>")
+    assert run.json("open", "report") == {"url": page.as_uri()}
+    monkeypatch.setenv("PREFECT_API_URL", "http://team:test-secret@prefect.example/api")
+    shown = run("open", "prefect")
+    assert shown.splitlines()[0] == "http://prefect.example"
+    assert "PREFECT_API_AUTH_STRING" in shown
+    assert "test-secret" not in shown
+
+
+def test_a_dry_run_of_ingest_says_what_is_new_and_changes_nothing(
+    run: CommandLine, images: Path, dataset: Path, tmp_path: Path
+) -> None:
+    for number in range(48, 51):
+        blob(number).save(images / "odd" / f"{number}.png")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    options = ("--dry-run", "--dataset", "blobs", "--set", "ingest.size=8", "--set", "ingest.held_out=0.33")
+    about = run.json("ingest", str(images), *options)
+    assert (about["dataset"], about["kept"], about["new"], about["survey"]["images"]) == ("blobs", 48, 3, 51)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    # As the ingest itself would: its images are stored in another size.
+    run("ingest", str(images), "--dry-run", "--dataset", "blobs", "--set", "ingest.size=10", code=2)
+    rebuilt = run.json("ingest", str(images), "--rebuild", *options)
+    assert (rebuilt["kept"], rebuilt["new"]) == (None, 51)
+
+
+def test_a_dry_run_of_several_trainings_measures_each_without_a_server(run: CommandLine, dataset: Path) -> None:
+    small = ["model.width=16", "model.channel_mult=[1]", "model.attention=[]", "sampling.steps=2", "training.images=64"]
+    settings = [word for each in small for word in ("--set", each)]
+    about = run.json("sweep", "--over", "training.seed=1,2", "--dry-run", "--dataset", "blobs", *settings)
+    assert list(about["trainings"]) == ["seed=1", "seed=2"]
+    assert all(each["images"] == 64 for each in about["trainings"].values())
+    assert about["seconds"] == sum(each["seconds"] for each in about["trainings"].values()) > 0
+    assert not Path("runs").exists()
+
+
+def test_quiet_shows_the_result_alone_before_or_after_the_command(
+    run: CommandLine, images: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = ("--local", "--set", "ingest.size=8")
+    for number, (before, after) in enumerate(((["-q"], []), ([], ["--quiet"]), ([], []))):
+        words = [*before, "ingest", str(images), "--dataset", f"set{number}", *settings, *after]
+        monkeypatch.setattr(sys, "argv", ["darkroom", *words])
+        with pytest.raises(SystemExit):
+            main()
+        out, err = capsys.readouterr()
+        assert out.startswith("48 images in ")
+        assert bool(err) == (not before and not after)
