@@ -36,9 +36,9 @@ CSS = """
 .timeline small { color: var(--body-text-color-subdued); }
 .chain ul { list-style: none; padding: 0; }
 .problem { color: var(--error-text-color); }
-.confirmation { padding: 1rem; }
-.confirmation .prose { padding: .5rem; }
+.tight .grid-wrap.fixed-height { min-height: 0; }
 .pair { flex-wrap: nowrap; }
+.pair img { width: 100%; height: 100%; object-fit: contain; }
 @media (max-width: 640px) {
   .grid-container.grid-container { grid-template-columns: repeat(4, minmax(0, 1fr)); }
 }

@@ -5,7 +5,6 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime
-from functools import partial
 from html import escape
 from itertools import islice
 from typing import Any
@@ -138,9 +137,9 @@ def lineage(found: Trace) -> str:
     links: list[tuple[str, list[str]]] = []
     if image := found.image:
         states = {True: "as generated", False: "altered since", None: "not on record"}
-        shown = [f"{name} {text!r}" for name, text in (("class", image.label), ("prompt", image.prompt)) if text]
+        shown = [f"{name} {text}" for name, text in (("class", image.label), ("prompt", image.prompt)) if text]
         lines = [image.where, f"image {image.index} of seed {image.seed}, {states[image.as_generated]}", *shown]
-        links.append(("Image", [*lines, f"sha256 {image.sha256}"]))
+        links.append(("Image", [*lines, f"sha256 {image.sha256[:16]}…"]))
     if batch := found.batch:
         sampling = f"{batch.sampling.sampler}, {batch.sampling.steps} steps"
         links.append(("Batch", [f"{batch.count:,} images of seed {batch.seed}, {sampling}", f"{found.place}"]))
@@ -151,7 +150,7 @@ def lineage(found: Trace) -> str:
         git = f"git commit {run.git_commit[:12]}" if run.git_commit else "outside of a git repository"
         links.append(("Run", [f"{run.name}, {run.started:%Y-%m-%d %H:%M} UTC", run.run_id, git]))
     if data := found.data:
-        links.append(("Data set", [f"{data.dataset}, {data.images:,} images", f"version {data.version}"]))
+        links.append(("Data set", [f"{data.dataset}, {data.images:,} images", f"version {data.version[:16]}…"]))
     for each in found.takedowns:
         links.append(("Takedown", [each.name, *filter(None, [each.reason])]))
     html = "".join(
@@ -212,7 +211,9 @@ def tab(model: str) -> None:
         "object_fit": "contain",
         "height": "auto",
         "interactive": False,
-        "elem_classes": "pixels",
+        "elem_classes": ["pixels", "tight"],
+        "show_label": False,
+        "buttons": [],
     }
     with gr.Tab("Batches") as page:
         batches, addresses = gr.State([]), gr.State([])
@@ -222,22 +223,24 @@ def tab(model: str) -> None:
             names = gr.Dropdown([], label="Batch", min_width=260, scale=2)
             text = gr.Textbox(label="Class or prompt contains", min_width=160)
             number = gr.Number(1, label="Page", precision=0, minimum=1, min_width=80, scale=0)
+            again = gr.Button("Refresh", size="sm", min_width=90, scale=0, elem_classes="beside")
         with gr.Row():
             with gr.Column(scale=3, min_width=300):
-                gallery = gr.Gallery(
-                    label="Images", columns=6, allow_preview=False, buttons=[], elem_id="batch-images", **look
-                )
+                gallery = gr.Gallery(columns=6, allow_preview=False, elem_id="batch-images", **look)
+                shown_range = gr.Markdown()
             with gr.Column(scale=2, min_width=300):
                 chain = gr.HTML("<p>Click an image to see where it comes from.</p>")
                 words = gr.Markdown()
-                nearest = gr.Gallery(label="Nearest training images", columns=4, visible=False, buttons=[], **look)
+                nearest = gr.Gallery(columns=4, visible=False, **look)
     filters = [models, versions, names, text, number]
 
     def refresh() -> tuple[Any, ...]:
         with errors_shown():
             found = list_batches(Store(), settings().bucket)
         known = sorted({each.batch.model for each in found})
-        return found, gr.Dropdown([("all", ""), *known], value=model if model in known else "")
+        name = model if model in known else ""
+        narrowed, shown = narrow(found, name, ""), show(found, name, "", "", "", 1)
+        return found, gr.Dropdown([("all", ""), *known], value=name), *narrowed, "", 1, *shown
 
     def narrow(found: list[ListedBatch], name: str, version: str) -> tuple[Any, Any]:
         of_model = select_batches(found, name or None)
@@ -248,13 +251,13 @@ def tab(model: str) -> None:
 
     def show(
         found: list[ListedBatch], name: str, version: str, title: str, words: str, at: int | None
-    ) -> tuple[Any, list[str]]:
+    ) -> tuple[Any, str, list[str]]:
         with errors_shown():
             chosen = select_batches(found, name or None, int(version) if version else None, title or None)
             items, places = page_of(Store(), chosen, words, at or 1)
         start = ((at or 1) - 1) * PAGE
         label = f"Images {start + 1} to {start + len(items)}" if items else "No images"
-        return gr.Gallery(items, label=label, selected_index=None), places
+        return gr.Gallery(items, selected_index=None), label, places
 
     def select(places: list[str], event: gr.SelectData) -> tuple[Any, ...]:
         with errors_shown():
@@ -266,14 +269,14 @@ def tab(model: str) -> None:
         return lineage(found), about, gr.Gallery(items, visible=bool(items))
 
     private: dict[str, Any] = {"api_visibility": "private", "show_progress": "minimal"}
-    first = partial(lambda: 1)
-    shown: dict[str, Any] = {"inputs": [batches, *filters], "outputs": [gallery, addresses], **private}
-    narrowed: dict[str, Any] = {"inputs": [batches, models, versions], "outputs": [versions, names], **private}
-    page.select(refresh, None, [batches, models], **private).then(narrow, **narrowed).then(show, **shown)
+    images = [gallery, shown_range, addresses]
+    shown: dict[str, Any] = {"inputs": [batches, *filters], "outputs": images, **private}
     for control in (models, versions):
-        control.input(first, None, number, **private).then(narrow, **narrowed).then(show, **shown)
-    for control in (names, text):
-        event = control.submit if control is text else control.input
-        event(first, None, number, **private).then(show, **shown)
-    number.change(show, **shown)
+        changed = control.input(narrow, [batches, models, versions], [versions, names], **private)
+        changed.then(lambda: 1, None, number, **private).then(show, **shown)
+    for event in (names.input, text.submit):
+        event(lambda: 1, None, number, **private).then(show, **shown)
+    number.input(show, **shown)
+    for event in (page.select, again.click):
+        event(refresh, None, [batches, *filters, *images], **private)
     gallery.select(select, addresses, [chain, words, nearest], **private)

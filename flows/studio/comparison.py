@@ -37,6 +37,7 @@ from flows.studio.generation import (
     Source,
     condition_controls,
     errors_shown,
+    pixels_class,
     progress_of,
 )
 
@@ -219,7 +220,7 @@ def tally_of(sessions: Sequence[VoteSession], candidate: int, champion: int) -> 
 
 
 def tab(model: str, source: Source) -> None:
-    """Add the tab for versions of the registered ``model``, with the conditions that ``source``, one of them, knows."""
+    """Add the tab for versions of ``model``, with the conditions that ``source``, one of them, knows."""
     with gr.Tab("Compare") as page:
         with gr.Row():
             champion = gr.Dropdown([], label="Champion", min_width=140)
@@ -231,13 +232,16 @@ def tab(model: str, source: Source) -> None:
         with gr.Row():
             show = gr.Button("Show both at the same seeds", variant="primary")
             begin = gr.Button("Vote blind")
-        pixels = "pixels" if source.model.header.size <= 128 else "smooth"
-        look: dict[str, Any] = {"format": "png", "elem_classes": pixels, "buttons": []}
+        look: dict[str, Any] = {"format": "png", "elem_classes": [pixels_class(source), "tight"], "buttons": []}
+        galleries = []
         with gr.Row(visible=False) as both:
-            galleries = [
-                gr.Gallery(label=label, columns=4, object_fit="contain", height="auto", interactive=False, **look)
-                for label in ("Champion", "Candidate")
-            ]
+            for title in ("Champion", "Candidate"):
+                with gr.Column(min_width=300):
+                    gr.Markdown(f"**{title}**")
+                    gallery = gr.Gallery(
+                        columns=4, show_label=False, allow_preview=False, object_fit="contain", height="auto", **look
+                    )
+                    galleries.append(gallery)
         with gr.Column(visible=False) as booth:
             state, told = gr.State(), gr.HTML()
             with gr.Row(elem_classes="pair") as pair:

@@ -180,8 +180,7 @@ def enlarged(image: Image.Image) -> Image.Image:
 def tabs(source: Source, container: Any) -> None:
     """Add a tab for each task of the model; an image that was generated can be sent on to those that edit one.
 
-    ``container`` holds the tabs. Tabs of others in it must have no id: with an id and a listener Gradio 6 shows them
-    twice.
+    ``container`` holds the tabs.
     """
     editors: dict[Task, Any] = {}
     outputs: dict[Task, tuple[Any, Any, Any]] = {}
@@ -210,7 +209,7 @@ def tabs(source: Source, container: Any) -> None:
                         format="png",
                         sources=["upload", "clipboard"],
                         height=300,
-                        elem_classes=_pixels(source),
+                        elem_classes=pixels_class(source),
                         buttons=[],
                     )
                 if task in ("inpaint", "img2img"):
@@ -240,7 +239,7 @@ def tabs(source: Source, container: Any) -> None:
                     object_fit="contain",
                     height="auto",
                     interactive=False,
-                    elem_classes=_pixels(source),
+                    elem_classes=pixels_class(source),
                     buttons=["download", "fullscreen"],
                 )
                 note, paths = gr.Markdown(), gr.State([])
@@ -254,14 +253,15 @@ def tabs(source: Source, container: Any) -> None:
         )
     for gallery, paths, row in outputs.values():
         for target, editor in editors.items():
+            # Also the state inside of the row: what lies between tabs shifts their numbers in Gradio 6.
             with row:
                 send = gr.Button(f"{TITLES[target]} the selected one", size="sm", min_width=140, interactive=False)
-            chosen = gr.State()
+                chosen = gr.State()
             gallery.select(_choose, paths, [chosen, send], api_visibility="private", queue=False)
             send.click(_open(target), chosen, [editor, container], api_visibility="private", queue=False)
 
 
-def _pixels(source: Source) -> str:
+def pixels_class(source: Source) -> str:
     """CSS class of images: the pixels of small ones stay squares when they are enlarged."""
     return "pixels" if source.model.header.size <= 128 else "smooth"
 

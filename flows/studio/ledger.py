@@ -58,8 +58,8 @@ def tab(model: str) -> None:
         with gr.Row():
             refresh = gr.Button("Refresh", size="sm", scale=0, min_width=110)
             ask = gr.Button("Roll back …", variant="stop", size="sm", scale=0, min_width=110, interactive=False)
-        with gr.Group(visible=False, elem_classes="confirmation") as confirmation:
-            question = gr.Markdown(container=True)
+        with gr.Column(visible=False) as confirmation:
+            question = gr.Markdown()
             reason = gr.Textbox(label="Reason, kept in the ledger", placeholder="draws three eyes", max_length=2000)
             with gr.Row():
                 confirm = gr.Button("Roll back", variant="stop", min_width=110)
@@ -83,17 +83,17 @@ def tab(model: str) -> None:
             f"Version {standing.previous} becomes champion of **{model}** instead of {seen}. Everything that loads "
             f"`models:/{model}@champion` gets it, and the gate never promotes version {seen} again."
         )
-        return gr.Group(visible=True), words
+        return gr.Column(visible=True), words
 
     def act(seen: int, why: str) -> tuple[Any, str, str]:
         with errors_shown():
             change = roll_back_from(model, seen, why)
-        return gr.Group(visible=False), "", f"`{change.version.uri}` is champion."
+        return gr.Column(visible=False), "", f"`{change.version.uri}` is champion."
 
     outputs = [shown, champion, ask]
     page.select(show, None, outputs, api_visibility="private", queue=False)
     refresh.click(show, None, outputs, api_name="ledger")
     ask.click(question_of, champion, [confirmation, question], api_visibility="private")
-    cancel.click(lambda: gr.Group(visible=False), None, confirmation, api_visibility="private", queue=False)
+    cancel.click(lambda: gr.Column(visible=False), None, confirmation, api_visibility="private", queue=False)
     rolled = confirm.click(act, [champion, reason], [confirmation, reason, done], api_visibility="private")
     rolled.success(show, None, outputs, api_visibility="private")
