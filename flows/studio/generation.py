@@ -13,6 +13,7 @@ from tempfile import mkdtemp
 from typing import Any, Self
 
 import gradio as gr
+import numpy as np
 from PIL import Image
 
 from diffusion.checkpoints import load_model
@@ -160,15 +161,22 @@ def _seed(label: str, value: int) -> Any:
     return gr.Number(value, label=label, precision=0, minimum=0, maximum=LARGEST_SEED, min_width=110)
 
 
-def editor_files(painted: Mapping[str, Any] | None) -> dict[str, bytes | None]:
-    """Image and mask files of an image editor: painted pixels are filled, others are kept."""
+def editor_files(painted: Mapping[str, Any] | None, size: int) -> dict[str, bytes | None]:
+    """Image and mask files of an image editor: painted pixels are filled, others are kept.
+
+    An image of ``size`` × ``size`` pixels that was ``enlarged`` to be painted on becomes what it was.
+    """
     if painted is None or painted.get("background") is None:
         return {"image": None, "mask": None}
-    background = painted["background"]
-    mask = Image.new("L", background.size)
+    background = painted["background"].convert("RGB")
+    hole = np.zeros((background.height, background.width), bool)
     for layer in painted["layers"]:
-        mask.paste(255, mask=layer.getchannel("A").point(lambda alpha: 255 if alpha else 0))
-    return {"image": png_bytes(background.convert("RGB")), "mask": png_bytes(mask)}
+        hole |= np.asarray(layer.getchannel("A")) > 0
+    small = background.resize((size, size), Image.Resampling.NEAREST)
+    if enlarged(small) == background:
+        background, scale = small, len(hole) // size
+        hole = hole.reshape(size, scale, size, scale).any((1, 3))
+    return {"image": png_bytes(background), "mask": png_bytes(Image.fromarray(np.where(hole, np.uint8(255), 0)))}
 
 
 def enlarged(image: Image.Image) -> Image.Image:
@@ -273,7 +281,7 @@ def _run(source: Source, task: Task, controls: Mapping[str, Any]) -> Any:
         fields = {name: values[control] for name, control in controls.items()}
         with errors_shown():
             if task == "inpaint":
-                fields |= editor_files(fields["image"])
+                fields |= editor_files(fields["image"], source.model.header.size)
             elif (path := fields.get("image")) is not None:
                 fields["image"] = _uploaded(Path(path))
             paths, note = source.generate({"task": task} | fields, progress_of(bar))
