@@ -36,7 +36,9 @@ CSS = """
 .timeline small { color: var(--body-text-color-subdued); }
 .chain ul { list-style: none; padding: 0; }
 .problem { color: var(--error-text-color); }
-.tight .grid-wrap.fixed-height { min-height: 0; }
+.tight .grid-wrap.fixed-height { min-height: 0; max-height: none; }
+.tight .thumbnail-lg { min-height: 0; height: auto; aspect-ratio: 1; }
+.tight .caption-label { padding: 0 .3rem; font-size: .65rem; }
 .pair { flex-wrap: nowrap; }
 .pair img { width: 100%; height: 100%; object-fit: contain; }
 @media (max-width: 640px) {

@@ -223,8 +223,8 @@ def tab(model: str, source: Source) -> None:
     """Add the tab for versions of ``model``, with the conditions that ``source``, one of them, knows."""
     with gr.Tab("Compare") as page:
         with gr.Row():
-            champion = gr.Dropdown([], label="Champion", min_width=140)
-            candidate = gr.Dropdown([], label="Candidate", min_width=140)
+            champion = gr.Dropdown([], label="Champion", min_width=170)
+            candidate = gr.Dropdown([], label="Candidate", min_width=170)
             seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**53 - 1, min_width=110)
             count = gr.Slider(2, 64, value=8, step=1, label="Images", min_width=160)
         with gr.Row():
@@ -245,12 +245,15 @@ def tab(model: str, source: Source) -> None:
         with gr.Column(visible=False) as booth:
             state, told = gr.State(), gr.HTML()
             with gr.Row(elem_classes="pair") as pair:
-                sides = [gr.Image(label=label, interactive=False, height=300, **look) for label in ("Left", "Right")]
+                sides = [
+                    gr.Image(label=label, interactive=False, height=300, min_width=120, **look)
+                    for label in ("Left", "Right")
+                ]
             with gr.Row(elem_classes="pair") as choices:
                 buttons: dict[Side | Literal["equal"], Any] = {
-                    "left": gr.Button("Left is better", min_width=90),
+                    "left": gr.Button("Left", min_width=90),
                     "equal": gr.Button("No difference", min_width=90),
-                    "right": gr.Button("Right is better", min_width=90),
+                    "right": gr.Button("Right", min_width=90),
                 }
     given = {champion, candidate, seed, count, *controls.values()}
 
@@ -297,7 +300,15 @@ def tab(model: str, source: Source) -> None:
     show.click(compare, given, [both, booth, *galleries], api_name="compare", **ONE_AT_A_TIME)
     begin.click(start, given, [both, booth, *voting], api_visibility="private", **ONE_AT_A_TIME)
     for side, button in buttons.items():
-        button.click(vote(side), state, voting, api_visibility="private", concurrency_limit=1, concurrency_id="votes")
+        button.click(
+            vote(side),
+            state,
+            voting,
+            api_visibility="private",
+            show_progress="hidden",
+            concurrency_limit=1,
+            concurrency_id="votes",
+        )
 
 
 def _shown(ballot: Ballot, tally: str) -> tuple[Any, ...]:

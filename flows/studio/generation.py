@@ -171,11 +171,11 @@ def editor_files(painted: Mapping[str, Any] | None, size: int) -> dict[str, byte
     background = painted["background"].convert("RGB")
     hole = np.zeros((background.height, background.width), bool)
     for layer in painted["layers"]:
-        hole |= np.asarray(layer.getchannel("A")) > 0
+        hole[np.asarray(layer.getchannel("A")) > 0] = True
     small = background.resize((size, size), Image.Resampling.NEAREST)
     if enlarged(small) == background:
         background, scale = small, len(hole) // size
-        hole = hole.reshape(size, scale, size, scale).any((1, 3))
+        hole = hole.reshape(size, scale, size, scale).max((1, 3))
     return {"image": png_bytes(background), "mask": png_bytes(Image.fromarray(np.where(hole, np.uint8(255), 0)))}
 
 

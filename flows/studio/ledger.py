@@ -91,9 +91,11 @@ def tab(model: str) -> None:
         return gr.Column(visible=False), "", f"`{change.version.uri}` is champion."
 
     outputs = [shown, champion, ask]
-    page.select(show, None, outputs, api_visibility="private", queue=False)
+    # Without the cover that Gradio lays over what an event changes, and after an error leaves there.
+    plain: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
+    page.select(show, None, outputs, **plain)
     refresh.click(show, None, outputs, api_name="ledger")
-    ask.click(question_of, champion, [confirmation, question], api_visibility="private")
-    cancel.click(lambda: gr.Column(visible=False), None, confirmation, api_visibility="private", queue=False)
-    rolled = confirm.click(act, [champion, reason], [confirmation, reason, done], api_visibility="private")
-    rolled.success(show, None, outputs, api_visibility="private")
+    ask.click(question_of, champion, [confirmation, question], **plain)
+    cancel.click(lambda: gr.Column(visible=False), None, confirmation, queue=False, **plain)
+    rolled = confirm.click(act, [champion, reason], [confirmation, reason, done], **plain)
+    rolled.success(show, None, outputs, **plain)

@@ -12,11 +12,9 @@ from diffusion.data.dataset import Dataset
 from diffusion.generation.config import Conditions
 from diffusion.process.samplers import sampling_config
 from flows.provenance.trace import Trace, TracedData
-from flows.registry import champion
 from flows.registry.model_versions import Version
 from flows.sampling import generate_batch
 from flows.storage.s3 import Location, Store
-from tests.builders.model_versions import add_version
 from tests.builders.sampling_batches import batch
 from tests.builders.small_models import write_model
 
@@ -33,23 +31,6 @@ from flows.studio.comparison import VOTES, VoteSession, cast, load_version, open
 from flows.studio.ledger import read_history, roll_back_from, timeline
 
 SAMPLING = sampling_config(sampler="dpmpp_2m", steps=2, compute_batch=8)
-
-
-@pytest.fixture
-def versions(
-    mlflow_client: MlflowClient, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> list[Version]:
-    """Versions 1 and 2 of a model named as the bucket, which were champion one after the other."""
-    monkeypatch.setenv("DARKROOM_BUCKET", bucket)
-    experiment = mlflow_client.create_experiment(bucket, artifact_location=(tmp_path / "artifacts").as_uri())
-    made = []
-    for seed in (1, 2):
-        weights = write_model(tmp_path / f"{seed}.safetensors", seed, seed, classes={"even": 3, "odd": 1})
-        run = mlflow_client.create_run(experiment)
-        data = weights.read_bytes()
-        made.append(add_version(mlflow_client, tmp_path / "registry", bucket, data=data, run_id=run.info.run_id))
-        champion.promote(bucket, seed)
-    return made
 
 
 def test_votes_are_blind_and_their_tally_is_recorded_on_the_candidate(
