@@ -55,6 +55,8 @@ class Settings(BaseSettings):
     """Bucket for everything large: the shards (DVC's remote), the local MLflow's artifacts, generated images."""
     log: Literal["text", "json"] = "text"
     """Format of progress and log lines on standard error: plain text or JSON."""
+    ui_password: str | None = Field(None, min_length=8)
+    """Password of `darkroom ui`, for the user darkroom; unset: a new one is shown at each start."""
 
     @property
     def folder(self) -> Path:

@@ -247,15 +247,21 @@ def generate_to_folder(
     write_json(output / ABOUT, about.model_dump(mode="json", exclude_none=True))
     rows = []
     for index, image in zip(request.indices, images, strict=True):
-        pixels, path = image_of(image), output / f"{index:08d}.png"
-        texts = origin | {"task": request.task, "seed": str(request.seed), "index": str(index)}
-        sha256, pixels_sha256 = write_bytes(path, marked_png(pixels, texts)), sha256_bytes(pixels.tobytes())
+        path = output / f"{index:08d}.png"
+        sha256 = write_bytes(path, encode(image, index, request, origin))
+        pixels_sha256 = sha256_bytes(image_of(image).tobytes())
         rows.append({"file": path.name, "index": index, "sha256": sha256, "pixels_sha256": pixels_sha256})
     save_png(output / "grid.png", grid(torch.stack([*original(model, request), *images[:SHOWN]])))
     about = about.model_copy(update={"images": tuple(rows)})
     write_json(output / ABOUT, about.model_dump(mode="json", exclude_none=True))
     same = {name: getattr(request, name) for name in ("task", "count", "seed")}
     return GenerationResult(folder=output, model=generated_by, grid=output / "grid.png", about=output / ABOUT, **same)
+
+
+def encode(image: Tensor, index: int, request: GenerationRequest, origin: Mapping[str, str]) -> bytes:
+    """Encode image ``index`` of ``request``, (C, H, W) uint8, as a PNG that carries the ``origin`` of its model."""
+    texts = {**origin, "task": request.task, "seed": str(request.seed), "index": str(index)}
+    return marked_png(image_of(image), texts)
 
 
 def _require_own(output: Path, about: RequestRecord) -> None:

@@ -1,8 +1,9 @@
-"""Provenance and unattended operation: ``darkroom trace``, ``reproduce``, ``deploy``, ``monitor`` and ``gc``."""
+"""Provenance and operation: ``darkroom trace``, ``reproduce``, ``deploy``, ``monitor``, ``gc`` and ``ui``."""
 
+import importlib.util
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -11,7 +12,7 @@ import typer
 from typer import Argument, Option
 
 from diffusion.common.errors import DarkroomError, UserError
-from flows.cli.command import VERBOSITY, CommandOutput, command, connect
+from flows.cli.command import VERBOSITY, CommandOutput, Model, command, connect, is_file
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -256,3 +257,25 @@ def gc(
 
         done = collect(config.retention, datetime.now(UTC), dry_run=True) if dry_run else gc(config)
     return CommandOutput(done, table(done.items))
+
+
+@command(app, panel="Operations")
+def ui(
+    config: "Params",
+    model: Model = None,
+    port: Annotated[int | None, Option(min=1, max=65535, help="Port; default: a free one from 7860 on.")] = None,
+    no_browser: Annotated[bool, Option("--no-browser", help="Do not open a browser.")] = False,
+) -> None:
+    """Serve a studio in the browser: generate, edit, compare and vote, look at batches, read the ledger, roll back.
+
+    On the loopback address, for the user darkroom with the password in DARKROOM_UI_PASSWORD, or one shown at the start.
+    A model file needs no server, and has the tabs that generate images.
+
+    Example:  darkroom ui --model examples/emoji.safetensors
+    """
+    if importlib.util.find_spec("gradio") is None:
+        raise UserError("the studio needs Gradio: run `pip install 'darkroom-diffusion[ui]'`")
+    with nullcontext() if is_file(model) else connect("mlflow", "s3"):
+        from flows.studio.app import serve
+
+        serve(config, model, port, not no_browser)

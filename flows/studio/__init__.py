@@ -1,0 +1,7 @@
+"""``darkroom ui``: a studio in the browser that generates, compares versions, shows batches and the ledger."""
+
+import os
+
+# Gradio reads this when it is imported: without it a page would report its start to Gradio's servers.
+os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"

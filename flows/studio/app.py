@@ -1,0 +1,122 @@
+"""The page with all tabs, and its server: on the loopback address, behind a password, with nothing sent elsewhere."""
+
+import os
+import secrets
+import signal
+import sys
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from threading import Event
+from types import FrameType
+
+import gradio as gr
+
+from diffusion.common.errors import UserError
+from diffusion.generation.config import MAX_FILE_BYTES
+from flows.config import Params
+from flows.environment import loopback_no_proxy, settings
+from flows.local_stack.server_process import LOOPBACK
+from flows.studio import generation
+from flows.studio.generation import Source
+
+USER = "darkroom"
+WAITING = 32
+"""Most events that wait for their turn."""
+# Fonts of the system: Gradio's own would be fetched from Google.
+FONTS = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
+CSS = """
+.pixels img { image-rendering: pixelated; }
+.beside { align-self: end; }
+.timeline, .chain { list-style: none; padding: 0; margin: 0; overflow-wrap: anywhere; }
+.timeline li, .chain li { border-left: 3px solid var(--border-color-primary); padding: 0 0 1rem 1rem; margin: 0; }
+.timeline li.promote { border-color: #2e7d32; }
+.timeline li.rollback { border-color: #c62828; }
+.timeline li.hold, .timeline li.reject { border-color: #ef6c00; }
+.timeline small, .timeline span, .chain b { display: block; }
+.timeline small { color: var(--body-text-color-subdued); }
+.chain ul { list-style: none; padding: 0; }
+.problem { color: var(--error-text-color); }
+.tight .grid-wrap.fixed-height { min-height: 0; max-height: none; }
+.tight .thumbnail-lg { min-height: 0; height: auto; aspect-ratio: 1; }
+.tight .caption-label { padding: 0 .3rem; font-size: .65rem; }
+.pair { flex-wrap: nowrap; }
+.pair img { width: 100%; height: 100%; object-fit: contain; }
+@media (max-width: 640px) {
+  .grid-container.grid-container { grid-template-columns: repeat(4, minmax(0, 1fr)); }
+}
+"""
+
+
+def build(source: Source, model: str | None = None) -> gr.Blocks:
+    """Build the page for ``source``; with the tabs that need servers if it is a version of the registered ``model``."""
+    header, size = source.model.header, "×".join(map(str, source.model.shape[1:]))
+    with gr.Blocks(title=f"Darkroom: {Path(source.name).name}", analytics_enabled=False) as page:
+        name = source.name if model else Path(source.name).name
+        gr.Markdown(f"## {name}\n{header.model.family}, {size} pixels, trained on {header.dataset}")
+        with gr.Tabs() as tabs:
+            generation.tabs(source, tabs)
+            if model is not None:
+                # These import MLflow and boto3, which a model in a file does without.
+                from flows.studio import batches, comparison, ledger
+
+                comparison.tab(model, source)
+                batches.tab(model)
+                ledger.tab(model)
+    return page.queue(max_size=WAITING, default_concurrency_limit=4)
+
+
+def launch(page: gr.Blocks, password: str, port: int | None = None, browser: bool = False) -> str:
+    """Serve ``page`` in the background and return its address; raises UserError if ``port`` is taken."""
+    os.environ.update(loopback_no_proxy())
+    try:
+        _, address, _ = page.launch(
+            auth=(USER, password),
+            server_name=LOOPBACK,
+            server_port=port,
+            inbrowser=browser,
+            prevent_thread_lock=True,
+            quiet=True,
+            share=False,
+            ssr_mode=False,
+            mcp_server=False,
+            run_history=False,
+            enable_monitoring=False,
+            footer_links=[],
+            max_file_size=MAX_FILE_BYTES,
+            theme=gr.themes.Default(**FONTS),
+            css=CSS,
+        )
+    except OSError as error:
+        raise UserError(f"port {port or '7860'} of {LOOPBACK} cannot be used: give another one to --port") from error
+    return str(address)
+
+
+def serve(params: Params, model: str | None, port: int | None, browser: bool) -> None:
+    """Serve the studio for a model file or a registered model until the process is interrupted."""
+    with TemporaryDirectory(prefix="darkroom-ui-") as scratch:
+        os.environ["GRADIO_TEMP_DIR"] = scratch
+        if model is not None and model.endswith(".safetensors"):
+            page = build(Source.from_file(Path(model), params.sampling))
+        else:
+            from flows.storage.tags import parse_model_uri
+            from flows.studio.comparison import load_uri
+
+            uri = model or params.champion
+            page = build(load_uri(uri, params.sampling), parse_model_uri(uri)[0])
+        chosen = settings().ui_password
+        password = chosen or secrets.token_urlsafe(12)
+        address = launch(page, password, port, browser)
+        shown = "of DARKROOM_UI_PASSWORD" if chosen else password
+        print(f"{address}  user {USER}  password {shown}  (Ctrl+C ends it)", file=sys.stderr, flush=True)
+        signal.signal(signal.SIGTERM, _end)
+        try:
+            Event().wait()
+        except KeyboardInterrupt:
+            pass
+        finally:
+            page.close(verbose=False)
+
+
+def _end(number: int, frame: FrameType | None) -> None:
+    # An exception, so that the images that were generated are deleted.
+    raise KeyboardInterrupt

@@ -1,0 +1,282 @@
+"""Tab that shows the sampling batches on S3, and of each image the chain of records back to its training images."""
+
+import logging
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import datetime
+from html import escape
+from itertools import islice
+from typing import Any
+
+import gradio as gr
+import numpy as np
+import torch
+from PIL import Image
+
+from diffusion.common.config import dataset_folder
+from diffusion.common.errors import UserError
+from diffusion.common.image_grids import image_of
+from diffusion.data.dataset import Dataset
+from diffusion.evaluation.metrics.registration import find_registered
+from flows.environment import settings
+from flows.provenance.trace import Trace, trace
+from flows.sampling.lookup import find, read_image, read_pixels, read_rows
+from flows.sampling.sampling_batch import BATCH, DELETED, LARGEST_BATCH, SUCCESS, USUAL, Row, SamplingBatch, parse_batch
+from flows.storage.s3 import Location, Missing, Store
+from flows.studio.generation import GalleryItem, errors_shown
+
+logger = logging.getLogger(__name__)
+
+PAGE = 24
+"""Images on a page of the gallery."""
+MOST_BATCHES = 1000
+"""Most batches that are listed: each costs three requests."""
+MOST_COMPARED = 10_000
+"""Most training images among which the nearest are searched: about a second per thousand."""
+NEAREST = 8
+
+
+@dataclass(frozen=True)
+class ListedBatch:
+    """Sampling batch at its usual place on S3."""
+
+    batch: SamplingBatch
+    place: Location
+    written: datetime
+    """When it was finished, or else begun."""
+    finished: bool
+
+    @property
+    def title(self) -> str:
+        """Model version and name of the batch."""
+        left = "" if self.finished else " (unfinished)"
+        return f"{self.batch.model}/{self.batch.version} {self.place.prefix.rpartition('/')[2]}{left}"
+
+
+def list_batches(store: Store, bucket: str) -> list[ListedBatch]:
+    """List the sampling batches in ``bucket``, newest first; those that ``darkroom gc`` deletes are left out."""
+    deleted = {key.removeprefix(f"{DELETED}/") for key in store.list_keys(bucket, f"{DELETED}/samples/")}
+    places: list[Location] = []
+    after = ""
+    # One listing per batch, from where the one before ends: it may have a million images.
+    while len(places) < MOST_BATCHES and (key := next(iter(store.list_keys(bucket, "samples/", after)), None)):
+        prefix = named[0] if (named := USUAL.match(key)) else key.rpartition("/")[0]
+        # "PREFIX0" sorts just after "PREFIX/"; objects of others may lie beside the folders of the models.
+        after = key if prefix == "samples" else f"{prefix}0"
+        if named and prefix not in deleted:
+            places.append(Location(bucket, prefix))
+
+    def read(place: Location) -> ListedBatch | None:
+        try:
+            batch = parse_batch(store.get(bucket, place.key(BATCH), LARGEST_BATCH), f"{place}/{BATCH}")
+        except Missing:
+            return None
+        except UserError as error:  # an unreadable batch does not hide the others
+            logger.warning("%s", error)
+            return None
+        success, begun = store.stat(bucket, place.key(SUCCESS)), store.stat(bucket, place.key(BATCH))
+        newest = success or begun
+        return newest and ListedBatch(batch, place, newest.written, success is not None)
+
+    with ThreadPoolExecutor(16) as pool:
+        found = [each for each in pool.map(read, places) if each is not None]
+    return sorted(found, key=lambda each: each.written, reverse=True)
+
+
+def select_batches(
+    batches: Sequence[ListedBatch], model: str | None = None, version: int | None = None, title: str | None = None
+) -> list[ListedBatch]:
+    """Batches of a model, of a version, or with a title; None: of all."""
+    return [
+        each
+        for each in batches
+        if model in (None, each.batch.model) and version in (None, each.batch.version) and title in (None, each.title)
+    ]
+
+
+def matching_rows(store: Store, batches: Sequence[ListedBatch], text: str = "") -> Iterator[tuple[ListedBatch, Row]]:
+    """Yield the images whose class or prompt contains ``text``, without case, read a part of a manifest at a time."""
+    wanted = text.strip().casefold()
+    for each in batches:
+        for chunk in range(len(each.batch.chunks())):
+            try:
+                rows = read_rows(store, each.place, each.batch, chunk)
+            except Missing:  # not generated yet
+                continue
+            for row in rows:
+                if wanted in f"{row.get('label') or ''}\n{row.get('prompt') or ''}".casefold():
+                    yield each, row
+
+
+def page_of(store: Store, batches: Sequence[ListedBatch], text: str, page: int) -> tuple[list[GalleryItem], list[str]]:
+    """Images of a page, counted from 1, with captions, and their S3 addresses."""
+    rows = list(islice(matching_rows(store, batches, text), (page - 1) * PAGE, page * PAGE))
+
+    def load(found: tuple[ListedBatch, Row]) -> Image.Image | None:
+        each, row = found
+        try:
+            pixels = read_pixels(read_image(store, each.place, each.batch, row["index"], row))
+        except Missing:
+            return None
+        return None if pixels is None else Image.fromarray(pixels)
+
+    items: list[GalleryItem] = []
+    addresses = []
+    with ThreadPoolExecutor(16) as pool:
+        for (each, row), image in zip(rows, pool.map(load, rows), strict=True):
+            if image is not None:
+                shown = " ".join(filter(None, [row.get("label"), row.get("prompt")])) or f"version {row['version']}"
+                items.append((image, f"{row['index']}: {shown}"))
+                addresses.append(f"{each.place}/{row['key']}")
+    return items, addresses
+
+
+def lineage(found: Trace) -> str:
+    """Show the chain of records of an image as HTML, from the image down to the shards."""
+    links: list[tuple[str, list[str]]] = []
+    if image := found.image:
+        states = {True: "as generated", False: "altered since", None: "not on record"}
+        shown = [f"{name} {text}" for name, text in (("class", image.label), ("prompt", image.prompt)) if text]
+        lines = [image.where, f"image {image.index} of seed {image.seed}, {states[image.as_generated]}", *shown]
+        links.append(("Image", [*lines, f"sha256 {image.sha256[:16]}…"]))
+    if batch := found.batch:
+        sampling = f"{batch.sampling.sampler}, {batch.sampling.steps} steps"
+        links.append(("Batch", [f"{batch.count:,} images of seed {batch.seed}, {sampling}", f"{found.place}"]))
+    if model := found.model:
+        aliases = " ".join(f"@{alias}" for alias in model.aliases)
+        links.append(("Model", [f"{model.uri} {aliases}", f"registered {model.registered:%Y-%m-%d %H:%M} UTC"]))
+    if run := found.run:
+        git = f"git commit {run.git_commit[:12]}" if run.git_commit else "outside of a git repository"
+        links.append(("Run", [f"{run.name}, {run.started:%Y-%m-%d %H:%M} UTC", run.run_id, git]))
+    if data := found.data:
+        links.append(("Data set", [f"{data.dataset}, {data.images:,} images", f"version {data.version[:16]}…"]))
+    for each in found.takedowns:
+        links.append(("Takedown", [each.name, *filter(None, [each.reason])]))
+    html = "".join(
+        f"<li><b>{title}</b><span>{'<br>'.join(escape(line) for line in lines)}</span></li>" for title, lines in links
+    )
+    if data := found.data:
+        shards = "".join(
+            f"<li>{escape(shard.name)}, {shard.bytes:,} bytes<br>{escape(shard.where or 'lost')}"
+            f"<br>sha256 {shard.sha256}</li>"
+            for shard in data.shards
+        )
+        count = f"{len(data.shards):,} shards" if data.shards[1:] else "1 shard"
+        html += f"<li><b>Shards</b><details><summary>{count}</summary><ul>{shards}</ul></details></li>"
+    broken = "".join(f"<p class='problem'>{escape(words)}</p>" for words in found.broken)
+    return f"<ol class='chain'>{html}</ol>{broken}"
+
+
+def nearest_training_images(pixels: np.ndarray, found: Trace) -> tuple[list[GalleryItem], str]:
+    """Find the training images nearest to an image, (H, W) or (H, W, 3) uint8, after registration.
+
+    Returns them with their distances, if the data set is in this workspace, and words on what was compared.
+    """
+    if found.data is None:
+        return [], "The data set is not known, so there are no nearest training images."
+    name, folder = found.data.dataset, dataset_folder(found.data.dataset)
+    if not (folder / "manifest.json").is_file():
+        return [], f"Nearest training images: the data set {name} is not in this workspace (`darkroom data checkout`)."
+    dataset = Dataset.open(folder)
+    try:
+        rows = dataset.rows("train")[:MOST_COMPARED]
+        image = torch.from_numpy(np.array(pixels)).reshape(*pixels.shape[:2], -1).permute(2, 0, 1)[None]
+        if image.shape[1] != dataset.shape[0]:
+            return [], f"The data set {name} has other channels here now."
+        pieces = (dataset.images(rows[at : at + 1000]) for at in range(0, len(rows), 1000))
+        neighbours = find_registered([image], pieces, lambda numbers: dataset.images(rows[numbers]))
+        numbers = neighbours.rows[0, :NEAREST].numpy()
+        items: list[GalleryItem] = [
+            (image_of(each), f"{distance:.2f} {label or ''}")
+            for each, distance, label in zip(
+                dataset.images(rows[numbers]),
+                neighbours.distances[0, :NEAREST].tolist(),
+                dataset.labels(rows[numbers]),
+                strict=True,
+            )
+        ]
+        words = f"Nearest of {len(rows):,} training images, with distances after registration (0: equal, 1: unlike)"
+        if dataset.manifest.content_digest != found.data.content_digest:
+            words += ", of another version of the data set than the model was trained on"
+        return items, words
+    finally:
+        dataset.close()
+
+
+def tab(model: str) -> None:
+    """Add the tab, which shows batches of ``model`` first."""
+    look: dict[str, Any] = {
+        "format": "png",
+        "object_fit": "contain",
+        "height": "auto",
+        "interactive": False,
+        "elem_classes": ["pixels", "tight"],
+        "show_label": False,
+        "buttons": [],
+    }
+    with gr.Tab("Batches") as page:
+        batches, addresses = gr.State([]), gr.State([])
+        with gr.Row():
+            models = gr.Dropdown([], label="Model", min_width=130)
+            versions = gr.Dropdown([], label="Version", min_width=110)
+            names = gr.Dropdown([], label="Batch", min_width=260, scale=2)
+            text = gr.Textbox(label="Class or prompt contains", min_width=160)
+            number = gr.Number(1, label="Page", precision=0, minimum=1, min_width=80, scale=0)
+            again = gr.Button("Refresh", size="sm", min_width=90, scale=0, elem_classes="beside")
+        with gr.Row():
+            with gr.Column(scale=3, min_width=300):
+                gallery = gr.Gallery(columns=6, allow_preview=False, elem_id="batch-images", **look)
+                shown_range = gr.Markdown()
+            with gr.Column(scale=2, min_width=300):
+                chain = gr.HTML("<p>Click an image to see where it comes from.</p>")
+                words = gr.Markdown()
+                nearest = gr.Gallery(columns=4, visible=False, **look)
+    filters = [models, versions, names, text, number]
+
+    def refresh() -> tuple[Any, ...]:
+        with errors_shown():
+            found = list_batches(Store(), settings().bucket)
+        known = sorted({each.batch.model for each in found})
+        name = model if model in known else ""
+        narrowed, shown = narrow(found, name, ""), show(found, name, "", "", "", 1)
+        return found, gr.Dropdown([("all", ""), *known], value=name), *narrowed, "", 1, *shown
+
+    def narrow(found: list[ListedBatch], name: str, version: str) -> tuple[Any, Any]:
+        of_model = select_batches(found, name or None)
+        numbers = [str(number) for number in sorted({each.batch.version for each in of_model}, reverse=True)]
+        chosen = version if version in numbers else ""
+        titles = [each.title for each in select_batches(of_model, version=int(chosen) if chosen else None)]
+        return gr.Dropdown([("all", ""), *numbers], value=chosen), gr.Dropdown([("all", ""), *titles], value="")
+
+    def show(
+        found: list[ListedBatch], name: str, version: str, title: str, words: str, at: int | None
+    ) -> tuple[Any, str, list[str]]:
+        with errors_shown():
+            chosen = select_batches(found, name or None, int(version) if version else None, title or None)
+            items, places = page_of(Store(), chosen, words, at or 1)
+        start = ((at or 1) - 1) * PAGE
+        label = f"Images {start + 1} to {start + len(items)}" if items else "No images"
+        return gr.Gallery(items, selected_index=None), label, places
+
+    def select(places: list[str], event: gr.SelectData) -> tuple[Any, ...]:
+        with errors_shown():
+            found, located = trace(places[event.index]), find(places[event.index], Store(), settings().bucket)
+            pixels = read_pixels(located.image.png) if located.image else None
+            if pixels is None:
+                return lineage(found), "", gr.Gallery(visible=False)
+            items, about = nearest_training_images(pixels, found)
+        return lineage(found), about, gr.Gallery(items, visible=bool(items))
+
+    private: dict[str, Any] = {"api_visibility": "private", "show_progress": "minimal"}
+    images = [gallery, shown_range, addresses]
+    shown: dict[str, Any] = {"inputs": [batches, *filters], "outputs": images, **private}
+    for control in (models, versions):
+        changed = control.input(narrow, [batches, models, versions], [versions, names], **private)
+        changed.then(lambda: 1, None, number, **private).then(show, **shown)
+    for event in (names.input, text.submit):
+        event(lambda: 1, None, number, **private).then(show, **shown)
+    number.input(show, **shown)
+    for event in (page.select, again.click):
+        event(refresh, None, [batches, *filters, *images], **private)
+    gallery.select(select, addresses, [chain, words, nearest], **private)

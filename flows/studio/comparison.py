@@ -1,0 +1,327 @@
+"""Tab that shows two registered versions at the same seeds, and takes a blind vote between them.
+
+A vote is evidence and decides nothing: the gate, the ledger and aliases do not read it. It is recorded when it is cast,
+in ``votes/`` among the artifacts of the candidate's run, and summed up in the tag VOTES of its version.
+"""
+
+import logging
+import secrets
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from html import escape
+from typing import Any, Literal
+
+import gradio as gr
+import mlflow
+from mlflow.client import MlflowClient
+from PIL import Image
+from pydantic import Field, ValidationError
+
+from diffusion.checkpoints import load_model
+from diffusion.common.config import Config, PlainName
+from diffusion.common.errors import UserError
+from diffusion.common.image_grids import image_of
+from diffusion.common.progress import Progress, silent
+from diffusion.common.random import generator
+from diffusion.generation.requests import answer, sampling_of, tasks_of
+from diffusion.process.samplers import SamplingConfig
+from flows.registry import model_versions
+from flows.registry.aliases import none_if_missing, read_record
+from flows.registry.ledger import AliasNumbers, Ledger
+from flows.storage.tags import RunId, VersionNumber
+from flows.studio.generation import (
+    ONE_AT_A_TIME,
+    GalleryItem,
+    Source,
+    condition_controls,
+    errors_shown,
+    pixels_class,
+    progress_of,
+)
+
+logger = logging.getLogger(__name__)
+
+VOTES = "darkroom.votes"
+"""Tag of a version: how often people preferred it, as candidate, and how often the champion it was shown beside."""
+FOLDER = "votes"
+Side = Literal["left", "right"]
+Choice = Literal["candidate", "champion", "equal"]
+
+
+class VoteSession(Config):
+    """A person's blind votes between the images of two versions at the same seeds, in ``votes/`` of the run."""
+
+    format_version: Literal[1] = 1
+    model: PlainName
+    champion: VersionNumber
+    candidate: VersionNumber
+    seed: int = Field(ge=0, lt=2**63)
+    """Seed of the images: pair i shows image i of it by either version."""
+    shuffle_seed: int = Field(ge=0, lt=2**48)
+    """Seed that decides on which side each version's image was shown."""
+    conditions: dict[str, str]
+    """Prompt and label of the images, if any."""
+    sampling: dict[Literal["candidate", "champion"], SamplingConfig]
+    votes: tuple[Choice, ...] = ()
+    """Vote on each pair, in order."""
+
+    def left(self, pair: int) -> Literal["candidate", "champion"]:
+        """Version whose image stands on the left in a pair."""
+        return "candidate" if generator(self.shuffle_seed, "vote sides", pair).integers(2) else "champion"
+
+    def voted(self, side: Side | Literal["equal"]) -> "VoteSession":
+        """Session after a vote on the next pair."""
+        left = self.left(len(self.votes))
+        right: Choice = "champion" if left == "candidate" else "candidate"
+        choice: Choice = {"left": left, "right": right, "equal": "equal"}[side]
+        return self.model_copy(update={"votes": (*self.votes, choice)})
+
+    @property
+    def artifact(self) -> str:
+        """Name of the session among the artifacts of the candidate's run."""
+        return f"{FOLDER}/version-{self.candidate}-champion-{self.champion}-{self.shuffle_seed:012x}.json"
+
+
+@dataclass(frozen=True)
+class Ballot:
+    """A session with the images of its pairs, of which the votes are cast one after the other."""
+
+    session: VoteSession
+    run_id: RunId | Literal[""]
+    images: Mapping[str, Sequence[Image.Image]]
+    """Images of the candidate and of the champion."""
+
+    @property
+    def pair(self) -> int | None:
+        """Number of the next pair; None if all were voted on."""
+        done = len(self.session.votes)
+        return done if done < len(self.images["candidate"]) else None
+
+    def sides(self) -> tuple[Image.Image, Image.Image] | None:
+        """Left and right image of the next pair."""
+        if (pair := self.pair) is None:
+            return None
+        left = self.session.left(pair)
+        right = "champion" if left == "candidate" else "candidate"
+        return self.images[left][pair], self.images[right][pair]
+
+
+@lru_cache(maxsize=4)
+def load_version(uri: str, sampling: SamplingConfig) -> Source:
+    """Load a registered version, models:/NAME/NUMBER, which never changes."""
+    version = model_versions.resolve(MlflowClient(), uri)
+    model = load_model(model_versions.cached_weights(version))
+    about = {"model": version.uri, "run_id": version.run_id, "content_digest": model.header.content_digest}
+    return Source(model, version.uri, about, sampling)
+
+
+def load_uri(uri: str, sampling: SamplingConfig) -> Source:
+    """Load the version that ``uri``, also of an alias, names now."""
+    return load_version(model_versions.resolve(MlflowClient(), uri).uri, sampling)
+
+
+def read_versions(model: str) -> tuple[list[int], AliasNumbers]:
+    """Numbers of the registered versions of ``model``, newest first, and its alias state by the ledger."""
+    known, versions = read_record(MlflowClient(), model)
+    return sorted(versions, reverse=True), Ledger.of(model).read(known).standing
+
+
+def generate_pairs(
+    sources: Mapping[str, Source], seed: int, count: int, conditions: Mapping[str, str], progress: Progress = silent
+) -> dict[str, list[Image.Image]]:
+    """Generate images 0 to ``count`` − 1 of ``seed`` with each of ``sources``, of the same size."""
+    if len({source.model.shape for source in sources.values()}) > 1:
+        raise UserError("the versions generate images of different sizes: compare others")
+    requests = {}
+    for name, source in sources.items():
+        if "sample" not in tasks_of(source.model):
+            raise UserError(f"{source.name} generates nothing from noise: compare versions that do")
+        requests[name] = source.request({"task": "sample", "seed": seed, "count": count, **conditions})
+    found = {}
+    for name, source in sources.items():
+        [images] = answer(source.model, [requests[name]], source.sampling, progress)
+        found[name] = [image_of(image) for image in images]
+    return found
+
+
+def open_ballot(
+    model: str,
+    champion: int,
+    candidate: int,
+    seed: int,
+    count: int,
+    conditions: Mapping[str, str],
+    sampling: SamplingConfig,
+    progress: Progress = silent,
+) -> Ballot:
+    """Begin a blind vote over ``count`` pairs; the sides are shuffled by a new seed."""
+    sources = _sources(model, champion, candidate, sampling)
+    images = generate_pairs(sources, seed, count, conditions, progress)
+    request = sources["candidate"].request({"seed": seed, **conditions})
+    session = VoteSession(
+        model=model,
+        champion=champion,
+        candidate=candidate,
+        seed=seed,
+        shuffle_seed=secrets.randbits(48),
+        conditions={name: text for name, text in conditions.items() if text},
+        sampling={
+            "candidate": sampling_of(sources["candidate"].model, request, sampling),
+            "champion": sampling_of(sources["champion"].model, request, sampling),
+        },
+    )
+    return Ballot(session, sources["candidate"].origin["run_id"], images)
+
+
+def _sources(model: str, champion: int | None, candidate: int | None, sampling: SamplingConfig) -> dict[str, Source]:
+    if champion is None or candidate is None or champion == candidate:
+        raise UserError("choose two different versions to compare")
+    return {
+        "champion": load_version(f"models:/{model}/{champion}", sampling),
+        "candidate": load_version(f"models:/{model}/{candidate}", sampling),
+    }
+
+
+def cast(ballot: Ballot, side: Side | Literal["equal"]) -> tuple[Ballot, str]:
+    """Record a vote on the next pair of ``ballot``; returns the ballot after it, and the tally of the version."""
+    if ballot.pair is None:
+        return ballot, ""
+    session = ballot.session.voted(side)
+    client = MlflowClient()
+    if ballot.run_id:
+        client.log_text(ballot.run_id, session.model_dump_json(indent=2), session.artifact)
+    others = [each for each in read_sessions(client, ballot.run_id) if each.shuffle_seed != session.shuffle_seed]
+    tally = tally_of([session, *others], session.candidate, session.champion)
+    client.set_model_version_tag(session.model, str(session.candidate), VOTES, tally)
+    return replace(ballot, session=session), tally
+
+
+def read_sessions(client: MlflowClient, run_id: str) -> list[VoteSession]:
+    """Read the recorded sessions of a run; files that are none are skipped."""
+    found = []
+    for item in (none_if_missing(client.list_artifacts, run_id, FOLDER) or []) if run_id else []:
+        try:
+            text = mlflow.artifacts.load_text(f"runs:/{run_id}/{item.path}")
+            found.append(VoteSession.model_validate_json(text))
+        except (ValidationError, UnicodeDecodeError):
+            logger.warning("%a of run %s is no session of votes", item.path, run_id)
+    return found
+
+
+def tally_of(sessions: Sequence[VoteSession], candidate: int, champion: int) -> str:
+    """Sum up the votes between two versions in words, such as "candidate 12, champion 7 (version 1)"."""
+    counts = Counter(
+        choice for each in sessions if (each.candidate, each.champion) == (candidate, champion) for choice in each.votes
+    )
+    equal = f", no difference {counts['equal']}" if counts["equal"] else ""
+    return f"candidate {counts['candidate']}, champion {counts['champion']} (version {champion}){equal}"
+
+
+def tab(model: str, source: Source) -> None:
+    """Add the tab for versions of ``model``, with the conditions that ``source``, one of them, knows."""
+    with gr.Tab("Compare") as page:
+        with gr.Row():
+            champion = gr.Dropdown([], label="Champion", min_width=170)
+            candidate = gr.Dropdown([], label="Candidate", min_width=170)
+            seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**53 - 1, min_width=110)
+            count = gr.Slider(2, 64, value=8, step=1, label="Images", min_width=160)
+        with gr.Row():
+            controls = condition_controls(source.model)
+        with gr.Row():
+            show = gr.Button("Show both at the same seeds", variant="primary")
+            begin = gr.Button("Vote blind")
+        look: dict[str, Any] = {"format": "png", "elem_classes": [pixels_class(source), "tight"], "buttons": []}
+        galleries = []
+        with gr.Row(visible=False) as both:
+            for title in ("Champion", "Candidate"):
+                with gr.Column(min_width=300):
+                    gr.Markdown(f"**{title}**")
+                    gallery = gr.Gallery(
+                        columns=4, show_label=False, allow_preview=False, object_fit="contain", height="auto", **look
+                    )
+                    galleries.append(gallery)
+        with gr.Column(visible=False) as booth:
+            state, told = gr.State(), gr.HTML()
+            with gr.Row(elem_classes="pair") as pair:
+                sides = [
+                    gr.Image(label=label, interactive=False, height=300, min_width=120, **look)
+                    for label in ("Left", "Right")
+                ]
+            with gr.Row(elem_classes="pair") as choices:
+                buttons: dict[Side | Literal["equal"], Any] = {
+                    "left": gr.Button("Left", min_width=90),
+                    "equal": gr.Button("No difference", min_width=90),
+                    "right": gr.Button("Right", min_width=90),
+                }
+    given = {champion, candidate, seed, count, *controls.values()}
+
+    def choose() -> tuple[Any, Any]:
+        with errors_shown():
+            numbers, standing = read_versions(model)
+        names = {number: alias for alias, number in standing.model_dump().items() if number is not None}
+        choices = [(f"{number} ({names[number]})" if number in names else f"{number}", number) for number in numbers]
+        first = standing.champion
+        others = [standing.candidate, *numbers, standing.previous]
+        second = next((number for number in others if number not in (None, first)), None)
+        return gr.Dropdown(choices, value=first), gr.Dropdown(choices, value=second)
+
+    def compare(values: dict[Any, Any], bar: gr.Progress = gr.Progress()) -> tuple[Any, ...]:  # noqa: B008
+        conditions = {name: values[control] for name, control in controls.items()}
+        with errors_shown():
+            sources = _sources(model, values[champion], values[candidate], source.sampling)
+            found = generate_pairs(sources, values[seed], values[count], conditions, progress_of(bar))
+        items: list[list[GalleryItem]] = [
+            [(image, str(number)) for number, image in enumerate(found[name])] for name in ("champion", "candidate")
+        ]
+        return gr.Row(visible=True), gr.Column(visible=False), *items
+
+    def start(values: dict[Any, Any], bar: gr.Progress = gr.Progress()) -> tuple[Any, ...]:  # noqa: B008
+        conditions = {name: values[control] for name, control in controls.items()}
+        with errors_shown():
+            numbers = values[champion], values[candidate]
+            # Raises for versions that are not there or equal.
+            _sources(model, *numbers, source.sampling)
+            ballot = open_ballot(
+                model, *numbers, values[seed], values[count], conditions, source.sampling, progress_of(bar)
+            )
+        return gr.Row(visible=False), gr.Column(visible=True), *_shown(ballot, "")
+
+    def vote(side: Side | Literal["equal"]) -> Any:
+        def run(ballot: Ballot) -> tuple[Any, ...]:
+            with errors_shown():
+                return _shown(*cast(ballot, side))
+
+        return run
+
+    page.select(choose, None, [champion, candidate], api_visibility="private", queue=False)
+    voting = [state, told, pair, choices, *sides]
+    show.click(compare, given, [both, booth, *galleries], api_name="compare", **ONE_AT_A_TIME)
+    begin.click(start, given, [both, booth, *voting], api_visibility="private", **ONE_AT_A_TIME)
+    for side, button in buttons.items():
+        button.click(
+            vote(side),
+            state,
+            voting,
+            api_visibility="private",
+            show_progress="hidden",
+            concurrency_limit=1,
+            concurrency_id="votes",
+        )
+
+
+def _shown(ballot: Ballot, tally: str) -> tuple[Any, ...]:
+    """Values of the voting booth: state, words, visibility, and the two sides."""
+    session, sides = ballot.session, ballot.sides()
+    if sides is not None:
+        words = f"Pair {len(session.votes) + 1} of {len(ballot.images['candidate'])}: which image is better?"
+        return ballot, f"<p>{words}</p>", gr.Row(visible=True), gr.Row(visible=True), *sides
+    counts = Counter(session.votes)
+    words = (
+        f"<p>You preferred candidate {session.candidate} {counts['candidate']} times and champion {session.champion} "
+        f"{counts['champion']} times, and saw no difference {counts['equal']} times.</p>"
+        f"<p>Recorded on models:/{escape(session.model)}/{session.candidate} as {VOTES}: <b>{escape(tally)}</b>. "
+        "Votes are evidence for a person; they decide nothing.</p>"
+    )
+    return ballot, words, gr.Row(visible=False), gr.Row(visible=False), None, None

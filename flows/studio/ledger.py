@@ -1,0 +1,101 @@
+"""Tab that shows the ledger of champions as a timeline, with rollback behind a confirmation."""
+
+from html import escape
+from typing import Any
+
+import gradio as gr
+from mlflow.client import MlflowClient
+
+from diffusion.common.errors import ConflictError, UserError
+from flows.registry.aliases import verified
+from flows.registry.champion import ChampionChange, champion_problem, roll_back
+from flows.registry.ledger import History, Ledger, LedgerEntry
+from flows.studio.generation import errors_shown
+
+
+def read_history(model: str) -> History:
+    """Read the ledger of ``model``, verified; nothing is repaired."""
+    return verified(MlflowClient(), Ledger.of(model))
+
+
+def timeline(history: History) -> str:
+    """Show the entries as HTML, the newest first."""
+    if history.head is None:
+        return "<p>The ledger is empty: the first verdict of <code>darkroom promote</code> starts it.</p>"
+    standing = history.standing
+    words = ", ".join(f"{name} {number}" for name, number in standing.model_dump().items() if number is not None)
+    items = "".join(_item(entry) for entry in reversed(history.entries))
+    foreign = "".join(
+        f"<p>Foreign object among the entries, ignored: {escape(ascii(name))} {escape(reason)}</p>"
+        for name, reason in history.foreign.items()
+    )
+    count = f"{len(history.entries)} entries, each verified against the one before."
+    return f"<p><b>{escape(words)}</b>. {count}</p>{foreign}<ol class='timeline'>{items}</ol>"
+
+
+def _item(entry: LedgerEntry) -> str:
+    move = f"{entry.from_version or 'none'} → {entry.to_version}" if entry.moves else f"version {entry.version}"
+    hand = " by hand" if entry.by_hand else ""
+    return (
+        f"<li class='{entry.what}'><b>{entry.number}. {entry.what}</b>{hand} <b>{move}</b>"
+        f"<small>{entry.when:%Y-%m-%d %H:%M} UTC, {escape(entry.who)}</small><span>{escape(entry.why)}</span></li>"
+    )
+
+
+def roll_back_from(model: str, champion: int, reason: str) -> ChampionChange:
+    """Roll back the ``champion`` that the person saw; raises ConflictError if it is another one by now."""
+    if not reason.strip():
+        raise UserError("give a reason: the ledger keeps it")
+    if (now := read_history(model).standing.champion) != champion:
+        raise ConflictError(f"the champion is {now or 'none'} by now, not {champion}: look at the ledger again")
+    return roll_back(model, reason.strip())
+
+
+def tab(model: str) -> None:
+    """Add the tab for the ledger of ``model``."""
+    with gr.Tab("Ledger") as page:
+        shown, champion = gr.HTML(), gr.State()
+        with gr.Row():
+            refresh = gr.Button("Refresh", size="sm", scale=0, min_width=110)
+            ask = gr.Button("Roll back …", variant="stop", size="sm", scale=0, min_width=110, interactive=False)
+        with gr.Column(visible=False) as confirmation:
+            question = gr.Markdown()
+            reason = gr.Textbox(label="Reason, kept in the ledger", placeholder="draws three eyes", max_length=2000)
+            with gr.Row():
+                confirm = gr.Button("Roll back", variant="stop", min_width=110)
+                cancel = gr.Button("Cancel", min_width=110)
+        done = gr.Markdown()
+
+    def show() -> tuple[str, int | None, Any]:
+        with errors_shown():
+            history = read_history(model)
+            problem = champion_problem(MlflowClient(), history)
+        words = f"<p class='problem'>{escape(problem)}</p>" if problem else ""
+        standing = history.standing
+        return words + timeline(history), standing.champion, gr.Button(interactive=standing.previous is not None)
+
+    def question_of(seen: int) -> tuple[Any, str]:
+        with errors_shown():
+            standing = read_history(model).standing
+            if standing.champion != seen:
+                raise ConflictError(f"the champion is {standing.champion or 'none'} by now: refresh the ledger")
+        words = (
+            f"Version {standing.previous} becomes champion of **{model}** instead of {seen}. Everything that loads "
+            f"`models:/{model}@champion` gets it, and the gate never promotes version {seen} again."
+        )
+        return gr.Column(visible=True), words
+
+    def act(seen: int, why: str) -> tuple[Any, str, str]:
+        with errors_shown():
+            change = roll_back_from(model, seen, why)
+        return gr.Column(visible=False), "", f"`{change.version.uri}` is champion."
+
+    outputs = [shown, champion, ask]
+    # Without the cover that Gradio lays over what an event changes, and after an error leaves there.
+    plain: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
+    page.select(show, None, outputs, **plain)
+    refresh.click(show, None, outputs, api_name="ledger")
+    ask.click(question_of, champion, [confirmation, question], **plain)
+    cancel.click(lambda: gr.Column(visible=False), None, confirmation, queue=False, **plain)
+    rolled = confirm.click(act, [champion, reason], [confirmation, reason, done], **plain)
+    rolled.success(show, None, outputs, **plain)

@@ -1,0 +1,114 @@
+"""The studio in a browser: a person logs in, generates, paints a hole and fills it, votes, and rolls back."""
+
+from pathlib import Path
+
+import pytest
+from mlflow.client import MlflowClient
+from playwright.sync_api import Page, expect
+
+from diffusion.process.samplers import sampling_config
+from flows.registry.model_versions import Version
+from tests.builders.browser import chromium, look
+from tests.builders.small_models import write_model
+
+pytest.importorskip("gradio", reason="the studio needs Gradio: pip install 'darkroom-diffusion[ui]'")
+from flows.studio.app import USER, build, launch
+from flows.studio.comparison import VOTES, load_version
+from flows.studio.generation import Source
+from flows.studio.ledger import read_history
+
+PASSWORD = "correct horse"
+
+
+def log_in(page: Page, address: str) -> None:
+    page.goto(address)
+    page.get_by_label("username").fill(USER)
+    page.get_by_label("password").fill(PASSWORD)
+    page.get_by_role("button", name="Login").click()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [1280, 390])
+def test_a_person_generates_and_inpaints(width: int, tmp_path: Path) -> None:
+    weights = write_model(tmp_path / "blobs.safetensors", 1, 0, size=16, classes={"even": 3, "odd": 1})
+    studio = build(Source.from_file(weights, sampling_config(sampler="dpmpp_2m", steps=2, compute_batch=8)))
+    address = launch(studio, PASSWORD)
+    hosts = set[str]()
+    with chromium() as browser:
+        page = browser.new_page(viewport={"width": width, "height": 900})
+        page.on("request", lambda request: hosts.add(request.url.partition("//")[2].partition("/")[0]))
+        log_in(page, address)
+        page.get_by_role("button", name="Generate", exact=True).click()
+        expect(page.get_by_text("8 images of seed 0")).to_be_visible(timeout=60_000)
+        thumbnails = page.locator(".grid-container:visible button")
+        expect(thumbnails).to_have_count(8)
+        page.wait_for_timeout(1000)
+        look(page, tmp_path / f"generated-{width}.png")
+        for each in thumbnails.all():
+            box = each.bounding_box()
+            assert box is not None
+            assert box["x"] + box["width"] <= width
+        thumbnails.nth(1).click()
+        page.get_by_role("button", name="Inpaint the selected one").locator("visible=true").click()
+        expect(page.locator("canvas:visible").first).to_be_visible(timeout=30_000)
+        page.wait_for_timeout(3000)
+        canvas = page.locator("canvas:visible").first.bounding_box()
+        assert canvas is not None
+        x, y = canvas["x"] + canvas["width"] / 2, canvas["y"] + canvas["height"] / 2
+        page.mouse.move(x - 40, y)
+        page.wait_for_timeout(300)
+        page.mouse.down()
+        for step in range(20):
+            page.mouse.move(x - 40 + 4 * step, y + step)
+            page.wait_for_timeout(30)
+        page.mouse.up()
+        page.wait_for_timeout(500)
+        page.get_by_role("button", name="Inpaint", exact=True).click()
+        expect(page.get_by_text("8 images of seed 0").locator("visible=true")).to_be_visible(timeout=60_000)
+        page.wait_for_timeout(1000)
+        look(page, tmp_path / f"inpainted-{width}.png")
+    studio.close(verbose=False)
+    # Fonts, scripts and counters of others: nothing is fetched from anywhere else.
+    assert hosts == {address.partition("//")[2].rstrip("/")}
+
+
+@pytest.mark.slow
+def test_a_person_votes_and_rolls_back_with_a_reason(
+    versions: list[Version], mlflow_client: MlflowClient, bucket: str, tmp_path: Path
+) -> None:
+    sampling = sampling_config(sampler="dpmpp_2m", steps=2, compute_batch=8)
+    studio = build(load_version(versions[1].uri, sampling), bucket)
+    address = launch(studio, PASSWORD)
+    with chromium() as browser:
+        page = browser.new_page(viewport={"width": 1280, "height": 900})
+        log_in(page, address)
+        page.get_by_role("tab", name="Compare").click()
+        expect(page.get_by_label("Champion")).to_have_value("2 (champion)", timeout=30_000)
+        expect(page.get_by_label("Candidate")).to_have_value("1 (previous)")
+        page.get_by_role("button", name="Show both at the same seeds").click()
+        expect(page.locator(".grid-container:visible button")).to_have_count(16, timeout=30_000)
+        page.screenshot(path=tmp_path / "compared.png", full_page=True)
+        page.get_by_role("button", name="Vote blind").click()
+        for pair in range(1, 9):
+            expect(page.get_by_text(f"Pair {pair} of 8")).to_be_visible(timeout=30_000)
+            page.get_by_role("button", name="No difference").click()
+        expect(page.get_by_text("Votes are evidence")).to_be_visible(timeout=30_000)
+        page.screenshot(path=tmp_path / "voted.png", full_page=True)
+        assert mlflow_client.get_model_version(bucket, "1").tags[VOTES].endswith("no difference 8")
+        # Every tab once, however often they are opened.
+        titles = ["Generate", "Inpaint", "Vary", "Interpolate", "Compare", "Batches", "Ledger"]
+        page.get_by_role("tab", name="Ledger").click()
+        expect(page.get_by_role("tab")).to_have_text(titles)
+        expect(page.get_by_text("2. promote")).to_be_visible(timeout=30_000)
+        page.get_by_role("button", name="Roll back …").click()
+        confirm = page.get_by_role("button", name="Roll back", exact=True)
+        confirm.click()
+        expect(page.get_by_text("give a reason")).to_be_visible(timeout=30_000)
+        assert read_history(bucket).standing.champion == 2
+        page.get_by_label("Reason").fill("draws three eyes")
+        confirm.click()
+        expect(page.get_by_text("3. rollback")).to_be_visible(timeout=30_000)
+        page.screenshot(path=tmp_path / "rolled-back.png", full_page=True)
+    studio.close(verbose=False)
+    assert read_history(bucket).standing.champion == 1
+    assert (read_history(bucket).entries[-1].reason or "").endswith("draws three eyes")
