@@ -52,7 +52,7 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=200)
     arguments = parser.parse_args()
     count, config = arguments.samples, GateConfig(memorized=None, recall_loss=None, looks=arguments.looks)
-    rules, most = config.of_each_look, count * 2 ** (config.looks - 1)
+    most = count * 2 ** (config.looks - 1)
     real = noisy_features(0)
     # Of different images, as no two sets of a trial share one.
     kids = [compute_kid(noisy_features(deviation)[::2], real[1::2])[0] for deviation in NOISE]
@@ -84,11 +84,11 @@ def main() -> None:
                         samples=samples,
                         reference=count,
                         has_champion=True,
-                        headline=distance_headline(*pair, floor, "efflite0", rules),
+                        headline=distance_headline(*pair, floor, "efflite0", config),
                         cost=Cost(candidate=COSTS[name], champion=1.0, unit="evaluations"),
                     )
-                    decision = decide(metrics, rules)
-                    if look == config.looks - 1 or not decision.worth_another_look(samples):
+                    decision = decide(metrics, config, config.looks)
+                    if look == config.looks - 1 or not decision.worth_another_look(most):
                         verdicts[name].append(decision.verdict)
                         drawn[name].append(samples)
                         undecided.remove(name)

@@ -54,6 +54,10 @@ class ChampionComparison(Config):
     real_baseline: RealBaseline
     compared: ComparisonMetrics
     """Metrics that the gate decided on."""
+    look: int
+    """Number of the look that decided, from 1."""
+    confidence: float
+    """Confidence of its statements: above ``gate.confidence`` if there might have been several."""
     decision: Decision
 
     @property
@@ -102,23 +106,25 @@ def compare_with_champion(
     """Compare two model files on the data set in ``data`` and apply the gate.
 
     A champion that cannot be compared (of another family, shape or task, or one that cannot sample as configured), and
-    sets too small for errors, hold the candidate with the reason. Where twice as many images may decide, both generate
-    as many, ``gate.looks`` times at most. Expensive parts are cached: the same call after a
-    kill continues, and the champion's images are generated again only if something differs. ``config`` is how the
-    candidate's checkpoint was selected, and the comparison generates with ``config.seed`` + 1; ``output`` is the folder
-    of ``champion_comparison.json``, written last, and of the cache.
+    sets too small for errors, hold the candidate with the reason. Where more images may decide, both generate twice as
+    many, ``gate.looks`` times at most. Expensive parts are cached: the same call after a kill continues, and the
+    champion's images are generated again only if something differs. ``config`` is how the candidate's checkpoint was
+    selected, and the comparison generates with ``config.seed`` + 1; ``output`` is the folder of
+    ``champion_comparison.json``, written last, and of the cache.
 
     Raises UserError if the candidate cannot be evaluated.
     """
     evaluator = _evaluator(candidate, data, config, sampling, output, progress)
-    samples, rules = config.samples, gate.of_each_look
-    for look in range(gate.looks):
-        found = _compare(evaluator, candidate, champion, gate, samples)
+    # A distance that changed between looks would be tested twice.
+    metric = gate.metric(config.samples, len(evaluator.real.compared))
+    rules, last = gate.model_copy(update={"headline": metric}), config.samples * 2 ** (gate.looks - 1)
+    for look in range(1, gate.looks + 1):
+        found = _compare(evaluator, candidate, champion, rules, config.samples * 2 ** (look - 1))
         can_go_on = found.compared.has_champion and found.compared.basis == "generated" and evaluator.real.small is None
-        decision = decide(found.compared, rules if can_go_on else gate)
-        if look == gate.looks - 1 or not (can_go_on and decision.worth_another_look(samples)):
+        looks = gate.looks if can_go_on else 1
+        decision = decide(found.compared, rules, looks)
+        if look == looks or not decision.worth_another_look(last):
             break
-        samples *= 2
     *of_models, baseline = found.replicates
     evaluation, *their_evaluation = (
         each.model_copy(update={"estimates": evaluator.estimates(replicates)})
@@ -132,6 +138,8 @@ def compare_with_champion(
         champion=their_evaluation[0] if their_evaluation else None,
         real_baseline=evaluator.real_baseline(baseline),
         compared=found.compared,
+        look=look,
+        confidence=gate.confidence_of(looks),
         decision=decision,
     )
     write_json(output / COMPARISON, json.loads(result.model_dump_json()))

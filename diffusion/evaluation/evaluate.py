@@ -89,7 +89,7 @@ def score_guidance(evaluator: Evaluator, best: ModelEvaluator) -> list[GuidanceS
     interval = [round(factor * sigma, 2) for sigma in GUIDANCE_INTERVAL]
     tried: list[dict[str, object]] = [{}, *({"guidance": w, "guidance_interval": interval} for w in scales)]
     tried.append({"guidance": scales[len(scales) // 2]})
-    rows, samples, scores = real.training_rows(config.seed), max(10, config.samples // 4), []
+    rows, samples, scores = real.training_rows(config.seed, real.samples), max(10, config.samples // 4), []
     samplings = [evaluator.sampling.changed(each) for each in tried]
     for each in samplings:
         model = evaluator.model(best.path, samples, each, f"guidance {each.guidance_text}", config.seed + 2, rows)

@@ -155,7 +155,9 @@ class Evaluator:
     def replicates(self, models: Sequence["ModelEvaluator"]) -> list[MetricReplicates]:
         """Return metrics on halves for each model, then for the real baseline; empty if a set has too few images."""
         real, seed = self.real, self.config.seed
-        baseline_key, baseline = real.real_baseline(seed)
+        # As many as are generated, since the Fréchet distance depends on their number.
+        count = max(len(each.features) for each in models)
+        baseline_key, baseline = real.real_baseline(seed, count)
         sets, reference = [*(each.features for each in models), baseline], real.reference.features
         if min(map(len, (*sets, reference))) < FEWEST_FOR_ERRORS:
             return [{} for _ in sets]
@@ -165,8 +167,8 @@ class Evaluator:
             found = compute_halves(sets, reference, SPLITS, self.progress)
             return {f"{n}/{figure}": halves for n, each in enumerate(found) for figure, halves in each.items()}
 
-        key: Key = {"kind": "halves", "format_version": 2, "generated": [each.features_key for each in models]}
-        key |= {"real_baseline_seed": seed, "training": real.key(real.train), "compared": real.key(real.compared)}
+        key: Key = {"kind": "halves", "format_version": 3, "generated": [each.features_key for each in models]}
+        key |= {"real_baseline": [seed, count], "training": real.key(real.train), "compared": real.key(real.compared)}
         kept = cached(self.folder, key | {"splits": SPLITS}, work)
         count, dimensions = reference.shape
         return [
@@ -176,7 +178,8 @@ class Evaluator:
 
     def real_baseline(self, replicates: MetricReplicates) -> RealBaseline:
         """Return the metrics of real training images in the place of generated ones."""
-        scores = self.real.scores(*self.real.real_baseline(self.config.seed))
+        count = replicates["kid"].samples if replicates else self.real.samples
+        scores = self.real.scores(*self.real.real_baseline(self.config.seed, count))
         return RealBaseline(scores=scores, estimates=self.estimates(replicates))
 
     def estimates(self, replicates: MetricReplicates) -> dict[str, MetricEstimate]:
@@ -363,7 +366,7 @@ class ModelEvaluator:
         if self.header.model.evaluated_by != "reconstructions" and self.header.latents is None:
             return None, {}
         real = self.real
-        rows = real.held_out if self.samples == self.config.samples else real.held_out[: self.samples]
+        rows = real.held_out if self.samples >= self.config.samples else real.held_out[: self.samples]
 
         def work() -> tuple[Reconstruction, Tensors]:
             model = self.model.on(resolve_device(self.sampling.device))

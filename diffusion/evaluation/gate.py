@@ -20,8 +20,8 @@ ENOUGH = 4 * 1280
 its bias outweighs differences."""
 POWER = 0.8
 """Statistical power for which the number of images needed is computed."""
-FAR_MORE = 16
-"""Times as many images as there are, beyond which another look is hopeless."""
+HOPELESS = 4
+"""Times as many images as the last look would have; if a decision needs more, no further look is taken."""
 MOST = 10**9
 """Largest number of images needed that is reported."""
 
@@ -72,10 +72,9 @@ class GateConfig(Config):
             return self.headline
         return "fd" if min(samples, reference) >= ENOUGH else "kid"
 
-    @property
-    def of_each_look(self) -> "GateConfig":
-        """Return the rules of one look of several: their confidence is higher (Bonferroni)."""
-        return self.model_copy(update={"confidence": 1 - (1 - self.confidence) / self.looks, "looks": 1})
+    def confidence_of(self, looks: int) -> float:
+        """Return the confidence of each statement of so many looks, which share 1 − c (Bonferroni)."""
+        return 1 - (1 - self.confidence) / looks
 
 
 class Headline(Config):
@@ -182,11 +181,11 @@ class Decision(Config):
     verdict: Verdict
     findings: tuple[Finding, ...]
 
-    def worth_another_look(self, samples: int) -> bool:
-        """Return whether twice the ``samples`` may decide: only holds object, and not for want of far more images."""
+    def worth_another_look(self, last: int) -> bool:
+        """Return whether more images, ``last`` at most, may decide: only holds object, and for want of images."""
         holding = [each for each in self.findings if each.verdict == Verdict.hold]
         needed = [each.images for each in holding if each.images is not None]
-        return self.verdict == Verdict.hold and len(needed) == len(holding) and max(needed) <= FAR_MORE * samples
+        return self.verdict == Verdict.hold and len(needed) == len(holding) and max(needed) <= HOPELESS * last
 
     @property
     def reasons(self) -> tuple[str, ...]:
@@ -194,17 +193,21 @@ class Decision(Config):
         return tuple(each.reason for each in self.findings if each.verdict == self.verdict)
 
 
-def decide(metrics: ComparisonMetrics, config: GateConfig) -> Decision:
-    """Decide on ``metrics`` by the rules of ``config``."""
-    findings = [_headline(metrics, config)]
+def decide(metrics: ComparisonMetrics, config: GateConfig, looks: int = 1) -> Decision:
+    """Decide on ``metrics``, of one of ``looks`` looks, by the rules of ``config``.
+
+    What promotes or rejects has the confidence of one of several looks; a loss is an objection at that of one alone.
+    """
+    c = config.confidence_of(looks)
+    findings = [_headline(metrics, config, c)]
     generated = metrics.basis == "generated"
     if generated and config.memorized is not None:
         findings.append(_memorized(metrics, config.memorized, config.confidence))
     if generated and metrics.has_champion and metrics.incomparable is None:
         if config.recall_loss is not None:
-            findings.append(_recall(metrics, config.recall_loss, config.confidence))
+            findings.append(_recall(metrics, config.recall_loss, config.confidence, c))
         if config.class_loss is not None:
-            findings.append(_worst_class(metrics, config.class_loss, config.confidence))
+            findings.append(_worst_class(metrics, config.class_loss, config.confidence, c))
         if config.cost is not None:
             findings.append(_cost(metrics.cost, config.cost))
     verdicts = {each.verdict for each in findings}
@@ -216,8 +219,8 @@ def _finding(rule: Rule, verdict: Verdict, reason: str, images: int | None = Non
     return Finding(rule=rule, verdict=verdict, reason=reason, images=images)
 
 
-def _headline(metrics: ComparisonMetrics, config: GateConfig) -> Finding:
-    headline, c = metrics.headline, config.confidence
+def _headline(metrics: ComparisonMetrics, config: GateConfig, c: float) -> Finding:
+    headline = metrics.headline
     if not metrics.has_champion:
         return _first_version(metrics, config)
     if metrics.incomparable is not None:
@@ -291,15 +294,15 @@ def _memorized(metrics: ComparisonMetrics, limit: float, confidence: float) -> F
     return _finding("memorized", Verdict.hold, reason)
 
 
-def _recall(metrics: ComparisonMetrics, limit: float, confidence: float) -> Finding:
+def _recall(metrics: ComparisonMetrics, limit: float, objection: float, c: float) -> Finding:
     if (recall := metrics.recall) is None:
         return _finding("recall", Verdict.hold, "not measured: its difference from the champion's")
     words = f"recall {_figure(recall)} higher than the champion's on {_images(metrics)}, allowed is a loss of {limit:g}"
     loss = recall.times(-1)
-    return _limited("recall", loss, loss.less(limit), words, metrics, confidence)
+    return _limited("recall", loss, loss.less(limit), words, metrics, objection, c)
 
 
-def _worst_class(metrics: ComparisonMetrics, limit: float, confidence: float) -> Finding:
+def _worst_class(metrics: ComparisonMetrics, limit: float, objection: float, c: float) -> Finding:
     if (worst := metrics.worst_class) is None:
         return _finding("worst class", Verdict.hold, "not measured: the distance of each class")
     words = (
@@ -307,7 +310,7 @@ def _worst_class(metrics: ComparisonMetrics, limit: float, confidence: float) ->
         f"{worst.champion_class!r} at {_figure(worst.champion)}, limit {1 + limit:g} times as much"
     )
     loss, excess = (worst.candidate.less(worst.champion.times(factor)) for factor in (1, 1 + limit))
-    return _limited("worst class", loss, excess, words, metrics, confidence)
+    return _limited("worst class", loss, excess, words, metrics, objection, c)
 
 
 def _cost(cost: Cost | None, limit: float) -> Finding:
@@ -322,15 +325,18 @@ def _cost(cost: Cost | None, limit: float) -> Finding:
 
 
 def _limited(
-    rule: Rule, loss: Estimate, excess: Estimate, words: str, metrics: ComparisonMetrics, confidence: float
+    rule: Rule, loss: Estimate, excess: Estimate, words: str, metrics: ComparisonMetrics, objection: float, c: float
 ) -> Finding:
-    """Reject a loss that is surely beyond the limit, and hold a sure one that may be beyond it."""
+    """Reject a loss that is beyond the limit with confidence ``c``; hold one that is sure and may be beyond it.
+
+    ``objection`` is the confidence that there is a loss at all.
+    """
     # A loss that chance explains is no objection: few samples would otherwise hold models that are as good.
-    if loss.at_least(confidence) <= 0 or excess.at_most(confidence) <= 0:
+    if loss.at_least(objection) <= 0 or excess.at_most(c) <= 0:
         return _finding(rule, Verdict.promote, words)
-    if excess.at_least(confidence) > 0:
-        return _finding(rule, Verdict.reject, f"beyond the limit with confidence {confidence:g}: {words}")
-    needed = images_needed(metrics.samples, excess, abs(excess.value), confidence)
+    if excess.at_least(c) > 0:
+        return _finding(rule, Verdict.reject, f"beyond the limit with confidence {c:g}: {words}")
+    needed = images_needed(metrics.samples, excess, abs(excess.value), c)
     reason = f"not surely within the limit: {words}{_advice('that', needed, metrics)}"
     return _finding(rule, Verdict.hold, reason, needed)
 

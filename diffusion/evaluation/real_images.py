@@ -104,14 +104,14 @@ class RealImages:
         """Compute the scores of ``features`` (N, D) against the reference."""
         return compute_scores(features, self.reference, self.extractor.name)
 
-    def training_rows(self, seed: int) -> Rows:
-        """Choose as many training images as are generated, or all."""
-        rows: Rows = self.train[permutation(seed, "evaluation/floor", 0, len(self.train))[: self.samples]]
+    def training_rows(self, seed: int, count: int) -> Rows:
+        """Choose ``count`` training images, or all if there are fewer."""
+        rows: Rows = self.train[permutation(seed, "evaluation/floor", 0, len(self.train))[:count]]
         return rows
 
-    def real_baseline(self, seed: int) -> tuple[Key, Tensor]:
+    def real_baseline(self, seed: int, count: int) -> tuple[Key, Tensor]:
         """Return the features of ``training_rows``, and their key: (N, D)."""
-        rows = self.training_rows(seed)
+        rows = self.training_rows(seed, count)
         return self.key(rows), self.features(rows)
 
     @cached_property
@@ -188,7 +188,7 @@ class RealImages:
                 tensors |= {f"{space}/distances": found.distances, f"{space}/rows": found.rows}
             return tensors
 
-        key = {"kind": "neighbours", "format_version": 2, "of": key, "mirrored": mirrored}
+        key = {"kind": "neighbours", "format_version": 3, "of": key, "mirrored": mirrored}
         kept = cached(self.folder, key | {"training": self.key(self.train)}, work)
         return {space: NearestNeighbours(kept[f"{space}/distances"], kept[f"{space}/rows"]) for space in spaces}
 

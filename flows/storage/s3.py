@@ -129,11 +129,13 @@ def client(attempts: int = 5, read_timeout: float = 60, variables: Mapping[str, 
         tuple((name, value) for name, value in sorted(each.items()) if name.startswith("AWS_"))
         for each in (variables, os.environ)
     )
-    return _client(attempts, read_timeout, given, around, os.getpid())
+    file = Path(os.environ.get("AWS_SHARED_CREDENTIALS_FILE", "~/.aws/credentials")).expanduser()
+    keys_changed = file.stat().st_mtime_ns if file.is_file() else 0
+    return _client(attempts, read_timeout, given, around, (os.getpid(), keys_changed))
 
 
 @cache
-def _client(attempts: int, read_timeout: float, given: Variables, around: Variables, process: int) -> "S3Client":
+def _client(attempts: int, read_timeout: float, given: Variables, around: Variables, _: tuple[int, int]) -> "S3Client":
     """Create the client; it depends on files and variables ``around`` that boto3 reads, and a fork needs another."""
     variables = dict(given)
     pair = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")

@@ -91,6 +91,8 @@ def example_comparison(with_champion: bool = True) -> Shown:
             scores=compute_scores(points[-1], reference, PIXELS), estimates=_estimates(baseline)
         ),
         compared=compared,
+        look=1,
+        confidence=GATE.confidence_of(1),
         decision=decide(compared, GATE),
     )
     grids = SampleGrids(

@@ -52,7 +52,7 @@ def write_comparison_report(
             for (name, images), captions in zip(sheets.items(), grids.captions, strict=False)
         },
         real=png_bytes(grid(grids.real)),
-        lead=headline and lead_chart(headline, comparison.gate.delta, comparison.gate.confidence),
+        lead=headline and lead_chart(headline, comparison.gate.delta, comparison.confidence),
         metrics=dict.fromkeys(name for side in sides.values() for name in side.estimates),
         nearest=[
             (pair, png_bytes(grid(torch.stack(images), columns=2)))

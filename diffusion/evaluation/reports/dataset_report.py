@@ -167,7 +167,8 @@ def calibrate_near_duplicates(images: Tensor, hashes: Sequence[str]) -> tuple[li
         )
         to_copies += [int(np.bitwise_count(own ^ each).sum()) for each in copies]
         distances = np.sort(np.bitwise_count(known ^ own).sum(1))
-        to_others += distances[1:2].tolist()  # the first is the image itself
+        # The image itself may be beyond the first HASHES.
+        to_others += distances[int(distances[0] == 0) :][:1].tolist()
     ours, theirs = np.array(to_copies), np.array(to_others)
     least = int(np.quantile(ours, 0.99, method="inverted_cdf"))
     enough = least if least <= MOST_BITS else None

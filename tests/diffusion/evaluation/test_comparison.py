@@ -117,7 +117,11 @@ def test_undecided_comparison_samples_twice_as_many_images_at_each_look_until_it
     gate = GATE.model_copy(update={"looks": looks, "delta": 0})
     found, _ = tried(new, old, data, tmp_path, gate)
     assert (found.compared.samples, found.decision.verdict) == (count, verdict)
-    assert f"each with confidence {1 - 0.05 / looks:g}" in found.reason
+    assert found.look == count.bit_length() - (48).bit_length() + 1
+    assert f"each with confidence {found.confidence:g}" in found.reason
+    assert found.confidence == pytest.approx(1 - 0.05 / looks)
+    # As many real images in the place of generated ones, or all there are.
+    assert found.real_baseline.scores.samples == min(count, len(Dataset.open(data).rows("train")))
 
 
 def test_more_images_of_a_model_begin_with_the_whole_batches_it_generated_before(

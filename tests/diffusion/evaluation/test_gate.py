@@ -248,6 +248,15 @@ def test_a_better_model_within_all_limits_is_promoted_with_its_figures() -> None
     assert Decision.model_validate_json(decision.model_dump_json()) == decision
 
 
+@pytest.mark.parametrize("looks", [1, 3, 8])
+def test_several_looks_make_no_objection_weaker(looks: int) -> None:
+    sure_of_one = Estimate(value=-0.15, error=0.08, freedom=100)
+    evidence = ComparisonMetrics(**{**FULL, "headline": headline(-0.015), "recall": sure_of_one})
+    decision = decide(evidence, GateConfig(), looks)
+    assert decision.verdict == Verdict.hold
+    assert [each.rule for each in decision.findings if each.verdict == Verdict.hold] == ["recall"]
+
+
 @pytest.mark.parametrize(
     ("difference", "verdict", "begins"),
     [

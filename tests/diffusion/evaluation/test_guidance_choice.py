@@ -57,7 +57,7 @@ def write_checkpoint(folder: Path, classes: dict[str, int] | None = CLASSES, **t
 def evaluated(data: Path, checkpoint: Path, output: Path, images: dict[str, Tensor]) -> Evaluation:
     """An evaluation of a model that generates these ``images``, by guidance."""
     evaluator = Evaluator(data, CONFIG, SAMPLING, output / "evaluations")
-    rows = evaluator.real.training_rows(CONFIG.seed)
+    rows = evaluator.real.training_rows(CONFIG.seed, CONFIG.samples)
     for text, generated in images.items():
         model = evaluator.model(checkpoint, COUNT, TRIED[text], seed=CONFIG.seed + 2, captioned=rows)
         cached(evaluator.folder, model.generated_key, lambda generated=generated: {"images": generated})
@@ -79,7 +79,7 @@ def test_guidance_is_scored_on_images_and_training_images_that_the_gate_does_not
     assert watcher.drawn == {"100", *(f"guidance {text}" for text in TRIED)}
     dataset, extractor, model = Dataset.open(data), EfficientNetLite0(32), load_model(checkpoint)
     train = dataset.rows("train")
-    rows = Evaluator(data, CONFIG, SAMPLING, tmp_path / "other").real.training_rows(CONFIG.seed)
+    rows = Evaluator(data, CONFIG, SAMPLING, tmp_path / "other").real.training_rows(CONFIG.seed, CONFIG.samples)
     assert len(rows) == CONFIG.samples
     assert set(rows) <= set(train)
     reference = extractor(dataset.images(rows))
@@ -186,7 +186,7 @@ def test_captions_of_the_choice_are_those_of_training_images(tmp_path: Path) -> 
     squares(tmp_path / "squares")
     checkpoint = write_model(tmp_path / "100.safetensors", 1, 100, 3, config=NETWORK.model_copy(update={"text": True}))
     evaluator = Evaluator(tmp_path / "squares", CONFIG, SAMPLING, tmp_path / "cache")
-    dataset, rows = evaluator.real.dataset, evaluator.real.training_rows(0)
+    dataset, rows = evaluator.real.dataset, evaluator.real.training_rows(0, evaluator.real.samples)
     chosen = evaluator.model(checkpoint, 12, seed=2, captioned=rows)
     usual = evaluator.model(checkpoint, 12, seed=2)
     assert list(chosen.conditions.prompts) == dataset.captions(rows)

@@ -21,7 +21,7 @@ def test_halves_are_cut_once_and_are_those_of_the_features(dataset: Path, tmp_pa
     evaluator = Evaluator(dataset, CONFIG, SAMPLING, tmp_path / "cache")
     model = evaluator.model(path)
     found = evaluator.replicates([model])
-    _, floor = evaluator.real.real_baseline(CONFIG.seed)
+    _, floor = evaluator.real.real_baseline(CONFIG.seed, CONFIG.samples)
     expected = compute_replicates([model.features, floor], evaluator.real.reference.features, SPLITS)
     for ours, theirs in zip(found, expected, strict=True):
         assert set(ours) == set(theirs) == {"fd", "kid", "precision", "recall", "density", "coverage"}
