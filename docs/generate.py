@@ -83,7 +83,11 @@ def configuration(schema: Schema) -> str:
         "SECTION.FIELD=VALUE` overrides the file: `--set training.batch_size=128`. Unknown fields, contradictions and "
         "options without effect are errors.",
         "",
-        "Editors complete and check the file by `params.schema.json` in the checkout. With the YAML language server "
+        "`darkroom config show` prints every field of the effective configuration, and whether it is from the file, an "
+        "option, the preset or the defaults; `darkroom config validate` checks the file.",
+        "",
+        "Editors complete and check the file by `params.schema.json` in the checkout, which `darkroom config schema` "
+        "prints. With the YAML language server "
         "(VS Code's extension *YAML*, Neovim, Helix …) this line at its head does it:",
         "",
         "```yaml",
@@ -199,8 +203,8 @@ def command_line() -> str:
         "# Command line",
         "",
         NOTE,
-        "Progress goes to standard error. Standard output has the result, with `--json` as one JSON object. "
-        "`--dataset`, `--params` and `--set` choose the [configuration](configuration.md); the "
+        "Progress goes to standard error, and `-q` leaves it out. Standard output has the result, with `--json` as one "
+        "JSON object. `--dataset`, `--params` and `--set` choose the [configuration](configuration.md); the "
         "[environment](environment.md) names the servers.",
         "",
         "## Exit codes",
@@ -209,7 +213,7 @@ def command_line() -> str:
         *_rows(["0", "Done."])[:1],
     ]
     for error in sorted([DarkroomError, *DarkroomError.__subclasses__()], key=lambda error: error.exit_code):
-        words = {1: "A fault of Darkroom, of a server or of the machine; `DARKROOM_DEBUG=1` shows where."}
+        words = {1: "A fault of Darkroom, of a server or of the machine; `-v` shows where."}
         others = {3: " Also: the gate held or rejected the candidate."}
         text = words.get(error.exit_code) or _prose(inspect.getdoc(error) or "") + others.get(error.exit_code, "")
         row = _rows([str(error.exit_code), text])[0]
@@ -282,7 +286,6 @@ def environment_variables() -> str:
             _rows([f"`DARKROOM_{name.upper()}`", _code(str(field.default)), _prose(field.description or "")])[0]
             for name, field in own.items()
         ),
-        *_rows(["`DARKROOM_DEBUG`", "", "If set, a fault shows its traceback instead of one line."])[:1],
         *_rows(
             [
                 f"`{environment.PREFIX}*`",
@@ -335,9 +338,10 @@ def metrics() -> str:
         "",
         NOTE,
         "`darkroom evaluate` and the gate compute these from features of generated and of held-out images. Their names "
-        "end in that of the features: `kid_efflite0`, `fd_inception`. Values with different features, sizes of the "
-        "network's input or numbers of images are not comparable; the Fréchet distance falls as images get more, and "
-        "KID is unbiased.",
+        "end in that of the features: `kid_efflite0`, `fd_inception`; in MLflow they begin with `eval/`, and those of "
+        "`darkroom monitor` with `monitor/` ([all prefixes](mlflow.md#metrics)). Values with different features, sizes "
+        "of the network's input or numbers of images are not comparable; the Fréchet distance falls as images get "
+        "more, and KID is unbiased.",
         "",
         *_rows(["metric", "meaning"]),
         *(_rows([f"`{name}`", _prose(Scores.model_fields[name].description or "")])[0] for name in FIGURES),
