@@ -86,9 +86,9 @@ def configuration(schema: Schema) -> str:
         "`darkroom config show` prints every field of the effective configuration, and whether it is from the file, an "
         "option, the preset or the defaults; `darkroom config validate` checks the file.",
         "",
-        "Editors complete and check the file by `params.schema.json` in the checkout, which `darkroom config schema` "
-        "prints. With the YAML language server "
-        "(VS Code's extension *YAML*, Neovim, Helix …) this line at its head does it:",
+        "Editors complete and check the file by `params.schema.json` in the checkout; in a folder of your own, `darkroom "
+        "config schema > params.schema.json` writes one. With the YAML language server (VS Code's extension *YAML*, "
+        "Neovim, Helix …) this line at the head of `params.yaml` does it; `darkroom init` writes it:",
         "",
         "```yaml",
         "# yaml-language-server: $schema=params.schema.json",
