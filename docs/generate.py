@@ -86,9 +86,9 @@ def configuration(schema: Schema) -> str:
         "`darkroom config show` prints every field of the effective configuration, and whether it is from the file, an "
         "option, the preset or the defaults; `darkroom config validate` checks the file.",
         "",
-        "Editors complete and check the file by `params.schema.json` in the checkout; in a folder of your own, `darkroom "
-        "config schema > params.schema.json` writes one. With the YAML language server (VS Code's extension *YAML*, "
-        "Neovim, Helix …) this line at the head of `params.yaml` does it; `darkroom init` writes it:",
+        "Editors complete and check the file by `params.schema.json` in the checkout; in a folder of your own, "
+        "`darkroom config schema > params.schema.json` writes one. With the YAML language server (VS Code's extension "
+        "*YAML*, Neovim, Helix …) this line at the head of `params.yaml` does it; `darkroom init` writes it:",
         "",
         "```yaml",
         "# yaml-language-server: $schema=params.schema.json",
@@ -387,6 +387,7 @@ def prometheus_metrics() -> str:
 def python_api() -> str:
     """Return the page of the package ``diffusion``: what its ``__all__`` names."""
     lines = ["# Python API", "", NOTE, _docstring(inspect.getdoc(diffusion) or ""), ""]
+    lines += ["[Use Darkroom in Python](../how-to/use-in-python.md) is a guide to it.", ""]
     for name in filter(lambda name: not name.startswith("__"), getattr(diffusion, "__all__", ())):
         lines += _object(name, getattr(diffusion, name), 2)
     return "\n".join(lines).rstrip() + "\n"
