@@ -20,7 +20,7 @@ from diffusion.evaluation.metrics.distances import FIGURES, Scores
 from diffusion.presets import PresetName, preset
 from flows import environment
 from flows.cli import app
-from flows.config import Params, flattened
+from flows.config import flattened, params_schema
 from flows.monitoring.prometheus import GAUGES
 
 ROOT = Path(__file__).parents[1]
@@ -52,24 +52,6 @@ def generated() -> dict[Path, str]:
     return texts | {SCHEMA: json.dumps(schema, indent=1, ensure_ascii=False) + "\n"}
 
 
-def params_schema() -> dict[str, Any]:
-    """Return the JSON schema of ``params.yaml``, by which editors complete and check it."""
-    schema = _any_of(Params.model_json_schema())
-    defaults = {"family": {"ddpm"}, "sampler": {preset(name)["sampling"]["sampler"] for name in get_args(PresetName)}}
-    for kind in schema["$defs"].values():
-        for tag, unnamed in defaults.items():
-            if kind["properties"].get(tag, {}).get("const", next(iter(unnamed))) not in unnamed:
-                kind["required"] = [*kind.get("required", ()), tag]
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", "$id": "params.schema.json", **schema}
-
-
-def _any_of(node: Any) -> Any:
-    """Replace oneOf: sections without the field that tells their kind are valid for several kinds."""
-    if isinstance(node, dict):
-        return {"anyOf" if name == "oneOf" else name: _any_of(value) for name, value in node.items()}
-    return [_any_of(each) for each in node] if isinstance(node, list) else node
-
-
 # Configuration
 
 
@@ -83,8 +65,12 @@ def configuration(schema: Schema) -> str:
         "SECTION.FIELD=VALUE` overrides the file: `--set training.batch_size=128`. Unknown fields, contradictions and "
         "options without effect are errors.",
         "",
-        "Editors complete and check the file by `params.schema.json` in the checkout. With the YAML language server "
-        "(VS Code's extension *YAML*, Neovim, Helix …) this line at its head does it:",
+        "`darkroom config show` prints every field of the effective configuration, and whether it is from the file, an "
+        "option, the preset or the defaults; `darkroom config validate` checks the file.",
+        "",
+        "Editors complete and check the file by `params.schema.json` in the checkout; in a folder of your own, "
+        "`darkroom config schema > params.schema.json` writes one. With the YAML language server (VS Code's extension "
+        "*YAML*, Neovim, Helix …) this line at the head of `params.yaml` does it; `darkroom init` writes it:",
         "",
         "```yaml",
         "# yaml-language-server: $schema=params.schema.json",
@@ -199,8 +185,8 @@ def command_line() -> str:
         "# Command line",
         "",
         NOTE,
-        "Progress goes to standard error. Standard output has the result, with `--json` as one JSON object. "
-        "`--dataset`, `--params` and `--set` choose the [configuration](configuration.md); the "
+        "Progress goes to standard error, and `-q` leaves it out. Standard output has the result, with `--json` as one "
+        "JSON object. `--dataset`, `--params` and `--set` choose the [configuration](configuration.md); the "
         "[environment](environment.md) names the servers.",
         "",
         "## Exit codes",
@@ -209,7 +195,7 @@ def command_line() -> str:
         *_rows(["0", "Done."])[:1],
     ]
     for error in sorted([DarkroomError, *DarkroomError.__subclasses__()], key=lambda error: error.exit_code):
-        words = {1: "A fault of Darkroom, of a server or of the machine; `DARKROOM_DEBUG=1` shows where."}
+        words = {1: "A fault of Darkroom, of a server or of the machine; `-v` shows where."}
         others = {3: " Also: the gate held or rejected the candidate."}
         text = words.get(error.exit_code) or _prose(inspect.getdoc(error) or "") + others.get(error.exit_code, "")
         row = _rows([str(error.exit_code), text])[0]
@@ -282,7 +268,6 @@ def environment_variables() -> str:
             _rows([f"`DARKROOM_{name.upper()}`", _code(str(field.default)), _prose(field.description or "")])[0]
             for name, field in own.items()
         ),
-        *_rows(["`DARKROOM_DEBUG`", "", "If set, a fault shows its traceback instead of one line."])[:1],
         *_rows(
             [
                 f"`{environment.PREFIX}*`",
@@ -335,9 +320,10 @@ def metrics() -> str:
         "",
         NOTE,
         "`darkroom evaluate` and the gate compute these from features of generated and of held-out images. Their names "
-        "end in that of the features: `kid_efflite0`, `fd_inception`. Values with different features, sizes of the "
-        "network's input or numbers of images are not comparable; the Fréchet distance falls as images get more, and "
-        "KID is unbiased.",
+        "end in that of the features: `kid_efflite0`, `fd_inception`; in MLflow they begin with `eval/`, and those of "
+        "`darkroom monitor` with `monitor/` ([all prefixes](mlflow.md#metrics)). Values with different features, sizes "
+        "of the network's input or numbers of images are not comparable; the Fréchet distance falls as images get "
+        "more, and KID is unbiased.",
         "",
         *_rows(["metric", "meaning"]),
         *(_rows([f"`{name}`", _prose(Scores.model_fields[name].description or "")])[0] for name in FIGURES),
@@ -383,6 +369,7 @@ def prometheus_metrics() -> str:
 def python_api() -> str:
     """Return the page of the package ``diffusion``: what its ``__all__`` names."""
     lines = ["# Python API", "", NOTE, _docstring(inspect.getdoc(diffusion) or ""), ""]
+    lines += ["[Use Darkroom in Python](../how-to/use-in-python.md) is a guide to it.", ""]
     for name in filter(lambda name: not name.startswith("__"), getattr(diffusion, "__all__", ())):
         lines += _object(name, getattr(diffusion, name), 2)
     return "\n".join(lines).rstrip() + "\n"

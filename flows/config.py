@@ -19,7 +19,7 @@ from diffusion.data.ingest.config import IngestConfig
 from diffusion.evaluation.config import EvaluationConfig
 from diffusion.evaluation.gate import GateConfig
 from diffusion.models.config import FAMILIES, FamilyConfig, ModelConfig, training_conflict
-from diffusion.presets import PresetName, over
+from diffusion.presets import PresetName, over, preset
 from diffusion.process.samplers import SamplingConfig, describe_error, sampling_config, sampling_conflict
 from diffusion.training.config import DistillationConfig, TrainingConfig
 
@@ -410,3 +410,21 @@ def flattened(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for name, value in tree.items():
         flat |= flattened(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
     return flat
+
+
+def params_schema() -> dict[str, Any]:
+    """Return the JSON schema of ``params.yaml``, by which editors complete and check it."""
+    schema = _any_of(Params.model_json_schema())
+    defaults = {"family": {"ddpm"}, "sampler": {preset(name)["sampling"]["sampler"] for name in get_args(PresetName)}}
+    for kind in schema["$defs"].values():
+        for tag, unnamed in defaults.items():
+            if kind["properties"].get(tag, {}).get("const", next(iter(unnamed))) not in unnamed:
+                kind["required"] = [*kind.get("required", ()), tag]
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", "$id": "params.schema.json", **schema}
+
+
+def _any_of(node: Any) -> Any:
+    """Replace oneOf: sections without the field that tells their kind are valid for several kinds."""
+    if isinstance(node, dict):
+        return {"anyOf" if name == "oneOf" else name: _any_of(value) for name, value in node.items()}
+    return [_any_of(each) for each in node] if isinstance(node, list) else node

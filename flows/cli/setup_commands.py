@@ -152,9 +152,9 @@ def schema() -> CommandOutput:
 
     Example:  darkroom config schema > params.schema.json
     """
-    from flows.config import Params
+    from flows.config import params_schema
 
-    value = Params.model_json_schema()
+    value = params_schema()
     return CommandOutput(value, json.dumps(value, indent=2, ensure_ascii=False).splitlines())
 
 

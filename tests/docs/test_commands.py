@@ -15,6 +15,8 @@ from tests.builders import ROOT
 from tests.docs.pages import PAGES, blocks, of_program
 
 CLI: Any = get_command(app)
+ALONE = ("--help", "-h", "--version", "--install-completion")
+"""Options that do something and end the program as soon as they are parsed."""
 by_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
 
@@ -38,7 +40,7 @@ def test_each_darkroom_command_is_parsed_by_the_command_line(page: Path) -> None
         for words in of_program("darkroom", block):
             command, name, rest = _leaf(words)
             options = [word for word in rest if word != "…"]  # a placeholder for more of them
-            if options not in (["--help"], ["-h"]):
+            if options not in [[alone] for alone in ALONE]:
                 command.make_context(name, options)
 
 
