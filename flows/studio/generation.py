@@ -99,7 +99,7 @@ def errors_shown() -> Iterator[None]:
         yield
     except DarkroomError as error:
         # Gradio renders the message as HTML, and it may hold texts of a model or a bucket.
-        raise gr.Error(escape(str(error)), duration=None, print_exception=False) from error
+        raise gr.Error(escape(str(error)), duration=20, print_exception=False) from error
 
 
 def progress_of(bar: gr.Progress) -> Progress:
