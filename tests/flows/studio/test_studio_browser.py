@@ -64,7 +64,7 @@ def test_a_person_generates_and_inpaints(width: int, tmp_path: Path) -> None:
             assert box is not None
             assert box["x"] + box["width"] <= width
         thumbnails.nth(1).click()
-        page.get_by_role("button", name="Inpaint the selected one").locator("visible=true").click()
+        page.get_by_role("button", name="Send to Inpaint").locator("visible=true").click()
         expect(page.locator("canvas:visible").first).to_be_visible(timeout=30_000)
         page.wait_for_timeout(3000)
         canvas = page.locator("canvas:visible").first.bounding_box()
@@ -126,7 +126,7 @@ def test_a_person_votes_looks_at_batches_and_rolls_back_with_a_reason(
         expect(page.get_by_text("image 3 of seed 7, as generated")).to_be_visible()
         look_at_both_widths(page, tmp_path / "lineage")
         # Every tab once, however often they are opened.
-        titles = ["Generate", "Inpaint", "Vary", "Interpolate", "Compare", "Batches", "Ledger"]
+        titles = ["Generate", "Inpaint", "Img2img", "Interpolate", "Compare", "Batches", "Ledger"]
         page.get_by_role("tab", name="Ledger").click()
         expect(page.get_by_role("tab")).to_have_text(titles)
         expect(page.get_by_text("2. promote")).to_be_visible(timeout=30_000)
