@@ -35,8 +35,10 @@ CSS = """
 .timeline small, .timeline span, .chain b { display: block; }
 .timeline small { color: var(--body-text-color-subdued); }
 .chain ul { list-style: none; padding: 0; }
-.problem { color: var(--error-text-color); }
+.problem { color: var(--error-text-color); overflow-wrap: anywhere; }
 .tight .grid-wrap.fixed-height { min-height: 0; max-height: none; }
+.tight .gallery-item { min-height: 0; height: auto; }
+.tight .grid-container.grid-container { grid-auto-rows: auto; align-content: start; }
 .tight .thumbnail-lg { min-height: 0; height: auto; aspect-ratio: 1; }
 .tight .caption-label { padding: 0 .3rem; font-size: .65rem; }
 .pair { flex-wrap: nowrap; }

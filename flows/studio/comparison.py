@@ -319,8 +319,8 @@ def _shown(ballot: Ballot, tally: str) -> tuple[Any, ...]:
         return ballot, f"<p>{words}</p>", gr.Row(visible=True), gr.Row(visible=True), *sides
     counts = Counter(session.votes)
     words = (
-        f"<p>You preferred candidate {session.candidate} {counts['candidate']} times and champion {session.champion} "
-        f"{counts['champion']} times, and saw no difference {counts['equal']} times.</p>"
+        f"<p>Your votes: {counts['candidate']} for candidate {session.candidate}, {counts['champion']} for champion "
+        f"{session.champion}, {counts['equal']} without a difference.</p>"
         f"<p>Recorded on models:/{escape(session.model)}/{session.candidate} as {VOTES}: <b>{escape(tally)}</b>. "
         "Votes are evidence for a person; they decide nothing.</p>"
     )

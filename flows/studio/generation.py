@@ -36,7 +36,7 @@ CANVAS = 512
 TITLES: Mapping[Task, str] = {
     "sample": "Generate",
     "inpaint": "Inpaint",
-    "img2img": "Vary",
+    "img2img": "Img2img",
     "interpolate": "Interpolate",
     "upscale": "Upscale",
 }
@@ -99,7 +99,7 @@ def errors_shown() -> Iterator[None]:
         yield
     except DarkroomError as error:
         # Gradio renders the message as HTML, and it may hold texts of a model or a bucket.
-        raise gr.Error(escape(str(error)), duration=None, print_exception=False) from error
+        raise gr.Error(escape(str(error)), duration=20, print_exception=False) from error
 
 
 def progress_of(bar: gr.Progress) -> Progress:
@@ -263,7 +263,7 @@ def tabs(source: Source, container: Any) -> None:
         for target, editor in editors.items():
             # Also the state inside of the row: what lies between tabs shifts their numbers in Gradio 6.
             with row:
-                send = gr.Button(f"{TITLES[target]} the selected one", size="sm", min_width=140, interactive=False)
+                send = gr.Button(f"Send to {TITLES[target]}", size="sm", min_width=140, interactive=False)
                 chosen = gr.State()
             gallery.select(_choose, paths, [chosen, send], api_visibility="private", queue=False)
             send.click(_open(target), chosen, [editor, container], api_visibility="private", queue=False)

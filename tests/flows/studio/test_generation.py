@@ -51,7 +51,7 @@ def labels(page: gr.Blocks, kind: type) -> list[str]:
 
 def test_only_tabs_and_inputs_that_the_model_can_use_are_shown(source: Source, tmp_path: Path) -> None:
     page = build(source)
-    assert labels(page, gr.Tab) == ["Generate", "Inpaint", "Vary", "Interpolate"]
+    assert labels(page, gr.Tab) == ["Generate", "Inpaint", "Img2img", "Interpolate"]
     [classes, *_] = [each for each in page.blocks.values() if isinstance(each, gr.Dropdown) and each.label == "Class"]
     assert {value for _, value in classes.choices} == {"", "even", "odd"}
     assert "Prompt" not in labels(page, gr.Textbox)

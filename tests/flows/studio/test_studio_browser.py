@@ -8,7 +8,10 @@ from playwright.sync_api import Page, expect
 
 from diffusion.process.samplers import sampling_config
 from flows.registry.model_versions import Version
+from flows.sampling import generate_batch
+from flows.storage.s3 import Location, Store
 from tests.builders.browser import chromium, look
+from tests.builders.sampling_batches import batch
 from tests.builders.small_models import write_model
 
 pytest.importorskip("gradio", reason="the studio needs Gradio: pip install 'darkroom-diffusion[ui]'")
@@ -18,6 +21,18 @@ from flows.studio.generation import Source
 from flows.studio.ledger import read_history
 
 PASSWORD = "correct horse"
+
+
+def look_at_both_widths(page: Page, shot: Path) -> None:
+    """Look at a page on a screen and a phone, with every image inside of both."""
+    for width in (390, 1280):
+        page.set_viewport_size({"width": width, "height": 900})
+        page.wait_for_timeout(1500)
+        look(page, shot.with_name(f"{shot.name}-{width}.png"))
+        for each in page.locator("img:visible").all():
+            box = each.bounding_box()
+            assert box is not None
+            assert 0 <= box["x"] <= box["x"] + box["width"] <= width
 
 
 def log_in(page: Page, address: str) -> None:
@@ -49,7 +64,7 @@ def test_a_person_generates_and_inpaints(width: int, tmp_path: Path) -> None:
             assert box is not None
             assert box["x"] + box["width"] <= width
         thumbnails.nth(1).click()
-        page.get_by_role("button", name="Inpaint the selected one").locator("visible=true").click()
+        page.get_by_role("button", name="Send to Inpaint").locator("visible=true").click()
         expect(page.locator("canvas:visible").first).to_be_visible(timeout=30_000)
         page.wait_for_timeout(3000)
         canvas = page.locator("canvas:visible").first.bounding_box()
@@ -73,9 +88,15 @@ def test_a_person_generates_and_inpaints(width: int, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_person_votes_and_rolls_back_with_a_reason(
-    versions: list[Version], mlflow_client: MlflowClient, bucket: str, tmp_path: Path
+def test_a_person_votes_looks_at_batches_and_rolls_back_with_a_reason(
+    versions: list[Version], mlflow_client: MlflowClient, store: Store, bucket: str, tmp_path: Path
 ) -> None:
+    made = batch(20)
+    place = Location(bucket, f"samples/blobs/3/{made.name}")
+    generate_batch.begin(store, made, place, None)
+    for chunk in range(2):
+        generate_batch.generate_chunk(store, made, place, tmp_path / "1.safetensors", chunk, None, 1)
+    generate_batch.finish(store, made, place)
     sampling = sampling_config(sampler="dpmpp_2m", steps=2, compute_batch=8)
     studio = build(load_version(versions[1].uri, sampling), bucket)
     address = launch(studio, PASSWORD)
@@ -87,16 +108,25 @@ def test_a_person_votes_and_rolls_back_with_a_reason(
         expect(page.get_by_label("Candidate")).to_have_value("1 (previous)")
         page.get_by_role("button", name="Show both at the same seeds").click()
         expect(page.locator(".grid-container:visible button")).to_have_count(16, timeout=30_000)
-        page.screenshot(path=tmp_path / "compared.png", full_page=True)
+        look_at_both_widths(page, tmp_path / "compared")
         page.get_by_role("button", name="Vote blind").click()
+        expect(page.locator(".pair img:visible")).to_have_count(2, timeout=30_000)
+        look_at_both_widths(page, tmp_path / "voting")
         for pair in range(1, 9):
             expect(page.get_by_text(f"Pair {pair} of 8")).to_be_visible(timeout=30_000)
             page.get_by_role("button", name="No difference").click()
         expect(page.get_by_text("Votes are evidence")).to_be_visible(timeout=30_000)
         page.screenshot(path=tmp_path / "voted.png", full_page=True)
         assert mlflow_client.get_model_version(bucket, "1").tags[VOTES].endswith("no difference 8")
+        page.get_by_role("tab", name="Batches").click()
+        thumbnails = page.locator("#batch-images .grid-container button")
+        expect(thumbnails).to_have_count(20, timeout=30_000)
+        thumbnails.nth(3).click()
+        expect(page.get_by_text("models:/blobs/3 is not in the registry")).to_be_visible(timeout=30_000)
+        expect(page.get_by_text("image 3 of seed 7, as generated")).to_be_visible()
+        look_at_both_widths(page, tmp_path / "lineage")
         # Every tab once, however often they are opened.
-        titles = ["Generate", "Inpaint", "Vary", "Interpolate", "Compare", "Batches", "Ledger"]
+        titles = ["Generate", "Inpaint", "Img2img", "Interpolate", "Compare", "Batches", "Ledger"]
         page.get_by_role("tab", name="Ledger").click()
         expect(page.get_by_role("tab")).to_have_text(titles)
         expect(page.get_by_text("2. promote")).to_be_visible(timeout=30_000)

@@ -98,7 +98,7 @@ def test_a_page_of_a_registered_model_has_all_tabs(versions: list[Version], buck
 
     page = build(load_version(versions[0].uri, SAMPLING), bucket)
     titles = [each.label for each in page.blocks.values() if isinstance(each, gr.Tab)]
-    assert titles == ["Generate", "Inpaint", "Vary", "Interpolate", "Compare", "Batches", "Ledger"]
+    assert titles == ["Generate", "Inpaint", "Img2img", "Interpolate", "Compare", "Batches", "Ledger"]
 
 
 def test_batches_are_listed_and_filtered(store: Store, bucket: str, tmp_path: Path) -> None:
