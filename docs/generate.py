@@ -209,7 +209,7 @@ def command_line() -> str:
         *_rows(["0", "Done."])[:1],
     ]
     for error in sorted([DarkroomError, *DarkroomError.__subclasses__()], key=lambda error: error.exit_code):
-        words = {1: "A fault of Darkroom, of a server or of the machine; `DARKROOM_DEBUG=1` shows where."}
+        words = {1: "A fault of Darkroom, of a server or of the machine; `-v` shows where."}
         others = {3: " Also: the gate held or rejected the candidate."}
         text = words.get(error.exit_code) or _prose(inspect.getdoc(error) or "") + others.get(error.exit_code, "")
         row = _rows([str(error.exit_code), text])[0]
@@ -282,7 +282,6 @@ def environment_variables() -> str:
             _rows([f"`DARKROOM_{name.upper()}`", _code(str(field.default)), _prose(field.description or "")])[0]
             for name, field in own.items()
         ),
-        *_rows(["`DARKROOM_DEBUG`", "", "If set, a fault shows its traceback instead of one line."])[:1],
         *_rows(
             [
                 f"`{environment.PREFIX}*`",
