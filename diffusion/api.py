@@ -10,7 +10,7 @@ import io
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypedDict, Unpack
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypedDict, Unpack, get_args
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -18,6 +18,7 @@ from diffusion.common.config import dataset_folder
 from diffusion.common.errors import UserError
 from diffusion.common.progress import Progress, silent
 from diffusion.data.ingest.config import IngestConfig
+from diffusion.data.manifest import read_manifest
 from diffusion.evaluation.config import EvaluationConfig
 from diffusion.generation.config import Task, read_request
 from diffusion.models.config import FamilyConfig, training_conflict
@@ -209,7 +210,7 @@ class ImageGenerator:
         return self._answer("upscale", options, progress, count=count, seed=seed, index=index, image=image)
 
     def _answer(self, task: Task, options: Mapping[str, Any], progress: Progress, **fields: Any) -> list[Image.Image]:
-        from PIL import Image
+        from PIL import Image, ImageOps
 
         from diffusion.common.image_grids import image_of
         from diffusion.generation.requests import answer
@@ -217,6 +218,7 @@ class ImageGenerator:
         paths = {}
         for name in fields.keys() & {"image", "mask"}:
             if isinstance(image := fields[name], Image.Image):
+                image = ImageOps.exif_transpose(image)
                 # PNG has no other modes.
                 plain = image if image.mode in ("1", "L", "LA", "I;16", "P", "RGB", "RGBA") else image.convert("RGB")
                 plain.save(stream := io.BytesIO(), "png")
@@ -326,6 +328,8 @@ def train(
     from diffusion.training.train import discard
     from diffusion.training.train import train as train_model
 
+    if preset not in get_args(PresetName):
+        raise UserError(f"preset {preset!r} is unknown: use one of {', '.join(get_args(PresetName))}")
     try:
         sections = over({"model": dict(model or {}), "training": training | {"dataset": dataset}}, preset)
     except ValueError as error:
@@ -336,9 +340,11 @@ def train(
     if words := training_conflict(network, config):
         raise UserError(words)
     output = config.output or Path("runs") / (dataset if network.family == "ddpm" else f"{dataset}-{network.family}")
+    # Without its data set, nothing could replace the run that is discarded.
+    read_manifest(data := dataset_folder(dataset))
     if restart:
         discard(output)
-    return train_model(dataset_folder(dataset), output, network, config, chosen, progress=progress)
+    return train_model(data, output, network, config, chosen, progress=progress)
 
 
 def evaluate(
@@ -356,7 +362,7 @@ def evaluate(
     Args:
         dataset: Name of the data set.
         run: Folder of the run, by default ``runs/DATASET``, or the file of a model. The report of another run lies in
-            ``reports`` under the name of its folder.
+            ``reports`` under the name of its folder, that of a file under names of folder and file: ``faces-final``.
         sampling: Fields of the section ``sampling``.
         progress: Called with what is done, how much, of how much, and a note.
         **evaluation: Fields of the section ``evaluation``: ``samples=1000``, ``extractor="inception"``.
@@ -382,7 +388,8 @@ def evaluate(
     config = _validated(EvaluationConfig, evaluation, "evaluation")
     folder = Path(run or Path("runs") / dataset)
     if folder.is_file():
-        output, models = Path("reports") / folder.parent.name, [folder]
+        # Not the folder of the run's own report.
+        output, models = Path("reports") / f"{folder.resolve().parent.name}-{folder.stem}", [folder]
     else:
         output = Path("reports") / folder.name
         models = models_to_evaluate(folder, output, config.ema_stds)

@@ -5,12 +5,14 @@ clients, which take seconds; the flows check again whatever may have changed sin
 """
 
 import os
+import posixpath
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
 
 from pydantic import TypeAdapter, ValidationError
+from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_fixed
 
 from diffusion.common.errors import UserError
 from diffusion.common.model_files import read_header
@@ -18,15 +20,14 @@ from diffusion.data.ingest.config import IngestConfig
 from diffusion.data.manifest import Manifest, read_manifest
 from diffusion.data.sources import open_source
 from diffusion.data.sources.base import Access
-from diffusion.data.sources.conventions import METADATA_FILES, holds_images
+from diffusion.data.sources.conventions import METADATA_FILES, holds_images, is_image, printable, visible_files
 from diffusion.generation.config import Conditions, check_conditions
 from diffusion.models.config import FamilyConfig, classes_of
 from flows.config import Params, registered, registered_start
 from flows.environment import settings
-from flows.local_stack.http_api import query_mlflow
-from flows.storage.tags import parse_model_uri
+from flows.local_stack.http_api import NotServing, query_mlflow
+from flows.storage.tags import parse_model_uri, parse_tags
 
-WEIGHTS = "darkroom.weights_sha256"
 LISTED = 10
 """Most models or versions in a message."""
 
@@ -74,12 +75,14 @@ def require_label_in_source(params: Params, conditions: Conditions) -> None:
         return
     if not root.is_dir() or any((root / name).exists() for name in METADATA_FILES):
         return  # its labels are known only once it is read
-    known.update(
-        Path(folder).name for folder, _, files in os.walk(root, followlinks=True) if files and folder != str(root)
-    )
-    if unknown := sorted(set(labels) - known):
-        there = f"there is {', '.join(sorted(known)[:20])}" if known else "there are no classes"
-        raise UserError(f"no class {unknown[0]!r} in {root} or data set {params.training.dataset}: {there}")
+    for name in map(printable, visible_files(root)):
+        if is_image(name) and (folder := posixpath.dirname(name)):
+            known.add(posixpath.basename(folder))
+            if known.issuperset(labels):
+                return
+    there = f"there is {', '.join(sorted(known)[:20])}" if known else "there are no classes"
+    unknown = min(set(labels) - known)
+    raise UserError(f"no class {unknown!r} in {root} or data set {params.training.dataset}: {there}")
 
 
 def require_version(uri: str, params: Params | None = None, conditions: Conditions | None = None) -> None:
@@ -105,7 +108,8 @@ def require_version(uri: str, params: Params | None = None, conditions: Conditio
         if not conditions.labels and not conditions.texts:
             return
         tags = {each["key"]: each["value"] for each in versions[number].get("tags", ())}
-        weights = settings().folder / "models" / f"{tags.get(WEIGHTS)}.safetensors"
+        sha256 = parse_tags(tags, f"version {number} of model {name}").weights_sha256
+        weights = settings().folder / "models" / f"{sha256}.safetensors"
         if not weights.is_file():
             from mlflow.client import MlflowClient
 
@@ -151,20 +155,25 @@ def registered_models(name: str | None = None) -> dict[str, Any]:
     return {each["name"]: each for each in _search("registered-models", f"name='{name}'" if name else "")}
 
 
-def _search(what: str, query: str) -> list[dict[str, Any]]:
+def _search(what: str, filter_: str) -> list[dict[str, Any]]:
     if not os.environ.get("MLFLOW_TRACKING_URI", "").startswith("http"):  # a store that only MLflow itself reads
         from mlflow.client import MlflowClient
 
         if what == "registered-models":
-            models = MlflowClient().search_registered_models(query or None)
+            models = MlflowClient().search_registered_models(filter_ or None)
             return [{"name": each.name, "aliases": _pairs(each.aliases, "alias", "version")} for each in models]
-        versions = MlflowClient().search_model_versions(query)
+        versions = MlflowClient().search_model_versions(filter_)
         return [{"version": each.version, "tags": _pairs(each.tags, "key", "value")} for each in versions]
     found: list[dict[str, Any]] = []
     token = ""
+    # MLflow's client would wait for a slow server too.
+    again = Retrying(
+        retry=retry_if_exception_type(NotServing), stop=stop_after_delay(30), wait=wait_fixed(1), reraise=True
+    )
     while True:
-        fields = {"filter": query, "page_token": token, "max_results": "1000"}
-        answer = query_mlflow(f"{what}/search?{urlencode({key: value for key, value in fields.items() if value})}")
+        fields = {"filter": filter_, "page_token": token, "max_results": "1000"}
+        query = urlencode({key: value for key, value in fields.items() if value})
+        answer = again(query_mlflow, f"{what}/search?{query}", timeout=10)
         found += answer.get(what.replace("-", "_"), ())
         if not (token := answer.get("next_page_token", "")):
             return found

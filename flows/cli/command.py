@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, TypeGuard, TypeVar
 
 import typer
-from typer import Option
+from typer import Argument, Option
 
-from diffusion.common.errors import DarkroomError
+from diffusion.common.errors import DarkroomError, UserError
 from diffusion.common.escaping import escape_controls
 
 if TYPE_CHECKING:
@@ -32,6 +32,7 @@ Verbose = Annotated[
 ]
 Json = Annotated[bool, Option("--json", help="Print the result as one JSON object on standard output.")]
 DatasetName = Annotated[str | None, Option("--dataset", metavar="NAME", help="Data set; default: training.dataset.")]
+DatasetArgument = Annotated[str | None, Argument(metavar="DATASET", help="The same as --dataset.")]
 Local = Annotated[bool, Option("--local", help="Work on files of this machine, without a server, as dvc.yaml does.")]
 
 
@@ -82,6 +83,7 @@ def command(
     *,
     panel: str | None = None,
     dataset: bool = True,
+    dataset_argument: bool = False,
     sets_source: bool = False,
     servers: "tuple[Server, ...]" = (),
 ) -> Callable[[Function], Function]:
@@ -90,14 +92,16 @@ def command(
     Every command has ``--json``, ``--quiet`` and ``--verbose``. One with a parameter ``config`` gets the validated
     configuration in it, and has ``--dataset``, ``--params`` and ``--set``. Standard output has the command's result and
     nothing else: what libraries print goes to standard error. ``panel`` is a heading in the help text; ``sets_source``
-    says whether the parameter ``source`` sets ingest.source; the command is connected to the ``servers``, see
-    ``connect``.
+    says whether the parameter ``source`` sets ingest.source, ``dataset_argument`` whether an argument may name the data
+    set as well; the command is connected to the ``servers``, see ``connect``.
     """
 
     def register(function: Function) -> Function:
         parameters = dict(inspect.signature(function).parameters)
-        configured = parameters.pop("config", None) is not None
+        configured, takes_file = parameters.pop("config", None) is not None, "params_file" in parameters
         shared: dict[str, tuple[Any, Any]] = {"dataset": (DatasetName, None)} if configured and dataset else {}
+        if dataset_argument:
+            shared["named"] = (DatasetArgument, None)
         if configured:
             shared |= {"params_file": (ParamsFile, Path("params.yaml")), "settings": (Set, [])}
         shared |= {"as_json": (Json, False), "quiet": (Quiet, False), "verbose": (Verbose, False)}
@@ -113,11 +117,15 @@ def command(
                 if configured:
                     from flows.config import load_params
 
-                    chosen = {"training.dataset": ("--dataset", given.pop("dataset", None))}
+                    named = [given.pop(option, None) for option in ("dataset", "named")]
+                    if None not in named and named[0] != named[1]:
+                        raise UserError(f"{named[1]} and --dataset {named[0]} are two data sets: name one")
+                    chosen = {"training.dataset": ("--dataset", named[0] or named[1])}
                     if sets_source:
                         chosen["ingest.source"] = ("SOURCE", given["source"])
                     options = {key: option for key, option in chosen.items() if option[1] is not None}
-                    given["config"] = load_params(given.pop("params_file"), given.pop("settings"), options)
+                    file = given["params_file"] if takes_file else given.pop("params_file")
+                    given["config"] = load_params(file, given.pop("settings"), options)
                 with connect(*servers) if servers else nullcontext():
                     output = function(**given)
                 # Lines may still have to be computed.

@@ -30,7 +30,7 @@ LONGEST_REASON = 80  # characters of a reason in the table of a history, unless 
 app = typer.Typer(
     name="model", help="Models: history, rollback, release, card, explanation, export.", no_args_is_help=True
 )
-registry_command = command(app, servers=("mlflow", "s3"))
+registry_command = command(app, dataset_argument=True, servers=("mlflow", "s3"))
 
 
 @registry_command

@@ -415,6 +415,7 @@ def _retraining(config: "Params", version: str | None) -> CommandOutput:
 
 def _retrained(found: dict[str, Any]) -> Iterator[str]:
     from flows.environment import settings
+    from flows.local_stack.stack import USER, servers_in_environment
     from flows.tracking.console import clock
 
     data = found["data"].get("result", found["data"])
@@ -444,8 +445,11 @@ def _retrained(found: dict[str, Any]) -> Iterator[str]:
     if found["prefect_page"]:
         yield f"Prefect    {found['prefect_page']}"
     if (passwords := settings().folder / "credentials.json").is_file():
-        yield f"log in     MLflow: user darkroom, password mlflow_password in {passwords}"
-        yield "           Prefect: user:password together, as prefect_auth_string there"
+        elsewhere = servers_in_environment()
+        if "mlflow" not in elsewhere:
+            yield f"log in     MLflow: user {USER}, password mlflow_password in {passwords}"
+        if "prefect" not in elsewhere:
+            yield f"log in     Prefect: user:password together, as prefect_auth_string in {passwords}"
 
 
 @pipeline

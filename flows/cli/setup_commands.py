@@ -13,6 +13,7 @@ import typer
 from typer import Argument, Option
 
 from diffusion.common.errors import DarkroomError, UserError
+from diffusion.common.escaping import escape_controls, python_literal
 from flows.cli.command import CommandOutput, DatasetName, ParamsFile, Set, command, connect
 
 if TYPE_CHECKING:
@@ -98,7 +99,7 @@ def _size(found: "Survey") -> int:
 
 
 def _template(found: "Survey", name: str, size: int) -> str:
-    lines = "\n".join(f"#   {line}" for line in found.lines())
+    lines = "\n".join(f"#   {escape_controls(line)}" for line in found.lines())
     model = ["  conditional: true  # learn the classes, for --label"] if len(found.classes) > 1 else []
     model += ["  text: true  # learn the captions, for --prompt; needs the extra `text`"] if found.captions else []
     enlarged = found.too_small(size)
@@ -110,7 +111,7 @@ def _template(found: "Survey", name: str, size: int) -> str:
             "#   darkroom config schema > params.schema.json    completion and checks in an editor",
             lines,
             "ingest:",
-            f"  source: {json.dumps(found.source, ensure_ascii=False)}",
+            f"  source: {python_literal(found.source)}",
             f"  size: {size}  # height and width of stored images; twice the size trains four times as long",
             "  # fit: crop  # of images that are not square: crop, pad or squash",
             *(["  # enlarge: true  # images below that size are quarantined otherwise"] if enlarged else []),
@@ -176,6 +177,7 @@ def ls(
     Example:  darkroom ls models
     """
     found: dict[str, list[dict[str, Any]]] = {}
+    errors: dict[Kind, str] = {}
     lines: list[str] = []
     for each, (read, head) in LISTS.items():
         if kind not in (None, each):
@@ -185,13 +187,14 @@ def ls(
         except DarkroomError as error:
             if kind is not None:
                 raise
+            errors[each] = str(error)
             lines.append(f"{each}: {error}")
             continue
         table = [(each.upper(), *head), *(tuple(_cell(row.get(name)) for name in ("name", *head)) for row in rows)]
         widths = [max(map(len, column)) for column in zip(*table, strict=True)]
         lines += ["  ".join(map(str.ljust, row, widths)).rstrip() for row in (table if rows else [])]
         lines += [] if rows else [f"no {each}"]
-    return CommandOutput(found, lines)
+    return CommandOutput({**found, "errors": errors}, lines)
 
 
 def _cell(value: Any) -> str:
@@ -223,7 +226,7 @@ def _runs() -> list[dict[str, Any]]:
                 header = read_header(file)["model_header"]
                 about = {"images": header["images"], "family": header["model"].get("family", "ddpm")}
                 break
-            except (UserError, KeyError, AttributeError):  # being written, or of another version
+            except (UserError, KeyError, TypeError, AttributeError):  # being written, or of another version
                 continue
         state = "finished" if files[0].is_file() else "unfinished"
         found.append({"name": str(folder), "state": state, **about})
@@ -257,8 +260,8 @@ def _batches() -> list[dict[str, Any]]:
             if place is None:
                 continue
             about: dict[str, Any] = {}
-            # Read without the class, whose module imports torch.
-            with suppress(Missing, ValueError):
+            # Read without the class, whose module imports torch; it may be damaged.
+            with suppress(Missing, ValueError, KeyError, TypeError):
                 batch = json.loads(store.get(bucket, f"{place[0]}/batch.json", most=2**20))
                 about = {
                     "model": f"{batch['model']}/{batch['version']}",

@@ -30,19 +30,19 @@ class WrongLogin(UserError):
     """The server rejects user or password."""
 
 
-def request_json(url: str, login: str = "", body: Any = None) -> Any:
+def request_json(url: str, login: str = "", body: Any = None, timeout: float = 3) -> Any:
     """Send a GET, or a POST of ``body``; returns the JSON response. Raises as ``fetch`` does."""
     try:
-        return json.loads(fetch(url, login, body))
+        return json.loads(fetch(url, login, body, timeout))
     except ValueError as error:
         raise NotServing(f"{without_login(url)[0]}: {error}") from error
 
 
-def query_mlflow(path: str, body: Any = None) -> Any:
+def query_mlflow(path: str, body: Any = None, timeout: float = 3) -> Any:
     """Query the environment's MLflow server; ``path`` is below ``/api/2.0/mlflow/``."""
     login = ":".join(os.environ.get(f"MLFLOW_TRACKING_{name}", "") for name in ("USERNAME", "PASSWORD"))
     url = f"{server_url('MLFLOW_TRACKING_URI')}/api/2.0/mlflow/{path}"
-    return request_json(url, "" if login == ":" else login, body)
+    return request_json(url, "" if login == ":" else login, body, timeout)
 
 
 def query_prefect(path: str, body: Any = None) -> Any:
@@ -57,10 +57,10 @@ def server_url(variable: str) -> str:
     return value.rstrip("/")
 
 
-def fetch(url: str, login: str = "", body: Any = None) -> bytes:
+def fetch(url: str, login: str = "", body: Any = None, timeout: float = 3) -> bytes:
     """Send a GET, or a POST of ``body``; returns the raw response.
 
-    Raises NotServing without one within 3 s, WrongLogin if the server rejects user or password.
+    Raises NotServing without one within ``timeout`` seconds, WrongLogin if the server rejects user or password.
     """
     url, named = without_login(url)
     login, headers = login or named, {"Content-Type": "application/json"}
@@ -71,7 +71,7 @@ def fetch(url: str, login: str = "", body: Any = None) -> bytes:
         request = urllib.request.Request(url, data, headers)
         # No proxy for the loopback address.
         proxies: dict[str, str] | None = {} if request.host.startswith("127.0.0.1") else None
-        with urllib.request.build_opener(urllib.request.ProxyHandler(proxies)).open(request, timeout=3) as answer:
+        with urllib.request.build_opener(urllib.request.ProxyHandler(proxies)).open(request, timeout=timeout) as answer:
             content = bytes(answer.read(LARGEST + 1))
     except urllib.error.HTTPError as error:
         if error.code == 401:

@@ -1,10 +1,8 @@
 """``darkroom server metrics``: Prometheus metrics from Prefect, MLflow and the ledger, queried at each scrape."""
 
-import math
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -16,7 +14,7 @@ from prometheus_client.registry import Collector
 
 from diffusion.common.errors import DarkroomError, UserError
 from flows.environment import Server, settings
-from flows.local_stack.http_api import NotServing, query_mlflow, query_prefect
+from flows.local_stack.http_api import NotServing, WrongLogin, query_mlflow, query_prefect
 from flows.registry.ledger import History, Known, Ledger, Newest
 from flows.storage.s3 import ListedObject, Location, Store, client
 
@@ -44,6 +42,8 @@ GAUGES: Mapping[str, tuple[str, tuple[str, ...]]] = {
 RUNNING = ("pending", "running", "paused", "cancelling")
 ENDED = ("completed", "failed", "crashed", "cancelled")
 PAGE = 200  # page size of Prefect's API
+# As flows.tracking.runs.training_metric names them, whose module would import torch and take 300 MiB.
+LOSS, RATE = "train/loss", "train/images_per_second"
 MOST = 1000  # maximum number of models, experiments and running trainings
 Sample = tuple[str, tuple[str, ...], float]  # name, label values and value of a metric
 
@@ -75,7 +75,7 @@ class Servers(Collector):
         sources: dict[Server, Callable[[], Iterator[Sample]]] = {
             "prefect": prefect_samples,
             "s3": lambda: ledger_samples(self.read),
-            "mlflow": lambda: mlflow_samples({model: each.history for model, each in self.read.items()}),
+            "mlflow": mlflow_samples,
         }
         families = {name: GaugeMetricFamily(name, help_, labels=labels) for name, (help_, labels) in GAUGES.items()}
         for server, source in sources.items():
@@ -149,7 +149,7 @@ def ledger_samples(read: dict[str, LedgerRead]) -> Iterator[Sample]:
     try:
         # Before the ledgers are listed: entries are appended before they are recorded in MLflow.
         known = _on_record(str(place))
-    except NotServing:
+    except (NotServing, WrongLogin):
         known = {model: each.known for model, each in read.items()}
     keys = (key.removeprefix(place.key("")) for key in store.list_keys(place.bucket, place.key("")))
     for model in sorted({key.partition("/")[0] for key in keys if "/" in key} | known.keys()):
@@ -167,11 +167,22 @@ def ledger_samples(read: dict[str, LedgerRead]) -> Iterator[Sample]:
         yield "darkroom_ledger_intact", (model,), float(not history.foreign)
         for what, count in Counter(entry.what for entry in history.entries).items():
             yield "darkroom_ledger_entries", (model, what), count
-        champion = history.standing.champion
-        since = [entry.when for entry in history.entries if entry.moves and entry.to_version == champion]
-        if champion is not None and since:
-            yield "darkroom_champion_version", (model,), champion
-            yield "darkroom_champion_since_timestamp_seconds", (model,), since[-1].timestamp()
+        yield from champion_samples(model, history)
+
+
+def champion_samples(model: str, history: History) -> Iterator[Sample]:
+    """Version of the champion, the time of its promotion, and its metrics in the gate's newest verdict on it."""
+    champion = history.standing.champion
+    since = [entry.when for entry in history.entries if entry.moves and entry.to_version == champion]
+    if champion is None or not since:
+        return
+    yield "darkroom_champion_version", (model,), champion
+    yield "darkroom_champion_since_timestamp_seconds", (model,), since[-1].timestamp()
+    verdicts = [entry.evidence for entry in history.entries if entry.version == champion and entry.evidence is not None]
+    for figure, value in verdicts[-1].figures.items() if verdicts else ():
+        # Those of the champion that it was compared with.
+        if not figure.startswith("champion_"):
+            yield "darkroom_champion_figure", (model, figure), value
 
 
 def _on_record(place: str) -> dict[str, Known | None]:
@@ -193,34 +204,25 @@ def _on_record(place: str) -> dict[str, Known | None]:
             return found
 
 
-def mlflow_samples(histories: Mapping[str, History]) -> Iterator[Sample]:
-    """Metrics of running trainings, and of the champions in ``histories``; raises NotServing."""
+def mlflow_samples() -> Iterator[Sample]:
+    """Metrics of running trainings; raises NotServing or WrongLogin."""
     found = query_mlflow("experiments/search", {"max_results": MOST}).get("experiments", ())
     if experiments := {each["experiment_id"]: each["name"] for each in found}:
         trainings = "attributes.status = 'RUNNING' and tags.`darkroom.train_key` != ''"
         question = {"experiment_ids": list(experiments), "filter": trainings, "max_results": MOST}
         for run in query_mlflow("runs/search", question).get("runs", ()):
             yield from training_samples(experiments[run["info"]["experiment_id"]], run)
-    for model, history in histories.items():
-        if (number := history.standing.champion) is None:
-            continue
-        found = query_mlflow(f"model-versions/get?name={quote(model, safe='')}&version={number}")
-        # The metrics of a version are its numeric tags without a namespace.
-        for tag in found["model_version"].get("tags", ()):
-            with suppress(ValueError):
-                if "." not in tag["key"] and math.isfinite(value := float(tag["value"])):
-                    yield "darkroom_champion_figure", (model, tag["key"]), value
 
 
 def training_samples(model: str, run: Mapping[str, Any]) -> Iterator[Sample]:
     """Progress of a training, once it has logged any."""
     labels = model, run["info"]["run_id"]
     figures = {each["key"]: each for each in run["data"].get("metrics", ())}
-    if "loss" in figures:
-        yield "darkroom_training_images", labels, float(figures["loss"]["step"])
-        yield "darkroom_training_last_word_timestamp_seconds", labels, int(figures["loss"]["timestamp"]) / 1000
-    if "images_per_second" in figures:
-        yield "darkroom_training_images_per_second", labels, float(figures["images_per_second"]["value"])
+    if LOSS in figures:
+        yield "darkroom_training_images", labels, float(figures[LOSS]["step"])
+        yield "darkroom_training_last_word_timestamp_seconds", labels, int(figures[LOSS]["timestamp"]) / 1000
+    if RATE in figures:
+        yield "darkroom_training_images_per_second", labels, float(figures[RATE]["value"])
 
 
 def _pages(path: str, question: dict[str, Any]) -> Iterator[Mapping[str, Any]]:

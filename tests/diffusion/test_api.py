@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image
 
 import diffusion
 from diffusion.common.errors import UserError
@@ -91,6 +91,24 @@ def test_an_image_may_be_a_path_its_bytes_or_one_of_pillow(folder: Path) -> None
     assert set(others) == {first}
 
 
+def test_an_image_of_pillow_is_turned_as_its_file_says(folder: Path) -> None:
+    image = Image.open("face.png")
+    image.getexif()[ExifTags.Base.Orientation] = 6
+    image.save("turned.jpg", quality=100, exif=image.getexif())
+    model = diffusion.load("model.safetensors", compute_batch=4, steps=3)
+    turned, read = (model.img2img(kind, strength=0.1) for kind in (Image.open("turned.jpg"), "turned.jpg"))
+    assert turned[0].tobytes() == read[0].tobytes()
+
+
+def test_restarting_without_the_data_set_keeps_the_run(folder: Path) -> None:
+    checkpoint = folder / "runs" / "missing" / "checkpoints" / "1.safetensors"
+    checkpoint.parent.mkdir(parents=True)
+    checkpoint.touch()
+    with pytest.raises(UserError):
+        diffusion.train("missing", minutes=1, restart=True)
+    assert checkpoint.is_file()
+
+
 def test_a_run_begins_in_python_and_goes_on_with_the_command_line(folder: Path, darkroom: Darkroom) -> None:
     data = diffusion.ingest("images", "noise", size=8, held_out=0.3)
     assert data.kept == 120
@@ -105,7 +123,12 @@ def test_a_run_begins_in_python_and_goes_on_with_the_command_line(folder: Path, 
 
     report = diffusion.evaluate("noise", samples=20, guidance=None, sampling={"steps": 3})
     assert report.best.images == 64
-    assert Path("reports/noise/report.html").is_file()
+    pages = Path("reports/noise/report.html"), Path("reports/noise-final/report.html")
+    assert [page.is_file() for page in pages] == [True, False]
+    before = Path("reports/noise/evaluation.json").read_bytes()
+    diffusion.evaluate("noise", run.final, samples=20, guidance=None, sampling={"steps": 3})
+    assert pages[1].is_file()
+    assert Path("reports/noise/evaluation.json").read_bytes() == before
     model = diffusion.load(run.final)
     assert repr(model).startswith("<ddpm of noise: 8×8×1")
 
@@ -128,6 +151,7 @@ def test_a_run_begins_in_python_and_goes_on_with_the_command_line(folder: Path, 
         lambda: diffusion.ingest("images", "no/name", size=8),
         lambda: diffusion.train("missing", minutes=1),
         lambda: diffusion.train("missing", minutes=1, images=1),
+        lambda: diffusion.train("missing", preset="small", minutes=1),  # type: ignore[arg-type]
         lambda: diffusion.train("missing", preset="large", model={"family": "vae"}),
         lambda: diffusion.train("missing", model={"family": "vae"}, sampling={"steps": 3}),
         lambda: diffusion.evaluate("missing"),

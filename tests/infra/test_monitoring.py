@@ -4,6 +4,8 @@ import json
 import re
 import subprocess
 from collections.abc import Iterator
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler
 from typing import Any
 
 import promql_parser
@@ -12,7 +14,19 @@ import yaml
 from prometheus_client import CollectorRegistry, generate_latest
 
 from flows.local_stack.server_process import choose_ports
-from flows.monitoring.prometheus import GAUGES, Servers, count_states, last_success_samples, training_samples
+from flows.monitoring import prometheus
+from flows.monitoring.prometheus import (
+    GAUGES,
+    Servers,
+    champion_samples,
+    count_states,
+    last_success_samples,
+    training_samples,
+)
+from flows.registry.ledger import Evidence, History, What
+from flows.storage.s3 import Store
+from flows.tracking.runs import training_metric
+from tests.builders.http_server import serving
 from tests.builders.installation import INFRA, ROOT, program
 
 ALERTS = [
@@ -159,9 +173,39 @@ def test_sampling_rate_is_images_by_run_duration() -> None:
 def test_training_without_logged_metrics_exports_none() -> None:
     info = {"run_id": "a1"}
     assert list(training_samples("faces", {"info": info, "data": {}})) == []
-    logged = [{"key": "loss", "value": 0.5, "step": 640, "timestamp": 7000}, {"key": "images_per_second", "value": 9.5}]
+    loss = {"key": training_metric("loss"), "value": 0.5, "step": 640, "timestamp": 7000}
+    logged = [loss, {"key": training_metric("images_per_second"), "value": 9.5}]
     assert list(training_samples("faces", {"info": info, "data": {"metrics": logged}})) == [
         ("darkroom_training_images", ("faces", "a1"), 640.0),
         ("darkroom_training_last_word_timestamp_seconds", ("faces", "a1"), 7.0),
         ("darkroom_training_images_per_second", ("faces", "a1"), 9.5),
     ]
+
+
+def test_champion_figures_are_those_of_the_newest_verdict_on_it() -> None:
+    history = History("faces")
+    moves: list[tuple[What, int, float | None]] = [("promote", 1, 0.3), ("promote", 2, 0.2), ("reject", 3, 0.9)]
+    moves += [("rollback", 1, None)]
+    for what, version, kid in moves:
+        figures = {} if kid is None else {"kid_efflite0": kid, "champion_kid_efflite0": 0.5}
+        evidence = None if kid is None else Evidence(verdict="promote", reason="lower", figures=figures)
+        entry = history.next_entry(what, version, "0" * 64, evidence=evidence)
+        history = replace(history, entries=(*history.entries, entry))
+    found = {(name, *labels): value for name, labels, value in champion_samples("faces", history)}
+    assert found.pop(("darkroom_champion_since_timestamp_seconds", "faces")) > 0
+    assert found == {
+        ("darkroom_champion_version", "faces"): 1,
+        ("darkroom_champion_figure", "faces", "kid_efflite0"): 0.3,
+    }
+
+
+def test_a_wrong_password_of_mlflow_is_no_failure_of_s3(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Refusing(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_error(401)
+
+    monkeypatch.setattr(prometheus, "client", lambda **_: None)
+    monkeypatch.setattr(Store, "list_keys", lambda *_: iter(()))
+    with serving(Refusing) as url:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", url)
+        assert list(prometheus.ledger_samples({})) == []

@@ -13,6 +13,7 @@ import pytest
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
+from diffusion.evaluation.comparison import COMPARISON, ChampionComparison
 from flows.monitoring.prometheus import GAUGES
 from tests.builders.servers import Servers, darkroom, installed, query
 from tests.builders.shapes import disc
@@ -177,8 +178,8 @@ def told(address: str) -> dict[tuple[str, ...], float]:
 
 def kid(servers: Servers, retrained: dict[str, Any]) -> float:
     report = servers.folder / "person" / Path(retrained["report"]).parent
-    evaluation = json.loads((report / "metrics.json").read_text())
-    return float(evaluation["kid_efflite0"])
+    comparison = ChampionComparison.model_validate_json((report / COMPARISON).read_bytes())
+    return comparison.candidate.metrics()["kid_efflite0"]
 
 
 def status(port: str, path: str, host: str | None = None) -> int:

@@ -197,18 +197,22 @@ class Folder:
         return open_text(self.root / json.loads(locator))
 
     def _files(self) -> Iterator[tuple[str, str, str]]:
-        for name in _walk(str(self.root), "", (_real(self.root),)):
+        for name in visible_files(self.root):
             yield printable(name), json.dumps(name), stamp_if_there(self.root / name)
 
 
 def holds_images(root: Path) -> bool:
     """Return whether the folder ``root`` may hold images: a metadata file, or a file with an image's extension."""
-    names = _walk(str(root), "", (_real(root),))
-    return any(is_image(name) or name in METADATA_FILES for name in map(printable, names))
+    return any(is_image(name) or name in METADATA_FILES for name in map(printable, visible_files(root)))
+
+
+def visible_files(root: Path) -> Iterator[str]:
+    """Yield the visible files below ``root``, relative to it, each once, however links lead to it."""
+    return _walk(str(root), "", (_real(root),))
 
 
 def _walk(folder: str, prefix: str, above: tuple[str, ...]) -> Iterator[str]:
-    """Yield the visible files below ``folder``, each once, however links lead to it; ``above``: its real parents."""
+    # ``above`` are its real parents.
     try:
         children = os.scandir(folder)
     except OSError as error:

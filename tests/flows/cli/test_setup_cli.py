@@ -7,9 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.numpy import save_file
 
-from flows.cli import main
+from diffusion.common.model_files import METADATA_KEY
+from flows.cli import main, pipeline_commands
 from flows.config import load_params
+from flows.storage.s3 import Store
 from tests.builders.shapes import blob
 from tests.builders.small_models import write_model
 
@@ -61,6 +64,13 @@ def test_init_writes_a_configuration_that_ingests_the_images(run: CommandLine, i
     assert (done["kept"], done["quarantined"]) == (48, [])
 
 
+def test_a_path_with_a_line_break_stays_within_its_comment(run: CommandLine, images: Path) -> None:
+    folder = images.rename(images.parent / "a\n\x85preset: large\u2028b")
+    run("init", str(folder), "--dataset", "blobs")
+    params = load_params(Path("params.yaml"), [])
+    assert (params.ingest.source, params.preset) == (str(folder), "fast")
+
+
 def test_init_changes_no_existing_configuration(run: CommandLine, images: Path) -> None:
     Path("params.yaml").write_text("training:\n  dataset: mine\n")
     run("init", str(images), code=2)
@@ -100,6 +110,8 @@ def test_config_schema_describes_every_section_and_validate_checks_the_file(run:
     assert {"ingest", "model", "training", "sampling", "evaluation", "gate"} <= schema["properties"].keys()
     assert schema["$defs"]["IngestConfig"]["properties"]["size"]["maximum"] == 1024
     assert run.json("config", "validate") == {"valid": True, "file": "params.yaml"}
+    Path("faces.yaml").write_text("training:\n  minutes: 3\n")
+    assert run.json("config", "validate", "--params", "faces.yaml") == {"valid": True, "file": "faces.yaml"}
     Path("params.yaml").write_text("training:\n  imagess: 3\n")
     run("config", "validate", code=2)
 
@@ -118,10 +130,52 @@ def test_ls_lists_what_is_here_and_does_not_fail_for_servers_that_are_not(
         {"name": "runs/blobs", "state": "unfinished", "images": None, "family": None},
         {"name": "runs/more", "state": "finished", "images": 640, "family": "ddpm"},
     ]
-    assert found.keys() == {"datasets", "runs"}
-    assert run.json("ls", "datasets").keys() == {"datasets"}
+    assert found.keys() == {"datasets", "runs", "errors"}
+    assert found["errors"].keys() == {"models", "batches"}
+    assert run.json("ls", "datasets").keys() == {"datasets", "errors"}
     assert run("ls", "runs").splitlines()[1].split() == ["runs/blobs", "unfinished"]
     run("ls", "models", code=2)
+
+
+def test_ls_lists_damaged_runs_and_batches(
+    run: CommandLine, store: Store, bucket: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "runs" / "blobs" / "checkpoints").mkdir(parents=True)
+    header = {METADATA_KEY: json.dumps({"model_header": []})}
+    save_file({}, tmp_path / "runs" / "blobs" / "final.safetensors", header)
+    monkeypatch.setenv("DARKROOM_BUCKET", bucket)
+    for number, text in enumerate((b"{}", b"[]", b"{", b'{"model": "m", "version": 1, "count": 4, "seed": 7}')):
+        store.put_once(bucket, f"samples/m/1/{number}/batch.json", text)
+    assert [each["images"] for each in run.json("ls", "runs")["runs"]] == [None]
+    assert [each.get("images") for each in run.json("ls", "batches")["batches"]] == [None, None, None, 4]
+
+
+@pytest.mark.parametrize(
+    ("variables", "named"),
+    [
+        ({}, {"mlflow_password", "prefect_auth_string"}),
+        ({"MLFLOW_TRACKING_URI": "https://mlflow.example"}, {"prefect_auth_string"}),
+        ({"MLFLOW_TRACKING_URI": "https://m.example", "PREFECT_API_URL": "https://p.example/api"}, set()),
+    ],
+)
+@pytest.mark.usefixtures("no_servers")
+def test_passwords_of_the_local_stack_are_named_where_its_servers_are_used(
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], named: set[str]
+) -> None:
+    Path(".darkroom").mkdir()
+    Path(".darkroom/credentials.json").write_text("{}")
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    verdict = {"promoted": True, "verdict": "promote", "reason": "first", "champion": 1}
+    found = {
+        "data": {"kept": 48, "content_digest": "0" * 64},
+        "verdict": {**verdict, "version": {"model": "blobs", "number": 1}},
+        "explained": {"files": []},
+        **dict.fromkeys(("samples", "skipped", "seconds", "quality", "warning", "report", "mlflow_page"), None),
+        **{"run_id": "1", "prefect_page": None},
+    }
+    shown = "\n".join(pipeline_commands._retrained(found))
+    assert {field for field in ("mlflow_password", "prefect_auth_string") if field in shown} == named
 
 
 def test_open_prints_the_address_of_a_report_and_of_a_server_with_where_its_password_is(
