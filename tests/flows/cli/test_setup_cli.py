@@ -223,6 +223,8 @@ def test_quiet_shows_the_result_alone_before_or_after_the_command(
     run: CommandLine, images: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = ("--local", "--set", "ingest.size=8")
+    # So that work of a moment has lines, too.
+    monkeypatch.setattr("flows.tracking.console.EVERY", 0.0)
     for number, (before, after) in enumerate(((["-q"], []), ([], ["--quiet"]), ([], []))):
         words = [*before, "ingest", str(images), "--dataset", f"set{number}", *settings, *after]
         monkeypatch.setattr(sys, "argv", ["darkroom", *words])
