@@ -243,7 +243,7 @@ def tab(model: str, source: Source) -> None:
                     )
                     galleries.append(gallery)
         with gr.Column(visible=False) as booth:
-            state, told = gr.State(), gr.HTML()
+            state, tally = gr.State(), gr.HTML()
             with gr.Row(elem_classes="pair") as pair:
                 sides = [
                     gr.Image(label=label, interactive=False, height=300, min_width=120, **look)
@@ -296,7 +296,7 @@ def tab(model: str, source: Source) -> None:
         return run
 
     page.select(choose, None, [champion, candidate], api_visibility="private", queue=False)
-    voting = [state, told, pair, choices, *sides]
+    voting = [state, tally, pair, choices, *sides]
     show.click(compare, given, [both, booth, *galleries], api_name="compare", **ONE_AT_A_TIME)
     begin.click(start, given, [both, booth, *voting], api_visibility="private", **ONE_AT_A_TIME)
     for side, button in buttons.items():

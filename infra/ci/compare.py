@@ -60,9 +60,9 @@ def comment(model: str, report: Path) -> str:
     except UserError as error:
         return "\n\n".join([MARK, table(ours, {}), f"Nothing to compare with: {error}"])
     said = (
-        "Judged under the same conditions: the figures compare."
+        "Evaluated under the same conditions: the figures compare."
         if champion.tags.get("darkroom.eval_key") == conditions
-        else "Judged under other conditions (data, features, sampling): **the figures do not compare**."
+        else "Evaluated under other conditions (data, features, sampling): **the figures do not compare**."
     )
     return "\n\n".join([MARK, f"Beside `{champion.uri}`.", table(ours, scores(champion)), said])
 

@@ -64,7 +64,7 @@ def test_metrics_are_shown_beside_the_champion_with_their_difference(model: str,
     assert "| precision_efflite0 |  | 0.5 |  |" in lines
     assert not any("real_baseline_" in line for line in lines)
     assert f"Beside `models:/{model}/1`." in lines
-    assert lines[-1] == "Judged under the same conditions: the figures compare."
+    assert lines[-1] == "Evaluated under the same conditions: the figures compare."
 
 
 def test_incomparable_metrics_are_labelled_as_such(model: str, report: Path, tmp_path: Path) -> None:
