@@ -25,7 +25,7 @@ from flows.studio.app import USER, build, launch  # noqa: E402
 from flows.studio.generation import Source, editor_files, enlarged  # noqa: E402
 
 SAMPLING = sampling_config(sampler="dpmpp_2m", steps=3, compute_batch=8)
-PASSWORD = "correct horse"
+PASSWORD = "test-secret"
 
 
 @pytest.fixture

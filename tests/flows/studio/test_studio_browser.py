@@ -21,7 +21,7 @@ from flows.studio.comparison import VOTES, load_version
 from flows.studio.generation import Source
 from flows.studio.ledger import read_history
 
-PASSWORD = "correct horse"
+PASSWORD = "test-secret"
 
 
 def look_at_both_widths(page: Page, shot: Path) -> None:
