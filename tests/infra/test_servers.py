@@ -88,9 +88,9 @@ def test_worker_log_is_json_with_ids_and_no_duplicates(servers: Servers, retrain
     # Libraries that warn by other ways than logging stay out of it.
     lines = [json.loads(line) for line in log if line.startswith("{")]
     assert all(line.keys() >= {"time", "level", "logger", "message"} for line in lines)
-    (printed,) = [line for line in lines if line["message"].startswith("images generated: 4 of 4")]
-    assert printed["dataset"] == "blobs"
-    assert {"flow_run_id", "flow_name"} <= printed.keys()
+    (training,) = [line for line in lines if line["message"].startswith("training on 43 of 8×8×1")]
+    assert training["dataset"] == "blobs"
+    assert {"flow_run_id", "flow_name"} <= training.keys()
     assert any({"dataset", "flow_run_id", "task_run_id", "flow_name"} <= line.keys() for line in lines)
     assert any(line.get("run_id") == retrained["run_id"] and line["logger"] == "prefect.task_runs" for line in lines)
     ends = [line for line in lines if line["logger"] == "prefect.flow_runs" and "Finished in state" in line["message"]]
