@@ -311,4 +311,4 @@ def test_images_are_generated_by_the_form_in_prefects_ui(workspace: Workspace, p
         expect(page.get_by_text("Completed", exact=True).first).to_be_visible()
         shot(page, "prefect_run")
         page.get_by_role("tab", name="Artifacts").or_(page.get_by_text("Artifacts", exact=True)).last.click()
-        expect(page.get_by_text("samples", exact=True).first).to_be_visible()
+        expect(page.get_by_text("samples-blobs", exact=True).first).to_be_visible()
