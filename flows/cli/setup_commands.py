@@ -320,7 +320,9 @@ def _server(page: "Literal['mlflow', 'prefect']") -> dict[str, str]:
     elsewhere = page in servers_in_environment()
     join_servers(page)
     url, login = without_login(os.environ[SERVER_VARIABLES[page][0]])
-    url = url.removesuffix("/").removesuffix("/api") if page == "prefect" else url
+    url = url.removesuffix("/")
+    # MLflow's pages are about GenAI applications unless the address says otherwise.
+    url = url.removesuffix("/api") if page == "prefect" else f"{url}/#/experiments?workflowType=machine_learning"
     if not elsewhere:
         field = "mlflow_password" if page == "mlflow" else "prefect_auth_string, which is user:password"
         return {"url": url, "user": USER, "password": f"in {settings().folder / 'credentials.json'}, {field}"}
