@@ -1,6 +1,7 @@
 """One image in: each policy, each limit, and a reason for whatever is refused."""
 
 import io
+import re
 import struct
 import time
 import zlib
@@ -201,7 +202,8 @@ def test_decompression_bombs_are_quarantined() -> None:
     assert "20000×20000 pixels are over the limit" in reason(bomb)
     moving = bytearray(saved(blob(1, 8, "RGB"), "WEBP", save_all=True, append_images=[blob(2, 8, "RGB")]))
     moving[24:30] = (16_382).to_bytes(3, "little") * 2
-    assert "more pixels than the limit" in reason(bytes(moving))
+    # Pillow 13 refuses it by itself, before its size is known.
+    assert re.search("more pixels than the limit|16383×16383 pixels are over the limit", reason(bytes(moving)))
     text = (b"zTXt", b"Comment\0\0" + zlib.compress(bytes(2**22)))
     assert "damaged" in reason(png_file(noise(8, 8, 1), "L", chunks=[text]))
     profile = (b"iCCP", b"grey\0\0" + zlib.compress(bytes(2**22)))
