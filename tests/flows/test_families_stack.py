@@ -82,7 +82,7 @@ def test_autoencoder_is_promoted_and_diffusion_trains_on_its_champion(
 def test_unregistered_autoencoder_is_a_one_line_error(workspace: Workspace) -> None:
     workspace.json("ingest", "images")
     error = workspace.run("train", "--set", "model.autoencoder=models:/nothing@champion", code=2)
-    assert "models:/nothing@champion is not in the registry" in error
+    assert "models:/nothing@champion" in error
     assert len(error.strip().splitlines()) == 1
 
 
