@@ -76,8 +76,8 @@ def test_a_drill_that_passed_is_not_run_again_and_one_that_failed_is_until_it_pa
         shutil.copy(ROOT / name, target)
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     (tmp_path / "tests" / "test_some.py").write_text(DRILLS)
-    page = tmp_path / "docs" / PAGE.name
-    page.parent.mkdir()
+    page = tmp_path / PAGE.relative_to(ROOT)
+    page.parent.mkdir(parents=True)
     page.write_text(f"{BEGIN}\n{END}\n")
     for folder in ("diffusion", "flows"):
         (tmp_path / folder).symlink_to(ROOT / folder)
