@@ -327,7 +327,6 @@ def test_user_mistakes_are_one_line_and_exit_2(workspace: Workspace) -> None:
         (["ingest", "nowhere"], "nowhere"),
         (["sample", "--model", "models:/nothing@champion"], "nothing"),
         (["sample", "--model", "digits"], "digits"),
-        (["sample", "--to", "http://x"], "http://x"),
         (["evaluate", "--dataset", "nothing"], "nothing"),
     ):
         error = workspace.run(*arguments, code=2)
