@@ -65,7 +65,7 @@ def main() -> None:
         theirs_and_ours = [compute_kid(each[::2], real[1::2])[0] for each in (of_champion, of_candidate)]
         lead = 1 - theirs_and_ours[1] / theirs_and_ours[0]
         verdicts: dict[str, list[Verdict]] = {name: [] for name in COSTS}
-        drawn: dict[str, list[int]] = {name: [] for name in COSTS}
+        counts: dict[str, list[int]] = {name: [] for name in COSTS}
         for trial in range(arguments.trials):
             dealt = torch.randperm(len(real), generator=torch.Generator().manual_seed(trial))
             ours, theirs, baseline, held_out = dealt[: 2 * most + 2 * count].split([most, most, count, count])
@@ -90,11 +90,11 @@ def main() -> None:
                     decision = decide(metrics, config, config.looks)
                     if look == config.looks - 1 or not decision.worth_another_look(most):
                         verdicts[name].append(decision.verdict)
-                        drawn[name].append(samples)
+                        counts[name].append(samples)
                         undecided.remove(name)
         shares = {
             name: ", ".join(f"{verdict} {found.count(verdict) / len(found):.0%}" for verdict in Verdict)
-            + f" of {np.mean(drawn[name]):,.0f} samples"
+            + f" of {np.mean(counts[name]):,.0f} samples"
             for name, found in verdicts.items()
         }
         print(f"lead {lead:.1%}: " + "; ".join(f"{name}: {words}" for name, words in shares.items()), flush=True)

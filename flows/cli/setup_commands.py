@@ -1,11 +1,13 @@
 """Commands to set up and look around: ``darkroom init``, ``config``, ``ls`` and ``open``."""
 
 import json
+import os
 import re
 import sys
 import webbrowser
 from collections.abc import Callable
 from contextlib import suppress
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -214,7 +216,6 @@ def _datasets() -> list[dict[str, Any]]:
 
 
 def _runs() -> list[dict[str, Any]]:
-    from diffusion.common.errors import UserError
     from diffusion.common.model_files import read_header
 
     found = []
@@ -250,26 +251,21 @@ def _models() -> list[dict[str, Any]]:
 def _batches() -> list[dict[str, Any]]:
     with connect("s3"):
         from flows.environment import settings
-        from flows.storage.s3 import Location, Missing, Store
+        from flows.storage.s3 import Missing, Store, batch_places
 
-        store, bucket, after, found = Store(), settings().bucket, "", list[dict[str, Any]]()
-        # The first key of each batch: one batch may have millions.
-        while len(found) < LISTED and (key := next(store.list_keys(bucket, "samples/", after), None)) is not None:
-            place = re.match(r"samples/[^/]+/[0-9]{1,10}/[^/]+", key)
-            after = f"{place[0]}0" if place else key  # the character after the slash
-            if place is None:
-                continue
+        store, bucket, found = Store(), settings().bucket, list[dict[str, Any]]()
+        for place in islice(batch_places(store, bucket), LISTED):
             about: dict[str, Any] = {}
             # Read without the class, whose module imports torch; it may be damaged.
             with suppress(Missing, ValueError, KeyError, TypeError):
-                batch = json.loads(store.get(bucket, f"{place[0]}/batch.json", most=2**20))
+                batch = json.loads(store.get(bucket, place.key("batch.json"), most=2**20))
                 about = {
                     "model": f"{batch['model']}/{batch['version']}",
                     "images": batch["count"],
                     "seed": batch["seed"],
                 }
-            state = "finished" if store.exists(bucket, f"{place[0]}/_SUCCESS") else "unfinished"
-            found.append({"name": f"{Location(bucket, place[0])}/", **about, "state": state})
+            state = "finished" if store.exists(bucket, place.key("_SUCCESS")) else "unfinished"
+            found.append({"name": f"{place}/", **about, "state": state})
         return found
 
 
@@ -311,8 +307,6 @@ def _report(config: "Params") -> dict[str, str]:
 
 
 def _server(page: "Literal['mlflow', 'prefect']") -> dict[str, str]:
-    import os
-
     from flows.environment import SECRET_VARIABLE, SERVER_VARIABLES, settings
     from flows.local_stack.http_api import without_login
     from flows.local_stack.stack import USER, join_servers, servers_in_environment

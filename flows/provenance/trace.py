@@ -27,8 +27,8 @@ from flows.registry.aliases import none_if_missing
 from flows.registry.model_versions import CODE, WEIGHTS
 from flows.registry.takedown_marks import TAKEDOWN, names_of
 from flows.sampling.lookup import LocatedImage, Origin, SampleLocation, disagreements, find
-from flows.sampling.sampling_batch import DELETED, SUCCESS, SamplingBatch
-from flows.storage.s3 import Location, Store
+from flows.sampling.sampling_batch import SUCCESS, SamplingBatch
+from flows.storage.s3 import DELETED, Location, Store
 from flows.storage.tags import Tags, parse_tags
 from flows.tracking.runs import MANIFEST_ARTIFACT
 

@@ -33,8 +33,8 @@ from flows.config import RetentionConfig
 from flows.registry.aliases import verified
 from flows.registry.ledger import Ledger, Newest
 from flows.registry.model_versions import WEIGHTS
-from flows.sampling.sampling_batch import DELETED, LARGEST_BATCH, RESUMED, USUAL, SamplingBatch, parse_batch
-from flows.storage.s3 import Location, Store, status_of
+from flows.sampling.sampling_batch import LARGEST_BATCH, RESUMED, SamplingBatch, parse_batch
+from flows.storage.s3 import DELETED, USUAL, Location, Store, status_of
 from flows.tracking.runs import SWEEP, TRAIN_KEY
 
 Action = Literal["keep", "set aside", "delete"]

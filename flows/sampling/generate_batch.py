@@ -35,8 +35,8 @@ from flows.registry.model_versions import Version
 from flows.sampling import sampling_batch
 from flows.sampling.lookup import Success
 from flows.sampling.request_table import REQUESTS, RequestTable
-from flows.sampling.sampling_batch import BATCH, DELETED, MANIFEST, RESUMED, SUCCESS, USUAL, Row, SamplingBatch
-from flows.storage.s3 import Denied, Location, Missing, Object, Store
+from flows.sampling.sampling_batch import BATCH, MANIFEST, RESUMED, SUCCESS, Row, SamplingBatch
+from flows.storage.s3 import DELETED, USUAL, Denied, Location, Missing, Object, Store
 
 JSON, JSON_LINES, PNG, TAR = "application/json", "application/jsonl", "image/png", "application/x-tar"
 ImageGroup = list[tuple[int, Tensor, str | None, Conditions]]

@@ -36,9 +36,8 @@ Row = dict[str, Any]
 BATCH, MANIFEST, SUCCESS = "batch.json", "manifest.parquet", "_SUCCESS"
 PARQUET = "application/vnd.apache.parquet"
 CHUNK_BATCHES = 4  # compute batches per chunk: small enough to lose little to a kill, large enough for a task
-DELETED, RESUMED = "deleted", "resumed"
-"""Prefixes of the marks of deleted batches, apart from where sampling may write, and of unfinished ones in work."""
-USUAL = re.compile(r"samples/[^/]+/[0-9]{1,10}/[^/]+")
+RESUMED = "resumed"
+"""Prefix of the marks of unfinished batches in work."""
 CHUNK_OBJECT = re.compile(r"(?P<image>\d{8,})\.png|samples-(?P<tar>\d{5,})\.tar|manifest/part-(?P<part>\d{5,})\.jsonl")
 MOST_IMAGES, CHUNKS_AT_MOST = 10**7, 10**5
 """Maxima of a batch: the manifest must fit in one object, and each chunk is a task and a part of the manifest."""

@@ -461,3 +461,22 @@ def _explained(error: ClientError, place: str, bucket: str, server: str) -> Dark
     if code in ELSEWHERE:
         return UserError(f"{place}: the bucket lies in another region ({code}): set AWS_DEFAULT_REGION to it")
     return DarkroomError(f"{place}: {server} answered {code}: {message}")
+
+
+DELETED = "deleted"
+"""Prefix of the marks of deleted sampling batches, apart from where sampling may write."""
+USUAL = re.compile(r"samples/[^/]+/[0-9]{1,10}/[^/]+")
+"""Prefix of a sampling batch at its usual place, ``samples/MODEL/VERSION/BATCH``."""
+
+
+def batch_places(store: Store, bucket: str) -> Iterator[Location]:
+    """Yield the usual places of sampling batches in ``bucket``; those that ``darkroom gc`` deletes are left out."""
+    deleted = {key.removeprefix(f"{DELETED}/") for key in store.list_keys(bucket, f"{DELETED}/samples/")}
+    after = ""
+    # One listing per batch, from where the one before ends: it may have a million images.
+    while (key := next(store.list_keys(bucket, "samples/", after), None)) is not None:
+        prefix = named[0] if (named := USUAL.match(key)) else key.rpartition("/")[0]
+        # "PREFIX0" sorts just after "PREFIX/"; objects of others may lie beside the folders of the models.
+        after = key if prefix == "samples" else f"{prefix}0"
+        if named and prefix not in deleted:
+            yield Location(bucket, prefix)

@@ -22,8 +22,8 @@ from diffusion.evaluation.metrics.registration import find_registered
 from flows.environment import settings
 from flows.provenance.trace import Trace, trace
 from flows.sampling.lookup import find, read_image, read_pixels, read_rows
-from flows.sampling.sampling_batch import BATCH, DELETED, LARGEST_BATCH, SUCCESS, USUAL, Row, SamplingBatch, parse_batch
-from flows.storage.s3 import Location, Missing, Store
+from flows.sampling.sampling_batch import BATCH, LARGEST_BATCH, SUCCESS, Row, SamplingBatch, parse_batch
+from flows.storage.s3 import Location, Missing, Store, batch_places
 from flows.studio.generation import GalleryItem, errors_shown
 
 logger = logging.getLogger(__name__)
@@ -55,17 +55,8 @@ class ListedBatch:
 
 
 def list_batches(store: Store, bucket: str) -> list[ListedBatch]:
-    """List the sampling batches in ``bucket``, newest first; those that ``darkroom gc`` deletes are left out."""
-    deleted = {key.removeprefix(f"{DELETED}/") for key in store.list_keys(bucket, f"{DELETED}/samples/")}
-    places: list[Location] = []
-    after = ""
-    # One listing per batch, from where the one before ends: it may have a million images.
-    while len(places) < MOST_BATCHES and (key := next(iter(store.list_keys(bucket, "samples/", after)), None)):
-        prefix = named[0] if (named := USUAL.match(key)) else key.rpartition("/")[0]
-        # "PREFIX0" sorts just after "PREFIX/"; objects of others may lie beside the folders of the models.
-        after = key if prefix == "samples" else f"{prefix}0"
-        if named and prefix not in deleted:
-            places.append(Location(bucket, prefix))
+    """List the sampling batches in ``bucket``, newest first, as ``batch_places`` finds them."""
+    places = islice(batch_places(store, bucket), MOST_BATCHES)
 
     def read(place: Location) -> ListedBatch | None:
         try:

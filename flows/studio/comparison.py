@@ -242,7 +242,7 @@ def tab(model: str, source: Source) -> None:
                         columns=4, show_label=False, allow_preview=False, object_fit="contain", height="auto", **look
                     )
                     galleries.append(gallery)
-        with gr.Column(visible=False) as booth:
+        with gr.Column(visible=False) as voting_panel:
             state, tally = gr.State(), gr.HTML()
             with gr.Row(elem_classes="pair") as pair:
                 sides = [
@@ -297,8 +297,8 @@ def tab(model: str, source: Source) -> None:
 
     page.select(choose, None, [champion, candidate], api_visibility="private", queue=False)
     voting = [state, tally, pair, choices, *sides]
-    show.click(compare, given, [both, booth, *galleries], api_name="compare", **ONE_AT_A_TIME)
-    begin.click(start, given, [both, booth, *voting], api_visibility="private", **ONE_AT_A_TIME)
+    show.click(compare, given, [both, voting_panel, *galleries], api_name="compare", **ONE_AT_A_TIME)
+    begin.click(start, given, [both, voting_panel, *voting], api_visibility="private", **ONE_AT_A_TIME)
     for side, button in buttons.items():
         button.click(
             vote(side),
@@ -312,7 +312,7 @@ def tab(model: str, source: Source) -> None:
 
 
 def _shown(ballot: Ballot, tally: str) -> tuple[Any, ...]:
-    """Values of the voting booth: state, words, visibility, and the two sides."""
+    """Values of the voting panel: state, words, visibility, and the two sides."""
     session, sides = ballot.session, ballot.sides()
     if sides is not None:
         words = f"Pair {len(session.votes) + 1} of {len(ballot.images['candidate'])}: which image is better?"

@@ -44,7 +44,7 @@ CHECKPOINT, CHECKPOINT_SHA256 = "darkroom.checkpoint", "darkroom.checkpoint_sha2
 EVAL_KEY, EVALUATED = "darkroom.eval_key", "darkroom.evaluated"
 """Tags: scores of two models are comparable if the first is equal; the second is ``in full`` or ``preliminary``."""
 EXPERIMENT = {
-    # MLflow's UI then opens with runs and models instead of the traces of GenAI applications.
+    # The kind that MLflow gives to experiments of model training; its UI goes by the address, see ``_page``.
     "mlflow.experimentKind": "custom_model_development",
     MLFLOW_RUN_NOTE: "Trainings and evaluations of generative image models by Darkroom. Each run is a training on one "
     "version of a data set; its artifact `evaluation/report.html` shows how good it became.",
@@ -130,7 +130,7 @@ def version_artifact(weights_sha256: str) -> str:
 
 
 def _page(place: str) -> str:
-    # Without credentials, which an address may hold; the UI shows GenAI applications unless it is told.
+    # Without credentials, which an address may hold; the UI shows GenAI applications by default.
     server = re.sub(r"//[^/]*@", "//", mlflow.get_tracking_uri()).rstrip("/")
     return f"{server}/#/{place}?workflowType=machine_learning"
 

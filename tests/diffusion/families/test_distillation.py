@@ -133,8 +133,8 @@ def test_guidance_of_a_request_has_no_interval_that_was_chosen_for_another_scale
     model = replace(model, header=model.header.model_copy(update={"guidance": 2.0, "guidance_interval": (0.2, 5.0)}))
     chosen = sampling_of(model, make_request({"label": model.classes[0]}), SAMPLING)
     assert (chosen.guidance, chosen.guidance_interval) == (2, (0.2, 5))
-    asked = sampling_of(model, make_request({"label": model.classes[0], "guidance": 3}), SAMPLING)
-    assert (asked.guidance, asked.guidance_interval) == (3, None)
+    requested = sampling_of(model, make_request({"label": model.classes[0], "guidance": 3}), SAMPLING)
+    assert (requested.guidance, requested.guidance_interval) == (3, None)
 
 
 def test_student_has_a_folder_beside_that_of_its_teacher() -> None:

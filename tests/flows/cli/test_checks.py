@@ -30,11 +30,11 @@ from tests.builders.small_models import write_model
 def test_a_wrong_password_is_an_error_at_once(
     no_servers: None, monkeypatch: pytest.MonkeyPatch, server: str, variable: str, secret: str
 ) -> None:
-    asked = []
+    paths = []
 
     class Refusing(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            asked.append(self.path)
+            paths.append(self.path)
             self.send_error(401)
 
         def do_POST(self) -> None:
@@ -45,7 +45,7 @@ def test_a_wrong_password_is_an_error_at_once(
         monkeypatch.setenv(secret, "someone:test-secret")
         with pytest.raises(UserError, match=f"wrong user or password.*{secret}") as raised:
             require(server)  # type: ignore[arg-type]
-    assert len(asked) == 1
+    assert len(paths) == 1
     assert "test-secret" not in str(raised.value)
 
 

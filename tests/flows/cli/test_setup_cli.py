@@ -137,7 +137,7 @@ def test_ls_lists_what_is_here_and_does_not_fail_for_servers_that_are_not(
     run("ls", "models", code=2)
 
 
-def test_ls_lists_damaged_runs_and_batches(
+def test_ls_lists_damaged_runs_and_batches_but_none_that_gc_deletes(
     run: CommandLine, store: Store, bucket: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     (tmp_path / "runs" / "blobs" / "checkpoints").mkdir(parents=True)
@@ -146,6 +146,8 @@ def test_ls_lists_damaged_runs_and_batches(
     monkeypatch.setenv("DARKROOM_BUCKET", bucket)
     for number, text in enumerate((b"{}", b"[]", b"{", b'{"model": "m", "version": 1, "count": 4, "seed": 7}')):
         store.put_once(bucket, f"samples/m/1/{number}/batch.json", text)
+    store.put_once(bucket, "samples/m/1/gone/batch.json", b"{}")
+    store.put_once(bucket, "deleted/samples/m/1/gone", b"")
     assert [each["images"] for each in run.json("ls", "runs")["runs"]] == [None]
     assert [each.get("images") for each in run.json("ls", "batches")["batches"]] == [None, None, None, 4]
 

@@ -75,20 +75,20 @@ def test_images_are_the_files_of_the_command_line(source: Source, weights: Path,
 
 
 def test_a_painted_hole_is_filled_as_by_the_command_with_a_mask(source: Source, weights: Path, tmp_path: Path) -> None:
-    picture = blob(3).convert("RGB").resize((8, 8))
+    image = blob(3).convert("RGB").resize((8, 8))
     layer = Image.new("RGBA", (8, 8))
     layer.paste((41, 121, 255, 200), (2, 3, 6, 7))
     hole = np.zeros((8, 8), np.uint8)
     hole[3:7, 2:6] = 255
-    picture.save(tmp_path / "image.png")
+    image.save(tmp_path / "image.png")
     Image.fromarray(hole).save(tmp_path / "mask.png")
     request = read_request({"task": "inpaint", "count": 2}, tmp_path / "image.png", tmp_path / "mask.png")
     done = generate_to_folder(weights, request, SAMPLING, tmp_path / "out")
-    painted = editor_files({"background": picture.convert("RGBA"), "layers": [layer], "composite": None}, 8)
+    painted = editor_files({"background": image.convert("RGBA"), "layers": [layer], "composite": None}, 8)
     paths, _ = source.generate({"task": "inpaint", "count": 2} | painted)
     assert [path.read_bytes() for path in paths] == [path.read_bytes() for path in sorted(done.folder.glob("0*.png"))]
     # Painting on the enlarged image marks the same pixels.
-    large = {"background": enlarged(picture.convert("RGBA")), "layers": [layer.resize((512, 512), 0)]}
+    large = {"background": enlarged(image.convert("RGBA")), "layers": [layer.resize((512, 512), 0)]}
     again, _ = source.generate({"task": "inpaint", "count": 2} | editor_files(large, 8))
     assert [path.read_bytes() for path in again] == [path.read_bytes() for path in paths]
 

@@ -103,13 +103,13 @@ def test_a_page_of_a_registered_model_has_all_tabs(versions: list[Version], buck
 
 def test_batches_are_listed_and_filtered(store: Store, bucket: str, tmp_path: Path) -> None:
     weights = write_model(tmp_path / "weights.safetensors", 1, 0, classes={"even": 3, "odd": 1})
-    asked = {
+    requests = {
         "odd": batch(20, conditions=Conditions(labels=("odd",))),
         "mixed": batch(20, version=4, conditions=Conditions(labels=("odd", "even")), format="tar"),
         "begun": batch(20, version=4, seed=8),
         "deleted": batch(20, version=4, seed=9),
     }
-    for name, made in asked.items():
+    for name, made in requests.items():
         place = Location(bucket, f"samples/blobs/{made.version}/{made.name}")
         generate_batch.begin(store, made, place, None)
         if name != "begun":
@@ -122,7 +122,7 @@ def test_batches_are_listed_and_filtered(store: Store, bucket: str, tmp_path: Pa
     store.put_once(bucket, "samples/blobs/notes.txt", b"of a person")
     listed = list_batches(store, bucket)
     assert {each.place.prefix.rpartition("/")[2] for each in listed} == {
-        asked[name].name for name in ("odd", "mixed", "begun")
+        requests[name].name for name in ("odd", "mixed", "begun")
     }
     assert [each.finished for each in listed if each.batch.seed == 8] == [False]
     assert {each.batch.version for each in select_batches(listed, "blobs", 4)} == {4}
