@@ -6,6 +6,7 @@ and ``reports/NAME``. What one begins the other goes on with (``darkroom train -
 
 from __future__ import annotations
 
+import difflib
 import io
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -57,6 +58,9 @@ class ConditionalOptions(StepOptions, total=False):
     """One of ``ImageGenerator.classes``; left out, classes come as often as in the data set."""
     negative_prompt: str | None
     """What guidance leads away from."""
+    size: str | tuple[int, int]
+    """Width and height in pixels as ``"96x64"``, or (H, W); left out, the most frequent shape of the training images,
+    or for an edit the one of them that is nearest to the image's."""
     guidance: float
     """Scale of classifier-free guidance: 1 is none, 2 to 8 gives clearer and less varied images."""
 
@@ -101,7 +105,8 @@ class ImageGenerator:
             seed: Seed of the noise, 0 to 2⁶³ − 1.
             index: Index of the first image.
             progress: Called now and then.
-            **options: ``prompt``, ``label``, ``negative_prompt``, ``guidance``, ``steps``, ``sampler``.
+            **options: ``prompt``, ``label``, ``negative_prompt``, ``size``, ``guidance``, ``steps``, ``sampler``. A
+                ``size`` in words is width x height, ``"96x64"``; a tuple is (height, width), (64, 96).
 
         Example:
             >>> model.generate(4, prompt="a red heart", seed=7)
@@ -125,7 +130,7 @@ class ImageGenerator:
         """Generate the part of an image where a mask is white again; what is black is kept.
 
         Args:
-            image: Cropped to a square and scaled to the size of the model's images.
+            image: Cropped and scaled to ``size``.
             mask: As large as ``image``.
             count: Number of versions.
             method: ``replace``: set the known pixels in each step. ``repaint``: repeat stretches of steps. ``pigdm``:
@@ -158,7 +163,7 @@ class ImageGenerator:
         """Generate variations of an image.
 
         Args:
-            image: Cropped to a square and scaled to the size of the model's images.
+            image: Cropped and scaled to ``size``.
             count: Number of versions.
             strength: Noise added, above 0 and below 1; None: 0.6, at which the image is still recognisable.
             seed: As for ``generate``.
@@ -223,8 +228,13 @@ class ImageGenerator:
                 plain = image if image.mode in ("1", "L", "LA", "I;16", "P", "RGB", "RGBA") else image.convert("RGB")
                 plain.save(stream := io.BytesIO(), "png")
                 fields[name] = stream.getvalue()
-            elif not isinstance(image, bytes):
+            elif isinstance(image, str | Path):
                 paths[name] = Path(fields.pop(name))
+            elif not isinstance(image, bytes):
+                raise UserError(
+                    f"the {name} is a {type(image).__name__}: give the path or the bytes of an image file, or an image "
+                    "of Pillow's (Image.fromarray makes one of an array)"
+                )
         request = read_request({"task": task, **options, **fields}, **paths)
         [images] = answer(self.model, [request], self.sampling, progress)
         return [image_of(image) for image in images]
@@ -254,7 +264,16 @@ def load(path: str | Path, **sampling: Any) -> ImageGenerator:
     """
     from diffusion.checkpoints import load_model
 
-    model = load_model(Path(path))
+    if not isinstance(path, str | Path):
+        raise UserError(
+            f"load takes the path of a model file, such as train(...).final, and not a {type(path).__name__}"
+        )
+    if str(path).startswith("models:/"):
+        raise UserError(
+            f"{path} is a registered model, and load takes a file: "
+            f'mlflow.artifacts.download_artifacts("{path}/artifacts/weights.safetensors") fetches it'
+        )
+    model = load_model(Path(path).expanduser())
     return ImageGenerator(model, _sampling(model.config, sampling))
 
 
@@ -417,4 +436,12 @@ def _validated(kind: Any, fields: Mapping[str, Any], section: str) -> Any:
     except ValidationError as error:
         first = error.errors()[0]
         name = ".".join(map(str, (section, *first["loc"])))
-        raise UserError(f"{name}: {first['msg'].removeprefix('Value error, ')}") from error
+        if first["type"] == "extra_forbidden":
+            close = difflib.get_close_matches(str(first["loc"][-1]), getattr(kind, "model_fields", ()), n=1)
+            hint = (
+                f"did you mean {close[0]}?" if close else f"see docs/reference/configuration.md for those of {section}"
+            )
+            raise UserError(f"there is no field {name}: {hint}") from error
+        is_list = first["type"] in ("tuple_type", "list_type")
+        words = "give a list, as [a, b]" if is_list else first["msg"].removeprefix("Value error, ")
+        raise UserError(f"{name}: {words}") from error

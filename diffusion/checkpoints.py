@@ -1,6 +1,12 @@
 """Models and checkpoints as safetensors files: written atomically, read without unpickling anything."""
 
 import hashlib
+import math
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +18,13 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from diffusion.common.errors import UserError
-from diffusion.common.files import canonical_json, write_atomically
+from diffusion.common.files import canonical_json, sha256_bytes, sha256_file, write_atomically
 from diffusion.common.model_files import METADATA_KEY, read_header
 from diffusion.families import family_of
-from diffusion.families.model import Model, ModelHeader
-from diffusion.models.config import classes_of
+from diffusion.families.model import Base, Model, ModelHeader
+from diffusion.models.config import DiffusersConfig, classes_of
+from diffusion.models.fine_tuning import tuned_weights
+from diffusion.models.pretrained import PipelineNetwork
 from diffusion.models.vae import Latents
 from diffusion.process.samplers import SamplingConfig
 
@@ -24,8 +32,14 @@ AVERAGED = "ema."
 """Prefix of the averaged weights' names in checkpoints and in final models."""
 AUTOENCODER = "autoencoder."
 """Prefix of the weights of a latent diffusion model's autoencoder and of its latents' moments."""
-PARTS = (AVERAGED, AUTOENCODER)
+CARRIED = "carried."
+"""Prefix of the weights of an imported pipeline's components that are not run, by the path of their file."""
+FILES = "files."
+"""Prefix of an imported pipeline's files that are no weights, and of the headers of those that are: bytes, by path."""
+PARTS = (AVERAGED, AUTOENCODER, CARRIED, FILES)
 """Prefixes of a final model's tensors."""
+LARGEST_FILES = 128 * 2**20
+"""Most bytes of all files of an imported pipeline that are no weights."""
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], header: dict[str, Any]) -> str:
@@ -51,17 +65,87 @@ def model_digest(path: Path) -> str:
     for prefix in PARTS:
         for name, value in sorted(read_tensors(path, prefix).items()):
             digest.update(f"{prefix}{name} {value.dtype} {tuple(value.shape)}".encode())
-            digest.update(value.contiguous().numpy().tobytes())
+            digest.update(tensor_bytes(value))
     return digest.hexdigest()
 
 
+def weights_digest(path: Path) -> str:
+    """Compute ``sha256:`` and the SHA-256 over configuration, names and weights, equal for all files of a model.
+
+    That of an imported pipeline is also over the files of its tokenizers, on which training depends.
+    """
+    header = read_model_header(path)
+    digest = hashlib.sha256(header.model.model_dump_json().encode())
+    if header.base is not None:
+        lora = header.lora and header.lora.model_dump(mode="json")
+        digest.update(canonical_json({"base": header.base.sha256, "lora": lora}).encode())
+    for name, value in sorted(read_tensors(path, AVERAGED).items()):
+        digest.update(f"{name} {tuple(value.shape)}".encode())
+        digest.update(tensor_bytes(value))
+    for name, value in sorted(read_tensors(path, f"{FILES}tokenizer").items()):
+        digest.update(f"tokenizer{name} {tuple(value.shape)}".encode())
+        digest.update(tensor_bytes(value))
+    return f"sha256:{digest.hexdigest()}"
+
+
+def tensor_bytes(value: Tensor) -> memoryview:
+    """Return the bytes of a tensor of any type on the CPU, of which NumPy has no bfloat16."""
+    return value.contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
 def export(checkpoint: Path, path: Path, sampling: SamplingConfig | None = None) -> str:
-    """Write the final model of a checkpoint to ``path``, with the guidance of ``sampling``; returns its SHA-256."""
+    """Write the final model of a checkpoint to ``path``, with the guidance of ``sampling``; returns its SHA-256.
+
+    The files that the model is based on are linked beside it.
+    """
     tensors = {prefix + name: value for prefix in PARTS for name, value in read_tensors(checkpoint, prefix).items()}
     header = read_header(checkpoint)
     if sampling is not None:
         header["model_header"] |= sampling.model_dump(mode="json", include={"guidance", "guidance_interval"})
+    link_bases(checkpoint, path.parent)
     return save_tensors(path, tensors, header)
+
+
+def find_base(path: Path, base: Base) -> Path:
+    """Find the file of the model that the one at ``path`` is based on; raises UserError if it is missing or damaged."""
+    name = f"{base.sha256}.safetensors"
+    found = next((each for folder in path.absolute().parents[:2] if (each := folder / name).is_file()), None)
+    if found is None:
+        what = base.version or f"the model with SHA-256 {base.sha256}"
+        raise UserError(f"{path} holds what was changed in {what}, whose file is not there: put it beside it as {name}")
+    stat = found.stat()
+    if _sha256(found, stat.st_size, stat.st_mtime_ns) != base.sha256:
+        raise UserError(f"{found} is damaged, as its SHA-256 is not that of its name: fetch it again")
+    return found
+
+
+@lru_cache(16)
+def _sha256(path: Path, size: int, changed: int) -> str:
+    """SHA-256 of a file, which is computed again only after a change: a base may have gigabytes."""
+    return sha256_file(path)
+
+
+def link_base(file: Path, folder: Path) -> str:
+    """Link the model ``file``, and those that it is based on, into ``folder`` by their SHA-256; returns its own."""
+    stat = file.stat()
+    digest = _sha256(file.absolute(), stat.st_size, stat.st_mtime_ns)
+    if not (link := folder / f"{digest}.safetensors").exists():
+
+        def write(partial: Path) -> None:
+            try:
+                os.link(file, partial)
+            except OSError:  # on another disk
+                shutil.copyfile(file, partial)
+
+        write_atomically(link, write)
+    link_bases(file, folder)
+    return digest
+
+
+def link_bases(file: Path, folder: Path) -> None:
+    """Link the files that the model ``file`` is based on into ``folder``; raises UserError if they are missing."""
+    if (base := read_model_header(file).base) is not None:
+        link_base(find_base(file, base), folder)
 
 
 def read_model_header(path: Path) -> ModelHeader:
@@ -78,50 +162,124 @@ def read_model_header(path: Path) -> ModelHeader:
 
 
 def load_model(path: Path) -> Model:
-    """Load the averaged network of a model or checkpoint, unpickling nothing; raises UserError for any other file."""
+    """Load the averaged network of a model or checkpoint, unpickling nothing; raises UserError for any other file.
+
+    A fine-tuned model is loaded with the one that it is based on, into whose weights low-rank matrices are merged.
+    """
     header = read_model_header(path)
+    if header.base is not None:
+        return _load_on_base(path, header, load_model(find_base(path, header.base)))
     # The header is untrusted: no memory is allocated for it before the file is known to hold these tensors.
-    with torch.device("meta"), _SkipInitialization():
-        expected = {
-            prefix + name: list(tensor.shape)
-            for prefix, module in _modules(header).items()
-            for name, tensor in module.state_dict().items()
-        }
     mismatch = UserError(
         f"{path} was written by another version of the network, or is damaged: its tensors are not those that its "
         "header describes; load it with the code that its version ships"
     )
-    with safe_open(path, framework="pt") as file:
-        names = [name for name in file.keys() if name.startswith(PARTS)]  # noqa: SIM118 (no mapping)
-        if {name: file.get_slice(name).get_shape() for name in names} != expected:
-            raise mismatch
-    modules = _modules(header)
+    if (names := match_tensors(header, read_shapes(path))) is None:
+        raise mismatch
+    with _SkipInitialization():
+        modules = _modules(header)
     for prefix, module in modules.items():
+        tensors = {
+            names[prefix + name]: value for name, value in read_tensors(path, prefix).items() if prefix + name in names
+        }
         try:
-            module.load_state_dict(read_tensors(path, prefix))
+            # Not strict: tensors that are one in memory are one in files, too.
+            module.load_state_dict(tensors, strict=False)
         except RuntimeError as error:  # torch's message is a page long; the cause is always the same
             raise mismatch from error
         module.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+    if isinstance(network := modules[AVERAGED], PipelineNetwork):
+        network.files = read_pipeline_files(path, header)
     model: Model = family_of(header.model).make_model(header, modules[AVERAGED], modules.get(AUTOENCODER))
     return model
 
 
+def _load_on_base(path: Path, header: ModelHeader, base: Model) -> Model:
+    """Change the weights of ``base`` as the file at ``path`` says."""
+    theirs, classes = base.header.model, classes_of(header.model, header.class_histogram)
+    same = header.latents == base.header.latents and header.model == theirs and classes == base.classes
+    network = base.network
+    if isinstance(header.model, DiffusersConfig) and isinstance(theirs, DiffusersConfig):
+        # Training may use some of the classes of a pipeline.
+        same = header.model == theirs.model_copy(update={"class_ids": header.model.class_ids})
+    try:
+        if not same or header.square != base.header.square:
+            raise ValueError
+        weights = tuned_weights(network, header.lora, read_tensors(path, AVERAGED))
+    except ValueError as error:
+        raise UserError(
+            f"{path} does not fit the model that it names as its base: load it with the code that its version ships"
+        ) from error
+    network.load_state_dict(weights, strict=False)
+    if isinstance(network, PipelineNetwork):
+        assert isinstance(header.model, DiffusersConfig)
+        network.set_classes(header.model)
+    return replace(base, header=header).at(None)
+
+
+def read_shapes(path: Path) -> dict[str, list[int]]:
+    """Read the names and shapes of a model's tensors from the head of its file."""
+    with safe_open(path, framework="pt") as file:
+        names = [name for name in file.keys() if name.startswith(PARTS)]  # noqa: SIM118 (no mapping)
+        return {name: file.get_slice(name).get_shape() for name in names}
+
+
+def match_tensors(header: ModelHeader, shapes: Mapping[str, list[int]]) -> dict[str, str] | None:
+    """Find the tensor of its module that each tensor of a file loads into; None if they are not those of ``header``.
+
+    ``shapes`` are those of all tensors in the file. Modules are built without memory.
+    """
+    with torch.device("meta"), _SkipInitialization():
+        modules = _modules(header)
+    if isinstance(header.model, DiffusersConfig) and header.model.image_shape != header.square:
+        return None
+    names: dict[str, str] = {}
+    others = set(shapes)
+    for prefix, module in modules.items():
+        theirs = {name.removeprefix(prefix): shape for name, shape in shapes.items() if name.startswith(prefix)}
+        found = family_of(header.model).tensor_names(module, theirs)
+        state = module.state_dict(keep_vars=True)
+        held = {id(state[ours]) for ours in found.values() if ours in state}
+        for name, ours in found.items():
+            if ours not in state or list(state[ours].shape) != theirs[name]:
+                return None
+        if len(set(found.values())) < len(found) or any(id(tensor) not in held for tensor in state.values()):
+            return None
+        names |= {prefix + name: ours for name, ours in found.items()}
+        others -= {prefix + name for name in theirs}
+    imported = (CARRIED, FILES) if header.origin else ()
+    return names if all(name.startswith(imported) for name in others) else None
+
+
+def read_pipeline_files(path: Path, header: ModelHeader) -> dict[str, bytes]:
+    """Read the files of an imported pipeline that are no weights, by path; raises UserError if one is damaged."""
+    shapes = {name: shape for name, shape in read_shapes(path).items() if name.startswith(FILES)}
+    if sum(math.prod(shape) for shape in shapes.values()) > LARGEST_FILES:
+        raise UserError(f"{path} has over {LARGEST_FILES} bytes of files besides weights: import the pipeline again")
+    files = {name: value.to(torch.uint8).numpy().tobytes() for name, value in read_tensors(path, FILES).items()}
+    digests = {} if header.origin is None else header.origin.files
+    for name, content in files.items():
+        is_head = name.endswith(".safetensors") and name in digests
+        if not is_head and digests.get(name) != sha256_bytes(content):
+            raise UserError(f"{path} has another {name} than its header says: import the pipeline again")
+    return files
+
+
 class _SkipInitialization(TorchFunctionMode):
-    """Skip ``normal_``, for which torch imports code for seconds if the tensor is a meta tensor."""
+    """Skip random initial weights, all of which are replaced, and on meta tensors take torch seconds of imports."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func.__name__ == "normal_":
+        if func.__name__ in ("normal_", "uniform_", "trunc_normal_"):
             return args[0] if args else kwargs["tensor"]
         return func(*args, **kwargs)
 
 
 def _modules(header: ModelHeader) -> dict[str, Any]:
     """Build the network of ``header``, and its autoencoder if there is one, with random weights, by their prefixes."""
-    shape = header.channels, header.size, header.size
-    inner = header.latents.shape if header.latents else shape
+    inner = header.latents.shape if header.latents else header.square
     classes = classes_of(header.model, header.class_histogram)
     modules = {AVERAGED: family_of(header.model).make_network(header.model, inner, len(classes))}
-    return modules | ({AUTOENCODER: Latents(header.latents, shape)} if header.latents else {})
+    return modules | ({AUTOENCODER: Latents(header.latents, header.channels)} if header.latents else {})

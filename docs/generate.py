@@ -337,6 +337,19 @@ def metrics() -> str:
         "held-out images is a likelihood: lower is better; it is an upper bound for ddpm and vae, and exact for "
         "autoregressive.",
         "",
+        "*Text-image agreement* says whether images show what their prompts say: the mean cosine of the embeddings of "
+        "image and prompt, as CLIPScore has it (arXiv 2104.08718), by the encoder that `evaluation.text_image_encoder` "
+        "names. It is measured for models of captions, and where no encoder is set, reports say so. Names end in the "
+        "encoder's digest, as cosines of two encoders do not compare:",
+        "",
+        *_rows(["metric", "meaning"]),
+        *_rows(
+            ["`text_image_agreement_clip_1a2b3c4d`, `…_low`, `…_high`", "Of images and their prompts; 95 % interval."]
+        )[:1],
+        *_rows(["`text_image_agreement_real_…`", "Of the held-out images that the prompts are captions of."])[:1],
+        *_rows(["`text_image_agreement_shuffled_…`", "Of the same images and the prompts of others: chance."])[:1],
+        *_rows(["`text_image_agreement_above_chance_…`", "The first less the last, which the gate compares."])[:1],
+        "",
         "| features (`evaluation.extractor`) | network |",
         "|---|---|",
         "| `efflite0` | EfficientNet-Lite0 trained on ImageNet; comes with the package, and is the default |",

@@ -15,12 +15,19 @@ from pydantic import Field, JsonValue, ValidationError, model_validator
 from diffusion.common.config import Config, dataset_folder, unset
 from diffusion.common.errors import UserError
 from diffusion.common.files import digest_of
+from diffusion.curation.config import CurationConfig
 from diffusion.data.ingest.config import IngestConfig
 from diffusion.evaluation.config import EvaluationConfig
 from diffusion.evaluation.gate import GateConfig
-from diffusion.models.config import FAMILIES, FamilyConfig, ModelConfig, training_conflict
+from diffusion.models.config import FAMILIES, FamilyConfig, ModelConfig, shape_conflict, training_conflict
 from diffusion.presets import PresetName, over, preset
-from diffusion.process.samplers import SamplingConfig, describe_error, sampling_config, sampling_conflict
+from diffusion.process.samplers import (
+    SamplingConfig,
+    describe_error,
+    effective_sampling,
+    sampling_config,
+    sampling_conflict,
+)
 from diffusion.training.config import DistillationConfig, TrainingConfig
 
 DURATIONS = ("training.images", "training.minutes")
@@ -89,12 +96,26 @@ class RetentionConfig(Config):
         return timedelta(hours=self.grace_hours)
 
 
+class MonitorConfig(Config):
+    """When ``darkroom monitor`` requests a retraining, and how often it may."""
+
+    false_alarms: float = Field(0.05, gt=0, lt=1)
+    """Probability, over all monitoring of a champion, that one is requested although neither model nor images
+    changed."""
+    cooldown_hours: float = Field(24, ge=0)
+    """Least hours between two requests."""
+    retrainings_per_week: int = Field(2, ge=0)
+    """Most requests within seven days; the next one is held, and the flow run fails so that a person looks at it. 0:
+    drift is reported and never requests a retraining."""
+
+
 class Params(Config):
     """All settings that determine results; server addresses come from the environment."""
 
     preset: PresetName = "fast"
     """Source of the fields left out of model, training and sampling: diffusion/presets/NAME.yaml."""
     ingest: IngestConfig = IngestConfig()
+    curation: CurationConfig = CurationConfig()
     model: FamilyConfig = ModelConfig()
     training: TrainingConfig = TrainingConfig()
     sampling: SamplingConfig = sampling_config()
@@ -104,6 +125,7 @@ class Params(Config):
     registry: RegistryConfig = RegistryConfig()
     sampling_batch: SamplingBatchConfig = SamplingBatchConfig()
     retention: RetentionConfig = RetentionConfig()
+    monitor: MonitorConfig = MonitorConfig()
 
     @model_validator(mode="before")
     @classmethod
@@ -117,6 +139,10 @@ class Params(Config):
     def _is_consistent(self) -> "Params":
         if words := sampling_conflict(self.model, self.sampling) or training_conflict(self.model, self.training):
             raise ValueError(words)
+        if self.ingest.fit == "bucket":
+            shapes = self.ingest.shapes if self.ingest.buckets else []
+            if words := shape_conflict(self.model, self.ingest.size, shapes):
+                raise ValueError(words)
         if self.evaluation.ema_stds and self.training.ema_stds is None:
             raise ValueError("evaluation.ema_stds needs the snapshots that training.ema_stds saves: set it to [0.05]")
         if self.sampling.guides and self.training.condition_dropout == 0:
@@ -164,6 +190,18 @@ class Params(Config):
     def model_name(self) -> str:
         """Name of the registered model."""
         return self.registry.model or self._name()
+
+    def evaluating(self, model: FamilyConfig, name: str | None = None) -> "Params":
+        """Copy to evaluate and promote a model file by itself, under the registered ``name``.
+
+        Sampling is that of its family. No guidance is tried: its file does not change, and it has its own, or none.
+        """
+        changed = {
+            "evaluation": self.evaluation.model_copy(update={"guidance": None, "ema_stds": ()}),
+            "sampling": effective_sampling(model, self.sampling),
+            "registry": self.registry.model_copy(update={"model": name or self.registry.model}),
+        }
+        return self.model_copy(update=changed)
 
     @property
     def champion(self) -> str:
@@ -315,6 +353,8 @@ def in_words(error: ValidationError) -> str:
         hint = f"did you mean {close[0]}?" if close else f"known here: {', '.join(sorted(known))}"
         return f"unknown key {where}: {hint}"
     message = first["msg"].removeprefix("Value error, ")
+    if first["type"] in ("tuple_type", "list_type"):
+        message = "give a list, as [a, b]"
     got = "" if first["type"] == "value_error" else f" (got {first['input']!r})"
     return f"{where}: {message}{got}" if where else message + got
 

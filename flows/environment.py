@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Literal, get_args
 from urllib.request import getproxies
 
-from pydantic import Field, ValidationError
+from pydantic import Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from diffusion.common.errors import UserError
@@ -57,6 +57,12 @@ class Settings(BaseSettings):
     """Format of progress and log lines on standard error: plain text or JSON."""
     ui_password: str | None = Field(None, min_length=8)
     """Password of `darkroom ui`, for the user darkroom; unset: a new one is shown at each start."""
+    signing_key: SecretStr | None = None
+    """Private key that signs exports, images and the ledger: path of a PEM file, or its text; unset: none."""
+    signing_key_passphrase: SecretStr | None = None
+    """Passphrase of that key; unset: it is not encrypted."""
+    signing_certificates: str | None = None
+    """Certificate of that key, then those that lead to a root: path of a PEM file, or its text; images need it."""
 
     @property
     def folder(self) -> Path:

@@ -1,4 +1,4 @@
-"""Flow ``evaluate``: score the checkpoints of a run and log the report to its MLflow run.
+"""Flow ``evaluate``: score the checkpoints of a run, or a registered version, and log the report to its MLflow run.
 
 It can run beside a training: it reads checkpoints, which are written atomically, and writes to the report folder.
 """
@@ -9,9 +9,10 @@ from mlflow.client import MlflowClient
 from prefect import flow
 from prefect.artifacts import create_table_artifact
 
+from diffusion.checkpoints import read_model_header
 from diffusion.common.errors import UserError
 from diffusion.common.escaping import escape_markdown
-from diffusion.evaluation.evaluate import evaluate as score_checkpoints
+from diffusion.evaluation.evaluate import evaluate as score_models
 from diffusion.evaluation.evaluate import findings
 from diffusion.evaluation.reports.html import plain
 from diffusion.evaluation.results import Evaluation
@@ -19,36 +20,62 @@ from diffusion.training.checkpointing import Checkpoints
 from diffusion.training.ema import models_to_evaluate
 from flows.config import Params
 from flows.deployment.tasks import artifact_key, retryable_task
+from flows.registry import model_versions
 from flows.registry.champion import require_champion
-from flows.registry.takedown_marks import require_current
+from flows.registry.model_versions import Version
+from flows.registry.takedown_marks import EVALUATED_ON, joined_names, require_current, warn_of_takedown
 from flows.tracking.console import reporter
 from flows.tracking.json_logs import RUN_ID
 from flows.tracking.runs import TRAIN_KEY, RunTracker, find_run, log_evaluation, run_page
 
 
 @flow(name="evaluate", flow_run_name="evaluate-{params.training.dataset}")
-def evaluate(params: Params, folder: Path | None = None) -> Evaluation:
-    """Evaluate every checkpoint against the held-out images; report to ``folder``, by default that of the data set."""
+def evaluate(params: Params, folder: Path | None = None, model: str | None = None) -> Evaluation:
+    """Evaluate every checkpoint, or the registered version ``model`` alone, against the held-out images.
+
+    Reports to ``folder``, by default that of the data set.
+    """
+    params, version = (params, None) if model is None else fetch_version(params, model)
     require_champion(params)
     folder = folder or params.report_folder
-    evaluation = evaluate_checkpoints(params, folder)
-    report(params, evaluation, folder)
+    evaluation = evaluate_models(params, folder, version)
+    report(params, evaluation, folder, version)
     return evaluation
 
 
 @retryable_task
-def evaluate_checkpoints(params: Params, folder: Path) -> Evaluation:
-    """Score the checkpoints; results under the same conditions are cached."""
-    require_current(params.dataset_folder)
-    data, losses = params.dataset_folder, params.run_folder / "losses.csv"
-    models = models_to_evaluate(params.run_folder, folder, params.evaluation.ema_stds)
-    return score_checkpoints(data, models, params.evaluation, params.sampling, folder, losses, reporter())
+def fetch_version(params: Params, model: str) -> tuple[Params, Version]:
+    """Fetch the version that ``model`` names; also returns the configuration to evaluate and promote it with."""
+    version = model_versions.resolve(MlflowClient(), model)
+    warn_of_takedown(version)
+    header = read_model_header(model_versions.cached_weights(version))
+    return params.evaluating(header.model, version.model), version
 
 
 @retryable_task
-def report(params: Params, evaluation: Evaluation, folder: Path) -> None:
-    """Log evaluated checkpoints, report page and grids to the MLflow run, and a summary to this flow run."""
-    tracker = tracker_of(params)
+def evaluate_models(params: Params, folder: Path, version: Version | None) -> Evaluation:
+    """Score the checkpoints, or the ``version``; results under the same conditions are cached."""
+    require_current(params.dataset_folder)
+    if version is None:
+        losses = params.run_folder / "losses.csv"
+        models = models_to_evaluate(params.run_folder, folder, params.evaluation.ema_stds)
+    else:
+        losses, models = None, [model_versions.cached_weights(version)]
+    data, settings = params.dataset_folder, (params.evaluation, params.sampling)
+    return score_models(data, models, *settings, folder, losses, reporter())
+
+
+@retryable_task
+def report(params: Params, evaluation: Evaluation, folder: Path, version: Version | None) -> None:
+    """Log evaluated models, report page and grids to the MLflow run, and a summary to this flow run."""
+    if version is None:
+        tracker = tracker_of(params)
+    else:
+        tracker = RunTracker(MlflowClient(), version.run_id)
+        RUN_ID.set(tracker.run_id)
+        # Its pages show held-out images, which a takedown must find.
+        tags = tracker.client.get_run(tracker.run_id).data.tags
+        tracker.tag({EVALUATED_ON: joined_names(tags.get(EVALUATED_ON), evaluation.conditions.content_digest)})
     require_current(params.dataset_folder)
     log_evaluation(tracker, evaluation)
     for path in (folder / "report.html", folder / "evaluation.json", *sorted(folder.glob("grids/*.png"))):

@@ -1,15 +1,17 @@
 """Flow ``ingest``: add images to a data set, record, push and describe it; without torch, as most find none."""
 
 import logging
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from prefect import flow
 from prefect.artifacts import create_markdown_artifact
 from pydantic import ValidationError
 
 from diffusion.common.config import Config
+from diffusion.common.escaping import counted
 from diffusion.common.files import write_json
 from diffusion.data.ingest.ingest import IngestResult, Rebuild
 from diffusion.data.ingest.ingest import ingest as ingest_images
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
     from diffusion.evaluation.reports.dataset_report import DatasetSummary
 
 logger = logging.getLogger(__name__)
+Result = TypeVar("Result")
 
 
 class IngestOutcome(Config):
@@ -47,24 +50,41 @@ def ingest(
 
     A new version emits an event, unless the caller will retrain on it anyway (``to_retrain``).
     """
-    repair(params, rebuild, to_retrain)
     make = make_dataset.with_options(task_runner=task_runner(params.ingest))
-    result = make(params, requeue, rebuild)
-    # A DVC commit and push; None if another ingest was faster.
-    record = retryable_task(publish)
-    while (version := record(params.dataset_folder, data_source())) is None:
-        # Add the new images to the version of that ingest, without reading them again.
-        repair(params, "never", to_retrain)
+
+    def change(earlier: IngestResult | None) -> IngestResult:
+        if earlier is None:
+            return make(params, requeue, rebuild)
+        # Add the new images to the version of the faster process, without reading them again.
         again = make(params, requeue=False, rebuild="never")
-        counters = result.model_dump(include={"listed", "read", "added", "removed", "relabelled", "passed_over"})
-        result = again.model_copy(update=counters | {"changed": result.changed or again.changed})
+        counted = {"source", "listed", "read", "added", "removed", "relabelled", "passed_over", "captions"}
+        counters = {name: getattr(earlier, name) for name in counted}
+        return again.model_copy(update=counters | {"changed": earlier.changed or again.changed})
+
+    result, version = publish_change(params, change, rebuild, to_retrain)
     report = describe(params, version)
     announce(params, to_retrain)
     words = f"{result.added:,} new" if result.changed else "nothing new"
     return completed_state(
         IngestOutcome(result=result, version=version, report=report),
-        f"{params.training.dataset}: {result.kept:,} images, {words}; version {result.digest[:12]}",
+        f"{params.training.dataset}: {counted(result.kept, 'image')}, {words}; version {result.digest[:12]}",
     )
+
+
+def publish_change(
+    params: Params, change: Callable[[Result | None], Result], rebuild: Rebuild = "never", to_retrain: bool = False
+) -> tuple[Result, DataVersion]:
+    """Repair the local data set, change it, and publish the version made, until no other process is faster.
+
+    ``change`` is called with its own result of the time before, None at first.
+    """
+    result = None
+    while True:
+        repair(params, rebuild if result is None else "never", to_retrain)
+        result = change(result)
+        # A DVC commit and push; None if another process was faster.
+        if (version := retryable_task(publish)(params.dataset_folder, data_source())) is not None:
+            return result, version
 
 
 @retryable_task
@@ -85,9 +105,17 @@ def repair(params: Params, rebuild: Rebuild, to_retrain: bool) -> None:
 
 @flow(name="make dataset", flow_run_name="make-dataset-{params.training.dataset}")
 def make_dataset(params: Params, requeue: bool, rebuild: Rebuild) -> IngestResult:
-    """Write shards and manifest; each shard is a separate task."""
+    """Write shards and manifest, then apply the rules of curation; each shard is a separate task."""
     data, config, run = params.dataset_folder, params.ingest, prefect_fan_out(params.ingest)
-    return ingest_images(data, config, reporter(), requeue=requeue, rebuild=rebuild, objects=S3Objects(), fan_out=run)
+    objects = S3Objects()
+    result = ingest_images(data, config, reporter(), requeue=requeue, rebuild=rebuild, objects=objects, fan_out=run)
+    if not (params.curation.drops or read_manifest(data).dropped):
+        return result
+    # Imported late: it takes torch, which most ingests do without.
+    from diffusion.curation.curate import curate_ingested
+
+    run = prefect_fan_out(config, "measure shard")
+    return curate_ingested(result, params.curation, config, params.evaluation, reporter(), fan_out=run)
 
 
 @retryable_task

@@ -1,21 +1,47 @@
-"""Flow ``monitor``: re-evaluate the champion on the current held-out images of a data set."""
+"""Flow ``monitor``: re-evaluate the champion on the current held-out images, test for drift, and request retraining.
+
+Two tests, each with half of ``monitor.false_alarms``: is the champion's KID worse than at its promotion, and do the
+images that its training version lacks differ from those it learned? A drift alarm (``flows.registry.alarms``) is
+committed to S3, within the limits; its event starts the deployment of ``retrain``.
+"""
 
 import math
 import time
+from contextlib import closing
+from datetime import UTC, datetime
+from pathlib import Path
+from statistics import NormalDist
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any, get_args
+from uuid import NAMESPACE_URL, uuid5
 
 from prefect import flow
 from prefect.artifacts import create_table_artifact
+from prefect.events import Event
 
 from diffusion.common.config import Config
 from diffusion.common.files import digest_of
-from diffusion.data.manifest import read_manifest
+from diffusion.data.manifest import read_manifest, versions
 from flows.config import Params
+from flows.datasets.dvc import StoredFiles
 from flows.datasets.sync import sync
-from flows.deployment.tasks import artifact_key, completed_state, retryable_task
+from flows.deployment.tasks import artifact_key, completed_state, emit, retryable_task
+from flows.environment import data_source
+from flows.registry.alarms import Alarm, Alarms, Cause, Held, NumberedAlarm
+from flows.registry.ledger import who
 from flows.tracking.console import reporter
 
+if TYPE_CHECKING:
+    from mlflow.client import MlflowClient
+
+    from diffusion.data.manifest import Manifest
+    from diffusion.evaluation.drift import DataDrift
+    from flows.registry.model_versions import Version
+
+DRIFTED = "darkroom.model.drifted"
 MONITORED = "darkroom.monitored"  # tag of a version: digest of data, weights and settings of its last monitoring
-SURELY = 3  # standard errors by which a metric must change to count as drift; happens by chance once in 370 times
+SURELY = 3
+"""Standard errors by which KID must at least be worse: that of a champion at its promotion is better by chance, too."""
 
 
 class MonitorResult(Config):
@@ -23,22 +49,38 @@ class MonitorResult(Config):
 
     model: str
     content_digest: str
+    key: str
+    """Digest of data, weights and settings."""
     figures: dict[str, float]
     """Current metrics; empty if it was monitored before with the same data and settings."""
     before: dict[str, float]
-    drifted: bool
-    """Whether KID is significantly worse than at promotion."""
+    data: dict[str, Any] | None = None
+    """Fields of ``DataDrift``: the images that its training version lacks beside those it learned; None: too few."""
+    causes: tuple[Cause, ...] = ()
+    """Why a retraining is due; empty without significant drift."""
+    alarm: NumberedAlarm | None = None
+    """Drift alarm that requests the retraining."""
+    held: Held | None = None
+    """Why no retraining is requested although it is due."""
     summary: str
     skipped: bool
+
+    @property
+    def state(self) -> str:
+        """Name of the final state of the flow run; Held is a failure, so that a person looks at it."""
+        if self.held is not None and self.held.limit == "week":
+            return "Held"
+        return "Skipped" if self.skipped else "Drifted" if self.causes else "Completed"
 
 
 @flow(name="monitor", flow_run_name="monitor-{params.training.dataset}")
 def monitor(params: Params) -> MonitorResult:
-    """Re-evaluate the champion on the newest held-out images, and log the metrics to its MLflow run."""
+    """Re-evaluate the champion on the newest held-out images, test for drift, and request a retraining if there is."""
     sync(params, None)
     result = evaluate_champion(params)
-    name = "Skipped" if result.skipped else "Drifted" if result.drifted else "Completed"
-    return completed_state(result, result.summary, name)
+    if not result.skipped:
+        result = conclude(params, result)
+    return completed_state(result, result.summary, result.state, failed=result.state == "Held")
 
 
 @retryable_task
@@ -48,6 +90,7 @@ def evaluate_champion(params: Params) -> MonitorResult:
     from mlflow.client import MlflowClient
 
     from diffusion.evaluation.comparison import evaluate_model
+    from diffusion.evaluation.drift import level_of_test
     from flows.registry import model_versions
     from flows.registry.aliases import verified
     from flows.registry.ledger import Ledger
@@ -59,33 +102,139 @@ def evaluate_champion(params: Params) -> MonitorResult:
     before = entry.evidence.figures if entry and entry.evidence else {}
     conditions = [params.evaluation.model_dump(mode="json"), params.sampling.model_dump(mode="json")]
     key = digest_of([content, version.weights_sha256, *conditions])
-    about = {"model": version.uri, "content_digest": content, "before": before}
+    about = {"model": version.uri, "content_digest": content, "key": key, "before": before}
     if version.tags.get(MONITORED) == key:
         summary = f"nothing to do: {version.uri} was compared with these images of {params.training.dataset} before"
-        return MonitorResult(**about, figures={}, drifted=False, summary=summary, skipped=True)
+        return MonitorResult(**about, figures={}, summary=summary, skipped=True)
 
     weights = model_versions.cached_weights(version)
     data, folder = params.dataset_folder, params.report_folder
     evaluated, extractor = evaluate_model(weights, data, params.evaluation, params.sampling, folder, reporter())
     figures = {name: value for name, value in evaluated.metrics().items() if math.isfinite(value)}
-    summary, drifted = compare_kid(extractor, figures, before)
+    trained = training_version(client, version)
+    line = [each.digest for each in versions(data)]
+    newer = line.index(trained.digest) if trained is not None and trained.digest in line else len(line)
+    level = level_of_test(newer, params.monitor.false_alarms / 2)
+    quality, is_worse = compare_kid(extractor, figures, before, level)
+    drift = None if trained is None else compare_data(params, version, trained, level)
+    words, differs = describe_data(drift, level)
     logged = {f"monitor/{name}": value for name, value in figures.items()}
+    if drift is not None:
+        logged |= {"monitor/data_kid": drift.kid, "monitor/data_p_value": drift.p_value}
     RunTracker(client, version.run_id).log_metrics(logged, int(time.time()))
     now, then = ({name: f"{value:.4g}" for name, value in each.items()} for each in (figures, before))
     rows = [{"metric": name, "now": now[name], "at promotion": then.get(name, "")} for name in sorted(now)]
-    create_table_artifact(
-        rows, key=artifact_key("monitor", params.training.dataset), description=f"{version.uri}: {summary}"
+    summary = f"{version.uri}: {quality}; {words}"
+    create_table_artifact(rows, key=artifact_key("monitor", params.training.dataset), description=summary)
+    return MonitorResult(
+        **about,
+        figures=figures,
+        data=drift and drift.model_dump(),
+        causes=tuple(cause for cause, found in zip(get_args(Cause), (is_worse, differs), strict=True) if found),
+        summary=summary,
+        skipped=False,
     )
-    client.set_model_version_tag(version.model, str(version.number), MONITORED, key)
-    return MonitorResult(**about, figures=figures, drifted=drifted, summary=f"{version.uri}: {summary}", skipped=False)
 
 
-def compare_kid(extractor: str, now: dict[str, float], before: dict[str, float]) -> tuple[str, bool]:
-    """Compare KID on the features of ``extractor``; returns a summary, and whether it is significantly worse."""
+def training_version(client: "MlflowClient", version: "Version") -> "Manifest | None":
+    """Data set version that ``version`` was trained on, from its run; None of an imported model."""
+    import mlflow
+
+    from diffusion.data.manifest import parse_manifest
+    from flows.tracking.runs import MANIFEST_ARTIFACT
+
+    where = f"runs:/{version.run_id}/{MANIFEST_ARTIFACT}"
+    if MANIFEST_ARTIFACT not in {item.path for item in client.list_artifacts(version.run_id, "dataset")}:
+        return None
+    return parse_manifest(mlflow.artifacts.load_text(where).encode(), where)
+
+
+def compare_data(params: Params, version: "Version", trained: "Manifest", level: float) -> "DataDrift | None":
+    """Compare the images that ``trained`` lacks with its own; None if there are too few."""
+    from diffusion.data.dataset import Dataset
+    from diffusion.evaluation.drift import compare_with_training
+
+    folder = params.dataset_folder
+    with TemporaryDirectory() as scratch, closing(Dataset.open(folder, cache_bytes=0)) as dataset:
+        stored = StoredFiles(trained.name, data_source(), version.tags.get("darkroom.dvc_digest"))
+        elsewhere = stored.remote_lookup([trained], Path(scratch))
+        return compare_with_training(dataset, trained, params.evaluation, level, elsewhere, reporter())
+
+
+def compare_kid(
+    extractor: str, now: dict[str, float], before: dict[str, float], level: float = 1.0
+) -> tuple[str, bool]:
+    """Compare KID on the features of ``extractor``; returns a summary, and whether it is significantly worse.
+
+    ``level``: probability that it is called worse by chance; SURELY standard errors are required at any level.
+    """
     kid, se = f"kid_{extractor}", f"kid_se_{extractor}"
+    if kid not in now or se not in now:
+        return f"there is no {kid} of this kind of model", False
     words = f"{kid} {now[kid]:.4g} ± {now[se]:.2g}"
     if kid not in before or se not in before:
         return f"{words}; it was not evaluated with it before", False
-    drifted = now[kid] - before[kid] > SURELY * math.hypot(now[se], before[se])
-    verdict = "significantly worse" if drifted else "not significantly worse"
-    return f"{words}, {before[kid]:.4g} ± {before[se]:.2g} at promotion: {verdict}", drifted
+    errors = max(SURELY, NormalDist().inv_cdf(1 - level) if level < 1 else 0)
+    is_worse = now[kid] - before[kid] > errors * math.hypot(now[se], before[se])
+    verdict = "significantly worse" if is_worse else "not significantly worse"
+    return f"{words}, {before[kid]:.4g} ± {before[se]:.2g} at promotion: {verdict}", is_worse
+
+
+def describe_data(drift: "DataDrift | None", level: float) -> tuple[str, bool]:
+    """Describe the comparison of images; also returns whether they differ at the significance ``level``."""
+    if drift is None:
+        return "too few new images to compare with those it learned", False
+    differs = drift.p_value <= level
+    verdict = "differ from" if differs else "show no difference from"
+    p_value = f"p = {drift.p_value:.2g} at level {level:.2g}"
+    return f"{drift.added:,} new images {verdict} those it learned ({p_value})", differs
+
+
+@retryable_task
+def conclude(params: Params, result: MonitorResult) -> MonitorResult:
+    """Raise an alarm if ``result`` has a cause and the limits allow it, and emit its event, once.
+
+    Killed and repeated it finds the alarm by its key. A result that is held is looked at again by the next run.
+    """
+    from mlflow.client import MlflowClient
+
+    from flows.registry.model_versions import resolve
+
+    if result.causes and params.monitor.retrainings_per_week:
+        alarms = Alarms.of(params.model_name)
+        alarm = Alarm(
+            model=params.model_name,
+            key=result.key,
+            when=datetime.now(UTC).replace(microsecond=0),
+            who=who(),
+            version=result.model,
+            dataset=params.training.dataset,
+            content_digest=result.content_digest,
+            causes=result.causes,
+            reason=result.summary[:1000],
+        )
+        answer = alarms.request(alarm, params.monitor)
+        if isinstance(answer, Held):
+            summary = f"no retraining, {answer.words}; {result.summary}"
+            result = result.model_copy(update={"held": answer, "summary": summary})
+        else:
+            if not alarms.announced(answer):
+                emit(drifted(answer, alarms))
+                alarms.mark_announced(answer)
+            summary = f"retraining requested by alarm {answer.number}; {result.summary}"
+            result = result.model_copy(update={"alarm": answer, "summary": summary})
+    if result.held is None:
+        version = resolve(client := MlflowClient(), result.model)
+        client.set_model_version_tag(version.model, str(version.number), MONITORED, result.key)
+    return result
+
+
+def drifted(alarm: NumberedAlarm, alarms: Alarms) -> Event:
+    """Prefect event of an alarm."""
+    payload = alarm.model_dump(mode="json", exclude={"format_version", "model", "who"})
+    return Event(
+        event=DRIFTED,
+        id=uuid5(NAMESPACE_URL, f"{DRIFTED}:{alarms.place}/{alarm.number}/{alarm.key}"),
+        resource={"prefect.resource.id": f"darkroom.model.{alarm.model}", "prefect.resource.name": alarm.model},
+        payload=payload | {"alarm": alarm.number},
+    )

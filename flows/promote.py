@@ -1,4 +1,4 @@
-"""Flow ``promote``: register the best checkpoint, and make it champion if it is significantly better.
+"""Flow ``promote``: register the best checkpoint, or take a version, and make it champion if it is better.
 
 Appending the verdict to the ledger is the commit; MLflow's tags and aliases follow it. A repeated command finds the
 entry, or resumes the comparison.
@@ -17,7 +17,7 @@ from prefect.input import RunInput
 from prefect.runtime import flow_run
 from pydantic import Field, ValidationError
 
-from diffusion.checkpoints import export
+from diffusion.checkpoints import export, read_model_header
 from diffusion.common.config import Config
 from diffusion.common.errors import ConflictError, UserError
 from diffusion.common.escaping import escape_markdown
@@ -30,7 +30,7 @@ from diffusion.evaluation.results import Evaluation
 from diffusion.training.ema import SNAPSHOTS
 from flows.config import Params
 from flows.deployment.tasks import artifact_key, retryable_task
-from flows.evaluate import tracker_of
+from flows.evaluate import fetch_version, tracker_of
 from flows.registry import model_card, model_versions
 from flows.registry.aliases import append, project, verified
 from flows.registry.champion import champion_problem, require_champion
@@ -39,7 +39,16 @@ from flows.registry.model_versions import Version
 from flows.registry.takedown_marks import TAKEDOWN, require_current, takedowns, warn_of_takedown, with_takedowns
 from flows.storage.tags import parse_tags
 from flows.tracking.console import reporter
-from flows.tracking.runs import AUTOENCODER, EVAL_KEY, START, RunTracker, run_page, version_artifact, version_page
+from flows.tracking.runs import (
+    AUTOENCODER,
+    DRIFT,
+    EVAL_KEY,
+    START,
+    RunTracker,
+    run_page,
+    version_artifact,
+    version_page,
+)
 
 UNCOMMITTED = ", with changes that were not committed"
 
@@ -80,13 +89,23 @@ class ApprovalForm(RunInput):
 
 
 @flow(name="promote", flow_run_name="promote-{params.training.dataset}")
-def promote(params: Params) -> PromotionResult:
-    """Register the best checkpoint, and promote it if the gate prefers it to the champion."""
+def promote(params: Params, model: str | None = None) -> PromotionResult:
+    """Promote the best checkpoint, which is registered first, or the version ``model``, if the gate prefers it."""
     if not (path := params.report_folder / "evaluation.json").is_file():
         raise UserError(f"no evaluation in {params.report_folder}: run `darkroom evaluate` first")
     evaluation = Evaluation.read(path)
-    require_champion(params)
-    version = require_promotable(register(params, evaluation))
+    if model is None:
+        require_champion(params)
+        version = register(params, evaluation)
+    else:
+        params, version = fetch_version(params, model)
+        require_champion(params)
+        if evaluation.best.sha256 != version.weights_sha256 or not _is_current(params, evaluation):
+            raise UserError(
+                f"{params.report_folder} evaluates another model than {version.uri}, or with other data or settings: "
+                f"run `darkroom evaluate --model {version.uri}` first, with the same settings as promote"
+            )
+    version = require_promotable(version)
     result = apply_gate(params, evaluation, version)
     approval = request_approval(version, result) if params.registry.approval else None
     return record(params, evaluation, version, result, approval)
@@ -95,16 +114,9 @@ def promote(params: Params) -> PromotionResult:
 @retryable_task
 def register(params: Params, evaluation: Evaluation) -> Version:
     """Register the EMA weights of the best checkpoint as a version; raises UserError for an outdated ``evaluation``."""
-    best, conditions = Path(evaluation.best.file), evaluation.conditions
-    is_current = (
-        best.parent in (params.run_folder / "checkpoints", params.report_folder / SNAPSHOTS)
-        and best.is_file()
-        and sha256_file(best) == evaluation.best.sha256
-        and conditions.evaluation == params.evaluation
-        and conditions.sampling == params.sampling
-        and conditions.content_digest == read_manifest(params.dataset_folder).content_digest
-    )
-    if not is_current:
+    best = Path(evaluation.best.file)
+    is_here = best.parent in (params.run_folder / "checkpoints", params.report_folder / SNAPSHOTS) and best.is_file()
+    if not is_here or sha256_file(best) != evaluation.best.sha256 or not _is_current(params, evaluation):
         raise UserError(
             f"{params.report_folder} evaluates another training, data set or configuration than {params.run_folder} "
             "has now: run `darkroom evaluate` again, with the same settings as promote"
@@ -115,18 +127,30 @@ def register(params: Params, evaluation: Evaluation) -> Version:
     export(best, weights, evaluation.sampling if evaluation.guidance else None)
     run = tracker.client.get_run(tracker.run_id)
     parse_tags(run.data.tags, f"run {tracker.run_id}")
-    data = ("darkroom.content_digest", "darkroom.dvc_digest", "darkroom.dataset")
+    digests = ("darkroom.content_digest", "darkroom.dvc_digest", "darkroom.dataset")
     commit, is_dirty = (run.data.tags.get(name) for name in ("mlflow.source.git.commit", "darkroom.git_dirty"))
     # Few: they head the version's page in MLflow. ``record`` logs all else as an artifact.
-    tags = {name: run.data.tags.get(name) for name in (*data, TAKEDOWN, AUTOENCODER, START)} | {
+    based = model_versions.base_tags(tracker.client, weights, run.data.tags.get(START))
+    # Training may have begun with a file, of a version.
+    tracker.tag({START: based.get(START)})
+    tags = {name: run.data.tags.get(name) for name in (*digests, TAKEDOWN, AUTOENCODER, DRIFT)} | based
+    tags |= {
         "darkroom.git_commit": f"{commit}{UNCOMMITTED}" if commit and is_dirty == "True" else commit,
         "darkroom.guidance": evaluation.sampling.guidance_text if evaluation.sampling.guides else None,
         EVAL_KEY: evaluation.eval_key,
     }
     model, run_id, images = params.model_name, tracker.run_id, evaluation.best.images
     version = model_versions.register(model, run_id, weights, params.sampling, tags, images)
-    model_card.write(tracker.client, params, evaluation, version, None)
+    data, header = read_manifest(params.dataset_folder), read_model_header(weights)
+    model_card.write(tracker.client, header, evaluation, data, version, None)
     return version
+
+
+def _is_current(params: Params, evaluation: Evaluation) -> bool:
+    """Whether ``evaluation`` was made with the data and the settings of ``params``."""
+    conditions, content = evaluation.conditions, read_manifest(params.dataset_folder).content_digest
+    made_with = conditions.evaluation, conditions.sampling, conditions.content_digest
+    return made_with == (params.evaluation, params.sampling, content)
 
 
 @retryable_task
@@ -157,7 +181,7 @@ def apply_gate(params: Params, evaluation: Evaluation, version: Version) -> Gate
     theirs = None
     if champion is not None:
         theirs = model_versions.cached_weights(model_versions.version_of(client, version.model, champion))
-    ours, data, folder = params.run_folder / "weights.safetensors", params.dataset_folder, params.report_folder
+    ours, data, folder = model_versions.cached_weights(version), params.dataset_folder, params.report_folder
     settings = params.evaluation, params.sampling, params.gate
     comparison, grids = compare_with_champion(ours, theirs, data, *settings, folder, reporter())
     names = f"version {version.number}", None if champion is None else f"version {champion}"
@@ -208,17 +232,18 @@ def record(
     client = MlflowClient()
     entry = commit(client, version, result, approval).about(version.number)
     assert entry is not None, "the champion has an entry in the ledger"
+    weights, data = model_versions.cached_weights(version), read_manifest(params.dataset_folder)
     about = {
         "version": version.uri,
         "eval_key": evaluation.eval_key,
         "metrics": evaluation.metrics(),
         "gate": entry.evidence and entry.evidence.reason,
-        "train_key": read_header(params.run_folder / "weights.safetensors")["train_key"],
+        "train_key": read_header(weights).get("train_key"),
     }
     client.log_dict(version.run_id, about, version_artifact(version.weights_sha256))
     if version.tags.get(EVAL_KEY) != evaluation.eval_key:
         client.set_model_version_tag(version.model, str(version.number), EVAL_KEY, evaluation.eval_key)
-    model_card.write(client, params, evaluation, version, entry, result.comparison)
+    model_card.write(client, read_model_header(weights), evaluation, data, version, entry, result.comparison)
     champion = project(client, Ledger.of(version.model)).standing.champion
     if promoted := champion == version.number:
         warn_of_takedown(with_takedowns(version))
@@ -268,6 +293,7 @@ def next_entry(history: History, version: Version, result: GateResult, approval:
         )
     assert evidence is not None, "a version that is champion already needs no entry"
     what = "hold" if approval is not None and not approval.approved else evidence.verdict
-    entry = history.next_entry(what, version.number, version.weights_sha256, evidence=evidence, approval=approval)
+    weights, drift = version.weights_sha256, version.tags.get(DRIFT)
+    entry = history.next_entry(what, version.number, weights, evidence=evidence, approval=approval, drift=drift)
     last = history.about(version.number)
     return None if last is not None and last.says_the_same(entry) else entry

@@ -8,20 +8,23 @@ from pathlib import Path
 from typing import Any
 
 from prefect import flow
+from prefect.artifacts import create_markdown_artifact
 from prefect.runtime import flow_run
 from pydantic import AliasPath, BaseModel, Field, ValidationError
 
 from diffusion.common.config import Config, PlainName
 from diffusion.common.errors import ConflictError, UserError
+from diffusion.common.escaping import escape_markdown
 from diffusion.common.files import digest_of
 from diffusion.data.manifest import Manifest, read_manifest
 from diffusion.generation.config import UNCONDITIONAL, Conditions
 from flows.config import Params, registered
 from flows.datasets.checkout import CheckedOut
 from flows.datasets.sync import sync
-from flows.deployment.tasks import completed_state, concurrency_slot
+from flows.deployment.tasks import artifact_key, completed_state, concurrency_slot
 from flows.environment import settings
 from flows.ingest import IngestOutcome, ingest
+from flows.registry.alarms import Alarms
 from flows.registry.ledger import Ledger
 from flows.storage.s3 import Missing, Store
 from flows.storage.tags import VersionNumber
@@ -46,11 +49,13 @@ class RetrainResult(Config):
     """Duration of each phase, in the order of their running."""
     quality: str = ""
     """KID with its interval, and that of real images."""
-    warning: str | None = None
-    """Warning that the training was too short; None if it was not, or nobody can tell."""
+    advice: str | None = None
+    """Advice to train longer; None if that would not surely help."""
     mlflow_page: str = ""
     prefect_page: str = ""
     """Addresses of the MLflow run and of this flow run."""
+    drift: str | None = None
+    """Drift alarm that requested it."""
     skipped: str | None = None
     """Why there was nothing to do; None if there was."""
 
@@ -61,6 +66,7 @@ class Note(BaseModel):
     model: PlainName = Field(validation_alias=AliasPath("verdict", "version", "model"))
     number: VersionNumber = Field(validation_alias=AliasPath("verdict", "version", "number"))
     reason: str = Field(validation_alias=AliasPath("verdict", "reason"))
+    seconds: dict[str, float] = {}
 
 
 @dataclass(frozen=True)
@@ -88,7 +94,7 @@ class Request:
             "content": version.content_digest,
             # Windowed training order depends on the layout of the shards.
             "layout": version.layout_digest if params.training.window is not None else None,
-            "params": params.model_dump(mode="json", exclude={"ingest", "retention"}),
+            "params": params.model_dump(mode="json", exclude={"ingest", "curation", "retention", "monitor"}),
             "autoencoder": champion,
             "samples": [count, seed, to, conditions.model_dump(mode="json")],
         }
@@ -113,6 +119,19 @@ class Request:
             return None
         return dict(json.loads(note))
 
+    def expected(self) -> dict[str, float]:
+        """Seconds of the phases after training, as in the newest retraining of the model; empty if there is none."""
+        bucket, store = settings().bucket, Store()
+        notes = store.list_objects(bucket, f"retrained/{self.model}/")
+        if (newest := max(notes, key=lambda each: each.written, default=None)) is None:
+            return {}
+        try:
+            seconds = Note.model_validate_json(store.get(bucket, newest.key, most=2**24)).seconds
+        except (Missing, ValidationError, UserError):
+            return {}
+        # That of the training is measured as it goes.
+        return {name: each for name, each in seconds.items() if name not in ("ingest", "train")}
+
     def note(self, result: Config) -> None:
         """Write the note that the request is done."""
         # Another machine may have finished the same request with another result.
@@ -128,6 +147,7 @@ def retrain(
     to: str | None = None,
     conditions: Conditions = UNCONDITIONAL,
     version: str | None = None,
+    alarm: int | None = None,
 ) -> RetrainResult:
     """Ingest, train, evaluate, promote, sample, explain; each step skips work that is done for the same inputs.
 
@@ -139,10 +159,12 @@ def retrain(
         conditions: Labels and prompts of these images.
         version: Digest of the data set version to train on, which is checked out; default: the newest version, plus
             the new images of ingest.source.
+        alarm: Number of the drift alarm that requests it, which one run answers.
     """
     if params.model.low_resolution is not None and (count, seed, to) != (64, 0, None):
         raise UserError("a model with model.low_resolution only upscales images: leave --count, --seed and --to out")
     seconds: dict[str, float] = {}
+    drift = None if alarm is None else answer_alarm(params, alarm)
     with concurrency_slot(f"retrain-{params.training.dataset}"):
         with phase("ingest", seconds):
             checked_out = sync(params, version) if version else None
@@ -156,14 +178,14 @@ def retrain(
                 f"version {manifest.digest[:12]} of {manifest.name} was trained on with this configuration before, "
                 f"which ended in models:/{made['model']}/{made['number']}: {before['verdict']['reason']}"
             )
-            done = RetrainResult.model_validate(before | {"data": data, "skipped": why})
+            done = RetrainResult.model_validate(before | {"data": data, "skipped": why, "drift": drift})
             return completed_state(done, f"nothing to do: {why}", name="Skipped")
 
         # Imported late: torch and MLflow take seconds, which a skipped retraining saves.
         from mlflow.client import MlflowClient
 
-        from diffusion.evaluation.evaluate import describe_kid, undertrained
-        from diffusion.evaluation.evaluator import require_enough
+        from diffusion.evaluation.config import require_enough
+        from diffusion.evaluation.evaluate import advise_longer, describe_kid
         from diffusion.generation.config import check_conditions
         from diffusion.generation.generate import check_prompts
         from diffusion.models.config import classes_of
@@ -175,23 +197,25 @@ def retrain(
         from flows.train import train
 
         # Before hours of training: can the model be evaluated, promoted, and sampled under these conditions?
-        require_enough(params.dataset_folder)
+        require_enough(manifest)
         classes = classes_of(params.model, manifest.class_histogram)
         check_conditions(classes, params.model.text, params.sampling, conditions)
-        check_prompts(conditions)
+        if params.model.family != "diffusers":  # which has a tokenizer of its own
+            check_prompts(conditions)
         require_promotable(params)
 
-        with phase("train", seconds):
-            training = train(params, restart="if_different")
-        with phase("evaluate", seconds):
+        expected = request.expected()
+        with phase("train", seconds, expected):
+            training = train(params, restart="if_different", drift=drift)
+        with phase("evaluate", seconds, expected):
             evaluation = evaluate(params)
-        with phase("promote", seconds):
+        with phase("promote", seconds, expected):
             verdict = promote(params)
-        with phase("sample", seconds):
+        with phase("sample", seconds, expected):
             # There may be no champion yet, or an earlier super-resolution model.
             has_samples = verdict.champion is not None and samples_from_noise(params.champion)
             samples = sample(params, params.champion, count, seed, to, conditions) if has_samples else None
-        with phase("explain", seconds):
+        with phase("explain", seconds, expected):
             explained = explain(params, verdict.version.uri, params.report_folder / "explain")
 
         done = RetrainResult(
@@ -203,9 +227,26 @@ def retrain(
             explained=explained.model_dump(mode="json"),
             seconds=seconds,
             quality=describe_kid(evaluation),
-            warning=undertrained(evaluation),
+            advice=advise_longer(evaluation),
             mlflow_page=run_page(MlflowClient(), training.run_id),
             prefect_page=flow_run.ui_url or "",
+            drift=drift,
         )
         request.note(done)
-    return completed_state(done, f"{verdict.version.uri} is {verdict.title}: {verdict.reason}")
+    because = f"; trained for drift {drift}" if drift else ""
+    return completed_state(done, f"{verdict.version.uri} is {verdict.title}: {verdict.reason}{because}")
+
+
+def answer_alarm(params: Params, number: int) -> str:
+    """Record that this flow run answers a drift alarm, and show why; returns the alarm in words.
+
+    Raises ConflictError if another flow run answers it: an event may come twice.
+    """
+    alarms = Alarms.of(params.model_name)
+    alarm, ours = alarms.read(number), str(flow_run.id)
+    if (first := alarms.answer(alarm, ours)) != ours:
+        raise ConflictError(f"{alarm} is answered by flow run {first}: run `darkroom retrain` to retrain all the same")
+    logger.warning("retraining for drift %s", alarm)
+    key = artifact_key("drift", params.model_name)
+    create_markdown_artifact(f"**Drift {escape_markdown(str(alarm))}**", key=key, description=str(alarm))
+    return str(alarm)

@@ -17,6 +17,7 @@ from diffusion.checkpoints import load_model
 from diffusion.common.config import Config
 from diffusion.common.device import resolve_device
 from diffusion.common.errors import ConflictError, DarkroomError
+from diffusion.common.escaping import counted
 from diffusion.common.image_grids import grid, save_png
 from diffusion.common.threads import cores
 from diffusion.data.dataset import Dataset
@@ -24,7 +25,6 @@ from diffusion.data.prefetch import in_order
 from diffusion.generation.config import UNCONDITIONAL, Conditions, read_request
 from diffusion.generation.explain import explain as explain_model
 from diffusion.generation.requests import GenerationResult, generate_to_folder
-from diffusion.generation.super_resolution import task_of
 from diffusion.process.samplers import SamplingConfig
 from flows import environment
 from flows.config import Params, SamplingBatchConfig
@@ -136,7 +136,7 @@ def fetch(model: str) -> tuple[Version, Path]:
 def samples_from_noise(model: str) -> bool:
     """Whether ``model`` generates images from noise, unlike a super-resolution model."""
     _, weights = fetch(model)
-    return task_of(load_model(weights).config).low_resolution is None
+    return load_model(weights).config.low_resolution is None
 
 
 @retryable_task
@@ -209,9 +209,9 @@ def finish(batch: SamplingBatch, place: Location, cost: GenerationCost) -> Sampl
     chunks = range(-(-shown // batch.chunk_size))
     rows = [row for chunk in chunks for row in read_rows(store, place, batch, chunk)][:shown]
     pngs = (io.BytesIO(read_image(store, place, batch, row["index"], row)) for row in rows)
-    images = np.stack([np.array(Image.open(png, formats=("PNG",))) for png in pngs])
+    images = [np.atleast_3d(np.array(Image.open(png, formats=("PNG",)))) for png in pngs]
     sheet = Path("samples", batch.model, str(batch.version), f"{batch.name}.png")
-    save_png(sheet, grid(torch.from_numpy(images.reshape(*images.shape[:3], -1)).permute(0, 3, 1, 2)))
+    save_png(sheet, grid([torch.from_numpy(image).permute(2, 0, 1) for image in images]))
     done = SamplingBatchResult(
         uri=f"{place}/",
         model=f"models:/{batch.model}/{batch.version}",
@@ -221,7 +221,9 @@ def finish(batch: SamplingBatch, place: Location, cost: GenerationCost) -> Sampl
         contact_sheet=sheet,
         took=cost,
     )
-    text = f"{batch.count:,} images of {done.model} in `{done.uri}`, manifest `{done.manifest}`\n\n{cost.words}"
+    text = (
+        f"{counted(batch.count, 'image')} of {done.model} in `{done.uri}`, manifest `{done.manifest}`\n\n{cost.words}"
+    )
     create_markdown_artifact(text, key=artifact_key("samples", batch.model), description=f"images of {done.model}")
     return done
 

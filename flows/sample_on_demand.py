@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING, Annotated
 from prefect import flow
 from pydantic import Field
 
+from diffusion.common.escaping import counted
+from diffusion.common.shapes import parse_size
 from diffusion.generation.config import Conditions
 from diffusion.process.samplers import SamplingConfig, sampling_config
 from flows.config import Params, SamplingBatchConfig
@@ -22,6 +24,7 @@ def sample_on_demand(
     labels: tuple[str, ...] = (),
     prompts: tuple[str, ...] = (),
     negative_prompt: str | None = None,
+    size: str | None = None,
     sampling: SamplingConfig = sampling_config(),  # noqa: B008 (frozen)
     sampling_batch: SamplingBatchConfig = SamplingBatchConfig(),  # noqa: B008
 ) -> "SamplingBatchResult":
@@ -35,12 +38,14 @@ def sample_on_demand(
         labels: Class labels, used in turn; default: the class frequencies of the data set.
         prompts: Text prompts, used in turn, for a model trained on captions.
         negative_prompt: Negative prompt; needs guidance in sampling, say 3.
+        size: Width and height in pixels, as 96x64; default: the most frequent shape of the training images.
         sampling: Sampler settings.
         sampling_batch: File format and parallelism.
     """
     from flows.deployment.tasks import completed_state
     from flows.sample import sample
 
-    conditions = Conditions(labels=labels, prompts=prompts, negative_prompt=negative_prompt)
+    sizes = () if size is None else (parse_size(size),)
+    conditions = Conditions(labels=labels, prompts=prompts, negative_prompt=negative_prompt, sizes=sizes)
     done = sample(Params(sampling=sampling, sampling_batch=sampling_batch), model, count, seed, to, conditions)
-    return completed_state(done, f"{done.count} images of {done.model} in {done.uri}")
+    return completed_state(done, f"{counted(done.count, 'image')} of {done.model} in {done.uri}")

@@ -1,21 +1,23 @@
 """Flow ``takedown``: remove images from a data set permanently, and mark what derives from them."""
 
+import logging
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from prefect import flow
 from prefect.artifacts import create_markdown_artifact
 
-from diffusion.common.config import Config
+from diffusion.common.config import Config, dataset_folder
+from diffusion.common.errors import UserError
 from diffusion.common.escaping import escape_markdown
-from diffusion.data.manifest import Manifest
+from diffusion.data.manifest import Manifest, read_manifest
 from diffusion.data.versions import takedown as images
-from diffusion.data.versions.takedown_records import Holders, Removal, Selection, holders
+from diffusion.data.versions.takedown_records import Holders, Removal, Selection, held_keys, holders
 from diffusion.data.versions.versions import known_versions
 from flows import environment
 from flows.config import Params
 from flows.datasets import dvc
-from flows.datasets.catalog import Catalog
+from flows.datasets.catalog import Catalog, Heads
 from flows.datasets.checkout import choice, unpin
 from flows.datasets.dvc import DataVersion, StoredFiles
 from flows.datasets.purge import Purged, purge_dvc, purge_files, purge_samples
@@ -24,6 +26,8 @@ from flows.deployment.tasks import artifact_key, retryable_task
 from flows.local_stack.seaweedfs import vacuum_deleted_objects
 from flows.registry.takedown_marks import Derived, clear_images, find_derived, mark
 from flows.tracking.console import reporter
+
+logger = logging.getLogger(__name__)
 
 
 class TakedownResult(Config):
@@ -37,6 +41,10 @@ class TakedownResult(Config):
     unknown: list[str]
     """Digests of versions whose contents are no longer known."""
     derived: Derived
+    elsewhere: dict[str, list[str]]
+    """Keys of these images in other data sets, here or the newest on S3, by name: they were not taken down there."""
+    elsewhere_unclear: list[str]
+    """Other data sets with tables that could not be read."""
     purged: Purged | None
 
     def lines(self) -> list[str]:
@@ -48,12 +56,22 @@ class TakedownResult(Config):
             f"version    {removal.version[:12]}, content {removal.content_digest}",
             f"held by    {', '.join(digest[:12] for digest in self.held) or 'no known version'}",
             *(f"unclear    version {digest[:12]}: its tables are gone" for digest in self.unknown),
+            *(
+                f"with them  {key}, which curation had dropped as a near-duplicate"
+                for key in removal.dropped_copies or ()
+            ),
             *(f"similar    {key} stays" for key in removal.near_copies),
             *(f"run        {run.run_id} ({run.name})" for run in derived.runs),
             *(f"model      {model.uri}" + "".join(f" @{alias}" for alias in model.aliases) for model in derived.models),
             *(f"samples    {uri}" for uri in derived.samples),
             *(f"unclear    run {run_id}: its version of the data set is not known" for run_id in derived.unclear_runs),
         ]
+        for name, keys in self.elsewhere.items():
+            given = " ".join(key[:16] for key in keys[:20]) + (" …" if len(keys) > 20 else "")
+            lines.append(
+                f"also in    {name}, {len(keys):,} images: darkroom data remove {given} --dataset {name} --reason …"
+            )
+        lines += [f"unclear    data set {name}: not all its tables can be read" for name in self.elsewhere_unclear]
         if purged:
             objects, files, artifacts = map(len, (purged.dvc_objects, purged.files, purged.artifacts))
             lines.append(f"purged     {objects:,} DVC objects, {files:,} files, {artifacts:,} artifacts")
@@ -65,13 +83,16 @@ def takedown(params: Params, selection: Selection, reason: str, purge: bool = Fa
     """Remove the images of ``selection`` from the data set ``training.dataset``, and mark what derives from them.
 
     Runs and model versions get the tag ``darkroom.takedown`` and a note. Sampling batches are listed and kept.
-    ``purge`` clears caches, remote copies and pages of the versions that held the images.
+    Other data sets that hold them, as those into which this one was merged, are named and stay as they are. ``purge``
+    clears caches, remote copies and pages of the versions that held the images.
     """
     removal = remove(params, selection, reason)
     version = record(params, removal)
     announce(params, silently=False)
     versions, affected, derived = mark_derived(params, removal)
     about = {"name": removal.name, "removal": removal, "version": version, "derived": derived}
+    also, unclear = find_elsewhere(params, removal)
+    about |= {"elsewhere": also, "elsewhere_unclear": unclear}
     purged = clear(params, versions, affected, derived) if purge else None
     done = TakedownResult(**about, held=affected.held, unknown=affected.unknown, purged=purged)
     items = [f"- {escape_markdown(line)}" for line in (f"reason {removal.reason}", *done.lines())]
@@ -122,6 +143,33 @@ def mark_derived(params: Params, removal: Removal) -> tuple[dict[str, Manifest],
     derived = find_derived(folder.name, contents - others, contents | others, environment.settings().bucket)
     mark([run.run_id for run in derived.runs], [model.uri for model in derived.models], removal)
     return versions, affected, derived
+
+
+@retryable_task
+def find_elsewhere(params: Params, removal: Removal) -> tuple[dict[str, list[str]], list[str]]:
+    """Find the images of ``removal`` in other data sets: their keys by data set, and those that cannot be searched."""
+    ours, source = params.dataset_folder, environment.data_source()
+    local = {path.parent.name for path in ours.parent.glob("*/manifest.json")}
+    found, unclear = dict[str, list[str]](), list[str]()
+    for name in sorted({*local, *Catalog.names(source)} - {ours.name}):
+        try:
+            folder, recorded = dataset_folder(name), Catalog.of(name, source)
+            newest = Heads(recorded).newest()
+            versions = [recorded.version(newest)] if newest else []
+            versions += [read_manifest(folder)] if name in local else []
+            keys, whole = set[str](), True
+            with TemporaryDirectory() as scratch:
+                for version in {each.digest: each for each in versions if each}.values():
+                    lookup = StoredFiles(name, source).remote_lookup([version], Path(scratch))
+                    held, complete = held_keys(folder, removal, version, lookup)
+                    keys, whole = keys | set(held), whole and complete
+        except UserError as error:
+            logger.warning("%s", error)
+            unclear.append(name)
+            continue
+        found |= {name: sorted(keys)} if keys else {}
+        unclear += [] if whole else [name]
+    return found, unclear
 
 
 @retryable_task

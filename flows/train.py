@@ -30,7 +30,7 @@ from flows.registry.takedown_marks import TAKEDOWN, joined_names, names_of, requ
 from flows.storage.s3 import Store
 from flows.tracking.buffered import UNANSWERED, BufferedTracker
 from flows.tracking.console import reporter
-from flows.tracking.runs import AUTOENCODER, START, TRAIN_KEY, RunTracker, find_run, open_run
+from flows.tracking.runs import AUTOENCODER, DRIFT, START, TRAIN_KEY, RunTracker, find_run, open_run
 
 
 class TrainingRun(Config):
@@ -41,8 +41,8 @@ class TrainingRun(Config):
 
 
 @flow(name="train", flow_run_name="train-{params.training.dataset}")
-def train(params: Params, restart: Restart | Literal["always"] = "never") -> TrainingRun:
-    """Train with live MLflow tracking; resumes an interrupted run."""
+def train(params: Params, restart: Restart | Literal["always"] = "never", drift: str | None = None) -> TrainingRun:
+    """Train with live MLflow tracking, for the alarm ``drift`` if any; resumes an interrupted run."""
     # Promotion will require these: fail before the training.
     Store().require_conditional_puts(settings().bucket, "ledger")
     require_champion(params)
@@ -51,11 +51,11 @@ def train(params: Params, restart: Restart | Literal["always"] = "never") -> Tra
             # A separate task: a retry of the training must not discard its progress.
             retryable_task(discard)(params.run_folder)
             restart = "never"
-        return train_and_track(params, restart)
+        return train_and_track(params, restart, drift)
 
 
 @retryable_task
-def train_and_track(params: Params, restart: Restart) -> TrainingRun:
+def train_and_track(params: Params, restart: Restart, drift: str | None = None) -> TrainingRun:
     """Train in ``params.run_folder``; the MLflow run is identified by the digest of its inputs."""
     require_current(params.dataset_folder)
     ready = resolve_params(params)
@@ -67,13 +67,15 @@ def train_and_track(params: Params, restart: Restart) -> TrainingRun:
         folder = params.run_folder / METRICS_BUFFER
         # Only a discarded training gets another MLflow run: a fresh one may be running on another machine as well.
         discarded = (folder / RESTARTED).exists()
-        opened.append(BufferedTracker(_open(ready, manifest, discarded), folder, is_new or discarded))
+        opened.append(BufferedTracker(_open(ready, manifest, discarded, drift), folder, is_new or discarded))
         return opened[0]
 
     data, run, show = params.dataset_folder, params.run_folder, reporter()
     store = RemoteShards(data, data_source()) if params.training.stream_bytes is not None else None
     try:
-        result = train_model(data, run, params.model, params.training, params.sampling, track, show, restart, store)
+        result = train_model(
+            data, run, params.model, params.training, params.sampling, track, show, restart, store, ready.start
+        )
     except BaseException:
         for each in opened:
             # Before a retry opens the same folder.
@@ -85,7 +87,7 @@ def train_and_track(params: Params, restart: Restart) -> TrainingRun:
         raise
     if opened:
         opened[0].close()
-    tracker = opened[0].tracker if opened else _tracker_of_finished(ready, manifest, result)
+    tracker = opened[0].tracker if opened else _tracker_of_finished(ready, manifest, result, drift)
     if not tracker.finished:
         for record in (result.output / "history.csv", result.output / "losses.csv"):
             tracker.log_file(record, "history")
@@ -108,11 +110,13 @@ def _finish(ready: ResolvedParams, tracker: RunTracker) -> None:
     tracker.finish()
 
 
-def _tracker_of_finished(ready: ResolvedParams, manifest: Manifest, result: TrainResult) -> RunTracker:
+def _tracker_of_finished(
+    ready: ResolvedParams, manifest: Manifest, result: TrainResult, drift: str | None
+) -> RunTracker:
     """Tracker of a training that had finished before; a missing MLflow run is recreated from its history."""
     client, params = MlflowClient(), ready.params
     run = find_run(client, params.model_name, TRAIN_KEY, result.train_key)
-    tracker = RunTracker(client, run.info.run_id) if run else _open(ready, manifest, restart=False)
+    tracker = RunTracker(client, run.info.run_id) if run else _open(ready, manifest, False, drift)
     buffered = BufferedTracker(tracker, params.run_folder / METRICS_BUFFER)
     if not tracker.finished:
         # The whole history, as an earlier attempt may have been killed; existing points are skipped.
@@ -123,7 +127,7 @@ def _tracker_of_finished(ready: ResolvedParams, manifest: Manifest, result: Trai
     return tracker
 
 
-def _open(ready: ResolvedParams, manifest: Manifest, restart: bool) -> RunTracker:
+def _open(ready: ResolvedParams, manifest: Manifest, restart: bool, drift: str | None) -> RunTracker:
     params = ready.params
     model, training = with_digests(params.model, params.training)
     key = train_key(data_digest(manifest, training), model, training)
@@ -132,7 +136,8 @@ def _open(ready: ResolvedParams, manifest: Manifest, restart: bool) -> RunTracke
     tracker = open_run(params.model_name, key, parameters, manifest, code, data, data_source(), restart)
     tracker.client.log_text(tracker.run_id, ready.requested.model_dump_json(indent=2), "params.json")
     user = who().partition("@")[0]
-    tracker.tag({AUTOENCODER: ready.autoencoder, START: ready.start, TAKEDOWN: ready.takedown, MLFLOW_USER: user})
+    tags = {AUTOENCODER: ready.autoencoder, START: ready.start, TAKEDOWN: ready.takedown, DRIFT: drift}
+    tracker.tag(tags | {MLFLOW_USER: user})
     tracker.log_file(params.dataset_folder / "manifest.json", "dataset")
     if (preflight := params.run_folder / PREFLIGHT).is_file():
         tracker.log_file(preflight, "history")

@@ -43,6 +43,7 @@ def variables(bucket: str) -> dict[str, str]:
         "MLFLOW_PASSWORD",
         "MLFLOW_SECRET_KEY",
         "STORE_KEY",
+        "RAY_AUTH_TOKEN",
     )
     return (
         {"DARKROOM_BUCKET": bucket}

@@ -1,7 +1,7 @@
 """Images and small data sets that many tests start from."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -11,6 +11,7 @@ from hypothesis import settings
 from diffusion.data.ingest.config import IngestConfig
 from diffusion.data.ingest.ingest import ingest
 from tests.builders.shapes import blob
+from tests.hub import Hub, hub_server
 
 # How long an example takes is a matter of the machine.
 settings.register_profile("darkroom", deadline=None)
@@ -25,8 +26,8 @@ def _one_thread() -> None:
 
 @pytest.fixture
 def kills(record_property: Callable[[str, object], None]) -> int:
-    """How many kills at random moments a drill tries: ``KILLS`` in the environment, 3 unless told."""
-    count = int(os.environ.get("KILLS", "3"))
+    """How many kills at random moments a drill tries: ``KILLS`` in the environment, 2 unless set."""
+    count = int(os.environ.get("KILLS", "2"))
     record_property("kills", count)
     return count
 
@@ -48,3 +49,15 @@ def dataset(images: Path, tmp_path: Path) -> Path:
     folder = tmp_path / "data" / "blobs"
     ingest(folder, IngestConfig(source=str(images), size=8, held_out=0.33))
     return folder
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """A Hugging Face Hub on this machine, which the real client asks; without a token."""
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf_home"))
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr("diffusion.common.hub.LONGEST_PAUSE", 0.01)
+    with hub_server() as hub:
+        monkeypatch.setenv("HF_ENDPOINT", hub.address)
+        yield hub

@@ -17,7 +17,9 @@ class Config(BaseModel):
 LARGEST_EMA_STD = 0.28
 """Relative standard deviation of a moving average with equal weights over all of training."""
 LARGEST_SIZE = 1024
-"""Largest height and width of an image, in pixels."""
+"""Largest height and width of a square image, in pixels."""
+LARGEST_SIDE = 2 * LARGEST_SIZE
+"""Largest height and width of any image, in pixels."""
 LONGEST_NAME = 200
 """Most characters of a name: file systems allow 255 bytes, including prefixes and suffixes."""
 

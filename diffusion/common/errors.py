@@ -13,6 +13,10 @@ class UserError(DarkroomError):
     exit_code = 2
 
 
+class TransientError(DarkroomError):
+    """Failure of a server that may soon be gone; Prefect retries a task that ends with it."""
+
+
 class ConflictError(DarkroomError):
     """Conflict with what another process or a person wrote or decided first; nothing was overwritten."""
 

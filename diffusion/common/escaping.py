@@ -1,4 +1,4 @@
-"""Escaping of untrusted text, such as labels, captions and file names, for display."""
+"""Text for display: escaping of what is untrusted, such as labels, captions and file names, and numbers of things."""
 
 import json
 import re
@@ -28,3 +28,8 @@ def escape_markdown(text: str) -> str:
 def python_literal(text: str) -> str:
     """Format ``text`` as a printable string literal for Python and JSON."""
     return escape_controls(json.dumps(text, ensure_ascii=False))
+
+
+def counted(number: int, one: str, several: str | None = None) -> str:
+    """Format a number of things with their name; ``several``: its plural, if that is not the name with an s."""
+    return f"{number:,} {one if number == 1 else several or one + 's'}"

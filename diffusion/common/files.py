@@ -81,6 +81,12 @@ def write_json(path: Path, value: Any) -> str:
     return write_bytes(path, f"{text}\n".encode())
 
 
+def sibling(path: Path, suffix: str) -> Path:
+    """Path beside a file or folder whose name is that of ``path`` with ``suffix``."""
+    path = path if path.name not in ("", "..") else path.resolve()
+    return path.with_name(f"{path.name}{suffix}")
+
+
 def make_folder(folder: Path, mode: int = 0o777) -> None:
     """Create ``folder``, with the permissions ``mode``, and its missing parents: they survive a power failure."""
     if not folder.is_dir():

@@ -30,6 +30,8 @@ class Fingerprint(Config):
     """Whether the network was compiled."""
     ranks: int = Field(1, exclude_if=lambda count: count == 1)
     """Number of training processes that shared each batch."""
+    shard: int = Field(1, exclude_if=lambda count: count == 1)
+    """Number of processes that shared the network."""
 
     def differences(self, other: "Fingerprint") -> str:
         """List the fields that differ, as ``field: this → that``; empty if none do."""

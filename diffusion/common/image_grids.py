@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from diffusion.common.files import write_bytes
+from diffusion.common.shapes import Images, height_and_width
 
 if TYPE_CHECKING:  # matplotlib is slow to import, and training needs only grids
     from matplotlib.figure import Figure
@@ -26,18 +26,24 @@ XMP = (
 )
 
 
-def grid(images: Tensor, columns: int | None = None, pad: int = 2, scale: int | None = None) -> Image.Image:
-    """Arrange ``images``, (N, C, H, W) uint8 with C 1 or 3, on white; by default in a square, about 64 pixels each."""
-    count, channels, height, width = images.shape
+def grid(images: Images, columns: int | None = None, pad: int = 2, scale: int | None = None) -> Image.Image:
+    """Arrange ``images``, each (C, H, W) uint8 with C 1 or 3, on white; by default in a square, about 64 pixels each.
+
+    Each is in the middle of a cell as high and as wide as the highest and the widest.
+    """
+    count, channels = len(images), len(images[0])
+    height, width = (max(sides) for sides in zip(*map(height_and_width, images), strict=True))
     columns = columns or max(1, math.ceil(math.sqrt(count)))
     scale = scale or max(1, round(64 / max(height, width)))
     rows = math.ceil(count / columns)
     high, wide = height * scale + pad, width * scale + pad
     sheet = np.full((rows * high + pad, columns * wide + pad, channels), 255, dtype=np.uint8)
-    enlarged = images.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
-    for number, pixels in enumerate(enlarged.permute(0, 2, 3, 1).cpu().numpy()):
-        top, left = number // columns * high + pad, number % columns * wide + pad
-        sheet[top : top + height * scale, left : left + width * scale] = pixels
+    for number, image in enumerate(images):
+        pixels = image.repeat_interleave(scale, 1).repeat_interleave(scale, 2).permute(1, 2, 0).cpu().numpy()
+        own_height, own_width, _ = pixels.shape
+        top = number // columns * high + pad + (height * scale - own_height) // 2
+        left = number % columns * wide + pad + (width * scale - own_width) // 2
+        sheet[top : top + own_height, left : left + own_width] = pixels
     return Image.fromarray(sheet[..., 0] if channels == 1 else sheet)
 
 
@@ -46,23 +52,22 @@ def image_of(image: Tensor) -> Image.Image:
     return Image.fromarray(image.permute(1, 2, 0).squeeze(-1).contiguous().cpu().numpy())
 
 
-def beside(*sets: Tensor) -> Tensor:
-    """Interleave sets of N images, each (N, C, H, W): the first of every set, then the second of every set."""
-    return torch.stack(sets, dim=1).flatten(0, 1)
+def beside(*sets: Images) -> list[Tensor]:
+    """Interleave sets of N images: the first of every set, then the second of every set."""
+    return [image for group in zip(*sets, strict=True) for image in group]
 
 
-def blocks(small: Tensor, size: int) -> Tensor:
-    """Enlarge ``small``, (N, C, h, h), to ``size``, a multiple of h, by repeating pixels."""
-    scale = size // small.shape[-1]
-    return small.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
+def blocks(small: Images, scale: int) -> list[Tensor]:
+    """Enlarge ``small`` images, each (C, h, w), to (C, h·scale, w·scale) by repeating pixels."""
+    return [each.repeat_interleave(scale, 1).repeat_interleave(scale, 2) for each in small]
 
 
-def above(images: Tensor, others: Tensor, columns: int = 8, scale: int | None = None) -> Image.Image:
-    """Arrange ``images`` above their counterparts in ``others``, both (N, C, H, W) uint8, in full rows only."""
+def above(images: Images, others: Images, columns: int = 8, scale: int | None = None) -> Image.Image:
+    """Arrange ``images`` above their counterparts in ``others``, each (C, H, W) uint8, in full rows only."""
     columns = min(columns, len(images))
     full = len(images) // columns * columns
-    rows = zip(torch.split(images[:full], columns), torch.split(others[:full], columns), strict=True)
-    return grid(torch.cat([half for pair in rows for half in pair]), columns, scale=scale)
+    rows = (range(start, start + columns) for start in range(0, full, columns))
+    return grid([half[number] for row in rows for half in (images, others) for number in row], columns, scale=scale)
 
 
 def png_bytes(image: Image.Image) -> bytes:

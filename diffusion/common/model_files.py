@@ -17,7 +17,7 @@ LARGEST_HEADER = 16 * 2**20
 
 def read_header(path: Path) -> dict[str, Any]:
     """Read the header of a file that ``diffusion.checkpoints`` wrote; raises UserError for any other file."""
-    fix = "give the final.safetensors of a run, or train one with `darkroom train`"
+    fix = "give the final.safetensors of a run, or import a diffusers pipeline as a folder by `darkroom model import`"
     try:
         with path.open("rb") as raw:
             size = int.from_bytes(raw.read(8), "little")
@@ -27,7 +27,15 @@ def read_header(path: Path) -> dict[str, Any]:
             metadata = file.metadata() or {}
         return HEADER.validate_json(metadata[METADATA_KEY])
     except FileNotFoundError as error:
-        raise UserError(f"no model at {path}: train one with `darkroom train`") from error
+        raise UserError(
+            f"no model at {path}: check the path, train one with `darkroom train`, or import one with `darkroom model "
+            "import`"
+        ) from error
+    except IsADirectoryError as error:
+        raise UserError(
+            f"{path} is a folder: give a model file; `darkroom model import {path} --out FILE.safetensors` writes one "
+            "of a diffusers pipeline"
+        ) from error
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror or error}): give the file of a model") from error
     except SafetensorError as error:

@@ -3,6 +3,7 @@
 The index counts images, in training or in a sampling batch, so workers, ranks, chunks and restarts do not change them.
 """
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -10,6 +11,11 @@ import torch
 from torch import Tensor
 
 from diffusion.common.files import sha256_bytes
+
+WHOLE = 2**24
+"""Length up to which a ``Permutation`` is sampled whole, in 8 bytes per element."""
+ROUNDS = 8
+"""Rounds of the Feistel network of longer ones."""
 
 
 def generator(seed: int, stream: str, index: int) -> np.random.Generator:
@@ -24,6 +30,45 @@ def generator(seed: int, stream: str, index: int) -> np.random.Generator:
 def permutation(seed: int, stream: str, index: int, length: int) -> np.ndarray:
     """Sample a permutation of 0 … length−1 as (length,) int64."""
     return generator(seed, stream, index).permutation(length)
+
+
+class Permutation:
+    """A permutation of 0 … length−1 of which any elements can be looked up: ``permutation`` up to WHOLE elements.
+
+    Longer ones take constant memory: a Feistel network on pairs of digits in base ``side`` = ⌈√length⌉ permutes the
+    numbers below side², and one that leaves the range goes through it again (Black and Rogaway, CT-RSA 2002).
+    """
+
+    def __init__(self, seed: int, stream: str, index: int, length: int) -> None:
+        self.length = length
+        self.whole = permutation(seed, stream, index, length) if length <= WHOLE else None
+        self.side = math.isqrt(max(length - 1, 0)) + 1
+        self.keys = generator(seed, stream, index).integers(2**64, size=ROUNDS, dtype=np.uint64)
+
+    def __getitem__(self, places: np.ndarray) -> np.ndarray:
+        """Return the elements at ``places``, integers in [0, length) of any shape, as int64."""
+        if self.whole is not None:
+            return np.take(self.whole, places)
+        values = self._network(np.asarray(places, np.uint64))
+        # Fewer than 2 √length of side² numbers are out of range.
+        while (outside := values >= self.length).any():
+            values[outside] = self._network(values[outside])
+        return values.astype(np.int64)
+
+    def _network(self, values: np.ndarray) -> np.ndarray:
+        left, right = np.divmod(values, np.uint64(self.side))
+        for key in self.keys:
+            left, right = right, (left + _mix(right ^ key) % np.uint64(self.side)) % np.uint64(self.side)
+        mixed: np.ndarray = left * np.uint64(self.side) + right
+        return mixed
+
+
+def _mix(values: np.ndarray) -> np.ndarray:
+    """Mix the bits of uint64 numbers: the finalizer of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014)."""
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    mixed: np.ndarray = values ^ (values >> np.uint64(31))
+    return mixed
 
 
 def uniform(seed: int, stream: str, indices: Sequence[int]) -> Tensor:

@@ -2,7 +2,7 @@
 
 import hashlib
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from diffusion.checkpoints import save_tensors
 from diffusion.common.files import sha256_file, write_bytes
 from diffusion.common.progress import Progress, silent
 from diffusion.data.dataset import Dataset, Rows
-from diffusion.data.ingest.ingest import captions_folder, forget_captions
+from diffusion.data.ingest.ingest import encodings_folder, forget_encodings
 from diffusion.data.manifest import read_manifest
 from diffusion.models.text_encoder import ENCODER, WIDTH, encoder
 
@@ -27,33 +27,55 @@ CHUNK = 256
 
 
 @dataclass(frozen=True)
+class CaptionEncoder:
+    """Encoder of captions as vectors of E numbers."""
+
+    digest: str
+    """SHA-256 of all that the vectors depend on."""
+    load: Callable[[], Callable[[str], Tensor]]
+    """Load the function from a caption to its vector, (E,); raises UserError if the encoder is unavailable."""
+    none: Tensor
+    """Vector of no caption, (E,)."""
+
+
+MINI_LM = CaptionEncoder(ENCODER.digest, lambda: encoder(), torch.zeros(WIDTH))
+
+
+@dataclass(frozen=True)
 class Captions:
     """Embeddings of the captions of a data set's images."""
 
     embeddings: Tensor
-    """(K, 384) float32, one for each distinct caption."""
+    """(K, E), one for each distinct caption."""
     numbers: np.ndarray
     """(N,) int32, index of each row's caption; −1: none."""
+    encoding: CaptionEncoder
 
     def of(self, rows: Rows) -> Tensor:
-        """Return the embedding of each row's caption, zeros where there is none: (len(rows), 384)."""
+        """Return the embedding of each row's caption, or of none: (len(rows), E)."""
         numbers = torch.from_numpy(self.numbers[np.asarray(rows, np.int64)]).long()
-        return self.embeddings[numbers].masked_fill((numbers < 0)[:, None], 0)
+        return torch.where((numbers < 0)[:, None], self.encoding.none, self.embeddings[numbers])
 
 
-def embeddings_of(dataset: Dataset, texts: Sequence[str], pool: Executor, progress: Progress = silent) -> Tensor:
-    """Compute the embeddings of ``texts``, all the captions of ``dataset`` in their order: (len(texts), 384) float32.
+def embeddings_of(
+    dataset: Dataset,
+    texts: Sequence[str],
+    pool: Executor,
+    progress: Progress = silent,
+    encoding: CaptionEncoder = MINI_LM,
+) -> Tensor:
+    """Compute the embeddings of ``texts``, all the captions of ``dataset`` in their order: (len(texts), E).
 
     Those in the cache are reused, and those of captions that the set no longer has leave it when others come.
     Concurrent trainings wait for one another. Raises UserError if the text encoder is unavailable.
     """
     # Required even if all embeddings are cached: each checkpoint embeds captions for its sample grid.
-    read = encoder()
-    path = _cache_file(dataset)
+    read = encoding.load()
+    path = _cache_file(dataset, encoding)
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.parent.with_suffix(".lock")):
         digests = [_digest(text) for text in texts]
-        embeddings, missing = _known(path, digests)
+        embeddings, missing = _known(path, digests, encoding)
         if not missing:
             return embeddings
         for start in range(0, len(missing), CHUNK):
@@ -61,20 +83,20 @@ def embeddings_of(dataset: Dataset, texts: Sequence[str], pool: Executor, progre
             embeddings[chunk] = torch.stack(list(pool.map(read, [texts[number] for number in chunk])))
             progress("captions read", start + len(chunk), len(missing))
         tensors = {"texts": torch.from_numpy(np.frombuffer(b"".join(digests), np.uint8).copy()).view(-1, 32)}
-        digest = save_tensors(path, tensors | {"embeddings": embeddings}, {"encoder": ENCODER.model_dump()})
+        digest = save_tensors(path, tensors | {"embeddings": embeddings}, {"encoder": encoding.digest})
         write_bytes(path.with_suffix(".sha256"), f"{digest}\n".encode())
         if read_manifest(dataset.folder).content_digest != dataset.manifest.content_digest:
             # Images may have been taken down meanwhile. A takedown writes the manifest and then checks this folder; the
             # order here is reversed, so that one of the two finds the file.
-            forget_captions(dataset.folder)
+            forget_encodings(dataset.folder)
     return embeddings
 
 
-def seconds_to_read(dataset: Dataset, texts: Sequence[str], threads: int) -> float:
+def seconds_to_read(dataset: Dataset, texts: Sequence[str], threads: int, encoding: CaptionEncoder = MINI_LM) -> float:
     """Estimate the seconds of ``embeddings_of`` in ``threads`` threads from a few of the texts that it would embed."""
-    _, missing = _known(_cache_file(dataset), [_digest(text) for text in texts])
+    _, missing = _known(_cache_file(dataset, encoding), [_digest(text) for text in texts], encoding)
     tried = [texts[number] for number in missing[:8]]
-    read, began = encoder(), time.perf_counter()
+    read, began = encoding.load(), time.perf_counter()
     for text in tried:
         read(text)
     return (time.perf_counter() - began) / max(len(tried), 1) * len(missing) / threads
@@ -84,13 +106,13 @@ def _digest(text: str) -> bytes:
     return hashlib.sha256(text.encode()).digest()
 
 
-def _cache_file(dataset: Dataset) -> Path:
-    return captions_folder(dataset.folder) / f"{ENCODER.digest[:16]}.safetensors"
+def _cache_file(dataset: Dataset, encoding: CaptionEncoder) -> Path:
+    return encodings_folder(dataset.folder) / f"{encoding.digest[:16]}.safetensors"
 
 
-def _known(path: Path, digests: Sequence[bytes]) -> tuple[Tensor, list[int]]:
+def _known(path: Path, digests: Sequence[bytes], encoding: CaptionEncoder) -> tuple[Tensor, list[int]]:
     """Return the cached embeddings of the texts with these ``digests``, and the indices of those not in the cache."""
-    embeddings = torch.empty(len(digests), WIDTH)
+    embeddings = torch.empty(len(digests), len(encoding.none), dtype=encoding.none.dtype)
     missing = dict(zip(digests, range(len(digests)), strict=True))
     with suppress(FileNotFoundError):  # or deleted meanwhile
         if sha256_file(path) == path.with_suffix(".sha256").read_text().strip():

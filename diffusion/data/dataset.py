@@ -1,20 +1,37 @@
 """Data set as used by training and evaluation: rows in an order free of history, images as tensors."""
 
 import json
-from collections.abc import Iterator, Sequence
+import math
+import os
+from collections.abc import Sequence
 from functools import cached_property, partial
+from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
+from filelock import FileLock
 from torch import Tensor
 
 from diffusion.common.errors import UserError
-from diffusion.data.manifest import Manifest, Split, read_manifest, read_records, repair_hint, require_whole
-from diffusion.data.png import decode_many
+from diffusion.common.files import make_folder, remove_partials, write_atomically
+from diffusion.common.shapes import Images, Shape, shape_name, stack_images
+from diffusion.data.key_ranges import RANGE, range_count, read_range, scratch_folder, write_run
+from diffusion.data.manifest import (
+    Manifest,
+    Part,
+    Split,
+    read_manifest,
+    read_records,
+    repair_hint,
+    require_whole,
+    work_folder,
+)
+from diffusion.data.png import decode_many, shape_of
+from diffusion.data.prefetch import prefetch
 from diffusion.data.shards import LocalShards, ShardCache
 
 if TYPE_CHECKING:
@@ -37,24 +54,65 @@ ROW = np.dtype(
 the number of kept images before this one in the records.
 """
 
+IN_MEMORY = 2**22
+"""Images up to which each process reads the table into memory; beyond, all map one file, written by the first."""
+
 Rows: TypeAlias = Sequence[int] | np.ndarray
 """Row numbers, (N,)."""
 
 
+class ByShard(NamedTuple):
+    """The samples of a split, shard by shard."""
+
+    samples: np.ndarray
+    """Numbers in ``Dataset.rows`` of the split, sorted by shard, then by number: (N,) int64."""
+    counts: np.ndarray
+    """How many of them are in each shard of the manifest: (S,) int64."""
+
+
+class Table(NamedTuple):
+    """The kept images of a data set, in memory or mapped from a file."""
+
+    images: np.ndarray
+    """(N,) ROW."""
+    rows: dict[Split, np.ndarray]
+    """Rows of each split, sorted: int64."""
+    by_shard: ByShard
+    """Training images."""
+
+
 class Dataset:
-    """Images of a data set from verified shards; decoded ones are kept if all fit ``cache_bytes``. Thread-safe."""
+    """Images of a data set from verified shards; decoded ones are kept if all fit ``cache_bytes``. Thread-safe.
+
+    A data set with buckets has images of several ``shapes``: its images are read from one bucket at a time.
+    """
 
     def __init__(
         self, folder: Path, manifest: Manifest, shards: LocalShards | ShardCache, cache_bytes: int = CACHE_BYTES
     ) -> None:
         self.folder, self.manifest, self._shards = folder, manifest, shards
-        self._entries = manifest.shards
-        self._table = _read_table(folder, manifest)
-        channels, height, width = self.shape
-        fits = len(self) * channels * height * width <= cache_bytes
+        # Properties of the manifest look at every part.
+        self._entries, self._labels = manifest.shards, manifest.labels
+        self._table, self._rows, self._by_shard = open_table(folder, manifest)
+        self.shapes = manifest.shapes
+        """Shapes (H, W) of the images in pixels, from the narrowest to the widest; one for a data set of squares."""
+        numbers = {shape: number for number, shape in enumerate(self.shapes)}
+        parts = _with_shards(manifest)
+        self.shard_buckets = np.array([numbers[part.shape or self.shapes[0]] for part in parts], np.int64)
+        """Number in ``shapes`` of the images of each shard, (S,) int64."""
+        counts = np.bincount(self.shard_buckets, [sum(part.splits.values()) for part in parts], len(self.shapes))
+        pairs = zip(counts.astype(int).tolist(), self.shapes, strict=True)
+        sizes = [(count, *shape, self.shape[0]) for count, shape in pairs]
+        fits = sum(map(math.prod, sizes)) <= cache_bytes
         # The system allocates written pages only, so images never read cost no memory.
-        self._cache = np.empty((len(self), height, width, channels), np.uint8) if fits else None
-        self._cached = np.zeros(len(self), bool)
+        self._caches = [np.empty(size, np.uint8) for size in sizes] if fits else None
+        self._cached = np.zeros(len(self) if fits else 0, bool)
+        self._places = np.empty(len(self) if fits else 0, np.int64)
+        """Place of each row in the cache of its bucket."""
+        if fits:
+            own = self.buckets(np.arange(len(self)))
+            for bucket, size in enumerate(sizes):
+                self._places[own == bucket] = np.arange(size[0])
 
     @classmethod
     def open(cls, folder: Path, shards: ShardCache | None = None, cache_bytes: int = CACHE_BYTES) -> "Dataset":
@@ -71,14 +129,18 @@ class Dataset:
     def __len__(self) -> int:
         return len(self._table)
 
-    @property
+    @cached_property
     def shape(self) -> tuple[int, int, int]:
-        """Return the shape (C, H, W) of every image."""
+        """Return the shape (C, H, W) of every image; with buckets, of the square of about as many pixels."""
         return self.manifest.channels, self.manifest.size, self.manifest.size
 
     def rows(self, split: Split) -> np.ndarray:
         """Return the rows of a split, sorted by key, as (N,) int64."""
-        return np.flatnonzero(self._table["split"] == SPLITS.index(split))
+        return self._rows[split]
+
+    def by_shard(self) -> ByShard:
+        """Return the training images shard by shard."""
+        return self._by_shard
 
     def keys(self, rows: Rows) -> list[str]:
         """Return the key of each row: hex SHA-256 of its mode, shape and pixels."""
@@ -86,7 +148,7 @@ class Dataset:
 
     def labels(self, rows: Rows) -> list[str | None]:
         """Return the label of each row."""
-        names: list[str | None] = [*self.manifest.labels, None]
+        names: list[str | None] = [*self._labels, None]
         return [names[number] for number in self._table["label"][_numbers(rows)]]
 
     def captions(self, rows: Rows) -> list[str | None]:
@@ -102,49 +164,77 @@ class Dataset:
     @cached_property
     def _captions(self) -> pa.ChunkedArray:
         """Return the captions in the order of the records; read at the first use."""
-        pieces = [table["caption"].combine_chunks() for _, table in _kept(self.folder, self.manifest, "caption")]
+        parts = _with_shards(self.manifest)
+        pieces = [_kept(self.folder, part, "caption")["caption"].combine_chunks() for part in parts]
         return pa.chunked_array(pieces, pa.string())
 
     def classes(self, rows: Rows, classes: Sequence[str]) -> Tensor:
         """Return each row's class as its number in ``classes``, len(classes) if it is none: (len(rows),) int64."""
         numbers = {label: number for number, label in enumerate(classes)}
         # The last entry is for images without a label, whose number −1 indexes it.
-        table = np.array([*(numbers.get(label, len(classes)) for label in self.manifest.labels), len(classes)])
+        table = np.array([*(numbers.get(label, len(classes)) for label in self._labels), len(classes)])
         return torch.from_numpy(table[self._table["label"][_numbers(rows)]])
 
     def shards(self, rows: Rows) -> np.ndarray:
         """Return the number of each row's shard in the manifest: (len(rows),) int32."""
         return self._table["shard"][_numbers(rows)]  # type: ignore[no-any-return]
 
+    def buckets(self, rows: Rows) -> np.ndarray:
+        """Return the number of each row's shape in ``shapes``: (len(rows),) int64."""
+        return self.shard_buckets[self._table["shard"][_numbers(rows)]]  # type: ignore[no-any-return]
+
+    def by_bucket(self, rows: Rows) -> list[np.ndarray]:
+        """Split ``rows`` into those of each bucket that has any, in the order of ``shapes``; their order stays."""
+        rows, own = _numbers(rows), self.buckets(rows)
+        return [rows[own == bucket] for bucket in np.unique(own)]
+
     def prefetch(self, shards: Sequence[int] | None = None) -> None:
         """Prepare ``shards`` (None: all) in the background, soonest needed first."""
         self._shards.prefetch(self._entries if shards is None else [self._entries[number] for number in shards])
 
     def images(self, rows: Rows) -> Tensor:
-        """Return the images in ``rows`` as (len(rows), C, H, W) uint8; raises UserError if a shard is damaged."""
+        """Return the images in ``rows``, which are of one bucket, as (len(rows), C, H, W) uint8.
+
+        Raises UserError if a shard is damaged, and ValueError if there are images of several shapes.
+        """
         return torch.from_numpy(np.ascontiguousarray(self.pixels(rows).transpose(0, 3, 1, 2)))
+
+    def images_in_order(self, rows: Rows) -> Images:
+        """Return the images in ``rows``, of any buckets, each (C, H, W) uint8."""
+        if len(self.shapes) == 1 or not len(rows):
+            return self.images(rows)
+        numbers, own = _numbers(rows), self.buckets(rows)
+        found: dict[int, Tensor] = {}
+        for bucket in np.unique(own):
+            places = np.flatnonzero(own == bucket)
+            found |= zip(places.tolist(), self.images(numbers[places]), strict=True)
+        return stack_images([found[place] for place in range(len(numbers))])
 
     def pixels(self, rows: Rows) -> np.ndarray:
         """Return images as ``images`` does, but (len(rows), H, W, C), as stored, without a transposition."""
-        rows = _numbers(rows)
-        if self._cache is None:
-            return self._decoded(rows)
-        missing = ~self._cached[rows]
+        rows, bucket = _numbers(rows), 0
+        if len(self.shapes) > 1 and len(rows):
+            bucket, *others = np.unique(self.buckets(rows)).tolist()
+            if others:
+                raise ValueError(f"rows of {len(others) + 1} shapes: give those of one bucket at a time")
+        if self._caches is None:
+            return self._decoded(rows, self.shapes[bucket])
+        cache, missing = self._caches[bucket], ~self._cached[rows]
         if missing.any():
             new = rows[missing]
-            self._cache[new] = self._decoded(new)
+            cache[self._places[new]] = self._decoded(new, self.shapes[bucket])
             self._cached[new] = True
-        return self._cache[rows]
+        return cache[self._places[rows]]
 
-    def _decoded(self, rows: np.ndarray) -> np.ndarray:
+    def _decoded(self, rows: np.ndarray, shape: Shape) -> np.ndarray:
         """Decode the images in ``rows``, (len(rows), H, W, C): many of them in chunks and shard by shard."""
-        channels, height, width = self.shape
+        channels = self.shape[0]
         if not 0 < len(rows) <= CHUNK:
-            pixels = np.empty((len(rows), height, width, channels), np.uint8)
+            pixels = np.empty((len(rows), *shape, channels), np.uint8)
             order = np.lexsort((self._table["offset"][rows], self._table["shard"][rows]))
             for start in range(0, len(rows), CHUNK):
                 places = order[start : start + CHUNK]
-                pixels[places] = self._decoded(rows[places])
+                pixels[places] = self._decoded(rows[places], shape)
             return pixels
         table = self._table[rows]
         shards, offsets, sizes = table["shard"], table["offset"], table["size"]
@@ -157,7 +247,7 @@ class Dataset:
             for place, png in zip(places.tolist(), found, strict=True):
                 pngs[place] = png
         try:
-            return decode_many(pngs, self.shape).transpose(0, 2, 3, 1)
+            return decode_many(pngs, (channels, *shape)).transpose(0, 2, 3, 1)
         except ValueError as error:
             raise UserError(
                 f"an image in {self.folder} is not what its record says ({error}): {repair_hint(self.folder)}"
@@ -168,26 +258,103 @@ def _numbers(rows: Rows) -> np.ndarray:
     return np.asarray(rows, np.int64)
 
 
-def _kept(folder: Path, manifest: Manifest, *columns: str) -> Iterator[tuple[int, pa.Table]]:
-    for number, part in enumerate(part for part in manifest.parts if part.shard is not None):
-        table = read_records(folder, part, ["outcome", *columns])
-        yield number, table.filter(pc.equal(table["outcome"], "kept"))
+def _kept(folder: Path, part: Part, *columns: str) -> pa.Table:
+    table = read_records(folder, part, ["outcome", *columns])
+    return table.filter(pc.equal(table["outcome"], "kept"))
 
 
-def _read_table(folder: Path, manifest: Manifest) -> np.ndarray:
-    pieces = []
-    for number, records in _kept(folder, manifest, "key", "split", "label", "offset", "size"):
-        piece = np.empty(len(records), ROW)
-        piece["key"] = np.frombuffer(bytes.fromhex("".join(records["key"].to_pylist())), "S32")
-        piece["split"] = _codes(records["split"], SPLITS)
-        piece["label"] = _codes(records["label"], manifest.labels)
-        piece["shard"] = number
-        piece["offset"] = records["offset"].to_numpy()
-        piece["size"] = records["size"].to_numpy()
-        pieces.append(piece)
-    table = np.concatenate(pieces)
-    table["read"] = np.arange(len(table))
-    return table[np.argsort(table["key"])]
+def _with_shards(manifest: Manifest) -> list[Part]:
+    return [part for part in manifest.parts if part.shard is not None]
+
+
+def open_table(folder: Path, manifest: Manifest) -> Table:
+    """Read the table of the data set in ``folder``; that of more than IN_MEMORY images is mapped from a file.
+
+    The first process writes the file, in the work folder, while the others wait. It takes 73 bytes per image.
+    """
+    if manifest.kept <= IN_MEMORY:
+        labels = manifest.labels
+        pieces = [_read_piece(folder, part, number, labels) for number, part in enumerate(_with_shards(manifest))]
+        images = np.concatenate(pieces)
+        images["read"] = np.arange(len(images))
+        images = images[np.argsort(images["key"])]
+        rows = {split: np.flatnonzero(images["split"] == number) for number, split in enumerate(SPLITS)}
+        shards = images["shard"][rows["train"]]
+        counts = np.bincount(shards, minlength=len(manifest.shards))
+        return Table(images, rows, ByShard(np.argsort(shards, kind="stable"), counts))
+    path = work_folder(folder) / "tables" / f"{manifest.digest}.bin"
+    make_folder(path.parent)
+    with FileLock(path.with_name("lock")):
+        if not path.is_file():
+            # Those of other versions; processes that have mapped them keep them.
+            for old in path.parent.glob("*.bin"):
+                old.unlink()
+            remove_partials(path.parent)
+            with scratch_folder(path.parent / "runs") as runs:
+                write_atomically(path, lambda partial: _write_table(partial, folder, manifest, runs))
+    return _map_table(path, manifest, "r")
+
+
+def _map_table(path: Path, manifest: Manifest, mode: Literal["r", "r+"]) -> Table:
+    counts = np.array([part.splits.get("train", 0) for part in _with_shards(manifest)])
+    train = int(counts.sum())
+    places = np.cumsum([0, manifest.kept * ROW.itemsize, train * 8, (manifest.kept - train) * 8, train * 8]).tolist()
+    if mode == "r+":
+        os.truncate(path, places[-1])
+    file = np.asarray(np.memmap(path, np.uint8, mode))
+    images, rows, held_out, samples = (file[first:end] for first, end in pairwise(places))
+    split_rows: dict[Split, np.ndarray] = {"train": rows.view(np.int64), "held_out": held_out.view(np.int64)}
+    return Table(images.view(ROW), split_rows, ByShard(samples.view(np.int64), counts))
+
+
+def _write_table(path: Path, folder: Path, manifest: Manifest, scratch: Path) -> None:
+    """Write the table by an external sort, range of keys by range of keys."""
+    parts, labels = _with_shards(manifest), manifest.labels
+    ends = np.cumsum([sum(part.splits.values()) for part in parts])
+    groups = np.split(np.arange(len(parts)), np.flatnonzero(np.diff(ends // RANGE)) + 1)
+
+    def write(group: np.ndarray) -> Path:
+        pieces = []
+        for number in group.tolist():
+            pieces.append(_read_piece(folder, parts[number], number, labels))
+            pieces[-1]["read"] = np.arange(ends[number] - len(pieces[-1]), ends[number])
+        return write_run(scratch / f"{group[0]}.npy", np.concatenate(pieces))
+
+    runs = list(prefetch(write, groups, 2))
+    path.touch()
+    table = _map_table(path, manifest, "r+")
+    free = np.cumsum(table.by_shard.counts) - table.by_shard.counts
+    row, written = 0, dict.fromkeys(SPLITS, 0)
+    count = range_count(manifest.kept)
+    for number in range(count):
+        images = read_range(runs, number, count)
+        table.images[row : row + len(images)] = images
+        for code, split in enumerate(SPLITS):
+            rows = np.flatnonzero(images["split"] == code)
+            first = written[split]
+            table.rows[split][first : first + len(rows)] = row + rows
+            written[split] += len(rows)
+            if split == "train":
+                order = np.argsort(images["shard"][rows], kind="stable")
+                counts = np.bincount(images["shard"][rows], minlength=len(free))
+                before = np.cumsum(counts) - counts
+                places = np.arange(len(rows)) + np.repeat(free - before, counts)
+                table.by_shard.samples[places] = first + order
+                free += counts
+        row += len(images)
+
+
+def _read_piece(folder: Path, part: Part, number: int, labels: Sequence[str]) -> np.ndarray:
+    """Read the kept images of a part, whose shard is ``number``, in the order of the records; without ``read``."""
+    records = _kept(folder, part, "key", "split", "label", "offset", "size")
+    piece = np.zeros(len(records), ROW)
+    piece["key"] = np.frombuffer(bytes.fromhex("".join(records["key"].to_pylist())), "S32")
+    piece["split"] = _codes(records["split"], SPLITS)
+    piece["label"] = _codes(records["label"], labels)
+    piece["shard"] = number
+    piece["offset"] = records["offset"].to_numpy()
+    piece["size"] = records["size"].to_numpy()
+    return piece
 
 
 def _codes(column: pa.ChunkedArray, names: Sequence[str]) -> np.ndarray:
@@ -200,7 +367,9 @@ def _codes(column: pa.ChunkedArray, names: Sequence[str]) -> np.ndarray:
     return codes
 
 
-def open_webdataset(folder: Path, split: Split = "train", shuffle: int = 0, seed: int = 0) -> "WebDataset":
+def open_webdataset(
+    folder: Path, split: Split = "train", shuffle: int = 0, seed: int = 0, shape: Shape | None = None
+) -> "WebDataset":
     """Open one split of the data set in ``folder`` as a WebDataset pipeline, for other training scripts.
 
     A sample has ``key`` (hex SHA-256 of its pixels), ``image`` (uint8, (C, H, W)), ``label`` (number of its class in
@@ -208,36 +377,55 @@ def open_webdataset(folder: Path, split: Split = "train", shuffle: int = 0, seed
     number of workers, which divide the shards among them. Nothing in the shards is unpickled.
 
     ``shuffle``: size of the shuffle buffer in images; 0 for the stored order of images and shards, which are otherwise
-    shuffled by ``seed``. Raises UserError if a shard or table is missing or damaged.
+    shuffled by ``seed``. ``shape``: only images of this height and width, which can be batched, of a data set with
+    buckets. Raises UserError if a shard or table is missing or damaged, or no image has that shape.
     """
     # Imported here: Darkroom's own training does not need it.
     import webdataset
 
     dataset = Dataset.open(folder, cache_bytes=0)
     manifest = dataset.manifest
-    keys = frozenset(dataset.keys(dataset.rows(split)))
+    rows = dataset.rows(split)
+    keys = frozenset(dataset.keys(rows))
+    # The shards have the captions of the source, the records those of a captioner.
+    captions = dict(zip(dataset.keys(rows), dataset.captions(rows), strict=True)) if manifest.captioners else None
     dataset.close()
+    parts = [part for part in manifest.parts if shape is None or shape == (part.shape or manifest.shapes[0])]
+    if not (shards := [str(folder / part.shard.name) for part in parts if part.shard is not None]):
+        raise UserError(
+            f"data set {manifest.name} has no images of {shape}: its shapes (height, width) are "
+            f"{', '.join(map(str, manifest.shapes))}"
+        )
     pipeline = webdataset.WebDataset(
-        [str(folder / shard.name) for shard in manifest.shards],
-        shardshuffle=len(manifest.shards) if shuffle else False,
+        shards,
+        shardshuffle=len(shards) if shuffle else False,
         seed=seed,
         empty_check=False,
     ).select(partial(_is_one_of, keys))
     if shuffle:
         pipeline = pipeline.shuffle(shuffle)
     numbers = {label: number for number, label in enumerate(manifest.labels)}
-    return pipeline.map(partial(_decoded, dataset.shape, numbers))
+    return pipeline.map(partial(_decoded, manifest.channels, frozenset(manifest.shapes), numbers, captions))
 
 
 def _is_one_of(keys: frozenset[str], sample: dict[str, Any]) -> bool:
     return sample["__key__"] in keys
 
 
-def _decoded(shape: tuple[int, int, int], numbers: dict[str, int], sample: dict[str, Any]) -> dict[str, Any]:
+def _decoded(
+    channels: int,
+    shapes: frozenset[Shape],
+    numbers: dict[str, int],
+    captions: dict[str, str | None] | None,
+    sample: dict[str, Any],
+) -> dict[str, Any]:
     about = json.loads(sample["json"])
+    shape = shape_of(sample["png"])
+    if shape not in shapes:
+        raise ValueError(f"{sample['__key__']} has {shape_name(shape)} pixels, which is no shape of its data set")
     return {
         "key": sample["__key__"],
-        "image": torch.from_numpy(decode_many([sample["png"]], shape)[0].copy()),
+        "image": torch.from_numpy(decode_many([sample["png"]], (channels, *shape))[0].copy()),
         "label": numbers.get(about.get("label"), -1),
-        "caption": about.get("caption"),
+        "caption": about.get("caption") if captions is None else captions[sample["__key__"]],
     }

@@ -1,9 +1,11 @@
 """Loader of training batches in their order, prepared ahead of the step."""
 
 import time
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import zip_longest
 from typing import Self
 
 import numpy as np
@@ -11,28 +13,30 @@ import torch
 from torch import Tensor
 
 from diffusion.common.errors import UserError
-from diffusion.common.random import permutation, uniform
-from diffusion.data.dataset import Dataset, Rows
+from diffusion.common.random import Permutation, generator, permutation, uniform
+from diffusion.common.shapes import shape_name
+from diffusion.data.dataset import ByShard, Dataset, Rows
 
 
 class TrainingOrder:
     """An endless sequence of sample indices, in which each epoch shows every sample once, in a fresh permutation.
 
     A pure function of (content digest, seed). A position is the number of images seen so far, so resuming is free.
+
+    ``samples``: those in this order, (length,) int64; None: 0 … length−1.
     """
 
-    def __init__(self, content_digest: str, seed: int, length: int) -> None:
-        self.length = length
+    def __init__(self, content_digest: str, seed: int, length: int, samples: np.ndarray | None = None) -> None:
+        self.length, self._samples = length, samples
         self._permutation = lru_cache(maxsize=2)(
-            lambda epoch: permutation(seed, f"order/{content_digest}", epoch, length)
+            lambda epoch: Permutation(seed, f"order/{content_digest}", epoch, length)
         )
 
     def rows(self, start: int, count: int) -> np.ndarray:
-        """Return which of the ``length`` samples are at positions start … start+count−1, as (count,) int64."""
+        """Return the samples at positions start … start+count−1, as (count,) int64."""
         pieces = []
         while count > 0:
-            samples, offset = self._at(start)
-            pieces.append(samples[offset : offset + count])
+            pieces.append(self._piece(start, count))
             start, count = start + len(pieces[-1]), count - len(pieces[-1])
         return np.concatenate(pieces)
 
@@ -40,35 +44,46 @@ class TrainingOrder:
         """Return the shards needed from ``start`` on, soonest first; None: any of them at any time."""
         return None
 
-    def _at(self, position: int) -> tuple[np.ndarray, int]:
-        """Return a piece of the sequence that contains ``position``, and the place of ``position`` in it."""
+    def _piece(self, position: int, most: int) -> np.ndarray:
+        """Return the next samples from ``position`` on: ``most`` of them, or fewer, but one."""
         epoch, offset = divmod(position, self.length)
-        return self._permutation(epoch), offset
+        numbers = self._permutation(epoch)[np.arange(offset, min(offset + most, self.length))]
+        return numbers if self._samples is None else np.take(self._samples, numbers)
 
 
 class WindowedOrder(TrainingOrder):
     """Shards in a fresh order each epoch, and samples permuted within windows of ``window`` consecutive shards.
 
     For data sets larger than the shard cache: at any position only the shards of one window are needed, and the next
-    ones are known. A pure function of (layout digest, seed, window).
+    ones are known. A pure function of (layout digest, seed, window). Memory grows with a window and with the number of
+    shards, not with that of samples.
 
-    ``shards``: the number of the shard that each sample lies in, (N,) integers.
+    ``shards``: numbers of those whose samples are in this order, sorted; None: all.
     """
 
-    def __init__(self, layout_digest: str, seed: int, window: int, shards: np.ndarray) -> None:
-        super().__init__(layout_digest, seed, len(shards))
+    def __init__(
+        self, layout_digest: str, seed: int, window: int, by_shard: ByShard, shards: np.ndarray | None = None
+    ) -> None:
+        counts = by_shard.counts
+        numbers = np.arange(len(counts)) if shards is None else shards
+        self._numbers = numbers[counts[numbers] > 0]
+        self._counts, self._ends = counts[self._numbers], np.cumsum(counts)[self._numbers]
+        super().__init__(layout_digest, seed, int(self._counts.sum()))
+        self._by_shard = by_shard
         self._layout_digest, self._seed, self._shards_each = layout_digest, seed, window
-        self._numbers, counts = np.unique(shards, return_counts=True)
-        self._by_shard = np.split(np.argsort(shards, kind="stable"), np.cumsum(counts)[:-1])
         self._epoch = lru_cache(maxsize=2)(self._shards_and_ends)
         self._window = lru_cache(maxsize=4)(self._permuted)
 
     def coming(self, start: int) -> tuple[int, ...]:
         """Return the shards of the window at position ``start``, then those of the next window."""
-        epoch, window, offset = self._find(start)
-        behind = start - offset + len(self._window(epoch, window))
-        shards = np.concatenate([self._shards_of(epoch, window), self._shards_of(*self._find(behind)[:2])])
-        return tuple(dict.fromkeys(self._numbers[shards].tolist()))
+        positions, shards = self.window(start)
+        return tuple(dict.fromkeys([*shards.tolist(), *self.window(positions.stop)[1].tolist()]))
+
+    def window(self, position: int) -> tuple[range, np.ndarray]:
+        """Return the positions of the window around ``position``, and its shards, in their order: (W,) int64."""
+        epoch, window, offset = self._find(position)
+        shards, first = self._shards_of(epoch, window), position - offset
+        return range(first, first + int(self._counts[shards].sum())), self._numbers[shards]
 
     def _find(self, position: int) -> tuple[int, int, int]:
         """Return epoch and window of ``position``, and its place in the window."""
@@ -77,14 +92,14 @@ class WindowedOrder(TrainingOrder):
         window = int(np.searchsorted(ends, offset, side="right"))
         return epoch, window, offset - (int(ends[window - 1]) if window else 0)
 
-    def _at(self, position: int) -> tuple[np.ndarray, int]:
+    def _piece(self, position: int, most: int) -> np.ndarray:
         epoch, window, offset = self._find(position)
-        return self._window(epoch, window), offset
+        return self._window(epoch, window)[offset : offset + most]
 
     def _shards_and_ends(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """Return the epoch's order of shards, and the cumulative number of samples at the end of each window."""
-        shards = permutation(self._seed, f"shards/{self._layout_digest}", epoch, len(self._by_shard))
-        counts = np.array([len(self._by_shard[shard]) for shard in shards])
+        shards = permutation(self._seed, f"shards/{self._layout_digest}", epoch, len(self._counts))
+        counts = self._counts[shards]
         return shards, np.cumsum(np.add.reduceat(counts, np.arange(0, len(counts), self._shards_each)))
 
     def _shards_of(self, epoch: int, window: int) -> np.ndarray:
@@ -92,8 +107,76 @@ class WindowedOrder(TrainingOrder):
         return shards
 
     def _permuted(self, epoch: int, window: int) -> np.ndarray:
-        samples = np.concatenate([self._by_shard[shard] for shard in self._shards_of(epoch, window)])
+        shards = self._shards_of(epoch, window)
+        ends, counts = self._ends[shards], self._counts[shards]
+        samples = np.concatenate([self._by_shard.samples[a:b] for a, b in zip(ends - counts, ends, strict=True)])
         return np.take(samples, permutation(self._seed, f"window/{self._layout_digest}/{epoch}", window, len(samples)))
+
+
+class BucketedOrder(TrainingOrder):
+    """Batches of one bucket each: the buckets take turns in proportion to their samples.
+
+    Each bucket has an order of its own, in which each of its epochs shows every sample once. A pure function of the
+    arguments: how many batches of a bucket precede a position is computed and not counted. It is always within as many
+    batches of its share as there are other buckets.
+
+    ``orders``: order of the samples of each bucket.
+    """
+
+    def __init__(self, seed: int, batch_size: int, orders: Sequence[TrainingOrder]) -> None:
+        self.length = sum(order.length for order in orders)
+        self._batch_size, self._orders = batch_size, orders
+        self._phases, rest = list[int](), self.length
+        for bucket, order in enumerate(orders):
+            self._phases.append(int(generator(seed, "buckets", bucket).integers(rest)))
+            rest -= order.length
+
+    def coming(self, start: int) -> tuple[int, ...] | None:
+        """Return the shards needed by all buckets from ``start`` on, about the soonest first."""
+        batches = self._before(start // self._batch_size)
+        pairs = zip(self._orders, batches, strict=True)
+        coming = [order.coming(count * self._batch_size) for order, count in pairs]
+        shards = [each for each in coming if each is not None]
+        if not shards:
+            return None
+        return tuple(dict.fromkeys(shard for each in zip_longest(*shards) for shard in each if shard is not None))
+
+    def _before(self, batch: int) -> list[int]:
+        """Return how many of the first ``batch`` batches are of each bucket."""
+        counts, rest = list[int](), self.length
+        for order, phase in zip(self._orders, self._phases, strict=True):
+            # One bucket against all that follow it; these share what is left in the same way.
+            counts.append((batch * order.length + phase) // rest)
+            batch, rest = batch - counts[-1], rest - order.length
+        return counts
+
+    def _piece(self, position: int, most: int) -> np.ndarray:
+        batch, offset = divmod(position, self._batch_size)
+        pairs = zip(self._before(batch), self._before(batch + 1), strict=True)
+        bucket, before = next((bucket, one) for bucket, (one, other) in enumerate(pairs) if other > one)
+        count = min(most, self._batch_size - offset)
+        return self._orders[bucket].rows(before * self._batch_size + offset, count)
+
+
+def make_order(dataset: Dataset, seed: int, batch_size: int, window: int | None = None) -> TrainingOrder:
+    """Make the order of the training images; ``window``: number of shards in a window, None: without windows."""
+    manifest, rows, by_shard = dataset.manifest, dataset.rows("train"), dataset.by_shard()
+
+    def order_of(name: str = "", shards: np.ndarray | None = None, samples: np.ndarray | None = None) -> TrainingOrder:
+        if window is not None:
+            return WindowedOrder(manifest.layout_digest + name, seed, window, by_shard, shards)
+        length = len(rows) if samples is None else len(samples)
+        return TrainingOrder(manifest.content_digest + name, seed, length, samples)
+
+    if manifest.storage.buckets is None:
+        return order_of()
+    own = dataset.buckets(rows) if window is None else None
+    orders = []
+    for bucket in np.unique(dataset.shard_buckets[by_shard.counts > 0]).tolist():
+        shards = np.flatnonzero(dataset.shard_buckets == bucket)
+        samples = None if own is None else np.flatnonzero(own == bucket)
+        orders.append(order_of(f"/{shape_name(dataset.shapes[bucket])}", shards, samples))
+    return BucketedOrder(seed, batch_size, orders)
 
 
 @dataclass(frozen=True)
@@ -105,7 +188,7 @@ class Batch:
     rows: np.ndarray
     """The data set's rows, (B,) int64."""
     images: Tensor
-    """(B, C, H, W) uint8, channels last in memory."""
+    """(B, C, H, W) uint8, all of one bucket, channels last in memory; or their latents, float32."""
 
 
 class Loader:
@@ -116,6 +199,7 @@ class Loader:
 
     ``rows``: the data set's rows that ``order`` orders. ``flip_seed``: half of the images are mirrored, chosen by this
     seed and the image's global index; None: none is. ``prefetch``: batches prepared ahead, by ``workers`` threads.
+    ``latents``: latents of rows, mirrored or not, in place of the images.
     Raises UserError if ``ranks`` does not divide ``batch_size``.
     """
 
@@ -131,6 +215,7 @@ class Loader:
         flip_seed: int | None = None,
         prefetch: int = 4,
         workers: int = 2,
+        latents: Callable[[Rows, np.ndarray | None], Tensor] | None = None,
     ) -> None:
         if batch_size % ranks:
             raise UserError(
@@ -141,7 +226,7 @@ class Loader:
         self.rows = np.asarray(rows)
         self.order, self.batch_size, self.rank = order, batch_size, rank
         self.share = batch_size // ranks
-        self.flip_seed, self._prefetch = flip_seed, prefetch
+        self.flip_seed, self._prefetch, self._latents = flip_seed, prefetch, latents
         self.waited = 0.0
         """Seconds that callers of ``batch`` have waited so far."""
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="loader")
@@ -159,7 +244,7 @@ class Loader:
 
     def prefetch(self, position: int, end: int | None = None) -> None:
         """Start to prepare the batch at ``position`` and those that follow it, and drop all others."""
-        if (coming := self.order.coming(position)) != self._shards:
+        if self._latents is None and (coming := self.order.coming(position)) != self._shards:
             self.dataset.prefetch(coming)
             self._shards = coming
         following = range(position, position + (self._prefetch + 1) * self.batch_size, self.batch_size)
@@ -170,22 +255,25 @@ class Loader:
             if at not in self._ready:
                 self._ready[at] = self._pool.submit(self._make, at)
 
-    def close(self) -> None:
-        """Stop preparing batches."""
-        self._pool.shutdown(cancel_futures=True)
+    def close(self, wait: bool = True) -> None:
+        """Stop preparing batches, and wait for those that have begun, unless ``wait`` is false."""
+        self._pool.shutdown(wait, cancel_futures=True)
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        # A read may be what hangs.
+        self.close(wait=kind is not KeyboardInterrupt)
 
     def _make(self, position: int) -> Batch:
         start = position + self.rank * self.share
         indices = range(start, start + self.share)
         rows = self.rows[self.order.rows(start, self.share)]
+        flipped = None if self.flip_seed is None else (uniform(self.flip_seed, "flip", indices) < 0.5).numpy()
+        if self._latents is not None:
+            return Batch(indices, rows, self._latents(rows, flipped))
         pixels = self.dataset.pixels(rows)
-        if self.flip_seed is not None:
-            flipped = (uniform(self.flip_seed, "flip", indices) < 0.5).numpy()
+        if flipped is not None:
             pixels[flipped] = pixels[flipped, :, ::-1]
         return Batch(indices, rows, torch.from_numpy(pixels).permute(0, 3, 1, 2))

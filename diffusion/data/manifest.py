@@ -1,26 +1,28 @@
-"""The manifest of a data set, read first and written last: its parts, one for each chunk of an ingest."""
+"""The manifest of a data set, read first and written last: its parts, one for each chunk of an ingest and bucket."""
 
 import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self, get_args
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from diffusion.common.config import Config, PlainName, unset
 from diffusion.common.errors import UserError
 from diffusion.common.files import canonical_json, digest_of, sha256_bytes, sha256_file, write_bytes
-from diffusion.data.ingest.config import StorageConfig
+from diffusion.common.shapes import Shape
+from diffusion.data.ingest.config import MOST_BITS, StorageConfig
 
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 Split = Literal["train", "held_out"]
-Outcome = Literal["kept", "duplicate", "quarantined", "removed"]
+Outcome = Literal["kept", "dropped", "duplicate", "quarantined", "removed"]
+STORED: tuple[Outcome, ...] = ("kept", "dropped")
+"""Outcomes of images whose bytes lie in the shard of their part."""
 
 FORMAT_VERSION: Literal[3] = 3
 """Format version of manifests and of the tables they name."""
@@ -37,13 +39,21 @@ RECORDS = pa.schema(
 )
 """One row per image that was read, in the order of reading.
 
-``source_sha256`` is that of the bytes as they came, empty if there were none. ``outcome`` is ``kept``, ``duplicate``
-(its pixels were there already), ``quarantined`` (``reason`` says why) or ``removed`` (taken down; only key and digest
-are left). ``width`` and ``height`` are those of the image as it came. For kept rows ``offset`` and ``size`` are those
-of the PNG in the part's shard; ``total`` and ``squares`` are the sums of its stored 8-bit values and of their squares
-over the pixels, per channel (1 or 3 by ``mode``). ``phash`` (64 hex digits) and ``near`` (key of the first image of the
-group of near-duplicates that it joined) are null unless near-duplicates are configured.
+``source_sha256`` is that of the bytes as they came, empty if there were none. ``outcome`` is ``kept``, ``dropped`` (a
+rule of curation, named in ``reason``, leaves it out; its bytes stay in the shard, and it comes back when the rules
+allow), ``duplicate`` (its pixels were there already), ``quarantined`` (``reason`` says why) or ``removed`` (taken down;
+only key and digest are left). ``width`` and ``height`` are those of the image as it came. For kept and dropped rows
+``offset`` and ``size`` are those of the PNG in the part's shard; ``total`` and ``squares`` are the sums of its stored
+8-bit values and of their squares over the pixels, per channel (1 or 3 by ``mode``). ``phash`` (64 hex digits) and
+``near`` (key of the first image of the group of near-duplicates that it joined) are null unless near-duplicates are
+configured.
 """
+CAPTIONER = pa.field("captioner", pa.string())
+"""Column of tables with captions of a captioner: its identity, null where the caption is that of the source."""
+LEADER = pa.field("leader", pa.string())
+"""Column of tables with images dropped as near-duplicates: the key of the image kept instead, null for all others."""
+OPTIONAL = (CAPTIONER, LEADER)
+"""Columns that only tables with a value in them have."""
 
 
 class FileEntry(Config):
@@ -65,19 +75,25 @@ class Totals(Config):
 
 
 class Part(Config):
-    """A part of a data set, the result of one chunk of one ingest: a table and a shard, both named by content."""
+    """A part of a data set, of one chunk of one ingest and one bucket: a table and a shard, both named by content."""
 
     number: int
     records: FileEntry
     """Table of all entries read (RECORDS)."""
     shard: FileEntry | None
-    """WebDataset tar of the kept images; None if there are none."""
+    """WebDataset tar of the kept and the dropped images; None if there are none."""
     outcomes: dict[Outcome, int]
     splits: dict[Split, int]
     classes: dict[str, int]
     modes: dict[str, int]
     """Kept images by split, by label and by stored mode, ``L`` or ``RGB``."""
     totals: Totals
+    source: str | None = Field(None, exclude_if=unset)
+    """Versioned source of its images, as hf://datasets/OWNER/NAME@COMMIT; None: the source has no versions."""
+    shape: Shape | None = Field(None, exclude_if=unset)
+    """Height and width of every image in the shard, in pixels; None: it has no shard, or the data set no buckets."""
+    captioners: dict[str, int] | None = Field(None, exclude_if=unset)
+    """Kept images by the captioner that captioned them; None: all captions are those of the source."""
 
 
 class Manifest(Config):
@@ -88,14 +104,24 @@ class Manifest(Config):
     parent: Sha256 | None
     """Digest of the manifest that this version was made from; None for the first."""
     change: str
-    """What created this version from its parent: ``ingest``, ``rebuild``, ``removal: `` and its reason, or ``union with
-    `` and the beginning of the digest of another machine's version."""
+    """What created this version from its parent: ``ingest``, ``rebuild``, ``curation``, ``compact``, ``removal: `` and
+    its reason, ``merge of `` and other data sets, or ``union with `` and the beginning of the digest of another
+    machine's version."""
     content_digest: Sha256 | Literal[""]
     """SHA-256 over the sorted samples and the storage configuration; free of history."""
     storage: StorageConfig
     licence: str | None = Field(None, exclude_if=unset)
     """Licence of the images, if known."""
+    near_duplicate_bits: int | None = Field(None, ge=0, le=MOST_BITS, exclude_if=unset)
+    """Number of bits that ``ingest.near_duplicates: auto`` stands for; None: it was not calibrated."""
     parts: list[Part]
+
+    @model_validator(mode="after")
+    def _parts_have_shapes(self) -> Self:
+        shapes: list[Shape | None] = [*self.storage.shapes] if self.storage.buckets else [None]
+        if any(part.shape not in shapes for part in self.parts if part.shard is not None):
+            raise ValueError("a part has another shape than the data set")
+        return self
 
     @property
     def digest(self) -> str:
@@ -118,12 +144,58 @@ class Manifest(Config):
         return [entry for part in self.parts for entry in (part.shard, part.records) if entry is not None]
 
     @property
+    def sources(self) -> list[str]:
+        """Return the versioned sources of its parts, each once, in order."""
+        return list(dict.fromkeys(part.source for part in self.parts if part.source is not None))
+
+    @property
+    def captioners(self) -> dict[str, int]:
+        """Return the number of images by the captioner that captioned them, sorted; empty if there was none."""
+        total = sum((Counter(part.captioners) for part in self.parts if part.captioners), Counter[str]())
+        return dict(sorted(total.items()))
+
+    @property
     def size(self) -> int:
-        """Return height and width of every image, in pixels."""
+        """Return height and width of every image in pixels; with buckets, of the square of about as many."""
         return self.storage.size
 
+    @property
+    def shapes(self) -> list[Shape]:
+        """Return the shapes (H, W) of the images, in pixels, from the narrowest to the widest."""
+        return self.storage.shapes
+
+    @property
+    def stored_as(self) -> str:
+        """Describe the shapes of the images: 28×28 pixels, or several shapes of about as many."""
+        square = f"{self.size}×{self.size} pixels"
+        if self.storage.buckets is None:
+            return square
+        return f"{len(self.shapes)} shape{'s' if len(self.shapes) > 1 else ''} of about {square}"
+
+    @property
+    def buckets(self) -> dict[str, int] | None:
+        """Return the number of images of each shape, as WIDTHxHEIGHT; None for a data set of squares."""
+        if self.storage.buckets is None:
+            return None
+        counts = zip(*self.shape_counts.values(), strict=True)
+        return dict(zip(self.storage.buckets, map(sum, counts), strict=True))
+
+    @property
+    def shape_counts(self) -> dict[Split, list[int]]:
+        """Return the number of images of each of ``shapes``, by split."""
+        own = [part.shape or (self.size, self.size) for part in self.parts]
+        return {
+            split: [
+                sum(part.splits.get(split, 0) for part, each in zip(self.parts, own, strict=True) if each == shape)
+                for shape in self.shapes
+            ]
+            for split in get_args(Split)
+        }
+
     def stored_otherwise(self, other: StorageConfig) -> tuple[str, Any, Any] | None:
-        """Return the first storage setting that differs from ``other``, and both values."""
+        """Return the first storage setting that differs from ``other``, and both values; any buckets match null."""
+        if other.fit == "bucket" and other.buckets is None:
+            other = other.model_copy(update={"buckets": self.storage.buckets})
         differing = ((name, mine, getattr(other, name)) for name, mine in self.storage)
         return next((each for each in differing if each[1] != each[2]), None)
 
@@ -138,10 +210,14 @@ class Manifest(Config):
         return sum(self.counts.values())
 
     @property
+    def dropped(self) -> int:
+        """Return the number of images that curation left out."""
+        return sum(part.outcomes.get("dropped", 0) for part in self.parts)
+
+    @property
     def counts(self) -> dict[Split, int]:
         """Return the number of images by split."""
-        splits: tuple[Split, ...] = ("train", "held_out")
-        return {split: sum(part.splits.get(split, 0) for part in self.parts) for split in splits}
+        return {split: sum(part.splits.get(split, 0) for part in self.parts) for split in get_args(Split)}
 
     @property
     def class_histogram(self) -> dict[str, int]:
@@ -180,11 +256,18 @@ class Manifest(Config):
 
 
 def read_records(folder: Path, part: Part, columns: Sequence[str] | None = None) -> pa.Table:
-    """Read the records of a part, all columns or some; raises UserError if the table is missing or damaged."""
+    """Read the records of a part, all columns or some, OPTIONAL ones as nulls if the table has none.
+
+    Raises UserError if the table is missing or damaged.
+    """
     path = folder / part.records.name
     if not path.is_file() or sha256_file(path) != part.records.sha256:
         raise UserError(f"{path} is missing or damaged: {repair_hint(folder)}")
-    return pq.ParquetFile(path).read(None if columns is None else list(columns))
+    table = pq.ParquetFile(path).read(None if columns is None else list(columns))
+    for field in OPTIONAL:
+        if field.name in (columns or ()) and field.name not in table.column_names:
+            table = table.append_column(field, pa.nulls(len(table), field.type))
+    return table
 
 
 def require_whole(folder: Path, manifest: Manifest) -> None:
@@ -209,6 +292,14 @@ def repair_hint(folder: Path) -> str:
 def work_folder(folder: Path) -> Path:
     """Return the folder in which an ingest into ``folder`` keeps its lock, its index and unfinished work."""
     return folder.parent / f".{folder.name}"
+
+
+def measures_folder(folder: Path) -> Path:
+    """Return the cache folder of the measures by which images of the data set in ``folder`` are curated.
+
+    The names of its tables begin with 32 digits of the SHA-256 of the shard that they describe.
+    """
+    return work_folder(folder) / "measures"
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -287,12 +378,3 @@ def digest_of_samples(storage: StorageConfig, samples: Iterable[bytes]) -> str:
     for sample in samples:
         digest.update(sample)
     return digest.hexdigest()
-
-
-def content_digest(folder: Path, parts: Iterable[Part], storage: StorageConfig) -> str:
-    """Compute the content digest of the images of ``parts``; raises UserError if a table is missing or damaged."""
-    samples, columns = [], ("key", "split", "label", "caption")
-    for part in parts:
-        kept = read_records(folder, part, ("outcome", *columns)).filter(pc.field("outcome") == "kept")
-        samples += [bytes.fromhex(row["key"]) + sample_digest(**row) for row in kept.select(columns).to_pylist()]
-    return digest_of_samples(storage, (sample[32:] for sample in sorted(samples)))

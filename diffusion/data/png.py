@@ -58,6 +58,14 @@ def _chunk(kind: bytes, data: bytes) -> bytes:
     return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(data, zlib.crc32(kind)))
 
 
+def shape_of(png: bytes) -> tuple[int, int]:
+    """Read height and width from the header of a PNG; raises ValueError if it has none."""
+    if len(png) < HEADER:
+        raise ValueError("not a PNG")
+    width, height = struct.unpack(">II", png[16:24])
+    return height, width
+
+
 def decode_many(pngs: Sequence[bytes | memoryview], shape: tuple[int, int, int]) -> np.ndarray:
     """Decode ``pngs``, each of ``shape`` (C, H, W), to (N, C, H, W) uint8; a grey one is repeated over RGB.
 

@@ -203,7 +203,8 @@ class ShardCache:
             file = path.open("rb")
         except FileNotFoundError:
             return None
-        os.utime(file.fileno())
+        # The kernel's own time of now is that of its last tick, which many reads share.
+        os.utime(file.fileno(), ns=(time.time_ns(),) * 2)
         if entry.sha256 not in self._verified:
             if found := damage(file, entry):
                 logger.warning("shard %s in the cache, %s, is %s: fetching it again", entry.name, path, found)
@@ -257,8 +258,9 @@ class ShardCache:
                 f"shard {entry.name} has {entry.bytes} bytes and the cache holds {self._max_bytes}: "
                 "raise training.stream_bytes"
             )
-        keep = self._wanted
         with self._locked():
+            # Once it is locked, as other shards may be wanted than when the wait began.
+            keep = self._wanted
             whole = {path.stem: path.stat() for path in self._folder.glob("*.tar")}
             used = sum(stat.st_size for stat in whole.values()) + sum(self._reserved()) + entry.bytes
             spare = sorted(whole.keys() - keep, key=lambda sha256: whole[sha256].st_mtime_ns)

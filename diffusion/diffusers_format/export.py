@@ -1,18 +1,37 @@
 """Export of trained models to diffusers."""
 
+import json
 import shutil
 from pathlib import Path
 
-from diffusion.checkpoints import load_model
+from safetensors.torch import save_file
+
+from diffusion.checkpoints import (
+    AVERAGED,
+    CARRIED,
+    find_base,
+    load_model,
+    read_model_header,
+    read_pipeline_files,
+    read_tensors,
+    tensor_bytes,
+)
 from diffusion.common.config import Config
 from diffusion.common.errors import UserError
 from diffusion.common.escaping import escape_markdown, python_literal
 from diffusion.common.files import sha256_file, sync_file, sync_folder
 from diffusion.families.ddpm import DiffusionModel
+from diffusion.families.model import ModelHeader
 from diffusion.generation.config import UNCONDITIONAL
 from diffusion.generation.generate import check_sampling, check_sampling_options
+from diffusion.models.config import DiffusersConfig
+from diffusion.models.fine_tuning import FACTORS
+from diffusion.models.pretrained import tensor_names
 from diffusion.process.samplers import SamplingConfig
 
+INDEX, ADAPTER = "model_index.json", "pytorch_lora_weights.safetensors"
+WITH_ADAPTERS = ("StableDiffusionPipeline", "StableDiffusion3Pipeline")
+"""Pipelines with ``load_lora_weights``."""
 STOCK = dict.fromkeys(("ddpm", "dpmpp_2m", "dpmpp_2m_sde", "deis", "unipc"), "DDPMPipeline") | {"ddim": "DDIMPipeline"}
 """Stock pipeline of each sampler; the schedulers of other samplers need scaled noise."""
 
@@ -38,9 +57,23 @@ def export_to_diffusers(
 ) -> Exported:
     """Write the model in the file ``weights`` to ``folder`` as a pipeline of diffusers: whole, or not at all.
 
-    ``sampling`` is the default sampling options. Repeating an export changes nothing. Raises UserError if diffusers is
-    not installed, the folder holds something else, or the model or an option has no counterpart in diffusers.
+    ``sampling`` is the default sampling options. An imported pipeline is written as the one that came in: its own
+    files, and tensors of equal names, types and values but for what was trained. Repeating an export changes nothing.
+    Raises UserError if diffusers is not installed, the folder holds something else, or the model or an option has no
+    counterpart in diffusers.
     """
+    header, digest = read_model_header(weights), sha256_file(weights)
+    partial = folder.absolute().with_name(f".{folder.absolute().name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    if isinstance(header.model, DiffusersConfig):
+        return Exported(
+            pipeline=_write_pipeline(weights, partial),
+            files=_publish(partial, folder.absolute()),
+            folder=folder,
+            weights_sha256=digest,
+            version=version,
+            run_id=run_id,
+        )
     model = load_model(weights)
     if not isinstance(model, DiffusionModel):
         raise UserError(f"diffusers has no counterpart of a model of the family {model.config.family}: export another")
@@ -64,17 +97,93 @@ def export_to_diffusers(
         ) from error
     conditional = bool(model.classes) or model.config.text
     pipeline = "DarkroomPipeline" if conditional else STOCK.get(sampling.sampler, "DarkroomPipeline")
-    digest = sha256_file(weights)
     exported = Exported(
         folder=folder, files={}, pipeline=pipeline, weights_sha256=digest, version=version, run_id=run_id
     )
-    folder = folder.absolute()
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
     kind = getattr(diffusers, pipeline, diffusers_format.DarkroomPipeline)
     parts = diffusers_format.DarkroomUNet.of(model, sampling), scheduler_of(model, sampling)
     kind(*parts).save_pretrained(partial, safe_serialization=True)
-    (partial / "README.md").write_text(readme(model, sampling, exported))
+    (partial / "README.md").write_text(readme(model, sampling, exported, folder.name))
+    return exported.model_copy(update={"files": _publish(partial, folder.absolute())})
+
+
+def export_adapter(weights: Path, folder: Path, version: str | None = None, run_id: str | None = None) -> Exported:
+    """Write the low-rank matrices in the file ``weights`` to ``folder`` for ``load_lora_weights`` of diffusers.
+
+    Its factor α/r is part of B there. Raises UserError if the model has none, its pipeline takes none, or the folder
+    holds something else.
+    """
+    header = read_model_header(weights)
+    if header.lora is None or header.base is None:
+        raise UserError(
+            f"{weights} has no low-rank matrices, as it was not trained with training.lora: use --to diffusers"
+        )
+    if not isinstance(header.model, DiffusersConfig) or header.model.pipeline not in WITH_ADAPTERS:
+        raise UserError(
+            f"only the pipelines {', '.join(WITH_ADAPTERS)} of diffusers load low-rank matrices: use --to diffusers, "
+            "which merges them"
+        )
+    exported = Exported(
+        pipeline=header.model.pipeline,
+        files={},
+        folder=folder,
+        weights_sha256=sha256_file(weights),
+        version=version,
+        run_id=run_id,
+    )
+    partial = folder.absolute().with_name(f".{folder.absolute().name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    b = FACTORS[1]
+    factors = {
+        name: value * header.lora.scale if name.endswith(b) else value
+        for name, value in read_tensors(weights, AVERAGED).items()
+    }
+    save_file(factors, partial / ADAPTER, {"format": "pt"})
+    (partial / "README.md").write_text(_readme_of_pipeline(header, exported, folder.name, is_adapter=True))
+    return exported.model_copy(update={"files": _publish(partial, folder.absolute())})
+
+
+def _write_pipeline(weights: Path, folder: Path) -> str:
+    """Write the imported pipeline in the file ``weights`` to the new ``folder``; returns the class of the pipeline.
+
+    What was trained on top of it is written in the types of its own weights.
+    """
+    source, about = weights, read_model_header(weights)
+    trained = load_model(weights).network if about.base is not None else None
+    while about.base is not None:
+        source = find_base(source, about.base)
+        about = read_model_header(source)
+    assert isinstance(about.model, DiffusersConfig)
+    if about.origin is None or INDEX not in (files := read_pipeline_files(source, about)):
+        raise UserError(f"{source} was not imported from diffusers, so no pipeline can be made of it: export its base")
+    state = {} if trained is None else trained.state_dict()
+    for name, content in files.items():
+        place = folder / name
+        place.parent.mkdir(parents=True, exist_ok=True)
+        if not name.endswith(".safetensors"):
+            place.write_bytes(content)
+            continue
+        component = name.partition("/")[0]
+        # Names of components that are not run are those of their file.
+        tensors = read_tensors(source, f"{CARRIED}{name}/") or read_tensors(source, f"{AVERAGED}{component}.")
+        ours = {} if trained is None else tensor_names(trained, [f"{component}.{key}" for key in tensors])
+        try:
+            described = {key: each for key, each in json.loads(content[8:]).items() if key != "__metadata__"}
+            with place.open("wb") as file:
+                file.write(content)
+                for key in sorted(described, key=lambda key: described[key]["data_offsets"]):
+                    value = state.get(ours.get(f"{component}.{key}", ""), tensors[key]).to(tensors[key].dtype)
+                    file.write(tensor_bytes(value))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{source} has lost tensors of {name}: import the pipeline again") from error
+        if trained is None and sha256_file(place) != about.origin.files[name]:
+            raise UserError(f"{source} has other tensors of {name} than were imported: import the pipeline again")
+    return about.model.pipeline or ""
+
+
+def _publish(partial: Path, folder: Path) -> dict[str, str]:
+    """Rename ``partial`` to ``folder``, or find the same there; returns the SHA-256 of each file."""
     files = _digests(partial)
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
         shutil.rmtree(partial)
@@ -88,7 +197,7 @@ def export_to_diffusers(
                 sync_file(path)
         partial.rename(folder)
         sync_folder(folder.parent)
-    return exported.model_copy(update={"files": files})
+    return files
 
 
 def _digests(folder: Path) -> dict[str, str]:
@@ -96,9 +205,11 @@ def _digests(folder: Path) -> dict[str, str]:
     return {path.relative_to(folder).as_posix(): sha256_file(path) for path in paths}
 
 
-def readme(model: DiffusionModel, sampling: SamplingConfig, about: Exported) -> str:
-    """Write the README of an export: usage, origin and limitations."""
+def readme(model: DiffusionModel, sampling: SamplingConfig, about: Exported, place: str) -> str:
+    """Write the README of an export at ``place``, a folder or OWNER/NAME on the Hub: usage, origin and limitations."""
     header, (channels, size, _) = model.header, model.shape
+    if isinstance(header.model, DiffusersConfig):
+        return _readme_of_pipeline(header, about, place)
     conditions = ', prompts=["…"]' if model.config.text else ""
     sampling = header.sampling(sampling, bool(model.classes) or model.config.text)
     if model.classes:
@@ -110,7 +221,7 @@ Or with a pipeline of diffusers' own, once the class of the network is known (th
 
 ```python
 import diffusion.diffusers_format, diffusers
-pipe = diffusers.{about.pipeline}.from_pretrained({python_literal(about.folder.name)})
+pipe = diffusers.{about.pipeline}.from_pretrained({python_literal(place)})
 pipe(batch_size=4, num_inference_steps={sampling.steps}).images
 ```
 """
@@ -122,7 +233,7 @@ With Darkroom's package and its extra `diffusers`, from its repository (PyPI's p
 
 ```python
 from diffusion.diffusers_format import DarkroomPipeline
-pipe = DarkroomPipeline.from_pretrained({python_literal(about.folder.name)})
+pipe = DarkroomPipeline.from_pretrained({python_literal(place)})
 pipe(batch_size=4, seed=0{conditions}).images
 ```
 {stock}
@@ -139,4 +250,44 @@ pipe(batch_size=4, seed=0{conditions}).images
 The weights come under no licence but what the rights in the images of that data set allow. The model reproduces its
 training data, at this size, with its gaps and biases, and may come close to single images: mark what it generates as
 made by a model.
+"""
+
+
+def _readme_of_pipeline(header: ModelHeader, about: Exported, place: str, is_adapter: bool = False) -> str:
+    origin, trained = header.origin, header.images > 0
+    source = "unknown"
+    if origin is not None:
+        source = "@".join(filter(None, (origin.source, origin.revision)))
+    elif header.base is not None:
+        source = header.base.version or f"the model with SHA-256 {header.base.sha256}"
+    rows = {
+        "model": about.version or "not registered",
+        "MLflow run": about.run_id or "unknown",
+        "fine-tuned from" if trained else "imported from": escape_markdown(source),
+        "weights": f"SHA-256 of the model file `{about.weights_sha256}`",
+    }
+    if trained:
+        rows["data set"] = f"{escape_markdown(header.dataset)}, content {escape_markdown(header.content_digest)}"
+        rows["trained on"] = f"{header.images:,} images seen"
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
+    made = f"fine-tuned on the data set {escape_markdown(header.dataset)}" if trained else "as it was imported"
+    what, load = f"A {about.pipeline}", f"pipe = diffusers.{about.pipeline}.from_pretrained({python_literal(place)})"
+    if is_adapter:
+        what = f"Low-rank matrices (LoRA) for a {about.pipeline}"
+        load = f"pipe = diffusers.{about.pipeline}.from_pretrained(…)  # what it was fine-tuned from\n"
+        load += f"pipe.load_lora_weights({python_literal(place)})"
+    return f"""# {escape_markdown(place.rpartition("/")[2])}
+
+{what} of {header.pixels} images, {made} with Darkroom.
+
+```python
+import diffusers
+{load}
+```
+
+| | |
+|---|---|
+{table}
+
+Mark what it generates as made by a model.
 """

@@ -36,7 +36,7 @@ class DarkroomUNet(ModelMixin, ConfigMixin):  # type: ignore[misc]
     @classmethod
     def of(cls, model: DiffusionModel, sampling: SamplingConfig) -> "DarkroomUNet":
         """Copy ``model``, with ``sampling`` as its default sampling options."""
-        channels, size, _ = model.shape
+        channels, size, _ = model.header.square
         learned = samples_with_learned_variance(model, sampling)
         unet: DarkroomUNet = cls(
             sample_size=size,

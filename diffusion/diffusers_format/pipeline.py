@@ -64,6 +64,8 @@ class DarkroomPipeline(DiffusionPipeline):  # type: ignore[misc]
         labels: str | Sequence[str | None] = (),
         prompts: str | Sequence[str | None] = (),
         negative_prompt: str | None = None,
+        height: int | None = None,
+        width: int | None = None,
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
         guidance_interval: tuple[float, float] | None = None,
@@ -76,15 +78,19 @@ class DarkroomPipeline(DiffusionPipeline):  # type: ignore[misc]
         """Generate images 0 to ``batch_size`` − 1 of ``seed``: those of ``darkroom sample``, to 1e-3 in [−1, 1].
 
         ``labels`` and ``prompts`` are what they show, one for all, or the i-th image the i-th, from the front again
-        after the last; without either, classes come as often as the data set has them. What is None is as the folder
-        says. ``eta`` is DDIM's alone. With a ``generator`` all noise comes from it, as in stock pipelines, and the seed
-        only says which classes. ``output_type`` is pil, np (N, H, W, C) or pt (N, C, H, W), both in [0, 1].
+        after the last; without either, classes come as often as the data set has them. ``height`` and ``width`` are in
+        pixels, both or none: the most frequent shape of the training images. What else is None is as the
+        folder says. ``eta`` is DDIM's alone. With a ``generator`` all noise comes from it, as in stock pipelines, and
+        the seed only says which classes. ``output_type`` is pil, np (N, H, W, C) or pt (N, C, H, W), both in [0, 1].
 
         Raises UserError for conditions without training, options without effect, and a batch size below 1.
         """
         if batch_size < 1:
             raise UserError(f"batch_size = {batch_size}: ask for one image or more")
-        model, indices = self.unet.model, range(batch_size)
+        if (height is None) != (width is None):
+            raise UserError("only one of height and width is given: give both, or none")
+        size = None if height is None or width is None else (height, width)
+        model, indices = self.unet.model.at(size), range(batch_size)
         given = {
             "steps": num_inference_steps,
             "guidance": guidance_scale,
@@ -95,7 +101,7 @@ class DarkroomPipeline(DiffusionPipeline):  # type: ignore[misc]
         conditions = Conditions(labels=labels, prompts=prompts, negative_prompt=negative_prompt)
         config = self.unet.sampling.changed({name: value for name, value in given.items() if value is not None})
         config = model.header.sampling(config, is_conditional(model.classes, conditions))
-        check_prompts(conditions)
+        check_prompts(conditions, model.prompt_length)
         check_sampling(model, config, conditions)
         _check_scheduler(self.scheduler, model)
         learned = isinstance(self.scheduler, DDPMScheduler) and "learned" in str(self.scheduler.config.variance_type)

@@ -5,7 +5,7 @@ checkpoints looks too good on the images it was selected by. The held-out images
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -16,8 +16,10 @@ from torch import Tensor
 from diffusion.checkpoints import read_model_header
 from diffusion.common.config import Config
 from diffusion.common.errors import UserError
+from diffusion.common.escaping import counted
 from diffusion.common.files import write_json
 from diffusion.common.progress import Progress, silent
+from diffusion.common.shapes import Images
 from diffusion.evaluation.bootstrap import FEWEST_FOR_ERRORS, difference
 from diffusion.evaluation.config import EvaluationConfig
 from diffusion.evaluation.estimate import Estimate, paired_difference
@@ -29,11 +31,14 @@ from diffusion.evaluation.gate import (
     Decision,
     GateConfig,
     Headline,
+    PromptAgreement,
     WorstClass,
     decide,
 )
+from diffusion.evaluation.metrics.text_image_agreement import describe_agreement, mean_over_prompts
 from diffusion.evaluation.real_images import SHOWN
 from diffusion.evaluation.results import EvaluationConditions, ModelEvaluation, RealBaseline
+from diffusion.families.ddpm import DiffusionModel
 from diffusion.generation.super_resolution import task_of
 from diffusion.process.samplers import SamplingConfig, effective_sampling
 
@@ -75,21 +80,21 @@ class ChampionComparison(Config):
 
 @dataclass(frozen=True)
 class SampleGrids:
-    """Images for the report on a comparison, each (N, C, H, W) uint8."""
+    """Images for the report on a comparison, each (C, H, W) uint8."""
 
-    real: Tensor
+    real: Images
     """Held-out images; for super-resolution models the ones that they upscaled."""
-    candidate: Tensor
-    champion: Tensor | None
+    candidate: Images
+    champion: Images | None
     """The first images that each generated."""
-    nearest_generated: Tensor
-    nearest_training: Tensor
+    nearest_generated: Images
+    nearest_training: Images
     """The candidate's images nearest to training images, and these, in the order of ``memorization.pairs``."""
-    duplicates: list[Tensor]
+    duplicates: list[Images]
     """The candidate's images that are duplicates of one another, in the order of ``duplicates.groups``."""
     captions: tuple[list[str], list[str]]
     """Prompt or class of each image of candidate and champion; empty if they have none."""
-    classes: Mapping[str, tuple[Tensor, Tensor]]
+    classes: Mapping[str, tuple[Images, Images]]
     """Held-out images and as many generated ones of the candidate's worst classes by name, the worst first."""
 
 
@@ -105,9 +110,10 @@ def compare_with_champion(
 ) -> tuple[ChampionComparison, SampleGrids]:
     """Compare two model files on the data set in ``data`` and apply the gate.
 
-    A champion that cannot be compared (of another family, shape or task, or one that cannot sample as configured), and
-    sets too small for errors, hold the candidate with the reason. Where more images may decide, both generate twice as
-    many, ``gate.looks`` times at most. Expensive parts are cached: the same call after a kill continues, and the
+    A champion that cannot be compared (of another family, shape or task, where only one of the two has captions, of
+    classes that the candidate does not know, or one that cannot sample as configured), and sets too small for errors,
+    hold the candidate with the reason. Where more images may decide, both generate twice as many, ``gate.looks`` times
+    at most. Expensive parts are cached: the same call after a kill continues, and the
     champion's images are generated again only if something differs. ``config`` is how the candidate's checkpoint was
     selected, and the comparison generates with ``config.seed`` + 1; ``output`` is the folder of
     ``champion_comparison.json``, written last, and of the cache.
@@ -166,10 +172,8 @@ def _compare(evaluator: Evaluator, candidate: Path, champion: Path | None, gate:
     theirs = incomparable = None
     if champion is not None:
         try:
-            family, how = (
-                ours.header.model.family,
-                evaluator.sampling,
-            )  # not the candidate's, which has its own guidance
+            # Not the candidate's sampling, which has its own guidance.
+            family, how = ours.header.model.family, evaluator.sampling
             if (other := read_model_header(champion).model).family != family:
                 if not gate.across_families:
                     raise UserError(
@@ -179,6 +183,7 @@ def _compare(evaluator: Evaluator, candidate: Path, champion: Path | None, gate:
                 # Sampling that does not apply to its family is replaced by that family's defaults.
                 how = effective_sampling(other, how)
             theirs = evaluator.model(champion, samples, how)
+            require_same_requests(ours, theirs)
             evaluations.append(theirs.evaluate())
         except UserError as error:
             theirs, incomparable = None, f"the champion cannot be evaluated beside it: {error}"
@@ -206,6 +211,7 @@ def _compare(evaluator: Evaluator, candidate: Path, champion: Path | None, gate:
         incomparable=incomparable,
         own=own if generated and champion is None else {},
         memorized=CopyShare(share=copied.excess, p_value=copied.p_value) if generated else None,
+        agreement=_agreement(ours, theirs if incomparable is None else None),
     )
     if theirs is not None and incomparable is None:
         if generated:
@@ -215,6 +221,8 @@ def _compare(evaluator: Evaluator, candidate: Path, champion: Path | None, gate:
                 "headline": distance_headline(first, second, baseline, evaluations[0].scores.extractor, gate),
                 "recall": difference(first["recall"], second["recall"]),
                 "cost": Cost(candidate=evaluations[0].gflop, champion=evaluations[1].gflop, unit="GFLOP"),
+                "unlike": tuple(_unlike(ours, theirs)),
+                "class_conditional": all(each.model.classes for each in (ours, theirs)),
             }
             if worst is not None and their_worst is not None:
                 differences["worst_class"] = WorstClass(
@@ -229,6 +237,60 @@ def _compare(evaluator: Evaluator, candidate: Path, champion: Path | None, gate:
             differences = {"headline": psnr_headline(ours.psnr, theirs.psnr)}
         compared = compared.model_copy(update=differences)
     return _Look(ours, theirs, evaluations, replicates, compared)
+
+
+def require_same_requests(ours: ModelEvaluator, theirs: ModelEvaluator) -> None:
+    """Raise UserError if only one of the two has prompts, or the candidate lacks a class of the champion.
+
+    Images of captions come nearer to the held-out images whose captions these are, which says nothing of a model
+    without captions. A model without classes is compared as a whole.
+    """
+    has_prompts = [bool(each.conditions.prompts) for each in (ours, theirs)]
+    if has_prompts[0] != has_prompts[1]:
+        with_prompts, without = ("candidate", "champion") if has_prompts[0] else ("champion", "candidate")
+        raise UserError(
+            f"the {with_prompts} generates from the captions of the held-out images and the {without} knows none "
+            "(model.text): look at both, and decide with `darkroom promote --to`"
+        )
+    known, lost = ours.model.classes, [each for each in theirs.model.classes if each not in ours.model.classes]
+    if known and lost:
+        raise UserError(
+            f"it generates {counted(len(lost), 'class', 'classes')} that the candidate does not know, {lost[0]!r} "
+            "among them: look at both, and decide with `darkroom promote --to`"
+        )
+
+
+def _unlike(ours: ModelEvaluator, theirs: ModelEvaluator) -> Iterator[str]:
+    """Describe what differs between the conditions of the two."""
+    families = [each.header.model.family for each in (ours, theirs)]
+    if families[0] != families[1]:
+        yield f"the candidate is a {families[0]} and the champion a {families[1]}"
+    if all(isinstance(each.model, DiffusionModel) for each in (ours, theirs)):
+        how = [f"{x.sampler}, {x.steps} steps, guidance {x.guidance_text}" for x in (ours.guided, theirs.guided)]
+        if how[0] != how[1]:
+            yield f"the candidate is sampled by {how[0]} and the champion by {how[1]}"
+    classes = [each.model.classes for each in (ours, theirs)]
+    if bool(classes[0]) != bool(classes[1]):
+        yield f"only the {'candidate' if classes[0] else 'champion'} has classes: no class is compared by itself"
+    elif new := [each for each in classes[0] if each not in classes[1]]:
+        yield f"the candidate generates {counted(len(new), 'class', 'classes')} that the champion does not know"
+
+
+def _agreement(ours: ModelEvaluator, theirs: ModelEvaluator | None) -> PromptAgreement | str | None:
+    """Compare the text-image agreement of both, or say why not; None if the candidate has no captions."""
+    if theirs is None or not isinstance(ours.cosines, tuple) or not isinstance(theirs.cosines, tuple):
+        found = ours.text_image_agreement
+        return None if found is None else describe_agreement(found)
+    (mine, _), (other, _) = ours.cosines, theirs.cosines
+
+    def mean(values: Tensor) -> Estimate:
+        return mean_over_prompts(values, mine.prompts)
+
+    return PromptAgreement(
+        candidate=mean(mine.above_chance),
+        champion=mean(other.above_chance),
+        difference=mean(mine.above_chance - other.above_chance),
+    )
 
 
 def evaluate_model(
@@ -252,7 +314,8 @@ def _evaluator(
 ) -> Evaluator:
     """Build an evaluator with another seed than that of checkpoint selection."""
     config = config.model_copy(update={"seed": config.seed + 1})
-    return Evaluator(data, config, sampling, output / CACHE, progress, task_of(read_model_header(path).model))
+    header = read_model_header(path)
+    return Evaluator(data, config, sampling, output / CACHE, progress, task_of(header.model, header.size))
 
 
 def distance_headline(
@@ -296,14 +359,15 @@ def _sample_grids(ours: ModelEvaluator, theirs: ModelEvaluator | None, evaluatio
             numbers = [torch.nonzero(each == number)[:8, 0] for each in (labels, ours.labels)]
             count = min(map(len, numbers))
             held_out, generated = (each[:count] for each in numbers)
-            classes[name] = real.dataset.images(real.compared[held_out.numpy()]), ours.images[generated]
+            shown = real.dataset.images_in_order(real.compared[held_out.numpy()])
+            classes[name] = shown, ours.images_at(generated.tolist())
     return SampleGrids(
         real=real.shown_images,
         candidate=ours.images[:SHOWN],
         champion=None if theirs is None else theirs.images[:SHOWN],
-        nearest_generated=ours.images[[pair.generated for pair in pairs]],
-        nearest_training=real.dataset.images(real.train[[pair.training for pair in pairs]]),
-        duplicates=[ours.images[group.members] for group in evaluation.duplicates.groups],
+        nearest_generated=ours.images_at([pair.generated for pair in pairs]),
+        nearest_training=real.dataset.images_in_order(real.train[[pair.training for pair in pairs]]),
+        duplicates=[ours.images_at(group.members) for group in evaluation.duplicates.groups],
         captions=(ours.captions, [] if theirs is None else theirs.captions),
         classes=classes,
     )

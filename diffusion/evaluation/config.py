@@ -1,11 +1,28 @@
 """Configuration of the evaluation of checkpoints."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from diffusion.common.config import LARGEST_EMA_STD, Config, unset
+from diffusion.common.errors import UserError
+
+if TYPE_CHECKING:
+    from diffusion.data.manifest import Manifest
+
+FEWEST = 10
+"""Fewest images of either split for which metrics are meaningful."""
+
+
+def require_enough(manifest: "Manifest") -> None:
+    """Raise UserError if a split of a version of a data set is too small for an evaluation."""
+    for split, count in manifest.counts.items():
+        if count < FEWEST:
+            raise UserError(
+                f"data set {manifest.name} has {count} {split.replace('_', '-').replace('train', 'training')} images, "
+                f"and evaluation needs {FEWEST}: ingest more, or change ingest.held_out"
+            )
 
 
 class EvaluationConfig(Config):
@@ -13,7 +30,7 @@ class EvaluationConfig(Config):
 
     samples: int = Field(500, ge=10)
     """Images generated from each checkpoint, and real training images in the real baseline."""
-    finalists: int = Field(4, ge=1)
+    finalists: int = Field(2, ge=1)
     """Number of checkpoints evaluated in full, on all samples. If there are more (training.keep, ema_stds), rounds with
     fewer images select them by KID, or PSNR for autoencoders, which are unbiased for any number of images."""
     first_samples: int | None = Field(None, ge=10, exclude_if=unset)
@@ -38,6 +55,11 @@ class EvaluationConfig(Config):
     extractor_weights: Path | None = Field(None, exclude_if=unset)
     """Path of the network for file, or of the weights for inception; null: the weights where torch-fidelity keeps them,
     or else downloaded from its release."""
+    text_image_encoder: Path | None = Field(None, exclude_if=unset)
+    """Folder with an encoder of images and texts, such as CLIP, by which the agreement of images with their prompts is
+    measured for models of captions: model.safetensors, config.json, tokenizer.json and processor_config.json, as
+    transformers' CLIPModel and CLIPProcessor save them, or vision_model.onnx and text_model.onnx with the last two.
+    Null: not measured."""
     seed: int = Field(0, ge=0)
     """Seed of the generated images and of the choice of training images."""
 

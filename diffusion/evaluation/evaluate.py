@@ -11,27 +11,28 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from torch import Tensor
-
 from diffusion.checkpoints import read_model_header
 from diffusion.common.errors import UserError
+from diffusion.common.escaping import counted
 from diffusion.common.files import write_bytes, write_json
 from diffusion.common.image_grids import above, beside, blocks, grid, png_bytes, save_png
 from diffusion.common.progress import Progress, silent
+from diffusion.common.shapes import Images
 from diffusion.evaluation.config import EvaluationConfig
 from diffusion.evaluation.estimate import MetricEstimate
 from diffusion.evaluation.evaluator import CACHE, Evaluator, ModelEvaluator
 from diffusion.evaluation.metrics.distances import Scores, jackknife, kid_deviations
 from diffusion.evaluation.metrics.pixel_metrics import TITLES, ResamplingBaseline, describe_baselines, resample
+from diffusion.evaluation.metrics.text_image_agreement import TextImageAgreement, describe_agreement
 from diffusion.evaluation.real_images import SHOWN
 from diffusion.evaluation.reports.charts import charts
 from diffusion.evaluation.reports.html import (
     Cell,
     between,
     captioned,
-    counted,
     decimals,
     fixed,
+    metric_cell,
     plain,
     render,
     signed,
@@ -115,14 +116,16 @@ def grid_name(checkpoint: CheckpointEvaluation) -> str:
 class Sheets:
     """Images of the report."""
 
-    real: Tensor
-    """Held-out images, (N, C, H, W) uint8."""
-    generated: dict[str, Tensor]
+    real: Images
+    """Held-out images, each (C, H, W) uint8."""
+    generated: dict[str, Images]
     """First generated images by SHA-256 of the model file."""
     captions: list[str] = field(default_factory=list)
     """Prompt or class of each image of the best model; empty if they have none."""
-    reconstructed: Tensor | None = None
+    reconstructed: Images | None = None
     """Reconstructions of the real images by the best model's autoencoder, if it has one."""
+    scale: int = 1
+    """Factor of super-resolution."""
 
 
 def evaluate(
@@ -146,9 +149,10 @@ def evaluate(
     """
     if not checkpoints:
         raise UserError("no checkpoint to evaluate: train first, with `darkroom train`")
-    task = task_of(read_model_header(checkpoints[0]).model)
+    header = read_model_header(checkpoints[0])
+    task = task_of(header.model, header.size)
     evaluator = Evaluator(data, config, sampling, output / CACHE, progress, task)
-    generated: dict[str, Tensor] = {}
+    generated: dict[str, Images] = {}
 
     def score(path: Path, samples: int) -> CheckpointEvaluation:
         model = evaluator.model(path, samples)
@@ -174,7 +178,7 @@ def evaluate(
         baselines=evaluator.baselines(),
         guidance=score_guidance(evaluator, model),
     )
-    sheets = Sheets(evaluator.real.shown_images, generated, model.captions, model.reconstructed)
+    sheets = Sheets(evaluator.real.shown_images, generated, model.captions, model.reconstructed, task.scale)
     _write(evaluation, sheets, output)
     write_report(output / "report.html", evaluation, sheets, losses)
     return evaluation
@@ -224,11 +228,11 @@ def write_report(path: Path, evaluation: Evaluation, sheets: Sheets, losses: Pat
         enlarged |= {TITLES[name]: each for name, each in evaluation.baselines.items()}
     compared = None
     if low:
-        images, size = sheets.real[:COMPARED], best.shape[-1]
-        small = shrunk(images, low)
-        bicubic = resample(small, size // low, "bicubic")
-        compared = png_bytes(grid(beside(blocks(small, size), bicubic, best[:COMPARED], images), columns=8))
-    strip_scale = max(1, round(32 / best.shape[-1]))
+        images, scale = sheets.real[:COMPARED], sheets.scale
+        small = [shrunk(image[None], scale)[0] for image in images]
+        bicubic = [resample(image[None], scale, "bicubic")[0] for image in small]
+        compared = png_bytes(grid(beside(blocks(small, scale), bicubic, best[:COMPARED], images), columns=8))
+    strip_scale = max(1, round(32 / max(image.shape[-1] for image in best)))
     page = render(
         "report.html",
         evaluation=evaluation,
@@ -243,6 +247,7 @@ def write_report(path: Path, evaluation: Evaluation, sheets: Sheets, losses: Pat
         metric=evaluation.best.selection_metric.name,
         enlarged=enlarged,
         compared=compared,
+        metric_cell=metric_cell,
         strips={sha256: png_bytes(grid(x[:16], 8, 1, strip_scale)) for sha256, x in sheets.generated.items()},
     )
     return write_bytes(path, page)
@@ -261,8 +266,8 @@ def describe_kid(evaluation: Evaluation) -> str:
     return f"KID {kid} [{low}, {high}]; real images {real}"
 
 
-def undertrained(evaluation: Evaluation) -> str | None:
-    """Warn if the last checkpoint is the best and KID was still falling; None if not, or if nobody can tell.
+def advise_longer(evaluation: Evaluation) -> str | None:
+    """Advise a longer training if the last checkpoint is the best and KID was still falling; None if not, or unknown.
 
     Falling is: in the second half of the training, surely (by two standard errors) and by a tenth or more of what
     separates it from real images.
@@ -282,8 +287,8 @@ def undertrained(evaluation: Evaluation) -> str | None:
     ):
         return None
     return (
-        f"undertrained: KID was still falling at the end, from {signed(earlier.kid)} to {signed(best.scores.kid)}: "
-        "train longer (training.minutes or training.images)"
+        f"KID was still falling at the end, from {signed(earlier.kid)} to {signed(best.scores.kid)}: more "
+        "training.images, or training.minutes, would give better images"
     )
 
 
@@ -293,8 +298,10 @@ def findings(evaluation: Evaluation) -> list[str]:
     said = [f"{describe_kid(evaluation)}."]
     if best.scores.kid - baseline.kid <= 2 * math.hypot(best.scores.kid_se, baseline.kid_se):
         said.append(f"On {best.scores.samples:,} images that cannot be told from real ones.")
-    if (words := undertrained(evaluation)) is not None:
-        said.append(f"{words[0].upper()}{words[1:]}.")
+    if (agreement := best.text_image_agreement) is not None:
+        said.append(f"T{describe_agreement(agreement)[1:]}.")
+    if (words := advise_longer(evaluation)) is not None:
+        said.append(f"{words}.")
     if others := [each for each in evaluation.checkpoints if each.sha256 != best.sha256]:
         second = min(others, key=lambda each: each.scores.kid)
         error = math.hypot(best.scores.kid_se, second.scores.kid_se)
@@ -357,6 +364,17 @@ def score_lines(evaluation: Evaluation) -> list[tuple[str, Cell, Cell, str, str]
         lines.append(("reconstruction_ssim", structure, Cell("1"), "higher", meaning))
         name, meaning = f"reconstruction_fd_{found.extractor}", "What they lose on the way of what is seen."
         lines.append((name, Cell(plain(found.fd)), Cell("0"), "lower", meaning))
+    if isinstance(agreement := evaluation.best.text_image_agreement, TextImageAgreement):
+        value, real = (
+            Cell(f"{each.value:.3f}", between(each.interval)) for each in (agreement.agreement, agreement.real)
+        )
+        meaning = (
+            "Mean cosine of an image's and its prompt's embeddings; beside it that of held-out images and their "
+            f"captions. With the prompts of others it is {agreement.shuffled:.3f}, which is chance."
+        )
+        lines.append((f"text_image_agreement_{agreement.encoder}", value, real, "higher", meaning))
+    elif agreement is not None:
+        lines.append(("text_image_agreement", Cell("not measured"), Cell(), "higher", f"To measure it, {agreement}."))
     return lines
 
 

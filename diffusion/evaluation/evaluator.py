@@ -5,11 +5,13 @@ else they depend on: work continues after a kill, and unchanged results are not 
 """
 
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
-from typing import get_args
+from typing import TypeVar, get_args
 
+import numpy as np
 import torch
 from pydantic_core import to_jsonable_python
 from torch import Tensor
@@ -21,15 +23,26 @@ from diffusion.common.errors import UserError
 from diffusion.common.files import digest_of, sha256_file
 from diffusion.common.fingerprint import fingerprint
 from diffusion.common.progress import Progress, silent
+from diffusion.common.shapes import (
+    Images,
+    Shape,
+    apportion,
+    height_and_width,
+    interleave,
+    numbers_by_shape,
+    shape_name,
+    stack_images,
+)
 from diffusion.common.threads import cores
 from diffusion.data.dataset import Dataset, Rows
 from diffusion.data.manifest import read_manifest
 from diffusion.evaluation.bootstrap import FEWEST_FOR_ERRORS, SPLITS, Figure, Replicates, compute_halves
 from diffusion.evaluation.cache import Key, Tensors, cached, cached_result, pieces_folder
-from diffusion.evaluation.config import EvaluationConfig
+from diffusion.evaluation.config import EvaluationConfig, require_enough
 from diffusion.evaluation.estimate import MetricEstimate
 from diffusion.evaluation.features.feature_extractor import Extractor, make_extractor
 from diffusion.evaluation.features.label_classifier import load_label_classifier
+from diffusion.evaluation.features.text_image_encoder import OPTION, TextImageEncoder, open_text_image_encoder
 from diffusion.evaluation.metrics.copies import detect_duplicates, detect_memorization
 from diffusion.evaluation.metrics.distances import Scores, compute_moments, frechet_distance
 from diffusion.evaluation.metrics.held_out_loss import (
@@ -39,6 +52,7 @@ from diffusion.evaluation.metrics.held_out_loss import (
     summarize_losses,
 )
 from diffusion.evaluation.metrics.per_class import Labelled, PerClass, evaluate_classes
+from diffusion.evaluation.metrics.per_shape import PerShape, evaluate_shapes
 from diffusion.evaluation.metrics.pixel_metrics import (
     RESAMPLING,
     ResamplingBaseline,
@@ -48,7 +62,21 @@ from diffusion.evaluation.metrics.pixel_metrics import (
     resample,
     ssim,
 )
-from diffusion.evaluation.real_images import CHUNK, SHOWN, RealImages, appearance_of_pieces, thumbnails_of_pieces
+from diffusion.evaluation.metrics.text_image_agreement import (
+    Cosines,
+    TextImageAgreement,
+    compute_cosines,
+    number_of_each,
+    summarize_agreement,
+)
+from diffusion.evaluation.real_images import (
+    CHUNK,
+    SHOWN,
+    RealImages,
+    appearance_of_pieces,
+    extractor_key,
+    thumbnails_of_pieces,
+)
 from diffusion.evaluation.results import (
     EvaluationConditions,
     ModelEvaluation,
@@ -63,24 +91,13 @@ from diffusion.generation.super_resolution import GenerationTask, generate, task
 from diffusion.process.likelihood import Terms
 from diffusion.process.samplers import SamplingConfig
 
+T = TypeVar("T")
 CACHE = "evaluations"
 """Name of the cache folder inside the folder of an evaluation."""
-FEWEST = 10
-"""Fewest images of either split for which metrics are meaningful."""
 BATCHES = 2
 """Compute batches per core in a cached piece: little is lost to a kill, and no core waits for long."""
 MetricReplicates = dict[Figure, Replicates]
 """Metrics of one model with their values on halves; empty if there are too few images for errors."""
-
-
-def require_enough(data: Path) -> None:
-    """Raise UserError if a split of the data set in folder ``data`` is too small for an evaluation."""
-    for split, count in read_manifest(data).counts.items():
-        if count < FEWEST:
-            raise UserError(
-                f"data set {data} has {count} {split.replace('_', '-').replace('train', 'training')} images, "
-                f"and evaluation needs {FEWEST}: ingest more, or change ingest.held_out"
-            )
 
 
 class Evaluator:
@@ -99,7 +116,7 @@ class Evaluator:
         progress: Progress = silent,
         task: GenerationTask = GenerationTask(),  # noqa: B008 (frozen)
     ) -> None:
-        require_enough(data)
+        require_enough(read_manifest(data))
         dataset = Dataset.open(data)
         if config.extractor == "labels":
             extractor: Extractor = load_label_classifier(dataset, config.extractor_size, folder, progress)
@@ -107,14 +124,18 @@ class Evaluator:
             extractor = make_extractor(config)
         self.real = RealImages(dataset, extractor, config.reference, config.samples, folder, task, progress)
         self.config, self.sampling, self.folder, self.progress = config, sampling, folder, progress
+        self.encoder: TextImageEncoder | None = None
+        if config.text_image_encoder is not None:
+            self.encoder = open_text_image_encoder(config.text_image_encoder)
         self.generated: dict[str, Tensor] = {}
-        """Images of the last evaluation of each model, by all that they depend on but their number."""
+        """Images of the last evaluation of each model and shape, by all that they depend on but their number."""
         self.conditions = EvaluationConditions(
             content_digest=dataset.manifest.content_digest,
             extractor=extractor.name,
             extractor_digest=extractor.digest,
             preprocessing=extractor.preprocessing,
             evaluation=config,
+            text_image_encoder=None if self.encoder is None else self.encoder.digest,
             sampling=sampling,
             low_resolution=task.low_resolution,
         )
@@ -138,18 +159,20 @@ class Evaluator:
         samples, sampling = samples or config.samples, sampling or self.sampling
         found = ModelEvaluator(path, self, config, samples, sampling, name or path.stem, captioned)
         header, dataset = found.header, self.real.dataset
-        if (shape := (header.channels, header.size, header.size)) != dataset.shape:
+        if header.square != dataset.shape:
             raise UserError(
-                f"{path} generates images of {'×'.join(map(str, shape))} and {dataset.folder} holds "
+                f"{path} generates images of {'×'.join(map(str, header.square))} and {dataset.folder} holds "
                 f"{'×'.join(map(str, dataset.shape))} (channels × height × width): "
                 "evaluate it on the data set it was trained on"
             )
-        theirs, ours = task_of(header.model), self.real.task
+        theirs, ours = task_of(header.model, header.size), self.real.task
         if theirs.low_resolution != ours.low_resolution:
             raise UserError(
                 f"{path} {theirs.description}, and what it would be compared with {ours.description}: scores say "
                 "nothing of two tasks"
             )
+        for shape in [] if header.shapes is None and not dataset.manifest.storage.buckets else dataset.shapes:
+            found.model.at(shape)  # raises for a shape of the data set that its network does not take
         return found
 
     def replicates(self, models: Sequence["ModelEvaluator"]) -> list[MetricReplicates]:
@@ -195,8 +218,9 @@ class Evaluator:
 
         def compute(name: str) -> tuple[ResamplingBaseline, Tensors]:
             assert real.small is not None
-            large = resample(real.small, real.dataset.manifest.size // low_resolution, name)
-            alike = compare_images(large, torch.cat(list(real.images(real.shown))))
+            enlarged = {shape: resample(small, real.task.scale, name) for shape, small in real.small.items()}
+            large = in_order(real.shapes(real.shown), enlarged)
+            alike = compare_images(large, real.dataset.images_in_order(real.shown))
             return ResamplingBaseline(scores=real.score(real.extractor(large)), similarity=alike), {}
 
         key: Key = {"kind": "baseline", "format_version": 2, "samples": len(real.shown)}
@@ -248,9 +272,64 @@ class ModelEvaluator:
         """Return captions of real images for models with captions, else classes as frequent as in the data set."""
         if not self.header.model.text:
             return UNCONDITIONAL
+        return conditions_of(self.real.dataset, self._captioned_rows, self.model.classes)
+
+    @cached_property
+    def _captioned_rows(self) -> list[int]:
+        """Return the real images whose captions are the prompts."""
         dataset, rows = self.real.dataset, self.real.held_out if self.captioned is None else self.captioned
         captioned = [row for row, caption in zip(rows, dataset.captions(rows), strict=True) if caption is not None]
-        return conditions_of(dataset, captioned[: self.config.samples], self.model.classes)
+        return captioned[: self.config.samples]
+
+    @cached_property
+    def _rows(self) -> np.ndarray:
+        """Return the real images whose captions or inputs the generated ones have, or else only the shapes."""
+        if self.real.small is not None:
+            return np.asarray(self.real.shown[: self.samples], np.int64)
+        return np.asarray(self._captioned_rows if self.header.model.text else self.real.held_out, np.int64)
+
+    @cached_property
+    def shapes(self) -> list[Shape]:
+        """Return the shape (H, W) of each image: those of held-out images in their shares, evenly spread.
+
+        The inputs of super-resolution decide by themselves.
+        """
+        dataset = self.real.dataset
+        if self.real.small is not None:
+            return self.real.shapes(self._rows)
+        counts = Counter(self.real.shapes(self._rows)) if len(dataset.shapes) > 1 and len(self._rows) else None
+        counts = counts or Counter(dataset.shapes[:1])
+        return [shape for shape, _ in interleave(apportion(counts, self.samples))]
+
+    @cached_property
+    def _numbers(self) -> dict[Shape, list[int]]:
+        """Return the places of the images of each shape among all."""
+        return numbers_by_shape(self.shapes)
+
+    def _indices(self, shape: Shape) -> range:
+        """Return the indices in the seed of the images of a shape, from 0 in the first one.
+
+        Images of one index and as many values would have equal noise, and the bootstrap takes them for independent.
+        """
+        conditions = self._conditions_at(shape)
+        cycle = math.lcm(self.sampling.compute_batch, len(conditions.labels) or 1, len(conditions.prompts) or 1)
+        first = self.real.dataset.shapes.index(shape) * math.ceil(2**32 / cycle) * cycle
+        return range(first, first + len(self._numbers[shape]))
+
+    def _merged(self, of_shape: Mapping[Shape, Iterable[T]]) -> list[T]:
+        """Put what there is of the images of each shape into the order of all."""
+        found: dict[int, T] = {}
+        for shape, own in self._numbers.items():
+            found |= zip(own, of_shape[shape], strict=True)
+        return [found[number] for number in range(self.samples)]
+
+    def _conditions_at(self, shape: Shape) -> Conditions:
+        """Return the conditions of the images of one shape: of several, the labels and captions of held-out ones."""
+        if len(self.real.dataset.shapes) == 1 or self.real.small is not None or not self.is_conditional:
+            return self.conditions
+        own = self._rows[[each == shape for each in self.real.shapes(self._rows)]]
+        found = conditions_of(self.real.dataset, own, self.model.classes)
+        return found if self.header.model.text else found.model_copy(update={"prompts": ()})
 
     @property
     def is_conditional(self) -> bool:
@@ -263,39 +342,50 @@ class ModelEvaluator:
         return self.sampling if self.is_conditional else self.sampling.unguided()
 
     @cached_property
-    def images(self) -> Tensor:
-        """Return the generated images, (samples, C, H, W) uint8."""
-        images = cached(self.folder, self.generated_key, lambda: {"images": self._generate()})["images"]
-        self.evaluator.generated[self._numbered_key] = images
-        return images
+    def images(self) -> Images:
+        """Return the generated images, each (C, H, W) uint8."""
+        found = {}
+        for shape in self._numbers:
+            key = self._key_at(shape)
+            found[shape] = cached(self.folder, key, partial(self._generate, shape, key))["images"]
+            self.evaluator.generated[_numbered(key)] = found[shape]
+        return next(iter(found.values())) if len(found) == 1 else self._merged(found)
 
-    def _generate(self) -> Tensor:
-        """Generate all images in pieces of whole compute batches, bit-identical to one pass, cached until all are.
+    def images_at(self, numbers: Sequence[int]) -> Images:
+        """Return the generated images of these ``numbers``."""
+        images = self.images
+        return [images[number] for number in numbers] if isinstance(images, list) else images[numbers]
 
-        Those of an evaluation on fewer images, as many as fill compute batches, are the first of them.
+    def _generate(self, shape: Shape, whole: Key) -> Tensors:
+        """Generate the images of a shape in pieces of whole compute batches, bit-identical to one pass.
+
+        They are cached until all are there, and ``whole`` is the key of all. Those of an evaluation on fewer images, as
+        many as fill compute batches, are the first of them.
         """
-        batch = self.sampling.compute_batch
+        batch, count = self.sampling.compute_batch, len(self._numbers[shape])
         size = BATCHES * cores() * batch
-        folder = pieces_folder(self.folder, self.generated_key)
-        before = self.evaluator.generated.get(self._numbered_key, torch.empty(0))
-        first = min(len(before), self.samples) // batch * batch
+        folder = pieces_folder(self.folder, whole)
+        before = self.evaluator.generated.get(_numbered(whole), torch.empty(0))
+        first = min(len(before), count) // batch * batch
 
         def piece(start: int) -> Tensors:
-            numbers = range(start, min(start + size, self.samples))
+            numbers = range(start, min(start + size, count))
 
             def counted(what: str, done: int, total: int | None, note: str = "") -> None:
                 of_images = total == len(numbers)
-                self.progress(what, start + done if of_images else done, self.samples if of_images else total, note)
+                self.progress(what, start + done if of_images else done, count if of_images else total, note)
 
-            inputs = None if self.real.small is None else self.real.small[start : numbers.stop]
-            seed, conditions = self.config.seed, self.conditions
-            return {"images": generate(self.model, inputs, numbers, seed, self.guided, counted, conditions)}
+            inputs = None if self.real.small is None else self.real.small[shape][start : numbers.stop]
+            seed, conditions, model = self.config.seed, self._conditions_at(shape), self.model
+            model = model if inputs is not None else model.at(shape)
+            indices = self._indices(shape)[numbers.start : numbers.stop]
+            return {"images": generate(model, inputs, indices, seed, self.guided, counted, conditions)}
 
         pieces = [before[:first]] if first else []
-        for start in range(first, self.samples, size):
-            key = {"kind": "piece", "first": start, "count": min(size, self.samples - start)}
+        for start in range(first, count, size):
+            key = {"kind": "piece", "first": start, "count": min(size, count - start)}
             pieces.append(cached(folder, key, partial(piece, start))["images"])
-        return torch.cat(pieces)
+        return {"images": torch.cat(pieces)}
 
     @cached_property
     def features(self) -> Tensor:
@@ -311,9 +401,14 @@ class ModelEvaluator:
     @cached_property
     def labels(self) -> Tensor | None:
         """Return the class of each image, (samples,), see ``labels_of``; None for models without classes."""
-        if self.header.model.low_resolution:
+        if self.header.model.low_resolution or not self.model.classes:
             return None
-        return labels_of(self.model, range(self.samples), self.config.seed, self.conditions)
+        found = {}
+        for shape in self._numbers:
+            labels = labels_of(self.model, self._indices(shape), self.config.seed, self._conditions_at(shape))
+            assert labels is not None
+            found[shape] = labels
+        return next(iter(found.values())) if len(found) == 1 else torch.stack(self._merged(found))
 
     @property
     def captions(self) -> list[str]:
@@ -322,8 +417,24 @@ class ModelEvaluator:
             return []
         numbers, names = range(min(self.samples, SHOWN)), [*self.model.classes, ""]
         classes = [""] * len(numbers) if self.labels is None else [names[n] for n in self.labels[: len(numbers)]]
-        found = [self.conditions.prompt(n) or name for n, name in zip(numbers, classes, strict=True)]
+        prompts = self._merged(
+            {
+                shape: [conditions.prompt(number) for number in range(len(own))]
+                for shape, own in self._numbers.items()
+                for conditions in [self._conditions_at(shape)]
+            }
+        )
+        found = [prompts[n] or name for n, name in zip(numbers, classes, strict=True)]
         return found if any(found) else []
+
+    @cached_property
+    def per_shape(self) -> PerShape | None:
+        """Return metrics by shape; None for a data set of one shape."""
+        real = self.real
+        if len(real.dataset.shapes) == 1:
+            return None
+        reference = real.reference.features
+        return evaluate_shapes(self.features, self.shapes, reference, real.shapes(real.compared), real.extractor.name)
 
     @cached_property
     def per_class(self) -> PerClass | None:
@@ -335,13 +446,61 @@ class ModelEvaluator:
         return evaluate_classes(generated, real.labelled(classes), real.reader(classes), classes, real.extractor.name)
 
     @cached_property
+    def cosines(self) -> tuple[Cosines, Cosines] | str | None:
+        """Return cosines of generated and of real images with the prompts; why there are none; None without captions.
+
+        The real images are those that the prompts are captions of.
+        """
+        if not self.header.model.text:
+            return None
+        encoder, real = self.evaluator.encoder, self.real
+        if encoder is None:
+            return f"set {OPTION}"
+        rows = np.array(self._captioned_rows, np.int64)
+        different, prompts = number_of_each([caption or "" for caption in real.dataset.captions(rows)])
+        # They are used in turn if there are more images than captions.
+        of_images = prompts
+        if len(prompts):
+            places = numbers_by_shape(real.shapes(rows)) if len(real.dataset.shapes) > 1 else {}
+            own = {}
+            for shape, numbers in self._numbers.items():
+                there = places.get(shape, range(len(rows)))
+                own[shape] = [there[number % len(there)] for number in range(len(numbers))]
+            of_images = prompts[torch.tensor(self._merged(own))]
+        if len(set(of_images.tolist())) < 2:
+            return "the images have fewer than two different prompts: ingest captions"
+        key: Key = extractor_key(encoder)
+        of_texts: Key = {"kind": "embeddings of texts", "format_version": 1, "texts": digest_of(different)} | key
+        texts = cached(self.folder, of_texts, lambda: {"texts": encoder.embed(different)})["texts"]
+        generated: Key = {"kind": "embeddings of generated images", "format_version": 1} | key
+        generated["generated"] = self.generated_key
+        images = cached(self.folder, generated, lambda: {"images": encoder(self.images)})["images"]
+        of_real = real.features(rows, extractor=encoder)
+        if len(widths := {texts.shape[1], images.shape[1]}) > 1:
+            raise UserError(
+                f"{OPTION} = {encoder.folder} embeds images and texts in {widths} dimensions: use one model"
+            )
+        return compute_cosines(images, texts, of_images), compute_cosines(of_real, texts, prompts)
+
+    @property
+    def text_image_agreement(self) -> TextImageAgreement | str | None:
+        """Return the agreement of images with their prompts, or why it is not measured; None without captions."""
+        found, encoder = self.cosines, self.evaluator.encoder
+        if isinstance(found, tuple):
+            assert encoder is not None
+            return summarize_agreement(encoder.name, *found)
+        return found
+
+    @cached_property
     def held_out_loss(self) -> HeldOutLoss:
         """Return the loss on as many held-out images as are generated."""
         rows = self.real.held_out[: self.config.samples]
 
         def work() -> Tensors:
             dataset = self.real.dataset
-            chunks = (rows[start : start + CHUNK] for start in range(0, len(rows), CHUNK))
+            chunks = (
+                own[start : start + CHUNK] for own in dataset.by_bucket(rows) for start in range(0, len(own), CHUNK)
+            )
             pieces = ((dataset.images(some), conditioning_of_rows(self.model, dataset, some)) for some in chunks)
             terms = measure_losses(self.model, pieces, self.sampling, self.progress)
             bits = {} if terms.bits is None else {"bits": terms.bits}
@@ -351,9 +510,13 @@ class ModelEvaluator:
         return summarize_losses(Terms(kept["edges"], kept["losses"], kept.get("bits")))
 
     @property
-    def reconstructed(self) -> Tensor | None:
-        """Return reconstructions of the first held-out images, (N, C, H, W) uint8; None without an autoencoder."""
-        return self._reconstruction[1].get("shown")
+    def reconstructed(self) -> Images | None:
+        """Return reconstructions of the first held-out images, uint8; None without an autoencoder."""
+        found = [images for name, images in self._reconstruction[1].items() if name.startswith("shown")]
+        if len(found) < 2:
+            return next(iter(found), None)
+        shapes = self.real.shapes(self.real.held_out[:SHOWN])
+        return in_order(shapes, {height_and_width(images): images for images in found})
 
     @property
     def psnr(self) -> Tensor | None:
@@ -370,12 +533,14 @@ class ModelEvaluator:
 
         def work() -> tuple[Reconstruction, Tensors]:
             model = self.model.on(resolve_device(self.sampling.device))
-            ratios, similar, features, back = list[Tensor](), list[Tensor](), list[Tensor](), list[Tensor]()
-            for images in real.images(rows):
-                back.append(reconstructed(model, images, self.sampling))
-                ratios.append(psnr(back[-1], images))
-                similar.append(ssim(back[-1], images))
-                features.append(real.extractor(back[-1]))
+            ratios, similar, features, shown = list[Tensor](), list[Tensor](), list[Tensor](), dict[str, Tensor]()
+            for images in real.by_bucket(rows):
+                back = reconstructed(model, images, self.sampling)
+                ratios.append(psnr(back, images))
+                similar.append(ssim(back, images))
+                features.append(real.extractor(back))
+                suffix = "" if len(real.dataset.shapes) == 1 else f"/{shape_name(height_and_width(images))}"
+                shown.setdefault(f"shown{suffix}", back[:SHOWN])
                 self.progress("images reconstructed", sum(map(len, ratios)), len(rows))
             of_each = torch.cat(ratios)
             found = Reconstruction(
@@ -386,7 +551,7 @@ class ModelEvaluator:
                 ssim=torch.cat(similar).mean().item(),
                 fd=frechet_distance(compute_moments(torch.cat(features)), real.reference.moments),
             )
-            return found, {"psnr": of_each, "shown": back[0][:SHOWN]}
+            return found, {"psnr": of_each, **shown}
 
         key = self._held_out_key("reconstructions", len(rows)) | {"extractor_digest": real.extractor.digest}
         return cached_result(self.folder, key, Reconstruction, work)
@@ -395,7 +560,7 @@ class ModelEvaluator:
         """Return the metrics that every model has."""
         similarity = None
         if self.header.model.low_resolution is not None:
-            real = torch.cat(list(self.real.images(self.real.shown[: self.samples])))
+            real = self.real.dataset.images_in_order(self.real.shown[: self.samples])
             similarity = compare_images(self.images, real)
         return ModelScores(
             sha256=self.sha256,
@@ -405,11 +570,14 @@ class ModelEvaluator:
             scores=self.scores,
             reconstruction=self._reconstruction[0],
             similarity=similarity,
+            text_image_agreement=self.text_image_agreement,
+            per_shape=self.per_shape,
         )
 
     def evaluate(self) -> ModelEvaluation:
         """Return all metrics, without estimates."""
-        real, pieces = self.real, torch.split(self.images, CHUNK)
+        real, images = self.real, self.images
+        pieces = [images[start : start + CHUNK] for start in range(0, len(images), CHUNK)]
         mirrored = bool(self.header.training.get("flip", False))  # then mirrored copies count as well
         nearest = real.neighbours(self.features_key, pieces, self.features, mirrored)
         rows = real.held_out
@@ -436,24 +604,40 @@ class ModelEvaluator:
             key |= {"content_digest": digest, "reference": self.config.reference}
         if self.header.model.text and self.captioned is not None:
             key |= {"captioned": self.real.key(self.captioned)}
+        if len(self.real.dataset.shapes) > 1 or self.header.shapes is not None:
+            digest = self.real.dataset.manifest.content_digest
+            key |= {"content_digest": digest, "shapes": [shape_name(shape) for shape in self.real.dataset.shapes]}
+            key |= {"indices": "of each shape"}
         return key
 
-    @property
-    def _numbered_key(self) -> str:
-        """Return the digest of ``generated_key`` for any number of images."""
-        return digest_of(to_jsonable_python(self.generated_key | {"samples": None}))
+    def _key_at(self, shape: Shape) -> Key:
+        """Return the cache key of the generated images of a shape, which of one shape is that of all."""
+        if len(self.real.dataset.shapes) == 1:
+            return self.generated_key
+        return self.generated_key | {"samples": len(self._numbers[shape]), "shape": shape_name(shape)}
 
     @property
     def features_key(self) -> Key:
         """Return the cache key of the features of the generated images."""
         key: Key = {"kind": "features of generated images", "format_version": 1, "generated": self.generated_key}
-        return key | self.real.extractor_key
+        return key | extractor_key(self.real.extractor)
 
     def _held_out_key(self, kind: str, count: int) -> Key:
         """Return the cache key of what is computed of the first ``count`` held-out images."""
         digest = self.real.dataset.manifest.content_digest
         key: Key = {"kind": kind, "format_version": 4, "model": self.digest, "content_digest": digest}
         return key | {"count": count, "fingerprint": self.fingerprint}
+
+
+def _numbered(key: Key) -> str:
+    """Compute the digest of the ``key`` of generated images for any number of them."""
+    return digest_of(to_jsonable_python(key | {"samples": None}))
+
+
+def in_order(shapes: Sequence[Shape], images: Mapping[Shape, Tensor]) -> Images:
+    """Put images of each shape into the order of ``shapes``, of which there may be fewer."""
+    left = {shape: iter(own) for shape, own in images.items()}
+    return stack_images([next(left[shape]) for shape in shapes])
 
 
 def gflop(model: Model, config: SamplingConfig) -> float:

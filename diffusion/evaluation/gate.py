@@ -12,8 +12,9 @@ from typing import Literal
 from pydantic import Field, FiniteFloat
 
 from diffusion.common.config import Config, unset
+from diffusion.common.escaping import counted
 from diffusion.evaluation.estimate import Estimate
-from diffusion.evaluation.reports.html import count, counted, signed, with_error
+from diffusion.evaluation.reports.html import count, signed, with_error
 
 ENOUGH = 4 * 1280
 """Images of either side from which the Fréchet distance decides, four for each feature of the default network: below,
@@ -51,12 +52,16 @@ class GateConfig(Config):
     versions, too."""
     class_loss: float | None = Field(None, ge=0)
     """Largest relative increase of the worst class's distance, for class-conditional models: 0.5 is by half."""
+    agreement_loss: float | None = Field(0.1, ge=0, le=1)
+    """Largest loss of text-image agreement, for models of captions where evaluation.text_image_encoder is set: as a
+    share of what the champion's images agree with their prompts more than with those of others."""
     cost: float | None = Field(2.0, gt=0)
     """Largest ratio of the candidate's cost per image to the champion's."""
     saving: float | None = Field(2.0, gt=1)
     """k: a candidate whose images cost at most 1/k of the champion's need not be better. It is promoted if it is, with
-    confidence c, not worse by δ: the share of the distance between champion and real images that it may add. Both are
-    sampled in the same way, so it is its network that is cheaper. Null: it must be better."""
+    confidence c, not worse by δ: the share of the distance between champion and real images that it may add. Cost is
+    that of all network passes of an image in floating-point operations, which mean the same for every family. Null: it
+    must be better."""
     looks: int = Field(3, ge=1, le=8)
     """Times that the two are compared at most, 1 to 8. Where a comparison holds the candidate and more images may tell,
     both generate twice as many. Each look has an equal share of 1 − c, so that all together err no more often than one
@@ -120,6 +125,15 @@ class WorstClass(Config):
     champion_class: str
 
 
+class PromptAgreement(Config):
+    """How much more images agree with their own prompts than with those of others: differences of cosines."""
+
+    candidate: Estimate
+    champion: Estimate
+    difference: Estimate
+    """Candidate minus champion, on the same prompts."""
+
+
 class Cost(Config):
     """Cost of generating one image."""
 
@@ -142,6 +156,10 @@ class ComparisonMetrics(Config):
     """Whether there is a champion. If not, only rules that need none apply."""
     incomparable: str | None = None
     """Why the two cannot be compared, which holds the candidate; None if they can."""
+    unlike: tuple[str, ...] = Field((), exclude_if=lambda unlike: not unlike)
+    """What differs between the two in the conditions of the comparison, each in a sentence; no objection."""
+    class_conditional: bool = True
+    """Whether both are; else no class is compared by itself."""
     own: dict[Literal["precision", "recall"], Estimate] = Field({}, exclude_if=lambda own: not own)
     """The candidate's own precision and recall, which a first version is decided on."""
     headline: Headline | None = None
@@ -149,10 +167,12 @@ class ComparisonMetrics(Config):
     """Candidate minus champion, on the same images as the headline."""
     memorized: CopyShare | None = None
     worst_class: WorstClass | None = None
+    agreement: PromptAgreement | str | None = None
+    """Text-image agreement, or why it was not compared; None for models without captions."""
     cost: Cost | None = None
 
 
-Rule = Literal["headline", "recall", "memorized", "worst class", "cost"]
+Rule = Literal["headline", "conditions", "recall", "memorized", "worst class", "text-image agreement", "cost"]
 
 
 class Verdict(StrEnum):
@@ -206,10 +226,14 @@ def decide(metrics: ComparisonMetrics, config: GateConfig, looks: int = 1) -> De
     if generated and metrics.has_champion and metrics.incomparable is None:
         if config.recall_loss is not None:
             findings.append(_recall(metrics, config.recall_loss, config.confidence, c))
-        if config.class_loss is not None:
+        if config.class_loss is not None and metrics.class_conditional:
             findings.append(_worst_class(metrics, config.class_loss, config.confidence, c))
         if config.cost is not None:
             findings.append(_cost(metrics.cost, config.cost))
+        if metrics.unlike:
+            findings.append(_finding("conditions", Verdict.promote, "; ".join(metrics.unlike)))
+    if generated and metrics.agreement is not None and config.agreement_loss is not None:
+        findings.append(_agreement(metrics.agreement, config.agreement_loss, metrics, config.confidence, c))
     verdicts = {each.verdict for each in findings}
     worst = next(each for each in (Verdict.reject, Verdict.hold, Verdict.promote) if each in verdicts)
     return Decision(verdict=worst, findings=tuple(findings))
@@ -311,6 +335,22 @@ def _worst_class(metrics: ComparisonMetrics, limit: float, objection: float, c: 
     )
     loss, excess = (worst.candidate.less(worst.champion.times(factor)) for factor in (1, 1 + limit))
     return _limited("worst class", loss, excess, words, metrics, objection, c)
+
+
+def _agreement(
+    agreement: PromptAgreement | str, limit: float, metrics: ComparisonMetrics, objection: float, c: float
+) -> Finding:
+    rule: Rule = "text-image agreement"
+    if isinstance(agreement, str):
+        return _finding(rule, Verdict.promote, agreement)
+    words = (
+        f"its images agree with their prompts by {_figure(agreement.candidate)} more than with those of others, the "
+        f"champion's by {_figure(agreement.champion)}, allowed is a loss of {limit:.0%}"
+    )
+    loss, allowed = agreement.difference.times(-1), agreement.champion.times(limit)
+    # Both errors come from the same images, so they are added as if they had one sign, which is the most they can be.
+    excess = loss.model_copy(update={"value": loss.value - allowed.value, "error": loss.error + allowed.error})
+    return _limited(rule, loss, excess, words, metrics, objection, c)
 
 
 def _cost(cost: Cost | None, limit: float) -> Finding:

@@ -18,6 +18,7 @@ from diffusion.common.config import Config, unset
 from diffusion.common.errors import UserError
 from diffusion.common.files import write_json
 from diffusion.common.progress import Progress, silent
+from diffusion.common.shapes import Images
 from diffusion.common.threads import cores
 from diffusion.evaluation.bootstrap import difference
 from diffusion.evaluation.cache import cached
@@ -85,13 +86,14 @@ class Ranking(Config):
     conditions: EvaluationConditions
     """Conditions of the best model; sampling may differ between models."""
     comparable: bool
-    """Whether all were evaluated under equal conditions, but for sampling."""
+    """Whether all were evaluated under equal conditions, but for sampling: none or all of them with captions."""
     metric: str
     """Metric of the ranking, such as kid_efflite0."""
     higher_is_better: bool
     models: list[RankedModel]
     leads: list[Lead]
-    """Leads of the best over each other model, in their order; empty if there are too few images."""
+    """Leads of the best over each other model, in their order; empty if there are too few images, or families were not
+    ``comparable``."""
     real_baseline: RealBaseline
 
 
@@ -101,7 +103,7 @@ def rank_models(
     config: EvaluationConfig,
     output: Path,
     progress: Progress = silent,
-) -> tuple[Ranking, dict[str, Tensor]]:
+) -> tuple[Ranking, dict[str, Images]]:
     """Rank model files, each with its sampling, by the distance of their images to held-out ones of ``data``.
 
     All generate image numbers 0 … ``config.samples`` − 1 of ``config.seed``. Expensive parts are cached in ``output``:
@@ -136,17 +138,19 @@ def rank_models(
     ]
     ranked.sort(key=lambda each: each.value)
     best, *others = [each.name for each in ranked]
+    # Captions of held-out images tell a model what these show.
+    comparable = len({bool(each.conditions.prompts) for each in evaluators.values()}) == 1
     ranking = Ranking(
         dataset=evaluator.real.dataset.manifest.name,
         conditions=evaluator.conditions,
-        comparable=True,
+        comparable=comparable,
         metric=f"{figure}_{evaluator.conditions.extractor}",
         higher_is_better=False,
         models=ranked,
         leads=[
             Lead(worse=name, difference=difference(replicates[name][figure], replicates[best][figure]))
             for name in others
-            if baseline
+            if baseline and comparable
         ],
         real_baseline=evaluator.real_baseline(baseline),
     )

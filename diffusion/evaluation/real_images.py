@@ -18,6 +18,7 @@ from diffusion.common.files import sha256_bytes
 from diffusion.common.fingerprint import fingerprint
 from diffusion.common.progress import Progress
 from diffusion.common.random import permutation
+from diffusion.common.shapes import Images, Shape, height_and_width, mirror
 from diffusion.data.dataset import Dataset, Rows
 from diffusion.evaluation.bootstrap import FEWEST_FOR_ERRORS
 from diffusion.evaluation.cache import Key, Tensors, cached, cached_result
@@ -71,16 +72,6 @@ class RealImages:
                 "ingest.held_out"
             )
 
-    @property
-    def extractor_key(self) -> Key:
-        """Return all that features depend on beside the images, the machine's arithmetic included."""
-        return {
-            "extractor": self.extractor.name,
-            "extractor_digest": self.extractor.digest,
-            "preprocessing": self.extractor.preprocessing,
-            "fingerprint": fingerprint(BATCH, "fp32", "cpu"),
-        }
-
     @cached_property
     def reference(self) -> Reference:
         """Return the reference that generated images are compared with; at least 6 images."""
@@ -115,11 +106,13 @@ class RealImages:
         return self.key(rows), self.features(rows)
 
     @cached_property
-    def small(self) -> Tensor | None:
-        """Return the inputs of super-resolution, (N, C, h, w) uint8; None if the task starts from noise."""
-        pieces = [self.task.inputs(images) for images in self.images(self.shown)]
-        inputs = [piece for piece in pieces if piece is not None]
-        return torch.cat(inputs) if inputs else None
+    def small(self) -> dict[Shape, Tensor] | None:
+        """Return the inputs of super-resolution, (N, C, h, w) uint8 of each large shape; None for other models."""
+        found: dict[Shape, list[Tensor]] = {}
+        for images in self.by_bucket(self.shown):
+            if (piece := self.task.inputs(images)) is not None:
+                found.setdefault(height_and_width(images), []).append(piece)
+        return {shape: torch.cat(pieces) for shape, pieces in found.items()} or None
 
     @cached_property
     def appearance(self) -> dict[str, Tensor]:
@@ -132,43 +125,58 @@ class RealImages:
         return thumbnails_of_pieces(self.images(self.compared))
 
     @property
-    def shown_images(self) -> Tensor:
-        """Return held-out images for display, (N, C, H, W) uint8; the inputs of super-resolution, if any."""
-        return self.dataset.images((self.shown if len(self.shown) else self.held_out)[:SHOWN])
+    def shown_images(self) -> Images:
+        """Return held-out images for display, uint8; the inputs of super-resolution, if any."""
+        return self.dataset.images_in_order((self.shown if len(self.shown) else self.held_out)[:SHOWN])
 
-    def key(self, rows: Rows) -> Key:
-        """Return the cache key of the features of the images in ``rows``, in order."""
+    def key(self, rows: Rows, extractor: Extractor | None = None) -> Key:
+        """Return the cache key of the features of the images in ``rows``, in order, by the usual extractor if None."""
         numbers = sha256_bytes(np.asarray(rows, np.dtype("<i8")).tobytes())
         key: Key = {"kind": "features", "format_version": 1, "rows": numbers, "count": len(rows)}
-        return key | {"content_digest": self.dataset.manifest.content_digest} | self.extractor_key
+        return (
+            key | {"content_digest": self.dataset.manifest.content_digest} | extractor_key(extractor or self.extractor)
+        )
 
-    def features(self, rows: Rows, folder: Path | None = None) -> Tensor:
-        """Return the features of the images in ``rows``, (len(rows), D) float32, cached in ``folder`` or the usual."""
+    def features(self, rows: Rows, folder: Path | None = None, extractor: Extractor | None = None) -> Tensor:
+        """Return the features of the images in ``rows``, (len(rows), D) float32, cached.
+
+        ``folder`` and ``extractor``: None are the usual ones.
+        """
 
         def work() -> Tensors:
             pieces = list[Tensor]()
             for images in self.images(rows):
-                pieces.append(self.extractor(images))
+                pieces.append((extractor or self.extractor)(images))
                 self.progress("features of real images", sum(map(len, pieces)), len(rows))
             return {"features": torch.cat(pieces)}
 
-        return cached(folder or self.folder, self.key(rows), work)["features"]
+        return cached(folder or self.folder, self.key(rows, extractor), work)["features"]
 
     def labelled(self, classes: Sequence[str]) -> Labelled:
         """Return the reference images that have one of ``classes``."""
         return Labelled(self.reference.features, self.dataset.classes(self.compared, classes))
 
-    def images(self, rows: Rows) -> Iterator[Tensor]:
-        """Yield the images in ``rows``, (n, C, H, W) uint8, in chunks."""
+    def images(self, rows: Rows) -> Iterator[Images]:
+        """Yield the images in ``rows``, each (C, H, W) uint8, in chunks."""
         for start in range(0, len(rows), CHUNK):
-            yield self.dataset.images(rows[start : start + CHUNK])
+            yield self.dataset.images_in_order(rows[start : start + CHUNK])
+
+    def by_bucket(self, rows: Rows) -> Iterator[Tensor]:
+        """Yield the images in ``rows`` one shape after the other, (n, C, H, W) uint8, in chunks."""
+        for own in self.dataset.by_bucket(rows):
+            for start in range(0, len(own), CHUNK):
+                yield self.dataset.images(own[start : start + CHUNK])
+
+    def shapes(self, rows: Rows) -> list[Shape]:
+        """Return the shape (H, W) of each image in ``rows``."""
+        return [self.dataset.shapes[bucket] for bucket in self.dataset.buckets(rows)]
 
     def neighbours(
-        self, key: Key, pieces: Iterable[Tensor], features: Tensor, mirrored: bool
+        self, key: Key, pieces: Iterable[Images], features: Tensor, mirrored: bool
     ) -> dict[str, NearestNeighbours]:
         """Return the training images nearest to some others by space; rows count from the first by key. Cached.
 
-        The others come in ``pieces`` (n, C, H, W) uint8 and as ``features`` (N, D), whose cache key is ``key``;
+        The others come in ``pieces`` of uint8 and as ``features`` (N, D), whose cache key is ``key``;
         ``mirrored``: in features, their mirrored versions count as well.
         """
         spaces = PIXELS, self.extractor.name
@@ -176,10 +184,13 @@ class RealImages:
         def work() -> Tensors:
             images, views = [*pieces], [features]
             if mirrored:
-                views.append(torch.cat([self.extractor(piece.flip(3)) for piece in images]))
+                views.append(torch.cat([self.extractor(mirror(piece)) for piece in images]))
             both = (
                 find_registered(
-                    images, self.images(self.train), lambda rows: self.dataset.images(self.train[rows]), self.progress
+                    images,
+                    self.images(self.train),
+                    lambda rows: self.dataset.images_in_order(self.train[rows]),
+                    self.progress,
                 ),
                 find_nearest(torch.stack(views), self._training(), progress=self.progress),
             )
@@ -218,12 +229,22 @@ class RealImages:
             yield self.train[start : start + PIECE]
 
 
-def appearance_of_pieces(pieces: Iterable[Tensor]) -> dict[str, Tensor]:
+def extractor_key(extractor: Extractor) -> Key:
+    """Return all that features depend on beside the images, the machine's arithmetic included."""
+    return {
+        "extractor": extractor.name,
+        "extractor_digest": extractor.digest,
+        "preprocessing": extractor.preprocessing,
+        "fingerprint": fingerprint(BATCH, "fp32", "cpu"),
+    }
+
+
+def appearance_of_pieces(pieces: Iterable[Images]) -> dict[str, Tensor]:
     """Measure colours and brightness of images that come in ``pieces``: see ``measure_appearance``."""
     found = [measure_appearance(piece) for piece in pieces]
     return {name: torch.cat([each[name] for each in found]) for name in found[0]}
 
 
-def thumbnails_of_pieces(pieces: Iterable[Tensor]) -> Tensor:
+def thumbnails_of_pieces(pieces: Iterable[Images]) -> Tensor:
     """Compute thumbnails of images that come in ``pieces``, unshifted and shifted: (9, N, D)."""
     return torch.cat([shifted_thumbnails(piece) for piece in pieces], 1)

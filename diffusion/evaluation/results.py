@@ -17,7 +17,9 @@ from diffusion.evaluation.metrics.copies import Duplicates, Memorization
 from diffusion.evaluation.metrics.distances import Scores
 from diffusion.evaluation.metrics.held_out_loss import HeldOutLoss
 from diffusion.evaluation.metrics.per_class import PerClass
+from diffusion.evaluation.metrics.per_shape import PerShape
 from diffusion.evaluation.metrics.pixel_metrics import AppearanceDrift, ImageSimilarity, ResamplingBaseline
+from diffusion.evaluation.metrics.text_image_agreement import TextImageAgreement
 from diffusion.models.config import FAMILIES
 from diffusion.process.samplers import SamplingConfig
 
@@ -36,6 +38,8 @@ class EvaluationConditions(Config):
     """Description of pre- and postprocessing of the feature network."""
     evaluation: EvaluationConfig
     """Configuration of the evaluation; a comparison of candidate and champion uses ``seed`` + 1."""
+    text_image_encoder: str | None = Field(None, exclude_if=unset)
+    """Digest of the files of the text-image encoder; None: none is set."""
     sampling: SamplingConfig
     low_resolution: int | None = Field(None, exclude_if=unset)
     """Height and width, in pixels, of the inputs of super-resolution models; None for other models."""
@@ -43,8 +47,9 @@ class EvaluationConditions(Config):
     @property
     def key(self) -> str:
         """Return the digest of the conditions."""
-        # Other checkpoints change no metric, and neither does an unused option. Guidance is in the model file.
-        exclude = {"evaluation": {"ema_stds", "finalists", "first_samples", "guidance"}}
+        # Other checkpoints change no metric, and neither does an unused option. Guidance is in the model file, and the
+        # text-image encoder counts by its digest, not by where it lies.
+        exclude = {"evaluation": {"ema_stds", "finalists", "first_samples", "guidance", "text_image_encoder"}}
         return digest_of(self.model_dump(mode="json", exclude=exclude, exclude_none=True))
 
 
@@ -127,13 +132,19 @@ class ModelScores(Config):
     """Reconstruction metrics, if the model is an autoencoder or generates in the latents of one."""
     similarity: ImageSimilarity | None = Field(None, exclude_if=unset)
     """Similarity of upscaled to real images."""
+    text_image_agreement: TextImageAgreement | str | None = Field(None, exclude_if=unset)
+    """Agreement of images with their prompts, or why it was not measured; None for models without captions."""
+
+    per_shape: PerShape | None = Field(None, exclude_if=unset)
+    """Distances by shape; None for images of one shape."""
 
     def metrics(self) -> dict[str, float]:
         """Return the metrics by name."""
         figures = self.scores.metrics()
-        for part in (self.reconstruction, self.similarity):
+        for part in (self.reconstruction, self.similarity, self.per_shape):
             figures |= part.metrics() if part is not None else {}
-        return figures
+        agreement = self.text_image_agreement
+        return figures | (agreement.metrics() if isinstance(agreement, TextImageAgreement) else {})
 
 
 class CheckpointEvaluation(ModelScores):

@@ -6,6 +6,7 @@ from diffusion.families.autoregressive import AutoregressiveModel
 from diffusion.families.ddpm import DiffusionModel
 from diffusion.families.gan import GANModel
 from diffusion.families.model import Model
+from diffusion.families.pretrained import PretrainedModel
 from diffusion.families.vae import VAEModel
 from diffusion.models.config import FamilyConfig
 
@@ -14,6 +15,7 @@ FAMILIES: Mapping[str, type[Model]] = {
     "vae": VAEModel,
     "gan": GANModel,
     "autoregressive": AutoregressiveModel,
+    "diffusers": PretrainedModel,
 }
 """Families by ``model.family``."""
 

@@ -8,7 +8,9 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
+from diffusion.common.errors import UserError
 from diffusion.common.random import GaussianNoise, uniform
+from diffusion.common.shapes import height_and_width, shape_name
 from diffusion.families.model import (
     Conditioning,
     ConditioningBatch,
@@ -20,9 +22,9 @@ from diffusion.families.model import (
     to_float,
     to_uint8,
 )
-from diffusion.models.config import ModelConfig, ObjectiveConfig
+from diffusion.models.config import LatentSpace, ModelConfig, ObjectiveConfig
 from diffusion.models.unet import TIMES, UNet, sinusoidal
-from diffusion.models.vae import Latents
+from diffusion.models.vae import Latents, latent_shape
 from diffusion.process.denoiser import Denoiser, clipped, guided
 from diffusion.process.editing import Edit, blanked, levels_for, pigdm, repaint, replace_known, whole
 from diffusion.process.likelihood import Terms, denoising_terms
@@ -68,18 +70,18 @@ class DiffusionModel(Model):
     def make_objective(header: ModelHeader, training: ObjectiveConfig, latents: Latents | None) -> TrainingObjective:
         """Build the denoising objective, in latents where there is an autoencoder."""
         assert isinstance(header.model, ModelConfig)
-        shape = header.latents.shape if header.latents else (header.channels, header.size, header.size)
+        shape = header.latents.shape if header.latents else header.square
         objective = make_objective(header.model, training, header.sigma_data, shape)
         # EDM's coefficients are derived for data of zero mean (arXiv 2206.00364, appendix B.6).
         center = _mean(header) if header.model.prediction == "edm" else None
-        return DenoisingObjective(training, objective, shape, latents, center)
+        return DenoisingObjective(training, objective, latents, center)
 
     @classmethod
     def make_model(cls, header: ModelHeader, network: UNet, autoencoder: Latents | None) -> Self:
         """Wrap the network with the schedule that it was trained on."""
         assert isinstance(header.model, ModelConfig)
-        shape = header.latents.shape if header.latents else (header.channels, header.size, header.size)
-        return cls(header, network, make_schedule(header.model, shape), autoencoder)
+        shape = header.latents.shape if header.latents else header.square
+        return cls(header, network, make_schedule(header.model, shape), autoencoder).at(None)
 
     @property
     def config(self) -> ModelConfig:
@@ -92,10 +94,26 @@ class DiffusionModel(Model):
         """Autoencoder of latent diffusion."""
         return self.latents
 
+    def at(self, size: tuple[int, int] | None) -> Self:
+        """Return the model for images of ``size``; sampling starts at the noise level of their number of values."""
+        model = super().at(size)
+        if model.shape != self.shape:
+            model.check_size()
+        return replace(model, schedule=self.schedule.of(model.noise_shape))
+
+    def check_size(self) -> None:
+        """Raise UserError if the network folds more pixels than its images are high or wide."""
+        fold = self.network.fold * (1 if self.header.latents is None else self.header.latents.autoencoder.factor)
+        if min(self.shape[1:]) < fold:
+            raise UserError(
+                f"the model's network takes images of {fold} pixels and more along each side, and "
+                f"{shape_name(self.shape[1:])} has fewer: choose a larger size"
+            )
+
     @property
     def noise_shape(self) -> tuple[int, int, int]:
         """(C, H, W) of images, or of their latents."""
-        return self.header.latents.shape if self.header.latents else self.shape
+        return noise_shape(self.shape, self.header.latents)
 
     def decoded(self, x: Tensor) -> Tensor:
         """Decode states of the reverse process, (N, *noise_shape), to images (N, C, H, W), nominally in [−1, 1]."""
@@ -146,6 +164,11 @@ class DiffusionModel(Model):
         return denoising_terms(denoiser, self.encoded(x0), sigma_data, indices, self.latents is None)
 
 
+def noise_shape(shape: tuple[int, int, int], latents: LatentSpace | None) -> tuple[int, int, int]:
+    """Compute (C, H, W) of the noise of images (C, H, W), or of their latents; UserError if the factor does not fit."""
+    return shape if latents is None else latent_shape(latents.autoencoder, *shape[1:])
+
+
 class Uncertainty(nn.Module):
     """Learned uncertainty u(t), at first 0: L becomes L / e^u + u, minimal at e^u = L (arXiv 2312.02696, eq. 21)."""
 
@@ -165,8 +188,6 @@ class DenoisingObjective(TrainingObjective):
 
     config: ObjectiveConfig
     objective: Objective
-    shape: tuple[int, int, int]
-    """(C, H, W) of the noise."""
     autoencoder: Latents | None
     """Encodes images into latents; None: noise is added to pixels."""
     center: Tensor | None
@@ -177,13 +198,16 @@ class DenoisingObjective(TrainingObjective):
         self, x0: Tensor, indices: Sequence[int], conditioning: Conditioning, probe: str | None = None
     ) -> TrainingBatch:
         """Sample time steps, noise and dropout seeds; in a probe times are spread evenly over their distribution."""
-        schedule = self.objective.schedule
+        channels, height, width = x0.shape[1:]
+        space = None if self.autoencoder is None else self.autoencoder.space
+        shape = noise_shape((channels, height, width), space)
+        schedule = self.objective.schedule.of(shape)
         if probe is not None:
             t = timesteps_at(self.config, schedule, (torch.arange(len(x0)) + 0.5) / len(x0))
-            noise = GaussianNoise(0, f"probe/{probe}", indices, self.shape)()
+            noise = GaussianNoise(0, f"probe/{probe}", indices, shape)()
             return TrainingBatch(x0, conditioning, {"noise": noise, "t": t})
         t = sample_timesteps(self.config, schedule, indices)
-        noise = GaussianNoise(self.config.seed, "noise", indices, self.shape)()
+        noise = GaussianNoise(self.config.seed, "noise", indices, shape)()
         seeds = (uniform(self.config.seed, "dropout", indices) * 2**62).long()
         return TrainingBatch(x0, conditioning, {"noise": noise, "t": t, "dropout_seeds": seeds})
 
@@ -211,8 +235,8 @@ class DenoisingObjective(TrainingObjective):
 
     def optimizer_steps(self, network: nn.Module) -> list[OptimizerStep]:
         """Train the network, together with the uncertainty of each noise level if configured."""
-        assert isinstance(network, UNet)
-        losses, matrices = partial(self.losses, network), network.matrices()
+        losses = partial(self.losses, network)
+        matrices = network.matrices() if isinstance(network, UNet) else []
         if not self.config.learned_uncertainty:
             return [OptimizerStep({"network": network}, losses, matrices=matrices)]
         uncertainty = Uncertainty()
@@ -229,7 +253,7 @@ def _mean(header: ModelHeader) -> Tensor | None:
 
 
 def unconditional(model: DiffusionModel, conditioning: Conditioning, negative: Tensor) -> Conditioning:
-    """Replace ``conditioning`` by no class and the embedding of the negative prompt, (384,), zeros for none."""
+    """Replace ``conditioning`` by no class and the embedding of the negative prompt, (E,)."""
     return {
         name: torch.full_like(value, len(model.classes)) if name == "label" else negative.expand_as(value)
         for name, value in conditioning.items()
@@ -255,17 +279,26 @@ def edited(
     # An edit has an image to start around, and nothing to gain from a level without signal.
     levels = levels_for(sigmas[sigmas <= ZERO_SNR], edit.strength)
     start = float(levels[0]) * noise()
-    # At full strength the reverse process gets nothing of the hole.
-    seen = edit.image if edit.kept is None or edit.strength < 1 else blanked(edit.image, edit.kept)
-    known = model.encoded(to_float(seen.to(start.device))[None])
-    if edit.kept is not None:
-        kept = whole(edit.kept.to(start.device), known.shape[-1])
+    known, kept = known_part(model, edit, start.device)
+    if kept is not None:
         if edit.guided:
             denoise = pigdm(denoise, known, kept, model.header.sigma_data)
             denoise = denoise if model.latents is not None else clipped(denoise)
         denoise = replace_known(denoise, known, kept)
     x = repaint(config.build_sampler(), denoise, known + start, levels, noise, edit.stretch, edit.resample_steps)
-    images = to_uint8(model.decoded(x))
+    return paste_kept(edit, to_uint8(model.decoded(x)))
+
+
+def known_part(model: DiffusionModel, edit: Edit, device: torch.device) -> tuple[Tensor, Tensor | None]:
+    """Encode what is known of an edit's image, (1, *noise_shape), and its mask there, (1, h, w); None: no mask."""
+    # At full strength the reverse process gets nothing of the hole.
+    seen = edit.image if edit.kept is None or edit.strength < 1 else blanked(edit.image, edit.kept)
+    known = model.encoded(to_float(seen.to(device))[None])
+    return known, None if edit.kept is None else whole(edit.kept.to(device), height_and_width(known))
+
+
+def paste_kept(edit: Edit, images: Tensor) -> Tensor:
+    """Restore all kept pixels of an edit in ``images`` (N, C, H, W) uint8."""
     if edit.kept is None:
         return images
     return torch.where(edit.kept.to(images.device), edit.image.to(images.device), images)

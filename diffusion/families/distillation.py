@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from diffusion.common.random import GaussianNoise, uniform
+from diffusion.common.shapes import height_and_width
 from diffusion.families.ddpm import DiffusionModel, unconditional
 from diffusion.families.model import Conditioning, ModelHeader, OptimizerStep, TrainingBatch, TrainingObjective
 from diffusion.models.config import ObjectiveConfig
@@ -46,7 +47,8 @@ class ConsistencyObjective(TrainingObjective):
         self, x0: Tensor, indices: Sequence[int], conditioning: Conditioning, probe: str | None = None
     ) -> TrainingBatch:
         """Sample noise levels, noise and dropout seeds; in a probe levels are spread evenly, as close as at the end."""
-        seed, shape, schedule = self.config.seed, self.teacher.noise_shape, self.teacher.schedule
+        teacher = self.teacher.at(height_and_width(x0))
+        seed, shape, schedule = self.config.seed, teacher.noise_shape, teacher.schedule
         random = {}
         if probe is not None:
             u, progress = (torch.arange(len(x0)) + 0.5) / len(x0), torch.ones(len(x0))

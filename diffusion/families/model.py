@@ -2,20 +2,29 @@
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
-from typing import Any, ClassVar, Literal, Self
+from pathlib import PurePosixPath
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import torch
-from pydantic import Field
+from pydantic import AfterValidator, Field
 from torch import Tensor, nn
 
 from diffusion.common.config import LARGEST_SIZE, Config, PlainName, unset
 from diffusion.common.errors import UserError
 from diffusion.common.fingerprint import autocast
-from diffusion.models.config import FamilyConfig, LatentSpace, ObjectiveConfig, classes_of
-from diffusion.models.text_encoder import TextEncoder
+from diffusion.common.shapes import Size, shape_name
+from diffusion.models.config import (
+    DiffusersConfig,
+    FamilyConfig,
+    LatentSpace,
+    LoRAConfig,
+    ObjectiveConfig,
+    classes_of,
+)
+from diffusion.models.text_encoder import WIDTH, TextEncoder, check_encoder, encoder, prompt_length
 from diffusion.models.vae import Autoencoder, Latents
 from diffusion.process.editing import Edit
 from diffusion.process.likelihood import Terms
@@ -26,6 +35,37 @@ Conditioning = dict[str, Tensor]
 unconditional."""
 
 
+class Base(Config):
+    """Model whose frozen weights a fine-tuned model needs besides its own file."""
+
+    sha256: str = Field(pattern="^[0-9a-f]{64}$")
+    """SHA-256 of its file, which lies beside the fine-tuned model's, or one folder above, as SHA256.safetensors."""
+    version: str | None = Field(None, exclude_if=unset)
+    """Registered version, models:/NAME/NUMBER; None: it was a file."""
+
+
+def _path_inside(name: str) -> str:
+    path = PurePosixPath(name)
+    if path.is_absolute() or not path.parts or ".." in path.parts or "\\" in name or "\0" in name:
+        raise ValueError(f"{name!r} is no path of a file inside a folder")
+    return name
+
+
+class Origin(Config):
+    """Where an imported pipeline comes from."""
+
+    source: str
+    """hf://OWNER/NAME, or the name of a folder."""
+    revision: str | None = None
+    """The commit of the source; null: it has none."""
+    licence: str | None = None
+    """Identifier of its licence, such as openrail."""
+    files: dict[Annotated[str, AfterValidator(_path_inside)], str] = Field(default_factory=dict)
+    """SHA-256 of each of its files by path."""
+    libraries: dict[str, str] = Field(default_factory=dict)
+    """Versions of the libraries that it was imported with."""
+
+
 class ModelHeader(Config):
     """Metadata stored with the weights."""
 
@@ -34,7 +74,9 @@ class ModelHeader(Config):
     """Configuration of the network, with the digest of the autoencoder's weights in place of its path."""
     channels: Literal[1, 3]
     size: int = Field(ge=1, le=LARGEST_SIZE)
-    """Height and width of the images, in pixels."""
+    """Height and width of the images, in pixels; of images of several shapes those of the square of equal area."""
+    shapes: dict[Size, int] | None = Field(None, min_length=1, max_length=256, exclude_if=unset)
+    """Shapes of the images, each with its number of training images; None: all are square."""
     dataset: PlainName
     """Name of the data set."""
     content_digest: str
@@ -50,6 +92,10 @@ class ModelHeader(Config):
     """Text encoder of the captions; None: the network has no captions."""
     latents: LatentSpace | None = Field(None, exclude_if=unset)
     """Latent space of the network; None: it works on pixels."""
+    base: Base | None = Field(None, exclude_if=unset)
+    """The fine-tuned model, whose weights this file lacks; None: it has all weights."""
+    lora: LoRAConfig | None = Field(None, exclude_if=unset)
+    """Low-rank adaptation of ``base``; None: none."""
     images: int = Field(ge=0, lt=2**63)
     """Images seen in training."""
     training: dict[str, Any]
@@ -58,6 +104,24 @@ class ModelHeader(Config):
     """Scale of guidance that evaluation chose, for sampling.guidance = null. None: none."""
     guidance_interval: tuple[float, float] | None = Field(None, exclude_if=unset)
     """Noise levels σ at which it guides. None: all."""
+    origin: Origin | None = Field(None, exclude_if=unset)
+    """Origin of an imported pipeline; None: the model was trained here."""
+
+    @property
+    def square(self) -> tuple[int, int, int]:
+        """(C, H, W) of the images, or of the square of equal area."""
+        return self.channels, self.size, self.size
+
+    @property
+    def pixels(self) -> str:
+        """Width × height of the training images for display, the most frequent first."""
+        return " or ".join(f"{width}×{height}" for height, width in self.trained_shapes)
+
+    @property
+    def trained_shapes(self) -> dict[tuple[int, int], int]:
+        """Shapes (H, W) of the training images with their numbers, the most frequent first; of squares 1."""
+        shapes = self.shapes or {(self.size, self.size): 1}
+        return dict(sorted(shapes.items(), key=lambda each: (-each[1], each[0])))
 
     @property
     def student_steps(self) -> int | None:
@@ -67,7 +131,8 @@ class ModelHeader(Config):
     def sampling(self, configured: SamplingConfig, conditional: bool = True) -> SamplingConfig:
         """Complete ``configured`` with the guidance chosen for this model; a student has its own sampler and steps.
 
-        Images that are not ``conditional`` on a class or prompt are not guided.
+        Images that are not ``conditional`` on a class or prompt are not guided. An imported pipeline whose prediction
+        is unknown has its own scheduler.
 
         Raises UserError if the sampler is one for students, and this is none.
         """
@@ -77,6 +142,8 @@ class ModelHeader(Config):
             return sampling_config(**shared, sampler="consistency", steps=self.student_steps)
         if self.student_steps is None and is_consistency:
             raise UserError("sampling.sampler = consistency is for students (darkroom distill): use another one")
+        if isinstance(self.model, DiffusersConfig) and self.model.prediction is None:
+            configured = configured.with_sampler("scheduler")
         if not conditional or configured.guidance is not None or self.guidance is None or is_consistency:
             return configured
         return configured.changed({"guidance": self.guidance, "guidance_interval": self.guidance_interval})
@@ -90,7 +157,7 @@ class ConditioningBatch:
     noise: Noise
     """Noise of the model's ``noise_shape``, on the model's device."""
     negative: Tensor
-    """Embedding of the negative prompt, (384,); zeros: none."""
+    """Embedding of the negative prompt, (E,), or of none: see ``Model.embed``."""
     edit: Edit | None
     """The image to edit; None: generate from noise alone."""
 
@@ -101,11 +168,21 @@ class Model(ABC):
 
     header: ModelHeader
     network: nn.Module
+    size: tuple[int, int] | None = field(default=None, kw_only=True)
+    """(H, W) of the images that it generates; None: the most frequent shape of those that it was trained on."""
 
     @staticmethod
     @abstractmethod
     def make_network(config: Any, shape: tuple[int, int, int], classes: int) -> nn.Module:
-        """Build a network with random weights for inputs (C, H, W): images, or an autoencoder's latents."""
+        """Build a network with random weights for square inputs (C, S, S): images, or an autoencoder's latents.
+
+        For images of several shapes S² is their area.
+        """
+
+    @staticmethod
+    def tensor_names(network: nn.Module, names: Iterable[str]) -> dict[str, str]:
+        """Find the tensor of ``network`` that each of the ``names`` in a file stands for; here that of its name."""
+        return {name: name for name in names}
 
     @staticmethod
     @abstractmethod
@@ -140,12 +217,38 @@ class Model(ABC):
     @property
     def shape(self) -> tuple[int, int, int]:
         """(C, H, W) of the images."""
-        return self.header.channels, self.header.size, self.header.size
+        return self.header.channels, *(self.size or next(iter(self.header.trained_shapes)))
+
+    def at(self, size: tuple[int, int] | None) -> Self:
+        """Return the model for images of ``size``, (H, W) pixels; None: of those that it generates by default.
+
+        Raises UserError if its network takes no images of that size.
+        """
+        if size not in (None, self.shape[1:]) and (why := self.config.one_shape) is not None:
+            raise UserError(
+                f"a model of the family {self.config.family} generates images of {shape_name(self.shape[1:])} pixels "
+                f"alone, since {why}: leave the size out"
+            )
+        return replace(self, size=size)
 
     @property
     def classes(self) -> list[str]:
         """Classes that it is conditioned on; empty: none."""
         return classes_of(self.config, self.header.class_histogram)
+
+    def embed(self, prompt: str | None) -> Tensor:
+        """Embed ``prompt`` as a vector (E,) float32, or None for none: (384,), zeros for none.
+
+        Raises UserError if the model was trained with another encoder than this version's.
+        """
+        if prompt is None:
+            return torch.zeros(WIDTH)
+        check_encoder(self.header.encoder)
+        return encoder()(prompt)
+
+    def prompt_length(self, prompt: str) -> tuple[int, int, int]:
+        """Count the tokens of ``prompt``, those of an empty one, and the most that the model's text encoder reads."""
+        return prompt_length(prompt)
 
     def on(self, device: torch.device) -> Self:
         """Copy the model's modules to ``device``."""

@@ -74,7 +74,7 @@ class VAEModel(Model):
 
 def noise_shape(config: VAEConfig, size: int) -> tuple[int, int, int]:
     """Compute (G + c·h·w, 1, 1), the shape of the noise of an image of ``size`` pixels."""
-    return config.global_latent + math.prod(latent_shape(config, size)), 1, 1
+    return config.global_latent + math.prod(latent_shape(config, size, size)), 1, 1
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from diffusion.common.config import Config
 from diffusion.common.errors import UserError
+from diffusion.common.shapes import Shape, Size
 from diffusion.process.samplers import SAMPLERS, SamplingConfig
 
 Task = Literal["sample", "inpaint", "img2img", "interpolate", "upscale"]
@@ -20,7 +21,7 @@ MAX_FILE_BYTES = 64 * 2**20
 
 
 class Conditions(Config):
-    """Labels and prompts: image i has the i-th label and the i-th prompt, in a cycle."""
+    """Labels, prompts and sizes: image i has the i-th label and the i-th prompt, in a cycle."""
 
     labels: tuple[str | None, ...] = ()
     """Class names; null: unconditional. Empty: classes with their frequency in the data set, or unconditional if there
@@ -29,6 +30,9 @@ class Conditions(Config):
     """Prompts in the words of captions; null or empty: unconditional."""
     negative_prompt: str | None = None
     """Prompt that guidance leads away from, instead of from the unconditional prediction."""
+    sizes: tuple[Size | None, ...] = Field((), exclude_if=lambda sizes: not sizes)
+    """Sizes of the images as WIDTHxHEIGHT: image i has the i-th, in a cycle; null, and for all if empty: the most
+    frequent shape of the model's training images."""
 
     def label(self, index: int) -> str | None:
         """Return the label of the image ``index``."""
@@ -37,6 +41,10 @@ class Conditions(Config):
     def prompt(self, index: int) -> str | None:
         """Return the prompt of the image ``index``."""
         return self.prompts[index % len(self.prompts)] if self.prompts else None
+
+    def size(self, index: int) -> Shape | None:
+        """Return (H, W) of the image ``index``; None: the model's own."""
+        return self.sizes[index % len(self.sizes)] if self.sizes else None
 
     @property
     def texts(self) -> list[str]:
@@ -87,7 +95,7 @@ class GenerationRequest(Config):
 
     @property
     def conditions(self) -> Conditions:
-        """Labels and prompts of the images."""
+        """Labels, prompts and sizes of the images."""
         return UNCONDITIONAL
 
     @property
@@ -121,14 +129,18 @@ class ConditionalRequest(GenerationRequest):
     """Prompt that guidance leads away from."""
     guidance: float | None = Field(None, ge=0, le=1000)
     """As sampling.guidance; null: as configured, or none if there is no label or prompt."""
+    size: Size | None = None
+    """Width and height of the images in pixels, as WIDTHxHEIGHT; null: the most frequent shape of the model's training
+    images, or for an edit the one of them whose aspect ratio is nearest to that of the image."""
 
     @property
     def conditions(self) -> Conditions:
-        """Labels and prompts of the images."""
+        """Labels, prompts and sizes of the images."""
         return Conditions(
             labels=() if self.label is None else (self.label,),
             prompts=() if self.prompt is None else (self.prompt,),
             negative_prompt=self.negative_prompt,
+            sizes=() if self.size is None else (self.size,),
         )
 
 
@@ -143,7 +155,7 @@ class EditRequest(ConditionalRequest, IndexedRequest):
     """Fields of tasks that edit an image."""
 
     image: bytes
-    """Image file (PNG, JPEG, WebP …), center-cropped to a square and scaled; transparency becomes black."""
+    """Image file (PNG, JPEG, WebP …), cropped to the shape of the result and scaled; transparency becomes black."""
 
 
 class SampleRequest(ConditionalRequest, IndexedRequest):
@@ -242,7 +254,10 @@ def _describe_error(task: Task, error: ValidationError) -> str:
     name, message = ".".join(str(part) for part in errors[0]["loc"]), errors[0]["msg"]
     if name == "method":
         return "method is replace, repaint or pigdm"
-    return f"{name}: {message.lower()}" if name else message.removeprefix("Value error, ")
+    if errors[0]["type"] == "value_error":
+        message = message.removeprefix("Value error, ")
+        return f"{name}: {message}" if name else message
+    return f"{name}: {message.lower()}" if name else message
 
 
 def read_request(fields: Mapping[str, Any], image: Path | None = None, mask: Path | None = None) -> GenerationRequest:

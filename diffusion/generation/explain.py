@@ -17,6 +17,7 @@ from diffusion.common.errors import UserError
 from diffusion.common.files import write_bytes
 from diffusion.common.image_grids import above, figure_png, grid, save_png
 from diffusion.common.random import GaussianNoise
+from diffusion.common.shapes import height_and_width
 from diffusion.families.autoregressive import AutoregressiveModel, bits_of_pixels
 from diffusion.families.ddpm import DiffusionModel
 from diffusion.families.gan import GANModel
@@ -53,17 +54,19 @@ class Reverse(NamedTuple):
 
 def explain(model: Model, image: Tensor, output: Path, seed: int = 0) -> list[Path]:
     """Draw figures of how ``model`` works on ``image``, (C, H, W) uint8; raises UserError if it is of another shape."""
+    shapes = [(model.header.channels, *shape) for shape in model.header.trained_shapes]
+    if tuple(image.shape) not in shapes:
+        theirs, *ours = ("×".join(map(str, shape)) for shape in (image.shape, *shapes))
+        raise UserError(
+            f"the image is {theirs} and the model generates {' or '.join(ours)} (channels × height × width): "
+            "take one from the data set that the model was trained on"
+        )
+    model = model.at(height_and_width(image))
     match model:
         case DiffusionModel():
-            if tuple(image.shape) != model.shape:
-                theirs, ours = ("×".join(map(str, shape)) for shape in (image.shape, model.shape))
-                raise UserError(
-                    f"the image is {theirs} and the model generates {ours} (channels × height × width): "
-                    "take one from the data set that the model was trained on"
-                )
             x0 = model.encoded(to_float(image)[None])[0]
             noise = GaussianNoise(seed, "explain", [0], model.noise_shape)()[0]
-            conditioning = task_of(model.config).conditioning(image[None]) or None
+            conditioning = task_of(model.config, model.header.size).conditioning(image[None]) or None
             figures = {
                 output / "forward.png": draw_forward(model, x0, noise),
                 output / "training_step.png": draw_training_step(model, x0, noise, conditioning),

@@ -10,19 +10,19 @@ from diffusion.common.errors import UserError
 from diffusion.common.fingerprint import autocast
 from diffusion.common.progress import Progress, silent
 from diffusion.common.random import GaussianNoise, uniform
+from diffusion.common.shapes import numbers_by_shape
 from diffusion.common.threads import worker_threads
 from diffusion.data.dataset import Dataset, Rows
 from diffusion.families.ddpm import DiffusionModel
 from diffusion.families.model import Conditioning, ConditioningBatch, Model, to_float, to_uint8
 from diffusion.generation.config import UNCONDITIONAL, Conditions, check_conditions
-from diffusion.models.config import FamilyConfig, ModelConfig
-from diffusion.models.text_encoder import ENDS, LONGEST, WIDTH, check_encoder, encoder
+from diffusion.models.config import DiffusersConfig, FamilyConfig, ModelConfig
+from diffusion.models.text_encoder import prompt_length
 from diffusion.process.editing import Edit, between, whole
 from diffusion.process.samplers import Noise, SamplingConfig, sampling_conflict
 
 Embeddings = Mapping[str | None, Tensor]
-"""Embedding of each prompt, (384,); zeros for None."""
-NO_EMBEDDINGS: Embeddings = {None: torch.zeros(WIDTH)}
+"""Embedding of each prompt, and of none, (E,): see ``Model.embed``."""
 
 
 def sample(
@@ -37,6 +37,8 @@ def sample(
     noise: Callable[[range], Noise] | None = None,
 ) -> Tensor:
     """Generate the images ``indices`` of ``seed``, or edits of the image of ``edit``: (len(indices), C, H, W) uint8.
+
+    All have the size of ``model`` (``Model.at``), whatever those of ``conditions`` are: see ``sample_each``.
 
     Image i is always computed as member i mod B of the compute batch i div B (B = ``config.compute_batch``), because
     floating-point sums change with a batch's shape. ``at_once`` compute batches are computed concurrently on a CPU;
@@ -83,6 +85,36 @@ def sample(
     return torch.stack([generated[index] for index in indices])
 
 
+def sample_each(
+    model: Model,
+    indices: Sequence[int],
+    seed: int,
+    config: SamplingConfig,
+    progress: Progress = silent,
+    conditions: Conditions = UNCONDITIONAL,
+    at_once: int | None = None,
+) -> list[Tensor]:
+    """Generate images as ``sample`` does, each (C, H, W) uint8 of its size in ``conditions``.
+
+    An image has the same bits as with others of its size only. A compute batch is computed once for each size
+    in it, so images of equal sizes should have consecutive indices. Raises UserError for sizes that the model's
+    network does not take, before anything is generated.
+    """
+    by_size = numbers_by_shape(conditions.size(index) or model.shape[1:] for index in indices)
+    models = {size: model.at(size) for size in by_size}
+    generated: dict[int, Tensor] = {}
+
+    def counted(what: str, done: int, total: int | None, note: str = "") -> None:
+        progress(what, before + done, len(indices), note)
+
+    for size, numbers in by_size.items():
+        before = len(generated)
+        some = indices if len(models) == 1 else [indices[number] for number in numbers]
+        found = sample(models[size], some, seed, config, counted, conditions, at_once=at_once)
+        generated |= zip(numbers, found, strict=True)
+    return [generated[number] for number in range(len(indices))]
+
+
 def interpolate(
     model: Model,
     one: int,
@@ -109,12 +141,24 @@ def check_sampling(model: Model, config: SamplingConfig, conditions: Conditions)
     """Raise UserError for ``conditions`` that ``model`` was not trained with, or options that have no effect."""
     check_sampling_options(model.config, config)
     check_conditions(model.classes, model.config.text, config, conditions)
+    if isinstance(model.config, DiffusersConfig) and model.classes and not model.config.has_null_class:
+        if config.guides:
+            raise UserError(
+                "the pipeline's network was trained on classes alone, and sampling.guidance leads away from an image "
+                "of none: leave it out"
+            )
+        if None in conditions.labels:
+            raise UserError("the pipeline's network was trained on classes alone: give every image a label, or none")
 
 
 def check_sampling_options(model: FamilyConfig, config: SamplingConfig) -> None:
     """Raise UserError for a setting that has no effect for the family or the task of ``model``."""
     if problem := sampling_conflict(model, config):
         raise UserError(problem)
+    if config.sampler == "scheduler" and not isinstance(model, DiffusersConfig):
+        raise UserError(
+            "sampling.sampler = scheduler is that of an imported pipeline, and this is none: use another one"
+        )
     if (noise := config.low_resolution_noise) is None:
         return
     if not isinstance(model, ModelConfig) or model.low_resolution is None:
@@ -129,16 +173,19 @@ def check_sampling_options(model: FamilyConfig, config: SamplingConfig) -> None:
         )
 
 
-def check_prompts(conditions: Conditions) -> None:
-    """Raise UserError for prompts that are empty or too long; captions of data sets may be either."""
+def check_prompts(conditions: Conditions, prompt_length: Callable[[str], tuple[int, int, int]] = prompt_length) -> None:
+    """Raise UserError for prompts that are empty or too long; captions of data sets may be either.
+
+    ``prompt_length`` is that of the model, or of Darkroom's own text encoder.
+    """
     for text in conditions.texts:
         if text.encode(errors="ignore").decode() != text:
             raise UserError(f"the prompt {text[:40]!r} is no Unicode text: write it again")
-        length = len(encoder().tokens(text)) if text.strip() else 0
-        if length <= ENDS:
+        length, ends, most = prompt_length(text) if text.strip() else (0, 0, 0)
+        if length <= ends:
             raise UserError("a prompt needs words: write what the images are to show, or leave it out")
-        if length > LONGEST:
-            raise UserError(f"the prompt {text[:40]!r}… has {length} word pieces, and {LONGEST} are read: shorten it")
+        if length > most:
+            raise UserError(f"the prompt {text[:40]!r}… has {length} word pieces, and {most} are read: shorten it")
 
 
 def check_edit(model: Model, edit: Edit) -> None:
@@ -147,9 +194,9 @@ def check_edit(model: Model, edit: Edit) -> None:
         raise UserError(
             f"a model of the family {model.config.family} has no steps in which to edit an image: use a diffusion model"
         )
-    inner = model.noise_shape[-1]
-    if edit.kept is not None and edit.strength == 1 and not whole(edit.kept, inner).any():
-        factor = len(edit.kept) // inner
+    _, height, width = model.noise_shape
+    if edit.kept is not None and edit.strength == 1 and not whole(edit.kept, (height, width)).any():
+        factor = len(edit.kept) // height
         raise UserError(
             f"the mask keeps no square of {factor}×{factor} pixels whole, which is what one position of the model's "
             "latents stands for, so nothing of the image would be seen: keep more, or give a strength below 1"
@@ -170,12 +217,8 @@ def check_interpolation(model: Model, one: int, other: int, count: int, conditio
 
 
 def prompt_embeddings(model: Model, conditions: Conditions) -> Embeddings:
-    """Embed each prompt; raises UserError if ``model`` was trained with another encoder."""
-    if not conditions.texts:
-        return NO_EMBEDDINGS
-    check_encoder(model.header.encoder)
-    embed = encoder()
-    return {**NO_EMBEDDINGS, **{text: embed(text) for text in sorted(set(conditions.texts))}}
+    """Embed each prompt, and none; raises UserError if ``model`` was trained with another encoder."""
+    return {text: model.embed(text) for text in (None, *sorted(set(conditions.texts)))}
 
 
 def labels_of(model: Model, indices: Sequence[int], seed: int, conditions: Conditions = UNCONDITIONAL) -> Tensor | None:
@@ -220,13 +263,14 @@ def make_conditioning(
     indices: Sequence[int],
     seed: int,
     conditions: Conditions = UNCONDITIONAL,
-    embeddings: Embeddings = NO_EMBEDDINGS,
+    embeddings: Embeddings | None = None,
 ) -> Conditioning:
-    """Make the network's conditioning for the images ``indices``."""
+    """Make the network's conditioning for the images ``indices``; ``embeddings`` are those of the prompts, if made."""
     conditioning = {}
     if (labels := labels_of(model, indices, seed, conditions)) is not None:
         conditioning["label"] = labels
     if model.config.text:
+        embeddings = prompt_embeddings(model, conditions) if embeddings is None else embeddings
         conditioning["text"] = torch.stack([embeddings[conditions.prompt(index)] for index in indices])
     return conditioning
 

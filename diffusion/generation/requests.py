@@ -17,12 +17,12 @@ from diffusion.common.files import PARTIAL, digest_of, sha256_bytes, sha256_file
 from diffusion.common.fingerprint import Fingerprint, fingerprint
 from diffusion.common.image_grids import blocks, grid, image_of, marked_png, save_png
 from diffusion.common.progress import Progress, silent
+from diffusion.common.shapes import Shape, height_and_width, shape_name
 from diffusion.data.ingest.config import IngestConfig
 from diffusion.data.ingest.decode import UnusableEntry, prepare, unscaled
 from diffusion.families.ddpm import DiffusionModel
 from diffusion.families.model import Model
 from diffusion.generation.config import (
-    UNCONDITIONAL,
     Conditions,
     GenerationRequest,
     Img2ImgRequest,
@@ -40,7 +40,7 @@ from diffusion.generation.generate import (
     interpolate,
     sample,
 )
-from diffusion.generation.super_resolution import check_images, scale_of, task_of, upscale
+from diffusion.generation.super_resolution import scale_of, tile_shape, upscale
 from diffusion.process.editing import Edit
 from diffusion.process.samplers import SamplingConfig
 
@@ -87,7 +87,7 @@ class RequestRecord(Config):
 
 def tasks_of(model: Model) -> tuple[Task, ...]:
     """List the tasks that ``model`` can do."""
-    if task_of(model.config).low_resolution is not None:
+    if model.config.low_resolution is not None:
         return ("upscale",)
     edits: tuple[Task, ...] = ("inpaint", "img2img") if isinstance(model, DiffusionModel) else ()
     return ("sample", *edits, "interpolate")
@@ -101,17 +101,20 @@ def answer(
     Samples of one seed in several requests are generated together. Raises UserError, before anything is generated, if
     ``model`` cannot do a task, was not trained with a label or prompt, or an option would have no effect.
     """
+    models: list[Model] = []
     configs: list[SamplingConfig] = []
     inputs: list[Edit | Tensor | None] = []
     values = 0
     for number, request in enumerate(requests):
         try:
             configs.append(sampling_of(model, request, sampling))
-            inputs.append(_input_of(model, request))
+            inputs.append(input_of(model, request))
+            given = inputs[-1]
+            models.append(model.at(height_and_width(given.image) if isinstance(given, Edit) else size_of(request)))
         except UserError as error:
             raise UserError(f"row {number}: {error}" if len(requests) > 1 else str(error)) from error
         small = inputs[-1]
-        size = small.numel() * scale_of(model) ** 2 if isinstance(small, Tensor) else math.prod(model.shape)
+        size = small.numel() * scale_of(model) ** 2 if isinstance(small, Tensor) else math.prod(models[-1].shape)
         values += request.count * size
     if values > MAX_VALUES:
         raise UserError(
@@ -120,20 +123,20 @@ def answer(
         )
     answers: dict[int, Tensor] = {}
     together: dict[tuple[int, Conditions, str], list[int]] = {}
-    for number, (request, config, given) in enumerate(zip(requests, configs, inputs, strict=True)):
+    for number, (request, own, config, given) in enumerate(zip(requests, models, configs, inputs, strict=True)):
         seed, conditions = request.seed, request.conditions
         if isinstance(given, Edit):
-            answers[number] = sample(model, request.indices, seed, config, progress, conditions, given)
+            answers[number] = sample(own, request.indices, seed, config, progress, conditions, given)
         elif given is not None:
             several = given.expand(request.count, -1, -1, -1)
             answers[number] = upscale(model, several, seed, config, progress, request.indices.start)
         elif isinstance(request, InterpolateRequest):
-            answers[number] = interpolate(model, seed, request.to_seed, request.count, config, progress, conditions)
+            answers[number] = interpolate(own, seed, request.to_seed, request.count, config, progress, conditions)
         else:
             together.setdefault((seed, conditions, config.model_dump_json()), []).append(number)
     for (seed, conditions, _), numbers in together.items():
         indices = sorted({index for number in numbers for index in requests[number].indices})
-        images = sample(model, indices, seed, configs[numbers[0]], progress, conditions)
+        images = sample(models[numbers[0]], indices, seed, configs[numbers[0]], progress, conditions)
         generated = dict(zip(indices, images, strict=True))
         for number in numbers:
             answers[number] = torch.stack([generated[index] for index in requests[number].indices])
@@ -142,10 +145,10 @@ def answer(
 
 def original(model: Model, request: GenerationRequest) -> list[Tensor]:
     """Show the input image of ``request``, if any, at the size of generated ones, (C, H, W) uint8, with grey holes."""
-    given = _input_of(model, request)
+    given = input_of(model, request)
     if isinstance(given, Edit):
         return [given.image if given.kept is None else torch.where(given.kept, given.image, HOLE)]
-    return [] if given is None else [blocks(given[None], given.shape[-1] * scale_of(model))[0]]
+    return [] if given is None else blocks(given[None], scale_of(model))
 
 
 def sampling_of(model: Model, request: GenerationRequest, configured: SamplingConfig) -> SamplingConfig:
@@ -158,23 +161,29 @@ def sampling_of(model: Model, request: GenerationRequest, configured: SamplingCo
         raise UserError(
             f"sampler {config.sampler} does not fit: consistency is for students, and they have no other: leave it out"
         )
-    if getattr(request, "guidance", None) is None and request.conditions == UNCONDITIONAL and not model.classes:
+    if getattr(request, "guidance", None) is None and not is_conditional(model.classes, request.conditions):
         config = config.unguided()
     check_sampling(model, config, request.conditions)
-    check_prompts(request.conditions)
+    check_prompts(request.conditions, model.prompt_length)
     if isinstance(request, InterpolateRequest):
         check_interpolation(model, request.seed, request.to_seed, request.count, request.conditions)
+    model = model.at(size_of(request))  # raises for a size that its network does not take
     if isinstance(model, DiffusionModel):
         config.sigma_grid(model.schedule)  # raises if there is no level between the ends
     return config
 
 
-def _input_of(model: Model, request: GenerationRequest) -> Edit | Tensor | None:
+def size_of(request: GenerationRequest) -> Shape | None:
+    """Return (H, W) of the images that ``request`` names; None: it names none."""
+    return request.conditions.size(0)
+
+
+def input_of(model: Model, request: GenerationRequest) -> Edit | Tensor | None:
     """Decode the images of ``request``: an edit, or the image to upscale, (C, h, w) uint8."""
     if isinstance(request, UpscaleRequest):
         # Under 2,048 pixels high and wide.
         small = _channels_first(_decoded(unscaled, request.image, "image", 1024, model.header.channels))
-        check_images(model, small[None])
+        tile_shape(model, small[None])  # raises if it is too small
         if (pixels := request.count * small[0].numel() * scale_of(model) ** 2) > MAX_PIXELS:
             raise UserError(
                 f"{pixels / 1e6:.1f} million pixels in all would be generated at once, and {MAX_PIXELS / 1e6:.1f} may "
@@ -183,19 +192,20 @@ def _input_of(model: Model, request: GenerationRequest) -> Edit | Tensor | None:
         return small
     if not isinstance(request, InpaintRequest | Img2ImgRequest):
         return None
-    channels, size, _ = model.shape
-    prepared = _decoded(prepare, request.image, "image", size, channels)
+    header = model.header
+    shapes = [request.size] if request.size else [*header.trained_shapes]
+    prepared = _decoded(prepare, request.image, "image", header.size, header.channels, shapes)
     image = _channels_first(prepared.pixels)
     if isinstance(request, Img2ImgRequest):
         edit = Edit(image, strength=request.strength)
     else:
-        mask = _decoded(prepare, request.mask, "mask", size, 1)
+        mask = _decoded(prepare, request.mask, "mask", header.size, 1, shapes)
         if mask.source_size != prepared.source_size:
             theirs, ours = ("×".join(map(str, each.source_size)) for each in (mask, prepared))
             raise UserError(f"the mask has {theirs} pixels and the image {ours} (width × height): make them equal")
         kept = torch.from_numpy(mask.pixels < 32)  # nearly black, also after scaling
         edit = Edit(image, kept, request.strength, request.resample_steps or 1, guided=request.method == "pigdm")
-    check_edit(model, edit)
+    check_edit(model.at(height_and_width(image)), edit)
     return edit
 
 
@@ -203,10 +213,27 @@ def _channels_first(pixels: np.ndarray) -> Tensor:
     return torch.from_numpy(pixels.copy()).reshape(*pixels.shape[:2], -1).permute(2, 0, 1)
 
 
-def _decoded(decode: Callable[[bytes, IngestConfig], T], payload: bytes, name: str, size: int, channels: int) -> T:
+def _decoded(
+    decode: Callable[[bytes, IngestConfig], T],
+    payload: bytes,
+    name: str,
+    size: int,
+    channels: int,
+    shapes: Sequence[Shape] = (),
+) -> T:
+    """Decode an image of the user's, cropped to the nearest of ``shapes``, or to a square if there are none."""
     mode: Literal["grey", "rgb"] = "grey" if channels == 1 else "rgb"
+    fitted: dict[str, Any] = {"size": size}
+    if shapes and [*shapes] != [(size, size)]:
+        square = size if len(shapes) > 1 else round(math.sqrt(math.prod(shapes[0])))
+        fitted = {"size": square, "fit": "bucket", "buckets": [*map(shape_name, shapes)]}
     try:
-        return decode(payload, IngestConfig(size=size, mode=mode, enlarge=True))
+        config = IngestConfig(mode=mode, enlarge=True, **fitted)
+    except ValidationError as error:
+        names = ", ".join(map(shape_name, shapes))
+        raise UserError(f"no image can be fitted to {names}: {error.errors()[0]['msg']}: set another size") from error
+    try:
+        return decode(payload, config)
     except UnusableEntry as error:
         raise UserError(f"the {name} cannot be used: {error}") from error
 
@@ -251,7 +278,7 @@ def generate_to_folder(
         sha256 = write_bytes(path, encode(image, index, request, origin))
         pixels_sha256 = sha256_bytes(image_of(image).tobytes())
         rows.append({"file": path.name, "index": index, "sha256": sha256, "pixels_sha256": pixels_sha256})
-    save_png(output / "grid.png", grid(torch.stack([*original(model, request), *images[:SHOWN]])))
+    save_png(output / "grid.png", grid([*original(model, request), *images[:SHOWN]]))
     about = about.model_copy(update={"images": tuple(rows)})
     write_json(output / ABOUT, about.model_dump(mode="json", exclude_none=True))
     same = {name: getattr(request, name) for name in ("task", "count", "seed")}

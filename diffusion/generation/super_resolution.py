@@ -18,6 +18,7 @@ from diffusion.common.errors import UserError
 from diffusion.common.fingerprint import CPU, autocast
 from diffusion.common.progress import Progress, silent
 from diffusion.common.random import GaussianNoise, uniform
+from diffusion.common.shapes import Shape, height_and_width
 from diffusion.common.threads import worker_threads
 from diffusion.families.ddpm import DiffusionModel, count_evaluations
 from diffusion.families.model import Conditioning, Model, to_float, to_uint8
@@ -27,10 +28,11 @@ from diffusion.models.config import FamilyConfig, ModelConfig
 from diffusion.process.samplers import SamplingConfig
 
 
-def shrunk(images: Tensor, size: int) -> Tensor:
-    """Downscale ``images``, (N, C, H, W) uint8, to (N, C, size, size) uint8."""
+def shrunk(images: Tensor, scale: int) -> Tensor:
+    """Downscale ``images``, (N, C, H, W) uint8, to (N, C, H/scale, W/scale) uint8."""
     # Bicubic with antialiasing, as in SR3: equal to Pillow's but for rounding. Integers, as in image files.
-    small = interpolate(images.float(), (size, size), mode="bicubic", antialias=True)
+    small_shape = tuple(side // scale for side in height_and_width(images))
+    small = interpolate(images.float(), small_shape, mode="bicubic", antialias=True)
     return small.round().clamp(0, 255).to(torch.uint8)
 
 
@@ -46,7 +48,9 @@ class GenerationTask:
     """Inputs and conditioning of a model, for training, evaluation and requests: noise alone, or a small image, too."""
 
     low_resolution: int | None = None
-    """Super-resolution: height and width of the small images, in pixels; None: generation from noise."""
+    """Super-resolution: height and width of small square images, in pixels; None: generation from noise."""
+    scale: int = 1
+    """Factor between small and large images."""
     max_noise: float = 0.0
     """Largest standard deviation of the noise that training adds to them."""
 
@@ -57,13 +61,13 @@ class GenerationTask:
 
     def inputs(self, images: Tensor) -> Tensor | None:
         """Make the small version of each image, (N, C, h, w) uint8; None for generation from noise."""
-        return shrunk(images, self.low_resolution) if self.low_resolution else None
+        return shrunk(images, self.scale) if self.low_resolution else None
 
     def conditioning(self, images: Tensor) -> Conditioning:
         """Make the small version of each image at full size, (N, C, H, W) float32, and a noise level of 0, (N,)."""
         if (small := self.inputs(images)) is None:
             return {}
-        return {"low": enlarged(small, images.shape[-1] // small.shape[-1]), "level": torch.zeros(len(images))}
+        return {"low": enlarged(small, self.scale), "level": torch.zeros(len(images))}
 
     def sigma_data(self, images: Tensor) -> float:
         """Compute the standard deviation of the residuals to the small versions of ``images``."""
@@ -72,37 +76,44 @@ class GenerationTask:
         return float(f"{beyond.double().square().mean().sqrt().item():.4g}")
 
 
-def task_of(config: FamilyConfig) -> GenerationTask:
-    """Return the task of a model with this configuration."""
+def task_of(config: FamilyConfig, size: int) -> GenerationTask:
+    """Return the task of a model with this configuration for images of ``size``, as in ``ModelHeader``."""
     if isinstance(config, ModelConfig) and config.low_resolution is not None:
-        return GenerationTask(config.low_resolution, config.max_low_resolution_noise)
+        return GenerationTask(config.low_resolution, size // config.low_resolution, config.max_low_resolution_noise)
     return GenerationTask()
 
 
 def scale_of(model: Model) -> int:
     """Return the scale of a super-resolution model; raises UserError for any other model."""
-    if low_resolution := task_of(model.config).low_resolution:
-        return model.header.size // low_resolution
+    if (task := task_of(model.config, model.header.size)).low_resolution:
+        return task.scale
     raise UserError(
         "the model generates images and was not trained to enlarge any: train one with model.low_resolution, the "
         f"height and width of small images, say {model.header.size // 2}"
     )
 
 
-def check_images(model: Model, images: Tensor) -> None:
-    """Raise UserError for small ``images`` (N, C, h, w) that ``model`` cannot enlarge."""
+def tile_shape(model: Model, images: Tensor) -> Shape:
+    """Choose (h, w) of the tiles that cover small ``images`` (N, C, h, w): of the small training images' shapes.
+
+    It is the one of which fewest tiles are needed. Raises UserError for images that ``model`` cannot enlarge.
+    """
     _, channels, height, width = images.shape
-    low = model.header.size // scale_of(model)
+    scale = scale_of(model)
+    shapes = [(high // scale, wide // scale) for high, wide in model.header.trained_shapes]
     if channels != model.header.channels:
         raise UserError(
             f"the image has {channels} channels and the model enlarges images of {model.header.channels}: "
             f"make it {'grey' if model.header.channels == 1 else 'RGB'}"
         )
-    if min(height, width) < low:
+    fitting = [(high, wide) for high, wide in shapes if high <= height and wide <= width]
+    if not fitting:
+        trained = " or ".join(f"{high}×{wide}" for high, wide in shapes)
         raise UserError(
-            f"the image has {height}×{width} pixels (height × width) and the model was trained on {low}×{low}, so it "
+            f"the image has {height}×{width} pixels (height × width) and the model was trained on {trained}, so it "
             "enlarges nothing lower or narrower: give it a larger one"
         )
+    return min(fitting, key=lambda shape: len(starts(height, shape[0])) * len(starts(width, shape[1])))
 
 
 def generate(
@@ -131,43 +142,46 @@ def add_conditioning_noise(
 
 @dataclass(frozen=True)
 class Tiles:
-    """Overlapping squares that cover a canvas, K of them, all of one size."""
+    """Overlapping tiles that cover a canvas, K of them, all of one shape."""
 
-    size: int
+    shape: Shape
     """Height and width, in pixels."""
     places: list[tuple[int, int]]
     """First row and column of each tile."""
     weights: Tensor
-    """Blending weights, (K, 1, size, size), which sum to 1 at each pixel of the canvas."""
+    """Blending weights, (K, 1, height, width), which sum to 1 at each pixel of the canvas."""
 
     def cut(self, canvas: Tensor) -> Tensor:
-        """Cut ``canvas`` (N, C, H, W) into tiles, those of the first image first: (N K, C, size, size)."""
-        pieces = [canvas[:, :, top : top + self.size, left : left + self.size] for top, left in self.places]
+        """Cut ``canvas`` (N, C, H, W) into tiles, those of the first image first: (N K, C, height, width)."""
+        high, wide = self.shape
+        pieces = [canvas[:, :, top : top + high, left : left + wide] for top, left in self.places]
         return torch.stack(pieces, dim=1).flatten(0, 1)
 
     def blended(self, pieces: Tensor, height: int, width: int) -> Tensor:
         """Blend tiles from ``cut``: (N, C, height, width) float32."""
+        high, wide = self.shape
         pieces = pieces.reshape(-1, len(self.places), *pieces.shape[1:])
         canvas = torch.zeros(len(pieces), pieces.shape[2], height, width, device=pieces.device)
         for number, (top, left) in enumerate(self.places):
-            place = canvas[:, :, top : top + self.size, left : left + self.size]
+            place = canvas[:, :, top : top + high, left : left + wide]
             place += self.weights[number] * pieces[:, number]
         return canvas
 
 
-def make_tiles(height: int, width: int, size: int, scale: int, device: torch.device = CPU) -> Tiles:
-    """Make tiles of ``size`` small pixels for a small image of ``height`` × ``width``, upscaled by ``scale``."""
+def make_tiles(height: int, width: int, shape: Shape, scale: int, device: torch.device = CPU) -> Tiles:
+    """Make tiles of ``shape`` in small pixels for a small image of ``height`` × ``width``, upscaled by ``scale``."""
     # Aligned to small pixels, as in training. Weights fall towards the edges, where the network lacks context.
-    rows, columns = ([scale * start for start in starts(length, size)] for length in (height, width))
+    pairs = zip((height, width), shape, strict=True)
+    rows, columns = ([scale * start for start in starts(length, tile)] for length, tile in pairs)
     places = [(top, left) for top in rows for left in columns]
-    full = size * scale
-    ramp = torch.minimum(torch.arange(1, full + 1), torch.arange(full, 0, -1)).float()
-    tent = ramp[:, None] * ramp
+    high, wide = (side * scale for side in shape)
+    ramps = [torch.minimum(torch.arange(1, n + 1), torch.arange(n, 0, -1)).float() for n in (high, wide)]
+    tent = ramps[0][:, None] * ramps[1]
     total = torch.zeros(height * scale, width * scale)
     for top, left in places:
-        total[top : top + full, left : left + full] += tent
-    weights = [tent / total[top : top + full, left : left + full] for top, left in places]
-    return Tiles(full, places, torch.stack(weights)[:, None].to(device))
+        total[top : top + high, left : left + wide] += tent
+    weights = [tent / total[top : top + high, left : left + wide] for top, left in places]
+    return Tiles((high, wide), places, torch.stack(weights)[:, None].to(device))
 
 
 def starts(length: int, size: int) -> list[int]:
@@ -182,15 +196,16 @@ def upscale(
     """Upscale small ``images``, (N, C, h, w) uint8, to (N, C, h·scale, w·scale) uint8 with the model's scale.
 
     Image i has the noise of index ``first`` + i of ``seed``; its bits depend on no other image, as batches always have
-    ``config.compute_batch`` tiles. Raises UserError as ``check_images`` and ``check_sampling`` do.
+    ``config.compute_batch`` tiles. Raises UserError as ``tile_shape`` and ``check_sampling`` do.
     """
-    check_images(model, images)
+    shape = tile_shape(model, images)
     check_sampling(model, config, UNCONDITIONAL)
     assert isinstance(model, DiffusionModel)
     scale, batch = scale_of(model), config.compute_batch
     device = resolve_device(config.device)
+    height, width = height_and_width(images)
     model = model.on(device)
-    tiles = make_tiles(images.shape[2], images.shape[3], model.header.size // scale, scale, device)
+    tiles = make_tiles(height, width, shape, scale, device)
     together = max(1, batch // len(tiles.places))
     groups = [range(start, start + together) for start in range(0, len(images), together)]
     alone = len(groups) == 1
@@ -205,9 +220,9 @@ def upscale(
             # The last group is padded with the last image.
             low = enlarged(images[torch.tensor(members).clamp(max=len(images) - 1)], scale)
             numbers = range(first + members.start, first + members.stop)
-            shape, level = tuple(low.shape[1:]), config.low_resolution_noise or 0.0
+            whole, level = tuple(low.shape[1:]), config.low_resolution_noise or 0.0
             if level:
-                low = low + level * GaussianNoise(seed, "sampling/low_resolution", numbers, shape)()
+                low = low + level * GaussianNoise(seed, "sampling/low_resolution", numbers, whole)()
             low = low.to(device)
             shown, levels = tiles.cut(low), torch.full((batch,), level, device=device)
 
@@ -227,7 +242,7 @@ def upscale(
                 # The estimates are linear in the predictions, so these are blended.
                 return tiles.blended(predictions, *x.shape[-2:])
 
-            noise = GaussianNoise(seed, "sampling", numbers, shape)
+            noise = GaussianNoise(seed, "sampling", numbers, whole)
             with torch.inference_mode():
                 denoiser = replace(model.denoiser(), network=network, around=low)
                 large = config.run(denoiser, config.sigma_grid(model.schedule), lambda: noise().to(device), low)

@@ -106,29 +106,29 @@ class PixelCNN(nn.Module):
 
 
 class PixelSampler:
-    """Incremental evaluation of a PixelCNN for images of ``size`` pixels that are sampled pixel by pixel.
+    """Incremental evaluation of a PixelCNN for images of ``height`` × ``width`` that are sampled pixel by pixel.
 
     The vertical stack is evaluated once per row, the horizontal stack once per pixel: the work of one forward pass.
     """
 
-    def __init__(self, network: PixelCNN, count: int, size: int, label: Tensor | None) -> None:
+    def __init__(self, network: PixelCNN, count: int, height: int, width: int, label: Tensor | None) -> None:
         weight = network.head.weight
-        self.network, self.size = network, size
-        self.images = weight.new_zeros(count, network.channels, size, size)
+        self.network, self.width = network, width
+        self.images = weight.new_zeros(count, network.channels, height, width)
         self.layers = [layer for layer in network.layers if isinstance(layer, Layer)]
         channels = network.above.out_channels
         label = network.labels(label, self.images)
         self.biases = [layer.class_bias(label) for layer in self.layers]
         # Cached inputs of each layer: all rows of the vertical stack, the current row of the horizontal stack.
-        self.above = [weight.new_zeros(count, channels, size, size) for _ in self.layers]
-        self.beside = [weight.new_zeros(size, count, channels) for _ in self.layers]
+        self.above = [weight.new_zeros(count, channels, height, width) for _ in self.layers]
+        self.beside = [weight.new_zeros(width, count, channels) for _ in self.layers]
         self.linked: list[Tensor] = []
         # Both taps in one matrix: a single product for each pixel.
         self.taps = [layer.beside.weight[:, :, 0].transpose(1, 2).flatten(1) for layer in self.layers]
 
     def begin_row(self, y: int) -> None:
         """Evaluate the vertical stack for row ``y``; all rows above it must be sampled."""
-        edge = self.images.new_zeros(len(self.images), self.network.channels + 1, 1, self.size)
+        edge = self.images.new_zeros(len(self.images), self.network.channels + 1, 1, self.width)
         last = edge if y == 0 else with_ones(self.images[:, :, y - 1 : y])
         row = self.network.above(functional.pad(last, (1, 1, 0, 0)))
         self.linked = []
@@ -163,12 +163,12 @@ class PixelSampler:
 
 
 def sample_images(network: PixelCNN, noise: Tensor, label: Tensor | None = None, levels: int = LEVELS) -> Tensor:
-    """Sample images (N, C, S, S) from Gaussian ``noise`` (N, C + 1, S, S), with values on the ``levels``."""
-    size = noise.shape[-1]
-    sampler = PixelSampler(network, len(noise), size, label)
-    for y in range(size):
+    """Sample images (N, C, H, W) from Gaussian ``noise`` (N, C + 1, H, W), with values on the ``levels``."""
+    count, _, height, width = noise.shape
+    sampler = PixelSampler(network, count, height, width, label)
+    for y in range(height):
         sampler.begin_row(y)
-        for x in range(size):
+        for x in range(width):
             mixtures = mixtures_of(sampler.parameters(y, x), network.channels)
             sampler.images[:, :, y, x] = sample_pixels(mixtures, noise[:, :, y, x], levels)
     return sampler.images

@@ -3,14 +3,17 @@
 This module loads without torch.
 """
 
-from collections.abc import Collection, Mapping
-from typing import Annotated, Any, ClassVar, Literal, TypeAlias
+from collections.abc import Collection, Mapping, Sequence
+from typing import Annotated, Any, ClassVar, Literal, TypeAlias, get_args
 
 from pydantic import AfterValidator, BaseModel, Discriminator, Field, Tag, model_validator
 
 from diffusion.common.config import LARGEST_SIZE, Config, unset
+from diffusion.common.shapes import Shape, shape_name
 
 Prediction = Literal["epsilon", "v_prediction", "sample", "edm"]
+SchedulerPrediction = Literal["epsilon", "v_prediction", "sample", "flow_prediction"]
+"""Predictions of imported networks, as schedulers of diffusers name them; the last is ε − x_0, of flow matching."""
 WIDEST, DEEPEST, MOST_LEVELS = 4096, 64, 12
 """Limits of channels, blocks per resolution, and resolutions; files that exceed them are rejected before a network is
 built."""
@@ -38,8 +41,35 @@ DIFFUSION_ONLY = (
     "shard",
     "optimizer",
     "student",
+    "lora",
 )
 """Fields of the section ``training`` that have an effect only for diffusion models."""
+
+
+LORA_INEFFECTIVE = ("optimizer", "shard", "student")
+"""Fields of the section ``training`` that have no effect with ``training.lora``."""
+
+
+class LoRAConfig(Config):
+    """Low-rank adaptation (arXiv 2106.09685): W + α/r · B A with frozen W.
+
+    W are the weights of training.init_from; A, (r, in), and B, (out, r) and at first 0, are trained by AdamW.
+    """
+
+    rank: int = Field(8, ge=1, le=1024)
+    """r, the number of rows of each A and columns of each B."""
+    alpha: float | None = Field(None, gt=0, le=65536)
+    """α, which scales the product by α/r; null: the rank, a scale of 1."""
+    target_modules: tuple[str, ...] | None = Field(None, min_length=1, max_length=256)
+    """Names of the adapted linear and convolutional layers, or ends of their names behind a dot, such as qkv. Null: all
+    hidden layers of a network of the family ddpm."""
+    text_encoder: bool = False
+    """Whether the text encoder of a pretrained pipeline is adapted as well."""
+
+    @property
+    def scale(self) -> float:
+        """α/r, the factor of B A."""
+        return 1.0 if self.alpha is None else self.alpha / self.rank
 
 
 class StudentConfig(Config):
@@ -68,8 +98,10 @@ class ObjectiveConfig(Config):
     learned_uncertainty: bool = False
     """Whether a small network learns the size of the error at each level, by which the loss is divided (2312.02696,
     equation 21), so that all levels have equal weight."""
-    timestep_sampling: Literal["uniform", "lognormal"] = "lognormal"
-    """Distribution of noise levels: uniform over the steps of the schedule, or normal in ln σ (2206.00364)."""
+    timestep_sampling: Literal["uniform", "lognormal", "scheduler"] = "lognormal"
+    """Distribution of noise levels: uniform over the steps of the schedule, or normal in ln σ (2206.00364). For
+    pipelines of diffusers also scheduler, their own: normal logits of t for flow matching (2403.03206), shifted as the
+    scheduler's, and uniform for all others."""
     log_sigma_mean: float | None = None
     """Mean of ln σ for timestep_sampling = lognormal; null: −1.2, EDM's, and higher for images of more than 3×32×32
     values, by the logarithm of the root of their ratio (2301.11093)."""
@@ -101,6 +133,8 @@ class Kind(Config):
     """Whether it is evaluated by generated images, or by reconstructions of held-out ones."""
     likelihood: ClassVar[Literal["bound", "exact"] | None] = None
     """Whether its likelihood is a lower bound or exact; None: it has no likelihood."""
+    one_shape: ClassVar[str | None] = None
+    """Why its network takes images of one square shape alone; None: it takes any height and width."""
 
 
 class ModelConfig(Kind):
@@ -228,6 +262,7 @@ class VAEConfig(NonDiffusionConfig):
     ineffective: ClassVar[Collection[str]] = (*DIFFUSION_ONLY, "condition_dropout")
     evaluated_by: ClassVar[Literal["samples", "reconstructions"]] = "reconstructions"
     likelihood: ClassVar[Literal["bound", "exact"] | None] = "bound"
+    one_shape: ClassVar[str | None] = "the prior of its latents has linear layers over all positions of a square"
     conditional: ClassVar[bool] = False
     """Whether the network is conditioned on classes."""
 
@@ -273,6 +308,7 @@ class GANConfig(NonDiffusionConfig):
     # The loss is relative to a discriminator that learns as well, so it does not compare between checkpoints. Models do
     # not contain the discriminator, so training cannot start from one.
     ineffective: ClassVar[Collection[str]] = (*DIFFUSION_ONLY, "keep_best", "init_from")
+    one_shape: ClassVar[str | None] = "its generator begins with a linear layer onto the positions of a square"
 
     family: Literal["gan"] = "gan"
     """The family of models."""
@@ -320,6 +356,252 @@ class AutoregressiveConfig(NonDiffusionConfig):
     """Whether the network is conditioned on the class, where the data set has several."""
 
 
+SCHEDULERS = (
+    "DDIMScheduler",
+    "DDPMScheduler",
+    "DEISMultistepScheduler",
+    "DPMSolverMultistepScheduler",
+    "DPMSolverSinglestepScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "EulerDiscreteScheduler",
+    "FlowMatchEulerDiscreteScheduler",
+    "HeunDiscreteScheduler",
+    "KDPM2AncestralDiscreteScheduler",
+    "KDPM2DiscreteScheduler",
+    "LCMScheduler",
+    "LMSDiscreteScheduler",
+    "PNDMScheduler",
+    "UniPCMultistepScheduler",
+)
+CLIP_TOKENIZERS, T5_TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast"), ("T5Tokenizer", "T5TokenizerFast")
+PIPELINES: Mapping[str, Mapping[str, Collection[str]]] = {
+    "DDPMPipeline": {"unet": ("UNet2DModel",)},
+    "DDIMPipeline": {"unet": ("UNet2DModel",)},
+    "LDMPipeline": {"unet": ("UNet2DModel",), "vqvae": ("VQModel", "AutoencoderKL")},
+    "DiTPipeline": {"transformer": ("DiTTransformer2DModel",), "vae": ("AutoencoderKL",)},
+    "StableDiffusionPipeline": {
+        "unet": ("UNet2DConditionModel",),
+        "vae": ("AutoencoderKL",),
+        "text_encoder": ("CLIPTextModel",),
+        "tokenizer": CLIP_TOKENIZERS,
+    },
+    "StableDiffusion3Pipeline": {
+        "transformer": ("SD3Transformer2DModel",),
+        "vae": ("AutoencoderKL",),
+        "text_encoder": ("CLIPTextModelWithProjection",),
+        "tokenizer": CLIP_TOKENIZERS,
+        "text_encoder_2": ("CLIPTextModelWithProjection",),
+        "tokenizer_2": CLIP_TOKENIZERS,
+        "text_encoder_3": ("T5EncoderModel",),
+        "tokenizer_3": T5_TOKENIZERS,
+    },
+}
+"""The allow-list of pipelines of diffusers: the classes of each component; a scheduler is one of ``SCHEDULERS``."""
+OPTIONAL = ("text_encoder_3", "tokenizer_3")
+"""Components that a pipeline may do without."""
+GUIDANCE: Mapping[str, float] = {
+    "DiTPipeline": 4.0,
+    "StableDiffusionPipeline": 7.5,
+    "StableDiffusion3Pipeline": 7.0,
+}
+"""Scale of guidance by which diffusers' pipelines sample unless they are told another."""
+LARGEST_INTEGER, LONGEST_LIST, LONGEST_STRING = 2**18, 2**14, 4096
+"""Limits of a component's configuration; files that exceed them are rejected before a network is built."""
+SIDES = {"sample_size": LARGEST_SIZE, "pos_embed_max_size": LARGEST_SIZE, "max_position_embeddings": 2**14}
+"""Lower limits of sizes of which tables are made, some of their squares."""
+
+
+def _within_limits(config: Any, name: str = "", depth: int = 0) -> Any:
+    """Return the JSON value ``config``; raises ValueError if it is too large to build a network by."""
+    if depth > 4:
+        raise ValueError(f"{name} is nested too deeply")
+    many = "layers" in name or "blocks" in name
+    limit = SIDES.get(name, DEEPEST * 4 if many else LARGEST_INTEGER)
+    match config:
+        case dict():
+            if len(config) > 1000:
+                raise ValueError(f"{name or 'it'} has {len(config)} keys")
+            for key, value in config.items():
+                _within_limits(value, str(key), depth + 1)
+        case list() | tuple():
+            if len(config) > (LONGEST_LIST if name == "trained_betas" else MOST_LEVELS * 8):
+                raise ValueError(f"{name} has {len(config)} entries")
+            for value in config:
+                _within_limits(value, name, depth + 1)
+        case str() if len(config) > LONGEST_STRING:
+            raise ValueError(f"{name} has {len(config)} characters")
+        case bool() | str() | None:
+            pass
+        case int() if abs(config) > limit:
+            raise ValueError(f"{name} = {config} is beyond {limit}")
+        case float() if not abs(config) < 1e30:  # not a number, too
+            raise ValueError(f"{name} = {config} is no finite number")
+    return config
+
+
+class Component(Config):
+    """A component of a pipeline: its class and the configuration that it is built by."""
+
+    kind: str
+    """Name of the class, one of the allow-list."""
+    config: Annotated[dict[str, Any], AfterValidator(_within_limits)] = Field(default_factory=dict)
+    """Its configuration, without what begins with an underscore; empty for a tokenizer."""
+
+
+class DiffusersConfig(Kind):
+    """The family diffusers: an imported pipeline of diffusers, and what is trained from one (training.init_from)."""
+
+    ineffective: ClassVar[Collection[str]] = ("optimizer", "shard", "student")
+    likelihood: ClassVar[Literal["bound", "exact"] | None] = "bound"
+    low_resolution: ClassVar[None] = None
+    """Height and width of the images that it upscales: none."""
+    autoencoder: ClassVar[None] = None
+    """A Darkroom autoencoder: none, as the pipeline has its own."""
+
+    family: Literal["diffusers"] = "diffusers"
+    """The family of models."""
+    pipeline: str | None = None
+    """Class of the pipeline. Null: that of training.init_from."""
+    components: dict[str, Component] = Field(default_factory=dict)
+    """Its components by name. Empty: those of training.init_from."""
+    class_ids: tuple[int, ...] = Field((), max_length=LARGEST_INTEGER)
+    """The network's number of each class, in the sorted order of the classes' names. Empty: no classes."""
+
+    @model_validator(mode="after")
+    def _is_on_the_allow_list(self) -> "DiffusersConfig":
+        if self.pipeline is None:
+            if self.components or self.class_ids:
+                raise ValueError("components belong to a pipeline, which model.pipeline names: leave all of it out")
+            return self
+        if self.pipeline not in PIPELINES:
+            raise ValueError(f"a {self.pipeline} is not supported: one of {', '.join(PIPELINES)} is")
+        allowed = {**PIPELINES[self.pipeline], "scheduler": SCHEDULERS}
+        for name, component in self.components.items():
+            if component.kind not in allowed.get(name, ()):
+                raise ValueError(
+                    f"{name} is a {component.kind}, and in a {self.pipeline} "
+                    + (f"only {', '.join(allowed[name])} is supported" if name in allowed else "there is none")
+                )
+        if missing := sorted(allowed.keys() - self.components.keys() - {*OPTIONAL}):
+            raise ValueError(f"a {self.pipeline} needs {missing[0]}, and there is none")
+        self._check_network()
+        return self
+
+    def _check_network(self) -> None:
+        config, out = self.denoiser.config, self.denoiser.config.get("out_channels")
+        size, channels = config.get("sample_size"), config.get("in_channels")
+        if not isinstance(size, int) or not isinstance(channels, int) or size < 1 or channels < 1:
+            raise ValueError("sample_size and in_channels of its network are no whole numbers: one square is supported")
+        classes, widths = self.network_classes, self.latents and self.latents.config.get("block_out_channels", ())
+        if not isinstance(classes, int | None) or not isinstance(widths, list | tuple | None):
+            raise ValueError("its classes are no number, or block_out_channels of its autoencoder no list")
+        if self.text and classes is not None:
+            raise ValueError("its network is conditioned on classes beside captions, which is not supported")
+        if out not in (None, channels) and not (self.pipeline == "DiTPipeline" and out == 2 * channels):
+            raise ValueError(f"its network has {channels} channels in and {out} out, and only as many are supported")
+        unsupported = ("time_cond_proj_dim", "class_embed_type", "addition_embed_type", "encoder_hid_dim_type")
+        for name in (*unsupported, "quantization_config", "auto_map"):
+            for each, component in self.components.items():
+                if component.config.get(name) is not None:
+                    raise ValueError(f"{each} has {name}, which is not supported")
+        latents = self.latents
+        if latents is not None and latents.config.get("latent_channels", channels) != channels:
+            raise ValueError(
+                f"its network has {channels} channels and its autoencoder {latents.config['latent_channels']}: "
+                "networks that are shown more than the latents are not supported"
+            )
+        if (known := self.network_classes) is not None and not all(0 <= each < known for each in self.class_ids):
+            raise ValueError(f"its network has {known} classes, and a number beyond them is named")
+
+    @property
+    def denoiser_name(self) -> str:
+        """Name of the component that denoises."""
+        return "unet" if "unet" in self.components else "transformer"
+
+    @property
+    def denoiser(self) -> Component:
+        """The component that denoises."""
+        return self.components[self.denoiser_name]
+
+    @property
+    def latents_name(self) -> str:
+        """Name of the component between images and latents."""
+        return "vqvae" if "vqvae" in self.components else "vae"
+
+    @property
+    def latents(self) -> Component | None:
+        """The component between images and latents; None: the network works on pixels."""
+        return self.components.get(self.latents_name)
+
+    @property
+    def scheduler(self) -> Component:
+        """The pipeline's scheduler."""
+        return self.components["scheduler"]
+
+    @property
+    def one_shape(self) -> str | None:  # type: ignore[override]
+        """Why its network takes images of one square shape alone; None: it takes any height and width."""
+        return "a DiT arranges its patches in a square" if self.pipeline == "DiTPipeline" else None
+
+    @property
+    def factor(self) -> int:
+        """Pixels per position of the network's inputs along each side."""
+        if self.latents is None:
+            return 1
+        return int(2 ** (len(self.latents.config.get("block_out_channels", (64,))) - 1))
+
+    @property
+    def fold(self) -> int:
+        """Pixels of which height and width of images are multiples."""
+        config = self.denoiser.config
+        levels = 2 ** (len(config.get("block_out_channels", ())) - 1) if self.denoiser_name == "unet" else 1
+        return self.factor * int(levels * config.get("patch_size", 1))
+
+    @property
+    def noise_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of the network's inputs for square images."""
+        channels, size = (self.denoiser.config[name] for name in ("in_channels", "sample_size"))
+        return channels, size, size
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of square images."""
+        channels, size, _ = self.noise_shape
+        if self.latents is not None:
+            channels = self.latents.config.get("out_channels", 3)
+        return channels, size * self.factor, size * self.factor
+
+    @property
+    def prediction(self) -> SchedulerPrediction | None:
+        """Prediction of the network; None: it is no denoiser of a kind that is known, and has its own scheduler."""
+        if self.scheduler.kind == "FlowMatchEulerDiscreteScheduler":
+            return "flow_prediction"
+        given = self.scheduler.config.get("prediction_type", "epsilon")
+        known = self.scheduler.kind != "LCMScheduler" and given in get_args(SchedulerPrediction)
+        return given if known else None
+
+    @property
+    def network_classes(self) -> int | None:
+        """Number of classes that the network has embeddings of; None: it is not conditioned on classes."""
+        name = "num_embeds_ada_norm" if self.pipeline == "DiTPipeline" else "num_class_embeds"
+        return self.denoiser.config.get(name)
+
+    @property
+    def has_null_class(self) -> bool:
+        """Whether the network was trained without a class, too, as guidance needs."""
+        return self.pipeline == "DiTPipeline"
+
+    @property
+    def conditional(self) -> bool:
+        """Whether the network is conditioned on classes."""
+        return len(self.class_ids) > 1
+
+    @property
+    def text(self) -> bool:
+        """Whether the network is conditioned on captions."""
+        return "text_encoder" in self.components
+
+
 def tag(given: Any, key: str, default: str) -> str:
     """Return the value of ``key`` in a configuration or in its fields; the ``default`` if none is given."""
     if isinstance(given, BaseModel):
@@ -337,11 +619,11 @@ class LatentSpace(Config):
     channels: int = Field(ge=1, le=64)
     """Channels of the latents."""
     size: int = Field(ge=1, le=LARGEST_SIZE)
-    """Height and width of the latents."""
+    """Height and width of the latents of square images."""
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """(c, h, w) of the latents."""
+        """(c, h, w) of the latents of square images."""
         return self.channels, self.size, self.size
 
 
@@ -349,11 +631,12 @@ FamilyConfig: TypeAlias = Annotated[
     Annotated[ModelConfig, Tag("ddpm")]
     | Annotated[VAEConfig, Tag("vae")]
     | Annotated[GANConfig, Tag("gan")]
-    | Annotated[AutoregressiveConfig, Tag("autoregressive")],
+    | Annotated[AutoregressiveConfig, Tag("autoregressive")]
+    | Annotated[DiffusersConfig, Tag("diffusers")],
     Discriminator(
         lambda given: tag(given, "family", "ddpm"),
         custom_error_type="unknown_family",
-        custom_error_message="family is ddpm, the default, vae, gan or autoregressive",
+        custom_error_message="family is ddpm, the default, vae, gan, autoregressive or diffusers",
     ),
 ]
 """The section ``model`` of a configuration."""
@@ -363,6 +646,7 @@ FAMILIES: Mapping[str, type[Kind]] = {
     "vae": VAEConfig,
     "gan": GANConfig,
     "autoregressive": AutoregressiveConfig,
+    "diffusers": DiffusersConfig,
 }
 """The configuration class of each family."""
 
@@ -372,8 +656,21 @@ def training_conflict(model: FamilyConfig, training: ObjectiveConfig) -> str | N
     for name in sorted(model.ineffective):
         if getattr(training, name) != type(training).model_fields[name].default:
             return f"training.{name} means nothing to model.family = {model.family}: leave it out"
+    if lora := getattr(training, "lora", None):
+        for name in LORA_INEFFECTIVE:
+            if getattr(training, name) != type(training).model_fields[name].default:
+                return f"training.{name} means nothing to training.lora, whose matrices AdamW trains: leave it out"
+        if getattr(training, "init_from", None) is None:
+            return "training.lora adapts the weights of training.init_from, and there are none: name a model there"
+        if lora.text_encoder and isinstance(model, ModelConfig):
+            return (
+                "training.lora.text_encoder adapts the encoder of a pretrained pipeline, and that of the family ddpm "
+                "is fixed: leave it out"
+            )
     if not isinstance(model, ModelConfig):
         return None
+    if training.timestep_sampling == "scheduler":
+        return "training.timestep_sampling = scheduler is of pipelines of diffusers: use uniform or lognormal"
     if getattr(training, "shard", False) and getattr(training, "optimizer", None) == "muon":
         return (
             "training.shard gives each process a part of each matrix, and Muon needs whole ones: set "
@@ -395,6 +692,25 @@ def training_conflict(model: FamilyConfig, training: ObjectiveConfig) -> str | N
         return (
             "model.variance is learned from a sum over all levels, of which training.learned_uncertainty would "
             "divide each by another number: leave one out"
+        )
+    return None
+
+
+def shape_conflict(model: FamilyConfig, size: int, shapes: Sequence[Shape]) -> str | None:
+    """Describe why ``model`` cannot be trained on ``shapes`` (H, W) of about ``size``² pixels; None if it can."""
+    if [*shapes] == [(size, size)]:
+        return None
+    if model.one_shape is not None:
+        return (
+            f"model.family = {model.family} takes square images of one size alone, since {model.one_shape}: set "
+            "ingest.fit to crop, or use the family ddpm or autoregressive"
+        )
+    if (low := model.low_resolution) is not None and (
+        other := [shape for shape in shapes if any(side % (size // low) for side in shape)]
+    ):
+        return (
+            f"model.low_resolution = {low} enlarges {size // low} times, which does not divide the sides of bucket "
+            f"{shape_name(other[0])}: name multiples of it in ingest.buckets, or change model.low_resolution"
         )
     return None
 

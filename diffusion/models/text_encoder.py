@@ -102,6 +102,11 @@ class MiniLM:
         return layer_norm(x, (WIDTH,), weight, bias, eps=1e-12)
 
 
+def prompt_length(prompt: str) -> tuple[int, int, int]:
+    """Count the tokens of ``prompt``, those of an empty one, and the most that the encoder reads."""
+    return len(encoder().tokens(prompt)), ENDS, LONGEST
+
+
 @cache
 def encoder() -> MiniLM:
     """Load the encoder, once; raises UserError if it is not installed or its files have other digests."""

@@ -101,19 +101,20 @@ class Grow(nn.Module):
 class UNet(nn.Module):
     """U-Net for images with ``channels`` and ``size`` pixels, conditioned on ``classes`` (0: none).
 
-    A size that patch and resolutions do not divide is padded inside. Raises UserError as ``pixels_per_position``.
+    It takes images of any height and width: those that patch and resolutions do not divide are padded inside, and
+    ``size`` is the side of the square of their area. Raises UserError as ``pixels_per_position``.
     """
 
     def __init__(self, config: ModelConfig, channels: int, size: int, classes: int = 0) -> None:
         super().__init__()
-        fold = pixels_per_position(config, size)
+        self.fold = pixels_per_position(config, size)
         if config.low_resolution is not None and (config.low_resolution >= size or size % config.low_resolution):
             fitting = [str(each) for each in range(2, size) if size % each == 0]
             raise UserError(
                 f"model.low_resolution = {config.low_resolution} and the images have {size} pixels, which is no "
                 "multiple of it: " + (f"use {' or '.join(fitting)}" if fitting else "ingest them at another size")
             )
-        self.patch, self.width, self.padding = config.patch, config.width, -size % fold
+        self.patch, self.width = config.patch, config.width
         self.time_scale = TIMES / config.steps
         self.dropout, self.gradient_checkpointing = config.dropout, False
         """Whether activations inside layers are recomputed in the backward pass instead of stored."""
@@ -189,8 +190,9 @@ class UNet(nn.Module):
         height, width = x.shape[-2:]
         # Half-precision weights, as diffusers may load them, need inputs of their type; under autocast all are float32.
         x = x.to(self.stem.weight.dtype)
-        if self.padding:
-            x = functional.pad(x, (0, self.padding, 0, self.padding), mode="replicate")
+        below, beside = -height % self.fold, -width % self.fold
+        if below or beside:
+            x = functional.pad(x, (0, beside, 0, below), mode="replicate")
         embedding = self._embedding(time, label, text, level)
         h = self.stem(functional.pixel_unshuffle(x, self.patch))
         skips = [h]
@@ -214,7 +216,7 @@ class UNet(nn.Module):
             h = layer(h) if isinstance(layer, Grow) else through(layer, torch.cat([h, skips.pop()], dim=1))
         folded: Tensor = self.head(functional.silu(self.norm(h)))
         unfolded = functional.pixel_shuffle(folded, self.patch)
-        return unfolded[..., :height, :width] if self.padding else unfolded
+        return unfolded[..., :height, :width] if below or beside else unfolded
 
     def matrices(self) -> list[nn.Parameter]:
         """List the weights between layers, without those that read images and conditions or write predictions."""

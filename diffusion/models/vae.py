@@ -40,16 +40,10 @@ class Block(nn.Module):
 
 
 class Autoencoder(nn.Module):
-    """Encoder and decoder of images with ``channels`` and ``size`` pixels; UserError if the factor does not divide."""
+    """Encoder and decoder of images with ``channels``, of any height and width that the factor divides."""
 
-    def __init__(self, config: VAEConfig, channels: int, size: int) -> None:
+    def __init__(self, config: VAEConfig, channels: int) -> None:
         super().__init__()
-        if size % config.factor:
-            raise UserError(
-                f"model.patch = {config.patch} and {len(config.channel_mult)} resolutions make a latent position of "
-                f"{config.factor}×{config.factor} pixels, and {config.factor} does not divide the images' {size}: "
-                "ingest them at a multiple of it (ingest.size), or take a number out of model.channel_mult"
-            )
         widths = [config.width * multiplier for multiplier in config.channel_mult]
         self.patch = config.patch
         folded = channels * config.patch**2
@@ -125,8 +119,8 @@ class VAE(nn.Module):
 
     def __init__(self, config: VAEConfig, channels: int, size: int) -> None:
         super().__init__()
-        self.config, self.autoencoder = config, Autoencoder(config, channels, size)
-        self.prior = Prior(config, latent_shape(config, size))
+        self.config, self.autoencoder = config, Autoencoder(config, channels)
+        self.prior = Prior(config, latent_shape(config, size, size))
 
     def generate(self, noise: Tensor) -> Tensor:
         """Generate images (N, C, H, W), nominally in [−1, 1], from Gaussian ``noise`` (N, G + c·h·w, 1, 1)."""
@@ -155,7 +149,7 @@ class VAE(nn.Module):
 
 
 class Latents(nn.Module):
-    """Autoencoder of ``space`` for images (C, H, W), with the mean and standard deviation of its latents, (1, c, 1, 1).
+    """Autoencoder of ``space`` for images of ``channels``, with mean and standard deviation of latents, (1, c, 1, 1).
 
     Latents are normalised to mean 0 and standard deviation 1 for a diffusion model (arXiv 2112.10752, appendix G).
     """
@@ -163,10 +157,10 @@ class Latents(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, space: LatentSpace, shape: tuple[int, int, int]) -> None:
+    def __init__(self, space: LatentSpace, channels: int) -> None:
         super().__init__()
         self.space = space
-        self.network = Autoencoder(space.autoencoder, shape[0], shape[-1])
+        self.network = Autoencoder(space.autoencoder, channels)
         self.register_buffer("mean", torch.zeros(1, space.channels, 1, 1))
         self.register_buffer("std", torch.ones(1, space.channels, 1, 1))
 
@@ -179,9 +173,15 @@ class Latents(nn.Module):
         return self.network.decode(z * self.std + self.mean)
 
 
-def latent_shape(config: VAEConfig, size: int) -> tuple[int, int, int]:
-    """Compute (c, h, w) of the latents of images of ``size`` pixels."""
-    return config.latent_channels, size // config.factor, size // config.factor
+def latent_shape(config: VAEConfig, height: int, width: int) -> tuple[int, int, int]:
+    """Compute (c, h, w) of the latents of images; raises UserError if the factor does not divide height or width."""
+    if other := [side for side in (height, width) if side % config.factor]:
+        raise UserError(
+            f"model.patch = {config.patch} and {len(config.channel_mult)} resolutions make a latent position of "
+            f"{config.factor}×{config.factor} pixels, and {config.factor} does not divide the images' {other[0]}: "
+            "use images at a multiple of it (ingest.size), or take a number out of model.channel_mult"
+        )
+    return config.latent_channels, height // config.factor, width // config.factor
 
 
 def kl_divergence(mean: Tensor, log_variance: Tensor, prior_mean: Tensor, prior_log_variance: Tensor) -> Tensor:

@@ -41,7 +41,7 @@ def over(chosen: dict[str, Any], name: PresetName) -> dict[str, Any]:
             replaced = {"ema_decay"} if given.get("ema_stds") else set()
             if given.get("timestep_sampling", "lognormal") != "lognormal":
                 replaced.add("log_sigma_mean")
-            if given.get("sampler") == "consistency":
+            if given.get("sampler") in ("consistency", "scheduler"):
                 replaced |= {"steps", "sigma_max", "sigma_min"}
             merged[section] = {name: value for name, value in fields.items() if name not in replaced} | given
     return merged

@@ -91,9 +91,9 @@ def pigdm(denoise: Denoise, known: Tensor, kept: Tensor, sigma_data: float) -> D
     return guided_estimate
 
 
-def whole(kept: Tensor, size: int) -> Tensor:
-    """Downsample the mask ``kept`` (H, W) bool to ``size``×``size``: a position is kept if all of its pixels are."""
-    holes = functional.max_pool2d((~kept)[None].float(), len(kept) // size)
+def whole(kept: Tensor, shape: tuple[int, int]) -> Tensor:
+    """Downsample the mask ``kept`` (H, W) bool to ``shape`` (h, w): a position is kept if all of its pixels are."""
+    holes = functional.max_pool2d((~kept)[None].float(), len(kept) // shape[0])
     return holes == 0
 
 

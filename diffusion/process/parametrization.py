@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from diffusion.common.random import uniform
-from diffusion.models.config import ModelConfig, ObjectiveConfig, Prediction
+from diffusion.models.config import ModelConfig, ObjectiveConfig, Prediction, SchedulerPrediction
 from diffusion.process.likelihood import bound, like
 from diffusion.process.schedules import NoiseSchedule, make_schedule, resolution_scale
 
@@ -24,11 +24,16 @@ Weight = Callable[[Tensor], Tensor]
 class Parametrization:
     """The coefficients of ``prediction`` as functions of σ, (N,) float64, for images of deviation ``sigma_data``."""
 
-    prediction: Prediction
+    prediction: Prediction | SchedulerPrediction
     sigma_data: float = 1.0
 
     def c_in(self, sigma: Tensor) -> Tensor:
-        """Scale of the network's input, to unit variance; except for EDM the input is x_t = √ᾱ x_0 + √(1 − ᾱ) ε."""
+        """Scale of the network's input, to unit variance; except for EDM the input is x_t = √ᾱ x_0 + √(1 − ᾱ) ε.
+
+        That of flow matching is x_t = (1 − t) x_0 + t ε with σ = t/(1 − t) (arXiv 2209.03003).
+        """
+        if self.prediction == "flow_prediction":
+            return 1 / (1 + sigma)
         spread = self.sigma_data if self.prediction == "edm" else 1.0
         return (sigma**2 + spread**2).rsqrt()
 
@@ -41,17 +46,19 @@ class Parametrization:
                 return torch.zeros_like(sigma)
             case "v_prediction":
                 return 1 / (1 + sigma**2)
+            case "flow_prediction":
+                return 1 / (1 + sigma)
             case "edm":
                 return self.sigma_data**2 / (sigma**2 + self.sigma_data**2)
 
     def c_out(self, sigma: Tensor) -> Tensor:
-        """Scale of the network's output. v is √ᾱ ε − √(1 − ᾱ) x_0 (arXiv 2202.00512)."""
+        """Scale of the network's output. v is √ᾱ ε − √(1 − ᾱ) x_0 (arXiv 2202.00512), that of flow matching ε − x_0."""
         match self.prediction:
             case "epsilon":
                 return -sigma
             case "sample":
                 return torch.ones_like(sigma)
-            case "v_prediction":
+            case "v_prediction" | "flow_prediction":
                 return -sigma * self.c_in(sigma)
             case "edm":
                 return sigma * self.sigma_data * self.c_in(sigma)

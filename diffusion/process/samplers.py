@@ -27,7 +27,7 @@ from pydantic import ConfigDict, Discriminator, Field, Tag, TypeAdapter, Validat
 
 from diffusion.common.config import Config, DeviceName, unset
 from diffusion.common.errors import UserError
-from diffusion.models.config import FamilyConfig, ModelConfig, tag
+from diffusion.models.config import DiffusersConfig, FamilyConfig, ModelConfig, tag
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -136,6 +136,8 @@ class BaseSampling(Config):
         shared = self.model_dump(include=set(BaseSampling.model_fields))
         if "consistency" in (sampler, self.sampler):  # whose few levels are others
             del shared["steps"], shared["sigma_min"]
+        if "scheduler" in (sampler, self.sampler):  # whose levels are the pipeline's
+            shared = {name: value for name, value in shared.items() if name not in ("sigma_max", "sigma_min")}
         return sampling_config(**shared | {"sampler": sampler})
 
     def unguided(self) -> SamplingConfig:
@@ -413,6 +415,28 @@ class ConsistencySampling(BaseSampling):
         return schedule.sigma_grid(self.steps, highest, self.sigma_min or lowest)
 
 
+class SchedulerSampling(BaseSampling):
+    """The own scheduler of an imported pipeline, stepped as diffusers steps it; for other models there is none."""
+
+    sampler: Literal["scheduler"] = "scheduler"
+    """Name of the sampler."""
+    steps: int = Field(50, ge=1, le=10_000)
+    """Number of inference steps, whose times the scheduler chooses."""
+    sigma_max: None = None
+    """Null: the scheduler has its own levels."""
+    sigma_min: None = None
+    """Null: the scheduler has its own levels."""
+
+    def sigma_grid(self, schedule: NoiseSchedule) -> Tensor:
+        """Build levels as many as the scheduler's; raises UserError for more steps than there are levels."""
+        if self.steps > schedule.steps:
+            raise UserError(
+                f"sampling.steps = {self.steps} are more than the {schedule.steps} noise levels of the pipeline's "
+                "scheduler: lower it"
+            )
+        return super().sigma_grid(schedule)
+
+
 def _towards(known: Sequence[tuple[float, Tensor]], x: Tensor, step: float) -> Tensor:
     """Advance x by a ``step`` of λ with x̂_0 as the polynomial through ``known``, the estimate at its start first."""
     # ∫ e^(τ−h) (τ/h)^k dτ from 0 to h = step, by parts from k to k.
@@ -449,12 +473,13 @@ SamplingConfig: TypeAlias = Annotated[
     | Annotated[DPMSolverSDESampling, Tag("dpmpp_2m_sde")]
     | Annotated[DEISSampling, Tag("deis")]
     | Annotated[UniPCSampling, Tag("unipc")]
-    | Annotated[ConsistencySampling, Tag("consistency")],
+    | Annotated[ConsistencySampling, Tag("consistency")]
+    | Annotated[SchedulerSampling, Tag("scheduler")],
     Discriminator(
         lambda given: tag(given, "sampler", "dpmpp_2m_sde"),
         custom_error_type="unknown_sampler",
-        custom_error_message="sampler is ddpm, ddim, euler, heun, dpmpp_2m, dpmpp_2m_sde (default), deis, unipc, or "
-        "consistency for students",
+        custom_error_message="sampler is ddpm, ddim, euler, heun, dpmpp_2m, dpmpp_2m_sde (default), deis, unipc, "
+        "consistency for students, or scheduler for imported pipelines",
     ),
 ]
 """The section ``sampling`` of a configuration; options of other samplers are unknown keys."""
@@ -478,11 +503,16 @@ COMPUTING = {"compute_batch", "precision", "device"}
 
 def effective_sampling(model: FamilyConfig, sampling: SamplingConfig) -> SamplingConfig:
     """Reset the fields of ``sampling`` without effect for the family of ``model`` to their defaults."""
-    return sampling if isinstance(model, ModelConfig) else sampling_config(**sampling.model_dump(include=COMPUTING))
+    if isinstance(sampling, SchedulerSampling) and isinstance(model, ModelConfig):
+        return sampling.with_sampler(sampling_config().sampler)
+    diffusion = isinstance(model, ModelConfig | DiffusersConfig)
+    return sampling if diffusion else sampling_config(**sampling.model_dump(include=COMPUTING))
 
 
 def sampling_conflict(model: FamilyConfig, sampling: SamplingConfig) -> str | None:
     """Describe a field of ``sampling`` that has no effect for the family of ``model``; None if there is none."""
+    if isinstance(sampling, SchedulerSampling) and isinstance(model, ModelConfig):
+        return None  # beside what is trained, which it does not fit, imported versions are sampled
     theirs, ours = sampling.model_dump(), effective_sampling(model, sampling).model_dump()
     changed = [name for name in sorted(theirs) if theirs[name] != ours.get(name)]
     if not changed:

@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Literal
+from typing import Literal, Self
 
 import torch
 from torch import Tensor
@@ -32,6 +32,10 @@ class NoiseSchedule:
     def steps(self) -> int:
         """T, the number of noise levels."""
         return len(self.alphas_cumprod)
+
+    def of(self, shape: tuple[int, int, int]) -> Self:
+        """Return the schedule for images, or latents, of ``shape`` (C, H, W): the same levels for other values."""
+        return self if math.prod(shape) == self.values else replace(self, values=math.prod(shape))
 
     @cached_property
     def sigmas(self) -> Tensor:
@@ -97,6 +101,32 @@ class NoiseSchedule:
         return alpha_bar.sqrt().to(x0.dtype) * x0 + (1 - alpha_bar).sqrt().to(x0.dtype) * noise
 
 
+FLOW_END = 1 - 2**-12
+"""Highest t of flow matching, at which σ = t/(1 − t) is finite, and above ``ZERO_SNR``."""
+
+
+@dataclass(frozen=True)
+class FlowSchedule(NoiseSchedule):
+    """Rectified flow (arXiv 2209.03003): x_t = (1 − f) x_0 + f ε with f = (t + 1)/T, so σ = f/(1 − f)."""
+
+    def sigma(self, t: Tensor) -> Tensor:
+        """Compute σ at times ``t`` (N,) from 0 to T−1, as (N,) float64: the inverse of ``time``."""
+        share = ((t.double() + 1) / self.steps).clamp(max=FLOW_END)
+        return share / (1 - share)
+
+    def time(self, sigma: Tensor) -> Tensor:
+        """Find the time t with the noise level ``sigma`` (N,), as (N,) float32, clamped to the schedule."""
+        share = sigma.double() / (1 + sigma.double())
+        return torch.where(share < FLOW_END, share * self.steps - 1, self.steps - 1).clamp(min=0).float()
+
+
+def flow_schedule(steps: int, values: int) -> FlowSchedule:
+    """Build the schedule of flow matching with ``steps`` levels for images of ``values`` C·H·W."""
+    share = (torch.arange(1, steps + 1, dtype=torch.float64) / steps).clamp(max=FLOW_END)
+    alpha_bar = 1 / (1 + (share / (1 - share)) ** 2)
+    return FlowSchedule(alpha_bar, values, zero_terminal_snr=True)
+
+
 def linear_schedule(steps: int) -> NoiseSchedule:
     """Linear schedule: β from 1e-4 to 0.02 (arXiv 2006.11239, section 4), both scaled by 1000/T for other T."""
     scale = 1000 / steps
@@ -133,10 +163,15 @@ def without_signal_at_the_end(schedule: NoiseSchedule) -> NoiseSchedule:
     """Rescale √ᾱ so that its last value is 0 and its first stays (arXiv 2305.08891, algorithm 1)."""
     roots = schedule.alphas_cumprod.sqrt()
     stretched = (roots - roots[-1]) * roots[0] / (roots[0] - roots[-1])
-    alpha_bar = stretched**2
-    # Not quite 0, so that σ stays finite, but below float32's resolution at 1 and less than the value before.
+    return with_finite_end(NoiseSchedule(stretched**2))
+
+
+def with_finite_end(schedule: NoiseSchedule) -> NoiseSchedule:
+    """Set the last ᾱ of a schedule without signal there so that σ stays finite."""
+    alpha_bar = schedule.alphas_cumprod.clone()
+    # Below float32's resolution at 1 and less than the value before.
     alpha_bar[-1] = min(2**-24, alpha_bar[-2].item() / 4)
-    return NoiseSchedule(alpha_bar)
+    return replace(schedule, alphas_cumprod=alpha_bar)
 
 
 SCHEDULES = {"linear": linear_schedule, "cosine": cosine_schedule, "sigmoid": sigmoid_schedule}

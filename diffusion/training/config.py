@@ -3,10 +3,10 @@
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import ConfigDict, Field, PositiveFloat, model_validator
+from pydantic import ConfigDict, Field, PositiveFloat, StrictBool, StrictInt, model_validator
 
 from diffusion.common.config import LARGEST_EMA_STD, Config, DeviceName, PlainName, unset
-from diffusion.models.config import ObjectiveConfig
+from diffusion.models.config import LoRAConfig, ObjectiveConfig
 
 
 class TrainingConfig(ObjectiveConfig):
@@ -23,6 +23,13 @@ class TrainingConfig(ObjectiveConfig):
     """Initial weights. Null: random. Otherwise a model of the same family: the path of its final.safetensors, a
     registered version (models:/NAME@ALIAS, models:/NAME/NUMBER), or champion. The champion is resolved when data and
     configuration are first trained on; while there is none, weights are random."""
+    lora: LoRAConfig | None = Field(None, exclude_if=unset)
+    """Train low-rank matrices on top of training.init_from instead of its weights (extra ``diffusers``, for peft): the
+    model is then megabytes of them and a reference to the file of training.init_from. Null: all weights."""
+    micro_batch: int | None = Field(None, ge=1, exclude_if=unset)
+    """Most images that a thread or process takes through the network at once: the rest of its part of a batch follows,
+    and gradients are added in this order, for batches that do not fit into memory. Null: all of its part. Decides the
+    last bits of the weights."""
     images: int | None = Field(None, ge=1)
     """Total number of images to see; alternative to minutes."""
     minutes: float | None = Field(None, gt=0)
@@ -67,9 +74,11 @@ class TrainingConfig(ObjectiveConfig):
     compile: bool | None = None
     """Whether the network is compiled before the first step; null: on a GPU only. On CPUs compiling was measured
     slower."""
-    shard: bool = False
+    shard: StrictBool | StrictInt = False
     """Whether weights, optimizer moments and averages are sharded over the processes (FSDP2), for networks that do not
-    fit into one."""
+    fit into one. True: over all processes. A number: over groups of this many consecutive processes, such as those of a
+    machine, and replicated in all groups (hybrid sharding), for clusters: groups exchange gradients alone, once per
+    step."""
     checkpoints: int = Field(6, ge=1)
     """Number of checkpoints per run, evenly spaced; each comes with held-out losses and a sample grid."""
     keep: int = Field(3, ge=1)
@@ -106,6 +115,15 @@ class TrainingConfig(ObjectiveConfig):
         if self.cpu_threads > self.batch_size:
             raise ValueError(
                 f"training.cpu_threads = {self.cpu_threads} parts of {self.batch_size} images: use fewer of them"
+            )
+        if self.micro_batch is not None and self.micro_batch >= self.batch_size:
+            raise ValueError(
+                f"training.micro_batch = {self.micro_batch} splits no batch of {self.batch_size} images: lower it, or "
+                "leave it out"
+            )
+        if self.shard is not True and self.shard is not False and self.shard < 2:
+            raise ValueError(
+                f"training.shard = {self.shard} is no group of processes: use true, false, or the number in a group"
             )
         if self.ema_stds is not None and self.ema_decay is not None:
             raise ValueError("training.ema_decay means nothing to averages with training.ema_stds: leave one out")

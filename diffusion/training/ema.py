@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from diffusion.checkpoints import AUTOENCODER, AVERAGED, read_tensors, save_tensors
+from diffusion.checkpoints import AUTOENCODER, AVERAGED, link_bases, read_tensors, save_tensors
 from diffusion.common.errors import UserError
 from diffusion.common.model_files import read_header
 from diffusion.training.checkpointing import Checkpoints, is_whole
@@ -117,5 +117,6 @@ def reconstruct_average(folder: Path, std: float, into: Path) -> Path:
     tensors = {AVERAGED + name: value.float() for name, value in total.items()}
     tensors |= {AUTOENCODER + name: value for name, value in read_tensors(paths[-1], AUTOENCODER).items()}
     path = into / f"std-{std:g}.safetensors"
+    link_bases(paths[-1], into)
     save_tensors(path, tensors, header)
     return path

@@ -5,7 +5,7 @@ import csv
 import logging
 import math
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from functools import cached_property
@@ -24,6 +24,7 @@ from diffusion.common.files import sync_file, write_bytes
 from diffusion.common.fingerprint import CPU, autocast
 from diffusion.common.image_grids import beside, blocks, grid, save_png
 from diffusion.common.progress import Progress
+from diffusion.common.shapes import Images, apportion, height_and_width, interleave, stack_images
 from diffusion.data.dataset import SPLITS
 from diffusion.data.loader import Batch
 from diffusion.data.manifest import Split
@@ -33,7 +34,7 @@ from diffusion.families.model import Model, TrainingObjective, to_float
 from diffusion.generation.config import is_conditional
 from diffusion.generation.super_resolution import generate
 from diffusion.process.samplers import SamplingConfig
-from diffusion.training.checkpointing import Checkpoints, CheckpointWriter
+from diffusion.training.checkpointing import INTERRUPTED, Checkpoints, CheckpointWriter, WrittenTensors
 from diffusion.training.ema import PREFIXES, SNAPSHOTS, STDS
 from diffusion.training.setup import NETWORK, SAMPLE_GRID, TrainingSetup
 
@@ -151,6 +152,10 @@ class TrainingMonitor:
             self.sums[what] = now
 
 
+class InterruptedValidation(Exception):
+    """A validation ended at a signal."""
+
+
 @dataclass(frozen=True)
 class Validation:
     """Validation of a run on the same images, noise levels and noise at each checkpoint."""
@@ -160,66 +165,102 @@ class Validation:
     threads: Executor
 
     @cached_property
-    def batches(self) -> dict[Split, Batch]:
-        """Return the validation images of each split; cached, as they may be on remote storage."""
-        batches: dict[Split, Batch] = {}
+    def batches(self) -> dict[Split, list[Batch]]:
+        """Return the validation images of each split, a batch per bucket; cached: they may be on remote storage."""
+        batches: dict[Split, list[Batch]] = {}
         dataset = self.setup.dataset
         for split in SPLITS:
             rows = dataset.rows(split)
             if self.setup.config.window is not None:  # from as few shards as possible
                 rows = rows[np.argsort(dataset.shards(rows), kind="stable")]
-            rows = rows[:VALIDATION_IMAGES]
-            if len(rows):
-                batches[split] = Batch(range(len(rows)), rows, dataset.images(rows))
+            found, first = list[Batch](), 0
+            for own in dataset.by_bucket(rows[:VALIDATION_IMAGES]):
+                images = dataset.images(own) if self.setup.latents is None else self.setup.latents(own)
+                found.append(Batch(range(first, first + len(own)), own, images))
+                first += len(own)
+            if found:
+                batches[split] = found
         return batches
 
     @property
     def images(self) -> Tensor:
-        """Return the images that a super-resolution model upscales, (N, C, H, W) uint8."""
-        return self.batches["held_out" if "held_out" in self.batches else "train"].images[:SAMPLE_GRID]
+        """Return the images that a super-resolution model upscales, of one bucket: (N, C, H, W) uint8."""
+        batches = self.batches["held_out" if "held_out" in self.batches else "train"]
+        return max(batches, key=lambda batch: len(batch.rows)).images[:SAMPLE_GRID]
 
-    def evaluate(self, tensors: dict[str, Tensor], images: int) -> tuple[Model, dict[str, float]]:
-        """Build the model of a state's ``tensors``; returns it and the losses of raw and averaged weights."""
+    def evaluate(
+        self, tensors: dict[str, Tensor], images: int, stop: Callable[[], bool] = lambda: False
+    ) -> tuple[Model, dict[str, float]]:
+        """Build the model of a state's ``tensors``; returns it and the losses of raw and averaged weights.
+
+        Once ``stop`` is true, their next evaluation raises InterruptedValidation, also in the model.
+        """
         setup = self.setup
+
+        def require_time(*_: object) -> None:
+            if stop():
+                raise InterruptedValidation
+
         networks = {"": setup.network_from(tensors, NETWORK), "_ema": setup.network_from(tensors, AVERAGED)}
+        for network in networks.values():
+            network.register_forward_pre_hook(require_time)
         averaged = family_of(setup.model).make_model(setup.model_header(images), networks["_ema"], setup.autoencoder)
         pending = [
-            self.threads.submit(self._metrics, split, batch, suffix, network)
-            for split, batch in (self.batches if self.objective.comparable else {}).items()
+            self.threads.submit(self._metrics, split, batches, suffix, network)
+            for split, batches in (self.batches if self.objective.comparable else {}).items()
             for suffix, network in networks.items()
         ]
         return averaged, {name: value for each in pending for name, value in each.result().items()}
 
-    def _metrics(self, split: Split, batch: Batch, suffix: str, network: nn.Module) -> dict[str, float]:
-        device = self.setup.device
+    def _metrics(self, split: Split, batches: list[Batch], suffix: str, network: nn.Module) -> dict[str, float]:
+        device, losses, measured = self.setup.device, list[Tensor](), list[tuple[dict[str, float], int]]()
         with torch.inference_mode(), autocast(self.setup.config.precision, device):
-            conditioning = self.setup.conditioning(batch)
-            fixed = self.objective.make_batch(to_float(batch.images), batch.indices, conditioning, split).on(device)
             if next(network.parameters()).device != device:
                 network = copy.deepcopy(network).to(device)
-            losses = self.objective.losses(network, fixed).cpu()
-            metrics = {f"{split}_loss{suffix}": losses.mean().item()}
-            if (split, suffix) == ("held_out", "_ema"):
-                metrics |= self.objective.validation_metrics(network, fixed, losses)
-            return metrics
+            for batch in batches:
+                conditioning = self.setup.conditioning(batch)
+                fixed = self.objective.make_batch(self.setup.x0(batch), batch.indices, conditioning, split).on(device)
+                losses.append(self.objective.losses(network, fixed).cpu())
+                if (split, suffix) == ("held_out", "_ema"):
+                    own = self.objective.validation_metrics(network, fixed, losses[-1])
+                    measured.append((own, len(batch.rows)))
+        metrics = {f"{split}_loss{suffix}": torch.cat(losses).mean().item()}
+        for name in sorted({name for own, _ in measured for name in own}):
+            # Those of a bucket with few images may be missing.
+            pairs = [(own[name], count) for own, count in measured if name in own]
+            images = sum(count for _, count in pairs)
+            metrics[name] = sum(value * (count / images) for value, count in pairs)
+        return metrics
 
-    def generate(self, model: Model, sampling: SamplingConfig) -> Tensor:
-        """Generate the images of a sample grid, or upscale held-out ones: (N, C, H, W) uint8."""
+    def generate(self, model: Model, sampling: SamplingConfig) -> Images:
+        """Generate the images of a sample grid, uint8, in the shares of the training images' shapes.
+
+        A super-resolution model upscales held-out ones.
+        """
         inputs, conditions = self.setup.task.inputs(self.images), self.setup.sample_grid_conditions()
-        indices = range(SAMPLE_GRID if inputs is None else len(inputs))
         sampling = model.header.sampling(sampling, is_conditional(model.classes, conditions))
-        return generate(model, inputs, indices, 0, sampling, conditions=conditions)
+        if inputs is not None:
+            return generate(model, inputs, range(len(inputs)), 0, sampling, conditions=conditions)
+        counts = apportion(model.header.trained_shapes, SAMPLE_GRID)
+        found = {
+            shape: generate(model.at(shape), None, range(count), 0, sampling, conditions=conditions)
+            for shape, count in counts.items()
+        }
+        return stack_images([found[shape][number] for shape, number in interleave(counts)])
 
-    def sample_grid(self, generated: Tensor) -> Image.Image:
+    def sample_grid(self, generated: Images) -> Image.Image:
         """Arrange ``generated`` images in a grid; upscaled images stand between their small and real images."""
         if (inputs := self.setup.task.inputs(self.images)) is None:
             return grid(generated)
-        return grid(beside(blocks(inputs, generated.shape[-1]), generated, self.images), 12)
+        return grid(beside(blocks(inputs, self.setup.task.scale), generated, self.images), 12)
 
-    def colour_drift(self, generated: Tensor) -> dict[str, float]:
+    def colour_drift(self, generated: Images) -> dict[str, float]:
         """Compute the deviation of each channel's mean from the data set's, in its standard deviations."""
         manifest = self.setup.dataset.manifest
-        means = to_float(generated).mean((0, 2, 3)).tolist()
+        if isinstance(generated, list):
+            means = torch.stack([to_float(each).mean((1, 2)) for each in generated]).mean(0).tolist()
+        else:
+            means = to_float(generated).mean((0, 2, 3)).tolist()
         return {
             f"sample_drift_{'grey' if len(means) == 1 else 'rgb'[channel]}": (mean - real) / max(spread, 1e-6)
             for channel, (mean, real, spread) in enumerate(zip(means, manifest.mean, manifest.std, strict=True))
@@ -263,33 +304,62 @@ class TrainingLog:
             self.tracker.log_metrics({name: value for name, value in metrics.items() if math.isfinite(value)}, images)
         self.progress("images trained on", images, self.total, f"loss {metrics['loss']:.4f}")
 
-    def checkpoint(self, tensors: dict[str, Tensor], header: dict[str, Any], save_every: int) -> None:
-        """Validate and log the averaged weights in ``tensors``, then start a checkpoint: a kill repeats the rest."""
+    def checkpoint(
+        self, tensors: dict[str, Tensor], header: dict[str, Any], save_every: int, stop: Callable[[], bool]
+    ) -> bool:
+        """Validate and log the averaged weights in ``tensors``, then start a checkpoint: a kill repeats the rest.
+
+        Returns False, and has logged and written nothing, if ``stop`` was true before the end of the validation.
+        """
         setup, images = self.validation.setup, int(header["model_header"]["images"])
-        averaged, metrics = self.validation.evaluate(tensors, images)
+        strip = None
+        try:
+            averaged, metrics = self.validation.evaluate(tensors, images, stop)
+            generated = self.validation.generate(averaged, self.sampling)
+            if self.tracker and images == self.total and isinstance(averaged, DiffusionModel):
+                from diffusion.generation.explain import reverse_process_strip  # matplotlib is slow to load
+
+                conditioning = setup.task.conditioning(self.validation.images[:1]) or None
+                if conditioning:
+                    averaged = averaged.at(height_and_width(self.validation.images))
+                strip = reverse_process_strip(averaged.on(CPU), conditioning)
+        except InterruptedValidation:
+            if isinstance(tensors, WrittenTensors):
+                tensors.path.unlink()
+            return False
         self.losses.append(images, {name: metrics.get(name, math.nan) for name in LOSSES})
-        generated = self.validation.generate(averaged, self.sampling)
         sample_grid = self.validation.sample_grid(generated)
         save_png(self.output / "samples" / f"{images:010d}.png", sample_grid)
         if self.tracker:
             self.tracker.log_metrics(metrics | self.validation.colour_drift(generated), images)
             self.tracker.log_image("samples", sample_grid, images)
-        if self.tracker and images == self.total and isinstance(averaged, DiffusionModel):
-            from diffusion.generation.explain import reverse_process_strip  # matplotlib is slow to load
-
-            conditioning = setup.task.conditioning(self.validation.images[:1]) or None
-            self.tracker.log_image("reverse", reverse_process_strip(averaged.on(CPU), conditioning), images)
+            if strip is not None:
+                self.tracker.log_image("reverse", strip, images)
         self.monitor.check_validation(metrics, images)
         self.monitor.check_weights(_under(NETWORK, tensors), _under(AVERAGED, tensors), images)
         if setup.config.ema_stds is not None:
             kept = {name: value for name, value in tensors.items() if name.startswith((*PREFIXES, AUTOENCODER))}
             about = setup.header(images, self.total) | {STDS: list(setup.config.ema_stds)}
             Checkpoints(self.output / SNAPSHOTS).save(kept, about)
+        self._sync()
+        self.writer.save(tensors, header, setup.config.keep, self._spared(save_every))
+        return True
+
+    def interrupt(self, tensors: dict[str, Tensor], header: dict[str, Any]) -> None:
+        """Write a checkpoint between two regular ones, after which the process ends."""
+        self._sync()
+        # The write in progress would remove this one as older.
+        self.writer.wait()
+        done, interrupted = header["model_header"]["images"], Checkpoints(self.output / INTERRUPTED)
+        interrupted.save(tensors, header)
+        interrupted.prune(1, {done})
+        logger.info("stopped after %d of %d images: the same command goes on from there", done, self.total)
+
+    def _sync(self) -> None:
         for file in (self.history, self.losses):
             sync_file(file.path)
         if self.tracker:
             self.tracker.sync()
-        self.writer.save(tensors, header, setup.config.keep, self._spared(save_every))
 
     def _spared(self, save_every: int) -> set[int]:
         """Return the image counts of checkpoints that pruning must keep."""

@@ -39,13 +39,10 @@ class Muon(torch.optim.Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         """Update all parameters, each of which has a gradient."""
         for group in self.param_groups:
-            updates = defaultdict[torch.Size, list[nn.Parameter]](list)
             for parameter in group["params"]:
                 if not self.state[parameter]:
                     self.state[parameter]["momentum"] = torch.zeros_like(parameter)
-                updates[parameter.flatten(1).shape].append(parameter)
-            # Matrices of one shape together: hidden layers have few shapes. The most work first, for even shares.
-            shares = sorted(updates.values(), key=lambda each: -len(each) * each[0].numel())
+            shares = group_by_shape(group["params"])
             list((self.threads.map if self.threads else map)(partial(self._update, group), shares))
 
     @torch.no_grad()
@@ -64,6 +61,17 @@ class Muon(torch.optim.Optimizer):
         changes = orthogonalize(torch.stack(matrices)) * RMS * max(matrices[0].shape) ** 0.5
         for parameter, change in zip(parameters, changes, strict=True):
             parameter.mul_(1 - scale * group["weight_decay"]).sub_(scale * change.view(parameter.shape))
+
+
+def group_by_shape(parameters: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
+    """Group ``parameters`` by the shape of their matrices, which are updated together: hidden layers have few shapes.
+
+    The group with the most elements is the first, so that threads get even shares.
+    """
+    groups = defaultdict[torch.Size, list[nn.Parameter]](list)
+    for parameter in parameters:
+        groups[parameter.flatten(1).shape].append(parameter)
+    return sorted(groups.values(), key=lambda each: -len(each) * each[0].numel())
 
 
 def orthogonalize(matrices: Tensor) -> Tensor:

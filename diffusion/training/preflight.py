@@ -1,33 +1,49 @@
 """Preflight: size, duration and cost of a training run, measured before it begins."""
 
+import logging
 import math
 import shutil
 import time
+import weakref
+from collections.abc import Iterable
 from concurrent.futures import Executor
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import psutil
 import torch
 from humanize import naturalsize, precisedelta
 from pydantic import Field
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from diffusion.common.config import Config, unset
 from diffusion.common.errors import UserError
 from diffusion.common.files import make_folder
-from diffusion.common.fingerprint import describe_precision
+from diffusion.common.fingerprint import describe_precision, resolve_precision
+from diffusion.common.shapes import Shape, shape_name
 from diffusion.families import family_of
+from diffusion.families.ddpm import noise_shape
 from diffusion.models.config import FamilyConfig, LatentSpace
+from diffusion.models.fine_tuning import PartlyTrained, share
 from diffusion.models.vae import Autoencoder
 from diffusion.process.samplers import SamplingConfig
+from diffusion.training.checkpointing import WrittenTensors
 from diffusion.training.logging import Validation
+from diffusion.training.muon import Muon, group_by_shape
 from diffusion.training.setup import TrainingSetup
-from diffusion.training.trainer import Trainer, scheduled_learning_rate
+from diffusion.training.trainer import Trainer, scheduled_learning_rate, thread_count
 
 PREFLIGHT = "preflight.json"
 """File name of the preflight in a run's folder."""
 MEASURED_SECONDS = 4.0
 FLOAT = 4
 """Bytes of a weight, a gradient or an optimizer moment."""
+
+logger = logging.getLogger(__name__)
 
 
 class Preflight(Config):
@@ -39,7 +55,9 @@ class Preflight(Config):
     held_out: int
     """Numbers of training and of held-out images."""
     shape: tuple[int, int, int]
-    """Shape (C, H, W) of an image."""
+    """Shape (C, H, W) of an image; with buckets, of the square of about as many pixels."""
+    shapes: list[Shape] | None = Field(None, exclude_if=unset)
+    """Shapes (H, W) of the images; None: all are square."""
     classes: int
     captions: int
     """Numbers of classes and of distinct captions that the network is conditioned on."""
@@ -48,12 +66,23 @@ class Preflight(Config):
     arithmetic: str
     """Number format of matrix products, and why."""
     parameters: int
+    frozen: int
+    """Parameters that training does not change: those below low-rank matrices, and an autoencoder's."""
     flops: int
     """Floating-point operations per image of a training step, forward and backward."""
     state_bytes: int
-    """Bytes of memory for weights, gradients, moments and averages, without the activations of a batch."""
+    """Bytes of memory for weights, gradients, moments, averages and captions, without the activations of a batch."""
+    activation_bytes: int
+    """Estimated bytes of memory for what the images that are in the network at once leave for the backward pass."""
+    images_at_once: int
+    """Number of these images, of all threads."""
+    optimizer_bytes: int
+    """Bytes of memory for the temporary tensors of a step of Muon, when those of the images are gone; 0: AdamW."""
     disk_bytes: int
     """Bytes of disk for the checkpoints that exist at the same time."""
+    checkpoint_bytes: int
+    """Bytes of one of them."""
+    batch_size: int
     images: int
     """Images to see in all."""
     images_per_second: float | None
@@ -61,50 +90,148 @@ class Preflight(Config):
     seconds: float | None
     """Expected duration on this machine, checkpoints and the embedding of captions included."""
 
+    @property
+    def memory(self) -> int:
+        """Return the bytes of memory that training takes at most, an estimate."""
+        return self.state_bytes + max(self.activation_bytes, self.optimizer_bytes)
+
     def lines(self) -> list[tuple[str, str]]:
         """Format the preflight for display as pairs of name and value."""
         channels, height, width = self.shape
         conditioning = f", {self.classes} classes" if self.classes else ""
         conditioning += f", {self.captions:,} captions" if self.captions else ""
         conditioning += f", upscaled from {self.low_resolution}×{self.low_resolution}" if self.low_resolution else ""
-        time = "seen as it goes: --dry-run measures it"
-        if self.seconds is not None:
+        size = f"{width}×{height}×{channels}"
+        if self.shapes is not None:
+            size = f"{len(self.shapes)} shapes of about {size}, {', '.join(map(shape_name, self.shapes))}"
+        frozen = f" on {self.frozen / 1e6:.2f} million frozen ones" if self.frozen else ""
+        time = steps = "seen as it goes: --dry-run measures it"
+        if self.seconds is not None and self.images_per_second is not None:
             length = precisedelta(self.seconds, minimum_unit="seconds" if self.seconds < 60 else "minutes", format="%d")
             time = f"{length} at {self.images_per_second:.0f} images/s, as measured"
+            steps = f"{self.batch_size / self.images_per_second:.2g} s each"
+        checkpoint = naturalsize(self.checkpoint_bytes, binary=True)
+        muon = f", then {naturalsize(self.optimizer_bytes, binary=True)} for Muon" if self.optimizer_bytes else ""
         return [
             ("data", f"{self.dataset}, content {self.content_digest[:12]}"),
-            ("images", f"{self.train:,} of {width}×{height}×{channels}{conditioning}; {self.held_out:,} held out"),
-            ("network", f"{self.parameters / 1e6:.2f} million parameters"),
+            ("images", f"{self.train:,} of {size}{conditioning}; {self.held_out:,} held out"),
+            ("network", f"{self.parameters / 1e6:.2f} million parameters{frozen}"),
             ("arithmetic", self.arithmetic),
             ("work", f"{self.flops / 1e9:.2f} GFLOP for an image, forward and backward"),
-            ("memory", f"{naturalsize(self.state_bytes, binary=True)}, and what a batch takes on its way"),
+            (
+                "memory",
+                f"{naturalsize(self.state_bytes, binary=True)}, and about "
+                f"{naturalsize(self.activation_bytes, binary=True)} for {self.images_at_once} images at once{muon}",
+            ),
             ("disk", f"{naturalsize(self.disk_bytes, binary=True)} of checkpoints"),
             ("length", f"{self.images:,} images, {self.images / self.train:.1f} epochs"),
             ("time", time),
+            (
+                "at SIGTERM",
+                f"ends after up to two steps ({steps} each) and the writing of two checkpoints ({checkpoint} each)",
+            ),
         ]
 
 
 def count_flops(
-    config: FamilyConfig, shape: tuple[int, int, int], classes: int, latents: LatentSpace | None = None
+    config: FamilyConfig,
+    shape: tuple[int, int, int],
+    classes: int,
+    latents: LatentSpace | None = None,
+    network: nn.Module | None = None,
 ) -> int:
-    """Count the floating-point operations of an image, forward and backward, with the encoder of ``latents`` if any."""
+    """Count the floating-point operations of an image, forward and backward, with the encoder of ``latents`` if any.
+
+    ``network`` is a meta network of the kind; None: all weights of a new one are trained.
+    """
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
         if latents is not None:
-            Autoencoder(latents.autoencoder, shape[0], shape[-1]).requires_grad_(False).encode(torch.empty(1, *shape))
+            Autoencoder(latents.autoencoder, shape[0]).requires_grad_(False).encode(torch.empty(1, *shape))
             shape = latents.shape
-        family = family_of(config)
-        family.forward(family.make_network(config, shape, classes), shape).backward()  # type: ignore[no-untyped-call]
+        network = network or family_of(config).make_network(config, shape, classes)
+        family_of(config).forward(network, shape).backward()  # type: ignore[no-untyped-call]
     return int(counter.get_total_flops())
 
 
-def state_size(parameters: int, averages: int, threads: int, others: int = 0, matrices: int = 0) -> tuple[int, int]:
+class PeakMemory(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Mode that adds up the bytes of the tensors made inside, as long as each exists; works with meta tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.live: int = 0
+        self.peak: int = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        given = {tensor.untyped_storage() for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, Tensor)}
+        for storage in {each.untyped_storage() for each in tree_leaves(out) if isinstance(each, Tensor)} - given:
+            self.live += storage.nbytes()
+            weakref.finalize(storage, self._freed, storage.nbytes())
+        self.peak = max(self.peak, self.live)
+        return out
+
+    def _freed(self, size: int) -> None:
+        self.live -= size
+
+
+def meta_network(setup: TrainingSetup) -> nn.Module:
+    """Build the network that a run trains, without memory."""
+    checkpointing = setup.config.gradient_checkpointing
+    if setup.initial is not None and setup.base is not None:
+        empty = replace(setup.initial, network=share(setup.initial.network).to("meta"))
+        network = replace(setup, initial=empty).make_network(checkpointing)
+        assert isinstance(network, PartlyTrained)
+        return network.network
+    with torch.device("meta"):
+        return replace(setup, initial=None).make_network(checkpointing).train()
+
+
+def activation_size(setup: TrainingSetup, network: nn.Module) -> int:
+    """Estimate the bytes of float32 that an image leaves for the backward pass in a meta ``network``, or takes.
+
+    It is one of the largest shape.
+    """
+    dataset = setup.dataset
+    largest = (dataset.manifest.channels, *max(dataset.shapes, key=math.prod))
+    shape = noise_shape(largest, setup.autoencoder.space if setup.autoencoder else None)
+    with torch.device("meta"), PeakMemory() as memory:
+        loss = family_of(setup.model).forward(network, shape)
+        forward = memory.peak
+        loss.backward()  # type: ignore[no-untyped-call]
+    # Gradients are not of an image.
+    gradients = sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad)
+    return int(max(forward, memory.peak - FLOAT * gradients))
+
+
+def muon_size(matrices: Iterable[nn.Parameter], threads: int) -> int:
+    """Compute the bytes of the temporary tensors of a step of Muon on ``matrices``, at most; takes no memory.
+
+    Each of ``threads`` threads updates the matrices of one shape at a time.
+    """
+    peaks = []
+    for group in group_by_shape(matrices):
+        parameters = [nn.Parameter(torch.empty_like(each, device="meta")) for each in group]
+        for parameter in parameters:
+            parameter.grad = torch.empty_like(parameter)
+        optimizer = Muon(parameters, lr=1.0, weight_decay=0.0)
+        optimizer.step()  # makes the momentum, which is no temporary tensor
+        with PeakMemory() as memory:
+            optimizer.step()
+        peaks.append(memory.peak)
+    return sum(sorted(peaks)[-threads:])
+
+
+def state_size(
+    parameters: int, averages: int, threads: int, others: int = 0, matrices: int = 0, frozen: int = 0
+) -> tuple[int, int]:
     """Compute the bytes of memory of a run without a batch, and of its checkpoint: weights, two moments, averages.
 
     Memory also holds gradients, per thread and in total, and a copy of the checkpoint while it is written. ``others``:
-    trained parameters outside the network, which have no average; ``matrices``: those of Muon, which has one moment.
+    trained parameters outside the network, which have no average; ``matrices``: those of Muon, which has one moment;
+    ``frozen``: weights that are not trained, which are in no checkpoint.
     """
     checkpoint = parameters * (3 + averages) + others * 3 - matrices
-    return FLOAT * (2 * checkpoint + (parameters + others) * (1 + threads)), FLOAT * checkpoint
+    return FLOAT * (2 * checkpoint + (parameters + others) * (1 + threads) + frozen), FLOAT * checkpoint
 
 
 def make_preflight(trainer: Trainer, pace: tuple[float, float] | None, reading: float = 0) -> Preflight:
@@ -124,11 +251,21 @@ def make_preflight(trainer: Trainer, pace: tuple[float, float] | None, reading: 
     others = sum(parameter.numel() for step in state.steps for parameter in step.parameters) - parameters
     muon = config.optimizer == "muon"
     matrices = sum(parameter.numel() for step in state.steps for parameter in step.matrices) if muon else 0
-    memory, checkpoint = state_size(parameters, len(state.averages), config.cpu_threads, others, matrices)
-    # One checkpoint is written before another is removed. A snapshot holds two of a checkpoint's five parts.
+    frozen = sum(each.numel() for each in setup.autoencoder.parameters()) if setup.autoencoder else 0
+    if isinstance(state.network, PartlyTrained):
+        frozen += sum(each.numel() for each in state.network.network.parameters() if not each.requires_grad)
+    network, threads = meta_network(setup), thread_count(config, setup.ranks)
+    memory, checkpoint = state_size(parameters, len(state.averages), threads, others, matrices, frozen)
+    if setup.captions is not None:
+        memory += setup.captions.embeddings.nbytes
+    part = math.ceil(config.batch_size / setup.ranks.count / threads)
+    at_once = threads * min(part, config.micro_batch or part)
+    half = resolve_precision(config.precision, setup.device) == "bf16"
+    # One checkpoint is written before another is removed, and there may be one from a signal. A snapshot holds two of a
+    # checkpoint's five parts.
     snapshots = math.ceil(config.checkpoints * 2 / 5) if config.ema_stds is not None else 0
     protected = config.keep_best + (config.checkpoints // config.keep_every if config.keep_every else 0)
-    files = min(config.keep + protected, config.checkpoints) + 2 + snapshots
+    files = min(config.keep + protected, config.checkpoints) + 3 + snapshots
     latents = setup.autoencoder.space if setup.autoencoder else None
     return Preflight(
         dataset=dataset.manifest.name,
@@ -136,23 +273,35 @@ def make_preflight(trainer: Trainer, pace: tuple[float, float] | None, reading: 
         train=len(dataset.rows("train")),
         held_out=len(dataset.rows("held_out")),
         shape=dataset.shape,
+        shapes=None if dataset.manifest.storage.buckets is None else dataset.shapes,
         classes=len(setup.classes),
         captions=len(setup.captions.embeddings) if setup.captions else 0,
         low_resolution=setup.model.low_resolution,
         arithmetic=describe_precision(config.precision, setup.device),
         parameters=parameters,
-        flops=count_flops(setup.model, dataset.shape, len(setup.classes), latents),
+        frozen=frozen,
+        flops=count_flops(setup.model, dataset.shape, len(setup.classes), latents, network),
         state_bytes=memory,
+        activation_bytes=at_once * activation_size(setup, network) // (2 if half else 1),
+        images_at_once=at_once,
+        optimizer_bytes=max(muon_size(step.matrices, threads) for step in state.steps) if muon else 0,
         disk_bytes=checkpoint * files,
+        checkpoint_bytes=checkpoint,
+        batch_size=config.batch_size,
         images=images,
         images_per_second=pace and 1 / pace[0],
         seconds=pace and images * pace[0] + config.checkpoints * pace[1] + reading,
     )
 
 
-def measure_pace(setup: TrainingSetup, threads: Executor, sampling: SamplingConfig) -> tuple[float, float]:
-    """Measure seconds for training on an image and for validation at a checkpoint, with a throw-away trainer."""
-    trainer, ranks = Trainer(setup, threads), setup.ranks
+def measure_pace(
+    setup: TrainingSetup, threads: Executor, sampling: SamplingConfig, output: Path | None = None
+) -> tuple[float, float]:
+    """Measure seconds for training on an image and for validation at a checkpoint, with a throw-away trainer.
+
+    Processes that share a network write it to the folder ``output`` for this.
+    """
+    trainer, ranks = Trainer(setup, threads, output), setup.ranks
     trainer.total = 2**40
     rate = scheduled_learning_rate(setup.config, 0, trainer.total)
     with trainer.loader:
@@ -165,12 +314,28 @@ def measure_pace(setup: TrainingSetup, threads: Executor, sampling: SamplingConf
     image = (time.perf_counter() - start) / (steps * setup.config.batch_size)
     validation = Validation(setup, trainer.objective, threads)
     start = time.perf_counter()
-    tensors = trainer.checkpoint_tensors()
+    tensors = trainer.checkpoint_tensors(trainer.checkpoint_header())
     if ranks.is_main:
         averaged, _ = validation.evaluate(tensors, trainer.state.images)
         validation.generate(averaged, sampling)
+    if isinstance(tensors, WrittenTensors):
+        tensors.path.unlink()
     pace: tuple[float, float] = ranks.broadcast((image, time.perf_counter() - start))
     return pace
+
+
+def warn_of_memory(preflight: Preflight, device: torch.device) -> None:
+    """Warn if a run needs about as much memory as is free, or more."""
+    free = psutil.virtual_memory().available if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]
+    if preflight.memory > free:
+        advice = "lower training.micro_batch, or set training.gradient_checkpointing=true"
+        if preflight.optimizer_bytes > preflight.activation_bytes:
+            advice = "set training.optimizer=adamw, which needs no temporary tensors"
+        logger.warning(
+            "training takes about %s of memory, and %s are free: %s",
+            *(naturalsize(size, binary=True) for size in (preflight.memory, free)),
+            advice,
+        )
 
 
 def require_disk(output: Path, needed: int) -> None:

@@ -5,10 +5,14 @@ not depend on where the file is.
 """
 
 import hashlib
+import json
+import math
 from collections.abc import Callable, Iterator
+from concurrent.futures import Executor
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -16,24 +20,42 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from diffusion.checkpoints import load_model
-from diffusion.common.device import resolve_device
+from diffusion.checkpoints import load_model, tensor_bytes, weights_digest
+from diffusion.common.device import device_name, resolve_device
 from diffusion.common.errors import UserError
-from diffusion.common.files import digest_of
-from diffusion.common.fingerprint import Fingerprint, fingerprint, resolve_precision
+from diffusion.common.files import canonical_json, digest_of, sha256_bytes, sha256_file
+from diffusion.common.fingerprint import CPU, Fingerprint, fingerprint, resolve_precision
+from diffusion.common.progress import Progress, silent
 from diffusion.common.random import uniform
-from diffusion.data.caption_embeddings import Captions
-from diffusion.data.dataset import Dataset
+from diffusion.common.shapes import Shape
+from diffusion.data.caption_embeddings import MINI_LM, CaptionEncoder, Captions, embeddings_of
+from diffusion.data.dataset import Dataset, Rows
+from diffusion.data.latents import LatentCache
 from diffusion.data.loader import Batch
 from diffusion.data.manifest import Manifest, read_manifest
 from diffusion.data.shards import ShardCache, ShardStore
 from diffusion.families import family_of
-from diffusion.families.model import Conditioning, Model, ModelHeader, to_float
+from diffusion.families.ddpm import DiffusionModel
+from diffusion.families.model import Base, Conditioning, Model, ModelHeader, to_float
+from diffusion.families.pretrained import PretrainedModel
 from diffusion.families.vae import VAEModel
 from diffusion.generation.config import UNCONDITIONAL, Conditions, check_conditions
 from diffusion.generation.generate import check_sampling_options, conditions_of
 from diffusion.generation.super_resolution import GenerationTask, add_conditioning_noise, task_of
-from diffusion.models.config import FamilyConfig, LatentSpace, ModelConfig, VAEConfig, classes_of, training_conflict
+from diffusion.models.config import (
+    LORA_INEFFECTIVE,
+    DiffusersConfig,
+    FamilyConfig,
+    LatentSpace,
+    LoRAConfig,
+    ModelConfig,
+    VAEConfig,
+    classes_of,
+    shape_conflict,
+    training_conflict,
+)
+from diffusion.models.fine_tuning import make_trainable, share, tuned_weights
+from diffusion.models.pretrained import PipelineNetwork
 from diffusion.models.text_encoder import ENCODER
 from diffusion.models.unet import UNet
 from diffusion.models.vae import Latents, latent_shape
@@ -73,6 +95,10 @@ class TrainingSetup:
     """Autoencoder of latent diffusion; None: the network works on pixels."""
     initial: Model | None
     """Model with the initial weights; None: they are random."""
+    base: Base | None = None
+    """The file of ``initial``, of whose weights a part is trained, or low-rank matrices; None: all weights are."""
+    latents: Callable[..., Tensor] | None = None
+    """Latents of the images in rows, mirrored or not, as ``LatentCache.of``; None: training works on images."""
 
     @cached_property
     def device(self) -> torch.device:
@@ -87,7 +113,16 @@ class TrainingSetup:
     @cached_property
     def task(self) -> GenerationTask:
         """Return the task of the model."""
-        return task_of(self.model)
+        return task_of(self.model, self.dataset.manifest.size)
+
+    @cached_property
+    def shapes(self) -> dict[Shape, int] | None:
+        """Return the number of training images of each shape; None for a data set of squares."""
+        manifest = self.dataset.manifest
+        if not manifest.storage.buckets:
+            return None
+        counts = zip(manifest.shapes, manifest.shape_counts["train"], strict=True)
+        return {shape: count for shape, count in counts if count}
 
     @cached_property
     def classes(self) -> list[str]:
@@ -99,10 +134,17 @@ class TrainingSetup:
         """Measure the standard deviation of the network's data; raises UserError for constant data."""
         if self.autoencoder:
             return 1.0
+        if self.base is not None and self.initial is not None:
+            # The frozen weights belong to the coefficients that they were trained with.
+            return self.initial.header.sigma_data
         if low := self.task.low_resolution:
             # Rows are sorted by content hash, so the first ones are a random sample.
-            images = self.dataset.images(self.dataset.rows("train")[:MEASURED])
-            sigma_data, why = self.task.sigma_data(images), f"show all that they have at {low}×{low}"
+            rows = self.dataset.rows("train")[:MEASURED]
+            found = [(self.task.sigma_data(self.dataset.images(own)), len(own)) for own in self.dataset.by_bucket(rows)]
+            sigma_data = found[0][0]
+            if len(found) > 1:
+                sigma_data = math.sqrt(sum(std**2 * count for std, count in found) / len(rows))
+            why = f"show all that they have at {low}×{low}"
         else:
             sigma_data, why = self.dataset.manifest.sigma_data, "are one flat tone"
         if sigma_data < LEAST_DEVIATION:
@@ -111,12 +153,32 @@ class TrainingSetup:
         return sigma_data
 
     def make_network(self, gradient_checkpointing: bool = False) -> nn.Module:
-        """Build the network with random weights; ``gradient_checkpointing`` as in TrainingConfig."""
+        """Build the network with its first weights; ``gradient_checkpointing`` as in TrainingConfig.
+
+        Low-rank matrices are random, as are all weights without initial ones.
+        """
+        if self.base is not None and self.initial is not None:
+            tuned = make_trainable(self.initial.network, self.config.lora)
+            if isinstance(pipeline := tuned.network, PipelineNetwork):
+                if gradient_checkpointing:
+                    pipeline.component(pipeline.config.denoiser_name).enable_gradient_checkpointing()
+                # Not its mode for training: dropout of diffusers takes random numbers from a state that resuming lacks.
+                return tuned.eval()
+            assert isinstance(pipeline, UNet)
+            pipeline.gradient_checkpointing = gradient_checkpointing
+            return tuned.train()
         shape = self.autoencoder.space.shape if self.autoencoder else self.dataset.shape
         network: nn.Module = family_of(self.model).make_network(self.model, shape, len(self.classes))
         if isinstance(network, UNet):
             network.gradient_checkpointing = gradient_checkpointing
+        if self.initial is not None:
+            network.load_state_dict(self.initial.network.state_dict())
         return network
+
+    def x0(self, batch: Batch) -> Tensor:
+        """Return the clean images of a batch in [−1, 1], or their latents: (N, *noise_shape), channels last."""
+        x0 = batch.images if batch.images.is_floating_point() else to_float(batch.images)
+        return x0.contiguous(memory_format=torch.channels_last)
 
     def conditioning(self, batch: Batch) -> Conditioning:
         """Collect class, caption and small version of the images, as far as the network is conditioned on them."""
@@ -135,7 +197,11 @@ class TrainingSetup:
         if not conditioning:
             return conditioning
         u = uniform(self.config.seed, "class", batch.indices)
-        return drop_conditioning(conditioning, u, self.config.condition_dropout, len(self.classes))
+        no_text = None if self.captions is None else self.captions.encoding.none
+        share = self.config.condition_dropout
+        if isinstance(self.model, DiffusersConfig) and not (self.model.has_null_class or self.model.text):
+            share = 0.0  # its network knows no class for none
+        return drop_conditioning(conditioning, u, share, len(self.classes), no_text)
 
     def sample_grid_conditions(self) -> Conditions:
         """Return the conditions of a sample grid: captions of held-out images if the model uses captions."""
@@ -146,14 +212,20 @@ class TrainingSetup:
 
     def network_from(self, tensors: dict[str, Tensor], prefix: str) -> nn.Module:
         """Build a network for inference from copies of the ``tensors`` whose names begin with ``prefix``."""
-        with torch.device("meta"):
-            network = self.make_network()
         weights = {
             name.removeprefix(prefix): value.detach().clone()
             for name, value in tensors.items()
             if name.startswith(prefix)
         }
-        network.load_state_dict(weights, assign=True)
+        network: nn.Module
+        if self.base is not None and self.initial is not None:
+            network = share(self.initial.network)
+            tuned = tuned_weights(network, self.config.lora, {name: value.to(CPU) for name, value in weights.items()})
+            network.load_state_dict(tuned, strict=False, assign=True)
+        else:
+            with torch.device("meta"):
+                network = replace(self, initial=None).make_network()
+            network.load_state_dict(weights, assign=True)
         network.eval().requires_grad_(False).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         return network
 
@@ -161,19 +233,25 @@ class TrainingSetup:
         """Build the header of a model that has seen ``images``."""
         manifest = self.dataset.manifest
         pixels = isinstance(self.model, ModelConfig) and self.autoencoder is None and self.task.low_resolution is None
+        given = {"data_mean": tuple(manifest.mean) if pixels else None}
+        if self.base is not None and self.initial is not None:
+            given = self.initial.header.model_dump(include={"data_mean", "guidance", "guidance_interval"})
         return ModelHeader(
             model=self.model,
             channels=manifest.channels,
             size=manifest.size,
+            shapes=self.shapes,
             dataset=manifest.name,
             content_digest=manifest.content_digest,
             sigma_data=self.sigma_data,
-            data_mean=tuple(manifest.mean) if pixels else None,
             class_histogram=manifest.class_histogram,
-            encoder=ENCODER if self.model.text else None,
+            encoder=ENCODER if self.model.text and isinstance(self.model, ModelConfig) else None,
             latents=self.autoencoder.space if self.autoencoder else None,
+            base=self.base,
+            lora=self.config.lora,
             images=images,
             training=identity_fields(self.config, self.model),
+            **given,
         )
 
     def header(self, images: int, total: int) -> dict[str, Any]:
@@ -195,7 +273,20 @@ class TrainingSetup:
     def fingerprint(self) -> Fingerprint:
         """Return the fingerprint, on which the last bits of the weights depend."""
         own = fingerprint(self.config.batch_size, self.config.precision, self.config.device)
-        return own.model_copy(update={"compile": self.compiled, "ranks": self.ranks.count})
+        return own.model_copy(update={"compile": self.compiled, "ranks": self.ranks.count, "shard": self.shard})
+
+    @cached_property
+    def shard(self) -> int:
+        """Return the number of processes that share the network; 1: each has all of it. UserError if it cannot be."""
+        shard, count = self.config.shard, self.ranks.count
+        if shard is False or count == 1:
+            return 1
+        if shard is not True and count % shard:
+            raise UserError(
+                f"training.shard = {shard} processes share a network, and {count} are no whole number of such groups: "
+                f"start a multiple of {shard}, or set it to true"
+            )
+        return count if shard is True else shard
 
 
 def make_setup(
@@ -204,24 +295,42 @@ def make_setup(
     config: TrainingConfig,
     sampling: SamplingConfig,
     ranks: Ranks,
-    embed: Callable[[Dataset, list[str]], Tensor],
+    readers: Executor | None = None,
+    progress: Progress = silent,
+    start: str | None = None,
 ) -> TrainingSetup:
-    """Check that data set and configuration match, and load captions, autoencoder and initial weights.
+    """Check that data set and configuration match, and load captions, latents, autoencoder and initial weights.
 
-    ``sampling`` is how sample grids are generated; ``embed`` computes the embeddings of captions, (captions, 384).
-    Raises UserError if an option has no effect or contradicts another, or a file is missing or does not match.
+    ``sampling`` is how sample grids are generated; ``readers`` are the threads that encode captions, and images for a
+    pipeline with latents; None: nothing is encoded, and all captions and latents are as none and zeros. ``start`` is
+    the registered version in the file ``config.init_from``, if any. Raises UserError if an option has no effect or
+    contradicts another, or a file is missing or does not match.
     """
+    if words := training_conflict(model, config) or shape_conflict(model, dataset.manifest.size, dataset.shapes):
+        raise UserError(words)
+    initial: Model | None = None
+    encoding = MINI_LM
+    if isinstance(model, DiffusersConfig):
+        pipeline = load_pipeline(config, model, dataset)
+        initial, model = pipeline, pipeline.config
+        encoding = caption_encoder(pipeline.network, config.lora) if model.text else encoding
     captions = None
     if model.text:
         texts, numbers = dataset.different_captions()
         if not texts:
+            what = "the pipeline is conditioned" if initial else "model.text conditions the network"
+            other = "fine-tune another" if initial else "leave model.text out"
             raise UserError(
-                f"data set {dataset.folder} has no captions, and model.text conditions the network on them: ingest it "
-                "with a column text beside file_name (metadata.csv), or leave model.text out"
+                f"data set {dataset.folder} has no captions, and {what} on them: ingest it with a column text beside "
+                f"file_name (metadata.csv), or {other}"
             )
-        # The main process embeds them for all.
-        embeddings = ranks.broadcast_tensors({"embeddings": embed(dataset, texts)} if ranks.is_main else {})
-        captions = Captions(embeddings["embeddings"], numbers)
+        if readers is None:
+            embeddings = encoding.none.expand(len(texts), -1)
+        else:
+            # The main process embeds them for all.
+            read = {"embeddings": embeddings_of(dataset, texts, readers, progress, encoding)} if ranks.is_main else {}
+            embeddings = ranks.broadcast_tensors(read)["embeddings"]
+        captions = Captions(embeddings, numbers, encoding)
     check_sampling_options(model, sampling)
     autoencoder = None
     if isinstance(model, ModelConfig) and model.autoencoder is not None:
@@ -229,18 +338,119 @@ def make_setup(
         for name, moment in ranks.broadcast_tensors(dict(autoencoder.named_buffers())).items():
             autoencoder.get_buffer(name).copy_(moment)
         model = model.model_copy(update={"autoencoder": f"sha256:{autoencoder.space.digest}"})
-    if words := training_conflict(model, config):
-        raise UserError(words)
-    initial = None
+    base = None
     if config.init_from is not None:
-        classes = classes_of(model, dataset.manifest.class_histogram)
-        initial = load_initial_weights(config.init_from, model, dataset, classes)
+        if initial is None:
+            classes = classes_of(model, dataset.manifest.class_histogram)
+            initial = load_initial_weights(config.init_from, model, dataset, classes)
         if config.student is not None and initial.header.student_steps is not None:
             raise UserError(f"{config.init_from} is a student itself: name its teacher with distillation.teacher")
-        config = config.model_copy(update={"init_from": weights_digest(initial)})
-    setup = TrainingSetup(dataset, model, config, ranks, captions, autoencoder, initial)
+        if config.lora is not None or isinstance(initial, PretrainedModel):
+            base = Base(sha256=sha256_file(Path(config.init_from)), version=start)
+        if config.lora is not None and isinstance(initial, DiffusionModel) and isinstance(initial.latents, Latents):
+            # With the moments that its frozen weights were trained with.
+            autoencoder = initial.latents
+        config = config.model_copy(update={"init_from": weights_digest(Path(config.init_from))})
+    latents: Callable[..., Tensor] | None = None
+    if isinstance(initial, PretrainedModel) and initial.latents is not None:
+        latents = partial(zero_latents, dataset, initial.config.noise_shape)
+        if readers is not None:
+            latents = cached_latents(initial, dataset, config, readers, progress)
+    setup = TrainingSetup(dataset, model, config, ranks, captions, autoencoder, initial, base, latents)
     check_conditions(setup.classes, model.text, sampling, setup.sample_grid_conditions())
     return setup
+
+
+def load_pipeline(config: TrainingConfig, model: DiffusersConfig, dataset: Dataset) -> PretrainedModel:
+    """Load the pipeline in ``config.init_from``, with the classes of ``dataset`` among its own.
+
+    Raises UserError if the file does not exist, is no pipeline, or generates other images than those of the data set.
+    """
+    if config.init_from is None:
+        raise UserError(
+            "model.family = diffusers has no network of its own: set training.init_from to an imported pipeline"
+        )
+    given = load_model(_local("training.init_from", config.init_from))
+    words, labels = None, sorted(dataset.manifest.class_histogram)
+    if not isinstance(given, PretrainedModel):
+        words = f"is a model of the family {given.header.model.family}, and this is diffusers"
+    elif model.pipeline is not None and model != given.config:
+        words = "is another pipeline than the section model describes, which may be left to it"
+    elif given.config.prediction is None:
+        words = f"predicts what its {given.config.scheduler.kind} alone knows, so it cannot be trained"
+    elif given.header.square != dataset.shape:
+        they, we = ("×".join(map(str, shape)) for shape in (given.header.square, dataset.shape))
+        words = f"generates images of {they} (channels × height × width), and data set {dataset.manifest.name} has {we}"
+    elif given.classes and (len(labels) < 2 or not set(labels) <= set(given.classes)):
+        known = ", ".join(given.classes[:8]) + (" …" if len(given.classes) > 8 else "")
+        words = f"knows the classes {known}, and data set {dataset.manifest.name} has {', '.join(labels[:8]) or 'none'}"
+    if words is not None or not isinstance(given, PretrainedModel):
+        raise UserError(f"training.init_from {config.init_from} {words}: begin with another model, or ingest others")
+    for shape in dataset.shapes:
+        given.at(shape)  # raises if its network does not take it
+    if not given.classes:
+        return given
+    numbers = dict(zip(given.classes, given.config.class_ids, strict=True))
+    chosen = given.config.model_copy(update={"class_ids": tuple(numbers[label] for label in labels)})
+    given.network.set_classes(chosen)
+    return replace(given, header=given.header.model_copy(update={"model": chosen}))
+
+
+def caption_encoder(network: PipelineNetwork, lora: LoRAConfig | None) -> CaptionEncoder:
+    """Make the encoder of a pipeline's captions: tokens where its text encoder is trained, else embeddings."""
+    if lora is not None and lora.text_encoder:
+        if network.config.pipeline != "StableDiffusionPipeline":
+            raise UserError(
+                f"training.lora.text_encoder adapts the one text encoder of Stable Diffusion, and a "
+                f"{network.config.pipeline} has several: leave it out"
+            )
+        return CaptionEncoder(parts_digest(network, "tokenizer"), lambda: network.tokens, network.tokens(""))
+    parts = parts_digest(network, "tokenizer", "text_encoder")
+    # The denoiser decides how wide embeddings are, and libraries their last bits.
+    about = [parts, network.config.pipeline, network.embedding_size, torch.__version__, version("transformers")]
+    return CaptionEncoder(digest_of(about), lambda: network.embed, network.embed(""))
+
+
+def cached_latents(
+    model: PretrainedModel, dataset: Dataset, config: TrainingConfig, readers: Executor, progress: Progress
+) -> Callable[..., Tensor]:
+    """Encode the images of ``dataset`` by the autoencoder of ``model``, as far as they are not in the cache."""
+    device = resolve_device(config.device)
+    network = model.on(device).network
+    name = network.config.latents_name
+    about = [parts_digest(model.network, name), device_name(device), torch.__version__]
+
+    def encode(images: Tensor) -> Tensor:
+        return network.encode(images.to(device))
+
+    return LatentCache(dataset, digest_of(about), encode, config.flip, readers, progress).of
+
+
+def zero_latents(
+    dataset: Dataset, shape: tuple[int, int, int], rows: Rows, mirrored: np.ndarray | None = None
+) -> Tensor:
+    """Return zeros in place of the latents of images in ``rows``, whose ``shape`` (c, h, w) is that of a square."""
+    sides = (
+        own * latent // dataset.manifest.size
+        for own, latent in zip(dataset.shapes[dataset.buckets(rows)[0]], shape[1:], strict=True)
+    )
+    return torch.zeros(len(rows), shape[0], *sides)
+
+
+def parts_digest(network: PipelineNetwork, *names: str) -> str:
+    """SHA-256 over configurations, weights and files of a pipeline's components whose names begin with ``names``."""
+    digest = hashlib.sha256()
+    for name, component in sorted(network.config.components.items()):
+        if name.startswith(names):
+            digest.update(canonical_json([name, component.model_dump(mode="json")]).encode())
+    for name, value in sorted(network.state_dict().items()):
+        if name.startswith(names):
+            digest.update(f"{name} {tuple(value.shape)}".encode())
+            digest.update(tensor_bytes(value))
+    for file, content in sorted(network.files.items()):
+        if file.startswith(names):
+            digest.update(f"{file} {sha256_bytes(content)}".encode())
+    return digest.hexdigest()
 
 
 @contextmanager
@@ -254,11 +464,23 @@ def open_dataset(data: Path, config: TrainingConfig, store: ShardStore | None) -
                 "leave it out (null) and get the data set with `dvc pull`"
             )
         manifest, window = read_manifest(data), config.window
-        sizes = sorted((shard.bytes for shard in manifest.shards), reverse=True)
-        if (needed := sum(sizes if window is None else sizes[: 2 * window])) > config.stream_bytes:
-            fitting = sum(int(total) <= config.stream_bytes for total in np.cumsum(sizes)) // 2
+        count = len(manifest.shards)
+
+        def cached(window: int) -> int:
+            """Return the bytes of two windows of each bucket, at most."""
+            sizes = [
+                sorted(
+                    (part.shard.bytes for part in manifest.parts if part.shard and part.shape == shape), reverse=True
+                )
+                for shape in {part.shape for part in manifest.parts}
+            ]
+            return sum(sum(own[: 2 * window]) for own in sizes)
+
+        if (needed := cached(count if window is None else window)) > config.stream_bytes:
+            fitting = next((less for less in range(count, 0, -1) if cached(less) <= config.stream_bytes), 0)
             less = f", or set training.window to {fitting} or less" if fitting else ""
-            what = f"two windows of training.window = {window}" if window else f"all {len(sizes)}"
+            what = f"two windows of training.window = {window}" if window else f"all {count}"
+            what += " for each bucket" if window and manifest.storage.buckets else ""
             raise UserError(
                 f"{what} shards of data set {manifest.name} have up to {needed} bytes and the cache holds "
                 f"{config.stream_bytes}: raise training.stream_bytes to {needed}{less}"
@@ -270,8 +492,12 @@ def open_dataset(data: Path, config: TrainingConfig, store: ShardStore | None) -
         yield dataset
 
 
-def drop_conditioning(conditioning: Conditioning, u: Tensor, share: float, no_class: int) -> Conditioning:
+def drop_conditioning(
+    conditioning: Conditioning, u: Tensor, share: float, no_class: int, no_text: Tensor | None = None
+) -> Conditioning:
     """Drop conditioning where the random numbers ``u`` (N,), in [0, 1), are below ``share`` (arXiv 2207.12598).
+
+    A dropped class is ``no_class``, a dropped caption the embedding ``no_text``, (E,); None: there are no captions.
 
     With both class and caption, one of them is dropped for an equal share again, so that the model can be conditioned
     on either alone (arXiv 2211.09800, section 3.2.1).
@@ -282,7 +508,8 @@ def drop_conditioning(conditioning: Conditioning, u: Tensor, share: float, no_cl
     if "label" in conditioning:
         left["label"] = conditioning["label"].masked_fill(without_label, no_class)
     if "text" in conditioning:
-        left["text"] = conditioning["text"].masked_fill((u < share + alone)[:, None], 0)
+        assert no_text is not None
+        left["text"] = torch.where((u < share + alone)[:, None], no_text, conditioning["text"])
     return left
 
 
@@ -327,6 +554,8 @@ def identity_fields(config: TrainingConfig, model: FamilyConfig) -> dict[str, An
     if config.window is None:
         harmless.add("window")
     harmless.update(model.ineffective)
+    if config.lora is not None:
+        harmless.update(LORA_INEFFECTIVE)
     return config.model_dump(mode="json", exclude=harmless) | {
         "precision": resolve_precision(config.precision, resolve_device(config.device))
     }
@@ -344,20 +573,21 @@ def train_key(data_digest: str, model: FamilyConfig, config: TrainingConfig) -> 
     return digest_of(
         {
             "content_digest": data_digest,
-            "model": model.model_dump(mode="json"),
+            # A pipeline is what the digest of training.init_from stands for.
+            "model": (DiffusersConfig() if isinstance(model, DiffusersConfig) else model).model_dump(mode="json"),
             "training": identity_fields(config, model),
         }
-        | ({"encoder": ENCODER.digest} if model.text else {})
+        | ({"encoder": ENCODER.digest} if model.text and isinstance(model, ModelConfig) else {})
     )
 
 
 def with_digests(model: FamilyConfig, training: TrainingConfig) -> tuple[FamilyConfig, TrainingConfig]:
     """Replace the paths of autoencoder and initial weights by their digests; raises UserError for a missing file."""
     if isinstance(model, ModelConfig) and model.autoencoder is not None:
-        digest = weights_digest(_load("model.autoencoder", model.autoencoder))
+        digest = weights_digest(_local("model.autoencoder", model.autoencoder))
         model = model.model_copy(update={"autoencoder": digest})
     if training.init_from is not None:
-        digest = weights_digest(_load("training.init_from", training.init_from))
+        digest = weights_digest(_local("training.init_from", training.init_from))
         training = training.model_copy(update={"init_from": digest})
     return model, training
 
@@ -368,7 +598,7 @@ def load_autoencoder(path: str, dataset: Dataset, window: int | None) -> Latents
     Uses the first images by key; with a ``window``, images from as few shards as possible. Raises UserError if the file
     is not an autoencoder, has other channels than the images, or its factor does not divide the image size.
     """
-    model = _load("model.autoencoder", path)
+    model = load_model(_local("model.autoencoder", path))
     if not isinstance(model, VAEModel):
         raise UserError(
             f"model.autoencoder {path} is a model of the family {model.header.model.family}, and no autoencoder: train "
@@ -381,20 +611,26 @@ def load_autoencoder(path: str, dataset: Dataset, window: int | None) -> Latents
             f"model.autoencoder {path} was trained on images of {model.header.channels} channels and data set "
             f"{dataset.manifest.name} has {channels}: train an autoencoder on images like these"
         )
-    inner = latent_shape(config, size)
+    inner = latent_shape(config, size, size)
+    for shape in dataset.shapes:
+        latent_shape(config, *shape)  # raises if the factor does not divide it
     space = LatentSpace(
-        autoencoder=config, digest=weights_digest(model).removeprefix("sha256:"), channels=inner[0], size=inner[1]
+        autoencoder=config, digest=weights_digest(Path(path)).removeprefix("sha256:"), channels=inner[0], size=inner[1]
     )
-    latents = Latents(space, dataset.shape)
+    latents = Latents(space, channels)
     latents.network.load_state_dict(model.network.autoencoder.state_dict())
     latents.eval().requires_grad_(False).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     rows = dataset.rows("train")
     if window is not None:
         rows = rows[np.argsort(dataset.shards(rows), kind="stable")]
-    images = dataset.images(rows[:MEASURED])
+    parts = [dataset.images(own) for own in dataset.by_bucket(rows[:MEASURED])]
     with torch.inference_mode():
-        means = [latents.network.encode(to_float(batch)).double() for batch in torch.split(images, ENCODED)]
-        std, mean = torch.std_mean(torch.cat(means).transpose(0, 1).flatten(1), dim=1, correction=0)
+        means = [
+            torch.cat([latents.network.encode(to_float(batch)).double() for batch in torch.split(images, ENCODED)])
+            for images in parts
+        ]
+        values = torch.cat([each.transpose(0, 1).flatten(1) for each in means], dim=1)
+        std, mean = torch.std_mean(values, dim=1, correction=0)
         # A constant channel keeps its scale instead of being amplified.
         std = torch.where(std > 1e-4 * std.max(), std, 1.0)
         latents.std.copy_(std.view(1, -1, 1, 1))
@@ -407,16 +643,20 @@ def load_initial_weights(path: str, model: FamilyConfig, dataset: Dataset, class
 
     Optimizer, averages and learning rate start from scratch. Raises UserError if the file does not exist or fit.
     """
-    given = _load("training.init_from", path)
+    given = load_model(_local("training.init_from", path))
     theirs, ours = given.header.model.model_dump(), model.model_dump()
-    different = next((name for name in theirs | ours if theirs.get(name) != ours.get(name)), None)
+    different = [name for name in theirs | ours if theirs.get(name) != ours.get(name)]
     words = None
     if given.header.model.family != model.family:
         words = f"is a model of the family {given.header.model.family}, and this is {model.family}"
     elif different:
-        words = f"has model.{different} = {theirs.get(different)}, and this is {ours.get(different)}"
-    elif given.shape != dataset.shape:
-        they, we = ("×".join(map(str, shape)) for shape in (given.shape, dataset.shape))
+        settings = (f"--set model.{name}={json.dumps(theirs.get(name), separators=(',', ':'))}" for name in different)
+        raise UserError(
+            f"training.init_from {path} is another network than the section model describes: give "
+            f"{' '.join(settings)}, or begin at random (training.init_from=null)"
+        )
+    elif given.header.square != dataset.shape:
+        they, we = ("×".join(map(str, shape)) for shape in (given.header.square, dataset.shape))
         words = f"generates images of {they} (channels × height × width), and data set {dataset.manifest.name} has {we}"
     elif given.classes != classes:
         they, we = (", ".join(names) or "none" for names in (given.classes, classes))
@@ -431,19 +671,10 @@ def load_initial_weights(path: str, model: FamilyConfig, dataset: Dataset, class
     return given
 
 
-def weights_digest(model: Model) -> str:
-    """Compute ``sha256:`` and the SHA-256 over configuration, names and weights, equal for all files of a model."""
-    digest = hashlib.sha256(model.header.model.model_dump_json().encode())
-    for name, value in sorted(model.network.state_dict().items()):
-        digest.update(f"{name} {tuple(value.shape)}".encode())
-        digest.update(value.contiguous().numpy().tobytes())
-    return f"sha256:{digest.hexdigest()}"
-
-
-def _load(option: str, path: str) -> Model:
+def _local(option: str, path: str) -> Path:
     if path == "champion" or path.startswith("models:/"):
         raise UserError(
             f"{option} = {path} names a registered model, which is not fetched here: give the path of its "
             "final.safetensors, or run `darkroom train`"
         )
-    return load_model(Path(path))
+    return Path(path)

@@ -3,16 +3,23 @@
 import logging
 import math
 import shutil
+import signal
+import sys
+import threading
+import time
+from _thread import start_new_thread
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
-from functools import partial
+from contextlib import contextmanager, nullcontext, suppress
+from contextvars import copy_context
+from heapq import merge
 from pathlib import Path
+from queue import Empty, SimpleQueue
 from typing import Literal
 
 import torch
 from filelock import FileLock, Timeout
 
-from diffusion.checkpoints import PARTS, save_tensors
+from diffusion.checkpoints import PARTS, link_base, save_tensors
 from diffusion.common.config import Config
 from diffusion.common.device import repeatable, resolve_device
 from diffusion.common.errors import DarkroomError, UserError
@@ -21,22 +28,36 @@ from diffusion.common.fingerprint import Fingerprint
 from diffusion.common.model_files import read_header
 from diffusion.common.progress import Progress, silent
 from diffusion.common.threads import cores, worker_threads
-from diffusion.data.caption_embeddings import embeddings_of, seconds_to_read
+from diffusion.data.caption_embeddings import seconds_to_read
 from diffusion.data.shards import ShardStore
 from diffusion.models.config import FamilyConfig
-from diffusion.models.text_encoder import WIDTH
 from diffusion.process.samplers import SamplingConfig
-from diffusion.training.checkpointing import Checkpoints, CheckpointWriter
+from diffusion.training.checkpointing import INTERRUPTED, Checkpoints, CheckpointWriter, read_everywhere, save
 from diffusion.training.config import TrainingConfig
 from diffusion.training.distributed import SINGLE_PROCESS, process_group
 from diffusion.training.ema import SNAPSHOTS
 from diffusion.training.logging import METRICS_BUFFER, RESTARTED, Tracker, TrainingLog, Validation
-from diffusion.training.preflight import PREFLIGHT, Preflight, make_preflight, measure_pace, require_disk
+from diffusion.training.preflight import (
+    PREFLIGHT,
+    Preflight,
+    make_preflight,
+    measure_pace,
+    meta_network,
+    require_disk,
+    warn_of_memory,
+)
+from diffusion.training.rank_costs import RankCosts, rank_costs
 from diffusion.training.setup import COUNTS, FINGERPRINT, FORMAT_VERSION, TrainingSetup, make_setup, open_dataset
-from diffusion.training.trainer import NotFiniteError, Trainer, thread_count
+from diffusion.training.trainer import WINDOW, NotFiniteError, Trainer, thread_count
 
 Restart = Literal["never", "if_different"]
 """When to discard an existing run of another configuration or data set in the folder."""
+
+LOOK_SECONDS = 0.5
+"""Seconds between looks at signals and at the end of a training."""
+PATIENCE = 5.0
+"""Seconds after the first signal from which Ctrl-C ends a training at once."""
+LEAVING = "stopping after this step: Ctrl-C again, after %d s, leaves without a checkpoint"
 
 logger = logging.getLogger(__name__)
 
@@ -62,14 +83,18 @@ def train(
     progress: Progress = silent,
     restart: Restart = "never",
     store: ShardStore | None = None,
+    start: str | None = None,
 ) -> TrainResult:
     """Train on the data set in folder ``data`` until folder ``output`` holds ``final.safetensors``.
 
-    After a kill the same call resumes from the last checkpoint, to bit-identical weights. Under torchrun each process
+    After a kill the same call resumes from the last checkpoint, to bit-identical weights. At SIGTERM or Ctrl-C, of any
+    of the processes, the current step ends and a checkpoint is written, before what the signal raises is raised: for
+    SIGTERM SystemExit(143), unless the caller has a handler of its own that raises. Under torchrun each process
     computes a share of every batch, and only the main process writes. ``sampling`` is how sample grids are generated;
     ``track`` is called once the folder is locked, with whether the run starts from scratch, and returns the tracker, if
     any; ``restart`` says when to discard an existing run in the folder instead of resuming it; ``store`` is the source
-    of the shards if ``config.stream_bytes`` is set.
+    of the shards if ``config.stream_bytes`` is set; ``start`` is the registered version in the file
+    ``config.init_from``, if any.
 
     Raises UserError if the folder holds a run of another configuration or data set (and ``restart`` is ``never``),
     another process trains in it, the data set is damaged, or configuration and data set do not fit each other.
@@ -84,11 +109,13 @@ def train(
         holding = _held(output) if ranks.is_main else nullcontext()
         with holding, repeatable(resolve_device(config.device)), worker_threads(thread_count(config, ranks)) as threads:
             with worker_threads() as readers:
-                embed = partial(embeddings_of, pool=readers, progress=progress)
-                setup = make_setup(dataset, model, config, sampling, ranks, embed)
-            trainer = Trainer(setup, threads)
+                setup = make_setup(dataset, model, config, sampling, ranks, readers, progress, start)
+            trainer = Trainer(setup, threads, output)
             if ranks.is_main and _require_same_run(output, setup, restart):
                 _discard(output)
+            if ranks.is_main and setup.base is not None:
+                assert config.init_from is not None
+                link_base(Path(config.init_from), output)
             final = output / "final.safetensors"
             with trainer.loader:
                 if ranks.broadcast(final.is_file()):
@@ -114,27 +141,108 @@ def _train(
     """Start or resume a run, train it to its end and write its final model; returns the number of images seen."""
     setup, state = trainer.setup, trainer.state
     checkpoints = Checkpoints(output / "checkpoints")
-    is_new = _begin_or_resume(trainer, checkpoints, output, sampling)
+    is_new, unlogged = _begin_or_resume(trainer, checkpoints, output, sampling)
+    tracker = track(is_new) if setup.ranks.is_main else None
+
+    def work(stop: Callable[[], bool]) -> bool:
+        if not setup.ranks.is_main:
+            return trainer.train(None, stop, unlogged)
+        validation = Validation(setup, trainer.objective, trainer.threads)
+        with CheckpointWriter(checkpoints) as writer:
+            log = TrainingLog(validation, output, sampling, writer, tracker, progress, state.images, trainer.total)
+            return trainer.train(log, stop, unlogged)
+
     try:
-        if setup.ranks.is_main:
-            validation, tracker = Validation(setup, trainer.objective, trainer.threads), track(is_new)
-            with CheckpointWriter(checkpoints) as writer:
-                trainer.train(
-                    TrainingLog(validation, output, sampling, writer, tracker, progress, state.images, trainer.total)
-                )
-        else:
-            trainer.train(None)
+        _stoppable(work, setup.device)
     except NotFiniteError as error:
         path = output / f"not_finite{setup.ranks.rank or ''}.safetensors"
         save_tensors(path, error.batch, setup.header(state.images, trainer.total))
         raise DarkroomError(f"{error}, which lies in {path}") from error
-    tensors = trainer.checkpoint_tensors()
+    header = setup.header(state.images, trainer.total)
+    weights = trainer.checkpoint_tensors(header, PARTS)
     if setup.ranks.is_main:
-        weights = {name: value for name, value in tensors.items() if name.startswith(PARTS)}
-        save_tensors(output / "final.safetensors", weights, setup.header(state.images, trainer.total))
+        save(output / "final.safetensors", weights, header)
     # All processes wait until the model is on disk.
     setup.ranks.barrier()
     return state.images
+
+
+def _stoppable(work: Callable[[Callable[[], bool]], bool], device: torch.device) -> None:
+    """Run ``work`` in a thread, which a signal stops; what the handler of the signal raises is raised at its end.
+
+    ``work`` gets a function that says whether to stop, and returns whether it was not stopped. No exception strikes
+    inside of it, where a step might be half done, and the handler of SIGTERM stays the caller's: Prefect reschedules a
+    run only as long as it is its own. A KeyboardInterrupt after ``PATIENCE`` seconds leaves ``work`` behind, which may
+    hang: it then ends, as at a kill, when it next asks whether to stop.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        if not work(lambda: False):
+            sys.exit(128 + signal.SIGTERM)
+        return
+    # A signal may raise between any two operations. Lists, this queue and the start of a thread are in C, and leave no
+    # lock behind, as Event, Future and Thread do.
+    interrupts, begun, outcome = list[BaseException](), list[bool](), list[bool | BaseException]()
+    left, seconds, starts = list[BaseException](), list[float](), [start_new_thread]
+    ended, context = SimpleQueue[None](), copy_context()
+
+    def stop() -> bool:
+        if left:
+            # Another process may train in the folder by now.
+            raise left[0]
+        return bool(interrupts)
+
+    def run() -> None:
+        begun.append(True)
+        if interrupts:
+            return
+        try:
+            torch.set_num_threads(1)  # see worker_threads
+            if device.type == "cuda":
+                torch.cuda.set_device(device)
+            outcome.append(context.run(work, stop))
+        except BaseException as error:  # noqa: BLE001 (raised below)
+            outcome.append(error)
+        ended.put(None)
+
+    default = signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    if default:
+        signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    try:
+        while not left:
+            try:
+                while not outcome and (begun or not interrupts):
+                    if starts:
+                        starts.pop()(run, ())
+                    # A signal may take the item, come before the thread has begun, which then does nothing, or fall
+                    # between Python's last look at signals and the wait, which it then does not end.
+                    with suppress(Empty):
+                        ended.get(timeout=LOOK_SECONDS)
+                break
+            except BaseException as error:  # noqa: BLE001 (raised below)
+                interrupts += [error]
+                seconds += [time.monotonic()]
+                if isinstance(error, KeyboardInterrupt):
+                    if seconds[-1] - seconds[0] >= PATIENCE:
+                        left += [error]
+                    elif len(seconds) == 1:
+                        # In a thread, as logging has locks.
+                        start_new_thread(logger.info, (LEAVING, PATIENCE))
+        if left:
+            raise left[0]
+        failure = next((each for each in outcome if isinstance(each, BaseException)), None)
+        if interrupts:
+            if failure is not None:
+                logger.warning("training failed after a signal, and wrote no checkpoint", exc_info=failure)
+            raise interrupts[0] from failure
+        if failure is not None:
+            raise failure
+        if not outcome[0]:
+            # A signal stopped another process: this one ends in the same way.
+            signal.raise_signal(signal.SIGTERM)
+            sys.exit(128 + signal.SIGTERM)
+    finally:
+        if default:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def preflight(
@@ -147,14 +255,30 @@ def preflight(
     """Measure in a few seconds what ``train`` would do with the same arguments; writes nothing, and raises as it."""
     device, threads = resolve_device(config.device), thread_count(config, SINGLE_PROCESS)
     with open_dataset(data, config, store) as dataset, repeatable(device), worker_threads(threads) as pool:
-        # Zero embeddings cost a step the same, so the captions need not be embedded.
-        setup = make_setup(
-            dataset, model, config, sampling, SINGLE_PROCESS, lambda _, texts: torch.zeros(len(texts), WIDTH)
-        )
-        reading = seconds_to_read(dataset, dataset.different_captions()[0], cores()) if setup.captions else 0
+        # Other embeddings and latents cost a step the same, so they need not be computed.
+        setup = make_setup(dataset, model, config, sampling, SINGLE_PROCESS)
+        reading = 0.0
+        if setup.captions is not None:
+            reading = seconds_to_read(dataset, dataset.different_captions()[0], cores(), setup.captions.encoding)
         trainer = Trainer(setup, pool)
         with trainer.loader:
             return make_preflight(trainer, measure_pace(setup, pool, sampling), reading)
+
+
+def estimate_ranks(
+    data: Path,
+    model: FamilyConfig,
+    config: TrainingConfig,
+    sampling: SamplingConfig,
+    world_size: int,
+    store: ShardStore | None = None,
+) -> RankCosts:
+    """Compute memory and messages of each of ``world_size`` processes that ``train`` with the same arguments.
+
+    Measures and writes nothing. Raises UserError as ``train``, and as ``rank_costs``.
+    """
+    with open_dataset(data, config, store) as dataset:
+        return rank_costs(make_setup(dataset, model, config, sampling, SINGLE_PROCESS), world_size)
 
 
 def check(
@@ -167,9 +291,8 @@ def check(
 ) -> None:
     """Raise UserError as ``train`` would before its first step; writes nothing, and embeds no captions."""
     with open_dataset(data, config, None) as dataset, repeatable(resolve_device(config.device)):
-        setup = make_setup(
-            dataset, model, config, sampling, SINGLE_PROCESS, lambda _, texts: torch.zeros(len(texts), WIDTH)
-        )
+        setup = make_setup(dataset, model, config, sampling, SINGLE_PROCESS)
+        meta_network(setup)
         _require_same_run(output, setup, restart)
 
 
@@ -212,9 +335,10 @@ def _discard(output: Path) -> None:
     if output.is_dir():
         write_bytes(output / METRICS_BUFFER / RESTARTED, b"")
     names = ("final.safetensors", "weights.safetensors", "history.csv", "losses.csv", PREFLIGHT)
-    for path in (*output.glob("not_finite*.safetensors"), *(output / name for name in names)):
+    linked = [path for path in output.glob("*.safetensors") if len(path.stem) == 64]  # what a LoRA is based on
+    for path in (*output.glob("not_finite*.safetensors"), *linked, *(output / name for name in names)):
         path.unlink(missing_ok=True)
-    for folder in (output / "samples", output / SNAPSHOTS, output / "checkpoints"):
+    for folder in (output / "samples", output / SNAPSHOTS, output / INTERRUPTED, output / "checkpoints"):
         if folder.exists():
             shutil.rmtree(folder)
 
@@ -241,29 +365,42 @@ def _differences(output: Path, setup: TrainingSetup) -> list[str]:
     return changed or [("the data set's shards" if moved else "its format")]
 
 
-def _begin_or_resume(trainer: Trainer, checkpoints: Checkpoints, output: Path, sampling: SamplingConfig) -> bool:
-    """Load the newest checkpoint, or write the first one; returns whether the run is new."""
+def _begin_or_resume(
+    trainer: Trainer, checkpoints: Checkpoints, output: Path, sampling: SamplingConfig
+) -> tuple[bool, bool]:
+    """Load the newest checkpoint, or write the first one.
+
+    Returns whether the run is new, and whether the checkpoint was written at a signal.
+    """
     setup, state, config = trainer.setup, trainer.state, trainer.config
-    ranks = setup.ranks
-    tensors, header = (ranks.is_main and checkpoints.newest()) or ({}, None)
+    ranks, both = setup.ranks, (checkpoints, Checkpoints(output / INTERRUPTED))
+    # A kill may leave both of the same number of images: the regular one, which is first, is also logged.
+    newest = merge(*(each.newest_whole() for each in both), key=lambda found: int(found[0].stem), reverse=True)
+    path, header = (ranks.is_main and next(newest, None)) or (None, None)
     if header := ranks.broadcast(header):
         trainer.total = header["total"]
-        state.load(ranks.broadcast_tensors(tensors), header[COUNTS])
+        state.load(read_everywhere(path, ranks), header[COUNTS])
+        trainer.window = [torch.tensor(each, device=setup.device) for each in header.get(WINDOW, [])]
         trainer.loader.prefetch(state.images, trainer.total)
         if ranks.is_main:
+            if WINDOW not in header:
+                shutil.rmtree(output / INTERRUPTED, ignore_errors=True)
             logger.info("resuming from %d of %d images", state.images, trainer.total)
             if changed := Fingerprint.model_validate(header[FINGERPRINT]).differences(setup.fingerprint):
                 logger.warning("the fingerprint has changed (%s): the last bits of the weights will differ", changed)
-        return False
-    preflight = make_preflight(trainer, None if config.images else measure_pace(setup, trainer.threads, sampling))
+        return False, WINDOW in header
+    pace = None if config.images else measure_pace(setup, trainer.threads, sampling, output)
+    preflight = make_preflight(trainer, pace)
     trainer.total = math.ceil(preflight.images / config.batch_size) * config.batch_size
     trainer.loader.prefetch(state.images, trainer.total)
     if ranks.is_main:
         about = dict(preflight.lines())
         logger.info("training on %s; %s, %s", *(about[name] for name in ("images", "network", "length")))
+        warn_of_memory(preflight, setup.device)
         require_disk(output, preflight.disk_bytes)
         write_json(output / PREFLIGHT, preflight.model_dump(mode="json"))
-    first = trainer.checkpoint_tensors()
+    header = trainer.checkpoint_header()
+    first = trainer.checkpoint_tensors(header)
     if ranks.is_main:
-        checkpoints.save(first, trainer.checkpoint_header())
-    return True
+        checkpoints.save(first, header)
+    return True, False

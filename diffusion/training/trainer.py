@@ -3,31 +3,47 @@
 import math
 import time
 from collections import deque
+from collections.abc import Callable, Mapping
 from concurrent.futures import Executor
+from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from diffusion.checkpoints import AUTOENCODER
 from diffusion.common.device import resolve_device
 from diffusion.common.errors import DarkroomError
 from diffusion.common.fingerprint import autocast
-from diffusion.data.loader import Batch, Loader, TrainingOrder, WindowedOrder
+from diffusion.data.loader import Batch, Loader, make_order
 from diffusion.families import family_of
 from diffusion.families.ddpm import DiffusionModel
 from diffusion.families.distillation import ConsistencyObjective
-from diffusion.families.model import OptimizerStep, TrainingBatch, TrainingObjective, to_float
+from diffusion.families.model import OptimizerStep, TrainingBatch, TrainingObjective
+from diffusion.training.checkpointing import write_together
 from diffusion.training.config import TrainingConfig
-from diffusion.training.distributed import Ranks, full_tensor, shard_like, shard_module
+from diffusion.training.distributed import (
+    GradientReducer,
+    Ranks,
+    full_tensor,
+    make_mesh,
+    shard_like,
+    shard_module,
+    sum_over_replicas,
+)
 from diffusion.training.ema import PREFIXES, WeightAverage, exponential_decay, power_decay
 from diffusion.training.logging import TrainingLog
 from diffusion.training.muon import Muon
 from diffusion.training.setup import COUNTS, FINGERPRINT, TrainingSetup
 
 LOGS_PER_CHECKPOINT = 20
+WINDOW = "window"
+"""Name of ``Trainer.window`` in the header of a checkpoint that was written at a signal."""
 
 
 class NotFiniteError(DarkroomError):
@@ -48,15 +64,15 @@ class TrainingState:
         config: TrainingConfig,
         device: torch.device,
         frozen: dict[str, Tensor],
-        shard: bool,
+        mesh: DeviceMesh | None,
     ) -> None:
         self.network = network
         self.frozen = {AUTOENCODER + name: value for name, value in frozen.items()}
         """Tensors of the model's autoencoder, which training does not change."""
         self.steps = objective.optimizer_steps(network)
         for module in [module for step in self.steps for module in step.modules.values()]:
-            if shard:
-                shard_module(module, device)
+            if mesh is not None:
+                shard_module(module, mesh)
             module.to(device)
         self.optimizers = [make_optimizers(step, config, objective.betas) for step in self.steps]
         """Optimizers of each step, by the prefix of their moments' names in checkpoints."""
@@ -93,16 +109,17 @@ class TrainingState:
         return {"images": self.images, "skipped": self.skipped, "skipped_in_a_row": self.skipped_in_a_row}
 
     @torch.no_grad()
-    def load(self, tensors: dict[str, Tensor], counts: dict[str, int]) -> None:
+    def load(self, tensors: Mapping[str, Tensor], counts: dict[str, int]) -> None:
         """Restore the state from ``tensors`` and ``counts``, or this process' shard of it."""
         for name, value in self._weights().items():
             # In place: network and optimizer share these tensors.
             value.copy_(shard_like(tensors[name], value))
         for prefix, optimizer in self._named_optimizers():
             parameters, moments = optimizer.param_groups[0]["params"], dict[int, dict[str, Tensor]]()
-            for name, value in tensors.items():
+            for name in tensors:
                 if name.startswith(prefix):
                     index, moment = name.removeprefix(prefix).split(".", 1)
+                    value = tensors[name]
                     if value.ndim:
                         # Fused AdamW walks parameter and moments in step through memory: their strides must agree.
                         like = parameters[int(index)]
@@ -126,10 +143,14 @@ class PendingStep(NamedTuple):
 
 
 class Trainer:
-    """Trainer of one network, of which each process has one; on a CPU ``threads`` compute the parts of a batch."""
+    """Trainer of one network, of which each process has one; on a CPU ``threads`` compute the parts of a batch.
 
-    def __init__(self, setup: TrainingSetup, threads: Executor) -> None:
+    ``output`` is the folder of the run, where processes that share a network write its checkpoints.
+    """
+
+    def __init__(self, setup: TrainingSetup, threads: Executor, output: Path | None = None) -> None:
         self.setup, self.config, self.threads, self.device = setup, setup.config, threads, setup.device
+        self.output = output
         with torch.random.fork_rng(devices=[]):
             # Initial weights are a function of the seed.
             torch.manual_seed(self.config.seed)
@@ -141,71 +162,97 @@ class Trainer:
                 assert self.config.images is not None
                 teacher = replace(setup.initial, latents=setup.autoencoder).on(self.device)
                 self.objective = ConsistencyObjective(self.config, teacher, header, self.config.images)
-        if setup.initial:
-            network.load_state_dict(setup.initial.network.state_dict())
         network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        shard = self.config.shard and setup.ranks.count > 1
+        mesh = make_mesh(self.device, setup.shard) if setup.shard > 1 else None
         frozen = setup.autoencoder.to(self.device).state_dict() if setup.autoencoder else {}
-        self.state = TrainingState(network, self.objective, self.config, self.device, frozen, shard)
+        if setup.base is not None:
+            frozen = {}
+        self.state = TrainingState(network, self.objective, self.config, self.device, frozen, mesh)
+        self.reducers: list[GradientReducer | None] = [None for _ in self.state.steps]
+        """Sums of the gradients of each step over the processes; None: there is one, or the network is sharded."""
+        if setup.ranks.count > 1 and mesh is None:
+            parts = thread_count(self.config, setup.ranks)
+            self.reducers = [GradientReducer(step.parameters, parts) for step in self.state.steps]
         if setup.compiled:
+            # A program per shape of the images.
+            dynamo = torch._dynamo.config
+            dynamo.recompile_limit = max(dynamo.recompile_limit, 2 * len(setup.dataset.shapes))
             network.compile(dynamic=False)
-        manifest, rows = setup.dataset.manifest, setup.dataset.rows("train")
-        order: TrainingOrder = (
-            TrainingOrder(manifest.content_digest, self.config.seed, len(rows))
-            if self.config.window is None
-            else WindowedOrder(manifest.layout_digest, self.config.seed, self.config.window, setup.dataset.shards(rows))
-        )
         self.loader = Loader(
             setup.dataset,
-            rows,
-            order,
+            setup.dataset.rows("train"),
+            make_order(setup.dataset, self.config.seed, self.config.batch_size, self.config.window),
             self.config.batch_size,
             rank=setup.ranks.rank,
             ranks=setup.ranks.count,
             flip_seed=self.config.seed if self.config.flip else None,
             prefetch=self.config.prefetch,
             workers=self.config.workers,
+            latents=setup.latents,
         )
         self.total = 0
         """Total number of images to see, a whole number of batches."""
+        self.window: list[Tensor] = []
+        """Loss and gradient norm, (2,), of each step since the last ones were logged."""
         self.pending: deque[PendingStep] = deque()
         self.lag = 1 if self.device.type == "cuda" else 0
         """Steps after which a step is checked for finiteness: checking at once would stall a GPU."""
 
-    def train(self, log: TrainingLog | None) -> None:
-        """Train until ``total`` images are seen; only the main process has a ``log``."""
-        state, config = self.state, self.config
+    def train(self, log: TrainingLog | None, stop: Callable[[], bool], unlogged: bool = False) -> bool:
+        """Train until ``total`` images are seen or ``stop`` is true in any process; returns whether all were seen.
+
+        Only the main process has a ``log``. Once ``stop`` is true, the current step ends, of several processes also the
+        next one, and a checkpoint is written without the validation that belongs to a regular one. ``unlogged`` says
+        that the state is from such a checkpoint.
+        """
+        state, config, ranks = self.state, self.config, self.setup.ranks
         steps = self.total // config.batch_size
         log_every = max(1, steps // (config.checkpoints * LOGS_PER_CHECKPOINT)) * config.batch_size
         save_every = math.ceil(self.total / config.checkpoints / log_every) * log_every
-        results: list[Tensor] = []
+        due = unlogged and (state.images % save_every == 0 or state.images == self.total)
         began, since, waited = state.images, time.perf_counter(), self.loader.waited
-        while state.images < self.total:
-            learning_rate = scheduled_learning_rate(config, state.images, self.total)
-            results.append(torch.stack(self.train_step(learning_rate)))
-            at_end = state.images == self.total
-            if state.images % log_every == 0 or at_end:
-                # The first operation of these steps that waits for the device.
-                finite = torch.stack(results).cpu()
-                loss, norm = finite[finite.isfinite().all(1)].mean(0).tolist()
-                self.check_finite()
-                seconds = time.perf_counter() - since
-                metrics = {
-                    "loss": loss,
-                    "gradient_norm": norm,
-                    "learning_rate": learning_rate,
-                    "images_per_second": (state.images - began) / seconds,
-                    "data_wait": (self.loader.waited - waited) / seconds,
-                    "skipped": state.skipped,
-                }
-                if log:
-                    log.log_metrics(metrics, state.images)
-                results, began, since, waited = [], state.images, time.perf_counter(), self.loader.waited
-            if state.images % save_every == 0 or at_end:
-                tensors = self.checkpoint_tensors()
-                if log:
-                    log.checkpoint(tensors, self.checkpoint_header(), save_every)
+        while due or state.images < self.total:
+            stopped = ranks.any(stop)
+            if not due:
+                learning_rate = scheduled_learning_rate(config, state.images, self.total)
+                self.window.append(torch.stack(self.train_step(learning_rate)))
+                at_end = state.images == self.total
+                if state.images % log_every == 0 or at_end:
+                    # The first operation of these steps that waits for the device.
+                    finite = torch.stack(self.window).cpu()
+                    loss, norm = finite[finite.isfinite().all(1)].mean(0).tolist()
+                    self.check_finite()
+                    seconds = time.perf_counter() - since
+                    metrics = {
+                        "loss": loss,
+                        "gradient_norm": norm,
+                        "learning_rate": learning_rate,
+                        "images_per_second": (state.images - began) / seconds,
+                        "data_wait": (self.loader.waited - waited) / seconds,
+                        "skipped": state.skipped,
+                    }
+                    if log:
+                        log.log_metrics(metrics, state.images)
+                    self.window, began, since = [], state.images, time.perf_counter()
+                    waited = self.loader.waited
+                due = state.images % save_every == 0 or at_end
+            ended = stopped()
+            if due and not ended:
+                header, due = self.checkpoint_header(), False
+                tensors = self.checkpoint_tensors(header)
+                save = partial(log.checkpoint, tensors, header, save_every) if log else None
+                ended = not ranks.run_in_main(save, stop)
                 since = time.perf_counter()
+            if ended:
+                self.check_finite()
+                header = self.checkpoint_header() | {WINDOW: [each.tolist() for each in self.window]}
+                tensors = self.checkpoint_tensors(header)
+                if log:
+                    log.interrupt(tensors, header)
+                # torchrun would kill a process that still writes when others have ended.
+                ranks.barrier()
+                return False
+        return True
 
     def train_step(self, learning_rate: float) -> tuple[Tensor, Tensor]:
         """Take one training step; returns loss and gradient norm, both (), which may not be finite.
@@ -214,12 +261,11 @@ class Trainer:
         """
         config, state = self.config, self.state
         batch = self.loader.batch(state.images, self.total)
-        x0 = to_float(batch.images).contiguous(memory_format=torch.channels_last)
-        noised = self.objective.make_batch(x0, batch.indices, self.setup.training_conditioning(batch))
+        noised = self.objective.make_batch(self.setup.x0(batch), batch.indices, self.setup.training_conditioning(batch))
         t, noised = noised.random.get("t"), noised.on(self.device)
         finite, norms = torch.ones((), dtype=torch.bool, device=self.device), []
-        for step, optimizers in zip(state.steps, state.optimizers, strict=True):
-            loss = self.backward(step, noised)
+        for step, optimizers, reducer in zip(state.steps, state.optimizers, self.reducers, strict=True):
+            loss = self.backward(step, noised, reducer)
             norm = full_tensor(torch.nn.utils.clip_grad_norm_(step.parameters, config.max_grad_norm))
             norms.append(norm)
             finite = finite & loss.isfinite() & norm.isfinite()
@@ -239,9 +285,9 @@ class Trainer:
         self.check_finite(self.lag)
         return loss, torch.stack(norms).amax()
 
-    def backward(self, step: OptimizerStep, batch: TrainingBatch) -> Tensor:
+    def backward(self, step: OptimizerStep, batch: TrainingBatch, reducer: GradientReducer | None) -> Tensor:
         """Compute the loss () of the batch of all processes, and set the gradients of the parameters of ``step``."""
-        config = self.config
+        config, ranks = self.config, self.setup.ranks
 
         def forward(part: TrainingBatch) -> tuple[Tensor, Tensor]:
             """Compute the share of these images in the loss of the batch and in the minimized value."""
@@ -249,24 +295,44 @@ class Trainer:
                 losses = step.losses(part)
             return losses.detach().sum() / config.batch_size, step.minimized(losses, part).sum() / config.batch_size
 
-        def gradients(part: TrainingBatch) -> tuple[Tensor, tuple[Tensor, ...]]:
-            loss, minimized = forward(part)
-            return loss, torch.autograd.grad(minimized, step.parameters)
+        def micro_batches(part: TrainingBatch) -> list[TrainingBatch]:
+            return part.split(math.ceil(len(part.x0) / (config.micro_batch or len(part.x0))))
+
+        def gradients(number: int, part: TrainingBatch) -> tuple[Tensor, tuple[Tensor, ...]]:
+            total: tuple[Tensor, tuple[Tensor, ...]] | None = None
+            passes = micro_batches(part)
+            for images in passes:
+                loss, minimized = forward(images)
+                is_last = images is passes[-1]
+                with reducer.last_pass(number, total and total[1]) if reducer and is_last else nullcontext():
+                    own = torch.autograd.grad(minimized, step.parameters)
+                total = (loss, own) if total is None else (total[0] + loss, torch._foreach_add(total[1], own))
+            assert total is not None
+            return total
 
         if config.shard:
             # Each process gets the gradients of its shard of the weights.
-            loss, minimized = forward(batch)
-            minimized.backward()  # type: ignore[no-untyped-call]
-            self.setup.ranks.sum([loss])
+            loss, passes = torch.zeros((), device=self.device), micro_batches(batch)
+            for images in passes:
+                # Gradients are summed within each group at once, as the sums need a share of the memory alone.
+                sum_over_replicas(step.modules.values(), images is passes[-1])
+                share, minimized = forward(images)
+                minimized.backward()  # type: ignore[no-untyped-call]
+                loss = loss + share
+            ranks.sum(loss)
             return loss
-        parts = list(self.threads.map(gradients, batch.split(thread_count(config, self.setup.ranks))))
+        split = batch.split(thread_count(config, ranks))
+        parts = list(self.threads.map(gradients, range(len(split)), split))
         loss = torch.stack([part_loss for part_loss, _ in parts]).sum()
+        ranks.sum(loss)
+        if reducer is not None:
+            reducer.wait()
+            return loss
         for parameter, *each in zip(step.parameters, *(part for _, part in parts), strict=True):
             # In the parameter's own memory format, which autograd.grad does not promise and the optimizer relies on.
             parameter.grad = torch.zeros_like(parameter)
             for gradient in each:
                 parameter.grad.add_(gradient)
-        self.setup.ranks.sum([loss, *(parameter.grad for parameter in step.parameters if parameter.grad is not None)])
         return loss
 
     def check_finite(self, left: int = 0) -> None:
@@ -289,17 +355,16 @@ class Trainer:
                     | ({} if step.t is None else {"t": step.t}),
                 )
 
-    def checkpoint_tensors(self) -> dict[str, Tensor]:
-        """Collect the tensors of a checkpoint in the main process; all processes must call this together."""
-        if not self.config.shard:
-            return self.state.tensors()
-        gathered = {}
-        for name, value in self.state.tensors().items():
-            # One tensor at a time, to the CPU: a network that is sharded does not fit on the device.
-            full = full_tensor(value)
-            if self.setup.ranks.is_main:
-                gathered[name] = full.cpu()
-        return gathered
+    def checkpoint_tensors(self, header: dict[str, Any], prefixes: tuple[str, ...] = ("",)) -> dict[str, Tensor]:
+        """Collect the tensors of a checkpoint with ``header`` in the main process, whose names begin with ``prefixes``.
+
+        Those of a sharded network are written to the folder of the run: all processes must call this together.
+        """
+        tensors = {name: value for name, value in self.state.tensors().items() if name.startswith(prefixes)}
+        if self.setup.shard == 1:
+            return tensors
+        assert self.output is not None
+        return write_together(self.output, tensors, header, self.setup.ranks)
 
     def checkpoint_header(self) -> dict[str, Any]:
         """Build the header of a checkpoint: that of a model, the counts of the state and the machine's fingerprint."""

@@ -21,11 +21,14 @@ from flows.cli import (
     pipeline_commands,
     server_commands,
     setup_commands,
+    signing_commands,
 )
 from flows.cli.command import VERBOSITY, Quiet, Verbose, print_error, set_verbosity
 
 USAGE_ERROR: type[Exception] = typer.BadParameter.__bases__[0]
 """Base class of errors in options and arguments, for which typer has no public name."""
+EXTRAS = dict.fromkeys(("c2pa", "cryptography", "model_signing"), "signing") | {"cyclonedx": "diffusers"}
+"""Extra of libraries that are not of [pipeline]."""
 app = typer.Typer(
     name="darkroom",
     help="Turn a growing folder of images into a diffusion model that is promoted only when it is better.",
@@ -35,7 +38,13 @@ app = typer.Typer(
     rich_markup_mode="rich" if sys.stdout.isatty() else None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for top in (setup_commands.app, pipeline_commands.app, operations_commands.app, server_commands.top):
+for top in (
+    setup_commands.app,
+    pipeline_commands.app,
+    operations_commands.app,
+    signing_commands.app,
+    server_commands.top,
+):
     app.add_typer(top)
 for group in (data_commands, model_commands, edit_commands, server_commands):
     app.add_typer(group.app, rich_help_panel="Groups of commands")
@@ -83,9 +92,10 @@ def main() -> None:
         except ModuleNotFoundError as error:
             if (error.name or "").partition(".")[0] in ("diffusion", "flows"):
                 raise
+            extra = EXTRAS.get(error.name or "", "pipeline")
             raise UserError(
-                f"this command needs {error.name}, which is not installed: install Darkroom with its extra [pipeline], "
-                "`pip install -e '.[pipeline]'` in its checkout"
+                f"this command needs {error.name}, which is not installed: install Darkroom with its extra [{extra}], "
+                f"`pip install -e '.[{extra}]'` in its checkout"
             ) from error
     except DarkroomError as error:
         _fail(str(error), error.exit_code)

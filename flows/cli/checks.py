@@ -4,10 +4,14 @@ What they find would otherwise stand in Prefect as a failed run. They import nei
 clients, which take seconds; the flows check again whatever may have changed since.
 """
 
+import math
 import os
 import posixpath
+import shutil
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 from urllib.parse import urlencode
 
@@ -17,12 +21,15 @@ from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_f
 from diffusion.common.errors import UserError
 from diffusion.common.model_files import read_header
 from diffusion.data.ingest.config import IngestConfig
-from diffusion.data.manifest import Manifest, read_manifest
+from diffusion.data.ingest.ingest import Rebuild, ingest, require_same_storage
+from diffusion.data.manifest import Manifest, read_manifest, read_records
 from diffusion.data.sources import open_source
 from diffusion.data.sources.base import Access
 from diffusion.data.sources.conventions import METADATA_FILES, holds_images, is_image, printable, visible_files
-from diffusion.generation.config import Conditions, check_conditions
-from diffusion.models.config import FamilyConfig, classes_of
+from diffusion.data.sources.hub_dataset import HubDataset
+from diffusion.evaluation.config import FEWEST, EvaluationConfig, require_enough
+from diffusion.generation.config import Conditions, GenerationRequest, check_conditions
+from diffusion.models.config import FamilyConfig, ModelConfig, classes_of
 from flows.config import Params, registered, registered_start
 from flows.environment import settings
 from flows.local_stack.http_api import NotServing, query_mlflow
@@ -30,13 +37,17 @@ from flows.storage.tags import parse_model_uri, parse_tags
 
 LISTED = 10
 """Most models or versions in a message."""
+TRIED = 1000
+"""Most images that are ingested for a trial: seconds."""
 
 
 def require_source(config: IngestConfig) -> None:
-    """Raise UserError if ``ingest.source`` is missing, not understood, or a folder without images."""
+    """Raise UserError if ``ingest.source`` is missing, not understood, a folder without images, or not on the Hub."""
     if config.source.startswith("s3://"):
         return
-    open_source(config.source, Access(config, Path()))
+    source = open_source(config.source, Access(config, Path()))
+    if isinstance(source, HubDataset):
+        source.find()
     if Path(config.source).is_dir() and not holds_images(Path(config.source)):
         raise UserError(f"no images in {config.source}: give a source of JPEG, PNG, WebP, GIF, BMP or TIFF images")
 
@@ -44,45 +55,215 @@ def require_source(config: IngestConfig) -> None:
 def require_training_inputs(params: Params) -> Manifest:
     """Read the data set's manifest; raises UserError without it, or for an unknown model that training begins with."""
     version = read_manifest(params.dataset_folder)
+    require_models(params)
+    return version
+
+
+def require_models(params: Params) -> None:
+    """Raise UserError for an unknown model, registered or a file, that training begins with."""
+    for path in (params.training.init_from, getattr(params.model, "autoencoder", None)):
+        if path is not None and path != "champion" and not path.startswith("models:/"):
+            read_header(Path(path))
     for uri in (registered(params), registered_start(params)):
         # While there is no champion, training begins with random weights.
         if uri is not None and uri != params.champion:
             require_version(uri)
-    return version
+
+
+def require_ingestable(params: Params, rebuild: Rebuild = "never") -> Manifest | None:
+    """Version that an ingest adds to, if any; UserError if it stores images in another way and is not to be rebuilt."""
+    from flows.datasets.catalog import Catalog
+    from flows.datasets.checkout import choice
+    from flows.datasets.sync import newer
+    from flows.environment import data_source
+    from flows.storage.s3 import S3Objects
+
+    before, folder = None, params.dataset_folder
+    if (source := params.ingest.source).startswith("s3://") and next(S3Objects().find(source), None) is None:
+        raise UserError(f"there is nothing at {source}: check the address")
+    catalog = Catalog.of(params.training.dataset, data_source())
+    if choice(folder) is None and (digest := newer(params, catalog)) is not None:
+        before = catalog.version(digest)
+    elif (folder / "manifest.json").is_file():
+        before = read_manifest(folder)
+    if before is not None:
+        require_same_storage(before, params.ingest, rebuild)
+    return before
+
+
+def deployment_notes(params: Params, workspace: Path) -> list[str]:
+    """Say what the first scheduled retraining would find in ``workspace``, as far as it is on this machine.
+
+    Raises UserError if the data set there stores images in another way, so that every retraining would fail.
+    """
+    if not workspace.is_dir():
+        return []
+    notes, folder, run = [], workspace / params.dataset_folder, workspace / params.run_folder
+    if (folder / "manifest.json").is_file():
+        require_same_storage(read_manifest(folder), params.ingest, "never")
+    else:
+        notes.append(
+            f"no data set {params.training.dataset} in {workspace}: the first run ingests {params.ingest.source}"
+        )
+    if (run / "final.safetensors").is_file():
+        notes.append(f"runs train in {run}: what is there is discarded if it was trained with other inputs")
+    return notes
+
+
+def require_enough_images(params: Params, before: Manifest | None) -> None:
+    """Raise UserError if the images of ``ingest.source`` and those of version ``before`` are too few for an evaluation.
+
+    Which images are held out depends on their pixels: a small source is ingested into a temporary folder for that.
+    Sources that would be downloaded, and versions that are not on this machine, are left to the flow.
+    """
+    folder, config = params.dataset_folder, params.ingest
+    if before is not None and min(before.counts.values()) >= FEWEST:
+        return
+    from flows.storage.s3 import S3Objects
+
+    share, objects = min(config.held_out, 1 - config.held_out), S3Objects()
+    if not (config.source.startswith("s3://") or Path(config.source).exists()):
+        return
+    with TemporaryDirectory() as temporary:
+        source, trial = Path(temporary, "source"), Path(temporary, folder.name)
+        source.mkdir()
+        # With four times as many as needed, chance leaves enough.
+        most = math.ceil(4 * FEWEST / share)
+        count = sum(1 for _ in islice(open_source(config.source, Access(config, source, objects)).entries(), most))
+        if count == most:
+            return
+        if count > TRIED:
+            if count * share < FEWEST:
+                raise UserError(
+                    f"ingest.held_out = {config.held_out:g} of {count:,} images leaves about {count * share:.0f} on "
+                    f"one side, and evaluation needs {FEWEST}: change it, or give more images"
+                )
+            return
+        if before is not None:
+            if before.kept > TRIED or not (folder / "manifest.json").is_file() or read_manifest(folder) != before:
+                return
+            shutil.copytree(folder, trial)
+        # Captions decide nothing here, and each would be paid for.
+        ingest(trial, config.model_copy(update={"runner": "threads", "captioner": None}), objects=objects)
+        require_enough(read_manifest(trial))
+
+
+def require_network(params: Params) -> None:
+    """Raise UserError for a device that is not there, or a network that images of ``ingest.size`` do not fit."""
+    from diffusion.common.device import resolve_device
+
+    for device in (params.training.device, params.sampling.device):
+        resolve_device(device)
+    given = params.training.init_from is not None or params.model.family == "diffusers"
+    if given or (isinstance(params.model, ModelConfig) and params.model.autoencoder is not None):
+        return  # pretrained weights decide
+    import torch
+
+    from diffusion.families import family_of
+
+    with torch.device("meta"):
+        family_of(params.model).make_network(params.model, (1, params.ingest.size, params.ingest.size), 0)
+
+
+def require_extractor(config: EvaluationConfig) -> None:
+    """Raise UserError if the file of the feature network is missing."""
+    if config.extractor_weights is not None and not config.extractor_weights.is_file():
+        raise UserError(f"no network at evaluation.extractor_weights = {config.extractor_weights}: give its path")
+
+
+def require_evaluable(params: Params) -> None:
+    """Raise UserError if the data set is missing or too small for an evaluation, or its feature network is missing."""
+    require_enough(read_manifest(params.dataset_folder))
+    require_extractor(params.evaluation)
+
+
+def require_destination(to: str | None) -> None:
+    """Raise UserError for an address that is none on S3, or names a bucket that is not there or cannot be used."""
+    if to is not None:
+        from flows.storage.s3 import Location, Store
+
+        Store().require_conditional_puts(Location.parse(to).bucket, "samples")
+
+
+def require_batch(
+    params: Params,
+    uri: str,
+    count: int | None,
+    seed: int,
+    to: str | None,
+    conditions: Conditions,
+    requests: str | None,
+) -> None:
+    """Raise UserError for a sampling batch that cannot be planned; the arguments are those of ``sample``."""
+    from mlflow.client import MlflowClient
+
+    from flows.registry import model_versions
+    from flows.sampling import generate_batch
+    from flows.storage.s3 import Store
+
+    require_destination(to)
+    version = model_versions.resolve(MlflowClient(), uri)
+    weights, config = model_versions.cached_weights(version), params.sampling_batch
+    generate_batch.plan(Store(), version, weights, params.sampling, config, count, seed, conditions, requests)
+
+
+def require_answerable(params: Params, uri: str, request: GenerationRequest) -> None:
+    """Raise UserError for a ``request`` that the version ``uri`` cannot answer, such as a mask of another size."""
+    from diffusion.checkpoints import load_model
+    from diffusion.generation.requests import input_of, sampling_of
+
+    model = load_model(fetch_weights(uri))
+    sampling_of(model, request, params.sampling)
+    input_of(model, request)
 
 
 def require_run(params: Params) -> None:
-    """Raise UserError if there is no run to evaluate."""
-    read_manifest(params.dataset_folder)
+    """Raise UserError if there is no run to evaluate, or it cannot be evaluated."""
+    require_evaluable(params)
     if not any((params.run_folder / "checkpoints").glob("*.safetensors")):
         raise UserError(f"no checkpoint in {params.run_folder}: run `darkroom train` first")
 
 
 def require_evaluation(params: Params) -> None:
     """Raise UserError if there is no evaluation to promote by."""
-    require_run(params)
+    read_manifest(params.dataset_folder)
     if not (params.report_folder / "evaluation.json").is_file():
         raise UserError(f"no evaluation in {params.report_folder}: run `darkroom evaluate` first")
 
 
-def require_label_in_source(params: Params, conditions: Conditions) -> None:
-    """Raise UserError for a label that neither the data set nor a folder of the source has."""
-    labels = [label for label in conditions.labels if label is not None]
-    root, known = Path(params.ingest.source), set[str]()
-    if (params.dataset_folder / "manifest.json").is_file():
-        known.update(read_manifest(params.dataset_folder).labels)
-    if not labels or known.issuperset(labels):
-        return
-    if not root.is_dir() or any((root / name).exists() for name in METADATA_FILES):
-        return  # its labels are known only once it is read
-    for name in map(printable, visible_files(root)):
-        if is_image(name) and (folder := posixpath.dirname(name)):
-            known.add(posixpath.basename(folder))
-            if known.issuperset(labels):
-                return
-    there = f"there is {', '.join(sorted(known)[:20])}" if known else "there are no classes"
-    unknown = min(set(labels) - known)
-    raise UserError(f"no class {unknown!r} in {root} or data set {params.training.dataset}: {there}")
+def require_conditions_in_source(params: Params, conditions: Conditions) -> None:
+    """Raise UserError for conditions that a model of the data set and the images of ``ingest.source`` will not know.
+
+    Classes and captions of a source other than a folder of images are known only once it is read.
+    """
+    root, folder, known, has_captions = Path(params.ingest.source), params.dataset_folder, set[str](), False
+    if is_there := (folder / "manifest.json").is_file():
+        manifest = read_manifest(folder)
+        known.update(manifest.labels)
+        captions = (read_records(folder, part, ["caption"])["caption"] for part in manifest.parts)
+        has_captions = params.model.text and any(each.null_count < len(each) for each in captions)
+    is_plain = root.is_dir() and not any((root / name).exists() for name in METADATA_FILES)
+    if params.model.text and is_plain and not has_captions:
+        raise UserError(
+            f"model.text conditions the network on captions, and {root} has none: put them into {root}/metadata.csv, "
+            "with columns file_name and text, or leave model.text out"
+        )
+    labels = {label for label in conditions.labels if label is not None}
+    needed = 2 if labels or params.sampling.guides else 0
+    if is_plain and not (labels <= known and len(known) >= needed):
+        for name in map(printable, visible_files(root)):
+            if is_image(name) and (parent := posixpath.dirname(name)):
+                known.add(posixpath.basename(parent))
+                if labels <= known and len(known) >= needed:
+                    break
+    if not is_plain and not labels <= known:
+        known |= labels
+    if unknown := sorted(labels - known):
+        there = f"there is {', '.join(sorted(known)[:20])}" if known else "there are no classes"
+        raise UserError(f"no class {unknown[0]!r} in {root} or data set {params.training.dataset}: {there}")
+    if is_plain or is_there:
+        classes = classes_of(params.model, dict.fromkeys(sorted(known), 1))
+        check_conditions(classes, params.model.text, params.sampling, conditions)
 
 
 def require_version(uri: str, params: Params | None = None, conditions: Conditions | None = None) -> None:
@@ -94,7 +275,10 @@ def require_version(uri: str, params: Params | None = None, conditions: Conditio
     if (model := registered_models(name).get(name)) is None:
         known = sorted(registered_models())
         there = f"there is {_some(known)}" if known else "there is none yet"
-        raise UserError(f"{uri}: no model {name} in the registry, {there}: `darkroom retrain` registers one")
+        raise UserError(
+            f"{uri}: no model {name} in the registry, {there}: name another, by --dataset, --model or registry.model, "
+            "or register one with `darkroom retrain`"
+        )
     versions = {int(each["version"]): each for each in _search("model-versions", f"name='{name}'")}
     aliases = {each["alias"]: int(each["version"]) for each in model.get("aliases", ())}
     number = aliases.get(which[1:]) if which.startswith("@") else int(which)
@@ -111,12 +295,29 @@ def require_version(uri: str, params: Params | None = None, conditions: Conditio
         sha256 = parse_tags(tags, f"version {number} of model {name}").weights_sha256
         weights = settings().folder / "models" / f"{sha256}.safetensors"
         if not weights.is_file():
-            from mlflow.client import MlflowClient
-
-            from flows.registry import model_versions
-
-            weights = model_versions.cached_weights(model_versions.version_of(MlflowClient(), name, number))
+            weights = fetch_weights(f"models:/{name}/{number}")
         require_conditions(weights, params, conditions)
+
+
+def fetch_weights(uri: str) -> Path:
+    """Fetch the weights of a registered version, as its flow would."""
+    from mlflow.client import MlflowClient
+
+    from flows.registry import model_versions
+
+    return model_versions.cached_weights(model_versions.resolve(MlflowClient(), uri))
+
+
+def require_shape(weights: Path, model: str, params: Params) -> None:
+    """Raise UserError if the ``model`` with these weights generates other shapes than those of the data set."""
+    version, header = read_manifest(params.dataset_folder), read_header(weights).get("model_header") or {}
+    theirs, ours = (header.get("channels"), header.get("size")), (version.channels, version.size)
+    if theirs != ours:
+        raise UserError(
+            f"{model} generates images of {theirs[1]}×{theirs[1]} with {theirs[0]} channels, and data set "
+            f"{version.name} holds {ours[1]}×{ours[1]} with {ours[0]}: ingest images of its size, with "
+            f"ingest.size={theirs[1]}"
+        )
 
 
 def require_model(params: Params) -> None:
@@ -130,7 +331,7 @@ def require_model(params: Params) -> None:
 
 
 def require_conditions(weights: Path, params: Params, conditions: Conditions) -> None:
-    """Raise UserError if the model in a file does not exist, or was not trained with these labels or prompts."""
+    """Raise UserError if the model in a file does not exist, or cannot be conditioned on these labels or prompts."""
     header: Any = read_header(weights).get("model_header")
     try:
         config: FamilyConfig = TypeAdapter(FamilyConfig).validate_python(header["model"])
@@ -140,10 +341,12 @@ def require_conditions(weights: Path, params: Params, conditions: Conditions) ->
     # Guidance may be chosen by the model itself, and is checked with it.
     named = conditions.model_copy(update={"negative_prompt": None})
     check_conditions(classes, config.text, params.sampling.unguided(), named)
+    if config.family != "diffusers":  # which has a tokenizer of its own
+        require_prompts(conditions)
 
 
 def require_prompts(conditions: Conditions) -> None:
-    """Raise UserError for prompts that are empty or too long."""
+    """Raise UserError for prompts that are empty, or too long for Darkroom's own text encoder."""
     if conditions.texts:
         from diffusion.generation.generate import check_prompts
 

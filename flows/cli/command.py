@@ -45,6 +45,18 @@ def check_model_uri(model: str | None) -> str | None:
     return model
 
 
+def check_size(size: str | None) -> str | None:
+    """Check the form of a size."""
+    if size is not None:
+        from diffusion.common.shapes import parse_size
+
+        try:
+            parse_size(size)
+        except UserError as error:
+            raise UserError(f"--size: {error}") from error
+    return size
+
+
 Model = Annotated[
     str | None,
     Option(
@@ -61,7 +73,26 @@ OutFolder = Annotated[Path | None, Option("--out", metavar="FOLDER", help="Outpu
 Count = Annotated[int, Option("--count", min=1, help="Number of images.")]
 Seed = Annotated[int, Option("--seed", min=0, max=LARGEST_SEED, help="Seed; its image i is the same everywhere.")]
 NegativePrompt = Annotated[str | None, Option("--negative-prompt", help="What not to show; needs sampling.guidance.")]
+Size = Annotated[
+    str | None,
+    Option(
+        "--size",
+        metavar="WIDTHxHEIGHT",
+        help="Width x height in pixels, as 96x64; default: most training images' shape.",
+        callback=check_size,
+    ),
+]
 Reason = Annotated[str | None, Option("--reason", help="Reason, recorded in the ledger.")]
+SigningKeyFile = Annotated[
+    Path | None, Option("--key", metavar="FILE", help="Private key in PEM; default: DARKROOM_SIGNING_KEY.")
+]
+Certificates = Annotated[
+    Path | None,
+    Option(
+        metavar="FILE",
+        help="Its certificate, then those up to a root; default: those of DARKROOM_SIGNING_CERTIFICATES.",
+    ),
+]
 Verbosity = Literal["quiet", "normal", "verbose"]
 VERBOSITY: ContextVar[Verbosity] = ContextVar("verbosity", default="normal")
 
@@ -120,7 +151,7 @@ def command(
                     named = [given.pop(option, None) for option in ("dataset", "named")]
                     if None not in named and named[0] != named[1]:
                         raise UserError(f"{named[1]} and --dataset {named[0]} are two data sets: name one")
-                    chosen = {"training.dataset": ("--dataset", named[0] or named[1])}
+                    chosen = {"training.dataset": ("--dataset", named[0] if named[1] is None else named[1])}
                     if sets_source:
                         chosen["ingest.source"] = ("SOURCE", given["source"])
                     options = {key: option for key, option in chosen.items() if option[1] is not None}

@@ -1,5 +1,6 @@
 """``darkroom data``: versions of a data set, their differences, checkout, and takedown of images."""
 
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from functools import cache
@@ -10,7 +11,8 @@ import typer
 from typer import Argument, Option
 
 from diffusion.common.errors import UserError
-from flows.cli.command import CommandOutput, command, connect
+from diffusion.common.escaping import counted
+from flows.cli.command import CommandOutput, Local, command, connect, progress_shown
 
 if TYPE_CHECKING:
     from diffusion.data.manifest import FileEntry
@@ -35,10 +37,13 @@ def log(config: "Params") -> CommandOutput:
 
     folder = config.dataset_folder
     entries = history(folder, _in_cache(folder))
-    head = f"  {'version':<12}  {'parent':<12}  {'added':>9} {'removed':>9} {'kept':>9} {'quarantined':>11}  change"
+    curated = any(each.dropped for each in entries)
+    columns = f"{'added':>9} {'removed':>9} {'kept':>9}{'   dropped' if curated else ''}"
+    head = f"  {'version':<12}  {'parent':<12}  {columns} {'quarantined':>11}  change"
     rows = [
         f"{'*' if each.current else ' '} {each.digest[:12]}  {(each.parent or '')[:12]:<12}  {each.added:>9,} "
-        f"{each.removed:>9,} {each.kept:>9,} {_count(each.quarantined):>11}  {each.change}"
+        f"{each.removed:>9,} {each.kept:>9,}{f' {each.dropped:>9,}' if curated else ''} {_count(each.quarantined):>11}"
+        f"  {each.change}"
         for each in entries
     ]
     value = {"dataset": folder.name, "versions": [each.model_dump(mode="json") for each in entries]}
@@ -51,7 +56,7 @@ def show_version(
     version: Annotated[str | None, Argument(help="Prefix of a version's digest; default: the current one.")] = None,
     everything: All = False,
 ) -> CommandOutput:
-    """Show the contents of a version, and which sources were quarantined and why.
+    """Show the contents of a version, and which images were dropped, and which sources quarantined, and why.
 
     Example:  darkroom data show 3f9c21d0 --dataset faces --all
     """
@@ -62,15 +67,27 @@ def show_version(
     limit = None if everything else FIRST
     found = contents_of(folder, resolve(folder, version), _in_cache(folder), limit)
     classes = [f"{name}: {count:,}" for name, count in found.classes.items()]
-    quarantined = [f"{each.source}: {each.reason}" for each in found.quarantined or ()]
+    buckets = [f"{name}: {count:,}" for name, count in (found.buckets or {}).items()]
+    quarantined, dropped = (
+        [f"{each.source}: {each.reason}" for each in entries or ()] for entries in (found.quarantined, found.dropped)
+    )
+    rules = ", ".join(f"{each.count:,} {each.reason}" for each in found.rules or ())
+    bits = found.near_duplicate_bits
     lines = [
         f"version    {found.digest}, from {found.change}" + (f" of {found.parent[:12]}" if found.parent else ""),
         f"content    {found.content_digest}",
-        f"images     {found.kept:,} of {found.storage.size}×{found.storage.size} in {found.channels} channel(s): "
+        f"images     {found.kept:,} of {'about ' if buckets else ''}{found.storage.size}×{found.storage.size} in "
+        f"{found.channels} channel(s): "
         + ", ".join(f"{count:,} {split.replace('_', '-')}" for split, count in found.splits.items()),
         f"shards     {found.shards:,}, {found.shard_bytes:,} bytes",
         f"read       {', '.join(f'{count:,} {outcome}' for outcome, count in found.outcomes.items())}",
+        *(f"source     {source}" for source in found.sources[:limit]),
+        *(_section("buckets   ", len(buckets), buckets) if buckets else []),
+        *([f"near       up to {bits} of 256 bits, for ingest.near_duplicates=auto"] if bits is not None else []),
+        *(f"captions   {count:,} by {captioner}" for captioner, count in found.captioners.items()),
         *(_section("classes   ", len(classes), classes[:limit]) if classes else []),
+        *([f"rules      {rules}"] if rules else []),
+        *(_section("dropped   ", found.dropped_count, dropped) if found.dropped_count else []),
         *_section("quarantine", found.quarantined_count, quarantined),
     ]
     return CommandOutput(found, lines)
@@ -118,8 +135,61 @@ def checkout(
     from flows.datasets.checkout import checkout as make_current
 
     done = make_current(folder, version, _connect_remote, with_removed, without_shards, to_build_on=True)
-    about = f"version {done.digest[:12]}, {len(done.restored):,} files restored"
-    return CommandOutput(done, [f"{done.kept:,} images in {done.folder}: {about}", f"content {done.content_digest}"])
+    about = f"version {done.digest[:12]}, {counted(len(done.restored), 'file')} restored"
+    return CommandOutput(
+        done, [f"{counted(done.kept, 'image')} in {done.folder}: {about}", f"content {done.content_digest}"]
+    )
+
+
+@command(app)
+def curate(
+    config: "Params",
+    dry_run: Annotated[bool, Option("--dry-run", help="Only say what the rules would drop, and why.")] = False,
+    report: Annotated[
+        Path | None, Option(metavar="PAGE", help="Only write a page to choose thresholds on, an HTML file.")
+    ] = None,
+    local: Local = False,
+) -> CommandOutput:
+    """Apply the rules of the section curation: drop images that they do not allow, and bring others back.
+
+    Makes a new version. Dropped images keep their bytes and their place in the records; ingest applies the same rules.
+
+    Example:  darkroom data curate --dataset faces --report curation.html
+    """
+    folder, rules = config.dataset_folder, config.curation
+    if report is not None:
+        from diffusion.common.files import make_folder
+        from diffusion.data.manifest import read_manifest
+
+        if dry_run or local:
+            raise UserError("--report only writes a page: leave --dry-run and --local out")
+        if report.suffix != ".html" or report.is_dir():
+            raise UserError(f"--report {report}: give the path of an .html file")
+        read_manifest(folder)
+        try:
+            make_folder(report.parent)
+        except OSError as error:
+            raise UserError(f"--report {report}: no folder {report.parent} ({error.strerror}): give another") from error
+        if not os.access(report.parent, os.W_OK):
+            raise UserError(f"--report {report}: nothing may be written to {report.parent}: give another folder")
+        from diffusion.curation.report import write_curation_report
+
+        with progress_shown() as progress:
+            page = write_curation_report(folder, report, rules, config.ingest, config.evaluation, progress)
+        return CommandOutput(page, page.lines())
+    if dry_run or local:
+        from diffusion.curation.curate import curate as curate_dataset
+
+        with progress_shown() as progress:
+            done = curate_dataset(folder, rules, config.ingest, config.evaluation, progress, dry_run=dry_run)
+        return CommandOutput(done.model_dump(mode="json") | {"dry_run": dry_run}, done.lines(dry_run))
+    with connect("prefect", "s3"):
+        from flows.curate import curate as curate_flow
+
+        outcome = curate_flow(config)
+    value = outcome.result.model_dump(mode="json")
+    stored = {"dvc_digest": outcome.version.digest, "report": str(outcome.report)}
+    return CommandOutput(value | stored, [*outcome.result.lines(), f"report: {outcome.report}"])
 
 
 @command(app)
@@ -164,11 +234,12 @@ def remove(
     if dry_run:
         chosen, names = choose(config.dataset_folder, selection)
         about = {"dataset": config.training.dataset, "dry_run": True, "names": names}
-        copies = chosen.near_copies
+        copies, along = chosen.near_copies, chosen.dropped_copies or []
         lines = [
-            f"{chosen.images:,} images would be removed ({chosen.duplicates:,} copies, {chosen.refused:,} quarantined) "
-            f"and {len(chosen.parts):,} shards rewritten",
+            f"{counted(chosen.images, 'image')} would be removed ({counted(chosen.duplicates, 'copy', 'copies')}, "
+            f"{chosen.refused:,} quarantined) and {counted(len(chosen.parts), 'shard')} rewritten",
             *_section("source names", len(names), names[:FIRST], "--json"),
+            *(_section("dropped near-duplicates that go, too", len(along), along[:FIRST], "--json") if along else []),
             *(_section("near-duplicates that stay", len(copies), copies[:FIRST], "--json") if copies else []),
         ]
         return CommandOutput(about | chosen.model_dump(mode="json"), lines)
@@ -195,6 +266,116 @@ def remove(
     return CommandOutput({"dataset": config.training.dataset, **done.model_dump(mode="json")}, done.lines())
 
 
+@command(app)
+def compact(config: "Params", local: Local = False) -> CommandOutput:
+    """Join the small shards that many small ingests left; a new version of the same content digest.
+
+    Only neighbouring shards of less than half of ingest.shard_bytes are rewritten. `darkroom gc` frees old versions.
+
+    Example:  darkroom data compact --dataset faces
+    """
+    if local:
+        from diffusion.data.versions.compact import compact as join_shards
+
+        with progress_shown() as progress:
+            done = join_shards(config.dataset_folder, config.ingest, progress)
+    else:
+        with connect("prefect", "s3"):
+            from flows.compact_merge import compact as run
+
+            done = run(config)
+    return CommandOutput(done, done.lines())
+
+
+@command(app)
+def merge(
+    config: "Params",
+    others: Annotated[list[str], Argument(metavar="OTHER…", help="Data sets on this machine, as data/OTHER.")],
+    local: Local = False,
+) -> CommandOutput:
+    """Add the images of other data sets, by their tables alone: for data sets that one ingest would not finish.
+
+    Equal images are kept once. Shards without duplicates are taken over as they are, the others are rewritten.
+
+    Example:  darkroom data merge faces-2 faces-3 --dataset faces
+    """
+    from diffusion.common.config import dataset_folder
+    from diffusion.data.manifest import read_manifest
+
+    folder = config.dataset_folder
+    for name in others:
+        if name == folder.name:
+            raise UserError(f"data set {name} cannot be merged into itself: name another, or another --dataset")
+        if "/" in name and Path(name).is_dir():
+            raise UserError(f"{name} is a folder: give the name of a data set, such as {Path(name).name}")
+    folders = [dataset_folder(name) for name in others]
+    for each in folders:
+        read_manifest(each)
+    if local:
+        from diffusion.data.versions.merge_datasets import merge_datasets
+
+        with progress_shown() as progress:
+            done = merge_datasets(folder, folders, config.ingest, progress)
+    else:
+        with connect("prefect", "s3"):
+            from flows.compact_merge import merge as run
+
+            done = run(config, others)
+    return CommandOutput(done, done.lines())
+
+
+@command(app)
+def simulate(
+    context: typer.Context,
+    config: "Params",
+    images: Annotated[
+        int | None, Option(min=1, help="Number of training images of a data set that need not exist.")
+    ] = None,
+    bytes_per_image: Annotated[int | None, Option(min=1, help="Bytes in a shard for each of these images.")] = None,
+    nodes: Annotated[int | None, Option(help="Machines.")] = None,
+    ranks: Annotated[int | None, Option(help="Processes on each node.")] = None,
+    bandwidth: Annotated[float | None, Option(help="Bytes per second from the remote to a node.")] = None,
+    latency: Annotated[float | None, Option(help="Seconds from the request of a shard to its first byte.")] = None,
+    disk_bytes: Annotated[int | None, Option(help="Bytes for shards on each node's disk.")] = None,
+    disk_bandwidth: Annotated[float | None, Option(help="Bytes per second of each node's disk.")] = None,
+    decode_rate: Annotated[float | None, Option(help="Images per second that a loader thread decodes.")] = None,
+    step_seconds: Annotated[float | None, Option(help="Seconds of a step whose batch is ready.")] = None,
+    epochs: Annotated[int, Option(min=1, help="Epochs to simulate, from an empty cache.")] = 1,
+) -> CommandOutput:
+    """Say how long streamed training would wait for data, and the smallest settings with which it does not.
+
+    The data set is that of --dataset, or one of --images. Batch size, window, cache, prefetch and workers are those of
+    the section training; without training.window and training.stream_bytes the smallest that suffice.
+
+    Example:  darkroom data simulate --images 1000000000 --bytes-per-image 20000 --nodes 8 --ranks 8 --step-seconds 0.2
+    """
+    from pydantic import ValidationError
+
+    from diffusion.data import simulate as simulator
+    from diffusion.data.manifest import read_manifest
+
+    if (images is None) != (bytes_per_image is None):
+        raise UserError("--images and --bytes-per-image describe a data set together: give both, or neither")
+    if images is not None and context.params["dataset"] is not None:
+        raise UserError("--images describes a data set that need not exist: leave it or --dataset out")
+    given = {
+        **{"nodes": nodes, "ranks": ranks, "bandwidth": bandwidth, "latency": latency, "disk_bytes": disk_bytes},
+        **{"disk_bandwidth": disk_bandwidth, "decode_rate": decode_rate, "step_seconds": step_seconds},
+    }
+    try:
+        machines = simulator.Machines(**{name: value for name, value in given.items() if value is not None})
+    except ValidationError as error:
+        first = error.errors()[0]
+        option = str(first["loc"][0]).replace("_", "-")
+        raise UserError(f"--{option} {first['input']}: {first['msg']}: give another value") from error
+    if images is None or bytes_per_image is None:
+        shards = simulator.Shards.of(read_manifest(config.dataset_folder))
+    else:
+        shards = simulator.Shards.assumed(images, bytes_per_image, config.ingest.shard_bytes)
+    found = simulator.report(shards, machines, config.training.model_dump(), epochs)
+    return CommandOutput(found, found.lines())
+
+
 def _in_cache(folder: Path) -> "Callable[[FileEntry], Path | None]":
     """Lookup of files of older versions in DVC's cache, which is opened on first use."""
 
@@ -216,19 +397,21 @@ def _connect_remote() -> str:
 
 
 def _diff_lines(found: "Difference") -> Iterator[str]:
-    yield f"{found.before[:12]} → {found.after[:12]}: {found.kept[0]:,} → {found.kept[1]:,} images"
+    yield f"{found.before[:12]} → {found.after[:12]}: {found.kept[0]:,} → {counted(found.kept[1], 'image')}"
     if found.same_content:
         yield "the same content"
     sections: list[tuple[str, Any, Callable[[Any], str]]] = [
         ("added", found.added, _image),
         ("removed", found.removed, _image),
         ("changed", found.changed, lambda each: f"{each.before.key[:16]} {_changes(each.before, each.after)}"),
+        ("dropped now", found.dropped, lambda each: f"{_image(each)}: {each.reason}"),
+        ("no longer dropped", found.restored, lambda each: f"{_image(each)}: {each.reason}"),
         ("quarantined now", found.quarantined, lambda each: f"{each.source}: {each.reason}"),
         ("no longer quarantined", found.cleared, lambda each: f"{each.source}: {each.reason}"),
     ]
     for what, group, line in sections:
         if group is None:
-            yield f"{what:<10} unknown: a table that is needed is no longer here"
+            yield f"{what:<10} unknown: records of one version are neither here nor in DVC's cache"
         elif group.count:
             yield from _section(f"{what:<10}", group.count, map(line, group.samples))
     yield from (f"setting    {name}: {old} → {new}" for name, (old, new) in found.storage.items())

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from typer import Argument, Option
 
+from diffusion.common.escaping import counted
 from flows.cli import command as options
 from flows.cli.command import LARGEST_SEED, CommandOutput, command, connect, is_file, progress_shown
 
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
     from flows.config import Params
 
 app = typer.Typer(name="edit", help="Inpainting, img2img, interpolation, super-resolution.", no_args_is_help=True)
-Image = Annotated[Path, Argument(help="Image file; cropped to a square and resized to the model's size.")]
+Image = Annotated[Path, Argument(help="Image file; cropped and resized to the model's shape, or --size.")]
 Label = Annotated[str | None, Option("--label", metavar="NAME", help="Class label.")]
 Prompt = Annotated[str | None, Option("--prompt", help="Text prompt, for a model with model.text.")]
 
@@ -36,6 +37,7 @@ def inpaint(
     label: Label = None,
     prompt: Prompt = None,
     negative_prompt: options.NegativePrompt = None,
+    size: options.Size = None,
     model: options.Model = None,
     output: options.OutFolder = None,
 ) -> CommandOutput:
@@ -45,6 +47,7 @@ def inpaint(
     """
     fields: dict[str, Any] = {"count": count, "seed": seed, "strength": strength, "method": method}
     fields |= {"resample_steps": resample_steps, "label": label, "prompt": prompt, "negative_prompt": negative_prompt}
+    fields |= {"size": size}
     return generate_images(config, "inpaint", fields, model, output, image, mask)
 
 
@@ -58,6 +61,7 @@ def img2img(
     label: Label = None,
     prompt: Prompt = None,
     negative_prompt: options.NegativePrompt = None,
+    size: options.Size = None,
     model: options.Model = None,
     output: options.OutFolder = None,
 ) -> CommandOutput:
@@ -66,7 +70,7 @@ def img2img(
     Example:  darkroom edit img2img face.png --strength 0.5 --prompt "red hair" --set sampling.guidance=3
     """
     fields: dict[str, Any] = {"count": count, "seed": seed, "strength": strength}
-    fields |= {"label": label, "prompt": prompt, "negative_prompt": negative_prompt}
+    fields |= {"label": label, "prompt": prompt, "negative_prompt": negative_prompt, "size": size}
     return generate_images(config, "img2img", fields, model, output, image)
 
 
@@ -79,6 +83,7 @@ def interpolate(
     label: Label = None,
     prompt: Prompt = None,
     negative_prompt: options.NegativePrompt = None,
+    size: options.Size = None,
     model: options.Model = None,
     output: options.OutFolder = None,
 ) -> CommandOutput:
@@ -87,7 +92,7 @@ def interpolate(
     Example:  darkroom edit interpolate 7 --seed 3 --count 10 --label cat
     """
     fields: dict[str, Any] = {"count": count, "seed": seed, "to_seed": to_seed}
-    fields |= {"label": label, "prompt": prompt, "negative_prompt": negative_prompt}
+    fields |= {"label": label, "prompt": prompt, "negative_prompt": negative_prompt, "size": size}
     return generate_images(config, "interpolate", fields, model, output)
 
 
@@ -131,11 +136,13 @@ def generate_images(
             done = generate_to_folder(Path(model), request, config.sampling, output, progress=progress)
     else:
         with connect("prefect", "mlflow", "s3"):
-            from flows.cli.checks import require_prompts, require_version
+            from flows.cli.checks import require_answerable, require_version
 
             require_version(model or config.champion, config, request.conditions)
-            require_prompts(request.conditions)
+            require_answerable(config, model or config.champion, request)
             from flows.sample import generate
 
             done = generate(config, model or config.champion, fields, image, mask, output)
-    return CommandOutput(done, [f"{done.count} images of {done.model} in {done.folder}", f"look at {done.grid}"])
+    return CommandOutput(
+        done, [f"{counted(done.count, 'image')} of {done.model} in {done.folder}", f"look at {done.grid}"]
+    )

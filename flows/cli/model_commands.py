@@ -1,42 +1,106 @@
-"""``darkroom model``: history, rollback, release, model card, explanation and export of registered models."""
+"""``darkroom model``: import, history, rollback, release, model card, explanation and export of registered models."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from typer import Argument, Option
 
+from diffusion.common.errors import UserError
 from flows.cli.command import (
     VERBOSITY,
+    Certificates,
     CommandOutput,
     Model,
     ModelUri,
     Reason,
     Seed,
+    SigningKeyFile,
     check_model_uri,
     command,
     connect,
     is_file,
+    progress_shown,
 )
 
 if TYPE_CHECKING:
+    from diffusion.data.manifest import Manifest
+    from diffusion.diffusers_format.export import Exported
+    from diffusion.diffusers_format.hub import Pushed
     from flows.config import Params
     from flows.registry.champion import ChampionChange
     from flows.registry.ledger import History
     from flows.registry.release import Released
 
 LONGEST_REASON = 80  # characters of a reason in the table of a history, unless -v is given
+SAMPLED = 8  # sample images of a push
 app = typer.Typer(
-    name="model", help="Models: history, rollback, release, card, explanation, export.", no_args_is_help=True
+    name="model", help="Models: import, history, rollback, release, card, explanation, export.", no_args_is_help=True
 )
 registry_command = command(app, dataset_argument=True, servers=("mlflow", "s3"))
+
+
+@command(app, "import", dataset=False)
+def import_(
+    config: "Params",
+    source: Annotated[
+        str, Argument(help="Folder that diffusers' save_pretrained wrote, hf://OWNER/NAME@REVISION, or a .safetensors.")
+    ],
+    name: Annotated[str | None, Option("--name", help="Registered model that gets the version.")] = None,
+    licence: Annotated[str | None, Option("--licence", help="Licence, where its card names none.")] = None,
+    output: Annotated[
+        Path | None, Option("--out", metavar="FILE", help="Write the model file alone, without a server.")
+    ] = None,
+) -> CommandOutput:
+    """Register a model that was not trained here; `evaluate --model` and `promote --model` take it from there.
+
+    The same command finds the same version. It records source, revision, licence and the digests of all files. Nothing
+    is unpickled, and no code of the source is run.
+
+    Example:  darkroom model import hf://OWNER/NAME@REVISION --name painter
+
+    Example:  darkroom model import elsewhere/final.safetensors --name faces --licence CC-BY-4.0
+    """
+    if (name is None) == (output is None):
+        raise UserError("give --name NAME, for a version of a registered model, or --out FILE.safetensors")
+    if not source.startswith("hf://") and not Path(source).exists():
+        raise UserError(
+            f"nothing at {source}: give a folder of save_pretrained, hf://OWNER/NAME@REVISION, or a model file"
+        )
+    if output is not None:
+        if not is_file(str(output)):
+            raise UserError(f"--out {output} is no name of a model file: let it end in .safetensors")
+        import shutil
+
+        from diffusion.diffusers_format.import_model import import_file
+
+        downloads = output.with_name(f".{output.name}.downloads")
+        with progress_shown() as progress:
+            file = import_file(source, output, licence, downloads, progress)
+        shutil.rmtree(downloads, ignore_errors=True)
+        return CommandOutput(file, [f"{output}: {file.family}, from {file.source}, licence {file.origin.licence}"])
+    from flows.config import RegistryConfig
+
+    try:
+        RegistryConfig(model=name)
+    except ValueError as error:
+        raise UserError(f"--name {name}: use letters, digits, dots, hyphens and underscores") from error
+    with connect("mlflow", "s3"):
+        from flows.registry.import_model import import_model
+
+        done = import_model(source, str(name), licence, config.sampling)
+    words = f"{done.version.uri}: {done.family}, from {done.source}, licence {done.origin.licence}"
+    return CommandOutput(done, [words, f"evaluate it: darkroom evaluate --model {done.version.uri} --dataset NAME"])
 
 
 @registry_command
 def history(
     config: "Params",
     restore: Annotated[bool, Option("--restore", help="First restore missing entries from MLflow's copies.")] = False,
+    sign: Annotated[bool, Option("--sign", help="Sign the newest entry, and so all before it.")] = False,
 ) -> CommandOutput:
     """Show the ledger of champions with dates, authors and reasons; verify its hash chain and repair aliases.
 
@@ -47,13 +111,20 @@ def history(
     require_model(config)
     from mlflow.client import MlflowClient
 
-    from flows.registry.aliases import project
+    from flows.registry.aliases import project, verified
     from flows.registry.aliases import restore as restore_ledger
     from flows.registry.champion import champion_problem
     from flows.registry.ledger import Ledger
 
     client, ledger = MlflowClient(), Ledger.of(config.model_name)
     restored = restore_ledger(client, ledger) if restore else []
+    if sign:
+        from flows.signing.keys import SigningKey
+
+        head = verified(client, ledger).head
+        if head is None:
+            raise UserError(f"the ledger of {config.model_name} is empty: leave --sign out")
+        ledger.sign(head, SigningKey.load())
     found = project(client, ledger)
     problem = champion_problem(client, found)
     result = {
@@ -150,36 +221,174 @@ def explain(
 @command(app)
 def export(
     config: "Params",
-    to: Annotated[Literal["diffusers"], Option(help="Target library.")],
+    to: Annotated[
+        Literal["diffusers", "lora"],
+        Option(help="A pipeline of diffusers; or lora, the adapter of a fine-tuned one for its load_lora_weights."),
+    ],
     folder: Annotated[Path, Option("--out", metavar="FOLDER", help="Output folder, which must not exist yet.")],
     model: Model = None,
+    push: Annotated[
+        str | None,
+        Option(
+            metavar="hf://OWNER/NAME", help="Push it to the Hugging Face Hub, too, with a model card; needs HF_TOKEN."
+        ),
+    ] = None,
+    public: Annotated[
+        bool, Option("--public", help="Make a new repository of --push public; default: private.")
+    ] = False,
+    licence: Annotated[
+        str | None, Option(help="Licence of the weights; default: in the card of --push, that of the data set.")
+    ] = None,
+    prompt: Annotated[list[str], Option(help="Prompt of the sample images of --push; several are used in turn.")] = [],  # noqa: B006
+    sign: Annotated[bool, Option("--sign", help="Sign the folder and its bill of materials, beside them.")] = False,
+    key: SigningKeyFile = None,
+    certificates: Certificates = None,
 ) -> CommandOutput:
-    """Export a model as a diffusers pipeline folder, with the sampler settings of sampling.*.
+    """Export a model as a diffusers pipeline folder, with the sampler settings of sampling.*, and push it to the Hub.
+
+    Beside it lies FOLDER.cdx.json, its bill of materials in CycloneDX: data set, base models, licences, metrics, files.
 
     Example:  darkroom model export --to diffusers --model models:/faces@champion --out exports/faces
 
     Example:  darkroom model export --to diffusers --model runs/faces/final.safetensors --out exports/faces
+
+    Example:  darkroom model export --to lora --model models:/faces@champion --out exports/faces-lora
+
+    Example:  darkroom model export --to diffusers --out exports/faces --push hf://me/faces
+
+    Example:  darkroom model export --to diffusers --out exports/faces --sign --key signing.key
     """
+    if push is not None:
+        from diffusion.diffusers_format.hub import check_push
+
+        check_push(push)
+        if to == "lora":
+            raise UserError("--push is of whole pipelines: use --to diffusers, or leave it out")
+    elif public or prompt:
+        raise UserError("--public and --prompt are of --push: give that as well, or leave them out")
+    if not sign and (key or certificates):
+        raise UserError("--key and --certificates are of --sign: give that as well, or leave them out")
+    from diffusion.common.model_files import read_header
+
+    # What is missing is said before anything is written.
+    import_module("cyclonedx")
+    signer = None
+    if sign:
+        import_module("model_signing")
+        from flows.signing.keys import SigningKey
+
+        signer = SigningKey.load(key, certificates)
+    metrics: Mapping[str, float] = {}
+    data: Manifest | None = None
+    libraries: list[str] = []
     if is_file(model):
-        from diffusion.common.model_files import read_header
-
         read_header(Path(model))
-        from diffusion.diffusers_format.export import export_to_diffusers
-
-        done = export_to_diffusers(Path(model), folder, config.sampling)
+        weights = Path(model)
+        done = _export(to, config, weights, folder)
     else:
         with connect("mlflow", "s3"):
             from flows.cli.checks import require_version
 
             require_version(model or config.champion)
-            from diffusion.diffusers_format.export import export_to_diffusers
             from flows.sample import fetch
 
             # The plain function, outside of Prefect.
             version, weights = fetch.fn(model or config.champion)
-            done = export_to_diffusers(weights, folder, config.sampling, version.uri, version.run_id)
-    lines = [f"{done.folder}: {done.pipeline}, {len(done.files)} files", f"how to use it: {done.folder / 'README.md'}"]
-    return CommandOutput(done.model_dump(mode="json") | {"to": to}, lines)
+            done = _export(to, config, weights, folder, version.uri, version.run_id)
+            from flows.provenance.reproduce import fetch_requirements
+            from flows.registry.model_card import evidence
+
+            (data, metrics), libraries = evidence(version), fetch_requirements(version)
+    if data is None and (config.dataset_folder / "manifest.json").is_file():
+        from diffusion.data.manifest import versions
+
+        content = read_header(weights)["model_header"]["content_digest"]
+        with suppress(UserError):  # of a damaged folder: it may be another data set's
+            data = next((each for each in versions(config.dataset_folder) if each.content_digest == content), None)
+    from flows.provenance.bill_of_materials import write_bom
+
+    bom = write_bom(weights, done, data, metrics, libraries, licence)
+    usage = f"how to use it: {done.folder / 'README.md'}"
+    if to == "diffusers" and read_header(weights)["model_header"]["model"].get("family") == "diffusers":
+        # What was imported has its own card, or none.
+        usage = f'how to use it: diffusers.{done.pipeline}.from_pretrained("{done.folder}")'
+    lines = [f"{done.folder}: {done.pipeline}, {len(done.files)} files", f"bill of materials: {bom}"]
+    value = done.model_dump(mode="json") | {"to": to, "bom": str(bom)}
+    if signer is not None:
+        from flows.signing.keys import signature_path
+
+        for path in (done.folder, bom):
+            signer.sign(path, signature_path(path))
+        value["signature"] = str(signature_path(done.folder))
+        lines.append(f"signature: {value['signature']}, and one of the bill of materials")
+    lines.append(usage)
+    if push is not None:
+        pushed = _push(push, config, done, weights, data, metrics, licence, prompt, public)
+        value["pushed"] = pushed.model_dump(mode="json")
+        made = "pushed to" if pushed.created else "the same already lies in"
+        lines.append(f"{made} {pushed.repository} ({pushed.files} files), commit {pushed.commit}")
+    return CommandOutput(value, lines)
+
+
+def _export(to: str, config: "Params", weights: Path, folder: Path, *about: str) -> "Exported":
+    from diffusion.diffusers_format.export import export_adapter, export_to_diffusers
+
+    if to == "lora":
+        return export_adapter(weights, folder, *about)
+    return export_to_diffusers(weights, folder, config.sampling, *about)
+
+
+def _push(
+    uri: str,
+    config: "Params",
+    done: "Exported",
+    weights: Path,
+    data: "Manifest | None",
+    metrics: "Mapping[str, float]",
+    licence: str | None,
+    prompts: list[str],
+    public: bool,
+) -> "Pushed":
+    """Push an export with card and samples; ``data`` is the manifest of its data set, None: unknown."""
+    from diffusion.api import ImageGenerator
+    from diffusion.checkpoints import find_base, load_model, read_model_header
+    from diffusion.common.files import digest_of
+    from diffusion.common.image_grids import marked_png
+    from diffusion.diffusers_format.export import readme
+    from diffusion.diffusers_format.hub import SAMPLES, check_push, hub_card, push_to_hub
+    from diffusion.families.ddpm import DiffusionModel
+
+    name, model = check_push(uri), load_model(weights)
+    assert isinstance(model, DiffusionModel), "others are not exported"
+    header, base, file = model.header, model.header, weights
+    while base.base is not None:
+        file = find_base(file, base.base)
+        base = read_model_header(file)
+    origin = base.origin
+    if prompts and not model.config.text:
+        raise UserError("--prompt is for models of captions, and this is none: leave it out")
+    samples: dict[str, bytes] = {}
+    generator = ImageGenerator(model, config.sampling)
+    for index in range(0 if model.config.text and not prompts else SAMPLED):
+        condition: dict[str, Any] = {"prompt": prompts[index % len(prompts)]} if prompts else {}
+        about = {"model": done.version or done.weights_sha256, "seed": "0", "index": str(index)} | condition
+        [image] = generator.generate(1, seed=0, index=index, **condition)
+        # The name stands for the request, as the bits depend on the machine.
+        request = digest_of([done.weights_sha256, config.sampling.model_dump(mode="json"), about])
+        samples[f"{SAMPLES}{index}-{request[:12]}.png"] = marked_png(image, about)
+    card = hub_card(
+        readme(model, config.sampling, done, name),
+        name,
+        header.dataset,
+        licence or (origin.licence if origin is not None else None) or (data.licence if data is not None else None),
+        data.sources if data is not None else [],
+        origin,
+        metrics,
+        list(samples),
+        model.config.text,
+    )
+    message = f"Export {done.version or done.weights_sha256[:16]} from Darkroom"
+    return push_to_hub(uri, done.folder, card, samples, message, public)
 
 
 def new_champion(done: "ChampionChange | Released") -> CommandOutput:
@@ -211,4 +420,5 @@ def _table(found: "History") -> Iterator[str]:
     for row in rows:
         yield "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
     yield ", ".join(f"{title} {number or 'none'}" for title, number in found.standing.model_dump().items())
-    yield f"{len(found.entries)} entries, each verified against the one before; the last is sha256 {found.head.digest}"
+    count = "1 entry" if len(found.entries) == 1 else f"{len(found.entries)} entries"
+    yield f"{count}, each verified against the one before; the last is sha256 {found.head.digest}"

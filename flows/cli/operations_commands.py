@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from typer import Argument, Option
 
-from diffusion.common.errors import DarkroomError, UserError
+from diffusion.common.errors import ConflictError, DarkroomError, UserError
+from diffusion.common.escaping import counted
 from flows.cli.command import VERBOSITY, CommandOutput, Model, command, connect, is_file
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
     from flows.config import Params
     from flows.provenance.reproduce import Reproduction
-    from flows.provenance.trace import Trace
+    from flows.provenance.trace import Trace, TracedOrigin
 
 app = typer.Typer()
 provenance = command(app, panel="Provenance", servers=("mlflow", "s3"))
@@ -99,7 +100,7 @@ def _summary(found: "Trace") -> Iterator[str]:
         yield f"image     {image.where}: number {image.index} of seed {image.seed}{shown}, {state[image.as_generated]}"
     if batch := found.batch:
         state_of_batch = "finished" if found.finished else "not finished"
-        yield f"batch     {found.place}: {batch.count:,} images of seed {batch.seed}, {state_of_batch}"
+        yield f"batch     {found.place}: {counted(batch.count, 'image')} of seed {batch.seed}, {state_of_batch}"
     elif found.request:
         yield f"request   {_fields(found.request.request)}"
     if model := found.model:
@@ -109,13 +110,18 @@ def _summary(found: "Trace") -> Iterator[str]:
         commit = f", git commit {run.git_commit[:12]}" if run.git_commit else ""
         dirty = " with uncommitted changes" if run.git_dirty else ""
         yield f"run       {run.run_id} ({run.name}), started {run.started:{MINUTE}}{commit}{dirty}"
+    if found.drift:
+        yield f"drift     {found.drift}"
     if data := found.data:
         lost = sum(shard.where is None for shard in data.shards)
         state_of_data = f"{lost} of them lost" if lost else "all found"
         yield (
-            f"data set  {data.dataset}, version {data.version[:12]}: {data.images:,} images in {len(data.shards):,} "
-            f"shards, {state_of_data}"
+            f"data set  {data.dataset}, version {data.version[:12]}: {counted(data.images, 'image')} in "
+            f"{counted(len(data.shards), 'shard')}, {state_of_data}"
         )
+        yield from (f"source    {source}" for source in data.sources)
+        yield from (f"captions  {count:,} by {captioner}" for captioner, count in data.captioners.items())
+    yield from (f"origin    {_origin(each)}" for each in found.origins)
     taken = [each.name if each.images is None else f"{each.name} ({each.images:,} images)" for each in found.takedowns]
     if taken or found.data:
         yield f"takedown  {', '.join(taken) or 'none of its images was taken down since'}"
@@ -130,7 +136,7 @@ def _chain(found: "Trace") -> Iterator[str]:
             yield f"          conditions {', '.join(shown)}"
     if batch := found.batch:
         yield f"batch     {found.place}, {'finished' if found.finished else 'not finished'}"
-        yield f"          {batch.count:,} images of seed {batch.seed}: {_fields(batch.sampling)}"
+        yield f"          {counted(batch.count, 'image')} of seed {batch.seed}: {_fields(batch.sampling)}"
         if batch.conditions is not None:
             yield f"          conditions {_fields(batch.conditions)}"
         if batch.requests is not None:
@@ -159,13 +165,22 @@ def _chain(found: "Trace") -> Iterator[str]:
         yield f"data set  {data.dataset}, version {data.version}, {recorded}"
         yield f"          content {data.content_digest}"
         yield f"          DVC {data.dvc_digest or 'has no record of it'}"
-        yield f"          {data.images:,} images in {len(data.shards):,} shards"
+        yield f"          {counted(data.images, 'image')} in {counted(len(data.shards), 'shard')}"
         for shard in data.shards:
             yield f"shard     {shard.sha256}  {shard.bytes:,} bytes  {shard.name}  {shard.where or 'lost'}"
         if not found.takedowns:
             yield "takedown  none of its images was taken down since"
+    for origin in found.origins:
+        yield f"origin    {_origin(origin)}"
+        yield from (f"          {digest}  {path}" for path, digest in origin.files.items())
     for each in found.takedowns:
         yield f"takedown  {each.name}" + ("" if each.reason is None else f": {each.images:,} images, {each.reason}")
+
+
+def _origin(origin: "TracedOrigin") -> str:
+    revision = f" at {origin.revision}" if origin.revision else ""
+    files = f"{len(origin.files):,} file{'' if len(origin.files) == 1 else 's'}"
+    return f"{origin.uri} was imported from {origin.source}{revision}, licence {origin.licence}, {files}"
 
 
 def _comparison(done: "Reproduction") -> Iterator[str]:
@@ -211,6 +226,9 @@ def deploy(
 
     Example:  darkroom deploy --dataset faces --cron "0 2 * * *" --webhook-env SLACK_WEBHOOK_URL
     """
+    from flows.cli.checks import deployment_notes
+
+    notes = deployment_notes(config, workspace.absolute())
     from flows.deployment.deploy import deploy
 
     done = deploy(config, workspace.absolute(), pool, training_pool or pool, cron, monitor_cron, webhook)
@@ -220,23 +238,29 @@ def deploy(
         f"limits       {', '.join(f'{name} {limit}' for name, limit in done.concurrency_limits.items())}",
         *(f"automation   {name}" for name in done.automations),
         f"declared in  {done.definitions}",
+        *(f"note         {note}" for note in notes),
     ]
     return CommandOutput(done, lines)
 
 
 @command(app, panel="Operations", servers=("prefect", "mlflow", "s3"))
 def monitor(config: "Params") -> CommandOutput:
-    """Re-evaluate the champion on the current held-out images.
+    """Re-evaluate the champion on the current held-out images; request a retraining if model or images surely drifted.
+
+    Limits: monitor.cooldown_hours, monitor.retrainings_per_week. Exit code 3 when those of the week are used up.
 
     Example:  darkroom monitor --dataset faces
     """
     from flows.cli.checks import require_version
 
     require_version(config.champion)
-    from flows.monitor import monitor
+    from flows.monitor import MonitorResult, monitor
 
-    done = monitor(config)
-    return CommandOutput(done, [done.summary])
+    done: object = monitor(config, return_state=True).result(raise_on_failure=False)
+    if isinstance(done, BaseException):
+        raise done
+    assert isinstance(done, MonitorResult)
+    return CommandOutput(done, [done.summary], ConflictError(done.summary) if done.state == "Held" else None)
 
 
 @command(app, panel="Operations", dataset=False)

@@ -9,6 +9,7 @@ import typer
 from typer import Argument, Option
 
 from diffusion.common.errors import UserError
+from diffusion.common.escaping import counted
 from flows.cli import command as options
 from flows.cli.command import CommandOutput, command, connect, is_file, is_follower, progress_shown
 from flows.cli.edit_commands import generate_images
@@ -26,6 +27,7 @@ app = typer.Typer()
 To = Annotated[str | None, Option(metavar="S3_URI", help="s3://BUCKET, or a prefix in it; default: DARKROOM_BUCKET.")]
 Labels = Annotated[list[str], Option("--label", metavar="NAME", help="Class label; several are used in turn.")]
 Prompts = Annotated[list[str], Option("--prompt", help="Text prompt; several are used in turn.")]
+EVALUATED = "models:/NAME@ALIAS, models:/NAME/NUMBER or a .safetensors, instead of the run's checkpoints."
 ALL_FAMILIES = ["ddpm", "vae", "gan", "autoregressive"]
 """Families of ``diffusion.models.config``, which is too slow to import for ``--help``."""
 DryRun = Annotated[bool, Option("--dry-run", help="Only show what would be done, and the estimated time.")]
@@ -37,7 +39,9 @@ def ingest(
     config: "Params",
     source: Annotated[
         str | None,
-        Argument(help="Folder, tar, zip, Parquet, table of URLs, s3:// prefix, wds:, idx: …; default: ingest.source."),
+        Argument(
+            help="Folder, tar, zip, Parquet, table of URLs, s3:// prefix, hf://datasets/… …; default: ingest.source."
+        ),
     ] = None,
     requeue: Annotated[bool, Option("--requeue", help="Retry sources that were quarantined before.")] = False,
     rebuild: Annotated[bool, Option("--rebuild", help="Rebuild the data set from this source alone.")] = False,
@@ -55,7 +59,7 @@ def ingest(
 
     Example:  darkroom ingest ~/faces --dataset faces --set ingest.size=32
     """
-    from flows.cli.checks import require_source
+    from flows.cli.checks import require_ingestable, require_source
 
     require_source(config.ingest)
     when: Any = "always" if rebuild else "if_different" if rebuild_if_different else "never"
@@ -68,12 +72,20 @@ def ingest(
         fan_out = local_fan_out(config.ingest)
         # The worker processes start during this slow import.
         from diffusion.data.ingest.ingest import ingest as ingest_images
+        from diffusion.data.manifest import read_manifest
 
         data = config.dataset_folder
         with progress_shown() as progress:
             result = ingest_images(data, config.ingest, progress, requeue=requeue, rebuild=when, fan_out=fan_out)
+            if config.curation.drops or read_manifest(data).dropped:
+                from diffusion.curation.curate import curate_ingested
+
+                result = curate_ingested(
+                    result, config.curation, config.ingest, config.evaluation, progress, fan_out=fan_out
+                )
         return CommandOutput(result, _ingested(result, config.ingest.source))
     with connect("prefect", "s3"):
+        require_ingestable(config, when)
         from flows.ingest import ingest
 
         done = ingest(config, requeue, when)
@@ -119,17 +131,31 @@ def _ingested(result: "IngestResult", source: str) -> Iterator[str]:
     from diffusion.data.sources.survey import find_captions, offer
 
     yield (
-        f"{result.kept:,} images in {result.folder} ({result.added:,} new), {result.duplicates:,} duplicates, "
+        f"{counted(result.kept, 'image')} in {result.folder} ({result.added:,} new), "
+        f"{counted(result.duplicates, 'duplicate')}, "
         f"{result.quarantined_count:,} quarantined"
     )
+    if result.near_duplicates is not None:
+        yield result.near_duplicates.line
+    if result.dropped is not None:
+        yield f"dropped by curation: {counted(result.dropped, 'image')}: darkroom data show --dataset {result.dataset}"
+    if result.source is not None:
+        yield f"source  {result.source}"
     shown = result.quarantined[:20]
     yield from (f"  quarantined: {each.source}: {each.reason}" for each in shown)
     if (more := result.quarantined_count - len(shown)) > 0:
         yield f"  … and {more:,} more: darkroom data show --dataset {result.dataset} --all"
+    if captions := result.captions:
+        about = f"{captions.requests:,} requested, {captions.cached:,} cached, {captions.failed:,} failed"
+        yield f"captions by {captions.captioner}: {about}"
+        yield from (f"  no caption: {count:,} × {reason}" for reason, count in captions.reasons.items())
     if result.removed:
-        yield f"left out: {result.removed:,} images that were taken down before"
+        yield f"left out, as taken down before: {counted(result.removed, 'image')}"
     if result.relabelled:
-        yield f"kept with their old label or caption: {result.relabelled:,} images that came with another one"
+        yield (
+            f"kept with their old label or caption: {result.relabelled:,} images that came with another one; "
+            "--rebuild applies new ones"
+        )
     if result.passed_over:
         if Path(source).is_dir() and (table := find_captions(Path(source))) is not None:
             yield offer(table)
@@ -149,16 +175,27 @@ def train(
     dry_run: Annotated[
         bool, Option("--dry-run", help="Show settings and the estimated time, without servers.")
     ] = False,
+    world_size: Annotated[
+        int | None,
+        Option(
+            min=1,
+            max=4096,
+            metavar="N",
+            help="With --dry-run: memory and messages of each of N ranks, and of fewer.",
+        ),
+    ] = None,
     local: options.Local = False,
 ) -> CommandOutput | None:
     """Train on a data set with live MLflow tracking; the same command resumes an interrupted run.
 
-    Data parallel:  torchrun --standalone --nproc-per-node 2 --no-python darkroom train …
+    Data parallel:  torchrun --standalone --nproc-per-node 2 --no-python -- darkroom train …
 
     Example:  darkroom train --dataset faces --set training.minutes=10
     """
     if dry_run and (restart or restart_if_different):
         raise UserError("--dry-run discards nothing: leave --restart out")
+    if world_size is not None and not dry_run:
+        raise UserError("--world-size computes what N processes would need: give --dry-run, or start them by torchrun")
     from flows.cli.checks import require_training_inputs
 
     if dry_run or local:
@@ -166,10 +203,14 @@ def train(
 
         read_manifest(config.dataset_folder)
     if dry_run:
-        from diffusion.training.train import preflight
+        from diffusion.training.train import estimate_ranks, preflight
 
         with _inputs(config, dry_run=True) as (config, store):
-            about = preflight(config.dataset_folder, config.model, config.training, config.sampling, store)
+            given = config.dataset_folder, config.model, config.training, config.sampling
+            if world_size is not None:
+                costs = estimate_ranks(*given, world_size, store)
+                return CommandOutput(costs, costs.lines())
+            about = preflight(*given, store)
         return CommandOutput(about, [f"{name:10} {words}" for name, words in about.lines()])
     otherwise: Restart = "if_different" if restart_if_different else "never"
     if local:
@@ -232,50 +273,81 @@ def _inputs(config: "Params", dry_run: bool = False) -> "Iterator[tuple[Params, 
 
 
 @pipeline
-def evaluate(config: "Params", local: options.Local = False) -> CommandOutput:
-    """Evaluate the checkpoints against the held-out images; the report is logged to the MLflow run.
+def evaluate(
+    config: "Params",
+    model: Annotated[str | None, Option(metavar="URI|FILE", callback=options.check_model_uri, help=EVALUATED)] = None,
+    local: options.Local = False,
+) -> CommandOutput:
+    """Evaluate the checkpoints, or any model of the images' size, against the held-out images.
+
+    The report is logged to the MLflow run, that of a version to the version's. A model file needs no server.
 
     Example:  darkroom evaluate --dataset faces --set evaluation.samples=1000
-    """
-    from flows.cli.checks import require_run
 
-    require_run(config)
-    if local:
-        from diffusion.evaluation.evaluate import evaluate as evaluate_checkpoints
+    Example:  darkroom evaluate --dataset faces --model models:/faces/7
+    """
+    from flows.cli import checks
+
+    if local and not (model is None or is_file(model)):
+        raise UserError(f"--local works without a server, and {model} is in the registry: leave --local out")
+    if model is None:
+        checks.require_run(config)
+    elif is_file(model):
+        checks.require_shape(Path(model), model, config)
+    if local or is_file(model):
+        from diffusion.checkpoints import read_model_header
+        from diffusion.evaluation.evaluate import evaluate as evaluate_models
         from diffusion.training.ema import models_to_evaluate
 
         data, folder, losses = config.dataset_folder, config.report_folder, config.run_folder / "losses.csv"
-        models = models_to_evaluate(config.run_folder, folder, config.evaluation.ema_stds)
+        if is_file(model):
+            config, models = config.evaluating(read_model_header(Path(model)).model), [Path(model)]
+        else:
+            models = models_to_evaluate(config.run_folder, folder, config.evaluation.ema_stds)
         with progress_shown() as progress:
-            done = evaluate_checkpoints(data, models, config.evaluation, config.sampling, folder, losses, progress)
+            curves = None if is_file(model) else losses
+            done = evaluate_models(data, models, config.evaluation, config.sampling, folder, curves, progress)
     else:
         with connect("prefect", "mlflow", "s3"):
+            if model is not None:
+                checks.require_version(model)
+                checks.require_shape(checks.fetch_weights(model), model, config)
             from flows.evaluate import evaluate
 
-            done = evaluate(config)
+            done = evaluate(config, model=model)
     metrics = [f"  {name}: {value:.4g}" for name, value in done.metrics().items()]
     report = str(config.report_folder / "report.html")
-    guidance = f"guidance: {done.sampling.guidance_text}"
-    lines = [f"best of {len(done.checkpoints)} checkpoints:", *metrics, guidance, f"report: {report}"]
+    of_what = [f"best of {len(done.checkpoints)} checkpoints:" if model is None else f"{model}:"]
+    guidance = [f"guidance: {done.sampling.guidance_text}"] if model is None else []
+    lines = [*of_what, *metrics, *guidance, f"report: {report}"]
     return CommandOutput(done.model_dump(mode="json") | {"report": report}, lines)
 
 
 @pipeline
 def promote(
     config: "Params",
+    model: Annotated[
+        str | None,
+        Option(metavar="URI", callback=options.check_model_uri, help="Registered version, instead of a run's best."),
+    ] = None,
     version: Annotated[int | None, Option("--to", min=1, metavar="VERSION", help="Make this version champion.")] = None,
     reason: options.Reason = None,
     taken_down: Annotated[bool, Option("--taken-down", help="With --to: even if its images were taken down.")] = False,
 ) -> CommandOutput:
     """Register the best checkpoint and promote it if it beats the champion; else it is held or rejected (exit code 3).
 
+    With --model, the gate compares a version that `darkroom evaluate --model` evaluated with the champion of its model.
     With --to, a registered version becomes champion by manual override, which the ledger records.
 
     Example:  darkroom promote --dataset faces
 
+    Example:  darkroom promote --dataset faces --model models:/faces/7
+
     Example:  darkroom promote --dataset faces --to 3 --reason "the hands are better"
     """
     if version is not None:
+        if model is not None:
+            raise UserError("--to makes a version champion without the gate, and --model asks the gate: give one")
         with connect("mlflow", "s3"):
             from flows.cli.checks import require_version
 
@@ -285,13 +357,19 @@ def promote(
             return new_champion(champion.promote(config.model_name, version, reason, taken_down))
     if reason is not None or taken_down:
         raise UserError("--reason and --taken-down are for a manual override of the gate: give --to VERSION as well")
-    from flows.cli.checks import require_evaluation
+    from flows.cli.checks import require_evaluation, require_run, require_version
 
+    if is_file(model):
+        raise UserError(f"{model} is no registered version: `darkroom model import {model} --name NAME` makes it one")
+    if model is None:
+        require_run(config)
     require_evaluation(config)
     with connect("prefect", "mlflow", "s3"):
+        if model is not None:
+            require_version(model)
         from flows.promote import promote
 
-        return _promoted(promote(config))
+        return _promoted(promote(config, model))
 
 
 def _promoted(done: "PromotionResult") -> CommandOutput:
@@ -305,7 +383,8 @@ def sample(
     model: options.Model = None,
     count: Annotated[int | None, Option(min=1, help="Number; default: 64, or one per row of --requests.")] = None,
     requests: Annotated[
-        str | None, Option(metavar="TABLE", help="Labels or prompts in a .csv, .jsonl or .parquet, local or on s3://.")
+        str | None,
+        Option(metavar="TABLE", help="Labels, prompts or sizes in a .csv, .jsonl or .parquet, local or on s3://."),
     ] = None,
     seed: options.Seed = 0,
     to: To = None,
@@ -313,6 +392,7 @@ def sample(
     label: Labels = [],  # noqa: B006
     prompt: Prompts = [],  # noqa: B006
     negative_prompt: options.NegativePrompt = None,
+    size: options.Size = None,
 ) -> CommandOutput:
     """Generate images with a registered model to S3, with a manifest; the same command resumes an interrupted batch.
 
@@ -321,6 +401,8 @@ def sample(
     Example:  darkroom sample --model models:/faces@champion --count 1000 --seed 7 --to s3://my-bucket
 
     Example:  darkroom sample --count 16 --prompt "a red bird" --set sampling.guidance=3
+
+    Example:  darkroom sample --count 16 --size 96x64
 
     Example:  darkroom sample --requests birds.csv --set sampling_batch.format=tar --set sampling_batch.runner=processes
 
@@ -334,24 +416,28 @@ def sample(
         if requests is not None:
             raise UserError("--requests is for images of a registered model, and this is a file: give it --prompt")
         fields = {"count": 64 if count is None else count, "seed": seed, "negative_prompt": negative_prompt}
-        fields |= {"label": next(iter(label), None), "prompt": next(iter(prompt), None)}
+        fields |= {"label": next(iter(label), None), "prompt": next(iter(prompt), None), "size": size}
         return generate_images(config, "sample", fields, model, output)
     if output is not None:
         raise UserError("--out is where images of a model file go, and this is a registered model: use --to S3_URI")
     if requests is not None and not requests.startswith("s3://") and not Path(requests).is_file():
         raise UserError(f"--requests {requests} is no file: give a .csv, .jsonl or .parquet table, local or on s3://")
+    from diffusion.common.shapes import parse_size
     from diffusion.generation.config import Conditions
-    from flows.cli.checks import require_prompts, require_version
+    from flows.cli.checks import require_batch, require_version
 
-    conditions = Conditions(labels=tuple(label), prompts=tuple(prompt), negative_prompt=negative_prompt)
+    sizes = () if size is None else (parse_size(size),)
+    conditions = Conditions(labels=tuple(label), prompts=tuple(prompt), negative_prompt=negative_prompt, sizes=sizes)
     with connect("prefect", "mlflow", "s3"):
         require_version(model or config.champion, config, conditions)
-        require_prompts(conditions)
+        require_batch(config, model or config.champion, count, seed, to, conditions, requests)
         from flows.sample import sample
 
         done = sample(config, model or config.champion, count, seed, to, conditions, requests)
     files = [f"manifest: {done.manifest}", f"contact sheet: {done.contact_sheet}"]
-    return CommandOutput(done, [f"{done.count} images of {done.model} in {done.uri}", *files, done.took.words])
+    return CommandOutput(
+        done, [f"{counted(done.count, 'image')} of {done.model} in {done.uri}", *files, done.took.words]
+    )
 
 
 @command(app, panel="Pipeline", sets_source=True)
@@ -375,22 +461,32 @@ def retrain(
     """
     if source is not None and version is not None:
         raise UserError("--version trains on what was ingested before: leave SOURCE out")
+    if config.model.low_resolution is not None and (count, seed, to) != (64, 0, None):
+        raise UserError("a model with model.low_resolution only upscales images: leave --count, --seed and --to out")
     from diffusion.generation.config import Conditions
     from flows.cli import checks
 
     conditions = Conditions(labels=tuple(label), prompts=tuple(prompt), negative_prompt=negative_prompt)
     if version is None:
         checks.require_source(config.ingest)
-        checks.require_label_in_source(config, conditions)
+        checks.require_conditions_in_source(config, conditions)
     if dry_run:
         return _retraining(config, version)
     with connect("prefect", "mlflow", "s3"):
-        checks.require_prompts(conditions)
-        if version is not None:
+        if config.model.family != "diffusers":  # which has a tokenizer of its own
+            checks.require_prompts(conditions)
+        checks.require_destination(to)
+        checks.require_extractor(config.evaluation)
+        checks.require_models(config)
+        if version is None:
+            checks.require_enough_images(config, checks.require_ingestable(config))
+            checks.require_network(config)
+        else:
+            from diffusion.evaluation.config import require_enough
             from flows.datasets.checkout import DatasetLocation
             from flows.environment import data_source
 
-            DatasetLocation(config.dataset_folder, data_source).choose(version)
+            require_enough(DatasetLocation(config.dataset_folder, data_source).choose(version))
         from flows.retrain import retrain
 
         found = retrain(config, count, seed, to, conditions, version).model_dump(mode="json")
@@ -426,19 +522,19 @@ def _retrained(found: dict[str, Any]) -> Iterator[str]:
     elif found["seconds"]:
         times = ", ".join(f"{name} {clock(seconds)}" for name, seconds in found["seconds"].items())
         yield f"took       {clock(sum(found['seconds'].values()))}: {times}"
-    dropped = f", {data['duplicates']:,} duplicates dropped" if data.get("duplicates") else ""
-    yield f"data set   {data['kept']:,} images{dropped}, content {data['content_digest'][:12]}"
+    dropped = f", {counted(data['duplicates'], 'duplicate')} dropped" if data.get("duplicates") else ""
+    yield f"data set   {counted(data['kept'], 'image')}{dropped}, content {data['content_digest'][:12]}"
     if found["quality"]:
         yield f"quality    {found['quality']} (95 % interval; lower is better)"
-    if found["warning"]:
-        yield f"warning    {found['warning']}"
     yield f"model      models:/{version['model']}/{version['number']} is {title}: {verdict['reason']}"
     if samples is not None:
         yield f"samples    {samples['contact_sheet']}, all in {samples['uri']}"
     elif verdict["champion"] is not None:
         yield "samples    none: this is a super-resolution model, see `darkroom edit upscale --help`"
     else:
-        yield "samples    none: there is no champion yet"
+        yield "samples    none: there is no champion yet; the report shows images of this version"
+    if found["advice"]:
+        yield f"advice     {found['advice']}"
     yield f"report     {found['report']}"
     yield f"explained  {', '.join(found['explained']['files'])}"
     yield f"MLflow     {found['mlflow_page'] or found['run_id']}"
@@ -462,9 +558,9 @@ def distill(config: "Params", dry_run: DryRun = False, local: options.Local = Fa
 
     Example:  darkroom distill --dataset faces --local --set distillation.teacher=runs/faces/final.safetensors
     """
-    from diffusion.data.manifest import read_manifest
+    from flows.cli.checks import require_evaluable
 
-    read_manifest(config.dataset_folder)
+    require_evaluable(config)
     if local:
         from diffusion.common.model_files import read_header
 
@@ -514,9 +610,9 @@ def sweep(
 
     values = parse_over(over)
     points = combinations(config, values)
-    from diffusion.data.manifest import read_manifest
+    from flows.cli.checks import require_evaluable
 
-    read_manifest(config.dataset_folder)
+    require_evaluable(config)
     if dry_run:
         return _preflight({words_of(each.settings): each.params for each in points})
     with connect("prefect", "mlflow", "s3"):
@@ -548,9 +644,9 @@ def compare(
     from flows.config import family_variants
 
     variants = family_variants(config, family)
-    from diffusion.data.manifest import read_manifest
+    from flows.cli.checks import require_evaluable
 
-    read_manifest(config.dataset_folder)
+    require_evaluable(config)
     if dry_run:
         return _preflight(variants)
     if local:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from typer import Argument, Option
 
+from diffusion.common.errors import DarkroomError
 from diffusion.common.escaping import escape_controls
 from flows.cli.command import CommandOutput, command, progress_shown
 
@@ -71,16 +72,31 @@ def env() -> CommandOutput:
 
 @command(app)
 def health(servers: Annotated[list[str], Argument(help="mlflow, prefect, s3, or a http:// URL.")]) -> CommandOutput:
-    """Check the servers of the environment with real requests; exit code 1 if one fails, with the reason.
+    """Check servers, of the environment or else local ones, with real requests; exit code 1 if one fails.
 
     What could not be tested of an S3 server is listed as well.
 
     Example:  darkroom server health mlflow prefect s3
     """
+    from flows.environment import SERVERS
     from flows.local_stack.http_api import check
+    from flows.local_stack.stack import join_servers
 
-    lacks = {server: check(server) for server in servers}
-    return CommandOutput(lacks, [line for lines in lacks.values() for line in lines])
+    lacks: dict[str, list[str]] = {}
+    lines: list[str] = []
+    error: DarkroomError | None = None
+    for server in servers:
+        try:
+            join_servers(*(each for each in SERVERS if each == server))
+            lacks[server] = check(server)
+        except DarkroomError as failure:
+            if len(servers) == 1:
+                raise
+            error = error or failure
+            lines.append(f"{server:<8} fails: {failure}")
+        else:
+            lines += [f"{server:<8} works", *lacks[server]]
+    return CommandOutput(lacks, lines, error)
 
 
 @command(app)

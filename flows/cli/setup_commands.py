@@ -15,7 +15,7 @@ import typer
 from typer import Argument, Option
 
 from diffusion.common.errors import DarkroomError, UserError
-from diffusion.common.escaping import escape_controls, python_literal
+from diffusion.common.escaping import counted, escape_controls, python_literal
 from flows.cli.command import CommandOutput, DatasetName, ParamsFile, Set, command, connect
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def init(
 ) -> CommandOutput:
     """Look at images (sizes, channels, classes, captions), and write a commented params.yaml for them.
 
-    An existing params.yaml is never changed.
+    An existing params.yaml is never changed. With it, --write-metadata writes the metadata.csv alone.
 
     Example:  darkroom init ~/faces
     """
@@ -56,9 +56,10 @@ def init(
     from diffusion.data.sources import survey as surveys
 
     path = Path("params.yaml")
-    if path.exists():
+    if (exists := path.exists()) and not write_metadata:
         raise UserError(f"{path} exists already: edit it, or run `darkroom init` in another folder")
-    name = dataset or re.sub(r"[^a-z0-9]+", "-", Path(source).resolve().name.partition(".")[0].lower()).strip("-")
+    place = re.split("[@?]", source)[0] if source.startswith("hf:") else str(Path(source).resolve())
+    name = dataset or re.sub(r"[^a-z0-9]+", "-", Path(place).name.partition(".")[0].lower()).strip("-")
     try:
         plain_name(name := name or "images")
     except ValueError as error:
@@ -80,11 +81,14 @@ def init(
         raise UserError(
             f"none of {found.sampled} images of {source} can be read: give JPEG, PNG, WebP, GIF, BMP or TIFF"
         )
+    lines = found.lines()
+    if exists:
+        lines.append(f"kept       {path}: set `text: true` in its section `model` to learn the captions")
+        return CommandOutput({"params": str(path), "survey": found.model_dump(mode="json")}, lines)
     size = _size(found)
     write_bytes(path, _template(found, name, size).encode())
-    lines = found.lines()
     if found.images < FEW:
-        lines.append(f"note       {found.images:,} images are few: a model of them will mostly copy them")
+        lines.append(f"note       {counted(found.images, 'image')}: so few that a model will mostly copy them")
     following = "darkroom up && darkroom retrain"
     lines += [f"wrote      {path}: {size}×{size} pixels, data set {name}", f"next       {following}"]
     value = {"params": str(path), "dataset": name, "size": size, "next": following}
@@ -115,7 +119,7 @@ def _template(found: "Survey", name: str, size: int) -> str:
             "ingest:",
             f"  source: {python_literal(found.source)}",
             f"  size: {size}  # height and width of stored images; twice the size trains four times as long",
-            "  # fit: crop  # of images that are not square: crop, pad or squash",
+            "  # fit: crop  # of images that are not square: crop, pad, squash, or bucket to keep their shapes",
             *(["  # enlarge: true  # images below that size are quarantined otherwise"] if enlarged else []),
             "",
             *(["model:", *model, ""] if model else []),
@@ -219,8 +223,10 @@ def _runs() -> list[dict[str, Any]]:
     from diffusion.common.model_files import read_header
 
     found = []
-    for folder in sorted(path.parent for path in Path("runs").glob("**/checkpoints")):
-        files = [folder / "final.safetensors", *sorted(folder.glob("checkpoints/*.safetensors"), reverse=True)]
+    places = ("checkpoints", "interrupted")
+    for folder in sorted({path.parent for place in places for path in Path("runs").glob(f"**/{place}")}):
+        checkpoints = [path for place in places for path in folder.glob(f"{place}/*.safetensors")]
+        files = [folder / "final.safetensors", *sorted(checkpoints, key=lambda path: path.name, reverse=True)]
         about: dict[str, Any] = {"images": None, "family": None}
         for file in filter(Path.is_file, files):
             try:

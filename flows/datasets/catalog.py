@@ -35,6 +35,7 @@ logger = logging.getLogger(__name__)
 RETIRED, PUSHING = "retired", "pushing"
 """Prefixes of the manifests of retired versions, and of the marks of processes that push to the remote."""
 VERSION, RETIRED_VERSION = re.compile(r"([0-9a-f]{64})/manifest\.json"), re.compile(r"([0-9a-f]{64})\.json")
+PUBLISHED = re.compile(r"datasets/([^/]+)/" + VERSION.pattern)
 POINTER = TypeAdapter(DvcDigest)
 LARGEST_MANIFEST = 2**30  # maximum size of a manifest in bytes: enough for a million parts
 
@@ -59,6 +60,12 @@ class Catalog:
     def of(cls, name: str, source: str, store: Store | None = None) -> "Catalog":
         """Catalog of data set ``name`` in the bucket of the DVC remote with the URL ``source``."""
         return cls(Location(Location.parse(source).bucket) / "datasets" / name, store or Store())
+
+    @classmethod
+    def names(cls, source: str, store: Store | None = None) -> list[str]:
+        """Names of all data sets in the bucket of the DVC remote with the URL ``source``, sorted."""
+        keys = (store or Store()).list_keys(Location.parse(source).bucket, "datasets/")
+        return sorted({match[1] for match in map(PUBLISHED.fullmatch, keys) if match})
 
     @property
     def name(self) -> str:

@@ -8,7 +8,7 @@ from filelock import FileLock
 from diffusion.common.config import Config
 from diffusion.common.errors import UserError
 from diffusion.common.files import write_bytes, write_json
-from diffusion.data.ingest.ingest import forget_captions, remove_strays
+from diffusion.data.ingest.ingest import forget_encodings, remove_strays
 from diffusion.data.manifest import Manifest, manifest_bytes, read_manifest, versions, work_folder
 from diffusion.data.versions.takedown_records import holders, removals
 from diffusion.data.versions.versions import choose, known_versions, remember
@@ -206,5 +206,5 @@ def remove_others(folder: Path, version: Manifest) -> None:
     for path in (folder / "versions").glob("*.json"):
         if path.relative_to(folder).as_posix() not in line:
             path.unlink()
-    forget_captions(folder)
+    forget_encodings(folder)
     remove_strays(folder)

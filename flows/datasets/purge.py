@@ -23,7 +23,10 @@ from diffusion.evaluation.results import Evaluation
 from flows.datasets.dvc import Cache, Listing, Remote
 from flows.storage.s3 import DELETED_AT_ONCE
 
-WORK_FILES = ("chunks", "scratch", "plan.sqlite", "index.sqlite", "index.sqlite-shm", "index.sqlite-wal", "captions")
+WORK_FILES = (
+    *("chunks", "scratch", "encodings", "measures", "tables", "ranges"),
+    *("plan.sqlite", "index.sqlite", "index.sqlite-shm", "index.sqlite-wal"),
+)
 """Files of ingest and training in the work folder, which are created again when needed."""
 
 

@@ -4,14 +4,12 @@ Before an ingest or a takedown an older local version is replaced by the newest 
 this machine has are added to it. Takedown records are applied at the same time, so that no image comes back.
 """
 
-import asyncio
 import logging
 from pathlib import Path
 from uuid import NAMESPACE_URL, uuid5
 
 from filelock import FileLock
 from prefect.events import Event
-from prefect.events.clients import get_events_client
 
 from diffusion.common.errors import ConflictError
 from diffusion.common.progress import Progress, silent
@@ -25,7 +23,7 @@ from flows.datasets import catalog, dvc
 from flows.datasets.catalog import Catalog, Heads
 from flows.datasets.checkout import CheckedOut, DatasetLocation, checkout, choice, remove_others, unpin
 from flows.datasets.dvc import DataVersion, is_whole
-from flows.deployment.tasks import retryable_task
+from flows.deployment.tasks import emit, retryable_task
 from flows.environment import data_source
 
 CREATED = "darkroom.dataset.version.created"
@@ -60,14 +58,8 @@ def announce(params: Params, silently: bool) -> None:
     version = read_manifest(params.dataset_folder)
     if catalog.announced(version.digest):
         return
-
-    async def emit() -> None:
-        # Confirmed before it is marked: Prefect's own emitter sends in the background.
-        async with get_events_client(checkpoint_every=1) as client:
-            await client.emit(created(version, catalog))
-
     if not silently:
-        asyncio.run(emit())
+        emit(created(version, catalog))
     catalog.mark_announced(version.digest)
 
 

@@ -1,5 +1,6 @@
 """Shared parts of the Prefect flows: task retries, task runners, fan-out, concurrency slots and final states."""
 
+import asyncio
 import logging
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -11,15 +12,17 @@ from prefect.cache_policies import NO_CACHE
 from prefect.client.orchestration import get_client
 from prefect.concurrency.asyncio import ConcurrencySlotAcquisitionError
 from prefect.concurrency.sync import concurrency
+from prefect.events import Event
+from prefect.events.clients import get_events_client
 from prefect.exceptions import ObjectNotFound
 from prefect.runtime import flow_run
 from prefect.settings import get_current_settings
-from prefect.states import Completed
+from prefect.states import Completed, Failed
 from prefect.task_runners import ProcessPoolTaskRunner, TaskRunner, ThreadPoolTaskRunner
 from prefect.tasks import exponential_backoff
 
 from diffusion.common.child_processes import end_with_parent
-from diffusion.common.errors import DarkroomError, UserError
+from diffusion.common.errors import DarkroomError, TransientError, UserError
 from diffusion.common.escaping import escape_controls
 from diffusion.data.ingest.config import IngestConfig
 from diffusion.data.prefetch import FanOut, in_order
@@ -35,23 +38,42 @@ SHORTEST_LEASE = 60  # shortest lease of a concurrency slot that the server gran
 
 
 def retryable_task(function: Callable[P, R]) -> Task[P, R]:
-    """Prefect task, retried except after a DarkroomError; uncached, as each recognises finished work by digests."""
+    """Prefect task, retried except after a DarkroomError that is not transient.
+
+    It is uncached, as each recognises finished work by digests.
+    """
+
+    def is_transient(_: object, __: object, state: Any) -> bool:
+        error = state.result(raise_on_failure=False)
+        return isinstance(error, TransientError) or not isinstance(error, DarkroomError)
+
     return task(
         task_run_name=getattr(function, "__name__", "task").replace("_", " "),
         retries=2,
         retry_delay_seconds=exponential_backoff(2),
         retry_jitter_factor=0.5,
-        retry_condition_fn=lambda _, __, state: not isinstance(state.result(raise_on_failure=False), DarkroomError),
+        retry_condition_fn=is_transient,
         cache_policy=NO_CACHE,
     )(function)
 
 
-def completed_state(result: R, message: str, name: str = "Completed") -> R:
+def completed_state(result: R, message: str, name: str = "Completed", failed: bool = False) -> R:
     """Return value of a flow that sets the message of its final state, shown in Prefect's UI and in notifications.
 
-    Prefect unwraps the state: the caller of the flow gets ``result``.
+    Prefect unwraps the state: the caller of the flow gets ``result``; of a ``failed`` one only with ``return_state``.
     """
-    return cast(R, Completed(name=name, message=escape_controls(message), data=result))
+    state = Failed if failed else Completed
+    return cast(R, state(name=name, message=escape_controls(message), data=result))
+
+
+def emit(event: Event) -> None:
+    """Emit ``event``, and wait until the server has it: Prefect's own emitter sends in the background."""
+
+    async def confirmed() -> None:
+        async with get_events_client(checkpoint_every=1) as client:
+            await client.emit(event)
+
+    asyncio.run(confirmed())
 
 
 def artifact_key(kind: str, name: str) -> str:
@@ -83,13 +105,13 @@ def ray_resources(config: FanOutConfig, gpu: bool) -> AbstractContextManager[Any
     return options
 
 
-def prefect_fan_out(config: IngestConfig) -> FanOut:
-    """Fan-out with one task per chunk, on the task runner of the current flow."""
+def prefect_fan_out(config: IngestConfig, name: str = "prepare shard") -> FanOut:
+    """Fan-out with one task, called ``name``, per chunk or shard, on the task runner of the current flow."""
 
     def fan_out(work: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
-        prepare_shard = retryable_task(work).with_options(name="prepare shard")
+        one_shard = retryable_task(work).with_options(name=name)
         submitted = (
-            prepare_shard.with_options(task_run_name=f"prepare shard {number}").submit(item)
+            one_shard.with_options(task_run_name=f"{name} {number}").submit(item)
             for number, item in enumerate(items, 1)
         )
         yield from in_order(submitted, 2 * config.workers)

@@ -105,7 +105,15 @@ def down(report: Report) -> None:
         for names in (("worker",), ("mlflow", "prefect"), ("s3",)):
             if running := members(folder, *names):
                 report(f"stopping {', '.join(names)}")
+                # Flow runs are children of the worker.
+                execute = {"flow-run", "prefect.flow_engine"}
+                interrupted = [each for each in running if execute & set(each.info["cmdline"] or ())]
                 stop(running, GRACE)
+                if interrupted:
+                    report(
+                        "a flow run was stopped: after `darkroom up`, start it again, and it goes on from the last "
+                        "checkpoint"
+                    )
         if (stack := LocalStack.read(folder)) is not None:
             stack.updated(processes={})
     report("the local stack is stopped; `darkroom up` starts it again with its data")

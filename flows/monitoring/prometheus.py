@@ -3,9 +3,11 @@
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from typing import Any
+from itertools import chain
+from typing import Any, get_args
 from urllib.parse import quote
 
 from prometheus_client import CollectorRegistry, start_http_server
@@ -15,6 +17,7 @@ from prometheus_client.registry import Collector
 from diffusion.common.errors import DarkroomError, UserError
 from flows.environment import Server, settings
 from flows.local_stack.http_api import NotServing, WrongLogin, query_mlflow, query_prefect
+from flows.registry.alarms import Alarms, Cause, NumberedAlarm
 from flows.registry.ledger import History, Known, Ledger, Newest
 from flows.storage.s3 import ListedObject, Location, Store, client
 
@@ -22,6 +25,7 @@ GAUGES: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "darkroom_up": ("whether the server answers", ("server",)),
     "darkroom_flow_runs": ("unfinished flow runs", ("flow", "state")),
     "darkroom_flow_runs_last_day": ("flow runs that ended within 24 hours", ("flow", "state")),
+    "darkroom_flow_runs_held_last_day": ("flow runs that ended within 24 hours at a limit", ("flow",)),
     "darkroom_flow_last_success_timestamp_seconds": ("end of the flow's last successful run", ("flow",)),
     "darkroom_flow_last_success_seconds": ("duration of that run", ("flow",)),
     "darkroom_samples_last_batch_images": ("images requested of the last finished sampling batch", ()),
@@ -35,6 +39,8 @@ GAUGES: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "darkroom_champion_version": ("version number of the champion", ("model",)),
     "darkroom_champion_since_timestamp_seconds": ("time of its promotion", ("model",)),
     "darkroom_champion_figure": ("metrics of the champion", ("model", "figure")),
+    "darkroom_drift_alarms": ("retrainings that drift requested", ("model", "cause")),
+    "darkroom_drift_last_alarm_timestamp_seconds": ("time of the last of them", ("model",)),
     "darkroom_ledger_entries": ("verdicts and decisions in the ledger", ("model", "what")),
     "darkroom_ledger_intact": ("whether the ledger matches MLflow's record and has no foreign objects", ("model",)),
 }
@@ -65,6 +71,8 @@ class Servers(Collector):
     def __init__(self) -> None:
         # By model: a ledger is read again when its listing or MLflow's record of it changes.
         self.read: dict[str, LedgerRead] = {}
+        # Alarms are written once: each is read once.
+        self.alarms: dict[ListedObject, NumberedAlarm] = {}
 
     def describe(self) -> Iterable[Metric]:
         """Describe no metrics, so that registration queries no server."""
@@ -74,7 +82,7 @@ class Servers(Collector):
         """Metrics of all servers that answer, and the availability of each."""
         sources: dict[Server, Callable[[], Iterator[Sample]]] = {
             "prefect": prefect_samples,
-            "s3": lambda: ledger_samples(self.read),
+            "s3": lambda: chain(ledger_samples(self.read), alarm_samples(self.alarms)),
             "mlflow": mlflow_samples,
         }
         families = {name: GaugeMetricFamily(name, help_, labels=labels) for name, (help_, labels) in GAUGES.items()}
@@ -97,7 +105,10 @@ def prefect_samples() -> Iterator[Sample]:
     day = {"after_": (now - timedelta(days=1)).isoformat()}
     ended = {"flow_runs": {"state": {"type": {"any_": [*map(str.upper, ENDED)]}}, "end_time": day}}
     yield from count_states("darkroom_flow_runs", ("late", *RUNNING), flows, _pages("flow_runs/filter", waiting))
-    yield from count_states("darkroom_flow_runs_last_day", ENDED, flows, _pages("flow_runs/filter", ended))
+    runs = list(_pages("flow_runs/filter", ended))
+    yield from count_states("darkroom_flow_runs_last_day", ENDED, flows, runs)
+    held = Counter(flows.get(run["flow_id"], "unknown") for run in runs if run["state_name"] == "Held")
+    yield from (("darkroom_flow_runs_held_last_day", (flow,), held[flow]) for flow in sorted({*flows.values(), *held}))
     for flow_id, flow in flows.items():
         completed = {"flows": {"id": {"any_": [flow_id]}}, "flow_runs": {"state": {"type": {"any_": ["COMPLETED"]}}}}
         for run in query_prefect("flow_runs/filter", completed | {"sort": "END_TIME_DESC", "limit": 1}):
@@ -168,6 +179,26 @@ def ledger_samples(read: dict[str, LedgerRead]) -> Iterator[Sample]:
         for what, count in Counter(entry.what for entry in history.entries).items():
             yield "darkroom_ledger_entries", (model, what), count
         yield from champion_samples(model, history)
+
+
+def alarm_samples(read: dict[ListedObject, NumberedAlarm]) -> Iterator[Sample]:
+    """Metrics of the drift alarms of all models, with the cache ``read``."""
+    place, store = Location(settings().bucket) / "alarms", Store(client(attempts=1, read_timeout=5))
+    found: dict[str, list[NumberedAlarm]] = {}
+    for listed in store.list_objects(place.bucket, place.key("")):
+        model, slash, _ = listed.key.removeprefix(place.key("")).partition("/")
+        if not slash:
+            continue
+        own, alarms = Alarms(place / model, store), found.setdefault(model, [])
+        if number := own.number(listed):
+            with suppress(UserError):  # a foreign object
+                alarms.append(read.get(listed) or read.setdefault(listed, own.read(number)))
+    for model, alarms in found.items():
+        for cause in get_args(Cause):
+            yield "darkroom_drift_alarms", (model, cause), sum(cause in alarm.causes for alarm in alarms)
+        if alarms:
+            last = max(alarm.when for alarm in alarms)
+            yield "darkroom_drift_last_alarm_timestamp_seconds", (model,), last.timestamp()
 
 
 def champion_samples(model: str, history: History) -> Iterator[Sample]:

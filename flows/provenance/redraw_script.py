@@ -19,9 +19,12 @@ from diffusion.checkpoints import load_model
 from diffusion.common.child_processes import end_with_parent
 from diffusion.common.errors import DarkroomError
 from diffusion.common.fingerprint import fingerprint
+from diffusion.generation import generate
 from diffusion.generation.config import Conditions
-from diffusion.generation.generate import sample
 from diffusion.process.samplers import SAMPLING_ADAPTER, SamplingConfig
+
+# Versions from before there were sizes have no conditions of any, and reject them.
+sample = getattr(generate, "sample_each", generate.sample)
 
 
 def redraw(request: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -36,9 +39,10 @@ def redraw(request: dict[str, Any]) -> Iterator[dict[str, Any]]:
     yield {"fingerprint": fingerprint(config.compute_batch, config.precision, config.device).model_dump(mode="json")}
     model = load_model(Path(request["weights"]))
     for (first, end), fields in zip(request["chunks"], request["conditions"], strict=True):
-        images = sample(model, range(first, end), request["seed"], config, conditions=Conditions.model_validate(fields))
+        indices, conditions = range(first, end), Conditions.model_validate(fields)
+        images = sample(model, indices, request["seed"], config, conditions=conditions)
         file = Path(request["folder"]) / f"{first}.safetensors"
-        save_file({"images": images.contiguous()}, file)
+        save_file({str(index): image.contiguous() for index, image in zip(indices, images, strict=True)}, file)
         yield {"file": str(file)}
 
 

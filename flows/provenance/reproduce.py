@@ -157,9 +157,10 @@ def reproduce(where: str, count: int | None = None, out: Path | None = None, ins
         compared: list[ImageComparison] = []
         report = reporter()
         for chunk, of_chunk, answer in zip(chunks, conditions, answers, strict=True):
-            # (N, H, W) or (N, H, W, 3)
-            again = load_file(answer["file"])["images"].transpose(0, 2, 3, 1)
-            again = again[..., 0] if again.shape[-1] == 1 else again
+            tensors = load_file(answer["file"])
+            images = (tensors[str(index)].transpose(1, 2, 0) for index in chunk)
+            # Each (H, W) or (H, W, 3).
+            again = [each[..., 0] if each.shape[-1] == 1 else each for each in images]
             Path(answer["file"]).unlink()
             originals = [located.image] if located.image else _originals(store, place, batch, chunk)
             compared += [compare(*each) for each in zip(map(batch.key, chunk), again, originals, strict=True)]

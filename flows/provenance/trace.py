@@ -12,6 +12,7 @@ from typing import Any
 import mlflow
 from mlflow.client import MlflowClient
 from mlflow.entities import Run
+from pydantic import Field
 
 from diffusion.common.config import Config, dataset_folder
 from diffusion.common.errors import UserError
@@ -30,7 +31,7 @@ from flows.sampling.lookup import LocatedImage, Origin, SampleLocation, disagree
 from flows.sampling.sampling_batch import SUCCESS, SamplingBatch
 from flows.storage.s3 import DELETED, Location, Store
 from flows.storage.tags import Tags, parse_tags
-from flows.tracking.runs import MANIFEST_ARTIFACT
+from flows.tracking.runs import MANIFEST_ARTIFACT, ORIGIN_ARTIFACT
 
 
 class TracedImage(Config):
@@ -85,7 +86,23 @@ class TracedData(Config):
     dvc_digest: str | None
     recorded: datetime | None
     images: int
+    sources: list[str]
+    """Sources with versions of which it has images, as hf://datasets/OWNER/NAME@COMMIT."""
+    captioners: dict[str, int] = Field({})
+    """Number of its images by the captioner that captioned them."""
     shards: list[TracedShard]
+
+
+class TracedOrigin(Config):
+    """Origin of an imported model: the chain ends there."""
+
+    uri: str
+    """Version that was imported: the image's own, or one that its training began with."""
+    source: str
+    revision: str | None
+    licence: str | None
+    files: dict[str, str]
+    """SHA-256 of each file of the source by path."""
 
 
 class Takedown(Config):
@@ -107,6 +124,10 @@ class Trace(Config):
     model: TracedModel | None
     run: TracedRun | None
     data: TracedData | None
+    origins: list[TracedOrigin]
+    """Imported models in it: itself, or what training began with. An imported model has no data of its own."""
+    drift: str | None = None
+    """Drift alarm that the model was trained for; None if it was trained for another reason."""
     takedowns: list[Takedown]
     """Later takedowns of images that the model was trained on."""
     broken: list[str]
@@ -151,7 +172,8 @@ class _Walk:
             with suppress(ValueError, LookupError, TypeError, AttributeError, UserError):
                 source = str(Location.parse(json.loads(each.dataset.source)["uri"]))
                 break
-        manifest = self.manifest(run, tags.dataset, origin.content_digest, source)
+        # Of an imported model there is no data: the chain ends at its origin.
+        manifest = self.manifest(run, tags.dataset, origin.content_digest, source) if tags.origin is None else None
         dirty = run and run.data.tags.get("darkroom.git_dirty")
         run_data = run and TracedRun(
             run_id=run.info.run_id,
@@ -174,6 +196,8 @@ class _Walk:
             model=model,
             run=run_data,
             data=manifest and self.data(manifest, tags.dvc_digest, source, released),
+            origins=self.origins(model) if model else [],
+            drift=tags.drift,
             takedowns=self.takedowns(tags.dataset, model, run, manifest, source),
             broken=list(dict.fromkeys(self.broken)),
         )
@@ -240,6 +264,24 @@ class _Walk:
             tags=dict(sorted(found.tags.items())),
         )
 
+    def origins(self, model: TracedModel) -> list[TracedOrigin]:
+        """Find the imported models among the version and those that its training began with, transitively."""
+        found, left, known = list[TracedOrigin](), [model.uri], set[str]()
+        while left:
+            known.add(uri := left.pop())
+            with self.noting():
+                version = model_versions.resolve(self.client, uri)
+                tags = parse_tags(version.tags, uri)
+                left += [each for each in (tags.start, tags.autoencoder) if each and each not in known]
+                if tags.origin is not None:
+                    where = f"runs:/{version.run_id}/{ORIGIN_ARTIFACT}"
+                    logged = {item.path for item in self.client.list_artifacts(version.run_id)}
+                    if ORIGIN_ARTIFACT not in logged:
+                        raise UserError(f"{where} is gone: {uri} came from {tags.origin}, and its files are not known")
+                    text = mlflow.artifacts.load_text(where)
+                    found.append(TracedOrigin(uri=uri, **json.loads(text) | {"licence": tags.licence}))
+        return found
+
     def run(self, run_id: str) -> Run | None:
         if (found := none_if_missing(self.client.get_run, run_id)) is None:
             self.broken.append(f"run {run_id} is not in MLflow (any more)")
@@ -298,6 +340,8 @@ class _Walk:
             dvc_digest=dvc_digest,
             recorded=catalog.written(version.digest),
             images=version.kept,
+            sources=version.sources,
+            captioners=version.captioners,
             shards=shards,
         )
 

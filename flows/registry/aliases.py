@@ -8,6 +8,7 @@ MLflow was restored from a backup; the next process brings it up to date.
 import logging
 import re
 from collections.abc import Callable, Mapping
+from importlib import import_module
 from typing import ParamSpec, TypeVar
 
 import mlflow
@@ -17,7 +18,9 @@ from mlflow.exceptions import MlflowException
 
 from diffusion.common.errors import UserError
 from diffusion.common.files import sha256_bytes
+from flows.environment import settings
 from flows.registry.ledger import NEWEST, History, Known, Ledger, LedgerEntry, Newest
+from flows.signing.keys import SigningKey
 
 logger = logging.getLogger(__name__)
 
@@ -85,8 +88,23 @@ def verified(client: MlflowClient, ledger: Ledger) -> History:
 
 
 def append(client: MlflowClient, ledger: Ledger, decide: Callable[[History], LedgerEntry | None]) -> History:
-    """Append to the ledger, with MLflow's record checked before the entry is written and updated after it."""
-    history = ledger.append(decide, lambda: read_record(client, ledger.model)[0])
+    """Append to the ledger, with MLflow's record checked before the entry is written and updated after it.
+
+    The entry is signed if a key is configured; raises UserError, and writes nothing, if it is unusable.
+    """
+    key, written = signing_key(), list[LedgerEntry]()
+
+    def noting(history: History) -> LedgerEntry | None:
+        entry = decide(history)
+        written[:] = [] if entry is None else [entry]
+        return entry
+
+    history = ledger.append(noting, lambda: read_record(client, ledger.model)[0])
+    if key is not None and written:
+        below = next((each for each in history.entries if each.digest == written[0].parent), None)
+        if below is not None and not ledger.is_signed(below, key):
+            logger.warning("the signature of entry %d stands for an unsigned one as well: %s", written[0].number, below)
+        ledger.sign(written[0], key)
     for name, reason in history.foreign.items():
         logger.warning("foreign object in %s, which decides nothing: %a %s", ledger.place, name, reason)
     remember(client, ledger, history)
@@ -94,7 +112,18 @@ def append(client: MlflowClient, ledger: Ledger, decide: Callable[[History], Led
 
 
 def remember(client: MlflowClient, ledger: Ledger, history: History) -> None:
-    """Record the newest entry in MLflow unless a newer one is recorded."""
+    """Record the newest entry in MLflow unless a newer one is recorded.
+
+    It is signed by the process that wrote it, and by no other: whoever can write to the bucket alone could otherwise
+    have an entry signed. One without a signature, of a process that was stopped or has no key, is reported.
+    """
+    if history.head is not None and (key := signing_key()) is not None and not ledger.is_signed(history.head, key):
+        logger.warning(
+            "the newest entry of the ledger of %s is not signed: %s; if that is right, sign it by `darkroom model "
+            "history --sign`",
+            history.model,
+            history.head,
+        )
     registered = none_if_missing(client.get_registered_model, history.model)
     if registered is None or history.head is None:
         return
@@ -102,6 +131,14 @@ def remember(client: MlflowClient, ledger: Ledger, history: History) -> None:
     ours = Newest(history.head.number, history.head.digest, str(ledger.place))
     if there is None or (there.number <= ours.number and there != ours):
         client.set_registered_model_tag(history.model, NEWEST, str(ours))
+
+
+def signing_key() -> SigningKey | None:
+    """Key of the environment; None: none is configured. Raises UserError if it is unusable, or its library missing."""
+    if settings().signing_key is None:
+        return None
+    import_module("model_signing")
+    return SigningKey.load()
 
 
 def restore(client: MlflowClient, ledger: Ledger) -> list[int]:

@@ -10,6 +10,8 @@ MLflow keeps a record of the entries (``flows.registry.aliases``). All entries u
 byte for byte: the chain is followed back from it. Newer objects that continue the chain are entries whose writer may
 have been stopped before it updated MLflow. All other objects are foreign: they are reported and skipped, and the next
 entry takes the next free number.
+
+``signatures/KEY_ID/00000003.sig`` below the entries is a signature of entry 3, if a key is configured.
 """
 
 import getpass
@@ -18,6 +20,7 @@ import re
 import socket
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from types import MappingProxyType
@@ -25,14 +28,16 @@ from typing import Annotated, Literal
 
 from pydantic import AwareDatetime, Field, FiniteFloat, JsonValue
 
-from diffusion.common.config import Config
+from diffusion.common.config import Config, unset
 from diffusion.common.errors import ConflictError, UserError
 from diffusion.common.files import canonical_json, sha256_bytes
 from flows.environment import settings
+from flows.signing.keys import SigningKey
 from flows.storage.numbered_objects import NumberedObjects, object_name
 from flows.storage.s3 import ListedObject, Location, Store
 
 LARGEST = 2**16  # maximum size of an entry in bytes: larger objects are not entries and are not fetched
+SIGNATURES = "signatures"  # folder of the signatures below the entries
 
 Known = Mapping[int, str]
 """SHA-256 by number of the entries that MLflow has recorded."""
@@ -98,6 +103,8 @@ class LedgerEntry(Config):
     evidence: Evidence | None
     """Newest verdict of the gate on the version, possibly overridden; None if it was never evaluated."""
     approval: Approval | None
+    drift: str | None = Field(None, exclude_if=unset)
+    """Drift alarm that the version was trained for; None if it was trained for another reason."""
     parent: str | None
     """SHA-256 of the previous entry; None for the first."""
 
@@ -151,7 +158,8 @@ class LedgerEntry(Config):
             move = f"{self.what} {self.from_version or 'none'} → {self.to_version}"
         else:
             move = f"{self.what} {self.version}, champion {self.to_version or 'none'}"
-        return f"{move}, {self.when:%Y-%m-%d %H:%M} UTC, {self.who}: {self.why}"
+        drift = f" (trained for drift {self.drift})" if self.drift else ""
+        return f"{move}, {self.when:%Y-%m-%d %H:%M} UTC, {self.who}: {self.why}{drift}"
 
 
 @dataclass(frozen=True)
@@ -240,6 +248,7 @@ class History:
         reason: str | None = None,
         evidence: Evidence | None = None,
         approval: Approval | None = None,
+        drift: str | None = None,
     ) -> LedgerEntry:
         """Next entry, written by this process now."""
         state = AliasState()
@@ -265,6 +274,7 @@ class History:
             reason=reason,
             evidence=evidence,
             approval=approval,
+            drift=drift,
             parent=self.head.digest if self.head else None,
         )
 
@@ -320,7 +330,11 @@ class Ledger(NumberedObjects):
         listed, newest = self.listed(), max(known, default=0)
         if known and max(map(self.number, listed), default=0) == newest:
             found = self.get(newest)
-            if found is not None and sha256_bytes(found) == known[newest] and (entry := self._entry(newest, found)):
+            if (
+                found is not None
+                and sha256_bytes(found) == known[newest]
+                and (entry := parse_entry(self.model, newest, found))
+            ):
                 return entry
         return self.read(known, listed).head
 
@@ -330,10 +344,11 @@ class Ledger(NumberedObjects):
         entries, reasons = self._chain(self._objects(listed), known)
         here, foreign = {entry.number for entry in entries}, {}
         for each in listed:
-            if (number := self.number(each)) not in here:
+            name = each.key.removeprefix(self.place.key(""))
+            if (number := self.number(each)) not in here and not name.startswith(f"{SIGNATURES}/"):
                 unread = f"is larger than {LARGEST} bytes, or was deleted just now"
                 reason = reasons.get(number, unread) if number else "is not named like an entry"
-                foreign[each.key.removeprefix(self.place.key(""))] = reason
+                foreign[name] = reason
         return History(self.model, tuple(entries), foreign)
 
     def append(
@@ -362,6 +377,21 @@ class Ledger(NumberedObjects):
             return history
         return history
 
+    def sign(self, entry: LedgerEntry, key: SigningKey) -> None:
+        """Sign ``entry``, and so all before it, unless it is signed with this key."""
+        if not self.is_signed(entry, key):
+            # Signatures are random: that of another process is as good.
+            with suppress(ConflictError):
+                name, signature = self._signature(entry, key), key.sign_bytes(entry.data)
+                self.store.put_once(self.place.bucket, name, signature, content_type="application/json")
+
+    def is_signed(self, entry: LedgerEntry, key: SigningKey) -> bool:
+        """Whether there is a signature of ``entry`` with this key, verified or not."""
+        return self.store.exists(self.place.bucket, self._signature(entry, key))
+
+    def _signature(self, entry: LedgerEntry, key: SigningKey) -> str:
+        return self.place.key(f"{SIGNATURES}/{key.key_id}/{entry.number:08d}.sig")
+
     def restore(self, copies: Mapping[int, bytes], known: Known) -> list[int]:
         """Write missing entries from ``copies``; returns their numbers. Raises UserError if another one is missing."""
         objects = self._objects(listed := self.listed())
@@ -379,62 +409,73 @@ class Ledger(NumberedObjects):
             return {number: data for number, data in found if data is not None}
 
     def _chain(self, objects: Mapping[int, bytes], known: Known) -> tuple[list[LedgerEntry], dict[int, str]]:
-        """Entries in order, and by number the reason why an object is none; raises UserError as ``read`` does."""
-        found = {number: entry for number, data in objects.items() if (entry := self._entry(number, data))}
-        for number, digest in sorted(known.items(), reverse=True):
-            if number not in found or found[number].digest != digest:
-                words = (
-                    f"was altered (it had sha256 {digest})" if number in objects else f"is missing (sha256 {digest})"
-                )
-                raise self._broken(object_name(number), words)
-        by_digest, recorded = {entry.digest: entry for entry in found.values()}, set[int]()
-        above = found[max(known)] if known else None
-        while above is not None:
-            recorded.add(above.number)
-            if (below := by_digest.get(above.parent or "")) is None and above.parent is not None:
-                words = f"is missing or was altered, and {object_name(above.number)} stands on it"
-                raise self._broken(object_name(max(above.number - 1, 1)), words)
-            above = below
-        entries: list[LedgerEntry] = []
-        reasons: dict[int, str] = {}
-        state = AliasState()
-        for number in sorted(objects):
-            entry, parent = found.get(number), entries[-1].digest if entries else None
-            after, reason = state, ""
-            if entry is None:
-                reason = "is no entry of this ledger"
-            elif number < max(known, default=0) and number not in recorded:
-                reason = "is not part of the chain of entries"
-            elif entry.parent != parent:
-                reason = "does not stand on the entry before it"
-            else:
-                try:
-                    after = state.after(entry.what, entry.version)
-                except UserError as error:
-                    reason = f"cannot be: {error}"
-                if not reason and (entry.from_version, entry.standing) != (state.standing.champion, after.standing):
-                    reason = "has version numbers that contradict its event"
-            if entry is not None and not reason:
-                entries.append(entry)
-                state = after
-            elif number in recorded or number in known:
-                raise self._broken(object_name(number), reason)
-            else:
-                reasons[number] = reason
-        return entries, reasons
-
-    def _entry(self, number: int, data: bytes) -> LedgerEntry | None:
-        """Entry in ``data``; None unless these are its canonical bytes under the right name."""
         try:
-            entry = LedgerEntry.model_validate_json(data)
-            return entry if (entry.data, entry.number, entry.model) == (data, number, self.model) else None
-        except ValueError:
-            return None
+            return follow_chain(self.model, objects, known)
+        except BrokenChain as error:
+            place = f"s3://{self.place.bucket}/{self.place.key(object_name(error.number))}"
+            raise UserError(
+                f"the ledger of {self.model} is broken: {place} {error}, says MLflow's record of it; "
+                "docs/operations/runbook/ledger-broken.md says what to do (`darkroom model history --restore` writes "
+                "back what is missing)"
+            ) from error
 
-    def _broken(self, name: str, words: str) -> UserError:
-        place = f"s3://{self.place.bucket}/{self.place.key(name)}"
-        return UserError(
-            f"the ledger of {self.model} is broken: {place} {words}, says MLflow's record of it; "
-            "docs/operations/runbook/ledger-broken.md says what to do (`darkroom model history --restore` writes back "
-            "what is missing)"
-        )
+
+class BrokenChain(Exception):
+    """A recorded entry that is missing, altered or impossible, with what is wrong with it."""
+
+    def __init__(self, number: int, words: str) -> None:
+        super().__init__(words)
+        self.number = number
+
+
+def parse_entry(model: str, number: int, data: bytes) -> LedgerEntry | None:
+    """Entry in ``data``; None unless these are its canonical bytes under the right name."""
+    try:
+        entry = LedgerEntry.model_validate_json(data)
+        return entry if (entry.data, entry.number, entry.model) == (data, number, model) else None
+    except ValueError:
+        return None
+
+
+def follow_chain(model: str, objects: Mapping[int, bytes], known: Known) -> tuple[list[LedgerEntry], dict[int, str]]:
+    """Entries in order, and by number the reason why an object is none; raises BrokenChain for one of ``known``."""
+    found = {number: entry for number, data in objects.items() if (entry := parse_entry(model, number, data))}
+    for number, digest in sorted(known.items(), reverse=True):
+        if number not in found or found[number].digest != digest:
+            words = f"was altered (it had sha256 {digest})" if number in objects else f"is missing (sha256 {digest})"
+            raise BrokenChain(number, words)
+    by_digest, recorded = {entry.digest: entry for entry in found.values()}, set[int]()
+    above = found[max(known)] if known else None
+    while above is not None:
+        recorded.add(above.number)
+        if (below := by_digest.get(above.parent or "")) is None and above.parent is not None:
+            words = f"is missing or was altered, and {object_name(above.number)} stands on it"
+            raise BrokenChain(max(above.number - 1, 1), words)
+        above = below
+    entries: list[LedgerEntry] = []
+    reasons: dict[int, str] = {}
+    state = AliasState()
+    for number in sorted(objects):
+        entry, parent = found.get(number), entries[-1].digest if entries else None
+        after, reason = state, ""
+        if entry is None:
+            reason = "is no entry of this ledger"
+        elif number < max(known, default=0) and number not in recorded:
+            reason = "is not part of the chain of entries"
+        elif entry.parent != parent:
+            reason = "does not stand on the entry before it"
+        else:
+            try:
+                after = state.after(entry.what, entry.version)
+            except UserError as error:
+                reason = f"cannot be: {error}"
+            if not reason and (entry.from_version, entry.standing) != (state.standing.champion, after.standing):
+                reason = "has version numbers that contradict its event"
+        if entry is not None and not reason:
+            entries.append(entry)
+            state = after
+        elif number in recorded or number in known:
+            raise BrokenChain(number, reason)
+        else:
+            reasons[number] = reason
+    return entries, reasons

@@ -2,20 +2,23 @@
 
 from collections.abc import Iterable, Iterator
 
+import mlflow
 from jinja2 import Environment, PackageLoader
 from mlflow.client import MlflowClient
 
-from diffusion.common.escaping import escape_markdown
-from diffusion.data.manifest import Manifest, read_manifest
+from diffusion.common.escaping import counted, escape_markdown
+from diffusion.data.manifest import Manifest, parse_manifest
 from diffusion.evaluation.comparison import ChampionComparison
 from diffusion.evaluation.estimate import CONFIDENCE
 from diffusion.evaluation.evaluate import describe_kid
-from diffusion.evaluation.reports.html import between, count, counted, share, signed, with_error
+from diffusion.evaluation.metrics.text_image_agreement import TextImageAgreement, describe_agreement
+from diffusion.evaluation.reports.html import between, count, share, signed, with_error
 from diffusion.evaluation.results import Evaluation
-from flows.config import Params
+from diffusion.families.model import ModelHeader, Origin
 from flows.registry.ledger import LedgerEntry
 from flows.registry.model_versions import Version
 from flows.registry.takedown_marks import notes_in, takedowns
+from flows.tracking.runs import MANIFEST_ARTIFACT, version_artifact
 
 CLASSES_SHOWN = 12
 SEEN = 0.2
@@ -24,8 +27,9 @@ SEEN = 0.2
 
 def write(
     client: MlflowClient,
-    params: Params,
+    header: ModelHeader,
     evaluation: Evaluation,
+    data: Manifest,
     version: Version,
     entry: LedgerEntry | None,
     comparison: ChampionComparison | None = None,
@@ -39,59 +43,103 @@ def write(
     if there if entry is None else entry.digest in there:
         return
     current = version.model_copy(update={"tags": dict(found.tags)})
-    text = card(params, evaluation, read_manifest(params.dataset_folder), current, entry, comparison)
+    text = card(header, evaluation, data, current, entry, comparison)
     client.update_model_version(version.model, str(version.number), description="\n\n".join([text, *notes_in(there)]))
 
 
+def write_imported(client: MlflowClient, header: ModelHeader, origin: Origin, version: Version) -> None:
+    """Write the card of an imported version that was not evaluated yet, unless it has one."""
+    found = client.get_model_version(version.model, str(version.number))
+    if not found.description:
+        text = _environment().get_template("imported_card.md").render(header=header, origin=origin, version=version)
+        client.update_model_version(version.model, str(version.number), description=text.rstrip())
+
+
+def _environment() -> Environment:
+    environment = Environment(loader=PackageLoader("flows.registry"), trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {"markdown": escape_markdown, "listed": _listed}
+    environment.filters |= {each.__name__: each for each in (count, counted, share, with_error)}
+    return environment
+
+
 def card(
-    params: Params,
+    header: ModelHeader,
     evaluation: Evaluation,
     data: Manifest,
     version: Version,
     entry: LedgerEntry | None,
     comparison: ChampionComparison | None = None,
 ) -> str:
-    """Render the card of ``version``, trained on ``data``, with its ``evaluation`` and ``comparison``, as Markdown."""
-    best, evaluated, classes = evaluation.best, comparison.candidate if comparison else None, data.class_histogram
+    """Render the card of ``version`` as Markdown, with its ``evaluation`` and ``comparison`` on ``data``.
+
+    ``header`` is that of its weights. It was trained on ``data`` unless a tag of the version names another content.
+    """
+    best, evaluated = evaluation.best, comparison.candidate if comparison else None
+    of_version = version.tags.get("darkroom.content_digest", data.content_digest)
+    trained_here = header.origin is None and of_version == data.content_digest
+    classes = data.class_histogram if trained_here else header.class_histogram
     compared = (f"{CONFIDENCE:.0%} interval",) if comparison else ()
     if comparison and comparison.champion:
         compared = (*compared, "the champion's")
-    environment = Environment(loader=PackageLoader("flows.registry"), trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"markdown": escape_markdown, "listed": _listed}
-    environment.filters |= {each.__name__: each for each in (count, counted, share, with_error)}
-    text = environment.get_template("model_card.md").render(
-        params=params,
-        version=version,
-        warning=takedowns(version),
-        entry=entry,
-        comparison=comparison,
-        evaluated=evaluated,
-        scores=(evaluated or best).scores,
-        columns=("metric", "value", *compared, "real-vs-real baseline"),
-        metrics=_compared(comparison) if comparison else _evaluated(evaluation),
-        best=best,
-        sampling=evaluation.sampling,
-        grid=f"evaluation/grids/{best.images:010d}-{best.sha256[:8]}.png",
-        data=data,
-        classes=_listed(f"{escape_markdown(name)} ({count(number)})" for name, number in classes.items()),
-        eval_key=evaluation.eval_key,
-        quality=describe_kid(evaluation),
-        rarest=min(classes.items(), key=lambda each: each[1], default=None),
-        shifts={
-            name: shift.spreads
-            for name, shift in (comparison.candidate.drift.shifts.items() if comparison else ())
-            if shift.spreads is not None
-            and abs(shift.spreads) > SEEN
-            and abs(shift.difference) > 3 * shift.standard_error
-        },
+    agreement = (evaluated or best).text_image_agreement
+    text = (
+        _environment()
+        .get_template("model_card.md")
+        .render(
+            header=header,
+            origin=header.origin,
+            trained_here=trained_here,
+            version=version,
+            warning=takedowns(version),
+            entry=entry,
+            comparison=comparison,
+            evaluated=evaluated,
+            scores=(evaluated or best).scores,
+            columns=("metric", "value", *compared, "real-vs-real baseline"),
+            metrics=_compared(comparison) if comparison else _evaluated(evaluation),
+            best=best,
+            sampling=evaluated.sampling if evaluated else evaluation.sampling,
+            grid=f"evaluation/grids/{best.images:010d}-{best.sha256[:8]}.png",
+            data=data,
+            classes=_listed(f"{escape_markdown(name)} ({count(number)})" for name, number in classes.items()),
+            eval_key=evaluation.eval_key,
+            quality=describe_kid(evaluation),
+            agreement=None if agreement is None else describe_agreement(agreement),
+            rarest=min(classes.items(), key=lambda each: each[1], default=None),
+            most=max(classes.values(), default=0),
+            shifts={
+                name: shift.spreads
+                for name, shift in (comparison.candidate.drift.shifts.items() if comparison else ())
+                if shift.spreads is not None
+                and abs(shift.spreads) > SEEN
+                and abs(shift.difference) > 3 * shift.standard_error
+            },
+        )
     )
     return text.rstrip()
+
+
+def evidence(version: Version) -> tuple[Manifest | None, dict[str, float]]:
+    """Return the manifest of the data that ``version`` saw, and its metrics by name, as far as its run has them."""
+    client, found = MlflowClient(), version_artifact(version.weights_sha256)
+    logged = {
+        item.path
+        for place in ("dataset", "evaluation/versions")
+        for item in client.list_artifacts(version.run_id, place)
+    }
+    data, metrics = None, {}
+    if MANIFEST_ARTIFACT in logged:
+        where = f"runs:/{version.run_id}/{MANIFEST_ARTIFACT}"
+        data = parse_manifest(mlflow.artifacts.load_text(where).encode(), where)
+    if found in logged:
+        metrics = mlflow.artifacts.load_dict(f"runs:/{version.run_id}/{found}")["metrics"]
+    return data, metrics
 
 
 def _evaluated(evaluation: Evaluation) -> Iterator[tuple[str, ...]]:
     metrics, baseline = evaluation.best.metrics(), evaluation.real_baseline.metrics()
     for name, value in metrics.items():
-        if "_se_" not in name and not name.endswith("_se"):
+        if "_se_" not in name and not name.endswith(("_se", "_low", "_high")):
             first, _, rest = name.partition("_")
             # kid_se_efflite0 is the standard error of kid_efflite0.
             error = metrics.get(f"{first}_se_{rest}", metrics.get(f"{name}_se"))
@@ -105,6 +153,10 @@ def _compared(comparison: ChampionComparison) -> Iterator[tuple[str, ...]]:
         name: (_figure(each.value, each.error), between(each.interval))
         for name, each in comparison.candidate.estimates.items()
     }
+    if isinstance(agreement := comparison.candidate.text_image_agreement, TextImageAgreement):
+        name, found = f"text_image_agreement_{agreement.encoder}", agreement.agreement
+        rows[name] = _figure(found.value, found.error), between(found.interval)
+        baseline |= {name: agreement.real.value}
     for name in ("copies_share", "duplicates_share"):
         rows[name] = f"{ours[name]:.1%}", f"{ours[f'{name}_low']:.1%} … {ours[f'{name}_high']:.1%}"
     for name in ("reconstruction_psnr", "psnr", "bits_per_dim", "held_out_loss"):

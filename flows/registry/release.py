@@ -9,6 +9,7 @@ in the environment of the source registry.
 
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -30,13 +31,15 @@ from flows.registry import champion, model_versions
 from flows.registry.aliases import COPY, verified
 from flows.registry.champion import ChampionChange
 from flows.registry.ledger import Evidence, Ledger
-from flows.registry.model_versions import WEIGHTS, Version, digest_code
-from flows.tracking.runs import MANIFEST_ARTIFACT, RELEASED_FROM, one_run
+from flows.registry.model_versions import LOGGED_TAGS, Version, digest_code
+from flows.storage.tags import parse_tags
+from flows.tracking.runs import MANIFEST_ARTIFACT, ORIGIN_ARTIFACT, RELEASED_FROM, START, one_run
 
 AT_ONCE = 100  # parameters, tags or metrics sent to MLflow in one request
 MODEL, RUN = "model", "run"  # folders of the bundle with the artifacts of the version and of its run
-CARRIED = ("evaluation", "history", "params.json", MANIFEST_ARTIFACT)
-"""Artifacts of a run in the bundle: its configuration, evaluation and data set manifest."""
+BASES_FOLDER = "bases"  # folder of the bundle with a bundle for each version it is based on, named by its weights
+CARRIED = ("evaluation", "history", "params.json", MANIFEST_ARTIFACT, ORIGIN_ARTIFACT)
+"""Artifacts of a run in the bundle: its configuration, evaluation, data set manifest or origin."""
 
 
 class ModelBundle(Config):
@@ -74,6 +77,14 @@ def release(uri: str, reason: str | None = None) -> Released:
         where = f"{bundle.version.uri} in {source}"
         if not bundle.champion and reason is None:
             raise UserError(f"{where} is not champion there: say with --reason why it is to be champion here")
+        bases: dict[str, str] = {}
+        # The farthest first, as each needs the ones after it.
+        for sha256 in reversed(parse_tags(bundle.version.tags, where).base_digests):
+            base = unpack(folder / BASES_FOLDER / sha256)
+            base = base.model_copy(update={"version": _renumbered(base.version, bases)})
+            registered = register(base, folder / BASES_FOLDER / sha256, f"{base.version.uri} in {source}")
+            bases[base.version.uri] = registered.uri
+        bundle = bundle.model_copy(update={"version": _renumbered(bundle.version, bases)})
         version = register(bundle, folder, where)
     demotion = verified(MlflowClient(), Ledger.of(version.model)).manual_demotion(version.number)
     if demotion is not None and reason is None:
@@ -84,6 +95,12 @@ def release(uri: str, reason: str | None = None) -> Released:
     why = f"released from {where}" + (", champion there" if bundle.champion else "") + (f": {reason}" if reason else "")
     done = champion.promote(version.model, version.number, why, evidence=bundle.evidence)
     return Released(source=source, **dict(done))
+
+
+def _renumbered(version: Version, here: Mapping[str, str]) -> Version:
+    """Replace the version that training began with by the one that it became ``here``."""
+    start = version.tags.get(START, "")
+    return version.model_copy(update={"tags": version.tags | ({START: here[start]} if start in here else {})})
 
 
 def fetch(uri: str, folder: Path) -> str:
@@ -99,9 +116,21 @@ def fetch(uri: str, folder: Path) -> str:
 
 
 def pack(uri: str, folder: Path) -> None:
-    """Fetch the version that ``uri`` names, and its run, into ``folder``; the description is written last."""
+    """Fetch the version that ``uri`` names, its run, and the versions it is based on into ``folder``."""
     client = MlflowClient()
     version = model_versions.resolve(client, uri)
+    for sha256 in parse_tags(version.tags, version.uri).base_digests:
+        if (base := model_versions.version_with(sha256)) is None:
+            raise UserError(
+                f"{version.uri} is based on the model with SHA-256 {sha256}, which is no version any more: register it "
+                "again, with `darkroom model import`"
+            )
+        _pack(client, model_versions.resolve(client, base), folder / BASES_FOLDER / sha256)
+    _pack(client, version, folder)
+
+
+def _pack(client: MlflowClient, version: Version, folder: Path) -> None:
+    """Fetch ``version`` and its run into ``folder``; the description is written last."""
     history = verified(client, Ledger.of(version.model))
     entry = history.about(version.number)
     _download(version.uri, folder / MODEL)
@@ -148,7 +177,7 @@ def register(bundle: ModelBundle, folder: Path, where: str) -> Version:
     # Other processes on this machine that release the same version use other folders.
     with FileLock(settings().folder / "release.lock"):
         if (version := model_versions.find(client, model, digest)) is None:
-            model_uri = _log_model(client, digest, folder, _copy_run(client, bundle, folder, where))
+            model_uri = _log_model(client, bundle.version, folder, _copy_run(client, bundle, folder, where))
             tags = {name: value for name, value in bundle.version.tags.items() if not name.startswith(COPY)}
             version = model_versions.register_once(client, model_uri, model, digest, tags | {RELEASED_FROM: where})
     if not client.get_model_version(model, str(version.number)).description:
@@ -181,10 +210,10 @@ def _copy_run(client: MlflowClient, bundle: ModelBundle, folder: Path, where: st
     return run
 
 
-def _log_model(client: MlflowClient, weights_sha256: str, folder: Path, run: MlflowRun) -> str:
+def _log_model(client: MlflowClient, version: Version, folder: Path, run: MlflowRun) -> str:
     """Log the version's files as a model of its run, continuing one that a killed release left."""
-    run_id, tags = run.info.run_id, {WEIGHTS: weights_sha256}
-    if (model := next(iter(model_versions.logged_models(client, run_id, weights_sha256)), None)) is None:
+    run_id, tags = run.info.run_id, {tag: version.tags[tag] for tag in LOGGED_TAGS if tag in version.tags}
+    if (model := next(iter(model_versions.logged_models(client, run_id, version.weights_sha256)), None)) is None:
         model = client.create_logged_model(run.info.experiment_id, "released", run_id, tags)
     if model.status != LoggedModelStatus.READY:
         client.log_model_artifacts(model.model_id, str(folder / MODEL))

@@ -33,6 +33,8 @@ from flows.tracking.runs import AUTOENCODER, MANIFEST_ARTIFACT, START, RunTracke
 
 TAKEDOWN = "darkroom.takedown"
 """Tag of runs and model versions trained on images taken down since: the names of those takedowns."""
+EVALUATED_ON = "darkroom.evaluated_on"
+"""Tag of the run of a version that was evaluated by itself: content digests of the data sets, separated by commas."""
 NOTE = "mlflow.note.content"
 NOTE_BEGINS = "Takedown "
 
@@ -60,6 +62,8 @@ class Derived(Config):
     models: list[DerivedModel]
     samples: list[str]
     """Sampling batches at their default place on S3, which are listed and not deleted, as their images are others."""
+    evaluated: list[str]
+    """Other runs whose evaluations show held-out images of these versions."""
     unclear_runs: list[str]
     """Runs on unknown versions of the data set, found neither here nor in the catalog."""
 
@@ -104,6 +108,18 @@ def find_derived(dataset: str, contents: Iterable[str], known: Iterable[str], bu
             for key in Store().list_keys(bucket, f"samples/{name}/{number}/")
             if key.endswith("/batch.json")
         ],
+        evaluated=sorted(
+            {
+                run.info.run_id
+                for digest in held
+                for run in mlflow.search_runs(
+                    search_all_experiments=True,
+                    filter_string=f"tags.`{EVALUATED_ON}` LIKE '%{digest}%'",
+                    output_format="list",
+                )
+            }
+            - runs.keys()
+        ),
         unclear_runs=sorted(
             run.info.run_id
             for run in _runs("darkroom.dataset", dataset)
@@ -134,8 +150,8 @@ def mark(runs: Iterable[str], versions: Iterable[str], removal: Removal) -> None
 
 def clear_images(derived: Derived) -> list[str]:
     """Delete artifacts that show real images of the data set from the runs; returns them as runs:/ID/PATH."""
-    client, cleared = MlflowClient(), []
-    for run in (client.get_run(each.run_id) for each in derived.runs):
+    client, cleared, trained = MlflowClient(), [], {run.run_id for run in derived.runs}
+    for run in (client.get_run(run_id) for run_id in (*trained, *derived.evaluated)):
         folders = ("dataset", "explain", "evaluation", "evaluation/grids", "images")
         dataset, explain, evaluation, grids, images = (
             [item.path for item in client.list_artifacts(run.info.run_id, folder)] for folder in folders
@@ -149,7 +165,8 @@ def clear_images(derived: Derived) -> list[str]:
             grids = [path for path in grids if path.rpartition("/")[2].startswith("held_out")]
         pages = [path for path in evaluation if path.endswith(".html")]
         artifacts = get_artifact_repository(run.info.artifact_uri)
-        for path in (*dataset, *explain, *pages, *grids):
+        shown = dataset if run.info.run_id in trained else ()
+        for path in (*shown, *explain, *pages, *grids):
             if path != MANIFEST_ARTIFACT:
                 artifacts.delete_artifacts(path)  # type: ignore[no-untyped-call]
                 cleared.append(f"runs:/{run.info.run_id}/{path}")

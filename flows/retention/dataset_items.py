@@ -17,7 +17,7 @@ from diffusion.common.config import dataset_folder, plain_name
 from diffusion.common.errors import UserError
 from diffusion.data.manifest import Manifest, manifest_bytes, read_manifest, work_folder
 from flows.config import RetentionConfig
-from flows.datasets.catalog import PUSHING, RETIRED, VERSION, Catalog, CatalogListing, Heads
+from flows.datasets.catalog import PUBLISHED, PUSHING, RETIRED, Catalog, CatalogListing, Heads
 from flows.datasets.dvc import Remote
 from flows.datasets.purge import unreferenced_objects
 from flows.retention.sweeps import Action, Item, Sweep, age, older
@@ -25,7 +25,6 @@ from flows.storage.s3 import Location, Store
 
 logger = logging.getLogger(__name__)
 
-PUBLISHED = re.compile(r"datasets/([^/]+)/" + VERSION.pattern)
 MARK = re.compile(RETIRED + r"/([^/]+)/([0-9a-f]{64})\.json")
 
 

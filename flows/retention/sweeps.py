@@ -30,12 +30,14 @@ from diffusion.common.model_files import read_header
 from diffusion.evaluation.reports.html import count, storage
 from diffusion.training.train import discard
 from flows.config import RetentionConfig
+from flows.registry import model_versions
 from flows.registry.aliases import verified
 from flows.registry.ledger import Ledger, Newest
 from flows.registry.model_versions import WEIGHTS
 from flows.sampling.sampling_batch import LARGEST_BATCH, RESUMED, SamplingBatch, parse_batch
 from flows.storage.s3 import DELETED, USUAL, Location, Store, status_of
-from flows.tracking.runs import SWEEP, TRAIN_KEY
+from flows.storage.tags import parse_tags
+from flows.tracking.runs import IMPORTED, SWEEP, TRAIN_KEY
 
 Action = Literal["keep", "set aside", "delete"]
 """Decision on an item; ``set aside`` items are unreferenced and go once ``retention.grace_hours`` have passed."""
@@ -258,13 +260,18 @@ def find_references(
     runs: dict[str, str] = {}
     contents: dict[str, str] = {}
     weights: set[str] = set()
+    bases: dict[str, str] = {}
     registered: set[tuple[str, int]] = set()
     for version in mlflow.search_model_versions():
         where = f"models:/{version.name}/{version.version}"
         registered.add((version.name, int(version.version)))
         weights.add(version.tags.get(WEIGHTS, ""))
+        bases |= dict.fromkeys(parse_tags(version.tags, where).base_digests, f"{where} is based on its weights")
         runs.setdefault(version.run_id or "", f"made {where}")
         contents.setdefault(version.tags.get(CONTENT, ""), f"{where} learned from it")
+    for digest in bases.keys() - weights:  # of versions that were deleted
+        for logged in model_versions.stored_models(digest):
+            runs.setdefault(logged.source_run_id or "", bases[digest])
     # Including ledgers of which only MLflow's record is left.
     models = {
         model.name
@@ -285,7 +292,7 @@ def find_references(
         contents.setdefault(batch.content_digest, f"{where} lead to it")
     # The references of a registered version are known, even if its batches are unreadable.
     unclear = next((words for version, words in unread.items() if version not in registered), None)
-    return References(runs, contents, frozenset(weights), unclear)
+    return References(runs, contents, frozenset(weights | bases.keys()), unclear)
 
 
 def _logged_models(experiments: list[str], query: str | None = None) -> list[LoggedModel]:
@@ -293,12 +300,12 @@ def _logged_models(experiments: list[str], query: str | None = None) -> list[Log
 
 
 class Runs:
-    """Darkroom's training and sweep runs in MLflow, including those marked as deleted."""
+    """Darkroom's training, import and sweep runs in MLflow, including those marked as deleted."""
 
     def __init__(self, client: MlflowClient, live: References, policy: RetentionConfig, now: datetime) -> None:
         self.client, self.live, self.policy, self.now = client, live, policy, now
         found = mlflow.search_runs(search_all_experiments=True, run_view_type=ViewType.ALL, output_format="list")
-        self.runs: list[Run] = [run for run in found if {TRAIN_KEY, SWEEP} & run.data.tags.keys()]
+        self.runs: list[Run] = [run for run in found if {TRAIN_KEY, IMPORTED, SWEEP} & run.data.tags.keys()]
         self.actions = {run.info.run_id: self._action(run) for run in self.runs}
 
     def contents(self) -> dict[str, str]:

@@ -118,7 +118,7 @@ def _generate(
     for start in range(indices.start, indices.stop, size):
         group = range(start, min(start + size, indices.stop))
         conditions = conditions_of(batch, table, group)
-        images = generate.sample(model, group, batch.seed, batch.sampling, conditions=conditions, at_once=at_once)
+        images = generate.sample_each(model, group, batch.seed, batch.sampling, conditions=conditions, at_once=at_once)
         labels = generate.label_names(model, group, batch.seed, conditions)
         yield [(*each, conditions) for each in zip(group, images, labels, strict=True)]
 
@@ -134,7 +134,7 @@ def conditions_of(batch: SamplingBatch, table: RequestTable | None, indices: ran
     conditions = batch.conditions or UNCONDITIONAL
     if table is None:
         return conditions
-    return table.conditions(indices, batch.sampling.compute_batch, conditions.negative_prompt)
+    return table.conditions(indices, batch.sampling.compute_batch, conditions)
 
 
 def _put_files(store: Store, batch: SamplingBatch, place: Location, group: ImageGroup) -> bytes:
@@ -273,13 +273,20 @@ def plan(
             f"sampling_batch.workers = {config.workers} does nothing on a GPU with runner = threads, as one chunk "
             "keeps it busy: set it to 1, or use processes"
         )
-    model = load_model(weights)
+    model, default_size = load_model(weights), bool(conditions.sizes)
+    if model.header.shapes and not conditions.sizes:
+        # Named, so that the manifest tells sizes whatever the model is.
+        conditions = conditions.model_copy(update={"sizes": (model.shape[1:],)})
+    for each in conditions.sizes:
+        model.at(each)  # raises for a size that its network does not take
     table = _table(store, model, model.header.sampling(sampling, conditional=False), conditions, requests)
+    if table is not None and default_size and table.names_every_size:
+        raise UserError(f"{requests} names the size of each image: leave the size out")
     conditional = table.is_conditional(model.classes) if table else is_conditional(model.classes, conditions)
     sampling = model.header.sampling(sampling, conditional)
     if table is None:
         generate.check_sampling(model, sampling, conditions)
-        generate.check_prompts(conditions)
+        generate.check_prompts(conditions, model.prompt_length)
     generate.prompt_embeddings(model, conditions)
     number = table.count if table else 64 if count is None else count
     size = config.chunk or sampling_batch.chunk_size(number, sampling.compute_batch)
@@ -323,7 +330,7 @@ def _table(
     generate.check_sampling(model, sampling.unguided(), UNCONDITIONAL)
     if "prompt" in table.about.columns:
         check_encoder(model.header.encoder)
-    table.check(model, sampling, conditions.negative_prompt, requests)
+    table.check(model, sampling, conditions, requests)
     return table
 
 

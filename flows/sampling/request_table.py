@@ -1,4 +1,4 @@
-"""Request tables: label and prompt of each image of a batch, one row per image, stored as Parquet beside the batch."""
+"""Request tables: label, prompt and size of each image of a batch, one row each, stored as Parquet beside the batch."""
 
 import hashlib
 import json
@@ -17,23 +17,24 @@ import pyarrow.parquet as pq
 
 from diffusion.common.config import Config
 from diffusion.common.errors import UserError
+from diffusion.common.shapes import parse_shape, parse_size, shape_name
 from diffusion.data.manifest import Sha256
 from diffusion.data.sources.conventions import as_text, records
 from diffusion.data.sources.local_files import open_text
 from diffusion.families.model import Model
-from diffusion.generation.config import Conditions, check_conditions, is_conditional
+from diffusion.generation.config import UNCONDITIONAL, Conditions, check_conditions, is_conditional
 from diffusion.generation.generate import check_prompts
 from diffusion.process.samplers import SamplingConfig
 from flows.storage.s3 import Location, Store
 
-Column = Literal["label", "prompt"]
+Column = Literal["label", "prompt", "size"]
 COLUMNS: tuple[Column, ...] = get_args(Column)
 SCHEMA = pa.schema([(name, pa.string()) for name in COLUMNS])
 REQUESTS = "requests.parquet"  # name of the table inside its batch
 ROWS_AT_ONCE = 1024  # rows per row group, and rows held in memory at a time
 LONGEST_TEXT, LARGEST_GROUP = 10_000, 256 * 2**20  # maximum characters in a cell, and uncompressed bytes in a row group
 
-Row = tuple[str | None, str | None]  # label and prompt; None leaves one open
+Row = tuple[str | None, str | None, str | None]  # label, prompt and WIDTHxHEIGHT; None leaves one open
 
 
 class Requests(Config):
@@ -56,7 +57,8 @@ class RequestTable:
     def from_file(cls, source: Path, folder: Path) -> "RequestTable":
         """Read the table in ``source`` (.csv, .jsonl, .parquet), and store it in ``folder`` under its digest.
 
-        Columns are label and prompt, or one of them; an empty cell leaves it open. Raises UserError for another file.
+        Columns are label, prompt and size (WIDTHxHEIGHT), or some of them; an empty cell leaves it open. Raises
+        UserError for another file.
         """
         return cls._write(rows_of(source, source.suffix.lower().removeprefix(".")), folder)
 
@@ -84,7 +86,9 @@ class RequestTable:
                 while group := list(islice(left, ROWS_AT_ONCE)):
                     cells = [dict(zip(COLUMNS, row, strict=True)) for row in group]
                     writer.write_table(pa.Table.from_pylist(cells, SCHEMA))
-                    digest.update("".join(f"{json.dumps(row)}\n" for row in group).encode())
+                    # A row without a size has the digest that it had before there were sizes.
+                    digested = (row if row[2] is not None else row[:2] for row in group)
+                    digest.update("".join(f"{json.dumps(row)}\n" for row in digested).encode())
                     used = [was or any(column) for was, column in zip(used, zip(*group, strict=True), strict=True)]
             with partial.open("rb") as file:
                 os.fsync(file.fileno())
@@ -100,47 +104,64 @@ class RequestTable:
         """Number of rows."""
         return int(pq.read_metadata(self.path).num_rows)
 
+    @property
+    def names_every_size(self) -> bool:
+        """Whether each row names a size."""
+        if "size" not in self.about.columns:
+            return False
+        return int(pq.read_table(self.path, columns=["size"])["size"].null_count) == 0
+
     def rows(self, numbers: range) -> list[Row]:
         """Rows of these ``numbers``; rows beyond the last one are empty."""
         with pq.ParquetFile(self.path) as file:
             groups = range(numbers.start // ROWS_AT_ONCE, min(-(-numbers.stop // ROWS_AT_ONCE), file.num_row_groups))
             table = file.read_row_groups(list(groups), columns=list(COLUMNS))
         here = table.slice(numbers.start - groups.start * ROWS_AT_ONCE, len(numbers)).to_pylist()
-        return [(row["label"], row["prompt"]) for row in here] + [(None, None)] * (len(numbers) - len(here))
+        # A file of an earlier Darkroom has no sizes.
+        rows: list[Row] = [(row["label"], row["prompt"], row.get("size")) for row in here]
+        return rows + [(None, None, None)] * (len(numbers) - len(here))
 
-    def conditions(self, indices: range, compute_batch: int, negative_prompt: str | None = None) -> Conditions:
+    def conditions(self, indices: range, compute_batch: int, others: Conditions = UNCONDITIONAL) -> Conditions:
         """Conditions of images number ``indices`` and of the others in their compute batches.
 
-        ``Conditions`` repeats its entries, so they are rotated until each image number finds its own.
+        ``others`` are those of the batch: a negative prompt, and a size for rows without one. ``Conditions`` repeats
+        its entries, so they are rotated until each image number finds its own.
         """
         start = indices.start // compute_batch * compute_batch
         stop = -(-indices.stop // compute_batch) * compute_batch
         rows, shift = self.rows(range(start, stop)), -start % (stop - start)
-        return self._conditions(rows[shift:] + rows[:shift], negative_prompt)
+        return self._conditions(rows[shift:] + rows[:shift], others)
 
-    def check(self, model: Model, sampling: SamplingConfig, negative_prompt: str | None, where: str) -> None:
+    def check(self, model: Model, sampling: SamplingConfig, others: Conditions, where: str) -> None:
         """Raise UserError that names the row of the table ``where`` if ``model`` cannot be conditioned on it."""
         for start in range(0, self.count, ROWS_AT_ONCE):
             rows = self.rows(range(start, min(start + ROWS_AT_ONCE, self.count)))
             for number, row in enumerate(rows, start=start + 1):
-                conditions = self._conditions([row], negative_prompt)
+                conditions = self._conditions([row], others)
                 try:
+                    model.at(conditions.size(0))  # raises for a size that its network does not take
                     check_conditions(model.classes, model.config.text, sampling, conditions)
-                    check_prompts(conditions.model_copy(update={"negative_prompt": None}))
+                    check_prompts(conditions.model_copy(update={"negative_prompt": None}), model.prompt_length)
                 except UserError as error:
                     raise UserError(f"{where}, record {number}: {error}") from error
 
     def is_conditional(self, classes: Sequence[str]) -> bool:
         """Whether every row of it names a class or a prompt to a model of ``classes``."""
         pieces = (range(start, min(start + ROWS_AT_ONCE, self.count)) for start in range(0, self.count, ROWS_AT_ONCE))
-        return all(is_conditional(classes, self._conditions([row], None)) for some in pieces for row in self.rows(some))
+        return all(
+            is_conditional(classes, self._conditions([row], UNCONDITIONAL))
+            for some in pieces
+            for row in self.rows(some)
+        )
 
-    def _conditions(self, rows: list[Row], negative_prompt: str | None) -> Conditions:
-        labels, prompts = zip(*rows, strict=True)
+    def _conditions(self, rows: list[Row], others: Conditions) -> Conditions:
+        labels, prompts, named = zip(*rows, strict=True)
+        sizes = tuple(others.size(0) if name is None else parse_shape(name) for name in named)
         return Conditions(
             labels=labels if "label" in self.about.columns else (),
             prompts=prompts if "prompt" in self.about.columns else (),
-            negative_prompt=negative_prompt,
+            negative_prompt=others.negative_prompt,
+            sizes=sizes if "size" in self.about.columns else others.sizes,
         )
 
 
@@ -155,18 +176,22 @@ def rows_of(source: Path, kind: str) -> Iterator[Row]:
         found = _parquet(source) if lines is None else records(lines, str(source))
         for number, record in enumerate(found, start=1):
             _require_known(record, f"{source}, record {number}")
-            row = _cell(record, "label", source, number), _cell(record, "prompt", source, number)
+            row = (
+                _cell(record, "label", source, number),
+                _cell(record, "prompt", source, number),
+                _size(record, source, number),
+            )
             any_value = any_value or any(row)
             yield row
     if not any_value:
-        raise UserError(f"{source} asks for nothing, in no row: use --count, or fill in {' or '.join(COLUMNS)}")
+        raise UserError(f"{source} asks for nothing, in no row: use --count, or fill in {', '.join(COLUMNS)}")
 
 
 def _require_known(names: Iterable[str], where: str) -> None:
     if unknown := sorted(set(map(str, names)) - set(COLUMNS)):
         raise UserError(
-            f"{where}: {unknown[0]!r} is no column of a request table: the columns are {' and '.join(COLUMNS)}, or "
-            "one of these"
+            f"{where}: {unknown[0]!r} is no column of a request table: the columns are {', '.join(COLUMNS)}, or "
+            "some of these"
         )
 
 
@@ -178,6 +203,15 @@ def _cell(record: dict[str, Any], name: Column, source: Path, number: int) -> st
     if text is not None and len(text) > LONGEST_TEXT:
         raise UserError(f"{source}, record {number}: its {name} has over {LONGEST_TEXT:,} characters: shorten it")
     return text
+
+
+def _size(record: dict[str, Any], source: Path, number: int) -> str | None:
+    if (text := _cell(record, "size", source, number)) is None:
+        return None
+    try:
+        return shape_name(parse_size(text))
+    except UserError as error:
+        raise UserError(f"{source}, record {number}: {error}") from error
 
 
 def _parquet(source: Path) -> Iterator[dict[str, Any]]:

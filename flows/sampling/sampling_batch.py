@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from pydantic import Field, ValidationError, model_validator
 from torch import Tensor
 
-from diffusion.common.config import Config, PlainName, unset
+from diffusion.common.config import LARGEST_SIDE, Config, PlainName, unset
 from diffusion.common.errors import UserError
 from diffusion.common.files import canonical_json, digest_of, sha256_bytes
 from diffusion.common.fingerprint import Fingerprint
@@ -63,7 +63,7 @@ class SamplingBatch(Config):
     sampling: SamplingConfig
     fingerprint: Fingerprint
     conditions: Conditions | None = None
-    """Conditions of the images; None for unconditional ones. With ``requests`` only the negative prompt."""
+    """Conditions of the images; None for unconditional ones. With ``requests`` only the negative prompt and a size."""
     requests: Requests | None = None
     """Reference to the request table in ``requests.parquet``, one row per image."""
     chunk: int | None = Field(None, ge=1, le=2**20, exclude_if=unset)
@@ -84,6 +84,13 @@ class SamplingBatch(Config):
         request = self.model_dump(mode="json", include={"conditions", "requests", "format"})
         digest = digest_of(how | {name: value for name, value in request.items() if value is not None})[:8]
         return f"seed{self.seed}-count{self.count}-{self.sampling.sampler}{self.sampling.steps}-{digest}"
+
+    @property
+    def has_sizes(self) -> bool:
+        """Whether the manifest tells width and height of each image; else all are squares of the model's size."""
+        return bool(self.conditions and self.conditions.sizes) or bool(
+            self.requests and "size" in self.requests.columns
+        )
 
     @property
     def chunk_size(self) -> int:
@@ -140,13 +147,17 @@ class ManifestRow(Config):
     prompt: str | None
     negative_prompt: str | None
     guidance: float | None
+    width: Annotated[int, Field(ge=1, le=LARGEST_SIDE)] | None = None
+    height: Annotated[int, Field(ge=1, le=LARGEST_SIDE)] | None = None
+    """Width and height in pixels, in batches that name sizes."""
     tar: Annotated[str, Field(max_length=100)] | None = None
     offset: Annotated[int, Field(ge=0, lt=2**63)] | None = None
     """Position of the PNG in the tar in bytes, for range requests."""
     size: Annotated[int, Field(ge=1, le=LARGEST_IMAGE)] | None = None
 
 
-COLUMN_TYPES = dict.fromkeys(("index", "seed", "version", "offset", "size"), pa.int64()) | {"guidance": pa.float64()}
+INTEGERS = ("index", "seed", "version", "width", "height", "offset", "size")
+COLUMN_TYPES = dict.fromkeys(INTEGERS, pa.int64()) | {"guidance": pa.float64()}
 """Types of the manifest's columns that are not text."""
 
 
@@ -209,6 +220,8 @@ def encode(
         "prompt": prompt,
         "negative_prompt": conditions.negative_prompt,
     }
+    if batch.has_sizes:
+        row |= {"width": png_image.width, "height": png_image.height}
     return png, row
 
 
@@ -248,6 +261,8 @@ def conflicts(batch: SamplingBatch, index: int, row: Row) -> list[str]:
         expected["prompt"] = conditions.prompt(index)
         if (label := conditions.label(index)) is not None:
             expected["label"] = label
+        if (size := conditions.size(index)) is not None:
+            expected |= {"height": size[0], "width": size[1]}
     return sorted(name for name, value in expected.items() if row.get(name) != value)
 
 
@@ -259,8 +274,9 @@ def _in_words(error: ValidationError) -> str:
 
 def schema_of(batch: SamplingBatch) -> pa.Schema:
     """Schema of the Parquet manifest of ``batch``."""
-    in_tars = {"tar", "offset", "size"}
-    names = [name for name in ManifestRow.model_fields if batch.format == "tar" or name not in in_tars]
+    missing = set() if batch.format == "tar" else {"tar", "offset", "size"}
+    missing |= set() if batch.has_sizes else {"width", "height"}
+    names = [name for name in ManifestRow.model_fields if name not in missing]
     return pa.schema([(name, COLUMN_TYPES.get(name, pa.string())) for name in names])
 
 

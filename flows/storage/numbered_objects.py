@@ -51,10 +51,10 @@ class NumberedObjects:
         """Raise UserError if the server ignores If-None-Match."""
         self.store.require_conditional_puts(self.place.bucket, self.place.prefix.partition("/")[0])
 
-    def get(self, number: int) -> bytes | None:
-        """Return the bytes of an object; None if it is not there."""
+    def get(self, number: int, most: int | None = None) -> bytes | None:
+        """Return the bytes of an object, None if it is not there; raises UserError if it is over ``most`` bytes."""
         try:
-            return self.store.get(self.place.bucket, self.place.key(object_name(number)))
+            return self.store.get(self.place.bucket, self.place.key(object_name(number)), most)
         except Missing:
             return None
 

@@ -39,12 +39,25 @@ class Tags(BaseModel):
     dataset: PlainName | None = None
     autoencoder: ModelUri | None = None
     """Version whose latents the model works in."""
+    bases: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}(,[0-9a-f]{64})*$")] | None = None
+    """SHA-256 of the models whose weights it needs besides its own, the nearest first, separated by commas."""
     start: ModelUri | None = None
     """Version whose weights training began with."""
     takedown: Annotated[str, StringConstraints(pattern=r"^[0-9a-z]+(,[0-9a-z]+)*$")] | None = None
     """Names of takedowns of images that it was trained on, separated by commas."""
+    origin: Annotated[str, StringConstraints(min_length=1, max_length=2000)] | None = None
+    """Source of an imported version, with its revision."""
+    licence: Annotated[str, StringConstraints(min_length=1, max_length=2000)] | None = None
+    """Licence of an imported version."""
+    drift: Annotated[str, StringConstraints(min_length=1, max_length=2000)] | None = None
+    """Drift alarm that it was trained for, in words."""
     released_from: Annotated[str, StringConstraints(min_length=1, max_length=2000)] | None = None
     """Source of a released version, in words."""
+
+    @property
+    def base_digests(self) -> list[str]:
+        """The digests in ``bases``."""
+        return self.bases.split(",") if self.bases else []
 
 
 def parse_tags(tags: Mapping[str, str], where: str) -> Tags:

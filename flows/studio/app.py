@@ -49,14 +49,25 @@ CSS = """
 """
 
 
-def build(source: Source, model: str | None = None) -> gr.Blocks:
-    """Build the page for ``source``; with the tabs that need servers if it is a version of the registered ``model``."""
+def build(source: Source, model: str | None = None, uri: str | None = None) -> gr.Blocks:
+    """Build the page for ``source``; with the tabs that need servers if it is a version of the registered ``model``.
+
+    With a ``uri`` the version that it names at the time generates: the champion after a rollback is another one.
+    """
+
+    def current() -> Source:
+        if uri is None:
+            return source
+        from flows.studio.comparison import follow
+
+        return follow(source, uri)
+
     header, size = source.model.header, "×".join(map(str, source.model.shape[1:]))
     with gr.Blocks(title=f"Darkroom: {Path(source.name).name}", analytics_enabled=False) as page:
-        name = source.name if model else Path(source.name).name
+        name = uri or (source.name if model else Path(source.name).name)
         gr.Markdown(f"## {name}\n{header.model.family}, {size} pixels, trained on {header.dataset}")
         with gr.Tabs() as tabs:
-            generation.tabs(source, tabs)
+            generation.tabs(source, tabs, current)
             if model is not None:
                 # These import MLflow and boto3, which a model in a file does without.
                 from flows.studio import batches, comparison, ledger
@@ -104,7 +115,7 @@ def serve(params: Params, model: str | None, port: int | None, browser: bool) ->
             from flows.studio.comparison import load_uri
 
             uri = model or params.champion
-            page = build(load_uri(uri, params.sampling), parse_model_uri(uri)[0])
+            page = build(load_uri(uri, params.sampling), parse_model_uri(uri)[0], uri)
         chosen = settings().ui_password
         password = chosen or secrets.token_urlsafe(12)
         address = launch(page, password, port, browser)

@@ -175,13 +175,13 @@ def nearest_training_images(pixels: np.ndarray, found: Trace) -> tuple[list[Gall
         image = torch.from_numpy(np.array(pixels)).reshape(*pixels.shape[:2], -1).permute(2, 0, 1)[None]
         if image.shape[1] != dataset.shape[0]:
             return [], f"The data set {name} has other channels here now."
-        pieces = (dataset.images(rows[at : at + 1000]) for at in range(0, len(rows), 1000))
-        neighbours = find_registered([image], pieces, lambda numbers: dataset.images(rows[numbers]))
+        pieces = (dataset.images_in_order(rows[at : at + 1000]) for at in range(0, len(rows), 1000))
+        neighbours = find_registered([image], pieces, lambda numbers: dataset.images_in_order(rows[numbers]))
         numbers = neighbours.rows[0, :NEAREST].numpy()
         items: list[GalleryItem] = [
             (image_of(each), f"{distance:.2f} {label or ''}")
             for each, distance, label in zip(
-                dataset.images(rows[numbers]),
+                dataset.images_in_order(rows[numbers]),
                 neighbours.distances[0, :NEAREST].tolist(),
                 dataset.labels(rows[numbers]),
                 strict=True,

@@ -21,7 +21,7 @@ from pydantic import Field, ValidationError
 
 from diffusion.checkpoints import load_model
 from diffusion.common.config import Config, PlainName
-from diffusion.common.errors import UserError
+from diffusion.common.errors import ConflictError, UserError
 from diffusion.common.image_grids import image_of
 from diffusion.common.progress import Progress, silent
 from diffusion.common.random import generator
@@ -36,6 +36,7 @@ from flows.studio.generation import (
     GalleryItem,
     Source,
     condition_controls,
+    controls_key,
     errors_shown,
     pixels_class,
     progress_of,
@@ -120,6 +121,20 @@ def load_version(uri: str, sampling: SamplingConfig) -> Source:
 def load_uri(uri: str, sampling: SamplingConfig) -> Source:
     """Load the version that ``uri``, also of an alias, names now."""
     return load_version(model_versions.resolve(MlflowClient(), uri).uri, sampling)
+
+
+def follow(source: Source, uri: str) -> Source:
+    """Load the version that ``uri`` names now, for a page made for ``source``.
+
+    Raises ConflictError if it needs other controls than these.
+    """
+    now = load_uri(uri, source.sampling)
+    if controls_key(now.model) != controls_key(source.model):
+        raise ConflictError(
+            f"{uri} is {now.name} by now, which has another size, other classes or tasks than {source.name}, for which "
+            "this page was made: start `darkroom ui` again"
+        )
+    return now
 
 
 def read_versions(model: str) -> tuple[list[int], AliasNumbers]:

@@ -4,7 +4,7 @@ import io
 import math
 import os
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from html import escape
@@ -21,8 +21,10 @@ from diffusion.common.errors import DarkroomError, UserError
 from diffusion.common.files import sha256_file
 from diffusion.common.image_grids import png_bytes
 from diffusion.common.progress import Progress, silent
+from diffusion.common.shapes import Shape, shape_name
 from diffusion.families.ddpm import DiffusionModel
 from diffusion.families.model import Model
+from diffusion.families.pretrained import PretrainedModel
 from diffusion.generation.config import MAX_FILE_BYTES, GenerationRequest, Task, make_request
 from diffusion.generation.requests import answer, encode, sampling_of, tasks_of
 from diffusion.process.samplers import SAMPLERS, SamplingConfig
@@ -74,7 +76,8 @@ class Source:
         paths = [folder / f"{index:08d}.png" for index in request.indices]
         for path, index, image in zip(paths, request.indices, images, strict=True):
             path.write_bytes(encode(image, index, request, self.origin))
-        return paths, f"{len(paths)} images of seed {request.seed}: {self.describe(request)}"
+        by = f" by {self.name}" if self.name.startswith("models:/") else ""
+        return paths, f"{len(paths)} images of seed {request.seed}{by}: {self.describe(request)}"
 
     def request(self, fields: Mapping[str, Any]) -> GenerationRequest:
         """Make a request of the fields of a form, in which empty texts mean left out."""
@@ -111,14 +114,30 @@ def progress_of(bar: gr.Progress) -> Progress:
     return show
 
 
+def controls_key(model: Model) -> tuple[Any, ...]:
+    """All that the controls for ``model`` depend on, but for the defaults shown in them."""
+    config = model.header.model
+    return (
+        tasks_of(model),
+        [*model.header.trained_shapes],
+        model.classes,
+        config.family,
+        config.text,
+        model.header.student_steps is None,
+    )
+
+
 def condition_controls(model: Model) -> dict[str, Any]:
-    """Make the inputs of a prompt, a class and guidance, as far as ``model`` knows any."""
+    """Make the inputs of a prompt, a class and a size, as far as ``model`` knows any."""
     controls: dict[str, Any] = {}
     if model.config.text:
         controls["prompt"] = gr.Textbox(label="Prompt", lines=2, max_lines=4, placeholder="in the words of captions")
     if model.classes:
         choices = [("any, as often as in the data set", ""), *((name, name) for name in model.classes)]
         controls["label"] = gr.Dropdown(choices, value="", label="Class")
+    if model.config.one_shape is None:
+        shapes = [*map(shape_name, model.header.trained_shapes)]
+        controls["size"] = gr.Dropdown(["", *shapes], value="", label="Size", allow_custom_value=True)
     return controls
 
 
@@ -142,7 +161,8 @@ def option_controls(source: Source, task: Task, count: int) -> dict[str, Any]:
             names = [each.model_fields["sampler"].default for each in SAMPLERS]
             if model.header.student_steps is None:
                 choices = [(f"as configured: {configured.sampler}", "")]
-                choices += [(name, name) for name in names if name != "consistency"]
+                others = {"consistency"} if isinstance(model, PretrainedModel) else {"consistency", "scheduler"}
+                choices += [(name, name) for name in names if name not in others]
                 controls["sampler"] = gr.Dropdown(choices, value="", label="Sampler", min_width=140)
             controls["steps"] = gr.Number(
                 None, label="Steps", precision=0, minimum=1, maximum=10_000, placeholder=str(configured.steps)
@@ -161,10 +181,10 @@ def _seed(label: str, value: int) -> Any:
     return gr.Number(value, label=label, precision=0, minimum=0, maximum=LARGEST_SEED, min_width=110)
 
 
-def editor_files(painted: Mapping[str, Any] | None, size: int) -> dict[str, bytes | None]:
+def editor_files(painted: Mapping[str, Any] | None, shapes: Iterable[Shape]) -> dict[str, bytes | None]:
     """Image and mask files of an image editor: painted pixels are filled, others are kept.
 
-    An image of ``size`` × ``size`` pixels that was ``enlarged`` to be painted on becomes what it was.
+    An image of one of ``shapes`` that was ``enlarged`` to be painted on becomes what it was.
     """
     if painted is None or painted.get("background") is None:
         return {"image": None, "mask": None}
@@ -172,10 +192,12 @@ def editor_files(painted: Mapping[str, Any] | None, size: int) -> dict[str, byte
     hole = np.zeros((background.height, background.width), bool)
     for layer in painted["layers"]:
         hole[np.asarray(layer.getchannel("A")) > 0] = True
-    small = background.resize((size, size), Image.Resampling.NEAREST)
-    if enlarged(small) == background:
-        background, scale = small, len(hole) // size
-        hole = hole.reshape(size, scale, size, scale).max((1, 3))
+    for height, width in shapes:
+        small = background.resize((width, height), Image.Resampling.NEAREST)
+        if enlarged(small) == background:
+            background, scale = small, len(hole) // height
+            hole = hole.reshape(height, scale, width, scale).max((1, 3))
+            break
     return {"image": png_bytes(background), "mask": png_bytes(Image.fromarray(np.where(hole, np.uint8(255), 0)))}
 
 
@@ -185,10 +207,10 @@ def enlarged(image: Image.Image) -> Image.Image:
     return image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST) if scale > 1 else image
 
 
-def tabs(source: Source, container: Any) -> None:
+def tabs(source: Source, container: Any, current: Callable[[], Source]) -> None:
     """Add a tab for each task of the model; an image that was generated can be sent on to those that edit one.
 
-    ``container`` holds the tabs.
+    ``container`` holds the tabs, whose controls are those for ``source``; ``current`` returns what generates.
     """
     editors: dict[Task, Any] = {}
     outputs: dict[Task, tuple[Any, Any, Any]] = {}
@@ -253,7 +275,7 @@ def tabs(source: Source, container: Any) -> None:
                 note, paths = gr.Markdown(), gr.State([])
                 outputs[task] = (gallery, paths, gr.Row())
         start.click(
-            _run(source, task, controls),
+            _run(current, task, controls),
             set(controls.values()),
             [gallery, note, paths],
             api_name=task,
@@ -274,14 +296,15 @@ def pixels_class(source: Source) -> str:
     return "pixels" if source.model.header.size <= 128 else "smooth"
 
 
-def _run(source: Source, task: Task, controls: Mapping[str, Any]) -> Any:
+def _run(current: Callable[[], Source], task: Task, controls: Mapping[str, Any]) -> Any:
     """Event handler that generates the images of ``task`` from the values of its ``controls``."""
 
     def run(values: dict[Any, Any], bar: gr.Progress = gr.Progress()) -> tuple[list[GalleryItem], str, list[Path]]:  # noqa: B008
         fields = {name: values[control] for name, control in controls.items()}
         with errors_shown():
+            source = current()
             if task == "inpaint":
-                fields |= editor_files(fields["image"], source.model.header.size)
+                fields |= editor_files(fields["image"], source.model.header.trained_shapes)
             elif (path := fields.get("image")) is not None:
                 fields["image"] = _uploaded(Path(path))
             paths, note = source.generate({"task": task} | fields, progress_of(bar))

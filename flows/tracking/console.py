@@ -4,7 +4,7 @@ import logging
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -59,14 +59,25 @@ class Pace:
         self.last = now
         return True
 
+    @property
+    def rate(self) -> float | None:
+        """Units per second; None while it is unknown."""
+        (start, before), (now, done) = self.seen[0], self.seen[-1]
+        is_known = now - self.started >= SETTLED and done > before and now > start
+        return (done - before) / (now - start) if is_known else None
+
+    def left(self, total: int | None) -> float | None:
+        """Remaining seconds; None while they are unknown, and at the end."""
+        rate, (_, done) = self.rate, self.seen[-1]
+        return None if rate is None or total is None or done >= total else (total - done) / rate
+
     def words(self, total: int | None) -> str:
         """Rate and remaining time as text; empty while they are unknown."""
-        (start, before), (now, done) = self.seen[0], self.seen[-1]
-        if now - self.started < SETTLED or done <= before or now <= start:
+        if (rate := self.rate) is None:
             return ""
-        rate = (done - before) / (now - start)
         per_second = f"{rate:,.0f}/s" if rate >= 10 else f"{rate:.2g}/s"
-        return per_second if total is None or done >= total else f"{per_second}, {clock((total - done) / rate)} left"
+        left = self.left(total)
+        return per_second if left is None else f"{per_second}, {clock(left)} left"
 
 
 def clock(seconds: float) -> str:
@@ -99,6 +110,8 @@ class Lines:
     def __init__(self, write: Callable[[str], None] = _print) -> None:
         self.write, self.phase, self.pace = write, "", Pace()
         self.paces = dict[str, Pace]()
+        self.own, self.later = 0.0, 0.0
+        """Expected seconds of this phase, and of those after it; 0 if unknown."""
 
     def __call__(self, what: str, done: int, total: int | None, note: str = "") -> None:
         """Write a line that ``done`` of ``total`` units of ``what`` are done, if one is due."""
@@ -109,17 +122,28 @@ class Lines:
         if ended or (done != total and self.pace.due(EVERY)):
             count = f"{done:,}" if total is None else f"{done:,} of {total:,}"
             where = f"{self.phase}: {what}" if self.phase else what
-            self.write(", ".join(filter(None, (f"{where}: {count}", pace.words(total), note))))
+            self.write(", ".join(filter(None, (f"{where}: {count}", self.words(pace, total), note))))
 
-    def begin(self, phase: str) -> None:
-        """Begin a phase: the work that is reported from now on is part of it."""
-        self.phase, self.pace = phase, Pace()
+    def words(self, pace: Pace, total: int | None) -> str:
+        """Rate and remaining time of a work of ``pace``, and of all phases together where they are expected."""
+        left, own = pace.left(total), self.own and max(self.own - (time.monotonic() - self.pace.started), 0)
+        if not self.later or (left is None and not own):
+            return pace.words(total)
+        in_all = f"about {clock(max(left or 0, own) + self.later)} in all"
+        return ", ".join(filter(None, (pace.words(total), in_all)))
+
+    def begin(self, phase: str, own: float = 0, later: float = 0) -> None:
+        """Begin a phase: the work that is reported from now on is part of it.
+
+        ``own`` and ``later``: expected seconds of the phase and of those after it; 0 if unknown.
+        """
+        self.phase, self.pace, self.own, self.later = phase, Pace(), own, later
         self.paces.clear()
 
     def end(self, seconds: float) -> None:
         """End the phase, which took this long."""
         self.write(f"{self.phase:<11}done in {clock(seconds)}")
-        self.phase = ""
+        self.phase, self.own, self.later = "", 0, 0
 
     def close(self) -> None:
         """End the display."""
@@ -146,7 +170,7 @@ class Bars(Lines):
         pace = self.paces.setdefault(what, Pace())
         pace.add(done)
         count = f"{done:,}" if total is None else f"{done:,} of {total:,}"
-        words, note = ", ".join(filter(None, (count, pace.words(total)))), escape_controls(note)
+        words, note = ", ".join(filter(None, (count, self.words(pace, total)))), escape_controls(note)
         where = f"{self.phase}: {what}" if self.phase else what
         bar = self._bar(self.phase or what)
         if self.phase:
@@ -166,16 +190,16 @@ class Bars(Lines):
             self.bars[name] = self.progress.add_task(name, total=None, words="", note="")
         return self.bars[name]
 
-    def begin(self, phase: str) -> None:
+    def begin(self, phase: str, own: float = 0, later: float = 0) -> None:
         """Begin a phase, with a bar of its own."""
-        super().begin(phase)
+        super().begin(phase, own, later)
         self._bar(phase)
 
     def end(self, seconds: float) -> None:
         """End the phase, whose bar says how long it took."""
         bar = self._bar(self.phase)
         self.progress.update(bar, description=self.phase, completed=1, total=1, words=clock(seconds), note="")
-        self.phase = ""
+        self.phase, self.own, self.later = "", 0, 0
 
     def close(self) -> None:
         """Stop the live display."""
@@ -239,11 +263,15 @@ def reporter() -> Progress:
 
 
 @contextmanager
-def phase(name: str, seconds: dict[str, float]) -> Iterator[None]:
-    """Context of a phase of a long command, which the console shows; its duration is added to ``seconds``."""
+def phase(name: str, seconds: dict[str, float], expected: Mapping[str, float] = {}) -> Iterator[None]:
+    """Context of a phase of a long command, which the console shows; its duration is added to ``seconds``.
+
+    ``expected``: seconds that it and the phases after it will probably take, by name, as far as they are known.
+    """
     started, console = time.monotonic(), CONSOLE.get()
     if console is not None:
-        console.begin(name)
+        later = sum(each for other, each in expected.items() if other != name and other not in seconds)
+        console.begin(name, expected.get(name, 0), later)
     yield
     seconds[name] = time.monotonic() - started
     if console is not None:

@@ -24,18 +24,21 @@ from mlflow.utils.mlflow_tags import (
 )
 from PIL import Image
 
+from diffusion.common.escaping import counted
 from diffusion.data.manifest import Manifest
-from diffusion.evaluation.reports.html import counted
 from diffusion.evaluation.results import CheckpointEvaluation, Evaluation
 from flows.datasets.dvc import CodeVersion, DataVersion
 from flows.storage.numbered_objects import Claims
 from flows.tracking.json_logs import RUN_ID
 
 MANIFEST_ARTIFACT = "dataset/manifest.json"  # path of the data set's manifest among the artifacts of a run
+ORIGIN_ARTIFACT = "origin.json"  # path of the origin of an imported model among the artifacts of its run
 TRAIN_KEY = "darkroom.train_key"
 """Tag that identifies the run of a training: digest of everything that determines its weights."""
 AUTOENCODER, START = "darkroom.autoencoder", "darkroom.start"
 """Tags of a run: the registered autoencoder that it works in, and its initial model, models:/NAME/NUMBER."""
+DRIFT = "darkroom.drift"  # tag of a run and its version: the drift alarm that it was trained for
+IMPORTED = "darkroom.imported"  # tag that identifies the run of an import: digest of the weights
 SWEEP = "darkroom.sweep"  # tag that identifies the parent run of a sweep: digest of its settings and data
 RELEASED_FROM = "darkroom.released_from"  # tag of a released version and its run: source registry and version
 DIGEST_LENGTH = 36  # longest data set digest that MLflow stores; the tags hold the full one
@@ -203,7 +206,7 @@ def open_run(
     family = parameters.get("model.family", "ddpm")
     about = {
         MLFLOW_RUN_NOTE: f"Training of a {family} model on {manifest.counts['train']:,} images of the data set "
-        f"**{manifest.name}**, {manifest.size}×{manifest.size} pixels, "
+        f"**{manifest.name}**, {manifest.stored_as}, "
         f"{counted(len(manifest.class_histogram), 'class', 'classes')}; "
         f"{manifest.counts['held_out']:,} held out. "
         "Artifacts: `evaluation/report.html` (how good it is), `dataset` (what it learned from), `params.json`.",

@@ -11,7 +11,7 @@ from tempfile import TemporaryDirectory
 
 HERE = Path(__file__).parent
 PYTHON, PLATFORM = "3.12", "x86_64-manylinux_2_28"
-EXTRAS = ("pipeline", "servers", "text")
+EXTRAS = ("pipeline", "servers", "text", "diffusers", "ray")
 WITH_TORCH = re.compile(r"(torch|torchvision|triton|cuda-[a-z]+|nvidia-[a-z0-9-]+)==")
 """Packages that come with PyTorch's build for CUDA, and not with the one for processors."""
 PINNED = re.compile(r"/(torch|torchvision)-([0-9.]+)%2Bcpu-", re.MULTILINE)
@@ -33,7 +33,8 @@ def resolved(constraints: str) -> str:
             "--no-header",
         ]
         command += ["--python-version", PYTHON, "--python-platform", PLATFORM, "--constraints", str(limits)]
-        command += ["--only-binary", ":all:"]
+        # Without the one that has no wheel, DVC's hydra-core would be a release candidate.
+        command += ["--only-binary", ":all:", "--no-binary", "antlr4-python3-runtime"]
         command += [f"--extra={extra}" for extra in EXTRAS]
         return subprocess.run(command, check=True, text=True, stdout=subprocess.PIPE, cwd=HERE.parents[1]).stdout
 

@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
+from diffusion.common.files import digest_of
 from diffusion.data.ingest.config import StorageConfig
 from diffusion.data.manifest import RECORDS, FileEntry, Manifest, Part, Totals, write_manifest
 
@@ -89,7 +90,7 @@ class BuiltDataset:
             name=self.name,
             parent=self.manifest.digest if self.manifest else None,
             change=change,
-            content_digest=hashlib.sha256(repr(self.parts).encode()).hexdigest(),
+            content_digest=digest_of([part.model_dump(mode="json") for part in self.parts]),
             storage=StorageConfig(size=self.size),
             parts=list(self.parts),
         )

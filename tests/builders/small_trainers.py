@@ -3,12 +3,10 @@
 from concurrent.futures import Executor
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from diffusion.data.dataset import Dataset
 from diffusion.models.config import FamilyConfig
-from diffusion.models.text_encoder import WIDTH
 from diffusion.process.samplers import sampling_config
 from diffusion.training.config import TrainingConfig
 from diffusion.training.distributed import SINGLE_PROCESS
@@ -18,14 +16,7 @@ from diffusion.training.trainer import Trainer, scheduled_learning_rate
 
 def make_trainer(data: Path, model: FamilyConfig, config: TrainingConfig, pool: Executor, total: int = 0) -> Trainer:
     """A trainer on the data set in folder ``data``, in this process, that has seen nothing of ``total`` images."""
-    setup = make_setup(
-        Dataset.open(data),
-        model,
-        config,
-        sampling_config(),
-        SINGLE_PROCESS,
-        lambda _, texts: torch.zeros(len(texts), WIDTH),
-    )
+    setup = make_setup(Dataset.open(data), model, config, sampling_config(), SINGLE_PROCESS)
     trainer = Trainer(setup, pool)
     trainer.total = total
     return trainer

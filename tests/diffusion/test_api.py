@@ -140,10 +140,14 @@ def test_a_run_begins_in_python_and_goes_on_with_the_command_line(folder: Path, 
     "call",
     [
         lambda: diffusion.load("nowhere.safetensors"),
+        lambda: diffusion.load("models:/faces@champion"),
+        lambda: diffusion.load(None),  # type: ignore[arg-type]
         lambda: diffusion.load("model.safetensors", stepps=3),
         lambda: diffusion.load("model.safetensors").generate(label="cat"),
         lambda: diffusion.load("model.safetensors").generate(prompt="a cat"),
         lambda: diffusion.load("model.safetensors").img2img("nowhere.png"),
+        lambda: diffusion.load("model.safetensors").img2img([0]),  # type: ignore[arg-type]
+        lambda: diffusion.load("model.safetensors").inpaint("face.png", None),  # type: ignore[arg-type]
         lambda: diffusion.load("model.safetensors").upscale("face.png"),
         lambda: diffusion.load("model.safetensors").interpolate(3, 3),
         lambda: diffusion.ingest("nowhere", "noise"),

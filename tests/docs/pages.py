@@ -14,7 +14,7 @@ PAGES = [
 ]
 FENCE = re.compile(r"^ *```(?P<language>\w*)[^\n]*\n(?P<text>.*?)^ *```", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"(?<=\]\()(?!\w+:)(?P<path>[^)#\s]*)(?:#(?P<anchor>[^)\s]+))?(?=\))")
-BEFORE = ("--no-python", "--", "worker-cpu")
+BEFORE = ("--", "worker-cpu")
 """Words after which a command of Darkroom follows in the command of another program."""
 
 

@@ -16,6 +16,7 @@ import diffusion
 from flows.cli import app
 from tests.builders import ROOT
 from tests.builders.shapes import disc
+from tests.builders.small_models import write_model
 from tests.builders.workspace import PARAMS, Workspace, running
 from tests.docs.pages import blocks, commands, of_program
 
@@ -58,6 +59,36 @@ def test_work_without_servers_ends_with_the_named_files(tmp_path: Path, monkeypa
         assert len(list((tmp_path / folder).glob("0*.png"))) == count
         assert (tmp_path / folder / "grid.png").is_file()
         assert (tmp_path / folder / "request.json").is_file()
+
+
+@pytest.mark.slow
+def test_the_guide_to_signing_ends_with_verified_exports_and_images(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("KEY", "CERTIFICATES"):
+        monkeypatch.delenv(f"DARKROOM_SIGNING_{name}", raising=False)
+    monkeypatch.setenv("DARKROOM_SIGNING_KEY_PASSPHRASE", "open sesame")
+    write_model(tmp_path / "final.safetensors", seed=0, images=64)
+    disc(0).save(tmp_path / "face.png")
+    made = f"edit img2img face.png --model {tmp_path}/final.safetensors --set sampling.steps=2 --count 3"
+    done = CliRunner().invoke(app, [*made.split(), "--out", "samples/variations"])
+    assert done.exit_code == 0, (done.output, done.exception)
+    page = DOCS / "how-to" / "sign-and-verify.md"
+    [keys] = [block for block in blocks(page, "sh") if "openssl" in block]
+    subprocess.run(["bash", "-euc", keys], input=b"open sesame\n", check=True, capture_output=True)
+    ran = []
+    for block in blocks(page, "sh"):
+        for words in of_program("darkroom", block):
+            if not any("s3://" in word or word in ("ledger-of-faces", "history") for word in words):
+                words = ["final.safetensors" if word.startswith("models:/") else word for word in words]
+                done = CliRunner().invoke(app, words)
+                assert done.exit_code == 0, (words, done.output, done.exception)
+                ran.append(words[0])
+    assert ran == ["model", "verify", "sign", "verify"]
+    verified = done.stdout.splitlines()
+    assert len(verified) == 4
+    assert all(line.startswith("verified") and "UNTRUSTED" not in line for line in verified)
 
 
 def follow(space: Workspace, page: str, replaced: Mapping[str, str] = {}, without: str = "pip install") -> None:
@@ -112,7 +143,7 @@ def test_guides_to_generation_can_be_followed(stack: Workspace) -> None:
     follow(stack, "how-to/trace.md", {shown: batch, "--count 100": "--count 8"})
     follow(stack, "how-to/choose-a-sampler.md")
     follow(stack, "how-to/sample-many-images.md", {"--count 100000": "--count 64", "workers=4": "workers=2"}, "birds")
-    follow(stack, "how-to/evaluate.md")
+    follow(stack, "how-to/evaluate.md", {"models:/faces/7": "models:/faces/1"}, "text_image_encoder")
     follow(stack, "operations/monitor.md", without="server metrics")
 
 

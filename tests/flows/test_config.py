@@ -246,7 +246,7 @@ def test_each_family_shows_its_own_fields_and_refuses_anothers(params: Path) -> 
         assert "\n" not in str(caught.value)
     with pytest.raises(UserError, match=r"model\.kl_weight is a field of model\.family = vae, and this is ddpm"):
         load_params(params, ["model.kl_weight=1"])
-    with pytest.raises(UserError, match=r"model: family is ddpm, the default, vae, gan or autoregressive"):
+    with pytest.raises(UserError, match=r"model: family is ddpm, the default, vae, gan, autoregressive or diffusers"):
         load_params(params, ["model.family=flow"])
     with pytest.raises(UserError, match=r"model\.gamma is a field of model\.family = gan, and this is autoregressive"):
         load_params(params, ["model.family=autoregressive", "model.gamma=1"])
@@ -260,7 +260,7 @@ def test_each_family_has_its_own_runs_reports_and_champion(params: Path) -> None
     vae = load_params(params, ["training.dataset=faces", "model.family=vae"])
     assert (str(vae.run_folder), str(vae.report_folder)) == ("runs/faces-vae", "reports/faces-vae")
     assert vae.model_name == "faces-vae"
-    others = {f"reports/faces-{family}" for family in ("vae", "gan", "autoregressive")}
+    others = {f"reports/faces-{family}" for family in ("vae", "gan", "autoregressive", "diffusers")}
     assert {str(folder) for folder in vae.report_folders} == {"reports/faces"} | others
     named = load_params(params, ["model.family=vae", "training.output=elsewhere", "registry.model=mine"])
     assert (str(named.run_folder), named.model_name) == ("elsewhere", "mine")
@@ -278,7 +278,8 @@ def test_a_configuration_of_any_family_survives_being_written_down(params: Path)
 def test_the_form_shows_what_each_family_takes() -> None:
     schema = Params.model_json_schema()
     shown = [schema["$defs"][option["$ref"].rpartition("/")[2]] for option in schema["properties"]["model"]["oneOf"]]
-    assert [each["properties"]["family"]["const"] for each in shown] == ["ddpm", "vae", "gan", "autoregressive"]
+    families = ["ddpm", "vae", "gan", "autoregressive", "diffusers"]
+    assert [each["properties"]["family"]["const"] for each in shown] == families
     assert "kl_weight" in shown[1]["properties"]
     assert "schedule" not in shown[1]["properties"]
 

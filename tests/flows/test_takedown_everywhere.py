@@ -243,7 +243,7 @@ def test_nothing_starts_from_a_version_with_removed_images(run_host: RunHost, el
     params = run_host.machine.params()
     steps: list[Callable[[], object]] = [
         lambda: train.train_and_track.fn(params, "never"),
-        lambda: evaluate.evaluate_checkpoints.fn(params, params.report_folder),
+        lambda: evaluate.evaluate_models.fn(params, params.report_folder, None),
     ]
     with chdir(run_host.machine.folder):
         for step in steps:

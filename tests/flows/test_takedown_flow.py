@@ -16,7 +16,7 @@ from mlflow.client import MlflowClient
 from diffusion.common.errors import UserError
 from diffusion.data.ingest.config import IngestConfig
 from diffusion.data.ingest.decode import prepare
-from diffusion.data.ingest.ingest import captions_folder, ingest
+from diffusion.data.ingest.ingest import encodings_folder, ingest
 from diffusion.data.manifest import Manifest, read_manifest, work_folder
 from diffusion.data.versions.takedown import remove
 from diffusion.data.versions.takedown_records import Selection
@@ -24,7 +24,15 @@ from flows.datasets.checkout import checkout
 from flows.datasets.dvc import record_data
 from flows.datasets.purge import purge_dvc, purge_files
 from flows.registry.model_versions import Version
-from flows.registry.takedown_marks import Derived, clear_images, find_derived, mark, takedowns
+from flows.registry.takedown_marks import (
+    EVALUATED_ON,
+    Derived,
+    clear_images,
+    find_derived,
+    joined_names,
+    mark,
+    takedowns,
+)
 from flows.storage.s3 import Store
 from tests.builders.catalogs import FOLDER, Place
 from tests.builders.ingested import files_of
@@ -152,7 +160,7 @@ def test_purge_clears_work_files_fetched_shards_and_pages_of_those_versions_alon
         *pages,
         reports / "evaluations" / "x.safetensors",
         work_folder(dataset) / "chunks" / "0.tar",
-        captions_folder(dataset) / "x.safetensors",
+        encodings_folder(dataset) / "x.safetensors",
     ):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(b"")
@@ -160,7 +168,7 @@ def test_purge_clears_work_files_fetched_shards_and_pages_of_those_versions_alon
     assert not any(
         path.exists() for path in (old, half, pages[0], reports / "evaluations", work_folder(dataset) / "chunks")
     )
-    assert not captions_folder(dataset).exists()
+    assert not encodings_folder(dataset).exists()
     assert new.exists()
     assert pages[1].exists()
     assert str(work_folder(dataset) / "index.sqlite") in cleared
@@ -264,6 +272,20 @@ def test_takedown_keeps_run_notes_and_clears_real_images(
     left = {item.path for folder in folders for item in mlflow.list_artifacts(run, folder) if not item.is_dir}
     assert left == set(kept)
     assert clear_images(found) == []
+
+
+def test_held_out_images_are_cleared_from_evaluations_of_versions_that_learned_from_others(
+    bucket: str, mlflow: MlflowClient, s3_environment: dict[str, str]
+) -> None:
+    run = run_on(mlflow, "b" * 64)
+    mlflow.set_tag(run, EVALUATED_ON, joined_names("c" * 64, "a" * 64))
+    for path in ("dataset/page.html", "evaluation/report.html", "evaluation/grids/held_out.png"):
+        mlflow.log_text(run, "x", path)
+    found = find_derived("blobs", {"a" * 64}, {"a" * 64, "b" * 64}, bucket)
+    assert (found.runs, found.evaluated) == ([], [run])
+    cleared = {f"runs:/{run}/evaluation/report.html", f"runs:/{run}/evaluation/grids/held_out.png"}
+    assert set(clear_images(found)) == cleared
+    assert [item.path for item in mlflow.list_artifacts(run, "dataset")] == ["dataset/page.html"]
 
 
 def test_version_under_takedown_gives_a_warning() -> None:

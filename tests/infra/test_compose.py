@@ -51,8 +51,9 @@ def test_compose_file_has_no_secret_and_requires_each_generated_one(environment:
     made = {line.partition("=")[0] for line in environment.read_text().splitlines()}
     asked = set(re.findall(r"\$\{([A-Z0-9_]+):\?", text)) | set(re.findall(r"environment: (S3_CONFIG)\b", text))
     assert asked <= made
-    # The others are for people and their machines: keys to look, to print elsewhere, to take images down.
-    assert made - asked == {"DARKROOM_BUCKET"} | {
+    # The others are for people and their machines: keys to look, to print elsewhere, to take images down, and for Ray
+    # on Kubernetes.
+    assert made - asked == {"DARKROOM_BUCKET", "RAY_AUTH_TOKEN"} | {
         f"{role}_{key}" for role in ("SAMPLER", "KEEPER") for key in ("ACCESS_KEY_ID", "SECRET_ACCESS_KEY")
     }
     for name, value in re.findall(r"(\w*(?:PASSWORD|SECRET|AUTH_STRING|ACCESS_KEY\w*)): (.*)", text):

@@ -30,6 +30,7 @@ def ranges() -> list[Requirement]:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
     chosen = [*extras["evaluation"], *extras["pipeline"], *extras["servers"], *extras["text"]]
+    chosen += [*extras["diffusers"], *extras["hub"]]
     found = [Requirement(line) for line in [*project["dependencies"], *chosen]]
     return [each for each in found if each.name != project["name"]]
 

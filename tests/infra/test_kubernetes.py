@@ -2,25 +2,33 @@
 
 import asyncio
 import json
+import os
 import re
 import shutil
 import subprocess
 from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 from uuid import uuid4
 
 import kubernetes_validate
 import pytest
 import yaml
+from kubeflow_trainer_api.models import JobsetV1alpha2JobSet
 from prefect.client.schemas.objects import FlowRun
 from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect_kubernetes.worker import KubernetesWorkerJobConfiguration
+from torch.distributed.run import get_args_parser
+from typer.main import get_command
 
+from flows.cli import app
 from tests.builders.installation import INFRA, new_environment
 
 KUBERNETES = INFRA / "kubernetes"
 POOLS = ("cpu", "gpu")
+COMPONENTS = ("ray", "training")
+OVERLAYS = ("dev", "prod", "prod with components")
 Object = dict[str, Any]
 
 
@@ -33,7 +41,20 @@ def built(overlay: str) -> list[Object]:
         command = [program, "kustomize"]
     else:
         pytest.skip("there is no kustomize: apt-get install kustomize")
-    done = subprocess.run([*command, str(KUBERNETES / overlay)], capture_output=True, text=True, check=False)
+    with TemporaryDirectory() as scratch:
+        name, _, has_components = overlay.partition(" with ")
+        folder = KUBERNETES / name
+        if has_components:
+            # kustomize takes relative paths alone.
+            overlays = [os.path.relpath(KUBERNETES / each, Path(scratch).resolve()) for each in (name, "components")]
+            made = {"resources": overlays[:1], "components": [f"{overlays[1]}/{each}" for each in COMPONENTS]}
+            # What is commented out in the overlay itself, which alone says which images there are.
+            text = (folder / "kustomization.yaml").read_text()
+            assert "# components: [../components/ray, ../components/training]" in text
+            made |= {each: yaml.safe_load(text)[each] for each in ("namespace", "images", "generatorOptions")}
+            folder = Path(scratch)
+            (folder / "kustomization.yaml").write_text(yaml.safe_dump(made))
+        done = subprocess.run([*command, str(folder)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return list(yaml.safe_load_all(done.stdout))
 
@@ -50,7 +71,13 @@ def named(overlay: str, kind_: str, name: str) -> Object:
 def pods(overlay: str) -> dict[str, Object]:
     """The pods' templates by the name of what makes them."""
     makers = kind(overlay, "Deployment", "StatefulSet")
-    return {each["metadata"]["name"]: each["spec"]["template"] for each in makers}
+    found = {each["metadata"]["name"]: each["spec"]["template"] for each in makers}
+    for jobs in kind(overlay, "JobSet"):
+        found |= {each["name"]: each["template"]["spec"]["template"] for each in jobs["spec"]["replicatedJobs"]}
+    for cluster in kind(overlay, "RayCluster"):
+        found["ray-head"] = cluster["spec"]["headGroupSpec"]["template"]
+        found |= {f"ray-{each['groupName']}": each["template"] for each in cluster["spec"]["workerGroupSpecs"]}
+    return found
 
 
 def job(pool: str, **variables: Any) -> Object:
@@ -63,15 +90,16 @@ def job(pool: str, **variables: Any) -> Object:
     return found
 
 
-@pytest.mark.parametrize("overlay", ["dev", "prod"])
+@pytest.mark.parametrize("overlay", OVERLAYS)
 def test_every_object_is_what_kubernetes_takes_it_for(overlay: str) -> None:
     for each in built(overlay):
-        kubernetes_validate.validate(each, kubernetes_validate.latest_version(), strict=True)
+        if each["kind"] not in ("JobSet", "RayCluster"):
+            kubernetes_validate.validate(each, kubernetes_validate.latest_version(), strict=True)
         if each["kind"] != "Namespace":
             assert each["metadata"]["namespace"] == "darkroom", each["metadata"]["name"]
 
 
-@pytest.mark.parametrize("overlay", ["dev", "prod"])
+@pytest.mark.parametrize("overlay", OVERLAYS)
 def test_pods_run_unprivileged_read_only_and_with_limits(overlay: str) -> None:
     jobs = {f"job-{pool}": job(pool)["spec"]["template"] for pool in POOLS}
     for name, pod in {**pods(overlay), **jobs}.items():
@@ -85,11 +113,11 @@ def test_pods_run_unprivileged_read_only_and_with_limits(overlay: str) -> None:
             assert context["capabilities"] == {"drop": ["ALL"]}, name
             assert container["resources"]["requests"].keys() >= {"cpu", "memory"}, name
             assert container["resources"]["limits"].keys() >= {"cpu", "memory"}, name
-            if name not in jobs:
+            if name not in jobs and name != "node":
                 assert "livenessProbe" in container, name
 
 
-@pytest.mark.parametrize("overlay", ["dev", "prod"])
+@pytest.mark.parametrize("overlay", OVERLAYS)
 def test_kubernetes_secrets_are_generated_and_not_in_git(overlay: str, tmp_path: Path) -> None:
     made = new_environment(tmp_path / ".env").keys()
     assert not kind(overlay, "Secret")
@@ -103,7 +131,7 @@ def test_kubernetes_secrets_are_generated_and_not_in_git(overlay: str, tmp_path:
                 assert not re.search(r"(PASSWORD|SECRET_KEY|ACCESS_KEY(_ID)?|AUTH_STRING)$", variable["name"])
 
 
-@pytest.mark.parametrize("overlay", ["dev", "prod"])
+@pytest.mark.parametrize("overlay", OVERLAYS)
 def test_network_policies_deny_by_default(overlay: str) -> None:
     policies = {each["metadata"]["name"]: each["spec"] for each in kind(overlay, "NetworkPolicy")}
     assert policies["default-deny"] == {"podSelector": {}, "policyTypes": ["Ingress", "Egress"]}
@@ -128,7 +156,7 @@ def reach(policies: dict[str, Object], server: str, port: int) -> list[Object]:
     return [each["podSelector"]["matchLabels"] for rule in rules for each in rule["from"]]
 
 
-@pytest.mark.parametrize("overlay", ["dev", "prod"])
+@pytest.mark.parametrize("overlay", OVERLAYS)
 def test_probes_use_client_credentials_before_traffic(overlay: str) -> None:
     for server in ("mlflow", "prefect"):
         (container,) = pods(overlay)[server]["spec"]["containers"]
@@ -194,3 +222,113 @@ def test_a_node_can_be_emptied_without_all_of_a_kind_going_at_once() -> None:
     budgets = {each["metadata"]["name"]: each["spec"]["maxUnavailable"] for each in kind("prod", "PodDisruptionBudget")}
     assert budgets == {"mlflow": 1, "worker-cpu": 1, "worker-gpu": 1}
     assert named("prod", "Deployment", "mlflow")["spec"]["replicas"] == 2
+
+
+def require_pod(template: Object) -> None:
+    """Whether Kubernetes takes it for a pod's template."""
+    pod = {
+        "apiVersion": "v1",
+        "kind": "Pod",
+        "metadata": {"name": "a", **template["metadata"]},
+        "spec": template["spec"],
+    }
+    kubernetes_validate.validate(pod, kubernetes_validate.latest_version(), strict=True)
+
+
+def test_the_job_set_is_one_and_its_job_is_what_kubernetes_takes() -> None:
+    (made,) = kind("prod with components", "JobSet")
+    # What the models do not know they leave out.
+    assert JobsetV1alpha2JobSet.from_dict(made).to_dict() == made
+    (node,) = made["spec"]["replicatedJobs"]
+    job_ = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "train-node-0"}, **node["template"]}
+    kubernetes_validate.validate(job_, kubernetes_validate.latest_version(), strict=True)
+
+
+def test_a_node_that_is_taken_away_restarts_the_training_and_counts_as_no_failure() -> None:
+    spec = named("prod with components", "JobSet", "train")["spec"]
+    (rule,) = spec["failurePolicy"]["rules"]
+    assert rule["action"] == "RestartJobSetAndIgnoreMaxRestarts"
+    # The reason with which Kubernetes fails a job by its podFailurePolicy.
+    assert rule["onJobFailureReasons"] == ["PodFailurePolicy"]
+    (node,) = spec["replicatedJobs"]
+    job_ = node["template"]["spec"]
+    assert [each["action"] for each in job_["podFailurePolicy"]["rules"]] == ["FailJob"]
+    assert job_["podFailurePolicy"]["rules"][0]["onPodConditions"][0]["type"] == "DisruptionTarget"
+    # Kubernetes refuses a podFailurePolicy with another.
+    assert job_["template"]["spec"]["restartPolicy"] == "Never"
+    assert spec["failurePolicy"]["maxRestarts"] > job_["backoffLimit"] == 0
+    assert spec["suspend"] is True
+
+
+def test_the_job_set_runs_a_command_that_torchrun_and_darkroom_take() -> None:
+    job_ = named("prod with components", "JobSet", "train")["spec"]["replicatedJobs"][0]["template"]["spec"]
+    pod = job_["template"]["spec"]
+    (container,) = pod["containers"]
+    program, *arguments = container["args"]
+    assert program == "torchrun"
+    options = get_args_parser().parse_args(arguments)
+    assert options.nnodes == str(job_["completions"]) == str(job_["parallelism"])
+    # A headless service has the name of the set; its pods are named after set, job, index of the job and of the pod.
+    host, port = options.rdzv_endpoint.split(":")
+    assert host == "train-node-0-0.train"
+    assert int(port) in [each["containerPort"] for each in container["ports"]]
+    # torchrun kills its ranks before the pod is killed.
+    assert 30 < options.shutdown_timeout < pod["terminationGracePeriodSeconds"]
+    assert options.training_script == "darkroom"
+    command = get_command(app)
+    with command.make_context("darkroom", list(options.training_script_args), resilient_parsing=True) as context:
+        name, train, rest = command.resolve_command(context, [*context._protected_args, *context.args])
+    assert name == "train"
+    assert train.make_context("train", rest, parent=context).params["settings"] == ["training.device=cuda"]
+
+
+def test_the_ray_cluster_is_read_by_ray_itself_with_cores_and_gpus_to_give() -> None:
+    reader = pytest.importorskip("ray.autoscaler._private.kuberay.autoscaling_config")
+    (made,) = kind("prod with components", "RayCluster")
+    assert (made["apiVersion"], set(made["spec"])) == ("ray.io/v1", {"headGroupSpec", "workerGroupSpecs"})
+    found = reader._derive_autoscaling_config_from_ray_cr(made)["available_node_types"]
+    assert {name: (each["resources"]["CPU"], each["resources"].get("GPU", 0)) for name, each in found.items()} == {
+        "headgroup": (0, 0),  # so that no task is taken by it
+        "cpu": (4, 0),
+        "gpu": (8, 1),
+    }
+    assert all(each["min_workers"] <= each["max_workers"] for each in found.values())
+    for name, template in pods("prod with components").items():
+        if name.startswith("ray-"):
+            require_pod(template)
+    for group in made["spec"]["workerGroupSpecs"]:
+        assert set(group) == {"groupName", "replicas", "minReplicas", "maxReplicas", "rayStartParams", "template"}
+    assert set(made["spec"]["headGroupSpec"]) == {"rayStartParams", "template"}
+
+
+def test_jobs_are_clients_of_the_ray_cluster_and_its_nodes_are_not() -> None:
+    overlay = "prod with components"
+    address = named(overlay, "ConfigMap", "clients")["data"]["RAY_ADDRESS"]
+    # The operator names the service of the head so.
+    assert address == f"ray://{kind(overlay, 'RayCluster')[0]['metadata']['name']}-head-svc:10001"
+    for pool in POOLS:
+        (container,) = job(pool)["spec"]["template"]["spec"]["containers"]
+        assert {"configMapRef": {"name": "clients"}} in container["envFrom"]
+        assert "RAY_AUTH_TOKEN" in [each["name"] for each in container["env"]]
+    for name, template in pods(overlay).items():
+        if name.startswith("ray-"):
+            (container,) = template["spec"]["containers"]
+            own = {each["name"]: each.get("value") for each in container["env"]}
+            assert own["RAY_AUTH_MODE"] == "token"
+            assert own["RAY_ADDRESS"] == address.removeprefix("ray://").replace("10001", "6379")
+    policies = {each["metadata"]["name"]: each["spec"] for each in kind(overlay, "NetworkPolicy")}
+    job_labels = job("cpu")["spec"]["template"]["metadata"]["labels"]
+    assert policies["ray-clients"]["podSelector"]["matchLabels"].items() <= job_labels.items()
+    for name in ("ray-head", "ray-cpu", "ray-gpu"):
+        labels = pods(overlay)[name]["metadata"]["labels"]
+        assert policies["ray"]["podSelector"]["matchLabels"].items() <= labels.items()
+    assert (
+        policies["train"]["podSelector"]["matchLabels"].items() <= pods(overlay)["node"]["metadata"]["labels"].items()
+    )
+
+
+def test_components_run_the_images_of_the_overlay() -> None:
+    images = {
+        container["image"] for pod in pods("prod with components").values() for container in pod["spec"]["containers"]
+    }
+    assert images == {"registry.example/darkroom:0.1.0-cpu", "registry.example/darkroom:0.1.0-cuda"}

@@ -24,13 +24,13 @@ if TYPE_CHECKING:
 BUCKET = "images-of-a-team"
 PREFIXES = (
     *("images", "dvc", "datasets", "ledger", "samples", "pushing", "resumed", "deleted", "retired", "retrained"),
-    *("starts", "claims", "mlflow", "elsewhere"),
+    *("starts", "claims", "alarms", "mlflow", "elsewhere"),
 )
-WORK = {"dvc", "datasets", "ledger", "samples", "pushing", "retrained", "starts", "claims"}
+WORK = {"dvc", "datasets", "ledger", "samples", "pushing", "retrained", "starts", "claims", "alarms"}
 READS: dict[str, set[str]] = {
     "worker": {*WORK, "images", "deleted"},
     "sampler": {"ledger", "samples", "deleted"},
-    "reader": {"dvc", "datasets", "ledger", "samples", "deleted"},
+    "reader": {"alarms", "dvc", "datasets", "ledger", "samples", "deleted"},
     "keeper": {"images", "dvc", "datasets", "ledger", "samples", "retired", "deleted"},
     "mlflow": {"mlflow"},
 }

@@ -1,4 +1,4 @@
-"""The plan of an ingest and its chunks: images are read, decoded and written into one shard per chunk.
+"""The plan of an ingest and its chunks: images are read, decoded and written into a shard per chunk and bucket.
 
 A chunk is a pure function of its entries and the configuration: any machine may run it, and none repeats it.
 """
@@ -7,16 +7,18 @@ import hashlib
 import json
 import sqlite3
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from diffusion.common.files import canonical_json, digest_of, sha256_bytes, write_atomically, write_bytes
+from diffusion.common.files import canonical_json, digest_of, make_folder, sha256_bytes, write_atomically, write_bytes
 from diffusion.common.progress import Progress
+from diffusion.common.shapes import shape_name
 from diffusion.data.ingest.config import IngestConfig
 from diffusion.data.ingest.decode import StoredImage, UnusableEntry, prepare
 from diffusion.data.manifest import RECORDS
@@ -43,12 +45,13 @@ CORRECTED = "SELECT 1 FROM stored.entries s WHERE s.origin = :origin AND s.sourc
 """Query: the source describes the entry in another way than before, so it is read again, even with equal bytes."""
 HASH_BITS = 256
 """Bits of a perceptual hash."""
-COLUMNS = (*RECORDS.names, "stamp")
+COLUMNS = (*RECORDS.names, "stamp", "bucket")
 """Columns of a prepared entry: its record, without outcomes that depend on the whole data set. ``outcome``
-is ``quarantined``, ``duplicate`` (within the chunk), ``known`` (read before) or null."""
-NOT_OF_A_CHUNK = {"source", "licence", "max_quarantined", "shard_bytes", "runner", "workers", "held_out"}
+is ``quarantined``, ``duplicate`` (within the chunk), ``known`` (read before) or null; ``bucket`` is the shape of its
+pixels as WIDTHxHEIGHT, if any."""
+NOT_OF_A_CHUNK = {"source", "licence", "captioner", "max_quarantined", "shard_bytes", "runner", "workers", "held_out"}
 """Fields of the configuration that cannot change what a chunk becomes."""
-FORMAT = 6
+FORMAT = 7
 """Incremented when the same images would be stored in another way, so that chunks of older code are not reused."""
 TEXT_OF_A_CHUNK = 2**23
 """Approximate characters of names, labels and captions per chunk; its memory grows with them."""
@@ -121,7 +124,8 @@ def chunk_size(images: int, config: IngestConfig) -> int:
 def prepare_chunk(chunk: Chunk) -> Path:
     """Prepare the images of ``chunk``, unless done already; raises transient errors, such as a full disk.
 
-    Returns a table of JSON lines: the SHA-256 of the shard beside it (.tar), then each entry's COLUMNS.
+    Returns a table of JSON lines: the SHA-256 of each shard beside it (``shard_of``) by its bucket, then each entry's
+    COLUMNS.
     """
     with closing(sqlite3.connect(chunk.work / "plan.sqlite")) as database:
         rows = database.execute(
@@ -130,24 +134,39 @@ def prepare_chunk(chunk: Chunk) -> Path:
         # SHA-256 of all bytes read under a name before: these are not new.
         planned = [(Entry(*row[:6]), frozenset((row[6] or "").lower().split(",")) - {""}) for row in rows]
     settings = chunk.config.model_dump(mode="json", exclude=NOT_OF_A_CHUNK)
+    # Hashes do not depend on the threshold, which a repeated ingest may calibrate by other images.
+    settings["near_duplicates"] = chunk.config.near_duplicates is not None
     listing = [[entry.source, entry.stamp, entry.label, entry.caption, sorted(known)] for entry, known in planned]
     name = digest_of({"format": FORMAT, "uri": chunk.config.source, "config": settings, "entries": listing})
     table = chunk.work / "chunks" / f"{name}.jsonl"
     if not table.is_file():
-        prepared: list[dict[str, Any]] = []
-
-        def write(partial: Path) -> None:
-            with partial.open("wb") as tar:
-                prepared.extend(_prepare(chunk, planned, TarWriter(tar)))
-
-        # Before the table is written: a table implies that its shard exists.
-        shard_sha256 = write_atomically(table.with_suffix(".tar"), write)
-        write_bytes(table, "".join(f"{json.dumps(line)}\n" for line in (shard_sha256, *prepared)).encode())
+        make_folder(table.parent)
+        with TemporaryDirectory(dir=table.parent) as temporary:
+            with ExitStack() as files:
+                prepared, writers = _prepare(chunk, planned, Path(temporary), files)
+            # Before the table is written: a table implies that its shards exist.
+            shards = {
+                bucket: write_atomically(shard_of(table, bucket), (Path(temporary) / bucket).replace)
+                for bucket in map(shape_name, chunk.config.shapes)
+                if bucket in writers
+            }
+        write_bytes(table, "".join(f"{json.dumps(line)}\n" for line in (shards, *prepared)).encode())
     return table
 
 
-def _prepare(chunk: Chunk, planned: list[tuple[Entry, frozenset[str]]], writer: TarWriter) -> list[dict[str, Any]]:
-    """Write the usable images with ``writer``; returns a row of COLUMNS for each of ``planned``."""
+def shard_of(table: Path, bucket: str) -> Path:
+    """Return the path of the shard of a prepared chunk that holds the images of a bucket."""
+    return table.with_name(f"{table.stem}-{bucket}.tar")
+
+
+def _prepare(
+    chunk: Chunk, planned: list[tuple[Entry, frozenset[str]]], folder: Path, files: ExitStack
+) -> tuple[list[dict[str, Any]], dict[str, TarWriter]]:
+    """Write the usable images to a file per bucket in ``folder``, which ``files`` closes.
+
+    Returns a row of COLUMNS for each of ``planned``, and the writer of each bucket.
+    """
+    writers: dict[str, TarWriter] = {}
     source = open_source(chunk.config.source, Access(chunk.config, chunk.work / "scratch", chunk.objects))
     payloads = source.read([entry for entry, _ in planned if entry.problem is None])
     seen: set[str] = set()
@@ -173,10 +192,13 @@ def _prepare(chunk: Chunk, planned: list[tuple[Entry, frozenset[str]]], writer: 
             row["outcome"] = "duplicate"
             continue
         seen.add(image.key)
+        if (bucket := row["bucket"]) not in writers:
+            writers[bucket] = TarWriter(files.enter_context((folder / bucket).open("wb")))
         metadata = {name: row[name] for name in ("label", "caption", "source")} | {"sha256": row["source_sha256"]}
-        row |= {"offset": writer.add(image.key, image.png, metadata), "size": len(image.png)}
-    writer.close()
-    return rows
+        row |= {"offset": writers[bucket].add(image.key, image.png, metadata), "size": len(image.png)}
+    for writer in writers.values():
+        writer.close()
+    return rows, writers
 
 
 def _digest(payload: bytes | Image.Image) -> str:
@@ -193,6 +215,7 @@ def _described(image: StoredImage, config: IngestConfig) -> dict[str, Any]:
     described = {
         "key": image.key,
         "mode": image.mode,
+        "bucket": shape_name((image.pixels.shape[0], image.pixels.shape[1])),
         "width": image.source_size[0],
         "height": image.source_size[1],
         "total": [int(total) for total in values.sum(1)],
@@ -212,11 +235,16 @@ def perceptual_hash(image: Image.Image) -> str:
     # Imported here: scipy.fft takes longer to load than all else, and near-duplicates are rarely asked for.
     from scipy.fft import dctn
 
-    grey = np.asarray(image.convert("L").resize((32, 32), Image.Resampling.LANCZOS), np.float64)
+    grey = reduce_to_grey(image)
     rows, columns = np.indices(grey.shape)
     order = np.lexsort((rows.ravel(), (rows + columns).ravel()))[1 : HASH_BITS + 1]  # without the brightness
     # Above 4 levels, so that frequencies which an image does not have are not decided by its noise.
     return np.packbits(dctn(grey, norm="ortho").ravel()[order] > 4).tobytes().hex()
+
+
+def reduce_to_grey(image: Image.Image) -> np.ndarray:
+    """Reduce an image to the grey values that are hashed: (32, 32) float64 in [0, 255]."""
+    return np.asarray(image.convert("L").resize((32, 32), Image.Resampling.LANCZOS), np.float64)
 
 
 def chunks_of(work: Path, config: IngestConfig, objects: ObjectStore | None, images: int) -> Iterator[Chunk]:

@@ -1,19 +1,48 @@
 """Configuration of ``ingest``."""
 
-from typing import Literal
+from itertools import pairwise
+from typing import Annotated, Literal, Self
+from urllib.parse import urlsplit
 
-from pydantic import Field
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
-from diffusion.common.config import LARGEST_SIZE, Config, unset
+from diffusion.common.config import LARGEST_SIDE, LARGEST_SIZE, Config, unset
+from diffusion.common.files import digest_of
+from diffusion.common.shapes import Shape, parse_shape, shape_name
+
+AREAS = (0.75, 1.25)
+"""Least and most pixels of a bucket, as multiples of those of the square."""
+MOST_BITS = 48
+"""Largest threshold of near-duplicates, in bits of 256: the index looks up all hashes up to it."""
+UNCALIBRATED_BITS = 24
+"""Threshold of near-duplicates in a data set of too few images to calibrate it."""
+
+
+def _ordered(buckets: tuple[str, ...] | None) -> tuple[str, ...] | None:
+    """Put shapes in the one order in which they are stored; raises ValueError for none, and for equal aspect ratios."""
+    shapes = sorted(map(parse_shape, buckets or ()), key=lambda shape: shape[1] / shape[0])
+    names = tuple(map(shape_name, shapes))
+    # Images go to the nearest ratio: no image would go to the second of two equal ones.
+    for number, ((height, width), (other_height, other_width)) in enumerate(pairwise(shapes)):
+        if width * other_height == other_width * height:
+            raise ValueError(f"{names[number]} and {names[number + 1]} have one aspect ratio: leave one of them out")
+    return names or None
 
 
 class StorageConfig(Config):
     """How images become stored pixels: part of the data set's identity."""
 
     size: int = Field(28, ge=8, le=LARGEST_SIZE)
-    """Height and width of every stored image, in pixels."""
-    fit: Literal["crop", "pad", "squash"] = "crop"
-    """How a non-square image becomes square: crop its longer side, pad its shorter one, or squash."""
+    """Height and width of every stored image, in pixels; with buckets, of the square that has as many pixels."""
+    fit: Literal["crop", "pad", "squash", "bucket"] = "crop"
+    """How a non-square image becomes square: crop its longer side, pad its shorter one, or squash. ``bucket``: it does
+    not; it is stored in the one of ``buckets`` whose aspect ratio is nearest, resized to cover it and cropped."""
+    buckets: Annotated[tuple[str, ...] | None, AfterValidator(_ordered)] = Field(
+        None, min_length=1, max_length=32, exclude_if=unset
+    )
+    """Shapes of stored images as WIDTHxHEIGHT in pixels, of unequal aspect ratios and about as many pixels as the
+    square of ``size``, for ``fit: bucket``: [80x48, 64x64, 48x80]. Null: at most eight, chosen by a sample of the
+    images at the first ingest; they are part of the data set from then on."""
     mode: Literal["keep", "grey", "rgb"] = "keep"
     """Channels: ``keep`` stores grey if every image of the set shows no colour, and RGB otherwise."""
     background: str = Field("#000000", pattern="^#[0-9a-fA-F]{6}$")
@@ -21,22 +50,102 @@ class StorageConfig(Config):
     held_out: float = Field(0.1, gt=0, lt=1)
     """Share of the images, chosen by content hash, that training never sees."""
 
+    @property
+    def shapes(self) -> list[Shape]:
+        """Return the shapes (H, W) of stored images, from the narrowest to the widest."""
+        return [parse_shape(each) for each in self.buckets] if self.buckets else [(self.size, self.size)]
+
+    @model_validator(mode="after")
+    def _buckets_fit_size(self) -> Self:
+        if self.buckets is None:
+            return self
+        if self.fit != "bucket":
+            raise ValueError(
+                f"ingest.buckets are for ingest.fit=bucket, and ingest.fit is {self.fit}: set it, or leave them out"
+            )
+        least, most = (round(factor * self.size**2) for factor in AREAS)
+        for height, width in self.shapes:
+            if not least <= height * width <= most or min(height, width) < 8 or max(height, width) > LARGEST_SIDE:
+                raise ValueError(
+                    f"ingest.buckets has {width}x{height}, and all need about as many pixels as {self.size}x{self.size}"
+                    f", {least:,} to {most:,}, and sides of 8 to {LARGEST_SIDE}: change it, or ingest.size"
+                )
+        return self
+
+
+class CaptionerConfig(Config):
+    """A command or an HTTP endpoint of yours that captions images, called once per image."""
+
+    command: tuple[str, ...] | None = Field(None, min_length=1)
+    """Program and arguments, started once per image without a shell. It reads the stored image as PNG from standard
+    input, or from the file whose path replaces an argument ``{image}``, and writes the caption to standard output in
+    UTF-8; empty output: no caption for this image. Its environment is this one without ``AWS_*``, ``DARKROOM_*``,
+    ``MLFLOW_*`` and ``PREFECT_*``."""
+    url: str | None = None
+    """HTTP endpoint instead of a command: the PNG is the body of a POST, the answer is JSON, {"caption": "…"}, or null
+    for no caption. Redirects are not followed."""
+    version: str = Field(min_length=1, max_length=100)
+    """Version of the model and its prompt, in your words: if it, command or url changes, all are captioned again."""
+    token_env: str | None = Field(None, pattern="^[A-Za-z_][A-Za-z0-9_]*$")
+    """Environment variable with a token, sent to ``url`` as ``Authorization: Bearer …``."""
+    replace: bool = False
+    """Whether captions of the source are replaced; otherwise only images without one are captioned."""
+    workers: int = Field(4, ge=1, le=256)
+    """Number of images captioned concurrently."""
+    seconds: float = Field(60.0, gt=0)
+    """Timeout of one answer in seconds."""
+    tries: int = Field(4, ge=1)
+    """Attempts at ``url`` before an image stays without a caption until the next ingest; a command is started once."""
+    max_failed: float = Field(0.5, ge=0, le=1)
+    """Share of the images that get no caption above which the ingest fails; the captions of the others are kept."""
+
+    @model_validator(mode="after")
+    def _is_one_of_two(self) -> "CaptionerConfig":
+        if (self.command is None) == (self.url is None):
+            raise ValueError("give either command or url")
+        if self.url is not None:
+            import httpx  # slow, and few sets are captioned over HTTP
+
+            place = urlsplit(self.url)
+            if place.scheme not in ("http", "https") or not place.hostname or "@" in place.netloc:
+                raise ValueError("url must be http://HOST… or https://HOST…; credentials belong into token_env")
+            if " " in self.url:
+                raise ValueError("url has a space: write it as %20")
+            try:
+                httpx.URL(self.url)
+            except httpx.InvalidURL as error:
+                raise ValueError(f"url: {error}") from error
+            _ = place.port  # raises ValueError outside 0 to 65535
+        if self.command and self.token_env:
+            raise ValueError("token_env is for url: a command reads its environment by itself")
+        return self
+
+    @property
+    def identity(self) -> str:
+        """Version and a digest of everything that determines the captions, as written to the records."""
+        return f"{self.version} ({digest_of([self.command, self.url, self.version])[:12]})"
+
 
 class IngestConfig(StorageConfig):
     """How images are stored, which of them are kept, and how the work is distributed."""
 
     source: str = "images/digits"
-    """Where the images lie: a folder, tar, zip, Parquet, table of URLs, s3:// prefix … (diffusion/data/sources)."""
+    """Where the images lie: a folder, tar, zip, Parquet, table of URLs, s3:// prefix, hf:// data set …
+    (diffusion/data/sources)."""
     licence: str | None = Field(None, min_length=1, exclude_if=unset)
     """Licence of the images: CC-BY-4.0, or a sentence. It is written to the data set's manifest and every model's card;
-    null: unchanged."""
+    null: unchanged, or that of the card of an hf:// data set."""
     enlarge: bool = False
     """Whether images that are smaller than ``size`` are enlarged; otherwise they are quarantined."""
     min_size: int = Field(1, ge=1)
     """Images whose shorter side has fewer pixels than this are quarantined."""
-    near_duplicates: int | None = Field(None, ge=0, le=48)
+    near_duplicates: Annotated[int, Field(ge=0, le=MOST_BITS)] | Literal["auto"] | None = None
     """Images whose 256-bit perceptual hash differs from that of the first image of a group in at most this many bits
-    join it, all in one split; 24 finds other sizes and compressions, and few distinct images."""
+    join it, all in one split; 24 finds other sizes and compressions, and few distinct images. ``auto``: the number is
+    calibrated by a sample of the images at the first ingest with it, and part of the data set from then on."""
+    captioner: CaptionerConfig | None = Field(None, exclude_if=unset)
+    """What captions images at the end of an ingest, before rules of ``curation`` drop any; null: images have the
+    captions of the source alone."""
     max_quarantined: float = Field(0.5, ge=0, le=1)
     """Share of quarantined images, among those read, above which the ingest fails."""
     max_pixels: int = Field(50_000_000, ge=64, le=178_956_970)
@@ -65,6 +174,23 @@ class IngestConfig(StorageConfig):
     ``--requeue`` reads them again once this is true. Behind a proxy of the environment (``HTTPS_PROXY``) names are
     checked as this machine resolves them, and rows whose names it cannot resolve fail; the proxy resolves them again,
     so give it such a rule, too."""
+
+    @field_validator("near_duplicates", mode="before")
+    @classmethod
+    def _is_bits_or_auto(cls, value: object) -> object:
+        # One error instead of one for each type.
+        if value in (None, "auto") or (type(value) is int and 0 <= value <= MOST_BITS):
+            return value
+        raise ValueError(f"must be a number of bits from 0 to {MOST_BITS}, auto or null")
+
+    def near_duplicate_bits(self, recorded: int | None) -> int | None:
+        """Return the number of bits that ``near_duplicates`` stands for in a data set whose manifest has ``recorded``.
+
+        None: near-duplicates are not grouped.
+        """
+        if self.near_duplicates == "auto":
+            return UNCALIBRATED_BITS if recorded is None else recorded
+        return self.near_duplicates
 
     def storage(self) -> StorageConfig:
         """Return the fields that determine stored pixels; the others select images and distribute the work."""

@@ -1,4 +1,4 @@
-"""Decoding of one image: from a file to square 8-bit pixels in grey or RGB, or the reason why it is quarantined.
+"""Decoding of one image: from a file to stored 8-bit pixels in grey or RGB, or the reason why it is quarantined.
 
 The result depends on the bytes, the configuration and the library versions alone, except for the time limit.
 """
@@ -27,6 +27,7 @@ from PIL.WebPImagePlugin import WebPImageFile
 
 from diffusion.common.files import sha256_bytes
 from diffusion.data import png
+from diffusion.data.ingest.buckets import nearest_shape
 from diffusion.data.ingest.config import IngestConfig
 
 # Only these decoders are used, so that a file cannot choose an exotic one.
@@ -52,8 +53,8 @@ TRANSPOSITIONS = (
     *(Transpose.ROTATE_270, Transpose.TRANSVERSE, Transpose.ROTATE_90),
 )
 """Transpositions that undo the EXIF orientations 2 to 8."""
-FLIPPED_X, TOP_WAS_LAST = {2, 3, 6, 7}, {3, 4, 7, 8}
-"""Orientations whose left or upper side was the right or lower one of the stored image."""
+FLIPPED_X, TOP_WAS_LAST, TURNED = {2, 3, 6, 7}, {3, 4, 7, 8}, {5, 6, 7, 8}
+"""Orientations whose left or upper side was the right or lower one of the stored image, and whose sides swap."""
 
 
 class UnusableEntry(Exception):
@@ -85,7 +86,7 @@ def prepare(payload: bytes | Image.Image, config: IngestConfig) -> StoredImage:
     """
     with _refusing(config), ExitStack() as turns:
         source = _decode(payload, config, turns)
-        image = _square(source, _to_grey_or_rgb(source, config), config)
+        image = _fitted(source, _to_grey_or_rgb(source, config), config)
         if config.mode == "keep":
             # An image without colour is grey, so that it has one key however it was saved.
             red, *others = image.split()
@@ -171,7 +172,8 @@ def _decode(payload: bytes | Image.Image, config: IngestConfig, turns: ExitStack
         # Pillow misreads them as planes of 8 bits.
         raise UnusableEntry("uncompressed planes of 16 bits: save it with the samples of a pixel side by side")
     if isinstance(image, JpegImageFile):
-        width, height = _resized(size, config)
+        turned = image.getexif().get(Base.Orientation, 1) in TURNED
+        width, height = _resized(size[::-1], config)[::-1] if turned else _resized(size, config)
         drafted = image.draft(None, (REDUCED * width, REDUCED * height))
         scale = round(size[0] / drafted[1][2]) if drafted else 1
         image.decodermaxblock = 4096  # a few bytes may be a scan over the whole image
@@ -208,9 +210,9 @@ def _require_usable(size: tuple[int, int], config: IngestConfig) -> None:
     if min(size) < config.min_size:
         raise UnusableEntry(f"{width}×{height} pixels: the shorter side is under min_size = {config.min_size}")
     name, side = ("longer", max(size)) if config.fit == "pad" else ("shorter", min(size))
-    if side < config.size and not config.enlarge:
+    if side < config.size and not config.enlarge and config.fit != "bucket":
         raise UnusableEntry(
-            f"{width}×{height} pixels: the {name} side is under size = {config.size}, and enlarge is off"
+            f"{width}×{height} pixels: the {name} side is under size = {config.size}, and ingest.enlarge is off"
         )
 
 
@@ -219,7 +221,7 @@ def _upright(image: Image.Image, size: tuple[int, int], scale: int) -> _Source:
     if orientation not in range(2, 9):
         return _Source(image, size, scale)
     image = image.transpose(TRANSPOSITIONS[orientation - 2])
-    size = size[::-1] if orientation >= 5 else size
+    size = size[::-1] if orientation in TURNED else size
     over = [decoded - side / scale for decoded, side in zip(image.size, size, strict=True)]
     left = over[0] if orientation in FLIPPED_X else 0
     top = over[1] if orientation in TOP_WAS_LAST else 0
@@ -314,24 +316,33 @@ def _nearly_equal(one: bytes, other: bytes) -> bool:
 
 def _resized(size: tuple[int, int], config: IngestConfig) -> tuple[int, int]:
     """Return width and height of an image of ``size`` after resizing, before padding."""
+    if config.fit == "bucket":
+        height, width = nearest_shape(*size, config.shapes)
+        return width, height
     if config.fit != "pad":
         return config.size, config.size
     width, height = (max(1, round(side * config.size / max(size))) for side in size)
     return width, height
 
 
-def _square(source: _Source, image: Image.Image, config: IngestConfig) -> Image.Image:
-    """Resize ``image``, converted from ``source``, to ``config.size`` pixels high and wide."""
+def _fitted(source: _Source, image: Image.Image, config: IngestConfig) -> Image.Image:
+    """Resize ``image``, converted from ``source``, to ``config.size`` pixels high and wide, or to its bucket."""
     width, height = source.size
-    left, top, side = 0, 0, min(width, height)
-    if config.fit == "crop":
+    wide, high = _resized(source.size, config)
+    if config.fit == "bucket" and not config.enlarge and (width < wide or height < high):
+        raise UnusableEntry(
+            f"{width}×{height} pixels do not cover the bucket of {wide}×{high}, and ingest.enlarge is off"
+        )
+    left, top = 0, 0
+    if config.fit in ("crop", "bucket"):
         # Whole pixels, so that an image that is not scaled keeps its pixels.
-        left, top, width, height = (width - side) // 2, (height - side) // 2, side, side
+        across, down = min(width, max(1, round(height * wide / high))), min(height, max(1, round(width * high / wide)))
+        left, top, width, height = (width - across) // 2, (height - down) // 2, across, down
     box = (left, top, left + width, top + height)
     # Not to the last pixel: the sides of an image decoded at a fraction are rounded up.
     scaled = (edge / source.scale + spare for edge, spare in zip(box, source.spare * 2, strict=True))
-    image = image.resize(_resized(source.size, config), Image.Resampling.BICUBIC, box=tuple(scaled))  # type: ignore[arg-type]
-    if image.size == (config.size, config.size):
+    image = image.resize((wide, high), Image.Resampling.BICUBIC, box=tuple(scaled))  # type: ignore[arg-type]
+    if config.fit != "pad" or image.size == (config.size, config.size):
         return image
     padded = Image.new(image.mode, (config.size, config.size), config.background)
     padded.paste(image, ((config.size - image.width) // 2, (config.size - image.height) // 2))

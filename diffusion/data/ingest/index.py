@@ -11,7 +11,7 @@ from PIL import Image
 
 from diffusion.common.files import digest_of
 from diffusion.data.ingest.chunks import HASH_BITS, description_digest, perceptual_hash
-from diffusion.data.manifest import Manifest, Part, digest_of_samples, read_records, sample_digest
+from diffusion.data.manifest import STORED, Manifest, Part, digest_of_samples, read_records, sample_digest
 from diffusion.data.versions.takedown_records import removals
 
 SCHEMA = """
@@ -21,16 +21,65 @@ SCHEMA = """
     CREATE TABLE IF NOT EXISTS records
         (source TEXT, sha256 BLOB, outcome TEXT, reason TEXT, PRIMARY KEY (source, sha256)) WITHOUT ROWID;
     CREATE TABLE IF NOT EXISTS samples (key BLOB PRIMARY KEY, split TEXT, digest BLOB) WITHOUT ROWID;
+    CREATE TABLE IF NOT EXISTS dropped (key BLOB PRIMARY KEY) WITHOUT ROWID;
     CREATE TABLE IF NOT EXISTS removed (digest BLOB PRIMARY KEY) WITHOUT ROWID;
+"""
+GROUPS = """
     CREATE TABLE IF NOT EXISTS bands (band INTEGER, value INTEGER, hash BLOB, PRIMARY KEY (band, value, hash))
         WITHOUT ROWID;
-    CREATE TABLE IF NOT EXISTS groups (hash BLOB, split TEXT, root BLOB NOT NULL, PRIMARY KEY (hash, split))
+    CREATE TABLE IF NOT EXISTS groups (hash BLOB, category TEXT, root BLOB NOT NULL, PRIMARY KEY (hash, category))
         WITHOUT ROWID;
 """
 FORMAT = 2
 
 
-class Index:
+class HashGroups:
+    """Groups of images whose perceptual hashes differ in at most ``near`` bits from that of the first one, the root.
+
+    Each group is in one category: a split of a data set, or a class.
+    """
+
+    def __init__(self, database: sqlite3.Connection, near: int | None) -> None:
+        self.database, self.near = database, near
+        database.executescript(GROUPS)
+
+    def add_group(self, phash: bytes, category: str, root: bytes) -> None:
+        """Begin a group in ``category`` with the image ``root``."""
+        self.database.execute("INSERT OR IGNORE INTO groups VALUES (?, ?, ?)", (phash, category, root))
+        bands = ((*band, phash) for band in enumerate(self._bands(phash)))
+        self.database.executemany("INSERT OR IGNORE INTO bands VALUES (?, ?, ?)", bands)
+
+    def groups_near(self, phash: bytes) -> list[tuple[bytes, str]]:
+        """Return root and category of the groups of near-duplicates of an image with this hash, the nearest first.
+
+        Hashes are cut into more bands than half of the bits that may differ: near-duplicates have a band that differs
+        in one bit at most, and all such values are looked up.
+        """
+        width = -(-HASH_BITS // self._band_count)
+        flips = [0, *(1 << bit for bit in range(width))] if self.near else [0]
+        marks = ", ".join("?" * len(flips))
+        query = f"SELECT DISTINCT g.* FROM bands JOIN groups g USING (hash) WHERE band = ? AND value IN ({marks})"
+        number = int.from_bytes(phash, "big")
+        found = set()
+        for band, value in enumerate(self._bands(phash)):
+            for other, category, root in self.database.execute(query, (band, *(value ^ flip for flip in flips))):
+                distance = (number ^ int.from_bytes(other, "big")).bit_count()
+                if distance <= (self.near or 0):
+                    found.add((distance, root, category))
+        return [(root, category) for _, root, category in sorted(found)]
+
+    @property
+    def _band_count(self) -> int:
+        # At least five, as SQLite's integers have 63 bits besides the sign.
+        return max((self.near or 0) // 2 + 1, 5)
+
+    def _bands(self, phash: bytes) -> Iterator[int]:
+        """Yield the value of each band of a hash: bits of all frequencies, as smooth images have the same high ones."""
+        bits = f"{int.from_bytes(phash, 'big'):0{HASH_BITS}b}"
+        yield from (int(bits[band :: self._band_count], 2) for band in range(self._band_count))
+
+
+class Index(HashGroups):
     """The index at ``path``, updated to the state of ``manifest`` (None: an empty data set).
 
     ``near``: bits in which the perceptual hashes of a near-duplicate and the first image of its group, its root, may
@@ -39,17 +88,22 @@ class Index:
 
     def __init__(self, path: Path, folder: Path, manifest: Manifest | None, near: int | None) -> None:
         self.path = path
-        self.near = near
         try:
-            self.database = _open(path)
+            database = _open(path)
         except sqlite3.OperationalError:
             raise
         except sqlite3.DatabaseError:
             # Damaged. Everything in it can be restored.
             for each in (path, *path.parent.glob(f"{path.name}-*")):
                 each.unlink()
-            self.database = _open(path)
+            database = _open(path)
+        super().__init__(database, near)
         self._removals = removals(path.parent)
+        self.update(folder, manifest, near)
+
+    def update(self, folder: Path, manifest: Manifest | None, near: int | None) -> None:
+        """Update the index to the state of ``manifest``, with near-duplicates within ``near`` bits."""
+        self.near = near
         if self._first("SELECT value FROM meta WHERE name = 'state'") != (self._state(manifest),):
             with self.transaction():
                 self.clear()
@@ -73,7 +127,7 @@ class Index:
 
     def clear(self) -> None:
         """Delete everything except the stamps and the takedowns known to this machine."""
-        for table in ("records", "samples", "removed", "bands", "groups"):
+        for table in ("records", "samples", "dropped", "removed", "bands", "groups"):
             self.database.execute(f"DELETE FROM {table}")
         for removal in self._removals:
             self.refuse(*removal.image_keys, *removal.digests)
@@ -106,19 +160,32 @@ class Index:
         reason = row["reason"] if row["outcome"] == "quarantined" else None
         values = (row["source"], bytes.fromhex(row["source_sha256"]), row["outcome"], reason)
         self.database.execute("INSERT OR REPLACE INTO records VALUES (?, ?, ?, ?)", values)
-        if row["outcome"] == "kept":
+        if row["outcome"] in STORED:
             key = bytes.fromhex(row["key"])
             digest = sample_digest(row["key"], row["split"], row["label"], row["caption"])
             self.database.execute("INSERT INTO samples VALUES (?, ?, ?)", (key, row["split"], digest))
+            if row["outcome"] == "dropped":
+                self.database.execute("INSERT INTO dropped VALUES (?)", (key,))
             # Without its first image a group goes on with the next one.
             if self.near is not None and not any(self.sample(root) for root in row["near"] or ()):
-                phash = bytes.fromhex(row["phash"])
-                self.database.execute("INSERT OR IGNORE INTO groups VALUES (?, ?, ?)", (phash, row["split"], key))
-                bands = ((*band, phash) for band in enumerate(self._bands(phash)))
-                self.database.executemany("INSERT OR IGNORE INTO bands VALUES (?, ?, ?)", bands)
+                self.add_group(bytes.fromhex(row["phash"]), row["split"], key)
+
+    def set_outcome(self, row: dict[str, Any]) -> None:
+        """Change the outcome of an image from kept to dropped or back to that of its ``row``."""
+        key = bytes.fromhex(row["key"])
+        self.database.execute("DELETE FROM dropped WHERE key = ?", (key,))
+        if row["outcome"] == "dropped":
+            self.database.execute("INSERT INTO dropped VALUES (?)", (key,))
+        values = (row["outcome"], row["source"], bytes.fromhex(row["source_sha256"]))
+        self.database.execute("UPDATE records SET outcome = ? WHERE source = ? AND sha256 = ?", values)
+
+    def recaption(self, row: dict[str, Any]) -> None:
+        """Replace the caption of a kept image by that in its row of RECORDS."""
+        digest = sample_digest(row["key"], row["split"], row["label"], row["caption"])
+        self.database.execute("UPDATE samples SET digest = ? WHERE key = ?", (digest, bytes.fromhex(row["key"])))
 
     def sample(self, key: str) -> tuple[str, bytes] | None:
-        """Return split and digest of a kept image; None if there is none with this key."""
+        """Return split and digest of a kept or dropped image; None if there is none with this key."""
         query = "SELECT split, digest FROM samples WHERE key = ?"
         found: tuple[str, bytes] | None = self._first(query, bytes.fromhex(key))
         return found
@@ -147,8 +214,9 @@ class Index:
         return [{"source": source, "reason": reason, "sha256": sha256.hex()} for source, reason, sha256 in rows]
 
     def content_digest(self, manifest: Manifest) -> str:
-        """Compute the content digest of all samples, stored as ``manifest`` says."""
-        rows = self.database.execute("SELECT digest FROM samples ORDER BY key")
+        """Compute the content digest of all kept samples, stored as ``manifest`` says."""
+        kept = "SELECT digest FROM samples WHERE key NOT IN (SELECT key FROM dropped) ORDER BY key"
+        rows = self.database.execute(kept)
         return digest_of_samples(manifest.storage, (row[0] for row in rows))
 
     def refuse(self, *digests: str) -> None:
@@ -158,41 +226,12 @@ class Index:
 
     def add_hashes(self, folder: Path, part: Part, rows: list[dict[str, Any]]) -> None:
         """Hash the images in ``rows`` of a part that was written before near-duplicates were configured."""
-        missing = [row for row in rows if row["outcome"] == "kept" and row["phash"] is None]
+        missing = [row for row in rows if row["outcome"] in STORED and row["phash"] is None]
         if self.near is not None and part.shard is not None and missing:
             with (folder / part.shard.name).open("rb") as shard:
                 for row in missing:
                     shard.seek(row["offset"])
                     row["phash"] = perceptual_hash(Image.open(io.BytesIO(shard.read(row["size"])), formats=("PNG",)))
-
-    def groups_near(self, phash: bytes) -> list[tuple[bytes, str]]:
-        """Return root and split of the groups of near-duplicates of an image with this hash, the nearest first.
-
-        Hashes are cut into more bands than half of the bits that may differ: near-duplicates have a band that differs
-        in one bit at most, and all such values are looked up.
-        """
-        width = -(-HASH_BITS // self._band_count)
-        flips = [0, *(1 << bit for bit in range(width))] if self.near else [0]
-        marks = ", ".join("?" * len(flips))
-        query = f"SELECT DISTINCT g.* FROM bands JOIN groups g USING (hash) WHERE band = ? AND value IN ({marks})"
-        number = int.from_bytes(phash, "big")
-        found = set()
-        for band, value in enumerate(self._bands(phash)):
-            for other, split, root in self.database.execute(query, (band, *(value ^ flip for flip in flips))):
-                distance = (number ^ int.from_bytes(other, "big")).bit_count()
-                if distance <= (self.near or 0):
-                    found.add((distance, root, split))
-        return [(root, split) for _, root, split in sorted(found)]
-
-    @property
-    def _band_count(self) -> int:
-        # At least five, as SQLite's integers have 63 bits besides the sign.
-        return max((self.near or 0) // 2 + 1, 5)
-
-    def _bands(self, phash: bytes) -> Iterator[int]:
-        """Yield the value of each band of a hash: bits of all frequencies, as smooth images have the same high ones."""
-        bits = f"{int.from_bytes(phash, 'big'):0{HASH_BITS}b}"
-        yield from (int(bits[band :: self._band_count], 2) for band in range(self._band_count))
 
     def _first(self, query: str, *values: object) -> Any:
         """Return the first row of a query; None if it has none."""

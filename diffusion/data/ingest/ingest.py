@@ -3,30 +3,48 @@
 The manifest is written last; until then the previous version is complete, and nothing refers to added files.
 """
 
+import logging
+import re
 import shutil
 import sqlite3
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Literal
+from typing import Any, Literal
 
 import pyarrow.compute as pc
 from filelock import FileLock
+from pydantic import Field
 
-from diffusion.common.config import Config
+from diffusion.common.config import Config, unset
 from diffusion.common.errors import DarkroomError, UserError
 from diffusion.common.files import is_full_disk, make_folder, remove_partials
 from diffusion.common.progress import Progress, silent
+from diffusion.common.shapes import Shape, shape_name
+from diffusion.data.ingest.buckets import choose_shapes, nearest_shape
+from diffusion.data.ingest.calibration import Calibration, calibrate_ingest
+from diffusion.data.ingest.captions import CaptionCounts, add_captions
 from diffusion.data.ingest.chunks import chunks_of, make_plan, prepare_chunk
 from diffusion.data.ingest.config import IngestConfig
 from diffusion.data.ingest.index import Index
 from diffusion.data.ingest.merge import Merge, write_part
-from diffusion.data.manifest import Manifest, read_manifest, read_records, require_whole, work_folder, write_manifest
+from diffusion.data.manifest import (
+    Manifest,
+    measures_folder,
+    read_manifest,
+    read_records,
+    require_whole,
+    work_folder,
+    write_manifest,
+)
 from diffusion.data.prefetch import FanOut, local_fan_out
 from diffusion.data.sources import open_source
 from diffusion.data.sources.base import Access, ObjectStore
 from diffusion.data.sources.survey import Survey, survey
+
+logger = logging.getLogger(__name__)
 
 Rebuild = Literal["never", "if_different", "always"]
 """When to rebuild the data set from this source alone; ``if_different``: if images are to be stored in another way."""
@@ -50,6 +68,8 @@ class IngestResult(Config):
     """Name of the version: the digest of its manifest."""
     changed: bool
     """Whether this ingest created a new version."""
+    source: str | None
+    """The source with the commit that was read, as hf://datasets/OWNER/NAME@COMMIT; None: it has no versions."""
     listed: int
     read: int
     """Number of entries of the source, and of those that had to be read."""
@@ -66,6 +86,12 @@ class IngestResult(Config):
     quarantined: list[Quarantined]
     """Quarantined entries in the data set's records; the first thousand."""
     quarantined_count: int
+    near_duplicates: Calibration | None = Field(None, exclude_if=unset)
+    """How ``ingest.near_duplicates: auto`` was calibrated; None if it was not, by this ingest."""
+    captions: CaptionCounts | None = Field(None, exclude_if=unset)
+    """What the captioner answered; None if none is configured."""
+    dropped: int | None = Field(None, exclude_if=unset)
+    """Number of images that the rules of curation left out; None without rules."""
 
 
 class IngestPreview(Config):
@@ -77,17 +103,22 @@ class IngestPreview(Config):
     new: int
     """Entries of the source that would be read: those not read before, or changed since."""
     size: int
+    shapes: list[Shape]
+    """Shapes (H, W) in which images are stored, in pixels."""
     survey: Survey
 
     def lines(self) -> list[str]:
         """Describe the source, and what of it is new."""
         already = "a new data set" if self.kept is None else f"data set {self.dataset}, which has {self.kept:,} images"
         small = ["small      images below ingest.size are quarantined: lower it, or set ingest.enlarge=true"]
-        return [
-            *self.survey.lines(),
-            *(small if self.survey.too_small(self.size) else []),
-            f"would read {self.new:,} of them into {already}, at {self.size}×{self.size} pixels",
-        ]
+        lines = [*self.survey.lines(), *(small if self.survey.too_small(self.size) else [])]
+        how = f"{self.size}×{self.size} pixels"
+        if self.shapes != [(self.size, self.size)]:
+            how = f"{len(self.shapes)} shapes of about as many pixels as {self.size}×{self.size}"
+            found = Counter(nearest_shape(*size, self.shapes) for size in self.survey.sizes)
+            shares = (f"{shape_name(shape)} {found[shape] / max(found.total(), 1):.0%}" for shape in self.shapes)
+            lines.append(f"buckets    {', '.join(shares)} of the sampled images")
+        return [*lines, f"would read {self.new:,} of them into {already}, at {how}"]
 
 
 def preview(
@@ -100,34 +131,47 @@ def preview(
 ) -> IngestPreview:
     """Look at ``config.source`` and count what ``ingest`` would read of it; changes nothing. Raises as it does."""
     before = read_manifest(folder) if (folder / "manifest.json").is_file() else None
-    rebuilding = before is None or _require_same_storage(folder, before, config, rebuild)
+    rebuilding = before is None or require_same_storage(before, config, rebuild)
     with TemporaryDirectory() as temporary:
         scratch = Path(temporary)
         for path in work_folder(folder).glob("index.sqlite*"):
             shutil.copyfile(path, scratch / path.name)
         found = survey(config, scratch, objects)
-        with closing(Index(scratch / "index.sqlite", folder, before, config.near_duplicates)) as index:
-            source = open_source(config.source, Access(config, scratch, objects))
+        config = _with_buckets(config, None if rebuilding else before, lambda: found)
+        bits = config.near_duplicate_bits(None if before is None else before.near_duplicate_bits)
+        with closing(Index(scratch / "index.sqlite", folder, before, bits)) as index:
+            listings = path if (path := work_folder(folder) / "listings").is_dir() else None
+            source = open_source(config.source, Access(config, scratch, objects, listings=listings))
             plan = scratch / "plan.sqlite"
             _, new = make_plan(plan, source, _origin(config), index.path, requeue, rebuilding, silent)
     kept = None if before is None or rebuilding else before.kept
-    return IngestPreview(dataset=folder.name, kept=kept, new=new, size=config.size, survey=found)
+    return IngestPreview(dataset=folder.name, kept=kept, new=new, size=config.size, shapes=config.shapes, survey=found)
 
 
-def _require_same_storage(folder: Path, before: Manifest, config: IngestConfig, rebuild: Rebuild) -> bool:
+def require_same_storage(before: Manifest, config: IngestConfig, rebuild: Rebuild) -> bool:
     """Whether the data set is rebuilt; raises UserError if it stores images in another way and must not be."""
     different = before.stored_otherwise(config.storage())
     if different and rebuild == "never":
         name, theirs, ours = different
         raise UserError(
-            f"data set {folder.name} was made with ingest.{name}={theirs} and this is {ours}: "
-            "give another --dataset, or --rebuild to build it again from this source alone"
+            f"data set {before.name} was made with ingest.{name}={theirs} and this is {ours}: "
+            "give another --dataset, or build it again from this source alone with `darkroom ingest --rebuild`"
         )
     return rebuild == "always" or bool(different)
 
 
+def _with_buckets(config: IngestConfig, before: Manifest | None, look: Callable[[], Survey]) -> IngestConfig:
+    """Complete a configuration that leaves its buckets open by those of the data set ``before``, or of the data."""
+    if config.fit != "bucket" or config.buckets is not None:
+        return config
+    shapes = before.shapes if before is not None else choose_shapes(look().sizes, config.size)
+    return config.model_copy(update={"buckets": tuple(map(shape_name, shapes))})
+
+
 def _origin(config: IngestConfig) -> str:
-    """Identity of the source, under which the stamps of its entries are known."""
+    """Identity of the source, under which the stamps of its entries are known; another revision is the same source."""
+    if config.source.startswith("hf:"):
+        return re.sub(r"@[^?]*", "", config.source)
     return config.source if ":" in config.source else str(Path(config.source).resolve())
 
 
@@ -156,12 +200,17 @@ def ingest(
     make_folder(work)
     with FileLock(work / "lock"), _full_disk_in_words(work):
         before = read_manifest(folder) if (folder / "manifest.json").is_file() else None
-        rebuilding = before is None or _require_same_storage(folder, before, config, rebuild)
-        if before is not None and not rebuilding:
-            require_whole(folder, before)
-        with closing(Index(work / "index.sqlite", folder, before, config.near_duplicates)) as index:
-            access = Access(config, work / "scratch", objects)
+        rebuilding = before is None or require_same_storage(before, config, rebuild)
+        current = None if rebuilding else before
+        if current is not None:
+            require_whole(folder, current)
+        recorded = None if current is None else current.near_duplicate_bits
+        uncalibrated = config.near_duplicates == "auto" and recorded is None
+        bits = None if uncalibrated else config.near_duplicate_bits(recorded)
+        with closing(Index(work / "index.sqlite", folder, before, bits)) as index:
+            access = Access(config, work / "scratch", objects, listings=work / "listings")
             access.scratch.mkdir(exist_ok=True)
+            config = _with_buckets(config, current, lambda: survey(config, access.scratch, objects))
             source = open_source(config.source, access)
             origin = _origin(config)
             plan = work / "plan.sqlite"
@@ -172,10 +221,21 @@ def ingest(
                 raise UserError(
                     f"no images in {config.source}{others}: give a source of JPEG, PNG, WebP, GIF, BMP or TIFF images"
                 )
-            merge = Merge(folder, config, index, origin, [] if before is None or rebuilding else list(before.parts))
+            calibration = None
+            if uncalibrated:
+                calibration = calibrate_ingest(folder, current, plan, planned, source, config, progress)
+                if (warning := calibration.warning) is not None:
+                    logger.warning("%s", warning)
+                recorded, bits = calibration.recorded, calibration.bits
+                index.update(folder, current, bits)
+            config = config.model_copy(update={"near_duplicates": bits})
+            parts = [] if current is None else list(current.parts)
+            merge = Merge(folder, config, index, origin, parts, access.about.get("source"))
             prepared = fan_out(prepare_chunk, chunks_of(work, config, objects, planned))
             try:
-                after = _merge(merge, before, prepared, planned, rebuilding, progress)
+                licence = _licence(config, current, access.about.get("licence"))
+                facts = {"licence": licence, "near_duplicate_bits": recorded}
+                after, captions = _merge(merge, before, facts, prepared, planned, rebuilding, progress)
             except UserError:
                 # The cause of the quarantine may be fixed, so the entries must be read again.
                 _remove_work(work)
@@ -189,6 +249,7 @@ def ingest(
                 content_digest=after.content_digest,
                 digest=after.digest,
                 changed=after != before,
+                source=access.about.get("source"),
                 listed=listed,
                 read=merge.read,
                 added=merge.new_outcomes["kept"],
@@ -199,6 +260,8 @@ def ingest(
                 duplicates=index.count("duplicate"),
                 quarantined=[Quarantined(**each) for each in index.quarantined(1000)],
                 quarantined_count=index.count("quarantined"),
+                near_duplicates=calibration,
+                captions=captions,
             )
 
 
@@ -220,21 +283,39 @@ def _full_disk_in_words(work: Path) -> Iterator[None]:
         ) from error
 
 
-def captions_folder(folder: Path) -> Path:
-    """Return the cache folder of the caption embeddings of the data set in ``folder``."""
-    return work_folder(folder) / "captions"
+def encodings_folder(folder: Path) -> Path:
+    """Return the cache folder of the encoded captions and images of the data set in ``folder``."""
+    return work_folder(folder) / "encodings"
 
 
-def forget_captions(folder: Path) -> None:
-    """Delete the cached caption embeddings of the data set in ``folder``."""
+def forget_encodings(folder: Path) -> None:
+    """Delete the encoded captions and images of the data set in ``folder``."""
     with suppress(FileNotFoundError):  # never read, or gone meanwhile
-        shutil.rmtree(captions_folder(folder))
+        shutil.rmtree(encodings_folder(folder))
+
+
+def _licence(config: IngestConfig, before: Manifest | None, stated: str | None) -> str | None:
+    """Return the licence of the data set: the configured one, or else the one it has, or else that of the source."""
+    licence = config.licence or (before.licence if before is not None else None)
+    if licence is not None and stated is not None and stated.lower() != licence.lower():
+        name = "ingest.licence" if config.licence else "the licence of the data set"
+        logger.warning("the card of %s says licence %s; %s, %s, stays", config.source, stated, name, licence)
+    return licence or stated
 
 
 def _merge(
-    merge: Merge, before: Manifest | None, prepared: Iterator[Path], planned: int, rebuilding: bool, progress: Progress
-) -> Manifest:
-    """Merge all chunks, and make the result the current version if it has anything new."""
+    merge: Merge,
+    before: Manifest | None,
+    facts: dict[str, Any],
+    prepared: Iterator[Path],
+    planned: int,
+    rebuilding: bool,
+    progress: Progress,
+) -> tuple[Manifest, CaptionCounts | None]:
+    """Merge all chunks, caption them, and make the result the current version if it has anything new.
+
+    ``facts`` are fields of its manifest.
+    """
     folder, config, index = merge.folder, merge.config, merge.index
     with index.transaction():
         if rebuilding:
@@ -249,40 +330,48 @@ def _merge(
         progress("images ingested", 0, planned)
         for chunk in prepared:
             merge.add(chunk)
-            refused = merge.reasons.total()
-            progress("images ingested", merge.read, planned, f"{refused:,} refused" if refused else "")
-        refused, leading = merge.reasons.total(), merge.reasons.most_common(3)
+            quarantined = merge.reasons.total()
+            progress("images ingested", merge.read, planned, f"{quarantined:,} quarantined" if quarantined else "")
+        quarantined, leading = merge.reasons.total(), merge.reasons.most_common(3)
         reasons = "; ".join(f"{count} × {reason}" for reason, count in leading)
         if not any(part.splits for part in merge.parts):
-            raise UserError(f"no usable image in {config.source}: all {refused} were refused ({reasons})")
-        if refused > config.max_quarantined * merge.new_outcomes.total():
+            raise UserError(f"no usable image in {config.source}: all {quarantined} were quarantined ({reasons})")
+        if quarantined > config.max_quarantined * merge.new_outcomes.total():
             raise UserError(
-                f"{refused} of {merge.new_outcomes.total()} images in {config.source} were quarantined, more than the "
-                f"share of {config.max_quarantined:g} that ingest.max_quarantined allows ({reasons}): fix them, "
+                f"{quarantined} of {merge.new_outcomes.total()} images in {config.source} were quarantined, more than "
+                f"the share of {config.max_quarantined:g} that ingest.max_quarantined allows ({reasons}): fix them, "
                 "or allow more"
             )
+        captions = None if config.captioner is None else add_captions(merge, config.captioner, progress)
         after = Manifest(
             name=folder.name,
             parent=before.digest if before else None,
             change="rebuild" if before and rebuilding else "ingest",
             content_digest="",
             storage=config.storage(),
-            licence=config.licence or (None if rebuilding or before is None else before.licence),
             parts=merge.parts,
+            **facts,
         )
-        same = {"parts", "storage", "licence"}
+        same = {"parts", "storage", *facts}
         if before is not None and before.model_dump(include=same) == after.model_dump(include=same):
             after = before
         else:
             after = after.model_copy(update={"content_digest": index.content_digest(after)})
             write_manifest(folder, after)
         index.set_version(after)
-    return after
+    return after, captions
 
 
 def remove_strays(folder: Path) -> None:
-    """Delete files that the manifest does not name: leftovers of killed or failed runs, and rewritten shards."""
-    named = {entry.name for entry in read_manifest(folder).files} if (folder / "manifest.json").is_file() else set()
+    """Delete files that the manifest does not name: leftovers of killed or failed runs, and rewritten shards.
+
+    So are the measures of shards that it does not name.
+    """
+    files = read_manifest(folder).files if (folder / "manifest.json").is_file() else []
+    named, measured = {entry.name for entry in files}, {entry.sha256[:32] for entry in files}
+    for path in measures_folder(folder).glob("*"):
+        if path.name[:32] not in measured:
+            path.unlink()
     for kind in ("shards", "records"):
         for path in (folder / kind).glob("*"):
             if path.relative_to(folder).as_posix() not in named:

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from collections import Counter
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from itertools import takewhile
@@ -17,10 +18,15 @@ import pyarrow.parquet as pq
 from diffusion.common.config import Config
 from diffusion.common.errors import ConflictError
 from diffusion.common.files import make_folder, sync_file, sync_folder, write_atomically, write_bytes
+from diffusion.common.shapes import Shape, parse_shape
+from diffusion.data.ingest.chunks import shard_of
 from diffusion.data.ingest.config import IngestConfig
 from diffusion.data.ingest.index import Index
 from diffusion.data.manifest import (
+    CAPTIONER,
+    OPTIONAL,
     RECORDS,
+    STORED,
     FileEntry,
     Manifest,
     Part,
@@ -51,6 +57,8 @@ class Merge:
     index: Index
     origin: str
     parts: list[Part]
+    source: str | None = None
+    """Versioned source of the new images."""
     read: int = 0
     """Entries read so far, with any outcome."""
     reasons: Counter[str] = field(default_factory=Counter)
@@ -61,10 +69,12 @@ class Merge:
     """Number of duplicates among them with another label or caption."""
 
     def add(self, chunk: Path) -> None:
-        """Determine the outcome of each image of a prepared ``chunk``; new images become a part."""
+        """Determine the outcome of each image of a prepared ``chunk``; new images become a part for each bucket."""
         with chunk.open() as lines:
-            shard_sha256, *rows = map(json.loads, lines)
-        in_shard = [row for row in rows if row["offset"] is not None]
+            shards, *rows = map(json.loads, lines)
+        places = {bucket: place for place, bucket in enumerate(shards)}
+        # In the order of the parts, by which an index that is built again groups near-duplicates.
+        rows.sort(key=lambda row: places.get(row["bucket"], 0))
         records = []
         for row in rows:
             # Its duplicates, with any bytes, may come before it.
@@ -76,12 +86,20 @@ class Merge:
                 self.index.record(row)
                 records.append(row)
         self.read += len(rows)
-        self._append(records, chunk.with_suffix(".tar"), shard_sha256, len(in_shard))
+        kept = list(dict.fromkeys(row["bucket"] for row in records if row["outcome"] == "kept"))
+        for bucket in kept:
+            # Records without an image of their own come first, unless they are duplicates of an image in this chunk.
+            own = [row for row in records if (row["bucket"] if row["bucket"] in kept else kept[0]) == bucket]
+            samples = sum(row["bucket"] == bucket and row["offset"] is not None for row in rows)
+            shape = parse_shape(bucket) if self.config.buckets else None
+            self._append(own, shard_of(chunk, bucket), shards[bucket], samples, self.source, shape)
+        if not kept:
+            self._append(records, None, "", 0, self.source)
 
     def adopt(self, part: Part) -> int:
         """Add what a part of another version has and this one lacks; returns how many duplicates of lost images."""
         rows = read_records(self.folder, part).to_pylist()
-        kept = [row for row in rows if row["outcome"] == "kept"]
+        stored = [row for row in rows if row["outcome"] in STORED]
         self.index.add_hashes(self.folder, part, rows)
         records, lost = [], 0
         for row in rows:
@@ -100,9 +118,11 @@ class Merge:
                 self.index.record(row)
                 records.append(row)
         if part.shard is None:
-            self._append(records, None, "", 0)
+            self._append(records, None, "", 0, part.source)
         else:
-            self._append(records, self.folder / part.shard.name, part.shard.sha256, len(kept))
+            self._append(
+                records, self.folder / part.shard.name, part.shard.sha256, len(stored), part.source, part.shape
+            )
         return lost
 
     def _classify(self, row: dict[str, Any]) -> bool:
@@ -132,10 +152,13 @@ class Merge:
         if there is not None:
             split, digest = there
             same = sample_digest(row["key"], split, row["label"], row["caption"]) == digest
-            row |= {"outcome": "duplicate", "reason": None if same else "came again with another label or caption"}
+            reason = None if same else "came again with another label or caption"
+            row |= {"outcome": "duplicate", "reason": reason, "leader": None}
             self.relabelled += not same
             return
-        row |= {"outcome": "kept", "split": split_of(row["key"], self.config.held_out), "near": None}
+        # Of another version's images those that its rules dropped stay so, until rules are applied here.
+        outcome = "dropped" if row["outcome"] == "dropped" else "kept"
+        row |= {"outcome": outcome, "split": split_of(row["key"], self.config.held_out), "near": None}
         if self.index.near is not None and (groups := self.index.groups_near(bytes.fromhex(row["phash"]))):
             if len({split for _, split in groups}) > 1:
                 row |= {"outcome": "quarantined", "reason": "a near-copy of images in both splits", "split": None}
@@ -143,46 +166,67 @@ class Merge:
                 (root, split), *_ = groups
                 row |= {"split": split, "near": [root.hex()]}
 
-    def _append(self, records: list[dict[str, Any]], source: Path | None, digest: str, samples: int) -> None:
-        """Append a part of ``records``, whose shard is ``source`` with SHA-256 ``digest``, or some of its samples."""
+    def _append(
+        self,
+        records: list[dict[str, Any]],
+        shard_file: Path | None,
+        digest: str,
+        samples: int,
+        source: str | None,
+        shape: Shape | None = None,
+    ) -> None:
+        """Append a part of ``records``, whose shard is ``shard_file``, of SHA-256 ``digest``, or a part of it."""
         if not records:
             return
-        number, shard = len(self.parts), None
-        kept = [row for row in records if row["outcome"] == "kept"]
-        if source is not None and kept:
-            if len(kept) == samples:
+        # Compaction leaves gaps in the numbers.
+        number, shard = self.parts[-1].number + 1 if self.parts else 0, None
+        stored = [row for row in records if row["outcome"] in STORED]
+        if shard_file is not None and stored:
+            if len(stored) == samples:
                 staged = self.folder / "shards" / f".{number:05d}.tar"
                 make_folder(staged.parent)
                 staged.unlink(missing_ok=True)
                 try:
-                    os.link(source, staged)
+                    os.link(shard_file, staged)
                 except OSError:  # a file system without hard links
-                    shutil.copyfile(source, staged)
+                    shutil.copyfile(shard_file, staged)
                 sync_file(staged)
                 shard = _named(self.folder, staged, digest)
             else:
-                shard = filter_shard(self.folder, number, source, kept)
-        self.parts.append(write_part(self.folder, number, shard, records, self.config.size))
+                shard = copy_samples(self.folder, number, [(shard_file, stored)])
+        self.parts.append(write_part(self.folder, number, shard, records, self.config.size, source, shape))
 
 
-def filter_shard(folder: Path, number: int, source: Path, rows: list[dict[str, Any]]) -> FileEntry:
-    """Write shard ``number`` of the samples of the shard ``source`` that ``rows`` describe; updates their offsets."""
+def copy_samples(folder: Path, number: int, shards: Sequence[tuple[Path, list[dict[str, Any]]]]) -> FileEntry:
+    """Write shard ``number`` of samples of other ``shards``, each with the rows to copy; updates their offsets."""
 
     def write(partial: Path) -> None:
-        with source.open("rb") as old, partial.open("wb") as new:
+        with partial.open("wb") as new:
             writer = TarWriter(new)
-            for row in sorted(rows, key=lambda row: row["offset"]):
-                row["offset"] = writer.copy(old, row["offset"], row["size"])
+            for source, rows in shards:
+                with source.open("rb") as old:
+                    for row in sorted(rows, key=lambda row: row["offset"]):
+                        row["offset"] = writer.copy(old, row["offset"], row["size"])
             writer.close()
 
     staged = folder / "shards" / f".{number:05d}.tar"
     return _named(folder, staged, write_atomically(staged, write))
 
 
-def write_part(folder: Path, number: int, shard: FileEntry | None, records: list[dict[str, Any]], size: int) -> Part:
-    """Write part ``number`` with a table of rows of RECORDS, whose images have ``size`` pixels a side, and a shard."""
+def write_part(
+    folder: Path,
+    number: int,
+    shard: FileEntry | None,
+    records: list[dict[str, Any]],
+    size: int,
+    source: str | None = None,
+    shape: Shape | None = None,
+) -> Part:
+    """Write part ``number``: a table of rows of RECORDS, and a shard of images of ``shape``; None: ``size`` squared."""
+    height, width = shape or (size, size)
     staged = folder / "records" / f".{number:05d}.parquet"
-    table = pa.Table.from_pylist(records, RECORDS)
+    further = [field for field in OPTIONAL if any(row.get(field.name) for row in records)]
+    table = pa.Table.from_pylist(records, pa.schema([*RECORDS, *further]))
     digest = write_atomically(staged, lambda partial: pq.write_table(table, partial, compression="zstd"))
     kept = [row for row in records if row["outcome"] == "kept"]
     train = [row for row in kept if row["split"] == "train"]
@@ -198,7 +242,10 @@ def write_part(folder: Path, number: int, shard: FileEntry | None, records: list
         splits=_counts(kept, "split"),
         classes=_counts(kept, "label"),
         modes=_counts(kept, "mode"),
-        totals=Totals(pixels=len(train) * size * size, **sums),
+        totals=Totals(pixels=len(train) * height * width, **sums),
+        source=source,
+        shape=shape if shard is not None else None,
+        captioners=_counts(kept, CAPTIONER.name) or None,
     )
 
 
@@ -209,7 +256,7 @@ def blanked(row: dict[str, Any], reason: str) -> dict[str, Any]:
 
 
 def _counts(rows: list[dict[str, Any]], column: str) -> dict[str, int]:
-    return dict(sorted(Counter(row[column] for row in rows if row[column] is not None).items()))
+    return dict(sorted(Counter(row[column] for row in rows if row.get(column) is not None).items()))
 
 
 def _named(folder: Path, staged: Path, digest: str) -> FileEntry:
@@ -259,9 +306,11 @@ def merge_versions(folder: Path, config: IngestConfig, theirs: Manifest, base: M
             f"give another --dataset, or to add to theirs {go_on} with that"
         )
     shared = {part.records.sha256 for part in (*theirs.parts, *(base.parts if base else ()))}
-    config = config.model_copy(update=dict(theirs.storage))
+    recorded = ours.near_duplicate_bits if theirs.near_duplicate_bits is None else theirs.near_duplicate_bits
+    bits = config.near_duplicate_bits(recorded)
+    config = config.model_copy(update=dict(theirs.storage) | {"near_duplicates": bits})
     with (
-        closing(Index(work_folder(folder) / "index.sqlite", folder, theirs, config.near_duplicates)) as index,
+        closing(Index(work_folder(folder) / "index.sqlite", folder, theirs, bits)) as index,
         index.transaction(),
     ):
         merge = Merge(folder, config, index, "", list(theirs.parts))
@@ -275,6 +324,7 @@ def merge_versions(folder: Path, config: IngestConfig, theirs: Manifest, base: M
                 content_digest="",
                 storage=theirs.storage,
                 licence=theirs.licence or ours.licence,
+                near_duplicate_bits=recorded,
                 parts=merge.parts,
             )
             after = after.model_copy(update={"content_digest": index.content_digest(after)})

@@ -8,6 +8,7 @@ from urllib.parse import unquote, urlsplit
 from diffusion.common.errors import UserError
 from diffusion.data.sources.base import Access, Source
 from diffusion.data.sources.conventions import EXTENSIONS, Folder
+from diffusion.data.sources.hub_dataset import OPTIONS, HubDataset
 from diffusion.data.sources.known_sets import Idx, TorchvisionSet
 from diffusion.data.sources.local_files import TARS
 from diffusion.data.sources.object_store import Objects
@@ -17,9 +18,11 @@ from diffusion.data.sources.zips import Zip
 
 SUPPORTED = (
     "a folder; a .tar (.tar.gz, .tar.bz2, .tar.xz) or .zip; wds:SHARDS of WebDataset; a .parquet file or "
-    "parquet:FILES; a .csv or .jsonl table of URLs; s3://BUCKET/PREFIX; torchvision:NAME; MNIST's IDX files or idx:PATH"
+    "parquet:FILES; a .csv or .jsonl table of URLs; s3://BUCKET/PREFIX; hf://datasets/OWNER/NAME; torchvision:NAME; "
+    "MNIST's IDX files or idx:PATH"
 )
 OPENERS: dict[str, tuple[Callable[[str, dict[str, str], Access], Source], tuple[str, ...]]] = {
+    "hf": (HubDataset.open, OPTIONS),
     "parquet": (Parquet, ("image", "label", "caption")),
     "idx": (Idx.open, ("split",)),
     "torchvision": (TorchvisionSet.open, ("root", "split", "download")),
@@ -34,7 +37,7 @@ def open_source(uri: str, access: Access) -> Source:
     """Open the source that ``uri`` names; nothing is listed or fetched yet.
 
     A path (or ``file://`` URL) is a folder, or a file whose extension determines its kind. ``wds:``, ``parquet:``,
-    ``idx:`` and ``torchvision:`` state the kind explicitly, and the last three take options: ``?NAME=VALUE&…``.
+    ``hf:``, ``idx:`` and ``torchvision:`` state the kind explicitly, and the last four take options: ``?NAME=VALUE&…``.
 
     Raises UserError for an invalid or missing source, and for options without effect.
     """
@@ -47,15 +50,11 @@ def open_source(uri: str, access: Access) -> Source:
         match = WITH_OPTIONS.fullmatch(rest)
         place, options = (match[1], _options(scheme, *match.groups())) if match else (rest, {})
         return OPENERS[scheme][0](place, options, access)
-    if uri.startswith(("hf:", "http://", "https://")):
-        what, fix = "an address on the web", "download it and give its path, or give a .csv table with a column url"
-        if scheme == "hf":
-            what = "a data set of the Hugging Face Hub"
-            fix = (
-                f"run `hf download --repo-type dataset {rest.lstrip('/')} --local-dir hub` and give parquet:hub, if it "
-                "has Parquet files, or else hub"
-            )
-        raise UserError(f"source {uri} is {what}, which is not read directly: {fix}")
+    if uri.startswith(("http://", "https://")):
+        raise UserError(
+            f"source {uri} is an address on the web, which is not read directly: download it and give its path, or "
+            "give a .csv table with a column url"
+        )
     path = Path(uri)
     if scheme == "file" and colon:
         parts = urlsplit(uri)

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple, Protocol, TypeAlias
+from typing import Literal, NamedTuple, Protocol, TypeAlias
 
 from PIL import Image
 
@@ -113,3 +113,7 @@ class Access:
     """None: ``s3://`` sources are rejected."""
     passed_over: Counter[str] = field(default_factory=Counter)
     """Number of files ignored by a listing because they are not images, by extension."""
+    listings: Path | None = None
+    """Folder that outlasts the ingest, for what stands in remote files that cannot change; None: the scratch folder."""
+    about: dict[Literal["source", "licence"], str] = field(default_factory=dict)
+    """What a listing found out about a versioned source: its URI with the commit, and the licence of its card."""

@@ -10,12 +10,14 @@ import shutil
 import stat
 import zlib
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 from typing import BinaryIO, TextIO, cast
 
 from braceexpand import braceexpand
 from filelock import FileLock
 
+from diffusion.common.config import LONGEST_NAME
 from diffusion.common.errors import UserError
 from diffusion.common.files import digest_of, sync_file
 from diffusion.data.ingest.decode import UnusableEntry
@@ -25,6 +27,8 @@ TARS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 NEVER = {errno.EACCES, errno.EPERM, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG}
 """Permanent errors."""
 WILD = "*?["
+MOST_NAMES = 2**16
+"""Most names that the braces of a pattern stand for; patterns may come from the card of a data set."""
 RESERVE, RESERVED_SHARE = 2**30, 0.05
 """Bytes that unpacking leaves free on the disk, and the share of a smaller disk: data may be crafted to fill any."""
 PACKED: dict[str, Callable[[Path], object]] = {".gz": gzip.open, ".tgz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
@@ -124,11 +128,14 @@ def matching(pattern: str, suffix: str) -> list[tuple[str, Path]]:
 
 
 def expanded(pattern: str) -> list[str]:
-    """Expand the braces in ``pattern``."""
+    """Expand the braces in ``pattern``; raises UserError if they are unbalanced or stand for too many names."""
     try:
-        return list(braceexpand(pattern))
+        names = list(islice(braceexpand(pattern), MOST_NAMES + 1))
     except ValueError as error:
         raise UserError(f"{pattern} has unbalanced braces: write them as {{000..123}} or {{a,b}}") from error
+    if len(names) > MOST_NAMES:
+        raise UserError(f"{pattern[:LONGEST_NAME]} stands for over {MOST_NAMES:,} names: give fewer")
+    return names
 
 
 def once(path: Path, write: Callable[[Path], object]) -> Path:

@@ -112,7 +112,7 @@ class Parquet:
         self, file: pq.ParquetFile, group: int, columns: Columns, path: Path
     ) -> Iterator[tuple[str | None, str | None]]:
         """Yield label and caption of each row of a row group."""
-        named = [name for name in (columns.label, columns.caption) if name]
+        named = list(dict.fromkeys(name for name in (columns.label, columns.caption) if name))
         if not named:
             yield from ((None, None) for _ in range(file.metadata.row_group(group).num_rows))
             return
@@ -181,7 +181,7 @@ def find_columns(schema: pa.Schema, options: dict[str, str], where: str) -> Colu
     if len(found) != 1:
         raise UserError(
             f"{where} has {'no' if not found else 'more than one'} column of images (bytes, or a struct of bytes "
-            f"and path) among {', '.join(schema.names)}: name it with parquet:…?image=COLUMN"
+            f"and path) among {', '.join(schema.names)}: name it with ?image=COLUMN"
         )
     image = schema.field(found[0])
     leaves: tuple[str, ...] = (found[0],)

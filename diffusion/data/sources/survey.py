@@ -9,12 +9,15 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from PIL.ExifTags import Base
+from pydantic import Field
 
 from diffusion.common.config import Config
 from diffusion.common.errors import UserError
+from diffusion.common.escaping import counted
 from diffusion.common.files import write_atomically
 from diffusion.data.ingest.config import IngestConfig
-from diffusion.data.ingest.decode import UnusableEntry
+from diffusion.data.ingest.decode import TURNED, UnusableEntry
 from diffusion.data.sources import open_source
 from diffusion.data.sources.base import Access, Entry, ObjectStore
 from diffusion.data.sources.conventions import METADATA_FILES, records
@@ -50,6 +53,8 @@ class Survey(Config):
     """Images of the sample that cannot be opened."""
     shorter_sides: tuple[int, int, int] | None
     """Shortest, median and longest shorter side of the sampled images, in pixels; None if none could be opened."""
+    sizes: list[tuple[int, int]] = Field([], exclude=True)
+    """Width and height of the sampled images, in pixels."""
     square: bool
     """Whether all sampled images are square."""
     channels: int
@@ -82,7 +87,7 @@ class Survey(Config):
         if self.unreadable and self.shorter_sides is not None:
             lines.append(f"unreadable {self.unreadable:,} of {self.sampled:,} sampled images")
         lines.append(f"classes    {len(self.classes):,}: {names}{more}" if self.classes else "classes    none")
-        lines.append(f"captions   {self.captions:,} images have one" if self.captions else "captions   none")
+        lines.append(f"captions   of {counted(self.captions, 'image')}" if self.captions else "captions   none")
         if self.captions_table is not None:
             lines.append(f"           {offer(self.captions_table)}")
         return lines
@@ -111,7 +116,8 @@ def survey(config: IngestConfig, scratch: Path, objects: ObjectStore | None = No
             continue
         try:
             with payload if isinstance(payload, Image.Image) else Image.open(io.BytesIO(payload)) as image:
-                sizes.append(image.size)
+                turned = image.getexif().get(Base.Orientation, 1) in TURNED
+                sizes.append(image.size[::-1] if turned else image.size)
                 if not coloured and image.width * image.height <= config.max_pixels:
                     image.thumbnail((64, 64))
                     coloured = bool(np.ptp(np.asarray(image.convert("RGB")), axis=-1).max() > 0)
@@ -124,6 +130,7 @@ def survey(config: IngestConfig, scratch: Path, objects: ObjectStore | None = No
         sampled=len(chosen),
         unreadable=len(chosen) - len(sizes),
         shorter_sides=(sides[0], sides[len(sides) // 2], sides[-1]) if sides else None,
+        sizes=sizes,
         square=all(width == height for width, height in sizes),
         channels=3 if coloured else 1,
         classes=dict(sorted(classes.items())),

@@ -264,7 +264,7 @@ def _addresses(host: str, port: int, allow_private: bool) -> list[str]:
     return allowed
 
 
-class _Again(Exception):
+class Again(Exception):
     """A transient failure, to be retried."""
 
     def __init__(self, reason: str, after: float | None = None) -> None:
@@ -323,9 +323,9 @@ class Urls:
         if not url.lower().startswith(("http://", "https://")):
             return UnusableEntry("neither an http:// nor an https:// URL: local files are read from a folder")
         retrying = Retrying(
-            retry=retry_if_exception_type(_Again),
+            retry=retry_if_exception_type(Again),
             stop=stop_after_attempt(config.download_tries) | stop_when_event_set(client.stopped),
-            wait=_pause,
+            wait=pause,
             sleep=sleep_using_event(client.stopped),
             reraise=True,
         )
@@ -333,12 +333,12 @@ class Urls:
             return retrying(_get, client, url, config.max_bytes, self.access.scratch)
         except UnusableEntry as error:
             return error
-        except _Again as error:
+        except Again as error:
             return UnusableEntry(f"{error}, at each of {config.download_tries} tries")
 
 
 def _get(client: HttpClient, url: str, limit: int, scratch: Path) -> "SpooledTemporaryFile[bytes]":
-    """Fetch a URL once; raises _Again for a transient failure, UnusableEntry for any other behaviour of a server."""
+    """Fetch a URL once; raises Again for a transient failure, UnusableEntry for any other behaviour of a server."""
     try:
         with client.get(url) as response:
             status, headers = response.status, httpx.Headers(response.headers)
@@ -346,49 +346,50 @@ def _get(client: HttpClient, url: str, limit: int, scratch: Path) -> "SpooledTem
                 # The standard name, if any, instead of the server's text.
                 line = f"HTTP {status} {httpx.codes.get_reason_phrase(status)}".strip()
                 if status in (408, 425, 429) or status >= 500:
-                    raise _Again(line, _retry_after(headers.get("Retry-After", "")))
+                    raise Again(line, retry_after(headers.get("Retry-After", "")))
                 raise UnusableEntry(line)
             declared = headers.get("Content-Length", "")
             if re.fullmatch("[0-9]{1,18}", declared) and int(declared) > limit:
                 raise too_large(int(declared), limit)
             if (encoding := headers.get("Content-Encoding", "identity")) != "identity":
                 # A few bytes may unpack to any number.
-                raise UnusableEntry(f"sent with Content-Encoding {_short(encoding)} although none was accepted")
+                raise UnusableEntry(f"sent with Content-Encoding {short(encoding)} although none was accepted")
             file = SpooledTemporaryFile(IN_MEMORY, dir=str(scratch))  # noqa: SIM115 (closed by the generator that yields it)
             for piece in response.iter_stream():
                 file.write(piece)
                 if file.tell() > limit:
                     raise UnusableEntry(f"more than the limit of {limit} bytes")
             return file
-    except (_Again, UnusableEntry):
+    except (Again, UnusableEntry):
         raise
     except httpcore.UnsupportedProtocol as error:
         raise UnusableEntry("leads to something that is neither http nor https") from error
     except (httpx.InvalidURL, httpx.TooManyRedirects) as error:
-        raise UnusableEntry(f"not to be had: {_short(error)}") from error
+        raise UnusableEntry(f"not to be had: {short(error)}") from error
     except httpcore.TimeoutException as error:
-        raise _Again(f"no whole answer within {client.seconds:g} s") from error
+        raise Again(f"no whole answer within {client.seconds:g} s") from error
     except (httpcore.NetworkError, httpcore.RemoteProtocolError, httpcore.ProxyError) as error:
-        raise _Again(_short(error) or type(error).__name__) from error
+        raise Again(short(error) or type(error).__name__) from error
     except OSError:  # of the disk: httpcore has its own for the network
         raise
     except Exception as error:  # libraries raise whatever they like on answers that they did not expect
-        raise UnusableEntry(f"an answer that is not understood: {type(error).__name__}: {_short(error)}") from error
+        raise UnusableEntry(f"an answer that is not understood: {type(error).__name__}: {short(error)}") from error
 
 
-def _short(said: object) -> str:
+def short(said: object) -> str:
+    """Return the beginning of what a server or library says, on one line."""
     return printable(str(said)[:150])
 
 
-def _pause(state: RetryCallState) -> float:
+def pause(state: RetryCallState) -> float:
     """Return the seconds before the next try: the server's Retry-After, bounded, or jittered exponential backoff."""
     error = state.outcome.exception() if state.outcome else None
-    if isinstance(error, _Again) and error.after is not None:
+    if isinstance(error, Again) and error.after is not None:
         return min(max(error.after, 0), LONGEST_PAUSE) + random.uniform(0, 1)
     return PAUSE(state)
 
 
-def _retry_after(value: str) -> float | None:
+def retry_after(value: str) -> float | None:
     """Parse the seconds of a Retry-After header (RFC 9110, section 10.2.3); None if it is invalid."""
     if re.fullmatch("[0-9]+", value):
         return float(value[:9])  # any more digits are no less than the longest pause

@@ -9,11 +9,13 @@ from filelock import FileLock
 from diffusion.common.errors import UserError
 from diffusion.common.files import digest_of, sha256_file
 from diffusion.common.progress import Progress, silent
-from diffusion.data.ingest.ingest import forget_captions, remove_strays
-from diffusion.data.ingest.merge import blanked, filter_shard, write_part
+from diffusion.data.ingest.captions import forget_captions
+from diffusion.data.ingest.ingest import forget_encodings, remove_strays
+from diffusion.data.ingest.key_resolution import content_digest
+from diffusion.data.ingest.merge import blanked, copy_samples, write_part
 from diffusion.data.manifest import (
+    STORED,
     Manifest,
-    content_digest,
     read_manifest,
     read_records,
     repair_hint,
@@ -30,6 +32,7 @@ from diffusion.data.versions.takedown_records import (
     Selection,
     Selector,
     chosen_by,
+    dropped_copies,
     is_one_of,
     nothing,
     removals,
@@ -37,7 +40,7 @@ from diffusion.data.versions.takedown_records import (
     still_held,
     write_removal,
 )
-from diffusion.data.versions.versions import kept_in
+from diffusion.data.versions.versions import stored_in
 
 
 def choose(folder: Path, selection: Selection) -> tuple[Chosen, list[str]]:
@@ -81,14 +84,15 @@ def remove(folder: Path, selection: Selection, reason: str, progress: Progress =
             "parent": before.digest if chosen.parts else None,
             "version": after.digest,
             "content_digest": after.content_digest,
-            "tables": sorted(old.records.sha256 for old, new in parts if kept_in(new) < kept_in(old)),
+            "tables": sorted(old.records.sha256 for old, new in parts if stored_in(new) < stored_in(old)),
             "already": not chosen.parts,
         }
         removal = Removal.model_validate(chosen.model_dump() | about)
         if chosen.parts:
             write_removal(work_folder(folder), removal)
             write_manifest(folder, after)
-        forget_captions(folder)
+        forget_encodings(folder)
+        forget_captions(folder, removal.image_keys)
         remove_strays(folder)
         return removal if chosen.parts else earlier or removal
 
@@ -106,22 +110,30 @@ def remove_known(folder: Path, progress: Progress = silent) -> list[Removal]:
     """Make a version of the data set in ``folder`` without images that takedown records on this machine name.
 
     Each record of which the current version holds images makes a version of its own, as its takedown would have here.
+    Cached captions of all these images, and files that the current version does not name, are deleted in any case.
     The caller holds the data set's lock. Returns the applied records; raises UserError as ``remove`` does.
     """
-    applied = []
-    for removal in still_held(folder, removals(work_folder(folder))):
+    applied, known = [], removals(work_folder(folder))
+    if known:
+        # A kill, or a version that another machine made without the images, may have left the caption of any of them.
+        forget_captions(folder, {key for removal in known for key in removal.image_keys})
+        remove_strays(folder)
+    for removal in still_held(folder, known):
         before = read_manifest(folder)
         keys, digests = set(removal.image_keys), set(removal.digests)
         # If the storage configuration has changed since, images have other keys, which duplicates share.
         rows = rows_of(folder, before, ("outcome", "key", "source_sha256"))
-        keys |= {row["key"] for _, row in rows if row["outcome"] == "kept" and row["source_sha256"] in digests}
+        keys |= {row["key"] for _, row in rows if row["outcome"] in STORED and row["source_sha256"] in digests}
+        copies = dropped_copies(folder, before)
+        keys.update(*(copies.get(key, ()) for key in tuple(keys)))
         taken = partial(is_one_of, keys=keys, digests=digests)
         if (after := _without(folder, before, taken, removal.reason, progress)) is not before:
+            # Before the manifest, by which they would be found again after a kill.
+            forget_captions(folder, keys)
+            forget_encodings(folder)
             write_manifest(folder, after)
+            remove_strays(folder)
             applied.append(removal)
-    if applied:
-        forget_captions(folder)
-        remove_strays(folder)
     return applied
 
 
@@ -142,14 +154,14 @@ def _without(folder: Path, before: Manifest, taken: Callable[[Row], bool], reaso
         if part.number not in numbers:
             continue
         rows = [blanked(row, reason) if taken(row) else row for row in read_records(folder, part).to_pylist()]
-        kept = [row for row in rows if row["outcome"] == "kept"]
+        stored = [row for row in rows if row["outcome"] in STORED]
         shard = part.shard
-        if shard is not None and len(kept) < part.outcomes["kept"]:
+        if shard is not None and len(stored) < stored_in(part):
             path = folder / shard.name
-            if kept and sha256_file(path) != shard.sha256:
+            if stored and sha256_file(path) != shard.sha256:
                 raise UserError(f"{path} is damaged (its SHA-256 differs): {repair_hint(folder)}")
-            shard = filter_shard(folder, part.number, path, kept) if kept else None
-        parts[place] = write_part(folder, part.number, shard, rows, before.size)
+            shard = copy_samples(folder, part.number, [(path, stored)]) if stored else None
+        parts[place] = write_part(folder, part.number, shard, rows, before.size, part.source, part.shape)
         progress("parts rewritten", place + 1, len(parts))
     return before.model_copy(
         update={

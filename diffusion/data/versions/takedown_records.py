@@ -11,11 +11,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import Field, ValidationError
 
-from diffusion.common.config import Config
+from diffusion.common.config import Config, unset
 from diffusion.common.errors import UserError
 from diffusion.common.files import digest_of, write_json
-from diffusion.data.manifest import Manifest, Part, read_manifest, read_records
-from diffusion.data.versions.versions import Elsewhere, find_records, kept_in, nowhere
+from diffusion.data.manifest import STORED, Manifest, Part, read_manifest, read_records
+from diffusion.data.versions.versions import Elsewhere, find_records, nowhere, stored_in
 
 SHORTEST = 8
 """Hex digits that a prefix of a key must have."""
@@ -39,7 +39,7 @@ class Chosen(Config):
     """Images matched by a selection. An image is matched under all its names, so its duplicates are, too."""
 
     image_keys: list[str]
-    """Keys of the images to be removed, sorted."""
+    """Keys of the images to be removed, ``dropped_copies`` included, sorted."""
     digests: list[str]
     """SHA-256 of the files they came from, sorted."""
     images: int
@@ -48,7 +48,11 @@ class Chosen(Config):
     refused: int
     """Records of quarantined entries."""
     near_copies: list[str]
-    """Keys of near-duplicates of them, which stay, sorted; empty if the ingest did not group near-duplicates."""
+    """Keys of near-duplicates of them, which stay, sorted: those that ingests grouped with them, and the one for which
+    curation dropped any of them, with others that it dropped for that one."""
+    dropped_copies: list[str] | None = Field(None, exclude_if=unset)
+    """Keys of images that go with them, sorted: curation had dropped these as their near-duplicates, and would bring
+    them back without them. None if there are none."""
     parts: list[int]
     """Numbers of the parts to rewrite; empty if everything selected was removed before."""
 
@@ -110,6 +114,7 @@ def chosen_by(folder: Path, manifest: Manifest, selector: Selector) -> tuple[Cho
     """Return the images that ``selector`` matches, all their names, and its keys and patterns that match nothing."""
     keys: set[str] = set()
     gone: dict[str, str] = {}
+    copies = dropped_copies(folder, manifest)
     for _, row in rows_of(folder, manifest, SELECTED_BY):
         if selector.means(row) and row["key"]:
             if row["outcome"] == "removed":
@@ -117,31 +122,50 @@ def chosen_by(folder: Path, manifest: Manifest, selector: Selector) -> tuple[Cho
             else:
                 keys.add(row["key"])
     unmatched = selector.unmatched()
+    along = sorted({copy for key in keys for copy in copies.get(key, ())} - keys)
+    keys.update(along)
     taken = [(part, row) for part, row in rows_of(folder, manifest, SELECTED_BY) if selector.takes(row, keys)]
     outcomes = Counter(row["outcome"] for _, row in taken)
     chosen = Chosen(
         image_keys=sorted(keys if taken else gone),
         digests=sorted({row["source_sha256"] for _, row in taken} - {""} if taken else {*gone.values()} - {""}),
-        images=outcomes["kept"],
+        images=sum(outcomes[each] for each in STORED),
         duplicates=outcomes["duplicate"],
         refused=outcomes["quarantined"],
         near_copies=_near_copies(folder, manifest, keys) if taken else [],
+        dropped_copies=along or None,
         parts=sorted({part.number for part, _ in taken}),
     )
     return chosen, sorted({row["source"] for _, row in taken}), unmatched
 
 
+def dropped_copies(folder: Path, manifest: Manifest) -> dict[str, list[str]]:
+    """Return the keys of the images that curation dropped as near-duplicates, by the key of the image kept instead."""
+    found: dict[str, list[str]] = {}
+    for part in manifest.parts:
+        if part.outcomes.get("dropped"):
+            for row in read_records(folder, part, ("key", "outcome", "leader")).to_pylist():
+                if row["outcome"] == "dropped" and row["leader"]:
+                    found.setdefault(row["leader"], []).append(row["key"])
+    return found
+
+
 def _near_copies(folder: Path, manifest: Manifest, keys: set[str]) -> list[str]:
     """Return the images in the same groups of near-duplicates as those of ``keys``."""
-    groups = set(keys)
-    for _, row in rows_of(folder, manifest, ("key", "near")):
+    groups, columns = set(keys), ("key", "near", "outcome", "leader")
+    for _, row in rows_of(folder, manifest, columns):
         if row["key"] in keys:
-            groups.update(row["near"] or ())
+            groups |= _near(row)
     return sorted(
         row["key"]
-        for _, row in rows_of(folder, manifest, ("key", "near", "outcome"))
-        if row["outcome"] == "kept" and row["key"] not in keys and groups & {row["key"], *(row["near"] or ())}
+        for _, row in rows_of(folder, manifest, columns)
+        if row["outcome"] in STORED and row["key"] not in keys and groups & {row["key"], *_near(row)}
     )
+
+
+def _near(row: Row) -> set[str]:
+    """Return the keys of the images of which the image in ``row`` is a near-duplicate."""
+    return {*(row["near"] or ()), row["leader"]} - {None}
 
 
 def rows_of(folder: Path, manifest: Manifest, columns: Sequence[str]) -> Iterator[tuple[Part, Row]]:
@@ -185,7 +209,7 @@ class Removal(Chosen):
     """The first version without them."""
     content_digest: str
     tables: list[str]
-    """SHA-256 of the deleted tables that listed these images as kept, sorted; empty if unknown."""
+    """SHA-256 of the deleted tables that listed these images as kept or dropped, sorted; empty if unknown."""
     already: bool
     """Whether it had been done before."""
 
@@ -222,16 +246,16 @@ class Holders(Config):
 
 
 def holders(folder: Path, removal: Removal, versions: Iterable[Manifest], elsewhere: Elsewhere = nowhere) -> Holders:
-    """Return which of ``versions`` kept images of ``removal``, by their keys or the digests of their files."""
+    """Return which of ``versions`` hold images of ``removal``, by their keys or the digests of their files."""
     removed = {*removal.image_keys, *removal.digests}
     found: dict[str, bool | None] = dict.fromkeys(removal.tables, True)
     held, unknown = [], []
     for version in versions:
         for part in version.parts:
-            if kept_in(part) and part.records.sha256 not in found:
+            if stored_in(part) and part.records.sha256 not in found:
                 table = find_records(folder, part, ("outcome", "key", "source_sha256"), elsewhere)
-                found[part.records.sha256] = None if table is None else not removed.isdisjoint(_kept(table))
-        answers = {found[part.records.sha256] for part in version.parts if kept_in(part)}
+                found[part.records.sha256] = None if table is None else not removed.isdisjoint(_stored(table))
+        answers = {found[part.records.sha256] for part in version.parts if stored_in(part)}
         if True in answers:
             held.append(version.digest)
         elif None in answers:
@@ -239,10 +263,27 @@ def holders(folder: Path, removal: Removal, versions: Iterable[Manifest], elsewh
     return Holders(held=held, unknown=unknown)
 
 
-def _kept(records: pa.Table) -> set[str]:
-    """Return the keys of kept images and the digests of their files."""
-    kept = records.filter(pc.equal(records["outcome"], "kept"))
-    return {*kept["key"].to_pylist(), *kept["source_sha256"].to_pylist()}
+def held_keys(
+    folder: Path, removal: Removal, version: Manifest, elsewhere: Elsewhere = nowhere
+) -> tuple[list[str], bool]:
+    """Return the keys of the images of ``removal`` in a version of any data set, and whether all its tables are there.
+
+    Another data set may store the same files in another way, under other keys. Raises UserError for a damaged table.
+    """
+    removed, found, whole = pa.array([*removal.image_keys, *removal.digests], pa.string()), list[str](), True
+    for part in filter(stored_in, version.parts):
+        if (table := find_records(folder, part, ("outcome", "key", "source_sha256"), elsewhere)) is None:
+            whole = False
+            continue
+        of_image = pc.or_(*(pc.is_in(table[name], removed) for name in ("key", "source_sha256")))
+        found += table.filter(pc.and_(of_image, pc.is_in(table["outcome"], pa.array(STORED))))["key"].to_pylist()
+    return sorted(found), whole
+
+
+def _stored(records: pa.Table) -> set[str]:
+    """Return the keys of kept and dropped images and the digests of their files."""
+    stored = records.filter(pc.field("outcome").isin(STORED))
+    return {*stored["key"].to_pylist(), *stored["source_sha256"].to_pylist()}
 
 
 def still_held(folder: Path, removals: Sequence[Removal]) -> list[Removal]:
@@ -251,6 +292,6 @@ def still_held(folder: Path, removals: Sequence[Removal]) -> list[Removal]:
         return []
     held: set[str] = set()
     for part in read_manifest(folder).parts:
-        if kept_in(part):
-            held |= _kept(read_records(folder, part, ("outcome", "key", "source_sha256")))
+        if stored_in(part):
+            held |= _stored(read_records(folder, part, ("outcome", "key", "source_sha256")))
     return [each for each in removals if not held.isdisjoint([*each.image_keys, *each.digests])]

@@ -5,14 +5,16 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import reduce
 from itertools import chain, dropwhile, islice, pairwise
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from pydantic import Field
 
-from diffusion.common.config import Config
+from diffusion.common.config import Config, unset
 from diffusion.common.errors import UserError
 from diffusion.common.files import sha256_bytes, sha256_file, write_bytes
 from diffusion.data.ingest.config import StorageConfig
@@ -41,7 +43,7 @@ Elsewhere = Callable[[FileEntry], Path | None]
 ReadTable = Callable[[Part, Sequence[str]], pa.Table | None]
 """Reads some columns of a part's records; None if its table is no longer available."""
 T = TypeVar("T")
-COLUMNS = ("outcome", "key", "source", "split", "label", "caption")
+COLUMNS = ("outcome", "key", "source", "split", "label", "caption", "reason")
 
 
 class QuarantineEntry(Config):
@@ -52,7 +54,7 @@ class QuarantineEntry(Config):
 
 
 class Reason(Config):
-    """A reason of quarantine and the number of its entries."""
+    """A reason of quarantine, or a rule of curation, and the number of its entries."""
 
     reason: str
     count: int
@@ -77,6 +79,8 @@ class HistoryEntry(Step):
     parent: str | None
     current: bool
     """Whether it is the current version."""
+    dropped: int
+    """Number of images that curation left out."""
     quarantined: int | None
     """Number of quarantined entries; None if a required table is unavailable."""
 
@@ -93,18 +97,32 @@ class Contents(Config):
     storage: StorageConfig
     channels: int
     kept: int
+    buckets: dict[str, int] | None = Field(None, exclude_if=unset)
+    """Number of images of each shape, as WIDTHxHEIGHT; None: all are square."""
+    near_duplicate_bits: int | None = Field(None, exclude_if=unset)
+    """Number of bits that ``ingest.near_duplicates: auto`` stands for; None: it was not calibrated."""
     splits: dict[Split, int]
     outcomes: dict[Outcome, int]
     """Outcomes of all entries ever read."""
     classes: dict[str, int]
     shards: int
     shard_bytes: int
+    sources: list[str]
+    """Sources with versions of which it has images, as hf://datasets/OWNER/NAME@COMMIT."""
+    captioners: dict[str, int]
+    """Number of images by the captioner that captioned them."""
     quarantined_count: int | None
     """Number of quarantined entries by the last record of each name; None if a required table is unavailable."""
     quarantined: list[QuarantineEntry] | None
     """The first quarantined entries, by name."""
     reasons: list[Reason] | None
     """The most frequent reasons."""
+    dropped_count: int
+    """Number of images that curation left out."""
+    dropped: list[QuarantineEntry] | None
+    """The first of them, by name; None if a required table is unavailable."""
+    rules: list[Reason] | None
+    """The rules that left them out, the most frequent first."""
 
 
 def nowhere(entry: FileEntry) -> None:
@@ -229,6 +247,7 @@ def history(folder: Path, elsewhere: Elsewhere = nowhere) -> list[HistoryEntry]:
             **dict(_step(version, known.get(version.parent or ""))),
             parent=version.parent,
             current=version.digest == current,
+            dropped=version.dropped,
             quarantined=None if quarantine is None else len(quarantine),
         )
         for version, quarantine in zip(ordered, quarantines, strict=True)
@@ -242,6 +261,15 @@ def show(folder: Path, version: Manifest, elsewhere: Elsewhere = nowhere, limit:
         outcomes.update(part.outcomes)
     (quarantine,) = standing([version], lambda part, columns: find_records(folder, part, columns, elsewhere))
     reasons = None if quarantine is None else Counter(sorted(quarantine.values())).most_common(5)
+    curated = [part for part in version.parts if part.outcomes.get("dropped")]
+    rows, dropped = list[dict[str, str]](), None
+    for part in curated:
+        if (table := find_records(folder, part, ("source", "outcome", "reason"), elsewhere)) is None:
+            break
+        rows += table.filter(pc.field("outcome") == "dropped").to_pylist()
+    else:
+        dropped = {row["source"]: row["reason"] for row in sorted(rows, key=itemgetter("source"))}
+    rules = None if dropped is None else Counter(reason.partition(" = ")[0] for reason in sorted(dropped.values()))
     return Contents(
         dataset=version.name,
         digest=version.digest,
@@ -252,14 +280,21 @@ def show(folder: Path, version: Manifest, elsewhere: Elsewhere = nowhere, limit:
         storage=version.storage,
         channels=version.channels,
         kept=version.kept,
+        buckets=version.buckets,
+        near_duplicate_bits=version.near_duplicate_bits,
         splits=version.counts,
         outcomes=dict(sorted(outcomes.items())),
         classes=version.class_histogram,
         shards=len(version.shards),
         shard_bytes=sum(shard.bytes for shard in version.shards),
+        sources=version.sources,
+        captioners=version.captioners,
         quarantined_count=None if quarantine is None else len(quarantine),
         quarantined=None if quarantine is None else _first(quarantine, limit),
         reasons=reasons and [Reason(reason=reason, count=count) for reason, count in reasons],
+        dropped_count=version.dropped,
+        dropped=None if dropped is None else _first(dropped, limit),
+        rules=None if rules is None else [Reason(reason=rule, count=count) for rule, count in rules.most_common()],
     )
 
 
@@ -274,12 +309,19 @@ def kept_in(part: Part) -> int:
     return sum(part.splits.values())
 
 
+def stored_in(part: Part) -> int:
+    """Return the number of images in the shard of a part: those kept, and those dropped by curation."""
+    return part.outcomes.get("kept", 0) + part.outcomes.get("dropped", 0)
+
+
 def _step(version: Manifest, parent: Manifest | None) -> Step:
     """Count the images added and removed by ``version`` since ``parent``."""
     if parent is None:
         added, removed = version.kept, 0
     elif version.change == "rebuild":
         added, removed = version.kept, parent.kept
+    elif version.change == "compact":
+        added, removed = 0, 0
     else:
         before = {part.number: kept_in(part) for part in unshared(parent, version)}
         after = {part.number: kept_in(part) for part in unshared(version, parent)}
@@ -303,6 +345,8 @@ class Sample(Config):
     split: str | None = None
     label: str | None = None
     caption: str | None = None
+    reason: str | None = None
+    """The rule of curation that dropped it."""
 
 
 class Changed(Config):
@@ -330,6 +374,10 @@ class Difference(Config):
     added: VersionGroup[Sample] | None
     removed: VersionGroup[Sample] | None
     changed: VersionGroup[Changed] | None
+    dropped: VersionGroup[Sample] | None
+    """Images newly dropped by curation; those that the old version kept are among ``removed``, too."""
+    restored: VersionGroup[Sample] | None
+    """Images that are no longer dropped; those that the new version keeps are among ``added``, too."""
     quarantined: VersionGroup[QuarantineEntry] | None
     """Newly quarantined entries."""
     cleared: VersionGroup[QuarantineEntry] | None
@@ -353,11 +401,15 @@ def diff(
 
     def read(part: Part, columns: Sequence[str]) -> pa.Table | None:
         table = find_records(folder, left.get(part.records.sha256, part), columns, elsewhere)
+        if table is None and not part.outcomes.get("dropped") and (curated := _curated(part, before, after)):
+            table = find_records(folder, curated, columns, elsewhere)
+            table = None if table is None else _undropped(table)
         if table is None:
             unread.add(part.records.name)
         return table
 
     old, new = _images(old_parts, left, read), _images(new_parts, left, read)
+    dropped_old, dropped_new = (_images(parts, {}, read, "dropped") for parts in (old_parts, new_parts))
     reasons_old, reasons_new = standing([before, after], read)
 
     def samples(images: pa.Table) -> list[Sample]:
@@ -394,6 +446,8 @@ def diff(
         kept=(before.kept, after.kept),
         added=only_in(new, old),
         removed=only_in(old, new),
+        dropped=only_in(dropped_new, dropped_old),
+        restored=only_in(dropped_old, dropped_new),
         changed=changed(),
         quarantined=quarantined(reasons_new, reasons_old),
         cleared=quarantined(reasons_old, reasons_new),
@@ -415,15 +469,29 @@ def _rewritten(folder: Path, parts: list[Part], others: list[Part], elsewhere: E
     }
 
 
-def _images(parts: list[Part], left: dict[str, Part], read: ReadTable) -> pa.Table | None:
+def _curated(part: Part, *versions: Manifest) -> Part | None:
+    """Return the part that curation made of ``part``, in whose table nothing is gone, if one of ``versions`` has it."""
+    others = (each for version in versions for each in version.parts if each.number == part.number)
+    return next((each for each in others if each.outcomes.get("dropped") and each.shard == part.shard), None)
+
+
+def _undropped(table: pa.Table) -> pa.Table:
+    """Return the records as they were before curation dropped any."""
+    outcome = pc.if_else(pc.equal(table["outcome"], "dropped"), "kept", table["outcome"])
+    return table.set_column(table.column_names.index("outcome"), "outcome", outcome)
+
+
+def _images(parts: list[Part], left: dict[str, Part], read: ReadTable, outcome: Outcome = "kept") -> pa.Table | None:
     """Return the images of ``parts``, of some what was ``left`` and removed; None if a table is unavailable."""
     tables = [pa.schema([RECORDS.field(name) for name in COLUMNS[1:]]).empty_table()]
     gone: set[str] = set()
     unknown = 0
-    for part, table in [(part, read(part, COLUMNS)) for part in parts]:
+    # Most parts have no dropped images.
+    needed = [part for part in parts if outcome == "kept" or part.outcomes.get(outcome)]
+    for part, table in [(part, read(part, COLUMNS)) for part in needed]:
         if table is None:
             return None
-        tables.append(table.filter(pc.field("outcome") == "kept").drop_columns("outcome"))
+        tables.append(table.filter(pc.field("outcome") == outcome).drop_columns("outcome"))
         if (rest := left.get(part.records.sha256)) is None:
             continue
         if part.outcomes.get("removed"):  # it is unknown which of them were removed before

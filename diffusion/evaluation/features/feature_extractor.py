@@ -21,6 +21,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from diffusion.common.errors import UserError
 from diffusion.common.files import sha256_bytes, sha256_file
+from diffusion.common.shapes import Images, by_shape
 from diffusion.common.threads import worker_threads
 from diffusion.evaluation.config import EvaluationConfig
 
@@ -58,11 +59,11 @@ class Extractor(ABC):
     network: Any
     """The network with its weights, which may be loaded at first access."""
 
-    def __call__(self, images: Tensor) -> Tensor:
-        """Return features, (N, D) float32, of ``images``, (N, C, H, W) uint8 with C 1 or 3."""
+    def __call__(self, images: Images) -> Tensor:
+        """Return features, (N, D) float32, of ``images``, each (C, H, W) uint8 with C 1 or 3."""
         compute = partial(self._features, self.network)  # loaded here, once, before the threads use it
         with worker_threads() as pool:
-            return torch.cat(list(pool.map(compute, torch.split(images, self.batch))))
+            return by_shape(images, lambda some: torch.cat(list(pool.map(compute, torch.split(some, self.batch)))))
 
     @abstractmethod
     def _features(self, network: Any, images: Tensor) -> Tensor:
@@ -175,7 +176,7 @@ class InceptionV3(Extractor):
                 return FeatureExtractorInceptionV3(self.name, ["2048"], feature_extractor_weights_path=copied)
         except Exception as error:  # bytes that are no weights fail in every way there is
             raise UserError(
-                f"{self.weights} holds no weights of torch-fidelity's Inception-v3 ({_first_line(error)}): "
+                f"{self.weights} holds no weights of torch-fidelity's Inception-v3 ({first_line(error)}): "
                 f"get them from {URL_INCEPTION_V3}"
             ) from error
 
@@ -195,7 +196,7 @@ def _literature_weights() -> Path:
         except (OSError, RuntimeError) as error:
             raise UserError(
                 f"Inception's weights are not at {kept} and cannot be fetched from {URL_INCEPTION_V3} "
-                f"({_first_line(error)}): fetch them elsewhere and set evaluation.extractor_weights to the file, or "
+                f"({first_line(error)}): fetch them elsewhere and set evaluation.extractor_weights to the file, or "
                 "use another evaluation.extractor"
             ) from error
     if sha256_file(kept) != INCEPTION_DIGEST:
@@ -203,7 +204,8 @@ def _literature_weights() -> Path:
     return kept
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """Return the first line of an error's message, or else its class."""
     return str(error).partition("\n")[0] or type(error).__name__
 
 
@@ -224,7 +226,7 @@ class OnnxFile(Extractor):
         if not path.is_file():
             raise UserError(f"no network at evaluation.extractor_weights = {path}: give the path of an .onnx file")
         data = path.read_bytes()
-        self.network = _open_session(path, data)
+        self.network = open_session(path, data)
         inputs, outputs = self.network.get_inputs(), self.network.get_outputs()
         takes, gives = (
             ", ".join(f"{each.type} {tuple(each.shape)}" for each in values) for values in (inputs, outputs)
@@ -266,12 +268,13 @@ class OnnxFile(Extractor):
         return torch.from_numpy(features)
 
 
-def _open_session(path: Path, data: bytes) -> "InferenceSession":
+def open_session(path: Path, data: bytes) -> "InferenceSession":
+    """Open the network in the bytes ``data`` of the ONNX file ``path``; raises UserError if it cannot run."""
     try:
         import onnxruntime
     except ModuleNotFoundError as error:
         raise UserError(
-            "evaluation.extractor = file reads ONNX by onnxruntime, which is not installed: "
+            "ONNX files are read by onnxruntime, which is not installed: "
             "run `pip install -e '.[onnx]'` in Darkroom's checkout"
         ) from error
     options = onnxruntime.SessionOptions()
@@ -285,7 +288,7 @@ def _open_session(path: Path, data: bytes) -> "InferenceSession":
         except Exception as error:  # onnxruntime's many errors have no base of their own
             raise UserError(
                 f"{path} is no ONNX network that onnxruntime {onnxruntime.__version__} can run "
-                f"({_first_line(error)}): export it again, all in one file"
+                f"({first_line(error)}): export it again, all in one file"
             ) from error
 
 

@@ -15,6 +15,7 @@ from diffusion.common.files import digest_of, sha256_bytes
 from diffusion.common.fingerprint import fingerprint
 from diffusion.common.progress import Progress, silent
 from diffusion.common.random import permutation
+from diffusion.common.shapes import Images, by_shape, height_and_width
 from diffusion.common.threads import worker_threads
 from diffusion.data.dataset import Dataset
 from diffusion.evaluation.cache import Key, Tensors, cached
@@ -117,7 +118,7 @@ def load_label_classifier(
             network = train_classifier(dataset, rows, targets, len(classes), side, progress)
             pieces = [held_out[start : start + BATCH] for start in range(0, len(held_out), BATCH)]
             with torch.inference_mode():
-                read = torch.cat([network(_shown(dataset.images(piece), side)).argmax(1) for piece in pieces])
+                read = torch.cat([network(_shown(dataset.images_in_order(piece), side)).argmax(1) for piece in pieces])
         return network.state_dict() | {"accuracy": (read == dataset.classes(held_out, classes)).double().mean()}
 
     kept = cached(cache, key, work)
@@ -143,7 +144,7 @@ def train_classifier(
     for step in range(STEPS):
         epoch, place = divmod(step, per_epoch)
         chosen = permutation(SEED, "evaluation/labels", epoch, len(rows))[place * batch : (place + 1) * batch]
-        logits = network(_shown(dataset.images(rows[chosen]), size))
+        logits = network(_shown(dataset.images_in_order(rows[chosen]), size))
         loss = cross_entropy(logits, targets[torch.from_numpy(chosen)], label_smoothing=SMOOTHING)
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
@@ -160,7 +161,9 @@ def _labelled(dataset: Dataset, split: Literal["train", "held_out"]) -> tuple[np
     return rows[[label is not None for label in labels]], [label for label in labels if label is not None]
 
 
-def _shown(images: Tensor, size: int) -> Tensor:
-    """Convert images (N, C, H, W) uint8 to the network's input: (N, C, size, size) in [−1, 1]."""
-    x = images.float()
-    return (x if x.shape[-1] == size else resize(x, size)) / 127.5 - 1
+def _shown(images: Images, size: int) -> Tensor:
+    """Convert images, each (C, H, W) uint8, to the network's input: (N, C, size, size) in [−1, 1]."""
+    x = by_shape(
+        images, lambda some: some.float() if height_and_width(some) == (size, size) else resize(some.float(), size)
+    )
+    return x / 127.5 - 1

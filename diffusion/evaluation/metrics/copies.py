@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d, pad
 
 from diffusion.common.config import Config
+from diffusion.common.shapes import Images, by_shape
 from diffusion.evaluation.estimate import wilson_interval
 from diffusion.evaluation.metrics.neighbours import NearestNeighbours, connected_groups, find_nearest
 
@@ -31,8 +32,10 @@ PIXELS = "pixels"
 """Name of the space of pixels after registration."""
 
 
-def shifted_thumbnails(images: Tensor) -> Tensor:
-    """Compute thumbnails of ``images``, (N, C, H, W) uint8, unshifted, then shifted by a pixel: (9, N, D) float32."""
+def shifted_thumbnails(images: Images) -> Tensor:
+    """Compute thumbnails of ``images``, each (C, H, W) uint8, unshifted, then shifted by a pixel: (9, N, D) float32."""
+    if isinstance(images, list):
+        return by_shape(images, lambda some: shifted_thumbnails(some).transpose(0, 1)).transpose(0, 1)
     height, width = images.shape[-2:]
     larger = pad(images.float() / 255, (1, 1, 1, 1), mode="replicate")
     places = sorted(product(range(3), range(3)), key=lambda place: place != (1, 1))

@@ -110,7 +110,7 @@ def measure_losses(
 
 def conditioning_of_rows(model: Model, dataset: Dataset, rows: Rows) -> Conditioning:
     """Return the conditioning of ``model`` for the images in ``rows``; UserError if its text encoder is unavailable."""
-    conditioning = task_of(model.config).conditioning(dataset.images(rows))
+    conditioning = task_of(model.config, model.header.size).conditioning(dataset.images(rows))
     if model.classes:
         conditioning["label"] = dataset.classes(rows, model.classes)
     if model.config.text:

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import conv2d
 
 from diffusion.common.config import Config
+from diffusion.common.shapes import Images
 from diffusion.evaluation.metrics.distances import Scores
 
 RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "lanczos": Image.Resampling.LANCZOS}
@@ -54,13 +55,17 @@ def resample(small: Tensor, scale: int, name: str) -> Tensor:
     return torch.from_numpy(np.stack(planes)).view(*small.shape[:2], height * scale, width * scale)
 
 
-def compare_images(images: Tensor, real: Tensor) -> ImageSimilarity:
-    """Compare ``images`` with the ``real`` ones of the same numbers, both (N, C, H, W) uint8."""
-    ratios = psnr(images, real)
+def compare_images(images: Images, real: Images) -> ImageSimilarity:
+    """Compare ``images`` with the ``real`` ones of the same numbers, each (C, H, W) uint8."""
+    if isinstance(images, Tensor) and isinstance(real, Tensor):
+        ratios, similar = psnr(images, real), ssim(images, real)
+    else:
+        pairs = [(ours[None], theirs[None]) for ours, theirs in zip(images, real, strict=True)]
+        ratios, similar = (torch.cat([measure(*pair) for pair in pairs]) for measure in (psnr, ssim))
     return ImageSimilarity(
         psnr=ratios.mean().item(),
         psnr_se=ratios.std().item() / math.sqrt(len(ratios)),
-        ssim=ssim(images, real).mean().item(),
+        ssim=similar.mean().item(),
     )
 
 
@@ -142,14 +147,17 @@ class AppearanceDrift(Config):
         return {name: value for name, value in found.items() if value is not None}
 
 
-def measure_appearance(images: Tensor) -> dict[str, Tensor]:
-    """Measure colours and brightness of each of ``images``, (N, C, H, W) uint8 with C 1 or 3: all (N,) float64.
+def measure_appearance(images: Images) -> dict[str, Tensor]:
+    """Measure colours and brightness of each of ``images``, (C, H, W) uint8 with C 1 or 3: all (N,) float64.
 
     ``brightness``: mean luma, 0 to 1. ``contrast``: its standard deviation over the image. RGB images also have
     ``red_green``, the mean of red minus green, and ``yellow_blue``, that of yellow minus blue, −1 to 1 (the opponent
     colours of Hasler and Süsstrunk, SPIE 5007, 2003), and ``saturation``, the mean of the largest minus the smallest
     channel, 0 to 1.
     """
+    if isinstance(images, list):
+        each = [measure_appearance(image[None]) for image in images]
+        return {name: torch.cat([measured[name] for measured in each]) for name in each[0]}
     values, colours = images.double() / 255, {}
     luma = values[:, 0]
     if values.shape[1] == 3:

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from diffusion.common.progress import Progress, silent
+from diffusion.common.shapes import Images, by_shape, mirror
 from diffusion.evaluation.metrics.neighbours import NearestNeighbours, find_nearest, over_blocks
 
 SIDE, THUMBNAIL = 28, 7
@@ -42,8 +43,10 @@ BLOCK = 50
 """Images registered at a time per worker thread."""
 
 
-def shrink(images: Tensor) -> Tensor:
-    """Shrink ``images``, (N, C, H, W) uint8, to SIDE × SIDE and blur them: (N, C, SIDE, SIDE) float32 in [0, 1]."""
+def shrink(images: Images) -> Tensor:
+    """Shrink ``images``, each (C, H, W) uint8, to SIDE × SIDE and blur them: (N, C, SIDE, SIDE) float32 in [0, 1]."""
+    if isinstance(images, list):
+        return by_shape(images, shrink)
     small = functional.interpolate(images.float() / 255, (SIDE, SIDE), mode="bilinear", antialias=True)
     kernel = torch.exp(-(torch.arange(-3, 4) ** 2) / (2 * BLUR**2))
     planes = functional.pad(small.flatten(0, 1)[:, None], (3, 3, 3, 3), mode="reflect")
@@ -108,12 +111,12 @@ def register(small: Tensor, onto: Tensor, parameters: Tensor) -> Tensor:
 
 
 def find_registered(
-    pieces: Iterable[Tensor],
-    training: Iterable[Tensor],
-    images_of: Callable[[np.ndarray], Tensor],
+    pieces: Iterable[Images],
+    training: Iterable[Images],
+    images_of: Callable[[np.ndarray], Images],
     progress: Progress = silent,
 ) -> NearestNeighbours:
-    """Find the nearest training images of others, which come in ``pieces`` (n, C, H, W) uint8, by registration.
+    """Find the nearest training images of others, which come in ``pieces`` of uint8, by registration.
 
     ``training`` yields all training images in pieces as well, and ``images_of`` returns those of some rows.
     """
@@ -123,9 +126,9 @@ def find_registered(
 
 
 def _find_in_piece(
-    images: Tensor, training: list[Tensor], images_of: Callable[[np.ndarray], Tensor], progress: Progress
+    images: Images, training: list[Tensor], images_of: Callable[[np.ndarray], Images], progress: Progress
 ) -> NearestNeighbours:
-    sides = torch.stack([shrink(images), shrink(images.flip(3))])
+    sides = torch.stack([shrink(images), shrink(mirror(images))])
     starts = STARTS.repeat(2, 1)
     each = (transformed(side, start[None])[0] for side in sides for start in STARTS)
     points = torch.stack([describe(view) for view in each])

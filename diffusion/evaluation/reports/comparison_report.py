@@ -2,8 +2,6 @@
 
 from pathlib import Path
 
-import torch
-
 from diffusion.common.files import write_bytes
 from diffusion.common.image_grids import above, grid, png_bytes
 from diffusion.evaluation.comparison import ChampionComparison, SampleGrids
@@ -54,8 +52,11 @@ def write_comparison_report(
         real=png_bytes(grid(grids.real)),
         lead=headline and lead_chart(headline, comparison.gate.delta, comparison.confidence),
         metrics=dict.fromkeys(name for side in sides.values() for name in side.estimates),
+        agreements={
+            name: side.text_image_agreement for name, side in sides.items() if side.text_image_agreement is not None
+        },
         nearest=[
-            (pair, png_bytes(grid(torch.stack(images), columns=2)))
+            (pair, png_bytes(grid(images, columns=2)))
             for pair, *images in zip(copies, grids.nearest_generated, grids.nearest_training, strict=True)
         ],
         groups=[

@@ -3,7 +3,6 @@
 Statistics come from the version's records; the images that it adds are compared with its parent's.
 """
 
-import io
 import math
 import re
 from bisect import bisect_left
@@ -14,7 +13,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -23,33 +22,33 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap, PowerNorm, to_rgb
 from matplotlib.ticker import NullLocator
-from PIL import Image
+from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from diffusion.common.config import Config
-from diffusion.common.escaping import escape_markdown
+from diffusion.common.config import Config, unset
+from diffusion.common.errors import UserError
+from diffusion.common.escaping import counted, escape_markdown
 from diffusion.common.files import write_bytes
 from diffusion.common.image_grids import grid, image_of, png_bytes
 from diffusion.common.progress import Progress, silent
 from diffusion.common.random import generator, permutation
+from diffusion.common.shapes import Images, Shape, by_shape, height_and_width, shape_name, stack_images
 from diffusion.data.dataset import SPLITS, Dataset, Rows
-from diffusion.data.ingest.chunks import perceptual_hash
+from diffusion.data.ingest.calibration import HashThreshold, calibrate_thresholds
 from diffusion.data.ingest.config import StorageConfig
 from diffusion.data.manifest import Manifest, Outcome, Split, read_records, versions
-from diffusion.data.versions.versions import log, standing, unshared
+from diffusion.data.versions.versions import Elsewhere, find_records, log, nowhere, show, standing, unshared
 from diffusion.evaluation.config import EvaluationConfig
 from diffusion.evaluation.features.feature_extractor import make_extractor
 from diffusion.evaluation.metrics.distances import compute_kid, compute_moments, frechet_distance, kid_kernel
 from diffusion.evaluation.metrics.neighbours import connected_groups
 from diffusion.evaluation.metrics.pixel_metrics import LUMA
 from diffusion.evaluation.reports.charts import DASHED, Chart, Paper, chart
-from diffusion.evaluation.reports.html import count, counted, plain, render, share, signed, storage
+from diffusion.evaluation.reports.html import count, plain, render, share, signed, storage
 
 CALIBRATED, HASHES = 300, 100_000
 """Images whose copies calibrate the search for near-duplicates, and images that they are compared with at most."""
-BITS, MOST_BITS = (8, 16, 24, 32, 40, 48), 48
-"""Thresholds in the table, and the largest one that an ingest accepts."""
 BINS = 32
 """Bins of a histogram."""
 MEASURES = {"brightness": 256.0, "contrast": 128.0, "red": 256.0, "green": 256.0, "blue": 256.0}
@@ -113,7 +112,8 @@ def collect_statistics(folder: Path, manifest: Manifest, progress: Progress = si
         result.captioned += pc.sum(pc.greater(pc.utf8_length(kept["caption"]), 0)).as_py() or 0
         result.hashed += len(kept) - kept["phash"].null_count
         result.hashes += kept["phash"].drop_null().slice(0, HASHES - len(result.hashes)).to_pylist()
-        measures, splits = _measure_images(kept, manifest.size**2), np.asarray(kept["split"])
+        pixels = math.prod(part.shape or (manifest.size, manifest.size))
+        measures, splits = _measure_images(kept, pixels), np.asarray(kept["split"])
         for number, split in enumerate(SPLITS):
             values = measures[splits == split]
             columns = zip(values.T, MEASURES.values(), strict=True)
@@ -140,50 +140,6 @@ def collect_statistics(folder: Path, manifest: Manifest, progress: Progress = si
     result.near_duplicates = sorted(several, key=lambda keys: (-len(keys), keys[0]))
     progress("records read", len(manifest.parts), len(manifest.parts))
     return result
-
-
-class HashThreshold(NamedTuple):
-    """What a value of ``ingest.near_duplicates`` finds in this data set."""
-
-    bits: int
-    copies: float
-    """Share of copies of its images (JPEG of quality 80, twice and three quarters of the size) within so many bits."""
-    others: float
-    """Share of its images with another one within so many bits."""
-
-
-def calibrate_near_duplicates(images: Tensor, hashes: Sequence[str]) -> tuple[list[HashThreshold], int | None]:
-    """Calibrate thresholds by copies of ``images`` (N, C, H, W) uint8 and the ``hashes`` of all images, theirs too.
-
-    Also returns the least number of bits that finds 99 % of the copies; None if it is above MOST_BITS.
-    """
-    known = np.array([np.frombuffer(bytes.fromhex(each), np.uint8) for each in hashes]).view(np.uint64)
-    to_copies, to_others = list[int](), list[int]()
-    for tensor in images:
-        image = image_of(tensor)
-        own, *copies = (
-            np.frombuffer(bytes.fromhex(perceptual_hash(each)), np.uint64)
-            for each in (image, _compressed(image), *(image.resize(_scaled(image, x)) for x in (2, 0.75)))
-        )
-        to_copies += [int(np.bitwise_count(own ^ each).sum()) for each in copies]
-        distances = np.sort(np.bitwise_count(known ^ own).sum(1))
-        # The image itself may be beyond the first HASHES.
-        to_others += distances[int(distances[0] == 0) :][:1].tolist()
-    ours, theirs = np.array(to_copies), np.array(to_others)
-    least = int(np.quantile(ours, 0.99, method="inverted_cdf"))
-    enough = least if least <= MOST_BITS else None
-    bits = sorted({*BITS, min(least, MOST_BITS)})
-    return [HashThreshold(x, float((ours <= x).mean()), float((theirs <= x).mean())) for x in bits], enough
-
-
-def _compressed(image: Image.Image) -> Image.Image:
-    data = io.BytesIO()
-    image.save(data, "JPEG", quality=80)
-    return Image.open(data)
-
-
-def _scaled(image: Image.Image, factor: float) -> tuple[int, int]:
-    return max(1, round(image.width * factor)), max(1, round(image.height * factor))
 
 
 def group_reasons(quarantine: dict[str, str]) -> list[tuple[str, int, list[str]]]:
@@ -293,7 +249,7 @@ def compare_with_parent(dataset: Dataset, parent: Manifest | None, progress: Pro
     features: list[Tensor] = []
     for batch in read_batches(dataset, np.concatenate([added[:compared], others[: 2 * compared]])):
         progress("features of new images and of the parent's", sum(len(each) for each in features), 3 * compared)
-        features.append(extractor(batch))
+        features.append(by_shape(batch, extractor))
     new, reference, rest = torch.split(torch.cat(features), compared)
     drift, permuted_kids = measure_drift(new, reference, rest, extractor.name)
     similarity = (new @ torch.cat([reference, rest]).T).amax(1)
@@ -305,10 +261,13 @@ def compare_with_parent(dataset: Dataset, parent: Manifest | None, progress: Pro
     return ParentComparison(verdict, len(added), added, others, least_similar, drift, permuted_kids)
 
 
-def split_by_parent(dataset: Dataset, parent: Manifest) -> tuple[np.ndarray, np.ndarray]:
+def split_by_parent(
+    dataset: Dataset, parent: Manifest, elsewhere: Elsewhere = nowhere
+) -> tuple[np.ndarray, np.ndarray]:
     """Return the rows of images that ``parent`` lacks and of those that it has, each (n,) int64.
 
-    Images are unique in a data set, so only parts that the two versions do not share are compared.
+    Images are unique in a data set, so only parts that the two versions do not share are compared. Raises UserError if
+    a table of theirs is neither in the data set's folder nor ``elsewhere``.
     """
     new_parts = [part.number for part in unshared(dataset.manifest, parent)]
     with_shards = [part.number for part in dataset.manifest.parts if part.shard is not None]
@@ -316,16 +275,21 @@ def split_by_parent(dataset: Dataset, parent: Manifest) -> tuple[np.ndarray, np.
     candidates = np.flatnonzero(is_new)
     keys = pa.array(dataset.keys(candidates), pa.string())
     for part in unshared(parent, dataset.manifest):
-        kept = read_records(dataset.folder, part, ("key", "outcome")).filter(pc.field("outcome") == "kept")
+        if (table := find_records(dataset.folder, part, ("key", "outcome"), elsewhere)) is None:
+            raise UserError(f"{part.records.name} of version {parent.digest[:12]} is gone: see `darkroom data log`")
+        kept = table.filter(pc.field("outcome") == "kept")
         is_new[candidates[np.asarray(pc.is_in(keys, kept["key"].combine_chunks()))]] = False
     return np.flatnonzero(is_new), np.flatnonzero(~is_new)
 
 
-def read_batches(dataset: Dataset, rows: Rows) -> Iterator[Tensor]:
-    """Yield the images in ``rows`` in batches of at most BATCH_BYTES: (n, C, H, W) uint8."""
+def read_batches(dataset: Dataset, rows: Rows) -> Iterator[Images]:
+    """Yield the images in ``rows``, of any shapes, in batches of about BATCH_BYTES: (C, H, W) uint8 each."""
     step = max(1, BATCH_BYTES // int(np.prod(dataset.shape)))
     for start in range(0, len(rows), step):
-        yield dataset.images(rows[start : start + step])
+        found: dict[int, Tensor] = {}
+        for own in dataset.by_bucket(rows[start : start + step]):
+            found |= zip(own.tolist(), dataset.images(own), strict=True)
+        yield stack_images([found[int(row)] for row in rows[start : start + step]])
 
 
 def measure_drift(added: Tensor, parent: Tensor, others: Tensor, extractor: str) -> tuple[Drift, np.ndarray]:
@@ -338,9 +302,7 @@ def measure_drift(added: Tensor, parent: Tensor, others: Tensor, extractor: str)
     both = torch.cat([added, parent])
     sides = np.tile(np.repeat([1.0, 0.0], count), (PERMUTATIONS, 1))
     first = torch.from_numpy(generator(0, "dataset report/permutations", 0).permuted(sides, axis=1)).T
-    pairs = kid_kernel(both, both).fill_diagonal_(0)
-    across = ((1 - first) * (pairs @ first)).sum(0)
-    permuted_kids = (pairs.sum() - 2 * across) / (count * (count - 1)) - 2 * across / count**2
+    permuted_kids = kids_of_splits(kid_kernel(both, both).fill_diagonal_(0), first)
     drift = Drift(
         extractor=extractor,
         compared=count,
@@ -355,6 +317,17 @@ def measure_drift(added: Tensor, parent: Tensor, others: Tensor, extractor: str)
     return drift, permuted_kids.numpy()
 
 
+def kids_of_splits(pairs: Tensor, first: Tensor) -> Tensor:
+    """Compute the KID between the halves of 2n images for each of P splits, (P,).
+
+    ``pairs``: kernel of all pairs, (2n, 2n) float64, with zeros on the diagonal. ``first``: 1 for the images of one
+    half and 0 for the others, (2n, P) float64.
+    """
+    count = len(pairs) // 2
+    across = ((1 - first) * (pairs @ first)).sum(0)
+    return (pairs.sum() - 2 * across) / (count * (count - 1)) - 2 * across / count**2
+
+
 def _neighbor_accuracy(features: Tensor) -> float:
     nearest = (features @ features.T).fill_diagonal_(-math.inf).argmax(1)
     side = torch.arange(len(features)) < len(features) // 2
@@ -362,7 +335,7 @@ def _neighbor_accuracy(features: Tensor) -> float:
 
 
 SIDE = 64
-"""Height and width to which larger images are reduced, in pixels."""
+"""Longer side to which larger images are reduced, in pixels."""
 AVERAGED = 2000
 """Images averaged for a mean image, at most; a tenth of it for the mean image of a class."""
 CLASS_NAMES = 8
@@ -395,6 +368,8 @@ class DatasetSummary(Config):
     quarantined: int
     removed: int
     """Images taken down, in this version and before."""
+    dropped: int | None = Field(None, exclude_if=unset)
+    """Images that the rules of curation leave out; None if there are none."""
     near_duplicate_groups: int | None
     """None if near-duplicates were not searched for."""
     near_duplicates: int | None
@@ -402,7 +377,9 @@ class DatasetSummary(Config):
     captioned: int
     channels: int
     size: int
-    """Height and width of the stored images, in pixels."""
+    """Height and width of the stored images, in pixels; with buckets, of the square of about as many pixels."""
+    buckets: dict[str, int] | None = Field(None, exclude_if=unset)
+    """Number of images of each shape, as WIDTHxHEIGHT; None: all are square."""
     storage: StorageConfig
     shards: int
     bytes: int
@@ -434,11 +411,13 @@ class DatasetSummary(Config):
             "Duplicates left out": f"{self.duplicates:,}",
             "In quarantine": f"{self.quarantined:,}",
             "Taken down": f"{self.removed:,}",
+            "Dropped by curation": self.dropped is not None and f"{self.dropped:,}",
             "Near-duplicates": self.near_duplicate_groups is not None
             and f"{self.near_duplicates:,} in {counted(self.near_duplicate_groups, 'group')}",
             "Classes": f"{self.classes:,}",
             "With a caption": share(self.captioned, self.kept),
             "Stored as": f"{self.size}×{self.size}, {'RGB' if self.channels == 3 else 'grey'}",
+            "Buckets": self.buckets and ", ".join(f"{name}: {images:,}" for name, images in self.buckets.items()),
             "Files": f"{storage(self.bytes)} with {counted(self.shards, 'shard')}",
         }
         if (drift := self.drift) is not None:
@@ -457,98 +436,163 @@ def write_dataset_report(folder: Path, output: Path, progress: Progress = silent
     Raises UserError if a file of the version is missing or damaged.
     """
     with closing(Dataset.open(folder, cache_bytes=0)) as dataset:  # few images are read, and at most twice
-        manifest, parent = dataset.manifest, next(islice(versions(folder), 1, None), None)
+        line = islice(versions(folder), 1, None)
+        manifest, parent = dataset.manifest, next(line, None)
+        if manifest.change == "curation" and parent is not None and parent.change.startswith(("ingest", "merge of ")):
+            # What an ingest or a merge, and the rules after it made is compared with what was there before.
+            parent = next(line, parent)
         statistics = collect_statistics(folder, manifest, progress)
         comparison = compare_with_parent(dataset, parent, progress)
-        outcomes = sum((Counter(part.outcomes) for part in manifest.parts), Counter[Outcome]())
-        groups, added = statistics.near_duplicates if statistics.hashed else None, comparison.added
-        same = ("name", "digest", "content_digest", "parent", "change", "kept", "channels", "size", "storage")
-        summary = DatasetSummary(
-            **{name: getattr(manifest, name) for name in same},
-            train=manifest.counts["train"],
-            held_out=manifest.counts["held_out"],
-            added=added,
-            lost=None if parent is None or added is None else parent.kept + added - manifest.kept,
-            duplicates=outcomes["duplicate"],
-            contradicted=statistics.contradicted,
-            quarantined=len(statistics.quarantine),
-            removed=outcomes["removed"],
-            near_duplicate_groups=None if groups is None else len(groups),
-            near_duplicates=None if groups is None else sum(map(len, groups)),
-            classes=len(manifest.labels),
-            captioned=statistics.captioned,
-            shards=len(manifest.shards),
-            bytes=sum(entry.bytes for entry in manifest.files),
-            verdict=comparison.verdict,
-            drift=comparison.drift,
-        )
+        summary = summarize(manifest, parent, statistics, comparison)
         reasons = group_reasons(statistics.quarantine)
-        kid_chart = size_chart = None
-        if (drift := comparison.drift) is not None and comparison.permuted_kids is not None:
-            test = partial(draw_permutation_test, permuted_kids=comparison.permuted_kids, kid=drift.kid)
-            kid_chart = chart("KID of the new images and of random permutations", test, (10, 1.7))
-        if len(statistics.sizes) > 1:
-            size_chart = chart("Original widths and heights", partial(draw_sizes, sizes=statistics.sizes), (3.6, 3.5))
-        order = permutation(0, "dataset report/sample", 0, len(dataset))
-        by_size = sorted(manifest.class_histogram.items(), key=lambda pair: (-pair[1], pair[0]))
-        held_out = Counter(label for label in dataset.labels(dataset.rows("held_out")) if label is not None)
-        leading = [name for name, _ in by_size[:12]]
-        numbers = dataset.classes(order, leading).numpy()
-        captions = dataset.captions(order[:AVERAGED]) if statistics.captioned else []
         history = list(islice(log(folder), VERSIONS + 1))
-        chosen = order[:CALIBRATED] if len(statistics.hashes) > 1 else order[:0]
-        thresholds, enough = list[HashThreshold](), None
-        if len(chosen):
-            thresholds, enough = calibrate_near_duplicates(dataset.images(chosen), statistics.hashes)
-        sides, images = np.array([min(size) for size in statistics.sizes]), np.array(list(statistics.sizes.values()))
-
-        def sheet(rows: Rows, columns: int = 8) -> bytes:
-            return png_bytes(grid(_thumbnails(dataset, rows), columns, pad=0 if len(rows) == 1 else 2))
-
-        def mean_image(rows: Rows) -> bytes:
-            mean = _thumbnails(dataset, rows).double().mean(0, keepdim=True)
-            return png_bytes(grid(mean.round().to(torch.uint8), pad=0))
-
-        def find_rows(keys: Sequence[str]) -> list[int]:
-            """Find the rows of a few kept images by binary search."""
-            return [bisect_left(range(len(dataset)), key, key=lambda row: dataset.keys([row])[0]) for key in keys]
-
-        def splits_of(rows: Sequence[int]) -> str:
-            held = np.isin(rows, dataset.rows("held_out"))
-            return "held out" if held.all() else "both splits" if held.any() else "training"
-
+        order = permutation(0, "dataset report/sample", 0, len(dataset))
         page = render(
             "dataset.html",
             summary=summary,
             findings=describe(summary, reasons, manifest, parent),
             statistics=statistics,
             reasons=reasons,
+            dropped=show(folder, manifest).rules if manifest.dropped else None,
             comparison=comparison,
+            kid_chart=_kid_chart(comparison),
             history=history[:VERSIONS],
             older=len(history) > VERSIONS,
             histograms=draw_histograms(statistics, manifest.channels),
-            kid_chart=kid_chart,
-            size_chart=size_chart,
-            sizes=sorted(statistics.sizes.items(), key=lambda pair: (-pair[1], pair[0]))[:8],
-            sides=(sides.min(), -np.quantile(-sides, 0.5, weights=images, method="inverted_cdf"), sides.max()),
-            smaller=int(images[sides < manifest.size].sum()),
-            classes=by_size,
-            held_out=held_out,
-            untrained=sum(total == held_out[name] for name, total in by_size),
-            unlabelled=manifest.kept - sum(manifest.class_histogram.values()),
             order=order,
-            averaged=AVERAGED,
-            class_rows=[(name, order[numbers == number]) for number, name in enumerate(leading)],
-            captions=[(row, text) for row, text in zip(order, captions, strict=False) if text],
-            sheet=sheet,
-            mean_image=mean_image,
-            find_rows=find_rows,
-            splits_of=splits_of,
-            thresholds=thresholds,
-            enough=enough,
+            sheet=partial(_sheet, dataset),
+            mean_image=partial(_mean_image, dataset),
+            find_rows=partial(_find_rows, dataset),
+            splits_of=partial(_splits_of, dataset),
+            **_original_sizes(statistics, manifest),
+            **_shapes(dataset, order),
+            **_classes_and_captions(dataset, order, statistics),
+            **_near_duplicate_thresholds(dataset, order, statistics),
         )
     write_bytes(output, page)
     return summary
+
+
+def summarize(
+    manifest: Manifest, parent: Manifest | None, statistics: RecordStatistics, comparison: ParentComparison
+) -> DatasetSummary:
+    """Summarize a version in numbers."""
+    outcomes = sum((Counter(part.outcomes) for part in manifest.parts), Counter[Outcome]())
+    groups, added = statistics.near_duplicates if statistics.hashed else None, comparison.added
+    same = ("name", "digest", "content_digest", "parent", "change", "kept", "channels", "size", "buckets", "storage")
+    return DatasetSummary(
+        **{name: getattr(manifest, name) for name in same},
+        train=manifest.counts["train"],
+        held_out=manifest.counts["held_out"],
+        added=added,
+        lost=None if parent is None or added is None else parent.kept + added - manifest.kept,
+        duplicates=outcomes["duplicate"],
+        contradicted=statistics.contradicted,
+        quarantined=len(statistics.quarantine),
+        removed=outcomes["removed"],
+        dropped=manifest.dropped or None,
+        near_duplicate_groups=None if groups is None else len(groups),
+        near_duplicates=None if groups is None else sum(map(len, groups)),
+        classes=len(manifest.labels),
+        captioned=statistics.captioned,
+        shards=len(manifest.shards),
+        bytes=sum(entry.bytes for entry in manifest.files),
+        verdict=comparison.verdict,
+        drift=comparison.drift,
+    )
+
+
+def _kid_chart(comparison: ParentComparison) -> Chart | None:
+    """Draw KID of the new images among those of random permutations; None: they were not compared."""
+    if comparison.drift is None or comparison.permuted_kids is None:
+        return None
+    test = partial(draw_permutation_test, permuted_kids=comparison.permuted_kids, kid=comparison.drift.kid)
+    return chart("KID of the new images and of random permutations", test, (10, 1.7))
+
+
+def _original_sizes(statistics: RecordStatistics, manifest: Manifest) -> dict[str, Any]:
+    """Return the page's values on the widths and heights that images had in their source."""
+    areas = np.array([math.prod(size) for size in statistics.sizes])
+    sides, images = np.array([min(size) for size in statistics.sizes]), np.array(list(statistics.sizes.values()))
+    size_chart = None
+    if len(statistics.sizes) > 1:
+        size_chart = chart("Original widths and heights", partial(draw_sizes, sizes=statistics.sizes), (3.6, 3.5))
+    return {
+        "size_chart": size_chart,
+        "sizes": sorted(statistics.sizes.items(), key=lambda pair: (-pair[1], pair[0]))[:8],
+        "sides": (sides.min(), -np.quantile(-sides, 0.5, weights=images, method="inverted_cdf"), sides.max()),
+        "smaller": int(images[areas < manifest.size**2 if manifest.buckets else sides < manifest.size].sum()),
+    }
+
+
+def _shapes(dataset: Dataset, order: Rows) -> dict[str, Any]:
+    """Return the page's values on the shapes of stored images, with rows of each in the given ``order``."""
+    manifest = dataset.manifest
+    return {
+        "shape_counts": list(zip(manifest.storage.buckets or (), *manifest.shape_counts.values(), strict=False)),
+        "bucket_rows": [
+            (shape_name(dataset.shapes[int(dataset.buckets(own[:1])[0])]), own[:12])
+            for own in (dataset.by_bucket(order) if manifest.buckets else [])
+        ],
+    }
+
+
+def _classes_and_captions(dataset: Dataset, order: Rows, statistics: RecordStatistics) -> dict[str, Any]:
+    """Return the page's values on classes and captions, with rows of each in the given ``order``."""
+    manifest = dataset.manifest
+    by_size = sorted(manifest.class_histogram.items(), key=lambda pair: (-pair[1], pair[0]))
+    held_out = Counter(label for label in dataset.labels(dataset.rows("held_out")) if label is not None)
+    leading = [name for name, _ in by_size[:12]]
+    numbers = dataset.classes(order, leading).numpy()
+    captions = dataset.captions(order[:AVERAGED]) if statistics.captioned else []
+    return {
+        "classes": by_size,
+        "held_out": held_out,
+        "untrained": sum(total == held_out[name] for name, total in by_size),
+        "unlabelled": manifest.kept - sum(manifest.class_histogram.values()),
+        "averaged": AVERAGED,
+        "class_rows": [(name, order[numbers == number]) for number, name in enumerate(leading)],
+        "captions": [(row, text) for row, text in zip(order, captions, strict=False) if text],
+    }
+
+
+def _near_duplicate_thresholds(dataset: Dataset, order: Rows, statistics: RecordStatistics) -> dict[str, Any]:
+    """Return the page's values on thresholds of near-duplicates, by the first images of ``order``."""
+    recorded = dataset.manifest.near_duplicate_bits
+    thresholds, enough = list[HashThreshold](), None
+    if len(order) and len(statistics.hashes) > 1:
+        images = [image_of(image) for batch in read_batches(dataset, order[:CALIBRATED]) for image in batch]
+        thresholds, enough = calibrate_thresholds(images, statistics.hashes, recorded)
+    return {
+        "thresholds": thresholds,
+        "enough": enough,
+        "recorded": recorded,
+        "missed": next((1 - each.copies for each in thresholds if each.bits == recorded), 0),
+    }
+
+
+def _sheet(dataset: Dataset, rows: Rows, columns: int = 8) -> bytes:
+    """Lay out the images of ``rows`` in a PNG."""
+    return png_bytes(grid(_thumbnails(dataset, rows), columns, pad=0 if len(rows) == 1 else 2))
+
+
+def _mean_image(dataset: Dataset, rows: Rows) -> bytes:
+    """Average the images of ``rows`` in a PNG; those of several shapes are stretched to the square."""
+    square = (min(SIDE, dataset.manifest.size),) * 2
+    images = _thumbnails(dataset, rows)
+    same = images if isinstance(images, Tensor) else torch.cat([_reduced(each[None], square) for each in images])
+    return png_bytes(grid(same.double().mean(0, keepdim=True).round().to(torch.uint8), pad=0))
+
+
+def _find_rows(dataset: Dataset, keys: Sequence[str]) -> list[int]:
+    """Find the rows of a few kept images by binary search."""
+    return [bisect_left(range(len(dataset)), key, key=lambda row: dataset.keys([row])[0]) for key in keys]
+
+
+def _splits_of(dataset: Dataset, rows: Sequence[int]) -> str:
+    """Name the splits in which ``rows`` are."""
+    held = np.isin(rows, dataset.rows("held_out"))
+    return "held out" if held.all() else "both splits" if held.any() else "training"
 
 
 def describe(
@@ -558,10 +602,14 @@ def describe(
     parent: Manifest | None,
 ) -> list[str]:
     """Return the most important findings as sentences."""
-    form = f"{summary.size}×{summary.size} pixels in {'colour' if summary.channels == 3 else 'grey'}"
+    form = f"{manifest.stored_as} in {'colour' if summary.channels == 3 else 'grey'}"
     lines = [f"{counted(summary.kept, 'image')} of {form}; {count(summary.held_out)} held out from training."]
     if parent is not None:
         parts = [] if manifest.change.startswith("removal") else unshared(manifest, parent)
+        if manifest.change == "curation":
+            # It writes tables anew of parts that were read before.
+            earlier = {part.number for part in parent.parts}
+            parts = [part for part in parts if part.number not in earlier]
         if outcomes := sum((Counter(part.outcomes) for part in parts), Counter[Outcome]()):
             new, again, bad = (count(outcomes[outcome]) for outcome in ("kept", "duplicate", "quarantined"))
             read = counted(outcomes.total(), "file")
@@ -637,12 +685,20 @@ def draw_histograms(statistics: RecordStatistics, channels: int) -> list[tuple[s
     return histograms
 
 
-def _thumbnails(dataset: Dataset, rows: Rows) -> Tensor:
-    """Return the images in ``rows``, large ones reduced to SIDE × SIDE: (len(rows), C, h, w) uint8."""
-    batches = read_batches(dataset, rows)
-    if dataset.manifest.size > SIDE:
-        batches = (interpolate(each.float(), (SIDE, SIDE), mode="area").round().to(torch.uint8) for each in batches)
-    return torch.cat(list(batches))
+def _thumbnails(dataset: Dataset, rows: Rows) -> Images:
+    """Return the images in ``rows``, (C, h, w) uint8 each; of large ones the longer side is reduced to SIDE."""
+    found: list[Tensor] = []
+    for batch in read_batches(dataset, rows):
+        for images in [batch] if isinstance(batch, Tensor) else [each[None] for each in batch]:
+            sides = height_and_width(images)
+            if (longer := max(sides)) > SIDE:
+                images = _reduced(images, (round(sides[0] * SIDE / longer), round(sides[1] * SIDE / longer)))
+            found += images
+    return stack_images(found)
+
+
+def _reduced(images: Tensor, shape: Shape) -> Tensor:
+    return interpolate(images.float(), shape, mode="area").round().to(torch.uint8)
 
 
 def _enumerate(names: Sequence[str]) -> str:

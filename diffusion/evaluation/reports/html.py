@@ -4,13 +4,11 @@ import base64
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from diffusion.common.escaping import escape_controls
+from diffusion.common.escaping import counted, escape_controls
+from diffusion.common.shapes import Images
 from diffusion.evaluation.estimate import Interval, MetricEstimate
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -67,8 +65,8 @@ def fixed(value: float, digits: int) -> str:
     return text.replace("-", "−") if float(text.replace(",", "")) else text.lstrip("-")
 
 
-def captioned(images: "Tensor", captions: Sequence[str]) -> list[tuple[bytes, str]]:
-    """Return a PNG of each of ``images``, (N, C, H, W) uint8, with its caption; empty without ``captions``."""
+def captioned(images: Images, captions: Sequence[str]) -> list[tuple[bytes, str]]:
+    """Return a PNG of each of ``images``, each (C, H, W) uint8, with its caption; empty without ``captions``."""
     from diffusion.common.image_grids import image_of, png_bytes
 
     return [(png_bytes(image_of(image)), caption) for image, caption in zip(images, captions, strict=False)]
@@ -100,11 +98,6 @@ def between(interval: Interval) -> str:
 def count(number: int) -> str:
     """Format a number of things."""
     return f"{number:,}"
-
-
-def counted(number: int, one: str, several: str | None = None) -> str:
-    """Format a number of things with their name; ``several``: its plural, if that is not the name with an s."""
-    return f"{number:,} {one if number == 1 else several or one + 's'}"
 
 
 def share(part: int, whole: int) -> str:

@@ -8,12 +8,14 @@ from pathlib import Path
 from humanize import metric as si
 from matplotlib.axes import Axes
 
+from diffusion.common.escaping import counted
 from diffusion.common.files import write_bytes
 from diffusion.evaluation.estimate import CONFIDENCE
 from diffusion.evaluation.evaluate import score_cell
+from diffusion.evaluation.metrics.text_image_agreement import TextImageAgreement
 from diffusion.evaluation.ranking import RankedModel, Ranking
 from diffusion.evaluation.reports.charts import Chart, Paper, chart, curves, over_training, read_losses
-from diffusion.evaluation.reports.html import Cell, between, count, counted, plain, render, signed, with_error
+from diffusion.evaluation.reports.html import Cell, between, count, plain, render, signed, with_error
 from diffusion.evaluation.results import Evaluation, RealBaseline
 
 PAGE = "comparison.html"
@@ -72,6 +74,8 @@ def findings(ranking: Ranking) -> list[str]:
     best, figure = ranking.models[0].name, ranking.metric.split("_")[0]
     if len(ranking.models) == 1:
         return ["There is nothing to compare it with."]
+    if not ranking.comparable and not ranking.leads:
+        return ["They were not evaluated under equal conditions, so that their metrics do not compare."]
     if not ranking.leads:
         return ["There are too few images to tell one from another."]
     if len(ranking.leads) > NAMED:
@@ -102,7 +106,17 @@ def metric_columns(ranking: Ranking) -> list[Column]:
     leads = [each.difference for each in ranking.leads]
     behind = [Cell("best"), *(Cell(signed(each.value), between(each.interval(CONFIDENCE))) for each in leads)]
     behind += [Cell()] * (len(sides) - len(behind))
-    return [first, ("behind the best", ranking.metric, behind), *columns.values()]
+    found = [("behind the best", ranking.metric, behind), *columns.values()]
+    if any(each.text_image_agreement is not None for each in models):
+        cells = [_agreement(each.text_image_agreement) for each in models]
+        found.append(("text-image agreement", "cosine of image and prompt, higher is better", [*cells, Cell()]))
+    return [first, *found]
+
+
+def _agreement(found: TextImageAgreement | str | None) -> Cell:
+    if isinstance(found, TextImageAgreement):
+        return Cell(f"{found.agreement.value:.3f}", between(found.agreement.interval))
+    return Cell("no captions" if found is None else "not measured", found or "")
 
 
 def cost_columns(models: Sequence[RankedModel]) -> list[Column]:

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from diffusion.common.progress import Progress, silent
-from diffusion.data.caption_embeddings import Captions, embeddings_of, seconds_to_read
+from diffusion.data.caption_embeddings import MINI_LM, Captions, embeddings_of, seconds_to_read
 from diffusion.data.dataset import Dataset
 from diffusion.data.ingest.config import IngestConfig
-from diffusion.data.ingest.ingest import captions_folder, ingest
+from diffusion.data.ingest.ingest import encodings_folder, ingest
 from diffusion.data.versions.takedown import remove
 from diffusion.data.versions.takedown_records import Selection
 from diffusion.generation.generate import conditions_of
@@ -51,11 +51,11 @@ def ingested(source: Path, folder: Path) -> Dataset:
 
 def read(dataset: Dataset, pool: ThreadPoolExecutor, progress: Progress = silent) -> Captions:
     texts, numbers = dataset.different_captions()
-    return Captions(embeddings_of(dataset, texts, pool, progress), numbers)
+    return Captions(embeddings_of(dataset, texts, pool, progress), numbers, MINI_LM)
 
 
 def kept(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in captions_folder(folder).glob("*")}
+    return {path.name: path.read_bytes() for path in encodings_folder(folder).glob("*")}
 
 
 def test_each_row_has_the_embedding_of_its_caption_and_zeros_without(
@@ -83,7 +83,7 @@ def test_each_caption_is_read_once_however_many_images_and_trainings_have_it(
     assert torch.equal(read(dataset, pool).embeddings, first.embeddings)
     assert len(fake_encoder.read) == 3
     assert kept(dataset.folder) == files
-    assert not any("captions" in path.name for path in dataset.folder.rglob("*"))
+    assert not any("encodings" in path.name for path in dataset.folder.rglob("*"))
 
 
 def test_estimated_time_counts_only_uncached_captions(
@@ -92,7 +92,7 @@ def test_estimated_time_counts_only_uncached_captions(
     dataset = ingested(source, tmp_path / "data" / "blobs")
     texts, _ = dataset.different_captions()
     assert 0 < seconds_to_read(dataset, texts, 1) < 60
-    assert not captions_folder(dataset.folder).exists()
+    assert not encodings_folder(dataset.folder).exists()
     read(dataset, pool)
     assert seconds_to_read(dataset, texts, 1) == 0
 
@@ -103,7 +103,7 @@ def test_damaged_caption_embeddings_are_recomputed_identically(
 ) -> None:
     dataset = ingested(source, tmp_path / "data" / "blobs")
     expected, files = read(dataset, pool).embeddings, kept(dataset.folder)
-    path = next(captions_folder(dataset.folder).glob("*.safetensors"))
+    path = next(encodings_folder(dataset.folder).glob("*.safetensors"))
     match damage:
         case "changed":
             path.write_bytes(path.read_bytes()[:-1] + b"x")
@@ -127,7 +127,7 @@ def test_grown_data_set_encodes_only_new_captions(
     grown = ingested(source, folder)
     again = read(grown, pool)
     assert fake_encoder.read[3:] == ["blob number 12", "blob number 13"]
-    assert len(list(captions_folder(folder).glob("*.safetensors"))) == 1
+    assert len(list(encodings_folder(folder).glob("*.safetensors"))) == 1
     fresh = read(ingested(source, tmp_path / "data" / "fresh"), pool)
     assert torch.equal(again.embeddings, fresh.embeddings)
 
@@ -135,7 +135,7 @@ def test_grown_data_set_encodes_only_new_captions(
 def traces(folder: Path, caption: str, embedding: Tensor) -> list[Path]:
     """Files beside a data set in which its caption can be told."""
     marks = hashlib.sha256(caption.encode()).digest(), embedding.numpy().tobytes()
-    beside = captions_folder(folder).parent
+    beside = encodings_folder(folder).parent
     return [path for path in beside.rglob("*") if path.is_file() and any(mark in path.read_bytes() for mark in marks)]
 
 
@@ -153,8 +153,8 @@ def test_caption_embedding_is_deleted_with_its_image(
     assert not traces(dataset.folder, *about)
     assert kept(dataset.folder)
     # A takedown that was cut off after the manifest is finished by the same words.
-    captions_folder(dataset.folder).mkdir(exist_ok=True)
-    (captions_folder(dataset.folder) / "left.safetensors").write_bytes(about[1].numpy().tobytes())
+    encodings_folder(dataset.folder).mkdir(exist_ok=True)
+    (encodings_folder(dataset.folder) / "left.safetensors").write_bytes(about[1].numpy().tobytes())
     remove(dataset.folder, Selection(sources=["11.png"]), "consent withdrawn")
     assert not traces(dataset.folder, *about)
 

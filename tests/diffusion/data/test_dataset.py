@@ -10,7 +10,7 @@ import torch
 import webdataset
 
 from diffusion.common.errors import UserError
-from diffusion.data.dataset import Dataset
+from diffusion.data.dataset import Dataset, open_table
 from diffusion.data.ingest.config import IngestConfig
 from diffusion.data.ingest.ingest import ingest
 from diffusion.data.manifest import read_manifest
@@ -181,3 +181,38 @@ def test_the_table_takes_some_60_bytes_for_each_image(tmp_path: Path) -> None:
     few = write_dataset(tmp_path / "set", random_images(100), per_shard=50)
     with closing(Dataset.open(tmp_path / "set", cache_bytes=0)) as data:
         assert data._table.nbytes <= 60 * few.kept
+
+
+def test_a_table_on_disk_is_the_one_in_memory_and_written_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "set"
+    manifest = write_dataset(folder, random_images(500), 9, LABELS * 100, [*LABELS, None] * 83 + ["x"] * 2)
+    whole = open_table(folder, manifest)
+    monkeypatch.setattr("diffusion.data.dataset.IN_MEMORY", 0)
+    monkeypatch.setattr("diffusion.data.dataset.RANGE", 40)
+    monkeypatch.setattr("diffusion.data.key_ranges.RANGE", 40)
+    for _ in range(2):
+        table = open_table(folder, manifest)
+        np.testing.assert_array_equal(table.images, whole.images)
+        for split in ("train", "held_out"):
+            np.testing.assert_array_equal(table.rows[split], whole.rows[split])
+        np.testing.assert_array_equal(table.by_shard.samples, whole.by_shard.samples)
+        np.testing.assert_array_equal(table.by_shard.counts, whole.by_shard.counts)
+        assert [path.name for path in sorted((tmp_path / ".set" / "tables").iterdir())] == [
+            f"{manifest.digest}.bin",
+            "lock",
+        ]
+        # Read no more.
+        monkeypatch.setattr("diffusion.data.dataset.read_records", None)
+
+
+def test_a_table_on_disk_is_whole_or_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "set"
+    manifest = write_dataset(folder, random_images(50), 9)
+    whole = open_table(folder, manifest)
+    monkeypatch.setattr("diffusion.data.dataset.IN_MEMORY", 0)
+    with monkeypatch.context() as broken:
+        broken.setattr("diffusion.data.dataset.read_range", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            open_table(folder, manifest)
+    assert not list((tmp_path / ".set" / "tables").glob("*.bin"))
+    np.testing.assert_array_equal(open_table(folder, manifest).images, whole.images)

@@ -34,7 +34,7 @@ def data(tmp_path: Path) -> Iterator[Dataset]:
 def order_of(data: Dataset, window: int | None = None) -> TrainingOrder:
     if window is None:
         return TrainingOrder(data.manifest.content_digest, 3, len(data))
-    return WindowedOrder(data.manifest.layout_digest, 3, window, data.shards(range(len(data))))
+    return WindowedOrder(data.manifest.layout_digest, 3, window, data.by_shard())
 
 
 def batches(data: Dataset, positions: Sequence[int], window: int | None = None, **options: Any) -> list[Batch]:

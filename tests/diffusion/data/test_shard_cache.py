@@ -321,7 +321,7 @@ def test_a_data_set_far_larger_than_the_cache_is_seen_whole_each_epoch(tmp_path:
     room = 4 * max(shard.bytes for shard in manifest.shards)
     cache = ShardCache(tmp_path / "cache", store, room)
     with closing(Dataset.open(tmp_path / "set", cache, cache_bytes=0)) as data:
-        order = WindowedOrder(manifest.layout_digest, 0, 2, data.shards(range(120)))
+        order = WindowedOrder(manifest.layout_digest, 0, 2, data.by_shard())
         # One batch ahead: these windows are so small that more would reach beyond the next one.
         with Loader(data, range(120), order, 10, prefetch=1, workers=1) as loader:
             for epoch in range(2):

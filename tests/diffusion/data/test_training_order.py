@@ -1,10 +1,11 @@
 """The order of training: a pure function of data, seed and position."""
 
 import numpy as np
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diffusion.data.loader import TrainingOrder, WindowedOrder
+from diffusion.data.dataset import ByShard
+from diffusion.data.loader import BucketedOrder, TrainingOrder, WindowedOrder
 
 
 @given(st.integers(1, 50), st.integers(0, 200), st.lists(st.integers(1, 40), min_size=1, max_size=8))
@@ -34,7 +35,7 @@ LAYOUT = np.array([4] * 7 + [0] * 3 + [1] * 11 + [2] + [5] * 6)
 
 
 def windowed(window: int, seed: int = 0, digest: str = "layout", shards: np.ndarray = LAYOUT) -> WindowedOrder:
-    return WindowedOrder(digest, seed, window, shards)
+    return WindowedOrder(digest, seed, window, ByShard(np.argsort(shards, kind="stable"), np.bincount(shards)))
 
 
 @given(
@@ -113,3 +114,79 @@ def test_the_order_of_an_epoch_is_this_one() -> None:
     ]
     expected = [3, 5, 4, 9, 0, 8, 1, 6, 7, 2, 9, 0, 2, 1, 5, 8, 7, 4, 6, 3]
     assert windowed(2, shards=np.arange(10) // 3).rows(0, 20).tolist() == expected
+
+
+def samples_of(counts: list[int]) -> list[np.ndarray]:
+    """The samples of each bucket."""
+    buckets = np.repeat(np.arange(len(counts)), counts)
+    buckets = buckets[np.random.default_rng(0).permutation(len(buckets))]
+    return [np.flatnonzero(buckets == bucket) for bucket in range(len(counts))]
+
+
+def bucketed(counts: list[int], batch: int, seed: int = 0, window: int | None = None) -> BucketedOrder:
+    """The order of samples whose buckets are dealt out in turn; with a window in three shards a bucket."""
+    numbers = samples_of(counts)
+    shards = np.zeros(sum(counts), np.int64)
+    for bucket, own in enumerate(numbers):
+        shards[own] = np.arange(len(own)) % 3 + 3 * bucket
+    by_shard = ByShard(np.argsort(shards, kind="stable"), np.bincount(shards, minlength=3 * len(counts)))
+    orders = [
+        TrainingOrder(f"digest/{bucket}", seed, len(own), own)
+        if window is None
+        else WindowedOrder(f"layout/{bucket}", seed, window, by_shard, np.arange(3) + 3 * bucket)
+        for bucket, own in enumerate(numbers)
+    ]
+    return BucketedOrder(seed, batch, orders)
+
+
+COUNTS = st.lists(st.integers(1, 30), min_size=1, max_size=5)
+
+
+@settings(max_examples=50)
+@given(COUNTS, st.integers(1, 9), st.integers(0, 3), st.one_of(st.none(), st.integers(1, 3)))
+def test_batches_are_of_one_bucket_and_its_epochs_show_every_sample_once(
+    counts: list[int], size: int, seed: int, window: int | None
+) -> None:
+    order = bucketed(counts, size, seed, window)
+    own = {int(sample): bucket for bucket, samples in enumerate(samples_of(counts)) for sample in samples}
+    seen: list[list[int]] = [[] for _ in counts]
+    for batch in range(4 * sum(counts)):
+        rows = order.rows(batch * size, size).tolist()
+        (bucket,) = {own[row] for row in rows}
+        seen[bucket] += rows
+        for each, (number, images) in enumerate(zip(map(len, seen), counts, strict=True)):
+            # No bucket is further from its share than there are other buckets, in batches.
+            assert abs(number / size - (batch + 1) * images / sum(counts)) < max(len(counts) - 1, 1), each
+    for rows, samples in zip(seen, samples_of(counts), strict=True):
+        for start in range(0, len(rows) - len(samples) + 1, len(samples)):
+            assert sorted(rows[start : start + len(samples)]) == samples.tolist()
+
+
+@given(COUNTS, st.integers(1, 4), st.integers(1, 4), st.integers(0, 10**12))
+def test_ranks_and_resuming_cut_the_same_batches(counts: list[int], share: int, ranks: int, batch: int) -> None:
+    order, size = bucketed(counts, share * ranks), share * ranks
+    whole = order.rows(batch * size, size)
+    parts = [bucketed(counts, size).rows(batch * size + rank * share, share) for rank in range(ranks)]
+    np.testing.assert_array_equal(whole, np.concatenate(parts))
+
+
+def test_the_seed_shifts_the_turns_of_the_buckets() -> None:
+    def turns(seed: int) -> list[bool]:
+        order = bucketed([30, 70], 5, seed)
+        return [order.rows(5 * batch, 1)[0] in samples_of([30, 70])[0] for batch in range(40)]
+
+    assert turns(0) == turns(0)
+    assert len({tuple(turns(seed)) for seed in range(6)}) > 1
+    assert all(sum(turns(seed)[start : start + 10]) == 3 for seed in range(6) for start in range(30))
+
+
+@given(COUNTS, st.integers(1, 6), st.integers(1, 3), st.integers(0, 300))
+def test_the_shards_of_a_bucketed_batch_are_named_before(counts: list[int], size: int, window: int, batch: int) -> None:
+    order = bucketed(counts, size, 0, window)
+    # Counts are shares of a batch: one may go beyond two windows of a few images.
+    if all(size <= images // 3 for images in counts):
+        own = np.empty(sum(counts), int)
+        for bucket, samples in enumerate(samples_of(counts)):
+            own[samples] = np.arange(len(samples)) % 3 + 3 * bucket
+        assert set(own[order.rows(batch * size, size)].tolist()) <= set(order.coming(batch * size) or ())
+    assert bucketed(counts, size).coming(0) is None

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from diffusion.checkpoints import export, load_model
 from diffusion.common.errors import UserError
@@ -16,8 +17,9 @@ from diffusion.evaluation.config import EvaluationConfig
 from diffusion.evaluation.evaluator import Evaluator
 from diffusion.evaluation.gate import GateConfig, Verdict
 from diffusion.generation.generate import labels_of, sample
-from diffusion.models.config import GANConfig
+from diffusion.models.config import AutoregressiveConfig, FamilyConfig, GANConfig, VAEConfig
 from diffusion.process.samplers import SamplingConfig, sampling_config
+from tests.builders.captioned import squares
 from tests.builders.comparisons import (
     CONFIG,
     SAMPLING,
@@ -331,6 +333,115 @@ def test_champion_without_classes_is_sampled_without_guidance(data: Path, tmp_pa
     drawn = sample(load_model(untold), range(CONFIG.samples), CONFIG.seed + 1, SAMPLING)
     assert torch.equal(grids.champion, drawn)
     assert found.candidate.gflop == pytest.approx(2 * found.champion.gflop, rel=0.02)
+
+
+def knowing(path: Path, seed: int, *classes: str, text: bool = False) -> Path:
+    config = MODEL.model_copy(update={"text": text})
+    return write_model(path / f"{seed}.safetensors", seed, seed, 3, config=config, classes=dict.fromkeys(classes, 40))
+
+
+@pytest.fixture(scope="module")
+def captioned_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data") / "squares"
+    squares(folder, 160, labelled=True)
+    return folder
+
+
+def conditions(found: ChampionComparison) -> str:
+    """What the comparison says of unlike conditions."""
+    [finding] = [each for each in found.decision.findings if each.rule == "conditions"]
+    assert finding.verdict == "promote"
+    return finding.reason
+
+
+@pytest.mark.usefixtures("fake_encoder")
+@pytest.mark.parametrize("others", [(), ("red", "green", "blue")])
+def test_a_model_of_captions_is_not_compared_with_one_that_knows_none(
+    others: tuple[str, ...], captioned_data: Path, tmp_path: Path
+) -> None:
+    told, untold = knowing(tmp_path, 1, text=True), knowing(tmp_path, 2, *others)
+    for candidate, champion, words in (
+        (told, untold, "the champion knows none"),
+        (untold, told, "the candidate knows none"),
+    ):
+        watcher = Watcher()
+        found, grids = tried(candidate, champion, captioned_data, tmp_path, progress=watcher)
+        assert found.decision.verdict == "hold"
+        assert words in found.reason
+        assert (found.champion, grids.champion) == (None, None)
+        assert watcher.drawn <= {candidate.stem}
+
+
+@pytest.mark.usefixtures("fake_encoder")
+def test_models_of_captions_are_compared_as_without_them_where_the_data_set_has_none(tmp_path: Path) -> None:
+    write_dataset(tmp_path / "data", random_images(160, channels=3), 160)
+    found, _ = tried(knowing(tmp_path, 1, text=True), knowing(tmp_path, 2), tmp_path / "data", tmp_path)
+    assert found.champion is not None
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_a_model_with_classes_and_one_without_are_compared_as_a_whole(
+    reverse: bool, captioned_data: Path, tmp_path: Path
+) -> None:
+    pair = [knowing(tmp_path, 1, "red", "green", "blue"), knowing(tmp_path, 2)]
+    gate = GATE.model_copy(update={"class_loss": 0.0})
+    found, _ = tried(*(pair[::-1] if reverse else pair), captioned_data, tmp_path, gate)
+    assert found.compared.headline is not None
+    assert f"only the {'champion' if reverse else 'candidate'} has classes" in conditions(found)
+    assert "worst class" not in {each.rule for each in found.decision.findings}
+
+
+def test_a_candidate_may_know_more_classes_than_the_champion_but_not_fewer(
+    captioned_data: Path, tmp_path: Path
+) -> None:
+    more, fewer = knowing(tmp_path, 1, "red", "green", "blue"), knowing(tmp_path, 2, "red", "green")
+    found, _ = tried(more, fewer, captioned_data, tmp_path)
+    assert found.compared.headline is not None
+    assert "1 class that the champion does not know" in conditions(found)
+    held, _ = tried(fewer, more, captioned_data, tmp_path)
+    assert held.decision.verdict == "hold"
+    assert "1 class that the candidate does not know, 'blue' among them" in held.reason
+
+
+FAMILY_CONFIGS = [
+    GANConfig(width=8, channel_mult=(1,), latent=4),
+    VAEConfig(width=16, channel_mult=(1,), latent_channels=2),
+    AutoregressiveConfig(width=8, layers=2, mixtures=2),
+]
+
+
+@pytest.mark.parametrize("config", FAMILY_CONFIGS, ids=lambda config: str(config.family))
+@pytest.mark.parametrize("reverse", [False, True])
+def test_each_family_is_compared_with_a_diffusion_model_in_quality_and_in_operations(
+    config: FamilyConfig, reverse: bool, data: Path, tmp_path: Path
+) -> None:
+    other = write_of_family(tmp_path / "other.safetensors", config, 2)
+    pair = [write_model(tmp_path / "ddpm.safetensors", 1, 1), other]
+    gate = GATE.model_copy(update={"across_families": True})
+    sampling = sampling_config(compute_batch=16, precision="fp32") if reverse else SAMPLING
+    found, _ = tried(*(pair[::-1] if reverse else pair), data, tmp_path, gate, sampling)
+    assert found.compared.headline is not None
+    assert found.compared.basis == "generated"
+    assert config.family in conditions(found)
+    cost = found.compared.cost
+    assert cost is not None
+    # Counted by the same means: the other family's is that of one pass of its network.
+    with torch.inference_mode(), FlopCounterMode(display=False) as counter:
+        model = load_model(other)
+        [(times, once)] = model.passes(sampling)
+        once()
+    expected = times * counter.get_total_flops() / 1e9
+    assert (cost.candidate if reverse else cost.champion) == pytest.approx(expected)
+    assert min(cost.candidate, cost.champion) > 0
+
+
+def test_models_that_are_sampled_unlike_are_compared_and_that_is_said(data: Path, tmp_path: Path) -> None:
+    student = {"student": {"steps": 1, "guidance": None, "guidance_interval": None}}
+    new = write_model(tmp_path / "new.safetensors", 1, 1, training=student)
+    found, _ = tried(new, write_model(tmp_path / "old.safetensors", 2, 2), data, tmp_path)
+    said = conditions(found)
+    assert "consistency, 1 steps" in said
+    assert "dpmpp_2m, 4 steps" in said
 
 
 def test_too_few_images_hold_a_candidate_but_not_a_first_version(models: list[Path], tmp_path: Path) -> None:

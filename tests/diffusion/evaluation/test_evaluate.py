@@ -26,7 +26,7 @@ from tests.builders.comparisons import Watcher, evaluate_one
 from tests.builders.shapes import blob
 from tests.builders.small_models import write_model
 
-CONFIG = EvaluationConfig(samples=20, extractor_size=32)
+CONFIG = EvaluationConfig(samples=20, finalists=4, extractor_size=32)
 SAMPLING = sampling_config(steps=3, compute_batch=10, precision="fp32")
 
 

@@ -4,8 +4,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from diffusion.checkpoints import load_model
+from diffusion.common.random import GaussianNoise
 from diffusion.data.dataset import Dataset
 from diffusion.evaluation.evaluator import Evaluator, ModelEvaluator
 from diffusion.evaluation.features.feature_extractor import EfficientNetLite0, make_extractor
@@ -14,9 +16,11 @@ from diffusion.evaluation.metrics.distances import compute_scores
 from diffusion.evaluation.metrics.held_out_loss import measure_losses, summarize_losses
 from diffusion.evaluation.metrics.pixel_metrics import compare_appearance, measure_appearance, psnr
 from diffusion.evaluation.results import ModelEvaluation
+from diffusion.families.model import Model
 from diffusion.generation.generate import sample
 from diffusion.generation.super_resolution import GenerationTask, shrunk, upscale
 from diffusion.process.samplers import sampling_config
+from tests.builders.bucketed import bucketed_set
 from tests.builders.comparisons import (
     CONFIG,
     SAMPLING,
@@ -154,12 +158,26 @@ def test_super_resolution_is_evaluated_on_split_held_out_images(data: Path, tmp_
     config = MODEL.model_copy(update={"low_resolution": 4, "conditional": False})
     path = write_model(tmp_path / "sr.safetensors", 0, 1, config=config)
     dataset, extractor = Dataset.open(data), make_extractor(CONFIG)
-    found = Evaluator(data, CONFIG, SAMPLING, tmp_path / "evaluations", task=GenerationTask(4, 0.1)).model(path)
+    found = Evaluator(data, CONFIG, SAMPLING, tmp_path / "evaluations", task=GenerationTask(4, 2, 0.1)).model(path)
     held_out = dataset.rows("held_out")
     shown = dataset.images(held_out[:20])
-    assert torch.equal(found.images, upscale(load_model(path), shrunk(shown, 4), CONFIG.seed, SAMPLING))
+    assert torch.equal(found.images, upscale(load_model(path), shrunk(shown, 2), CONFIG.seed, SAMPLING))
     similarity = found.scored().similarity
     assert similarity is not None
     assert similarity.psnr == pytest.approx(psnr(found.images, shown).mean().item())
     expected = compute_scores(extractor(found.images), extractor(dataset.images(held_out[20:])), "x")
     assert found.scores.kid == pytest.approx(expected.kid, rel=1e-4)
+
+
+def test_images_of_several_shapes_have_different_noise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Tensor] = []
+
+    def noted(model: Model, _: object, indices: range, seed: int, *__: object) -> Tensor:
+        seen.extend(GaussianNoise(seed, "sampling", indices, model.noise_shape)().flatten(1)[:, :64])
+        return torch.zeros(len(indices), *model.shape, dtype=torch.uint8)
+
+    monkeypatch.setattr("diffusion.evaluation.evaluator.generate", noted)
+    weights = write_model(tmp_path / "model.safetensors", 0, 0, channels=3, size=16)
+    evaluator = Evaluator(bucketed_set(tmp_path), CONFIG, SAMPLING, tmp_path / "evaluations")
+    assert len({image.shape for image in evaluator.model(weights).images}) == 3
+    assert len({tuple(noise.tolist()) for noise in seen}) == CONFIG.samples

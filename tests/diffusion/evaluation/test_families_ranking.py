@@ -18,11 +18,14 @@ from diffusion.evaluation.ranking import RANKING, Ranking, rank_models
 from diffusion.evaluation.reports.ranking_report import PAGE, findings, write_ranking_report
 from diffusion.models.config import AutoregressiveConfig, GANConfig, ModelConfig
 from diffusion.process.samplers import SamplingConfig, sampling_config
+from tests.builders.captioned import squares
 from tests.builders.comparisons import CONFIG, SAMPLING, Watcher, discs, save_images, write_autoencoder, write_of_family
 from tests.builders.html_pages import Page
 from tests.builders.shapes import disc
 from tests.builders.small_datasets import random_images, write_dataset
+from tests.builders.small_models import CONFIG as NETWORK
 from tests.builders.small_models import write_model
+from tests.builders.text_image_encoders import write_onnx
 
 PLAIN = sampling_config(compute_batch=16, precision="fp32")
 """Of families without a reverse process."""
@@ -127,6 +130,31 @@ def test_ranking_report_shows_all_families_and_is_self_contained(
     for words in ("KID", "precision", "recall", "bits per dimension", "images per second", "parameters", "≤", "none"):
         assert words in page.text
     assert all(words in page.text for words in findings(found))
+
+
+@pytest.mark.usefixtures("fake_encoder")
+def test_a_model_of_captions_leads_none_without_and_its_agreement_is_shown_or_missed(tmp_path: Path) -> None:
+    squares(tmp_path / "data", 120)
+    text = NETWORK.model_copy(update={"text": True})
+    paths = {"captions": text, "none": NETWORK, "more captions": text}
+    files = {
+        name: (write_model(tmp_path / f"{seed}.safetensors", seed, seed, 3, config=config), SAMPLING)
+        for seed, (name, config) in enumerate(paths.items())
+    }
+    write_onnx(tmp_path / "encoder", knows_colours=True)
+    for others, config in (
+        ("none", CONFIG),
+        ("more captions", CONFIG.model_copy(update={"text_image_encoder": tmp_path / "encoder"})),
+    ):
+        two = {name: files[name] for name in ("captions", others)}
+        found, sheets = rank_models(tmp_path / "data", two, config, tmp_path / others)
+        assert found.comparable == bool(found.leads) == (others != "none")
+        assert any("better" in words or "told apart" in words for words in findings(found)) == found.comparable
+        files_of = {name: png_bytes(grid(images, 8)) for name, images in sheets.items()}
+        write_ranking_report(tmp_path / PAGE, found, files_of, files_of.pop("real"))
+        shown = Page((tmp_path / PAGE).read_text()).text
+        assert "text-image agreement" in shown
+        assert ("not measured" in shown) == (others == "none")
 
 
 def test_incomparable_models_are_an_error(

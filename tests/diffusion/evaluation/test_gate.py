@@ -21,6 +21,7 @@ from diffusion.evaluation.gate import (
     Decision,
     GateConfig,
     Headline,
+    PromptAgreement,
     Verdict,
     WorstClass,
     decide,
@@ -383,6 +384,39 @@ def test_the_worst_class_may_get_worse_by_a_share(candidate: float, verdict: str
     reason = next(each.reason for each in decision.findings if each.rule == "worst class")
     assert "worst class 'shirt'" in reason
     assert "the champion's 'bag' at 0.0500 ± 0.0050, limit 1.5 times as much" in reason
+
+
+def agreeing(candidate: float, champion: float, error: float) -> PromptAgreement:
+    each = {"candidate": candidate, "champion": champion, "difference": candidate - champion}
+    return PromptAgreement(**{name: Estimate(value=value, error=error, freedom=200) for name, value in each.items()})
+
+
+@pytest.mark.parametrize(
+    ("candidate", "error", "verdict"),
+    [
+        (0.12, 0.002, "promote"),  # more
+        (0.097, 0.002, "promote"),  # less by chance
+        (0.095, 0.001, "promote"),  # surely less, and surely within the tenth
+        (0.089, 0.002, "hold"),
+        (0.08, 0.002, "reject"),
+        (0.05, 0.05, "promote"),  # nobody knows
+    ],
+)
+def test_text_image_agreement_may_fall_by_a_share(candidate: float, error: float, verdict: str) -> None:
+    decision = decided(agreement=agreeing(candidate, 0.1, error))
+    [finding] = [each for each in decision.findings if each.rule == "text-image agreement"]
+    assert decision.verdict == finding.verdict == verdict
+    assert (finding.images is not None) == (verdict == "hold")
+    assert decided({"agreement_loss": None}, agreement=agreeing(candidate, 0.1, error)).verdict == "promote"
+
+
+def test_agreement_that_was_not_measured_and_unlike_conditions_are_said_and_no_objection() -> None:
+    decision = decided({"class_loss": 0.5}, agreement="not measured", unlike=("one", "other"), class_conditional=False)
+    assert decision.verdict == "promote"
+    said = {each.rule: each.reason for each in decision.findings}
+    assert said["text-image agreement"] == "not measured"
+    assert said["conditions"] == "one; other"
+    assert "worst class" not in said
 
 
 @pytest.mark.parametrize("missing", ["headline", "recall", "memorized", "worst_class", "cost"])

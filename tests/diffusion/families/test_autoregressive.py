@@ -128,7 +128,7 @@ def test_incremental_parameters_equal_those_of_one_full_pass(channels: int, clas
     x = images(3, channels, size)
     label = torch.tensor([0, 1, 2]) if classes else None
     whole = made(x, label)
-    sampler = PixelSampler(made, 3, size, label)
+    sampler = PixelSampler(made, 3, size, size, label)
     with torch.inference_mode():
         for y in range(size):
             sampler.begin_row(y)

@@ -227,7 +227,7 @@ def test_worker_threads_add_up_to_the_gradients_of_the_batch(data: Path, step: i
             x0 = torch.linspace(-1, 1, 16 * SIZE**2).view(16, 1, SIZE, SIZE)
             batch = trainer.objective.make_batch(x0, range(16), {"label": torch.arange(16) % 3})
             part = trainer.state.steps[step]
-            loss = trainer.backward(part, batch)
+            loss = trainer.backward(part, batch, None)
             found.append([loss, *(parameter.grad for parameter in part.parameters)])
     for one, other in zip(*found, strict=True):
         assert torch.allclose(one, other, atol=1e-6, rtol=1e-4)

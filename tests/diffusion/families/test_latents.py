@@ -172,7 +172,7 @@ def test_interpolation_between_seeds_starts_and_ends_at_their_images(model: Diff
 def test_a_latent_is_kept_only_if_all_its_pixels_are(seed: int, factor: int) -> None:
     kept = np.random.default_rng(seed).random((16, 16)) < 0.9
     cells = kept.reshape(16 // factor, factor, 16 // factor, factor)
-    assert np.array_equal(whole(torch.from_numpy(kept), 16 // factor)[0].numpy(), cells.all((1, 3)))
+    assert np.array_equal(whole(torch.from_numpy(kept), (16 // factor, 16 // factor))[0].numpy(), cells.all((1, 3)))
 
 
 @pytest.mark.parametrize("times", [1, 2])

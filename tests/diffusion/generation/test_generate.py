@@ -70,7 +70,7 @@ def test_files_that_are_no_models_are_refused_in_one_line(tmp_path: Path) -> Non
     save_file({"a": torch.zeros(1)}, tmp_path / "list.safetensors", {"darkroom": "[1]"})
     with pytest.raises(UserError, match=r"is no model|something else than a model"):
         load_model(tmp_path / "list.safetensors")
-    with pytest.raises(UserError, match=r"cannot be read \(.*\): give the file of a model"):
+    with pytest.raises(UserError, match="is a folder: give a model file"):
         load_model(tmp_path)
     save_tensors(tmp_path / "other.safetensors", {"a": torch.zeros(1)}, {"something": "else"})
     with pytest.raises(UserError, match="header this version cannot read"):

@@ -230,6 +230,7 @@ def test_invalid_request_is_an_error(fields: dict[str, Any], words: str) -> None
         ({"prompt": "a cat"}, "trained without captions"),
         ({"sampler": "magic"}, "there is no sampler 'magic': use ddpm"),
         ({"guidance": 3.0}, "label or prompt, and there is none"),
+        ({"task": "img2img", "image": png(PIXELS), "size": "1032x1032"}, "size"),
         ({"task": "img2img", "image": b"hello"}, "the image cannot be used: not an image"),
         ({"task": "img2img", "image": png(PIXELS), "strength": 1.0}, "strength: .*less than 1"),
         ({"task": "img2img", "image": png(PIXELS), "strength": 1.5}, "strength: .*less than 1"),

@@ -92,7 +92,7 @@ def pillow(images: Tensor, height: int, width: int) -> Tensor:
 
 def test_resizing_matches_pillow() -> None:
     images = torch.from_numpy(random_images(4, channels=3, size=24))
-    small = shrunk(images, 8)
+    small = shrunk(images, 3)
     assert small.dtype == torch.uint8
     assert (small.int() - pillow(images, 8, 8).int()).abs().max() <= 1
     large = to_uint8(enlarged(small[..., :5, :], 3))
@@ -112,9 +112,9 @@ def test_super_resolution_sigma_data_is_the_residual_deviation() -> None:
     images = torch.from_numpy(random_images(40, channels=3, size=24))
     apart = (images.double() - pillow(pillow(images, 8, 8), 24, 24).double()).square().mean().sqrt()
     # Between the two lies the clipping of Pillow's whole numbers.
-    assert GenerationTask(8, 0.1).sigma_data(images) == pytest.approx(apart.item() / 127.5, rel=0.02)
+    assert GenerationTask(8, 3, 0.1).sigma_data(images) == pytest.approx(apart.item() / 127.5, rel=0.02)
     # Nothing of flat blocks is lost but what bicubic interpolation smooths.
-    task = GenerationTask(4, 0.1)
+    task = GenerationTask(4, 2, 0.1)
     assert task.sigma_data(torch.from_numpy(flat_blocks(40))) < task.sigma_data(
         torch.from_numpy(random_images(40, size=8))
     )
@@ -207,7 +207,7 @@ def test_a_grid_shows_held_out_images_small_enlarged_and_real(data: Path, tmp_pa
     result = train(data, tmp_path / "run", MODEL, config, SAMPLING)
     dataset = Dataset.open(data)
     real = dataset.images(dataset.rows("held_out")[:36])
-    large = upscale(load_model(result.final), shrunk(real, 4), 0, SAMPLING)
+    large = upscale(load_model(result.final), shrunk(real, 2), 0, SAMPLING)
     sheet = np.asarray(Image.open(tmp_path / "run" / "samples" / "0000000032.png"))
     scale, pad = 8, 2
 
@@ -216,7 +216,7 @@ def test_a_grid_shows_held_out_images_small_enlarged_and_real(data: Path, tmp_pa
         return torch.from_numpy(sheet[top : top + 8 * scale : scale, left : left + 8 * scale : scale].copy())
 
     for number in (0, 7, 35):
-        assert torch.equal(cell(3 * number)[::2, ::2], shrunk(real, 4)[number, 0])
+        assert torch.equal(cell(3 * number)[::2, ::2], shrunk(real, 2)[number, 0])
         assert torch.equal(cell(3 * number + 1), large[number, 0])
         assert torch.equal(cell(3 * number + 2), real[number, 0])
 
@@ -236,7 +236,7 @@ def test_super_resolution_beats_bicubic_on_a_determined_task(data: Path, tmp_pat
     # Also of images larger than those of the training, whose blocks tiles would cut if they began elsewhere.
     for across in (4, 11):
         real = torch.from_numpy(flat_blocks(20, across, seed=9))
-        small = shrunk(real, across)
+        small = shrunk(real, 2)
         ours, bicubic = (
             psnr(each, real).mean() for each in (upscale(model, small, 0, many), enlarged_as_stored(small))
         )
@@ -259,14 +259,14 @@ def test_tiles_cover_everything_and_overlap_by_a_quarter(size: int, more: int) -
 
 @given(st.integers(4, 19), st.integers(4, 19), st.integers(1, 3))
 def test_blending_tiles_restores_the_image(height: int, width: int, scale: int) -> None:
-    tiles = make_tiles(height, width, 4, scale)
+    tiles = make_tiles(height, width, (4, 4), scale)
     canvas = torch.randn(2, 3, height * scale, width * scale, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(tiles.blended(tiles.cut(canvas), height * scale, width * scale), canvas)
     assert all(start % scale == 0 for place in tiles.places for start in place)
 
 
 def test_tiles_that_disagree_pass_into_each_other_without_an_edge() -> None:
-    tiles = make_tiles(16, 52, 16, 4)
+    tiles = make_tiles(16, 52, (16, 16), 4)
     pieces = torch.arange(len(tiles.places)).float()[:, None, None, None].expand(-1, 1, 64, 64)
     canvas = tiles.blended(pieces, 64, 208)[0, 0]
     assert canvas[:, 0].eq(0).all()

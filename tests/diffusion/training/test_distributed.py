@@ -14,9 +14,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from diffusion.data.ingest.ingest import forget_captions
+from diffusion.checkpoints import save_tensors
+from diffusion.common.files import sha256_file
+from diffusion.common.model_files import read_header
+from diffusion.data.ingest.ingest import forget_encodings
+from diffusion.training.checkpointing import Checkpoints
 from diffusion.training.logging import read_metrics
 from tests.builders import ROOT
+from tests.builders.bucketed import bucketed_set
 from tests.builders.captioned import needs_encoder, squares
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -28,11 +33,13 @@ from diffusion.process.samplers import sampling_config
 from diffusion.models.config import ModelConfig
 from diffusion.training.config import TrainingConfig
 from diffusion.training.train import train
-told, shard = "text" in sys.argv, "shard" in sys.argv
+told, options = "text" in sys.argv, dict(each.split("=") for each in sys.argv if "=" in each)
+shard = int(options["shard"]) if "shard" in options else "shard" in sys.argv
 model = ModelConfig(width=16, channel_mult=(1,), blocks=1, attention=(), patch=1, dropout=0.1, text=told)
 length = {"images": int(sys.argv[3]), "checkpoints": 16} if sys.argv[3] != "0" else {"minutes": 0.3, "checkpoints": 2}
 config = TrainingConfig(**length, batch_size=16, warmup_images=32, keep=2, cpu_threads=2,
-    learned_uncertainty=True, shard=shard, optimizer="adamw" if shard or "adamw" in sys.argv else "muon")
+    learned_uncertainty=True, shard=shard, optimizer="adamw" if shard or "adamw" in sys.argv else "muon",
+    micro_batch=int(options["micro"]) if "micro" in options else None)
 train(Path(sys.argv[1]), Path(sys.argv[2]), model, config, sampling_config(steps=2, compute_batch=36))
 """
 
@@ -137,6 +144,38 @@ def test_sharded_training_matches_unsharded_training(dataset: Path, tmp_path: Pa
     np.testing.assert_allclose(curve(tmp_path / "changed"), curve(tmp_path / "whole"), rtol=0.3)
 
 
+@pytest.mark.drill(
+    "hybrid sharding is killed",
+    "SIGKILL of four processes while they write a checkpoint together",
+    "the same weights; two processes go on, too",
+)
+def test_a_checkpoint_of_any_mesh_continues_on_any_other(dataset: Path, tmp_path: Path) -> None:
+    hybrid = (4, 320, 0, "shard=2", "micro=2")
+    finish(start(dataset, tmp_path / "one", 1, 320, 0, "adamw", "micro=2"))
+    finish(start(dataset, tmp_path / "whole", *hybrid))
+    np.testing.assert_allclose(curve(tmp_path / "whole"), curve(tmp_path / "one"), rtol=2e-2)
+    newest = Checkpoints(tmp_path / "whole" / "checkpoints").paths()[-1]
+    # The file that one process would have written of these tensors.
+    alone = save_tensors(tmp_path / "alone.safetensors", load_file(newest), read_header(newest))
+    assert sha256_file(newest) == alone
+
+    process = start(dataset, tmp_path / "cut", *hybrid)
+    wait_for(tmp_path / "cut" / "checkpoints", 2)
+    deadline = time.monotonic() + 60
+    while not list((tmp_path / "cut").glob(".*.partial")):
+        assert time.monotonic() < deadline
+    kill_all(process, tmp_path / "cut")
+    shutil.copytree(tmp_path / "cut", tmp_path / "changed")
+    finish(start(dataset, tmp_path / "cut", *hybrid))
+    final = load_file(tmp_path / "whole" / "final.safetensors")
+    assert all(
+        torch.equal(value, final[name]) for name, value in load_file(tmp_path / "cut" / "final.safetensors").items()
+    )
+    assert not list((tmp_path / "cut").rglob("*.partial"))
+    finish(start(dataset, tmp_path / "changed", 2, 320, 0, "shard", "micro=2"))
+    np.testing.assert_allclose(curve(tmp_path / "changed"), curve(tmp_path / "one"), rtol=2e-2)
+
+
 def test_sharded_training_supports_a_length_in_minutes(dataset: Path, tmp_path: Path) -> None:
     finish(start(dataset, tmp_path / "run", 2, 0, 0, "shard"))
     assert (tmp_path / "run" / "final.safetensors").is_file()
@@ -154,5 +193,22 @@ def test_captions_encoded_by_one_rank_reach_both(tmp_path: Path) -> None:
     squares(tmp_path / "squares")
     for name, processes in (("one", 1), ("two", 2)):
         finish(start(tmp_path / "squares", tmp_path / name, processes, 320, 0, "text"))
-        forget_captions(tmp_path / "squares")
+        forget_encodings(tmp_path / "squares")
     np.testing.assert_allclose(curve(tmp_path / "two"), curve(tmp_path / "one"), rtol=2e-2)
+
+
+@pytest.mark.drill(
+    "training on images of several shapes is killed", "SIGKILL of all of two processes", "the same weights"
+)
+def test_batches_of_one_bucket_are_shared_out_and_resumed(tmp_path: Path) -> None:
+    data = bucketed_set(tmp_path)
+    for name, processes in (("one", 1), ("two", 2), ("four", 4)):
+        finish(start(data, tmp_path / name, processes, 320))
+    for name in ("two", "four"):
+        np.testing.assert_allclose(curve(tmp_path / name)[:20], curve(tmp_path / "one")[:20], rtol=2e-2)
+    process = start(data, tmp_path / "cut", 2, 320)
+    wait_for(tmp_path / "cut" / "checkpoints", 2)
+    kill_all(process, tmp_path / "cut")
+    finish(start(data, tmp_path / "cut", 2, 320))
+    whole, cut = (load_file(tmp_path / name / "final.safetensors") for name in ("two", "cut"))
+    assert all(torch.equal(value, cut[name]) for name, value in whole.items())

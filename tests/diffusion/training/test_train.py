@@ -480,6 +480,8 @@ def test_dry_run_describes_the_run_and_writes_nothing(dataset: Path, tmp_path: P
     assert 0 < about.seconds < 600
     words = dict(about.lines())
     assert words["length"] == f"320 images, {320 / about.train:.1f} epochs"
+    largest = max(path.stat().st_size for path in (tmp_path / "run" / "checkpoints").glob("*.safetensors"))
+    assert about.checkpoint_bytes == pytest.approx(largest, rel=0.3)
 
 
 def test_work_grows_with_width_and_size_as_convolutions_do() -> None:

@@ -4,19 +4,35 @@ import sys
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
+from typing import Any
 
 import pytest
 from mlflow.client import MlflowClient
 
 from diffusion.common.errors import UserError
 from diffusion.common.files import sha256_file
-from diffusion.generation.config import Conditions
+from diffusion.data.ingest.ingest import ingest
+from diffusion.data.manifest import read_manifest
+from diffusion.generation.config import Conditions, read_request
 from flows.cli import checks, main
-from flows.cli.checks import registered_models, require_label_in_source, require_model, require_version
+from flows.cli.checks import (
+    deployment_notes,
+    registered_models,
+    require_answerable,
+    require_batch,
+    require_conditions_in_source,
+    require_enough_images,
+    require_ingestable,
+    require_model,
+    require_models,
+    require_network,
+    require_version,
+)
 from flows.config import Params
 from flows.local_stack.http_api import require
 from tests.builders.http_server import serving
 from tests.builders.model_versions import add_version
+from tests.builders.shapes import disc
 from tests.builders.small_models import write_model
 
 
@@ -77,16 +93,163 @@ def test_labels_are_sought_in_a_source_with_cyclic_links_until_all_are_found(
         for link in ("a", "b"):
             (tmp_path / "pets" / name / link).symlink_to(tmp_path / "pets")
     params = Params.model_validate({"ingest": {"source": str(tmp_path / "pets")}})
-    require_label_in_source(params, Conditions(labels=("cat", "dog")))
+    require_conditions_in_source(params, Conditions(labels=("cat", "dog")))
     with pytest.raises(UserError, match="there is cat, dog"):
-        require_label_in_source(params, Conditions(labels=("bird",)))
+        require_conditions_in_source(params, Conditions(labels=("bird",)))
 
     def files(_: Path) -> Iterator[str]:
         yield from ("cat/1.png", "dog/1.png")
         raise AssertionError("all labels were found")
 
     monkeypatch.setattr(checks, "visible_files", files)
-    require_label_in_source(params, Conditions(labels=("cat", "dog")))
+    require_conditions_in_source(params, Conditions(labels=("cat", "dog")))
+
+
+@pytest.mark.parametrize(
+    ("model", "sampling", "conditions"),
+    [
+        ({"text": True}, {}, {}),
+        ({}, {}, {"prompts": ("a cat",)}),
+        ({}, {}, {"labels": ("cat",)}),
+        ({}, {"guidance": 3}, {}),
+    ],
+    ids=["captions", "prompt", "one class", "guidance"],
+)
+def test_what_a_model_of_a_folder_will_not_know_is_found_before_its_ingest(
+    no_servers: None, tmp_path: Path, model: dict[str, bool], sampling: dict[str, int], conditions: dict[str, Any]
+) -> None:
+    (tmp_path / "pets" / "cat").mkdir(parents=True)
+    (tmp_path / "pets" / "cat" / "1.png").touch()
+    params = Params.model_validate({"ingest": {"source": "pets"}, "model": model, "sampling": sampling})
+    with pytest.raises(UserError):
+        require_conditions_in_source(params, Conditions(**conditions))
+
+
+@pytest.mark.parametrize(("count", "held_out"), [(60, 0.05), (60, 0.95), (1001, 0.002)])
+def test_too_few_images_to_evaluate_are_found_before_their_ingest(
+    no_servers: None, tmp_path: Path, count: int, held_out: float
+) -> None:
+    Path("discs").mkdir()
+    for number in range(count):
+        disc(number).save(Path("discs", f"{number}.png"))
+    ingest = {"source": "discs", "size": 8, "held_out": held_out}
+    with pytest.raises(UserError, match="evaluation needs 10"):
+        require_enough_images(Params.model_validate({"ingest": ingest}), None)
+    require_enough_images(Params.model_validate({"ingest": ingest | {"held_out": 0.5}}), None)
+    assert [path.name for path in tmp_path.iterdir()] == ["discs"]
+
+
+def test_the_check_of_a_small_source_asks_no_captioner(no_servers: None) -> None:
+    Path("discs").mkdir()
+    for number in range(40):
+        disc(number).save(f"discs/{number}.png")
+    captioner = {"command": ["sh", "-c", "touch asked; echo a disc"], "version": "1"}
+    ingest = {"source": "discs", "size": 8, "held_out": 0.5, "captioner": captioner}
+    require_enough_images(Params.model_validate({"ingest": ingest}), None)
+    assert not Path("asked").exists()
+
+
+def test_images_that_a_small_data_set_has_already_do_not_count_twice(no_servers: None, tmp_path: Path) -> None:
+    for number in range(40):
+        path = Path("first" if number < 20 else "second", f"{number}.png")
+        path.parent.mkdir(exist_ok=True)
+        disc(number).save(path)
+    first = Params.model_validate({"ingest": {"source": "first", "size": 8, "held_out": 0.5}})
+    ingest(first.dataset_folder, first.ingest)
+    before = read_manifest(first.dataset_folder)
+    assert min(before.counts.values()) < 10
+    with pytest.raises(UserError, match="evaluation needs 10"):
+        require_enough_images(first, before)
+    second = Params.model_validate({"ingest": {"source": "second", "size": 8, "held_out": 0.5}})
+    require_enough_images(second, before)
+    assert read_manifest(first.dataset_folder) == before
+
+
+def test_other_storage_than_that_of_the_data_set_is_found_before_a_flow_run(
+    no_servers: None, s3_environment: dict[str, str], bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DARKROOM_BUCKET", bucket)
+    Path("discs").mkdir()
+    disc(1).save("discs/1.png")
+    params = Params.model_validate({"ingest": {"source": "discs", "size": 8}})
+    assert require_ingestable(params) is None
+    ingest(params.dataset_folder, params.ingest)
+    assert require_ingestable(params) == read_manifest(params.dataset_folder)
+    other = Params.model_validate({"ingest": {"source": "discs", "size": 16}})
+    with pytest.raises(UserError, match=r"ingest\.size=8"):
+        require_ingestable(other)
+    require_ingestable(other, "always")
+
+
+def test_a_deployment_whose_retrainings_would_fail_or_discard_a_run_is_told_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("discs").mkdir()
+    disc(1).save("discs/1.png")
+    params = Params.model_validate({"ingest": {"source": "discs", "size": 8}})
+    assert deployment_notes(params, tmp_path / "on-another-machine") == []
+    [absent] = deployment_notes(params, tmp_path)
+    assert "discs" in absent
+    ingest(params.dataset_folder, params.ingest)
+    assert deployment_notes(params, tmp_path) == []
+    write_model(params.run_folder / "final.safetensors", seed=0, images=1)
+    [finished] = deployment_notes(params, tmp_path)
+    assert str(params.run_folder) in finished
+    with pytest.raises(UserError, match=r"ingest\.size=8"):
+        deployment_notes(Params.model_validate({"ingest": {"source": "discs", "size": 16}}), tmp_path)
+
+
+def test_a_batch_that_cannot_be_planned_is_found_before_its_flow_run(
+    mlflow_client: MlflowClient, bucket: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("DARKROOM_BUCKET", bucket)
+    weights = write_model(tmp_path / "m.safetensors", seed=1, images=1, classes={"cat": 5, "dog": 5})
+    uri = add_version(mlflow_client, tmp_path, bucket, data=weights.read_bytes()).uri
+    Path("requests.csv").write_text("name,prompt\n1,2\n")
+    Path("labels.csv").write_text("label\ncat\n")
+    Path("sizes.csv").write_text("label,size\ncat,8x8\n")
+    plain = Conditions()
+    require_batch(Params(), uri, 4, 0, f"s3://{bucket}", plain, None)
+    require_batch(Params(), uri, None, 0, None, plain, "labels.csv")
+    for to, conditions, requests in (
+        ("http://example.org", plain, None),
+        ("s3://no-such-bucket-here", plain, None),
+        (None, Conditions(negative_prompt="ugly"), None),
+        (None, plain, "requests.csv"),
+        (None, Conditions(sizes=((8, 8),)), "sizes.csv"),
+        (None, plain, f"s3://{bucket}/none.csv"),
+    ):
+        with pytest.raises(UserError):
+            require_batch(Params(), uri, None, 0, to, conditions, requests)
+
+
+def test_an_edit_that_the_model_cannot_make_is_found_before_its_flow_run(
+    mlflow_client: MlflowClient, bucket: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("DARKROOM_BUCKET", bucket)
+    weights = write_model(tmp_path / "m.safetensors", seed=1, images=1, classes={"cat": 5, "dog": 5})
+    uri = add_version(mlflow_client, tmp_path, bucket, data=weights.read_bytes()).uri
+    disc(1).save("image.png")
+    disc(1).resize((4, 4)).save("small.png")
+    image, small = Path("image.png"), Path("small.png")
+    require_answerable(Params(), uri, read_request({"task": "img2img"}, image))
+    with pytest.raises(UserError):
+        require_answerable(Params(), uri, read_request({"task": "inpaint"}, image, small))
+    with pytest.raises(UserError):
+        require_answerable(Params(), uri, read_request({"task": "upscale"}, image))
+
+
+def test_files_that_a_training_begins_with_are_sought_before_it(no_servers: None) -> None:
+    for section, name in (("training", "init_from"), ("model", "autoencoder")):
+        with pytest.raises(UserError):
+            require_models(Params.model_validate({section: {name: "nowhere.safetensors"}}))
+
+
+def test_a_network_that_does_not_fit_the_images_is_found(no_servers: None) -> None:
+    require_network(Params())
+    with pytest.raises(UserError, match="channel_mult"):
+        require_network(Params.model_validate({"ingest": {"size": 8}, "model": {"channel_mult": [1, 1, 1, 1, 1]}}))
 
 
 def test_wrong_s3_keys_are_an_error_before_a_flow_run(
@@ -141,8 +304,11 @@ def test_a_tag_with_a_path_is_refused(
     version = add_version(mlflow_client, tmp_path, "forged", data=weights.read_bytes())
     mlflow_client.set_model_version_tag("forged", str(version.number), "darkroom.weights_sha256", "../../m")
     Path(".darkroom/models").mkdir(parents=True)
-    with pytest.raises(UserError, match=r"darkroom\.weights_sha256"):
-        require_version(version.uri, Params(), Conditions(labels=("cat",)))
+    try:
+        with pytest.raises(UserError, match=r"darkroom\.weights_sha256"):
+            require_version(version.uri, Params(), Conditions(labels=("cat",)))
+    finally:  # other tests of the session go through the tags of every version
+        mlflow_client.delete_registered_model("forged")
 
 
 @pytest.mark.parametrize("words", [["--dataset", "nobodys"], ["nobodys"], ["nobodys", "--dataset", "nobodys"]])

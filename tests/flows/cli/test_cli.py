@@ -18,8 +18,8 @@ COMMANDS = (
     *("trace", "reproduce", "deploy", "monitor", "gc", "up", "down", "status", "env", "init", "ls", "open"),
 )
 GROUPS = {
-    "data": ("log", "show", "diff", "checkout", "remove"),
-    "model": ("history", "rollback", "explain", "export", "release", "card"),
+    "data": ("log", "show", "diff", "checkout", "curate", "remove", "compact", "merge", "simulate"),
+    "model": ("history", "rollback", "explain", "export", "release", "card", "import"),
     "edit": ("inpaint", "img2img", "interpolate", "upscale"),
     "config": ("show", "schema", "validate"),
     "server": ("up", "down", "status", "env", "health", "metrics", "backup", "restore"),
@@ -98,6 +98,16 @@ def test_mistakes_exit_2_without_a_traceback(tmp_path: Path, arguments: list[str
     assert done.stdout == ""
     assert done.stderr.startswith("darkroom: ")
     assert len(done.stderr.splitlines()) == 1
+
+
+def test_health_has_a_line_for_each_server(tmp_path: Path) -> None:
+    shown = darkroom(tmp_path, "server", "health", "mlflow", "http://127.0.0.1:9/")
+    assert shown.returncode == 2
+    assert [line.split()[:2] for line in shown.stdout.splitlines()] == [
+        ["mlflow", "fails:"],
+        ["http://127.0.0.1:9/", "fails:"],
+    ]
+    assert "run `darkroom up`" in shown.stderr
 
 
 def test_commands_that_need_servers_explain_how_to_start_them(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import nullcontext, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,12 @@ import pytest
 import yaml
 from dvc.repo import Repo
 
+from diffusion.common.errors import UserError
 from diffusion.data.ingest.config import IngestConfig
 from diffusion.data.ingest.ingest import ingest
 from diffusion.data.manifest import read_manifest
 from flows.cli import main
+from flows.config import Params
 from flows.datasets.catalog import Catalog
 from flows.datasets.dvc import record_data
 from tests.builders import ROOT
@@ -31,16 +33,16 @@ FOLDER = Path("data/blobs")
 
 
 class CommandLine:
-    """``darkroom data`` in a folder of its own, in which no server is known unless variables name one."""
+    """Runs ``darkroom data``, or another command, in a folder of its own, without servers unless variables name one."""
 
     def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.folder = folder
         self.monkeypatch = monkeypatch
         self.variables: dict[str, str] = {}
 
-    def run(self, *arguments: str, code: int = 0) -> str:
+    def run(self, *arguments: str, code: int = 0, command: str = "data") -> str:
         """In this process, which saves the start of another."""
-        self.monkeypatch.setattr(sys, "argv", ["darkroom", "data", *arguments])
+        self.monkeypatch.setattr(sys, "argv", ["darkroom", command, *arguments])
         self.monkeypatch.setattr(sys, "stdin", io.StringIO())
         ended = 0
         with redirect_stdout(io.StringIO()) as out, redirect_stderr(io.StringIO()) as err:
@@ -116,6 +118,42 @@ def test_log_lists_versions_newest_first(commands: CommandLine) -> None:
     assert [each["digest"][:12] for each in entries] == [line.removeprefix("*").split()[0] for line in lines]
     assert [each["current"] for each in entries] == [True, False, False]
     assert [each["quarantined"] for each in entries] == [1, 0, 1]
+
+
+def test_the_calibrated_threshold_of_near_duplicates_is_printed(commands: CommandLine) -> None:
+    settings = ("--dataset", "near", "--set", "ingest.near_duplicates=auto")
+    out = commands.run("images", "--local", *settings, command="ingest")
+    bits = read_manifest(Path("data/near")).near_duplicate_bits
+    (line,) = (line for line in out.splitlines() if line.startswith("near-duplicates"))
+    assert f"up to {bits} of 256 bits, chosen by 51 images, group " in line
+    assert f"near       up to {bits} of 256 bits" in commands.run("show", *settings)
+    assert "near-duplicates" not in commands.run("images", "--local", *settings, command="ingest")
+
+
+def test_compact_joins_the_shards_of_all_versions(commands: CommandLine) -> None:
+    before = commands.json("show")
+    done = commands.json("compact", "--local")
+    assert (done["dataset"], done["changed"], done["shards"]) == ("blobs", True, [2, 1])
+    assert done["content_digest"] == before["content_digest"] == commands.json("show")["content_digest"]
+    assert "none too small" in commands.run("compact", "--local")
+
+
+def test_simulate_takes_the_shards_of_the_data_set_or_those_that_are_described(commands: CommandLine) -> None:
+    manifest = read_manifest(FOLDER)
+    found = commands.json("simulate", "--step-seconds", "0.1", "--set", "training.batch_size=4", "--epochs", "2")
+    assert (found["images"], found["shards"]) == (manifest.counts["train"], 2)
+    assert [epoch["fetched"] for epoch in found["simulation"]["epochs"]] == [2, 0]
+    described = ("simulate", "--images", "1000000000", "--bytes-per-image", "20000", "--nodes", "4", "--ranks", "8")
+    settings = ("--set", "training.batch_size=65536", "--set", "ingest.shard_bytes=2000000000")
+    found = commands.json(*described, *settings, "--step-seconds", "2")
+    assert (found["images"], found["bytes"], found["shards"]) == (10**9, 2 * 10**13, 10**4)
+    assert found["streaming"]["window"] == found["smallest"]["window"]
+    lines = commands.run(*described, *settings, "--step-seconds", "0.5").splitlines()
+    assert any("the network would have to be" in line for line in lines)
+    commands.run("simulate", "--images", "5", code=2)
+    for wrong in (("nodes", "0"), ("bandwidth", "-1"), ("latency", "nan"), ("step-seconds", "inf")):
+        assert f"--{wrong[0]} " in commands.run(*described, f"--{wrong[0]}", wrong[1], code=2)
+    commands.run(*described, "--disk-bytes", "1000", code=2)
 
 
 def test_show_describes_a_version_and_its_quarantined_files(commands: CommandLine) -> None:
@@ -283,3 +321,47 @@ def test_help_loads_no_heavy_library(verb: list[str]) -> None:
     )
     assert shown.stderr.splitlines()[-1] == "loaded:"
     assert not verb or "Example:" in shown.stdout
+
+
+def test_curate_drops_by_rule_and_brings_back_without_a_server(commands: CommandLine) -> None:
+    rule = ("--set", "curation.min_contrast=30", "--set", "curation.max_dropped=1")
+    kept = read_manifest(FOLDER).kept
+    tried = json.loads(commands.run("curate", "--dry-run", "--json", *rule))
+    assert tried["dry_run"] is True
+    assert 0 < tried["dropped"] < kept
+    assert f"{tried['dropped']} would be dropped" in commands.run("curate", "--dry-run", *rule)
+    assert read_manifest(FOLDER).kept == kept
+    done = json.loads(commands.run("curate", "--local", "--json", *rule))
+    assert done["images"] == tried["images"]
+    assert read_manifest(FOLDER).digest == done["digest"]
+    assert "no new version" in commands.run("curate", "--local", *rule)
+    assert "min_contrast = 30: contrast is" in commands.run("show")
+    assert f"dropped now {done['dropped']}" in commands.run("diff")
+    assert "curation" in commands.run("log").splitlines()[1]
+    commands.run("curate", "--local")
+    assert read_manifest(FOLDER).kept == kept
+    assert "give the path of an .html file" in commands.run("curate", "--report", "page.pdf", code=2)
+    Path("file").touch()
+    Path("folder.html").mkdir()
+    for wrong in (["file/page.html"], ["folder.html"], ["/proc/none/page.html"]):
+        assert "--report" in commands.run("curate", "--report", *wrong, code=2)
+    for option in ("--dry-run", "--local"):
+        assert option in commands.run("curate", "--report", "page.html", option, code=2)
+    assert not Path("page.html").exists()
+    assert "--set curation.max_nsfw=0.5" in commands.run("curate", "--set", "curation.max_nsfw=0.5", code=2)
+
+
+def test_merge_takes_names_of_data_sets_and_no_paths(commands: CommandLine) -> None:
+    shutil.copytree(FOLDER, "elsewhere")
+    commands.run("merge", "../elsewhere", "--local", code=2)
+    assert read_manifest(FOLDER).change == "ingest"
+
+
+def test_curate_with_servers_needs_no_local_copy(commands: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
+    def reached(params: Params) -> None:
+        raise UserError(f"curated {params.training.dataset}")
+
+    monkeypatch.setattr("flows.cli.data_commands.connect", lambda *_: nullcontext())
+    monkeypatch.setattr("flows.curate.curate", reached)
+    shutil.rmtree(FOLDER)
+    assert "curated blobs" in commands.run("curate", code=2)

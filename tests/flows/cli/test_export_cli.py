@@ -5,8 +5,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+from huggingface_hub import ModelCard
+
+from tests.builders import pipelines
 from tests.builders.command_line import darkroom
 from tests.builders.small_models import write_model
+from tests.hub import TOKEN, Hub
 
 
 def test_a_file_is_exported_without_any_server(tmp_path: Path) -> None:
@@ -19,6 +24,16 @@ def test_a_file_is_exported_without_any_server(tmp_path: Path) -> None:
     assert all((tmp_path / "exports" / "blobs" / name).is_file() for name in about["files"])
     index = json.loads((tmp_path / "exports" / "blobs" / "model_index.json").read_text())
     assert index["scheduler"] == ["diffusers", "DDIMScheduler"]
+
+
+def test_an_imported_pipeline_without_a_card_comes_out_with_how_to_load_it(tmp_path: Path) -> None:
+    (pipelines.ddpm(tmp_path / "made") / "README.md").unlink()
+    done = darkroom(tmp_path, "model", "import", "made", "--out", "tiny.safetensors", "--licence", "CC0-1.0")
+    assert done.returncode == 0, done.stderr
+    done = darkroom(tmp_path, "model", "export", "--to", "diffusers", "--model", "tiny.safetensors", "--out", "copy")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == 'how to use it: diffusers.DDPMPipeline.from_pretrained("copy")'
+    assert not (tmp_path / "copy" / "README.md").exists()
 
 
 def test_mistakes_are_named_before_anything_is_written(tmp_path: Path) -> None:
@@ -41,3 +56,52 @@ def test_only_the_export_itself_imports_diffusers() -> None:
     )
     loaded = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert loaded.stdout.split() == ["False"]
+
+
+def test_a_file_is_pushed_with_card_and_samples_once(tmp_path: Path, hub: Hub) -> None:
+    write_model(tmp_path / "final.safetensors", seed=0, images=64)
+    words = ("model", "export", "--to", "diffusers", "--model", "final.safetensors", "--out", "exports/blobs", "--json")
+    push = (*words, "--push", "hf://me/blobs", "--licence", "CC0-1.0", "--set", "sampling.steps=2")
+    for mistake, told in (
+        (push, "HF_TOKEN"),
+        ((*words, "--public"), "--push"),
+        ((*words, "--push", "me/blobs"), "hf://OWNER/NAME"),
+    ):
+        done = darkroom(tmp_path, *mistake)
+        assert (done.returncode, told in done.stderr) == (2, True), done.stderr
+    assert not (tmp_path / "exports").exists()
+    pushed = []
+    for _ in range(2):
+        done = darkroom(tmp_path, *push, HF_TOKEN=TOKEN, HF_HUB_DISABLE_XET="1")
+        assert done.returncode == 0, done.stderr
+        assert TOKEN not in done.stdout + done.stderr
+        pushed.append(json.loads(done.stdout)["pushed"])
+    repo = hub.repos["model", "me/blobs"]
+    assert [each["created"] for each in pushed] == [True, False]
+    assert {each["commit"] for each in pushed} == {repo.refs["main"]}
+    card = repo.files["README.md"].decode()
+    assert "license: cc0-1.0" in card
+    assert 'from_pretrained("me/blobs")' in card
+    samples = [path for path in repo.files if path.startswith("samples/")]
+    assert len(samples) == 8
+    assert all(path in card for path in samples)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and TOKEN.encode() in path.read_bytes()]
+
+
+@pytest.mark.slow
+def test_a_pipeline_of_the_hub_is_imported_and_pushed_elsewhere_with_its_base(tmp_path: Path, hub: Hub) -> None:
+    made = pipelines.ddpm(tmp_path / "made")
+    files = {path.relative_to(made).as_posix(): path.read_bytes() for path in made.rglob("*") if path.is_file()}
+    hub.model("them/tiny", files, private=True)
+    variables = {"HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1", "DARKROOM_HOME": str(tmp_path / "home")}
+    done = darkroom(tmp_path, "model", "import", "hf://them/tiny", "--out", "tiny.safetensors", "--json", **variables)
+    assert done.returncode == 0, done.stderr
+    words = ("--to", "diffusers", "--model", "tiny.safetensors", "--out", "copy", "--push", "hf://me/copy")
+    done = darkroom(tmp_path, "model", "export", *words, "--set", "sampling.steps=2", "--json", **variables)
+    assert done.returncode == 0, done.stderr
+    pushed = hub.repos["model", "me/copy"].files
+    # All but its card.
+    del files["README.md"]
+    assert {path: pushed[path] for path in files} == files
+    about = ModelCard(pushed["README.md"].decode()).data
+    assert (about.base_model, about.license) == ("them/tiny", "openrail")

@@ -42,6 +42,7 @@ ingest nosuch --local
 ingest empty
 ingest notes --local
 ingest hf://user/set
+ingest hf://datasets/user/set?colour=red
 ingest https://example.org/a.zip
 ingest one.png
 ingest text.safetensors
@@ -53,6 +54,7 @@ train
 train --dataset nope --local
 train --dataset nope --dry-run
 train --dry-run --restart
+train --dataset pets --set model.attention=5 --dry-run
 train --no-such-option
 train --set training.images
 train --set training.images=abc
@@ -67,8 +69,18 @@ evaluate
 promote
 promote --reason x
 promote --to 0
+promote --to 1 --model models:/faces/1
+promote --model m.safetensors
+evaluate --model models:/faces/1 --local
+evaluate --model nosuch.safetensors
 sample --count many
 sample --seed -1
+sample --size 64
+sample --model text.safetensors --size 64
+edit img2img one.png --size 64 --model m.safetensors
+data merge pets
+data merge pets/cat
+data simulate --images 1000 --bytes-per-image 100 --dataset pets
 sample --model text.safetensors
 sample --model nosuch.safetensors
 sample --model one.png
@@ -77,6 +89,9 @@ sample --out here
 sample --requests nosuch.csv
 retrain nosuch
 retrain pets --label bird
+retrain pets --prompt x
+retrain pets --set model.text=true
+retrain pets --set model.low_resolution=14 --count 3
 retrain --version abcd pets
 retrain --version abcd
 sweep
@@ -88,12 +103,25 @@ compare --family nope
 compare --family ddpm
 distill --local
 data show --dataset nope
+data compact --dataset nope --local
+data merge nope --local
 data remove
 data remove cat* --dataset nope --reason x
 model history
+model import nosuch.safetensors --name faces
+model import nosuch --out m.safetensors
+model import user/tiny --out m.safetensors
+model import pets --out m.safetensors
+model import one.png --out m.safetensors --licence CC0-1.0
+model import text.safetensors --out m.safetensors --licence CC0-1.0
+model import text.safetensors
+model import text.safetensors --name ../x
+model import text.safetensors --out m
 model card --model faces
 model export --to onnx --out x
 model export --to diffusers --model text.safetensors --out x
+model export --to diffusers --model text.safetensors --out x --push user/set
+model export --to diffusers --model text.safetensors --out x --public
 model release faces
 edit inpaint one.png --mask nosuch.png --model m.safetensors
 edit img2img one.png --strength 3 --model m.safetensors

@@ -54,9 +54,11 @@ TRACE = Trace(
         dvc_digest=None,
         recorded=None,
         images=2000,
+        sources=["hf://datasets/me/faces@0123"],
         shards=[TracedShard(name="shards/0.tar", sha256="f" * 64, bytes=4096, where=None)],
     ),
     takedowns=[Takedown(name="t1", reason="consent withdrawn", images=2)],
+    origins=[],
     broken=[],
 )
 
@@ -88,7 +90,7 @@ def test_a_trace_has_a_few_lines_for_each_link(
         "          git commit c0ffee, everything committed",
         f"data set  faces, version {'e' * 64}, not in the catalog",
         "          DVC has no record of it",
-        "          2,000 images in 1 shards",
+        "          2,000 images in 1 shard",
         f"shard     {'f' * 64}  4,096 bytes  shards/0.tar  lost",
         "takedown  t1: 2 images, consent withdrawn",
     ):
@@ -105,7 +107,7 @@ def test_a_trace_has_six_lines_without_verbose(
 ) -> None:
     monkeypatch.setattr(trace, "trace", lambda _: TRACE)
     said = lines(monkeypatch, capsys, "trace")
-    assert [line.split()[0] for line in said] == ["image", "batch", "model", "run", "data", "takedown"]
+    assert [line.split()[0] for line in said] == ["image", "batch", "model", "run", "data", "source", "takedown"]
     # The chain of names, and what is wrong with it.
     for name in (
         "a.png",

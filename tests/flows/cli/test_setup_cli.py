@@ -94,6 +94,15 @@ def test_a_table_of_captions_is_offered_and_becomes_metadata_when_asked(run: Com
     run("init", str(captioned), "--write-metadata", code=2)
 
 
+def test_metadata_is_written_beside_an_existing_configuration(run: CommandLine, captioned: Path) -> None:
+    run("init", str(captioned), "--dataset", "blobs")  # which advises to give the next command
+    written = Path("params.yaml").read_bytes()
+    shown = run("init", str(captioned), "--write-metadata")
+    assert "kept       params.yaml" in shown
+    assert (captioned / "metadata.csv").is_file()
+    assert Path("params.yaml").read_bytes() == written
+
+
 def test_config_shows_values_with_their_origin(run: CommandLine) -> None:
     Path("params.yaml").write_text("training:\n  dataset: faces\n  minutes: 3\n")
     found = run.json("config", "show", "--set", "training.images=8000")
@@ -122,6 +131,8 @@ def test_ls_lists_what_is_here_and_does_not_fail_for_servers_that_are_not(
     for name in ("blobs", "more"):
         (tmp_path / "runs" / name / "checkpoints").mkdir(parents=True)
     write_model(tmp_path / "runs" / "more" / "final.safetensors", seed=0, images=640)
+    # Stopped by a signal before its first regular checkpoint.
+    write_model(tmp_path / "runs" / "stopped" / "interrupted" / "0000000032.safetensors", seed=0, images=32)
     found = run.json("ls")
     assert found["datasets"][0] | {"version": ""} == {
         **{"name": "blobs", "images": 48, "shape": "8×8×1", "classes": 2, "version": ""}
@@ -129,6 +140,7 @@ def test_ls_lists_what_is_here_and_does_not_fail_for_servers_that_are_not(
     assert found["runs"] == [
         {"name": "runs/blobs", "state": "unfinished", "images": None, "family": None},
         {"name": "runs/more", "state": "finished", "images": 640, "family": "ddpm"},
+        {"name": "runs/stopped", "state": "unfinished", "images": 32, "family": "ddpm"},
     ]
     assert found.keys() == {"datasets", "runs", "errors"}
     assert found["errors"].keys() == {"models", "batches"}
@@ -173,6 +185,7 @@ def test_passwords_of_the_local_stack_are_named_where_its_servers_are_used(
         "data": {"kept": 48, "content_digest": "0" * 64},
         "verdict": {**verdict, "version": {"model": "blobs", "number": 1}},
         "explained": {"files": []},
+        "advice": None,
         **dict.fromkeys(("samples", "skipped", "seconds", "quality", "warning", "report", "mlflow_page"), None),
         **{"run_id": "1", "prefect_page": None},
     }

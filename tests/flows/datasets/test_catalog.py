@@ -15,7 +15,7 @@ from diffusion.common.files import sha256_bytes
 from diffusion.data.dataset import Dataset
 from diffusion.data.ingest.chunks import Chunk
 from diffusion.data.ingest.config import IngestConfig
-from diffusion.data.ingest.ingest import captions_folder, ingest
+from diffusion.data.ingest.ingest import encodings_folder, ingest
 from diffusion.data.manifest import FileEntry, read_manifest, work_folder
 from diffusion.data.shards import ShardCache
 from diffusion.data.versions.takedown import remove
@@ -130,10 +130,10 @@ def test_versions_come_and_go_without_a_server_and_the_next_ingest_adds_to_the_o
     old = files_of(FOLDER)
     second = place.version(100, 101)
     new = files_of(FOLDER)
-    captions_folder(FOLDER).mkdir()
+    encodings_folder(FOLDER).mkdir()
     checkout(FOLDER, first.digest, unreachable)
     assert files_of(FOLDER) == old
-    assert not captions_folder(FOLDER).exists()
+    assert not encodings_folder(FOLDER).exists()
     assert {each.digest: each.current for each in history(FOLDER)} == {second.digest: False, first.digest: True}
     checkout(FOLDER, second.digest[:8], unreachable)
     assert files_of(FOLDER) == new

@@ -20,7 +20,7 @@ from diffusion.process.samplers import SAMPLERS
 from flows.config import Params
 from flows.datasets.sync import CREATED
 from flows.deployment.deploy import PACKAGED, deploy, filled, read_definitions
-from flows.monitor import compare_kid, monitor
+from flows.monitor import DRIFTED, compare_kid, monitor
 from flows.retrain import retrain
 from flows.sample_on_demand import sample_on_demand
 from tests.builders import ROOT
@@ -68,11 +68,14 @@ def test_prefect_takes_every_deployment_and_its_parameters_fit_the_flows() -> No
 
 def test_retraining_runs_on_schedule_and_own_data_set_events() -> None:
     deployment = declared()["deployments"][0]
-    [schedule], [trigger] = deployment["schedules"], deployment["triggers"]
+    [schedule], [trigger, drift] = deployment["schedules"], deployment["triggers"]
     assert (schedule["cron"], schedule["timezone"]) == ("0 2 * * *", "UTC")
     assert DeploymentEventTrigger.model_validate(trigger).expect == {CREATED}
     assert trigger["match"] == {"prefect.resource.id": "darkroom.dataset.faces"}
     assert trigger["parameters"] == {"version": "{{ event.payload.digest }}"}
+    assert DeploymentEventTrigger.model_validate(drift).expect == {DRIFTED}
+    assert drift["match"] == {"prefect.resource.id": "darkroom.model.faces"}
+    assert drift["parameters"] == {"alarm": "{{ event.payload.alarm }}"}
     assert deployment["concurrency_limit"] == {"limit": 1, "collision_strategy": "ENQUEUE"}
 
 
@@ -90,7 +93,7 @@ def test_every_form_field_has_a_description() -> None:
 
 def test_automations_are_valid_and_notifications_need_a_url() -> None:
     with_webhook = declared(WEBHOOK="0b7b4a6e-3f0b-4f53-9a55-0f3f4f0b5a11")["automations"]
-    assert [each["name"] for each in with_webhook][:2] == [each["name"] for each in declared()["automations"]]
+    assert [each["name"] for each in with_webhook][:-1] == [each["name"] for each in declared()["automations"]]
     for each in with_webhook:
         AutomationCore.model_validate(each)
     assert with_webhook[-1]["actions"][0]["block_document_id"] == "0b7b4a6e-3f0b-4f53-9a55-0f3f4f0b5a11"

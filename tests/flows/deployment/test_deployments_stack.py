@@ -6,6 +6,7 @@ Screenshots go to where DARKROOM_SCREENSHOTS says, if it says so.
 import base64
 import json
 import os
+import random
 import resource
 import shutil
 import signal
@@ -14,11 +15,13 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any, TypeVar
 
 import httpx
+import psutil
 import pytest
 from playwright.sync_api import Page, expect
 
@@ -190,7 +193,8 @@ def test_deployed_twice_everything_is_there_once_and_the_address_to_notify_in_no
     assert there() == before
     assert done["deployments"] == ["retrain/blobs", "sample-on-demand/blobs", "monitor/blobs"]
     assert before["deployments"] == ["blobs"] * 3
-    assert before["automations"] == sorted([*done["automations"], "darkroom: retrain blobs on a new version"])
+    triggers = ["darkroom: retrain blobs on a new version", "darkroom: retrain blobs on drift"]
+    assert before["automations"] == sorted([*done["automations"], *triggers])
     assert before["work_pools"] == ["darkroom"]
     [schedule] = prefect.deployment("retrain/blobs")["schedules"]
     assert schedule["schedule"]["cron"] == "5 0 1 1 *"
@@ -262,6 +266,91 @@ def test_a_run_that_was_killed_is_crashed_and_its_slot_is_free(prefect: Prefect,
     assert done["state_type"] == "CRASHED"
     assert f"for {4 * HEARTBEAT} s" in done["state"]["message"]
     eventually(lambda: prefect.limit("retrain-blobs")["active_slots"] == 0)
+
+
+class Preempted:
+    """A deployed retraining of a name of its own, long enough to be struck."""
+
+    def __init__(self, workspace: Workspace, name: str) -> None:
+        self.workspace, self.name, self.rows = workspace, name, 0
+        self.options = ["--dataset", name, "--set", "training.images=16000", "--set", "training.checkpoints=2"]
+        self.output = workspace.folder / "runs" / name
+        workspace.json(*DEPLOY, *self.options)
+
+    def engine(self, run: str) -> psutil.Process | None:
+        """The process of the flow run ``run``, once it has logged something of training in this attempt."""
+        history = self.output / "history.csv"
+        if not history.is_file() or (rows := len(history.read_text().splitlines())) <= self.rows:
+            return None
+        for each in psutil.process_iter():
+            with suppress(psutil.Error):
+                if "prefect.engine" in each.cmdline() and each.environ().get("PREFECT__FLOW_RUN_ID") == run:
+                    self.rows = rows
+                    return each
+        return None
+
+    def require_checkpoint(self) -> None:
+        """Require a checkpoint of what was last logged, or later: written at a signal unless a regular one was due."""
+        logged = int(float((self.output / "history.csv").read_text().splitlines()[-1].split(",")[0]))
+        checkpoints = [int(each.name.split(".")[0]) for each in self.output.glob("*/*.safetensors.sha256")]
+        assert max(checkpoints) >= logged > 0
+
+    def require_same(self) -> None:
+        self.workspace.run("train", "--local", *self.options, "--set", f"training.output=runs/whole-{self.name}")
+        whole = self.workspace.folder / "runs" / f"whole-{self.name}" / "final.safetensors"
+        assert (self.output / "final.safetensors").read_bytes() == whole.read_bytes()
+
+
+def completed(prefect: Prefect, run: str) -> dict[str, Any]:
+    """The run, however often it was to be started again."""
+    return eventually(lambda: found if (found := prefect.run(run))["state_type"] == "COMPLETED" else None)
+
+
+@pytest.mark.drill(
+    "a deployed retraining is preempted",
+    "SIGTERM of its process at random moments of training, as a process worker starts it",
+    "Prefect starts the run again, which completes with the weights of an undisturbed training",
+)
+def test_a_preempted_run_is_started_again_and_completes_the_same(
+    workspace: Workspace, prefect: Prefect, kills: int
+) -> None:
+    training, moments = Preempted(workspace, "preempted"), random.Random(0)
+    run = prefect.start("retrain/preempted")
+    for number in range(kills):
+        engine = eventually(lambda: training.engine(run))
+        time.sleep(moments.uniform(0, 1))
+        engine.terminate()
+        engine.wait(60)
+        training.require_checkpoint()
+        eventually(lambda number=number: prefect.run(run)["run_count"] == number + 2)
+    assert completed(prefect, run)["run_count"] == kills + 1
+    training.require_same()
+
+
+@pytest.mark.drill(
+    "a retraining's pod is evicted",
+    "SIGTERM of `prefect flow-run execute`, which Prefect's jobs on Kubernetes run",
+    "the run is scheduled again by Prefect itself, and completes with the weights of an undisturbed training",
+)
+def test_an_evicted_run_is_scheduled_again_and_completes_the_same(workspace: Workspace, prefect: Prefect) -> None:
+    training = Preempted(workspace, "evicted")
+    deployment = prefect.deployment("retrain/evicted")["id"]
+    # As a worker leaves it to its job; no other one takes it.
+    made = prefect.client.post(f"/deployments/{deployment}/create_flow_run", json={"state": {"type": "PENDING"}})
+    run = made.json()["id"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "prefect", "flow-run", "execute", run],
+        cwd=workspace.folder,
+        # What Prefect's worker sets on a job that Kubernetes does not start again.
+        env=workspace.variables | {"PREFECT_FLOW_RUN_EXECUTE_SIGTERM_BEHAVIOR": "reschedule"},
+    )
+    engine = eventually(lambda: training.engine(run))
+    process.terminate()
+    assert process.wait(90) == 0
+    engine.wait(30)
+    training.require_checkpoint()
+    assert completed(prefect, run)["run_count"] == 2
+    training.require_same()
 
 
 def test_deployed_run_without_its_concurrency_limit_fails_and_notifies(

@@ -10,10 +10,11 @@ from diffusion.data.ingest.config import IngestConfig
 from diffusion.data.ingest.ingest import ingest
 from diffusion.data.manifest import Manifest, read_manifest
 from diffusion.evaluation.comparison import ChampionComparison, compare_with_champion
+from diffusion.evaluation.estimate import Interval, MetricEstimate
 from diffusion.evaluation.gate import Finding, GateConfig
+from diffusion.evaluation.metrics.text_image_agreement import TextImageAgreement
 from diffusion.evaluation.reports.html import between, signed, with_error
 from diffusion.evaluation.results import GuidanceScore
-from flows.config import Params
 from flows.registry import model_card
 from flows.registry.ledger import Evidence, History
 from flows.registry.model_versions import Version
@@ -23,7 +24,7 @@ from tests.builders.evaluations import an_evaluation
 from tests.builders.model_cards import rows, section
 from tests.builders.model_versions import add_version
 from tests.builders.removals import REMOVAL
-from tests.builders.small_models import write_model
+from tests.builders.small_models import header, write_model
 
 VERSION = Version(
     model="faces",
@@ -34,7 +35,7 @@ VERSION = Version(
 )
 EVIDENCE = Evidence(verdict="promote", reason="first | version:\nno champion", figures={"kid": 0.01}, eval_key="e" * 64)
 ENTRY = History("faces").next_entry("promote", 3, "b" * 64, evidence=EVIDENCE)
-PARAMS = Params()
+HEADER = header()
 
 
 @pytest.fixture
@@ -44,7 +45,7 @@ def data(dataset: Path) -> Manifest:
 
 def test_model_card_has_origin_metrics_and_evaluation_settings(data: Manifest) -> None:
     evaluation = an_evaluation([0.05, 0.02])
-    card = model_card.card(PARAMS, evaluation, data, VERSION, ENTRY)
+    card = model_card.card(HEADER, evaluation, data, VERSION, ENTRY)
     assert card.startswith("# faces, version 3\n")
     about = rows(card, "Data")
     assert about["content"] == [f"`{data.content_digest}`"]
@@ -69,13 +70,13 @@ def test_model_card_has_origin_metrics_and_evaluation_settings(data: Manifest) -
     assert 'mlflow.pyfunc.load_model("models:/faces/3")' in calls
     assert "mlflow models serve -m models:/faces/3" in calls
     assert evaluation.eval_key in section(card, "Limits")
-    assert model_card.card(PARAMS, evaluation, data, VERSION, ENTRY) == card
+    assert model_card.card(HEADER, evaluation, data, VERSION, ENTRY) == card
 
 
 def test_model_card_notes_missing_verdict_and_small_classes(data: Manifest) -> None:
     few = data.parts[0].model_copy(update={"classes": {"even": 40, "odd": 2}})
     data = data.model_copy(update={"parts": [few]})
-    card = model_card.card(PARAMS, an_evaluation([0.05]), data, VERSION, None)
+    card = model_card.card(HEADER, an_evaluation([0.05]), data, VERSION, None)
     assert section(card, "Gate decision").startswith("Not yet")
     assert "Of class odd it saw 2 images" in section(card, "Limits")
 
@@ -86,7 +87,7 @@ def test_model_card_shows_intervals_and_limits_of_the_comparison(tmp_path: Path)
     new, old = (write_model(tmp_path / f"{n}.safetensors", n, n, classes=told) for n in (1, 2))
     config = CONFIG.model_copy(update={"samples": 64})
     found, _ = compare_with_champion(new, old, folder, config, SAMPLING, GateConfig(), tmp_path / "reports")
-    card = model_card.card(PARAMS, an_evaluation([0.05]), read_manifest(folder), VERSION, ENTRY, found)
+    card = model_card.card(HEADER, an_evaluation([0.05]), read_manifest(folder), VERSION, ENTRY, found)
     figures = rows(card, "How good it is")
     assert found.champion is not None
     measured = found.candidate.estimates["kid_efflite0"]
@@ -109,6 +110,26 @@ def test_model_card_shows_intervals_and_limits_of_the_comparison(tmp_path: Path)
     assert re.search(r"Its images have (more|less) contrast than real ones, by \d", limits)
 
 
+@pytest.mark.parametrize("measured", [True, False])
+def test_model_card_of_a_model_of_captions_has_its_text_image_agreement_or_says_that_there_is_none(
+    measured: bool, data: Manifest
+) -> None:
+    estimates = (
+        MetricEstimate(value=value, error=0.01, interval=Interval(low=value - 0.02, high=value + 0.02, confidence=0.95))
+        for value in (0.31, 0.12, 0.34)
+    )
+    names = ("agreement", "above_chance", "real")
+    figures = dict(zip(names, estimates, strict=True))
+    found = TextImageAgreement(encoder="clip_1a2b3c4d", images=500, captions=90, shuffled=0.19, **figures)
+    evaluation = an_evaluation([0.05])
+    best = evaluation.best.model_copy(update={"text_image_agreement": found if measured else "set OPTION"})
+    card = model_card.card(HEADER, evaluation.model_copy(update={"best": best}), data, VERSION, None)
+    shown = section(card, "How good it is")
+    assert ("text_image_agreement_clip_1a2b3c4d" in rows(card, "How good it is")) == measured
+    words = ["0.310 [0.290, 0.330]", "real images 0.340", "others 0.190"] if measured else ["not measured: set OPTION"]
+    assert all(each in shown for each in words)
+
+
 def each_of(found: ChampionComparison, rule: str) -> Finding:
     return next(each for each in found.decision.findings if each.rule == rule)
 
@@ -125,20 +146,18 @@ def test_the_licence_is_kept_with_the_data_and_changes_no_content(images: Path, 
     assert read_manifest(folder).licence == "CC-BY-4.0"
     changed = ingest(folder, config.model_copy(update={"licence": "CC0-1.0"}))
     assert (changed.changed, changed.added, changed.content_digest) == (True, 0, first.content_digest)
-    card = model_card.card(PARAMS, an_evaluation([0.05]), read_manifest(folder), VERSION, ENTRY)
+    card = model_card.card(HEADER, an_evaluation([0.05]), read_manifest(folder), VERSION, ENTRY)
     assert rows(card, "Data")["licence"] == ["CC0-1.0"]
 
 
 def test_model_card_is_written_per_verdict_and_keeps_takedowns(
     mlflow_client: MlflowClient, dataset: Path, tmp_path: Path
 ) -> None:
-    params = Params.model_validate({"training": {"dataset": "blobs"}})
-    assert params.dataset_folder.resolve() == dataset
-    version = add_version(mlflow_client, tmp_path, "carded")
+    version, data = add_version(mlflow_client, tmp_path, "carded"), read_manifest(dataset)
     uri, evaluation = version.uri, an_evaluation([0.05])
 
     def write(entries: History) -> str:
-        model_card.write(mlflow_client, params, evaluation, version, entries.about(1))
+        model_card.write(mlflow_client, HEADER, evaluation, data, version, entries.about(1))
         return mlflow_client.get_model_version("carded", "1").description or ""
 
     assert "Not yet" in write(History("carded"))
@@ -159,8 +178,8 @@ def test_model_card_is_written_per_verdict_and_keeps_takedowns(
 
 def test_model_card_names_the_guidance_that_evaluation_chose(data: Manifest) -> None:
     evaluation = an_evaluation([0.02])
-    assert "guidance" not in model_card.card(PARAMS, evaluation, data, VERSION, ENTRY)
+    assert "guidance" not in model_card.card(HEADER, evaluation, data, VERSION, ENTRY)
     sampling = evaluation.conditions.sampling.changed({"guidance": 2, "guidance_interval": (0.2, 5)})
     chosen = [GuidanceScore(sampling=sampling, kid=0.1, excess=0, excess_se=0)]
-    card = model_card.card(PARAMS, evaluation.model_copy(update={"guidance": chosen}), data, VERSION, ENTRY)
+    card = model_card.card(HEADER, evaluation.model_copy(update={"guidance": chosen}), data, VERSION, ENTRY)
     assert "guidance 2 at σ from 0.2 to 5" in section(card, "How to call it")

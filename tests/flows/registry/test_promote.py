@@ -24,7 +24,7 @@ from tests.builders.evaluations import an_evaluation
 from tests.builders.model_cards import rows, section
 from tests.builders.model_versions import add_version
 from tests.builders.shapes import disc
-from tests.builders.small_models import write_model
+from tests.builders.small_models import header, write_model
 
 TRIED = CONFIG.model_copy(update={"seed": CONFIG.seed + 1})
 
@@ -117,7 +117,7 @@ def test_versions_are_promoted_and_rejected_with_figures_and_the_gate_in_the_led
     assert json.loads(history.entries[2].data)["evidence"]["gate"] == params.gate.model_dump()
 
     data, entry = read_manifest(params.dataset_folder), history.about(3)
-    card = model_card.card(params, third.evaluation, data, third.version, entry, copier.comparison)
+    card = model_card.card(header(), third.evaluation, data, third.version, entry, copier.comparison)
     assert rows(card, "How good it is")["copies_share"][0] == "100.0%"
     assert "copies of training images" in rows(card, "Gate decision")["why"][0]
     assert rows(card, "Gate decision", 1)["memorized"][0] == "reject"

@@ -17,18 +17,20 @@ from mlflow.data.dataset_source_registry import resolve_dataset_source
 from mlflow.data.meta_dataset import MetaDataset
 from mlflow.entities import DatasetInput, Metric, Param
 
-from diffusion.checkpoints import export
+from diffusion.checkpoints import export, load_model
 from diffusion.common.errors import ConflictError, UserError
 from diffusion.common.files import sha256_file
 from diffusion.process.samplers import sampling_config
 from flows.environment import staging
 from flows.registry import champion, model_versions
+from flows.registry.import_model import import_model
 from flows.registry.ledger import Evidence, Ledger
 from flows.registry.release import MODEL, fetch, register, release, unpack
 from flows.storage.s3 import Store
 from flows.tracking.runs import RELEASED_FROM, TRAIN_KEY
 from tests.builders import ROOT
 from tests.builders.model_versions import add_version
+from tests.builders.small_models import write_lora, write_model
 from tests.builders.training_runs import run as train
 from tests.flows.conftest import copied_store
 
@@ -248,3 +250,19 @@ def test_bundling_process_gets_staging_credentials_only(no_servers: None) -> Non
     assert "ours" not in variables.values()
     assert (variables["AWS_SECRET_ACCESS_KEY"], variables["DARKROOM_BUCKET"]) == ("theirs", "theirs")
     assert called == "https://staging:5000/x"
+
+
+def test_a_version_is_released_with_the_one_that_it_is_based_on(stages: Stages, tmp_path: Path) -> None:
+    stages.at(stages.staging)
+    base = write_model(tmp_path / "base.safetensors", 1, 7)
+    tuned = write_lora(tmp_path / "tuned" / "lora.safetensors", base, 1)
+    sampling = sampling_config(sampler="dpmpp_2m", steps=3, compute_batch=4)
+    first = import_model(str(base), "bases", "CC0-1.0", sampling).version
+    import_model(str(tuned), "tuned", "CC0-1.0", sampling)
+    here = stages.at(stages.production)
+    done = release("models:/tuned/1", "first")
+    assert here.get_model_version("bases", "1").tags[model_versions.WEIGHTS] == first.weights_sha256
+    assert [entry.version for entry in Ledger.of("bases").read().entries] == []
+    load_model(model_versions.cached_weights(done.version, tmp_path / "cache"))
+    assert release("models:/tuned/1", "first").already
+    assert len(here.search_model_versions("name='bases'")) == 1

@@ -45,8 +45,8 @@ def write(path: Path, rows: list[tuple[str | None, str | None]] = ROWS) -> Path:
 def test_request_table_is_read_equally_in_every_format(tmp_path: Path, suffix: str) -> None:
     table = RequestTable.from_file(write(tmp_path / f"table{suffix}"), tmp_path / "kept")
     assert (table.count, table.about.columns) == (4, ("label", "prompt"))
-    assert table.rows(range(4)) == ROWS
-    assert table.rows(range(3, 6)) == [(None, None)] * 3
+    assert table.rows(range(4)) == [(*row, None) for row in ROWS]
+    assert table.rows(range(3, 6)) == [(None, None, None)] * 3
     assert table.about == RequestTable.from_file(write(tmp_path / "other.jsonl"), tmp_path).about
     other = RequestTable.from_file(write(tmp_path / "less.csv", ROWS[:3]), tmp_path)
     assert other.about.digest != table.about.digest
@@ -56,7 +56,7 @@ def test_conditions_of_an_image_come_from_its_table_row(tmp_path: Path) -> None:
     rows: list[tuple[str | None, str | None]] = [(f"label {n}" if n % 3 else None, None) for n in range(2500)]
     table = RequestTable.from_file(write(tmp_path / "table.csv", rows), tmp_path)
     for indices in (range(8), range(5, 6), range(1020, 1040), range(1023, 1025), range(2496, 2500)):
-        conditions = table.conditions(indices, 4, "fog")
+        conditions = table.conditions(indices, 4, Conditions(negative_prompt="fog"))
         assert [conditions.label(index) for index in indices] == [rows[index][0] for index in indices]
         assert (conditions.prompts, conditions.negative_prompt) == ((), "fog")
         assert len(conditions.labels) <= len(indices) + 6
@@ -78,7 +78,7 @@ def test_stored_request_table_is_verified_on_download(store: Store, bucket: str,
     place, other = Location(bucket, "batch"), Location(bucket, "other")
     store.put_once(bucket, place.key("requests.parquet"), made.path.read_bytes())
     found = RequestTable.fetch(made.about, store, place, tmp_path / "elsewhere")
-    assert (found.about, found.rows(range(4))) == (made.about, ROWS)
+    assert (found.about, found.rows(range(4))) == (made.about, made.rows(range(4)))
     foreign = write(tmp_path / "foreign.parquet", ROWS[:1])
     store.put_once(bucket, other.key("requests.parquet"), foreign.read_bytes())
     with pytest.raises(UserError, match="is not the table that the batch was begun with"):
@@ -124,7 +124,7 @@ def test_chosen_guidance_applies_to_tables_whose_every_row_is_conditional(
         (
             "t.csv",
             "label,seed\neven,3\n",
-            r"record 1: 'seed' is no column .*: the columns are label and prompt",
+            r"record 1: 'seed' is no column .*: the columns are label, prompt, size",
         ),
         ("t.jsonl", '{"label": "odd"}\n{"text": "x"}\n', r"record 2: 'text' is no column of a request table"),
         ("t.csv", "label\nodd\nodder\n", r"record 2: the model knows no class 'odder': use one of even, odd"),

@@ -84,12 +84,12 @@ def test_a_painted_hole_is_filled_as_by_the_command_with_a_mask(source: Source, 
     Image.fromarray(hole).save(tmp_path / "mask.png")
     request = read_request({"task": "inpaint", "count": 2}, tmp_path / "image.png", tmp_path / "mask.png")
     done = generate_to_folder(weights, request, SAMPLING, tmp_path / "out")
-    painted = editor_files({"background": image.convert("RGBA"), "layers": [layer], "composite": None}, 8)
+    painted = editor_files({"background": image.convert("RGBA"), "layers": [layer], "composite": None}, [(8, 8)])
     paths, _ = source.generate({"task": "inpaint", "count": 2} | painted)
     assert [path.read_bytes() for path in paths] == [path.read_bytes() for path in sorted(done.folder.glob("0*.png"))]
     # Painting on the enlarged image marks the same pixels.
     large = {"background": enlarged(image.convert("RGBA")), "layers": [layer.resize((512, 512), 0)]}
-    again, _ = source.generate({"task": "inpaint", "count": 2} | editor_files(large, 8))
+    again, _ = source.generate({"task": "inpaint", "count": 2} | editor_files(large, [(8, 8)]))
     assert [path.read_bytes() for path in again] == [path.read_bytes() for path in paths]
 
 
@@ -129,7 +129,7 @@ def test_the_page_generates_for_who_is_logged_in(address: str, source: Source) -
     from gradio_client import Client
 
     client = Client(address, auth=(USER, PASSWORD), verbose=False)
-    gallery, note, *_ = client.predict("odd", 7, 2, "", 3, None, api_name="/sample")
+    gallery, note, *_ = client.predict("odd", "", 7, 2, "", 3, None, api_name="/sample")
     expected, _ = source.generate({"task": "sample", "label": "odd", "seed": 7, "count": 2})
     assert [Path(each["image"]).read_bytes() for each in gallery] == [path.read_bytes() for path in expected]
     assert "seed 7" in note

@@ -12,9 +12,11 @@ from diffusion.data.dataset import Dataset
 from diffusion.generation.config import Conditions
 from diffusion.process.samplers import sampling_config
 from flows.provenance.trace import Trace, TracedData
+from flows.registry import champion
 from flows.registry.model_versions import Version
 from flows.sampling import generate_batch
 from flows.storage.s3 import Location, Store
+from tests.builders.model_versions import add_version
 from tests.builders.sampling_batches import batch
 from tests.builders.small_models import write_model
 
@@ -27,7 +29,7 @@ from flows.studio.batches import (
     page_of,
     select_batches,
 )
-from flows.studio.comparison import VOTES, VoteSession, cast, load_version, open_ballot, read_versions
+from flows.studio.comparison import VOTES, VoteSession, cast, follow, load_version, open_ballot, read_versions
 from flows.studio.ledger import read_history, roll_back_from, timeline
 
 SAMPLING = sampling_config(sampler="dpmpp_2m", steps=2, compute_batch=8)
@@ -76,6 +78,23 @@ def test_sides_are_shuffled_evenly_by_the_recorded_seed() -> None:
     assert abs(left.count("candidate") - 500) < 52
     assert left == [session.model_copy().left(pair) for pair in range(1000)]
     assert left != [session.model_copy(update={"shuffle_seed": 4}).left(pair) for pair in range(1000)]
+
+
+def test_images_are_those_of_the_champion_after_a_rollback(
+    mlflow_client: MlflowClient, versions: list[Version], bucket: str, tmp_path: Path
+) -> None:
+    source, uri = load_version(versions[1].uri, SAMPLING), f"models:/{bucket}@champion"
+    assert follow(source, uri).name == versions[1].uri
+    roll_back_from(bucket, 2, "draws three eyes")
+    now = follow(source, uri)
+    _, words = now.generate({"task": "sample"})
+    assert now.name == versions[0].uri
+    assert versions[0].uri in words
+    other = write_model(tmp_path / "3.safetensors", 3, 3, classes={"even": 3, "odd": 1, "prime": 2}).read_bytes()
+    add_version(mlflow_client, tmp_path / "registry", bucket, data=other, run_id=versions[0].run_id)
+    champion.promote(bucket, 3)
+    with pytest.raises(ConflictError):
+        follow(source, uri)
 
 
 def test_a_rollback_needs_a_reason_and_the_champion_that_was_seen(versions: list[Version], bucket: str) -> None:
@@ -149,10 +168,11 @@ def test_an_image_of_the_training_set_is_its_own_nearest(no_servers: None, datas
         dvc_digest=None,
         recorded=None,
         images=manifest.kept,
+        sources=[],
         shards=[],
     )
     unknown = dict.fromkeys(("image", "place", "batch", "finished", "request", "model", "run"))
-    found = Trace.model_validate({**unknown, "data": data, "takedowns": [], "broken": []})
+    found = Trace.model_validate({**unknown, "data": data, "takedowns": [], "origins": [], "broken": []})
     items, _ = nearest_training_images(pixels.squeeze(-1), found)
     assert np.array_equal(np.asarray(items[0][0]), pixels.squeeze(-1))
     assert items[0][1].startswith("0.0")

@@ -95,6 +95,33 @@ def test_a_phase_ends_with_one_line_and_its_duration(hands: Clock) -> None:
     assert seconds == {"train": 41, "evaluate": 5}
 
 
+def test_time_left_covers_the_phases_to_come_as_far_as_they_are_expected(hands: Clock) -> None:
+    said: list[str] = []
+    lines, seconds, expected = Lines(said.append), dict[str, float](), {"evaluate": 60.0, "promote": 20.0}
+    token = CONSOLE.set(lines)
+    try:
+        with phase("train", seconds, expected):
+            for done in range(0, 301, 10):
+                hands.now += 1
+                lines("images trained on", done, 400)
+        with phase("evaluate", seconds, expected):
+            # Other work of the phase follows: what it took last time says more than the pace of this one.
+            for done in range(0, 301, 10):
+                hands.now += 1
+                lines("images sampled", done, 400)
+        with phase("promote", seconds, expected):
+            for done in range(0, 301, 10):
+                hands.now += 1
+                lines("images sampled", done, 400)
+    finally:
+        CONSOLE.reset(token)
+    assert [line for line in said if "done in" not in line] == [
+        "train: images trained on: 290 of 400, 10/s, 0:11 left, about 1:31 in all",
+        "evaluate: images sampled: 290 of 400, 10/s, 0:11 left, about 0:50 in all",
+        "promote: images sampled: 290 of 400, 10/s, 0:11 left",
+    ]
+
+
 @pytest.mark.parametrize(("seconds", "text"), [(0.4, "0:00"), (61, "1:01"), (3600, "1:00:00"), (59.6, "1:00")])
 def test_durations_are_minutes_and_seconds(seconds: float, text: str) -> None:
     assert clock(seconds) == text

@@ -24,8 +24,9 @@ from diffusion.data.ingest.chunks import Chunk, chunk_size
 from diffusion.data.ingest.config import IngestConfig
 from diffusion.data.ingest.index import Index
 from diffusion.data.ingest.ingest import ingest
+from diffusion.data.ingest.key_resolution import content_digest
 from diffusion.data.ingest.merge import split_of
-from diffusion.data.manifest import content_digest, read_manifest, versions, work_folder
+from diffusion.data.manifest import read_manifest, versions, work_folder
 from diffusion.data.prefetch import local_fan_out
 from tests.builders.ingested import files_of, records
 from tests.builders.real_images import digits

@@ -140,6 +140,20 @@ def test_merge_handles_unrelated_branches_and_near_duplicates(tmp_path: Path) ->
     assert (done.added, done.version.kept) == (2, 4)
 
 
+@pytest.mark.parametrize("theirs_too", [True, False])
+def test_merge_keeps_the_calibrated_threshold_of_near_duplicates(theirs_too: bool, tmp_path: Path) -> None:
+    ours, theirs = ((tmp_path / name / "blobs", tmp_path / name / "source") for name in ("ours", "theirs"))
+    mine = add(ours, *range(60), near_duplicates="auto")
+    other = add(theirs, *range(100, 180), size=8, near_duplicates="auto" if theirs_too else None)
+    assert mine.near_duplicate_bits is not None
+    assert (other.near_duplicate_bits is not None) == theirs_too
+    assert mine.near_duplicate_bits != other.near_duplicate_bits
+    done = united(ours, theirs, None, near_duplicates="auto")
+    expected = other.near_duplicate_bits if theirs_too else mine.near_duplicate_bits
+    assert done.version.near_duplicate_bits == expected
+    assert ingest(ours[0], config(ours[1], near_duplicates="auto")).near_duplicates is None
+
+
 @pytest.mark.parametrize("whose", ["ours", "theirs"])
 def test_merge_fails_for_different_storage_settings(lines: tuple[Line, Line, Manifest], whose: str) -> None:
     ours, theirs, base = lines

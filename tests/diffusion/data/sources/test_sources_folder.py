@@ -164,7 +164,7 @@ def test_a_file_url_is_a_path(tmp_path: Path) -> None:
         ("nowhere.zip", "nowhere.zip does not exist"),
         ("image.png", "is one image|does not exist"),
         ("https://example.org/set", "an address on the web"),
-        ("hf://user/set", "Hugging Face Hub.*hf download.*user/set"),
+        ("hf://user/set", "hf://datasets/OWNER/NAME"),
         ("wds:nowhere-{000..003}.tar", "there is no file nowhere-000.tar"),
         ("wds:nowhere-{000..", "unbalanced braces"),
         ("parquet:nowhere*.parquet", "there is no file"),

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -16,11 +17,12 @@ from PIL import Image
 
 from diffusion.common.errors import UserError
 from diffusion.data.dataset import Dataset
+from diffusion.data.ingest.captions import Cache
 from diffusion.data.ingest.config import IngestConfig
 from diffusion.data.ingest.ingest import ingest
-from diffusion.data.manifest import Manifest, read_manifest, versions, work_folder
-from diffusion.data.versions.takedown import choose, remove
-from diffusion.data.versions.takedown_records import Selection, holders, removals
+from diffusion.data.manifest import Manifest, read_manifest, versions, work_folder, write_manifest
+from diffusion.data.versions.takedown import choose, remove, remove_known
+from diffusion.data.versions.takedown_records import Removal, Selection, holders, removals, write_removal
 from tests.builders import ROOT
 from tests.builders.ingested import files_of, records
 from tests.builders.shapes import blob
@@ -304,6 +306,57 @@ def test_removed_images_stay_out_of_an_older_version(images: Path, dataset: Path
         (dataset / name).write_bytes(data)
     again = ingest(dataset, config(images))
     assert (again.added, again.removed, again.content_digest) == (1, 0, content)
+
+
+def cached_caption(folder: Path, key: str) -> str | None:
+    with closing(Cache(folder)) as cache:
+        return cache.get(key, "some captioner")
+
+
+@pytest.fixture
+def captioned(dataset: Path) -> tuple[Path, Removal]:
+    """A data set with a cached caption of an image that another machine took down."""
+    key = key_of(dataset, "odd/01.png")
+    with closing(Cache(dataset)) as cache:
+        cache.put(key, "some captioner", "someone's name")
+    other = dataset.parent / "other" / dataset.name
+    shutil.copytree(dataset, other)
+    removal = remove(other, Selection(sources=["odd/01.png"]), "consent withdrawn")
+    write_removal(work_folder(dataset), removal)
+    return dataset, removal
+
+
+def test_captions_are_forgotten_where_a_version_without_the_image_is_current_already(
+    captioned: tuple[Path, Removal],
+) -> None:
+    dataset, removal = captioned
+    there = dataset.parent / "other" / dataset.name
+    shutil.copytree(there, dataset, dirs_exist_ok=True)
+    assert remove_known(dataset) == []
+    assert cached_caption(dataset, removal.image_keys[0]) is None
+    assert {path for path in files_of(dataset) if path.startswith(("shards", "records"))} == {
+        entry.name for entry in read_manifest(dataset).files
+    }
+
+
+def test_a_known_removal_killed_after_its_manifest_leaves_no_caption_and_no_stray_file(
+    captioned: tuple[Path, Removal], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset, removal = captioned
+
+    def killed(folder: Path, manifest: Manifest) -> None:
+        write_manifest(folder, manifest)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("diffusion.data.versions.takedown.write_manifest", killed)
+        with pytest.raises(KeyboardInterrupt):
+            remove_known(dataset)
+    assert remove_known(dataset) == []
+    assert cached_caption(dataset, removal.image_keys[0]) is None
+    assert {path for path in files_of(dataset) if path.startswith(("shards", "records"))} == {
+        entry.name for entry in read_manifest(dataset).files
+    }
 
 
 def test_removed_images_stay_out_of_a_rebuilt_data_set(images: Path, dataset: Path) -> None:

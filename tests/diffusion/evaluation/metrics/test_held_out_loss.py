@@ -219,7 +219,7 @@ def test_held_out_loss_conditions_on_captions_and_small_images(fake_encoder: Fak
             known = [fake_encoder(text) if text else torch.zeros(384) for text in dataset.captions(rows)]
             assert torch.equal(told["text"], torch.stack(known))
         else:
-            assert torch.equal(told["low"], task_of(config).conditioning(shown)["low"])
+            assert torch.equal(told["low"], task_of(config, 8).conditioning(shown)["low"])
             assert not told["level"].any()
         assert measure_losses(model, [(shown, told)], SAMPLING).losses.isfinite().all()
 
@@ -230,7 +230,7 @@ def test_latent_models_report_a_loss_and_no_bits_per_dim() -> None:
     about = header(size=16)
     assert isinstance(about.model, ModelConfig)
     network = UNet(about.model.model_copy(update={"patch": 1}), 3, 4).eval()
-    latents = Latents(LatentSpace(autoencoder=vae, digest="", channels=3, size=4), (1, 16, 16)).eval()
+    latents = Latents(LatentSpace(autoencoder=vae, digest="", channels=3, size=4), 1).eval()
     model = DiffusionModel(about, network, edm_schedule(1000), latents)
     found = summarize_losses(measure_losses(model, [(torch.from_numpy(random_images(9, size=16)), {})], SAMPLING))
     assert found.bits_per_dim is None

@@ -116,7 +116,7 @@ def test_scores_are_those_of_the_enlarged_held_out_images_beside_interpolation(
     half = len(held_out) // 2
     assert half < CONFIG.samples
     real, others = dataset.images(held_out[:half]), dataset.images(held_out[half:])
-    small = shrunk(real, 4)
+    small = shrunk(real, 2)
     sets = {
         path.stem: (upscale(load_model(path), small, CONFIG.seed, SAMPLING), judged)
         for path, judged in zip(checkpoints, evaluation.checkpoints, strict=True)
@@ -162,9 +162,9 @@ def test_report_compares_super_resolution_with_interpolation(
     dataset = Dataset.open(data)
     held_out = dataset.rows("held_out")
     real = dataset.images(held_out[: len(held_out) // 2])[:16]
-    small = shrunk(real, 4)
+    small = shrunk(real, 2)
     drawn = upscale(load_model(Path(evaluation.best.file)), small, CONFIG.seed, SAMPLING)
-    shown = grid(beside(blocks(small, 8), resample(small, 2, "bicubic"), drawn, real), columns=8)
+    shown = grid(beside(blocks(small, 2), resample(small, 2, "bicubic"), drawn, real), columns=8)
     assert np.array_equal(page.image("Enlargements side by side"), np.asarray(shown))
 
 
@@ -194,7 +194,7 @@ def test_the_verdict_is_by_the_distance(bicubic: float, lanczos: float, words: s
 def test_models_of_two_tasks_are_not_compared(data: Path, checkpoints: list[Path], tmp_path: Path) -> None:
     plain = write_model(tmp_path / "plain.safetensors", 0, 100)
     with pytest.raises(UserError, match=r"plain\.safetensors generates from noise, and what .* enlarges from 4 pixels"):
-        evaluate_one(plain, data, CONFIG, SAMPLING, tmp_path / "report", task=GenerationTask(4, 0.1))
+        evaluate_one(plain, data, CONFIG, SAMPLING, tmp_path / "report", task=GenerationTask(4, 2, 0.1))
     with pytest.raises(UserError, match=r"100\.safetensors enlarges from 4 pixels, and what .* generates from noise"):
         evaluate_one(checkpoints[0], data, CONFIG, SAMPLING, tmp_path / "report")
     with pytest.raises(UserError, match="scores say nothing of two tasks"):

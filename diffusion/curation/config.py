@@ -1,0 +1,107 @@
+"""Configuration of curation: rules by which images are dropped; without any nothing is measured or dropped."""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from diffusion.common.config import Config, unset
+
+Verdict = Literal["largest", "one_per_class", "report"]
+"""What becomes of a group of near-duplicates: the largest original stays, or the largest of each class, or all."""
+
+
+class NsfwModel(Config):
+    """A classifier in an ONNX file, and the input that it takes: no code comes from the file."""
+
+    path: Path
+    """Path of the file, all in one, at most 1 GB. It takes one tensor of float32 images and gives scores (N, K)."""
+    layout: Literal["NCHW", "NHWC"] = "NCHW"
+    """Order of the input's dimensions: images, channels, height and width."""
+    channels: Literal["RGB", "BGR"] = "RGB"
+    """Order of the channels."""
+    size: int | None = Field(None, ge=8, le=1024, exclude_if=unset)
+    """Height and width of the input in pixels, to which images are resized; null: the network's own."""
+    mean: tuple[float, float, float] = (0, 0, 0)
+    """What is subtracted from the 8-bit values of each channel, in the order of ``channels``."""
+    std: tuple[float, float, float] = (255, 255, 255)
+    """What they are then divided by; all above 0."""
+    output: int = -1
+    """Which of the K scores is that of NSFW, in [0, 1]; −1: the last one."""
+
+    @model_validator(mode="after")
+    def _divides(self) -> "NsfwModel":
+        if min(self.std) <= 0:
+            raise ValueError(f"std = {list(self.std)} divides, so that each must be above 0")
+        return self
+
+
+class CurationConfig(Config):
+    """Rules by which images are dropped after an ingest; null: no such rule.
+
+    Measures are of the stored pixels, which are what training sees; only ``min_side`` and ``max_aspect`` are of the
+    image as it came. Dropped images keep their bytes: they come back when the rules allow.
+    """
+
+    min_side: int | None = Field(None, ge=1)
+    """Smallest shorter side of the image as it came, in pixels."""
+    max_aspect: float | None = Field(None, ge=1)
+    """Largest ratio of the longer to the shorter side of the image as it came."""
+    min_sharpness: float | None = Field(None, ge=0)
+    """Smallest variance of the 3×3 Laplacian of the luma, in squared 8-bit levels; blurred images have little."""
+    min_entropy: float | None = Field(None, ge=0, le=8)
+    """Smallest entropy of the histogram of the luma, in bits, 0 to 8; flat images and line art have little."""
+    max_border: float | None = Field(None, ge=0, le=1)
+    """Largest share of the area in rows and columns of one colour along the edges: letterboxes, frames, and plain
+    backgrounds around an object."""
+    max_text: float | None = Field(None, ge=0, le=1)
+    """Largest share of the area in windows that look like lines of text: two-toned, with many upright strokes. It reads
+    nothing, and takes fences, stripes and foliage of high contrast for text."""
+    min_brightness: float | None = Field(None, ge=0, le=255)
+    """Smallest mean luma in 8-bit levels."""
+    max_brightness: float | None = Field(None, ge=0, le=255)
+    """Largest mean luma in 8-bit levels."""
+    min_contrast: float | None = Field(None, ge=0, le=128)
+    """Smallest standard deviation of the luma in 8-bit levels."""
+    max_nsfw: float | None = Field(None, ge=0, le=1)
+    """Largest score of the classifier ``nsfw``."""
+    max_outlier: float | None = Field(None, ge=0, le=100)
+    """Largest outlier score: per cent of the images whose fifth neighbour, in the features of evaluation.extractor, is
+    nearer than this image's. 99.5 drops the most unusual 0.5 %."""
+    near_duplicates: Verdict | None = None
+    """What becomes of images that look alike to a perceptual hash: largest keeps one of a group, the largest as it
+    came, one_per_class the largest of each class, and report all. Every dropped image is a near-duplicate of the one
+    that is kept for it: there are no chains."""
+    near_duplicate_bits: int = Field(24, ge=0, le=48)
+    """Bits of 256 in which the hashes of near-duplicates may differ, as in ingest.near_duplicates."""
+    semantic_duplicates: Verdict | None = None
+    """The same for images that look alike to the network evaluation.extractor: crops, other colours, mirror images."""
+    semantic_distance: float | None = Field(None, gt=0)
+    """Largest distance of their features; null: calibrated by altered copies of the data set's own images."""
+    nsfw: NsfwModel | None = None
+    """Classifier whose score ``max_nsfw`` limits."""
+    max_dropped: float = Field(0.5, gt=0, le=1)
+    """Share of the images above which nothing is dropped, and curation fails."""
+
+    @model_validator(mode="after")
+    def _has_a_classifier(self) -> "CurationConfig":
+        if self.max_nsfw is not None and self.nsfw is None:
+            raise ValueError("max_nsfw limits the score of a classifier: set nsfw.path to its .onnx file")
+        return self
+
+    @property
+    def limits(self) -> dict[str, float]:
+        """Return the rules on single images: names such as ``min_side``, with their thresholds."""
+        found = {name: getattr(self, name) for name in type(self).model_fields if name.startswith(("min_", "max_"))}
+        return {name: limit for name, limit in found.items() if limit is not None and name != "max_dropped"}
+
+    @property
+    def compares_features(self) -> bool:
+        """Whether a rule needs the features of all images."""
+        return self.max_outlier is not None or self.semantic_duplicates is not None
+
+    @property
+    def drops(self) -> bool:
+        """Whether any rule may drop images."""
+        verdicts = self.near_duplicates, self.semantic_duplicates
+        return bool(self.limits) or any(verdict not in (None, "report") for verdict in verdicts)

@@ -1,0 +1,355 @@
+"""Curation of a data set: rules decide which of its images are kept, which makes a version.
+
+The decision is a function of the images and the rules alone: it depends neither on earlier decisions, nor on the order
+in which images came, nor on the number of workers. Features and scores of networks differ between kinds of processors
+in their last bits, so decisions on values next to a limit may, too. Only tables of records are written anew.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import closing, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from filelock import FileLock
+
+from diffusion.common.config import Config
+from diffusion.common.errors import UserError
+from diffusion.common.escaping import counted
+from diffusion.common.files import digest_of, make_folder, sha256_file, write_json
+from diffusion.common.progress import Progress, silent
+from diffusion.curation.config import CurationConfig, Verdict
+from diffusion.curation.measures import Measurements, extractor_of, measure, read_images
+from diffusion.data.ingest.config import IngestConfig
+from diffusion.data.ingest.index import Index
+from diffusion.data.ingest.ingest import IngestResult, remove_strays
+from diffusion.data.ingest.merge import write_part
+from diffusion.data.manifest import (
+    STORED,
+    Manifest,
+    read_manifest,
+    read_records,
+    require_whole,
+    work_folder,
+    write_manifest,
+)
+from diffusion.data.prefetch import FanOut, local_fan_out
+from diffusion.data.shards import LocalShards
+from diffusion.evaluation.config import EvaluationConfig
+
+FORMAT = 2
+"""Incremented when the same rules would decide otherwise."""
+MAX_LISTED, SHOWN = 1000, 20
+"""Dropped images listed in a result, and in words."""
+
+
+class DroppedImage(Config):
+    """An image that curation left out."""
+
+    key: str
+    source: str
+    reason: str
+    """The rule with its threshold, and the image's value."""
+
+
+class CurationResult(Config):
+    """The data set after its curation: the output of ``darkroom data curate --json``."""
+
+    dataset: str
+    content_digest: str
+    digest: str
+    """Name of the version: the digest of its manifest."""
+    changed: bool
+    """Whether this curation made a new version, or would have made one."""
+    kept: int
+    dropped: int
+    newly_dropped: int
+    restored: int
+    """Images dropped and brought back by this curation."""
+    rules: dict[str, int]
+    """Number of dropped images by the rule that dropped them, the first one in the order of the configuration."""
+    images: list[DroppedImage]
+    """The first dropped images, by key."""
+    semantic_distance: float | None = None
+    """Largest distance of semantic near-duplicates, given or calibrated; None if they were not looked for."""
+
+    def lines(self, dry_run: bool = False) -> list[str]:
+        """Describe the result; ``dry_run``: of rules that were not applied."""
+        would, unmade = ("would be ", " would be made") if dry_run else ("", "")
+        more = self.dropped - len(self.images[:SHOWN])
+        # `data show` knows nothing of what was not applied.
+        others = f"--json (up to {MAX_LISTED:,})" if dry_run else f"darkroom data show --dataset {self.dataset} --all"
+        rules = ", ".join(f"{count:,} by {rule}" for rule, count in self.rules.items())
+        changes = f"{self.newly_dropped:,} newly dropped, {self.restored:,} brought back"
+        return [
+            f"{counted(self.kept, 'image')} {would}kept, {self.dropped:,} {would}dropped ({changes})",
+            *([f"rules      {rules}"] if rules else []),
+            *([] if self.semantic_distance is None else [f"semantic   distance {self.semantic_distance:.4g}"]),
+            *(f"  dropped: {each.source}: {each.reason}" for each in self.images[:SHOWN]),
+            *([f"  … and {more:,} more: {others}"] if more > 0 else []),
+            *([] if self.changed else [f"no new version{unmade}: the rules decide as in {self.digest[:12]}"]),
+        ]
+
+
+@dataclass(frozen=True)
+class Grouping:
+    """Groups of near-duplicates: the leader of each image, (N,), itself for images that are alone or lead."""
+
+    leaders: np.ndarray
+    limit: float
+    """Largest distance from a leader: bits, or the Euclidean distance of features."""
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What rules decide for all stored images of a version, in the order of their keys."""
+
+    reasons: list[str | None]
+    """Why an image is dropped; None if it is kept."""
+    leaders: list[str | None]
+    """Key of the image that is kept instead of one dropped as a near-duplicate; None for all others."""
+    columns: dict[str, np.ndarray]
+    """All measures by name, (N,) float64, ``outlier`` included where features were compared."""
+    near: Grouping | None
+    semantic: Grouping | None
+
+    @property
+    def rules(self) -> dict[str, int]:
+        """Return the number of dropped images by rule, the most frequent first."""
+        return dict(Counter(filter(None, map(rule_of, self.reasons))).most_common())
+
+
+def rule_of(reason: str | None) -> str | None:
+    """Return the name of the rule that dropped an image for ``reason``; None for None."""
+    return reason and reason.partition(" = ")[0]
+
+
+def decide(
+    folder: Path, manifest: Manifest, measurements: Measurements, config: CurationConfig, evaluation: EvaluationConfig
+) -> Decision:
+    """Apply the rules of ``config`` to the images of ``manifest``: rules on single images first, then near-duplicates.
+
+    Images that a rule drops lead no group, so that a blurred copy is not kept instead of a sharp one.
+    """
+    columns = dict(measurements.columns)
+    if measurements.features is not None:
+        from diffusion.curation.duplicates import outlier_scores
+
+        columns["outlier"] = outlier_scores(measurements.features)
+    reasons: list[str | None] = [None] * len(measurements)
+    kept_instead: list[str | None] = [None] * len(measurements)
+    for rule, limit in config.limits.items():
+        bound, _, name = rule.partition("_")
+        values = columns[name]
+        for row in np.flatnonzero(values < limit if bound == "min" else values > limit):
+            reasons[row] = reasons[row] or f"{rule} = {limit:g}: {name} is {values[row]:.6g}"
+    records = measurements.records
+    area = records["width"].to_numpy().astype(np.int64) * records["height"].to_numpy()
+    preferred = np.lexsort((np.arange(len(area)), -area))
+    keys, labels = records["key"].to_pylist(), records["label"].to_pylist()
+
+    def left() -> np.ndarray:
+        return preferred[[reasons[row] is None for row in preferred]]
+
+    def classes(verdict: Verdict) -> Sequence[str | None]:
+        return labels if verdict == "one_per_class" else [None] * len(labels)
+
+    near = semantic = None
+    if (verdict := config.near_duplicates) is not None:
+        from diffusion.curation.duplicates import leaders_by_hash
+
+        leaders = leaders_by_hash(measurements.phashes, left(), classes(verdict), config.near_duplicate_bits)
+        near = Grouping(leaders, config.near_duplicate_bits)
+        for row in np.flatnonzero(leaders != np.arange(len(leaders))) if verdict != "report" else ():
+            own, other = (int(measurements.phashes[each], 16) for each in (row, leaders[row]))
+            bits = f"{(own ^ other).bit_count()} bits (at most {config.near_duplicate_bits})"
+            kept_instead[row] = leader = keys[leaders[row]]
+            reasons[row] = f"near_duplicates = {verdict}: {bits} from {leader[:16]}"
+    if (verdict := config.semantic_duplicates) is not None:
+        from diffusion.curation.duplicates import leaders_by_features
+
+        assert measurements.features is not None
+        limit = config.semantic_distance or _calibrate(folder, manifest, measurements, evaluation)
+        leaders = leaders_by_features(measurements.features, left(), classes(verdict), limit)
+        semantic = Grouping(leaders, limit)
+        for row in np.flatnonzero(leaders != np.arange(len(leaders))) if verdict != "report" else ():
+            apart = (measurements.features[row] - measurements.features[leaders[row]]).norm().item()
+            distance = f"distance {apart:.3g} (at most {limit:.4g})"
+            kept_instead[row] = leader = keys[leaders[row]]
+            reasons[row] = f"semantic_duplicates = {verdict}: {distance} from {leader[:16]}"
+    return Decision(reasons, kept_instead, columns, near, semantic)
+
+
+def _calibrate(folder: Path, manifest: Manifest, measurements: Measurements, evaluation: EvaluationConfig) -> float:
+    from diffusion.curation.duplicates import CALIBRATION_IMAGES, calibrate_distance
+
+    assert measurements.features is not None
+    # Keys are digests, so the first ones are a random sample that stays nearly the same when images are added.
+    chosen = measurements.records.slice(0, CALIBRATION_IMAGES)
+    return calibrate_distance(measurements.features, images_of(folder, manifest, chosen), extractor_of(evaluation))
+
+
+def images_of(folder: Path, manifest: Manifest, records: pa.Table) -> list[np.ndarray]:
+    """Read the images of ``records``, rows of ``Measurements``, in their order: each (H, W, 3) uint8."""
+    shards, parts = LocalShards(folder), records["part"].to_numpy()
+    found: dict[int, np.ndarray] = {}
+    for number in np.unique(parts).tolist():
+        rows = np.flatnonzero(parts == number)
+        found |= zip(rows.tolist(), read_images(shards, manifest.parts[number], records.take(rows)), strict=True)
+    shards.close()
+    return [found[row] for row in range(len(records))]
+
+
+def curate(
+    folder: Path,
+    config: CurationConfig,
+    ingest: IngestConfig,
+    evaluation: EvaluationConfig,
+    progress: Progress = silent,
+    *,
+    fan_out: FanOut | None = None,
+    dry_run: bool = False,
+) -> CurationResult:
+    """Make a version of the data set in ``folder`` whose kept images are those that the rules of ``config`` allow.
+
+    Without rules dropped images come back, and a set that has none stays as it is, unread. Measures are cached in the
+    work folder. Repeated, or repeated after a kill, it gives the same result. ``dry_run`` changes nothing but the
+    cache. Locks out ingests.
+
+    Raises UserError if more than ``config.max_dropped`` of the images would be dropped, or none kept, if a file of the
+    data set is missing or damaged, or a network is unavailable.
+    """
+    before = read_manifest(folder)
+    if not config.drops and not before.dropped:
+        return _result(folder, before, None, changed=False)
+    work = work_folder(folder)
+    make_folder(work)
+    with FileLock(work / "lock"):
+        before = read_manifest(folder)
+        # Of the same images the same rules decide the same.
+        nsfw = config.nsfw is not None and config.nsfw.path.is_file() and sha256_file(config.nsfw.path)
+        rules = digest_of([FORMAT, config.model_dump(mode="json"), evaluation.model_dump(mode="json"), nsfw])
+        stamp = {"version": before.digest, "rules": rules}
+        done = work / "curated.json"
+        with suppress(FileNotFoundError, ValueError):
+            if json.loads(done.read_bytes()) == stamp:
+                return _result(folder, before, None, changed=False)
+        require_whole(folder, before)
+        measurements = measure(folder, before, config, evaluation, fan_out or local_fan_out(ingest), progress)
+        decision = decide(folder, before, measurements, config, evaluation)
+        _require_enough(before, decision, config)
+        differs = _differing(measurements, decision)
+        after = before
+        if differs.any() and not dry_run:
+            after = _apply(folder, before, measurements, decision, differs, ingest)
+        if not dry_run:
+            remove_strays(folder)
+            write_json(done, stamp | {"version": after.digest})
+        return _result(folder, after, (measurements, decision), changed=bool(differs.any()))
+
+
+def _differing(measurements: Measurements, decision: Decision) -> np.ndarray:
+    """Return for which images the outcome, the rule or the leader change, (N,) bool.
+
+    Not the reason: percentiles and calibrated distances in it change with every image that comes.
+    """
+    records = measurements.records
+    dropped, reasons = (pc.equal(records["outcome"], "dropped").to_pylist(), records["reason"].to_pylist())
+    rules = (rule_of(reason) if is_dropped else None for is_dropped, reason in zip(dropped, reasons, strict=True))
+    before = zip(rules, records["leader"].to_pylist(), strict=True)
+    after = zip(map(rule_of, decision.reasons), decision.leaders, strict=True)
+    return np.array([new != old for new, old in zip(after, before, strict=True)], bool)
+
+
+def _require_enough(manifest: Manifest, decision: Decision, config: CurationConfig) -> None:
+    stored, dropped = len(decision.reasons), sum(reason is not None for reason in decision.reasons)
+    if dropped == stored or dropped > config.max_dropped * stored:
+        rules = ", ".join(f"{count:,} by {rule}" for rule, count in decision.rules.items())
+        raise UserError(
+            f"curation would drop {dropped:,} of {stored:,} images of data set {manifest.name} ({rules}), more than "
+            f"the share of {config.max_dropped:g} that curation.max_dropped allows: loosen these rules, or allow more"
+        )
+
+
+def _apply(
+    folder: Path,
+    before: Manifest,
+    measurements: Measurements,
+    decision: Decision,
+    differs: np.ndarray,
+    ingest: IngestConfig,
+) -> Manifest:
+    """Write the version with the outcomes of ``decision``, in which images that ``differs`` selects change."""
+    records, parts = measurements.records, list(before.parts)
+    decided = zip(decision.reasons, decision.leaders, strict=True)
+    decisions = dict(zip(records["key"].to_pylist(), decided, strict=True))
+    index_path, bits = work_folder(folder) / "index.sqlite", ingest.near_duplicate_bits(before.near_duplicate_bits)
+    with closing(Index(index_path, folder, before, bits)) as index, index.transaction():
+        for place in np.unique(records["part"].to_numpy()[differs]).tolist():
+            part = before.parts[place]
+            rows = read_records(folder, part).to_pylist()
+            for row in rows:
+                if row["outcome"] in STORED:
+                    reason, leader = decisions[row["key"]]
+                    row |= {"outcome": "kept" if reason is None else "dropped", "reason": reason, "leader": leader}
+                    index.set_outcome(row)
+            parts[place] = write_part(folder, part.number, part.shard, rows, before.size, part.source, part.shape)
+        after = before.model_copy(update={"parent": before.digest, "change": "curation", "parts": parts})
+        after = after.model_copy(update={"content_digest": index.content_digest(after)})
+        write_manifest(folder, after)
+        index.set_version(after)
+    return after
+
+
+def _result(
+    folder: Path, manifest: Manifest, decided: tuple[Measurements, Decision] | None, changed: bool
+) -> CurationResult:
+    """Describe ``manifest``, and what was decided that led to it, or would lead to another version."""
+    if decided is None:
+        parts = [part for part in manifest.parts if part.outcomes.get("dropped")]
+        tables = [read_records(folder, part, ("outcome", "key", "source", "reason")) for part in parts]
+        rows = [row for table in tables for row in table.filter(pc.field("outcome") == "dropped").to_pylist()]
+        newly = restored = 0
+    else:
+        measurements, decision = decided
+        columns = measurements.records.select(["key", "source", "outcome"]).to_pylist()
+        both = [row | {"reason": reason} for row, reason in zip(columns, decision.reasons, strict=True)]
+        rows = [row for row in both if row["reason"] is not None]
+        newly = sum(row["outcome"] == "kept" for row in rows)
+        restored = sum(row["outcome"] == "dropped" and row["reason"] is None for row in both)
+    rows.sort(key=lambda row: row["key"])
+    rules = Counter(filter(None, (rule_of(row["reason"]) for row in rows))).most_common()
+    total = manifest.kept + manifest.dropped
+    return CurationResult(
+        dataset=folder.name,
+        content_digest=manifest.content_digest,
+        digest=manifest.digest,
+        changed=changed,
+        kept=total - len(rows),
+        dropped=len(rows),
+        newly_dropped=newly,
+        restored=restored,
+        rules=dict(rules),
+        images=[DroppedImage(key=row["key"], source=row["source"], reason=row["reason"]) for row in rows[:MAX_LISTED]],
+        semantic_distance=decided[1].semantic.limit if decided and decided[1].semantic else None,
+    )
+
+
+def curate_ingested(
+    result: IngestResult,
+    config: CurationConfig,
+    ingest: IngestConfig,
+    evaluation: EvaluationConfig,
+    progress: Progress = silent,
+    *,
+    fan_out: FanOut | None = None,
+) -> IngestResult:
+    """Curate the data set of an ingest, and return its result with the version made so; see ``curate``."""
+    done = curate(result.folder, config, ingest, evaluation, progress, fan_out=fan_out)
+    version = {name: getattr(done, name) for name in ("content_digest", "digest", "kept")}
+    dropped = done.dropped if config.drops or done.changed else None
+    return result.model_copy(update=version | {"changed": result.changed or done.changed, "dropped": dropped})

@@ -1,0 +1,366 @@
+"""Measures of stored images, shard by shard on any worker, in tables that are cached by the shard's digest."""
+
+import io
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import torch
+from PIL import Image
+
+from diffusion.common.errors import UserError
+from diffusion.common.files import digest_of, sha256_bytes, sha256_file, write_atomically
+from diffusion.common.progress import Progress
+from diffusion.curation.config import CurationConfig, NsfwModel
+from diffusion.data.ingest.chunks import perceptual_hash
+from diffusion.data.manifest import STORED, Manifest, Part, measures_folder, read_records
+from diffusion.data.prefetch import FanOut
+from diffusion.data.shards import LocalShards
+from diffusion.data.versions.versions import stored_in
+from diffusion.evaluation.config import EvaluationConfig
+
+CHUNK_PIXELS = 2**22
+"""Pixels of images in memory at a time, of eight images at least."""
+LUMA = np.array([0.299, 0.587, 0.114], np.float32)
+"""Weights of red, green and blue in the luma, as in JPEG."""
+LEVELS, UNIFORM = 12, 0.98
+"""A row or column belongs to the border while this share of its pixels is within so many levels of one colour."""
+STROKE = 40
+"""Difference in luma between neighbours, in levels, from which there is an edge of a stroke."""
+STROKES, TONES = 0.22, 0.4
+"""Least share of such edges in a window of text, and the largest share of pixels between its two tones."""
+LARGEST_MODEL = 10**9
+"""Size limit of a classifier's file, in bytes."""
+IMAGE_COLUMNS = (
+    *("source", "outcome", "reason", "leader", "key", "split", "label", "width", "height", "offset", "size"),
+)
+
+
+class Measure(Protocol):
+    """A computation on images whose results are cached: picklable, as it may run on any worker."""
+
+    @property
+    def digest(self) -> str:
+        """Return the digest of everything that determines the results."""
+
+    def columns(self, images: np.ndarray) -> dict[str, pa.Array]:
+        """Compute columns of ``images``, (N, H, W, 3) uint8."""
+
+
+@dataclass(frozen=True)
+class PixelMeasures:
+    """Sharpness, entropy, border, text, brightness, contrast and the perceptual hash: a millisecond per image."""
+
+    digest: str = digest_of(["pixels", 1])
+
+    def columns(self, images: np.ndarray) -> dict[str, pa.Array]:
+        """Compute one column for each."""
+        luma = images @ LUMA
+        histograms = np.stack([np.bincount(np.rint(each).astype(np.uint8).ravel(), minlength=256) for each in luma])
+        shares = histograms / histograms[0].sum()
+        found = {
+            "sharpness": _laplacian(luma).var((1, 2)),
+            "entropy": -(shares * np.log2(np.maximum(shares, 1e-12))).sum(1),
+            "border": [_border(each) for each in images],
+            "text": [_text(each) for each in luma],
+            "brightness": luma.mean((1, 2)),
+            "contrast": luma.std((1, 2)),
+        }
+        columns = {name: pa.array(np.asarray(values, np.float32)) for name, values in found.items()}
+        return columns | {"phash": pa.array([perceptual_hash(Image.fromarray(each)) for each in images])}
+
+
+def _laplacian(luma: np.ndarray) -> np.ndarray:
+    """Filter ``luma`` (N, H, W) by [0 1 0; 1 −4 1; 0 1 0]: (N, H − 2, W − 2)."""
+    inner = luma[:, 1:-1, 1:-1]
+    found: np.ndarray = luma[:, :-2, 1:-1] + luma[:, 2:, 1:-1] + luma[:, 1:-1, :-2] + luma[:, 1:-1, 2:] - 4 * inner
+    return found
+
+
+def _border(image: np.ndarray) -> float:
+    """Compute the share of ``image`` (H, W, 3) in rows and columns of one colour along its edges."""
+    height, width = image.shape[:2]
+    top, bottom = (_uniform_rows(rows) for rows in (image, image[::-1]))
+    if top + bottom >= height:
+        return 1.0
+    inside = image[top : height - bottom].transpose(1, 0, 2)
+    left, right = (_uniform_rows(rows) for rows in (inside, inside[::-1]))
+    inner = (height - top - bottom) * (width - left - right)
+    return float(1 - inner / (height * width))
+
+
+def _uniform_rows(rows: np.ndarray) -> int:
+    """Count the first of ``rows`` (R, P, 3) that have the colour of the first one."""
+    colour = np.median(rows[0], axis=0)
+    near = (np.abs(rows - colour) <= LEVELS).all(2).mean(1) >= UNIFORM
+    return int(near.argmin()) if not near.all() else len(rows)
+
+
+def _text(luma: np.ndarray) -> float:
+    """Compute the share of ``luma`` (H, W) in windows that look like lines of text."""
+    height, width = luma.shape
+    high, wide = min(height, max(4, height // 16)), min(width, max(12, width // 4))
+    down, across = max(1, high // 2), max(1, wide // 4)
+
+    def windows(values: np.ndarray) -> np.ndarray:
+        return np.lib.stride_tricks.sliding_window_view(values, (high, wide))[::down, ::across]
+
+    tones = windows(luma)
+    low, top = tones.min((2, 3), keepdims=True), tones.max((2, 3), keepdims=True)
+    between = (np.abs(tones - (low + top) / 2) < (top - low) / 6).mean((2, 3))
+    strokes = windows(np.abs(np.diff(luma, axis=1, append=luma[:, -1:])) >= STROKE).mean((2, 3))
+    covered = np.zeros(luma.shape, bool)
+    for row, column in np.argwhere((strokes >= STROKES) & (between <= TONES)):
+        covered[down * row : down * row + high, across * column : across * column + wide] = True
+    return float(covered.mean())
+
+
+@dataclass(frozen=True)
+class Features:
+    """Features of the network that ``config`` names."""
+
+    config: EvaluationConfig
+
+    @cached_property
+    def digest(self) -> str:
+        """Return the digest of the network and its preprocessing."""
+        network = extractor_of(self.config)
+        return digest_of(["features", 1, network.name, network.digest, network.preprocessing])
+
+    def columns(self, images: np.ndarray) -> dict[str, pa.Array]:
+        """Compute the features as lists of float32, rounded to 11 bits."""
+        network = extractor_of(self.config)
+        found = network(torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))).numpy()
+        # Half the space. Values at the edge of a rounding step may still differ between processors.
+        values = pa.array(np.ascontiguousarray(found, np.float16).ravel())
+        return {"features": pa.FixedSizeListArray.from_arrays(values, found.shape[1])}
+
+
+@lru_cache(maxsize=2)
+def extractor_of(config: EvaluationConfig) -> Any:
+    """Open the network that ``config`` names, once per process."""
+    # Imported here: pixels are measured without its libraries.
+    from diffusion.evaluation.features.feature_extractor import make_extractor
+
+    return make_extractor(config)
+
+
+@dataclass(frozen=True)
+class NsfwScores:
+    """Scores of the classifier ``model``, whose file has the SHA-256 ``sha256``."""
+
+    model: NsfwModel
+    sha256: str
+
+    @classmethod
+    def of(cls, model: NsfwModel) -> "NsfwScores":
+        """Check the classifier's file; raises UserError if it is missing, too large, or takes another input."""
+        path = model.path
+        if not path.is_file():
+            raise UserError(f"no classifier at curation.nsfw.path = {path}: give the path of an .onnx file")
+        if (size := path.stat().st_size) > LARGEST_MODEL:
+            raise UserError(
+                f"curation.nsfw.path = {path} has {size:,} bytes, over the limit of {LARGEST_MODEL:,}: use another file"
+            )
+        found = cls(model, sha256_file(path))
+        _classifier(found)
+        return found
+
+    @property
+    def digest(self) -> str:
+        """Return the digest of the file and the input."""
+        return digest_of(["nsfw", 1, self.sha256, self.model.model_dump(mode="json", exclude={"path"})])
+
+    def columns(self, images: np.ndarray) -> dict[str, pa.Array]:
+        """Compute the scores; raises UserError if they are not in [0, 1]."""
+        from diffusion.evaluation.features.feature_extractor import resize
+
+        session, size = _classifier(self)
+        x = resize(torch.from_numpy(images.transpose(0, 3, 1, 2)).float(), size).numpy()
+        x = x if self.model.channels == "RGB" else x[:, ::-1]
+        x = x.transpose(0, 2, 3, 1) if self.model.layout == "NHWC" else x
+        to_channels = (1, 1, 1, 3) if self.model.layout == "NHWC" else (1, 3, 1, 1)
+        mean, std = (np.array(each, np.float32).reshape(to_channels) for each in (self.model.mean, self.model.std))
+        (scores,) = session.run(None, {session.get_inputs()[0].name: np.ascontiguousarray((x - mean) / std)})
+        try:
+            found = scores.reshape(len(images), -1)[:, self.model.output]
+        except IndexError as error:
+            words = f"{self.model.path} gives scores {scores.shape}: set curation.nsfw.output to one of them"
+            raise UserError(words) from error
+        if not ((found >= 0) & (found <= 1)).all():
+            raise UserError(
+                f"{self.model.path} gives scores outside 0 to 1 (curation.nsfw.output = {self.model.output}): "
+                "export it with its softmax or sigmoid"
+            )
+        return {"nsfw": pa.array(found.astype(np.float32))}
+
+
+@lru_cache(maxsize=2)
+def _classifier(scores: NsfwScores) -> tuple[Any, int]:
+    """Open the classifier, and find the height and width of its input."""
+    from diffusion.evaluation.features.feature_extractor import open_session
+
+    path, data = scores.model.path, scores.model.path.read_bytes()
+    if sha256_bytes(data) != scores.sha256:
+        raise UserError(f"{path} changed while images were measured: give the command again")
+    session = open_session(path, data)
+    inputs, outputs = session.get_inputs(), session.get_outputs()
+    kinds, shape = [each.type for each in (*inputs, *outputs)], inputs[0].shape
+    if kinds == ["tensor(float)"] * 2 and len(shape) == 4:
+        count, *rest = shape
+        sides, channels = (rest[:2], rest[2]) if scores.model.layout == "NHWC" else (rest[1:], rest[0])
+        fixed = {side for side in sides if isinstance(side, int)}
+        size = scores.model.size or min(fixed, default=None)
+        if channels == 3 and not isinstance(count, int) and size is not None and fixed <= {size}:
+            return session, size
+    takes = ", ".join(f"{each.type} {tuple(each.shape)}" for each in inputs)
+    raise UserError(
+        f"{path} takes {takes}, which is no batch of float images as curation.nsfw says (layout {scores.model.layout}, "
+        f"size {scores.model.size}): correct these, or export it with a dynamic first dimension"
+    )
+
+
+@dataclass(frozen=True)
+class ShardTask:
+    """The measuring of the images in the shard of ``part``, of the data set in ``folder``."""
+
+    folder: Path
+    part: Part
+    measure: Measure
+
+    @property
+    def path(self) -> Path:
+        """Return the path of the table."""
+        assert self.part.shard is not None
+        return measures_folder(self.folder) / f"{self.part.shard.sha256[:32]}-{self.measure.digest[:16]}.parquet"
+
+    def read(self, keys: Sequence[str]) -> pa.Table:
+        """Read the table, in the order of ``keys``; raises an error of the file or of Arrow if it is damaged."""
+        table = pq.read_table(self.path, page_checksum_verification=True)
+        return table.take(pc.index_in(pa.array(keys, pa.string()), table["key"]))
+
+    def is_done(self, keys: Sequence[str]) -> bool:
+        """Whether there is a whole table that has all ``keys``."""
+        with suppress(OSError, pa.ArrowInvalid):
+            return bool(self.read(keys)["key"].null_count == 0)
+        return False
+
+
+def measure_shard(task: ShardTask) -> int:
+    """Measure the images of a shard and write their table; returns how many they are."""
+    assert task.part.shard is not None
+    stored = stored_rows(task.folder, task.part)
+    shards = LocalShards(task.folder)
+    columns: list[dict[str, pa.Array]] = []
+    step = max(8, CHUNK_PIXELS // read_images(shards, task.part, stored.slice(0, 1)).size)
+    for start in range(0, len(stored), step):
+        images = read_images(shards, task.part, stored.slice(start, step))
+        columns.append(task.measure.columns(images))
+    shards.close()
+    tables = [pa.table(each) for each in columns]
+    table = pa.concat_tables(tables).append_column("key", stored["key"].combine_chunks())
+    write_atomically(task.path, lambda partial: pq.write_table(table, partial, write_page_checksum=True))
+    return len(stored)
+
+
+def stored_rows(folder: Path, part: Part) -> pa.Table:
+    """Read the records, IMAGE_COLUMNS, of the images in the shard of ``part``."""
+    return read_records(folder, part, IMAGE_COLUMNS).filter(pc.field("outcome").isin(STORED))
+
+
+def read_images(shards: LocalShards, part: Part, rows: pa.Table) -> np.ndarray:
+    """Read the images that ``rows`` of a part describe, grey ones as RGB: (N, H, W, 3) uint8."""
+    assert part.shard is not None
+    spans = list(zip(rows["offset"].to_pylist(), rows["size"].to_pylist(), strict=True))
+    images = (Image.open(io.BytesIO(png), formats=("PNG",)) for png in shards.read(part.shard, spans))
+    return np.stack([np.asarray(each.convert("RGB")) for each in images])
+
+
+@dataclass(frozen=True)
+class Measurements:
+    """All stored images of a version, kept or dropped, in the order of their keys."""
+
+    records: pa.Table
+    """IMAGE_COLUMNS, and ``part``, the place of the part in the manifest."""
+    columns: dict[str, np.ndarray]
+    """Measures by name, each (N,) float64: those of pixels if they are needed, ``side``, ``aspect``, and ``nsfw`` if it
+    is needed."""
+    phashes: list[str]
+    """Perceptual hashes; empty if they are not needed."""
+    features: torch.Tensor | None
+    """(N, D) float32; None if they are not needed."""
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+
+def measure(
+    folder: Path,
+    manifest: Manifest,
+    config: CurationConfig,
+    evaluation: EvaluationConfig,
+    fan_out: FanOut,
+    progress: Progress,
+    *,
+    everything: bool = False,
+) -> Measurements:
+    """Measure what the rules of ``config`` need, or ``everything`` that they could, of all images of ``manifest``.
+
+    Tables of measured shards are reused. Raises UserError for a shard that is missing or damaged, and for a network
+    that is unavailable or does not fit.
+    """
+    measures: list[Measure] = []
+    sizes = {"min_side", "max_aspect", "max_outlier", "max_nsfw"}
+    if everything or config.limits.keys() - sizes or config.near_duplicates is not None:
+        measures.append(PixelMeasures())
+    if everything or config.compares_features:
+        measures.append(Features(evaluation))
+    if config.nsfw is not None and (everything or config.max_nsfw is not None):
+        measures.append(NsfwScores.of(config.nsfw))
+    parts = [(number, part) for number, part in enumerate(manifest.parts) if part.shard is not None]
+    stored = [stored_rows(folder, part) for _, part in parts]
+    keys = [rows["key"].to_pylist() for rows in stored]
+    tasks = [[ShardTask(folder, part, each) for _, part in parts] for each in measures]
+    missing = [task for row in tasks for task, names in zip(row, keys, strict=True) if not task.is_done(names)]
+    total, done = sum(stored_in(task.part) for task in missing), 0
+    if missing:
+        progress("images measured", 0, total)
+    for count in fan_out(measure_shard, missing):
+        done += count
+        progress("images measured", done, total)
+    numbered = zip(stored, parts, strict=True)
+    records = pa.concat_tables(
+        [rows.append_column("part", pa.array(np.full(len(rows), number))) for rows, (number, _) in numbered]
+    )
+    order = np.argsort(np.array(records["key"].to_pylist()))
+    records = records.take(order)
+    columns = {
+        "side": np.minimum(records["width"], records["height"]).astype(float),
+        "aspect": np.maximum(records["width"], records["height"]) / np.minimum(records["width"], records["height"]),
+    }
+    phashes, features = list[str](), None
+    for row in tasks:
+        tables = [task.read(names) for task, names in zip(row, keys, strict=True)]
+        for name in set(tables[0].column_names) - {"key"}:
+            pieces = [table[name] for table in tables]
+            if name == "features":
+                rows = np.argsort(order)  # of each image in the order of the shards
+                matrix, start = np.empty((len(order), pieces[0].type.list_size), np.float32), 0
+                for piece in pieces:
+                    matrix[rows[start : start + len(piece)]] = pc.list_flatten(piece).to_numpy().reshape(len(piece), -1)
+                    start += len(piece)
+                features = torch.from_numpy(matrix)
+                continue
+            values = np.concatenate([piece.to_numpy(zero_copy_only=False) for piece in pieces])[order]
+            if name == "phash":
+                phashes = values.tolist()
+            else:
+                columns[name] = values.astype(float)
+    return Measurements(records, columns, phashes, features)

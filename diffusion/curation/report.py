@@ -1,0 +1,219 @@
+"""Self-contained page on which thresholds of curation are chosen: histograms with sliders, thumbnails and groups."""
+
+import io
+from base64 import b64encode
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from filelock import FileLock
+from PIL import Image
+
+from diffusion.common.config import Config
+from diffusion.common.escaping import escape_controls
+from diffusion.common.files import make_folder, write_bytes
+from diffusion.common.progress import Progress, silent
+from diffusion.curation.config import CurationConfig
+from diffusion.curation.curate import Decision, Grouping, decide, images_of
+from diffusion.curation.measures import Measurements, measure
+from diffusion.data.ingest.config import IngestConfig
+from diffusion.data.manifest import read_manifest, require_whole, work_folder
+from diffusion.data.prefetch import local_fan_out
+from diffusion.evaluation.config import EvaluationConfig
+from diffusion.evaluation.reports.html import render
+
+STEPS = 400
+"""Positions of a slider."""
+BINS = 48
+"""Bars of a histogram."""
+THUMBNAILS = 64
+"""Images of a measure that the page has, of which the nearest to the threshold are shown."""
+GROUPS, MEMBERS = 24, 8
+"""Groups of near-duplicates shown, and images of each."""
+SIDE = 64
+"""Largest side of a thumbnail in pixels."""
+MEASURES = {
+    "sharpness": ("min", "Sharpness", "variance of the Laplacian: blurred images have little"),
+    "entropy": ("min", "Entropy", "bits per pixel of the grey levels: flat images have little"),
+    "contrast": ("min", "Contrast", "standard deviation of the grey levels, 0 to 128"),
+    "brightness": ("min", "Brightness", "mean grey level, 0 to 255"),
+    "border": ("max", "Border", "share of the area in rows and columns of one colour along the edges"),
+    "text": ("max", "Text", "share of the area that looks like lines of text; fences and line art do, too"),
+    "side": ("min", "Original size", "shorter side of the image as it came, in pixels"),
+    "aspect": ("max", "Aspect ratio", "longer over shorter side of the image as it came"),
+    "outlier": ("max", "Outlier", "per cent of the images that are more usual"),
+    "nsfw": ("max", "NSFW", "score of the classifier"),
+}
+"""Measures with the bound that is chosen on the page, a title and a meaning."""
+
+
+class CurationPage(Config):
+    """A page that was written."""
+
+    dataset: str
+    page: Path
+    images: int
+    dropped: int
+    """Number of images that the configured rules would drop."""
+    near_duplicates: int
+    semantic_duplicates: int
+    """Number of images that are near-duplicates of another one, which would be kept for them."""
+
+    def lines(self) -> list[str]:
+        """Describe the page."""
+        return [
+            f"{self.images:,} images measured; the configured rules would drop {self.dropped:,}",
+            f"near-duplicates {self.near_duplicates:,}, semantic ones {self.semantic_duplicates:,}",
+            f"page: {self.page}",
+        ]
+
+
+def write_curation_report(
+    folder: Path,
+    output: Path,
+    config: CurationConfig,
+    ingest: IngestConfig,
+    evaluation: EvaluationConfig,
+    progress: Progress = silent,
+) -> CurationPage:
+    """Measure all images of the data set in ``folder``, kept or dropped, and write the page; changes nothing else.
+
+    Groups are those of ``config.near_duplicates`` and ``semantic_duplicates``, or of all classes where these are unset.
+    Raises UserError as ``curate`` does.
+    """
+    read_manifest(folder)
+    make_folder(work_folder(folder))
+    with FileLock(work_folder(folder) / "lock"):
+        manifest = read_manifest(folder)
+        require_whole(folder, manifest)
+        measurements = measure(folder, manifest, config, evaluation, local_fan_out(ingest), progress, everything=True)
+        verdicts = {name: getattr(config, name) or "report" for name in ("near_duplicates", "semantic_duplicates")}
+        decision = decide(folder, manifest, measurements, config.model_copy(update=verdicts), evaluation)
+        thumbnails: dict[int, int] = {}
+        panels = [
+            _panel(name, decision, measurements, config, thumbnails) for name in MEASURES if name in decision.columns
+        ]
+        groups = {
+            "near_duplicates": _groups(decision.near, measurements, thumbnails),
+            "semantic_duplicates": _groups(decision.semantic, measurements, thumbnails),
+        }
+        shown = images_of(folder, manifest, measurements.records.take(list(thumbnails)))
+    found = [each for grouping in groups.values() for each in grouping]
+    copies = [_copies(each) for each in (decision.near, decision.semantic)]
+    page = CurationPage(
+        dataset=folder.name,
+        page=output,
+        images=len(measurements),
+        dropped=sum(reason is not None for reason in decision.reasons),
+        near_duplicates=copies[0],
+        semantic_duplicates=copies[1],
+    )
+    limits = {
+        "near_duplicates": ("near_duplicate_bits", decision.near and decision.near.limit),
+        "semantic_duplicates": ("semantic_distance", decision.semantic and decision.semantic.limit),
+    }
+    html = render(
+        "curation.html",
+        page=page,
+        digest=manifest.digest,
+        panels=panels,
+        groups=groups,
+        limits=limits,
+        verdicts=verdicts,
+        copies=dict(zip(groups, copies, strict=True)),
+        data={
+            "images": [_thumbnail(image) for image in shown],
+            "panels": panels,
+            "groups": found,
+            "total": len(measurements),
+            "rules": config.model_dump(mode="json", exclude_defaults=True),
+        },
+    )
+    write_bytes(output, html)
+    return page
+
+
+def _copies(grouping: Grouping | None) -> int:
+    return 0 if grouping is None else int((grouping.leaders != np.arange(len(grouping.leaders))).sum())
+
+
+def _panel(
+    name: str, decision: Decision, measurements: Measurements, config: CurationConfig, thumbnails: dict[int, int]
+) -> dict[str, Any]:
+    """Describe one measure: histogram, thresholds with the numbers that they drop, and images along its range."""
+    bound, title, meaning = MEASURES[name]
+    if name == "brightness" and config.max_brightness is not None and config.min_brightness is None:
+        bound = "max"
+    values = decision.columns[name]
+    order = np.argsort(values, kind="stable")
+    ordered = values[order]
+    low, high = float(ordered[0]), float(np.quantile(ordered, 0.995)) if bound == "min" else float(ordered[-1])
+    counts, edges = np.histogram(np.clip(values, low, max(high, low + 1e-9)), BINS)
+    # Thresholds lie where a slider moves evenly through the images, but most of them in the tail that is dropped.
+    tail = np.concatenate([np.linspace(0, 0.2, STEPS * 3 // 4), np.linspace(0.2, 1, STEPS // 4)])
+    at = np.quantile(ordered, tail if bound == "min" else 1 - tail)
+    limit = config.limits.get(f"{bound}_{name}")
+    configured = set() if limit is None else {float(limit)}
+    limits = sorted({float(f"{value:.4g}") for value in at} | configured, reverse=bound == "max")
+    before, behind = (np.searchsorted(ordered, limits, side) for side in ("left", "right"))
+    dropped = before if bound == "min" else len(ordered) - behind
+    # Of the images, too, most are in that tail.
+    places = np.unique(np.round((len(order) - 1) * np.linspace(0, 1, THUMBNAILS) ** 3).astype(int))
+    shown = order[places] if bound == "min" else order[len(order) - 1 - places]
+    strip = [
+        {
+            "image": thumbnails.setdefault(int(row), len(thumbnails)),
+            "value": float(f"{values[row]:.4g}"),
+            "source": escape_controls(measurements.records["source"][int(row)].as_py()[:160]),
+        }
+        for row in shown
+    ]
+    return {
+        "name": name,
+        "rule": f"{bound}_{name}",
+        "bound": bound,
+        "title": title,
+        "meaning": meaning,
+        "low": low,
+        "high": float(edges[-1]),
+        "counts": counts.tolist(),
+        "limits": limits,
+        "dropped": dropped.tolist(),
+        "limit": limit,
+        "strip": strip,
+    }
+
+
+def _groups(grouping: Grouping | None, measurements: Measurements, thumbnails: dict[int, int]) -> list[dict[str, Any]]:
+    """Describe the largest groups, the leader of each first."""
+    if grouping is None:
+        return []
+    leaders, sizes = np.unique(grouping.leaders, return_counts=True)
+    largest = np.lexsort((leaders, -sizes))[:GROUPS]
+    found = []
+    for leader, size in zip(leaders[largest].tolist(), sizes[largest].tolist(), strict=True):
+        if size > 1:
+            others = np.flatnonzero(grouping.leaders == leader)
+            rows = [leader, *(row for row in others.tolist() if row != leader)][:MEMBERS]
+            members = [
+                {"image": thumbnails.setdefault(row, len(thumbnails)), **_about(measurements, row)} for row in rows
+            ]
+            found.append({"size": size, "members": members})
+    return found
+
+
+def _about(measurements: Measurements, row: int) -> dict[str, Any]:
+    record = measurements.records.slice(row, 1).to_pylist()[0]
+    return {
+        "source": escape_controls(record["source"][:160]),
+        "size": f"{record['width']}×{record['height']}",
+        "label": escape_controls(record["label"] or ""),
+    }
+
+
+def _thumbnail(image: np.ndarray) -> str:
+    """Encode ``image`` (H, W, 3) as a WebP of at most SIDE pixels, in a data URI."""
+    thumbnail, data = Image.fromarray(image), io.BytesIO()
+    thumbnail.thumbnail((SIDE, SIDE))
+    thumbnail.save(data, "WEBP", quality=75)
+    return "data:image/webp;base64," + b64encode(data.getvalue()).decode()

@@ -1,0 +1,347 @@
+"""Captions by a command or an HTTP endpoint of the user's, called once per image; answers are cached on disk.
+
+The cache, ``data/.NAME/captions.sqlite``, maps an image's key and the captioner's identity to a caption. An answer is
+stored before the next image is sent, so a killed ingest sends again only images whose answers were due.
+"""
+
+import json
+import os
+import selectors
+import shutil
+import signal
+import sqlite3
+import subprocess
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, closing, suppress
+from functools import partial
+from pathlib import Path
+from tempfile import NamedTemporaryFile, TemporaryFile
+from threading import Event, Lock
+from typing import Any
+
+import httpx
+from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, stop_when_event_set
+from tenacity.nap import sleep_using_event
+
+from diffusion.common.config import Config
+from diffusion.common.errors import UserError
+from diffusion.common.progress import Progress
+from diffusion.data.ingest.config import CaptionerConfig
+from diffusion.data.ingest.merge import Merge, write_part
+from diffusion.data.manifest import CAPTIONER, read_records, work_folder
+from diffusion.data.prefetch import prefetch
+from diffusion.data.sources.base import LONGEST, too_long
+from diffusion.data.sources.conventions import as_text
+from diffusion.data.sources.urls import Again, pause, retry_after, short
+
+LONGEST_ANSWER = 2**17
+"""Maximum bytes of an answer: more than the longest caption takes, escaped in JSON."""
+MOST_UNANSWERED = 20
+"""Images in a row without an answer, after which the captioner is taken for broken and called no more."""
+REFUSALS = (400, 413, 415, 422)
+"""HTTP statuses that concern one image; all others than 200 concern the endpoint."""
+WITHHELD = ("AWS_", "DARKROOM_", "MLFLOW_", "PREFECT_")
+"""Prefixes of environment variables that a command does not get: keys and passwords of the pipeline's own servers."""
+SCHEMA = """
+    PRAGMA journal_mode = WAL; PRAGMA synchronous = NORMAL; PRAGMA secure_delete = ON;
+    CREATE TABLE IF NOT EXISTS captions (key BLOB, captioner TEXT, caption TEXT, PRIMARY KEY (key, captioner))
+        WITHOUT ROWID;
+"""
+
+
+class CaptionCounts(Config):
+    """What a captioner answered during an ingest."""
+
+    captioner: str
+    """Version, with a digest of command or URL."""
+    requests: int
+    """Number of images that were sent to it, with or without success."""
+    cached: int
+    """Number of images whose captions were known from earlier answers."""
+    failed: int
+    """Number of images that should have a caption and got none; the next ingest sends them again."""
+    reasons: dict[str, int]
+    """The most frequent reasons for that."""
+
+
+class NoCaption(Exception):
+    """The captioner has no usable caption for one image; the message says why."""
+
+
+class Unanswered(NoCaption):
+    """The captioner did not answer, or is broken."""
+
+
+def add_captions(merge: Merge, config: CaptionerConfig, progress: Progress) -> CaptionCounts:
+    """Caption the kept images of ``merge.parts`` that lack a caption of this captioner; rewrites tables, no shards.
+
+    Captions of the source stay unless ``config.replace``. Images without an answer keep what they have.
+
+    Raises UserError if the captioner cannot be started or more than ``config.max_failed`` remain without an answer.
+    """
+    name, folder, parts = config.identity, merge.folder, merge.parts
+
+    def is_due(row: dict[str, Any]) -> bool:
+        captioner = row.get(CAPTIONER.name)
+        if row["outcome"] != "kept" or captioner == name:
+            return False
+        return config.replace or captioner is not None or not row["caption"]
+
+    due = dict[int, int]()  # images by place of their part
+    for place, part in enumerate(parts):
+        if part.shard is not None and (part.captioners or {}).get(name) != part.outcomes.get("kept"):
+            table = read_records(folder, part, ("outcome", "caption", CAPTIONER.name))
+            due[place] = sum(map(is_due, table.to_pylist()))
+    total, done, cached, in_a_row, reasons = sum(due.values()), 0, 0, 0, Counter[str]()
+    with ExitStack() as stack:
+        cache = stack.enter_context(closing(Cache(folder)))
+        captioner = stack.enter_context(closing(Captioner(config)))
+        for place in (place for place, count in due.items() if count):
+            part = parts[place]
+            assert part.shard is not None
+            rows = read_records(folder, part).to_pylist()
+            waiting = {row["key"]: row for row in rows if is_due(row)}
+            found = {key: caption for key in waiting if (caption := cache.get(key, name)) is not None}
+            cached, done = cached + len(found), done + len(found)
+            progress("images captioned", done, total)
+            unknown = [row for key, row in waiting.items() if key not in found]
+            answers = prefetch(
+                partial(_send, captioner, cache, name), _images(folder / part.shard.name, unknown), config.workers
+            )
+            try:
+                for row, answer in zip(unknown if in_a_row < MOST_UNANSWERED else (), answers, strict=False):
+                    done += 1
+                    in_a_row = in_a_row + 1 if isinstance(answer, Unanswered) else 0
+                    if isinstance(answer, NoCaption):
+                        reasons[str(answer)] += 1
+                    else:
+                        found[row["key"]] = answer
+                    failed = reasons.total()
+                    progress("images captioned", done, total, f"{failed:,} failed" if failed else "")
+                    if in_a_row == MOST_UNANSWERED:
+                        captioner.stopped.set()
+                        break
+            except BaseException:
+                captioner.stopped.set()
+                raise
+            finally:
+                answers.close()
+            for key, caption in found.items():
+                waiting[key] |= {"caption": caption, CAPTIONER.name: name}
+                merge.index.recaption(waiting[key])
+            if found:
+                size, source = merge.config.size, part.source
+                parts[place] = write_part(folder, part.number, part.shard, rows, size, source, part.shape)
+    failed = total - (done - reasons.total())
+    counts = CaptionCounts(
+        captioner=name,
+        requests=done - cached,
+        cached=cached,
+        failed=failed,
+        reasons=dict(reasons.most_common(5)),
+    )
+    kept = sum(part.outcomes.get("kept", 0) for part in parts)
+    if failed > config.max_failed * kept:
+        leading = "; ".join(f"{count} × {reason}" for reason, count in reasons.most_common(3))
+        raise UserError(
+            f"the captioner {name} left {failed:,} of {kept:,} images without a caption, more than the "
+            f"share of {config.max_failed:g} that ingest.captioner.max_failed allows ({leading}): start or fix it and "
+            "give the same command again, which sends these alone"
+        )
+    return counts
+
+
+def _send(captioner: "Captioner", cache: "Cache", name: str, item: tuple[str, bytes]) -> str | NoCaption:
+    """Send one image, and store the answer."""
+    key, image = item
+    try:
+        caption = captioner(image)
+    except NoCaption as error:
+        return error
+    cache.put(key, name, caption)
+    return caption
+
+
+class Captioner:
+    """The command or endpoint of ``config``; thread-safe. Raises UserError for one that cannot be called at all."""
+
+    def __init__(self, config: CaptionerConfig) -> None:
+        self.config = config
+        self.stopped = Event()
+        """Ends all pauses before another try once it is set."""
+        headers = {"Content-Type": "image/png", "Accept": "application/json", "Accept-Encoding": "identity"}
+        if config.token_env:
+            token = os.environ.get(config.token_env, "").strip()
+            if not token or not token.isascii() or not token.isprintable():
+                raise UserError(
+                    f"the environment has no token in {config.token_env}, which ingest.captioner.token_env names: "
+                    "set it to one line of ASCII"
+                )
+            headers["Authorization"] = f"Bearer {token}"
+        if config.command and shutil.which(config.command[0]) is None:
+            raise UserError(f"ingest.captioner.command: {config.command[0]} is no program: give its path")
+        limits = httpx.Limits(max_connections=config.workers)
+        self._client = httpx.Client(headers=headers, timeout=config.seconds, limits=limits)
+        self._retrying = Retrying(
+            retry=retry_if_exception_type(Again),
+            stop=stop_after_attempt(config.tries) | stop_when_event_set(self.stopped),
+            wait=pause,
+            sleep=sleep_using_event(self.stopped),
+            reraise=True,
+        )
+
+    def close(self) -> None:
+        """Close all connections."""
+        self._client.close()
+
+    def __call__(self, image: bytes) -> str:
+        """Return the caption of a PNG; raises NoCaption, and Unanswered if the captioner itself is the reason."""
+        if self.config.command:
+            return _check_caption(self._run(self.config.command, image))
+        try:
+            answer = self._retrying.copy()(self._post, image)
+            return _check_caption(json.loads(answer)["caption"])
+        except Again as error:
+            raise Unanswered(f"{error}, at each of {self.config.tries} tries") from error
+        except (ValueError, TypeError, LookupError, RecursionError) as error:
+            raise NoCaption('its answer is not {"caption": "…"}') from error
+
+    def _run(self, command: tuple[str, ...], image: bytes) -> str:
+        deadline, answer = time.monotonic() + self.config.seconds, b""
+        with ExitStack() as stack:
+            file = stack.enter_context(NamedTemporaryFile(suffix=".png"))
+            file.write(image)
+            file.seek(0)
+            errors = stack.enter_context(TemporaryFile())
+            try:
+                process = subprocess.Popen(
+                    [file.name if each == "{image}" else each for each in command],
+                    stdin=file,
+                    stdout=subprocess.PIPE,
+                    stderr=errors,
+                    env={name: value for name, value in os.environ.items() if not name.startswith(WITHHELD)},
+                    start_new_session=True,
+                )
+            except OSError as error:
+                raise UserError(
+                    f"ingest.captioner.command: {command[0]} cannot be started ({error.strerror}): give a program, or "
+                    "an executable script whose first line is #! and the path of its interpreter"
+                ) from error
+            stack.callback(_end, process)
+            assert process.stdout is not None
+            output = stack.enter_context(process.stdout)
+            selector = stack.enter_context(selectors.DefaultSelector())
+            selector.register(output, selectors.EVENT_READ)
+            while selector.select(max(deadline - time.monotonic(), 0)):
+                if not (piece := os.read(output.fileno(), 2**16)):
+                    break
+                answer += piece
+                if len(answer) > LONGEST_ANSWER:
+                    raise NoCaption(f"its answer has more than {LONGEST_ANSWER} bytes")
+            else:
+                raise Unanswered(f"no answer within {self.config.seconds:g} s")
+            try:
+                code = process.wait(max(deadline - time.monotonic(), 0))
+            except subprocess.TimeoutExpired as error:
+                raise Unanswered(f"it did not end within {self.config.seconds:g} s") from error
+            if code:
+                errors.seek(max(errors.seek(0, os.SEEK_END) - 1000, 0))
+                last = errors.read().decode(errors="replace").strip().rpartition("\n")[2]
+                raise Unanswered(f"exit code {code}{last and f': {short(last)}'}")
+        try:
+            return answer.decode()
+        except UnicodeDecodeError as error:
+            raise NoCaption("its answer is not UTF-8") from error
+
+    def _post(self, image: bytes) -> bytes:
+        deadline, answer = time.monotonic() + self.config.seconds, b""
+        try:
+            with self._client.stream("POST", str(self.config.url), content=image) as response:
+                if (status := response.status_code) != 200:
+                    line = f"HTTP {status} {httpx.codes.get_reason_phrase(status)}".strip()
+                    if status in (408, 425, 429) or status >= 500:
+                        raise Again(line, retry_after(response.headers.get("Retry-After", "")))
+                    raise NoCaption(line) if status in REFUSALS else Unanswered(line)
+                for piece in response.iter_raw():
+                    answer += piece
+                    if len(answer) > LONGEST_ANSWER:
+                        raise NoCaption(f"its answer has more than {LONGEST_ANSWER} bytes")
+                    if time.monotonic() > deadline:
+                        raise Again(f"no whole answer within {self.config.seconds:g} s")
+                return answer
+        except httpx.TimeoutException as error:
+            raise Again(f"no answer within {self.config.seconds:g} s") from error
+        except httpx.TransportError as error:
+            raise Again(short(error) or type(error).__name__) from error
+
+
+def _end(process: "subprocess.Popen[bytes]") -> None:
+    """Kill a command and its children; they may outlive it."""
+    # PermissionError: only zombies are left (macOS).
+    with suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def _check_caption(answer: object) -> str:
+    """Return a caption as a source would give it; raises NoCaption if there is none or it is too long."""
+    if not (caption := (as_text(answer) or "").strip()):
+        raise NoCaption("it has no caption for it")
+    if len(caption) > LONGEST["caption"]:
+        raise NoCaption(too_long("caption"))
+    return caption
+
+
+def _images(shard: Path, rows: list[dict[str, Any]]) -> Iterator[tuple[str, bytes]]:
+    """Yield key and PNG of the images in ``rows``."""
+    with shard.open("rb") as file:
+        for row in rows:
+            file.seek(row["offset"])
+            yield row["key"], file.read(row["size"])
+
+
+class Cache:
+    """Answers of captioners by image and captioner, in the work folder of the data set in ``folder``."""
+
+    def __init__(self, folder: Path) -> None:
+        path = work_folder(folder) / "captions.sqlite"
+        self._lock = Lock()
+        try:
+            self._database = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+            self._database.executescript(SCHEMA)
+        except sqlite3.OperationalError:
+            raise
+        except sqlite3.DatabaseError as error:
+            raise UserError(f"{path} is damaged ({error}): delete it, and all images are captioned again") from error
+
+    def close(self) -> None:
+        """Close the database."""
+        self._database.close()
+
+    def get(self, key: str, captioner: str) -> str | None:
+        """Return the caption of the image ``key`` by ``captioner``; None if there was no answer yet."""
+        query = "SELECT caption FROM captions WHERE key = ? AND captioner = ?"
+        with self._lock:
+            found = self._database.execute(query, (bytes.fromhex(key), captioner)).fetchone()
+        return None if found is None else str(found[0])
+
+    def put(self, key: str, captioner: str, caption: str) -> None:
+        """Store an answer: it outlives this process from now on."""
+        row = bytes.fromhex(key), captioner, caption
+        with self._lock:
+            self._database.execute("INSERT OR REPLACE INTO captions VALUES (?, ?, ?)", row)
+
+    def forget(self, keys: Iterable[str]) -> None:
+        """Delete all answers about these images."""
+        with self._lock:
+            self._database.executemany("DELETE FROM captions WHERE key = ?", ((bytes.fromhex(key),) for key in keys))
+            self._database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+
+
+def forget_captions(folder: Path, keys: Iterable[str]) -> None:
+    """Delete all answers about the images ``keys`` of the data set in ``folder``."""
+    if (work_folder(folder) / "captions.sqlite").is_file():
+        with closing(Cache(folder)) as cache:
+            cache.forget(keys)

@@ -1,0 +1,92 @@
+"""Latents of a data set's images, encoded at the first training on them and cached until a takedown."""
+
+from collections.abc import Callable
+from concurrent.futures import Executor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from filelock import FileLock
+from safetensors import safe_open
+from torch import Tensor
+
+from diffusion.checkpoints import save_tensors
+from diffusion.common.files import digest_of, sha256_file, write_bytes
+from diffusion.common.progress import Progress, silent
+from diffusion.data.dataset import Dataset, Rows
+from diffusion.data.ingest.ingest import encodings_folder, forget_encodings
+from diffusion.data.manifest import read_manifest
+from diffusion.families.model import to_float
+
+AT_ONCE = 16
+"""Images encoded at once: fixed, since the last bits of each depend on the others."""
+VARIANTS = ("plain", "mirrored")
+
+
+class LatentCache:
+    """Latents of the images of ``dataset`` by ``encode``, which maps (N, C, H, W) in [−1, 1] to (N, c, h, w) float32.
+
+    A file for each shard, named by its images, by ``digest``, which stands for all that latents depend on besides, and
+    by whether the latents of the mirrored images are there as well (``mirrored``). Missing ones are made when this is,
+    by the threads of ``pool``; a killed process leaves whole files. They are mapped into memory.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        digest: str,
+        encode: Callable[[Tensor], Tensor],
+        mirrored: bool,
+        pool: Executor,
+        progress: Progress = silent,
+    ) -> None:
+        rows = np.arange(len(dataset))
+        self._shards = dataset.shards(rows)
+        self._files: dict[int, Any] = {}
+        self._places = np.empty(len(rows), np.int64)
+        variants, folder = VARIANTS[: 1 + mirrored], encodings_folder(dataset.folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        done = 0
+        for shard in np.unique(self._shards).tolist():
+            mine = rows[self._shards == shard]
+            self._places[mine] = np.arange(len(mine))
+            path = folder / f"latents-{digest_of([digest, variants, dataset.keys(mine)])[:32]}.safetensors"
+            # Concurrent trainings wait for one another.
+            with FileLock(folder.with_suffix(".lock")):
+                if not _is_whole(path):
+                    tensors = {name: self._encoded(dataset, mine, encode, name, pool) for name in variants}
+                    written = save_tensors(path, tensors, {"latents": digest})
+                    write_bytes(path.with_suffix(".sha256"), f"{written}\n".encode())
+                self._files[shard] = safe_open(path, framework="pt")
+            done += len(mine)
+            progress("images encoded", done, len(rows))
+        if read_manifest(dataset.folder).content_digest != dataset.manifest.content_digest:
+            # Images may have been taken down meanwhile: see ``embeddings_of``.
+            forget_encodings(dataset.folder)
+
+    @staticmethod
+    def _encoded(
+        dataset: Dataset, rows: Rows, encode: Callable[[Tensor], Tensor], variant: str, pool: Executor
+    ) -> Tensor:
+        def encoded(part: np.ndarray) -> Tensor:
+            images = to_float(dataset.images(part))
+            with torch.inference_mode():
+                return encode(images.flip(-1) if variant == "mirrored" else images).float().cpu()
+
+        parts = [np.asarray(rows)[start : start + AT_ONCE] for start in range(0, len(rows), AT_ONCE)]
+        return torch.cat(list(pool.map(encoded, parts)))
+
+    def of(self, rows: Rows, mirrored: np.ndarray | None = None) -> Tensor:
+        """Return the latents of the images in ``rows``, of their mirror images where ``mirrored``: (N, c, h, w)."""
+        found = []
+        for number, row in enumerate(np.asarray(rows, np.int64)):
+            variant = VARIANTS[int(mirrored is not None and bool(mirrored[number]))]
+            place = int(self._places[row])
+            found.append(self._files[int(self._shards[row])].get_slice(variant)[place : place + 1])
+        return torch.cat(found)
+
+
+def _is_whole(path: Path) -> bool:
+    digest = path.with_suffix(".sha256")
+    return path.is_file() and digest.is_file() and sha256_file(path) == digest.read_text().strip()

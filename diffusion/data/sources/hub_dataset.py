@@ -1,0 +1,320 @@
+"""Data sets of the Hugging Face Hub (``hf://datasets/``): Parquet, WebDataset and ImageFolder layouts.
+
+Files are fetched whole, verified, and read as local ones are. What stands in a file that has not changed is remembered,
+so that listing it again fetches nothing.
+"""
+
+import gzip
+import json
+import posixpath
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import groupby
+from pathlib import Path, PurePosixPath
+from tempfile import SpooledTemporaryFile
+from typing import Any, NamedTuple, Self, TextIO
+
+from filelock import FileLock
+
+from diffusion.common.errors import UserError
+from diffusion.common.files import digest_of, write_atomically
+from diffusion.common.hub import HubFile, Repository, parse_hub_uri
+from diffusion.data.ingest.decode import UnusableEntry
+from diffusion.data.prefetch import prefetch
+from diffusion.data.sources.base import Access, Entry, Payload, Source, too_large
+from diffusion.data.sources.conventions import METADATA_FILES, is_hidden, is_image, list_images, printable
+from diffusion.data.sources.local_files import TARS, expanded, open_text, stamp_of
+from diffusion.data.sources.object_store import IN_MEMORY
+from diffusion.data.sources.parquet import Parquet
+from diffusion.data.sources.tars import WebDataset
+
+OPTIONS = ("config", "split", "image", "label", "caption")
+IMAGES_AT_ONCE, FILES_AT_ONCE = 16, 4
+"""Concurrent downloads of images, and of files with many of them."""
+LARGEST_TABLE = 2**32
+"""Maximum bytes of a metadata file."""
+SPLITS = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev"),
+    "test": ("test", "testing", "eval", "evaluation"),
+}
+"""Words in the names of folders and files that tell the split, as in Hugging Face's ``datasets``."""
+NUMBERED = re.compile(r"(?P<split>\w+(?:\.\w+)*)-\d{5}-of-\d{5,}[^/]*")
+FORMAT = 1
+"""Incremented when files would be listed in another way."""
+
+
+@dataclass(frozen=True)
+class HubDataset:
+    """The images of a split of a data set of the Hub, named ``OWNER/NAME/FILE[/MEMBER OR ROW]``.
+
+    ``config`` and ``split`` select files as the data set's card says, or else by the names of folders and files. Their
+    defaults are the only or default configuration, and ``train`` or the only split; ``split=all`` is everything. The
+    columns ``image``, ``label`` and ``caption`` of Parquet files are those of ``parquet:``. The revision (default
+    ``main``) is resolved to a commit whenever the images are listed.
+    """
+
+    name: str
+    revision: str | None
+    options: dict[str, str]
+    access: Access
+    in_order = True
+
+    @classmethod
+    def open(cls, place: str, options: dict[str, str], access: Access) -> Self:
+        """Open ``hf:`` + ``place``; raises UserError for anything but a data set's name."""
+        return cls(*parse_hub_uri(f"hf:{place}", "dataset"), options, access)
+
+    def find(self) -> tuple[Repository, list[HubFile]]:
+        """Resolve the revision and select the files; raises UserError for names that the Hub or data set lacks."""
+        repository = Repository.resolve("dataset", self.name, self.revision)
+        config, groups = _splits(repository, self.options.get("config"))
+        split = self.options.get("split")
+        if split is None:
+            split = "train" if len(groups) != 1 else next(iter(groups))
+            if groups and split not in groups:
+                raise UserError(f"{self.uri} has several splits: choose one of {', '.join(groups)} with split=")
+        if split == "all" and split not in groups:
+            files = {each.path: each for group in groups.values() for each in group}
+            return repository, sorted(files.values())
+        if groups and split not in groups:
+            of = f" of configuration {config}" if config else ""
+            raise UserError(f"{self.uri}{of} has no split {split}: there is {', '.join(groups)}")
+        return repository, groups.get(split, [])
+
+    @property
+    def uri(self) -> str:
+        """The data set's own address, without options."""
+        return f"hf://datasets/{self.name}" + (f"@{self.revision}" if self.revision else "")
+
+    def entries(self) -> Iterator[Entry]:
+        """Yield all images, file by file; raises UserError for what is missing, damaged or has no images."""
+        repository, files = self.find()
+        options = "&".join(f"{name}={value}" for name, value in sorted(self.options.items()))
+        self.access.about["source"] = f"{repository.uri}?{options}" if options else repository.uri
+        if repository.licence is not None:
+            self.access.about["licence"] = repository.licence
+        columns = self._columns
+        tables = [each for each in files if each.path.endswith(".parquet")]
+        shards = [each for each in files if each.path.endswith(TARS)]
+        if columns and not tables:
+            raise UserError(f"{self.uri} has no Parquet files: {', '.join(columns)} name their columns, leave them out")
+        if tables or shards:
+            for path in prefetch(partial(self._listing, repository), tables or shards, FILES_AT_ONCE):
+                with gzip.open(path, "rt", encoding="utf-8") as rows:
+                    file = HubFile(*json.loads(next(rows)))
+                    for name, inside, *texts in map(json.loads, rows):
+                        source = f"{self.name}/{printable(file.path)}/{name}"
+                        yield Entry(source, json.dumps([repository.commit, *file, inside]), file.digest, *texts)
+        else:
+            yield from self._images(repository, files)
+
+    def _listing(self, repository: Repository, file: HubFile) -> Path:
+        """Return the table of the images in a file, which is fetched unless the table is there already."""
+        folder = self.access.listings or self.access.scratch
+        # Two files of a data set may have the same content.
+        path = folder / f"{digest_of([FORMAT, file, self._columns])[:32]}.jsonl.gz"
+        if path.is_file():
+            return path
+        local = self._fetched(repository.commit, file)
+        where = f"{file.path} of {self.uri}"
+
+        def write(partial: Path) -> None:
+            with gzip.open(partial, "wt", encoding="utf-8", compresslevel=3) as lines:
+                lines.write(json.dumps(file) + "\n")
+                for entry in self._reader(file, local).entries():
+                    name = entry.source.removeprefix(f"{local.name}/")
+                    _, *inside = json.loads(entry.locator)
+                    lines.write(json.dumps([name, inside, *entry[3:]]) + "\n")
+
+        try:
+            write_atomically(path, write)
+        except UserError as error:
+            raise UserError(str(error).replace(str(local), where)) from error
+        return path
+
+    def _reader(self, file: HubFile, local: Path) -> Source:
+        if not file.path.endswith(".parquet"):
+            return WebDataset(str(local), self.access)
+        return Parquet(str(local), self._columns, self.access)
+
+    @property
+    def _columns(self) -> dict[str, str]:
+        return {name: self.options[name] for name in OPTIONS[2:] if name in self.options}
+
+    def _images(self, repository: Repository, files: Sequence[HubFile]) -> Iterator[Entry]:
+        visible = [each for each in files if not is_hidden(each.path)]
+        tables = [each.path for each in visible if posixpath.basename(each.path) in METADATA_FILES]
+        images = [each.path for each in visible if is_image(each.path)]
+        if len(tables) > 1 and len({posixpath.dirname(each) for each in tables}) > 1:
+            raise UserError(f"{self.uri} has metadata in several folders ({', '.join(tables[:5])}): choose a split")
+        if not images:
+            ends = sorted({posixpath.splitext(each.path)[1] or each.path for each in visible})
+            raise UserError(
+                f"no images in {self.uri}: it has {', '.join(ends[:10]) or 'no files'}, and Parquet, WebDataset and "
+                "folders of images are read; download others and give their path"
+            )
+        root = posixpath.dirname(tables[0]) if tables else posixpath.commonpath(map(posixpath.dirname, images))
+        prefix = f"{root}/" if root else ""
+        inside = [each for each in visible if each.path.startswith(prefix)]
+        listed = (
+            (printable(each.path.removeprefix(prefix)), json.dumps([repository.commit, *each, None]), each.digest)
+            for each in inside
+        )
+        for entry in list_images(listed, f"{self.uri}/{root}", self._table, self.access.passed_over):
+            yield entry._replace(source=printable(f"{self.name}/{prefix}") + entry.source)
+
+    def _table(self, locator: str, _: str) -> TextIO:
+        commit, *file, _inside = json.loads(locator)
+        if (found := HubFile(*file)).size > LARGEST_TABLE:
+            raise UserError(f"{found.path} of {self.uri} has {found.size} bytes, over the limit of {LARGEST_TABLE}")
+        return open_text(self._fetched(commit, found))
+
+    def read(self, entries: Sequence[Entry]) -> Iterator[Payload]:
+        """Yield their bytes, files fetched concurrently; raises DarkroomError if the Hub cannot be reached."""
+        places = (_Place.of(entry) for entry in entries)
+        for is_file, group in groupby(places, key=lambda place: place.inside is None):
+            if is_file:
+                for payload in prefetch(self._image, group, IMAGES_AT_ONCE):
+                    if isinstance(payload, UnusableEntry):
+                        yield payload
+                        continue
+                    with payload:
+                        payload.seek(0)
+                        yield payload.read()
+                continue
+            for (commit, file), members in groupby(group, key=lambda place: (place.commit, place.file)):
+                local = self._fetched(commit, file)
+                stamp = stamp_of(local)
+                inner = [Entry("", json.dumps([str(local), *(member.inside or ())]), stamp) for member in members]
+                yield from self._reader(file, local).read(inner)
+
+    def _image(self, place: "_Place") -> "SpooledTemporaryFile[bytes] | UnusableEntry":
+        if place.problem is not None:
+            return UnusableEntry(place.problem)
+        if place.file.size > self.access.config.max_bytes:
+            return too_large(place.file.size, self.access.config.max_bytes)
+        data = SpooledTemporaryFile(IN_MEMORY, dir=str(self.access.scratch))  # noqa: SIM115 (closed by its reader)
+        Repository("dataset", self.name, place.commit).fetch(place.file, data)
+        return data
+
+    def _fetched(self, commit: str, file: HubFile) -> Path:
+        """Return a verified scratch copy of a file; other workers wait for it."""
+        path = self.access.scratch / f"hub-{digest_of(file)[:32]}{PurePosixPath(file.path).suffix}"
+        with FileLock(path.with_name(f".{path.name}.lock")):
+            # Whole if it is there; it need not be hashed for every chunk.
+            return path if path.is_file() else Repository("dataset", self.name, commit).download(file, path)
+
+
+class _Place(NamedTuple):
+    """Where an image lies."""
+
+    commit: str
+    file: HubFile
+    inside: list[Any] | None
+    """Its place inside the file, as the file's reader has it; None: it is the file."""
+    problem: str | None = None
+    """Reason why it cannot be read, if any."""
+
+    @classmethod
+    def of(cls, entry: Entry) -> Self:
+        place = json.loads(entry.locator)
+        if isinstance(place, str):
+            return cls("", HubFile("", 0, ""), None, place)
+        commit, *file, inside = place
+        return cls(commit, HubFile(*file), inside)
+
+
+def _splits(repository: Repository, wanted: str | None) -> tuple[str | None, dict[str, list[HubFile]]]:
+    """Return the name of the configuration, None if there are none, and the files of each of its splits.
+
+    Raises UserError if there is no configuration ``wanted``, or none is wanted and there are several.
+    """
+    files = [file for path, file in repository.files.items() if not is_hidden(path)]
+    configs = {
+        str(each["config_name"]): each
+        for each in repository.card.get("configs") or ()
+        if isinstance(each, dict) and "config_name" in each
+    }
+    if not configs:
+        if wanted is not None:
+            # The layout of the branch refs/convert/parquet.
+            folders = sorted({file.path.partition("/")[0] for file in files if "/" in file.path})
+            if wanted not in folders:
+                there = f"there is {', '.join(folders[:20])}" if folders else "it has none"
+                raise UserError(f"{repository.uri} has no configuration {wanted}: {there}")
+            files = [file for file in files if file.path.startswith(f"{wanted}/")]
+        return wanted, _by_name(files)
+    if wanted is not None and wanted not in configs:
+        raise UserError(f"{repository.uri} has no configuration {wanted}: there is {', '.join(configs)}")
+    default = next((name for name, each in configs.items() if each.get("default")), None)
+    chosen = wanted or default or ("default" if "default" in configs else None)
+    if chosen is None:
+        if len(configs) > 1:
+            raise UserError(
+                f"{repository.uri} has several configurations: choose one of {', '.join(configs)} with config="
+            )
+        (chosen,) = configs
+    about = configs[chosen]
+    folder = str(about.get("data_dir") or "").strip("/")
+    files = [file for file in files if not folder or file.path.startswith(f"{folder}/")]
+    if (named := about.get("data_files")) is None:
+        return chosen, _by_name(files)
+    if isinstance(named, dict):
+        named = [{"split": split, "path": path} for split, path in named.items()]
+    elif not (isinstance(named, list) and all(isinstance(each, dict) for each in named)):
+        named = [{"split": "train", "path": named}]
+    groups: dict[str, list[HubFile]] = {}
+    for each in named:
+        patterns = each.get("path") or ()
+        found = groups.setdefault(str(each.get("split", "train")), [])
+        for pattern in [patterns] if isinstance(patterns, str) else patterns:
+            inside = f"{folder}/{pattern}" if folder else str(pattern)
+            names = expanded(inside.removeprefix("./"))
+            found += [file for file in files if any(_matches(name, file.path) for name in names) and file not in found]
+    return chosen, groups
+
+
+def _matches(pattern: str, path: str) -> bool:
+    """Whether a glob, in which ``**`` alone crosses folders, is for all of ``path``; without backtracking."""
+    ends = {0}  # of what the signs so far may be for
+    for sign in re.split(r"(\*\*/|\*\*|\*|\?)", pattern):
+        match sign:
+            case "**":
+                ends = set(range(min(ends), len(path) + 1))
+            case "**/":
+                ends |= {place + 1 for place in range(min(ends), len(path)) if path[place] == "/"}
+            case "*":
+                ends = {place for end in ends for place in range(end, path.find("/", end) + 1 or len(path) + 1)}
+            case "?":
+                ends = {end + 1 for end in ends if path[end : end + 1] not in ("", "/")}
+            case _:
+                ends = {end + len(sign) for end in ends if path.startswith(sign, end)}
+        if not ends:
+            return False
+    return len(path) in ends
+
+
+def _by_name(files: Sequence[HubFile]) -> dict[str, list[HubFile]]:
+    """Group files by the split that their folders or names tell; all are ``train`` if none does."""
+    groups: dict[str, list[HubFile]] = {}
+    for file in files:
+        if (split := _split_of(file.path)) is not None:
+            groups.setdefault(split, []).append(file)
+    return {split: groups[split] for split in dict.fromkeys((*SPLITS, *groups)) if split in groups} or {
+        "train": [*files]
+    }
+
+
+def _split_of(path: str) -> str | None:
+    *folders, name = path.split("/")
+    if match := NUMBERED.fullmatch(name):
+        return match["split"]
+    # The names of single images and tables tell none.
+    for part in [*folders, *([name] if name.endswith((".parquet", *TARS)) else [])]:
+        words = re.split(r"[^a-z]+", part.lower())
+        if split := next((split for split, known in SPLITS.items() if set(known) & set(words)), None):
+            return split
+    return None

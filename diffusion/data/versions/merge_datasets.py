@@ -1,0 +1,231 @@
+"""Merging of data sets by their parts: no image is read, and parts without duplicates are taken as they are."""
+
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow.compute as pc
+from filelock import FileLock
+from pydantic import Field
+
+from diffusion.common.config import Config, unset
+from diffusion.common.errors import UserError
+from diffusion.common.escaping import counted
+from diffusion.common.files import make_folder, sha256_file, sync_file, sync_folder
+from diffusion.common.progress import Progress, silent
+from diffusion.data.ingest.config import IngestConfig
+from diffusion.data.ingest.ingest import remove_strays
+from diffusion.data.ingest.key_resolution import resolve
+from diffusion.data.ingest.merge import copy_samples, write_part
+from diffusion.data.key_ranges import scratch_folder
+from diffusion.data.manifest import (
+    STORED,
+    FileEntry,
+    Manifest,
+    Part,
+    read_manifest,
+    read_records,
+    repair_hint,
+    require_whole,
+    work_folder,
+    write_manifest,
+)
+from diffusion.data.prefetch import FanOut, local_fan_out
+from diffusion.data.versions.takedown_records import removals
+from diffusion.data.versions.versions import stored_in
+
+
+class MergeResult(Config):
+    """A data set after others were merged into it."""
+
+    dataset: str
+    changed: bool
+    digest: str
+    content_digest: str
+    added: int
+    """Number of images that it lacked."""
+    duplicates: int
+    """Number of images of the others that it had, or that came twice."""
+    kept: int
+    dropped: int | None = Field(None, exclude_if=unset)
+    """Number of images that the rules of curation left out; None without rules."""
+
+    def lines(self) -> list[str]:
+        """Describe the result."""
+        dropped = "" if self.dropped is None else f", {self.dropped:,} dropped by rules"
+        return [
+            f"{self.dataset}: {counted(self.kept, 'image')}, {self.added:,} new, "
+            f"{counted(self.duplicates, 'duplicate')} left out{dropped}; version {self.digest[:12]}",
+            f"content {self.content_digest}",
+        ]
+
+
+@dataclass(frozen=True)
+class _Task:
+    """A part of the data set in ``source`` that becomes part ``number`` of that in ``folder``."""
+
+    folder: Path
+    source: Path
+    part: Part
+    number: int
+    size: int
+    duplicates: np.ndarray
+
+
+def merge_datasets(
+    folder: Path,
+    others: Sequence[Path],
+    config: IngestConfig,
+    progress: Progress = silent,
+    fan_out: FanOut | None = None,
+) -> MergeResult:
+    """Make a version of the data set in ``folder`` with the images of ``others``, which must be stored alike.
+
+    Of equal images the first stays, in the order of the data sets; the result has the content digest of ingests of all
+    their sources in this order. Duplicates are found by ranges of keys, and each part is the work of one worker: memory
+    does not grow with the data sets. Locks out ingests; repeated after a kill it gives the same bytes, and once it is
+    done no version.
+
+    Raises UserError if the data sets differ in storage or licence, near-duplicates are grouped, an image of one was
+    taken down from another, or a file is damaged.
+    """
+    fan_out = fan_out or local_fan_out(config)
+    if config.near_duplicates is not None:
+        raise UserError(
+            "near-duplicates are not looked for between data sets: leave ingest.near_duplicates out, or ingest the "
+            "sources into one data set"
+        )
+    folders = list(dict.fromkeys((folder, *others)))
+    before, *rest = (read_manifest(each) for each in folders)
+    with ExitStack() as stack:
+        for each in sorted(folders):
+            stack.enter_context(FileLock(work_folder(each) / "lock"))
+        before, *rest = (read_manifest(each) for each in folders)
+        for each, manifest in zip(folders, (before, *rest), strict=True):
+            _require_alike(before, manifest)
+            require_whole(each, manifest)
+        shared = {part.records.sha256 for part in before.parts}
+        parts = [(folder, part) for part in before.parts]
+        for each, manifest in zip(folders[1:], rest, strict=True):
+            for part in manifest.parts:
+                if part.records.sha256 not in shared and (stored_in(part) or "removed" in part.outcomes):
+                    shared.add(part.records.sha256)
+                    parts.append((each, part))
+        scratch = stack.enter_context(scratch_folder(work_folder(folder) / "ranges"))
+        removed = frozenset(_removed(folders, parts))
+        digest, duplicates = resolve(parts, before.storage, scratch, fan_out, removed)
+        duplicates = duplicates[np.argsort(duplicates["part"], kind="stable")]
+        tasks = list(_tasks(folder, before, parts, duplicates))
+        new = []
+        for done, part in enumerate(fan_out(_take, tasks), 1):
+            new.append(part)
+            progress("parts merged", done, len(tasks))
+        after = before
+        if new != before.parts:
+            after = before.model_copy(
+                update={
+                    "parent": before.digest,
+                    "change": f"merge of {', '.join(f'{each.name} {each.digest[:12]}' for each in rest)}",
+                    "content_digest": digest,
+                    "parts": new,
+                }
+            )
+            write_manifest(folder, after)
+        remove_strays(folder)
+        return MergeResult(
+            dataset=folder.name,
+            changed=after is not before,
+            digest=after.digest,
+            content_digest=after.content_digest,
+            added=after.kept - before.kept,
+            duplicates=len(duplicates),
+            kept=after.kept,
+        )
+
+
+def _require_alike(ours: Manifest, theirs: Manifest) -> None:
+    if different := theirs.stored_otherwise(ours.storage):
+        name, other, mine = different
+        raise UserError(
+            f"data set {theirs.name} was made with ingest.{name}={other} and {ours.name} with {mine}: ingest its "
+            f"source again, into {ours.name}"
+        )
+    if theirs.licence != ours.licence:
+        raise UserError(
+            f"data set {theirs.name} has licence {theirs.licence} and {ours.name} has {ours.licence}: set "
+            "ingest.licence to one that covers both, and ingest either again"
+        )
+
+
+def _removed(folders: Sequence[Path], parts: Sequence[tuple[Path, Part]]) -> Iterator[str]:
+    """Yield keys and digests of files of images that were taken down."""
+    for folder in folders:
+        for removal in removals(work_folder(folder)):
+            yield from (*removal.image_keys, *removal.digests)
+    for folder, part in parts:
+        if "removed" in part.outcomes:
+            table = read_records(folder, part, ("outcome", "key", "source_sha256")).filter(
+                pc.field("outcome") == "removed"
+            )
+            yield from filter(None, (*table["key"].to_pylist(), *table["source_sha256"].to_pylist()))
+
+
+def _tasks(
+    folder: Path, before: Manifest, parts: Sequence[tuple[Path, Part]], duplicates: np.ndarray
+) -> Iterator[_Task]:
+    """Yield the parts of the merged data set; those that add nothing to it are left out."""
+    number = 0
+    for index, (source, part) in enumerate(parts):
+        mine = duplicates[slice(*np.searchsorted(duplicates["part"], (index, index + 1)))]
+        if index < len(before.parts):
+            number = part.number
+        elif len(mine) == stored_in(part) and "removed" not in part.outcomes:
+            continue
+        else:
+            number += 1
+        yield _Task(folder, source, part, number, before.size, mine)
+
+
+def _take(task: _Task) -> Part:
+    """Take over a part as it is, or without its duplicates."""
+    folder, part = task.folder, task.part
+    if not len(task.duplicates):
+        if task.source == folder:
+            return part
+        shard = part.shard and _link(task, part.shard)
+        return part.model_copy(update={"number": task.number, "records": _link(task, part.records), "shard": shard})
+    rows = read_records(task.source, part).to_pylist()
+    for row, relabelled in task.duplicates[["row", "relabelled"]].tolist():
+        reason = "came again with another label or caption" if relabelled else None
+        rows[row] |= {"outcome": "duplicate", "reason": reason, "leader": None}
+        rows[row] |= {"split": None, "offset": None, "size": None}
+    stored = [row for row in rows if row["outcome"] in STORED]
+    new_shard = None
+    if part.shard is not None and stored:
+        path = task.source / part.shard.name
+        if sha256_file(path) != part.shard.sha256:
+            raise UserError(f"{path} is damaged (its SHA-256 differs): {repair_hint(task.source)}")
+        new_shard = copy_samples(folder, task.number, [(path, stored)])
+    return write_part(folder, task.number, new_shard, rows, task.size, part.source, part.shape)
+
+
+def _link(task: _Task, entry: FileEntry) -> FileEntry:
+    """Give a file of the other data set a name in this one, without a copy where the file system has links."""
+    source = task.source / entry.name
+    path = task.folder / Path(entry.name).parent / f"{task.number:05d}-{entry.sha256[:16]}{source.suffix}"
+    make_folder(path.parent)
+    staged = path.with_name(f".{path.name}")
+    staged.unlink(missing_ok=True)
+    try:
+        os.link(source, staged)
+    except OSError:
+        shutil.copyfile(source, staged)
+    sync_file(staged)
+    staged.replace(path)
+    staged.unlink(missing_ok=True)  # two names of one file are not merged by a rename
+    sync_folder(path.parent)
+    return entry.model_copy(update={"name": path.relative_to(task.folder).as_posix()})

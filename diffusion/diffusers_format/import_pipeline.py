@@ -1,0 +1,309 @@
+"""Import of pipelines that ``save_pretrained`` of diffusers wrote, as one model file.
+
+The folder is not trusted: nothing in it is unpickled or run, and all that is read is within limits. Only pipelines and
+components of the allow-list in ``diffusion.models.config`` are imported.
+"""
+
+import json
+import math
+import re
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from diffusion.checkpoints import AVERAGED, CARRIED, FILES, LARGEST_FILES, match_tensors, save_tensors
+from diffusion.common.config import LARGEST_SIZE, LONGEST_NAME
+from diffusion.common.errors import UserError
+from diffusion.common.files import digest_of, sha256_bytes, sha256_file
+from diffusion.common.hub import LONGEST_CARD, licence_of, read_front_matter
+from diffusion.common.model_files import LARGEST_HEADER
+from diffusion.families.model import ModelHeader, Origin
+from diffusion.models.config import GUIDANCE, PIPELINES, SCHEDULERS, Component, DiffusersConfig
+
+INDEX = "model_index.json"
+CODE, PICKLES = (".py", ".pyc", ".so"), (".bin", ".ckpt", ".pt", ".pth", ".pkl", ".pickle")
+CARRIED_COMPONENTS = {
+    "safety_checker": ("stable_diffusion", "StableDiffusionSafetyChecker"),
+    "feature_extractor": ("transformers", ("CLIPImageProcessor", "CLIPImageProcessorFast", "CLIPFeatureExtractor")),
+    "image_encoder": ("transformers", "CLIPVisionModelWithProjection"),
+}
+"""Library and class of components that stay in the file for an export, and are not run."""
+RENAMED = {("DiTPipeline", "Transformer2DModel"): "DiTTransformer2DModel"}
+"""Classes by the names that they had in pipelines of older versions of diffusers, with which the DiT was published."""
+LARGEST_JSON = 2**20
+"""Largest configuration file, in bytes; those of tokenizers may be as large as all files together."""
+WEIGHTS = re.compile(
+    r"(diffusion_pytorch_model|model)(\.(?P<variant>\w+))?(-\d{5}-of-\d{5})?"
+    r"\.safetensors(\.index(\.(?P<other>\w+))?\.json)?"
+)
+"""Names of weights, in parts or not, and of the index of their parts; a variant is ``fp16``, say."""
+TYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int64)
+
+
+def import_pipeline(folder: Path, path: Path, origin: Origin) -> str:
+    """Write the pipeline of diffusers in ``folder`` as the model file ``path``, whole or not at all.
+
+    Weights keep their types and names. Components that are not run, such as a safety checker, are carried along for an
+    export. The licence is that of ``origin``, or of the front matter of README.md. Where there are weights of several
+    variants, those without one are taken.
+
+    Args:
+        folder: The folder, with a model_index.json.
+        path: Where the file is written.
+        origin: Source, revision and licence; files and libraries are filled in.
+
+    Returns:
+        The SHA-256 of the file.
+
+    Raises:
+        UserError: The folder holds a pickle, code, a link that leads out of it, a pipeline or component that is not on
+            the allow-list, tensors that its configurations do not describe, or names no licence.
+    """
+    files = dict(_files(folder))
+    index = _read_json(folder, INDEX, files)
+    card = files["README.md"].read_bytes()[:LONGEST_CARD] if "README.md" in files else b""
+    licence = origin.licence or licence_of(read_front_matter(card.decode(errors="replace")))
+    if licence is None:
+        raise UserError(
+            f"{folder} names no licence: find out under which it was published, and give it with --licence, or as "
+            "`license: …` in the front matter of its README.md"
+        )
+    components = dict(_components(folder, index, files))
+    tensors: dict[str, Tensor] = {}
+    digests: dict[str, str] = {}
+    used: set[str] = set()
+    for name in components | dict.fromkeys(CARRIED_COMPONENTS):
+        chosen = _weight_files(folder, name, files)
+        used |= set(chosen)
+        for file in (each for each in chosen if each.endswith(".safetensors")):
+            head, found = _read_weights(files[file])
+            prefix = f"{AVERAGED}{name}." if name in components else f"{CARRIED}{file}/"
+            if repeated := [each for each in found if prefix + each in tensors]:
+                raise UserError(f"{folder} holds {repeated[0]} of {name} twice: keep one of the files")
+            tensors |= {prefix + each: value for each, value in found.items()}
+            tensors[FILES + file] = _bytes(head)
+            digests[file] = sha256_file(files[file])
+    for file, place in files.items():
+        match = WEIGHTS.fullmatch(place.name)
+        is_other_variant = match and (match["variant"] or match["other"]) and file not in used
+        if file.endswith(".safetensors"):
+            if file not in used and not is_other_variant:
+                raise UserError(f"{folder / file} is part of none of its components: remove it")
+        elif not is_other_variant:
+            content = place.read_bytes()
+            tensors[FILES + file], digests[file] = _bytes(content), sha256_bytes(content)
+    header = _header(folder, index, components, origin, licence, digests)
+    if match_tensors(header, {name: list(value.shape) for name, value in tensors.items()}) is None:
+        raise UserError(f"the tensors in {folder} are not those that its configurations describe: save it again")
+    return save_tensors(path, tensors, {"model_header": header.model_dump(mode="json")})
+
+
+def _files(folder: Path) -> Iterator[tuple[str, Path]]:
+    """List the files of a pipeline by their paths in it; raises UserError for what may not be in it."""
+    if not (folder / INDEX).is_file():
+        raise UserError(f"{folder} is no pipeline of diffusers, as it has no {INDEX}: give a folder of save_pretrained")
+    inside, total = folder.resolve(), 0
+    for place in sorted(folder.rglob("*")):
+        name = place.relative_to(folder).as_posix()
+        if any(part.startswith(".") for part in PurePosixPath(name).parts):  # caches, which are not read
+            continue
+        if not place.resolve().is_relative_to(inside):
+            raise UserError(f"{place} is a link that leads out of the pipeline: put the file in its place")
+        if not place.is_file():
+            continue
+        if place.suffix in CODE:
+            raise UserError(
+                f"{place} is code, and none is run from a pipeline: delete it if the pipeline needs only classes of "
+                "diffusers' own"
+            )
+        if place.suffix in PICKLES:
+            raise UserError(
+                f"{place} is a pickle, which can run code: delete it if safetensors beside it have its "
+                "weights, else save the pipeline with safe_serialization=True"
+            )
+        if place.suffix != ".safetensors":
+            total += place.stat().st_size
+            if total > LARGEST_FILES:
+                raise UserError(
+                    f"{folder} has over {LARGEST_FILES} bytes besides weights ({name}): remove what is no part"
+                )
+        yield name, place
+
+
+def _read_json(folder: Path, name: str, files: dict[str, Path]) -> dict[str, Any]:
+    if name not in files:
+        raise UserError(f"{folder / name} is not there: save the pipeline again")
+    if files[name].stat().st_size > LARGEST_JSON:
+        raise UserError(f"{folder / name} has over {LARGEST_JSON} bytes, which no configuration has: save it again")
+    try:
+        value = json.loads(files[name].read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{folder / name} is no JSON: save the pipeline again") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{folder / name} is no JSON object: save the pipeline again")
+    for key in ("auto_map", "trust_remote_code", "custom_pipelines"):
+        if value.get(key):
+            raise UserError(f"{folder / name} asks for remote code ({key}), and none is run from a pipeline")
+    return value
+
+
+def _components(folder: Path, index: dict[str, Any], files: dict[str, Path]) -> Iterator[tuple[str, Component]]:
+    """Read the class and configuration of each component that is run."""
+    pipeline = index.get("_class_name")
+    if not isinstance(pipeline, str) or pipeline not in PIPELINES:
+        shown = str(pipeline)[:LONGEST_NAME]
+        raise UserError(f"{folder} is a {shown}, which is not supported: one of {', '.join(PIPELINES)} is")
+    allowed = {**PIPELINES[pipeline], "scheduler": SCHEDULERS}
+    for name, value in index.items():
+        if name.startswith("_") or not isinstance(value, list):
+            continue
+        if value in ([None, None], []):
+            continue
+        library, kind = (str(each)[:LONGEST_NAME] for each in value) if len(value) == 2 else ("", "")
+        kind = RENAMED.get((pipeline, kind), kind)
+        if name in CARRIED_COMPONENTS:
+            theirs, kinds = CARRIED_COMPONENTS[name]
+            if library != theirs or kind not in ([kinds] if isinstance(kinds, str) else kinds):
+                raise UserError(f"{name} of {folder} is a {library}.{kind}, which is not on the allow-list")
+            continue
+        expected = "transformers" if name.startswith(("text_encoder", "tokenizer")) else "diffusers"
+        if library != expected or kind not in allowed.get(name, ()):
+            raise UserError(
+                f"{name} of {folder} is a {library}.{kind}, which is not on the allow-list: in a {pipeline} "
+                + (f"it is {' or '.join(allowed[name])} of {expected}" if name in allowed else "there is none")
+            )
+        if name.startswith("tokenizer"):
+            if f"{name}/tokenizer_config.json" in files:
+                _read_json(folder, f"{name}/tokenizer_config.json", files)
+            yield name, Component(kind=kind)
+            continue
+        file = "scheduler_config.json" if name == "scheduler" else "config.json"
+        config = _read_json(folder, f"{name}/{file}", files)
+        named = config.get("_class_name", kind)
+        if RENAMED.get((pipeline, named), named) != kind or kind not in (config.get("architectures") or [kind]):
+            raise UserError(f"{folder / name / file} is of another class than {kind}, which {INDEX} names")
+        # Defaults of some schedulers are infinite, which JSON has no number for.
+        kept = {key: each for key, each in config.items() if not key.startswith("_") and each != -math.inf}
+        try:
+            yield name, Component(kind=kind, config=kept)
+        except ValidationError as error:
+            raise UserError(f"{folder / name / file} {_first(error)}: no such network is built") from error
+
+
+def _weight_files(folder: Path, name: str, files: dict[str, Path]) -> list[str]:
+    """List the files of the weights of the component ``name``, and their index if there is one.
+
+    They are those without a variant, or else those of the only one.
+    """
+    found: dict[str | None, list[str]] = {}
+    for file in files:
+        parent, _, base = file.rpartition("/")
+        if parent == name and (match := WEIGHTS.fullmatch(base)):
+            found.setdefault(match["variant"] or match["other"], []).append(file)
+    if not found:
+        return []
+    if None not in found and len(found) > 1:
+        raise UserError(f"{folder / name} has weights of the variants {', '.join(map(str, found))}: keep one of them")
+    chosen = found.get(None) or next(iter(found.values()))
+    indices = [file for file in chosen if file.endswith(".json")]
+    whole = [file for file in chosen if not file.endswith(".json")]
+    if whole and not indices:
+        return whole
+    shards = _read_json(folder, indices[0], files).get("weight_map")
+    listed = sorted({f"{name}/{each}" for each in shards.values()}) if isinstance(shards, dict) else []
+    for file in listed:
+        if file not in files or not file.endswith(".safetensors"):
+            raise UserError(f"{folder / indices[0]} names {file!r}, which is no safetensors file of {name}")
+    return [indices[0], *listed]
+
+
+def _read_weights(place: Path) -> tuple[bytes, dict[str, Tensor]]:
+    """Read the head of a safetensors file and its tensors by name, which stay on disk until they are used."""
+    try:
+        with place.open("rb") as raw:
+            start = raw.read(8)
+            if (size := int.from_bytes(start, "little")) > LARGEST_HEADER:
+                raise UserError(f"{place} is no safetensors file: save the pipeline with safe_serialization=True")
+            head = start + raw.read(size)
+        with safe_open(place, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+    except SafetensorError as error:
+        raise UserError(f"{place} is no safetensors file, or is damaged ({error}): save or fetch it again") from error
+    for name, value in tensors.items():
+        if value.dtype not in TYPES:
+            raise UserError(f"{name} in {place} is of the type {value.dtype}, and quantized weights are not supported")
+    return head, tensors
+
+
+def _header(
+    folder: Path,
+    index: dict[str, Any],
+    components: dict[str, Component],
+    origin: Origin,
+    licence: str,
+    digests: dict[str, str],
+) -> ModelHeader:
+    try:
+        libraries = {name: version(name) for name in ("diffusers", "safetensors", "torch", "transformers")}
+    except PackageNotFoundError as error:
+        raise UserError(
+            f"the import of a pipeline needs {error.name}, which is not installed: "
+            "run `pip install -e '.[diffusers]'` in Darkroom's checkout"
+        ) from error
+    about = origin.model_copy(update={"licence": licence, "files": digests, "libraries": libraries})
+    name = re.sub(r"[/\\:'\"`\s]+", "-", origin.source.removeprefix("hf://").partition("@")[0]).strip(".-")
+    try:
+        config = DiffusersConfig(pipeline=index["_class_name"], components=components)
+        classes = _classes(config, index.get("id2label"))
+        config = DiffusersConfig(
+            pipeline=config.pipeline,
+            components=components,
+            class_ids=tuple(classes[label] for label in sorted(classes)),
+        )
+        channels, size, _ = config.image_shape
+        if not 1 <= size <= LARGEST_SIZE:
+            raise UserError(f"{folder} makes images of {size} pixels, and {LARGEST_SIZE} are the most")
+        return ModelHeader.model_validate(
+            {
+                "model": config,
+                "channels": channels,
+                "size": size,
+                "dataset": name[:LONGEST_NAME] or "pipeline",
+                # Of what it was trained on nothing is known but what came of it.
+                "content_digest": digest_of(digests),
+                "sigma_data": 0.5 if config.latents is None else 1.0,
+                "class_histogram": dict.fromkeys(sorted(classes), 1),
+                "images": 0,
+                "training": {},
+                "guidance": GUIDANCE.get(config.pipeline or "") if config.text or config.has_null_class else None,
+                "origin": about,
+            }
+        )
+    except ValidationError as error:
+        raise UserError(f"{folder} cannot be imported: {_first(error)}") from error
+
+
+def _classes(config: DiffusersConfig, labels: Any) -> dict[str, int]:
+    """Name the network's classes: by ``id2label`` of the index, with its number where a name is not the only one."""
+    count = config.network_classes or 0
+    if not isinstance(labels, dict) or not labels:
+        return {str(number).zfill(len(str(count - 1))): number for number in range(count)}
+    numbers = [(int(key), str(label)) for key, label in labels.items() if re.fullmatch("[0-9]{1,9}", key) and label]
+    names = [label for _, label in numbers]
+    named = {label if names.count(label) == 1 else f"{label} ({number})": number for number, label in numbers}
+    return {label: number for label, number in named.items() if number < count}
+
+
+def _first(error: ValidationError) -> str:
+    first = error.errors()[0]
+    return first["msg"].removeprefix("Value error, ") + ("" if first["type"] == "value_error" else f" ({first['loc']})")
+
+
+def _bytes(content: bytes) -> Tensor:
+    return torch.frombuffer(bytearray(content), dtype=torch.uint8) if content else torch.zeros(0, dtype=torch.uint8)

@@ -1,0 +1,264 @@
+"""Joint encoders of images and texts, such as CLIP's (arXiv 2103.00020): their cosine says whether these agree.
+
+The weights are the user's: a folder that transformers wrote as safetensors, or two ONNX files. Nothing in it is
+unpickled or run, and nothing is downloaded.
+"""
+
+import json
+from abc import abstractmethod
+from collections.abc import Sequence
+from functools import cached_property, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.nn.functional import interpolate, normalize
+
+from diffusion.common.errors import UserError
+from diffusion.common.files import digest_of, sha256_file
+from diffusion.common.shapes import height_and_width
+from diffusion.common.threads import worker_threads
+from diffusion.evaluation.features.feature_extractor import Extractor, first_line, open_session
+
+if TYPE_CHECKING:
+    from onnxruntime import InferenceSession
+    from transformers import CLIPModel
+
+LONGEST = 77
+"""Most tokens of a text for an ONNX file that takes any number, as CLIP was trained."""
+RESAMPLING = {2: "bilinear", 3: "bicubic"}
+"""Pillow's numbers of interpolations, as processors name them."""
+OPTION = "evaluation.text_image_encoder"
+
+
+class TextImageEncoder(Extractor):
+    """Encoder of images and texts to unit vectors of the same space.
+
+    Images are resized, cropped and normalised as the folder's ``processor_config.json`` (or
+    ``preprocessor_config.json``) says; texts are split by its ``tokenizer.json``, each alone and truncated at
+    ``longest`` tokens. ``weights``: names of the other files that the embeddings depend on.
+
+    Raises UserError if a file is missing or does not fit.
+    """
+
+    longest: int
+    """Most tokens of a text, with those of its start and end."""
+
+    def __init__(self, folder: Path, weights: Sequence[str]) -> None:
+        try:
+            from tokenizers import Tokenizer
+        except ModuleNotFoundError as error:
+            raise UserError(
+                f"{OPTION} reads captions by tokenizers, which is not installed: "
+                "run `pip install -e '.[text]'` in Darkroom's checkout"
+            ) from error
+        self.folder = folder
+        name = next((each for each in PROCESSORS if (folder / each).is_file()), PROCESSORS[-1])
+        self._read_processor(name)
+        try:
+            self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        except Exception as error:  # tokenizers raises no class of its own
+            raise UserError(
+                f"{OPTION} = {folder} has no tokenizer.json that tokenizers can read ({first_line(error)}): save the "
+                "encoder's processor there (CLIPProcessor.save_pretrained)"
+            ) from error
+        self.digest = digest_of({each: sha256_file(folder / each) for each in (*weights, "tokenizer.json", name)})
+        self.name = f"clip_{self.digest[:8]}"
+        self.about = f"the text-image encoder in {folder.name}, images at {self.crop} pixels"
+
+    def _read_processor(self, name: str) -> None:
+        """Read the preprocessing of images from the file ``name``."""
+        try:
+            read = json.loads((self.folder / name).read_bytes())
+            read = read.get("image_processor", read)
+            size, crop = (read[each] for each in ("size", "crop_size"))
+            size = size if isinstance(size, int) else size.get("shortest_edge") or size["height"]
+            self.crop = int(crop if isinstance(crop, int) else crop["height"]) if read["do_center_crop"] else int(size)
+            self.size, self.resampling = int(size), RESAMPLING[read["resample"]]
+            mean, std = (torch.tensor(read[each], dtype=torch.float32) for each in ("image_mean", "image_std"))
+            self.mean, self.std = mean.view(3, 1, 1), std.view(3, 1, 1)
+            if not 1 <= self.crop <= self.size <= LARGEST:
+                raise ValueError(f"size {self.size}, crop_size {self.crop}")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+            raise UserError(
+                f"{self.folder / name} does not say how CLIP's images are prepared ({first_line(error)}): save the "
+                "encoder's processor there (CLIPProcessor.save_pretrained)"
+            ) from error
+        self.preprocessing = f"RGB, {self.size} px, antialiased {self.resampling}, cropped to {self.crop} px; length 1"
+
+    def embed(self, texts: Sequence[str]) -> Tensor:
+        """Embed ``texts``, each by itself: (len(texts), D) float32 of length 1."""
+        self.tokenizer.no_padding()
+        self.tokenizer.enable_truncation(self.longest)
+        compute = partial(self._embed, self.network)
+        with worker_threads() as pool:
+            return torch.cat(list(pool.map(compute, texts)))
+
+    @torch.inference_mode()
+    def _embed(self, network: Any, text: str) -> Tensor:
+        # JSON may hold lone surrogates, which cannot be encoded.
+        ids = self.tokenizer.encode(text.encode(errors="ignore").decode()).ids
+        return normalize(self._of_tokens(network, torch.tensor([ids])))
+
+    @torch.inference_mode()
+    def _features(self, network: Any, images: Tensor) -> Tensor:
+        """Embed ``images``, (N, 1 or 3, H, W) uint8: (N, D) float32 of length 1."""
+        x = images.expand(-1, 3, -1, -1).float()
+        if height_and_width(x) != (self.size, self.size):
+            x = interpolate(x, (self.size, self.size), mode=self.resampling, antialias=True).round().clamp(0, 255)
+        edge = round((self.size - self.crop) / 2)
+        x = x[..., edge : edge + self.crop, edge : edge + self.crop]
+        return normalize(self._of_pixels(network, (x / 255 - self.mean) / self.std))
+
+    @abstractmethod
+    def _of_pixels(self, network: Any, x: Tensor) -> Tensor:
+        """Compute the embeddings, (N, D), of prepared images (N, 3, crop, crop)."""
+
+    @abstractmethod
+    def _of_tokens(self, network: Any, ids: Tensor) -> Tensor:
+        """Compute the embedding, (1, D), of the tokens ``ids``, (1, L) int64."""
+
+
+PROCESSORS = ("processor_config.json", "preprocessor_config.json")
+"""Names of the file that says how images are prepared: of transformers 5, and of versions before."""
+LARGEST = 4096
+"""Largest size of a processor's images, in pixels."""
+
+
+class CLIP(TextImageEncoder):
+    """CLIP as transformers' ``CLIPModel.save_pretrained`` and its processor write it into one folder."""
+
+    def __init__(self, folder: Path) -> None:
+        try:
+            from transformers import CLIPConfig
+        except ModuleNotFoundError as error:
+            raise UserError(
+                f"{OPTION} = {folder} is read by transformers, which is not installed: "
+                "run `pip install -e '.[diffusers]'` in Darkroom's checkout"
+            ) from error
+        super().__init__(folder, ("config.json", "model.safetensors"))
+        try:
+            fields = json.loads((folder / "config.json").read_bytes())
+            if fields.get("model_type") != "clip":
+                raise ValueError(f"model_type {fields.get('model_type')!r}")
+            # Other fields could name code or weights that lie elsewhere.
+            self.config = CLIPConfig.from_dict(
+                {name: fields[name] for name in ("text_config", "vision_config", "projection_dim") if name in fields}
+            )
+            text: Any = self.config.text_config
+            self.longest, end = text.max_position_embeddings, text.eos_token_id
+            ids = self.tokenizer.encode("a").ids
+            # The network reads the text at its last token; 2 stands for the largest one in configurations of old.
+            if max(ids) >= text.vocab_size or ids[-1] != (max(ids) if end == 2 else end):
+                raise ValueError("its tokenizer.json belongs to another model")
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            raise UserError(
+                f"{folder / 'config.json'} is no CLIPModel's ({first_line(error)}): save the model there with "
+                "CLIPModel.save_pretrained, or export it to ONNX"
+            ) from error
+
+    @cached_property
+    def network(self) -> "CLIPModel":
+        """Return the network with its weights; raises UserError if they are not its own."""
+        from transformers import CLIPModel
+
+        path = self.folder / "model.safetensors"
+        try:
+            weights = {name: value.float() for name, value in load_file(path).items() if value.is_floating_point()}
+            loaded: Any = CLIPModel.from_pretrained(
+                None, config=self.config, state_dict=weights, attn_implementation="sdpa", output_loading_info=True
+            )
+        except Exception as error:  # safetensors and transformers raise many
+            raise UserError(f"{path} holds no weights of a CLIPModel ({first_line(error)}): save it again") from error
+        network, about = loaded
+        if missing := sorted(about["missing_keys"]):
+            raise UserError(f"{path} lacks {missing[0]} of the CLIPModel that config.json describes: save it again")
+        return network.eval().requires_grad_(False)  # type: ignore[no-any-return]
+
+    def _of_pixels(self, network: "CLIPModel", x: Tensor) -> Tensor:
+        embedded: Tensor = network.visual_projection(network.vision_model(pixel_values=x).pooler_output)
+        return embedded
+
+    def _of_tokens(self, network: "CLIPModel", ids: Tensor) -> Tensor:
+        embedded: Tensor = network.text_projection(network.text_model(input_ids=ids).pooler_output)
+        return embedded
+
+
+VISION, TEXT = "vision_model.onnx", "text_model.onnx"
+
+
+class OnnxTextImageEncoder(TextImageEncoder):
+    """Two networks in ONNX, named as Hub repositories name them: ``vision_model.onnx`` and ``text_model.onnx``.
+
+    They lie in ``folder`` or in its sub-folder ``onnx``. The first maps float32 images (N, 3, S, S) to ``image_embeds``
+    (N, D), the second ``input_ids`` (1, L), with an ``attention_mask`` if it takes one, to ``text_embeds`` (1, D); an
+    output of another name counts if it is the only one. A text is padded by its last token where L is fixed.
+    """
+
+    def __init__(self, folder: Path, inner: str) -> None:
+        super().__init__(folder, (f"{inner}{VISION}", f"{inner}{TEXT}"))
+        vision_path, text_path = folder / f"{inner}{VISION}", folder / f"{inner}{TEXT}"
+        vision, text = (open_session(path, path.read_bytes()) for path in (vision_path, text_path))
+        self.network = vision, text
+        pixels, self.inputs = vision.get_inputs(), {each.name: each for each in text.get_inputs()}
+        if (
+            len(pixels) != 1
+            or pixels[0].type != "tensor(float)"
+            or len(pixels[0].shape) != 4
+            or isinstance(pixels[0].shape[0], int)
+            or any(isinstance(side, int) and side != self.crop for side in pixels[0].shape[2:])
+        ):
+            raise _unfit(vision_path, f"any number of float32 images (N, 3, {self.crop}, {self.crop}) and nothing else")
+        ids = self.inputs.get("input_ids")
+        if ids is None or len(ids.shape) != 2 or self.inputs.keys() - {"input_ids", "attention_mask"}:
+            raise _unfit(text_path, "input_ids (1, L), with attention_mask or without, and nothing else")
+        self.padded = isinstance(ids.shape[1], int)
+        self.longest = ids.shape[1] if self.padded else LONGEST
+        self.outputs = [_output(vision_path, vision, "image_embeds"), _output(text_path, text, "text_embeds")]
+
+    def _of_pixels(self, network: "tuple[InferenceSession, InferenceSession]", x: Tensor) -> Tensor:
+        session = network[0]
+        (embedded,) = session.run([self.outputs[0]], {session.get_inputs()[0].name: x.numpy()})
+        return torch.from_numpy(embedded)
+
+    def _of_tokens(self, network: "tuple[InferenceSession, InferenceSession]", ids: Tensor) -> Tensor:
+        mask = torch.ones_like(ids)
+        if self.padded:
+            rest = self.longest - ids.shape[1]
+            ids = torch.cat([ids, ids[:, -1:].expand(1, rest)], 1)
+            mask = torch.cat([mask, mask.new_zeros(1, rest)], 1)
+        given = {"input_ids": ids, "attention_mask": mask}
+        kinds = {"tensor(int32)": torch.int32, "tensor(int64)": torch.int64}
+        feed = {name: given[name].to(kinds[each.type]).numpy() for name, each in self.inputs.items()}
+        (embedded,) = network[1].run([self.outputs[1]], feed)
+        return torch.from_numpy(embedded)
+
+
+def _output(path: Path, session: "InferenceSession", name: str) -> str:
+    """Return the name of the output with the embeddings: ``name``, or the only one."""
+    given = {each.name: len(each.shape) for each in session.get_outputs()}
+    found = name if len(given) > 1 else next(iter(given))
+    if given.get(found) != 2:
+        raise UserError(f"{path} has no output {name} (N, D): export it again, with the projection")
+    return found
+
+
+def _unfit(path: Path, expected: str) -> UserError:
+    return UserError(f"{path} does not take {expected}: export it again so")
+
+
+def open_text_image_encoder(folder: Path) -> TextImageEncoder:
+    """Open the encoder in ``folder``: safetensors of transformers, else ONNX; UserError if there is neither."""
+    if (folder / "model.safetensors").is_file():
+        return CLIP(folder)
+    for inner in ("", "onnx/"):
+        if all((folder / inner / name).is_file() for name in (VISION, TEXT)):
+            return OnnxTextImageEncoder(folder, inner)
+    pickled = next(iter(sorted(folder.glob("*.bin"))), None)
+    raise UserError(
+        f"{OPTION} = {folder} has neither model.safetensors nor {VISION} and {TEXT}"
+        + (f", and {pickled.name} is a pickle, which is not read here" if pickled else "")
+        + ": save a model there with CLIPModel.save_pretrained and its CLIPProcessor.save_pretrained"
+    )

@@ -1,0 +1,54 @@
+"""Metrics by shape, of images of several shapes."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from diffusion.common.config import Config
+from diffusion.common.shapes import Shape, shape_name
+from diffusion.evaluation.estimate import Estimate, MetricEstimate
+from diffusion.evaluation.metrics.distances import compute_kid
+from diffusion.evaluation.metrics.per_class import FEWEST
+
+
+class ShapeScores(Config):
+    """Distance of the images of one shape to held-out ones of the same shape."""
+
+    name: str
+    """The shape, as 96x64."""
+    samples: int
+    """Number of generated images of the shape."""
+    reference: int
+    """Number of held-out images of the shape."""
+    kid: MetricEstimate | None
+    """KID: 0 is best. Not comparable with the KID of all shapes. None: there are too few images."""
+
+
+class PerShape(Config):
+    """Metrics of a model shape by shape, from the narrowest to the widest."""
+
+    extractor: str
+    shapes: list[ShapeScores]
+
+    def metrics(self) -> dict[str, float]:
+        """Return the metrics by name."""
+        found = {f"kid_{each.name}": each.kid for each in self.shapes if each.kid is not None}
+        values = {f"{name}_{self.extractor}": kid.value for name, kid in found.items()}
+        return values | {f"{name}_se_{self.extractor}": kid.error for name, kid in found.items()}
+
+
+def evaluate_shapes(
+    generated: Tensor, shapes: Sequence[Shape], real: Tensor, real_shapes: Sequence[Shape], extractor: str
+) -> PerShape:
+    """Compare features (N, D) of generated images with those of ``real`` ones (M, D), each shape by itself."""
+    found = []
+    for shape in sorted({*shapes, *real_shapes}, key=lambda each: each[1] / each[0]):
+        pairs = (generated, shapes), (real, real_shapes)
+        ours, theirs = (features[torch.tensor([each == shape for each in own])] for features, own in pairs)
+        kid = None
+        if (fewest := min(len(ours), len(theirs))) >= FEWEST:
+            value, error = compute_kid(ours, theirs)
+            kid = MetricEstimate.of(Estimate(value=value, error=error, freedom=fewest - 1))
+        found.append(ShapeScores(name=shape_name(shape), samples=len(ours), reference=len(theirs), kid=kid))
+    return PerShape(extractor=extractor, shapes=found)

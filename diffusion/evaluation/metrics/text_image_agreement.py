@@ -1,0 +1,124 @@
+"""Text-image agreement: the cosine of an image's and its prompt's embeddings, as CLIPScore has it (arXiv 2104.08718).
+
+A cosine means little by itself: those of one encoder lie between 0.1 and 0.4. So it stands between two baselines: real
+images with their captions, and the same generated images with the prompts of others, which is chance.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from diffusion.common.config import Config
+from diffusion.evaluation.estimate import Estimate, MetricEstimate
+
+
+class TextImageAgreement(Config):
+    """Agreement of a model's images with their prompts: means of cosines, between −1 and 1."""
+
+    encoder: str
+    """Name of the encoder, with its digest."""
+    images: int
+    """Number of images."""
+    captions: int
+    """Number of different prompts."""
+    agreement: MetricEstimate
+    """Of images and their prompts; higher is better."""
+    above_chance: MetricEstimate
+    """``agreement`` less ``shuffled``, on the same images."""
+    shuffled: float
+    """Of the same images and the prompts of the others, other than their own: chance."""
+    real: MetricEstimate
+    """Of the held-out images that the prompts are captions of: a model cannot be expected to agree much better."""
+
+    def metrics(self) -> dict[str, float]:
+        """Return the metrics by name."""
+        name, interval = f"text_image_agreement_{self.encoder}", self.agreement.interval
+        found = {name: self.agreement.value, f"{name}_low": interval.low, f"{name}_high": interval.high}
+        others = {"above_chance": self.above_chance.value, "shuffled": self.shuffled, "real": self.real.value}
+        return found | {f"text_image_agreement_{each}_{self.encoder}": value for each, value in others.items()}
+
+
+@dataclass(frozen=True)
+class Cosines:
+    """Cosines of N images with prompts, and which prompt each has."""
+
+    own: Tensor
+    """Of each image and its prompt, (N,) float64."""
+    others: Tensor
+    """Mean of each image over the prompts of the other images that differ from its own, (N,) float64."""
+    prompts: Tensor
+    """Number of each image's prompt, (N,) int64; equal prompts have equal numbers."""
+
+    @property
+    def above_chance(self) -> Tensor:
+        """``own`` less ``others``, (N,)."""
+        return self.own - self.others
+
+
+def number_of_each(texts: Sequence[str]) -> tuple[list[str], Tensor]:
+    """Return the different ``texts``, sorted, and the number of each text among them, (len(texts),) int64."""
+    different = sorted(set(texts))
+    numbers = {text: number for number, text in enumerate(different)}
+    return different, torch.tensor([numbers[text] for text in texts])
+
+
+def compute_cosines(images: Tensor, texts: Tensor, prompts: Tensor) -> Cosines:
+    """Compute cosines of ``images``, (N, D), with ``texts``, (U, D), both of length 1.
+
+    ``prompts``: number of each image's text, (N,); at least two different ones.
+    """
+    x, y = images.double(), texts.double()
+    counts = torch.bincount(prompts, minlength=len(y)).double()
+    own = (x * y[prompts]).sum(1)
+    # The mean over prompts is linear in them, so that no pair has to be computed by itself.
+    theirs = counts[prompts]
+    others = (x @ (counts @ y) - theirs * own) / (len(x) - theirs)
+    return Cosines(own, others, prompts)
+
+
+def mean_over_prompts(values: Tensor, prompts: Tensor) -> Estimate:
+    """Estimate the mean of ``values``, (N,) float64, one for each image, of which those of one prompt are not alike.
+
+    The error is that of the bootstrap over prompts, as of endlessly many resamples: images of the same prompt rise and
+    fall together. At least two different prompts.
+    """
+    mean = values.mean()
+    sums = torch.zeros(int(prompts.max()) + 1, dtype=torch.float64).index_add_(0, prompts, values - mean)
+    groups = len(set(prompts.tolist()))
+    variance = groups / (groups - 1) * float(sums.square().sum()) / len(values) ** 2
+    return Estimate(value=float(mean), error=math.sqrt(variance), freedom=groups - 1)
+
+
+def summarize_agreement(encoder: str, generated: Cosines, real: Cosines) -> TextImageAgreement:
+    """Compute means and intervals of a model's cosines and those of real images, by the encoder of this name."""
+    agreement, above, of_real = (
+        MetricEstimate.of(mean_over_prompts(values, prompts))
+        for values, prompts in (
+            (generated.own, generated.prompts),
+            (generated.above_chance, generated.prompts),
+            (real.own, real.prompts),
+        )
+    )
+    return TextImageAgreement(
+        encoder=encoder,
+        images=len(generated.own),
+        captions=len(set(generated.prompts.tolist())),
+        agreement=agreement,
+        above_chance=above,
+        shuffled=float(generated.others.mean()),
+        real=of_real,
+    )
+
+
+def describe_agreement(found: TextImageAgreement | str) -> str:
+    """Describe the agreement with its 95 % interval and its baselines, or say why it was not measured."""
+    if isinstance(found, str):
+        return f"text-image agreement not measured: {found}"
+    cosine, interval = found.agreement.value, found.agreement.interval
+    return (
+        f"text-image agreement by {found.encoder} {cosine:.3f} [{interval.low:.3f}, {interval.high:.3f}]; "
+        f"real images {found.real.value:.3f}, with the prompts of others {found.shuffled:.3f}"
+    )

@@ -1,0 +1,171 @@
+"""Networks of which training changes a part: low-rank matrices (LoRA, arXiv 2106.09685), or a pipeline's denoiser.
+
+Low-rank matrices are trained through peft, and merged into the weights to generate.
+"""
+
+import copy
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import Any, Self
+
+from torch import Tensor, nn
+
+from diffusion.common.errors import UserError
+from diffusion.models.config import LoRAConfig
+from diffusion.models.pretrained import PipelineNetwork
+from diffusion.models.unet import UNet
+
+DENOISER_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
+"""Adapted layers of the denoiser of a pipeline of diffusers: its attention."""
+TEXT_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")
+"""Adapted layers of a text encoder of CLIP: its attention."""
+FACTORS = (".lora_A.weight", ".lora_B.weight")
+"""Ends of the names of A and B, behind the name of the adapted layer, as in peft's files."""
+
+
+class PartlyTrained(nn.Module):
+    """A network of which training changes the parameters ``trained`` alone, by their names.
+
+    Its state, and all that ``parameters`` lists, are these; the other weights of ``network`` move between devices with
+    them and are otherwise hidden. Calls go to ``network``, which holds the same parameters.
+    """
+
+    network: nn.Module
+
+    def __init__(self, network: nn.Module, trained: Mapping[str, nn.Parameter]) -> None:
+        super().__init__()
+        # Past nn.Module, which would register it.
+        object.__setattr__(self, "network", network)
+        for name, parameter in trained.items():
+            module: nn.Module = self
+            *path, last = name.split(".")
+            for part in path:
+                if part not in dict(module.named_children()):
+                    module.add_module(part, nn.Module())
+                module = module.get_submodule(part)
+            module.register_parameter(last, parameter)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Compute what ``network`` computes."""
+        return self.network(*args, **kwargs)
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode of ``network`` as well."""
+        self.network.train(mode)
+        return super().train(mode)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        # In place: the parameters stay the objects that are registered here.
+        self.network._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
+
+
+def make_trainable(network: nn.Module, lora: LoRAConfig | None) -> PartlyTrained:
+    """Freeze a copy of ``network`` except low-rank matrices, or without ``lora`` the denoiser of a pipeline.
+
+    The copy shares its frozen weights with ``network``. A is from torch's random numbers, B of zeros. Raises UserError
+    if peft is not installed or a target is no linear or convolutional layer.
+    """
+    copied = share(network)
+    if lora is None:
+        assert isinstance(network, PipelineNetwork)
+        names = denoiser_tensors(network)
+        weights = {name: value.detach().clone() for name, value in network.named_parameters() if name in names}
+        copied.load_state_dict(weights, strict=False, assign=True)
+        trained = {name: copied.get_parameter(name) for name in weights}
+        for parameter in trained.values():
+            parameter.requires_grad_()
+        return PartlyTrained(copied, trained)
+    try:
+        import peft
+    except ModuleNotFoundError as error:
+        raise UserError(
+            "training.lora needs peft, which is not installed: run `pip install -e '.[diffusers]'` in Darkroom's "
+            "checkout"
+        ) from error
+    chosen = peft.LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.scale * lora.rank,  # type: ignore[arg-type]  # only divided by r
+        target_modules=target_modules(network, lora),
+    )
+    peft.inject_adapter_in_model(chosen, copied)
+    factors = {name: each for name, each in copied.named_parameters() if each.requires_grad}
+    return PartlyTrained(copied, {name.replace(".default.", "."): each for name, each in factors.items()})
+
+
+def denoiser_tensors(network: PipelineNetwork) -> set[str]:
+    """Name the parameters of the denoiser of a pipeline, without copies of others."""
+    return {name for name, _ in network.named_parameters() if name.startswith(f"{network.config.denoiser_name}.")}
+
+
+def target_modules(network: nn.Module, config: LoRAConfig) -> list[str]:
+    """List the names of the layers of ``network`` that ``config`` adapts; raises UserError if it names another one."""
+    layers = {name for name, module in network.named_modules() if _is_adaptable(module)}
+    if isinstance(network, PipelineNetwork):
+        denoiser = f"{network.config.denoiser_name}."
+        chosen = _named({name for name in layers if name.startswith(denoiser)}, config.target_modules, DENOISER_TARGETS)
+        if config.text_encoder:
+            encoder = {name for name in layers if name.startswith("text_encoder.")}
+            chosen |= _named(encoder, None, TEXT_TARGETS)
+        return sorted(chosen)
+    assert isinstance(network, UNet)
+    hidden = [name for name in layers if name.startswith(("down.", "middle.", "up."))]
+    return sorted(_named(layers, config.target_modules, hidden))
+
+
+def _named(layers: Iterable[str], targets: Iterable[str] | None, default: Iterable[str]) -> set[str]:
+    """Choose the ``layers`` whose names, or ends behind a dot, are among ``targets``, or among the ``default``."""
+    chosen = set()
+    for target in default if targets is None else targets:
+        named = {name for name in layers if name == target or name.endswith(f".{target}")}
+        if not named and targets is not None:
+            counted = Counter(end for name in layers if not (end := name.rpartition(".")[2]).isdigit())
+            ends = sorted(counted, key=lambda end: (-counted[end], end))
+            raise UserError(
+                f"training.lora.target_modules names {target}, and the network has no such linear or convolutional "
+                f"layer: use names such as {', '.join(ends[:12])}"
+            )
+        chosen |= named
+    return chosen
+
+
+def share(network: nn.Module) -> nn.Module:
+    """Copy ``network``, with the same frozen weights in memory."""
+    # Copies of what is in the memo are its values.
+    shared = {id(each): nn.Parameter(each.detach(), requires_grad=False) for each in network.parameters()}
+    return copy.deepcopy(network, shared)
+
+
+def tuned_weights(network: nn.Module, lora: LoRAConfig | None, trained: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Compute the weights of ``network`` that differ after training, by name, from the ``trained`` tensors.
+
+    With ``lora`` they are W + α/r · B A, from A and B by ``FACTORS``: (r, in) and (out, r) of linear layers,
+    (r, in, k, k) and (out, r, 1, 1) of convolutions. Raises ValueError for tensors that do not fit.
+    """
+    if lora is None:
+        names = denoiser_tensors(network) if isinstance(network, PipelineNetwork) else set()
+        if names != set(trained) or any(trained[name].shape != network.get_parameter(name).shape for name in names):
+            raise ValueError("tensors of another denoiser")
+        return dict(trained)
+    factors = trained
+    layers, merged = dict(network.named_modules()), {}
+    names = {name.removesuffix(end) for end in FACTORS for name in factors if name.endswith(end)}
+    if set(factors) != {name + end for name in names for end in FACTORS}:
+        raise ValueError("tensors of no layer")
+    for name in sorted(names):
+        layer, (a, b) = layers.get(name), (factors[name + end] for end in FACTORS)
+        if layer is None or not _is_adaptable(layer):
+            raise ValueError(f"no layer {name}")
+        weight = layer.weight
+        assert isinstance(weight, Tensor)
+        inner = (1,) * (weight.ndim - 2)
+        if a.shape != (lora.rank, *weight.shape[1:]) or b.shape != (len(weight), lora.rank, *inner):
+            raise ValueError(f"shape of {name}")
+        # In float64: the merged weights depend little on the machine that merged them.
+        product = b.flatten(1).double() @ a.flatten(1).double()
+        merged[f"{name}.weight"] = (weight.detach().double() + lora.scale * product.view(weight.shape)).to(weight)
+    return merged
+
+
+def _is_adaptable(module: nn.Module | None) -> bool:
+    return isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.groups == 1)

@@ -1,0 +1,83 @@
+"""Flows ``compact`` and ``merge``: versions of a data set from parts that exist, without reading a source."""
+
+from prefect import flow
+
+from diffusion.common.config import dataset_folder
+from diffusion.data.manifest import read_manifest
+from diffusion.data.versions import compact as compaction
+from diffusion.data.versions.compact import CompactionResult
+from diffusion.data.versions.merge_datasets import MergeResult, merge_datasets
+from flows.config import Params
+from flows.datasets.sync import announce
+from flows.deployment.tasks import completed_state, prefect_fan_out, task_runner
+from flows.ingest import describe, publish_change, repair
+from flows.tracking.console import reporter
+
+
+@flow(name="compact", flow_run_name="compact-{params.training.dataset}")
+def compact(params: Params) -> CompactionResult:
+    """Join runs of small shards of the data set ``training.dataset``; a version of the same content, without an event.
+
+    The shards of earlier versions stay on the remote until gc deletes these versions.
+    """
+    run = compact_parts.with_options(task_runner=task_runner(params.ingest))
+
+    def change(earlier: CompactionResult | None) -> CompactionResult:
+        result = run(params)
+        return result.model_copy(update={"changed": result.changed or (earlier is not None and earlier.changed)})
+
+    result, version = publish_change(params, change)
+    describe(params, version)
+    # Nothing has to be trained again.
+    announce(params, silently=True)
+    return completed_state(result, result.lines()[0])
+
+
+@flow(name="merge", flow_run_name="merge-{params.training.dataset}")
+def merge(params: Params, others: list[str]) -> MergeResult:
+    """Add the images of the data sets ``others`` to the data set ``training.dataset``, and apply its rules of curation.
+
+    The others are brought up to date first, with all takedowns from them.
+    """
+    run = merge_parts.with_options(task_runner=task_runner(params.ingest))
+
+    def change(earlier: MergeResult | None) -> MergeResult:
+        for name in others:
+            other = params.training.model_copy(update={"dataset": name})
+            repair(params.model_copy(update={"training": other}), "never", to_retrain=False)
+        result = _curated(params, run(params, others))
+        if earlier is None:
+            return result
+        # The version made first was joined with that of the faster process: its images are no duplicates.
+        counters = {"added": earlier.added + result.added, "duplicates": earlier.duplicates}
+        return result.model_copy(update=counters | {"changed": earlier.changed or result.changed})
+
+    result, version = publish_change(params, change)
+    describe(params, version)
+    announce(params, silently=False)
+    return completed_state(result, result.lines()[0])
+
+
+def _curated(params: Params, merged: MergeResult) -> MergeResult:
+    """Apply the rules of curation to the merged data set, if there are any or were."""
+    if not (params.curation.drops or read_manifest(params.dataset_folder).dropped):
+        return merged
+    # Imported late: it takes torch.
+    from flows.curate import curate_images
+
+    done = curate_images.with_options(task_runner=task_runner(params.ingest))(params)
+    counted = {name: getattr(done, name) for name in ("digest", "content_digest", "kept", "dropped")}
+    return merged.model_copy(update=counted | {"changed": merged.changed or done.changed})
+
+
+@flow(name="compact parts", flow_run_name="compact-parts-{params.training.dataset}")
+def compact_parts(params: Params) -> CompactionResult:
+    """Join the small parts; each new one is a separate task."""
+    return compaction.compact(params.dataset_folder, params.ingest, reporter(), prefect_fan_out(params.ingest))
+
+
+@flow(name="merge parts", flow_run_name="merge-parts-{params.training.dataset}")
+def merge_parts(params: Params, others: list[str]) -> MergeResult:
+    """Find duplicates and take over parts; each range of keys and each part is a separate task."""
+    folders = [dataset_folder(name) for name in others]
+    return merge_datasets(params.dataset_folder, folders, params.ingest, reporter(), prefect_fan_out(params.ingest))

@@ -1,0 +1,56 @@
+"""Flow ``curate``: apply the rules of curation to a data set, record, push and describe the version made so."""
+
+from pathlib import Path
+
+from prefect import flow
+
+from diffusion.common.config import Config
+from diffusion.curation.curate import CurationResult
+from diffusion.curation.curate import curate as curate_dataset
+from flows.config import Params
+from flows.datasets.dvc import DataVersion
+from flows.datasets.sync import announce
+from flows.deployment.tasks import completed_state, prefect_fan_out, task_runner
+from flows.ingest import describe, publish_change
+from flows.tracking.console import reporter
+
+
+class CurationOutcome(Config):
+    """Data set after its curation, with its version."""
+
+    result: CurationResult
+    version: DataVersion
+    report: Path
+
+
+@flow(name="curate", flow_run_name="curate-{params.training.dataset}")
+def curate(params: Params) -> CurationOutcome:
+    """Apply the rules of ``curation`` to the data set ``training.dataset``; record and push it, write its page.
+
+    A new version emits an event, on which ``retrain`` may be deployed.
+    """
+    run = curate_images.with_options(task_runner=task_runner(params.ingest))
+
+    def change(earlier: CurationResult | None) -> CurationResult:
+        result = run(params)
+        if earlier is None:
+            return result
+        # The images that a faster process added are curated, too.
+        counters = {name: getattr(earlier, name) + getattr(result, name) for name in ("newly_dropped", "restored")}
+        return result.model_copy(update=counters | {"changed": earlier.changed or result.changed})
+
+    result, version = publish_change(params, change)
+    report = describe(params, version)
+    announce(params, silently=False)
+    return completed_state(
+        CurationOutcome(result=result, version=version, report=report),
+        f"{params.training.dataset}: {result.kept:,} images, {result.dropped:,} dropped; version {result.digest[:12]}",
+    )
+
+
+@flow(name="curate images", flow_run_name="curate-images-{params.training.dataset}")
+def curate_images(params: Params) -> CurationResult:
+    """Measure the images, decide and write the manifest; each shard is a separate task."""
+    run = prefect_fan_out(params.ingest, "measure shard")
+    folder, rules = params.dataset_folder, params.curation
+    return curate_dataset(folder, rules, params.ingest, params.evaluation, reporter(), fan_out=run)

@@ -1,0 +1,210 @@
+"""Bill of materials of an exported model, in the format CycloneDX 1.6 (ML-BOM).
+
+It is a function of the export and of the records that are available here. Where the data set's are not, it says so.
+"""
+
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+from uuid import NAMESPACE_URL, uuid5
+
+from diffusion.checkpoints import find_base, read_model_header
+from diffusion.common.files import digest_of, sibling, write_json
+from diffusion.data.manifest import Manifest
+from diffusion.diffusers_format.export import Exported
+from diffusion.evaluation.estimate import DEVIATIONS
+from diffusion.families.model import ModelHeader
+
+BOM = ".cdx.json"
+DIGEST = re.compile("[0-9a-f]{64}")
+ERROR_OR_BOUND = re.compile(r".*(_se|_error|_low|_high)|[a-z]+_se_.*|(real_baseline|champion).*")
+"""Metrics that belong to another one, or to something else than the model."""
+Part = dict[str, Any]
+
+
+def bom_path(export: Path) -> Path:
+    """Path of the bill of materials beside an export, which stays exactly what it is."""
+    return sibling(export, BOM)
+
+
+def write_bom(
+    weights: Path,
+    done: Exported,
+    data: Manifest | None = None,
+    metrics: Mapping[str, float] = {},
+    libraries: Sequence[str] = (),
+    licence: str | None = None,
+) -> Path:
+    """Write the bill of materials beside an export; equal inputs give equal bytes.
+
+    Args:
+        weights: The exported model file, with those that it is based on beside it.
+        done: The export.
+        data: Manifest of the data set it was trained on; None: unknown here.
+        metrics: Metrics by name; of a metric with its bounds or standard error, the 95 % interval is written.
+        libraries: Libraries that the version was registered with, as NAME==VERSION; empty: not recorded.
+        licence: Licence of the weights; None: that of an imported pipeline, if it has one.
+    """
+    header = read_model_header(weights)
+    model, parts = _model(header, done, licence), list[Part]()
+    if header.origin is None or header.images:
+        parts += _datasets(header, data)
+        model["modelCard"]["modelParameters"]["datasets"] = [{"ref": each["bom-ref"]} for each in parts]
+    model["modelCard"] |= _performance(metrics)
+    # What was fine-tuned may name the origin of its base as its own.
+    parts += {each["bom-ref"]: each for each in _bases(weights, header)}.values()
+    if header.origin is not None and not libraries:
+        libraries = [f"{name}=={version}" for name, version in header.origin.libraries.items()]
+    recorded = "as registered" if done.version else "as imported" if libraries else "not recorded in a model file"
+    model["properties"].append(_property("libraries", recorded))
+    parts += [
+        {
+            "bom-ref": f"pkg:pypi/{name.lower()}@{version}",
+            "type": "library",
+            "name": name,
+            "version": version,
+            "purl": f"pkg:pypi/{name.lower()}@{version}",
+        }
+        for name, version in sorted(line.split("==") for line in libraries if "==" in line)
+    ]
+    parts += [
+        {"bom-ref": f"file:{name}", "type": "file", "name": name, "hashes": _sha256(digest)}
+        for name, digest in sorted(done.files.items())
+    ]
+    bom = {
+        "$schema": "http://cyclonedx.org/schema/bom-1.6.schema.json",
+        "bomFormat": "CycloneDX",
+        "specVersion": "1.6",
+        "version": 1,
+        "metadata": {"component": model},
+        "components": parts,
+        "dependencies": [{"ref": model["bom-ref"], "dependsOn": sorted(each["bom-ref"] for each in parts)}],
+    }
+    bom["serialNumber"] = f"urn:uuid:{uuid5(NAMESPACE_URL, digest_of(bom))}"
+    path = bom_path(done.folder)
+    write_json(path, bom)
+    return path
+
+
+def read_bom_files(path: Path) -> dict[str, str]:
+    """Read the SHA-256 of the files by their paths in a bill of materials; raises ValueError for another file."""
+    try:
+        components = json.loads(path.read_bytes())["components"]
+        return {each["name"]: each["hashes"][0]["content"] for each in components if each["type"] == "file"}
+    except (KeyError, TypeError, IndexError) as error:
+        raise ValueError(f"{path} is no bill of materials of an export") from error
+
+
+def _model(header: ModelHeader, done: Exported, licence: str | None) -> Part:
+    name, _, number = (done.version or "").removeprefix("models:/").partition("/")
+    text = bool(getattr(header.model, "text", False))
+    is_conditional = text or (header.origin is not None and "StableDiffusion" in done.pipeline)
+    licence = licence or (header.origin.licence if header.origin is not None else None)
+    run = [_property("run_id", done.run_id)] if done.run_id else []
+    return {
+        "bom-ref": f"model:{done.weights_sha256}",
+        "type": "machine-learning-model",
+        "name": name or header.dataset,
+        "version": number or done.weights_sha256[:16],
+        "hashes": _sha256(done.weights_sha256),
+        **_licences(licence),
+        "modelCard": {
+            "modelParameters": {
+                "task": "text-to-image" if is_conditional else "unconditional-image-generation",
+                "architectureFamily": header.model.family,
+                "modelArchitecture": done.pipeline,
+                "inputs": [{"format": "string"}] if is_conditional else [],
+                "outputs": [{"format": "image"}],
+            }
+        },
+        "properties": [*run, _property("images_seen", str(header.images))],
+    }
+
+
+def _datasets(header: ModelHeader, data: Manifest | None) -> list[Part]:
+    has_digest = bool(DIGEST.fullmatch(header.content_digest))
+    about = {} if data is None else {"description": f"{data.kept} images"}
+    if data is None:
+        properties = [_property("records", "not available here: images, licence and sources are unknown")]
+    else:
+        properties = [_property("source", source) for source in data.sources]
+    return [
+        {
+            "bom-ref": f"data:{header.content_digest or header.dataset}",
+            "type": "data",
+            "name": header.dataset,
+            **({"hashes": _sha256(header.content_digest)} if has_digest else {}),
+            **_licences(data.licence if data is not None else None),
+            "data": [{"type": "dataset", "name": header.dataset, **about}],
+            **({"properties": properties} if properties else {}),
+        }
+    ]
+
+
+def _bases(weights: Path, header: ModelHeader) -> list[Part]:
+    """List the models that weights were taken from, the nearest first, and the origin of an imported one."""
+    bases, file = list[Part](), weights
+    while True:
+        origin = header.origin
+        if origin is not None:
+            bases.append(
+                {
+                    "bom-ref": f"origin:{origin.source}@{origin.revision or digest_of(origin.files)}",
+                    "type": "machine-learning-model",
+                    "name": origin.source,
+                    **({"version": origin.revision} if origin.revision else {}),
+                    **_licences(origin.licence),
+                    "properties": [_property(f"sha256:{name}", each) for name, each in sorted(origin.files.items())],
+                }
+            )
+        if header.base is None:
+            return bases
+        sha256, version = header.base.sha256, header.base.version
+        file = find_base(file, header.base)
+        header = read_model_header(file)
+        bases.append(
+            {
+                "bom-ref": f"model:{sha256}",
+                "type": "machine-learning-model",
+                "name": version or f"{sha256}.safetensors",
+                "hashes": _sha256(sha256),
+                **_licences(header.origin.licence if header.origin is not None else None),
+            }
+        )
+
+
+def _performance(metrics: Mapping[str, float]) -> Part:
+    rows = []
+    for name, value in sorted(metrics.items()):
+        if ERROR_OR_BOUND.fullmatch(name) or not math.isfinite(value):
+            continue
+        first, _, rest = name.partition("_")
+        low, high = (metrics.get(f"{name}_{end}") for end in ("low", "high"))
+        error = metrics.get(f"{first}_se_{rest}", metrics.get(f"{name}_se"))
+        if low is None and high is None and error is not None:
+            low, high = value - DEVIATIONS * error, value + DEVIATIONS * error
+        row: Part = {"type": name, "value": f"{value:.6g}"}
+        if low is not None and high is not None:
+            row["confidenceInterval"] = {"lowerBound": f"{low:.6g}", "upperBound": f"{high:.6g}"}
+        rows.append(row)
+    return {"quantitativeAnalysis": {"performanceMetrics": rows}} if rows else {}
+
+
+def _licences(licence: str | None) -> Part:
+    if licence is None:
+        return {}
+    from cyclonedx.spdx import fixup_id
+
+    known = fixup_id(licence)
+    return {"licenses": [{"license": {"id": known} if known else {"name": licence}}]}
+
+
+def _sha256(digest: str) -> list[Part]:
+    return [{"alg": "SHA-256", "content": digest}]
+
+
+def _property(name: str, value: str) -> Part:
+    return {"name": f"darkroom:{name}", "value": value}

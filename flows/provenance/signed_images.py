@@ -1,0 +1,366 @@
+"""Signed copies of generated images: one for each, in a folder or on S3; the images themselves stay as they are.
+
+``signing.json`` says of what and by whom, the copies have the names of the images, ``manifest/part-00000.jsonl`` leads
+from the SHA-256 of each image to that of its copy, and ``_SUCCESS``, written last, has the SHA-256 of the records.
+Signatures are random. Therefore a name is written once: of two processes that sign an image the first one counts, and
+a stopped process is continued by the same command.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, Protocol
+from uuid import uuid4
+
+from pydantic import Field, ValidationError
+
+from diffusion.common.config import Config, unset
+from diffusion.common.errors import ConflictError, UserError
+from diffusion.common.files import PARTIAL, canonical_json, make_folder, sha256_bytes, sync_file, sync_folder
+from diffusion.common.progress import Progress, silent
+from diffusion.data.manifest import Sha256
+from diffusion.generation.requests import ABOUT, RequestRecord
+from flows import environment
+from flows.sampling.lookup import Success, find, read_image, read_rows
+from flows.sampling.sampling_batch import BATCH, LARGEST_IMAGE, SUCCESS, Row, conflicts, image_key, part_key
+from flows.signing.images import ImageSigner, verify_image
+from flows.signing.keys import NotVerified, SigningKey, describe
+from flows.storage.s3 import DELETED, PROBE, Location, Missing, Store
+
+SIGNING = "signing.json"
+AT_ONCE = 8  # images in transfer at the same time
+CHUNK = 256  # images of a part of the manifest, for what is no sampling batch
+PROMPT = b"darkroom:prompt\0"  # beginning of the PNG chunk with the prompt
+
+
+class Signing(Config):
+    """Content of ``signing.json``: what is signed, and by whom."""
+
+    format_version: Literal[1] = 1
+    source: str
+    """Sampling batch by its prefix in the bucket, or images made on request by the digest of their request."""
+    record_sha256: Sha256
+    """SHA-256 of ``batch.json``, or of ``request.json``."""
+    count: int = Field(ge=0)
+    signer: str
+    """Subject of the signing certificate, and the beginning of its SHA-256."""
+    prompts: bool = False
+    parent_sha256: Sha256 | None = Field(None, exclude_if=unset)
+    """SHA-256 of the image that was edited, if it is an ingredient."""
+
+    @property
+    def key(self) -> tuple[str, int]:
+        """What each copy says of the images that it is one of."""
+        return self.source, self.count
+
+
+class SignedRow(Config):
+    """Row of the manifest."""
+
+    file: str
+    index: int
+    sha256: Sha256
+    """SHA-256 of the image."""
+    signed_sha256: Sha256
+    """SHA-256 of its signed copy."""
+
+
+class SignedImages(Config):
+    """Result of signing."""
+
+    out: str
+    images: int
+    signed: int
+    """Images that this call signed; the others were signed before."""
+    signer: str
+
+
+@dataclass(frozen=True)
+class UnsignedImage:
+    """Image to sign: its name, what its copy says of its origin, and its PNG, which is read when it is signed."""
+
+    name: str
+    lineage: dict[str, Any]
+    read: Callable[[], bytes]
+
+
+class Place(Protocol):
+    """Folder or prefix on S3 of files that are written once."""
+
+    def get(self, name: str) -> bytes | None:
+        """Read a file; None if there is none."""
+
+    def put(self, name: str, data: bytes) -> bytes:
+        """Write a file whole unless it is there; returns what is there then."""
+
+    def names(self) -> Iterator[str]:
+        """Yield the names of all files, those in subfolders with their path."""
+
+
+@dataclass(frozen=True)
+class Folder:
+    """Folder of this machine."""
+
+    path: Path
+
+    def get(self, name: str) -> bytes | None:  # noqa: D102
+        with suppress(FileNotFoundError):
+            return (self.path / name).read_bytes()
+        return None
+
+    def put(self, name: str, data: bytes) -> bytes:  # noqa: D102
+        path = self.path / name
+        make_folder(path.parent)
+        written = path.with_name(f".{path.name}.{uuid4().hex}.partial")
+        try:
+            written.write_bytes(data)
+            sync_file(written)
+            # A link, unlike a rename, does not replace what another process wrote.
+            with suppress(FileExistsError):
+                os.link(written, path)
+        finally:
+            written.unlink(missing_ok=True)
+        sync_folder(path.parent)
+        return path.read_bytes()
+
+    def names(self) -> Iterator[str]:  # noqa: D102
+        for path in sorted(self.path.rglob("*")):
+            if path.is_file() and not PARTIAL.fullmatch(path.name):
+                yield path.relative_to(self.path).as_posix()
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """Prefix on S3."""
+
+    place: Location
+    store: Store
+
+    def get(self, name: str) -> bytes | None:  # noqa: D102
+        with suppress(Missing):
+            return self.store.get(self.place.bucket, self.place.key(name), LARGEST_IMAGE)
+        return None
+
+    def put(self, name: str, data: bytes) -> bytes:  # noqa: D102
+        kind = "image/png" if name.endswith(".png") else "application/json"
+        try:
+            self.store.put_once(self.place.bucket, self.place.key(name), data, content_type=kind)
+        except ConflictError:
+            return self.store.get(self.place.bucket, self.place.key(name), LARGEST_IMAGE)
+        return data
+
+    def names(self) -> Iterator[str]:  # noqa: D102
+        prefix = self.place.key("")
+        keys = (key.removeprefix(prefix) for key in self.store.list_keys(self.place.bucket, prefix))
+        return (name for name in keys if name != PROBE)
+
+    def __str__(self) -> str:
+        return str(self.place)
+
+
+def place_of(where: str) -> Folder | Prefix:
+    """Folder or prefix that ``where`` names."""
+    return Prefix(Location.parse(where), Store()) if where.startswith("s3://") else Folder(Path(where))
+
+
+def sign_images(
+    what: str, out: str, key: SigningKey, prompts: bool = False, parent: Path | None = None, progress: Progress = silent
+) -> SignedImages:
+    """Sign a copy of each image of ``what``, with C2PA, to ``out``; the same call goes on after a kill.
+
+    Args:
+        what: S3 address of a finished sampling batch, or folder of images made on request.
+        out: Folder or S3 address of the copies, which holds nothing else.
+        key: Signing key with its certificate.
+        prompts: Whether the copies say the prompts; otherwise they are also left out of their PNG metadata.
+        parent: Image that was edited, which becomes an ingredient of the copies; None: of none.
+        progress: Shows the images signed.
+
+    Raises:
+        UserError: There are no images to sign, one was altered, or the key has no usable certificate.
+        ConflictError: ``out`` holds something else.
+    """
+    signer, target = ImageSigner(key), place_of(out)
+    source = _Batch(what) if what.startswith("s3://") else _Request(Path(what))
+    original = None if parent is None else source.read_parent(parent)
+    about = Signing(
+        source=source.name,
+        record_sha256=source.record_sha256,
+        count=source.count,
+        signer=describe(key.certificates[0]),
+        prompts=prompts,
+        parent_sha256=None if original is None else sha256_bytes(original),
+    )
+    if isinstance(target, Folder) and isinstance(source, _Request) and target.path.resolve() == source.folder.resolve():
+        raise UserError(f"{out} holds the images themselves, which stay as they are: give --out another folder")
+    if isinstance(target, Prefix):
+        if f"{target}/".startswith(f"{source.place}/"):
+            raise UserError(f"{target} lies inside of the batch, which stays as it is: give --out another place")
+        target.store.require_conditional_puts(target.place.bucket, target.place.prefix)
+    record = canonical_json(about.model_dump(mode="json")).encode()
+    if target.put(SIGNING, record) != record:
+        raise ConflictError(
+            f"{target} holds signed copies of other images, or by another certificate: give --out another place"
+        )
+    done = signed = 0
+    digests = {SIGNING: sha256_bytes(record)}
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        for number, images in enumerate(source.chunks(prompts)):
+            name = part_key(number)
+            if (part := target.get(name)) is None:
+                rows = list(pool.map(partial(_sign, target, signer, original), images()))
+                lines = "".join(f"{canonical_json(row.model_dump(mode='json'))}\n" for row, _ in rows)
+                part = target.put(name, lines.encode())
+                signed += sum(new for _, new in rows)
+            digests[name] = sha256_bytes(part)
+            done += part.count(b"\n")
+            progress("images signed", done, about.count)
+    success = canonical_json(Success(sha256=digests).model_dump(mode="json")).encode()
+    if target.put(SUCCESS, success) != success:
+        raise ConflictError(f"{target} was altered: its {SUCCESS} names other records than there are")
+    return SignedImages(out=str(target), images=done, signed=signed, signer=about.signer)
+
+
+def _sign(target: Place, signer: ImageSigner, parent: bytes | None, image: UnsignedImage) -> tuple[SignedRow, bool]:
+    """Sign an image unless its copy is there; also returns whether it was signed now."""
+    copy, is_new = target.get(image.name), False
+    if copy is None:
+        ours = signer.sign(image.read(), image.name, image.lineage, parent)
+        copy = target.put(image.name, ours)
+        is_new = copy == ours
+    if not is_new:
+        try:
+            there = verify_image(copy)
+            # Serial numbers of certificates are random. Whoever forges one as well fails at `darkroom verify --trust`.
+            is_ours = there.serial_number == signer.serial_number and there.lineage == image.lineage
+        except NotVerified:
+            is_ours = False
+        if not is_ours:
+            raise ConflictError(
+                f"{target}/{image.name} is there, and is no copy that this key signed: give --out another place"
+            )
+    digests = {"sha256": image.lineage["image_sha256"], "signed_sha256": sha256_bytes(copy)}
+    return SignedRow(file=image.name, index=image.lineage["index"], **digests), is_new
+
+
+class _Batch:
+    """Sampling batch on S3."""
+
+    def __init__(self, where: str) -> None:
+        self.store = Store()
+        source = find(where.rstrip("/"), self.store, environment.settings().bucket)
+        if source.image is not None or source.batch is None or source.place is None:
+            raise UserError(f"{where} is one image: give the address of its batch")
+        self.batch, self.place = source.batch, source.place
+        bucket, deleted = self.place.bucket, f"{DELETED}/{self.place.prefix}"
+        if self.store.exists(bucket, deleted) or not self.store.exists(bucket, self.place.key(SUCCESS)):
+            raise UserError(f"{where} is not finished, or deleted: give the same `darkroom sample` again first")
+        self.name, self.count = self.place.prefix, self.batch.count
+        self.record_sha256 = self.store.sha256(self.place.bucket, self.place.key(BATCH))
+
+    def read_parent(self, path: Path) -> bytes:
+        raise UserError(f"{path}: the images of a sampling batch were made of no image: leave --parent out")
+
+    def chunks(self, prompts: bool) -> Iterator[Callable[[], Iterator[UnsignedImage]]]:
+        return (partial(self._images, chunk, prompts) for chunk in range(len(self.batch.chunks())))
+
+    def _images(self, chunk: int, prompts: bool) -> Iterator[UnsignedImage]:
+        shared = {"batch": self.name, "batch_sha256": self.record_sha256, "count": self.count}
+        shared |= self.batch.model_dump(include={"seed", "run_id", "content_digest", "weights_sha256"})
+        shared["model"] = f"models:/{self.batch.model}/{self.batch.version}"
+        rows = read_rows(self.store, self.place, self.batch, chunk)
+        if [row["index"] for row in rows] != list(self.batch.chunks()[chunk]):
+            raise UserError(f"{self.place}/{part_key(chunk)} was altered: `darkroom trace {self.place}` says more")
+        for row in rows:
+            if odd := conflicts(self.batch, row["index"], row):
+                raise UserError(f"{self.place}/{row['key']} contradicts its batch: {', '.join(odd)}")
+            own = {"index": row["index"], "label": row["label"], "prompt": row["prompt"] if prompts else None}
+            lineage = shared | own | {"image_sha256": row["sha256"], "pixels_sha256": row["pixels_sha256"]}
+            lineage = {name: value for name, value in lineage.items() if value is not None}
+            yield UnsignedImage(image_key(row["index"]), lineage, partial(self._read, row, prompts))
+
+    def _read(self, row: Row, prompts: bool) -> bytes:
+        png = read_image(self.store, self.place, self.batch, row["index"], row)
+        return _require_unaltered(png, row["sha256"], f"{self.place}/{row['key']}", prompts)
+
+
+class _Request:
+    """Folder of images that were made on request, such as edits."""
+
+    place: Location | None = None
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, record = folder, folder / ABOUT
+        try:
+            data = record.read_bytes()
+            self.about = RequestRecord.model_validate_json(data)
+        except FileNotFoundError as error:
+            raise UserError(
+                f"{folder} holds no {ABOUT}: give a folder that `darkroom edit` or `darkroom sample` wrote, or the S3 "
+                "address of a sampling batch"
+            ) from error
+        except ValidationError as error:
+            raise UserError(f"{record} says nothing of images made on request: give another folder") from error
+        if not self.about.images:
+            raise UserError(f"{folder} is not finished: give the command that generates it again")
+        self.record_sha256, self.count = sha256_bytes(data), len(self.about.images)
+        self.name = f"request {self.record_sha256}"
+
+    def read_parent(self, path: Path) -> bytes:
+        """Read the image that was edited; raises UserError for another one."""
+        try:
+            data, original = path.read_bytes(), self.about.request.get("image")
+        except OSError as error:
+            raise UserError(f"{path} cannot be read ({error.strerror}): give --parent the image") from error
+        if not isinstance(original, dict) or original.get("sha256") != sha256_bytes(data):
+            raise UserError(f"{path} is not the image that {self.folder} was made of: give that, or leave --parent out")
+        return data
+
+    def chunks(self, prompts: bool) -> Iterator[Callable[[], Iterator[UnsignedImage]]]:
+        return (partial(self._images, start, prompts) for start in range(0, self.count, CHUNK))
+
+    def _images(self, start: int, prompts: bool) -> Iterator[UnsignedImage]:
+        request = self.about.request
+        shared = {"request_sha256": self.record_sha256, "count": self.count, **self.about.model}
+        shared |= {name: request[name] for name in ("task", "seed", "label") if request.get(name) is not None}
+        if prompts and request.get("prompt"):
+            shared["prompt"] = request["prompt"]
+        if isinstance(image := request.get("image"), dict):
+            shared["parent_sha256"] = image["sha256"]
+        for row in self.about.images[start : start + CHUNK]:
+            if not isinstance(row.get("index"), int) or row.get("file") != image_key(row["index"]):
+                raise UserError(f"{self.folder / ABOUT} was altered: generate the images again")
+            lineage = shared | {"index": row["index"], "image_sha256": row["sha256"]}
+            lineage["pixels_sha256"] = row["pixels_sha256"]
+            yield UnsignedImage(row["file"], lineage, partial(self._read, row, prompts))
+
+    def _read(self, row: Row, prompts: bool) -> bytes:
+        path = self.folder / row["file"]
+        if not path.is_file():
+            raise UserError(f"{path} is missing: generate the images again")
+        return _require_unaltered(path.read_bytes(), row["sha256"], str(path), prompts)
+
+
+def _require_unaltered(png: bytes, sha256: str, where: str, prompts: bool) -> bytes:
+    """Check that ``png`` is what was generated; returns it, without its prompt unless ``prompts``."""
+    if sha256_bytes(png) != sha256:
+        raise UserError(f"{where} was altered since it was generated, and is not signed: generate it again")
+    return png if prompts else without_prompt(png)
+
+
+def without_prompt(png: bytes) -> bytes:
+    """Leave the text chunk with the prompt out of a PNG; all other bytes stay."""
+    chunks, at = [png[:8]], 8
+    while at < len(png):
+        end = at + 12 + int.from_bytes(png[at : at + 4], "big")
+        if not png.startswith(PROMPT, at + 8) or png[at + 4 : at + 8] != b"iTXt":
+            chunks.append(png[at:end])
+        at = end
+    return b"".join(chunks)

@@ -1,0 +1,272 @@
+"""Offline verification of what was signed: images, exported models with their bill of materials, and ledgers."""
+
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, ValidationError
+
+from diffusion.common.config import Config
+from diffusion.common.errors import UserError
+from diffusion.common.files import sha256_bytes
+from flows.provenance.bill_of_materials import BOM, bom_path, read_bom_files
+from flows.provenance.signed_images import SIGNING, Folder, Place, Prefix, SignedRow, Signing, place_of
+from flows.registry.ledger import LARGEST, SIGNATURES, BrokenChain, LedgerEntry, follow_chain
+from flows.sampling.lookup import Success
+from flows.sampling.sampling_batch import SUCCESS
+from flows.signing.images import SignedImage, verify_image
+from flows.signing.keys import NotVerified, Trust, differences, signature_path, signed_files
+from flows.storage.numbered_objects import NAME
+
+SIGNATURE = re.compile(rf"{SIGNATURES}/[0-9a-f]+/([0-9]{{8}})\.sig")
+SHA256 = re.compile("[0-9a-f]{64}")
+IMAGES = (".png", ".jpg", ".jpeg", ".webp")
+Kind = Literal["image", "signed images", "model", "bill of materials", "ledger"]
+
+
+class Check(Config):
+    """Verification of one thing."""
+
+    path: str
+    kind: Kind
+    verified: bool
+    trusted: bool = False
+    """Whether it was signed by a key or certificate that the user trusts."""
+    summary: str = ""
+    """Signer and contents of what is verified."""
+    problem: str = ""
+    """What is wrong with what is not."""
+    lineage: dict[str, Any] = Field(default_factory=dict)
+    """What a signed image says of its origin."""
+
+    def __str__(self) -> str:
+        state = "FAILED" if not self.verified else "verified" if self.trusted else "UNTRUSTED"
+        return f"{state}  {self.kind} {self.path}: {self.problem or self.summary}"
+
+
+def verify(path: str, trust: Trust, head: str | None = None, model: str | None = None) -> list[Check]:
+    """Verify an image, a folder of images, an exported model or a ledger, in files or on S3, without a network else.
+
+    Args:
+        path: Path or S3 address. A model or any other signed file has its signature beside it, as PATH.sig.
+        trust: Signers to accept. Without a root, images are verified with the certificate that they hold.
+        head: SHA-256 of an entry of the ledger that was its newest once; None: none is known.
+        model: Name of the registered model of the ledger; None: the last part of an address on S3, any one in files.
+
+    Raises:
+        UserError: There is nothing to verify, no key that the signature of a model or a ledger could be compared to, or
+            an option has no effect on what there is.
+    """
+    if head is not None and not SHA256.fullmatch(head):
+        raise UserError(f"--head {head} is no SHA-256: give the 64 hex digits that `darkroom verify` printed as head")
+    of_ledger = {"--head": head, "--model": model}
+    place, local = place_of(path), None if path.startswith("s3://") else Path(path)
+    if path.lower().endswith(IMAGES) and not (local is not None and local.is_dir()):
+        _reject_options("an image", of_ledger | {"--key": trust.key})
+        folder, _, name = path.rpartition("/")
+        data = place_of(folder).get(name) if local is None else Folder(Path()).get(path)
+        if data is None:
+            raise UserError(f"there is no {path}: give an image, a folder, or an S3 address")
+        return [_image(path, data, trust)[0]]
+    if local is not None and (local.is_file() or signature_path(local).is_file() or bom_path(local).is_file()):
+        _reject_options("a signed file or folder", of_ledger)
+        return list(_signed_files(local, trust))
+    names = list(place.names())
+    if any(NAME.fullmatch(name) for name in names):
+        expected = model or (place.place.prefix.rpartition("/")[2] if isinstance(place, Prefix) else None)
+        return [_ledger(path, place, names, trust, head, expected)]
+    if any(name.lower().endswith(IMAGES) for name in names):
+        _reject_options("images", of_ledger | {"--key": trust.key})
+        return list(_images(path.rstrip("/"), place, names, trust))
+    raise UserError(f"nothing to verify at {path}: give an image, a folder of images, an export, or a ledger")
+
+
+def _reject_options(of: str, options: Mapping[str, object]) -> None:
+    if unused := [name for name, value in options.items() if value is not None]:
+        fix = "; give the root of its certificate with --trust" if "--key" in unused else ""
+        raise UserError(f"{' and '.join(unused)} cannot verify {of}: leave it out{fix}")
+
+
+def _failed(path: str, kind: Kind, problem: str) -> Check:
+    return Check(path=path, kind=kind, verified=False, problem=problem)
+
+
+def _signed_files(path: Path, trust: Trust) -> Iterator[Check]:
+    """Verify a file or folder by the signature beside it, and its bill of materials."""
+    bom = bom_path(path)
+    kind: Kind = "bill of materials" if path.name.endswith(BOM) else "model"
+    files: dict[str, str] | None = None
+    for each in [path, bom] if bom.is_file() or signature_path(bom).is_file() else [path]:
+        try:
+            if not each.exists():
+                raise NotVerified("it is gone, and its signature is there")
+            if not signature_path(each).is_file():
+                raise NotVerified(f"it has no signature {signature_path(each).name} beside it")
+            signer = trust.verify(each, signature_path(each))
+            if each == path:
+                files = signed_files(signature_path(path))
+            elif files is not None and (words := differences(read_bom_files(bom), files)):
+                raise NotVerified(f"it is of other files than {path} holds: {words}")
+            yield Check(path=str(each), kind=kind, verified=True, trusted=True, summary=f"signed by {signer}")
+        except (NotVerified, ValueError) as error:
+            yield _failed(str(each), kind, str(error))
+        kind = "bill of materials"
+
+
+def _image(path: str, data: bytes, trust: Trust) -> tuple[Check, SignedImage | None]:
+    try:
+        image = verify_image(data, None if trust.roots_pem is None else trust.roots_pem.decode())
+    except NotVerified as error:
+        return _failed(path, "image", str(error)), None
+    words = f"signed by {image.signer}"
+    if not image.trusted:
+        words += ", as its own certificate says, and anybody can make such a one: give its root with --trust"
+    if path.rpartition("/")[2] != image.title:
+        words += f", as {image.title}"
+    check = Check(path=path, kind="image", verified=True, trusted=image.trusted, summary=words, lineage=image.lineage)
+    return check, image
+
+
+def _images(path: str, place: Place, names: list[str], trust: Trust) -> Iterator[Check]:
+    """Verify every image, and that all images which were signed with it are there under their names, and no other.
+
+    Each copy says how many there are. Where the records of ``darkroom sign`` are, they say the rest.
+    """
+    others = [name for name in names if not name.lower().endswith(IMAGES)]
+    about = _read_signing(place) if SIGNING in others else None
+    digests, titles, counts = dict[str, tuple[str, str]](), dict[str, set[str]](), dict[str, int]()
+    for name in names:
+        if name in others:
+            continue
+        data = place.get(name) or b""
+        check, image = _image(f"{path}/{name}", data, trust)
+        lineage = {} if image is None else image.lineage
+        if image is not None and isinstance(count := lineage.get("count"), int):
+            digests[name] = str(lineage.get("image_sha256")), sha256_bytes(data)
+            source = _source(lineage)
+            counts[source] = max(count, counts.get(source, 0))
+            titles.setdefault(source, set()).add(image.title)
+            if image.title != name:
+                check = _failed(check.path, "image", f"it was renamed: it was signed as {image.title}")
+        if image is not None and about is not None and (_source(lineage), lineage.get("count")) != about.key:
+            check = _failed(check.path, "image", f"it is signed, and not of the images that {SIGNING} names")
+        yield check
+    records = [name for name in others if name in (SIGNING, SUCCESS) or name.startswith("manifest/")]
+    if not records and not counts:
+        return
+    problems = [
+        f"{len(titles[source])} of {count} images of {source}"
+        for source, count in sorted(counts.items())
+        if len(titles[source]) != count
+    ]
+    if about is not None:
+        problems += _compare_manifest(place, about, digests, set(others))
+    elif records:
+        problems.insert(0, f"{SIGNING} " + ("was altered" if SIGNING in records else "is missing"))
+    words = "" if problems else f"all {sum(counts.values())} images of {', '.join(sorted(counts))}, and no other"
+    yield Check(
+        path=path,
+        kind="signed images",
+        verified=not problems,
+        trusted=trust.roots is not None and not problems,
+        summary=words,
+        problem="; ".join(problems[:10]),
+    )
+
+
+def _source(lineage: dict[str, Any]) -> str:
+    return str(lineage.get("batch") or f"request {lineage.get('request_sha256')}")
+
+
+def _read_signing(place: Place) -> Signing | None:
+    try:
+        return Signing.model_validate_json(place.get(SIGNING) or b"")
+    except ValidationError:
+        return None
+
+
+def _compare_manifest(
+    place: Place, about: Signing, digests: dict[str, tuple[str, str]], others: set[str]
+) -> Iterator[str]:
+    """Describe how the records of signed copies, and no ``others``, differ from images with these digests by name."""
+    data = place.get(SUCCESS)
+    if data is None:
+        yield f"signing is not finished: {len(digests)} of {about.count} images; give `darkroom sign` again"
+        return
+    rows = list[SignedRow]()
+    try:
+        records = Success.model_validate_json(data).sha256
+        yield from (f"{name} was added" for name in sorted(others - {SUCCESS, *records}))
+        for name, digest in records.items():
+            # The names are not trusted either.
+            part = (place.get(name) or b"") if name in others else b""
+            if sha256_bytes(part) != digest:
+                yield f"{name} is missing, or was altered"
+            elif name != SIGNING:
+                rows += [SignedRow.model_validate_json(line) for line in part.splitlines()]
+    except ValidationError:
+        yield f"{SUCCESS} or a part of the manifest was altered"
+    named = {row.file: (row.sha256, row.signed_sha256) for row in rows}
+    if len(named) != about.count:
+        yield f"the manifest names {len(named)} of {about.count} images"
+    for name in sorted({*named, *digests}):
+        if named.get(name) != digests.get(name):
+            words = "is missing, or not verified" if name not in digests else "is not the one in the manifest"
+            yield f"{name} {words}"
+
+
+def _ledger(path: str, place: Place, names: list[str], trust: Trust, head: str | None, model: str | None) -> Check:
+    """Verify the chain of a ledger up to its newest entry, which must be signed, and that ``head`` is part of it."""
+    if trust.key is None and trust.roots is None:
+        raise UserError(f"say whose signature of {path} you trust: give --key PUBLIC_KEY, or --trust ROOTS")
+    objects = {
+        int(match[1]): data
+        for name in names
+        if (match := NAME.fullmatch(name)) and (data := place.get(name)) is not None and len(data) <= LARGEST
+    }
+    if not objects:
+        return _failed(path, "ledger", f"no entry has at most {LARGEST} bytes")
+    known, signer, failures = dict[int, str](), "", list[tuple[int, str]]()
+    signatures = [(int(match[1]), name) for name in names if (match := SIGNATURE.fullmatch(name))]
+    for number, name in sorted(signatures, reverse=True):
+        try:
+            if number not in objects:
+                raise NotVerified("the entry is missing")
+            signer = trust.verify_bytes(objects[number], place.get(name) or b"")
+            # It stands for all before it.
+            known = {number: sha256_bytes(objects[number])}
+            break
+        except NotVerified as error:
+            failures.append((number, f"the signature of entry {number}: {error}"))
+    try:
+        first = LedgerEntry.model_validate_json(objects[min(objects)])
+        if model is not None and first.model != model:
+            raise NotVerified(f"it is the ledger of {first.model}, and not that of {model}")
+        if not known:
+            raise NotVerified(
+                f"no entry is signed by a trusted key ({failures[0][1] if failures else 'there is no signature'})"
+            )
+        entries, reasons = follow_chain(first.model, objects, known)
+    except ValidationError:
+        return _failed(path, "ledger", f"entry {min(objects)} was altered")
+    except BrokenChain as error:
+        return _failed(path, "ledger", f"entry {error.number} {error}")
+    except NotVerified as error:
+        return _failed(path, "ledger", str(error))
+    signed, newest = max(known), entries[-1]
+    problems = [f"entry {number} {reason}" for number, reason in reasons.items()]
+    # Of an entry that is not there any more, or was replaced; an older one may be signed by an older key.
+    problems += [words for number, words in failures if number > signed]
+    if newest.number > signed:
+        problems.append(f"the newest signed entry is {signed}, and {newest.number} is not signed by a trusted key")
+    if head is not None and head not in {each.digest for each in entries}:
+        problems.append(f"the entry with SHA-256 {head} is not in it: it was rolled back, or is another branch")
+    if problems:
+        return _failed(path, "ledger", "; ".join(problems))
+    champion = newest.standing.champion
+    words = (
+        f"model {newest.model}, {len(entries)} entries, champion {'none' if champion is None else champion}, head "
+        f"{newest.digest}, signed by {signer}"
+    )
+    return Check(path=path, kind="ledger", verified=True, trusted=True, summary=words)

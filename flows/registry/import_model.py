@@ -1,0 +1,106 @@
+"""Import of models that were not trained here, pipelines of diffusers and model files, as versions of a model.
+
+The run of an import says where the model comes from. Equal bytes under another name refer to the same logged model, so
+that they lie on S3 once.
+"""
+
+import re
+import shutil
+from collections.abc import Mapping
+
+from filelock import FileLock
+from mlflow.client import MlflowClient
+from mlflow.entities import Param
+from mlflow.utils.mlflow_tags import MLFLOW_RUN_NOTE, MLFLOW_SOURCE_NAME, MLFLOW_SOURCE_TYPE
+
+from diffusion.checkpoints import read_model_header
+from diffusion.common.escaping import escape_markdown
+from diffusion.diffusers_format.import_model import ImportedFile, import_file
+from diffusion.families.model import ModelHeader
+from diffusion.process.samplers import SamplingConfig, effective_sampling
+from flows.environment import settings
+from flows.registry import model_card, model_versions
+from flows.registry.model_versions import LICENCE, ORIGIN, Version
+from flows.registry.takedown_marks import TAKEDOWN
+from flows.tracking.console import reporter
+from flows.tracking.runs import AUTOENCODER, IMPORTED, ORIGIN_ARTIFACT, START, RunTracker, one_run
+
+DIGEST = re.compile("[0-9a-f]{64}")
+LINEAGE = ("darkroom.content_digest", "darkroom.dvc_digest", "darkroom.dataset", TAKEDOWN, AUTOENCODER, START)
+"""Tags of a training's run that its versions have as well."""
+
+
+class ImportedModel(ImportedFile):
+    """A model that was imported, with its version."""
+
+    version: Version
+
+
+def import_model(source: str, name: str, licence: str | None, sampling: SamplingConfig) -> ImportedModel:
+    """Register the model that ``source`` names as a version of the model ``name``; repeated, it finds that version.
+
+    ``sampling`` is how the served version samples. Raises UserError as ``import_file`` does.
+    """
+    folder, cache = settings().folder / "imports" / name, settings().folder / "models"
+    for each in (folder, cache):
+        each.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / ".lock"):
+        done = import_file(source, folder / "weights.safetensors", licence, folder / "downloads", reporter())
+        header, client = read_model_header(done.file), MlflowClient()
+        # Imports of the same weights under several names wait for each other, so that they are stored once.
+        with FileLock(folder.parent / f".{done.sha256}.lock"):
+            version = _register(client, name, done, header, sampling)
+        model_card.write_imported(client, header, done.origin, version)
+        done.file.replace(cache / f"{done.sha256}.safetensors")
+        for base in folder.glob("*.safetensors"):
+            base.replace(cache / base.name)
+        # Not before: after a kill nothing is downloaded again.
+        shutil.rmtree(folder / "downloads", ignore_errors=True)
+    return ImportedModel(**dict(done) | {"file": cache / f"{done.sha256}.safetensors"}, version=version)
+
+
+def _register(
+    client: MlflowClient, name: str, done: ImportedFile, header: ModelHeader, sampling: SamplingConfig
+) -> Version:
+    """Find or make the version of the imported weights."""
+    if (version := model_versions.find(client, name, done.sha256)) is not None:
+        return version
+    tags: dict[str, str | None] = {ORIGIN: done.source, LICENCE: done.origin.licence}
+    tags |= model_versions.base_tags(client, done.file)
+    if header.origin is None and DIGEST.fullmatch(header.content_digest):
+        # By which a takedown of images that it learned from finds it.
+        tags |= {"darkroom.dataset": header.dataset, "darkroom.content_digest": header.content_digest}
+    if not (stored := model_versions.stored_models(done.sha256)):
+        run_id, used = _open_run(client, name, done, header, tags), effective_sampling(header.model, sampling)
+        return model_versions.register(name, run_id, done.file, used, tags, header.images)
+    if IMPORTED not in (trained := client.get_run(str(stored[0].source_run_id)).data.tags):
+        # It was trained here: instead of an origin it has the lineage of that training.
+        tags = {tag: trained.get(tag) for tag in LINEAGE}
+    logged = {tag: stored[0].tags.get(tag) for tag in model_versions.LOGGED_TAGS}
+    entries = {tag: str(value) for tag, value in (logged | tags).items() if value is not None}
+    return model_versions.register_once(client, stored[0].model_uri, name, done.sha256, entries)
+
+
+def _open_run(
+    client: MlflowClient, name: str, done: ImportedFile, header: ModelHeader, tags: Mapping[str, str | None]
+) -> str:
+    """Find or create the run of the import, with the origin and the digests of its files; returns its ID.
+
+    ``tags`` are those of the version.
+    """
+    about = {
+        MLFLOW_RUN_NOTE: f"Import of {escape_markdown(done.source)}, {header.pixels} pixels, under the "
+        f"licence {escape_markdown(done.origin.licence or '')}. `origin.json` has the digests of its files.",
+        MLFLOW_SOURCE_NAME: "darkroom model import",
+        MLFLOW_SOURCE_TYPE: "LOCAL",
+    }
+    run_id = str(one_run(client, name, IMPORTED, done.sha256, f"import-{done.sha256[:8]}", about).info.run_id)
+    shown = {"source": done.origin.source, "revision": done.origin.revision, "licence": done.origin.licence}
+    params = {"model.family": done.family} | {f"import.{key}": value for key, value in shown.items() if value}
+    client.log_batch(run_id, params=[Param(key, value) for key, value in params.items()])
+    origin = done.origin.model_dump(mode="json", include={"source", "revision", "licence", "files"})
+    client.log_dict(run_id, origin, ORIGIN_ARTIFACT)
+    tracker = RunTracker(client, run_id)
+    tracker.tag({tag: tags.get(tag) for tag in (ORIGIN, LICENCE, START, "darkroom.content_digest")})
+    tracker.finish()
+    return run_id

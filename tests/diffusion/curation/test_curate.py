@@ -1,0 +1,502 @@
+"""Curation: what rules drop is what was planted, whatever the history, the workers and kills."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+from onnx import save as save_onnx
+from PIL import Image
+
+from diffusion.common.errors import UserError
+from diffusion.curation import curate as curation
+from diffusion.curation.config import CurationConfig
+from diffusion.curation.curate import CurationResult, curate
+from diffusion.data.dataset import Dataset
+from diffusion.data.ingest.config import IngestConfig
+from diffusion.data.ingest.ingest import ingest
+from diffusion.data.ingest.key_resolution import content_digest
+from diffusion.data.ingest.merge import merge_versions
+from diffusion.data.manifest import STORED, read_manifest, work_folder
+from diffusion.data.prefetch import local_fan_out
+from diffusion.data.versions.takedown import remove, remove_known
+from diffusion.data.versions.takedown_records import Selection, holders, write_removal
+from diffusion.data.versions.versions import diff, log, show
+from diffusion.evaluation.config import EvaluationConfig
+from tests.builders.ingested import files_of, records
+from tests.builders.planted import plant, scene
+
+EVALUATION = EvaluationConfig()
+SHARP = {"min_sharpness": 30}
+
+
+def config(source: Path, **fields: object) -> IngestConfig:
+    return IngestConfig.model_validate({"source": str(source), "size": 48, "held_out": 0.3, "workers": 1} | fields)
+
+
+def rules(folder: Path, dry_run: bool = False, **fields: object) -> CurationResult:
+    ingest_config = config(folder)
+    return curate(folder, CurationConfig.model_validate(fields), ingest_config, EVALUATION, dry_run=dry_run)
+
+
+def dropped(folder: Path) -> dict[str, str]:
+    return {str(row["source"]): str(row["reason"]) for row in records(folder) if row["outcome"] == "dropped"}
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, set[str]]]:
+    root = tmp_path_factory.mktemp("planted")
+    planted = plant(root / "images")
+    ingest(root / "data" / "set", config(root / "images"))
+    return root, planted
+
+
+@pytest.fixture
+def data(original: tuple[Path, dict[str, set[str]]], tmp_path: Path) -> Path:
+    shutil.copytree(original[0] / "data", tmp_path / "data")
+    return tmp_path / "data" / "set"
+
+
+@pytest.mark.parametrize(
+    ("fields", "kinds"),
+    [
+        (SHARP, {"blurred", "flat"}),
+        ({"min_entropy": 2}, {"flat"}),
+        ({"min_contrast": 10}, {"flat"}),
+        ({"max_border": 0.3}, {"bordered", "flat"}),
+        ({"max_text": 0.25}, {"text"}),
+        ({"max_aspect": 2}, {"wide"}),
+    ],
+)
+def test_rules_on_single_images_drop_what_was_planted_and_nothing_else(
+    fields: dict[str, object], kinds: set[str], original: tuple[Path, dict[str, set[str]]], data: Path
+) -> None:
+    done = rules(data, **fields)
+    assert dropped(data).keys() == set().union(*(original[1][kind] for kind in kinds))
+    (name, limit), *_ = fields.items()
+    assert all(reason.startswith(f"{name} = {limit}: ") for reason in dropped(data).values())
+    assert done.rules == {name: done.dropped}
+
+
+def test_the_largest_of_near_duplicates_stays(original: tuple[Path, dict[str, set[str]]], data: Path) -> None:
+    planted = original[1]
+    rules(data, near_duplicates="largest", min_entropy=2)
+    found = {name for name, reason in dropped(data).items() if reason.startswith("near_duplicates")}
+    # Of a larger copy or crop the scene itself goes; of two of equal size either one.
+    assert {f"{name[:3]}.png" for name in planted["larger"] | planted["crop"]} <= found
+    for name in planted["jpeg"]:
+        assert len({name, f"{name[:3]}.png"} & found) == 1
+    assert len(found) == 12
+
+
+def test_one_per_class_drops_no_image_for_one_of_another_class(tmp_path: Path) -> None:
+    for label, side in (("a", 96), ("b", 64), ("a", 50)):
+        path = tmp_path / "images" / label / f"{side}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        scene(1, 96).resize((side, side), Image.Resampling.BICUBIC).save(path)
+    for number in range(2, 8):
+        scene(number).save(tmp_path / "images" / "a" / f"other-{number}.png")
+    folder = tmp_path / "data" / "set"
+    ingest(folder, config(tmp_path / "images"))
+    assert rules(folder, near_duplicates="report").changed is False
+    rules(folder, near_duplicates="one_per_class")
+    assert dropped(folder).keys() == {"a/50.jpg"}
+    rules(folder, near_duplicates="largest")
+    assert dropped(folder).keys() == {"a/50.jpg", "b/64.jpg"}
+
+
+def test_near_duplicates_form_no_chains() -> None:
+    from diffusion.curation.duplicates import leaders_by_features, leaders_by_hash
+
+    # Each differs from the next one in 10 bits, and the first from the third in 20.
+    phashes = [f"{(1 << (10 * step)) - 1:064x}" for step in range(6)]
+    order, classes = np.arange(6), [None] * 6
+    assert leaders_by_hash(phashes, order, classes, 10).tolist() == [0, 0, 2, 2, 4, 4]
+    assert leaders_by_hash(phashes, order[::-1].copy(), classes, 10).tolist() == [1, 1, 3, 3, 5, 5]
+    assert leaders_by_hash(phashes, order, list("ababab"), 10).tolist() == [*range(6)]
+    import torch
+
+    line = torch.arange(6.0)[:, None] * torch.ones(1, 4) / 2  # neighbours are 1 apart
+    assert leaders_by_features(line, order, classes, 1.01).tolist() == [0, 0, 2, 2, 4, 4]
+    assert leaders_by_features(line, order, list("ababab"), 1.01).tolist() == [*range(6)]
+
+
+def test_leaders_by_features_are_those_of_a_search_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    from diffusion.curation import duplicates
+
+    points = torch.randn(300, 2, generator=torch.Generator().manual_seed(0))
+    order = torch.randperm(300, generator=torch.Generator().manual_seed(1)).numpy()
+    expected = np.arange(300)
+    found: list[int] = []
+    for row in order.tolist():
+        distances = [(points[row] - points[leader]).norm().item() for leader in found]
+        if distances and min(distances) <= 0.3:
+            expected[row] = found[int(np.argmin(distances))]
+        else:
+            found.append(row)
+    distances_of = duplicates.squared_distances
+    for block in (7, 64, 1024):
+
+        def bounded(x: torch.Tensor, y: torch.Tensor, block: int = block) -> torch.Tensor:
+            assert max(len(x), len(y)) <= block
+            return distances_of(x, y)
+
+        monkeypatch.setattr(duplicates, "squared_distances", bounded)
+        monkeypatch.setattr(duplicates, "BLOCK", block)
+        assert duplicates.leaders_by_features(points, order, [None] * 300, 0.3).tolist() == expected.tolist()
+
+
+def test_without_rules_nothing_is_measured_and_no_byte_changes(data: Path) -> None:
+    before, work = files_of(data), files_of(data.parent / ".set")
+    done = rules(data)
+    assert (done.changed, done.dropped, done.digest) == (False, 0, read_manifest(data).digest)
+    assert files_of(data) == before
+    assert files_of(data.parent / ".set") == work
+
+
+def test_a_version_of_curation_has_the_content_of_a_set_without_the_images(
+    original: tuple[Path, dict[str, set[str]]], data: Path, tmp_path: Path
+) -> None:
+    before = read_manifest(data)
+    shards = {entry.name: (data / entry.name).read_bytes() for entry in before.shards}
+    done = rules(data, **SHARP)
+    after = read_manifest(data)
+    assert (after.change, after.parent, after.dropped) == ("curation", before.digest, 8)
+    assert after.shards == before.shards
+    assert {name: (data / name).read_bytes() for name in shards} == shards
+    assert after.content_digest == content_digest(data, after.parts, after.storage) == done.content_digest
+    less = tmp_path / "images"
+    shutil.copytree(original[0] / "images", less)
+    for name in dropped(data):
+        (less / name).unlink()
+    assert ingest(tmp_path / "other", config(less)).content_digest == after.content_digest
+    dataset = Dataset.open(data)
+    keys = set(dataset.keys(range(len(dataset))))
+    assert len(dataset) == after.kept == before.kept - 8
+    assert not keys & {row["key"] for row in records(data) if row["outcome"] == "dropped"}
+    assert after.mean != before.mean
+    dataset.close()
+
+
+def test_images_come_back_when_rules_change_with_the_content_that_was(data: Path) -> None:
+    before = read_manifest(data)
+    rules(data, **SHARP)
+    once = dropped(data)
+    looser = rules(data, min_sharpness=0.5)
+    assert 0 < looser.dropped < len(once)
+    assert looser.restored == len(once) - looser.dropped
+    again = rules(data)
+    assert (again.dropped, again.content_digest) == (0, before.content_digest)
+    assert read_manifest(data).parts == before.parts
+    assert rules(data).changed is False
+
+
+def test_the_same_rules_again_change_nothing_and_measure_nothing(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rules(data, **SHARP)
+    before = files_of(data)
+    (data.parent / ".set" / "curated.json").unlink()
+    monkeypatch.setattr("diffusion.curation.measures.measure_shard", lambda task: pytest.fail("measured again"))
+    assert rules(data, **SHARP).changed is False
+    assert files_of(data) == before
+
+
+def test_a_dry_run_says_what_would_be_dropped_and_changes_no_version(data: Path) -> None:
+    before = files_of(data)
+    preview = rules(data, dry_run=True, **SHARP)
+    assert (preview.changed, preview.newly_dropped) == (True, 8)
+    assert files_of(data) == before
+    done = rules(data, **SHARP)
+    assert {each.source: each.reason for each in done.images} == dropped(data)
+    assert done.images == preview.images
+
+
+@pytest.mark.parametrize("runner", ["threads", pytest.param("processes", marks=pytest.mark.slow)])
+def test_results_do_not_depend_on_workers(data: Path, tmp_path: Path, runner: str) -> None:
+    shutil.copytree(data.parent, tmp_path / "other")
+    many = {"near_duplicates": "largest", **SHARP}
+    rules(data, **many)
+    other = tmp_path / "other" / "set"
+    parallel = config(other, runner=runner, workers=3)
+    curate(other, CurationConfig.model_validate(many), parallel, EVALUATION, fan_out=local_fan_out(parallel))
+    assert files_of(other) == files_of(data)
+
+
+@pytest.mark.parametrize("stop", ["write_manifest", "remove_strays", "write_json"])
+def test_a_curation_killed_in_between_ends_the_same(data: Path, stop: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = data.parent / "expected"
+    shutil.copytree(data, expected)
+    shutil.copytree(data.parent / ".set", data.parent / ".expected")
+
+    def killed(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(curation, stop, killed)
+        with pytest.raises(KeyboardInterrupt):
+            rules(data, **SHARP)
+    rules(data, **SHARP)
+    rules(expected, **SHARP)
+    ours, theirs = read_manifest(data), read_manifest(expected)
+    assert ours == theirs
+    assert files_of(data) == files_of(expected)
+
+
+def test_damaged_measures_are_measured_again(data: Path) -> None:
+    preview = rules(data, dry_run=True, **SHARP)
+    for path in (data.parent / ".set" / "measures").iterdir():
+        whole = path.read_bytes()
+        path.write_bytes(whole[: len(whole) // 2])
+    assert rules(data, **SHARP).images == preview.images
+
+
+def test_rules_that_drop_too_much_are_errors_and_nothing_is_changed(data: Path) -> None:
+    before = files_of(data)
+    with pytest.raises(UserError, match="max_dropped"):
+        rules(data, min_brightness=250)
+    with pytest.raises(UserError, match="max_dropped"):
+        rules(data, min_side=5000, max_dropped=1)
+    assert files_of(data) == before
+
+
+def test_an_outlier_is_far_from_all_others(data: Path) -> None:
+    rules(data, max_outlier=97)
+    assert 0 < len(dropped(data)) <= 0.03 * len(records(data)) + 1
+    # Images of one colour are like no scene.
+    assert sum("flat" in name for name in dropped(data)) >= len(dropped(data)) - 1
+
+
+def test_semantic_near_duplicates_are_found_by_a_calibrated_distance(
+    original: tuple[Path, dict[str, set[str]]], data: Path
+) -> None:
+    done = rules(data, semantic_duplicates="largest", min_entropy=2)
+    found = {name for name, reason in dropped(data).items() if reason.startswith("semantic")}
+    pairs = {name[:3] for kind in ("larger", "jpeg", "crop") for name in original[1][kind]}
+    hits = {name[:3] for name in found} & pairs
+    assert done.semantic_distance is not None
+    # Small drawings are what the network knows least: precision goes before recall.
+    assert len(hits) >= 6
+    assert len(found) == len(hits)
+
+
+def classifier(path: Path, layout: str = "NCHW") -> Path:
+    """A classifier of how red images are: (share of red, 1 − share of red)."""
+    shape = ["N", 3, 16, 16] if layout == "NCHW" else ["N", 16, 16, 3]
+    axes, float32 = ([2, 3] if layout == "NCHW" else [1, 2]), TensorProto.FLOAT
+    weights = np.array([[1.5, -1.5], [-0.75, 0.75], [-0.75, 0.75]], np.float32)
+    nodes = [
+        helper.make_node("ReduceMean", ["images"], ["mean"], axes=axes, keepdims=0),
+        helper.make_node("MatMul", ["mean", "weights"], ["logits"]),
+        helper.make_node("Sigmoid", ["logits"], ["scores"]),
+    ]
+    inputs = [helper.make_tensor_value_info("images", float32, shape)]
+    outputs = [helper.make_tensor_value_info("scores", float32, ["N", 2])]
+    graph = helper.make_graph(nodes, "red", inputs, outputs, [numpy_helper.from_array(weights, "weights")])
+    save_onnx(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9), path)
+    return path
+
+
+@pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
+def test_a_classifier_of_the_user_drops_what_it_flags(
+    layout: str, original: tuple[Path, dict[str, set[str]]], data: Path, tmp_path: Path
+) -> None:
+    nsfw = {"path": str(classifier(tmp_path / "red.onnx", layout)), "layout": layout, "output": 0}
+    rules(data, nsfw=nsfw, max_nsfw=0.61)
+    assert dropped(data).keys() == original[1]["skin"]
+    rows = {row["source"]: str(row["reason"]) for row in records(data)}
+    name = min(original[1]["skin"])
+    red, green, blue = np.asarray(Image.open(original[0] / "images" / name)).reshape(-1, 3).mean(0) / 255
+    score = 1 / (1 + np.exp(-(1.5 * red - 0.75 * green - 0.75 * blue)))
+    assert float(rows[name].rpartition(" ")[2]) == pytest.approx(score, abs=0.01)
+
+
+def test_a_classifier_is_known_by_its_bytes_and_its_input(data: Path, tmp_path: Path) -> None:
+    path = classifier(tmp_path / "red.onnx")
+    nsfw = {"path": str(path), "output": 0}
+    first = rules(data, dry_run=True, nsfw=nsfw, max_nsfw=0.61)
+    assert rules(data, dry_run=True, nsfw=nsfw | {"channels": "BGR"}, max_nsfw=0.61).images != first.images
+    assert rules(data, dry_run=True, nsfw=nsfw | {"output": 1}, max_nsfw=0.61).dropped == 0
+    path.write_bytes(b"import os")
+    with pytest.raises(UserError, match="no ONNX network"):
+        rules(data, nsfw=nsfw, max_nsfw=0.61)
+    with pytest.raises(UserError, match="layout"):
+        rules(data, nsfw={"path": str(classifier(path)), "layout": "NHWC"}, max_nsfw=0.6)
+    with pytest.raises(UserError, match="no classifier"):
+        rules(data, nsfw={"path": str(tmp_path / "none.onnx")}, max_nsfw=0.6)
+
+
+def test_dropped_images_that_come_again_are_duplicates_and_new_ones_are_curated(
+    original: tuple[Path, dict[str, set[str]]], data: Path, tmp_path: Path
+) -> None:
+    rules(data, **SHARP)
+    gone = dropped(data)
+    images = tmp_path / "more"
+    images.mkdir()
+    for name in gone:
+        shutil.copy(original[0] / "images" / name, images / f"again-{name}")
+    scene(7777).save(images / "new.png")
+    Image.new("RGB", (64, 64), "navy").save(images / "new-flat.png")
+    again = ingest(data, config(images), requeue=True)
+    assert (again.added, again.duplicates) == (2, len(gone))
+    assert dropped(data) == gone
+    assert rules(data, **SHARP).newly_dropped == 1
+    assert dropped(data).keys() == {*gone, "new-flat.png"}
+    assert ingest(data, config(images), requeue=True).changed is False
+    rules(data)
+    assert dropped(data) == {}
+
+
+def test_a_rebuild_reads_dropped_images_again(original: tuple[Path, dict[str, set[str]]], data: Path) -> None:
+    first = read_manifest(data)
+    rules(data, **SHARP)
+    built = ingest(data, config(original[0] / "images"), rebuild="always")
+    assert built.content_digest == first.content_digest
+    assert dropped(data) == {}
+
+
+def test_a_dropped_image_that_is_taken_down_is_gone_for_good(
+    original: tuple[Path, dict[str, set[str]]], data: Path
+) -> None:
+    rules(data, **SHARP)
+    curated = read_manifest(data)
+    name = min(dropped(data))
+    (row,) = (row for row in records(data) if row["source"] == name)
+    png = next(
+        (data / part.shard.name).read_bytes()[row["offset"] : row["offset"] + row["size"]]  # type: ignore[operator]
+        for part in curated.parts
+        if part.shard
+    )
+    removal = remove(data, Selection(sources=[name]), "asked to")
+    assert (removal.images, removal.image_keys) == (1, [row["key"]])
+    after = read_manifest(data)
+    assert after.content_digest == curated.content_digest
+    assert not any(png in (data / entry.name).read_bytes() for entry in after.shards)
+    assert list((data.parent / ".set" / "measures").iterdir()) == []
+    assert holders(data, removal, [curated]).held == [curated.digest]
+    rules(data)
+    assert row["key"] not in {each["key"] for each in records(data) if each["outcome"] == "kept"}
+    assert ingest(data, config(original[0] / "images"), requeue=True).added == 0
+
+
+def test_copies_that_curation_dropped_are_taken_down_with_the_image_kept_instead(
+    original: tuple[Path, dict[str, set[str]]], data: Path, tmp_path: Path
+) -> None:
+    rules(data, near_duplicates="largest")
+    kept = {str(row["source"]): str(row["key"]) for row in records(data) if row["outcome"] == "kept"}
+    followers = {str(row["source"]): str(row["key"]) for row in records(data) if row["outcome"] == "dropped"}
+    leader = next(name for name in kept if kept[name] in {row.get("leader") for row in records(data)})
+    copies = [str(row["source"]) for row in records(data) if row.get("leader") == kept[leader]]
+    other = tmp_path / "elsewhere" / "set"
+    shutil.copytree(data.parent, other.parent)
+    # Without the image that was kept, a copy leaves its siblings and that image.
+    assert kept[leader] in remove(tmp_path / "elsewhere" / "set", Selection(sources=copies[:1]), "no").near_copies
+    shutil.rmtree(other.parent)
+    shutil.copytree(data.parent, other.parent)
+    removal = remove(data, Selection(sources=[leader]), "consent withdrawn")
+    assert removal.dropped_copies == sorted(followers[name] for name in copies)
+    assert {*removal.image_keys} == {kept[leader], *removal.dropped_copies}
+    rules(data, near_duplicates="largest")
+    assert not {str(row["key"]) for row in records(data) if row["outcome"] in STORED} & {*removal.image_keys}
+    # A record that names the image alone takes its copies elsewhere, too.
+    alone = removal.model_copy(update={"image_keys": [kept[leader]], "digests": [], "dropped_copies": None})
+    write_removal(work_folder(other), alone)
+    remove_known(other)
+    assert not {str(row["key"]) for row in records(other) if row["outcome"] in STORED} & {*removal.image_keys}
+
+
+def test_a_reason_that_says_the_same_with_another_value_rewrites_no_table(data: Path, tmp_path: Path) -> None:
+    rules(data, max_outlier=97)
+    before, gone = read_manifest(data), dropped(data)
+    (more := tmp_path / "more").mkdir()
+    for number in range(3):
+        scene(9000 + number).save(more / f"{number}.png")
+    ingest(data, config(more))
+    assert rules(data, max_outlier=97).newly_dropped == 0
+    assert dropped(data) == gone
+    assert read_manifest(data).parts[: len(before.parts)] == before.parts
+
+
+def test_a_union_keeps_what_the_other_machine_dropped_out(
+    original: tuple[Path, dict[str, set[str]]], data: Path, tmp_path: Path
+) -> None:
+    base = read_manifest(data)
+    other = tmp_path / "there" / "set"
+    shutil.copytree(data.parent, other.parent)
+    for folder, number in ((data, 8001), (other, 8002)):
+        more = tmp_path / f"more-{number}"
+        more.mkdir()
+        scene(number).save(more / f"{number}.png")
+        Image.new("RGB", (64, 64), (number % 256, 0, 99)).save(more / f"flat-{number}.png")
+        ingest(folder, config(more))
+        rules(folder, **SHARP)
+    ours, theirs = read_manifest(data), read_manifest(other)
+    for entry in theirs.files:
+        if not (data / entry.name).exists():
+            shutil.copy(other / entry.name, data / entry.name)
+    for path in (other / "versions").iterdir():
+        shutil.copy(path, data / "versions" / path.name)
+    found = merge_versions(data, config(data), theirs, base)
+    assert found.version.dropped == ours.dropped + 1
+    assert found.version.kept == ours.kept + 1
+    assert found.version.content_digest == content_digest(data, found.version.parts, found.version.storage)
+    assert rules(data, **SHARP).newly_dropped == 0
+
+
+def test_history_shows_what_curation_did(data: Path) -> None:
+    before = read_manifest(data)
+    rules(data, **SHARP)
+    after = read_manifest(data)
+    found = show(data, after, limit=3)
+    assert (found.dropped_count, len(found.dropped or ())) == (8, 3)
+    assert [(each.reason, each.count) for each in found.rules or ()] == [("min_sharpness", 8)]
+    step = next(log(data))
+    assert (step.change, step.added, step.removed) == ("curation", 0, 8)
+    there = diff(data, before, after)
+    assert there.unread == []
+    assert there.removed is not None
+    assert there.dropped is not None
+    assert there.removed.count == there.dropped.count == 8
+    assert {each.source: each.reason for each in there.dropped.samples} == dropped(data)
+    rules(data)
+    back = diff(data, after, read_manifest(data), elsewhere=lambda entry: None)
+    assert back.kept == (after.kept, before.kept)
+
+
+def test_the_page_of_a_curated_ingest_compares_with_the_version_before_it(data: Path, tmp_path: Path) -> None:
+    from diffusion.evaluation.reports.dataset_report import write_dataset_report
+
+    first = read_manifest(data)
+    more = tmp_path / "more"
+    more.mkdir()
+    scene(8801).save(more / "new.png")
+    Image.new("RGB", (64, 64), "navy").save(more / "new-flat.png")
+    ingest(data, config(more))
+    tables = shutil.copytree(data / "records", tmp_path / "records")
+    rules(data, min_entropy=2)
+    # As on a machine that still has the tables of versions before.
+    shutil.copytree(tables, data / "records", dirs_exist_ok=True)
+    summary = write_dataset_report(data, tmp_path / "page.html")
+    assert (summary.dropped, summary.kept) == (5, first.kept + 1 - 4)
+    # Of the new images one was dropped; of the old ones, four.
+    assert (summary.added, summary.lost) == (1, 4)
+    html = (tmp_path / "page.html").read_text()
+    assert "Dropped by curation" in html
+    assert "min_entropy" in html
+
+
+def test_a_shard_all_of_whose_images_are_dropped_is_read_past(data: Path, tmp_path: Path) -> None:
+    more = tmp_path / "more"
+    more.mkdir()
+    for level in range(5):
+        Image.new("RGB", (64, 64), (50 * level, 9, 120)).save(more / f"{level}.png")
+    ingest(data, config(more))
+    rules(data, min_entropy=2)
+    after = read_manifest(data)
+    assert after.parts[-1].splits == {}
+    dataset = Dataset.open(data)
+    assert len(dataset) == after.kept
+    assert dataset.images(dataset.rows("train")).shape[0] == after.counts["train"]
+    assert dataset.captions(range(len(dataset))) == [None] * after.kept
+    dataset.close()

@@ -1,0 +1,139 @@
+"""An imported pipeline beside a network of Darkroom: the same held-out images and prompts, or held with the reason."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from diffusion.data.dataset import Dataset
+from diffusion.diffusers_format.import_pipeline import import_pipeline
+from diffusion.evaluation.comparison import ChampionComparison, compare_with_champion
+from diffusion.evaluation.evaluator import Evaluator
+from diffusion.evaluation.gate import GateConfig
+from diffusion.evaluation.metrics.text_image_agreement import TextImageAgreement
+from diffusion.families.model import Origin
+from diffusion.process.samplers import SamplingConfig, sampling_config
+from tests.builders import pipelines
+from tests.builders.captioned import COLOURS
+from tests.builders.comparisons import CONFIG, SAMPLING, Watcher
+from tests.builders.small_datasets import write_dataset
+from tests.builders.small_models import CONFIG as NETWORK
+from tests.builders.small_models import write_model
+from tests.builders.text_image_encoders import write_clip
+
+pytestmark = pytest.mark.usefixtures("fake_encoder")
+SIZE = 16
+GATE = GateConfig(across_families=True, looks=1)
+FEW = CONFIG.model_copy(update={"samples": 24})
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Squares of 16×16 with captions and labels."""
+    folder, random = tmp_path_factory.mktemp("data") / "squares", np.random.default_rng(0)
+    names = [list(COLOURS)[number % 3] for number in range(96)]
+    flat = np.array([COLOURS[name] for name in names])[:, :, None, None]
+    images = np.clip(flat + random.integers(-40, 40, (96, 3, SIZE, SIZE)), 0, 255).astype(np.uint8)
+    captions = [f"{name} square {number % 7}" for number, name in enumerate(names)]
+    write_dataset(folder, images, 96, labels=names, captions=captions)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def imported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of imported pipelines by kind."""
+    folder = tmp_path_factory.mktemp("imported")
+    for kind in ("stable_diffusion", "ddpm", "ddim", "class_conditional"):
+        source = pipelines.MAKERS[kind](folder / kind)
+        import_pipeline(source, folder / f"{kind}.safetensors", Origin(source=f"file://{source}"))
+    return folder
+
+
+def own(folder: Path, text: bool, *classes: str) -> Path:
+    config = NETWORK.model_copy(update={"text": text})
+    return write_model(
+        folder / "own.safetensors", 1, 1, channels=3, size=SIZE, config=config, classes=dict.fromkeys(classes, 30)
+    )
+
+
+def compared(
+    pair: list[Path], data: Path, folder: Path, sampling: SamplingConfig = SAMPLING, encoder: Path | None = None
+) -> tuple[ChampionComparison, Watcher]:
+    watcher, config = Watcher(), FEW.model_copy(update={"text_image_encoder": encoder})
+    return compare_with_champion(*pair, data, config, sampling, GATE, folder, watcher)[0], watcher
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_a_stable_diffusion_pipeline_and_a_network_of_captions_are_compared_on_the_same_prompts(
+    reverse: bool, data: Path, imported: Path, tmp_path: Path
+) -> None:
+    write_clip(tmp_path / "clip")
+    pair = [imported / "stable_diffusion.safetensors", own(tmp_path, text=True)]
+    pair = pair[::-1] if reverse else pair
+    found, _ = compared(pair, data, tmp_path, encoder=tmp_path / "clip")
+    assert found.compared.incomparable is None
+    assert found.compared.headline is not None
+    said = {each.rule: each.reason for each in found.decision.findings}
+    assert said["conditions"].count("diffusers") == said["conditions"].count("ddpm") == 1
+    assert {"headline", "recall", "memorized", "text-image agreement", "cost"} <= said.keys()
+    assert found.champion is not None
+    for each in (found.candidate, found.champion):
+        assert isinstance(each.text_image_agreement, TextImageAgreement)
+    evaluator = Evaluator(data, FEW.model_copy(update={"seed": FEW.seed + 1}), SAMPLING, tmp_path)
+    ours, theirs = (evaluator.model(path) for path in pair)
+    dataset = Dataset.open(data)
+    prompts = tuple(dataset.captions(dataset.rows("held_out")))[: FEW.samples]
+    assert ours.conditions.prompts == theirs.conditions.prompts == prompts
+    cost = found.compared.cost
+    assert cost is not None
+    # The same number of passes of two networks, of which the pipeline's is the larger one.
+    assert (cost.candidate > cost.champion) == (not reverse)
+
+
+@pytest.mark.parametrize(
+    ("kind", "text", "words", "reverse"),
+    [
+        ("stable_diffusion", False, "knows none", False),
+        ("stable_diffusion", False, "knows none", True),
+        ("ddpm", True, "knows none", False),
+        ("ddpm", True, "knows none", True),
+        ("ddim", False, "1×16×16", False),
+    ],
+)
+def test_pipelines_that_are_asked_for_something_else_are_held(
+    kind: str, text: bool, words: str, reverse: bool, data: Path, imported: Path, tmp_path: Path
+) -> None:
+    pair = [own(tmp_path, text), imported / f"{kind}.safetensors"]
+    found, watcher = compared(pair[::-1] if reverse else pair, data, tmp_path)
+    assert found.decision.verdict == "hold"
+    assert words in found.reason
+    assert len(watcher.drawn) == 1
+
+
+def test_an_unconditional_pipeline_and_one_of_classes_are_compared_as_a_whole(
+    data: Path, imported: Path, tmp_path: Path
+) -> None:
+    for other in (own(tmp_path, False, "red", "green", "blue"), imported / "class_conditional.safetensors"):
+        found, _ = compared([imported / "ddpm.safetensors", other], data, tmp_path)
+        assert found.compared.headline is not None
+        [said] = [each.reason for each in found.decision.findings if each.rule == "conditions"]
+        assert "only the champion has classes" in said
+
+
+def test_classes_of_a_pipeline_that_the_candidate_does_not_know_hold_it(
+    data: Path, imported: Path, tmp_path: Path
+) -> None:
+    pair = [own(tmp_path, False, "red", "green", "blue"), imported / "class_conditional.safetensors"]
+    found, _ = compared(pair, data, tmp_path)
+    assert found.decision.verdict == "hold"
+    assert "3 classes that the candidate does not know" in found.reason
+
+
+def test_a_pipeline_sampled_by_its_own_scheduler_is_compared_with_a_network_sampled_by_its_default(
+    data: Path, imported: Path, tmp_path: Path
+) -> None:
+    sampling = sampling_config(sampler="scheduler", steps=4, compute_batch=16, precision="fp32")
+    found, _ = compared([imported / "stable_diffusion.safetensors", own(tmp_path, text=True)], data, tmp_path, sampling)
+    assert found.compared.headline is not None
+    [said] = [each.reason for each in found.decision.findings if each.rule == "conditions"]
+    assert "the candidate is sampled by scheduler, 4 steps" in said

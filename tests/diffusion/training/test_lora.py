@@ -1,0 +1,284 @@
+"""Low-rank adaptation: what is trained, what is stored, and that merged weights compute what adapted layers do."""
+
+import copy
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from pydantic import ValidationError
+from safetensors.torch import load_file
+
+from diffusion.checkpoints import (
+    export,
+    find_base,
+    load_model,
+    model_digest,
+    read_model_header,
+    read_tensors,
+    save_tensors,
+    weights_digest,
+)
+from diffusion.common.errors import UserError
+from diffusion.common.files import sha256_file
+from diffusion.common.model_files import read_header
+from diffusion.common.threads import worker_threads
+from diffusion.evaluation.comparison import compare_with_champion
+from diffusion.evaluation.config import EvaluationConfig
+from diffusion.evaluation.gate import GateConfig
+from diffusion.families.ddpm import DiffusionModel
+from diffusion.generation.generate import sample
+from diffusion.models.config import LoRAConfig, ModelConfig
+from diffusion.models.fine_tuning import make_trainable, tuned_weights
+from diffusion.models.unet import UNet
+from diffusion.training.config import TrainingConfig
+from diffusion.training.ema import reconstruct_average
+from diffusion.training.preflight import Preflight, activation_size, make_preflight, meta_network
+from diffusion.training.train import TrainResult, preflight, train
+from tests.builders.small_models import write_model
+from tests.builders.small_trainers import make_trainer, take_step
+from tests.builders.training_runs import CONFIG, MODEL, SAMPLING, Stop, StopAt
+
+CLASSES = {"even": 24, "odd": 24}
+SHORT = {"images": 96, "checkpoints": 3, "warmup_images": 16, "learning_rate": 1e-2, "lora": {"rank": 2, "alpha": 4}}
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    return write_model(tmp_path / "base" / "start.safetensors", 0, images=9, config=MODEL, classes=CLASSES)
+
+
+def configured(base: Path, **options: object) -> TrainingConfig:
+    return TrainingConfig.model_validate(CONFIG.model_dump() | SHORT | {"init_from": str(base)} | options)
+
+
+def run(dataset: Path, output: Path, base: Path, track: object = lambda _: None, **options: object) -> TrainResult:
+    return train(dataset, output, MODEL, configured(base, **options), SAMPLING, track)  # type: ignore[arg-type]
+
+
+def test_merged_network_computes_what_the_adapted_one_does() -> None:
+    config = ModelConfig(width=16, channel_mult=(1, 2), attention=(1,), patch=2)
+    torch.manual_seed(0)
+    network = UNet(config, 3, 16, 2)
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    lora, merged, x, t = LoRAConfig(rank=3, alpha=5), copy.deepcopy(network), torch.randn(2, 3, 16, 16), torch.ones(2)
+    before = network(x, t)
+    adapted = make_trainable(network, lora)
+    assert torch.equal(adapted(x, t), before)
+    for parameter in adapted.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    merged.load_state_dict(tuned_weights(merged, lora, adapted.state_dict()), strict=False)
+    torch.testing.assert_close(merged(x, t), adapted(x, t), rtol=1e-4, atol=1e-5)
+    # By hand, for one layer: W + α/r · B A.
+    name = "middle.0.attention.qkv"
+    a, b = (adapted.state_dict()[f"{name}.lora_{factor}.weight"] for factor in "AB")
+    layer = merged.get_submodule(name).weight - network.get_submodule(name).weight  # type: ignore[operator]
+    torch.testing.assert_close(layer[..., 0, 0], 5 / 3 * b[..., 0, 0] @ a[..., 0, 0], rtol=1e-3, atol=1e-5)
+
+
+def test_adapter_is_all_that_is_trained_and_stored(dataset: Path, tmp_path: Path, base: Path) -> None:
+    result = run(dataset, tmp_path / "run", base)
+    header, tensors = read_model_header(result.final), load_file(result.final)
+    assert header.base is not None
+    assert header.base.sha256 == sha256_file(base)
+    assert header.lora == LoRAConfig(rank=2, alpha=4)
+    assert {name.split(".lora_")[1] for name in tensors} == {"A.weight", "B.weight"}
+    assert sum(value.numel() for value in tensors.values()) < sum(v.numel() for v in load_file(base).values()) / 3
+    begun, model = load_model(base), load_model(result.final)
+    assert model.header.sigma_data == begun.header.sigma_data
+    expected = copy.deepcopy(begun.network)
+    expected.load_state_dict(tuned_weights(expected, header.lora, read_tensors(result.final, "ema.")), strict=False)
+    for (name, mine), theirs in zip(model.network.state_dict().items(), expected.state_dict().values(), strict=True):
+        assert torch.equal(mine, theirs), name
+    moved = {
+        name
+        for name, value in model.network.state_dict().items()
+        if not torch.equal(value, begun.network.state_dict()[name])
+    }
+    assert moved
+    assert {name.split(".")[0] for name in moved} <= {"down", "middle", "up"}
+    assert model_digest(result.final) == model_digest(max((tmp_path / "run" / "checkpoints").glob("*.safetensors")))
+    # The losses of the checkpoint are those of the merged network.
+    assert (tmp_path / "run" / "samples" / "0000000096.png").is_file()
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_stopped_run_resumes_bit_for_bit(dataset: Path, tmp_path: Path, base: Path, threads: int) -> None:
+    whole = run(dataset, tmp_path / "whole", base, cpu_threads=threads)
+    with pytest.raises(Stop):
+        run(dataset, tmp_path / "cut", base, lambda _: StopAt(48), cpu_threads=threads)
+    moved = shutil.move(base, tmp_path / "moved.safetensors")
+    resumed = run(dataset, tmp_path / "cut", moved, cpu_threads=threads)
+    assert resumed.final.read_bytes() == whole.final.read_bytes()
+    assert resumed.train_key == whole.train_key
+    again = run(dataset, tmp_path / "again", moved, cpu_threads=threads, gradient_checkpointing=True)
+    assert again.final.read_bytes() == whole.final.read_bytes()
+
+
+def test_run_of_another_base_or_rank_is_another_run(dataset: Path, tmp_path: Path, base: Path) -> None:
+    key = run(dataset, tmp_path / "run", base).train_key
+    other = write_model(tmp_path / "other.safetensors", 1, images=9, config=MODEL, classes=CLASSES)
+    for given, options in ((other, {}), (base, {"lora": {"rank": 3}}), (base, {"lora": None})):
+        with pytest.raises(UserError, match=r"differs in training\.(init_from|lora)"):
+            run(dataset, tmp_path / "run", given, **options)  # type: ignore[arg-type]
+    assert run(dataset, tmp_path / "run", base).train_key == key
+
+
+def test_file_is_loaded_with_its_base_beside_it_or_above(dataset: Path, tmp_path: Path, base: Path) -> None:
+    final = run(dataset, tmp_path / "run", base).final
+    images = sample(load_model(final), range(2), 0, SAMPLING)
+    alone = Path(shutil.copy(final, tmp_path))
+    with pytest.raises(UserError, match=sha256_file(base)):
+        load_model(alone)
+    shutil.copy(base, tmp_path / f"{sha256_file(base)}.safetensors")
+    assert torch.equal(sample(load_model(alone), range(2), 0, SAMPLING), images)
+    exported = tmp_path / "far" / "away" / "weights.safetensors"
+    export(final, exported)
+    assert find_base(exported, load_model(final).header.base).parent == exported.parent  # type: ignore[arg-type]
+    assert torch.equal(sample(load_model(exported), range(2), 0, SAMPLING), images)
+
+
+def test_adapter_and_its_base_are_compared_by_the_gate_either_way(dataset: Path, tmp_path: Path, base: Path) -> None:
+    adapted = run(dataset, tmp_path / "run", base, images=32, checkpoints=1).final
+    config, gate = EvaluationConfig(samples=16, extractor_size=32), GateConfig(looks=1)
+    for candidate, champion in ((adapted, base), (base, adapted)):
+        found, grids = compare_with_champion(candidate, champion, dataset, config, SAMPLING, gate, tmp_path / "reports")
+        assert found.compared.headline is not None
+        assert found.compared.cost is not None
+        assert found.compared.cost.candidate == found.compared.cost.champion  # merged, it is no larger
+        assert grids.champion is not None
+        assert not torch.equal(grids.candidate, grids.champion)
+
+
+def test_damaged_base_is_an_error(dataset: Path, tmp_path: Path, base: Path) -> None:
+    final = run(dataset, tmp_path / "run", base).final
+    link = tmp_path / "run" / f"{sha256_file(base)}.safetensors"
+    data = bytearray(link.read_bytes())
+    data[-1] ^= 1
+    link.unlink()
+    link.write_bytes(data)
+    with pytest.raises(UserError, match="damaged"):
+        load_model(final)
+
+
+@pytest.mark.parametrize("change", ["another shape", "one factor", "no such layer", "another rank"])
+def test_file_whose_tensors_do_not_fit_its_base_is_an_error(
+    dataset: Path, tmp_path: Path, base: Path, change: str
+) -> None:
+    final = run(dataset, tmp_path / "run", base).final
+    tensors, about = load_file(final), read_header(final)
+    name = next(iter(tensors))
+    match change:
+        case "another shape":
+            tensors[name] = torch.cat([tensors[name]] * 2, dim=1)
+        case "one factor":
+            del tensors[name]
+        case "no such layer":
+            tensors |= {f"ema.down.99.conv1.lora_{factor}.weight": torch.ones(2, 2) for factor in "AB"}
+        case _:
+            about["model_header"]["lora"]["rank"] = 3
+    save_tensors(final, tensors, about)
+    with pytest.raises(UserError, match="does not fit"):
+        load_model(final)
+
+
+def test_adaptation_of_an_adapted_model_needs_both_bases(dataset: Path, tmp_path: Path, base: Path) -> None:
+    first = run(dataset, tmp_path / "first", base).final
+    second = run(dataset, tmp_path / "second", first).final
+    links = {path.stem for path in (tmp_path / "second").glob("*.safetensors")} - {"final"}
+    assert links == {sha256_file(base), sha256_file(first)}
+    assert len({weights_digest(path) for path in (base, first, second)}) == 3
+    assert sample(load_model(second), range(2), 0, SAMPLING).shape == (2, 1, 8, 8)
+    # All weights, from a merged model.
+    whole = run(dataset, tmp_path / "all", second, lora=None, images=32, checkpoints=1).final
+    assert read_model_header(whole).base is None
+
+
+def test_post_hoc_averages_are_adapters_with_their_base(dataset: Path, tmp_path: Path, base: Path) -> None:
+    run(dataset, tmp_path / "run", base, ema_stds=(0.05, 0.1), ema_decay=None)
+    path = reconstruct_average(tmp_path / "run" / "averages", 0.1, tmp_path / "report" / "averages")
+    assert load_model(path).header.base is not None
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"init_from": None}, "training.init_from"),
+        ({"optimizer": "adamw"}, "training.optimizer"),
+        ({"shard": True}, "training.shard"),
+        ({"lora": {"text_encoder": True}}, "text_encoder"),
+        ({"lora": {"target_modules": ["to_q"]}}, "conv1, conv2, modulation"),
+    ],
+)
+def test_options_that_contradict_it_are_named(
+    dataset: Path, tmp_path: Path, base: Path, options: dict[str, object], words: str
+) -> None:
+    config = configured(base, **options)
+    with pytest.raises(UserError, match=words):
+        preflight(dataset, MODEL, config, SAMPLING)
+
+
+def test_chosen_layers_alone_are_adapted(dataset: Path, tmp_path: Path, base: Path) -> None:
+    final = run(dataset, tmp_path / "run", base, lora={"target_modules": ["conv1", "middle.0.modulation"]}).final
+    layers = {name.removeprefix("ema.").rpartition(".lora_")[0] for name in load_file(final)}
+    assert layers >= {"middle.0.modulation", "middle.0.conv1", "down.0.conv1"}
+    assert {name.rpartition(".")[2] for name in layers} == {"conv1", "modulation"}
+    assert "down.0.modulation" not in layers
+
+
+def test_micro_batches_add_up_to_the_batch(dataset: Path) -> None:
+    gradients = {}
+    for size in (None, 5, 3):
+        config = TrainingConfig(images=64, batch_size=16, cpu_threads=1, precision="fp32", micro_batch=size)
+        runs = []
+        for _ in range(2):
+            with worker_threads(1) as pool:
+                trainer = make_trainer(dataset, MODEL, config, pool, 64)
+                take_step(trainer)
+                take_step(trainer)
+                runs.append([value.clone() for value in trainer.state.network.parameters()])
+        assert all(map(torch.equal, *runs))
+        gradients[size] = runs[0]
+    for size in (5, 3):
+        assert not all(map(torch.equal, gradients[size], gradients[None]))
+        for mine, whole in zip(gradients[size], gradients[None], strict=True):
+            assert (mine - whole).abs().quantile(0.9) < 1e-4
+
+
+def test_memory_falls_with_micro_batches_checkpointing_and_frozen_weights(dataset: Path, base: Path) -> None:
+    def of(**options: object) -> Preflight:
+        with worker_threads(2) as pool:
+            config = configured(base, precision="fp32", **options)
+            return make_preflight(make_trainer(dataset, MODEL, config, pool, 96), None)
+
+    adapted, small, recomputed = of(), of(micro_batch=2), of(gradient_checkpointing=True)
+    whole = of(lora=None, learning_rate=1e-3)
+    assert small.activation_bytes * 4 == adapted.activation_bytes
+    assert (small.images_at_once, adapted.images_at_once) == (4, 16)
+    assert recomputed.activation_bytes < adapted.activation_bytes
+    assert adapted.state_bytes < whole.state_bytes / 2
+    assert adapted.flops < whole.flops
+
+
+def test_estimated_activations_are_those_that_autograd_saves(dataset: Path) -> None:
+    """Against torch's own account: the storages that it saves for the backward pass, without weights and input."""
+    with worker_threads(1) as pool:
+        trainer = make_trainer(dataset, MODEL, TrainingConfig(images=64, precision="fp32"), pool, 64)
+    network, saved = trainer.state.network, {}
+    weights = {parameter.untyped_storage().data_ptr() for parameter in network.parameters()}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = DiffusionModel.forward(network, (1, 8, 8))  # type: ignore[arg-type]
+    total = sum(size for place, size in saved.items() if place not in weights)
+    assert loss.requires_grad
+    assert total <= activation_size(trainer.setup, meta_network(trainer.setup)) < 2 * total
+
+
+def test_micro_batch_that_splits_nothing_is_an_error() -> None:
+    with pytest.raises(ValidationError, match="micro_batch"):
+        TrainingConfig(batch_size=16, micro_batch=16)

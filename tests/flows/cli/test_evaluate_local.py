@@ -1,0 +1,45 @@
+"""``darkroom evaluate --model FILE``: any model file on a data set, without any server."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from diffusion.common.errors import UserError
+from diffusion.evaluation.results import Evaluation
+from flows.cli import app
+from tests.builders.comparisons import discs
+from tests.builders.small_models import write_model
+
+PARAMS = {
+    "training": {"dataset": "discs"},
+    "sampling": {"compute_batch": 16, "steps": 2},
+    "evaluation": {"samples": 16, "extractor_size": 32},
+}
+CLASSES = {"left": 60, "right": 60}
+GUIDABLE = {"condition_dropout": 0.1}
+
+
+@pytest.fixture
+def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    discs(tmp_path / "data" / "discs", 80)
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(PARAMS))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_a_model_file_is_evaluated_with_the_guidance_that_it_has(workspace: Path) -> None:
+    path = write_model(workspace / "elsewhere.safetensors", 1, 7, classes=CLASSES, training=GUIDABLE)
+    done = CliRunner().invoke(app, ["evaluate", "--model", str(path), "--json"], catch_exceptions=False)
+    found = Evaluation.read(workspace / "reports" / "discs" / "evaluation.json")
+    assert json.loads(done.stdout)["best"] == found.best.model_dump(mode="json")
+    assert (len(found.checkpoints), found.best.images, found.guidance) == (1, 7, [])
+
+
+def test_a_model_of_another_size_is_refused_before_it_generates(workspace: Path) -> None:
+    path = write_model(workspace / "large.safetensors", 1, 7, size=16)
+    with pytest.raises(UserError, match=r"ingest\.size=16"):
+        CliRunner().invoke(app, ["evaluate", "--model", str(path)], catch_exceptions=False)
+    assert not (workspace / "reports").exists()

@@ -1,0 +1,378 @@
+"""Signed copies of batches: one for each image, whatever stops the process; and each change of them is found."""
+
+import hashlib
+import io
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from diffusion.common.errors import ConflictError, UserError
+from diffusion.generation.config import Conditions
+from flows.cli import main
+from flows.provenance import signed_images
+from flows.provenance.signed_images import Folder, sign_images
+from flows.provenance.verify import verify
+from flows.sampling import generate_batch
+from flows.sampling.sampling_batch import SamplingBatch
+from flows.signing.images import verify_image
+from flows.signing.keys import Trust
+from flows.storage.s3 import Location, Store
+from tests.builders.sampling_batches import batch, found
+from tests.builders.signing_keys import Identity, identity
+from tests.builders.small_models import write_model
+
+
+@pytest.fixture(scope="module")
+def ours(tmp_path_factory: pytest.TempPathFactory) -> Identity:
+    return identity(tmp_path_factory.mktemp("keys") / "ours")
+
+
+def sampled(store: Store, bucket: str, tmp_path: Path, made: SamplingBatch) -> Location:
+    place = Location(bucket, f"samples/blobs/3/{made.name}")
+    weights = write_model(tmp_path / "weights.safetensors", 1, 0, classes={"even": 3, "odd": 1})
+    store.put_once(bucket, place.key("batch.json"), made.json_bytes())
+    for chunk in range(len(made.chunks())):
+        generate_batch.generate_chunk(store, made, place, weights, chunk, None, 2)
+    assert generate_batch.finish(store, made, place)
+    return place
+
+
+@pytest.mark.parametrize("kind", ["png", "tar"])
+def test_each_image_of_a_batch_has_one_signed_copy_and_stays_as_it_is(
+    store: Store, bucket: str, tmp_path: Path, ours: Identity, kind: str
+) -> None:
+    made = batch(20, format=kind, conditions=Conditions(labels=("even",)))
+    place = sampled(store, bucket, tmp_path, made)
+    before = found(store, place)
+    outs = str(Location(bucket, "signed")), str(tmp_path / "signed")
+    for out in outs:
+        done = sign_images(str(place), out, ours.signer())
+        assert (done.images, done.signed) == (20, 20)
+        again = sign_images(str(place), out, ours.signer())
+        assert (again.images, again.signed) == (20, 0)
+        checks = verify(out, ours.trust())
+        assert len(checks) == 21
+        assert all(each.verified and each.trusted for each in checks)
+    assert found(store, place) == before
+    rows = [json.loads(line) for name in sorted(before) if "part-" in name for line in before[name].splitlines()]
+    parts = sorted((tmp_path / "signed" / "manifest").iterdir())
+    signed = [json.loads(line) for part in parts for line in part.read_text().splitlines()]
+    for row, own in zip(rows, signed, strict=True):
+        copy = (tmp_path / "signed" / own["file"]).read_bytes()
+        assert (own["index"], own["sha256"]) == (row["index"], row["sha256"])
+        assert own["signed_sha256"] == hashlib.sha256(copy).hexdigest()
+        pixels = np.asarray(Image.open(io.BytesIO(copy)))
+        assert hashlib.sha256(pixels.tobytes()).hexdigest() == row["pixels_sha256"]
+        lineage = verify_image(copy).lineage
+        expected = {
+            "batch": place.prefix,
+            "count": 20,
+            "content_digest": made.content_digest,
+            "run_id": made.run_id,
+            "model": "models:/blobs/3",
+            "label": "even",
+            "image_sha256": row["sha256"],
+        }
+        assert expected.items() <= lineage.items()
+    # Of another key: other copies, which do not replace the first.
+    other = identity(tmp_path / "other")
+    with pytest.raises(ConflictError):
+        sign_images(str(place), outs[1], other.signer())
+
+
+def test_a_batch_that_is_unfinished_or_altered_is_not_signed(
+    store: Store, bucket: str, tmp_path: Path, ours: Identity
+) -> None:
+    place = sampled(store, bucket, tmp_path, batch(4))
+    with pytest.raises(UserError, match="inside of the batch"):
+        sign_images(str(place), f"{place}/signed", ours.signer())
+    key = place.key("00000002.png")
+    image = store.get(bucket, key)
+    store.delete_many(bucket, [key])
+    store.put_once(bucket, key, image + b"more")
+    with pytest.raises(UserError, match="altered"):
+        sign_images(str(place), str(tmp_path / "signed"), ours.signer())
+    store.delete_many(bucket, [place.key("_SUCCESS")])
+    with pytest.raises(UserError, match="not finished"):
+        sign_images(str(place), str(tmp_path / "signed"), ours.signer())
+
+
+def requested(folder: Path, count: int = 6, **request: object) -> Path:
+    """Images made on request, of random pixels, with prompts in their metadata as those of batches have."""
+    from diffusion.common.files import write_json
+    from diffusion.common.fingerprint import fingerprint
+    from diffusion.common.image_grids import marked_png
+    from tests.builders.sampling_batches import SAMPLING
+
+    rows = []
+    for index in range(count):
+        pixels = np.random.default_rng(index).integers(0, 255, (8, 8), dtype=np.uint8)
+        png = marked_png(Image.fromarray(pixels), {"seed": "0", "prompt": "a secret wish", "index": str(index)})
+        (folder / f"{index:08d}.png").parent.mkdir(parents=True, exist_ok=True)
+        (folder / f"{index:08d}.png").write_bytes(png)
+        digests = {"sha256": hashlib.sha256(png).hexdigest(), "pixels_sha256": hashlib.sha256(pixels).hexdigest()}
+        rows.append({"file": f"{index:08d}.png", "index": index, **digests})
+    about = {
+        "request": {"task": "sample", "seed": 0, "prompt": "a secret wish", **request},
+        "sampling": SAMPLING.model_dump(mode="json"),
+        "model": {"model": f"sha256:{'d' * 64}", "content_digest": "c" * 64, "weights_sha256": "d" * 64},
+        "fingerprint": fingerprint(8, "fp32", "cpu").model_dump(mode="json"),
+        "images": rows,
+    }
+    write_json(folder / "request.json", about)
+    return folder
+
+
+def test_prompts_leave_only_if_asked_for(no_servers: None, tmp_path: Path, ours: Identity) -> None:
+    source = requested(tmp_path / "images")
+    sign_images(str(source), str(tmp_path / "silent"), ours.signer())
+    sign_images(str(source), str(tmp_path / "open"), ours.signer(), prompts=True)
+    for path in (tmp_path / "silent").rglob("*.*"):
+        assert b"secret" not in path.read_bytes()
+    for path in (tmp_path / "open").glob("*.png"):
+        assert verify_image(path.read_bytes()).lineage["prompt"] == "a secret wish"
+        assert Image.open(path).text["darkroom:prompt"] == "a secret wish"  # type: ignore[attr-defined]
+
+
+def test_an_edit_has_its_parent_as_ingredient(no_servers: None, tmp_path: Path, ours: Identity) -> None:
+    parent = tmp_path / "face.png"
+    Image.new("L", (8, 8)).save(parent)
+    digest = hashlib.sha256(parent.read_bytes()).hexdigest()
+    source = requested(tmp_path / "images", task="img2img", image={"sha256": digest})
+    sign_images(str(source), str(tmp_path / "signed"), ours.signer(), parent=parent)
+    assert verify_image((tmp_path / "signed" / "00000000.png").read_bytes()).lineage["parent_sha256"] == digest
+    assert all(each.verified for each in verify(str(tmp_path / "signed"), ours.trust()))
+    Image.new("L", (8, 8), 255).save(parent)
+    with pytest.raises(UserError, match="not the image"):
+        sign_images(str(source), str(tmp_path / "other"), ours.signer(), parent=parent)
+
+
+def test_a_name_that_leads_elsewhere_is_refused(no_servers: None, tmp_path: Path, ours: Identity) -> None:
+    source = requested(tmp_path / "images")
+    about = (source / "request.json").read_text()
+    (source / "request.json").write_text(about.replace("00000001.png", "../00000001.png"))
+    with pytest.raises(UserError):
+        sign_images(str(source), str(tmp_path / "signed"), ours.signer())
+
+
+def test_without_the_extra_one_line_names_it(
+    no_servers: None,
+    tmp_path: Path,
+    ours: Identity,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    source = requested(tmp_path / "images")
+    monkeypatch.setitem(sys.modules, "c2pa", None)
+    words = ["sign", str(source), "--out", "signed", "--key", str(ours.key), "--certificates", str(ours.certificate)]
+    for given in (words, ["verify", str(source / "00000001.png")]):
+        monkeypatch.setattr(sys, "argv", ["darkroom", *given])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        [line] = capsys.readouterr().err.splitlines()
+        assert (ended.value.code, "[signing]" in line) == (2, True)
+    assert not (tmp_path / "signed").exists()
+
+
+class Stopped(BaseException):
+    """The process ends here."""
+
+
+def test_a_stopped_process_is_continued_and_signs_no_image_twice(
+    no_servers: None, tmp_path: Path, ours: Identity, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(signed_images, "AT_ONCE", 1)
+    source, out = requested(tmp_path / "images"), tmp_path / "signed"
+    put, left, copies = Folder.put, [0], dict[str, bytes]()
+
+    def stopping(self: Folder, name: str, data: bytes) -> bytes:
+        if left[0] == 0:
+            raise Stopped
+        left[0] -= 1
+        return put(self, name, data)
+
+    monkeypatch.setattr(Folder, "put", stopping)
+    for _ in range(5):
+        left[0] = 2
+        with pytest.raises(Stopped):
+            sign_images(str(source), str(out), ours.signer())
+        for path in out.glob("*.png"):
+            assert copies.setdefault(path.name, path.read_bytes()) == path.read_bytes()
+    assert len(copies) > 2
+    left[0] = 100
+    assert sign_images(str(source), str(out), ours.signer()).signed == 6 - len(copies)
+    assert all(each.verified for each in verify(str(out), ours.trust()))
+    assert copies.items() <= {path.name: path.read_bytes() for path in out.glob("*.png")}.items()
+
+
+def test_processes_side_by_side_agree_on_one_copy_of_each(no_servers: None, tmp_path: Path, ours: Identity) -> None:
+    source, out = requested(tmp_path / "images"), tmp_path / "signed"
+    with ThreadPoolExecutor(4) as pool:
+        works = [pool.submit(sign_images, str(source), str(out), ours.signer()) for _ in range(4)]
+        assert sum(work.result().signed for work in works) == 6
+    assert all(each.verified for each in verify(str(out), ours.trust()))
+
+
+def test_a_foreign_image_at_the_place_of_a_copy_is_kept_and_named(
+    no_servers: None, tmp_path: Path, ours: Identity
+) -> None:
+    source, out = requested(tmp_path / "images"), tmp_path / "signed"
+    out.mkdir()
+    (out / "00000003.png").write_bytes((source / "00000003.png").read_bytes())
+    with pytest.raises(ConflictError, match="00000003"):
+        sign_images(str(source), str(out), ours.signer())
+
+
+def swap(folder: Path) -> None:
+    (folder / "00000001.png").rename(folder / "x")
+    (folder / "00000002.png").rename(folder / "00000001.png")
+    (folder / "x").rename(folder / "00000002.png")
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[data.rfind(b"IDAT") + 10] ^= 1
+    path.write_bytes(data)
+
+
+def strip(folder: Path) -> None:
+    with Image.open(folder / "00000001.png") as image:
+        image.save(folder / "00000001.png")
+
+
+def rewrite(folder: Path) -> None:
+    part = folder / "manifest" / "part-00000.jsonl"
+    part.write_text(part.read_text().replace('"index":1', '"index":7'))
+
+
+def test_a_copy_that_another_key_signed_does_not_count_as_ours(
+    no_servers: None, tmp_path: Path, ours: Identity
+) -> None:
+    source, out = requested(tmp_path / "images"), tmp_path / "signed"
+    sign_images(str(source), str(tmp_path / "theirs"), identity(tmp_path / "keys" / "ours").signer())
+    out.mkdir()
+    shutil.copy(tmp_path / "theirs" / "00000003.png", out)
+    with pytest.raises(ConflictError, match="00000003"):
+        sign_images(str(source), str(out), ours.signer())
+
+
+def test_copies_do_not_go_into_the_folder_of_their_images(no_servers: None, tmp_path: Path, ours: Identity) -> None:
+    source = requested(tmp_path / "images")
+    before = {path.name: path.read_bytes() for path in source.iterdir()}
+    with pytest.raises(UserError, match="--out"):
+        sign_images(str(source), f"{tmp_path}/images/../images/", ours.signer())
+    assert {path.name: path.read_bytes() for path in source.iterdir()} == before
+
+
+KEPT = {f"{index:08d}.png" for index in range(5)}
+TAMPERING: dict[str, Callable[[Path], object]] = {
+    "a pixel": lambda folder: flip(folder / "00000001.png"),
+    "a stripped manifest": strip,
+    "a missing image": lambda folder: (folder / "00000001.png").unlink(),
+    "a renamed image": lambda folder: (folder / "00000001.png").rename(folder / "00000007.png"),
+    "a copied image": lambda folder: shutil.copy(folder / "00000001.png", folder / "00000007.png"),
+    "swapped images": swap,
+    "an added file": lambda folder: (folder / "notes.txt").write_text("hello"),
+    "an added image": lambda folder: Image.new("L", (8, 8)).save(folder / "more.png"),
+    "an image of another batch": lambda folder: shutil.copy(
+        folder.parent / "other" / "00000001.png", folder / "00000001.png"
+    ),
+    "an altered manifest": rewrite,
+    "an altered description": lambda folder: (folder / "signing.json").write_text("{}"),
+    "a missing description": lambda folder: (folder / "signing.json").unlink(),
+    "missing records and a missing image": lambda folder: [
+        path.unlink() for path in folder.rglob("*") if path.is_file() and path.name not in KEPT
+    ],
+    "a missing end": lambda folder: (folder / "_SUCCESS").unlink(),
+}
+
+
+@pytest.mark.parametrize("what", TAMPERING)
+def test_each_change_of_signed_copies_is_found(no_servers: None, tmp_path: Path, ours: Identity, what: str) -> None:
+    for name, seed in (("signed", 0), ("other", 1)):
+        source = requested(tmp_path / f"images {name}", seed=seed)
+        sign_images(str(source), str(tmp_path / name), ours.signer())
+    out = tmp_path / "signed"
+    assert all(each.verified for each in verify(str(out), ours.trust()))
+    TAMPERING[what](out)
+    checks = verify(str(out), ours.trust())
+    assert not all(each.verified for each in checks)
+    assert not any(each.trusted for each in checks if not each.verified)
+
+
+def test_copies_by_another_signer_are_found(no_servers: None, tmp_path: Path, ours: Identity) -> None:
+    theirs = identity(tmp_path / "theirs")
+    sign_images(str(requested(tmp_path / "images")), str(tmp_path / "signed"), theirs.signer())
+    assert not any(each.verified for each in verify(str(tmp_path / "signed"), ours.trust()))
+    untrusting = verify(str(tmp_path / "signed"), Trust())
+    assert all(each.verified and not each.trusted for each in untrusting)
+    assert str(untrusting[0]).startswith("UNTRUSTED")
+
+
+def test_the_command_line_says_what_is_untrusted_and_which_option_has_no_effect(
+    no_servers: None,
+    tmp_path: Path,
+    ours: Identity,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def run(*words: object) -> int:
+        monkeypatch.setattr(sys, "argv", ["darkroom", *map(str, words)])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        return int(str(ended.value.code))
+
+    out, image = tmp_path / "signed", tmp_path / "signed" / "00000001.png"
+    source = requested(tmp_path / "images", task="img2img", image={"sha256": "0" * 64})
+    sign_images(str(source), str(out), ours.signer())
+    for what in (out, image):
+        assert run("verify", what, "--trust", ours.root) == 0
+        assert run("verify", what) == 3
+        assert run("verify", what, "--untrusted") == 0
+        assert capsys.readouterr().out.splitlines()[-1].startswith("UNTRUSTED")
+        for unused in (("--key", ours.public), ("--head", "0" * 64), ("--model", "faces")):
+            assert run("verify", what, "--trust", ours.root, *unused) == 2
+        assert run("verify", what, "--trust", ours.root, "--untrusted") == 2
+    flip(image)
+    assert run("verify", out, "--untrusted") == 3
+    capsys.readouterr()
+    assert run("verify", out, "--trust", ours.root, "--json") == 3
+    about = json.loads(capsys.readouterr().out)
+    assert (about["verified"], about["trusted"], about["checks"][-1]["trusted"]) == (False, False, False)
+    # A folder may be named like an image, and a hostile image ends the verification of no other.
+    folder = tmp_path / "folder.png"
+    folder.mkdir()
+    shutil.copytree(tmp_path / "images", folder, dirs_exist_ok=True)
+    assert run("verify", folder, "--trust", ours.root) == 3
+    for parent in (tmp_path / "missing.png", tmp_path):
+        words = ("--parent", parent, "--key", ours.key, "--certificates", ours.certificate)
+        assert run("sign", source, "--out", tmp_path / "edits", *words) == 2
+
+
+def test_a_lone_image_and_a_folder_of_images_are_verified(no_servers: None, tmp_path: Path, ours: Identity) -> None:
+    sign_images(str(requested(tmp_path / "images")), str(tmp_path / "signed"), ours.signer())
+    some = tmp_path / "some"
+    some.mkdir()
+    shutil.copy(tmp_path / "signed" / "00000001.png", some / "cat.png")
+    [check] = verify(str(some / "cat.png"), ours.trust())
+    assert (check.verified, check.trusted) == (True, True)
+    assert check.summary.endswith("as 00000001.png")
+    # In a folder it is one of six.
+    assert [each.verified for each in verify(str(some), ours.trust())] == [False, False]
+    for path in (tmp_path / "signed").glob("*.png"):
+        shutil.copy(path, some)
+    assert not all(each.verified for each in verify(str(some), ours.trust()))
+    (some / "cat.png").unlink()
+    checks = verify(str(some), ours.trust())
+    assert (len(checks), all(each.verified and each.trusted for each in checks)) == (7, True)
+    with pytest.raises(UserError):
+        verify(str(some / "dog.png"), ours.trust())
+    with pytest.raises(UserError):
+        verify(str(tmp_path / "images" / "nothing"), ours.trust())

@@ -1,0 +1,221 @@
+"""Models that were not trained here become versions: once, with their origin, and their weights lie once."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from uuid import uuid4
+
+import mlflow
+import pandas as pd
+import pytest
+import torch
+from mlflow.client import MlflowClient
+from safetensors.torch import load_file
+
+import diffusion
+from diffusion.checkpoints import save_tensors
+from diffusion.common.errors import UserError
+from diffusion.common.files import sha256_file
+from diffusion.common.model_files import read_header
+from diffusion.diffusers_format.import_model import import_file
+from diffusion.generation.config import UNCONDITIONAL
+from diffusion.process.samplers import sampling_config
+from flows import sample
+from flows.config import SamplingBatchConfig
+from flows.provenance.trace import trace
+from flows.registry import model_versions
+from flows.registry.import_model import ImportedModel, import_model
+from flows.registry.takedown_marks import find_derived
+from flows.retention.sweeps import find_references
+from flows.sampling import generate_batch
+from flows.storage.s3 import Store
+from flows.tracking.runs import START
+from tests.builders.model_cards import rows, section
+from tests.builders.model_versions import Killed
+from tests.builders.pipelines import MAKERS, ddpm, stable_diffusion
+from tests.builders.small_models import write_lora, write_model
+from tests.hub import Hub
+
+SAMPLING = sampling_config(sampler="dpmpp_2m", steps=2, compute_batch=4)
+
+
+@pytest.fixture
+def name(mlflow_client: MlflowClient, bucket: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    monkeypatch.setenv("DARKROOM_BUCKET", bucket)
+    mlflow.set_tracking_uri(mlflow_client.tracking_uri)
+    yield f"m{uuid4().hex}"
+    mlflow.set_tracking_uri(None)
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    # Of each test another one: they share a registry, and equal weights are stored once.
+    return write_model(tmp_path / "elsewhere.safetensors", seed=uuid4().int % 2**32, images=70)
+
+
+def imported(file: Path, name: str) -> ImportedModel:
+    return import_model(str(file), name, "CC-BY-4.0", SAMPLING)
+
+
+def numbers(client: MlflowClient, name: str) -> list[int]:
+    return sorted(int(each.version) for each in client.search_model_versions(f"name = '{name}'"))
+
+
+def test_a_model_without_a_licence_is_refused_and_nothing_is_written(file: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--licence"):
+        import_file(str(file), tmp_path / "out" / "model.safetensors", None, tmp_path)
+    assert not (tmp_path / "out").exists()
+    done = import_file(str(file), tmp_path / "out" / "model.safetensors", "CC0-1.0", tmp_path)
+    assert done.origin.licence == "CC0-1.0"
+    assert done.sha256 == sha256_file(done.file)
+
+
+def test_an_import_is_done_once_and_other_names_refer_to_the_same_weights(
+    mlflow_client: MlflowClient, name: str, file: Path
+) -> None:
+    done = imported(file, name)
+    version, digest = done.version, sha256_file(file)
+    assert (version.uri, version.weights_sha256) == (f"models:/{name}/1", digest)
+    assert imported(file, name).version == version
+    assert numbers(mlflow_client, name) == [1]
+    other = imported(file, f"{name}-2").version
+    assert (other.number, other.run_id) == (1, version.run_id)
+    stored = model_versions.stored_models(digest)
+    assert len(stored) == 1
+    assert mlflow_client.get_model_version(other.model, "1").source == stored[0].model_uri
+    assert model_versions.cached_weights(other) == done.file
+
+    run = mlflow_client.get_run(version.run_id)
+    assert (run.info.status, run.data.params["import.source"]) == ("FINISHED", file.name)
+    text = mlflow_client.get_model_version(name, "1").description
+    assert rows(text, "Origin")["licence"] == ["CC-BY-4.0"]
+    assert f"evaluate --model models:/{name}/1" in section(text, "How to call it")
+
+
+def test_weights_that_were_trained_here_keep_the_lineage_of_their_training(
+    mlflow_client: MlflowClient, name: str, file: Path
+) -> None:
+    about = {"darkroom.dataset": "faces", "darkroom.content_digest": "c" * 64, START: "models:/other/1"}
+    run_id = mlflow_client.create_run(mlflow_client.create_experiment(name), tags=about).info.run_id
+    model_versions.register(name, run_id, file, SAMPLING, about, 70)
+    other = imported(file, f"{name}-2").version
+    assert other.run_id == run_id
+    assert {tag: other.tags[tag] for tag in about} == about
+    assert not {model_versions.ORIGIN, model_versions.LICENCE} & other.tags.keys()
+
+
+def test_the_trace_of_an_imported_models_image_ends_at_its_origin(name: str, file: Path, bucket: str) -> None:
+    version = imported(file, name).version
+    weights, config = model_versions.cached_weights(version), SamplingBatchConfig()
+    batch, place = sample.begin.fn(version, weights, SAMPLING, config, 4, 5, None, UNCONDITIONAL)
+    for chunk in range(len(batch.chunks())):
+        sample.generate_chunk.fn(batch, place, version, chunk, config)
+    generate_batch.finish(Store(), batch, place)
+    found = trace(f"{place}/00000003.png")
+    assert (found.broken, found.data) == ([], None)
+    [origin] = found.origins
+    assert (origin.uri, origin.licence) == (version.uri, "CC-BY-4.0")
+    assert origin.files == {file.name: sha256_file(file)}
+
+
+@pytest.mark.parametrize("step", ["create_model_version", "finalize_logged_model", "update_model_version", "log_dict"])
+def test_a_killed_import_is_completed_by_the_same_command(
+    mlflow_client: MlflowClient, name: str, file: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    def killed(*_: object, **__: object) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MlflowClient, step, killed)
+        with pytest.raises(Killed):
+            imported(file, name)
+    version = imported(file, name).version
+    assert (numbers(mlflow_client, name), version.number) == ([1], 1)
+    assert len(model_versions.stored_models(version.weights_sha256)) == 1
+    experiment = mlflow_client.get_experiment_by_name(name)
+    assert [run.info.run_id for run in mlflow_client.search_runs([experiment.experiment_id])] == [version.run_id]
+
+
+def test_gc_keeps_the_weights_of_a_base_whose_version_was_deleted(
+    mlflow_client: MlflowClient, name: str, file: Path, bucket: str
+) -> None:
+    base = imported(file, name).version
+    other = write_model(file.with_name("other.safetensors"), seed=uuid4().int % 2**32, images=70)
+    tuned = imported(other, f"{name}-tuned").version
+    mlflow_client.set_model_version_tag(tuned.model, "1", model_versions.BASES, base.weights_sha256)
+    mlflow_client.delete_model_version(base.model, "1")
+    found = find_references(mlflow_client, Store(), bucket, [], {})
+    assert base.run_id in found.runs
+    assert base.weights_sha256 in found.weights
+    model_versions.cached_weights(model_versions.version_of(mlflow_client, tuned.model, 1), file.parent / "cache")
+    assert sha256_file(file.parent / "cache" / f"{base.weights_sha256}.safetensors") == base.weights_sha256
+
+
+def test_a_version_that_is_based_on_another_is_served_and_fetched_with_it(
+    mlflow_client: MlflowClient, name: str, file: Path, bucket: str
+) -> None:
+    tuned = write_lora(file.parent / "tuned" / "lora.safetensors", file, 1)
+    header = read_header(tuned)
+    header["model_header"]["content_digest"] = "1" * 64
+    save_tensors(tuned, load_file(tuned), header)
+    with pytest.raises(UserError, match="darkroom model import"):
+        imported(tuned, f"{name}-tuned")
+    base = imported(file, name).version
+    version = imported(tuned, f"{name}-tuned").version
+    assert version.tags[model_versions.BASES] == base.weights_sha256
+    # A takedown of images that the base learned from finds it.
+    assert version.tags[START] == base.uri
+    assert version.tags[model_versions.BASE_LICENCE] == "CC-BY-4.0"
+    content = base.tags["darkroom.content_digest"]
+    derived = find_derived(base.tags["darkroom.dataset"], [content], [content], bucket)
+    assert {base.uri, version.uri} <= {each.uri for each in derived.models}
+    cached = model_versions.cached_weights(version, file.parent / "cache")
+    expected = diffusion.load(tuned, compute_batch=4).generate(2, seed=7)
+    assert [x.tobytes() for x in diffusion.load(cached, compute_batch=4).generate(2, seed=7)] == [
+        x.tobytes() for x in expected
+    ]
+    served = mlflow.pyfunc.load_model(version.uri)
+    pngs = served.predict(pd.DataFrame({"seed": [7], "count": [2]}), params={"steps": 4})["png"]
+    assert len(pngs) == 2
+
+
+@pytest.mark.parametrize("kind", ["ddpm", "stable_diffusion"])
+def test_a_pipeline_becomes_a_version_with_its_own_licence(
+    mlflow_client: MlflowClient, name: str, tmp_path: Path, kind: str
+) -> None:
+    folder = MAKERS[kind](tmp_path / kind)
+    # Of each test another one.
+    (folder / "README.md").write_text(f"{(folder / 'README.md').read_text()}\n{name}\n")
+    done = import_model(str(folder), name, None, SAMPLING)
+    assert (done.family, done.origin.licence, done.source) == ("diffusers", "openrail", kind)
+    assert done.version.tags[model_versions.LICENCE] == "openrail"
+    assert "model_index.json" in done.origin.files
+    assert "darkroom.content_digest" not in done.version.tags
+    uri = done.version.uri
+    requirements = mlflow.artifacts.load_text(f"{uri}/requirements.txt").splitlines()
+    assert {"diffusers", "transformers"} <= {line.partition("==")[0] for line in requirements}
+    request = {"seed": [7], "count": [2]} | ({} if kind == "ddpm" else {"prompt": ["a red circle"]})
+    served = mlflow.pyfunc.load_model(uri).predict(pd.DataFrame(request), params={"steps": 2})
+    assert len(served) == 2
+
+
+def test_a_refused_pipeline_leaves_nothing(mlflow_client: MlflowClient, name: str, tmp_path: Path) -> None:
+    folder = ddpm(tmp_path / "pipeline")
+    (folder / "unet" / "diffusion_pytorch_model.bin").write_bytes(b"\x80\x02.")
+    with pytest.raises(UserError, match="pickle"):
+        import_model(str(folder), name, None, SAMPLING)
+    assert mlflow_client.get_experiment_by_name(name) is None
+
+
+def test_a_pipeline_of_the_hub_is_the_one_in_its_folder(hub: Hub, tmp_path: Path) -> None:
+    folder = stable_diffusion(tmp_path / "painter")
+    files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    commit = hub.model("someone/painter", files).refs["main"]
+    here = import_file(str(folder), tmp_path / "here.safetensors", None, tmp_path)
+    there = import_file("hf://someone/painter@main", tmp_path / "there.safetensors", None, tmp_path / "downloads")
+    assert (there.origin.source, there.origin.revision) == ("hf://someone/painter", commit)
+    assert there.source == f"hf://someone/painter@{commit}"
+    assert (there.origin.licence, here.origin.licence) == ("openrail", "openrail")
+    assert there.origin.files == here.origin.files
+    theirs, ours = load_file(there.file), load_file(here.file)
+    assert theirs.keys() == ours.keys()
+    assert all(torch.equal(theirs[name], ours[name]) for name in ours)

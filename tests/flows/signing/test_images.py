@@ -1,0 +1,163 @@
+"""C2PA manifests: what they claim, and that any changed byte, foreign or expired certificate is found."""
+
+import io
+import json
+import struct
+import time
+import zlib
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+import pytest
+from c2pa import Reader
+from cryptography.hazmat.primitives.asymmetric import ec
+from PIL import Image
+
+from diffusion.common.errors import UserError
+from diffusion.common.image_grids import marked_png
+from flows.signing.images import ImageSigner, verify_image
+from flows.signing.keys import NotVerified
+from tests.builders.signing_keys import Identity, identity
+
+LINEAGE = {"model": "models:/faces/3", "run_id": "r", "content_digest": "c" * 64, "index": 7}
+PIXELS = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
+
+
+@pytest.fixture(autouse=True)
+def _environment(no_servers: None) -> None:
+    """Without a key in it."""
+
+
+@pytest.fixture(scope="module")
+def ours(tmp_path_factory: pytest.TempPathFactory) -> Identity:
+    return identity(tmp_path_factory.mktemp("keys") / "ours")
+
+
+@pytest.fixture(scope="module")
+def png() -> bytes:
+    return marked_png(Image.fromarray(PIXELS), {"model": "models:/faces/3"})
+
+
+def test_a_signed_copy_has_the_pixels_and_says_who_made_it_of_what(ours: Identity, png: bytes) -> None:
+    signed = ImageSigner(ours.signer()).sign(png, "00000007.png", LINEAGE)
+    assert np.array_equal(np.asarray(Image.open(io.BytesIO(signed))), PIXELS)
+    found = verify_image(signed, ours.root.read_text())
+    assert (found.title, found.signer, found.trusted) == ("00000007.png", "ours, Example", True)
+    assert found.lineage == LINEAGE
+    [manifest] = json.loads(Reader("image/png", io.BytesIO(signed)).json())["manifests"].values()
+    [actions] = [each["data"]["actions"] for each in manifest["assertions"] if "actions" in each["label"]]
+    [created] = actions
+    assert (created["action"], created["softwareAgent"]["name"]) == ("c2pa.created", "Darkroom")
+    assert created["digitalSourceType"].endswith("/trainedAlgorithmicMedia")
+
+
+def test_without_a_root_it_is_intact_and_untrusted(ours: Identity, png: bytes) -> None:
+    signed = ImageSigner(ours.signer()).sign(png, "a.png", LINEAGE)
+    assert not verify_image(signed).trusted
+
+
+def test_a_flipped_byte_anywhere_is_found(ours: Identity, png: bytes) -> None:
+    signed = ImageSigner(ours.signer()).sign(png, "a.png", LINEAGE)
+    roots = ours.root.read_text()
+    places = np.random.default_rng(1).integers(0, len(signed), 60)
+    pixels = signed.rfind(b"IDAT") + 100
+    claim = signed.find(b"models:/faces/3", signed.find(b"caBX"))
+    unnoticed = []
+    for place in (pixels, claim, *places):
+        altered = bytearray(signed)
+        altered[place] ^= 1
+        try:
+            verify_image(bytes(altered), roots)
+        except NotVerified:
+            continue
+        unnoticed.append(place)
+    # The signature is padded, and its padding means nothing.
+    assert all(signed[place] == 0 for place in unnoticed)
+    assert pixels not in unnoticed
+    assert claim not in unnoticed
+    for damaged in (signed[:-20], signed[:2000], signed + b"more", b""):
+        with pytest.raises(NotVerified):
+            verify_image(damaged, roots)
+
+
+def test_a_stripped_manifest_and_a_foreign_key_are_found(ours: Identity, png: bytes, tmp_path: Path) -> None:
+    theirs = identity(tmp_path / "theirs")
+    with pytest.raises(NotVerified, match="no C2PA manifest"):
+        verify_image(png, ours.root.read_text())
+    signed = ImageSigner(theirs.signer()).sign(png, "a.png", LINEAGE)
+    with pytest.raises(NotVerified, match="untrusted"):
+        verify_image(signed, ours.root.read_text())
+
+
+def chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def test_a_hostile_image_is_not_verified_and_no_crash(png: bytes) -> None:
+    huge = png[:8] + chunk(b"IHDR", struct.pack(">IIBBBBB", 60000, 60000, 8, 2, 0, 0, 0)) + png[33:]
+    text = zlib.compress(bytes(2**27), 1)
+    bomb = png[:33] + chunk(b"zTXt", b"x\0\0" + text) + png[33:]
+    for image in (huge, bomb, b"", b"GIF89a", b"\xff\xd8\xff", png[:40]):
+        with pytest.raises(NotVerified) as raised:
+            verify_image(image)
+        assert "BytesIO" not in str(raised.value)
+
+
+def test_a_parent_that_is_no_image_is_an_error_of_the_user(ours: Identity, png: bytes) -> None:
+    with pytest.raises(UserError, match="ingredient"):
+        ImageSigner(ours.signer()).sign(png, "a.png", LINEAGE, b"no image")
+
+
+def test_an_expired_certificate_is_found_and_signs_nothing(png: bytes, tmp_path: Path) -> None:
+    brief = identity(tmp_path / "brief", valid=timedelta(seconds=2))
+    signer = ImageSigner(brief.signer())
+    signed = signer.sign(png, "a.png", LINEAGE)
+    assert verify_image(signed, brief.root.read_text()).trusted
+    time.sleep(3.1)  # times in certificates are whole seconds
+    for roots in (brief.root.read_text(), None):
+        with pytest.raises(NotVerified, match="expired"):
+            verify_image(signed, roots)
+    with pytest.raises(UserError):
+        signer.sign(png, "a.png", LINEAGE)
+    with pytest.raises(UserError):
+        brief.signer()
+
+
+@pytest.mark.parametrize("expired", ["root", "intermediate"])
+def test_an_expired_certificate_above_that_of_the_signer_is_found(png: bytes, tmp_path: Path, expired: str) -> None:
+    chained, old = (identity(tmp_path / f"of-{end}", intermediate=True, expired=end) for end in (None, expired))
+    signed = ImageSigner(chained.signer()).sign(png, "a.png", LINEAGE)
+    assert verify_image(signed, old.root.read_text() + chained.root.read_text()).trusted
+    with pytest.raises(NotVerified):
+        verify_image(ImageSigner(old.signer()).sign(png, "a.png", LINEAGE), old.root.read_text())
+
+
+def test_an_edit_names_the_image_it_was_made_of(ours: Identity, png: bytes) -> None:
+    signer = ImageSigner(ours.signer())
+    parent = signer.sign(png, "parent.png", {"index": 0})
+    photo = io.BytesIO()
+    Image.fromarray(PIXELS).save(photo, "JPEG")
+    for given, count in ((parent, 2), (photo.getvalue(), 1)):
+        signed = signer.sign(png, "edit.png", LINEAGE, given)
+        assert verify_image(signed, ours.root.read_text()).lineage == LINEAGE
+        about = json.loads(Reader("image/png", io.BytesIO(signed)).json())
+        manifest = about["manifests"][about["active_manifest"]]
+        assert [each["relationship"] for each in manifest["ingredients"]] == ["parentOf"]
+        [actions] = [each["data"]["actions"] for each in manifest["assertions"] if "actions" in each["label"]]
+        assert [each["action"] for each in actions] == ["c2pa.opened", "c2pa.edited"]
+        assert actions[1]["digitalSourceType"].endswith("/compositeWithTrainedAlgorithmicMedia")
+        # The manifest of a signed parent comes along.
+        assert len(about["manifests"]) == count
+
+
+@pytest.mark.parametrize("curve", [ec.SECP384R1, ec.SECP521R1])
+def test_keys_of_larger_curves_sign_images(png: bytes, tmp_path: Path, curve: type[ec.EllipticCurve]) -> None:
+    large = identity(tmp_path / "large", curve=curve)
+    signed = ImageSigner(large.signer()).sign(png, "a.png", LINEAGE)
+    assert verify_image(signed, large.root.read_text()).trusted
+
+
+def test_a_key_without_a_certificate_signs_no_image(ours: Identity) -> None:
+    with pytest.raises(UserError, match="certificate"):
+        ImageSigner(ours.signer(certified=False))
