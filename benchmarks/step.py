@@ -33,7 +33,6 @@ from diffusion.common.fingerprint import autocast, describe_precision, resolve_p
 from diffusion.common.threads import cores, worker_threads
 from diffusion.data.dataset import Dataset
 from diffusion.models.config import ModelConfig
-from diffusion.models.text_encoder import WIDTH
 from diffusion.process.samplers import sampling_config
 from diffusion.training.config import TrainingConfig
 from diffusion.training.distributed import SINGLE_PROCESS
@@ -152,14 +151,7 @@ def main() -> None:
             torch.set_num_threads(args.threads)
             clock = time.process_time if args.threads == 1 else clock
         with worker_threads(threads) as pool:
-            setup = make_setup(
-                dataset,
-                MODEL,
-                config,
-                sampling_config(),
-                SINGLE_PROCESS,
-                lambda _, texts: torch.zeros(len(texts), WIDTH),
-            )
+            setup = make_setup(dataset, MODEL, config, sampling_config(), SINGLE_PROCESS)
             trainer = Trainer(setup, pool)
             trainer.total = 2**40
             with FlopCounterMode(display=False) as counter:

@@ -1,0 +1,148 @@
+"""Precision and recall of curation against planted defects, and its time per 1,000 images.
+
+    python benchmarks/curation.py FOLDER [--images 1000] [--size 64] [--nsfw FILE.onnx]
+
+takes images of FOLDER as they are, plants copies of some of them (resized, recompressed, cropped) and spoils others
+(blur, border, text), ingests all into a temporary data set, and compares what each rule drops with what was planted.
+Defects that the images have themselves count as false alarms, which makes precision a lower bound.
+"""
+
+import argparse
+import io
+import random
+import tempfile
+import time
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFilter, ImageFont
+
+from diffusion.common.progress import silent
+from diffusion.curation.config import CurationConfig
+from diffusion.curation.curate import curate
+from diffusion.data.ingest.config import IngestConfig
+from diffusion.data.ingest.ingest import ingest
+from diffusion.evaluation.config import EvaluationConfig
+
+WORDS = "The quick brown fox jumps over the lazy dog while ninety wizards vex my quartz box"
+
+
+def resized(image: Image.Image) -> Image.Image:
+    return image.resize((image.width * 3 // 4, image.height * 3 // 4), Image.Resampling.BICUBIC)
+
+
+def recompressed(image: Image.Image) -> Image.Image:
+    data = io.BytesIO()
+    image.save(data, "JPEG", quality=60)
+    return Image.open(data)
+
+
+def cropped(image: Image.Image, share: float = 0.92) -> Image.Image:
+    left, top = (round(side * (1 - share) / 2) for side in image.size)
+    return image.crop((left, top, image.width - left, image.height - top))
+
+
+def mirrored(image: Image.Image) -> Image.Image:
+    return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+
+
+def blurred(image: Image.Image) -> Image.Image:
+    return image.filter(ImageFilter.GaussianBlur(image.width / 24))
+
+
+def bordered(image: Image.Image) -> Image.Image:
+    framed = Image.new("RGB", image.size, "#101010")
+    framed.paste(image.resize((image.width, image.height * 5 // 8)), (0, image.height * 3 // 16))
+    return framed
+
+
+def texted(image: Image.Image, seed: int = 0) -> Image.Image:
+    page, chance = image.copy(), random.Random(seed)
+    draw, font = ImageDraw.Draw(page), ImageFont.load_default(max(8, image.height // 7))
+    half = image.height // 2
+    draw.rectangle((0, half, image.width, image.height), fill="white")
+    for top in range(half + 1, image.height, image.height // 6):
+        draw.text((1, top), " ".join(chance.choices(WORDS.split(), k=6)), fill="black", font=font)
+    return page
+
+
+PLANTED = {
+    "resized": (resized, {"near_duplicates": "largest"}),
+    "recompressed": (recompressed, {"near_duplicates": "largest"}),
+    "cropped": (cropped, {"near_duplicates": "largest"}),
+    "mirrored": (mirrored, {"semantic_duplicates": "largest"}),
+    "blurred": (blurred, {}),
+    "bordered": (bordered, {}),
+    "texted": (texted, {}),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--images", type=int, default=1000)
+    parser.add_argument("--size", type=int, default=64)
+    parser.add_argument("--nsfw", type=Path)
+    parser.add_argument("--rule", action="append", default=[])
+    options = parser.parse_args()
+    paths = sorted(path for path in options.folder.rglob("*") if path.suffix.lower() in (".png", ".jpg", ".webp"))
+    paths = random.Random(0).sample(paths, min(options.images, len(paths)))
+    with tempfile.TemporaryDirectory() as temporary:
+        root = Path(temporary)
+        (root / "images").mkdir()
+        each = len(paths) // 20
+        for number, path in enumerate(paths):
+            image = Image.open(path).convert("RGB")
+            image = image.resize((2 * options.size, 2 * options.size), Image.Resampling.BICUBIC)
+            image.save(root / "images" / f"{number:05d}-as-is.png")
+            if (kind := number // each) < len(PLANTED):
+                name = list(PLANTED)[kind]
+                PLANTED[name][0](image).convert("RGB").save(root / "images" / f"{number:05d}-{name}.png")
+        config = IngestConfig(source=str(root / "images"), size=options.size, workers=2)
+        folder = root / "data" / "set"
+        started = time.monotonic()
+        done = ingest(folder, config)
+        print(f"ingest: {1000 * (time.monotonic() - started) / done.kept:.1f} s per 1,000 images; {done.kept} images")
+        open_nsfw = {"layout": "NHWC", "channels": "BGR", "mean": (104, 117, 123), "std": (1, 1, 1)}
+        rules = {
+            "near_duplicates": {"near_duplicates": "largest"},
+            "semantic_duplicates": {"semantic_duplicates": "largest"},
+            "min_sharpness": {"min_sharpness": 60},
+            "max_border": {"max_border": 0.3},
+            "max_text": {"max_text": 0.2},
+            "max_outlier": {"max_outlier": 99},
+            **({"max_nsfw": {"max_nsfw": 0.8, "nsfw": open_nsfw | {"path": options.nsfw}}} if options.nsfw else {}),
+        }
+        wanted = {
+            "near_duplicates": ("resized", "recompressed", "cropped"),
+            "semantic_duplicates": ("resized", "recompressed", "cropped", "mirrored"),
+            "min_sharpness": ("blurred",),
+            "max_border": ("bordered",),
+            "max_text": ("texted",),
+        }
+        for rule, fields in rules.items():
+            for override in options.rule:
+                name, value = override.split("=")
+                fields = fields | ({name: float(value)} if name in fields else {})
+            started = time.monotonic()
+            rule_config = CurationConfig.model_validate(fields | {"max_dropped": 1})
+            found = curate(folder, rule_config, config, EvaluationConfig(), silent, dry_run=True)
+            seconds = 1000 * (time.monotonic() - started) / done.kept
+            # Of a pair of equal size either may be dropped.
+            dropped = {each.source for each in found.images}
+            kinds = wanted.get(rule, ())
+            by_kind = {}
+            hits = 0
+            for kind in kinds:
+                planted = {path.name for path in (root / "images").glob(f"*-{kind}.png")}
+                pairs = {name.split("-")[0] for name in planted}
+                is_copy = rule.endswith("duplicates")
+                caught = {p for p in pairs if f"{p}-{kind}.png" in dropped or (is_copy and f"{p}-as-is.png" in dropped)}
+                hits += len(caught)
+                by_kind[kind] = f"{len(caught)}/{len(pairs)}"
+            precision = hits / len(dropped) if dropped else float("nan")
+            counts = f"dropped {len(dropped)}, precision {precision:.3f}, recall {by_kind}"
+            print(f"{rule}: {counts}; {seconds:.2f} s per 1,000 images")
+
+
+if __name__ == "__main__":
+    main()
