@@ -20,12 +20,11 @@ import torch
 from safetensors.torch import load_file
 from safetensors.torch import save as serialize
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from diffusion.checkpoints import save_tensors, tensor_bytes
 from diffusion.common.files import canonical_json, make_folder, sha256_file, sync_folder, write_bytes
 from diffusion.common.model_files import METADATA_KEY, read_header
-from diffusion.training.distributed import Ranks, full_tensor
+from diffusion.training.distributed import Ranks, full_tensor, is_sharded
 
 INTERRUPTED = "interrupted"
 """Folder of the checkpoint that was written at a signal, until there is a later regular one."""
@@ -91,7 +90,7 @@ def _own_rows(value: Tensor, number: int, ranks: Ranks) -> tuple[int, Tensor | N
 
     Processes that have the same rows take turns, by the ``number`` of the tensor.
     """
-    if not isinstance(value, DTensor):
+    if not is_sharded(value):
         return 0, value if number % ranks.count == ranks.rank else None
     mesh = value.device_mesh
     coordinate = mesh.get_coordinate()

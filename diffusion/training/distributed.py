@@ -8,19 +8,20 @@ from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from types import SimpleNamespace
-from typing import Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.distributed_c10d import PrefixStore
-from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.rendezvous import rendezvous
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from diffusion.common.device import resolve_device
 from diffusion.models.unet import ResidualBlock
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 T = TypeVar("T")
 
@@ -251,6 +252,8 @@ def make_mesh(device: torch.device, group: int) -> DeviceMesh:
 
 def shard_module(network: nn.Module, mesh: DeviceMesh) -> None:
     """Shard the weights of ``network`` over the last dimension of ``mesh`` by block; gradients are summed over all."""
+    from torch.distributed.fsdp import FSDPModule, fully_shard
+
     for parameter in network.parameters():
         # FSDP2 does not support channels-last weights.
         parameter.data = parameter.data.contiguous()
@@ -262,13 +265,21 @@ def shard_module(network: nn.Module, mesh: DeviceMesh) -> None:
         module.set_force_sum_reduction_for_comms(True)
 
 
+def is_sharded(tensor: Tensor) -> "TypeGuard[DTensor]":
+    """Whether processes hold shards of ``tensor``."""
+    # Not isinstance: a second of imports, for each command that trains in one process.
+    return hasattr(tensor, "device_mesh")
+
+
 def full_tensor(tensor: Tensor) -> Tensor:
     """Gather the full ``tensor``, which may be sharded; all processes must call this together."""
-    return tensor.full_tensor().detach() if isinstance(tensor, DTensor) else tensor
+    return tensor.full_tensor().detach() if is_sharded(tensor) else tensor
 
 
 def sum_over_replicas(modules: Iterable[nn.Module], enabled: bool) -> None:
     """Set whether backward passes through ``modules`` sum gradients over replicas, or collect them until one does."""
+    from torch.distributed.fsdp import FSDPModule
+
     for module in modules:
         if isinstance(module, FSDPModule):
             module.set_requires_all_reduce(enabled)
@@ -276,6 +287,8 @@ def sum_over_replicas(modules: Iterable[nn.Module], enabled: bool) -> None:
 
 def shard_like(tensor: Tensor, like: Tensor) -> Tensor:
     """Shard ``tensor`` as ``like`` is sharded."""
-    if not isinstance(like, DTensor):
+    if not is_sharded(like):
         return tensor
+    from torch.distributed.tensor import distribute_tensor
+
     return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)

@@ -16,7 +16,6 @@ import torch.distributed as dist
 from humanize import naturalsize
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -25,7 +24,14 @@ from diffusion.common.errors import UserError
 from diffusion.common.fingerprint import CPU, resolve_precision
 from diffusion.families import family_of
 from diffusion.families.model import OptimizerStep, TrainingBatch
-from diffusion.training.distributed import GradientReducer, Ranks, make_mesh, shard_module, sum_over_replicas
+from diffusion.training.distributed import (
+    GradientReducer,
+    Ranks,
+    is_sharded,
+    make_mesh,
+    shard_module,
+    sum_over_replicas,
+)
 from diffusion.training.preflight import FLOAT, activation_size, meta_network, muon_size
 from diffusion.training.setup import TrainingSetup
 from diffusion.training.trainer import thread_count
@@ -177,7 +183,7 @@ def _rank_cost(setup: TrainingSetup, activations: int) -> RankCost:
 
 def _size(parameters: list[nn.Parameter]) -> int:
     """Count the bytes of ``parameters``, or of this rank's shards of them."""
-    return FLOAT * sum((each.to_local() if isinstance(each, DTensor) else each).numel() for each in parameters)
+    return FLOAT * sum((each.to_local() if is_sharded(each) else each).numel() for each in parameters)
 
 
 def _replicated(step: OptimizerStep) -> Counter[str]:
