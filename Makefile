@@ -46,18 +46,18 @@ demo/.dvc/config: $(READY) params.yaml infra/demo_params.yaml dvc.yaml params.sc
 images: $(READY) demo/.dvc/config  ## Write the demo's images to demo/images/digits
 	$(BIN)/python infra/demo_images.py demo/images/digits
 
-# Processes that run the tests.
-WORKERS ?= 2
+# WORKERS: processes that run the tests.
 
 test: $(READY)  ## Run the tests (minutes)
-	$(BIN)/pytest --numprocesses $(WORKERS) --dist loadfile -m "not slow"
+	$(BIN)/pytest --numprocesses $(or $(WORKERS),2) --dist loadfile -m "not slow"
 
-test-slow: $(READY)  ## Run the long tests: servers, kills, browser (half an hour)
-	$(BIN)/pytest --numprocesses $(WORKERS) --dist loadfile -m slow --ignore tests/chaos
+# One more process than cores: much of what these tests do is to wait for servers.
+test-slow: $(READY)  ## Run tests of servers, kills and browser (half an hour); `make chaos` runs the longest drills
+	$(BIN)/pytest --numprocesses $(or $(WORKERS),3) --dist loadfile -m "slow and not long" --ignore tests/chaos
 
 # .chaos/ records which drills passed on this code, and they are not run again. `make chaos RESTART=1` discards the record.
 chaos: $(READY)  ## Run all failure drills, with KILLS=20 kills each (two hours); resumes
-	KILLS=$(KILLS) $(BIN)/python -m pytest -p tests.chaos.record --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder \
+	KILLS=$(KILLS) $(BIN)/python -m pytest -p tests.chaos.record --numprocesses $(or $(WORKERS),2) --dist loadfile --no-loadscope-reorder \
 		--durations 0 --durations-min 60 --tb short --no-header $(if $(RESTART),--restart)
 
 drill-upgrade: $(READY)  ## Test upgrades of databases of an older MLflow and Prefect (minutes)

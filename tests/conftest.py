@@ -8,9 +8,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-from diffusion.data.ingest.config import IngestConfig
-from diffusion.data.ingest.ingest import ingest
-from tests.builders.shapes import blob
+from tests.builders.small_datasets import ingest_blobs, write_blobs
 from tests.hub import Hub, hub_server
 
 # How long an example takes is a matter of the machine.
@@ -35,20 +33,13 @@ def kills(record_property: Callable[[str, object], None]) -> int:
 @pytest.fixture
 def images(tmp_path: Path) -> Path:
     """A folder with 2 classes of 24 grey images each, 12×12."""
-    root = tmp_path / "images"
-    for number in range(48):
-        path = root / ("even" if number % 2 == 0 else "odd") / f"{number:02d}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        blob(number).save(path)
-    return root
+    return write_blobs(tmp_path / "images")
 
 
 @pytest.fixture
 def dataset(images: Path, tmp_path: Path) -> Path:
     """The data set made of ``images`` at 8×8, about a third of it held out."""
-    folder = tmp_path / "data" / "blobs"
-    ingest(folder, IngestConfig(source=str(images), size=8, held_out=0.33))
-    return folder
+    return ingest_blobs(images, tmp_path / "data" / "blobs")
 
 
 @pytest.fixture

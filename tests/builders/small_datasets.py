@@ -1,12 +1,15 @@
-"""Data sets of random images: which of them is in which shard is up to the test."""
+"""Small data sets: of random images, which of them in which shard is up to the test, and of blobs in two classes."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
+from diffusion.data.ingest.config import IngestConfig
+from diffusion.data.ingest.ingest import ingest
 from diffusion.data.manifest import Manifest
 from tests.builders.built_datasets import BuiltDataset, kept, quarantined
+from tests.builders.shapes import blob
 
 
 def random_images(count: int, channels: int = 1, size: int = 8, seed: int = 0) -> np.ndarray:
@@ -45,3 +48,18 @@ def write_dataset(
     ]
     parts = [[quarantined("x", "damaged"), *rows[at : at + per_shard]] for at in range(0, len(rows), per_shard)]
     return BuiltDataset(folder, images.shape[-1], folder.name).version(*parts)
+
+
+def write_blobs(root: Path) -> Path:
+    """A folder with 2 classes of 24 grey images each, 12×12."""
+    for number in range(48):
+        path = root / ("even" if number % 2 == 0 else "odd") / f"{number:02d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        blob(number).save(path)
+    return root
+
+
+def ingest_blobs(images: Path, folder: Path) -> Path:
+    """The data set made of these images at 8×8, about a third of it held out."""
+    ingest(folder, IngestConfig(source=str(images), size=8, held_out=0.33))
+    return folder

@@ -2,10 +2,14 @@
 
 import json
 import os
+import shutil
+import sqlite3
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +19,7 @@ import yaml
 from flows.local_stack.server_process import members
 from flows.local_stack.stack import SERVICES
 from tests.builders import ROOT
+from tests.builders.forked import Fork, Forks
 from tests.builders.shapes import disc
 
 PARAMS = {
@@ -22,12 +27,13 @@ PARAMS = {
     "model": {"width": 16, "channel_mult": [1], "blocks": 1, "attention": [], "patch": 1},
     "training": {
         "dataset": "blobs",
-        "images": 4800,
+        "images": 1600,
         "learning_rate": 0.01,
         "batch_size": 16,
         "warmup_images": 64,
-        "checkpoints": 8,
+        "checkpoints": 4,
         "keep": 2,
+        "cpu_threads": 1,
     },
     "sampling": {"sampler": "dpmpp_2m", "steps": 8, "compute_batch": 8},
     "evaluation": {"samples": 64, "extractor_size": 32},
@@ -37,10 +43,14 @@ PARAMS = {
 
 
 class Workspace:
-    """A folder of its own with images, a configuration and a running local stack."""
+    """A folder of its own with images, a configuration and a running local stack.
+
+    Commands are forked from a process that has done their imports, but for those that ``start`` begins as a user does.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.forks: Forks | None = None
         self.variables = {
             name: value
             for name, value in os.environ.items()
@@ -59,8 +69,21 @@ class Workspace:
             start_new_session=True,
         )
 
+    def fork(self) -> Forks:
+        """Fork commands from now on, as long as the environment is that of now."""
+        if self.forks:
+            self.forks.close()
+        self.forks = Forks(Path(tempfile.mkdtemp(prefix="forks-")), self.variables)
+        return self.forks
+
+    def begin(self, *arguments: str) -> Fork | subprocess.Popen[str]:
+        """Begin a command in a fork, if there are any for this environment."""
+        if self.forks and self.forks.variables == self.variables:
+            return self.forks.start(self.folder, *arguments)
+        return self.start(*arguments)
+
     def run(self, *arguments: str, code: int = 0) -> str:
-        process = self.start(*arguments)
+        process = self.begin(*arguments)
         out, err = process.communicate(timeout=600)
         assert process.returncode == code, err[-3000:]
         if code == 2:
@@ -77,9 +100,18 @@ class Workspace:
         second = ("--set", "training.seed=1", "--set", "training.output=runs/second")
         self.json("train", *second)
         self.json("evaluate", *second)
-        process = self.start("promote", *second)
+        process = self.begin("promote", *second)
         _, err = process.communicate(timeout=300)
         assert process.returncode in (0, 3), err[-3000:]
+
+
+DATABASES = ("mlflow/mlflow.db", "prefect/prefect.db")
+
+
+@cache
+def new_databases() -> Path:
+    """A folder for the databases of a stack that has just begun, to be copied: servers take seconds to make them."""
+    return Path(tempfile.mkdtemp(prefix="databases-"))
 
 
 @contextmanager
@@ -91,6 +123,10 @@ def running(folder: Path, params: dict[str, Any], images: int) -> Iterator[Works
         path.parent.mkdir(parents=True, exist_ok=True)
         disc(number).save(path)
     space = Workspace(folder)
+    for name in DATABASES:
+        if (made := new_databases() / name).exists():
+            (database := folder / ".darkroom" / name).parent.mkdir(parents=True)
+            shutil.copyfile(made, database)
     try:
         # On a machine that does much else servers may take longer than it waits for them; they start all the same.
         for _ in range(2):
@@ -100,11 +136,22 @@ def running(folder: Path, params: dict[str, Any], images: int) -> Iterator[Works
                 break
         else:
             space.run("up")
+        for name in DATABASES:
+            if not (made := new_databases() / name).exists():
+                made.parent.mkdir()
+                with (
+                    closing(sqlite3.connect(folder / ".darkroom" / name)) as here,
+                    closing(sqlite3.connect(made)) as copy,
+                ):
+                    here.backup(copy)
         for line in space.run("env").splitlines():
             name, _, value = line.removeprefix("export ").partition("=")
             space.variables[name] = value.strip("'\"")
+        space.fork()
         yield space
     finally:
+        if space.forks:
+            space.forks.close()
         # Nobody needs what they hold, and to let them end by themselves takes half a minute.
         for process in members(folder / ".darkroom", *SERVICES):
             process.kill()

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from diffusion.common.files import digest_of
+from tests.builders.forked import Forks
 from tests.builders.workspace import running
-from tests.chaos.forked import Forks
 from tests.chaos.house import NIGHT, QUICK, House, Site
 from tests.chaos.poison import poison
 

@@ -24,9 +24,9 @@ from flows.local_stack.control import RESTORING
 from flows.local_stack.server_process import members
 from flows.local_stack.stack import SERVICES, LocalStack
 from flows.storage.s3 import Object, Store, client
+from tests.builders.forked import Forks, rounds
 from tests.builders.ingested import files_of
 from tests.builders.workspace import running
-from tests.chaos.forked import Forks, rounds
 from tests.chaos.house import QUICK, House, Site
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]

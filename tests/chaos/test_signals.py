@@ -13,8 +13,8 @@ from signal import SIGINT, SIGTERM, Signals
 
 import pytest
 
+from tests.builders.forked import Forks, rounds
 from tests.chaos.conftest import Undisturbed
-from tests.chaos.forked import Forks, rounds
 from tests.chaos.house import COUNT, House, Site
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]

@@ -118,13 +118,10 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workspace]:
     folder = tmp_path_factory.mktemp("guides")
     with running(folder, SMALL, 0) as space:
         small_images(folder / "path" / "to" / "faces", 96)
-        program = folder / "bin" / "darkroom"
-        program.parent.mkdir()
-        program.write_text(
-            f"#!{sys.executable}\nfrom flows.cli import main\n\nif __name__ == '__main__':\n    main()\n"
-        )
-        program.chmod(0o755)
-        space.variables["PATH"] = f"{program.parent}:{os.environ['PATH']}"
+        programs = folder / "bin"
+        programs.mkdir()
+        space.variables["PATH"] = f"{programs}:{os.environ['PATH']}"
+        space.fork().write_program(programs / "darkroom")
         follow(space, "get-started/own-images.md")
         yield space
 
@@ -153,7 +150,7 @@ def test_guides_to_versions_can_be_followed(stack: Workspace) -> None:
     second = ("--dataset", "faces", "--set", "training.seed=1", "--set", "training.output=runs/second")
     stack.json("train", *second)
     stack.json("evaluate", *second)
-    process = stack.start("promote", *second)
+    process = stack.begin("promote", *second)
     _, err = process.communicate(timeout=300)
     assert process.returncode in (0, 3), err[-3000:]
     follow(stack, "how-to/approve-promotions.md", {"--to 3": "--to 2"})

@@ -32,7 +32,7 @@ URI = "models:/blobs-vae@champion"
 PIXELS = {
     "ingest": PARAMS["ingest"],
     "model": {"family": "autoregressive"},
-    "training": {"dataset": "blobs", "images": 480, "checkpoints": 2, "keep": 2},
+    "training": {"dataset": "blobs", "images": 480, "checkpoints": 2, "keep": 2, "cpu_threads": 1},
     "sampling": {"compute_batch": 8},
     "evaluation": PARAMS["evaluation"],
     "gate": PARAMS["gate"],
@@ -86,6 +86,7 @@ def test_unregistered_autoencoder_is_a_one_line_error(workspace: Workspace) -> N
     assert len(error.strip().splitlines()) == 1
 
 
+@pytest.mark.long
 @pytest.mark.drill(
     "a comparison of families is killed",
     "SIGKILL when one is trained",

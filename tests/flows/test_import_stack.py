@@ -15,6 +15,7 @@ from PIL import Image
 
 from diffusion.checkpoints import read_model_header
 from diffusion.common.files import sha256_file
+from tests.builders.forked import Fork
 from tests.builders.pipelines import stable_diffusion
 from tests.builders.shapes import disc
 from tests.builders.small_models import write_model
@@ -56,7 +57,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workspace]:
         yield space
 
 
-def kill(process: subprocess.Popen[str], seconds: float) -> None:
+def kill(process: Fork | subprocess.Popen[str], seconds: float) -> None:
     """Kill the process and its children after so many seconds, unless it has ended."""
     time.sleep(seconds)
     if process.poll() is None:
@@ -87,7 +88,7 @@ def test_a_model_from_elsewhere_is_promoted_and_fine_tuned(
     command = ("model", "import", str(given), "--name", "bases", *LICENCE)
     began = time.monotonic()
     for _ in range(kills):
-        kill(workspace.start(*command), random.uniform(0, 12))
+        kill(workspace.begin(*command), random.uniform(0, 5))
     done = workspace.json(*command)
     print(f"{kills} kills and an import in {time.monotonic() - began:.0f} s")
     assert done["version"]["number"] == 1
@@ -113,7 +114,7 @@ def test_a_model_from_elsewhere_is_promoted_and_fine_tuned(
 
     workspace.json("train", *LORA)
     workspace.json("evaluate", *LORA)
-    process = workspace.start("promote", *LORA, "--json")
+    process = workspace.begin("promote", *LORA, "--json")
     _, error = process.communicate(timeout=300)
     assert process.returncode in (0, 3), error[-3000:]
     [tuned] = server.search_model_versions("name='blobs'")
@@ -152,7 +153,7 @@ def test_stable_diffusion_goes_through_the_same_gate(workspace: Workspace, serve
     workspace.json("ingest", str(captions), *where, "--set", "ingest.size=16")
     command = ("model", "import", "painter", "--name", "painter")
     for _ in range(kills):
-        kill(workspace.start(*command), random.uniform(2, 15))
+        kill(workspace.begin(*command), random.uniform(0, 6))
     done = workspace.json(*command)
     uri = done["version"]["model"]
     assert (uri, done["family"], done["origin"]["licence"]) == ("painter", "diffusers", "openrail")
@@ -180,7 +181,7 @@ def test_stable_diffusion_goes_through_the_same_gate(workspace: Workspace, serve
     (workspace.folder / "adapter.yaml").write_text(yaml.safe_dump(ADAPTER))
     for verb in ("train", "evaluate"):
         workspace.json(verb, "--params", "adapter.yaml")
-    process = workspace.start("promote", "--params", "adapter.yaml")
+    process = workspace.begin("promote", "--params", "adapter.yaml")
     _, said = process.communicate(timeout=300)
     assert process.returncode in (0, 3), said[-3000:]
     [tuned] = server.search_model_versions("name='captioned-diffusers'")

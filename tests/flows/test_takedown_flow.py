@@ -35,11 +35,11 @@ from flows.registry.takedown_marks import (
 )
 from flows.storage.s3 import Store
 from tests.builders.catalogs import FOLDER, Place
+from tests.builders.forked import Forks
 from tests.builders.ingested import files_of
 from tests.builders.removals import REMOVAL
 from tests.builders.shapes import disc
 from tests.builders.workspace import PARAMS, Workspace, objects, running
-from tests.chaos.forked import Forks
 
 
 @pytest.fixture
@@ -338,6 +338,7 @@ def test_takedown_tags_run_version_and_samples_and_retraining_is_clean(
     assert never["content_digest"] == anew["content_digest"]
 
 
+@pytest.mark.long
 @pytest.mark.drill(
     "a takedown is killed",
     "SIGKILL at random moments of `data remove --purge`",

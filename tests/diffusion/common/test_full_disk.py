@@ -104,7 +104,10 @@ def finished(folder: Path) -> dict[str, bytes]:
     "filled up in checkpoints, caches and samples of `train`, `evaluate` and `sample`",
     "one line, exit 1, no half file; with room again the same command: the same end",
 )
-@pytest.mark.parametrize(("command", "point", "output"), DRILLS, ids=[point for _, point, _ in DRILLS])
+@pytest.mark.parametrize(
+    ("command", "point", "output"),
+    [pytest.param(*drill, id=drill[1], marks=pytest.mark.long if "evaluate:" in drill[1] else ()) for drill in DRILLS],
+)
 def test_a_full_disk_is_one_line_and_with_room_again_the_same_command_ends_the_same(
     command: tuple[str, ...], point: str, output: str, dataset: Path, tmp_path: Path, small_disk: Path
 ) -> None:

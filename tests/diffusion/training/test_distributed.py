@@ -23,6 +23,7 @@ from diffusion.training.logging import read_metrics
 from tests.builders import ROOT
 from tests.builders.bucketed import bucketed_set
 from tests.builders.captioned import needs_encoder, squares
+from tests.builders.small_datasets import ingest_blobs, write_blobs
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -36,7 +37,7 @@ from diffusion.training.train import train
 told, options = "text" in sys.argv, dict(each.split("=") for each in sys.argv if "=" in each)
 shard = int(options["shard"]) if "shard" in options else "shard" in sys.argv
 model = ModelConfig(width=16, channel_mult=(1,), blocks=1, attention=(), patch=1, dropout=0.1, text=told)
-length = {"images": int(sys.argv[3]), "checkpoints": 16} if sys.argv[3] != "0" else {"minutes": 0.3, "checkpoints": 2}
+length = {"images": int(sys.argv[3]), "checkpoints": 8} if sys.argv[3] != "0" else {"minutes": 0.3, "checkpoints": 2}
 config = TrainingConfig(**length, batch_size=16, warmup_images=32, keep=2, cpu_threads=2,
     learned_uncertainty=True, shard=shard, optimizer="adamw" if shard or "adamw" in sys.argv else "muon",
     micro_batch=int(options["micro"]) if "micro" in options else None)
@@ -45,15 +46,17 @@ train(Path(sys.argv[1]), Path(sys.argv[2]), model, config, sampling_config(steps
 
 
 def start(
-    dataset: Path, output: Path, processes: int, images: int = 1600, restarts: int = 0, *more: str
+    dataset: Path, output: Path, processes: int, images: int = 960, restarts: int = 0, *more: str
 ) -> subprocess.Popen[bytes]:
     script = output.parent / "script.py"
     script.write_text(SCRIPT)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    command += [f"--max-restarts={restarts}", "--monitor-interval=0.1", str(script), str(dataset), str(output)]
+    command = [sys.executable, "-m", "tests.builders.forked_ranks", str(processes)]
+    if restarts:
+        command[2:] = ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+        command += [f"--max-restarts={restarts}", "--monitor-interval=0.1"]
     variables = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
-        [*command, str(images), *more],
+        [*command, str(script), str(dataset), str(output), str(images), *more],
         env=variables,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -81,6 +84,20 @@ def kill_all(process: subprocess.Popen[bytes], output: Path) -> None:
             child.kill()
 
 
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    return ingest_blobs(write_blobs(folder / "images"), folder / "blobs")
+
+
+@pytest.fixture(scope="module")
+def two(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A training of two processes that nothing happens to."""
+    output = tmp_path_factory.mktemp("two") / "run"
+    finish(start(dataset, output, 2))
+    return output
+
+
 def curve(output: Path) -> np.ndarray:
     return np.array([row["loss"] for row in read_metrics(output / "history.csv")])
 
@@ -90,12 +107,13 @@ def curve(output: Path) -> np.ndarray:
     "SIGKILL of all; then one process goes on",
     "the losses of an undisturbed one",
 )
-def test_two_processes_have_the_losses_of_one_also_after_a_change_between(dataset: Path, tmp_path: Path) -> None:
+def test_two_processes_have_the_losses_of_one_also_after_a_change_between(
+    dataset: Path, two: Path, tmp_path: Path
+) -> None:
     finish(start(dataset, tmp_path / "one", 1))
-    finish(start(dataset, tmp_path / "two", 2))
     # Sums in another order differ in their last digits, which grow from step to step.
-    np.testing.assert_allclose(curve(tmp_path / "two")[:20], curve(tmp_path / "one")[:20], rtol=2e-2)
-    np.testing.assert_allclose(curve(tmp_path / "two"), curve(tmp_path / "one"), rtol=0.3)
+    np.testing.assert_allclose(curve(two)[:20], curve(tmp_path / "one")[:20], rtol=2e-2)
+    np.testing.assert_allclose(curve(two), curve(tmp_path / "one"), rtol=0.3)
 
     process = start(dataset, tmp_path / "changed", 2)
     wait_for(tmp_path / "changed" / "checkpoints", 2)
@@ -105,15 +123,16 @@ def test_two_processes_have_the_losses_of_one_also_after_a_change_between(datase
 
 
 @pytest.mark.drill("a rank is killed", "SIGKILL of one of two", "torchrun starts it again, the same weights")
-def test_a_worker_that_is_killed_is_started_again_and_the_end_is_the_same(dataset: Path, tmp_path: Path) -> None:
-    finish(start(dataset, tmp_path / "whole", 2))
+def test_a_worker_that_is_killed_is_started_again_and_the_end_is_the_same(
+    dataset: Path, two: Path, tmp_path: Path
+) -> None:
     process = start(dataset, tmp_path / "cut", 2, restarts=3)
     wait_for(tmp_path / "cut" / "checkpoints", 2)
     workers = [child for child in psutil.Process(process.pid).children() if "script.py" in " ".join(child.cmdline())]
     assert len(workers) == 2
     workers[1].kill()
     finish(process)
-    whole, cut = (load_file(tmp_path / name / "final.safetensors") for name in ("whole", "cut"))
+    whole, cut = (load_file(output / "final.safetensors") for output in (two, tmp_path / "cut"))
     assert all(np.array_equal(value.numpy(), cut[name].numpy()) for name, value in whole.items())
 
 

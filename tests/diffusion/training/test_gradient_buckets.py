@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 from diffusion.training.distributed import GradientReducer
+from tests.builders.forked_ranks import spawn
 
 PARTS, PASSES = 2, 2
 
@@ -70,7 +70,7 @@ def check(rank: int, processes: int, folder: str) -> None:
 
 @pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_buckets_hold_the_sum_over_parts_and_processes_whatever_the_timing(processes: int, tmp_path: Path) -> None:
-    mp.spawn(check, (processes, str(tmp_path)), processes)  # type: ignore[no-untyped-call]
+    spawn(check, (processes, str(tmp_path)), processes)
 
 
 def test_a_pass_that_reaches_not_all_parameters_is_an_error_and_leaves_the_reducer_usable(tmp_path: Path) -> None:

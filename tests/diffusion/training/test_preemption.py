@@ -283,14 +283,14 @@ if "validation" in sys.argv:
     from diffusion.training.logging import Validation
     evaluate = Validation.evaluate
     def struck(self, tensors, images, stop):
-        if images == 1600:
+        if images == 800:
             Path(sys.argv[2]).with_name("validating").touch()
             while not stop():
                 time.sleep(0.01)
         return evaluate(self, tensors, images, stop)
     Validation.evaluate = struck
 shared = {{"shard": True, "optimizer": "adamw"}} if "shard" in sys.argv else {{}}
-run(Path(sys.argv[1]), Path(sys.argv[2]), CONFIG.model_copy(update={{"images": 6400, "checkpoints": 4}} | shared))
+run(Path(sys.argv[1]), Path(sys.argv[2]), CONFIG.model_copy(update={{"images": 3200, "checkpoints": 4}} | shared))
 """
 
 
@@ -298,12 +298,14 @@ def start(dataset: Path, output: Path, processes: int = 1, restarts: int = 0, *m
     script = output.parent / "script.py"
     script.write_text(SCRIPT.format(root=str(ROOT)))
     command = [sys.executable]
-    if processes > 1:
+    if restarts:
         command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
         command += [f"--max-restarts={restarts}", "--monitor-interval=0.1"]
+    elif processes > 1:
+        command += ["-m", "tests.builders.forked_ranks", str(processes)]
     return subprocess.Popen(
         [*command, str(script), str(dataset), str(output), *more],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
         stderr=(output.parent / "errors").open("ab"),
         start_new_session=True,
     )
@@ -325,6 +327,7 @@ def require_same_weights(output: Path, whole: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
+@pytest.mark.long
 @pytest.mark.drill(
     "training is preempted",
     "SIGTERM at random moments, some followed by a second one, some by SIGKILL",
@@ -359,7 +362,9 @@ def test_training_that_is_preempted_at_random_moments_ends_the_same(dataset: Pat
     "SIGTERM of one rank, or of torchrun, at random moments",
     "both stop at one step, torchrun starts them again or ends; the same command: the same weights",
 )
-@pytest.mark.parametrize("more", [(), ("shard",)], ids=["whole", "shared"])
+@pytest.mark.parametrize(
+    "more", [pytest.param((), id="whole"), pytest.param(("shard",), id="shared", marks=pytest.mark.long)]
+)
 def test_ranks_of_which_one_is_preempted_stop_at_one_step_and_go_on_to_the_same_weights(
     dataset: Path, tmp_path: Path, kills: int, more: tuple[str, ...]
 ) -> None:
@@ -396,7 +401,7 @@ def test_a_rank_that_is_preempted_while_another_one_validates_gets_its_checkpoin
     while not (tmp_path / "validating").exists():
         assert process.poll() is None
         time.sleep(0.01)
-    ranks = [each for each in psutil.Process(process.pid).children() if "script.py" in " ".join(each.cmdline())]
-    next(each for each in ranks if each.environ()["RANK"] == "1").terminate()
+    _, second = sorted(psutil.Process(process.pid).children(), key=lambda rank: rank.pid)
+    second.terminate()
     assert process.wait(60) != 0
-    assert interrupted(tmp_path / "run") == (1600, 0)
+    assert interrupted(tmp_path / "run") == (800, 0)

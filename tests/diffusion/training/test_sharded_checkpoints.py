@@ -6,7 +6,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
@@ -14,6 +13,7 @@ from diffusion.checkpoints import save_tensors
 from diffusion.common.files import sha256_file
 from diffusion.training.checkpointing import Checkpoints, read_everywhere, write_together
 from diffusion.training.distributed import SINGLE_PROCESS, Ranks, full_tensor, make_mesh, shard_like
+from tests.builders.forked_ranks import spawn
 
 HEADER: dict[str, Any] = {"model_header": {"images": 64}, "note": 'é "quoted"\n\t\x01'}
 
@@ -63,7 +63,7 @@ def test_checkpoints_written_by_all_processes_are_those_of_one(
     processes: int, group: int, sees_files: bool, tmp_path: Path
 ) -> None:
     alone = save_tensors(tmp_path / "alone.safetensors", tensors(), HEADER)
-    mp.spawn(write, (processes, group, tmp_path, sees_files), processes)  # type: ignore[no-untyped-call]
+    spawn(write, (processes, group, tmp_path, sees_files), processes)
     [path] = Checkpoints(tmp_path / "checkpoints").paths()
     assert sha256_file(path) == alone
     assert not list(tmp_path.glob(".*.partial"))

@@ -14,9 +14,9 @@ import pytest
 import yaml
 
 from tests.builders import ROOT
+from tests.builders.forked import rounds
 from tests.builders.ingested import files_of
 from tests.builders.shapes import blob
-from tests.chaos.forked import rounds
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 

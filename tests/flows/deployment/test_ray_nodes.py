@@ -20,6 +20,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 ray = pytest.importorskip("ray")
 
 
+@pytest.mark.long
 @pytest.mark.drill(
     "a Ray node dies while it ingests",
     "the second of two nodes is taken away at work",

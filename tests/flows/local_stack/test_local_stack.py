@@ -185,6 +185,7 @@ def test_after_the_death_of_everything_two_ups_at_once_make_one_stack(up: LocalS
     assert_data_is_intact(up)
 
 
+@pytest.mark.long
 @pytest.mark.drill("a server hangs", "MLflow is suspended", "`darkroom up` restarts it")
 @pytest.mark.slow
 def test_a_service_that_hangs_is_restarted(up: LocalStack) -> None:
@@ -215,6 +216,7 @@ def test_a_service_whose_port_was_taken_moves_and_the_others_follow(up: LocalSta
     assert_data_is_intact(moved)
 
 
+@pytest.mark.long
 @pytest.mark.drill("`darkroom up` is killed", "SIGKILL when some servers run", "it can be stopped and started")
 @pytest.mark.slow
 def test_killed_startup_can_be_stopped_and_started(up: LocalStack) -> None:

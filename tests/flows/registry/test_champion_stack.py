@@ -18,8 +18,8 @@ from mlflow.client import MlflowClient
 from flows.monitoring.prometheus import LedgerRead, ledger_samples
 from flows.registry.ledger import Ledger
 from tests.builders.champion_settings import QUICK
+from tests.builders.forked import Fork, Forks
 from tests.builders.workspace import PARAMS, Workspace, objects, running
-from tests.chaos.forked import Forks
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
@@ -184,7 +184,7 @@ def test_a_champion_that_was_deleted_stops_everything_before_it_begins_and_can_b
     for sets in (named, second):
         workspace.json("train", *sets)
         workspace.json("evaluate", *sets)
-        workspace.start("promote", *sets).communicate(timeout=300)
+        workspace.begin("promote", *sets).communicate(timeout=300)
     workspace.json("promote", "--to", "2", *named)
     assert workspace.json("model", "history", *named)["problem"] is None
     server.delete_model_version("deleted", "2")
@@ -215,7 +215,7 @@ class Prefect:
             base_url=workspace.variables["PREFECT_API_URL"], headers={"Authorization": f"Basic {secret}"}, timeout=60
         )
 
-    def paused(self, process: subprocess.Popen[str]) -> dict[str, Any]:
+    def paused(self, process: Fork | subprocess.Popen[str]) -> dict[str, Any]:
         """The flow run that waits for input, once there is one."""
         asked = {"flow_runs": {"state": {"type": {"any_": ["PAUSED"]}}}}
         deadline = time.monotonic() + 300
@@ -244,7 +244,7 @@ def test_a_person_approves_or_does_not_before_anything_becomes_champion(
         named = ("--set", f"registry.model={model}")
         workspace.json("train", *named)
         workspace.json("evaluate", *named)
-        process = workspace.start("promote", *named, "--set", "registry.approval=true", "--json")
+        process = workspace.begin("promote", *named, "--set", "registry.approval=true", "--json")
         run = prefect.paused(process)
         assert run["name"].startswith("promote-")
         assert aliases(server, model) == {}
@@ -270,10 +270,10 @@ def test_a_retraining_waits_for_approval_and_without_it_leaves_the_champion(
     prefect = Prefect(workspace)
     always = ("registry.approval=true", "registry.model=asked", "gate.recall_loss=null", "gate.memorized=null")
     # One that has learned next to nothing, and one that is surely better.
-    for version, images, approved in ((1, 16, True), (2, 4800, False)):
+    for version, images, approved in ((1, 16, True), (2, 1600, False)):
         sets = (*always, f"training.images={images}", f"training.output=runs/asked-{version}")
         named = [word for each in sets for word in ("--set", each)]
-        process = workspace.start("retrain", "images", "--count", "1", *named, "--json")
+        process = workspace.begin("retrain", "images", "--count", "1", *named, "--json")
         run = prefect.paused(process)
         assert run["name"].startswith("promote-")
         assert aliases(server, "asked") == ({} if version == 1 else {"champion": 1})

@@ -78,6 +78,7 @@ def test_gc_deletes_sweep_runs_without_a_registered_version(workspace: Workspace
     assert workspace.json("promote")["promoted"]
 
 
+@pytest.mark.long
 @pytest.mark.drill(
     "the machine is lost",
     "a backup while somebody samples, killed once; then the stack is destroyed and restored",

@@ -60,6 +60,7 @@ def files(workspace: Workspace, name: str) -> dict[str, bytes]:
     return {key.strip("/"): data for key, (_, data) in objects(workspace, f"s3://darkroom/{name}/").items()}
 
 
+@pytest.mark.long
 @pytest.mark.drill(
     "sampling is killed and doubled",
     "SIGKILL late in a batch; then two commands at once, on Ray and on processes",
@@ -87,6 +88,7 @@ def test_killed_and_then_begun_twice_with_other_runners_it_ends_in_the_bytes_of_
     assert files(workspace, "killed") == expected
 
 
+@pytest.mark.long
 @pytest.mark.drill(
     "a Ray node dies while it samples",
     "the second of two nodes is taken away at work",

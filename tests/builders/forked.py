@@ -29,6 +29,15 @@ PATIENCE = 120
 ROUND = 5
 """Strikes at one piece of work before it is ended: more of them would find it done."""
 
+PROGRAM = """#!{python}
+import json, os, socket, sys
+connection = socket.socket(socket.AF_UNIX)
+connection.connect({address!r})
+socket.send_fds(connection, [json.dumps([os.getcwd(), dict(os.environ), sys.argv[1:]]).encode()], [1, 2])
+pid, code = connection.makefile().read().split()
+sys.exit(int(code))
+"""
+
 
 def rounds(strikes: int) -> Iterator[int]:
     """How often to strike at each of several pieces of work."""
@@ -89,16 +98,16 @@ class Forks:
     """The process that forks, in the environment that commands get."""
 
     def __init__(self, folder: Path, variables: Mapping[str, str]) -> None:
-        self.folder = folder
+        self.folder, self.variables = folder, dict(variables)
         self.address = str(Path(tempfile.mkdtemp(prefix="forks-")) / "socket")
         listener = socket.socket(socket.AF_UNIX)
         listener.bind(self.address)
         listener.listen()
         with listener, (folder / "forks.log").open("wb") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "tests.chaos.forked", str(listener.fileno())],
+                [sys.executable, "-m", "tests.builders.forked", str(listener.fileno())],
                 cwd=folder,
-                env=dict(variables),
+                env=self.variables,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -146,6 +155,14 @@ class Forks:
             assert time.monotonic() < deadline, left
             time.sleep(0.1)
 
+    def write_program(self, path: Path) -> None:
+        """Write a program for shells that has its arguments done in a fork, in the folder and environment of the call.
+
+        What servers that environment names makes no difference.
+        """
+        path.write_text(PROGRAM.format(python=sys.executable, address=self.address))
+        path.chmod(0o755)
+
     def close(self) -> None:
         """Fork no more."""
         self.process.kill()
@@ -162,7 +179,7 @@ def await_command(listener: socket.socket) -> list[str]:
             continue
         listener.close()
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        asked, outputs, _, _ = socket.recv_fds(connection, 2**16, 2)
+        asked, outputs, _, _ = socket.recv_fds(connection, 2**17, 2)
         folder, variables, arguments = json.loads(asked)
         if pid := os.fork():
             connection.sendall(f"{pid}\n".encode())
