@@ -3,24 +3,26 @@
     python benchmarks/families.py                          # Fashion-MNIST, ten minutes each: about an hour on two cores
     python benchmarks/families.py --source FOLDER --size 32 --minutes 30
 
-The figures are those of ``darkroom compare``. After a kill it resumes.
+First, on an otherwise idle machine, it measures how many images each trains on per second, taking turns; from then on
+the minutes are that many images, and what else the machine does makes no difference. Evaluation and ranking are those
+of ``darkroom compare``. After a kill it resumes.
 """
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from loading import FASHION
-from quality import darkroom
-from torch import Tensor
+from quality import Darkroom, darkroom, measure_rates, rate_of
 
 from diffusion.common.image_grids import grid, save_png
+from diffusion.common.shapes import Images
 from diffusion.common.threads import cores
 from diffusion.data.dataset import Dataset
 from diffusion.evaluation.ranking import Ranking, rank_models
 from diffusion.evaluation.reports.ranking_report import Column, cost_columns, findings, metric_columns
 from diffusion.models.config import FAMILIES
-from flows.config import family_variants, load_params
+from flows.config import load_params
 
 PAGE = Path(__file__).parents[1] / "docs" / "comparison.md"
 IMAGES = PAGE.parent / "images" / "comparison"
@@ -37,23 +39,23 @@ def main() -> None:
     args = parser.parse_args()
 
     args.scratch.mkdir(parents=True, exist_ok=True)
-    (args.scratch / "params.yaml").write_text("{}\n")
-    words = [f"training.dataset={args.name}", f"training.minutes={args.minutes:g}"]
-    ingested = [f"ingest.source={args.source}", f"ingest.size={args.size}", f"training.dataset={args.name}"]
-    darkroom(args.scratch, "ingest", "--local", words=ingested)
-    darkroom(args.scratch, "compare", "--local", words=words)
-    # What was drawn is remembered, and only looked up again.
-    variants = family_variants(load_params(args.scratch / "params.yaml", words), tuple(FAMILIES))
-    models = {
-        name: (args.scratch / each.run_folder / "final.safetensors", each.sampling) for name, each in variants.items()
-    }
-    params, data = variants["ddpm"], args.scratch / "data" / args.name
-    ranking, images = rank_models(data, models, params.evaluation, args.scratch / "reports" / args.name)
+    (args.scratch / "params.yaml").write_text(f"training:\n  dataset: {args.name}\n")
+    darkroom(args.scratch, "ingest", "--local", words=[f"ingest.source={args.source}", f"ingest.size={args.size}"])
+    families = [Darkroom(name, args.scratch, (f"model.family={name}",)) for name in FAMILIES if name != "diffusers"]
+    seconds = 60 * args.minutes
+    measure_rates(families, seconds)
+    models = {}
+    for each in families:
+        final = each.train(0, round(rate_of(each, seconds) * seconds))
+        models[each.name] = final, load_params(args.scratch / "params.yaml", [*each.settings]).sampling
+    config = load_params(args.scratch / "params.yaml", []).evaluation
+    data = args.scratch / "data" / args.name
+    ranking, images = rank_models(data, models, config, args.scratch / "reports" / args.name)
     save(images)
     PAGE.write_text(page(ranking, Dataset.open(data), args.source, args.minutes))
 
 
-def save(images: dict[str, Tensor]) -> None:
+def save(images: Mapping[str, Images]) -> None:
     """Lay out the images of each model, and real ones."""
     IMAGES.mkdir(parents=True, exist_ok=True)
     for name, each in images.items():
