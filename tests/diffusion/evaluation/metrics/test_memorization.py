@@ -185,10 +185,9 @@ def test_neighbours_found_in_pieces_are_those_found_at_once() -> None:
     assert (pieces.rows == once.rows).float().mean() > 0.98
 
 
-@pytest.mark.slow
-@changes
-def test_copies_of_photographs_are_found_however_they_were_changed(change: Callable[[Tensor], Tensor]) -> None:
-    """In pixels or in features, at 5 % false alarms in all."""
+@cache
+def photographs() -> tuple[Tensor, Callable[[Tensor], dict[str, NearestNeighbours]], dict[str, NearestNeighbours]]:
+    """Training images, a search among them in pixels and features, and what it finds for held-out ones."""
     training, held_out, _ = torch.split(images(4400)[0], [3600, 400, 400])
     extractor = EfficientNetLite0(32)
     of_training = extractor(training)
@@ -196,7 +195,15 @@ def test_copies_of_photographs_are_found_however_they_were_changed(change: Calla
     def found(some: Tensor) -> dict[str, NearestNeighbours]:
         return in_pixels(some, training) | {extractor.name: find_nearest(extractor(some), [of_training])}
 
-    copied = detect_memorization(found(change(training[:100])), found(held_out))
+    return training, found, found(held_out)
+
+
+@pytest.mark.slow
+@changes
+def test_copies_of_photographs_are_found_however_they_were_changed(change: Callable[[Tensor], Tensor]) -> None:
+    """In pixels or in features, at 5 % false alarms in all."""
+    training, found, real = photographs()
+    copied = detect_memorization(found(change(training[:100])), real)
     assert copied.expected <= 0.06
     assert copied.share >= (0.7 if change is CHANGES["noise 30"] else 0.9)
 
