@@ -12,15 +12,17 @@ import signal
 import sys
 from collections.abc import Callable
 
+import torch._dynamo  # as the first optimizer does
+import torch.distributed.fsdp  # noqa: F401
 import torch.multiprocessing as mp
 
-from diffusion.training import train  # noqa: F401 (before the processes part)
+from diffusion.training import train  # noqa: F401 (all before the processes part)
 from flows.local_stack.server_process import choose_ports
 
 
 def spawn(function: Callable[..., None], arguments: tuple[object, ...], count: int) -> None:
     """Call ``function`` with its rank and ``arguments`` in ``count`` processes, as mp.spawn does, but forked."""
-    multiprocessing.set_forkserver_preload([__name__, "torch.distributed.tensor"])
+    multiprocessing.set_forkserver_preload([__name__])
     mp.start_processes(function, arguments, count, start_method="forkserver")  # type: ignore[no-untyped-call]
 
 

@@ -41,6 +41,7 @@ def test_a_model_of_a_private_data_set_is_pushed_with_its_evidence_and_without_t
     workspace.variables |= {"HF_ENDPOINT": hub.address, "HF_HUB_DISABLE_XET": "1"}
     assert "HF_TOKEN" in workspace.run("ingest", "hf://datasets/me/discs", code=2)
     workspace.variables["HF_TOKEN"] = TOKEN
+    workspace.fork()
 
     done = workspace.json("retrain", "hf://datasets/me/discs@main", "--count", "8", "-v")
     assert done["data"]["result"]["source"] == source

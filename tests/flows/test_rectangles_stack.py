@@ -25,7 +25,7 @@ SIZES = ((48, 24), (24, 48), (32, 32))
 """Width and height of the images."""
 SETTINGS = {
     "ingest": {"size": 16, "fit": "bucket", "buckets": ["24x12", "12x24", "16x16"], "held_out": 0.4},
-    "training": PARAMS["training"] | {"images": 1600, "checkpoints": 2},
+    "training": PARAMS["training"] | {"images": 800, "checkpoints": 2},
     "evaluation": {"samples": 72, "extractor_size": 32},
 }
 

@@ -163,6 +163,7 @@ def test_sharded_training_matches_unsharded_training(dataset: Path, tmp_path: Pa
     np.testing.assert_allclose(curve(tmp_path / "changed"), curve(tmp_path / "whole"), rtol=0.3)
 
 
+@pytest.mark.long
 @pytest.mark.drill(
     "hybrid sharding is killed",
     "SIGKILL of four processes while they write a checkpoint together",
@@ -216,6 +217,7 @@ def test_captions_encoded_by_one_rank_reach_both(tmp_path: Path) -> None:
     np.testing.assert_allclose(curve(tmp_path / "two"), curve(tmp_path / "one"), rtol=2e-2)
 
 
+@pytest.mark.long
 @pytest.mark.drill(
     "training on images of several shapes is killed", "SIGKILL of all of two processes", "the same weights"
 )

@@ -78,6 +78,7 @@ def test_invalid_promotions_are_an_error(workspace: Workspace, words: tuple[str,
     workspace.run("promote", *words, code=2)
 
 
+@pytest.mark.long
 @pytest.mark.drill(
     "a promotion by hand is killed",
     "SIGKILL at random moments",
