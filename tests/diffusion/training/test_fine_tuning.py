@@ -381,7 +381,7 @@ from pathlib import Path
 import torch
 torch.set_num_threads(1)
 from tests.diffusion.training.test_fine_tuning import LORA, run
-run(Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]), flip=True, images=800, checkpoints=20, **LORA)
+run(Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]), flip=True, images=400, checkpoints=8, **LORA)
 """
 
 

@@ -90,7 +90,7 @@ import torch
 torch.set_num_threads(1)
 from tests.builders.training_runs import run, CONFIG
 loading = {{"workers": int(sys.argv[3]), "prefetch": int(sys.argv[4]), "cache_bytes": int(sys.argv[5])}}
-run(Path(sys.argv[1]), Path(sys.argv[2]), CONFIG.model_copy(update={{"images": 3200, "checkpoints": 20}} | loading))
+run(Path(sys.argv[1]), Path(sys.argv[2]), CONFIG.model_copy(update={{"images": 1600, "checkpoints": 10}} | loading))
 """
 
 
