@@ -1,6 +1,7 @@
 """The notebook of the documentation runs as it stands, and shows what it shows."""
 
 import nbformat
+import pytest
 from nbclient import NotebookClient
 
 from tests.builders import ROOT
@@ -9,6 +10,7 @@ NOTEBOOK = ROOT / "docs" / "get-started" / "notebook.ipynb"
 """Written by ``jupyter execute --inplace``."""
 
 
+@pytest.mark.slow
 def test_the_notebook_runs_and_its_committed_outputs_are_those_of_its_cells() -> None:
     committed = nbformat.read(NOTEBOOK, as_version=4)
     nbformat.validate(committed)

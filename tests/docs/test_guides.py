@@ -41,6 +41,7 @@ def small_images(folder: Path, count: int) -> None:
         disc(number).save(folder / f"{number:03d}.png")
 
 
+@pytest.mark.slow
 def test_work_without_servers_ends_with_the_named_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     small_images(tmp_path / "images", 96)
     disc(1000).save(tmp_path / "image.png")

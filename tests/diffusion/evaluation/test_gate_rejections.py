@@ -79,6 +79,7 @@ def tried(candidate: Path, champion: Path, house: House) -> ChampionComparison:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("few_cuts")
 @pytest.mark.parametrize("kind", DOSES)
 def test_degraded_images_are_never_promoted_and_rejected_when_visible(kind: str, house: House, champion: Path) -> None:

@@ -222,6 +222,7 @@ def rule(found: ChampionComparison, name: str = "text-image agreement") -> tuple
     return finding.verdict, finding.reason
 
 
+@pytest.mark.slow
 def test_good_images_of_something_else_than_their_prompts_are_rejected(data: Path, tmp_path: Path) -> None:
     asked = [text.split()[0] for text in prompts(data)]
     right, wrong = of_colours(asked, 60), of_colours([*asked[1:], asked[0]], 20)

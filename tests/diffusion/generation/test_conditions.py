@@ -271,6 +271,7 @@ def test_a_caption_too_long_to_be_read_whole_keeps_nothing_from_training(tmp_pat
     assert run(tmp_path / "long", tmp_path / "run").images == CONFIG.images
 
 
+@pytest.mark.slow
 @needs_encoder
 def test_images_follow_the_colour_of_the_prompt(tmp_path: Path) -> None:
     squares(tmp_path / "squares")

@@ -180,6 +180,7 @@ def test_discarded_run_restarts_with_the_same_result(dataset: Path, tmp_path: Pa
     assert again.read_bytes() == bits
 
 
+@pytest.mark.slow
 def test_minutes_are_converted_to_images_once(dataset: Path, tmp_path: Path) -> None:
     config = TrainingConfig(dataset="blobs", minutes=0.1, batch_size=16, checkpoints=2)
     with pytest.raises(Stop):
@@ -246,6 +247,7 @@ def test_averaged_weights_move_and_differ_from_the_raw_ones(dataset: Path, tmp_p
     assert any(not torch.equal(after[f"network.{name[4:]}"], after[name]) for name in moved)
 
 
+@pytest.mark.slow
 def test_training_beats_the_best_constant_prediction_by_far(dataset: Path, tmp_path: Path) -> None:
     model = MODEL.model_copy(update={"schedule": "cosine", "prediction": "v_prediction"})
     config = CONFIG.model_copy(

@@ -131,6 +131,7 @@ def test_a_server_that_does_not_answer_is_named_within_seconds_and_its_password_
     assert "test-secret" not in line
 
 
+@pytest.mark.slow
 def test_a_dry_run_of_training_needs_no_server_and_stops_before_it(dataset: Path, tmp_path: Path) -> None:
     small = ["model.width=16", "model.channel_mult=[1]", "model.attention=[]", "sampling.steps=2"]
     settings = [word for setting in (*small, "training.images=640") for word in ("--set", setting)]

@@ -28,6 +28,7 @@ def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_families_train_in_separate_folders_with_one_ranking_report(workspace: Path) -> None:
     done = CliRunner().invoke(app, COMMAND, catch_exceptions=False)
     output = json.loads(done.stdout)

@@ -58,6 +58,7 @@ def test_only_the_export_itself_imports_diffusers() -> None:
     assert loaded.stdout.split() == ["False"]
 
 
+@pytest.mark.slow
 def test_a_file_is_pushed_with_card_and_samples_once(tmp_path: Path, hub: Hub) -> None:
     write_model(tmp_path / "final.safetensors", seed=0, images=64)
     words = ("model", "export", "--to", "diffusers", "--model", "final.safetensors", "--out", "exports/blobs", "--json")

@@ -83,6 +83,7 @@ def test_first_model_has_no_comparison_and_needs_an_evaluation(model: str, repor
     assert "Nothing to compare with" in first.stdout
 
 
+@pytest.mark.slow
 def test_comparison_uses_the_training_data_of_the_champion(
     model: str, dataset: Path, bucket: str, store: Store, mlflow_client: MlflowClient, tmp_path: Path
 ) -> None:

@@ -77,6 +77,7 @@ def spoiled(images: Tensor, deviation: float) -> Tensor:
     return (images + deviation * noise).round().clamp(0, 255).to(torch.uint8)
 
 
+@pytest.mark.slow
 def test_versions_are_promoted_and_rejected_with_figures_and_the_gate_in_the_ledger(
     mlflow_client: MlflowClient, params: Params
 ) -> None:

@@ -87,6 +87,7 @@ def stages(
     mlflow.set_tracking_uri(None)
 
 
+@pytest.mark.slow
 def test_staging_champion_is_released_with_its_lineage(stages: Stages, tmp_path: Path) -> None:
     there = stages.at(stages.staging)
     number = stages.version(b"weights", tmp_path)
@@ -252,6 +253,7 @@ def test_bundling_process_gets_staging_credentials_only(no_servers: None) -> Non
     assert called == "https://staging:5000/x"
 
 
+@pytest.mark.slow
 def test_a_version_is_released_with_the_one_that_it_is_based_on(stages: Stages, tmp_path: Path) -> None:
     stages.at(stages.staging)
     base = write_model(tmp_path / "base.safetensors", 1, 7)
