@@ -404,7 +404,7 @@ GUIDANCE: Mapping[str, float] = {
     "StableDiffusionPipeline": 7.5,
     "StableDiffusion3Pipeline": 7.0,
 }
-"""Scale of guidance by which diffusers' pipelines sample unless they are told another."""
+"""Scale of guidance by which diffusers' pipelines sample unless another one is given."""
 LARGEST_INTEGER, LONGEST_LIST, LONGEST_STRING = 2**18, 2**14, 4096
 """Limits of a component's configuration; files that exceed them are rejected before a network is built."""
 SIDES = {"sample_size": LARGEST_SIZE, "pos_embed_max_size": LARGEST_SIZE, "max_position_embeddings": 2**14}

@@ -23,9 +23,7 @@ from pathlib import Path
 import psutil
 
 PATIENCE = 120
-"""Seconds within which a command that was told to end has ended, on any machine."""
-
-
+"""Seconds within which a command that was terminated has ended, on any machine."""
 ROUND = 5
 """Strikes at one piece of work before it is ended: more of them would find it done."""
 
@@ -158,7 +156,7 @@ class Forks:
     def write_program(self, path: Path) -> None:
         """Write a program for shells that has its arguments done in a fork, in the folder and environment of the call.
 
-        What servers that environment names makes no difference.
+        Servers are those of this process, whatever the environment names.
         """
         path.write_text(PROGRAM.format(python=sys.executable, address=self.address))
         path.chmod(0o755)
@@ -170,7 +168,7 @@ class Forks:
 
 
 def await_command(listener: socket.socket) -> list[str]:
-    """Fork for each command that is asked for; returns in the forks alone, with the arguments."""
+    """Fork for each request of a command; returns in the forks alone, with the arguments."""
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     while True:
         connection, _ = listener.accept()
@@ -179,8 +177,8 @@ def await_command(listener: socket.socket) -> list[str]:
             continue
         listener.close()
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        asked, outputs, _, _ = socket.recv_fds(connection, 2**17, 2)
-        folder, variables, arguments = json.loads(asked)
+        request, outputs, _, _ = socket.recv_fds(connection, 2**17, 2)
+        folder, variables, arguments = json.loads(request)
         if pid := os.fork():
             connection.sendall(f"{pid}\n".encode())
             _, status = os.waitpid(pid, 0)
@@ -208,6 +206,8 @@ def main() -> None:
 
     began = time.monotonic()
     with connect("prefect", "mlflow", "s3"):
+        import torch._dynamo  # noqa: F401 (as the first optimizer does)
+
         import flows.evaluate
         import flows.gc
         import flows.promote

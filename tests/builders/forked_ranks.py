@@ -1,6 +1,6 @@
 """Run a script in several processes that train together, as torchrun does, but with their imports done once.
 
-python tests/builders/forked_ranks.py COUNT SCRIPT ARGUMENT …
+python -m tests.builders.forked_ranks COUNT SCRIPT ARGUMENT …
 
 If one fails, the others are terminated. Nothing is started again: tests of that use torchrun itself.
 """

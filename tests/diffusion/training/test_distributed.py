@@ -34,9 +34,9 @@ from diffusion.process.samplers import sampling_config
 from diffusion.models.config import ModelConfig
 from diffusion.training.config import TrainingConfig
 from diffusion.training.train import train
-told, options = "text" in sys.argv, dict(each.split("=") for each in sys.argv if "=" in each)
+options = dict(each.split("=") for each in sys.argv if "=" in each)
 shard = int(options["shard"]) if "shard" in options else "shard" in sys.argv
-model = ModelConfig(width=16, channel_mult=(1,), blocks=1, attention=(), patch=1, dropout=0.1, text=told)
+model = ModelConfig(width=16, channel_mult=(1,), blocks=1, attention=(), patch=1, dropout=0.1, text="text" in sys.argv)
 length = {"images": int(sys.argv[3]), "checkpoints": 8} if sys.argv[3] != "0" else {"minutes": 0.3, "checkpoints": 2}
 config = TrainingConfig(**length, batch_size=16, warmup_images=32, keep=2, cpu_threads=2,
     learned_uncertainty=True, shard=shard, optimizer="adamw" if shard or "adamw" in sys.argv else "muon",
