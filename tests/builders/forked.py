@@ -13,12 +13,12 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import psutil
 
@@ -95,16 +95,18 @@ class Fork:
 class Forks:
     """The process that forks, in the environment that commands get."""
 
-    def __init__(self, folder: Path, variables: Mapping[str, str]) -> None:
-        self.folder, self.variables = folder, dict(variables)
-        self.address = str(Path(tempfile.mkdtemp(prefix="forks-")) / "socket")
+    def __init__(self, variables: Mapping[str, str]) -> None:
+        self.variables = dict(variables)
+        self.temporary = TemporaryDirectory(prefix="forks-")
+        self.folder = Path(self.temporary.name)
+        self.address = str(self.folder / "socket")
         listener = socket.socket(socket.AF_UNIX)
         listener.bind(self.address)
         listener.listen()
-        with listener, (folder / "forks.log").open("wb") as log:
+        with listener, (self.folder / "forks.log").open("wb") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "tests.builders.forked", str(listener.fileno())],
-                cwd=folder,
+                cwd=self.folder,
                 env=self.variables,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -165,6 +167,7 @@ class Forks:
         """Fork no more."""
         self.process.kill()
         self.process.wait()
+        self.temporary.cleanup()
 
 
 def await_command(listener: socket.socket) -> list[str]:

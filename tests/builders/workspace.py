@@ -6,11 +6,11 @@ import shutil
 import sqlite3
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import boto3
@@ -73,7 +73,7 @@ class Workspace:
         """Fork commands from now on, as long as the environment is that of now."""
         if self.forks:
             self.forks.close()
-        self.forks = Forks(Path(tempfile.mkdtemp(prefix="forks-")), self.variables)
+        self.forks = Forks(self.variables)
         return self.forks
 
     def begin(self, *arguments: str) -> Fork | subprocess.Popen[str]:
@@ -109,9 +109,9 @@ DATABASES = ("mlflow/mlflow.db", "prefect/prefect.db")
 
 
 @cache
-def new_databases() -> Path:
+def new_databases() -> TemporaryDirectory[str]:
     """A folder for the databases of a stack that has just begun, to be copied: servers take seconds to make them."""
-    return Path(tempfile.mkdtemp(prefix="databases-"))
+    return TemporaryDirectory(prefix="databases-")
 
 
 @contextmanager
@@ -124,7 +124,7 @@ def running(folder: Path, params: dict[str, Any], images: int) -> Iterator[Works
         disc(number).save(path)
     space = Workspace(folder)
     for name in DATABASES:
-        if (made := new_databases() / name).exists():
+        if (made := Path(new_databases().name, name)).exists():
             (database := folder / ".darkroom" / name).parent.mkdir(parents=True)
             shutil.copyfile(made, database)
     try:
@@ -137,7 +137,7 @@ def running(folder: Path, params: dict[str, Any], images: int) -> Iterator[Works
         else:
             space.run("up")
         for name in DATABASES:
-            if not (made := new_databases() / name).exists():
+            if not (made := Path(new_databases().name, name)).exists():
                 made.parent.mkdir()
                 with (
                     closing(sqlite3.connect(folder / ".darkroom" / name)) as here,

@@ -29,9 +29,9 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
 
 
 @pytest.fixture(scope="session")
-def forks(house: House, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
+def forks(house: House) -> Iterator[Forks]:
     """Commands on the stack that need not import anything first."""
-    found = Forks(tmp_path_factory.mktemp("forks"), house.workspace.variables)
+    found = Forks(house.workspace.variables)
     try:
         yield found
     finally:

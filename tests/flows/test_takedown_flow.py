@@ -347,7 +347,7 @@ def test_takedown_tags_run_version_and_samples_and_retraining_is_clean(
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_a_takedown_killed_at_random_moments_ends_the_same(
-    workspace: Workspace, server: MlflowClient, tmp_path: Path, kills: int
+    workspace: Workspace, server: MlflowClient, kills: int
 ) -> None:
     def named(name: str) -> list[str]:
         return ["--dataset", name, "--set", f"registry.model={name}", "--set", f"training.output=runs/{name}"]
@@ -358,7 +358,7 @@ def test_a_takedown_killed_at_random_moments_ends_the_same(
         disc(number).save(images / "odd" / f"{number}.png")
     png = stored_png(images / "odd" / "200.png")
     moments, endings, duration = random.Random(3), [], 0.0
-    with closing(Forks(tmp_path, workspace.variables)) as forks:
+    with closing(Forks(workspace.variables)) as forks:
         for name in ("undisturbed", *(f"killed{number}" for number in range(kills))):
             forks.finish(workspace.folder, "ingest", "more", "--dataset", name)
             assert any(png in content for _, content in objects(workspace, "s3://darkroom/dvc/files/md5/").values())

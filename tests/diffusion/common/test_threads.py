@@ -1,8 +1,9 @@
 """Several who compute at once in one process: torch splits no operation while any of them is at it."""
 
+import mmap
 import platform
 import resource
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 
 import pytest
@@ -38,13 +39,20 @@ def test_after_an_error_torch_is_as_it_was(three_threads: None) -> None:
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other allocators have no mallopt")
 def test_memory_is_kept_for_the_next_step_instead_of_being_faulted_in_again() -> None:
-    def step(_: int) -> int:
+    def faults(step: Callable[[], object]) -> int:
         before = resource.getrusage(resource.RUSAGE_THREAD).ru_minflt
-        activations = [torch.ones(2**20) for _ in range(30)]
-        del activations
+        step()
         return resource.getrusage(resource.RUSAGE_THREAD).ru_minflt - before
 
+    def step(_: int) -> int:
+        return faults(lambda: [torch.ones(2**20) for _ in range(30)])
+
+    with mmap.mmap(-1, 30 * 2**22) as fresh:
+        once = faults(lambda: fresh.write(b"1" * len(fresh)))
+    if not once:
+        pytest.skip("this system counts no page faults")
     with worker_threads(1) as pool:
         for run in (map, pool.map):
-            first, _, *others = run(step, range(4))
-            assert max(others) < first / 20
+            # The first steps may take memory that the process has kept, or not.
+            _, _, *others = run(step, range(4))
+            assert max(others) < once / 2

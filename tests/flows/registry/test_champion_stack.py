@@ -8,7 +8,6 @@ import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import closing
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -85,10 +84,10 @@ def test_invalid_promotions_are_an_error(workspace: Workspace, words: tuple[str,
     "one champion at each moment; the same command: one entry in the ledger",
 )
 def test_killed_at_random_moments_there_is_one_champion_and_the_same_command_ends_the_same(
-    workspace: Workspace, server: MlflowClient, tmp_path: Path, kills: int
+    workspace: Workspace, server: MlflowClient, kills: int
 ) -> None:
     moments = random.Random(6)
-    with closing(Forks(tmp_path, workspace.variables)) as forks:
+    with closing(Forks(workspace.variables)) as forks:
 
         def answer(*arguments: str) -> Any:
             return json.loads(forks.finish(workspace.folder, *arguments, "--json"))
