@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import yaml
-from pydantic import Field, JsonValue, ValidationError, model_validator
+from pydantic import Field, JsonValue, ModelWrapValidatorHandler, PrivateAttr, ValidationError, model_validator
 
 from diffusion.common.config import Config, dataset_folder, unset
 from diffusion.common.errors import UserError
@@ -22,6 +22,7 @@ from diffusion.evaluation.gate import GateConfig
 from diffusion.models.config import FAMILIES, FamilyConfig, ModelConfig, shape_conflict, training_conflict
 from diffusion.presets import PresetName, over, preset
 from diffusion.process.samplers import (
+    SAMPLING_ADAPTER,
     SamplingConfig,
     describe_error,
     effective_sampling,
@@ -127,13 +128,18 @@ class Params(Config):
     retention: RetentionConfig = RetentionConfig()
     monitor: MonitorConfig = MonitorConfig()
 
-    @model_validator(mode="before")
+    _sampling_given: Any = PrivateAttr(default_factory=dict)
+    """The section sampling before the preset completed it."""
+
+    @model_validator(mode="wrap")
     @classmethod
-    def _over_the_preset(cls, chosen: Any) -> Any:
+    def _over_the_preset(cls, chosen: Any, validate: ModelWrapValidatorHandler["Params"]) -> "Params":
         # Anything but a mapping with a known preset fails in the validation of the fields.
         if isinstance(chosen, dict) and (name := chosen.get("preset", "fast")) in get_args(PresetName):
-            return over(chosen, name)
-        return chosen
+            params = validate(over(chosen, name))
+            params._sampling_given = chosen.get("sampling", {})
+            return params
+        return validate(chosen)
 
     @model_validator(mode="after")
     def _is_consistent(self) -> "Params":
@@ -191,6 +197,12 @@ class Params(Config):
         """Name of the registered model."""
         return self.registry.model or self._name()
 
+    def sampling_of(self, model: FamilyConfig) -> SamplingConfig:
+        """Sampling of a model file, whatever the section model: the fields given, and the preset's for such a model."""
+        preset = self.preset if model.family == "ddpm" else "fast"
+        sections = over({"model": model.model_dump(), "sampling": self._sampling_given}, preset)
+        return effective_sampling(model, SAMPLING_ADAPTER.validate_python(sections["sampling"]))
+
     def evaluating(self, model: FamilyConfig, name: str | None = None) -> "Params":
         """Copy to evaluate and promote a model file by itself, under the registered ``name``.
 
@@ -198,7 +210,7 @@ class Params(Config):
         """
         changed = {
             "evaluation": self.evaluation.model_copy(update={"guidance": None, "ema_stds": ()}),
-            "sampling": effective_sampling(model, self.sampling),
+            "sampling": self.sampling_of(model),
             "registry": self.registry.model_copy(update={"model": name or self.registry.model}),
         }
         return self.model_copy(update=changed)

@@ -130,10 +130,12 @@ def generate_images(
         from flows.cli.checks import require_conditions
 
         require_conditions(Path(model), config, request.conditions)
+        from diffusion.checkpoints import read_model_header
         from diffusion.generation.requests import generate_to_folder
 
+        sampling = config.sampling_of(read_model_header(Path(model)).model)
         with progress_shown() as progress:
-            done = generate_to_folder(Path(model), request, config.sampling, output, progress=progress)
+            done = generate_to_folder(Path(model), request, sampling, output, progress=progress)
     else:
         with connect("prefect", "mlflow", "s3"):
             from flows.cli.checks import require_answerable, require_version

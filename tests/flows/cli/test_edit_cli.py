@@ -112,6 +112,22 @@ def test_upscaled_image_is_shown_beside_its_original(darkroom: Darkroom, folder:
     assert Image.open(folder / done["grid"]).size[0] > 2 * 16
 
 
+def test_upscaling_takes_the_noise_levels_of_the_model_file_unless_others_are_given(
+    darkroom: Darkroom, folder: Path
+) -> None:
+    config = CONFIG.model_copy(update={"low_resolution": 4, "conditional": False})
+    write_model(folder / "model.safetensors", seed=0, images=0, config=config)
+
+    def digests(*words: str) -> list[str]:
+        done = made(darkroom, "edit", "upscale", "face.png", *words)
+        return [
+            row["pixels_sha256"] for row in json.loads((folder / done["folder"] / "request.json").read_text())["images"]
+        ]
+
+    given = ("--set", "model.low_resolution=4", "--set", "model.conditional=false")
+    assert digests() == digests(*given) != digests("--set", "sampling.sigma_max=80")
+
+
 def test_requests_that_differ_lie_in_folders_of_their_own(darkroom: Darkroom) -> None:
     one = made(darkroom, "edit", "img2img", "face.png", "--count", "1")
     other = made(darkroom, "edit", "img2img", "face.png", "--count", "1", "--strength", "0.3")
