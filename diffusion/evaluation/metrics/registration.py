@@ -39,7 +39,7 @@ STARTS = torch.tensor(
 """Transformations from which registration starts, (125, 4): turn, logarithm of the scale, and shifts."""
 CONSTANT, SLOPE = 0.05, 0.02
 """Contrast of small images, as a norm and its square, below which they count as plain: noise is not scaled up."""
-BLOCK = 50
+BLOCK = 25
 """Images registered at a time per worker thread."""
 
 
@@ -86,25 +86,27 @@ def register(small: Tensor, onto: Tensor, parameters: Tensor) -> Tensor:
     x, y = x.view(1, 1, 1, -1), x.view(1, 1, -1, 1)
     for step in range(STEPS + 1):
         z, inside = transformed(small, parameters)
-        weights = (inside * _edged(SIDE))[:, None]
+        weights = (inside * _edged(SIDE))[:, None].expand_as(z)
         padded = functional.pad(z, (1, 1, 1, 1), mode="replicate")
         left, right = padded[..., 1:-1, :-2], padded[..., 1:-1, 2:]
         above, below = padded[..., :-2, 1:-1], padded[..., 2:, 1:-1]
-        # An image as a sum of a constant, itself and its blur, and its derivatives by the parameters.
-        terms = [torch.ones_like(z), z, left + right + above + below - 4 * z]
+        # An image as a sum of a constant, itself and its blur, and its derivatives by the parameters, all weighted. In
+        # place where it can be: most of the time goes to memory.
+        terms = [weights, z * weights, (left + right + above + below).sub_(z, alpha=4).mul_(weights)]
         if step < STEPS:
-            dx, dy = (right - left) * SIDE / 4, (below - above) * SIDE / 4
-            terms += [x * dy - y * dx, -(x * dx + y * dy), dx, dy]
-        matrix = (torch.stack(terms, -1) * weights[..., None]).flatten(1, 3)
+            slopes = weights * (SIDE / 4)
+            dx, dy = (right - left).mul_(slopes), (below - above).mul_(slopes)
+            terms += [(x * dy).sub_(y * dx), (x * dx).add_(y * dy).neg_(), dx, dy]
+        matrix = torch.stack(terms, 1).flatten(2)
         target = (onto * weights).flatten(1)[..., None]
         # Damped, so that a plain image does not send the parameters anywhere.
         damping = torch.tensor([1e-4] * 3 + [2e-3] * (len(terms) - 3)).diag()
-        solution = torch.linalg.solve(matrix.mT @ matrix + damping, matrix.mT @ target)
+        solution = torch.linalg.solve(matrix @ matrix.mT + damping, matrix @ target)
         if step < STEPS:
             change = solution[:, 3:, 0] / solution[:, 1].clamp(min=0.3)
             parameters = (parameters + change.clamp(-0.1, 0.1)).clamp(-LIMITS, LIMITS)
-    rest = (target - matrix @ solution).square().sum((1, 2))
-    mean = target.sum((1, 2)) / weights.expand_as(onto).sum((1, 2, 3))
+    rest = (target - matrix.mT @ solution).square().sum((1, 2))
+    mean = target.sum((1, 2)) / weights.sum((1, 2, 3))
     contrast = ((onto - mean[:, None, None, None]) * weights).square().sum((1, 2, 3))
     distances: Tensor = (rest / (contrast + SLOPE)).clamp(0, 1).sqrt()
     return distances
@@ -130,8 +132,8 @@ def _find_in_piece(
 ) -> NearestNeighbours:
     sides = torch.stack([shrink(images), shrink(mirror(images))])
     starts = STARTS.repeat(2, 1)
-    each = (transformed(side, start[None])[0] for side in sides for start in STARTS)
-    points = torch.stack([describe(view) for view in each])
+    each = [describe(transformed(sides.flatten(0, 1), start[None])[0]) for start in STARTS]
+    points = torch.stack([view.view(2, len(images), -1) for view in each], 1).flatten(0, 1)
     found = find_nearest(points, training, progress=progress)
     # Only candidates are kept as small images: all of a large training set would fill the memory.
     rows, places = np.unique(found.rows.numpy(), return_inverse=True)

@@ -272,6 +272,7 @@ def reader(folder: Path, seed: int, reads: int) -> "subprocess.Popen[str]":
     return subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, text=True)
 
 
+@pytest.mark.slow
 def test_processes_share_a_cache_that_is_too_small_for_all_and_one_is_killed(folder: Path) -> None:
     processes = [reader(folder, seed, 40) for seed in range(2)]
     doomed = reader(folder, 9, 10**9)

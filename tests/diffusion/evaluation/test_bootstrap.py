@@ -110,6 +110,7 @@ def test_intervals_of_kid_cover_the_true_distance(shift: float, scale: float) ->
     assert covering([each.estimate for each in found], true_kid(16, shift, scale)) >= LEAST
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("shift", "scale"), [(0.3, 0.8), (0.0, 1.0)])
 def test_intervals_of_the_frechet_distance_cover_the_true_one_and_without_its_bias_taken_off_do_not(
     shift: float, scale: float

@@ -106,7 +106,13 @@ def test_a_better_model_is_promoted_and_a_worse_one_rejected_with_figures(
 
 @pytest.mark.parametrize(
     ("deviation", "looks", "count", "verdict"),
-    [(37, 1, 48, "hold"), (37, 2, 96, "hold"), (37, 3, 192, "hold"), (36, 2, 96, "promote"), (36, 3, 96, "promote")],
+    [
+        (37, 1, 48, "hold"),
+        pytest.param(37, 2, 96, "hold", marks=pytest.mark.slow),
+        (37, 3, 192, "hold"),
+        pytest.param(36, 2, 96, "promote", marks=pytest.mark.slow),
+        (36, 3, 96, "promote"),
+    ],
 )
 def test_undecided_comparison_samples_twice_as_many_images_at_each_look_until_it_is_decided(
     deviation: float, looks: int, count: int, verdict: str, data: Path, models: list[Path], tmp_path: Path
@@ -194,6 +200,7 @@ def test_stored_comparison_equals_the_returned_one(data: Path, models: list[Path
     assert json.loads(written)["gate"] == GATE.model_dump()
 
 
+@pytest.mark.slow
 def test_images_are_reused_when_the_candidate_becomes_champion(data: Path, models: list[Path], tmp_path: Path) -> None:
     new, old = models
     watcher = Watcher()

@@ -129,7 +129,14 @@ def test_unconditional_samples_are_reused_when_the_data_set_grows(model: Path, t
 
 
 @pytest.mark.parametrize(
-    "stop_at", ["model: images sampled", "images compared with", "model: held-out images looked at"]
+    "stop_at",
+    [
+        "model: images sampled",
+        *(
+            pytest.param(what, marks=pytest.mark.slow)
+            for what in ("images compared with", "model: held-out images looked at")
+        ),
+    ],
 )
 def test_interrupted_model_evaluation_resumes_to_the_same_result(
     stop_at: str, data: Path, model: Path, tmp_path: Path

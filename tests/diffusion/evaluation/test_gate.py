@@ -65,6 +65,7 @@ def promotions(evidence: list[ComparisonMetrics], delta: float) -> int:
     return sum(decide(each, config).verdict == Verdict.promote for each in evidence)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("figure", ["kid", "fd"])
 def test_the_same_model_with_other_seeds_is_promoted_no_more_often_than_the_confidence_allows(figure: Figure) -> None:
     evidence = [comparison(figure, seed, 120, CHAMPION) for seed in range(TRIALS)]
@@ -97,6 +98,7 @@ def test_a_model_better_by_exactly_delta_is_promoted_no_more_often_than_the_conf
     assert promotions(evidence, delta=0) > 2 * MOST
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("figure", "count"), [("kid", 350), ("fd", 320)])
 def test_an_improvement_of_twice_delta_is_promoted_in_four_of_five_cases(figure: Figure, count: int) -> None:
     shift = better_by(figure, 0.6)
@@ -132,6 +134,7 @@ def recall_verdicts(scale: float, trials: int, count: int) -> list[Verdict]:
     return verdicts
 
 
+@pytest.mark.slow
 def test_rule_on_recall_holds_equal_models_no_more_often_than_the_confidence_allows() -> None:
     objections = [verdict for verdict in recall_verdicts(1.0, TRIALS, 60) if verdict != Verdict.promote]
     assert len(objections) <= MOST

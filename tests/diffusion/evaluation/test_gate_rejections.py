@@ -92,6 +92,7 @@ def test_degraded_images_are_never_promoted_and_rejected_when_visible(kind: str,
     assert serious.reason.startswith("worse than the champion: kid_efflite0")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("few_cuts")
 def test_model_that_covers_two_of_ten_classes_is_rejected(house: House, champion: Path) -> None:
     two = without_classes(house.spare[COUNT:], house.classes[COUNT:], 8, COUNT)

@@ -145,13 +145,12 @@ def test_guidance_of_a_user_wins(data: Path, tmp_path: Path, guidance: float) ->
 @pytest.mark.parametrize(
     ("classes", "training", "tried"),
     [
-        ({}, {}, (2,)),
-        (CLASSES, {"condition_dropout": 0}, (2,)),
-        (CLASSES, {"student": {"steps": 2}}, (2,)),
-        (CLASSES, {}, ()),
-        (CLASSES, {}, None),
+        pytest.param({}, {}, (2,), id="no classes"),
+        pytest.param(CLASSES, {"condition_dropout": 0}, (2,), id="no dropout", marks=pytest.mark.slow),
+        pytest.param(CLASSES, {"student": {"steps": 2}}, (2,), id="student", marks=pytest.mark.slow),
+        pytest.param(CLASSES, {}, (), id="empty"),
+        pytest.param(CLASSES, {}, None, id="null", marks=pytest.mark.slow),
     ],
-    ids=["no classes", "no dropout", "student", "empty", "null"],
 )
 def test_no_guidance_is_tried_where_there_is_none_to_try(
     data: Path, tmp_path: Path, classes: dict[str, int], training: dict[str, Any], tried: tuple[float, ...] | None

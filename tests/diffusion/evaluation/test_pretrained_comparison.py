@@ -94,8 +94,8 @@ def test_a_stable_diffusion_pipeline_and_a_network_of_captions_are_compared_on_t
     ("kind", "text", "words", "reverse"),
     [
         ("stable_diffusion", False, "knows none", False),
-        ("stable_diffusion", False, "knows none", True),
-        ("ddpm", True, "knows none", False),
+        pytest.param("stable_diffusion", False, "knows none", True, marks=pytest.mark.slow),
+        pytest.param("ddpm", True, "knows none", False, marks=pytest.mark.slow),
         ("ddpm", True, "knows none", True),
         ("ddim", False, "1×16×16", False),
     ],

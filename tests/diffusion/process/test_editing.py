@@ -159,7 +159,7 @@ CONFIG = sampling_config(steps=6, compute_batch=8)
 
 
 @pytest.mark.parametrize(("resample_steps", "guided"), [(1, False), (3, False), (1, True), (2, True)])
-@pytest.mark.parametrize("sampler", ["ddpm", "dpmpp_2m"])
+@pytest.mark.parametrize("sampler", [pytest.param("ddpm", marks=pytest.mark.slow), "dpmpp_2m"])
 def test_inpainting_keeps_known_pixels_independent_of_the_batch(
     model: DiffusionModel, resample_steps: int, guided: bool, sampler: str
 ) -> None:

@@ -61,6 +61,8 @@ SHORT: dict[str, Any] = {
 }
 LORA: dict[str, Any] = {"lora": {"rank": 2, "alpha": 4}}
 LABELS = {"class_conditional": ("0", "1", "2"), "dit": ("ape", "goldfish")}
+SOON = (("ddpm", "whole"), ("class_conditional", "lora"), ("latent", "whole"), ("stable_diffusion", "lora"))
+"""Kinds, and what of them is trained, that the fast tests try."""
 KINDS = ("ddpm", "class_conditional", "latent", "dit", "stable_diffusion", "stable_diffusion_3")
 
 
@@ -105,8 +107,14 @@ def conditions(kind: str) -> Conditions:
     return Conditions(labels=("ape",)) if kind == "dit" else Conditions()
 
 
-@pytest.mark.parametrize("lora", [LORA, {}], ids=["lora", "whole"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "lora"),
+    [
+        pytest.param(kind, lora, id=f"{kind}-{name}", marks=[] if (kind, name) in SOON else pytest.mark.slow)
+        for kind in KINDS
+        for name, lora in (("lora", LORA), ("whole", {}))
+    ],
+)
 def test_denoiser_alone_is_trained_and_resumes_bit_for_bit(
     made: Callable[[str], tuple[Path, Path]], tmp_path: Path, kind: str, lora: dict[str, Any]
 ) -> None:
@@ -260,6 +268,7 @@ def test_latents_are_those_of_each_image_and_of_its_mirror_image(
     assert torch.equal(cache.of(rows), before)
 
 
+@pytest.mark.slow
 def test_text_encoder_is_adapted_too(made: Callable[[str], tuple[Path, Path]], tmp_path: Path) -> None:
     _, base = made("stable_diffusion")
     dataset, options = data(tmp_path, "stable_diffusion"), {"lora": LORA["lora"] | {"text_encoder": True}}

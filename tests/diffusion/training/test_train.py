@@ -62,9 +62,9 @@ def test_same_inputs_give_the_same_bits(dataset: Path, tmp_path: Path) -> None:
     ("stop", "loading"),
     [
         (16, {}),
-        (112, {"workers": 1, "prefetch": 1}),
+        pytest.param(112, {"workers": 1, "prefetch": 1}, marks=pytest.mark.slow),
         (240, {"workers": 3, "prefetch": 5, "cache_bytes": 0}),
-        (320, {"prefetch": 30}),
+        pytest.param(320, {"prefetch": 30}, marks=pytest.mark.slow),
     ],
 )
 def test_stopped_run_resumes_bit_for_bit_with_every_loader(

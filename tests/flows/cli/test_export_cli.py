@@ -26,6 +26,7 @@ def test_a_file_is_exported_without_any_server(tmp_path: Path) -> None:
     assert index["scheduler"] == ["diffusers", "DDIMScheduler"]
 
 
+@pytest.mark.slow
 def test_an_imported_pipeline_without_a_card_comes_out_with_how_to_load_it(tmp_path: Path) -> None:
     (pipelines.ddpm(tmp_path / "made") / "README.md").unlink()
     done = darkroom(tmp_path, "model", "import", "made", "--out", "tiny.safetensors", "--licence", "CC0-1.0")

@@ -224,6 +224,7 @@ def test_a_dry_run_of_ingest_says_what_is_new_and_changes_nothing(
     assert (rebuilt["kept"], rebuilt["new"]) == (None, 51)
 
 
+@pytest.mark.slow
 def test_a_dry_run_of_several_trainings_measures_each_without_a_server(run: CommandLine, dataset: Path) -> None:
     small = ["model.width=16", "model.channel_mult=[1]", "model.attention=[]", "sampling.steps=2", "training.images=64"]
     settings = [word for each in small for word in ("--set", each)]

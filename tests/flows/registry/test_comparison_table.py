@@ -67,6 +67,7 @@ def test_metrics_are_shown_beside_the_champion_with_their_difference(model: str,
     assert lines[-1] == "Evaluated under the same conditions: the figures compare."
 
 
+@pytest.mark.slow
 def test_incomparable_metrics_are_labelled_as_such(model: str, report: Path, tmp_path: Path) -> None:
     judged(report, "b" * 64)
     assert "the figures do not compare" in compare("figures", model, str(report), folder=tmp_path).stdout

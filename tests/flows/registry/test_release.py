@@ -167,6 +167,7 @@ def test_release_killed_before_registration_resumes(
     assert done.version.number == len(here.search_model_versions("name='blobs'")) == 1
 
 
+@pytest.mark.slow
 def test_two_releases_at_once_make_one_version_and_one_run(
     stages: Stages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -213,6 +214,7 @@ def test_released_model_generates_the_same_images(stages: Stages, tmp_path: Path
     assert mlflow.pyfunc.load_model("models:/blobs@champion").predict(asked)["png"].tolist() == drawn["png"].tolist()
 
 
+@pytest.mark.slow
 def test_altered_model_bundle_is_an_error(stages: Stages, tmp_path: Path) -> None:
     stages.version(b"first", tmp_path)
     stages.at(stages.production)

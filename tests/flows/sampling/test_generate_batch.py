@@ -199,6 +199,7 @@ def peak(work: Callable[[], object]) -> int:
         tracemalloc.stop()
 
 
+@pytest.mark.slow
 def test_sampling_memory_does_not_grow_with_the_count(store: Store, bucket: str, tmp_path: Path) -> None:
     weights = write_model(tmp_path / "large.safetensors", 1, 0, channels=3, size=32)
     peaks = []

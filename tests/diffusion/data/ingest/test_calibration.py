@@ -182,6 +182,7 @@ def test_few_images_are_calibrated_once_there_are_more(tmp_path: Path) -> None:
     assert read_manifest(folder).near_duplicate_bits is not None
 
 
+@pytest.mark.slow
 def test_an_ingest_that_was_cut_off_ends_as_an_undisturbed_one(tmp_path: Path) -> None:
     root = save(scans(1100), tmp_path / "images")
     save_copies(scans(100), root)

@@ -339,6 +339,7 @@ def test_a_zip_of_64_bits_behind_a_program_is_read(tmp_path: Path) -> None:
         assert found == {"set.zip/a.png": b"1", "set.zip/b.png": b"2"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["set.tar", "set.zip"])
 def test_memory_does_not_grow_with_the_archive(tmp_path: Path, name: str) -> None:
     def listing(count: int) -> int:

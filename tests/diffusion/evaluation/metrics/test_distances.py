@@ -302,6 +302,7 @@ def test_a_reference_known_before_gives_the_same_scores() -> None:
     assert compute_scores(samples, Reference.of(reference), "x") == compute_scores(samples, reference, "x")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("shift", "most"), [(0.4, 1.35), (0.0, 2.2)])
 def test_standard_error_matches_kid_over_fresh_samples(shift: float, most: float) -> None:
     draws = [compute_scores(gaussian(100, 8, seed, shift), gaussian(100, 8, 10_000 + seed), "x") for seed in range(200)]

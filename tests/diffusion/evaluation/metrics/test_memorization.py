@@ -67,6 +67,8 @@ CHANGES: dict[str, Callable[[Tensor], Tensor]] = {
     "more contrast": partial(contrasted, factor=1.3),
 }
 changes = pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+SOON = ("exact", "noise 30", "turned and shifted", "mirrored", "blurred")
+"""Changes that the fast tests try."""
 
 
 def test_unseen_images_count_as_copies_at_the_calibrated_rate() -> None:
@@ -77,7 +79,10 @@ def test_unseen_images_count_as_copies_at_the_calibrated_rate() -> None:
     assert (found.generated, found.held_out, found.suspicious) == (GENERATED, HELD_OUT, False)
 
 
-@changes
+@pytest.mark.parametrize(
+    "change",
+    [pytest.param(change, id=name, marks=[] if name in SOON else pytest.mark.slow) for name, change in CHANGES.items()],
+)
 def test_copies_are_found_however_they_were_changed(change: Callable[[Tensor], Tensor]) -> None:
     training, _, real = scans()
     found = memorization(with_copies(real, change(training[100 : 100 + PLANTED])))
@@ -89,7 +94,9 @@ def test_copies_are_found_however_they_were_changed(change: Callable[[Tensor], T
     assert found.p_value < 1e-3
 
 
-@pytest.mark.parametrize("name", ["noise 10", "noise 30", "shifted", "turned"])
+@pytest.mark.parametrize(
+    "name", ["noise 30", "shifted", *(pytest.param(name, marks=pytest.mark.slow) for name in ("noise 10", "turned"))]
+)
 def test_near_duplicates_among_held_out_images_do_not_hide_copies(name: str) -> None:
     training, held_out, _ = scans()
     contaminated = with_copies(held_out, with_noise(training[-8:], 3 / 255))  # 2 %
