@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import yaml
-from pydantic import Field, JsonValue, ModelWrapValidatorHandler, PrivateAttr, ValidationError, model_validator
+from pydantic import Field, JsonValue, ModelWrapValidatorHandler, ValidationError, model_validator
 
 from diffusion.common.config import Config, dataset_folder, unset
 from diffusion.common.errors import UserError
@@ -22,7 +22,6 @@ from diffusion.evaluation.gate import GateConfig
 from diffusion.models.config import FAMILIES, FamilyConfig, ModelConfig, shape_conflict, training_conflict
 from diffusion.presets import PresetName, over, preset
 from diffusion.process.samplers import (
-    SAMPLING_ADAPTER,
     SamplingConfig,
     describe_error,
     effective_sampling,
@@ -128,16 +127,15 @@ class Params(Config):
     retention: RetentionConfig = RetentionConfig()
     monitor: MonitorConfig = MonitorConfig()
 
-    _sampling_given: Any = PrivateAttr(default_factory=dict)
-    """The section sampling before the preset completed it."""
-
     @model_validator(mode="wrap")
     @classmethod
     def _over_the_preset(cls, chosen: Any, validate: ModelWrapValidatorHandler["Params"]) -> "Params":
         # Anything but a mapping with a known preset fails in the validation of the fields.
         if isinstance(chosen, dict) and (name := chosen.get("preset", "fast")) in get_args(PresetName):
             params = validate(over(chosen, name))
-            params._sampling_given = chosen.get("sampling", {})
+            if isinstance(given := chosen.get("sampling", {}), dict):
+                # What the preset adds does not count as set: it is of this section model, see sampling_of.
+                params.sampling.model_fields_set.intersection_update(given)
             return params
         return validate(chosen)
 
@@ -200,8 +198,9 @@ class Params(Config):
     def sampling_of(self, model: FamilyConfig) -> SamplingConfig:
         """Sampling of a model file, whatever the section model: the fields given, and the preset's for such a model."""
         preset = self.preset if model.family == "ddpm" else "fast"
-        sections = over({"model": model.model_dump(), "sampling": self._sampling_given}, preset)
-        return effective_sampling(model, SAMPLING_ADAPTER.validate_python(sections["sampling"]))
+        given = self.sampling.model_dump(include=self.sampling.model_fields_set)
+        sections = over({"model": model.model_dump(), "sampling": given}, preset)
+        return effective_sampling(model, sampling_config(**sections["sampling"]))
 
     def evaluating(self, model: FamilyConfig, name: str | None = None) -> "Params":
         """Copy to evaluate and promote a model file by itself, under the registered ``name``.

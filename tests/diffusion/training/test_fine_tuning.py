@@ -61,7 +61,7 @@ SHORT: dict[str, Any] = {
 }
 LORA: dict[str, Any] = {"lora": {"rank": 2, "alpha": 4}}
 LABELS = {"class_conditional": ("0", "1", "2"), "dit": ("ape", "goldfish")}
-SOON = (("ddpm", "whole"), ("class_conditional", "lora"), ("latent", "whole"), ("stable_diffusion", "lora"))
+FAST = (("ddpm", "whole"), ("class_conditional", "lora"), ("latent", "whole"), ("stable_diffusion", "lora"))
 """Kinds, and what of them is trained, that the fast tests try."""
 KINDS = ("ddpm", "class_conditional", "latent", "dit", "stable_diffusion", "stable_diffusion_3")
 
@@ -110,7 +110,7 @@ def conditions(kind: str) -> Conditions:
 @pytest.mark.parametrize(
     ("kind", "lora"),
     [
-        pytest.param(kind, lora, id=f"{kind}-{name}", marks=[] if (kind, name) in SOON else pytest.mark.slow)
+        pytest.param(kind, lora, id=f"{kind}-{name}", marks=[] if (kind, name) in FAST else pytest.mark.slow)
         for kind in KINDS
         for name, lora in (("lora", LORA), ("whole", {}))
     ],

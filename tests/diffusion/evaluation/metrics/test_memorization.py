@@ -67,7 +67,7 @@ CHANGES: dict[str, Callable[[Tensor], Tensor]] = {
     "more contrast": partial(contrasted, factor=1.3),
 }
 changes = pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
-SOON = ("exact", "noise 30", "turned and shifted", "mirrored", "blurred")
+FAST = ("exact", "noise 30", "turned and shifted", "mirrored", "blurred")
 """Changes that the fast tests try."""
 
 
@@ -81,7 +81,7 @@ def test_unseen_images_count_as_copies_at_the_calibrated_rate() -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [pytest.param(change, id=name, marks=[] if name in SOON else pytest.mark.slow) for name, change in CHANGES.items()],
+    [pytest.param(change, id=name, marks=[] if name in FAST else pytest.mark.slow) for name, change in CHANGES.items()],
 )
 def test_copies_are_found_however_they_were_changed(change: Callable[[Tensor], Tensor]) -> None:
     training, _, real = scans()
