@@ -46,12 +46,11 @@ demo/.dvc/config: $(READY) params.yaml infra/demo_params.yaml dvc.yaml params.sc
 images: $(READY) demo/.dvc/config  ## Write the demo's images to demo/images/digits
 	$(BIN)/python infra/demo_images.py demo/images/digits
 
-# WORKERS: processes that run the tests.
+# WORKERS: processes that run the tests; one more than cores, as tests wait, too: for servers, in the slow ones.
 
 test: $(READY)  ## Run the tests (minutes)
-	$(BIN)/pytest --numprocesses $(or $(WORKERS),2) --dist loadfile -m "not slow"
+	$(BIN)/pytest --numprocesses $(or $(WORKERS),3) --dist loadfile -m "not slow"
 
-# One more process than cores: much of what these tests do is to wait for servers.
 test-slow: $(READY)  ## Run tests of servers, kills and browser (half an hour); `make chaos` runs the longest drills
 	$(BIN)/pytest --numprocesses $(or $(WORKERS),3) --dist loadfile -m "slow and not long" --ignore tests/chaos
 
