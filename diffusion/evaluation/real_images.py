@@ -199,7 +199,7 @@ class RealImages:
                 tensors |= {f"{space}/distances": found.distances, f"{space}/rows": found.rows}
             return tensors
 
-        key = {"kind": "neighbours", "format_version": 3, "of": key, "mirrored": mirrored}
+        key = {"kind": "neighbours", "format_version": 4, "of": key, "mirrored": mirrored}
         kept = cached(self.folder, key | {"training": self.key(self.train)}, work)
         return {space: NearestNeighbours(kept[f"{space}/distances"], kept[f"{space}/rows"]) for space in spaces}
 
