@@ -1,6 +1,6 @@
 # `make` alone lists the targets.
 .DEFAULT_GOAL := help
-.PHONY: help install demo images test test-slow chaos drill-upgrade drill-ceph check docs reference audit lock format clean
+.PHONY: help install demo images test test-slow test-long chaos drill-upgrade drill-ceph check docs reference audit lock format clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -51,8 +51,13 @@ images: $(READY) demo/.dvc/config  ## Write the demo's images to demo/images/dig
 test: $(READY)  ## Run the tests (minutes)
 	$(BIN)/pytest --numprocesses $(or $(WORKERS),3) --dist loadfile -m "not slow"
 
-test-slow: $(READY)  ## Run tests of servers, kills and browser (half an hour); `make chaos` runs the longest drills
-	$(BIN)/pytest --numprocesses $(or $(WORKERS),3) --dist loadfile -m "slow and not long" --ignore tests/chaos
+# Files that take long come first, so that no process has one left when the others have ended.
+test-slow: $(READY)  ## Run tests of servers, kills and browser (half an hour); `make test-long` runs the longest
+	$(BIN)/pytest --numprocesses $(or $(WORKERS),3) --dist loadfile -m "slow and not long" --no-loadscope-reorder --ignore tests/chaos \
+		tests/test_golden.py tests/docs tests/flows tests/infra tests/diffusion/training tests
+
+test-long: $(READY)  ## Run the slow tests that take longest, and the drills that `make chaos` alone runs (half an hour)
+	$(BIN)/pytest --numprocesses $(or $(WORKERS),3) --dist loadfile -m "slow and long" --ignore tests/chaos
 
 # .chaos/ records which drills passed on this code, and they are not run again. `make chaos RESTART=1` discards the record.
 chaos: $(READY)  ## Run all failure drills, with KILLS=20 kills each (two hours); resumes

@@ -51,7 +51,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workspace]:
         yield space
 
 
-@pytest.mark.parametrize("form", ["png", "tar"])
+@pytest.mark.parametrize("form", [pytest.param("png", marks=pytest.mark.long), "tar"])
 def test_rectangles_go_from_their_source_to_s3_and_back(workspace: Workspace, server: MlflowClient, form: str) -> None:
     done = workspace.json("retrain", "pictures", "--count", "8", "--seed", "5")
     version = server.get_model_version_by_alias("blobs", "champion")

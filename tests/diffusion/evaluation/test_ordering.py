@@ -130,6 +130,7 @@ def detect_copies_among(judged: Tensor) -> Memorization:
     return detect_memorization(found(judged), found(sets()["held_out"][0]))
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_copies_of_training_images_are_counted_and_no_distance_sees_them() -> None:
     training = sets()["training"][0]

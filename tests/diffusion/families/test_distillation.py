@@ -64,6 +64,7 @@ def test_consistency_sampling_of_gaussian_data_is_exact_in_any_number_of_steps(s
     assert images.mean().item() == pytest.approx(0, abs=0.02)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_student_separates_two_tones_in_as_many_evaluations_as_leave_its_teacher_between_them(tmp_path: Path) -> None:
     """From noise the best estimate is their mean, and a step to the lowest level leaves the teacher there."""

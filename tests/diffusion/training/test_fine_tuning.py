@@ -110,7 +110,9 @@ def conditions(kind: str) -> Conditions:
 @pytest.mark.parametrize(
     ("kind", "lora"),
     [
-        pytest.param(kind, lora, id=f"{kind}-{name}", marks=[] if (kind, name) in FAST else pytest.mark.slow)
+        pytest.param(
+            kind, lora, id=f"{kind}-{name}", marks=[] if (kind, name) in FAST else [pytest.mark.slow, pytest.mark.long]
+        )
         for kind in KINDS
         for name, lora in (("lora", LORA), ("whole", {}))
     ],

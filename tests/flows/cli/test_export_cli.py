@@ -90,6 +90,7 @@ def test_a_file_is_pushed_with_card_and_samples_once(tmp_path: Path, hub: Hub) -
     assert not [path for path in tmp_path.rglob("*") if path.is_file() and TOKEN.encode() in path.read_bytes()]
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_pipeline_of_the_hub_is_imported_and_pushed_elsewhere_with_its_base(tmp_path: Path, hub: Hub) -> None:
     made = pipelines.ddpm(tmp_path / "made")

@@ -237,6 +237,7 @@ def test_killed_startup_can_be_stopped_and_started(up: LocalStack) -> None:
     assert_data_is_intact(up)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_down_finds_what_runs_even_if_the_folder_was_removed(up: LocalStack, tmp_path: Path) -> None:
     moved = tmp_path / "moved"

@@ -146,6 +146,7 @@ def test_releasing_a_version_that_is_not_champion_needs_a_reason(stages: Stages,
         release("models:/blobs@champion")
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_release_killed_before_registration_resumes(
     stages: Stages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -255,6 +256,7 @@ def test_bundling_process_gets_staging_credentials_only(no_servers: None) -> Non
     assert called == "https://staging:5000/x"
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_version_is_released_with_the_one_that_it_is_based_on(stages: Stages, tmp_path: Path) -> None:
     stages.at(stages.staging)

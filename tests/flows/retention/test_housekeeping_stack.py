@@ -45,6 +45,7 @@ def told(space: Workspace, monkeypatch: pytest.MonkeyPatch) -> dict[str, object]
     }
 
 
+@pytest.mark.long
 def test_gc_deletes_sweep_runs_without_a_registered_version(workspace: Workspace, server: MlflowClient) -> None:
     asked = ("sweep", "--over", "training.seed=1,2", "--over", "model.width=16")
     swept = workspace.json(*asked)

@@ -46,6 +46,7 @@ for source in sys.argv[2:]:
 """
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_no_ingest_takes_more_than_a_gigabyte(tmp_path: Path) -> None:

@@ -81,7 +81,10 @@ def test_unseen_images_count_as_copies_at_the_calibrated_rate() -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [pytest.param(change, id=name, marks=[] if name in FAST else pytest.mark.slow) for name, change in CHANGES.items()],
+    [
+        pytest.param(change, id=name, marks=[] if name in FAST else [pytest.mark.slow, pytest.mark.long])
+        for name, change in CHANGES.items()
+    ],
 )
 def test_copies_are_found_however_they_were_changed(change: Callable[[Tensor], Tensor]) -> None:
     training, _, real = scans()
