@@ -167,7 +167,7 @@ class _Look:
 
 def _compare(evaluator: Evaluator, candidate: Path, champion: Path | None, gate: GateConfig, samples: int) -> _Look:
     """Compare two model files on ``samples`` images of each."""
-    ours = evaluator.model(candidate, samples)
+    ours = evaluator.model(candidate, samples, name="candidate")
     evaluations = [ours.evaluate()]
     theirs = incomparable = None
     if champion is not None:
@@ -182,7 +182,7 @@ def _compare(evaluator: Evaluator, candidate: Path, champion: Path | None, gate:
                     )
                 # Sampling that does not apply to its family is replaced by that family's defaults.
                 how = effective_sampling(other, how)
-            theirs = evaluator.model(champion, samples, how)
+            theirs = evaluator.model(champion, samples, how, name="champion")
             require_same_requests(ours, theirs)
             evaluations.append(theirs.evaluate())
         except UserError as error:

@@ -205,7 +205,7 @@ def test_images_are_reused_when_the_candidate_becomes_champion(data: Path, model
     new, old = models
     watcher = Watcher()
     first, _ = tried(new, old, data, tmp_path, progress=watcher)
-    assert watcher.drawn == {"new", "old"}
+    assert watcher.drawn == {"candidate", "champion"}
     watcher = Watcher()
     assert tried(new, old, data, tmp_path, progress=watcher)[0] == first
     assert watcher.seen == []
@@ -214,24 +214,24 @@ def test_images_are_reused_when_the_candidate_becomes_champion(data: Path, model
     champion.write_bytes(new.read_bytes())
     watcher = Watcher()
     next_one, _ = tried(newest, champion, data, tmp_path, progress=watcher)
-    assert watcher.drawn == {"newest"}
+    assert watcher.drawn == {"candidate"}
     assert next_one.champion is not None
     assert next_one.champion == first.candidate
     watcher = Watcher()
     more_steps = SAMPLING.model_copy(update={"steps": 5})
     other, _ = tried(newest, champion, data, tmp_path, sampling=more_steps, progress=watcher)
-    assert watcher.drawn == {"newest", "as-registered"}
+    assert watcher.drawn == {"candidate", "champion"}
     assert other.key != next_one.key
 
 
 def test_interrupted_comparison_resumes_to_the_same_bytes(data: Path, models: list[Path], tmp_path: Path) -> None:
     tried(*models, data, tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
-        tried(*models, data, tmp_path / "cut", progress=Watcher("old: images sampled"))
+        tried(*models, data, tmp_path / "cut", progress=Watcher("champion: images sampled"))
     assert not (tmp_path / "cut" / "champion_comparison.json").exists()
     watcher = Watcher()
     tried(*models, data, tmp_path / "cut", progress=watcher)
-    assert watcher.drawn == {"old"}
+    assert watcher.drawn == {"champion"}
     assert (tmp_path / "cut" / "champion_comparison.json").read_bytes() == (
         tmp_path / "whole" / "champion_comparison.json"
     ).read_bytes()
@@ -243,14 +243,14 @@ def test_interrupted_sampling_resumes_after_the_last_complete_chunk(
     monkeypatch.setattr("diffusion.evaluation.evaluator.cores", lambda: 1)
     small = SAMPLING.model_copy(update={"compute_batch": 8})  # 16 images to a piece
     tried(models[0], None, data, tmp_path / "whole", sampling=small)
-    watcher = Watcher("new: images sampled", 2 * 16 + 8)
+    watcher = Watcher("candidate: images sampled", 2 * 16 + 8)
     with pytest.raises(KeyboardInterrupt):
         tried(models[0], None, data, tmp_path / "cut", sampling=small, progress=watcher)
     [pieces] = (tmp_path / "cut" / "evaluations").glob("*.pieces")
     assert len(list(pieces.glob("*.sha256"))) == 2
     watcher = Watcher()
     tried(models[0], None, data, tmp_path / "cut", sampling=small, progress=watcher)
-    assert [done for what, done in watcher.told if what == "new: images sampled"] == [40, 48]
+    assert [done for what, done in watcher.told if what == "candidate: images sampled"] == [40, 48]
     assert (tmp_path / "cut" / "champion_comparison.json").read_bytes() == (
         tmp_path / "whole" / "champion_comparison.json"
     ).read_bytes()
@@ -376,7 +376,7 @@ def test_a_model_of_captions_is_not_compared_with_one_that_knows_none(
         assert found.decision.verdict == "hold"
         assert words in found.reason
         assert (found.champion, grids.champion) == (None, None)
-        assert watcher.drawn <= {candidate.stem}
+        assert watcher.drawn <= {"candidate"}
 
 
 @pytest.mark.usefixtures("fake_encoder")
