@@ -52,10 +52,11 @@ class StepOptions(TypedDict, total=False):
 class ConditionalOptions(StepOptions, total=False):
     """What images show, and how they are sampled."""
 
-    prompt: str | None
-    """Text in the words of the captions, for a model with ``model.text``."""
-    label: str | None
-    """One of ``ImageGenerator.classes``; left out, classes come as often as in the data set."""
+    prompt: str | list[str] | None
+    """Text in the words of the captions, for a model with ``model.text``; of several, each image has the next one."""
+    label: str | list[str] | None
+    """One of ``ImageGenerator.classes``, or several that take turns; left out, classes come as often as in the data
+    set."""
     negative_prompt: str | None
     """What guidance leads away from."""
     size: str | tuple[int, int]

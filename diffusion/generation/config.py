@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
@@ -14,6 +14,8 @@ from diffusion.process.samplers import SAMPLERS, SamplingConfig
 Task = Literal["sample", "inpaint", "img2img", "interpolate", "upscale"]
 MAX_TEXT_LENGTH = 10_000
 """Most characters of a label or prompt; the encoder uses far fewer."""
+MAX_TEXTS = 1024
+"""Most labels or prompts of a request."""
 MAX_INTEGER = 2**63 - 1
 """Largest seed or index that manifests can store."""
 MAX_FILE_BYTES = 64 * 2**20
@@ -80,6 +82,10 @@ def check_conditions(classes: Sequence[str], text: bool, config: SamplingConfig,
         )
 
 
+Text = Annotated[str, Field(max_length=MAX_TEXT_LENGTH)]
+OneOrMore = Annotated[list[Text], Field(min_length=1, max_length=MAX_TEXTS)]
+
+
 class GenerationRequest(Config):
     """Fields of the requests of all tasks."""
 
@@ -121,10 +127,10 @@ class GenerationRequest(Config):
 class ConditionalRequest(GenerationRequest):
     """Fields of tasks with labels and prompts."""
 
-    label: str | None = Field(None, max_length=MAX_TEXT_LENGTH)
-    """Name of the class."""
-    prompt: str | None = Field(None, max_length=MAX_TEXT_LENGTH)
-    """Prompt in the words of captions."""
+    label: Text | OneOrMore | None = None
+    """Name of the class; of several, image i has the i-th, in a cycle."""
+    prompt: Text | OneOrMore | None = None
+    """Prompt in the words of captions; of several, image i has the i-th, in a cycle."""
     negative_prompt: str | None = Field(None, max_length=MAX_TEXT_LENGTH)
     """Prompt that guidance leads away from."""
     guidance: float | None = Field(None, ge=0, le=1000)
@@ -137,8 +143,8 @@ class ConditionalRequest(GenerationRequest):
     def conditions(self) -> Conditions:
         """Labels, prompts and sizes of the images."""
         return Conditions(
-            labels=() if self.label is None else (self.label,),
-            prompts=() if self.prompt is None else (self.prompt,),
+            labels=_as_tuple(self.label),
+            prompts=_as_tuple(self.prompt),
             negative_prompt=self.negative_prompt,
             sizes=() if self.size is None else (self.size,),
         )
@@ -222,6 +228,10 @@ class UpscaleRequest(IndexedRequest):
     """Image file (PNG, JPEG, WebP …), used without scaling."""
 
 
+def _as_tuple(texts: str | list[str] | None) -> tuple[str, ...]:
+    return () if texts is None else (texts,) if isinstance(texts, str) else tuple(texts)
+
+
 REQUESTS: Mapping[Task, type[GenerationRequest]] = {
     "sample": SampleRequest,
     "inpaint": InpaintRequest,
@@ -251,7 +261,8 @@ def _describe_error(task: Task, error: ValidationError) -> str:
         return f"there is no {unknown[0]} to ask for; there is {', '.join(REQUESTS[task].model_fields)}"
     if missing := [str(each["loc"][-1]) for each in errors if each["type"] == "missing"]:
         return f"{task} needs {' and '.join(missing)}: give {'them' if missing[1:] else 'it'}"
-    name, message = ".".join(str(part) for part in errors[0]["loc"]), errors[0]["msg"]
+    # Behind the name of a field come the alternatives of its type.
+    name, message = "".join(map(str, errors[0]["loc"][:1])), errors[0]["msg"]
     if name == "method":
         return "method is replace, repaint or pigdm"
     if errors[0]["type"] == "value_error":

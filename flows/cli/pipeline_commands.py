@@ -411,12 +411,10 @@ def sample(
     if is_file(model):
         if to is not None:
             raise UserError("--to is where images of a registered model go, and this is a file: use --out FOLDER")
-        if len(label) > 1 or len(prompt) > 1:
-            raise UserError("several labels or prompts take turns in images of a registered model: give a file one")
         if requests is not None:
             raise UserError("--requests is for images of a registered model, and this is a file: give it --prompt")
-        fields = {"count": 64 if count is None else count, "seed": seed, "negative_prompt": negative_prompt}
-        fields |= {"label": next(iter(label), None), "prompt": next(iter(prompt), None), "size": size}
+        fields: dict[str, Any] = {"count": 64 if count is None else count, "seed": seed, "size": size}
+        fields |= {"label": _one_or_more(label), "prompt": _one_or_more(prompt), "negative_prompt": negative_prompt}
         return generate_images(config, "sample", fields, model, output)
     if output is not None:
         raise UserError("--out is where images of a model file go, and this is a registered model: use --to S3_URI")
@@ -438,6 +436,10 @@ def sample(
     return CommandOutput(
         done, [f"{counted(done.count, 'image')} of {done.model} in {done.uri}", *files, done.took.words]
     )
+
+
+def _one_or_more(texts: list[str]) -> str | list[str] | None:
+    return texts[0] if len(texts) == 1 else texts or None
 
 
 @command(app, panel="Pipeline", sets_source=True)

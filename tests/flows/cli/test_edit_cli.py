@@ -128,6 +128,20 @@ def test_upscaling_takes_the_noise_levels_of_the_model_file_unless_others_are_gi
     assert digests() == digests(*given) != digests("--set", "sampling.sigma_max=80")
 
 
+def test_labels_take_turns_in_images_of_a_model_file(darkroom: Darkroom, folder: Path) -> None:
+    write_model(folder / "model.safetensors", seed=0, images=0, classes={"cat": 1, "dog": 1})
+
+    def digests(*words: str) -> list[str]:
+        done = made(darkroom, "sample", "--count", "4", *words)
+        rows = json.loads((folder / done["folder"] / "request.json").read_text())["images"]
+        return [row["pixels_sha256"] for row in rows]
+
+    cats, dogs = digests("--label", "cat"), digests("--label", "dog")
+    turns = ("--label", "cat", "--label", "dog")
+    assert digests(*turns) == digests(*turns) == [cats[0], dogs[1], cats[2], dogs[3]]
+    assert not {*cats} & {*dogs}
+
+
 def test_requests_that_differ_lie_in_folders_of_their_own(darkroom: Darkroom) -> None:
     one = made(darkroom, "edit", "img2img", "face.png", "--count", "1")
     other = made(darkroom, "edit", "img2img", "face.png", "--count", "1", "--strength", "0.3")
@@ -166,7 +180,7 @@ def test_stored_sampling_settings_are_those_that_were_used(darkroom: Darkroom, f
         (("edit", "interpolate", "0"), "from seed 0 to seed 0: give two seeds"),
         (("edit", "upscale", "face.png"), "not trained to upscale"),
         (("sample", "--to", "s3://bucket"), "use --out FOLDER"),
-        (("sample", "--label", "cat", "--label", "dog"), "give a file one"),
+        (("sample", "--label", "cat", "--label", "dog"), "trained without classes"),
     ],
 )
 def test_mistakes_are_one_line_and_exit_2(
