@@ -106,7 +106,7 @@ def metric_columns(ranking: Ranking) -> list[Column]:
     leads = [each.difference for each in ranking.leads]
     behind = [Cell("best"), *(Cell(signed(each.value), between(each.interval(CONFIDENCE))) for each in leads)]
     behind += [Cell()] * (len(sides) - len(behind))
-    found = [("behind the best", ranking.metric, behind), *columns.values()]
+    found = [("behind the best", f"difference in {first[0]}", behind), *columns.values()]
     if any(each.text_image_agreement is not None for each in models):
         cells = [_agreement(each.text_image_agreement) for each in models]
         found.append(("text-image agreement", "cosine of image and prompt, higher is better", [*cells, Cell()]))
