@@ -82,8 +82,9 @@ def page(ranking: Ranking, dataset: Dataset, source: str, minutes: float) -> str
             "What each is good at: diffusion gives the most faithful and most varied images, for the most work per "
             "image. The VAE finds the shape of whole images early, generates in one pass and also encodes images, but "
             "details are blurred and shapes run into each other. The GAN is the fastest, with sharp edges, but it has "
-            "no likelihood, and after so short a training little variety, as its recall shows. The autoregressive model has an exact likelihood "
-            "and the fewest bits per dimension, but generates pixel by pixel, and textures come right before shapes.",
+            "no likelihood, and after so short a training little variety, as its recall shows. The autoregressive "
+            "model has an exact likelihood and the fewest bits per dimension, but generates pixel by pixel, and "
+            "textures come right before shapes.",
             *(f"## {name}\n\n![Samples from {name}](images/comparison/{name}.png)" for name in names),
             "## Real\n\n![Held-out images](images/comparison/real.png)\n",
         ]
