@@ -108,9 +108,9 @@ def test_a_better_model_is_promoted_and_a_worse_one_rejected_with_figures(
     ("deviation", "looks", "count", "verdict"),
     [
         (37, 1, 48, "hold"),
-        pytest.param(37, 2, 96, "hold", marks=pytest.mark.slow),
-        (37, 3, 192, "hold"),
-        pytest.param(36, 2, 96, "promote", marks=pytest.mark.slow),
+        pytest.param(37, 2, 96, "hold", marks=[pytest.mark.slow, pytest.mark.long]),
+        pytest.param(37, 3, 192, "hold", marks=pytest.mark.slow),
+        pytest.param(36, 2, 96, "promote", marks=[pytest.mark.slow, pytest.mark.long]),
         (36, 3, 96, "promote"),
     ],
 )

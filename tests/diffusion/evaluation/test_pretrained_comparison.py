@@ -63,7 +63,7 @@ def compared(
     return compare_with_champion(*pair, data, config, sampling, GATE, folder, watcher)[0], watcher
 
 
-@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("reverse", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_stable_diffusion_pipeline_and_a_network_of_captions_are_compared_on_the_same_prompts(
     reverse: bool, data: Path, imported: Path, tmp_path: Path
 ) -> None:
@@ -94,8 +94,8 @@ def test_a_stable_diffusion_pipeline_and_a_network_of_captions_are_compared_on_t
     ("kind", "text", "words", "reverse"),
     [
         ("stable_diffusion", False, "knows none", False),
-        pytest.param("stable_diffusion", False, "knows none", True, marks=pytest.mark.slow),
-        pytest.param("ddpm", True, "knows none", False, marks=pytest.mark.slow),
+        pytest.param("stable_diffusion", False, "knows none", True, marks=[pytest.mark.slow, pytest.mark.long]),
+        pytest.param("ddpm", True, "knows none", False, marks=[pytest.mark.slow, pytest.mark.long]),
         ("ddpm", True, "knows none", True),
         ("ddim", False, "1×16×16", False),
     ],
@@ -110,6 +110,7 @@ def test_pipelines_that_are_asked_for_something_else_are_held(
     assert len(watcher.drawn) == 1
 
 
+@pytest.mark.slow
 def test_an_unconditional_pipeline_and_one_of_classes_are_compared_as_a_whole(
     data: Path, imported: Path, tmp_path: Path
 ) -> None:

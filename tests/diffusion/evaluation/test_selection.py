@@ -140,6 +140,7 @@ def test_a_finalist_has_the_scores_that_it_has_without_rounds(
     assert not (tmp_path / "report" / "preliminary.csv").exists()
 
 
+@pytest.mark.slow
 def test_interrupted_selection_round_resumes_to_the_same_result(
     dataset: Path, checkpoints: list[Path], tmp_path: Path
 ) -> None:

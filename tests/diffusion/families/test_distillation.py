@@ -155,6 +155,7 @@ def test_guided_distillation_has_other_weights(dataset: Path, teacher: Path, tmp
     assert guided.final.read_bytes() != plain.final.read_bytes()
 
 
+@pytest.mark.slow
 def test_latent_models_are_distilled(tmp_path: Path) -> None:
     data = colours(tmp_path / "colours")
     vae = autoencoder(data, tmp_path / "vae").final

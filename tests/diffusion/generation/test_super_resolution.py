@@ -227,6 +227,7 @@ def test_dry_run_reports_the_network_input(data: Path, monkeypatch: pytest.Monke
     assert "8×8×1, upscaled from 4×4" in dict(about.lines())["images"]
 
 
+@pytest.mark.slow
 def test_super_resolution_beats_bicubic_on_a_determined_task(data: Path, tmp_path: Path) -> None:
     config = CONFIG.model_copy(update={"images": 2560, "checkpoints": 1})
     model = load_model(train(data, tmp_path / "run", MODEL, config, SAMPLING).final)

@@ -386,6 +386,7 @@ def test_sample_in_a_tar_is_traced_and_reproduced_like_a_file(made: Made, tmp_pa
             trace(f"{place}/{nowhere}")
 
 
+@pytest.mark.slow
 def test_samples_of_a_request_table_are_reproduced_from_the_table(made: Made, tmp_path: Path) -> None:
     table, weights = tmp_path / "wanted.csv", Path("weights.safetensors")
     labels = ["odd", "even", "", *["even"] * 8, "odd", "odd"]

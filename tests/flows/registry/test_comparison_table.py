@@ -54,6 +54,7 @@ def judged(report: Path, eval_key: str) -> None:
     (report / "evaluation.json").write_text(json.dumps({"eval_key": eval_key}))
 
 
+@pytest.mark.slow
 def test_metrics_are_shown_beside_the_champion_with_their_difference(model: str, report: Path, tmp_path: Path) -> None:
     judged(report, "a" * 64)
     done = compare("figures", model, str(report), folder=tmp_path)

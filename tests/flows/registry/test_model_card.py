@@ -81,6 +81,7 @@ def test_model_card_notes_missing_verdict_and_small_classes(data: Manifest) -> N
     assert "Of class odd it saw 2 images" in section(card, "Limits")
 
 
+@pytest.mark.slow
 def test_model_card_shows_intervals_and_limits_of_the_comparison(tmp_path: Path) -> None:
     folder = discs(tmp_path / "discs")
     told = {"left": 60, "right": 60}

@@ -114,6 +114,7 @@ def test_near_duplicates_among_held_out_images_do_not_hide_copies(name: str) -> 
     assert detect_memorization(copies, few).suspicious
 
 
+@pytest.mark.slow
 def test_the_share_grows_with_the_copies() -> None:
     training, _, real = scans()
     shares = [memorization(with_copies(real, training[:count])).excess for count in (0, 40, 200)]
