@@ -119,6 +119,15 @@ def test_students_edit_an_image_the_more_the_greater_the_strength(dataset: Path,
     assert 0 < changed[0] < changed[1] < changed[2]
 
 
+@pytest.mark.parametrize(("configured", "used"), [("auto", "fp32"), ("fp32", "fp32"), ("bf16", "bf16")])
+def test_a_student_is_trained_in_float32_unless_another_format_is_set(
+    configured: str, used: str, teacher: Path
+) -> None:
+    training = CONFIG.model_copy(update={"precision": configured})
+    student = student_training(training, DistillationConfig(), SAMPLING, str(teacher), read_model_header(teacher))
+    assert student.precision == used
+
+
 def test_guidance_of_the_teacher_is_part_of_the_distillation(dataset: Path, teacher: Path) -> None:
     config, header = DistillationConfig(), read_model_header(teacher)
     chosen = header.model_copy(update={"guidance": 2.0, "guidance_interval": (0.2, 5.0)})
