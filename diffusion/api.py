@@ -53,7 +53,7 @@ class ConditionalOptions(StepOptions, total=False):
     """What images show, and how they are sampled."""
 
     prompt: str | list[str] | None
-    """Text in the words of the captions, for a model with ``model.text``; of several, each image has the next one."""
+    """Text in the words of the captions, for a model with ``model.text``, or several that take turns."""
     label: str | list[str] | None
     """One of ``ImageGenerator.classes``, or several that take turns; left out, classes come as often as in the data
     set."""

@@ -131,7 +131,7 @@ class ConditionalRequest(GenerationRequest):
     """Name of the class; of several, image i has the i-th, in a cycle."""
     prompt: Text | OneOrMore | None = None
     """Prompt in the words of captions; of several, image i has the i-th, in a cycle."""
-    negative_prompt: str | None = Field(None, max_length=MAX_TEXT_LENGTH)
+    negative_prompt: Text | None = None
     """Prompt that guidance leads away from."""
     guidance: float | None = Field(None, ge=0, le=1000)
     """As sampling.guidance; null: as configured, or none if there is no label or prompt."""
