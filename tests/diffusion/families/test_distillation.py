@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from pydantic import ValidationError
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffusion.checkpoints import load_model, read_model_header
 from diffusion.common.errors import UserError
@@ -16,6 +16,8 @@ from diffusion.common.image_grids import image_of, png_bytes
 from diffusion.data.dataset import Dataset
 from diffusion.diffusers_format.export import export_to_diffusers
 from diffusion.families.ddpm import DiffusionModel, count_evaluations
+from diffusion.families.distillation import ConsistencyObjective
+from diffusion.families.model import to_float
 from diffusion.generation.config import make_request
 from diffusion.generation.generate import sample
 from diffusion.generation.requests import answer, sampling_of
@@ -126,6 +128,39 @@ def test_a_student_is_trained_in_float32_unless_another_format_is_set(
     training = CONFIG.model_copy(update={"precision": configured})
     student = student_training(training, DistillationConfig(), SAMPLING, str(teacher), read_model_header(teacher))
     assert student.precision == used
+
+
+@pytest.mark.parametrize(("estimate", "target", "apart"), [
+    (-1.2, -1.5, 0), (-1.5, -1.2, 0), (-0.8, -1.5, 0.2), (-1.2, -0.8, 0.4),
+    (0.3, 0.4, 0.1), (0.8, 1.5, 0.2), (1.2, 1.5, 0),
+])  # fmt: skip
+def test_a_student_is_not_taken_beyond_black_and_white(
+    dataset: Path, teacher: Path, estimate: float, target: float, apart: float
+) -> None:
+    """Targets are its own estimates, so that each would take the next one further."""
+
+    class Constant(nn.Module):
+        """Estimates ``estimate``, and with less noise ``target``."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.values = [nn.Parameter(torch.tensor(value)) for value in (target, estimate)]
+
+        def forward(self, x: Tensor, t: Tensor, **_: object) -> Tensor:
+            return self.values.pop(0).expand_as(x)
+
+    model = load_model(teacher)
+    assert isinstance(model, DiffusionModel)
+    header = model.header.model_copy(update={"model": MODEL.model_copy(update={"prediction": "sample"})})
+    config = CONFIG.model_copy(update={"student": StudentConfig(steps=STEPS)})
+    objective = ConsistencyObjective(config, replace(model, header=header), header, 320)
+    batch = objective.make_batch(to_float(Dataset.open(dataset).images(np.arange(4))), range(4), {})
+    losses = objective.losses(Constant(), batch)
+    weights = 1 / batch.random["sigma"] + 1 / header.sigma_data
+    expected = (math.hypot(apart, 1e-3) - 1e-3) * weights
+    torch.testing.assert_close(losses.double(), expected, rtol=1e-3, atol=1e-6)
+    if apart == 0:
+        assert losses.max().item() == 0
 
 
 def test_guidance_of_the_teacher_is_part_of_the_distillation(dataset: Path, teacher: Path) -> None:
