@@ -9,6 +9,7 @@ kill it resumes. Images are the first ones of seed 0: none is chosen.
 
 import argparse
 import json
+import random
 import resource
 import shlex
 import shutil
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 from loading import fashion
 from PIL import Image
 from quality import darkroom
@@ -72,6 +74,8 @@ class Plate:
     """What one sees, and which model made it."""
     command: str
     """After ``darkroom``; its grid is the image."""
+    first: str = ""
+    """File in the workspace that its first image becomes, for another plate."""
 
     @property
     def name(self) -> str:
@@ -82,7 +86,8 @@ class Plate:
 FACES = Training("faces", "faces", 64, 100_000, ("model.text=true",))
 ENLARGING = Training("faces-16-to-64", "faces", 64, 40_000, ("model.low_resolution=16",))
 CLOTHES = Training("clothes", "clothes", 32, 100_000)
-TRAININGS = (FACES, ENLARGING, CLOTHES)
+PIECES = Training("faces-64-to-256", "face-pieces", 64, 150_000, ("model.low_resolution=16",))
+TRAININGS = (FACES, ENLARGING, PIECES, CLOTHES)
 EMOJI = "examples/emoji.safetensors"
 PLATES = (
     Plate(
@@ -135,6 +140,13 @@ PLATES = (
         "Super-resolution from 16 to 64",
         "First a held-out face of 16×16, then four enlarged ones.",
         f"edit upscale 16.png --count 4 --set model.low_resolution=16 --model {ENLARGING.model}",
+        first="64.png",
+    ),
+    Plate(
+        "Super-resolution from 64 to 256",
+        "The first of the four, enlarged once more, in overlapping tiles. This model learnt from pieces of 64×64 of "
+        "faces of 256×256, and enlarges images of any size by four.",
+        f"edit upscale 64.png --count 2 --set model.low_resolution=16 --model {PIECES.model}",
     ),
 )
 
@@ -163,13 +175,19 @@ def main() -> None:
     sources = {"faces": args.faces.resolve()}
     if not (args.scratch / "data" / CLOTHES.dataset).exists():
         sources["clothes"] = args.scratch / fashion(args.scratch)["source"]
-    evaluations = {training.name: trained(args.scratch, training, sources) for training in TRAININGS}
+    evaluations = {}
+    for training in TRAININGS:
+        if training is PIECES:
+            sources[training.source] = pieces_of_faces(sources["faces"], args.scratch)
+        evaluations[training.name] = trained(args.scratch, training, sources)
     shutil.copytree(PAGE.parents[1] / "examples", args.scratch / "examples", dirs_exist_ok=True)
     IMAGES.mkdir(parents=True, exist_ok=True)
     write_first_inputs(args.scratch)
     for plate in PLATES:
         done = darkroom(args.scratch, *shlex.split(plate.command))
         shutil.copyfile(args.scratch / done["grid"], IMAGES / f"{plate.name}.png")
+        if plate.first:
+            shutil.copyfile(min((args.scratch / done["folder"]).glob("0*.png")), args.scratch / plate.first)
     PAGE.write_text(page(evaluations))
 
 
@@ -191,6 +209,22 @@ def trained(workspace: Path, training: Training, sources: Mapping[str, Path]) ->
         write_json(kept, done | {"cpu_seconds": spent})
     found: dict[str, Any] = json.loads(kept.read_text())
     return found
+
+
+def pieces_of_faces(faces: Path, workspace: Path) -> Path:
+    """Cut two pieces of 64×64 out of each face of 256×256, but the held-out ones, which are enlarged on the page."""
+    folder = workspace / PIECES.source
+    tables = [pq.read_table(path) for path in (workspace / "data" / FACES.dataset / "records").glob("*.parquet")]
+    rows = [row for table in tables for row in table.select(["source", "split"]).to_pylist()]
+    folder.mkdir(exist_ok=True)
+    places = random.Random(0)
+    for source in sorted(row["source"] for row in rows if row["split"] == "train"):
+        face = Image.open(faces / source).convert("RGB")
+        for number in range(2):
+            left, top = (places.randrange(side - PIECES.size) for side in face.size)
+            piece = face.crop((left, top, left + PIECES.size, top + PIECES.size))
+            piece.save(folder / f"{Path(source).stem}-{number}.png")
+    return folder
 
 
 def cpu_seconds() -> float:

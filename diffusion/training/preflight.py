@@ -105,11 +105,11 @@ class Preflight(Config):
         if self.shapes is not None:
             size = f"{len(self.shapes)} shapes of about {size}, {', '.join(map(shape_name, self.shapes))}"
         frozen = f" on {self.frozen / 1e6:.2f} million frozen ones" if self.frozen else ""
-        time = steps = "seen as it goes: --dry-run measures it"
+        time, steps = "seen as it goes: --dry-run measures it", ""
         if self.seconds is not None and self.images_per_second is not None:
             length = precisedelta(self.seconds, minimum_unit="seconds" if self.seconds < 60 else "minutes", format="%d")
             time = f"{length} at {self.images_per_second:.0f} images/s, as measured"
-            steps = f"{self.batch_size / self.images_per_second:.2g} s each"
+            steps = f" ({self.batch_size / self.images_per_second:.2g} s each)"
         checkpoint = naturalsize(self.checkpoint_bytes, binary=True)
         muon = f", then {naturalsize(self.optimizer_bytes, binary=True)} for Muon" if self.optimizer_bytes else ""
         return [
@@ -128,7 +128,7 @@ class Preflight(Config):
             ("time", time),
             (
                 "at SIGTERM",
-                f"ends after up to two steps ({steps} each) and the writing of two checkpoints ({checkpoint} each)",
+                f"ends after up to two steps{steps} and the writing of two checkpoints ({checkpoint} each)",
             ),
         ]
 
