@@ -43,8 +43,8 @@ Sampler: TypeAlias = Callable[..., "Tensor"]
 
 ZERO_SNR = 4000.0
 """Noise level σ above which nothing is left of an image: the last level of schedules with zero terminal SNR."""
-LAST_LEVEL = 6.4
-"""Noise level of a student's last evaluation, times the square of their number: measured for two and four on digits."""
+LAST_LEVEL = 1.6
+"""Highest noise level of a student's last evaluation, which is 4 over their number: measured on digits."""
 MAX_CHURN = math.sqrt(2) - 1
 """Largest γ of churn in one step (arXiv 2206.00364, algorithm 2)."""
 
@@ -400,19 +400,23 @@ class ConsistencySampling(BaseSampling):
     steps: int = Field(2, ge=1, le=10_000)
     """Number of network evaluations, one at each noise level."""
     sigma_min: float | None = Field(None, gt=0)
-    """Lowest σ, at which the last evaluation starts, if there are two or more. Null: 6.4/steps², 1.6 for two and 0.4
-    for four, or more for images of more than 3×32×32 values."""
+    """Lowest σ, at which the last evaluation starts, if there are two or more. Null: 4/steps and at most 1.6, 1 for
+    four, or more for images of more than 3×32×32 values."""
 
     def sigma_grid(self, schedule: NoiseSchedule) -> Tensor:
-        """Build the noise levels of the evaluations and 0, (steps + 1,) float64, falling."""
+        """Build the noise levels of the evaluations and 0, (steps + 1,) float64, falling geometrically."""
+        import torch
+
         from diffusion.process.schedules import resolution_scale
 
         # Students know no higher levels, whatever the schedule has.
         highest = min(math.sqrt(schedule.values), float(schedule.sigmas[-1]))
         if isinstance(self.sigma_max, float):
             highest = min(highest, self.sigma_max)
-        lowest = min(LAST_LEVEL / self.steps**2 * resolution_scale(schedule.values), highest / 2)
-        return schedule.sigma_grid(self.steps, highest, self.sigma_min or lowest)
+        lowest = min(min(LAST_LEVEL, 4 / self.steps) * resolution_scale(schedule.values), highest / 2)
+        first, last, end = schedule.sigma_grid(2, highest, self.sigma_min or lowest)
+        levels = first * (last / first) ** torch.linspace(0, 1, self.steps, dtype=torch.float64)
+        return torch.cat([levels, end[None]])
 
 
 class SchedulerSampling(BaseSampling):

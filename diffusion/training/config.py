@@ -68,7 +68,7 @@ class TrainingConfig(ObjectiveConfig):
     the memory. Does not change the weights."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """Number format of matrix products; auto: bf16 on GPUs that support it and CPUs that are faster in it
-    (AMX, or AMD with AVX512_BF16), else fp32, and fp32 for students. On a GPU fp32 is TF32."""
+    (AMX, or AMD with AVX512_BF16), else fp32. On a GPU fp32 is TF32."""
     device: DeviceName = "auto"
     """Device: cpu, cuda, or auto, a GPU if there is one. Decides the last bits of the weights."""
     compile: bool | None = None

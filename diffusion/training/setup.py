@@ -528,8 +528,6 @@ def student_training(
         "minutes": None,
         "learning_rate": config.learning_rate,
         "warmup_images": min(training.warmup_images, config.images // 10),
-        # The two estimates that it compares differ by less than bf16 rounds.
-        "precision": "fp32" if training.precision == "auto" else training.precision,
         "student": {"steps": config.steps} | (guidance if sampling.guides else {}),
     }
     return TrainingConfig.model_validate(training.model_dump() | own)

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -66,6 +67,16 @@ def test_consistency_sampling_of_gaussian_data_is_exact_in_any_number_of_steps(s
     assert images.mean().item() == pytest.approx(0, abs=0.02)
 
 
+@pytest.mark.parametrize(("steps", "last"), [(2, 1.6), (3, 4 / 3), (4, 1), (8, 0.5)])
+def test_levels_of_a_student_fall_by_equal_factors(steps: int, last: float) -> None:
+    levels = sampling_config(sampler="consistency", steps=steps).sigma_grid(edm_schedule(1000)).tolist()
+    assert len(levels) == steps + 1
+    assert levels[-2:] == [pytest.approx(last), 0]
+    assert [above / below for above, below in pairwise(levels[:-1])] == pytest.approx(
+        [(levels[0] / last) ** (1 / (steps - 1))] * (steps - 1)
+    )
+
+
 @pytest.mark.long
 @pytest.mark.slow
 def test_student_separates_two_tones_in_as_many_evaluations_as_leave_its_teacher_between_them(tmp_path: Path) -> None:
@@ -119,15 +130,6 @@ def test_students_edit_an_image_the_more_the_greater_the_strength(dataset: Path,
         [images] = answer(model, [request], SAMPLING)
         changed.append((images.float() - given.float()).square().mean().item())
     assert 0 < changed[0] < changed[1] < changed[2]
-
-
-@pytest.mark.parametrize(("configured", "used"), [("auto", "fp32"), ("fp32", "fp32"), ("bf16", "bf16")])
-def test_a_student_is_trained_in_float32_unless_another_format_is_set(
-    configured: str, used: str, teacher: Path
-) -> None:
-    training = CONFIG.model_copy(update={"precision": configured})
-    student = student_training(training, DistillationConfig(), SAMPLING, str(teacher), read_model_header(teacher))
-    assert student.precision == used
 
 
 @pytest.mark.parametrize(("estimate", "target", "apart"), [
