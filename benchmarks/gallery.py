@@ -1,6 +1,7 @@
 """The gallery, docs/gallery.md: each task with its command and its image, by models trained here.
 
     node benchmarks/drawn_faces.mjs faces 5000 256
+    apt-get install mate-backgrounds budgie-backgrounds opencv-doc dataset-fashion-mnist
     python benchmarks/gallery.py --faces faces
 
 Faces have captions. The models are trained in ``--scratch`` by ``darkroom`` commands unless they are there; after a
@@ -20,8 +21,10 @@ from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
+import torch
 from loading import fashion
-from PIL import Image
+from photographs import cut, default_folders, photographs
+from PIL import Image, ImageOps
 from quality import darkroom
 
 from diffusion.common.files import write_json
@@ -87,8 +90,11 @@ FACES = Training("faces", "faces", 64, 100_000, ("model.text=true",))
 ENLARGING = Training("faces-16-to-64", "faces", 64, 40_000, ("model.low_resolution=16",))
 CLOTHES = Training("clothes", "clothes", 32, 100_000)
 PIECES = Training("faces-64-to-256", "face-pieces", 64, 150_000, ("model.low_resolution=16",))
-TRAININGS = (FACES, ENLARGING, PIECES, CLOTHES)
+PHOTOGRAPHS = Training("photographs-64-to-256", "photograph-pieces", 64, 100_000, PIECES.settings)
+TRAININGS = (FACES, ENLARGING, PIECES, PHOTOGRAPHS, CLOTHES)
 EMOJI = "examples/emoji.safetensors"
+ENLARGED = "perched-osprey.jpg"
+"""Photograph that is enlarged, of the package budgie-backgrounds."""
 PLATES = (
     Plate(
         "Faces that never were",
@@ -148,6 +154,11 @@ PLATES = (
         "faces of 256×256, and enlarges images of any size by four.",
         f"edit upscale 64.png --count 2 --set model.low_resolution=16 --model {PIECES.model}",
     ),
+    Plate(
+        "A photograph from 64 to 256",
+        "Of a photograph of which the model saw no piece.",
+        f"edit upscale photograph.png --count 2 --set model.low_resolution=16 --model {PHOTOGRAPHS.model}",
+    ),
 )
 
 
@@ -179,6 +190,8 @@ def main() -> None:
     for training in TRAININGS:
         if training is PIECES:
             sources[training.source] = pieces_of_faces(sources["faces"], args.scratch)
+        if training is PHOTOGRAPHS:
+            sources[training.source] = pieces_of_photographs(args.scratch)
         evaluations[training.name] = trained(args.scratch, training, sources)
     shutil.copytree(PAGE.parents[1] / "examples", args.scratch / "examples", dirs_exist_ok=True)
     IMAGES.mkdir(parents=True, exist_ok=True)
@@ -216,15 +229,34 @@ def pieces_of_faces(faces: Path, workspace: Path) -> Path:
     folder = workspace / PIECES.source
     tables = [pq.read_table(path) for path in (workspace / "data" / FACES.dataset / "records").glob("*.parquet")]
     rows = [row for table in tables for row in table.select(["source", "split"]).to_pylist()]
-    folder.mkdir(exist_ok=True)
-    places = random.Random(0)
+    rng = random.Random(0)
     for source in sorted(row["source"] for row in rows if row["split"] == "train"):
-        face = Image.open(faces / source).convert("RGB")
-        for number in range(2):
-            left, top = (places.randrange(side - PIECES.size) for side in face.size)
-            piece = face.crop((left, top, left + PIECES.size, top + PIECES.size))
-            piece.save(folder / f"{Path(source).stem}-{number}.png")
+        write_pieces(Image.open(faces / source).convert("RGB"), 2, folder, Path(source).stem, rng)
     return folder
+
+
+def pieces_of_photographs(workspace: Path) -> Path:
+    """Cut 10,000 pieces of 64×64 out of photographs of about 320 pixels, but the one that is enlarged on the page."""
+    folder, rng = workspace / PHOTOGRAPHS.source, random.Random(0)
+    others = photographs(default_folders())
+    [held_out] = [path for path in others if path.name == ENLARGED]
+    others.remove(held_out)
+    whole = ImageOps.fit(Image.open(held_out).convert("RGB"), (256, 256))
+    small = shrunk(torch.from_numpy(np.array(whole)).permute(2, 0, 1)[None], 4)
+    image_of(small[0]).save(workspace / "photograph.png")
+    for number, path in enumerate(others):
+        photograph = Image.open(path).convert("RGB")
+        for part in range(2500 // len(others)):
+            write_pieces(cut(photograph, 320, rng), 4, folder, f"{number}-{part}", rng)
+    return folder
+
+
+def write_pieces(image: Image.Image, count: int, folder: Path, name: str, rng: random.Random) -> None:
+    """Write random pieces of 64×64."""
+    folder.mkdir(exist_ok=True)
+    for number in range(count):
+        left, top = (rng.randrange(side - PIECES.size) for side in image.size)
+        image.crop((left, top, left + PIECES.size, top + PIECES.size)).save(folder / f"{name}-{number}.png")
 
 
 def cpu_seconds() -> float:
