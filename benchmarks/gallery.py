@@ -145,19 +145,19 @@ PLATES = (
     Plate(
         "Super-resolution from 16 to 64",
         "First a held-out face of 16×16, then four enlarged ones.",
-        f"edit upscale 16.png --count 4 --set model.low_resolution=16 --model {ENLARGING.model}",
+        f"edit upscale 16.png --count 4 --model {ENLARGING.model}",
         first="64.png",
     ),
     Plate(
         "Super-resolution from 64 to 256",
         "The first of the four, enlarged once more, in overlapping tiles. This model learnt from pieces of 64×64 of "
         "faces of 256×256, and enlarges images of any size by four.",
-        f"edit upscale 64.png --count 2 --set model.low_resolution=16 --model {PIECES.model}",
+        f"edit upscale 64.png --count 2 --model {PIECES.model}",
     ),
     Plate(
         "A photograph from 64 to 256",
         "Of a photograph of which the model saw no piece.",
-        f"edit upscale photograph.png --count 2 --set model.low_resolution=16 --model {PHOTOGRAPHS.model}",
+        f"edit upscale photograph.png --count 2 --model {PHOTOGRAPHS.model}",
     ),
 )
 
