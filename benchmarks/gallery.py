@@ -156,7 +156,7 @@ PLATES = (
     ),
     Plate(
         "A photograph from 64 to 256",
-        "Of a photograph of which the model saw no piece.",
+        "Of a photograph (budgie-backgrounds, CC0) of which the model saw no piece.",
         f"edit upscale photograph.png --count 2 --model {PHOTOGRAPHS.model}",
     ),
 )
