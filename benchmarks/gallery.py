@@ -77,8 +77,8 @@ class Plate:
     """What one sees, and which model made it."""
     command: str
     """After ``darkroom``; its grid is the image."""
-    first: str = ""
-    """File in the workspace that its first image becomes, for another plate."""
+    first: str | None = None
+    """File in the workspace that its first image is copied to, for another plate; None: it is not."""
 
     @property
     def name(self) -> str:
@@ -156,7 +156,8 @@ PLATES = (
     ),
     Plate(
         "A photograph from 64 to 256",
-        "Of a photograph (budgie-backgrounds, CC0) of which the model saw no piece.",
+        "Of a photograph (budgie-backgrounds, CC0) of which the model saw no piece. The distances above are of "
+        "held-out pieces of the photographs, and of the faces, that models learnt from.",
         f"edit upscale photograph.png --count 2 --model {PHOTOGRAPHS.model}",
     ),
 )
@@ -177,7 +178,7 @@ scratch, and with a low-rank adapter on top of the first, after equal minutes: K
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--faces", type=Path, required=True, help="a source of images with captions, 64 px or more")
+    parser.add_argument("--faces", type=Path, required=True, help="a folder of images with captions, 256×256")
     parser.add_argument("--scratch", type=Path, default=Path("/tmp/gallery"))
     args = parser.parse_args()
 
@@ -199,8 +200,8 @@ def main() -> None:
     for plate in PLATES:
         done = darkroom(args.scratch, *shlex.split(plate.command))
         shutil.copyfile(args.scratch / done["grid"], IMAGES / f"{plate.name}.png")
-        if plate.first:
-            shutil.copyfile(min((args.scratch / done["folder"]).glob("0*.png")), args.scratch / plate.first)
+        if plate.first is not None:
+            shutil.copyfile(args.scratch / done["folder"] / "00000000.png", args.scratch / plate.first)
     PAGE.write_text(page(evaluations))
 
 
@@ -252,7 +253,7 @@ def pieces_of_photographs(workspace: Path) -> Path:
 
 
 def write_pieces(image: Image.Image, count: int, folder: Path, name: str, rng: random.Random) -> None:
-    """Write random pieces of 64×64."""
+    """Write ``count`` random pieces of ``image``, 64×64 each."""
     folder.mkdir(exist_ok=True)
     for number in range(count):
         left, top = (rng.randrange(side - PIECES.size) for side in image.size)

@@ -79,10 +79,10 @@ class ConsistencyObjective(TrainingObjective):
         estimate = student(x, sigma).float()
         if in_pixels:
             # Sampling clips estimates, so one beyond black or white is right where the target is there: without this
-            # the network never gets rid of the last grain on plain areas. The target stays at black or white: beyond,
-            # where only the student's own estimates can be, each would take the next one further, without end.
-            seen = estimate.detach()
-            target = torch.where(target <= -1, seen.clamp(max=-1), torch.where(target >= 1, seen.clamp(min=1), target))
+            # the network never gets rid of the last grain on plain areas. The target itself is clipped: the student
+            # made it, and each one beyond would take the next one further, without end.
+            now = estimate.detach()
+            target = torch.where(target <= -1, now.clamp(max=-1), torch.where(target >= 1, now.clamp(min=1), target))
         distance = ((estimate - target).square().mean((1, 2, 3)) + HUBER**2).sqrt() - HUBER
         return distance * (1 / sigma + 1 / self.header.sigma_data).to(distance.dtype)
 

@@ -44,7 +44,7 @@ Sampler: TypeAlias = Callable[..., "Tensor"]
 ZERO_SNR = 4000.0
 """Noise level σ above which nothing is left of an image: the last level of schedules with zero terminal SNR."""
 LAST_LEVEL = 1.6
-"""Highest noise level of a student's last evaluation, which is 4 over their number: measured on digits."""
+"""Noise level of a student's last evaluation of two; of more it is 4/steps, if that is less. Measured on digits."""
 MAX_CHURN = math.sqrt(2) - 1
 """Largest γ of churn in one step (arXiv 2206.00364, algorithm 2)."""
 
@@ -400,8 +400,8 @@ class ConsistencySampling(BaseSampling):
     steps: int = Field(2, ge=1, le=10_000)
     """Number of network evaluations, one at each noise level."""
     sigma_min: float | None = Field(None, gt=0)
-    """Lowest σ, at which the last evaluation starts, if there are two or more. Null: 4/steps and at most 1.6, 1 for
-    four, or more for images of more than 3×32×32 values."""
+    """Lowest σ, at which the last evaluation starts, if there are two or more. Null: 1.6, or 4/steps if that is less,
+    and more for images of more than 3×32×32 values."""
 
     def sigma_grid(self, schedule: NoiseSchedule) -> Tensor:
         """Build the noise levels of the evaluations and 0, (steps + 1,) float64, falling geometrically."""
@@ -413,8 +413,8 @@ class ConsistencySampling(BaseSampling):
         highest = min(math.sqrt(schedule.values), float(schedule.sigmas[-1]))
         if isinstance(self.sigma_max, float):
             highest = min(highest, self.sigma_max)
-        lowest = min(min(LAST_LEVEL, 4 / self.steps) * resolution_scale(schedule.values), highest / 2)
-        first, last, end = schedule.sigma_grid(2, highest, self.sigma_min or lowest)
+        lowest = min(LAST_LEVEL, 4 / self.steps) * resolution_scale(schedule.values)
+        first, last, end = schedule.sigma_grid(2, highest, self.sigma_min or min(lowest, highest / 2))
         levels = first * (last / first) ** torch.linspace(0, 1, self.steps, dtype=torch.float64)
         return torch.cat([levels, end[None]])
 
