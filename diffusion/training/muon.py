@@ -5,7 +5,7 @@ in arXiv 2510.19376. ``torch.optim.Muon`` takes 2-D weights only and computes in
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Executor
 from functools import partial
 from typing import Any
@@ -42,44 +42,53 @@ class Muon(torch.optim.Optimizer):
             for parameter in group["params"]:
                 if not self.state[parameter]:
                     self.state[parameter]["momentum"] = torch.zeros_like(parameter)
-            shares = group_by_shape(group["params"])
+            shares = group_by_side(group["params"])
             list((self.threads.map if self.threads else map)(partial(self._update, group), shares))
 
     @torch.no_grad()
-    def _update(self, group: dict[str, Any], parameters: list[nn.Parameter]) -> None:
-        """Update ``parameters`` of one shape."""
+    def _update(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
+        """Update ``parameters``, whose matrices have one length of the shorter side."""
         skip = torch.zeros((), device=parameters[0].device) if self.found_inf is None else self.found_inf
-        # lerp by 0 leaves the momentum as it is.
-        weight = torch.where(skip == 0, 1 - MOMENTUM, 0.0)
-        scale = torch.where(skip == 0, group["lr"], 0.0)
-        matrices = []
-        for parameter in parameters:
+        momenta, updates = [self.state[each]["momentum"] for each in parameters], list[Tensor]()
+        for parameter, momentum in zip(parameters, momenta, strict=True):
             assert parameter.grad is not None
-            gradient = torch.where(skip == 0, parameter.grad, 0)
-            momentum = self.state[parameter]["momentum"].lerp_(gradient, weight)
-            matrices.append(gradient.lerp(momentum, MOMENTUM).flatten(1))
-        changes = orthogonalize(torch.stack(matrices)) * RMS * max(matrices[0].shape) ** 0.5
-        for parameter, change in zip(parameters, changes, strict=True):
-            parameter.mul_(1 - scale * group["weight_decay"]).sub_(scale * change.view(parameter.shape))
+            # The average of the momentum with itself leaves it as it is.
+            updates.append(torch.where(skip == 0, parameter.grad, momentum))
+        torch._foreach_lerp_(momenta, updates, 1 - MOMENTUM)
+        torch._foreach_lerp_(updates, momenta, MOMENTUM)
+        changes = orthogonalize([each.flatten(1) for each in updates])
+        scale = torch.where(skip == 0, group["lr"], 0.0)
+        torch._foreach_mul_(changes, [RMS * max(each.shape) ** 0.5 for each in changes])
+        torch._foreach_mul_(changes, scale)
+        torch._foreach_mul_(parameters, 1 - scale * group["weight_decay"])
+        torch._foreach_sub_(parameters, [each.view(p.shape) for each, p in zip(changes, parameters, strict=True)])
 
 
-def group_by_shape(parameters: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
-    """Group ``parameters`` by the shape of their matrices, which are updated together: hidden layers have few shapes.
+def group_by_side(parameters: Iterable[Tensor]) -> list[list[Tensor]]:
+    """Group ``parameters`` by the shorter side of their matrices: those of a group are updated together.
 
     The group with the most elements is the first, so that threads get even shares.
     """
-    groups = defaultdict[torch.Size, list[nn.Parameter]](list)
+    groups = defaultdict[int, list[Tensor]](list)
     for parameter in parameters:
-        groups[parameter.flatten(1).shape].append(parameter)
-    return sorted(groups.values(), key=lambda each: -len(each) * each[0].numel())
+        groups[min(parameter.flatten(1).shape)].append(parameter)
+    return sorted(groups.values(), key=lambda each: -sum(map(torch.numel, each)))
 
 
-def orthogonalize(matrices: Tensor) -> Tensor:
-    """Bring the singular values of ``matrices`` (B, M, N) to between 0.7 and 1.2 by Newton–Schulz iterations."""
+def orthogonalize(matrices: Sequence[Tensor]) -> list[Tensor]:
+    """Bring the singular values of ``matrices``, (M, N) each, to between 0.7 and 1.2 by Newton–Schulz iterations.
+
+    One makes X, at first of norm 1, (a I + b G + c G²) X, where G = X Xᵀ. Iterated is G alone, which is small where X
+    is wide, and as large for all of them: their shorter sides are equal.
+    """
     a, b, c = COEFFICIENTS
-    wide: Tensor = matrices if matrices.shape[1] <= matrices.shape[2] else matrices.mT
-    wide = wide / wide.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    wide = [each if len(each) <= each.shape[1] else each.mT for each in matrices]
+    gram = torch.stack([each @ each.mT for each in wide])
+    squared = gram.diagonal(dim1=1, dim2=2).sum(1)[:, None, None].clamp(min=1e-14)
+    gram, product = gram / squared, squared.rsqrt() * torch.eye(gram.shape[1], device=gram.device)
     for _ in range(ITERATIONS):
-        gram = wide @ wide.mT
-        wide = a * wide + (b * gram + c * gram @ gram) @ wide
-    return wide if matrices.shape[1] <= matrices.shape[2] else wide.mT
+        factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        factor.diagonal(dim1=1, dim2=2).add_(a)
+        product, gram = factor @ product, factor @ gram @ factor
+    made = [factors @ each for factors, each in zip(product, wide, strict=True)]
+    return [new if len(each) <= each.shape[1] else new.mT for new, each in zip(made, matrices, strict=True)]

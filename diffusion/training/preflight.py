@@ -33,7 +33,7 @@ from diffusion.models.vae import Autoencoder
 from diffusion.process.samplers import SamplingConfig
 from diffusion.training.checkpointing import WrittenTensors
 from diffusion.training.logging import Validation
-from diffusion.training.muon import Muon, group_by_shape
+from diffusion.training.muon import Muon, group_by_side
 from diffusion.training.setup import TrainingSetup
 from diffusion.training.trainer import Trainer, scheduled_learning_rate, thread_count
 
@@ -206,10 +206,10 @@ def activation_size(setup: TrainingSetup, network: nn.Module) -> int:
 def muon_size(matrices: Iterable[nn.Parameter], threads: int) -> int:
     """Compute the bytes of the temporary tensors of a step of Muon on ``matrices``, at most; takes no memory.
 
-    Each of ``threads`` threads updates the matrices of one shape at a time.
+    Each of ``threads`` threads updates the matrices with shorter sides of one length at a time.
     """
     peaks = []
-    for group in group_by_shape(matrices):
+    for group in group_by_side(matrices):
         parameters = [nn.Parameter(torch.empty_like(each, device="meta")) for each in group]
         for parameter in parameters:
             parameter.grad = torch.empty_like(parameter)
