@@ -48,6 +48,7 @@ CHOICES: dict[str, list[str]] = {
     "three resolutions": ["model.channel_mult=[1,2,2]"],
     "two blocks": ["model.blocks=2"],
     "no attention": ["model.attention=[]"],
+    "attention in all blocks of the lowest resolution": ["model.channel_mult=[1,2]", "model.attention=[1]"],
     "float32": ["training.precision=fp32"],
 }
 

@@ -152,7 +152,9 @@ def _type(field: Schema) -> str:
         return ", ".join(map(_code, field["enum"]))
     if field.get("type") == "array":
         items = field.get("items") or field.get("prefixItems", [{}])[0]
-        return f"list of {_type(items)}s"
+        return "list of " + " or ".join(
+            _type(each) if "const" in each else f"{_type(each)}s" for each in items.get("anyOf", [items])
+        )
     names = {
         "integer": "integer",
         "number": "number",

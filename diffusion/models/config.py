@@ -3,6 +3,7 @@
 This module loads without torch.
 """
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal, TypeAlias, get_args
 
@@ -17,6 +18,9 @@ SchedulerPrediction = Literal["epsilon", "v_prediction", "sample", "flow_predict
 WIDEST, DEEPEST, MOST_LEVELS = 4096, 64, 12
 """Limits of channels, blocks per resolution, and resolutions; files that exceed them are rejected before a network is
 built."""
+LOWEST = 8
+"""About the height and width of the lowest resolution by default, in positions: more make attention costly, and fewer
+were no better."""
 
 
 def _positive(numbers: tuple[int, ...]) -> tuple[int, ...]:
@@ -159,12 +163,14 @@ class ModelConfig(Kind):
     that the sampler ddpm needs fewer steps (arXiv 2102.09672)."""
     width: int = Field(32, ge=16, le=WIDEST, multiple_of=16)
     """Channels at the highest resolution; a multiple of 16, the channels normalised together."""
-    channel_mult: ChannelMult = (1, 2)
-    """Channels at each resolution, as multiples of ``width``; each halves the one before."""
+    channel_mult: ChannelMult | None = None
+    """Channels at each resolution, as multiples of ``width``; each halves the one before. Null: [1, 2] for images of 32
+    pixels and less, and one more 2 for each doubling, so that the lowest resolution has about 8×8 positions."""
     blocks: int = Field(1, ge=1, le=DEEPEST)
     """Residual blocks per resolution of the downward path; the upward path has one more."""
-    attention: tuple[int, ...] = Field((1,), max_length=MOST_LEVELS)
-    """Indices of the resolutions with self-attention; 0 is the highest resolution."""
+    attention: tuple[int | Literal["middle"], ...] = Field(("middle",), max_length=MOST_LEVELS)
+    """Layers with self-attention: middle, the block between the downward and the upward path, or indices of the
+    resolutions in ``channel_mult``, of which 0 is the highest and the lowest includes that block."""
     heads: int = Field(2, ge=1, le=WIDEST)
     """Attention heads, among which the channels are divided."""
     patch: Literal[1, 2, 4] = 2
@@ -225,15 +231,23 @@ class ModelConfig(Kind):
                 "model.prediction = epsilon says nothing of an image of which nothing is left, as "
                 "model.zero_terminal_snr makes them: use v_prediction, sample or edm"
             )
-        for level in self.attention:
-            if not 0 <= level < len(self.channel_mult):
+        if self.channel_mult is None and set(self.attention) - {"middle"}:
+            raise ValueError(
+                "model.attention names resolutions, whose number depends on the images unless model.channel_mult is "
+                "set: set both, or use middle"
+            )
+        channel_mult = self.channel_mult or (1, 2)
+        lowest = len(channel_mult) - 1
+        for place in self.attention:
+            level = lowest if place == "middle" else place
+            if not 0 <= level <= lowest:
                 raise ValueError(
-                    f"model.attention names resolution {level}, and there are {len(self.channel_mult)}: "
-                    f"use 0 to {len(self.channel_mult) - 1}"
+                    f"model.attention names resolution {level}, and there are {lowest + 1}: use 0 to {lowest}, or "
+                    "middle"
                 )
-            if self.width * self.channel_mult[level] % self.heads:
+            if self.width * channel_mult[level] % self.heads:
                 raise ValueError(
-                    f"model.heads = {self.heads} does not divide the {self.width * self.channel_mult[level]} "
+                    f"model.heads = {self.heads} does not divide the {self.width * channel_mult[level]} "
                     f"channels at resolution {level}: change model.heads or model.width"
                 )
         return self
@@ -242,6 +256,12 @@ class ModelConfig(Kind):
     def max_low_resolution_noise(self) -> float:
         """Largest standard deviation of the noise that training adds to small images."""
         return 0.1 if self.low_resolution_noise is None else self.low_resolution_noise
+
+
+def default_channel_mult(patch: int, size: int) -> tuple[int, ...]:
+    """Compute ``model.channel_mult`` of a diffusion model of images, or latents, of ``size`` pixels."""
+    halvings = max(1, round(math.log2(size / patch / LOWEST)))
+    return (1, *[2] * halvings)
 
 
 class NonDiffusionConfig(Kind):

@@ -10,7 +10,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from diffusion.common.errors import UserError
-from diffusion.models.config import GANConfig, ModelConfig
+from diffusion.models.config import GANConfig, ModelConfig, default_channel_mult
 from diffusion.models.text_encoder import WIDTH
 
 GROUP = 16
@@ -133,15 +133,17 @@ class UNet(nn.Module):
         self.stem = nn.Conv2d(inputs * config.patch**2, config.width, 3, padding=1)
         self.down, self.middle, self.up = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
 
+        channel_mult = config.channel_mult or default_channel_mult(config.patch, size)
         current, skips = config.width, [config.width]
 
-        def block(inputs: int, resolution: int, attention: bool = True) -> ResidualBlock:
+        def block(inputs: int, resolution: int, attention: bool | None = None) -> ResidualBlock:
             nonlocal current
-            current = config.width * config.channel_mult[resolution]
-            heads = config.heads if attention and resolution in config.attention else 0
-            return ResidualBlock(inputs, current, embedding, heads, config.dropout)
+            current = config.width * channel_mult[resolution]
+            has_attention = resolution in config.attention if attention is None else attention
+            return ResidualBlock(inputs, current, embedding, config.heads if has_attention else 0, config.dropout)
 
-        lowest = len(config.channel_mult) - 1
+        lowest = len(channel_mult) - 1
+        attention = "middle" in config.attention or lowest in config.attention
         for resolution in range(lowest + 1):
             for _ in range(config.blocks):
                 self.down.append(block(current, resolution))
@@ -149,7 +151,7 @@ class UNet(nn.Module):
             if resolution < lowest:
                 self.down.append(Shrink(current))
                 skips.append(current)
-        self.middle.extend([block(current, lowest), block(current, lowest, attention=False)])
+        self.middle.extend([block(current, lowest, attention), block(current, lowest, attention=False)])
         for resolution in range(lowest, -1, -1):
             for _ in range(config.blocks + 1):
                 self.up.append(block(current + skips.pop(), resolution))
@@ -244,10 +246,11 @@ class UNet(nn.Module):
 
 def pixels_per_position(config: ModelConfig | GANConfig, size: int) -> int:
     """Compute the pixels along each side of a position at the lowest resolution; UserError if above ``size``."""
-    pixels: int = config.patch * 2 ** (len(config.channel_mult) - 1)
+    resolutions = len(config.channel_mult or default_channel_mult(config.patch, size))
+    pixels: int = config.patch * 2 ** (resolutions - 1)
     if pixels > size:
         raise UserError(
-            f"model.patch = {config.patch} and {len(config.channel_mult)} resolutions fold {pixels} pixels into one, "
+            f"model.patch = {config.patch} and {resolutions} resolutions fold {pixels} pixels into one, "
             f"and the images have {size}: take a number out of model.channel_mult, or lower model.patch"
         )
     return pixels

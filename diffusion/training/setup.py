@@ -51,6 +51,7 @@ from diffusion.models.config import (
     ModelConfig,
     VAEConfig,
     classes_of,
+    default_channel_mult,
     shape_conflict,
     training_conflict,
 )
@@ -236,8 +237,10 @@ class TrainingSetup:
         given = {"data_mean": tuple(manifest.mean) if pixels else None}
         if self.base is not None and self.initial is not None:
             given = self.initial.header.model_dump(include={"data_mean", "guidance", "guidance_interval"})
+        side = self.autoencoder.space.size if self.autoencoder else manifest.size
         return ModelHeader(
-            model=self.model,
+            # A file says what its network is, whatever the default will be one day.
+            model=with_channel_mult(self.model, side),
             channels=manifest.channels,
             size=manifest.size,
             shapes=self.shapes,
@@ -342,7 +345,8 @@ def make_setup(
     if config.init_from is not None:
         if initial is None:
             classes = classes_of(model, dataset.manifest.class_histogram)
-            initial = load_initial_weights(config.init_from, model, dataset, classes)
+            side = autoencoder.space.size if autoencoder else dataset.manifest.size
+            initial = load_initial_weights(config.init_from, with_channel_mult(model, side), dataset, classes)
         if config.student is not None and initial.header.student_steps is not None:
             raise UserError(f"{config.init_from} is a student itself: name its teacher with distillation.teacher")
         if config.lora is not None or isinstance(initial, PretrainedModel):
@@ -636,6 +640,13 @@ def load_autoencoder(path: str, dataset: Dataset, window: int | None) -> Latents
         latents.std.copy_(std.view(1, -1, 1, 1))
         latents.mean.copy_(mean.view(1, -1, 1, 1))
     return latents
+
+
+def with_channel_mult(model: FamilyConfig, size: int) -> FamilyConfig:
+    """Set ``channel_mult`` of a diffusion model of images, or latents, of ``size`` pixels, unless it is set."""
+    if not isinstance(model, ModelConfig) or model.channel_mult is not None:
+        return model
+    return model.model_copy(update={"channel_mult": default_channel_mult(model.patch, size)})
 
 
 def load_initial_weights(path: str, model: FamilyConfig, dataset: Dataset, classes: list[str]) -> Model:

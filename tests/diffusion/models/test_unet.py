@@ -13,7 +13,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from diffusion.common.errors import UserError
 from diffusion.models.config import ModelConfig
-from diffusion.models.unet import UNet, attend, seeded_dropout, sinusoidal
+from diffusion.models.unet import SelfAttention, UNet, attend, seeded_dropout, sinusoidal
 
 
 def small(**changes: object) -> ModelConfig:
@@ -43,6 +43,32 @@ def test_output_has_the_input_shape(size: int, patch: int, channel_mult: tuple[i
     assert randomize(network)(noisy(2, channels, size), torch.tensor([0.0, 999.0])).shape == (2, channels, size, size)
 
 
+@pytest.mark.parametrize(
+    ("attention", "places"),
+    [
+        ((), []),
+        ((0,), ["down.0", "up.3", "up.4"]),
+        ((1,), ["down.2", "middle.0", "up.0", "up.1"]),
+        (("middle",), ["middle.0"]),
+        (("middle", 0), ["down.0", "middle.0", "up.3", "up.4"]),
+    ],
+)
+def test_attention_is_where_the_configuration_says(attention: tuple[int | str, ...], places: list[str]) -> None:
+    network = UNet(small(attention=attention), 1, 12)
+    found = [name for name, layer in network.named_modules() if isinstance(layer, SelfAttention)]
+    assert found == [f"{place}.attention" for place in places]
+
+
+@pytest.mark.parametrize(
+    ("size", "patch", "lowest"), [(8, 2, 2), (28, 2, 7), (32, 2, 8), (32, 1, 8), (64, 2, 8), (96, 2, 6), (256, 4, 8)]
+)
+def test_the_lowest_resolution_has_about_8_by_8_positions_by_default(size: int, patch: int, lowest: int) -> None:
+    network, seen = UNet(ModelConfig(width=16, heads=1, patch=patch), 1, size), []
+    network.middle[0].register_forward_hook(lambda _, __, output: seen.append(tuple(output.shape[-2:])))
+    network(noisy(1, 1, size), torch.zeros(1))
+    assert seen == [(lowest, lowest)]
+
+
 def test_resolutions_below_a_pixel_are_an_error_with_a_remedy() -> None:
     with pytest.raises(UserError, match=r"fold 32 pixels into one, and the images have 28: take a number out of"):
         UNet(small(patch=4, channel_mult=(1, 1, 1, 1)), 1, 28)
@@ -52,7 +78,9 @@ def test_resolutions_below_a_pixel_are_an_error_with_a_remedy() -> None:
     ("changes", "reason"),
     [
         ({"attention": (2,)}, "model.attention names resolution 2, and there are 2: use 0 to 1"),
-        ({"attention": (-1,)}, "use 0 to 1"),
+        ({"attention": (-1,)}, "use 0 to 1, or middle"),
+        ({"attention": ("bottom",)}, "middle"),
+        ({"channel_mult": None}, "set both, or use middle"),
         ({"heads": 3}, "model.heads = 3 does not divide the 32 channels at resolution 1"),
         ({"channel_mult": ()}, "needs at least one positive number"),
         ({"channel_mult": (1, 0)}, "needs at least one positive number"),
@@ -228,8 +256,9 @@ LARGE = {"width": 240, "channel_mult": (1, 2, 3, 4), "blocks": 2, "attention": (
 @pytest.mark.parametrize(
     ("million", "channels", "size", "shape"),
     [
-        (0.19, 1, 8, {"width": 16, "channel_mult": (1, 2), "patch": 2}),
-        (0.76, 3, 64, {}),
+        (0.18, 1, 8, {"width": 16, "channel_mult": (1, 2), "patch": 2}),
+        (0.71, 1, 32, {}),
+        (1.15, 3, 64, {}),
         (
             313,
             3,

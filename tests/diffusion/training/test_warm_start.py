@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from diffusion.checkpoints import read_model_header
 from diffusion.common.errors import UserError
 from diffusion.process.samplers import sampling_config
 from diffusion.training.config import TrainingConfig
@@ -97,3 +98,13 @@ def test_registered_model_as_init_from_needs_a_registry(dataset: Path, tmp_path:
 def test_missing_init_from_model_is_named(dataset: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no model at"):
         run(dataset, tmp_path / "warm", tmp_path / "nowhere.safetensors")
+
+
+def test_the_default_resolutions_are_in_the_file_and_equal_those_that_are_given(dataset: Path, tmp_path: Path) -> None:
+    unset = MODEL.model_copy(update={"channel_mult": None, "attention": ("middle",)})
+    config = TrainingConfig.model_validate(CONFIG.model_dump() | SHORT)
+    first = train(dataset, tmp_path / "first", unset, config, SAMPLING).final
+    assert read_model_header(first).model == unset.model_copy(update={"channel_mult": (1, 2)})
+    for model in (unset, unset.model_copy(update={"channel_mult": (1, 2)})):
+        warm = config.model_copy(update={"init_from": str(first)})
+        train(dataset, tmp_path / f"second-{model.channel_mult}", model, warm, SAMPLING)
