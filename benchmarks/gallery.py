@@ -99,7 +99,7 @@ LATENT = Training(
     "photographs",
     "photographs",
     128,
-    160_000,
+    120_000,
     (f"model.autoencoder={AUTOENCODER.model}", "model.width=64", "training.flip=true"),
 )
 TRAININGS = (FACES, ENLARGING, PIECES, PHOTOGRAPHS, AUTOENCODER, LATENT, CLOTHES)
