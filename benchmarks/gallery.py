@@ -230,7 +230,7 @@ def trained(workspace: Path, training: Training, sources: Mapping[str, Callable[
     """
     kept = workspace / "evaluations" / f"{training.name}.json"
     if not kept.is_file():
-        if not (workspace / "data" / training.dataset).exists():
+        if not (workspace / "data" / training.dataset / "manifest.json").is_file():
             folder = sources[training.source](workspace)
             words = [f"ingest.source={folder}", f"ingest.size={training.size}", f"training.dataset={training.dataset}"]
             darkroom(workspace, "ingest", "--local", words=words)

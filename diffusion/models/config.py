@@ -164,8 +164,8 @@ class ModelConfig(Kind):
     width: int = Field(32, ge=16, le=WIDEST, multiple_of=16)
     """Channels at the highest resolution; a multiple of 16, the channels normalised together."""
     channel_mult: ChannelMult | None = None
-    """Channels at each resolution, as multiples of ``width``; each halves the one before. Null: [1, 2] for images of 32
-    pixels and less, and one more 2 for each doubling, so that the lowest resolution has about 8×8 positions."""
+    """Channels at each resolution, as multiples of ``width``; each halves the one before. Null: as many as
+    give the lowest about 8×8 positions: with ``patch`` = 2 [1, 2] for 32 pixels and less, [1, 2, 2] for 64."""
     blocks: int = Field(1, ge=1, le=DEEPEST)
     """Residual blocks per resolution of the downward path; the upward path has one more."""
     attention: tuple[int | Literal["middle"], ...] = Field(("middle",), max_length=MOST_LEVELS)
@@ -236,6 +236,7 @@ class ModelConfig(Kind):
                 "model.attention names resolutions, whose number depends on the images unless model.channel_mult is "
                 "set: set both, or use middle"
             )
+        # The default for any size has 2 at its lowest resolution.
         channel_mult = self.channel_mult or (1, 2)
         lowest = len(channel_mult) - 1
         for place in self.attention:

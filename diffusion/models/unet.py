@@ -136,25 +136,24 @@ class UNet(nn.Module):
         channel_mult = config.channel_mult or default_channel_mult(config.patch, size)
         current, skips = config.width, [config.width]
 
-        def block(inputs: int, resolution: int, attention: bool | None = None) -> ResidualBlock:
+        def block(inputs: int, resolution: int, attention: bool) -> ResidualBlock:
             nonlocal current
             current = config.width * channel_mult[resolution]
-            has_attention = resolution in config.attention if attention is None else attention
-            return ResidualBlock(inputs, current, embedding, config.heads if has_attention else 0, config.dropout)
+            return ResidualBlock(inputs, current, embedding, config.heads if attention else 0, config.dropout)
 
         lowest = len(channel_mult) - 1
-        attention = "middle" in config.attention or lowest in config.attention
+        in_middle = "middle" in config.attention or lowest in config.attention
         for resolution in range(lowest + 1):
             for _ in range(config.blocks):
-                self.down.append(block(current, resolution))
+                self.down.append(block(current, resolution, resolution in config.attention))
                 skips.append(current)
             if resolution < lowest:
                 self.down.append(Shrink(current))
                 skips.append(current)
-        self.middle.extend([block(current, lowest, attention), block(current, lowest, attention=False)])
+        self.middle.extend([block(current, lowest, in_middle), block(current, lowest, attention=False)])
         for resolution in range(lowest, -1, -1):
             for _ in range(config.blocks + 1):
-                self.up.append(block(current + skips.pop(), resolution))
+                self.up.append(block(current + skips.pop(), resolution, resolution in config.attention))
             if resolution > 0:
                 self.up.append(Grow(current))
 

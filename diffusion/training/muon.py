@@ -78,14 +78,14 @@ def group_by_side(parameters: Iterable[Tensor]) -> list[list[Tensor]]:
 def orthogonalize(matrices: Sequence[Tensor]) -> list[Tensor]:
     """Bring the singular values of ``matrices``, (M, N) each, to between 0.7 and 1.2 by Newton–Schulz iterations.
 
-    One makes X, at first of norm 1, (a I + b G + c G²) X, where G = X Xᵀ. Iterated is G alone, which is small where X
-    is wide, and as large for all of them: their shorter sides are equal.
+    Each multiplies X, which begins with norm 1, by the factor a I + b G + c G², G = X Xᵀ. Only G and the product of the
+    factors are iterated: they are square, and of one size, as the shorter sides of all matrices are equal.
     """
     a, b, c = COEFFICIENTS
     wide = [each if len(each) <= each.shape[1] else each.mT for each in matrices]
     gram = torch.stack([each @ each.mT for each in wide])
     squared = gram.diagonal(dim1=1, dim2=2).sum(1)[:, None, None].clamp(min=1e-14)
-    gram, product = gram / squared, squared.rsqrt() * torch.eye(gram.shape[1], device=gram.device)
+    gram, product = gram / squared, squared.rsqrt() * torch.eye(gram.shape[1]).to(gram)
     for _ in range(ITERATIONS):
         factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
         factor.diagonal(dim1=1, dim2=2).add_(a)

@@ -237,10 +237,9 @@ class TrainingSetup:
         given = {"data_mean": tuple(manifest.mean) if pixels else None}
         if self.base is not None and self.initial is not None:
             given = self.initial.header.model_dump(include={"data_mean", "guidance", "guidance_interval"})
-        side = self.autoencoder.space.size if self.autoencoder else manifest.size
         return ModelHeader(
             # A file says what its network is, whatever the default will be one day.
-            model=with_channel_mult(self.model, side),
+            model=with_channel_mult(self.model, self.dataset, self.autoencoder),
             channels=manifest.channels,
             size=manifest.size,
             shapes=self.shapes,
@@ -345,8 +344,8 @@ def make_setup(
     if config.init_from is not None:
         if initial is None:
             classes = classes_of(model, dataset.manifest.class_histogram)
-            side = autoencoder.space.size if autoencoder else dataset.manifest.size
-            initial = load_initial_weights(config.init_from, with_channel_mult(model, side), dataset, classes)
+            network = with_channel_mult(model, dataset, autoencoder)
+            initial = load_initial_weights(config.init_from, network, dataset, classes)
         if config.student is not None and initial.header.student_steps is not None:
             raise UserError(f"{config.init_from} is a student itself: name its teacher with distillation.teacher")
         if config.lora is not None or isinstance(initial, PretrainedModel):
@@ -642,10 +641,11 @@ def load_autoencoder(path: str, dataset: Dataset, window: int | None) -> Latents
     return latents
 
 
-def with_channel_mult(model: FamilyConfig, size: int) -> FamilyConfig:
-    """Set ``channel_mult`` of a diffusion model of images, or latents, of ``size`` pixels, unless it is set."""
+def with_channel_mult(model: FamilyConfig, dataset: Dataset, autoencoder: Latents | None) -> FamilyConfig:
+    """Set ``channel_mult`` of a diffusion model of images, or of their latents, unless it is set."""
     if not isinstance(model, ModelConfig) or model.channel_mult is not None:
         return model
+    size = autoencoder.space.size if autoencoder else dataset.manifest.size
     return model.model_copy(update={"channel_mult": default_channel_mult(model.patch, size)})
 
 
