@@ -161,11 +161,11 @@ class ModelConfig(Kind):
     variance: Literal["fixed", "learned_range"] = Field("fixed", exclude_if=lambda variance: variance == "fixed")
     """Variance of each value in a reverse step: fixed, or predicted by the network between the two bounds of DDPM, so
     that the sampler ddpm needs fewer steps (arXiv 2102.09672)."""
-    width: int = Field(32, ge=16, le=WIDEST, multiple_of=16)
+    width: int = Field(48, ge=16, le=WIDEST, multiple_of=16)
     """Channels at the highest resolution; a multiple of 16, the channels normalised together."""
     channel_mult: ChannelMult | None = None
-    """Channels at each resolution, as multiples of ``width``; each halves the one before. Null: as many as
-    give the lowest about 8×8 positions: with ``patch`` = 2 [1, 2] for 32 pixels and less, [1, 2, 2] for 64."""
+    """Channels at each resolution, as multiples of ``width``; each halves the one before. Null: 1 at each of as many as
+    give the lowest about 8×8 positions: with ``patch`` = 2 [1, 1] for 32 pixels and less, [1, 1, 1] for 64."""
     blocks: int = Field(1, ge=1, le=DEEPEST)
     """Residual blocks per resolution of the downward path; the upward path has one more."""
     attention: tuple[int | Literal["middle"], ...] = Field(("middle",), max_length=MOST_LEVELS)
@@ -236,8 +236,8 @@ class ModelConfig(Kind):
                 "model.attention names resolutions, whose number depends on the images unless model.channel_mult is "
                 "set: set both, or use middle"
             )
-        # The default for any size has 2 at its lowest resolution.
-        channel_mult = self.channel_mult or (1, 2)
+        # By default all resolutions have as many channels.
+        channel_mult = self.channel_mult or (1,)
         lowest = len(channel_mult) - 1
         for place in self.attention:
             level = lowest if place == "middle" else place
@@ -262,7 +262,7 @@ class ModelConfig(Kind):
 def default_channel_mult(patch: int, size: int) -> tuple[int, ...]:
     """Compute ``model.channel_mult`` of a diffusion model of images, or latents, of ``size`` pixels."""
     halvings = max(1, round(math.log2(size / patch / LOWEST)))
-    return (1, *[2] * halvings)
+    return (1,) * (1 + halvings)
 
 
 class NonDiffusionConfig(Kind):

@@ -606,7 +606,7 @@ def sweep(
 
     The MLflow runs are children of one parent run. No model is registered; use `retrain` with the best settings.
 
-    Example:  darkroom sweep --dataset faces --over training.learning_rate=1e-3,4e-3 --over model.width=32,64
+    Example:  darkroom sweep --dataset faces --over training.learning_rate=1e-3,4e-3 --over model.width=48,64
     """
     from flows.config import combinations, parse_over, words_of
 

@@ -150,7 +150,7 @@ def test_the_key_of_a_training_without_one_stays_what_it_is() -> None:
     assert {"family", "autoencoder"}.isdisjoint(ModelConfig().model_dump())
     config = TrainingConfig(dataset="blobs", images=320, batch_size=16, precision="fp32")
     key = "c514f029d069f3d4606d259b3564ac46e94adff687a181d3a2fcdd681bfe0408"
-    model = ModelConfig(channel_mult=(1, 2), attention=(1,))
+    model = ModelConfig(width=32, channel_mult=(1, 2), attention=(1,))
     assert train_key("0" * 64, model, config) == key
 
 

@@ -257,8 +257,8 @@ LARGE = {"width": 240, "channel_mult": (1, 2, 3, 4), "blocks": 2, "attention": (
     ("million", "channels", "size", "shape"),
     [
         (0.18, 1, 8, {"width": 16, "channel_mult": (1, 2), "patch": 2}),
-        (0.71, 1, 32, {}),
-        (1.15, 3, 64, {}),
+        (0.69, 1, 32, {}),
+        (0.97, 3, 64, {}),
         (
             313,
             3,
