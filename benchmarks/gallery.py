@@ -87,7 +87,7 @@ class Plate:
         return "-".join(self.title.lower().split())
 
 
-NETWORK = ("model.channel_mult=[1,2]", "model.attention=[1]")
+NETWORK = ("model.width=32", "model.channel_mult=[1,2]", "model.attention=[1]")
 """The default network when most of the models were trained."""
 FACES = Training("faces", "faces", 64, 100_000, ("model.text=true", *NETWORK))
 ENLARGING = Training("faces-16-to-64", "faces", 64, 40_000, ("model.low_resolution=16", *NETWORK))
@@ -100,7 +100,7 @@ LATENT = Training(
     "photographs",
     128,
     120_000,
-    (f"model.autoencoder={AUTOENCODER.model}", "model.width=64", "training.flip=true"),
+    (f"model.autoencoder={AUTOENCODER.model}", "model.width=64", "model.channel_mult=[1,2]", "training.flip=true"),
 )
 TRAININGS = (FACES, ENLARGING, PIECES, PHOTOGRAPHS, AUTOENCODER, LATENT, CLOTHES)
 EMOJI = "examples/emoji.safetensors"

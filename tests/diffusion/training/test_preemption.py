@@ -232,13 +232,18 @@ def test_a_second_ctrl_c_leaves_a_training_that_hangs_without_writing_to_its_fol
     dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hung, going, gone = threading.Event(), threading.Event(), threading.Event()
-    make, train = Loader._make, Trainer.train
+    make, batch, train = Loader._make, Loader.batch, Trainer.train
 
     def hanging(self: Loader, position: int) -> Batch:
         if position == 160:
-            hung.set()
             going.wait()
         return make(self, position)
+
+    def awaited(self: Loader, position: int, end: int) -> Batch:
+        # Batches are made ahead: until this one is due, training goes on and could end.
+        if position == 160:
+            hung.set()
+        return batch(self, position, end)
 
     def seen(*each: object) -> bool:
         try:
@@ -253,6 +258,7 @@ def test_a_second_ctrl_c_leaves_a_training_that_hangs_without_writing_to_its_fol
             os.kill(os.getpid(), signal.SIGINT)
 
     monkeypatch.setattr(Loader, "_make", hanging)
+    monkeypatch.setattr(Loader, "batch", awaited)
     monkeypatch.setattr(Trainer, "train", seen)
     monkeypatch.setattr("diffusion.training.train.PATIENCE", 0.1)
     threading.Thread(target=strike).start()
