@@ -44,11 +44,12 @@ CHOICES: dict[str, list[str]] = {
     "batches of 32": ["training.batch_size=32"],
     "batches of 128": ["training.batch_size=128"],
     "whole pixels, no patches": ["model.patch=1"],
-    "48 channels": ["model.width=48"],
-    "three resolutions": ["model.channel_mult=[1,2,2]"],
+    "64 channels": ["model.width=64"],
+    "32 channels, and 64 at the lower resolution": ["model.width=32", "model.channel_mult=[1,2]"],
+    "three resolutions": ["model.channel_mult=[1,1,1]"],
     "two blocks": ["model.blocks=2"],
     "no attention": ["model.attention=[]"],
-    "attention in all blocks of the lowest resolution": ["model.channel_mult=[1,2]", "model.attention=[1]"],
+    "attention in all blocks of the lowest resolution": ["model.channel_mult=[1,1]", "model.attention=[1]"],
     "float32": ["training.precision=fp32"],
 }
 

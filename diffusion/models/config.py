@@ -164,8 +164,8 @@ class ModelConfig(Kind):
     width: int = Field(48, ge=16, le=WIDEST, multiple_of=16)
     """Channels at the highest resolution; a multiple of 16, the channels normalised together."""
     channel_mult: ChannelMult | None = None
-    """Channels at each resolution, as multiples of ``width``; each halves the one before. Null: 1 at each of as many as
-    give the lowest about 8×8 positions: with ``patch`` = 2 [1, 1] for 32 pixels and less, [1, 1, 1] for 64."""
+    """Channels at each resolution, as multiples of ``width``; each halves the one before. Null: ones, as many as bring
+    the lowest resolution to about 8×8 positions: with ``patch`` = 2 [1, 1] for 32 pixels and less, [1, 1, 1] for 64."""
     blocks: int = Field(1, ge=1, le=DEEPEST)
     """Residual blocks per resolution of the downward path; the upward path has one more."""
     attention: tuple[int | Literal["middle"], ...] = Field(("middle",), max_length=MOST_LEVELS)
@@ -236,7 +236,7 @@ class ModelConfig(Kind):
                 "model.attention names resolutions, whose number depends on the images unless model.channel_mult is "
                 "set: set both, or use middle"
             )
-        # By default all resolutions have as many channels.
+        # All resolutions have the same channels by default.
         channel_mult = self.channel_mult or (1,)
         lowest = len(channel_mult) - 1
         for place in self.attention:
