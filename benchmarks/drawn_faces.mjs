@@ -26,16 +26,18 @@ const CLOTHES = {
   '8fa7df': 'blue', e279c7: 'pink',
 };
 
-// flatTop2 becomes "flat top".
-const words = (name) => name.replace(/\d+$/, '').replace(/([A-Z])/g, ' $1').toLowerCase();
+// flatTop2 becomes "flat top", and grayBun, which may have any colour, "bun".
+const words = (name) => name.replace(/\d+$/, '').replace(/^gray/, '').replace(/([A-Z])/g, ' $1').trim().toLowerCase();
 
 const named = (names, colour) => names[colour.slice(1)];
 
-function caption(face) {
-  const parts = [
-    `${named(HAIR, face.headContrastColor)} hair`, words(face.head), `${words(face.face)} face`,
-    `${named(SKIN, face.skinColor)} skin`, `${named(CLOTHES, face.clothingColor)} clothes`,
-  ];
+function caption(face, drawing) {
+  // Most styles are drawn in black whatever the colour is.
+  const parts = drawing.includes(face.headContrastColor) ? [`${named(HAIR, face.headContrastColor)} hair`] : [];
+  parts.push(
+    words(face.head), `${words(face.face)} face`, `${named(SKIN, face.skinColor)} skin`,
+    `${named(CLOTHES, face.clothingColor)} clothes`,
+  );
   for (const extra of [face.accessories, face.facialHair, face.mask]) if (extra) parts.push(words(extra));
   return [...parts, `${named(BACKGROUND, face.primaryBackgroundColor)} background`].join(', ');
 }
@@ -53,6 +55,6 @@ for (let number = 0; number < Number(count); number++) {
   });
   const name = `${String(number).padStart(5, '0')}.png`;
   fs.writeFileSync(path.join(folder, name), new Resvg(avatar.toString()).render().asPng());
-  rows.push(`${name},"${caption(avatar.toJson().extra)}"`);
+  rows.push(`${name},"${caption(avatar.toJson().extra, avatar.toString())}"`);
 }
 fs.writeFileSync(path.join(folder, 'metadata.csv'), rows.join('\n') + '\n');

@@ -89,9 +89,9 @@ class Plate:
 
 NETWORK = ("model.width=32", "model.channel_mult=[1,2]", "model.attention=[1]")
 """The default network when most of the models were trained."""
-FACES = Training("faces", "faces", 64, 100_000, ("model.text=true", *NETWORK))
+FACES = Training("faces", "faces", 64, 240_000, ("model.text=true", "model.width=64", "training.batch_size=32"))
 ENLARGING = Training("faces-16-to-64", "faces", 64, 40_000, ("model.low_resolution=16", *NETWORK))
-CLOTHES = Training("clothes", "clothes", 32, 100_000, NETWORK)
+CLOTHES = Training("clothes", "clothes", 32, 300_000)
 PIECES = Training("faces-64-to-256", "face-pieces", 64, 150_000, ENLARGING.settings)
 PHOTOGRAPHS = Training("photographs-64-to-256", "photograph-pieces", 64, 100_000, PIECES.settings)
 AUTOENCODER = Training("photographs-vae", "photograph-parts", 64, 400_000, ("model.family=vae", "training.flip=true"))
@@ -115,7 +115,7 @@ PLATES = (
     Plate(
         "Text to image",
         "The same model with a prompt.",
-        "sample --count 8 --prompt 'red hair, long, smile face, glasses, yellow clothes' --set sampling.guidance=2 "
+        "sample --count 8 --prompt 'red hair, bun, smile face, yellow clothes, glasses' --set sampling.guidance=2 "
         f"--model {FACES.model}",
     ),
     Plate(
@@ -151,13 +151,13 @@ PLATES = (
     Plate(
         "Text-guided image to image",
         "First the image, then the same face as the prompt describes it.",
-        "edit img2img face.png --strength 0.75 --prompt 'blond hair, sunglasses' --set sampling.guidance=2 --count 8 "
-        f"--model {FACES.model}",
+        "edit img2img face.png --strength 0.75 --prompt 'blond hair, medium, sunglasses' --set sampling.guidance=2 "
+        f"--count 8 --model {FACES.model}",
     ),
     Plate(
         "The way between two seeds",
         "From image 0 of seed 3 to image 0 of seed 7, on the great circle between their noise.",
-        "edit interpolate 7 --seed 3 --count 9 --prompt 'brown hair, calm face' --set sampling.guidance=2 "
+        "edit interpolate 7 --seed 3 --count 9 --prompt 'brown hair, short, calm face' --set sampling.guidance=2 "
         f"--model {FACES.model}",
     ),
     Plate(

@@ -129,7 +129,7 @@ def _tracker_of_finished(
 
 def _open(ready: ResolvedParams, manifest: Manifest, restart: bool, drift: str | None) -> RunTracker:
     params = ready.params
-    model, training = with_digests(params.model, params.training)
+    model, training = with_digests(params.model, params.training.with_batch_size(params.model, manifest.size))
     key = train_key(data_digest(manifest, training), model, training)
     parameters = flattened({"model": model.model_dump(mode="json"), "training": identity_fields(training, model)})
     code, data = dvc.code_version(), dvc.data_version(params.dataset_folder)

@@ -54,7 +54,7 @@ class ConsistencyObjective(TrainingObjective):
             u, progress = (torch.arange(len(x0)) + 0.5) / len(x0), torch.ones(len(x0))
             random["noise"] = GaussianNoise(0, f"probe/{probe}", indices, shape)()
         else:
-            numbers, size = torch.tensor(indices), self.config.batch_size
+            numbers, size = torch.tensor(indices), self.config.images_per_step
             u, progress = (numbers % size + uniform(seed, "time", indices)) / size, numbers / self.images
             random["noise"] = GaussianNoise(seed, "noise", indices, shape)()
             random["dropout_seeds"] = (uniform(seed, "dropout", indices) * 2**62).long()

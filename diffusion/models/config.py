@@ -90,8 +90,9 @@ class StudentConfig(Config):
 class ObjectiveConfig(Config):
     """The part of the section ``training`` that defines the objective: noise levels, their weights, and the seed."""
 
-    batch_size: int = Field(64, ge=1, le=2**20)
-    """Images per optimizer step."""
+    batch_size: int | None = Field(None, ge=1, le=2**20)
+    """Images per optimizer step. Null: 64, and for diffusion models of images 32 from about 48×48 pixels on, 16 from
+    about 96×96."""
     seed: int = Field(0, ge=0)
     """Seed of initial weights, order of images, time steps and noise."""
     weighting: Literal["plain", "min_snr", "soft_min_snr", "edm"] = "edm"
@@ -116,6 +117,12 @@ class ObjectiveConfig(Config):
     denoise."""
     stratified_timesteps: bool = True
     """Whether the times of a batch's N images are stratified: one in each N-th of the distribution."""
+
+    @property
+    def images_per_step(self) -> int:
+        """``batch_size``, which is a number once the data set is known."""
+        assert self.batch_size is not None
+        return self.batch_size
 
     @model_validator(mode="after")
     def _noise_levels_have_an_effect(self) -> "ObjectiveConfig":
@@ -257,6 +264,13 @@ class ModelConfig(Kind):
     def max_low_resolution_noise(self) -> float:
         """Largest standard deviation of the noise that training adds to small images."""
         return 0.1 if self.low_resolution_noise is None else self.low_resolution_noise
+
+
+def default_batch_size(model: "FamilyConfig", size: int) -> int:
+    """Compute ``training.batch_size`` for images of ``size`` pixels: a large image says more of the gradient."""
+    if not isinstance(model, ModelConfig) or model.autoencoder is not None:
+        return 64
+    return int(min(max(2 ** round(math.log2(64 * 32 / size)), 16), 64))
 
 
 def default_channel_mult(patch: int, size: int) -> tuple[int, ...]:

@@ -154,8 +154,8 @@ def sample_timesteps(config: ObjectiveConfig, schedule: NoiseSchedule, indices: 
     u = uniform(config.seed, "time", indices)
     if config.stratified_timesteps:
         # One in each equal part of the distribution: at no cost the loss has less variance between batches.
-        place = torch.tensor(indices) % config.batch_size
-        u = (place + u) / config.batch_size
+        place = torch.tensor(indices) % config.images_per_step
+        u = (place + u) / config.images_per_step
     return timesteps_at(config, schedule, u)
 
 

@@ -6,7 +6,7 @@ from typing import Any, Literal
 from pydantic import ConfigDict, Field, PositiveFloat, StrictBool, StrictInt, model_validator
 
 from diffusion.common.config import LARGEST_EMA_STD, Config, DeviceName, PlainName, unset
-from diffusion.models.config import LoRAConfig, ObjectiveConfig
+from diffusion.models.config import FamilyConfig, LoRAConfig, ObjectiveConfig, default_batch_size
 
 
 class TrainingConfig(ObjectiveConfig):
@@ -112,11 +112,11 @@ class TrainingConfig(ObjectiveConfig):
     def _options_fit_each_other(self) -> "TrainingConfig":
         if (self.images is None) == (self.minutes is None):
             raise ValueError("give either training.images or training.minutes, and leave the other out (null)")
-        if self.cpu_threads > self.batch_size:
+        if self.batch_size is not None and self.cpu_threads > self.batch_size:
             raise ValueError(
                 f"training.cpu_threads = {self.cpu_threads} parts of {self.batch_size} images: use fewer of them"
             )
-        if self.micro_batch is not None and self.micro_batch >= self.batch_size:
+        if self.micro_batch is not None and self.batch_size is not None and self.micro_batch >= self.batch_size:
             raise ValueError(
                 f"training.micro_batch = {self.micro_batch} splits no batch of {self.batch_size} images: lower it, or "
                 "leave it out"
@@ -140,6 +140,12 @@ class TrainingConfig(ObjectiveConfig):
                 "would have none: raise training.prefetch, or lower training.workers"
             )
         return self
+
+    def with_batch_size(self, model: FamilyConfig, size: int) -> "TrainingConfig":
+        """Set ``batch_size`` for images of ``size`` pixels unless it is set; each thread then has an image at least."""
+        if self.batch_size is not None:
+            return self
+        return self.model_copy(update={"batch_size": max(default_batch_size(model, size), self.cpu_threads)})
 
 
 class DistillationConfig(Config):

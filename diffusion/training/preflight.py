@@ -246,7 +246,7 @@ def make_preflight(trainer: Trainer, pace: tuple[float, float] | None, reading: 
                 f"{pauses:.0f} s of training.minutes = {config.minutes:g} would go into {config.checkpoints} sample "
                 "grids: raise it, or lower sampling.steps or training.checkpoints"
             )
-        images = max(config.batch_size, int((config.minutes * 60 - pauses) / pace[0]))
+        images = max(config.images_per_step, int((config.minutes * 60 - pauses) / pace[0]))
     parameters = sum(parameter.numel() for parameter in state.network.parameters())
     others = sum(parameter.numel() for step in state.steps for parameter in step.parameters) - parameters
     muon = config.optimizer == "muon"
@@ -258,7 +258,7 @@ def make_preflight(trainer: Trainer, pace: tuple[float, float] | None, reading: 
     memory, checkpoint = state_size(parameters, len(state.averages), threads, others, matrices, frozen)
     if setup.captions is not None:
         memory += setup.captions.embeddings.nbytes
-    part = math.ceil(config.batch_size / setup.ranks.count / threads)
+    part = math.ceil(config.images_per_step / setup.ranks.count / threads)
     at_once = threads * min(part, config.micro_batch or part)
     half = resolve_precision(config.precision, setup.device) == "bf16"
     # One checkpoint is written before another is removed, and there may be one from a signal. A snapshot holds two of a
@@ -287,7 +287,7 @@ def make_preflight(trainer: Trainer, pace: tuple[float, float] | None, reading: 
         optimizer_bytes=max(muon_size(step.matrices, threads) for step in state.steps) if muon else 0,
         disk_bytes=checkpoint * files,
         checkpoint_bytes=checkpoint,
-        batch_size=config.batch_size,
+        batch_size=config.images_per_step,
         images=images,
         images_per_second=pace and 1 / pace[0],
         seconds=pace and images * pace[0] + config.checkpoints * pace[1] + reading,
@@ -311,7 +311,7 @@ def measure_pace(
             trainer.train_step(rate)
             steps += 1
         trainer.check_finite()
-    image = (time.perf_counter() - start) / (steps * setup.config.batch_size)
+    image = (time.perf_counter() - start) / (steps * setup.config.images_per_step)
     validation = Validation(setup, trainer.objective, threads)
     start = time.perf_counter()
     tensors = trainer.checkpoint_tensors(trainer.checkpoint_header())

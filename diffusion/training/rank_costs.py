@@ -124,7 +124,7 @@ def rank_costs(setup: TrainingSetup, world_size: int) -> RankCosts:
 
     Raises UserError if ``world_size`` does not divide the batch, or training.shard does not divide it.
     """
-    batch = setup.config.batch_size
+    batch = setup.config.images_per_step
     if batch % world_size:
         raise UserError(
             f"training.batch_size = {batch} cannot be shared equally by {world_size} ranks: make it a multiple of "
@@ -141,7 +141,7 @@ def rank_costs(setup: TrainingSetup, world_size: int) -> RankCosts:
 
 def _rank_cost(setup: TrainingSetup, activations: int) -> RankCost:
     config, ranks = setup.config, setup.ranks
-    images, threads = config.batch_size // ranks.count, thread_count(config, ranks)
+    images, threads = config.images_per_step // ranks.count, thread_count(config, ranks)
     part = math.ceil(images / threads)
     at_once = threads * min(part, config.micro_batch or part)
     half = resolve_precision(config.precision, setup.device) == "bf16"
@@ -203,7 +203,7 @@ def _sharded(step: OptimizerStep, setup: TrainingSetup) -> tuple[Counter[str], i
     """Count the bytes of a rank in the collectives of a step, and those of others that it holds at once."""
     config, family = setup.config, family_of(setup.model)
     shape = setup.autoencoder.space.shape if setup.autoencoder else setup.dataset.shape
-    images = config.batch_size // setup.ranks.count
+    images = config.images_per_step // setup.ranks.count
     earlier = math.ceil(images / (config.micro_batch or images)) - 1
     mesh, modules = make_mesh(CPU, setup.shard), list(step.modules.values())
     for module in modules:

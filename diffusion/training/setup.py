@@ -274,7 +274,7 @@ class TrainingSetup:
     @cached_property
     def fingerprint(self) -> Fingerprint:
         """Return the fingerprint, on which the last bits of the weights depend."""
-        own = fingerprint(self.config.batch_size, self.config.precision, self.config.device)
+        own = fingerprint(self.config.images_per_step, self.config.precision, self.config.device)
         return own.model_copy(update={"compile": self.compiled, "ranks": self.ranks.count, "shard": self.shard})
 
     @cached_property
@@ -310,6 +310,7 @@ def make_setup(
     """
     if words := training_conflict(model, config) or shape_conflict(model, dataset.manifest.size, dataset.shapes):
         raise UserError(words)
+    config = config.with_batch_size(model, dataset.manifest.size)
     initial: Model | None = None
     encoding = MINI_LM
     if isinstance(model, DiffusersConfig):

@@ -391,7 +391,7 @@ def _begin_or_resume(
         return False, WINDOW in header
     pace = None if config.images else measure_pace(setup, trainer.threads, sampling, output)
     preflight = make_preflight(trainer, pace)
-    trainer.total = math.ceil(preflight.images / config.batch_size) * config.batch_size
+    trainer.total = math.ceil(preflight.images / config.images_per_step) * config.images_per_step
     trainer.loader.prefetch(state.images, trainer.total)
     if ranks.is_main:
         about = dict(preflight.lines())

@@ -181,8 +181,8 @@ class Trainer:
         self.loader = Loader(
             setup.dataset,
             setup.dataset.rows("train"),
-            make_order(setup.dataset, self.config.seed, self.config.batch_size, self.config.window),
-            self.config.batch_size,
+            make_order(setup.dataset, self.config.seed, self.config.images_per_step, self.config.window),
+            self.config.images_per_step,
             rank=setup.ranks.rank,
             ranks=setup.ranks.count,
             flip_seed=self.config.seed if self.config.flip else None,
@@ -206,8 +206,8 @@ class Trainer:
         that the state is from such a checkpoint.
         """
         state, config, ranks = self.state, self.config, self.setup.ranks
-        steps = self.total // config.batch_size
-        log_every = max(1, steps // (config.checkpoints * LOGS_PER_CHECKPOINT)) * config.batch_size
+        steps = self.total // config.images_per_step
+        log_every = max(1, steps // (config.checkpoints * LOGS_PER_CHECKPOINT)) * config.images_per_step
         save_every = math.ceil(self.total / config.checkpoints / log_every) * log_every
         due = unlogged and (state.images % save_every == 0 or state.images == self.total)
         began, since, waited = state.images, time.perf_counter(), self.loader.waited
@@ -276,9 +276,9 @@ class Trainer:
                 optimizer.threads = self.threads  # type: ignore[attr-defined]
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
-        state.images += config.batch_size
+        state.images += config.images_per_step
         for average in state.averages:
-            average.update(state.network, state.images // config.batch_size)
+            average.update(state.network, state.images // config.images_per_step)
         copied = finite.to("cpu", non_blocking=True)
         event = torch.cuda.current_stream(self.device).record_event() if finite.is_cuda else None
         self.pending.append(PendingStep(state.images, batch, t, copied, event))
@@ -293,7 +293,8 @@ class Trainer:
             """Compute the share of these images in the loss of the batch and in the minimized value."""
             with autocast(config.precision, self.device):
                 losses = step.losses(part)
-            return losses.detach().sum() / config.batch_size, step.minimized(losses, part).sum() / config.batch_size
+            minimized = step.minimized(losses, part).sum() / config.images_per_step
+            return losses.detach().sum() / config.images_per_step, minimized
 
         def micro_batches(part: TrainingBatch) -> list[TrainingBatch]:
             return part.split(math.ceil(len(part.x0) / (config.micro_batch or len(part.x0))))
@@ -374,7 +375,7 @@ class Trainer:
 
 def scheduled_learning_rate(config: TrainingConfig, images: int, total: int) -> float:
     """Compute the learning rate after ``images`` of ``total``: a linear warm-up, then a cosine to zero."""
-    warmup = min(1.0, (images + config.batch_size) / max(config.warmup_images, 1))
+    warmup = min(1.0, (images + config.images_per_step) / max(config.warmup_images, 1))
     return config.learning_rate * warmup * 0.5 * (1 + math.cos(math.pi * min(images / total, 1.0)))
 
 

@@ -368,11 +368,14 @@ def simulate(
         first = error.errors()[0]
         option = str(first["loc"][0]).replace("_", "-")
         raise UserError(f"--{option} {first['input']}: {first['msg']}: give another value") from error
+    size = config.ingest.size
     if images is None or bytes_per_image is None:
-        shards = simulator.Shards.of(read_manifest(config.dataset_folder))
+        manifest = read_manifest(config.dataset_folder)
+        shards, size = simulator.Shards.of(manifest), manifest.size
     else:
         shards = simulator.Shards.assumed(images, bytes_per_image, config.ingest.shard_bytes)
-    found = simulator.report(shards, machines, config.training.model_dump(), epochs)
+    training = config.training.with_batch_size(config.model, size)
+    found = simulator.report(shards, machines, training.model_dump(), epochs)
     return CommandOutput(found, found.lines())
 
 

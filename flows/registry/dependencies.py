@@ -38,8 +38,9 @@ def resolve_start(params: Params, uri: str) -> Version | None:
     """
     store, place = Store(), Location(settings().bucket) / "starts" / params.model_name
     # The requested training, with the models it depends on by name.
-    digest = data_digest(read_manifest(params.dataset_folder), params.training)
-    key = place.key(f"{train_key(digest, params.model, params.training)}.json")
+    manifest = read_manifest(params.dataset_folder)
+    training = params.training.with_batch_size(params.model, manifest.size)
+    key = place.key(f"{train_key(data_digest(manifest, training), params.model, training)}.json")
     try:
         noted = store.get(place.bucket, key)
     except Missing:

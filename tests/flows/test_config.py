@@ -340,3 +340,26 @@ def test_only_a_model_uri_is_looked_up(params: Path) -> None:
     assert registered(load_params(params, [f"model.autoencoder={uri}"])) == uri
     assert registered(load_params(params, ["model.autoencoder=runs/faces-vae/final.safetensors"])) is None
     assert registered(load_params(params, ["model.family=vae"])) is None
+
+
+@pytest.mark.parametrize(
+    ("settings", "size", "images"),
+    [
+        ([], 8, 64),
+        ([], 32, 64),
+        ([], 48, 32),
+        ([], 64, 32),
+        ([], 256, 16),
+        (["training.cpu_threads=48"], 64, 48),
+        (["training.batch_size=128"], 64, 128),
+        (["preset=ddpm"], 64, 128),
+        (["model.family=vae"], 64, 64),
+        (["model.family=gan"], 128, 32),
+        (["model.autoencoder=vae.safetensors"], 256, 64),
+    ],
+)
+def test_the_default_batch_has_fewer_images_where_they_are_larger(
+    params: Path, settings: list[str], size: int, images: int
+) -> None:
+    config = load_params(params, settings)
+    assert config.training.with_batch_size(config.model, size).images_per_step == images
