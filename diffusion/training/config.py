@@ -6,6 +6,7 @@ from typing import Any, Literal
 from pydantic import ConfigDict, Field, PositiveFloat, StrictBool, StrictInt, model_validator
 
 from diffusion.common.config import LARGEST_EMA_STD, Config, DeviceName, PlainName, unset
+from diffusion.common.errors import UserError
 from diffusion.models.config import FamilyConfig, LoRAConfig, ObjectiveConfig, default_batch_size
 
 
@@ -116,11 +117,8 @@ class TrainingConfig(ObjectiveConfig):
             raise ValueError(
                 f"training.cpu_threads = {self.cpu_threads} parts of {self.batch_size} images: use fewer of them"
             )
-        if self.micro_batch is not None and self.batch_size is not None and self.micro_batch >= self.batch_size:
-            raise ValueError(
-                f"training.micro_batch = {self.micro_batch} splits no batch of {self.batch_size} images: lower it, or "
-                "leave it out"
-            )
+        if words := self._unsplit():
+            raise ValueError(words)
         if self.shard is not True and self.shard is not False and self.shard < 2:
             raise ValueError(
                 f"training.shard = {self.shard} is no group of processes: use true, false, or the number in a group"
@@ -141,11 +139,26 @@ class TrainingConfig(ObjectiveConfig):
             )
         return self
 
+    def _unsplit(self) -> str | None:
+        """Describe a ``micro_batch`` that splits no batch; None if it splits them, or is not set."""
+        if self.micro_batch is None or self.batch_size is None or self.micro_batch < self.batch_size:
+            return None
+        return (
+            f"training.micro_batch = {self.micro_batch} splits no batch of {self.batch_size} images: lower it, or "
+            "leave it out"
+        )
+
     def with_batch_size(self, model: FamilyConfig, size: int) -> "TrainingConfig":
-        """Set ``batch_size`` for images of ``size`` pixels unless it is set; each thread then has an image at least."""
+        """Set ``batch_size`` for images of ``size`` pixels unless it is set; each thread then has an image at least.
+
+        Raises UserError if ``micro_batch`` does not split it.
+        """
         if self.batch_size is not None:
             return self
-        return self.model_copy(update={"batch_size": max(default_batch_size(model, size), self.cpu_threads)})
+        found = self.model_copy(update={"batch_size": max(default_batch_size(model, size), self.cpu_threads)})
+        if words := found._unsplit():
+            raise UserError(words)
+        return found
 
 
 class DistillationConfig(Config):

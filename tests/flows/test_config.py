@@ -363,3 +363,10 @@ def test_the_default_batch_has_fewer_images_where_they_are_larger(
 ) -> None:
     config = load_params(params, settings)
     assert config.training.with_batch_size(config.model, size).images_per_step == images
+
+
+def test_micro_batches_split_the_default_batch_or_are_an_error(params: Path) -> None:
+    config = load_params(params, ["training.micro_batch=32"])
+    assert config.training.with_batch_size(config.model, 32).micro_batch == 32
+    with pytest.raises(UserError, match=r"training\.micro_batch = 32 splits no batch of 32 images"):
+        config.training.with_batch_size(config.model, 64)
