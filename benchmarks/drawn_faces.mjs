@@ -32,7 +32,7 @@ const words = (name) => name.replace(/\d+$/, '').replace(/^gray/, '').replace(/(
 const named = (names, colour) => names[colour.slice(1)];
 
 function caption(face, drawing) {
-  // Most styles are drawn in black whatever the colour is.
+  // Most styles are black whatever the colour is.
   const parts = drawing.includes(face.headContrastColor) ? [`${named(HAIR, face.headContrastColor)} hair`] : [];
   parts.push(
     words(face.head), `${words(face.face)} face`, `${named(SKIN, face.skinColor)} skin`,

@@ -335,7 +335,8 @@ def page(evaluations: Mapping[str, dict[str, Any]]) -> str:
     models = "".join(
         f"| `{training.name}` | {training.images:,} of {training.size}×{training.size} | "
         f"{evaluations[training.name]['cpu_seconds'] / 60:.0f} | "
-        f"{', '.join(f'`{setting}`' for setting in training.settings)} | {figures(evaluations[training.name])} |\n"
+        f"{', '.join(f'`{setting}`' for setting in training.settings) or 'the defaults'} |"
+        f" {figures(evaluations[training.name])} |\n"
         for training in TRAININGS
     )
     plates = (

@@ -212,7 +212,7 @@ class Report(Config):
 
 
 def report(shards: Shards, machines: Machines, training: Mapping[str, Any], epochs: int = 1) -> Report:
-    """Simulate a training with the fields ``training`` of its section; windows that are null as small as suffices.
+    """Simulate a training with the fields ``training`` of its section; a null window or cache is as small as suffices.
 
     Raises UserError if the settings do not fit each other, the data set or the disk.
     """

@@ -91,8 +91,8 @@ class ObjectiveConfig(Config):
     """The part of the section ``training`` that defines the objective: noise levels, their weights, and the seed."""
 
     batch_size: int | None = Field(None, ge=1, le=2**20)
-    """Images per optimizer step. Null: 64, and for diffusion models of images 32 from about 48×48 pixels on, 16 from
-    about 96×96."""
+    """Images per optimizer step. Null: 64; for diffusion models of images 32 from about 48×48 pixels on, and 16 from
+    about 96×96; at least training.cpu_threads."""
     seed: int = Field(0, ge=0)
     """Seed of initial weights, order of images, time steps and noise."""
     weighting: Literal["plain", "min_snr", "soft_min_snr", "edm"] = "edm"
@@ -267,7 +267,10 @@ class ModelConfig(Kind):
 
 
 def default_batch_size(model: "FamilyConfig", size: int) -> int:
-    """Compute ``training.batch_size`` for images of ``size`` pixels: a large image says more of the gradient."""
+    """Compute ``training.batch_size`` for images of ``size`` pixels.
+
+    Fewer of more pixels estimate the gradient as well, and take more steps (benchmarks/README.md, image quality).
+    """
     if not isinstance(model, ModelConfig) or model.autoencoder is not None:
         return 64
     return int(min(max(2 ** round(math.log2(64 * 32 / size)), 16), 64))

@@ -117,7 +117,7 @@ class TrainingConfig(ObjectiveConfig):
             raise ValueError(
                 f"training.cpu_threads = {self.cpu_threads} parts of {self.batch_size} images: use fewer of them"
             )
-        if words := self._unsplit():
+        if words := self._micro_batch_conflict():
             raise ValueError(words)
         if self.shard is not True and self.shard is not False and self.shard < 2:
             raise ValueError(
@@ -139,8 +139,8 @@ class TrainingConfig(ObjectiveConfig):
             )
         return self
 
-    def _unsplit(self) -> str | None:
-        """Describe a ``micro_batch`` that splits no batch; None if it splits them, or is not set."""
+    def _micro_batch_conflict(self) -> str | None:
+        """Describe why ``micro_batch`` has no effect; None if it has one, is null, or the batch is not known yet."""
         if self.micro_batch is None or self.batch_size is None or self.micro_batch < self.batch_size:
             return None
         return (
@@ -156,7 +156,7 @@ class TrainingConfig(ObjectiveConfig):
         if self.batch_size is not None:
             return self
         found = self.model_copy(update={"batch_size": max(default_batch_size(model, size), self.cpu_threads)})
-        if words := found._unsplit():
+        if words := found._micro_batch_conflict():
             raise UserError(words)
         return found
 

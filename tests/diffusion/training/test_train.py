@@ -166,6 +166,16 @@ def test_changed_configuration_is_an_error_unless_restarted(dataset: Path, tmp_p
     assert run(dataset, tmp_path / "run", other, restart="if_different").final.read_bytes() != first
 
 
+def test_the_default_batch_is_in_the_file_and_a_run_of_that_number_is_the_same(dataset: Path, tmp_path: Path) -> None:
+    unset = CONFIG.model_copy(update={"images": 128, "checkpoints": 1, "batch_size": None})
+    first = train(dataset, tmp_path / "run", MODEL, unset, SAMPLING)
+    assert load_model(first.final).header.training["batch_size"] == 64
+    given = unset.model_copy(update={"batch_size": 64})
+    assert train(dataset, tmp_path / "run", MODEL, given, SAMPLING).train_key == first.train_key
+    with pytest.raises(UserError, match=r"differs in training\.batch_size"):
+        train(dataset, tmp_path / "run", MODEL, given.model_copy(update={"batch_size": 32}), SAMPLING)
+
+
 def test_discarded_run_restarts_with_the_same_result(dataset: Path, tmp_path: Path) -> None:
     first = run(dataset, tmp_path / "run").final
     bits, written = first.read_bytes(), first.stat().st_mtime_ns

@@ -108,13 +108,3 @@ def test_the_default_resolutions_are_in_the_file_and_equal_those_that_are_given(
     for model in (unset, unset.model_copy(update={"channel_mult": (1, 1)})):
         warm = config.model_copy(update={"init_from": str(first)})
         train(dataset, tmp_path / f"second-{model.channel_mult}", model, warm, SAMPLING)
-
-
-def test_the_default_batch_is_in_the_file_and_a_run_of_that_number_is_the_same(dataset: Path, tmp_path: Path) -> None:
-    unset = TrainingConfig.model_validate(CONFIG.model_dump() | SHORT | {"images": 128, "batch_size": None})
-    first = train(dataset, tmp_path / "run", MODEL, unset, SAMPLING)
-    assert read_model_header(first.final).training["batch_size"] == 64
-    given = unset.model_copy(update={"batch_size": 64})
-    assert train(dataset, tmp_path / "run", MODEL, given, SAMPLING).train_key == first.train_key
-    with pytest.raises(UserError, match=r"differs in training\.batch_size"):
-        train(dataset, tmp_path / "run", MODEL, given.model_copy(update={"batch_size": 32}), SAMPLING)

@@ -148,6 +148,8 @@ def test_simulate_takes_the_shards_of_the_data_set_or_those_that_are_described(c
     found = commands.json(*described, *settings, "--step-seconds", "2")
     assert (found["images"], found["bytes"], found["shards"]) == (10**9, 2 * 10**13, 10**4)
     assert found["streaming"]["window"] == found["smallest"]["window"]
+    found = commands.json(*described, "--set", "ingest.size=64", "--set", "ingest.shard_bytes=2000000000")
+    assert found["streaming"]["batch_size"] == 32
     lines = commands.run(*described, *settings, "--step-seconds", "0.5").splitlines()
     assert any("the network would have to be" in line for line in lines)
     commands.run("simulate", "--images", "5", code=2)
