@@ -23,6 +23,8 @@ from diffusion.data.manifest import Manifest
 
 EXACT = 2**22
 """Images up to which it is known which shards each batch needs; beyond, it is taken to need all of its window."""
+REPEATED = 1e-6
+"""Share of a step by which times of two batches may differ and count as the same."""
 FETCHES = 2
 """Fetches of a shard cache at a time."""
 SHORTEST = 2_000, 6
@@ -270,9 +272,9 @@ def simulate(
     positions, current = range(0), np.empty(0, np.int64)
     before: set[int] = set()
     following = positions, current
-    for number, position in enumerate(range(0, epochs * length, batch)):
-        if number == batches:
-            break
+    steps: deque[tuple[float, float, np.ndarray]] = deque(maxlen=streaming.workers + 1)
+    number, position = 0, 0
+    while position < epochs * length and number != batches:
         figure = figures[position // length]
         if position not in positions:
             positions, current = order.window(position)
@@ -295,6 +297,7 @@ def simulate(
                 used, last[shard] = used + size, number
                 figure[2:4] += size, 1
             before = set(coming)
+            steps.clear()
         submitted.append(now)
         if length <= EXACT:
             needed = np.unique(np.searchsorted(ends, order.rows(position, batch), side="right"))
@@ -302,8 +305,8 @@ def simulate(
             needed = current if position + batch <= positions.stop else np.concatenate([current, following[1]])
         last[needed] = number
         thread = threads.index(min(threads))
-        begun = max(threads[thread], submitted[0], float(ready[needed].max()))
-        disk = max(disk, begun) + reading
+        fetched, free = float(ready[needed].max()), max(threads[thread], submitted[0])
+        disk = max(disk, max(free, fetched)) + reading
         threads[thread] = disk + decoding
         waited = max(0.0, threads[thread] - now)
         if number == 0:
@@ -311,6 +314,24 @@ def simulate(
             now = first_batch
         figure[:2] += waited + machines.step_seconds, waited
         now += waited + machines.step_seconds
+        number, position = number + 1, position + batch
+
+        if length <= EXACT or needed is not current or fetched > free:
+            steps.clear()
+            continue
+        # With all shards there, times alone decide: once they repeat, relative to now, they do to the window's end.
+        steps.append((now, figure[1], np.array([*sorted(threads), disk, *submitted]) - now))
+        then, waited_then, state = steps[0]
+        if len(steps) > streaming.workers and np.abs(steps[-1][2] - state).max() < REPEATED * machines.step_seconds:
+            left = (positions.stop - position) // batch
+            repeats = (left if batches is None else min(left, batches - number)) // streaming.workers
+            skipped, later = repeats * streaming.workers, repeats * (now - then)
+            figure[:2] += later, repeats * (figure[1] - waited_then)
+            threads, disk, now = [time + later for time in threads], disk + later, now + later
+            submitted.extend([time + later for time in submitted])
+            number, position = number + skipped, position + skipped * batch
+            last[current] = number - 1
+            steps.clear()
     names = ("seconds", "waited", "fetched_bytes", "fetched", "hits")
     return Simulation(
         first_batch=first_batch,

@@ -8,6 +8,8 @@ from pathlib import Path
 from threading import Lock
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from diffusion.common.errors import UserError
 from diffusion.data.dataset import Dataset
@@ -171,6 +173,40 @@ def test_of_a_billion_images_each_shard_is_fetched_once_by_every_node() -> None:
     assert epoch.fetched_bytes == pytest.approx(10**9 * 20_000 + ahead, rel=1e-3)
     assert epoch.waited == 0
     assert epoch.seconds == pytest.approx(0.1 * 10**9 / 2**16, rel=1e-3)
+
+
+@given(
+    steps=st.tuples(*[st.sampled_from([0.7, 1.1, 10.0])] * 3),
+    latency=st.sampled_from([0.0, 0.05]),
+    workers=st.integers(1, 4),
+    ahead=st.integers(0, 5),
+    window=st.sampled_from([8, 30]),
+    batches=st.sampled_from([None, 777]),
+)
+@settings(max_examples=30, deadline=None)
+def test_steps_that_repeat_are_counted_as_if_they_were_simulated_one_by_one(
+    steps: tuple[float, float, float], latency: float, workers: int, ahead: int, window: int, batches: int | None
+) -> None:
+    shards = Shards.assumed(5_000_000, 20_000, 2**30)
+    network, disk, decoding = (1000 / 0.1 * factor for factor in steps)
+    machines = Machines(
+        bandwidth=network * 20_000,
+        latency=latency,
+        disk_bandwidth=disk * 20_000,
+        decode_rate=decoding / workers,
+        step_seconds=0.1,
+    )
+    stream_bytes = shards.two_windows(window)
+    streaming = Streaming(
+        batch_size=1000, window=window, stream_bytes=stream_bytes, prefetch=workers + ahead, workers=workers, seed=1
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("diffusion.data.simulate.REPEATED", 0)
+        singly = simulate(shards, machines, streaming, 2, batches)
+    found = simulate(shards, machines, streaming, 2, batches)
+    assert found.first_batch == singly.first_batch
+    for epoch, expected in zip(found.epochs, singly.epochs, strict=True):
+        assert epoch.model_dump() == pytest.approx(expected.model_dump(), rel=1e-9, abs=1e-6)
 
 
 def test_more_nodes_decode_more_and_larger_windows_and_faster_networks_never_wait_longer() -> None:
