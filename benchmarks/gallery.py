@@ -260,36 +260,40 @@ def pieces_of_faces(faces: Path, workspace: Path) -> Path:
 def pieces_of_photographs(workspace: Path) -> Path:
     """Cut 10,000 pieces of 64×64 out of photographs of about 320 pixels."""
     folder, rng = workspace / PHOTOGRAPHS.source, random.Random(0)
-    for name, image in cuts_of_photographs(2_500, 320, rng):
+    for _, name, image in cuts_of_photographs(2_500, 320, rng):
         write_pieces(image, 4, folder, name, rng)
     return folder
 
 
 def small_photographs(workspace: Path) -> Path:
-    """Cut 20,000 photographs of 128×128."""
+    """Cut 20,000 photographs of 128×128, in a folder, which becomes their class, for each subject."""
     folder = workspace / LATENT.source
-    folder.mkdir(exist_ok=True)
     # Cuts whose longer side is about 280 pixels have a shorter one of 128 and more, with few exceptions.
-    for name, image in cuts_of_photographs(20_000, 280, random.Random(0)):
-        ImageOps.fit(image, (LATENT.size, LATENT.size)).save(folder / f"{name}.jpg", quality=92)
+    for path, name, image in cuts_of_photographs(20_000, 280, random.Random(0)):
+        subject = folder / path.stem.partition("_")[0].lower()  # one photograph comes in three sizes
+        subject.mkdir(parents=True, exist_ok=True)
+        ImageOps.fit(image, (LATENT.size, LATENT.size)).save(subject / f"{name}.jpg", quality=92)
     return folder
 
 
 def parts_of_photographs(workspace: Path) -> Path:
     """Cut two pieces of 64×64 out of each of the small photographs: a network of convolutions needs no whole ones."""
     folder, rng = workspace / AUTOENCODER.source, random.Random(0)
-    for path in sorted(small_photographs(workspace).iterdir()):
+    for path in sorted(small_photographs(workspace).rglob("*.jpg")):
         write_pieces(Image.open(path), 2, folder, path.stem, rng)
     return folder
 
 
-def cuts_of_photographs(count: int, side: int, rng: random.Random) -> Iterator[tuple[str, Image.Image]]:
-    """Cut about ``count`` images of ``side`` pixels, with their names, but none of what is enlarged on the page."""
+def cuts_of_photographs(count: int, side: int, rng: random.Random) -> Iterator[tuple[Path, str, Image.Image]]:
+    """Cut about ``count`` images of ``side`` pixels, but none of what is enlarged on the page.
+
+    Yields photographs, and their cuts with names.
+    """
     paths = [path for path in photographs(default_folders()) if path.name != ENLARGED]
     for number, path in enumerate(paths):
         photograph = Image.open(path).convert("RGB")
         for part in range(count // len(paths)):
-            yield f"{number}-{part}", cut(photograph, side, rng)
+            yield path, f"{number}-{part}", cut(photograph, side, rng)
 
 
 def write_pieces(image: Image.Image, count: int, folder: Path, name: str, rng: random.Random) -> None:
