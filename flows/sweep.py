@@ -14,6 +14,7 @@ from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from pydantic import JsonValue
 
 from diffusion.common.config import Config
+from diffusion.common.errors import UserError
 from diffusion.common.files import digest_of
 from diffusion.common.image_grids import grid, png_bytes
 from diffusion.common.progress import Progress
@@ -42,13 +43,22 @@ class RankingResult(Config):
 
 @flow(name="sweep", flow_run_name="sweep-{params.training.dataset}")
 def sweep(params: Params, over: dict[str, list[JsonValue]]) -> RankingResult:
-    """Train and evaluate every combination of the values in ``over``, by dotted key, and rank them."""
+    """Train and evaluate every combination of the values in ``over``, by dotted key, and rank them.
+
+    Raises UserError if two of them are the same training, as the default of a field and its value.
+    """
     points = combinations(params, over)
     parent = begin(params, over)
     runs: list[str] = []
     evaluations: list[Evaluation] = []
     for point in points:
-        runs.append(train(point.params, restart="if_different").run_id)
+        run_id = train(point.params, restart="if_different").run_id
+        if run_id in runs:
+            raise UserError(
+                f"--over with {words_of(point.settings)} is the same training as with "
+                f"{words_of(points[runs.index(run_id)].settings)}: leave one of them out"
+            )
+        runs.append(run_id)
         MlflowClient().set_tag(runs[-1], MLFLOW_PARENT_RUN_ID, parent)
         evaluations.append(evaluate(point.params, point.folder))
     return rank(params, parent, points, runs, evaluations)

@@ -24,7 +24,7 @@ from diffusion.data.manifest import Manifest
 EXACT = 2**22
 """Images up to which it is known which shards each batch needs; beyond, it is taken to need all of its window."""
 REPEATED = 1e-6
-"""Share of a step by which times of two batches may differ and count as the same."""
+"""Share of a step by which times that repeat may differ."""
 FETCHES = 2
 """Fetches of a shard cache at a time."""
 SHORTEST = 2_000, 6
@@ -216,8 +216,13 @@ class Report(Config):
 def report(shards: Shards, machines: Machines, training: Mapping[str, Any], epochs: int = 1) -> Report:
     """Simulate a training with the fields ``training`` of its section; a null window or cache is as small as suffices.
 
-    Raises UserError if the settings do not fit each other, the data set or the disk.
+    Raises UserError if the settings do not fit each other, the machines, the data set or the disk.
     """
+    if training["batch_size"] % (ranks := machines.nodes * machines.ranks):
+        raise UserError(
+            f"training.batch_size = {training['batch_size']} cannot be shared equally by {ranks} ranks: "
+            f"make it a multiple of {ranks}"
+        )
     least = smallest_window(shards, training["batch_size"], training["prefetch"])
     window = training["window"] or least
     chosen = {"window": window, "stream_bytes": training["stream_bytes"] or shards.two_windows(window)}
@@ -319,14 +324,15 @@ def simulate(
         if length <= EXACT or needed is not current or fetched > free:
             steps.clear()
             continue
-        # With all shards there, times alone decide: once they repeat, relative to now, they do to the window's end.
+        # With all shards there, times alone decide. Once they are, relative to now, what they were when each thread had
+        # one batch less to make, they repeat to the window's end.
         steps.append((now, figure[1], np.array([*sorted(threads), disk, *submitted]) - now))
         then, waited_then, state = steps[0]
         if len(steps) > streaming.workers and np.abs(steps[-1][2] - state).max() < REPEATED * machines.step_seconds:
             left = (positions.stop - position) // batch
-            repeats = (left if batches is None else min(left, batches - number)) // streaming.workers
-            skipped, later = repeats * streaming.workers, repeats * (now - then)
-            figure[:2] += later, repeats * (figure[1] - waited_then)
+            rounds = (left if batches is None else min(left, batches - number)) // streaming.workers
+            skipped, later = rounds * streaming.workers, rounds * (now - then)
+            figure[:2] += later, rounds * (figure[1] - waited_then)
             threads, disk, now = [time + later for time in threads], disk + later, now + later
             submitted.extend([time + later for time in submitted])
             number, position = number + skipped, position + skipped * batch

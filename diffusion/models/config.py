@@ -91,8 +91,8 @@ class ObjectiveConfig(Config):
     """The part of the section ``training`` that defines the objective: noise levels, their weights, and the seed."""
 
     batch_size: int | None = Field(None, ge=1, le=2**20)
-    """Images per optimizer step. Null: 64; for diffusion models of images 32 from about 48×48 pixels on, and 16 from
-    about 96×96; at least training.cpu_threads."""
+    """Images per optimizer step. Null: 64, whatever the preset says; for diffusion models of images 32 from about
+    48×48 pixels on, and 16 from about 96×96; doubled until there is one for each of training.cpu_threads."""
     seed: int = Field(0, ge=0)
     """Seed of initial weights, order of images, time steps and noise."""
     weighting: Literal["plain", "min_snr", "soft_min_snr", "edm"] = "edm"
@@ -269,7 +269,8 @@ class ModelConfig(Kind):
 def default_batch_size(model: "FamilyConfig", size: int) -> int:
     """Compute ``training.batch_size`` for images of ``size`` pixels.
 
-    Fewer of more pixels estimate the gradient as well, and take more steps (benchmarks/README.md, image quality).
+    A few large images estimate a gradient as well as many small ones, and smaller batches are more steps
+    (benchmarks/README.md, image quality).
     """
     if not isinstance(model, ModelConfig) or model.autoencoder is not None:
         return 64

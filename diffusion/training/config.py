@@ -149,13 +149,17 @@ class TrainingConfig(ObjectiveConfig):
         )
 
     def with_batch_size(self, model: FamilyConfig, size: int) -> "TrainingConfig":
-        """Set ``batch_size`` for images of ``size`` pixels unless it is set; each thread then has an image at least.
+        """Set ``batch_size`` for images of ``size`` pixels unless it is set.
 
+        The default is doubled until each thread has an image, so that it can be shared by as many processes as before.
         Raises UserError if ``micro_batch`` does not split it.
         """
         if self.batch_size is not None:
             return self
-        found = self.model_copy(update={"batch_size": max(default_batch_size(model, size), self.cpu_threads)})
+        batch_size = default_batch_size(model, size)
+        while batch_size < self.cpu_threads:
+            batch_size *= 2
+        found = self.model_copy(update={"batch_size": batch_size})
         if words := found._micro_batch_conflict():
             raise UserError(words)
         return found

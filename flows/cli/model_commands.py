@@ -145,7 +145,7 @@ def rollback(config: "Params", reason: Reason = None) -> CommandOutput:
 
     The gate never promotes a rolled-back version again; `darkroom promote --to` does.
 
-    Example:  darkroom model rollback --dataset faces --reason "draws three eyes"
+    Example:  darkroom model rollback --dataset faces --reason "three eyes"
     """
     from flows.cli.checks import require_model
 

@@ -60,7 +60,7 @@ def tab(model: str) -> None:
             ask = gr.Button("Roll back …", variant="stop", size="sm", scale=0, min_width=110, interactive=False)
         with gr.Column(visible=False) as confirmation:
             question = gr.Markdown()
-            reason = gr.Textbox(label="Reason, kept in the ledger", placeholder="draws three eyes", max_length=2000)
+            reason = gr.Textbox(label="Reason, kept in the ledger", placeholder="three eyes", max_length=2000)
             with gr.Row():
                 confirm = gr.Button("Roll back", variant="stop", min_width=110)
                 cancel = gr.Button("Cancel", min_width=110)

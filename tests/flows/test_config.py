@@ -350,7 +350,7 @@ def test_only_a_model_uri_is_looked_up(params: Path) -> None:
         ([], 48, 32),
         ([], 64, 32),
         ([], 256, 16),
-        (["training.cpu_threads=48"], 64, 48),
+        (["training.cpu_threads=48"], 64, 64),
         (["training.batch_size=128"], 64, 128),
         (["preset=ddpm"], 64, 128),
         (["model.family=vae"], 64, 64),

@@ -345,3 +345,14 @@ def test_user_mistakes_are_one_line_and_exit_2(workspace: Workspace) -> None:
         error = workspace.run(*arguments, code=2)
         assert words in error
         assert len(error.strip().splitlines()) == 1
+
+
+def test_a_training_with_the_default_batch_is_the_one_that_its_evaluation_finds(
+    workspace: Workspace, server: MlflowClient
+) -> None:
+    default = ["--set", "training.batch_size=null", "--set", "training.output=runs/default", "--set"]
+    settings = [*default, "training.images=320", "--set", "registry.model=default"]
+    done = workspace.json("train", *settings)
+    assert server.get_run(done["run_id"]).data.params["training.batch_size"] == "64"
+    workspace.run("evaluate", *settings)
+    assert "eval/kid_efflite0" in server.get_run(done["run_id"]).data.metrics

@@ -7,6 +7,7 @@ from itertools import pairwise
 from pathlib import Path
 from threading import Lock
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -182,12 +183,22 @@ def test_of_a_billion_images_each_shard_is_fetched_once_by_every_node() -> None:
     ahead=st.integers(0, 5),
     window=st.sampled_from([8, 30]),
     batches=st.sampled_from([None, 777]),
+    uneven=st.booleans(),
 )
 @settings(max_examples=30, deadline=None)
 def test_steps_that_repeat_are_counted_as_if_they_were_simulated_one_by_one(
-    steps: tuple[float, float, float], latency: float, workers: int, ahead: int, window: int, batches: int | None
+    steps: tuple[float, float, float],
+    latency: float,
+    workers: int,
+    ahead: int,
+    window: int,
+    batches: int | None,
+    uneven: bool,
 ) -> None:
     shards = Shards.assumed(5_000_000, 20_000, 2**30)
+    if uneven:
+        images = np.random.default_rng(0).integers(40_000, 80_000, len(shards.images))
+        shards = Shards("", images * 20_000, images)
     network, disk, decoding = (1000 / 0.1 * factor for factor in steps)
     machines = Machines(
         bandwidth=network * 20_000,

@@ -156,6 +156,7 @@ def test_simulate_takes_the_shards_of_the_data_set_or_those_that_are_described(c
     for wrong in (("nodes", "0"), ("bandwidth", "-1"), ("latency", "nan"), ("step-seconds", "inf")):
         assert f"--{wrong[0]} " in commands.run(*described, f"--{wrong[0]}", wrong[1], code=2)
     commands.run(*described, "--disk-bytes", "1000", code=2)
+    assert "24 ranks" in commands.run(*described, *settings, "--nodes", "3", code=2)
 
 
 def test_show_describes_a_version_and_its_quarantined_files(commands: CommandLine) -> None:

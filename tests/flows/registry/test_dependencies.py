@@ -53,6 +53,7 @@ def test_init_from_is_fixed_until_configuration_or_data_change(
     assert begun(params) == f"models:/{name}/1"
     promote_new_version(mlflow_client, params, tmp_path)
     assert begun(params) == f"models:/{name}/1"
+    assert begun(other(params, batch_size=64)) == f"models:/{name}/1"  # the default, in numbers
     assert begun(other(params, seed=1)) == f"models:/{name}/2"
     manifest = read_manifest(params.dataset_folder)
     write_manifest(params.dataset_folder, manifest.model_copy(update={"content_digest": "0" * 64}))
