@@ -203,6 +203,8 @@ def command_line() -> str:
         row = _rows([str(error.exit_code), text])[0]
         if row not in lines:
             lines.append(row)
+    for code, signal in (("130", "Ctrl-C"), ("143", "SIGTERM")):
+        lines += _rows([code, f"Stopped by {signal}; the same command continues."])[:1]
     if options := [option for option in root.params if option.name != "help"]:
         lines += ["", "## darkroom", "", *_parameters(options)]
     for name, each in root.commands.items():
