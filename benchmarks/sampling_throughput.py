@@ -1,7 +1,7 @@
 """Sampling throughput of Darkroom and of diffusers pipelines with the same weights, exported.
 
-    python benchmarks/drawing.py --model runs/faces/final.safetensors
-    python benchmarks/drawing.py --seconds 600
+    python benchmarks/sampling_throughput.py --model runs/faces/final.safetensors
+    python benchmarks/sampling_throughput.py --seconds 600
 
 Without a model, the default one is trained first, on Fashion-MNIST in 32×32, as ``quality.py`` does. First, images per
 second with the same network, sampler and steps. Then, with Darkroom's samplers, the fewest steps whose images are no
@@ -186,7 +186,7 @@ def main() -> None:
     weights = args.model or trained(workspace, args.seconds)
     which = {"weights": sha256_file(weights), "threads": torch.get_num_threads()}
     judge = Judge(Dataset.open(workspace / "data" / "images"), workspace)
-    race = Race(load_model(weights), judge, Kept(workspace / "drawing"), which)
+    race = Race(load_model(weights), judge, Kept(workspace / "sampling"), which)
     measured = partial(race.rates, count=args.count, rounds=args.rounds)
     for config in SAME:
         found = measured(config, config)

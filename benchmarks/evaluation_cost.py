@@ -1,7 +1,7 @@
 """Time and peak memory of evaluation once features are computed, for each step.
 
-    python benchmarks/judging.py                # 10,000 samples against 60,000 references of 1,280 features
-    python benchmarks/judging.py --scale 0.1    # a tenth of both, as a quick check
+    python benchmarks/evaluation_cost.py                # 10,000 samples against 60,000 references of 1,280 features
+    python benchmarks/evaluation_cost.py --scale 0.1    # a tenth of both, as a quick check
 
 Features are Gaussian with a spectrum like EfficientNet-Lite0's, the samples' slightly shifted. The aim, on two cores:
 all point values in under 60 seconds, the intervals of 200 replicates (100 cuts × 2 halves) in under 10 minutes, and
