@@ -348,7 +348,7 @@ def test_user_mistakes_are_one_line_and_exit_2(workspace: Workspace) -> None:
 
 
 def test_a_training_with_the_default_batch_is_the_one_that_its_evaluation_finds(
-    workspace: Workspace, server: MlflowClient
+    workspace: Workspace, server: MlflowClient, retrained: Any
 ) -> None:
     default = ["--set", "training.batch_size=null", "--set", "training.output=runs/default", "--set"]
     settings = [*default, "training.images=320", "--set", "registry.model=default"]
