@@ -3,9 +3,10 @@
     python benchmarks/magnitude_preserving.py
     python benchmarks/magnitude_preserving.py --images emoji.tar.gz --seen 32512 --samples 512
 
-The default network trains twice on as many images: as it is, and with its layers replaced. The metric is the Fréchet
-distance of ``quality.py``, and the cost is processor time. Darkroom reads no model files of the second network: they
-stay in ``--scratch``, and what was trained is not trained again.
+The default network trains twice on as many images: as it is, and with its layers replaced. Embeddings and the
+optimizer, Muon, stay as they are, and filters are normalised where they are used, not after each step as well
+(equation 66). The metric is the Fréchet distance of ``quality.py``, and the cost is processor time; what was trained
+lies in ``--scratch`` and is not trained again. Darkroom reads no model files of the second network.
 """
 
 import argparse
@@ -25,7 +26,7 @@ import diffusion
 from diffusion.checkpoints import load_model
 from diffusion.data.dataset import Dataset
 from diffusion.generation.generate import sample
-from diffusion.models.unet import attend
+from diffusion.models import unet
 from diffusion.process.samplers import sampling_config
 
 RESIDUAL = 0.3
@@ -36,7 +37,7 @@ TINY = 1e-4
 
 
 def unit(x: Tensor, dim: int) -> Tensor:
-    """Scale ``x`` to a mean square of 1 over ``dim`` (equation 30)."""
+    """Scale ``x`` to a mean square of 1 over ``dim``."""
     return x * (x.float().square().mean(dim, keepdim=True) + TINY).rsqrt().to(x.dtype)
 
 
@@ -51,7 +52,7 @@ def add(x: Tensor, residual: Tensor) -> Tensor:
 
 
 class Convolution(nn.Conv2d):
-    """Convolution without bias, whose filters have length 1 (equation 66)."""
+    """Convolution without bias, whose filters have length 1 (equation 47)."""
 
     def __init__(self, inputs: int, outputs: int, kernel: int, stride: int = 1) -> None:
         super().__init__(inputs, outputs, kernel, stride=stride, padding=kernel // 2, bias=False)
@@ -97,33 +98,23 @@ class SelfAttention(nn.Module):
         n, c, h, w = x.shape
         qkv = unit(self.qkv(x).permute(0, 2, 3, 1).reshape(n, h * w, 3, self.heads, c // self.heads), -1)
         query, key, value = qkv.permute(2, 0, 3, 1, 4)
-        return add(x, self.out(attend(query, key, value).transpose(1, 2).reshape(n, h, w, c).permute(0, 3, 1, 2)))
+        return add(x, self.out(unet.attend(query, key, value).transpose(1, 2).reshape(n, h, w, c).permute(0, 3, 1, 2)))
 
 
-class Shrink(nn.Module):
+class Shrink(unet.Shrink):
     """Downsampling by a factor of 2."""
 
     def __init__(self, channels: int) -> None:
-        super().__init__()
+        super().__init__(channels)
         self.conv = Convolution(channels, channels, 3, stride=2)
 
-    def forward(self, x: Tensor, embedding: Tensor, draws: Tensor | None = None) -> Tensor:
-        """(N, C, H, W) to (N, C, H/2, W/2)."""
-        out: Tensor = self.conv(x)
-        return out
 
-
-class Grow(nn.Module):
+class Grow(unet.Grow):
     """Upsampling by a factor of 2."""
 
     def __init__(self, channels: int) -> None:
-        super().__init__()
+        super().__init__(channels)
         self.conv = Convolution(channels, channels, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, C, H, W) to (N, C, 2H, 2W)."""
-        out: Tensor = self.conv(functional.interpolate(x, scale_factor=2.0, mode="nearest"))
-        return out
 
 
 class Normalisation(nn.Module):

@@ -191,6 +191,15 @@ class Batch:
     """(B, C, H, W) uint8, all of one bucket, channels last in memory; or their latents, float32."""
 
 
+def require_equal_shares(batch_size: int, ranks: int) -> None:
+    """Raise UserError if ``ranks`` does not divide ``batch_size``."""
+    if batch_size % ranks:
+        raise UserError(
+            f"training.batch_size = {batch_size} cannot be shared equally by {ranks} ranks: "
+            f"make it a multiple of {ranks}"
+        )
+
+
 class Loader:
     """Loader of one rank's share of the batch that begins at a position in the order of training.
 
@@ -217,11 +226,7 @@ class Loader:
         workers: int = 2,
         latents: Callable[[Rows, np.ndarray | None], Tensor] | None = None,
     ) -> None:
-        if batch_size % ranks:
-            raise UserError(
-                f"training.batch_size = {batch_size} cannot be shared equally by {ranks} ranks: "
-                f"make it a multiple of {ranks}"
-            )
+        require_equal_shares(batch_size, ranks)
         self.dataset = dataset
         self.rows = np.asarray(rows)
         self.order, self.batch_size, self.rank = order, batch_size, rank

@@ -18,7 +18,7 @@ from diffusion.common.config import Config
 from diffusion.common.errors import UserError
 from diffusion.common.escaping import counted
 from diffusion.data.dataset import ByShard
-from diffusion.data.loader import WindowedOrder
+from diffusion.data.loader import WindowedOrder, require_equal_shares
 from diffusion.data.manifest import Manifest
 
 EXACT = 2**22
@@ -218,11 +218,7 @@ def report(shards: Shards, machines: Machines, training: Mapping[str, Any], epoc
 
     Raises UserError if the settings do not fit each other, the machines, the data set or the disk.
     """
-    if training["batch_size"] % (ranks := machines.nodes * machines.ranks):
-        raise UserError(
-            f"training.batch_size = {training['batch_size']} cannot be shared equally by {ranks} ranks: "
-            f"make it a multiple of {ranks}"
-        )
+    require_equal_shares(training["batch_size"], machines.nodes * machines.ranks)
     least = smallest_window(shards, training["batch_size"], training["prefetch"])
     window = training["window"] or least
     chosen = {"window": window, "stream_bytes": training["stream_bytes"] or shards.two_windows(window)}

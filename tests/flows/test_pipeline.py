@@ -356,3 +356,8 @@ def test_a_training_with_the_default_batch_is_the_one_that_its_evaluation_finds(
     assert server.get_run(done["run_id"]).data.params["training.batch_size"] == "64"
     workspace.run("evaluate", *settings)
     assert "eval/kid_efflite0" in server.get_run(done["run_id"]).data.metrics
+
+
+def test_a_sweep_of_a_default_and_its_value_is_an_error(workspace: Workspace, retrained: Any) -> None:
+    settings = ("--set", "training.images=320", "--set", "registry.model=twice")
+    assert "batch_size" in workspace.run("sweep", "--over", "training.batch_size=null,64", *settings, code=2)
