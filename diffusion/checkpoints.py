@@ -21,7 +21,7 @@ from diffusion.common.errors import UserError
 from diffusion.common.files import canonical_json, sha256_bytes, sha256_file, write_atomically
 from diffusion.common.model_files import METADATA_KEY, read_header
 from diffusion.families import family_of
-from diffusion.families.model import Base, Model, ModelHeader
+from diffusion.families.model import CHOSEN, Base, Model, ModelHeader
 from diffusion.models.config import DiffusersConfig, classes_of
 from diffusion.models.fine_tuning import tuned_weights
 from diffusion.models.pretrained import PipelineNetwork
@@ -30,13 +30,15 @@ from diffusion.process.samplers import SamplingConfig
 
 AVERAGED = "ema."
 """Prefix of the averaged weights' names in checkpoints and in final models."""
+GUIDE = "guide."
+"""Prefix of the weights of the guide that autoguidance leads away from."""
 AUTOENCODER = "autoencoder."
 """Prefix of the weights of a latent diffusion model's autoencoder and of its latents' moments."""
 CARRIED = "carried."
 """Prefix of the weights of an imported pipeline's components that are not run, by the path of their file."""
 FILES = "files."
 """Prefix of an imported pipeline's files that are no weights, and of the headers of those that are: bytes, by path."""
-PARTS = (AVERAGED, AUTOENCODER, CARRIED, FILES)
+PARTS = (AVERAGED, GUIDE, AUTOENCODER, CARRIED, FILES)
 """Prefixes of a final model's tensors."""
 LARGEST_FILES = 128 * 2**20
 """Most bytes of all files of an imported pipeline that are no weights."""
@@ -72,7 +74,8 @@ def model_digest(path: Path) -> str:
 def weights_digest(path: Path) -> str:
     """Compute ``sha256:`` and the SHA-256 over configuration, names and weights, equal for all files of a model.
 
-    That of an imported pipeline is also over the files of its tokenizers, on which training depends.
+    That of an imported pipeline is also over the files of its tokenizers, on which training depends, and that of a
+    model with a guide over its weights.
     """
     header = read_model_header(path)
     digest = hashlib.sha256(header.model.model_dump_json().encode())
@@ -82,9 +85,10 @@ def weights_digest(path: Path) -> str:
     for name, value in sorted(read_tensors(path, AVERAGED).items()):
         digest.update(f"{name} {tuple(value.shape)}".encode())
         digest.update(tensor_bytes(value))
-    for name, value in sorted(read_tensors(path, f"{FILES}tokenizer").items()):
-        digest.update(f"tokenizer{name} {tuple(value.shape)}".encode())
-        digest.update(tensor_bytes(value))
+    for part, prefix in ((f"{FILES}tokenizer", "tokenizer"), (GUIDE, GUIDE)):
+        for name, value in sorted(read_tensors(path, part).items()):
+            digest.update(f"{prefix}{name} {tuple(value.shape)}".encode())
+            digest.update(tensor_bytes(value))
     return f"sha256:{digest.hexdigest()}"
 
 
@@ -101,7 +105,7 @@ def export(checkpoint: Path, path: Path, sampling: SamplingConfig | None = None)
     tensors = {prefix + name: value for prefix in PARTS for name, value in read_tensors(checkpoint, prefix).items()}
     header = read_header(checkpoint)
     if sampling is not None:
-        header["model_header"] |= sampling.model_dump(mode="json", include={"guidance", "guidance_interval"})
+        header["model_header"] |= sampling.model_dump(mode="json", include=CHOSEN)
     link_bases(checkpoint, path.parent)
     return save_tensors(path, tensors, header)
 
@@ -191,7 +195,7 @@ def load_model(path: Path) -> Model:
     if isinstance(network := modules[AVERAGED], PipelineNetwork):
         network.files = read_pipeline_files(path, header)
     model: Model = family_of(header.model).make_model(header, modules[AVERAGED], modules.get(AUTOENCODER))
-    return model
+    return replace(model, guide=modules.get(GUIDE))
 
 
 def _load_on_base(path: Path, header: ModelHeader, base: Model) -> Model:
@@ -214,7 +218,8 @@ def _load_on_base(path: Path, header: ModelHeader, base: Model) -> Model:
     if isinstance(network, PipelineNetwork):
         assert isinstance(header.model, DiffusersConfig)
         network.set_classes(header.model)
-    return replace(base, header=header).at(None)
+    # The guide of the base knows nothing of what was trained.
+    return replace(base, header=header, guide=None).at(None)
 
 
 def read_shapes(path: Path) -> dict[str, list[int]]:
@@ -278,8 +283,9 @@ class _SkipInitialization(TorchFunctionMode):
 
 
 def _modules(header: ModelHeader) -> dict[str, Any]:
-    """Build the network of ``header``, and its autoencoder if there is one, with random weights, by their prefixes."""
+    """Build the network of ``header``, its guide and its autoencoder if any, with random weights, by their prefixes."""
     inner = header.latents.shape if header.latents else header.square
     classes = classes_of(header.model, header.class_histogram)
-    modules = {AVERAGED: family_of(header.model).make_network(header.model, inner, len(classes))}
+    networks = (AVERAGED,) if header.guide_images is None else (AVERAGED, GUIDE)
+    modules = {each: family_of(header.model).make_network(header.model, inner, len(classes)) for each in networks}
     return modules | ({AUTOENCODER: Latents(header.latents, header.channels)} if header.latents else {})

@@ -136,7 +136,7 @@ def register(params: Params, evaluation: Evaluation) -> Version:
     tags = {name: run.data.tags.get(name) for name in (*digests, TAKEDOWN, AUTOENCODER, DRIFT)} | based
     tags |= {
         "darkroom.git_commit": f"{commit}{UNCOMMITTED}" if commit and is_dirty == "True" else commit,
-        "darkroom.guidance": evaluation.sampling.guidance_text if evaluation.sampling.guides else None,
+        "darkroom.guidance": evaluation.sampling.guidance_text if evaluation.sampling.is_guided else None,
         EVAL_KEY: evaluation.eval_key,
     }
     model, run_id, images = params.model_name, tracker.run_id, evaluation.best.images

@@ -95,8 +95,9 @@ def export_to_diffusers(
             f"export to diffusers needs {error.name}, which is not installed: run `pip install -e '.[diffusers]'` in "
             "Darkroom's checkout"
         ) from error
-    conditional = bool(model.classes) or model.config.text
-    pipeline = "DarkroomPipeline" if conditional else STOCK.get(sampling.sampler, "DarkroomPipeline")
+    # Stock pipelines neither condition nor guide.
+    is_ours = bool(model.classes) or model.config.text or model.header.sampling(sampling).autoguides
+    pipeline = "DarkroomPipeline" if is_ours else STOCK.get(sampling.sampler, "DarkroomPipeline")
     exported = Exported(
         folder=folder, files={}, pipeline=pipeline, weights_sha256=digest, version=version, run_id=run_id
     )

@@ -1,5 +1,6 @@
 """Darkroom's U-Net as a diffusers model."""
 
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -32,10 +33,15 @@ class DarkroomUNet(ModelMixin, ConfigMixin):  # type: ignore[misc]
         assert isinstance(about.model, ModelConfig)
         classes = classes_of(about.model, about.class_histogram)
         self.network = UNet(about.model, in_channels, sample_size, len(classes))
+        self.guide = None
+        if about.guide_images is not None:
+            self.guide = UNet(about.model, in_channels, sample_size, len(classes))
 
     @classmethod
     def of(cls, model: DiffusionModel, sampling: SamplingConfig) -> "DarkroomUNet":
-        """Copy ``model``, with ``sampling`` as its default sampling options."""
+        """Copy ``model``, with ``sampling`` as its default sampling options, and its guide where these need it."""
+        if not model.header.sampling(sampling).autoguides:
+            model = replace(model, header=model.header.model_copy(update={"guide_images": None}), guide=None)
         channels, size, _ = model.header.square
         learned = samples_with_learned_variance(model, sampling)
         unet: DarkroomUNet = cls(
@@ -46,13 +52,16 @@ class DarkroomUNet(ModelMixin, ConfigMixin):  # type: ignore[misc]
             sampling=sampling.model_dump(mode="json", exclude={"compute_batch", "precision", "device"}),
         )
         unet.network.load_state_dict(model.network.state_dict())
+        if unet.guide is not None and model.guide is not None:
+            unet.guide.load_state_dict(model.guide.state_dict())
         unet.eval()
         return unet
 
     @cached_property
     def model(self) -> DiffusionModel:
         """The model as a ``DiffusionModel`` that shares the weights."""
-        return DiffusionModel.make_model(ModelHeader.model_validate(self.config.header), self.network, None)
+        model = DiffusionModel.make_model(ModelHeader.model_validate(self.config.header), self.network, None)
+        return replace(model, guide=self.guide)
 
     @property
     def sampling(self) -> SamplingConfig:
@@ -88,4 +97,4 @@ class DarkroomUNet(ModelMixin, ConfigMixin):  # type: ignore[misc]
 def samples_with_learned_variance(model: DiffusionModel, sampling: SamplingConfig) -> bool:
     """Whether sampling uses the learned variance of ``model``, which guided predictions do not have."""
     unset = isinstance(sampling, DDPMSampling) and sampling.variance is None
-    return unset and model.config.variance == "learned_range" and not model.header.sampling(sampling).guides
+    return unset and model.config.variance == "learned_range" and not model.header.sampling(sampling).is_guided

@@ -70,6 +70,7 @@ class DarkroomPipeline(DiffusionPipeline):  # type: ignore[misc]
         guidance_scale: float | None = None,
         guidance_interval: tuple[float, float] | None = None,
         guidance_rescale: float | None = None,
+        autoguidance_scale: float | None = None,
         eta: float | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         output_type: str = "pil",
@@ -96,6 +97,7 @@ class DarkroomPipeline(DiffusionPipeline):  # type: ignore[misc]
             "guidance": guidance_scale,
             "guidance_interval": guidance_interval,
             "guidance_rescale": guidance_rescale,
+            "autoguidance": autoguidance_scale,
         }
         labels, prompts = ((each,) if isinstance(each, str) else tuple(each) for each in (labels, prompts))
         conditions = Conditions(labels=labels, prompts=prompts, negative_prompt=negative_prompt)
@@ -105,7 +107,7 @@ class DarkroomPipeline(DiffusionPipeline):  # type: ignore[misc]
         check_sampling(model, config, conditions)
         _check_scheduler(self.scheduler, model)
         learned = isinstance(self.scheduler, DDPMScheduler) and "learned" in str(self.scheduler.config.variance_type)
-        if learned and (model.config.variance == "fixed" or config.guides):
+        if learned and (model.config.variance == "fixed" or config.is_guided):
             raise UserError(
                 "a variance is learned by one network without guidance: use "
                 "DDPMScheduler.from_config(pipe.scheduler.config, variance_type='fixed_small')"

@@ -40,8 +40,9 @@ class EvaluationConfig(Config):
     """Post-hoc EMA: relative standard deviations of further averages of the weights to evaluate; see
     training.ema_stds."""
     guidance: tuple[Annotated[float, Field(gt=1, le=1000)], ...] | None = (1.5, 2, 3)
-    """Scales of guidance that are tried with the best checkpoint where sampling.guidance is null: each at the noise
-    levels σ from 0.2 to 5, or higher ones for images of more than 3×32×32 values, and the middle one at all levels. The
+    """Scales of guidance that are tried with the best checkpoint where sampling.guidance and sampling.autoguidance are
+    null. With classes or captions: each at the noise levels σ from 0.2 to 5, or higher ones for images of more than
+    3×32×32 values, and the middle one at all levels. Of models with a guide (training.guide): each as autoguidance. The
     registered model samples with the best, or with none. [] or null: none is tried."""
     reference: int = Field(10_000, ge=10)
     """Held-out images used as the reference: at most this many, the first by key."""

@@ -78,20 +78,26 @@ def score_guidance(evaluator: Evaluator, best: ModelEvaluator) -> list[GuidanceS
     """Score the images of the ``best`` checkpoint without guidance and with each one that ``config.guidance`` tries.
 
     The gate sees none of what they are scored by: they are a quarter of ``config.samples``, of ``config.seed`` + 2, and
-    compared with training images, whose captions they have. The least guidance comes first. Empty if a user has set it,
-    or unless the model is a diffusion model of classes or captions that learned to do without them, and no student.
+    compared with training images, whose captions they have. The least guidance comes first, and autoguidance last.
+    Empty if a user has set it, for a student, or unless the model is a diffusion model that has a guide, and does not
+    upscale, or that has classes or captions and learned to do without them.
     """
     header, config, real = best.header, evaluator.config, evaluator.real
-    learned = header.model.family == "ddpm" and header.training.get("condition_dropout", 0) > 0
-    is_set = evaluator.sampling.guidance is not None or header.student_steps is not None
-    if not config.guidance or not learned or is_set or not best.is_conditional:
+    set_by_user = (evaluator.sampling.guidance, evaluator.sampling.autoguidance) != (None, None)
+    if not config.guidance or header.model.family != "ddpm" or set_by_user or header.student_steps is not None:
         return []
-    scales, factor = sorted(config.guidance), resolution_scale(math.prod(best.model.noise_shape))
-    interval = [round(factor * sigma, 2) for sigma in GUIDANCE_INTERVAL]
-    tried: list[dict[str, object]] = [{}, *({"guidance": w, "guidance_interval": interval} for w in scales)]
-    tried.append({"guidance": scales[len(scales) // 2]})
+    scales, tried = sorted(config.guidance), list[dict[str, object]]()
+    if best.is_conditional and header.training.get("condition_dropout", 0) > 0:
+        factor = resolution_scale(math.prod(best.model.noise_shape))
+        interval = [round(factor * sigma, 2) for sigma in GUIDANCE_INTERVAL]
+        tried += [{"guidance": w, "guidance_interval": interval} for w in scales]
+        tried.append({"guidance": scales[len(scales) // 2]})
+    if header.guide_images is not None and header.model.low_resolution is None:
+        tried += [{"autoguidance": w} for w in scales]
+    if not tried:
+        return []
     rows, samples, scores = real.training_rows(config.seed, real.samples), max(10, config.samples // 4), []
-    samplings = [evaluator.sampling.changed(each) for each in tried]
+    samplings = [evaluator.sampling, *(evaluator.sampling.changed(each) for each in tried)]
     for each in samplings:
         model = evaluator.model(best.path, samples, each, f"guidance {each.guidance_text}", config.seed + 2, rows)
         scores.append(kid_deviations(model.features, real.features(rows)))

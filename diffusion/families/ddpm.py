@@ -261,15 +261,26 @@ def unconditional(model: DiffusionModel, conditioning: Conditioning, negative: T
 
 
 def denoiser_of(model: DiffusionModel, conditioning: Conditioning, config: SamplingConfig, negative: Tensor) -> Denoise:
-    """Build the conditional denoiser, guided away from the one with no class and the caption ``negative``."""
-    if not config.guides:
-        return model.denoiser(conditioning)
-    assert config.guidance is not None
+    """Build the conditional denoiser, guided as configured.
+
+    Away from the one with no class and the caption ``negative``, or by autoguidance away from the model's guide.
+    """
     # Only the mixture is clipped: clipped estimates would be equal where images are black or white.
-    pair = conditioning, unconditional(model, conditioning, negative)
-    conditional, other = (replace(model.denoiser(each), clip=False) for each in pair)
-    mixture = guided(conditional, other, config.guidance, config.guidance_interval, config.guidance_rescale)
+    conditional = replace(model.denoiser(conditioning), clip=False)
+    if config.autoguidance is not None and config.autoguides:
+        mixture = guided(conditional, guide_denoiser(model, conditioning), config.autoguidance)
+    elif config.guidance is not None and config.guides:
+        other = replace(model.denoiser(unconditional(model, conditioning, negative)), clip=False)
+        mixture = guided(conditional, other, config.guidance, config.guidance_interval, config.guidance_rescale)
+    else:
+        return model.denoiser(conditioning)
     return mixture if model.latents is not None else clipped(mixture)
+
+
+def guide_denoiser(model: DiffusionModel, conditioning: Conditioning) -> Denoiser:
+    """Build the denoiser of the model's guide, whose estimates are not clipped."""
+    assert isinstance(model.guide, UNet)
+    return replace(replace(model, network=model.guide).denoiser(conditioning), clip=False)
 
 
 def edited(
@@ -313,6 +324,9 @@ def count_evaluations(config: SamplingConfig, schedule: NoiseSchedule) -> int:
         evaluations += 1
         return x
 
-    denoise = guided(count, count, 1.0 if config.guidance is None else config.guidance, config.guidance_interval)
+    scale, interval = 1.0 if config.guidance is None else config.guidance, config.guidance_interval
+    if config.autoguidance is not None and config.autoguides:
+        scale, interval = config.autoguidance, None
+    denoise = guided(count, count, scale, interval)
     config.run(denoise, config.sigma_grid(schedule), lambda: torch.zeros(1, 1, 1, 1))
     return evaluations

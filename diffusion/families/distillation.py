@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from diffusion.common.random import GaussianNoise, uniform
 from diffusion.common.shapes import height_and_width
-from diffusion.families.ddpm import DiffusionModel, unconditional
+from diffusion.families.ddpm import DiffusionModel, guide_denoiser, unconditional
 from diffusion.families.model import Conditioning, ModelHeader, OptimizerStep, TrainingBatch, TrainingObjective
 from diffusion.models.config import ObjectiveConfig
 from diffusion.models.text_encoder import WIDTH
@@ -90,12 +90,17 @@ class ConsistencyObjective(TrainingObjective):
         """Compute by how much guidance moves the teacher's estimate."""
         student = self.config.student
         assert student is not None
-        if student.guidance is None:
+        scale, interval = student.autoguidance, None
+        if scale is not None:
+            apart = guide_denoiser(self.teacher, conditioning)
+        elif student.guidance is not None:
+            scale, interval = student.guidance, student.guidance_interval
+            other = unconditional(self.teacher, conditioning, torch.zeros(WIDTH, device=x.device))
+            apart = replace(self.teacher.denoiser(other), clip=False)
+        else:
             return torch.zeros_like(x)
-        other = unconditional(self.teacher, conditioning, torch.zeros(WIDTH, device=x.device))
-        conditioned, apart = (replace(self.teacher.denoiser(each), clip=False) for each in (conditioning, other))
-        estimate = conditioned(x, sigma)
-        mixture = guided(lambda *_: estimate, apart, student.guidance, student.guidance_interval)(x, sigma)
+        estimate = replace(self.teacher.denoiser(conditioning), clip=False)(x, sigma)
+        mixture = guided(lambda *_: estimate, apart, scale, interval)(x, sigma)
         if self.teacher.latents is None:
             mixture, estimate = mixture.clamp(-1, 1), estimate.clamp(-1, 1)
         return mixture - estimate

@@ -35,6 +35,10 @@ Conditioning = dict[str, Tensor]
 unconditional."""
 
 
+CHOSEN = {"guidance", "guidance_interval", "autoguidance"}
+"""Sampling options that evaluation chooses for a model, and that its header keeps."""
+
+
 class Base(Config):
     """Model whose frozen weights a fine-tuned model needs besides its own file."""
 
@@ -104,6 +108,10 @@ class ModelHeader(Config):
     """Scale of guidance that evaluation chose, for sampling.guidance = null. None: none."""
     guidance_interval: tuple[float, float] | None = Field(None, exclude_if=unset)
     """Noise levels σ at which it guides. None: all."""
+    autoguidance: float | None = Field(None, ge=0, le=1000, exclude_if=unset)
+    """Scale of autoguidance that evaluation chose, for sampling.autoguidance = null. None: none."""
+    guide_images: int | None = Field(None, ge=0, lt=2**63, exclude_if=unset)
+    """Images that the weights of the guide have seen, away from which autoguidance leads. None: there is no guide."""
     origin: Origin | None = Field(None, exclude_if=unset)
     """Origin of an imported pipeline; None: the model was trained here."""
 
@@ -131,8 +139,8 @@ class ModelHeader(Config):
     def sampling(self, configured: SamplingConfig, conditional: bool = True) -> SamplingConfig:
         """Complete ``configured`` with the guidance chosen for this model; a student has its own sampler and steps.
 
-        Images that are not ``conditional`` on a class or prompt are not guided. An imported pipeline whose prediction
-        is unknown has its own scheduler.
+        Images that are not ``conditional`` on a class or prompt are not guided towards one. An imported pipeline whose
+        prediction is unknown has its own scheduler.
 
         Raises UserError if the sampler is one for students, and this is none.
         """
@@ -144,9 +152,10 @@ class ModelHeader(Config):
             raise UserError("sampling.sampler = consistency is for students (darkroom distill): use another one")
         if isinstance(self.model, DiffusersConfig) and self.model.prediction is None:
             configured = configured.with_sampler("scheduler")
-        if not conditional or configured.guidance is not None or self.guidance is None or is_consistency:
+        is_set = configured.guidance is not None or configured.autoguidance is not None
+        if is_set or is_consistency or not (conditional or self.autoguidance is not None):
             return configured
-        return configured.changed({"guidance": self.guidance, "guidance_interval": self.guidance_interval})
+        return configured.changed({name: getattr(self, name) for name in CHOSEN})
 
 
 @dataclass(frozen=True)
@@ -170,6 +179,8 @@ class Model(ABC):
     network: nn.Module
     size: tuple[int, int] | None = field(default=None, kw_only=True)
     """(H, W) of the images that it generates; None: the most frequent shape of those that it was trained on."""
+    guide: nn.Module | None = field(default=None, kw_only=True)
+    """Weaker network of the same configuration, away from which autoguidance leads; None: there is none."""
 
     @staticmethod
     @abstractmethod

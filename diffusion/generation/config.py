@@ -112,7 +112,9 @@ class GenerationRequest(Config):
 
     def sampling(self, configured: SamplingConfig) -> SamplingConfig:
         """Apply the request's options to ``configured``; raises UserError if they contradict each other."""
-        if (guidance := getattr(self, "guidance", None)) == 1:
+        if (guidance := getattr(self, "guidance", None)) is not None:
+            configured = configured.changed({"autoguidance": None})
+        if guidance == 1:
             # Its other options have no effect without guidance.
             configured = configured.unguided()
         if self.sampler is not None and self.sampler != configured.sampler:

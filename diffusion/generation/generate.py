@@ -141,6 +141,11 @@ def check_sampling(model: Model, config: SamplingConfig, conditions: Conditions)
     """Raise UserError for ``conditions`` that ``model`` was not trained with, or options that have no effect."""
     check_sampling_options(model.config, config)
     check_conditions(model.classes, model.config.text, config, conditions)
+    if config.autoguides and model.guide is None:
+        raise UserError(
+            f"sampling.autoguidance = {config.autoguidance:g} leads away from the model's earlier weights, and its "
+            "file has none: train it with training.guide, or leave it out (null)"
+        )
     if isinstance(model.config, DiffusersConfig) and model.classes and not model.config.has_null_class:
         if config.guides:
             raise UserError(

@@ -45,12 +45,13 @@ DIFFUSION_ONLY = (
     "shard",
     "optimizer",
     "student",
+    "guide",
     "lora",
 )
 """Fields of the section ``training`` that have an effect only for diffusion models."""
 
 
-LORA_INEFFECTIVE = ("optimizer", "shard", "student")
+LORA_INEFFECTIVE = ("optimizer", "shard", "student", "guide")
 """Fields of the section ``training`` that have no effect with ``training.lora``."""
 
 
@@ -85,6 +86,8 @@ class StudentConfig(Config):
     """Scale of guidance of the teacher, which the student learns to need no more. Null: none."""
     guidance_interval: tuple[float, float] | None = Field(None, exclude_if=unset)
     """Noise levels σ at which the teacher is guided. Null: all."""
+    autoguidance: float | None = Field(None, ge=0, le=1000, exclude_if=unset)
+    """Scale of autoguidance of the teacher, instead. Null: none."""
 
 
 class ObjectiveConfig(Config):
@@ -490,7 +493,7 @@ class Component(Config):
 class DiffusersConfig(Kind):
     """The family diffusers: an imported pipeline of diffusers, and what is trained from one (training.init_from)."""
 
-    ineffective: ClassVar[Collection[str]] = ("optimizer", "shard", "student")
+    ineffective: ClassVar[Collection[str]] = ("optimizer", "shard", "student", "guide")
     likelihood: ClassVar[Literal["bound", "exact"] | None] = "bound"
     low_resolution: ClassVar[None] = None
     """Height and width of the images that it upscales: none."""

@@ -58,6 +58,10 @@ class TrainingConfig(ObjectiveConfig):
     """Null: one exponential average. Two numbers, such as [0.05, 0.1]: two power-function averages with these relative
     standard deviations, whose memory grows in proportion to training time (arXiv 2312.02696). The first is the model;
     evaluation.ema_stds reconstructs other standard deviations after training from snapshots of both."""
+    guide: float | None = Field(0.25, gt=0, lt=1)
+    """Share of the training after which the averaged weights are kept in the model's file as its guide, away from which
+    sampling.autoguidance leads (arXiv 2406.02507): that file is then twice as large. A training that begins with a
+    model that has a guide keeps that one. Null: none."""
     condition_dropout: float = Field(0.1, ge=0, lt=1)
     """Conditioning dropout: share of the images for which class and caption are both dropped, for unconditional
     generation. With both class and caption, one of the two is dropped for an equal share again (arXiv 2211.09800)."""

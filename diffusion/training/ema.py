@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from diffusion.checkpoints import AUTOENCODER, AVERAGED, link_bases, read_tensors, save_tensors
+from diffusion.checkpoints import AUTOENCODER, AVERAGED, GUIDE, link_bases, read_tensors, save_tensors
 from diffusion.common.errors import UserError
 from diffusion.common.model_files import read_header
 from diffusion.training.checkpointing import Checkpoints, is_whole
@@ -115,7 +115,8 @@ def reconstruct_average(folder: Path, std: float, into: Path) -> Path:
         for name, value in read_tensors(path, prefix).items():
             total[name] = total.get(name, torch.zeros((), dtype=torch.float64)) + share * value.double()
     tensors = {AVERAGED + name: value.float() for name, value in total.items()}
-    tensors |= {AUTOENCODER + name: value for name, value in read_tensors(paths[-1], AUTOENCODER).items()}
+    for prefix in (GUIDE, AUTOENCODER):
+        tensors |= {prefix + name: value for name, value in read_tensors(paths[-1], prefix).items()}
     path = into / f"std-{std:g}.safetensors"
     link_bases(paths[-1], into)
     save_tensors(path, tensors, header)

@@ -7,7 +7,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Executor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from diffusion.checkpoints import AUTOENCODER, AVERAGED
+from diffusion.checkpoints import AUTOENCODER, AVERAGED, GUIDE
 from diffusion.common.files import sync_file, write_bytes
 from diffusion.common.fingerprint import CPU, autocast
 from diffusion.common.image_grids import beside, blocks, grid, save_png
@@ -204,7 +204,11 @@ class Validation:
         networks = {"": setup.network_from(tensors, NETWORK), "_ema": setup.network_from(tensors, AVERAGED)}
         for network in networks.values():
             network.register_forward_pre_hook(require_time)
-        averaged = family_of(setup.model).make_model(setup.model_header(images), networks["_ema"], setup.autoencoder)
+        averaged: Model = family_of(setup.model).make_model(
+            setup.model_header(images), networks["_ema"], setup.autoencoder
+        )
+        if setup.has_guide:
+            averaged = replace(averaged, guide=setup.network_from(tensors, GUIDE))
         pending = [
             self.threads.submit(self._metrics, split, batches, suffix, network)
             for split, batches in (self.batches if self.objective.comparable else {}).items()
@@ -338,7 +342,7 @@ class TrainingLog:
         self.monitor.check_validation(metrics, images)
         self.monitor.check_weights(_under(NETWORK, tensors), _under(AVERAGED, tensors), images)
         if setup.config.ema_stds is not None:
-            kept = {name: value for name, value in tensors.items() if name.startswith((*PREFIXES, AUTOENCODER))}
+            kept = {name: value for name, value in tensors.items() if name.startswith((*PREFIXES, GUIDE, AUTOENCODER))}
             about = setup.header(images, self.total) | {STDS: list(setup.config.ema_stds)}
             Checkpoints(self.output / SNAPSHOTS).save(kept, about)
         self._sync()

@@ -255,15 +255,16 @@ def make_preflight(trainer: Trainer, pace: tuple[float, float] | None, reading: 
     if isinstance(state.network, PartlyTrained):
         frozen += sum(each.numel() for each in state.network.network.parameters() if not each.requires_grad)
     network, threads = meta_network(setup), thread_count(config, setup.ranks)
-    memory, checkpoint = state_size(parameters, len(state.averages), threads, others, matrices, frozen)
+    averages = len(state.averages) + bool(state.guide)
+    memory, checkpoint = state_size(parameters, averages, threads, others, matrices, frozen)
     if setup.captions is not None:
         memory += setup.captions.embeddings.nbytes
     part = math.ceil(config.images_per_step / setup.ranks.count / threads)
     at_once = threads * min(part, config.micro_batch or part)
     half = resolve_precision(config.precision, setup.device) == "bf16"
-    # One checkpoint is written before another is removed, and there may be one from a signal. A snapshot holds two of a
-    # checkpoint's five parts.
-    snapshots = math.ceil(config.checkpoints * 2 / 5) if config.ema_stds is not None else 0
+    # One checkpoint is written before another is removed, and there may be one from a signal. A snapshot holds averages
+    # and guide alone.
+    snapshots = math.ceil(config.checkpoints * averages / (3 + averages)) if config.ema_stds is not None else 0
     protected = config.keep_best + (config.checkpoints // config.keep_every if config.keep_every else 0)
     files = min(config.keep + protected, config.checkpoints) + 3 + snapshots
     latents = setup.autoencoder.space if setup.autoencoder else None

@@ -171,7 +171,7 @@ def _rank_cost(setup: TrainingSetup, activations: int) -> RankCost:
             # Those of each thread and their sum, or those of the own shards.
             gradients=size * (1 + threads if group == 1 else 1),
             optimizer=2 * size - (_size(matrices) if has_muon else 0),
-            averages=averaged * (1 if config.ema_stds is None else len(config.ema_stds)),
+            averages=averaged * ((1 if config.ema_stds is None else len(config.ema_stds)) + setup.has_guide),
             gathered=gathered,
             activations=at_once * activations // (2 if half else 1),
             muon=max(muon_size(step.matrices, threads) for step in steps) if has_muon else 0,

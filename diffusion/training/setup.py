@@ -36,7 +36,7 @@ from diffusion.data.manifest import Manifest, read_manifest
 from diffusion.data.shards import ShardCache, ShardStore
 from diffusion.families import family_of
 from diffusion.families.ddpm import DiffusionModel
-from diffusion.families.model import Base, Conditioning, Model, ModelHeader, to_float
+from diffusion.families.model import CHOSEN, Base, Conditioning, Model, ModelHeader, to_float
 from diffusion.families.pretrained import PretrainedModel
 from diffusion.families.vae import VAEModel
 from diffusion.generation.config import UNCONDITIONAL, Conditions, check_conditions
@@ -211,6 +211,27 @@ class TrainingSetup:
         rows = np.concatenate([self.dataset.rows("held_out"), self.dataset.rows("train")])
         return conditions_of(self.dataset, rows[self.captions.numbers[rows] >= 0][:SAMPLE_GRID], self.classes)
 
+    @cached_property
+    def has_guide(self) -> bool:
+        """Return whether the model keeps a guide."""
+        is_student = self.config.student is not None
+        return isinstance(self.model, ModelConfig) and self.config.guide is not None and not (self.base or is_student)
+
+    @cached_property
+    def given_guide(self) -> tuple[nn.Module, int] | None:
+        """Return the guide of the initial model, and the images that it has seen; None: there is none to keep."""
+        if not self.has_guide or self.initial is None or self.initial.guide is None:
+            return None
+        assert self.initial.header.guide_images is not None
+        return self.initial.guide, self.initial.header.guide_images
+
+    def guide_images(self, total: int) -> int:
+        """Compute after how many of ``total`` images the guide learns no more: whole batches, at least one."""
+        if self.given_guide is not None:
+            return 0
+        batch = self.config.images_per_step
+        return max(1, round((self.config.guide or 0) * total / batch)) * batch
+
     def network_from(self, tensors: dict[str, Tensor], prefix: str) -> nn.Module:
         """Build a network for inference from copies of the ``tensors`` whose names begin with ``prefix``."""
         weights = {
@@ -230,13 +251,16 @@ class TrainingSetup:
         network.eval().requires_grad_(False).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         return network
 
-    def model_header(self, images: int) -> ModelHeader:
-        """Build the header of a model that has seen ``images``."""
+    def model_header(self, images: int, total: int = 0) -> ModelHeader:
+        """Build the header of a model that has seen ``images`` of ``total``."""
         manifest = self.dataset.manifest
         pixels = isinstance(self.model, ModelConfig) and self.autoencoder is None and self.task.low_resolution is None
-        given = {"data_mean": tuple(manifest.mean) if pixels else None}
+        given: dict[str, Any] = {"data_mean": tuple(manifest.mean) if pixels else None}
         if self.base is not None and self.initial is not None:
             given = self.initial.header.model_dump(include={"data_mean", "guidance", "guidance_interval"})
+        if self.has_guide:
+            guide = self.given_guide
+            given["guide_images"] = min(images, self.guide_images(total)) if guide is None else guide[1]
         return ModelHeader(
             # A file says what its network is, whatever the default will be one day.
             model=with_channel_mult(self.model, self.dataset, self.autoencoder),
@@ -261,7 +285,7 @@ class TrainingSetup:
         layout = {} if self.config.window is None else {"layout_digest": self.dataset.manifest.layout_digest}
         return layout | {
             "format_version": FORMAT_VERSION,
-            "model_header": self.model_header(images).model_dump(mode="json"),
+            "model_header": self.model_header(images, total).model_dump(mode="json"),
             "train_key": self.train_key,
             "total": total,
         }
@@ -525,14 +549,15 @@ def student_training(
     The rest is as in ``training``; the teacher is guided as it samples where ``sampling`` is configured.
     """
     sampling = header.sampling(sampling)
-    guidance = {"guidance": sampling.guidance, "guidance_interval": sampling.guidance_interval}
+    guidance = {name: getattr(sampling, name) for name in CHOSEN} if sampling.is_guided else {}
     own = {
         "init_from": teacher,
         "images": config.images,
         "minutes": None,
         "learning_rate": config.learning_rate,
         "warmup_images": min(training.warmup_images, config.images // 10),
-        "student": {"steps": config.steps} | (guidance if sampling.guides else {}),
+        "student": {"steps": config.steps} | guidance,
+        "guide": None,
     }
     return TrainingConfig.model_validate(training.model_dump() | own)
 
@@ -555,8 +580,7 @@ def identity_fields(config: TrainingConfig, model: FamilyConfig) -> dict[str, An
         "cache_bytes",
         "stream_bytes",
     }
-    if config.window is None:
-        harmless.add("window")
+    harmless.update(name for name in ("window", "guide") if getattr(config, name) is None)
     harmless.update(model.ineffective)
     if config.lora is not None:
         harmless.update(LORA_INEFFECTIVE)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from diffusion.checkpoints import AUTOENCODER
+from diffusion.checkpoints import AUTOENCODER, GUIDE
 from diffusion.common.device import resolve_device
 from diffusion.common.errors import DarkroomError
 from diffusion.common.fingerprint import autocast
@@ -65,6 +65,7 @@ class TrainingState:
         device: torch.device,
         frozen: dict[str, Tensor],
         mesh: DeviceMesh | None,
+        has_guide: bool = False,
     ) -> None:
         self.network = network
         self.frozen = {AUTOENCODER + name: value for name, value in frozen.items()}
@@ -81,6 +82,10 @@ class TrainingState:
             decays = [power_decay(std) for std in config.ema_stds]
         self.averages = [WeightAverage(network, decay) for decay in decays]
         """Averages of the network's weights; the first is the model."""
+        self.guide: dict[str, Tensor] = {}
+        """Weights of the model's guide: those of the first average until ``keep_guide`` is no longer called."""
+        if has_guide:
+            self.guide = {name: value.clone() for name, value in self.averages[0].averages.items()}
         self.images = self.skipped = self.skipped_in_a_row = 0
         """Images seen, and optimizer steps skipped because of a non-finite loss or gradient: in all, most recently."""
 
@@ -92,11 +97,17 @@ class TrainingState:
                 named |= {f"{prefix}{index}.{name}": value for name, value in moments.items()}
         return named
 
+    @torch.no_grad()
+    def keep_guide(self, weights: Mapping[str, Tensor] | None = None) -> None:
+        """Set the guide to ``weights``, or to this process' shards of them; None: to the first average."""
+        for name, value in self.guide.items():
+            value.copy_(self.averages[0].averages[name] if weights is None else shard_like(weights[name], value))
+
     def _named_optimizers(self) -> list[tuple[str, torch.optim.Optimizer]]:
         return [named for optimizers in self.optimizers for named in optimizers.items()]
 
     def _weights(self) -> dict[str, Tensor]:
-        named = dict(self.frozen)
+        named = self.frozen | {GUIDE + name: value for name, value in self.guide.items()}
         for prefix, average in zip(PREFIXES, self.averages, strict=False):
             named |= {prefix + name: value for name, value in average.averages.items()}
         for step in self.steps:
@@ -167,7 +178,9 @@ class Trainer:
         frozen = setup.autoencoder.to(self.device).state_dict() if setup.autoencoder else {}
         if setup.base is not None:
             frozen = {}
-        self.state = TrainingState(network, self.objective, self.config, self.device, frozen, mesh)
+        self.state = TrainingState(network, self.objective, self.config, self.device, frozen, mesh, setup.has_guide)
+        if setup.given_guide is not None:
+            self.state.keep_guide(dict(setup.given_guide[0].named_parameters()))
         self.reducers: list[GradientReducer | None] = [None for _ in self.state.steps]
         """Sums of the gradients of each step over the processes; None: there is one, or the network is sharded."""
         if setup.ranks.count > 1 and mesh is None:
@@ -279,6 +292,8 @@ class Trainer:
         state.images += config.images_per_step
         for average in state.averages:
             average.update(state.network, state.images // config.images_per_step)
+        if state.guide and state.images <= self.setup.guide_images(self.total):
+            state.keep_guide()
         copied = finite.to("cpu", non_blocking=True)
         event = torch.cuda.current_stream(self.device).record_event() if finite.is_cuda else None
         self.pending.append(PendingStep(state.images, batch, t, copied, event))

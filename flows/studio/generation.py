@@ -91,7 +91,7 @@ class Source:
         if not isinstance(self.model, DiffusionModel):
             return f"{self.model.config.family}, in one pass"
         config = sampling_of(self.model, request, self.sampling)
-        guidance = f", guidance {config.guidance:g}" if config.guidance is not None else ""
+        guidance = f", guidance {config.guidance_text}" if config.is_guided else ""
         return f"{config.sampler}, {config.steps} steps{guidance}"
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from diffusion.checkpoints import AVERAGED, link_base, load_model, read_model_header, save_tensors
+from diffusion.checkpoints import AVERAGED, GUIDE, link_base, load_model, read_model_header, save_tensors
 from diffusion.families.model import Base, ModelHeader
 from diffusion.models.config import LoRAConfig, ModelConfig
 from diffusion.models.fine_tuning import make_trainable
@@ -37,15 +37,24 @@ def write_model(
     config: ModelConfig = CONFIG,
     classes: dict[str, int] | None = None,
     training: dict[str, object] | None = None,
+    guide: int | None = None,
 ) -> Path:
-    """A model that was never trained: every weight is random, by seed."""
-    network = UNet(config, channels, size, len(classes or {}))
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in network.parameters():
-        torch.nn.init.normal_(parameter, std=0.1, generator=generator)
-    tensors = {AVERAGED + name: value for name, value in network.state_dict().items()}
+    """A model that was never trained: every weight is random, by seed; of its guide by the seed ``guide``."""
+    tensors: dict[str, torch.Tensor] = {}
+    for prefix, each in ((AVERAGED, seed), (GUIDE, guide)):
+        if each is None:
+            continue
+        network = UNet(config, channels, size, len(classes or {}))
+        generator = torch.Generator().manual_seed(each)
+        for parameter in network.parameters():
+            torch.nn.init.normal_(parameter, std=0.1, generator=generator)
+        tensors |= {prefix + name: value for name, value in network.state_dict().items()}
     about = header(config, channels=channels, size=size, images=images).model_copy(
-        update={"class_histogram": classes or {}, "training": training or {}}
+        update={
+            "class_histogram": classes or {},
+            "training": training or {},
+            "guide_images": None if guide is None else images // 4,
+        }
     )
     save_tensors(path, tensors, {"model_header": about.model_dump(mode="json")})
     return path

@@ -367,3 +367,15 @@ def test_exported_pipeline_guides_as_evaluation_chose_unless_told_otherwise(tmp_
     unguided = pipe(batch_size=COUNT, seed=SEED, output_type="pt", guidance_scale=1).images
     assert_equal(unguided, ours(model, guided.unguided()))
     assert "guidance 3 at σ from 0.2 to 5" in (done.folder / "README.md").read_text()
+
+
+def test_exported_pipeline_has_the_guide_that_autoguidance_leads_away_from(tmp_path: Path) -> None:
+    weights, guided = tmp_path / "weights.safetensors", sampling_config(steps=8, sampler="dpmpp_2m", autoguidance=2)
+    export(small_models.write_model(tmp_path / "trained.safetensors", 0, 100, guide=1), weights, guided)
+    model, done = exported(weights, sampler="dpmpp_2m")
+    assert done.pipeline == "DarkroomPipeline"
+    pipe = load(done)
+    assert_equal(pipe(batch_size=COUNT, seed=SEED, output_type="pt").images, ours(model, guided))
+    (tmp_path / "folder").rename(tmp_path / "guided")
+    _, without = exported(weights, sampler="dpmpp_2m", autoguidance=1)
+    assert load(without).unet.guide is None

@@ -44,13 +44,16 @@ def data(tmp_path: Path) -> Path:
     return discs(tmp_path / "data" / "discs")
 
 
-def write_checkpoint(folder: Path, classes: dict[str, int] | None = CLASSES, **training: Any) -> Path:
+def write_checkpoint(
+    folder: Path, classes: dict[str, int] | None = CLASSES, guide: int | None = None, **training: Any
+) -> Path:
     return write_model(
         folder / "checkpoints" / "100.safetensors",
         seed=1,
         images=100,
         classes=classes,
         training={"condition_dropout": 0.1} | training,
+        guide=guide,
     )
 
 
@@ -158,6 +161,20 @@ def test_no_guidance_is_tried_where_there_is_none_to_try(
     checkpoint = write_checkpoint(tmp_path, classes, **training)
     config = CONFIG.model_copy(update={"guidance": tried})
     assert evaluate(data, [checkpoint], config, SAMPLING, tmp_path / "report").guidance == []
+
+
+def test_autoguidance_of_a_model_with_a_guide_is_tried_with_and_without_classes(data: Path, tmp_path: Path) -> None:
+    by_guide = ["1.5 by earlier weights", "2 by earlier weights", "3 by earlier weights"]
+    for classes, others in ((CLASSES, list(TRIED)), ({}, ["none"])):
+        folder = tmp_path / f"{len(classes)}"
+        checkpoint = write_checkpoint(folder, classes, guide=2)
+        found = evaluate(data, [checkpoint], CONFIG, SAMPLING, folder / "report").guidance
+        assert [each.sampling.guidance_text for each in found] == [*others, *by_guide]
+        weights = folder / "weights.safetensors"
+        export(checkpoint, weights, found[-1].sampling)
+        model = load_model(weights)
+        [images] = answer(model, [make_request({"task": "sample", "seed": 7, "count": 3})], SAMPLING)
+        assert torch.equal(images, sample(load_model(checkpoint), range(3), 7, found[-1].sampling))
 
 
 def test_what_is_tried_changes_no_evaluation_key_and_has_scales_above_1() -> None:

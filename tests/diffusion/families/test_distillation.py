@@ -169,6 +169,10 @@ def test_guidance_of_the_teacher_is_part_of_the_distillation(dataset: Path, teac
     set_by_user = student_training(CONFIG, config, sampling_config(guidance=1), str(teacher), chosen).student
     assert set_by_user is not None
     assert set_by_user.guidance is None
+    by_guide = header.model_copy(update={"autoguidance": 2.0})
+    student = student_training(CONFIG, config, sampling_config(), str(teacher), by_guide).student
+    assert student is not None
+    assert (student.guidance, student.autoguidance) == (None, 2)
 
 
 def test_guidance_of_a_request_has_no_interval_that_was_chosen_for_another_scale(teacher: Path) -> None:
@@ -187,9 +191,12 @@ def test_student_has_a_folder_beside_that_of_its_teacher() -> None:
     assert params.model_copy(update={"training": student}).run_folder == Path("runs/mine-student")
 
 
-def test_guided_distillation_has_other_weights(dataset: Path, teacher: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("guidance", [{"guidance": 2}, {"autoguidance": 2}], ids=str)
+def test_guided_distillation_has_other_weights(
+    dataset: Path, teacher: Path, tmp_path: Path, guidance: dict[str, float]
+) -> None:
     plain = distilled(dataset, tmp_path / "plain", teacher, 32)
-    config = sampling_config(guidance=2)
+    config = sampling_config(**guidance)
     training = student_training(CONFIG, DistillationConfig(images=32), config, str(teacher), read_model_header(teacher))
     guided = train(dataset, tmp_path / "guided", MODEL, training, config)
     assert guided.train_key != plain.train_key

@@ -119,7 +119,7 @@ def test_one_file_is_the_whole_model(data: Path, first: Path, model: DiffusionMo
     assert final.read_bytes() == (data.parents[1] / "run" / "final.safetensors").read_bytes()
     assert torch.equal(sample(alone, range(4), 0, STEPPED), sample(model, range(4), 0, STEPPED))
     with safe_open(final, framework="pt") as file:
-        assert {name.split(".")[0] for name in file.keys()} == {"ema", "autoencoder"}  # noqa: SIM118
+        assert {name.split(".")[0] for name in file.keys()} == {"ema", "guide", "autoencoder"}  # noqa: SIM118
 
 
 def test_an_exported_checkpoint_is_whole(run: Path, model: DiffusionModel, tmp_path: Path) -> None:
@@ -148,7 +148,7 @@ def test_another_autoencoder_is_another_run(data: Path, first: Path, run: Path, 
 
 def test_the_key_of_a_training_without_one_stays_what_it_is() -> None:
     assert {"family", "autoencoder"}.isdisjoint(ModelConfig().model_dump())
-    config = TrainingConfig(dataset="blobs", images=320, batch_size=16, precision="fp32")
+    config = TrainingConfig(dataset="blobs", images=320, batch_size=16, precision="fp32", guide=None)
     key = "c514f029d069f3d4606d259b3564ac46e94adff687a181d3a2fcdd681bfe0408"
     model = ModelConfig(width=32, channel_mult=(1, 2), attention=(1,))
     assert train_key("0" * 64, model, config) == key

@@ -179,6 +179,7 @@ def test_another_sampler_visits_the_noise_levels_that_are_configured() -> None:
 def test_a_guidance_of_1_is_none_however_guidance_is_configured() -> None:
     configured = sampling_config(guidance=3, guidance_interval=(0.2, 5), guidance_rescale=0.7)
     assert not asked("sample", guidance=1).sampling(configured).guides
+    assert not asked("sample", guidance=1).sampling(sampling_config(autoguidance=3)).is_guided
     assert asked("sample").sampling(configured) == configured
 
 

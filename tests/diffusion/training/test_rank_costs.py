@@ -40,7 +40,7 @@ def test_replicas_hold_all_and_send_twice_their_gradients_but_for_a_share(datase
     assert [(each.ranks, each.images) for each in found] == [(8, 12), (16, 6), (32, 3), (48, 2)]
     for each in found:
         trained = size + 4 * UNCERTAINTY
-        assert (each.weights, each.gradients, each.averages) == (trained, 2 * trained, size)
+        assert (each.weights, each.gradients, each.averages) == (trained, 2 * trained, 2 * size)
         assert each.optimizer == 2 * trained - muon
         assert least < each.muon < least + 2 * muon
         state = each.weights + each.gradients + each.optimizer + each.averages
@@ -62,7 +62,9 @@ def test_groups_hold_their_rows_and_send_weights_twice_for_each_micro_batch(data
     assert [(each.ranks, each.images) for each in found] == [(8, 12), (16, 6)]
     for each in found:
         passes, replicas = each.images // 3, each.ranks // group
-        assert (each.weights, each.gradients, each.averages) == (blocks + rest,) * 3
+        assert (each.weights, each.gradients) == (blocks + rest,) * 2
+        # The average and the guide.
+        assert each.averages == 2 * (blocks + rest)
         assert each.optimizer == 2 * (blocks + rest)
         assert each.reduce_scatter == passes * (group - 1) * (blocks + rest)
         # Blocks are gathered for forward and backward, the rest stays in between.

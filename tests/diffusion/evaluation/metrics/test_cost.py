@@ -29,6 +29,8 @@ SCHEDULE = make_schedule(ModelConfig(), (1, 28, 28))
         ({"sampler": "dpmpp_2m", "guidance": 3}, 20),
         ({"sampler": "heun"}, 19),
         ({"sampler": "heun", "guidance": 0}, 38),
+        ({"sampler": "heun", "autoguidance": 2}, 38),
+        ({"sampler": "heun", "autoguidance": 1}, 19),
         ({"sampler": "unipc"}, 10),
         ({"sampler": "deis"}, 10),
         ({"sampler": "euler", "guidance": 2, "guidance_interval": [0.01, 0.03]}, 10),
