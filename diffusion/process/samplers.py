@@ -135,9 +135,9 @@ class BaseSampling(Config):
 
     @property
     def guidance_text(self) -> str:
-        """Description of guidance, such as ``2 at σ from 0.2 to 5`` or ``2 by earlier weights``."""
+        """Description of guidance, such as ``2 at σ from 0.2 to 5`` or ``2 by autoguidance``."""
         if self.autoguidance is not None and self.autoguides:
-            return f"{self.autoguidance:g} by earlier weights"
+            return f"{self.autoguidance:g} by autoguidance"
         if self.guidance is None or not self.guides:
             return "none"
         where = "all σ" if self.guidance_interval is None else "σ from {:g} to {:g}".format(*self.guidance_interval)

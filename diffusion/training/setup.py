@@ -386,6 +386,14 @@ def make_setup(
             latents = cached_latents(initial, dataset, config, readers, progress)
     setup = TrainingSetup(dataset, model, config, ranks, captions, autoencoder, initial, base, latents)
     check_conditions(setup.classes, model.text, sampling, setup.sample_grid_conditions())
+    autoguides, has_guide = sampling.autoguides, setup.has_guide
+    if config.student is not None:
+        autoguides, has_guide = config.student.autoguidance is not None, bool(initial and initial.guide)
+    if autoguides and not has_guide:
+        raise UserError(
+            "sampling.autoguidance leads away from the guide of a model, and this one has none: set training.guide to "
+            "0.25 where a diffusion model is trained from scratch, or leave sampling.autoguidance out"
+        )
     return setup
 
 

@@ -168,9 +168,13 @@ def option_controls(source: Source, task: Task, count: int) -> dict[str, Any]:
                 None, label="Steps", precision=0, minimum=1, maximum=10_000, placeholder=str(configured.steps)
             )
         if task != "upscale" and (model.classes or model.config.text):
-            shown = "none" if configured.guidance is None else f"{configured.guidance:g}"
             controls["guidance"] = gr.Number(
-                None, label="Guidance (1: none)", minimum=0, maximum=1000, step=0.5, placeholder=shown
+                None,
+                label="Guidance (1: none)",
+                minimum=0,
+                maximum=1000,
+                step=0.5,
+                placeholder=configured.guidance_text,
             )
             if model.config.text:
                 controls["negative_prompt"] = gr.Textbox(label="Negative prompt", placeholder="needs guidance")

@@ -164,7 +164,7 @@ def test_no_guidance_is_tried_where_there_is_none_to_try(
 
 
 def test_autoguidance_of_a_model_with_a_guide_is_tried_with_and_without_classes(data: Path, tmp_path: Path) -> None:
-    by_guide = ["1.5 by earlier weights", "2 by earlier weights", "3 by earlier weights"]
+    by_guide = ["1.5 by autoguidance", "2 by autoguidance", "3 by autoguidance"]
     for classes, others in ((CLASSES, list(TRIED)), ({}, ["none"])):
         folder = tmp_path / f"{len(classes)}"
         checkpoint = write_checkpoint(folder, classes, guide=2)

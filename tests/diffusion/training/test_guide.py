@@ -17,11 +17,12 @@ from diffusion.generation.config import make_request
 from diffusion.generation.generate import sample
 from diffusion.generation.requests import answer, sampling_of
 from diffusion.process.samplers import SamplingConfig, sampling_config
-from diffusion.training.config import TrainingConfig
+from diffusion.training.config import DistillationConfig, TrainingConfig
 from diffusion.training.ema import reconstruct_average
-from diffusion.training.train import TrainResult
+from diffusion.training.setup import student_training
+from diffusion.training.train import TrainResult, train
 from tests.builders.small_models import write_lora, write_model
-from tests.builders.training_runs import CONFIG, Stop, StopAt, run
+from tests.builders.training_runs import CONFIG, MODEL, Stop, StopAt, run
 
 SAMPLING = sampling_config(steps=4, compute_batch=8, precision="fp32")
 
@@ -156,3 +157,13 @@ def test_autoguidance_of_a_model_without_a_guide_is_refused(tmp_path: Path) -> N
         sampling_of(load_model(write_lora(tmp_path / "lora.safetensors", base, 2)), request, guided)
     with pytest.raises(UserError, match="leave one out"):
         guided.changed({"guidance": 2})
+
+
+def test_training_and_distillation_with_autoguidance_and_no_guide_are_refused(dataset: Path, tmp_path: Path) -> None:
+    guided = SAMPLING.changed({"autoguidance": 2})
+    with pytest.raises(UserError, match=r"training\.guide"):
+        train(dataset, tmp_path / "run", MODEL, changed(guide=None), guided)
+    teacher = run(dataset, tmp_path / "teacher", changed(guide=None, images=32)).final
+    student = student_training(CONFIG, DistillationConfig(images=32), guided, str(teacher), read_model_header(teacher))
+    with pytest.raises(UserError, match=r"training\.guide"):
+        train(dataset, tmp_path / "student", MODEL, student, guided)
