@@ -63,7 +63,8 @@ class ConditionalOptions(StepOptions, total=False):
     """Width and height in pixels as ``"96x64"``, or (H, W); left out, the most frequent shape of the training images,
     or for an edit the one of them that is nearest to the image's."""
     guidance: float
-    """Scale of classifier-free guidance: 1 is none, 2 to 8 gives clearer and less varied images."""
+    """Scale of classifier-free guidance, instead of autoguidance: 1 is none, 2 to 8 gives clearer and less varied
+    images."""
 
 
 @dataclass(frozen=True, repr=False)

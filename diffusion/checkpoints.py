@@ -21,7 +21,7 @@ from diffusion.common.errors import UserError
 from diffusion.common.files import canonical_json, sha256_bytes, sha256_file, write_atomically
 from diffusion.common.model_files import METADATA_KEY, read_header
 from diffusion.families import family_of
-from diffusion.families.model import CHOSEN, Base, Model, ModelHeader
+from diffusion.families.model import GUIDANCE_OPTIONS, Base, Model, ModelHeader
 from diffusion.models.config import DiffusersConfig, classes_of
 from diffusion.models.fine_tuning import tuned_weights
 from diffusion.models.pretrained import PipelineNetwork
@@ -105,7 +105,7 @@ def export(checkpoint: Path, path: Path, sampling: SamplingConfig | None = None)
     tensors = {prefix + name: value for prefix in PARTS for name, value in read_tensors(checkpoint, prefix).items()}
     header = read_header(checkpoint)
     if sampling is not None:
-        header["model_header"] |= sampling.model_dump(mode="json", include=CHOSEN)
+        header["model_header"] |= sampling.model_dump(mode="json", include=GUIDANCE_OPTIONS)
     link_bases(checkpoint, path.parent)
     return save_tensors(path, tensors, header)
 

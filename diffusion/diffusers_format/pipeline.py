@@ -99,9 +99,12 @@ class DarkroomPipeline(DiffusionPipeline):  # type: ignore[misc]
             "guidance_rescale": guidance_rescale,
             "autoguidance": autoguidance_scale,
         }
+        # A given guidance replaces autoguidance, as in a request.
+        own: dict[str, Any] = {} if guidance_scale is None else {"autoguidance": None}
+        own |= {name: value for name, value in given.items() if value is not None}
         labels, prompts = ((each,) if isinstance(each, str) else tuple(each) for each in (labels, prompts))
         conditions = Conditions(labels=labels, prompts=prompts, negative_prompt=negative_prompt)
-        config = self.unet.sampling.changed({name: value for name, value in given.items() if value is not None})
+        config = self.unet.sampling.changed(own)
         config = model.header.sampling(config, is_conditional(model.classes, conditions))
         check_prompts(conditions, model.prompt_length)
         check_sampling(model, config, conditions)

@@ -174,7 +174,8 @@ def _compare(evaluator: Evaluator, candidate: Path, champion: Path | None, gate:
         try:
             # Not the candidate's sampling, which has its own guidance.
             family, how = ours.header.model.family, evaluator.sampling
-            if (other := read_model_header(champion).model).family != family:
+            header = read_model_header(champion)
+            if (other := header.model).family != family:
                 if not gate.across_families:
                     raise UserError(
                         f"it is a {other.family} and the candidate a {family}, which the gate compares only with "
@@ -182,6 +183,8 @@ def _compare(evaluator: Evaluator, candidate: Path, champion: Path | None, gate:
                     )
                 # Sampling that does not apply to its family is replaced by that family's defaults.
                 how = effective_sampling(other, how)
+            if header.guide_images is None:
+                how = how.changed({"autoguidance": None})
             theirs = evaluator.model(champion, samples, how, name="champion")
             require_same_requests(ours, theirs)
             evaluations.append(theirs.evaluate())

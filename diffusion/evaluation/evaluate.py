@@ -79,12 +79,12 @@ def score_guidance(evaluator: Evaluator, best: ModelEvaluator) -> list[GuidanceS
 
     The gate sees none of what they are scored by: they are a quarter of ``config.samples``, of ``config.seed`` + 2, and
     compared with training images, whose captions they have. The least guidance comes first, and autoguidance last.
-    Empty if a user has set it, for a student, or unless the model is a diffusion model that has a guide, and does not
-    upscale, or that has classes or captions and learned to do without them.
+    Empty if a user has set it or the file names one, for a student, or unless the model is a diffusion model that has a
+    guide, or that has classes or captions and learned to do without them.
     """
     header, config, real = best.header, evaluator.config, evaluator.real
-    set_by_user = (evaluator.sampling.guidance, evaluator.sampling.autoguidance) != (None, None)
-    if not config.guidance or header.model.family != "ddpm" or set_by_user or header.student_steps is not None:
+    is_set = (best.sampling.guidance, best.sampling.autoguidance) != (None, None)
+    if not config.guidance or header.model.family != "ddpm" or is_set or header.student_steps is not None:
         return []
     scales, tried = sorted(config.guidance), list[dict[str, object]]()
     if best.is_conditional and header.training.get("condition_dropout", 0) > 0:
@@ -92,7 +92,7 @@ def score_guidance(evaluator: Evaluator, best: ModelEvaluator) -> list[GuidanceS
         interval = [round(factor * sigma, 2) for sigma in GUIDANCE_INTERVAL]
         tried += [{"guidance": w, "guidance_interval": interval} for w in scales]
         tried.append({"guidance": scales[len(scales) // 2]})
-    if header.guide_images is not None and header.model.low_resolution is None:
+    if header.guide_images is not None:
         tried += [{"autoguidance": w} for w in scales]
     if not tried:
         return []

@@ -35,7 +35,7 @@ Conditioning = dict[str, Tensor]
 unconditional."""
 
 
-CHOSEN = {"guidance", "guidance_interval", "autoguidance"}
+GUIDANCE_OPTIONS = {"guidance", "guidance_interval", "autoguidance"}
 """Sampling options that evaluation chooses for a model, and that its header keeps."""
 
 
@@ -155,7 +155,7 @@ class ModelHeader(Config):
         is_set = configured.guidance is not None or configured.autoguidance is not None
         if is_set or is_consistency or not (conditional or self.autoguidance is not None):
             return configured
-        return configured.changed({name: getattr(self, name) for name in CHOSEN})
+        return configured.changed({name: getattr(self, name) for name in GUIDANCE_OPTIONS})
 
 
 @dataclass(frozen=True)

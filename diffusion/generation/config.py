@@ -73,7 +73,7 @@ def check_conditions(classes: Sequence[str], text: bool, config: SamplingConfig,
     if conditions.texts and not text:
         raise UserError("the model was trained without captions: leave prompts out, or train one with model.text=true")
     if conditions.negative_prompt is not None and not config.guides:
-        raise UserError("a negative prompt is what sampling.guidance leads away from: set that, say to 3")
+        raise UserError("a negative prompt is what sampling.guidance leads away from, not autoguidance: set it to 3")
     if config.guides and not is_conditional(classes, conditions):
         raise UserError(
             f"sampling.guidance = {config.guidance:g} leads towards a label or prompt, and there is none: "
@@ -136,7 +136,8 @@ class ConditionalRequest(GenerationRequest):
     negative_prompt: Text | None = None
     """Prompt that guidance leads away from."""
     guidance: float | None = Field(None, ge=0, le=1000)
-    """As sampling.guidance; null: as configured, or none if there is no label or prompt."""
+    """As sampling.guidance, and without autoguidance; null: as configured, of which sampling.guidance needs a label or
+    prompt."""
     size: Size | None = None
     """Width and height of the images in pixels, as WIDTHxHEIGHT; null: the most frequent shape of the model's training
     images, or for an edit the one of them whose aspect ratio is nearest to that of the image."""

@@ -89,6 +89,12 @@ class StudentConfig(Config):
     autoguidance: float | None = Field(None, ge=0, le=1000, exclude_if=unset)
     """Scale of autoguidance of the teacher, instead. Null: none."""
 
+    @model_validator(mode="after")
+    def _guides_in_one_way(self) -> "StudentConfig":
+        if self.guidance is not None and self.autoguidance is not None:
+            raise ValueError("training.student.guidance and autoguidance are two kinds of guidance: leave one out")
+        return self
+
 
 class ObjectiveConfig(Config):
     """The part of the section ``training`` that defines the objective: noise levels, their weights, and the seed."""

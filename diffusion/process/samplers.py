@@ -529,8 +529,9 @@ def effective_sampling(model: FamilyConfig, sampling: SamplingConfig) -> Samplin
     """Reset the fields of ``sampling`` without effect for the family of ``model`` to their defaults."""
     if isinstance(sampling, SchedulerSampling) and isinstance(model, ModelConfig):
         return sampling.with_sampler(sampling_config().sampler)
-    diffusion = isinstance(model, ModelConfig | DiffusersConfig)
-    return sampling if diffusion else sampling_config(**sampling.model_dump(include=COMPUTING))
+    if isinstance(model, DiffusersConfig):
+        return sampling.changed({"autoguidance": None})
+    return sampling if isinstance(model, ModelConfig) else sampling_config(**sampling.model_dump(include=COMPUTING))
 
 
 def sampling_conflict(model: FamilyConfig, sampling: SamplingConfig) -> str | None:

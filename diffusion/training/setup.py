@@ -36,7 +36,7 @@ from diffusion.data.manifest import Manifest, read_manifest
 from diffusion.data.shards import ShardCache, ShardStore
 from diffusion.families import family_of
 from diffusion.families.ddpm import DiffusionModel
-from diffusion.families.model import CHOSEN, Base, Conditioning, Model, ModelHeader, to_float
+from diffusion.families.model import Base, Conditioning, Model, ModelHeader, to_float
 from diffusion.families.pretrained import PretrainedModel
 from diffusion.families.vae import VAEModel
 from diffusion.generation.config import UNCONDITIONAL, Conditions, check_conditions
@@ -213,9 +213,10 @@ class TrainingSetup:
 
     @cached_property
     def has_guide(self) -> bool:
-        """Return whether the model keeps a guide."""
-        is_student = self.config.student is not None
-        return isinstance(self.model, ModelConfig) and self.config.guide is not None and not (self.base or is_student)
+        """Return whether the model keeps a guide: no student, adapter, or model for super-resolution does."""
+        if not isinstance(self.model, ModelConfig) or self.model.low_resolution is not None:
+            return False
+        return self.config.guide is not None and self.config.student is None and self.base is None
 
     @cached_property
     def given_guide(self) -> tuple[nn.Module, int] | None:
@@ -557,14 +558,14 @@ def student_training(
     The rest is as in ``training``; the teacher is guided as it samples where ``sampling`` is configured.
     """
     sampling = header.sampling(sampling)
-    guidance = {name: getattr(sampling, name) for name in CHOSEN} if sampling.is_guided else {}
+    names = ("guidance", "guidance_interval") if sampling.guides else ("autoguidance",) if sampling.autoguides else ()
     own = {
         "init_from": teacher,
         "images": config.images,
         "minutes": None,
         "learning_rate": config.learning_rate,
         "warmup_images": min(training.warmup_images, config.images // 10),
-        "student": {"steps": config.steps} | guidance,
+        "student": {"steps": config.steps} | {name: getattr(sampling, name) for name in names},
         "guide": None,
     }
     return TrainingConfig.model_validate(training.model_dump() | own)

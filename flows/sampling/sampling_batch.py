@@ -110,7 +110,8 @@ class SamplingBatch(Config):
     def row(self, index: int) -> Row:
         """Fields of image number ``index`` in the manifest that follow from the batch alone."""
         own = self.model_dump(include={"seed", "model", "version", "run_id", "content_digest", "weights_sha256"})
-        return {"key": self.key(index), "index": index, **own, "guidance": self.sampling.guidance}
+        row = {"key": self.key(index), "index": index, **own, "guidance": self.sampling.guidance}
+        return row if self.sampling.autoguidance is None else row | {"autoguidance": self.sampling.autoguidance}
 
     def json_bytes(self) -> bytes:
         """Content of ``batch.json``; unset options are left out, so that later options change no earlier batch."""
@@ -147,6 +148,8 @@ class ManifestRow(Config):
     prompt: str | None
     negative_prompt: str | None
     guidance: float | None
+    autoguidance: float | None = None
+    """Scale of autoguidance, in batches that have it."""
     width: Annotated[int, Field(ge=1, le=LARGEST_SIDE)] | None = None
     height: Annotated[int, Field(ge=1, le=LARGEST_SIDE)] | None = None
     """Width and height in pixels, in batches that name sizes."""
@@ -157,7 +160,7 @@ class ManifestRow(Config):
 
 
 INTEGERS = ("index", "seed", "version", "width", "height", "offset", "size")
-COLUMN_TYPES = dict.fromkeys(INTEGERS, pa.int64()) | {"guidance": pa.float64()}
+COLUMN_TYPES = dict.fromkeys(INTEGERS, pa.int64()) | dict.fromkeys(("guidance", "autoguidance"), pa.float64())
 """Types of the manifest's columns that are not text."""
 
 
@@ -276,6 +279,7 @@ def schema_of(batch: SamplingBatch) -> pa.Schema:
     """Schema of the Parquet manifest of ``batch``."""
     missing = set() if batch.format == "tar" else {"tar", "offset", "size"}
     missing |= set() if batch.has_sizes else {"width", "height"}
+    missing |= {"autoguidance"} if batch.sampling.autoguidance is None else set()
     names = [name for name in ManifestRow.model_fields if name not in missing]
     return pa.schema([(name, COLUMN_TYPES.get(name, pa.string())) for name in names])
 

@@ -376,6 +376,8 @@ def test_exported_pipeline_has_the_guide_that_autoguidance_leads_away_from(tmp_p
     assert done.pipeline == "DarkroomPipeline"
     pipe = load(done)
     assert_equal(pipe(batch_size=COUNT, seed=SEED, output_type="pt").images, ours(model, guided))
+    unguided = pipe(batch_size=COUNT, seed=SEED, output_type="pt", guidance_scale=1).images
+    assert_equal(unguided, ours(model, guided.changed({"autoguidance": None})))
     (tmp_path / "folder").rename(tmp_path / "guided")
     _, without = exported(weights, sampler="dpmpp_2m", autoguidance=1)
     assert load(without).unet.guide is None

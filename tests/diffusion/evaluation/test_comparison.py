@@ -342,6 +342,18 @@ def test_champion_without_classes_is_sampled_without_guidance(data: Path, tmp_pa
     assert found.candidate.gflop == pytest.approx(2 * found.champion.gflop, rel=0.02)
 
 
+def test_champion_without_a_guide_is_sampled_without_autoguidance(data: Path, tmp_path: Path) -> None:
+    candidate = write_model(tmp_path / "candidate.safetensors", 0, 1, guide=2)
+    champion = write_model(tmp_path / "champion.safetensors", 1, 1)
+    found, grids = tried(candidate, champion, data, tmp_path, sampling=SAMPLING.changed({"autoguidance": 2}))
+    assert found.champion is not None
+    assert grids.champion is not None
+    generated = sample(load_model(champion), range(CONFIG.samples), CONFIG.seed + 1, SAMPLING)
+    assert torch.equal(grids.champion, generated)
+    assert "2 by autoguidance" in conditions(found)
+    assert found.candidate.gflop == pytest.approx(2 * found.champion.gflop, rel=0.02)
+
+
 def knowing(path: Path, seed: int, *classes: str, text: bool = False) -> Path:
     config = MODEL.model_copy(update={"text": text})
     return write_model(path / f"{seed}.safetensors", seed, seed, 3, config=config, classes=dict.fromkeys(classes, 40))

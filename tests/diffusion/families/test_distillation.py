@@ -173,6 +173,10 @@ def test_guidance_of_the_teacher_is_part_of_the_distillation(dataset: Path, teac
     student = student_training(CONFIG, config, sampling_config(), str(teacher), by_guide).student
     assert student is not None
     assert (student.guidance, student.autoguidance) == (None, 2)
+    guided = sampling_config(guidance=3, autoguidance=1)
+    student = student_training(CONFIG, config, guided, str(teacher), by_guide).student
+    assert student is not None
+    assert (student.guidance, student.autoguidance) == (3, None)
 
 
 def test_guidance_of_a_request_has_no_interval_that_was_chosen_for_another_scale(teacher: Path) -> None:

@@ -16,7 +16,8 @@ from diffusion.families.ddpm import DiffusionModel
 from diffusion.generation.config import make_request
 from diffusion.generation.generate import sample
 from diffusion.generation.requests import answer, sampling_of
-from diffusion.process.samplers import SamplingConfig, sampling_config
+from diffusion.models.config import DiffusersConfig
+from diffusion.process.samplers import SamplingConfig, effective_sampling, sampling_config, sampling_conflict
 from diffusion.training.config import DistillationConfig, TrainingConfig
 from diffusion.training.ema import reconstruct_average
 from diffusion.training.setup import student_training
@@ -167,3 +168,27 @@ def test_training_and_distillation_with_autoguidance_and_no_guide_are_refused(da
     student = student_training(CONFIG, DistillationConfig(images=32), guided, str(teacher), read_model_header(teacher))
     with pytest.raises(UserError, match=r"training\.guide"):
         train(dataset, tmp_path / "student", MODEL, student, guided)
+
+
+def test_models_for_super_resolution_have_no_guide(dataset: Path, tmp_path: Path) -> None:
+    enlarging = MODEL.model_copy(update={"low_resolution": 4, "conditional": False})
+    result = train(dataset, tmp_path / "run", enlarging, changed(images=32), SAMPLING)
+    assert not read_tensors(result.final, GUIDE)
+    with pytest.raises(UserError, match=r"training\.guide"):
+        train(dataset, tmp_path / "guided", enlarging, changed(images=32), SAMPLING.changed({"autoguidance": 2}))
+
+
+def test_sample_grids_of_a_training_are_guided(dataset: Path, tmp_path: Path) -> None:
+    for name, sampling in (("plain", SAMPLING), ("guided", SAMPLING.changed({"autoguidance": 3}))):
+        train(dataset, tmp_path / name, MODEL, changed(), sampling)
+    last = "samples/0000000320.png"
+    assert (tmp_path / "plain" / last).read_bytes() != (tmp_path / "guided" / last).read_bytes()
+    ends = [(tmp_path / name / "final.safetensors").read_bytes() for name in ("plain", "guided")]
+    assert ends[0] == ends[1]
+
+
+def test_pipelines_of_diffusers_are_sampled_without_autoguidance() -> None:
+    guided = SAMPLING.changed({"autoguidance": 2})
+    assert effective_sampling(DiffusersConfig(), guided) == SAMPLING
+    assert effective_sampling(MODEL, guided) == guided
+    assert "sampling.autoguidance" in (sampling_conflict(DiffusersConfig(), guided) or "")

@@ -184,3 +184,7 @@ def test_model_card_names_the_guidance_that_evaluation_chose(data: Manifest) -> 
     chosen = [GuidanceScore(sampling=sampling, kid=0.1, excess=0, excess_se=0)]
     card = model_card.card(HEADER, evaluation.model_copy(update={"guidance": chosen}), data, VERSION, ENTRY)
     assert "guidance 2 at σ from 0.2 to 5" in section(card, "How to call it")
+    sampling = evaluation.conditions.sampling.changed({"autoguidance": 2})
+    chosen = [GuidanceScore(sampling=sampling, kid=0.1, excess=0, excess_se=0)]
+    card = model_card.card(HEADER, evaluation.model_copy(update={"guidance": chosen}), data, VERSION, ENTRY)
+    assert "guidance 2 by autoguidance" in section(card, "How to call it")

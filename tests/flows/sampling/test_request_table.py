@@ -107,15 +107,16 @@ def test_batch_has_one_image_per_row_and_names_the_request_table(store: Store, b
 
 
 @pytest.mark.parametrize(("rows", "guidance"), [("odd\neven\n", 2.0), ('odd\n""\n', None)])
-def test_chosen_guidance_applies_to_tables_whose_every_row_is_conditional(
+def test_chosen_guidance_applies_to_tables_whose_every_row_is_conditional_and_autoguidance_to_all(
     store: Store, tmp_path: Path, rows: str, guidance: float | None
 ) -> None:
     (tmp_path / "t.csv").write_text(f"label\n{rows}")
-    plain = write_model(tmp_path / "plain.safetensors", 1, 0, classes={"even": 1, "odd": 1})
-    export(plain, chosen := tmp_path / "chosen.safetensors", SAMPLING.changed({"guidance": 2}))
+    plain = write_model(tmp_path / "plain.safetensors", 1, 0, classes={"even": 1, "odd": 1}, guide=2)
     config = SamplingBatchConfig()
-    batch, _ = plan(store, VERSION, chosen, SAMPLING, config, None, 0, UNCONDITIONAL, str(tmp_path / "t.csv"))
-    assert batch.sampling.guidance == guidance
+    for kind, expected in (("guidance", guidance), ("autoguidance", 2)):
+        export(plain, chosen := tmp_path / f"{kind}.safetensors", SAMPLING.changed({kind: 2}))
+        batch, _ = plan(store, VERSION, chosen, SAMPLING, config, None, 0, UNCONDITIONAL, str(tmp_path / "t.csv"))
+        assert getattr(batch.sampling, kind) == expected
 
 
 @pytest.mark.parametrize(

@@ -59,12 +59,15 @@ def test_batches_with_different_conditions_have_different_names() -> None:
     assert all(SamplingBatch.model_validate_json(each.json_bytes()) == each for each in batches)
 
 
-@pytest.mark.parametrize("conditions", [None, Conditions(labels=("odd", None, "even"))])
+@pytest.mark.parametrize(
+    ("conditions", "kind"),
+    [(None, "guidance"), (None, "autoguidance"), (Conditions(labels=("odd", None, "even")), "guidance")],
+)
 def test_stored_batch_regenerates_images_and_lists_their_conditions(
-    dataset: Path, tmp_path: Path, conditions: Conditions | None
+    dataset: Path, tmp_path: Path, conditions: Conditions | None, kind: str
 ) -> None:
     model = load_model(run(dataset, tmp_path / "run").final)
-    made = batch(conditions, SAMPLING.model_copy(update={"guidance": 2.0}))
+    made = batch(conditions, SAMPLING.model_copy(update={kind: 2.0}))
     found = SamplingBatch.model_validate_json(made.json_bytes())
     images = sample(model, range(4), found.seed, found.sampling, conditions=found.conditions or UNCONDITIONAL)
     labels = label_names(model, range(4), found.seed, found.conditions or UNCONDITIONAL)
@@ -74,7 +77,8 @@ def test_stored_batch_regenerates_images_and_lists_their_conditions(
     write_parquet(sink, iter([rows]), made)
     table = pq.read_table(sink).to_pylist()
     assert [row["label"] for row in table] == (labels if conditions is None else ["odd", None, "even", "odd"])
-    assert all((row["guidance"], row["prompt"], row["negative_prompt"]) == (2.0, None, None) for row in table)
+    assert all((row[kind], row["prompt"], row["negative_prompt"]) == (2.0, None, None) for row in table)
+    assert ("autoguidance" in table[0]) == (kind == "autoguidance")
     again = sample(model, [2], found.seed, found.sampling, conditions=found.conditions or UNCONDITIONAL)[0]
     assert sha256_bytes(again.permute(1, 2, 0).contiguous().numpy().tobytes()) == table[2]["pixels_sha256"]
     text = Image.open(io.BytesIO(encoded[0][0])).text
