@@ -3,7 +3,7 @@
     python benchmarks/distillation.py data/digits runs/digits/final.safetensors --seeds 0 1 2
 
 Distils the model with each seed as ``darkroom distill`` does, in ``--scratch``; a repeated command goes on from there.
-The teacher samples in 16 steps, with ``--guidance``. Features are those of evaluation, and the reference all images of
+The teacher samples in 16 steps, with ``--guidance`` or ``--autoguidance``. Features are those of evaluation, and the reference all images of
 the data set.
 """
 
@@ -35,6 +35,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=500, help="images generated for each figure")
     parser.add_argument("--guidance", type=float)
     parser.add_argument("--interval", type=float, nargs=2)
+    parser.add_argument("--autoguidance", type=float)
     parser.add_argument("--scratch", type=Path, default=Path("runs/students"))
     given = parser.parse_args()
     dataset, header = Dataset.open(given.dataset), read_model_header(given.model)
@@ -42,7 +43,9 @@ def main() -> None:
     rows = [*dataset.rows("train"), *dataset.rows("held_out")]
     real = torch.cat([extract(dataset.images(rows[at : at + 500])) for at in range(0, len(rows), 500)])
     moments = compute_moments(real)
-    sampling = sampling_config(guidance=given.guidance, guidance_interval=given.interval)
+    sampling = sampling_config(
+        guidance=given.guidance, guidance_interval=given.interval, autoguidance=given.autoguidance
+    )
 
     def report(name: str, path: Path, config: SamplingConfig) -> None:
         model, began = load_model(path), time.perf_counter()
