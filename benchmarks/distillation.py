@@ -3,8 +3,8 @@
     python benchmarks/distillation.py data/digits runs/digits/final.safetensors --seeds 0 1 2
 
 Distils the model with each seed as ``darkroom distill`` does, in ``--scratch``; a repeated command goes on from there.
-The teacher samples in 16 steps, with ``--guidance`` or ``--autoguidance``. Features are those of evaluation, and the reference all images of
-the data set.
+The teacher samples in 16 steps, with ``--guidance`` or ``--autoguidance``. Features are those of evaluation, and the
+reference all images of the data set.
 """
 
 import argparse
