@@ -276,6 +276,11 @@ def full_tensor(tensor: Tensor) -> Tensor:
     return tensor.full_tensor().detach() if is_sharded(tensor) else tensor
 
 
+def local_part(tensor: Tensor) -> Tensor:
+    """Return this process' shard of ``tensor``, or all of it if it is not sharded."""
+    return tensor.to_local() if is_sharded(tensor) else tensor
+
+
 def sum_over_replicas(modules: Iterable[nn.Module], enabled: bool) -> None:
     """Set whether backward passes through ``modules`` sum gradients over replicas, or collect them until one does."""
     from torch.distributed.fsdp import FSDPModule

@@ -27,7 +27,7 @@ from diffusion.families.model import OptimizerStep, TrainingBatch
 from diffusion.training.distributed import (
     GradientReducer,
     Ranks,
-    is_sharded,
+    local_part,
     make_mesh,
     shard_module,
     sum_over_replicas,
@@ -183,7 +183,7 @@ def _rank_cost(setup: TrainingSetup, activations: int) -> RankCost:
 
 def _size(parameters: list[nn.Parameter]) -> int:
     """Count the bytes of ``parameters``, or of this rank's shards of them."""
-    return FLOAT * sum((each.to_local() if is_sharded(each) else each).numel() for each in parameters)
+    return FLOAT * sum(local_part(each).numel() for each in parameters)
 
 
 def _replicated(step: OptimizerStep) -> Counter[str]:

@@ -31,6 +31,7 @@ from diffusion.training.distributed import (
     GradientReducer,
     Ranks,
     full_tensor,
+    local_part,
     make_mesh,
     shard_like,
     shard_module,
@@ -83,7 +84,7 @@ class TrainingState:
         self.averages = [WeightAverage(network, decay) for decay in decays]
         """Averages of the network's weights; the first is the model."""
         self.guide: dict[str, Tensor] = {}
-        """Weights of the model's guide: those of the first average until ``keep_guide`` is no longer called."""
+        """Weights of the model's guide: those of the first average until ``update_guide`` is no longer called."""
         if has_guide:
             self.guide = {name: value.clone() for name, value in self.averages[0].averages.items()}
         self.images = self.skipped = self.skipped_in_a_row = 0
@@ -98,10 +99,17 @@ class TrainingState:
         return named
 
     @torch.no_grad()
-    def keep_guide(self, weights: Mapping[str, Tensor] | None = None) -> None:
-        """Set the guide to ``weights``, or to this process' shards of them; None: to the first average."""
+    def load_guide(self, weights: Mapping[str, Tensor]) -> None:
+        """Set the guide to ``weights``, or to this process' shards of them."""
         for name, value in self.guide.items():
-            value.copy_(self.averages[0].averages[name] if weights is None else shard_like(weights[name], value))
+            value.copy_(shard_like(weights[name], value))
+
+    @torch.no_grad()
+    def update_guide(self) -> None:
+        """Set the guide to the first average."""
+        averages = self.averages[0].averages
+        pairs = [(local_part(value), local_part(averages[name])) for name, value in self.guide.items()]
+        torch._foreach_copy_([ours for ours, _ in pairs], [theirs for _, theirs in pairs])
 
     def _named_optimizers(self) -> list[tuple[str, torch.optim.Optimizer]]:
         return [named for optimizers in self.optimizers for named in optimizers.items()]
@@ -180,7 +188,7 @@ class Trainer:
             frozen = {}
         self.state = TrainingState(network, self.objective, self.config, self.device, frozen, mesh, setup.has_guide)
         if setup.given_guide is not None:
-            self.state.keep_guide(dict(setup.given_guide[0].named_parameters()))
+            self.state.load_guide(dict(setup.given_guide[0].named_parameters()))
         self.reducers: list[GradientReducer | None] = [None for _ in self.state.steps]
         """Sums of the gradients of each step over the processes; None: there is one, or the network is sharded."""
         if setup.ranks.count > 1 and mesh is None:
@@ -293,7 +301,7 @@ class Trainer:
         for average in state.averages:
             average.update(state.network, state.images // config.images_per_step)
         if state.guide and state.images <= self.setup.guide_images(self.total):
-            state.keep_guide()
+            state.update_guide()
         copied = finite.to("cpu", non_blocking=True)
         event = torch.cuda.current_stream(self.device).record_event() if finite.is_cuda else None
         self.pending.append(PendingStep(state.images, batch, t, copied, event))
