@@ -111,7 +111,8 @@ def test_rectangles_go_from_their_source_to_s3_and_back(workspace: Workspace, se
 def test_the_python_interface_gives_the_image_of_the_batch(workspace: Workspace) -> None:
     done = workspace.json("sample", "--count", "4", "--size", "24x12", "--seed", "3")
     stored = Image.open(io.BytesIO(objects(workspace, done["uri"])["00000001.png"][1]))
-    generator = diffusion.load(workspace.folder / "runs" / "blobs" / "final.safetensors", steps=8, sampler="dpmpp_2m")
+    # The registered file, which has the guidance that evaluation chose.
+    generator = diffusion.load(workspace.folder / "runs" / "blobs" / "weights.safetensors", steps=8, sampler="dpmpp_2m")
     config = generator.sampling.model_copy(update={"compute_batch": 8})
     images = sample(generator.model.at((12, 24)), [1], 3, generator.model.header.sampling(config))
     assert image_of(images[0]).tobytes() == stored.tobytes()
