@@ -13,7 +13,8 @@ import argparse
 import math
 import os
 import time
-from contextlib import chdir, nullcontext
+from collections.abc import Mapping
+from contextlib import ExitStack, chdir
 from pathlib import Path
 from unittest import mock
 
@@ -132,7 +133,14 @@ LAYERS = (ResidualBlock, SelfAttention, Shrink, Grow)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    replaced = {f"diffusion.models.unet.{layer.__name__}": layer for layer in LAYERS}
+    replaced["diffusion.models.unet.normalisation"] = Normalisation
+    compare(__doc__, "group-norm", "magnitude-preserving", replaced)
+
+
+def compare(description: str, name: str, other: str, replaced: Mapping[str, object]) -> None:
+    """Train the default network, ``name``, and the ``other``, for which ``replaced`` says what stands in what place."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=Path, help="a source to train on; default: Fashion-MNIST, padded to 32×32")
     parser.add_argument("--size", type=int, default=64, help="of its images")
     parser.add_argument("--seen", type=int, default=92_160, help="images to see")
@@ -143,11 +151,12 @@ def main() -> None:
 
     workspace = workspace_of(args.scratch, args.images, args.size).resolve()
     judge = Judge(Dataset.open(workspace / "data" / "images"), workspace)
-    replaced = {layer.__name__: layer for layer in LAYERS} | {"normalisation": Normalisation}
-    for name in ("group-norm", "magnitude-preserving"):
-        layers = mock.patch.multiple("diffusion.models.unet", **replaced) if name != "group-norm" else nullcontext()
-        with layers, chdir(workspace):
-            output = Path("runs", f"{name}-{args.seen}-{args.seed}")
+    for each, changes in {name: {}, other: replaced}.items():
+        with ExitStack() as stack:
+            stack.enter_context(chdir(workspace))
+            for place, change in changes.items():
+                stack.enter_context(mock.patch(place, change))
+            output = Path("runs", f"{each}-{args.seen}-{args.seed}")
             before, began = time.process_time(), time.perf_counter()
             run = diffusion.train("images", images=args.seen, seed=args.seed, output=os.fspath(output))
             spent, took = time.process_time() - before, time.perf_counter() - began
@@ -155,7 +164,7 @@ def main() -> None:
             distances = [
                 judge.distance(sample(model, range(args.samples), seed, sampling_config()).numpy()) for seed in (0, 1)
             ]
-        print(f"{name:20} {distances[0]:.0f}, {distances[1]:.0f}  {spent:.0f} s of processor time, {took:.0f} s")
+        print(f"{each:20} {distances[0]:.0f}, {distances[1]:.0f}  {spent:.0f} s of processor time, {took:.0f} s")
 
 
 if __name__ == "__main__":

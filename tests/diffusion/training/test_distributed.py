@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from diffusion.checkpoints import save_tensors
+from diffusion.checkpoints import GUIDE, read_model_header, read_tensors, save_tensors
 from diffusion.common.files import sha256_file
 from diffusion.common.model_files import read_header
 from diffusion.data.ingest.ingest import forget_encodings
@@ -40,7 +40,7 @@ model = ModelConfig(width=16, channel_mult=(1,), blocks=1, attention=(), patch=1
 length = {"images": int(sys.argv[3]), "checkpoints": 8} if sys.argv[3] != "0" else {"minutes": 0.3, "checkpoints": 2}
 config = TrainingConfig(**length, batch_size=16, warmup_images=32, keep=2, cpu_threads=2,
     learned_uncertainty=True, shard=shard, optimizer="adamw" if shard or "adamw" in sys.argv else "muon",
-    micro_batch=int(options["micro"]) if "micro" in options else None)
+    micro_batch=int(options["micro"]) if "micro" in options else None, init_from=options.get("from"))
 train(Path(sys.argv[1]), Path(sys.argv[2]), model, config, sampling_config(steps=2, compute_batch=36))
 """
 
@@ -194,6 +194,18 @@ def test_a_checkpoint_of_any_mesh_continues_on_any_other(dataset: Path, tmp_path
     assert not list((tmp_path / "cut").rglob("*.partial"))
     finish(start(dataset, tmp_path / "changed", 2, 320, 0, "shard", "micro=2"))
     np.testing.assert_allclose(curve(tmp_path / "changed"), curve(tmp_path / "one"), rtol=2e-2)
+
+
+def test_sharded_training_that_begins_with_a_model_keeps_its_guide(dataset: Path, tmp_path: Path) -> None:
+    finish(start(dataset, tmp_path / "first", 1, 320, 0, "adamw"))
+    final = tmp_path / "first" / "final.safetensors"
+    finish(start(dataset, tmp_path / "warm", 2, 160, 0, "shard", f"from={final}"))
+    warm = tmp_path / "warm" / "final.safetensors"
+    ours, theirs = read_tensors(warm, GUIDE), read_tensors(final, GUIDE)
+    assert ours
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
+    assert read_model_header(warm).guide_images == read_model_header(final).guide_images
 
 
 def test_sharded_training_supports_a_length_in_minutes(dataset: Path, tmp_path: Path) -> None:
