@@ -48,7 +48,7 @@ BEGIN = (
     "import runpy, sys; sys.path.insert(0, sys.argv[1]); script = sys.argv[2]; runpy.run_path(script, None, '__main__')"
 )
 """Python code that puts a folder first on the import path after start-up, and then runs a script."""
-REDRAW = Path(__file__).with_name("redraw_script.py")
+REGENERATION = Path(__file__).with_name("regeneration_script.py")
 REQUIREMENT = re.compile(r"[A-Za-z0-9._-]{1,100}==[A-Za-z0-9._+!-]{1,100}")
 
 
@@ -291,7 +291,7 @@ def changed_libraries(requirements: list[str]) -> list[str]:
 
 
 def _run(request: dict[str, Any], code: Path, version: Version, installed: bool) -> Iterator[dict[str, Any]]:
-    """Yield the answers of ``redraw_script``; of ``code`` only imported modules are loaded: no ``.pth``."""
+    """Yield the answers of ``regeneration_script``; of ``code`` only imported modules are loaded: no ``.pth``."""
     folder = Path(request["folder"])
     stdin, stderr = folder / "request.json", folder / "stderr"
     write_json(stdin, request | {"code": str(code)})
@@ -299,7 +299,7 @@ def _run(request: dict[str, Any], code: Path, version: Version, installed: bool)
     with stdin.open() as words, stderr.open("w") as errors:
         process = subprocess.Popen(
             # Not -I, which implies -s: the libraries may be installed for this user alone.
-            [sys.executable, "-E", "-P", "-B", "-c", BEGIN, str(code), str(REDRAW)],
+            [sys.executable, "-E", "-P", "-B", "-c", BEGIN, str(code), str(REGENERATION)],
             cwd=folder,
             env=variables,
             text=True,

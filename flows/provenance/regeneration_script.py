@@ -27,7 +27,7 @@ from diffusion.process.samplers import SAMPLING_ADAPTER, SamplingConfig
 sample = getattr(generate, "sample_each", generate.sample)
 
 
-def redraw(request: dict[str, Any]) -> Iterator[dict[str, Any]]:
+def regenerate(request: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Yield the fingerprint of this process, then the file with the images of each range in ``request["chunks"]``."""
     if Path(diffusion.__file__).resolve().parent != (Path(request["code"]) / "diffusion").resolve():
         raise DarkroomError(f"diffusion comes from {diffusion.__file__}, not from {request['code']}")
@@ -52,7 +52,7 @@ def main() -> None:
     with redirect_stdout(sys.stderr):
         try:
             end_with_parent()
-            for answer in redraw(json.load(sys.stdin)):
+            for answer in regenerate(json.load(sys.stdin)):
                 print(json.dumps(answer), file=answers, flush=True)
         except ValidationError as error:
             wrong = (f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors())
