@@ -70,17 +70,17 @@ def embeddings_of(
     Concurrent trainings wait for one another. Raises UserError if the text encoder is unavailable.
     """
     # Required even if all embeddings are cached: each checkpoint embeds captions for its sample grid.
-    read = encoding.load()
+    encode = encoding.load()
     path = _cache_file(dataset, encoding)
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.parent.with_suffix(".lock")):
         digests = [_digest(text) for text in texts]
-        embeddings, missing = _known(path, digests, encoding)
+        embeddings, missing = _read_cached(path, digests, encoding)
         if not missing:
             return embeddings
         for start in range(0, len(missing), CHUNK):
             chunk = missing[start : start + CHUNK]
-            embeddings[chunk] = torch.stack(list(pool.map(read, [texts[number] for number in chunk])))
+            embeddings[chunk] = torch.stack(list(pool.map(encode, [texts[number] for number in chunk])))
             progress("captions read", start + len(chunk), len(missing))
         tensors = {"texts": torch.from_numpy(np.frombuffer(b"".join(digests), np.uint8).copy()).view(-1, 32)}
         digest = save_tensors(path, tensors | {"embeddings": embeddings}, {"encoder": encoding.digest})
@@ -94,12 +94,12 @@ def embeddings_of(
 
 def seconds_to_read(dataset: Dataset, texts: Sequence[str], threads: int, encoding: CaptionEncoder = MINI_LM) -> float:
     """Estimate the seconds of ``embeddings_of`` in ``threads`` threads from a few of the texts that it would embed."""
-    _, missing = _known(_cache_file(dataset, encoding), [_digest(text) for text in texts], encoding)
-    tried = [texts[number] for number in missing[:8]]
-    read, began = encoding.load(), time.perf_counter()
-    for text in tried:
-        read(text)
-    return (time.perf_counter() - began) / max(len(tried), 1) * len(missing) / threads
+    _, missing = _read_cached(_cache_file(dataset, encoding), [_digest(text) for text in texts], encoding)
+    sample = [texts[number] for number in missing[:8]]
+    encode, start = encoding.load(), time.perf_counter()
+    for text in sample:
+        encode(text)
+    return (time.perf_counter() - start) / max(len(sample), 1) * len(missing) / threads
 
 
 def _digest(text: str) -> bytes:
@@ -110,7 +110,7 @@ def _cache_file(dataset: Dataset, encoding: CaptionEncoder) -> Path:
     return encodings_folder(dataset.folder) / f"{encoding.digest[:16]}.safetensors"
 
 
-def _known(path: Path, digests: Sequence[bytes], encoding: CaptionEncoder) -> tuple[Tensor, list[int]]:
+def _read_cached(path: Path, digests: Sequence[bytes], encoding: CaptionEncoder) -> tuple[Tensor, list[int]]:
     """Return the cached embeddings of the texts with these ``digests``, and the indices of those not in the cache."""
     embeddings = torch.empty(len(digests), len(encoding.none), dtype=encoding.none.dtype)
     missing = dict(zip(digests, range(len(digests)), strict=True))

@@ -110,9 +110,9 @@ class Dataset:
         self._places = np.empty(len(self) if fits else 0, np.int64)
         """Place of each row in the cache of its bucket."""
         if fits:
-            own = self.buckets(np.arange(len(self)))
+            row_buckets = self.buckets(np.arange(len(self)))
             for bucket, size in enumerate(sizes):
-                self._places[own == bucket] = np.arange(size[0])
+                self._places[row_buckets == bucket] = np.arange(size[0])
 
     @classmethod
     def open(cls, folder: Path, shards: ShardCache | None = None, cache_bytes: int = CACHE_BYTES) -> "Dataset":
@@ -165,7 +165,7 @@ class Dataset:
     def _captions(self) -> pa.ChunkedArray:
         """Return the captions in the order of the records; read at the first use."""
         parts = _with_shards(self.manifest)
-        pieces = [_kept(self.folder, part, "caption")["caption"].combine_chunks() for part in parts]
+        pieces = [_read_kept(self.folder, part, "caption")["caption"].combine_chunks() for part in parts]
         return pa.chunked_array(pieces, pa.string())
 
     def classes(self, rows: Rows, classes: Sequence[str]) -> Tensor:
@@ -185,8 +185,8 @@ class Dataset:
 
     def by_bucket(self, rows: Rows) -> list[np.ndarray]:
         """Split ``rows`` into those of each bucket that has any, in the order of ``shapes``; their order stays."""
-        rows, own = _numbers(rows), self.buckets(rows)
-        return [rows[own == bucket] for bucket in np.unique(own)]
+        rows, row_buckets = _numbers(rows), self.buckets(rows)
+        return [rows[row_buckets == bucket] for bucket in np.unique(row_buckets)]
 
     def prefetch(self, shards: Sequence[int] | None = None) -> None:
         """Prepare ``shards`` (None: all) in the background, soonest needed first."""
@@ -203,12 +203,12 @@ class Dataset:
         """Return the images in ``rows``, of any buckets, each (C, H, W) uint8."""
         if len(self.shapes) == 1 or not len(rows):
             return self.images(rows)
-        numbers, own = _numbers(rows), self.buckets(rows)
-        found: dict[int, Tensor] = {}
-        for bucket in np.unique(own):
-            places = np.flatnonzero(own == bucket)
-            found |= zip(places.tolist(), self.images(numbers[places]), strict=True)
-        return stack_images([found[place] for place in range(len(numbers))])
+        numbers, row_buckets = _numbers(rows), self.buckets(rows)
+        images: dict[int, Tensor] = {}
+        for bucket in np.unique(row_buckets):
+            places = np.flatnonzero(row_buckets == bucket)
+            images |= zip(places.tolist(), self.images(numbers[places]), strict=True)
+        return stack_images([images[place] for place in range(len(numbers))])
 
     def pixels(self, rows: Rows) -> np.ndarray:
         """Return images as ``images`` does, but (len(rows), H, W, C), as stored, without a transposition."""
@@ -218,15 +218,15 @@ class Dataset:
             if others:
                 raise ValueError(f"rows of {len(others) + 1} shapes: give those of one bucket at a time")
         if self._caches is None:
-            return self._decoded(rows, self.shapes[bucket])
+            return self._decode(rows, self.shapes[bucket])
         cache, missing = self._caches[bucket], ~self._cached[rows]
         if missing.any():
-            new = rows[missing]
-            cache[self._places[new]] = self._decoded(new, self.shapes[bucket])
-            self._cached[new] = True
+            new_rows = rows[missing]
+            cache[self._places[new_rows]] = self._decode(new_rows, self.shapes[bucket])
+            self._cached[new_rows] = True
         return cache[self._places[rows]]
 
-    def _decoded(self, rows: np.ndarray, shape: Shape) -> np.ndarray:
+    def _decode(self, rows: np.ndarray, shape: Shape) -> np.ndarray:
         """Decode the images in ``rows``, (len(rows), H, W, C): many of them in chunks and shard by shard."""
         channels = self.shape[0]
         if not 0 < len(rows) <= CHUNK:
@@ -234,7 +234,7 @@ class Dataset:
             order = np.lexsort((self._table["offset"][rows], self._table["shard"][rows]))
             for start in range(0, len(rows), CHUNK):
                 places = order[start : start + CHUNK]
-                pixels[places] = self._decoded(rows[places], shape)
+                pixels[places] = self._decode(rows[places], shape)
             return pixels
         table = self._table[rows]
         shards, offsets, sizes = table["shard"], table["offset"], table["size"]
@@ -243,8 +243,8 @@ class Dataset:
         for places in np.split(order, np.flatnonzero(np.diff(shards[order])) + 1):
             entry = self._entries[shards[places[0]]]
             spans = list(zip(offsets[places].tolist(), sizes[places].tolist(), strict=True))
-            found: Sequence[bytes | memoryview] = self._shards.read(entry, spans)
-            for place, png in zip(places.tolist(), found, strict=True):
+            contents: Sequence[bytes | memoryview] = self._shards.read(entry, spans)
+            for place, png in zip(places.tolist(), contents, strict=True):
                 pngs[place] = png
         try:
             return decode_many(pngs, (channels, *shape)).transpose(0, 2, 3, 1)
@@ -258,7 +258,7 @@ def _numbers(rows: Rows) -> np.ndarray:
     return np.asarray(rows, np.int64)
 
 
-def _kept(folder: Path, part: Part, *columns: str) -> pa.Table:
+def _read_kept(folder: Path, part: Part, *columns: str) -> pa.Table:
     table = read_records(folder, part, ["outcome", *columns])
     return table.filter(pc.equal(table["outcome"], "kept"))
 
@@ -287,8 +287,8 @@ def open_table(folder: Path, manifest: Manifest) -> Table:
     with FileLock(path.with_name("lock")):
         if not path.is_file():
             # Those of other versions; processes that have mapped them keep them.
-            for old in path.parent.glob("*.bin"):
-                old.unlink()
+            for old_path in path.parent.glob("*.bin"):
+                old_path.unlink()
             remove_partials(path.parent)
             with scratch_folder(path.parent / "runs") as runs:
                 write_atomically(path, lambda partial: _write_table(partial, folder, manifest, runs))
@@ -323,30 +323,30 @@ def _write_table(path: Path, folder: Path, manifest: Manifest, scratch: Path) ->
     runs = list(prefetch(write, groups, 2))
     path.touch()
     table = _map_table(path, manifest, "r+")
-    free = np.cumsum(table.by_shard.counts) - table.by_shard.counts
-    row, written = 0, dict.fromkeys(SPLITS, 0)
+    next_places = np.cumsum(table.by_shard.counts) - table.by_shard.counts
+    row, row_counts = 0, dict.fromkeys(SPLITS, 0)
     count = range_count(manifest.kept)
     for number in range(count):
         images = read_range(runs, number, count)
         table.images[row : row + len(images)] = images
         for code, split in enumerate(SPLITS):
             rows = np.flatnonzero(images["split"] == code)
-            first = written[split]
+            first = row_counts[split]
             table.rows[split][first : first + len(rows)] = row + rows
-            written[split] += len(rows)
+            row_counts[split] += len(rows)
             if split == "train":
                 order = np.argsort(images["shard"][rows], kind="stable")
-                counts = np.bincount(images["shard"][rows], minlength=len(free))
-                before = np.cumsum(counts) - counts
-                places = np.arange(len(rows)) + np.repeat(free - before, counts)
+                counts = np.bincount(images["shard"][rows], minlength=len(next_places))
+                offsets = np.cumsum(counts) - counts
+                places = np.arange(len(rows)) + np.repeat(next_places - offsets, counts)
                 table.by_shard.samples[places] = first + order
-                free += counts
+                next_places += counts
         row += len(images)
 
 
 def _read_piece(folder: Path, part: Part, number: int, labels: Sequence[str]) -> np.ndarray:
     """Read the kept images of a part, whose shard is ``number``, in the order of the records; without ``read``."""
-    records = _kept(folder, part, "key", "split", "label", "offset", "size")
+    records = _read_kept(folder, part, "key", "split", "label", "offset", "size")
     piece = np.zeros(len(records), ROW)
     piece["key"] = np.frombuffer(bytes.fromhex("".join(records["key"].to_pylist())), "S32")
     piece["split"] = _codes(records["split"], SPLITS)
@@ -359,11 +359,11 @@ def _read_piece(folder: Path, part: Part, number: int, labels: Sequence[str]) ->
 
 def _codes(column: pa.ChunkedArray, names: Sequence[str]) -> np.ndarray:
     """Return each string's number in ``names`` as int32; −1 where it is none of them."""
-    encoded = column.combine_chunks().dictionary_encode()
-    found = encoded.dictionary.to_pylist()
+    encoding = column.combine_chunks().dictionary_encode()
+    values = encoding.dictionary.to_pylist()
     numbers = {name: number for number, name in enumerate(names)}
-    table: np.ndarray = np.array([*(numbers.get(name, -1) for name in found), -1], np.int32)
-    codes: np.ndarray = table[pc.fill_null(encoded.indices, len(found)).to_numpy()]
+    table: np.ndarray = np.array([*(numbers.get(name, -1) for name in values), -1], np.int32)
+    codes: np.ndarray = table[pc.fill_null(encoding.indices, len(values)).to_numpy()]
     return codes
 
 
@@ -405,27 +405,27 @@ def open_webdataset(
     if shuffle:
         pipeline = pipeline.shuffle(shuffle)
     numbers = {label: number for number, label in enumerate(manifest.labels)}
-    return pipeline.map(partial(_decoded, manifest.channels, frozenset(manifest.shapes), numbers, captions))
+    return pipeline.map(partial(_decode, manifest.channels, frozenset(manifest.shapes), numbers, captions))
 
 
 def _is_one_of(keys: frozenset[str], sample: dict[str, Any]) -> bool:
     return sample["__key__"] in keys
 
 
-def _decoded(
+def _decode(
     channels: int,
     shapes: frozenset[Shape],
     numbers: dict[str, int],
     captions: dict[str, str | None] | None,
     sample: dict[str, Any],
 ) -> dict[str, Any]:
-    about = json.loads(sample["json"])
+    metadata = json.loads(sample["json"])
     shape = shape_of(sample["png"])
     if shape not in shapes:
         raise ValueError(f"{sample['__key__']} has {shape_name(shape)} pixels, which is no shape of its data set")
     return {
         "key": sample["__key__"],
         "image": torch.from_numpy(decode_many([sample["png"]], (channels, *shape))[0].copy()),
-        "label": numbers.get(about.get("label"), -1),
-        "caption": about.get("caption") if captions is None else captions[sample["__key__"]],
+        "label": numbers.get(metadata.get("label"), -1),
+        "caption": metadata.get("caption") if captions is None else captions[sample["__key__"]],
     }

@@ -47,12 +47,12 @@ def write_run(path: Path, rows: np.ndarray) -> Path:
 def read_range(runs: Sequence[Path], number: int, count: int) -> np.ndarray:
     """Return the rows of ``runs`` with keys in range ``number`` of ``count``, sorted; equal keys in order of runs."""
     # NumPy drops the zeros at the end of bytes, which leaves their order as it is.
-    first, last = ((-(-each * 2**64 // count)).to_bytes(9, "big")[1:].rstrip(b"\0") for each in (number, number + 1))
+    first, last = ((-(-bound * 2**64 // count)).to_bytes(9, "big")[1:].rstrip(b"\0") for bound in (number, number + 1))
     pieces = []
     for path in runs:
         run = np.load(path, mmap_mode="r")
         end = len(run) if number + 1 == count else bisect_left(run["key"], last)
         pieces.append(run[bisect_left(run["key"], first) : end])
     rows = np.concatenate(pieces)
-    ordered: np.ndarray = rows[np.argsort(rows["key"], kind="stable")]
-    return ordered
+    sorted_rows: np.ndarray = rows[np.argsort(rows["key"], kind="stable")]
+    return sorted_rows

@@ -49,42 +49,42 @@ class LatentCache:
         folder.mkdir(parents=True, exist_ok=True)
         done = 0
         for shard in np.unique(self._shards).tolist():
-            mine = rows[self._shards == shard]
-            self._places[mine] = np.arange(len(mine))
-            path = folder / f"latents-{digest_of([digest, variants, dataset.keys(mine)])[:32]}.safetensors"
+            shard_rows = rows[self._shards == shard]
+            self._places[shard_rows] = np.arange(len(shard_rows))
+            path = folder / f"latents-{digest_of([digest, variants, dataset.keys(shard_rows)])[:32]}.safetensors"
             # Concurrent trainings wait for one another.
             with FileLock(folder.with_suffix(".lock")):
                 if not _is_whole(path):
-                    tensors = {name: self._encoded(dataset, mine, encode, name, pool) for name in variants}
-                    written = save_tensors(path, tensors, {"latents": digest})
-                    write_bytes(path.with_suffix(".sha256"), f"{written}\n".encode())
+                    tensors = {name: self._encode(dataset, shard_rows, encode, name, pool) for name in variants}
+                    file_digest = save_tensors(path, tensors, {"latents": digest})
+                    write_bytes(path.with_suffix(".sha256"), f"{file_digest}\n".encode())
                 self._files[shard] = safe_open(path, framework="pt")
-            done += len(mine)
+            done += len(shard_rows)
             progress("images encoded", done, len(rows))
         if read_manifest(dataset.folder).content_digest != dataset.manifest.content_digest:
             # Images may have been taken down meanwhile: see ``embeddings_of``.
             forget_encodings(dataset.folder)
 
     @staticmethod
-    def _encoded(
+    def _encode(
         dataset: Dataset, rows: Rows, encode: Callable[[Tensor], Tensor], variant: str, pool: Executor
     ) -> Tensor:
-        def encoded(part: np.ndarray) -> Tensor:
+        def encode_part(part: np.ndarray) -> Tensor:
             images = to_float(dataset.images(part))
             with torch.inference_mode():
                 return encode(images.flip(-1) if variant == "mirrored" else images).float().cpu()
 
         parts = [np.asarray(rows)[start : start + AT_ONCE] for start in range(0, len(rows), AT_ONCE)]
-        return torch.cat(list(pool.map(encoded, parts)))
+        return torch.cat(list(pool.map(encode_part, parts)))
 
     def of(self, rows: Rows, mirrored: np.ndarray | None = None) -> Tensor:
         """Return the latents of the images in ``rows``, of their mirror images where ``mirrored``: (N, c, h, w)."""
-        found = []
+        latents = []
         for number, row in enumerate(np.asarray(rows, np.int64)):
             variant = VARIANTS[int(mirrored is not None and bool(mirrored[number]))]
             place = int(self._places[row])
-            found.append(self._files[int(self._shards[row])].get_slice(variant)[place : place + 1])
-        return torch.cat(found)
+            latents.append(self._files[int(self._shards[row])].get_slice(variant)[place : place + 1])
+        return torch.cat(latents)
 
 
 def _is_whole(path: Path) -> bool:

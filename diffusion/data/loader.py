@@ -44,10 +44,10 @@ class TrainingOrder:
         """Return the shards needed from ``start`` on, soonest first; None: any of them at any time."""
         return None
 
-    def _piece(self, position: int, most: int) -> np.ndarray:
-        """Return the next samples from ``position`` on: ``most`` of them, or fewer, but one."""
+    def _piece(self, position: int, max_count: int) -> np.ndarray:
+        """Return the next samples from ``position`` on: ``max_count`` of them, or fewer, but one."""
         epoch, offset = divmod(position, self.length)
-        numbers = self._permutation(epoch)[np.arange(offset, min(offset + most, self.length))]
+        numbers = self._permutation(epoch)[np.arange(offset, min(offset + max_count, self.length))]
         return numbers if self._samples is None else np.take(self._samples, numbers)
 
 
@@ -72,7 +72,7 @@ class WindowedOrder(TrainingOrder):
         self._by_shard = by_shard
         self._layout_digest, self._seed, self._shards_each = layout_digest, seed, window
         self._epoch = lru_cache(maxsize=2)(self._shards_and_ends)
-        self._window = lru_cache(maxsize=4)(self._permuted)
+        self._window = lru_cache(maxsize=4)(self._permute)
 
     def coming(self, start: int) -> tuple[int, ...]:
         """Return the shards of the window at position ``start``, then those of the next window."""
@@ -92,9 +92,9 @@ class WindowedOrder(TrainingOrder):
         window = int(np.searchsorted(ends, offset, side="right"))
         return epoch, window, offset - (int(ends[window - 1]) if window else 0)
 
-    def _piece(self, position: int, most: int) -> np.ndarray:
+    def _piece(self, position: int, max_count: int) -> np.ndarray:
         epoch, window, offset = self._find(position)
-        return self._window(epoch, window)[offset : offset + most]
+        return self._window(epoch, window)[offset : offset + max_count]
 
     def _shards_and_ends(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """Return the epoch's order of shards, and the cumulative number of samples at the end of each window."""
@@ -106,7 +106,7 @@ class WindowedOrder(TrainingOrder):
         shards: np.ndarray = self._epoch(epoch)[0][window * self._shards_each : (window + 1) * self._shards_each]
         return shards
 
-    def _permuted(self, epoch: int, window: int) -> np.ndarray:
+    def _permute(self, epoch: int, window: int) -> np.ndarray:
         shards = self._shards_of(epoch, window)
         ends, counts = self._ends[shards], self._counts[shards]
         samples = np.concatenate([self._by_shard.samples[a:b] for a, b in zip(ends - counts, ends, strict=True)])
@@ -133,15 +133,15 @@ class BucketedOrder(TrainingOrder):
 
     def coming(self, start: int) -> tuple[int, ...] | None:
         """Return the shards needed by all buckets from ``start`` on, about the soonest first."""
-        batches = self._before(start // self._batch_size)
+        batches = self._count_batches(start // self._batch_size)
         pairs = zip(self._orders, batches, strict=True)
-        coming = [order.coming(count * self._batch_size) for order, count in pairs]
-        shards = [each for each in coming if each is not None]
+        sequences = [order.coming(count * self._batch_size) for order, count in pairs]
+        shards = [sequence for sequence in sequences if sequence is not None]
         if not shards:
             return None
-        return tuple(dict.fromkeys(shard for each in zip_longest(*shards) for shard in each if shard is not None))
+        return tuple(dict.fromkeys(shard for group in zip_longest(*shards) for shard in group if shard is not None))
 
-    def _before(self, batch: int) -> list[int]:
+    def _count_batches(self, batch: int) -> list[int]:
         """Return how many of the first ``batch`` batches are of each bucket."""
         counts, rest = list[int](), self.length
         for order, phase in zip(self._orders, self._phases, strict=True):
@@ -150,12 +150,12 @@ class BucketedOrder(TrainingOrder):
             batch, rest = batch - counts[-1], rest - order.length
         return counts
 
-    def _piece(self, position: int, most: int) -> np.ndarray:
+    def _piece(self, position: int, max_count: int) -> np.ndarray:
         batch, offset = divmod(position, self._batch_size)
-        pairs = zip(self._before(batch), self._before(batch + 1), strict=True)
-        bucket, before = next((bucket, one) for bucket, (one, other) in enumerate(pairs) if other > one)
-        count = min(most, self._batch_size - offset)
-        return self._orders[bucket].rows(before * self._batch_size + offset, count)
+        pairs = zip(self._count_batches(batch), self._count_batches(batch + 1), strict=True)
+        bucket, batch_count = next((bucket, one) for bucket, (one, other) in enumerate(pairs) if other > one)
+        count = min(max_count, self._batch_size - offset)
+        return self._orders[bucket].rows(batch_count * self._batch_size + offset, count)
 
 
 def make_order(dataset: Dataset, seed: int, batch_size: int, window: int | None = None) -> TrainingOrder:
@@ -170,11 +170,11 @@ def make_order(dataset: Dataset, seed: int, batch_size: int, window: int | None 
 
     if manifest.storage.buckets is None:
         return order_of()
-    own = dataset.buckets(rows) if window is None else None
+    row_buckets = dataset.buckets(rows) if window is None else None
     orders = []
     for bucket in np.unique(dataset.shard_buckets[by_shard.counts > 0]).tolist():
         shards = np.flatnonzero(dataset.shard_buckets == bucket)
-        samples = None if own is None else np.flatnonzero(own == bucket)
+        samples = None if row_buckets is None else np.flatnonzero(row_buckets == bucket)
         orders.append(order_of(f"/{shape_name(dataset.shapes[bucket])}", shards, samples))
     return BucketedOrder(seed, batch_size, orders)
 
@@ -240,25 +240,25 @@ class Loader:
 
     def batch(self, position: int, end: int | None = None) -> Batch:
         """Return this rank's share of the batch at ``position``; nothing is prepared beyond ``end``."""
-        began = time.perf_counter()
+        start = time.perf_counter()
         self.prefetch(position, end)
         try:
             return self._ready.pop(position).result()
         finally:
-            self.waited += time.perf_counter() - began
+            self.waited += time.perf_counter() - start
 
     def prefetch(self, position: int, end: int | None = None) -> None:
         """Start to prepare the batch at ``position`` and those that follow it, and drop all others."""
-        if self._latents is None and (coming := self.order.coming(position)) != self._shards:
-            self.dataset.prefetch(coming)
-            self._shards = coming
-        following = range(position, position + (self._prefetch + 1) * self.batch_size, self.batch_size)
-        positions = [at for at in following if end is None or at < end or at == position]
-        for at in self._ready.keys() - positions:
-            self._ready.pop(at).cancel()
-        for at in positions:
-            if at not in self._ready:
-                self._ready[at] = self._pool.submit(self._make, at)
+        if self._latents is None and (shards := self.order.coming(position)) != self._shards:
+            self.dataset.prefetch(shards)
+            self._shards = shards
+        next_positions = range(position, position + (self._prefetch + 1) * self.batch_size, self.batch_size)
+        positions = [start for start in next_positions if end is None or start < end or start == position]
+        for start in self._ready.keys() - positions:
+            self._ready.pop(start).cancel()
+        for start in positions:
+            if start not in self._ready:
+                self._ready[start] = self._pool.submit(self._make, start)
 
     def close(self, wait: bool = True) -> None:
         """Stop preparing batches, and wait for those that have begun, unless ``wait`` is false."""
@@ -275,10 +275,10 @@ class Loader:
         start = position + self.rank * self.share
         indices = range(start, start + self.share)
         rows = self.rows[self.order.rows(start, self.share)]
-        flipped = None if self.flip_seed is None else (uniform(self.flip_seed, "flip", indices) < 0.5).numpy()
+        flips = None if self.flip_seed is None else (uniform(self.flip_seed, "flip", indices) < 0.5).numpy()
         if self._latents is not None:
-            return Batch(indices, rows, self._latents(rows, flipped))
+            return Batch(indices, rows, self._latents(rows, flips))
         pixels = self.dataset.pixels(rows)
-        if flipped is not None:
-            pixels[flipped] = pixels[flipped, :, ::-1]
+        if flips is not None:
+            pixels[flips] = pixels[flips, :, ::-1]
         return Batch(indices, rows, torch.from_numpy(pixels).permute(0, 3, 1, 2))

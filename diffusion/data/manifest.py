@@ -183,10 +183,10 @@ class Manifest(Config):
     @property
     def shape_counts(self) -> dict[Split, list[int]]:
         """Return the number of images of each of ``shapes``, by split."""
-        own = [part.shape or (self.size, self.size) for part in self.parts]
+        square = (self.size, self.size)
         return {
             split: [
-                sum(part.splits.get(split, 0) for part, each in zip(self.parts, own, strict=True) if each == shape)
+                sum(part.splits.get(split, 0) for part in self.parts if (part.shape or square) == shape)
                 for shape in self.shapes
             ]
             for split in get_args(Split)
@@ -196,8 +196,8 @@ class Manifest(Config):
         """Return the first storage setting that differs from ``other``, and both values; any buckets match null."""
         if other.fit == "bucket" and other.buckets is None:
             other = other.model_copy(update={"buckets": self.storage.buckets})
-        differing = ((name, mine, getattr(other, name)) for name, mine in self.storage)
-        return next((each for each in differing if each[1] != each[2]), None)
+        settings = ((name, value, getattr(other, name)) for name, value in self.storage)
+        return next((setting for setting in settings if setting[1] != setting[2]), None)
 
     @property
     def channels(self) -> Literal[1, 3]:
@@ -250,9 +250,9 @@ class Manifest(Config):
 
     def _moments(self) -> tuple[np.ndarray, np.ndarray]:
         totals = [part.totals for part in self.parts]
-        pixels = max(sum(each.pixels for each in totals), 1)
-        mean = np.array([sum(each.total[channel] for each in totals) / pixels for channel in range(3)])
-        return mean, np.array([sum(each.squares[channel] for each in totals) / pixels for channel in range(3)])
+        pixels = max(sum(sums.pixels for sums in totals), 1)
+        mean = np.array([sum(sums.total[channel] for sums in totals) / pixels for channel in range(3)])
+        return mean, np.array([sum(sums.squares[channel] for sums in totals) / pixels for channel in range(3)])
 
 
 def read_records(folder: Path, part: Part, columns: Sequence[str] | None = None) -> pa.Table:
@@ -308,10 +308,10 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         return parse_manifest(path.read_bytes(), str(path))
     except FileNotFoundError as error:
-        others = sorted(path.parent.name for path in folder.parent.glob("*/manifest.json"))
-        known = f" (there is {', '.join(others[:10])}{' …' if len(others) > 10 else ''})" if others else ""
+        names = sorted(path.parent.name for path in folder.parent.glob("*/manifest.json"))
+        hint = f" (there is {', '.join(names[:10])}{' …' if len(names) > 10 else ''})" if names else ""
         raise UserError(
-            f"no data set in {folder}{known}: run `darkroom ingest SOURCE --dataset {folder.name}`"
+            f"no data set in {folder}{hint}: run `darkroom ingest SOURCE --dataset {folder.name}`"
         ) from error
 
 

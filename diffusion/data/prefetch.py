@@ -23,12 +23,12 @@ class Begun(Protocol[Result_co]):
         """Wait for the result; raises the error of the work."""
 
 
-def in_order(futures: Iterator[Begun[Result]], begun: int) -> Iterator[Result]:
-    """Yield the results of ``futures`` in order; ``begun`` of them are started before the first is requested."""
-    waiting = deque(islice(futures, begun))
-    while waiting:
-        yield waiting.popleft().result()
-        waiting.extend(islice(futures, 1))
+def in_order(futures: Iterator[Begun[Result]], start_count: int) -> Iterator[Result]:
+    """Yield the results of ``futures`` in order; ``start_count`` of them are started before the first is requested."""
+    queue = deque(islice(futures, start_count))
+    while queue:
+        yield queue.popleft().result()
+        queue.extend(islice(futures, 1))
 
 
 def prefetch(

@@ -36,22 +36,22 @@ class TarWriter:
     def __init__(self, file: BinaryIO) -> None:
         self.file, self.position = file, 0
 
-    def add(self, key: str, png: bytes, about: dict[str, Any]) -> int:
-        """Append a sample, with ``about`` as its JSON; returns the offset of its PNG."""
+    def add(self, key: str, png: bytes, metadata: dict[str, Any]) -> int:
+        """Append a sample, with ``metadata`` as its JSON; returns the offset of its PNG."""
         offset = self.position + BLOCK
         self._member(f"{key}.png", png)
-        self._member(f"{key}.json", canonical_json(about).encode())
+        self._member(f"{key}.json", canonical_json(metadata).encode())
         return offset
 
     def copy(self, source: BinaryIO, offset: int, size: int) -> int:
         """Append the sample of ``source`` whose PNG of ``size`` bytes is at ``offset``; returns its new offset."""
-        start, behind = offset - BLOCK, offset + _padded(size)
-        source.seek(behind)
-        about = tarfile.TarInfo.frombuf(source.read(BLOCK), "utf-8", "strict")
+        start, png_end = offset - BLOCK, offset + _padded_size(size)
+        source.seek(png_end)
+        info = tarfile.TarInfo.frombuf(source.read(BLOCK), "utf-8", "strict")
         source.seek(start)
-        new = self.position + BLOCK
-        self._write(source.read(behind + BLOCK + _padded(about.size) - start))
-        return new
+        new_offset = self.position + BLOCK
+        self._write(source.read(png_end + BLOCK + _padded_size(info.size) - start))
+        return new_offset
 
     def close(self) -> None:
         """Write the end of the archive, padded as tar does it."""
@@ -68,7 +68,7 @@ class TarWriter:
         self.position += len(data)
 
 
-def _padded(size: int) -> int:
+def _padded_size(size: int) -> int:
     return -(-size // BLOCK) * BLOCK
 
 
@@ -109,11 +109,11 @@ class LocalShards:
         path = self._folder / entry.name
         try:
             with path.open("rb") as file:
-                found = damage(file, entry)
+                problem = damage(file, entry)
         except FileNotFoundError:
-            found = "missing"
-        if found:
-            raise UserError(f"shard {path} is {found}: {repair_hint(self._folder)}")
+            problem = "missing"
+        if problem:
+            raise UserError(f"shard {path} is {problem}: {repair_hint(self._folder)}")
 
     def _map(self, name: str) -> memoryview:
         with (self._folder / name).open("rb") as file:
@@ -162,7 +162,7 @@ class ShardCache:
         # A background fetch that has not started is cancelled.
         if future is not None and not future.cancel():
             future.result()
-        with self._opened(entry) as file, mapped(file) as view:
+        with self._open(entry) as file, mapped(file) as view:
             return [bytes(view[offset : offset + size]) for offset, size in spans]
 
     def prefetch(self, entries: Sequence[FileEntry]) -> None:
@@ -184,7 +184,7 @@ class ShardCache:
         if is_needed and (file := self._fetch(entry, force=False)):
             file.close()
 
-    def _opened(self, entry: FileEntry) -> BufferedReader:
+    def _open(self, entry: FileEntry) -> BufferedReader:
         """Open a shard, verified, for reading: from here on its name may vanish."""
         deadline = time.monotonic() + PATIENCE
         while True:
@@ -206,10 +206,10 @@ class ShardCache:
         # The kernel's own time of now is that of its last tick, which many reads share.
         os.utime(file.fileno(), ns=(time.time_ns(),) * 2)
         if entry.sha256 not in self._verified:
-            if found := damage(file, entry):
-                logger.warning("shard %s in the cache, %s, is %s: fetching it again", entry.name, path, found)
+            if problem := damage(file, entry):
+                logger.warning("shard %s in the cache, %s, is %s: fetching it again", entry.name, path, problem)
                 file.close()
-                with self._locked():
+                with self._file_lock():
                     path.unlink(missing_ok=True)
                 return None
             self._verified.add(entry.sha256)
@@ -218,7 +218,7 @@ class ShardCache:
     def _fetch(self, entry: FileEntry, force: bool) -> BufferedReader | None:
         """Fetch a shard; None if another process just did, or there is no room for it."""
         path, partial = self._path(entry.sha256), self._folder / f"{entry.sha256}.{entry.bytes}.partial"
-        with self._locked(entry.sha256):
+        with self._file_lock(entry.sha256):
             # Left by a process that was killed, it would count as space that another one is about to fill.
             partial.unlink(missing_ok=True)
             if path.is_file() or not self._make_room(partial, entry, force):
@@ -227,13 +227,13 @@ class ShardCache:
                 for _ in range(2):
                     self._store.fetch(entry, partial)
                     file = partial.open("rb")
-                    if not (found := damage(file, entry)):
+                    if not (problem := damage(file, entry)):
                         self._verified.add(entry.sha256)
-                        with self._locked():
+                        with self._file_lock():
                             partial.replace(path)
                         return file
                     file.close()
-                    logger.warning("shard %s as it comes from the remote is %s", entry.name, found)
+                    logger.warning("shard %s as it comes from the remote is %s", entry.name, problem)
             except OSError as error:
                 if error.errno != errno.ENOSPC:
                     raise
@@ -244,7 +244,7 @@ class ShardCache:
             finally:
                 partial.unlink(missing_ok=True)
         raise UserError(
-            f"shard {entry.name} as it comes from the remote is {found}, also when fetched again: "
+            f"shard {entry.name} as it comes from the remote is {problem}, also when fetched again: "
             "push the data set once more with `dvc push`, or ingest it again from its source"
         )
 
@@ -258,33 +258,33 @@ class ShardCache:
                 f"shard {entry.name} has {entry.bytes} bytes and the cache holds {self._max_bytes}: "
                 "raise training.stream_bytes"
             )
-        with self._locked():
+        with self._file_lock():
             # Once it is locked, as other shards may be wanted than when the wait began.
-            keep = self._wanted
-            whole = {path.stem: path.stat() for path in self._folder.glob("*.tar")}
-            used = sum(stat.st_size for stat in whole.values()) + sum(self._reserved()) + entry.bytes
-            spare = sorted(whole.keys() - keep, key=lambda sha256: whole[sha256].st_mtime_ns)
-            spare += [sha256 for sha256 in reversed(keep) if force and sha256 in whole]
-            for sha256 in spare:
-                if used <= self._max_bytes:
+            digests = self._wanted
+            stats = {path.stem: path.stat() for path in self._folder.glob("*.tar")}
+            used_bytes = sum(stat.st_size for stat in stats.values()) + sum(self._reserved_sizes()) + entry.bytes
+            victims = sorted(stats.keys() - digests, key=lambda sha256: stats[sha256].st_mtime_ns)
+            victims += [sha256 for sha256 in reversed(digests) if force and sha256 in stats]
+            for sha256 in victims:
+                if used_bytes <= self._max_bytes:
                     break
                 self._path(sha256).unlink()
-                used -= whole[sha256].st_size
-            if used > self._max_bytes:
+                used_bytes -= stats[sha256].st_size
+            if used_bytes > self._max_bytes:
                 return False
             partial.touch()
             return True
 
-    def _reserved(self) -> Iterator[int]:
+    def _reserved_sizes(self) -> Iterator[int]:
         """Yield the sizes of shards being fetched; files of killed processes are deleted."""
         for partial in self._folder.glob("*.partial"):
             sha256, size, _ = partial.name.split(".")
             try:
-                with self._locked(sha256, timeout=0):
+                with self._file_lock(sha256, timeout=0):
                     partial.unlink(missing_ok=True)
             except Timeout:
                 yield int(size)
 
-    def _locked(self, sha256: str = "", timeout: float = -1) -> FileLock:
+    def _file_lock(self, sha256: str = "", timeout: float = -1) -> FileLock:
         # The empty lock file is never deleted: deleting it while others wait would admit two of them.
         return FileLock(self._folder / (f".{sha256}.lock" if sha256 else ".lock"), timeout=timeout)

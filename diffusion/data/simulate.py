@@ -91,9 +91,9 @@ class Shards(NamedTuple):
     @classmethod
     def assumed(cls, images: int, bytes_per_image: int, shard_bytes: int) -> "Shards":
         """Make up equal shards of about ``shard_bytes``."""
-        each = max(1, shard_bytes // bytes_per_image)
-        counts = np.full(-(-images // each), each)
-        counts[-1] = images - each * (len(counts) - 1)
+        images_per_shard = max(1, shard_bytes // bytes_per_image)
+        counts = np.full(-(-images // images_per_shard), images_per_shard)
+        counts[-1] = images - images_per_shard * (len(counts) - 1)
         return cls("", counts * bytes_per_image, counts)
 
     def by_shard(self) -> ByShard:
@@ -183,8 +183,8 @@ class Report(Config):
             f"training.batch_size={streaming.batch_size}"
         )
         slowest = max(self.seconds_per_step, key=self.seconds_per_step.__getitem__)
-        each = ", ".join(f"{name} {seconds:.3g} s" for name, seconds in self.seconds_per_step.items())
-        yield f"each step  {each}: the limit is the {slowest}"
+        times = ", ".join(f"{name} {seconds:.3g} s" for name, seconds in self.seconds_per_step.items())
+        yield f"each step  {times}: the limit is the {slowest}"
         yield f"start      {_duration(simulation.first_batch)} until the first batch, with an empty cache"
         for number, epoch in enumerate(simulation.epochs, 1):
             yield (
@@ -199,9 +199,9 @@ class Report(Config):
                 f"training.prefetch={best.prefetch}: {best.waiting:.1%} waiting"
             )
         else:
-            needed = self.seconds_per_step[slowest] / machines.step_seconds
+            factor = self.seconds_per_step[slowest] / machines.step_seconds
             yield (
-                f"smallest   none: the {slowest} would have to be {needed:.2g} times as fast"
+                f"smallest   none: the {slowest} would have to be {factor:.2g} times as fast"
                 if slowest != "step"
                 else "smallest   none of these windows"
             )
@@ -219,10 +219,10 @@ def report(shards: Shards, machines: Machines, training: Mapping[str, Any], epoc
     Raises UserError if the settings do not fit each other, the machines, the data set or the disk.
     """
     require_equal_shares(training["batch_size"], machines.nodes * machines.ranks)
-    least = smallest_window(shards, training["batch_size"], training["prefetch"])
-    window = training["window"] or least
-    chosen = {"window": window, "stream_bytes": training["stream_bytes"] or shards.two_windows(window)}
-    streaming = Streaming.model_validate({name: training[name] for name in Streaming.model_fields} | chosen)
+    min_window = smallest_window(shards, training["batch_size"], training["prefetch"])
+    window = training["window"] or min_window
+    window_fields = {"window": window, "stream_bytes": training["stream_bytes"] or shards.two_windows(window)}
+    streaming = Streaming.model_validate({name: training[name] for name in Streaming.model_fields} | window_fields)
     if streaming.stream_bytes > machines.disk_bytes:
         raise UserError(
             f"training.stream_bytes is {streaming.stream_bytes}, but the disk has {machines.disk_bytes} bytes: "
@@ -230,7 +230,7 @@ def report(shards: Shards, machines: Machines, training: Mapping[str, Any], epoc
         )
     smallest = find_smallest(shards, machines, streaming)
     if smallest is not None and training["window"] is None and training["stream_bytes"] is None:
-        streaming = _with_window(shards, streaming, max(smallest.window, least))
+        streaming = _with_window(shards, streaming, max(smallest.window, min_window))
     return Report(
         images=int(shards.images.sum()),
         shards=len(shards.bytes),
@@ -258,81 +258,82 @@ def simulate(
     Raises UserError if the cache does not hold two windows, or a window not the batches that are prefetched.
     """
     order, length, batch = _order(shards, streaming), int(shards.images.sum()), streaming.batch_size
-    ends, ready, last = np.cumsum(shards.images), np.zeros(len(shards.bytes)), np.zeros(len(shards.bytes), np.int64)
+    ends, arrivals = np.cumsum(shards.images), np.zeros(len(shards.bytes))
+    last_use = np.zeros(len(shards.bytes), np.int64)
     # A thread makes the share of one rank, and the disk of a node serves all its ranks.
     decoding = batch / (machines.nodes * machines.ranks * machines.decode_rate)
     reading = batch * int(shards.bytes.sum()) / length / (machines.nodes * machines.disk_bandwidth)
     rate = min(machines.bandwidth, machines.disk_bandwidth)
 
-    cached: set[int] = set()
-    used, link, fetchers = 0, 0.0, [0.0] * FETCHES
+    cache: set[int] = set()
+    used_bytes, link, fetchers = 0, 0.0, [0.0] * FETCHES
     threads, disk = [0.0] * streaming.workers, 0.0
-    submitted = deque([0.0] * (streaming.prefetch + 1), streaming.prefetch + 1)
+    submissions = deque([0.0] * (streaming.prefetch + 1), streaming.prefetch + 1)
     figures = np.zeros((epochs, 5))
     first_batch, now = 0.0, 0.0
-    positions, current = range(0), np.empty(0, np.int64)
-    before: set[int] = set()
-    following = positions, current
+    positions, window = range(0), np.empty(0, np.int64)
+    previous_shards: set[int] = set()
+    next_window = positions, window
     steps: deque[tuple[float, float, np.ndarray]] = deque(maxlen=streaming.workers + 1)
     number, position = 0, 0
     while position < epochs * length and number != batches:
         figure = figures[position // length]
         if position not in positions:
-            positions, current = order.window(position)
-            following = order.window(positions.stop)
-            coming = order.coming(position)
-            spare = iter(sorted(cached.difference(coming), key=lambda shard: (last[shard], shard)))
-            for shard in coming:
-                if shard in cached:
-                    figure[4] += shard not in before
+            positions, window = order.window(position)
+            next_window = order.window(positions.stop)
+            shard_order = order.coming(position)
+            victims = iter(sorted(cache.difference(shard_order), key=lambda shard: (last_use[shard], shard)))
+            for shard in shard_order:
+                if shard in cache:
+                    figure[4] += shard not in previous_shards
                     continue
                 size = int(shards.bytes[shard])
-                while used + size > streaming.stream_bytes:
-                    victim = next(spare)
-                    cached.remove(victim)
-                    used -= int(shards.bytes[victim])
+                while used_bytes + size > streaming.stream_bytes:
+                    victim = next(victims)
+                    cache.remove(victim)
+                    used_bytes -= int(shards.bytes[victim])
                 fetcher = fetchers.index(min(fetchers))
                 link = max(max(fetchers[fetcher], now) + machines.latency, link) + size / rate
-                fetchers[fetcher] = ready[shard] = link
-                cached.add(shard)
-                used, last[shard] = used + size, number
+                fetchers[fetcher] = arrivals[shard] = link
+                cache.add(shard)
+                used_bytes, last_use[shard] = used_bytes + size, number
                 figure[2:4] += size, 1
-            before = set(coming)
+            previous_shards = set(shard_order)
             steps.clear()
-        submitted.append(now)
+        submissions.append(now)
         if length <= EXACT:
-            needed = np.unique(np.searchsorted(ends, order.rows(position, batch), side="right"))
+            batch_shards = np.unique(np.searchsorted(ends, order.rows(position, batch), side="right"))
         else:
-            needed = current if position + batch <= positions.stop else np.concatenate([current, following[1]])
-        last[needed] = number
+            batch_shards = window if position + batch <= positions.stop else np.concatenate([window, next_window[1]])
+        last_use[batch_shards] = number
         thread = threads.index(min(threads))
-        fetched, free = float(ready[needed].max()), max(threads[thread], submitted[0])
-        disk = max(disk, max(free, fetched)) + reading
+        arrival, thread_start = float(arrivals[batch_shards].max()), max(threads[thread], submissions[0])
+        disk = max(disk, max(thread_start, arrival)) + reading
         threads[thread] = disk + decoding
-        waited = max(0.0, threads[thread] - now)
+        wait = max(0.0, threads[thread] - now)
         if number == 0:
-            first_batch, waited = waited, 0.0
+            first_batch, wait = wait, 0.0
             now = first_batch
-        figure[:2] += waited + machines.step_seconds, waited
-        now += waited + machines.step_seconds
+        figure[:2] += wait + machines.step_seconds, wait
+        now += wait + machines.step_seconds
         number, position = number + 1, position + batch
 
-        if length <= EXACT or needed is not current or fetched > free:
+        if length <= EXACT or batch_shards is not window or arrival > thread_start:
             steps.clear()
             continue
         # With all shards there, times alone decide. Once they are, relative to now, what they were when each thread had
         # one batch less to make, they repeat to the window's end.
-        steps.append((now, figure[1], np.array([*sorted(threads), disk, *submitted]) - now))
-        then, waited_then, state = steps[0]
+        steps.append((now, figure[1], np.array([*sorted(threads), disk, *submissions]) - now))
+        first_now, first_wait, state = steps[0]
         if len(steps) > streaming.workers and np.abs(steps[-1][2] - state).max() < REPEATED * machines.step_seconds:
-            left = (positions.stop - position) // batch
-            rounds = (left if batches is None else min(left, batches - number)) // streaming.workers
-            skipped, later = rounds * streaming.workers, rounds * (now - then)
-            figure[:2] += later, rounds * (figure[1] - waited_then)
-            threads, disk, now = [time + later for time in threads], disk + later, now + later
-            submitted.extend([time + later for time in submitted])
-            number, position = number + skipped, position + skipped * batch
-            last[current] = number - 1
+            batches_left = (positions.stop - position) // batch
+            rounds = (batches_left if batches is None else min(batches_left, batches - number)) // streaming.workers
+            skipped_batches, delay = rounds * streaming.workers, rounds * (now - first_now)
+            figure[:2] += delay, rounds * (figure[1] - first_wait)
+            threads, disk, now = [time + delay for time in threads], disk + delay, now + delay
+            submissions.extend([time + delay for time in submissions])
+            number, position = number + skipped_batches, position + skipped_batches * batch
+            last_use[window] = number - 1
             steps.clear()
     names = ("seconds", "waited", "fetched_bytes", "fetched", "hits")
     return Simulation(
@@ -352,10 +353,10 @@ def seconds_per_step(shards: Shards, machines: Machines, streaming: Streaming) -
         min(machines.bandwidth, machines.disk_bandwidth),
     )
     share = streaming.batch_size / length
-    fetching = len(shards.bytes) * machines.latency + total / rate
+    fetch_seconds = len(shards.bytes) * machines.latency + total / rate
     ranks = machines.nodes * machines.ranks
     return {
-        "network": share * max(total / rate, fetching / FETCHES),
+        "network": share * max(total / rate, fetch_seconds / FETCHES),
         "disk": share * total / (machines.nodes * machines.disk_bandwidth),
         "decoding": streaming.batch_size / (ranks * streaming.workers * machines.decode_rate),
         "step": machines.step_seconds,
@@ -364,8 +365,8 @@ def seconds_per_step(shards: Shards, machines: Machines, streaming: Streaming) -
 
 def smallest_window(shards: Shards, batch_size: int, prefetch: int) -> int:
     """Return the smallest window of whose successor no batch is prefetched before it is needed."""
-    least = np.cumsum(np.sort(shards.images))
-    return min(int(np.searchsorted(least, (prefetch + 1) * batch_size)) + 1, len(least))
+    sums = np.cumsum(np.sort(shards.images))
+    return min(int(np.searchsorted(sums, (prefetch + 1) * batch_size)) + 1, len(sums))
 
 
 def compare_windows(shards: Shards, machines: Machines, streaming: Streaming) -> list[Setting]:
@@ -376,7 +377,7 @@ def compare_windows(shards: Shards, machines: Machines, streaming: Streaming) ->
             window=window,
             stream_bytes=shards.two_windows(window),
             waiting={
-                rate: _waiting(shards, machines.model_copy(update={"bandwidth": rate}), setting) for rate in rates
+                rate: _waiting_share(shards, machines.model_copy(update={"bandwidth": rate}), setting) for rate in rates
             },
         )
         for window in _windows(shards, machines, streaming)
@@ -392,15 +393,15 @@ def find_smallest(shards: Shards, machines: Machines, streaming: Streaming) -> S
         prefetch = streaming.workers
         while window >= smallest_window(shards, streaming.batch_size, prefetch) and prefetch <= 64:
             setting = _with_window(shards, streaming.model_copy(update={"prefetch": prefetch}), window)
-            if (waiting := _waiting(shards, machines, setting)) <= ACCEPTABLE:
+            if (waiting := _waiting_share(shards, machines, setting)) <= ACCEPTABLE:
                 return Smallest(window=window, stream_bytes=setting.stream_bytes, prefetch=prefetch, waiting=waiting)
             prefetch *= 2
     return None
 
 
 def _windows(shards: Shards, machines: Machines, streaming: Streaming) -> list[int]:
-    least = smallest_window(shards, streaming.batch_size, streaming.prefetch)
-    sizes = dict.fromkeys(min(least << doublings, len(shards.bytes)) for doublings in range(DOUBLINGS + 1))
+    min_window = smallest_window(shards, streaming.batch_size, streaming.prefetch)
+    sizes = dict.fromkeys(min(min_window << doublings, len(shards.bytes)) for doublings in range(DOUBLINGS + 1))
     return [window for window in sizes if shards.two_windows(window) <= machines.disk_bytes]
 
 
@@ -408,7 +409,7 @@ def _with_window(shards: Shards, streaming: Streaming, window: int) -> Streaming
     return streaming.model_copy(update={"window": window, "stream_bytes": shards.two_windows(window)})
 
 
-def _waiting(shards: Shards, machines: Machines, streaming: Streaming) -> float:
+def _waiting_share(shards: Shards, machines: Machines, streaming: Streaming) -> float:
     length = int(shards.images.sum())
     windows = -(-streaming.window * length // (len(shards.bytes) * streaming.batch_size))
     batches = max(SHORTEST[0], SHORTEST[1] * windows)
@@ -416,16 +417,16 @@ def _waiting(shards: Shards, machines: Machines, streaming: Streaming) -> float:
 
 
 def _order(shards: Shards, streaming: Streaming) -> WindowedOrder:
-    needed, window = shards.two_windows(streaming.window), streaming.window
-    if needed > streaming.stream_bytes:
+    window_bytes, window = shards.two_windows(streaming.window), streaming.window
+    if window_bytes > streaming.stream_bytes:
         raise UserError(
-            f"two windows of training.window = {window} shards have up to {needed} bytes and the cache holds "
-            f"{streaming.stream_bytes}: raise training.stream_bytes to {needed}, or lower training.window"
+            f"two windows of training.window = {window} shards have up to {window_bytes} bytes and the cache holds "
+            f"{streaming.stream_bytes}: raise training.stream_bytes to {window_bytes}, or lower training.window"
         )
-    if window < (least := smallest_window(shards, streaming.batch_size, streaming.prefetch)):
+    if window < (min_window := smallest_window(shards, streaming.batch_size, streaming.prefetch)):
         raise UserError(
             f"training.window = {window} shards may have fewer images than the {streaming.prefetch + 1} batches of "
-            f"{streaming.batch_size} that the loader has at a time: set it to {least} or more, or lower "
+            f"{streaming.batch_size} that the loader has at a time: set it to {min_window} or more, or lower "
             "training.prefetch"
         )
     return WindowedOrder(shards.digest, streaming.seed, window, shards.by_shard())

@@ -55,16 +55,16 @@ def choose_shapes(sizes: Sequence[tuple[int, int]], size: int) -> list[Shape]:
     shapes = possible_shapes(size)
     counts = sorted(Counter(sizes).items())
     weights = np.array([count for _, count in counts], np.float64)
-    kept = np.array([[kept_share(*each, shape) for shape in shapes] for each, _ in counts]).reshape(-1, len(shapes))
+    shares = np.array([[kept_share(*sides, shape) for shape in shapes] for sides, _ in counts]).reshape(-1, len(shapes))
     # Without the most extreme ones first, where nothing else decides.
-    chosen = sorted(range(len(shapes)), key=lambda number: kept_share(1, 1, shapes[number]))
-    while len(chosen) > 1:
-        best = kept[:, chosen].max(1)
+    numbers = sorted(range(len(shapes)), key=lambda number: kept_share(1, 1, shapes[number]))
+    while len(numbers) > 1:
+        best = shares[:, numbers].max(1)
         losses = [
-            round(float(weights @ (best - kept[:, [other for other in chosen if other != number]].max(1))), 6)
-            for number in chosen
+            round(float(weights @ (best - shares[:, [other for other in numbers if other != number]].max(1))), 6)
+            for number in numbers
         ]
-        if min(losses) >= GAIN * weights.sum() > 0 and len(chosen) <= MOST:
+        if min(losses) >= GAIN * weights.sum() > 0 and len(numbers) <= MOST:
             break
-        chosen.pop(losses.index(min(losses)))
-    return [shapes[number] for number in sorted(chosen)]
+        numbers.pop(losses.index(min(losses)))
+    return [shapes[number] for number in sorted(numbers)]

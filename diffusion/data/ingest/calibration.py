@@ -63,12 +63,12 @@ class Calibration(Config):
     @property
     def line(self) -> str:
         """Describe the threshold and what it finds."""
-        about = f"near-duplicates: up to {self.bits} of {HASH_BITS} bits"
+        summary = f"near-duplicates: up to {self.bits} of {HASH_BITS} bits"
         if self.copies is None or self.others is None:
-            few = counted(self.images, "distinct image")
-            return f"{about}, as {few} are too few to calibrate ingest.near_duplicates=auto, which takes {FEWEST}"
+            images = counted(self.images, "distinct image")
+            return f"{summary}, as {images} are too few to calibrate ingest.near_duplicates=auto, which takes {FEWEST}"
         return (
-            f"{about}, chosen by {self.images:,} images, group {self.copies:.1%} of copies made of them and about "
+            f"{summary}, chosen by {self.images:,} images, group {self.copies:.1%} of copies made of them and about "
             f"{self.others:.1%} of distinct images"
         )
 
@@ -90,7 +90,7 @@ def calibrate_ingest(
     folder: Path,
     manifest: Manifest | None,
     plan: Path,
-    planned: int,
+    planned_count: int,
     source: Source,
     config: IngestConfig,
     progress: Progress = silent,
@@ -100,52 +100,55 @@ def calibrate_ingest(
     Args:
         folder: Folder of the data set.
         manifest: Its current version; None: it begins with this ingest.
-        plan: Plan of the ingest, with ``planned`` entries of ``source``.
-        planned: Number of these entries.
+        plan: Plan of the ingest, with ``planned_count`` entries of ``source``.
+        planned_count: Number of these entries.
         source: Source of the new images.
         config: Configuration by which they are stored.
         progress: Called with the number of sampled images.
     """
-    stored = 0 if manifest is None else sum(map(stored_in, manifest.parts))
-    total = stored + planned
-    chosen = np.array(sorted(random.Random(0).sample(range(total), min(SAMPLED, total))), np.int64)
-    old, new = chosen[chosen < stored], chosen[chosen >= stored] - stored
+    stored_count = 0 if manifest is None else sum(map(stored_in, manifest.parts))
+    total = stored_count + planned_count
+    numbers = np.array(sorted(random.Random(0).sample(range(total), min(SAMPLED, total))), np.int64)
+    stored_numbers, new_numbers = numbers[numbers < stored_count], numbers[numbers >= stored_count] - stored_count
 
     def images() -> Iterator[Image.Image]:
         keys = set()
-        sampled = chain(_read_stored(folder, manifest, old) if manifest else (), _read_new(plan, new, source, config))
-        for number, (key, image) in enumerate(sampled):
-            progress("images sampled", number, len(chosen))
+        samples = chain(
+            _read_stored(folder, manifest, stored_numbers) if manifest else (),
+            _read_new(plan, new_numbers, source, config),
+        )
+        for number, (key, image) in enumerate(samples):
+            progress("images sampled", number, len(numbers))
             if key not in keys:
                 keys.add(key)
                 yield image
 
-    return calibrate(images(), total / max(len(chosen), 1))
+    return calibrate(images(), total / max(len(numbers), 1))
 
 
-def _read_stored(folder: Path, manifest: Manifest, chosen: np.ndarray) -> Iterator[tuple[str, Image.Image]]:
-    """Yield key and pixels of the ``chosen`` images, ascending, of all that lie in the shards of ``manifest``."""
+def _read_stored(folder: Path, manifest: Manifest, numbers: np.ndarray) -> Iterator[tuple[str, Image.Image]]:
+    """Yield key and pixels of the images at ``numbers``, ascending, of all that lie in the shards of ``manifest``."""
     first = 0
     for part in manifest.parts:
         last = first + stored_in(part)
-        own = chosen[(chosen >= first) & (chosen < last)] - first
+        positions = numbers[(numbers >= first) & (numbers < last)] - first
         first = last
-        if not len(own) or part.shard is None:
+        if not len(positions) or part.shard is None:
             continue
         table = read_records(folder, part, ("outcome", "key", "offset", "size"))
         with (folder / part.shard.name).open("rb") as shard:
-            for row in table.filter(pc.field("outcome").isin(STORED)).take(own).to_pylist():
+            for row in table.filter(pc.field("outcome").isin(STORED)).take(positions).to_pylist():
                 shard.seek(row["offset"])
                 yield row["key"], Image.open(io.BytesIO(shard.read(row["size"])), formats=("PNG",))
 
 
 def _read_new(
-    plan: Path, chosen: np.ndarray, source: Source, config: IngestConfig
+    plan: Path, numbers: np.ndarray, source: Source, config: IngestConfig
 ) -> Iterator[tuple[str, Image.Image]]:
-    """Yield key and pixels of the usable ones among the ``chosen`` entries, ascending, of a plan."""
+    """Yield key and pixels of the usable ones among the entries at ``numbers``, ascending, of a plan."""
     with closing(sqlite3.connect(plan)) as database:
         query = f"SELECT {ENTRY} FROM plan WHERE number = ?"  # from 1 on
-        entries = [Entry(*database.execute(query, (number + 1,)).fetchone()) for number in chosen.tolist()]
+        entries = [Entry(*database.execute(query, (number + 1,)).fetchone()) for number in numbers.tolist()]
     for payload in source.read([entry for entry in entries if entry.problem is None]):
         with suppress(UnusableEntry):
             if not isinstance(payload, UnusableEntry):
@@ -161,19 +164,19 @@ def calibrate(images: Iterable[Image.Image], scale: float) -> Calibration:
     """
     hashes, greys, errors, to_copies = list[np.ndarray](), list[np.ndarray](), list[float](), list[int]()
     for image in images:
-        own, grey, copies = hash_words(image), reduce_to_grey(image).ravel(), make_copies(image)
-        to_copies += [int(np.bitwise_count(own ^ hash_words(copy)).sum()) for copy in copies]
+        image_hash, grey, copies = hash_words(image), reduce_to_grey(image).ravel(), make_copies(image)
+        to_copies += [int(np.bitwise_count(image_hash ^ hash_words(copy)).sum()) for copy in copies]
         errors.append(max(float(_difference(grey, reduce_to_grey(copy).ravel())) for copy in copies))
-        hashes.append(own)
+        hashes.append(image_hash)
         greys.append(grey.astype(np.float32))
     if len(hashes) < FEWEST:
         return Calibration(bits=UNCALIBRATED_BITS, images=len(hashes))
-    least = int(np.quantile(to_copies, FOUND, method="inverted_cdf"))
+    min_bits = int(np.quantile(to_copies, FOUND, method="inverted_cdf"))
     # If no threshold finds the copies, they differ as much as other images do, and nothing tells the two apart.
-    alike = least if least <= MOST_BITS else -1
-    shares = estimate_shares(_nearest_distances(np.array(hashes), np.array(greys), np.array(errors), alike), scale)
-    allowed = np.flatnonzero(shares <= MISTAKEN)
-    bits = min(least, int(allowed[-1]) if len(allowed) else 0)
+    radius = min_bits if min_bits <= MOST_BITS else -1
+    shares = estimate_shares(_nearest_distances(np.array(hashes), np.array(greys), np.array(errors), radius), scale)
+    allowed_bits = np.flatnonzero(shares <= MISTAKEN)
+    bits = min(min_bits, int(allowed_bits[-1]) if len(allowed_bits) else 0)
     return Calibration(
         bits=bits,
         images=len(hashes),
@@ -201,27 +204,27 @@ def calibrate_thresholds(
     Among the thresholds is the one that the data set has ``recorded``, if any.
     Also returns the least number of bits that finds 99 % of the copies; None if it is above MOST_BITS.
     """
-    known = np.array([np.frombuffer(bytes.fromhex(each), np.uint8) for each in hashes]).view(np.uint64)
+    all_hashes = np.array([np.frombuffer(bytes.fromhex(digits), np.uint8) for digits in hashes]).view(np.uint64)
     to_copies, to_others = list[int](), list[int]()
     for image in images:
-        own, *copies = map(hash_words, (image, *make_copies(image)))
-        to_copies += [int(np.bitwise_count(own ^ each).sum()) for each in copies]
-        distances = np.sort(np.bitwise_count(known ^ own).sum(1))
+        image_hash, *copy_hashes = map(hash_words, (image, *make_copies(image)))
+        to_copies += [int(np.bitwise_count(image_hash ^ copy_hash).sum()) for copy_hash in copy_hashes]
+        distances = np.sort(np.bitwise_count(all_hashes ^ image_hash).sum(1))
         # The hash of the image itself may not be among them.
         to_others += distances[int(distances[0] == 0) :][:1].tolist()
-    ours, theirs = np.array(to_copies), np.array(to_others)
-    least = int(np.quantile(ours, FOUND, method="inverted_cdf"))
-    enough = least if least <= MOST_BITS else None
-    bits = sorted({*BITS, min(least, MOST_BITS), *([] if recorded is None else [recorded])})
-    return [HashThreshold(x, float((ours <= x).mean()), float((theirs <= x).mean())) for x in bits], enough
+    copy_bits, other_bits = np.array(to_copies), np.array(to_others)
+    min_bits = int(np.quantile(copy_bits, FOUND, method="inverted_cdf"))
+    limit = min_bits if min_bits <= MOST_BITS else None
+    bits = sorted({*BITS, min(min_bits, MOST_BITS), *([] if recorded is None else [recorded])})
+    return [HashThreshold(x, float((copy_bits <= x).mean()), float((other_bits <= x).mean())) for x in bits], limit
 
 
 def make_copies(image: Image.Image) -> list[Image.Image]:
     """Make copies by JPEG of quality 80 and of twice and three quarters of the size, resized back as if ingested."""
     data = io.BytesIO()
     image.save(data, "JPEG", quality=80)
-    resized = (image.resize([max(1, round(side * factor)) for side in image.size]) for factor in (2, 0.75))
-    return [copy.resize(image.size, Image.Resampling.BICUBIC) for copy in (Image.open(data), *resized)]
+    resized_images = (image.resize([max(1, round(side * factor)) for side in image.size]) for factor in (2, 0.75))
+    return [copy.resize(image.size, Image.Resampling.BICUBIC) for copy in (Image.open(data), *resized_images)]
 
 
 def hash_words(image: Image.Image) -> np.ndarray:
@@ -235,21 +238,21 @@ def _difference(one: np.ndarray, other: np.ndarray) -> np.ndarray:
     return difference
 
 
-def _nearest_distances(hashes: np.ndarray, greys: np.ndarray, errors: np.ndarray, alike: int) -> np.ndarray:
+def _nearest_distances(hashes: np.ndarray, greys: np.ndarray, errors: np.ndarray, radius: int) -> np.ndarray:
     """Compute the distance in bits from each image to the nearest distinct one, (N,) int64; HASH_BITS if there is none.
 
     Args:
         hashes: Hashes, (N, 4) uint64.
         greys: Reduced images, (N, 1024).
         errors: Largest difference of the copies made of each image from it, (N,).
-        alike: Largest distance of copies: images within it are distinct if their pixels differ by more than copies do.
+        radius: Largest distance of copies: images within it are distinct if their pixels differ by more than copies do.
     """
     nearest = []
-    for row, (own, grey, error) in enumerate(zip(hashes, greys, errors, strict=True)):
-        distances = np.bitwise_count(hashes ^ own).sum(1).astype(np.int64)
-        near = np.flatnonzero(distances <= alike)
-        copies = _difference(greys[near], grey) <= SAME * np.maximum(errors[near], error)
-        distances[near[copies]] = HASH_BITS
+    for row, (image_hash, grey, error) in enumerate(zip(hashes, greys, errors, strict=True)):
+        distances = np.bitwise_count(hashes ^ image_hash).sum(1).astype(np.int64)
+        neighbours = np.flatnonzero(distances <= radius)
+        copies = _difference(greys[neighbours], grey) <= SAME * np.maximum(errors[neighbours], error)
+        distances[neighbours[copies]] = HASH_BITS
         distances[row] = HASH_BITS
         nearest.append(distances.min())
     return np.array(nearest)
@@ -268,5 +271,5 @@ def estimate_shares(nearest: np.ndarray, scale: float) -> np.ndarray:
         hundredth, tenth = (int(np.quantile(nearest, share, method="inverted_cdf")) for share in (0.01, 0.1))
         tail = 0.01 * 10.0 ** ((bits - hundredth) / max(tenth - hundredth, 1))
         shares = np.where(bits < hundredth, tail, shares)
-    estimated: np.ndarray = np.minimum(scale * shares, 1)
-    return estimated
+    estimates: np.ndarray = np.minimum(scale * shares, 1)
+    return estimates

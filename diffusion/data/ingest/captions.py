@@ -89,38 +89,38 @@ def add_captions(merge: Merge, config: CaptionerConfig, progress: Progress) -> C
             return False
         return config.replace or captioner is not None or not row["caption"]
 
-    due = dict[int, int]()  # images by place of their part
+    due_counts = dict[int, int]()  # images by place of their part
     for place, part in enumerate(parts):
         if part.shard is not None and (part.captioners or {}).get(name) != part.outcomes.get("kept"):
             table = read_records(folder, part, ("outcome", "caption", CAPTIONER.name))
-            due[place] = sum(map(is_due, table.to_pylist()))
-    total, done, cached, in_a_row, reasons = sum(due.values()), 0, 0, 0, Counter[str]()
+            due_counts[place] = sum(map(is_due, table.to_pylist()))
+    total, done, cached_count, unanswered_count, reasons = sum(due_counts.values()), 0, 0, 0, Counter[str]()
     with ExitStack() as stack:
         cache = stack.enter_context(closing(Cache(folder)))
         captioner = stack.enter_context(closing(Captioner(config)))
-        for place in (place for place, count in due.items() if count):
+        for place in (place for place, count in due_counts.items() if count):
             part = parts[place]
             assert part.shard is not None
             rows = read_records(folder, part).to_pylist()
-            waiting = {row["key"]: row for row in rows if is_due(row)}
-            found = {key: caption for key in waiting if (caption := cache.get(key, name)) is not None}
-            cached, done = cached + len(found), done + len(found)
+            due_rows = {row["key"]: row for row in rows if is_due(row)}
+            captions = {key: caption for key in due_rows if (caption := cache.get(key, name)) is not None}
+            cached_count, done = cached_count + len(captions), done + len(captions)
             progress("images captioned", done, total)
-            unknown = [row for key, row in waiting.items() if key not in found]
+            requests = [row for key, row in due_rows.items() if key not in captions]
             answers = prefetch(
-                partial(_send, captioner, cache, name), _images(folder / part.shard.name, unknown), config.workers
+                partial(_send, captioner, cache, name), _images(folder / part.shard.name, requests), config.workers
             )
             try:
-                for row, answer in zip(unknown if in_a_row < MOST_UNANSWERED else (), answers, strict=False):
+                for row, answer in zip(requests if unanswered_count < MOST_UNANSWERED else (), answers, strict=False):
                     done += 1
-                    in_a_row = in_a_row + 1 if isinstance(answer, Unanswered) else 0
+                    unanswered_count = unanswered_count + 1 if isinstance(answer, Unanswered) else 0
                     if isinstance(answer, NoCaption):
                         reasons[str(answer)] += 1
                     else:
-                        found[row["key"]] = answer
-                    failed = reasons.total()
-                    progress("images captioned", done, total, f"{failed:,} failed" if failed else "")
-                    if in_a_row == MOST_UNANSWERED:
+                        captions[row["key"]] = answer
+                    failed_count = reasons.total()
+                    progress("images captioned", done, total, f"{failed_count:,} failed" if failed_count else "")
+                    if unanswered_count == MOST_UNANSWERED:
                         captioner.stopped.set()
                         break
             except BaseException:
@@ -128,26 +128,26 @@ def add_captions(merge: Merge, config: CaptionerConfig, progress: Progress) -> C
                 raise
             finally:
                 answers.close()
-            for key, caption in found.items():
-                waiting[key] |= {"caption": caption, CAPTIONER.name: name}
-                merge.index.recaption(waiting[key])
-            if found:
+            for key, caption in captions.items():
+                due_rows[key] |= {"caption": caption, CAPTIONER.name: name}
+                merge.index.recaption(due_rows[key])
+            if captions:
                 size, source = merge.config.size, part.source
                 parts[place] = write_part(folder, part.number, part.shard, rows, size, source, part.shape)
-    failed = total - (done - reasons.total())
+    failed_count = total - (done - reasons.total())
     counts = CaptionCounts(
         captioner=name,
-        requests=done - cached,
-        cached=cached,
-        failed=failed,
+        requests=done - cached_count,
+        cached=cached_count,
+        failed=failed_count,
         reasons=dict(reasons.most_common(5)),
     )
-    kept = sum(part.outcomes.get("kept", 0) for part in parts)
-    if failed > config.max_failed * kept:
-        leading = "; ".join(f"{count} × {reason}" for reason, count in reasons.most_common(3))
+    kept_count = sum(part.outcomes.get("kept", 0) for part in parts)
+    if failed_count > config.max_failed * kept_count:
+        summary = "; ".join(f"{count} × {reason}" for reason, count in reasons.most_common(3))
         raise UserError(
-            f"the captioner {name} left {failed:,} of {kept:,} images without a caption, more than the "
-            f"share of {config.max_failed:g} that ingest.captioner.max_failed allows ({leading}): start or fix it and "
+            f"the captioner {name} left {failed_count:,} of {kept_count:,} images without a caption, more than the "
+            f"share of {config.max_failed:g} that ingest.captioner.max_failed allows ({summary}): start or fix it and "
             "give the same command again, which sends these alone"
         )
     return counts
@@ -217,7 +217,7 @@ class Captioner:
             errors = stack.enter_context(TemporaryFile())
             try:
                 process = subprocess.Popen(
-                    [file.name if each == "{image}" else each for each in command],
+                    [file.name if argument == "{image}" else argument for argument in command],
                     stdin=file,
                     stdout=subprocess.PIPE,
                     stderr=errors,
@@ -324,8 +324,8 @@ class Cache:
         """Return the caption of the image ``key`` by ``captioner``; None if there was no answer yet."""
         query = "SELECT caption FROM captions WHERE key = ? AND captioner = ?"
         with self._lock:
-            found = self._database.execute(query, (bytes.fromhex(key), captioner)).fetchone()
-        return None if found is None else str(found[0])
+            row = self._database.execute(query, (bytes.fromhex(key), captioner)).fetchone()
+        return None if row is None else str(row[0])
 
     def put(self, key: str, captioner: str, caption: str) -> None:
         """Store an answer: it outlives this process from now on."""

@@ -79,22 +79,22 @@ def make_plan(
                 yield (*entry, description_digest(entry.label, entry.caption))
 
         database.executemany(f"INSERT OR REPLACE INTO listing ({ENTRY}, digest) VALUES (?, ?, ?, ?, ?, ?, ?)", rows())
-        known, condition = KNOWN, f"NOT EXISTS ({STAMPED})"
+        known_column, condition = KNOWN, f"NOT EXISTS ({STAMPED})"
         if requeue:
-            known, condition = f"{KNOWN} AND r.outcome != 'quarantined'", f"{condition} OR EXISTS ({REFUSED})"
+            known_column, condition = f"{KNOWN} AND r.outcome != 'quarantined'", f"{condition} OR EXISTS ({REFUSED})"
         if rebuilding:
-            known, condition = "NULL", "TRUE"
+            known_column, condition = "NULL", "TRUE"
         order = "l.number" if source.in_order else "l.source"
         database.execute(
             f"""INSERT INTO plan ({ENTRY}, known)
-                SELECT {ENTRY}, CASE WHEN EXISTS ({CORRECTED}) THEN NULL ELSE ({known}) END FROM listing l
+                SELECT {ENTRY}, CASE WHEN EXISTS ({CORRECTED}) THEN NULL ELSE ({known_column}) END FROM listing l
                 WHERE {condition} ORDER BY {order}""",
             {"origin": origin},
         )
-        (listed,) = database.execute("SELECT count(*) FROM listing").fetchone()
-        (planned,) = database.execute("SELECT count(*) FROM plan").fetchone()
+        (listed_count,) = database.execute("SELECT count(*) FROM listing").fetchone()
+        (planned_count,) = database.execute("SELECT count(*) FROM plan").fetchone()
         database.execute("COMMIT")
-        return listed, planned
+        return listed_count, planned_count
 
 
 def description_digest(label: str | None, caption: str | None) -> str:
@@ -116,9 +116,9 @@ class Chunk:
 def chunk_size(images: int, config: IngestConfig) -> int:
     """Return the images per chunk: about ``config.shard_bytes``, but small sets get at least eight chunks."""
     # Photographs as PNG take about two thirds of their pixels; headers and JSON about 2 KiB.
-    about = 2 * config.size**2 + 2048
-    most = min(max(config.shard_bytes // about, 1), 8192)
-    return min(most, max(-(-images // 8), 512))
+    image_bytes = 2 * config.size**2 + 2048
+    max_images = min(max(config.shard_bytes // image_bytes, 1), 8192)
+    return min(max_images, max(-(-images // 8), 512))
 
 
 def prepare_chunk(chunk: Chunk) -> Path:
@@ -132,25 +132,25 @@ def prepare_chunk(chunk: Chunk) -> Path:
             f"SELECT {ENTRY}, known FROM plan WHERE number BETWEEN ? AND ? ORDER BY number", (chunk.first, chunk.last)
         )
         # SHA-256 of all bytes read under a name before: these are not new.
-        planned = [(Entry(*row[:6]), frozenset((row[6] or "").lower().split(",")) - {""}) for row in rows]
+        entries = [(Entry(*row[:6]), frozenset((row[6] or "").lower().split(",")) - {""}) for row in rows]
     settings = chunk.config.model_dump(mode="json", exclude=NOT_OF_A_CHUNK)
     # Hashes do not depend on the threshold, which a repeated ingest may calibrate by other images.
     settings["near_duplicates"] = chunk.config.near_duplicates is not None
-    listing = [[entry.source, entry.stamp, entry.label, entry.caption, sorted(known)] for entry, known in planned]
+    listing = [[entry.source, entry.stamp, entry.label, entry.caption, sorted(digests)] for entry, digests in entries]
     name = digest_of({"format": FORMAT, "uri": chunk.config.source, "config": settings, "entries": listing})
     table = chunk.work / "chunks" / f"{name}.jsonl"
     if not table.is_file():
         make_folder(table.parent)
         with TemporaryDirectory(dir=table.parent) as temporary:
             with ExitStack() as files:
-                prepared, writers = _prepare(chunk, planned, Path(temporary), files)
+                prepared_rows, writers = _prepare(chunk, entries, Path(temporary), files)
             # Before the table is written: a table implies that its shards exist.
             shards = {
                 bucket: write_atomically(shard_of(table, bucket), (Path(temporary) / bucket).replace)
                 for bucket in map(shape_name, chunk.config.shapes)
                 if bucket in writers
             }
-        write_bytes(table, "".join(f"{json.dumps(line)}\n" for line in (shards, *prepared)).encode())
+        write_bytes(table, "".join(f"{json.dumps(line)}\n" for line in (shards, *prepared_rows)).encode())
     return table
 
 
@@ -160,18 +160,18 @@ def shard_of(table: Path, bucket: str) -> Path:
 
 
 def _prepare(
-    chunk: Chunk, planned: list[tuple[Entry, frozenset[str]]], folder: Path, files: ExitStack
+    chunk: Chunk, entries: list[tuple[Entry, frozenset[str]]], folder: Path, files: ExitStack
 ) -> tuple[list[dict[str, Any]], dict[str, TarWriter]]:
     """Write the usable images to a file per bucket in ``folder``, which ``files`` closes.
 
-    Returns a row of COLUMNS for each of ``planned``, and the writer of each bucket.
+    Returns a row of COLUMNS for each of ``entries``, and the writer of each bucket.
     """
     writers: dict[str, TarWriter] = {}
     source = open_source(chunk.config.source, Access(chunk.config, chunk.work / "scratch", chunk.objects))
-    payloads = source.read([entry for entry, _ in planned if entry.problem is None])
-    seen: set[str] = set()
+    payloads = source.read([entry for entry, _ in entries if entry.problem is None])
+    keys: set[str] = set()
     rows = []
-    for entry, known in planned:
+    for entry, known_digests in entries:
         row: dict[str, Any] = dict.fromkeys(COLUMNS)
         row |= {name: getattr(entry, name) for name in ("source", "stamp", "label", "caption")} | {"source_sha256": ""}
         rows.append(row)
@@ -180,18 +180,18 @@ def _prepare(
             if isinstance(payload, UnusableEntry):
                 raise payload
             row["source_sha256"] = _digest(payload)
-            if row["source_sha256"] in known:
+            if row["source_sha256"] in known_digests:
                 row["outcome"] = "known"
                 continue
             image = prepare(payload, chunk.config)
-        except UnusableEntry as refused:
-            row |= {"outcome": "quarantined", "reason": str(refused)}
+        except UnusableEntry as error:
+            row |= {"outcome": "quarantined", "reason": str(error)}
             continue
-        row |= _described(image, chunk.config)
-        if image.key in seen:
+        row |= _describe(image, chunk.config)
+        if image.key in keys:
             row["outcome"] = "duplicate"
             continue
-        seen.add(image.key)
+        keys.add(image.key)
         if (bucket := row["bucket"]) not in writers:
             writers[bucket] = TarWriter(files.enter_context((folder / bucket).open("wb")))
         metadata = {name: row[name] for name in ("label", "caption", "source")} | {"sha256": row["source_sha256"]}
@@ -208,11 +208,11 @@ def _digest(payload: bytes | Image.Image) -> str:
     return hashlib.sha256(header.encode() + payload.tobytes()).hexdigest()
 
 
-def _described(image: StoredImage, config: IngestConfig) -> dict[str, Any]:
+def _describe(image: StoredImage, config: IngestConfig) -> dict[str, Any]:
     pixels = image.pixels.reshape(-1, image.pixels.shape[2] if image.pixels.ndim == 3 else 1)
     # Exact, as these are integers below 2**53, and six times as fast as numpy is on integers.
     values = np.ascontiguousarray(pixels.T).astype(np.float64)
-    described = {
+    fields = {
         "key": image.key,
         "mode": image.mode,
         "bucket": shape_name((image.pixels.shape[0], image.pixels.shape[1])),
@@ -222,8 +222,8 @@ def _described(image: StoredImage, config: IngestConfig) -> dict[str, Any]:
         "squares": [int(squares) for squares in np.einsum("cn,cn->c", values, values)],
     }
     if config.near_duplicates is not None:
-        described["phash"] = perceptual_hash(Image.fromarray(image.pixels))
-    return described
+        fields["phash"] = perceptual_hash(Image.fromarray(image.pixels))
+    return fields
 
 
 def perceptual_hash(image: Image.Image) -> str:

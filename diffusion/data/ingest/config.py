@@ -18,7 +18,7 @@ UNCALIBRATED_BITS = 24
 """Threshold of near-duplicates in a data set of too few images to calibrate it."""
 
 
-def _ordered(buckets: tuple[str, ...] | None) -> tuple[str, ...] | None:
+def _order_shapes(buckets: tuple[str, ...] | None) -> tuple[str, ...] | None:
     """Put shapes in the one order in which they are stored; raises ValueError for none, and for equal aspect ratios."""
     shapes = sorted(map(parse_shape, buckets or ()), key=lambda shape: shape[1] / shape[0])
     names = tuple(map(shape_name, shapes))
@@ -37,7 +37,7 @@ class StorageConfig(Config):
     fit: Literal["crop", "pad", "squash", "bucket"] = "crop"
     """How a non-square image becomes square: crop its longer side, pad its shorter one, or squash. ``bucket``: it does
     not; it is stored in the one of ``buckets`` whose aspect ratio is nearest, resized to cover it and cropped."""
-    buckets: Annotated[tuple[str, ...] | None, AfterValidator(_ordered)] = Field(
+    buckets: Annotated[tuple[str, ...] | None, AfterValidator(_order_shapes)] = Field(
         None, min_length=1, max_length=32, exclude_if=unset
     )
     """Shapes of stored images as WIDTHxHEIGHT in pixels, of unequal aspect ratios and about as many pixels as the
@@ -53,7 +53,7 @@ class StorageConfig(Config):
     @property
     def shapes(self) -> list[Shape]:
         """Return the shapes (H, W) of stored images, from the narrowest to the widest."""
-        return [parse_shape(each) for each in self.buckets] if self.buckets else [(self.size, self.size)]
+        return [parse_shape(name) for name in self.buckets] if self.buckets else [(self.size, self.size)]
 
     @model_validator(mode="after")
     def _buckets_fit_size(self) -> Self:
@@ -63,12 +63,16 @@ class StorageConfig(Config):
             raise ValueError(
                 f"ingest.buckets are for ingest.fit=bucket, and ingest.fit is {self.fit}: set it, or leave them out"
             )
-        least, most = (round(factor * self.size**2) for factor in AREAS)
+        min_pixels, max_pixels = (round(factor * self.size**2) for factor in AREAS)
         for height, width in self.shapes:
-            if not least <= height * width <= most or min(height, width) < 8 or max(height, width) > LARGEST_SIDE:
+            if (
+                not min_pixels <= height * width <= max_pixels
+                or min(height, width) < 8
+                or max(height, width) > LARGEST_SIDE
+            ):
                 raise ValueError(
                     f"ingest.buckets has {width}x{height}, and all need about as many pixels as {self.size}x{self.size}"
-                    f", {least:,} to {most:,}, and sides of 8 to {LARGEST_SIDE}: change it, or ingest.size"
+                    f", {min_pixels:,} to {max_pixels:,}, and sides of 8 to {LARGEST_SIDE}: change it, or ingest.size"
                 )
         return self
 

@@ -84,13 +84,13 @@ def prepare(payload: bytes | Image.Image, config: IngestConfig) -> StoredImage:
 
     Raises UnusableEntry, with the reason, and nothing else, whatever the bytes are.
     """
-    with _refusing(config), ExitStack() as turns:
-        source = _decode(payload, config, turns)
-        image = _fitted(source, _to_grey_or_rgb(source, config), config)
+    with _catch_errors(config), ExitStack() as stack:
+        source = _decode(payload, config, stack)
+        image = _fit(source, _to_grey_or_rgb(source, config), config)
         if config.mode == "keep":
             # An image without colour is grey, so that it has one key however it was saved.
             red, *others = image.split()
-            image = red if all(red.tobytes() == each.tobytes() for each in others) else image
+            image = red if all(red.tobytes() == channel.tobytes() for channel in others) else image
     pixels = np.asarray(image)
     header = f"{image.mode}:{image.width}x{image.height}:".encode()
     key = sha256_bytes(header + pixels.tobytes())
@@ -99,8 +99,8 @@ def prepare(payload: bytes | Image.Image, config: IngestConfig) -> StoredImage:
 
 def unscaled(payload: bytes, config: IngestConfig) -> np.ndarray:
     """Decode as ``prepare`` does, but at the original size, under 2 · ``config.size``: (H, W) or (H, W, 3) uint8."""
-    with _refusing(config), ExitStack() as turns:
-        source = _decode(payload, config, turns)
+    with _catch_errors(config), ExitStack() as stack:
+        source = _decode(payload, config, stack)
         if max(source.size) >= REDUCED * config.size:
             width, height = source.size
             raise UnusableEntry(f"{width}×{height} pixels: a side of more than {REDUCED * config.size - 1}")
@@ -108,7 +108,7 @@ def unscaled(payload: bytes, config: IngestConfig) -> np.ndarray:
 
 
 @contextmanager
-def _refusing(config: IngestConfig) -> Iterator[None]:
+def _catch_errors(config: IngestConfig) -> Iterator[None]:
     """Turn any error of decoding into an UnusableEntry with the reason."""
     try:
         yield
@@ -151,11 +151,11 @@ class _Timed(io.BytesIO):
             raise UnusableEntry(f"takes more than {self.seconds:g} seconds to decode")
 
 
-def _decode(payload: bytes | Image.Image, config: IngestConfig, turns: ExitStack) -> _Source:
+def _decode(payload: bytes | Image.Image, config: IngestConfig, stack: ExitStack) -> _Source:
     if isinstance(payload, Image.Image):
         _require_usable(payload.size, config)
         payload.load()
-        return _upright(payload, payload.size, 1)
+        return _turn_upright(payload, payload.size, 1)
     if len(payload) > config.max_bytes:
         raise UnusableEntry(f"{len(payload)} bytes are over the limit of {config.max_bytes}")
     file = _Timed(payload, config.max_seconds)
@@ -172,24 +172,24 @@ def _decode(payload: bytes | Image.Image, config: IngestConfig, turns: ExitStack
         # Pillow misreads them as planes of 8 bits.
         raise UnusableEntry("uncompressed planes of 16 bits: save it with the samples of a pixel side by side")
     if isinstance(image, JpegImageFile):
-        turned = image.getexif().get(Base.Orientation, 1) in TURNED
-        width, height = _resized(size[::-1], config)[::-1] if turned else _resized(size, config)
-        drafted = image.draft(None, (REDUCED * width, REDUCED * height))
-        scale = round(size[0] / drafted[1][2]) if drafted else 1
+        is_turned = image.getexif().get(Base.Orientation, 1) in TURNED
+        width, height = _resized_size(size[::-1], config)[::-1] if is_turned else _resized_size(size, config)
+        draft = image.draft(None, (REDUCED * width, REDUCED * height))
+        scale = round(size[0] / draft[1][2]) if draft else 1
         image.decodermaxblock = 4096  # a few bytes may be a scan over the whole image
     elif size[0] * size[1] > LARGE:
-        turns.enter_context(LARGE_DECODE)
+        stack.enter_context(LARGE_DECODE)
     image.load()
     if isinstance(image, PngImageFile):
         _open(file).verify()  # decoding ignores checksums
     file.check()
     if image.mode.startswith("I;16"):
-        return _upright(_from_integers(image, layout), size, scale)
-    transparent = image.info.get("transparency")
-    if ";16" in layout and isinstance(transparent, tuple):
+        return _turn_upright(_from_integers(image, layout), size, scale)
+    transparency = image.info.get("transparency")
+    if ";16" in layout and isinstance(transparency, tuple):
         # Pillow keeps the upper bytes of colours, but not that of the transparent one.
-        image.info["transparency"] = tuple(sample >> 8 for sample in transparent)
-    return _upright(image, size, scale)
+        image.info["transparency"] = tuple(sample >> 8 for sample in transparency)
+    return _turn_upright(image, size, scale)
 
 
 def _open(file: _Timed) -> ImageFile:
@@ -216,15 +216,15 @@ def _require_usable(size: tuple[int, int], config: IngestConfig) -> None:
         )
 
 
-def _upright(image: Image.Image, size: tuple[int, int], scale: int) -> _Source:
+def _turn_upright(image: Image.Image, size: tuple[int, int], scale: int) -> _Source:
     orientation = image.getexif().get(Base.Orientation, 1)
     if orientation not in range(2, 9):
         return _Source(image, size, scale)
     image = image.transpose(TRANSPOSITIONS[orientation - 2])
     size = size[::-1] if orientation in TURNED else size
-    over = [decoded - side / scale for decoded, side in zip(image.size, size, strict=True)]
-    left = over[0] if orientation in FLIPPED_X else 0
-    top = over[1] if orientation in TOP_WAS_LAST else 0
+    excess = [decoded_side - side / scale for decoded_side, side in zip(image.size, size, strict=True)]
+    left = excess[0] if orientation in FLIPPED_X else 0
+    top = excess[1] if orientation in TOP_WAS_LAST else 0
     return _Source(image, size, scale, (left, top))
 
 
@@ -244,10 +244,10 @@ def _to_grey_or_rgb(source: _Source, config: IngestConfig) -> Image.Image:
     if image.mode not in ("L", "RGB", "CMYK"):
         image = image.convert("L" if grey else "RGB")
     image = _to_srgb(image)
-    shows = alpha is not None or (config.fit == "pad" and source.size[0] != source.size[1])
-    coloured = len(set(bytes.fromhex(config.background[1:]))) > 1
-    keep = "L" if grey and not (shows and coloured) else "RGB"
-    image = image.convert({"grey": "L", "rgb": "RGB", "keep": keep}[config.mode])
+    shows_background = alpha is not None or (config.fit == "pad" and source.size[0] != source.size[1])
+    is_coloured = len(set(bytes.fromhex(config.background[1:]))) > 1
+    kept_mode = "L" if grey and not (shows_background and is_coloured) else "RGB"
+    image = image.convert({"grey": "L", "rgb": "RGB", "keep": kept_mode}[config.mode])
     if alpha is None:
         return image
     return Image.composite(image, Image.new(image.mode, image.size, config.background), alpha)
@@ -255,8 +255,8 @@ def _to_grey_or_rgb(source: _Source, config: IngestConfig) -> Image.Image:
 
 def _from_integers(image: Image.Image, layout: str = "") -> Image.Image:
     """Round grey samples of 12 or 16 bits, or of 32 in the range of 16, to 8 bits."""
-    wide = image.convert("I")
-    low, high = cast(tuple[int, int], wide.getextrema())
+    integers = image.convert("I")
+    low, high = cast(tuple[int, int], integers.getextrema())
     if low < 0 or high > 65535:
         raise UnusableEntry("32-bit pixels outside 0…65535: save it with 8 or 16 bits")
     values = np.arange(2**16)
@@ -264,11 +264,11 @@ def _from_integers(image: Image.Image, layout: str = "") -> Image.Image:
         values = np.minimum(values << 4 | values >> 8, 65535)
     if layout and isinstance(image, TiffImageFile) and image.tag_v2.get(PHOTOMETRIC_INTERPRETATION) == 0:
         values = 65535 - values  # white is zero
-    made = wide.point(((values + 128) // 257).tolist(), "L")
-    if (transparent := image.info.get("transparency")) is not None:
-        made.putalpha(wide.point([255 * (value != transparent) for value in range(2**16)], "L"))
-    made.info = {key: value for key, value in image.info.items() if key != "transparency"}
-    return made
+    grey = integers.point(((values + 128) // 257).tolist(), "L")
+    if (transparency := image.info.get("transparency")) is not None:
+        grey.putalpha(integers.point([255 * (value != transparency) for value in range(2**16)], "L"))
+    grey.info = {key: value for key, value in image.info.items() if key != "transparency"}
+    return grey
 
 
 def _to_srgb(image: Image.Image) -> Image.Image:
@@ -300,9 +300,9 @@ def _conversion(profile: bytes, mode: str) -> Callable[[Image.Image], Image.Imag
     if mode == "CMYK":
         return convert
     if mode == "L":
-        every = Image.frombytes("L", (256, 1), bytes(range(256)))
-        table = convert(every.convert(kind)).convert("L").tobytes()
-        return None if _nearly_equal(table, every.tobytes()) else lambda image: image.point(list(table))
+        levels = Image.frombytes("L", (256, 1), bytes(range(256)))
+        table = convert(levels.convert(kind)).convert("L").tobytes()
+        return None if _nearly_equal(table, levels.tobytes()) else lambda image: image.point(list(table))
     cube = np.stack(np.meshgrid(*[np.arange(0, 256, 17, dtype=np.uint8)] * 3), axis=-1).reshape(64, 64, 3)
     probe = Image.fromarray(cube)
     return None if _nearly_equal(convert(probe).tobytes(), probe.tobytes()) else convert
@@ -314,7 +314,7 @@ def _nearly_equal(one: bytes, other: bytes) -> bool:
     return bool(np.abs(difference).max() <= 1)
 
 
-def _resized(size: tuple[int, int], config: IngestConfig) -> tuple[int, int]:
+def _resized_size(size: tuple[int, int], config: IngestConfig) -> tuple[int, int]:
     """Return width and height of an image of ``size`` after resizing, before padding."""
     if config.fit == "bucket":
         height, width = nearest_shape(*size, config.shapes)
@@ -325,28 +325,29 @@ def _resized(size: tuple[int, int], config: IngestConfig) -> tuple[int, int]:
     return width, height
 
 
-def _fitted(source: _Source, image: Image.Image, config: IngestConfig) -> Image.Image:
+def _fit(source: _Source, image: Image.Image, config: IngestConfig) -> Image.Image:
     """Resize ``image``, converted from ``source``, to ``config.size`` pixels high and wide, or to its bucket."""
     width, height = source.size
-    wide, high = _resized(source.size, config)
-    if config.fit == "bucket" and not config.enlarge and (width < wide or height < high):
+    new_width, new_height = _resized_size(source.size, config)
+    if config.fit == "bucket" and not config.enlarge and (width < new_width or height < new_height):
         raise UnusableEntry(
-            f"{width}×{height} pixels do not cover the bucket of {wide}×{high}, and ingest.enlarge is off"
+            f"{width}×{height} pixels do not cover the bucket of {new_width}×{new_height}, and ingest.enlarge is off"
         )
     left, top = 0, 0
     if config.fit in ("crop", "bucket"):
         # Whole pixels, so that an image that is not scaled keeps its pixels.
-        across, down = min(width, max(1, round(height * wide / high))), min(height, max(1, round(width * high / wide)))
-        left, top, width, height = (width - across) // 2, (height - down) // 2, across, down
+        crop_width = min(width, max(1, round(height * new_width / new_height)))
+        crop_height = min(height, max(1, round(width * new_height / new_width)))
+        left, top, width, height = (width - crop_width) // 2, (height - crop_height) // 2, crop_width, crop_height
     box = (left, top, left + width, top + height)
     # Not to the last pixel: the sides of an image decoded at a fraction are rounded up.
-    scaled = (edge / source.scale + spare for edge, spare in zip(box, source.spare * 2, strict=True))
-    image = image.resize((wide, high), Image.Resampling.BICUBIC, box=tuple(scaled))  # type: ignore[arg-type]
+    scaled_box = (edge / source.scale + spare for edge, spare in zip(box, source.spare * 2, strict=True))
+    image = image.resize((new_width, new_height), Image.Resampling.BICUBIC, box=tuple(scaled_box))  # type: ignore[arg-type]
     if config.fit != "pad" or image.size == (config.size, config.size):
         return image
-    padded = Image.new(image.mode, (config.size, config.size), config.background)
-    padded.paste(image, ((config.size - image.width) // 2, (config.size - image.height) // 2))
-    return padded
+    canvas = Image.new(image.mode, (config.size, config.size), config.background)
+    canvas.paste(image, ((config.size - image.width) // 2, (config.size - image.height) // 2))
+    return canvas
 
 
 def _one_line(error: Exception) -> str:

@@ -60,13 +60,13 @@ class HashGroups:
         marks = ", ".join("?" * len(flips))
         query = f"SELECT DISTINCT g.* FROM bands JOIN groups g USING (hash) WHERE band = ? AND value IN ({marks})"
         number = int.from_bytes(phash, "big")
-        found = set()
+        matches = set()
         for band, value in enumerate(self._bands(phash)):
             for other, category, root in self.database.execute(query, (band, *(value ^ flip for flip in flips))):
                 distance = (number ^ int.from_bytes(other, "big")).bit_count()
                 if distance <= (self.near or 0):
-                    found.add((distance, root, category))
-        return [(root, category) for _, root, category in sorted(found)]
+                    matches.add((distance, root, category))
+        return [(root, category) for _, root, category in sorted(matches)]
 
     @property
     def _band_count(self) -> int:
@@ -94,8 +94,8 @@ class Index(HashGroups):
             raise
         except sqlite3.DatabaseError:
             # Damaged. Everything in it can be restored.
-            for each in (path, *path.parent.glob(f"{path.name}-*")):
-                each.unlink()
+            for file in (path, *path.parent.glob(f"{path.name}-*")):
+                file.unlink()
             database = _open(path)
         super().__init__(database, near)
         self._removals = removals(path.parent)
@@ -137,8 +137,8 @@ class Index(HashGroups):
         self.database.execute("INSERT OR REPLACE INTO meta VALUES ('state', ?)", (self._state(manifest),))
 
     def _state(self, manifest: Manifest | None) -> str:
-        known = sorted(removal.name for removal in self._removals)
-        return digest_of([FORMAT, manifest.digest if manifest else None, self.near, known])
+        names = sorted(removal.name for removal in self._removals)
+        return digest_of([FORMAT, manifest.digest if manifest else None, self.near, names])
 
     def close(self) -> None:
         """Close the database."""
@@ -187,8 +187,8 @@ class Index(HashGroups):
     def sample(self, key: str) -> tuple[str, bytes] | None:
         """Return split and digest of a kept or dropped image; None if there is none with this key."""
         query = "SELECT split, digest FROM samples WHERE key = ?"
-        found: tuple[str, bytes] | None = self._first(query, bytes.fromhex(key))
-        return found
+        sample: tuple[str, bytes] | None = self._first(query, bytes.fromhex(key))
+        return sample
 
     def is_removed(self, *digests: str | None) -> bool:
         """Return whether an image with one of these keys or digests was taken down."""
@@ -198,8 +198,8 @@ class Index(HashGroups):
     def recorded(self, source: str, sha256: str) -> tuple[str, str | None] | None:
         """Return outcome and reason of the bytes of this name; None if they are not recorded."""
         query = "SELECT outcome, reason FROM records WHERE source = ? AND sha256 = ?"
-        found: tuple[str, str | None] | None = self._first(query, source, bytes.fromhex(sha256))
-        return found
+        record: tuple[str, str | None] | None = self._first(query, source, bytes.fromhex(sha256))
+        return record
 
     def count(self, outcome: str) -> int:
         """Return the number of names whose last record has ``outcome``."""
@@ -215,14 +215,14 @@ class Index(HashGroups):
 
     def content_digest(self, manifest: Manifest) -> str:
         """Compute the content digest of all kept samples, stored as ``manifest`` says."""
-        kept = "SELECT digest FROM samples WHERE key NOT IN (SELECT key FROM dropped) ORDER BY key"
-        rows = self.database.execute(kept)
+        query = "SELECT digest FROM samples WHERE key NOT IN (SELECT key FROM dropped) ORDER BY key"
+        rows = self.database.execute(query)
         return digest_of_samples(manifest.storage, (row[0] for row in rows))
 
     def refuse(self, *digests: str) -> None:
         """Reject images with one of these keys or digests from now on."""
-        found = [(bytes.fromhex(digest),) for digest in digests if digest]
-        self.database.executemany("INSERT OR IGNORE INTO removed VALUES (?)", found)
+        rows = [(bytes.fromhex(digest),) for digest in digests if digest]
+        self.database.executemany("INSERT OR IGNORE INTO removed VALUES (?)", rows)
 
     def add_hashes(self, folder: Path, part: Part, rows: list[dict[str, Any]]) -> None:
         """Hash the images in ``rows`` of a part that was written before near-duplicates were configured."""

@@ -109,16 +109,16 @@ class IngestPreview(Config):
 
     def lines(self) -> list[str]:
         """Describe the source, and what of it is new."""
-        already = "a new data set" if self.kept is None else f"data set {self.dataset}, which has {self.kept:,} images"
-        small = ["small      images below ingest.size are quarantined: lower it, or set ingest.enlarge=true"]
-        lines = [*self.survey.lines(), *(small if self.survey.too_small(self.size) else [])]
-        how = f"{self.size}×{self.size} pixels"
+        target = "a new data set" if self.kept is None else f"data set {self.dataset}, which has {self.kept:,} images"
+        warning = ["small      images below ingest.size are quarantined: lower it, or set ingest.enlarge=true"]
+        lines = [*self.survey.lines(), *(warning if self.survey.too_small(self.size) else [])]
+        resolution = f"{self.size}×{self.size} pixels"
         if self.shapes != [(self.size, self.size)]:
-            how = f"{len(self.shapes)} shapes of about as many pixels as {self.size}×{self.size}"
-            found = Counter(nearest_shape(*size, self.shapes) for size in self.survey.sizes)
-            shares = (f"{shape_name(shape)} {found[shape] / max(found.total(), 1):.0%}" for shape in self.shapes)
+            resolution = f"{len(self.shapes)} shapes of about as many pixels as {self.size}×{self.size}"
+            counts = Counter(nearest_shape(*size, self.shapes) for size in self.survey.sizes)
+            shares = (f"{shape_name(shape)} {counts[shape] / max(counts.total(), 1):.0%}" for shape in self.shapes)
             lines.append(f"buckets    {', '.join(shares)} of the sampled images")
-        return [*lines, f"would read {self.new:,} of them into {already}, at {how}"]
+        return [*lines, f"would read {self.new:,} of them into {target}, at {resolution}"]
 
 
 def preview(
@@ -136,28 +136,30 @@ def preview(
         scratch = Path(temporary)
         for path in work_folder(folder).glob("index.sqlite*"):
             shutil.copyfile(path, scratch / path.name)
-        found = survey(config, scratch, objects)
-        config = _with_buckets(config, None if rebuilding else before, lambda: found)
+        source_survey = survey(config, scratch, objects)
+        config = _with_buckets(config, None if rebuilding else before, lambda: source_survey)
         bits = config.near_duplicate_bits(None if before is None else before.near_duplicate_bits)
         with closing(Index(scratch / "index.sqlite", folder, before, bits)) as index:
             listings = path if (path := work_folder(folder) / "listings").is_dir() else None
             source = open_source(config.source, Access(config, scratch, objects, listings=listings))
             plan = scratch / "plan.sqlite"
             _, new = make_plan(plan, source, _origin(config), index.path, requeue, rebuilding, silent)
-    kept = None if before is None or rebuilding else before.kept
-    return IngestPreview(dataset=folder.name, kept=kept, new=new, size=config.size, shapes=config.shapes, survey=found)
+    kept_count = None if before is None or rebuilding else before.kept
+    return IngestPreview(
+        dataset=folder.name, kept=kept_count, new=new, size=config.size, shapes=config.shapes, survey=source_survey
+    )
 
 
 def require_same_storage(before: Manifest, config: IngestConfig, rebuild: Rebuild) -> bool:
     """Whether the data set is rebuilt; raises UserError if it stores images in another way and must not be."""
-    different = before.stored_otherwise(config.storage())
-    if different and rebuild == "never":
-        name, theirs, ours = different
+    difference = before.stored_otherwise(config.storage())
+    if difference and rebuild == "never":
+        name, theirs, ours = difference
         raise UserError(
             f"data set {before.name} was made with ingest.{name}={theirs} and this is {ours}: "
             "give another --dataset, or build it again from this source alone with `darkroom ingest --rebuild`"
         )
-    return rebuild == "always" or bool(different)
+    return rebuild == "always" or bool(difference)
 
 
 def _with_buckets(config: IngestConfig, before: Manifest | None, look: Callable[[], Survey]) -> IngestConfig:
@@ -198,15 +200,15 @@ def ingest(
     fan_out = fan_out or local_fan_out(config)
     work = work_folder(folder)
     make_folder(work)
-    with FileLock(work / "lock"), _full_disk_in_words(work):
+    with FileLock(work / "lock"), _explain_full_disk(work):
         before = read_manifest(folder) if (folder / "manifest.json").is_file() else None
         rebuilding = before is None or require_same_storage(before, config, rebuild)
         current = None if rebuilding else before
         if current is not None:
             require_whole(folder, current)
-        recorded = None if current is None else current.near_duplicate_bits
-        uncalibrated = config.near_duplicates == "auto" and recorded is None
-        bits = None if uncalibrated else config.near_duplicate_bits(recorded)
+        recorded_bits = None if current is None else current.near_duplicate_bits
+        needs_calibration = config.near_duplicates == "auto" and recorded_bits is None
+        bits = None if needs_calibration else config.near_duplicate_bits(recorded_bits)
         with closing(Index(work / "index.sqlite", folder, before, bits)) as index:
             access = Access(config, work / "scratch", objects, listings=work / "listings")
             access.scratch.mkdir(exist_ok=True)
@@ -214,28 +216,28 @@ def ingest(
             source = open_source(config.source, access)
             origin = _origin(config)
             plan = work / "plan.sqlite"
-            listed, planned = make_plan(plan, source, origin, index.path, requeue, rebuilding, progress)
-            passed_over = access.passed_over
-            if not listed:
-                others = f" ({passed_over.total()} other files)" if passed_over else ""
+            listed_count, planned_count = make_plan(plan, source, origin, index.path, requeue, rebuilding, progress)
+            other_files = access.passed_over
+            if not listed_count:
+                others = f" ({other_files.total()} other files)" if other_files else ""
                 raise UserError(
                     f"no images in {config.source}{others}: give a source of JPEG, PNG, WebP, GIF, BMP or TIFF images"
                 )
             calibration = None
-            if uncalibrated:
-                calibration = calibrate_ingest(folder, current, plan, planned, source, config, progress)
+            if needs_calibration:
+                calibration = calibrate_ingest(folder, current, plan, planned_count, source, config, progress)
                 if (warning := calibration.warning) is not None:
                     logger.warning("%s", warning)
-                recorded, bits = calibration.recorded, calibration.bits
+                recorded_bits, bits = calibration.recorded, calibration.bits
                 index.update(folder, current, bits)
             config = config.model_copy(update={"near_duplicates": bits})
             parts = [] if current is None else list(current.parts)
             merge = Merge(folder, config, index, origin, parts, access.about.get("source"))
-            prepared = fan_out(prepare_chunk, chunks_of(work, config, objects, planned))
+            chunks = fan_out(prepare_chunk, chunks_of(work, config, objects, planned_count))
             try:
                 licence = _licence(config, current, access.about.get("licence"))
-                facts = {"licence": licence, "near_duplicate_bits": recorded}
-                after, captions = _merge(merge, before, facts, prepared, planned, rebuilding, progress)
+                facts = {"licence": licence, "near_duplicate_bits": recorded_bits}
+                after, captions = _merge(merge, before, facts, chunks, planned_count, rebuilding, progress)
             except UserError:
                 # The cause of the quarantine may be fixed, so the entries must be read again.
                 _remove_work(work)
@@ -250,15 +252,15 @@ def ingest(
                 digest=after.digest,
                 changed=after != before,
                 source=access.about.get("source"),
-                listed=listed,
+                listed=listed_count,
                 read=merge.read,
                 added=merge.new_outcomes["kept"],
                 removed=merge.new_outcomes["removed"],
                 relabelled=merge.relabelled,
-                passed_over=dict(passed_over.most_common()),
+                passed_over=dict(other_files.most_common()),
                 kept=after.kept,
                 duplicates=index.count("duplicate"),
-                quarantined=[Quarantined(**each) for each in index.quarantined(1000)],
+                quarantined=[Quarantined(**row) for row in index.quarantined(1000)],
                 quarantined_count=index.count("quarantined"),
                 near_duplicates=calibration,
                 captions=captions,
@@ -266,7 +268,7 @@ def ingest(
 
 
 @contextmanager
-def _full_disk_in_words(work: Path) -> Iterator[None]:
+def _explain_full_disk(work: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, sqlite3.OperationalError) as error:
@@ -294,21 +296,21 @@ def forget_encodings(folder: Path) -> None:
         shutil.rmtree(encodings_folder(folder))
 
 
-def _licence(config: IngestConfig, before: Manifest | None, stated: str | None) -> str | None:
+def _licence(config: IngestConfig, before: Manifest | None, source_licence: str | None) -> str | None:
     """Return the licence of the data set: the configured one, or else the one it has, or else that of the source."""
     licence = config.licence or (before.licence if before is not None else None)
-    if licence is not None and stated is not None and stated.lower() != licence.lower():
+    if licence is not None and source_licence is not None and source_licence.lower() != licence.lower():
         name = "ingest.licence" if config.licence else "the licence of the data set"
-        logger.warning("the card of %s says licence %s; %s, %s, stays", config.source, stated, name, licence)
-    return licence or stated
+        logger.warning("the card of %s says licence %s; %s, %s, stays", config.source, source_licence, name, licence)
+    return licence or source_licence
 
 
 def _merge(
     merge: Merge,
     before: Manifest | None,
     facts: dict[str, Any],
-    prepared: Iterator[Path],
-    planned: int,
+    chunks: Iterator[Path],
+    planned_count: int,
     rebuilding: bool,
     progress: Progress,
 ) -> tuple[Manifest, CaptionCounts | None]:
@@ -321,26 +323,27 @@ def _merge(
         if rebuilding:
             index.clear()
             # Images taken down from the previous version are still rejected.
-            old = [part for part in (before.parts if before else ()) if "removed" in part.outcomes]
-            tables = (read_records(folder, part).filter(pc.field("outcome") == "removed") for part in old)
-            if removed := [row for table in tables for row in table.to_pylist()]:
-                for row in removed:
+            old_parts = [part for part in (before.parts if before else ()) if "removed" in part.outcomes]
+            tables = (read_records(folder, part).filter(pc.field("outcome") == "removed") for part in old_parts)
+            if removed_rows := [row for table in tables for row in table.to_pylist()]:
+                for row in removed_rows:
                     index.record(row)
-                merge.parts.append(write_part(folder, 0, None, removed, config.size))
-        progress("images ingested", 0, planned)
-        for chunk in prepared:
+                merge.parts.append(write_part(folder, 0, None, removed_rows, config.size))
+        progress("images ingested", 0, planned_count)
+        for chunk in chunks:
             merge.add(chunk)
-            quarantined = merge.reasons.total()
-            progress("images ingested", merge.read, planned, f"{quarantined:,} quarantined" if quarantined else "")
-        quarantined, leading = merge.reasons.total(), merge.reasons.most_common(3)
-        reasons = "; ".join(f"{count} × {reason}" for reason, count in leading)
+            quarantined_count = merge.reasons.total()
+            note = f"{quarantined_count:,} quarantined" if quarantined_count else ""
+            progress("images ingested", merge.read, planned_count, note)
+        quarantined_count, top_reasons = merge.reasons.total(), merge.reasons.most_common(3)
+        reasons = "; ".join(f"{count} × {reason}" for reason, count in top_reasons)
         if not any(part.splits for part in merge.parts):
-            raise UserError(f"no usable image in {config.source}: all {quarantined} were quarantined ({reasons})")
-        if quarantined > config.max_quarantined * merge.new_outcomes.total():
+            raise UserError(f"no usable image in {config.source}: all {quarantined_count} were quarantined ({reasons})")
+        if quarantined_count > config.max_quarantined * merge.new_outcomes.total():
             raise UserError(
-                f"{quarantined} of {merge.new_outcomes.total()} images in {config.source} were quarantined, more than "
-                f"the share of {config.max_quarantined:g} that ingest.max_quarantined allows ({reasons}): fix them, "
-                "or allow more"
+                f"{quarantined_count} of {merge.new_outcomes.total()} images in {config.source} were quarantined, more "
+                f"than the share of {config.max_quarantined:g} that ingest.max_quarantined allows ({reasons}): fix "
+                "them, or allow more"
             )
         captions = None if config.captioner is None else add_captions(merge, config.captioner, progress)
         after = Manifest(
@@ -352,8 +355,8 @@ def _merge(
             parts=merge.parts,
             **facts,
         )
-        same = {"parts", "storage", *facts}
-        if before is not None and before.model_dump(include=same) == after.model_dump(include=same):
+        fields = {"parts", "storage", *facts}
+        if before is not None and before.model_dump(include=fields) == after.model_dump(include=fields):
             after = before
         else:
             after = after.model_copy(update={"content_digest": index.content_digest(after)})
@@ -368,16 +371,16 @@ def remove_strays(folder: Path) -> None:
     So are the measures of shards that it does not name.
     """
     files = read_manifest(folder).files if (folder / "manifest.json").is_file() else []
-    named, measured = {entry.name for entry in files}, {entry.sha256[:32] for entry in files}
+    names, digests = {entry.name for entry in files}, {entry.sha256[:32] for entry in files}
     for path in measures_folder(folder).glob("*"):
-        if path.name[:32] not in measured:
+        if path.name[:32] not in digests:
             path.unlink()
     for kind in ("shards", "records"):
         for path in (folder / kind).glob("*"):
-            if path.relative_to(folder).as_posix() not in named:
+            if path.relative_to(folder).as_posix() not in names:
                 path.unlink()
     remove_partials(folder)
-    if not named:
+    if not names:
         for path in (folder / "shards", folder / "records", folder):
             if path.is_dir() and not any(path.iterdir()):
                 path.rmdir()

@@ -49,27 +49,27 @@ def resolve(
     key or the digest of a file in ``removed``.
     """
     runs: list[Path] = []
-    gone: list[str] = []
+    removed_keys: list[str] = []
     tasks = (
         _Run(scratch / f"run-{group[0][0]}.npy", group, removed)
-        for group in _grouped((number, *part) for number, part in enumerate(parts))
+        for group in _group((number, *part) for number, part in enumerate(parts))
     )
-    for path, taken in fan_out(_write_run, tasks):
+    for path, keys in fan_out(_write_run, tasks):
         runs.append(path)
-        gone += taken
-    if gone:
-        listed = " ".join(gone[:5]) + (" …" if len(gone) > 5 else "")
+        removed_keys += keys
+    if removed_keys:
+        key_list = " ".join(removed_keys[:5]) + (" …" if len(removed_keys) > 5 else "")
         raise UserError(
-            f"{len(gone):,} images were taken down from one of the data sets and are still in another: run "
-            f"`darkroom data remove {listed} --dataset NAME` there first"
+            f"{len(removed_keys):,} images were taken down from one of the data sets and are still in another: run "
+            f"`darkroom data remove {key_list} --dataset NAME` there first"
         )
     count = range_count(sum(stored_in(part) for _, part in parts))
     duplicates = [np.empty(0, DUPLICATE)]
 
     def digests() -> Iterator[bytes]:
         ranges = (_Range(scratch / f"range-{number}.bin", runs, number, count) for number in range(count))
-        for path, found in fan_out(_resolve_range, ranges):
-            duplicates.append(found)
+        for path, range_duplicates in fan_out(_resolve_range, ranges):
+            duplicates.append(range_duplicates)
             yield path.read_bytes()
             path.unlink()
 
@@ -85,10 +85,10 @@ def content_digest(folder: Path, parts: Iterable[Part], storage: StorageConfig) 
         return resolve([(folder, part) for part in parts], storage, scratch, local_fan_out(IngestConfig()))[0]
 
 
-def _grouped(parts: Iterable[tuple[int, Path, Part]]) -> Iterator[list[tuple[int, Path, Part]]]:
+def _group(parts: Iterable[tuple[int, Path, Part]]) -> Iterator[list[tuple[int, Path, Part]]]:
     group: list[tuple[int, Path, Part]] = []
-    for each in parts:
-        group.append(each)
+    for entry in parts:
+        group.append(entry)
         if sum(stored_in(part) for _, _, part in group) >= RANGE:
             yield group
             group = []
@@ -98,7 +98,7 @@ def _grouped(parts: Iterable[tuple[int, Path, Part]]) -> Iterator[list[tuple[int
 
 def _write_run(run: _Run) -> tuple[Path, list[str]]:
     """Write the images of some parts as a sorted run; returns also the keys of those that were taken down."""
-    pieces, gone = [np.empty(0, SAMPLE)], []
+    pieces, keys = [np.empty(0, SAMPLE)], []
     columns = ("key", "split", "label", "caption")
     for number, folder, part in run.parts:
         table = read_records(folder, part, ("outcome", "source_sha256", *columns))
@@ -106,13 +106,13 @@ def _write_run(run: _Run) -> tuple[Path, list[str]]:
         places = np.flatnonzero(np.isin(outcomes, STORED))
         rows = table.take(places).to_pylist()
         if run.removed:
-            gone += [row["key"] for row in rows if not run.removed.isdisjoint((row["key"], row["source_sha256"]))]
+            keys += [row["key"] for row in rows if not run.removed.isdisjoint((row["key"], row["source_sha256"]))]
         piece = np.zeros(len(rows), SAMPLE)
         piece["key"] = [bytes.fromhex(row["key"]) for row in rows]
         piece["digest"] = [sample_digest(*(row[name] for name in columns)) for row in rows]
         piece["part"], piece["row"], piece["kept"] = number, places, outcomes[places] == "kept"
         pieces.append(piece)
-    return write_run(run.path, np.concatenate(pieces)), gone
+    return write_run(run.path, np.concatenate(pieces)), keys
 
 
 def _resolve_range(task: _Range) -> tuple[Path, np.ndarray]:

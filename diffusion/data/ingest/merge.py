@@ -86,22 +86,22 @@ class Merge:
                 self.index.record(row)
                 records.append(row)
         self.read += len(rows)
-        kept = list(dict.fromkeys(row["bucket"] for row in records if row["outcome"] == "kept"))
-        for bucket in kept:
+        buckets = list(dict.fromkeys(row["bucket"] for row in records if row["outcome"] == "kept"))
+        for bucket in buckets:
             # Records without an image of their own come first, unless they are duplicates of an image in this chunk.
-            own = [row for row in records if (row["bucket"] if row["bucket"] in kept else kept[0]) == bucket]
+            members = [row for row in records if (row["bucket"] if row["bucket"] in buckets else buckets[0]) == bucket]
             samples = sum(row["bucket"] == bucket and row["offset"] is not None for row in rows)
             shape = parse_shape(bucket) if self.config.buckets else None
-            self._append(own, shard_of(chunk, bucket), shards[bucket], samples, self.source, shape)
-        if not kept:
+            self._append(members, shard_of(chunk, bucket), shards[bucket], samples, self.source, shape)
+        if not buckets:
             self._append(records, None, "", 0, self.source)
 
     def adopt(self, part: Part) -> int:
         """Add what a part of another version has and this one lacks; returns how many duplicates of lost images."""
         rows = read_records(self.folder, part).to_pylist()
-        stored = [row for row in rows if row["outcome"] in STORED]
+        stored_rows = [row for row in rows if row["outcome"] in STORED]
         self.index.add_hashes(self.folder, part, rows)
-        records, lost = [], 0
+        records, lost_count = [], 0
         for row in rows:
             ours = self.index.recorded(row["source"], row["source_sha256"])
             if row["outcome"] == "removed":
@@ -110,8 +110,8 @@ class Merge:
                 is_recorded = False
             elif row["outcome"] == "duplicate" and self.index.sample(row["key"]) is None:
                 # Its pixels are in a part that this version no longer has.
-                gone = self.index.is_removed(row["key"], row["source_sha256"])
-                is_recorded, lost = gone and self._classify(row), lost + (not gone)
+                is_removed = self.index.is_removed(row["key"], row["source_sha256"])
+                is_recorded, lost_count = is_removed and self._classify(row), lost_count + (not is_removed)
             else:
                 is_recorded = self._classify(row)
             if is_recorded:
@@ -121,26 +121,26 @@ class Merge:
             self._append(records, None, "", 0, part.source)
         else:
             self._append(
-                records, self.folder / part.shard.name, part.shard.sha256, len(stored), part.source, part.shape
+                records, self.folder / part.shard.name, part.shard.sha256, len(stored_rows), part.source, part.shape
             )
-        return lost
+        return lost_count
 
     def _classify(self, row: dict[str, Any]) -> bool:
         """Determine the outcome of an image; returns whether to record it."""
         if self.index.is_removed(row["key"], row["source_sha256"]):
             self.new_outcomes["removed"] += 1
-            known = self._is_known_as_removed(row)
+            is_known = self._is_known_as_removed(row)
             # Its other files are rejected by their own digests, which are independent of how images are stored.
             row |= blanked(row, "came again after it was taken down")
-            return not known
+            return not is_known
         if row["key"] is not None:
             self._classify_image(row)
         if row["outcome"] == "quarantined":
             if self.index.recorded(row["source"], row["source_sha256"]) == ("quarantined", row["reason"]):
                 return False
             # Some contain sizes and server messages, and may be as many as the images.
-            known = len(self.reasons) < 10_000 or row["reason"] in self.reasons
-            self.reasons[row["reason"] if known else "other reasons"] += 1
+            is_known = len(self.reasons) < 10_000 or row["reason"] in self.reasons
+            self.reasons[row["reason"] if is_known else "other reasons"] += 1
         self.new_outcomes[row["outcome"]] += 1
         return True
 
@@ -148,13 +148,13 @@ class Merge:
         return all(self.index.is_removed(digest) for digest in (row["key"], row["source_sha256"]) if digest)
 
     def _classify_image(self, row: dict[str, Any]) -> None:
-        there = self.index.sample(row["key"])
-        if there is not None:
-            split, digest = there
-            same = sample_digest(row["key"], split, row["label"], row["caption"]) == digest
-            reason = None if same else "came again with another label or caption"
+        sample = self.index.sample(row["key"])
+        if sample is not None:
+            split, digest = sample
+            is_same = sample_digest(row["key"], split, row["label"], row["caption"]) == digest
+            reason = None if is_same else "came again with another label or caption"
             row |= {"outcome": "duplicate", "reason": reason, "leader": None}
-            self.relabelled += not same
+            self.relabelled += not is_same
             return
         # Of another version's images those that its rules dropped stay so, until rules are applied here.
         outcome = "dropped" if row["outcome"] == "dropped" else "kept"
@@ -180,20 +180,20 @@ class Merge:
             return
         # Compaction leaves gaps in the numbers.
         number, shard = self.parts[-1].number + 1 if self.parts else 0, None
-        stored = [row for row in records if row["outcome"] in STORED]
-        if shard_file is not None and stored:
-            if len(stored) == samples:
-                staged = self.folder / "shards" / f".{number:05d}.tar"
-                make_folder(staged.parent)
-                staged.unlink(missing_ok=True)
+        stored_rows = [row for row in records if row["outcome"] in STORED]
+        if shard_file is not None and stored_rows:
+            if len(stored_rows) == samples:
+                staging_path = self.folder / "shards" / f".{number:05d}.tar"
+                make_folder(staging_path.parent)
+                staging_path.unlink(missing_ok=True)
                 try:
-                    os.link(shard_file, staged)
+                    os.link(shard_file, staging_path)
                 except OSError:  # a file system without hard links
-                    shutil.copyfile(shard_file, staged)
-                sync_file(staged)
-                shard = _named(self.folder, staged, digest)
+                    shutil.copyfile(shard_file, staging_path)
+                sync_file(staging_path)
+                shard = _rename(self.folder, staging_path, digest)
             else:
-                shard = copy_samples(self.folder, number, [(shard_file, stored)])
+                shard = copy_samples(self.folder, number, [(shard_file, stored_rows)])
         self.parts.append(write_part(self.folder, number, shard, records, self.config.size, source, shape))
 
 
@@ -201,16 +201,16 @@ def copy_samples(folder: Path, number: int, shards: Sequence[tuple[Path, list[di
     """Write shard ``number`` of samples of other ``shards``, each with the rows to copy; updates their offsets."""
 
     def write(partial: Path) -> None:
-        with partial.open("wb") as new:
-            writer = TarWriter(new)
+        with partial.open("wb") as file:
+            writer = TarWriter(file)
             for source, rows in shards:
-                with source.open("rb") as old:
+                with source.open("rb") as shard:
                     for row in sorted(rows, key=lambda row: row["offset"]):
-                        row["offset"] = writer.copy(old, row["offset"], row["size"])
+                        row["offset"] = writer.copy(shard, row["offset"], row["size"])
             writer.close()
 
-    staged = folder / "shards" / f".{number:05d}.tar"
-    return _named(folder, staged, write_atomically(staged, write))
+    staging_path = folder / "shards" / f".{number:05d}.tar"
+    return _rename(folder, staging_path, write_atomically(staging_path, write))
 
 
 def write_part(
@@ -224,28 +224,28 @@ def write_part(
 ) -> Part:
     """Write part ``number``: a table of rows of RECORDS, and a shard of images of ``shape``; None: ``size`` squared."""
     height, width = shape or (size, size)
-    staged = folder / "records" / f".{number:05d}.parquet"
-    further = [field for field in OPTIONAL if any(row.get(field.name) for row in records)]
-    table = pa.Table.from_pylist(records, pa.schema([*RECORDS, *further]))
-    digest = write_atomically(staged, lambda partial: pq.write_table(table, partial, compression="zstd"))
-    kept = [row for row in records if row["outcome"] == "kept"]
-    train = [row for row in kept if row["split"] == "train"]
+    staging_path = folder / "records" / f".{number:05d}.parquet"
+    optional_fields = [field for field in OPTIONAL if any(row.get(field.name) for row in records)]
+    table = pa.Table.from_pylist(records, pa.schema([*RECORDS, *optional_fields]))
+    digest = write_atomically(staging_path, lambda partial: pq.write_table(table, partial, compression="zstd"))
+    kept_rows = [row for row in records if row["outcome"] == "kept"]
+    train = [row for row in kept_rows if row["split"] == "train"]
     sums = {
         name: sum((np.broadcast_to(np.array(row[name], np.int64), 3) for row in train), np.zeros(3, np.int64)).tolist()
         for name in ("total", "squares")
     }
     return Part(
         number=number,
-        records=_named(folder, staged, digest),
+        records=_rename(folder, staging_path, digest),
         shard=shard,
         outcomes=_counts(records, "outcome"),
-        splits=_counts(kept, "split"),
-        classes=_counts(kept, "label"),
-        modes=_counts(kept, "mode"),
+        splits=_counts(kept_rows, "split"),
+        classes=_counts(kept_rows, "label"),
+        modes=_counts(kept_rows, "mode"),
         totals=Totals(pixels=len(train) * height * width, **sums),
         source=source,
         shape=shape if shard is not None else None,
-        captioners=_counts(kept, CAPTIONER.name) or None,
+        captioners=_counts(kept_rows, CAPTIONER.name) or None,
     )
 
 
@@ -259,12 +259,12 @@ def _counts(rows: list[dict[str, Any]], column: str) -> dict[str, int]:
     return dict(sorted(Counter(row[column] for row in rows if row.get(column) is not None).items()))
 
 
-def _named(folder: Path, staged: Path, digest: str) -> FileEntry:
+def _rename(folder: Path, staging_path: Path, digest: str) -> FileEntry:
     """Rename a finished file of the data set to its final name, which contains its digest."""
-    path = staged.with_name(f"{staged.stem[1:]}-{digest[:16]}{staged.suffix}")
-    staged.replace(path)
+    path = staging_path.with_name(f"{staging_path.stem[1:]}-{digest[:16]}{staging_path.suffix}")
+    staging_path.replace(path)
     # Two names of one file are not merged by a rename.
-    staged.unlink(missing_ok=True)
+    staging_path.unlink(missing_ok=True)
     sync_folder(path.parent)
     return FileEntry(name=path.relative_to(folder).as_posix(), sha256=digest, bytes=path.stat().st_size)
 
@@ -290,31 +290,31 @@ def merge_versions(folder: Path, config: IngestConfig, theirs: Manifest, base: M
     """
     ours = read_manifest(folder)
     line = takewhile(lambda version: base is None or version.digest != base.digest, versions(folder))
-    faster = (
+    conflict = (
         f"another process was first: the newest version of data set {folder.name} is {theirs.digest[:12]} by now, and"
     )
-    go_on = f"`darkroom data checkout {theirs.digest[:12]} --dataset {folder.name}`, then ingest again"
+    advice = f"`darkroom data checkout {theirs.digest[:12]} --dataset {folder.name}`, then ingest again"
     if any(version.change == "rebuild" for version in line):
         raise ConflictError(
-            f"{faster} {ours.digest[:12]} here is a rebuild: give the command with --rebuild again to publish it all "
-            f"the same, or to add to theirs {go_on}"
+            f"{conflict} {ours.digest[:12]} here is a rebuild: give the command with --rebuild again to publish it all "
+            f"the same, or to add to theirs {advice}"
         )
-    if different := theirs.stored_otherwise(ours.storage):
-        name, other, mine = different
+    if difference := theirs.stored_otherwise(ours.storage):
+        name, their_value, own_value = difference
         raise ConflictError(
-            f"{faster} stores images with ingest.{name}={other}, while {ours.digest[:12]} here has {mine}: "
-            f"give another --dataset, or to add to theirs {go_on} with that"
+            f"{conflict} stores images with ingest.{name}={their_value}, while {ours.digest[:12]} here has {own_value}"
+            f": give another --dataset, or to add to theirs {advice} with that"
         )
-    shared = {part.records.sha256 for part in (*theirs.parts, *(base.parts if base else ()))}
-    recorded = ours.near_duplicate_bits if theirs.near_duplicate_bits is None else theirs.near_duplicate_bits
-    bits = config.near_duplicate_bits(recorded)
+    shared_digests = {part.records.sha256 for part in (*theirs.parts, *(base.parts if base else ()))}
+    recorded_bits = ours.near_duplicate_bits if theirs.near_duplicate_bits is None else theirs.near_duplicate_bits
+    bits = config.near_duplicate_bits(recorded_bits)
     config = config.model_copy(update=dict(theirs.storage) | {"near_duplicates": bits})
     with (
         closing(Index(work_folder(folder) / "index.sqlite", folder, theirs, bits)) as index,
         index.transaction(),
     ):
         merge = Merge(folder, config, index, "", list(theirs.parts))
-        lost = sum(merge.adopt(part) for part in ours.parts if part.records.sha256 not in shared)
+        lost_count = sum(merge.adopt(part) for part in ours.parts if part.records.sha256 not in shared_digests)
         after = theirs
         if merge.parts != theirs.parts:
             after = Manifest(
@@ -324,7 +324,7 @@ def merge_versions(folder: Path, config: IngestConfig, theirs: Manifest, base: M
                 content_digest="",
                 storage=theirs.storage,
                 licence=theirs.licence or ours.licence,
-                near_duplicate_bits=recorded,
+                near_duplicate_bits=recorded_bits,
                 parts=merge.parts,
             )
             after = after.model_copy(update={"content_digest": index.content_digest(after)})
@@ -332,4 +332,4 @@ def merge_versions(folder: Path, config: IngestConfig, theirs: Manifest, base: M
         remember(folder, ours)
         write_bytes(folder / "manifest.json", manifest_bytes(after))
         index.set_version(after)
-    return Union(version=after, added=merge.new_outcomes["kept"], lost=lost)
+    return Union(version=after, added=merge.new_outcomes["kept"], lost=lost_count)

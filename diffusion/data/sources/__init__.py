@@ -91,7 +91,7 @@ def _options(scheme: str, place: str, text: str) -> dict[str, str]:
         name, equals, value = option.partition("=")
         if not equals or not value or name in options:
             raise UserError(f"{option!r} in {place}?{text} is no option: write each once, as NAME=VALUE, joined by &")
-        if name not in (known := OPENERS[scheme][1]):
-            raise UserError(f"{scheme}:{place} has no option {name}: there is {', '.join(known)}")
+        if name not in (names := OPENERS[scheme][1]):
+            raise UserError(f"{scheme}:{place} has no option {name}: there is {', '.join(names)}")
         options[name] = unquote(value)
     return options

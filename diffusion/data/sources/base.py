@@ -57,12 +57,12 @@ class Source(Protocol):
 def bounded(entry: Entry) -> Entry:
     """Limit the length of the texts of an entry: a longer one is cut or left out, and becomes its ``problem``."""
     texts = {"name": entry.source, "label": entry.label, "caption": entry.caption}
-    long = [kind for kind, text in texts.items() if len(text or "") > LONGEST[kind]]
-    if not long:
+    long_kinds = [kind for kind, text in texts.items() if len(text or "") > LONGEST[kind]]
+    if not long_kinds:
         return entry
-    source = shortened(entry.source) if "name" in long else entry.source
+    source = shortened(entry.source) if "name" in long_kinds else entry.source
     # Without a stamp, as its texts may be fixed while its bytes stay the same.
-    return Entry(source, entry.locator, stamp="", problem=too_long(long[0]))
+    return Entry(source, entry.locator, stamp="", problem=too_long(long_kinds[0]))
 
 
 def too_long(kind: str) -> str:

@@ -31,11 +31,11 @@ LONGEST_LINE = 2**20
 def printable(name: str) -> str:
     """Convert a file name of any bytes to text: control characters and what is not UTF-8 become backslash escapes."""
 
-    def escaped(match: re.Match[str]) -> str:
+    def escape(match: re.Match[str]) -> str:
         code = ord(match[0])
         return f"\\u{code:04x}" if 0xD800 <= code < 0xDC80 or code > 0xDCFF else f"\\x{code & 0xFF:02x}"
 
-    return re.sub("[\x00-\x1f\x7f\ud800-\udfff]", escaped, name)
+    return re.sub("[\x00-\x1f\x7f\ud800-\udfff]", escape, name)
 
 
 def is_image(name: str) -> bool:
@@ -72,28 +72,28 @@ def list_images(
         rows = ((*file, posixpath.dirname(file[0]) if is_image(file[0]) else None) for file in files)
         database.executemany("INSERT INTO files (name, locator, stamp, folder) VALUES (?, ?, ?, ?)", rows)
         # Of several columns beside max(), SQLite returns those of the row with the maximum.
-        last = "SELECT locator, stamp, name, max(number) FROM files WHERE name = ? GROUP BY name"
-        tables = [row for name in METADATA_FILES for row in database.execute(last, (name,))]
+        last_query = "SELECT locator, stamp, name, max(number) FROM files WHERE name = ? GROUP BY name"
+        tables = [row for name in METADATA_FILES for row in database.execute(last_query, (name,))]
         if len(tables) > 1:
             raise UserError(f"{where} has both {' and '.join(METADATA_FILES)}: keep one of them")
         for locator, stamp, table, _ in tables:
             database.execute("CREATE INDEX names ON files (name, number)")
             (count,) = database.execute("SELECT count(*) FROM files").fetchone()
-            most = 10 * count + 1000  # records compress well
+            max_records = 10 * count + 1000  # records compress well
             with open_table(locator, stamp) as lines:
                 for number, (name, label, caption) in enumerate(described(lines, f"{where}/{table}"), start=1):
-                    if number > most:
+                    if number > max_records:
                         raise UserError(
-                            f"the metadata of {count} files has over {most} records: take those of others out"
+                            f"the metadata of {count} files has over {max_records} records: take those of others out"
                         )
-                    found = database.execute(last, (name,)).fetchone() or (json.dumps(MISSING), "")
-                    yield Entry(name, found[0], found[1], label, caption)
+                    row = database.execute(last_query, (name,)).fetchone() or (json.dumps(MISSING), "")
+                    yield Entry(name, row[0], row[1], label, caption)
             return
-        several = "SELECT min(folder) != max(folder) AND min(folder) != '' FROM files"
-        (labelled,) = database.execute(several).fetchone()
+        label_query = "SELECT min(folder) != max(folder) AND min(folder) != '' FROM files"
+        (has_labels,) = database.execute(label_query).fetchone()
         for name, locator, stamp, folder in database.execute("SELECT name, locator, stamp, folder FROM files"):
             if folder is not None:
-                yield Entry(name, locator, stamp, posixpath.basename(folder) if labelled else None)
+                yield Entry(name, locator, stamp, posixpath.basename(folder) if has_labels else None)
             elif not is_hidden(name):
                 passed_over[posixpath.splitext(name)[1].lower()] += 1
 
@@ -150,7 +150,7 @@ def records(lines: TextIO, where: str) -> Iterator[dict[str, Any]]:
 def _csv_records(lines: TextIO) -> Iterator[dict[str, Any]]:
     characters = 0
 
-    def counted() -> Iterator[str]:
+    def count_characters() -> Iterator[str]:
         # An unclosed quote would include all lines that follow.
         nonlocal characters
         for line in _short_lines(lines):
@@ -159,7 +159,7 @@ def _csv_records(lines: TextIO) -> Iterator[dict[str, Any]]:
                 raise ValueError(f"a record is longer than {LONGEST_LINE} characters")
             yield line
 
-    for number, row in enumerate(csv.DictReader(counted()), start=1):
+    for number, row in enumerate(csv.DictReader(count_characters()), start=1):
         characters = 0
         # Each takes memory and time in every record, even if its line is short.
         if len(row) > 1000:
@@ -208,11 +208,11 @@ def holds_images(root: Path) -> bool:
 
 def visible_files(root: Path) -> Iterator[str]:
     """Yield the visible files below ``root``, relative to it, each once, however links lead to it."""
-    return _walk(str(root), "", (_real(root),))
+    return _walk(str(root), "", (_real_path(root),))
 
 
-def _walk(folder: str, prefix: str, above: tuple[str, ...]) -> Iterator[str]:
-    # ``above`` are its real parents.
+def _walk(folder: str, prefix: str, parents: tuple[str, ...]) -> Iterator[str]:
+    # ``parents`` are its real parents.
     try:
         children = os.scandir(folder)
     except OSError as error:
@@ -227,12 +227,12 @@ def _walk(folder: str, prefix: str, above: tuple[str, ...]) -> Iterator[str]:
             if not is_folder:
                 yield name
                 continue
-            real, top = _real(child.path) if child.is_symlink() else f"{above[-1]}/{child.name}", above[0]
+            target, top = _real_path(child.path) if child.is_symlink() else f"{parents[-1]}/{child.name}", parents[0]
             # A folder that a walk from the root reaches without following links is read there.
-            elsewhere = real != f"{top}/{name}" and real.startswith(f"{top}/") and "/." not in real[len(top) :]
-            if real not in above and not elsewhere:
-                yield from _walk(child.path, f"{name}/", (*above, real))
+            is_elsewhere = target != f"{top}/{name}" and target.startswith(f"{top}/") and "/." not in target[len(top) :]
+            if target not in parents and not is_elsewhere:
+                yield from _walk(child.path, f"{name}/", (*parents, target))
 
 
-def _real(path: Path | str) -> str:
+def _real_path(path: Path | str) -> str:
     return os.path.realpath(path).rstrip("/")

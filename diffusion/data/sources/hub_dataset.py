@@ -77,11 +77,11 @@ class HubDataset:
             if groups and split not in groups:
                 raise UserError(f"{self.uri} has several splits: choose one of {', '.join(groups)} with split=")
         if split == "all" and split not in groups:
-            files = {each.path: each for group in groups.values() for each in group}
+            files = {file.path: file for group in groups.values() for file in group}
             return repository, sorted(files.values())
         if groups and split not in groups:
-            of = f" of configuration {config}" if config else ""
-            raise UserError(f"{self.uri}{of} has no split {split}: there is {', '.join(groups)}")
+            suffix = f" of configuration {config}" if config else ""
+            raise UserError(f"{self.uri}{suffix} has no split {split}: there is {', '.join(groups)}")
         return repository, groups.get(split, [])
 
     @property
@@ -97,17 +97,17 @@ class HubDataset:
         if repository.licence is not None:
             self.access.about["licence"] = repository.licence
         columns = self._columns
-        tables = [each for each in files if each.path.endswith(".parquet")]
-        shards = [each for each in files if each.path.endswith(TARS)]
+        tables = [file for file in files if file.path.endswith(".parquet")]
+        shards = [file for file in files if file.path.endswith(TARS)]
         if columns and not tables:
             raise UserError(f"{self.uri} has no Parquet files: {', '.join(columns)} name their columns, leave them out")
         if tables or shards:
             for path in prefetch(partial(self._listing, repository), tables or shards, FILES_AT_ONCE):
                 with gzip.open(path, "rt", encoding="utf-8") as rows:
                     file = HubFile(*json.loads(next(rows)))
-                    for name, inside, *texts in map(json.loads, rows):
+                    for name, location, *texts in map(json.loads, rows):
                         source = f"{self.name}/{printable(file.path)}/{name}"
-                        yield Entry(source, json.dumps([repository.commit, *file, inside]), file.digest, *texts)
+                        yield Entry(source, json.dumps([repository.commit, *file, location]), file.digest, *texts)
         else:
             yield from self._images(repository, files)
 
@@ -118,21 +118,21 @@ class HubDataset:
         path = folder / f"{digest_of([FORMAT, file, self._columns])[:32]}.jsonl.gz"
         if path.is_file():
             return path
-        local = self._fetched(repository.commit, file)
-        where = f"{file.path} of {self.uri}"
+        local = self._fetch(repository.commit, file)
+        address = f"{file.path} of {self.uri}"
 
         def write(partial: Path) -> None:
             with gzip.open(partial, "wt", encoding="utf-8", compresslevel=3) as lines:
                 lines.write(json.dumps(file) + "\n")
                 for entry in self._reader(file, local).entries():
                     name = entry.source.removeprefix(f"{local.name}/")
-                    _, *inside = json.loads(entry.locator)
-                    lines.write(json.dumps([name, inside, *entry[3:]]) + "\n")
+                    _, *location = json.loads(entry.locator)
+                    lines.write(json.dumps([name, location, *entry[3:]]) + "\n")
 
         try:
             write_atomically(path, write)
         except UserError as error:
-            raise UserError(str(error).replace(str(local), where)) from error
+            raise UserError(str(error).replace(str(local), address)) from error
         return path
 
     def _reader(self, file: HubFile, local: Path) -> Source:
@@ -145,32 +145,32 @@ class HubDataset:
         return {name: self.options[name] for name in OPTIONS[2:] if name in self.options}
 
     def _images(self, repository: Repository, files: Sequence[HubFile]) -> Iterator[Entry]:
-        visible = [each for each in files if not is_hidden(each.path)]
-        tables = [each.path for each in visible if posixpath.basename(each.path) in METADATA_FILES]
-        images = [each.path for each in visible if is_image(each.path)]
-        if len(tables) > 1 and len({posixpath.dirname(each) for each in tables}) > 1:
+        visible_files = [file for file in files if not is_hidden(file.path)]
+        tables = [file.path for file in visible_files if posixpath.basename(file.path) in METADATA_FILES]
+        images = [file.path for file in visible_files if is_image(file.path)]
+        if len(tables) > 1 and len({posixpath.dirname(path) for path in tables}) > 1:
             raise UserError(f"{self.uri} has metadata in several folders ({', '.join(tables[:5])}): choose a split")
         if not images:
-            ends = sorted({posixpath.splitext(each.path)[1] or each.path for each in visible})
+            extensions = sorted({posixpath.splitext(file.path)[1] or file.path for file in visible_files})
             raise UserError(
-                f"no images in {self.uri}: it has {', '.join(ends[:10]) or 'no files'}, and Parquet, WebDataset and "
-                "folders of images are read; download others and give their path"
+                f"no images in {self.uri}: it has {', '.join(extensions[:10]) or 'no files'}, and Parquet, WebDataset "
+                "and folders of images are read; download others and give their path"
             )
         root = posixpath.dirname(tables[0]) if tables else posixpath.commonpath(map(posixpath.dirname, images))
         prefix = f"{root}/" if root else ""
-        inside = [each for each in visible if each.path.startswith(prefix)]
-        listed = (
-            (printable(each.path.removeprefix(prefix)), json.dumps([repository.commit, *each, None]), each.digest)
-            for each in inside
+        members = [file for file in visible_files if file.path.startswith(prefix)]
+        rows = (
+            (printable(file.path.removeprefix(prefix)), json.dumps([repository.commit, *file, None]), file.digest)
+            for file in members
         )
-        for entry in list_images(listed, f"{self.uri}/{root}", self._table, self.access.passed_over):
+        for entry in list_images(rows, f"{self.uri}/{root}", self._table, self.access.passed_over):
             yield entry._replace(source=printable(f"{self.name}/{prefix}") + entry.source)
 
     def _table(self, locator: str, _: str) -> TextIO:
         commit, *file, _inside = json.loads(locator)
-        if (found := HubFile(*file)).size > LARGEST_TABLE:
-            raise UserError(f"{found.path} of {self.uri} has {found.size} bytes, over the limit of {LARGEST_TABLE}")
-        return open_text(self._fetched(commit, found))
+        if (table := HubFile(*file)).size > LARGEST_TABLE:
+            raise UserError(f"{table.path} of {self.uri} has {table.size} bytes, over the limit of {LARGEST_TABLE}")
+        return open_text(self._fetch(commit, table))
 
     def read(self, entries: Sequence[Entry]) -> Iterator[Payload]:
         """Yield their bytes, files fetched concurrently; raises DarkroomError if the Hub cannot be reached."""
@@ -186,10 +186,10 @@ class HubDataset:
                         yield payload.read()
                 continue
             for (commit, file), members in groupby(group, key=lambda place: (place.commit, place.file)):
-                local = self._fetched(commit, file)
+                local = self._fetch(commit, file)
                 stamp = stamp_of(local)
-                inner = [Entry("", json.dumps([str(local), *(member.inside or ())]), stamp) for member in members]
-                yield from self._reader(file, local).read(inner)
+                sub_entries = [Entry("", json.dumps([str(local), *(member.inside or ())]), stamp) for member in members]
+                yield from self._reader(file, local).read(sub_entries)
 
     def _image(self, place: "_Place") -> "SpooledTemporaryFile[bytes] | UnusableEntry":
         if place.problem is not None:
@@ -200,7 +200,7 @@ class HubDataset:
         Repository("dataset", self.name, place.commit).fetch(place.file, data)
         return data
 
-    def _fetched(self, commit: str, file: HubFile) -> Path:
+    def _fetch(self, commit: str, file: HubFile) -> Path:
         """Return a verified scratch copy of a file; other workers wait for it."""
         path = self.access.scratch / f"hub-{digest_of(file)[:32]}{PurePosixPath(file.path).suffix}"
         with FileLock(path.with_name(f".{path.name}.lock")):
@@ -227,54 +227,54 @@ class _Place(NamedTuple):
         return cls(commit, HubFile(*file), inside)
 
 
-def _splits(repository: Repository, wanted: str | None) -> tuple[str | None, dict[str, list[HubFile]]]:
+def _splits(repository: Repository, requested_name: str | None) -> tuple[str | None, dict[str, list[HubFile]]]:
     """Return the name of the configuration, None if there are none, and the files of each of its splits.
 
-    Raises UserError if there is no configuration ``wanted``, or none is wanted and there are several.
+    Raises UserError if there is no configuration ``requested_name``, or it is None and there are several.
     """
     files = [file for path, file in repository.files.items() if not is_hidden(path)]
     configs = {
-        str(each["config_name"]): each
-        for each in repository.card.get("configs") or ()
-        if isinstance(each, dict) and "config_name" in each
+        str(entry["config_name"]): entry
+        for entry in repository.card.get("configs") or ()
+        if isinstance(entry, dict) and "config_name" in entry
     }
     if not configs:
-        if wanted is not None:
+        if requested_name is not None:
             # The layout of the branch refs/convert/parquet.
             folders = sorted({file.path.partition("/")[0] for file in files if "/" in file.path})
-            if wanted not in folders:
-                there = f"there is {', '.join(folders[:20])}" if folders else "it has none"
-                raise UserError(f"{repository.uri} has no configuration {wanted}: {there}")
-            files = [file for file in files if file.path.startswith(f"{wanted}/")]
-        return wanted, _by_name(files)
-    if wanted is not None and wanted not in configs:
-        raise UserError(f"{repository.uri} has no configuration {wanted}: there is {', '.join(configs)}")
-    default = next((name for name, each in configs.items() if each.get("default")), None)
-    chosen = wanted or default or ("default" if "default" in configs else None)
-    if chosen is None:
+            if requested_name not in folders:
+                alternatives = f"there is {', '.join(folders[:20])}" if folders else "it has none"
+                raise UserError(f"{repository.uri} has no configuration {requested_name}: {alternatives}")
+            files = [file for file in files if file.path.startswith(f"{requested_name}/")]
+        return requested_name, _by_name(files)
+    if requested_name is not None and requested_name not in configs:
+        raise UserError(f"{repository.uri} has no configuration {requested_name}: there is {', '.join(configs)}")
+    default = next((name for name, entry in configs.items() if entry.get("default")), None)
+    config_name = requested_name or default or ("default" if "default" in configs else None)
+    if config_name is None:
         if len(configs) > 1:
             raise UserError(
                 f"{repository.uri} has several configurations: choose one of {', '.join(configs)} with config="
             )
-        (chosen,) = configs
-    about = configs[chosen]
-    folder = str(about.get("data_dir") or "").strip("/")
+        (config_name,) = configs
+    config = configs[config_name]
+    folder = str(config.get("data_dir") or "").strip("/")
     files = [file for file in files if not folder or file.path.startswith(f"{folder}/")]
-    if (named := about.get("data_files")) is None:
-        return chosen, _by_name(files)
-    if isinstance(named, dict):
-        named = [{"split": split, "path": path} for split, path in named.items()]
-    elif not (isinstance(named, list) and all(isinstance(each, dict) for each in named)):
-        named = [{"split": "train", "path": named}]
+    if (data_files := config.get("data_files")) is None:
+        return config_name, _by_name(files)
+    if isinstance(data_files, dict):
+        data_files = [{"split": split, "path": path} for split, path in data_files.items()]
+    elif not (isinstance(data_files, list) and all(isinstance(entry, dict) for entry in data_files)):
+        data_files = [{"split": "train", "path": data_files}]
     groups: dict[str, list[HubFile]] = {}
-    for each in named:
-        patterns = each.get("path") or ()
-        found = groups.setdefault(str(each.get("split", "train")), [])
+    for entry in data_files:
+        patterns = entry.get("path") or ()
+        group = groups.setdefault(str(entry.get("split", "train")), [])
         for pattern in [patterns] if isinstance(patterns, str) else patterns:
-            inside = f"{folder}/{pattern}" if folder else str(pattern)
-            names = expanded(inside.removeprefix("./"))
-            found += [file for file in files if any(_matches(name, file.path) for name in names) and file not in found]
-    return chosen, groups
+            full_pattern = f"{folder}/{pattern}" if folder else str(pattern)
+            names = expanded(full_pattern.removeprefix("./"))
+            group += [file for file in files if any(_matches(name, file.path) for name in names) and file not in group]
+    return config_name, groups
 
 
 def _matches(pattern: str, path: str) -> bool:
@@ -315,6 +315,6 @@ def _split_of(path: str) -> str | None:
     # The names of single images and tables tell none.
     for part in [*folders, *([name] if name.endswith((".parquet", *TARS)) else [])]:
         words = re.split(r"[^a-z]+", part.lower())
-        if split := next((split for split, known in SPLITS.items() if set(known) & set(words)), None):
+        if split := next((split for split, aliases in SPLITS.items() if set(aliases) & set(words)), None):
             return split
     return None

@@ -60,29 +60,29 @@ class Idx:
             return cls(place, access)
         pattern = f"{IDX_SPLITS[split] if split else '*'}-images[-.]idx3-ubyte"
         # Unpacked files take precedence.
-        found = {path.stem: path for path in place.glob(f"{pattern}.gz")}
-        found |= {path.name: path for path in place.glob(pattern)}
-        if not found:
+        candidates = {path.stem: path for path in place.glob(f"{pattern}.gz")}
+        candidates |= {path.name: path for path in place.glob(pattern)}
+        if not candidates:
             raise UserError(f"idx:{place} is neither an IDX file nor a folder with {split or ''} ones: check the path")
-        if len(found) > 1:
-            raise UserError(f"idx:{place} holds {' and '.join(sorted(found))}: choose with ?split=train or test")
-        return cls(next(iter(found.values())), access)
+        if len(candidates) > 1:
+            raise UserError(f"idx:{place} holds {' and '.join(sorted(candidates))}: choose with ?split=train or test")
+        return cls(next(iter(candidates.values())), access)
 
     def entries(self) -> Iterator[Entry]:
         """Yield all images in the file's order; raises UserError if it is damaged, or its labels differ in number."""
-        known, name = stamp_of(self.images), printable(self.images.name)
+        file_stamp, name = stamp_of(self.images), printable(self.images.name)
         with ExitStack() as stack:
-            _, (count, height, width) = self._opened(stack, self.images, known, 3)
+            _, (count, height, width) = self._open(stack, self.images, file_stamp, 3)
             name_of_labels = self.images.name.replace("-images", "-labels").replace("idx3", "idx1").removesuffix(".gz")
             labels = None
             for path in (self.images.with_name(name_of_labels), self.images.with_name(f"{name_of_labels}.gz")):
                 if labels is None and path.is_file() and path != self.images:
-                    labels, (length,) = self._opened(stack, path, stamp_of(path), 1)
+                    labels, (length,) = self._open(stack, path, stamp_of(path), 1)
                     if length != count:
                         raise UserError(f"{path} has {length} labels for {count} images: give the files of one set")
             for number in range(count):
                 label = str(labels.read(1)[0]) if labels else None
-                yield Entry(f"{name}/{number}", json.dumps([number, height, width]), known, label)
+                yield Entry(f"{name}/{number}", json.dumps([number, height, width]), file_stamp, label)
 
     def read(self, entries: Sequence[Entry]) -> Iterator[Payload]:
         """Yield decoded grey images; raises UserError if the file has changed since it was listed."""
@@ -90,28 +90,28 @@ class Idx:
             return
         with ExitStack() as stack:
             try:
-                file, _ = self._opened(stack, self.images, entries[0].stamp, 3)
+                file, _ = self._open(stack, self.images, entries[0].stamp, 3)
             except FileNotFoundError:
                 yield from (UnusableEntry(MISSING) for _ in entries)
                 return
             for entry in entries:
                 number, height, width = json.loads(entry.locator)
-                if width * height > (most := self.access.config.max_pixels):
-                    yield UnusableEntry(f"{width}×{height} pixels are over the limit of {most}")
+                if width * height > (limit := self.access.config.max_pixels):
+                    yield UnusableEntry(f"{width}×{height} pixels are over the limit of {limit}")
                     continue
                 file.seek(16 + number * height * width)
                 yield Image.frombytes("L", (width, height), file.read(height * width))
 
-    def _opened(self, stack: ExitStack, path: Path, known: str, dimensions: int) -> tuple[BinaryIO, tuple[int, ...]]:
-        """Open an IDX file whose stamp is ``known``; returns it, positioned behind its header, and its sizes."""
-        plain = uncompressed(path, known, self.access)
-        if plain == path and stamp(path.stat()) != known:
+    def _open(self, stack: ExitStack, path: Path, file_stamp: str, dimensions: int) -> tuple[BinaryIO, tuple[int, ...]]:
+        """Open an IDX file whose stamp is ``file_stamp``; returns it, positioned behind its header, and its sizes."""
+        plain_path = uncompressed(path, file_stamp, self.access)
+        if plain_path == path and stamp(path.stat()) != file_stamp:
             raise changed(str(path))
-        file = stack.enter_context(plain.open("rb"))
+        file = stack.enter_context(plain_path.open("rb"))
         magic, *sizes = struct.unpack(f">{dimensions + 1}I", file.read(4 * dimensions + 4).ljust(4 * dimensions + 4))
         if magic != (8 << 8) + dimensions:
             raise UserError(f"{path} is no IDX file of {dimensions} dimensions of unsigned bytes: check the path")
-        if plain.stat().st_size != 4 * dimensions + 4 + prod(sizes) or 0 in sizes[1:]:
+        if plain_path.stat().st_size != 4 * dimensions + 4 + prod(sizes) or 0 in sizes[1:]:
             raise UserError(f"{path} has not the length that its header says: it is damaged or was cut short")
         return file, tuple(sizes)
 
@@ -134,21 +134,21 @@ class TorchvisionSet:
     @classmethod
     def open(cls, name: str, options: dict[str, str], access: Access) -> Self:
         """Open a set with the options ``root`` (needed), ``split``, ``download``; raises UserError for other sets."""
-        where, known, split = f"torchvision:{name}", sorted((*IDX_FILES, *IMAGE_FILES, *ARRAYS)), options.get("split")
+        where, names, split = f"torchvision:{name}", sorted((*IDX_FILES, *IMAGE_FILES, *ARRAYS)), options.get("split")
         if name in PICKLED:
             raise UserError(f"{where} is kept in pickles, and they could run anything: save it as PNG or Parquet first")
-        if name not in known:
-            raise UserError(f"{where} is not known; there are {', '.join(known)}: read other sets as a folder")
+        if name not in names:
+            raise UserError(f"{where} is not known; there are {', '.join(names)}: read other sets as a folder")
         if "root" not in options:
             raise UserError(f"{where} lies in no folder: give the one that torchvision keeps it in, as ?root=FOLDER")
         if options.get("download", "true") not in ("true", "false"):
             raise UserError(f"{where} has download={options['download']}: write true or false")
         arguments: dict[str, Any] = {}
         if split:
-            takes = inspect.signature(_torchvision_class(name)).parameters
-            if "split" in takes:
+            parameters = inspect.signature(_torchvision_class(name)).parameters
+            if "split" in parameters:
                 arguments = {"split": split}
-            elif "train" not in takes:
+            elif "train" not in parameters:
                 raise UserError(f"{where} has no splits: leave split={split} out")
             elif split not in ("train", "test"):
                 raise UserError(f"{where} has no split {split}: give train or test")
@@ -160,15 +160,15 @@ class TorchvisionSet:
         """Yield all images in the set's order; raises UserError if it is not in ``root``, or cannot be downloaded."""
         if self.name in IDX_FILES:
             if self.download:
-                old = self.root / self.name / "processed"
-                if old.exists():
-                    raise UserError(f"{old} is of an old torchvision, and this one would unpickle it: take it away")
-                self._opened(download=True)
+                folder = self.root / self.name / "processed"
+                if folder.exists():
+                    raise UserError(f"{folder} is of an old torchvision, and this one would unpickle it: take it away")
+                self._open(download=True)
             classes = _torchvision_class(self.name).classes
             for entry in self._idx().entries():
                 yield entry._replace(label=_label(int(entry.label), classes) if entry.label else None)
             return
-        dataset = self._opened(self.download, **({"loader": Path} if self.name in IMAGE_FILES else {}))
+        dataset = self._open(self.download, **({"loader": Path} if self.name in IMAGE_FILES else {}))
         classes = getattr(dataset, "classes", None)
         for number in range(len(dataset)):
             image, target = dataset[number]
@@ -188,7 +188,7 @@ class TorchvisionSet:
             for entry in entries:
                 yield read_file(Path(json.loads(entry.locator)[0]), self.access.config.max_bytes)
         else:
-            dataset = self._opened()
+            dataset = self._open()
             for entry in entries:
                 image: Image.Image = dataset[json.loads(entry.locator)[0]][0]
                 yield image
@@ -197,11 +197,11 @@ class TorchvisionSet:
         split = "train" if self.arguments.get("train", True) else "test"
         return Idx.open(f"{self.root}/{self.name}/raw", {"split": split}, self.access)
 
-    def _opened(self, download: bool = False, **more: Any) -> Any:
+    def _open(self, download: bool = False, **options: Any) -> Any:
         """Open torchvision's data set, without its default download."""
         where = f"torchvision:{self.name} in {self.root}"
         try:
-            return _torchvision_class(self.name)(self.root, download=download, **self.arguments, **more)
+            return _torchvision_class(self.name)(self.root, download=download, **self.arguments, **options)
         except URLError as error:
             raise UserError(f"{where} cannot be downloaded ({error}): put it there by hand, or try again") from error
         except (RuntimeError, ValueError, FileNotFoundError) as error:

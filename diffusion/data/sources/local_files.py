@@ -72,13 +72,13 @@ def read_file(path: Path, limit: int) -> Payload:
         return UnusableEntry(f"cannot be read: {error.strerror}")
 
 
-def open_unchanged(path: Path, before: str) -> BinaryIO | None:
-    """Open ``path`` for reading; None if it is gone. Raises UserError if its stamp differs from ``before``."""
+def open_unchanged(path: Path, file_stamp: str) -> BinaryIO | None:
+    """Open ``path`` for reading; None if it is gone. Raises UserError if its stamp differs from ``file_stamp``."""
     try:
         file = path.open("rb")
     except FileNotFoundError:
         return None
-    if stamp(os.fstat(file.fileno())) != before:
+    if stamp(os.fstat(file.fileno())) != file_stamp:
         file.close()
         raise changed(str(path))
     return file
@@ -118,9 +118,9 @@ def matching(pattern: str, suffix: str) -> list[tuple[str, Path]]:
         pieces = expanded(pattern)
     names: dict[str, Path] = {}
     for piece in pieces:
-        wild = any(sign in piece for sign in WILD)
-        found = glob.glob(piece, recursive=True) if wild else [piece]  # noqa: PTH207 (that of Path finds hidden files)
-        files = [match for match in map(Path, found) if match.is_file()]
+        is_pattern = any(sign in piece for sign in WILD)
+        matches = glob.glob(piece, recursive=True) if is_pattern else [piece]  # noqa: PTH207 (that of Path finds hidden files)
+        files = [match for match in map(Path, matches) if match.is_file()]
         if not files:
             raise UserError(f"there is no file {piece}: check the path")
         names |= {match.relative_to(base).as_posix(): match for match in files}
@@ -155,19 +155,19 @@ def once(path: Path, write: Callable[[Path], object]) -> Path:
     return path
 
 
-def uncompressed(path: Path, before: str, access: Access) -> Path:
+def uncompressed(path: Path, file_stamp: str, access: Access) -> Path:
     """Return ``path``, or its unpacked scratch copy; raises UserError if it is damaged, changed, or fills the disk."""
     opener = PACKED.get(path.suffix.lower())
     if opener is None:
         return path
-    name = digest_of([os.fsencode(path.resolve()).hex(), before])[:32]
+    name = digest_of([os.fsencode(path.resolve()).hex(), file_stamp])[:32]
 
     def unpack(partial: Path) -> None:
-        if stamp(path.stat()) != before:
+        if stamp(path.stat()) != file_stamp:
             raise changed(str(path))
         try:
-            with cast(BinaryIO, opener(path)) as packed, partial.open("wb") as file:
-                while piece := packed.read(2**20):
+            with cast(BinaryIO, opener(path)) as source, partial.open("wb") as file:
+                while piece := source.read(2**20):
                     disk = shutil.disk_usage(partial.parent)
                     reserve = min(RESERVE, int(RESERVED_SHARE * disk.total))
                     if disk.free - len(piece) < reserve:

@@ -33,10 +33,10 @@ def fetched(uri: str, etag: str, access: Access) -> Path:
     objects = require(uri, access)
 
     def download(partial: Path) -> None:
-        now = next(objects.find(uri), None)
-        if now is None or now.uri != uri:
+        item = next(objects.find(uri), None)
+        if item is None or item.uri != uri:
             raise FileNotFoundError(uri)
-        if now.etag != etag:
+        if item.etag != etag:
             raise changed(uri)
         objects.download(uri, partial)
 
@@ -53,9 +53,9 @@ def matching_objects(pattern: str, access: Access) -> Iterator[tuple[str, str, s
         # Wildcards do not match slashes.
         parts = piece.split("/")
         etags = {
-            found.uri: found.etag
-            for found in objects.find(before_wild(piece, WILD))
-            if len(names := found.uri.split("/")) == len(parts) and all(map(fnmatchcase, names, parts))
+            item.uri: item.etag
+            for item in objects.find(before_wild(piece, WILD))
+            if len(names := item.uri.split("/")) == len(parts) and all(map(fnmatchcase, names, parts))
         }
         if not etags or "**" in piece:
             raise UserError(f"there is no object {piece}: check the name (** has no meaning here)")
@@ -88,14 +88,14 @@ class Objects:
 
     def read(self, entries: Sequence[Entry]) -> Iterator[Payload]:
         """Yield their bytes, fetched concurrently; errors of the object store are passed on."""
-        for payload in prefetch(self._fetched, entries, WORKERS):
+        for payload in prefetch(self._fetch, entries, WORKERS):
             if isinstance(payload, Path):
                 yield payload.read_bytes()
                 payload.unlink()
             else:
                 yield payload
 
-    def _fetched(self, entry: Entry) -> Payload | Path:
+    def _fetch(self, entry: Entry) -> Payload | Path:
         """Fetch small objects into memory and large ones to disk, so that waiting ones do not fill the memory."""
         place, limit = json.loads(entry.locator), self.access.config.max_bytes
         if isinstance(place, str):
@@ -113,9 +113,9 @@ class Objects:
         return path
 
     def _files(self) -> Iterator[tuple[str, str, str]]:
-        for found in self.objects.find(self.prefix):
-            name = found.uri.removeprefix(self.prefix)
-            yield printable(name), json.dumps([name, found.size]), found.etag
+        for item in self.objects.find(self.prefix):
+            name = item.uri.removeprefix(self.prefix)
+            yield printable(name), json.dumps([name, item.size]), item.etag
 
     def _table(self, locator: str, etag: str) -> TextIO:
         return open_text(fetched(self.prefix + json.loads(locator)[0], etag, self.access))

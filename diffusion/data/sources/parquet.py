@@ -80,8 +80,8 @@ class Parquet:
     def entries(self) -> Iterator[Entry]:
         """Yield all rows; raises UserError for files that are missing, damaged or have no column of images."""
         for name, path in matching(self.pattern, ".parquet"):
-            known = stamp_of(path)
-            with _opened(path) as file, _in_words(path):
+            file_stamp = stamp_of(path)
+            with _open(path) as file, _explain_errors(path):
                 columns = find_columns(file.schema_arrow, self.options, str(path))
                 if (rows := file.metadata.num_rows) > (size := path.stat().st_size):
                     raise UserError(f"{path} has {rows} rows in {size} bytes, and images take more: leave it out")
@@ -89,40 +89,40 @@ class Parquet:
                 for group in range(file.num_row_groups):
                     for row, texts in enumerate(self._texts(file, group, columns, path)):
                         locator = json.dumps([str(path), group, row])
-                        yield Entry(f"{printable(name)}/{next(number)}", locator, known, *texts)
+                        yield Entry(f"{printable(name)}/{next(number)}", locator, file_stamp, *texts)
 
     def read(self, entries: Sequence[Entry]) -> Iterator[Payload]:
         """Yield their bytes; raises UserError if a file has changed since it was listed."""
-        located = ((json.loads(entry.locator), entry.stamp) for entry in entries)
-        for (place, known), group in groupby(located, key=lambda each: (each[0][0], each[1])):
+        locations = ((json.loads(entry.locator), entry.stamp) for entry in entries)
+        for (place, file_stamp), group in groupby(locations, key=lambda location: (location[0][0], location[1])):
             rows = [(number, row) for (_, number, row), _ in group]
             path = Path(place)
             if not path.exists():
                 yield from (UnusableEntry(MISSING) for _ in rows)
                 continue
-            if stamp(path.stat()) != known:
+            if stamp(path.stat()) != file_stamp:
                 raise changed(place)
-            with _opened(path) as file:
+            with _open(path) as file:
                 columns = find_columns(file.schema_arrow, self.options, place)
-                for number, members in groupby(rows, key=lambda each: each[0]):
-                    ascending = [row for _, row in members]
-                    yield from self._images(file, number, ascending, columns, path)
+                for number, members in groupby(rows, key=lambda pair: pair[0]):
+                    row_numbers = [row for _, row in members]
+                    yield from self._images(file, number, row_numbers, columns, path)
 
     def _texts(
         self, file: pq.ParquetFile, group: int, columns: Columns, path: Path
     ) -> Iterator[tuple[str | None, str | None]]:
         """Yield label and caption of each row of a row group."""
-        named = list(dict.fromkeys(name for name in (columns.label, columns.caption) if name))
-        if not named:
+        text_columns = list(dict.fromkeys(name for name in (columns.label, columns.caption) if name))
+        if not text_columns:
             yield from ((None, None) for _ in range(file.metadata.row_group(group).num_rows))
             return
         try:
-            for batch in _batches(file, group, named, 1024, min(self.access.config.max_page_bytes, 2**26), path):
-                values = {name: _values(batch[name]) for name in named} | {None: [None] * len(batch)}
+            for batch in _batches(file, group, text_columns, 1024, min(self.access.config.max_page_bytes, 2**26), path):
+                values = {name: _values(batch[name]) for name in text_columns} | {None: [None] * len(batch)}
                 for label, caption in zip(values[columns.label], values[columns.caption], strict=True):
                     yield _class(label, columns.classes), as_text(caption)
         except PageRefused as error:
-            raise UserError(f"{path}, row group {group}, {' and '.join(named)}: {error}") from error
+            raise UserError(f"{path}, row group {group}, {' and '.join(text_columns)}: {error}") from error
         except pa.ArrowException:  # some are ValueErrors, too
             raise
         except ValueError as error:
@@ -152,16 +152,16 @@ class Parquet:
 
 
 def _batches(
-    file: pq.ParquetFile, group: int, leaves: Sequence[str], most: int, limit: int, path: Path
+    file: pq.ParquetFile, group: int, leaves: Sequence[str], max_rows: int, limit: int, path: Path
 ) -> Iterator[pa.RecordBatch]:
     """Yield rows of a row group, with the columns at the paths ``leaves``, as many at a time as memory allows."""
-    about = file.metadata
-    columns = [index for index in range(about.num_columns) if about.schema.column(index).path in leaves]
+    metadata = file.metadata
+    columns = [index for index in range(metadata.num_columns) if metadata.schema.column(index).path in leaves]
     if len(columns) != len(leaves):
         raise PageRefused(f"there is not one column {' and one '.join(leaves)}")
     with path.open("rb") as raw:
-        most = min(_rows_at_once(raw, about, group, column, most, limit) for column in columns)
-    return iter(file.iter_batches(most, row_groups=[group], columns=list(leaves), use_threads=False))
+        max_rows = min(_rows_at_once(raw, metadata, group, column, max_rows, limit) for column in columns)
+    return iter(file.iter_batches(max_rows, row_groups=[group], columns=list(leaves), use_threads=False))
 
 
 def find_columns(schema: pa.Schema, options: dict[str, str], where: str) -> Columns:
@@ -172,25 +172,25 @@ def find_columns(schema: pa.Schema, options: dict[str, str], where: str) -> Colu
         if column not in schema.names:
             raise UserError(f"{where} has no column {column} for {option}: it has {', '.join(schema.names)}")
     candidates = [field.name for field in schema if _holds_bytes(field.type)]
-    declared = [name for name in candidates if features.get(name, {}).get("_type") == "Image"]
-    usual = [names[name] for name in IMAGES if names.get(name) in candidates]
+    image_features = [name for name in candidates if features.get(name, {}).get("_type") == "Image"]
+    usual_names = [names[name] for name in IMAGES if names.get(name) in candidates]
     if "image" in options:
-        found = [name for name in candidates if name == options["image"]]
+        image_names = [name for name in candidates if name == options["image"]]
     else:
-        found = declared if len(declared) == 1 else usual[:1] or candidates
-    if len(found) != 1:
+        image_names = image_features if len(image_features) == 1 else usual_names[:1] or candidates
+    if len(image_names) != 1:
         raise UserError(
-            f"{where} has {'no' if not found else 'more than one'} column of images (bytes, or a struct of bytes "
+            f"{where} has {'no' if not image_names else 'more than one'} column of images (bytes, or a struct of bytes "
             f"and path) among {', '.join(schema.names)}: name it with ?image=COLUMN"
         )
-    image = schema.field(found[0])
-    leaves: tuple[str, ...] = (found[0],)
+    image = schema.field(image_names[0])
+    leaves: tuple[str, ...] = (image_names[0],)
     if pa.types.is_struct(image.type):
-        texts = [each.name for each in image.type if each.name == "path" and _is_text(each.type)]
-        leaves = tuple(f"{found[0]}.{name}" for name in ("bytes", *texts))
+        texts = [field.name for field in image.type if field.name == "path" and _is_text(field.type)]
+        leaves = tuple(f"{image_names[0]}.{name}" for name in ("bytes", *texts))
     label = options.get("label") or names.get("label")
-    about = features.get(label, {}) if label else {}
-    classes = about.get("names") if about.get("_type") == "ClassLabel" else None
+    feature = features.get(label, {}) if label else {}
+    classes = feature.get("names") if feature.get("_type") == "ClassLabel" else None
     caption = options.get("caption") or names.get("text") or names.get("caption")
     for name in (label, caption):
         if name and not _is_text(kind := schema.field(name).type):
@@ -201,10 +201,10 @@ def find_columns(schema: pa.Schema, options: dict[str, str], where: str) -> Colu
 def _features(schema: pa.Schema) -> dict[str, dict[str, Any]]:
     """Return the features that Hugging Face's ``datasets`` recorded about the columns, if any."""
     try:
-        about = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))["info"]["features"]
+        info = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))["info"]["features"]
     except (ValueError, KeyError, TypeError):
         return {}
-    return {name: each for name, each in about.items() if isinstance(each, dict)} if isinstance(about, dict) else {}
+    return {name: entry for name, entry in info.items() if isinstance(entry, dict)} if isinstance(info, dict) else {}
 
 
 def _is_text(kind: pa.DataType) -> bool:
@@ -252,7 +252,7 @@ def _image(value: Any, limit: int) -> Payload:
 
 
 @contextmanager
-def _in_words(path: Path) -> Iterator[None]:
+def _explain_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
@@ -260,9 +260,9 @@ def _in_words(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[pq.ParquetFile]:
+def _open(path: Path) -> Iterator[pq.ParquetFile]:
     """Open a file to be read page by page, so that row groups of any size fit."""
-    with _in_words(path), path.open("rb") as raw:
+    with _explain_errors(path), path.open("rb") as raw:
         length = raw.seek(0, 2)
         raw.seek(max(0, length - 8))
         size, magic = struct.unpack("<I4s", raw.read().rjust(8, b"\0"))
@@ -276,9 +276,9 @@ def _opened(path: Path) -> Iterator[pq.ParquetFile]:
         yield file
 
 
-def _rows_at_once(file: BinaryIO, about: pq.FileMetaData, group: int, column: int, most: int, limit: int) -> int:
-    """Return how many rows of a column of a row group to decode at a time, at most ``most``, to bound memory."""
-    chunk, schema = about.row_group(group).column(column), about.schema.column(column)
+def _rows_at_once(file: BinaryIO, metadata: pq.FileMetaData, group: int, column: int, max_rows: int, limit: int) -> int:
+    """Return how many rows of a column of a row group to decode at a time, at most ``max_rows``, to bound memory."""
+    chunk, schema = metadata.row_group(group).column(column), metadata.schema.column(column)
     if schema.max_repetition_level:
         raise PageRefused("its rows have lists of values")
     largest = schema.length if schema.physical_type == "FIXED_LEN_BYTE_ARRAY" else 1
@@ -290,29 +290,29 @@ def _rows_at_once(file: BinaryIO, about: pq.FileMetaData, group: int, column: in
         try:
             file.seek(place)
             header = _read_struct(file, place + 2**20)
-            kind, size, packed = header[1], header[2], header[3]
+            kind, size, packed_size = header[1], header[2], header[3]
             field, encoding = DETAILS.get(kind, (None, 0))
-            values, encoded_as = (header[field][1], header[field].get(encoding, 0)) if field else (0, 0)
-            if min(kind, size, packed, values, encoded_as) < 0:
+            values, value_encoding = (header[field][1], header[field].get(encoding, 0)) if field else (0, 0)
+            if min(kind, size, packed_size, values, value_encoding) < 0:
                 raise ValueError
         except (ValueError, TypeError, LookupError, OverflowError, RecursionError) as error:
             raise pa.ArrowInvalid("the header of a page is damaged") from error
         if field:
-            if encoded_as not in ENCODINGS:
+            if value_encoding not in ENCODINGS:
                 raise PageRefused(
-                    f"its values are encoded in a way ({encoded_as}) that may unpack to any size: write it again with "
-                    "data pages of version 1, as pyarrow.parquet.write_table does"
+                    f"its values are encoded in a way ({value_encoding}) that may unpack to any size: write it again "
+                    "with data pages of version 1, as pyarrow.parquet.write_table does"
                 )
             # Besides its content Arrow stores 16 bytes per value.
-            if (taken := max(size, packed) + 16 * values) > limit:
+            if (memory := max(size, packed_size) + 16 * values) > limit:
                 raise PageRefused(
-                    f"a page that takes {taken} bytes is over ingest.max_page_bytes = {limit}: raise it, or write the "
+                    f"a page that takes {memory} bytes is over ingest.max_page_bytes = {limit}: raise it, or write the "
                     "file again with fewer rows in a row group"
                 )
             # Each row gets a copy of its value in a dictionary.
             largest = max(largest, size)
-        place = file.tell() + packed
-    return max(1, min(most, DECODED_AT_ONCE // largest))
+        place = file.tell() + packed_size
+    return max(1, min(max_rows, DECODED_AT_ONCE // largest))
 
 
 def _read_struct(file: BinaryIO, end: int) -> dict[int, Any]:

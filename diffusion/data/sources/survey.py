@@ -80,13 +80,13 @@ class Survey(Config):
             sizes = (
                 f"{'square' if self.square else 'shorter side'}, {sides}, {'colour' if self.channels == 3 else 'grey'}"
             )
-        few = self.classes if len(self.classes) <= 8 else dict(Counter(self.classes).most_common(8))
-        names = ", ".join(f"{name} {count:,}" for name, count in few.items())
-        more = f" and {len(self.classes) - len(few):,} more" if len(few) < len(self.classes) else ""
+        top_classes = self.classes if len(self.classes) <= 8 else dict(Counter(self.classes).most_common(8))
+        names = ", ".join(f"{name} {count:,}" for name, count in top_classes.items())
+        rest = f" and {len(self.classes) - len(top_classes):,} more" if len(top_classes) < len(self.classes) else ""
         lines = [f"images     {self.images:,} in {self.source}: {sizes}"]
         if self.unreadable and self.shorter_sides is not None:
             lines.append(f"unreadable {self.unreadable:,} of {self.sampled:,} sampled images")
-        lines.append(f"classes    {len(self.classes):,}: {names}{more}" if self.classes else "classes    none")
+        lines.append(f"classes    {len(self.classes):,}: {names}{rest}" if self.classes else "classes    none")
         lines.append(f"captions   of {counted(self.captions, 'image')}" if self.captions else "captions   none")
         if self.captions_table is not None:
             lines.append(f"           {offer(self.captions_table)}")
@@ -96,43 +96,43 @@ class Survey(Config):
 def survey(config: IngestConfig, scratch: Path, objects: ObjectStore | None = None) -> Survey:
     """List ``config.source`` and open a random sample of its images; raises UserError as ``ingest`` does."""
     source = open_source(config.source, Access(config, scratch, objects))
-    chosen: list[tuple[int, Entry]] = []
+    sample: list[tuple[int, Entry]] = []
     classes, captions, count, generator = Counter[str](), 0, 0, random.Random(0)
     for count, entry in enumerate(source.entries(), start=1):
         if entry.label is not None:
             classes[entry.label] += 1
         captions += entry.caption is not None
         # Reservoir sampling: each entry is in the sample with the same probability.
-        if len(chosen) < SAMPLED:
-            chosen.append((count, entry))
+        if len(sample) < SAMPLED:
+            sample.append((count, entry))
         elif (place := generator.randrange(count)) < SAMPLED:
-            chosen[place] = count, entry
+            sample[place] = count, entry
     table = find_captions(Path(config.source)) if not captions and Path(config.source).is_dir() else None
     if not count:
         raise UserError(f"no images in {config.source}: give a source of JPEG, PNG, WebP, GIF, BMP or TIFF images")
-    sizes, coloured = list[tuple[int, int]](), False
-    for payload in source.read([entry for _, entry in sorted(chosen)]):
+    sizes, is_coloured = list[tuple[int, int]](), False
+    for payload in source.read([entry for _, entry in sorted(sample)]):
         if isinstance(payload, UnusableEntry):
             continue
         try:
             with payload if isinstance(payload, Image.Image) else Image.open(io.BytesIO(payload)) as image:
-                turned = image.getexif().get(Base.Orientation, 1) in TURNED
-                sizes.append(image.size[::-1] if turned else image.size)
-                if not coloured and image.width * image.height <= config.max_pixels:
+                is_turned = image.getexif().get(Base.Orientation, 1) in TURNED
+                sizes.append(image.size[::-1] if is_turned else image.size)
+                if not is_coloured and image.width * image.height <= config.max_pixels:
                     image.thumbnail((64, 64))
-                    coloured = bool(np.ptp(np.asarray(image.convert("RGB")), axis=-1).max() > 0)
+                    is_coloured = bool(np.ptp(np.asarray(image.convert("RGB")), axis=-1).max() > 0)
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):  # as Pillow's decoders do
             continue
     sides = sorted(map(min, sizes))
     return Survey(
         source=config.source,
         images=count,
-        sampled=len(chosen),
-        unreadable=len(chosen) - len(sizes),
+        sampled=len(sample),
+        unreadable=len(sample) - len(sizes),
         shorter_sides=(sides[0], sides[len(sides) // 2], sides[-1]) if sides else None,
         sizes=sizes,
         square=all(width == height for width, height in sizes),
-        channels=3 if coloured else 1,
+        channels=3 if is_coloured else 1,
         classes=dict(sorted(classes.items())),
         captions=captions,
         captions_table=table,
@@ -150,18 +150,18 @@ def find_captions(folder: Path) -> CaptionsTable | None:
         except UserError:
             continue
         columns = list(rows[0]) if rows else []
-        image = next((each for each in columns if _names_images(folder, rows, each)), None)
-        text = next((each for each in columns if each.strip().lower() in CAPTION_COLUMNS and each != image), None)
+        image = next((name for name in columns if _names_images(folder, rows, name)), None)
+        text = next((name for name in columns if name.strip().lower() in CAPTION_COLUMNS and name != image), None)
         if image is not None and text is not None:
-            label = next((each for each in columns if each.strip().lower() in LABEL_COLUMNS), None)
+            label = next((name for name in columns if name.strip().lower() in LABEL_COLUMNS), None)
             return CaptionsTable(path=path, image=image, text=text, label=label)
     return None
 
 
 def _names_images(folder: Path, rows: list[dict[str, object]], column: str) -> bool:
     names = [name for row in rows if isinstance(name := row.get(column), str) and name and "\0" not in name]
-    found = sum((folder / name).is_file() for name in names if len(name) < 256)
-    return found > 0 and 2 * found >= len(rows)
+    file_count = sum((folder / name).is_file() for name in names if len(name) < 256)
+    return file_count > 0 and 2 * file_count >= len(rows)
 
 
 def offer(table: CaptionsTable) -> str:
@@ -175,15 +175,15 @@ def offer(table: CaptionsTable) -> str:
 def write_metadata(table: CaptionsTable) -> Path:
     """Write ``metadata.csv`` beside ``table``, with the columns that ``ingest`` reads; returns its path."""
     columns: Mapping[str, str | None] = {"file_name": table.image, "text": table.text, "label": table.label}
-    used = {name: column for name, column in columns.items() if column is not None}
+    source_columns = {name: column for name, column in columns.items() if column is not None}
     path = table.path.with_name(METADATA_FILES[0])
 
     def write(partial: Path) -> None:
         with open_text(table.path) as lines, partial.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, list(used))
+            writer = csv.DictWriter(file, list(source_columns))
             writer.writeheader()
             for row in records(lines, str(table.path)):
-                writer.writerow({name: row.get(column) for name, column in used.items()})
+                writer.writerow({name: row.get(column) for name, column in source_columns.items()})
 
     write_atomically(path, write)
     return path

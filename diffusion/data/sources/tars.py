@@ -47,23 +47,23 @@ class Tar:
 
     def entries(self) -> Iterator[Entry]:
         """Yield its images in its own order or that of its metadata; raises UserError if it is damaged."""
-        known, where = stamp_of(self.path), str(self.path)
-        plain = uncompressed(self.path, known, self.access)
-        files = ((member.name, json.dumps(member.place), known) for member in members(plain, where))
+        file_stamp, where = stamp_of(self.path), str(self.path)
+        plain_path = uncompressed(self.path, file_stamp, self.access)
+        files = ((member.name, json.dumps(member.place), file_stamp) for member in members(plain_path, where))
         for entry in list_images(files, where, self._table, self.access.passed_over):
-            yield entry._replace(source=f"{self.path.name}/{entry.source}", stamp=known)
+            yield entry._replace(source=f"{self.path.name}/{entry.source}", stamp=file_stamp)
 
     def read(self, entries: Sequence[Entry]) -> Iterator[Payload]:
         """Yield their bytes; raises UserError if the tar has changed since it was listed."""
         if entries:
-            yield from read(self.path, entries[0].stamp, (json.loads(each.locator) for each in entries), self.access)
+            yield from read(self.path, entries[0].stamp, (json.loads(entry.locator) for entry in entries), self.access)
 
     @contextmanager
-    def _table(self, locator: str, known: str) -> Iterator[TextIO]:
+    def _table(self, locator: str, file_stamp: str) -> Iterator[TextIO]:
         place = json.loads(locator)
         if isinstance(place, str):
             raise UserError(f"the metadata in {self.path} cannot be read ({place}): fix it or remove it")
-        with tarfile.open(uncompressed(self.path, known, self.access), "r:") as tar:
+        with tarfile.open(uncompressed(self.path, file_stamp, self.access), "r:") as tar:
             info = tarfile.TarInfo()
             info.offset_data, info.size = place
             yield io.TextIOWrapper(cast(BinaryIO, tar.extractfile(info)), encoding="utf-8-sig", newline="")
@@ -94,11 +94,11 @@ def members(path: Path, where: str) -> Iterator[TarMember]:
         raise UserError(f"{where} cannot be read as a tar ({error}): it is damaged or was cut short") from error
 
 
-def read(path: Path, known: str, places: Iterable[Place], access: Access) -> Iterator[Payload]:
-    """Yield members of the tar at ``path``; raises UserError if its stamp is no longer ``known``."""
+def read(path: Path, file_stamp: str, places: Iterable[Place], access: Access) -> Iterator[Payload]:
+    """Yield members of the tar at ``path``; raises UserError if its stamp is no longer ``file_stamp``."""
     try:
-        plain = uncompressed(path, known, access)
-        file = open_unchanged(path, known) if plain == path else plain.open("rb")
+        plain_path = uncompressed(path, file_stamp, access)
+        file = open_unchanged(path, file_stamp) if plain_path == path else plain_path.open("rb")
     except FileNotFoundError:
         file = None
     with file or nullcontext():
@@ -160,13 +160,13 @@ class WebDataset:
     def entries(self) -> Iterator[Entry]:
         """Yield all images, shard by shard; raises UserError for missing or damaged shards."""
         for name, place, stamp in self._shards():
-            path, known = self._here(place, stamp)
-            plain = uncompressed(path, known, self.access)
-            with plain.open("rb") as file:
-                for images, texts in _samples(plain, place):
+            path, file_stamp = self._local_file(place, stamp)
+            plain_path = uncompressed(path, file_stamp, self.access)
+            with plain_path.open("rb") as file:
+                for images, texts in _samples(plain_path, place):
                     label = caption = reason = None
                     try:
-                        label, caption = _about(texts, file) if images else (None, None)
+                        label, caption = _read_texts(texts, file) if images else (None, None)
                     except ValueError as error:
                         reason = f"what its shard says about it cannot be read ({error})"
                     for member in images:
@@ -175,17 +175,17 @@ class WebDataset:
 
     def read(self, entries: Sequence[Entry]) -> Iterator[Payload]:
         """Yield their bytes; raises UserError if a shard has changed since it was listed."""
-        located = ((json.loads(entry.locator), entry.stamp) for entry in entries)
-        for (shard, stamp), group in groupby(located, key=lambda each: (each[0][0], each[1])):
+        locations = ((json.loads(entry.locator), entry.stamp) for entry in entries)
+        for (shard, stamp), group in groupby(locations, key=lambda location: (location[0][0], location[1])):
             places = (place for (_, place), _ in group)
             try:
-                path, known = self._here(shard, stamp)
+                path, file_stamp = self._local_file(shard, stamp)
             except FileNotFoundError:
                 yield from (UnusableEntry(MISSING) for _ in places)
             else:
-                yield from read(path, known, places, self.access)
+                yield from read(path, file_stamp, places, self.access)
 
-    def _here(self, place: str, stamp: str) -> tuple[Path, str]:
+    def _local_file(self, place: str, stamp: str) -> tuple[Path, str]:
         """Return the local file of a shard, and its stamp."""
         if not place.startswith("s3://"):
             return Path(place), stamp
@@ -224,7 +224,7 @@ def _key_and_extension(name: str) -> tuple[str, str]:
     return f"{folder}{slash}{stem}", extension
 
 
-def _about(sidecars: dict[str, TarMember], file: BinaryIO) -> tuple[str | None, str | None]:
+def _read_texts(sidecars: dict[str, TarMember], file: BinaryIO) -> tuple[str | None, str | None]:
     """Return label and caption of a sample; raises ValueError for invalid ones."""
     texts = {}
     for kind, member in sidecars.items():
@@ -234,10 +234,10 @@ def _about(sidecars: dict[str, TarMember], file: BinaryIO) -> tuple[str | None, 
             raise ValueError(f"{member.name}: {data}")
         texts[kind] = data.decode("utf-8-sig").strip()
     try:
-        about = json.loads(texts.get("json", "{}"))
+        metadata = json.loads(texts.get("json", "{}"))
     except RecursionError as error:
         raise ValueError("its JSON is nested too deeply") from error
-    if not isinstance(about, dict):
-        about = {}
-    label, caption = as_text(about.get("label")), as_text(about.get("caption") or about.get("text"))
+    if not isinstance(metadata, dict):
+        metadata = {}
+    label, caption = as_text(metadata.get("label")), as_text(metadata.get("caption") or metadata.get("text"))
     return label or texts.get("cls") or None, caption or texts.get("txt") or None

@@ -87,7 +87,7 @@ def is_public(address: str) -> bool:
 def is_own(address: str) -> bool:
     """Return whether ``address`` is this machine's own: services hidden only by a firewall would answer there."""
     interfaces = psutil.net_if_addrs().values()
-    return any(each.address.partition("%")[0] == address for interface in interfaces for each in interface)
+    return any(item.address.partition("%")[0] == address for interface in interfaces for item in interface)
 
 
 class HttpClient:
@@ -160,10 +160,10 @@ class HttpClient:
 
     def left(self) -> float:
         """Return the seconds left for this thread's exchange; raises httpcore.ReadTimeout if there are none."""
-        left: float = self._exchange.deadline - time.monotonic()
-        if left <= 0 or self.stopped.is_set():
+        seconds: float = self._exchange.deadline - time.monotonic()
+        if seconds <= 0 or self.stopped.is_set():
             raise httpcore.ReadTimeout
-        return left
+        return seconds
 
     def wait_for(self, work: Callable[[], Result]) -> Result:
         """Return the result of ``work``, which may block for longer than this thread may wait."""
@@ -241,27 +241,27 @@ class _Stream(httpcore.NetworkStream):
     def start_tls(
         self, ssl_context: Any, server_hostname: str | None = None, timeout: float | None = None
     ) -> "_Stream":
-        left = self._client.left()
+        seconds = self._client.left()
         # The timeout is for the whole handshake.
-        stream = self._client.wait_for(lambda: self._stream.start_tls(ssl_context, server_hostname, left))
+        stream = self._client.wait_for(lambda: self._stream.start_tls(ssl_context, server_hostname, seconds))
         return _Stream(stream, self._client)
 
 
 def _addresses(host: str, port: int, allow_private: bool) -> list[str]:
     """Resolve ``host``; raises UnusableEntry if only public addresses are allowed and it has none."""
     try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        infos = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except (socket.gaierror, UnicodeError) as error:
         reason = getattr(error, "strerror", None) or "not a host's name"
         raise httpcore.ConnectError(f"its host cannot be found: {reason}") from error
-    addresses = list(dict.fromkeys(str(each[4][0]) for each in found))
-    allowed = [each for each in addresses if allow_private or (is_public(each) and not is_own(each))]
-    if addresses and not allowed:
+    addresses = list(dict.fromkeys(str(info[4][0]) for info in infos))
+    allowed_addresses = [ip for ip in addresses if allow_private or (is_public(ip) and not is_own(ip))]
+    if addresses and not allowed_addresses:
         raise UnusableEntry(
             f"leads to {addresses[0]}, an address that is private, reserved or this machine's: set "
             "ingest.allow_private_addresses to true if what answers there may be asked"
         )
-    return allowed
+    return allowed_addresses
 
 
 class Again(Exception):
@@ -322,7 +322,7 @@ class Urls:
             return UnusableEntry("a row without a URL")
         if not url.lower().startswith(("http://", "https://")):
             return UnusableEntry("neither an http:// nor an https:// URL: local files are read from a folder")
-        retrying = Retrying(
+        retry_policy = Retrying(
             retry=retry_if_exception_type(Again),
             stop=stop_after_attempt(config.download_tries) | stop_when_event_set(client.stopped),
             wait=pause,
@@ -330,7 +330,7 @@ class Urls:
             reraise=True,
         )
         try:
-            return retrying(_get, client, url, config.max_bytes, self.access.scratch)
+            return retry_policy(_get, client, url, config.max_bytes, self.access.scratch)
         except UnusableEntry as error:
             return error
         except Again as error:
@@ -348,9 +348,9 @@ def _get(client: HttpClient, url: str, limit: int, scratch: Path) -> "SpooledTem
                 if status in (408, 425, 429) or status >= 500:
                     raise Again(line, retry_after(headers.get("Retry-After", "")))
                 raise UnusableEntry(line)
-            declared = headers.get("Content-Length", "")
-            if re.fullmatch("[0-9]{1,18}", declared) and int(declared) > limit:
-                raise too_large(int(declared), limit)
+            length = headers.get("Content-Length", "")
+            if re.fullmatch("[0-9]{1,18}", length) and int(length) > limit:
+                raise too_large(int(length), limit)
             if (encoding := headers.get("Content-Encoding", "identity")) != "identity":
                 # A few bytes may unpack to any number.
                 raise UnusableEntry(f"sent with Content-Encoding {short(encoding)} although none was accepted")
@@ -376,9 +376,9 @@ def _get(client: HttpClient, url: str, limit: int, scratch: Path) -> "SpooledTem
         raise UnusableEntry(f"an answer that is not understood: {type(error).__name__}: {short(error)}") from error
 
 
-def short(said: object) -> str:
+def short(message: object) -> str:
     """Return the beginning of what a server or library says, on one line."""
-    return printable(str(said)[:150])
+    return printable(str(message)[:150])
 
 
 def pause(state: RetryCallState) -> float:
@@ -394,7 +394,7 @@ def retry_after(value: str) -> float | None:
     if re.fullmatch("[0-9]+", value):
         return float(value[:9])  # any more digits are no less than the longest pause
     try:
-        when = parsedate_to_datetime(value[:64])
-        return (when.replace(tzinfo=when.tzinfo or UTC) - datetime.now(UTC)).total_seconds()
+        date = parsedate_to_datetime(value[:64])
+        return (date.replace(tzinfo=date.tzinfo or UTC) - datetime.now(UTC)).total_seconds()
     except (ValueError, TypeError, IndexError, OverflowError):
         return None

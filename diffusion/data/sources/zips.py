@@ -55,19 +55,19 @@ class Zip:
 
     def entries(self) -> Iterator[Entry]:
         """Yield its images in its own order or that of its metadata; raises UserError if it is damaged."""
-        known = stamp_of(self.path)
+        file_stamp = stamp_of(self.path)
         files = (
-            (name, json.dumps(problem or [known, *place]), f"{place.size}:{place.crc:08x}")
+            (name, json.dumps(problem or [file_stamp, *place]), f"{place.size}:{place.crc:08x}")
             for name, problem, place in members(self.path)
         )
         for entry in list_images(files, str(self.path), self._table, self.access.passed_over):
-            yield entry._replace(source=f"{self.path.name}/{entry.source}", stamp=entry.stamp or known)
+            yield entry._replace(source=f"{self.path.name}/{entry.source}", stamp=entry.stamp or file_stamp)
 
     def read(self, entries: Sequence[Entry]) -> Iterator[Payload]:
         """Yield their bytes; raises UserError if the zip has changed since it was listed."""
         places = [json.loads(entry.locator) for entry in entries]
-        known = next((place[0] for place in places if isinstance(place, list)), None)
-        file = open_unchanged(self.path, known) if known else None
+        file_stamp = next((place[0] for place in places if isinstance(place, list)), None)
+        file = open_unchanged(self.path, file_stamp) if file_stamp else None
         with file or nullcontext():
             for place in places:
                 if isinstance(place, str):
@@ -116,12 +116,12 @@ def members(path: Path) -> Iterator[tuple[str, str | None, ZipOffset]]:
                 start, size, shift = _directory(file)
                 rows = _members(file, start, start + size, shift)
                 database.executemany(f"INSERT INTO files ({columns}) VALUES (?, ?, ?, ?, ?, ?, ?)", rows)
-            places = f"SELECT number, {columns}, coalesce(lead(header) OVER (ORDER BY header), ?) AS end FROM files"
+            query = f"SELECT number, {columns}, coalesce(lead(header) OVER (ORDER BY header), ?) AS end FROM files"
             # Local headers may be longer, which is checked when the file is read.
-            overlapping = f"SELECT header FROM ({places}) WHERE header + {LOCAL.size} + packed > end LIMIT 1"
-            if found := database.execute(overlapping, (start,)).fetchone():
-                raise zipfile.BadZipFile(f"the file stored at byte {found[0]} overlaps another one or the directory")
-            for _, name, problem, *place in database.execute(f"{places} ORDER BY number", (start,)):
+            overlap_query = f"SELECT header FROM ({query}) WHERE header + {LOCAL.size} + packed > end LIMIT 1"
+            if overlap := database.execute(overlap_query, (start,)).fetchone():
+                raise zipfile.BadZipFile(f"the file stored at byte {overlap[0]} overlaps another one or the directory")
+            for _, name, problem, *place in database.execute(f"{query} ORDER BY number", (start,)):
                 if not name.endswith("/"):
                     yield name, problem, ZipOffset(*place)
     except (zipfile.BadZipFile, struct.error, ValueError, OverflowError) as error:
@@ -146,11 +146,11 @@ def _directory(file: BinaryIO) -> tuple[int, int, int]:
     length = file.seek(0, 2)
     tail_start = file.seek(max(0, length - END.size - (2**16 - 1)))  # with the longest comment
     tail = file.read()
-    at = tail.rfind(b"PK\5\6", 0, len(tail) - END.size + 4)
-    if at < 0:
+    position = tail.rfind(b"PK\5\6", 0, len(tail) - END.size + 4)
+    if position < 0:
         raise zipfile.BadZipFile("it has no directory at its end")
-    _, size, start = END.unpack_from(tail, at)
-    end = tail_start + at
+    _, size, start = END.unpack_from(tail, position)
+    end = tail_start + position
     if end >= END64_LOCATOR_SIZE:
         file.seek(end - END64_LOCATOR_SIZE)
         if file.read(4) == b"PK\6\7":
@@ -178,7 +178,7 @@ def _members(file: BinaryIO, start: int, end: int, shift: int) -> Iterator[tuple
             raise zipfile.BadZipFile("its directory is damaged")
         raw = file.read(name_size)
         name = printable(raw.decode("utf-8", "surrogateescape") if flags & UTF8 else raw.decode("cp437"))
-        size, packed, header = _wide(file.read(extra_size), [size, packed, header])
+        size, packed, header = _replace_markers(file.read(extra_size), [size, packed, header])
         file.seek(comment_size, 1)
         problem = None
         if flags & ENCRYPTED:
@@ -190,12 +190,12 @@ def _members(file: BinaryIO, start: int, end: int, shift: int) -> Iterator[tuple
         yield name.removeprefix("./"), problem, header + shift, method, packed, size, crc
 
 
-def _wide(extra: bytes, numbers: list[int]) -> list[int]:
+def _replace_markers(extra: bytes, numbers: list[int]) -> list[int]:
     """Replace markers in ``numbers`` (size, packed size, offset) by the 64-bit values in the ``extra`` field."""
     while len(extra) >= 4:
         kind, size = struct.unpack_from("<HH", extra)
         if kind == 1:
-            wide = iter(struct.unpack_from(f"<{size // 8}Q", extra, 4))
-            return [next(wide, number) if number == FULL else number for number in numbers]
+            values = iter(struct.unpack_from(f"<{size // 8}Q", extra, 4))
+            return [next(values, number) if number == FULL else number for number in numbers]
         extra = extra[4 + size :]
     return numbers

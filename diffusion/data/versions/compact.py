@@ -74,14 +74,14 @@ def compact(
         parts = before.parts
         # Shards shrink by their ends when joined, so that another neighbour may fit.
         while groups := _groups(parts, config):
-            new = {part.number: part for part in parts}
-            joined = fan_out(_join, (Neighbours(folder, before.size, group) for group in groups))
-            for done, (group, part) in enumerate(zip(groups, joined, strict=True), 1):
-                for old in group:
-                    del new[old.number]
-                new[part.number] = part
+            parts_by_number = {part.number: part for part in parts}
+            joined_parts = fan_out(_join, (Neighbours(folder, before.size, group) for group in groups))
+            for done, (group, part) in enumerate(zip(groups, joined_parts, strict=True), 1):
+                for member in group:
+                    del parts_by_number[member.number]
+                parts_by_number[part.number] = part
                 progress("parts written", done, len(groups))
-            parts = [new[number] for number in sorted(new)]
+            parts = [parts_by_number[number] for number in sorted(parts_by_number)]
         after = before
         if parts != before.parts:
             after = before.model_copy(update={"parent": before.digest, "change": "compact", "parts": parts})
@@ -107,13 +107,13 @@ def _groups(parts: list[Part], config: IngestConfig) -> list[list[Part]]:
 
     groups: list[list[Part]] = []
     for (is_small, *_), run in groupby(parts, key=lambda part: (fill(part) < 0.5, part.source, part.shape)):
-        free = 0.0
+        room = 0.0
         for part in run if is_small else ():
-            if fill(part) > free:
+            if fill(part) > room:
                 groups.append([])
-                free = 1.0
+                room = 1.0
             groups[-1].append(part)
-            free -= fill(part)
+            room -= fill(part)
     return [group for group in groups if len(group) > 1]
 
 

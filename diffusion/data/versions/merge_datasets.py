@@ -56,10 +56,10 @@ class MergeResult(Config):
 
     def lines(self) -> list[str]:
         """Describe the result."""
-        dropped = "" if self.dropped is None else f", {self.dropped:,} dropped by rules"
+        drop_note = "" if self.dropped is None else f", {self.dropped:,} dropped by rules"
         return [
             f"{self.dataset}: {counted(self.kept, 'image')}, {self.added:,} new, "
-            f"{counted(self.duplicates, 'duplicate')} left out{dropped}; version {self.digest[:12]}",
+            f"{counted(self.duplicates, 'duplicate')} left out{drop_note}; version {self.digest[:12]}",
             f"content {self.content_digest}",
         ]
 
@@ -100,38 +100,38 @@ def merge_datasets(
             "sources into one data set"
         )
     folders = list(dict.fromkeys((folder, *others)))
-    before, *rest = (read_manifest(each) for each in folders)
+    before, *rest = (read_manifest(path) for path in folders)
     with ExitStack() as stack:
-        for each in sorted(folders):
-            stack.enter_context(FileLock(work_folder(each) / "lock"))
-        before, *rest = (read_manifest(each) for each in folders)
-        for each, manifest in zip(folders, (before, *rest), strict=True):
+        for path in sorted(folders):
+            stack.enter_context(FileLock(work_folder(path) / "lock"))
+        before, *rest = (read_manifest(path) for path in folders)
+        for path, manifest in zip(folders, (before, *rest), strict=True):
             _require_alike(before, manifest)
-            require_whole(each, manifest)
-        shared = {part.records.sha256 for part in before.parts}
+            require_whole(path, manifest)
+        table_digests = {part.records.sha256 for part in before.parts}
         parts = [(folder, part) for part in before.parts]
-        for each, manifest in zip(folders[1:], rest, strict=True):
+        for path, manifest in zip(folders[1:], rest, strict=True):
             for part in manifest.parts:
-                if part.records.sha256 not in shared and (stored_in(part) or "removed" in part.outcomes):
-                    shared.add(part.records.sha256)
-                    parts.append((each, part))
+                if part.records.sha256 not in table_digests and (stored_in(part) or "removed" in part.outcomes):
+                    table_digests.add(part.records.sha256)
+                    parts.append((path, part))
         scratch = stack.enter_context(scratch_folder(work_folder(folder) / "ranges"))
-        removed = frozenset(_removed(folders, parts))
-        digest, duplicates = resolve(parts, before.storage, scratch, fan_out, removed)
+        removed_digests = frozenset(_removed_digests(folders, parts))
+        digest, duplicates = resolve(parts, before.storage, scratch, fan_out, removed_digests)
         duplicates = duplicates[np.argsort(duplicates["part"], kind="stable")]
         tasks = list(_tasks(folder, before, parts, duplicates))
-        new = []
+        new_parts = []
         for done, part in enumerate(fan_out(_take, tasks), 1):
-            new.append(part)
+            new_parts.append(part)
             progress("parts merged", done, len(tasks))
         after = before
-        if new != before.parts:
+        if new_parts != before.parts:
             after = before.model_copy(
                 update={
                     "parent": before.digest,
-                    "change": f"merge of {', '.join(f'{each.name} {each.digest[:12]}' for each in rest)}",
+                    "change": f"merge of {', '.join(f'{manifest.name} {manifest.digest[:12]}' for manifest in rest)}",
                     "content_digest": digest,
-                    "parts": new,
+                    "parts": new_parts,
                 }
             )
             write_manifest(folder, after)
@@ -148,11 +148,11 @@ def merge_datasets(
 
 
 def _require_alike(ours: Manifest, theirs: Manifest) -> None:
-    if different := theirs.stored_otherwise(ours.storage):
-        name, other, mine = different
+    if difference := theirs.stored_otherwise(ours.storage):
+        name, their_value, our_value = difference
         raise UserError(
-            f"data set {theirs.name} was made with ingest.{name}={other} and {ours.name} with {mine}: ingest its "
-            f"source again, into {ours.name}"
+            f"data set {theirs.name} was made with ingest.{name}={their_value} and {ours.name} with {our_value}: "
+            f"ingest its source again, into {ours.name}"
         )
     if theirs.licence != ours.licence:
         raise UserError(
@@ -161,7 +161,7 @@ def _require_alike(ours: Manifest, theirs: Manifest) -> None:
         )
 
 
-def _removed(folders: Sequence[Path], parts: Sequence[tuple[Path, Part]]) -> Iterator[str]:
+def _removed_digests(folders: Sequence[Path], parts: Sequence[tuple[Path, Part]]) -> Iterator[str]:
     """Yield keys and digests of files of images that were taken down."""
     for folder in folders:
         for removal in removals(work_folder(folder)):
@@ -180,14 +180,14 @@ def _tasks(
     """Yield the parts of the merged data set; those that add nothing to it are left out."""
     number = 0
     for index, (source, part) in enumerate(parts):
-        mine = duplicates[slice(*np.searchsorted(duplicates["part"], (index, index + 1)))]
+        part_duplicates = duplicates[slice(*np.searchsorted(duplicates["part"], (index, index + 1)))]
         if index < len(before.parts):
             number = part.number
-        elif len(mine) == stored_in(part) and "removed" not in part.outcomes:
+        elif len(part_duplicates) == stored_in(part) and "removed" not in part.outcomes:
             continue
         else:
             number += 1
-        yield _Task(folder, source, part, number, before.size, mine)
+        yield _Task(folder, source, part, number, before.size, part_duplicates)
 
 
 def _take(task: _Task) -> Part:
@@ -199,17 +199,17 @@ def _take(task: _Task) -> Part:
         shard = part.shard and _link(task, part.shard)
         return part.model_copy(update={"number": task.number, "records": _link(task, part.records), "shard": shard})
     rows = read_records(task.source, part).to_pylist()
-    for row, relabelled in task.duplicates[["row", "relabelled"]].tolist():
-        reason = "came again with another label or caption" if relabelled else None
+    for row, is_relabelled in task.duplicates[["row", "relabelled"]].tolist():
+        reason = "came again with another label or caption" if is_relabelled else None
         rows[row] |= {"outcome": "duplicate", "reason": reason, "leader": None}
         rows[row] |= {"split": None, "offset": None, "size": None}
-    stored = [row for row in rows if row["outcome"] in STORED]
+    stored_rows = [row for row in rows if row["outcome"] in STORED]
     new_shard = None
-    if part.shard is not None and stored:
+    if part.shard is not None and stored_rows:
         path = task.source / part.shard.name
         if sha256_file(path) != part.shard.sha256:
             raise UserError(f"{path} is damaged (its SHA-256 differs): {repair_hint(task.source)}")
-        new_shard = copy_samples(folder, task.number, [(path, stored)])
+        new_shard = copy_samples(folder, task.number, [(path, stored_rows)])
     return write_part(folder, task.number, new_shard, rows, task.size, part.source, part.shape)
 
 
@@ -218,14 +218,14 @@ def _link(task: _Task, entry: FileEntry) -> FileEntry:
     source = task.source / entry.name
     path = task.folder / Path(entry.name).parent / f"{task.number:05d}-{entry.sha256[:16]}{source.suffix}"
     make_folder(path.parent)
-    staged = path.with_name(f".{path.name}")
-    staged.unlink(missing_ok=True)
+    staging_path = path.with_name(f".{path.name}")
+    staging_path.unlink(missing_ok=True)
     try:
-        os.link(source, staged)
+        os.link(source, staging_path)
     except OSError:
-        shutil.copyfile(source, staged)
-    sync_file(staged)
-    staged.replace(path)
-    staged.unlink(missing_ok=True)  # two names of one file are not merged by a rename
+        shutil.copyfile(source, staging_path)
+    sync_file(staging_path)
+    staging_path.replace(path)
+    staging_path.unlink(missing_ok=True)  # two names of one file are not merged by a rename
     sync_folder(path.parent)
     return entry.model_copy(update={"name": path.relative_to(task.folder).as_posix()})

@@ -46,10 +46,10 @@ from diffusion.data.versions.versions import stored_in
 def choose(folder: Path, selection: Selection) -> tuple[Chosen, list[str]]:
     """Find the images that ``selection`` matches, and their names; raises UserError if some of it fits none."""
     manifest = read_manifest(folder)
-    chosen, names, unmatched = chosen_by(folder, manifest, Selector(selection))
+    matches, names, unmatched = chosen_by(folder, manifest, Selector(selection))
     if unmatched:
         raise nothing(unmatched, folder, manifest)
-    return chosen, names
+    return matches, names
 
 
 def remove(folder: Path, selection: Selection, reason: str, progress: Progress = silent) -> Removal:
@@ -66,43 +66,43 @@ def remove(folder: Path, selection: Selection, reason: str, progress: Progress =
     selector = Selector(selection)
     with FileLock(work_folder(folder) / "lock"):
         before = read_manifest(folder)
-        chosen, _, unmatched = chosen_by(folder, before, selector)
+        matches, _, unmatched = chosen_by(folder, before, selector)
         request_digest = digest_of([selection.model_dump(), reason])[:16]
-        earlier = _earlier(folder, request_digest)
-        if unmatched and earlier is None:
+        earlier_removal = _find_earlier(folder, request_digest)
+        if unmatched and earlier_removal is None:
             raise nothing(unmatched, folder, before)
-        after, keys = before, set(chosen.image_keys)
-        if chosen.parts:
-            after = _without(folder, before, lambda row: selector.takes(row, keys), reason, progress)
+        after, keys = before, set(matches.image_keys)
+        if matches.parts:
+            after = _write_without(folder, before, lambda row: selector.takes(row, keys), reason, progress)
         parts = zip(before.parts, after.parts, strict=True)
         # Without a record, what is gone was removed elsewhere, and is known as far as the rows left describe it.
-        about = {
+        fields = {
             "dataset": folder.name,
             "request_digest": request_digest,
             "reason": reason,
             "images": len(keys),
-            "parent": before.digest if chosen.parts else None,
+            "parent": before.digest if matches.parts else None,
             "version": after.digest,
             "content_digest": after.content_digest,
             "tables": sorted(old.records.sha256 for old, new in parts if stored_in(new) < stored_in(old)),
-            "already": not chosen.parts,
+            "already": not matches.parts,
         }
-        removal = Removal.model_validate(chosen.model_dump() | about)
-        if chosen.parts:
+        removal = Removal.model_validate(matches.model_dump() | fields)
+        if matches.parts:
             write_removal(work_folder(folder), removal)
             write_manifest(folder, after)
         forget_encodings(folder)
         forget_captions(folder, removal.image_keys)
         remove_strays(folder)
-        return removal if chosen.parts else earlier or removal
+        return removal if matches.parts else earlier_removal or removal
 
 
-def _earlier(folder: Path, request_digest: str) -> Removal | None:
+def _find_earlier(folder: Path, request_digest: str) -> Removal | None:
     """Return the newest removal of this request in the history of the folder, or one that left nothing here."""
     line = [version.digest for version in versions(folder)]
-    recorded = removals(work_folder(folder), request_digest)
-    found = [each for each in recorded if each.version in line or not still_held(folder, [each])]
-    removal = min(found, key=lambda each: [*line, each.version].index(each.version), default=None)
+    records = removals(work_folder(folder), request_digest)
+    candidates = [record for record in records if record.version in line or not still_held(folder, [record])]
+    removal = min(candidates, key=lambda record: [*line, record.version].index(record.version), default=None)
     return removal and removal.model_copy(update={"already": True})
 
 
@@ -113,12 +113,12 @@ def remove_known(folder: Path, progress: Progress = silent) -> list[Removal]:
     Cached captions of all these images, and files that the current version does not name, are deleted in any case.
     The caller holds the data set's lock. Returns the applied records; raises UserError as ``remove`` does.
     """
-    applied, known = [], removals(work_folder(folder))
-    if known:
+    applied_removals, records = [], removals(work_folder(folder))
+    if records:
         # A kill, or a version that another machine made without the images, may have left the caption of any of them.
-        forget_captions(folder, {key for removal in known for key in removal.image_keys})
+        forget_captions(folder, {key for removal in records for key in removal.image_keys})
         remove_strays(folder)
-    for removal in still_held(folder, known):
+    for removal in still_held(folder, records):
         before = read_manifest(folder)
         keys, digests = set(removal.image_keys), set(removal.digests)
         # If the storage configuration has changed since, images have other keys, which duplicates share.
@@ -126,41 +126,43 @@ def remove_known(folder: Path, progress: Progress = silent) -> list[Removal]:
         keys |= {row["key"] for _, row in rows if row["outcome"] in STORED and row["source_sha256"] in digests}
         copies = dropped_copies(folder, before)
         keys.update(*(copies.get(key, ()) for key in tuple(keys)))
-        taken = partial(is_one_of, keys=keys, digests=digests)
-        if (after := _without(folder, before, taken, removal.reason, progress)) is not before:
+        is_taken = partial(is_one_of, keys=keys, digests=digests)
+        if (after := _write_without(folder, before, is_taken, removal.reason, progress)) is not before:
             # Before the manifest, by which they would be found again after a kill.
             forget_captions(folder, keys)
             forget_encodings(folder)
             write_manifest(folder, after)
             remove_strays(folder)
-            applied.append(removal)
-    return applied
+            applied_removals.append(removal)
+    return applied_removals
 
 
-def _without(folder: Path, before: Manifest, taken: Callable[[Row], bool], reason: str, progress: Progress) -> Manifest:
-    """Write the version without the rows that are ``taken``; returns ``before`` if there are none."""
-    going = [(part.number, row["outcome"]) for part, row in rows_of(folder, before, SELECTED_BY) if taken(row)]
-    if not going:
+def _write_without(
+    folder: Path, before: Manifest, is_taken: Callable[[Row], bool], reason: str, progress: Progress
+) -> Manifest:
+    """Write the version without the rows for which ``is_taken``; returns ``before`` if there are none."""
+    taken_rows = [(part.number, row["outcome"]) for part, row in rows_of(folder, before, SELECTED_BY) if is_taken(row)]
+    if not taken_rows:
         return before
-    if sum(outcome == "kept" for _, outcome in going) == before.kept:
+    if sum(outcome == "kept" for _, outcome in taken_rows) == before.kept:
         raise UserError(
             f"this would remove all {before.kept} images of data set {folder.name}: "
             f"to be rid of the data set, delete {folder}"
         )
     require_whole(folder, before)
-    numbers = {number for number, _ in going}
+    numbers = {number for number, _ in taken_rows}
     parts = list(before.parts)
     for place, part in enumerate(before.parts):
         if part.number not in numbers:
             continue
-        rows = [blanked(row, reason) if taken(row) else row for row in read_records(folder, part).to_pylist()]
-        stored = [row for row in rows if row["outcome"] in STORED]
+        rows = [blanked(row, reason) if is_taken(row) else row for row in read_records(folder, part).to_pylist()]
+        stored_rows = [row for row in rows if row["outcome"] in STORED]
         shard = part.shard
-        if shard is not None and len(stored) < stored_in(part):
+        if shard is not None and len(stored_rows) < stored_in(part):
             path = folder / shard.name
-            if stored and sha256_file(path) != shard.sha256:
+            if stored_rows and sha256_file(path) != shard.sha256:
                 raise UserError(f"{path} is damaged (its SHA-256 differs): {repair_hint(folder)}")
-            shard = copy_samples(folder, part.number, [(path, stored)]) if stored else None
+            shard = copy_samples(folder, part.number, [(path, stored_rows)]) if stored_rows else None
         parts[place] = write_part(folder, part.number, shard, rows, before.size, part.source, part.shape)
         progress("parts rewritten", place + 1, len(parts))
     return before.model_copy(

@@ -81,7 +81,7 @@ class Selector:
             self.prefixes.setdefault(key[:SHORTEST], []).append(key)
         self.patterns = [(pattern, re.compile(fnmatch.translate(pattern))) for pattern in selection.sources]
         self.label = selection.label
-        self.fitted: dict[str, set[str]] = {each: set() for each in (*prefixes, *selection.sources)}
+        self.fitted: dict[str, set[str]] = {term: set() for term in (*prefixes, *selection.sources)}
         """Keys that each prefix matched; patterns that matched have an empty one."""
 
     def means(self, row: Row) -> bool:
@@ -89,11 +89,11 @@ class Selector:
         if self.label is not None and row["label"] != self.label and row["outcome"] != "removed":
             return False
         key = row["key"] or ""
-        named = [prefix for prefix in self.prefixes.get(key[:SHORTEST], ()) if key.startswith(prefix)]
-        like = [name for name, pattern in self.patterns if row["source"] and pattern.match(row["source"])]
-        for each in (*named, *like):
-            self.fitted[each].add(key if each in named else "")
-        return bool(named or like)
+        prefix_matches = [prefix for prefix in self.prefixes.get(key[:SHORTEST], ()) if key.startswith(prefix)]
+        pattern_matches = [name for name, pattern in self.patterns if row["source"] and pattern.match(row["source"])]
+        for term in (*prefix_matches, *pattern_matches):
+            self.fitted[term].add(key if term in prefix_matches else "")
+        return bool(prefix_matches or pattern_matches)
 
     def takes(self, row: Row, keys: set[str]) -> bool:
         """Return whether ``row`` is removed along with the images of ``keys``."""
@@ -105,49 +105,49 @@ class Selector:
         """Return keys and patterns that matched nothing; raises UserError for a prefix of more than one image."""
         for prefix, keys in self.fitted.items():
             if len(keys) > 1:
-                listed = ", ".join(key[:16] for key in sorted(keys)[:5])
-                raise UserError(f"{prefix} is the beginning of {len(keys)} keys ({listed} …): give more digits")
-        return [each for each, keys in self.fitted.items() if not keys]
+                key_list = ", ".join(key[:16] for key in sorted(keys)[:5])
+                raise UserError(f"{prefix} is the beginning of {len(keys)} keys ({key_list} …): give more digits")
+        return [term for term, keys in self.fitted.items() if not keys]
 
 
 def chosen_by(folder: Path, manifest: Manifest, selector: Selector) -> tuple[Chosen, list[str], list[str]]:
     """Return the images that ``selector`` matches, all their names, and its keys and patterns that match nothing."""
     keys: set[str] = set()
-    gone: dict[str, str] = {}
+    digests: dict[str, str] = {}
     copies = dropped_copies(folder, manifest)
     for _, row in rows_of(folder, manifest, SELECTED_BY):
         if selector.means(row) and row["key"]:
             if row["outcome"] == "removed":
-                gone[row["key"]] = row["source_sha256"]
+                digests[row["key"]] = row["source_sha256"]
             else:
                 keys.add(row["key"])
     unmatched = selector.unmatched()
-    along = sorted({copy for key in keys for copy in copies.get(key, ())} - keys)
-    keys.update(along)
-    taken = [(part, row) for part, row in rows_of(folder, manifest, SELECTED_BY) if selector.takes(row, keys)]
-    outcomes = Counter(row["outcome"] for _, row in taken)
-    chosen = Chosen(
-        image_keys=sorted(keys if taken else gone),
-        digests=sorted({row["source_sha256"] for _, row in taken} - {""} if taken else {*gone.values()} - {""}),
-        images=sum(outcomes[each] for each in STORED),
+    copy_keys = sorted({copy for key in keys for copy in copies.get(key, ())} - keys)
+    keys.update(copy_keys)
+    rows = [(part, row) for part, row in rows_of(folder, manifest, SELECTED_BY) if selector.takes(row, keys)]
+    outcomes = Counter(row["outcome"] for _, row in rows)
+    matches = Chosen(
+        image_keys=sorted(keys if rows else digests),
+        digests=sorted({row["source_sha256"] for _, row in rows} - {""} if rows else {*digests.values()} - {""}),
+        images=sum(outcomes[outcome] for outcome in STORED),
         duplicates=outcomes["duplicate"],
         refused=outcomes["quarantined"],
-        near_copies=_near_copies(folder, manifest, keys) if taken else [],
-        dropped_copies=along or None,
-        parts=sorted({part.number for part, _ in taken}),
+        near_copies=_near_copies(folder, manifest, keys) if rows else [],
+        dropped_copies=copy_keys or None,
+        parts=sorted({part.number for part, _ in rows}),
     )
-    return chosen, sorted({row["source"] for _, row in taken}), unmatched
+    return matches, sorted({row["source"] for _, row in rows}), unmatched
 
 
 def dropped_copies(folder: Path, manifest: Manifest) -> dict[str, list[str]]:
     """Return the keys of the images that curation dropped as near-duplicates, by the key of the image kept instead."""
-    found: dict[str, list[str]] = {}
+    copies: dict[str, list[str]] = {}
     for part in manifest.parts:
         if part.outcomes.get("dropped"):
             for row in read_records(folder, part, ("key", "outcome", "leader")).to_pylist():
                 if row["outcome"] == "dropped" and row["leader"]:
-                    found.setdefault(row["leader"], []).append(row["key"])
-    return found
+                    copies.setdefault(row["leader"], []).append(row["key"])
+    return copies
 
 
 def _near_copies(folder: Path, manifest: Manifest, keys: set[str]) -> list[str]:
@@ -155,15 +155,15 @@ def _near_copies(folder: Path, manifest: Manifest, keys: set[str]) -> list[str]:
     groups, columns = set(keys), ("key", "near", "outcome", "leader")
     for _, row in rows_of(folder, manifest, columns):
         if row["key"] in keys:
-            groups |= _near(row)
+            groups |= _near_keys(row)
     return sorted(
         row["key"]
         for _, row in rows_of(folder, manifest, columns)
-        if row["outcome"] in STORED and row["key"] not in keys and groups & {row["key"], *_near(row)}
+        if row["outcome"] in STORED and row["key"] not in keys and groups & {row["key"], *_near_keys(row)}
     )
 
 
-def _near(row: Row) -> set[str]:
+def _near_keys(row: Row) -> set[str]:
     """Return the keys of the images of which the image in ``row`` is a near-duplicate."""
     return {*(row["near"] or ()), row["leader"]} - {None}
 
@@ -181,17 +181,17 @@ def is_one_of(row: Row, keys: set[str], digests: set[str]) -> bool:
 
 def nothing(unmatched: Sequence[str], folder: Path, manifest: Manifest) -> UserError:
     """Return the error for keys and patterns that match nothing."""
-    listed = ", ".join(unmatched[:5]) + (f" and {len(unmatched) - 5} more" if len(unmatched) > 5 else "")
+    terms = ", ".join(unmatched[:5]) + (f" and {len(unmatched) - 5} more" if len(unmatched) > 5 else "")
     names = [
         row["source"] for _, row in rows_of(folder, manifest, ("source", "outcome")) if row["outcome"] != "removed"
     ]
-    inside = [f"*/{pattern}" for pattern in unmatched if fnmatch.filter(names, f"*/{pattern}")]
-    if inside:
-        meant = " ".join(f"'{pattern}'" for pattern in inside[:5])
-        return UserError(f"data set {folder.name} has no image of {listed}: did you mean {meant}?")
-    some = ", ".join(f"{name!r}" for name in names[:: max(len(names) // 3, 1)][:3])
+    suggestions = [f"*/{pattern}" for pattern in unmatched if fnmatch.filter(names, f"*/{pattern}")]
+    if suggestions:
+        hint = " ".join(f"'{pattern}'" for pattern in suggestions[:5])
+        return UserError(f"data set {folder.name} has no image of {terms}: did you mean {hint}?")
+    examples = ", ".join(f"{name!r}" for name in names[:: max(len(names) // 3, 1)][:3])
     return UserError(
-        f"data set {folder.name} has no image of {listed}: its names are like {some}; all are in the tables in "
+        f"data set {folder.name} has no image of {terms}: its names are like {examples}; all are in the tables in "
         f"{folder / 'records'}"
     )
 
@@ -247,20 +247,20 @@ class Holders(Config):
 
 def holders(folder: Path, removal: Removal, versions: Iterable[Manifest], elsewhere: Elsewhere = nowhere) -> Holders:
     """Return which of ``versions`` hold images of ``removal``, by their keys or the digests of their files."""
-    removed = {*removal.image_keys, *removal.digests}
-    found: dict[str, bool | None] = dict.fromkeys(removal.tables, True)
-    held, unknown = [], []
+    digests = {*removal.image_keys, *removal.digests}
+    hits: dict[str, bool | None] = dict.fromkeys(removal.tables, True)
+    holder_digests, unknown_digests = [], []
     for version in versions:
         for part in version.parts:
-            if stored_in(part) and part.records.sha256 not in found:
+            if stored_in(part) and part.records.sha256 not in hits:
                 table = find_records(folder, part, ("outcome", "key", "source_sha256"), elsewhere)
-                found[part.records.sha256] = None if table is None else not removed.isdisjoint(_stored(table))
-        answers = {found[part.records.sha256] for part in version.parts if stored_in(part)}
+                hits[part.records.sha256] = None if table is None else not digests.isdisjoint(_stored_digests(table))
+        answers = {hits[part.records.sha256] for part in version.parts if stored_in(part)}
         if True in answers:
-            held.append(version.digest)
+            holder_digests.append(version.digest)
         elif None in answers:
-            unknown.append(version.digest)
-    return Holders(held=held, unknown=unknown)
+            unknown_digests.append(version.digest)
+    return Holders(held=holder_digests, unknown=unknown_digests)
 
 
 def held_keys(
@@ -270,28 +270,28 @@ def held_keys(
 
     Another data set may store the same files in another way, under other keys. Raises UserError for a damaged table.
     """
-    removed, found, whole = pa.array([*removal.image_keys, *removal.digests], pa.string()), list[str](), True
+    digests, keys, is_complete = pa.array([*removal.image_keys, *removal.digests], pa.string()), list[str](), True
     for part in filter(stored_in, version.parts):
         if (table := find_records(folder, part, ("outcome", "key", "source_sha256"), elsewhere)) is None:
-            whole = False
+            is_complete = False
             continue
-        of_image = pc.or_(*(pc.is_in(table[name], removed) for name in ("key", "source_sha256")))
-        found += table.filter(pc.and_(of_image, pc.is_in(table["outcome"], pa.array(STORED))))["key"].to_pylist()
-    return sorted(found), whole
+        is_match = pc.or_(*(pc.is_in(table[name], digests) for name in ("key", "source_sha256")))
+        keys += table.filter(pc.and_(is_match, pc.is_in(table["outcome"], pa.array(STORED))))["key"].to_pylist()
+    return sorted(keys), is_complete
 
 
-def _stored(records: pa.Table) -> set[str]:
+def _stored_digests(records: pa.Table) -> set[str]:
     """Return the keys of kept and dropped images and the digests of their files."""
-    stored = records.filter(pc.field("outcome").isin(STORED))
-    return {*stored["key"].to_pylist(), *stored["source_sha256"].to_pylist()}
+    rows = records.filter(pc.field("outcome").isin(STORED))
+    return {*rows["key"].to_pylist(), *rows["source_sha256"].to_pylist()}
 
 
 def still_held(folder: Path, removals: Sequence[Removal]) -> list[Removal]:
     """Return the ``removals`` of which the current version has images; raises UserError for a damaged table."""
     if not removals:
         return []
-    held: set[str] = set()
+    digests: set[str] = set()
     for part in read_manifest(folder).parts:
         if stored_in(part):
-            held |= _stored(read_records(folder, part, ("outcome", "key", "source_sha256")))
-    return [each for each in removals if not held.isdisjoint([*each.image_keys, *each.digests])]
+            digests |= _stored_digests(read_records(folder, part, ("outcome", "key", "source_sha256")))
+    return [removal for removal in removals if not digests.isdisjoint([*removal.image_keys, *removal.digests])]

@@ -148,17 +148,17 @@ def known_versions(folder: Path) -> dict[str, Manifest]:
     The current version and its line come first, newest first, then other lines, kept by ``remember``. Raises UserError
     if a manifest of its line is missing or damaged; others are logged.
     """
-    found = {manifest.digest: manifest for manifest in versions(folder)}
+    manifests = {manifest.digest: manifest for manifest in versions(folder)}
     for path in sorted((work_folder(folder) / "versions").glob("*.json")):
-        if path.stem not in found:
+        if path.stem not in manifests:
             data = path.read_bytes()
             try:
                 if sha256_bytes(data) != path.stem:
                     raise UserError(f"{path} is damaged: delete it")
-                found[path.stem] = parse_manifest(data, str(path))
+                manifests[path.stem] = parse_manifest(data, str(path))
             except UserError as error:
                 logger.warning("%s", error)
-    return found
+    return manifests
 
 
 def remember(folder: Path, manifest: Manifest) -> None:
@@ -172,8 +172,9 @@ def resolve(folder: Path, prefix: str | None) -> Manifest:
     """Return the version for ``prefix``, None: the current one; raises UserError if it fits none or several."""
     if prefix is None:
         return read_manifest(folder)
-    found = known_versions(folder)
-    return found[choose(prefix, {digest: each.content_digest for digest, each in found.items()}, folder.name)]
+    manifests = known_versions(folder)
+    candidates = {digest: manifest.content_digest for digest, manifest in manifests.items()}
+    return manifests[choose(prefix, candidates, folder.name)]
 
 
 def choose(prefix: str, candidates: dict[str, str], name: str) -> str:
@@ -181,20 +182,20 @@ def choose(prefix: str, candidates: dict[str, str], name: str) -> str:
     digits = prefix.lower()
     if len(digits) < SHORTEST or digits.strip("0123456789abcdef"):
         raise UserError(f"{prefix!r} names no version: give the first {SHORTEST} or more hex digits of its digest")
-    fitting = [digest for digest in candidates if digest.startswith(digits)]
-    if not fitting:
+    matches = [digest for digest in candidates if digest.startswith(digits)]
+    if not matches:
         # Versions of equal content differ in history alone: the first is returned.
         by_content = {content: digest for digest, content in reversed(candidates.items())}
-        fitting = [digest for content, digest in by_content.items() if content.startswith(digits)]
-    if len(fitting) == 1:
-        return fitting[0]
+        matches = [digest for content, digest in by_content.items() if content.startswith(digits)]
+    if len(matches) == 1:
+        return matches[0]
     if not candidates:
         raise UserError(f"there is no version of a data set {name}: run `darkroom ingest SOURCE --dataset {name}`")
-    shown = [f"{each[:12]} (content {candidates[each][:12]})" for each in (fitting or candidates)]
-    listed = ", ".join(shown[:10]) + (f" and {len(shown) - 10} more" if len(shown) > 10 else "")
-    if fitting:
-        raise UserError(f"{prefix} fits {len(fitting)} versions of data set {name}: give more digits of {listed}")
-    raise UserError(f"{prefix} is no version of data set {name}: there is {listed}")
+    descriptions = [f"{digest[:12]} (content {candidates[digest][:12]})" for digest in (matches or candidates)]
+    listing = ", ".join(descriptions[:10]) + (f" and {len(descriptions) - 10} more" if len(descriptions) > 10 else "")
+    if matches:
+        raise UserError(f"{prefix} fits {len(matches)} versions of data set {name}: give more digits of {listing}")
+    raise UserError(f"{prefix} is no version of data set {name}: there is {listing}")
 
 
 def standing(versions: Sequence[Manifest], read: ReadTable) -> list[dict[str, str] | None]:
@@ -202,8 +203,8 @@ def standing(versions: Sequence[Manifest], read: ReadTable) -> list[dict[str, st
 
     Of all records of a name, the last one counts. None for a version that needs an unavailable table.
     """
-    needed = [list(dropwhile(lambda part: not part.outcomes.get("quarantined"), each.parts)) for each in versions]
-    parts = {part.records.name: part for each in needed for part in each}
+    tails = [list(dropwhile(lambda part: not part.outcomes.get("quarantined"), version.parts)) for version in versions]
+    parts = {part.records.name: part for tail in tails for part in tail}
     records: dict[str, list[tuple[str, str]]] = {}
     names: set[str] = set()
     for name, part in sorted(parts.items(), key=lambda item: item[1].number):
@@ -212,12 +213,12 @@ def standing(versions: Sequence[Manifest], read: ReadTable) -> list[dict[str, st
             rows = [(source, reason if outcome == "quarantined" else "") for source, outcome, reason in outcomes]
             names.update(source for source, reason in rows if reason)
             records[name] = [row for row in rows if row[0] in names]
-    found: list[dict[str, str] | None] = []
-    for each in needed:
-        here = [records.get(part.records.name) for part in each]
-        last = dict(chain.from_iterable(rows or () for rows in here))
-        found.append(None if None in here else {name: last[name] for name in sorted(last) if last[name]})
-    return found
+    reasons: list[dict[str, str] | None] = []
+    for tail in tails:
+        tables = [records.get(part.records.name) for part in tail]
+        by_name = dict(chain.from_iterable(rows or () for rows in tables))
+        reasons.append(None if None in tables else {name: by_name[name] for name in sorted(by_name) if by_name[name]})
+    return reasons
 
 
 def _first(entries: dict[str, str], limit: int | None) -> list[QuarantineEntry]:
@@ -232,25 +233,25 @@ def log(folder: Path) -> Iterator[Step]:
 
 def history(folder: Path, elsewhere: Elsewhere = nowhere) -> list[HistoryEntry]:
     """Return all known versions, line by line, each before its parent; the line of the current one comes first."""
-    known = known_versions(folder)
-    current = next(iter(known))
-    parents = {version.parent for version in known.values()}
-    lines = [[version] for version in known.values() if version.digest not in parents]
+    manifests = known_versions(folder)
+    current = next(iter(manifests))
+    parents = {version.parent for version in manifests.values()}
+    lines = [[version] for version in manifests.values() if version.digest not in parents]
     for line in lines:
-        while (parent := known.get(line[-1].parent or "")) is not None:
+        while (parent := manifests.get(line[-1].parent or "")) is not None:
             line.append(parent)
     lines.sort(key=lambda line: (current not in (version.digest for version in line), -len(line)))
-    ordered = list({version.digest: version for line in lines for version in line}.values())
-    quarantines = standing(ordered, lambda part, columns: find_records(folder, part, columns, elsewhere))
+    ordered_versions = list({version.digest: version for line in lines for version in line}.values())
+    quarantines = standing(ordered_versions, lambda part, columns: find_records(folder, part, columns, elsewhere))
     return [
         HistoryEntry(
-            **dict(_step(version, known.get(version.parent or ""))),
+            **dict(_step(version, manifests.get(version.parent or ""))),
             parent=version.parent,
             current=version.digest == current,
             dropped=version.dropped,
             quarantined=None if quarantine is None else len(quarantine),
         )
-        for version, quarantine in zip(ordered, quarantines, strict=True)
+        for version, quarantine in zip(ordered_versions, quarantines, strict=True)
     ]
 
 
@@ -261,15 +262,15 @@ def show(folder: Path, version: Manifest, elsewhere: Elsewhere = nowhere, limit:
         outcomes.update(part.outcomes)
     (quarantine,) = standing([version], lambda part, columns: find_records(folder, part, columns, elsewhere))
     reasons = None if quarantine is None else Counter(sorted(quarantine.values())).most_common(5)
-    curated = [part for part in version.parts if part.outcomes.get("dropped")]
-    rows, dropped = list[dict[str, str]](), None
-    for part in curated:
+    curated_parts = [part for part in version.parts if part.outcomes.get("dropped")]
+    rows, drops = list[dict[str, str]](), None
+    for part in curated_parts:
         if (table := find_records(folder, part, ("source", "outcome", "reason"), elsewhere)) is None:
             break
         rows += table.filter(pc.field("outcome") == "dropped").to_pylist()
     else:
-        dropped = {row["source"]: row["reason"] for row in sorted(rows, key=itemgetter("source"))}
-    rules = None if dropped is None else Counter(reason.partition(" = ")[0] for reason in sorted(dropped.values()))
+        drops = {row["source"]: row["reason"] for row in sorted(rows, key=itemgetter("source"))}
+    rules = None if drops is None else Counter(reason.partition(" = ")[0] for reason in sorted(drops.values()))
     return Contents(
         dataset=version.name,
         digest=version.digest,
@@ -293,15 +294,15 @@ def show(folder: Path, version: Manifest, elsewhere: Elsewhere = nowhere, limit:
         quarantined=None if quarantine is None else _first(quarantine, limit),
         reasons=reasons and [Reason(reason=reason, count=count) for reason, count in reasons],
         dropped_count=version.dropped,
-        dropped=None if dropped is None else _first(dropped, limit),
+        dropped=None if drops is None else _first(drops, limit),
         rules=None if rules is None else [Reason(reason=rule, count=count) for rule, count in rules.most_common()],
     )
 
 
 def unshared(version: Manifest, other: Manifest) -> list[Part]:
     """Return the parts of ``version`` that are not in ``other``."""
-    theirs = {part.records.sha256 for part in other.parts}
-    return [part for part in version.parts if part.records.sha256 not in theirs]
+    other_digests = {part.records.sha256 for part in other.parts}
+    return [part for part in version.parts if part.records.sha256 not in other_digests]
 
 
 def kept_in(part: Part) -> int:
@@ -317,22 +318,22 @@ def stored_in(part: Part) -> int:
 def _step(version: Manifest, parent: Manifest | None) -> Step:
     """Count the images added and removed by ``version`` since ``parent``."""
     if parent is None:
-        added, removed = version.kept, 0
+        added_count, removed_count = version.kept, 0
     elif version.change == "rebuild":
-        added, removed = version.kept, parent.kept
+        added_count, removed_count = version.kept, parent.kept
     elif version.change == "compact":
-        added, removed = 0, 0
+        added_count, removed_count = 0, 0
     else:
-        before = {part.number: kept_in(part) for part in unshared(parent, version)}
-        after = {part.number: kept_in(part) for part in unshared(version, parent)}
-        grown = [after.get(number, 0) - before.get(number, 0) for number in {*before, *after}]
-        added, removed = sum(n for n in grown if n > 0), -sum(n for n in grown if n < 0)
+        old_counts = {part.number: kept_in(part) for part in unshared(parent, version)}
+        new_counts = {part.number: kept_in(part) for part in unshared(version, parent)}
+        changes = [new_counts.get(number, 0) - old_counts.get(number, 0) for number in {*old_counts, *new_counts}]
+        added_count, removed_count = sum(n for n in changes if n > 0), -sum(n for n in changes if n < 0)
     return Step(
         digest=version.digest,
         content_digest=version.content_digest,
         change=version.change,
-        added=added,
-        removed=removed,
+        added=added_count,
+        removed=removed_count,
         kept=version.kept,
     )
 
@@ -395,48 +396,53 @@ def diff(
 ) -> Difference:
     """Compare two versions, with ``limit`` samples of each kind; raises UserError if a table is damaged."""
     old_parts, new_parts = unshared(before, after), unshared(after, before)
-    left = _rewritten(folder, old_parts, new_parts, elsewhere) | _rewritten(folder, new_parts, old_parts, elsewhere)
+    remains = _remains(folder, old_parts, new_parts, elsewhere) | _remains(folder, new_parts, old_parts, elsewhere)
 
-    unread: set[str] = set()
+    unread_tables: set[str] = set()
 
     def read(part: Part, columns: Sequence[str]) -> pa.Table | None:
-        table = find_records(folder, left.get(part.records.sha256, part), columns, elsewhere)
-        if table is None and not part.outcomes.get("dropped") and (curated := _curated(part, before, after)):
-            table = find_records(folder, curated, columns, elsewhere)
-            table = None if table is None else _undropped(table)
+        table = find_records(folder, remains.get(part.records.sha256, part), columns, elsewhere)
+        if table is None and not part.outcomes.get("dropped") and (curated_part := _curated_part(part, before, after)):
+            table = find_records(folder, curated_part, columns, elsewhere)
+            table = None if table is None else _undo_drops(table)
         if table is None:
-            unread.add(part.records.name)
+            unread_tables.add(part.records.name)
         return table
 
-    old, new = _images(old_parts, left, read), _images(new_parts, left, read)
-    dropped_old, dropped_new = (_images(parts, {}, read, "dropped") for parts in (old_parts, new_parts))
-    reasons_old, reasons_new = standing([before, after], read)
+    old_images, new_images = _images(old_parts, remains, read), _images(new_parts, remains, read)
+    old_drops, new_drops = (_images(parts, {}, read, "dropped") for parts in (old_parts, new_parts))
+    old_reasons, new_reasons = standing([before, after], read)
 
     def samples(images: pa.Table) -> list[Sample]:
-        leading = images.sort_by("key").slice(0, limit).to_pylist()
-        return [Sample(**row) for row in leading if row["key"] is not None]
+        rows = images.sort_by("key").slice(0, limit).to_pylist()
+        return [Sample(**row) for row in rows if row["key"] is not None]
 
-    def only_in(this: pa.Table | None, other: pa.Table | None) -> VersionGroup[Sample] | None:
-        if this is None or other is None:
+    def only_in(table: pa.Table | None, other: pa.Table | None) -> VersionGroup[Sample] | None:
+        if table is None or other is None:
             return None
-        images = this.filter(pc.invert(pc.is_in(this["key"], other["key"], skip_nulls=True)))
+        images = table.filter(pc.invert(pc.is_in(table["key"], other["key"], skip_nulls=True)))
         return VersionGroup(count=len(images), samples=samples(images))
 
-    def changed() -> VersionGroup[Changed] | None:
-        if old is None or new is None:
+    def find_changes() -> VersionGroup[Changed] | None:
+        if old_images is None or new_images is None:
             return None
         # Keys are unique, so equal rows are of the same image.
-        was = old.filter(pc.is_in(old["key"], new["key"], skip_nulls=True)).sort_by("key")
-        now = new.filter(pc.is_in(new["key"], old["key"], skip_nulls=True)).sort_by("key")
-        pairs = ((pc.fill_null(was[name], ""), pc.fill_null(now[name], "")) for name in ("split", "label", "caption"))
-        differs = reduce(pc.or_, (pc.not_equal(*pair) for pair in pairs))
-        both = zip(samples(was.filter(differs)), samples(now.filter(differs)), strict=True)
-        return VersionGroup(count=pc.sum(differs).as_py() or 0, samples=[Changed(before=b, after=a) for b, a in both])
+        old_rows = old_images.filter(pc.is_in(old_images["key"], new_images["key"], skip_nulls=True)).sort_by("key")
+        new_rows = new_images.filter(pc.is_in(new_images["key"], old_images["key"], skip_nulls=True)).sort_by("key")
+        columns = (
+            (pc.fill_null(old_rows[name], ""), pc.fill_null(new_rows[name], ""))
+            for name in ("split", "label", "caption")
+        )
+        mask = reduce(pc.or_, (pc.not_equal(*pair) for pair in columns))
+        pairs = zip(samples(old_rows.filter(mask)), samples(new_rows.filter(mask)), strict=True)
+        return VersionGroup(count=pc.sum(mask).as_py() or 0, samples=[Changed(before=b, after=a) for b, a in pairs])
 
-    def quarantined(this: dict[str, str] | None, other: dict[str, str] | None) -> VersionGroup[QuarantineEntry] | None:
-        if unread or this is None or other is None:
+    def entries_only_in(
+        reasons: dict[str, str] | None, other: dict[str, str] | None
+    ) -> VersionGroup[QuarantineEntry] | None:
+        if unread_tables or reasons is None or other is None:
             return None
-        entries = {name: this[name] for name in this if name not in other}
+        entries = {name: reasons[name] for name in reasons if name not in other}
         return VersionGroup(count=len(entries), samples=_first(entries, limit))
 
     return Difference(
@@ -444,67 +450,67 @@ def diff(
         after=after.digest,
         same_content=before.content_digest == after.content_digest,
         kept=(before.kept, after.kept),
-        added=only_in(new, old),
-        removed=only_in(old, new),
-        dropped=only_in(dropped_new, dropped_old),
-        restored=only_in(dropped_old, dropped_new),
-        changed=changed(),
-        quarantined=quarantined(reasons_new, reasons_old),
-        cleared=quarantined(reasons_old, reasons_new),
-        storage=_differing(before.storage.model_dump(), after.storage.model_dump()),
-        classes=_differing(before.class_histogram, after.class_histogram, 0),
-        unread=sorted(unread),
+        added=only_in(new_images, old_images),
+        removed=only_in(old_images, new_images),
+        dropped=only_in(new_drops, old_drops),
+        restored=only_in(old_drops, new_drops),
+        changed=find_changes(),
+        quarantined=entries_only_in(new_reasons, old_reasons),
+        cleared=entries_only_in(old_reasons, new_reasons),
+        storage=_differences(before.storage.model_dump(), after.storage.model_dump()),
+        classes=_differences(before.class_histogram, after.class_histogram, 0),
+        unread=sorted(unread_tables),
     )
 
 
-def _rewritten(folder: Path, parts: list[Part], others: list[Part], elsewhere: Elsewhere) -> dict[str, Part]:
+def _remains(folder: Path, parts: list[Part], others: list[Part], elsewhere: Elsewhere) -> dict[str, Part]:
     """Return what a takedown made of those ``parts`` whose tables it deleted, by their tables' digests."""
-    numbered = {part.number: part for part in others}
+    parts_by_number = {part.number: part for part in others}
     return {
-        part.records.sha256: numbered[part.number]
+        part.records.sha256: parts_by_number[part.number]
         for part in parts
-        if part.number in numbered
-        and numbered[part.number].outcomes.get("removed", 0) > part.outcomes.get("removed", 0)
+        if part.number in parts_by_number
+        and parts_by_number[part.number].outcomes.get("removed", 0) > part.outcomes.get("removed", 0)
         and find_records(folder, part, ("outcome",), elsewhere) is None
     }
 
 
-def _curated(part: Part, *versions: Manifest) -> Part | None:
+def _curated_part(part: Part, *versions: Manifest) -> Part | None:
     """Return the part that curation made of ``part``, in whose table nothing is gone, if one of ``versions`` has it."""
-    others = (each for version in versions for each in version.parts if each.number == part.number)
-    return next((each for each in others if each.outcomes.get("dropped") and each.shard == part.shard), None)
+    others = (other for version in versions for other in version.parts if other.number == part.number)
+    return next((other for other in others if other.outcomes.get("dropped") and other.shard == part.shard), None)
 
 
-def _undropped(table: pa.Table) -> pa.Table:
+def _undo_drops(table: pa.Table) -> pa.Table:
     """Return the records as they were before curation dropped any."""
     outcome = pc.if_else(pc.equal(table["outcome"], "dropped"), "kept", table["outcome"])
     return table.set_column(table.column_names.index("outcome"), "outcome", outcome)
 
 
-def _images(parts: list[Part], left: dict[str, Part], read: ReadTable, outcome: Outcome = "kept") -> pa.Table | None:
-    """Return the images of ``parts``, of some what was ``left`` and removed; None if a table is unavailable."""
+def _images(parts: list[Part], remains: dict[str, Part], read: ReadTable, outcome: Outcome = "kept") -> pa.Table | None:
+    """Return the images of ``parts``, of ``remains`` also the removed ones; None if a table is unavailable."""
     tables = [pa.schema([RECORDS.field(name) for name in COLUMNS[1:]]).empty_table()]
-    gone: set[str] = set()
-    unknown = 0
+    removed_keys: set[str] = set()
+    unknown_count = 0
     # Most parts have no dropped images.
-    needed = [part for part in parts if outcome == "kept" or part.outcomes.get(outcome)]
-    for part, table in [(part, read(part, COLUMNS)) for part in needed]:
+    outcome_parts = [part for part in parts if outcome == "kept" or part.outcomes.get(outcome)]
+    for part, table in [(part, read(part, COLUMNS)) for part in outcome_parts]:
         if table is None:
             return None
         tables.append(table.filter(pc.field("outcome") == outcome).drop_columns("outcome"))
-        if (rest := left.get(part.records.sha256)) is None:
+        if (rest := remains.get(part.records.sha256)) is None:
             continue
         if part.outcomes.get("removed"):  # it is unknown which of them were removed before
-            unknown += kept_in(part) - kept_in(rest)
+            unknown_count += kept_in(part) - kept_in(rest)
         else:
-            gone.update(table.filter(pc.field("outcome") == "removed")["key"].to_pylist())
-    if left:
-        for each in tables:
-            gone.difference_update(each["key"].to_pylist())
-        tables.append(pa.table({"key": pa.array([*(gone - {""}), *[None] * unknown], pa.string())}))
+            removed_keys.update(table.filter(pc.field("outcome") == "removed")["key"].to_pylist())
+    if remains:
+        for image_table in tables:
+            removed_keys.difference_update(image_table["key"].to_pylist())
+        tables.append(pa.table({"key": pa.array([*(removed_keys - {""}), *[None] * unknown_count], pa.string())}))
     return pa.concat_tables(tables, promote_options="default")
 
 
-def _differing(before: dict[str, Any], after: dict[str, Any], absent: Any = None) -> dict[str, tuple[Any, Any]]:
+def _differences(before: dict[str, Any], after: dict[str, Any], absent: Any = None) -> dict[str, tuple[Any, Any]]:
     pairs = {name: (before.get(name, absent), after.get(name, absent)) for name in sorted({*before, *after})}
     return {name: (old, new) for name, (old, new) in pairs.items() if old != new}
