@@ -27,8 +27,8 @@ LONGEST_NAME = 200
 def plain_name(name: str) -> str:
     """Return ``name`` if it is valid as a path component, in an S3 key and as an MLflow name; else raise ValueError."""
     # MLflow allows no slash or colon in names, and no quote in search filters.
-    too_long, odd = not 0 < len(name) <= LONGEST_NAME, set(name) & set("/\\:'\"`")
-    if too_long or odd or name.startswith(".") or not name.isprintable():
+    is_too_long, separators = not 0 < len(name) <= LONGEST_NAME, set(name) & set("/\\:'\"`")
+    if is_too_long or separators or name.startswith(".") or not name.isprintable():
         raise ValueError("must be a plain name: letters, digits, dashes, no slash, colon or quote")
     return name
 

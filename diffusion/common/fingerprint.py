@@ -50,13 +50,13 @@ def resolve_precision(precision: Precision, device: torch.device = CPU) -> Liter
 
 def describe_precision(precision: Precision, device: torch.device = CPU) -> str:
     """Name the resolved precision and why it was chosen."""
-    resolved = resolve_precision(precision, device)
+    number_format = resolve_precision(precision, device)
     if precision != "auto":
-        return f"{resolved}, as configured"
+        return f"{number_format}, as configured"
     reasons = {"bf16": "the CPU has fast bf16 instructions", "fp32": "the CPU has no fast bf16 instructions"}
     if device.type == "cuda":
         reasons = {"bf16": "the GPU supports it", "fp32": "the GPU has no bf16"}
-    return f"{resolved}, as {reasons[resolved]}"
+    return f"{number_format}, as {reasons[number_format]}"
 
 
 def autocast(precision: Precision, device: torch.device = CPU) -> AbstractContextManager[object]:

@@ -83,11 +83,11 @@ def parse_hub_uri(uri: str, kind: Kind) -> tuple[str, str | None]:
     start = "hf://datasets/" if kind == "dataset" else "hf://"
     match = re.fullmatch(f"{start}({NAME})(?:@([^?#\\s]+))?", uri)
     if match is None or (kind == "model" and match[1].startswith(("datasets/", "spaces/"))):
-        raise UserError(f"{uri} names no {_called(kind)} of the Hugging Face Hub: write {start}OWNER/NAME@REVISION")
+        raise UserError(f"{uri} names no {_kind_name(kind)} of the Hugging Face Hub: write {start}OWNER/NAME@REVISION")
     return match[1], match[2]
 
 
-def _called(kind: Kind) -> str:
+def _kind_name(kind: Kind) -> str:
     return "data set" if kind == "dataset" else "model"
 
 
@@ -95,21 +95,21 @@ def read_front_matter(card: str) -> dict[str, Any]:
     """Parse the YAML at the beginning of the text of a card; empty if there is none, or it is damaged."""
     match = re.match(r"\ufeff?---\s*?\n(.*?)^---\s*$", card, re.DOTALL | re.MULTILINE)
     try:
-        found = yaml.safe_load(match[1]) if match else {}
+        front_matter = yaml.safe_load(match[1]) if match else {}
     except (yaml.YAMLError, ValueError, RecursionError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return front_matter if isinstance(front_matter, dict) else {}
 
 
 def licence_of(front_matter: Mapping[str, Any]) -> str | None:
     """Return the licence in a card's front matter: an identifier of the Hub, or the name or link of another licence."""
-    named = front_matter.get("license")
-    found = [each for each in (named if isinstance(named, list) else [named]) if isinstance(each, str)]
-    if found and found[0].lower() == "other":
+    value = front_matter.get("license")
+    names = [name for name in (value if isinstance(value, list) else [value]) if isinstance(name, str)]
+    if names and names[0].lower() == "other":
         others = (front_matter.get("license_name"), front_matter.get("license_link"))
-        found = [each for each in others if isinstance(each, str)][:1]
-    found = [each.strip() for each in found if each.strip().lower() not in NO_LICENCE and each.isprintable()]
-    return ", ".join(found)[:LONGEST_NAME] or None
+        names = [name for name in others if isinstance(name, str)][:1]
+    names = [name.strip() for name in names if name.strip().lower() not in NO_LICENCE and name.isprintable()]
+    return ", ".join(names)[:LONGEST_NAME] or None
 
 
 def hub_api() -> "HfApi":
@@ -171,8 +171,8 @@ def hub_errors(what: str) -> Iterator[None]:
             raise UserError(f"the Hub refuses access to {what} (HTTP {status}): {token}") from error
         if status not in (408, 425, 429) and status < 500:
             raise DarkroomError(f"the Hub answers HTTP {status} about {what}: check HF_ENDPOINT") from error
-        after = error.response.headers.get("Retry-After", "")
-        raise _Again(f"HTTP {status}", float(after[:6]) if after.isdigit() else None) from error
+        pause = error.response.headers.get("Retry-After", "")
+        raise _Again(f"HTTP {status}", float(pause[:6]) if pause.isdigit() else None) from error
     except (httpx2.InvalidURL, httpx2.UnsupportedProtocol) as error:
         raise UserError(f"HF_ENDPOINT leads nowhere ({error}): give https://HOST, or unset it") from error
     except httpx2.TransportError as error:
@@ -181,10 +181,10 @@ def hub_errors(what: str) -> Iterator[None]:
         raise DarkroomError(f"the answer about {what} is none of a Hub's: check HF_ENDPOINT") from error
 
 
-def retry(what: str, request: Callable[[], Result], progressed: Callable[[], bool] = lambda: False) -> Result:
+def retry(what: str, request: Callable[[], Result], has_progressed: Callable[[], bool] = lambda: False) -> Result:
     """Return the result of ``request``, repeated after transient failures: TRIES times at most without progress.
 
-    ``progressed``: whether the last, failed request brought anything.
+    ``has_progressed``: whether the last, failed request brought anything.
 
     Raises UserError as ``hub_errors`` does, and TransientError if the Hub cannot be reached.
     """
@@ -194,7 +194,7 @@ def retry(what: str, request: Callable[[], Result], progressed: Callable[[], boo
             with hub_errors(what):
                 return request()
         except _Again as error:
-            failures = 1 if progressed() else failures + 1
+            failures = 1 if has_progressed() else failures + 1
             if failures >= TRIES:
                 raise TransientError(
                     f"the Hub gave no whole answer about {what} ({' '.join(str(error).split())[:200]}), at each of "
@@ -218,17 +218,17 @@ class Repository:
         """Resolve a branch, tag or commit (None: ``main``); raises UserError naming what there is instead."""
         from huggingface_hub.errors import RevisionNotFoundError
 
-        api, what = hub_api(), f"{_called(kind)} {name}"
+        api, what = hub_api(), f"{_kind_name(kind)} {name}"
 
         def request() -> Any:
             with suppress(RevisionNotFoundError):
                 return api.repo_info(name, repo_type=kind, revision=revision, timeout=SECONDS)
 
         if (info := retry(what, request)) is None:
-            found = retry(what, lambda: api.list_repo_refs(name, repo_type=kind))
-            names = [each.name for each in (*found.branches, *found.tags)]
-            there = ", ".join(names[:20]) or "none"
-            raise UserError(f"{what} has no revision {revision}: there is {there}")
+            refs = retry(what, lambda: api.list_repo_refs(name, repo_type=kind))
+            names = [ref.name for ref in (*refs.branches, *refs.tags)]
+            alternatives = ", ".join(names[:20]) or "none"
+            raise UserError(f"{what} has no revision {revision}: there is {alternatives}")
         commit = str(info.sha or "")
         if not COMMIT.fullmatch(commit):
             raise DarkroomError(f"the Hub names no commit of {what}: check HF_ENDPOINT")
@@ -249,23 +249,23 @@ class Repository:
         api = hub_api()
 
         def request() -> list[HubFile]:
-            found = api.list_repo_tree(self.name, recursive=True, revision=self.commit, repo_type=self.kind)
+            entries = api.list_repo_tree(self.name, recursive=True, revision=self.commit, repo_type=self.kind)
             return [
-                HubFile(each.path, each.lfs.size, each.lfs.sha256)
-                if each.lfs
-                else HubFile(each.path, each.size, each.blob_id)
-                for each in found
-                if isinstance(each, RepoFile)
+                HubFile(entry.path, entry.lfs.size, entry.lfs.sha256)
+                if entry.lfs
+                else HubFile(entry.path, entry.size, entry.blob_id)
+                for entry in entries
+                if isinstance(entry, RepoFile)
             ]
 
         files = retry(self.uri, request)
-        for each in files:
-            parts = each.path.split("/")
-            if each.path.startswith("/") or {"", ".", ".."} & set(parts) or "\\" in each.path or "\0" in each.path:
-                raise DarkroomError(f"{self.uri} lists {each.path!a}, which is no path in it: use another repository")
-            if not re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", each.digest) or each.size < 0:
-                raise DarkroomError(f"{self.uri} lists {each.path} without a digest and size: use another repository")
-        return {each.path: each for each in sorted(files)}
+        for file in files:
+            parts = file.path.split("/")
+            if file.path.startswith("/") or {"", ".", ".."} & set(parts) or "\\" in file.path or "\0" in file.path:
+                raise DarkroomError(f"{self.uri} lists {file.path!a}, which is no path in it: use another repository")
+            if not re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", file.digest) or file.size < 0:
+                raise DarkroomError(f"{self.uri} lists {file.path} without a digest and size: use another repository")
+        return {file.path: file for file in sorted(files)}
 
     @cached_property
     def card(self) -> dict[str, Any]:
@@ -320,13 +320,13 @@ class Repository:
         api = hub_api()
         url = hf_hub_url(self.name, file.path, repo_type=self.kind, revision=self.commit, endpoint=api.endpoint)
         headers = build_hf_headers(token=api.token, library_name="darkroom") | {"Accept-Encoding": "identity"}
-        where, begun = f"{file.path} of {self.uri}", 0
+        source, offset = f"{file.path} of {self.uri}", 0
 
         def request() -> None:
-            nonlocal begun
-            begun = data.seek(0, os.SEEK_END)
-            wanted = {"Range": f"bytes={begun}-"} if begun else {}
-            with get_session().stream("GET", url, headers=headers | wanted, timeout=SECONDS) as response:
+            nonlocal offset
+            offset = data.seek(0, os.SEEK_END)
+            range_header = {"Range": f"bytes={offset}-"} if offset else {}
+            with get_session().stream("GET", url, headers=headers | range_header, timeout=SECONDS) as response:
                 hf_raise_for_status(response)
                 if response.status_code != 206:
                     data.seek(0)
@@ -339,11 +339,11 @@ class Repository:
                 raise _Again(f"{data.tell()} of {file.size} bytes")
 
         if data.seek(0, os.SEEK_END) < file.size:
-            retry(where, request, lambda: data.seek(0, os.SEEK_END) > begun)
+            retry(source, request, lambda: data.seek(0, os.SEEK_END) > offset)
         if not file.is_whole(data):
             data.seek(0)
             data.truncate()
             raise DarkroomError(
-                f"{where} came with other bytes than those of its listing ({file.size}, {file.digest}): give the same "
+                f"{source} came with other bytes than those of its listing ({file.size}, {file.digest}): give the same "
                 "command again, and if that does not help use another HF_ENDPOINT"
             )

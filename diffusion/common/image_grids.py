@@ -36,13 +36,13 @@ def grid(images: Images, columns: int | None = None, pad: int = 2, scale: int | 
     columns = columns or max(1, math.ceil(math.sqrt(count)))
     scale = scale or max(1, round(64 / max(height, width)))
     rows = math.ceil(count / columns)
-    high, wide = height * scale + pad, width * scale + pad
-    sheet = np.full((rows * high + pad, columns * wide + pad, channels), 255, dtype=np.uint8)
+    cell_height, cell_width = height * scale + pad, width * scale + pad
+    sheet = np.full((rows * cell_height + pad, columns * cell_width + pad, channels), 255, dtype=np.uint8)
     for number, image in enumerate(images):
         pixels = image.repeat_interleave(scale, 1).repeat_interleave(scale, 2).permute(1, 2, 0).cpu().numpy()
         own_height, own_width, _ = pixels.shape
-        top = number // columns * high + pad + (height * scale - own_height) // 2
-        left = number % columns * wide + pad + (width * scale - own_width) // 2
+        top = number // columns * cell_height + pad + (height * scale - own_height) // 2
+        left = number % columns * cell_width + pad + (width * scale - own_width) // 2
         sheet[top : top + own_height, left : left + own_width] = pixels
     return Image.fromarray(sheet[..., 0] if channels == 1 else sheet)
 
@@ -59,14 +59,14 @@ def beside(*sets: Images) -> list[Tensor]:
 
 def blocks(small: Images, scale: int) -> list[Tensor]:
     """Enlarge ``small`` images, each (C, h, w), to (C, h·scale, w·scale) by repeating pixels."""
-    return [each.repeat_interleave(scale, 1).repeat_interleave(scale, 2) for each in small]
+    return [image.repeat_interleave(scale, 1).repeat_interleave(scale, 2) for image in small]
 
 
 def above(images: Images, others: Images, columns: int = 8, scale: int | None = None) -> Image.Image:
     """Arrange ``images`` above their counterparts in ``others``, each (C, H, W) uint8, in full rows only."""
     columns = min(columns, len(images))
-    full = len(images) // columns * columns
-    rows = (range(start, start + columns) for start in range(0, full, columns))
+    count = len(images) // columns * columns
+    rows = (range(start, start + columns) for start in range(0, count, columns))
     return grid([half[number] for row in rows for half in (images, others) for number in row], columns, scale=scale)
 
 
@@ -77,11 +77,11 @@ def png_bytes(image: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-def marked_png(image: Image.Image, about: Mapping[str, str | None]) -> bytes:
-    """Encode ``image`` as PNG with IPTC's source type and the entries of ``about`` as text chunks ``darkroom:NAME``."""
+def marked_png(image: Image.Image, entries: Mapping[str, str | None]) -> bytes:
+    """Encode ``image`` as PNG with IPTC's source type and ``entries`` as text chunks ``darkroom:NAME``."""
     texts = PngInfo()
     texts.add_itxt("XML:com.adobe.xmp", XMP)
-    for name, text in about.items():
+    for name, text in entries.items():
         if text:
             texts.add_itxt(f"darkroom:{name}", text)
     buffer = io.BytesIO()

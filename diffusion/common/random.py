@@ -51,24 +51,24 @@ class Permutation:
             return np.take(self.whole, places)
         values = self._network(np.asarray(places, np.uint64))
         # Fewer than 2 √length of side² numbers are out of range.
-        while (outside := values >= self.length).any():
-            values[outside] = self._network(values[outside])
+        while (is_outside := values >= self.length).any():
+            values[is_outside] = self._network(values[is_outside])
         return values.astype(np.int64)
 
     def _network(self, values: np.ndarray) -> np.ndarray:
         left, right = np.divmod(values, np.uint64(self.side))
         for key in self.keys:
             left, right = right, (left + _mix(right ^ key) % np.uint64(self.side)) % np.uint64(self.side)
-        mixed: np.ndarray = left * np.uint64(self.side) + right
-        return mixed
+        output: np.ndarray = left * np.uint64(self.side) + right
+        return output
 
 
 def _mix(values: np.ndarray) -> np.ndarray:
     """Mix the bits of uint64 numbers: the finalizer of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014)."""
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    mixed: np.ndarray = values ^ (values >> np.uint64(31))
-    return mixed
+    bits: np.ndarray = values ^ (values >> np.uint64(31))
+    return bits
 
 
 def uniform(seed: int, stream: str, indices: Sequence[int]) -> Tensor:
@@ -85,5 +85,5 @@ class GaussianNoise:
 
     def __call__(self) -> Tensor:
         """Sample the next noise of every image."""
-        noise = [each.standard_normal(self.shape, dtype=np.float32) for each in self.generators]
+        noise = [rng.standard_normal(self.shape, dtype=np.float32) for rng in self.generators]
         return torch.from_numpy(np.stack(noise))

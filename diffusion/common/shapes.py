@@ -22,9 +22,9 @@ Images: TypeAlias = Union["Tensor", "list[Tensor]"]
 
 def parse_shape(text: str) -> Shape:
     """Parse a shape as people write it, 96x64, to height and width; raises ValueError for anything else."""
-    if not (found := re.fullmatch(r"([1-9]\d{0,4})[x×]([1-9]\d{0,4})", text)):
+    if not (match := re.fullmatch(r"([1-9]\d{0,4})[x×]([1-9]\d{0,4})", text)):
         raise ValueError(f"{text[:30]!r} is no size: write WIDTHxHEIGHT in pixels, as 96x64")
-    return int(found[2]), int(found[1])
+    return int(match[2]), int(match[1])
 
 
 def shape_name(shape: Shape) -> str:
@@ -32,8 +32,8 @@ def shape_name(shape: Shape) -> str:
     return f"{shape[1]}x{shape[0]}"
 
 
-def _parse_size(given: Any) -> Shape:
-    height, width = parse_shape(given) if isinstance(given, str) else given
+def _parse_size(value: Any) -> Shape:
+    height, width = parse_shape(value) if isinstance(value, str) else value
     if not all(isinstance(side, int) and 8 <= side <= LARGEST_SIDE for side in (height, width)):
         raise ValueError(f"a size is WIDTHxHEIGHT in pixels, each from 8 to {LARGEST_SIDE}, such as 96x64")
     return height, width
@@ -66,7 +66,7 @@ def stack_images(images: Sequence[Tensor]) -> Images:
     """Stack ``images``, each (C, H, W), if all have one shape; list them otherwise."""
     import torch
 
-    return torch.stack(list(images)) if len({each.shape for each in images}) == 1 else list(images)
+    return torch.stack(list(images)) if len({image.shape for image in images}) == 1 else list(images)
 
 
 def by_shape(images: Images, work: Callable[[Tensor], Tensor]) -> Tensor:
@@ -77,36 +77,36 @@ def by_shape(images: Images, work: Callable[[Tensor], Tensor]) -> Tensor:
         return work(images)
     rows: list[Tensor] = [torch.empty(0)] * len(images)
     for numbers in numbers_by_shape(map(height_and_width, images)).values():
-        found = work(torch.stack([images[number] for number in numbers]))
-        for number, row in zip(numbers, found, strict=True):
+        results = work(torch.stack([images[number] for number in numbers]))
+        for number, row in zip(numbers, results, strict=True):
             rows[number] = row
     return torch.stack(rows)
 
 
 def numbers_by_shape(shapes: Iterable[Shape]) -> dict[Shape, list[int]]:
     """Group the numbers 0, 1 … of ``shapes`` by shape, in the order in which each comes first."""
-    found: dict[Shape, list[int]] = {}
+    numbers: dict[Shape, list[int]] = {}
     for number, shape in enumerate(shapes):
-        found.setdefault(shape, []).append(number)
-    return found
+        numbers.setdefault(shape, []).append(number)
+    return numbers
 
 
 def apportion(counts: Mapping[Shape, int], total: int) -> dict[Shape, int]:
     """Divide ``total`` images among shapes in proportion to ``counts`` (largest remainders); without those of none."""
-    everything = sum(counts.values())
-    found = {shape: total * count // everything for shape, count in counts.items()}
-    rest = sorted(counts, key=lambda shape: -(total * counts[shape] % everything))
-    for shape in rest[: total - sum(found.values())]:
-        found[shape] += 1
-    return {shape: count for shape, count in found.items() if count}
+    count_sum = sum(counts.values())
+    shares = {shape: total * count // count_sum for shape, count in counts.items()}
+    rest = sorted(counts, key=lambda shape: -(total * counts[shape] % count_sum))
+    for shape in rest[: total - sum(shares.values())]:
+        shares[shape] += 1
+    return {shape: count for shape, count in shares.items() if count}
 
 
 def interleave(counts: Mapping[Shape, int]) -> list[tuple[Shape, int]]:
     """List the images 0, 1 … of each shape so that any first ones have about the shares of all."""
-    every = [(shape, number) for shape, count in counts.items() for number in range(count)]
-    return sorted(every, key=lambda each: (each[1] + 0.5) / counts[each[0]])
+    sequence = [(shape, number) for shape, count in counts.items() for number in range(count)]
+    return sorted(sequence, key=lambda item: (item[1] + 0.5) / counts[item[0]])
 
 
 def mirror(images: Images) -> Images:
     """Mirror images from left to right."""
-    return [each.flip(-1) for each in images] if isinstance(images, list) else images.flip(-1)
+    return [image.flip(-1) for image in images] if isinstance(images, list) else images.flip(-1)

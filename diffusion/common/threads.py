@@ -39,14 +39,14 @@ class Shared:
 
 @contextmanager
 def _one_torch_thread() -> Iterator[None]:
-    before, libc = torch.get_num_threads(), ctypes.CDLL(None)
+    thread_count, libc = torch.get_num_threads(), ctypes.CDLL(None)
     if glibc := hasattr(libc, "mallopt"):
         # M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD: otherwise each training step returns the memory of activations
         # to the system and gets it again page by page, which takes 4 to 8 % of the time.
         for option, value in ((-1, 2**31 - 1), (-2, 2**26), (-3, 2**25)):
             libc.mallopt(option, value)
     yield
-    torch.set_num_threads(before)
+    torch.set_num_threads(thread_count)
     if glibc:
         libc.malloc_trim(0)
 

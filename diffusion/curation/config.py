@@ -92,8 +92,8 @@ class CurationConfig(Config):
     @property
     def limits(self) -> dict[str, float]:
         """Return the rules on single images: names such as ``min_side``, with their thresholds."""
-        found = {name: getattr(self, name) for name in type(self).model_fields if name.startswith(("min_", "max_"))}
-        return {name: limit for name, limit in found.items() if limit is not None and name != "max_dropped"}
+        values = {name: getattr(self, name) for name in type(self).model_fields if name.startswith(("min_", "max_"))}
+        return {name: limit for name, limit in values.items() if limit is not None and name != "max_dropped"}
 
     @property
     def compares_features(self) -> bool:

@@ -79,19 +79,19 @@ class CurationResult(Config):
 
     def lines(self, dry_run: bool = False) -> list[str]:
         """Describe the result; ``dry_run``: of rules that were not applied."""
-        would, unmade = ("would be ", " would be made") if dry_run else ("", "")
-        more = self.dropped - len(self.images[:SHOWN])
+        verb_prefix, version_suffix = ("would be ", " would be made") if dry_run else ("", "")
+        rest = self.dropped - len(self.images[:SHOWN])
         # `data show` knows nothing of what was not applied.
-        others = f"--json (up to {MAX_LISTED:,})" if dry_run else f"darkroom data show --dataset {self.dataset} --all"
+        hint = f"--json (up to {MAX_LISTED:,})" if dry_run else f"darkroom data show --dataset {self.dataset} --all"
         rules = ", ".join(f"{count:,} by {rule}" for rule, count in self.rules.items())
         changes = f"{self.newly_dropped:,} newly dropped, {self.restored:,} brought back"
         return [
-            f"{counted(self.kept, 'image')} {would}kept, {self.dropped:,} {would}dropped ({changes})",
+            f"{counted(self.kept, 'image')} {verb_prefix}kept, {self.dropped:,} {verb_prefix}dropped ({changes})",
             *([f"rules      {rules}"] if rules else []),
             *([] if self.semantic_distance is None else [f"semantic   distance {self.semantic_distance:.4g}"]),
-            *(f"  dropped: {each.source}: {each.reason}" for each in self.images[:SHOWN]),
-            *([f"  … and {more:,} more: {others}"] if more > 0 else []),
-            *([] if self.changed else [f"no new version{unmade}: the rules decide as in {self.digest[:12]}"]),
+            *(f"  dropped: {image.source}: {image.reason}" for image in self.images[:SHOWN]),
+            *([f"  … and {rest:,} more: {hint}"] if rest > 0 else []),
+            *([] if self.changed else [f"no new version{version_suffix}: the rules decide as in {self.digest[:12]}"]),
         ]
 
 
@@ -141,7 +141,7 @@ def decide(
 
         columns["outlier"] = outlier_scores(measurements.features)
     reasons: list[str | None] = [None] * len(measurements)
-    kept_instead: list[str | None] = [None] * len(measurements)
+    leader_keys: list[str | None] = [None] * len(measurements)
     for rule, limit in config.limits.items():
         bound, _, name = rule.partition("_")
         values = columns[name]
@@ -149,11 +149,11 @@ def decide(
             reasons[row] = reasons[row] or f"{rule} = {limit:g}: {name} is {values[row]:.6g}"
     records = measurements.records
     area = records["width"].to_numpy().astype(np.int64) * records["height"].to_numpy()
-    preferred = np.lexsort((np.arange(len(area)), -area))
+    preference = np.lexsort((np.arange(len(area)), -area))
     keys, labels = records["key"].to_pylist(), records["label"].to_pylist()
 
-    def left() -> np.ndarray:
-        return preferred[[reasons[row] is None for row in preferred]]
+    def remaining_rows() -> np.ndarray:
+        return preference[[reasons[row] is None for row in preference]]
 
     def classes(verdict: Verdict) -> Sequence[str | None]:
         return labels if verdict == "one_per_class" else [None] * len(labels)
@@ -162,26 +162,26 @@ def decide(
     if (verdict := config.near_duplicates) is not None:
         from diffusion.curation.duplicates import leaders_by_hash
 
-        leaders = leaders_by_hash(measurements.phashes, left(), classes(verdict), config.near_duplicate_bits)
+        leaders = leaders_by_hash(measurements.phashes, remaining_rows(), classes(verdict), config.near_duplicate_bits)
         near = Grouping(leaders, config.near_duplicate_bits)
         for row in np.flatnonzero(leaders != np.arange(len(leaders))) if verdict != "report" else ():
-            own, other = (int(measurements.phashes[each], 16) for each in (row, leaders[row]))
-            bits = f"{(own ^ other).bit_count()} bits (at most {config.near_duplicate_bits})"
-            kept_instead[row] = leader = keys[leaders[row]]
+            phash, leader_phash = (int(measurements.phashes[number], 16) for number in (row, leaders[row]))
+            bits = f"{(phash ^ leader_phash).bit_count()} bits (at most {config.near_duplicate_bits})"
+            leader_keys[row] = leader = keys[leaders[row]]
             reasons[row] = f"near_duplicates = {verdict}: {bits} from {leader[:16]}"
     if (verdict := config.semantic_duplicates) is not None:
         from diffusion.curation.duplicates import leaders_by_features
 
         assert measurements.features is not None
         limit = config.semantic_distance or _calibrate(folder, manifest, measurements, evaluation)
-        leaders = leaders_by_features(measurements.features, left(), classes(verdict), limit)
+        leaders = leaders_by_features(measurements.features, remaining_rows(), classes(verdict), limit)
         semantic = Grouping(leaders, limit)
         for row in np.flatnonzero(leaders != np.arange(len(leaders))) if verdict != "report" else ():
-            apart = (measurements.features[row] - measurements.features[leaders[row]]).norm().item()
-            distance = f"distance {apart:.3g} (at most {limit:.4g})"
-            kept_instead[row] = leader = keys[leaders[row]]
+            separation = (measurements.features[row] - measurements.features[leaders[row]]).norm().item()
+            distance = f"distance {separation:.3g} (at most {limit:.4g})"
+            leader_keys[row] = leader = keys[leaders[row]]
             reasons[row] = f"semantic_duplicates = {verdict}: {distance} from {leader[:16]}"
-    return Decision(reasons, kept_instead, columns, near, semantic)
+    return Decision(reasons, leader_keys, columns, near, semantic)
 
 
 def _calibrate(folder: Path, manifest: Manifest, measurements: Measurements, evaluation: EvaluationConfig) -> float:
@@ -189,19 +189,19 @@ def _calibrate(folder: Path, manifest: Manifest, measurements: Measurements, eva
 
     assert measurements.features is not None
     # Keys are digests, so the first ones are a random sample that stays nearly the same when images are added.
-    chosen = measurements.records.slice(0, CALIBRATION_IMAGES)
-    return calibrate_distance(measurements.features, images_of(folder, manifest, chosen), extractor_of(evaluation))
+    records = measurements.records.slice(0, CALIBRATION_IMAGES)
+    return calibrate_distance(measurements.features, images_of(folder, manifest, records), extractor_of(evaluation))
 
 
 def images_of(folder: Path, manifest: Manifest, records: pa.Table) -> list[np.ndarray]:
     """Read the images of ``records``, rows of ``Measurements``, in their order: each (H, W, 3) uint8."""
     shards, parts = LocalShards(folder), records["part"].to_numpy()
-    found: dict[int, np.ndarray] = {}
+    images: dict[int, np.ndarray] = {}
     for number in np.unique(parts).tolist():
         rows = np.flatnonzero(parts == number)
-        found |= zip(rows.tolist(), read_images(shards, manifest.parts[number], records.take(rows)), strict=True)
+        images |= zip(rows.tolist(), read_images(shards, manifest.parts[number], records.take(rows)), strict=True)
     shards.close()
-    return [found[row] for row in range(len(records))]
+    return [images[row] for row in range(len(records))]
 
 
 def curate(
@@ -234,43 +234,43 @@ def curate(
         nsfw = config.nsfw is not None and config.nsfw.path.is_file() and sha256_file(config.nsfw.path)
         rules = digest_of([FORMAT, config.model_dump(mode="json"), evaluation.model_dump(mode="json"), nsfw])
         stamp = {"version": before.digest, "rules": rules}
-        done = work / "curated.json"
+        stamp_path = work / "curated.json"
         with suppress(FileNotFoundError, ValueError):
-            if json.loads(done.read_bytes()) == stamp:
+            if json.loads(stamp_path.read_bytes()) == stamp:
                 return _result(folder, before, None, changed=False)
         require_whole(folder, before)
         measurements = measure(folder, before, config, evaluation, fan_out or local_fan_out(ingest), progress)
         decision = decide(folder, before, measurements, config, evaluation)
         _require_enough(before, decision, config)
-        differs = _differing(measurements, decision)
+        differs = _find_changes(measurements, decision)
         after = before
         if differs.any() and not dry_run:
             after = _apply(folder, before, measurements, decision, differs, ingest)
         if not dry_run:
             remove_strays(folder)
-            write_json(done, stamp | {"version": after.digest})
+            write_json(stamp_path, stamp | {"version": after.digest})
         return _result(folder, after, (measurements, decision), changed=bool(differs.any()))
 
 
-def _differing(measurements: Measurements, decision: Decision) -> np.ndarray:
+def _find_changes(measurements: Measurements, decision: Decision) -> np.ndarray:
     """Return for which images the outcome, the rule or the leader change, (N,) bool.
 
     Not the reason: percentiles and calibrated distances in it change with every image that comes.
     """
     records = measurements.records
-    dropped, reasons = (pc.equal(records["outcome"], "dropped").to_pylist(), records["reason"].to_pylist())
-    rules = (rule_of(reason) if is_dropped else None for is_dropped, reason in zip(dropped, reasons, strict=True))
+    drop_flags, reasons = (pc.equal(records["outcome"], "dropped").to_pylist(), records["reason"].to_pylist())
+    rules = (rule_of(reason) if is_dropped else None for is_dropped, reason in zip(drop_flags, reasons, strict=True))
     before = zip(rules, records["leader"].to_pylist(), strict=True)
     after = zip(map(rule_of, decision.reasons), decision.leaders, strict=True)
     return np.array([new != old for new, old in zip(after, before, strict=True)], bool)
 
 
 def _require_enough(manifest: Manifest, decision: Decision, config: CurationConfig) -> None:
-    stored, dropped = len(decision.reasons), sum(reason is not None for reason in decision.reasons)
-    if dropped == stored or dropped > config.max_dropped * stored:
+    total, drop_count = len(decision.reasons), sum(reason is not None for reason in decision.reasons)
+    if drop_count == total or drop_count > config.max_dropped * total:
         rules = ", ".join(f"{count:,} by {rule}" for rule, count in decision.rules.items())
         raise UserError(
-            f"curation would drop {dropped:,} of {stored:,} images of data set {manifest.name} ({rules}), more than "
+            f"curation would drop {drop_count:,} of {total:,} images of data set {manifest.name} ({rules}), more than "
             f"the share of {config.max_dropped:g} that curation.max_dropped allows: loosen these rules, or allow more"
         )
 
@@ -285,8 +285,8 @@ def _apply(
 ) -> Manifest:
     """Write the version with the outcomes of ``decision``, in which images that ``differs`` selects change."""
     records, parts = measurements.records, list(before.parts)
-    decided = zip(decision.reasons, decision.leaders, strict=True)
-    decisions = dict(zip(records["key"].to_pylist(), decided, strict=True))
+    pairs = zip(decision.reasons, decision.leaders, strict=True)
+    decisions = dict(zip(records["key"].to_pylist(), pairs, strict=True))
     index_path, bits = work_folder(folder) / "index.sqlite", ingest.near_duplicate_bits(before.near_duplicate_bits)
     with closing(Index(index_path, folder, before, bits)) as index, index.transaction():
         for place in np.unique(records["part"].to_numpy()[differs]).tolist():
@@ -306,21 +306,21 @@ def _apply(
 
 
 def _result(
-    folder: Path, manifest: Manifest, decided: tuple[Measurements, Decision] | None, changed: bool
+    folder: Path, manifest: Manifest, curation: tuple[Measurements, Decision] | None, changed: bool
 ) -> CurationResult:
     """Describe ``manifest``, and what was decided that led to it, or would lead to another version."""
-    if decided is None:
+    if curation is None:
         parts = [part for part in manifest.parts if part.outcomes.get("dropped")]
         tables = [read_records(folder, part, ("outcome", "key", "source", "reason")) for part in parts]
         rows = [row for table in tables for row in table.filter(pc.field("outcome") == "dropped").to_pylist()]
-        newly = restored = 0
+        new_count = restored_count = 0
     else:
-        measurements, decision = decided
+        measurements, decision = curation
         columns = measurements.records.select(["key", "source", "outcome"]).to_pylist()
-        both = [row | {"reason": reason} for row, reason in zip(columns, decision.reasons, strict=True)]
-        rows = [row for row in both if row["reason"] is not None]
-        newly = sum(row["outcome"] == "kept" for row in rows)
-        restored = sum(row["outcome"] == "dropped" and row["reason"] is None for row in both)
+        stored_rows = [row | {"reason": reason} for row, reason in zip(columns, decision.reasons, strict=True)]
+        rows = [row for row in stored_rows if row["reason"] is not None]
+        new_count = sum(row["outcome"] == "kept" for row in rows)
+        restored_count = sum(row["outcome"] == "dropped" and row["reason"] is None for row in stored_rows)
     rows.sort(key=lambda row: row["key"])
     rules = Counter(filter(None, (rule_of(row["reason"]) for row in rows))).most_common()
     total = manifest.kept + manifest.dropped
@@ -331,11 +331,11 @@ def _result(
         changed=changed,
         kept=total - len(rows),
         dropped=len(rows),
-        newly_dropped=newly,
-        restored=restored,
+        newly_dropped=new_count,
+        restored=restored_count,
         rules=dict(rules),
         images=[DroppedImage(key=row["key"], source=row["source"], reason=row["reason"]) for row in rows[:MAX_LISTED]],
-        semantic_distance=decided[1].semantic.limit if decided and decided[1].semantic else None,
+        semantic_distance=curation[1].semantic.limit if curation and curation[1].semantic else None,
     )
 
 
@@ -349,7 +349,7 @@ def curate_ingested(
     fan_out: FanOut | None = None,
 ) -> IngestResult:
     """Curate the data set of an ingest, and return its result with the version made so; see ``curate``."""
-    done = curate(result.folder, config, ingest, evaluation, progress, fan_out=fan_out)
-    version = {name: getattr(done, name) for name in ("content_digest", "digest", "kept")}
-    dropped = done.dropped if config.drops or done.changed else None
-    return result.model_copy(update=version | {"changed": result.changed or done.changed, "dropped": dropped})
+    curation = curate(result.folder, config, ingest, evaluation, progress, fan_out=fan_out)
+    version = {name: getattr(curation, name) for name in ("content_digest", "digest", "kept")}
+    dropped_count = curation.dropped if config.drops or curation.changed else None
+    return result.model_copy(update=version | {"changed": result.changed or curation.changed, "dropped": dropped_count})

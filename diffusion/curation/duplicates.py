@@ -44,8 +44,8 @@ def leaders_by_hash(phashes: Sequence[str], order: np.ndarray, classes: Sequence
         groups = HashGroups(database, bits)
         for number in order.tolist():
             phash, label = bytes.fromhex(phashes[number]), repr(classes[number])
-            near = (int.from_bytes(root, "big") for root, each in groups.groups_near(phash) if each == label)
-            if (leader := next(near, None)) is None:
+            matches = (int.from_bytes(root, "big") for root, category in groups.groups_near(phash) if category == label)
+            if (leader := next(matches, None)) is None:
                 groups.add_group(phash, label, number.to_bytes(8, "big"))
             else:
                 leaders[number] = leader
@@ -55,40 +55,40 @@ def leaders_by_hash(phashes: Sequence[str], order: np.ndarray, classes: Sequence
 def leaders_by_features(features: Tensor, order: np.ndarray, classes: Sequence[str | None], limit: float) -> np.ndarray:
     """Find leaders as ``leaders_by_hash`` does, of images whose ``features`` (N, D) are at most ``limit`` apart."""
     names = {name: number for number, name in enumerate(sorted(set(map(repr, classes))))}
-    labels = torch.tensor([names[repr(each)] for each in classes])
+    labels = torch.tensor([names[repr(label)] for label in classes])
     centre, leaders = features.mean(0), np.arange(len(features))
-    found = torch.empty(len(order), dtype=torch.int64)  # the leaders, in the order of their finding
+    leader_rows = torch.empty(len(order), dtype=torch.int64)  # the leaders, in the order of their finding
     count = 0
     for start in range(0, len(order), BLOCK):
         rows = torch.from_numpy(order[start : start + BLOCK].copy())
         x = features[rows] - centre
         # Rows are compared with the leaders before this block by blocks, and with those in it one by one.
         best, nearest_leaders = torch.full((len(rows),), torch.inf), torch.full((len(rows),), -1)
-        for at in range(0, count, BLOCK):
-            others = found[at : min(at + BLOCK, count)]
-            least, places = _within(x, features[others] - centre, labels[rows], labels[others], limit).min(1)
-            nearest_leaders = torch.where(least < best, others[places], nearest_leaders)
-            best = torch.minimum(best, least)
-        here = _within(x, x, labels[rows], labels[rows], limit)
-        inside: list[int] = []
+        for offset in range(0, count, BLOCK):
+            others = leader_rows[offset : min(offset + BLOCK, count)]
+            minima, places = _distances_within(x, features[others] - centre, labels[rows], labels[others], limit).min(1)
+            nearest_leaders = torch.where(minima < best, others[places], nearest_leaders)
+            best = torch.minimum(best, minima)
+        block_distances = _distances_within(x, x, labels[rows], labels[rows], limit)
+        new_leaders: list[int] = []
         for number, row in enumerate(rows.tolist()):
             nearest, leader = best[number].item(), int(nearest_leaders[number])
-            if inside and (closest := here[number, inside].min(0)).values.item() < nearest:
-                nearest, leader = closest.values.item(), int(rows[inside[int(closest.indices)]])
+            if new_leaders and (closest := block_distances[number, new_leaders].min(0)).values.item() < nearest:
+                nearest, leader = closest.values.item(), int(rows[new_leaders[int(closest.indices)]])
             if nearest < torch.inf:
                 leaders[row] = leader
             else:
-                inside.append(number)
-        found[count : count + len(inside)] = rows[inside]
-        count += len(inside)
+                new_leaders.append(number)
+        leader_rows[count : count + len(new_leaders)] = rows[new_leaders]
+        count += len(new_leaders)
     return leaders
 
 
-def _within(x: Tensor, y: Tensor, labels: Tensor, others: Tensor, limit: float) -> Tensor:
+def _distances_within(x: Tensor, y: Tensor, labels: Tensor, others: Tensor, limit: float) -> Tensor:
     """Compute squared distances of rows of one class that are at most ``limit`` apart: (n, m), others are infinite."""
     squares = squared_distances(x, y)
-    far = (squares > limit**2) | (labels[:, None] != others[None])
-    return squares.masked_fill_(far, torch.inf)
+    is_far = (squares > limit**2) | (labels[:, None] != others[None])
+    return squares.masked_fill_(is_far, torch.inf)
 
 
 def outlier_scores(features: Tensor) -> np.ndarray:
@@ -99,8 +99,8 @@ def outlier_scores(features: Tensor) -> np.ndarray:
         [find_nearest(rows, [reference], count).distances for rows in torch.split(features, REFERENCE)]
     )
     # Images of the reference are their own nearest neighbours.
-    itself = torch.arange(len(features)) < len(reference)
-    fifth = torch.where(itself, distances[:, -1], distances[:, max(count - 2, 0)]).numpy()
+    is_reference = torch.arange(len(features)) < len(reference)
+    fifth = torch.where(is_reference, distances[:, -1], distances[:, max(count - 2, 0)]).numpy()
     return 100 * np.searchsorted(np.sort(fifth), fifth) / len(fifth)
 
 
@@ -116,11 +116,11 @@ def calibrate_distance(features: Tensor, images: Sequence[np.ndarray], extractor
         extractor: The network of the features.
     """
     copies = (np.stack(_altered_copies(image)).transpose(0, 3, 1, 2) for image in images)
-    found = (extractor(torch.from_numpy(np.ascontiguousarray(each))) for each in copies)
-    apart = torch.cat([(each - own).norm(dim=1) for each, own in zip(found, features, strict=False)])
+    copy_features = (extractor(torch.from_numpy(np.ascontiguousarray(batch))) for batch in copies)
+    distances = torch.cat([(batch - row).norm(dim=1) for batch, row in zip(copy_features, features, strict=False)])
     reference = features[:REFERENCE]
-    around = find_nearest(reference, [reference], themselves=True).distances.mean(1).median().item()
-    return min(float(apart.quantile(CALIBRATION_RECALL)), NEAR_DUPLICATE * around)
+    neighbour_distance = find_nearest(reference, [reference], themselves=True).distances.mean(1).median().item()
+    return min(float(distances.quantile(CALIBRATION_RECALL)), NEAR_DUPLICATE * neighbour_distance)
 
 
 def _altered_copies(image: np.ndarray) -> list[np.ndarray]:
@@ -129,13 +129,13 @@ def _altered_copies(image: np.ndarray) -> list[np.ndarray]:
     width, height = original.size
     data = io.BytesIO()
     original.save(data, "JPEG", quality=60)
-    inside = (width * 0.05, height * 0.05, width * 0.95, height * 0.95)
+    crop_box = (width * 0.05, height * 0.05, width * 0.95, height * 0.95)
     half = original.resize((max(1, width // 2), max(1, height // 2)), Image.Resampling.BICUBIC)
     variants = [
         Image.open(data),
         half.resize(original.size, Image.Resampling.BICUBIC),
-        original.resize(original.size, Image.Resampling.BICUBIC, box=inside),
+        original.resize(original.size, Image.Resampling.BICUBIC, box=crop_box),
         original.transpose(Image.Transpose.FLIP_LEFT_RIGHT),
         original.point(lambda value: min(255, round(1.15 * value))),
     ]
-    return [np.asarray(each.convert("RGB")) for each in variants]
+    return [np.asarray(variant.convert("RGB")) for variant in variants]

@@ -63,25 +63,25 @@ class PixelMeasures:
     def columns(self, images: np.ndarray) -> dict[str, pa.Array]:
         """Compute one column for each."""
         luma = images @ LUMA
-        histograms = np.stack([np.bincount(np.rint(each).astype(np.uint8).ravel(), minlength=256) for each in luma])
+        histograms = np.stack([np.bincount(np.rint(plane).astype(np.uint8).ravel(), minlength=256) for plane in luma])
         shares = histograms / histograms[0].sum()
-        found = {
+        measures = {
             "sharpness": _laplacian(luma).var((1, 2)),
             "entropy": -(shares * np.log2(np.maximum(shares, 1e-12))).sum(1),
-            "border": [_border(each) for each in images],
-            "text": [_text(each) for each in luma],
+            "border": [_border(image) for image in images],
+            "text": [_text(plane) for plane in luma],
             "brightness": luma.mean((1, 2)),
             "contrast": luma.std((1, 2)),
         }
-        columns = {name: pa.array(np.asarray(values, np.float32)) for name, values in found.items()}
-        return columns | {"phash": pa.array([perceptual_hash(Image.fromarray(each)) for each in images])}
+        columns = {name: pa.array(np.asarray(values, np.float32)) for name, values in measures.items()}
+        return columns | {"phash": pa.array([perceptual_hash(Image.fromarray(image)) for image in images])}
 
 
 def _laplacian(luma: np.ndarray) -> np.ndarray:
     """Filter ``luma`` (N, H, W) by [0 1 0; 1 −4 1; 0 1 0]: (N, H − 2, W − 2)."""
     inner = luma[:, 1:-1, 1:-1]
-    found: np.ndarray = luma[:, :-2, 1:-1] + luma[:, 2:, 1:-1] + luma[:, 1:-1, :-2] + luma[:, 1:-1, 2:] - 4 * inner
-    return found
+    laplacian: np.ndarray = luma[:, :-2, 1:-1] + luma[:, 2:, 1:-1] + luma[:, 1:-1, :-2] + luma[:, 1:-1, 2:] - 4 * inner
+    return laplacian
 
 
 def _border(image: np.ndarray) -> float:
@@ -99,27 +99,27 @@ def _border(image: np.ndarray) -> float:
 def _uniform_rows(rows: np.ndarray) -> int:
     """Count the first of ``rows`` (R, P, 3) that have the colour of the first one."""
     colour = np.median(rows[0], axis=0)
-    near = (np.abs(rows - colour) <= LEVELS).all(2).mean(1) >= UNIFORM
-    return int(near.argmin()) if not near.all() else len(rows)
+    is_uniform = (np.abs(rows - colour) <= LEVELS).all(2).mean(1) >= UNIFORM
+    return int(is_uniform.argmin()) if not is_uniform.all() else len(rows)
 
 
 def _text(luma: np.ndarray) -> float:
     """Compute the share of ``luma`` (H, W) in windows that look like lines of text."""
     height, width = luma.shape
-    high, wide = min(height, max(4, height // 16)), min(width, max(12, width // 4))
-    down, across = max(1, high // 2), max(1, wide // 4)
+    window_height, window_width = min(height, max(4, height // 16)), min(width, max(12, width // 4))
+    down, across = max(1, window_height // 2), max(1, window_width // 4)
 
     def windows(values: np.ndarray) -> np.ndarray:
-        return np.lib.stride_tricks.sliding_window_view(values, (high, wide))[::down, ::across]
+        return np.lib.stride_tricks.sliding_window_view(values, (window_height, window_width))[::down, ::across]
 
     tones = windows(luma)
     low, top = tones.min((2, 3), keepdims=True), tones.max((2, 3), keepdims=True)
-    between = (np.abs(tones - (low + top) / 2) < (top - low) / 6).mean((2, 3))
+    midtones = (np.abs(tones - (low + top) / 2) < (top - low) / 6).mean((2, 3))
     strokes = windows(np.abs(np.diff(luma, axis=1, append=luma[:, -1:])) >= STROKE).mean((2, 3))
-    covered = np.zeros(luma.shape, bool)
-    for row, column in np.argwhere((strokes >= STROKES) & (between <= TONES)):
-        covered[down * row : down * row + high, across * column : across * column + wide] = True
-    return float(covered.mean())
+    text_mask = np.zeros(luma.shape, bool)
+    for row, column in np.argwhere((strokes >= STROKES) & (midtones <= TONES)):
+        text_mask[down * row : down * row + window_height, across * column : across * column + window_width] = True
+    return float(text_mask.mean())
 
 
 @dataclass(frozen=True)
@@ -137,10 +137,10 @@ class Features:
     def columns(self, images: np.ndarray) -> dict[str, pa.Array]:
         """Compute the features as lists of float32, rounded to 11 bits."""
         network = extractor_of(self.config)
-        found = network(torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))).numpy()
+        features = network(torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))).numpy()
         # Half the space. Values at the edge of a rounding step may still differ between processors.
-        values = pa.array(np.ascontiguousarray(found, np.float16).ravel())
-        return {"features": pa.FixedSizeListArray.from_arrays(values, found.shape[1])}
+        values = pa.array(np.ascontiguousarray(features, np.float16).ravel())
+        return {"features": pa.FixedSizeListArray.from_arrays(values, features.shape[1])}
 
 
 @lru_cache(maxsize=2)
@@ -169,9 +169,9 @@ class NsfwScores:
             raise UserError(
                 f"curation.nsfw.path = {path} has {size:,} bytes, over the limit of {LARGEST_MODEL:,}: use another file"
             )
-        found = cls(model, sha256_file(path))
-        _classifier(found)
-        return found
+        scores = cls(model, sha256_file(path))
+        _classifier(scores)
+        return scores
 
     @property
     def digest(self) -> str:
@@ -187,19 +187,19 @@ class NsfwScores:
         x = x if self.model.channels == "RGB" else x[:, ::-1]
         x = x.transpose(0, 2, 3, 1) if self.model.layout == "NHWC" else x
         to_channels = (1, 1, 1, 3) if self.model.layout == "NHWC" else (1, 3, 1, 1)
-        mean, std = (np.array(each, np.float32).reshape(to_channels) for each in (self.model.mean, self.model.std))
+        mean, std = (np.array(values, np.float32).reshape(to_channels) for values in (self.model.mean, self.model.std))
         (scores,) = session.run(None, {session.get_inputs()[0].name: np.ascontiguousarray((x - mean) / std)})
         try:
-            found = scores.reshape(len(images), -1)[:, self.model.output]
+            nsfw_scores = scores.reshape(len(images), -1)[:, self.model.output]
         except IndexError as error:
             words = f"{self.model.path} gives scores {scores.shape}: set curation.nsfw.output to one of them"
             raise UserError(words) from error
-        if not ((found >= 0) & (found <= 1)).all():
+        if not ((nsfw_scores >= 0) & (nsfw_scores <= 1)).all():
             raise UserError(
                 f"{self.model.path} gives scores outside 0 to 1 (curation.nsfw.output = {self.model.output}): "
                 "export it with its softmax or sigmoid"
             )
-        return {"nsfw": pa.array(found.astype(np.float32))}
+        return {"nsfw": pa.array(nsfw_scores.astype(np.float32))}
 
 
 @lru_cache(maxsize=2)
@@ -212,17 +212,17 @@ def _classifier(scores: NsfwScores) -> tuple[Any, int]:
         raise UserError(f"{path} changed while images were measured: give the command again")
     session = open_session(path, data)
     inputs, outputs = session.get_inputs(), session.get_outputs()
-    kinds, shape = [each.type for each in (*inputs, *outputs)], inputs[0].shape
+    kinds, shape = [argument.type for argument in (*inputs, *outputs)], inputs[0].shape
     if kinds == ["tensor(float)"] * 2 and len(shape) == 4:
         count, *rest = shape
         sides, channels = (rest[:2], rest[2]) if scores.model.layout == "NHWC" else (rest[1:], rest[0])
-        fixed = {side for side in sides if isinstance(side, int)}
-        size = scores.model.size or min(fixed, default=None)
-        if channels == 3 and not isinstance(count, int) and size is not None and fixed <= {size}:
+        fixed_sides = {side for side in sides if isinstance(side, int)}
+        size = scores.model.size or min(fixed_sides, default=None)
+        if channels == 3 and not isinstance(count, int) and size is not None and fixed_sides <= {size}:
             return session, size
-    takes = ", ".join(f"{each.type} {tuple(each.shape)}" for each in inputs)
+    types = ", ".join(f"{argument.type} {tuple(argument.shape)}" for argument in inputs)
     raise UserError(
-        f"{path} takes {takes}, which is no batch of float images as curation.nsfw says (layout {scores.model.layout}, "
+        f"{path} takes {types}, which is no batch of float images as curation.nsfw says (layout {scores.model.layout}, "
         f"size {scores.model.size}): correct these, or export it with a dynamic first dimension"
     )
 
@@ -256,18 +256,18 @@ class ShardTask:
 def measure_shard(task: ShardTask) -> int:
     """Measure the images of a shard and write their table; returns how many they are."""
     assert task.part.shard is not None
-    stored = stored_rows(task.folder, task.part)
+    records = stored_rows(task.folder, task.part)
     shards = LocalShards(task.folder)
     columns: list[dict[str, pa.Array]] = []
-    step = max(8, CHUNK_PIXELS // read_images(shards, task.part, stored.slice(0, 1)).size)
-    for start in range(0, len(stored), step):
-        images = read_images(shards, task.part, stored.slice(start, step))
+    step = max(8, CHUNK_PIXELS // read_images(shards, task.part, records.slice(0, 1)).size)
+    for start in range(0, len(records), step):
+        images = read_images(shards, task.part, records.slice(start, step))
         columns.append(task.measure.columns(images))
     shards.close()
-    tables = [pa.table(each) for each in columns]
-    table = pa.concat_tables(tables).append_column("key", stored["key"].combine_chunks())
+    tables = [pa.table(chunk) for chunk in columns]
+    table = pa.concat_tables(tables).append_column("key", records["key"].combine_chunks())
     write_atomically(task.path, lambda partial: pq.write_table(table, partial, write_page_checksum=True))
-    return len(stored)
+    return len(records)
 
 
 def stored_rows(folder: Path, part: Part) -> pa.Table:
@@ -280,7 +280,7 @@ def read_images(shards: LocalShards, part: Part, rows: pa.Table) -> np.ndarray:
     assert part.shard is not None
     spans = list(zip(rows["offset"].to_pylist(), rows["size"].to_pylist(), strict=True))
     images = (Image.open(io.BytesIO(png), formats=("PNG",)) for png in shards.read(part.shard, spans))
-    return np.stack([np.asarray(each.convert("RGB")) for each in images])
+    return np.stack([np.asarray(image.convert("RGB")) for image in images])
 
 
 @dataclass(frozen=True)
@@ -325,9 +325,9 @@ def measure(
     if config.nsfw is not None and (everything or config.max_nsfw is not None):
         measures.append(NsfwScores.of(config.nsfw))
     parts = [(number, part) for number, part in enumerate(manifest.parts) if part.shard is not None]
-    stored = [stored_rows(folder, part) for _, part in parts]
-    keys = [rows["key"].to_pylist() for rows in stored]
-    tasks = [[ShardTask(folder, part, each) for _, part in parts] for each in measures]
+    part_rows = [stored_rows(folder, part) for _, part in parts]
+    keys = [rows["key"].to_pylist() for rows in part_rows]
+    tasks = [[ShardTask(folder, part, kind) for _, part in parts] for kind in measures]
     missing = [task for row in tasks for task, names in zip(row, keys, strict=True) if not task.is_done(names)]
     total, done = sum(stored_in(task.part) for task in missing), 0
     if missing:
@@ -335,9 +335,9 @@ def measure(
     for count in fan_out(measure_shard, missing):
         done += count
         progress("images measured", done, total)
-    numbered = zip(stored, parts, strict=True)
+    pairs = zip(part_rows, parts, strict=True)
     records = pa.concat_tables(
-        [rows.append_column("part", pa.array(np.full(len(rows), number))) for rows, (number, _) in numbered]
+        [rows.append_column("part", pa.array(np.full(len(rows), number))) for rows, (number, _) in pairs]
     )
     order = np.argsort(np.array(records["key"].to_pylist()))
     records = records.take(order)

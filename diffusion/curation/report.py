@@ -97,9 +97,9 @@ def write_curation_report(
             "near_duplicates": _groups(decision.near, measurements, thumbnails),
             "semantic_duplicates": _groups(decision.semantic, measurements, thumbnails),
         }
-        shown = images_of(folder, manifest, measurements.records.take(list(thumbnails)))
-    found = [each for grouping in groups.values() for each in grouping]
-    copies = [_copies(each) for each in (decision.near, decision.semantic)]
+        images = images_of(folder, manifest, measurements.records.take(list(thumbnails)))
+    all_groups = [group for group_list in groups.values() for group in group_list]
+    copies = [_count_copies(grouping) for grouping in (decision.near, decision.semantic)]
     page = CurationPage(
         dataset=folder.name,
         page=output,
@@ -122,9 +122,9 @@ def write_curation_report(
         verdicts=verdicts,
         copies=dict(zip(groups, copies, strict=True)),
         data={
-            "images": [_thumbnail(image) for image in shown],
+            "images": [_thumbnail(image) for image in images],
             "panels": panels,
-            "groups": found,
+            "groups": all_groups,
             "total": len(measurements),
             "rules": config.model_dump(mode="json", exclude_defaults=True),
         },
@@ -133,7 +133,7 @@ def write_curation_report(
     return page
 
 
-def _copies(grouping: Grouping | None) -> int:
+def _count_copies(grouping: Grouping | None) -> int:
     return 0 if grouping is None else int((grouping.leaders != np.arange(len(grouping.leaders))).sum())
 
 
@@ -146,27 +146,27 @@ def _panel(
         bound = "max"
     values = decision.columns[name]
     order = np.argsort(values, kind="stable")
-    ordered = values[order]
-    low, high = float(ordered[0]), float(np.quantile(ordered, 0.995)) if bound == "min" else float(ordered[-1])
+    series = values[order]
+    low, high = float(series[0]), float(np.quantile(series, 0.995)) if bound == "min" else float(series[-1])
     counts, edges = np.histogram(np.clip(values, low, max(high, low + 1e-9)), BINS)
     # Thresholds lie where a slider moves evenly through the images, but most of them in the tail that is dropped.
     tail = np.concatenate([np.linspace(0, 0.2, STEPS * 3 // 4), np.linspace(0.2, 1, STEPS // 4)])
-    at = np.quantile(ordered, tail if bound == "min" else 1 - tail)
+    quantiles = np.quantile(series, tail if bound == "min" else 1 - tail)
     limit = config.limits.get(f"{bound}_{name}")
-    configured = set() if limit is None else {float(limit)}
-    limits = sorted({float(f"{value:.4g}") for value in at} | configured, reverse=bound == "max")
-    before, behind = (np.searchsorted(ordered, limits, side) for side in ("left", "right"))
-    dropped = before if bound == "min" else len(ordered) - behind
+    configured_limits = set() if limit is None else {float(limit)}
+    limits = sorted({float(f"{value:.4g}") for value in quantiles} | configured_limits, reverse=bound == "max")
+    left_ranks, right_ranks = (np.searchsorted(series, limits, side) for side in ("left", "right"))
+    dropped_counts = left_ranks if bound == "min" else len(series) - right_ranks
     # Of the images, too, most are in that tail.
     places = np.unique(np.round((len(order) - 1) * np.linspace(0, 1, THUMBNAILS) ** 3).astype(int))
-    shown = order[places] if bound == "min" else order[len(order) - 1 - places]
+    rows = order[places] if bound == "min" else order[len(order) - 1 - places]
     strip = [
         {
             "image": thumbnails.setdefault(int(row), len(thumbnails)),
             "value": float(f"{values[row]:.4g}"),
             "source": escape_controls(measurements.records["source"][int(row)].as_py()[:160]),
         }
-        for row in shown
+        for row in rows
     ]
     return {
         "name": name,
@@ -178,7 +178,7 @@ def _panel(
         "high": float(edges[-1]),
         "counts": counts.tolist(),
         "limits": limits,
-        "dropped": dropped.tolist(),
+        "dropped": dropped_counts.tolist(),
         "limit": limit,
         "strip": strip,
     }
@@ -190,19 +190,19 @@ def _groups(grouping: Grouping | None, measurements: Measurements, thumbnails: d
         return []
     leaders, sizes = np.unique(grouping.leaders, return_counts=True)
     largest = np.lexsort((leaders, -sizes))[:GROUPS]
-    found = []
+    groups = []
     for leader, size in zip(leaders[largest].tolist(), sizes[largest].tolist(), strict=True):
         if size > 1:
             others = np.flatnonzero(grouping.leaders == leader)
             rows = [leader, *(row for row in others.tolist() if row != leader)][:MEMBERS]
             members = [
-                {"image": thumbnails.setdefault(row, len(thumbnails)), **_about(measurements, row)} for row in rows
+                {"image": thumbnails.setdefault(row, len(thumbnails)), **_describe(measurements, row)} for row in rows
             ]
-            found.append({"size": size, "members": members})
-    return found
+            groups.append({"size": size, "members": members})
+    return groups
 
 
-def _about(measurements: Measurements, row: int) -> dict[str, Any]:
+def _describe(measurements: Measurements, row: int) -> dict[str, Any]:
     record = measurements.records.slice(row, 1).to_pylist()[0]
     return {
         "source": escape_controls(record["source"][:160]),
