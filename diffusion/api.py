@@ -227,8 +227,10 @@ class ImageGenerator:
             if isinstance(image := fields[name], Image.Image):
                 image = ImageOps.exif_transpose(image)
                 # PNG has no other modes.
-                plain = image if image.mode in ("1", "L", "LA", "I;16", "P", "RGB", "RGBA") else image.convert("RGB")
-                plain.save(stream := io.BytesIO(), "png")
+                png_image = (
+                    image if image.mode in ("1", "L", "LA", "I;16", "P", "RGB", "RGBA") else image.convert("RGB")
+                )
+                png_image.save(stream := io.BytesIO(), "png")
                 fields[name] = stream.getvalue()
             elif isinstance(image, str | Path):
                 paths[name] = Path(fields.pop(name))
@@ -243,10 +245,10 @@ class ImageGenerator:
 
     def __repr__(self) -> str:
         header, size = self.model.header, "×".join(map(str, reversed(self.model.shape)))
-        parameters = sum(each.numel() for each in self.model.network.parameters())
-        given = f", {len(self.classes)} classes" if self.classes else ""
-        given += ", prompts" if self.model.config.text else ""
-        return f"<{self.model.config.family} of {header.dataset}: {size}, {parameters / 1e6:.1f} M parameters{given}>"
+        parameters = sum(tensor.numel() for tensor in self.model.network.parameters())
+        inputs = f", {len(self.classes)} classes" if self.classes else ""
+        inputs += ", prompts" if self.model.config.text else ""
+        return f"<{self.model.config.family} of {header.dataset}: {size}, {parameters / 1e6:.1f} M parameters{inputs}>"
 
 
 def load(path: str | Path, **sampling: Any) -> ImageGenerator:
@@ -309,8 +311,8 @@ def ingest(
 
     # Not every source is a path: s3://bucket/prefix.
     place = str(Path(source).expanduser()) if str(source).startswith("~") else str(source)
-    chosen = _validated(IngestConfig, config | {"source": place}, "ingest")
-    return ingest_images(dataset_folder(dataset), chosen, progress, requeue=requeue, rebuild=rebuild)
+    ingest_config = _validate(IngestConfig, config | {"source": place}, "ingest")
+    return ingest_images(dataset_folder(dataset), ingest_config, progress, requeue=requeue, rebuild=rebuild)
 
 
 def train(
@@ -355,9 +357,9 @@ def train(
         sections = over({"model": dict(model or {}), "training": training | {"dataset": dataset}}, preset)
     except ValueError as error:
         raise UserError(str(error)) from error
-    network: FamilyConfig = _validated(FamilyConfig, sections["model"], "model")
-    config = _validated(TrainingConfig, sections["training"], "training")
-    chosen = _sampling(network, sampling or {}, preset)
+    network: FamilyConfig = _validate(FamilyConfig, sections["model"], "model")
+    config = _validate(TrainingConfig, sections["training"], "training")
+    options = _sampling(network, sampling or {}, preset)
     if words := training_conflict(network, config):
         raise UserError(words)
     output = config.output or Path("runs") / (dataset if network.family == "ddpm" else f"{dataset}-{network.family}")
@@ -365,7 +367,7 @@ def train(
     read_manifest(data := dataset_folder(dataset))
     if restart:
         discard(output)
-    return train_model(data, output, network, config, chosen, progress=progress)
+    return train_model(data, output, network, config, options, progress=progress)
 
 
 def evaluate(
@@ -406,7 +408,7 @@ def evaluate(
     from diffusion.checkpoints import read_model_header
     from diffusion.training.ema import models_to_evaluate
 
-    config = _validated(EvaluationConfig, evaluation, "evaluation")
+    config = _validate(EvaluationConfig, evaluation, "evaluation")
     folder = Path(run or Path("runs") / dataset)
     if folder.is_file():
         # Not the folder of the run's own report.
@@ -416,10 +418,10 @@ def evaluate(
         models = models_to_evaluate(folder, output, config.ema_stds)
     if not models:
         raise UserError(f"there is no checkpoint in {folder}: train first, or name the run's folder")
-    chosen = _sampling(read_model_header(models[0]).model, sampling or {})
+    options = _sampling(read_model_header(models[0]).model, sampling or {})
     losses = folder / "losses.csv"
     return evaluate_checkpoints(
-        dataset_folder(dataset), models, config, chosen, output, losses if losses.is_file() else None, progress
+        dataset_folder(dataset), models, config, options, output, losses if losses.is_file() else None, progress
     )
 
 
@@ -432,16 +434,16 @@ def _sampling(model: FamilyConfig, fields: Mapping[str, Any], preset: PresetName
     return sampling
 
 
-def _validated(kind: Any, fields: Mapping[str, Any], section: str) -> Any:
+def _validate(kind: Any, fields: Mapping[str, Any], section: str) -> Any:
     try:
         return TypeAdapter(kind).validate_python(fields)
     except ValidationError as error:
         first = error.errors()[0]
         name = ".".join(map(str, (section, *first["loc"])))
         if first["type"] == "extra_forbidden":
-            close = difflib.get_close_matches(str(first["loc"][-1]), getattr(kind, "model_fields", ()), n=1)
+            names = difflib.get_close_matches(str(first["loc"][-1]), getattr(kind, "model_fields", ()), n=1)
             hint = (
-                f"did you mean {close[0]}?" if close else f"see docs/reference/configuration.md for those of {section}"
+                f"did you mean {names[0]}?" if names else f"see docs/reference/configuration.md for those of {section}"
             )
             raise UserError(f"there is no field {name}: {hint}") from error
         is_list = first["type"] in ("tuple_type", "list_type")

@@ -47,9 +47,9 @@ LARGEST_FILES = 128 * 2**20
 def save_tensors(path: Path, tensors: dict[str, Tensor], header: dict[str, Any]) -> str:
     """Write a safetensors file atomically with ``header`` in its metadata; returns the file's SHA-256."""
     metadata = {METADATA_KEY: canonical_json(header)}
-    packed = {name: value.detach().contiguous() for name, value in tensors.items()}
+    contiguous_tensors = {name: value.detach().contiguous() for name, value in tensors.items()}
     try:
-        return write_atomically(path, lambda partial: save_file(packed, partial, metadata))
+        return write_atomically(path, lambda partial: save_file(contiguous_tensors, partial, metadata))
     except SafetensorError as error:
         raise OSError(f"{path} cannot be written: {error}") from error
 
@@ -113,18 +113,20 @@ def export(checkpoint: Path, path: Path, sampling: SamplingConfig | None = None)
 def find_base(path: Path, base: Base) -> Path:
     """Find the file of the model that the one at ``path`` is based on; raises UserError if it is missing or damaged."""
     name = f"{base.sha256}.safetensors"
-    found = next((each for folder in path.absolute().parents[:2] if (each := folder / name).is_file()), None)
-    if found is None:
-        what = base.version or f"the model with SHA-256 {base.sha256}"
-        raise UserError(f"{path} holds what was changed in {what}, whose file is not there: put it beside it as {name}")
-    stat = found.stat()
-    if _sha256(found, stat.st_size, stat.st_mtime_ns) != base.sha256:
-        raise UserError(f"{found} is damaged, as its SHA-256 is not that of its name: fetch it again")
-    return found
+    file = next((candidate for folder in path.absolute().parents[:2] if (candidate := folder / name).is_file()), None)
+    if file is None:
+        base_name = base.version or f"the model with SHA-256 {base.sha256}"
+        raise UserError(
+            f"{path} holds what was changed in {base_name}, whose file is not there: put it beside it as {name}"
+        )
+    stat = file.stat()
+    if _sha256(file, stat.st_size, stat.st_mtime_ns) != base.sha256:
+        raise UserError(f"{file} is damaged, as its SHA-256 is not that of its name: fetch it again")
+    return file
 
 
 @lru_cache(16)
-def _sha256(path: Path, size: int, changed: int) -> str:
+def _sha256(path: Path, size: int, mtime: int) -> str:
     """SHA-256 of a file, which is computed again only after a change: a base may have gigabytes."""
     return sha256_file(path)
 
@@ -159,9 +161,9 @@ def read_model_header(path: Path) -> ModelHeader:
         return ModelHeader.model_validate(raw.get("model_header"))
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "model_header"
+        field = ".".join(map(str, first["loc"])) or "model_header"
         raise UserError(
-            f"{path} has a header this version cannot read ({where}: {first['msg']}): use the version that wrote it"
+            f"{path} has a header this version cannot read ({field}: {first['msg']}): use the version that wrote it"
         ) from error
 
 
@@ -200,14 +202,14 @@ def load_model(path: Path) -> Model:
 
 def _load_on_base(path: Path, header: ModelHeader, base: Model) -> Model:
     """Change the weights of ``base`` as the file at ``path`` says."""
-    theirs, classes = base.header.model, classes_of(header.model, header.class_histogram)
-    same = header.latents == base.header.latents and header.model == theirs and classes == base.classes
+    base_config, classes = base.header.model, classes_of(header.model, header.class_histogram)
+    is_same = header.latents == base.header.latents and header.model == base_config and classes == base.classes
     network = base.network
-    if isinstance(header.model, DiffusersConfig) and isinstance(theirs, DiffusersConfig):
+    if isinstance(header.model, DiffusersConfig) and isinstance(base_config, DiffusersConfig):
         # Training may use some of the classes of a pipeline.
-        same = header.model == theirs.model_copy(update={"class_ids": header.model.class_ids})
+        is_same = header.model == base_config.model_copy(update={"class_ids": header.model.class_ids})
     try:
-        if not same or header.square != base.header.square:
+        if not is_same or header.square != base.header.square:
             raise ValueError
         weights = tuned_weights(network, header.lora, read_tensors(path, AVERAGED))
     except ValueError as error:
@@ -241,19 +243,19 @@ def match_tensors(header: ModelHeader, shapes: Mapping[str, list[int]]) -> dict[
     names: dict[str, str] = {}
     others = set(shapes)
     for prefix, module in modules.items():
-        theirs = {name.removeprefix(prefix): shape for name, shape in shapes.items() if name.startswith(prefix)}
-        found = family_of(header.model).tensor_names(module, theirs)
+        file_shapes = {name.removeprefix(prefix): shape for name, shape in shapes.items() if name.startswith(prefix)}
+        targets = family_of(header.model).tensor_names(module, file_shapes)
         state = module.state_dict(keep_vars=True)
-        held = {id(state[ours]) for ours in found.values() if ours in state}
-        for name, ours in found.items():
-            if ours not in state or list(state[ours].shape) != theirs[name]:
+        target_ids = {id(state[target]) for target in targets.values() if target in state}
+        for name, target in targets.items():
+            if target not in state or list(state[target].shape) != file_shapes[name]:
                 return None
-        if len(set(found.values())) < len(found) or any(id(tensor) not in held for tensor in state.values()):
+        if len(set(targets.values())) < len(targets) or any(id(tensor) not in target_ids for tensor in state.values()):
             return None
-        names |= {prefix + name: ours for name, ours in found.items()}
-        others -= {prefix + name for name in theirs}
-    imported = (CARRIED, FILES) if header.origin else ()
-    return names if all(name.startswith(imported) for name in others) else None
+        names |= {prefix + name: target for name, target in targets.items()}
+        others -= {prefix + name for name in file_shapes}
+    pipeline_prefixes = (CARRIED, FILES) if header.origin else ()
+    return names if all(name.startswith(pipeline_prefixes) for name in others) else None
 
 
 def read_pipeline_files(path: Path, header: ModelHeader) -> dict[str, bytes]:
@@ -287,5 +289,5 @@ def _modules(header: ModelHeader) -> dict[str, Any]:
     inner = header.latents.shape if header.latents else header.square
     classes = classes_of(header.model, header.class_histogram)
     networks = (AVERAGED,) if header.guide_images is None else (AVERAGED, GUIDE)
-    modules = {each: family_of(header.model).make_network(header.model, inner, len(classes)) for each in networks}
+    modules = {prefix: family_of(header.model).make_network(header.model, inner, len(classes)) for prefix in networks}
     return modules | ({AUTOENCODER: Latents(header.latents, header.channels)} if header.latents else {})

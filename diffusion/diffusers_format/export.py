@@ -98,14 +98,12 @@ def export_to_diffusers(
     # Stock pipelines neither condition nor guide.
     is_ours = bool(model.classes) or model.config.text or model.header.sampling(sampling).autoguides
     pipeline = "DarkroomPipeline" if is_ours else STOCK.get(sampling.sampler, "DarkroomPipeline")
-    exported = Exported(
-        folder=folder, files={}, pipeline=pipeline, weights_sha256=digest, version=version, run_id=run_id
-    )
+    result = Exported(folder=folder, files={}, pipeline=pipeline, weights_sha256=digest, version=version, run_id=run_id)
     kind = getattr(diffusers, pipeline, diffusers_format.DarkroomPipeline)
     parts = diffusers_format.DarkroomUNet.of(model, sampling), scheduler_of(model, sampling)
     kind(*parts).save_pretrained(partial, safe_serialization=True)
-    (partial / "README.md").write_text(readme(model, sampling, exported, folder.name))
-    return exported.model_copy(update={"files": _publish(partial, folder.absolute())})
+    (partial / "README.md").write_text(readme(model, sampling, result, folder.name))
+    return result.model_copy(update={"files": _publish(partial, folder.absolute())})
 
 
 def export_adapter(weights: Path, folder: Path, version: str | None = None, run_id: str | None = None) -> Exported:
@@ -124,7 +122,7 @@ def export_adapter(weights: Path, folder: Path, version: str | None = None, run_
             f"only the pipelines {', '.join(WITH_ADAPTERS)} of diffusers load low-rank matrices: use --to diffusers, "
             "which merges them"
         )
-    exported = Exported(
+    result = Exported(
         pipeline=header.model.pipeline,
         files={},
         folder=folder,
@@ -141,8 +139,8 @@ def export_adapter(weights: Path, folder: Path, version: str | None = None, run_
         for name, value in read_tensors(weights, AVERAGED).items()
     }
     save_file(factors, partial / ADAPTER, {"format": "pt"})
-    (partial / "README.md").write_text(_readme_of_pipeline(header, exported, folder.name, is_adapter=True))
-    return exported.model_copy(update={"files": _publish(partial, folder.absolute())})
+    (partial / "README.md").write_text(_readme_of_pipeline(header, result, folder.name, is_adapter=True))
+    return result.model_copy(update={"files": _publish(partial, folder.absolute())})
 
 
 def _write_pipeline(weights: Path, folder: Path) -> str:
@@ -150,15 +148,15 @@ def _write_pipeline(weights: Path, folder: Path) -> str:
 
     What was trained on top of it is written in the types of its own weights.
     """
-    source, about = weights, read_model_header(weights)
-    trained = load_model(weights).network if about.base is not None else None
-    while about.base is not None:
-        source = find_base(source, about.base)
-        about = read_model_header(source)
-    assert isinstance(about.model, DiffusersConfig)
-    if about.origin is None or INDEX not in (files := read_pipeline_files(source, about)):
+    source, header = weights, read_model_header(weights)
+    network = load_model(weights).network if header.base is not None else None
+    while header.base is not None:
+        source = find_base(source, header.base)
+        header = read_model_header(source)
+    assert isinstance(header.model, DiffusersConfig)
+    if header.origin is None or INDEX not in (files := read_pipeline_files(source, header)):
         raise UserError(f"{source} was not imported from diffusers, so no pipeline can be made of it: export its base")
-    state = {} if trained is None else trained.state_dict()
+    state = {} if network is None else network.state_dict()
     for name, content in files.items():
         place = folder / name
         place.parent.mkdir(parents=True, exist_ok=True)
@@ -168,19 +166,19 @@ def _write_pipeline(weights: Path, folder: Path) -> str:
         component = name.partition("/")[0]
         # Names of components that are not run are those of their file.
         tensors = read_tensors(source, f"{CARRIED}{name}/") or read_tensors(source, f"{AVERAGED}{component}.")
-        ours = {} if trained is None else tensor_names(trained, [f"{component}.{key}" for key in tensors])
+        network_names = {} if network is None else tensor_names(network, [f"{component}.{key}" for key in tensors])
         try:
-            described = {key: each for key, each in json.loads(content[8:]).items() if key != "__metadata__"}
+            entries = {key: entry for key, entry in json.loads(content[8:]).items() if key != "__metadata__"}
             with place.open("wb") as file:
                 file.write(content)
-                for key in sorted(described, key=lambda key: described[key]["data_offsets"]):
-                    value = state.get(ours.get(f"{component}.{key}", ""), tensors[key]).to(tensors[key].dtype)
+                for key in sorted(entries, key=lambda key: entries[key]["data_offsets"]):
+                    value = state.get(network_names.get(f"{component}.{key}", ""), tensors[key]).to(tensors[key].dtype)
                     file.write(tensor_bytes(value))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{source} has lost tensors of {name}: import the pipeline again") from error
-        if trained is None and sha256_file(place) != about.origin.files[name]:
+        if network is None and sha256_file(place) != header.origin.files[name]:
             raise UserError(f"{source} has other tensors of {name} than were imported: import the pipeline again")
-    return about.model.pipeline or ""
+    return header.model.pipeline or ""
 
 
 def _publish(partial: Path, folder: Path) -> dict[str, str]:
@@ -188,8 +186,8 @@ def _publish(partial: Path, folder: Path) -> dict[str, str]:
     files = _digests(partial)
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
         shutil.rmtree(partial)
-        if different := sorted(dict(files.items() ^ _digests(folder).items())):
-            raise UserError(f"{folder} is there and differs ({different[0]}): give another folder, or remove it")
+        if differences := sorted(dict(files.items() ^ _digests(folder).items())):
+            raise UserError(f"{folder} is there and differs ({differences[0]}): give another folder, or remove it")
     else:
         for path in (partial, *partial.rglob("*")):
             if path.is_dir():
@@ -206,23 +204,23 @@ def _digests(folder: Path) -> dict[str, str]:
     return {path.relative_to(folder).as_posix(): sha256_file(path) for path in paths}
 
 
-def readme(model: DiffusionModel, sampling: SamplingConfig, about: Exported, place: str) -> str:
+def readme(model: DiffusionModel, sampling: SamplingConfig, result: Exported, place: str) -> str:
     """Write the README of an export at ``place``, a folder or OWNER/NAME on the Hub: usage, origin and limitations."""
     header, (channels, size, _) = model.header, model.shape
     if isinstance(header.model, DiffusersConfig):
-        return _readme_of_pipeline(header, about, place)
+        return _readme_of_pipeline(header, result, place)
     conditions = ', prompts=["…"]' if model.config.text else ""
     sampling = header.sampling(sampling, bool(model.classes) or model.config.text)
     if model.classes:
         conditions = f", labels=[{python_literal(model.classes[0])}]"
     stock = ""
-    if about.pipeline != "DarkroomPipeline":
+    if result.pipeline != "DarkroomPipeline":
         stock = f"""
 Or with a pipeline of diffusers' own, once the class of the network is known (that it expected its own is no error):
 
 ```python
 import diffusion.diffusers_format, diffusers
-pipe = diffusers.{about.pipeline}.from_pretrained({python_literal(place)})
+pipe = diffusers.{result.pipeline}.from_pretrained({python_literal(place)})
 pipe(batch_size=4, num_inference_steps={sampling.steps}).images
 ```
 """
@@ -240,11 +238,11 @@ pipe(batch_size=4, seed=0{conditions}).images
 {stock}
 | | |
 |---|---|
-| model | {about.version or "not registered"} |
-| MLflow run | {about.run_id or "unknown"} |
+| model | {result.version or "not registered"} |
+| MLflow run | {result.run_id or "unknown"} |
 | data set | {escape_markdown(header.dataset)}, content {escape_markdown(header.content_digest)} |
 | trained on | {header.images:,} images seen |
-| weights | SHA-256 of the model file `{about.weights_sha256}` |
+| weights | SHA-256 of the model file `{result.weights_sha256}` |
 | predicts | {model.config.prediction}, on the schedule {model.config.schedule} of {model.config.steps} levels |
 | sampled with | {sampling.sampler}, {sampling.steps} steps, guidance {sampling.guidance_text} |
 
@@ -254,32 +252,32 @@ made by a model.
 """
 
 
-def _readme_of_pipeline(header: ModelHeader, about: Exported, place: str, is_adapter: bool = False) -> str:
-    origin, trained = header.origin, header.images > 0
+def _readme_of_pipeline(header: ModelHeader, result: Exported, place: str, is_adapter: bool = False) -> str:
+    origin, is_trained = header.origin, header.images > 0
     source = "unknown"
     if origin is not None:
         source = "@".join(filter(None, (origin.source, origin.revision)))
     elif header.base is not None:
         source = header.base.version or f"the model with SHA-256 {header.base.sha256}"
     rows = {
-        "model": about.version or "not registered",
-        "MLflow run": about.run_id or "unknown",
-        "fine-tuned from" if trained else "imported from": escape_markdown(source),
-        "weights": f"SHA-256 of the model file `{about.weights_sha256}`",
+        "model": result.version or "not registered",
+        "MLflow run": result.run_id or "unknown",
+        "fine-tuned from" if is_trained else "imported from": escape_markdown(source),
+        "weights": f"SHA-256 of the model file `{result.weights_sha256}`",
     }
-    if trained:
+    if is_trained:
         rows["data set"] = f"{escape_markdown(header.dataset)}, content {escape_markdown(header.content_digest)}"
         rows["trained on"] = f"{header.images:,} images seen"
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
-    made = f"fine-tuned on the data set {escape_markdown(header.dataset)}" if trained else "as it was imported"
-    what, load = f"A {about.pipeline}", f"pipe = diffusers.{about.pipeline}.from_pretrained({python_literal(place)})"
+    history = f"fine-tuned on the data set {escape_markdown(header.dataset)}" if is_trained else "as it was imported"
+    title, load = f"A {result.pipeline}", f"pipe = diffusers.{result.pipeline}.from_pretrained({python_literal(place)})"
     if is_adapter:
-        what = f"Low-rank matrices (LoRA) for a {about.pipeline}"
-        load = f"pipe = diffusers.{about.pipeline}.from_pretrained(…)  # what it was fine-tuned from\n"
+        title = f"Low-rank matrices (LoRA) for a {result.pipeline}"
+        load = f"pipe = diffusers.{result.pipeline}.from_pretrained(…)  # what it was fine-tuned from\n"
         load += f"pipe.load_lora_weights({python_literal(place)})"
     return f"""# {escape_markdown(place.rpartition("/")[2])}
 
-{what} of {header.pixels} images, {made} with Darkroom.
+{title} of {header.pixels} images, {history} with Darkroom.
 
 ```python
 import diffusers

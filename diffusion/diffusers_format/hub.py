@@ -50,18 +50,18 @@ def download_pipeline(uri: str, folder: Path, progress: Progress = silent) -> Or
     files = _of_pipeline(repository)
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_name(f".{folder.name}.lock")):
-        found = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()}
-        if foreign := sorted(path for path in found - {each.path for each in files} if not path.endswith(".partial")):
-            raise UserError(f"{folder} holds {foreign[0]}, which is not of {repository.uri}: give an empty folder")
-        total, done = sum(each.size for each in files), 0
-        for each in files:
-            progress("bytes downloaded", done, total, each.path)
-            repository.download(each, folder / each.path)
-            done += each.size
+        paths = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()}
+        if strays := sorted(path for path in paths - {file.path for file in files} if not path.endswith(".partial")):
+            raise UserError(f"{folder} holds {strays[0]}, which is not of {repository.uri}: give an empty folder")
+        total, done = sum(file.size for file in files), 0
+        for file in files:
+            progress("bytes downloaded", done, total, file.path)
+            repository.download(file, folder / file.path)
+            done += file.size
         progress("bytes downloaded", done, total)
         for path in folder.rglob(".*.partial"):
             path.unlink()
-        digests = {each.path: sha256_file(folder / each.path) for each in files}
+        digests = {file.path: sha256_file(folder / file.path) for file in files}
     return Origin(source=f"hf://{name}", revision=repository.commit, licence=repository.licence, files=digests)
 
 
@@ -69,24 +69,24 @@ def _of_pipeline(repository: Repository) -> list[HubFile]:
     """Return the files of a pipeline; raises UserError for one that is incomplete without its pickles."""
     files = repository.files
     if INDEX not in files or files[INDEX].size > LARGEST_SMALL:
-        single = ", ".join(path for path in files if path.endswith((".safetensors", *PICKLES)))[:200]
+        single_files = ", ".join(path for path in files if path.endswith((".safetensors", *PICKLES)))[:200]
         raise UserError(
             f"{repository.uri} is no pipeline of diffusers: it has no {INDEX}"
-            + (f", only {single}" if single else "")
+            + (f", only {single_files}" if single_files else "")
             + "; use a repository that save_pretrained wrote"
         )
     try:
         index = json.loads(repository.read(files[INDEX]))
-        components = [name for name, each in index.items() if isinstance(each, list) and each and each[0] is not None]
+        components = [name for name, item in index.items() if isinstance(item, list) and item and item[0] is not None]
     except (ValueError, AttributeError, RecursionError) as error:
         raise UserError(f"{INDEX} of {repository.uri} cannot be read ({error}): use another repository") from error
-    chosen = {INDEX}
-    chosen |= {path for path in files if "/" not in path and re.fullmatch(r"README\.md|LICEN[SC]E(\.\w+)?", path)}
+    paths = {INDEX}
+    paths |= {path for path in files if "/" not in path and re.fullmatch(r"README\.md|LICEN[SC]E(\.\w+)?", path)}
     for component in components:
-        inside = {path: PurePosixPath(path).name for path in files if path.rpartition("/")[0] == component}
-        chosen |= {path for path, base in inside.items() if SMALL.fullmatch(base)}
+        base_names = {path: PurePosixPath(path).name for path in files if path.rpartition("/")[0] == component}
+        paths |= {path for path, base in base_names.items() if SMALL.fullmatch(base)}
         variants: dict[str | None, set[str]] = {}
-        for path, base in inside.items():
+        for path, base in base_names.items():
             if match := WEIGHTS.fullmatch(base):
                 variants.setdefault(match["variant"] or match["other"], set()).add(path)
         if None not in variants and len(variants) > 1:
@@ -94,17 +94,17 @@ def _of_pipeline(repository: Repository) -> list[HubFile]:
                 f"{component} of {repository.uri} has weights of variants alone ({', '.join(map(str, variants))}): "
                 "use a repository or revision that has plain ones"
             )
-        chosen |= variants.get(None) or next(iter(variants.values()), set())
-        pickles = sorted(path for path, base in inside.items() if base.endswith(PICKLES))
+        paths |= variants.get(None) or next(iter(variants.values()), set())
+        pickles = sorted(path for path, base in base_names.items() if base.endswith(PICKLES))
         # What checks finished images is not run here.
         if pickles and not variants and component != "safety_checker":
             raise UserError(
                 f"{component} of {repository.uri} has its weights only in {pickles[0]}, a pickle, which can run code: "
                 "use a repository or revision with safetensors"
             )
-    if large := [path for path in sorted(chosen) if ".safetensors" not in path and files[path].size > LARGEST_SMALL]:
-        raise UserError(f"{large[0]} of {repository.uri} has over {LARGEST_SMALL} bytes: use another repository")
-    return [files[path] for path in sorted(chosen)]
+    if excess := [path for path in sorted(paths) if ".safetensors" not in path and files[path].size > LARGEST_SMALL]:
+        raise UserError(f"{excess[0]} of {repository.uri} has over {LARGEST_SMALL} bytes: use another repository")
+    return [files[path] for path in sorted(paths)]
 
 
 class Pushed(Config):
@@ -153,21 +153,23 @@ def push_to_hub(
 
     def push() -> Pushed:
         api.create_repo(name, private=not public, exist_ok=True)
-        there = Repository.resolve("model", name, None)
-        changed = [path for path, data in files.items() if not _is_there(path, data, there.files)]
-        gone = [path for path in there.files if "/" in path and path.partition("/")[0] in folders and path not in files]
-        if not changed and not gone:
-            return Pushed(repository=f"hf://{name}", commit=there.commit, created=False, files=len(files))
-        operations: list[Any] = [
-            CommitOperationAdd(path, str(data) if isinstance(data := files[path], Path) else data) for path in changed
+        head = Repository.resolve("model", name, None)
+        changes = [path for path, data in files.items() if not _is_there(path, data, head.files)]
+        stale_paths = [
+            path for path in head.files if "/" in path and path.partition("/")[0] in folders and path not in files
         ]
-        operations += [CommitOperationDelete(path) for path in gone]
+        if not changes and not stale_paths:
+            return Pushed(repository=f"hf://{name}", commit=head.commit, created=False, files=len(files))
+        operations: list[Any] = [
+            CommitOperationAdd(path, str(data) if isinstance(data := files[path], Path) else data) for path in changes
+        ]
+        operations += [CommitOperationDelete(path) for path in stale_paths]
         try:
-            made = api.create_commit(name, operations, commit_message=message, parent_commit=there.commit)
+            commit = api.create_commit(name, operations, commit_message=message, parent_commit=head.commit)
         except RuntimeError as error:
             # Failed uploads of large files come wrapped.
             raise error.__cause__ or error from error
-        return Pushed(repository=f"hf://{name}", commit=made.oid, created=True, files=len(files))
+        return Pushed(repository=f"hf://{name}", commit=commit.oid, created=True, files=len(files))
 
     return retry(f"model {name}", push)
 
@@ -207,10 +209,10 @@ def hub_card(
     """
     from huggingface_hub import EvalResult, ModelCardData
 
-    found = [re.match(r"hf://datasets/([^@?]+)@([0-9a-f]+)", source) for source in sources]
+    matches = [re.match(r"hf://datasets/([^@?]+)@([0-9a-f]+)", source) for source in sources]
     base = re.match("hf://([^@]+)", origin.source) if origin is not None else None
-    datasets = list(dict.fromkeys(each[1] for each in found if each))
-    shown = {
+    datasets = list(dict.fromkeys(match[1] for match in matches if match))
+    intervals = {
         metric: (value, metrics[f"{metric}_low"], metrics[f"{metric}_high"])
         for metric, value in metrics.items()
         if {f"{metric}_low", f"{metric}_high"} <= metrics.keys()
@@ -228,14 +230,14 @@ def hub_card(
             metric_value=value,
             metric_args={"interval": [low, high], "confidence": 0.95},
         )
-        for metric, (value, low, high) in shown.items()
+        for metric, (value, low, high) in intervals.items()
     ]
     licence = licence or "unknown"
-    known = LICENCES.fullmatch(licence.lower()) is not None
-    front = ModelCardData(
-        license=licence.lower() if known else "other",
+    is_known = LICENCES.fullmatch(licence.lower()) is not None
+    front_matter = ModelCardData(
+        license=licence.lower() if is_known else "other",
         # A name on the Hub has no spaces.
-        license_name=None if known else re.sub("[^a-z0-9.]+", "-", licence.lower())[:64].strip("-") or "other",
+        license_name=None if is_known else re.sub("[^a-z0-9.]+", "-", licence.lower())[:64].strip("-") or "other",
         library_name="diffusers",
         base_model=base[1] if base is not None else None,
         pipeline_tag=task,
@@ -244,12 +246,12 @@ def hub_card(
         model_name=name.rpartition("/")[2],
         eval_results=results or None,
     )
-    parts = [f"---\n{front.to_yaml()}\n---", body.strip()]
+    parts = [f"---\n{front_matter.to_yaml()}\n---", body.strip()]
     if samples:
         images = "\n".join(f'<img src="{path}" width="128" alt="sample {i}">' for i, path in enumerate(samples))
         parts.append(f"## Samples\n\nGenerated by seed order, none selected.\n\n{images}")
-    if shown:
-        rows = [f"| {key} | {value:.4g} | {low:.4g} … {high:.4g} |" for key, (value, low, high) in shown.items()]
+    if intervals:
+        rows = [f"| {key} | {value:.4g} | {low:.4g} … {high:.4g} |" for key, (value, low, high) in intervals.items()]
         table = "\n".join(["| metric | value | 95 % interval |", "|---|---|---|", *rows])
         parts.append(f"## Evaluation\n\nOn held-out images of the data set {escape_markdown(dataset)}.\n\n{table}")
     parts.append(f"## Licence\n\n{escape_markdown(licence)}")

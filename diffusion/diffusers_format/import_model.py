@@ -43,27 +43,29 @@ def import_file(
     Raises:
         UserError: The source is none of these, is not supported, or has no licence.
     """
-    given, own = Path(source), None
+    place, own_origin = Path(source), None
     if source.startswith("hf://"):
         name, revision = parse_hub_uri(source, "model")
         # Of this commit alone, in case that the branch moves before the call is repeated.
         repository = Repository.resolve("model", name, revision)
         folder = downloads / repository.commit
-        found = download_pipeline(repository.uri, folder, progress)
-        pinned = Origin(source=found.source, revision=found.revision, licence=licence or found.licence)
-        import_pipeline(folder, path, pinned)
-    elif given.is_dir():
-        import_pipeline(given, path, Origin(source=given.resolve().name, licence=licence))
+        download = download_pipeline(repository.uri, folder, progress)
+        pinned_origin = Origin(source=download.source, revision=download.revision, licence=licence or download.licence)
+        import_pipeline(folder, path, pinned_origin)
+    elif place.is_dir():
+        import_pipeline(place, path, Origin(source=place.resolve().name, licence=licence))
     else:
-        own = read_model_header(given).origin or Origin(source=given.name, files={given.name: sha256_file(given)})
-        if (licence := licence or own.licence) is None:
+        own_origin = read_model_header(place).origin or Origin(
+            source=place.name, files={place.name: sha256_file(place)}
+        )
+        if (licence := licence or own_origin.licence) is None:
             raise UserError(
                 f"{source} names no licence: find out under which it was published, and give it with --licence"
             )
-        link_bases(given, path.parent)
-        write_atomically(path, lambda partial: shutil.copyfile(given, partial))
+        link_bases(place, path.parent)
+        write_atomically(path, lambda partial: shutil.copyfile(place, partial))
     header = read_model_header(path)
     # The bytes of a model file, and so its header, stay as they are.
-    origin = own.model_copy(update={"licence": licence}) if own is not None else header.origin
+    origin = own_origin.model_copy(update={"licence": licence}) if own_origin is not None else header.origin
     assert origin is not None, "an imported pipeline has one"
     return ImportedFile(file=path, sha256=sha256_file(path), family=header.model.family, origin=origin)

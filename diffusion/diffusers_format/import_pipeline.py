@@ -77,23 +77,23 @@ def import_pipeline(folder: Path, path: Path, origin: Origin) -> str:
     components = dict(_components(folder, index, files))
     tensors: dict[str, Tensor] = {}
     digests: dict[str, str] = {}
-    used: set[str] = set()
+    used_files: set[str] = set()
     for name in components | dict.fromkeys(CARRIED_COMPONENTS):
-        chosen = _weight_files(folder, name, files)
-        used |= set(chosen)
-        for file in (each for each in chosen if each.endswith(".safetensors")):
-            head, found = _read_weights(files[file])
+        weight_files = _weight_files(folder, name, files)
+        used_files |= set(weight_files)
+        for file in (weight_file for weight_file in weight_files if weight_file.endswith(".safetensors")):
+            head, weights = _read_weights(files[file])
             prefix = f"{AVERAGED}{name}." if name in components else f"{CARRIED}{file}/"
-            if repeated := [each for each in found if prefix + each in tensors]:
-                raise UserError(f"{folder} holds {repeated[0]} of {name} twice: keep one of the files")
-            tensors |= {prefix + each: value for each, value in found.items()}
+            if duplicates := [key for key in weights if prefix + key in tensors]:
+                raise UserError(f"{folder} holds {duplicates[0]} of {name} twice: keep one of the files")
+            tensors |= {prefix + key: value for key, value in weights.items()}
             tensors[FILES + file] = _bytes(head)
             digests[file] = sha256_file(files[file])
     for file, place in files.items():
         match = WEIGHTS.fullmatch(place.name)
-        is_other_variant = match and (match["variant"] or match["other"]) and file not in used
+        is_other_variant = match and (match["variant"] or match["other"]) and file not in used_files
         if file.endswith(".safetensors"):
-            if file not in used and not is_other_variant:
+            if file not in used_files and not is_other_variant:
                 raise UserError(f"{folder / file} is part of none of its components: remove it")
         elif not is_other_variant:
             content = place.read_bytes()
@@ -108,12 +108,12 @@ def _files(folder: Path) -> Iterator[tuple[str, Path]]:
     """List the files of a pipeline by their paths in it; raises UserError for what may not be in it."""
     if not (folder / INDEX).is_file():
         raise UserError(f"{folder} is no pipeline of diffusers, as it has no {INDEX}: give a folder of save_pretrained")
-    inside, total = folder.resolve(), 0
+    root, total = folder.resolve(), 0
     for place in sorted(folder.rglob("*")):
         name = place.relative_to(folder).as_posix()
         if any(part.startswith(".") for part in PurePosixPath(name).parts):  # caches, which are not read
             continue
-        if not place.resolve().is_relative_to(inside):
+        if not place.resolve().is_relative_to(root):
             raise UserError(f"{place} is a link that leads out of the pipeline: put the file in its place")
         if not place.is_file():
             continue
@@ -157,26 +157,26 @@ def _components(folder: Path, index: dict[str, Any], files: dict[str, Path]) -> 
     """Read the class and configuration of each component that is run."""
     pipeline = index.get("_class_name")
     if not isinstance(pipeline, str) or pipeline not in PIPELINES:
-        shown = str(pipeline)[:LONGEST_NAME]
-        raise UserError(f"{folder} is a {shown}, which is not supported: one of {', '.join(PIPELINES)} is")
-    allowed = {**PIPELINES[pipeline], "scheduler": SCHEDULERS}
+        shown_name = str(pipeline)[:LONGEST_NAME]
+        raise UserError(f"{folder} is a {shown_name}, which is not supported: one of {', '.join(PIPELINES)} is")
+    components = {**PIPELINES[pipeline], "scheduler": SCHEDULERS}
     for name, value in index.items():
         if name.startswith("_") or not isinstance(value, list):
             continue
         if value in ([None, None], []):
             continue
-        library, kind = (str(each)[:LONGEST_NAME] for each in value) if len(value) == 2 else ("", "")
+        library, kind = (str(word)[:LONGEST_NAME] for word in value) if len(value) == 2 else ("", "")
         kind = RENAMED.get((pipeline, kind), kind)
         if name in CARRIED_COMPONENTS:
-            theirs, kinds = CARRIED_COMPONENTS[name]
-            if library != theirs or kind not in ([kinds] if isinstance(kinds, str) else kinds):
+            carried_library, kinds = CARRIED_COMPONENTS[name]
+            if library != carried_library or kind not in ([kinds] if isinstance(kinds, str) else kinds):
                 raise UserError(f"{name} of {folder} is a {library}.{kind}, which is not on the allow-list")
             continue
-        expected = "transformers" if name.startswith(("text_encoder", "tokenizer")) else "diffusers"
-        if library != expected or kind not in allowed.get(name, ()):
+        package = "transformers" if name.startswith(("text_encoder", "tokenizer")) else "diffusers"
+        if library != package or kind not in components.get(name, ()):
             raise UserError(
                 f"{name} of {folder} is a {library}.{kind}, which is not on the allow-list: in a {pipeline} "
-                + (f"it is {' or '.join(allowed[name])} of {expected}" if name in allowed else "there is none")
+                + (f"it is {' or '.join(components[name])} of {package}" if name in components else "there is none")
             )
         if name.startswith("tokenizer"):
             if f"{name}/tokenizer_config.json" in files:
@@ -185,13 +185,13 @@ def _components(folder: Path, index: dict[str, Any], files: dict[str, Path]) -> 
             continue
         file = "scheduler_config.json" if name == "scheduler" else "config.json"
         config = _read_json(folder, f"{name}/{file}", files)
-        named = config.get("_class_name", kind)
-        if RENAMED.get((pipeline, named), named) != kind or kind not in (config.get("architectures") or [kind]):
+        own_kind = config.get("_class_name", kind)
+        if RENAMED.get((pipeline, own_kind), own_kind) != kind or kind not in (config.get("architectures") or [kind]):
             raise UserError(f"{folder / name / file} is of another class than {kind}, which {INDEX} names")
         # Defaults of some schedulers are infinite, which JSON has no number for.
-        kept = {key: each for key, each in config.items() if not key.startswith("_") and each != -math.inf}
+        settings = {key: setting for key, setting in config.items() if not key.startswith("_") and setting != -math.inf}
         try:
-            yield name, Component(kind=kind, config=kept)
+            yield name, Component(kind=kind, config=settings)
         except ValidationError as error:
             raise UserError(f"{folder / name / file} {_first(error)}: no such network is built") from error
 
@@ -201,26 +201,26 @@ def _weight_files(folder: Path, name: str, files: dict[str, Path]) -> list[str]:
 
     They are those without a variant, or else those of the only one.
     """
-    found: dict[str | None, list[str]] = {}
+    groups: dict[str | None, list[str]] = {}
     for file in files:
         parent, _, base = file.rpartition("/")
         if parent == name and (match := WEIGHTS.fullmatch(base)):
-            found.setdefault(match["variant"] or match["other"], []).append(file)
-    if not found:
+            groups.setdefault(match["variant"] or match["other"], []).append(file)
+    if not groups:
         return []
-    if None not in found and len(found) > 1:
-        raise UserError(f"{folder / name} has weights of the variants {', '.join(map(str, found))}: keep one of them")
-    chosen = found.get(None) or next(iter(found.values()))
-    indices = [file for file in chosen if file.endswith(".json")]
-    whole = [file for file in chosen if not file.endswith(".json")]
-    if whole and not indices:
-        return whole
+    if None not in groups and len(groups) > 1:
+        raise UserError(f"{folder / name} has weights of the variants {', '.join(map(str, groups))}: keep one of them")
+    weight_files = groups.get(None) or next(iter(groups.values()))
+    indices = [file for file in weight_files if file.endswith(".json")]
+    tensor_files = [file for file in weight_files if not file.endswith(".json")]
+    if tensor_files and not indices:
+        return tensor_files
     shards = _read_json(folder, indices[0], files).get("weight_map")
-    listed = sorted({f"{name}/{each}" for each in shards.values()}) if isinstance(shards, dict) else []
-    for file in listed:
+    shard_files = sorted({f"{name}/{shard}" for shard in shards.values()}) if isinstance(shards, dict) else []
+    for file in shard_files:
         if file not in files or not file.endswith(".safetensors"):
             raise UserError(f"{folder / indices[0]} names {file!r}, which is no safetensors file of {name}")
-    return [indices[0], *listed]
+    return [indices[0], *shard_files]
 
 
 def _read_weights(place: Path) -> tuple[bytes, dict[str, Tensor]]:
@@ -256,7 +256,7 @@ def _header(
             f"the import of a pipeline needs {error.name}, which is not installed: "
             "run `pip install -e '.[diffusers]'` in Darkroom's checkout"
         ) from error
-    about = origin.model_copy(update={"licence": licence, "files": digests, "libraries": libraries})
+    full_origin = origin.model_copy(update={"licence": licence, "files": digests, "libraries": libraries})
     name = re.sub(r"[/\\:'\"`\s]+", "-", origin.source.removeprefix("hf://").partition("@")[0]).strip(".-")
     try:
         config = DiffusersConfig(pipeline=index["_class_name"], components=components)
@@ -282,7 +282,7 @@ def _header(
                 "images": 0,
                 "training": {},
                 "guidance": GUIDANCE.get(config.pipeline or "") if config.text or config.has_null_class else None,
-                "origin": about,
+                "origin": full_origin,
             }
         )
     except ValidationError as error:
@@ -296,8 +296,8 @@ def _classes(config: DiffusersConfig, labels: Any) -> dict[str, int]:
         return {str(number).zfill(len(str(count - 1))): number for number in range(count)}
     numbers = [(int(key), str(label)) for key, label in labels.items() if re.fullmatch("[0-9]{1,9}", key) and label]
     names = [label for _, label in numbers]
-    named = {label if names.count(label) == 1 else f"{label} ({number})": number for number, label in numbers}
-    return {label: number for label, number in named.items() if number < count}
+    by_label = {label if names.count(label) == 1 else f"{label} ({number})": number for number, label in numbers}
+    return {label: number for label, number in by_label.items() if number < count}
 
 
 def _first(error: ValidationError) -> str:

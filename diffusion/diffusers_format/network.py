@@ -29,13 +29,13 @@ class DarkroomUNet(ModelMixin, ConfigMixin):  # type: ignore[misc]
         self, sample_size: int, in_channels: int, out_channels: int, header: dict[str, Any], sampling: dict[str, Any]
     ) -> None:
         super().__init__()
-        about = ModelHeader.model_validate(header)
-        assert isinstance(about.model, ModelConfig)
-        classes = classes_of(about.model, about.class_histogram)
-        self.network = UNet(about.model, in_channels, sample_size, len(classes))
+        model_header = ModelHeader.model_validate(header)
+        assert isinstance(model_header.model, ModelConfig)
+        classes = classes_of(model_header.model, model_header.class_histogram)
+        self.network = UNet(model_header.model, in_channels, sample_size, len(classes))
         self.guide = None
-        if about.guide_images is not None:
-            self.guide = UNet(about.model, in_channels, sample_size, len(classes))
+        if model_header.guide_images is not None:
+            self.guide = UNet(model_header.model, in_channels, sample_size, len(classes))
 
     @classmethod
     def of(cls, model: DiffusionModel, sampling: SamplingConfig) -> "DarkroomUNet":
@@ -43,11 +43,11 @@ class DarkroomUNet(ModelMixin, ConfigMixin):  # type: ignore[misc]
         if not model.header.sampling(sampling).autoguides:
             model = replace(model, header=model.header.model_copy(update={"guide_images": None}), guide=None)
         channels, size, _ = model.header.square
-        learned = samples_with_learned_variance(model, sampling)
+        has_learned_variance = samples_with_learned_variance(model, sampling)
         unet: DarkroomUNet = cls(
             sample_size=size,
             in_channels=channels,
-            out_channels=(2 if learned else 1) * channels,
+            out_channels=(2 if has_learned_variance else 1) * channels,
             header=model.header.model_dump(mode="json"),
             sampling=sampling.model_dump(mode="json", exclude={"compute_batch", "precision", "device"}),
         )
@@ -86,8 +86,8 @@ class DarkroomUNet(ModelMixin, ConfigMixin):  # type: ignore[misc]
         t = torch.as_tensor(timestep, device=sample.device).expand(len(sample))
         sigma = self.model.schedule.sigma(t)
         x = sample.float() * (1 + sigma**2).sqrt().float()[:, None, None, None]
-        given = {"label": class_labels, "text": text}
-        conditioning = {name: each for name, each in given.items() if each is not None}
+        inputs = {"label": class_labels, "text": text}
+        conditioning = {name: tensor for name, tensor in inputs.items() if tensor is not None}
         x0, v = self.model.denoiser(conditioning).answer(x, sigma)
         answer = torch.cat([x0, v], dim=1) if self.config.out_channels > self.config.in_channels else x0
         answer = answer.to(sample.dtype)
@@ -96,5 +96,5 @@ class DarkroomUNet(ModelMixin, ConfigMixin):  # type: ignore[misc]
 
 def samples_with_learned_variance(model: DiffusionModel, sampling: SamplingConfig) -> bool:
     """Whether sampling uses the learned variance of ``model``, which guided predictions do not have."""
-    unset = isinstance(sampling, DDPMSampling) and sampling.variance is None
-    return unset and model.config.variance == "learned_range" and not model.header.sampling(sampling).is_guided
+    is_default = isinstance(sampling, DDPMSampling) and sampling.variance is None
+    return is_default and model.config.variance == "learned_range" and not model.header.sampling(sampling).is_guided

@@ -92,7 +92,7 @@ class DarkroomPipeline(DiffusionPipeline):  # type: ignore[misc]
             raise UserError("only one of height and width is given: give both, or none")
         size = None if height is None or width is None else (height, width)
         model, indices = self.unet.model.at(size), range(batch_size)
-        given = {
+        fields = {
             "steps": num_inference_steps,
             "guidance": guidance_scale,
             "guidance_interval": guidance_interval,
@@ -100,17 +100,17 @@ class DarkroomPipeline(DiffusionPipeline):  # type: ignore[misc]
             "autoguidance": autoguidance_scale,
         }
         # A given guidance replaces autoguidance, as in a request.
-        own: dict[str, Any] = {} if guidance_scale is None else {"autoguidance": None}
-        own |= {name: value for name, value in given.items() if value is not None}
-        labels, prompts = ((each,) if isinstance(each, str) else tuple(each) for each in (labels, prompts))
+        changes: dict[str, Any] = {} if guidance_scale is None else {"autoguidance": None}
+        changes |= {name: value for name, value in fields.items() if value is not None}
+        labels, prompts = ((texts,) if isinstance(texts, str) else tuple(texts) for texts in (labels, prompts))
         conditions = Conditions(labels=labels, prompts=prompts, negative_prompt=negative_prompt)
-        config = self.unet.sampling.changed(own)
+        config = self.unet.sampling.changed(changes)
         config = model.header.sampling(config, is_conditional(model.classes, conditions))
         check_prompts(conditions, model.prompt_length)
         check_sampling(model, config, conditions)
         _check_scheduler(self.scheduler, model)
-        learned = isinstance(self.scheduler, DDPMScheduler) and "learned" in str(self.scheduler.config.variance_type)
-        if learned and (model.config.variance == "fixed" or config.is_guided):
+        is_learned = isinstance(self.scheduler, DDPMScheduler) and "learned" in str(self.scheduler.config.variance_type)
+        if is_learned and (model.config.variance == "fixed" or config.is_guided):
             raise UserError(
                 "a variance is learned by one network without guidance: use "
                 "DDPMScheduler.from_config(pipe.scheduler.config, variance_type='fixed_small')"
@@ -118,15 +118,15 @@ class DarkroomPipeline(DiffusionPipeline):  # type: ignore[misc]
         device = self._execution_device
         embeddings = prompt_embeddings(model, conditions)
         conditioning = make_conditioning(model, indices, seed, conditions, embeddings)
-        conditioning = {name: each.to(device) for name, each in conditioning.items()}
+        conditioning = {name: tensor.to(device) for name, tensor in conditioning.items()}
         denoise = denoiser_of(model, conditioning, config, embeddings[conditions.negative_prompt].to(device))
         start, options = self._noise(model, batch_size, seed, generator, eta)
         timesteps, sigmas = visited(self.scheduler, model.schedule, config)
         in_sigma = isinstance(self.scheduler, IN_SIGMA)
         mean = model.start(conditioning)
-        first = config.sigma_grid(model.schedule)[0]
-        if first > ZERO_SNR and isinstance(self.scheduler, HeunDiscreteScheduler):
-            mean = denoise(float(first) * start, first)
+        first_sigma = config.sigma_grid(model.schedule)[0]
+        if first_sigma > ZERO_SNR and isinstance(self.scheduler, HeunDiscreteScheduler):
+            mean = denoise(float(first_sigma) * start, first_sigma)
         start = float(sigmas[0]) * start
         if mean is not None:
             start = start + mean.to(start)
@@ -134,7 +134,7 @@ class DarkroomPipeline(DiffusionPipeline):  # type: ignore[misc]
         for t, sigma in self.progress_bar(list(zip(timesteps, sigmas, strict=True))):
             self.scheduler.scale_model_input(state, t)  # some insist on it; σ says the same
             x = state if in_sigma else float((1 + sigma**2).sqrt()) * state
-            if learned:
+            if is_learned:
                 x0, v = model.denoiser(conditioning).answer(x, sigma)
                 output = torch.cat([x0, v], dim=1)
             else:
@@ -157,38 +157,38 @@ class DarkroomPipeline(DiffusionPipeline):  # type: ignore[misc]
         eta: float | None,
     ) -> tuple[Tensor, Callable[[], dict[str, Any]]]:
         """The noise to start from, and what the scheduler is given at each step: fresh noise, if it takes any."""
-        device, accepted = self._execution_device, signature(self.scheduler.step).parameters
-        if eta is not None and "eta" not in accepted:
+        device, parameters = self._execution_device, signature(self.scheduler.step).parameters
+        if eta is not None and "eta" not in parameters:
             raise UserError(
                 f"eta means nothing to {type(self.scheduler).__name__}: use a DDIMScheduler, or leave it out"
             )
-        own: dict[str, Any] = {}
-        if "eta" in accepted:
-            configured = self.unet.sampling.eta if isinstance(self.unet.sampling, DDIMSampling) else 0.0
-            own["eta"] = configured if eta is None else eta
+        options: dict[str, Any] = {}
+        if "eta" in parameters:
+            default_eta = self.unet.sampling.eta if isinstance(self.unet.sampling, DDIMSampling) else 0.0
+            options["eta"] = default_eta if eta is None else eta
         if generator is not None:
             start = randn_tensor((count, *model.shape), generator=generator, device=device, dtype=torch.float32)
-            return start, lambda: own | ({"generator": generator} if "generator" in accepted else {})
-        draws = GaussianNoise(seed, "sampling", range(count), model.shape)
+            return start, lambda: options | ({"generator": generator} if "generator" in parameters else {})
+        noise = GaussianNoise(seed, "sampling", range(count), model.shape)
         sde = isinstance(self.scheduler, DPMSolverMultistepScheduler) and "sde" in self.scheduler.config.algorithm_type
-        if not (sde or own.get("eta", 0.0) > 0 or isinstance(self.scheduler, DDPMScheduler)):
-            return draws().to(device), lambda: own
-        if "variance_noise" not in accepted:
+        if not (sde or options.get("eta", 0.0) > 0 or isinstance(self.scheduler, DDPMScheduler)):
+            return noise().to(device), lambda: options
+        if "variance_noise" not in parameters:
             raise UserError(
                 f"{type(self.scheduler).__name__} takes no fresh noise but from a generator: give one, or use a "
                 "scheduler that does, such as DDIMScheduler with eta=1 for DDPMScheduler"
             )
-        return draws().to(device), lambda: own | {"variance_noise": draws().to(device)}
+        return noise().to(device), lambda: options | {"variance_noise": noise().to(device)}
 
 
 def _check_scheduler(scheduler: SchedulerMixin, model: DiffusionModel) -> None:
     """Raise UserError for a ``scheduler`` that takes steps which are none of ours, or on another noise schedule."""
     if not isinstance(scheduler, SUPPORTED):
-        names = ", ".join(each.__name__ for each in SUPPORTED)
+        names = ", ".join(kind.__name__ for kind in SUPPORTED)
         raise UserError(f"{type(scheduler).__name__} takes none of our steps: use one of {names}")
     theirs, ours = scheduler.alphas_cumprod.cpu().double(), model.schedule.alphas_cumprod
-    same = theirs.shape == ours.shape and torch.allclose(theirs, ours, atol=1e-4)
-    if scheduler.config.prediction_type != "sample" or not same:
+    is_same = theirs.shape == ours.shape and torch.allclose(theirs, ours, atol=1e-4)
+    if scheduler.config.prediction_type != "sample" or not is_same:
         name = type(scheduler).__name__
         raise UserError(
             f"the {name} is of another prediction or noise schedule than the model: make it by {name}.from_config(c), "
@@ -214,7 +214,7 @@ def scheduler_of(model: DiffusionModel, sampling: SamplingConfig) -> SchedulerMi
         )
     alpha_bar = model.schedule.alphas_cumprod
     betas = 1 - alpha_bar / torch.cat([alpha_bar.new_ones(1), alpha_bar[:-1]])
-    shared: dict[str, Any] = {
+    shared_options: dict[str, Any] = {
         "num_train_timesteps": model.schedule.steps,
         "trained_betas": betas.tolist(),
         "prediction_type": "sample",
@@ -237,7 +237,7 @@ def scheduler_of(model: DiffusionModel, sampling: SamplingConfig) -> SchedulerMi
         "unipc": (UniPCMultistepScheduler, to_zero | {"solver_order": order, "solver_type": "bh2"}),
     }
     kind, options = kinds[sampling.sampler]
-    scheduler = kind(**shared, **options)
+    scheduler = kind(**shared_options, **options)
     if not isinstance(scheduler, WHOLE):
         levels = sampling.sigma_grid(model.schedule)
         if isinstance(scheduler, HeunDiscreteScheduler):
