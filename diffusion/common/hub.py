@@ -172,7 +172,7 @@ def hub_errors(what: str) -> Iterator[None]:
         if status not in (408, 425, 429) and status < 500:
             raise DarkroomError(f"the Hub answers HTTP {status} about {what}: check HF_ENDPOINT") from error
         pause = error.response.headers.get("Retry-After", "")
-        raise _Again(f"HTTP {status}", float(pause[:6]) if pause.isdigit() else None) from error
+        raise _Again(f"HTTP {status}", float(pause[:6]) if pause.isdecimal() else None) from error
     except (httpx2.InvalidURL, httpx2.UnsupportedProtocol) as error:
         raise UserError(f"HF_ENDPOINT leads nowhere ({error}): give https://HOST, or unset it") from error
     except httpx2.TransportError as error:
