@@ -129,24 +129,24 @@ class Params(Config):
 
     @model_validator(mode="wrap")
     @classmethod
-    def _over_the_preset(cls, chosen: Any, validate: ModelWrapValidatorHandler["Params"]) -> "Params":
+    def _over_the_preset(cls, tree: Any, validate: ModelWrapValidatorHandler["Params"]) -> "Params":
         # Anything but a mapping with a known preset fails in the validation of the fields.
-        if isinstance(chosen, dict) and (name := chosen.get("preset", "fast")) in get_args(PresetName):
-            params = validate(over(chosen, name))
-            if isinstance(given := chosen.get("sampling", {}), dict):
+        if isinstance(tree, dict) and (name := tree.get("preset", "fast")) in get_args(PresetName):
+            params = validate(over(tree, name))
+            if isinstance(sampling := tree.get("sampling", {}), dict):
                 # What the preset adds does not count as set: it is of this section model, see sampling_of.
-                params.sampling.model_fields_set.intersection_update(given)
+                params.sampling.model_fields_set.intersection_update(sampling)
             return params
-        return validate(chosen)
+        return validate(tree)
 
     @model_validator(mode="after")
     def _is_consistent(self) -> "Params":
-        if words := sampling_conflict(self.model, self.sampling) or training_conflict(self.model, self.training):
-            raise ValueError(words)
+        if conflict := sampling_conflict(self.model, self.sampling) or training_conflict(self.model, self.training):
+            raise ValueError(conflict)
         if self.ingest.fit == "bucket":
             shapes = self.ingest.shapes if self.ingest.buckets else []
-            if words := shape_conflict(self.model, self.ingest.size, shapes):
-                raise ValueError(words)
+            if conflict := shape_conflict(self.model, self.ingest.size, shapes):
+                raise ValueError(conflict)
         if self.evaluation.ema_stds and self.training.ema_stds is None:
             raise ValueError("evaluation.ema_stds needs the snapshots that training.ema_stds saves: set it to [0.05]")
         if self.sampling.guides and self.training.condition_dropout == 0:
@@ -198,8 +198,8 @@ class Params(Config):
     def sampling_of(self, model: FamilyConfig) -> SamplingConfig:
         """Sampling of a model file, whatever the section model: the fields given, and the preset's for such a model."""
         preset = self.preset if model.family == "ddpm" else "fast"
-        given = self.sampling.model_dump(include=self.sampling.model_fields_set)
-        sections = over({"model": model.model_dump(), "sampling": given}, preset)
+        fields = self.sampling.model_dump(include=self.sampling.model_fields_set)
+        sections = over({"model": model.model_dump(), "sampling": fields}, preset)
         return effective_sampling(model, sampling_config(**sections["sampling"]))
 
     def evaluating(self, model: FamilyConfig, name: str | None = None) -> "Params":
@@ -207,12 +207,12 @@ class Params(Config):
 
         Sampling is that of its family. No guidance is tried: its file does not change, and it has its own, or none.
         """
-        changed = {
+        sections = {
             "evaluation": self.evaluation.model_copy(update={"guidance": None, "ema_stds": ()}),
             "sampling": self.sampling_of(model),
             "registry": self.registry.model_copy(update={"model": name or self.registry.model}),
         }
-        return self.model_copy(update=changed)
+        return self.model_copy(update=sections)
 
     @property
     def champion(self) -> str:
@@ -263,19 +263,19 @@ def load_with_origins(
     """
     tree = _read(path)
     origins = dict.fromkeys(flattened(tree), str(path))
-    given = [_parsed(override) for override in overrides]
-    given += [(f"{option} {value}", key, value) for key, (option, value) in options.items()]
-    if {key for _, key, value in given if value is not None} >= set(DURATIONS):
+    assignments = [_parse_override(override) for override in overrides]
+    assignments += [(f"{option} {value}", key, value) for key, (option, value) in options.items()]
+    if {key for _, key, value in assignments if value is not None} >= set(DURATIONS):
         raise UserError(f"--set {' --set '.join(DURATIONS)}: give one of the two, as each determines the other")
-    for option, key, value in given:
+    for option, key, value in assignments:
         assign(tree, key, value, option)
-        replaced = {key, *DURATIONS} if key in DURATIONS else {key}
-        origins = {each: origin for each, origin in origins.items() if each not in replaced}
-        origins |= {each: option.partition("=")[0].partition(" ")[0] for each in flattened(_nested(key, value))}
+        keys = {key, *DURATIONS} if key in DURATIONS else {key}
+        origins = {field: origin for field, origin in origins.items() if field not in keys}
+        origins |= {field: option.partition("=")[0].partition(" ")[0] for field in flattened(_nest(key, value))}
     try:
         params = Params.model_validate(tree)
     except ValidationError as error:
-        raise UserError(f"{_blamed(error, path, given)}: {in_words(error)}") from error
+        raise UserError(f"{_find_source(error, path, assignments)}: {in_words(error)}") from error
     preset = flattened(over(tree, params.preset)).keys() - flattened(tree).keys()
     origins |= dict.fromkeys(preset, f"preset {params.preset}")
     return params, {key: origins.get(key, "default") for key in flattened(params.model_dump(mode="json"))}
@@ -297,7 +297,7 @@ def _read(path: Path) -> dict[str, Any]:
     return tree
 
 
-def _parsed(override: str) -> tuple[str, str, Any]:
+def _parse_override(override: str) -> tuple[str, str, Any]:
     key, separator, text = override.partition("=")
     if not separator or not key.strip():
         raise UserError(f"--set {override}: write it as key=value, for example training.batch_size=64")
@@ -307,23 +307,23 @@ def _parsed(override: str) -> tuple[str, str, Any]:
         raise UserError(f"--set {override}: {text!r} is not a YAML value") from error
 
 
-def _nested(key: str, value: Any) -> dict[str, Any]:
+def _nest(key: str, value: Any) -> dict[str, Any]:
     tree: dict[str, Any] = {}
     assign(tree, key, value, key)
     return tree
 
 
-def _blamed(error: ValidationError, path: Path, given: list[tuple[str, str, Any]]) -> str:
+def _find_source(error: ValidationError, path: Path, assignments: list[tuple[str, str, Any]]) -> str:
     """Source of an invalid configuration: the options that set its key, all options if the file alone is valid."""
     location = [str(part) for part in error.errors()[0]["loc"]]
     if location[:1] == ["model"]:
         del location[1:2]
-    where = f"{'.'.join(location)}."
-    options = [option for option, key, _ in given if where.startswith(f"{key}.")]
-    if not options and given:
+    dotted_key = f"{'.'.join(location)}."
+    options = [option for option, key, _ in assignments if dotted_key.startswith(f"{key}.")]
+    if not options and assignments:
         with suppress(ValidationError):
             Params.model_validate(_read(path))
-            options = [option for option, *_ in given]
+            options = [option for option, *_ in assignments]
     return " ".join(dict.fromkeys(options)) or str(path)
 
 
@@ -346,28 +346,30 @@ def assign(tree: dict[str, Any], key: str, value: Any, option: str) -> None:
 
 def in_words(error: ValidationError) -> str:
     """Message for an invalid configuration: the key, the problem and the fix."""
-    first = error.errors()[0]
-    location = [str(part) for part in first["loc"]]
+    detail = error.errors()[0]
+    location = [str(part) for part in detail["loc"]]
     if location[:1] == ["sampling"]:
-        return describe_error(first, first["loc"][1:])
+        return describe_error(detail, detail["loc"][1:])
     # Pydantic inserts the family, the tag of the union, after "model".
     family = location.pop(1) if location[:1] == ["model"] and len(location) > 1 else None
-    where = ".".join(location)
-    if first["type"] == "extra_forbidden":
+    dotted_key = ".".join(location)
+    if detail["type"] == "extra_forbidden":
         section: Any = FAMILIES[family] if family else Params
         for name in () if family else location[:-1]:
             section = section.model_fields[name].annotation
-        known = list(getattr(section, "model_fields", ()))
-        if family and (others := [name for name, other in FAMILIES.items() if location[-1] in other.model_fields]):
-            return f"{where} is a field of model.family = {' and '.join(others)}, and this is {family}: leave it out"
-        close = difflib.get_close_matches(location[-1], known, n=1)
-        hint = f"did you mean {close[0]}?" if close else f"known here: {', '.join(sorted(known))}"
-        return f"unknown key {where}: {hint}"
-    message = first["msg"].removeprefix("Value error, ")
-    if first["type"] in ("tuple_type", "list_type"):
+        fields = list(getattr(section, "model_fields", ()))
+        families = [name for name, config_class in FAMILIES.items() if location[-1] in config_class.model_fields]
+        if family and families:
+            names = " and ".join(families)
+            return f"{dotted_key} is a field of model.family = {names}, and this is {family}: leave it out"
+        close = difflib.get_close_matches(location[-1], fields, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"known here: {', '.join(sorted(fields))}"
+        return f"unknown key {dotted_key}: {hint}"
+    message = detail["msg"].removeprefix("Value error, ")
+    if detail["type"] in ("tuple_type", "list_type"):
         message = "give a list, as [a, b]"
-    got = "" if first["type"] == "value_error" else f" (got {first['input']!r})"
-    return f"{where}: {message}{got}" if where else message + got
+    value_text = "" if detail["type"] == "value_error" else f" (got {detail['input']!r})"
+    return f"{dotted_key}: {message}{value_text}" if dotted_key else message + value_text
 
 
 class Combination(Config):
@@ -380,18 +382,20 @@ class Combination(Config):
     """Digest of the parsed model and training sections."""
 
 
-def parse_over(words: Sequence[str]) -> dict[str, list[Any]]:
+def parse_over(arguments: Sequence[str]) -> dict[str, list[Any]]:
     """Parse ``key=value,value`` into YAML values by dotted key; raises UserError for malformed or repeated keys."""
     over: dict[str, list[Any]] = {}
-    for each in words:
-        key, equal, text = each.partition("=")
+    for argument in arguments:
+        key, equal, text = argument.partition("=")
         values: list[Any] = []
         with suppress(yaml.YAMLError):
             values = yaml.safe_load(f"[{text}]") if equal else []
         if not values or not key.strip():
-            raise UserError(f"--over {each}: write it as key=value,value, for example training.learning_rate=1e-3,4e-3")
+            raise UserError(
+                f"--over {argument}: write it as key=value,value, for example training.learning_rate=1e-3,4e-3"
+            )
         if key.strip() in over:
-            raise UserError(f"--over {each}: {key.strip()} is given twice; write all its values after one --over")
+            raise UserError(f"--over {argument}: {key.strip()} is given twice; write all its values after one --over")
         over[key.strip()] = values
     return over
 
@@ -406,27 +410,29 @@ def combinations(params: Params, over: Mapping[str, Sequence[Any]]) -> list[Comb
                 f"--over {key}: data, sampling and evaluation must be the same for all; vary fields of "
                 f"{' and '.join(SECTIONS)}, but for {', '.join(FIXED)}"
             )
-    points = [_with(params, dict(zip(over, values, strict=True))) for values in itertools.product(*over.values())]
+    points = [
+        _make_combination(params, dict(zip(over, values, strict=True))) for values in itertools.product(*over.values())
+    ]
     # By parsed value: 1e-3 equals 0.001.
-    if len({each.digest for each in points}) < len(points):
+    if len({point.digest for point in points}) < len(points):
         raise UserError("--over gives the same value twice: leave one of them out")
     return points
 
 
-def _with(params: Params, settings: dict[str, Any]) -> Combination:
+def _make_combination(params: Params, settings: dict[str, Any]) -> Combination:
     tree = params.model_dump(mode="json", exclude_unset=True)
     for key, value in settings.items():
         assign(tree, key, value, f"--over {key}")
     try:
-        varied = Params.model_validate(tree)
+        variant = Params.model_validate(tree)
     except ValidationError as error:
         raise UserError(f"--over with {words_of(settings)}: {in_words(error)}") from error
     # With the digest, so that settings with equal abbreviations have different folders.
-    digest = digest_of({name: getattr(varied, name).model_dump(mode="json") for name in SECTIONS})[:8]
+    digest = digest_of({name: getattr(variant, name).model_dump(mode="json") for name in SECTIONS})[:8]
     name = f"{re.sub(r'[^0-9A-Za-z.=,_-]+', '-', words_of(settings))[:80]}-{digest}"
-    training = varied.training.model_copy(update={"output": Path("runs", "sweeps", params.model_name, name)})
-    varied = varied.model_copy(update={"training": training})
-    return Combination(settings=settings, params=varied, folder=params.report_folder / "sweeps" / name, digest=digest)
+    training = variant.training.model_copy(update={"output": Path("runs", "sweeps", params.model_name, name)})
+    variant = variant.model_copy(update={"training": training})
+    return Combination(settings=settings, params=variant, folder=params.report_folder / "sweeps" / name, digest=digest)
 
 
 def words_of(settings: Mapping[str, object]) -> str:
@@ -440,8 +446,8 @@ def family_variants(params: Params, names: Sequence[str]) -> dict[str, Params]:
     The family of ``params`` keeps ``params``; the others have their own defaults with the same images, budget and
     evaluation. Raises UserError for an unknown or repeated family, and for settings that families cannot share.
     """
-    if unknown := [family for family in names if family not in FAMILIES]:
-        raise UserError(f"there is no family {unknown[0]!r}: there is {', '.join(FAMILIES)}")
+    if unknown_families := [family for family in names if family not in FAMILIES]:
+        raise UserError(f"there is no family {unknown_families[0]!r}: there is {', '.join(FAMILIES)}")
     if len(set(names)) < max(2, len(names)):
         raise UserError(f"--family {' --family '.join(names)}: name two families or more, each once")
     for field, value in (("training.output", params.training.output), ("registry.model", params.registry.model)):
@@ -449,9 +455,9 @@ def family_variants(params: Params, names: Sequence[str]) -> dict[str, Params]:
             raise UserError(f"{field} = {value} is one place, and each family needs its own: leave it out")
     if params.model.low_resolution is not None:
         raise UserError("model.low_resolution makes a super-resolution model, and `compare` ranks generative ones")
-    shared: dict[str, Any] = {name: getattr(params, name).model_dump(include=SHARED[name]) for name in SHARED}
-    shared |= {"ingest": params.ingest.model_dump(), "evaluation": params.evaluation.model_dump(exclude={"ema_stds"})}
-    variants = {name: Params.model_validate(shared | {"model": {"family": name}}) for name in names}
+    sections: dict[str, Any] = {name: getattr(params, name).model_dump(include=SHARED[name]) for name in SHARED}
+    sections |= {"ingest": params.ingest.model_dump(), "evaluation": params.evaluation.model_dump(exclude={"ema_stds"})}
+    variants = {name: Params.model_validate(sections | {"model": {"family": name}}) for name in names}
     return variants | {name: params for name in names if name == params.model.family}
 
 
@@ -465,17 +471,17 @@ def flattened(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def params_schema() -> dict[str, Any]:
     """Return the JSON schema of ``params.yaml``, by which editors complete and check it."""
-    schema = _any_of(Params.model_json_schema())
+    schema = _use_any_of(Params.model_json_schema())
     defaults = {"family": {"ddpm"}, "sampler": {preset(name)["sampling"]["sampler"] for name in get_args(PresetName)}}
     for kind in schema["$defs"].values():
-        for tag, unnamed in defaults.items():
-            if kind["properties"].get(tag, {}).get("const", next(iter(unnamed))) not in unnamed:
+        for tag, kinds in defaults.items():
+            if kind["properties"].get(tag, {}).get("const", next(iter(kinds))) not in kinds:
                 kind["required"] = [*kind.get("required", ()), tag]
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", "$id": "params.schema.json", **schema}
 
 
-def _any_of(node: Any) -> Any:
+def _use_any_of(node: Any) -> Any:
     """Replace oneOf: sections without the field that tells their kind are valid for several kinds."""
     if isinstance(node, dict):
-        return {"anyOf" if name == "oneOf" else name: _any_of(value) for name, value in node.items()}
-    return [_any_of(each) for each in node] if isinstance(node, list) else node
+        return {"anyOf" if name == "oneOf" else name: _use_any_of(value) for name, value in node.items()}
+    return [_use_any_of(item) for item in node] if isinstance(node, list) else node

@@ -51,12 +51,16 @@ for group in (data_commands, model_commands, edit_commands, server_commands):
 app.add_typer(setup_commands.config, rich_help_panel="Groups of commands")
 
 
-def _print_version(wanted: bool) -> None:
-    if wanted:
+def _print_version(flag: bool) -> None:
+    if flag:
         from importlib.metadata import entry_points
 
         # By the command, whatever the distribution is named.
-        [command] = {each.dist.version for each in entry_points(group="console_scripts", name="darkroom") if each.dist}
+        [command] = {
+            entry_point.dist.version
+            for entry_point in entry_points(group="console_scripts", name="darkroom")
+            if entry_point.dist
+        }
         print(f"darkroom {command}")
         raise typer.Exit
 

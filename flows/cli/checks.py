@@ -78,17 +78,17 @@ def require_ingestable(params: Params, rebuild: Rebuild = "never") -> Manifest |
     from flows.environment import data_source
     from flows.storage.s3 import S3Objects
 
-    before, folder = None, params.dataset_folder
+    manifest, folder = None, params.dataset_folder
     if (source := params.ingest.source).startswith("s3://") and next(S3Objects().find(source), None) is None:
         raise UserError(f"there is nothing at {source}: check the address")
     catalog = Catalog.of(params.training.dataset, data_source())
     if choice(folder) is None and (digest := newer(params, catalog)) is not None:
-        before = catalog.version(digest)
+        manifest = catalog.version(digest)
     elif (folder / "manifest.json").is_file():
-        before = read_manifest(folder)
-    if before is not None:
-        require_same_storage(before, params.ingest, rebuild)
-    return before
+        manifest = read_manifest(folder)
+    if manifest is not None:
+        require_same_storage(manifest, params.ingest, rebuild)
+    return manifest
 
 
 def deployment_notes(params: Params, workspace: Path) -> list[str]:
@@ -110,14 +110,14 @@ def deployment_notes(params: Params, workspace: Path) -> list[str]:
     return notes
 
 
-def require_enough_images(params: Params, before: Manifest | None) -> None:
-    """Raise UserError if the images of ``ingest.source`` and those of version ``before`` are too few for an evaluation.
+def require_enough_images(params: Params, version: Manifest | None) -> None:
+    """Raise UserError if the images of ``ingest.source`` and those of ``version`` are too few for an evaluation.
 
     Which images are held out depends on their pixels: a small source is ingested into a temporary folder for that.
     Sources that would be downloaded, and versions that are not on this machine, are left to the flow.
     """
     folder, config = params.dataset_folder, params.ingest
-    if before is not None and min(before.counts.values()) >= FEWEST:
+    if version is not None and min(version.counts.values()) >= FEWEST:
         return
     from flows.storage.s3 import S3Objects
 
@@ -125,7 +125,7 @@ def require_enough_images(params: Params, before: Manifest | None) -> None:
     if not (config.source.startswith("s3://") or Path(config.source).exists()):
         return
     with TemporaryDirectory() as temporary:
-        source, trial = Path(temporary, "source"), Path(temporary, folder.name)
+        source, scratch = Path(temporary, "source"), Path(temporary, folder.name)
         source.mkdir()
         # With four times as many as needed, chance leaves enough.
         most = math.ceil(4 * FEWEST / share)
@@ -139,13 +139,13 @@ def require_enough_images(params: Params, before: Manifest | None) -> None:
                     f"one side, and evaluation needs {FEWEST}: change it, or give more images"
                 )
             return
-        if before is not None:
-            if before.kept > TRIED or not (folder / "manifest.json").is_file() or read_manifest(folder) != before:
+        if version is not None:
+            if version.kept > TRIED or not (folder / "manifest.json").is_file() or read_manifest(folder) != version:
                 return
-            shutil.copytree(folder, trial)
+            shutil.copytree(folder, scratch)
         # Captions decide nothing here, and each would be paid for.
-        ingest(trial, config.model_copy(update={"runner": "threads", "captioner": None}), objects=objects)
-        require_enough(read_manifest(trial))
+        ingest(scratch, config.model_copy(update={"runner": "threads", "captioner": None}), objects=objects)
+        require_enough(read_manifest(scratch))
 
 
 def require_network(params: Params) -> None:
@@ -154,8 +154,8 @@ def require_network(params: Params) -> None:
 
     for device in (params.training.device, params.sampling.device):
         resolve_device(device)
-    given = params.training.init_from is not None or params.model.family == "diffusers"
-    if given or (isinstance(params.model, ModelConfig) and params.model.autoencoder is not None):
+    has_weights = params.training.init_from is not None or params.model.family == "diffusers"
+    if has_weights or (isinstance(params.model, ModelConfig) and params.model.autoencoder is not None):
         return  # pretrained weights decide
     import torch
 
@@ -236,12 +236,12 @@ def require_conditions_in_source(params: Params, conditions: Conditions) -> None
 
     Classes and captions of a source other than a folder of images are known only once it is read.
     """
-    root, folder, known, has_captions = Path(params.ingest.source), params.dataset_folder, set[str](), False
+    root, folder, known_classes, has_captions = Path(params.ingest.source), params.dataset_folder, set[str](), False
     if is_there := (folder / "manifest.json").is_file():
         manifest = read_manifest(folder)
-        known.update(manifest.labels)
+        known_classes.update(manifest.labels)
         captions = (read_records(folder, part, ["caption"])["caption"] for part in manifest.parts)
-        has_captions = params.model.text and any(each.null_count < len(each) for each in captions)
+        has_captions = params.model.text and any(column.null_count < len(column) for column in captions)
     is_plain = root.is_dir() and not any((root / name).exists() for name in METADATA_FILES)
     if params.model.text and is_plain and not has_captions:
         raise UserError(
@@ -249,20 +249,20 @@ def require_conditions_in_source(params: Params, conditions: Conditions) -> None
             "with columns file_name and text, or leave model.text out"
         )
     labels = {label for label in conditions.labels if label is not None}
-    needed = 2 if labels or params.sampling.guides else 0
-    if is_plain and not (labels <= known and len(known) >= needed):
+    required_count = 2 if labels or params.sampling.guides else 0
+    if is_plain and not (labels <= known_classes and len(known_classes) >= required_count):
         for name in map(printable, visible_files(root)):
             if is_image(name) and (parent := posixpath.dirname(name)):
-                known.add(posixpath.basename(parent))
-                if labels <= known and len(known) >= needed:
+                known_classes.add(posixpath.basename(parent))
+                if labels <= known_classes and len(known_classes) >= required_count:
                     break
-    if not is_plain and not labels <= known:
-        known |= labels
-    if unknown := sorted(labels - known):
-        there = f"there is {', '.join(sorted(known)[:20])}" if known else "there are no classes"
-        raise UserError(f"no class {unknown[0]!r} in {root} or data set {params.training.dataset}: {there}")
+    if not is_plain and not labels <= known_classes:
+        known_classes |= labels
+    if unknown_labels := sorted(labels - known_classes):
+        hint = f"there is {', '.join(sorted(known_classes)[:20])}" if known_classes else "there are no classes"
+        raise UserError(f"no class {unknown_labels[0]!r} in {root} or data set {params.training.dataset}: {hint}")
     if is_plain or is_there:
-        classes = classes_of(params.model, dict.fromkeys(sorted(known), 1))
+        classes = classes_of(params.model, dict.fromkeys(sorted(known_classes), 1))
         check_conditions(classes, params.model.text, params.sampling, conditions)
 
 
@@ -271,27 +271,27 @@ def require_version(uri: str, params: Params | None = None, conditions: Conditio
 
     Weights that are not on this machine are fetched for that, as the flow would.
     """
-    name, which = parse_model_uri(uri)
+    name, reference = parse_model_uri(uri)
     if (model := registered_models(name).get(name)) is None:
-        known = sorted(registered_models())
-        there = f"there is {_some(known)}" if known else "there is none yet"
+        names = sorted(registered_models())
+        hint = f"there is {_some(names)}" if names else "there is none yet"
         raise UserError(
-            f"{uri}: no model {name} in the registry, {there}: name another, by --dataset, --model or registry.model, "
+            f"{uri}: no model {name} in the registry, {hint}: name another, by --dataset, --model or registry.model, "
             "or register one with `darkroom retrain`"
         )
-    versions = {int(each["version"]): each for each in _search("model-versions", f"name='{name}'")}
-    aliases = {each["alias"]: int(each["version"]) for each in model.get("aliases", ())}
-    number = aliases.get(which[1:]) if which.startswith("@") else int(which)
+    versions = {int(entry["version"]): entry for entry in _search("model-versions", f"name='{name}'")}
+    aliases = {entry["alias"]: int(entry["version"]) for entry in model.get("aliases", ())}
+    number = aliases.get(reference[1:]) if reference.startswith("@") else int(reference)
     if number is None and (head := _ledger_aliases(name)) is not None:
-        number = head.get(which[1:])
-    if number is None or (number not in versions and not which.startswith("@")):
-        numbers = _some([str(each) for each in sorted(versions)]) or "none"
-        named = _some([f"@{alias} ({version})" for alias, version in sorted(aliases.items())]) or "none"
-        raise UserError(f"{uri} is not in the registry: model {name} has versions {numbers} and aliases {named}")
+        number = head.get(reference[1:])
+    if number is None or (number not in versions and not reference.startswith("@")):
+        numbers = _some([str(key) for key in sorted(versions)]) or "none"
+        alias_text = _some([f"@{alias} ({version})" for alias, version in sorted(aliases.items())]) or "none"
+        raise UserError(f"{uri} is not in the registry: model {name} has versions {numbers} and aliases {alias_text}")
     if params is not None and conditions is not None and number in versions:
         if not conditions.labels and not conditions.texts:
             return
-        tags = {each["key"]: each["value"] for each in versions[number].get("tags", ())}
+        tags = {entry["key"]: entry["value"] for entry in versions[number].get("tags", ())}
         sha256 = parse_tags(tags, f"version {number} of model {name}").weights_sha256
         weights = settings().folder / "models" / f"{sha256}.safetensors"
         if not weights.is_file():
@@ -326,8 +326,8 @@ def require_model(params: Params) -> None:
     if name in (models := registered_models()) or (params.dataset_folder / "manifest.json").is_file():
         return
     if _ledger_aliases(name) is None:
-        there = f"there is {_some(sorted(models))}" if models else "there is none yet"
-        raise UserError(f"no model or data set {name}: give the --dataset of a model, {there}")
+        hint = f"there is {_some(sorted(models))}" if models else "there is none yet"
+        raise UserError(f"no model or data set {name}: give the --dataset of a model, {hint}")
 
 
 def require_conditions(weights: Path, params: Params, conditions: Conditions) -> None:
@@ -339,8 +339,8 @@ def require_conditions(weights: Path, params: Params, conditions: Conditions) ->
     except (ValidationError, KeyError, TypeError):
         return  # loading it will say what is wrong
     # Guidance may be chosen by the model itself, and is checked with it.
-    named = conditions.model_copy(update={"negative_prompt": None})
-    check_conditions(classes, config.text, params.sampling.unguided(), named)
+    positive_conditions = conditions.model_copy(update={"negative_prompt": None})
+    check_conditions(classes, config.text, params.sampling.unguided(), positive_conditions)
     if config.family != "diffusers":  # which has a tokenizer of its own
         require_prompts(conditions)
 
@@ -355,35 +355,35 @@ def require_prompts(conditions: Conditions) -> None:
 
 def registered_models(name: str | None = None) -> dict[str, Any]:
     """Registered models of MLflow by name: all, or the one of that ``name``."""
-    return {each["name"]: each for each in _search("registered-models", f"name='{name}'" if name else "")}
+    return {model["name"]: model for model in _search("registered-models", f"name='{name}'" if name else "")}
 
 
-def _search(what: str, filter_: str) -> list[dict[str, Any]]:
+def _search(resource: str, filter_: str) -> list[dict[str, Any]]:
     if not os.environ.get("MLFLOW_TRACKING_URI", "").startswith("http"):  # a store that only MLflow itself reads
         from mlflow.client import MlflowClient
 
-        if what == "registered-models":
+        if resource == "registered-models":
             models = MlflowClient().search_registered_models(filter_ or None)
-            return [{"name": each.name, "aliases": _pairs(each.aliases, "alias", "version")} for each in models]
+            return [{"name": entity.name, "aliases": _pairs(entity.aliases, "alias", "version")} for entity in models]
         versions = MlflowClient().search_model_versions(filter_)
-        return [{"version": each.version, "tags": _pairs(each.tags, "key", "value")} for each in versions]
-    found: list[dict[str, Any]] = []
+        return [{"version": entity.version, "tags": _pairs(entity.tags, "key", "value")} for entity in versions]
+    entities: list[dict[str, Any]] = []
     token = ""
     # MLflow's client would wait for a slow server too.
-    again = Retrying(
+    retryer = Retrying(
         retry=retry_if_exception_type(NotServing), stop=stop_after_delay(30), wait=wait_fixed(1), reraise=True
     )
     while True:
         fields = {"filter": filter_, "page_token": token, "max_results": "1000"}
         query = urlencode({key: value for key, value in fields.items() if value})
-        answer = again(query_mlflow, f"{what}/search?{query}", timeout=10)
-        found += answer.get(what.replace("-", "_"), ())
+        answer = retryer(query_mlflow, f"{resource}/search?{query}", timeout=10)
+        entities += answer.get(resource.replace("-", "_"), ())
         if not (token := answer.get("next_page_token", "")):
-            return found
+            return entities
 
 
 def _pairs(values: Mapping[str, Any], key: str, value: str) -> list[dict[str, Any]]:
-    return [{key: name, value: each} for name, each in values.items()]
+    return [{key: name, value: text} for name, text in values.items()]
 
 
 def _ledger_aliases(name: str) -> dict[str, int] | None:

@@ -129,36 +129,38 @@ def command(
 
     def register(function: Function) -> Function:
         parameters = dict(inspect.signature(function).parameters)
-        configured, takes_file = parameters.pop("config", None) is not None, "params_file" in parameters
-        shared: dict[str, tuple[Any, Any]] = {"dataset": (DatasetName, None)} if configured and dataset else {}
+        has_config, takes_file = parameters.pop("config", None) is not None, "params_file" in parameters
+        common_parameters: dict[str, tuple[Any, Any]] = (
+            {"dataset": (DatasetName, None)} if has_config and dataset else {}
+        )
         if dataset_argument:
-            shared["named"] = (DatasetArgument, None)
-        if configured:
-            shared |= {"params_file": (ParamsFile, Path("params.yaml")), "settings": (Set, [])}
-        shared |= {"as_json": (Json, False), "quiet": (Quiet, False), "verbose": (Verbose, False)}
-        for option, (annotation, default) in shared.items():
+            common_parameters["named"] = (DatasetArgument, None)
+        if has_config:
+            common_parameters |= {"params_file": (ParamsFile, Path("params.yaml")), "settings": (Set, [])}
+        common_parameters |= {"as_json": (Json, False), "quiet": (Quiet, False), "verbose": (Verbose, False)}
+        for option, (annotation, default) in common_parameters.items():
             keyword = inspect.Parameter.KEYWORD_ONLY
             parameters[option] = inspect.Parameter(option, keyword, default=default, annotation=annotation)
 
-        def run(**given: Any) -> None:
-            as_json = given.pop("as_json")
-            set_verbosity(given.pop("quiet"), given.pop("verbose"))
+        def run(**arguments: Any) -> None:
+            as_json = arguments.pop("as_json")
+            set_verbosity(arguments.pop("quiet"), arguments.pop("verbose"))
             # Libraries print to standard output, which belongs to the result.
             with redirect_stdout(sys.stderr):
-                if configured:
+                if has_config:
                     from flows.config import load_params
 
-                    named = [given.pop(option, None) for option in ("dataset", "named")]
-                    if None not in named and named[0] != named[1]:
-                        raise UserError(f"{named[1]} and --dataset {named[0]} are two data sets: name one")
-                    chosen = {"training.dataset": ("--dataset", named[0] if named[1] is None else named[1])}
+                    names = [arguments.pop(option, None) for option in ("dataset", "named")]
+                    if None not in names and names[0] != names[1]:
+                        raise UserError(f"{names[1]} and --dataset {names[0]} are two data sets: name one")
+                    fields = {"training.dataset": ("--dataset", names[0] if names[1] is None else names[1])}
                     if sets_source:
-                        chosen["ingest.source"] = ("SOURCE", given["source"])
-                    options = {key: option for key, option in chosen.items() if option[1] is not None}
-                    file = given["params_file"] if takes_file else given.pop("params_file")
-                    given["config"] = load_params(file, given.pop("settings"), options)
+                        fields["ingest.source"] = ("SOURCE", arguments["source"])
+                    options = {key: option for key, option in fields.items() if option[1] is not None}
+                    file = arguments["params_file"] if takes_file else arguments.pop("params_file")
+                    arguments["config"] = load_params(file, arguments.pop("settings"), options)
                 with connect(*servers) if servers else nullcontext():
-                    output = function(**given)
+                    output = function(**arguments)
                 # Lines may still have to be computed.
                 lines = [] if output is None else list(output.lines)
             if output is None:
@@ -177,9 +179,9 @@ def command(
                 raise output.error
 
         run.__name__, run.__doc__ = function.__name__, function.__doc__
-        ordered = [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in parameters.values()]
-        run.__signature__ = inspect.Signature(ordered)  # type: ignore[attr-defined]
-        run.__annotations__ = {each.name: each.annotation for each in ordered}
+        keywords = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in parameters.values()]
+        run.__signature__ = inspect.Signature(keywords)  # type: ignore[attr-defined]
+        run.__annotations__ = {parameter.name: parameter.annotation for parameter in keywords}
         app.command(name, rich_help_panel=panel)(run)
         return function
 
@@ -221,8 +223,8 @@ def is_file(model: str | None) -> TypeGuard[str]:
 
 
 @contextmanager
-def connect(*needs: "Server") -> Iterator[None]:
-    """Use the servers in ``needs`` in this process, and show progress on the console."""
+def connect(*servers: "Server") -> Iterator[None]:
+    """Use the ``servers`` in this process, and show progress on the console."""
     for name in ("prefect", "mlflow", "boto3"):
         # Before a server is looked for, which nothing could start without them.
         if find_spec(name) is None:
@@ -246,7 +248,7 @@ def connect(*needs: "Server") -> Iterator[None]:
     # Log records of our packages go to the current Prefect run, if there is one.
     os.environ.setdefault("PREFECT_LOGGING_EXTRA_LOGGERS", ",".join(OURS))
     os.environ.setdefault("PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW", "ignore")
-    join_servers(*needs)
-    require(*needs)
+    join_servers(*servers)
+    require(*servers)
     with progress_shown():
         yield

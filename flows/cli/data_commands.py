@@ -37,16 +37,16 @@ def log(config: "Params") -> CommandOutput:
 
     folder = config.dataset_folder
     entries = history(folder, _in_cache(folder))
-    curated = any(each.dropped for each in entries)
-    columns = f"{'added':>9} {'removed':>9} {'kept':>9}{'   dropped' if curated else ''}"
+    has_dropped = any(entry.dropped for entry in entries)
+    columns = f"{'added':>9} {'removed':>9} {'kept':>9}{'   dropped' if has_dropped else ''}"
     head = f"  {'version':<12}  {'parent':<12}  {columns} {'quarantined':>11}  change"
     rows = [
-        f"{'*' if each.current else ' '} {each.digest[:12]}  {(each.parent or '')[:12]:<12}  {each.added:>9,} "
-        f"{each.removed:>9,} {each.kept:>9,}{f' {each.dropped:>9,}' if curated else ''} {_count(each.quarantined):>11}"
-        f"  {each.change}"
-        for each in entries
+        f"{'*' if entry.current else ' '} {entry.digest[:12]}  {(entry.parent or '')[:12]:<12}  {entry.added:>9,} "
+        f"{entry.removed:>9,} {entry.kept:>9,}{f' {entry.dropped:>9,}' if has_dropped else ''} "
+        f"{_count(entry.quarantined):>11}  {entry.change}"
+        for entry in entries
     ]
-    value = {"dataset": folder.name, "versions": [each.model_dump(mode="json") for each in entries]}
+    value = {"dataset": folder.name, "versions": [entry.model_dump(mode="json") for entry in entries]}
     return CommandOutput(value, [head, *rows])
 
 
@@ -65,32 +65,34 @@ def show_version(
 
     folder = config.dataset_folder
     limit = None if everything else FIRST
-    found = contents_of(folder, resolve(folder, version), _in_cache(folder), limit)
-    classes = [f"{name}: {count:,}" for name, count in found.classes.items()]
-    buckets = [f"{name}: {count:,}" for name, count in (found.buckets or {}).items()]
-    quarantined, dropped = (
-        [f"{each.source}: {each.reason}" for each in entries or ()] for entries in (found.quarantined, found.dropped)
+    contents = contents_of(folder, resolve(folder, version), _in_cache(folder), limit)
+    classes = [f"{name}: {count:,}" for name, count in contents.classes.items()]
+    buckets = [f"{name}: {count:,}" for name, count in (contents.buckets or {}).items()]
+    quarantined_sources, dropped_images = (
+        [f"{entry.source}: {entry.reason}" for entry in entries or ()]
+        for entries in (contents.quarantined, contents.dropped)
     )
-    rules = ", ".join(f"{each.count:,} {each.reason}" for each in found.rules or ())
-    bits = found.near_duplicate_bits
+    rules = ", ".join(f"{entry.count:,} {entry.reason}" for entry in contents.rules or ())
+    bits = contents.near_duplicate_bits
     lines = [
-        f"version    {found.digest}, from {found.change}" + (f" of {found.parent[:12]}" if found.parent else ""),
-        f"content    {found.content_digest}",
-        f"images     {found.kept:,} of {'about ' if buckets else ''}{found.storage.size}×{found.storage.size} in "
-        f"{found.channels} channel(s): "
-        + ", ".join(f"{count:,} {split.replace('_', '-')}" for split, count in found.splits.items()),
-        f"shards     {found.shards:,}, {found.shard_bytes:,} bytes",
-        f"read       {', '.join(f'{count:,} {outcome}' for outcome, count in found.outcomes.items())}",
-        *(f"source     {source}" for source in found.sources[:limit]),
+        f"version    {contents.digest}, from {contents.change}"
+        + (f" of {contents.parent[:12]}" if contents.parent else ""),
+        f"content    {contents.content_digest}",
+        f"images     {contents.kept:,} of {'about ' if buckets else ''}{contents.storage.size}×{contents.storage.size} "
+        f"in {contents.channels} channel(s): "
+        + ", ".join(f"{count:,} {split.replace('_', '-')}" for split, count in contents.splits.items()),
+        f"shards     {contents.shards:,}, {contents.shard_bytes:,} bytes",
+        f"read       {', '.join(f'{count:,} {outcome}' for outcome, count in contents.outcomes.items())}",
+        *(f"source     {source}" for source in contents.sources[:limit]),
         *(_section("buckets   ", len(buckets), buckets) if buckets else []),
         *([f"near       up to {bits} of 256 bits, for ingest.near_duplicates=auto"] if bits is not None else []),
-        *(f"captions   {count:,} by {captioner}" for captioner, count in found.captioners.items()),
+        *(f"captions   {count:,} by {captioner}" for captioner, count in contents.captioners.items()),
         *(_section("classes   ", len(classes), classes[:limit]) if classes else []),
         *([f"rules      {rules}"] if rules else []),
-        *(_section("dropped   ", found.dropped_count, dropped) if found.dropped_count else []),
-        *_section("quarantine", found.quarantined_count, quarantined),
+        *(_section("dropped   ", contents.dropped_count, dropped_images) if contents.dropped_count else []),
+        *_section("quarantine", contents.quarantined_count, quarantined_sources),
     ]
-    return CommandOutput(found, lines)
+    return CommandOutput(contents, lines)
 
 
 @command(app)
@@ -112,8 +114,8 @@ def diff(
     if before is None and new.parent is None:
         raise UserError(f"{new.digest[:12]} is the first version of data set {folder.name}: give two versions")
     old = resolve(folder, before or new.parent)
-    found = difference_of(folder, old, new, None if everything else FIRST, _in_cache(folder))
-    return CommandOutput({"dataset": folder.name, **found.model_dump(mode="json")}, _diff_lines(found))
+    difference = difference_of(folder, old, new, None if everything else FIRST, _in_cache(folder))
+    return CommandOutput({"dataset": folder.name, **difference.model_dump(mode="json")}, _diff_lines(difference))
 
 
 @command(app)
@@ -134,10 +136,10 @@ def checkout(
     folder = config.dataset_folder
     from flows.datasets.checkout import checkout as make_current
 
-    done = make_current(folder, version, _connect_remote, with_removed, without_shards, to_build_on=True)
-    about = f"version {done.digest[:12]}, {counted(len(done.restored), 'file')} restored"
+    result = make_current(folder, version, _connect_remote, with_removed, without_shards, to_build_on=True)
+    summary = f"version {result.digest[:12]}, {counted(len(result.restored), 'file')} restored"
     return CommandOutput(
-        done, [f"{counted(done.kept, 'image')} in {done.folder}: {about}", f"content {done.content_digest}"]
+        result, [f"{counted(result.kept, 'image')} in {result.folder}: {summary}", f"content {result.content_digest}"]
     )
 
 
@@ -181,15 +183,15 @@ def curate(
         from diffusion.curation.curate import curate as curate_dataset
 
         with progress_shown() as progress:
-            done = curate_dataset(folder, rules, config.ingest, config.evaluation, progress, dry_run=dry_run)
-        return CommandOutput(done.model_dump(mode="json") | {"dry_run": dry_run}, done.lines(dry_run))
+            result = curate_dataset(folder, rules, config.ingest, config.evaluation, progress, dry_run=dry_run)
+        return CommandOutput(result.model_dump(mode="json") | {"dry_run": dry_run}, result.lines(dry_run))
     with connect("prefect", "s3"):
         from flows.curate import curate as curate_flow
 
         outcome = curate_flow(config)
     value = outcome.result.model_dump(mode="json")
-    stored = {"dvc_digest": outcome.version.digest, "report": str(outcome.report)}
-    return CommandOutput(value | stored, [*outcome.result.lines(), f"report: {outcome.report}"])
+    value |= {"dvc_digest": outcome.version.digest, "report": str(outcome.report)}
+    return CommandOutput(value, [*outcome.result.lines(), f"report: {outcome.report}"])
 
 
 @command(app)
@@ -225,31 +227,35 @@ def remove(
     from diffusion.data.versions.takedown_records import Selection, Selector, is_key, removals
 
     keys = list(filter(is_key, images or ()))
-    sources = [*(each for each in images or () if not is_key(each)), *source]
+    sources = [*(pattern for pattern in images or () if not is_key(pattern)), *source]
     selection = Selection(prefixes=keys, sources=sources, label=label)
     # Raises UserError if it is empty or malformed.
     Selector(selection)
     if dry_run and purge:
         raise UserError("--dry-run only says which images would be removed: leave --purge out")
     if dry_run:
-        chosen, names = choose(config.dataset_folder, selection)
-        about = {"dataset": config.training.dataset, "dry_run": True, "names": names}
-        copies, along = chosen.near_copies, chosen.dropped_copies or []
+        preview, names = choose(config.dataset_folder, selection)
+        fields = {"dataset": config.training.dataset, "dry_run": True, "names": names}
+        copies, dropped_copies = preview.near_copies, preview.dropped_copies or []
         lines = [
-            f"{counted(chosen.images, 'image')} would be removed ({counted(chosen.duplicates, 'copy', 'copies')}, "
-            f"{chosen.refused:,} quarantined) and {counted(len(chosen.parts), 'shard')} rewritten",
+            f"{counted(preview.images, 'image')} would be removed ({counted(preview.duplicates, 'copy', 'copies')}, "
+            f"{preview.refused:,} quarantined) and {counted(len(preview.parts), 'shard')} rewritten",
             *_section("source names", len(names), names[:FIRST], "--json"),
-            *(_section("dropped near-duplicates that go, too", len(along), along[:FIRST], "--json") if along else []),
+            *(
+                _section("dropped near-duplicates that go, too", len(dropped_copies), dropped_copies[:FIRST], "--json")
+                if dropped_copies
+                else []
+            ),
             *(_section("near-duplicates that stay", len(copies), copies[:FIRST], "--json") if copies else []),
         ]
-        return CommandOutput(about | chosen.model_dump(mode="json"), lines)
+        return CommandOutput(fields | preview.model_dump(mode="json"), lines)
     if not reason.strip():
         raise UserError("a removal needs a --reason: one line that is stored in the manifest")
     if not yes:
-        what = f"take down {', '.join([*keys, *sources])} from data set {config.training.dataset}"
+        action = f"take down {', '.join([*keys, *sources])} from data set {config.training.dataset}"
         if not sys.stdin.isatty():
-            raise UserError(f"to {what}, give --yes (or --dry-run to list the images)")
-        typer.confirm(f"Really {what}?", abort=True, err=True)
+            raise UserError(f"to {action}, give --yes (or --dry-run to list the images)")
+        typer.confirm(f"Really {action}?", abort=True, err=True)
     if (config.dataset_folder / "manifest.json").is_file() and not any(removals(work_folder(config.dataset_folder))):
         # An earlier takedown may have removed them already, which its repetition reports.
         choose(config.dataset_folder, selection)
@@ -262,8 +268,8 @@ def remove(
                 read_manifest(config.dataset_folder)  # says what there is
         from flows.takedown import takedown
 
-        done = takedown(config, selection, reason, purge)
-    return CommandOutput({"dataset": config.training.dataset, **done.model_dump(mode="json")}, done.lines())
+        result = takedown(config, selection, reason, purge)
+    return CommandOutput({"dataset": config.training.dataset, **result.model_dump(mode="json")}, result.lines())
 
 
 @command(app)
@@ -278,13 +284,13 @@ def compact(config: "Params", local: Local = False) -> CommandOutput:
         from diffusion.data.versions.compact import compact as join_shards
 
         with progress_shown() as progress:
-            done = join_shards(config.dataset_folder, config.ingest, progress)
+            result = join_shards(config.dataset_folder, config.ingest, progress)
     else:
         with connect("prefect", "s3"):
             from flows.compact_merge import compact as run
 
-            done = run(config)
-    return CommandOutput(done, done.lines())
+            result = run(config)
+    return CommandOutput(result, result.lines())
 
 
 @command(app)
@@ -309,19 +315,19 @@ def merge(
         if "/" in name and Path(name).is_dir():
             raise UserError(f"{name} is a folder: give the name of a data set, such as {Path(name).name}")
     folders = [dataset_folder(name) for name in others]
-    for each in folders:
-        read_manifest(each)
+    for other in folders:
+        read_manifest(other)
     if local:
         from diffusion.data.versions.merge_datasets import merge_datasets
 
         with progress_shown() as progress:
-            done = merge_datasets(folder, folders, config.ingest, progress)
+            result = merge_datasets(folder, folders, config.ingest, progress)
     else:
         with connect("prefect", "s3"):
             from flows.compact_merge import merge as run
 
-            done = run(config, others)
-    return CommandOutput(done, done.lines())
+            result = run(config, others)
+    return CommandOutput(result, result.lines())
 
 
 @command(app)
@@ -358,16 +364,16 @@ def simulate(
         raise UserError("--images and --bytes-per-image describe a data set together: give both, or neither")
     if images is not None and context.params["dataset"] is not None:
         raise UserError("--images describes a data set that need not exist: leave it or --dataset out")
-    given = {
+    fields = {
         **{"nodes": nodes, "ranks": ranks, "bandwidth": bandwidth, "latency": latency, "disk_bytes": disk_bytes},
         **{"disk_bandwidth": disk_bandwidth, "decode_rate": decode_rate, "step_seconds": step_seconds},
     }
     try:
-        machines = simulator.Machines(**{name: value for name, value in given.items() if value is not None})
+        machines = simulator.Machines(**{name: value for name, value in fields.items() if value is not None})
     except ValidationError as error:
-        first = error.errors()[0]
-        option = str(first["loc"][0]).replace("_", "-")
-        raise UserError(f"--{option} {first['input']}: {first['msg']}: give another value") from error
+        detail = error.errors()[0]
+        option = str(detail["loc"][0]).replace("_", "-")
+        raise UserError(f"--{option} {detail['input']}: {detail['msg']}: give another value") from error
     size = config.ingest.size
     if images is None or bytes_per_image is None:
         manifest = read_manifest(config.dataset_folder)
@@ -375,8 +381,8 @@ def simulate(
     else:
         shards = simulator.Shards.assumed(images, bytes_per_image, config.ingest.shard_bytes)
     training = config.training.with_batch_size(config.model, size)
-    found = simulator.report(shards, machines, training.model_dump(), epochs)
-    return CommandOutput(found, found.lines())
+    report = simulator.report(shards, machines, training.model_dump(), epochs)
+    return CommandOutput(report, report.lines())
 
 
 def _in_cache(folder: Path) -> "Callable[[FileEntry], Path | None]":
@@ -399,27 +405,32 @@ def _connect_remote() -> str:
     return data_source()
 
 
-def _diff_lines(found: "Difference") -> Iterator[str]:
-    yield f"{found.before[:12]} → {found.after[:12]}: {found.kept[0]:,} → {counted(found.kept[1], 'image')}"
-    if found.same_content:
+def _diff_lines(difference: "Difference") -> Iterator[str]:
+    counts = f"{difference.kept[0]:,} → {counted(difference.kept[1], 'image')}"
+    yield f"{difference.before[:12]} → {difference.after[:12]}: {counts}"
+    if difference.same_content:
         yield "the same content"
     sections: list[tuple[str, Any, Callable[[Any], str]]] = [
-        ("added", found.added, _image),
-        ("removed", found.removed, _image),
-        ("changed", found.changed, lambda each: f"{each.before.key[:16]} {_changes(each.before, each.after)}"),
-        ("dropped now", found.dropped, lambda each: f"{_image(each)}: {each.reason}"),
-        ("no longer dropped", found.restored, lambda each: f"{_image(each)}: {each.reason}"),
-        ("quarantined now", found.quarantined, lambda each: f"{each.source}: {each.reason}"),
-        ("no longer quarantined", found.cleared, lambda each: f"{each.source}: {each.reason}"),
+        ("added", difference.added, _image),
+        ("removed", difference.removed, _image),
+        (
+            "changed",
+            difference.changed,
+            lambda change: f"{change.before.key[:16]} {_changes(change.before, change.after)}",
+        ),
+        ("dropped now", difference.dropped, lambda change: f"{_image(change)}: {change.reason}"),
+        ("no longer dropped", difference.restored, lambda change: f"{_image(change)}: {change.reason}"),
+        ("quarantined now", difference.quarantined, lambda change: f"{change.source}: {change.reason}"),
+        ("no longer quarantined", difference.cleared, lambda change: f"{change.source}: {change.reason}"),
     ]
-    for what, group, line in sections:
+    for title, group, line in sections:
         if group is None:
-            yield f"{what:<10} unknown: records of one version are neither here nor in DVC's cache"
+            yield f"{title:<10} unknown: records of one version are neither here nor in DVC's cache"
         elif group.count:
-            yield from _section(f"{what:<10}", group.count, map(line, group.samples))
-    yield from (f"setting    {name}: {old} → {new}" for name, (old, new) in found.storage.items())
-    yield from (f"class      {name}: {old:,} → {new:,}" for name, (old, new) in found.classes.items())
-    yield from (f"cannot be read any more: {name}" for name in found.unread)
+            yield from _section(f"{title:<10}", group.count, map(line, group.samples))
+    yield from (f"setting    {name}: {old} → {new}" for name, (old, new) in difference.storage.items())
+    yield from (f"class      {name}: {old:,} → {new:,}" for name, (old, new) in difference.classes.items())
+    yield from (f"cannot be read any more: {name}" for name in difference.unread)
 
 
 def _image(sample: Any) -> str:
@@ -432,9 +443,9 @@ def _changes(old: Any, new: Any) -> str:
 
 
 def _section(title: str, count: int | None, rows: Iterable[str], option: str = "--all") -> list[str]:
-    shown = [f"  {row}" for row in rows]
-    more = (count or 0) - len(shown)
-    return [f"{title} {_count(count)}", *shown, *([f"  … and {more:,} more: {option} shows them"] if more > 0 else [])]
+    lines = [f"  {row}" for row in rows]
+    more = (count or 0) - len(lines)
+    return [f"{title} {_count(count)}", *lines, *([f"  … and {more:,} more: {option} shows them"] if more > 0 else [])]
 
 
 def _count(number: int | None) -> str:

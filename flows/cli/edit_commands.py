@@ -135,7 +135,7 @@ def generate_images(
 
         sampling = config.sampling_of(read_model_header(Path(model)).model)
         with progress_shown() as progress:
-            done = generate_to_folder(Path(model), request, sampling, output, progress=progress)
+            result = generate_to_folder(Path(model), request, sampling, output, progress=progress)
     else:
         with connect("prefect", "mlflow", "s3"):
             from flows.cli.checks import require_answerable, require_version
@@ -144,7 +144,7 @@ def generate_images(
             require_answerable(config, model or config.champion, request)
             from flows.sample import generate
 
-            done = generate(config, model or config.champion, fields, image, mask, output)
+            result = generate(config, model or config.champion, fields, image, mask, output)
     return CommandOutput(
-        done, [f"{counted(done.count, 'image')} of {done.model} in {done.folder}", f"look at {done.grid}"]
+        result, [f"{counted(result.count, 'image')} of {result.model} in {result.folder}", f"look at {result.grid}"]
     )

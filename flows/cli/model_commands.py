@@ -91,9 +91,11 @@ def import_(
     with connect("mlflow", "s3"):
         from flows.registry.import_model import import_model
 
-        done = import_model(source, str(name), licence, config.sampling)
-    words = f"{done.version.uri}: {done.family}, from {done.source}, licence {done.origin.licence}"
-    return CommandOutput(done, [words, f"evaluate it: darkroom evaluate --model {done.version.uri} --dataset NAME"])
+        result = import_model(source, str(name), licence, config.sampling)
+    summary = f"{result.version.uri}: {result.family}, from {result.source}, licence {result.origin.licence}"
+    return CommandOutput(
+        result, [summary, f"evaluate it: darkroom evaluate --model {result.version.uri} --dataset NAME"]
+    )
 
 
 @registry_command
@@ -117,7 +119,7 @@ def history(
     from flows.registry.ledger import Ledger
 
     client, ledger = MlflowClient(), Ledger.of(config.model_name)
-    restored = restore_ledger(client, ledger) if restore else []
+    restored_entries = restore_ledger(client, ledger) if restore else []
     if sign:
         from flows.signing.keys import SigningKey
 
@@ -125,18 +127,21 @@ def history(
         if head is None:
             raise UserError(f"the ledger of {config.model_name} is empty: leave --sign out")
         ledger.sign(head, SigningKey.load())
-    found = project(client, ledger)
-    problem = champion_problem(client, found)
+    ledger_history = project(client, ledger)
+    problem = champion_problem(client, ledger_history)
     result = {
-        "model": found.model,
-        **found.standing.model_dump(),
-        "verified": len(found.entries),
-        "restored": restored,
+        "model": ledger_history.model,
+        **ledger_history.standing.model_dump(),
+        "verified": len(ledger_history.entries),
+        "restored": restored_entries,
         "problem": problem,
-        "foreign": [{"name": name, "reason": reason} for name, reason in found.foreign.items()],
-        "entries": [each.model_dump(mode="json") | {"why": each.why, "sha256": each.digest} for each in found.entries],
+        "foreign": [{"name": name, "reason": reason} for name, reason in ledger_history.foreign.items()],
+        "entries": [
+            entry.model_dump(mode="json") | {"why": entry.why, "sha256": entry.digest}
+            for entry in ledger_history.entries
+        ],
     }
-    return CommandOutput(result, [*_table(found), *filter(None, [problem])])
+    return CommandOutput(result, [*_table(ledger_history), *filter(None, [problem])])
 
 
 @registry_command
@@ -214,8 +219,8 @@ def explain(
     require_version(model or config.champion)
     from flows.sample import explain
 
-    done = explain(config, model or config.champion, output or config.report_folder / "explain", seed)
-    return CommandOutput(done, map(str, done.files))
+    result = explain(config, model or config.champion, output or config.report_folder / "explain", seed)
+    return CommandOutput(result, map(str, result.files))
 
 
 @command(app)
@@ -284,7 +289,7 @@ def export(
     if is_file(model):
         read_header(Path(model))
         weights = Path(model)
-        done = _export(to, config, weights, folder)
+        result = _export(to, config, weights, folder)
     else:
         with connect("mlflow", "s3"):
             from flows.cli.checks import require_version
@@ -294,7 +299,7 @@ def export(
 
             # The plain function, outside of Prefect.
             version, weights = fetch.fn(model or config.champion)
-            done = _export(to, config, weights, folder, version.uri, version.run_id)
+            result = _export(to, config, weights, folder, version.uri, version.run_id)
             from flows.provenance.reproduce import fetch_requirements
             from flows.registry.model_card import evidence
 
@@ -304,44 +309,46 @@ def export(
 
         content = read_header(weights)["model_header"]["content_digest"]
         with suppress(UserError):  # of a damaged folder: it may be another data set's
-            data = next((each for each in versions(config.dataset_folder) if each.content_digest == content), None)
+            data = next(
+                (manifest for manifest in versions(config.dataset_folder) if manifest.content_digest == content), None
+            )
     from flows.provenance.bill_of_materials import write_bom
 
-    bom = write_bom(weights, done, data, metrics, libraries, licence)
-    usage = f"how to use it: {done.folder / 'README.md'}"
+    bom = write_bom(weights, result, data, metrics, libraries, licence)
+    usage = f"how to use it: {result.folder / 'README.md'}"
     if to == "diffusers" and read_header(weights)["model_header"]["model"].get("family") == "diffusers":
         # What was imported has its own card, or none.
-        usage = f'how to use it: diffusers.{done.pipeline}.from_pretrained("{done.folder}")'
-    lines = [f"{done.folder}: {done.pipeline}, {len(done.files)} files", f"bill of materials: {bom}"]
-    value = done.model_dump(mode="json") | {"to": to, "bom": str(bom)}
+        usage = f'how to use it: diffusers.{result.pipeline}.from_pretrained("{result.folder}")'
+    lines = [f"{result.folder}: {result.pipeline}, {len(result.files)} files", f"bill of materials: {bom}"]
+    value = result.model_dump(mode="json") | {"to": to, "bom": str(bom)}
     if signer is not None:
         from flows.signing.keys import signature_path
 
-        for path in (done.folder, bom):
+        for path in (result.folder, bom):
             signer.sign(path, signature_path(path))
-        value["signature"] = str(signature_path(done.folder))
+        value["signature"] = str(signature_path(result.folder))
         lines.append(f"signature: {value['signature']}, and one of the bill of materials")
     lines.append(usage)
     if push is not None:
-        pushed = _push(push, config, done, weights, data, metrics, licence, prompt, public)
-        value["pushed"] = pushed.model_dump(mode="json")
-        made = "pushed to" if pushed.created else "the same already lies in"
-        lines.append(f"{made} {pushed.repository} ({pushed.files} files), commit {pushed.commit}")
+        upload = _push(push, config, result, weights, data, metrics, licence, prompt, public)
+        value["pushed"] = upload.model_dump(mode="json")
+        outcome = "pushed to" if upload.created else "the same already lies in"
+        lines.append(f"{outcome} {upload.repository} ({upload.files} files), commit {upload.commit}")
     return CommandOutput(value, lines)
 
 
-def _export(to: str, config: "Params", weights: Path, folder: Path, *about: str) -> "Exported":
+def _export(to: str, config: "Params", weights: Path, folder: Path, *source: str) -> "Exported":
     from diffusion.diffusers_format.export import export_adapter, export_to_diffusers
 
     if to == "lora":
-        return export_adapter(weights, folder, *about)
-    return export_to_diffusers(weights, folder, config.sampling, *about)
+        return export_adapter(weights, folder, *source)
+    return export_to_diffusers(weights, folder, config.sampling, *source)
 
 
 def _push(
     uri: str,
     config: "Params",
-    done: "Exported",
+    result: "Exported",
     weights: Path,
     data: "Manifest | None",
     metrics: "Mapping[str, float]",
@@ -371,13 +378,13 @@ def _push(
     generator = ImageGenerator(model, config.sampling)
     for index in range(0 if model.config.text and not prompts else SAMPLED):
         condition: dict[str, Any] = {"prompt": prompts[index % len(prompts)]} if prompts else {}
-        about = {"model": done.version or done.weights_sha256, "seed": "0", "index": str(index)} | condition
+        metadata = {"model": result.version or result.weights_sha256, "seed": "0", "index": str(index)} | condition
         [image] = generator.generate(1, seed=0, index=index, **condition)
         # The name stands for the request, as the bits depend on the machine.
-        request = digest_of([done.weights_sha256, config.sampling.model_dump(mode="json"), about])
-        samples[f"{SAMPLES}{index}-{request[:12]}.png"] = marked_png(image, about)
+        request = digest_of([result.weights_sha256, config.sampling.model_dump(mode="json"), metadata])
+        samples[f"{SAMPLES}{index}-{request[:12]}.png"] = marked_png(image, metadata)
     card = hub_card(
-        readme(model, config.sampling, done, name),
+        readme(model, config.sampling, result, name),
         name,
         header.dataset,
         licence or (origin.licence if origin is not None else None) or (data.licence if data is not None else None),
@@ -387,21 +394,21 @@ def _push(
         list(samples),
         model.config.text,
     )
-    message = f"Export {done.version or done.weights_sha256[:16]} from Darkroom"
-    return push_to_hub(uri, done.folder, card, samples, message, public)
+    message = f"Export {result.version or result.weights_sha256[:16]} from Darkroom"
+    return push_to_hub(uri, result.folder, card, samples, message, public)
 
 
-def new_champion(done: "ChampionChange | Released") -> CommandOutput:
+def new_champion(change: "ChampionChange | Released") -> CommandOutput:
     """Output of a command that changed the champion."""
-    already = ", which was done already" if done.already else ""
-    return CommandOutput(done, [f"{done.version.uri} is champion{already}: {done.entry}"])
+    note = ", which was done already" if change.already else ""
+    return CommandOutput(change, [f"{change.version.uri} is champion{note}: {change.entry}"])
 
 
-def _table(found: "History") -> Iterator[str]:
-    for name, reason in found.foreign.items():
+def _table(ledger: "History") -> Iterator[str]:
+    for name, reason in ledger.foreign.items():
         yield f"foreign object among the entries, ignored (docs/operations/runbook/ledger-broken.md): {name!a} {reason}"
-    if found.head is None:
-        yield f"the ledger of {found.model} is empty: the first verdict of `darkroom promote` starts it"
+    if ledger.head is None:
+        yield f"the ledger of {ledger.model} is empty: the first verdict of `darkroom promote` starts it"
         return
     rows = [
         (
@@ -410,15 +417,15 @@ def _table(found: "History") -> Iterator[str]:
             entry.who,
             entry.what,
             f"{entry.from_version or '–'} → {entry.to_version}" if entry.moves else f"({entry.version})",
-            why
-            if VERBOSITY.get() == "verbose" or len(why := " ".join(entry.why.split())) <= LONGEST_REASON
-            else f"{why[:LONGEST_REASON]}…",
+            text
+            if VERBOSITY.get() == "verbose" or len(text := " ".join(entry.why.split())) <= LONGEST_REASON
+            else f"{text[:LONGEST_REASON]}…",
         )
-        for entry in found.entries
+        for entry in ledger.entries
     ]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         yield "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-    yield ", ".join(f"{title} {number or 'none'}" for title, number in found.standing.model_dump().items())
-    count = "1 entry" if len(found.entries) == 1 else f"{len(found.entries)} entries"
-    yield f"{count}, each verified against the one before; the last is sha256 {found.head.digest}"
+    yield ", ".join(f"{title} {number or 'none'}" for title, number in ledger.standing.model_dump().items())
+    count = "1 entry" if len(ledger.entries) == 1 else f"{len(ledger.entries)} entries"
+    yield f"{count}, each verified against the one before; the last is sha256 {ledger.head.digest}"

@@ -27,22 +27,22 @@ provenance = command(app, panel="Provenance", servers=("mlflow", "s3"))
 MINUTE = "%Y-%m-%d %H:%M UTC"
 
 
-def _existing(what: str) -> str:
+def _require_image(address: str) -> str:
     """Check that a local image is there and was generated, without a server."""
-    if what.startswith("s3://"):
-        return what
-    if not Path(what).is_file():
-        raise UserError(f"{what} is no file: give an image of a batch, or its address, s3://BUCKET/…/00000007.png")
+    if address.startswith("s3://"):
+        return address
+    if not Path(address).is_file():
+        raise UserError(f"{address} is no file: give an image of a batch, or its address, s3://BUCKET/…/00000007.png")
     from PIL import Image
     from PIL.PngImagePlugin import PngImageFile
 
-    with suppress(OSError, SyntaxError, ValueError, Image.DecompressionBombError), Image.open(what) as image:
+    with suppress(OSError, SyntaxError, ValueError, Image.DecompressionBombError), Image.open(address) as image:
         image.load()
         if isinstance(image, PngImageFile) and "darkroom:model" in image.text:
-            return what
+            return address
     raise UserError(
-        f"{what} names no model that made it: it is no generated image, or was saved again without its PNG metadata; "
-        "give the address that it was sampled to"
+        f"{address} names no model that made it: it is no generated image, or was saved again without its PNG "
+        "metadata; give the address that it was sampled to"
     )
 
 
@@ -51,7 +51,7 @@ What = Annotated[
     Argument(
         metavar="IMAGE|BATCH",
         help="URI of an image (….png or ….tar/….png), a local copy, or URI of a batch.",
-        callback=_existing,
+        callback=_require_image,
     ),
 ]
 
@@ -67,9 +67,9 @@ def trace(what: What) -> CommandOutput:
     """
     from flows.provenance.trace import trace
 
-    found = trace(what)
-    error = DarkroomError(f"the chain is broken: {'; '.join(found.broken)}") if found.broken else None
-    return CommandOutput(found, _chain(found) if VERBOSITY.get() == "verbose" else _summary(found), error)
+    chain = trace(what)
+    error = DarkroomError(f"the chain is broken: {'; '.join(chain.broken)}") if chain.broken else None
+    return CommandOutput(chain, _chain(chain) if VERBOSITY.get() == "verbose" else _summary(chain), error)
 
 
 @provenance
@@ -89,63 +89,71 @@ def reproduce(
     """
     from flows.provenance.reproduce import reproduce
 
-    done = reproduce(what, count, out, installed)
-    return CommandOutput(done, _comparison(done), DarkroomError(f"{what}: {done.failure}") if done.failure else None)
+    result = reproduce(what, count, out, installed)
+    return CommandOutput(
+        result, _comparison(result), DarkroomError(f"{what}: {result.failure}") if result.failure else None
+    )
 
 
-def _summary(found: "Trace") -> Iterator[str]:
-    if image := found.image:
+def _summary(chain: "Trace") -> Iterator[str]:
+    if image := chain.image:
         state = {True: "as generated", False: "altered since it was generated", None: "generation is not on record"}
-        shown = "".join(f", {each!r}" for each in (image.label, image.prompt) if each)
-        yield f"image     {image.where}: number {image.index} of seed {image.seed}{shown}, {state[image.as_generated]}"
-    if batch := found.batch:
-        state_of_batch = "finished" if found.finished else "not finished"
-        yield f"batch     {found.place}: {counted(batch.count, 'image')} of seed {batch.seed}, {state_of_batch}"
-    elif found.request:
-        yield f"request   {_fields(found.request.request)}"
-    if model := found.model:
+        conditions = "".join(f", {text!r}" for text in (image.label, image.prompt) if text)
+        number = f"number {image.index} of seed {image.seed}"
+        yield f"image     {image.where}: {number}{conditions}, {state[image.as_generated]}"
+    if batch := chain.batch:
+        state_of_batch = "finished" if chain.finished else "not finished"
+        yield f"batch     {chain.place}: {counted(batch.count, 'image')} of seed {batch.seed}, {state_of_batch}"
+    elif chain.request:
+        yield f"request   {_fields(chain.request.request)}"
+    if model := chain.model:
         names = " ".join([model.uri, *(f"@{alias}" for alias in model.aliases)])
         yield f"model     {names}, registered {model.registered:{MINUTE}}"
-    if run := found.run:
+    if run := chain.run:
         commit = f", git commit {run.git_commit[:12]}" if run.git_commit else ""
         dirty = " with uncommitted changes" if run.git_dirty else ""
         yield f"run       {run.run_id} ({run.name}), started {run.started:{MINUTE}}{commit}{dirty}"
-    if found.drift:
-        yield f"drift     {found.drift}"
-    if data := found.data:
-        lost = sum(shard.where is None for shard in data.shards)
-        state_of_data = f"{lost} of them lost" if lost else "all found"
+    if chain.drift:
+        yield f"drift     {chain.drift}"
+    if data := chain.data:
+        lost_count = sum(shard.where is None for shard in data.shards)
+        state_of_data = f"{lost_count} of them lost" if lost_count else "all found"
         yield (
             f"data set  {data.dataset}, version {data.version[:12]}: {counted(data.images, 'image')} in "
             f"{counted(len(data.shards), 'shard')}, {state_of_data}"
         )
         yield from (f"source    {source}" for source in data.sources)
         yield from (f"captions  {count:,} by {captioner}" for captioner, count in data.captioners.items())
-    yield from (f"origin    {_origin(each)}" for each in found.origins)
-    taken = [each.name if each.images is None else f"{each.name} ({each.images:,} images)" for each in found.takedowns]
-    if taken or found.data:
-        yield f"takedown  {', '.join(taken) or 'none of its images was taken down since'}"
+    yield from (f"origin    {_origin(origin)}" for origin in chain.origins)
+    takedowns = [
+        takedown.name if takedown.images is None else f"{takedown.name} ({takedown.images:,} images)"
+        for takedown in chain.takedowns
+    ]
+    if takedowns or chain.data:
+        yield f"takedown  {', '.join(takedowns) or 'none of its images was taken down since'}"
 
 
-def _chain(found: "Trace") -> Iterator[str]:
-    if image := found.image:
+def _chain(chain: "Trace") -> Iterator[str]:
+    if image := chain.image:
         state = {True: "as generated", False: "altered since it was generated", None: "generation is not on record"}
         yield f"image     {image.where}, {state[image.as_generated]}"
         yield f"          number {image.index} of seed {image.seed}, sha256 {image.sha256}"
-        if shown := [f"{name} {text!r}" for name, text in (("class", image.label), ("prompt", image.prompt)) if text]:
-            yield f"          conditions {', '.join(shown)}"
-    if batch := found.batch:
-        yield f"batch     {found.place}, {'finished' if found.finished else 'not finished'}"
+        if conditions := [
+            f"{name} {text!r}" for name, text in (("class", image.label), ("prompt", image.prompt)) if text
+        ]:
+            yield f"          conditions {', '.join(conditions)}"
+    if batch := chain.batch:
+        yield f"batch     {chain.place}, {'finished' if chain.finished else 'not finished'}"
         yield f"          {counted(batch.count, 'image')} of seed {batch.seed}: {_fields(batch.sampling)}"
         if batch.conditions is not None:
             yield f"          conditions {_fields(batch.conditions)}"
         if batch.requests is not None:
-            yield f"          conditions from {found.place}requests.parquet, {_fields(batch.requests)}"
+            yield f"          conditions from {chain.place}requests.parquet, {_fields(batch.requests)}"
         yield f"          fingerprint {_fields(batch.fingerprint)}"
-    if request := found.request:
+    if request := chain.request:
         yield f"request   {_fields(request.request)}"
         yield f"          fingerprint {_fields(request.fingerprint)}"
-    if model := found.model:
+    if model := chain.model:
         names = " ".join([model.uri, *(f"@{alias}" for alias in model.aliases)])
         yield f"model     {names}, registered {model.registered:{MINUTE}}"
         code = f"code {model.code_sha256}, as" if model.code_sha256 else "code: no digest of it, or not as"
@@ -155,26 +163,28 @@ def _chain(found: "Trace") -> Iterator[str]:
         yield from (f"          {name} {value}" for name, value in ours.items())
         if scores := {name: value for name, value in model.tags.items() if not name.startswith("darkroom.")}:
             yield f"          {_fields(scores)}"
-    if run := found.run:
+    if run := chain.run:
         yield f"run       {run.run_id} ({run.name}), {run.status.lower()}, started {run.started:{MINUTE}}"
         dirty = {True: ", with changes that were not committed", False: ", everything committed", None: ""}
         git = f"git commit {run.git_commit}{dirty[run.git_dirty]}" if run.git_commit else "git: outside of a repository"
         yield f"          {git}"
-    if data := found.data:
-        recorded = f"recorded {data.recorded:{MINUTE}}" if data.recorded else "not in the catalog"
-        yield f"data set  {data.dataset}, version {data.version}, {recorded}"
+    if data := chain.data:
+        catalog_date = f"recorded {data.recorded:{MINUTE}}" if data.recorded else "not in the catalog"
+        yield f"data set  {data.dataset}, version {data.version}, {catalog_date}"
         yield f"          content {data.content_digest}"
         yield f"          DVC {data.dvc_digest or 'has no record of it'}"
         yield f"          {counted(data.images, 'image')} in {counted(len(data.shards), 'shard')}"
         for shard in data.shards:
             yield f"shard     {shard.sha256}  {shard.bytes:,} bytes  {shard.name}  {shard.where or 'lost'}"
-        if not found.takedowns:
+        if not chain.takedowns:
             yield "takedown  none of its images was taken down since"
-    for origin in found.origins:
+    for origin in chain.origins:
         yield f"origin    {_origin(origin)}"
         yield from (f"          {digest}  {path}" for path, digest in origin.files.items())
-    for each in found.takedowns:
-        yield f"takedown  {each.name}" + ("" if each.reason is None else f": {each.images:,} images, {each.reason}")
+    for takedown in chain.takedowns:
+        yield f"takedown  {takedown.name}" + (
+            "" if takedown.reason is None else f": {takedown.images:,} images, {takedown.reason}"
+        )
 
 
 def _origin(origin: "TracedOrigin") -> str:
@@ -183,25 +193,25 @@ def _origin(origin: "TracedOrigin") -> str:
     return f"{origin.uri} was imported from {origin.source}{revision}, licence {origin.licence}, {files}"
 
 
-def _comparison(done: "Reproduction") -> Iterator[str]:
-    code = f"the code that {done.model} ships" if done.code == "shipped" else "the code installed here"
-    yield f"{done.exact:,} of {done.images:,} identical bit for bit, regenerated with {code}"
-    if done.differences:
-        yield f"the fingerprint differs: {done.differences} (then → now)"
-    if done.moved:
-        yield f"libraries differ from those at registration: {', '.join(done.moved)}"
-    if done.exact < done.images:
-        within = " (within the numerical tolerance)" if done.differences and not done.failure else ""
+def _comparison(result: "Reproduction") -> Iterator[str]:
+    code = f"the code that {result.model} ships" if result.code == "shipped" else "the code installed here"
+    yield f"{result.exact:,} of {result.images:,} identical bit for bit, regenerated with {code}"
+    if result.differences:
+        yield f"the fingerprint differs: {result.differences} (then → now)"
+    if result.moved:
+        yield f"libraries differ from those at registration: {', '.join(result.moved)}"
+    if result.exact < result.images:
+        note = " (within the numerical tolerance)" if result.differences and not result.failure else ""
         yield (
-            f"largest pixel error {done.largest_error} of 255, {done.differing_pixels:,} pixels differ, "
-            f"mean error of the worst image {done.mean_error:.3g} of 255{within}"
+            f"largest pixel error {result.largest_error} of 255, {result.differing_pixels:,} pixels differ, "
+            f"mean error of the worst image {result.mean_error:.3g} of 255{note}"
         )
-    for each in done.other:
-        error = "cannot be compared" if each.largest_error is None else f"off by {each.largest_error} of 255 at most"
-        words = "identical to the generated image" if each.exact else error
-        yield f"  {each.key}: {'altered or lost since generation; regenerated, ' if each.altered else ''}{words}"
-    if done.folder:
-        yield f"written to {done.folder}"
+    for image in result.other:
+        error = "cannot be compared" if image.largest_error is None else f"off by {image.largest_error} of 255 at most"
+        outcome = "identical to the generated image" if image.exact else error
+        yield f"  {image.key}: {'altered or lost since generation; regenerated, ' if image.altered else ''}{outcome}"
+    if result.folder:
+        yield f"written to {result.folder}"
 
 
 def _fields(fields: "BaseModel | Mapping[str, object]") -> str:
@@ -231,16 +241,16 @@ def deploy(
     notes = deployment_notes(config, workspace.absolute())
     from flows.deployment.deploy import deploy
 
-    done = deploy(config, workspace.absolute(), pool, training_pool or pool, cron, monitor_cron, webhook)
+    result = deploy(config, workspace.absolute(), pool, training_pool or pool, cron, monitor_cron, webhook)
     lines = [
-        *(f"deployment   {name}" for name in done.deployments),
-        f"work pools   {', '.join(done.work_pools)}",
-        f"limits       {', '.join(f'{name} {limit}' for name, limit in done.concurrency_limits.items())}",
-        *(f"automation   {name}" for name in done.automations),
-        f"declared in  {done.definitions}",
+        *(f"deployment   {name}" for name in result.deployments),
+        f"work pools   {', '.join(result.work_pools)}",
+        f"limits       {', '.join(f'{name} {limit}' for name, limit in result.concurrency_limits.items())}",
+        *(f"automation   {name}" for name in result.automations),
+        f"declared in  {result.definitions}",
         *(f"note         {note}" for note in notes),
     ]
-    return CommandOutput(done, lines)
+    return CommandOutput(result, lines)
 
 
 @command(app, panel="Operations", servers=("prefect", "mlflow", "s3"))
@@ -256,11 +266,11 @@ def monitor(config: "Params") -> CommandOutput:
     require_version(config.champion)
     from flows.monitor import MonitorResult, monitor
 
-    done: object = monitor(config, return_state=True).result(raise_on_failure=False)
-    if isinstance(done, BaseException):
-        raise done
-    assert isinstance(done, MonitorResult)
-    return CommandOutput(done, [done.summary], ConflictError(done.summary) if done.state == "Held" else None)
+    result: object = monitor(config, return_state=True).result(raise_on_failure=False)
+    if isinstance(result, BaseException):
+        raise result
+    assert isinstance(result, MonitorResult)
+    return CommandOutput(result, [result.summary], ConflictError(result.summary) if result.state == "Held" else None)
 
 
 @command(app, panel="Operations", dataset=False)
@@ -279,8 +289,8 @@ def gc(
         from flows.gc import collect, gc
         from flows.retention.sweeps import table
 
-        done = collect(config.retention, datetime.now(UTC), dry_run=True) if dry_run else gc(config)
-    return CommandOutput(done, table(done.items))
+        result = collect(config.retention, datetime.now(UTC), dry_run=True) if dry_run else gc(config)
+    return CommandOutput(result, table(result.items))
 
 
 @command(app, panel="Operations")

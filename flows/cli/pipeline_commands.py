@@ -62,9 +62,9 @@ def ingest(
     from flows.cli.checks import require_ingestable, require_source
 
     require_source(config.ingest)
-    when: Any = "always" if rebuild else "if_different" if rebuild_if_different else "never"
+    rebuild_mode: Any = "always" if rebuild else "if_different" if rebuild_if_different else "never"
     if dry_run:
-        preview = _preview(config, requeue, when)
+        preview = _preview(config, requeue, rebuild_mode)
         return CommandOutput(preview, preview.lines())
     if local:
         from diffusion.data.prefetch import local_fan_out
@@ -76,23 +76,28 @@ def ingest(
 
         data = config.dataset_folder
         with progress_shown() as progress:
-            result = ingest_images(data, config.ingest, progress, requeue=requeue, rebuild=when, fan_out=fan_out)
+            result = ingest_images(
+                data, config.ingest, progress, requeue=requeue, rebuild=rebuild_mode, fan_out=fan_out
+            )
             if config.curation.drops or read_manifest(data).dropped:
                 from diffusion.curation.curate import curate_ingested
 
                 result = curate_ingested(
                     result, config.curation, config.ingest, config.evaluation, progress, fan_out=fan_out
                 )
-        return CommandOutput(result, _ingested(result, config.ingest.source))
+        return CommandOutput(result, _describe_ingest(result, config.ingest.source))
     with connect("prefect", "s3"):
-        require_ingestable(config, when)
+        require_ingestable(config, rebuild_mode)
         from flows.ingest import ingest
 
-        done = ingest(config, requeue, when)
-    value = done.result.model_dump(mode="json") | {"dvc_digest": done.version.digest, "report": str(done.report)}
-    stored = f"DVC {done.version.digest} in {done.version.pointer}"
-    about = (f"content {done.result.content_digest}", stored, f"report: {done.report}")
-    return CommandOutput(value, [*_ingested(done.result, config.ingest.source), *about])
+        outcome = ingest(config, requeue, rebuild_mode)
+    value = outcome.result.model_dump(mode="json") | {
+        "dvc_digest": outcome.version.digest,
+        "report": str(outcome.report),
+    }
+    dvc_line = f"DVC {outcome.version.digest} in {outcome.version.pointer}"
+    details = (f"content {outcome.result.content_digest}", dvc_line, f"report: {outcome.report}")
+    return CommandOutput(value, [*_describe_ingest(outcome.result, config.ingest.source), *details])
 
 
 def _preview(config: "Params", requeue: bool = False, rebuild: Any = "never") -> "IngestPreview":
@@ -112,22 +117,22 @@ def _preflight(variants: "Mapping[str, Params]") -> CommandOutput:
 
     from diffusion.training.train import preflight
 
-    found = {}
-    for name, each in variants.items():
-        with _inputs(each, dry_run=True) as (config, store):
-            found[name] = preflight(config.dataset_folder, config.model, config.training, config.sampling, store)
+    estimates = {}
+    for name, variant in variants.items():
+        with _inputs(variant, dry_run=True) as (config, store):
+            estimates[name] = preflight(config.dataset_folder, config.model, config.training, config.sampling, store)
     lines = []
-    for name, about in found.items():
-        rows = about.lines()
-        lines += [f"{key:10} {words}" for key, words in rows] if len(found) == 1 else [f"{name}: {rows[-1][1]}"]
-    seconds = sum(about.seconds or 0 for about in found.values())
-    if len(found) > 1:
-        lines.append(f"{len(found)} trainings, {precisedelta(seconds, minimum_unit='minutes', format='%d')} in all")
-    value = {name: about.model_dump(mode="json") for name, about in found.items()}
+    for name, estimate in estimates.items():
+        rows = estimate.lines()
+        lines += [f"{key:10} {text}" for key, text in rows] if len(estimates) == 1 else [f"{name}: {rows[-1][1]}"]
+    seconds = sum(estimate.seconds or 0 for estimate in estimates.values())
+    if len(estimates) > 1:
+        lines.append(f"{len(estimates)} trainings, {precisedelta(seconds, minimum_unit='minutes', format='%d')} in all")
+    value = {name: estimate.model_dump(mode="json") for name, estimate in estimates.items()}
     return CommandOutput({"dry_run": True, "seconds": seconds, "trainings": value}, lines)
 
 
-def _ingested(result: "IngestResult", source: str) -> Iterator[str]:
+def _describe_ingest(result: "IngestResult", source: str) -> Iterator[str]:
     from diffusion.data.sources.survey import find_captions, offer
 
     yield (
@@ -141,13 +146,13 @@ def _ingested(result: "IngestResult", source: str) -> Iterator[str]:
         yield f"dropped by curation: {counted(result.dropped, 'image')}: darkroom data show --dataset {result.dataset}"
     if result.source is not None:
         yield f"source  {result.source}"
-    shown = result.quarantined[:20]
-    yield from (f"  quarantined: {each.source}: {each.reason}" for each in shown)
-    if (more := result.quarantined_count - len(shown)) > 0:
+    examples = result.quarantined[:20]
+    yield from (f"  quarantined: {entry.source}: {entry.reason}" for entry in examples)
+    if (more := result.quarantined_count - len(examples)) > 0:
         yield f"  … and {more:,} more: darkroom data show --dataset {result.dataset} --all"
     if captions := result.captions:
-        about = f"{captions.requests:,} requested, {captions.cached:,} cached, {captions.failed:,} failed"
-        yield f"captions by {captions.captioner}: {about}"
+        counts = f"{captions.requests:,} requested, {captions.cached:,} cached, {captions.failed:,} failed"
+        yield f"captions by {captions.captioner}: {counts}"
         yield from (f"  no caption: {count:,} × {reason}" for reason, count in captions.reasons.items())
     if result.removed:
         yield f"left out, as taken down before: {counted(result.removed, 'image')}"
@@ -159,8 +164,8 @@ def _ingested(result: "IngestResult", source: str) -> Iterator[str]:
     if result.passed_over:
         if Path(source).is_dir() and (table := find_captions(Path(source))) is not None:
             yield offer(table)
-        ends = [f"{count:,} {end or 'without extension'}" for end, count in result.passed_over.items()]
-        yield f"ignored, no image extension: {', '.join(ends[:5])}{' …' if len(ends) > 5 else ''}"
+        extensions = [f"{count:,} {end or 'without extension'}" for end, count in result.passed_over.items()]
+        yield f"ignored, no image extension: {', '.join(extensions[:5])}{' …' if len(extensions) > 5 else ''}"
         if result.passed_over.keys() & {".json", ".cls", ".txt"} and ".tar" in source and not source.startswith("wds:"):
             yield f"  if it is a WebDataset, wds:{source} reads labels and captions from them"
 
@@ -206,20 +211,20 @@ def train(
         from diffusion.training.train import estimate_ranks, preflight
 
         with _inputs(config, dry_run=True) as (config, store):
-            given = config.dataset_folder, config.model, config.training, config.sampling
+            sections = config.dataset_folder, config.model, config.training, config.sampling
             if world_size is not None:
-                costs = estimate_ranks(*given, world_size, store)
+                costs = estimate_ranks(*sections, world_size, store)
                 return CommandOutput(costs, costs.lines())
-            about = preflight(*given, store)
-        return CommandOutput(about, [f"{name:10} {words}" for name, words in about.lines()])
-    otherwise: Restart = "if_different" if restart_if_different else "never"
+            estimate = preflight(*sections, store)
+        return CommandOutput(estimate, [f"{name:10} {text}" for name, text in estimate.lines()])
+    restart_mode: Restart = "if_different" if restart_if_different else "never"
     if local:
         from diffusion.training.train import discard
 
         if restart and not is_follower():
             discard(config.run_folder)
         with progress_shown() as progress:
-            result = _train(config, progress=progress, restart=otherwise)
+            result = _train(config, progress=progress, restart=restart_mode)
         return None if is_follower() else CommandOutput(result, [f"{result.images} images seen; {result.final}"])
     if is_follower():
         with _inputs(config) as (config, store):
@@ -236,11 +241,13 @@ def train(
             from diffusion.training.train import check
 
             params = config.model, config.training, config.sampling
-            check(config.dataset_folder, config.run_folder, *params, "always" if restart else otherwise)
+            check(config.dataset_folder, config.run_folder, *params, "always" if restart else restart_mode)
         from flows.train import train
 
-        done = train(config, "always" if restart else otherwise)
-    return CommandOutput(done, [f"{done.result.images} images seen; {done.result.final}; MLflow run {done.run_id}"])
+        training = train(config, "always" if restart else restart_mode)
+    return CommandOutput(
+        training, [f"{training.result.images} images seen; {training.result.final}; MLflow run {training.run_id}"]
+    )
 
 
 def _train(config: "Params", **options: Any) -> "TrainResult":
@@ -259,8 +266,8 @@ def _inputs(config: "Params", dry_run: bool = False) -> "Iterator[tuple[Params, 
     if not from_registry and not streams:
         yield config, None
         return
-    needs: tuple[Server, ...] = ("mlflow", "s3") if from_registry else ("s3",)
-    with connect(*needs):
+    servers: tuple[Server, ...] = ("mlflow", "s3") if from_registry else ("s3",)
+    with connect(*servers):
         from flows.datasets.dvc import RemoteShards
         from flows.environment import data_source
 
@@ -306,7 +313,7 @@ def evaluate(
             models = models_to_evaluate(config.run_folder, folder, config.evaluation.ema_stds)
         with progress_shown() as progress:
             curves = None if is_file(model) else losses
-            done = evaluate_models(data, models, config.evaluation, config.sampling, folder, curves, progress)
+            evaluation = evaluate_models(data, models, config.evaluation, config.sampling, folder, curves, progress)
     else:
         with connect("prefect", "mlflow", "s3"):
             if model is not None:
@@ -314,13 +321,13 @@ def evaluate(
                 checks.require_shape(checks.fetch_weights(model), model, config)
             from flows.evaluate import evaluate
 
-            done = evaluate(config, model=model)
-    metrics = [f"  {name}: {value:.4g}" for name, value in done.metrics().items()]
+            evaluation = evaluate(config, model=model)
+    metrics = [f"  {name}: {value:.4g}" for name, value in evaluation.metrics().items()]
     report = str(config.report_folder / "report.html")
-    of_what = [f"best of {len(done.checkpoints)} checkpoints:" if model is None else f"{model}:"]
-    guidance = [f"guidance: {done.sampling.guidance_text}"] if model is None else []
-    lines = [*of_what, *metrics, *guidance, f"report: {report}"]
-    return CommandOutput(done.model_dump(mode="json") | {"report": report}, lines)
+    heading = [f"best of {len(evaluation.checkpoints)} checkpoints:" if model is None else f"{model}:"]
+    guidance = [f"guidance: {evaluation.sampling.guidance_text}"] if model is None else []
+    lines = [*heading, *metrics, *guidance, f"report: {report}"]
+    return CommandOutput(evaluation.model_dump(mode="json") | {"report": report}, lines)
 
 
 @pipeline
@@ -369,12 +376,12 @@ def promote(
             require_version(model)
         from flows.promote import promote
 
-        return _promoted(promote(config, model))
+        return _describe_promotion(promote(config, model))
 
 
-def _promoted(done: "PromotionResult") -> CommandOutput:
-    error = None if done.promoted else typer.Exit(3)
-    return CommandOutput(done, [f"{done.version.uri} is {done.title}: {done.reason}"], error)
+def _describe_promotion(result: "PromotionResult") -> CommandOutput:
+    error = None if result.promoted else typer.Exit(3)
+    return CommandOutput(result, [f"{result.version.uri} is {result.title}: {result.reason}"], error)
 
 
 @pipeline
@@ -431,10 +438,10 @@ def sample(
         require_batch(config, model or config.champion, count, seed, to, conditions, requests)
         from flows.sample import sample
 
-        done = sample(config, model or config.champion, count, seed, to, conditions, requests)
-    files = [f"manifest: {done.manifest}", f"contact sheet: {done.contact_sheet}"]
+        result = sample(config, model or config.champion, count, seed, to, conditions, requests)
+    files = [f"manifest: {result.manifest}", f"contact sheet: {result.contact_sheet}"]
     return CommandOutput(
-        done, [f"{counted(done.count, 'image')} of {done.model} in {done.uri}", *files, done.took.words]
+        result, [f"{counted(result.count, 'image')} of {result.model} in {result.uri}", *files, result.took.words]
     )
 
 
@@ -473,7 +480,7 @@ def retrain(
         checks.require_source(config.ingest)
         checks.require_conditions_in_source(config, conditions)
     if dry_run:
-        return _retraining(config, version)
+        return _preview_retraining(config, version)
     with connect("prefect", "mlflow", "s3"):
         if config.model.family != "diffusers":  # which has a tokenizer of its own
             checks.require_prompts(conditions)
@@ -491,11 +498,11 @@ def retrain(
             require_enough(DatasetLocation(config.dataset_folder, data_source).choose(version))
         from flows.retrain import retrain
 
-        found = retrain(config, count, seed, to, conditions, version).model_dump(mode="json")
-    return CommandOutput(found, _retrained(found), None if found["verdict"]["promoted"] else typer.Exit(3))
+        result = retrain(config, count, seed, to, conditions, version).model_dump(mode="json")
+    return CommandOutput(result, _retrained(result), None if result["verdict"]["promoted"] else typer.Exit(3))
 
 
-def _retraining(config: "Params", version: str | None) -> CommandOutput:
+def _preview_retraining(config: "Params", version: str | None) -> CommandOutput:
     """What a retraining would do: its ingest, and its training if the data set exists."""
     value: dict[str, Any] = {"dry_run": True, "ingest": None, "training": None}
     lines: list[str] = []
@@ -511,23 +518,23 @@ def _retraining(config: "Params", version: str | None) -> CommandOutput:
     return CommandOutput(value, lines)
 
 
-def _retrained(found: dict[str, Any]) -> Iterator[str]:
+def _retrained(result: dict[str, Any]) -> Iterator[str]:
     from flows.environment import settings
     from flows.local_stack.stack import USER, servers_in_environment
     from flows.tracking.console import clock
 
-    data = found["data"].get("result", found["data"])
-    verdict, samples, version = found["verdict"], found["samples"], found["verdict"]["version"]
+    data = result["data"].get("result", result["data"])
+    verdict, samples, version = result["verdict"], result["samples"], result["verdict"]["version"]
     title = "champion" if verdict["promoted"] else {"hold": "held", "reject": "rejected"}[verdict["verdict"]]
-    if found["skipped"]:
-        yield f"skipped    {found['skipped']}"
-    elif found["seconds"]:
-        times = ", ".join(f"{name} {clock(seconds)}" for name, seconds in found["seconds"].items())
-        yield f"took       {clock(sum(found['seconds'].values()))}: {times}"
-    dropped = f", {counted(data['duplicates'], 'duplicate')} dropped" if data.get("duplicates") else ""
-    yield f"data set   {counted(data['kept'], 'image')}{dropped}, content {data['content_digest'][:12]}"
-    if found["quality"]:
-        yield f"quality    {found['quality']} (95 % interval; lower is better)"
+    if result["skipped"]:
+        yield f"skipped    {result['skipped']}"
+    elif result["seconds"]:
+        times = ", ".join(f"{name} {clock(seconds)}" for name, seconds in result["seconds"].items())
+        yield f"took       {clock(sum(result['seconds'].values()))}: {times}"
+    duplicates = f", {counted(data['duplicates'], 'duplicate')} dropped" if data.get("duplicates") else ""
+    yield f"data set   {counted(data['kept'], 'image')}{duplicates}, content {data['content_digest'][:12]}"
+    if result["quality"]:
+        yield f"quality    {result['quality']} (95 % interval; lower is better)"
     yield f"model      models:/{version['model']}/{version['number']} is {title}: {verdict['reason']}"
     if samples is not None:
         yield f"samples    {samples['contact_sheet']}, all in {samples['uri']}"
@@ -535,18 +542,18 @@ def _retrained(found: dict[str, Any]) -> Iterator[str]:
         yield "samples    none: this is a super-resolution model, see `darkroom edit upscale --help`"
     else:
         yield "samples    none: there is no champion yet; the report shows images of this version"
-    if found["advice"]:
-        yield f"advice     {found['advice']}"
-    yield f"report     {found['report']}"
-    yield f"explained  {', '.join(found['explained']['files'])}"
-    yield f"MLflow     {found['mlflow_page'] or found['run_id']}"
-    if found["prefect_page"]:
-        yield f"Prefect    {found['prefect_page']}"
+    if result["advice"]:
+        yield f"advice     {result['advice']}"
+    yield f"report     {result['report']}"
+    yield f"explained  {', '.join(result['explained']['files'])}"
+    yield f"MLflow     {result['mlflow_page'] or result['run_id']}"
+    if result["prefect_page"]:
+        yield f"Prefect    {result['prefect_page']}"
     if (passwords := settings().folder / "credentials.json").is_file():
-        elsewhere = servers_in_environment()
-        if "mlflow" not in elsewhere:
+        external_servers = servers_in_environment()
+        if "mlflow" not in external_servers:
             yield f"log in     MLflow: user {USER}, password mlflow_password in {passwords}"
-        if "prefect" not in elsewhere:
+        if "prefect" not in external_servers:
             yield f"log in     Prefect: user:password together, as prefect_auth_string in {passwords}"
 
 
@@ -593,7 +600,7 @@ def distill(config: "Params", dry_run: DryRun = False, local: options.Local = Fa
             return _preflight({"student": config.model_copy(update={"training": training})})
         from flows.distill import distill
 
-        return _promoted(distill(config))
+        return _describe_promotion(distill(config))
 
 
 @pipeline
@@ -616,17 +623,17 @@ def sweep(
 
     require_evaluable(config)
     if dry_run:
-        return _preflight({words_of(each.settings): each.params for each in points})
+        return _preflight({words_of(point.settings): point.params for point in points})
     with connect("prefect", "mlflow", "s3"):
         from flows.sweep import sweep
 
-        done = sweep(config, values)
+        result = sweep(config, values)
     lines = [
-        f"{done.ranking.metric} {each.value:.4g} ± {each.error:.2g}  "
-        + " ".join(f"{key}={value}" for key, value in each.settings.items())
-        for each in done.ranking.models
+        f"{result.ranking.metric} {model.value:.4g} ± {model.error:.2g}  "
+        + " ".join(f"{key}={value}" for key, value in model.settings.items())
+        for model in result.ranking.models
     ]
-    return CommandOutput(done, [*lines, f"report: {done.report}", f"MLflow run {done.run_id}"])
+    return CommandOutput(result, [*lines, f"report: {result.report}", f"MLflow run {result.run_id}"])
 
 
 @pipeline
@@ -655,14 +662,14 @@ def compare(
         from flows.sweep import rank_variants
 
         with progress_shown() as progress:
-            for each in variants.values():
-                _train(each, progress=progress, restart="if_different" if restart else "never")
-            done = rank_variants(variants, progress)
+            for variant in variants.values():
+                _train(variant, progress=progress, restart="if_different" if restart else "never")
+            result = rank_variants(variants, progress)
     else:
         with connect("prefect", "mlflow", "s3"):
             from flows.sweep import compare
 
-            done = compare(config, family, restart)
+            result = compare(config, family, restart)
     from diffusion.evaluation.reports.ranking_report import findings
 
-    return CommandOutput(done, [*findings(done.ranking), f"report: {done.report}"])
+    return CommandOutput(result, [*findings(result.ranking), f"report: {result.report}"])

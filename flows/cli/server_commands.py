@@ -82,21 +82,21 @@ def health(servers: Annotated[list[str], Argument(help="mlflow, prefect, s3, or 
     from flows.local_stack.http_api import check
     from flows.local_stack.stack import join_servers
 
-    lacks: dict[str, list[str]] = {}
+    gaps: dict[str, list[str]] = {}
     lines: list[str] = []
     error: DarkroomError | None = None
     for server in servers:
         try:
-            join_servers(*(each for each in SERVERS if each == server))
-            lacks[server] = check(server)
+            join_servers(*(name for name in SERVERS if name == server))
+            gaps[server] = check(server)
         except DarkroomError as failure:
             if len(servers) == 1:
                 raise
             error = error or failure
             lines.append(f"{server:<8} fails: {failure}")
         else:
-            lines += [f"{server:<8} works", *lacks[server]]
-    return CommandOutput(lacks, lines, error)
+            lines += [f"{server:<8} works", *gaps[server]]
+    return CommandOutput(gaps, lines, error)
 
 
 @command(app)
@@ -127,10 +127,17 @@ def backup(target: Target) -> CommandOutput:
     from flows.local_stack.backup import backup
 
     with progress_shown() as progress:
-        done = backup(target, progress)
-    size = sum(each.size for each in done.objects)
-    result = {"stamp": done.stamp, "objects": len(done.objects), "bytes": size, "databases": list(done.databases)}
-    lines = [f"backup {done.stamp} in {target}: {len(done.databases)} databases, {len(done.objects):,} objects"]
+        snapshot = backup(target, progress)
+    size = sum(entry.size for entry in snapshot.objects)
+    result = {
+        "stamp": snapshot.stamp,
+        "objects": len(snapshot.objects),
+        "bytes": size,
+        "databases": list(snapshot.databases),
+    }
+    lines = [
+        f"backup {snapshot.stamp} in {target}: {len(snapshot.databases)} databases, {len(snapshot.objects):,} objects"
+    ]
     return CommandOutput(result, lines)
 
 
@@ -153,14 +160,14 @@ def restore(
     from flows.local_stack.backup import restore
 
     with progress_shown() as progress:
-        backup, later = restore(target, stamp, replaced, _say, progress)
-    folder, until, removals = settings().folder, later.known_until, list(later.removals())
+        backup, later_removals = restore(target, stamp, replaced, _say, progress)
+    folder, known_until, removals = settings().folder, later_removals.known_until, list(later_removals.removals())
     result = {
         "stamp": backup.stamp,
         "folder": str(folder),
         "objects": len(backup.objects),
         "later_removals": [removal.model_dump(mode="json") for removal in removals],
-        "removals_known_until": until and until.isoformat(),
+        "removals_known_until": known_until and known_until.isoformat(),
     }
     for removal in removals:
         _say(
@@ -169,13 +176,13 @@ def restore(
             f"`darkroom data remove {' '.join(key[:16] for key in removal.image_keys[:3])}"
             f"{' …' if len(removal.image_keys) > 3 else ''} --dataset {removal.dataset} --reason … --purge`"
         )
-    if until is not None:
-        _say(f"darkroom: takedowns done after {until:%Y-%m-%d %H:%M:%S} UTC are unknown: repeat them")
+    if known_until is not None:
+        _say(f"darkroom: takedowns done after {known_until:%Y-%m-%d %H:%M:%S} UTC are unknown: repeat them")
     return CommandOutput(result, [f"{folder} is restored from backup {backup.stamp} and runs, with new passwords"])
 
 
 def _show(status: "StackStatus") -> CommandOutput:
-    lines = [f"{each.title:<16} {each.state:<8} {each.url}" for each in status.services]
+    lines = [f"{service.title:<16} {service.state:<8} {service.url}" for service in status.services]
     lines += [f"{server:<16} elsewhere, by {variable}" for server, variable in status.elsewhere.items()]
     if status.services:
         lines += [f"logs and data     {status.folder}", f"passwords         {status.credentials}"]

@@ -73,42 +73,42 @@ def init(
         with connect("s3"), TemporaryDirectory() as scratch:
             from flows.storage.s3 import S3Objects
 
-            found = surveys.survey(settings, Path(scratch), S3Objects())
+            survey = surveys.survey(settings, Path(scratch), S3Objects())
     else:
         with TemporaryDirectory() as scratch:
-            found = surveys.survey(settings, Path(scratch))
-    if found.shorter_sides is None:
+            survey = surveys.survey(settings, Path(scratch))
+    if survey.shorter_sides is None:
         raise UserError(
-            f"none of {found.sampled} images of {source} can be read: give JPEG, PNG, WebP, GIF, BMP or TIFF"
+            f"none of {survey.sampled} images of {source} can be read: give JPEG, PNG, WebP, GIF, BMP or TIFF"
         )
-    lines = found.lines()
+    lines = survey.lines()
     if exists:
         lines.append(f"kept       {path}: set `text: true` in its section `model` to learn the captions")
-        return CommandOutput({"params": str(path), "survey": found.model_dump(mode="json")}, lines)
-    size = _size(found)
-    write_bytes(path, _template(found, name, size).encode())
-    if found.images < FEW:
-        lines.append(f"note       {counted(found.images, 'image')}: so few that a model will mostly copy them")
-    following = "darkroom up && darkroom retrain"
-    lines += [f"wrote      {path}: {size}×{size} pixels, data set {name}", f"next       {following}"]
-    value = {"params": str(path), "dataset": name, "size": size, "next": following}
-    return CommandOutput(value | {"survey": found.model_dump(mode="json")}, lines)
+        return CommandOutput({"params": str(path), "survey": survey.model_dump(mode="json")}, lines)
+    size = _size(survey)
+    write_bytes(path, _template(survey, name, size).encode())
+    if survey.images < FEW:
+        lines.append(f"note       {counted(survey.images, 'image')}: so few that a model will mostly copy them")
+    next_command = "darkroom up && darkroom retrain"
+    lines += [f"wrote      {path}: {size}×{size} pixels, data set {name}", f"next       {next_command}"]
+    value = {"params": str(path), "dataset": name, "size": size, "next": next_command}
+    return CommandOutput(value | {"survey": survey.model_dump(mode="json")}, lines)
 
 
-def _size(found: "Survey") -> int:
-    assert found.shorter_sides is not None
-    shortest, median, longest = found.shorter_sides
-    if shortest == longest and found.square and 8 <= shortest <= SIZES[0] and shortest % 4 == 0:
+def _size(survey: "Survey") -> int:
+    assert survey.shorter_sides is not None
+    shortest, median, longest = survey.shorter_sides
+    if shortest == longest and survey.square and 8 <= shortest <= SIZES[0] and shortest % 4 == 0:
         return shortest
     # A few small images are quarantined rather than making all others small.
     return next((size for size in SIZES if size <= max(shortest, median // 2)), SIZES[-1])
 
 
-def _template(found: "Survey", name: str, size: int) -> str:
-    lines = "\n".join(f"#   {escape_controls(line)}" for line in found.lines())
-    model = ["  conditional: true  # learn the classes, for --label"] if len(found.classes) > 1 else []
-    model += ["  text: true  # learn the captions, for --prompt; needs the extra `text`"] if found.captions else []
-    enlarged = found.too_small(size)
+def _template(survey: "Survey", name: str, size: int) -> str:
+    lines = "\n".join(f"#   {escape_controls(line)}" for line in survey.lines())
+    model = ["  conditional: true  # learn the classes, for --label"] if len(survey.classes) > 1 else []
+    model += ["  text: true  # learn the captions, for --prompt; needs the extra `text`"] if survey.captions else []
+    small_images = survey.too_small(size)
     return "\n".join(
         [
             "# yaml-language-server: $schema=params.schema.json",
@@ -117,10 +117,10 @@ def _template(found: "Survey", name: str, size: int) -> str:
             "#   darkroom config schema > params.schema.json    completion and checks in an editor",
             lines,
             "ingest:",
-            f"  source: {python_literal(found.source)}",
+            f"  source: {python_literal(survey.source)}",
             f"  size: {size}  # height and width of stored images; twice the size trains four times as long",
             "  # fit: crop  # of images that are not square: crop, pad, squash, or bucket to keep their shapes",
-            *(["  # enlarge: true  # images below that size are quarantined otherwise"] if enlarged else []),
+            *(["  # enlarge: true  # images below that size are quarantined otherwise"] if small_images else []),
             "",
             *(["model:", *model, ""] if model else []),
             "training:",
@@ -182,25 +182,25 @@ def ls(
 
     Example:  darkroom ls models
     """
-    found: dict[str, list[dict[str, Any]]] = {}
+    listings: dict[str, list[dict[str, Any]]] = {}
     errors: dict[Kind, str] = {}
     lines: list[str] = []
-    for each, (read, head) in LISTS.items():
-        if kind not in (None, each):
+    for section, (read, head) in LISTS.items():
+        if kind not in (None, section):
             continue
         try:
-            found[each] = rows = read()
+            listings[section] = rows = read()
         except DarkroomError as error:
             if kind is not None:
                 raise
-            errors[each] = str(error)
-            lines.append(f"{each}: {error}")
+            errors[section] = str(error)
+            lines.append(f"{section}: {error}")
             continue
-        table = [(each.upper(), *head), *(tuple(_cell(row.get(name)) for name in ("name", *head)) for row in rows)]
+        table = [(section.upper(), *head), *(tuple(_cell(row.get(name)) for name in ("name", *head)) for row in rows)]
         widths = [max(map(len, column)) for column in zip(*table, strict=True)]
         lines += ["  ".join(map(str.ljust, row, widths)).rstrip() for row in (table if rows else [])]
-        lines += [] if rows else [f"no {each}"]
-    return CommandOutput({**found, "errors": errors}, lines)
+        lines += [] if rows else [f"no {section}"]
+    return CommandOutput({**listings, "errors": errors}, lines)
 
 
 def _cell(value: Any) -> str:
@@ -210,34 +210,39 @@ def _cell(value: Any) -> str:
 def _datasets() -> list[dict[str, Any]]:
     from diffusion.data.manifest import read_manifest
 
-    found = []
+    rows = []
     for path in sorted(Path("data").glob("*/manifest.json")):
         version = read_manifest(path.parent)
         shape = f"{version.size}×{version.size}×{version.channels}"
-        about = {"images": version.kept, "shape": shape, "classes": len(version.labels), "version": version.digest[:12]}
-        found.append({"name": path.parent.name, **about})
-    return found
+        fields = {
+            "images": version.kept,
+            "shape": shape,
+            "classes": len(version.labels),
+            "version": version.digest[:12],
+        }
+        rows.append({"name": path.parent.name, **fields})
+    return rows
 
 
 def _runs() -> list[dict[str, Any]]:
     from diffusion.common.model_files import read_header
 
-    found = []
+    rows = []
     places = ("checkpoints", "interrupted")
     for folder in sorted({path.parent for place in places for path in Path("runs").glob(f"**/{place}")}):
         checkpoints = [path for place in places for path in folder.glob(f"{place}/*.safetensors")]
         files = [folder / "final.safetensors", *sorted(checkpoints, key=lambda path: path.name, reverse=True)]
-        about: dict[str, Any] = {"images": None, "family": None}
+        fields: dict[str, Any] = {"images": None, "family": None}
         for file in filter(Path.is_file, files):
             try:
                 header = read_header(file)["model_header"]
-                about = {"images": header["images"], "family": header["model"].get("family", "ddpm")}
+                fields = {"images": header["images"], "family": header["model"].get("family", "ddpm")}
                 break
             except (UserError, KeyError, TypeError, AttributeError):  # being written, or of another version
                 continue
         state = "finished" if files[0].is_file() else "unfinished"
-        found.append({"name": str(folder), "state": state, **about})
-    return found
+        rows.append({"name": str(folder), "state": state, **fields})
+    return rows
 
 
 def _models() -> list[dict[str, Any]]:
@@ -247,8 +252,8 @@ def _models() -> list[dict[str, Any]]:
         return [
             {
                 "name": name,
-                "versions": max((int(each["version"]) for each in model.get("latest_versions", ())), default=0),
-                **{each["alias"]: int(each["version"]) for each in model.get("aliases", ())},
+                "versions": max((int(entry["version"]) for entry in model.get("latest_versions", ())), default=0),
+                **{entry["alias"]: int(entry["version"]) for entry in model.get("aliases", ())},
             }
             for name, model in sorted(registered_models().items())
         ]
@@ -259,20 +264,20 @@ def _batches() -> list[dict[str, Any]]:
         from flows.environment import settings
         from flows.storage.s3 import Missing, Store, batch_places
 
-        store, bucket, found = Store(), settings().bucket, list[dict[str, Any]]()
+        store, bucket, rows = Store(), settings().bucket, list[dict[str, Any]]()
         for place in islice(batch_places(store, bucket), LISTED):
-            about: dict[str, Any] = {}
+            fields: dict[str, Any] = {}
             # Read without the class, whose module imports torch; it may be damaged.
             with suppress(Missing, ValueError, KeyError, TypeError):
                 batch = json.loads(store.get(bucket, place.key("batch.json"), most=2**20))
-                about = {
+                fields = {
                     "model": f"{batch['model']}/{batch['version']}",
                     "images": batch["count"],
                     "seed": batch["seed"],
                 }
             state = "finished" if store.exists(bucket, place.key("_SUCCESS")) else "unfinished"
-            found.append({"name": f"{place}/", **about, "state": state})
-        return found
+            rows.append({"name": f"{place}/", **fields, "state": state})
+        return rows
 
 
 LISTS: dict[Kind, tuple[Callable[[], list[dict[str, Any]]], tuple[str, ...]]] = {
@@ -293,23 +298,23 @@ def open_page(
 
     Example:  darkroom open mlflow
     """
-    about = _report(config) if page == "report" else _server(page)
-    lines = [about["url"], *(f"{name:<9} {about[name]}" for name in ("user", "password") if about.get(name))]
+    access = _report(config) if page == "report" else _server(page)
+    lines = [access["url"], *(f"{name:<9} {access[name]}" for name in ("user", "password") if access.get(name))]
     if sys.stdin.isatty() and sys.stderr.isatty():
         try:
-            webbrowser.get().open(about["url"])
+            webbrowser.get().open(access["url"])
         except webbrowser.Error:
             lines.append("no browser here: open the address in one")
-    return CommandOutput(about, lines)
+    return CommandOutput(access, lines)
 
 
 def _report(config: "Params") -> dict[str, str]:
     pages = [config.report_folder / "report.html", *(config.report_folder / "dataset").glob("*.html")]
-    if not (there := [page for page in pages if page.is_file()]):
+    if not (reports := [page for page in pages if page.is_file()]):
         raise UserError(f"no report in {config.report_folder}: run `darkroom evaluate` or `darkroom ingest` first")
     # The evaluation, if there is one.
-    newest = there[0] if there[0] == pages[0] else max(there, key=lambda page: page.stat().st_mtime)
-    return {"url": newest.resolve().as_uri()}
+    report = reports[0] if reports[0] == pages[0] else max(reports, key=lambda page: page.stat().st_mtime)
+    return {"url": report.resolve().as_uri()}
 
 
 def _server(page: "Literal['mlflow', 'prefect']") -> dict[str, str]:
@@ -317,13 +322,13 @@ def _server(page: "Literal['mlflow', 'prefect']") -> dict[str, str]:
     from flows.local_stack.http_api import without_login
     from flows.local_stack.stack import USER, join_servers, servers_in_environment
 
-    elsewhere = page in servers_in_environment()
+    is_external = page in servers_in_environment()
     join_servers(page)
     url, login = without_login(os.environ[SERVER_VARIABLES[page][0]])
     url = url.removesuffix("/")
     # MLflow's pages are about GenAI applications unless the address says otherwise.
     url = url.removesuffix("/api") if page == "prefect" else f"{url}/#/experiments?workflowType=machine_learning"
-    if not elsewhere:
+    if not is_external:
         field = "mlflow_password" if page == "mlflow" else "prefect_auth_string, which is user:password"
         return {"url": url, "user": USER, "password": f"in {settings().folder / 'credentials.json'}, {field}"}
     user = os.environ.get("MLFLOW_TRACKING_USERNAME", "") if page == "mlflow" else ""

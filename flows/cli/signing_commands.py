@@ -40,9 +40,9 @@ def sign(
     with connect("s3") if "s3://" in f"{what} {out}" else nullcontext(), progress_shown() as progress:
         from flows.provenance.signed_images import sign_images
 
-        done = sign_images(what, out, signer, prompts, parent, progress)
-    old = f", {done.images - done.signed:,} of them before" if done.signed < done.images else ""
-    return CommandOutput(done, [f"{done.out}: {done.images:,} signed copies by {done.signer}{old}"])
+        result = sign_images(what, out, signer, prompts, parent, progress)
+    note = f", {result.images - result.signed:,} of them before" if result.signed < result.images else ""
+    return CommandOutput(result, [f"{result.out}: {result.images:,} signed copies by {result.signer}{note}"])
 
 
 @command(app, panel="Provenance")
@@ -72,26 +72,26 @@ def verify(
 
     if untrusted and (key or trust):
         raise UserError("--untrusted accepts any signer: leave it out, or --key and --trust")
-    trusted = Trust(key, trust)
+    signer_trust = Trust(key, trust)
     if not what.startswith("s3://") and not Path(what).exists() and not Path(f"{what.rstrip('/')}.sig").exists():
         raise UserError(f"there is no {what}: give the path of a file or folder, or an S3 address")
     with connect("s3") if what.startswith("s3://") else nullcontext():
         from flows.provenance.verify import verify
 
-        checks = verify(what, trusted, head, model)
-    failed = [each for each in checks if not each.verified]
-    unknown = [each for each in checks if each.verified and not each.trusted]
+        checks = verify(what, signer_trust, head, model)
+    failures = [check for check in checks if not check.verified]
+    unknown_signers = [check for check in checks if check.verified and not check.trusted]
     value = {
-        "verified": not failed,
-        "trusted": not failed and not unknown,
-        "checks": [each.model_dump(mode="json") for each in checks],
+        "verified": not failures,
+        "trusted": not failures and not unknown_signers,
+        "checks": [check.model_dump(mode="json") for check in checks],
     }
     error = None
-    if failed:
-        error = VerificationError(f"{len(failed)} of {len(checks)} not verified: {failed[0]}")
-    elif unknown and not untrusted:
+    if failures:
+        error = VerificationError(f"{len(failures)} of {len(checks)} not verified: {failures[0]}")
+    elif unknown_signers and not untrusted:
         error = VerificationError(
-            f"{len(unknown)} of {len(checks)} signed by nobody whom you trust: give --trust ROOTS, or --untrusted to "
-            "accept any signer"
+            f"{len(unknown_signers)} of {len(checks)} signed by nobody whom you trust: give --trust ROOTS, or "
+            "--untrusted to accept any signer"
         )
     return CommandOutput(value, map(str, checks), error)
