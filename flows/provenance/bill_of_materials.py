@@ -32,7 +32,7 @@ def bom_path(export: Path) -> Path:
 
 def write_bom(
     weights: Path,
-    done: Exported,
+    export: Exported,
     data: Manifest | None = None,
     metrics: Mapping[str, float] = {},
     libraries: Sequence[str] = (),
@@ -42,24 +42,24 @@ def write_bom(
 
     Args:
         weights: The exported model file, with those that it is based on beside it.
-        done: The export.
+        export: The export.
         data: Manifest of the data set it was trained on; None: unknown here.
         metrics: Metrics by name; of a metric with its bounds or standard error, the 95 % interval is written.
         libraries: Libraries that the version was registered with, as NAME==VERSION; empty: not recorded.
         licence: Licence of the weights; None: that of an imported pipeline, if it has one.
     """
     header = read_model_header(weights)
-    model, parts = _model(header, done, licence), list[Part]()
+    model, parts = _model(header, export, licence), list[Part]()
     if header.origin is None or header.images:
         parts += _datasets(header, data)
-        model["modelCard"]["modelParameters"]["datasets"] = [{"ref": each["bom-ref"]} for each in parts]
+        model["modelCard"]["modelParameters"]["datasets"] = [{"ref": part["bom-ref"]} for part in parts]
     model["modelCard"] |= _performance(metrics)
     # What was fine-tuned may name the origin of its base as its own.
-    parts += {each["bom-ref"]: each for each in _bases(weights, header)}.values()
+    parts += {part["bom-ref"]: part for part in _bases(weights, header)}.values()
     if header.origin is not None and not libraries:
         libraries = [f"{name}=={version}" for name, version in header.origin.libraries.items()]
-    recorded = "as registered" if done.version else "as imported" if libraries else "not recorded in a model file"
-    model["properties"].append(_property("libraries", recorded))
+    note = "as registered" if export.version else "as imported" if libraries else "not recorded in a model file"
+    model["properties"].append(_property("libraries", note))
     parts += [
         {
             "bom-ref": f"pkg:pypi/{name.lower()}@{version}",
@@ -72,7 +72,7 @@ def write_bom(
     ]
     parts += [
         {"bom-ref": f"file:{name}", "type": "file", "name": name, "hashes": _sha256(digest)}
-        for name, digest in sorted(done.files.items())
+        for name, digest in sorted(export.files.items())
     ]
     bom = {
         "$schema": "http://cyclonedx.org/schema/bom-1.6.schema.json",
@@ -81,10 +81,10 @@ def write_bom(
         "version": 1,
         "metadata": {"component": model},
         "components": parts,
-        "dependencies": [{"ref": model["bom-ref"], "dependsOn": sorted(each["bom-ref"] for each in parts)}],
+        "dependencies": [{"ref": model["bom-ref"], "dependsOn": sorted(part["bom-ref"] for part in parts)}],
     }
     bom["serialNumber"] = f"urn:uuid:{uuid5(NAMESPACE_URL, digest_of(bom))}"
-    path = bom_path(done.folder)
+    path = bom_path(export.folder)
     write_json(path, bom)
     return path
 
@@ -93,29 +93,33 @@ def read_bom_files(path: Path) -> dict[str, str]:
     """Read the SHA-256 of the files by their paths in a bill of materials; raises ValueError for another file."""
     try:
         components = json.loads(path.read_bytes())["components"]
-        return {each["name"]: each["hashes"][0]["content"] for each in components if each["type"] == "file"}
+        return {
+            component["name"]: component["hashes"][0]["content"]
+            for component in components
+            if component["type"] == "file"
+        }
     except (KeyError, TypeError, IndexError) as error:
         raise ValueError(f"{path} is no bill of materials of an export") from error
 
 
-def _model(header: ModelHeader, done: Exported, licence: str | None) -> Part:
-    name, _, number = (done.version or "").removeprefix("models:/").partition("/")
+def _model(header: ModelHeader, export: Exported, licence: str | None) -> Part:
+    name, _, number = (export.version or "").removeprefix("models:/").partition("/")
     text = bool(getattr(header.model, "text", False))
-    is_conditional = text or (header.origin is not None and "StableDiffusion" in done.pipeline)
+    is_conditional = text or (header.origin is not None and "StableDiffusion" in export.pipeline)
     licence = licence or (header.origin.licence if header.origin is not None else None)
-    run = [_property("run_id", done.run_id)] if done.run_id else []
+    run = [_property("run_id", export.run_id)] if export.run_id else []
     return {
-        "bom-ref": f"model:{done.weights_sha256}",
+        "bom-ref": f"model:{export.weights_sha256}",
         "type": "machine-learning-model",
         "name": name or header.dataset,
-        "version": number or done.weights_sha256[:16],
-        "hashes": _sha256(done.weights_sha256),
+        "version": number or export.weights_sha256[:16],
+        "hashes": _sha256(export.weights_sha256),
         **_licences(licence),
         "modelCard": {
             "modelParameters": {
                 "task": "text-to-image" if is_conditional else "unconditional-image-generation",
                 "architectureFamily": header.model.family,
-                "modelArchitecture": done.pipeline,
+                "modelArchitecture": export.pipeline,
                 "inputs": [{"format": "string"}] if is_conditional else [],
                 "outputs": [{"format": "image"}],
             }
@@ -126,7 +130,7 @@ def _model(header: ModelHeader, done: Exported, licence: str | None) -> Part:
 
 def _datasets(header: ModelHeader, data: Manifest | None) -> list[Part]:
     has_digest = bool(DIGEST.fullmatch(header.content_digest))
-    about = {} if data is None else {"description": f"{data.kept} images"}
+    description = {} if data is None else {"description": f"{data.kept} images"}
     if data is None:
         properties = [_property("records", "not available here: images, licence and sources are unknown")]
     else:
@@ -138,7 +142,7 @@ def _datasets(header: ModelHeader, data: Manifest | None) -> list[Part]:
             "name": header.dataset,
             **({"hashes": _sha256(header.content_digest)} if has_digest else {}),
             **_licences(data.licence if data is not None else None),
-            "data": [{"type": "dataset", "name": header.dataset, **about}],
+            "data": [{"type": "dataset", "name": header.dataset, **description}],
             **({"properties": properties} if properties else {}),
         }
     ]
@@ -157,7 +161,9 @@ def _bases(weights: Path, header: ModelHeader) -> list[Part]:
                     "name": origin.source,
                     **({"version": origin.revision} if origin.revision else {}),
                     **_licences(origin.licence),
-                    "properties": [_property(f"sha256:{name}", each) for name, each in sorted(origin.files.items())],
+                    "properties": [
+                        _property(f"sha256:{name}", digest) for name, digest in sorted(origin.files.items())
+                    ],
                 }
             )
         if header.base is None:
@@ -181,9 +187,9 @@ def _performance(metrics: Mapping[str, float]) -> Part:
     for name, value in sorted(metrics.items()):
         if ERROR_OR_BOUND.fullmatch(name) or not math.isfinite(value):
             continue
-        first, _, rest = name.partition("_")
+        prefix, _, suffix = name.partition("_")
         low, high = (metrics.get(f"{name}_{end}") for end in ("low", "high"))
-        error = metrics.get(f"{first}_se_{rest}", metrics.get(f"{name}_se"))
+        error = metrics.get(f"{prefix}_se_{suffix}", metrics.get(f"{name}_se"))
         if low is None and high is None and error is not None:
             low, high = value - DEVIATIONS * error, value + DEVIATIONS * error
         row: Part = {"type": name, "value": f"{value:.6g}"}
@@ -198,8 +204,8 @@ def _licences(licence: str | None) -> Part:
         return {}
     from cyclonedx.spdx import fixup_id
 
-    known = fixup_id(licence)
-    return {"licenses": [{"license": {"id": known} if known else {"name": licence}}]}
+    spdx_id = fixup_id(licence)
+    return {"licenses": [{"license": {"id": spdx_id} if spdx_id else {"name": licence}}]}
 
 
 def _sha256(digest: str) -> list[Part]:

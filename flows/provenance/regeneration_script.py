@@ -31,17 +31,17 @@ def regenerate(request: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Yield the fingerprint of this process, then the file with the images of each range in ``request["chunks"]``."""
     if Path(diffusion.__file__).resolve().parent != (Path(request["code"]) / "diffusion").resolve():
         raise DarkroomError(f"diffusion comes from {diffusion.__file__}, not from {request['code']}")
-    recorded = request["fingerprint"]
+    recorded_fingerprint = request["fingerprint"]
     # A GPU's name is followed by the processor's: see diffusion.common.device.
-    device = "auto" if "," in recorded["device"] else "cpu"
-    sampling = {**request["sampling"], "precision": recorded["precision"], "device": device}
+    device = "auto" if "," in recorded_fingerprint["device"] else "cpu"
+    sampling = {**request["sampling"], "precision": recorded_fingerprint["precision"], "device": device}
     config: SamplingConfig = SAMPLING_ADAPTER.validate_python(sampling)
     yield {"fingerprint": fingerprint(config.compute_batch, config.precision, config.device).model_dump(mode="json")}
     model = load_model(Path(request["weights"]))
-    for (first, end), fields in zip(request["chunks"], request["conditions"], strict=True):
-        indices, conditions = range(first, end), Conditions.model_validate(fields)
+    for (start, end), fields in zip(request["chunks"], request["conditions"], strict=True):
+        indices, conditions = range(start, end), Conditions.model_validate(fields)
         images = sample(model, indices, request["seed"], config, conditions=conditions)
-        file = Path(request["folder"]) / f"{first}.safetensors"
+        file = Path(request["folder"]) / f"{start}.safetensors"
         save_file({str(index): image.contiguous() for index, image in zip(indices, images, strict=True)}, file)
         yield {"file": str(file)}
 
@@ -55,8 +55,8 @@ def main() -> None:
             for answer in regenerate(json.load(sys.stdin)):
                 print(json.dumps(answer), file=answers, flush=True)
         except ValidationError as error:
-            wrong = (f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors())
-            sys.exit(f"{error.title}: {'; '.join(wrong)}")
+            problems = (f"{'.'.join(map(str, detail['loc']))}: {detail['msg']}" for detail in error.errors())
+            sys.exit(f"{error.title}: {'; '.join(problems)}")
         except DarkroomError as error:
             sys.exit(" ".join(str(error).split()))
 

@@ -115,15 +115,15 @@ class Folder:
     def put(self, name: str, data: bytes) -> bytes:  # noqa: D102
         path = self.path / name
         make_folder(path.parent)
-        written = path.with_name(f".{path.name}.{uuid4().hex}.partial")
+        temporary_path = path.with_name(f".{path.name}.{uuid4().hex}.partial")
         try:
-            written.write_bytes(data)
-            sync_file(written)
+            temporary_path.write_bytes(data)
+            sync_file(temporary_path)
             # A link, unlike a rename, does not replace what another process wrote.
             with suppress(FileExistsError):
-                os.link(written, path)
+                os.link(temporary_path, path)
         finally:
-            written.unlink(missing_ok=True)
+            temporary_path.unlink(missing_ok=True)
         sync_folder(path.parent)
         return path.read_bytes()
 
@@ -165,9 +165,9 @@ class Prefix:
         return str(self.place)
 
 
-def place_of(where: str) -> Folder | Prefix:
-    """Folder or prefix that ``where`` names."""
-    return Prefix(Location.parse(where), Store()) if where.startswith("s3://") else Folder(Path(where))
+def place_of(address: str) -> Folder | Prefix:
+    """Folder or prefix that ``address`` names."""
+    return Prefix(Location.parse(address), Store()) if address.startswith("s3://") else Folder(Path(address))
 
 
 def sign_images(
@@ -190,7 +190,7 @@ def sign_images(
     signer, target = ImageSigner(key), place_of(out)
     source = _Batch(what) if what.startswith("s3://") else _Request(Path(what))
     original = None if parent is None else source.read_parent(parent)
-    about = Signing(
+    signing = Signing(
         source=source.name,
         record_sha256=source.record_sha256,
         count=source.count,
@@ -204,12 +204,12 @@ def sign_images(
         if f"{target}/".startswith(f"{source.place}/"):
             raise UserError(f"{target} lies inside of the batch, which stays as it is: give --out another place")
         target.store.require_conditional_puts(target.place.bucket, target.place.prefix)
-    record = canonical_json(about.model_dump(mode="json")).encode()
+    record = canonical_json(signing.model_dump(mode="json")).encode()
     if target.put(SIGNING, record) != record:
         raise ConflictError(
             f"{target} holds signed copies of other images, or by another certificate: give --out another place"
         )
-    done = signed = 0
+    image_count = signed_count = 0
     digests = {SIGNING: sha256_bytes(record)}
     with ThreadPoolExecutor(AT_ONCE) as pool:
         for number, images in enumerate(source.chunks(prompts)):
@@ -218,14 +218,14 @@ def sign_images(
                 rows = list(pool.map(partial(_sign, target, signer, original), images()))
                 lines = "".join(f"{canonical_json(row.model_dump(mode='json'))}\n" for row, _ in rows)
                 part = target.put(name, lines.encode())
-                signed += sum(new for _, new in rows)
+                signed_count += sum(is_new for _, is_new in rows)
             digests[name] = sha256_bytes(part)
-            done += part.count(b"\n")
-            progress("images signed", done, about.count)
+            image_count += part.count(b"\n")
+            progress("images signed", image_count, signing.count)
     success = canonical_json(Success(sha256=digests).model_dump(mode="json")).encode()
     if target.put(SUCCESS, success) != success:
         raise ConflictError(f"{target} was altered: its {SUCCESS} names other records than there are")
-    return SignedImages(out=str(target), images=done, signed=signed, signer=about.signer)
+    return SignedImages(out=str(target), images=image_count, signed=signed_count, signer=signing.signer)
 
 
 def _sign(target: Place, signer: ImageSigner, parent: bytes | None, image: UnsignedImage) -> tuple[SignedRow, bool]:
@@ -237,9 +237,9 @@ def _sign(target: Place, signer: ImageSigner, parent: bytes | None, image: Unsig
         is_new = copy == ours
     if not is_new:
         try:
-            there = verify_image(copy)
+            signed_image = verify_image(copy)
             # Serial numbers of certificates are random. Whoever forges one as well fails at `darkroom verify --trust`.
-            is_ours = there.serial_number == signer.serial_number and there.lineage == image.lineage
+            is_ours = signed_image.serial_number == signer.serial_number and signed_image.lineage == image.lineage
         except NotVerified:
             is_ours = False
         if not is_ours:
@@ -253,15 +253,15 @@ def _sign(target: Place, signer: ImageSigner, parent: bytes | None, image: Unsig
 class _Batch:
     """Sampling batch on S3."""
 
-    def __init__(self, where: str) -> None:
+    def __init__(self, address: str) -> None:
         self.store = Store()
-        source = find(where.rstrip("/"), self.store, environment.settings().bucket)
+        source = find(address.rstrip("/"), self.store, environment.settings().bucket)
         if source.image is not None or source.batch is None or source.place is None:
-            raise UserError(f"{where} is one image: give the address of its batch")
+            raise UserError(f"{address} is one image: give the address of its batch")
         self.batch, self.place = source.batch, source.place
-        bucket, deleted = self.place.bucket, f"{DELETED}/{self.place.prefix}"
-        if self.store.exists(bucket, deleted) or not self.store.exists(bucket, self.place.key(SUCCESS)):
-            raise UserError(f"{where} is not finished, or deleted: give the same `darkroom sample` again first")
+        bucket, marker = self.place.bucket, f"{DELETED}/{self.place.prefix}"
+        if self.store.exists(bucket, marker) or not self.store.exists(bucket, self.place.key(SUCCESS)):
+            raise UserError(f"{address} is not finished, or deleted: give the same `darkroom sample` again first")
         self.name, self.count = self.place.prefix, self.batch.count
         self.record_sha256 = self.store.sha256(self.place.bucket, self.place.key(BATCH))
 
@@ -272,17 +272,17 @@ class _Batch:
         return (partial(self._images, chunk, prompts) for chunk in range(len(self.batch.chunks())))
 
     def _images(self, chunk: int, prompts: bool) -> Iterator[UnsignedImage]:
-        shared = {"batch": self.name, "batch_sha256": self.record_sha256, "count": self.count}
-        shared |= self.batch.model_dump(include={"seed", "run_id", "content_digest", "weights_sha256"})
-        shared["model"] = f"models:/{self.batch.model}/{self.batch.version}"
+        batch_fields = {"batch": self.name, "batch_sha256": self.record_sha256, "count": self.count}
+        batch_fields |= self.batch.model_dump(include={"seed", "run_id", "content_digest", "weights_sha256"})
+        batch_fields["model"] = f"models:/{self.batch.model}/{self.batch.version}"
         rows = read_rows(self.store, self.place, self.batch, chunk)
         if [row["index"] for row in rows] != list(self.batch.chunks()[chunk]):
             raise UserError(f"{self.place}/{part_key(chunk)} was altered: `darkroom trace {self.place}` says more")
         for row in rows:
-            if odd := conflicts(self.batch, row["index"], row):
-                raise UserError(f"{self.place}/{row['key']} contradicts its batch: {', '.join(odd)}")
-            own = {"index": row["index"], "label": row["label"], "prompt": row["prompt"] if prompts else None}
-            lineage = shared | own | {"image_sha256": row["sha256"], "pixels_sha256": row["pixels_sha256"]}
+            if problems := conflicts(self.batch, row["index"], row):
+                raise UserError(f"{self.place}/{row['key']} contradicts its batch: {', '.join(problems)}")
+            fields = {"index": row["index"], "label": row["label"], "prompt": row["prompt"] if prompts else None}
+            lineage = batch_fields | fields | {"image_sha256": row["sha256"], "pixels_sha256": row["pixels_sha256"]}
             lineage = {name: value for name, value in lineage.items() if value is not None}
             yield UnsignedImage(image_key(row["index"]), lineage, partial(self._read, row, prompts))
 
@@ -328,16 +328,16 @@ class _Request:
 
     def _images(self, start: int, prompts: bool) -> Iterator[UnsignedImage]:
         request = self.about.request
-        shared = {"request_sha256": self.record_sha256, "count": self.count, **self.about.model}
-        shared |= {name: request[name] for name in ("task", "seed", "label") if request.get(name) is not None}
+        request_fields = {"request_sha256": self.record_sha256, "count": self.count, **self.about.model}
+        request_fields |= {name: request[name] for name in ("task", "seed", "label") if request.get(name) is not None}
         if prompts and request.get("prompt"):
-            shared["prompt"] = request["prompt"]
+            request_fields["prompt"] = request["prompt"]
         if isinstance(image := request.get("image"), dict):
-            shared["parent_sha256"] = image["sha256"]
+            request_fields["parent_sha256"] = image["sha256"]
         for row in self.about.images[start : start + CHUNK]:
             if not isinstance(row.get("index"), int) or row.get("file") != image_key(row["index"]):
                 raise UserError(f"{self.folder / ABOUT} was altered: generate the images again")
-            lineage = shared | {"index": row["index"], "image_sha256": row["sha256"]}
+            lineage = request_fields | {"index": row["index"], "image_sha256": row["sha256"]}
             lineage["pixels_sha256"] = row["pixels_sha256"]
             yield UnsignedImage(row["file"], lineage, partial(self._read, row, prompts))
 
@@ -348,19 +348,19 @@ class _Request:
         return _require_unaltered(path.read_bytes(), row["sha256"], str(path), prompts)
 
 
-def _require_unaltered(png: bytes, sha256: str, where: str, prompts: bool) -> bytes:
+def _require_unaltered(png: bytes, sha256: str, name: str, prompts: bool) -> bytes:
     """Check that ``png`` is what was generated; returns it, without its prompt unless ``prompts``."""
     if sha256_bytes(png) != sha256:
-        raise UserError(f"{where} was altered since it was generated, and is not signed: generate it again")
+        raise UserError(f"{name} was altered since it was generated, and is not signed: generate it again")
     return png if prompts else without_prompt(png)
 
 
 def without_prompt(png: bytes) -> bytes:
     """Leave the text chunk with the prompt out of a PNG; all other bytes stay."""
-    chunks, at = [png[:8]], 8
-    while at < len(png):
-        end = at + 12 + int.from_bytes(png[at : at + 4], "big")
-        if not png.startswith(PROMPT, at + 8) or png[at + 4 : at + 8] != b"iTXt":
-            chunks.append(png[at:end])
-        at = end
+    chunks, offset = [png[:8]], 8
+    while offset < len(png):
+        end = offset + 12 + int.from_bytes(png[offset : offset + 4], "big")
+        if not png.startswith(PROMPT, offset + 8) or png[offset + 4 : offset + 8] != b"iTXt":
+            chunks.append(png[offset:end])
+        offset = end
     return b"".join(chunks)

@@ -133,9 +133,9 @@ class Trace(Config):
     broken: list[str]
 
 
-def trace(where: str) -> Trace:
+def trace(address: str) -> Trace:
     """Trace a generated image or a sampling batch, by S3 address or local file; raises UserError for others."""
-    return _Walk().along(where)
+    return _Walk().along(address)
 
 
 class _Walk:
@@ -152,25 +152,25 @@ class _Walk:
         except UserError as error:
             self.broken.append(str(error))
 
-    def along(self, where: str) -> Trace:
-        located = find(where, self.store, environment.settings().bucket)
-        origin, batch, place = located.origin, located.batch, located.place
-        image = located.image and self.image(located, located.image)
+    def along(self, address: str) -> Trace:
+        location = find(address, self.store, environment.settings().bucket)
+        origin, batch, place = location.origin, location.batch, location.place
+        image = location.image and self.image(location, location.image)
         if batch is not None and place is not None:
             self.broken += disagreements(self.store, batch, place, image.index if image else None)
         elif not isinstance(origin, Origin) or origin.task is None:
-            self.broken.append(f"no batch of {located.where} is to be found beside it, or at the usual place")
-        elif located.request is None:
-            self.broken.append(f"{located.where} was made on request, and no {ABOUT} beside it says of what")
+            self.broken.append(f"no batch of {location.where} is to be found beside it, or at the usual place")
+        elif location.request is None:
+            self.broken.append(f"{location.where} was made on request, and no {ABOUT} beside it says of what")
         model = self.model(origin.model, origin.version, origin.run_id, batch)
         run = self.run(origin.run_id)
         tags = self.tags(model, run)
-        released = tags.released_from
+        released_from = tags.released_from
         # The remote of staging is not readable from here.
         source = environment.data_source()
-        for each in run.inputs.dataset_inputs if run and run.inputs and not released else ():
+        for dataset_input in run.inputs.dataset_inputs if run and run.inputs and not released_from else ():
             with suppress(ValueError, LookupError, TypeError, AttributeError, UserError):
-                source = str(Location.parse(json.loads(each.dataset.source)["uri"]))
+                source = str(Location.parse(json.loads(dataset_input.dataset.source)["uri"]))
                 break
         # Of an imported model there is no data: the chain ends at its origin.
         manifest = self.manifest(run, tags.dataset, origin.content_digest, source) if tags.origin is None else None
@@ -183,43 +183,43 @@ class _Walk:
             git_commit=run.data.tags.get("mlflow.source.git.commit"),
             git_dirty=None if dirty is None else dirty == "True",
         )
-        finished = None
+        is_finished = None
         if place is not None:
-            deleted = self.store.exists(place.bucket, f"{DELETED}/{place.prefix}")
-            finished = not deleted and self.store.exists(place.bucket, place.key(SUCCESS))
+            is_deleted = self.store.exists(place.bucket, f"{DELETED}/{place.prefix}")
+            is_finished = not is_deleted and self.store.exists(place.bucket, place.key(SUCCESS))
         return Trace(
             image=image,
             place=None if place is None else f"{place}/",
             batch=batch,
-            finished=finished,
-            request=located.request,
+            finished=is_finished,
+            request=location.request,
             model=model,
             run=run_data,
-            data=manifest and self.data(manifest, tags.dvc_digest, source, released),
+            data=manifest and self.data(manifest, tags.dvc_digest, source, released_from),
             origins=self.origins(model) if model else [],
             drift=tags.drift,
             takedowns=self.takedowns(tags.dataset, model, run, manifest, source),
             broken=list(dict.fromkeys(self.broken)),
         )
 
-    def image(self, located: SampleLocation, image: LocatedImage) -> TracedImage:
-        where, batch, row, origin = located.where, located.batch, image.row, image.origin
+    def image(self, location: SampleLocation, image: LocatedImage) -> TracedImage:
+        address, batch, row, origin = location.where, location.batch, image.row, image.origin
         if row is not None and row["sha256"] != image.sha256:
-            words = "was altered: its pixels are not those that were generated, by its row in the manifest"
+            message = "was altered: its pixels are not those that were generated, by its row in the manifest"
             if row["pixels_sha256"] == image.pixels_sha256:
-                words = "was saved again: its pixels are those that were generated, its bytes are not"
-            self.broken.append(f"{where} {words}")
-        elif row is None and (batch is not None or located.request is not None):
-            self.broken.append(f"what was written down of its batch or request has no row of {where}")
+                message = "was saved again: its pixels are those that were generated, its bytes are not"
+            self.broken.append(f"{address} {message}")
+        elif row is None and (batch is not None or location.request is not None):
+            self.broken.append(f"what was written down of its batch or request has no row of {address}")
         theirs = origin and (origin.model, origin.version, origin.run_id, origin.seed, origin.index)
         if batch and origin and theirs != (batch.model, batch.version, batch.run_id, batch.seed, image.index):
-            self.broken.append(f"{where} says of itself that it is another image than its batch has there")
+            self.broken.append(f"{address} says of itself that it is another image than its batch has there")
         return TracedImage(
-            where=where,
+            where=address,
             sha256=image.sha256,
             pixels_sha256=image.pixels_sha256,
             index=image.index,
-            seed=located.origin.seed,
+            seed=location.origin.seed,
             label=row and row.get("label"),
             prompt=row and row.get("prompt"),
             as_generated=None if row is None else row["sha256"] == image.sha256,
@@ -227,30 +227,31 @@ class _Walk:
 
     def tags(self, model: TracedModel | None, run: Run | None) -> Tags:
         """Merge the tags of the model version and its run; tags of a source with a malformed one are skipped."""
-        found: dict[str, Any] = {}
+        fields: dict[str, Any] = {}
         sources = [(model.uri, model.tags)] if model else []
         sources += [(f"run {run.info.run_id}", run.data.tags)] if run else []
-        for where, tags in sources:
+        for source, tags in sources:
             with self.noting():
-                found |= parse_tags(tags, where).model_dump(exclude_none=True, by_alias=True)
-        return Tags.model_validate(found)
+                fields |= parse_tags(tags, source).model_dump(exclude_none=True, by_alias=True)
+        return Tags.model_validate(fields)
 
     def model(self, name: str, number: int, run_id: str, batch: SamplingBatch | None) -> TracedModel | None:
         uri = f"models:/{name}/{number}"
-        if (found := none_if_missing(self.client.get_model_version, name, str(number))) is None:
+        if (model_version := none_if_missing(self.client.get_model_version, name, str(number))) is None:
             self.broken.append(f"{uri} is not in the registry (any more)")
             return None
-        if found.run_id != run_id:
-            self.broken.append(f"{uri} is of run {found.run_id} now, and the image of run {run_id}")
-        if batch is not None and found.tags.get(WEIGHTS) != batch.weights_sha256:
+        if model_version.run_id != run_id:
+            self.broken.append(f"{uri} is of run {model_version.run_id} now, and the image of run {run_id}")
+        if batch is not None and model_version.tags.get(WEIGHTS) != batch.weights_sha256:
             self.broken.append(f"{uri} has other weights now than those that generated the image")
         code_sha256 = None
         with self.noting():
             version = model_versions.version_of(self.client, name, number)
             if batch is not None and batch.code_sha256 != version.code_sha256:
-                tag, other = version.code_sha256 or "nothing", batch.code_sha256 or "nothing"
+                tag, batch_digest = version.code_sha256 or "nothing", batch.code_sha256 or "nothing"
                 self.broken.append(
-                    f"the tag {CODE} of {uri} says {tag[:12]} of the code that it ships, and its batch {other[:12]}"
+                    f"the tag {CODE} of {uri} says {tag[:12]} of the code that it ships, and its batch "
+                    f"{batch_digest[:12]}"
                 )
             if version.code_sha256 is not None:
                 with TemporaryDirectory() as scratch:
@@ -259,76 +260,80 @@ class _Walk:
         return TracedModel(
             uri=uri,
             code_sha256=code_sha256,
-            aliases=sorted(found.aliases),
-            registered=_time(found.creation_timestamp),
-            tags=dict(sorted(found.tags.items())),
+            aliases=sorted(model_version.aliases),
+            registered=_time(model_version.creation_timestamp),
+            tags=dict(sorted(model_version.tags.items())),
         )
 
     def origins(self, model: TracedModel) -> list[TracedOrigin]:
         """Find the imported models among the version and those that its training began with, transitively."""
-        found, left, known = list[TracedOrigin](), [model.uri], set[str]()
-        while left:
-            known.add(uri := left.pop())
+        origins, queue, uris = list[TracedOrigin](), [model.uri], set[str]()
+        while queue:
+            uris.add(uri := queue.pop())
             with self.noting():
                 version = model_versions.resolve(self.client, uri)
                 tags = parse_tags(version.tags, uri)
-                left += [each for each in (tags.start, tags.autoencoder) if each and each not in known]
+                queue += [parent for parent in (tags.start, tags.autoencoder) if parent and parent not in uris]
                 if tags.origin is not None:
-                    where = f"runs:/{version.run_id}/{ORIGIN_ARTIFACT}"
-                    logged = {item.path for item in self.client.list_artifacts(version.run_id)}
-                    if ORIGIN_ARTIFACT not in logged:
-                        raise UserError(f"{where} is gone: {uri} came from {tags.origin}, and its files are not known")
-                    text = mlflow.artifacts.load_text(where)
-                    found.append(TracedOrigin(uri=uri, **json.loads(text) | {"licence": tags.licence}))
-        return found
+                    artifact_uri = f"runs:/{version.run_id}/{ORIGIN_ARTIFACT}"
+                    artifacts = {item.path for item in self.client.list_artifacts(version.run_id)}
+                    if ORIGIN_ARTIFACT not in artifacts:
+                        raise UserError(
+                            f"{artifact_uri} is gone: {uri} came from {tags.origin}, and its files are not known"
+                        )
+                    text = mlflow.artifacts.load_text(artifact_uri)
+                    origins.append(TracedOrigin(uri=uri, **json.loads(text) | {"licence": tags.licence}))
+        return origins
 
     def run(self, run_id: str) -> Run | None:
-        if (found := none_if_missing(self.client.get_run, run_id)) is None:
+        if (run := none_if_missing(self.client.get_run, run_id)) is None:
             self.broken.append(f"run {run_id} is not in MLflow (any more)")
-        elif found.info.lifecycle_stage == "deleted":
+        elif run.info.lifecycle_stage == "deleted":
             self.broken.append(
                 f"run {run_id} is deleted: until `mlflow gc`, `mlflow runs restore --run-id {run_id}` brings it back"
             )
-        return found
+        return run
 
     def manifest(self, run: Run | None, dataset: str | None, content: str, source: str) -> Manifest | None:
-        found: Manifest | None = None
+        manifest: Manifest | None = None
         if run is not None:
-            where = f"runs:/{run.info.run_id}/{MANIFEST_ARTIFACT}"
+            artifact_uri = f"runs:/{run.info.run_id}/{MANIFEST_ARTIFACT}"
             with self.noting():
-                logged = self.client.list_artifacts(run.info.run_id, "dataset")
-                if MANIFEST_ARTIFACT not in {item.path for item in logged}:
+                artifacts = self.client.list_artifacts(run.info.run_id, "dataset")
+                if MANIFEST_ARTIFACT not in {item.path for item in artifacts}:
                     raise UserError(f"run {run.info.run_id} keeps no manifest of what it saw (any more)")
-                found = parse_manifest(mlflow.artifacts.load_text(where).encode(), where)
-        if found is None and dataset:
+                manifest = parse_manifest(mlflow.artifacts.load_text(artifact_uri).encode(), artifact_uri)
+        if manifest is None and dataset:
             versions = Catalog.of(dataset, source, self.store).versions().values()
-            found = next((each for each in versions if each.content_digest == content), None)
-        if found is None:
+            manifest = next((version for version in versions if version.content_digest == content), None)
+        if manifest is None:
             self.broken.append(f"no manifest of the data set version with the content {content} is to be found")
-        elif found.content_digest != content:
-            self.broken.append(f"the run saw a data set of content {found.content_digest}, the image names {content}")
-        return found
+        elif manifest.content_digest != content:
+            self.broken.append(
+                f"the run saw a data set of content {manifest.content_digest}, the image names {content}"
+            )
+        return manifest
 
-    def data(self, version: Manifest, dvc_digest: str | None, source: str, released: str | None) -> TracedData:
-        kept = StoredFiles(version.name, source, dvc_digest)
-        listings = [] if released else list(kept.listings(version.digest).values())
+    def data(self, version: Manifest, dvc_digest: str | None, source: str, released_from: str | None) -> TracedData:
+        files = StoredFiles(version.name, source, dvc_digest)
+        listings = [] if released_from else list(files.listings(version.digest).values())
 
         def place(shard: FileEntry) -> TracedShard:
-            if released:
-                return TracedShard(**dict(shard), where=f"where {released} has it")
+            if released_from:
+                return TracedShard(**dict(shard), where=f"where {released_from} has it")
             for listing in listings:
-                md5, remote = listing.get(shard.name), kept.remote
+                md5, remote = listing.get(shard.name), files.remote
                 if md5 and remote and (stat := remote.stat(md5)) and stat.size == shard.bytes:
                     return TracedShard(**dict(shard), where=remote.uri(md5))
-            here = dataset_folder(version.name) / shard.name
-            found = here if is_whole(here, shard.sha256) else kept.find(shard)
-            return TracedShard(**dict(shard), where=found and str(found))
+            local_path = dataset_folder(version.name) / shard.name
+            path = local_path if is_whole(local_path, shard.sha256) else files.find(shard)
+            return TracedShard(**dict(shard), where=path and str(path))
 
         with ThreadPoolExecutor(16) as pool:
             shards = list(pool.map(place, version.shards))
-        if lost := [shard.name for shard in shards if shard.where is None]:
-            more = f" and {len(lost) - 3} more" if len(lost) > 3 else ""
-            self.broken.append(f"shards that lie neither on {source} nor here: {', '.join(lost[:3])}{more}")
+        if lost_names := [shard.name for shard in shards if shard.where is None]:
+            more = f" and {len(lost_names) - 3} more" if len(lost_names) > 3 else ""
+            self.broken.append(f"shards that lie neither on {source} nor here: {', '.join(lost_names[:3])}{more}")
         catalog = Catalog.of(version.name, source, self.store)
         if dvc_digest is None:
             with self.noting():
@@ -349,15 +354,18 @@ class _Walk:
         self, dataset: str | None, model: TracedModel | None, run: Run | None, version: Manifest | None, source: str
     ) -> list[Takedown]:
         marks = (model.tags if model else {}, run.data.tags if run else {})
-        named = {name for tags in marks for name in names_of(tags.get(TAKEDOWN)) if name}
+        names = {name for tags in marks for name in names_of(tags.get(TAKEDOWN)) if name}
         records: dict[str, Removal] = {}
         if dataset:
             with self.noting():
-                records = {each.name: each for each in Catalog.of(dataset, source, self.store).removals()}
+                records = {removal.name: removal for removal in Catalog.of(dataset, source, self.store).removals()}
         tables = {part.records.sha256 for part in version.parts} if version else set()
-        named |= {name for name, each in records.items() if tables.intersection(each.tables)}
-        found = [(name, records.get(name)) for name in sorted(named)]
-        return [Takedown(name=name, reason=each and each.reason, images=each and each.images) for name, each in found]
+        names |= {name for name, removal in records.items() if tables.intersection(removal.tables)}
+        pairs = [(name, records.get(name)) for name in sorted(names)]
+        return [
+            Takedown(name=name, reason=removal and removal.reason, images=removal and removal.images)
+            for name, removal in pairs
+        ]
 
 
 def _time(milliseconds: int) -> datetime:

@@ -82,13 +82,13 @@ def verify(path: str, trust: Trust, head: str | None = None, model: str | None =
     raise UserError(f"nothing to verify at {path}: give an image, a folder of images, an export, or a ledger")
 
 
-def _reject_options(of: str, options: Mapping[str, object]) -> None:
-    if unused := [name for name, value in options.items() if value is not None]:
-        fix = "; give the root of its certificate with --trust" if "--key" in unused else ""
-        raise UserError(f"{' and '.join(unused)} cannot verify {of}: leave it out{fix}")
+def _reject_options(kind: str, options: Mapping[str, object]) -> None:
+    if names := [name for name, value in options.items() if value is not None]:
+        fix = "; give the root of its certificate with --trust" if "--key" in names else ""
+        raise UserError(f"{' and '.join(names)} cannot verify {kind}: leave it out{fix}")
 
 
-def _failed(path: str, kind: Kind, problem: str) -> Check:
+def _fail(path: str, kind: Kind, problem: str) -> Check:
     return Check(path=path, kind=kind, verified=False, problem=problem)
 
 
@@ -97,20 +97,20 @@ def _signed_files(path: Path, trust: Trust) -> Iterator[Check]:
     bom = bom_path(path)
     kind: Kind = "bill of materials" if path.name.endswith(BOM) else "model"
     files: dict[str, str] | None = None
-    for each in [path, bom] if bom.is_file() or signature_path(bom).is_file() else [path]:
+    for target in [path, bom] if bom.is_file() or signature_path(bom).is_file() else [path]:
         try:
-            if not each.exists():
+            if not target.exists():
                 raise NotVerified("it is gone, and its signature is there")
-            if not signature_path(each).is_file():
-                raise NotVerified(f"it has no signature {signature_path(each).name} beside it")
-            signer = trust.verify(each, signature_path(each))
-            if each == path:
+            if not signature_path(target).is_file():
+                raise NotVerified(f"it has no signature {signature_path(target).name} beside it")
+            signer = trust.verify(target, signature_path(target))
+            if target == path:
                 files = signed_files(signature_path(path))
-            elif files is not None and (words := differences(read_bom_files(bom), files)):
-                raise NotVerified(f"it is of other files than {path} holds: {words}")
-            yield Check(path=str(each), kind=kind, verified=True, trusted=True, summary=f"signed by {signer}")
+            elif files is not None and (problem := differences(read_bom_files(bom), files)):
+                raise NotVerified(f"it is of other files than {path} holds: {problem}")
+            yield Check(path=str(target), kind=kind, verified=True, trusted=True, summary=f"signed by {signer}")
         except (NotVerified, ValueError) as error:
-            yield _failed(str(each), kind, str(error))
+            yield _fail(str(target), kind, str(error))
         kind = "bill of materials"
 
 
@@ -118,13 +118,13 @@ def _image(path: str, data: bytes, trust: Trust) -> tuple[Check, SignedImage | N
     try:
         image = verify_image(data, None if trust.roots_pem is None else trust.roots_pem.decode())
     except NotVerified as error:
-        return _failed(path, "image", str(error)), None
-    words = f"signed by {image.signer}"
+        return _fail(path, "image", str(error)), None
+    summary = f"signed by {image.signer}"
     if not image.trusted:
-        words += ", as its own certificate says, and anybody can make such a one: give its root with --trust"
+        summary += ", as its own certificate says, and anybody can make such a one: give its root with --trust"
     if path.rpartition("/")[2] != image.title:
-        words += f", as {image.title}"
-    check = Check(path=path, kind="image", verified=True, trusted=image.trusted, summary=words, lineage=image.lineage)
+        summary += f", as {image.title}"
+    check = Check(path=path, kind="image", verified=True, trusted=image.trusted, summary=summary, lineage=image.lineage)
     return check, image
 
 
@@ -134,7 +134,7 @@ def _images(path: str, place: Place, names: list[str], trust: Trust) -> Iterator
     Each copy says how many there are. Where the records of ``darkroom sign`` are, they say the rest.
     """
     others = [name for name in names if not name.lower().endswith(IMAGES)]
-    about = _read_signing(place) if SIGNING in others else None
+    signing = _read_signing(place) if SIGNING in others else None
     digests, titles, counts = dict[str, tuple[str, str]](), dict[str, set[str]](), dict[str, int]()
     for name in names:
         if name in others:
@@ -148,9 +148,9 @@ def _images(path: str, place: Place, names: list[str], trust: Trust) -> Iterator
             counts[source] = max(count, counts.get(source, 0))
             titles.setdefault(source, set()).add(image.title)
             if image.title != name:
-                check = _failed(check.path, "image", f"it was renamed: it was signed as {image.title}")
-        if image is not None and about is not None and (_source(lineage), lineage.get("count")) != about.key:
-            check = _failed(check.path, "image", f"it is signed, and not of the images that {SIGNING} names")
+                check = _fail(check.path, "image", f"it was renamed: it was signed as {image.title}")
+        if image is not None and signing is not None and (_source(lineage), lineage.get("count")) != signing.key:
+            check = _fail(check.path, "image", f"it is signed, and not of the images that {SIGNING} names")
         yield check
     records = [name for name in others if name in (SIGNING, SUCCESS) or name.startswith("manifest/")]
     if not records and not counts:
@@ -160,17 +160,17 @@ def _images(path: str, place: Place, names: list[str], trust: Trust) -> Iterator
         for source, count in sorted(counts.items())
         if len(titles[source]) != count
     ]
-    if about is not None:
-        problems += _compare_manifest(place, about, digests, set(others))
+    if signing is not None:
+        problems += _compare_manifest(place, signing, digests, set(others))
     elif records:
         problems.insert(0, f"{SIGNING} " + ("was altered" if SIGNING in records else "is missing"))
-    words = "" if problems else f"all {sum(counts.values())} images of {', '.join(sorted(counts))}, and no other"
+    summary = "" if problems else f"all {sum(counts.values())} images of {', '.join(sorted(counts))}, and no other"
     yield Check(
         path=path,
         kind="signed images",
         verified=not problems,
         trusted=trust.roots is not None and not problems,
-        summary=words,
+        summary=summary,
         problem="; ".join(problems[:10]),
     )
 
@@ -187,12 +187,12 @@ def _read_signing(place: Place) -> Signing | None:
 
 
 def _compare_manifest(
-    place: Place, about: Signing, digests: dict[str, tuple[str, str]], others: set[str]
+    place: Place, signing: Signing, digests: dict[str, tuple[str, str]], others: set[str]
 ) -> Iterator[str]:
     """Describe how the records of signed copies, and no ``others``, differ from images with these digests by name."""
     data = place.get(SUCCESS)
     if data is None:
-        yield f"signing is not finished: {len(digests)} of {about.count} images; give `darkroom sign` again"
+        yield f"signing is not finished: {len(digests)} of {signing.count} images; give `darkroom sign` again"
         return
     rows = list[SignedRow]()
     try:
@@ -207,13 +207,13 @@ def _compare_manifest(
                 rows += [SignedRow.model_validate_json(line) for line in part.splitlines()]
     except ValidationError:
         yield f"{SUCCESS} or a part of the manifest was altered"
-    named = {row.file: (row.sha256, row.signed_sha256) for row in rows}
-    if len(named) != about.count:
-        yield f"the manifest names {len(named)} of {about.count} images"
-    for name in sorted({*named, *digests}):
-        if named.get(name) != digests.get(name):
-            words = "is missing, or not verified" if name not in digests else "is not the one in the manifest"
-            yield f"{name} {words}"
+    manifest_digests = {row.file: (row.sha256, row.signed_sha256) for row in rows}
+    if len(manifest_digests) != signing.count:
+        yield f"the manifest names {len(manifest_digests)} of {signing.count} images"
+    for name in sorted({*manifest_digests, *digests}):
+        if manifest_digests.get(name) != digests.get(name):
+            problem = "is missing, or not verified" if name not in digests else "is not the one in the manifest"
+            yield f"{name} {problem}"
 
 
 def _ledger(path: str, place: Place, names: list[str], trust: Trust, head: str | None, model: str | None) -> Check:
@@ -226,8 +226,8 @@ def _ledger(path: str, place: Place, names: list[str], trust: Trust, head: str |
         if (match := NAME.fullmatch(name)) and (data := place.get(name)) is not None and len(data) <= LARGEST
     }
     if not objects:
-        return _failed(path, "ledger", f"no entry has at most {LARGEST} bytes")
-    known, signer, failures = dict[int, str](), "", list[tuple[int, str]]()
+        return _fail(path, "ledger", f"no entry has at most {LARGEST} bytes")
+    signed_heads, signer, failures = dict[int, str](), "", list[tuple[int, str]]()
     signatures = [(int(match[1]), name) for name in names if (match := SIGNATURE.fullmatch(name))]
     for number, name in sorted(signatures, reverse=True):
         try:
@@ -235,38 +235,40 @@ def _ledger(path: str, place: Place, names: list[str], trust: Trust, head: str |
                 raise NotVerified("the entry is missing")
             signer = trust.verify_bytes(objects[number], place.get(name) or b"")
             # It stands for all before it.
-            known = {number: sha256_bytes(objects[number])}
+            signed_heads = {number: sha256_bytes(objects[number])}
             break
         except NotVerified as error:
             failures.append((number, f"the signature of entry {number}: {error}"))
     try:
-        first = LedgerEntry.model_validate_json(objects[min(objects)])
-        if model is not None and first.model != model:
-            raise NotVerified(f"it is the ledger of {first.model}, and not that of {model}")
-        if not known:
+        first_entry = LedgerEntry.model_validate_json(objects[min(objects)])
+        if model is not None and first_entry.model != model:
+            raise NotVerified(f"it is the ledger of {first_entry.model}, and not that of {model}")
+        if not signed_heads:
             raise NotVerified(
                 f"no entry is signed by a trusted key ({failures[0][1] if failures else 'there is no signature'})"
             )
-        entries, reasons = follow_chain(first.model, objects, known)
+        entries, reasons = follow_chain(first_entry.model, objects, signed_heads)
     except ValidationError:
-        return _failed(path, "ledger", f"entry {min(objects)} was altered")
+        return _fail(path, "ledger", f"entry {min(objects)} was altered")
     except BrokenChain as error:
-        return _failed(path, "ledger", f"entry {error.number} {error}")
+        return _fail(path, "ledger", f"entry {error.number} {error}")
     except NotVerified as error:
-        return _failed(path, "ledger", str(error))
-    signed, newest = max(known), entries[-1]
+        return _fail(path, "ledger", str(error))
+    signed_number, newest_entry = max(signed_heads), entries[-1]
     problems = [f"entry {number} {reason}" for number, reason in reasons.items()]
     # Of an entry that is not there any more, or was replaced; an older one may be signed by an older key.
-    problems += [words for number, words in failures if number > signed]
-    if newest.number > signed:
-        problems.append(f"the newest signed entry is {signed}, and {newest.number} is not signed by a trusted key")
-    if head is not None and head not in {each.digest for each in entries}:
+    problems += [text for number, text in failures if number > signed_number]
+    if newest_entry.number > signed_number:
+        problems.append(
+            f"the newest signed entry is {signed_number}, and {newest_entry.number} is not signed by a trusted key"
+        )
+    if head is not None and head not in {entry.digest for entry in entries}:
         problems.append(f"the entry with SHA-256 {head} is not in it: it was rolled back, or is another branch")
     if problems:
-        return _failed(path, "ledger", "; ".join(problems))
-    champion = newest.standing.champion
-    words = (
-        f"model {newest.model}, {len(entries)} entries, champion {'none' if champion is None else champion}, head "
-        f"{newest.digest}, signed by {signer}"
+        return _fail(path, "ledger", "; ".join(problems))
+    champion = newest_entry.standing.champion
+    text = (
+        f"model {newest_entry.model}, {len(entries)} entries, champion {'none' if champion is None else champion}, "
+        f"head {newest_entry.digest}, signed by {signer}"
     )
-    return Check(path=path, kind="ledger", verified=True, trusted=True, summary=words)
+    return Check(path=path, kind="ledger", verified=True, trusted=True, summary=text)

@@ -80,22 +80,22 @@ class Alarms(NumberedObjects):
 
     def all(self, numbers: Collection[int] | None = None) -> list[NumberedAlarm]:
         """Read all alarms, or those of ``numbers``, in order; objects of others are ignored."""
-        found = []
+        alarms = []
         for number in sorted(self.numbers() if numbers is None else numbers):
             with suppress(UserError):
-                found.append(self.read(number))
-        return found
+                alarms.append(self.read(number))
+        return alarms
 
     def request(self, alarm: Alarm, limits: MonitorConfig) -> NumberedAlarm | Held:
         """Raise ``alarm`` unless there is one of its key, which is returned, or ``limits`` do not allow another one."""
         self.require_conditional_puts()
         while True:
             # Listed once: two monitors that saw the same alarms compete for the same number.
-            found = self.all(numbers := self.numbers())
-            if same := [each for each in found if each.key == alarm.key]:
-                return same[0]
-            if (held := hold(found, limits, alarm.when)) is not None:
-                return held
+            alarms = self.all(numbers := self.numbers())
+            if duplicates := [entry for entry in alarms if entry.key == alarm.key]:
+                return duplicates[0]
+            if (limit_hold := hold(alarms, limits, alarm.when)) is not None:
+                return limit_hold
             with suppress(ConflictError):
                 self.put(number := first_free(numbers), canonical_json(alarm.model_dump(mode="json")).encode())
                 return self.read(number)
@@ -124,17 +124,18 @@ class Alarms(NumberedObjects):
 
 def hold(alarms: Sequence[NumberedAlarm], limits: MonitorConfig, now: datetime) -> Held | None:
     """Whether ``limits`` forbid another alarm at ``now``, after ``alarms``; None if they do not."""
-    week = [each for each in alarms if now - each.when < timedelta(days=7)]
+    week = [alarm for alarm in alarms if now - alarm.when < timedelta(days=7)]
     if len(week) >= limits.retrainings_per_week:
-        numbers = ", ".join(str(each.number) for each in week)
-        words = (
+        numbers = ", ".join(str(alarm.number) for alarm in week)
+        message = (
             f"monitor.retrainings_per_week = {limits.retrainings_per_week} is used up (alarms {numbers}): see why "
             "retraining does not help, or run `darkroom retrain`"
         )
-        return Held(limit="week", words=words)
-    last = max(alarms, key=lambda each: each.when, default=None)
+        return Held(limit="week", words=message)
+    last_alarm = max(alarms, key=lambda alarm: alarm.when, default=None)
     cooldown = timedelta(hours=limits.cooldown_hours)
-    if last is not None and now - last.when < cooldown:
-        words = f"alarm {last.number} requested one already: not again before {last.when + cooldown:%Y-%m-%d %H:%M} UTC"
-        return Held(limit="cooldown", words=words)
+    if last_alarm is not None and now - last_alarm.when < cooldown:
+        end = last_alarm.when + cooldown
+        message = f"alarm {last_alarm.number} requested one already: not again before {end:%Y-%m-%d %H:%M} UTC"
+        return Held(limit="cooldown", words=message)
     return None

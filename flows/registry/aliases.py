@@ -52,34 +52,34 @@ def aliases_of(client: MlflowClient, model: str) -> dict[str, int]:
     return _aliases(none_if_missing(client.get_registered_model, model))
 
 
-def _aliases(registered: RegisteredModel | None) -> dict[str, int]:
-    found = registered.aliases if registered else {}
-    return {alias: int(number) for alias, number in found.items() if alias in ALIASES}
+def _aliases(model: RegisteredModel | None) -> dict[str, int]:
+    aliases = model.aliases if model else {}
+    return {alias: int(number) for alias, number in aliases.items() if alias in ALIASES}
 
 
-def _newest(registered: RegisteredModel | None) -> Known:
-    newest = Newest.of(registered.name, registered.tags) if registered else None
-    return {newest.number: newest.sha256} if newest else {}
+def _newest(model: RegisteredModel | None) -> Known:
+    record = Newest.of(model.name, model.tags) if model else None
+    return {record.number: record.sha256} if record else {}
 
 
 def read_record(client: MlflowClient, model: str) -> tuple[dict[int, str], dict[int, ModelVersion]]:
     """MLflow's record of the ledger of ``model``, and its versions by number; raises UserError if copies contradict."""
-    known = dict(_newest(none_if_missing(client.get_registered_model, model)))
-    found = mlflow.search_model_versions(filter_string=f"name='{model}'")
-    versions = {int(each.version): each for each in found}
-    for tag, text in (item for version in found for item in version.tags.items()):
+    digests = dict(_newest(none_if_missing(client.get_registered_model, model)))
+    entries = mlflow.search_model_versions(filter_string=f"name='{model}'")
+    versions = {int(version.version): version for version in entries}
+    for tag, text in (item for version in entries for item in version.tags.items()):
         name = COPY_NAME.fullmatch(tag)
-        readable = COPY_END.search(text) if name and not name[2] else None
-        if not name or not (name[2] or readable):
+        digest_match = COPY_END.search(text) if name and not name[2] else None
+        if not name or not (name[2] or digest_match):
             continue
-        number, digest = int(name[1]), readable[1] if readable else sha256_bytes(text.encode())
-        if known.setdefault(number, digest) != digest:
+        number, digest = int(name[1]), digest_match[1] if digest_match else sha256_bytes(text.encode())
+        if digests.setdefault(number, digest) != digest:
             raise UserError(
-                f"MLflow has two records of entry {number} of the ledger of {model} (sha256 {known[number][:12]}… "
+                f"MLflow has two records of entry {number} of the ledger of {model} (sha256 {digests[number][:12]}… "
                 f"and {digest[:12]}…): one of the tags {COPY}* was altered: see "
                 "docs/operations/runbook/ledger-broken.md"
             )
-    return known, versions
+    return digests, versions
 
 
 def verified(client: MlflowClient, ledger: Ledger) -> History:
@@ -92,19 +92,21 @@ def append(client: MlflowClient, ledger: Ledger, decide: Callable[[History], Led
 
     The entry is signed if a key is configured; raises UserError, and writes nothing, if it is unusable.
     """
-    key, written = signing_key(), list[LedgerEntry]()
+    key, new_entries = signing_key(), list[LedgerEntry]()
 
-    def noting(history: History) -> LedgerEntry | None:
+    def note_entry(history: History) -> LedgerEntry | None:
         entry = decide(history)
-        written[:] = [] if entry is None else [entry]
+        new_entries[:] = [] if entry is None else [entry]
         return entry
 
-    history = ledger.append(noting, lambda: read_record(client, ledger.model)[0])
-    if key is not None and written:
-        below = next((each for each in history.entries if each.digest == written[0].parent), None)
+    history = ledger.append(note_entry, lambda: read_record(client, ledger.model)[0])
+    if key is not None and new_entries:
+        below = next((entry for entry in history.entries if entry.digest == new_entries[0].parent), None)
         if below is not None and not ledger.is_signed(below, key):
-            logger.warning("the signature of entry %d stands for an unsigned one as well: %s", written[0].number, below)
-        ledger.sign(written[0], key)
+            logger.warning(
+                "the signature of entry %d stands for an unsigned one as well: %s", new_entries[0].number, below
+            )
+        ledger.sign(new_entries[0], key)
     for name, reason in history.foreign.items():
         logger.warning("foreign object in %s, which decides nothing: %a %s", ledger.place, name, reason)
     remember(client, ledger, history)
@@ -124,12 +126,12 @@ def remember(client: MlflowClient, ledger: Ledger, history: History) -> None:
             history.model,
             history.head,
         )
-    registered = none_if_missing(client.get_registered_model, history.model)
-    if registered is None or history.head is None:
+    model = none_if_missing(client.get_registered_model, history.model)
+    if model is None or history.head is None:
         return
-    there = Newest.of(history.model, registered.tags)
+    theirs = Newest.of(history.model, model.tags)
     ours = Newest(history.head.number, history.head.digest, str(ledger.place))
-    if there is None or (there.number <= ours.number and there != ours):
+    if theirs is None or (theirs.number <= ours.number and theirs != ours):
         client.set_registered_model_tag(history.model, NEWEST, str(ours))
 
 
@@ -146,10 +148,10 @@ def restore(client: MlflowClient, ledger: Ledger) -> list[int]:
 
     Existing objects are kept, altered or not. Raises UserError, and writes nothing, if an entry would still be missing.
     """
-    known, versions = read_record(client, ledger.model)
+    digests, versions = read_record(client, ledger.model)
     tags = [tag for version in versions.values() for tag in version.tags.items()]
     data = {int(name[1]): text.encode() for tag, text in tags if (name := COPY_NAME.fullmatch(tag)) and name[2]}
-    return ledger.restore(data, known)
+    return ledger.restore(data, digests)
 
 
 def project(client: MlflowClient, ledger: Ledger) -> History:
@@ -159,21 +161,21 @@ def project(client: MlflowClient, ledger: Ledger) -> History:
     """
     while True:
         # Read first, so that it holds no copy of an entry that came after the ledger was read.
-        known, versions = read_record(client, ledger.model)
-        history = ledger.read(known)
+        digests, versions = read_record(client, ledger.model)
+        history = ledger.read(digests)
         if history.head is None:
             return history
         _copy(client, history, versions)
-        there, right = aliases_of(client, history.model), history.head.aliases
+        current_aliases, target_aliases = aliases_of(client, history.model), history.head.aliases
         for alias in ALIASES:
-            if (number := right.get(alias)) is None and alias in there:
+            if (number := target_aliases.get(alias)) is None and alias in current_aliases:
                 client.delete_registered_model_alias(history.model, alias)
-            elif number is not None and number in versions and number != there.get(alias):
+            elif number is not None and number in versions and number != current_aliases.get(alias):
                 client.set_registered_model_alias(history.model, alias, str(number))
         remember(client, ledger, history)
         # Another process may have added an entry and written its aliases before we wrote ours.
-        newest = ledger.head({history.head.number: history.head.digest})
-        if newest is None or newest.number <= history.head.number:
+        newest_entry = ledger.head({history.head.number: history.head.digest})
+        if newest_entry is None or newest_entry.number <= history.head.number:
             return history
 
 
@@ -182,31 +184,31 @@ def resolve_alias(client: MlflowClient, model: str, alias: str) -> int | None:
 
     Repairs MLflow if it disagrees; without a ledger its aliases count. Raises UserError if the ledger lost an entry.
     """
-    registered = none_if_missing(client.get_registered_model, model)
-    on_record, there = _newest(registered), _aliases(registered)
+    registered_model = none_if_missing(client.get_registered_model, model)
+    record, aliases = _newest(registered_model), _aliases(registered_model)
     ledger = Ledger.of(model)
-    if (head := ledger.head(on_record)) is not None and (there != head.aliases or head.number not in on_record):
+    if (head := ledger.head(record)) is not None and (aliases != head.aliases or head.number not in record):
         head = project(client, ledger).head
-    return (head.aliases if head else there).get(alias)
+    return (head.aliases if head else aliases).get(alias)
 
 
 def _copy(client: MlflowClient, history: History, versions: Mapping[int, ModelVersion]) -> None:
     """Tag the versions that each entry is about, or that it replaces, with a copy of the entry."""
-    right: dict[int, dict[str, str]] = {}
+    copies: dict[int, dict[str, str]] = {}
     for entry in history.entries:
         tag = f"{COPY}{entry.number:08d}"
-        for named in {entry.version, entry.to_version, entry.from_version} if entry.moves else {entry.version}:
-            if named is not None:
-                right.setdefault(named, {})[tag] = f"{entry} (sha256 {entry.digest})"
-        right[entry.version][f"{tag}.json"] = entry.data.decode()
+        for version_number in {entry.version, entry.to_version, entry.from_version} if entry.moves else {entry.version}:
+            if version_number is not None:
+                copies.setdefault(version_number, {})[tag] = f"{entry} (sha256 {entry.digest})"
+        copies[entry.version][f"{tag}.json"] = entry.data.decode()
     for number, version in versions.items():
         for tag, text in version.tags.items():
-            if tag.startswith(COPY) and right.get(number, {}).get(tag) != text:
+            if tag.startswith(COPY) and copies.get(number, {}).get(tag) != text:
                 raise UserError(
                     f"the ledger of {history.model} has lost or changed an entry that models:/{history.model}/"
                     f"{number} has a copy of ({tag}: {text}): put it back, or delete that tag"
                 )
-    for number in sorted(versions.keys() & right.keys()):
-        for tag, text in right[number].items():
+    for number in sorted(versions.keys() & copies.keys()):
+        for tag, text in copies[number].items():
             if tag not in versions[number].tags:
                 client.set_model_version_tag(history.model, str(number), tag, text)

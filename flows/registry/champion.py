@@ -19,8 +19,8 @@ def require_champion(params: Params) -> None:
     """Fetch the champion's weights if there is one; raises UserError with ways out if it or the ledger is unusable."""
     client = MlflowClient()
     history = verified(client, Ledger.of(params.model_name))
-    if (words := champion_problem(client, history)) is not None:
-        raise UserError(words)
+    if (problem := champion_problem(client, history)) is not None:
+        raise UserError(problem)
     if (champion := history.standing.champion) is not None:
         try:
             model_versions.cached_weights(model_versions.version_of(client, history.model, champion))
@@ -30,10 +30,10 @@ def require_champion(params: Params) -> None:
 
 def champion_problem(client: MlflowClient, history: History) -> str | None:
     """Describe in one line what is wrong with the champion, if any, with possible fixes; None if nothing is."""
-    if (number := history.standing.champion) is None or (words := _problem(client, history, number)) is None:
+    if (number := history.standing.champion) is None or (problem := _problem(client, history, number)) is None:
         return None
     hints = _recovery_hints(client, history)
-    return f"version {number} of {history.model} is champion by the ledger, and {words}: {hints}"
+    return f"version {number} of {history.model} is champion by the ledger, and {problem}: {hints}"
 
 
 def _problem(client: MlflowClient, history: History, number: int) -> str | None:
@@ -44,26 +44,26 @@ def _problem(client: MlflowClient, history: History, number: int) -> str | None:
         return "MLflow's registry has other weights under that number"
     if (size := model_versions.weights_size(version)) is None or not version.weights_sha256:
         return "its weights are gone"
-    cached = settings().folder / "models" / f"{version.weights_sha256}.safetensors"
-    if cached.is_file() and cached.stat().st_size != size:
+    path = settings().folder / "models" / f"{version.weights_sha256}.safetensors"
+    if path.is_file() and path.stat().st_size != size:
         return "its weights were altered"
     return None
 
 
 def _recovery_hints(client: MlflowClient, history: History) -> str:
     standing, (_, versions) = history.standing, read_record(client, history.model)
-    usable = [
+    candidates = [
         number
         for number in sorted(versions, key=lambda number: (number == standing.candidate, number), reverse=True)
         if number != standing.champion and TAKEDOWN not in versions[number].tags
         if _problem(client, history, number) is None
     ]
-    ways = ["--set registry.model=NAME begins a model of another name"]
-    if usable:
-        ways.insert(0, f"`darkroom promote --to {usable[0]}` makes version {usable[0]} champion")
-    if standing.previous in usable:
-        ways.insert(0, f"`darkroom model rollback` makes version {standing.previous} champion")
-    return ", or ".join(ways)
+    hints = ["--set registry.model=NAME begins a model of another name"]
+    if candidates:
+        hints.insert(0, f"`darkroom promote --to {candidates[0]}` makes version {candidates[0]} champion")
+    if standing.previous in candidates:
+        hints.insert(0, f"`darkroom model rollback` makes version {standing.previous} champion")
+    return ", or ".join(hints)
 
 
 class ChampionChange(Config):
@@ -86,9 +86,9 @@ def promote(
     """
     client, ledger = MlflowClient(), Ledger.of(model)
     history = verified(client, ledger)
-    version = _usable(client, history, number, taken_down)
+    version = _require_usable(client, history, number, taken_down)
     if history.standing.champion == number:
-        return _done(client, ledger, version, already=True)
+        return _finish(client, ledger, version, already=True)
     return _commit(client, ledger, history, "promote", version, reason, evidence)
 
 
@@ -99,49 +99,49 @@ def roll_back(model: str, reason: str | None = None) -> ChampionChange:
     """
     client, ledger = MlflowClient(), Ledger.of(model)
     history = verified(client, ledger)
-    head, now, before = history.head, history.standing.champion, history.standing.previous
-    killed = head is not None and head.what == "rollback" and aliases_of(client, model).get(CHAMPION) != now
+    head, now, previous_champion = history.head, history.standing.champion, history.standing.previous
+    is_incomplete = head is not None and head.what == "rollback" and aliases_of(client, model).get(CHAMPION) != now
     # A deleted version can have no alias in MLflow, so its rollback cannot be finished.
-    if head is not None and killed and (version := registered_version(client, model, head.version)):
-        return _done(client, ledger, version, already=True)
-    if before is None:
-        known = f"champion {now} is the first" if now else "there is no champion"
-        raise UserError(f"{known} of {model}: name the version to promote with `darkroom promote --to NUMBER`")
-    version = _usable(client, history, before, taken_down=False)
+    if head is not None and is_incomplete and (version := registered_version(client, model, head.version)):
+        return _finish(client, ledger, version, already=True)
+    if previous_champion is None:
+        problem = f"champion {now} is the first" if now else "there is no champion"
+        raise UserError(f"{problem} of {model}: name the version to promote with `darkroom promote --to NUMBER`")
+    version = _require_usable(client, history, previous_champion, taken_down=False)
     return _commit(client, ledger, history, "rollback", version, reason)
 
 
 def _commit(
     client: MlflowClient,
     ledger: Ledger,
-    seen: History,
-    what: What,
+    base_history: History,
+    event: What,
     version: Version,
     reason: str | None,
     evidence: Evidence | None = None,
 ) -> ChampionChange:
     def decide(history: History) -> LedgerEntry:
-        if history.standing.champion != seen.standing.champion:
+        if history.standing.champion != base_history.standing.champion:
             raise ConflictError(
                 f"{history.conflict()}: look at `darkroom model history`, and give the command again if it still holds"
             )
-        last = history.about(version.number)
-        basis = last.evidence if last and last.evidence else evidence
+        last_entry = history.about(version.number)
+        basis = last_entry.evidence if last_entry and last_entry.evidence else evidence
         return history.next_entry(
-            what, version.number, version.weights_sha256, by_hand=True, reason=reason, evidence=basis
+            event, version.number, version.weights_sha256, by_hand=True, reason=reason, evidence=basis
         )
 
     append(client, ledger, decide)
-    return _done(client, ledger, version, already=False)
+    return _finish(client, ledger, version, already=False)
 
 
-def _done(client: MlflowClient, ledger: Ledger, version: Version, already: bool) -> ChampionChange:
+def _finish(client: MlflowClient, ledger: Ledger, version: Version, already: bool) -> ChampionChange:
     entry = project(client, ledger).about(version.number)
     assert entry is not None, "who is champion has an entry that says so"
     return ChampionChange(version=version, entry=entry, already=already)
 
 
-def _usable(client: MlflowClient, history: History, number: int, taken_down: bool) -> Version:
+def _require_usable(client: MlflowClient, history: History, number: int, taken_down: bool) -> Version:
     """Look up version ``number``; raises UserError unless it can be champion."""
     if (version := registered_version(client, history.model, number)) is None:
         raise UserError(
@@ -152,10 +152,10 @@ def _usable(client: MlflowClient, history: History, number: int, taken_down: boo
     if not version.weights_sha256 or model_versions.weights_size(version) is None:
         raise UserError(f"{version.uri} has no weights ({WEIGHTS}, artifacts/weights.safetensors): promote another one")
     version = with_takedowns(version)
-    if (words := takedowns(version)) and not taken_down:
+    if (message := takedowns(version)) and not taken_down:
         raise UserError(
-            f"{words}, or say with `darkroom promote --to {number} --taken-down` that it may be champion all the same"
+            f"{message}, or say with `darkroom promote --to {number} --taken-down` that it may be champion all the same"
         )
-    if taken_down and not words:
+    if taken_down and not message:
         raise UserError(f"nothing was taken down of what {version.uri} learned from: leave --taken-down out")
     return version

@@ -42,7 +42,7 @@ def resolve_start(params: Params, uri: str) -> Version | None:
     training = params.training.with_batch_size(params.model, manifest.size)
     key = place.key(f"{train_key(data_digest(manifest, training), params.model, training)}.json")
     try:
-        noted = store.get(place.bucket, key)
+        data = store.get(place.bucket, key)
     except Missing:
         store.require_conditional_puts(place.bucket, "starts")
         version = current_start(params, uri)
@@ -50,20 +50,20 @@ def resolve_start(params: Params, uri: str) -> Version | None:
         logger.info("training begins with %s", start.version or "random weights, as there is no champion")
         with suppress(ConflictError):  # another machine was faster, and its record counts
             store.put_once(place.bucket, key, canonical_json(start.model_dump()).encode())
-        noted = store.get(place.bucket, key)
+        data = store.get(place.bucket, key)
     try:
-        begun = Start.model_validate_json(noted).version
+        start_uri = Start.model_validate_json(data).version
     except ValidationError as error:
         raise UserError(
             f"s3://{place.bucket}/{key} does not say where this training began ({error.errors()[0]['msg']}): put back "
             "what was there, or delete it, and the training begins again with what training.init_from names now"
         ) from error
-    if begun is None:
+    if start_uri is None:
         return None
-    name, number = parse_model_uri(begun)
+    name, number = parse_model_uri(start_uri)
     if (version := registered_version(MlflowClient(), name, int(number))) is None:
         raise UserError(
-            f"this training begins with {begun}, which is not in the registry any more: set training.init_from to "
+            f"this training begins with {start_uri}, which is not in the registry any more: set training.init_from to "
             "another model, or training.seed to another number, and begin again"
         )
     return version
@@ -80,8 +80,8 @@ def current_start(params: Params, uri: str) -> Version | None:
     if resolve_alias(client, params.model_name, CHAMPION) is None:
         return None
     champion = with_takedowns(model_versions.resolve(client, uri))
-    if (words := takedowns(champion)) is not None:
-        logger.warning("%s; until there is another champion, training begins with random weights", words)
+    if (message := takedowns(champion)) is not None:
+        logger.warning("%s; until there is another champion, training begins with random weights", message)
         return None
     return champion
 
@@ -110,8 +110,8 @@ def resolve_params(params: Params, dry_run: bool = False) -> ResolvedParams:
         start = start and with_takedowns(start)
         training = params.training.model_copy(update={"init_from": start and _file(start)})
         ready = ready.model_copy(update={"training": training})
-    names = [name for each in (autoencoder, start) if each for name in names_of(each.tags.get(TAKEDOWN))]
-    uris = [each.uri if each else None for each in (autoencoder, start)]
+    names = [name for version in (autoencoder, start) if version for name in names_of(version.tags.get(TAKEDOWN))]
+    uris = [version.uri if version else None for version in (autoencoder, start)]
     return ResolvedParams(params, ready, uris[0], uris[1], joined_names(None, *names) or None)
 
 
@@ -119,9 +119,9 @@ def require_promotable(params: Params) -> None:
     """Raise UserError before training if a model that it depends on must not be part of a champion."""
     ready = resolve_params(params)
     if ready.takedown is not None:
-        whose = " and ".join(filter(None, (ready.autoencoder, ready.start)))
+        uris = " and ".join(filter(None, (ready.autoencoder, ready.start)))
         raise UserError(
-            f"{whose} learned from images that were taken down since (takedown {ready.takedown}), so nothing made with "
+            f"{uris} learned from images that were taken down since (takedown {ready.takedown}), so nothing made with "
             "it becomes champion: give model.autoencoder or training.init_from another version, or train it again"
         )
 

@@ -42,63 +42,76 @@ def import_model(source: str, name: str, licence: str | None, sampling: Sampling
     ``sampling`` is how the served version samples. Raises UserError as ``import_file`` does.
     """
     folder, cache = settings().folder / "imports" / name, settings().folder / "models"
-    for each in (folder, cache):
-        each.mkdir(parents=True, exist_ok=True)
+    for path in (folder, cache):
+        path.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / ".lock"):
-        done = import_file(source, folder / "weights.safetensors", licence, folder / "downloads", reporter())
-        header, client = read_model_header(done.file), MlflowClient()
+        imported_file = import_file(source, folder / "weights.safetensors", licence, folder / "downloads", reporter())
+        header, client = read_model_header(imported_file.file), MlflowClient()
         # Imports of the same weights under several names wait for each other, so that they are stored once.
-        with FileLock(folder.parent / f".{done.sha256}.lock"):
-            version = _register(client, name, done, header, sampling)
-        model_card.write_imported(client, header, done.origin, version)
-        done.file.replace(cache / f"{done.sha256}.safetensors")
+        with FileLock(folder.parent / f".{imported_file.sha256}.lock"):
+            version = _register(client, name, imported_file, header, sampling)
+        model_card.write_imported(client, header, imported_file.origin, version)
+        imported_file.file.replace(cache / f"{imported_file.sha256}.safetensors")
         for base in folder.glob("*.safetensors"):
             base.replace(cache / base.name)
         # Not before: after a kill nothing is downloaded again.
         shutil.rmtree(folder / "downloads", ignore_errors=True)
-    return ImportedModel(**dict(done) | {"file": cache / f"{done.sha256}.safetensors"}, version=version)
+    return ImportedModel(
+        **dict(imported_file) | {"file": cache / f"{imported_file.sha256}.safetensors"}, version=version
+    )
 
 
 def _register(
-    client: MlflowClient, name: str, done: ImportedFile, header: ModelHeader, sampling: SamplingConfig
+    client: MlflowClient, name: str, imported_file: ImportedFile, header: ModelHeader, sampling: SamplingConfig
 ) -> Version:
     """Find or make the version of the imported weights."""
-    if (version := model_versions.find(client, name, done.sha256)) is not None:
+    if (version := model_versions.find(client, name, imported_file.sha256)) is not None:
         return version
-    tags: dict[str, str | None] = {ORIGIN: done.source, LICENCE: done.origin.licence}
-    tags |= model_versions.base_tags(client, done.file)
+    tags: dict[str, str | None] = {ORIGIN: imported_file.source, LICENCE: imported_file.origin.licence}
+    tags |= model_versions.base_tags(client, imported_file.file)
     if header.origin is None and DIGEST.fullmatch(header.content_digest):
         # By which a takedown of images that it learned from finds it.
         tags |= {"darkroom.dataset": header.dataset, "darkroom.content_digest": header.content_digest}
-    if not (stored := model_versions.stored_models(done.sha256)):
-        run_id, used = _open_run(client, name, done, header, tags), effective_sampling(header.model, sampling)
-        return model_versions.register(name, run_id, done.file, used, tags, header.images)
-    if IMPORTED not in (trained := client.get_run(str(stored[0].source_run_id)).data.tags):
+    if not (models := model_versions.stored_models(imported_file.sha256)):
+        run_id, config = (
+            _open_run(client, name, imported_file, header, tags),
+            effective_sampling(header.model, sampling),
+        )
+        return model_versions.register(name, run_id, imported_file.file, config, tags, header.images)
+    if IMPORTED not in (training_tags := client.get_run(str(models[0].source_run_id)).data.tags):
         # It was trained here: instead of an origin it has the lineage of that training.
-        tags = {tag: trained.get(tag) for tag in LINEAGE}
-    logged = {tag: stored[0].tags.get(tag) for tag in model_versions.LOGGED_TAGS}
-    entries = {tag: str(value) for tag, value in (logged | tags).items() if value is not None}
-    return model_versions.register_once(client, stored[0].model_uri, name, done.sha256, entries)
+        tags = {tag: training_tags.get(tag) for tag in LINEAGE}
+    logged_tags = {tag: models[0].tags.get(tag) for tag in model_versions.LOGGED_TAGS}
+    entries = {tag: str(value) for tag, value in (logged_tags | tags).items() if value is not None}
+    return model_versions.register_once(client, models[0].model_uri, name, imported_file.sha256, entries)
 
 
 def _open_run(
-    client: MlflowClient, name: str, done: ImportedFile, header: ModelHeader, tags: Mapping[str, str | None]
+    client: MlflowClient, name: str, imported_file: ImportedFile, header: ModelHeader, tags: Mapping[str, str | None]
 ) -> str:
     """Find or create the run of the import, with the origin and the digests of its files; returns its ID.
 
     ``tags`` are those of the version.
     """
-    about = {
-        MLFLOW_RUN_NOTE: f"Import of {escape_markdown(done.source)}, {header.pixels} pixels, under the "
-        f"licence {escape_markdown(done.origin.licence or '')}. `origin.json` has the digests of its files.",
+    run_tags = {
+        MLFLOW_RUN_NOTE: f"Import of {escape_markdown(imported_file.source)}, {header.pixels} pixels, under the "
+        f"licence {escape_markdown(imported_file.origin.licence or '')}. `origin.json` has the digests of its files.",
         MLFLOW_SOURCE_NAME: "darkroom model import",
         MLFLOW_SOURCE_TYPE: "LOCAL",
     }
-    run_id = str(one_run(client, name, IMPORTED, done.sha256, f"import-{done.sha256[:8]}", about).info.run_id)
-    shown = {"source": done.origin.source, "revision": done.origin.revision, "licence": done.origin.licence}
-    params = {"model.family": done.family} | {f"import.{key}": value for key, value in shown.items() if value}
+    run_id = str(
+        one_run(
+            client, name, IMPORTED, imported_file.sha256, f"import-{imported_file.sha256[:8]}", run_tags
+        ).info.run_id
+    )
+    fields = {
+        "source": imported_file.origin.source,
+        "revision": imported_file.origin.revision,
+        "licence": imported_file.origin.licence,
+    }
+    params = {"model.family": imported_file.family} | {f"import.{key}": value for key, value in fields.items() if value}
     client.log_batch(run_id, params=[Param(key, value) for key, value in params.items()])
-    origin = done.origin.model_dump(mode="json", include={"source", "revision", "licence", "files"})
+    origin = imported_file.origin.model_dump(mode="json", include={"source", "revision", "licence", "files"})
     client.log_dict(run_id, origin, ORIGIN_ARTIFACT)
     tracker = RunTracker(client, run_id)
     tracker.tag({tag: tags.get(tag) for tag in (ORIGIN, LICENCE, START, "darkroom.content_digest")})

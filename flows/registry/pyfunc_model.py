@@ -57,8 +57,8 @@ class ServedModel(PythonModel):
             for number, row in enumerate(model_input.to_dict("records")):
                 try:
                     fields = {str(name): _parse_cell(str(name), value) for name, value in row.items()}
-                    given = {name: value for name, value in fields.items() if value is not None}
-                    requests.append(make_request({**(params or {}), **given}))
+                    cells = {name: value for name, value in fields.items() if value is not None}
+                    requests.append(make_request({**(params or {}), **cells}))
                 except UserError as error:
                     raise UserError(f"row {number}: {error}") from error
             if (count := sum(request.count for request in requests)) > MOST_IMAGES:
@@ -85,13 +85,13 @@ def fetch_bases(weights: Path) -> None:
         if path.is_file():
             continue
         client = MlflowClient()  # not before: a model without bases is loaded without a server
-        experiments = [each.experiment_id for each in client.search_experiments()]
+        experiments = [entry.experiment_id for entry in client.search_experiments()]
         query = f"tags.`darkroom.weights_sha256` = '{base.sha256}'"
-        found = [each for each in client.search_logged_models(experiments, query) if each.status == "READY"]
-        if not found:
+        models = [entry for entry in client.search_logged_models(experiments, query) if entry.status == "READY"]
+        if not models:
             return
         with TemporaryDirectory(dir=weights.parent) as scratch:
-            uri = f"{found[0].artifact_location}/artifacts/weights.safetensors"
+            uri = f"{models[0].artifact_location}/artifacts/weights.safetensors"
             Path(mlflow.artifacts.download_artifacts(uri, dst_path=scratch)).replace(path)
 
 

@@ -74,45 +74,49 @@ def release(uri: str, reason: str | None = None) -> Released:
         folder = Path(scratch)
         source = fetch(uri, folder)
         bundle = unpack(folder)
-        where = f"{bundle.version.uri} in {source}"
+        origin = f"{bundle.version.uri} in {source}"
         if not bundle.champion and reason is None:
-            raise UserError(f"{where} is not champion there: say with --reason why it is to be champion here")
+            raise UserError(f"{origin} is not champion there: say with --reason why it is to be champion here")
         bases: dict[str, str] = {}
         # The farthest first, as each needs the ones after it.
-        for sha256 in reversed(parse_tags(bundle.version.tags, where).base_digests):
+        for sha256 in reversed(parse_tags(bundle.version.tags, origin).base_digests):
             base = unpack(folder / BASES_FOLDER / sha256)
-            base = base.model_copy(update={"version": _renumbered(base.version, bases)})
-            registered = register(base, folder / BASES_FOLDER / sha256, f"{base.version.uri} in {source}")
-            bases[base.version.uri] = registered.uri
-        bundle = bundle.model_copy(update={"version": _renumbered(bundle.version, bases)})
-        version = register(bundle, folder, where)
+            base = base.model_copy(update={"version": _renumber(base.version, bases)})
+            base_version = register(base, folder / BASES_FOLDER / sha256, f"{base.version.uri} in {source}")
+            bases[base.version.uri] = base_version.uri
+        bundle = bundle.model_copy(update={"version": _renumber(bundle.version, bases)})
+        version = register(bundle, folder, origin)
     demotion = verified(MlflowClient(), Ledger.of(version.model)).manual_demotion(version.number)
     if demotion is not None and reason is None:
         raise ConflictError(
-            f"a person decided against {version.uri}, which is {where}: {demotion}; say with --reason why it is to be "
+            f"a person decided against {version.uri}, which is {origin}: {demotion}; say with --reason why it is to be "
             "champion all the same"
         )
-    why = f"released from {where}" + (", champion there" if bundle.champion else "") + (f": {reason}" if reason else "")
-    done = champion.promote(version.model, version.number, why, evidence=bundle.evidence)
-    return Released(source=source, **dict(done))
+    reason_text = (
+        f"released from {origin}" + (", champion there" if bundle.champion else "") + (f": {reason}" if reason else "")
+    )
+    change = champion.promote(version.model, version.number, reason_text, evidence=bundle.evidence)
+    return Released(source=source, **dict(change))
 
 
-def _renumbered(version: Version, here: Mapping[str, str]) -> Version:
-    """Replace the version that training began with by the one that it became ``here``."""
+def _renumber(version: Version, local_uris: Mapping[str, str]) -> Version:
+    """Replace the version that training began with by the one that it became here, by ``local_uris``."""
     start = version.tags.get(START, "")
-    return version.model_copy(update={"tags": version.tags | ({START: here[start]} if start in here else {})})
+    return version.model_copy(
+        update={"tags": version.tags | ({START: local_uris[start]} if start in local_uris else {})}
+    )
 
 
 def fetch(uri: str, folder: Path) -> str:
     """Pack ``uri`` into ``folder`` in a process that has only staging's servers; returns the name of staging."""
-    called, variables = staging()
+    name, variables = staging()
     command = [sys.executable, "-m", "flows.registry.release", uri, str(folder)]
-    done = subprocess.run(command, env=variables, stderr=subprocess.PIPE, text=True, check=False)
-    if done.returncode:
-        last = "".join(done.stderr.strip().splitlines()[-1:])
-        error = UserError if done.returncode == UserError.exit_code else DarkroomError
-        raise error(f"staging ({called}): {last or f'ended with {done.returncode}'}")
-    return called
+    process = subprocess.run(command, env=variables, stderr=subprocess.PIPE, text=True, check=False)
+    if process.returncode:
+        message = "".join(process.stderr.strip().splitlines()[-1:])
+        error = UserError if process.returncode == UserError.exit_code else DarkroomError
+        raise error(f"staging ({name}): {message or f'ended with {process.returncode}'}")
+    return name
 
 
 def pack(uri: str, folder: Path) -> None:
@@ -148,7 +152,7 @@ def _pack(client: MlflowClient, version: Version, folder: Path) -> None:
         run_tags=run.data.tags,
         params=run.data.params,
         metrics=[(point.key, point.value, point.timestamp, point.step) for point in points],
-        inputs=[each.to_dictionary() for each in (run.inputs.dataset_inputs if run.inputs else ())],
+        inputs=[dataset_input.to_dictionary() for dataset_input in (run.inputs.dataset_inputs if run.inputs else ())],
     )
     write_json(folder / "bundle.json", bundle.model_dump(mode="json"))
 
@@ -171,37 +175,37 @@ def unpack(folder: Path) -> ModelBundle:
     return bundle
 
 
-def register(bundle: ModelBundle, folder: Path, where: str) -> Version:
+def register(bundle: ModelBundle, folder: Path, origin: str) -> Version:
     """Register the bundle in ``folder`` as a version here, or return the version with its weights."""
     client, model, digest = MlflowClient(), bundle.version.model, bundle.version.weights_sha256
     # Other processes on this machine that release the same version use other folders.
     with FileLock(settings().folder / "release.lock"):
         if (version := model_versions.find(client, model, digest)) is None:
-            model_uri = _log_model(client, bundle.version, folder, _copy_run(client, bundle, folder, where))
+            model_uri = _log_model(client, bundle.version, folder, _copy_run(client, bundle, folder, origin))
             tags = {name: value for name, value in bundle.version.tags.items() if not name.startswith(COPY)}
-            version = model_versions.register_once(client, model_uri, model, digest, tags | {RELEASED_FROM: where})
+            version = model_versions.register_once(client, model_uri, model, digest, tags | {RELEASED_FROM: origin})
     if not client.get_model_version(model, str(version.number)).description:
-        card = f"{bundle.description}\n\nReleased from {where}: numbers and runs in this card are those of there."
+        card = f"{bundle.description}\n\nReleased from {origin}: numbers and runs in this card are those of there."
         client.update_model_version(model, str(version.number), description=card)
     return version
 
 
-def _copy_run(client: MlflowClient, bundle: ModelBundle, folder: Path, where: str) -> MlflowRun:
+def _copy_run(client: MlflowClient, bundle: ModelBundle, folder: Path, origin: str) -> MlflowRun:
     """Copy the version's run; the copy is complete once it is marked as finished."""
     run = one_run(client, bundle.version.model, "darkroom.released_run", bundle.version.run_id, bundle.run_name)
     run_id = run.info.run_id
     if run.info.status == "FINISHED":
         return run
     tags = {name: text for name, text in bundle.run_tags.items() if not name.startswith("mlflow.") or ".git." in name}
-    entities = [RunTag(name, text) for name, text in (tags | {RELEASED_FROM: where}).items()]
+    entities = [RunTag(name, text) for name, text in (tags | {RELEASED_FROM: origin}).items()]
     params = [Param(name, text) for name, text in bundle.params.items()]
     points = [Metric(*point) for point in bundle.metrics]
-    for first in range(0, max(len(entities), len(params), len(points)), AT_ONCE):
-        some = slice(first, first + AT_ONCE)
-        client.log_batch(run_id, metrics=points[some], params=params[some], tags=entities[some])
+    for start in range(0, max(len(entities), len(params), len(points)), AT_ONCE):
+        span = slice(start, start + AT_ONCE)
+        client.log_batch(run_id, metrics=points[span], params=params[span], tags=entities[span])
     inputs = [
-        DatasetInput(Dataset(**each["dataset"]), [InputTag(*tag) for tag in each["tags"].items()])
-        for each in bundle.inputs
+        DatasetInput(Dataset(**dataset_input["dataset"]), [InputTag(*tag) for tag in dataset_input["tags"].items()])
+        for dataset_input in bundle.inputs
     ]
     client.log_inputs(run_id, inputs)
     if (folder / RUN).is_dir():

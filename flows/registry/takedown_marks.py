@@ -68,27 +68,27 @@ class Derived(Config):
     """Runs on unknown versions of the data set, found neither here nor in the catalog."""
 
 
-def find_derived(dataset: str, contents: Iterable[str], known: Iterable[str], bucket: str) -> Derived:
+def find_derived(dataset: str, contents: Iterable[str], readable_contents: Iterable[str], bucket: str) -> Derived:
     """Find runs, models and batches made from the versions of ``dataset`` with the content digests ``contents``.
 
-    ``known`` holds the content digests of all versions that could be read.
+    ``readable_contents`` holds the content digests of all versions that could be read.
     """
-    client, held = MlflowClient(), sorted(set(contents))
+    client, digests = MlflowClient(), sorted(set(contents))
     runs: dict[str, Run] = {}
     models: dict[tuple[str, int], ModelVersion] = {}
-    fresh = [run for digest in held for run in _runs("darkroom.content_digest", digest)]
-    queries = [f"tags.`darkroom.content_digest` = '{digest}'" for digest in held]
-    while fresh or queries:
-        runs |= {run.info.run_id: run for run in fresh}
-        queries += [f"run_id = '{run.info.run_id}'" for run in fresh]
-        found = [model for query in queries for model in mlflow.search_model_versions(filter_string=query)]
-        new = {key: model for model in found if (key := (model.name, int(model.version))) not in models}
-        models |= new
+    new_runs = [run for digest in digests for run in _runs("darkroom.content_digest", digest)]
+    queries = [f"tags.`darkroom.content_digest` = '{digest}'" for digest in digests]
+    while new_runs or queries:
+        runs |= {run.info.run_id: run for run in new_runs}
+        queries += [f"run_id = '{run.info.run_id}'" for run in new_runs]
+        matches = [model for query in queries for model in mlflow.search_model_versions(filter_string=query)]
+        new_models = {key: model for model in matches if (key := (model.name, int(model.version))) not in models}
+        models |= new_models
         # A latent diffusion model contains its autoencoder, and a model inherits the training data of its initial
         # weights, transitively.
-        uris = [f"models:/{name}/{number}" for name, number in new]
-        fresh, queries = [run for uri in uris for tag in (AUTOENCODER, START) for run in _runs(tag, uri)], []
-    understood = {*held, *known}
+        uris = [f"models:/{name}/{number}" for name, number in new_models]
+        new_runs, queries = [run for uri in uris for tag in (AUTOENCODER, START) for run in _runs(tag, uri)], []
+    known_digests = {*digests, *readable_contents}
     return Derived(
         runs=[
             DerivedRun(run_id=run_id, name=run.info.run_name, content_digest=run.data.tags["darkroom.content_digest"])
@@ -111,7 +111,7 @@ def find_derived(dataset: str, contents: Iterable[str], known: Iterable[str], bu
         evaluated=sorted(
             {
                 run.info.run_id
-                for digest in held
+                for digest in digests
                 for run in mlflow.search_runs(
                     search_all_experiments=True,
                     filter_string=f"tags.`{EVALUATED_ON}` LIKE '%{digest}%'",
@@ -123,7 +123,7 @@ def find_derived(dataset: str, contents: Iterable[str], known: Iterable[str], bu
         unclear_runs=sorted(
             run.info.run_id
             for run in _runs("darkroom.dataset", dataset)
-            if run.data.tags.get("darkroom.content_digest") not in understood
+            if run.data.tags.get("darkroom.content_digest") not in known_digests
         ),
     )
 
@@ -143,15 +143,17 @@ def mark(runs: Iterable[str], versions: Iterable[str], removal: Removal) -> None
         client.log_batch(run_id, tags=[RunTag(name, value) for name, value in marks.items()])
     for uri in versions:
         name, number = uri.removeprefix("models:/").rsplit("/", 1)
-        found = client.get_model_version(name, number)
-        client.set_model_version_tag(name, number, TAKEDOWN, joined_names(found.tags.get(TAKEDOWN), removal.name))
-        client.update_model_version(name, number, description=_with_note(found.description, note))
+        model_version = client.get_model_version(name, number)
+        client.set_model_version_tag(
+            name, number, TAKEDOWN, joined_names(model_version.tags.get(TAKEDOWN), removal.name)
+        )
+        client.update_model_version(name, number, description=_with_note(model_version.description, note))
 
 
 def clear_images(derived: Derived) -> list[str]:
     """Delete artifacts that show real images of the data set from the runs; returns them as runs:/ID/PATH."""
-    client, cleared, trained = MlflowClient(), [], {run.run_id for run in derived.runs}
-    for run in (client.get_run(run_id) for run_id in (*trained, *derived.evaluated)):
+    client, uris, run_ids = MlflowClient(), [], {run.run_id for run in derived.runs}
+    for run in (client.get_run(run_id) for run_id in (*run_ids, *derived.evaluated)):
         folders = ("dataset", "explain", "evaluation", "evaluation/grids", "images")
         dataset, explain, evaluation, grids, images = (
             [item.path for item in client.list_artifacts(run.info.run_id, folder)] for folder in folders
@@ -165,12 +167,12 @@ def clear_images(derived: Derived) -> list[str]:
             grids = [path for path in grids if path.rpartition("/")[2].startswith("held_out")]
         pages = [path for path in evaluation if path.endswith(".html")]
         artifacts = get_artifact_repository(run.info.artifact_uri)
-        shown = dataset if run.info.run_id in trained else ()
-        for path in (*shown, *explain, *pages, *grids):
+        dataset_files = dataset if run.info.run_id in run_ids else ()
+        for path in (*dataset_files, *explain, *pages, *grids):
             if path != MANIFEST_ARTIFACT:
                 artifacts.delete_artifacts(path)  # type: ignore[no-untyped-call]
-                cleared.append(f"runs:/{run.info.run_id}/{path}")
-    return cleared
+                uris.append(f"runs:/{run.info.run_id}/{path}")
+    return uris
 
 
 def takedowns(version: Version) -> str | None:
@@ -191,7 +193,7 @@ def joined_names(tag: str | None, *names: str) -> str:
 
 def notes_in(description: str) -> list[str]:
     """Notes on takedowns that ``mark`` left in the description of a run or a version."""
-    return [each for each in description.split("\n\n") if each.startswith(NOTE_BEGINS)]
+    return [paragraph for paragraph in description.split("\n\n") if paragraph.startswith(NOTE_BEGINS)]
 
 
 def warn_of_takedown(version: Version) -> None:
@@ -201,8 +203,8 @@ def warn_of_takedown(version: Version) -> None:
 
 
 def _runs(tag: str, value: str) -> list[Run]:
-    quoted = value.replace("'", "\\'")
-    query = f"tags.`{tag}` = '{quoted}'"
+    text = value.replace("'", "\\'")
+    query = f"tags.`{tag}` = '{text}'"
     return list(mlflow.search_runs(search_all_experiments=True, filter_string=query, output_format="list"))
 
 
@@ -212,19 +214,19 @@ def _with_note(text: str | None, note: str) -> str:
 
 def require_current(folder: Path, tracker: RunTracker | None = None) -> None:
     """Raise UserError if the data set in ``folder`` holds images taken down anywhere; marks the run first."""
-    recorded = Catalog.of(folder.name, data_source())
-    if not (held := recorded.held_removals(folder)):
+    catalog = Catalog.of(folder.name, data_source())
+    if not (removals := catalog.held_removals(folder)):
         return
     if tracker is not None:
-        marked = tracker.client.get_run(tracker.run_id).data.tags.get(TAKEDOWN)
-        tracker.tag({TAKEDOWN: joined_names(marked, *(removal.name for removal in held))})
-    here, newest = read_manifest(folder).digest, Heads(recorded).newest()
+        names = tracker.client.get_run(tracker.run_id).data.tags.get(TAKEDOWN)
+        tracker.tag({TAKEDOWN: joined_names(names, *(removal.name for removal in removals))})
+    digest, head = read_manifest(folder).digest, Heads(catalog).newest()
     way = f"`darkroom ingest SOURCE --dataset {folder.name}` makes a version without them"
-    if newest not in (None, here):
-        way = f"go on with the newest, `darkroom data checkout {newest[:12]} --dataset {folder.name}`"
+    if head not in (None, digest):
+        way = f"go on with the newest, `darkroom data checkout {head[:12]} --dataset {folder.name}`"
     raise UserError(
-        f"version {here[:12]} of data set {folder.name} holds images that were taken down ({held[0].reason}; takedown "
-        f"{', '.join(removal.name for removal in held)}): {way}"
+        f"version {digest[:12]} of data set {folder.name} holds images that were taken down ({removals[0].reason}; "
+        f"takedown {', '.join(removal.name for removal in removals)}): {way}"
     )
 
 
@@ -237,22 +239,22 @@ def with_takedowns(version: Version) -> Version:
     version = model_versions.version_of(client, version.model, version.number)
     names: set[str] = set()
     records: dict[str, Removal] = {}
-    lineage, left = {version.uri}, [version]
-    while left:
-        each = left.pop()
-        tags = parse_tags(each.tags, each.uri)
+    lineage, queue = {version.uri}, [version]
+    while queue:
+        member = queue.pop()
+        tags = parse_tags(member.tags, member.uri)
         names.update(names_of(tags.takedown))
         if tags.dataset is not None and tags.content_digest is not None:
-            records |= {removal.name: removal for removal in _removed_since(tags.dataset, tags.content_digest)}
+            records |= {removal.name: removal for removal in _find_removals(tags.dataset, tags.content_digest)}
         for uri in {uri for uri in (tags.autoencoder, tags.start) if uri} - lineage:
             lineage.add(uri)
             model, _, number = uri.removeprefix("models:/").rpartition("/")
-            found = model_versions.registered_version(client, model, int(number))
-            left += [found] if found else []
-    here = set(names_of(version.tags.get(TAKEDOWN)))
-    for name in sorted(records.keys() - here):
+            parent = model_versions.registered_version(client, model, int(number))
+            queue += [parent] if parent else []
+    marks = set(names_of(version.tags.get(TAKEDOWN)))
+    for name in sorted(records.keys() - marks):
         mark([version.run_id], [version.uri], records[name])
-    if not {*records, *names} - here:
+    if not {*records, *names} - marks:
         return version
     # Read anew: a takedown may have added its name meanwhile.
     version = model_versions.version_of(client, version.model, version.number)
@@ -261,19 +263,23 @@ def with_takedowns(version: Version) -> Version:
     return model_versions.version_of(client, version.model, version.number)
 
 
-def _removed_since(dataset: str, content: str) -> list[Removal]:
+def _find_removals(dataset: str, content: str) -> list[Removal]:
     source, folder = data_source(), dataset_folder(dataset)
-    recorded = Catalog.of(dataset, source)
-    if not (removals := list(recorded.removals())):
+    catalog = Catalog.of(dataset, source)
+    if not (removals := list(catalog.removals())):
         return []
-    known = known_versions(folder) if (folder / "manifest.json").is_file() else {}
-    learned_from = [each for each in known.values() if each.content_digest == content] or [
-        each
-        for each in (recorded.versions(retired=True) | recorded.versions()).values()
-        if each.content_digest == content
+    versions = known_versions(folder) if (folder / "manifest.json").is_file() else {}
+    training_versions = [version for version in versions.values() if version.content_digest == content] or [
+        version
+        for version in (catalog.versions(retired=True) | catalog.versions()).values()
+        if version.content_digest == content
     ]
     with TemporaryDirectory() as scratch:
-        elsewhere = StoredFiles(dataset, source).remote_lookup(learned_from, Path(scratch))
-        found = [(removal, holders(folder, removal, learned_from, elsewhere)) for removal in removals]
+        lookup = StoredFiles(dataset, source).remote_lookup(training_versions, Path(scratch))
+        pairs = [(removal, holders(folder, removal, training_versions, lookup)) for removal in removals]
     # As a takedown does: versions of equal content hold the same images.
-    return [removal for removal, each in found if each.held and len(each.held) + len(each.unknown) == len(learned_from)]
+    return [
+        removal
+        for removal, version in pairs
+        if version.held and len(version.held) + len(version.unknown) == len(training_versions)
+    ]

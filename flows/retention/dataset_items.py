@@ -44,68 +44,74 @@ class DataSets:
         self.contents, self.policy, self.now = contents, policy, now
         self.unclear = unclear
         """Reason why references to versions may be unknown; None if all are known."""
-        self.written = self._listed("datasets/", PUBLISHED)
-        self.retired = self._listed(f"{RETIRED}/", MARK)
+        self.written = self._list_times("datasets/", PUBLISHED)
+        self.retired = self._list_times(f"{RETIRED}/", MARK)
         self.names = sorted({name for name, _ in (*self.written, *self.retired)})
 
     def sweep(self) -> Sweep:
         """Sweep of versions in the catalog and of retired ones."""
-        listed = {name: self._catalog(name).read() for name in self.names}
-        actions = {name: self._actions(name, found) for name, found in listed.items()}
+        listings = {name: self._catalog(name).read() for name in self.names}
+        actions = {name: self._actions(name, entries) for name, entries in listings.items()}
         items = []
-        for name, found in actions.items():
-            for digest, (action, why) in found.items():
-                version = listed[name].versions.get(digest)
+        for name, entries in actions.items():
+            for digest, (action, reason) in entries.items():
+                version = listings[name].versions.get(digest)
                 size = None if version is None else sum(shard.bytes for shard in version.shards)
                 items.append(
-                    Item(kind="data versions", name=f"{name} {digest[:12]}", bytes=size, action=action, why=why)
+                    Item(kind="data versions", name=f"{name} {digest[:12]}", bytes=size, action=action, why=reason)
                 )
 
         def act() -> None:
-            for name, found in actions.items():
-                versions = listed[name].versions
-                for digest, (action, _) in found.items():
+            for name, entries in actions.items():
+                versions = listings[name].versions
+                for digest, (action, _) in entries.items():
                     if action == "set aside" and digest in versions:
                         self._retire(versions[digest])
-                staying = {digest for digest, (action, _) in found.items() if action == "keep"}
-                retired = self._catalog(name).read(retired=True).versions
-                self._bring_back([retired[digest] for digest in staying if digest in retired.keys() - versions.keys()])
-                self._purge(name, staying)
+                retained_digests = {digest for digest, (action, _) in entries.items() if action == "keep"}
+                retired_versions = self._catalog(name).read(retired=True).versions
+                self._bring_back(
+                    [
+                        retired_versions[digest]
+                        for digest in retained_digests
+                        if digest in retired_versions.keys() - versions.keys()
+                    ]
+                )
+                self._purge(name, retained_digests)
 
         return Sweep(items, act)
 
-    def _actions(self, name: str, listed: CatalogListing) -> dict[str, tuple[Action, str]]:
-        versions, policy, aside = listed.versions, self.policy, self._catalog(name).read(retired=True)
+    def _actions(self, name: str, listing: CatalogListing) -> dict[str, tuple[Action, str]]:
+        versions, policy, retired_listing = listing.versions, self.policy, self._catalog(name).read(retired=True)
         (current, doubt), heads = self._current(name), Heads(self._catalog(name))
         doubt, head = self.unclear or doubt, heads.newest()
         # Heads come in their order, which a restored bucket keeps, before versions that never were one, by the time of
         # writing. It has a resolution of a second: of two versions of one second the current one is the newer.
-        by_age = sorted(versions, key=lambda each: (self.written[name, each], each == current), reverse=True)
-        latest = dict.fromkeys([*(each for each in heads.latest() if each in versions), *by_age])
-        newest = list(latest)[: policy.data_versions]
-        found: dict[str, tuple[Action, str]] = {}
+        by_age = sorted(versions, key=lambda digest: (self.written[name, digest], digest == current), reverse=True)
+        order = dict.fromkeys([*(digest for digest in heads.latest() if digest in versions), *by_age])
+        recent_digests = list(order)[: policy.data_versions]
+        actions: dict[str, tuple[Action, str]] = {}
         for digest, version in versions.items():
-            written = self.written[name, digest]
-            if why := self.contents.get(version.content_digest):
-                found[digest] = "keep", why
+            time = self.written[name, digest]
+            if reason := self.contents.get(version.content_digest):
+                actions[digest] = "keep", reason
             elif digest == current:
-                found[digest] = "keep", f"current in {dataset_folder(name)}"
+                actions[digest] = "keep", f"current in {dataset_folder(name)}"
             elif digest == head:
-                found[digest] = "keep", "the next ingest goes on from it"
-            elif digest in newest:
-                found[digest] = "keep", f"among the newest {policy.data_versions}"
-            elif not older(written, policy.data_days, self.now):
-                found[digest] = "keep", f"recorded within {policy.data_days:g} days"
+                actions[digest] = "keep", "the next ingest goes on from it"
+            elif digest in recent_digests:
+                actions[digest] = "keep", f"among the newest {policy.data_versions}"
+            elif not older(time, policy.data_days, self.now):
+                actions[digest] = "keep", f"recorded within {policy.data_days:g} days"
             elif doubt is not None:
-                found[digest] = "keep", doubt
+                actions[digest] = "keep", doubt
             else:
-                found[digest] = "set aside", f"{age(written, self.now)}, and no run that stays learned from it"
+                actions[digest] = "set aside", f"{age(time, self.now)}, and no run that stays learned from it"
         # An unreadable manifest may need files that would be deleted otherwise.
-        damaged = listed.damaged | aside.damaged
-        doubt = doubt or next(iter(damaged.values()), None)
-        for digest in sorted(aside.versions.keys() - versions.keys()):
-            found[digest] = self._action_aside(aside.versions[digest], digest == current, doubt)
-        return found | {digest: ("keep", words) for digest, words in damaged.items()}
+        problems = listing.damaged | retired_listing.damaged
+        doubt = doubt or next(iter(problems.values()), None)
+        for digest in sorted(retired_listing.versions.keys() - versions.keys()):
+            actions[digest] = self._action_aside(retired_listing.versions[digest], digest == current, doubt)
+        return actions | {digest: ("keep", problem) for digest, problem in problems.items()}
 
     def _current(self, name: str) -> tuple[str | None, str | None]:
         """Digest of the version in the data set's folder, or None; and the reason if it cannot be read."""
@@ -117,15 +123,15 @@ class DataSets:
 
     def _action_aside(self, version: Manifest, current: bool, doubt: str | None) -> tuple[Action, str]:
         # Another gc may have retired it since they were listed.
-        since = self.retired.get((version.name, version.digest), self.now)
+        mark_time = self.retired.get((version.name, version.digest), self.now)
         # A machine that still had its files may have trained on it meanwhile.
-        if why := self.contents.get(version.content_digest):
-            return "keep", f"{why}: brought back"
+        if reason := self.contents.get(version.content_digest):
+            return "keep", f"{reason}: brought back"
         if current:
             return "keep", f"current in {dataset_folder(version.name)}: brought back"
-        if (over := self.now - since >= self.policy.grace) and doubt is not None:
+        if (is_over := self.now - mark_time >= self.policy.grace) and doubt is not None:
             return "set aside", doubt
-        return "delete" if over else "set aside", f"since {since:%Y-%m-%d %H:%M} UTC"
+        return "delete" if is_over else "set aside", f"since {mark_time:%Y-%m-%d %H:%M} UTC"
 
     def _retire(self, version: Manifest) -> None:
         key = f"{RETIRED}/{version.name}/{version.digest}.json"
@@ -139,62 +145,62 @@ class DataSets:
         if not versions:
             return
         try:
-            pushed = {listing.get("manifest.json", ""): name for name, listing in Remote.at(self.source).listings()}
+            pointers = {listing.get("manifest.json", ""): name for name, listing in Remote.at(self.source).listings()}
         except UserError as error:
             logger.warning("versions set aside that are needed again wait: %s", error)
             return
         for version in versions:
-            if pointer := pushed.get(md5(manifest_bytes(version), usedforsecurity=False).hexdigest()):
+            if pointer := pointers.get(md5(manifest_bytes(version), usedforsecurity=False).hexdigest()):
                 self._catalog(version.name).publish(version, pointer)
                 self.store.delete_many(self.bucket, [f"{RETIRED}/{version.name}/{version.digest}.json"])
 
-    def _purge(self, name: str, staying: Collection[str]) -> None:
-        """Delete the files of versions not ``staying`` whose grace period is over, unless a process pushes."""
+    def _purge(self, name: str, retained_digests: Collection[str]) -> None:
+        """Delete files of versions outside ``retained_digests`` whose grace period is over, unless a process pushes."""
         folder = dataset_folder(name)
-        with ExitStack() as turn:
+        with ExitStack() as stack:
             if folder.is_dir():
-                turn.enter_context(FileLock(work_folder(folder) / "lock"))
+                stack.enter_context(FileLock(work_folder(folder) / "lock"))
             if self._somebody_pushes() or self.unclear is not None or self._current(name)[1] is not None:
                 return
-            aside, in_catalog = self._catalog(name).read(retired=True), self._catalog(name).read()
-            if aside.damaged or in_catalog.damaged:
+            retired_listing, catalog_listing = self._catalog(name).read(retired=True), self._catalog(name).read()
+            if retired_listing.damaged or catalog_listing.damaged:
                 return
-            kept, versions = aside.versions, in_catalog.versions
-            marks = {digest: since for (_, digest), since in self._listed(f"{RETIRED}/{name}/", MARK).items()}
+            retired_versions, versions = retired_listing.versions, catalog_listing.versions
+            marks = {digest: time for (_, digest), time in self._list_times(f"{RETIRED}/{name}/", MARK).items()}
             grace = self.policy.grace
-            going = {
-                digest: kept[digest]
-                for digest, since in marks.items()
-                if digest in kept and digest not in versions and digest not in staying
+            targets = {
+                digest: retired_versions[digest]
+                for digest, time in marks.items()
+                if digest in retired_versions and digest not in versions and digest not in retained_digests
                 # A mark that was written since the items were listed begins its own grace period.
-                if not grace or (self.retired.get((name, digest)) == since and self.now - since >= grace)
+                if not grace or (self.retired.get((name, digest)) == time and self.now - time >= grace)
             }
-            for digest in going:
+            for digest in targets:
                 # The gc that retired it may have been killed halfway.
                 self._catalog(name).withdraw(digest)
-            if going:
+            if targets:
                 try:
-                    doomed = unreferenced_objects(going.values(), versions.values(), self.source)
+                    objects = unreferenced_objects(targets.values(), versions.values(), self.source)
                 except UserError as error:
                     logger.warning("no file of data set %s is deleted: %s", name, error)
                     return
-                if not doomed.delete(still=lambda: not self._somebody_pushes()):
+                if not objects.delete(still=lambda: not self._somebody_pushes()):
                     return
-            marked = [digest for digest in marks if digest in going or digest in versions]
-            self.store.delete_many(self.bucket, (f"{RETIRED}/{name}/{digest}.json" for digest in marked))
+            mark_digests = [digest for digest in marks if digest in targets or digest in versions]
+            self.store.delete_many(self.bucket, (f"{RETIRED}/{name}/{digest}.json" for digest in mark_digests))
 
     def _somebody_pushes(self) -> bool:
         """Whether a process announced a push within the grace period: DVC skips files that it finds on the remote."""
-        found = self.store.list_objects(self.bucket, f"{PUSHING}/")
-        return any(datetime.now(UTC) - each.written < self.policy.grace for each in found)
+        objects = self.store.list_objects(self.bucket, f"{PUSHING}/")
+        return any(datetime.now(UTC) - entry.written < self.policy.grace for entry in objects)
 
-    def _listed(self, prefix: str, pattern: re.Pattern[str]) -> dict[tuple[str, str], datetime]:
-        found = {}
-        for each in self.store.list_objects(self.bucket, prefix):
-            if named := pattern.fullmatch(each.key):
+    def _list_times(self, prefix: str, pattern: re.Pattern[str]) -> dict[tuple[str, str], datetime]:
+        times = {}
+        for entry in self.store.list_objects(self.bucket, prefix):
+            if match := pattern.fullmatch(entry.key):
                 with suppress(ValueError):  # objects under other names are no versions
-                    found[plain_name(named[1]), named[2]] = each.written
-        return found
+                    times[plain_name(match[1]), match[2]] = entry.written
+        return times
 
     def _catalog(self, name: str) -> Catalog:
         return Catalog.of(name, self.source, self.store)

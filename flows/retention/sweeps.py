@@ -86,22 +86,24 @@ def age(moment: datetime, now: datetime) -> str:
 
 def table(items: Iterable[Item]) -> Iterator[str]:
     """Yield lines of a table: each item that goes or is set aside, and counts of those that stay by reason."""
-    shown = sorted(items, key=lambda item: (ACTIONS.index(item.action), item.kind, item.name))
+    sorted_items = sorted(items, key=lambda item: (ACTIONS.index(item.action), item.kind, item.name))
     rows = [("action", "what", "size", "name", "why")]
     rows += [
         (item.action, item.kind, "" if item.bytes is None else storage(item.bytes), item.name, item.why)
-        for item in shown
+        for item in sorted_items
         if item.action != "keep"
     ]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows if len(rows) > 1 else ():
         yield "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-    staying = Counter((item.kind, item.why) for item in shown if item.action == "keep")
-    for (kind, why), number in sorted(staying.items()):
-        yield f"keep       {count(number)} {kind}: {why}"
-    deleted, aside, kept = (count(sum(item.action == action for item in shown)) for action in ACTIONS)
-    freed = storage(sum(item.bytes or 0 for item in shown if item.action == "delete"))
-    yield f"{deleted} deleted, {freed}; {aside} set aside; {kept} kept"
+    keep_counts = Counter((item.kind, item.why) for item in sorted_items if item.action == "keep")
+    for (kind, reason), number in sorted(keep_counts.items()):
+        yield f"keep       {count(number)} {kind}: {reason}"
+    deleted_count, aside_count, kept_count = (
+        count(sum(item.action == action for item in sorted_items)) for action in ACTIONS
+    )
+    size = storage(sum(item.bytes or 0 for item in sorted_items if item.action == "delete"))
+    yield f"{deleted_count} deleted, {size}; {aside_count} set aside; {kept_count} kept"
 
 
 @dataclass
@@ -135,35 +137,35 @@ class SamplingBatches:
     def __init__(self, store: Store, bucket: str, policy: RetentionConfig, now: datetime) -> None:
         self.store, self.bucket, self.policy, self.now = store, bucket, policy, now
         self.resumptions = list(store.list_objects(bucket, f"{RESUMED}/"))
-        self.marks = {each.key: each.written for each in store.list_objects(bucket, f"{DELETED}/")}
-        found: dict[str, StoredBatch] = {}
-        for each in store.list_objects(bucket, "samples/"):
-            if named := BATCH.fullmatch(each.key):
-                batch = found.setdefault(named[1], StoredBatch(Location(bucket, named[1]), each.written))
-                batch.bytes += each.size
-                batch.newest = max(batch.newest, each.written)
-                batch.described |= named[2] == "batch.json"
-                batch.finished |= named[2] == "_SUCCESS"
-        for each in self.resumptions:
-            if (named := RESUMPTION.fullmatch(each.key)) and named[1] in found:
-                found[named[1]].newest = max(found[named[1]].newest, each.written)
-        self.found = list(found.values())
+        self.marks = {entry.key: entry.written for entry in store.list_objects(bucket, f"{DELETED}/")}
+        batches: dict[str, StoredBatch] = {}
+        for entry in store.list_objects(bucket, "samples/"):
+            if match := BATCH.fullmatch(entry.key):
+                batch = batches.setdefault(match[1], StoredBatch(Location(bucket, match[1]), entry.written))
+                batch.bytes += entry.size
+                batch.newest = max(batch.newest, entry.written)
+                batch.described |= match[2] == "batch.json"
+                batch.finished |= match[2] == "_SUCCESS"
+        for entry in self.resumptions:
+            if (match := RESUMPTION.fullmatch(entry.key)) and match[1] in batches:
+                batches[match[1]].newest = max(batches[match[1]].newest, entry.written)
+        self.found = list(batches.values())
         for batch in self.found:
             batch.deleted = self.marks.get(f"{DELETED}/{batch.place.prefix}")
             batch.action, batch.why = self._action(batch)
 
     def remaining(self) -> tuple[list[SamplingBatch], dict[tuple[str, int], str]]:
         """Requests of the batches that stay; and for unreadable ones, model and version with the reason."""
-        found, unread = list[SamplingBatch](), dict[tuple[str, int], str]()
+        batches, errors = list[SamplingBatch](), dict[tuple[str, int], str]()
         for batch in self.found:
             if batch.action == "keep" and batch.described:
                 try:
                     data = self.store.get(self.bucket, batch.place.key("batch.json"), LARGEST_BATCH)
-                    found.append(parse_batch(data, f"{batch.place}/batch.json"))
+                    batches.append(parse_batch(data, f"{batch.place}/batch.json"))
                 except UserError as error:
                     _, model, version, _ = batch.place.prefix.split("/")
-                    unread[model, int(version)] = str(error)
-        return found, unread
+                    errors[model, int(version)] = str(error)
+        return batches, errors
 
     def sweep(self) -> Sweep:
         """Sweep of batches and uploads."""
@@ -171,18 +173,18 @@ class SamplingBatches:
         with self.store.in_words(self.bucket):
             # Of DVC or of other programs: Darkroom itself uploads nothing in parts, and MLflow's are not its to abort.
             pages = client.get_paginator("list_multipart_uploads").paginate(Bucket=self.bucket)
-            uploads = [each for page in pages for each in page.get("Uploads", ())]
-            found = [each for each in uploads if not each["Key"].startswith("mlflow/")]
-        old = [each for each in found if older(each["Initiated"], days, self.now)]
+            uploads = [upload for page in pages for upload in page.get("Uploads", ())]
+            own_uploads = [upload for upload in uploads if not upload["Key"].startswith("mlflow/")]
+        old_uploads = [upload for upload in own_uploads if older(upload["Initiated"], days, self.now)]
         items = [
             Item(kind="sampling batches", name=str(batch.place), bytes=batch.bytes, action=batch.action, why=batch.why)
             for batch in self.found
         ]
-        for each in found:
+        for upload in own_uploads:
             action: tuple[Action, str] = ("keep", f"begun within {days:g} days")
-            if each in old:
-                action = "delete", f"{age(each['Initiated'], self.now)}, without an end"
-            name = f"s3://{self.bucket}/{each['Key']}"
+            if upload in old_uploads:
+                action = "delete", f"{age(upload['Initiated'], self.now)}, without an end"
+            name = f"s3://{self.bucket}/{upload['Key']}"
             items.append(Item(kind="unfinished uploads", name=name, bytes=None, action=action[0], why=action[1]))
 
         def act() -> None:
@@ -191,14 +193,16 @@ class SamplingBatches:
                     self._set_aside(batch)
                 if batch.action == "delete" or (batch.action == "set aside" and not self.policy.grace):
                     self._delete(batch)
-            there = {f"{DELETED}/{batch.place.prefix}" for batch in self.found}
-            spent = [key for key, since in self.marks.items() if key not in there and self.now - since >= MARK_DAYS]
-            spent += [each.key for each in self.resumptions if older(each.written, days, self.now)]
-            self.store.delete_many(self.bucket, spent)
-            for each in old:
-                with self.store.in_words(self.bucket, each["Key"]):
+            markers = {f"{DELETED}/{batch.place.prefix}" for batch in self.found}
+            keys = [key for key, time in self.marks.items() if key not in markers and self.now - time >= MARK_DAYS]
+            keys += [entry.key for entry in self.resumptions if older(entry.written, days, self.now)]
+            self.store.delete_many(self.bucket, keys)
+            for upload in old_uploads:
+                with self.store.in_words(self.bucket, upload["Key"]):
                     try:
-                        client.abort_multipart_upload(Bucket=self.bucket, Key=each["Key"], UploadId=each["UploadId"])
+                        client.abort_multipart_upload(
+                            Bucket=self.bucket, Key=upload["Key"], UploadId=upload["UploadId"]
+                        )
                     except ClientError as error:
                         if status_of(error) != 404:  # completed or aborted since
                             raise
@@ -208,8 +212,8 @@ class SamplingBatches:
     def _action(self, batch: StoredBatch) -> tuple[Action, str]:
         policy = self.policy
         if batch.deleted is not None:
-            over = self.now - batch.deleted >= policy.grace
-            return "delete" if over else "set aside", f"since {batch.deleted:%Y-%m-%d %H:%M} UTC"
+            is_over = self.now - batch.deleted >= policy.grace
+            return "delete" if is_over else "set aside", f"since {batch.deleted:%Y-%m-%d %H:%M} UTC"
         if older(batch.newest, policy.batch_days, self.now):
             return "set aside", f"{age(batch.newest, self.now)}, retention.batch_days is {policy.batch_days:g}"
         if batch.finished:
@@ -221,8 +225,8 @@ class SamplingBatches:
     def _set_aside(self, batch: StoredBatch) -> None:
         """Mark the batch as deleted unless a job has resumed it since it was listed."""
         prefixes = (batch.place.key(""), f"{RESUMED}/{batch.place.prefix}/")
-        written = (each.written for prefix in prefixes for each in self.store.list_objects(self.bucket, prefix))
-        if batch.deleted is None and not any(moment > batch.newest for moment in written):
+        times = (entry.written for prefix in prefixes for entry in self.store.list_objects(self.bucket, prefix))
+        if batch.deleted is None and not any(moment > batch.newest for moment in times):
             self.store.put_once(self.bucket, f"{DELETED}/{batch.place.prefix}", b"")
 
     def _delete(self, batch: StoredBatch) -> None:
@@ -249,50 +253,52 @@ def find_references(
     client: MlflowClient,
     store: Store,
     bucket: str,
-    kept: Iterable[SamplingBatch],
-    unread: Mapping[tuple[str, int], str],
+    batches: Iterable[SamplingBatch],
+    errors: Mapping[tuple[str, int], str],
 ) -> References:
-    """Find the runs and contents that registered versions, ledgers in ``bucket`` and ``kept`` batches refer to.
+    """Find the runs and contents that registered versions, ledgers in ``bucket`` and ``batches`` that stay refer to.
 
-    ``unread`` holds the model versions of unreadable batches that stay, with the reason. Every registered version
+    ``errors`` holds the model versions of unreadable batches that stay, with the reason. Every registered version
     counts, whatever its aliases: each has been evaluated or will be. Raises UserError if a ledger is broken.
     """
     runs: dict[str, str] = {}
     contents: dict[str, str] = {}
     weights: set[str] = set()
     bases: dict[str, str] = {}
-    registered: set[tuple[str, int]] = set()
+    registry_versions: set[tuple[str, int]] = set()
     for version in mlflow.search_model_versions():
-        where = f"models:/{version.name}/{version.version}"
-        registered.add((version.name, int(version.version)))
+        source = f"models:/{version.name}/{version.version}"
+        registry_versions.add((version.name, int(version.version)))
         weights.add(version.tags.get(WEIGHTS, ""))
-        bases |= dict.fromkeys(parse_tags(version.tags, where).base_digests, f"{where} is based on its weights")
-        runs.setdefault(version.run_id or "", f"made {where}")
-        contents.setdefault(version.tags.get(CONTENT, ""), f"{where} learned from it")
+        bases |= dict.fromkeys(parse_tags(version.tags, source).base_digests, f"{source} is based on its weights")
+        runs.setdefault(version.run_id or "", f"made {source}")
+        contents.setdefault(version.tags.get(CONTENT, ""), f"{source} learned from it")
     for digest in bases.keys() - weights:  # of versions that were deleted
-        for logged in model_versions.stored_models(digest):
-            runs.setdefault(logged.source_run_id or "", bases[digest])
+        for logged_model in model_versions.stored_models(digest):
+            runs.setdefault(logged_model.source_run_id or "", bases[digest])
     # Including ledgers of which only MLflow's record is left.
     models = {
         model.name
         for model in mlflow.search_registered_models()
-        if (newest := Newest.of(model.name, model.tags)) and newest.place == f"s3://{bucket}/ledger/{model.name}"
+        if (record := Newest.of(model.name, model.tags)) and record.place == f"s3://{bucket}/ledger/{model.name}"
     }
-    models |= {found[1] for key in store.list_keys(bucket, "ledger/") if (found := LEDGER.fullmatch(key))}
+    models |= {match[1] for key in store.list_keys(bucket, "ledger/") if (match := LEDGER.fullmatch(key))}
     for model in sorted(models):
         for entry in verified(client, Ledger(Location(bucket) / "ledger" / model, store)).entries:
             if entry.weights_sha256 not in weights:
                 # The version was deleted, but the ledger's evidence still refers to the runs that logged its weights.
                 query = f"tags.`{WEIGHTS}` = '{entry.weights_sha256}'"
-                for logged in _logged_models([each.experiment_id for each in mlflow.search_experiments()], query):
-                    runs[logged.source_run_id or ""] = f"the ledger names models:/{model}/{entry.version}"
-    for batch in kept:
-        where = f"samples of models:/{batch.model}/{batch.version}"
-        runs.setdefault(batch.run_id, f"made the model of {where}")
-        contents.setdefault(batch.content_digest, f"{where} lead to it")
+                for logged_model in _logged_models(
+                    [experiment.experiment_id for experiment in mlflow.search_experiments()], query
+                ):
+                    runs[logged_model.source_run_id or ""] = f"the ledger names models:/{model}/{entry.version}"
+    for batch in batches:
+        source = f"samples of models:/{batch.model}/{batch.version}"
+        runs.setdefault(batch.run_id, f"made the model of {source}")
+        contents.setdefault(batch.content_digest, f"{source} lead to it")
     # The references of a registered version are known, even if its batches are unreadable.
-    unclear = next((words for version, words in unread.items() if version not in registered), None)
-    return References(runs, contents, frozenset(weights | bases.keys()), unclear)
+    doubt = next((error for version, error in errors.items() if version not in registry_versions), None)
+    return References(runs, contents, frozenset(weights | bases.keys()), doubt)
 
 
 def _logged_models(experiments: list[str], query: str | None = None) -> list[LoggedModel]:
@@ -304,8 +310,8 @@ class Runs:
 
     def __init__(self, client: MlflowClient, live: References, policy: RetentionConfig, now: datetime) -> None:
         self.client, self.live, self.policy, self.now = client, live, policy, now
-        found = mlflow.search_runs(search_all_experiments=True, run_view_type=ViewType.ALL, output_format="list")
-        self.runs: list[Run] = [run for run in found if {TRAIN_KEY, IMPORTED, SWEEP} & run.data.tags.keys()]
+        runs = mlflow.search_runs(search_all_experiments=True, run_view_type=ViewType.ALL, output_format="list")
+        self.runs: list[Run] = [run for run in runs if {TRAIN_KEY, IMPORTED, SWEEP} & run.data.tags.keys()]
         self.actions = {run.info.run_id: self._action(run) for run in self.runs}
 
     def contents(self) -> dict[str, str]:
@@ -318,16 +324,16 @@ class Runs:
 
     def gone(self) -> frozenset[str]:
         """Train keys that only runs that go have."""
-        others = {run.data.tags.get(TRAIN_KEY, "") for run in self.runs if not self._goes(run)}
-        return frozenset(run.data.tags.get(TRAIN_KEY, "") for run in self.runs) - others
+        remaining_keys = {run.data.tags.get(TRAIN_KEY, "") for run in self.runs if not self._goes(run)}
+        return frozenset(run.data.tags.get(TRAIN_KEY, "") for run in self.runs) - remaining_keys
 
     def sweep(self) -> Sweep:
         """Sweep of all runs, except for deleted ones without artifacts."""
         items = []
         for run in self.runs:
-            run_id, (action, why) = run.info.run_id, self.actions[run.info.run_id]
+            run_id, (action, reason) = run.info.run_id, self.actions[run.info.run_id]
             if action != "delete" or run_id in self._models or self.client.list_artifacts(run_id):
-                items.append(Item(kind="runs", name=f"runs:/{run_id}", bytes=None, action=action, why=why))
+                items.append(Item(kind="runs", name=f"runs:/{run_id}", bytes=None, action=action, why=reason))
         return Sweep(items, self._act)
 
     def _act(self) -> None:
@@ -353,36 +359,36 @@ class Runs:
         return action == "delete" or (action == "set aside" and not self.policy.grace and self.live.unclear is None)
 
     def _action(self, run: Run) -> tuple[Action, str]:
-        policy, why = self.policy, self.live.runs.get(run.info.run_id)
+        policy, reason = self.policy, self.live.runs.get(run.info.run_id)
         if _is_deleted(run):
-            if (aside := run.data.tags.get(SET_ASIDE)) is None:
+            if (mark := run.data.tags.get(SET_ASIDE)) is None:
                 return "keep", "a person deleted them: `mlflow gc` is theirs to run"
-            if why is not None:
-                return "keep", f"{why}: brought back"
+            if reason is not None:
+                return "keep", f"{reason}: brought back"
             try:
-                since = datetime.fromisoformat(aside).astimezone(UTC)
+                time = datetime.fromisoformat(mark).astimezone(UTC)
             except (ValueError, OverflowError):
                 return "keep", f"the tag {SET_ASIDE} of runs:/{run.info.run_id} is no time: delete the tag, or the run"
             if self.live.unclear is not None:
                 return "set aside", self.live.unclear
-            return "delete" if self.now - since >= policy.grace else "set aside", f"since {since:%Y-%m-%d %H:%M} UTC"
-        if why is not None:
-            return "keep", why
+            return "delete" if self.now - time >= policy.grace else "set aside", f"since {time:%Y-%m-%d %H:%M} UTC"
+        if reason is not None:
+            return "keep", reason
         # A killed training is never marked as ended: its last report counts.
         times = [run.info.start_time, run.info.end_time or 0, *(metric.timestamp for metric in run.data._metric_objs)]
-        heard = datetime.fromtimestamp(max(times) / 1000, UTC)
-        if not older(heard, policy.run_days, self.now):
+        last_report = datetime.fromtimestamp(max(times) / 1000, UTC)
+        if not older(last_report, policy.run_days, self.now):
             return "keep", "all do" if policy.run_days is None else f"heard of within {policy.run_days:g} days"
         if self.live.unclear is not None:
             return "keep", self.live.unclear
-        return "set aside", f"{age(heard, self.now)}, and no version was made of it"
+        return "set aside", f"{age(last_report, self.now)}, and no version was made of it"
 
     @cached_property
     def _models(self) -> dict[str, list[LoggedModel]]:
-        found: dict[str, list[LoggedModel]] = {}
+        models: dict[str, list[LoggedModel]] = {}
         for model in _logged_models(sorted({run.info.experiment_id for run in self.runs})):
-            found.setdefault(model.source_run_id or "", []).append(model)
-        return found
+            models.setdefault(model.source_run_id or "", []).append(model)
+        return models
 
 
 def _is_deleted(run: Run) -> bool:
@@ -390,44 +396,46 @@ def _is_deleted(run: Run) -> bool:
 
 
 def sweep_local_files(
-    models: Path, gone: Container[str], weights: Container[str], policy: RetentionConfig, now: datetime
+    models: Path, train_keys: Container[str], weights: Container[str], policy: RetentionConfig, now: datetime
 ) -> Sweep:
     """Sweep of this machine: run folders, fetched shards and weights, and partial files of killed writers.
 
-    ``models`` is the folder of fetched weights, ``gone`` holds the train keys of runs that go in MLflow, and
+    ``models`` is the folder of fetched weights, ``train_keys`` holds the train keys of runs that go in MLflow, and
     ``weights`` the SHA-256 of the weights of registered versions, which running jobs may be reading.
     """
     items: list[Item] = []
 
-    def add(kind: str, path: Path, used: datetime, size: int, going: bool, gone: str, stays: str) -> None:
-        why = f"{age(used, now)}, {gone}" if going else stays
-        items.append(Item(kind=kind, name=str(path), bytes=size, action="delete" if going else "keep", why=why))
+    def add(
+        kind: str, path: Path, last_use: datetime, size: int, is_stale: bool, stale_reason: str, keep_reason: str
+    ) -> None:
+        text = f"{age(last_use, now)}, {stale_reason}" if is_stale else keep_reason
+        items.append(Item(kind=kind, name=str(path), bytes=size, action="delete" if is_stale else "keep", why=text))
 
     for final in sorted(Path("runs").glob("**/final.safetensors")):
         files = [path for path in final.parent.rglob("*") if path.is_file()]
-        used, size = max(map(_touched, files)), sum(path.stat().st_size for path in files)
-        why = "finished, of runs that stay, or that MLflow does not know"
+        last_use, size = max(map(_read_last_use, files)), sum(path.stat().st_size for path in files)
+        reason = "finished, of runs that stay, or that MLflow does not know"
         try:
-            going = read_header(final).get("train_key") in gone and older(used, policy.run_days, now)
+            is_stale = read_header(final).get("train_key") in train_keys and older(last_use, policy.run_days, now)
         except UserError as error:
-            going, why = False, str(error)
-        add("run folders", final.parent, used, size, going, "and its run goes", why)
-    for kind, paths, in_use, why in (
+            is_stale, reason = False, str(error)
+        add("run folders", final.parent, last_use, size, is_stale, "and its run goes", reason)
+    for kind, paths, registry_digests, reason in (
         ("fetched shards", Path("data", ".shards").glob("*.tar"), (), "used of late"),
         ("fetched weights", models.glob("*.safetensors"), weights, "used of late, or of registered versions"),
     ):
         for path in sorted(paths):
-            used = _touched(path)
-            going = path.stem not in in_use and older(used, policy.cache_days, now)
-            add(kind, path, used, path.stat().st_size, going, "and can be fetched again", why)
+            last_use = _read_last_use(path)
+            is_stale = path.stem not in registry_digests and older(last_use, policy.cache_days, now)
+            add(kind, path, last_use, path.stat().st_size, is_stale, "and can be fetched again", reason)
     # Not data set folders: ingest cleans them, and they may hold millions of images.
     folders = [Path("runs"), Path("reports"), *Path("data").glob(".*"), models, models.parent / "requests"]
     for path in sorted(path for folder in folders for path in folder.rglob(".*.partial")):
         # Files of active writers may disappear.
         with suppress(FileNotFoundError):
-            used, size = _touched(path), path.stat().st_size
-            if PARTIAL.fullmatch(path.name) and older(used, ABANDONED_DAYS, now):
-                add("unfinished files", path, used, size, True, "and never finished", "")
+            last_use, size = _read_last_use(path), path.stat().st_size
+            if PARTIAL.fullmatch(path.name) and older(last_use, ABANDONED_DAYS, now):
+                add("unfinished files", path, last_use, size, True, "and never finished", "")
 
     def act() -> None:
         for item in items:
@@ -444,5 +452,5 @@ def sweep_local_files(
     return Sweep(items, act)
 
 
-def _touched(path: Path) -> datetime:
+def _read_last_use(path: Path) -> datetime:
     return datetime.fromtimestamp(path.stat().st_mtime, UTC)

@@ -65,26 +65,26 @@ class ImageSigner:
         action = {"action": "c2pa.created", "digitalSourceType": SYNTHETIC, "softwareAgent": agent}
         if parent is not None:
             action |= {"action": "c2pa.edited", "digitalSourceType": EDITED}
-        about = {
+        manifest = {
             "claim_generator_info": [agent],
             "title": title,
             "format": PNG,
             "assertions": [{"label": LINEAGE, "data": lineage}],
         }
-        signed = io.BytesIO()
+        output = io.BytesIO()
         try:
-            with self._lock, Builder(about, self._context) as builder:
+            with self._lock, Builder(manifest, self._context) as builder:
                 if parent is not None:
                     builder.set_intent(C2paBuilderIntent.EDIT)
                     ingredient = {"title": "the image that was edited", "relationship": "parentOf"}
                     builder.add_ingredient(ingredient, _media_type(parent), io.BytesIO(parent))
                 builder.add_action(action)
-                builder.sign(self._signer, PNG, io.BytesIO(png), signed)
+                builder.sign(self._signer, PNG, io.BytesIO(png), output)
         except NotVerified as error:
             raise UserError(f"the image that was edited cannot be an ingredient: {error}") from error
         except C2paError as error:
             raise UserError(f"{title} cannot be signed ({error}): see docs/how-to/sign-and-verify.md") from error
-        return signed.getvalue()
+        return output.getvalue()
 
 
 def _media_type(image: bytes) -> str:
@@ -92,8 +92,8 @@ def _media_type(image: bytes) -> str:
     from PIL import Image
 
     try:
-        with Image.open(io.BytesIO(image)) as opened:
-            return str(opened.get_format_mimetype())
+        with Image.open(io.BytesIO(image)) as file:
+            return str(file.get_format_mimetype())
     # A damaged or hostile header; what the library says of it is about a buffer in memory.
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise NotVerified("it is no image, is damaged, or is larger than any real one") from error
@@ -126,10 +126,10 @@ def verify_image(image: bytes, roots: str | None = None) -> SignedImage:
     if roots is not None:
         # The library takes roots that have expired.
         anchors = load_pem_x509_certificates(roots.encode())
-        valid = [each.public_bytes(Encoding.PEM).decode() for each in anchors if not_valid_now(each) is None]
-        if not valid:
+        roots_pem = [root.public_bytes(Encoding.PEM).decode() for root in anchors if not_valid_now(root) is None]
+        if not roots_pem:
             raise NotVerified(f"no root is valid: {not_valid_now(anchors[0])}")
-        trust = {"trust": {"trust_anchors": "".join(valid)}}
+        trust = {"trust": {"trust_anchors": "".join(roots_pem)}}
     try:
         with Reader(_media_type(image), io.BytesIO(image), context=Context.from_dict(OFFLINE | trust)) as reader:
             report, state = json.loads(reader.json()), reader.get_validation_state()
@@ -138,17 +138,17 @@ def verify_image(image: bytes, roots: str | None = None) -> SignedImage:
     except C2paError as error:
         raise NotVerified(f"it is damaged ({error})") from error
     failures = [
-        each.get("explanation") or each["code"]
-        for each in report.get("validation_results", {}).get("activeManifest", {}).get("failure", ())
-        if roots is not None or each["code"] != "signingCredential.untrusted"
+        entry.get("explanation") or entry["code"]
+        for entry in report.get("validation_results", {}).get("activeManifest", {}).get("failure", ())
+        if roots is not None or entry["code"] != "signingCredential.untrusted"
     ]
     if state not in ("Valid", "Trusted") or (roots is not None and state != "Trusted"):
         raise NotVerified("; ".join(dict.fromkeys(failures)) or f"its C2PA manifest is {str(state).lower()}")
     manifest = report["manifests"][report["active_manifest"]]
-    about, lineage = manifest.get("signature_info", {}), {}
-    for each in manifest.get("assertions", ()):
-        if each["label"] == LINEAGE and isinstance(each["data"], dict):
-            lineage = each["data"]
-    signer = ", ".join(filter(None, (about.get("common_name"), about.get("issuer"))))
-    serial_number = int(about.get("cert_serial_number") or 0)
+    signature, lineage = manifest.get("signature_info", {}), {}
+    for entry in manifest.get("assertions", ()):
+        if entry["label"] == LINEAGE and isinstance(entry["data"], dict):
+            lineage = entry["data"]
+    signer = ", ".join(filter(None, (signature.get("common_name"), signature.get("issuer"))))
+    serial_number = int(signature.get("cert_serial_number") or 0)
     return SignedImage(str(manifest.get("title")), signer, serial_number, state == "Trusted", lineage)

@@ -69,7 +69,7 @@ class SigningKey:
         text = str(key) if key else environment.signing_key and environment.signing_key.get_secret_value()
         if not text:
             raise UserError(f"no key to sign with: give --key FILE, or set {KEY}")
-        (pem, where), passphrase = _pem(text, None if key else KEY), None
+        (pem, name), passphrase = _pem(text, None if key else KEY), None
         if b"ENCRYPTED" in pem and environment.signing_key_passphrase:
             passphrase = environment.signing_key_passphrase.get_secret_value().encode()
         try:
@@ -77,9 +77,9 @@ class SigningKey:
         except (ValueError, TypeError, UnsupportedAlgorithm):
             # Whatever the library says may be about the contents of the file.
             fix = f"set {PASSPHRASE} to its passphrase" if b"ENCRYPTED" in pem else "give an elliptic-curve key in PEM"
-            raise UserError(f"{where} cannot be read as a private key: {fix}") from None
+            raise UserError(f"{name} cannot be read as a private key: {fix}") from None
         if not isinstance(private, EllipticCurvePrivateKey) or private.curve.name not in CURVES:
-            raise UserError(f"{where} is no key on the curve P-256, P-384 or P-521: make one with `openssl ecparam`")
+            raise UserError(f"{name} is no key on the curve P-256, P-384 or P-521: make one with `openssl ecparam`")
         chain = str(certificates) if certificates else environment.signing_certificates
         if not chain:
             return cls(private)
@@ -95,7 +95,7 @@ class SigningKey:
     @property
     def chain_pem(self) -> str:
         """The certificates in PEM, that of the key first."""
-        return "".join(each.public_bytes(Encoding.PEM).decode() for each in self.certificates)
+        return "".join(certificate.public_bytes(Encoding.PEM).decode() for certificate in self.certificates)
 
     def require_certificates(self) -> None:
         """Raise UserError if the key has no certificate, which C2PA demands."""
@@ -110,11 +110,11 @@ class SigningKey:
         from model_signing.signing import Config
 
         with self._as_file() as private, TemporaryDirectory() as scratch:
-            config = Config().set_hashing_config(_hashing())  # type: ignore[no-untyped-call]
+            config = Config().set_hashing_config(_make_hashing_config())  # type: ignore[no-untyped-call]
             if self.certificates:
                 files = [Path(scratch, f"{number}.pem") for number in range(len(self.certificates))]
-                for file, each in zip(files, self.certificates, strict=True):
-                    file.write_bytes(each.public_bytes(Encoding.PEM))
+                for file, certificate in zip(files, self.certificates, strict=True):
+                    file.write_bytes(certificate.public_bytes(Encoding.PEM))
                 # The library takes no empty chain; the signing certificate twice does no harm.
                 config.use_certificate_signer(
                     private_key=private, signing_certificate=files[0], certificate_chain=files[1:] or files
@@ -175,42 +175,42 @@ class Trust:
             if signature.stat().st_size > LARGEST_SIGNATURE:
                 raise NotVerified(f"{signature} is too large to be a signature")
             material = json.loads(signature.read_bytes())["verificationMaterial"]
-            config = Config().set_hashing_config(_hashing())  # type: ignore[no-untyped-call]
+            config = Config().set_hashing_config(_make_hashing_config())  # type: ignore[no-untyped-call]
             with TemporaryDirectory() as scratch:
-                trusted = Path(scratch, "trusted.pem")
+                pem = Path(scratch, "trusted.pem")
                 if "x509CertificateChain" in material:
                     if self.roots_pem is None:
                         raise NotVerified("it is signed with a certificate: give its root with --trust, not a key")
-                    raw = [b64decode(each["rawBytes"]) for each in material["x509CertificateChain"]["certificates"]]
-                    chain = [x509.load_der_x509_certificate(each) for each in raw]
+                    raw = [b64decode(entry["rawBytes"]) for entry in material["x509CertificateChain"]["certificates"]]
+                    chain = [x509.load_der_x509_certificate(data) for data in raw]
                     _verify_chain(chain, self.roots_pem)
-                    trusted.write_bytes(self.roots_pem)
-                    config.use_certificate_verifier(certificate_chain=[trusted])
+                    pem.write_bytes(self.roots_pem)
+                    config.use_certificate_verifier(certificate_chain=[pem])
                     signer = describe(chain[0])
                 elif self.key_pem is None or self.key is None:
                     raise NotVerified("it is signed with a bare key: give the public key with --key, not a root")
                 else:
-                    trusted.write_bytes(self.key_pem)
-                    config.use_elliptic_key_verifier(public_key=trusted)
+                    pem.write_bytes(self.key_pem)
+                    config.use_elliptic_key_verifier(public_key=pem)
                     signer = f"the key of {self.key.name}"
             config.verify(path, signature)
         except InvalidSignature as error:
             raise NotVerified("its signature was altered, or is by another key") from error
         except X509StoreContextError as error:
-            dated = error.errors[0] in (CERT_NOT_YET_VALID, CERT_HAS_EXPIRED)
-            expired = not_valid_now(error.certificate.to_cryptography()) if dated else None
-            raise NotVerified(expired or f"no root of {self.roots} stands for its certificate ({error})") from error
+            is_dated = error.errors[0] in (CERT_NOT_YET_VALID, CERT_HAS_EXPIRED)
+            expiry = not_valid_now(error.certificate.to_cryptography()) if is_dated else None
+            raise NotVerified(expiry or f"no root of {self.roots} stands for its certificate ({error})") from error
         except NotVerified:
             raise
         except Exception as error:
             # What the library says in its own words is a plain ValueError.
-            words = str(error) if type(error) is ValueError else "its signature is none, or was altered"
-            if words.startswith("Signature mismatch"):
-                files = [path] if path.is_file() else [each for each in path.rglob("*") if each.is_file()]
-                there = {each.relative_to(path).as_posix(): sha256_file(each) for each in files}
-                words = differences(signed_files(signature), there) or "it is signed in another way than Darkroom's"
-                words = f"{path.name}{words[1:]}" if path.is_file() else words
-            raise NotVerified(words) from error
+            message = str(error) if type(error) is ValueError else "its signature is none, or was altered"
+            if message.startswith("Signature mismatch"):
+                files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
+                digests = {file.relative_to(path).as_posix(): sha256_file(file) for file in files}
+                message = differences(signed_files(signature), digests) or "it is signed in another way than Darkroom's"
+                message = f"{path.name}{message[1:]}" if path.is_file() else message
+            raise NotVerified(message) from error
         return signer
 
     def verify_bytes(self, data: bytes, signature: bytes) -> str:
@@ -224,17 +224,17 @@ class Trust:
 def signed_files(signature: Path) -> dict[str, str]:
     """SHA-256 of the files by their paths in a verified signature."""
     payload = json.loads(b64decode(json.loads(signature.read_bytes())["dsseEnvelope"]["payload"]))
-    return {each["name"]: each["digest"] for each in payload["predicate"]["resources"]}
+    return {resource["name"]: resource["digest"] for resource in payload["predicate"]["resources"]}
 
 
 def differences(expected: Mapping[str, str], actual: Mapping[str, str]) -> str:
     """Name the files of other SHA-256; empty: there are none."""
-    odd = [name for name in sorted({*expected, *actual}) if expected.get(name) != actual.get(name)]
-    words = [
+    names = [name for name in sorted({*expected, *actual}) if expected.get(name) != actual.get(name)]
+    texts = [
         f"{name} " + ("was added" if name not in expected else "is missing" if name not in actual else "was altered")
-        for name in odd
+        for name in names
     ]
-    return ", ".join(words[:MOST_NAMED]) + (f" and {len(odd) - MOST_NAMED} more" if odd[MOST_NAMED:] else "")
+    return ", ".join(texts[:MOST_NAMED]) + (f" and {len(names) - MOST_NAMED} more" if names[MOST_NAMED:] else "")
 
 
 def _verify_chain(chain: Sequence[x509.Certificate], roots: bytes) -> None:
@@ -245,11 +245,11 @@ def _verify_chain(chain: Sequence[x509.Certificate], roots: bytes) -> None:
     from OpenSSL.crypto import X509, X509Store, X509StoreContext
 
     store = X509Store()
-    for each in x509.load_pem_x509_certificates(roots):
-        store.add_cert(X509.from_cryptography(each))
+    for root in x509.load_pem_x509_certificates(roots):
+        store.add_cert(X509.from_cryptography(root))
     store.set_time(datetime.now(UTC))
-    first, *others = map(X509.from_cryptography, chain)
-    X509StoreContext(store, first, others).verify_certificate()
+    certificate, *intermediates = map(X509.from_cryptography, chain)
+    X509StoreContext(store, certificate, intermediates).verify_certificate()
 
 
 def describe(certificate: x509.Certificate) -> str:
@@ -258,7 +258,7 @@ def describe(certificate: x509.Certificate) -> str:
     return f"{certificate.subject.rfc4514_string()} (certificate {digest[:16]})"
 
 
-def _hashing() -> Any:
+def _make_hashing_config() -> Any:
     """SHA-256 of every file, those of git included, which the library would leave out."""
     from model_signing.hashing import Config
 
@@ -272,26 +272,26 @@ def _pem(value: str, variable: str | None = None) -> tuple[bytes, str]:
     """
     value = value.strip()
     is_text = TEXT.search(value) is not None
-    where = f"the value of {variable or 'an option'}" if variable or is_text else value
+    name = f"the value of {variable or 'an option'}" if variable or is_text else value
     if is_text:
-        return value.encode(), where
+        return value.encode(), name
     try:
-        return Path(value).expanduser().read_bytes(), where
+        return Path(value).expanduser().read_bytes(), name
     # A path may also hold null bytes, or the home of a user that is none. Errors of the system repeat the path.
     except (OSError, ValueError, RuntimeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is no path"
-        raise UserError(f"{where} cannot be read ({reason}): give the path of a PEM file") from None
+        raise UserError(f"{name} cannot be read ({reason}): give the path of a PEM file") from None
 
 
-def _signing_chain(pem: bytes, where: str, private: EllipticCurvePrivateKey) -> tuple[x509.Certificate, ...]:
+def _signing_chain(pem: bytes, name: str, private: EllipticCurvePrivateKey) -> tuple[x509.Certificate, ...]:
     try:
         chain = x509.load_pem_x509_certificates(pem)
     except ValueError as error:
-        raise UserError(f"{where} holds no certificates in PEM: give the signing certificate first") from error
+        raise UserError(f"{name} holds no certificates in PEM: give the signing certificate first") from error
     if chain[0].public_key() != private.public_key():
-        raise UserError(f"the first certificate of {where} is for another key: put that of the signing key first")
-    if words := not_valid_now(chain[0]):
-        raise UserError(f"{where}: {words}: get a new one")
+        raise UserError(f"the first certificate of {name} is for another key: put that of the signing key first")
+    if problem := not_valid_now(chain[0]):
+        raise UserError(f"{name}: {problem}: get a new one")
     return tuple(chain)
 
 
@@ -300,16 +300,16 @@ def not_valid_now(certificate: x509.Certificate) -> str | None:
     start, end, now = certificate.not_valid_before_utc, certificate.not_valid_after_utc, datetime.now(UTC)
     if start <= now <= end:
         return None
-    words = f"expired on {end:%Y-%m-%d}" if now > end else f"is not valid before {start:%Y-%m-%d}"
-    return f"the certificate of {certificate.subject.rfc4514_string()} {words}"
+    reason = f"expired on {end:%Y-%m-%d}" if now > end else f"is not valid before {start:%Y-%m-%d}"
+    return f"the certificate of {certificate.subject.rfc4514_string()} {reason}"
 
 
-def _read_pem(path: Path | None, load: Callable[[bytes], object], what: str) -> bytes | None:
+def _read_pem(path: Path | None, load: Callable[[bytes], object], kind: str) -> bytes | None:
     if path is None:
         return None
-    pem, where = _pem(str(path))
+    pem, name = _pem(str(path))
     try:
         load(pem)
     except (ValueError, UnsupportedAlgorithm) as error:
-        raise UserError(f"{where} is not {what}") from error
+        raise UserError(f"{name} is not {kind}") from error
     return pem
