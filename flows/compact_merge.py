@@ -43,9 +43,9 @@ def merge(params: Params, others: list[str]) -> MergeResult:
 
     def change(earlier: MergeResult | None) -> MergeResult:
         for name in others:
-            other = params.training.model_copy(update={"dataset": name})
-            repair(params.model_copy(update={"training": other}), "never", to_retrain=False)
-        result = _curated(params, run(params, others))
+            training = params.training.model_copy(update={"dataset": name})
+            repair(params.model_copy(update={"training": training}), "never", to_retrain=False)
+        result = _apply_curation(params, run(params, others))
         if earlier is None:
             return result
         # The version made first was joined with that of the faster process: its images are no duplicates.
@@ -58,16 +58,16 @@ def merge(params: Params, others: list[str]) -> MergeResult:
     return completed_state(result, result.lines()[0])
 
 
-def _curated(params: Params, merged: MergeResult) -> MergeResult:
+def _apply_curation(params: Params, result: MergeResult) -> MergeResult:
     """Apply the rules of curation to the merged data set, if there are any or were."""
     if not (params.curation.drops or read_manifest(params.dataset_folder).dropped):
-        return merged
+        return result
     # Imported late: it takes torch.
     from flows.curate import curate_images
 
-    done = curate_images.with_options(task_runner=task_runner(params.ingest))(params)
-    counted = {name: getattr(done, name) for name in ("digest", "content_digest", "kept", "dropped")}
-    return merged.model_copy(update=counted | {"changed": merged.changed or done.changed})
+    curation = curate_images.with_options(task_runner=task_runner(params.ingest))(params)
+    counters = {name: getattr(curation, name) for name in ("digest", "content_digest", "kept", "dropped")}
+    return result.model_copy(update=counters | {"changed": result.changed or curation.changed})
 
 
 @flow(name="compact parts", flow_run_name="compact-parts-{params.training.dataset}")

@@ -30,8 +30,8 @@ def distill(params: Params) -> PromotionResult:
 @retryable_task
 def find_teacher(params: Params) -> tuple[str, ModelHeader]:
     """Resolve the teacher to models:/NAME/NUMBER; for a student it is its own teacher, so that commands can repeat."""
-    client, named = MlflowClient(), params.distillation.teacher
-    version = model_versions.resolve(client, params.champion if named == "champion" else named)
+    client, name = MlflowClient(), params.distillation.teacher
+    version = model_versions.resolve(client, params.champion if name == "champion" else name)
     header = read_model_header(model_versions.cached_weights(version))
     if header.student_steps is not None and (teacher := version.tags.get(START)):
         version = model_versions.resolve(client, teacher)

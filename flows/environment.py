@@ -75,9 +75,9 @@ def settings() -> Settings:
     try:
         return Settings()
     except ValidationError as error:
-        first = error.errors()[0]
-        name = f"DARKROOM_{first['loc'][0]}".upper()
-        raise UserError(f"the variable {name} is {first['input']!r}: {first['msg']}") from error
+        detail = error.errors()[0]
+        name = f"DARKROOM_{detail['loc'][0]}".upper()
+        raise UserError(f"the variable {name} is {detail['input']!r}: {detail['msg']}") from error
 
 
 def data_source() -> str:
@@ -99,17 +99,17 @@ def staging() -> tuple[str, dict[str, str]]:
     HOME is the folder of a running local stack; otherwise MLFLOW_TRACKING_URI and BUCKET, that of its ledgers, are
     needed, and MLFLOW_* and AWS_* hold the keys to them. Raises UserError that names what is missing.
     """
-    given = {name.removeprefix(PREFIX): value for name, value in os.environ.items() if name.startswith(PREFIX)}
-    if (home := given.pop("HOME", None)) is None and not given.keys() >= {"MLFLOW_TRACKING_URI", "BUCKET"}:
+    fields = {name.removeprefix(PREFIX): value for name, value in os.environ.items() if name.startswith(PREFIX)}
+    if (home := fields.pop("HOME", None)) is None and not fields.keys() >= {"MLFLOW_TRACKING_URI", "BUCKET"}:
         raise UserError(
             f"no staging servers: set {PREFIX}MLFLOW_TRACKING_URI and {PREFIX}BUCKET, with {PREFIX}AWS_* and "
             f"{PREFIX}MLFLOW_* for the keys to them, or {PREFIX}HOME to the folder of a local stack"
         )
-    if home is not None and given:
-        names = ", ".join(f"{PREFIX}{name}" for name in given)
+    if home is not None and fields:
+        names = ", ".join(f"{PREFIX}{name}" for name in fields)
         raise UserError(f"no staging servers: {PREFIX}HOME names a local stack: unset {names}")
     variables = {name: value for name, value in os.environ.items() if not name.startswith(SERVER_PREFIXES)}
-    variables |= {name: value for name, value in given.items() if name.startswith(("AWS_", "MLFLOW_"))}
+    variables |= {name: value for name, value in fields.items() if name.startswith(("AWS_", "MLFLOW_"))}
     if home is not None:
         return home, variables | {"DARKROOM_HOME": home}
-    return re.sub(r"//[^/]*@", "//", given["MLFLOW_TRACKING_URI"]), variables | {"DARKROOM_BUCKET": given["BUCKET"]}
+    return re.sub(r"//[^/]*@", "//", fields["MLFLOW_TRACKING_URI"]), variables | {"DARKROOM_BUCKET": fields["BUCKET"]}

@@ -81,19 +81,19 @@ def report(params: Params, evaluation: Evaluation, folder: Path, version: Versio
     for path in (folder / "report.html", folder / "evaluation.json", *sorted(folder.glob("grids/*.png"))):
         tracker.log_file(path, "evaluation" if path.parent == folder else "evaluation/grids")
     pages = [run_page(tracker.client, tracker.run_id, artifact) for artifact in ("evaluation/report.html", None)]
-    tried = {f"KID, guidance {each.sampling.guidance_text}": each.kid for each in evaluation.guidance}
-    rows = [{"metric": name, "value": plain(value)} for name, value in (evaluation.metrics() | tried).items()]
-    said = " ".join(escape_markdown(line) for line in findings(evaluation))
-    about = f"{said}\n\n[Report]({pages[0]}) · [MLflow run]({pages[1]})"
-    create_table_artifact(rows, key=artifact_key("evaluation", params.training.dataset), description=about)
+    guidance_scores = {f"KID, guidance {entry.sampling.guidance_text}": entry.kid for entry in evaluation.guidance}
+    rows = [{"metric": name, "value": plain(value)} for name, value in (evaluation.metrics() | guidance_scores).items()]
+    text = " ".join(escape_markdown(line) for line in findings(evaluation))
+    description = f"{text}\n\n[Report]({pages[0]}) · [MLflow run]({pages[1]})"
+    create_table_artifact(rows, key=artifact_key("evaluation", params.training.dataset), description=description)
 
 
 def tracker_of(params: Params) -> RunTracker:
     """Tracker of the MLflow run of the training in ``params.run_folder``; raises UserError if there is none."""
-    if (newest := next(Checkpoints(params.run_folder / "checkpoints").newest_whole(), None)) is None:
+    if (checkpoint := next(Checkpoints(params.run_folder / "checkpoints").newest_whole(), None)) is None:
         raise UserError(f"no checkpoint in {params.run_folder}: run `darkroom train` first")
     client = MlflowClient()
-    if (run := find_run(client, params.model_name, TRAIN_KEY, newest[1]["train_key"])) is None:
+    if (run := find_run(client, params.model_name, TRAIN_KEY, checkpoint[1]["train_key"])) is None:
         raise UserError(
             f"the run in {params.run_folder} is not in MLflow's experiment {params.model_name}: "
             "run `darkroom train` with the same configuration to record it"

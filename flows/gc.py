@@ -27,10 +27,10 @@ class GcResult(Config):
 @flow(name="gc", flow_run_name="gc")
 def gc(params: Params) -> GcResult:
     """Delete what ``params.retention`` does not keep in the bucket, in MLflow and on this machine."""
-    done = retryable_task(collect)(params.retention, datetime.now(UTC))
-    rows = [item.model_dump(mode="json") for item in done.items if item.action != "keep"]
-    create_table_artifact(rows, key="gc", description=f"{len(done.items) - len(rows)} kept")
-    return done
+    result = retryable_task(collect)(params.retention, datetime.now(UTC))
+    rows = [item.model_dump(mode="json") for item in result.items if item.action != "keep"]
+    create_table_artifact(rows, key="gc", description=f"{len(result.items) - len(rows)} kept")
+    return result
 
 
 def collect(policy: RetentionConfig, now: datetime, dry_run: bool = False) -> GcResult:

@@ -56,18 +56,18 @@ def ingest(
         if earlier is None:
             return make(params, requeue, rebuild)
         # Add the new images to the version of the faster process, without reading them again.
-        again = make(params, requeue=False, rebuild="never")
-        counted = {"source", "listed", "read", "added", "removed", "relabelled", "passed_over", "captions"}
-        counters = {name: getattr(earlier, name) for name in counted}
-        return again.model_copy(update=counters | {"changed": earlier.changed or again.changed})
+        rerun = make(params, requeue=False, rebuild="never")
+        fields = {"source", "listed", "read", "added", "removed", "relabelled", "passed_over", "captions"}
+        counters = {name: getattr(earlier, name) for name in fields}
+        return rerun.model_copy(update=counters | {"changed": earlier.changed or rerun.changed})
 
     result, version = publish_change(params, change, rebuild, to_retrain)
     report = describe(params, version)
     announce(params, to_retrain)
-    words = f"{result.added:,} new" if result.changed else "nothing new"
+    summary = f"{result.added:,} new" if result.changed else "nothing new"
     return completed_state(
         IngestOutcome(result=result, version=version, report=report),
-        f"{params.training.dataset}: {counted(result.kept, 'image')}, {words}; version {result.digest[:12]}",
+        f"{params.training.dataset}: {counted(result.kept, 'image')}, {summary}; version {result.digest[:12]}",
     )
 
 
@@ -122,8 +122,8 @@ def make_dataset(params: Params, requeue: bool, rebuild: Rebuild) -> IngestResul
 def describe(params: Params, version: DataVersion) -> Path:
     """Write and publish the report page of this version, with a summary on the flow run; returns its path."""
     page, summary = dataset_page(params)
-    recorded = Catalog.of(params.training.dataset, data_source())
-    place = recorded.publish_page(read_manifest(params.dataset_folder).digest, page.read_bytes())
+    catalog = Catalog.of(params.training.dataset, data_source())
+    place = catalog.publish_page(read_manifest(params.dataset_folder).digest, page.read_bytes())
     text = f"{summary.markdown()}\nDVC `{version.digest}`, page `{place}`"
     create_markdown_artifact(text, key=artifact_key("dataset", params.training.dataset), description=summary.verdict)
     return page

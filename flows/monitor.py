@@ -102,35 +102,37 @@ def evaluate_champion(params: Params) -> MonitorResult:
     before = entry.evidence.figures if entry and entry.evidence else {}
     conditions = [params.evaluation.model_dump(mode="json"), params.sampling.model_dump(mode="json")]
     key = digest_of([content, version.weights_sha256, *conditions])
-    about = {"model": version.uri, "content_digest": content, "key": key, "before": before}
+    fields = {"model": version.uri, "content_digest": content, "key": key, "before": before}
     if version.tags.get(MONITORED) == key:
         summary = f"nothing to do: {version.uri} was compared with these images of {params.training.dataset} before"
-        return MonitorResult(**about, figures={}, summary=summary, skipped=True)
+        return MonitorResult(**fields, figures={}, summary=summary, skipped=True)
 
     weights = model_versions.cached_weights(version)
     data, folder = params.dataset_folder, params.report_folder
-    evaluated, extractor = evaluate_model(weights, data, params.evaluation, params.sampling, folder, reporter())
-    figures = {name: value for name, value in evaluated.metrics().items() if math.isfinite(value)}
-    trained = training_version(client, version)
-    line = [each.digest for each in versions(data)]
-    newer = line.index(trained.digest) if trained is not None and trained.digest in line else len(line)
-    level = level_of_test(newer, params.monitor.false_alarms / 2)
+    evaluation, extractor = evaluate_model(weights, data, params.evaluation, params.sampling, folder, reporter())
+    figures = {name: value for name, value in evaluation.metrics().items() if math.isfinite(value)}
+    training_data = training_version(client, version)
+    line = [ancestor.digest for ancestor in versions(data)]
+    position = (
+        line.index(training_data.digest) if training_data is not None and training_data.digest in line else len(line)
+    )
+    level = level_of_test(position, params.monitor.false_alarms / 2)
     quality, is_worse = compare_kid(extractor, figures, before, level)
-    drift = None if trained is None else compare_data(params, version, trained, level)
-    words, differs = describe_data(drift, level)
-    logged = {f"monitor/{name}": value for name, value in figures.items()}
+    drift = None if training_data is None else compare_data(params, version, training_data, level)
+    description, differs = describe_data(drift, level)
+    metrics = {f"monitor/{name}": value for name, value in figures.items()}
     if drift is not None:
-        logged |= {"monitor/data_kid": drift.kid, "monitor/data_p_value": drift.p_value}
-    RunTracker(client, version.run_id).log_metrics(logged, int(time.time()))
-    now, then = ({name: f"{value:.4g}" for name, value in each.items()} for each in (figures, before))
+        metrics |= {"monitor/data_kid": drift.kid, "monitor/data_p_value": drift.p_value}
+    RunTracker(client, version.run_id).log_metrics(metrics, int(time.time()))
+    now, then = ({name: f"{value:.4g}" for name, value in scores.items()} for scores in (figures, before))
     rows = [{"metric": name, "now": now[name], "at promotion": then.get(name, "")} for name in sorted(now)]
-    summary = f"{version.uri}: {quality}; {words}"
+    summary = f"{version.uri}: {quality}; {description}"
     create_table_artifact(rows, key=artifact_key("monitor", params.training.dataset), description=summary)
     return MonitorResult(
-        **about,
+        **fields,
         figures=figures,
         data=drift and drift.model_dump(),
-        causes=tuple(cause for cause, found in zip(get_args(Cause), (is_worse, differs), strict=True) if found),
+        causes=tuple(cause for cause, is_cause in zip(get_args(Cause), (is_worse, differs), strict=True) if is_cause),
         summary=summary,
         skipped=False,
     )
@@ -143,22 +145,22 @@ def training_version(client: "MlflowClient", version: "Version") -> "Manifest | 
     from diffusion.data.manifest import parse_manifest
     from flows.tracking.runs import MANIFEST_ARTIFACT
 
-    where = f"runs:/{version.run_id}/{MANIFEST_ARTIFACT}"
+    uri = f"runs:/{version.run_id}/{MANIFEST_ARTIFACT}"
     if MANIFEST_ARTIFACT not in {item.path for item in client.list_artifacts(version.run_id, "dataset")}:
         return None
-    return parse_manifest(mlflow.artifacts.load_text(where).encode(), where)
+    return parse_manifest(mlflow.artifacts.load_text(uri).encode(), uri)
 
 
-def compare_data(params: Params, version: "Version", trained: "Manifest", level: float) -> "DataDrift | None":
-    """Compare the images that ``trained`` lacks with its own; None if there are too few."""
+def compare_data(params: Params, version: "Version", training_data: "Manifest", level: float) -> "DataDrift | None":
+    """Compare the images that ``training_data`` lacks with its own; None if there are too few."""
     from diffusion.data.dataset import Dataset
     from diffusion.evaluation.drift import compare_with_training
 
     folder = params.dataset_folder
     with TemporaryDirectory() as scratch, closing(Dataset.open(folder, cache_bytes=0)) as dataset:
-        stored = StoredFiles(trained.name, data_source(), version.tags.get("darkroom.dvc_digest"))
-        elsewhere = stored.remote_lookup([trained], Path(scratch))
-        return compare_with_training(dataset, trained, params.evaluation, level, elsewhere, reporter())
+        files = StoredFiles(training_data.name, data_source(), version.tags.get("darkroom.dvc_digest"))
+        lookup = files.remote_lookup([training_data], Path(scratch))
+        return compare_with_training(dataset, training_data, params.evaluation, level, lookup, reporter())
 
 
 def compare_kid(
@@ -171,13 +173,13 @@ def compare_kid(
     kid, se = f"kid_{extractor}", f"kid_se_{extractor}"
     if kid not in now or se not in now:
         return f"there is no {kid} of this kind of model", False
-    words = f"{kid} {now[kid]:.4g} ± {now[se]:.2g}"
+    text = f"{kid} {now[kid]:.4g} ± {now[se]:.2g}"
     if kid not in before or se not in before:
-        return f"{words}; it was not evaluated with it before", False
+        return f"{text}; it was not evaluated with it before", False
     errors = max(SURELY, NormalDist().inv_cdf(1 - level) if level < 1 else 0)
     is_worse = now[kid] - before[kid] > errors * math.hypot(now[se], before[se])
     verdict = "significantly worse" if is_worse else "not significantly worse"
-    return f"{words}, {before[kid]:.4g} ± {before[se]:.2g} at promotion: {verdict}", is_worse
+    return f"{text}, {before[kid]:.4g} ± {before[se]:.2g} at promotion: {verdict}", is_worse
 
 
 def describe_data(drift: "DataDrift | None", level: float) -> tuple[str, bool]:

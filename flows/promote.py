@@ -130,10 +130,10 @@ def register(params: Params, evaluation: Evaluation) -> Version:
     digests = ("darkroom.content_digest", "darkroom.dvc_digest", "darkroom.dataset")
     commit, is_dirty = (run.data.tags.get(name) for name in ("mlflow.source.git.commit", "darkroom.git_dirty"))
     # Few: they head the version's page in MLflow. ``record`` logs all else as an artifact.
-    based = model_versions.base_tags(tracker.client, weights, run.data.tags.get(START))
+    base_tags = model_versions.base_tags(tracker.client, weights, run.data.tags.get(START))
     # Training may have begun with a file, of a version.
-    tracker.tag({START: based.get(START)})
-    tags = {name: run.data.tags.get(name) for name in (*digests, TAKEDOWN, AUTOENCODER, DRIFT)} | based
+    tracker.tag({START: base_tags.get(START)})
+    tags = {name: run.data.tags.get(name) for name in (*digests, TAKEDOWN, AUTOENCODER, DRIFT)} | base_tags
     tags |= {
         "darkroom.git_commit": f"{commit}{UNCOMMITTED}" if commit and is_dirty == "True" else commit,
         "darkroom.guidance": evaluation.sampling.guidance_text if evaluation.sampling.is_guided else None,
@@ -156,9 +156,9 @@ def _is_current(params: Params, evaluation: Evaluation) -> bool:
 @retryable_task
 def require_promotable(version: Version) -> Version:
     """Reload ``version`` from MLflow; raises UserError if some of its training images were taken down."""
-    if words := takedowns(found := with_takedowns(version)):
-        raise UserError(words)
-    return found
+    if message := takedowns(version := with_takedowns(version)):
+        raise UserError(message)
+    return version
 
 
 @retryable_task
@@ -201,10 +201,10 @@ def apply_gate(params: Params, evaluation: Evaluation, version: Version) -> Gate
 def last_comparison(params: Params, version: Version) -> ChampionComparison | None:
     """Comparison in the report folder; None if there is none or ``version`` was not its candidate."""
     try:
-        found = ChampionComparison.model_validate_json((params.report_folder / COMPARISON).read_bytes())
+        comparison = ChampionComparison.model_validate_json((params.report_folder / COMPARISON).read_bytes())
     except (FileNotFoundError, ValidationError):  # written by another version of Darkroom
         return None
-    return found if found.candidate.sha256 == version.weights_sha256 else None
+    return comparison if comparison.candidate.sha256 == version.weights_sha256 else None
 
 
 def request_approval(version: Version, result: GateResult) -> Approval | None:
@@ -233,24 +233,24 @@ def record(
     entry = commit(client, version, result, approval).about(version.number)
     assert entry is not None, "the champion has an entry in the ledger"
     weights, data = model_versions.cached_weights(version), read_manifest(params.dataset_folder)
-    about = {
+    summary = {
         "version": version.uri,
         "eval_key": evaluation.eval_key,
         "metrics": evaluation.metrics(),
         "gate": entry.evidence and entry.evidence.reason,
         "train_key": read_header(weights).get("train_key"),
     }
-    client.log_dict(version.run_id, about, version_artifact(version.weights_sha256))
+    client.log_dict(version.run_id, summary, version_artifact(version.weights_sha256))
     if version.tags.get(EVAL_KEY) != evaluation.eval_key:
         client.set_model_version_tag(version.model, str(version.number), EVAL_KEY, evaluation.eval_key)
     model_card.write(client, read_model_header(weights), evaluation, data, version, entry, result.comparison)
     champion = project(client, Ledger.of(version.model)).standing.champion
-    if promoted := champion == version.number:
+    if is_champion := champion == version.number:
         warn_of_takedown(with_takedowns(version))
     verdict = PromotionResult(
         version=version,
-        promoted=promoted,
-        verdict="promote" if promoted else "reject" if entry.what == "reject" else "hold",
+        promoted=is_champion,
+        verdict="promote" if is_champion else "reject" if entry.what == "reject" else "hold",
         reason="it is the champion already" if result.evidence is None else entry.why,
         champion=champion,
         entry=entry.number,
@@ -260,9 +260,9 @@ def record(
         "MLflow run": run_page(client, version.run_id),
         "Comparison": run_page(client, version.run_id, f"evaluation/{PAGE}"),
     }
-    listed = " · ".join(f"[{name}]({page})" for name, page in links.items())
+    link_text = " · ".join(f"[{name}]({page})" for name, page in links.items())
     create_markdown_artifact(
-        f"**{version.uri}** is {verdict.title}: {escape_markdown(verdict.reason)}\n\n{listed}",
+        f"**{version.uri}** is {verdict.title}: {escape_markdown(verdict.reason)}\n\n{link_text}",
         key=artifact_key("verdict", version.model),
         description=f"{version.uri} is {verdict.title}",
     )
@@ -292,8 +292,8 @@ def next_entry(history: History, version: Version, result: GateResult, approval:
             "run `darkroom promote` again to compare it with the current one"
         )
     assert evidence is not None, "a version that is champion already needs no entry"
-    what = "hold" if approval is not None and not approval.approved else evidence.verdict
+    event = "hold" if approval is not None and not approval.approved else evidence.verdict
     weights, drift = version.weights_sha256, version.tags.get(DRIFT)
-    entry = history.next_entry(what, version.number, weights, evidence=evidence, approval=approval, drift=drift)
-    last = history.about(version.number)
-    return None if last is not None and last.says_the_same(entry) else entry
+    entry = history.next_entry(event, version.number, weights, evidence=evidence, approval=approval, drift=drift)
+    last_entry = history.about(version.number)
+    return None if last_entry is not None and last_entry.says_the_same(entry) else entry

@@ -123,14 +123,14 @@ class Request:
         """Seconds of the phases after training, as in the newest retraining of the model; empty if there is none."""
         bucket, store = settings().bucket, Store()
         notes = store.list_objects(bucket, f"retrained/{self.model}/")
-        if (newest := max(notes, key=lambda each: each.written, default=None)) is None:
+        if (note := max(notes, key=lambda entry: entry.written, default=None)) is None:
             return {}
         try:
-            seconds = Note.model_validate_json(store.get(bucket, newest.key, most=2**24)).seconds
+            seconds = Note.model_validate_json(store.get(bucket, note.key, most=2**24)).seconds
         except (Missing, ValidationError, UserError):
             return {}
         # That of the training is measured as it goes.
-        return {name: each for name, each in seconds.items() if name not in ("ingest", "train")}
+        return {name: duration for name, duration in seconds.items() if name not in ("ingest", "train")}
 
     def note(self, result: Config) -> None:
         """Write the note that the request is done."""
@@ -167,19 +167,20 @@ def retrain(
     drift = None if alarm is None else answer_alarm(params, alarm)
     with concurrency_slot(f"retrain-{params.training.dataset}"):
         with phase("ingest", seconds):
-            checked_out = sync(params, version) if version else None
-            data = checked_out or ingest(params, to_retrain=True)
+            checkout = sync(params, version) if version else None
+            data = checkout or ingest(params, to_retrain=True)
 
         manifest = read_manifest(params.dataset_folder)
         request = Request.of(params, manifest, count, seed, to, conditions)
-        if (before := request.done()) is not None:
-            made = before["verdict"]["version"]
-            why = (
+        if (fields := request.done()) is not None:
+            verdict_fields = fields["verdict"]
+            model_version = verdict_fields["version"]
+            reason = (
                 f"version {manifest.digest[:12]} of {manifest.name} was trained on with this configuration before, "
-                f"which ended in models:/{made['model']}/{made['number']}: {before['verdict']['reason']}"
+                f"which ended in models:/{model_version['model']}/{model_version['number']}: {verdict_fields['reason']}"
             )
-            done = RetrainResult.model_validate(before | {"data": data, "skipped": why, "drift": drift})
-            return completed_state(done, f"nothing to do: {why}", name="Skipped")
+            result = RetrainResult.model_validate(fields | {"data": data, "skipped": reason, "drift": drift})
+            return completed_state(result, f"nothing to do: {reason}", name="Skipped")
 
         # Imported late: torch and MLflow take seconds, which a skipped retraining saves.
         from mlflow.client import MlflowClient
@@ -216,15 +217,15 @@ def retrain(
             has_samples = verdict.champion is not None and samples_from_noise(params.champion)
             samples = sample(params, params.champion, count, seed, to, conditions) if has_samples else None
         with phase("explain", seconds, expected):
-            explained = explain(params, verdict.version.uri, params.report_folder / "explain")
+            explanation = explain(params, verdict.version.uri, params.report_folder / "explain")
 
-        done = RetrainResult(
+        result = RetrainResult(
             data=data,
             run_id=training.run_id,
             report=params.report_folder / "report.html",
             verdict=verdict.model_dump(mode="json"),
             samples=samples and samples.model_dump(mode="json"),
-            explained=explained.model_dump(mode="json"),
+            explained=explanation.model_dump(mode="json"),
             seconds=seconds,
             quality=describe_kid(evaluation),
             advice=advise_longer(evaluation),
@@ -232,9 +233,9 @@ def retrain(
             prefect_page=flow_run.ui_url or "",
             drift=drift,
         )
-        request.note(done)
-    because = f"; trained for drift {drift}" if drift else ""
-    return completed_state(done, f"{verdict.version.uri} is {verdict.title}: {verdict.reason}{because}")
+        request.note(result)
+    suffix = f"; trained for drift {drift}" if drift else ""
+    return completed_state(result, f"{verdict.version.uri} is {verdict.title}: {verdict.reason}{suffix}")
 
 
 def answer_alarm(params: Params, number: int) -> str:
@@ -244,8 +245,8 @@ def answer_alarm(params: Params, number: int) -> str:
     """
     alarms = Alarms.of(params.model_name)
     alarm, ours = alarms.read(number), str(flow_run.id)
-    if (first := alarms.answer(alarm, ours)) != ours:
-        raise ConflictError(f"{alarm} is answered by flow run {first}: run `darkroom retrain` to retrain all the same")
+    if (run_id := alarms.answer(alarm, ours)) != ours:
+        raise ConflictError(f"{alarm} is answered by flow run {run_id}: run `darkroom retrain` to retrain all the same")
     logger.warning("retraining for drift %s", alarm)
     key = artifact_key("drift", params.model_name)
     create_markdown_artifact(f"**Drift {escape_markdown(str(alarm))}**", key=key, description=str(alarm))

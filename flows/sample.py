@@ -91,8 +91,8 @@ def sample(
             if not generate_batch.is_deleted(Store(), place):
                 raise
             continue
-        if (done := finish(batch, place, cost)) is not None:
-            return done
+        if (result := finish(batch, place, cost)) is not None:
+            return result
         logger.warning("images of %s were deleted meanwhile and are generated again", place)
     raise DarkroomError(
         f"images of {place} were deleted {ATTEMPTS} times while they were generated: make sure that only `darkroom gc` "
@@ -169,22 +169,26 @@ def begin(
 def generate_chunks(params: Params, batch: SamplingBatch, place: Location, version: Version) -> GenerationCost:
     """Generate the missing chunks; each is a separate task, and few are submitted ahead."""
     config = params.sampling_batch
-    started, missing, chunks = time.monotonic(), generate_batch.unfinished(Store(), batch, place), batch.chunks()
+    start_time, missing_chunks, chunks = (
+        time.monotonic(),
+        generate_batch.unfinished(Store(), batch, place),
+        batch.chunks(),
+    )
     show, works = bar(artifact_key("sampling", batch.model)), list[Work]()
-    done = batch.count - sum(len(chunks[chunk]) for chunk in missing)
-    show("images generated", done, batch.count)
+    image_count = batch.count - sum(len(chunks[chunk]) for chunk in missing_chunks)
+    show("images generated", image_count, batch.count)
     futures = (
         generate_chunk.with_options(task_run_name=f"generate chunk {chunk}").submit(
             batch, place, version, chunk, config
         )
-        for chunk in missing
+        for chunk in missing_chunks
     )
     with ray_resources(config, gpu=resolve_device(batch.sampling.device).type == "cuda"):
-        for chunk, work in zip(missing, in_order(futures, 2 * config.workers), strict=True):
+        for chunk, work in zip(missing_chunks, in_order(futures, 2 * config.workers), strict=True):
             works.append(work)
-            done += len(chunks[chunk])
-            show("images generated", done, batch.count)
-    return generate_batch.cost_of(works, time.monotonic() - started)
+            image_count += len(chunks[chunk])
+            show("images generated", image_count, batch.count)
+    return generate_batch.cost_of(works, time.monotonic() - start_time)
 
 
 @retryable_task
@@ -205,14 +209,14 @@ def finish(batch: SamplingBatch, place: Location, cost: GenerationCost) -> Sampl
     store = Store()
     if not generate_batch.finish(store, batch, place):
         return None
-    shown = min(64, batch.count)
-    chunks = range(-(-shown // batch.chunk_size))
-    rows = [row for chunk in chunks for row in read_rows(store, place, batch, chunk)][:shown]
+    sheet_count = min(64, batch.count)
+    chunks = range(-(-sheet_count // batch.chunk_size))
+    rows = [row for chunk in chunks for row in read_rows(store, place, batch, chunk)][:sheet_count]
     pngs = (io.BytesIO(read_image(store, place, batch, row["index"], row)) for row in rows)
     images = [np.atleast_3d(np.array(Image.open(png, formats=("PNG",)))) for png in pngs]
     sheet = Path("samples", batch.model, str(batch.version), f"{batch.name}.png")
     save_png(sheet, grid([torch.from_numpy(image).permute(2, 0, 1) for image in images]))
-    done = SamplingBatchResult(
+    result = SamplingBatchResult(
         uri=f"{place}/",
         model=f"models:/{batch.model}/{batch.version}",
         count=batch.count,
@@ -221,19 +225,18 @@ def finish(batch: SamplingBatch, place: Location, cost: GenerationCost) -> Sampl
         contact_sheet=sheet,
         took=cost,
     )
-    text = (
-        f"{counted(batch.count, 'image')} of {done.model} in `{done.uri}`, manifest `{done.manifest}`\n\n{cost.words}"
-    )
-    create_markdown_artifact(text, key=artifact_key("samples", batch.model), description=f"images of {done.model}")
-    return done
+    images_text = f"{counted(batch.count, 'image')} of {result.model} in `{result.uri}`"
+    text = f"{images_text}, manifest `{result.manifest}`\n\n{cost.words}"
+    create_markdown_artifact(text, key=artifact_key("samples", batch.model), description=f"images of {result.model}")
+    return result
 
 
 @retryable_task
 def plot(params: Params, version: Version, weights: Path, output: Path, seed: int) -> Explanation:
     """Write the plots for a held-out image to ``output`` and log them to the version's MLflow run."""
     dataset = Dataset.open(params.dataset_folder)
-    held_out = dataset.rows("held_out")
-    rows = held_out if len(held_out) else dataset.rows("train")
+    held_out_rows = dataset.rows("held_out")
+    rows = held_out_rows if len(held_out_rows) else dataset.rows("train")
     files = explain_model(load_model(weights), dataset.images([rows[seed % len(rows)]])[0], output, seed)
     for file in files:
         RunTracker(MlflowClient(), version.run_id).log_file(file, "explain")

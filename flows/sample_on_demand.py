@@ -47,5 +47,5 @@ def sample_on_demand(
 
     sizes = () if size is None else (parse_size(size),)
     conditions = Conditions(labels=labels, prompts=prompts, negative_prompt=negative_prompt, sizes=sizes)
-    done = sample(Params(sampling=sampling, sampling_batch=sampling_batch), model, count, seed, to, conditions)
-    return completed_state(done, f"{counted(done.count, 'image')} of {done.model} in {done.uri}")
+    result = sample(Params(sampling=sampling, sampling_batch=sampling_batch), model, count, seed, to, conditions)
+    return completed_state(result, f"{counted(result.count, 'image')} of {result.model} in {result.uri}")

@@ -68,8 +68,8 @@ def sweep(params: Params, over: dict[str, list[JsonValue]]) -> RankingResult:
 def begin(params: Params, over: dict[str, list[JsonValue]]) -> str:
     """Find or create the parent run of the sweep, identified by its settings and data; returns its ID."""
     client, experiment = MlflowClient(), params.model_name
-    same = {name: getattr(params, name).model_dump(mode="json") for name in SECTIONS}
-    key = digest_of([same, over, read_manifest(params.dataset_folder).content_digest])
+    sections = {name: getattr(params, name).model_dump(mode="json") for name in SECTIONS}
+    key = digest_of([sections, over, read_manifest(params.dataset_folder).content_digest])
     run = one_run(client, experiment, SWEEP, key, f"sweep-{key[:8]}")
     for name, values in over.items():
         client.log_param(run.info.run_id, name, ", ".join(map(str, values)))
@@ -82,19 +82,21 @@ def rank(
     params: Params, parent: str, points: list[Combination], runs: list[str], evaluations: list[Evaluation]
 ) -> RankingResult:
     """Rank all combinations; write the report and log it to the sweep's run."""
-    ranking = rank_evaluations(evaluations, [each.settings for each in points], runs)
+    ranking = rank_evaluations(evaluations, [point.settings for point in points], runs)
     places = dict(zip(runs, zip(points, evaluations, strict=True), strict=True))
-    ordered = [(each.name, *places[each.run_id]) for each in ranking.models if each.run_id is not None]
+    rows = [(model.name, *places[model.run_id]) for model in ranking.models if model.run_id is not None]
     page = params.report_folder / "sweeps" / f"{parent}.html"
-    grids = {name: (point.folder / "grids" / grid_name(each.best)).read_bytes() for name, point, each in ordered}
-    losses = [point.params.run_folder / "losses.csv" for _, point, _ in ordered]
-    charts = training_charts(list(grids), [each for *_, each in ordered], losses)
+    grids = {
+        name: (point.folder / "grids" / grid_name(evaluation.best)).read_bytes() for name, point, evaluation in rows
+    }
+    losses = [point.params.run_folder / "losses.csv" for _, point, _ in rows]
+    charts = training_charts(list(grids), [evaluation for *_, evaluation in rows], losses)
     write_ranking_report(page, ranking, grids, (points[0].folder / "grids" / REAL_GRID).read_bytes(), charts)
     tracker = RunTracker(MlflowClient(), parent)
     tracker.client.log_text(parent, page.read_text(), "sweep.html")
     tracker.finish()
-    values = [f"{each.value:.4g} ± {each.error:.2g}" for each in ranking.models]
-    settings = [words_of(each.settings) for each in ranking.models]
+    values = [f"{model.value:.4g} ± {model.error:.2g}" for model in ranking.models]
+    settings = [words_of(model.settings) for model in ranking.models]
     create_table_artifact(
         {"settings": settings, ranking.metric: values}, key=artifact_key("sweep", params.training.dataset)
     )
@@ -109,14 +111,14 @@ def compare(params: Params, families: Sequence[str] = tuple(FAMILIES), restart: 
     in the families' folders.
     """
     variants = family_variants(params, families)
-    trained = {name: train(each, "if_different" if restart else "never") for name, each in variants.items()}
-    done = retryable_task(rank_variants)(variants, reporter())
-    log_report([each.run_id for each in trained.values()], done.report)
+    trainings = {name: train(variant, "if_different" if restart else "never") for name, variant in variants.items()}
+    result = retryable_task(rank_variants)(variants, reporter())
+    log_report([training.run_id for training in trainings.values()], result.report)
     create_markdown_artifact(
-        "\n\n".join(findings(done.ranking)), key=artifact_key("comparison", params.training.dataset)
+        "\n\n".join(findings(result.ranking)), key=artifact_key("comparison", params.training.dataset)
     )
-    models = [each.model_copy(update={"run_id": trained[each.name].run_id}) for each in done.ranking.models]
-    return done.model_copy(update={"ranking": done.ranking.model_copy(update={"models": models})})
+    models = [model.model_copy(update={"run_id": trainings[model.name].run_id}) for model in result.ranking.models]
+    return result.model_copy(update={"ranking": result.ranking.model_copy(update={"models": models})})
 
 
 @retryable_task
@@ -131,8 +133,8 @@ def rank_variants(variants: Mapping[str, Params], progress: Progress) -> Ranking
     """Rank the final models by their samples, which are cached, and write the report."""
     params = next(iter(variants.values()))
     folder = Path("reports") / params.training.dataset
-    models = {name: (each.run_folder / "final.safetensors", each.sampling) for name, each in variants.items()}
+    models = {name: (variant.run_folder / "final.safetensors", variant.sampling) for name, variant in variants.items()}
     ranking, images = rank_models(params.dataset_folder, models, params.evaluation, folder, progress)
-    sheets = {name: png_bytes(grid(each, columns=8)) for name, each in images.items()}
+    sheets = {name: png_bytes(grid(samples, columns=8)) for name, samples in images.items()}
     write_ranking_report(folder / PAGE, ranking, sheets, sheets.pop("real"))
     return RankingResult(ranking=ranking, report=folder / PAGE)

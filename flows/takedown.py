@@ -49,7 +49,7 @@ class TakedownResult(Config):
 
     def lines(self) -> list[str]:
         """Describe the takedown, and what derives from the images."""
-        removal, derived, purged = self.removal, self.derived, self.purged
+        removal, derived, purge = self.removal, self.derived, self.purged
         lines = [
             f"{removal.images:,} images taken down from {removal.dataset} (takedown {self.name}"
             + (", done before)" if removal.already else ")"),
@@ -67,13 +67,13 @@ class TakedownResult(Config):
             *(f"unclear    run {run_id}: its version of the data set is not known" for run_id in derived.unclear_runs),
         ]
         for name, keys in self.elsewhere.items():
-            given = " ".join(key[:16] for key in keys[:20]) + (" …" if len(keys) > 20 else "")
+            key_text = " ".join(key[:16] for key in keys[:20]) + (" …" if len(keys) > 20 else "")
             lines.append(
-                f"also in    {name}, {len(keys):,} images: darkroom data remove {given} --dataset {name} --reason …"
+                f"also in    {name}, {len(keys):,} images: darkroom data remove {key_text} --dataset {name} --reason …"
             )
         lines += [f"unclear    data set {name}: not all its tables can be read" for name in self.elsewhere_unclear]
-        if purged:
-            objects, files, artifacts = map(len, (purged.dvc_objects, purged.files, purged.artifacts))
+        if purge:
+            objects, files, artifacts = map(len, (purge.dvc_objects, purge.files, purge.artifacts))
             lines.append(f"purged     {objects:,} DVC objects, {files:,} files, {artifacts:,} artifacts")
         return lines
 
@@ -89,17 +89,17 @@ def takedown(params: Params, selection: Selection, reason: str, purge: bool = Fa
     removal = remove(params, selection, reason)
     version = record(params, removal)
     announce(params, silently=False)
-    versions, affected, derived = mark_derived(params, removal)
-    about = {"name": removal.name, "removal": removal, "version": version, "derived": derived}
-    also, unclear = find_elsewhere(params, removal)
-    about |= {"elsewhere": also, "elsewhere_unclear": unclear}
-    purged = clear(params, versions, affected, derived) if purge else None
-    done = TakedownResult(**about, held=affected.held, unknown=affected.unknown, purged=purged)
-    items = [f"- {escape_markdown(line)}" for line in (f"reason {removal.reason}", *done.lines())]
+    versions, version_holders, derived = mark_derived(params, removal)
+    fields = {"name": removal.name, "removal": removal, "version": version, "derived": derived}
+    copies, unclear_datasets = find_elsewhere(params, removal)
+    fields |= {"elsewhere": copies, "elsewhere_unclear": unclear_datasets}
+    purge_result = clear(params, versions, version_holders, derived) if purge else None
+    result = TakedownResult(**fields, held=version_holders.held, unknown=version_holders.unknown, purged=purge_result)
+    items = [f"- {escape_markdown(line)}" for line in (f"reason {removal.reason}", *result.lines())]
     create_markdown_artifact(
-        "\n".join(items), key=artifact_key("takedown", params.training.dataset), description=f"takedown {done.name}"
+        "\n".join(items), key=artifact_key("takedown", params.training.dataset), description=f"takedown {result.name}"
     )
-    return done
+    return result
 
 
 @retryable_task
@@ -131,18 +131,23 @@ def record(params: Params, removal: Removal) -> DataVersion:
 def mark_derived(params: Params, removal: Removal) -> tuple[dict[str, Manifest], Holders, Derived]:
     """Find all versions of the data set, those that held the images, and what derives from them; mark it in MLflow."""
     folder, source = params.dataset_folder, environment.data_source()
-    recorded = Catalog.of(folder.name, source)
+    catalog = Catalog.of(folder.name, source)
     # Versions that gc removed from the catalog still have files on the remote for a while.
-    versions = recorded.versions(retired=True) | known_versions(folder) | recorded.versions()
+    versions = catalog.versions(retired=True) | known_versions(folder) | catalog.versions()
     with TemporaryDirectory() as scratch:
-        elsewhere = StoredFiles(folder.name, source).remote_lookup(versions.values(), Path(scratch))
-        affected = holders(folder, removal, versions.values(), elsewhere)
-    contents = {versions[digest].content_digest for digest in affected.held}
-    others = {versions[digest].content_digest for digest in versions.keys() - {*affected.held, *affected.unknown}}
+        lookup = StoredFiles(folder.name, source).remote_lookup(versions.values(), Path(scratch))
+        version_holders = holders(folder, removal, versions.values(), lookup)
+    contents = {versions[digest].content_digest for digest in version_holders.held}
+    other_contents = {
+        versions[digest].content_digest
+        for digest in versions.keys() - {*version_holders.held, *version_holders.unknown}
+    }
     # Versions of equal content hold the same images.
-    derived = find_derived(folder.name, contents - others, contents | others, environment.settings().bucket)
+    derived = find_derived(
+        folder.name, contents - other_contents, contents | other_contents, environment.settings().bucket
+    )
     mark([run.run_id for run in derived.runs], [model.uri for model in derived.models], removal)
-    return versions, affected, derived
+    return versions, version_holders, derived
 
 
 @retryable_task
@@ -150,38 +155,40 @@ def find_elsewhere(params: Params, removal: Removal) -> tuple[dict[str, list[str
     """Find the images of ``removal`` in other data sets: their keys by data set, and those that cannot be searched."""
     ours, source = params.dataset_folder, environment.data_source()
     local = {path.parent.name for path in ours.parent.glob("*/manifest.json")}
-    found, unclear = dict[str, list[str]](), list[str]()
+    copies, unclear_datasets = dict[str, list[str]](), list[str]()
     for name in sorted({*local, *Catalog.names(source)} - {ours.name}):
         try:
-            folder, recorded = dataset_folder(name), Catalog.of(name, source)
-            newest = Heads(recorded).newest()
-            versions = [recorded.version(newest)] if newest else []
+            folder, catalog = dataset_folder(name), Catalog.of(name, source)
+            head = Heads(catalog).newest()
+            versions = [catalog.version(head)] if head else []
             versions += [read_manifest(folder)] if name in local else []
             keys, whole = set[str](), True
             with TemporaryDirectory() as scratch:
-                for version in {each.digest: each for each in versions if each}.values():
+                for version in {manifest.digest: manifest for manifest in versions if manifest}.values():
                     lookup = StoredFiles(name, source).remote_lookup([version], Path(scratch))
-                    held, complete = held_keys(folder, removal, version, lookup)
-                    keys, whole = keys | set(held), whole and complete
+                    version_keys, complete = held_keys(folder, removal, version, lookup)
+                    keys, whole = keys | set(version_keys), whole and complete
         except UserError as error:
             logger.warning("%s", error)
-            unclear.append(name)
+            unclear_datasets.append(name)
             continue
-        found |= {name: sorted(keys)} if keys else {}
-        unclear += [] if whole else [name]
-    return found, unclear
+        copies |= {name: sorted(keys)} if keys else {}
+        unclear_datasets += [] if whole else [name]
+    return copies, unclear_datasets
 
 
 @retryable_task
-def clear(params: Params, versions: dict[str, Manifest], affected: Holders, derived: Derived) -> Purged:
+def clear(params: Params, versions: dict[str, Manifest], version_holders: Holders, derived: Derived) -> Purged:
     """Delete files that only the affected versions need, and files that show their images."""
     folder = params.dataset_folder
-    held = [versions[digest] for digest in affected.held]
-    others = [each for digest, each in versions.items() if digest not in affected.held]
-    Catalog.of(folder.name, environment.data_source()).delete_pages(affected.held)
-    objects, files = purge_dvc(held, others, environment.data_source()), list[str]()
+    held_versions = [versions[digest] for digest in version_holders.held]
+    other_versions = [version for digest, version in versions.items() if digest not in version_holders.held]
+    Catalog.of(folder.name, environment.data_source()).delete_pages(version_holders.held)
+    objects, files = purge_dvc(held_versions, other_versions, environment.data_source()), list[str]()
     for reports in params.report_folders:
-        files += purge_files(folder, held, others, reports) + purge_samples(Path("runs", reports.name), held)
-    purged = Purged(dvc_objects=objects, files=files, artifacts=clear_images(derived))
+        files += purge_files(folder, held_versions, other_versions, reports) + purge_samples(
+            Path("runs", reports.name), held_versions
+        )
+    result = Purged(dvc_objects=objects, files=files, artifacts=clear_images(derived))
     vacuum_deleted_objects()
-    return purged
+    return result

@@ -61,14 +61,14 @@ def train_and_track(params: Params, restart: Restart, drift: str | None = None) 
     ready = resolve_params(params)
     params = ready.params
     manifest = read_manifest(params.dataset_folder)
-    opened: list[BufferedTracker] = []
+    trackers: list[BufferedTracker] = []
 
     def track(is_new: bool) -> BufferedTracker:
         folder = params.run_folder / METRICS_BUFFER
         # Only a discarded training gets another MLflow run: a fresh one may be running on another machine as well.
-        discarded = (folder / RESTARTED).exists()
-        opened.append(BufferedTracker(_open(ready, manifest, discarded, drift), folder, is_new or discarded))
-        return opened[0]
+        is_discarded = (folder / RESTARTED).exists()
+        trackers.append(BufferedTracker(_open(ready, manifest, is_discarded, drift), folder, is_new or is_discarded))
+        return trackers[0]
 
     data, run, show = params.dataset_folder, params.run_folder, reporter()
     store = RemoteShards(data, data_source()) if params.training.stream_bytes is not None else None
@@ -77,17 +77,17 @@ def train_and_track(params: Params, restart: Restart, drift: str | None = None) 
             data, run, params.model, params.training, params.sampling, track, show, restart, store, ready.start
         )
     except BaseException:
-        for each in opened:
+        for buffered_tracker in trackers:
             # Before a retry opens the same folder.
-            each.abandon()
+            buffered_tracker.abandon()
             try:
-                each.tracker.finish("FAILED")
+                buffered_tracker.tracker.finish("FAILED")
             except UNANSWERED as error:  # the training's own error matters more
                 get_run_logger().warning("the MLflow run could not be marked as failed: %s", error)
         raise
-    if opened:
-        opened[0].close()
-    tracker = opened[0].tracker if opened else _tracker_of_finished(ready, manifest, result, drift)
+    if trackers:
+        trackers[0].close()
+    tracker = trackers[0].tracker if trackers else _recover_tracker(ready, manifest, result, drift)
     if not tracker.finished:
         for record in (result.output / "history.csv", result.output / "losses.csv"):
             tracker.log_file(record, "history")
@@ -105,25 +105,23 @@ def _finish(ready: ResolvedParams, tracker: RunTracker) -> None:
         tracker.finish("FAILED")
         raise
     sources = [model_versions.resolve(tracker.client, uri) for uri in (ready.autoencoder, ready.start) if uri]
-    if names := [name for each in sources for name in names_of(with_takedowns(each).tags.get(TAKEDOWN))]:
+    if names := [name for source in sources for name in names_of(with_takedowns(source).tags.get(TAKEDOWN))]:
         tracker.tag({TAKEDOWN: joined_names(ready.takedown, *names)})
     tracker.finish()
 
 
-def _tracker_of_finished(
-    ready: ResolvedParams, manifest: Manifest, result: TrainResult, drift: str | None
-) -> RunTracker:
+def _recover_tracker(ready: ResolvedParams, manifest: Manifest, result: TrainResult, drift: str | None) -> RunTracker:
     """Tracker of a training that had finished before; a missing MLflow run is recreated from its history."""
     client, params = MlflowClient(), ready.params
     run = find_run(client, params.model_name, TRAIN_KEY, result.train_key)
     tracker = RunTracker(client, run.info.run_id) if run else _open(ready, manifest, False, drift)
-    buffered = BufferedTracker(tracker, params.run_folder / METRICS_BUFFER)
+    buffered_tracker = BufferedTracker(tracker, params.run_folder / METRICS_BUFFER)
     if not tracker.finished:
         # The whole history, as an earlier attempt may have been killed; existing points are skipped.
         for name in ("history.csv", "losses.csv"):
             for row in read_metrics(result.output / name):
-                buffered.log_metrics(row, int(row.pop("images")))
-    buffered.close()
+                buffered_tracker.log_metrics(row, int(row.pop("images")))
+    buffered_tracker.close()
     return tracker
 
 

@@ -96,41 +96,41 @@ class Catalog:
 
     def versions(self, retired: bool = False) -> dict[str, Manifest]:
         """Readable versions of ``read`` by digest; damaged manifests are logged."""
-        found = self.read(retired)
-        for words in found.damaged.values():
-            logger.warning("%s", words)
-        return found.versions
+        listing = self.read(retired)
+        for message in listing.damaged.values():
+            logger.warning("%s", message)
+        return listing.versions
 
     def read(self, retired: bool = False) -> CatalogListing:
         """List all versions, or those that ``darkroom gc`` retired and whose files are still on the remote."""
         place, pattern = self.place, VERSION
         if retired:
             place, pattern = Location(self.place.bucket, f"{RETIRED}/{self.name}"), RETIRED_VERSION
-        found, prefix = CatalogListing({}, {}), place.key("")
+        listing, prefix = CatalogListing({}, {}), place.key("")
         for key in self.store.list_keys(place.bucket, prefix):
-            if (named := pattern.fullmatch(key.removeprefix(prefix))) is None:
+            if (match := pattern.fullmatch(key.removeprefix(prefix))) is None:
                 continue
             try:
                 data = self.store.get(place.bucket, key, LARGEST_MANIFEST)
-                found.versions[named[1]] = _parsed(data, named[1], f"s3://{place.bucket}/{key}")
+                listing.versions[match[1]] = _parse_manifest(data, match[1], f"s3://{place.bucket}/{key}")
             except Missing:  # deleted by gc since it was listed
                 continue
             except UserError as error:
-                found.damaged[named[1]] = str(error)
-        return found
+                listing.damaged[match[1]] = str(error)
+        return listing
 
     def version(self, digest: str) -> Manifest | None:
         """Version of this digest; None if it is not in the catalog. Raises UserError if it is damaged."""
         name = f"{digest}/manifest.json"
         data = self._get(name, LARGEST_MANIFEST)
-        return None if data is None else _parsed(data, digest, f"{self.place}/{name}")
+        return None if data is None else _parse_manifest(data, digest, f"{self.place}/{name}")
 
     def published(self) -> dict[str, datetime]:
         """Time of publication of each version, by digest; takes one listing."""
         prefix = self.place.key("")
         objects = self.store.list_objects(self.place.bucket, prefix)
-        named = ((VERSION.fullmatch(found.key.removeprefix(prefix)), found.written) for found in objects)
-        return {match[1]: written for match, written in named if match}
+        matches = ((VERSION.fullmatch(entry.key.removeprefix(prefix)), entry.written) for entry in objects)
+        return {match[1]: time for match, time in matches if match}
 
     def announced(self, digest: str) -> bool:
         """Whether the event of this version was emitted."""
@@ -162,7 +162,7 @@ class Catalog:
     def fetch_removals(self, folder: Path) -> None:
         """Copy all takedown records of the data set in ``folder`` to this machine."""
         work = work_folder(folder)
-        for removal in self.removals(known={removal.name for removal in removals(work)}):
+        for removal in self.removals(names={removal.name for removal in removals(work)}):
             write_removal(work, removal)
 
     def held_removals(self, folder: Path) -> list[Removal]:
@@ -170,10 +170,10 @@ class Catalog:
         self.fetch_removals(folder)
         return still_held(folder, removals(work_folder(folder))) if (folder / "manifest.json").is_file() else []
 
-    def removals(self, known: Collection[str] = ()) -> Iterator[Removal]:
-        """Yield the published takedown records of the data set, except for those of ``known`` names."""
+    def removals(self, names: Collection[str] = ()) -> Iterator[Removal]:
+        """Yield the published takedown records of the data set, except for those of ``names`` names."""
         for key in self.store.list_keys(self.place.bucket, self.place.key("removals/")):
-            if PurePosixPath(key).stem in known:
+            if PurePosixPath(key).stem in names:
                 continue
             yield parse_removal(self.store.get(self.place.bucket, key), f"s3://{self.place.bucket}/{key}")
 
@@ -181,13 +181,13 @@ class Catalog:
         """Remove a version from the catalog; its files stay on the remote."""
         # The manifest goes first: without it there is no version.
         self.store.delete_many(self.place.bucket, [self.place.key(f"{digest}/manifest.json")])
-        beside = list(self.store.list_keys(self.place.bucket, self.place.key(f"{digest}/")))
-        self.store.delete_many(self.place.bucket, beside)
+        keys = list(self.store.list_keys(self.place.bucket, self.place.key(f"{digest}/")))
+        self.store.delete_many(self.place.bucket, keys)
 
     def written(self, digest: str) -> datetime | None:
         """Time when a version was put into the catalog; None if it is not in it."""
-        found = self.store.stat(self.place.bucket, self.place.key(f"{digest}/manifest.json"))
-        return found and found.written
+        entry = self.store.stat(self.place.bucket, self.place.key(f"{digest}/manifest.json"))
+        return entry and entry.written
 
     def _get(self, name: str, most: int | None = None) -> bytes | None:
         try:
@@ -199,13 +199,13 @@ class Catalog:
         self.store.put_once(self.place.bucket, self.place.key(name), data, content_type=content_type)
 
 
-def _parsed(data: bytes, digest: str, where: str) -> Manifest:
+def _parse_manifest(data: bytes, digest: str, place: str) -> Manifest:
     if sha256_bytes(data) != digest:
         raise UserError(
-            f"{where} is damaged (its SHA-256 differs): delete it; an ingest where the version is current writes it "
+            f"{place} is damaged (its SHA-256 differs): delete it; an ingest where the version is current writes it "
             "again"
         )
-    return parse_manifest(data, where)
+    return parse_manifest(data, place)
 
 
 @contextmanager
@@ -246,11 +246,11 @@ class Heads:
                 f"version {version[:12]} of data set {self.catalog.name} was its newest, and is not in the "
                 "catalog any more: the one before it is"
             )
-        published = self.catalog.published()
-        if len(published) > 1:
-            parents = {each.parent for each in self.catalog.versions().values()}
-            published = {digest: written for digest, written in published.items() if digest not in parents}
-        return max(published, key=lambda digest: (published[digest], digest), default=None)
+        publications = self.catalog.published()
+        if len(publications) > 1:
+            parents = {manifest.parent for manifest in self.catalog.versions().values()}
+            publications = {digest: time for digest, time in publications.items() if digest not in parents}
+        return max(publications, key=lambda digest: (publications[digest], digest), default=None)
 
     def latest(self) -> Iterator[str]:
         """Yield the digests of all heads, the newest first, whether they are in the catalog or not."""
@@ -284,8 +284,8 @@ class Heads:
     def _read(self, number: int) -> Head | None:
         """Read an entry; None if it is malformed, and is ignored like any foreign object."""
         try:
-            found = Head.model_validate_json(self._objects.get(number) or b"")
+            head = Head.model_validate_json(self._objects.get(number) or b"")
         except ValidationError:
             logger.warning("%s is no head of a data set, and is passed over", self._objects.place / object_name(number))
             return None
-        return found if found.number == number else None
+        return head if head.number == number else None

@@ -69,8 +69,8 @@ def choice(folder: Path) -> Choice | None:
     path = _choice(folder)
     if not path.is_file():
         return None
-    found = Choice.model_validate_json(path.read_bytes())
-    return found if any(version.digest == found.version for version in versions(folder)) else None
+    pin = Choice.model_validate_json(path.read_bytes())
+    return pin if any(version.digest == pin.version for version in versions(folder)) else None
 
 
 def unpin(folder: Path) -> None:
@@ -87,7 +87,7 @@ class DatasetLocation:
 
     def __init__(self, folder: Path, reach: Reach) -> None:
         self.folder, self.reach = folder, reach
-        self.kept = StoredFiles(folder.name)
+        self.stored_files = StoredFiles(folder.name)
         self.source: str | None = None
         self.known: dict[str, Manifest] = {}
         if (folder / "manifest.json").is_file():
@@ -105,46 +105,46 @@ class DatasetLocation:
         if not with_removed:
             self.refuse_removed(version)
         self.keep_current(version)
-        restored = self.fetch(version, without_shards)
+        names = self.fetch(version, without_shards)
         if not with_removed:
             self.refuse_removed(version)
         if to_build_on and any(child.parent == version.digest for child in self.known.values()):
-            chosen = Choice(version=version.digest, known=sorted(self.known))
-            write_json(_choice(folder), chosen.model_dump(mode="json"))
+            pin = Choice(version=version.digest, known=sorted(self.known))
+            write_json(_choice(folder), pin.model_dump(mode="json"))
         else:
             unpin(folder)
         write_bytes(folder / "manifest.json", manifest_bytes(version))
         remove_others(folder, version)
         if without_shards:
-            self.kept.keep_listing(version.digest)
+            self.stored_files.keep_listing(version.digest)
         else:
             dvc.record_data(folder, push_to=None)
-        same = {name: getattr(version, name) for name in ("digest", "content_digest", "kept")}
-        return CheckedOut(dataset=folder.name, folder=folder, restored=restored, **same)
+        fields = {name: getattr(version, name) for name in ("digest", "content_digest", "kept")}
+        return CheckedOut(dataset=folder.name, folder=folder, restored=names, **fields)
 
     def choose(self, prefix: str) -> Manifest:
         """Find the version that ``prefix`` names, here or else in the catalog."""
 
-        def chosen() -> Manifest:
-            candidates = {digest: each.content_digest for digest, each in self.known.items()}
+        def pick() -> Manifest:
+            candidates = {digest: manifest.content_digest for digest, manifest in self.known.items()}
             return self.known[choose(prefix, candidates, self.folder.name)]
 
         try:
-            return chosen()
+            return pick()
         except UserError as unknown:
             try:
                 catalog = self.catalog()
             except UserError as error:
                 raise (unknown if self.known else error) from error
         self.known = self.known | catalog.versions()
-        return chosen()
+        return pick()
 
     def refuse_removed(self, version: Manifest) -> None:
         """Raise UserError if ``version`` holds images that were taken down, as far as its tables are available."""
         if self.source is not None:
             self.catalog().fetch_removals(self.folder)
         for removal in removals(work_folder(self.folder)):
-            if holders(self.folder, removal, [version], self.kept.find).held:
+            if holders(self.folder, removal, [version], self.stored_files.find).held:
                 remove_strays(self.folder)
                 raise UserError(
                     f"version {version.digest[:12]} of data set {self.folder.name} holds images that were taken down "
@@ -155,17 +155,17 @@ class DatasetLocation:
         """Save everything that the folder would lose when ``version`` becomes current."""
         if not (self.folder / "manifest.json").is_file():
             return
-        for each in self.known.values():
-            remember(self.folder, each)
+        for manifest in self.known.values():
+            remember(self.folder, manifest)
         ours = read_manifest(self.folder).files
         theirs = {entry.name for entry in version.files}
-        going = [entry for entry in ours if entry.name not in theirs and (self.folder / entry.name).is_file()]
-        if any(self.kept.find(entry) is None for entry in going):
+        entries = [entry for entry in ours if entry.name not in theirs and (self.folder / entry.name).is_file()]
+        if any(self.stored_files.find(entry) is None for entry in entries):
             dvc.record_data(self.folder, push_to=None)
 
     def fetch(self, version: Manifest, without_shards: bool) -> list[str]:
         """Restore missing or damaged files of ``version``; returns their names."""
-        restored = []
+        names = []
         shards = {entry.name for entry in version.shards}
         for name, sha256 in needed_files(self.folder, version):
             path = self.folder / name
@@ -175,16 +175,16 @@ class DatasetLocation:
                 write_bytes(path, manifest_bytes(self.known[sha256]))
             else:
                 self.write(version, name, sha256)
-            restored.append(name)
-        return restored
+            names.append(name)
+        return names
 
     def write(self, version: Manifest, name: str, sha256: str) -> None:
         """Write a file of ``version`` into the folder atomically; raises UserError if it is found nowhere."""
-        found = self.kept.write(version.digest, name, sha256, self.folder / name)
-        if not found and self.source is None:
+        is_written = self.stored_files.write(version.digest, name, sha256, self.folder / name)
+        if not is_written and self.source is None:
             self.catalog()
-            found = self.kept.write(version.digest, name, sha256, self.folder / name)
-        if not found:
+            is_written = self.stored_files.write(version.digest, name, sha256, self.folder / name)
+        if not is_written:
             raise UserError(
                 f"{name} of version {version.digest[:12]} is neither in {self.folder}, nor in DVC's cache, nor on its "
                 "remote (any more): check out another one, or ingest again from a source that has all of it"
@@ -194,10 +194,10 @@ class DatasetLocation:
         """Connect to the catalog; from then on files come from the remote as well."""
         if self.source is None:
             self.source = self.reach()
-            recorded = dvc.data_version(self.folder)
-            self.kept = StoredFiles(self.folder.name, self.source, recorded.digest if recorded else None)
-        assert self.kept.catalog is not None
-        return self.kept.catalog
+            version = dvc.data_version(self.folder)
+            self.stored_files = StoredFiles(self.folder.name, self.source, version.digest if version else None)
+        assert self.stored_files.catalog is not None
+        return self.stored_files.catalog
 
 
 def remove_others(folder: Path, version: Manifest) -> None:

@@ -67,21 +67,21 @@ class Cache:
     def listing(self, name: str) -> Listing | None:
         """Listing of this name; None if it is not in the cache."""
         path = self.path(name)
-        return _parsed(path.read_bytes(), str(path)) if path.is_file() else None
+        return _parse_listing(path.read_bytes(), str(path)) if path.is_file() else None
 
     def listings(self) -> Iterator[tuple[str, Listing]]:
         """Yield the name and content of each folder listing."""
         for path in sorted(self.folder.glob(f"??/*{FOLDER}")):
-            yield path.parent.name + path.name, _parsed(path.read_bytes(), str(path))
+            yield path.parent.name + path.name, _parse_listing(path.read_bytes(), str(path))
 
     @cached_property
     def places(self) -> dict[str, dict[str, None]]:
         """MD5s of each file in all listings, as an ordered set, by its path."""
-        found: dict[str, dict[str, None]] = {}
+        places: dict[str, dict[str, None]] = {}
         for _, listing in self.listings():
             for path, md5 in listing.items():
-                found.setdefault(path, {})[md5] = None
-        return found
+                places.setdefault(path, {})[md5] = None
+        return places
 
     def delete(self, names: Iterable[str]) -> None:
         """Delete objects, if they exist."""
@@ -119,7 +119,7 @@ class Remote:
 
     def listing(self, name: str) -> Listing:
         """Listing of this name; raises Missing."""
-        return _parsed(self.read(name), f"{self.place}/{self._key(name)}")
+        return _parse_listing(self.read(name), f"{self.place}/{self._key(name)}")
 
     def listings(self) -> Iterator[tuple[str, Listing]]:
         """Yield the name and content of each folder listing."""
@@ -150,11 +150,11 @@ class Remote:
                     raise UserError(f"{path} is damaged: delete it, and ingest the data set again")
                 self.store.put_once(self.place.bucket, self._key(name), file)
 
-        present = self.names()
+        remote_names = self.names()
         with ThreadPoolExecutor(4) as pool:
             # An error cancels the uploads that have not begun.
-            list(pool.map(upload, sorted(set(listing.values()) - present)))
-        if name not in present:
+            list(pool.map(upload, sorted(set(listing.values()) - remote_names)))
+        if name not in remote_names:
             upload(name)
 
     def delete(self, names: Iterable[str]) -> None:
@@ -165,11 +165,11 @@ class Remote:
         return self.place.key(f"files/md5/{name[:2]}/{name[2:]}" if name else "files/md5/")
 
 
-def _parsed(data: bytes, where: str) -> Listing:
+def _parse_listing(data: bytes, place: str) -> Listing:
     try:
-        return {listed.relpath: listed.md5 for listed in LISTING.validate_json(data)}
+        return {entry.relpath: entry.md5 for entry in LISTING.validate_json(data)}
     except ValidationError as error:
-        raise UserError(f"{where} is no listing of DVC: delete it, and push the data set again") from error
+        raise UserError(f"{place} is no listing of DVC: delete it, and push the data set again") from error
 
 
 class StoredFiles:
@@ -178,25 +178,25 @@ class StoredFiles:
     ``recorded`` is DVC's digest of a version that may not be in the catalog.
     """
 
-    def __init__(self, name: str, source: str | None = None, recorded: str | None = None) -> None:
+    def __init__(self, name: str, source: str | None = None, digest: str | None = None) -> None:
         self.name = name
         self.cache = Cache.here()
         self.remote = Remote.at(source) if source else None
         self.catalog = Catalog.of(name, source, self.remote.store) if source and self.remote else None
-        self.recorded = recorded
+        self.recorded = digest
         self._listings: dict[str, dict[str, Listing]] = {}
 
     def find(self, entry: FileEntry) -> Path | None:
         """Path of an intact copy of a file in the cache; None without one."""
-        return self._cached(entry.name, entry.sha256)
+        return self._find_cached(entry.name, entry.sha256)
 
     def write(self, version: str, name: str, sha256: str, target: Path) -> bool:
         """Write a file of ``version`` to ``target`` if it is found; raises UserError if it is damaged on the remote."""
-        if (cached := self._cached(name, sha256)) is not None:
-            write_atomically(target, partial(shutil.copyfile, cached))
+        if (path := self._find_cached(name, sha256)) is not None:
+            write_atomically(target, partial(shutil.copyfile, path))
             return True
-        pushed = [listing[name] for listing in self.listings(version).values() if name in listing]
-        places = dict.fromkeys([*pushed, *(self.cache.places.get(name, ()) if self.cache else ())])
+        md5s = [listing[name] for listing in self.listings(version).values() if name in listing]
+        places = dict.fromkeys([*md5s, *(self.cache.places.get(name, ()) if self.cache else ())])
         return any(self._download(md5, name, sha256, target) for md5 in places)
 
     def remote_lookup(self, versions: Iterable[Manifest], scratch: Path) -> Callable[[FileEntry], Path | None]:
@@ -220,12 +220,12 @@ class StoredFiles:
         except UserError as error:
             logger.warning("%s", error)
             pointer = None
-        found = self._listings[version] = {}
+        listings = self._listings[version] = {}
         for digest in filter(None, dict.fromkeys((pointer, self.recorded))):
             # It may have been never pushed, or deleted: another listing may have the file.
             with suppress(Missing):
-                found[digest] = self.remote.listing(digest)
-        return found
+                listings[digest] = self.remote.listing(digest)
+        return listings
 
     def keep_listing(self, version: str) -> None:
         """Copy the remote's listings of the version with the digest ``version`` into DVC's cache."""
@@ -233,7 +233,7 @@ class StoredFiles:
             if self.cache is not None and self.remote is not None and not self.cache.path(digest).is_file():
                 write_bytes(self.cache.path(digest), self.remote.read(digest))
 
-    def _cached(self, name: str, sha256: str) -> Path | None:
+    def _find_cached(self, name: str, sha256: str) -> Path | None:
         paths = map(self.cache.path, self.cache.places.get(name, ())) if self.cache else ()
         return next((path for path in paths if is_whole(path, sha256)), None)
 
@@ -304,10 +304,10 @@ def code_version() -> CodeVersion:
 
 def _git(*arguments: str) -> str:
     try:
-        finished = subprocess.run(["git", *arguments], capture_output=True, text=True, check=False)
+        process = subprocess.run(["git", *arguments], capture_output=True, text=True, check=False)
     except FileNotFoundError:  # no git on this machine, so no commit to name either
         return ""
-    return finished.stdout.strip() if finished.returncode == 0 else ""
+    return process.stdout.strip() if process.returncode == 0 else ""
 
 
 def record_data(folder: Path, push_to: str | None) -> DataVersion:
@@ -339,20 +339,20 @@ def data_version(folder: Path) -> DataVersion | None:
     """DVC's record of the current version of the data set in ``folder``; None if DVC has not recorded it."""
     try:
         with Repo() as repo:
-            recorded = next((_version_of(each) for each in _outputs(repo, folder) if each.hash_info), None)
+            version = next((_version_of(output) for output in _outputs(repo, folder) if output.hash_info), None)
             cache = Cache(Path(repo.cache.local.path))
     except NotDvcRepoError:
         return None
     path = folder / "manifest.json"
     manifest = hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest() if path.is_file() else None
-    if recorded is not None:
-        listing = cache.listing(recorded.digest)
+    if version is not None:
+        listing = cache.listing(version.digest)
         # An emptied cache does not contradict the record.
         if listing is None or listing.get(path.name) == manifest:
-            return recorded
+            return version
     # A checkout of the tables alone leaves DVC's record of the folder as it was.
-    found = (name for name, listing in cache.listings() if manifest and listing.get(path.name) == manifest)
-    for name in found:
+    names = (name for name, listing in cache.listings() if manifest and listing.get(path.name) == manifest)
+    for name in names:
         return DataVersion(digest=name, pointer=f"datasets/{folder.name}", pushed=False)
     return None
 
@@ -366,16 +366,16 @@ def restore_data(folder: Path, source: str) -> list[str]:
     if not (folder / "manifest.json").is_file():
         return []
     with FileLock(work_folder(folder) / "lock"):
-        version, written = read_manifest(folder), (folder / "manifest.json").stat().st_mtime_ns
-        recorded = data_version(folder)
-        kept = StoredFiles(folder.name, source, recorded.digest if recorded else None)
+        version, mtime = read_manifest(folder), (folder / "manifest.json").stat().st_mtime_ns
+        record = data_version(folder)
+        files = StoredFiles(folder.name, source, record.digest if record else None)
         return [
             name
             for name, sha256 in needed_files(folder, version)
             # The manifest is written last, so intact files are older. A shard that decayed without a new modification
             # time is found when it is read, as shards are verified then.
-            if not (path := folder / name).is_file() or path.stat().st_mtime_ns >= written
-            if not is_whole(path, sha256) and kept.write(version.digest, name, sha256, path)
+            if not (path := folder / name).is_file() or path.stat().st_mtime_ns >= mtime
+            if not is_whole(path, sha256) and files.write(version.digest, name, sha256, path)
         ]
 
 
@@ -410,10 +410,10 @@ class RemoteShards:
 
     @cached_property
     def _listings(self) -> list[Listing]:
-        digest, recorded = read_manifest(self.folder).digest, data_version(self.folder)
-        kept = StoredFiles(self.folder.name, self.source, recorded.digest if recorded else None)
-        if found := list(kept.listings(digest).values()):
-            return found
+        digest, record = read_manifest(self.folder).digest, data_version(self.folder)
+        files = StoredFiles(self.folder.name, self.source, record.digest if record else None)
+        if listings := list(files.listings(digest).values()):
+            return listings
         raise UserError(
             f"version {digest[:12]} of data set {self.folder.name} was never pushed to {self.source}, or is not there "
             "any more: run `darkroom ingest`, or check out another one with `darkroom data checkout`"

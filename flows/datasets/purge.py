@@ -49,85 +49,90 @@ class UnreferencedObjects:
     def delete(self, still: Callable[[], bool] = lambda: True) -> bool:
         """Delete them, listings last, while ``still`` holds before each request; returns whether all are deleted."""
         for names in (self.files, self.listings):
-            for first in range(0, len(names), DELETED_AT_ONCE):
+            for start in range(0, len(names), DELETED_AT_ONCE):
                 for depot in self.depots:
                     if not still():
                         return False
-                    depot.delete(names[first : first + DELETED_AT_ONCE])
+                    depot.delete(names[start : start + DELETED_AT_ONCE])
         return True
 
 
-def unreferenced_objects(held: Iterable[Manifest], others: Iterable[Manifest], source: str) -> UnreferencedObjects:
-    """Find objects in DVC's cache and on the remote ``source`` that only the versions ``held`` need.
+def unreferenced_objects(versions: Iterable[Manifest], others: Iterable[Manifest], source: str) -> UnreferencedObjects:
+    """Find objects in DVC's cache and on the remote ``source`` that only ``versions`` need.
 
     ``others`` are the data set's versions that stay. Objects that any other folder in DVC needs stay as well.
     """
     cache = Cache.here()
     depots: list[Cache | Remote] = [Remote.at(source), *([cache] if cache else [])]
-    going = {hashlib.md5(manifest_bytes(each), usedforsecurity=False).hexdigest() for each in held}
+    manifest_md5s = {hashlib.md5(manifest_bytes(version), usedforsecurity=False).hexdigest() for version in versions}
     listings: dict[str, Listing] = {name: listing for depot in depots for name, listing in depot.listings()}
-    doomed = {name: listing for name, listing in listings.items() if listing.get("manifest.json") in going}
-    staying = {entry.name for each in others for entry in each.files}
-    needed = {md5 for name, listing in listings.items() if name not in doomed for md5 in listing.values()}
+    doomed_listings = {
+        name: listing for name, listing in listings.items() if listing.get("manifest.json") in manifest_md5s
+    }
+    retained_paths = {entry.name for version in others for entry in version.files}
+    needed_md5s = {md5 for name, listing in listings.items() if name not in doomed_listings for md5 in listing.values()}
     with suppress(NotDvcRepoError), Repo() as repo:
         # Files that the repository around the working folder tracks individually.
-        needed |= {output.hash_info.value for output in repo.index.outs if output.hash_info}
+        needed_md5s |= {output.hash_info.value for output in repo.index.outs if output.hash_info}
     files = {
-        md5 for listing in doomed.values() for path, md5 in listing.items() if md5 not in needed and path not in staying
+        md5
+        for listing in doomed_listings.values()
+        for path, md5 in listing.items()
+        if md5 not in needed_md5s and path not in retained_paths
     }
-    return UnreferencedObjects(depots, sorted(files), sorted(doomed))
+    return UnreferencedObjects(depots, sorted(files), sorted(doomed_listings))
 
 
-def purge_dvc(held: Iterable[Manifest], others: Iterable[Manifest], source: str) -> list[str]:
+def purge_dvc(versions: Iterable[Manifest], others: Iterable[Manifest], source: str) -> list[str]:
     """Delete the objects that ``unreferenced_objects`` finds; returns their names."""
-    doomed = unreferenced_objects(held, others, source)
-    doomed.delete()
-    return sorted({*doomed.files, *doomed.listings})
+    objects = unreferenced_objects(versions, others, source)
+    objects.delete()
+    return sorted({*objects.files, *objects.listings})
 
 
-def purge_files(folder: Path, held: Iterable[Manifest], others: Iterable[Manifest], reports: Path) -> list[str]:
-    """Delete this machine's copies of the versions ``held`` outside of the data set in ``folder``; returns the paths.
+def purge_files(folder: Path, versions: Iterable[Manifest], others: Iterable[Manifest], reports: Path) -> list[str]:
+    """Delete this machine's copies of ``versions`` outside of the data set in ``folder``; returns the paths.
 
     These are work files, fetched shards, cached evaluations, and pages and grids in ``reports``. Locks out ingests.
     """
-    held = list(held)
-    staying = {shard.sha256 for each in others for shard in each.shards}
-    going = {shard.sha256 for each in held for shard in each.shards} - staying
+    versions = list(versions)
+    retained_shards = {shard.sha256 for version in others for shard in version.shards}
+    shards = {shard.sha256 for version in versions for shard in version.shards} - retained_shards
     # Including partial files of a killed training.
-    found = [path for sha256 in sorted(going) for path in sorted((folder.parent / ".shards").glob(f"{sha256}.*"))]
-    found += [reports / name for name in (CACHE, "explain")]
-    found += [path for each in held for path in sorted((reports / "dataset").glob(f"{each.digest[:16]}.*"))]
-    contents = {each.content_digest for each in held}
-    for name, evaluated, pages in (
+    paths = [path for sha256 in sorted(shards) for path in sorted((folder.parent / ".shards").glob(f"{sha256}.*"))]
+    paths += [reports / name for name in (CACHE, "explain")]
+    paths += [path for version in versions for path in sorted((reports / "dataset").glob(f"{version.digest[:16]}.*"))]
+    contents = {version.content_digest for version in versions}
+    for name, report_type, pages in (
         ("evaluation.json", Evaluation, ("report.html", COMPARISON_PAGE, "grids")),
         (RANKING, Ranking, (PAGE,)),
     ):
         if (reports / name).is_file():
-            shown = None
+            digest = None
             # Pages of another version of Darkroom may show any images.
             with suppress(ValidationError):
-                shown = evaluated.model_validate_json((reports / name).read_bytes()).conditions.content_digest
-            if shown is None or shown in contents:
-                found += [reports / page for page in pages]
+                digest = report_type.model_validate_json((reports / name).read_bytes()).conditions.content_digest
+            if digest is None or digest in contents:
+                paths += [reports / page for page in pages]
     with FileLock(work_folder(folder) / "lock"):
-        found += [work_folder(folder) / name for name in WORK_FILES]
-        found = [path for path in found if path.exists()]
-        for path in found:
+        paths += [work_folder(folder) / name for name in WORK_FILES]
+        paths = [path for path in paths if path.exists()]
+        for path in paths:
             if path.is_dir():
                 shutil.rmtree(path)
             else:
                 path.unlink()
-    return [str(path) for path in found]
+    return [str(path) for path in paths]
 
 
-def purge_samples(run: Path, held: Iterable[Manifest]) -> list[str]:
-    """Delete the run's sample grids if they show real images of ``held``, as those of autoencoders do."""
+def purge_samples(run: Path, versions: Iterable[Manifest]) -> list[str]:
+    """Delete the run's sample grids if they show real images of ``versions``, as those of autoencoders do."""
     final, samples = run / "final.safetensors", run / "samples"
     if not (final.is_file() and samples.is_dir()):
         return []
     header = read_model_header(final)
-    shows = header.model.low_resolution is not None or header.model.evaluated_by == "reconstructions"
-    if not shows or header.content_digest not in {each.content_digest for each in held}:
+    has_real_images = header.model.low_resolution is not None or header.model.evaluated_by == "reconstructions"
+    if not has_real_images or header.content_digest not in {version.content_digest for version in versions}:
         return []
     shutil.rmtree(samples)
     return [str(samples)]

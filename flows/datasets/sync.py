@@ -43,12 +43,12 @@ def sync(params: Params, version: str | None = None) -> CheckedOut | None:
 
 def newer(params: Params, catalog: Catalog) -> str | None:
     """Newest version in the ``catalog``; None if the local one descends from it or was never published."""
-    newest, folder = Heads(catalog).newest(), params.dataset_folder
-    if newest is None or not (folder / "manifest.json").is_file():
-        return newest
+    head, folder = Heads(catalog).newest(), params.dataset_folder
+    if head is None or not (folder / "manifest.json").is_file():
+        return head
     # An unpublished version exists only here: the next ingest adds it to the newest.
     unpublished = catalog.written(read_manifest(folder).digest) is None
-    return None if unpublished or any(version.digest == newest for version in versions(folder)) else newest
+    return None if unpublished or any(version.digest == head for version in versions(folder)) else head
 
 
 @retryable_task
@@ -84,10 +84,10 @@ def bring_up_to_date(
     """
     work_folder(folder).mkdir(parents=True, exist_ok=True)
     with FileLock(work_folder(folder) / "lock"):
-        recorded = Catalog.of(folder.name, source)
-        recorded.fetch_removals(folder)
-        if (head := Heads(recorded).newest()) is not None and not _goes_on_from(folder, head):
-            _move(folder, source, recorded, head, config, rebuilding)
+        dataset_catalog = Catalog.of(folder.name, source)
+        dataset_catalog.fetch_removals(folder)
+        if (head := Heads(dataset_catalog).newest()) is not None and not _goes_on_from(folder, head):
+            _move(folder, source, dataset_catalog, head, config, rebuilding)
         if (folder / "manifest.json").is_file():
             for removal in remove_known(folder, progress):
                 logger.warning("%s: images that were taken down (%s) are removed here, too", folder, removal.reason)
@@ -99,26 +99,26 @@ def publish(folder: Path, source: str) -> DataVersion | None:
     Returns None if another machine published first or took down images that it holds: then call ``bring_up_to_date``
     and publish again. Killed and given again, it ends the same.
     """
-    recorded = Catalog.of(folder.name, source)
-    with FileLock(work_folder(folder) / "lock"), catalog.pushing(folder.name, source, recorded.store):
-        if recorded.held_removals(folder):
+    dataset_catalog = Catalog.of(folder.name, source)
+    with FileLock(work_folder(folder) / "lock"), catalog.pushing(folder.name, source, dataset_catalog.store):
+        if dataset_catalog.held_removals(folder):
             return None
         version = dvc.record_data(folder, source)
-        recorded.publish(read_manifest(folder), version.digest)
+        dataset_catalog.publish(read_manifest(folder), version.digest)
         # A takedown writes its record first and then lists the versions in the catalog. So either we see the record
         # of a concurrent takedown, or it sees this version.
-        if recorded.held_removals(folder):
+        if dataset_catalog.held_removals(folder):
             return None
         current = read_manifest(folder)
-        chosen = choice(folder)
-        line = {each.digest for each in versions(folder)}
-        if (faster := Heads(recorded).advance(current.digest, line | set(chosen.known if chosen else ()))) is not None:
+        pin = choice(folder)
+        line = {ancestor.digest for ancestor in versions(folder)}
+        if (faster := Heads(dataset_catalog).advance(current.digest, line | set(pin.known if pin else ()))) is not None:
             logger.info("version %s of data set %s was published meanwhile", faster[:12], folder.name)
             return None
-        if chosen is not None:
+        if pin is not None:
             logger.warning(
                 f"version {current.digest[:12]} is the newest of data set {folder.name} now and goes on from "
-                f"{chosen.version[:12]}, which was checked out: what later versions added is not in it; "
+                f"{pin.version[:12]}, which was checked out: what later versions added is not in it; "
                 f"`darkroom data log --dataset {folder.name}` names them, and `darkroom data checkout` brings one back"
             )
         unpin(folder)
@@ -129,12 +129,14 @@ def _goes_on_from(folder: Path, head: str) -> bool:
     """Whether the local version descends from ``head``, or leaves it out on purpose."""
     if not (folder / "manifest.json").is_file():
         return False
-    chosen = choice(folder)
-    return any(version.digest == head for version in versions(folder)) or (chosen is not None and head in chosen.known)
+    pin = choice(folder)
+    return any(version.digest == head for version in versions(folder)) or (pin is not None and head in pin.known)
 
 
-def _move(folder: Path, source: str, recorded: Catalog, head: str, config: IngestConfig, rebuilding: bool) -> None:
-    theirs = recorded.version(head)
+def _move(
+    folder: Path, source: str, dataset_catalog: Catalog, head: str, config: IngestConfig, rebuilding: bool
+) -> None:
+    theirs = dataset_catalog.version(head)
     assert theirs is not None, "a head is in the catalog"
     place = DatasetLocation(folder, lambda: source)
     place.known = place.known | {head: theirs}
@@ -143,13 +145,13 @@ def _move(folder: Path, source: str, recorded: Catalog, head: str, config: Inges
         # A rebuild needs only the tables of the version before, which name the images that were taken down.
         place.make_current(theirs, with_removed=True, without_shards=rebuilding and config.near_duplicates is None)
         return
-    if (chosen := choice(folder)) is not None:
+    if (pin := choice(folder)) is not None:
         # The same checkout again would leave it out on purpose.
         remember(folder, theirs)
         raise ConflictError(
             f"another process was first: version {head[:12]} of data set {folder.name} was published since "
-            f"{chosen.version[:12]} was checked out: `darkroom data checkout {head[:12]} --dataset {folder.name}` to "
-            f"add to it, or `darkroom data checkout {chosen.version[:12]} --dataset {folder.name}` again to leave it "
+            f"{pin.version[:12]} was checked out: `darkroom data checkout {head[:12]} --dataset {folder.name}` to "
+            f"add to it, or `darkroom data checkout {pin.version[:12]} --dataset {folder.name}` again to leave it "
             "out"
         )
     ours = read_manifest(folder)
@@ -159,22 +161,22 @@ def _move(folder: Path, source: str, recorded: Catalog, head: str, config: Inges
         return
     place.keep_current(theirs)
     place.fetch(theirs, without_shards=False)
-    found = merge_versions(folder, config, theirs, base)
-    remove_others(folder, found.version)
+    merge = merge_versions(folder, config, theirs, base)
+    remove_others(folder, merge.version)
     logger.info(
-        f"{folder} goes on from version {head[:12]}, which another machine published, and adds {found.added:,} images "
+        f"{folder} goes on from version {head[:12]}, which another machine published, and adds {merge.added:,} images "
         f"of version {ours.digest[:12]} to it"
     )
-    if found.lost:
+    if merge.lost:
         logger.warning(
-            f"{found.lost:,} further names of images are left out, as version {head[:12]} gave up the images that they "
+            f"{merge.lost:,} further names of images are left out, as version {head[:12]} gave up the images that they "
             "are copies of: ingest them again with --rebuild to have them all the same"
         )
 
 
 def _common(folder: Path, place: DatasetLocation, theirs: Manifest) -> Manifest | None:
     """Newest common ancestor of the local version and ``theirs``; None if there is none."""
-    line = {each.digest: each for each in versions(folder)}
+    line = {ancestor.digest: ancestor for ancestor in versions(folder)}
     child = theirs
     while (parent := child.parent) is not None and parent not in line:
         path = version_path(folder, parent)

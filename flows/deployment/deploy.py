@@ -47,11 +47,11 @@ def deploy(
     ``workspace`` is the folder of data, runs and reports on the workers' machines; ``webhook`` names the environment
     variable that holds the URL to notify.
     """
-    for words in (cron, monitor_cron):
+    for schedule in (cron, monitor_cron):
         try:
-            CronSchedule(cron=words)
+            CronSchedule(cron=schedule)
         except ValidationError as error:
-            message = f"{words!r} is no cron schedule: write it like '0 2 * * *', every night at two (UTC)"
+            message = f"{schedule!r} is no cron schedule: write it like '0 2 * * *', every night at two (UTC)"
             raise UserError(message) from error
     definitions = path if (path := Path("prefect.yaml")).is_file() else PACKAGED
     values: dict[str, Any] = {
@@ -72,21 +72,21 @@ def deploy(
         if not (url := os.environ.get(webhook)):
             raise UserError(f"the environment has no {webhook}, which --webhook-env names: set it to the URL to notify")
         values["WEBHOOK"] = str(Webhook(url=url).save("darkroom", overwrite=True))
-    declared = read_definitions(definitions, values)
+    declarations = read_definitions(definitions, values)
     with get_client(sync_client=True) as client:
-        for item in declared["work_pools"]:
+        for item in declarations["work_pools"]:
             _ensure_pool(client, item["name"], item["type"])
-        for item in declared["concurrency_limits"]:
+        for item in declarations["concurrency_limits"]:
             client.upsert_global_concurrency_limit_by_name(item["name"], item["limit"])
-        deployments = _prefect_deploy(declared)
-        for item in declared["automations"]:
+        deployments = _prefect_deploy(declarations)
+        for item in declarations["automations"]:
             _ensure_automation(client, item)
     return DeployResult(
         definitions=definitions,
         deployments=deployments,
-        work_pools=sorted({item["name"] for item in declared["work_pools"]}),
-        concurrency_limits={item["name"]: item["limit"] for item in declared["concurrency_limits"]},
-        automations=[item["name"] for item in declared["automations"]],
+        work_pools=sorted({item["name"] for item in declarations["work_pools"]}),
+        concurrency_limits={item["name"]: item["limit"] for item in declarations["concurrency_limits"]},
+        automations=[item["name"] for item in declarations["automations"]],
     )
 
 
@@ -100,13 +100,13 @@ def read_definitions(path: Path, values: Mapping[str, Any]) -> dict[str, Any]:
     except yaml.YAMLError as error:
         raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     sections = ("work_pools", "concurrency_limits", "deployments", "automations", "notifications")
-    if lacking := [name for name in sections if not isinstance(tree, dict) or name not in tree]:
-        raise UserError(f"{path} lacks {', '.join(lacking)}: begin with a copy of {PACKAGED}")
+    if missing_sections := [name for name in sections if not isinstance(tree, dict) or name not in tree]:
+        raise UserError(f"{path} lacks {', '.join(missing_sections)}: begin with a copy of {PACKAGED}")
     if "WEBHOOK" not in values:
         tree["notifications"] = []
-    declared: dict[str, Any] = filled(tree, values, path)
-    declared["automations"] += declared.pop("notifications")
-    return declared
+    declarations: dict[str, Any] = filled(tree, values, path)
+    declarations["automations"] += declarations.pop("notifications")
+    return declarations
 
 
 def filled(node: Any, values: Mapping[str, Any], path: Path) -> Any:
@@ -117,10 +117,10 @@ def filled(node: Any, values: Mapping[str, Any], path: Path) -> Any:
         return [filled(value, values, path) for value in node]
     if not isinstance(node, str):
         return node
-    if unknown := [name for name in PLACEHOLDER.findall(node) if name not in values]:
-        raise UserError(f"{path}: nothing is called ${unknown[0]}; there is {', '.join(sorted(values))}")
-    if alone := PLACEHOLDER.fullmatch(node):
-        return values[alone[1]]
+    if unknown_names := [name for name in PLACEHOLDER.findall(node) if name not in values]:
+        raise UserError(f"{path}: nothing is called ${unknown_names[0]}; there is {', '.join(sorted(values))}")
+    if match := PLACEHOLDER.fullmatch(node):
+        return values[match[1]]
     return PLACEHOLDER.sub(lambda match: str(values[match[1]]), node)
 
 
@@ -137,10 +137,10 @@ def _ensure_pool(client: SyncPrefectClient, name: str, kind: str) -> None:
         client.create_work_pool(WorkPoolCreate(name=name, type=kind, base_job_template=template))
 
 
-def _prefect_deploy(declared: Mapping[str, Any]) -> list[str]:
+def _prefect_deploy(declarations: Mapping[str, Any]) -> list[str]:
     with TemporaryDirectory() as scratch:
         path = Path(scratch, "prefect.yaml")
-        path.write_text(yaml.safe_dump({name: declared[name] for name in ("name", "pull", "deployments")}))
+        path.write_text(yaml.safe_dump({name: declarations[name] for name in ("name", "pull", "deployments")}))
         command = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all", "--prefect-file", str(path)]
         # Wide enough to keep the output for each deployment on one line.
         environment = os.environ | {"COLUMNS": "1000"}
@@ -150,16 +150,19 @@ def _prefect_deploy(declared: Mapping[str, Any]) -> list[str]:
     return re.findall(r"Deployment '([^']+)' successfully", " ".join(process.stdout.split()))
 
 
-def _ensure_automation(client: SyncPrefectClient, declared: Mapping[str, Any]) -> None:
-    """Create or update the automation; one that is as ``declared`` keeps the heartbeats of runs that it tracks."""
+def _ensure_automation(client: SyncPrefectClient, declaration: Mapping[str, Any]) -> None:
+    """Create or update the automation; one that is as ``declaration`` keeps the heartbeats of runs that it tracks."""
     try:
-        automation = AutomationCore.model_validate(declared)
+        automation = AutomationCore.model_validate(declaration)
     except ValidationError as error:
-        raise UserError(f"the automation {declared.get('name')!r} cannot be: {error.errors()[0]['msg']}") from error
-    there = client.read_automations_by_name(automation.name)
+        raise UserError(f"the automation {declaration.get('name')!r} cannot be: {error.errors()[0]['msg']}") from error
+    automations = client.read_automations_by_name(automation.name)
     # Without the fields that the server adds.
-    fields = [AutomationCore.model_validate(each.model_dump(mode="json")).model_dump() for each in (automation, *there)]
-    if not there:
+    fields = [
+        AutomationCore.model_validate(entry.model_dump(mode="json")).model_dump()
+        for entry in (automation, *automations)
+    ]
+    if not automations:
         client.create_automation(automation)
     elif fields[0] != fields[1]:
-        client.update_automation(there[0].id, automation)
+        client.update_automation(automations[0].id, automation)

@@ -110,11 +110,11 @@ def prefect_fan_out(config: IngestConfig, name: str = "prepare shard") -> FanOut
 
     def fan_out(work: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
         one_shard = retryable_task(work).with_options(name=name)
-        submitted = (
+        futures = (
             one_shard.with_options(task_run_name=f"{name} {number}").submit(item)
             for number, item in enumerate(items, 1)
         )
-        yield from in_order(submitted, 2 * config.workers)
+        yield from in_order(futures, 2 * config.workers)
 
     return fan_out
 

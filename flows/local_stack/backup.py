@@ -109,13 +109,13 @@ class Backups:
             )
         return path
 
-    def has(self, saved: SavedObject) -> bool:
+    def has(self, entry: SavedObject) -> bool:
         """Whether the content of an object is present."""
-        path = self.path(saved.sha256)
-        if not path.is_file() or path.stat().st_size != saved.size:
+        path = self.path(entry.sha256)
+        if not path.is_file() or path.stat().st_size != entry.size:
             return False
         # A crash leaves another size. Hashing all large objects would take as long as a first backup.
-        return saved.size > SMALL or sha256_file(path) == saved.sha256
+        return entry.size > SMALL or sha256_file(path) == entry.sha256
 
     def keep(self, write: Callable[[Path], None]) -> Sha256:
         """Store the content that ``write`` writes to the path it gets; returns its SHA-256."""
@@ -140,9 +140,9 @@ def backup(target: Path, progress: Progress = silent) -> Backup:
     The backup is consistent: ledgers match the databases, and the models of all samples are in them. It can be killed
     and resumed. Raises UserError if no stack runs, or if the environment names other servers.
     """
-    if elsewhere := servers_in_environment():
+    if external_servers := servers_in_environment():
         raise UserError(
-            f"{' and '.join(elsewhere.values())} name servers outside the local stack: back those up as "
+            f"{' and '.join(external_servers.values())} name servers outside the local stack: back those up as "
             "docs/operations/backup.md says, or unset the variables"
         )
     stack = LocalStack.read(settings().folder)
@@ -156,41 +156,43 @@ def backup(target: Path, progress: Progress = silent) -> Backup:
             databases = {name: backups.keep(partial(_copy, stack.folder / name)) for name in DATABASES}
             if set(store.list_keys(stack.bucket, "ledger/")) == ledgers:  # none changed meanwhile
                 break
-        made = datetime.now(UTC)
+        moment = datetime.now(UTC)
         objects = [
-            each
-            for each in store.list_objects(stack.bucket)
-            if not each.key.startswith(("pushing/", "resumed/"))  # transient
-            if each.key in ledgers or not each.key.startswith("ledger/")
-            if each.written <= made or not each.key.startswith("samples/")
+            entry
+            for entry in store.list_objects(stack.bucket)
+            if not entry.key.startswith(("pushing/", "resumed/"))  # transient
+            if entry.key in ledgers or not entry.key.startswith("ledger/")
+            if entry.written <= moment or not entry.key.startswith("samples/")
         ]
-        done = Backup(
-            made=made.replace(microsecond=0),
+        result = Backup(
+            made=moment.replace(microsecond=0),
             bucket=stack.bucket,
             versions={name: version(name) for name in ("mlflow", "prefect")},
             databases=databases,
             objects=save(store, stack.bucket, objects, backups, progress),
         )
-        backups.write(done)
-    return done
+        backups.write(result)
+    return result
 
 
 def save(
     store: Store, bucket: str, objects: Sequence[ListedObject], backups: Backups, progress: Progress = silent
 ) -> list[SavedObject]:
     """Copy ``objects``, except those in the newest backup; objects deleted meanwhile are left out."""
-    known = {(each.key, each.etag, each.size): each for each in (backups.read().objects if backups.stamps() else [])}
-    saved = []
-    for number, each in enumerate(objects, 1):
-        if (entry := known.get((each.key, each.etag, each.size))) is None or not backups.has(entry):
+    saved_objects = {
+        (item.key, item.etag, item.size): item for item in (backups.read().objects if backups.stamps() else [])
+    }
+    entries = []
+    for number, item in enumerate(objects, 1):
+        if (entry := saved_objects.get((item.key, item.etag, item.size))) is None or not backups.has(entry):
             try:
-                sha256 = backups.keep(partial(store.fetch, bucket, each.key))
-                with store.in_words(bucket, each.key):
-                    head = store.client.head_object(Bucket=bucket, Key=each.key)
+                sha256 = backups.keep(partial(store.fetch, bucket, item.key))
+                with store.in_words(bucket, item.key):
+                    head = store.client.head_object(Bucket=bucket, Key=item.key)
                 entry = SavedObject(
-                    key=each.key,
-                    size=each.size,
-                    etag=each.etag,
+                    key=item.key,
+                    size=item.size,
+                    etag=item.etag,
                     sha256=sha256,
                     content_type=head["ContentType"],
                     metadata=head["Metadata"],
@@ -198,9 +200,9 @@ def save(
             except Missing:
                 entry = None
         if entry is not None:
-            saved.append(entry)
+            entries.append(entry)
         progress("objects saved", number, len(objects))
-    return saved
+    return entries
 
 
 def _copy(database: Path, target: Path) -> None:
@@ -242,8 +244,10 @@ def restore(
     folder of a replaced stack, whose takedowns are taken over. Returns the backup and the takedowns since. Raises
     UserError, before the stack starts, if there is one already, ``replaced`` does not run, or the backup is damaged.
     """
-    if elsewhere := servers_in_environment():
-        raise UserError(f"{' and '.join(elsewhere.values())} name other servers: unset them to restore a local stack")
+    if external_servers := servers_in_environment():
+        raise UserError(
+            f"{' and '.join(external_servers.values())} name other servers: unset them to restore a local stack"
+        )
     folder, backups = settings().folder, Backups(target)
     backup = backups.read(stamp)
     progress_file = folder / RESTORING
@@ -259,8 +263,8 @@ def restore(
         state = RestoreState(stamp=backup.stamp, later=_later_removals(backup, backups, replaced.resolve()))
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         write_json(progress_file, state.model_dump(mode="json"))
-    for each in {*backup.databases.values(), *(each.sha256 for each in backup.objects)}:
-        backups.verified_path(each)
+    for digest in {*backup.databases.values(), *(entry.sha256 for entry in backup.objects)}:
+        backups.verified_path(digest)
     stack = LocalStack.open(folder, backup.bucket)
     if not state.placed:
         if any(stack.runs(server) for server in SERVERS):
@@ -272,46 +276,46 @@ def restore(
     stack = LocalStack.open(folder, backup.bucket)
     store = Store(client(variables=stack.variables("s3")))
 
-    def put(saved: SavedObject) -> None:
+    def put(entry: SavedObject) -> None:
         # The upload adds the digest.
-        metadata = {name: text for name, text in saved.metadata.items() if name != "sha256"}
-        with backups.path(saved.sha256).open("rb") as file:
-            store.put_once(backup.bucket, saved.key, file, metadata, saved.content_type)
+        metadata = {name: text for name, text in entry.metadata.items() if name != "sha256"}
+        with backups.path(entry.sha256).open("rb") as file:
+            store.put_once(backup.bucket, entry.key, file, metadata, entry.content_type)
 
     with ThreadPoolExecutor(8) as pool:
-        for done, _ in enumerate(pool.map(put, backup.objects), 1):
-            progress("objects restored", done, len(backup.objects))
+        for number, _ in enumerate(pool.map(put, backup.objects), 1):
+            progress("objects restored", number, len(backup.objects))
     for key, text in state.later.records.items():
         store.put_once(backup.bucket, key, text.encode())
     progress_file.unlink()
     return backup, state.later
 
 
-def _later_removals(backup: Backup, backups: Backups, replaced: Path) -> LaterRemovals:
-    known = {each.key for each in backup.objects}
+def _later_removals(backup: Backup, backups: Backups, replaced_home: Path) -> LaterRemovals:
+    keys = {entry.key for entry in backup.objects}
     texts: dict[str, str] = {}
-    until: AwareDatetime | None = backup.made
-    for newer in (backups.read(stamp) for stamp in backups.stamps() if stamp > backup.stamp):
-        for each in newer.objects:
-            if REMOVAL.fullmatch(each.key) and each.key not in known:
-                texts[each.key] = backups.verified_path(each.sha256).read_text()
-        until = newer.made
-    stack = None if replaced == settings().folder else LocalStack.read(replaced)
+    known_until: AwareDatetime | None = backup.made
+    for newer_backup in (backups.read(stamp) for stamp in backups.stamps() if stamp > backup.stamp):
+        for entry in newer_backup.objects:
+            if REMOVAL.fullmatch(entry.key) and entry.key not in keys:
+                texts[entry.key] = backups.verified_path(entry.sha256).read_text()
+        known_until = newer_backup.made
+    stack = None if replaced_home == settings().folder else LocalStack.read(replaced_home)
     if stack is not None and stack.serves("s3") and stack.bucket == backup.bucket:
         if not stack.runs("s3"):
             raise UserError(
-                f"the stack in {replaced} does not run, and may have takedowns that the backup lacks: run "
-                f"`DARKROOM_HOME={replaced} darkroom up`, or move the folder away if it cannot be started"
+                f"the stack in {replaced_home} does not run, and may have takedowns that the backup lacks: run "
+                f"`DARKROOM_HOME={replaced_home} darkroom up`, or move the folder away if it cannot be started"
             )
         store = Store(client(variables=stack.variables("s3")))
         for key in store.list_keys(stack.bucket, "datasets/"):
-            if REMOVAL.fullmatch(key) and key not in known:
+            if REMOVAL.fullmatch(key) and key not in keys:
                 texts[key] = store.get(stack.bucket, key).decode()
-        until = None
-    later = LaterRemovals(records=texts, known_until=until)
+        known_until = None
+    later_removals = LaterRemovals(records=texts, known_until=known_until)
     # Fail on an unreadable record before anything is written.
-    later.removals()
-    return later
+    later_removals.removals()
+    return later_removals
 
 
 def _place(path: Path, name: str, source: Path, backup: Backup, stack: LocalStack) -> None:
@@ -322,10 +326,10 @@ def _place(path: Path, name: str, source: Path, backup: Backup, stack: LocalStac
         partial.chmod(0o600)
         if name in UPGRADES and backup.versions.get("mlflow") != version("mlflow"):
             command = [sys.executable, "-m", *UPGRADES[name], f"sqlite:///{partial}"]
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-            if done.returncode:
-                last = "".join(done.stderr.strip().splitlines()[-1:])
-                raise DarkroomError(f"{name} cannot be migrated to this MLflow: {last}")
+            process = subprocess.run(command, capture_output=True, text=True, check=False)
+            if process.returncode:
+                message = "".join(process.stderr.strip().splitlines()[-1:])
+                raise DarkroomError(f"{name} cannot be migrated to this MLflow: {message}")
         if name == AUTH:
             from mlflow.server.auth.sqlalchemy_store import SqlAlchemyStore
 

@@ -55,25 +55,25 @@ def up(report: Report, restoring: bool = False) -> StackStatus:
 
     Raises DarkroomError with the log of a service that does not start, and UserError after an incomplete restore.
     """
-    elsewhere = servers_in_environment()
-    if len(elsewhere) < len(SERVERS):
-        configured = settings()
-        folder = configured.folder
-        with _locked(folder, report):
+    external_servers = servers_in_environment()
+    if len(external_servers) < len(SERVERS):
+        environment = settings()
+        folder = environment.folder
+        with _lock(folder, report):
             # The servers would create the missing databases, empty.
             if (folder / RESTORING).exists() and not restoring:
                 raise UserError(
                     f"a restore into {folder} did not end: give `darkroom server restore` of the same backup again, or "
                     "set DARKROOM_HOME to another folder"
                 )
-            stack = LocalStack.open(folder, configured.bucket)
+            stack = LocalStack.open(folder, environment.bucket)
             if os.environ.get("DARKROOM_BUCKET", stack.bucket) != stack.bucket:
                 raise UserError(
-                    f"DARKROOM_BUCKET is {configured.bucket}, but the data of the stack in {folder} is in its bucket "
+                    f"DARKROOM_BUCKET is {environment.bucket}, but the data of the stack in {folder} is in its bucket "
                     f"{stack.bucket}: unset it, or begin a new stack in another DARKROOM_HOME"
                 )
-            _start_all(_configured(stack, elsewhere), report)
-    for server, variable in elsewhere.items():
+            _start_all(_configure(stack, external_servers), report)
+    for server, variable in external_servers.items():
         report(f"{SERVER_TITLES[server]}: commands here use the server in {variable}, not the local stack")
     return status()
 
@@ -100,16 +100,16 @@ def down(report: Report) -> None:
     if not folder.exists() and not members(folder, *SERVICES):
         report(f"no local stack in {folder}")
         return
-    with _locked(folder, report):
+    with _lock(folder, report):
         # The worker first, so that it can still report to Prefect; S3 last, as MLflow uses it.
         for names in (("worker",), ("mlflow", "prefect"), ("s3",)):
-            if running := members(folder, *names):
+            if processes := members(folder, *names):
                 report(f"stopping {', '.join(names)}")
                 # Flow runs are children of the worker.
                 execute = {"flow-run", "prefect.flow_engine"}
-                interrupted = [each for each in running if execute & set(each.info["cmdline"] or ())]
-                stop(running, GRACE)
-                if interrupted:
+                flow_runs = [process for process in processes if execute & set(process.info["cmdline"] or ())]
+                stop(processes, GRACE)
+                if flow_runs:
                     report(
                         "a flow run was stopped: after `darkroom up`, start it again, and it goes on from the last "
                         "checkpoint"
@@ -121,10 +121,10 @@ def down(report: Report) -> None:
 
 def exports() -> dict[str, str]:
     """Variables that connect other clients to the servers of the local stack; raises UserError if one does not run."""
-    elsewhere = servers_in_environment()
+    external_servers = servers_in_environment()
     stack = LocalStack.read(settings().folder)
     variables: dict[str, str] = {}
-    for server in (each for each in SERVERS if each not in elsewhere):
+    for server in (name for name in SERVERS if name not in external_servers):
         if stack is None or not stack.runs(server):
             raise UserError(f"no local {SERVER_TITLES[server]} server runs in {settings().folder}: run `darkroom up`")
         variables |= stack.variables(server) | loopback_no_proxy()
@@ -133,7 +133,7 @@ def exports() -> dict[str, str]:
 
 
 @contextmanager
-def _locked(folder: Path, report: Report) -> Iterator[None]:
+def _lock(folder: Path, report: Report) -> Iterator[None]:
     lock = FileLock(folder / "lock")
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -153,9 +153,9 @@ def _locked(folder: Path, report: Report) -> Iterator[None]:
         lock.release()
 
 
-def _configured(stack: LocalStack, elsewhere: dict[Server, str]) -> LocalStack:
+def _configure(stack: LocalStack, external_servers: dict[Server, str]) -> LocalStack:
     """Give the stack the servers that the environment does not name, on their previous ports if these are free."""
-    ours = [server for server in SERVERS if server not in elsewhere or stack.serves(server)]
+    ours = [server for server in SERVERS if server not in external_servers or stack.serves(server)]
     if "s3" in ours:
         seaweedfs.binary()
         if stack.serves("mlflow") and not stack.serves("s3"):
@@ -171,45 +171,45 @@ def _configured(stack: LocalStack, elsewhere: dict[Server, str]) -> LocalStack:
             _halt(stack, server)
             if not are_free(numbers[name] for name in names if name in numbers):
                 numbers = {name: port for name, port in numbers.items() if name not in names}
-        lacking = [name for name in names if name not in numbers]
-        numbers |= zip(lacking, choose_ports(len(lacking), numbers.values()), strict=True)
+        new_names = [name for name in names if name not in numbers]
+        numbers |= zip(new_names, choose_ports(len(new_names), numbers.values()), strict=True)
     return stack.updated(servers=tuple(ours), ports=numbers)
 
 
 def _start_all(stack: LocalStack, report: Report) -> None:
-    started, waiting = time.monotonic(), services(stack)
-    fresh: set[ServiceName] = set()
-    for service in waiting:
-        if (running := stack.process(service.name)) is not None and running.spec != service.spec:
+    start, queue = time.monotonic(), services(stack)
+    new_services: set[ServiceName] = set()
+    for service in queue:
+        if (process := stack.process(service.name)) is not None and process.spec != service.spec:
             report(f"{service.title}: restarted, because its settings changed")
             _halt(stack, service.name)
-    while waiting:
-        for service in list(waiting):
-            if any(other.name == service.after for other in waiting):
+    while queue:
+        for service in list(queue):
+            if any(other.name == service.after for other in queue):
                 continue
             if stack.process(service.name) is None:
-                if service.name in fresh:
+                if service.name in new_services:
                     raise _failure(stack, service, "ended at once")
                 _halt(stack, service.name)
                 stack = stack.updated(processes={**stack.state.processes, service.name: service.start(stack)})
-                fresh.add(service.name)
+                new_services.add(service.name)
             if _serves(stack, service):
-                waiting.remove(service)
-                report(f"{service.title}: {stack.url(service.name)} ({time.monotonic() - started:.0f} s)")
-            elif service.name not in fresh and time.monotonic() - started > HUNG:
+                queue.remove(service)
+                report(f"{service.title}: {stack.url(service.name)} ({time.monotonic() - start:.0f} s)")
+            elif service.name not in new_services and time.monotonic() - start > HUNG:
                 report(f"{service.title}: restarted, because it did not answer")
                 _halt(stack, service.name, grace=2)
-            elif time.monotonic() - started > PATIENCE:
+            elif time.monotonic() - start > PATIENCE:
                 raise _failure(stack, service, f"did not answer within {PATIENCE:.0f} s")
         time.sleep(0.1)
 
 
 def _halt(stack: LocalStack, service: ServiceName, grace: float = GRACE) -> None:
-    left = members(stack.folder, service)
+    processes = members(stack.folder, service)
     if service == "worker":
         # Flow runs that outlive their worker finish on their own, and report to Prefect themselves.
-        left = [process for process in left if "worker" in (process.info["cmdline"] or ())]
-    stop(left, grace)
+        processes = [process for process in processes if "worker" in (process.info["cmdline"] or ())]
+    stop(processes, grace)
 
 
 def _serves(stack: LocalStack, service: Service) -> bool:
@@ -234,7 +234,7 @@ def _status(stack: LocalStack, service: Service) -> ServiceStatus:
     )
 
 
-def _failure(stack: LocalStack, service: Service, what: str) -> DarkroomError:
+def _failure(stack: LocalStack, service: Service, problem: str) -> DarkroomError:
     log = stack.log(service.name)
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    return DarkroomError(f"{service.title} {what}; the last line of {log} is: {(lines or ['nothing'])[-1][:300]}")
+    return DarkroomError(f"{service.title} {problem}; the last line of {log} is: {(lines or ['nothing'])[-1][:300]}")

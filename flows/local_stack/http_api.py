@@ -62,8 +62,8 @@ def fetch(url: str, login: str = "", body: Any = None, timeout: float = 3) -> by
 
     Raises NotServing without one within ``timeout`` seconds, WrongLogin if the server rejects user or password.
     """
-    url, named = without_login(url)
-    login, headers = login or named, {"Content-Type": "application/json"}
+    url, url_login = without_login(url)
+    login, headers = login or url_login, {"Content-Type": "application/json"}
     if login:
         headers["Authorization"] = f"Basic {base64.b64encode(login.encode()).decode()}"
     data = None if body is None else json.dumps(body).encode()
@@ -87,8 +87,8 @@ def fetch(url: str, login: str = "", body: Any = None, timeout: float = 3) -> by
 def without_login(url: str) -> tuple[str, str]:
     """Split ``url`` into the URL without login, and the login ``USER:PASSWORD``, which may be empty."""
     parts = urlsplit(url)
-    login, at, host = parts.netloc.rpartition("@")
-    return parts._replace(netloc=host).geturl() if at else url, unquote(login)
+    login, separator, host = parts.netloc.rpartition("@")
+    return parts._replace(netloc=host).geturl() if separator else url, unquote(login)
 
 
 def check(name: str) -> list[str]:
@@ -118,9 +118,9 @@ def require(*servers: Server) -> None:
         if server == "s3":
             require_s3_login()
         elif os.environ.get(variable, "").startswith("http"):
-            again = retry_if_exception_type(NotServing)
+            condition = retry_if_exception_type(NotServing)
             try:
-                Retrying(retry=again, stop=stop_after_delay(10), wait=wait_fixed(1), reraise=True)(CHECKS[server])
+                Retrying(retry=condition, stop=stop_after_delay(10), wait=wait_fixed(1), reraise=True)(CHECKS[server])
             except WrongLogin as error:
                 hint = "MLFLOW_TRACKING_USERNAME and " if server == "mlflow" else ""
                 raise UserError(f"{SERVER_TITLES[server]} at {error}: set {hint}{SECRET_VARIABLE[server]}") from error

@@ -73,8 +73,8 @@ def is_member(pid: int, folder: Path, *services: str) -> bool:
 
 def members(folder: Path, *services: str) -> list[psutil.Process]:
     """All live processes of ``services`` of the stack in ``folder``, with descendants and ``info["cmdline"]``."""
-    others = (process for process in psutil.process_iter(["cmdline"]) if process.pid != os.getpid())
-    return [process for process in others if is_member(process.pid, folder, *services)]
+    processes = (process for process in psutil.process_iter(["cmdline"]) if process.pid != os.getpid())
+    return [process for process in processes if is_member(process.pid, folder, *services)]
 
 
 def stop(processes: Sequence[psutil.Process], grace: float) -> None:
@@ -107,7 +107,7 @@ def are_free(ports: Iterable[int]) -> bool:
 def choose_ports(count: int, taken: Collection[int] = ()) -> list[int]:
     """Choose ``count`` different free ports, none of them in ``taken``."""
     candidates = (port for port in random.SystemRandom().sample(PORT_RANGE, 1000) if port not in taken)
-    chosen = list(islice((port for port in candidates if are_free([port])), count))
-    if len(chosen) < count:
+    ports = list(islice((port for port in candidates if are_free([port])), count))
+    if len(ports) < count:
         raise DarkroomError(f"no {count} free ports between {PORT_RANGE.start} and {PORT_RANGE.stop}")
-    return chosen
+    return ports

@@ -44,9 +44,9 @@ class Service:
 
     def start(self, stack: LocalStack) -> Process:
         """Start the service as a detached process."""
-        others = (*SERVER_PREFIXES, "WEED_")
-        inherited = {name: value for name, value in os.environ.items() if not name.startswith(others)}
-        environment = inherited | loopback_no_proxy() | self.environment | marks(stack.folder, self.name)
+        prefixes = (*SERVER_PREFIXES, "WEED_")
+        variables = {name: value for name, value in os.environ.items() if not name.startswith(prefixes)}
+        environment = variables | loopback_no_proxy() | self.environment | marks(stack.folder, self.name)
         self.cwd.mkdir(parents=True, exist_ok=True)
         for name, text in self.files.items():
             write_private(self.cwd / name, text)
@@ -61,7 +61,7 @@ def services(stack: LocalStack) -> list[Service]:
 
 
 def _s3(stack: LocalStack) -> Service:
-    own = stack.credentials
+    credentials = stack.credentials
 
     @cache  # boto3 takes half a second to make one.
     def store() -> Store:
@@ -71,16 +71,18 @@ def _s3(stack: LocalStack) -> Service:
         store().ensure_bucket(stack.bucket)
 
     command = seaweedfs.command([stack.state.ports[name] for name in seaweedfs.PORTS])
-    files = seaweedfs.files(seaweedfs.config(own.s3_access_key, own.s3_secret_key), own.s3_tls_identity)
+    files = seaweedfs.files(
+        seaweedfs.config(credentials.s3_access_key, credentials.s3_secret_key), credentials.s3_tls_identity
+    )
     return Service("s3", "S3 (SeaweedFS)", command, seaweedfs.ENVIRONMENT, stack.folder / "s3", check, files)
 
 
 def _mlflow(stack: LocalStack) -> Service:
-    own = stack.credentials
+    credentials = stack.credentials
 
     def check(_: Process) -> None:
         url = f"{stack.url('mlflow')}/api/2.0/mlflow/experiments/search?max_results=1"
-        request_json(url, f"{own.mlflow_username}:{own.mlflow_password}")
+        request_json(url, f"{credentials.mlflow_username}:{credentials.mlflow_password}")
 
     command = [
         *(sys.executable, "-m", "mlflow", "server", "--app-name", "basic-auth"),
@@ -93,8 +95,8 @@ def _mlflow(stack: LocalStack) -> Service:
         | _client_environment(stack, "s3")
         | {
             "MLFLOW_AUTH_CONFIG_PATH": "auth.ini",
-            "MLFLOW_AUTH_ADMIN_PASSWORD": own.mlflow_password,
-            "MLFLOW_FLASK_SERVER_SECRET_KEY": own.mlflow_secret_key,
+            "MLFLOW_AUTH_ADMIN_PASSWORD": credentials.mlflow_password,
+            "MLFLOW_FLASK_SERVER_SECRET_KEY": credentials.mlflow_secret_key,
             # Jobs evaluate language models; each of their queues would be another process.
             "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
             # The default has 10.*, which matches names like 10.example.com: a DNS rebinding risk.
@@ -103,7 +105,7 @@ def _mlflow(stack: LocalStack) -> Service:
     )
     if {"AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"} & environment.keys():
         environment["MLFLOW_BOTO_CLIENT_ADDRESSING_STYLE"] = "path"
-    files = {"auth.ini": MLFLOW_AUTH.format(user=own.mlflow_username)}
+    files = {"auth.ini": MLFLOW_AUTH.format(user=credentials.mlflow_username)}
     return Service("mlflow", "MLflow", command, environment, stack.folder / "mlflow", check, files)
 
 
@@ -152,10 +154,10 @@ def _worker(stack: LocalStack) -> Service:
     def check(process: Process) -> None:
         url = f"{stack.url('prefect')}/api/work_pools/{POOL}/workers/filter"
         workers = request_json(url, stack.credentials.prefect_auth_string, {})
-        started = psutil.Process(process.pid).create_time()
+        start_time = psutil.Process(process.pid).create_time()
         # A dead worker stays online on the server for a while.
         online = [worker["last_heartbeat_time"] for worker in workers if worker["status"] == "ONLINE"]
-        if not any(datetime.fromisoformat(beat).timestamp() > started for beat in online):
+        if not any(datetime.fromisoformat(beat).timestamp() > start_time for beat in online):
             raise NotServing(f"the worker has not reported to the work pool {POOL}")
 
     command = [

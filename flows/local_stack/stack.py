@@ -148,24 +148,24 @@ class LocalStack:
 
     def variables(self, server: Server) -> dict[str, str]:
         """Environment variables that connect clients to the stack's ``server``."""
-        own = self.credentials
+        credentials = self.credentials
         if server == "mlflow":
             return {
                 "MLFLOW_TRACKING_URI": self.url("mlflow"),
-                "MLFLOW_TRACKING_USERNAME": own.mlflow_username,
-                "MLFLOW_TRACKING_PASSWORD": own.mlflow_password,
+                "MLFLOW_TRACKING_USERNAME": credentials.mlflow_username,
+                "MLFLOW_TRACKING_PASSWORD": credentials.mlflow_password,
             }
         if server == "prefect":
             return {
                 "PREFECT_API_URL": f"{self.url('prefect')}/api",
-                "PREFECT_API_AUTH_STRING": own.prefect_auth_string,
+                "PREFECT_API_AUTH_STRING": credentials.prefect_auth_string,
                 # Separate from profiles and results of the user's other Prefect servers.
                 "PREFECT_HOME": str(self.folder / "prefect"),
             }
         return {
             "AWS_ENDPOINT_URL_S3": self.url("s3"),
-            "AWS_ACCESS_KEY_ID": own.s3_access_key,
-            "AWS_SECRET_ACCESS_KEY": own.s3_secret_key,
+            "AWS_ACCESS_KEY_ID": credentials.s3_access_key,
+            "AWS_SECRET_ACCESS_KEY": credentials.s3_secret_key,
             "AWS_DEFAULT_REGION": "us-east-1",
         }
 
@@ -183,9 +183,9 @@ def write_private(path: Path, text: str) -> None:
 def servers_in_environment() -> dict[Server, str]:
     """Servers named by the environment, with the variable; variables from ``darkroom env`` do not count."""
     local = LocalStack.read(settings().folder)
-    found: dict[Server, str] = {}
+    servers: dict[Server, str] = {}
     for server in SERVERS:
-        named = [name for name in SERVER_VARIABLES[server] if os.environ.get(name)]
+        names = [name for name in SERVER_VARIABLES[server] if os.environ.get(name)]
         secret = environment.SECRET_VARIABLE[server]
         # Also variables that were exported before the stack's ports changed.
         ours = (
@@ -194,18 +194,18 @@ def servers_in_environment() -> dict[Server, str]:
             and os.environ.get(secret) == local.variables(server)[secret]
             and os.environ.get(SERVER_VARIABLES[server][0], "").startswith(f"http://{LOOPBACK}:")
         )
-        if named and not ours:
-            found[server] = named[0]
-    return found
+        if names and not ours:
+            servers[server] = names[0]
+    return servers
 
 
-def join_servers(*needs: Server) -> None:
+def join_servers(*servers: Server) -> None:
     """Connect this process to servers before it imports their clients; raises UserError for one that is not there."""
     for name, value in environment.DEFAULTS.items():
         os.environ.setdefault(name, value)
-    elsewhere = servers_in_environment()
+    external_servers = servers_in_environment()
     local = LocalStack.read(settings().folder)
-    for server in (each for each in needs if each not in elsewhere):
+    for server in (name for name in servers if name not in external_servers):
         if local is None or not local.runs(server):
             raise UserError(
                 f"no {environment.SERVER_TITLES[server]} server: {SERVER_VARIABLES[server][0]} is not set and no local "

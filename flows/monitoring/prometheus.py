@@ -100,18 +100,20 @@ def prefect_samples() -> Iterator[Sample]:
     """Metrics of flow runs, workers and concurrency limits; raises NotServing."""
     flows = {flow["id"]: flow["name"] for flow in _pages("flows/filter", {})}
     now = datetime.now(UTC)
-    due = {"expected_start_time": {"before_": now.isoformat()}}
-    waiting = {"flow_runs": {"state": {"type": {"any_": ["SCHEDULED", *map(str.upper, RUNNING)]}}, **due}}
+    start_query = {"expected_start_time": {"before_": now.isoformat()}}
+    pending_query = {"flow_runs": {"state": {"type": {"any_": ["SCHEDULED", *map(str.upper, RUNNING)]}}, **start_query}}
     day = {"after_": (now - timedelta(days=1)).isoformat()}
-    ended = {"flow_runs": {"state": {"type": {"any_": [*map(str.upper, ENDED)]}}, "end_time": day}}
-    yield from count_states("darkroom_flow_runs", ("late", *RUNNING), flows, _pages("flow_runs/filter", waiting))
-    runs = list(_pages("flow_runs/filter", ended))
+    recent_query = {"flow_runs": {"state": {"type": {"any_": [*map(str.upper, ENDED)]}}, "end_time": day}}
+    yield from count_states("darkroom_flow_runs", ("late", *RUNNING), flows, _pages("flow_runs/filter", pending_query))
+    runs = list(_pages("flow_runs/filter", recent_query))
     yield from count_states("darkroom_flow_runs_last_day", ENDED, flows, runs)
-    held = Counter(flows.get(run["flow_id"], "unknown") for run in runs if run["state_name"] == "Held")
-    yield from (("darkroom_flow_runs_held_last_day", (flow,), held[flow]) for flow in sorted({*flows.values(), *held}))
+    holds = Counter(flows.get(run["flow_id"], "unknown") for run in runs if run["state_name"] == "Held")
+    yield from (
+        ("darkroom_flow_runs_held_last_day", (flow,), holds[flow]) for flow in sorted({*flows.values(), *holds})
+    )
     for flow_id, flow in flows.items():
-        completed = {"flows": {"id": {"any_": [flow_id]}}, "flow_runs": {"state": {"type": {"any_": ["COMPLETED"]}}}}
-        for run in query_prefect("flow_runs/filter", completed | {"sort": "END_TIME_DESC", "limit": 1}):
+        query = {"flows": {"id": {"any_": [flow_id]}}, "flow_runs": {"state": {"type": {"any_": ["COMPLETED"]}}}}
+        for run in query_prefect("flow_runs/filter", query | {"sort": "END_TIME_DESC", "limit": 1}):
             yield from last_success_samples(flow, run)
     for pool in query_prefect("work_pools/filter", {"limit": PAGE}):
         workers = query_prefect(f"work_pools/{quote(pool['name'], safe='')}/workers/filter", {"limit": PAGE})
@@ -125,13 +127,13 @@ def count_states(
     name: str, states: Iterable[str], flows: Mapping[str, str], runs: Iterable[Mapping[str, Any]]
 ) -> Iterator[Sample]:
     """Number of ``runs`` per flow (names by id) and state, zeros included; no worker started ``late`` ones in time."""
-    found = Counter[tuple[str, str]]()
+    counts = Counter[tuple[str, str]]()
     for run in runs:
         state = "late" if run["state_name"] == "Late" else run["state_type"].lower()
-        found[flows.get(run["flow_id"], "unknown"), state] += 1
-    for flow in sorted({*flows.values(), *(flow for flow, _ in found)}):
+        counts[flows.get(run["flow_id"], "unknown"), state] += 1
+    for flow in sorted({*flows.values(), *(flow for flow, _ in counts)}):
         for state in states:
-            yield name, (flow, state), found[flow, state]
+            yield name, (flow, state), counts[flow, state]
 
 
 def last_success_samples(flow: str, run: Mapping[str, Any]) -> Iterator[Sample]:
@@ -154,61 +156,61 @@ class LedgerRead:
     history: History
 
 
-def ledger_samples(read: dict[str, LedgerRead]) -> Iterator[Sample]:
-    """Metrics of all ledgers, with the cache ``read``; while MLflow does not answer, with its last known records."""
+def ledger_samples(cache: dict[str, LedgerRead]) -> Iterator[Sample]:
+    """Metrics of all ledgers, with those read before in ``cache``; without MLflow's answer, by its last records."""
     place, store = Location(settings().bucket) / "ledger", Store(client(attempts=1, read_timeout=5))
     try:
         # Before the ledgers are listed: entries are appended before they are recorded in MLflow.
-        known = _on_record(str(place))
+        records = _query_records(str(place))
     except (NotServing, WrongLogin):
-        known = {model: each.known for model, each in read.items()}
+        records = {model: entry.known for model, entry in cache.items()}
     keys = (key.removeprefix(place.key("")) for key in store.list_keys(place.bucket, place.key("")))
-    for model in sorted({key.partition("/")[0] for key in keys if "/" in key} | known.keys()):
+    for model in sorted({key.partition("/")[0] for key in keys if "/" in key} | records.keys()):
         try:
-            if (on_record := known.get(model, {})) is None:
+            if (record := records.get(model, {})) is None:
                 raise UserError(f"MLflow's record of the ledger of {model} is invalid")
             ledger = Ledger(place / model, store)
-            before, listed = read.get(model), ledger.listed()
-            if before is None or (before.listed, before.known) != (listed, on_record):
-                read[model] = before = LedgerRead(listed, on_record, ledger.read(on_record, listed))
-            history = before.history
+            snapshot, objects = cache.get(model), ledger.listed()
+            if snapshot is None or (snapshot.listed, snapshot.known) != (objects, record):
+                cache[model] = snapshot = LedgerRead(objects, record, ledger.read(record, objects))
+            history = snapshot.history
         except UserError:
             yield "darkroom_ledger_intact", (model,), 0
             continue
         yield "darkroom_ledger_intact", (model,), float(not history.foreign)
-        for what, count in Counter(entry.what for entry in history.entries).items():
-            yield "darkroom_ledger_entries", (model, what), count
+        for event, count in Counter(entry.what for entry in history.entries).items():
+            yield "darkroom_ledger_entries", (model, event), count
         yield from champion_samples(model, history)
 
 
-def alarm_samples(read: dict[ListedObject, NumberedAlarm]) -> Iterator[Sample]:
-    """Metrics of the drift alarms of all models, with the cache ``read``."""
+def alarm_samples(cache: dict[ListedObject, NumberedAlarm]) -> Iterator[Sample]:
+    """Metrics of the drift alarms of all models, those read before from ``cache``."""
     place, store = Location(settings().bucket) / "alarms", Store(client(attempts=1, read_timeout=5))
-    found: dict[str, list[NumberedAlarm]] = {}
-    for listed in store.list_objects(place.bucket, place.key("")):
-        model, slash, _ = listed.key.removeprefix(place.key("")).partition("/")
+    alarms_by_model: dict[str, list[NumberedAlarm]] = {}
+    for item in store.list_objects(place.bucket, place.key("")):
+        model, slash, _ = item.key.removeprefix(place.key("")).partition("/")
         if not slash:
             continue
-        own, alarms = Alarms(place / model, store), found.setdefault(model, [])
-        if number := own.number(listed):
+        alarm_store, alarms = Alarms(place / model, store), alarms_by_model.setdefault(model, [])
+        if number := alarm_store.number(item):
             with suppress(UserError):  # a foreign object
-                alarms.append(read.get(listed) or read.setdefault(listed, own.read(number)))
-    for model, alarms in found.items():
+                alarms.append(cache.get(item) or cache.setdefault(item, alarm_store.read(number)))
+    for model, alarms in alarms_by_model.items():
         for cause in get_args(Cause):
             yield "darkroom_drift_alarms", (model, cause), sum(cause in alarm.causes for alarm in alarms)
         if alarms:
-            last = max(alarm.when for alarm in alarms)
-            yield "darkroom_drift_last_alarm_timestamp_seconds", (model,), last.timestamp()
+            moment = max(alarm.when for alarm in alarms)
+            yield "darkroom_drift_last_alarm_timestamp_seconds", (model,), moment.timestamp()
 
 
 def champion_samples(model: str, history: History) -> Iterator[Sample]:
     """Version of the champion, the time of its promotion, and its metrics in the gate's newest verdict on it."""
     champion = history.standing.champion
-    since = [entry.when for entry in history.entries if entry.moves and entry.to_version == champion]
-    if champion is None or not since:
+    dates = [entry.when for entry in history.entries if entry.moves and entry.to_version == champion]
+    if champion is None or not dates:
         return
     yield "darkroom_champion_version", (model,), champion
-    yield "darkroom_champion_since_timestamp_seconds", (model,), since[-1].timestamp()
+    yield "darkroom_champion_since_timestamp_seconds", (model,), dates[-1].timestamp()
     verdicts = [entry.evidence for entry in history.entries if entry.version == champion and entry.evidence is not None]
     for figure, value in verdicts[-1].figures.items() if verdicts else ():
         # Those of the champion that it was compared with.
@@ -216,29 +218,29 @@ def champion_samples(model: str, history: History) -> Iterator[Sample]:
             yield "darkroom_champion_figure", (model, figure), value
 
 
-def _on_record(place: str) -> dict[str, Known | None]:
+def _query_records(place: str) -> dict[str, Known | None]:
     """MLflow's records of the ledgers below ``place``, by model; None for an invalid record."""
-    found: dict[str, Known | None] = {}
+    records: dict[str, Known | None] = {}
     token = ""
     while True:
         answer = query_mlflow(f"registered-models/search?max_results={MOST}&page_token={quote(token)}")
         for model in answer.get("registered_models", ()):
             name, tags = model["name"], {tag["key"]: tag["value"] for tag in model.get("tags", ())}
             try:
-                newest = Newest.of(name, tags)
+                record = Newest.of(name, tags)
             except UserError:
-                found[name] = None
+                records[name] = None
                 continue
-            if newest is not None and newest.place == f"{place}/{name}":
-                found[name] = {newest.number: newest.sha256}
+            if record is not None and record.place == f"{place}/{name}":
+                records[name] = {record.number: record.sha256}
         if not (token := answer.get("next_page_token", "")):
-            return found
+            return records
 
 
 def mlflow_samples() -> Iterator[Sample]:
     """Metrics of running trainings; raises NotServing or WrongLogin."""
-    found = query_mlflow("experiments/search", {"max_results": MOST}).get("experiments", ())
-    if experiments := {each["experiment_id"]: each["name"] for each in found}:
+    entries = query_mlflow("experiments/search", {"max_results": MOST}).get("experiments", ())
+    if experiments := {experiment["experiment_id"]: experiment["name"] for experiment in entries}:
         trainings = "attributes.status = 'RUNNING' and tags.`darkroom.train_key` != ''"
         question = {"experiment_ids": list(experiments), "filter": trainings, "max_results": MOST}
         for run in query_mlflow("runs/search", question).get("runs", ()):
@@ -248,7 +250,7 @@ def mlflow_samples() -> Iterator[Sample]:
 def training_samples(model: str, run: Mapping[str, Any]) -> Iterator[Sample]:
     """Progress of a training, once it has logged any."""
     labels = model, run["info"]["run_id"]
-    figures = {each["key"]: each for each in run["data"].get("metrics", ())}
+    figures = {metric["key"]: metric for metric in run["data"].get("metrics", ())}
     if LOSS in figures:
         yield "darkroom_training_images", labels, float(figures[LOSS]["step"])
         yield "darkroom_training_last_word_timestamp_seconds", labels, int(figures[LOSS]["timestamp"]) / 1000

@@ -89,14 +89,14 @@ def generate_chunk(
     At most three times as many are in memory. Equal chunks give equal bytes; raises ConflictError on a machine with
     another fingerprint.
     """
-    process, began = f"{socket.gethostname()}:{os.getpid()}", time.process_time()
+    process, start_time = f"{socket.gethostname()}:{os.getpid()}", time.process_time()
     indices, part = batch.chunks()[chunk], place.key(sampling_batch.part_key(chunk))
     if store.exists(place.bucket, part) and _has_images(store, batch, place, chunk):
-        return Work(images=0, process=process, began=began, ended=time.process_time())
-    if other := batch.fingerprint.differences(_fingerprint(batch.sampling)):
+        return Work(images=0, process=process, began=start_time, ended=time.process_time())
+    if differences := batch.fingerprint.differences(_fingerprint(batch.sampling)):
         raise ConflictError(
-            f"this worker would generate other bits than the batch was begun with ({other}): use only machines like "
-            "the one that began it, or begin another batch on the others"
+            f"this worker would generate other bits than the batch was begun with ({differences}): use only machines "
+            "like the one that began it, or begin another batch on the others"
         )
     groups = _generate(batch, weights, indices, table, at_once)
     if batch.format == "png":
@@ -104,7 +104,7 @@ def generate_chunk(
     else:
         lines = _put_tar(store, batch, place, sampling_batch.tar_key(chunk), groups)
     store.put_once(place.bucket, part, lines, content_type=JSON_LINES)
-    return Work(images=len(indices), process=process, began=began, ended=time.process_time())
+    return Work(images=len(indices), process=process, began=start_time, ended=time.process_time())
 
 
 def _fingerprint(sampling: SamplingConfig) -> Fingerprint:
@@ -120,7 +120,7 @@ def _generate(
         conditions = conditions_of(batch, table, group)
         images = generate.sample_each(model, group, batch.seed, batch.sampling, conditions=conditions, at_once=at_once)
         labels = generate.label_names(model, group, batch.seed, conditions)
-        yield [(*each, conditions) for each in zip(group, images, labels, strict=True)]
+        yield [(*entry, conditions) for entry in zip(group, images, labels, strict=True)]
 
 
 def fetch_table(store: Store, batch: SamplingBatch, place: Location) -> RequestTable | None:
@@ -138,10 +138,10 @@ def conditions_of(batch: SamplingBatch, table: RequestTable | None, indices: ran
 
 
 def _put_files(store: Store, batch: SamplingBatch, place: Location, group: ImageGroup) -> bytes:
-    encoded = [sampling_batch.encode(batch, *each) for each in group]
+    files = [sampling_batch.encode(batch, *entry) for entry in group]
     seed = {"seed": str(batch.seed)}
-    store.put_many(place.bucket, [Object(place.key(row["key"]), png, PNG, seed) for png, row in encoded])
-    return sampling_batch.part_bytes(row for _, row in encoded)
+    store.put_many(place.bucket, [Object(place.key(row["key"]), png, PNG, seed) for png, row in files])
+    return sampling_batch.part_bytes(row for _, row in files)
 
 
 def _temporary_file() -> BufferedRandom:
@@ -159,7 +159,7 @@ def _put_tar(store: Store, batch: SamplingBatch, place: Location, name: str, gro
             return row | {"tar": name, "offset": offset, "size": len(png)}
 
         def write(group: ImageGroup) -> bytes:
-            return sampling_batch.part_bytes(add(*sampling_batch.encode(batch, *each)) for each in group)
+            return sampling_batch.part_bytes(add(*sampling_batch.encode(batch, *entry)) for entry in group)
 
         lines = b"".join(prefetch(write, groups, 1))
         tar.close()
@@ -170,19 +170,19 @@ def _put_tar(store: Store, batch: SamplingBatch, place: Location, name: str, gro
 def _has_images(store: Store, batch: SamplingBatch, place: Location, chunk: int) -> bool:
     if batch.format == "tar":
         return store.exists(place.bucket, place.key(sampling_batch.tar_key(chunk)))
-    expected = [place.key(sampling_batch.image_key(index)) for index in batch.chunks()[chunk]]
+    keys = [place.key(sampling_batch.image_key(index)) for index in batch.chunks()[chunk]]
     # The listing starts after a key that sorts just before the first image.
-    return list(islice(store.list_keys(place.bucket, place.key(""), after=expected[0][:-1]), len(expected))) == expected
+    return list(islice(store.list_keys(place.bucket, place.key(""), after=keys[0][:-1]), len(keys))) == keys
 
 
 def unfinished(store: Store, batch: SamplingBatch, place: Location) -> list[int]:
     """Chunks that lack an image, the tar, or the part of the manifest."""
     prefix = place.key("")
-    missing = [1 + (len(indices) if batch.format == "png" else 1) for indices in batch.chunks()]
+    missing_counts = [1 + (len(indices) if batch.format == "png" else 1) for indices in batch.chunks()]
     for key in store.list_keys(place.bucket, prefix):
         if (chunk := sampling_batch.chunk_of(batch, key.removeprefix(prefix))) is not None:
-            missing[chunk] -= 1
-    return [chunk for chunk, number in enumerate(missing) if number]
+            missing_counts[chunk] -= 1
+    return [chunk for chunk, number in enumerate(missing_counts) if number]
 
 
 def is_deleted(store: Store, place: Location) -> bool:
@@ -243,9 +243,9 @@ def cost_of(works: Iterable[Work], seconds: float) -> GenerationCost:
     for work in works:
         if work.images:
             images += work.images
-            began, ended = clocks.get(work.process, (work.began, work.ended))
-            clocks[work.process] = min(began, work.began), max(ended, work.ended)
-    hours = sum(ended - began for began, ended in clocks.values()) / 3600
+            start, end = clocks.get(work.process, (work.began, work.ended))
+            clocks[work.process] = min(start, work.began), max(end, work.ended)
+    hours = sum(end - start for start, end in clocks.values()) / 3600
     rate = images / hours if hours else None
     return GenerationCost(images=images, seconds=seconds, cpu_hours=hours, images_per_cpu_hour=rate)
 
@@ -277,8 +277,8 @@ def plan(
     if model.header.shapes and not conditions.sizes:
         # Named, so that the manifest tells sizes whatever the model is.
         conditions = conditions.model_copy(update={"sizes": (model.shape[1:],)})
-    for each in conditions.sizes:
-        model.at(each)  # raises for a size that its network does not take
+    for shape in conditions.sizes:
+        model.at(shape)  # raises for a size that its network does not take
     table = _table(store, model, model.header.sampling(sampling, conditional=False), conditions, requests)
     if table is not None and default_size and table.names_every_size:
         raise UserError(f"{requests} names the size of each image: leave the size out")
@@ -322,9 +322,9 @@ def _table(
     with TemporaryDirectory() as scratch:
         source = Path(requests)
         if requests.startswith("s3://"):
-            where = Location.parse(requests)
-            source = Path(scratch, where.prefix.rpartition("/")[2])
-            store.fetch(where.bucket, where.prefix, source)
+            location = Location.parse(requests)
+            source = Path(scratch, location.prefix.rpartition("/")[2])
+            store.fetch(location.bucket, location.prefix, source)
         table = RequestTable.from_file(source, environment.settings().folder / "requests")
     # The labels and prompts that guidance needs are in the rows, which are checked below.
     generate.check_sampling(model, sampling.unguided(), UNCONDITIONAL)
@@ -344,18 +344,20 @@ def usual_place(store: Store, batch: SamplingBatch, bucket: str) -> Location:
 def begin(store: Store, batch: SamplingBatch, place: Location, table: RequestTable | None) -> None:
     """Write ``batch.json`` and the request table to ``place``; raises ConflictError if another batch lies there."""
     store.require_conditional_puts(place.bucket, "samples")
-    about, data = place.key(BATCH), batch.json_bytes()
+    key, data = place.key(BATCH), batch.json_bytes()
     try:
-        put = store.put_once(place.bucket, about, data, content_type=JSON)
+        put = store.put_once(place.bucket, key, data, content_type=JSON)
     except ConflictError as error:
-        found = sampling_batch.parse_batch(store.get(place.bucket, about), f"{place}/batch.json")
-        how = "of another request"
-        if other := found.fingerprint.differences(batch.fingerprint):
-            how = f"begun under another fingerprint ({other})"
-        elif found.model_copy(update={"chunk": batch.chunk}) == batch:
-            how = f"in chunks of {found.chunk_size} images (sampling_batch.chunk), and this has {batch.chunk_size}"
+        other_batch = sampling_batch.parse_batch(store.get(place.bucket, key), f"{place}/batch.json")
+        difference = "of another request"
+        if differences := other_batch.fingerprint.differences(batch.fingerprint):
+            difference = f"begun under another fingerprint ({differences})"
+        elif other_batch.model_copy(update={"chunk": batch.chunk}) == batch:
+            difference = (
+                f"in chunks of {other_batch.chunk_size} images (sampling_batch.chunk), and this has {batch.chunk_size}"
+            )
         raise ConflictError(
-            f"{place} holds a batch {how}: finish it where and as it was begun, or give --to another prefix"
+            f"{place} holds a batch {difference}: finish it where and as it was begun, or give --to another prefix"
         ) from error
     if put == "already there" and USUAL.fullmatch(place.prefix) and not store.exists(place.bucket, place.key(SUCCESS)):
         # As images may exist already, only this mark tells `darkroom gc` that the batch is not abandoned.

@@ -90,35 +90,37 @@ class SampleLocation:
         return origin
 
 
-def find(where: str, store: Store, bucket: str) -> SampleLocation:
-    """Locate the generated image or sampling batch at ``where``, an S3 address or a local file.
+def find(address: str, store: Store, bucket: str) -> SampleLocation:
+    """Locate the generated image or sampling batch at ``address``, an S3 address or a local file.
 
     The batch of a copy is searched at its default place in ``bucket``. Raises UserError if no registered model made it.
     """
-    if not where.startswith("s3://"):
-        path = Path(where)
+    if not address.startswith("s3://"):
+        path = Path(address)
         if not path.is_file():
-            raise UserError(f"{where} is no file: give an image of a batch, or its address, s3://BUCKET/…/00000007.png")
-        return _locate_copy(where, path.read_bytes(), store, bucket)
-    at = Location.parse(where)
-    if not at.prefix.endswith(".png"):
-        if (batch := _read_batch(store, at)) is None:
-            raise UserError(f"{where} holds no {BATCH}: give the prefix of a sampling batch, or one of its images")
-        return SampleLocation(where, None, batch, at)
-    folder, _, name = at.prefix.rpartition("/")
+            raise UserError(
+                f"{address} is no file: give an image of a batch, or its address, s3://BUCKET/…/00000007.png"
+            )
+        return _locate_copy(address, path.read_bytes(), store, bucket)
+    location = Location.parse(address)
+    if not location.prefix.endswith(".png"):
+        if (batch := _read_batch(store, location)) is None:
+            raise UserError(f"{address} holds no {BATCH}: give the prefix of a sampling batch, or one of its images")
+        return SampleLocation(address, None, batch, location)
+    folder, _, name = location.prefix.rpartition("/")
     in_tar = folder.endswith(".tar")
-    png = None if in_tar else store.get(at.bucket, at.prefix, sampling_batch.LARGEST_IMAGE)
-    place = Location(at.bucket, folder.rpartition("/")[0] if in_tar else folder)
+    png = None if in_tar else store.get(location.bucket, location.prefix, sampling_batch.LARGEST_IMAGE)
+    place = Location(location.bucket, folder.rpartition("/")[0] if in_tar else folder)
     batch, number = _read_batch(store, place), NUMBERED.fullmatch(name)
     index = int(number[1]) if number else -1
-    if batch is None or not 0 <= index < batch.count or (in_tar and place.key(batch.key(index)) != at.prefix):
+    if batch is None or not 0 <= index < batch.count or (in_tar and place.key(batch.key(index)) != location.prefix):
         if png is None:
-            raise UserError(f"{where} is no image of a sampling batch: give one of the keys in its manifest")
-        return _locate_copy(where, png, store, bucket)
+            raise UserError(f"{address} is no image of a sampling batch: give one of the keys in its manifest")
+        return _locate_copy(address, png, store, bucket)
     row = _read_row(store, place, batch, index)
     if png is None:
         png = read_image(store, place, batch, index, row)
-    return SampleLocation(where, LocatedImage(png, _read_origin(png), index, row), batch, place)
+    return SampleLocation(address, LocatedImage(png, _read_origin(png), index, row), batch, place)
 
 
 def read_rows(store: Store, place: Location, batch: SamplingBatch, chunk: int) -> list[Row]:
@@ -150,43 +152,43 @@ def pixels_sha256(pixels: np.ndarray | None) -> str | None:
     return None if pixels is None else sha256_bytes(np.ascontiguousarray(pixels).tobytes())
 
 
-def _locate_copy(where: str, png: bytes, store: Store, bucket: str) -> SampleLocation:
+def _locate_copy(address: str, png: bytes, store: Store, bucket: str) -> SampleLocation:
     if (origin := _read_origin(png)) is None:
         raise UserError(
-            f"{where} names no registered model that made it: it is no image of ours, is of a model in a file, or "
+            f"{address} names no registered model that made it: it is no image of ours, is of a model in a file, or "
             "was saved again without its PNG metadata; give the address that it was sampled to"
         )
     if origin.task is not None:
-        return _locate_requested(where, png, origin)
-    index, found = origin.index, []
-    for batch, place in _batches_of(origin, store, bucket):
-        found.append((LocatedImage(png, origin, index, _read_row(store, place, batch, index)), batch, place))
-    for theirs in ("sha256", "pixels_sha256"):
-        for image, batch, place in found:
-            if image.row is not None and image.row[theirs] == getattr(image, theirs):
-                return SampleLocation(where, image, batch, place)
+        return _locate_requested(address, png, origin)
+    index, candidates = origin.index, []
+    for batch, place in _find_batches(origin, store, bucket):
+        candidates.append((LocatedImage(png, origin, index, _read_row(store, place, batch, index)), batch, place))
+    for field in ("sha256", "pixels_sha256"):
+        for image, batch, place in candidates:
+            if image.row is not None and image.row[field] == getattr(image, field):
+                return SampleLocation(address, image, batch, place)
     # The batch of an altered image is known only if there is a single candidate.
-    if len(found) == 1:
-        return SampleLocation(where, *found[0])
-    return SampleLocation(where, LocatedImage(png, origin, index, None), None, None)
+    if len(candidates) == 1:
+        return SampleLocation(address, *candidates[0])
+    return SampleLocation(address, LocatedImage(png, origin, index, None), None, None)
 
 
-def _locate_requested(where: str, png: bytes, origin: Origin) -> SampleLocation:
-    beside = Path(where).with_name(ABOUT)
+def _locate_requested(address: str, png: bytes, origin: Origin) -> SampleLocation:
+    request_path = Path(address).with_name(ABOUT)
     try:
-        request = RequestRecord.model_validate_json(beside.read_bytes()) if beside.is_file() else None
+        request = RequestRecord.model_validate_json(request_path.read_bytes()) if request_path.is_file() else None
     except ValidationError:  # an unrelated file of the same name
         request = None
     if request is not None and request.model["model"] != f"models:/{origin.model}/{origin.version}":
         request = None
     rows: Sequence[Row] = request.images if request else ()
     row = next((row for row in rows if row["index"] == origin.index), None)
-    return SampleLocation(where, LocatedImage(png, origin, origin.index, row), None, None, request)
+    return SampleLocation(address, LocatedImage(png, origin, origin.index, row), None, None, request)
 
 
-def _batches_of(origin: Origin, store: Store, bucket: str) -> Iterator[tuple[SamplingBatch, Location]]:
-    usual = Location(bucket) / "samples" / origin.model / str(origin.version)
-    for key in store.list_keys(usual.bucket, usual.key("")):
+def _find_batches(origin: Origin, store: Store, bucket: str) -> Iterator[tuple[SamplingBatch, Location]]:
+    place = Location(bucket) / "samples" / origin.model / str(origin.version)
+    for key in store.list_keys(place.bucket, place.key("")):
         folder, _, name = key.rpartition("/")
         try:
             batch = _read_batch(store, Location(bucket, folder)) if name == BATCH else None
@@ -249,37 +251,37 @@ class Success(Config):
 def disagreements(store: Store, batch: SamplingBatch, place: Location, index: int | None) -> list[str]:
     """Describe disagreements of the records of a batch, about one image or all: the first MOST_NAMED, then a number."""
     with TemporaryDirectory() as scratch:
-        found = _compare_records(store, batch, place, index, Path(scratch))
-        named = list(islice(found, MOST_NAMED))
-        more = sum(1 for _ in found)
-    return [*named, *([f"and {more} more disagreements of the records in {place}"] if more else [])]
+        conflicts = _compare_records(store, batch, place, index, Path(scratch))
+        first_conflicts = list(islice(conflicts, MOST_NAMED))
+        more = sum(1 for _ in conflicts)
+    return [*first_conflicts, *([f"and {more} more disagreements of the records in {place}"] if more else [])]
 
 
 def _compare_records(
     store: Store, batch: SamplingBatch, place: Location, index: int | None, scratch: Path
 ) -> Iterator[str]:
     """Yield every disagreement, or only those about image ``index``; each record is read once."""
-    beside = [BATCH] if batch.requests is None else [BATCH, REQUESTS]
-    finished, digests = True, dict[str, str]()
+    record_names = [BATCH] if batch.requests is None else [BATCH, REQUESTS]
+    is_finished, digests = True, dict[str, str]()
     try:
         data = store.get(place.bucket, place.key(SUCCESS), LARGEST_SUCCESS)
         digests = Success.model_validate_json(data).sha256
     except Missing:
-        finished = False
+        is_finished = False
     except (UserError, ValidationError):
-        words = "holds no digests of the batch's records: it was altered, or an older Darkroom wrote it"
-        yield f"{place}/{SUCCESS} {words}"
+        message = "holds no digests of the batch's records: it was altered, or an older Darkroom wrote it"
+        yield f"{place}/{SUCCESS} {message}"
     else:
-        names = {MANIFEST, *beside, *map(sampling_batch.part_key, range(len(batch.chunks())))}
-        if odd := sorted(names ^ digests.keys()):
-            some = ", ".join(odd[:3]) + (" …" if len(odd) > 3 else "")
-            yield f"{place}/{SUCCESS} and {place}/{BATCH} disagree on which records there are: {some}"
+        names = {MANIFEST, *record_names, *map(sampling_batch.part_key, range(len(batch.chunks())))}
+        if differences := sorted(names ^ digests.keys()):
+            name_text = ", ".join(differences[:3]) + (" …" if len(differences) > 3 else "")
+            yield f"{place}/{SUCCESS} and {place}/{BATCH} disagree on which records there are: {name_text}"
 
     def check_digest(name: str, digest: str) -> Iterator[str]:
         if digests.get(name, digest) != digest:
             yield f"{place}/{name} is not what {place}/{SUCCESS} says: one of the two was altered"
 
-    for name in (*beside, *([MANIFEST] if finished else [])):
+    for name in (*record_names, *([MANIFEST] if is_finished else [])):
         try:
             store.fetch(place.bucket, place.key(name), scratch / name, LARGEST_TABLE)
             yield from check_digest(name, sha256_file(scratch / name))
@@ -303,7 +305,7 @@ def _compare_records(
 
     for chunk in range(len(batch.chunks())) if index is None else [index // batch.chunk_size]:
         name, indices = sampling_batch.part_key(chunk), batch.chunks()[chunk]
-        rows = others = list[Row]()
+        rows = manifest_rows = list[Row]()
         try:
             data = store.get(place.bucket, place.key(name), sampling_batch.LARGEST_PART)
             yield from check_digest(name, sha256_bytes(data))
@@ -312,29 +314,29 @@ def _compare_records(
                 yield f"{place}/{name} has {len(rows)} rows, and {place}/{BATCH} {len(indices)} images for them"
                 rows = []
         except Missing:
-            if finished:
+            if is_finished:
                 yield f"{place}/{name} is gone"
         except UserError as error:
             yield str(error)
         try:
-            others = _row_group(table, chunk, len(indices)) if table else []
+            manifest_rows = _row_group(table, chunk, len(indices)) if table else []
         except (pa.ArrowException, OSError, UserError) as error:
             yield f"{place}/{MANIFEST} cannot be read: {' '.join(str(error).split())}"
-        for image, row, other in zip_longest(indices, rows, others):
+        for image, row, other in zip_longest(indices, rows, manifest_rows):
             if index is not None and index != image:
                 continue
             if row:
                 yield from differ(name, BATCH, image, sampling_batch.conflicts(batch, image, row))
                 if other:
-                    odd = sorted(field for field in {*row, *other} if row.get(field) != other.get(field))
-                    yield from differ(name, MANIFEST, image, odd)
-                if index is not None and "tar" in row and not _has_about(store, place, row):
+                    differences = sorted(field for field in {*row, *other} if row.get(field) != other.get(field))
+                    yield from differ(name, MANIFEST, image, differences)
+                if index is not None and "tar" in row and not _has_metadata(store, place, row):
                     yield from differ(f"{row['tar']}/{image:08d}.json", name, image, ["what is said of it"])
             elif other:
                 yield from differ(MANIFEST, BATCH, image, sampling_batch.conflicts(batch, image, other))
 
 
-def _has_about(store: Store, place: Location, row: Row) -> bool:
+def _has_metadata(store: Store, place: Location, row: Row) -> bool:
     """Whether the JSON beside an image in a tar, which its ``row`` locates, says the same as the row."""
     tar = place.key(row["tar"])
     try:
@@ -342,28 +344,28 @@ def _has_about(store: Store, place: Location, row: Row) -> bool:
         size = int(store.get_span(place.bucket, tar, start, BLOCK)[124:135], 8)
         if not 0 < size <= LARGEST_ABOUT:
             return False
-        about = store.get_span(place.bucket, tar, start + BLOCK, size)
+        text = store.get_span(place.bucket, tar, start + BLOCK, size)
     except (KeyError, TypeError, ValueError, UserError):
         return False
-    return about == canonical_json(sampling_batch.shard_json(row)).encode()
+    return text == canonical_json(sampling_batch.shard_json(row)).encode()
 
 
 def _row_group(file: pq.ParquetFile, number: int, rows: int) -> list[Row]:
     """Rows of a row group; repeated texts are held once, so that a hostile file cannot exhaust memory."""
-    about = file.metadata.row_group(number)
-    if about.num_rows != rows or about.total_byte_size > LARGEST_GROUP:
-        raise UserError(f"row group {number} has {about.num_rows} rows and {about.total_byte_size} bytes")
+    metadata = file.metadata.row_group(number)
+    if metadata.num_rows != rows or metadata.total_byte_size > LARGEST_GROUP:
+        raise UserError(f"row group {number} has {metadata.num_rows} rows and {metadata.total_byte_size} bytes")
     table = file.read_row_group(number)
     columns = [_values(column) for column in table.columns]
     return [dict(zip(table.column_names, row, strict=True)) for row in zip(*columns, strict=True)]
 
 
 def _values(column: pa.ChunkedArray) -> list[Any]:
-    found: list[Any] = []
+    values: list[Any] = []
     for array in column.chunks:
         if isinstance(array, pa.DictionaryArray):
             texts = array.dictionary.to_pylist()
-            found += [None if at is None else texts[at] for at in array.indices.to_pylist()]
+            values += [None if index is None else texts[index] for index in array.indices.to_pylist()]
         else:
-            found += array.to_pylist()
-    return found
+            values += array.to_pylist()
+    return values

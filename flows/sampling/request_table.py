@@ -63,40 +63,40 @@ class RequestTable:
         return cls._write(rows_of(source, source.suffix.lower().removeprefix(".")), folder)
 
     @classmethod
-    def fetch(cls, about: Requests, store: Store, place: Location, folder: Path) -> "RequestTable":
+    def fetch(cls, requests: Requests, store: Store, place: Location, folder: Path) -> "RequestTable":
         """Load a table from ``folder``, or else from the batch at ``place``; raises UserError if the digest differs."""
-        path = folder / f"{about.digest}.parquet"
+        path = folder / f"{requests.digest}.parquet"
         if path.is_file():
-            return cls(path, about)
+            return cls(path, requests)
         with TemporaryDirectory() as scratch:
             download = Path(scratch, REQUESTS)
             store.fetch(place.bucket, place.key(REQUESTS), download)
-            found = cls._write(rows_of(download, "parquet"), folder)
-        if found.about != about:
+            table = cls._write(rows_of(download, "parquet"), folder)
+        if table.about != requests:
             raise UserError(f"{place}/{REQUESTS} is not the table that the batch was begun with: put that back")
-        return found
+        return table
 
     @classmethod
     def _write(cls, rows: Iterable[Row], folder: Path) -> "RequestTable":
         folder.mkdir(parents=True, exist_ok=True)
-        partial, digest, used = folder / f".{uuid.uuid4().hex}.partial", hashlib.sha256(), [False] * len(COLUMNS)
-        left = iter(rows)
+        partial, digest, flags = folder / f".{uuid.uuid4().hex}.partial", hashlib.sha256(), [False] * len(COLUMNS)
+        row_iterator = iter(rows)
         try:
             with pq.ParquetWriter(partial, SCHEMA) as writer:
-                while group := list(islice(left, ROWS_AT_ONCE)):
+                while group := list(islice(row_iterator, ROWS_AT_ONCE)):
                     cells = [dict(zip(COLUMNS, row, strict=True)) for row in group]
                     writer.write_table(pa.Table.from_pylist(cells, SCHEMA))
                     # A row without a size has the digest that it had before there were sizes.
-                    digested = (row if row[2] is not None else row[:2] for row in group)
-                    digest.update("".join(f"{json.dumps(row)}\n" for row in digested).encode())
-                    used = [was or any(column) for was, column in zip(used, zip(*group, strict=True), strict=True)]
+                    digest_rows = (row if row[2] is not None else row[:2] for row in group)
+                    digest.update("".join(f"{json.dumps(row)}\n" for row in digest_rows).encode())
+                    flags = [flag or any(column) for flag, column in zip(flags, zip(*group, strict=True), strict=True)]
             with partial.open("rb") as file:
                 os.fsync(file.fileno())
             path = folder / f"{digest.hexdigest()}.parquet"
             partial.replace(path)
         finally:
             partial.unlink(missing_ok=True)
-        columns = tuple(name for name, says in zip(COLUMNS, used, strict=True) if says)
+        columns = tuple(name for name, flag in zip(COLUMNS, flags, strict=True) if flag)
         return cls(path, Requests(digest=digest.hexdigest(), columns=columns))
 
     @property
@@ -116,10 +116,10 @@ class RequestTable:
         with pq.ParquetFile(self.path) as file:
             groups = range(numbers.start // ROWS_AT_ONCE, min(-(-numbers.stop // ROWS_AT_ONCE), file.num_row_groups))
             table = file.read_row_groups(list(groups), columns=list(COLUMNS))
-        here = table.slice(numbers.start - groups.start * ROWS_AT_ONCE, len(numbers)).to_pylist()
+        records = table.slice(numbers.start - groups.start * ROWS_AT_ONCE, len(numbers)).to_pylist()
         # A file of an earlier Darkroom has no sizes.
-        rows: list[Row] = [(row["label"], row["prompt"], row.get("size")) for row in here]
-        return rows + [(None, None, None)] * (len(numbers) - len(here))
+        rows: list[Row] = [(row["label"], row["prompt"], row.get("size")) for row in records]
+        return rows + [(None, None, None)] * (len(numbers) - len(records))
 
     def conditions(self, indices: range, compute_batch: int, others: Conditions = UNCONDITIONAL) -> Conditions:
         """Conditions of images number ``indices`` and of the others in their compute batches.
@@ -132,8 +132,8 @@ class RequestTable:
         rows, shift = self.rows(range(start, stop)), -start % (stop - start)
         return self._conditions(rows[shift:] + rows[:shift], others)
 
-    def check(self, model: Model, sampling: SamplingConfig, others: Conditions, where: str) -> None:
-        """Raise UserError that names the row of the table ``where`` if ``model`` cannot be conditioned on it."""
+    def check(self, model: Model, sampling: SamplingConfig, others: Conditions, source: str) -> None:
+        """Raise UserError that names the row of the table ``source`` if ``model`` cannot be conditioned on it."""
         for start in range(0, self.count, ROWS_AT_ONCE):
             rows = self.rows(range(start, min(start + ROWS_AT_ONCE, self.count)))
             for number, row in enumerate(rows, start=start + 1):
@@ -143,20 +143,20 @@ class RequestTable:
                     check_conditions(model.classes, model.config.text, sampling, conditions)
                     check_prompts(conditions.model_copy(update={"negative_prompt": None}), model.prompt_length)
                 except UserError as error:
-                    raise UserError(f"{where}, record {number}: {error}") from error
+                    raise UserError(f"{source}, record {number}: {error}") from error
 
     def is_conditional(self, classes: Sequence[str]) -> bool:
         """Whether every row of it names a class or a prompt to a model of ``classes``."""
         pieces = (range(start, min(start + ROWS_AT_ONCE, self.count)) for start in range(0, self.count, ROWS_AT_ONCE))
         return all(
             is_conditional(classes, self._conditions([row], UNCONDITIONAL))
-            for some in pieces
-            for row in self.rows(some)
+            for piece in pieces
+            for row in self.rows(piece)
         )
 
     def _conditions(self, rows: list[Row], others: Conditions) -> Conditions:
-        labels, prompts, named = zip(*rows, strict=True)
-        sizes = tuple(others.size(0) if name is None else parse_shape(name) for name in named)
+        labels, prompts, size_names = zip(*rows, strict=True)
+        sizes = tuple(others.size(0) if name is None else parse_shape(name) for name in size_names)
         return Conditions(
             labels=labels if "label" in self.about.columns else (),
             prompts=prompts if "prompt" in self.about.columns else (),
@@ -171,26 +171,26 @@ def rows_of(source: Path, kind: str) -> Iterator[Row]:
         raise UserError(f"{source} is no table of requests: give one that ends in .csv, .jsonl or .parquet")
     if not source.is_file():
         raise UserError(f"{source} is no file: give a table of requests, with a row for each image")
-    any_value = False
+    has_value = False
     with nullcontext() if kind == "parquet" else open_text(source) as lines:
-        found = _parquet(source) if lines is None else records(lines, str(source))
-        for number, record in enumerate(found, start=1):
-            _require_known(record, f"{source}, record {number}")
+        entries = _parquet(source) if lines is None else records(lines, str(source))
+        for number, record in enumerate(entries, start=1):
+            _require_columns(record, f"{source}, record {number}")
             row = (
                 _cell(record, "label", source, number),
                 _cell(record, "prompt", source, number),
                 _size(record, source, number),
             )
-            any_value = any_value or any(row)
+            has_value = has_value or any(row)
             yield row
-    if not any_value:
+    if not has_value:
         raise UserError(f"{source} asks for nothing, in no row: use --count, or fill in {', '.join(COLUMNS)}")
 
 
-def _require_known(names: Iterable[str], where: str) -> None:
-    if unknown := sorted(set(map(str, names)) - set(COLUMNS)):
+def _require_columns(names: Iterable[str], place: str) -> None:
+    if unknown_names := sorted(set(map(str, names)) - set(COLUMNS)):
         raise UserError(
-            f"{where}: {unknown[0]!r} is no column of a request table: the columns are {', '.join(COLUMNS)}, or "
+            f"{place}: {unknown_names[0]!r} is no column of a request table: the columns are {', '.join(COLUMNS)}, or "
             "some of these"
         )
 
@@ -217,7 +217,7 @@ def _size(record: dict[str, Any], source: Path, number: int) -> str | None:
 def _parquet(source: Path) -> Iterator[dict[str, Any]]:
     try:
         with pq.ParquetFile(source) as file:
-            _require_known(file.schema_arrow.names, str(source))
+            _require_columns(file.schema_arrow.names, str(source))
             groups = range(file.num_row_groups)
             if any(file.metadata.row_group(group).total_byte_size > LARGEST_GROUP for group in groups):
                 raise UserError(f"{source} has row groups of over {LARGEST_GROUP} bytes: write it with smaller ones")

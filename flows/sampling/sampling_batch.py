@@ -80,9 +80,9 @@ class SamplingBatch(Config):
     @property
     def name(self) -> str:
         """Name of the batch, unique among different requests to one model version."""
-        how = self.sampling.model_dump(mode="json", exclude_none=True)
+        sampling = self.sampling.model_dump(mode="json", exclude_none=True)
         request = self.model_dump(mode="json", include={"conditions", "requests", "format"})
-        digest = digest_of(how | {name: value for name, value in request.items() if value is not None})[:8]
+        digest = digest_of(sampling | {name: value for name, value in request.items() if value is not None})[:8]
         return f"seed{self.seed}-count{self.count}-{self.sampling.sampler}{self.sampling.steps}-{digest}"
 
     @property
@@ -109,8 +109,8 @@ class SamplingBatch(Config):
 
     def row(self, index: int) -> Row:
         """Fields of image number ``index`` in the manifest that follow from the batch alone."""
-        own = self.model_dump(include={"seed", "model", "version", "run_id", "content_digest", "weights_sha256"})
-        row = {"key": self.key(index), "index": index, **own, "guidance": self.sampling.guidance}
+        fields = self.model_dump(include={"seed", "model", "version", "run_id", "content_digest", "weights_sha256"})
+        row = {"key": self.key(index), "index": index, **fields, "guidance": self.sampling.guidance}
         return row if self.sampling.autoguidance is None else row | {"autoguidance": self.sampling.autoguidance}
 
     def json_bytes(self) -> bytes:
@@ -118,13 +118,13 @@ class SamplingBatch(Config):
         return canonical_json(self.model_dump(mode="json", exclude_none=True)).encode()
 
 
-def parse_batch(data: bytes, where: str) -> SamplingBatch:
-    """Parse ``batch.json``; raises UserError that names ``where`` it lies if this Darkroom cannot read it."""
+def parse_batch(data: bytes, place: str) -> SamplingBatch:
+    """Parse ``batch.json``; raises UserError that names its ``place`` if this Darkroom cannot read it."""
     try:
         return SamplingBatch.model_validate_json(data)
     except ValidationError as error:
         raise UserError(
-            f"{where} is damaged, or of a newer Darkroom than this one ({_in_words(error)}): update, or if it is "
+            f"{place} is damaged, or of a newer Darkroom than this one ({_describe_error(error)}): update, or if it is "
             "damaged delete it and what lies beside it"
         ) from error
 
@@ -188,10 +188,10 @@ def part_key(chunk: int) -> str:
 
 def chunk_of(batch: SamplingBatch, name: str) -> int | None:
     """Chunk that the object ``name`` of ``batch`` belongs to; None if it belongs to none."""
-    found = CHUNK_OBJECT.fullmatch(name)
-    if found is None or (found["tar" if batch.format == "png" else "image"] is not None):
+    match = CHUNK_OBJECT.fullmatch(name)
+    if match is None or (match["tar" if batch.format == "png" else "image"] is not None):
         return None
-    chunk = int(found["image"]) // batch.chunk_size if found["image"] else int(found["tar"] or found["part"])
+    chunk = int(match["image"]) // batch.chunk_size if match["image"] else int(match["tar"] or match["part"])
     return chunk if chunk * batch.chunk_size < batch.count else None
 
 
@@ -205,7 +205,7 @@ def encode(
     conditions = conditions or batch.conditions or UNCONDITIONAL
     prompt = conditions.prompt(index)
     png_image = image_of(image)
-    about: dict[str, str | None] = {
+    metadata: dict[str, str | None] = {
         "seed": str(batch.seed),
         "index": str(index),
         "model": f"models:/{batch.model}/{batch.version}",
@@ -214,7 +214,7 @@ def encode(
         "label": conditions.label(index),
         "prompt": prompt,
     }
-    png = marked_png(png_image, about)
+    png = marked_png(png_image, metadata)
     row = batch.row(index) | {
         "sha256": sha256_bytes(png),
         "pixels_sha256": sha256_bytes(png_image.tobytes()),
@@ -240,47 +240,47 @@ def part_bytes(rows: Iterable[Row]) -> bytes:
     return "".join(f"{canonical_json(row)}\n" for row in rows).encode()
 
 
-def part_rows(part: bytes, where: str) -> list[Row]:
-    """Parse a part of the manifest; raises UserError that names ``where`` it lies if it is not one."""
+def part_rows(part: bytes, place: str) -> list[Row]:
+    """Parse a part of the manifest; raises UserError that names its ``place`` if it is not one."""
     try:
         # Not splitlines(): texts may contain Unicode line separators.
         return [ManifestRow.model_validate_json(line).model_dump(exclude_unset=True) for line in part.split(b"\n")[:-1]]
     except ValidationError as error:
         raise UserError(
-            f"{where} is no part of a manifest ({_in_words(error)}): delete it, and give the same `darkroom sample` "
-            "again, which generates its images again"
+            f"{place} is no part of a manifest ({_describe_error(error)}): delete it, and give the same `darkroom "
+            "sample` again, which generates its images again"
         ) from error
 
 
 def conflicts(batch: SamplingBatch, index: int, row: Row) -> list[str]:
     """Sorted fields of ``row`` that differ from what ``batch`` determines for image number ``index``."""
     conditions = batch.conditions or UNCONDITIONAL
-    expected = batch.row(index) | {
+    fields = batch.row(index) | {
         "negative_prompt": conditions.negative_prompt,
         "tar": tar_key(index // batch.chunk_size) if batch.format == "tar" else None,
         "fingerprint": canonical_json(batch.fingerprint.model_dump(mode="json")),
     }
     if batch.requests is None:
-        expected["prompt"] = conditions.prompt(index)
+        fields["prompt"] = conditions.prompt(index)
         if (label := conditions.label(index)) is not None:
-            expected["label"] = label
+            fields["label"] = label
         if (size := conditions.size(index)) is not None:
-            expected |= {"height": size[0], "width": size[1]}
-    return sorted(name for name, value in expected.items() if row.get(name) != value)
+            fields |= {"height": size[0], "width": size[1]}
+    return sorted(name for name, value in fields.items() if row.get(name) != value)
 
 
-def _in_words(error: ValidationError) -> str:
-    first = error.errors()[0]
-    where = ".".join(map(str, first["loc"]))
-    return f"{where}: {first['msg']}" if where else first["msg"]
+def _describe_error(error: ValidationError) -> str:
+    detail = error.errors()[0]
+    dotted_key = ".".join(map(str, detail["loc"]))
+    return f"{dotted_key}: {detail['msg']}" if dotted_key else detail["msg"]
 
 
 def schema_of(batch: SamplingBatch) -> pa.Schema:
     """Schema of the Parquet manifest of ``batch``."""
-    missing = set() if batch.format == "tar" else {"tar", "offset", "size"}
-    missing |= set() if batch.has_sizes else {"width", "height"}
-    missing |= {"autoguidance"} if batch.sampling.autoguidance is None else set()
-    names = [name for name in ManifestRow.model_fields if name not in missing]
+    omissions = set() if batch.format == "tar" else {"tar", "offset", "size"}
+    omissions |= set() if batch.has_sizes else {"width", "height"}
+    omissions |= {"autoguidance"} if batch.sampling.autoguidance is None else set()
+    names = [name for name in ManifestRow.model_fields if name not in omissions]
     return pa.schema([(name, COLUMN_TYPES.get(name, pa.string())) for name in names])
 
 

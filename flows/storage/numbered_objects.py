@@ -38,10 +38,10 @@ class NumberedObjects:
         """List all objects below ``place``, including foreign ones."""
         return tuple(self.store.list_objects(self.place.bucket, self.place.key("")))
 
-    def number(self, listed: ListedObject) -> int:
+    def number(self, entry: ListedObject) -> int:
         """Return the number of a listed object; 0 if its name holds none."""
-        found = NAME.fullmatch(listed.key.removeprefix(self.place.key("")))
-        return int(found[1]) if found else 0
+        match = NAME.fullmatch(entry.key.removeprefix(self.place.key("")))
+        return int(match[1]) if match else 0
 
     def numbers(self) -> set[int]:
         """Return all numbers that are taken."""
@@ -82,28 +82,28 @@ class Claims(NumberedObjects):
         """Return the claims to create the object ``key`` of a registered model."""
         return cls(Location(settings().bucket) / "claims" / model / key, Store())
 
-    def holder(self, valid: Callable[[str], bool]) -> str | None:
-        """Return what the first ``valid`` claim names; None if there is none."""
-        return next((made for _, made in self._claims() if made is not None and valid(made)), None)
+    def holder(self, is_valid: Callable[[str], bool]) -> str | None:
+        """Return what the first ``is_valid`` claim names; None if there is none."""
+        return next((name for _, name in self._claims() if name is not None and is_valid(name)), None)
 
-    def claim(self, made: str, valid: Callable[[str], bool]) -> str:
-        """Claim to be the first, with ``made`` as the name of the object; returns the name in the first claim."""
+    def claim(self, name: str, is_valid: Callable[[str], bool]) -> str:
+        """Claim to be the first, with ``name`` as the name of the object; returns the name in the first claim."""
         self.require_conditional_puts()
         while True:
-            taken = set[int]()
-            for number, first in self._claims():
-                if first is not None and valid(first):
-                    return first
-                taken.add(number)
+            numbers = set[int]()
+            for number, winner in self._claims():
+                if winner is not None and is_valid(winner):
+                    return winner
+                numbers.add(number)
             with suppress(ConflictError):
-                self.put(first_free(taken), canonical_json(Claim(made=made).model_dump()).encode())
-                return made
+                self.put(first_free(numbers), canonical_json(Claim(made=name).model_dump()).encode())
+                return name
 
     def _claims(self) -> Iterator[tuple[int, str | None]]:
-        for listed in self.listed():
-            if number := self.number(listed):
+        for entry in self.listed():
+            if number := self.number(entry):
                 try:
-                    data = self.get(number) if listed.size <= LARGEST_CLAIM else None
+                    data = self.get(number) if entry.size <= LARGEST_CLAIM else None
                     yield number, Claim.model_validate_json(data or b"").made
                 except ValidationError:
                     yield number, None

@@ -125,19 +125,21 @@ def client(attempts: int = 5, read_timeout: float = 60, variables: Mapping[str, 
     ``attempts`` is the total number of tries per request, over about 8 s for the default; ``read_timeout`` in seconds.
     A process makes one client of the same settings, as boto3 takes a third of a second for each.
     """
-    given, around = (
-        tuple((name, value) for name, value in sorted(each.items()) if name.startswith("AWS_"))
-        for each in (variables, os.environ)
+    own_variables, process_variables = (
+        tuple((name, value) for name, value in sorted(environment.items()) if name.startswith("AWS_"))
+        for environment in (variables, os.environ)
     )
     file = Path(os.environ.get("AWS_SHARED_CREDENTIALS_FILE", "~/.aws/credentials")).expanduser()
     keys_changed = file.stat().st_mtime_ns if file.is_file() else 0
-    return _client(attempts, read_timeout, given, around, (os.getpid(), keys_changed))
+    return _client(attempts, read_timeout, own_variables, process_variables, (os.getpid(), keys_changed))
 
 
 @cache
-def _client(attempts: int, read_timeout: float, given: Variables, around: Variables, _: tuple[int, int]) -> "S3Client":
-    """Create the client; it depends on files and variables ``around`` that boto3 reads, and a fork needs another."""
-    variables = dict(given)
+def _client(
+    attempts: int, read_timeout: float, own_variables: Variables, process_variables: Variables, _: tuple[int, int]
+) -> "S3Client":
+    """Create the client; it depends on files and ``process_variables`` that boto3 reads, and a fork needs another."""
+    variables = dict(own_variables)
     pair = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
     access_key, secret_key = (variables.get(name) or None for name in pair)
     if (access_key is None) != (secret_key is None):
@@ -223,15 +225,15 @@ class Store:
             except ClientError as error:
                 if status_of(error) != 412:
                     raise
-                if (there := self._sha256(bucket, key)) != digest:
+                if (other_digest := self._sha256(bucket, key)) != digest:
                     raise ConflictError(
-                        f"s3://{bucket}/{key} is taken by other bytes (sha256 {there[:12]}… there, {digest[:12]}… "
-                        "here): write under another prefix, or remove what is there"
+                        f"s3://{bucket}/{key} is taken by other bytes (sha256 {other_digest[:12]}… there, "
+                        f"{digest[:12]}… here): write under another prefix, or remove what is there"
                     ) from error
                 return "already there"
             return "written"
 
-        return self._retrying(bucket, key, put, tenacity.retry_if_exception(is_conflict))
+        return self._retry(bucket, key, put, tenacity.retry_if_exception(is_conflict))
 
     def put_many(self, bucket: str, objects: Sequence[Object], workers: int = 8) -> list[Put]:
         """Write each of ``objects`` as ``put_once`` does, ``workers`` at a time; the first failure stops the rest."""
@@ -240,18 +242,18 @@ class Store:
 
     def get(self, bucket: str, key: str, most: int | None = None) -> bytes:
         """Read an object, verified by its checksum; raises Missing, and UserError if it is over ``most`` bytes."""
-        return self._retrying(bucket, key, lambda: self._body(bucket, key, most).read())
+        return self._retry(bucket, key, lambda: self._body(bucket, key, most).read())
 
     def get_span(self, bucket: str, key: str, offset: int, size: int) -> bytes:
         """Read ``size`` bytes of an object from ``offset`` on, without a checksum; raises Missing."""
         span = f"bytes={offset}-{offset + size - 1}"
-        return self._retrying(
+        return self._retry(
             bucket, key, lambda: self.client.get_object(Bucket=bucket, Key=key, Range=span)["Body"].read()
         )
 
     def sha256(self, bucket: str, key: str) -> str:
         """Hex SHA-256 of an object, from the server's checksum or else from its bytes; raises Missing."""
-        return self._retrying(bucket, key, lambda: self._sha256(bucket, key))
+        return self._retry(bucket, key, lambda: self._sha256(bucket, key))
 
     def fetch(self, bucket: str, key: str, path: Path, most: int | None = None) -> None:
         """Fetch an object to ``path`` as ``get`` does, a megabyte at a time; no partial file is left after an error."""
@@ -262,7 +264,7 @@ class Store:
                 shutil.copyfileobj(body, file, 2**20)
 
         try:
-            self._retrying(bucket, key, fetch)
+            self._retry(bucket, key, fetch)
         except BaseException:
             path.unlink(missing_ok=True)
             raise
@@ -292,7 +294,7 @@ class Store:
 
     def list_keys(self, bucket: str, prefix: str = "", after: str = "") -> Iterator[str]:
         """Yield all keys that begin with ``prefix`` and sort after ``after``, in order."""
-        return (found.key for found in self.list_objects(bucket, prefix, after))
+        return (entry.key for entry in self.list_objects(bucket, prefix, after))
 
     def list_objects(self, bucket: str, prefix: str = "", after: str = "") -> Iterator[ListedObject]:
         """Yield the objects of ``list_keys`` with size, ETag and time; one page is held in memory at a time."""
@@ -305,8 +307,8 @@ class Store:
 
     def delete_many(self, bucket: str, keys: Iterable[str]) -> None:
         """Delete the objects of these names, if they exist."""
-        left = iter(keys)
-        while batch := list(islice(left, DELETED_AT_ONCE)):
+        key_iterator = iter(keys)
+        while batch := list(islice(key_iterator, DELETED_AT_ONCE)):
             with self.in_words(bucket, batch[0]):
                 objects: list[ObjectIdentifierTypeDef] = [{"Key": key} for key in batch]
                 answer = self.client.delete_objects(Bucket=bucket, Delete={"Objects": objects, "Quiet": True})
@@ -366,7 +368,7 @@ class Store:
             digest.update(piece)
         return digest.hexdigest()
 
-    def _retrying(
+    def _retry(
         self,
         bucket: str,
         key: str,
@@ -385,7 +387,7 @@ class Store:
         try:
             yield
         except ClientError as error:
-            raise _explained(error, place, bucket, server) from error
+            raise _explain(error, place, bucket, server) from error
         except NO_KEYS as error:
             hint = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
             raise UserError(f"{place}: no usable S3 credentials ({error}): {hint}") from error
@@ -415,8 +417,8 @@ class S3Objects:
     def find(self, uri: str) -> Iterator[Found]:
         """Yield all objects whose URI begins with ``uri``, in the server's order, a page at a time."""
         bucket, prefix = _split(uri)
-        for found in self._store.list_objects(bucket, prefix):
-            yield Found(f"s3://{bucket}/{found.key}", found.size, found.etag)
+        for entry in self._store.list_objects(bucket, prefix):
+            yield Found(f"s3://{bucket}/{entry.key}", entry.size, entry.etag)
 
     def read(self, uri: str) -> bytes:
         """Read the bytes of one object; raises FileNotFoundError if there is none."""
@@ -438,7 +440,7 @@ def _split(uri: str) -> tuple[str, str]:
     return Location.parse(f"s3://{bucket}").bucket, key
 
 
-def _explained(error: ClientError, place: str, bucket: str, server: str) -> DarkroomError:
+def _explain(error: ClientError, place: str, bucket: str, server: str) -> DarkroomError:
     code, message = error.response["Error"]["Code"], error.response["Error"].get("Message", "")
     if code == "NoSuchBucket":
         hint = "create it, or set DARKROOM_BUCKET to one that is there"
@@ -471,12 +473,12 @@ USUAL = re.compile(r"samples/[^/]+/[0-9]{1,10}/[^/]+")
 
 def batch_places(store: Store, bucket: str) -> Iterator[Location]:
     """Yield the usual places of sampling batches in ``bucket``; those that ``darkroom gc`` deletes are left out."""
-    deleted = {key.removeprefix(f"{DELETED}/") for key in store.list_keys(bucket, f"{DELETED}/samples/")}
+    deleted_prefixes = {key.removeprefix(f"{DELETED}/") for key in store.list_keys(bucket, f"{DELETED}/samples/")}
     after = ""
     # One listing per batch, from where the one before ends: it may have a million images.
     while (key := next(store.list_keys(bucket, "samples/", after), None)) is not None:
-        prefix = named[0] if (named := USUAL.match(key)) else key.rpartition("/")[0]
+        prefix = match[0] if (match := USUAL.match(key)) else key.rpartition("/")[0]
         # "PREFIX0" sorts just after "PREFIX/"; objects of others may lie beside the folders of the models.
         after = key if prefix == "samples" else f"{prefix}0"
-        if named and prefix not in deleted:
+        if match and prefix not in deleted_prefixes:
             yield Location(bucket, prefix)

@@ -60,30 +60,30 @@ class Tags(BaseModel):
         return self.bases.split(",") if self.bases else []
 
 
-def parse_tags(tags: Mapping[str, str], where: str) -> Tags:
-    """Parse the tags of ``where``, a model version or a run; raises UserError that names it and the first bad tag."""
+def parse_tags(tags: Mapping[str, str], owner: str) -> Tags:
+    """Parse the tags of ``owner``, a model version or a run; raises UserError that names it and the first bad tag."""
     try:
         return Tags.model_validate(dict(tags))
     except ValidationError as error:
-        first = error.errors()[0]
-        value = str(first["input"])
-        shown = ascii(value[:SHOWN]) + (" …" if len(value) > SHOWN else "")
+        detail = error.errors()[0]
+        value = str(detail["input"])
+        text = ascii(value[:SHOWN]) + (" …" if len(value) > SHOWN else "")
         raise UserError(
-            f"{where} has the tag {first['loc'][0]} = {shown}, which is not what Darkroom writes there: correct it in "
+            f"{owner} has the tag {detail['loc'][0]} = {text}, which is not what Darkroom writes there: correct it in "
             "MLflow, or delete it"
         ) from error
 
 
 def parse_model_uri(uri: str) -> tuple[str, str]:
     """Parse ``models:/NAME@ALIAS`` or ``models:/NAME/NUMBER`` into (NAME, "@ALIAS" or NUMBER)."""
-    named = MODEL_URI.fullmatch(uri)
+    match = MODEL_URI.fullmatch(uri)
     try:
-        if named is None or int(named["number"] or 1) > HIGHEST_NUMBER:
+        if match is None or int(match["number"] or 1) > HIGHEST_NUMBER:
             raise ValueError(uri)
-        return plain_name(named["name"]), named["number"] or f"@{named['alias']}"
+        return plain_name(match["name"]), match["number"] or f"@{match['alias']}"
     except ValueError as error:
-        shown = uri if len(uri) <= LONGEST_NAME else f"{uri[:LONGEST_NAME]}…"
+        text = uri if len(uri) <= LONGEST_NAME else f"{uri[:LONGEST_NAME]}…"
         raise UserError(
-            f"{shown} names no model version: write models:/NAME@champion, models:/NAME/1, or a path that ends in "
+            f"{text} names no model version: write models:/NAME@champion, models:/NAME/1, or a path that ends in "
             ".safetensors"
         ) from error

@@ -116,11 +116,11 @@ def serve(params: Params, model: str | None, port: int | None, browser: bool) ->
 
             uri = model or params.champion
             page = build(load_uri(uri, params.sampling), parse_model_uri(uri)[0], uri)
-        chosen = settings().ui_password
-        password = chosen or secrets.token_urlsafe(12)
+        fixed_password = settings().ui_password
+        password = fixed_password or secrets.token_urlsafe(12)
         address = launch(page, password, port, browser)
-        shown = "of DARKROOM_UI_PASSWORD" if chosen else password
-        print(f"{address}  user {USER}  password {shown}  (Ctrl+C ends it)", file=sys.stderr, flush=True)
+        text = "of DARKROOM_UI_PASSWORD" if fixed_password else password
+        print(f"{address}  user {USER}  password {text}  (Ctrl+C ends it)", file=sys.stderr, flush=True)
         signal.signal(signal.SIGTERM, _end)
         try:
             Event().wait()

@@ -50,8 +50,8 @@ class ListedBatch:
     @property
     def title(self) -> str:
         """Model version and name of the batch."""
-        left = "" if self.finished else " (unfinished)"
-        return f"{self.batch.model}/{self.batch.version} {self.place.prefix.rpartition('/')[2]}{left}"
+        suffix = "" if self.finished else " (unfinished)"
+        return f"{self.batch.model}/{self.batch.version} {self.place.prefix.rpartition('/')[2]}{suffix}"
 
 
 def list_batches(store: Store, bucket: str) -> list[ListedBatch]:
@@ -66,13 +66,13 @@ def list_batches(store: Store, bucket: str) -> list[ListedBatch]:
         except UserError as error:  # an unreadable batch does not hide the others
             logger.warning("%s", error)
             return None
-        success, begun = store.stat(bucket, place.key(SUCCESS)), store.stat(bucket, place.key(BATCH))
-        newest = success or begun
-        return newest and ListedBatch(batch, place, newest.written, success is not None)
+        success, start = store.stat(bucket, place.key(SUCCESS)), store.stat(bucket, place.key(BATCH))
+        entry = success or start
+        return entry and ListedBatch(batch, place, entry.written, success is not None)
 
     with ThreadPoolExecutor(16) as pool:
-        found = [each for each in pool.map(read, places) if each is not None]
-    return sorted(found, key=lambda each: each.written, reverse=True)
+        batches = [listed_batch for listed_batch in pool.map(read, places) if listed_batch is not None]
+    return sorted(batches, key=lambda listed_batch: listed_batch.written, reverse=True)
 
 
 def select_batches(
@@ -80,34 +80,36 @@ def select_batches(
 ) -> list[ListedBatch]:
     """Batches of a model, of a version, or with a title; None: of all."""
     return [
-        each
-        for each in batches
-        if model in (None, each.batch.model) and version in (None, each.batch.version) and title in (None, each.title)
+        entry
+        for entry in batches
+        if model in (None, entry.batch.model)
+        and version in (None, entry.batch.version)
+        and title in (None, entry.title)
     ]
 
 
 def matching_rows(store: Store, batches: Sequence[ListedBatch], text: str = "") -> Iterator[tuple[ListedBatch, Row]]:
     """Yield the images whose class or prompt contains ``text``, without case, read a part of a manifest at a time."""
-    wanted = text.strip().casefold()
-    for each in batches:
-        for chunk in range(len(each.batch.chunks())):
+    query = text.strip().casefold()
+    for entry in batches:
+        for chunk in range(len(entry.batch.chunks())):
             try:
-                rows = read_rows(store, each.place, each.batch, chunk)
+                rows = read_rows(store, entry.place, entry.batch, chunk)
             except Missing:  # not generated yet
                 continue
             for row in rows:
-                if wanted in f"{row.get('label') or ''}\n{row.get('prompt') or ''}".casefold():
-                    yield each, row
+                if query in f"{row.get('label') or ''}\n{row.get('prompt') or ''}".casefold():
+                    yield entry, row
 
 
 def page_of(store: Store, batches: Sequence[ListedBatch], text: str, page: int) -> tuple[list[GalleryItem], list[str]]:
     """Images of a page, counted from 1, with captions, and their S3 addresses."""
     rows = list(islice(matching_rows(store, batches, text), (page - 1) * PAGE, page * PAGE))
 
-    def load(found: tuple[ListedBatch, Row]) -> Image.Image | None:
-        each, row = found
+    def load(pair: tuple[ListedBatch, Row]) -> Image.Image | None:
+        entry, row = pair
         try:
-            pixels = read_pixels(read_image(store, each.place, each.batch, row["index"], row))
+            pixels = read_pixels(read_image(store, entry.place, entry.batch, row["index"], row))
         except Missing:
             return None
         return None if pixels is None else Image.fromarray(pixels)
@@ -115,39 +117,41 @@ def page_of(store: Store, batches: Sequence[ListedBatch], text: str, page: int) 
     items: list[GalleryItem] = []
     addresses = []
     with ThreadPoolExecutor(16) as pool:
-        for (each, row), image in zip(rows, pool.map(load, rows), strict=True):
+        for (entry, row), image in zip(rows, pool.map(load, rows), strict=True):
             if image is not None:
-                shown = " ".join(filter(None, [row.get("label"), row.get("prompt")])) or f"version {row['version']}"
-                items.append((image, f"{row['index']}: {shown}"))
-                addresses.append(f"{each.place}/{row['key']}")
+                description = (
+                    " ".join(filter(None, [row.get("label"), row.get("prompt")])) or f"version {row['version']}"
+                )
+                items.append((image, f"{row['index']}: {description}"))
+                addresses.append(f"{entry.place}/{row['key']}")
     return items, addresses
 
 
-def lineage(found: Trace) -> str:
+def lineage(chain: Trace) -> str:
     """Show the chain of records of an image as HTML, from the image down to the shards."""
     links: list[tuple[str, list[str]]] = []
-    if image := found.image:
+    if image := chain.image:
         states = {True: "as generated", False: "altered since", None: "not on record"}
-        shown = [f"{name} {text}" for name, text in (("class", image.label), ("prompt", image.prompt)) if text]
-        lines = [image.where, f"image {image.index} of seed {image.seed}, {states[image.as_generated]}", *shown]
+        conditions = [f"{name} {text}" for name, text in (("class", image.label), ("prompt", image.prompt)) if text]
+        lines = [image.where, f"image {image.index} of seed {image.seed}, {states[image.as_generated]}", *conditions]
         links.append(("Image", [*lines, f"sha256 {image.sha256[:16]}…"]))
-    if batch := found.batch:
+    if batch := chain.batch:
         sampling = f"{batch.sampling.sampler}, {batch.sampling.steps} steps"
-        links.append(("Batch", [f"{batch.count:,} images of seed {batch.seed}, {sampling}", f"{found.place}"]))
-    if model := found.model:
+        links.append(("Batch", [f"{batch.count:,} images of seed {batch.seed}, {sampling}", f"{chain.place}"]))
+    if model := chain.model:
         aliases = " ".join(f"@{alias}" for alias in model.aliases)
         links.append(("Model", [f"{model.uri} {aliases}", f"registered {model.registered:%Y-%m-%d %H:%M} UTC"]))
-    if run := found.run:
+    if run := chain.run:
         git = f"git commit {run.git_commit[:12]}" if run.git_commit else "outside of a git repository"
         links.append(("Run", [f"{run.name}, {run.started:%Y-%m-%d %H:%M} UTC", run.run_id, git]))
-    if data := found.data:
+    if data := chain.data:
         links.append(("Data set", [f"{data.dataset}, {data.images:,} images", f"version {data.version[:16]}…"]))
-    for each in found.takedowns:
-        links.append(("Takedown", [each.name, *filter(None, [each.reason])]))
+    for takedown in chain.takedowns:
+        links.append(("Takedown", [takedown.name, *filter(None, [takedown.reason])]))
     html = "".join(
         f"<li><b>{title}</b><span>{'<br>'.join(escape(line) for line in lines)}</span></li>" for title, lines in links
     )
-    if data := found.data:
+    if data := chain.data:
         shards = "".join(
             f"<li>{escape(shard.name)}, {shard.bytes:,} bytes<br>{escape(shard.where or 'lost')}"
             f"<br>sha256 {shard.sha256}</li>"
@@ -155,18 +159,18 @@ def lineage(found: Trace) -> str:
         )
         count = f"{len(data.shards):,} shards" if data.shards[1:] else "1 shard"
         html += f"<li><b>Shards</b><details><summary>{count}</summary><ul>{shards}</ul></details></li>"
-    broken = "".join(f"<p class='problem'>{escape(words)}</p>" for words in found.broken)
-    return f"<ol class='chain'>{html}</ol>{broken}"
+    problems = "".join(f"<p class='problem'>{escape(problem)}</p>" for problem in chain.broken)
+    return f"<ol class='chain'>{html}</ol>{problems}"
 
 
-def nearest_training_images(pixels: np.ndarray, found: Trace) -> tuple[list[GalleryItem], str]:
+def nearest_training_images(pixels: np.ndarray, chain: Trace) -> tuple[list[GalleryItem], str]:
     """Find the training images nearest to an image, (H, W) or (H, W, 3) uint8, after registration.
 
     Returns them with their distances, if the data set is in this workspace, and words on what was compared.
     """
-    if found.data is None:
+    if chain.data is None:
         return [], "The data set is not known, so there are no nearest training images."
-    name, folder = found.data.dataset, dataset_folder(found.data.dataset)
+    name, folder = chain.data.dataset, dataset_folder(chain.data.dataset)
     if not (folder / "manifest.json").is_file():
         return [], f"Nearest training images: the data set {name} is not in this workspace (`darkroom data checkout`)."
     dataset = Dataset.open(folder)
@@ -175,29 +179,29 @@ def nearest_training_images(pixels: np.ndarray, found: Trace) -> tuple[list[Gall
         image = torch.from_numpy(np.array(pixels)).reshape(*pixels.shape[:2], -1).permute(2, 0, 1)[None]
         if image.shape[1] != dataset.shape[0]:
             return [], f"The data set {name} has other channels here now."
-        pieces = (dataset.images_in_order(rows[at : at + 1000]) for at in range(0, len(rows), 1000))
+        pieces = (dataset.images_in_order(rows[start : start + 1000]) for start in range(0, len(rows), 1000))
         neighbours = find_registered([image], pieces, lambda numbers: dataset.images_in_order(rows[numbers]))
         numbers = neighbours.rows[0, :NEAREST].numpy()
         items: list[GalleryItem] = [
-            (image_of(each), f"{distance:.2f} {label or ''}")
-            for each, distance, label in zip(
+            (image_of(neighbour), f"{distance:.2f} {label or ''}")
+            for neighbour, distance, label in zip(
                 dataset.images_in_order(rows[numbers]),
                 neighbours.distances[0, :NEAREST].tolist(),
                 dataset.labels(rows[numbers]),
                 strict=True,
             )
         ]
-        words = f"Nearest of {len(rows):,} training images, with distances after registration (0: equal, 1: unlike)"
-        if dataset.manifest.content_digest != found.data.content_digest:
-            words += ", of another version of the data set than the model was trained on"
-        return items, words
+        message = f"Nearest of {len(rows):,} training images, with distances after registration (0: equal, 1: unlike)"
+        if dataset.manifest.content_digest != chain.data.content_digest:
+            message += ", of another version of the data set than the model was trained on"
+        return items, message
     finally:
         dataset.close()
 
 
 def tab(model: str) -> None:
     """Add the tab, which shows batches of ``model`` first."""
-    look: dict[str, Any] = {
+    style: dict[str, Any] = {
         "format": "png",
         "object_fit": "contain",
         "height": "auto",
@@ -214,60 +218,60 @@ def tab(model: str) -> None:
             names = gr.Dropdown([], label="Batch", min_width=260, scale=2)
             text = gr.Textbox(label="Class or prompt contains", min_width=160)
             number = gr.Number(1, label="Page", precision=0, minimum=1, min_width=80, scale=0)
-            again = gr.Button("Refresh", size="sm", min_width=90, scale=0, elem_classes="beside")
+            refresh_button = gr.Button("Refresh", size="sm", min_width=90, scale=0, elem_classes="beside")
         with gr.Row():
             with gr.Column(scale=3, min_width=300):
-                gallery = gr.Gallery(columns=6, allow_preview=False, elem_id="batch-images", **look)
+                gallery = gr.Gallery(columns=6, allow_preview=False, elem_id="batch-images", **style)
                 shown_range = gr.Markdown()
             with gr.Column(scale=2, min_width=300):
                 chain = gr.HTML("<p>Click an image to see where it comes from.</p>")
-                words = gr.Markdown()
-                nearest = gr.Gallery(columns=4, visible=False, **look)
+                message = gr.Markdown()
+                nearest = gr.Gallery(columns=4, visible=False, **style)
     filters = [models, versions, names, text, number]
 
     def refresh() -> tuple[Any, ...]:
         with errors_shown():
-            found = list_batches(Store(), settings().bucket)
-        known = sorted({each.batch.model for each in found})
-        name = model if model in known else ""
-        narrowed, shown = narrow(found, name, ""), show(found, name, "", "", "", 1)
-        return found, gr.Dropdown([("all", ""), *known], value=name), *narrowed, "", 1, *shown
+            entries = list_batches(Store(), settings().bucket)
+        model_names = sorted({entry.batch.model for entry in entries})
+        name = model if model in model_names else ""
+        filter_updates, page_updates = narrow(entries, name, ""), show(entries, name, "", "", "", 1)
+        return entries, gr.Dropdown([("all", ""), *model_names], value=name), *filter_updates, "", 1, *page_updates
 
-    def narrow(found: list[ListedBatch], name: str, version: str) -> tuple[Any, Any]:
-        of_model = select_batches(found, name or None)
-        numbers = [str(number) for number in sorted({each.batch.version for each in of_model}, reverse=True)]
-        chosen = version if version in numbers else ""
-        titles = [each.title for each in select_batches(of_model, version=int(chosen) if chosen else None)]
-        return gr.Dropdown([("all", ""), *numbers], value=chosen), gr.Dropdown([("all", ""), *titles], value="")
+    def narrow(entries: list[ListedBatch], name: str, version: str) -> tuple[Any, Any]:
+        of_model = select_batches(entries, name or None)
+        numbers = [str(number) for number in sorted({entry.batch.version for entry in of_model}, reverse=True)]
+        current = version if version in numbers else ""
+        titles = [entry.title for entry in select_batches(of_model, version=int(current) if current else None)]
+        return gr.Dropdown([("all", ""), *numbers], value=current), gr.Dropdown([("all", ""), *titles], value="")
 
     def show(
-        found: list[ListedBatch], name: str, version: str, title: str, words: str, at: int | None
+        entries: list[ListedBatch], name: str, version: str, title: str, query: str, page_number: int | None
     ) -> tuple[Any, str, list[str]]:
         with errors_shown():
-            chosen = select_batches(found, name or None, int(version) if version else None, title or None)
-            items, places = page_of(Store(), chosen, words, at or 1)
-        start = ((at or 1) - 1) * PAGE
+            selection = select_batches(entries, name or None, int(version) if version else None, title or None)
+            items, places = page_of(Store(), selection, query, page_number or 1)
+        start = ((page_number or 1) - 1) * PAGE
         label = f"Images {start + 1} to {start + len(items)}" if items else "No images"
         return gr.Gallery(items, selected_index=None), label, places
 
     def select(places: list[str], event: gr.SelectData) -> tuple[Any, ...]:
         with errors_shown():
-            found, located = trace(places[event.index]), find(places[event.index], Store(), settings().bucket)
-            pixels = read_pixels(located.image.png) if located.image else None
+            chain, location = trace(places[event.index]), find(places[event.index], Store(), settings().bucket)
+            pixels = read_pixels(location.image.png) if location.image else None
             if pixels is None:
-                return lineage(found), "", gr.Gallery(visible=False)
-            items, about = nearest_training_images(pixels, found)
-        return lineage(found), about, gr.Gallery(items, visible=bool(items))
+                return lineage(chain), "", gr.Gallery(visible=False)
+            items, message = nearest_training_images(pixels, chain)
+        return lineage(chain), message, gr.Gallery(items, visible=bool(items))
 
     private: dict[str, Any] = {"api_visibility": "private", "show_progress": "minimal"}
     images = [gallery, shown_range, addresses]
-    shown: dict[str, Any] = {"inputs": [batches, *filters], "outputs": images, **private}
+    show_options: dict[str, Any] = {"inputs": [batches, *filters], "outputs": images, **private}
     for control in (models, versions):
-        changed = control.input(narrow, [batches, models, versions], [versions, names], **private)
-        changed.then(lambda: 1, None, number, **private).then(show, **shown)
+        update = control.input(narrow, [batches, models, versions], [versions, names], **private)
+        update.then(lambda: 1, None, number, **private).then(show, **show_options)
     for event in (names.input, text.submit):
-        event(lambda: 1, None, number, **private).then(show, **shown)
-    number.input(show, **shown)
-    for event in (page.select, again.click):
+        event(lambda: 1, None, number, **private).then(show, **show_options)
+    number.input(show, **show_options)
+    for event in (page.select, refresh_button.click):
         event(refresh, None, [batches, *filters, *images], **private)
-    gallery.select(select, addresses, [chain, words, nearest], **private)
+    gallery.select(select, addresses, [chain, message, nearest], **private)

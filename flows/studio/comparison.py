@@ -97,8 +97,8 @@ class Ballot:
     @property
     def pair(self) -> int | None:
         """Number of the next pair; None if all were voted on."""
-        done = len(self.session.votes)
-        return done if done < len(self.images["candidate"]) else None
+        vote_count = len(self.session.votes)
+        return vote_count if vote_count < len(self.images["candidate"]) else None
 
     def sides(self) -> tuple[Image.Image, Image.Image] | None:
         """Left and right image of the next pair."""
@@ -114,8 +114,8 @@ def load_version(uri: str, sampling: SamplingConfig) -> Source:
     """Load a registered version, models:/NAME/NUMBER, which never changes."""
     version = model_versions.resolve(MlflowClient(), uri)
     model = load_model(model_versions.cached_weights(version))
-    about = {"model": version.uri, "run_id": version.run_id, "content_digest": model.header.content_digest}
-    return Source(model, version.uri, about, sampling)
+    origin = {"model": version.uri, "run_id": version.run_id, "content_digest": model.header.content_digest}
+    return Source(model, version.uri, origin, sampling)
 
 
 def load_uri(uri: str, sampling: SamplingConfig) -> Source:
@@ -139,8 +139,8 @@ def follow(source: Source, uri: str) -> Source:
 
 def read_versions(model: str) -> tuple[list[int], AliasNumbers]:
     """Numbers of the registered versions of ``model``, newest first, and its alias state by the ledger."""
-    known, versions = read_record(MlflowClient(), model)
-    return sorted(versions, reverse=True), Ledger.of(model).read(known).standing
+    digests, versions = read_record(MlflowClient(), model)
+    return sorted(versions, reverse=True), Ledger.of(model).read(digests).standing
 
 
 def generate_pairs(
@@ -154,11 +154,11 @@ def generate_pairs(
         if "sample" not in tasks_of(source.model):
             raise UserError(f"{source.name} generates nothing from noise: compare versions that do")
         requests[name] = source.request({"task": "sample", "seed": seed, "count": count, **conditions})
-    found = {}
+    images_by_name = {}
     for name, source in sources.items():
         [images] = answer(source.model, [requests[name]], source.sampling, progress)
-        found[name] = [image_of(image) for image in images]
-    return found
+        images_by_name[name] = [image_of(image) for image in images]
+    return images_by_name
 
 
 def open_ballot(
@@ -207,28 +207,33 @@ def cast(ballot: Ballot, side: Side | Literal["equal"]) -> tuple[Ballot, str]:
     client = MlflowClient()
     if ballot.run_id:
         client.log_text(ballot.run_id, session.model_dump_json(indent=2), session.artifact)
-    others = [each for each in read_sessions(client, ballot.run_id) if each.shuffle_seed != session.shuffle_seed]
-    tally = tally_of([session, *others], session.candidate, session.champion)
+    other_sessions = [
+        entry for entry in read_sessions(client, ballot.run_id) if entry.shuffle_seed != session.shuffle_seed
+    ]
+    tally = tally_of([session, *other_sessions], session.candidate, session.champion)
     client.set_model_version_tag(session.model, str(session.candidate), VOTES, tally)
     return replace(ballot, session=session), tally
 
 
 def read_sessions(client: MlflowClient, run_id: str) -> list[VoteSession]:
     """Read the recorded sessions of a run; files that are none are skipped."""
-    found = []
+    sessions = []
     for item in (none_if_missing(client.list_artifacts, run_id, FOLDER) or []) if run_id else []:
         try:
             text = mlflow.artifacts.load_text(f"runs:/{run_id}/{item.path}")
-            found.append(VoteSession.model_validate_json(text))
+            sessions.append(VoteSession.model_validate_json(text))
         except (ValidationError, UnicodeDecodeError):
             logger.warning("%a of run %s is no session of votes", item.path, run_id)
-    return found
+    return sessions
 
 
 def tally_of(sessions: Sequence[VoteSession], candidate: int, champion: int) -> str:
     """Sum up the votes between two versions in words, such as "candidate 12, champion 7 (version 1)"."""
     counts = Counter(
-        choice for each in sessions if (each.candidate, each.champion) == (candidate, champion) for choice in each.votes
+        choice
+        for session in sessions
+        if (session.candidate, session.champion) == (candidate, champion)
+        for choice in session.votes
     )
     equal = f", no difference {counts['equal']}" if counts["equal"] else ""
     return f"candidate {counts['candidate']}, champion {counts['champion']} (version {champion}){equal}"
@@ -245,23 +250,23 @@ def tab(model: str, source: Source) -> None:
         with gr.Row():
             controls = condition_controls(source.model)
         with gr.Row():
-            show = gr.Button("Show both at the same seeds", variant="primary")
-            begin = gr.Button("Vote blind")
-        look: dict[str, Any] = {"format": "png", "elem_classes": [pixels_class(source), "tight"], "buttons": []}
+            show_button = gr.Button("Show both at the same seeds", variant="primary")
+            vote_button = gr.Button("Vote blind")
+        style: dict[str, Any] = {"format": "png", "elem_classes": [pixels_class(source), "tight"], "buttons": []}
         galleries = []
         with gr.Row(visible=False) as both:
             for title in ("Champion", "Candidate"):
                 with gr.Column(min_width=300):
                     gr.Markdown(f"**{title}**")
                     gallery = gr.Gallery(
-                        columns=4, show_label=False, allow_preview=False, object_fit="contain", height="auto", **look
+                        columns=4, show_label=False, allow_preview=False, object_fit="contain", height="auto", **style
                     )
                     galleries.append(gallery)
         with gr.Column(visible=False) as voting_panel:
             state, tally = gr.State(), gr.HTML()
             with gr.Row(elem_classes="pair") as pair:
                 sides = [
-                    gr.Image(label=label, interactive=False, height=300, min_width=120, **look)
+                    gr.Image(label=label, interactive=False, height=300, min_width=120, **style)
                     for label in ("Left", "Right")
                 ]
             with gr.Row(elem_classes="pair") as choices:
@@ -270,7 +275,7 @@ def tab(model: str, source: Source) -> None:
                     "equal": gr.Button("No difference", min_width=90),
                     "right": gr.Button("Right", min_width=90),
                 }
-    given = {champion, candidate, seed, count, *controls.values()}
+    inputs = {champion, candidate, seed, count, *controls.values()}
 
     def choose() -> tuple[Any, Any]:
         with errors_shown():
@@ -278,17 +283,17 @@ def tab(model: str, source: Source) -> None:
         names = {number: alias for alias, number in standing.model_dump().items() if number is not None}
         choices = [(f"{number} ({names[number]})" if number in names else f"{number}", number) for number in numbers]
         first = standing.champion
-        others = [standing.candidate, *numbers, standing.previous]
-        second = next((number for number in others if number not in (None, first)), None)
+        candidates = [standing.candidate, *numbers, standing.previous]
+        second = next((number for number in candidates if number not in (None, first)), None)
         return gr.Dropdown(choices, value=first), gr.Dropdown(choices, value=second)
 
     def compare(values: dict[Any, Any], bar: gr.Progress = gr.Progress()) -> tuple[Any, ...]:  # noqa: B008
         conditions = {name: values[control] for name, control in controls.items()}
         with errors_shown():
             sources = _sources(model, values[champion], values[candidate], source.sampling)
-            found = generate_pairs(sources, values[seed], values[count], conditions, progress_of(bar))
+            images = generate_pairs(sources, values[seed], values[count], conditions, progress_of(bar))
         items: list[list[GalleryItem]] = [
-            [(image, str(number)) for number, image in enumerate(found[name])] for name in ("champion", "candidate")
+            [(image, str(number)) for number, image in enumerate(images[name])] for name in ("champion", "candidate")
         ]
         return gr.Row(visible=True), gr.Column(visible=False), *items
 
@@ -301,24 +306,24 @@ def tab(model: str, source: Source) -> None:
             ballot = open_ballot(
                 model, *numbers, values[seed], values[count], conditions, source.sampling, progress_of(bar)
             )
-        return gr.Row(visible=False), gr.Column(visible=True), *_shown(ballot, "")
+        return gr.Row(visible=False), gr.Column(visible=True), *_show_ballot(ballot, "")
 
     def vote(side: Side | Literal["equal"]) -> Any:
         def run(ballot: Ballot) -> tuple[Any, ...]:
             with errors_shown():
-                return _shown(*cast(ballot, side))
+                return _show_ballot(*cast(ballot, side))
 
         return run
 
     page.select(choose, None, [champion, candidate], api_visibility="private", queue=False)
-    voting = [state, tally, pair, choices, *sides]
-    show.click(compare, given, [both, voting_panel, *galleries], api_name="compare", **ONE_AT_A_TIME)
-    begin.click(start, given, [both, voting_panel, *voting], api_visibility="private", **ONE_AT_A_TIME)
+    voting_outputs = [state, tally, pair, choices, *sides]
+    show_button.click(compare, inputs, [both, voting_panel, *galleries], api_name="compare", **ONE_AT_A_TIME)
+    vote_button.click(start, inputs, [both, voting_panel, *voting_outputs], api_visibility="private", **ONE_AT_A_TIME)
     for side, button in buttons.items():
         button.click(
             vote(side),
             state,
-            voting,
+            voting_outputs,
             api_visibility="private",
             show_progress="hidden",
             concurrency_limit=1,
@@ -326,17 +331,17 @@ def tab(model: str, source: Source) -> None:
         )
 
 
-def _shown(ballot: Ballot, tally: str) -> tuple[Any, ...]:
+def _show_ballot(ballot: Ballot, tally: str) -> tuple[Any, ...]:
     """Values of the voting panel: state, words, visibility, and the two sides."""
     session, sides = ballot.session, ballot.sides()
     if sides is not None:
-        words = f"Pair {len(session.votes) + 1} of {len(ballot.images['candidate'])}: which image is better?"
-        return ballot, f"<p>{words}</p>", gr.Row(visible=True), gr.Row(visible=True), *sides
+        text = f"Pair {len(session.votes) + 1} of {len(ballot.images['candidate'])}: which image is better?"
+        return ballot, f"<p>{text}</p>", gr.Row(visible=True), gr.Row(visible=True), *sides
     counts = Counter(session.votes)
-    words = (
+    text = (
         f"<p>Your votes: {counts['candidate']} for candidate {session.candidate}, {counts['champion']} for champion "
         f"{session.champion}, {counts['equal']} without a difference.</p>"
         f"<p>Recorded on models:/{escape(session.model)}/{session.candidate} as {VOTES}: <b>{escape(tally)}</b>. "
         "Votes are evidence for a person; they decide nothing.</p>"
     )
-    return ballot, words, gr.Row(visible=False), gr.Row(visible=False), None, None
+    return ballot, text, gr.Row(visible=False), gr.Row(visible=False), None, None

@@ -61,8 +61,8 @@ class Source:
     def from_file(cls, weights: Path, sampling: SamplingConfig) -> Self:
         """Load the model in a file; raises UserError if it is none."""
         model = load_model(weights)
-        about = {"model": f"sha256:{sha256_file(weights)}", "content_digest": model.header.content_digest}
-        return cls(model, str(weights), about, sampling)
+        origin = {"model": f"sha256:{sha256_file(weights)}", "content_digest": model.header.content_digest}
+        return cls(model, str(weights), origin, sampling)
 
     def generate(self, fields: Mapping[str, Any], progress: Progress = silent) -> tuple[list[Path], str]:
         """Generate the images of a request into new PNG files; returns them with a line about how they were made.
@@ -76,8 +76,8 @@ class Source:
         paths = [folder / f"{index:08d}.png" for index in request.indices]
         for path, index, image in zip(paths, request.indices, images, strict=True):
             path.write_bytes(encode(image, index, request, self.origin))
-        by = f" by {self.name}" if self.name.startswith("models:/") else ""
-        return paths, f"{len(paths)} images of seed {request.seed}{by}: {self.describe(request)}"
+        author = f" by {self.name}" if self.name.startswith("models:/") else ""
+        return paths, f"{len(paths)} images of seed {request.seed}{author}: {self.describe(request)}"
 
     def request(self, fields: Mapping[str, Any]) -> GenerationRequest:
         """Make a request of the fields of a form, in which empty texts mean left out."""
@@ -149,23 +149,25 @@ def option_controls(source: Source, task: Task, count: int) -> dict[str, Any]:
         if task == "interpolate":
             controls["to_seed"] = _seed("To seed", 1)
         else:
-            draw = gr.Button("Another seed", size="sm", min_width=110, scale=0, elem_classes="beside")
-            draw.click(lambda: secrets.randbelow(2**32), None, controls["seed"], api_visibility="private", queue=False)
+            draw_button = gr.Button("Another seed", size="sm", min_width=110, scale=0, elem_classes="beside")
+            draw_button.click(
+                lambda: secrets.randbelow(2**32), None, controls["seed"], api_visibility="private", queue=False
+            )
     fewest = 2 if task == "interpolate" else 1
     controls["count"] = gr.Slider(fewest, MOST, value=max(count, fewest), step=1, label="Images")
     if not isinstance(model, DiffusionModel):
         return controls
-    configured = model.header.sampling(source.sampling)
+    sampling = model.header.sampling(source.sampling)
     with gr.Accordion("Sampler", open=False):
         with gr.Row():
-            names = [each.model_fields["sampler"].default for each in SAMPLERS]
+            names = [config_class.model_fields["sampler"].default for config_class in SAMPLERS]
             if model.header.student_steps is None:
-                choices = [(f"as configured: {configured.sampler}", "")]
-                others = {"consistency"} if isinstance(model, PretrainedModel) else {"consistency", "scheduler"}
-                choices += [(name, name) for name in names if name not in others]
+                choices = [(f"as configured: {sampling.sampler}", "")]
+                exclusions = {"consistency"} if isinstance(model, PretrainedModel) else {"consistency", "scheduler"}
+                choices += [(name, name) for name in names if name not in exclusions]
                 controls["sampler"] = gr.Dropdown(choices, value="", label="Sampler", min_width=140)
             controls["steps"] = gr.Number(
-                None, label="Steps", precision=0, minimum=1, maximum=10_000, placeholder=str(configured.steps)
+                None, label="Steps", precision=0, minimum=1, maximum=10_000, placeholder=str(sampling.steps)
             )
         if task != "upscale" and (model.classes or model.config.text):
             controls["guidance"] = gr.Number(
@@ -174,7 +176,7 @@ def option_controls(source: Source, task: Task, count: int) -> dict[str, Any]:
                 minimum=0,
                 maximum=1000,
                 step=0.5,
-                placeholder=configured.guidance_text,
+                placeholder=sampling.guidance_text,
             )
             if model.config.text:
                 controls["negative_prompt"] = gr.Textbox(label="Negative prompt", placeholder="needs guidance")
@@ -185,16 +187,16 @@ def _seed(label: str, value: int) -> Any:
     return gr.Number(value, label=label, precision=0, minimum=0, maximum=LARGEST_SEED, min_width=110)
 
 
-def editor_files(painted: Mapping[str, Any] | None, shapes: Iterable[Shape]) -> dict[str, bytes | None]:
+def editor_files(canvas: Mapping[str, Any] | None, shapes: Iterable[Shape]) -> dict[str, bytes | None]:
     """Image and mask files of an image editor: painted pixels are filled, others are kept.
 
     An image of one of ``shapes`` that was ``enlarged`` to be painted on becomes what it was.
     """
-    if painted is None or painted.get("background") is None:
+    if canvas is None or canvas.get("background") is None:
         return {"image": None, "mask": None}
-    background = painted["background"].convert("RGB")
+    background = canvas["background"].convert("RGB")
     hole = np.zeros((background.height, background.width), bool)
-    for layer in painted["layers"]:
+    for layer in canvas["layers"]:
         hole[np.asarray(layer.getchannel("A")) > 0] = True
     for height, width in shapes:
         small = background.resize((width, height), Image.Resampling.NEAREST)
@@ -263,7 +265,7 @@ def tabs(source: Source, container: Any, current: Callable[[], Source]) -> None:
                 if task != "upscale":
                     controls |= condition_controls(source.model)
                 controls |= option_controls(source, task, 1 if task == "upscale" else 8)
-                start = gr.Button(TITLES[task], variant="primary")
+                start_button = gr.Button(TITLES[task], variant="primary")
             with gr.Column(scale=3, min_width=300):
                 gallery = gr.Gallery(
                     label="Images",
@@ -278,7 +280,7 @@ def tabs(source: Source, container: Any, current: Callable[[], Source]) -> None:
                 )
                 note, paths = gr.Markdown(), gr.State([])
                 outputs[task] = (gallery, paths, gr.Row())
-        start.click(
+        start_button.click(
             _run(current, task, controls),
             set(controls.values()),
             [gallery, note, paths],
@@ -289,10 +291,10 @@ def tabs(source: Source, container: Any, current: Callable[[], Source]) -> None:
         for target, editor in editors.items():
             # Also the state inside of the row: what lies between tabs shifts their numbers in Gradio 6.
             with row:
-                send = gr.Button(f"Send to {TITLES[target]}", size="sm", min_width=140, interactive=False)
-                chosen = gr.State()
-            gallery.select(_choose, paths, [chosen, send], api_visibility="private", queue=False)
-            send.click(_open(target), chosen, [editor, container], api_visibility="private", queue=False)
+                send_button = gr.Button(f"Send to {TITLES[target]}", size="sm", min_width=140, interactive=False)
+                selection = gr.State()
+            gallery.select(_choose, paths, [selection, send_button], api_visibility="private", queue=False)
+            send_button.click(_open(target), selection, [editor, container], api_visibility="private", queue=False)
 
 
 def pixels_class(source: Source) -> str:
@@ -310,22 +312,22 @@ def _run(current: Callable[[], Source], task: Task, controls: Mapping[str, Any])
             if task == "inpaint":
                 fields |= editor_files(fields["image"], source.model.header.trained_shapes)
             elif (path := fields.get("image")) is not None:
-                fields["image"] = _uploaded(Path(path))
+                fields["image"] = _read_upload(Path(path))
             paths, note = source.generate({"task": task} | fields, progress_of(bar))
-        first = int(paths[0].stem)
-        return [(path, str(first + number)) for number, path in enumerate(paths)], note, paths
+        start = int(paths[0].stem)
+        return [(path, str(start + number)) for number, path in enumerate(paths)], note, paths
 
     return run
 
 
-def _uploaded(path: Path) -> bytes:
+def _read_upload(path: Path) -> bytes:
     if path.stat().st_size > MAX_FILE_BYTES:
         raise UserError(f"the image has over {MAX_FILE_BYTES} bytes: give a smaller one")
     return path.read_bytes()
 
 
-def _on_canvas(painted: dict[str, Any]) -> dict[str, Any]:
-    return {"background": enlarged(painted["background"]), "layers": [], "composite": None}
+def _on_canvas(canvas: dict[str, Any]) -> dict[str, Any]:
+    return {"background": enlarged(canvas["background"]), "layers": [], "composite": None}
 
 
 def _choose(paths: list[Path], event: gr.SelectData) -> tuple[Path, Any]:
@@ -335,10 +337,10 @@ def _choose(paths: list[Path], event: gr.SelectData) -> tuple[Path, Any]:
 
 def _open(target: Task) -> Any:
     def show(path: Path) -> tuple[Any, Any]:
-        opened = gr.Tabs(selected=target)
+        tab_update = gr.Tabs(selected=target)
         if target != "inpaint":
-            return path, opened
+            return path, tab_update
         background = enlarged(Image.open(io.BytesIO(path.read_bytes())))
-        return {"background": background, "layers": [], "composite": None}, opened
+        return {"background": background, "layers": [], "composite": None}, tab_update
 
     return show

@@ -23,14 +23,14 @@ def timeline(history: History) -> str:
     if history.head is None:
         return "<p>The ledger is empty: the first verdict of <code>darkroom promote</code> starts it.</p>"
     standing = history.standing
-    words = ", ".join(f"{name} {number}" for name, number in standing.model_dump().items() if number is not None)
+    state = ", ".join(f"{name} {number}" for name, number in standing.model_dump().items() if number is not None)
     items = "".join(_item(entry) for entry in reversed(history.entries))
-    foreign = "".join(
+    foreign_html = "".join(
         f"<p>Foreign object among the entries, ignored: {escape(ascii(name))} {escape(reason)}</p>"
         for name, reason in history.foreign.items()
     )
     count = f"{len(history.entries)} entries, each verified against the one before."
-    return f"<p><b>{escape(words)}</b>. {count}</p>{foreign}<ol class='timeline'>{items}</ol>"
+    return f"<p><b>{escape(state)}</b>. {count}</p>{foreign_html}<ol class='timeline'>{items}</ol>"
 
 
 def _item(entry: LedgerEntry) -> str:
@@ -54,48 +54,50 @@ def roll_back_from(model: str, champion: int, reason: str) -> ChampionChange:
 def tab(model: str) -> None:
     """Add the tab for the ledger of ``model``."""
     with gr.Tab("Ledger") as page:
-        shown, champion = gr.HTML(), gr.State()
+        page_html, champion = gr.HTML(), gr.State()
         with gr.Row():
-            refresh = gr.Button("Refresh", size="sm", scale=0, min_width=110)
-            ask = gr.Button("Roll back …", variant="stop", size="sm", scale=0, min_width=110, interactive=False)
+            refresh_button = gr.Button("Refresh", size="sm", scale=0, min_width=110)
+            rollback_button = gr.Button(
+                "Roll back …", variant="stop", size="sm", scale=0, min_width=110, interactive=False
+            )
         with gr.Column(visible=False) as confirmation:
             question = gr.Markdown()
             reason = gr.Textbox(label="Reason, kept in the ledger", placeholder="three eyes", max_length=2000)
             with gr.Row():
-                confirm = gr.Button("Roll back", variant="stop", min_width=110)
-                cancel = gr.Button("Cancel", min_width=110)
-        done = gr.Markdown()
+                confirm_button = gr.Button("Roll back", variant="stop", min_width=110)
+                cancel_button = gr.Button("Cancel", min_width=110)
+        message = gr.Markdown()
 
     def show() -> tuple[str, int | None, Any]:
         with errors_shown():
             history = read_history(model)
             problem = champion_problem(MlflowClient(), history)
-        words = f"<p class='problem'>{escape(problem)}</p>" if problem else ""
+        problem_html = f"<p class='problem'>{escape(problem)}</p>" if problem else ""
         standing = history.standing
-        return words + timeline(history), standing.champion, gr.Button(interactive=standing.previous is not None)
+        return problem_html + timeline(history), standing.champion, gr.Button(interactive=standing.previous is not None)
 
-    def question_of(seen: int) -> tuple[Any, str]:
+    def question_of(number: int) -> tuple[Any, str]:
         with errors_shown():
             standing = read_history(model).standing
-            if standing.champion != seen:
+            if standing.champion != number:
                 raise ConflictError(f"the champion is {standing.champion or 'none'} by now: refresh the ledger")
-        words = (
-            f"Version {standing.previous} becomes champion of **{model}** instead of {seen}. Everything that loads "
-            f"`models:/{model}@champion` gets it, and the gate never promotes version {seen} again."
+        text = (
+            f"Version {standing.previous} becomes champion of **{model}** instead of {number}. Everything that loads "
+            f"`models:/{model}@champion` gets it, and the gate never promotes version {number} again."
         )
-        return gr.Column(visible=True), words
+        return gr.Column(visible=True), text
 
-    def act(seen: int, why: str) -> tuple[Any, str, str]:
+    def act(number: int, text: str) -> tuple[Any, str, str]:
         with errors_shown():
-            change = roll_back_from(model, seen, why)
+            change = roll_back_from(model, number, text)
         return gr.Column(visible=False), "", f"`{change.version.uri}` is champion."
 
-    outputs = [shown, champion, ask]
+    outputs = [page_html, champion, rollback_button]
     # Without the cover that Gradio lays over what an event changes, and after an error leaves there.
     plain: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
     page.select(show, None, outputs, **plain)
-    refresh.click(show, None, outputs, api_name="ledger")
-    ask.click(question_of, champion, [confirmation, question], **plain)
-    cancel.click(lambda: gr.Column(visible=False), None, confirmation, queue=False, **plain)
-    rolled = confirm.click(act, [champion, reason], [confirmation, reason, done], **plain)
-    rolled.success(show, None, outputs, **plain)
+    refresh_button.click(show, None, outputs, api_name="ledger")
+    rollback_button.click(question_of, champion, [confirmation, question], **plain)
+    cancel_button.click(lambda: gr.Column(visible=False), None, confirmation, queue=False, **plain)
+    rollback = confirm_button.click(act, [champion, reason], [confirmation, reason, message], **plain)
+    rollback.success(show, None, outputs, **plain)

@@ -70,10 +70,10 @@ class BufferedTracker:
         if time.monotonic() - self._measured >= EVERY:
             self._measured = time.monotonic()
             self._monitor.collect_metrics()  # type: ignore[no-untyped-call]
-            of_machine = self._monitor.aggregate_metrics()  # type: ignore[no-untyped-call]
-            figures |= {f"system/{name}": value for name, value in of_machine.items()}
-            for each in self._monitor.monitors:
-                each.clear_metrics()  # type: ignore[no-untyped-call]
+            system_metrics = self._monitor.aggregate_metrics()  # type: ignore[no-untyped-call]
+            figures |= {f"system/{name}": value for name, value in system_metrics.items()}
+            for monitor in self._monitor.monitors:
+                monitor.clear_metrics()  # type: ignore[no-untyped-call]
         finite = {name: float(value) for name, value in figures.items() if math.isfinite(value)}
         self._add([{"name": name, "value": value, "time": now, "step": images} for name, value in finite.items()])
 
@@ -95,13 +95,13 @@ class BufferedTracker:
             self._closing = True
             self._change.notify_all()
         while self._thread.is_alive():
-            before = self.delivered
+            count = self.delivered
             self._thread.join(PATIENCE)
-            if self.delivered == before:
+            if self.delivered == count:
                 break
-        if left := len(self.records) - self.delivered:
+        if backlog := len(self.records) - self.delivered:
             raise DarkroomError(
-                f"MLflow does not accept the rest of the run's metrics ({left} figures in {self.folder}): "
+                f"MLflow does not accept the rest of the run's metrics ({backlog} figures in {self.folder}): "
                 f"{self._trouble or 'it does not answer'}. Training itself is done; give the same command again when "
                 "MLflow is back"
             )
@@ -117,22 +117,22 @@ class BufferedTracker:
 
     def _add(self, records: list[Record]) -> None:
         with self._change:
-            fresh = [record for record in records if (record["name"], record["step"]) not in self._known]
+            new_records = [record for record in records if (record["name"], record["step"]) not in self._known]
             with self.log.open("a") as file:
-                file.write("".join(f"{json.dumps(record)}\n" for record in fresh))
-            self._known |= {(record["name"], record["step"]) for record in fresh}
-            self.records += fresh
+                file.write("".join(f"{json.dumps(record)}\n" for record in new_records))
+            self._known |= {(record["name"], record["step"]) for record in new_records}
+            self.records += new_records
             self._change.notify_all()
 
     def _deliver(self) -> None:
         while True:
             with self._change:
                 self._change.wait_for(lambda: self._closing or self.delivered < len(self.records))
-                left = self.records[self.delivered :]
-            if not left or self._abandoned.is_set():
+                backlog = self.records[self.delivered :]
+            if not backlog or self._abandoned.is_set():
                 return
             try:
-                count = self._send(left)
+                count = self._send(backlog)
             except UNANSWERED as error:
                 if (trouble := " ".join(str(error).split())[:300]) != self._trouble:
                     logger.warning("MLflow is unavailable; metrics are buffered in %s: %s", self.folder, trouble)
@@ -144,14 +144,14 @@ class BufferedTracker:
                 self._trouble = ""
             self.delivered += count
 
-    def _send(self, left: list[Record]) -> int:
-        first = left[0]
-        if "image" in first:
-            with Image.open(self.folder / first["file"]) as image:
-                self.tracker.log_image(first["image"], image, first["step"])
+    def _send(self, backlog: list[Record]) -> int:
+        record = backlog[0]
+        if "image" in record:
+            with Image.open(self.folder / record["file"]) as image:
+                self.tracker.log_image(record["image"], image, record["step"])
             return 1
-        metrics = takewhile(lambda record: "image" not in record, left[:AT_ONCE])
-        points = [Metric(each["name"], each["value"], each["time"], each["step"]) for each in metrics]
+        metrics = takewhile(lambda record: "image" not in record, backlog[:AT_ONCE])
+        points = [Metric(point["name"], point["value"], point["time"], point["step"]) for point in metrics]
         self.tracker.log_points(points)
         return len(points)
 
@@ -159,7 +159,7 @@ class BufferedTracker:
         """Records of earlier processes; an incomplete last line is removed from the file."""
         data = self.log.read_bytes() if self.log.is_file() else b""
         # A power failure may leave zeros at the end.
-        whole = data.split(b"\0")[0]
-        if (whole := whole[: whole.rfind(b"\n") + 1]) != data:
-            write_bytes(self.log, whole)
-        return [json.loads(line) for line in whole.splitlines()]
+        lines = data.split(b"\0")[0]
+        if (lines := lines[: lines.rfind(b"\n") + 1]) != data:
+            write_bytes(self.log, lines)
+        return [json.loads(line) for line in lines.splitlines()]

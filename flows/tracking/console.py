@@ -62,29 +62,29 @@ class Pace:
     @property
     def rate(self) -> float | None:
         """Units per second; None while it is unknown."""
-        (start, before), (now, done) = self.seen[0], self.seen[-1]
-        is_known = now - self.started >= SETTLED and done > before and now > start
-        return (done - before) / (now - start) if is_known else None
+        (start, start_count), (now, count) = self.seen[0], self.seen[-1]
+        is_known = now - self.started >= SETTLED and count > start_count and now > start
+        return (count - start_count) / (now - start) if is_known else None
 
     def left(self, total: int | None) -> float | None:
         """Remaining seconds; None while they are unknown, and at the end."""
-        rate, (_, done) = self.rate, self.seen[-1]
-        return None if rate is None or total is None or done >= total else (total - done) / rate
+        rate, (_, count) = self.rate, self.seen[-1]
+        return None if rate is None or total is None or count >= total else (total - count) / rate
 
     def words(self, total: int | None) -> str:
         """Rate and remaining time as text; empty while they are unknown."""
         if (rate := self.rate) is None:
             return ""
         per_second = f"{rate:,.0f}/s" if rate >= 10 else f"{rate:.2g}/s"
-        left = self.left(total)
-        return per_second if left is None else f"{per_second}, {clock(left)} left"
+        seconds = self.left(total)
+        return per_second if seconds is None else f"{per_second}, {clock(seconds)} left"
 
 
 def clock(seconds: float) -> str:
     """Format a duration as minutes and seconds, or hours, minutes and seconds."""
-    minutes, rest = divmod(round(seconds), 60)
+    minutes, remainder = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+    return f"{hours}:{minutes:02d}:{remainder:02d}" if hours else f"{minutes}:{remainder:02d}"
 
 
 def _print(line: str) -> None:
@@ -118,19 +118,19 @@ class Lines:
         pace = self.paces.setdefault(what, Pace())
         pace.add(done)
         # The end of what took long; in a phase, that of the phase says it.
-        ended = done == total and not self.phase and time.monotonic() - pace.started >= EVERY
-        if ended or (done != total and self.pace.due(EVERY)):
+        is_end = done == total and not self.phase and time.monotonic() - pace.started >= EVERY
+        if is_end or (done != total and self.pace.due(EVERY)):
             count = f"{done:,}" if total is None else f"{done:,} of {total:,}"
-            where = f"{self.phase}: {what}" if self.phase else what
-            self.write(", ".join(filter(None, (f"{where}: {count}", self.words(pace, total), note))))
+            title = f"{self.phase}: {what}" if self.phase else what
+            self.write(", ".join(filter(None, (f"{title}: {count}", self.words(pace, total), note))))
 
     def words(self, pace: Pace, total: int | None) -> str:
         """Rate and remaining time of a work of ``pace``, and of all phases together where they are expected."""
-        left, own = pace.left(total), self.own and max(self.own - (time.monotonic() - self.pace.started), 0)
-        if not self.later or (left is None and not own):
+        seconds, own_seconds = pace.left(total), self.own and max(self.own - (time.monotonic() - self.pace.started), 0)
+        if not self.later or (seconds is None and not own_seconds):
             return pace.words(total)
-        in_all = f"about {clock(max(left or 0, own) + self.later)} in all"
-        return ", ".join(filter(None, (pace.words(total), in_all)))
+        total_text = f"about {clock(max(seconds or 0, own_seconds) + self.later)} in all"
+        return ", ".join(filter(None, (pace.words(total), total_text)))
 
     def begin(self, phase: str, own: float = 0, later: float = 0) -> None:
         """Begin a phase: the work that is reported from now on is part of it.
@@ -170,15 +170,15 @@ class Bars(Lines):
         pace = self.paces.setdefault(what, Pace())
         pace.add(done)
         count = f"{done:,}" if total is None else f"{done:,} of {total:,}"
-        words, note = ", ".join(filter(None, (count, self.words(pace, total)))), escape_controls(note)
-        where = f"{self.phase}: {what}" if self.phase else what
+        pace_text, note = ", ".join(filter(None, (count, self.words(pace, total)))), escape_controls(note)
+        title = f"{self.phase}: {what}" if self.phase else what
         bar = self._bar(self.phase or what)
         if self.phase:
             # Other work of the same phase may follow.
             share = min(done / total, 0.99) if total else 0.0
-            self.progress.update(bar, description=where, completed=share, total=1.0, words=words, note=note)
+            self.progress.update(bar, description=title, completed=share, total=1.0, words=pace_text, note=note)
             return
-        self.progress.update(bar, description=where, completed=done, total=total, words=words, note=note)
+        self.progress.update(bar, description=title, completed=done, total=total, words=pace_text, note=note)
         if done == total and time.monotonic() - pace.started < SETTLED:
             self.progress.remove_task(self.bars.pop(what))
         if self.progress.finished:
@@ -227,27 +227,27 @@ CONSOLE: ContextVar[Lines | None] = ContextVar("console", default=None)
 def console() -> Iterator[Lines]:
     """Bars on a terminal, plain lines elsewhere, JSON lines with DARKROOM_LOG=json; also shows our log records."""
     as_json = settings().log == "json"
-    shown = Lines(_log_json) if as_json else Bars() if sys.stderr.isatty() else Lines()
-    handler: logging.Handler = logging.StreamHandler() if as_json else ConsoleHandler(shown)
+    lines = Lines(_log_json) if as_json else Bars() if sys.stderr.isatty() else Lines()
+    handler: logging.Handler = logging.StreamHandler() if as_json else ConsoleHandler(lines)
     if as_json:
         handler.setFormatter(Formatter())
     ours = [logging.getLogger(name) for name in OURS]
-    before = [(each.level, each.propagate) for each in ours]
-    for each in ours:
-        each.addHandler(handler)
-        each.setLevel(logging.INFO)
+    states = [(package_logger.level, package_logger.propagate) for package_logger in ours]
+    for package_logger in ours:
+        package_logger.addHandler(handler)
+        package_logger.setLevel(logging.INFO)
         # Prefect's own console would write the same lines of JSON again.
-        each.propagate = each.propagate and not as_json
-    token = CONSOLE.set(shown)
+        package_logger.propagate = package_logger.propagate and not as_json
+    token = CONSOLE.set(lines)
     try:
-        yield shown
+        yield lines
     finally:
         CONSOLE.reset(token)
-        for each, (level, propagate) in zip(ours, before, strict=True):
-            each.removeHandler(handler)
-            each.setLevel(level)
-            each.propagate = propagate
-        shown.close()
+        for package_logger, (level, propagate) in zip(ours, states, strict=True):
+            package_logger.removeHandler(handler)
+            package_logger.setLevel(level)
+            package_logger.propagate = propagate
+        lines.close()
 
 
 def reporter() -> Progress:
@@ -268,12 +268,14 @@ def phase(name: str, seconds: dict[str, float], expected: Mapping[str, float] = 
 
     ``expected``: seconds that it and the phases after it will probably take, by name, as far as they are known.
     """
-    started, console = time.monotonic(), CONSOLE.get()
+    start, console = time.monotonic(), CONSOLE.get()
     if console is not None:
-        later = sum(each for other, each in expected.items() if other != name and other not in seconds)
-        console.begin(name, expected.get(name, 0), later)
+        later_seconds = sum(
+            duration for phase_name, duration in expected.items() if phase_name != name and phase_name not in seconds
+        )
+        console.begin(name, expected.get(name, 0), later_seconds)
     yield
-    seconds[name] = time.monotonic() - started
+    seconds[name] = time.monotonic() - start
     if console is not None:
         console.end(seconds[name])
 
@@ -290,7 +292,7 @@ def bar(key: str) -> Progress:
         report(what, done, total, note)
         pace.add(done)
         if total and (done == total or pace.due(10.0)):
-            words = ", ".join(filter(None, (f"{done:,} of {total:,} {what}", pace.words(total), note)))
-            update_progress_artifact(artifact, progress=100 * done / total, description=words)
+            text = ", ".join(filter(None, (f"{done:,} of {total:,} {what}", pace.words(total), note)))
+            update_progress_artifact(artifact, progress=100 * done / total, description=text)
 
     return show

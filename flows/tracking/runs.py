@@ -72,9 +72,9 @@ class RunTracker:
 
     def log_points(self, points: Sequence[Metric]) -> None:
         """Log at most a thousand points."""
-        last = self._last_steps()
-        if fresh := [point for point in points if point.step > last.get(point.key, -1)]:
-            self.client.log_batch(self.run_id, metrics=fresh)
+        last_steps = self._last_steps()
+        if new_points := [point for point in points if point.step > last_steps.get(point.key, -1)]:
+            self.client.log_batch(self.run_id, metrics=new_points)
 
     def _last_steps(self) -> dict[str, int]:
         return {metric.key: metric.step for metric in self.client.get_run(self.run_id).data._metric_objs}
@@ -142,45 +142,47 @@ def find_run(client: MlflowClient, experiment: str, tag: str, value: str) -> Mlf
     """Find the run of ``experiment`` whose ``tag`` is ``value``, of several the one claimed first; or None."""
     if (entity := client.get_experiment_by_name(experiment)) is None:
         return None
-    claimed = Claims.of(experiment, value).holder(
+    run_id = Claims.of(experiment, value).holder(
         lambda run_id: _is_of(client, entity.experiment_id, run_id, tag, value)
     )
-    if claimed is not None:
-        return client.get_run(claimed)
+    if run_id is not None:
+        return client.get_run(run_id)
     filter_string = f"tags.`{tag}` = '{value}'"
     runs = client.search_runs([entity.experiment_id], filter_string, order_by=["attributes.start_time ASC"])
     return runs[0] if runs else None
 
 
 def one_run(
-    client: MlflowClient, experiment: str, tag: str, value: str, name: str, about: Mapping[str, str] | None = None
+    client: MlflowClient, experiment: str, tag: str, value: str, name: str, extra_tags: Mapping[str, str] | None = None
 ) -> MlflowRun:
     """Find the run of ``experiment`` whose ``tag`` is ``value``, or create it with this ``name`` and further tags.
 
     Concurrent callers all get the run that is claimed first. The others are deleted in MLflow if they are empty.
     """
     run = find_run(client, experiment, tag, value) or client.create_run(
-        experiment_id(client, experiment), tags={tag: value, **(about or {})}, run_name=name
+        experiment_id(client, experiment), tags={tag: value, **(extra_tags or {})}, run_name=name
     )
-    within = run.info.experiment_id
-    claimed = Claims.of(experiment, value).claim(run.info.run_id, lambda each: _is_of(client, within, each, tag, value))
-    for each in client.search_runs([within], f"tags.`{tag}` = '{value}'"):
-        if each.info.run_id != claimed and not each.data.metrics and not each.data.params:
-            client.delete_run(each.info.run_id)
-    return run if claimed == run.info.run_id else client.get_run(claimed)
+    run_experiment = run.info.experiment_id
+    run_id = Claims.of(experiment, value).claim(
+        run.info.run_id, lambda candidate: _is_of(client, run_experiment, candidate, tag, value)
+    )
+    for candidate in client.search_runs([run_experiment], f"tags.`{tag}` = '{value}'"):
+        if candidate.info.run_id != run_id and not candidate.data.metrics and not candidate.data.params:
+            client.delete_run(candidate.info.run_id)
+    return run if run_id == run.info.run_id else client.get_run(run_id)
 
 
 def experiment_id(client: MlflowClient, name: str) -> str:
     """ID of the experiment ``name``, which is created if missing."""
-    if (found := client.get_experiment_by_name(name)) is None:
+    if (experiment := client.get_experiment_by_name(name)) is None:
         try:
             return str(client.create_experiment(name, tags=EXPERIMENT))
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
-            found = client.get_experiment_by_name(name)
-            assert found is not None, "another process created it"
-    return str(found.experiment_id)
+            experiment = client.get_experiment_by_name(name)
+            assert experiment is not None, "another process created it"
+    return str(experiment.experiment_id)
 
 
 def _is_of(client: MlflowClient, experiment: str, run_id: str, tag: str, value: str) -> bool:
@@ -204,7 +206,7 @@ def open_run(
     if restart and (run := find_run(client, experiment, TRAIN_KEY, train_key)) is not None:
         client.set_tag(run.info.run_id, TRAIN_KEY, f"{train_key} (restarted)")
     family = parameters.get("model.family", "ddpm")
-    about = {
+    run_tags = {
         MLFLOW_RUN_NOTE: f"Training of a {family} model on {manifest.counts['train']:,} images of the data set "
         f"**{manifest.name}**, {manifest.stored_as}, "
         f"{counted(len(manifest.class_histogram), 'class', 'classes')}; "
@@ -213,7 +215,7 @@ def open_run(
         MLFLOW_SOURCE_NAME: "darkroom train",
         MLFLOW_SOURCE_TYPE: "LOCAL",
     }
-    run = one_run(client, experiment, TRAIN_KEY, train_key, f"{manifest.name}-{family}-{train_key[:8]}", about)
+    run = one_run(client, experiment, TRAIN_KEY, train_key, f"{manifest.name}-{family}-{train_key[:8]}", run_tags)
     # Also on an existing run: its creator may have been killed before this.
     client.log_batch(run.info.run_id, params=[Param(name, str(value)) for name, value in parameters.items()])
     source, digest = resolve_dataset_source(data_source), manifest.content_digest[:DIGEST_LENGTH]
@@ -245,43 +247,43 @@ def log_evaluation(tracker: RunTracker, evaluation: Evaluation) -> None:
         "dataset_digest": evaluation.conditions.content_digest[:DIGEST_LENGTH],
     }
     results: list[tuple[CheckpointEvaluation, str, dict[str, float]]] = []
-    for each in evaluation.preliminary:
-        metric = each.selection_metric
+    for entry in evaluation.preliminary:
+        metric = entry.selection_metric
         figures = {f"{PRELIMINARY}{metric.name}": metric.value, f"{PRELIMINARY}samples": float(metric.count)}
-        results.append((each, "preliminary", figures))
+        results.append((entry, "preliminary", figures))
     # The best of several EMA lengths comes last, so that it becomes the run's value at that step.
-    for each in sorted(evaluation.checkpoints, key=lambda each: (each.images, each.selection_metric.rank)):
-        results.append((each, "in full", each.metrics()))
-    for evaluated, how, scores in results:
+    for entry in sorted(evaluation.checkpoints, key=lambda entry: (entry.images, entry.selection_metric.rank)):
+        results.append((entry, "in full", entry.metrics()))
+    for checkpoint, mode, scores in results:
         figures = {f"{EVALUATION}{name}": value for name, value in scores.items()}
         tags = {
-            CHECKPOINT: evaluated.file,
-            CHECKPOINT_SHA256: evaluated.sha256,
+            CHECKPOINT: checkpoint.file,
+            CHECKPOINT_SHA256: checkpoint.sha256,
             EVAL_KEY: evaluation.eval_key,
-            EVALUATED: how,
-            "darkroom.images": str(evaluated.images),
+            EVALUATED: mode,
+            "darkroom.images": str(checkpoint.images),
             MLFLOW_MODEL_IS_EXTERNAL: "true",
         }
-        found = client.search_logged_models([experiment], f"tags.`{CHECKPOINT_SHA256}` = '{evaluated.sha256}'")
-        if ours := [model for model in found if model.source_run_id == run_id]:
+        models = client.search_logged_models([experiment], f"tags.`{CHECKPOINT_SHA256}` = '{checkpoint.sha256}'")
+        if ours := [model for model in models if model.source_run_id == run_id]:
             model = min(ours, key=lambda model: model.creation_timestamp)
         else:
-            name = f"{evaluated.family}-{evaluated.images}-{evaluated.sha256[:8]}"
-            model = client.create_logged_model(experiment, name, run_id, tags, model_type=evaluated.family)
+            name = f"{checkpoint.family}-{checkpoint.images}-{checkpoint.sha256[:8]}"
+            model = client.create_logged_model(experiment, name, run_id, tags, model_type=checkpoint.family)
         if model.status != LoggedModelStatus.READY:
             model = client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
-        if changed := {name: value for name, value in tags.items() if model.tags.get(name) != value}:
-            client.set_logged_model_tags(model.model_id, changed)
-        newest = {
+        if new_tags := {name: value for name, value in tags.items() if model.tags.get(name) != value}:
+            client.set_logged_model_tags(model.model_id, new_tags)
+        last_values = {
             point.key: point.value
             for point in sorted(model.metrics or [], key=lambda point: (point.timestamp, point.step))
             if {"dataset_name": point.dataset_name, "dataset_digest": point.dataset_digest} == dataset
         }
         now = int(time.time() * 1000)
-        fresh = [
-            Metric(name, value, now, evaluated.images, model_id=model.model_id, run_id=run_id, **dataset)
+        new_points = [
+            Metric(name, value, now, checkpoint.images, model_id=model.model_id, run_id=run_id, **dataset)
             for name, value in figures.items()
-            if math.isfinite(value) and newest.get(name) != value
+            if math.isfinite(value) and last_values.get(name) != value
         ]
-        if fresh:
-            client.log_batch(run_id, metrics=fresh)
+        if new_points:
+            client.log_batch(run_id, metrics=new_points)
