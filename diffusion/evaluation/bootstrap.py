@@ -62,29 +62,29 @@ class Replicates:
 
         That is nearly c/n on n images of each set (arXiv 1911.07023), so c/n more on halves.
         """
-        enough = min(self.samples, self.reference) >= PER_FEATURE * self.dimensions
-        return 2 * self.whole - float(self.halves.mean()) if self.figure == "fd" and enough else self.whole
+        has_enough_images = min(self.samples, self.reference) >= PER_FEATURE * self.dimensions
+        return 2 * self.whole - float(self.halves.mean()) if self.figure == "fd" and has_enough_images else self.whole
 
     @property
     def estimate(self) -> Estimate:
         """Return the metric with its standard error."""
-        found = _estimate(self.value, self.halves, self.samples, self.reference)
+        estimate = _estimate(self.value, self.halves, self.samples, self.reference)
         if self.figure in ("precision", "recall", "coverage"):
-            return Share(**found.model_dump(), count=self.samples if self.figure == "precision" else self.reference)
-        return found
+            return Share(**estimate.model_dump(), count=self.samples if self.figure == "precision" else self.reference)
+        return estimate
 
 
 def difference(candidate: Replicates, champion: Replicates) -> Estimate:
     """Estimate candidate minus champion, on the same image numbers and the same reference."""
-    ours, theirs = ((each.figure, each.samples, each.reference) for each in (candidate, champion))
+    ours, theirs = ((side.figure, side.samples, side.reference) for side in (candidate, champion))
     if ours != theirs:
         raise ValueError(f"figures of unlike sets have no paired difference: {ours} and {theirs}")
-    apart = candidate.halves - champion.halves
-    return _estimate(candidate.value - champion.value, apart, candidate.samples, candidate.reference)
+    differences = candidate.halves - champion.halves
+    return _estimate(candidate.value - champion.value, differences, candidate.samples, candidate.reference)
 
 
-def _estimate(value: float, of_halves: Tensor, samples: int, reference: int) -> Estimate:
-    contrasts = (of_halves[:, 0] - of_halves[:, 1]) / 2
+def _estimate(value: float, halves: Tensor, samples: int, reference: int) -> Estimate:
+    contrasts = (halves[:, 0] - halves[:, 1]) / 2
     return Estimate(
         value=value,
         error=float(contrasts.square().mean().sqrt()),
@@ -103,7 +103,7 @@ def compute_halves(
     distances = frechet_of_halves(sets, reference, splits, progress)
     kids = kid_of_halves(sets, reference, splits, progress)
     shares = shares_of_halves(sets, reference, splits, progress)
-    return [{"fd": fd, "kid": kid, **rest} for fd, kid, rest in zip(distances, kids, shares, strict=True)]
+    return [{"fd": fd, "kid": kid, **figures} for fd, kid, figures in zip(distances, kids, shares, strict=True)]
 
 
 def draw_halves(count: int, stream: Literal["samples", "reference"], splits: int) -> Tensor:
@@ -113,9 +113,9 @@ def draw_halves(count: int, stream: Literal["samples", "reference"], splits: int
     """
     half = count // 2
     members = torch.zeros(2 * splits, count, dtype=torch.bool)
-    draws = generator(0, f"bootstrap/{stream}", 0)
+    rng = generator(0, f"bootstrap/{stream}", 0)
     for split in range(splits):
-        order = torch.from_numpy(draws.permutation(2 * half))
+        order = torch.from_numpy(rng.permutation(2 * half))
         members[2 * split, order[:half]] = True
         members[2 * split + 1, order[half:]] = True
     return members
@@ -147,9 +147,9 @@ class Gaussian:
         """Return R, (min(n, D), D), with RᵀR the covariance."""
         if self.few is not None:
             return self.few
-        lower, failed = torch.linalg.cholesky_ex(self.covariance)
+        lower, info = torch.linalg.cholesky_ex(self.covariance)
         root: Tensor = lower.T
-        if failed:  # for collinear features; the eigendecomposition always exists but is slower
+        if info:  # for collinear features; the eigendecomposition always exists but is slower
             values, vectors = torch.linalg.eigh(self.covariance)
             root = (vectors * values.clamp(min=0).sqrt()).T
         return root
@@ -167,19 +167,19 @@ def frechet_of_halves(
     real = _HalvedSet(reference - centre, "reference", splits)
     generated = [_HalvedSet(x - centre, "samples", splits) for x in sets]
 
-    products = [_Products(each, real) if each.sums is None and real.sums is None else None for each in generated]
+    products = [_Products(halves, real) if halves.sums is None and real.sums is None else None for halves in generated]
 
-    def of_split(split: int) -> list[Tensor]:
+    def compute_split(split: int) -> list[Tensor]:
         theirs = cache(partial(real.at, split))
         return [
-            known.distances(split)
-            if known is not None
-            else torch.stack([gaussian_distance(x, y) for x, y in zip(each.at(split), theirs(), strict=True)])
-            for each, known in zip(generated, products, strict=True)
+            inner_products.distances(split)
+            if inner_products is not None
+            else torch.stack([gaussian_distance(x, y) for x, y in zip(halves.at(split), theirs(), strict=True)])
+            for halves, inner_products in zip(generated, products, strict=True)
         ]
 
-    values = over_blocks(of_split, splits, 1, "Fréchet distances of halves", progress)
-    return [torch.stack(each) for each in zip(*values, strict=True)]
+    values = over_blocks(compute_split, splits, 1, "Fréchet distances of halves", progress)
+    return [torch.stack(distances) for distances in zip(*values, strict=True)]
 
 
 def gaussian_distance(x: Gaussian, y: Gaussian) -> Tensor:
@@ -194,9 +194,9 @@ def gaussian_distance(x: Gaussian, y: Gaussian) -> Tensor:
     else:
         squares = first.root @ second.covariance @ first.root.T
     # Half the time of the singular values of a product of roots, to ten digits of the sum.
-    shared = torch.linalg.eigvalsh(squares).clamp(min=0).sqrt().sum()
-    squared: Tensor = (x.mean - y.mean).square().sum() + x.trace + y.trace - 2 * shared
-    return squared
+    cross_term = torch.linalg.eigvalsh(squares).clamp(min=0).sqrt().sum()
+    distance: Tensor = (x.mean - y.mean).square().sum() + x.trace + y.trace - 2 * cross_term
+    return distance
 
 
 class _HalvedSet:
@@ -210,10 +210,10 @@ class _HalvedSet:
 
     def at(self, split: int) -> tuple[Gaussian, Gaussian]:
         """Return the Gaussians of both halves of a cut."""
-        one, other = (self.members[2 * split + half].nonzero()[:, 0] for half in (0, 1))
+        rows, other_rows = (self.members[2 * split + half].nonzero()[:, 0] for half in (0, 1))
         if self.sums is None:
-            return self._fit_few(one), self._fit_few(other)
-        (first, second), (all_first, all_second) = _sums(self.features, one), self.sums
+            return self._fit_few(rows), self._fit_few(other_rows)
+        (first, second), (all_first, all_second) = _sums(self.features, rows), self.sums
         return self._fit_sums(first, second), self._fit_sums(all_first - first, all_second - second)
 
     def _fit_few(self, rows: Tensor) -> Gaussian:
@@ -233,21 +233,21 @@ class _Products:
 
     def __init__(self, x: _HalvedSet, y: _HalvedSet) -> None:
         first, second = x.features.double(), y.features.double()
-        self.sets, self.within, self.across = (x, y), (first @ first.T, second @ second.T), first @ second.T
+        self.sets, self.grams, self.cross_products = (x, y), (first @ first.T, second @ second.T), first @ second.T
 
     def distances(self, split: int) -> Tensor:
         """Compute the Fréchet distance of both halves of a cut, (2,) float64."""
         return torch.stack([self._distance(2 * split + half) for half in (0, 1)])
 
     def _distance(self, half: int) -> Tensor:
-        x, y = (each.members[half].nonzero()[:, 0] for each in self.sets)
-        across = self.across[x[:, None], y]
-        distance: Tensor = -2 * across.mean()
-        for rows, products in zip((x, y), self.within, strict=True):
-            mean = products[rows[:, None], rows].mean()
-            distance += mean + (products.diagonal()[rows].mean() - mean) * len(rows) / (len(rows) - 1)
-        centred = across - across.mean(0) - across.mean(1, keepdim=True) + across.mean()
-        squares = centred @ centred.T / ((len(x) - 1) * (len(y) - 1))
+        x, y = (halved_set.members[half].nonzero()[:, 0] for halved_set in self.sets)
+        products = self.cross_products[x[:, None], y]
+        distance: Tensor = -2 * products.mean()
+        for rows, gram in zip((x, y), self.grams, strict=True):
+            mean = gram[rows[:, None], rows].mean()
+            distance += mean + (gram.diagonal()[rows].mean() - mean) * len(rows) / (len(rows) - 1)
+        deviations = products - products.mean(0) - products.mean(1, keepdim=True) + products.mean()
+        squares = deviations @ deviations.T / ((len(x) - 1) * (len(y) - 1))
         distance -= 2 * torch.linalg.eigvalsh(squares).clamp(min=0).sqrt().sum()
         return distance
 
@@ -273,46 +273,48 @@ def kid_of_halves(
 
     Of features (N, D) to (M, D); N and M at least 4. Returns for each set (splits, 2) float64.
     """
-    of_reference = draw_halves(len(reference), "reference", splits)
-    found = []
+    reference_members = draw_halves(len(reference), "reference", splits)
+    kids = []
     with worker_threads(1):
-        within_reference = _within(reference, of_reference, progress)
+        reference_means = _means_within(reference, reference_members, progress)
         for samples in sets:
-            of_samples = draw_halves(len(samples), "samples", splits)
-            across = _across(samples, reference, of_samples, of_reference, progress)
-            found.append((_within(samples, of_samples, progress) + within_reference - 2 * across).view(-1, 2))
-    return found
+            sample_members = draw_halves(len(samples), "samples", splits)
+            cross_means = _means_across(samples, reference, sample_members, reference_members, progress)
+            kids.append(
+                (_means_within(samples, sample_members, progress) + reference_means - 2 * cross_means).view(-1, 2)
+            )
+    return kids
 
 
-def _within(x: Tensor, members: Tensor, progress: Progress) -> Tensor:
+def _means_within(x: Tensor, members: Tensor, progress: Progress) -> Tensor:
     """Compute the mean of the kernel over pairs of distinct features in each half: (H,) float64."""
     counts = members.sum(1, dtype=torch.float64)
-    itself = torch.cat([(rows.double().square().sum(1) / x.shape[1] + 1) ** 3 for rows in torch.split(x, BLOCK)])
+    self_kernels = torch.cat([(rows.double().square().sum(1) / x.shape[1] + 1) ** 3 for rows in torch.split(x, BLOCK)])
     columns = members.double().T
 
-    def of_block(start: int) -> Tensor:
+    def compute_block(start: int) -> Tensor:
         block = kid_kernel(x[start : start + BLOCK], x[start:]).double()
         # Each pair of blocks once.
         block[:, BLOCK:] *= 2
         return (members[:, start : start + BLOCK].T * (block @ columns[start:])).sum(0)
 
-    return (_added(of_block, len(x), progress) - members.double() @ itself) / (counts * (counts - 1))
+    return (_sum_blocks(compute_block, len(x), progress) - members.double() @ self_kernels) / (counts * (counts - 1))
 
 
-def _across(x: Tensor, y: Tensor, of_x: Tensor, of_y: Tensor, progress: Progress) -> Tensor:
+def _means_across(x: Tensor, y: Tensor, x_members: Tensor, y_members: Tensor, progress: Progress) -> Tensor:
     """Compute the mean of the kernel over pairs of x and y in the same half, for each half: (H,) float64."""
-    columns = of_y.double().T
+    columns = y_members.double().T
 
-    def of_block(start: int) -> Tensor:
+    def compute_block(start: int) -> Tensor:
         rows = slice(start, start + BLOCK)
-        return (of_x[:, rows].T * (kid_kernel(x[rows], y).double() @ columns)).sum(0)
+        return (x_members[:, rows].T * (kid_kernel(x[rows], y).double() @ columns)).sum(0)
 
-    return _added(of_block, len(x), progress) / (of_x.sum(1, dtype=torch.float64) * of_y.sum(1))
+    return _sum_blocks(compute_block, len(x), progress) / (x_members.sum(1, dtype=torch.float64) * y_members.sum(1))
 
 
-def _added(of_block: Callable[[int], Tensor], count: int, progress: Progress) -> Tensor:
+def _sum_blocks(work: Callable[[int], Tensor], count: int, progress: Progress) -> Tensor:
     """Sum over blocks in a fixed order, in float64: billions of float32 kernels leave no digit of a small distance."""
-    return sum(over_blocks(of_block, count, BLOCK, "KID of halves", progress), torch.zeros((), dtype=torch.float64))
+    return sum(over_blocks(work, count, BLOCK, "KID of halves", progress), torch.zeros((), dtype=torch.float64))
 
 
 TABLE = 64
@@ -329,86 +331,88 @@ def shares_of_halves(
     same half. Returns for each set (splits, 2) float64 by metric.
     """
     centre = reference.mean(0)
-    real, of_real = reference - centre, draw_halves(len(reference), "reference", splits)
-    found = []
+    real, real_members = reference - centre, draw_halves(len(reference), "reference", splits)
+    shares = []
     with worker_threads(1):
-        near, wide = _radii(real, of_real, (MANIFOLD_NEIGHBOURS, DENSITY_NEIGHBOURS), progress)
+        near_radii, wide_radii = _radii(real, real_members, (MANIFOLD_NEIGHBOURS, DENSITY_NEIGHBOURS), progress)
         for features in sets:
-            generated, of_generated = features - centre, draw_halves(len(features), "samples", splits)
-            (around,) = _radii(generated, of_generated, (MANIFOLD_NEIGHBOURS,), progress)
-            values = _shares(generated, real, of_generated, of_real, (near, wide, around), progress)
-            found.append({name: each.view(-1, 2) for name, each in values.items()})
-    return found
+            generated, generated_members = features - centre, draw_halves(len(features), "samples", splits)
+            (radii,) = _radii(generated, generated_members, (MANIFOLD_NEIGHBOURS,), progress)
+            values = _shares(
+                generated, real, generated_members, real_members, (near_radii, wide_radii, radii), progress
+            )
+            shares.append({name: halves.view(-1, 2) for name, halves in values.items()})
+    return shares
 
 
 def _shares(
     generated: Tensor,
     real: Tensor,
-    of_generated: Tensor,
-    of_real: Tensor,
+    generated_members: Tensor,
+    real_members: Tensor,
     radii: tuple[Tensor, Tensor, Tensor],
     progress: Progress,
 ) -> dict[Figure, Tensor]:
     """Compute the metrics on each half, (H,) float64; ``radii``: squared, two of the reference, one of the samples."""
-    near, wide, around = radii
-    wide_at_most, around_at_most = wide.amax(0), around.amax(0)
-    precise = torch.zeros_like(of_generated)
-    covered, recalled = torch.zeros_like(of_real), torch.zeros_like(of_real)
+    near_radii, wide_radii, generated_radii = radii
+    max_wide_radii, max_generated_radii = wide_radii.amax(0), generated_radii.amax(0)
+    precision_mask = torch.zeros_like(generated_members)
+    coverage_mask, recall_mask = torch.zeros_like(real_members), torch.zeros_like(real_members)
 
-    def of_block(start: int) -> Tensor:
+    def compute_block(start: int) -> Tensor:
         rows = slice(start, start + BLOCK)
         distances = squared_distances(generated[rows], real)
         # Few pairs are near each other in any half, and only these are checked in each.
-        i, j = (distances <= wide_at_most).nonzero(as_tuple=True)
-        p, q = (distances <= around_at_most[rows, None]).nonzero(as_tuple=True)
-        apart, other_radii = distances[i, j], distances[p, q]
+        i, j = (distances <= max_wide_radii).nonzero(as_tuple=True)
+        p, q = (distances <= max_generated_radii[rows, None]).nonzero(as_tuple=True)
+        pair_distances, recall_distances = distances[i, j], distances[p, q]
         i, p = i + start, p + start
-        pairs = torch.zeros(len(of_generated), dtype=torch.float64)
+        pairs = torch.zeros(len(generated_members), dtype=torch.float64)
         # Threads share these arrays but only ever write True.
-        for half in range(len(of_generated)):
-            here = of_generated[half, i]
-            precise[half, i[here & (apart <= near[half, j])]] = True
-            within = here & (apart < wide[half, j])
-            covered[half, j[within]] = True
-            recalled[half, q[of_real[half, q] & (other_radii <= around[half, p])]] = True
-            pairs[half] = within.sum()
+        for half in range(len(generated_members)):
+            in_half = generated_members[half, i]
+            precision_mask[half, i[in_half & (pair_distances <= near_radii[half, j])]] = True
+            in_radius = in_half & (pair_distances < wide_radii[half, j])
+            coverage_mask[half, j[in_radius]] = True
+            recall_mask[half, q[real_members[half, q] & (recall_distances <= generated_radii[half, p])]] = True
+            pairs[half] = in_radius.sum()
         return pairs
 
-    pairs = torch.zeros(len(of_generated), dtype=torch.float64)
-    for block in over_blocks(of_block, len(generated), BLOCK, "neighbourhoods of halves", progress):
+    pairs = torch.zeros(len(generated_members), dtype=torch.float64)
+    for block in over_blocks(compute_block, len(generated), BLOCK, "neighbourhoods of halves", progress):
         pairs += block
-    samples, references = (members.sum(1, dtype=torch.float64) for members in (of_generated, of_real))
+    samples, references = (members.sum(1, dtype=torch.float64) for members in (generated_members, real_members))
     return {
-        "precision": precise.sum(1) / samples,
-        "recall": recalled.sum(1) / references,
+        "precision": precision_mask.sum(1) / samples,
+        "recall": recall_mask.sum(1) / references,
         "density": pairs / (DENSITY_NEIGHBOURS * samples),
-        "coverage": covered.sum(1) / references,
+        "coverage": coverage_mask.sum(1) / references,
     }
 
 
 def _radii(features: Tensor, members: Tensor, counts: Sequence[int], progress: Progress) -> list[Tensor]:
     """Compute squared distances to the k-th neighbour in each half, for k in ``counts``: (H, n), −1 outside it."""
-    distances, neighbours = _nearest(features, progress)
-    found = [torch.empty(members.shape, dtype=features.dtype) for _ in counts]
+    distances, neighbours = _find_nearest(features, progress)
+    radii = [torch.empty(members.shape, dtype=features.dtype) for _ in counts]
 
-    def of_half(half: int) -> None:
+    def compute_half(half: int) -> None:
         rank = members[half][neighbours].cumsum(1, dtype=torch.int8)
-        for k, radii in zip(counts, found, strict=True):
-            at = (rank < k).sum(1).clamp(max=distances.shape[1] - 1)
-            radii[half] = distances.gather(1, at[:, None])[:, 0].where(members[half], -1)
+        for k, kth_radii in zip(counts, radii, strict=True):
+            columns = (rank < k).sum(1).clamp(max=distances.shape[1] - 1)
+            kth_radii[half] = distances.gather(1, columns[:, None])[:, 0].where(members[half], -1)
 
-    list(over_blocks(of_half, len(members)))
-    return found
+    list(over_blocks(compute_half, len(members)))
+    return radii
 
 
-def _nearest(features: Tensor, progress: Progress) -> tuple[Tensor, Tensor]:
+def _find_nearest(features: Tensor, progress: Progress) -> tuple[Tensor, Tensor]:
     """Find the nearest others of each feature: squared distances and indices, nearest first, (n, TABLE or all)."""
 
-    def of_block(start: int) -> tuple[Tensor, Tensor]:
+    def compute_block(start: int) -> tuple[Tensor, Tensor]:
         distances = squared_distances(features[start : start + BLOCK], features)
         distances.diagonal(start).fill_(math.inf)
-        values, at = distances.topk(min(TABLE, len(features) - 1), largest=False)
-        return values, at.int()
+        values, indices = distances.topk(min(TABLE, len(features) - 1), largest=False)
+        return values, indices.int()
 
-    values, at = zip(*over_blocks(of_block, len(features), BLOCK, "neighbours", progress), strict=True)
-    return torch.cat(values), torch.cat(at)
+    values, indices = zip(*over_blocks(compute_block, len(features), BLOCK, "neighbours", progress), strict=True)
+    return torch.cat(values), torch.cat(indices)

@@ -51,8 +51,8 @@ def _load_or_compute(folder: Path, key: Key, work: Callable[[], tuple[Config | N
     path, seal = pieces.with_suffix(".safetensors"), pieces.with_suffix(".sha256")
     make_folder(folder)
     with FileLock(pieces.with_suffix(".lock")):
-        whole = path.is_file() and seal.is_file() and seal.read_bytes() == f"{sha256_file(path)}\n".encode()
-        if not whole or read_header(path).get("key") != key:
+        is_intact = path.is_file() and seal.is_file() and seal.read_bytes() == f"{sha256_file(path)}\n".encode()
+        if not is_intact or read_header(path).get("key") != key:
             result, tensors = work()
             digest = save_tensors(path, tensors, {"key": key, "result": to_jsonable_python(result)})
             write_bytes(seal, f"{digest}\n".encode())

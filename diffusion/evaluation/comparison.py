@@ -72,10 +72,10 @@ class ChampionComparison(Config):
 
     def metrics(self) -> dict[str, float]:
         """Return the candidate's metrics by name, and those of champion and real baseline under prefixes."""
-        found = self.candidate.metrics()
+        metrics = self.candidate.metrics()
         if self.champion is not None:
-            found |= {f"champion_{name}": value for name, value in self.champion.metrics().items()}
-        return found | {f"real_baseline_{name}": value for name, value in self.real_baseline.metrics().items()}
+            metrics |= {f"champion_{name}": value for name, value in self.champion.metrics().items()}
+        return metrics | {f"real_baseline_{name}": value for name, value in self.real_baseline.metrics().items()}
 
 
 @dataclass(frozen=True)
@@ -123,18 +123,18 @@ def compare_with_champion(
     evaluator = _evaluator(candidate, data, config, sampling, output, progress)
     # A distance that changed between looks would be tested twice.
     metric = gate.metric(config.samples, len(evaluator.real.compared))
-    rules, last = gate.model_copy(update={"headline": metric}), config.samples * 2 ** (gate.looks - 1)
+    rules, max_samples = gate.model_copy(update={"headline": metric}), config.samples * 2 ** (gate.looks - 1)
     for look in range(1, gate.looks + 1):
-        found = _compare(evaluator, candidate, champion, rules, config.samples * 2 ** (look - 1))
-        can_go_on = found.compared.has_champion and found.compared.basis == "generated" and evaluator.real.small is None
-        looks = gate.looks if can_go_on else 1
-        decision = decide(found.compared, rules, looks)
-        if look == looks or not decision.worth_another_look(last):
+        pair = _compare(evaluator, candidate, champion, rules, config.samples * 2 ** (look - 1))
+        can_repeat = pair.compared.has_champion and pair.compared.basis == "generated" and evaluator.real.small is None
+        looks = gate.looks if can_repeat else 1
+        decision = decide(pair.compared, rules, looks)
+        if look == looks or not decision.worth_another_look(max_samples):
             break
-    *of_models, baseline = found.replicates
+    *model_replicates, baseline = pair.replicates
     evaluation, *their_evaluation = (
-        each.model_copy(update={"estimates": evaluator.estimates(replicates)})
-        for each, replicates in zip(found.evaluations, of_models, strict=True)
+        model_evaluation.model_copy(update={"estimates": evaluator.estimates(replicates)})
+        for model_evaluation, replicates in zip(pair.evaluations, model_replicates, strict=True)
     )
     result = ChampionComparison(
         conditions=evaluator.conditions,
@@ -143,13 +143,13 @@ def compare_with_champion(
         candidate=evaluation,
         champion=their_evaluation[0] if their_evaluation else None,
         real_baseline=evaluator.real_baseline(baseline),
-        compared=found.compared,
+        compared=pair.compared,
         look=look,
         confidence=gate.confidence_of(looks),
         decision=decision,
     )
     write_json(output / COMPARISON, json.loads(result.model_dump_json()))
-    return result, _sample_grids(found.ours, found.theirs, evaluation)
+    return result, _sample_grids(pair.ours, pair.theirs, evaluation)
 
 
 @dataclass(frozen=True)
@@ -173,26 +173,26 @@ def _compare(evaluator: Evaluator, candidate: Path, champion: Path | None, gate:
     if champion is not None:
         try:
             # Not the candidate's sampling, which has its own guidance.
-            family, how = ours.header.model.family, evaluator.sampling
+            family, their_sampling = ours.header.model.family, evaluator.sampling
             header = read_model_header(champion)
-            if (other := header.model).family != family:
+            if (their_model := header.model).family != family:
                 if not gate.across_families:
                     raise UserError(
-                        f"it is a {other.family} and the candidate a {family}, which the gate compares only with "
+                        f"it is a {their_model.family} and the candidate a {family}, which the gate compares only with "
                         "gate.across_families"
                     )
                 # Sampling that does not apply to its family is replaced by that family's defaults.
-                how = effective_sampling(other, how)
+                their_sampling = effective_sampling(their_model, their_sampling)
             if header.guide_images is None:
-                how = how.changed({"autoguidance": None})
-            theirs = evaluator.model(champion, samples, how, name="champion")
+                their_sampling = their_sampling.changed({"autoguidance": None})
+            theirs = evaluator.model(champion, samples, their_sampling, name="champion")
             require_same_requests(ours, theirs)
             evaluations.append(theirs.evaluate())
         except UserError as error:
             theirs, incomparable = None, f"the champion cannot be evaluated beside it: {error}"
     replicates = evaluator.replicates([ours] if theirs is None else [ours, theirs])
     baseline = replicates[-1]
-    families = {each.header.model.family for each in (ours, theirs or ours)}
+    families = {model.header.model.family for model in (ours, theirs or ours)}
     generated = len(families) > 1 or ours.header.model.evaluated_by == "samples"  # else both are autoencoders
     if theirs is not None and generated and not baseline:
         incomparable = (
@@ -200,20 +200,20 @@ def _compare(evaluator: Evaluator, candidate: Path, champion: Path | None, gate:
             f"out, and errors need {FEWEST_FOR_ERRORS} of either: generate more with evaluation.samples, or hold more "
             "out with ingest.held_out"
         )
-    copied, scores = evaluations[0].memorization, evaluations[0].scores
+    memorization, scores = evaluations[0].memorization, evaluations[0].scores
     # Sets that are too small for errors are decided on as measured.
-    own: dict[Literal["precision", "recall"], Estimate] = {
+    estimates: dict[Literal["precision", "recall"], Estimate] = {
         "precision": replicates[0]["precision"].estimate if baseline else Estimate(value=scores.precision),
         "recall": replicates[0]["recall"].estimate if baseline else Estimate(value=scores.recall),
     }
-    compared = ComparisonMetrics(
+    metrics = ComparisonMetrics(
         basis="generated" if generated else "reconstructed",
         samples=len(ours.features) if generated else len(ours.real.held_out),
         reference=len(ours.real.compared),
         has_champion=champion is not None,
         incomparable=incomparable,
-        own=own if generated and champion is None else {},
-        memorized=CopyShare(share=copied.excess, p_value=copied.p_value) if generated else None,
+        own=estimates if generated and champion is None else {},
+        memorized=CopyShare(share=memorization.excess, p_value=memorization.p_value) if generated else None,
         agreement=_agreement(ours, theirs if incomparable is None else None),
     )
     if theirs is not None and incomparable is None:
@@ -224,8 +224,8 @@ def _compare(evaluator: Evaluator, candidate: Path, champion: Path | None, gate:
                 "headline": distance_headline(first, second, baseline, evaluations[0].scores.extractor, gate),
                 "recall": difference(first["recall"], second["recall"]),
                 "cost": Cost(candidate=evaluations[0].gflop, champion=evaluations[1].gflop, unit="GFLOP"),
-                "unlike": tuple(_unlike(ours, theirs)),
-                "class_conditional": all(each.model.classes for each in (ours, theirs)),
+                "unlike": tuple(_describe_differences(ours, theirs)),
+                "class_conditional": all(model.model.classes for model in (ours, theirs)),
             }
             if worst is not None and their_worst is not None:
                 differences["worst_class"] = WorstClass(
@@ -238,8 +238,8 @@ def _compare(evaluator: Evaluator, candidate: Path, champion: Path | None, gate:
             assert ours.psnr is not None
             assert theirs.psnr is not None
             differences = {"headline": psnr_headline(ours.psnr, theirs.psnr)}
-        compared = compared.model_copy(update=differences)
-    return _Look(ours, theirs, evaluations, replicates, compared)
+        metrics = metrics.model_copy(update=differences)
+    return _Look(ours, theirs, evaluations, replicates, metrics)
 
 
 def require_same_requests(ours: ModelEvaluator, theirs: ModelEvaluator) -> None:
@@ -248,51 +248,52 @@ def require_same_requests(ours: ModelEvaluator, theirs: ModelEvaluator) -> None:
     Images of captions come nearer to the held-out images whose captions these are, which says nothing of a model
     without captions. A model without classes is compared as a whole.
     """
-    has_prompts = [bool(each.conditions.prompts) for each in (ours, theirs)]
+    has_prompts = [bool(model.conditions.prompts) for model in (ours, theirs)]
     if has_prompts[0] != has_prompts[1]:
         with_prompts, without = ("candidate", "champion") if has_prompts[0] else ("champion", "candidate")
         raise UserError(
             f"the {with_prompts} generates from the captions of the held-out images and the {without} knows none "
             "(model.text): look at both, and decide with `darkroom promote --to`"
         )
-    known, lost = ours.model.classes, [each for each in theirs.model.classes if each not in ours.model.classes]
-    if known and lost:
+    classes = ours.model.classes
+    lost_classes = [name for name in theirs.model.classes if name not in classes]
+    if classes and lost_classes:
         raise UserError(
-            f"it generates {counted(len(lost), 'class', 'classes')} that the candidate does not know, {lost[0]!r} "
-            "among them: look at both, and decide with `darkroom promote --to`"
+            f"it generates {counted(len(lost_classes), 'class', 'classes')} that the candidate does not know, "
+            f"{lost_classes[0]!r} among them: look at both, and decide with `darkroom promote --to`"
         )
 
 
-def _unlike(ours: ModelEvaluator, theirs: ModelEvaluator) -> Iterator[str]:
+def _describe_differences(ours: ModelEvaluator, theirs: ModelEvaluator) -> Iterator[str]:
     """Describe what differs between the conditions of the two."""
-    families = [each.header.model.family for each in (ours, theirs)]
+    families = [model.header.model.family for model in (ours, theirs)]
     if families[0] != families[1]:
         yield f"the candidate is a {families[0]} and the champion a {families[1]}"
-    if all(isinstance(each.model, DiffusionModel) for each in (ours, theirs)):
-        how = [f"{x.sampler}, {x.steps} steps, guidance {x.guidance_text}" for x in (ours.guided, theirs.guided)]
-        if how[0] != how[1]:
-            yield f"the candidate is sampled by {how[0]} and the champion by {how[1]}"
-    classes = [each.model.classes for each in (ours, theirs)]
+    if all(isinstance(model.model, DiffusionModel) for model in (ours, theirs)):
+        samplings = [f"{x.sampler}, {x.steps} steps, guidance {x.guidance_text}" for x in (ours.guided, theirs.guided)]
+        if samplings[0] != samplings[1]:
+            yield f"the candidate is sampled by {samplings[0]} and the champion by {samplings[1]}"
+    classes = [model.model.classes for model in (ours, theirs)]
     if bool(classes[0]) != bool(classes[1]):
         yield f"only the {'candidate' if classes[0] else 'champion'} has classes: no class is compared by itself"
-    elif new := [each for each in classes[0] if each not in classes[1]]:
-        yield f"the candidate generates {counted(len(new), 'class', 'classes')} that the champion does not know"
+    elif new_classes := [name for name in classes[0] if name not in classes[1]]:
+        yield f"the candidate generates {counted(len(new_classes), 'class', 'classes')} that the champion does not know"
 
 
 def _agreement(ours: ModelEvaluator, theirs: ModelEvaluator | None) -> PromptAgreement | str | None:
     """Compare the text-image agreement of both, or say why not; None if the candidate has no captions."""
     if theirs is None or not isinstance(ours.cosines, tuple) or not isinstance(theirs.cosines, tuple):
-        found = ours.text_image_agreement
-        return None if found is None else describe_agreement(found)
-    (mine, _), (other, _) = ours.cosines, theirs.cosines
+        agreement = ours.text_image_agreement
+        return None if agreement is None else describe_agreement(agreement)
+    (our_cosines, _), (their_cosines, _) = ours.cosines, theirs.cosines
 
     def mean(values: Tensor) -> Estimate:
-        return mean_over_prompts(values, mine.prompts)
+        return mean_over_prompts(values, our_cosines.prompts)
 
     return PromptAgreement(
-        candidate=mean(mine.above_chance),
-        champion=mean(other.above_chance),
-        difference=mean(mine.above_chance - other.above_chance),
+        candidate=mean(our_cosines.above_chance),
+        champion=mean(their_cosines.above_chance),
+        difference=mean(our_cosines.above_chance - their_cosines.above_chance),
     )
 
 
@@ -329,8 +330,8 @@ def distance_headline(
     gate: GateConfig,
 ) -> Headline:
     """Estimate the distance by which ``gate`` compares two models, on features named ``extractor``."""
-    some = next(iter(candidate.values()))
-    metric = gate.metric(some.samples, some.reference)
+    replicates = next(iter(candidate.values()))
+    metric = gate.metric(replicates.samples, replicates.reference)
     return Headline(
         name=f"{metric}_{extractor}",
         candidate=candidate[metric].estimate,
@@ -357,13 +358,13 @@ def _sample_grids(ours: ModelEvaluator, theirs: ModelEvaluator | None, evaluatio
     classes = {}
     if evaluation.per_class is not None and ours.labels is not None:
         labels = real.labelled(ours.model.classes).labels
-        for name in [each.name for each in evaluation.per_class.worst_first][:4]:
+        for name in [scores.name for scores in evaluation.per_class.worst_first][:4]:
             number = ours.model.classes.index(name)
-            numbers = [torch.nonzero(each == number)[:8, 0] for each in (labels, ours.labels)]
+            numbers = [torch.nonzero(indices == number)[:8, 0] for indices in (labels, ours.labels)]
             count = min(map(len, numbers))
-            held_out, generated = (each[:count] for each in numbers)
-            shown = real.dataset.images_in_order(real.compared[held_out.numpy()])
-            classes[name] = shown, ours.images_at(generated.tolist())
+            held_out, generated = (indices[:count] for indices in numbers)
+            held_out_images = real.dataset.images_in_order(real.compared[held_out.numpy()])
+            classes[name] = held_out_images, ours.images_at(generated.tolist())
     return SampleGrids(
         real=real.shown_images,
         candidate=ours.images[:SHOWN],

@@ -67,10 +67,10 @@ def compare_with_training(
 
     Returns None if there are fewer than FEWEST on either side. Raises UserError if a table or shard is missing.
     """
-    both = split_by_parent(dataset, trained, elsewhere)
-    if (count := min(MOST, *map(len, both))) < FEWEST:
+    row_sets = split_by_parent(dataset, trained, elsewhere)
+    if (count := min(MOST, *map(len, row_sets))) < FEWEST:
         return None
-    sides = [rows[permutation(0, f"drift/{side}", 0, len(rows))][:count] for side, rows in enumerate(both)]
+    sides = [rows[permutation(0, f"drift/{side}", 0, len(rows))][:count] for side, rows in enumerate(row_sets)]
     extractor = make_extractor(config)
     features: list[Tensor] = []
     for batch in read_batches(dataset, np.concatenate(sides)):
@@ -78,7 +78,7 @@ def compare_with_training(
         features.append(by_shape(batch, extractor))
     new, old = torch.split(torch.cat(features), count)
     kid, p_value = permutation_test(new, old, level)
-    return DataDrift(extractor=extractor.name, added=len(both[0]), compared=count, kid=kid, p_value=p_value)
+    return DataDrift(extractor=extractor.name, added=len(row_sets[0]), compared=count, kid=kid, p_value=p_value)
 
 
 def permutation_test(first: Tensor, second: Tensor, level: float) -> tuple[float, float]:
@@ -90,11 +90,11 @@ def permutation_test(first: Tensor, second: Tensor, level: float) -> tuple[float
     pairs = kid_kernel(*[torch.cat([first, second]).double()] * 2).fill_diagonal_(0)
     sides = np.repeat([1.0, 0.0], len(first))
     kid = kids_of_splits(pairs, torch.from_numpy(sides[:, None]))[0]
-    count, exceeding, most = 0, 0, math.ceil(2 / level)
-    while count < most:
-        shuffled = generator(0, "drift/permutations", count).permuted(np.tile(sides, (STEP, 1)), axis=1)
-        larger = np.flatnonzero((kids_of_splits(pairs, torch.from_numpy(shuffled).T) >= kid).numpy())
-        if exceeding + len(larger) >= EXCEEDANCES:
-            return float(kid), EXCEEDANCES / float(count + 1 + larger[EXCEEDANCES - exceeding - 1])
-        count, exceeding = count + STEP, exceeding + len(larger)
-    return float(kid), (exceeding + 1) / (count + 1)
+    count, exceedances, max_count = 0, 0, math.ceil(2 / level)
+    while count < max_count:
+        permutations = generator(0, "drift/permutations", count).permuted(np.tile(sides, (STEP, 1)), axis=1)
+        exceedance_indices = np.flatnonzero((kids_of_splits(pairs, torch.from_numpy(permutations).T) >= kid).numpy())
+        if exceedances + len(exceedance_indices) >= EXCEEDANCES:
+            return float(kid), EXCEEDANCES / float(count + 1 + exceedance_indices[EXCEEDANCES - exceedances - 1])
+        count, exceedances = count + STEP, exceedances + len(exceedance_indices)
+    return float(kid), (exceedances + 1) / (count + 1)

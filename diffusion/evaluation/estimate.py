@@ -99,10 +99,10 @@ class MetricEstimate(Config):
 
 def wilson_interval(share: float, count: float, deviations: float = DEVIATIONS) -> tuple[float, float]:
     """Compute Wilson's interval of a share of ``count`` images, valid for small shares too (JASA 22, 1927)."""
-    squared = deviations**2 / count
-    middle = (share + squared / 2) / (1 + squared)
-    half = math.sqrt(squared * (share * (1 - share) + squared / 4)) / (1 + squared)
-    return max(middle - half, 0.0), min(middle + half, 1.0)
+    correction = deviations**2 / count
+    middle = (share + correction / 2) / (1 + correction)
+    half_width = math.sqrt(correction * (share * (1 - share) + correction / 4)) / (1 + correction)
+    return max(middle - half_width, 0.0), min(middle + half_width, 1.0)
 
 
 def paired_difference(candidate: Sequence[float], champion: Sequence[float]) -> Estimate:
@@ -110,5 +110,5 @@ def paired_difference(candidate: Sequence[float], champion: Sequence[float]) -> 
     differences = [ours - theirs for ours, theirs in zip(candidate, champion, strict=True)]
     count = len(differences)
     mean = math.fsum(differences) / count
-    variance = math.fsum((each - mean) ** 2 for each in differences) / (count - 1)
+    variance = math.fsum((difference - mean) ** 2 for difference in differences) / (count - 1)
     return Estimate(value=mean, error=math.sqrt(variance / count), freedom=count - 1)

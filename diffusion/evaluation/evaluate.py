@@ -56,18 +56,18 @@ def select_finalists(
     ``config.samples``, all are scored by ``score(checkpoint, images)``, and the better quarter by the selection metric,
     which is unbiased for any number of images, advances; of the last round only the finalists.
     """
-    left, behind = list(checkpoints), list[CheckpointEvaluation]()
+    candidates, preliminary = list(checkpoints), list[CheckpointEvaluation]()
     samples = config.first_samples or max(10, math.ceil(config.samples / 4))
-    while len(left) > config.finalists and samples < config.samples:
-        scored = [(path, score(path, samples)) for path in left]
-        scored.sort(key=lambda pair: pair[1].selection_metric.rank, reverse=True)
+    while len(candidates) > config.finalists and samples < config.samples:
+        evaluations = [(path, score(path, samples)) for path in candidates]
+        evaluations.sort(key=lambda pair: pair[1].selection_metric.rank, reverse=True)
         is_last = samples * ETA >= config.samples
-        places = config.finalists if is_last else max(config.finalists, math.ceil(len(left) / ETA))
-        going_on = {path for path, _ in scored[:places]}
-        left = [path for path in left if path in going_on]
-        behind += [each for _, each in scored[places:]]
+        places = config.finalists if is_last else max(config.finalists, math.ceil(len(candidates) / ETA))
+        survivors = {path for path, _ in evaluations[:places]}
+        candidates = [path for path in candidates if path in survivors]
+        preliminary += [evaluation for _, evaluation in evaluations[places:]]
         samples *= ETA
-    return left, sorted(behind, key=lambda each: each.images)
+    return candidates, sorted(preliminary, key=lambda evaluation: evaluation.images)
 
 
 GUIDANCE_INTERVAL = 0.2, 5.0
@@ -86,27 +86,27 @@ def score_guidance(evaluator: Evaluator, best: ModelEvaluator) -> list[GuidanceS
     is_set = (best.sampling.guidance, best.sampling.autoguidance) != (None, None)
     if not config.guidance or header.model.family != "ddpm" or is_set or header.student_steps is not None:
         return []
-    scales, tried = sorted(config.guidance), list[dict[str, object]]()
+    scales, changes = sorted(config.guidance), list[dict[str, object]]()
     if best.is_conditional and header.training.get("condition_dropout", 0) > 0:
         factor = resolution_scale(math.prod(best.model.noise_shape))
         interval = [round(factor * sigma, 2) for sigma in GUIDANCE_INTERVAL]
-        tried += [{"guidance": w, "guidance_interval": interval} for w in scales]
-        tried.append({"guidance": scales[len(scales) // 2]})
+        changes += [{"guidance": w, "guidance_interval": interval} for w in scales]
+        changes.append({"guidance": scales[len(scales) // 2]})
     if header.guide_images is not None:
-        tried += [{"autoguidance": w} for w in scales]
-    if not tried:
+        changes += [{"autoguidance": w} for w in scales]
+    if not changes:
         return []
     rows, samples, scores = real.training_rows(config.seed, real.samples), max(10, config.samples // 4), []
-    samplings = [evaluator.sampling, *(evaluator.sampling.changed(each) for each in tried)]
-    for each in samplings:
-        model = evaluator.model(best.path, samples, each, f"guidance {each.guidance_text}", config.seed + 2, rows)
+    samplings = [evaluator.sampling, *(evaluator.sampling.changed(change) for change in changes)]
+    for variant in samplings:
+        model = evaluator.model(best.path, samples, variant, f"guidance {variant.guidance_text}", config.seed + 2, rows)
         scores.append(kid_deviations(model.features, real.features(rows)))
-    least, *theirs = min(scores, key=lambda each: each[0])
-    found = []
+    lowest, *theirs = min(scores, key=lambda deviations: deviations[0])
+    results = []
     for sampling, (kid, *ours) in zip(samplings, scores, strict=True):
-        variance = sum(jackknife(one - other) for one, other in zip(ours, theirs, strict=True))
-        found.append(GuidanceScore(sampling=sampling, kid=kid, excess=kid - least, excess_se=math.sqrt(variance)))
-    return found
+        variance = sum(jackknife(x - y) for x, y in zip(ours, theirs, strict=True))
+        results.append(GuidanceScore(sampling=sampling, kid=kid, excess=kid - lowest, excess_se=math.sqrt(variance)))
+    return results
 
 
 REAL_GRID = "held_out.png"
@@ -158,19 +158,19 @@ def evaluate(
     header = read_model_header(checkpoints[0])
     task = task_of(header.model, header.size)
     evaluator = Evaluator(data, config, sampling, output / CACHE, progress, task)
-    generated: dict[str, Images] = {}
+    generated_images: dict[str, Images] = {}
 
     def score(path: Path, samples: int) -> CheckpointEvaluation:
         model = evaluator.model(path, samples)
-        generated[model.sha256] = model.images[:SHOWN]
+        generated_images[model.sha256] = model.images[:SHOWN]
         return CheckpointEvaluation(**dict(model.scored()), file=str(path))
 
-    chosen, behind = select_finalists(checkpoints, config, score)
-    scored = {each.sha256: each for each in (score(path, config.samples) for path in chosen)}
-    evaluated = sorted(scored.values(), key=lambda each: each.images)
-    best = max(evaluated, key=lambda each: each.selection_metric.rank)
+    finalists, preliminary = select_finalists(checkpoints, config, score)
+    by_sha256 = {checkpoint.sha256: checkpoint for checkpoint in (score(path, config.samples) for path in finalists)}
+    evaluations = sorted(by_sha256.values(), key=lambda checkpoint: checkpoint.images)
+    best = max(evaluations, key=lambda checkpoint: checkpoint.selection_metric.rank)
     model = evaluator.model(Path(best.file))
-    of_best, baseline = evaluator.replicates([model])
+    replicates, baseline = evaluator.replicates([model])
     evaluation = Evaluation(
         dataset=evaluator.real.dataset.manifest.name,
         conditions=evaluator.conditions,
@@ -178,13 +178,13 @@ def evaluate(
         features=evaluator.real.extractor.about,
         real_baseline=evaluator.real_baseline(baseline),
         best=best,
-        checkpoints=evaluated,
-        preliminary=behind,
-        estimates=evaluator.estimates(of_best),
+        checkpoints=evaluations,
+        preliminary=preliminary,
+        estimates=evaluator.estimates(replicates),
         baselines=evaluator.baselines(),
         guidance=score_guidance(evaluator, model),
     )
-    sheets = Sheets(evaluator.real.shown_images, generated, model.captions, model.reconstructed, task.scale)
+    sheets = Sheets(evaluator.real.shown_images, generated_images, model.captions, model.reconstructed, task.scale)
     _write(evaluation, sheets, output)
     write_report(output / "report.html", evaluation, sheets, losses)
     return evaluation
@@ -192,7 +192,7 @@ def evaluate(
 
 def _write(evaluation: Evaluation, sheets: Sheets, output: Path) -> None:
     grids = {REAL_GRID: grid(sheets.real)}
-    grids |= {grid_name(each): grid(sheets.generated[each.sha256]) for each in evaluation.checkpoints}
+    grids |= {grid_name(model): grid(sheets.generated[model.sha256]) for model in evaluation.checkpoints}
     if sheets.reconstructed is not None:
         grids["held_out_reconstructed.png"] = above(sheets.real, sheets.reconstructed)
     for name, image in grids.items():
@@ -201,9 +201,11 @@ def _write(evaluation: Evaluation, sheets: Sheets, output: Path) -> None:
     for path in (output / "grids").glob("*.png"):
         if path.name not in grids:
             path.unlink(missing_ok=True)
-    _write_csv(output / "scores.csv", [{"images": each.images, **each.metrics()} for each in evaluation.checkpoints])
+    _write_csv(output / "scores.csv", [{"images": model.images, **model.metrics()} for model in evaluation.checkpoints])
     # In a separate file: on one curve it would not show that they rest on fewer images.
-    if preliminary := [{"images": each.images, **each.selection_metric.metrics()} for each in evaluation.preliminary]:
+    if preliminary := [
+        {"images": model.images, **model.selection_metric.metrics()} for model in evaluation.preliminary
+    ]:
         _write_csv(output / "preliminary.csv", preliminary)
     else:
         (output / "preliminary.csv").unlink(missing_ok=True)
@@ -228,16 +230,16 @@ SHARES = ("precision", "recall", "density", "coverage")
 def write_report(path: Path, evaluation: Evaluation, sheets: Sheets, losses: Path | None = None) -> str:
     """Write the HTML report to ``path``; returns its SHA-256. ``losses``: a CSV of losses by ``images`` seen."""
     best, low = sheets.generated[evaluation.best.sha256], evaluation.conditions.low_resolution
-    enlarged: dict[str, ModelScores | ResamplingBaseline] = {}
+    scores: dict[str, ModelScores | ResamplingBaseline] = {}
     if evaluation.baselines:
-        enlarged = {"the model": evaluation.best}
-        enlarged |= {TITLES[name]: each for name, each in evaluation.baselines.items()}
-    compared = None
+        scores = {"the model": evaluation.best}
+        scores |= {TITLES[name]: baseline for name, baseline in evaluation.baselines.items()}
+    comparison = None
     if low:
         images, scale = sheets.real[:COMPARED], sheets.scale
-        small = [shrunk(image[None], scale)[0] for image in images]
-        bicubic = [resample(image[None], scale, "bicubic")[0] for image in small]
-        compared = png_bytes(grid(beside(blocks(small, scale), bicubic, best[:COMPARED], images), columns=8))
+        small_images = [shrunk(image[None], scale)[0] for image in images]
+        bicubic = [resample(image[None], scale, "bicubic")[0] for image in small_images]
+        comparison = png_bytes(grid(beside(blocks(small_images, scale), bicubic, best[:COMPARED], images), columns=8))
     strip_scale = max(1, round(32 / max(image.shape[-1] for image in best)))
     page = render(
         "report.html",
@@ -251,8 +253,8 @@ def write_report(path: Path, evaluation: Evaluation, sheets: Sheets, losses: Pat
         shown=len(best),
         charts=charts(evaluation, losses),
         metric=evaluation.best.selection_metric.name,
-        enlarged=enlarged,
-        compared=compared,
+        enlarged=scores,
+        compared=comparison,
         metric_cell=metric_cell,
         strips={sha256: png_bytes(grid(x[:16], 8, 1, strip_scale)) for sha256, x in sheets.generated.items()},
     )
@@ -262,12 +264,12 @@ def write_report(path: Path, evaluation: Evaluation, sheets: Sheets, losses: Pat
 def describe_kid(evaluation: Evaluation) -> str:
     """Describe the best checkpoint's KID, with its 95 % interval if there is one, beside that of real images."""
     scores, baseline = evaluation.best.scores, evaluation.real_baseline.scores
-    found = evaluation.estimates.get(f"kid_{scores.extractor}")
-    if found is None:
+    estimate = evaluation.estimates.get(f"kid_{scores.extractor}")
+    if estimate is None:
         return f"KID {with_error(scores.kid, scores.kid_se)}; real images {signed(baseline.kid)}"
-    digits = decimals(found.interval.high - found.interval.low)
+    digits = decimals(estimate.interval.high - estimate.interval.low)
     kid, low, high, real = (
-        fixed(value, digits) for value in (found.value, found.interval.low, found.interval.high, baseline.kid)
+        fixed(value, digits) for value in (estimate.value, estimate.interval.low, estimate.interval.high, baseline.kid)
     )
     return f"KID {kid} [{low}, {high}]; real images {real}"
 
@@ -279,21 +281,21 @@ def advise_longer(evaluation: Evaluation) -> str | None:
     separates it from real images.
     """
     best, baseline = evaluation.best, evaluation.real_baseline.scores
-    last = max(each.images for each in evaluation.checkpoints)
-    earlier = min(
-        (each for each in evaluation.checkpoints if each.images >= last / 2), key=lambda each: each.images
+    last_images = max(model.images for model in evaluation.checkpoints)
+    earlier_scores = min(
+        (model for model in evaluation.checkpoints if model.images >= last_images / 2), key=lambda model: model.images
     ).scores
-    fall = earlier.kid - best.scores.kid
-    is_sure = fall > 2 * math.hypot(earlier.kid_se, best.scores.kid_se)
+    fall = earlier_scores.kid - best.scores.kid
+    is_sure = fall > 2 * math.hypot(earlier_scores.kid_se, best.scores.kid_se)
     if (
-        best.images < last
+        best.images < last_images
         or best.selection_metric.sign > 0
         or not is_sure
         or 10 * fall < best.scores.kid - baseline.kid
     ):
         return None
     return (
-        f"KID was still falling at the end, from {signed(earlier.kid)} to {signed(best.scores.kid)}: more "
+        f"KID was still falling at the end, from {signed(earlier_scores.kid)} to {signed(best.scores.kid)}: more "
         "training.images, or training.minutes, would give better images"
     )
 
@@ -301,36 +303,36 @@ def advise_longer(evaluation: Evaluation) -> str | None:
 def findings(evaluation: Evaluation) -> list[str]:
     """Describe the metrics in sentences no stronger than their errors allow."""
     best, baseline = evaluation.best, evaluation.real_baseline.scores
-    said = [f"{describe_kid(evaluation)}."]
+    lines = [f"{describe_kid(evaluation)}."]
     if best.scores.kid - baseline.kid <= 2 * math.hypot(best.scores.kid_se, baseline.kid_se):
-        said.append(f"On {best.scores.samples:,} images that cannot be told from real ones.")
+        lines.append(f"On {best.scores.samples:,} images that cannot be told from real ones.")
     if (agreement := best.text_image_agreement) is not None:
-        said.append(f"T{describe_agreement(agreement)[1:]}.")
+        lines.append(f"T{describe_agreement(agreement)[1:]}.")
     if (words := advise_longer(evaluation)) is not None:
-        said.append(f"{words}.")
-    if others := [each for each in evaluation.checkpoints if each.sha256 != best.sha256]:
-        second = min(others, key=lambda each: each.scores.kid)
-        error = math.hypot(best.scores.kid_se, second.scores.kid_se)
-        within = "within" if second.scores.kid - best.scores.kid <= 2 * error else "beyond"
-        said.append(f"Its lead over the next best ({second.images:,} images) is {within} two standard errors.")
+        lines.append(f"{words}.")
+    if others := [model for model in evaluation.checkpoints if model.sha256 != best.sha256]:
+        runner_up = min(others, key=lambda model: model.scores.kid)
+        error = math.hypot(best.scores.kid_se, runner_up.scores.kid_se)
+        relation = "within" if runner_up.scores.kid - best.scores.kid <= 2 * error else "beyond"
+        lines.append(f"Its lead over the next best ({runner_up.images:,} images) is {relation} two standard errors.")
     if evaluation.preliminary:
-        fewest = min(each.selection_metric.count for each in evaluation.preliminary)
-        said.append(
+        min_images = min(model.selection_metric.count for model in evaluation.preliminary)
+        lines.append(
             f"{counted(len(evaluation.preliminary), 'more checkpoint')} fell behind on fewer images, from "
-            f"{fewest:,} on, and {'was' if len(evaluation.preliminary) == 1 else 'were'} not evaluated in full."
+            f"{min_images:,} on, and {'was' if len(evaluation.preliminary) == 1 else 'were'} not evaluated in full."
         )
     if evaluation.guidance:
-        kids = {each.sampling.guidance_text: signed(each.kid) for each in evaluation.guidance}
-        chosen = evaluation.sampling.guidance_text
-        said.append(
-            f"Of {len(kids) - 1} kinds of guidance none surely lowers its KID, {kids[chosen]} against training images."
-            if chosen == "none"
-            else f"Guidance {chosen} lowers its KID against training images from {kids['none']} to {kids[chosen]}: the "
+        kids = {score.sampling.guidance_text: signed(score.kid) for score in evaluation.guidance}
+        choice = evaluation.sampling.guidance_text
+        lines.append(
+            f"Of {len(kids) - 1} kinds of guidance none surely lowers its KID, {kids[choice]} against training images."
+            if choice == "none"
+            else f"Guidance {choice} lowers its KID against training images from {kids['none']} to {kids[choice]}: the "
             "registered model samples with it."
         )
     if evaluation.baselines:
-        said.append(describe_baselines(best.scores, evaluation.baselines))
-    return said
+        lines.append(describe_baselines(best.scores, evaluation.baselines))
+    return lines
 
 
 MEANINGS = {
@@ -356,23 +358,23 @@ def score_lines(evaluation: Evaluation) -> list[tuple[str, Cell, Cell, str, str]
             f"{name}_{best.extractor}",
             score_cell(best, name, evaluation.estimates),
             score_cell(baseline.scores, name, baseline.estimates),
-            better,
+            direction,
             meaning,
         )
-        for name, (better, meaning) in MEANINGS.items()
+        for name, (direction, meaning) in MEANINGS.items()
         if getattr(best, name) is not None
     ]
-    if (found := evaluation.best.reconstruction) is not None:
-        ratio, structure = Cell(f"{found.psnr:.2f} ± {found.psnr_se:.2f} dB"), Cell(f"{found.ssim:.3f}")
+    if (quality := evaluation.best.reconstruction) is not None:
+        ratio, structure = Cell(f"{quality.psnr:.2f} ± {quality.psnr_se:.2f} dB"), Cell(f"{quality.ssim:.3f}")
         meaning = "How close held-out images come back from the autoencoder, pixel by pixel."
         lines.append(("reconstruction_psnr", ratio, Cell(), "higher", meaning))
         meaning = "The same by what the eye sees of structure."
         lines.append(("reconstruction_ssim", structure, Cell("1"), "higher", meaning))
-        name, meaning = f"reconstruction_fd_{found.extractor}", "What they lose on the way of what is seen."
-        lines.append((name, Cell(plain(found.fd)), Cell("0"), "lower", meaning))
+        name, meaning = f"reconstruction_fd_{quality.extractor}", "What they lose on the way of what is seen."
+        lines.append((name, Cell(plain(quality.fd)), Cell("0"), "lower", meaning))
     if isinstance(agreement := evaluation.best.text_image_agreement, TextImageAgreement):
         value, real = (
-            Cell(f"{each.value:.3f}", between(each.interval)) for each in (agreement.agreement, agreement.real)
+            Cell(f"{mean.value:.3f}", between(mean.interval)) for mean in (agreement.agreement, agreement.real)
         )
         meaning = (
             "Mean cosine of an image's and its prompt's embeddings; beside it that of held-out images and their "

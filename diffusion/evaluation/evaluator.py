@@ -157,8 +157,8 @@ class Evaluator:
         """
         config = self.config if seed is None else self.config.model_copy(update={"seed": seed})
         samples, sampling = samples or config.samples, sampling or self.sampling
-        found = ModelEvaluator(path, self, config, samples, sampling, name or path.stem, captioned)
-        header, dataset = found.header, self.real.dataset
+        model = ModelEvaluator(path, self, config, samples, sampling, name or path.stem, captioned)
+        header, dataset = model.header, self.real.dataset
         if header.square != dataset.shape:
             raise UserError(
                 f"{path} generates images of {'×'.join(map(str, header.square))} and {dataset.folder} holds "
@@ -172,30 +172,30 @@ class Evaluator:
                 "nothing of two tasks"
             )
         for shape in [] if header.shapes is None and not dataset.manifest.storage.buckets else dataset.shapes:
-            found.model.at(shape)  # raises for a shape of the data set that its network does not take
-        return found
+            model.model.at(shape)  # raises for a shape of the data set that its network does not take
+        return model
 
     def replicates(self, models: Sequence["ModelEvaluator"]) -> list[MetricReplicates]:
         """Return metrics on halves for each model, then for the real baseline; empty if a set has too few images."""
         real, seed = self.real, self.config.seed
         # As many as are generated, since the Fréchet distance depends on their number.
-        count = max(len(each.features) for each in models)
+        count = max(len(model.features) for model in models)
         baseline_key, baseline = real.real_baseline(seed, count)
-        sets, reference = [*(each.features for each in models), baseline], real.reference.features
+        sets, reference = [*(model.features for model in models), baseline], real.reference.features
         if min(map(len, (*sets, reference))) < FEWEST_FOR_ERRORS:
             return [{} for _ in sets]
-        scores = [*(each.scores for each in models), real.scores(baseline_key, baseline)]
+        scores = [*(model.scores for model in models), real.scores(baseline_key, baseline)]
 
         def work() -> Tensors:
-            found = compute_halves(sets, reference, SPLITS, self.progress)
-            return {f"{n}/{figure}": halves for n, each in enumerate(found) for figure, halves in each.items()}
+            figures = compute_halves(sets, reference, SPLITS, self.progress)
+            return {f"{n}/{figure}": halves for n, values in enumerate(figures) for figure, halves in values.items()}
 
-        key: Key = {"kind": "halves", "format_version": 3, "generated": [each.features_key for each in models]}
+        key: Key = {"kind": "halves", "format_version": 3, "generated": [model.features_key for model in models]}
         key |= {"real_baseline": [seed, count], "training": real.key(real.train), "compared": real.key(real.compared)}
-        kept = cached(self.folder, key | {"splits": SPLITS}, work)
+        tensors = cached(self.folder, key | {"splits": SPLITS}, work)
         count, dimensions = reference.shape
         return [
-            {f: Replicates(f, score.of(f), kept[f"{n}/{f}"], samples, count, dimensions) for f in get_args(Figure)}
+            {f: Replicates(f, score.of(f), tensors[f"{n}/{f}"], samples, count, dimensions) for f in get_args(Figure)}
             for n, (samples, score) in enumerate(zip(map(len, sets), scores, strict=True))
         ]
 
@@ -208,7 +208,7 @@ class Evaluator:
     def estimates(self, replicates: MetricReplicates) -> dict[str, MetricEstimate]:
         """Return estimates of metrics by name, such as kid_efflite0."""
         extractor = self.conditions.extractor
-        return {f"{figure}_{extractor}": MetricEstimate.of(each.estimate) for figure, each in replicates.items()}
+        return {f"{figure}_{extractor}": MetricEstimate.of(halves.estimate) for figure, halves in replicates.items()}
 
     def baselines(self) -> dict[str, ResamplingBaseline] | None:
         """Return the scores of resampling for super-resolution models; None for other models."""
@@ -218,10 +218,10 @@ class Evaluator:
 
         def compute(name: str) -> tuple[ResamplingBaseline, Tensors]:
             assert real.small is not None
-            enlarged = {shape: resample(small, real.task.scale, name) for shape, small in real.small.items()}
-            large = in_order(real.shapes(real.shown), enlarged)
-            alike = compare_images(large, real.dataset.images_in_order(real.shown))
-            return ResamplingBaseline(scores=real.score(real.extractor(large)), similarity=alike), {}
+            outputs = {shape: resample(images, real.task.scale, name) for shape, images in real.small.items()}
+            large_images = in_order(real.shapes(real.shown), outputs)
+            similarity = compare_images(large_images, real.dataset.images_in_order(real.shown))
+            return ResamplingBaseline(scores=real.score(real.extractor(large_images)), similarity=similarity), {}
 
         key: Key = {"kind": "baseline", "format_version": 2, "samples": len(real.shown)}
         key |= {"low_resolution": low_resolution, "compared": real.key(real.compared)}
@@ -278,8 +278,8 @@ class ModelEvaluator:
     def _captioned_rows(self) -> list[int]:
         """Return the real images whose captions are the prompts."""
         dataset, rows = self.real.dataset, self.real.held_out if self.captioned is None else self.captioned
-        captioned = [row for row, caption in zip(rows, dataset.captions(rows), strict=True) if caption is not None]
-        return captioned[: self.config.samples]
+        captioned_rows = [row for row, caption in zip(rows, dataset.captions(rows), strict=True) if caption is not None]
+        return captioned_rows[: self.config.samples]
 
     @cached_property
     def _rows(self) -> np.ndarray:
@@ -313,23 +313,23 @@ class ModelEvaluator:
         """
         conditions = self._conditions_at(shape)
         cycle = math.lcm(self.sampling.compute_batch, len(conditions.labels) or 1, len(conditions.prompts) or 1)
-        first = self.real.dataset.shapes.index(shape) * math.ceil(2**32 / cycle) * cycle
-        return range(first, first + len(self._numbers[shape]))
+        start = self.real.dataset.shapes.index(shape) * math.ceil(2**32 / cycle) * cycle
+        return range(start, start + len(self._numbers[shape]))
 
-    def _merged(self, of_shape: Mapping[Shape, Iterable[T]]) -> list[T]:
+    def _merge(self, values_by_shape: Mapping[Shape, Iterable[T]]) -> list[T]:
         """Put what there is of the images of each shape into the order of all."""
-        found: dict[int, T] = {}
-        for shape, own in self._numbers.items():
-            found |= zip(own, of_shape[shape], strict=True)
-        return [found[number] for number in range(self.samples)]
+        values: dict[int, T] = {}
+        for shape, numbers in self._numbers.items():
+            values |= zip(numbers, values_by_shape[shape], strict=True)
+        return [values[number] for number in range(self.samples)]
 
     def _conditions_at(self, shape: Shape) -> Conditions:
         """Return the conditions of the images of one shape: of several, the labels and captions of held-out ones."""
         if len(self.real.dataset.shapes) == 1 or self.real.small is not None or not self.is_conditional:
             return self.conditions
-        own = self._rows[[each == shape for each in self.real.shapes(self._rows)]]
-        found = conditions_of(self.real.dataset, own, self.model.classes)
-        return found if self.header.model.text else found.model_copy(update={"prompts": ()})
+        rows = self._rows[[row_shape == shape for row_shape in self.real.shapes(self._rows)]]
+        conditions = conditions_of(self.real.dataset, rows, self.model.classes)
+        return conditions if self.header.model.text else conditions.model_copy(update={"prompts": ()})
 
     @property
     def is_conditional(self) -> bool:
@@ -344,45 +344,45 @@ class ModelEvaluator:
     @cached_property
     def images(self) -> Images:
         """Return the generated images, each (C, H, W) uint8."""
-        found = {}
+        images = {}
         for shape in self._numbers:
             key = self._key_at(shape)
-            found[shape] = cached(self.folder, key, partial(self._generate, shape, key))["images"]
-            self.evaluator.generated[_numbered(key)] = found[shape]
-        return next(iter(found.values())) if len(found) == 1 else self._merged(found)
+            images[shape] = cached(self.folder, key, partial(self._generate, shape, key))["images"]
+            self.evaluator.generated[_compute_digest(key)] = images[shape]
+        return next(iter(images.values())) if len(images) == 1 else self._merge(images)
 
     def images_at(self, numbers: Sequence[int]) -> Images:
         """Return the generated images of these ``numbers``."""
         images = self.images
         return [images[number] for number in numbers] if isinstance(images, list) else images[numbers]
 
-    def _generate(self, shape: Shape, whole: Key) -> Tensors:
+    def _generate(self, shape: Shape, images_key: Key) -> Tensors:
         """Generate the images of a shape in pieces of whole compute batches, bit-identical to one pass.
 
-        They are cached until all are there, and ``whole`` is the key of all. Those of an evaluation on fewer images, as
-        many as fill compute batches, are the first of them.
+        They are cached until all are there, and ``images_key`` is the key of all. Those of an evaluation on fewer
+        images, as many as fill compute batches, are the first of them.
         """
         batch, count = self.sampling.compute_batch, len(self._numbers[shape])
         size = BATCHES * cores() * batch
-        folder = pieces_folder(self.folder, whole)
-        before = self.evaluator.generated.get(_numbered(whole), torch.empty(0))
-        first = min(len(before), count) // batch * batch
+        folder = pieces_folder(self.folder, images_key)
+        previous_images = self.evaluator.generated.get(_compute_digest(images_key), torch.empty(0))
+        reused_count = min(len(previous_images), count) // batch * batch
 
         def piece(start: int) -> Tensors:
             numbers = range(start, min(start + size, count))
 
-            def counted(what: str, done: int, total: int | None, note: str = "") -> None:
-                of_images = total == len(numbers)
-                self.progress(what, start + done if of_images else done, count if of_images else total, note)
+            def report_progress(what: str, done: int, total: int | None, note: str = "") -> None:
+                counts_images = total == len(numbers)
+                self.progress(what, start + done if counts_images else done, count if counts_images else total, note)
 
             inputs = None if self.real.small is None else self.real.small[shape][start : numbers.stop]
             seed, conditions, model = self.config.seed, self._conditions_at(shape), self.model
             model = model if inputs is not None else model.at(shape)
             indices = self._indices(shape)[numbers.start : numbers.stop]
-            return {"images": generate(model, inputs, indices, seed, self.guided, counted, conditions)}
+            return {"images": generate(model, inputs, indices, seed, self.guided, report_progress, conditions)}
 
-        pieces = [before[:first]] if first else []
-        for start in range(first, count, size):
+        pieces = [previous_images[:reused_count]] if reused_count else []
+        for start in range(reused_count, count, size):
             key = {"kind": "piece", "first": start, "count": min(size, count - start)}
             pieces.append(cached(folder, key, partial(piece, start))["images"])
         return {"images": torch.cat(pieces)}
@@ -390,8 +390,9 @@ class ModelEvaluator:
     @cached_property
     def features(self) -> Tensor:
         """Return the features of the generated images, (samples, D) float32."""
-        kept = cached(self.folder, self.features_key, lambda: {"features": self.real.extractor(self.images)})
-        return kept["features"]
+        return cached(self.folder, self.features_key, lambda: {"features": self.real.extractor(self.images)})[
+            "features"
+        ]
 
     @cached_property
     def scores(self) -> Scores:
@@ -403,12 +404,12 @@ class ModelEvaluator:
         """Return the class of each image, (samples,), see ``labels_of``; None for models without classes."""
         if self.header.model.low_resolution or not self.model.classes:
             return None
-        found = {}
+        groups = {}
         for shape in self._numbers:
             labels = labels_of(self.model, self._indices(shape), self.config.seed, self._conditions_at(shape))
             assert labels is not None
-            found[shape] = labels
-        return next(iter(found.values())) if len(found) == 1 else torch.stack(self._merged(found))
+            groups[shape] = labels
+        return next(iter(groups.values())) if len(groups) == 1 else torch.stack(self._merge(groups))
 
     @property
     def captions(self) -> list[str]:
@@ -417,15 +418,15 @@ class ModelEvaluator:
             return []
         numbers, names = range(min(self.samples, SHOWN)), [*self.model.classes, ""]
         classes = [""] * len(numbers) if self.labels is None else [names[n] for n in self.labels[: len(numbers)]]
-        prompts = self._merged(
+        prompts = self._merge(
             {
-                shape: [conditions.prompt(number) for number in range(len(own))]
-                for shape, own in self._numbers.items()
+                shape: [conditions.prompt(number) for number in range(len(shape_numbers))]
+                for shape, shape_numbers in self._numbers.items()
                 for conditions in [self._conditions_at(shape)]
             }
         )
-        found = [prompts[n] or name for n, name in zip(numbers, classes, strict=True)]
-        return found if any(found) else []
+        captions = [prompts[n] or name for n, name in zip(numbers, classes, strict=True)]
+        return captions if any(captions) else []
 
     @cached_property
     def per_shape(self) -> PerShape | None:
@@ -457,39 +458,39 @@ class ModelEvaluator:
         if encoder is None:
             return f"set {OPTION}"
         rows = np.array(self._captioned_rows, np.int64)
-        different, prompts = number_of_each([caption or "" for caption in real.dataset.captions(rows)])
+        captions, prompts = number_of_each([caption or "" for caption in real.dataset.captions(rows)])
         # They are used in turn if there are more images than captions.
-        of_images = prompts
+        image_prompts = prompts
         if len(prompts):
             places = numbers_by_shape(real.shapes(rows)) if len(real.dataset.shapes) > 1 else {}
-            own = {}
+            positions = {}
             for shape, numbers in self._numbers.items():
-                there = places.get(shape, range(len(rows)))
-                own[shape] = [there[number % len(there)] for number in range(len(numbers))]
-            of_images = prompts[torch.tensor(self._merged(own))]
-        if len(set(of_images.tolist())) < 2:
+                shape_places = places.get(shape, range(len(rows)))
+                positions[shape] = [shape_places[number % len(shape_places)] for number in range(len(numbers))]
+            image_prompts = prompts[torch.tensor(self._merge(positions))]
+        if len(set(image_prompts.tolist())) < 2:
             return "the images have fewer than two different prompts: ingest captions"
         key: Key = extractor_key(encoder)
-        of_texts: Key = {"kind": "embeddings of texts", "format_version": 1, "texts": digest_of(different)} | key
-        texts = cached(self.folder, of_texts, lambda: {"texts": encoder.embed(different)})["texts"]
-        generated: Key = {"kind": "embeddings of generated images", "format_version": 1} | key
-        generated["generated"] = self.generated_key
-        images = cached(self.folder, generated, lambda: {"images": encoder(self.images)})["images"]
-        of_real = real.features(rows, extractor=encoder)
+        texts_key: Key = {"kind": "embeddings of texts", "format_version": 1, "texts": digest_of(captions)} | key
+        texts = cached(self.folder, texts_key, lambda: {"texts": encoder.embed(captions)})["texts"]
+        images_key: Key = {"kind": "embeddings of generated images", "format_version": 1} | key
+        images_key["generated"] = self.generated_key
+        images = cached(self.folder, images_key, lambda: {"images": encoder(self.images)})["images"]
+        real_embeddings = real.features(rows, extractor=encoder)
         if len(widths := {texts.shape[1], images.shape[1]}) > 1:
             raise UserError(
                 f"{OPTION} = {encoder.folder} embeds images and texts in {widths} dimensions: use one model"
             )
-        return compute_cosines(images, texts, of_images), compute_cosines(of_real, texts, prompts)
+        return compute_cosines(images, texts, image_prompts), compute_cosines(real_embeddings, texts, prompts)
 
     @property
     def text_image_agreement(self) -> TextImageAgreement | str | None:
         """Return the agreement of images with their prompts, or why it is not measured; None without captions."""
-        found, encoder = self.cosines, self.evaluator.encoder
-        if isinstance(found, tuple):
+        cosines, encoder = self.cosines, self.evaluator.encoder
+        if isinstance(cosines, tuple):
             assert encoder is not None
-            return summarize_agreement(encoder.name, *found)
-        return found
+            return summarize_agreement(encoder.name, *cosines)
+        return cosines
 
     @cached_property
     def held_out_loss(self) -> HeldOutLoss:
@@ -499,24 +500,24 @@ class ModelEvaluator:
         def work() -> Tensors:
             dataset = self.real.dataset
             chunks = (
-                own[start : start + CHUNK] for own in dataset.by_bucket(rows) for start in range(0, len(own), CHUNK)
+                part[start : start + CHUNK] for part in dataset.by_bucket(rows) for start in range(0, len(part), CHUNK)
             )
-            pieces = ((dataset.images(some), conditioning_of_rows(self.model, dataset, some)) for some in chunks)
+            pieces = ((dataset.images(chunk), conditioning_of_rows(self.model, dataset, chunk)) for chunk in chunks)
             terms = measure_losses(self.model, pieces, self.sampling, self.progress)
             bits = {} if terms.bits is None else {"bits": terms.bits}
             return {"edges": terms.edges, "losses": terms.losses, **bits}
 
-        kept = cached(self.folder, self._held_out_key("losses", len(rows)), work)
-        return summarize_losses(Terms(kept["edges"], kept["losses"], kept.get("bits")))
+        tensors = cached(self.folder, self._held_out_key("losses", len(rows)), work)
+        return summarize_losses(Terms(tensors["edges"], tensors["losses"], tensors.get("bits")))
 
     @property
     def reconstructed(self) -> Images | None:
         """Return reconstructions of the first held-out images, uint8; None without an autoencoder."""
-        found = [images for name, images in self._reconstruction[1].items() if name.startswith("shown")]
-        if len(found) < 2:
-            return next(iter(found), None)
+        batches = [images for name, images in self._reconstruction[1].items() if name.startswith("shown")]
+        if len(batches) < 2:
+            return next(iter(batches), None)
         shapes = self.real.shapes(self.real.held_out[:SHOWN])
-        return in_order(shapes, {height_and_width(images): images for images in found})
+        return in_order(shapes, {height_and_width(images): images for images in batches})
 
     @property
     def psnr(self) -> Tensor | None:
@@ -533,25 +534,25 @@ class ModelEvaluator:
 
         def work() -> tuple[Reconstruction, Tensors]:
             model = self.model.on(resolve_device(self.sampling.device))
-            ratios, similar, features, shown = list[Tensor](), list[Tensor](), list[Tensor](), dict[str, Tensor]()
+            ratios, ssims, features, examples = list[Tensor](), list[Tensor](), list[Tensor](), dict[str, Tensor]()
             for images in real.by_bucket(rows):
-                back = reconstructed(model, images, self.sampling)
-                ratios.append(psnr(back, images))
-                similar.append(ssim(back, images))
-                features.append(real.extractor(back))
+                outputs = reconstructed(model, images, self.sampling)
+                ratios.append(psnr(outputs, images))
+                ssims.append(ssim(outputs, images))
+                features.append(real.extractor(outputs))
                 suffix = "" if len(real.dataset.shapes) == 1 else f"/{shape_name(height_and_width(images))}"
-                shown.setdefault(f"shown{suffix}", back[:SHOWN])
+                examples.setdefault(f"shown{suffix}", outputs[:SHOWN])
                 self.progress("images reconstructed", sum(map(len, ratios)), len(rows))
-            of_each = torch.cat(ratios)
-            found = Reconstruction(
+            image_psnr = torch.cat(ratios)
+            reconstruction = Reconstruction(
                 extractor=real.extractor.name,
-                images=len(of_each),
-                psnr=of_each.mean().item(),
-                psnr_se=of_each.std().item() / math.sqrt(len(of_each)),
-                ssim=torch.cat(similar).mean().item(),
+                images=len(image_psnr),
+                psnr=image_psnr.mean().item(),
+                psnr_se=image_psnr.std().item() / math.sqrt(len(image_psnr)),
+                ssim=torch.cat(ssims).mean().item(),
                 fd=frechet_distance(compute_moments(torch.cat(features)), real.reference.moments),
             )
-            return found, {"psnr": of_each, **shown}
+            return reconstruction, {"psnr": image_psnr, **examples}
 
         key = self._held_out_key("reconstructions", len(rows)) | {"extractor_digest": real.extractor.digest}
         return cached_result(self.folder, key, Reconstruction, work)
@@ -578,10 +579,10 @@ class ModelEvaluator:
         """Return all metrics, without estimates."""
         real, images = self.real, self.images
         pieces = [images[start : start + CHUNK] for start in range(0, len(images), CHUNK)]
-        mirrored = bool(self.header.training.get("flip", False))  # then mirrored copies count as well
-        nearest = real.neighbours(self.features_key, pieces, self.features, mirrored)
+        flip = bool(self.header.training.get("flip", False))  # then mirrored copies count as well
+        nearest = real.neighbours(self.features_key, pieces, self.features, flip)
         rows = real.held_out
-        nearest_to_real = real.neighbours(real.key(rows), real.images(rows), real.features(rows), mirrored)
+        nearest_to_real = real.neighbours(real.key(rows), real.images(rows), real.features(rows), flip)
         return ModelEvaluation(
             **dict(self.scored()),
             sampling=self.guided,
@@ -629,22 +630,22 @@ class ModelEvaluator:
         return key | {"count": count, "fingerprint": self.fingerprint}
 
 
-def _numbered(key: Key) -> str:
+def _compute_digest(key: Key) -> str:
     """Compute the digest of the ``key`` of generated images for any number of them."""
     return digest_of(to_jsonable_python(key | {"samples": None}))
 
 
 def in_order(shapes: Sequence[Shape], images: Mapping[Shape, Tensor]) -> Images:
     """Put images of each shape into the order of ``shapes``, of which there may be fewer."""
-    left = {shape: iter(own) for shape, own in images.items()}
-    return stack_images([next(left[shape]) for shape in shapes])
+    iterators = {shape: iter(batch) for shape, batch in images.items()}
+    return stack_images([next(iterators[shape]) for shape in shapes])
 
 
 def gflop(model: Model, config: SamplingConfig) -> float:
     """Count the operations, in 10⁹, of an image's matrix products and convolutions: unlike seconds, always the same."""
     operations = 0
-    for times, once in model.passes(config):
+    for times, forward in model.passes(config):
         with torch.inference_mode(), FlopCounterMode(display=False) as counter:
-            once()
+            forward()
         operations += times * counter.get_total_flops()
     return float(operations / 1e9)

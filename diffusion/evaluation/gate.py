@@ -201,16 +201,16 @@ class Decision(Config):
     verdict: Verdict
     findings: tuple[Finding, ...]
 
-    def worth_another_look(self, last: int) -> bool:
-        """Return whether more images, ``last`` at most, may decide: only holds object, and for want of images."""
-        holding = [each for each in self.findings if each.verdict == Verdict.hold]
-        needed = [each.images for each in holding if each.images is not None]
-        return self.verdict == Verdict.hold and len(needed) == len(holding) and max(needed) <= HOPELESS * last
+    def worth_another_look(self, limit: int) -> bool:
+        """Return whether more images, ``limit`` at most, may decide: only holds object, and for want of images."""
+        holds = [finding for finding in self.findings if finding.verdict == Verdict.hold]
+        counts = [finding.images for finding in holds if finding.images is not None]
+        return self.verdict == Verdict.hold and len(counts) == len(holds) and max(counts) <= HOPELESS * limit
 
     @property
     def reasons(self) -> tuple[str, ...]:
         """Return the reasons for the verdict, with numbers."""
-        return tuple(each.reason for each in self.findings if each.verdict == self.verdict)
+        return tuple(finding.reason for finding in self.findings if finding.verdict == self.verdict)
 
 
 def decide(metrics: ComparisonMetrics, config: GateConfig, looks: int = 1) -> Decision:
@@ -222,7 +222,7 @@ def decide(metrics: ComparisonMetrics, config: GateConfig, looks: int = 1) -> De
     findings = [_headline(metrics, config, c)]
     generated = metrics.basis == "generated"
     if generated and config.memorized is not None:
-        findings.append(_memorized(metrics, config.memorized, config.confidence))
+        findings.append(_memorization(metrics, config.memorized, config.confidence))
     if generated and metrics.has_champion and metrics.incomparable is None:
         if config.recall_loss is not None:
             findings.append(_recall(metrics, config.recall_loss, config.confidence, c))
@@ -234,8 +234,8 @@ def decide(metrics: ComparisonMetrics, config: GateConfig, looks: int = 1) -> De
             findings.append(_finding("conditions", Verdict.promote, "; ".join(metrics.unlike)))
     if generated and metrics.agreement is not None and config.agreement_loss is not None:
         findings.append(_agreement(metrics.agreement, config.agreement_loss, metrics, config.confidence, c))
-    verdicts = {each.verdict for each in findings}
-    worst = next(each for each in (Verdict.reject, Verdict.hold, Verdict.promote) if each in verdicts)
+    verdicts = {finding.verdict for finding in findings}
+    worst = next(verdict for verdict in (Verdict.reject, Verdict.hold, Verdict.promote) if verdict in verdicts)
     return Decision(verdict=worst, findings=tuple(findings))
 
 
@@ -254,7 +254,7 @@ def _headline(metrics: ComparisonMetrics, config: GateConfig, c: float) -> Findi
     lead, smallest = headline.lead, headline.smallest(config.delta)
     unit = " dB" if headline.real_baseline is None else ""
     low, high = lead.at_least(c), lead.at_most(c)
-    measured = (
+    figures = (
         f"{headline.name} {_figure(headline.candidate)}{unit}, the champion's {_figure(headline.champion)}{unit}, on "
         f"{_images(metrics)}: better by {_figure(lead)}{unit}, at least {signed(low)} and at most {signed(high)}, "
         f"each with confidence {c:g}; δ = {config.delta:g} is {signed(smallest)}{unit}"
@@ -267,33 +267,33 @@ def _headline(metrics: ComparisonMetrics, config: GateConfig, c: float) -> Findi
         error = lead.error if headline.real_baseline is None else lead.error + config.delta * headline.champion.error
         margin = lead.model_copy(update={"value": lead.value + smallest, "error": error})
         if margin.at_least(c) > 0:
-            return _finding("headline", Verdict.promote, f"not worse by δ {words}: {measured}")
+            return _finding("headline", Verdict.promote, f"not worse by δ {words}: {figures}")
         if margin.at_most(c) < 0:
-            return _finding("headline", Verdict.reject, f"worse by more than δ {words}: {measured}")
-        needed = images_needed(metrics.samples, margin, margin.value, c) if margin.value > 0 else None
-        advice = _advice("this difference", needed, metrics)
-        return _finding("headline", Verdict.hold, f"not surely as good within δ {words}: {measured}{advice}", needed)
+            return _finding("headline", Verdict.reject, f"worse by more than δ {words}: {figures}")
+        images = images_needed(metrics.samples, margin, margin.value, c) if margin.value > 0 else None
+        advice = _advice("this difference", images, metrics)
+        return _finding("headline", Verdict.hold, f"not surely as good within δ {words}: {figures}{advice}", images)
     if low > smallest:
-        return _finding("headline", Verdict.promote, f"better by more than δ: {measured}")
+        return _finding("headline", Verdict.promote, f"better by more than δ: {figures}")
     if high < 0:
-        return _finding("headline", Verdict.reject, f"worse than the champion: {measured}")
+        return _finding("headline", Verdict.reject, f"worse than the champion: {figures}")
     if high < smallest:
-        return _finding("headline", Verdict.hold, f"not better by δ, as more images would only confirm: {measured}")
-    ahead = lead.value > smallest
-    needed = images_needed(metrics.samples, lead, lead.value - smallest if ahead else smallest, c)
-    advice = _advice("this lead" if ahead else "a lead of 2δ", needed, metrics)
-    return _finding("headline", Verdict.hold, f"not surely better by δ: {measured}{advice}", needed)
+        return _finding("headline", Verdict.hold, f"not better by δ, as more images would only confirm: {figures}")
+    is_ahead = lead.value > smallest
+    images = images_needed(metrics.samples, lead, lead.value - smallest if is_ahead else smallest, c)
+    advice = _advice("this lead" if is_ahead else "a lead of 2δ", images, metrics)
+    return _finding("headline", Verdict.hold, f"not surely better by δ: {figures}{advice}", images)
 
 
 def _first_version(metrics: ComparisonMetrics, config: GateConfig) -> Finding:
     """Hold a first version unless its precision and recall are surely above their bars."""
     bars = {"precision": config.min_precision, "recall": config.min_recall}
-    required = {name: bar for name, bar in bars.items() if bar is not None and metrics.basis == "generated"}
-    if missing := [name for name in required if name not in metrics.own]:
-        return _finding("headline", Verdict.hold, f"not measured: {' and '.join(missing)} of a first version")
-    own = {name: each for name, each in metrics.own.items() if name in required}
-    words = "".join(f", {name} {_figure(each)} (required {required[name]:g})" for name, each in own.items())
-    if all(each.at_least(config.confidence) > required[name] for name, each in own.items()):
+    limits = {name: bar for name, bar in bars.items() if bar is not None and metrics.basis == "generated"}
+    if missing_names := [name for name in limits if name not in metrics.own]:
+        return _finding("headline", Verdict.hold, f"not measured: {' and '.join(missing_names)} of a first version")
+    values = {name: value for name, value in metrics.own.items() if name in limits}
+    words = "".join(f", {name} {_figure(value)} (required {limits[name]:g})" for name, value in values.items())
+    if all(value.at_least(config.confidence) > limits[name] for name, value in values.items()):
         return _finding("headline", Verdict.promote, f"first version: there was no champion{words}")
     reason = (
         f"first version, whose images are not surely like real ones{words} on {_images(metrics)}: train longer "
@@ -302,7 +302,7 @@ def _first_version(metrics: ComparisonMetrics, config: GateConfig) -> Finding:
     return _finding("headline", Verdict.hold, reason)
 
 
-def _memorized(metrics: ComparisonMetrics, limit: float, confidence: float) -> Finding:
+def _memorization(metrics: ComparisonMetrics, limit: float, confidence: float) -> Finding:
     """Apply the limit on copies: above it a model is held, and rejected if chance cannot explain the excess."""
     if (copies := metrics.memorized) is None:
         return _finding("memorized", Verdict.hold, "not measured: the share of copies of training images")
@@ -323,7 +323,7 @@ def _recall(metrics: ComparisonMetrics, limit: float, objection: float, c: float
         return _finding("recall", Verdict.hold, "not measured: its difference from the champion's")
     words = f"recall {_figure(recall)} higher than the champion's on {_images(metrics)}, allowed is a loss of {limit:g}"
     loss = recall.times(-1)
-    return _limited("recall", loss, loss.less(limit), words, metrics, objection, c)
+    return _compare_with_limit("recall", loss, loss.less(limit), words, metrics, objection, c)
 
 
 def _worst_class(metrics: ComparisonMetrics, limit: float, objection: float, c: float) -> Finding:
@@ -334,7 +334,7 @@ def _worst_class(metrics: ComparisonMetrics, limit: float, objection: float, c: 
         f"{worst.champion_class!r} at {_figure(worst.champion)}, limit {1 + limit:g} times as much"
     )
     loss, excess = (worst.candidate.less(worst.champion.times(factor)) for factor in (1, 1 + limit))
-    return _limited("worst class", loss, excess, words, metrics, objection, c)
+    return _compare_with_limit("worst class", loss, excess, words, metrics, objection, c)
 
 
 def _agreement(
@@ -347,10 +347,10 @@ def _agreement(
         f"its images agree with their prompts by {_figure(agreement.candidate)} more than with those of others, the "
         f"champion's by {_figure(agreement.champion)}, allowed is a loss of {limit:.0%}"
     )
-    loss, allowed = agreement.difference.times(-1), agreement.champion.times(limit)
+    loss, allowance = agreement.difference.times(-1), agreement.champion.times(limit)
     # Both errors come from the same images, so they are added as if they had one sign, which is the most they can be.
-    excess = loss.model_copy(update={"value": loss.value - allowed.value, "error": loss.error + allowed.error})
-    return _limited(rule, loss, excess, words, metrics, objection, c)
+    excess = loss.model_copy(update={"value": loss.value - allowance.value, "error": loss.error + allowance.error})
+    return _compare_with_limit(rule, loss, excess, words, metrics, objection, c)
 
 
 def _cost(cost: Cost | None, limit: float) -> Finding:
@@ -364,7 +364,7 @@ def _cost(cost: Cost | None, limit: float) -> Finding:
     return _finding("cost", verdict, reason)
 
 
-def _limited(
+def _compare_with_limit(
     rule: Rule, loss: Estimate, excess: Estimate, words: str, metrics: ComparisonMetrics, objection: float, c: float
 ) -> Finding:
     """Reject a loss that is beyond the limit with confidence ``c``; hold one that is sure and may be beyond it.
@@ -376,9 +376,9 @@ def _limited(
         return _finding(rule, Verdict.promote, words)
     if excess.at_least(c) > 0:
         return _finding(rule, Verdict.reject, f"beyond the limit with confidence {c:g}: {words}")
-    needed = images_needed(metrics.samples, excess, abs(excess.value), c)
-    reason = f"not surely within the limit: {words}{_advice('that', needed, metrics)}"
-    return _finding(rule, Verdict.hold, reason, needed)
+    images = images_needed(metrics.samples, excess, abs(excess.value), c)
+    reason = f"not surely within the limit: {words}{_advice('that', images, metrics)}"
+    return _finding(rule, Verdict.hold, reason, images)
 
 
 def images_needed(images: int, estimate: Estimate, distance: float, confidence: float) -> int | None:
@@ -395,11 +395,11 @@ def images_needed(images: int, estimate: Estimate, distance: float, confidence: 
     return math.ceil(exact / unit) * unit
 
 
-def _advice(what: str, needed: int | None, metrics: ComparisonMetrics) -> str:
-    if needed is None:
+def _advice(subject: str, images: int | None, metrics: ComparisonMetrics) -> str:
+    if images is None:
         return ""
-    more = f"{needed / metrics.samples:,.1f} times as many, held-out ones included"
-    return f"; to decide on {what} takes about {count(needed)} images, {more}"
+    factor = f"{images / metrics.samples:,.1f} times as many, held-out ones included"
+    return f"; to decide on {subject} takes about {count(images)} images, {factor}"
 
 
 def _images(metrics: ComparisonMetrics) -> str:

@@ -114,39 +114,39 @@ def rank_models(
     if len(models) < 2:
         raise UserError(f"there is nothing to compare {', '.join(models) or 'nothing'} with: name two families or more")
     evaluator = Evaluator(data, config, sampling_config(), output / CACHE, progress)
-    evaluators = {name: evaluator.model(path, sampling=how, name=name) for name, (path, how) in models.items()}
-    *found, baseline = evaluator.replicates(list(evaluators.values()))
-    replicates = dict(zip(evaluators, found, strict=True))
+    evaluators = {name: evaluator.model(path, sampling=options, name=name) for name, (path, options) in models.items()}
+    *model_replicates, baseline = evaluator.replicates(list(evaluators.values()))
+    replicates = dict(zip(evaluators, model_replicates, strict=True))
     figure = GateConfig().metric(config.samples, len(evaluator.real.compared))
-    ranked = [
+    ranked_models = [
         RankedModel(
-            **dict(each.scored()),
+            **dict(model.scored()),
             name=name,
-            file=str(each.path),
-            value=each.scores.of(figure),
-            error=some[figure].estimate.error if some else each.scores.kid_se if figure == "kid" else 0.0,
-            estimates=evaluator.estimates(some),
-            minutes=each.header.training.get("minutes"),
-            parameters=sum(parameter.numel() for parameter in each.model.network.parameters()),
-            held_out_loss=each.held_out_loss,
-            likelihood=each.header.model.likelihood,
-            gflop=gflop(each.model, each.guided),
-            images_per_second=_speed(each),
-            sampling=each.guided,
+            file=str(model.path),
+            value=model.scores.of(figure),
+            error=figures[figure].estimate.error if figures else model.scores.kid_se if figure == "kid" else 0.0,
+            estimates=evaluator.estimates(figures),
+            minutes=model.header.training.get("minutes"),
+            parameters=sum(parameter.numel() for parameter in model.model.network.parameters()),
+            held_out_loss=model.held_out_loss,
+            likelihood=model.header.model.likelihood,
+            gflop=gflop(model.model, model.guided),
+            images_per_second=_speed(model),
+            sampling=model.guided,
         )
-        for (name, each), some in zip(evaluators.items(), found, strict=True)
+        for (name, model), figures in zip(evaluators.items(), model_replicates, strict=True)
     ]
-    ranked.sort(key=lambda each: each.value)
-    best, *others = [each.name for each in ranked]
+    ranked_models.sort(key=lambda model: model.value)
+    best, *others = [model.name for model in ranked_models]
     # Captions of held-out images tell a model what these show.
-    comparable = len({bool(each.conditions.prompts) for each in evaluators.values()}) == 1
+    comparable = len({bool(model.conditions.prompts) for model in evaluators.values()}) == 1
     ranking = Ranking(
         dataset=evaluator.real.dataset.manifest.name,
         conditions=evaluator.conditions,
         comparable=comparable,
         metric=f"{figure}_{evaluator.conditions.extractor}",
         higher_is_better=False,
-        models=ranked,
+        models=ranked_models,
         leads=[
             Lead(worse=name, difference=difference(replicates[name][figure], replicates[best][figure]))
             for name in others
@@ -155,7 +155,7 @@ def rank_models(
         real_baseline=evaluator.real_baseline(baseline),
     )
     write_json(output / RANKING, json.loads(ranking.model_dump_json()))
-    images = {each.name: evaluators[each.name].images[:SHOWN] for each in ranked}
+    images = {model.name: evaluators[model.name].images[:SHOWN] for model in ranked_models}
     return ranking, images | {"real": evaluator.real.shown_images}
 
 
@@ -166,22 +166,22 @@ def rank_evaluations(
     runs = sorted(zip(evaluations, settings, run_ids, strict=True), key=lambda run: -run[0].best.selection_metric.rank)
     models = [
         RankedModel(
-            **dict(each.best),
-            name=", ".join(f"{key.rpartition('.')[2]} {value}" for key, value in some.items()),
-            settings=dict(some),
+            **dict(evaluation.best),
+            name=", ".join(f"{key.rpartition('.')[2]} {value}" for key, value in setting.items()),
+            settings=dict(setting),
             run_id=run_id,
-            value=each.best.selection_metric.value,
-            error=each.best.selection_metric.error,
-            estimates=each.estimates,
-            sampling=each.conditions.sampling,
+            value=evaluation.best.selection_metric.value,
+            error=evaluation.best.selection_metric.error,
+            estimates=evaluation.estimates,
+            sampling=evaluation.conditions.sampling,
         )
-        for each, some, run_id in runs
+        for evaluation, setting, run_id in runs
     ]
-    best, *ranks = [each.best.selection_metric for each, _, _ in runs]
+    best, *ranks = [evaluation.best.selection_metric for evaluation, _, _ in runs]
     return Ranking(
         dataset=runs[0][0].dataset,
         conditions=runs[0][0].conditions,
-        comparable=len({each.eval_key for each in evaluations}) == 1,
+        comparable=len({evaluation.eval_key for evaluation in evaluations}) == 1,
         metric=best.name,
         higher_is_better=best.sign > 0,
         models=models,
@@ -198,9 +198,9 @@ def _speed(model: ModelEvaluator) -> float:
     count = 2 * cores() * model.sampling.compute_batch
 
     def work() -> dict[str, Tensor]:
-        began = time.perf_counter()
+        start = time.perf_counter()
         sample(model.model, range(count), model.config.seed, model.guided, model.progress, model.conditions)
-        return {"images_per_second": torch.tensor(count / (time.perf_counter() - began), dtype=torch.float64)}
+        return {"images_per_second": torch.tensor(count / (time.perf_counter() - start), dtype=torch.float64)}
 
     key = {"kind": "speed", "format_version": 2, "generated": model.generated_key, "cores": cores()}
     return float(cached(model.folder, key, work)["images_per_second"])

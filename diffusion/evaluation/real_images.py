@@ -78,13 +78,13 @@ class RealImages:
         features = self.features(self.compared)
 
         def work() -> Tensors:
-            found = Reference.of(features, self.progress)
-            moments = {"mean": found.moments.mean, "root": found.moments.root}
-            return moments | {"nearest": found.nearest, "kernel_sums": found.kernel_sums}
+            reference = Reference.of(features, self.progress)
+            moments = {"mean": reference.moments.mean, "root": reference.moments.root}
+            return moments | {"nearest": reference.nearest, "kernel_sums": reference.kernel_sums}
 
         key: Key = {"kind": "statistics", "format_version": 2, "features": self.key(self.compared)}
-        kept = cached(self.folder, key, work)
-        return Reference(features, Moments(kept["mean"], kept["root"]), kept["nearest"], kept["kernel_sums"])
+        stats = cached(self.folder, key, work)
+        return Reference(features, Moments(stats["mean"], stats["root"]), stats["nearest"], stats["kernel_sums"])
 
     def scores(self, key: Key, features: Tensor) -> Scores:
         """Return the cached scores of ``features`` (N, D), whose cache key is ``key``, against the reference."""
@@ -108,11 +108,11 @@ class RealImages:
     @cached_property
     def small(self) -> dict[Shape, Tensor] | None:
         """Return the inputs of super-resolution, (N, C, h, w) uint8 of each large shape; None for other models."""
-        found: dict[Shape, list[Tensor]] = {}
+        inputs: dict[Shape, list[Tensor]] = {}
         for images in self.by_bucket(self.shown):
             if (piece := self.task.inputs(images)) is not None:
-                found.setdefault(height_and_width(images), []).append(piece)
-        return {shape: torch.cat(pieces) for shape, pieces in found.items()} or None
+                inputs.setdefault(height_and_width(images), []).append(piece)
+        return {shape: torch.cat(pieces) for shape, pieces in inputs.items()} or None
 
     @cached_property
     def appearance(self) -> dict[str, Tensor]:
@@ -163,9 +163,9 @@ class RealImages:
 
     def by_bucket(self, rows: Rows) -> Iterator[Tensor]:
         """Yield the images in ``rows`` one shape after the other, (n, C, H, W) uint8, in chunks."""
-        for own in self.dataset.by_bucket(rows):
-            for start in range(0, len(own), CHUNK):
-                yield self.dataset.images(own[start : start + CHUNK])
+        for bucket_rows in self.dataset.by_bucket(rows):
+            for start in range(0, len(bucket_rows), CHUNK):
+                yield self.dataset.images(bucket_rows[start : start + CHUNK])
 
     def shapes(self, rows: Rows) -> list[Shape]:
         """Return the shape (H, W) of each image in ``rows``."""
@@ -185,7 +185,7 @@ class RealImages:
             images, views = [*pieces], [features]
             if mirrored:
                 views.append(torch.cat([self.extractor(mirror(piece)) for piece in images]))
-            both = (
+            nearest = (
                 find_registered(
                     images,
                     self.images(self.train),
@@ -195,21 +195,21 @@ class RealImages:
                 find_nearest(torch.stack(views), self._training(), progress=self.progress),
             )
             tensors: Tensors = {}
-            for space, found in zip(spaces, both, strict=True):
-                tensors |= {f"{space}/distances": found.distances, f"{space}/rows": found.rows}
+            for space, neighbours in zip(spaces, nearest, strict=True):
+                tensors |= {f"{space}/distances": neighbours.distances, f"{space}/rows": neighbours.rows}
             return tensors
 
         key = {"kind": "neighbours", "format_version": 4, "of": key, "mirrored": mirrored}
-        kept = cached(self.folder, key | {"training": self.key(self.train)}, work)
-        return {space: NearestNeighbours(kept[f"{space}/distances"], kept[f"{space}/rows"]) for space in spaces}
+        tensors = cached(self.folder, key | {"training": self.key(self.train)}, work)
+        return {space: NearestNeighbours(tensors[f"{space}/distances"], tensors[f"{space}/rows"]) for space in spaces}
 
     def reader(self, classes: Sequence[str]) -> LinearDiscriminant:
         """Return a classifier of these ``classes``, fitted to the training images."""
 
         def work() -> Tensors:
             labels = (self.dataset.classes(rows, classes) for rows in self._pieces())
-            found = fit_discriminant(zip(self._training(), labels, strict=True), len(classes))
-            return {"weights": found.weights, "offsets": found.offsets}
+            discriminant = fit_discriminant(zip(self._training(), labels, strict=True), len(classes))
+            return {"weights": discriminant.weights, "offsets": discriminant.offsets}
 
         key = {"kind": "reader", "format_version": 1, "training": self.key(self.train), "classes": list(classes)}
         return LinearDiscriminant(**cached(self.folder, key, work))
@@ -218,9 +218,9 @@ class RealImages:
         """Yield features of all training images, piece by piece."""
         folder = self.folder / "training" / self.dataset.manifest.content_digest[:16]
         folder.mkdir(parents=True, exist_ok=True)
-        for other in folder.parent.iterdir():
-            if other != folder:
-                shutil.rmtree(other)
+        for other_folder in folder.parent.iterdir():
+            if other_folder != folder:
+                shutil.rmtree(other_folder)
         for rows in self._pieces():
             yield self.features(rows, folder)
 
@@ -241,8 +241,8 @@ def extractor_key(extractor: Extractor) -> Key:
 
 def appearance_of_pieces(pieces: Iterable[Images]) -> dict[str, Tensor]:
     """Measure colours and brightness of images that come in ``pieces``: see ``measure_appearance``."""
-    found = [measure_appearance(piece) for piece in pieces]
-    return {name: torch.cat([each[name] for each in found]) for name in found[0]}
+    measurements = [measure_appearance(piece) for piece in pieces]
+    return {name: torch.cat([measurement[name] for measurement in measurements]) for name in measurements[0]}
 
 
 def thumbnails_of_pieces(pieces: Iterable[Images]) -> Tensor:

@@ -55,10 +55,10 @@ class EvaluationConditions(Config):
 
 def flatten(figures: Mapping[str, MetricEstimate]) -> dict[str, float]:
     """Flatten ``figures`` and the ends of their intervals, under names that end in _low and _high."""
-    found: dict[str, float] = {}
-    for name, each in figures.items():
-        found |= {name: each.value, f"{name}_low": each.interval.low, f"{name}_high": each.interval.high}
-    return found
+    values: dict[str, float] = {}
+    for name, estimate in figures.items():
+        values |= {name: estimate.value, f"{name}_low": estimate.interval.low, f"{name}_high": estimate.interval.high}
+    return values
 
 
 class RealBaseline(Config):
@@ -85,8 +85,8 @@ class Reconstruction(ImageSimilarity):
 
     def metrics(self) -> dict[str, float]:
         """Return the metrics by name."""
-        found = {f"reconstruction_{name}": value for name, value in super().metrics().items()}
-        return found | {f"reconstruction_fd_{self.extractor}": self.fd}
+        metrics = {f"reconstruction_{name}": value for name, value in super().metrics().items()}
+        return metrics | {f"reconstruction_fd_{self.extractor}": self.fd}
 
 
 @dataclass(frozen=True)
@@ -157,8 +157,8 @@ class CheckpointEvaluation(ModelScores):
     def selection_metric(self) -> SelectionMetric:
         """Return KID of its images, or for an autoencoder the PSNR of its reconstructions."""
         if FAMILIES[self.family].evaluated_by == "reconstructions" and self.reconstruction is not None:
-            found = self.reconstruction
-            return SelectionMetric("reconstruction_psnr", found.psnr, found.psnr_se, found.images, 1)
+            quality = self.reconstruction
+            return SelectionMetric("reconstruction_psnr", quality.psnr, quality.psnr_se, quality.images, 1)
         scores = self.scores
         return SelectionMetric(f"kid_{scores.extractor}", scores.kid, scores.kid_se, scores.samples, -1)
 
@@ -229,8 +229,8 @@ class Evaluation(Config):
         It is the least whose KID is within one standard error of the smallest (Breiman et al., Classification and
         Regression Trees, 1984, section 3.4.3), as more costs variety and work.
         """
-        near = [each.sampling for each in self.guidance if each.excess <= each.excess_se]
-        return near[0] if near else self.conditions.sampling
+        samplings = [score.sampling for score in self.guidance if score.excess <= score.excess_se]
+        return samplings[0] if samplings else self.conditions.sampling
 
     @classmethod
     def read(cls, path: Path) -> "Evaluation":
@@ -245,7 +245,7 @@ class Evaluation(Config):
     def metrics(self) -> dict[str, float]:
         """Return the best checkpoint's metrics and those of the real baseline and of resampling, by name."""
         baseline = {f"real_baseline_{name}": value for name, value in self.real_baseline.metrics().items()}
-        for name, each in (self.baselines or {}).items():
-            distances = {f"{figure}_{each.scores.extractor}": each.scores.of(figure) for figure in ("fd", "kid")}
-            baseline |= {f"{name}_{figure}": value for figure, value in (distances | each.similarity.metrics()).items()}
+        for name, base in (self.baselines or {}).items():
+            distances = {f"{figure}_{base.scores.extractor}": base.scores.of(figure) for figure in ("fd", "kid")}
+            baseline |= {f"{name}_{figure}": value for figure, value in (distances | base.similarity.metrics()).items()}
         return {"images": self.best.images, **flatten(self.estimates), **self.best.metrics(), **baseline}

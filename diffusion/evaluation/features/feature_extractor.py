@@ -63,7 +63,7 @@ class Extractor(ABC):
         """Return features, (N, D) float32, of ``images``, each (C, H, W) uint8 with C 1 or 3."""
         compute = partial(self._features, self.network)  # loaded here, once, before the threads use it
         with worker_threads() as pool:
-            return by_shape(images, lambda some: torch.cat(list(pool.map(compute, torch.split(some, self.batch)))))
+            return by_shape(images, lambda batch: torch.cat(list(pool.map(compute, torch.split(batch, self.batch)))))
 
     @abstractmethod
     def _features(self, network: Any, images: Tensor) -> Tensor:
@@ -124,9 +124,9 @@ def load_efficientnet_lite0(weights: Path) -> EfficientNet:
                 setattr(module, convolution, fuse_conv_bn_eval(getattr(module, convolution), getattr(module, norm)))
                 setattr(module, norm, nn.Identity())
         if isinstance(padding := getattr(module, "static_padding", None), nn.ZeroPad2d):
-            around, *others = set(padding.padding)
-            if not others:
-                module.padding, module.static_padding = (around, around), nn.Identity()
+            pad, *other_pads = set(padding.padding)
+            if not other_pads:
+                module.padding, module.static_padding = (pad, pad), nn.Identity()
     return network.to(memory_format=torch.channels_last)
 
 
@@ -158,8 +158,8 @@ class InceptionV3(Extractor):
         self.digest = sha256_file(self.weights)
         original = self.digest == INCEPTION_DIGEST
         self.name = "inception" if original else f"inception_{self.digest[:8]}"
-        trained = "trained on ImageNet" if original else f"with the weights in {self.weights.name}"
-        self.about = f"Inception-v3 {trained}, images at 299 pixels"
+        origin = "trained on ImageNet" if original else f"with the weights in {self.weights.name}"
+        self.about = f"Inception-v3 {origin}, images at 299 pixels"
 
     @cached_property
     def network(self) -> "FeatureExtractorInceptionV3":
@@ -170,11 +170,11 @@ class InceptionV3(Extractor):
         try:
             weights = torch.load(self.weights, map_location="cpu", weights_only=True)
             # torch-fidelity unpickles its input, so the weights are read as data and written again for it.
-            copied = io.BytesIO()
-            torch.save(weights, copied)
-            copied.seek(0)
+            buffer = io.BytesIO()
+            torch.save(weights, buffer)
+            buffer.seek(0)
             with torch.random.fork_rng(devices=[]):  # its initial weights are random
-                return FeatureExtractorInceptionV3(self.name, ["2048"], feature_extractor_weights_path=copied)
+                return FeatureExtractorInceptionV3(self.name, ["2048"], feature_extractor_weights_path=buffer)
         except Exception as error:  # bytes that are no weights fail in every way there is
             raise UserError(
                 f"{self.weights} holds no weights of torch-fidelity's Inception-v3 ({first_line(error)}): "
@@ -188,21 +188,21 @@ class InceptionV3(Extractor):
 
 
 def _literature_weights() -> Path:
-    kept: Path = Path(torch.hub.get_dir()) / "checkpoints" / URL_INCEPTION_V3.rpartition("/")[2]
-    if not kept.is_file():
-        kept.parent.mkdir(parents=True, exist_ok=True)
+    path: Path = Path(torch.hub.get_dir()) / "checkpoints" / URL_INCEPTION_V3.rpartition("/")[2]
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
         try:
             # Written under a temporary name and renamed once the digest is verified.
-            torch.hub.download_url_to_file(URL_INCEPTION_V3, str(kept), hash_prefix=INCEPTION_DIGEST, progress=False)
+            torch.hub.download_url_to_file(URL_INCEPTION_V3, str(path), hash_prefix=INCEPTION_DIGEST, progress=False)
         except (OSError, RuntimeError) as error:
             raise UserError(
-                f"Inception's weights are not at {kept} and cannot be fetched from {URL_INCEPTION_V3} "
+                f"Inception's weights are not at {path} and cannot be fetched from {URL_INCEPTION_V3} "
                 f"({first_line(error)}): fetch them elsewhere and set evaluation.extractor_weights to the file, or "
                 "use another evaluation.extractor"
             ) from error
-    if sha256_file(kept) != INCEPTION_DIGEST:
-        raise UserError(f"{kept} are not the weights that the literature's FID rests on: delete it and try again")
-    return kept
+    if sha256_file(path) != INCEPTION_DIGEST:
+        raise UserError(f"{path} are not the weights that the literature's FID rests on: delete it and try again")
+    return path
 
 
 def first_line(error: Exception) -> str:
@@ -229,20 +229,20 @@ class OnnxFile(Extractor):
         data = path.read_bytes()
         self.network = open_session(path, data)
         inputs, outputs = self.network.get_inputs(), self.network.get_outputs()
-        takes, gives = (
-            ", ".join(f"{each.type} {tuple(each.shape)}" for each in values) for values in (inputs, outputs)
+        input_types, output_types = (
+            ", ".join(f"{value.type} {tuple(value.shape)}" for value in values) for values in (inputs, outputs)
         )
         image = inputs[0] if len(inputs) == 1 else None
         if not image or image.type not in ONNX_KINDS or len(image.shape) != 4 or image.shape[1] not in (1, 3):
-            raise _unfit(path, f"takes {takes}", "float or uint8 images (N, 1 or 3, H, W) and nothing else")
+            raise _unfit_error(path, f"takes {input_types}", "float or uint8 images (N, 1 or 3, H, W) and nothing else")
         if len(outputs) != 1 or outputs[0].type != "tensor(float)" or len(outputs[0].shape) != 2:
-            raise _unfit(path, f"gives {gives}", "float features (N, D) and nothing else")
+            raise _unfit_error(path, f"gives {output_types}", "float features (N, D) and nothing else")
         count, channels, height, width = image.shape
         if isinstance(count, int):
-            raise _unfit(path, f"takes {count} images at a time", "any number (a dynamic first dimension)")
+            raise _unfit_error(path, f"takes {count} images at a time", "any number (a dynamic first dimension)")
         if isinstance(height, int) or isinstance(width, int):
             if height != width:
-                raise _unfit(path, f"takes images of {height}×{width}", "square ones")
+                raise _unfit_error(path, f"takes images of {height}×{width}", "square ones")
             if size is not None:
                 raise UserError(
                     f"the network in {path} takes images of {height} pixels alone: leave evaluation.extractor_size out"
@@ -281,9 +281,9 @@ def open_session(path: Path, data: bytes) -> "InferenceSession":
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1  # threads compute in parallel
     options.log_severity_level = 4  # errors come as exceptions
-    with tempfile.TemporaryDirectory() as nothing:
+    with tempfile.TemporaryDirectory() as empty_folder:
         # External weight files would not be covered by the digest, so they are disabled.
-        options.add_session_config_entry("session.model_external_initializers_file_folder_path", nothing)
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", empty_folder)
         try:
             return onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime's many errors have no base of their own
@@ -293,7 +293,7 @@ def open_session(path: Path, data: bytes) -> "InferenceSession":
             ) from error
 
 
-def _unfit(path: Path, actual: str, expected: str) -> UserError:
+def _unfit_error(path: Path, actual: str, expected: str) -> UserError:
     return UserError(f"the network in {path} {actual} instead of {expected}: export it again so")
 
 

@@ -46,21 +46,21 @@ class ClassifierNetwork(nn.Module):
     def __init__(self, channels: int, classes: int) -> None:
         super().__init__()
         blocks: list[nn.Module] = []
-        for number, (before, width) in enumerate(zip((channels, *WIDTHS[:-1]), WIDTHS, strict=True)):
-            for inner, stride in ((before, 1 if number == 0 else 2), (width, 1)):
-                blocks += [nn.Conv2d(inner, width, 3, stride, 1, bias=False), nn.BatchNorm2d(width), nn.SiLU()]
+        for number, (previous_width, width) in enumerate(zip((channels, *WIDTHS[:-1]), WIDTHS, strict=True)):
+            for input_width, stride in ((previous_width, 1 if number == 0 else 2), (width, 1)):
+                blocks += [nn.Conv2d(input_width, width, 3, stride, 1, bias=False), nn.BatchNorm2d(width), nn.SiLU()]
         self.body = nn.Sequential(*blocks)
         self.head = nn.Linear(WIDTHS[-1], classes)
 
     def features(self, x: Tensor) -> Tensor:
         """Return features, (N, 96), of images (N, C, S, S) in [−1, 1]."""
-        return normalize(self._pooled(x)) * math.sqrt(WIDTHS[-1])
+        return normalize(self._pool(x)) * math.sqrt(WIDTHS[-1])
 
     def forward(self, x: Tensor) -> Tensor:
         """Return logits, (N, classes), of images (N, C, S, S) in [−1, 1]."""
-        return self.head(self._pooled(x))  # type: ignore[no-any-return]
+        return self.head(self._pool(x))  # type: ignore[no-any-return]
 
-    def _pooled(self, x: Tensor) -> Tensor:
+    def _pool(self, x: Tensor) -> Tensor:
         return self.body(x).mean((2, 3))  # type: ignore[no-any-return]
 
 
@@ -89,7 +89,7 @@ class LabelClassifier(Extractor):
 
     @torch.inference_mode()
     def _features(self, network: ClassifierNetwork, images: Tensor) -> Tensor:
-        return network.features(_shown(images, self.size))
+        return network.features(_scale(images, self.size))
 
 
 def load_label_classifier(
@@ -100,9 +100,9 @@ def load_label_classifier(
     Raises UserError unless they have two labels or more, and some held-out images have labels.
     """
     side = min(SIZE, dataset.manifest.size) if size is None else size
-    rows, labels = _labelled(dataset, "train")
+    rows, labels = _select_labelled(dataset, "train")
     classes = sorted(set(labels))
-    held_out, truth = _labelled(dataset, "held_out")
+    held_out, truth = _select_labelled(dataset, "held_out")
     if len(classes) < 2 or not truth:
         raise UserError(
             f"evaluation.extractor = labels learns to tell labels apart, and data set {dataset.manifest.name} has "
@@ -118,14 +118,16 @@ def load_label_classifier(
             network = train_classifier(dataset, rows, targets, len(classes), side, progress)
             pieces = [held_out[start : start + BATCH] for start in range(0, len(held_out), BATCH)]
             with torch.inference_mode():
-                read = torch.cat([network(_shown(dataset.images_in_order(piece), side)).argmax(1) for piece in pieces])
-        return network.state_dict() | {"accuracy": (read == dataset.classes(held_out, classes)).double().mean()}
+                predictions = torch.cat(
+                    [network(_scale(dataset.images_in_order(piece), side)).argmax(1) for piece in pieces]
+                )
+        return network.state_dict() | {"accuracy": (predictions == dataset.classes(held_out, classes)).double().mean()}
 
-    kept = cached(cache, key, work)
-    accuracy = kept.pop("accuracy").item()
+    tensors = cached(cache, key, work)
+    accuracy = tensors.pop("accuracy").item()
     with torch.device("meta"):  # avoids use of the global random state
         network = ClassifierNetwork(dataset.shape[0], len(classes))
-    network.load_state_dict(kept, assign=True)
+    network.load_state_dict(tensors, assign=True)
     chance = max(Counter(truth).values()) / len(truth)
     return LabelClassifier(network.eval().requires_grad_(False), dataset.shape[0], side, accuracy, chance, len(truth))
 
@@ -143,9 +145,9 @@ def train_classifier(
     per_epoch = len(rows) // batch
     for step in range(STEPS):
         epoch, place = divmod(step, per_epoch)
-        chosen = permutation(SEED, "evaluation/labels", epoch, len(rows))[place * batch : (place + 1) * batch]
-        logits = network(_shown(dataset.images_in_order(rows[chosen]), size))
-        loss = cross_entropy(logits, targets[torch.from_numpy(chosen)], label_smoothing=SMOOTHING)
+        indices = permutation(SEED, "evaluation/labels", epoch, len(rows))[place * batch : (place + 1) * batch]
+        logits = network(_scale(dataset.images_in_order(rows[indices]), size))
+        loss = cross_entropy(logits, targets[torch.from_numpy(indices)], label_smoothing=SMOOTHING)
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
@@ -154,16 +156,16 @@ def train_classifier(
     return network.eval().requires_grad_(False)
 
 
-def _labelled(dataset: Dataset, split: Literal["train", "held_out"]) -> tuple[np.ndarray, list[str]]:
+def _select_labelled(dataset: Dataset, split: Literal["train", "held_out"]) -> tuple[np.ndarray, list[str]]:
     """Return the labelled rows of a split and their labels."""
     rows = dataset.rows(split)
     labels = dataset.labels(rows)
     return rows[[label is not None for label in labels]], [label for label in labels if label is not None]
 
 
-def _shown(images: Images, size: int) -> Tensor:
+def _scale(images: Images, size: int) -> Tensor:
     """Convert images, each (C, H, W) uint8, to the network's input: (N, C, size, size) in [−1, 1]."""
     x = by_shape(
-        images, lambda some: some.float() if height_and_width(some) == (size, size) else resize(some.float(), size)
+        images, lambda batch: batch.float() if height_and_width(batch) == (size, size) else resize(batch.float(), size)
     )
     return x / 127.5 - 1

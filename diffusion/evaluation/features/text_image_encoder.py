@@ -55,7 +55,7 @@ class TextImageEncoder(Extractor):
                 "run `pip install -e '.[text]'` in Darkroom's checkout"
             ) from error
         self.folder = folder
-        name = next((each for each in PROCESSORS if (folder / each).is_file()), PROCESSORS[-1])
+        name = next((processor for processor in PROCESSORS if (folder / processor).is_file()), PROCESSORS[-1])
         self._read_processor(name)
         try:
             self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
@@ -64,20 +64,20 @@ class TextImageEncoder(Extractor):
                 f"{OPTION} = {folder} has no tokenizer.json that tokenizers can read ({first_line(error)}): save the "
                 "encoder's processor there (CLIPProcessor.save_pretrained)"
             ) from error
-        self.digest = digest_of({each: sha256_file(folder / each) for each in (*weights, "tokenizer.json", name)})
+        self.digest = digest_of({file: sha256_file(folder / file) for file in (*weights, "tokenizer.json", name)})
         self.name = f"clip_{self.digest[:8]}"
         self.about = f"the text-image encoder in {folder.name}, images at {self.crop} pixels"
 
     def _read_processor(self, name: str) -> None:
         """Read the preprocessing of images from the file ``name``."""
         try:
-            read = json.loads((self.folder / name).read_bytes())
-            read = read.get("image_processor", read)
-            size, crop = (read[each] for each in ("size", "crop_size"))
+            spec = json.loads((self.folder / name).read_bytes())
+            spec = spec.get("image_processor", spec)
+            size, crop = (spec[key] for key in ("size", "crop_size"))
             size = size if isinstance(size, int) else size.get("shortest_edge") or size["height"]
-            self.crop = int(crop if isinstance(crop, int) else crop["height"]) if read["do_center_crop"] else int(size)
-            self.size, self.resampling = int(size), RESAMPLING[read["resample"]]
-            mean, std = (torch.tensor(read[each], dtype=torch.float32) for each in ("image_mean", "image_std"))
+            self.crop = int(crop if isinstance(crop, int) else crop["height"]) if spec["do_center_crop"] else int(size)
+            self.size, self.resampling = int(size), RESAMPLING[spec["resample"]]
+            mean, std = (torch.tensor(spec[key], dtype=torch.float32) for key in ("image_mean", "image_std"))
             self.mean, self.std = mean.view(3, 1, 1), std.view(3, 1, 1)
             if not 1 <= self.crop <= self.size <= LARGEST:
                 raise ValueError(f"size {self.size}, crop_size {self.crop}")
@@ -100,7 +100,7 @@ class TextImageEncoder(Extractor):
     def _embed(self, network: Any, text: str) -> Tensor:
         # JSON may hold lone surrogates, which cannot be encoded.
         ids = self.tokenizer.encode(text.encode(errors="ignore").decode()).ids
-        return normalize(self._of_tokens(network, torch.tensor([ids])))
+        return normalize(self._embed_tokens(network, torch.tensor([ids])))
 
     @torch.inference_mode()
     def _features(self, network: Any, images: Tensor) -> Tensor:
@@ -110,14 +110,14 @@ class TextImageEncoder(Extractor):
             x = interpolate(x, (self.size, self.size), mode=self.resampling, antialias=True).round().clamp(0, 255)
         edge = round((self.size - self.crop) / 2)
         x = x[..., edge : edge + self.crop, edge : edge + self.crop]
-        return normalize(self._of_pixels(network, (x / 255 - self.mean) / self.std))
+        return normalize(self._embed_pixels(network, (x / 255 - self.mean) / self.std))
 
     @abstractmethod
-    def _of_pixels(self, network: Any, x: Tensor) -> Tensor:
+    def _embed_pixels(self, network: Any, x: Tensor) -> Tensor:
         """Compute the embeddings, (N, D), of prepared images (N, 3, crop, crop)."""
 
     @abstractmethod
-    def _of_tokens(self, network: Any, ids: Tensor) -> Tensor:
+    def _embed_tokens(self, network: Any, ids: Tensor) -> Tensor:
         """Compute the embedding, (1, D), of the tokens ``ids``, (1, L) int64."""
 
 
@@ -148,10 +148,10 @@ class CLIP(TextImageEncoder):
                 {name: fields[name] for name in ("text_config", "vision_config", "projection_dim") if name in fields}
             )
             text: Any = self.config.text_config
-            self.longest, end = text.max_position_embeddings, text.eos_token_id
+            self.longest, end_id = text.max_position_embeddings, text.eos_token_id
             ids = self.tokenizer.encode("a").ids
             # The network reads the text at its last token; 2 stands for the largest one in configurations of old.
-            if max(ids) >= text.vocab_size or ids[-1] != (max(ids) if end == 2 else end):
+            if max(ids) >= text.vocab_size or ids[-1] != (max(ids) if end_id == 2 else end_id):
                 raise ValueError("its tokenizer.json belongs to another model")
         except (OSError, ValueError, TypeError, AttributeError) as error:
             raise UserError(
@@ -167,23 +167,23 @@ class CLIP(TextImageEncoder):
         path = self.folder / "model.safetensors"
         try:
             weights = {name: value.float() for name, value in load_file(path).items() if value.is_floating_point()}
-            loaded: Any = CLIPModel.from_pretrained(
+            output: Any = CLIPModel.from_pretrained(
                 None, config=self.config, state_dict=weights, attn_implementation="sdpa", output_loading_info=True
             )
         except Exception as error:  # safetensors and transformers raise many
             raise UserError(f"{path} holds no weights of a CLIPModel ({first_line(error)}): save it again") from error
-        network, about = loaded
-        if missing := sorted(about["missing_keys"]):
-            raise UserError(f"{path} lacks {missing[0]} of the CLIPModel that config.json describes: save it again")
+        network, info = output
+        if keys := sorted(info["missing_keys"]):
+            raise UserError(f"{path} lacks {keys[0]} of the CLIPModel that config.json describes: save it again")
         return network.eval().requires_grad_(False)  # type: ignore[no-any-return]
 
-    def _of_pixels(self, network: "CLIPModel", x: Tensor) -> Tensor:
-        embedded: Tensor = network.visual_projection(network.vision_model(pixel_values=x).pooler_output)
-        return embedded
+    def _embed_pixels(self, network: "CLIPModel", x: Tensor) -> Tensor:
+        embedding: Tensor = network.visual_projection(network.vision_model(pixel_values=x).pooler_output)
+        return embedding
 
-    def _of_tokens(self, network: "CLIPModel", ids: Tensor) -> Tensor:
-        embedded: Tensor = network.text_projection(network.text_model(input_ids=ids).pooler_output)
-        return embedded
+    def _embed_tokens(self, network: "CLIPModel", ids: Tensor) -> Tensor:
+        embedding: Tensor = network.text_projection(network.text_model(input_ids=ids).pooler_output)
+        return embedding
 
 
 VISION, TEXT = "vision_model.onnx", "text_model.onnx"
@@ -197,12 +197,12 @@ class OnnxTextImageEncoder(TextImageEncoder):
     output of another name counts if it is the only one. A text is padded by its last token where L is fixed.
     """
 
-    def __init__(self, folder: Path, inner: str) -> None:
-        super().__init__(folder, (f"{inner}{VISION}", f"{inner}{TEXT}"))
-        vision_path, text_path = folder / f"{inner}{VISION}", folder / f"{inner}{TEXT}"
+    def __init__(self, folder: Path, subfolder: str) -> None:
+        super().__init__(folder, (f"{subfolder}{VISION}", f"{subfolder}{TEXT}"))
+        vision_path, text_path = folder / f"{subfolder}{VISION}", folder / f"{subfolder}{TEXT}"
         vision, text = (open_session(path, path.read_bytes()) for path in (vision_path, text_path))
         self.network = vision, text
-        pixels, self.inputs = vision.get_inputs(), {each.name: each for each in text.get_inputs()}
+        pixels, self.inputs = vision.get_inputs(), {value.name: value for value in text.get_inputs()}
         if (
             len(pixels) != 1
             or pixels[0].type != "tensor(float)"
@@ -210,42 +210,44 @@ class OnnxTextImageEncoder(TextImageEncoder):
             or isinstance(pixels[0].shape[0], int)
             or any(isinstance(side, int) and side != self.crop for side in pixels[0].shape[2:])
         ):
-            raise _unfit(vision_path, f"any number of float32 images (N, 3, {self.crop}, {self.crop}) and nothing else")
+            raise _unfit_error(
+                vision_path, f"any number of float32 images (N, 3, {self.crop}, {self.crop}) and nothing else"
+            )
         ids = self.inputs.get("input_ids")
         if ids is None or len(ids.shape) != 2 or self.inputs.keys() - {"input_ids", "attention_mask"}:
-            raise _unfit(text_path, "input_ids (1, L), with attention_mask or without, and nothing else")
+            raise _unfit_error(text_path, "input_ids (1, L), with attention_mask or without, and nothing else")
         self.padded = isinstance(ids.shape[1], int)
         self.longest = ids.shape[1] if self.padded else LONGEST
         self.outputs = [_output(vision_path, vision, "image_embeds"), _output(text_path, text, "text_embeds")]
 
-    def _of_pixels(self, network: "tuple[InferenceSession, InferenceSession]", x: Tensor) -> Tensor:
+    def _embed_pixels(self, network: "tuple[InferenceSession, InferenceSession]", x: Tensor) -> Tensor:
         session = network[0]
-        (embedded,) = session.run([self.outputs[0]], {session.get_inputs()[0].name: x.numpy()})
-        return torch.from_numpy(embedded)
+        (embedding,) = session.run([self.outputs[0]], {session.get_inputs()[0].name: x.numpy()})
+        return torch.from_numpy(embedding)
 
-    def _of_tokens(self, network: "tuple[InferenceSession, InferenceSession]", ids: Tensor) -> Tensor:
+    def _embed_tokens(self, network: "tuple[InferenceSession, InferenceSession]", ids: Tensor) -> Tensor:
         mask = torch.ones_like(ids)
         if self.padded:
-            rest = self.longest - ids.shape[1]
-            ids = torch.cat([ids, ids[:, -1:].expand(1, rest)], 1)
-            mask = torch.cat([mask, mask.new_zeros(1, rest)], 1)
-        given = {"input_ids": ids, "attention_mask": mask}
+            padding = self.longest - ids.shape[1]
+            ids = torch.cat([ids, ids[:, -1:].expand(1, padding)], 1)
+            mask = torch.cat([mask, mask.new_zeros(1, padding)], 1)
+        inputs = {"input_ids": ids, "attention_mask": mask}
         kinds = {"tensor(int32)": torch.int32, "tensor(int64)": torch.int64}
-        feed = {name: given[name].to(kinds[each.type]).numpy() for name, each in self.inputs.items()}
-        (embedded,) = network[1].run([self.outputs[1]], feed)
-        return torch.from_numpy(embedded)
+        feed = {name: inputs[name].to(kinds[value.type]).numpy() for name, value in self.inputs.items()}
+        (embedding,) = network[1].run([self.outputs[1]], feed)
+        return torch.from_numpy(embedding)
 
 
 def _output(path: Path, session: "InferenceSession", name: str) -> str:
     """Return the name of the output with the embeddings: ``name``, or the only one."""
-    given = {each.name: len(each.shape) for each in session.get_outputs()}
-    found = name if len(given) > 1 else next(iter(given))
-    if given.get(found) != 2:
+    ranks = {value.name: len(value.shape) for value in session.get_outputs()}
+    output = name if len(ranks) > 1 else next(iter(ranks))
+    if ranks.get(output) != 2:
         raise UserError(f"{path} has no output {name} (N, D): export it again, with the projection")
-    return found
+    return output
 
 
-def _unfit(path: Path, expected: str) -> UserError:
+def _unfit_error(path: Path, expected: str) -> UserError:
     return UserError(f"{path} does not take {expected}: export it again so")
 
 
@@ -253,12 +255,12 @@ def open_text_image_encoder(folder: Path) -> TextImageEncoder:
     """Open the encoder in ``folder``: safetensors of transformers, else ONNX; UserError if there is neither."""
     if (folder / "model.safetensors").is_file():
         return CLIP(folder)
-    for inner in ("", "onnx/"):
-        if all((folder / inner / name).is_file() for name in (VISION, TEXT)):
-            return OnnxTextImageEncoder(folder, inner)
-    pickled = next(iter(sorted(folder.glob("*.bin"))), None)
+    for subfolder in ("", "onnx/"):
+        if all((folder / subfolder / name).is_file() for name in (VISION, TEXT)):
+            return OnnxTextImageEncoder(folder, subfolder)
+    pickle_path = next(iter(sorted(folder.glob("*.bin"))), None)
     raise UserError(
         f"{OPTION} = {folder} has neither model.safetensors nor {VISION} and {TEXT}"
-        + (f", and {pickled.name} is a pickle, which is not read here" if pickled else "")
+        + (f", and {pickle_path.name} is a pickle, which is not read here" if pickle_path else "")
         + ": save a model there with CLIPModel.save_pretrained and its CLIPProcessor.save_pretrained"
     )

@@ -35,12 +35,12 @@ PIXELS = "pixels"
 def shifted_thumbnails(images: Images) -> Tensor:
     """Compute thumbnails of ``images``, each (C, H, W) uint8, unshifted, then shifted by a pixel: (9, N, D) float32."""
     if isinstance(images, list):
-        return by_shape(images, lambda some: shifted_thumbnails(some).transpose(0, 1)).transpose(0, 1)
+        return by_shape(images, lambda batch: shifted_thumbnails(batch).transpose(0, 1)).transpose(0, 1)
     height, width = images.shape[-2:]
-    larger = pad(images.float() / 255, (1, 1, 1, 1), mode="replicate")
+    padded_images = pad(images.float() / 255, (1, 1, 1, 1), mode="replicate")
     places = sorted(product(range(3), range(3)), key=lambda place: place != (1, 1))
     side = min(SIDE, height, width)
-    views = (larger[..., top : top + height, left : left + width] for top, left in places)
+    views = (padded_images[..., top : top + height, left : left + width] for top, left in places)
     return torch.stack([adaptive_avg_pool2d(view, (side, side)).flatten(1) for view in views])
 
 
@@ -91,8 +91,8 @@ def calibrate(values: Tensor, share: float) -> Threshold:
 
     For small M it is their minimum. Values below NEAR_DUPLICATE do not set it, but have a rank.
     """
-    near = int((values < NEAR_DUPLICATE).sum())
-    rank = min(near + max(1, math.floor(share * (len(values) - near + 1))), len(values))
+    near_count = int((values < NEAR_DUPLICATE).sum())
+    rank = min(near_count + max(1, math.floor(share * (len(values) - near_count + 1))), len(values))
     return Threshold(values.kthvalue(rank).values.item(), rank, len(values))
 
 
@@ -183,17 +183,17 @@ def detect_memorization(
 
     The thresholds divide the false alarm rate LEVEL among the spaces, of which the first gets what the others leave.
     """
-    relative = torch.stack([each.relative for each in generated.values()])
+    relative = torch.stack([neighbours.relative for neighbours in generated.values()])
     levels = dict.fromkeys(generated, FEATURE_LEVEL)
     levels[next(iter(generated))] = LEVEL - FEATURE_LEVEL * (len(generated) - 1)
     thresholds = [calibrate(held_out[space].relative, level) for space, level in levels.items()]
     values = torch.tensor([threshold.value for threshold in thresholds])[:, None]
-    below = relative < values
-    count, copies = relative.shape[1], int(below.any(0).sum())
-    of_held_out = torch.stack([held_out[space].relative for space in generated])
-    near = (of_held_out < NEAR_DUPLICATE).any(0)
+    copy_mask = relative < values
+    count, copies = relative.shape[1], int(copy_mask.any(0).sum())
+    held_out_relative = torch.stack([held_out[space].relative for space in generated])
+    near_mask = (held_out_relative < NEAR_DUPLICATE).any(0)
     # Of the union, as a near-duplicate is one in every space.
-    expected = int((of_held_out <= values).any(0).sum()) / (len(near) + 1)
+    expected = int((held_out_relative <= values).any(0).sum()) / (len(near_mask) + 1)
     spaces = [
         CopiesInSpace(
             space=space,
@@ -202,23 +202,23 @@ def detect_memorization(
             count=number,
             p_value=threshold.chance(number, count),
         )
-        for space, threshold, number in zip(generated, thresholds, below.sum(1).tolist(), strict=True)
+        for space, threshold, number in zip(generated, thresholds, copy_mask.sum(1).tolist(), strict=True)
     ]
     low, high = wilson_interval(copies / count, count)
     # The threshold may be 0, below which there is nothing.
-    least, nearest_in = (relative / values.clamp(min=1e-9)).min(0)
+    ratios, space_indices = (relative / values.clamp(min=1e-9)).min(0)
     pairs = []
-    for number in least.argsort(stable=True)[:16].tolist():
-        place = int(nearest_in[number])
-        found = generated[spaces[place].space]
+    for number in ratios.argsort(stable=True)[:16].tolist():
+        place = int(space_indices[number])
+        neighbours = generated[spaces[place].space]
         pairs.append(
             NearestPair(
                 generated=number,
-                training=int(found.rows[number, 0]),
+                training=int(neighbours.rows[number, 0]),
                 space=spaces[place].space,
-                distance=found.distances[number, 0].item(),
+                distance=neighbours.distances[number, 0].item(),
                 relative=relative[place, number].item(),
-                is_copy=bool(below[place, number]),
+                is_copy=bool(copy_mask[place, number]),
             )
         )
     return Memorization(
@@ -230,7 +230,7 @@ def detect_memorization(
         share_low=low,
         share_high=high,
         expected=expected,
-        near_duplicates=int(near.sum()),
+        near_duplicates=int(near_mask.sum()),
         p_value=min(1.0, len(spaces) * min(space.p_value for space in spaces)),
         pairs=pairs,
     )
@@ -282,8 +282,8 @@ class Duplicates(CopyRate):
 
     def metrics(self) -> dict[str, float]:
         """Return the metrics by name."""
-        found = {f"duplicates_{name}": getattr(self, name) for name in CopyRate.model_fields}
-        return found | {"duplicates_largest_group": self.largest, "duplicates_closeness": self.closeness}
+        metrics = {f"duplicates_{name}": getattr(self, name) for name in CopyRate.model_fields}
+        return metrics | {"duplicates_largest_group": self.largest, "duplicates_closeness": self.closeness}
 
 
 def detect_duplicates(generated: Tensor, real: Tensor) -> Duplicates:
@@ -292,32 +292,32 @@ def detect_duplicates(generated: Tensor, real: Tensor) -> Duplicates:
     generated, real = generated[:, :count], real[:, :count]
     among_real = find_nearest(real, [real[0]], themselves=True).relative
     among_generated = find_nearest(generated, [generated[0]], themselves=True)
-    around = find_nearest(generated, [real[0]]).distances.mean(1, keepdim=True)
-    relative = among_generated.distances / around.clamp(min=torch.finfo().tiny)
+    cross_distances = find_nearest(generated, [real[0]]).distances.mean(1, keepdim=True)
+    relative = among_generated.distances / cross_distances.clamp(min=torch.finfo().tiny)
     closeness = (relative[:, 0].median() / among_real.median()).nan_to_num(1.0).item()
     rank = max(1, math.floor(DUPLICATE_LEVEL * (count + 1)))
-    of_real = Threshold(among_real.kthvalue(rank).values.item(), rank, count)
-    threshold = of_real.value * min(1.0, max(LEAST, closeness))
-    near = relative < threshold
-    found = int(near[:, 0].sum())
-    numbers, places = near.nonzero(as_tuple=True)
+    real_threshold = Threshold(among_real.kthvalue(rank).values.item(), rank, count)
+    threshold = real_threshold.value * min(1.0, max(LEAST, closeness))
+    near_mask = relative < threshold
+    duplicate_count = int(near_mask[:, 0].sum())
+    numbers, places = near_mask.nonzero(as_tuple=True)
     others = among_generated.rows[numbers, places]
     first, second = torch.minimum(numbers, others), torch.maximum(numbers, others)
     twins: dict[tuple[int, int], float] = {}  # a pair may come from either of its images
-    for value, one, other in sorted(zip(relative[near].tolist(), first.tolist(), second.tolist(), strict=True)):
-        twins.setdefault((one, other), value)
+    for value, i, j in sorted(zip(relative[near_mask].tolist(), first.tolist(), second.tolist(), strict=True)):
+        twins.setdefault((i, j), value)
     # Distances are symmetric, so there are half as many chance events as images.
-    low, high = wilson_interval(found / count, count / 2)
-    halved = Threshold(of_real.value, (of_real.rank + 1) // 2, count // 2)
+    low, high = wilson_interval(duplicate_count / count, count / 2)
+    pair_threshold = Threshold(real_threshold.value, (real_threshold.rank + 1) // 2, count // 2)
     groups = sorted(connected_groups(first.numpy(), second.numpy(), count), key=lambda group: (-len(group), group[0]))
     return Duplicates(
         images=count,
-        duplicates=found,
-        share=found / count,
+        duplicates=duplicate_count,
+        share=duplicate_count / count,
         share_low=low,
         share_high=high,
-        expected=of_real.level,
-        p_value=halved.chance(found // 2, count // 2),
+        expected=real_threshold.level,
+        p_value=pair_threshold.chance(duplicate_count // 2, count // 2),
         threshold=threshold,
         closeness=closeness,
         groups=[DuplicateGroup(size=len(group), members=group[:16]) for group in groups[:GROUPS_SHOWN]],

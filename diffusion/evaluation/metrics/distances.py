@@ -56,9 +56,9 @@ def frechet_distance(first: Moments, second: Moments) -> float:
     """Compute the Fréchet distance |μ₁ − μ₂|² + tr(Σ₁ + Σ₂ − 2(Σ₁Σ₂)^½) of two Gaussians (arXiv 1706.08500)."""
     with worker_threads(1):
         # With Σ = RᵀR the eigenvalues of Σ₁Σ₂ are the squares of the singular values of R₁R₂ᵀ.
-        shared = torch.linalg.svdvals(first.root @ second.root.T).sum()
-        apart = (first.mean - second.mean).square().sum()
-        return float(apart + first.root.square().sum() + second.root.square().sum() - 2 * shared)
+        cross_trace = torch.linalg.svdvals(first.root @ second.root.T).sum()
+        mean_distance = (first.mean - second.mean).square().sum()
+        return float(mean_distance + first.root.square().sum() + second.root.square().sum() - 2 * cross_trace)
 
 
 def distance_at_infinity(samples: Tensor, reference: Moments) -> float | None:
@@ -71,11 +71,11 @@ def distance_at_infinity(samples: Tensor, reference: Moments) -> float | None:
         return None
     order = torch.from_numpy(permutation(0, "evaluation/halves", 0, count))
     half = count // 2
-    of_halves = [
+    half_distances = [
         frechet_distance(compute_moments(samples[rows]), reference) for rows in (order[:half], order[half : 2 * half])
     ]
-    whole = frechet_distance(compute_moments(samples), reference)
-    return (count * whole - half * sum(of_halves) / 2) / (count - half)
+    full_distance = frechet_distance(compute_moments(samples), reference)
+    return (count * full_distance - half * sum(half_distances) / 2) / (count - half)
 
 
 KERNEL_BLOCK = 2048
@@ -87,28 +87,28 @@ def compute_kid(samples: Tensor, reference: Tensor, sums: Tensor | None = None) 
 
     Returns the unbiased estimate, which may be slightly negative, and its standard error over new samples of both sets.
     """
-    value, of_samples, of_reference = kid_deviations(samples, reference, sums)
-    return value, math.sqrt(jackknife(of_samples) + jackknife(of_reference))
+    value, sample_deviations, reference_deviations = kid_deviations(samples, reference, sums)
+    return value, math.sqrt(jackknife(sample_deviations) + jackknife(reference_deviations))
 
 
 def kid_deviations(samples: Tensor, reference: Tensor, sums: Tensor | None = None) -> tuple[float, Tensor, Tensor]:
     """Compute KID as ``compute_kid``, and its deviations without each member of either set: (N,), (M,) float64."""
-    of_samples = kernel_sums(samples)
-    of_reference = kernel_sums(reference) if sums is None else sums
-    from_samples, from_reference = _sums_across(samples, reference)
-    within = sum(float(sums.sum()) / (len(sums) * (len(sums) - 1)) for sums in (of_samples, of_reference))
-    value = within - 2 * float(from_samples.sum()) / (len(samples) * len(reference))
+    sample_sums = kernel_sums(samples)
+    reference_sums = kernel_sums(reference) if sums is None else sums
+    sample_cross_sums, reference_cross_sums = _cross_sums(samples, reference)
+    within_mean = sum(float(sums.sum()) / (len(sums) * (len(sums) - 1)) for sums in (sample_sums, reference_sums))
+    value = within_mean - 2 * float(sample_cross_sums.sum()) / (len(samples) * len(reference))
 
-    def deviations(within: Tensor, across: Tensor, others: int) -> Tensor:
+    def compute_deviations(kernel: Tensor, cross: Tensor, others: int) -> Tensor:
         """From sums of the kernel of each member with the rest of its set, and with the ``others`` of the other set."""
-        n = len(within)
-        left = (within.sum() - 2 * within) / ((n - 1) * (n - 2)) - 2 * (across.sum() - across) / ((n - 1) * others)
-        return left - left.mean()
+        n = len(kernel)
+        kids = (kernel.sum() - 2 * kernel) / ((n - 1) * (n - 2)) - 2 * (cross.sum() - cross) / ((n - 1) * others)
+        return kids - kids.mean()
 
     return (
         value,
-        deviations(of_samples, from_samples, len(reference)),
-        deviations(of_reference, from_reference, len(samples)),
+        compute_deviations(sample_sums, sample_cross_sums, len(reference)),
+        compute_deviations(reference_sums, reference_cross_sums, len(samples)),
     )
 
 
@@ -125,19 +125,19 @@ def kernel_sums(features: Tensor, progress: Progress = silent) -> Tensor:
     """Compute the sum of the kernel of each of the features (N, D) with all others: (N,) float64."""
     count = len(features)
 
-    def of_block(start: int) -> Tensor:
+    def compute_block(start: int) -> Tensor:
         sums = torch.zeros(count, dtype=torch.float64)
         rows = features[start : start + KERNEL_BLOCK]
-        for at in range(start, count, KERNEL_BLOCK):
-            found = kid_kernel(rows, features[at : at + KERNEL_BLOCK])
-            if at == start:
-                found.fill_diagonal_(0)
+        for column in range(start, count, KERNEL_BLOCK):
+            kernel = kid_kernel(rows, features[column : column + KERNEL_BLOCK])
+            if column == start:
+                kernel.fill_diagonal_(0)
             else:
-                sums[at : at + KERNEL_BLOCK] += found.sum(0, dtype=torch.float64)
-            sums[start : start + KERNEL_BLOCK] += found.sum(1, dtype=torch.float64)
+                sums[column : column + KERNEL_BLOCK] += kernel.sum(0, dtype=torch.float64)
+            sums[start : start + KERNEL_BLOCK] += kernel.sum(1, dtype=torch.float64)
         return sums
 
-    blocks = over_blocks(of_block, count, KERNEL_BLOCK, "kernels of real images", progress)
+    blocks = over_blocks(compute_block, count, KERNEL_BLOCK, "kernels of real images", progress)
     return sum(blocks, torch.zeros(count, dtype=torch.float64))
 
 
@@ -146,17 +146,17 @@ def kid_kernel(x: Tensor, y: Tensor) -> Tensor:
     return (x @ y.T).div_(x.shape[1]).add_(1).pow_(3)
 
 
-def _sums_across(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+def _cross_sums(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """Compute sums of the kernel of each of x with all y, (N,), and of each of y with all x, (M,); float64."""
 
-    def of_block(start: int) -> tuple[Tensor, Tensor]:
+    def compute_block(start: int) -> tuple[Tensor, Tensor]:
         columns = y[start : start + KERNEL_BLOCK]
         blocks = [kid_kernel(rows, columns) for rows in torch.split(x, KERNEL_BLOCK)]
-        of_x = torch.cat([block.sum(1, dtype=torch.float64) for block in blocks])
-        return of_x, reduce(torch.add, (block.sum(0, dtype=torch.float64) for block in blocks))
+        x_sums = torch.cat([block.sum(1, dtype=torch.float64) for block in blocks])
+        return x_sums, reduce(torch.add, (block.sum(0, dtype=torch.float64) for block in blocks))
 
-    of_x, of_y = zip(*over_blocks(of_block, len(y), KERNEL_BLOCK), strict=True)
-    return reduce(torch.add, of_x), torch.cat(of_y)
+    x_sums, y_sums = zip(*over_blocks(compute_block, len(y), KERNEL_BLOCK), strict=True)
+    return reduce(torch.add, x_sums), torch.cat(y_sums)
 
 
 FIGURES = ("fd", "fd_infinity", "kid", "kid_se", "precision", "recall", "density", "coverage")

@@ -86,26 +86,26 @@ def measure_losses(
     """
     device = resolve_device(config.device)
     model = model.on(device)
-    found: list[Terms] = []
-    seen = 0
+    terms: list[Terms] = []
+    count = 0
 
-    def batch(images: Tensor, conditioning: Conditioning, first: int, start: int) -> Terms:
+    def score(images: Tensor, conditioning: Conditioning, offset: int, start: int) -> Terms:
         # The last batch is padded with its last image, so that all have one shape.
-        count = min(config.compute_batch, len(images) - start)
-        places = start + torch.arange(config.compute_batch).clamp(max=count - 1)
-        moved = {name: value[places].to(device) for name, value in conditioning.items()}
+        n = min(config.compute_batch, len(images) - start)
+        places = start + torch.arange(config.compute_batch).clamp(max=n - 1)
+        batch_conditioning = {name: value[places].to(device) for name, value in conditioning.items()}
         x0 = to_float(images[places]).to(device)
         with torch.inference_mode(), autocast(config.precision, device):
-            terms = model.terms(x0, moved, [first + place for place in places.tolist()])
-        return Terms(terms.edges, terms.losses[:count].cpu(), None if terms.bits is None else terms.bits[:count].cpu())
+            result = model.terms(x0, batch_conditioning, [offset + place for place in places.tolist()])
+        return Terms(result.edges, result.losses[:n].cpu(), None if result.bits is None else result.bits[:n].cpu())
 
     with repeatable(device), worker_threads(None if device.type == "cpu" else 1) as pool:
         for images, conditioning in pieces:
-            found += pool.map(partial(batch, images, conditioning, seen), range(0, len(images), config.compute_batch))
-            seen += len(images)
-            progress("held-out images looked at", seen, None)
-    bits = [each.bits for each in found if each.bits is not None]
-    return Terms(found[0].edges, torch.cat([each.losses for each in found]), torch.cat(bits) if bits else None)
+            terms += pool.map(partial(score, images, conditioning, count), range(0, len(images), config.compute_batch))
+            count += len(images)
+            progress("held-out images looked at", count, None)
+    bits = [part.bits for part in terms if part.bits is not None]
+    return Terms(terms[0].edges, torch.cat([part.losses for part in terms]), torch.cat(bits) if bits else None)
 
 
 def conditioning_of_rows(model: Model, dataset: Dataset, rows: Rows) -> Conditioning:

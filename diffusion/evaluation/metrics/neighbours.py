@@ -21,17 +21,17 @@ DENSITY_NEIGHBOURS = 5
 """k of those of density and coverage, as in arXiv 2002.09797."""
 
 
-Found = TypeVar("Found")
+T = TypeVar("T")
 
 
 def over_blocks(
-    work: Callable[[int], Found], count: int, block: int = 1, what: str = "", progress: Progress = silent
-) -> Iterator[Found]:
+    work: Callable[[int], T], count: int, block: int = 1, what: str = "", progress: Progress = silent
+) -> Iterator[T]:
     """Yield ``work(start)`` of each ``block`` of ``count`` rows, in order, computed by worker threads."""
     starts = range(0, count, block)
     with worker_threads() as pool:
-        for start, found in zip(starts, pool.map(work, starts), strict=True):
-            yield found
+        for start, result in zip(starts, pool.map(work, starts), strict=True):
+            yield result
             progress(what, min(start + block, count), count)
 
 
@@ -44,18 +44,18 @@ def nearest_distances(features: Tensor, progress: Progress = silent) -> Tensor:
     """Compute squared distances of features (N, D) to their 5 nearest others: (N, 5), ascending; N at least 6."""
     centre, count = features.mean(0), DENSITY_NEIGHBOURS
 
-    def of_block(start: int) -> Tensor:
+    def compute_block(start: int) -> Tensor:
         rows = features[start : start + BLOCK] - centre
-        found = rows.new_full((len(rows), count), math.inf)
-        for at, others in _blocks(features, centre):
+        nearest = rows.new_full((len(rows), count), math.inf)
+        for column, others in _blocks(features, centre):
             distances = squared_distances(rows, others)
-            if at == start:
+            if column == start:
                 distances.fill_diagonal_(math.inf)
-            close = distances.topk(min(count, len(others)), largest=False).values
-            found = torch.cat([found, close], 1).topk(count, largest=False).values
-        return found
+            block_nearest = distances.topk(min(count, len(others)), largest=False).values
+            nearest = torch.cat([nearest, block_nearest], 1).topk(count, largest=False).values
+        return nearest
 
-    return torch.cat([*over_blocks(of_block, len(features), BLOCK, "neighbours of real images", progress)])
+    return torch.cat([*over_blocks(compute_block, len(features), BLOCK, "neighbours of real images", progress)])
 
 
 def compute_overlap(
@@ -66,30 +66,30 @@ def compute_overlap(
     Returns precision and recall (arXiv 1904.06991, k = 3), density and coverage (arXiv 2002.09797, k = 5) by name.
     """
     centre = reference.mean(0)
-    of_samples = near_samples[:, MANIFOLD_NEIGHBOURS - 1]
-    of_reference, wider = (near_reference[:, k - 1, None] for k in (MANIFOLD_NEIGHBOURS, DENSITY_NEIGHBOURS))
+    sample_radii = near_samples[:, MANIFOLD_NEIGHBOURS - 1]
+    reference_radii, wide_radii = (near_reference[:, k - 1, None] for k in (MANIFOLD_NEIGHBOURS, DENSITY_NEIGHBOURS))
 
-    def of_block(start: int) -> tuple[Tensor, Tensor, int, int]:
+    def compare_block(start: int) -> tuple[Tensor, Tensor, int, int]:
         block = slice(start, start + BLOCK)
         rows = reference[block] - centre
-        among, covered = torch.zeros(2, len(rows), dtype=torch.bool)
-        lying, pairs = torch.zeros(len(samples), dtype=torch.bool), 0
-        for at, generated in _blocks(samples, centre):
-            columns = slice(at, at + len(generated))
+        recall_mask, coverage_mask = torch.zeros(2, len(rows), dtype=torch.bool)
+        precision_mask, pairs = torch.zeros(len(samples), dtype=torch.bool), 0
+        for offset, generated in _blocks(samples, centre):
+            columns = slice(offset, offset + len(generated))
             distances = squared_distances(rows, generated)
-            lying[columns] = (distances <= of_reference[block]).any(0)
-            among |= (distances <= of_samples[columns]).any(1)
-            inside = distances < wider[block]
-            pairs += int(inside.sum())
-            covered |= inside.any(1)
-        return lying, among, pairs, int(covered.sum())
+            precision_mask[columns] = (distances <= reference_radii[block]).any(0)
+            recall_mask |= (distances <= sample_radii[columns]).any(1)
+            in_radius = distances < wide_radii[block]
+            pairs += int(in_radius.sum())
+            coverage_mask |= in_radius.any(1)
+        return precision_mask, recall_mask, pairs, int(coverage_mask.sum())
 
-    lying, among, pairs, covered = zip(*over_blocks(of_block, len(reference), BLOCK), strict=True)
+    precision, recall, pairs, coverage = zip(*over_blocks(compare_block, len(reference), BLOCK), strict=True)
     return {
-        "precision": torch.stack(lying).any(0).double().mean().item(),
-        "recall": torch.cat(among).double().mean().item(),
+        "precision": torch.stack(precision).any(0).double().mean().item(),
+        "recall": torch.cat(recall).double().mean().item(),
         "density": sum(pairs) / (DENSITY_NEIGHBOURS * len(samples)),
-        "coverage": sum(covered) / len(reference),
+        "coverage": sum(coverage) / len(reference),
     }
 
 
@@ -139,32 +139,32 @@ def find_nearest(
     x = (points if points.ndim == 3 else points[None]) - centre
     # Products of these are squared distances: |x|² − 2 x·y + |y|².
     views = torch.cat([-2 * x, x.square().sum(-1, keepdim=True), torch.ones_like(x[..., :1])], -1)
-    size, seen = views.shape[1], 0
+    size, row_count = views.shape[1], 0
     best = torch.full((size, count), math.inf), torch.full((size, count), -1)
     with worker_threads() as pool:
         for piece in pieces:
             y = piece - centre
             rows = torch.cat([y, torch.ones_like(y[:, :1]), y.square().sum(1, keepdim=True)], 1)
             step = max(1, BLOCK_DISTANCES // (len(views) * len(piece)))
-            list(pool.map(partial(_search, best, views, rows, seen, step, themselves), range(0, size, step)))
-            seen += len(piece)
-            progress("images compared with", seen, None)
-    there = seen - themselves
-    return NearestNeighbours(best[0][:, :there].clamp(min=0).sqrt(), best[1][:, :there])
+            list(pool.map(partial(_search, best, views, rows, row_count, step, themselves), range(0, size, step)))
+            row_count += len(piece)
+            progress("images compared with", row_count, None)
+    neighbour_count = row_count - themselves
+    return NearestNeighbours(best[0][:, :neighbour_count].clamp(min=0).sqrt(), best[1][:, :neighbour_count])
 
 
 def _search(
-    best: tuple[Tensor, Tensor], views: Tensor, rows: Tensor, first: int, step: int, themselves: bool, start: int
+    best: tuple[Tensor, Tensor], views: Tensor, rows: Tensor, offset: int, step: int, themselves: bool, start: int
 ) -> None:
-    """Merge ``rows``, from number ``first``, into the ``best`` of ``step`` points from number ``start``."""
-    here = slice(start, start + step)
-    squares = (views[:, here] @ rows.T).amin(0)
+    """Merge ``rows``, from number ``offset``, into the ``best`` of ``step`` points from number ``start``."""
+    block = slice(start, start + step)
+    squares = (views[:, block] @ rows.T).amin(0)
     if themselves:
-        squares.diagonal(start - first).fill_(math.inf)
+        squares.diagonal(start - offset).fill_(math.inf)
     values, places = squares.topk(min(best[0].shape[1], len(rows)), largest=False)
-    both = torch.cat([best[0][here], values], 1), torch.cat([best[1][here], places + first], 1)
-    values, order = both[0].topk(best[0].shape[1], largest=False)
-    best[0][here], best[1][here] = values, both[1].gather(1, order)
+    candidates = torch.cat([best[0][block], values], 1), torch.cat([best[1][block], places + offset], 1)
+    values, order = candidates[0].topk(best[0].shape[1], largest=False)
+    best[0][block], best[1][block] = values, candidates[1].gather(1, order)
 
 
 def connected_groups(first: np.ndarray, second: np.ndarray, count: int) -> list[list[int]]:

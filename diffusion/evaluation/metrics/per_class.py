@@ -38,8 +38,8 @@ def fit_discriminant(pieces: Iterable[tuple[Tensor, Tensor]], classes: int) -> L
     """
     counts, sums, squares = torch.zeros(classes, dtype=torch.float64), None, None
     for features, numbers in pieces:
-        known = (numbers >= 0) & (numbers < classes)
-        x, labels = features[known].double(), numbers[known]
+        mask = (numbers >= 0) & (numbers < classes)
+        x, labels = features[mask].double(), numbers[mask]
         if sums is None or squares is None:
             sums, squares = x.new_zeros(classes, x.shape[1]), x.new_zeros(x.shape[1], x.shape[1])
         counts += torch.bincount(labels, minlength=classes)
@@ -52,8 +52,8 @@ def fit_discriminant(pieces: Iterable[tuple[Tensor, Tensor]], classes: int) -> L
     dimensions = len(covariance)
     # With one image per class the covariance is 0, and the nearest mean is predicted.
     variance = (covariance.trace() / dimensions).clamp(min=SMALLEST)
-    shrunk = (1 - SHRINKAGE) * covariance + SHRINKAGE * (torch.eye(dimensions, dtype=torch.float64) * variance)
-    weights = torch.linalg.solve(shrunk, means.T)
+    estimate = (1 - SHRINKAGE) * covariance + SHRINKAGE * (torch.eye(dimensions, dtype=torch.float64) * variance)
+    weights = torch.linalg.solve(estimate, means.T)
     offsets = -0.5 * (means * weights.T).sum(1)
     return LinearDiscriminant(weights, offsets.masked_fill(counts == 0, -torch.inf))
 
@@ -127,17 +127,17 @@ class PerClass(Config):
     @property
     def worst(self) -> ClassScores | None:
         """Return the class with the largest KID, which is partly chance among many; None if none was evaluated."""
-        return max(self.classes, key=lambda each: each.kid, default=None)
+        return max(self.classes, key=lambda scores: scores.kid, default=None)
 
     @property
     def worst_first(self) -> list[ClassScores]:
         """Return the classes by decreasing KID."""
-        return sorted(self.classes, key=lambda each: -each.kid)
+        return sorted(self.classes, key=lambda scores: -scores.kid)
 
     @property
     def least_recognized(self) -> ClassScores | None:
         """Return the class whose agreement is lowest relative to its real images; None if none was evaluated."""
-        return min(self.classes, key=lambda each: each.agreement - each.agreement_real, default=None)
+        return min(self.classes, key=lambda scores: scores.agreement - scores.agreement_real, default=None)
 
     def metrics(self) -> dict[str, float]:
         """Return the metrics by name."""
@@ -155,41 +155,41 @@ def evaluate_classes(
 
     ``reader`` was fitted to other real images; ``names`` are those of the classes 0, 1 …
     """
-    read, read_real = reader(generated.features), reader(real.features)
-    evaluated, others = [], []
+    predictions, real_predictions = reader(generated.features), reader(real.features)
+    class_scores, skipped_classes = [], []
     for label, name in enumerate(names):
         ours, theirs = generated.of(label), real.of(label)
         if min(len(ours), len(theirs)) < FEWEST:
-            others.append(SkippedClass(name=name, samples=len(ours), reference=len(theirs)))
+            skipped_classes.append(SkippedClass(name=name, samples=len(ours), reference=len(theirs)))
             continue
         kid, kid_se = compute_kid(ours, theirs)
-        counts = torch.bincount(read[generated.labels == label], minlength=len(names))
-        right = int(counts[label])
+        counts = torch.bincount(predictions[generated.labels == label], minlength=len(names))
+        correct_count = int(counts[label])
         counts[label] = 0
-        low, high = wilson_interval(right / len(ours), len(ours))
-        evaluated.append(
+        low, high = wilson_interval(correct_count / len(ours), len(ours))
+        class_scores.append(
             ClassScores(
                 name=name,
                 samples=len(ours),
                 reference=len(theirs),
                 kid=kid,
                 kid_se=kid_se,
-                agreement=right / len(ours),
+                agreement=correct_count / len(ours),
                 agreement_low=low,
                 agreement_high=high,
-                agreement_real=(read_real[real.labels == label] == label).double().mean().item(),
+                agreement_real=(real_predictions[real.labels == label] == label).double().mean().item(),
                 taken_for=names[int(counts.argmax())] if counts.any() else None,
             )
         )
     return PerClass(
         extractor=extractor,
-        classes=evaluated,
-        skipped=others,
-        agreement=_agreement(read, generated.labels, len(names)),
-        agreement_real=_agreement(read_real, real.labels, len(names)),
+        classes=class_scores,
+        skipped=skipped_classes,
+        agreement=_agreement(predictions, generated.labels, len(names)),
+        agreement_real=_agreement(real_predictions, real.labels, len(names)),
     )
 
 
-def _agreement(read: Tensor, labels: Tensor, classes: int) -> float | None:
-    known = (labels >= 0) & (labels < classes)
-    return (read[known] == labels[known]).double().mean().item() if known.any() else None
+def _agreement(predictions: Tensor, labels: Tensor, classes: int) -> float | None:
+    mask = (labels >= 0) & (labels < classes)
+    return (predictions[mask] == labels[mask]).double().mean().item() if mask.any() else None

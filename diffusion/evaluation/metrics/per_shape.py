@@ -33,22 +33,22 @@ class PerShape(Config):
 
     def metrics(self) -> dict[str, float]:
         """Return the metrics by name."""
-        found = {f"kid_{each.name}": each.kid for each in self.shapes if each.kid is not None}
-        values = {f"{name}_{self.extractor}": kid.value for name, kid in found.items()}
-        return values | {f"{name}_se_{self.extractor}": kid.error for name, kid in found.items()}
+        kids = {f"kid_{shape.name}": shape.kid for shape in self.shapes if shape.kid is not None}
+        values = {f"{name}_{self.extractor}": kid.value for name, kid in kids.items()}
+        return values | {f"{name}_se_{self.extractor}": kid.error for name, kid in kids.items()}
 
 
 def evaluate_shapes(
     generated: Tensor, shapes: Sequence[Shape], real: Tensor, real_shapes: Sequence[Shape], extractor: str
 ) -> PerShape:
     """Compare features (N, D) of generated images with those of ``real`` ones (M, D), each shape by itself."""
-    found = []
-    for shape in sorted({*shapes, *real_shapes}, key=lambda each: each[1] / each[0]):
+    scores = []
+    for shape in sorted({*shapes, *real_shapes}, key=lambda shape: shape[1] / shape[0]):
         pairs = (generated, shapes), (real, real_shapes)
-        ours, theirs = (features[torch.tensor([each == shape for each in own])] for features, own in pairs)
+        ours, theirs = (features[torch.tensor([size == shape for size in sizes])] for features, sizes in pairs)
         kid = None
-        if (fewest := min(len(ours), len(theirs))) >= FEWEST:
+        if (min_count := min(len(ours), len(theirs))) >= FEWEST:
             value, error = compute_kid(ours, theirs)
-            kid = MetricEstimate.of(Estimate(value=value, error=error, freedom=fewest - 1))
-        found.append(ShapeScores(name=shape_name(shape), samples=len(ours), reference=len(theirs), kid=kid))
-    return PerShape(extractor=extractor, shapes=found)
+            kid = MetricEstimate.of(Estimate(value=value, error=error, freedom=min_count - 1))
+        scores.append(ShapeScores(name=shape_name(shape), samples=len(ours), reference=len(theirs), kid=kid))
+    return PerShape(extractor=extractor, shapes=scores)

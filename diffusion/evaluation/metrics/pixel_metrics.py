@@ -81,18 +81,18 @@ def ssim(images: Tensor, real: Tensor) -> Tensor:
     As in the original paper: a Gaussian window with σ = 1.5 of 11 pixels, or as many as the image has, at all positions
     within the image; K₁ = 0.01, K₂ = 0.03, and variances divided by n.
     """
-    x, y = (each.double().flatten(0, 1)[:, None] for each in (images, real))
+    x, y = (batch.double().flatten(0, 1)[:, None] for batch in (images, real))
     size = min(WINDOW, *x.shape[-2:])
     offsets = torch.arange(size, dtype=torch.float64) - (size - 1) / 2
     window = torch.exp(-(offsets**2) / (2 * SIGMA**2))
     window = window / window.sum()
 
-    def local(values: Tensor) -> Tensor:
+    def smooth(values: Tensor) -> Tensor:
         return conv2d(conv2d(values, window[None, None, :, None]), window[None, None, None, :])
 
-    mean_x, mean_y = local(x), local(y)
-    variance_x, variance_y = local(x * x) - mean_x**2, local(y * y) - mean_y**2
-    covariance = local(x * y) - mean_x * mean_y
+    mean_x, mean_y = smooth(x), smooth(y)
+    variance_x, variance_y = smooth(x * x) - mean_x**2, smooth(y * y) - mean_y**2
+    covariance = smooth(x * y) - mean_x * mean_y
     c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
     luminance = (2 * mean_x * mean_y + c1) / (mean_x**2 + mean_y**2 + c1)
     structure = (2 * covariance + c2) / (variance_x + variance_y + c2)
@@ -101,11 +101,11 @@ def ssim(images: Tensor, real: Tensor) -> Tensor:
 
 def describe_baselines(ours: Scores, baselines: dict[str, ResamplingBaseline]) -> str:
     """Describe in a sentence whether ``ours`` beats the ``baselines`` on the Fréchet distance."""
-    beaten = [TITLES[name] for name, each in baselines.items() if ours.fd < each.scores.fd]
-    others = [TITLES[name] for name, each in baselines.items() if ours.fd >= each.scores.fd]
-    said = [f"beats {' and '.join(beaten)} enlargement"] if beaten else []
-    said += [f"does not beat {' or '.join(others)} enlargement"] if others else []
-    return f"On the Fréchet distance to real images it {', and '.join(said)}."
+    beaten_names = [TITLES[name] for name, baseline in baselines.items() if ours.fd < baseline.scores.fd]
+    unbeaten_names = [TITLES[name] for name, baseline in baselines.items() if ours.fd >= baseline.scores.fd]
+    phrases = [f"beats {' and '.join(beaten_names)} enlargement"] if beaten_names else []
+    phrases += [f"does not beat {' or '.join(unbeaten_names)} enlargement"] if unbeaten_names else []
+    return f"On the Fréchet distance to real images it {', and '.join(phrases)}."
 
 
 LUMA = (0.299, 0.587, 0.114)
@@ -143,8 +143,8 @@ class AppearanceDrift(Config):
 
     def metrics(self) -> dict[str, float]:
         """Return the differences in units of the real spread, by name."""
-        found = {f"drift_{name}": shift.spreads for name, shift in self.shifts.items()}
-        return {name: value for name, value in found.items() if value is not None}
+        drifts = {f"drift_{name}": shift.spreads for name, shift in self.shifts.items()}
+        return {name: value for name, value in drifts.items() if value is not None}
 
 
 def measure_appearance(images: Images) -> dict[str, Tensor]:
@@ -156,8 +156,8 @@ def measure_appearance(images: Images) -> dict[str, Tensor]:
     channel, 0 to 1.
     """
     if isinstance(images, list):
-        each = [measure_appearance(image[None]) for image in images]
-        return {name: torch.cat([measured[name] for measured in each]) for name in each[0]}
+        measurements = [measure_appearance(image[None]) for image in images]
+        return {name: torch.cat([measurement[name] for measurement in measurements]) for name in measurements[0]}
     values, colours = images.double() / 255, {}
     luma = values[:, 0]
     if values.shape[1] == 3:
@@ -168,8 +168,8 @@ def measure_appearance(images: Images) -> dict[str, Tensor]:
             "yellow_blue": (red + green) / 2 - blue,
             "saturation": values.amax(1) - values.amin(1),
         }
-    found = {"brightness": luma.mean((1, 2)), "contrast": luma.std((1, 2), correction=0)}
-    return found | {name: value.mean((1, 2)) for name, value in colours.items()}
+    statistics = {"brightness": luma.mean((1, 2)), "contrast": luma.std((1, 2), correction=0)}
+    return statistics | {name: value.mean((1, 2)) for name, value in colours.items()}
 
 
 def compare_appearance(generated: Mapping[str, Tensor], real: Mapping[str, Tensor]) -> AppearanceDrift:

@@ -31,8 +31,8 @@ LIMITS = torch.tensor([0.26, 0.16, 0.25, 0.25])
 """Largest turn (15°), logarithm of a scaling (17 %) and shifts (an eighth of the width); positions are in [−1, 1]."""
 STARTS = torch.tensor(
     [
-        (math.radians(turn), math.log(scale), right, down)
-        for turn, scale in ((0, 1), (-8, 1), (8, 1), (0, 0.93), (0, 1.07))
+        (math.radians(rotation), math.log(scale), right, down)
+        for rotation, scale in ((0, 1), (-8, 1), (8, 1), (0, 0.93), (0, 1.07))
         for right, down in product((-0.14, -0.07, 0, 0.07, 0.14), repeat=2)
     ]
 )
@@ -47,20 +47,20 @@ def shrink(images: Images) -> Tensor:
     """Shrink ``images``, each (C, H, W) uint8, to SIDE × SIDE and blur them: (N, C, SIDE, SIDE) float32 in [0, 1]."""
     if isinstance(images, list):
         return by_shape(images, shrink)
-    small = functional.interpolate(images.float() / 255, (SIDE, SIDE), mode="bilinear", antialias=True)
+    small_images = functional.interpolate(images.float() / 255, (SIDE, SIDE), mode="bilinear", antialias=True)
     kernel = torch.exp(-(torch.arange(-3, 4) ** 2) / (2 * BLUR**2))
-    planes = functional.pad(small.flatten(0, 1)[:, None], (3, 3, 3, 3), mode="reflect")
-    across = functional.conv2d(planes, kernel.view(1, 1, 1, 7) / kernel.sum())
-    return functional.conv2d(across, kernel.view(1, 1, 7, 1) / kernel.sum()).view_as(small)
+    planes = functional.pad(small_images.flatten(0, 1)[:, None], (3, 3, 3, 3), mode="reflect")
+    blurred_rows = functional.conv2d(planes, kernel.view(1, 1, 1, 7) / kernel.sum())
+    return functional.conv2d(blurred_rows, kernel.view(1, 1, 7, 1) / kernel.sum()).view_as(small_images)
 
 
 def describe(small: Tensor) -> Tensor:
     """Make thumbnails of small images without brightness and contrast: (N, D) float32 of length below 1."""
     thumbnails = functional.adaptive_avg_pool2d(small, (THUMBNAIL, THUMBNAIL)).flatten(1)
-    weights = _edged(THUMBNAIL).flatten().repeat(small.shape[1])
-    centered = (thumbnails - (thumbnails * weights).sum(1, keepdim=True) / weights.sum()) * weights
-    described: Tensor = centered / (centered.norm(dim=1, keepdim=True) + CONSTANT)
-    return described
+    weights = _edge_weights(THUMBNAIL).flatten().repeat(small.shape[1])
+    centered_thumbnails = (thumbnails - (thumbnails * weights).sum(1, keepdim=True) / weights.sum()) * weights
+    descriptors: Tensor = centered_thumbnails / (centered_thumbnails.norm(dim=1, keepdim=True) + CONSTANT)
+    return descriptors
 
 
 def transformed(small: Tensor, parameters: Tensor) -> tuple[Tensor, Tensor]:
@@ -68,13 +68,13 @@ def transformed(small: Tensor, parameters: Tensor) -> tuple[Tensor, Tensor]:
 
     Also returns which pixels come from inside, (N, S, S) or (1, S, S).
     """
-    turn, scale, right, down = parameters.unbind(1)
-    cosine, sine = turn.cos() * (-scale).exp(), turn.sin() * (-scale).exp()
+    rotation, scale, right, down = parameters.unbind(1)
+    cosine, sine = rotation.cos() * (-scale).exp(), rotation.sin() * (-scale).exp()
     matrix = torch.stack([cosine, -sine, right, sine, cosine, down], 1).view(-1, 2, 3)
     grid = functional.affine_grid(matrix, [len(matrix), *small.shape[1:]], align_corners=False)
-    inside = (grid.abs() <= 1 + 1 / SIDE).all(-1)
-    everywhere = grid.expand(len(small), -1, -1, -1)
-    return functional.grid_sample(small, everywhere, padding_mode="border", align_corners=False), inside
+    inside_mask = (grid.abs() <= 1 + 1 / SIDE).all(-1)
+    grids = grid.expand(len(small), -1, -1, -1)
+    return functional.grid_sample(small, grids, padding_mode="border", align_corners=False), inside_mask
 
 
 def register(small: Tensor, onto: Tensor, parameters: Tensor) -> Tensor:
@@ -85,11 +85,11 @@ def register(small: Tensor, onto: Tensor, parameters: Tensor) -> Tensor:
     x = (torch.arange(SIDE) * 2 + 1) / SIDE - 1
     x, y = x.view(1, 1, 1, -1), x.view(1, 1, -1, 1)
     for step in range(STEPS + 1):
-        z, inside = transformed(small, parameters)
-        weights = (inside * _edged(SIDE))[:, None].expand_as(z)
-        padded = functional.pad(z, (1, 1, 1, 1), mode="replicate")
-        left, right = padded[..., 1:-1, :-2], padded[..., 1:-1, 2:]
-        above, below = padded[..., :-2, 1:-1], padded[..., 2:, 1:-1]
+        z, inside_mask = transformed(small, parameters)
+        weights = (inside_mask * _edge_weights(SIDE))[:, None].expand_as(z)
+        padded_images = functional.pad(z, (1, 1, 1, 1), mode="replicate")
+        left, right = padded_images[..., 1:-1, :-2], padded_images[..., 1:-1, 2:]
+        above, below = padded_images[..., :-2, 1:-1], padded_images[..., 2:, 1:-1]
         # An image as a sum of a constant, itself and its blur, and its derivatives by the parameters, all weighted; in
         # place where possible, as most of the time goes to memory.
         terms = [weights, z * weights, (left + right + above + below).sub_(z, alpha=4).mul_(weights)]
@@ -105,59 +105,59 @@ def register(small: Tensor, onto: Tensor, parameters: Tensor) -> Tensor:
         if step < STEPS:
             change = solution[:, 3:, 0] / solution[:, 1].clamp(min=0.3)
             parameters = (parameters + change.clamp(-0.1, 0.1)).clamp(-LIMITS, LIMITS)
-    rest = (target - matrix.mT @ solution).square().sum((1, 2))
+    residual = (target - matrix.mT @ solution).square().sum((1, 2))
     mean = target.sum((1, 2)) / weights.sum((1, 2, 3))
     contrast = ((onto - mean[:, None, None, None]) * weights).square().sum((1, 2, 3))
-    distances: Tensor = (rest / (contrast + SLOPE)).clamp(0, 1).sqrt()
+    distances: Tensor = (residual / (contrast + SLOPE)).clamp(0, 1).sqrt()
     return distances
 
 
 def find_registered(
     pieces: Iterable[Images],
     training: Iterable[Images],
-    images_of: Callable[[np.ndarray], Images],
+    load_rows: Callable[[np.ndarray], Images],
     progress: Progress = silent,
 ) -> NearestNeighbours:
     """Find the nearest training images of others, which come in ``pieces`` of uint8, by registration.
 
-    ``training`` yields all training images in pieces as well, and ``images_of`` returns those of some rows.
+    ``training`` yields all training images in pieces as well, and ``load_rows`` returns those of some rows.
     """
     thumbnails = [describe(shrink(piece)) for piece in training]
-    found = [_find_in_piece(piece, thumbnails, images_of, progress) for piece in pieces]
-    return NearestNeighbours(torch.cat([each.distances for each in found]), torch.cat([each.rows for each in found]))
+    parts = [_find_in_piece(piece, thumbnails, load_rows, progress) for piece in pieces]
+    return NearestNeighbours(torch.cat([part.distances for part in parts]), torch.cat([part.rows for part in parts]))
 
 
 def _find_in_piece(
-    images: Images, training: list[Tensor], images_of: Callable[[np.ndarray], Images], progress: Progress
+    images: Images, training: list[Tensor], load_rows: Callable[[np.ndarray], Images], progress: Progress
 ) -> NearestNeighbours:
     sides = torch.stack([shrink(images), shrink(mirror(images))])
     starts = STARTS.repeat(2, 1)
     views = [describe(transformed(sides.flatten(0, 1), start[None])[0]) for start in STARTS]
     points = torch.stack([view.view(2, len(images), -1) for view in views], 1).flatten(0, 1)
-    found = find_nearest(points, training, progress=progress)
+    neighbours = find_nearest(points, training, progress=progress)
     # Only candidates are kept as small images: all of a large training set would fill the memory.
-    rows, places = np.unique(found.rows.numpy(), return_inverse=True)
-    candidates = torch.cat([shrink(images_of(rows[at : at + 1000])) for at in range(0, len(rows), 1000)])
-    thumbnails, where = describe(candidates), torch.from_numpy(places).view(found.rows.shape)
+    rows, places = np.unique(neighbours.rows.numpy(), return_inverse=True)
+    candidates = torch.cat([shrink(load_rows(rows[first : first + 1000])) for first in range(0, len(rows), 1000)])
+    thumbnails, candidate_places = describe(candidates), torch.from_numpy(places).view(neighbours.rows.shape)
 
-    def of_block(at: int) -> Tensor:
-        block = slice(at, at + BLOCK)
-        near = where[block]
-        theirs, views_here = thumbnails[near], points[:, block]
+    def register_block(first: int) -> Tensor:
+        block = slice(first, first + BLOCK)
+        nearest = candidate_places[block]
+        theirs, block_views = thumbnails[nearest], points[:, block]
         # |x|² − 2 x·y, which has the least view where the distance has; their difference would fill the memory.
-        apart = views_here.square().sum(-1, keepdim=True) - 2 * torch.einsum("nkd,vnd->vnk", theirs, views_here)
-        best = apart.argmin(0)
-        numbers = torch.arange(len(near))[:, None].expand_as(near)
-        mine = sides[:, block][(best >= len(STARTS)).long(), numbers]
-        distances = register(mine.flatten(0, 1), candidates[near.flatten()], starts[best.flatten()])
-        return distances.view(near.shape)
+        squares = block_views.square().sum(-1, keepdim=True) - 2 * torch.einsum("nkd,vnd->vnk", theirs, block_views)
+        best = squares.argmin(0)
+        numbers = torch.arange(len(nearest))[:, None].expand_as(nearest)
+        sources = sides[:, block][(best >= len(STARTS)).long(), numbers]
+        distances = register(sources.flatten(0, 1), candidates[nearest.flatten()], starts[best.flatten()])
+        return distances.view(nearest.shape)
 
-    distances = torch.cat([*over_blocks(of_block, len(images), BLOCK, "images registered", progress)])
-    ordered, order = distances.sort(dim=1, stable=True)
-    return NearestNeighbours(ordered, found.rows.gather(1, order))
+    distances = torch.cat([*over_blocks(register_block, len(images), BLOCK, "images registered", progress)])
+    sorted_distances, order = distances.sort(dim=1, stable=True)
+    return NearestNeighbours(sorted_distances, neighbours.rows.gather(1, order))
 
 
-def _edged(side: int) -> Tensor:
+def _edge_weights(side: int) -> Tensor:
     weights = torch.full((side, side), EDGE)
     weights[1:-1, 1:-1] = 1
     return weights

@@ -36,9 +36,9 @@ class TextImageAgreement(Config):
     def metrics(self) -> dict[str, float]:
         """Return the metrics by name."""
         name, interval = f"text_image_agreement_{self.encoder}", self.agreement.interval
-        found = {name: self.agreement.value, f"{name}_low": interval.low, f"{name}_high": interval.high}
-        others = {"above_chance": self.above_chance.value, "shuffled": self.shuffled, "real": self.real.value}
-        return found | {f"text_image_agreement_{each}_{self.encoder}": value for each, value in others.items()}
+        metrics = {name: self.agreement.value, f"{name}_low": interval.low, f"{name}_high": interval.high}
+        means = {"above_chance": self.above_chance.value, "shuffled": self.shuffled, "real": self.real.value}
+        return metrics | {f"text_image_agreement_{kind}_{self.encoder}": value for kind, value in means.items()}
 
 
 @dataclass(frozen=True)
@@ -60,9 +60,9 @@ class Cosines:
 
 def number_of_each(texts: Sequence[str]) -> tuple[list[str], Tensor]:
     """Return the different ``texts``, sorted, and the number of each text among them, (len(texts),) int64."""
-    different = sorted(set(texts))
-    numbers = {text: number for number, text in enumerate(different)}
-    return different, torch.tensor([numbers[text] for text in texts])
+    distinct_texts = sorted(set(texts))
+    numbers = {text: number for number, text in enumerate(distinct_texts)}
+    return distinct_texts, torch.tensor([numbers[text] for text in texts])
 
 
 def compute_cosines(images: Tensor, texts: Tensor, prompts: Tensor) -> Cosines:
@@ -72,11 +72,11 @@ def compute_cosines(images: Tensor, texts: Tensor, prompts: Tensor) -> Cosines:
     """
     x, y = images.double(), texts.double()
     counts = torch.bincount(prompts, minlength=len(y)).double()
-    own = (x * y[prompts]).sum(1)
+    own_cosines = (x * y[prompts]).sum(1)
     # The mean over prompts is linear in them, so that no pair has to be computed by itself.
-    theirs = counts[prompts]
-    others = (x @ (counts @ y) - theirs * own) / (len(x) - theirs)
-    return Cosines(own, others, prompts)
+    prompt_counts = counts[prompts]
+    other_cosines = (x @ (counts @ y) - prompt_counts * own_cosines) / (len(x) - prompt_counts)
+    return Cosines(own_cosines, other_cosines, prompts)
 
 
 def mean_over_prompts(values: Tensor, prompts: Tensor) -> Estimate:
@@ -94,7 +94,7 @@ def mean_over_prompts(values: Tensor, prompts: Tensor) -> Estimate:
 
 def summarize_agreement(encoder: str, generated: Cosines, real: Cosines) -> TextImageAgreement:
     """Compute means and intervals of a model's cosines and those of real images, by the encoder of this name."""
-    agreement, above, of_real = (
+    agreement, above_chance, real_agreement = (
         MetricEstimate.of(mean_over_prompts(values, prompts))
         for values, prompts in (
             (generated.own, generated.prompts),
@@ -107,18 +107,18 @@ def summarize_agreement(encoder: str, generated: Cosines, real: Cosines) -> Text
         images=len(generated.own),
         captions=len(set(generated.prompts.tolist())),
         agreement=agreement,
-        above_chance=above,
+        above_chance=above_chance,
         shuffled=float(generated.others.mean()),
-        real=of_real,
+        real=real_agreement,
     )
 
 
-def describe_agreement(found: TextImageAgreement | str) -> str:
+def describe_agreement(agreement: TextImageAgreement | str) -> str:
     """Describe the agreement with its 95 % interval and its baselines, or say why it was not measured."""
-    if isinstance(found, str):
-        return f"text-image agreement not measured: {found}"
-    cosine, interval = found.agreement.value, found.agreement.interval
+    if isinstance(agreement, str):
+        return f"text-image agreement not measured: {agreement}"
+    cosine, interval = agreement.agreement.value, agreement.agreement.interval
     return (
-        f"text-image agreement by {found.encoder} {cosine:.3f} [{interval.low:.3f}, {interval.high:.3f}]; "
-        f"real images {found.real.value:.3f}, with the prompts of others {found.shuffled:.3f}"
+        f"text-image agreement by {agreement.encoder} {cosine:.3f} [{interval.low:.3f}, {interval.high:.3f}]; "
+        f"real images {agreement.real.value:.3f}, with the prompts of others {agreement.shuffled:.3f}"
     )

@@ -51,17 +51,17 @@ DASHED = (0, (4, 3))
 
 def charts(evaluation: Evaluation, losses: Path | None) -> list[Chart]:
     """Plot scores against images seen, each with its real baseline; and the losses, if there is a CSV of them."""
-    draws: dict[str, Draw] = {
+    draw_functions: dict[str, Draw] = {
         "KID, with 95 % intervals (lower is better)": partial(_draw_kid, evaluation=evaluation),
         "Fréchet distance (lower is better)": partial(_draw_scores, evaluation=evaluation, names=["fd"]),
     }
     for names in (("precision", "recall"), ("density", "coverage")):
         title = f"{' and '.join(names).capitalize()} (higher is better)"
-        draws[title] = partial(_draw_scores, evaluation=evaluation, names=names, top=1.02)
+        draw_functions[title] = partial(_draw_scores, evaluation=evaluation, names=names, top=1.02)
     if losses is not None and (columns := read_losses(losses)):
         by_name = {name.replace("_", " "): points for name, points in columns.items()}
-        draws["Loss on fixed images"] = curves(by_name, logarithmic=True)
-    return [chart(title, over_training(draw)) for title, draw in draws.items()]
+        draw_functions["Loss on fixed images"] = curves(by_name, logarithmic=True)
+    return [chart(title, over_training(draw)) for title, draw in draw_functions.items()]
 
 
 def chart(title: str, draw: Draw, size: tuple[float, float] = (5.6, 3.3)) -> Chart:
@@ -121,9 +121,9 @@ def curves(by_name: Mapping[str, Sequence[tuple[float, float]]], logarithmic: bo
     return draw
 
 
-def label_decades(axis: Axis, at: Sequence[float]) -> None:
+def label_decades(axis: Axis, multiples: Sequence[float]) -> None:
     """Label a logarithmic ``axis`` at these multiples of powers of ten, as plain numbers."""
-    axis.set_major_locator(LogLocator(subs=at))
+    axis.set_major_locator(LogLocator(subs=multiples))
     axis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axis.set_minor_locator(NullLocator())
 
@@ -135,8 +135,9 @@ def _draw_kid(axes: Axes, paper: Paper, evaluation: Evaluation) -> None:
     axes.axhline(baseline.kid, color=paper.muted, linewidth=1.2, linestyle=DASHED, label="real-vs-real baseline")
 
     def plot(checkpoints: Sequence[CheckpointEvaluation], **style: Any) -> None:
-        kids, errors = [each.scores.kid for each in checkpoints], [1.96 * each.scores.kid_se for each in checkpoints]
-        axes.errorbar([each.images for each in checkpoints], kids, errors, markersize=5, **style)
+        kids = [model.scores.kid for model in checkpoints]
+        errors = [1.96 * model.scores.kid_se for model in checkpoints]
+        axes.errorbar([model.images for model in checkpoints], kids, errors, markersize=5, **style)
 
     plot(evaluation.checkpoints, color=paper.series[0], fmt="o-", linewidth=1.8, capsize=3)
     if evaluation.preliminary:  # measured on fewer images, so points off the curve
@@ -148,7 +149,7 @@ def _draw_kid(axes: Axes, paper: Paper, evaluation: Evaluation) -> None:
 def _draw_scores(axes: Axes, paper: Paper, evaluation: Evaluation, names: Sequence[str], top: float = 0) -> None:
     """Draw the scores of these ``names`` from 0 to ``top`` or more, each with its real baseline."""
     for name, colour in zip(names, paper.series, strict=False):
-        images, values = zip(*((each.images, each.scores.of(name)) for each in evaluation.checkpoints), strict=True)
+        images, values = zip(*((model.images, model.scores.of(name)) for model in evaluation.checkpoints), strict=True)
         axes.plot(images, values, color=colour, marker="o", markersize=5, linewidth=1.8, label=name)
         axes.axhline(evaluation.real_baseline.scores.of(name), color=colour, linewidth=1.2, linestyle=DASHED)
     axes.set_ylim(0, max(top, axes.get_ylim()[1]))
@@ -180,13 +181,13 @@ def lead_chart(headline: Headline, delta: float, confidence: float) -> Chart:
 
 def held_out_loss_chart(losses: Mapping[str, HeldOutLoss]) -> Chart | None:
     """Plot the loss on held-out images by noise level for each model; None if no model has any."""
-    if not (by_name := {name: found.levels for name, found in losses.items() if found.levels}):
+    if not (by_name := {name: loss.levels for name, loss in losses.items() if loss.levels}):
         return None
 
     def draw(axes: Axes, paper: Paper) -> None:
         for (name, levels), colour in zip(by_name.items(), paper.series, strict=False):
-            sigmas = [math.sqrt(each.sigma_low * each.sigma_high) for each in levels]
-            means, errors = [each.loss for each in levels], [1.96 * each.loss_se for each in levels]
+            sigmas = [math.sqrt(level.sigma_low * level.sigma_high) for level in levels]
+            means, errors = [level.loss for level in levels], [1.96 * level.loss_se for level in levels]
             axes.errorbar(sigmas, means, errors, color=colour, fmt="o-", markersize=4, capsize=2, label=name)
         axes.set(xscale="log", ylim=(0, None), xlabel="noise level σ")
         label_decades(axes.xaxis, (1,))

@@ -104,16 +104,16 @@ def collect_statistics(folder: Path, manifest: Manifest, progress: Progress = si
         copies = table.filter(pc.field("outcome") == "duplicate")
         duplicates.append(copies.select(["key", "source"]))
         result.contradicted += len(copies) - copies["reason"].null_count
-        kept = table.filter(pc.field("outcome") == "kept").combine_chunks()
-        near = kept["near"]
-        edges.append(pa.table({"key": kept["key"].take(pc.list_parent_indices(near)), "near": pc.list_flatten(near)}))
-        sizes = kept.group_by(["width", "height"]).aggregate([([], "count_all")]).to_pylist()
+        rows = table.filter(pc.field("outcome") == "kept").combine_chunks()
+        ends = rows["near"]
+        edges.append(pa.table({"key": rows["key"].take(pc.list_parent_indices(ends)), "near": pc.list_flatten(ends)}))
+        sizes = rows.group_by(["width", "height"]).aggregate([([], "count_all")]).to_pylist()
         result.sizes.update({(row["width"], row["height"]): row["count_all"] for row in sizes})
-        result.captioned += pc.sum(pc.greater(pc.utf8_length(kept["caption"]), 0)).as_py() or 0
-        result.hashed += len(kept) - kept["phash"].null_count
-        result.hashes += kept["phash"].drop_null().slice(0, HASHES - len(result.hashes)).to_pylist()
+        result.captioned += pc.sum(pc.greater(pc.utf8_length(rows["caption"]), 0)).as_py() or 0
+        result.hashed += len(rows) - rows["phash"].null_count
+        result.hashes += rows["phash"].drop_null().slice(0, HASHES - len(result.hashes)).to_pylist()
         pixels = math.prod(part.shape or (manifest.size, manifest.size))
-        measures, splits = _measure_images(kept, pixels), np.asarray(kept["split"])
+        measures, splits = _measure_images(rows, pixels), np.asarray(rows["split"])
         for number, split in enumerate(SPLITS):
             values = measures[splits == split]
             columns = zip(values.T, MEASURES.values(), strict=True)
@@ -124,10 +124,10 @@ def collect_statistics(folder: Path, manifest: Manifest, progress: Progress = si
     leading = counts.sort_by([("count_all", "descending"), ("key", "ascending")]).slice(0, 6).to_pylist()
     nodes = pa.chunked_array([*pairs["key"].chunks, *pairs["near"].chunks], pa.string()).unique()
     keys = pa.array(sorted({row["key"] for row in leading}.union(nodes.to_pylist())), pa.string())
-    shown = (pc.field("outcome") == "kept") & pc.field("key").isin(keys)
+    row_filter = (pc.field("outcome") == "kept") & pc.field("key").isin(keys)
     sources: dict[str, str] = {}
     for part in manifest.parts if len(keys) else ():
-        rows = read_records(folder, part, ("source", "outcome", "key")).filter(shown)
+        rows = read_records(folder, part, ("source", "outcome", "key")).filter(row_filter)
         sources |= zip(rows["key"].to_pylist(), rows["source"].to_pylist(), strict=True)
     for row in leading:
         if (key := row["key"]) in sources:
@@ -147,16 +147,16 @@ def group_reasons(quarantine: dict[str, str]) -> list[tuple[str, int, list[str]]
     sources: dict[str, list[str]] = {}
     for source, reason in quarantine.items():
         sources.setdefault(VARIABLE.sub("…", reason), []).append(source)
-    ordered = sorted(sources.items(), key=lambda item: (-len(item[1]), item[0]))
-    return [(pattern, len(names), names[:EXAMPLES]) for pattern, names in ordered]
+    groups = sorted(sources.items(), key=lambda item: (-len(item[1]), item[0]))
+    return [(pattern, len(names), names[:EXAMPLES]) for pattern, names in groups]
 
 
-def _measure_images(kept: pa.Table, pixels: int) -> np.ndarray:
+def _measure_images(rows: pa.Table, pixels: int) -> np.ndarray:
     """Compute MEASURES of each image from its sums over ``pixels`` pixels, (n, 5); grey counts for all channels."""
     moments = []
     for name in ("total", "squares"):
-        padded = pc.list_slice(kept[name], 0, 3, return_fixed_size_list=True)
-        sums = np.asarray(pc.list_flatten(padded), float).reshape(-1, 3)
+        padded_lists = pc.list_slice(rows[name], 0, 3, return_fixed_size_list=True)
+        sums = np.asarray(pc.list_flatten(padded_lists), float).reshape(-1, 3)
         moments.append(np.where(np.isnan(sums), sums[:, :1], sums) / pixels)
     mean, squares = moments
     return np.column_stack([mean @ LUMA, np.sqrt(np.maximum(squares - mean**2, 0).mean(1)), mean])
@@ -231,34 +231,34 @@ def compare_with_parent(dataset: Dataset, parent: Manifest | None, progress: Pro
         return ParentComparison("This version only removed images: there is nothing new to compare.", added=0)
     if any(not (dataset.folder / part.records.name).is_file() for part in unshared(parent, manifest)):
         return ParentComparison("The parent's tables are no longer here, so new images cannot be told from its own.")
-    added, others = (
+    added_rows, parent_rows = (
         rows[permutation(0, f"dataset report/{name}", 0, len(rows))]
         for name, rows in zip(("added", "parent"), split_by_parent(dataset, parent), strict=True)
     )
-    if (compared := min(MOST, len(added), len(others) // 2)) < FEWEST:
-        if not len(added):
+    if (sample_count := min(MOST, len(added_rows), len(parent_rows) // 2)) < FEWEST:
+        if not len(added_rows):
             verdict = "No image was added: there is nothing new to compare."
-        elif len(added) < FEWEST:
-            were = counted(len(added), "image was", "images were")
-            verdict = f"Only {were} added: too few to tell whether they differ from the parent's."
+        elif len(added_rows) < FEWEST:
+            added_text = counted(len(added_rows), "image was", "images were")
+            verdict = f"Only {added_text} added: too few to tell whether they differ from the parent's."
         else:
-            held = counted(len(others), "image")
-            verdict = f"The parent had only {held}: too few to tell whether the new ones differ from them."
-        return ParentComparison(verdict, len(added), added, others)
+            parent_text = counted(len(parent_rows), "image")
+            verdict = f"The parent had only {parent_text}: too few to tell whether the new ones differ from them."
+        return ParentComparison(verdict, len(added_rows), added_rows, parent_rows)
     extractor = make_extractor(EvaluationConfig())
     features: list[Tensor] = []
-    for batch in read_batches(dataset, np.concatenate([added[:compared], others[: 2 * compared]])):
-        progress("features of new images and of the parent's", sum(len(each) for each in features), 3 * compared)
+    for batch in read_batches(dataset, np.concatenate([added_rows[:sample_count], parent_rows[: 2 * sample_count]])):
+        progress("features of new images and of the parent's", sum(len(piece) for piece in features), 3 * sample_count)
         features.append(by_shape(batch, extractor))
-    new, reference, rest = torch.split(torch.cat(features), compared)
-    drift, permuted_kids = measure_drift(new, reference, rest, extractor.name)
-    similarity = (new @ torch.cat([reference, rest]).T).amax(1)
-    least_similar = added[similarity.argsort(stable=True)[:16].numpy()]
+    new_features, reference_features, other_features = torch.split(torch.cat(features), sample_count)
+    drift, permuted_kids = measure_drift(new_features, reference_features, other_features, extractor.name)
+    similarity = (new_features @ torch.cat([reference_features, other_features]).T).amax(1)
+    least_similar = added_rows[similarity.argsort(stable=True)[:16].numpy()]
     verdict = (
         f"The new images {'differ' if drift.differs else 'cannot be told apart'} from the parent's: "
         f"their KID is {signed(drift.kid)}, and chance alone reaches {signed(drift.kid_chance)}."
     )
-    return ParentComparison(verdict, len(added), added, others, least_similar, drift, permuted_kids)
+    return ParentComparison(verdict, len(added_rows), added_rows, parent_rows, least_similar, drift, permuted_kids)
 
 
 def split_by_parent(
@@ -270,15 +270,15 @@ def split_by_parent(
     a table of theirs is neither in the data set's folder nor ``elsewhere``.
     """
     new_parts = [part.number for part in unshared(dataset.manifest, parent)]
-    with_shards = [part.number for part in dataset.manifest.parts if part.shard is not None]
-    is_new = np.isin(dataset.shards(range(len(dataset))), np.flatnonzero(np.isin(with_shards, new_parts)))
+    shard_parts = [part.number for part in dataset.manifest.parts if part.shard is not None]
+    is_new = np.isin(dataset.shards(range(len(dataset))), np.flatnonzero(np.isin(shard_parts, new_parts)))
     candidates = np.flatnonzero(is_new)
     keys = pa.array(dataset.keys(candidates), pa.string())
     for part in unshared(parent, dataset.manifest):
         if (table := find_records(dataset.folder, part, ("key", "outcome"), elsewhere)) is None:
             raise UserError(f"{part.records.name} of version {parent.digest[:12]} is gone: see `darkroom data log`")
-        kept = table.filter(pc.field("outcome") == "kept")
-        is_new[candidates[np.asarray(pc.is_in(keys, kept["key"].combine_chunks()))]] = False
+        kept_rows = table.filter(pc.field("outcome") == "kept")
+        is_new[candidates[np.asarray(pc.is_in(keys, kept_rows["key"].combine_chunks()))]] = False
     return np.flatnonzero(is_new), np.flatnonzero(~is_new)
 
 
@@ -286,10 +286,10 @@ def read_batches(dataset: Dataset, rows: Rows) -> Iterator[Images]:
     """Yield the images in ``rows``, of any shapes, in batches of about BATCH_BYTES: (C, H, W) uint8 each."""
     step = max(1, BATCH_BYTES // int(np.prod(dataset.shape)))
     for start in range(0, len(rows), step):
-        found: dict[int, Tensor] = {}
-        for own in dataset.by_bucket(rows[start : start + step]):
-            found |= zip(own.tolist(), dataset.images(own), strict=True)
-        yield stack_images([found[int(row)] for row in rows[start : start + step]])
+        images: dict[int, Tensor] = {}
+        for bucket_rows in dataset.by_bucket(rows[start : start + step]):
+            images |= zip(bucket_rows.tolist(), dataset.images(bucket_rows), strict=True)
+        yield stack_images([images[int(row)] for row in rows[start : start + step]])
 
 
 def measure_drift(added: Tensor, parent: Tensor, others: Tensor, extractor: str) -> tuple[Drift, np.ndarray]:
@@ -297,21 +297,21 @@ def measure_drift(added: Tensor, parent: Tensor, others: Tensor, extractor: str)
 
     Features have equal length. Also returns the KID of each permutation of ``added`` and ``parent``, (PERMUTATIONS,).
     """
-    count, fitted = len(added), compute_moments(parent)
+    count, parent_moments = len(added), compute_moments(parent)
     added, parent, others = added.double(), parent.double(), others.double()
-    both = torch.cat([added, parent])
+    features = torch.cat([added, parent])
     sides = np.tile(np.repeat([1.0, 0.0], count), (PERMUTATIONS, 1))
-    first = torch.from_numpy(generator(0, "dataset report/permutations", 0).permuted(sides, axis=1)).T
-    permuted_kids = kids_of_splits(kid_kernel(both, both).fill_diagonal_(0), first)
+    splits = torch.from_numpy(generator(0, "dataset report/permutations", 0).permuted(sides, axis=1)).T
+    permuted_kids = kids_of_splits(kid_kernel(features, features).fill_diagonal_(0), splits)
     drift = Drift(
         extractor=extractor,
         compared=count,
         kid=compute_kid(added, parent)[0],
         kid_baseline=compute_kid(others, parent)[0],
         kid_chance=float(permuted_kids.quantile(SIGNIFICANCE, interpolation="higher")),
-        fd=frechet_distance(compute_moments(added), fitted),
-        fd_baseline=frechet_distance(compute_moments(others), fitted),
-        neighbor_accuracy=_neighbor_accuracy(both),
+        fd=frechet_distance(compute_moments(added), parent_moments),
+        fd_baseline=frechet_distance(compute_moments(others), parent_moments),
+        neighbor_accuracy=_neighbor_accuracy(features),
         neighbor_accuracy_baseline=_neighbor_accuracy(torch.cat([others, parent])),
     )
     return drift, permuted_kids.numpy()
@@ -324,8 +324,8 @@ def kids_of_splits(pairs: Tensor, first: Tensor) -> Tensor:
     half and 0 for the others, (2n, P) float64.
     """
     count = len(pairs) // 2
-    across = ((1 - first) * (pairs @ first)).sum(0)
-    return (pairs.sum() - 2 * across) / (count * (count - 1)) - 2 * across / count**2
+    cross_sums = ((1 - first) * (pairs @ first)).sum(0)
+    return (pairs.sum() - 2 * cross_sums) / (count * (count - 1)) - 2 * cross_sums / count**2
 
 
 def _neighbor_accuracy(features: Tensor) -> float:
@@ -463,7 +463,7 @@ def write_dataset_report(folder: Path, output: Path, progress: Progress = silent
             sheet=partial(_sheet, dataset),
             mean_image=partial(_mean_image, dataset),
             find_rows=partial(_find_rows, dataset),
-            splits_of=partial(_splits_of, dataset),
+            splits_of=partial(_name_splits, dataset),
             **_original_sizes(statistics, manifest),
             **_shapes(dataset, order),
             **_classes_and_captions(dataset, order, statistics),
@@ -478,14 +478,14 @@ def summarize(
 ) -> DatasetSummary:
     """Summarize a version in numbers."""
     outcomes = sum((Counter(part.outcomes) for part in manifest.parts), Counter[Outcome]())
-    groups, added = statistics.near_duplicates if statistics.hashed else None, comparison.added
-    same = ("name", "digest", "content_digest", "parent", "change", "kept", "channels", "size", "buckets", "storage")
+    groups, added_count = statistics.near_duplicates if statistics.hashed else None, comparison.added
+    fields = ("name", "digest", "content_digest", "parent", "change", "kept", "channels", "size", "buckets", "storage")
     return DatasetSummary(
-        **{name: getattr(manifest, name) for name in same},
+        **{name: getattr(manifest, name) for name in fields},
         train=manifest.counts["train"],
         held_out=manifest.counts["held_out"],
-        added=added,
-        lost=None if parent is None or added is None else parent.kept + added - manifest.kept,
+        added=added_count,
+        lost=None if parent is None or added_count is None else parent.kept + added_count - manifest.kept,
         duplicates=outcomes["duplicate"],
         contradicted=statistics.contradicted,
         quarantined=len(statistics.quarantine),
@@ -531,8 +531,8 @@ def _shapes(dataset: Dataset, order: Rows) -> dict[str, Any]:
     return {
         "shape_counts": list(zip(manifest.storage.buckets or (), *manifest.shape_counts.values(), strict=False)),
         "bucket_rows": [
-            (shape_name(dataset.shapes[int(dataset.buckets(own[:1])[0])]), own[:12])
-            for own in (dataset.by_bucket(order) if manifest.buckets else [])
+            (shape_name(dataset.shapes[int(dataset.buckets(bucket_rows[:1])[0])]), bucket_rows[:12])
+            for bucket_rows in (dataset.by_bucket(order) if manifest.buckets else [])
         ],
     }
 
@@ -558,16 +558,16 @@ def _classes_and_captions(dataset: Dataset, order: Rows, statistics: RecordStati
 
 def _near_duplicate_thresholds(dataset: Dataset, order: Rows, statistics: RecordStatistics) -> dict[str, Any]:
     """Return the page's values on thresholds of near-duplicates, by the first images of ``order``."""
-    recorded = dataset.manifest.near_duplicate_bits
-    thresholds, enough = list[HashThreshold](), None
+    manifest_bits = dataset.manifest.near_duplicate_bits
+    thresholds, sufficient_bits = list[HashThreshold](), None
     if len(order) and len(statistics.hashes) > 1:
         images = [image_of(image) for batch in read_batches(dataset, order[:CALIBRATED]) for image in batch]
-        thresholds, enough = calibrate_thresholds(images, statistics.hashes, recorded)
+        thresholds, sufficient_bits = calibrate_thresholds(images, statistics.hashes, manifest_bits)
     return {
         "thresholds": thresholds,
-        "enough": enough,
-        "recorded": recorded,
-        "missed": next((1 - each.copies for each in thresholds if each.bits == recorded), 0),
+        "enough": sufficient_bits,
+        "recorded": manifest_bits,
+        "missed": next((1 - threshold.copies for threshold in thresholds if threshold.bits == manifest_bits), 0),
     }
 
 
@@ -580,8 +580,8 @@ def _mean_image(dataset: Dataset, rows: Rows) -> bytes:
     """Average the images of ``rows`` in a PNG; those of several shapes are stretched to the square."""
     square = (min(SIDE, dataset.manifest.size),) * 2
     images = _thumbnails(dataset, rows)
-    same = images if isinstance(images, Tensor) else torch.cat([_reduced(each[None], square) for each in images])
-    return png_bytes(grid(same.double().mean(0, keepdim=True).round().to(torch.uint8), pad=0))
+    stack = images if isinstance(images, Tensor) else torch.cat([_reduce(image[None], square) for image in images])
+    return png_bytes(grid(stack.double().mean(0, keepdim=True).round().to(torch.uint8), pad=0))
 
 
 def _find_rows(dataset: Dataset, keys: Sequence[str]) -> list[int]:
@@ -589,10 +589,10 @@ def _find_rows(dataset: Dataset, keys: Sequence[str]) -> list[int]:
     return [bisect_left(range(len(dataset)), key, key=lambda row: dataset.keys([row])[0]) for key in keys]
 
 
-def _splits_of(dataset: Dataset, rows: Sequence[int]) -> str:
+def _name_splits(dataset: Dataset, rows: Sequence[int]) -> str:
     """Name the splits in which ``rows`` are."""
-    held = np.isin(rows, dataset.rows("held_out"))
-    return "held out" if held.all() else "both splits" if held.any() else "training"
+    is_held_out = np.isin(rows, dataset.rows("held_out"))
+    return "held out" if is_held_out.all() else "both splits" if is_held_out.any() else "training"
 
 
 def describe(
@@ -608,13 +608,13 @@ def describe(
         parts = [] if manifest.change.startswith("removal") else unshared(manifest, parent)
         if manifest.change == "curation":
             # It writes tables anew of parts that were read before.
-            earlier = {part.number for part in parent.parts}
-            parts = [part for part in parts if part.number not in earlier]
+            parent_numbers = {part.number for part in parent.parts}
+            parts = [part for part in parts if part.number not in parent_numbers]
         if outcomes := sum((Counter(part.outcomes) for part in parts), Counter[Outcome]()):
-            new, again, bad = (count(outcomes[outcome]) for outcome in ("kept", "duplicate", "quarantined"))
-            read = counted(outcomes.total(), "file")
+            new, copies, bad = (count(outcomes[outcome]) for outcome in ("kept", "duplicate", "quarantined"))
+            total = counted(outcomes.total(), "file")
             lines.append(
-                f"Of {read} read for this version, {new} were new images, {again} duplicates, {bad} quarantined."
+                f"Of {total} read for this version, {new} were new images, {copies} duplicates, {bad} quarantined."
             )
         ours, theirs = set(manifest.labels), set(parent.labels)
         if new_classes := sorted(ours - theirs):
@@ -626,10 +626,10 @@ def describe(
     lines.append(summary.verdict)
     if summary.quarantined:
         pattern, files, _ = reasons[0]
-        most = "all" if files == summary.quarantined else count(files)
-        of_all = share(summary.quarantined, summary.kept + summary.duplicates + summary.quarantined)
+        number = "all" if files == summary.quarantined else count(files)
+        percent = share(summary.quarantined, summary.kept + summary.duplicates + summary.quarantined)
         lines.append(
-            f"{of_all} of all files are in quarantine ({count(summary.quarantined)}), {most} for this reason: "
+            f"{percent} of all files are in quarantine ({count(summary.quarantined)}), {number} for this reason: "
             f"{pattern}."
         )
     return lines
@@ -687,20 +687,20 @@ def draw_histograms(statistics: RecordStatistics, channels: int) -> list[tuple[s
 
 def _thumbnails(dataset: Dataset, rows: Rows) -> Images:
     """Return the images in ``rows``, (C, h, w) uint8 each; of large ones the longer side is reduced to SIDE."""
-    found: list[Tensor] = []
+    thumbnails: list[Tensor] = []
     for batch in read_batches(dataset, rows):
-        for images in [batch] if isinstance(batch, Tensor) else [each[None] for each in batch]:
+        for images in [batch] if isinstance(batch, Tensor) else [image[None] for image in batch]:
             sides = height_and_width(images)
-            if (longer := max(sides)) > SIDE:
-                images = _reduced(images, (round(sides[0] * SIDE / longer), round(sides[1] * SIDE / longer)))
-            found += images
-    return stack_images(found)
+            if (longer_side := max(sides)) > SIDE:
+                images = _reduce(images, (round(sides[0] * SIDE / longer_side), round(sides[1] * SIDE / longer_side)))
+            thumbnails += images
+    return stack_images(thumbnails)
 
 
-def _reduced(images: Tensor, shape: Shape) -> Tensor:
+def _reduce(images: Tensor, shape: Shape) -> Tensor:
     return interpolate(images.float(), shape, mode="area").round().to(torch.uint8)
 
 
 def _enumerate(names: Sequence[str]) -> str:
-    more = len(names) - CLASS_NAMES
-    return ", ".join(names[:CLASS_NAMES]) + (f" and {count(more)} more" if more > 0 else "")
+    remainder = len(names) - CLASS_NAMES
+    return ", ".join(names[:CLASS_NAMES]) + (f" and {count(remainder)} more" if remainder > 0 else "")

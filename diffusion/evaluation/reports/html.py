@@ -32,17 +32,17 @@ def render(template: str, **content: object) -> bytes:
     environment = Environment(
         loader=PackageLoader("diffusion.evaluation.reports"),
         autoescape=True,
-        finalize=_visible,
+        finalize=_escape,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
     filters = (uri, with_error, plain, signed, count, counted, share, storage)
-    environment.filters |= {each.__name__: each for each in filters}
+    environment.filters |= {function.__name__: function for function in filters}
     return environment.get_template(template).render(**content).encode()
 
 
-def _visible(value: Any) -> Any:
+def _escape(value: Any) -> Any:
     """Escape characters in text that would reorder or hide what stands beside it."""
     if not isinstance(value, str) or hasattr(value, "__html__"):
         return value
@@ -114,6 +114,6 @@ def storage(size: int) -> str:
     for unit, power in (("TB", 12), ("GB", 9), ("MB", 6), ("kB", 3)):
         # A value that rounds to a thousand belongs to the next unit.
         if size >= 0.9995 * 10**power:
-            found = size / 10**power
-            return f"{found:,.0f} {unit}" if found >= 999.5 else f"{found:.3g} {unit}"
+            number = size / 10**power
+            return f"{number:,.0f} {unit}" if number >= 999.5 else f"{number:.3g} {unit}"
     return f"{size} bytes"

@@ -79,18 +79,18 @@ def findings(ranking: Ranking) -> list[str]:
     if not ranking.leads:
         return ["There are too few images to tell one from another."]
     if len(ranking.leads) > NAMED:
-        if not (alike := [lead for lead in ranking.leads if not lead.is_sure]):
+        if not (ties := [lead for lead in ranking.leads if not lead.is_sure]):
             return ["It is better than every other, with 95 % confidence."]
-        return [f"{counted(len(alike), 'other')} cannot be told from it with 95 % confidence."]
+        return [f"{counted(len(ties), 'other')} cannot be told from it with 95 % confidence."]
     title = METRICS[figure][0] if figure in METRICS else ranking.metric
-    said = []
+    sentences = []
     for lead in ranking.leads:
         distance = between(lead.difference.interval(CONFIDENCE))
         if lead.is_sure:
-            said.append(f"{best} is better than {lead.worse}: by {distance} in {title}.")
+            sentences.append(f"{best} is better than {lead.worse}: by {distance} in {title}.")
         else:
-            said.append(f"{best} and {lead.worse} cannot be told apart: {distance} in {title} lie between them.")
-    return said
+            sentences.append(f"{best} and {lead.worse} cannot be told apart: {distance} in {title} lie between them.")
+    return sentences
 
 
 def metric_columns(ranking: Ranking) -> list[Column]:
@@ -101,22 +101,22 @@ def metric_columns(ranking: Ranking) -> list[Column]:
         name: (*words, [score_cell(side.scores, name, side.estimates) for side in sides])
         for name, words in METRICS.items()
     }
-    values = [*(Cell(with_error(each.value, each.error)) for each in models), Cell()]
-    first = columns.pop(leading, (ranking.metric, "higher is better", values))
-    leads = [each.difference for each in ranking.leads]
-    behind = [Cell("best"), *(Cell(signed(each.value), between(each.interval(CONFIDENCE))) for each in leads)]
-    behind += [Cell()] * (len(sides) - len(behind))
-    found = [("behind the best", f"difference in {first[0]}", behind), *columns.values()]
-    if any(each.text_image_agreement is not None for each in models):
-        cells = [_agreement(each.text_image_agreement) for each in models]
-        found.append(("text-image agreement", "cosine of image and prompt, higher is better", [*cells, Cell()]))
-    return [first, *found]
+    values = [*(Cell(with_error(model.value, model.error)) for model in models), Cell()]
+    metric_column = columns.pop(leading, (ranking.metric, "higher is better", values))
+    leads = [lead.difference for lead in ranking.leads]
+    distances = [Cell("best"), *(Cell(signed(lead.value), between(lead.interval(CONFIDENCE))) for lead in leads)]
+    distances += [Cell()] * (len(sides) - len(distances))
+    other_columns = [("behind the best", f"difference in {metric_column[0]}", distances), *columns.values()]
+    if any(model.text_image_agreement is not None for model in models):
+        cells = [_agreement(model.text_image_agreement) for model in models]
+        other_columns.append(("text-image agreement", "cosine of image and prompt, higher is better", [*cells, Cell()]))
+    return [metric_column, *other_columns]
 
 
-def _agreement(found: TextImageAgreement | str | None) -> Cell:
-    if isinstance(found, TextImageAgreement):
-        return Cell(f"{found.agreement.value:.3f}", between(found.agreement.interval))
-    return Cell("no captions" if found is None else "not measured", found or "")
+def _agreement(agreement: TextImageAgreement | str | None) -> Cell:
+    if isinstance(agreement, TextImageAgreement):
+        return Cell(f"{agreement.agreement.value:.3f}", between(agreement.agreement.interval))
+    return Cell("no captions" if agreement is None else "not measured", agreement or "")
 
 
 def cost_columns(models: Sequence[RankedModel]) -> list[Column]:
@@ -151,25 +151,25 @@ def metrics_chart(ranking: Ranking) -> Chart | None:
     def draw(axes: Axes, paper: Paper) -> None:
         if (baseline := ranking.real_baseline.metrics().get(name)) is not None:
             axes.axvline(baseline, color=paper.muted, linewidth=1.2)
-        for row, each in enumerate(models):
-            reach = [[1.96 * each.error]] * 2
-            if (estimate := each.estimates.get(name)) is not None:
-                ends = each.value - estimate.interval.low, estimate.interval.high - each.value
+        for row, model in enumerate(models):
+            reach = [[1.96 * model.error]] * 2
+            if (estimate := model.estimates.get(name)) is not None:
+                ends = model.value - estimate.interval.low, estimate.interval.high - model.value
                 reach = [[max(end, 0)] for end in ends]
-            axes.errorbar([each.value], [row], xerr=reach, color=paper.series[0], marker="o", linewidth=2, capsize=5)
-        axes.set_yticks(range(len(models)), [each.name for each in models])
+            axes.errorbar([model.value], [row], xerr=reach, color=paper.series[0], marker="o", linewidth=2, capsize=5)
+        axes.set_yticks(range(len(models)), [model.name for model in models])
         axes.set_xlabel(name + ("; the line is the real-vs-real baseline" if baseline is not None else ""))
 
-    better = "higher" if ranking.higher_is_better else "lower"
-    return chart(f"{name} with 95 % intervals ({better} is better)", draw, (7.4, 0.9 + 0.4 * len(models)))
+    direction = "higher" if ranking.higher_is_better else "lower"
+    return chart(f"{name} with 95 % intervals ({direction} is better)", draw, (7.4, 0.9 + 0.4 * len(models)))
 
 
 def training_charts(names: Sequence[str], evaluations: Sequence[Evaluation], losses: Sequence[Path]) -> list[Chart]:
     """Plot selection metrics of checkpoints, and held-out losses of CSV files, if there are any, for each run."""
-    metrics = [[(each.images, each.selection_metric.value) for each in one.checkpoints] for one in evaluations]
+    metrics = [[(model.images, model.selection_metric.value) for model in run.checkpoints] for run in evaluations]
     name = evaluations[0].best.selection_metric.name
-    found = [chart(name, over_training(curves(dict(zip(names, metrics, strict=True)))))]
+    charts = [chart(name, over_training(curves(dict(zip(names, metrics, strict=True)))))]
     columns = [read_losses(path).get("held_out_loss_ema", []) if path.is_file() else [] for path in losses]
     if any(columns):
-        found.append(chart("Loss on held-out images", over_training(curves(dict(zip(names, columns, strict=True))))))
-    return found
+        charts.append(chart("Loss on held-out images", over_training(curves(dict(zip(names, columns, strict=True))))))
+    return charts
