@@ -33,23 +33,23 @@ class Denoiser:
         x0, _ = self.answer(x, sigma)
         return x0
 
-    def posterior(self, x: Tensor, sigma: Tensor, following: Tensor) -> tuple[Tensor, Tensor]:
-        """Estimate x_0, and the learned standard deviation of x at the lower σ ``following``: both (N, C, H, W)."""
+    def posterior(self, x: Tensor, sigma: Tensor, next_sigma: Tensor) -> tuple[Tensor, Tensor]:
+        """Estimate x_0, and the learned standard deviation of x at the lower σ ``next_sigma``: both (N, C, H, W)."""
         x0, v = self.answer(x, sigma)
-        return x0, deviation_between(v, fixed_small(sigma, following), fixed_large(sigma, following))
+        return x0, deviation_between(v, fixed_small(sigma, next_sigma), fixed_large(sigma, next_sigma))
 
     def answer(self, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
         """Estimate x_0; also returns v (N, C, H, W) of a learned variance, or a tensor without channels."""
         sigma = sigma.to(x.device).double().expand(len(x))
-        around = None if self.around is None else self.around.to(x)
-        if around is not None:
-            x = x - around
-        scaled = like(x, self.parametrization.c_in(sigma)) * x
-        output = self.network(scaled, self.schedule.time(sigma)).to(x.dtype)
+        center = None if self.around is None else self.around.to(x)
+        if center is not None:
+            x = x - center
+        inputs = like(x, self.parametrization.c_in(sigma)) * x
+        output = self.network(inputs, self.schedule.time(sigma)).to(x.dtype)
         prediction, v = output.tensor_split([x.shape[1]], dim=1)
         x0 = self.parametrization.to_x0(prediction, x, sigma)
-        if around is not None:
-            x0 = x0 + around
+        if center is not None:
+            x0 = x0 + center
         return x0.clamp(-1, 1) if self.clip else x0, v
 
 
@@ -70,24 +70,24 @@ def guided(
 
     def denoise(x: Tensor, sigma: Tensor) -> Tensor:
         # One batch for both would be no faster on a CPU.
-        conditioned = conditional(x, sigma)
-        inside = torch.ones_like(sigma, dtype=torch.bool)
+        x0 = conditional(x, sigma)
+        mask = torch.ones_like(sigma, dtype=torch.bool)
         if interval is not None:
-            inside = (sigma > interval[0]) & (sigma <= interval[1])
-        if not inside.any():
-            return conditioned
+            mask = (sigma > interval[0]) & (sigma <= interval[1])
+        if not mask.any():
+            return x0
         # lerp is exact at either end.
-        estimate = torch.lerp(unconditional(x, sigma), conditioned, scale)
+        estimate = torch.lerp(unconditional(x, sigma), x0, scale)
         if rescale is not None:
-            estimate = rescaled(estimate, conditioned, rescale)
-        return torch.where(inside.to(x.device).expand(len(x))[:, None, None, None], estimate, conditioned)
+            estimate = rescaled(estimate, x0, rescale)
+        return torch.where(mask.to(x.device).expand(len(x))[:, None, None, None], estimate, x0)
 
     return denoise
 
 
-def rescaled(estimate: Tensor, conditioned: Tensor, share: float) -> Tensor:
-    """Rescale a ``share`` of ``estimate`` to the contrast of ``conditioned`` (arXiv 2305.08891, equations 15, 16)."""
-    ours, theirs = (each.std((1, 2, 3), keepdim=True) for each in (estimate, conditioned))
+def rescaled(estimate: Tensor, reference: Tensor, share: float) -> Tensor:
+    """Rescale a ``share`` of ``estimate`` to the contrast of ``reference`` (arXiv 2305.08891, equations 15, 16)."""
+    ours, theirs = (values.std((1, 2, 3), keepdim=True) for values in (estimate, reference))
     return torch.lerp(estimate, estimate * (theirs / ours.clamp(min=1e-12)), share)
 
 

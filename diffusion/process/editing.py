@@ -46,7 +46,7 @@ class Edit:
                 raise UserError("without a mask nothing of the image is left: give a mask, or a strength below 1")
             return
         if self.kept.shape != self.image.shape[-2:]:
-            theirs, ours = ("×".join(map(str, each)) for each in (self.kept.shape, self.image.shape[-2:]))
+            theirs, ours = ("×".join(map(str, shape)) for shape in (self.kept.shape, self.image.shape[-2:]))
             raise UserError(f"the mask has {theirs} pixels and the image {ours} (height × width): make them equal")
         if self.kept.all():
             raise UserError("the mask keeps all of the image: make it white where it is to be filled")
@@ -54,26 +54,26 @@ class Edit:
             raise UserError("the mask keeps nothing of the image: make it black where it is to stay")
 
 
-def blanked(images: Tensor, kept: Tensor) -> Tensor:
-    """Fill the hole of ``images`` (..., C, H, W) uint8 with each channel's mean over the ``kept`` pixels (H, W)."""
+def blanked(images: Tensor, mask: Tensor) -> Tensor:
+    """Fill the hole of ``images`` (..., C, H, W) uint8 with each channel's mean over the pixels of ``mask`` (H, W)."""
     # Even at the highest noise level the brightness of the hole would shine through.
-    mean = images[..., kept].float().mean(-1).round().to(images.dtype)
-    return torch.where(kept, images, mean[..., None, None])
+    mean = images[..., mask].float().mean(-1).round().to(images.dtype)
+    return torch.where(mask, images, mean[..., None, None])
 
 
-def replace_known(denoise: Denoise, known: Tensor, kept: Tensor) -> Denoise:
-    """Replace the estimate of ``denoise`` by ``known`` (N, C, H, W) where the mask ``kept`` (N or 1, 1, H, W) is True.
+def replace_known(denoise: Denoise, content: Tensor, mask: Tensor) -> Denoise:
+    """Replace the estimate of ``denoise`` by ``content`` (N, C, H, W) where ``mask`` (N or 1, 1, H, W) is True.
 
     The replacement method (arXiv 2011.13456, appendix I.2), applied to the estimate instead of the state. It is fast,
     but the hole may not fit its surroundings well; ``pigdm`` and ``repaint`` improve on that.
     """
-    return lambda x, sigma: torch.where(kept, known, denoise(x, sigma))
+    return lambda x, sigma: torch.where(mask, content, denoise(x, sigma))
 
 
-def pigdm(denoise: Denoise, known: Tensor, kept: Tensor, sigma_data: float) -> Denoise:
-    """Guide the estimate of ``denoise`` towards ``known`` by a gradient; to be wrapped in ``replace_known``.
+def pigdm(denoise: Denoise, content: Tensor, mask: Tensor, sigma_data: float) -> Denoise:
+    """Guide the estimate of ``denoise`` towards ``content`` by a gradient; to be wrapped in ``replace_known``.
 
-    The estimate x̂ becomes x̂ + (σ/r)² J^T (known − x̂) over the kept part, where J is its derivative by x and
+    The estimate x̂ becomes x̂ + (σ/r)² J^T (content − x̂) over the kept part, where J is its derivative by x and
     r² = σ² σ_data² / (σ² + σ_data²) the posterior variance of a value (ΠGDM, Song et al., ICLR 2023, for a mask).
     Each step costs a gradient, about 2.5 times the work.
     """
@@ -83,7 +83,7 @@ def pigdm(denoise: Denoise, known: Tensor, kept: Tensor, sigma_data: float) -> D
             # Clones, since tensors created in inference mode cannot take part in a gradient.
             x, sigma = x.clone().requires_grad_(), sigma.clone()
             estimate = denoise(x, sigma)
-            residual = torch.where(kept, known.clone() - estimate.detach(), 0)
+            residual = torch.where(mask, content.clone() - estimate.detach(), 0)
             (gradient,) = torch.autograd.grad(estimate, x, residual.to(estimate.dtype))
         gain = 1 + (sigma.to(x.device) / sigma_data) ** 2
         return estimate.detach() + gain.to(x.dtype).expand(len(x))[:, None, None, None] * gradient
@@ -91,9 +91,9 @@ def pigdm(denoise: Denoise, known: Tensor, kept: Tensor, sigma_data: float) -> D
     return guided_estimate
 
 
-def whole(kept: Tensor, shape: tuple[int, int]) -> Tensor:
-    """Downsample the mask ``kept`` (H, W) bool to ``shape`` (h, w): a position is kept if all of its pixels are."""
-    holes = functional.max_pool2d((~kept)[None].float(), len(kept) // shape[0])
+def whole(mask: Tensor, shape: tuple[int, int]) -> Tensor:
+    """Downsample ``mask`` (H, W) bool to ``shape`` (h, w): a position is kept if all of its pixels are."""
+    holes = functional.max_pool2d((~mask)[None].float(), len(mask) // shape[0])
     return holes == 0
 
 
@@ -116,10 +116,10 @@ def repaint(
         return sampler(denoise, x, sigmas, noise)
     for start in range(0, len(sigmas) - 1, stretch):
         levels = sigmas[start : start + stretch + 1]
-        back = float((levels[0] ** 2 - levels[-1] ** 2).sqrt())
+        std = float((levels[0] ** 2 - levels[-1] ** 2).sqrt())
         for repetition in range(resample_steps):
             if repetition:
-                x = x + back * noise()
+                x = x + std * noise()
             x = sampler(denoise, x, levels, noise)
     return x
 
@@ -130,8 +130,8 @@ def levels_for(sigmas: Tensor, strength: float) -> Tensor:
     return sigmas[steps - max(1, round(strength * steps)) :]
 
 
-def between(one: Tensor, other: Tensor, share: Tensor) -> Tensor:
+def between(start: Tensor, end: Tensor, share: Tensor) -> Tensor:
     """Interpolate noise (C, H, W) spherically at each ``share`` (K,), as (K, C, H, W) (arXiv 2010.02502, app. D.5)."""
-    angle = torch.acos(((one * other).sum() / (one.norm() * other.norm())).clamp(-1, 1))
-    to_each = (share * angle)[:, None, None, None].to(one.dtype)
-    return (torch.sin(angle - to_each) * one + torch.sin(to_each) * other) / math.sin(float(angle))
+    angle = torch.acos(((start * end).sum() / (start.norm() * end.norm())).clamp(-1, 1))
+    angles = (share * angle)[:, None, None, None].to(start.dtype)
+    return (torch.sin(angle - angles) * start + torch.sin(angles) * end) / math.sin(float(angle))

@@ -62,14 +62,14 @@ def denoising_terms(
     u = uniform(0, "held_out_loss/level", indices).to(x0.device)
     logs = edges.log().to(x0.device)
 
-    def estimated(sigma: Tensor) -> Tensor:
+    def denoise(sigma: Tensor) -> Tensor:
         x = x0 + sigma.to(x0.dtype)[:, None, None, None] * noise().to(x0)
         return estimate(x, sigma).float()
 
     errors, sigmas = [], []
     for low, high in pairwise(logs):
         sigma = (low + u * (high - low)).exp()
-        errors.append((estimated(sigma) - x0).double().square().mean((1, 2, 3)))
+        errors.append((denoise(sigma) - x0).double().square().mean((1, 2, 3)))
         sigmas.append(sigma)
     error, sigma = torch.stack(errors, 1), torch.stack(sigmas, 1)
     losses = (sigma**-2 + sigma_data**-2) * error
@@ -81,7 +81,7 @@ def denoising_terms(
     nats = (
         x0.double().square().mean((1, 2, 3)) / (2 * edges[-1].item() ** 2)
         + ((logs[1:] - logs[:-1]) * error / sigma**2).sum(1)
-        - log_likelihood(x0, estimated(lowest), deviation).double().mean((1, 2, 3))
+        - log_likelihood(x0, denoise(lowest), deviation).double().mean((1, 2, 3))
     )
     return Terms(edges, losses, nats / math.log(2))
 
@@ -105,12 +105,12 @@ def bound(schedule: NoiseSchedule, t: Tensor, x0: Tensor, error: Tensor, v: Tens
     """
     sigmas = schedule.sigmas.to(t.device)
     first = t == 0
-    sigma, following = sigmas[t], sigmas[(t - 1).clamp(min=0)].masked_fill(first, 0)
+    sigma, next_sigma = sigmas[t], sigmas[(t - 1).clamp(min=0)].masked_fill(first, 0)
     # The lower variance of the last step is 0, so that of the step before it is used, with ᾱ = 1.
-    least = fixed_small(sigmas[1], sigmas[0]) / (1 + sigmas[0] ** 2)
-    low, high = fixed_small(sigma, following).where(~first, least), fixed_large(sigma, following)
+    min_variance = fixed_small(sigmas[1], sigmas[0]) / (1 + sigmas[0] ** 2)
+    low, high = fixed_small(sigma, next_sigma).where(~first, min_variance), fixed_large(sigma, next_sigma)
     deviation = deviation_between(v, like(v, low), like(v, high))
-    mean_error = like(v, 1 - (following / sigma) ** 2) * error
+    mean_error = like(v, 1 - (next_sigma / sigma) ** 2) * error
     nats = torch.empty_like(v)
     # Each term only on its own images: on the others its gradient may be NaN.
     nats[first] = -log_likelihood(x0[first], x0[first] + error[first], deviation[first])
@@ -127,9 +127,9 @@ def log_likelihood(x0: Tensor, mean: Tensor, deviation: Tensor) -> Tensor:
     # so that their difference keeps its digits.
     black, white = x0 < HALF_A_LEVEL - 1, x0 > 1 - HALF_A_LEVEL
     z = torch.where(black, z, torch.where(white, -z, -z.abs()))
-    below: Tensor = log_ndtr(z + half)
-    gap = (log_ndtr(z - half) - below).exp().masked_fill(black | white, 0)
-    return below + torch.log1p(-gap)
+    log_cdf: Tensor = log_ndtr(z + half)
+    gap = (log_ndtr(z - half) - log_cdf).exp().masked_fill(black | white, 0)
+    return log_cdf + torch.log1p(-gap)
 
 
 def like(images: Tensor, number: Tensor) -> Tensor:

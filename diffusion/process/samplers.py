@@ -93,8 +93,8 @@ class BaseSampling(Config):
 
     def build_sampler(self) -> Sampler:
         """Bind the sampler's function to the options of this configuration."""
-        own = type(self).model_fields.keys() - BaseSampling.model_fields.keys()
-        return partial(type(self).function, **{name: getattr(self, name) for name in own})
+        names = type(self).model_fields.keys() - BaseSampling.model_fields.keys()
+        return partial(type(self).function, **{name: getattr(self, name) for name in names})
 
     def run(self, denoise: Denoise, sigmas: Tensor, noise: Noise, mean: Tensor | None = None) -> Tensor:
         """Generate images (N, C, H, W) over the levels ``sigmas``, from noise around their known ``mean`` (None: 0)."""
@@ -140,8 +140,8 @@ class BaseSampling(Config):
             return f"{self.autoguidance:g} by autoguidance"
         if self.guidance is None or not self.guides:
             return "none"
-        where = "all σ" if self.guidance_interval is None else "σ from {:g} to {:g}".format(*self.guidance_interval)
-        return f"{self.guidance:g} at {where}"
+        levels = "all σ" if self.guidance_interval is None else "σ from {:g} to {:g}".format(*self.guidance_interval)
+        return f"{self.guidance:g} at {levels}"
 
     def sigma_grid(self, schedule: NoiseSchedule) -> Tensor:
         """Build the noise levels, (steps + 1,) float64, falling to 0; see ``NoiseSchedule.sigma_grid``."""
@@ -153,26 +153,26 @@ class BaseSampling(Config):
 
     def with_sampler(self, sampler: str) -> SamplingConfig:
         """Return a copy with another ``sampler`` and the defaults of its own options."""
-        shared = self.model_dump(include=set(BaseSampling.model_fields))
+        fields = self.model_dump(include=set(BaseSampling.model_fields))
         if "consistency" in (sampler, self.sampler):  # whose few levels are others
-            del shared["steps"], shared["sigma_min"]
+            del fields["steps"], fields["sigma_min"]
         if "scheduler" in (sampler, self.sampler):  # whose levels are the pipeline's
-            shared = {name: value for name, value in shared.items() if name not in ("sigma_max", "sigma_min")}
-        return sampling_config(**shared | {"sampler": sampler})
+            fields = {name: value for name, value in fields.items() if name not in ("sigma_max", "sigma_min")}
+        return sampling_config(**fields | {"sampler": sampler})
 
     def unguided(self) -> SamplingConfig:
         """Return a copy without classifier-free guidance."""
         return self.changed({"guidance": None, "guidance_interval": None, "guidance_rescale": None})
 
 
-def fixed_small(sigma: Tensor, following: Tensor) -> Tensor:
+def fixed_small(sigma: Tensor, next_sigma: Tensor) -> Tensor:
     """Compute s² (1 − s²/σ²), the variance of x_s for data of a single image: β̃ (arXiv 2006.11239, eq. 7) over ᾱ_s."""
-    return following**2 * (1 - (following / sigma) ** 2)
+    return next_sigma**2 * (1 - (next_sigma / sigma) ** 2)
 
 
-def fixed_large(sigma: Tensor, following: Tensor) -> Tensor:
+def fixed_large(sigma: Tensor, next_sigma: Tensor) -> Tensor:
     """Compute the variance (1 + s²)(σ² − s²)/(1 + σ²) of x_s, exact for data from N(0, I): β (section 3.2) over ᾱ_s."""
-    return (1 + following**2) * (sigma**2 - following**2) / (1 + sigma**2)
+    return (1 + next_sigma**2) * (sigma**2 - next_sigma**2) / (1 + sigma**2)
 
 
 def ddpm(denoise: Denoise, x: Tensor, sigmas: Tensor, noise: Noise, variance: FixedVariance | None = None) -> Tensor:
@@ -180,15 +180,15 @@ def ddpm(denoise: Denoise, x: Tensor, sigmas: Tensor, noise: Noise, variance: Fi
 
     Without ``variance``: the learned one (2102.09672) if ``denoise`` is a ``Denoiser`` with one, else ``fixed_small``.
     """
-    learned = variance is None and getattr(denoise, "learned_variance", False)
-    fixed = fixed_large if variance == "fixed_large" else fixed_small
-    for sigma, following in pairwise(sigmas):
-        if learned:
-            x0, deviation = denoise.posterior(x, sigma, following)  # type: ignore[attr-defined]
+    is_learned = variance is None and getattr(denoise, "learned_variance", False)
+    compute_variance = fixed_large if variance == "fixed_large" else fixed_small
+    for sigma, next_sigma in pairwise(sigmas):
+        if is_learned:
+            x0, deviation = denoise.posterior(x, sigma, next_sigma)  # type: ignore[attr-defined]
         else:
-            x0, deviation = denoise(x, sigma), fixed(sigma, following).sqrt()
-        x = x0 + float((following / sigma) ** 2) * (x - x0)
-        if following > 0:
+            x0, deviation = denoise(x, sigma), compute_variance(sigma, next_sigma).sqrt()
+        x = x0 + float((next_sigma / sigma) ** 2) * (x - x0)
+        if next_sigma > 0:
             x = x + deviation * noise()
     return x
 
@@ -206,12 +206,12 @@ class DDPMSampling(BaseSampling):
 
 def ddim(denoise: Denoise, x: Tensor, sigmas: Tensor, noise: Noise, eta: float = 0.0) -> Tensor:
     """DDIM with a share ``eta`` of fresh noise (arXiv 2010.02502, eq. 12, 16): 0 is Euler's method, 1 is ``ddpm``."""
-    for sigma, following in pairwise(sigmas):
+    for sigma, next_sigma in pairwise(sigmas):
         x0 = denoise(x, sigma)
-        ratio = following / sigma
+        ratio = next_sigma / sigma
         x = x0 + float(ratio * (1 - eta**2 * (1 - ratio**2)).sqrt()) * (x - x0)
-        if eta and following > 0:
-            x = x + eta * float(fixed_small(sigma, following).sqrt()) * noise()
+        if eta and next_sigma > 0:
+            x = x + eta * float(fixed_small(sigma, next_sigma).sqrt()) * noise()
     return x
 
 
@@ -247,8 +247,8 @@ class ChurnConfig(Config):
         """Raise x from σ to σ̂ = σ (1 + γ) before one of ``steps`` steps; returns both."""
         if not self.sigma_min <= sigma <= (math.inf if self.sigma_max is None else self.sigma_max):
             return x, sigma
-        raised = sigma * (1 + min(self.amount / steps, MAX_CHURN))
-        return x + self.noise_std * float((raised**2 - sigma**2).sqrt()) * noise(), raised
+        sigma_hat = sigma * (1 + min(self.amount / steps, MAX_CHURN))
+        return x + self.noise_std * float((sigma_hat**2 - sigma**2).sqrt()) * noise(), sigma_hat
 
 
 class ChurnSampling(BaseSampling):
@@ -269,10 +269,10 @@ def euler(
 
     ``churn_steps`` is the number of steps over which the churn is spread, of which ``sigmas`` may be a part; 0: those.
     """
-    for sigma, following in pairwise(sigmas):
-        raised, level = churn.add(churn_steps or len(sigmas) - 1, x, sigma, noise) if churn else (x, sigma)
-        x0 = denoise(raised, level)
-        x = x0 + float(following / level) * (raised - x0)
+    for sigma, next_sigma in pairwise(sigmas):
+        x_hat, level = churn.add(churn_steps or len(sigmas) - 1, x, sigma, noise) if churn else (x, sigma)
+        x0 = denoise(x_hat, level)
+        x = x0 + float(next_sigma / level) * (x_hat - x0)
     return x
 
 
@@ -288,17 +288,17 @@ def heun(
     denoise: Denoise, x: Tensor, sigmas: Tensor, noise: Noise, churn: ChurnConfig | None = None, churn_steps: int = 0
 ) -> Tensor:
     """Heun's method, two evaluations per step but the last (arXiv 2206.00364, algorithms 1, 2); else as ``euler``."""
-    for sigma, following in pairwise(sigmas):
-        raised, level = churn.add(churn_steps or len(sigmas) - 1, x, sigma, noise) if churn else (x, sigma)
-        x0 = denoise(raised, level)
-        slope = (raised - x0) / float(level)
-        ahead = raised + float(following - level) * slope
+    for sigma, next_sigma in pairwise(sigmas):
+        x_hat, level = churn.add(churn_steps or len(sigmas) - 1, x, sigma, noise) if churn else (x, sigma)
+        x0 = denoise(x_hat, level)
+        slope = (x_hat - x0) / float(level)
+        x_next = x_hat + float(next_sigma - level) * slope
         # A correction amplifies the difference of the estimates by half the ratio of the levels; from noise alone the
         # step is exact without.
-        if following > 0 and level <= ZERO_SNR:
-            slope_ahead = (ahead - denoise(ahead, following)) / float(following)
-            ahead = raised + float(following - level) * (slope + slope_ahead) / 2
-        x = ahead
+        if next_sigma > 0 and level <= ZERO_SNR:
+            next_slope = (x_next - denoise(x_next, next_sigma)) / float(next_sigma)
+            x_next = x_hat + float(next_sigma - level) * (slope + next_slope) / 2
+        x = x_next
     return x
 
 
@@ -316,18 +316,18 @@ def dpmpp_2m(denoise: Denoise, x: Tensor, sigmas: Tensor, noise: Noise, eta: flo
     The first and the last step are of first order. With a share ``eta`` of fresh noise of 1 it is SDE-DPM-Solver++.
     """
     previous: Tensor | None = None
-    for i, (sigma, following) in enumerate(pairwise(sigmas)):
+    for i, (sigma, next_sigma) in enumerate(pairwise(sigmas)):
         x0 = denoise(x, sigma)
         estimate = x0
-        if previous is not None and following > 0:
-            step, last_step = (sigma / following).log(), (sigmas[i - 1] / sigma).log()
-            ahead = float(step / (2 * last_step))
-            estimate = (1 + ahead) * x0 - ahead * previous
-        ratio = following / sigma
+        if previous is not None and next_sigma > 0:
+            step, last_step = (sigma / next_sigma).log(), (sigmas[i - 1] / sigma).log()
+            extrapolation = float(step / (2 * last_step))
+            estimate = (1 + extrapolation) * x0 - extrapolation * previous
+        ratio = next_sigma / sigma
         weight = float(ratio ** (1 + eta))
         x = weight * x + (1 - weight) * estimate
-        if eta and following > 0:
-            x = x + float(following * (1 - ratio ** (2 * eta)).sqrt()) * noise()
+        if eta and next_sigma > 0:
+            x = x + float(next_sigma * (1 - ratio ** (2 * eta)).sqrt()) * noise()
         previous = x0
     return x
 
@@ -353,16 +353,16 @@ class DPMSolverSDESampling(BaseSampling):
 def deis(denoise: Denoise, x: Tensor, sigmas: Tensor, noise: Noise, order: int = 3) -> Tensor:
     """DEIS: polynomial extrapolation of the last ``order`` estimates of the noise, here in λ (arXiv 2204.13902)."""
     levels = (-sigmas.log()).tolist()
-    known: list[tuple[float, Tensor]] = []
-    for i, (sigma, following) in enumerate(pairwise(sigmas)):
+    history: list[tuple[float, Tensor]] = []
+    for i, (sigma, next_sigma) in enumerate(pairwise(sigmas)):
         x0 = denoise(x, sigma)
-        known = [(levels[i], (x - x0) / float(sigma)), *known][: order if following > 0 else 1]
+        history = [(levels[i], (x - x0) / float(sigma)), *history][: order if next_sigma > 0 else 1]
         step = levels[i + 1] - levels[i]
         # ∫ e^−τ (τ/h)^k dτ from 0 to h = step, by parts from k to k: dx is ε dσ, and dσ is −σ e^−τ dτ.
         moments = [-math.expm1(-step)]
-        for k in range(1, len(known)):
+        for k in range(1, len(history)):
             moments.append(k / step * moments[-1] - math.exp(-step))
-        x = x - float(sigma) * _integral(known, step, moments)
+        x = x - float(sigma) * _integral(history, step, moments)
     return x
 
 
@@ -382,13 +382,13 @@ def unipc(denoise: Denoise, x: Tensor, sigmas: Tensor, noise: Noise, order: int 
     ``order`` is that of the predictor; that of the corrector is one higher. Both fall towards the end.
     """
     levels, start = (-sigmas.log()).tolist(), x
-    known: list[tuple[float, Tensor]] = []
+    history: list[tuple[float, Tensor]] = []
     for i, sigma in enumerate(sigmas[:-1]):
         x0 = denoise(x, sigma)
-        if known:
-            x = _towards([*known, (levels[i], x0)], start, levels[i] - levels[i - 1])
-        known = [(levels[i], x0), *known][: min(order, len(sigmas) - 1 - i)]
-        start, x = x, _towards(known, x, levels[i + 1] - levels[i])
+        if history:
+            x = _advance([*history, (levels[i], x0)], start, levels[i] - levels[i - 1])
+        history = [(levels[i], x0), *history][: min(order, len(sigmas) - 1 - i)]
+        start, x = x, _advance(history, x, levels[i + 1] - levels[i])
     return x
 
 
@@ -404,10 +404,10 @@ class UniPCSampling(BaseSampling):
 
 def consistency(denoise: Denoise, x: Tensor, sigmas: Tensor, noise: Noise) -> Tensor:
     """Multistep consistency sampling: each estimate is noised to the next level (arXiv 2303.01469, algorithm 1)."""
-    for sigma, following in pairwise(sigmas):
+    for sigma, next_sigma in pairwise(sigmas):
         x = denoise(x, sigma)
-        if following > 0:
-            x = x + float(following) * noise()
+        if next_sigma > 0:
+            x = x + float(next_sigma) * noise()
     return x
 
 
@@ -461,30 +461,30 @@ class SchedulerSampling(BaseSampling):
         return super().sigma_grid(schedule)
 
 
-def _towards(known: Sequence[tuple[float, Tensor]], x: Tensor, step: float) -> Tensor:
-    """Advance x by a ``step`` of λ with x̂_0 as the polynomial through ``known``, the estimate at its start first."""
+def _advance(history: Sequence[tuple[float, Tensor]], x: Tensor, step: float) -> Tensor:
+    """Advance x by a ``step`` of λ with x̂_0 as the polynomial through ``history``, the estimate at its start first."""
     # ∫ e^(τ−h) (τ/h)^k dτ from 0 to h = step, by parts from k to k.
     moments = [-math.expm1(-step)]
-    if len(known) == 2:
+    if len(history) == 2:
         # With a single difference UniPC uses half of B_2(h), which is of the same order.
         moments.append(moments[0] / 2)
     else:
-        for k in range(1, len(known)):
+        for k in range(1, len(history)):
             moments.append(1 - k / step * moments[-1])
-    return math.exp(-step) * x + _integral(known, step, moments)
+    return math.exp(-step) * x + _integral(history, step, moments)
 
 
-def _integral(known: Sequence[tuple[float, Tensor]], step: float, moments: Sequence[float]) -> Tensor:
-    """Integrate the polynomial through ``known`` over a ``step``; ``moments`` are the integrals of (τ/step)^k."""
+def _integral(history: Sequence[tuple[float, Tensor]], step: float, moments: Sequence[float]) -> Tensor:
+    """Integrate the polynomial through ``history`` over a ``step``; ``moments`` are the integrals of (τ/step)^k."""
     import torch
 
-    (origin, value), *others = known
+    (origin, value), *others = history
     offsets = torch.tensor([(level - origin) / step for level, _ in others], dtype=torch.float64)
-    powers = offsets ** torch.arange(1, len(known))[:, None]
+    powers = offsets ** torch.arange(1, len(history))[:, None]
     shares = torch.linalg.solve(powers, torch.tensor(moments[1:], dtype=torch.float64)).tolist()
     integral = moments[0] * value
-    for share, (_, other) in zip(shares, others, strict=True):
-        integral = integral + share * (other - value)
+    for share, (_, point) in zip(shares, others, strict=True):
+        integral = integral + share * (point - value)
     return integral
 
 
@@ -500,7 +500,7 @@ SamplingConfig: TypeAlias = Annotated[
     | Annotated[ConsistencySampling, Tag("consistency")]
     | Annotated[SchedulerSampling, Tag("scheduler")],
     Discriminator(
-        lambda given: tag(given, "sampler", "dpmpp_2m_sde"),
+        lambda fields: tag(fields, "sampler", "dpmpp_2m_sde"),
         custom_error_type="unknown_sampler",
         custom_error_message="sampler is ddpm, ddim, euler, heun, dpmpp_2m, dpmpp_2m_sde (default), deis, unipc, "
         "consistency for students, or scheduler for imported pipelines",
@@ -508,7 +508,7 @@ SamplingConfig: TypeAlias = Annotated[
 ]
 """The section ``sampling`` of a configuration; options of other samplers are unknown keys."""
 SAMPLING_ADAPTER: TypeAdapter[SamplingConfig] = TypeAdapter(SamplingConfig)
-SAMPLERS: tuple[type[BaseSampling], ...] = tuple(get_args(each)[0] for each in get_args(get_args(SamplingConfig)[0]))
+SAMPLERS: tuple[type[BaseSampling], ...] = tuple(get_args(kind)[0] for kind in get_args(get_args(SamplingConfig)[0]))
 """The configurations in the union."""
 
 
@@ -539,25 +539,25 @@ def sampling_conflict(model: FamilyConfig, sampling: SamplingConfig) -> str | No
     if isinstance(sampling, SchedulerSampling) and isinstance(model, ModelConfig):
         return None  # beside what is trained, which it does not fit, imported versions are sampled
     theirs, ours = sampling.model_dump(), effective_sampling(model, sampling).model_dump()
-    changed = [name for name in sorted(theirs) if theirs[name] != ours.get(name)]
-    if not changed:
+    names = [name for name in sorted(theirs) if theirs[name] != ours.get(name)]
+    if not names:
         return None
-    return f"sampling.{changed[0]} means nothing to model.family = {model.family}: leave it out"
+    return f"sampling.{names[0]} means nothing to model.family = {model.family}: leave it out"
 
 
 def describe_error(error: Mapping[str, Any], location: Sequence[int | str]) -> str:
     """Describe pydantic's error at ``location`` in the section ``sampling``, and how to fix it."""
     sampler, *path = map(str, location or ("",))
-    where, message = ".".join(("sampling", *path)), error["msg"].removeprefix("Value error, ")
+    place, message = ".".join(("sampling", *path)), error["msg"].removeprefix("Value error, ")
     if path[:1] == ["sigma_max"]:  # of a union, whose types pydantic names
-        where, message = "sampling.sigma_max", "give a number above 0, auto or null"
+        place, message = "sampling.sigma_max", "give a number above 0, auto or null"
     if error["type"] == "extra_forbidden":
-        having = [str(each.model_fields["sampler"].default) for each in SAMPLERS if path[0] in each.model_fields]
-        if having and sampler not in having:
-            return f"{where} means nothing to sampler = {sampler}: use {' or '.join(having)}, or leave it out"
-        known = next(each.model_fields for each in SAMPLERS if each.model_fields["sampler"].default == sampler)
-        close = difflib.get_close_matches(path[-1], known, n=1)
-        hint = f"did you mean {close[0]}?" if close else f"known here: {', '.join(sorted(known))}"
-        return f"unknown key {where}: {hint}"
-    got = "" if error["type"] in ("value_error", "unknown_sampler") else f" (got {error['input']!r})"
-    return f"{where}: {message}{got}" if path or error["type"] == "unknown_sampler" else message
+        samplers = [str(kind.model_fields["sampler"].default) for kind in SAMPLERS if path[0] in kind.model_fields]
+        if samplers and sampler not in samplers:
+            return f"{place} means nothing to sampler = {sampler}: use {' or '.join(samplers)}, or leave it out"
+        fields = next(kind.model_fields for kind in SAMPLERS if kind.model_fields["sampler"].default == sampler)
+        close = difflib.get_close_matches(path[-1], fields, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"known here: {', '.join(sorted(fields))}"
+        return f"unknown key {place}: {hint}"
+    value = "" if error["type"] in ("value_error", "unknown_sampler") else f" (got {error['input']!r})"
+    return f"{place}: {message}{value}" if path or error["type"] == "unknown_sampler" else message

@@ -42,7 +42,7 @@ class NoiseSchedule:
         """σ_t = √((1 − ᾱ_t) / ᾱ_t), noise over signal: (T,) float64."""
         return ((1 - self.alphas_cumprod) / self.alphas_cumprod).sqrt()
 
-    def _on(self, device: torch.device) -> Tensor:
+    def _copy_to(self, device: torch.device) -> Tensor:
         """Copy ``sigmas`` to ``device``, once, since each copy waits for the device."""
         if device not in self._copies:
             self._copies[device] = self.sigmas.to(device)
@@ -50,7 +50,7 @@ class NoiseSchedule:
 
     def sigma(self, t: Tensor) -> Tensor:
         """Interpolate σ at times ``t`` (N,) from 0 to T−1, as (N,) float64: the inverse of ``time``."""
-        table = self._on(t.device)
+        table = self._copy_to(t.device)
         low = t.long().clamp(0, self.steps - 2)
         fraction = t.double() - low
         # At integral times this is the table's value, to the last bit.
@@ -58,7 +58,7 @@ class NoiseSchedule:
 
     def time(self, sigma: Tensor) -> Tensor:
         """Find the time t with the noise level ``sigma`` (N,), as (N,) float32, clamped to the schedule."""
-        table = self._on(sigma.device).log()
+        table = self._copy_to(sigma.device).log()
         value = sigma.double().log().clamp(table[0], table[-1])
         high = torch.searchsorted(table, value).clamp(1, len(table) - 1)
         low = high - 1
@@ -79,7 +79,7 @@ class NoiseSchedule:
             levels = self.sigmas.flip(0)
         else:
             highest, lowest = self.sigmas[-1], self.sigmas[0]
-            whole = self.zero_terminal_snr and sigma_max in ("auto", None)
+            has_end = self.zero_terminal_snr and sigma_max in ("auto", None)
             ends = {None: SIGMA_MAX * resolution_scale(self.values), "auto": math.sqrt(self.values)}
             first = highest.clamp(max=sigma_max if isinstance(sigma_max, float | int) else ends[sigma_max])
             last = lowest.clamp(min=sigma_min or 0.0)
@@ -88,9 +88,9 @@ class NoiseSchedule:
                     f"the noise schedule has σ from {lowest:g} to {highest:g}, none of which lies between "
                     f"sampling.sigma_min = {sigma_min} and sampling.sigma_max = {sigma_max}: change them, or set null"
                 )
-            ramp = torch.linspace(0, 1, steps - whole, dtype=torch.float64)
+            ramp = torch.linspace(0, 1, steps - has_end, dtype=torch.float64)
             levels = (first ** (1 / 7) + ramp * (last ** (1 / 7) - first ** (1 / 7))) ** 7.0
-            if whole:
+            if has_end:
                 levels = torch.cat([highest[None], levels])
         return torch.cat([levels, levels.new_zeros(1)])
 
@@ -162,8 +162,8 @@ def _from_curve(alpha_bar: Tensor) -> NoiseSchedule:
 def without_signal_at_the_end(schedule: NoiseSchedule) -> NoiseSchedule:
     """Rescale √ᾱ so that its last value is 0 and its first stays (arXiv 2305.08891, algorithm 1)."""
     roots = schedule.alphas_cumprod.sqrt()
-    stretched = (roots - roots[-1]) * roots[0] / (roots[0] - roots[-1])
-    return with_finite_end(NoiseSchedule(stretched**2))
+    rescaled_roots = (roots - roots[-1]) * roots[0] / (roots[0] - roots[-1])
+    return with_finite_end(NoiseSchedule(rescaled_roots**2))
 
 
 def with_finite_end(schedule: NoiseSchedule) -> NoiseSchedule:

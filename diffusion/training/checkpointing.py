@@ -54,14 +54,14 @@ def write_together(folder: Path, tensors: dict[str, Tensor], header: dict[str, A
         path.write_bytes(head)
         os.truncate(path, len(head) + end)
     # Headers may differ, as processes may run on different machines: the main one's counts.
-    path, first = ranks.broadcast((path, len(head)))
-    together = ranks.all(path.is_file())
-    with path.open("r+b") if together or ranks.is_main else nullcontext() as file:
+    path, head_size = ranks.broadcast((path, len(head)))
+    is_shared = ranks.all(path.is_file())
+    with path.open("r+b") if is_shared or ranks.is_main else nullcontext() as file:
         for number, (name, start) in enumerate(starts.items()):
             value = tensors[name]
-            offset, part = _own_rows(value, number, ranks) if together else (0, full_tensor(value))
+            offset, part = _own_rows(value, number, ranks) if is_shared else (0, full_tensor(value))
             if file is not None and part is not None:
-                file.seek(first + start + offset)
+                file.seek(head_size + start + offset)
                 file.write(tensor_bytes(part.detach().cpu()))
         if file is not None:
             file.flush()
@@ -110,8 +110,8 @@ def read_everywhere(path: Path | None, ranks: Ranks) -> Mapping[str, Tensor]:
     """
     path, digest = ranks.broadcast(path and (path, _digest_of(path).read_text()))
     # One of the same name on a disk of its own may be another run's.
-    mine = _digest_of(path)
-    if ranks.all(mine.is_file() and path.is_file() and mine.read_text() == digest):
+    digest_path = _digest_of(path)
+    if ranks.all(digest_path.is_file() and path.is_file() and digest_path.read_text() == digest):
         return load_file(path)
     return _SentTensors(load_file(path) if ranks.is_main else {}, ranks)
 
@@ -174,11 +174,11 @@ class Checkpoints:
 
     def prune(self, keep: int, protected: Container[int] = ()) -> None:
         """Remove all but the ``keep`` newest and those after ``protected`` images; each digest goes first."""
-        finished = self.paths()
-        kept = {path for path in finished if int(path.stem) in protected} | set(finished[-keep:])
+        checkpoints = self.paths()
+        survivors = {path for path in checkpoints if int(path.stem) in protected} | set(checkpoints[-keep:])
         # Includes leftovers of a removal that was interrupted.
-        there = {path.with_name(path.name.removesuffix(".sha256")) for path in self.folder.glob("[0-9]*.safetensors*")}
-        for path in there - kept:
+        paths = {path.with_name(path.name.removesuffix(".sha256")) for path in self.folder.glob("[0-9]*.safetensors*")}
+        for path in paths - survivors:
             _digest_of(path).unlink(missing_ok=True)
             path.unlink(missing_ok=True)
         # Without a sync a power cut would restore the file, and nothing prunes after the last checkpoint.

@@ -108,10 +108,10 @@ class TrainingConfig(ObjectiveConfig):
 
     @model_validator(mode="before")
     @classmethod
-    def _some_length(cls, given: Any) -> Any:
-        if isinstance(given, dict) and given.get("images") is None and given.get("minutes") is None:
-            return given | {"minutes": 10.0}
-        return given
+    def _some_length(cls, fields: Any) -> Any:
+        if isinstance(fields, dict) and fields.get("images") is None and fields.get("minutes") is None:
+            return fields | {"minutes": 10.0}
+        return fields
 
     @model_validator(mode="after")
     def _options_fit_each_other(self) -> "TrainingConfig":
@@ -163,10 +163,10 @@ class TrainingConfig(ObjectiveConfig):
         batch_size = default_batch_size(model, size)
         while batch_size < self.cpu_threads:
             batch_size *= 2
-        found = self.model_copy(update={"batch_size": batch_size})
-        if words := found._micro_batch_conflict():
+        config = self.model_copy(update={"batch_size": batch_size})
+        if words := config._micro_batch_conflict():
             raise UserError(words)
-        return found
+        return config
 
 
 class DistillationConfig(Config):

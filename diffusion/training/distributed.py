@@ -51,12 +51,12 @@ class Ranks:
         if self.count == 1:
             return flag
         # On the CPU, so that a GPU has nothing to wait for.
-        shared = torch.tensor(float(flag()))
-        pending = dist.all_reduce(shared, async_op=True)
+        total = torch.tensor(float(flag()))
+        work = dist.all_reduce(total, async_op=True)
 
         def answer() -> bool:
-            pending.wait()
-            return bool(shared)
+            work.wait()
+            return bool(total)
 
         return answer
 
@@ -68,17 +68,17 @@ class Ranks:
         if self.count == 1:
             assert work is not None
             return work(flag)
-        is_set, ended = threading.Event(), threading.Event()
+        is_set, end_event = threading.Event(), threading.Event()
 
         def share() -> None:
             while True:
-                flags = torch.tensor([float(flag()), float(ended.is_set())])
+                flags = torch.tensor([float(flag()), float(end_event.is_set())])
                 dist.all_reduce(flags)
                 if flags[0]:
                     is_set.set()
                 if flags[1]:
                     return
-                ended.wait(POLL_SECONDS)
+                end_event.wait(POLL_SECONDS)
 
         if work is None:
             share()
@@ -88,7 +88,7 @@ class Ranks:
         try:
             result = work(is_set.is_set)
         finally:
-            ended.set()
+            end_event.set()
             thread.join()
         return cast(T, self.broadcast(result))
 
@@ -108,13 +108,13 @@ class Ranks:
         if self.count == 1:
             return tensors
         kinds = self.broadcast({name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()})
-        mine = {
+        copies = {
             name: tensors[name].contiguous() if self.is_main else torch.empty(shape, dtype=dtype)
             for name, (shape, dtype) in kinds.items()
         }
-        for tensor in mine.values():
+        for tensor in copies.values():
             dist.broadcast(tensor, src=0)
-        return mine
+        return copies
 
     def barrier(self) -> None:
         """Wait until all processes have reached this call."""
@@ -166,7 +166,7 @@ class GradientReducer:
         self._parameters, self._parts = parameters, parts
         self._buckets: list[list[int]] = [[]]
         for index in reversed(range(len(parameters))):
-            if sum(parameters[each].nbytes for each in self._buckets[-1]) >= bucket_bytes:
+            if sum(parameters[i].nbytes for i in self._buckets[-1]) >= bucket_bytes:
                 self._buckets.append([])
             self._buckets[-1].append(index)
         self._bucket_of = {index: number for number, bucket in enumerate(self._buckets) for index in bucket}
@@ -180,7 +180,7 @@ class GradientReducer:
     def _begin(self) -> None:
         self._gradients: list[dict[int, Tensor]] = [{} for _ in self._parameters]
         self._missing = [self._parts * len(bucket) for bucket in self._buckets]
-        self._sent: list[dist.Work] = []
+        self._works: list[dist.Work] = []
 
     @contextmanager
     def last_pass(self, part: int, earlier: Sequence[Tensor] | None) -> Iterator[None]:
@@ -206,8 +206,8 @@ class GradientReducer:
         with self._lock:
             self._gradients[index][part] = gradient
             self._missing[self._bucket_of[index]] -= 1
-            while len(self._sent) < len(self._buckets) and not self._missing[len(self._sent)]:
-                self._send(self._buckets[len(self._sent)])
+            while len(self._works) < len(self._buckets) and not self._missing[len(self._works)]:
+                self._send(self._buckets[len(self._works)])
 
     @torch.no_grad()
     def _send(self, bucket: list[int]) -> None:
@@ -223,16 +223,16 @@ class GradientReducer:
                 parameter.grad.add_(gradients.pop(part))
         work = dist.all_reduce(flat, async_op=True)
         assert work is not None
-        self._sent.append(work)
+        self._works.append(work)
 
     def wait(self) -> None:
         """Wait until all parameters have their gradients; raises RuntimeError if the passes left any without one."""
-        sent = self._sent
-        for work in sent:
+        works = self._works
+        for work in works:
             work.wait()
         self._begin()
-        if missing := len(self._buckets) - len(sent):
-            raise RuntimeError(f"{missing} of {len(self._buckets)} buckets lack gradients of some parameter")
+        if gap := len(self._buckets) - len(works):
+            raise RuntimeError(f"{gap} of {len(self._buckets)} buckets lack gradients of some parameter")
 
 
 def make_mesh(device: torch.device, group: int) -> DeviceMesh:
@@ -244,8 +244,8 @@ def make_mesh(device: torch.device, group: int) -> DeviceMesh:
     replica, member = divmod(dist.get_rank(), group)
     # Not init_device_mesh, whose groups have timeouts of minutes.
     groups = [
-        dist.new_group(each.tolist(), timeout=TIMEOUT, use_local_synchronization=True)
-        for each in (ranks[:, member], ranks[replica])
+        dist.new_group(members.tolist(), timeout=TIMEOUT, use_local_synchronization=True)
+        for members in (ranks[:, member], ranks[replica])
     ]
     return DeviceMesh.from_group(groups, device.type, ranks, mesh_dim_names=("replicate", "shard"))
 

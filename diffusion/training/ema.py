@@ -63,21 +63,21 @@ def mixture(snapshots: list[tuple[int, float]], images: int, length: float) -> t
     of the snapshots' weight functions to the target's (arXiv 2312.02696, section 3.2), constrained to the sum 1, as
     the fit alone shrinks the network where snapshots are few. The error is that of the function, relative to its norm.
     """
-    profiles = [(at, power(each)) for at, each in snapshots]
-    overlaps = np.array([[_overlap(one, other) for other in profiles] for one in profiles])
-    wanted = (images, power(length))
-    target = np.array([_overlap(one, wanted) for one in profiles])
+    profiles = [(count, power(std)) for count, std in snapshots]
+    overlaps = np.array([[_overlap(p, q) for q in profiles] for p in profiles])
+    goal = (images, power(length))
+    target = np.array([_overlap(p, goal) for p in profiles])
     # The last weight is what the others leave of 1.
     rest = overlaps[:-1] - overlaps[-1]
-    left = np.linalg.lstsq(rest[:, :-1] - rest[:, -1:], target[:-1] - target[-1] - rest[:, -1], rcond=None)[0]
-    weights = np.append(left, 1 - left.sum())
-    squared = weights @ overlaps @ weights - 2 * weights @ target + _overlap(wanted, wanted)
-    return weights.tolist(), math.sqrt(max(squared, 0.0) / _overlap(wanted, wanted))
+    solution = np.linalg.lstsq(rest[:, :-1] - rest[:, -1:], target[:-1] - target[-1] - rest[:, -1], rcond=None)[0]
+    weights = np.append(solution, 1 - solution.sum())
+    square_error = weights @ overlaps @ weights - 2 * weights @ target + _overlap(goal, goal)
+    return weights.tolist(), math.sqrt(max(square_error, 0.0) / _overlap(goal, goal))
 
 
-def _overlap(one: tuple[int, float], other: tuple[int, float]) -> float:
+def _overlap(p: tuple[int, float], q: tuple[int, float]) -> float:
     """Compute ∫ p q of weight functions p(τ) = (γ + 1) τ^γ / t^(γ + 1) up to t (arXiv 2312.02696, appendix C.2)."""
-    (t, gamma), (s, delta) = sorted((one, other))
+    (t, gamma), (s, delta) = sorted((p, q))
     # With t ≤ s. In logarithms, as the powers overflow a float.
     shape = (gamma + 1) * (delta + 1) / (gamma + delta + 1)
     return shape * math.exp(delta * math.log(t) - (delta + 1) * math.log(s))
@@ -90,8 +90,8 @@ def models_to_evaluate(output: Path, report: Path, ema_stds: Iterable[float] = (
     return [path for path in Checkpoints(output / "checkpoints").paths() if int(path.stem) > 0] + averages
 
 
-def reconstruct_average(folder: Path, std: float, into: Path) -> Path:
-    """Write the average of relative ``std`` at the last snapshot in ``folder`` to ``into``; UserError if it cannot."""
+def reconstruct_average(folder: Path, std: float, dest: Path) -> Path:
+    """Write the average of relative ``std`` at the last snapshot in ``folder`` to ``dest``; UserError if it cannot."""
     if not (paths := Checkpoints(folder).paths()):
         raise UserError(
             f"evaluation.ema_stds needs the snapshots of training.ema_stds, and {folder} has none: train with it"
@@ -101,8 +101,8 @@ def reconstruct_average(folder: Path, std: float, into: Path) -> Path:
             raise UserError(f"{path} is damaged: train again with --restart, or leave evaluation.ema_stds out")
     header = read_header(paths[-1])
     stds = header.pop(STDS)
-    averages = [(path, prefix, each) for path in paths for prefix, each in zip(PREFIXES, stds, strict=True)]
-    shares, error = mixture([(int(path.stem), each) for path, _, each in averages], int(paths[-1].stem), std)
+    averages = [(path, prefix, value) for path in paths for prefix, value in zip(PREFIXES, stds, strict=True)]
+    shares, error = mixture([(int(path.stem), value) for path, _, value in averages], int(paths[-1].stem), std)
     logger.log(
         logging.WARNING if error > 0.1 else logging.INFO,
         "average of std %g from %d snapshots: %.1f %% off; more training.checkpoints bring it nearer",
@@ -117,7 +117,7 @@ def reconstruct_average(folder: Path, std: float, into: Path) -> Path:
     tensors = {AVERAGED + name: value.float() for name, value in total.items()}
     for prefix in (GUIDE, AUTOENCODER):
         tensors |= {prefix + name: value for name, value in read_tensors(paths[-1], prefix).items()}
-    path = into / f"std-{std:g}.safetensors"
-    link_bases(paths[-1], into)
+    path = dest / f"std-{std:g}.safetensors"
+    link_bases(paths[-1], dest)
     save_tensors(path, tensors, header)
     return path

@@ -129,7 +129,7 @@ class TrainingMonitor:
         train, held_out = (metrics.get(f"{split}_loss_ema", math.nan) for split in ("train", "held_out"))
         self.validation_losses.append((train, held_out))
         steps = list(pairwise(self.validation_losses))
-        if len(steps) == RISING and all(after[0] < before[0] and after[1] > before[1] for before, after in steps):
+        if len(steps) == RISING and all(new[0] < old[0] and new[1] > old[1] for old, new in steps):
             logger.warning(
                 "after %d images the loss on held-out images has risen %d checkpoints in a row, while that on others "
                 "fell: the network memorizes its images. Ingest more, train for less, or make it smaller",
@@ -140,16 +140,16 @@ class TrainingMonitor:
 
     def check_weights(self, network: Mapping[str, Tensor], average: Mapping[str, Tensor], images: int) -> None:
         """Warn if the network, or the average of its weights, has not changed since the last check."""
-        for what, tensors in (("network", network), ("average of the weights", average)):
-            now = [float(each.detach().double().sum()) for each in tensors.values()]
-            if self.sums.get(what) == now:
+        for name, tensors in (("network", network), ("average of the weights", average)):
+            sums = [float(tensor.detach().double().sum()) for tensor in tensors.values()]
+            if self.sums.get(name) == sums:
                 logger.warning(
                     "the %s has not moved since the checkpoint before image %d: look at training.learning_rate, "
                     "training.ema_decay and the metric skipped",
-                    what,
+                    name,
                     images,
                 )
-            self.sums[what] = now
+            self.sums[name] = sums
 
 
 class InterruptedValidation(Exception):
@@ -173,13 +173,13 @@ class Validation:
             rows = dataset.rows(split)
             if self.setup.config.window is not None:  # from as few shards as possible
                 rows = rows[np.argsort(dataset.shards(rows), kind="stable")]
-            found, first = list[Batch](), 0
-            for own in dataset.by_bucket(rows[:VALIDATION_IMAGES]):
-                images = dataset.images(own) if self.setup.latents is None else self.setup.latents(own)
-                found.append(Batch(range(first, first + len(own)), own, images))
-                first += len(own)
-            if found:
-                batches[split] = found
+            bucket_batches, start = list[Batch](), 0
+            for bucket in dataset.by_bucket(rows[:VALIDATION_IMAGES]):
+                images = dataset.images(bucket) if self.setup.latents is None else self.setup.latents(bucket)
+                bucket_batches.append(Batch(range(start, start + len(bucket)), bucket, images))
+                start += len(bucket)
+            if bucket_batches:
+                batches[split] = bucket_batches
         return batches
 
     @property
@@ -204,34 +204,34 @@ class Validation:
         networks = {"": setup.network_from(tensors, NETWORK), "_ema": setup.network_from(tensors, AVERAGED)}
         for network in networks.values():
             network.register_forward_pre_hook(require_time)
-        averaged: Model = family_of(setup.model).make_model(
+        model: Model = family_of(setup.model).make_model(
             setup.model_header(images), networks["_ema"], setup.autoencoder
         )
         if setup.has_guide:
-            averaged = replace(averaged, guide=setup.network_from(tensors, GUIDE))
-        pending = [
+            model = replace(model, guide=setup.network_from(tensors, GUIDE))
+        futures = [
             self.threads.submit(self._metrics, split, batches, suffix, network)
             for split, batches in (self.batches if self.objective.comparable else {}).items()
             for suffix, network in networks.items()
         ]
-        return averaged, {name: value for each in pending for name, value in each.result().items()}
+        return model, {name: value for future in futures for name, value in future.result().items()}
 
     def _metrics(self, split: Split, batches: list[Batch], suffix: str, network: nn.Module) -> dict[str, float]:
-        device, losses, measured = self.setup.device, list[Tensor](), list[tuple[dict[str, float], int]]()
+        device, losses, measurements = self.setup.device, list[Tensor](), list[tuple[dict[str, float], int]]()
         with torch.inference_mode(), autocast(self.setup.config.precision, device):
             if next(network.parameters()).device != device:
                 network = copy.deepcopy(network).to(device)
             for batch in batches:
                 conditioning = self.setup.conditioning(batch)
-                fixed = self.objective.make_batch(self.setup.x0(batch), batch.indices, conditioning, split).on(device)
-                losses.append(self.objective.losses(network, fixed).cpu())
+                inputs = self.objective.make_batch(self.setup.x0(batch), batch.indices, conditioning, split).on(device)
+                losses.append(self.objective.losses(network, inputs).cpu())
                 if (split, suffix) == ("held_out", "_ema"):
-                    own = self.objective.validation_metrics(network, fixed, losses[-1])
-                    measured.append((own, len(batch.rows)))
+                    batch_metrics = self.objective.validation_metrics(network, inputs, losses[-1])
+                    measurements.append((batch_metrics, len(batch.rows)))
         metrics = {f"{split}_loss{suffix}": torch.cat(losses).mean().item()}
-        for name in sorted({name for own, _ in measured for name in own}):
+        for name in sorted({name for batch_metrics, _ in measurements for name in batch_metrics}):
             # Those of a bucket with few images may be missing.
-            pairs = [(own[name], count) for own, count in measured if name in own]
+            pairs = [(batch_metrics[name], count) for batch_metrics, count in measurements if name in batch_metrics]
             images = sum(count for _, count in pairs)
             metrics[name] = sum(value * (count / images) for value, count in pairs)
         return metrics
@@ -246,11 +246,11 @@ class Validation:
         if inputs is not None:
             return generate(model, inputs, range(len(inputs)), 0, sampling, conditions=conditions)
         counts = apportion(model.header.trained_shapes, SAMPLE_GRID)
-        found = {
+        images = {
             shape: generate(model.at(shape), None, range(count), 0, sampling, conditions=conditions)
             for shape, count in counts.items()
         }
-        return stack_images([found[shape][number] for shape, number in interleave(counts)])
+        return stack_images([images[shape][number] for shape, number in interleave(counts)])
 
     def sample_grid(self, generated: Images) -> Image.Image:
         """Arrange ``generated`` images in a grid; upscaled images stand between their small and real images."""
@@ -262,7 +262,7 @@ class Validation:
         """Compute the deviation of each channel's mean from the data set's, in its standard deviations."""
         manifest = self.setup.dataset.manifest
         if isinstance(generated, list):
-            means = torch.stack([to_float(each).mean((1, 2)) for each in generated]).mean(0).tolist()
+            means = torch.stack([to_float(image).mean((1, 2)) for image in generated]).mean(0).tolist()
         else:
             means = to_float(generated).mean((0, 2, 3)).tolist()
         return {
@@ -318,15 +318,15 @@ class TrainingLog:
         setup, images = self.validation.setup, int(header["model_header"]["images"])
         strip = None
         try:
-            averaged, metrics = self.validation.evaluate(tensors, images, stop)
-            generated = self.validation.generate(averaged, self.sampling)
-            if self.tracker and images == self.total and isinstance(averaged, DiffusionModel):
+            model, metrics = self.validation.evaluate(tensors, images, stop)
+            generated = self.validation.generate(model, self.sampling)
+            if self.tracker and images == self.total and isinstance(model, DiffusionModel):
                 from diffusion.generation.explain import reverse_process_strip  # matplotlib is slow to load
 
                 conditioning = setup.task.conditioning(self.validation.images[:1]) or None
                 if conditioning:
-                    averaged = averaged.at(height_and_width(self.validation.images))
-                strip = reverse_process_strip(averaged.on(CPU), conditioning)
+                    model = model.at(height_and_width(self.validation.images))
+                strip = reverse_process_strip(model.on(CPU), conditioning)
         except InterruptedValidation:
             if isinstance(tensors, WrittenTensors):
                 tensors.path.unlink()
@@ -340,13 +340,13 @@ class TrainingLog:
             if strip is not None:
                 self.tracker.log_image("reverse", strip, images)
         self.monitor.check_validation(metrics, images)
-        self.monitor.check_weights(_under(NETWORK, tensors), _under(AVERAGED, tensors), images)
+        self.monitor.check_weights(_select(NETWORK, tensors), _select(AVERAGED, tensors), images)
         if setup.config.ema_stds is not None:
-            kept = {name: value for name, value in tensors.items() if name.startswith((*PREFIXES, GUIDE, AUTOENCODER))}
-            about = setup.header(images, self.total) | {STDS: list(setup.config.ema_stds)}
-            Checkpoints(self.output / SNAPSHOTS).save(kept, about)
+            parts = {name: value for name, value in tensors.items() if name.startswith((*PREFIXES, GUIDE, AUTOENCODER))}
+            snapshot_header = setup.header(images, self.total) | {STDS: list(setup.config.ema_stds)}
+            Checkpoints(self.output / SNAPSHOTS).save(parts, snapshot_header)
         self._sync()
-        self.writer.save(tensors, header, setup.config.keep, self._spared(save_every))
+        self.writer.save(tensors, header, setup.config.keep, self._protected_images(save_every))
         return True
 
     def interrupt(self, tensors: dict[str, Tensor], header: dict[str, Any]) -> None:
@@ -354,10 +354,10 @@ class TrainingLog:
         self._sync()
         # The write in progress would remove this one as older.
         self.writer.wait()
-        done, interrupted = header["model_header"]["images"], Checkpoints(self.output / INTERRUPTED)
-        interrupted.save(tensors, header)
-        interrupted.prune(1, {done})
-        logger.info("stopped after %d of %d images: the same command goes on from there", done, self.total)
+        images, checkpoints = header["model_header"]["images"], Checkpoints(self.output / INTERRUPTED)
+        checkpoints.save(tensors, header)
+        checkpoints.prune(1, {images})
+        logger.info("stopped after %d of %d images: the same command goes on from there", images, self.total)
 
     def _sync(self) -> None:
         for file in (self.history, self.losses):
@@ -365,7 +365,7 @@ class TrainingLog:
         if self.tracker:
             self.tracker.sync()
 
-    def _spared(self, save_every: int) -> set[int]:
+    def _protected_images(self, save_every: int) -> set[int]:
         """Return the image counts of checkpoints that pruning must keep."""
         config = self.validation.setup.config
         rows = read_metrics(self.losses.path)
@@ -379,5 +379,5 @@ class TrainingLog:
         return protected
 
 
-def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def _select(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: value for name, value in tensors.items() if name.startswith(prefix)}

@@ -49,19 +49,19 @@ class Muon(torch.optim.Optimizer):
     def _update(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
         """Update ``parameters``, whose matrices have one length of the shorter side."""
         skip = torch.zeros((), device=parameters[0].device) if self.found_inf is None else self.found_inf
-        momenta, updates = [self.state[each]["momentum"] for each in parameters], list[Tensor]()
+        momenta, updates = [self.state[parameter]["momentum"] for parameter in parameters], list[Tensor]()
         for parameter, momentum in zip(parameters, momenta, strict=True):
             assert parameter.grad is not None
             # The average of the momentum with itself leaves it as it is.
             updates.append(torch.where(skip == 0, parameter.grad, momentum))
         torch._foreach_lerp_(momenta, updates, 1 - MOMENTUM)
         torch._foreach_lerp_(updates, momenta, MOMENTUM)
-        changes = orthogonalize([each.flatten(1) for each in updates])
+        changes = orthogonalize([change.flatten(1) for change in updates])
         scale = torch.where(skip == 0, group["lr"], 0.0)
-        torch._foreach_mul_(changes, [RMS * max(each.shape) ** 0.5 for each in changes])
+        torch._foreach_mul_(changes, [RMS * max(change.shape) ** 0.5 for change in changes])
         torch._foreach_mul_(changes, scale)
         torch._foreach_mul_(parameters, 1 - scale * group["weight_decay"])
-        torch._foreach_sub_(parameters, [each.view(p.shape) for each, p in zip(changes, parameters, strict=True)])
+        torch._foreach_sub_(parameters, [change.view(p.shape) for change, p in zip(changes, parameters, strict=True)])
 
 
 def group_by_side(parameters: Iterable[Tensor]) -> list[list[Tensor]]:
@@ -72,7 +72,7 @@ def group_by_side(parameters: Iterable[Tensor]) -> list[list[Tensor]]:
     groups = defaultdict[int, list[Tensor]](list)
     for parameter in parameters:
         groups[min(parameter.flatten(1).shape)].append(parameter)
-    return sorted(groups.values(), key=lambda each: -sum(map(torch.numel, each)))
+    return sorted(groups.values(), key=lambda group: -sum(map(torch.numel, group)))
 
 
 def orthogonalize(matrices: Sequence[Tensor]) -> list[Tensor]:
@@ -82,13 +82,13 @@ def orthogonalize(matrices: Sequence[Tensor]) -> list[Tensor]:
     factors are iterated: they are square, and of one size, as the shorter sides of all matrices are equal.
     """
     a, b, c = COEFFICIENTS
-    wide = [each if len(each) <= each.shape[1] else each.mT for each in matrices]
-    gram = torch.stack([each @ each.mT for each in wide])
-    squared = gram.diagonal(dim1=1, dim2=2).sum(1)[:, None, None].clamp(min=1e-14)
-    gram, product = gram / squared, squared.rsqrt() * torch.eye(gram.shape[1]).to(gram)
+    wide = [matrix if len(matrix) <= matrix.shape[1] else matrix.mT for matrix in matrices]
+    gram = torch.stack([matrix @ matrix.mT for matrix in wide])
+    norms = gram.diagonal(dim1=1, dim2=2).sum(1)[:, None, None].clamp(min=1e-14)
+    gram, product = gram / norms, norms.rsqrt() * torch.eye(gram.shape[1]).to(gram)
     for _ in range(ITERATIONS):
         factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
         factor.diagonal(dim1=1, dim2=2).add_(a)
         product, gram = factor @ product, factor @ gram @ factor
-    made = [factors @ each for factors, each in zip(product, wide, strict=True)]
-    return [new if len(each) <= each.shape[1] else new.mT for new, each in zip(made, matrices, strict=True)]
+    outputs = [factors @ matrix for factors, matrix in zip(product, wide, strict=True)]
+    return [out if len(matrix) <= matrix.shape[1] else out.mT for out, matrix in zip(outputs, matrices, strict=True)]

@@ -163,14 +163,14 @@ class PeakMemory(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        given = {tensor.untyped_storage() for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, Tensor)}
-        for storage in {each.untyped_storage() for each in tree_leaves(out) if isinstance(each, Tensor)} - given:
+        inputs = {tensor.untyped_storage() for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, Tensor)}
+        for storage in {tensor.untyped_storage() for tensor in tree_leaves(out) if isinstance(tensor, Tensor)} - inputs:
             self.live += storage.nbytes()
-            weakref.finalize(storage, self._freed, storage.nbytes())
+            weakref.finalize(storage, self._free, storage.nbytes())
         self.peak = max(self.peak, self.live)
         return out
 
-    def _freed(self, size: int) -> None:
+    def _free(self, size: int) -> None:
         self.live -= size
 
 
@@ -192,8 +192,8 @@ def activation_size(setup: TrainingSetup, network: nn.Module) -> int:
     It is one of the largest shape.
     """
     dataset = setup.dataset
-    largest = (dataset.manifest.channels, *max(dataset.shapes, key=math.prod))
-    shape = noise_shape(largest, setup.autoencoder.space if setup.autoencoder else None)
+    image_shape = (dataset.manifest.channels, *max(dataset.shapes, key=math.prod))
+    shape = noise_shape(image_shape, setup.autoencoder.space if setup.autoencoder else None)
     with torch.device("meta"), PeakMemory() as memory:
         loss = family_of(setup.model).forward(network, shape)
         forward = memory.peak
@@ -210,7 +210,7 @@ def muon_size(matrices: Iterable[nn.Parameter], threads: int) -> int:
     """
     peaks = []
     for group in group_by_side(matrices):
-        parameters = [nn.Parameter(torch.empty_like(each, device="meta")) for each in group]
+        parameters = [nn.Parameter(torch.empty_like(matrix, device="meta")) for matrix in group]
         for parameter in parameters:
             parameter.grad = torch.empty_like(parameter)
         optimizer = Muon(parameters, lr=1.0, weight_decay=0.0)
@@ -251,22 +251,22 @@ def make_preflight(trainer: Trainer, pace: tuple[float, float] | None, reading: 
     others = sum(parameter.numel() for step in state.steps for parameter in step.parameters) - parameters
     muon = config.optimizer == "muon"
     matrices = sum(parameter.numel() for step in state.steps for parameter in step.matrices) if muon else 0
-    frozen = sum(each.numel() for each in setup.autoencoder.parameters()) if setup.autoencoder else 0
+    frozen = sum(parameter.numel() for parameter in setup.autoencoder.parameters()) if setup.autoencoder else 0
     if isinstance(state.network, PartlyTrained):
-        frozen += sum(each.numel() for each in state.network.network.parameters() if not each.requires_grad)
+        frozen += sum(weight.numel() for weight in state.network.network.parameters() if not weight.requires_grad)
     network, threads = meta_network(setup), thread_count(config, setup.ranks)
     averages = len(state.averages) + bool(state.guide)
     memory, checkpoint = state_size(parameters, averages, threads, others, matrices, frozen)
     if setup.captions is not None:
         memory += setup.captions.embeddings.nbytes
     part = math.ceil(config.images_per_step / setup.ranks.count / threads)
-    at_once = threads * min(part, config.micro_batch or part)
+    images_at_once = threads * min(part, config.micro_batch or part)
     half = resolve_precision(config.precision, setup.device) == "bf16"
     # One checkpoint is written before another is removed, and there may be one from a signal. A snapshot holds averages
     # and guide alone.
     snapshots = math.ceil(config.checkpoints * averages / (3 + averages)) if config.ema_stds is not None else 0
-    protected = config.keep_best + (config.checkpoints // config.keep_every if config.keep_every else 0)
-    files = min(config.keep + protected, config.checkpoints) + 3 + snapshots
+    extra_files = config.keep_best + (config.checkpoints // config.keep_every if config.keep_every else 0)
+    files = min(config.keep + extra_files, config.checkpoints) + 3 + snapshots
     latents = setup.autoencoder.space if setup.autoencoder else None
     return Preflight(
         dataset=dataset.manifest.name,
@@ -283,8 +283,8 @@ def make_preflight(trainer: Trainer, pace: tuple[float, float] | None, reading: 
         frozen=frozen,
         flops=count_flops(setup.model, dataset.shape, len(setup.classes), latents, network),
         state_bytes=memory,
-        activation_bytes=at_once * activation_size(setup, network) // (2 if half else 1),
-        images_at_once=at_once,
+        activation_bytes=images_at_once * activation_size(setup, network) // (2 if half else 1),
+        images_at_once=images_at_once,
         optimizer_bytes=max(muon_size(step.matrices, threads) for step in state.steps) if muon else 0,
         disk_bytes=checkpoint * files,
         checkpoint_bytes=checkpoint,
@@ -317,8 +317,8 @@ def measure_pace(
     start = time.perf_counter()
     tensors = trainer.checkpoint_tensors(trainer.checkpoint_header())
     if ranks.is_main:
-        averaged, _ = validation.evaluate(tensors, trainer.state.images)
-        validation.generate(averaged, sampling)
+        model, _ = validation.evaluate(tensors, trainer.state.images)
+        validation.generate(model, sampling)
     if isinstance(tensors, WrittenTensors):
         tensors.path.unlink()
     pace: tuple[float, float] = ranks.broadcast((image, time.perf_counter() - start))
@@ -339,12 +339,12 @@ def warn_of_memory(preflight: Preflight, device: torch.device) -> None:
         )
 
 
-def require_disk(output: Path, needed: int) -> None:
-    """Raise UserError if the disk that holds ``output`` has less than ``needed`` bytes free."""
+def require_disk(output: Path, required_bytes: int) -> None:
+    """Raise UserError if the disk that holds ``output`` has less than ``required_bytes`` free."""
     make_folder(output)
-    if (free := shutil.disk_usage(output).free) < needed:
-        required, available = (naturalsize(size, binary=True) for size in (needed, free))
+    if (free := shutil.disk_usage(output).free) < required_bytes:
+        size_text, free_text = (naturalsize(size, binary=True) for size in (required_bytes, free))
         raise UserError(
-            f"the checkpoints in {output} take {required} and its disk has {available} free: free some, "
+            f"the checkpoints in {output} take {size_text} and its disk has {free_text} free: free some, "
             "lower training.keep, or set training.output to a folder on another disk"
         )

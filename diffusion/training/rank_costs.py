@@ -78,11 +78,11 @@ class RankCosts(Config):
         """Format the costs as a table, without columns that are empty."""
         names = [*RankCost.model_fields][2:]
         names.insert(names.index("all_reduce"), "memory")
-        shown = [name for name in names if any(getattr(each, name) for each in self.world_sizes)]
-        table = [["ranks", "images", *(name.replace("_", "-") for name in shown)]]
-        for each in self.world_sizes:
-            sizes = (naturalsize(getattr(each, name), binary=True) for name in shown)
-            table.append([f"{each.ranks:,}", f"{each.images:,}", *sizes])
+        columns = [name for name in names if any(getattr(cost, name) for cost in self.world_sizes)]
+        table = [["ranks", "images", *(name.replace("_", "-") for name in columns)]]
+        for cost in self.world_sizes:
+            sizes = (naturalsize(getattr(cost, name), binary=True) for name in columns)
+            table.append([f"{cost.ranks:,}", f"{cost.images:,}", *sizes])
         widths = [max(map(len, column)) for column in zip(*table, strict=True)]
         return [
             "of each rank: images in a step, memory (activations are an estimate), and what it sends in a step",
@@ -136,32 +136,32 @@ def rank_costs(setup: TrainingSetup, world_size: int) -> RankCosts:
     if setup.config.shard not in (True, False):
         sizes = [size for size in sizes if size % setup.config.shard == 0]
     setups = (replace(setup, ranks=Ranks(0, size)) for size in (*sizes, world_size))
-    return RankCosts(world_sizes=[_rank_cost(each, activations) for each in setups])
+    return RankCosts(world_sizes=[_rank_cost(variant, activations) for variant in setups])
 
 
 def _rank_cost(setup: TrainingSetup, activations: int) -> RankCost:
     config, ranks = setup.config, setup.ranks
     images, threads = config.images_per_step // ranks.count, thread_count(config, ranks)
     part = math.ceil(images / threads)
-    at_once = threads * min(part, config.micro_batch or part)
+    images_at_once = threads * min(part, config.micro_batch or part)
     half = resolve_precision(config.precision, setup.device) == "bf16"
     network = meta_network(setup)
     objective = family_of(setup.model).make_objective(setup.model_header(0), config, setup.autoencoder)
-    steps, messages, gathered = objective.optimizer_steps(network), Counter[str](), 0
+    steps, messages, gathered_bytes = objective.optimizer_steps(network), Counter[str](), 0
     with _fake_process_group(ranks.count):
         for step in steps:
             if setup.shard == 1:
-                messages += _replicated(step)
+                messages += _count_replicated_bytes(step)
             else:
-                own, gathered = _sharded(step, setup)
-                messages += own
-        trained = [each for step in steps for each in step.parameters if each.requires_grad]
-        averaged = _size([each for each in network.parameters() if each.requires_grad])
-        frozen = [each for each in network.parameters() if not each.requires_grad]
+                counts, gathered_bytes = _count_sharded_bytes(step, setup)
+                messages += counts
+        trained = [parameter for step in steps for parameter in step.parameters if parameter.requires_grad]
+        average_bytes = _size([parameter for parameter in network.parameters() if parameter.requires_grad])
+        frozen = [parameter for parameter in network.parameters() if not parameter.requires_grad]
         frozen += list(setup.autoencoder.parameters()) if setup.autoencoder else []
         if config.student is not None and setup.initial is not None:
             frozen += list(setup.initial.network.parameters())
-        matrices = [each for step in steps for each in step.matrices]
+        matrices = [parameter for step in steps for parameter in step.matrices]
         has_muon = config.optimizer == "muon" and setup.base is None
         size, replicas, group = _size(trained), ranks.count // setup.shard, setup.shard
         return RankCost(
@@ -171,9 +171,9 @@ def _rank_cost(setup: TrainingSetup, activations: int) -> RankCost:
             # Those of each thread and their sum, or those of the own shards.
             gradients=size * (1 + threads if group == 1 else 1),
             optimizer=2 * size - (_size(matrices) if has_muon else 0),
-            averages=averaged * ((1 if config.ema_stds is None else len(config.ema_stds)) + setup.has_guide),
-            gathered=gathered,
-            activations=at_once * activations // (2 if half else 1),
+            averages=average_bytes * ((1 if config.ema_stds is None else len(config.ema_stds)) + setup.has_guide),
+            gathered=gathered_bytes,
+            activations=images_at_once * activations // (2 if half else 1),
             muon=max(muon_size(step.matrices, threads) for step in steps) if has_muon else 0,
             all_reduce=2 * messages["all_reduce"] * (replicas - 1) // replicas,
             all_gather=messages["all_gather"] * (group - 1),
@@ -183,37 +183,37 @@ def _rank_cost(setup: TrainingSetup, activations: int) -> RankCost:
 
 def _size(parameters: list[nn.Parameter]) -> int:
     """Count the bytes of ``parameters``, or of this rank's shards of them."""
-    return FLOAT * sum(local_part(each).numel() for each in parameters)
+    return FLOAT * sum(local_part(parameter).numel() for parameter in parameters)
 
 
-def _replicated(step: OptimizerStep) -> Counter[str]:
+def _count_replicated_bytes(step: OptimizerStep) -> Counter[str]:
     """Count the bytes that are summed over ranks which have a network each."""
     messages = _Messages()
     with FakeTensorMode(), messages:
         # All that matters of a network is the shapes of its gradients.
-        parameters = [nn.Parameter(torch.empty(each.shape)) for each in step.parameters if each.requires_grad]
+        parameters = [nn.Parameter(torch.empty(weight.shape)) for weight in step.parameters if weight.requires_grad]
         reducer = GradientReducer(parameters, 1)
         with reducer.last_pass(0, None):
-            torch.autograd.grad(sum((each.sum() for each in parameters), torch.zeros(())), parameters)
+            torch.autograd.grad(sum((parameter.sum() for parameter in parameters), torch.zeros(())), parameters)
         reducer.wait()
     return messages.own
 
 
-def _sharded(step: OptimizerStep, setup: TrainingSetup) -> tuple[Counter[str], int]:
+def _count_sharded_bytes(step: OptimizerStep, setup: TrainingSetup) -> tuple[Counter[str], int]:
     """Count the bytes of a rank in the collectives of a step, and those of others that it holds at once."""
     config, family = setup.config, family_of(setup.model)
     shape = setup.autoencoder.space.shape if setup.autoencoder else setup.dataset.shape
     images = config.images_per_step // setup.ranks.count
-    earlier = math.ceil(images / (config.micro_batch or images)) - 1
+    other_passes = math.ceil(images / (config.micro_batch or images)) - 1
     mesh, modules = make_mesh(CPU, setup.shard), list(step.modules.values())
     for module in modules:
         shard_module(module.to("meta"), mesh)
-    own = Counter[str]()
+    counts = Counter[str]()
     # Fake tensors of shards, as FSDP2 runs no meta tensors.
     with FakeTensorMode(allow_non_fake_inputs=True):
         for module in modules:
             module.to_empty(device="cpu")
-        for is_last, times in ((False, earlier), (True, 1)):
+        for is_last, times in ((False, other_passes), (True, 1)):
             if times:
                 sum_over_replicas(modules, is_last)
                 messages = _Messages()
@@ -221,6 +221,6 @@ def _sharded(step: OptimizerStep, setup: TrainingSetup) -> tuple[Counter[str], i
                     losses: Tensor = family.forward(modules[0], shape).view(1)
                     batch = TrainingBatch(torch.empty(1), {}, {"t": torch.zeros(1)})
                     step.minimized(losses, batch).sum().backward()  # type: ignore[no-untyped-call]
-                own += Counter({name: size * times for name, size in messages.own.items()})
-    outside, *blocks = messages.gathered
-    return own, outside + sum(sorted(blocks)[-2:])
+                counts += Counter({name: size * times for name, size in messages.own.items()})
+    outer, *blocks = messages.gathered
+    return counts, outer + sum(sorted(blocks)[-2:])

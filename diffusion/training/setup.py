@@ -141,16 +141,18 @@ class TrainingSetup:
         if low := self.task.low_resolution:
             # Rows are sorted by content hash, so the first ones are a random sample.
             rows = self.dataset.rows("train")[:MEASURED]
-            found = [(self.task.sigma_data(self.dataset.images(own)), len(own)) for own in self.dataset.by_bucket(rows)]
-            sigma_data = found[0][0]
-            if len(found) > 1:
-                sigma_data = math.sqrt(sum(std**2 * count for std, count in found) / len(rows))
-            why = f"show all that they have at {low}×{low}"
+            stds = [
+                (self.task.sigma_data(self.dataset.images(part)), len(part)) for part in self.dataset.by_bucket(rows)
+            ]
+            sigma_data = stds[0][0]
+            if len(stds) > 1:
+                sigma_data = math.sqrt(sum(std**2 * count for std, count in stds) / len(rows))
+            reason = f"show all that they have at {low}×{low}"
         else:
-            sigma_data, why = self.dataset.manifest.sigma_data, "are one flat tone"
+            sigma_data, reason = self.dataset.manifest.sigma_data, "are one flat tone"
         if sigma_data < LEAST_DEVIATION:
             name = self.dataset.manifest.name
-            raise UserError(f"the training images of {name} {why}, so there is nothing to learn: ingest others")
+            raise UserError(f"the training images of {name} {reason}, so there is nothing to learn: ingest others")
         return sigma_data
 
     def make_network(self, gradient_checkpointing: bool = False) -> nn.Module:
@@ -159,15 +161,15 @@ class TrainingSetup:
         Low-rank matrices are random, as are all weights without initial ones.
         """
         if self.base is not None and self.initial is not None:
-            tuned = make_trainable(self.initial.network, self.config.lora)
-            if isinstance(pipeline := tuned.network, PipelineNetwork):
+            partly_trained = make_trainable(self.initial.network, self.config.lora)
+            if isinstance(pipeline := partly_trained.network, PipelineNetwork):
                 if gradient_checkpointing:
                     pipeline.component(pipeline.config.denoiser_name).enable_gradient_checkpointing()
                 # Not its mode for training: dropout of diffusers takes random numbers from a state that resuming lacks.
-                return tuned.eval()
+                return partly_trained.eval()
             assert isinstance(pipeline, UNet)
             pipeline.gradient_checkpointing = gradient_checkpointing
-            return tuned.train()
+            return partly_trained.train()
         shape = self.autoencoder.space.shape if self.autoencoder else self.dataset.shape
         network: nn.Module = family_of(self.model).make_network(self.model, shape, len(self.classes))
         if isinstance(network, UNet):
@@ -243,8 +245,8 @@ class TrainingSetup:
         network: nn.Module
         if self.base is not None and self.initial is not None:
             network = share(self.initial.network)
-            tuned = tuned_weights(network, self.config.lora, {name: value.to(CPU) for name, value in weights.items()})
-            network.load_state_dict(tuned, strict=False, assign=True)
+            update = tuned_weights(network, self.config.lora, {name: value.to(CPU) for name, value in weights.items()})
+            network.load_state_dict(update, strict=False, assign=True)
         else:
             with torch.device("meta"):
                 network = replace(self, initial=None).make_network()
@@ -256,12 +258,12 @@ class TrainingSetup:
         """Build the header of a model that has seen ``images`` of ``total``."""
         manifest = self.dataset.manifest
         pixels = isinstance(self.model, ModelConfig) and self.autoencoder is None and self.task.low_resolution is None
-        given: dict[str, Any] = {"data_mean": tuple(manifest.mean) if pixels else None}
+        fields: dict[str, Any] = {"data_mean": tuple(manifest.mean) if pixels else None}
         if self.base is not None and self.initial is not None:
-            given = self.initial.header.model_dump(include={"data_mean", "guidance", "guidance_interval"})
+            fields = self.initial.header.model_dump(include={"data_mean", "guidance", "guidance_interval"})
         if self.has_guide:
             guide = self.given_guide
-            given["guide_images"] = min(images, self.guide_images(total)) if guide is None else guide[1]
+            fields["guide_images"] = min(images, self.guide_images(total)) if guide is None else guide[1]
         return ModelHeader(
             # A file says what its network is, whatever the default will be one day.
             model=with_channel_mult(self.model, self.dataset, self.autoencoder),
@@ -278,7 +280,7 @@ class TrainingSetup:
             lora=self.config.lora,
             images=images,
             training=identity_fields(self.config, self.model),
-            **given,
+            **fields,
         )
 
     def header(self, images: int, total: int) -> dict[str, Any]:
@@ -299,8 +301,8 @@ class TrainingSetup:
     @cached_property
     def fingerprint(self) -> Fingerprint:
         """Return the fingerprint, on which the last bits of the weights depend."""
-        own = fingerprint(self.config.images_per_step, self.config.precision, self.config.device)
-        return own.model_copy(update={"compile": self.compiled, "ranks": self.ranks.count, "shard": self.shard})
+        result = fingerprint(self.config.images_per_step, self.config.precision, self.config.device)
+        return result.model_copy(update={"compile": self.compiled, "ranks": self.ranks.count, "shard": self.shard})
 
     @cached_property
     def shard(self) -> int:
@@ -346,18 +348,18 @@ def make_setup(
     if model.text:
         texts, numbers = dataset.different_captions()
         if not texts:
-            what = "the pipeline is conditioned" if initial else "model.text conditions the network"
-            other = "fine-tune another" if initial else "leave model.text out"
+            subject = "the pipeline is conditioned" if initial else "model.text conditions the network"
+            remedy = "fine-tune another" if initial else "leave model.text out"
             raise UserError(
-                f"data set {dataset.folder} has no captions, and {what} on them: ingest it with a column text beside "
-                f"file_name (metadata.csv), or {other}"
+                f"data set {dataset.folder} has no captions, and {subject} on them: ingest it with a column text "
+                f"beside file_name (metadata.csv), or {remedy}"
             )
         if readers is None:
             embeddings = encoding.none.expand(len(texts), -1)
         else:
             # The main process embeds them for all.
-            read = {"embeddings": embeddings_of(dataset, texts, readers, progress, encoding)} if ranks.is_main else {}
-            embeddings = ranks.broadcast_tensors(read)["embeddings"]
+            data = {"embeddings": embeddings_of(dataset, texts, readers, progress, encoding)} if ranks.is_main else {}
+            embeddings = ranks.broadcast_tensors(data)["embeddings"]
         captions = Captions(embeddings, numbers, encoding)
     check_sampling_options(model, sampling)
     autoencoder = None
@@ -407,30 +409,30 @@ def load_pipeline(config: TrainingConfig, model: DiffusersConfig, dataset: Datas
         raise UserError(
             "model.family = diffusers has no network of its own: set training.init_from to an imported pipeline"
         )
-    given = load_model(_local("training.init_from", config.init_from))
+    pipeline = load_model(_local("training.init_from", config.init_from))
     words, labels = None, sorted(dataset.manifest.class_histogram)
-    if not isinstance(given, PretrainedModel):
-        words = f"is a model of the family {given.header.model.family}, and this is diffusers"
-    elif model.pipeline is not None and model != given.config:
+    if not isinstance(pipeline, PretrainedModel):
+        words = f"is a model of the family {pipeline.header.model.family}, and this is diffusers"
+    elif model.pipeline is not None and model != pipeline.config:
         words = "is another pipeline than the section model describes, which may be left to it"
-    elif given.config.prediction is None:
-        words = f"predicts what its {given.config.scheduler.kind} alone knows, so it cannot be trained"
-    elif given.header.square != dataset.shape:
-        they, we = ("×".join(map(str, shape)) for shape in (given.header.square, dataset.shape))
+    elif pipeline.config.prediction is None:
+        words = f"predicts what its {pipeline.config.scheduler.kind} alone knows, so it cannot be trained"
+    elif pipeline.header.square != dataset.shape:
+        they, we = ("×".join(map(str, shape)) for shape in (pipeline.header.square, dataset.shape))
         words = f"generates images of {they} (channels × height × width), and data set {dataset.manifest.name} has {we}"
-    elif given.classes and (len(labels) < 2 or not set(labels) <= set(given.classes)):
-        known = ", ".join(given.classes[:8]) + (" …" if len(given.classes) > 8 else "")
-        words = f"knows the classes {known}, and data set {dataset.manifest.name} has {', '.join(labels[:8]) or 'none'}"
-    if words is not None or not isinstance(given, PretrainedModel):
+    elif pipeline.classes and (len(labels) < 2 or not set(labels) <= set(pipeline.classes)):
+        names = ", ".join(pipeline.classes[:8]) + (" …" if len(pipeline.classes) > 8 else "")
+        words = f"knows the classes {names}, and data set {dataset.manifest.name} has {', '.join(labels[:8]) or 'none'}"
+    if words is not None or not isinstance(pipeline, PretrainedModel):
         raise UserError(f"training.init_from {config.init_from} {words}: begin with another model, or ingest others")
     for shape in dataset.shapes:
-        given.at(shape)  # raises if its network does not take it
-    if not given.classes:
-        return given
-    numbers = dict(zip(given.classes, given.config.class_ids, strict=True))
-    chosen = given.config.model_copy(update={"class_ids": tuple(numbers[label] for label in labels)})
-    given.network.set_classes(chosen)
-    return replace(given, header=given.header.model_copy(update={"model": chosen}))
+        pipeline.at(shape)  # raises if its network does not take it
+    if not pipeline.classes:
+        return pipeline
+    numbers = dict(zip(pipeline.classes, pipeline.config.class_ids, strict=True))
+    pipeline_config = pipeline.config.model_copy(update={"class_ids": tuple(numbers[label] for label in labels)})
+    pipeline.network.set_classes(pipeline_config)
+    return replace(pipeline, header=pipeline.header.model_copy(update={"model": pipeline_config}))
 
 
 def caption_encoder(network: PipelineNetwork, lora: LoRAConfig | None) -> CaptionEncoder:
@@ -444,8 +446,8 @@ def caption_encoder(network: PipelineNetwork, lora: LoRAConfig | None) -> Captio
         return CaptionEncoder(parts_digest(network, "tokenizer"), lambda: network.tokens, network.tokens(""))
     parts = parts_digest(network, "tokenizer", "text_encoder")
     # The denoiser decides how wide embeddings are, and libraries their last bits.
-    about = [parts, network.config.pipeline, network.embedding_size, torch.__version__, version("transformers")]
-    return CaptionEncoder(digest_of(about), lambda: network.embed, network.embed(""))
+    key = [parts, network.config.pipeline, network.embedding_size, torch.__version__, version("transformers")]
+    return CaptionEncoder(digest_of(key), lambda: network.embed, network.embed(""))
 
 
 def cached_latents(
@@ -455,12 +457,12 @@ def cached_latents(
     device = resolve_device(config.device)
     network = model.on(device).network
     name = network.config.latents_name
-    about = [parts_digest(model.network, name), device_name(device), torch.__version__]
+    key = [parts_digest(model.network, name), device_name(device), torch.__version__]
 
     def encode(images: Tensor) -> Tensor:
         return network.encode(images.to(device))
 
-    return LatentCache(dataset, digest_of(about), encode, config.flip, readers, progress).of
+    return LatentCache(dataset, digest_of(key), encode, config.flip, readers, progress).of
 
 
 def zero_latents(
@@ -468,8 +470,8 @@ def zero_latents(
 ) -> Tensor:
     """Return zeros in place of the latents of images in ``rows``, whose ``shape`` (c, h, w) is that of a square."""
     sides = (
-        own * latent // dataset.manifest.size
-        for own, latent in zip(dataset.shapes[dataset.buckets(rows)[0]], shape[1:], strict=True)
+        side * latent // dataset.manifest.size
+        for side, latent in zip(dataset.shapes[dataset.buckets(rows)[0]], shape[1:], strict=True)
     )
     return torch.zeros(len(rows), shape[0], *sides)
 
@@ -511,16 +513,16 @@ def open_dataset(data: Path, config: TrainingConfig, store: ShardStore | None) -
                 )
                 for shape in {part.shape for part in manifest.parts}
             ]
-            return sum(sum(own[: 2 * window]) for own in sizes)
+            return sum(sum(shard_sizes[: 2 * window]) for shard_sizes in sizes)
 
-        if (needed := cached(count if window is None else window)) > config.stream_bytes:
-            fitting = next((less for less in range(count, 0, -1) if cached(less) <= config.stream_bytes), 0)
-            less = f", or set training.window to {fitting} or less" if fitting else ""
-            what = f"two windows of training.window = {window}" if window else f"all {count}"
-            what += " for each bucket" if window and manifest.storage.buckets else ""
+        if (required_bytes := cached(count if window is None else window)) > config.stream_bytes:
+            max_window = next((size for size in range(count, 0, -1) if cached(size) <= config.stream_bytes), 0)
+            hint = f", or set training.window to {max_window} or less" if max_window else ""
+            subject = f"two windows of training.window = {window}" if window else f"all {count}"
+            subject += " for each bucket" if window and manifest.storage.buckets else ""
             raise UserError(
-                f"{what} shards of data set {manifest.name} have up to {needed} bytes and the cache holds "
-                f"{config.stream_bytes}: raise training.stream_bytes to {needed}{less}"
+                f"{subject} shards of data set {manifest.name} have up to {required_bytes} bytes and the cache holds "
+                f"{config.stream_bytes}: raise training.stream_bytes to {required_bytes}{hint}"
             )
         shards = ShardCache(data.parent / ".shards", store, config.stream_bytes)
     with closing(Dataset.open(data, shards, config.cache_bytes)) as dataset:
@@ -539,15 +541,15 @@ def drop_conditioning(
     With both class and caption, one of them is dropped for an equal share again, so that the model can be conditioned
     on either alone (arXiv 2211.09800, section 3.2.1).
     """
-    alone = share / 2 if len(conditioning) == 2 else 0
-    without_label = (u < share) | ((u >= share + alone) & (u < share + 2 * alone))
-    left = {}
+    single_share = share / 2 if len(conditioning) == 2 else 0
+    label_mask = (u < share) | ((u >= share + single_share) & (u < share + 2 * single_share))
+    result = {}
     if "label" in conditioning:
-        left["label"] = conditioning["label"].masked_fill(without_label, no_class)
+        result["label"] = conditioning["label"].masked_fill(label_mask, no_class)
     if "text" in conditioning:
         assert no_text is not None
-        left["text"] = torch.where((u < share + alone)[:, None], no_text, conditioning["text"])
-    return left
+        result["text"] = torch.where((u < share + single_share)[:, None], no_text, conditioning["text"])
+    return result
 
 
 def student_training(
@@ -559,7 +561,7 @@ def student_training(
     """
     sampling = header.sampling(sampling)
     names = ("guidance", "guidance_interval") if sampling.guides else ("autoguidance",) if sampling.autoguides else ()
-    own = {
+    fields = {
         "init_from": teacher,
         "images": config.images,
         "minutes": None,
@@ -568,7 +570,7 @@ def student_training(
         "student": {"steps": config.steps} | {name: getattr(sampling, name) for name in names},
         "guide": None,
     }
-    return TrainingConfig.model_validate(training.model_dump() | own)
+    return TrainingConfig.model_validate(training.model_dump() | fields)
 
 
 def identity_fields(config: TrainingConfig, model: FamilyConfig) -> dict[str, Any]:
@@ -648,11 +650,11 @@ def load_autoencoder(path: str, dataset: Dataset, window: int | None) -> Latents
             f"model.autoencoder {path} was trained on images of {model.header.channels} channels and data set "
             f"{dataset.manifest.name} has {channels}: train an autoencoder on images like these"
         )
-    inner = latent_shape(config, size, size)
+    sizes = latent_shape(config, size, size)
     for shape in dataset.shapes:
         latent_shape(config, *shape)  # raises if the factor does not divide it
     space = LatentSpace(
-        autoencoder=config, digest=weights_digest(Path(path)).removeprefix("sha256:"), channels=inner[0], size=inner[1]
+        autoencoder=config, digest=weights_digest(Path(path)).removeprefix("sha256:"), channels=sizes[0], size=sizes[1]
     )
     latents = Latents(space, channels)
     latents.network.load_state_dict(model.network.autoencoder.state_dict())
@@ -660,13 +662,13 @@ def load_autoencoder(path: str, dataset: Dataset, window: int | None) -> Latents
     rows = dataset.rows("train")
     if window is not None:
         rows = rows[np.argsort(dataset.shards(rows), kind="stable")]
-    parts = [dataset.images(own) for own in dataset.by_bucket(rows[:MEASURED])]
+    parts = [dataset.images(part) for part in dataset.by_bucket(rows[:MEASURED])]
     with torch.inference_mode():
         means = [
             torch.cat([latents.network.encode(to_float(batch)).double() for batch in torch.split(images, ENCODED)])
             for images in parts
         ]
-        values = torch.cat([each.transpose(0, 1).flatten(1) for each in means], dim=1)
+        values = torch.cat([part_means.transpose(0, 1).flatten(1) for part_means in means], dim=1)
         std, mean = torch.std_mean(values, dim=1, correction=0)
         # A constant channel keeps its scale instead of being amplified.
         std = torch.where(std > 1e-4 * std.max(), std, 1.0)
@@ -688,32 +690,32 @@ def load_initial_weights(path: str, model: FamilyConfig, dataset: Dataset, class
 
     Optimizer, averages and learning rate start from scratch. Raises UserError if the file does not exist or fit.
     """
-    given = load_model(_local("training.init_from", path))
-    theirs, ours = given.header.model.model_dump(), model.model_dump()
-    different = [name for name in theirs | ours if theirs.get(name) != ours.get(name)]
+    initial = load_model(_local("training.init_from", path))
+    theirs, ours = initial.header.model.model_dump(), model.model_dump()
+    differences = [name for name in theirs | ours if theirs.get(name) != ours.get(name)]
     words = None
-    if given.header.model.family != model.family:
-        words = f"is a model of the family {given.header.model.family}, and this is {model.family}"
-    elif different:
-        settings = (f"--set model.{name}={json.dumps(theirs.get(name), separators=(',', ':'))}" for name in different)
+    if initial.header.model.family != model.family:
+        words = f"is a model of the family {initial.header.model.family}, and this is {model.family}"
+    elif differences:
+        settings = (f"--set model.{name}={json.dumps(theirs.get(name), separators=(',', ':'))}" for name in differences)
         raise UserError(
             f"training.init_from {path} is another network than the section model describes: give "
             f"{' '.join(settings)}, or begin at random (training.init_from=null)"
         )
-    elif given.header.square != dataset.shape:
-        they, we = ("×".join(map(str, shape)) for shape in (given.header.square, dataset.shape))
+    elif initial.header.square != dataset.shape:
+        they, we = ("×".join(map(str, shape)) for shape in (initial.header.square, dataset.shape))
         words = f"generates images of {they} (channels × height × width), and data set {dataset.manifest.name} has {we}"
-    elif given.classes != classes:
-        they, we = (", ".join(names) or "none" for names in (given.classes, classes))
+    elif initial.classes != classes:
+        they, we = (", ".join(names) or "none" for names in (initial.classes, classes))
         words = f"knows the classes {they}, and data set {dataset.manifest.name} has {we}"
-    elif model.text and given.header.encoder != ENCODER:
+    elif model.text and initial.header.encoder != ENCODER:
         words = "was trained with another text encoder"
     if words:
         raise UserError(
             f"training.init_from {path} {words}: begin with a model of the same kind, or at random "
             "(training.init_from=null)"
         )
-    return given
+    return initial
 
 
 def _local(option: str, path: str) -> Path:

@@ -106,8 +106,8 @@ def train(
                 "or leave it out"
             )
         # Only the main process writes, so it alone locks the folder.
-        holding = _held(output) if ranks.is_main else nullcontext()
-        with holding, repeatable(resolve_device(config.device)), worker_threads(thread_count(config, ranks)) as threads:
+        lock = _lock(output) if ranks.is_main else nullcontext()
+        with lock, repeatable(resolve_device(config.device)), worker_threads(thread_count(config, ranks)) as threads:
             with worker_threads() as readers:
                 setup = make_setup(dataset, model, config, sampling, ranks, readers, progress, start)
             trainer = Trainer(setup, threads, output)
@@ -141,16 +141,16 @@ def _train(
     """Start or resume a run, train it to its end and write its final model; returns the number of images seen."""
     setup, state = trainer.setup, trainer.state
     checkpoints = Checkpoints(output / "checkpoints")
-    is_new, unlogged = _begin_or_resume(trainer, checkpoints, output, sampling)
+    is_new, is_unlogged = _begin_or_resume(trainer, checkpoints, output, sampling)
     tracker = track(is_new) if setup.ranks.is_main else None
 
     def work(stop: Callable[[], bool]) -> bool:
         if not setup.ranks.is_main:
-            return trainer.train(None, stop, unlogged)
+            return trainer.train(None, stop, is_unlogged)
         validation = Validation(setup, trainer.objective, trainer.threads)
         with CheckpointWriter(checkpoints) as writer:
             log = TrainingLog(validation, output, sampling, writer, tracker, progress, state.images, trainer.total)
-            return trainer.train(log, stop, unlogged)
+            return trainer.train(log, stop, is_unlogged)
 
     try:
         _stoppable(work, setup.device)
@@ -181,18 +181,18 @@ def _stoppable(work: Callable[[Callable[[], bool]], bool], device: torch.device)
         return
     # A signal may raise between any two operations. Lists, this queue and the start of a thread are in C, and leave no
     # lock behind, as Event, Future and Thread do.
-    interrupts, begun, outcome = list[BaseException](), list[bool](), list[bool | BaseException]()
-    left, seconds, starts = list[BaseException](), list[float](), [start_new_thread]
-    ended, context = SimpleQueue[None](), copy_context()
+    interrupts, runs, outcome = list[BaseException](), list[bool](), list[bool | BaseException]()
+    exits, seconds, starts = list[BaseException](), list[float](), [start_new_thread]
+    ends, context = SimpleQueue[None](), copy_context()
 
     def stop() -> bool:
-        if left:
+        if exits:
             # Another process may train in the folder by now.
-            raise left[0]
+            raise exits[0]
         return bool(interrupts)
 
     def run() -> None:
-        begun.append(True)
+        runs.append(True)
         if interrupts:
             return
         try:
@@ -202,34 +202,34 @@ def _stoppable(work: Callable[[Callable[[], bool]], bool], device: torch.device)
             outcome.append(context.run(work, stop))
         except BaseException as error:  # noqa: BLE001 (raised below)
             outcome.append(error)
-        ended.put(None)
+        ends.put(None)
 
     default = signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     if default:
         signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
-        while not left:
+        while not exits:
             try:
-                while not outcome and (begun or not interrupts):
+                while not outcome and (runs or not interrupts):
                     if starts:
                         starts.pop()(run, ())
                     # A signal may take the item, come before the thread has begun, which then does nothing, or fall
                     # between Python's last look at signals and the wait, which it then does not end.
                     with suppress(Empty):
-                        ended.get(timeout=LOOK_SECONDS)
+                        ends.get(timeout=LOOK_SECONDS)
                 break
             except BaseException as error:  # noqa: BLE001 (raised below)
                 interrupts += [error]
                 seconds += [time.monotonic()]
                 if isinstance(error, KeyboardInterrupt):
                     if seconds[-1] - seconds[0] >= PATIENCE:
-                        left += [error]
+                        exits += [error]
                     elif len(seconds) == 1:
                         # In a thread, as logging has locks.
                         start_new_thread(logger.info, (LEAVING, PATIENCE))
-        if left:
-            raise left[0]
-        failure = next((each for each in outcome if isinstance(each, BaseException)), None)
+        if exits:
+            raise exits[0]
+        failure = next((item for item in outcome if isinstance(item, BaseException)), None)
         if interrupts:
             if failure is not None:
                 logger.warning("training failed after a signal, and wrote no checkpoint", exc_info=failure)
@@ -298,22 +298,22 @@ def check(
 
 def _require_same_run(output: Path, setup: TrainingSetup, restart: str) -> bool:
     """Whether the folder ``output`` holds another run, which may be discarded; raises UserError if it may not."""
-    if (changed := _differences(output, setup)) and restart == "never":
+    if (differences := _differences(output, setup)) and restart == "never":
         raise UserError(
-            f"{output} holds a run that differs in {', '.join(changed)}: "
+            f"{output} holds a run that differs in {', '.join(differences)}: "
             "give --restart to throw it away, or set training.output to another folder"
         )
-    return bool(changed)
+    return bool(differences)
 
 
 def discard(output: Path) -> None:
     """Delete the run in folder ``output`` and nothing else in it; raises UserError if it is in use."""
-    with _held(output):
+    with _lock(output):
         _discard(output)
 
 
 @contextmanager
-def _held(output: Path) -> Iterator[None]:
+def _lock(output: Path) -> Iterator[None]:
     """Lock the run's folder for this process; raises UserError if another process uses it."""
     make_folder(output.parent)
     try:
@@ -335,8 +335,8 @@ def _discard(output: Path) -> None:
     if output.is_dir():
         write_bytes(output / METRICS_BUFFER / RESTARTED, b"")
     names = ("final.safetensors", "weights.safetensors", "history.csv", "losses.csv", PREFLIGHT)
-    linked = [path for path in output.glob("*.safetensors") if len(path.stem) == 64]  # what a LoRA is based on
-    for path in (*output.glob("not_finite*.safetensors"), *linked, *(output / name for name in names)):
+    bases = [path for path in output.glob("*.safetensors") if len(path.stem) == 64]  # what a LoRA is based on
+    for path in (*output.glob("not_finite*.safetensors"), *bases, *(output / name for name in names)):
         path.unlink(missing_ok=True)
     for folder in (output / "samples", output / SNAPSHOTS, output / INTERRUPTED, output / "checkpoints"):
         if folder.exists():
@@ -346,7 +346,7 @@ def _discard(output: Path) -> None:
 def _differences(output: Path, setup: TrainingSetup) -> list[str]:
     """Describe the differences between the run in ``output`` and ``setup``; empty for the same run, or none."""
     final, checkpoints = output / "final.safetensors", Checkpoints(output / "checkpoints")
-    theirs = read_header(final) if final.is_file() else next((each for _, each in checkpoints.newest_whole()), None)
+    theirs = read_header(final) if final.is_file() else next((header for _, header in checkpoints.newest_whole()), None)
     if theirs is None:
         return []
     if theirs.get("format_version") != FORMAT_VERSION:
@@ -354,15 +354,15 @@ def _differences(output: Path, setup: TrainingSetup) -> list[str]:
     ours = setup.header(0, 0)
     if theirs["train_key"] == ours["train_key"]:
         return []
-    moved = theirs.get("layout_digest") != ours.get("layout_digest")
+    has_moved = theirs.get("layout_digest") != ours.get("layout_digest")
     theirs, ours = theirs["model_header"], ours["model_header"]
-    changed = ["the data set's content"] if theirs["content_digest"] != ours["content_digest"] else []
+    differences = ["the data set's content"] if theirs["content_digest"] != ours["content_digest"] else []
     for part in ("model", "training"):
         names = theirs[part] | ours[part]
-        changed += [f"{part}.{name}" for name in names if ours[part].get(name) != theirs[part].get(name)]
+        differences += [f"{part}.{name}" for name in names if ours[part].get(name) != theirs[part].get(name)]
     if theirs.get("encoder") and ours["encoder"] and theirs["encoder"] != ours["encoder"]:
-        changed.append(f"the text encoder ({theirs['encoder']['name']} {theirs['encoder']['digest'][:12]})")
-    return changed or [("the data set's shards" if moved else "its format")]
+        differences.append(f"the text encoder ({theirs['encoder']['name']} {theirs['encoder']['digest'][:12]})")
+    return differences or [("the data set's shards" if has_moved else "its format")]
 
 
 def _begin_or_resume(
@@ -373,34 +373,34 @@ def _begin_or_resume(
     Returns whether the run is new, and whether the checkpoint was written at a signal.
     """
     setup, state, config = trainer.setup, trainer.state, trainer.config
-    ranks, both = setup.ranks, (checkpoints, Checkpoints(output / INTERRUPTED))
+    ranks, sources = setup.ranks, (checkpoints, Checkpoints(output / INTERRUPTED))
     # A kill may leave both of the same number of images: the regular one, which is first, is also logged.
-    newest = merge(*(each.newest_whole() for each in both), key=lambda found: int(found[0].stem), reverse=True)
+    newest = merge(*(source.newest_whole() for source in sources), key=lambda pair: int(pair[0].stem), reverse=True)
     path, header = (ranks.is_main and next(newest, None)) or (None, None)
     if header := ranks.broadcast(header):
         trainer.total = header["total"]
         state.load(read_everywhere(path, ranks), header[COUNTS])
-        trainer.window = [torch.tensor(each, device=setup.device) for each in header.get(WINDOW, [])]
+        trainer.window = [torch.tensor(values, device=setup.device) for values in header.get(WINDOW, [])]
         trainer.loader.prefetch(state.images, trainer.total)
         if ranks.is_main:
             if WINDOW not in header:
                 shutil.rmtree(output / INTERRUPTED, ignore_errors=True)
             logger.info("resuming from %d of %d images", state.images, trainer.total)
-            if changed := Fingerprint.model_validate(header[FINGERPRINT]).differences(setup.fingerprint):
-                logger.warning("the fingerprint has changed (%s): the last bits of the weights will differ", changed)
+            if changes := Fingerprint.model_validate(header[FINGERPRINT]).differences(setup.fingerprint):
+                logger.warning("the fingerprint has changed (%s): the last bits of the weights will differ", changes)
         return False, WINDOW in header
     pace = None if config.images else measure_pace(setup, trainer.threads, sampling, output)
     preflight = make_preflight(trainer, pace)
     trainer.total = math.ceil(preflight.images / config.images_per_step) * config.images_per_step
     trainer.loader.prefetch(state.images, trainer.total)
     if ranks.is_main:
-        about = dict(preflight.lines())
-        logger.info("training on %s; %s, %s", *(about[name] for name in ("images", "network", "length")))
+        summary = dict(preflight.lines())
+        logger.info("training on %s; %s, %s", *(summary[name] for name in ("images", "network", "length")))
         warn_of_memory(preflight, setup.device)
         require_disk(output, preflight.disk_bytes)
         write_json(output / PREFLIGHT, preflight.model_dump(mode="json"))
     header = trainer.checkpoint_header()
-    first = trainer.checkpoint_tensors(header)
+    tensors = trainer.checkpoint_tensors(header)
     if ranks.is_main:
-        checkpoints.save(first, header)
+        checkpoints.save(tensors, header)
     return True, False

@@ -92,11 +92,11 @@ class TrainingState:
 
     def tensors(self) -> dict[str, Tensor]:
         """Return all tensors, named by module or optimizer."""
-        named = self._weights()
+        tensors = self._weights()
         for prefix, optimizer in self._named_optimizers():
             for index, moments in optimizer.state_dict()["state"].items():
-                named |= {f"{prefix}{index}.{name}": value for name, value in moments.items()}
-        return named
+                tensors |= {f"{prefix}{index}.{name}": value for name, value in moments.items()}
+        return tensors
 
     @torch.no_grad()
     def load_guide(self, weights: Mapping[str, Tensor]) -> None:
@@ -112,16 +112,16 @@ class TrainingState:
         torch._foreach_copy_([ours for ours, _ in pairs], [theirs for _, theirs in pairs])
 
     def _named_optimizers(self) -> list[tuple[str, torch.optim.Optimizer]]:
-        return [named for optimizers in self.optimizers for named in optimizers.items()]
+        return [item for optimizers in self.optimizers for item in optimizers.items()]
 
     def _weights(self) -> dict[str, Tensor]:
-        named = self.frozen | {GUIDE + name: value for name, value in self.guide.items()}
+        weights = self.frozen | {GUIDE + name: value for name, value in self.guide.items()}
         for prefix, average in zip(PREFIXES, self.averages, strict=False):
-            named |= {prefix + name: value for name, value in average.averages.items()}
+            weights |= {prefix + name: value for name, value in average.averages.items()}
         for step in self.steps:
             for prefix, module in step.modules.items():
-                named |= {f"{prefix}.{name}": value for name, value in module.state_dict().items()}
-        return named
+                weights |= {f"{prefix}.{name}": value for name, value in module.state_dict().items()}
+        return weights
 
     def counts(self) -> dict[str, int]:
         """Return the counts for the header of a checkpoint."""
@@ -219,54 +219,54 @@ class Trainer:
         self.lag = 1 if self.device.type == "cuda" else 0
         """Steps after which a step is checked for finiteness: checking at once would stall a GPU."""
 
-    def train(self, log: TrainingLog | None, stop: Callable[[], bool], unlogged: bool = False) -> bool:
+    def train(self, log: TrainingLog | None, stop: Callable[[], bool], is_unlogged: bool = False) -> bool:
         """Train until ``total`` images are seen or ``stop`` is true in any process; returns whether all were seen.
 
         Only the main process has a ``log``. Once ``stop`` is true, the current step ends, of several processes also the
-        next one, and a checkpoint is written without the validation that belongs to a regular one. ``unlogged`` says
+        next one, and a checkpoint is written without the validation that belongs to a regular one. ``is_unlogged`` says
         that the state is from such a checkpoint.
         """
         state, config, ranks = self.state, self.config, self.setup.ranks
         steps = self.total // config.images_per_step
         log_every = max(1, steps // (config.checkpoints * LOGS_PER_CHECKPOINT)) * config.images_per_step
         save_every = math.ceil(self.total / config.checkpoints / log_every) * log_every
-        due = unlogged and (state.images % save_every == 0 or state.images == self.total)
-        began, since, waited = state.images, time.perf_counter(), self.loader.waited
-        while due or state.images < self.total:
-            stopped = ranks.any(stop)
-            if not due:
+        is_due = is_unlogged and (state.images % save_every == 0 or state.images == self.total)
+        start_images, start_time, start_wait = state.images, time.perf_counter(), self.loader.waited
+        while is_due or state.images < self.total:
+            wait_for_stop = ranks.any(stop)
+            if not is_due:
                 learning_rate = scheduled_learning_rate(config, state.images, self.total)
                 self.window.append(torch.stack(self.train_step(learning_rate)))
-                at_end = state.images == self.total
-                if state.images % log_every == 0 or at_end:
+                is_last = state.images == self.total
+                if state.images % log_every == 0 or is_last:
                     # The first operation of these steps that waits for the device.
                     finite = torch.stack(self.window).cpu()
                     loss, norm = finite[finite.isfinite().all(1)].mean(0).tolist()
                     self.check_finite()
-                    seconds = time.perf_counter() - since
+                    seconds = time.perf_counter() - start_time
                     metrics = {
                         "loss": loss,
                         "gradient_norm": norm,
                         "learning_rate": learning_rate,
-                        "images_per_second": (state.images - began) / seconds,
-                        "data_wait": (self.loader.waited - waited) / seconds,
+                        "images_per_second": (state.images - start_images) / seconds,
+                        "data_wait": (self.loader.waited - start_wait) / seconds,
                         "skipped": state.skipped,
                     }
                     if log:
                         log.log_metrics(metrics, state.images)
-                    self.window, began, since = [], state.images, time.perf_counter()
-                    waited = self.loader.waited
-                due = state.images % save_every == 0 or at_end
-            ended = stopped()
-            if due and not ended:
-                header, due = self.checkpoint_header(), False
+                    self.window, start_images, start_time = [], state.images, time.perf_counter()
+                    start_wait = self.loader.waited
+                is_due = state.images % save_every == 0 or is_last
+            is_over = wait_for_stop()
+            if is_due and not is_over:
+                header, is_due = self.checkpoint_header(), False
                 tensors = self.checkpoint_tensors(header)
                 save = partial(log.checkpoint, tensors, header, save_every) if log else None
-                ended = not ranks.run_in_main(save, stop)
-                since = time.perf_counter()
-            if ended:
+                is_over = not ranks.run_in_main(save, stop)
+                start_time = time.perf_counter()
+            if is_over:
                 self.check_finite()
-                header = self.checkpoint_header() | {WINDOW: [each.tolist() for each in self.window]}
+                header = self.checkpoint_header() | {WINDOW: [row.tolist() for row in self.window]}
                 tensors = self.checkpoint_tensors(header)
                 if log:
                     log.interrupt(tensors, header)
@@ -282,11 +282,11 @@ class Trainer:
         """
         config, state = self.config, self.state
         batch = self.loader.batch(state.images, self.total)
-        noised = self.objective.make_batch(self.setup.x0(batch), batch.indices, self.setup.training_conditioning(batch))
-        t, noised = noised.random.get("t"), noised.on(self.device)
+        inputs = self.objective.make_batch(self.setup.x0(batch), batch.indices, self.setup.training_conditioning(batch))
+        t, inputs = inputs.random.get("t"), inputs.on(self.device)
         finite, norms = torch.ones((), dtype=torch.bool, device=self.device), []
         for step, optimizers, reducer in zip(state.steps, state.optimizers, self.reducers, strict=True):
-            loss = self.backward(step, noised, reducer)
+            loss = self.backward(step, inputs, reducer)
             norm = full_tensor(torch.nn.utils.clip_grad_norm_(step.parameters, config.max_grad_norm))
             norms.append(norm)
             finite = finite & loss.isfinite() & norm.isfinite()
@@ -302,9 +302,9 @@ class Trainer:
             average.update(state.network, state.images // config.images_per_step)
         if state.guide and state.images <= self.setup.guide_images(self.total):
             state.update_guide()
-        copied = finite.to("cpu", non_blocking=True)
+        finite_copy = finite.to("cpu", non_blocking=True)
         event = torch.cuda.current_stream(self.device).record_event() if finite.is_cuda else None
-        self.pending.append(PendingStep(state.images, batch, t, copied, event))
+        self.pending.append(PendingStep(state.images, batch, t, finite_copy, event))
         self.check_finite(self.lag)
         return loss, torch.stack(norms).amax()
 
@@ -316,21 +316,21 @@ class Trainer:
             """Compute the share of these images in the loss of the batch and in the minimized value."""
             with autocast(config.precision, self.device):
                 losses = step.losses(part)
-            minimized = step.minimized(losses, part).sum() / config.images_per_step
-            return losses.detach().sum() / config.images_per_step, minimized
+            value = step.minimized(losses, part).sum() / config.images_per_step
+            return losses.detach().sum() / config.images_per_step, value
 
         def micro_batches(part: TrainingBatch) -> list[TrainingBatch]:
             return part.split(math.ceil(len(part.x0) / (config.micro_batch or len(part.x0))))
 
-        def gradients(number: int, part: TrainingBatch) -> tuple[Tensor, tuple[Tensor, ...]]:
+        def compute_gradients(number: int, part: TrainingBatch) -> tuple[Tensor, tuple[Tensor, ...]]:
             total: tuple[Tensor, tuple[Tensor, ...]] | None = None
             passes = micro_batches(part)
             for images in passes:
-                loss, minimized = forward(images)
+                loss, value = forward(images)
                 is_last = images is passes[-1]
                 with reducer.last_pass(number, total and total[1]) if reducer and is_last else nullcontext():
-                    own = torch.autograd.grad(minimized, step.parameters)
-                total = (loss, own) if total is None else (total[0] + loss, torch._foreach_add(total[1], own))
+                    grads = torch.autograd.grad(value, step.parameters)
+                total = (loss, grads) if total is None else (total[0] + loss, torch._foreach_add(total[1], grads))
             assert total is not None
             return total
 
@@ -340,29 +340,29 @@ class Trainer:
             for images in passes:
                 # Gradients are summed within each group at once, as the sums need a share of the memory alone.
                 sum_over_replicas(step.modules.values(), images is passes[-1])
-                share, minimized = forward(images)
-                minimized.backward()  # type: ignore[no-untyped-call]
+                share, value = forward(images)
+                value.backward()  # type: ignore[no-untyped-call]
                 loss = loss + share
             ranks.sum(loss)
             return loss
         split = batch.split(thread_count(config, ranks))
-        parts = list(self.threads.map(gradients, range(len(split)), split))
+        parts = list(self.threads.map(compute_gradients, range(len(split)), split))
         loss = torch.stack([part_loss for part_loss, _ in parts]).sum()
         ranks.sum(loss)
         if reducer is not None:
             reducer.wait()
             return loss
-        for parameter, *each in zip(step.parameters, *(part for _, part in parts), strict=True):
+        for parameter, *grads in zip(step.parameters, *(part for _, part in parts), strict=True):
             # In the parameter's own memory format, which autograd.grad does not promise and the optimizer relies on.
             parameter.grad = torch.zeros_like(parameter)
-            for gradient in each:
+            for gradient in grads:
                 parameter.grad.add_(gradient)
         return loss
 
-    def check_finite(self, left: int = 0) -> None:
-        """Count skipped steps among all but the last ``left``; raises NotFiniteError after too many in a row."""
+    def check_finite(self, lag: int = 0) -> None:
+        """Count skipped steps among all but the last ``lag``; raises NotFiniteError after too many in a row."""
         state, config = self.state, self.config
-        while len(self.pending) > left:
+        while len(self.pending) > lag:
             step = self.pending.popleft()
             if step.copied is not None:
                 step.copied.synchronize()
@@ -413,11 +413,11 @@ def make_optimizers(
     step: OptimizerStep, config: TrainingConfig, betas: tuple[float, float]
 ) -> dict[str, torch.optim.Optimizer]:
     """Make AdamW for the parameters of ``step``, and Muon for its matrices if configured."""
-    name, muon = next(iter(step.modules)), {id(each) for each in step.matrices if config.optimizer == "muon"}
-    rest = [parameter for parameter in step.parameters if id(parameter) not in muon]
+    name, muon = next(iter(step.modules)), {id(matrix) for matrix in step.matrices if config.optimizer == "muon"}
+    adamw_parameters = [parameter for parameter in step.parameters if id(parameter) not in muon]
     optimizers: dict[str, torch.optim.Optimizer] = {
         f"adamw.{name}.": torch.optim.AdamW(
-            rest, config.learning_rate, betas, weight_decay=config.weight_decay, fused=True
+            adamw_parameters, config.learning_rate, betas, weight_decay=config.weight_decay, fused=True
         )
     }
     if muon:
