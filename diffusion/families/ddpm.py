@@ -155,8 +155,8 @@ class DiffusionModel(Model):
     def passes(self, config: SamplingConfig) -> list[tuple[int, Callable[[], Tensor]]]:
         """List the sampler's evaluations of the network and one pass through the decoder."""
         x = torch.zeros(1, *self.noise_shape)
-        once = partial(self.network, x, torch.zeros(1), low=None if self.network.level is None else x)
-        return [(1, lambda: self.decoded(x)), (count_evaluations(config, self.schedule), once)]
+        forward = partial(self.network, x, torch.zeros(1), low=None if self.network.level is None else x)
+        return [(1, lambda: self.decoded(x)), (count_evaluations(config, self.schedule), forward)]
 
     def terms(self, x0: Tensor, conditioning: Conditioning, indices: Sequence[int]) -> Terms:
         """Compute losses by noise level and the likelihood bound; in latents the losses alone."""
@@ -213,18 +213,18 @@ class DenoisingObjective(TrainingObjective):
 
     def losses(self, network: nn.Module, batch: TrainingBatch) -> Tensor:
         """Compute the weighted error of each image."""
-        x0, random, around = batch.x0, batch.random, batch.conditioning.get("low")
-        if around is None and self.center is not None:
+        x0, random, center = batch.x0, batch.random, batch.conditioning.get("low")
+        if center is None and self.center is not None:
             if x0.device not in self._centers:  # each copy would wait for the device
                 self._centers[x0.device] = self.center.to(x0.device)
-            around = self._centers[x0.device]
+            center = self._centers[x0.device]
         if self.autoencoder is not None:
             with torch.no_grad():
                 # Not cached: encoding takes 5 to 20 % of a step, while cached latents could go stale, would be needed
                 # twice for mirrored images, and would have to be deleted when images are taken down.
                 x0 = self.autoencoder.encode(x0)
-        conditioned = partial(network, draws=random.get("dropout_seeds"), **batch.conditioning)
-        return self.objective.loss(conditioned, x0, random["t"], random["noise"], around)
+        predict = partial(network, draws=random.get("dropout_seeds"), **batch.conditioning)
+        return self.objective.loss(predict, x0, random["t"], random["noise"], center)
 
     def validation_metrics(self, network: nn.Module, batch: TrainingBatch, losses: Tensor) -> dict[str, float]:
         """Compute the mean loss at each of ``LEVELS`` parts of the distribution of noise levels."""
@@ -241,11 +241,11 @@ class DenoisingObjective(TrainingObjective):
             return [OptimizerStep({"network": network}, losses, matrices=matrices)]
         uncertainty = Uncertainty()
 
-        def minimized(losses: Tensor, batch: TrainingBatch) -> Tensor:
-            weighted: Tensor = uncertainty(losses, batch.random["t"] * (TIMES / self.objective.schedule.steps))
-            return weighted
+        def compute_loss(losses: Tensor, batch: TrainingBatch) -> Tensor:
+            loss: Tensor = uncertainty(losses, batch.random["t"] * (TIMES / self.objective.schedule.steps))
+            return loss
 
-        return [OptimizerStep({"network": network, "uncertainty": uncertainty}, losses, minimized, matrices)]
+        return [OptimizerStep({"network": network, "uncertainty": uncertainty}, losses, compute_loss, matrices)]
 
 
 def _mean(header: ModelHeader) -> Tensor | None:
@@ -270,8 +270,8 @@ def denoiser_of(model: DiffusionModel, conditioning: Conditioning, config: Sampl
     if config.autoguidance is not None and config.autoguides:
         mixture = guided(conditional, guide_denoiser(model, conditioning), config.autoguidance)
     elif config.guidance is not None and config.guides:
-        other = replace(model.denoiser(unconditional(model, conditioning, negative)), clip=False)
-        mixture = guided(conditional, other, config.guidance, config.guidance_interval, config.guidance_rescale)
+        reference = replace(model.denoiser(unconditional(model, conditioning, negative)), clip=False)
+        mixture = guided(conditional, reference, config.guidance, config.guidance_interval, config.guidance_rescale)
     else:
         return model.denoiser(conditioning)
     return mixture if model.latents is not None else clipped(mixture)
@@ -290,22 +290,22 @@ def edited(
     # An edit has an image to start around, and nothing to gain from a level without signal.
     levels = levels_for(sigmas[sigmas <= ZERO_SNR], edit.strength)
     start = float(levels[0]) * noise()
-    known, kept = known_part(model, edit, start.device)
-    if kept is not None:
+    content, mask = known_part(model, edit, start.device)
+    if mask is not None:
         if edit.guided:
-            denoise = pigdm(denoise, known, kept, model.header.sigma_data)
+            denoise = pigdm(denoise, content, mask, model.header.sigma_data)
             denoise = denoise if model.latents is not None else clipped(denoise)
-        denoise = replace_known(denoise, known, kept)
-    x = repaint(config.build_sampler(), denoise, known + start, levels, noise, edit.stretch, edit.resample_steps)
+        denoise = replace_known(denoise, content, mask)
+    x = repaint(config.build_sampler(), denoise, content + start, levels, noise, edit.stretch, edit.resample_steps)
     return paste_kept(edit, to_uint8(model.decoded(x)))
 
 
 def known_part(model: DiffusionModel, edit: Edit, device: torch.device) -> tuple[Tensor, Tensor | None]:
     """Encode what is known of an edit's image, (1, *noise_shape), and its mask there, (1, h, w); None: no mask."""
     # At full strength the reverse process gets nothing of the hole.
-    seen = edit.image if edit.kept is None or edit.strength < 1 else blanked(edit.image, edit.kept)
-    known = model.encoded(to_float(seen.to(device))[None])
-    return known, None if edit.kept is None else whole(edit.kept.to(device), height_and_width(known))
+    image = edit.image if edit.kept is None or edit.strength < 1 else blanked(edit.image, edit.kept)
+    content = model.encoded(to_float(image.to(device))[None])
+    return content, None if edit.kept is None else whole(edit.kept.to(device), height_and_width(content))
 
 
 def paste_kept(edit: Edit, images: Tensor) -> Tensor:

@@ -67,22 +67,24 @@ class ConsistencyObjective(TrainingObjective):
     def losses(self, network: nn.Module, batch: TrainingBatch) -> Tensor:
         """Compute the pseudo-Huber distance of each image's two estimates, weighted by 1/σ + 1/σ_data."""
         teacher, random, conditioning = self.teacher, batch.random, batch.conditioning
-        sigma, lower, in_pixels = random["sigma"], random["lower"], teacher.latents is None
-        conditioned = partial(network, draws=random.get("dropout_seeds"), **conditioning)
-        own = replace(teacher, header=self.header)
-        student = replace(own.denoiser(conditioning), network=conditioned, clip=False)
+        sigma, lower_sigma = random["sigma"], random["lower"]
+        predict = partial(network, draws=random.get("dropout_seeds"), **conditioning)
+        model = replace(teacher, header=self.header)
+        student = replace(model.denoiser(conditioning), network=predict, clip=False)
         with torch.no_grad():
             x0 = teacher.encoded(batch.x0)
             x = x0 + like(x0, sigma) * random["noise"]
             x0 = x0 + self._shift(x, sigma, conditioning)
-            target = student(x0 + like(x, lower / sigma) * (x - x0), lower).float()
+            target = student(x0 + like(x, lower_sigma / sigma) * (x - x0), lower_sigma).float()
         estimate = student(x, sigma).float()
-        if in_pixels:
+        if teacher.latents is None:
             # Sampling clips estimates, so one beyond black or white is right where the target is there: without this
             # the network never gets rid of the last grain on plain areas. The target itself is clipped: the student
             # made it, and each one beyond would take the next one further, without end.
-            now = estimate.detach()
-            target = torch.where(target <= -1, now.clamp(max=-1), torch.where(target >= 1, now.clamp(min=1), target))
+            constant = estimate.detach()
+            target = torch.where(
+                target <= -1, constant.clamp(max=-1), torch.where(target >= 1, constant.clamp(min=1), target)
+            )
         distance = ((estimate - target).square().mean((1, 2, 3)) + HUBER**2).sqrt() - HUBER
         return distance * (1 / sigma + 1 / self.header.sigma_data).to(distance.dtype)
 
@@ -92,15 +94,15 @@ class ConsistencyObjective(TrainingObjective):
         assert student is not None
         scale, interval = student.autoguidance, None
         if scale is not None:
-            apart = guide_denoiser(self.teacher, conditioning)
+            reference = guide_denoiser(self.teacher, conditioning)
         elif student.guidance is not None:
             scale, interval = student.guidance, student.guidance_interval
-            other = unconditional(self.teacher, conditioning, torch.zeros(WIDTH, device=x.device))
-            apart = replace(self.teacher.denoiser(other), clip=False)
+            null_conditioning = unconditional(self.teacher, conditioning, torch.zeros(WIDTH, device=x.device))
+            reference = replace(self.teacher.denoiser(null_conditioning), clip=False)
         else:
             return torch.zeros_like(x)
         estimate = replace(self.teacher.denoiser(conditioning), clip=False)(x, sigma)
-        mixture = guided(lambda *_: estimate, apart, scale, interval)(x, sigma)
+        mixture = guided(lambda *_: estimate, reference, scale, interval)(x, sigma)
         if self.teacher.latents is None:
             mixture, estimate = mixture.clamp(-1, 1), estimate.clamp(-1, 1)
         return mixture - estimate

@@ -129,33 +129,33 @@ class ModelHeader(Config):
     def trained_shapes(self) -> dict[tuple[int, int], int]:
         """Shapes (H, W) of the training images with their numbers, the most frequent first; of squares 1."""
         shapes = self.shapes or {(self.size, self.size): 1}
-        return dict(sorted(shapes.items(), key=lambda each: (-each[1], each[0])))
+        return dict(sorted(shapes.items(), key=lambda item: (-item[1], item[0])))
 
     @property
     def student_steps(self) -> int | None:
         """Network evaluations for which a student was distilled; None for other models."""
         return (self.training.get("student") or {}).get("steps")
 
-    def sampling(self, configured: SamplingConfig, conditional: bool = True) -> SamplingConfig:
-        """Complete ``configured`` with the guidance chosen for this model; a student has its own sampler and steps.
+    def sampling(self, config: SamplingConfig, conditional: bool = True) -> SamplingConfig:
+        """Complete ``config`` with the guidance chosen for this model; a student has its own sampler and steps.
 
         Images that are not ``conditional`` on a class or prompt are not guided towards one. An imported pipeline whose
         prediction is unknown has its own scheduler.
 
         Raises UserError if the sampler is one for students, and this is none.
         """
-        is_consistency = configured.sampler == "consistency"
+        is_consistency = config.sampler == "consistency"
         if self.student_steps is not None and not is_consistency:
-            shared = configured.model_dump(include={"sigma_max", "low_resolution_noise", *COMPUTING})
-            return sampling_config(**shared, sampler="consistency", steps=self.student_steps)
+            options = config.model_dump(include={"sigma_max", "low_resolution_noise", *COMPUTING})
+            return sampling_config(**options, sampler="consistency", steps=self.student_steps)
         if self.student_steps is None and is_consistency:
             raise UserError("sampling.sampler = consistency is for students (darkroom distill): use another one")
         if isinstance(self.model, DiffusersConfig) and self.model.prediction is None:
-            configured = configured.with_sampler("scheduler")
-        is_set = configured.guidance is not None or configured.autoguidance is not None
+            config = config.with_sampler("scheduler")
+        is_set = config.guidance is not None or config.autoguidance is not None
         if is_set or is_consistency or not (conditional or self.autoguidance is not None):
-            return configured
-        return configured.changed({name: getattr(self, name) for name in GUIDANCE_OPTIONS})
+            return config
+        return config.changed({name: getattr(self, name) for name in GUIDANCE_OPTIONS})
 
 
 @dataclass(frozen=True)
@@ -235,10 +235,10 @@ class Model(ABC):
 
         Raises UserError if its network takes no images of that size.
         """
-        if size not in (None, self.shape[1:]) and (why := self.config.one_shape) is not None:
+        if size not in (None, self.shape[1:]) and (reason := self.config.one_shape) is not None:
             raise UserError(
                 f"a model of the family {self.config.family} generates images of {shape_name(self.shape[1:])} pixels "
-                f"alone, since {why}: leave the size out"
+                f"alone, since {reason}: leave the size out"
             )
         return replace(self, size=size)
 
@@ -263,12 +263,12 @@ class Model(ABC):
 
     def on(self, device: torch.device) -> Self:
         """Copy the model's modules to ``device``."""
-        moved: dict[str, Any] = {
+        modules: dict[str, Any] = {
             name: copy.deepcopy(module).to(device)
             for name, module in vars(self).items()
             if isinstance(module, nn.Module) and next(module.parameters()).device != device
         }
-        return replace(self, **moved) if moved else self
+        return replace(self, **modules) if modules else self
 
     def sample(self, batch: ConditioningBatch, config: SamplingConfig, device: torch.device) -> Tensor:
         """Generate images, (N, C, H, W) uint8."""
@@ -319,7 +319,7 @@ class TrainingBatch:
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> "TrainingBatch":
         conditioning, random = (
-            {name: change(values) for name, values in each.items()} for each in (self.conditioning, self.random)
+            {name: change(values) for name, values in tensors.items()} for tensors in (self.conditioning, self.random)
         )
         return TrainingBatch(change(self.x0), conditioning, random)
 

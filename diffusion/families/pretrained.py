@@ -50,23 +50,23 @@ class PretrainedModel(DiffusionModel):
     def check_size(self) -> None:
         """Raise UserError if the network's fold divides no such images, or it has no positions for so large ones."""
         shape, fold = self.shape[1:], self.config.fold
-        largest = self.config.denoiser.config.get("pos_embed_max_size")
-        most = LARGEST_SIDE if largest is None else int(largest) * fold
-        if any(side % fold or side > most for side in shape):
+        max_positions = self.config.denoiser.config.get("pos_embed_max_size")
+        limit = LARGEST_SIDE if max_positions is None else int(max_positions) * fold
+        if any(side % fold or side > limit for side in shape):
             raise UserError(
-                f"the pipeline's network takes images whose height and width are multiples of {fold} up to {most}, and "
-                f"{shape_name(shape)} is none: choose another size"
+                f"the pipeline's network takes images whose height and width are multiples of {fold} up to {limit}, "
+                f"and {shape_name(shape)} is none: choose another size"
             )
 
     @staticmethod
     def forward(network: PipelineNetwork, shape: tuple[int, int, int]) -> Tensor:  # type: ignore[override]
         """Predict at time 0 and sum; the ``shape`` is the network's own."""
-        given = {}
+        inputs = {}
         if network.config.network_classes is not None:
-            given["label"] = torch.zeros(1, dtype=torch.long)
+            inputs["label"] = torch.zeros(1, dtype=torch.long)
         if network.config.text:
-            given["text"] = torch.zeros(1, network.embedding_size)
-        out: Tensor = network(torch.zeros(1, *network.config.noise_shape), torch.zeros(1), **given).sum()
+            inputs["text"] = torch.zeros(1, network.embedding_size)
+        out: Tensor = network(torch.zeros(1, *network.config.noise_shape), torch.zeros(1), **inputs).sum()
         return out
 
     @staticmethod
@@ -113,8 +113,8 @@ class PretrainedModel(DiffusionModel):
 
     def prompt_length(self, prompt: str) -> tuple[int, int, int]:
         """Count the tokens of ``prompt``, those of an empty one, and the most that the text encoder reads."""
-        length, most = self.network.prompt_length(prompt)
-        return length, self.network.prompt_length("")[0], most
+        length, limit = self.network.prompt_length(prompt)
+        return length, self.network.prompt_length("")[0], limit
 
     def denoiser(self, conditioning: Conditioning | None = None) -> Denoiser:
         """Build the denoiser; UserError if the network's prediction is unknown."""
@@ -133,7 +133,7 @@ class PretrainedModel(DiffusionModel):
             return super().generate(batch, config)
         config.sigma_grid(self.schedule)  # raises for more steps than there are
         x = noise = batch.noise()
-        scheduler, edit, known, kept = self._scheduler(config.steps, x.device), batch.edit, None, None
+        scheduler, edit, content, mask = self._scheduler(config.steps, x.device), batch.edit, None, None
         timesteps = scheduler.timesteps
         x = x * float(getattr(scheduler, "init_noise_sigma", 1.0))
         if edit is not None:
@@ -142,21 +142,21 @@ class PretrainedModel(DiffusionModel):
                     "a pipeline's own scheduler only replaces what is known: use the method replace, or another "
                     "sampling.sampler"
                 )
-            known, kept = known_part(self, edit, x.device)
-            skipped = (config.steps - max(1, int(config.steps * edit.strength))) * scheduler.order
-            timesteps = timesteps[skipped:]
+            content, mask = known_part(self, edit, x.device)
+            offset = (config.steps - max(1, int(config.steps * edit.strength))) * scheduler.order
+            timesteps = timesteps[offset:]
             if hasattr(scheduler, "set_begin_index"):
-                scheduler.set_begin_index(skipped)
+                scheduler.set_begin_index(offset)
             if edit.strength < 1:
-                x = _noisy(scheduler, known, noise, timesteps[:1])
-        predict = self._guided(batch, config)
+                x = _add_noise(scheduler, content, noise, timesteps[:1])
+        predict = self._build_prediction(batch, config)
         for number, t in enumerate(timesteps):
-            shown = scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
+            model_input = scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
             with _GivenNoise(batch.noise):
-                x = scheduler.step(predict(shown, t), t, x, return_dict=False)[0]
-            if known is not None and kept is not None:
-                later = timesteps[number + 1 : number + 2]
-                x = torch.where(kept, _noisy(scheduler, known, noise, later) if len(later) else known, x)
+                x = scheduler.step(predict(model_input, t), t, x, return_dict=False)[0]
+            if content is not None and mask is not None:
+                t_next = timesteps[number + 1 : number + 2]
+                x = torch.where(mask, _add_noise(scheduler, content, noise, t_next) if len(t_next) else content, x)
         images = to_uint8(self.decoded(x))
         return images if edit is None else paste_kept(edit, images)
 
@@ -166,9 +166,9 @@ class PretrainedModel(DiffusionModel):
         if scheduler.config.get("use_dynamic_shifting"):
             _, height, width = self.noise_shape
             patch = self.config.denoiser.config.get("patch_size", 1)
-            given = {"base_image_seq_len": 256, "max_image_seq_len": 4096, "base_shift": 0.5, "max_shift": 1.16}
-            least, most, low, high = (scheduler.config.get(name, value) for name, value in given.items())
-            share = ((height // patch) * (width // patch) - least) / (most - least)
+            defaults = {"base_image_seq_len": 256, "max_image_seq_len": 4096, "base_shift": 0.5, "max_shift": 1.16}
+            min_length, max_length, low, high = (scheduler.config.get(name, value) for name, value in defaults.items())
+            share = ((height // patch) * (width // patch) - min_length) / (max_length - min_length)
             options["mu"] = low + share * (high - low)
         scheduler.set_timesteps(steps, device=device, **options)
         return scheduler
@@ -183,22 +183,22 @@ class PretrainedModel(DiffusionModel):
             scheduler.register_to_config(**{name: value for name, value in right.items() if name in scheduler.config})
         return scheduler
 
-    def _guided(self, batch: ConditioningBatch, config: SamplingConfig) -> Callable[[Tensor, Tensor], Tensor]:
+    def _build_prediction(self, batch: ConditioningBatch, config: SamplingConfig) -> Callable[[Tensor, Tensor], Tensor]:
         """Build the prediction of the network, guided as pipelines guide: in one batch, on what it predicts."""
         conditioning = batch.conditioning
         if not config.guides:
             return lambda x, t: self.network.predict(x, t, **conditioning)
         assert config.guidance is not None
-        scale, without = config.guidance, unconditional(self, conditioning, batch.negative)
-        both = {name: torch.cat([without[name], value]) for name, value in conditioning.items()}
+        scale, null_conditioning = config.guidance, unconditional(self, conditioning, batch.negative)
+        joint = {name: torch.cat([null_conditioning[name], value]) for name, value in conditioning.items()}
 
         def predict(x: Tensor, t: Tensor) -> Tensor:
             if config.guidance_interval is not None:
                 sigma = float(self.schedule.sigma(t[None] - self.network.time_offset))
                 if not config.guidance_interval[0] < sigma <= config.guidance_interval[1]:
                     return self.network.predict(x, t, **conditioning)
-            other, ours = self.network.predict(torch.cat([x, x]), t, **both).chunk(2)
-            prediction = other + scale * (ours - other)
+            base, ours = self.network.predict(torch.cat([x, x]), t, **joint).chunk(2)
+            prediction = base + scale * (ours - base)
             share = config.guidance_rescale
             return prediction if share is None else rescaled(prediction, ours, share)
 
@@ -237,11 +237,11 @@ class _GivenNoise(TorchFunctionMode):
         return self.noise() if func is torch.randn else func(*args, **kwargs or {})
 
 
-def _noisy(scheduler: Any, x0: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:
+def _add_noise(scheduler: Any, x0: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:
     """Add ``noise`` (N, C, H, W) to ``x0`` at ``timestep`` (1,) as the scheduler has it."""
     add = getattr(scheduler, "scale_noise", None)
-    noisy: Tensor = add(x0, timestep, noise) if add else scheduler.add_noise(x0, noise, timestep)
-    return noisy
+    result: Tensor = add(x0, timestep, noise) if add else scheduler.add_noise(x0, noise, timestep)
+    return result
 
 
 def own_timesteps(config: DiffusersConfig) -> dict[str, Any]:

@@ -59,8 +59,8 @@ UNCONDITIONAL = Conditions()
 
 def is_conditional(classes: Sequence[str], conditions: Conditions) -> bool:
     """Whether a model of ``classes`` is conditioned on a label or prompt, as guidance needs."""
-    named = any(each is not None for each in (*conditions.labels, *conditions.prompts, conditions.negative_prompt))
-    return named or bool(classes and not conditions.prompts and not conditions.labels)
+    is_set = any(value is not None for value in (*conditions.labels, *conditions.prompts, conditions.negative_prompt))
+    return is_set or bool(classes and not conditions.prompts and not conditions.labels)
 
 
 def check_conditions(classes: Sequence[str], text: bool, config: SamplingConfig, conditions: Conditions) -> None:
@@ -68,8 +68,8 @@ def check_conditions(classes: Sequence[str], text: bool, config: SamplingConfig,
     labels = [label for label in conditions.labels if label is not None]
     if labels and not classes:
         raise UserError("the model was trained without classes (model.conditional): leave labels out")
-    if unknown := sorted(set(labels) - set(classes)):
-        raise UserError(f"the model knows no class {unknown[0]!r}: use one of {', '.join(classes)}")
+    if unknown_labels := sorted(set(labels) - set(classes)):
+        raise UserError(f"the model knows no class {unknown_labels[0]!r}: use one of {', '.join(classes)}")
     if conditions.texts and not text:
         raise UserError("the model was trained without captions: leave prompts out, or train one with model.text=true")
     if conditions.negative_prompt is not None and not config.guides:
@@ -107,23 +107,23 @@ class GenerationRequest(Config):
     @property
     def indices(self) -> range:
         """Indices of the images."""
-        first = getattr(self, "index", 0)
-        return range(first, first + self.count)
+        start = getattr(self, "index", 0)
+        return range(start, start + self.count)
 
-    def sampling(self, configured: SamplingConfig) -> SamplingConfig:
-        """Apply the request's options to ``configured``; raises UserError if they contradict each other."""
+    def sampling(self, config: SamplingConfig) -> SamplingConfig:
+        """Apply the request's options to ``config``; raises UserError if they contradict each other."""
         if (guidance := getattr(self, "guidance", None)) is not None:
-            configured = configured.changed({"autoguidance": None})
+            config = config.changed({"autoguidance": None})
         if guidance == 1:
             # Its other options have no effect without guidance.
-            configured = configured.unguided()
-        if self.sampler is not None and self.sampler != configured.sampler:
-            names = [each.model_fields["sampler"].default for each in SAMPLERS]
+            config = config.unguided()
+        if self.sampler is not None and self.sampler != config.sampler:
+            names = [kind.model_fields["sampler"].default for kind in SAMPLERS]
             if self.sampler not in names:
                 raise UserError(f"there is no sampler {self.sampler!r}: use {', '.join(names)}")
-            configured = configured.with_sampler(self.sampler)
-        chosen = {"steps": self.steps, "guidance": guidance}
-        return configured.changed({name: value for name, value in chosen.items() if value is not None})
+            config = config.with_sampler(self.sampler)
+        options = {"steps": self.steps, "guidance": guidance}
+        return config.changed({name: value for name, value in options.items() if value is not None})
 
 
 class ConditionalRequest(GenerationRequest):
@@ -191,10 +191,10 @@ class InpaintRequest(EditRequest):
 
     @model_validator(mode="before")
     @classmethod
-    def _default_resample_steps(cls, given: Any) -> Any:
-        method = given.get("method")
+    def _default_resample_steps(cls, fields: Any) -> Any:
+        method = fields.get("method")
         default = 5 if method == "repaint" else 1 if method == "pigdm" else None
-        return {"resample_steps": default} | given
+        return {"resample_steps": default} | fields
 
     @model_validator(mode="after")
     def _resampling_has_an_effect(self) -> "InpaintRequest":
@@ -247,23 +247,23 @@ REQUESTS: Mapping[Task, type[GenerationRequest]] = {
 
 def make_request(fields: Mapping[str, Any]) -> GenerationRequest:
     """Make the request with these ``fields``, None meaning left out; raises UserError if one does not fit the task."""
-    given = {name: value for name, value in fields.items() if value is not None}
-    if (task := given.get("task", "sample")) not in REQUESTS:
+    values = {name: value for name, value in fields.items() if value is not None}
+    if (task := values.get("task", "sample")) not in REQUESTS:
         raise UserError(f"there is no task {task!r}: use {', '.join(REQUESTS)}")
     try:
-        return REQUESTS[task].model_validate(given)
+        return REQUESTS[task].model_validate(values)
     except ValidationError as error:
         raise UserError(_describe_error(task, error)) from error
 
 
 def _describe_error(task: Task, error: ValidationError) -> str:
     errors = error.errors(include_input=False)
-    if unknown := [str(each["loc"][-1]) for each in errors if each["type"] == "extra_forbidden"]:
-        if tasks := [other for other, request in REQUESTS.items() if unknown[0] in request.model_fields]:
-            return f"{unknown[0]} means nothing to {task}, only to {', '.join(tasks)}: leave it out"
-        return f"there is no {unknown[0]} to ask for; there is {', '.join(REQUESTS[task].model_fields)}"
-    if missing := [str(each["loc"][-1]) for each in errors if each["type"] == "missing"]:
-        return f"{task} needs {' and '.join(missing)}: give {'them' if missing[1:] else 'it'}"
+    if extra_fields := [str(entry["loc"][-1]) for entry in errors if entry["type"] == "extra_forbidden"]:
+        if tasks := [key for key, request in REQUESTS.items() if extra_fields[0] in request.model_fields]:
+            return f"{extra_fields[0]} means nothing to {task}, only to {', '.join(tasks)}: leave it out"
+        return f"there is no {extra_fields[0]} to ask for; there is {', '.join(REQUESTS[task].model_fields)}"
+    if missing_fields := [str(entry["loc"][-1]) for entry in errors if entry["type"] == "missing"]:
+        return f"{task} needs {' and '.join(missing_fields)}: give {'them' if missing_fields[1:] else 'it'}"
     # Behind the name of a field come the alternatives of its type.
     name, message = "".join(map(str, errors[0]["loc"][:1])), errors[0]["msg"]
     if name == "method":

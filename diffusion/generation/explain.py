@@ -82,15 +82,15 @@ def explain(model: Model, image: Tensor, output: Path, seed: int = 0) -> list[Pa
             path = output / "way.png"
             conditions = [Conditions(labels=(name,)) for name in model.classes] or [Conditions()]
             config = sampling_config(compute_batch=FRAMES)
-            rows = [interpolate(model, seed, seed + 1, FRAMES, config, conditions=each) for each in conditions]
+            rows = [interpolate(model, seed, seed + 1, FRAMES, config, conditions=label) for label in conditions]
             sheet = grid(torch.cat(rows), columns=FRAMES)
         case AutoregressiveModel():
             path = output / "surprise.png"
             with torch.inference_mode():
                 bits = bits_of_pixels(model.network, to_float(image[None]), {}) / image.shape[0]
             # Eight bits per value are white.
-            shown = (bits / 8 * 255).clamp(0, 255).to(torch.uint8)[:, None].expand(-1, len(image), -1, -1)
-            sheet = above(image[None], shown, scale=8)
+            surprise = (bits / 8 * 255).clamp(0, 255).to(torch.uint8)[:, None].expand(-1, len(image), -1, -1)
+            sheet = above(image[None], surprise, scale=8)
         case _:
             raise TypeError(type(model))
     save_png(path, sheet)
@@ -117,8 +117,8 @@ def training_step(
     t = (schedule.alphas_cumprod - 0.5).abs().argmin()
     sigma = schedule.sigmas[t].float()
     x = x0 + sigma * noise
-    predicted = (x - replace(model.denoiser(conditioning), clip=False)(x[None], sigma)[0]) / sigma
-    return t, schedule.q_sample(x0[None], t[None], noise[None])[0], predicted
+    prediction = (x - replace(model.denoiser(conditioning), clip=False)(x[None], sigma)[0]) / sigma
+    return t, schedule.q_sample(x0[None], t[None], noise[None])[0], prediction
 
 
 @torch.inference_mode()
@@ -127,24 +127,24 @@ def reverse(model: DiffusionModel, seed: int, conditioning: Conditioning | None 
     sigmas = model.schedule.sigma_grid(REVERSE_STEPS)
     conditioning = make_conditioning(model, [0], seed) if conditioning is None else conditioning
     denoiser = model.denoiser(conditioning)
-    seen: list[tuple[Tensor, Tensor]] = []
+    pairs: list[tuple[Tensor, Tensor]] = []
 
     def denoise(x: Tensor, sigma: Tensor) -> Tensor:
-        seen.append((x, denoiser(x, sigma)))
-        return seen[-1][1]
+        pairs.append((x, denoiser(x, sigma)))
+        return pairs[-1][1]
 
     noise = GaussianNoise(seed, "sampling", [0], model.noise_shape)
     result = sampling_config().run(denoise, sigmas, noise, model.start(conditioning))
     times = model.schedule.time(sigmas[:-1])
     targets = torch.linspace(float(times[0]), float(times[-1]), FRAMES)
-    chosen = torch.unique((times - targets[:, None]).abs().argmin(1))
+    indices = torch.unique((times - targets[:, None]).abs().argmin(1))
     # The sampler's x is x_0 + σ ε; times √ᾱ = 1/√(1 + σ²) it is the forward process' x_t.
-    scale = (1 + sigmas[chosen] ** 2).sqrt().float()[:, None, None, None]
+    scale = (1 + sigmas[indices] ** 2).sqrt().float()[:, None, None, None]
     return Reverse(
-        numbers=(chosen + 1).tolist(),
-        steps=times[chosen].tolist(),
-        images=torch.cat([seen[i][0] for i in chosen]) / scale,
-        estimates=torch.cat([seen[i][1] for i in chosen]),
+        numbers=(indices + 1).tolist(),
+        steps=times[indices].tolist(),
+        images=torch.cat([pairs[i][0] for i in indices]) / scale,
+        estimates=torch.cat([pairs[i][1] for i in indices]),
         result=result[0],
     )
 
@@ -152,27 +152,27 @@ def reverse(model: DiffusionModel, seed: int, conditioning: Conditioning | None 
 def draw_forward(model: DiffusionModel, x0: Tensor, noise: Tensor) -> Figure:
     """Plot the images of ``forward`` above a curve of ᾱ, each at its time step."""
     steps, images = forward(model.schedule, x0, noise)
-    alpha_bars, last = model.schedule.alphas_cumprod.numpy(), model.schedule.steps - 1
+    alpha_bars, last_step = model.schedule.alphas_cumprod.numpy(), model.schedule.steps - 1
     formula = r"$x_t = \sqrt{\bar\alpha_t}\,x_0 + \sqrt{1-\bar\alpha_t}\,\varepsilon$"
     figure = _figure(model, 4.9, "The forward process: an image turns into noise", formula)
     columns = figure.add_gridspec(2, FRAMES, left=0.05, right=0.99, bottom=0.13, top=0.8, hspace=0.65)
     for number, (step, image) in enumerate(zip(steps.tolist(), images, strict=True)):
         share = f"= {alpha_bars[step]:.3f}" if alpha_bars[step] >= 0.001 else "< 0.001"
-        _panel(figure, columns[0, number], _decoded(model, image), f"$t$ = {step}", rf"$\bar\alpha$ {share}")
-    axes, t = figure.add_subplot(columns[1, :]), np.arange(last + 1)
+        _panel(figure, columns[0, number], _decode(model, image), f"$t$ = {step}", rf"$\bar\alpha$ {share}")
+    axes, t = figure.add_subplot(columns[1, :]), np.arange(last_step + 1)
     axes.fill_between(t, alpha_bars, color=SIGNAL, alpha=0.15, linewidth=0)
     axes.fill_between(t, alpha_bars, 1, color=NOISE, alpha=0.35, linewidth=0)
     axes.plot(t, alpha_bars, color=SIGNAL, linewidth=2)
     axes.plot(steps, alpha_bars[steps], "o", color=SIGNAL, markersize=6, clip_on=False, zorder=3)
-    margin = 0.42 * last / (FRAMES - 1)
-    axes.set(xlim=(-margin, last + margin), ylim=(0, 1), xticks=steps.tolist(), yticks=[0, 0.5, 1])
+    margin = 0.42 * last_step / (FRAMES - 1)
+    axes.set(xlim=(-margin, last_step + margin), ylim=(0, 1), xticks=steps.tolist(), yticks=[0, 0.5, 1])
     axes.tick_params(colors=MUTED, labelsize=9.5, length=0)
     axes.spines[:].set_visible(False)
     axes.set_xlabel("time step $t$", color=MUTED, fontsize=10.5)
     axes.set_ylabel(r"$\bar\alpha$", color=MUTED, fontsize=13, rotation=0, labelpad=10)
-    half = int(np.abs(alpha_bars - 0.5).argmin())
-    axes.text(half / 2, 0.18, r"image: $\bar\alpha$ of the variance", color=SIGNAL, fontsize=10.5, ha="center")
-    axes.text((half + last + 1) / 2, 0.74, r"noise: $1 - \bar\alpha$", color=MUTED, fontsize=10.5, ha="center")
+    middle = int(np.abs(alpha_bars - 0.5).argmin())
+    axes.text(middle / 2, 0.18, r"image: $\bar\alpha$ of the variance", color=SIGNAL, fontsize=10.5, ha="center")
+    axes.text((middle + last_step + 1) / 2, 0.74, r"noise: $1 - \bar\alpha$", color=MUTED, fontsize=10.5, ha="center")
     return figure
 
 
@@ -180,70 +180,71 @@ def draw_training_step(
     model: DiffusionModel, x0: Tensor, noise: Tensor, conditioning: Conditioning | None = None
 ) -> Figure:
     """Plot ``training_step`` as an equation of five panels."""
-    t, mixture, predicted = training_step(model, x0, noise, conditioning)
+    t, mixture, prediction = training_step(model, x0, noise, conditioning)
     alpha_bar = model.schedule.alphas_cumprod[t].item()
-    about = rf"at $t$ = {t}, where $\bar\alpha$ = {alpha_bar:.3f}: image and noise weigh the same"
-    figure = _figure(model, 4.0, "One step of training: tell the noise from the image", about)
+    subtitle = rf"at $t$ = {t}, where $\bar\alpha$ = {alpha_bar:.3f}: image and noise weigh the same"
+    figure = _figure(model, 4.0, "One step of training: tell the noise from the image", subtitle)
     # The first channels of latents, as many as an image can show.
-    true, answer, difference = (
-        to_uint8(each[: 3 if len(each) >= 3 else 1] / NOISE_RANGE) for each in (noise, predicted, predicted - noise)
+    target, answer, difference = (
+        to_uint8(tensor[: 3 if len(tensor) >= 3 else 1] / NOISE_RANGE)
+        for tensor in (noise, prediction, prediction - noise)
     )
     panels = [
-        (_decoded(model, x0), "image $x_0$", f"from the data set, × {alpha_bar**0.5:.3f}", ""),
-        (true, r"noise $\varepsilon$", f"sampled, × {(1 - alpha_bar) ** 0.5:.3f}", "+"),
-        (_decoded(model, mixture), "mixture $x_t$", "all that the network sees", "="),
+        (_decode(model, x0), "image $x_0$", f"from the data set, × {alpha_bar**0.5:.3f}", ""),
+        (target, r"noise $\varepsilon$", f"sampled, × {(1 - alpha_bar) ** 0.5:.3f}", "+"),
+        (_decode(model, mixture), "mixture $x_t$", "all that the network sees", "="),
         (answer, r"predicted noise $\hat\varepsilon$", "the network's answer", "→"),
         (difference, r"$\hat\varepsilon - \varepsilon$", "what it got wrong", "−ε ="),
     ]
     columns = figure.add_gridspec(1, 5, left=0.02, right=0.98, bottom=0.3, top=0.76, wspace=0.3)
-    for number, (pixels, name, said, sign) in enumerate(panels):
-        axes = _panel(figure, columns[number], pixels, name, said)
+    for number, (pixels, name, caption, sign) in enumerate(panels):
+        axes = _panel(figure, columns[number], pixels, name, caption)
         axes.text(-0.15, 0.5, sign, color=INK, fontsize=13, ha="center", va="center", transform=axes.transAxes)
     # DDPM's simple loss (arXiv 2006.11239, equation 14).
-    loss = rf"loss = mean of $(\hat\varepsilon - \varepsilon)^2$ = {(predicted - noise).square().mean():.2g}"
+    loss = rf"loss = mean of $(\hat\varepsilon - \varepsilon)^2$ = {(prediction - noise).square().mean():.2g}"
     figure.text(0.5, 0.085, loss, color=INK, fontsize=12, ha="center")
-    of_which = "" if len(noise) in (1, 3) else ", the first channels of it"
-    shown = f"It is 1 for a network that answers 0. Noise is shown from −{NOISE_RANGE:g} to {NOISE_RANGE:g}{of_which}."
-    figure.text(0.5, 0.03, shown, color=MUTED, fontsize=9.5, ha="center")
+    note = "" if len(noise) in (1, 3) else ", the first channels of it"
+    legend = f"It is 1 for a network that answers 0. Noise is shown from −{NOISE_RANGE:g} to {NOISE_RANGE:g}{note}."
+    figure.text(0.5, 0.03, legend, color=MUTED, fontsize=9.5, ha="center")
     return figure
 
 
 def draw_reverse(model: DiffusionModel, frames: Reverse) -> Figure:
     """Plot the states above the estimates of the image, and the result at the end."""
-    about = f"{REVERSE_STEPS} steps; each moves towards the model's estimate of the image, then asks again"
-    figure = _figure(model, 4.3, "The reverse process: noise turns into an image", about)
+    subtitle = f"{REVERSE_STEPS} steps; each moves towards the model's estimate of the image, then asks again"
+    figure = _figure(model, 4.3, "The reverse process: noise turns into an image", subtitle)
     columns = figure.add_gridspec(2, len(frames.numbers) + 1, left=0.08, right=0.99, bottom=0.16, top=0.8, wspace=0.1)
     for number, (step, t) in enumerate(zip(frames.numbers, frames.steps, strict=True)):
-        state = _panel(figure, columns[0, number], _decoded(model, frames.images[number]))
-        estimate = _decoded(model, frames.estimates[number])
-        below = _panel(figure, columns[1, number], estimate, f"step {step}", f"$t$ = {t:.0f}")
+        state = _panel(figure, columns[0, number], _decode(model, frames.images[number]))
+        estimate = _decode(model, frames.estimates[number])
+        panel = _panel(figure, columns[1, number], estimate, f"step {step}", f"$t$ = {t:.0f}")
         if number == 0:
-            for axes, name in (state, "$x_t$"), (below, "estimate\nof $x_0$"):
+            for axes, name in (state, "$x_t$"), (panel, "estimate\nof $x_0$"):
                 axes.set_ylabel(name, color=INK, fontsize=11, rotation=0, ha="right", va="center")
-    _panel(figure, columns[:, -1], _decoded(model, frames.result), "image")
+    _panel(figure, columns[:, -1], _decode(model, frames.result), "image")
     return figure
 
 
-def _decoded(model: DiffusionModel, x: Tensor) -> Tensor:
+def _decode(model: DiffusionModel, x: Tensor) -> Tensor:
     """Show a state or an estimate as an image: latents are decoded, however noisy."""
     return to_uint8(model.decoded(x[None]))[0]
 
 
-def _figure(model: DiffusionModel, height: float, title: str, about: str) -> Figure:
+def _figure(model: DiffusionModel, height: float, title: str, subtitle: str) -> Figure:
     figure = Figure(figsize=(12.0, height), facecolor="#ffffff")
     title += "" if model.latents is None else " (in latents: shown decoded)"
     figure.text(0.5, 0.94, title, color=INK, fontsize=15, fontweight="bold", ha="center", va="center")
-    figure.text(0.5, 0.865, about, color=MUTED, fontsize=11, ha="center", va="center")
+    figure.text(0.5, 0.865, subtitle, color=MUTED, fontsize=11, ha="center", va="center")
     return figure
 
 
-def _panel(figure: Figure, place: SubplotSpec, pixels: Tensor, first: str = "", second: str = "") -> Axes:
+def _panel(figure: Figure, place: SubplotSpec, pixels: Tensor, title: str = "", subtitle: str = "") -> Axes:
     """Show ``pixels``, (C, H, W) uint8, above two lines of text."""
     axes = figure.add_subplot(place, xticks=[], yticks=[])
     axes.imshow(pixels.permute(1, 2, 0).numpy(), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
     axes.spines[:].set_color("#d5d9de")
-    for text, below, colour, size in (first, 17, INK, 10.5), (second, 33, MUTED, 9.5):
+    for text, offset, colour, size in (title, 17, INK, 10.5), (subtitle, 33, MUTED, 9.5):
         axes.annotate(
-            text, (0.5, 0), (0, -below), "axes fraction", "offset points", color=colour, fontsize=size, ha="center"
+            text, (0.5, 0), (0, -offset), "axes fraction", "offset points", color=colour, fontsize=size, ha="center"
         )
     return axes

@@ -62,7 +62,7 @@ def sample(
         check_edit(model, edit)
     size = config.compute_batch
     batches = [range(b * size, (b + 1) * size) for b in sorted({index // size for index in indices})]
-    generated: dict[int, Tensor] = {}
+    generated_images: dict[int, Tensor] = {}
     device = resolve_device(config.device)
     model = model.on(device)
 
@@ -72,17 +72,17 @@ def sample(
         embeddings = prompt_embeddings(model, conditions)
 
         def generate(members: range) -> Tensor:
-            fresh = noise(members) if noise else GaussianNoise(seed, "sampling", members, model.noise_shape)
+            source = noise(members) if noise else GaussianNoise(seed, "sampling", members, model.noise_shape)
             conditioning = make_conditioning(model, members, seed, conditions, embeddings)
             conditioning = {name: value.to(device) for name, value in conditioning.items()}
             negative = embeddings[conditions.negative_prompt].to(device)
-            batch = ConditioningBatch(conditioning, lambda: fresh().to(device), negative, edit)
+            batch = ConditioningBatch(conditioning, lambda: source().to(device), negative, edit)
             return model.sample(batch, config, device)
 
         for number, (members, images) in enumerate(zip(batches, pool.map(generate, batches), strict=True), start=1):
-            generated |= zip(members, images, strict=True)
+            generated_images |= zip(members, images, strict=True)
             progress("images sampled", min(number * size, len(indices)), len(indices))
-    return torch.stack([generated[index] for index in indices])
+    return torch.stack([generated_images[index] for index in indices])
 
 
 def sample_each(
@@ -102,39 +102,39 @@ def sample_each(
     """
     by_size = numbers_by_shape(conditions.size(index) or model.shape[1:] for index in indices)
     models = {size: model.at(size) for size in by_size}
-    generated: dict[int, Tensor] = {}
+    generated_images: dict[int, Tensor] = {}
 
-    def counted(what: str, done: int, total: int | None, note: str = "") -> None:
-        progress(what, before + done, len(indices), note)
+    def report_progress(what: str, done: int, total: int | None, note: str = "") -> None:
+        progress(what, offset + done, len(indices), note)
 
     for size, numbers in by_size.items():
-        before = len(generated)
-        some = indices if len(models) == 1 else [indices[number] for number in numbers]
-        found = sample(models[size], some, seed, config, counted, conditions, at_once=at_once)
-        generated |= zip(numbers, found, strict=True)
-    return [generated[number] for number in range(len(indices))]
+        offset = len(generated_images)
+        part = indices if len(models) == 1 else [indices[number] for number in numbers]
+        images = sample(models[size], part, seed, config, report_progress, conditions, at_once=at_once)
+        generated_images |= zip(numbers, images, strict=True)
+    return [generated_images[number] for number in range(len(indices))]
 
 
 def interpolate(
     model: Model,
-    one: int,
-    other: int,
+    seed: int,
+    to_seed: int,
     count: int,
     config: SamplingConfig,
     progress: Progress = silent,
     conditions: Conditions = UNCONDITIONAL,
 ) -> Tensor:
-    """Generate images from image 0 of seed ``one`` to that of ``other``, (count, C, H, W) uint8, as ``sample`` does."""
-    check_interpolation(model, one, other, count, conditions)
+    """Generate images from image 0 of ``seed`` to that of ``to_seed``, (count, C, H, W) uint8, as ``sample`` does."""
+    check_interpolation(model, seed, to_seed, count, conditions)
     shares = torch.linspace(0, 1, count)
 
     def noise(members: range) -> Noise:
         # Members beyond the last image only fill the batch.
         places = shares[torch.tensor(members).clamp(max=count - 1)]
-        ends = [GaussianNoise(seed, "sampling", [0], model.noise_shape) for seed in (one, other)]
+        ends = [GaussianNoise(end, "sampling", [0], model.noise_shape) for end in (seed, to_seed)]
         return lambda: between(ends[0]()[0], ends[1]()[0], places)
 
-    return sample(model, range(count), one, config, progress, conditions, noise=noise)
+    return sample(model, range(count), seed, config, progress, conditions, noise=noise)
 
 
 def check_sampling(model: Model, config: SamplingConfig, conditions: Conditions) -> None:
@@ -186,11 +186,11 @@ def check_prompts(conditions: Conditions, prompt_length: Callable[[str], tuple[i
     for text in conditions.texts:
         if text.encode(errors="ignore").decode() != text:
             raise UserError(f"the prompt {text[:40]!r} is no Unicode text: write it again")
-        length, ends, most = prompt_length(text) if text.strip() else (0, 0, 0)
+        length, ends, limit = prompt_length(text) if text.strip() else (0, 0, 0)
         if length <= ends:
             raise UserError("a prompt needs words: write what the images are to show, or leave it out")
-        if length > most:
-            raise UserError(f"the prompt {text[:40]!r}… has {length} word pieces, and {most} are read: shorten it")
+        if length > limit:
+            raise UserError(f"the prompt {text[:40]!r}… has {length} word pieces, and {limit} are read: shorten it")
 
 
 def check_edit(model: Model, edit: Edit) -> None:
@@ -208,10 +208,10 @@ def check_edit(model: Model, edit: Edit) -> None:
         )
 
 
-def check_interpolation(model: Model, one: int, other: int, count: int, conditions: Conditions) -> None:
-    """Raise UserError if there is no path of ``count`` images from seed ``one`` to seed ``other``."""
-    if one == other or count < 2:
-        raise UserError(f"{count} images from seed {one} to seed {other}: give two seeds, and ask for two or more")
+def check_interpolation(model: Model, seed: int, to_seed: int, count: int, conditions: Conditions) -> None:
+    """Raise UserError if there is no path of ``count`` images from ``seed`` to ``to_seed``."""
+    if seed == to_seed or count < 2:
+        raise UserError(f"{count} images from seed {seed} to seed {to_seed}: give two seeds, and ask for two or more")
     if model.classes and not conditions.prompts and not conditions.labels:
         raise UserError(
             "each end would be of a class of its own, and there is nothing between classes: give a label, "
@@ -246,9 +246,9 @@ def reconstructed(model: Model, images: Tensor, config: SamplingConfig) -> Tenso
     @torch.inference_mode()
     def reconstruct(batch: Tensor) -> Tensor:
         # The last batch is padded with its last image, so that all have one shape.
-        padded = batch[torch.arange(config.compute_batch).clamp(max=len(batch) - 1)]
+        inputs = batch[torch.arange(config.compute_batch).clamp(max=len(batch) - 1)]
         with autocast(config.precision, device):
-            return to_uint8(autoencoder.decode(autoencoder.encode(to_float(padded).to(device))))[: len(batch)].cpu()
+            return to_uint8(autoencoder.decode(autoencoder.encode(to_float(inputs).to(device))))[: len(batch)].cpu()
 
     with repeatable(device), worker_threads(None if device.type == "cpu" else 1) as pool:
         return torch.cat(list(pool.map(reconstruct, torch.split(images, config.compute_batch))))

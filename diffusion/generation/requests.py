@@ -109,12 +109,12 @@ def answer(
         try:
             configs.append(sampling_of(model, request, sampling))
             inputs.append(input_of(model, request))
-            given = inputs[-1]
-            models.append(model.at(height_and_width(given.image) if isinstance(given, Edit) else size_of(request)))
+            source = inputs[-1]
+            models.append(model.at(height_and_width(source.image) if isinstance(source, Edit) else size_of(request)))
         except UserError as error:
             raise UserError(f"row {number}: {error}" if len(requests) > 1 else str(error)) from error
-        small = inputs[-1]
-        size = small.numel() * scale_of(model) ** 2 if isinstance(small, Tensor) else math.prod(models[-1].shape)
+        source = inputs[-1]
+        size = source.numel() * scale_of(model) ** 2 if isinstance(source, Tensor) else math.prod(models[-1].shape)
         values += request.count * size
     if values > MAX_VALUES:
         raise UserError(
@@ -122,41 +122,45 @@ def answer(
             "a registered version generate them in batches (darkroom sample --model models:/…)"
         )
     answers: dict[int, Tensor] = {}
-    together: dict[tuple[int, Conditions, str], list[int]] = {}
-    for number, (request, own, config, given) in enumerate(zip(requests, models, configs, inputs, strict=True)):
+    groups: dict[tuple[int, Conditions, str], list[int]] = {}
+    for number, (request, sized_model, config, source) in enumerate(
+        zip(requests, models, configs, inputs, strict=True)
+    ):
         seed, conditions = request.seed, request.conditions
-        if isinstance(given, Edit):
-            answers[number] = sample(own, request.indices, seed, config, progress, conditions, given)
-        elif given is not None:
-            several = given.expand(request.count, -1, -1, -1)
-            answers[number] = upscale(model, several, seed, config, progress, request.indices.start)
+        if isinstance(source, Edit):
+            answers[number] = sample(sized_model, request.indices, seed, config, progress, conditions, source)
+        elif source is not None:
+            copies = source.expand(request.count, -1, -1, -1)
+            answers[number] = upscale(model, copies, seed, config, progress, request.indices.start)
         elif isinstance(request, InterpolateRequest):
-            answers[number] = interpolate(own, seed, request.to_seed, request.count, config, progress, conditions)
+            answers[number] = interpolate(
+                sized_model, seed, request.to_seed, request.count, config, progress, conditions
+            )
         else:
-            together.setdefault((seed, conditions, config.model_dump_json()), []).append(number)
-    for (seed, conditions, _), numbers in together.items():
+            groups.setdefault((seed, conditions, config.model_dump_json()), []).append(number)
+    for (seed, conditions, _), numbers in groups.items():
         indices = sorted({index for number in numbers for index in requests[number].indices})
         images = sample(models[numbers[0]], indices, seed, configs[numbers[0]], progress, conditions)
-        generated = dict(zip(indices, images, strict=True))
+        by_index = dict(zip(indices, images, strict=True))
         for number in numbers:
-            answers[number] = torch.stack([generated[index] for index in requests[number].indices])
+            answers[number] = torch.stack([by_index[index] for index in requests[number].indices])
     return [answers[number] for number in range(len(requests))]
 
 
 def original(model: Model, request: GenerationRequest) -> list[Tensor]:
     """Show the input image of ``request``, if any, at the size of generated ones, (C, H, W) uint8, with grey holes."""
-    given = input_of(model, request)
-    if isinstance(given, Edit):
-        return [given.image if given.kept is None else torch.where(given.kept, given.image, HOLE)]
-    return [] if given is None else blocks(given[None], scale_of(model))
+    source = input_of(model, request)
+    if isinstance(source, Edit):
+        return [source.image if source.kept is None else torch.where(source.kept, source.image, HOLE)]
+    return [] if source is None else blocks(source[None], scale_of(model))
 
 
-def sampling_of(model: Model, request: GenerationRequest, configured: SamplingConfig) -> SamplingConfig:
+def sampling_of(model: Model, request: GenerationRequest, sampling: SamplingConfig) -> SamplingConfig:
     """Resolve the sampling options of ``request``; raises UserError if ``model`` does not support them."""
     if request.task not in tasks_of(model):
         raise UserError(f"the model was not trained to {request.task}: it can {', '.join(tasks_of(model))}")
-    chosen = is_conditional(model.classes, request.conditions) and getattr(request, "guidance", None) is None
-    config = request.sampling(model.header.sampling(configured, chosen))
+    use_default = is_conditional(model.classes, request.conditions) and getattr(request, "guidance", None) is None
+    config = request.sampling(model.header.sampling(sampling, use_default))
     if (config.sampler == "consistency") != (model.header.student_steps is not None):
         raise UserError(
             f"sampler {config.sampler} does not fit: consistency is for students, and they have no other: leave it out"
@@ -182,29 +186,29 @@ def input_of(model: Model, request: GenerationRequest) -> Edit | Tensor | None:
     """Decode the images of ``request``: an edit, or the image to upscale, (C, h, w) uint8."""
     if isinstance(request, UpscaleRequest):
         # Under 2,048 pixels high and wide.
-        small = _channels_first(_decoded(unscaled, request.image, "image", 1024, model.header.channels))
-        tile_shape(model, small[None])  # raises if it is too small
-        if (pixels := request.count * small[0].numel() * scale_of(model) ** 2) > MAX_PIXELS:
+        image = _channels_first(_decode(unscaled, request.image, "image", 1024, model.header.channels))
+        tile_shape(model, image[None])  # raises if it is too small
+        if (pixels := request.count * image[0].numel() * scale_of(model) ** 2) > MAX_PIXELS:
             raise UserError(
                 f"{pixels / 1e6:.1f} million pixels in all would be generated at once, and {MAX_PIXELS / 1e6:.1f} may "
                 "be: give a smaller image, or ask for fewer"
             )
-        return small
+        return image
     if not isinstance(request, InpaintRequest | Img2ImgRequest):
         return None
     header = model.header
     shapes = [request.size] if request.size else [*header.trained_shapes]
-    prepared = _decoded(prepare, request.image, "image", header.size, header.channels, shapes)
-    image = _channels_first(prepared.pixels)
+    source = _decode(prepare, request.image, "image", header.size, header.channels, shapes)
+    image = _channels_first(source.pixels)
     if isinstance(request, Img2ImgRequest):
         edit = Edit(image, strength=request.strength)
     else:
-        mask = _decoded(prepare, request.mask, "mask", header.size, 1, shapes)
-        if mask.source_size != prepared.source_size:
-            theirs, ours = ("×".join(map(str, each.source_size)) for each in (mask, prepared))
+        mask = _decode(prepare, request.mask, "mask", header.size, 1, shapes)
+        if mask.source_size != source.source_size:
+            theirs, ours = ("×".join(map(str, item.source_size)) for item in (mask, source))
             raise UserError(f"the mask has {theirs} pixels and the image {ours} (width × height): make them equal")
-        kept = torch.from_numpy(mask.pixels < 32)  # nearly black, also after scaling
-        edit = Edit(image, kept, request.strength, request.resample_steps or 1, guided=request.method == "pigdm")
+        keep_mask = torch.from_numpy(mask.pixels < 32)  # nearly black, also after scaling
+        edit = Edit(image, keep_mask, request.strength, request.resample_steps or 1, guided=request.method == "pigdm")
     check_edit(model.at(height_and_width(image)), edit)
     return edit
 
@@ -213,7 +217,7 @@ def _channels_first(pixels: np.ndarray) -> Tensor:
     return torch.from_numpy(pixels.copy()).reshape(*pixels.shape[:2], -1).permute(2, 0, 1)
 
 
-def _decoded(
+def _decode(
     decode: Callable[[bytes, IngestConfig], T],
     payload: bytes,
     name: str,
@@ -223,12 +227,12 @@ def _decoded(
 ) -> T:
     """Decode an image of the user's, cropped to the nearest of ``shapes``, or to a square if there are none."""
     mode: Literal["grey", "rgb"] = "grey" if channels == 1 else "rgb"
-    fitted: dict[str, Any] = {"size": size}
+    options: dict[str, Any] = {"size": size}
     if shapes and [*shapes] != [(size, size)]:
         square = size if len(shapes) > 1 else round(math.sqrt(math.prod(shapes[0])))
-        fitted = {"size": square, "fit": "bucket", "buckets": [*map(shape_name, shapes)]}
+        options = {"size": square, "fit": "bucket", "buckets": [*map(shape_name, shapes)]}
     try:
-        config = IngestConfig(mode=mode, enlarge=True, **fitted)
+        config = IngestConfig(mode=mode, enlarge=True, **options)
     except ValidationError as error:
         names = ", ".join(map(shape_name, shapes))
         raise UserError(f"no image can be fitted to {names}: {error.errors()[0]['msg']}: set another size") from error
@@ -257,7 +261,7 @@ def generate_to_folder(
     # Images are shared, so they carry a digest instead of a local path.
     origin = {**(origin or {"model": f"sha256:{digest}"}), "content_digest": model.header.content_digest}
     effective = sampling_of(model, request, sampling)
-    about = RequestRecord(
+    record = RequestRecord(
         request={
             name: {"sha256": sha256_bytes(value)} if isinstance(value, bytes) else value
             for name, value in request.model_dump(exclude_none=True).items()
@@ -267,11 +271,11 @@ def generate_to_folder(
         fingerprint=fingerprint(effective.compute_batch, effective.precision, effective.device),
     )
     if output is None:
-        name = f"{request.task}-{digest_of([about.request, effective.model_dump(mode='json', exclude_none=True)])[:8]}"
+        name = f"{request.task}-{digest_of([record.request, effective.model_dump(mode='json', exclude_none=True)])[:8]}"
         output = Path("samples", model.header.dataset, digest[:8], name)
-    _require_own(output, about)
+    _require_own(output, record)
     [images] = answer(model, [request], sampling, progress)
-    write_json(output / ABOUT, about.model_dump(mode="json", exclude_none=True))
+    write_json(output / ABOUT, record.model_dump(mode="json", exclude_none=True))
     rows = []
     for index, image in zip(request.indices, images, strict=True):
         path = output / f"{index:08d}.png"
@@ -279,10 +283,10 @@ def generate_to_folder(
         pixels_sha256 = sha256_bytes(image_of(image).tobytes())
         rows.append({"file": path.name, "index": index, "sha256": sha256, "pixels_sha256": pixels_sha256})
     save_png(output / "grid.png", grid([*original(model, request), *images[:SHOWN]]))
-    about = about.model_copy(update={"images": tuple(rows)})
-    write_json(output / ABOUT, about.model_dump(mode="json", exclude_none=True))
-    same = {name: getattr(request, name) for name in ("task", "count", "seed")}
-    return GenerationResult(folder=output, model=generated_by, grid=output / "grid.png", about=output / ABOUT, **same)
+    record = record.model_copy(update={"images": tuple(rows)})
+    write_json(output / ABOUT, record.model_dump(mode="json", exclude_none=True))
+    fields = {name: getattr(request, name) for name in ("task", "count", "seed")}
+    return GenerationResult(folder=output, model=generated_by, grid=output / "grid.png", about=output / ABOUT, **fields)
 
 
 def encode(image: Tensor, index: int, request: GenerationRequest, origin: Mapping[str, str]) -> bytes:
@@ -291,7 +295,7 @@ def encode(image: Tensor, index: int, request: GenerationRequest, origin: Mappin
     return marked_png(image_of(image), texts)
 
 
-def _require_own(output: Path, about: RequestRecord) -> None:
+def _require_own(output: Path, request_record: RequestRecord) -> None:
     """Raise UserError unless ``output`` is a new folder, or that of the same request."""
     record = output / ABOUT
     if record.is_file():
@@ -299,7 +303,7 @@ def _require_own(output: Path, about: RequestRecord) -> None:
             theirs = RequestRecord.model_validate_json(record.read_bytes())
         except ValidationError as error:
             raise UserError(f"{record} says nothing of images made on request: give --out another folder") from error
-        if theirs.model_copy(update={"images": ()}) != about:
+        if theirs.model_copy(update={"images": ()}) != request_record:
             raise UserError(f"{output} holds the answer to another request: give --out another folder")
-    elif output.exists() and not (output.is_dir() and all(PARTIAL.fullmatch(each.name) for each in output.iterdir())):
+    elif output.exists() and not (output.is_dir() and all(PARTIAL.fullmatch(path.name) for path in output.iterdir())):
         raise UserError(f"{output} is there, and is no folder of images made on request: give --out another")

@@ -32,15 +32,15 @@ def shrunk(images: Tensor, scale: int) -> Tensor:
     """Downscale ``images``, (N, C, H, W) uint8, to (N, C, H/scale, W/scale) uint8."""
     # Bicubic with antialiasing, as in SR3: equal to Pillow's but for rounding. Integers, as in image files.
     small_shape = tuple(side // scale for side in height_and_width(images))
-    small = interpolate(images.float(), small_shape, mode="bicubic", antialias=True)
-    return small.round().clamp(0, 255).to(torch.uint8)
+    output = interpolate(images.float(), small_shape, mode="bicubic", antialias=True)
+    return output.round().clamp(0, 255).to(torch.uint8)
 
 
 def enlarged(small: Tensor, scale: int) -> Tensor:
     """Upscale ``small``, (N, C, h, w) uint8, bicubically: (N, C, h·scale, w·scale) float32, about in [−1, 1]."""
     # Enlarging needs no antialiasing; with it, torch's kernel is that of ``shrunk``, and of Pillow.
-    large = interpolate(to_float(small), scale_factor=scale, mode="bicubic", antialias=True)
-    return large.contiguous(memory_format=torch.channels_last)
+    output = interpolate(to_float(small), scale_factor=scale, mode="bicubic", antialias=True)
+    return output.contiguous(memory_format=torch.channels_last)
 
 
 @dataclass(frozen=True)
@@ -65,15 +65,15 @@ class GenerationTask:
 
     def conditioning(self, images: Tensor) -> Conditioning:
         """Make the small version of each image at full size, (N, C, H, W) float32, and a noise level of 0, (N,)."""
-        if (small := self.inputs(images)) is None:
+        if (inputs := self.inputs(images)) is None:
             return {}
-        return {"low": enlarged(small, self.scale), "level": torch.zeros(len(images))}
+        return {"low": enlarged(inputs, self.scale), "level": torch.zeros(len(images))}
 
     def sigma_data(self, images: Tensor) -> float:
         """Compute the standard deviation of the residuals to the small versions of ``images``."""
         # To four digits, as further ones depend on the number of cores.
-        beyond = to_float(images) - self.conditioning(images)["low"]
-        return float(f"{beyond.double().square().mean().sqrt().item():.4g}")
+        residuals = to_float(images) - self.conditioning(images)["low"]
+        return float(f"{residuals.double().square().mean().sqrt().item():.4g}")
 
 
 def task_of(config: FamilyConfig, size: int) -> GenerationTask:
@@ -106,14 +106,14 @@ def tile_shape(model: Model, images: Tensor) -> Shape:
             f"the image has {channels} channels and the model enlarges images of {model.header.channels}: "
             f"make it {'grey' if model.header.channels == 1 else 'RGB'}"
         )
-    fitting = [(high, wide) for high, wide in shapes if high <= height and wide <= width]
-    if not fitting:
-        trained = " or ".join(f"{high}×{wide}" for high, wide in shapes)
+    candidates = [(high, wide) for high, wide in shapes if high <= height and wide <= width]
+    if not candidates:
+        sizes = " or ".join(f"{high}×{wide}" for high, wide in shapes)
         raise UserError(
-            f"the image has {height}×{width} pixels (height × width) and the model was trained on {trained}, so it "
+            f"the image has {height}×{width} pixels (height × width) and the model was trained on {sizes}, so it "
             "enlarges nothing lower or narrower: give it a larger one"
         )
-    return min(fitting, key=lambda shape: len(starts(height, shape[0])) * len(starts(width, shape[1])))
+    return min(candidates, key=lambda shape: len(starts(height, shape[0])) * len(starts(width, shape[1])))
 
 
 def generate(
@@ -206,11 +206,11 @@ def upscale(
     height, width = height_and_width(images)
     model = model.on(device)
     tiles = make_tiles(height, width, shape, scale, device)
-    together = max(1, batch // len(tiles.places))
-    groups = [range(start, start + together) for start in range(0, len(images), together)]
-    alone = len(groups) == 1
+    group_size = max(1, batch // len(tiles.places))
+    groups = [range(start, start + group_size) for start in range(0, len(images), group_size)]
+    is_single = len(groups) == 1
     # The tiles of each compute batch; the last batch is padded with the last tile.
-    pieces = together * len(tiles.places)
+    pieces = group_size * len(tiles.places)
     batches = torch.arange(math.ceil(pieces / batch) * batch).clamp(max=pieces - 1).view(-1, batch)
     evaluations, steps = count(1), count_evaluations(config, model.schedule)
 
@@ -220,36 +220,36 @@ def upscale(
             # The last group is padded with the last image.
             low = enlarged(images[torch.tensor(members).clamp(max=len(images) - 1)], scale)
             numbers = range(first + members.start, first + members.stop)
-            whole, level = tuple(low.shape[1:]), config.low_resolution_noise or 0.0
+            full_shape, level = tuple(low.shape[1:]), config.low_resolution_noise or 0.0
             if level:
-                low = low + level * GaussianNoise(seed, "sampling/low_resolution", numbers, whole)()
+                low = low + level * GaussianNoise(seed, "sampling/low_resolution", numbers, full_shape)()
             low = low.to(device)
-            shown, levels = tiles.cut(low), torch.full((batch,), level, device=device)
+            low_tiles, levels = tiles.cut(low), torch.full((batch,), level, device=device)
 
             def network(x: Tensor, time: Tensor) -> Tensor:
-                cut, times = tiles.cut(x), time.repeat_interleave(len(tiles.places))
+                x_tiles, times = tiles.cut(x), time.repeat_interleave(len(tiles.places))
 
-                def predict(some: Tensor) -> Tensor:
+                def predict(rows: Tensor) -> Tensor:
                     # Both contexts are thread-local, so they are entered in the worker thread.
                     with torch.inference_mode(), autocast(config.precision, device):
-                        out: Tensor = model.network(cut[some], times[some], low=shown[some], level=levels)
+                        out: Tensor = model.network(x_tiles[rows], times[rows], low=low_tiles[rows], level=levels)
                     return out
 
                 # A single group computes its batches in parallel; several groups already occupy the threads.
-                predictions = torch.cat(list((pool.map if alone else map)(predict, batches)))[:pieces]
-                if alone:
+                predictions = torch.cat(list((pool.map if is_single else map)(predict, batches)))[:pieces]
+                if is_single:
                     progress("steps of enlarging", next(evaluations), steps)
                 # The estimates are linear in the predictions, so these are blended.
                 return tiles.blended(predictions, *x.shape[-2:])
 
-            noise = GaussianNoise(seed, "sampling", numbers, whole)
+            noise = GaussianNoise(seed, "sampling", numbers, full_shape)
             with torch.inference_mode():
                 denoiser = replace(model.denoiser(), network=network, around=low)
-                large = config.run(denoiser, config.sigma_grid(model.schedule), lambda: noise().to(device), low)
-                return to_uint8(large).cpu()
+                output = config.run(denoiser, config.sigma_grid(model.schedule), lambda: noise().to(device), low)
+                return to_uint8(output).cpu()
 
-        finished = []
-        for members, large in zip(groups, (map if alone else pool.map)(generate, groups), strict=True):
-            finished.append(large)
+        outputs = []
+        for members, output in zip(groups, (map if is_single else pool.map)(generate, groups), strict=True):
+            outputs.append(output)
             progress("images enlarged", min(members.stop, len(images)), len(images))
-    return torch.cat(finished)[: len(images)]
+    return torch.cat(outputs)[: len(images)]

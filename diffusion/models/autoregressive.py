@@ -52,8 +52,8 @@ class Layer(nn.Module):
         """Biases of both stacks for classes ``label`` (N,), (N, C) and (N, 2C); None for an unconditional layer."""
         if self.classes is None or label is None:
             return None
-        one, other = self.classes(label).tensor_split([self.out.in_channels], dim=1)
-        return one, other
+        vertical, horizontal = self.classes(label).tensor_split([self.out.in_channels], dim=1)
+        return vertical, horizontal
 
 
 class PixelCNN(nn.Module):
@@ -86,9 +86,9 @@ class PixelCNN(nn.Module):
         ``label`` is the class of each image or ``no_class``, (N,) integers; None: ``no_class``.
         """
         label = self.labels(label, x)
-        marked = with_ones(x)
-        above = self.above(functional.pad(marked, (1, 1, 1, 0))[..., :-1, :])
-        beside = self.beside(functional.pad(marked, (1, 0, 0, 0))[..., :-1])
+        inputs = with_ones(x)
+        above = self.above(functional.pad(inputs, (1, 1, 1, 0))[..., :-1, :])
+        beside = self.beside(functional.pad(inputs, (1, 0, 0, 0))[..., :-1])
         for layer in self.layers:
             above, beside = layer(above, beside, label)
         return self.output(beside)
@@ -122,42 +122,42 @@ class PixelSampler:
         # Cached inputs of each layer: all rows of the vertical stack, the current row of the horizontal stack.
         self.above = [weight.new_zeros(count, channels, height, width) for _ in self.layers]
         self.beside = [weight.new_zeros(width, count, channels) for _ in self.layers]
-        self.linked: list[Tensor] = []
+        self.links: list[Tensor] = []
         # Both taps in one matrix: a single product for each pixel.
         self.taps = [layer.beside.weight[:, :, 0].transpose(1, 2).flatten(1) for layer in self.layers]
 
     def begin_row(self, y: int) -> None:
         """Evaluate the vertical stack for row ``y``; all rows above it must be sampled."""
         edge = self.images.new_zeros(len(self.images), self.network.channels + 1, 1, self.width)
-        last = edge if y == 0 else with_ones(self.images[:, :, y - 1 : y])
-        row = self.network.above(functional.pad(last, (1, 1, 0, 0)))
-        self.linked = []
-        for layer, bias, cached in zip(self.layers, self.biases, self.above, strict=True):
-            cached[:, :, y : y + 1] = row
-            before = y - layer.reach
-            taps = torch.cat([cached[:, :, before : before + 1] if before >= 0 else torch.zeros_like(row), row], dim=2)
-            padded = functional.pad(taps, (layer.reach, layer.reach, 0, 0))
-            h = functional.conv2d(padded, layer.above.weight, layer.above.bias, dilation=(1, layer.reach))
+        last_row = edge if y == 0 else with_ones(self.images[:, :, y - 1 : y])
+        row = self.network.above(functional.pad(last_row, (1, 1, 0, 0)))
+        self.links = []
+        for layer, bias, cache in zip(self.layers, self.biases, self.above, strict=True):
+            cache[:, :, y : y + 1] = row
+            upper = y - layer.reach
+            taps = torch.cat([cache[:, :, upper : upper + 1] if upper >= 0 else torch.zeros_like(row), row], dim=2)
+            padded_taps = functional.pad(taps, (layer.reach, layer.reach, 0, 0))
+            h = functional.conv2d(padded_taps, layer.above.weight, layer.above.bias, dilation=(1, layer.reach))
             if bias is not None:
                 h = h + bias[0][..., None, None]
             h = functional.silu(h)
-            linked = layer.link(h)
+            links = layer.link(h)
             if bias is not None:
-                linked = linked + bias[1][..., None, None]
+                links = links + bias[1][..., None, None]
             # (W, N, 2C): the values of a pixel are contiguous.
-            self.linked.append(linked[:, :, 0].permute(2, 0, 1).contiguous())
+            self.links.append(links[:, :, 0].permute(2, 0, 1).contiguous())
             row = row + h
 
     def parameters(self, y: int, x: int) -> Tensor:
         """Predict the mixture parameters (N, ``parameter_count``) of pixel ``x`` in row ``y``, the current row."""
-        left = self.images[:, :, y, x - 1] if x else None
+        neighbour = self.images[:, :, y, x - 1] if x else None
         count, channels = len(self.images), self.network.channels
-        marked = self.images.new_zeros(count, channels + 1) if left is None else with_ones(left)
-        h = functional.linear(marked, self.network.beside.weight.flatten(1), self.network.beside.bias)
-        for layer, taps, cached, linked in zip(self.layers, self.taps, self.beside, self.linked, strict=True):
-            cached[x] = h
-            before = cached[x - layer.reach] if x >= layer.reach else torch.zeros_like(h)
-            update = functional.linear(torch.cat([before, h], dim=1), taps, layer.beside.bias) + linked[x]
+        inputs = self.images.new_zeros(count, channels + 1) if neighbour is None else with_ones(neighbour)
+        h = functional.linear(inputs, self.network.beside.weight.flatten(1), self.network.beside.bias)
+        for layer, taps, cache, links in zip(self.layers, self.taps, self.beside, self.links, strict=True):
+            cache[x] = h
+            tap = cache[x - layer.reach] if x >= layer.reach else torch.zeros_like(h)
+            update = functional.linear(torch.cat([tap, h], dim=1), taps, layer.beside.bias) + links[x]
             h = h + functional.linear(gated(update), layer.out.weight.flatten(1), layer.out.bias)
         return self.network.output(h[..., None, None])[..., 0, 0]
 
@@ -199,9 +199,9 @@ def mixtures_of(numbers: Tensor, channels: int) -> Mixtures:
     count = numbers.shape[-1] // parameter_count(channels, 1)
     parts = [count, count * channels, count * channels, count * pairs]
     logits, means, log_scales, slopes = torch.split(numbers.float(), parts, dim=-1)
-    lower = torch.tril_indices(channels, channels, -1, device=numbers.device)
+    indices = torch.tril_indices(channels, channels, -1, device=numbers.device)
     square = numbers.new_zeros(*numbers.shape[:-1], channels, channels, count, dtype=torch.float32)
-    square[..., lower[0], lower[1], :] = torch.unflatten(slopes, -1, (pairs, count)).tanh()
+    square[..., indices[0], indices[1], :] = torch.unflatten(slopes, -1, (pairs, count)).tanh()
     return Mixtures(
         logits,
         torch.unflatten(means, -1, (channels, count)),
@@ -222,9 +222,9 @@ def log_logistic(x: Tensor, mean: Tensor, log_scale: Tensor, levels: int = LEVEL
     half, inverse = 1 / (levels - 1), (-log_scale).exp()
     upper, lower = (x - mean + half) * inverse, (x - mean - half) * inverse
     # σ(u) − σ(l) = σ(u) σ(−l) (1 − e^(l − u)), computed without cancellation.
-    below, beyond = functional.logsigmoid(upper), functional.logsigmoid(-lower)
-    inside = below + beyond + torch.log(-torch.expm1(-2 * half * inverse))
-    return torch.where(x <= -1 + half, below, torch.where(x >= 1 - half, beyond, inside))
+    log_below, log_above = functional.logsigmoid(upper), functional.logsigmoid(-lower)
+    log_inside = log_below + log_above + torch.log(-torch.expm1(-2 * half * inverse))
+    return torch.where(x <= -1 + half, log_below, torch.where(x >= 1 - half, log_above, log_inside))
 
 
 def sample_pixels(mixtures: Mixtures, noise: Tensor, levels: int = LEVELS) -> Tensor:
@@ -233,18 +233,18 @@ def sample_pixels(mixtures: Mixtures, noise: Tensor, levels: int = LEVELS) -> Te
     component = (mixtures.logits.softmax(-1).cumsum(-1) < quantile).sum(-1).clamp(max=mixtures.logits.shape[-1] - 1)
 
     def select(values: Tensor) -> Tensor:
-        where = component[(..., *(None,) * (values.ndim - component.ndim))].expand(*values.shape[:-1], 1)
-        return values.gather(-1, where).squeeze(-1)
+        index = component[(..., *(None,) * (values.ndim - component.ndim))].expand(*values.shape[:-1], 1)
+        return values.gather(-1, index).squeeze(-1)
 
-    means, log_scales, slopes = (select(each) for each in (mixtures.means, mixtures.log_scales, mixtures.slopes))
+    means, log_scales, slopes = (select(field) for field in (mixtures.means, mixtures.log_scales, mixtures.slopes))
     # The logistic quantile ln u − ln (1 − u) at u = Φ(noise).
     spread = torch.special.log_ndtr(noise[..., :-1]) - torch.special.log_ndtr(-noise[..., :-1])
     steps = (levels - 1) / 2
     values: list[Tensor] = []
     for channel in range(means.shape[-1]):
         mean = means[..., channel]
-        for before, value in enumerate(values):
-            mean = mean + slopes[..., channel, before] * value
+        for previous, value in enumerate(values):
+            mean = mean + slopes[..., channel, previous] * value
         value = mean + log_scales[..., channel].exp() * spread[..., channel]
         values.append(((value + 1) * steps).round().clamp(0, levels - 1) / steps - 1)
     return torch.stack(values, -1)
@@ -252,8 +252,8 @@ def sample_pixels(mixtures: Mixtures, noise: Tensor, levels: int = LEVELS) -> Te
 
 def gated(x: Tensor) -> Tensor:
     """Gated activation, (N, 2C, …) to (N, C, …): tanh of the first half times the sigmoid of the second."""
-    one, other = x.chunk(2, dim=1)
-    return one.tanh() * other.sigmoid()
+    values, gates = x.chunk(2, dim=1)
+    return values.tanh() * gates.sigmoid()
 
 
 def with_ones(x: Tensor) -> Tensor:

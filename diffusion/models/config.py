@@ -211,10 +211,10 @@ class ModelConfig(Kind):
 
     @model_validator(mode="before")
     @classmethod
-    def _default_conditional(cls, given: Any) -> Any:
-        if isinstance(given, dict) and given.get("low_resolution") is not None:
-            return {"conditional": False} | given
-        return given
+    def _default_conditional(cls, fields: Any) -> Any:
+        if isinstance(fields, dict) and fields.get("low_resolution") is not None:
+            return {"conditional": False} | fields
+        return fields
 
     @model_validator(mode="after")
     def _options_fit_each_other(self) -> "ModelConfig":
@@ -463,8 +463,8 @@ def _within_limits(config: Any, name: str = "", depth: int = 0) -> Any:
     """Return the JSON value ``config``; raises ValueError if it is too large to build a network by."""
     if depth > 4:
         raise ValueError(f"{name} is nested too deeply")
-    many = "layers" in name or "blocks" in name
-    limit = SIDES.get(name, DEEPEST * 4 if many else LARGEST_INTEGER)
+    is_depth = "layers" in name or "blocks" in name
+    limit = SIDES.get(name, DEEPEST * 4 if is_depth else LARGEST_INTEGER)
     match config:
         case dict():
             if len(config) > 1000:
@@ -523,15 +523,15 @@ class DiffusersConfig(Kind):
             return self
         if self.pipeline not in PIPELINES:
             raise ValueError(f"a {self.pipeline} is not supported: one of {', '.join(PIPELINES)} is")
-        allowed = {**PIPELINES[self.pipeline], "scheduler": SCHEDULERS}
+        kinds = {**PIPELINES[self.pipeline], "scheduler": SCHEDULERS}
         for name, component in self.components.items():
-            if component.kind not in allowed.get(name, ()):
+            if component.kind not in kinds.get(name, ()):
                 raise ValueError(
                     f"{name} is a {component.kind}, and in a {self.pipeline} "
-                    + (f"only {', '.join(allowed[name])} is supported" if name in allowed else "there is none")
+                    + (f"only {', '.join(kinds[name])} is supported" if name in kinds else "there is none")
                 )
-        if missing := sorted(allowed.keys() - self.components.keys() - {*OPTIONAL}):
-            raise ValueError(f"a {self.pipeline} needs {missing[0]}, and there is none")
+        if missing_names := sorted(kinds.keys() - self.components.keys() - {*OPTIONAL}):
+            raise ValueError(f"a {self.pipeline} needs {missing_names[0]}, and there is none")
         self._check_network()
         return self
 
@@ -547,19 +547,19 @@ class DiffusersConfig(Kind):
             raise ValueError("its network is conditioned on classes beside captions, which is not supported")
         if out not in (None, channels) and not (self.pipeline == "DiTPipeline" and out == 2 * channels):
             raise ValueError(f"its network has {channels} channels in and {out} out, and only as many are supported")
-        unsupported = ("time_cond_proj_dim", "class_embed_type", "addition_embed_type", "encoder_hid_dim_type")
-        for name in (*unsupported, "quantization_config", "auto_map"):
-            for each, component in self.components.items():
+        unsupported_fields = ("time_cond_proj_dim", "class_embed_type", "addition_embed_type", "encoder_hid_dim_type")
+        for name in (*unsupported_fields, "quantization_config", "auto_map"):
+            for component_name, component in self.components.items():
                 if component.config.get(name) is not None:
-                    raise ValueError(f"{each} has {name}, which is not supported")
+                    raise ValueError(f"{component_name} has {name}, which is not supported")
         latents = self.latents
         if latents is not None and latents.config.get("latent_channels", channels) != channels:
             raise ValueError(
                 f"its network has {channels} channels and its autoencoder {latents.config['latent_channels']}: "
                 "networks that are shown more than the latents are not supported"
             )
-        if (known := self.network_classes) is not None and not all(0 <= each < known for each in self.class_ids):
-            raise ValueError(f"its network has {known} classes, and a number beyond them is named")
+        if (count := self.network_classes) is not None and not all(0 <= index < count for index in self.class_ids):
+            raise ValueError(f"its network has {count} classes, and a number beyond them is named")
 
     @property
     def denoiser_name(self) -> str:
@@ -624,9 +624,9 @@ class DiffusersConfig(Kind):
         """Prediction of the network; None: it is no denoiser of a kind that is known, and has its own scheduler."""
         if self.scheduler.kind == "FlowMatchEulerDiscreteScheduler":
             return "flow_prediction"
-        given = self.scheduler.config.get("prediction_type", "epsilon")
-        known = self.scheduler.kind != "LCMScheduler" and given in get_args(SchedulerPrediction)
-        return given if known else None
+        kind = self.scheduler.config.get("prediction_type", "epsilon")
+        is_known = self.scheduler.kind != "LCMScheduler" and kind in get_args(SchedulerPrediction)
+        return kind if is_known else None
 
     @property
     def network_classes(self) -> int | None:
@@ -650,11 +650,11 @@ class DiffusersConfig(Kind):
         return "text_encoder" in self.components
 
 
-def tag(given: Any, key: str, default: str) -> str:
+def tag(fields: Any, key: str, default: str) -> str:
     """Return the value of ``key`` in a configuration or in its fields; the ``default`` if none is given."""
-    if isinstance(given, BaseModel):
-        return str(getattr(given, key, ""))
-    return str(given.get(key, default)) if isinstance(given, dict) else default
+    if isinstance(fields, BaseModel):
+        return str(getattr(fields, key, ""))
+    return str(fields.get(key, default)) if isinstance(fields, dict) else default
 
 
 class LatentSpace(Config):
@@ -682,7 +682,7 @@ FamilyConfig: TypeAlias = Annotated[
     | Annotated[AutoregressiveConfig, Tag("autoregressive")]
     | Annotated[DiffusersConfig, Tag("diffusers")],
     Discriminator(
-        lambda given: tag(given, "family", "ddpm"),
+        lambda fields: tag(fields, "family", "ddpm"),
         custom_error_type="unknown_family",
         custom_error_message="family is ddpm, the default, vae, gan, autoregressive or diffusers",
     ),
@@ -754,11 +754,11 @@ def shape_conflict(model: FamilyConfig, size: int, shapes: Sequence[Shape]) -> s
             "ingest.fit to crop, or use the family ddpm or autoregressive"
         )
     if (low := model.low_resolution) is not None and (
-        other := [shape for shape in shapes if any(side % (size // low) for side in shape)]
+        misfits := [shape for shape in shapes if any(side % (size // low) for side in shape)]
     ):
         return (
             f"model.low_resolution = {low} enlarges {size // low} times, which does not divide the sides of bucket "
-            f"{shape_name(other[0])}: name multiples of it in ingest.buckets, or change model.low_resolution"
+            f"{shape_name(misfits[0])}: name multiples of it in ingest.buckets, or change model.low_resolution"
         )
     return None
 

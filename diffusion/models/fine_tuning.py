@@ -38,12 +38,12 @@ class PartlyTrained(nn.Module):
         object.__setattr__(self, "network", network)
         for name, parameter in trained.items():
             module: nn.Module = self
-            *path, last = name.split(".")
+            *path, leaf = name.split(".")
             for part in path:
                 if part not in dict(module.named_children()):
                     module.add_module(part, nn.Module())
                 module = module.get_submodule(part)
-            module.register_parameter(last, parameter)
+            module.register_parameter(leaf, parameter)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Compute what ``network`` computes."""
@@ -66,16 +66,16 @@ def make_trainable(network: nn.Module, lora: LoRAConfig | None) -> PartlyTrained
     The copy shares its frozen weights with ``network``. A is from torch's random numbers, B of zeros. Raises UserError
     if peft is not installed or a target is no linear or convolutional layer.
     """
-    copied = share(network)
+    clone = share(network)
     if lora is None:
         assert isinstance(network, PipelineNetwork)
         names = denoiser_tensors(network)
         weights = {name: value.detach().clone() for name, value in network.named_parameters() if name in names}
-        copied.load_state_dict(weights, strict=False, assign=True)
-        trained = {name: copied.get_parameter(name) for name in weights}
+        clone.load_state_dict(weights, strict=False, assign=True)
+        trained = {name: clone.get_parameter(name) for name in weights}
         for parameter in trained.values():
             parameter.requires_grad_()
-        return PartlyTrained(copied, trained)
+        return PartlyTrained(clone, trained)
     try:
         import peft
     except ModuleNotFoundError as error:
@@ -83,14 +83,14 @@ def make_trainable(network: nn.Module, lora: LoRAConfig | None) -> PartlyTrained
             "training.lora needs peft, which is not installed: run `pip install -e '.[diffusers]'` in Darkroom's "
             "checkout"
         ) from error
-    chosen = peft.LoraConfig(
+    adapter_config = peft.LoraConfig(
         r=lora.rank,
         lora_alpha=lora.scale * lora.rank,  # type: ignore[arg-type]  # only divided by r
         target_modules=target_modules(network, lora),
     )
-    peft.inject_adapter_in_model(chosen, copied)
-    factors = {name: each for name, each in copied.named_parameters() if each.requires_grad}
-    return PartlyTrained(copied, {name.replace(".default.", "."): each for name, each in factors.items()})
+    peft.inject_adapter_in_model(adapter_config, clone)
+    factors = {name: parameter for name, parameter in clone.named_parameters() if parameter.requires_grad}
+    return PartlyTrained(clone, {name.replace(".default.", "."): parameter for name, parameter in factors.items()})
 
 
 def denoiser_tensors(network: PipelineNetwork) -> set[str]:
@@ -103,37 +103,37 @@ def target_modules(network: nn.Module, config: LoRAConfig) -> list[str]:
     layers = {name for name, module in network.named_modules() if _is_adaptable(module)}
     if isinstance(network, PipelineNetwork):
         denoiser = f"{network.config.denoiser_name}."
-        chosen = _named({name for name in layers if name.startswith(denoiser)}, config.target_modules, DENOISER_TARGETS)
+        names = _select({name for name in layers if name.startswith(denoiser)}, config.target_modules, DENOISER_TARGETS)
         if config.text_encoder:
             encoder = {name for name in layers if name.startswith("text_encoder.")}
-            chosen |= _named(encoder, None, TEXT_TARGETS)
-        return sorted(chosen)
+            names |= _select(encoder, None, TEXT_TARGETS)
+        return sorted(names)
     assert isinstance(network, UNet)
     hidden = [name for name in layers if name.startswith(("down.", "middle.", "up."))]
-    return sorted(_named(layers, config.target_modules, hidden))
+    return sorted(_select(layers, config.target_modules, hidden))
 
 
-def _named(layers: Iterable[str], targets: Iterable[str] | None, default: Iterable[str]) -> set[str]:
+def _select(layers: Iterable[str], targets: Iterable[str] | None, default: Iterable[str]) -> set[str]:
     """Choose the ``layers`` whose names, or ends behind a dot, are among ``targets``, or among the ``default``."""
-    chosen = set()
+    names = set()
     for target in default if targets is None else targets:
-        named = {name for name in layers if name == target or name.endswith(f".{target}")}
-        if not named and targets is not None:
-            counted = Counter(end for name in layers if not (end := name.rpartition(".")[2]).isdigit())
-            ends = sorted(counted, key=lambda end: (-counted[end], end))
+        matches = {name for name in layers if name == target or name.endswith(f".{target}")}
+        if not matches and targets is not None:
+            counts = Counter(end for name in layers if not (end := name.rpartition(".")[2]).isdigit())
+            ends = sorted(counts, key=lambda end: (-counts[end], end))
             raise UserError(
                 f"training.lora.target_modules names {target}, and the network has no such linear or convolutional "
                 f"layer: use names such as {', '.join(ends[:12])}"
             )
-        chosen |= named
-    return chosen
+        names |= matches
+    return names
 
 
 def share(network: nn.Module) -> nn.Module:
     """Copy ``network``, with the same frozen weights in memory."""
     # Copies of what is in the memo are its values.
-    shared = {id(each): nn.Parameter(each.detach(), requires_grad=False) for each in network.parameters()}
-    return copy.deepcopy(network, shared)
+    memo = {id(parameter): nn.Parameter(parameter.detach(), requires_grad=False) for parameter in network.parameters()}
+    return copy.deepcopy(network, memo)
 
 
 def tuned_weights(network: nn.Module, lora: LoRAConfig | None, trained: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -148,23 +148,23 @@ def tuned_weights(network: nn.Module, lora: LoRAConfig | None, trained: Mapping[
             raise ValueError("tensors of another denoiser")
         return dict(trained)
     factors = trained
-    layers, merged = dict(network.named_modules()), {}
-    names = {name.removesuffix(end) for end in FACTORS for name in factors if name.endswith(end)}
-    if set(factors) != {name + end for name in names for end in FACTORS}:
+    layers, weights = dict(network.named_modules()), {}
+    names = {name.removesuffix(suffix) for suffix in FACTORS for name in factors if name.endswith(suffix)}
+    if set(factors) != {name + suffix for name in names for suffix in FACTORS}:
         raise ValueError("tensors of no layer")
     for name in sorted(names):
-        layer, (a, b) = layers.get(name), (factors[name + end] for end in FACTORS)
+        layer, (a, b) = layers.get(name), (factors[name + suffix] for suffix in FACTORS)
         if layer is None or not _is_adaptable(layer):
             raise ValueError(f"no layer {name}")
         weight = layer.weight
         assert isinstance(weight, Tensor)
-        inner = (1,) * (weight.ndim - 2)
-        if a.shape != (lora.rank, *weight.shape[1:]) or b.shape != (len(weight), lora.rank, *inner):
+        kernel = (1,) * (weight.ndim - 2)
+        if a.shape != (lora.rank, *weight.shape[1:]) or b.shape != (len(weight), lora.rank, *kernel):
             raise ValueError(f"shape of {name}")
         # In float64: the merged weights depend little on the machine that merged them.
         product = b.flatten(1).double() @ a.flatten(1).double()
-        merged[f"{name}.weight"] = (weight.detach().double() + lora.scale * product.view(weight.shape)).to(weight)
-    return merged
+        weights[f"{name}.weight"] = (weight.detach().double() + lora.scale * product.view(weight.shape)).to(weight)
+    return weights
 
 
 def _is_adaptable(module: nn.Module | None) -> bool:

@@ -27,10 +27,10 @@ class GANBlock(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        inner = 2 * channels
-        self.expand = _scaled(nn.Conv2d(channels, inner, 1))
-        self.mix = _scaled(nn.Conv2d(inner, inner, 3, padding=1, groups=inner // GROUP))
-        self.contract = nn.Conv2d(inner, channels, 1, bias=False)
+        hidden = 2 * channels
+        self.expand = _initialize(nn.Conv2d(channels, hidden, 1))
+        self.mix = _initialize(nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden // GROUP))
+        self.contract = nn.Conv2d(hidden, channels, 1, bias=False)
         nn.init.zeros_(self.contract.weight)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -44,7 +44,7 @@ class GANResample(nn.Module):
 
     def __init__(self, inputs: int, outputs: int, up: bool) -> None:
         super().__init__()
-        self.conv, self.up = _scaled(nn.Conv2d(inputs, outputs, 1, bias=False), gain=1), up
+        self.conv, self.up = _initialize(nn.Conv2d(inputs, outputs, 1, bias=False), gain=1), up
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, inputs, H, W) to (N, outputs, 2H, 2W), or (N, outputs, H/2, W/2)."""
@@ -68,10 +68,12 @@ class Generator(nn.Module):
         self.no_class = classes
         """Index of the unconditional class."""
         self.classes = nn.Embedding(classes + 1, config.latent) if classes else None
-        self.begin = _scaled(nn.Linear(config.latent * (2 if classes else 1), widths[0] * low**2, bias=False), gain=1)
+        self.begin = _initialize(
+            nn.Linear(config.latent * (2 if classes else 1), widths[0] * low**2, bias=False), gain=1
+        )
         self.shape = (widths[0], low, low)
         self.layers = _layers(widths, config.blocks, up=True)
-        self.end = _scaled(nn.Conv2d(widths[-1], channels * config.patch**2, 3, padding=1), gain=1)
+        self.end = _initialize(nn.Conv2d(widths[-1], channels * config.patch**2, 3, padding=1), gain=1)
 
     def forward(self, z: Tensor, label: Tensor | None = None) -> Tensor:
         """Generate images (N, C, H, W), nominally in [−1, 1], from noise ``z`` (N, latent, 1, 1).
@@ -95,10 +97,10 @@ class Discriminator(nn.Module):
         low = math.ceil(size / pixels)
         self.patch, self.padding = config.patch, -size % pixels
         self.no_class = classes
-        self.begin = _scaled(nn.Conv2d(channels * config.patch**2, widths[0], 3, padding=1), gain=1)
+        self.begin = _initialize(nn.Conv2d(channels * config.patch**2, widths[0], 3, padding=1), gain=1)
         self.layers = _layers(widths, config.blocks, up=False)
-        self.gather = _scaled(nn.Conv2d(widths[-1], widths[-1], low, groups=widths[-1], bias=False), gain=1)
-        self.head = _scaled(nn.Linear(widths[-1], config.latent if classes else 1, bias=False), gain=1)
+        self.gather = _initialize(nn.Conv2d(widths[-1], widths[-1], low, groups=widths[-1], bias=False), gain=1)
+        self.head = _initialize(nn.Linear(widths[-1], config.latent if classes else 1, bias=False), gain=1)
         self.classes = nn.Embedding(classes + 1, config.latent) if classes else None
 
     def forward(self, x: Tensor, label: Tensor | None = None) -> Tensor:
@@ -130,8 +132,8 @@ def augment(x: Tensor, uniform: Tensor, rate: float) -> Tensor:
     # Products with matrices of zeros and ones, whose gradients are deterministic on every device.
     rows, columns = ((places[:, None] + shift[..., None, None]).clamp(0, size - 1) == places).to(x).unbind(1)
     x = rows[:, None] @ x @ columns[:, None].mT
-    near = ((places - uniform[:, 8:, None] * size).abs() < size / 4) & cut[:, None, None]
-    return x.masked_fill((near[:, 0, :, None] & near[:, 1, None, :])[:, None], 0)
+    hole = ((places - uniform[:, 8:, None] * size).abs() < size / 4) & cut[:, None, None]
+    return x.masked_fill((hole[:, 0, :, None] & hole[:, 1, None, :])[:, None], 0)
 
 
 def _labels(label: Tensor | None, like: Tensor, no_class: int) -> Tensor:
@@ -151,7 +153,7 @@ def _active(x: Tensor) -> Tensor:
     return functional.leaky_relu(x, SLOPE)
 
 
-def _scaled(layer: Layer, gain: float = math.sqrt(2 / (1 + SLOPE**2))) -> Layer:
+def _initialize(layer: Layer, gain: float = math.sqrt(2 / (1 + SLOPE**2))) -> Layer:
     """Initialise ``layer`` with He weights (1502.01852), scaled by ``gain``, and zero bias."""
     nn.init.normal_(layer.weight, std=gain / math.sqrt(layer.weight[0].numel()))
     if layer.bias is not None:

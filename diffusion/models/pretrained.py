@@ -87,30 +87,30 @@ class PipelineNetwork(nn.Module):
         """Predict at ``timestep`` of the pipeline's scheduler, a number or (N,); otherwise as ``forward``."""
         network, config = self.component(self.config.denoiser_name), self.config.denoiser.config
         timestep = timestep.expand(len(x))
-        given: dict[str, Any] = {}
+        inputs: dict[str, Any] = {}
         if text is not None and not text.is_floating_point():
             text = self.component("text_encoder")(text)[0].flatten(1)
             assert text is not None
         match self.config.denoiser.kind:
             case "UNet2DConditionModel":
                 assert text is not None
-                given["encoder_hidden_states"] = torch.unflatten(text, 1, (-1, config["cross_attention_dim"]))
+                inputs["encoder_hidden_states"] = torch.unflatten(text, 1, (-1, config["cross_attention_dim"]))
             case "SD3Transformer2DModel":
                 assert text is not None
                 pooled, width = (config[name] for name in ("pooled_projection_dim", "joint_attention_dim"))
-                given["encoder_hidden_states"] = torch.unflatten(text[:, :-pooled], 1, (-1, width))
-                given["pooled_projections"] = text[:, -pooled:]
+                inputs["encoder_hidden_states"] = torch.unflatten(text[:, :-pooled], 1, (-1, width))
+                inputs["pooled_projections"] = text[:, -pooled:]
             case _ if label is not None:
-                given["class_labels"] = self.class_ids[label]
-        prediction: Tensor = network(x, timestep=timestep, **given, return_dict=False)[0]
+                inputs["class_labels"] = self.class_ids[label]
+        prediction: Tensor = network(x, timestep=timestep, **inputs, return_dict=False)[0]
         # Pipelines make no use of DiT's learned variance.
         return prediction[:, : x.shape[1]]
 
     def encode(self, images: Tensor) -> Tensor:
         """Encode images (N, C, H, W) in [−1, 1] as means of scaled latents, (N, c, h, w)."""
         autoencoder = self.component(self.config.latents_name)
-        encoded = autoencoder.encode(images)
-        z: Tensor = encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.mode()
+        output = autoencoder.encode(images)
+        z: Tensor = output.latents if hasattr(output, "latents") else output.latent_dist.mode()
         scale, shift = self._latent_scale
         return (z - shift) * scale
 
@@ -144,11 +144,11 @@ class PipelineNetwork(nn.Module):
         width = self.config.denoiser.config["joint_attention_dim"]
         if "text_encoder_3" in self.config.components:
             ids, _ = self._tokens("tokenizer_3", prompt)
-            third = self.component("text_encoder_3")(ids)[0]
+            t5_states = self.component("text_encoder_3")(ids)[0]
         else:
-            third = joint.new_zeros(1, T5_LENGTH, width)
-        context = torch.cat([pad(joint, (0, width - joint.shape[-1])), third], dim=1)
-        return torch.cat([context.flatten(), *(each.flatten() for each in pooled)]).float()
+            t5_states = joint.new_zeros(1, T5_LENGTH, width)
+        context = torch.cat([pad(joint, (0, width - joint.shape[-1])), t5_states], dim=1)
+        return torch.cat([context.flatten(), *(vector.flatten() for vector in pooled)]).float()
 
     def tokens(self, prompt: str) -> Tensor:
         """Tokenize ``prompt`` for Stable Diffusion's text encoder, padded: (L,) int64."""
@@ -171,8 +171,8 @@ class PipelineNetwork(nn.Module):
 
     def tokenizer(self, name: str) -> Any:
         """Make the tokenizer ``name`` of the pipeline's files, once."""
-        made: dict[str, Any] = self.__dict__.setdefault("_tokenizers", {})
-        if name not in made:
+        tokenizers: dict[str, Any] = self.__dict__.setdefault("_tokenizers", {})
+        if name not in tokenizers:
             import transformers
 
             with TemporaryDirectory() as scratch:
@@ -181,16 +181,16 @@ class PipelineNetwork(nn.Module):
                     if folder == name:
                         Path(scratch, file).write_bytes(content)
                 kind = getattr(transformers, self.config.components[name].kind)
-                made[name] = kind.from_pretrained(scratch, local_files_only=True)
-        return made[name]
+                tokenizers[name] = kind.from_pretrained(scratch, local_files_only=True)
+        return tokenizers[name]
 
     def _tokens(self, name: str, prompt: str) -> tuple[Tensor, Tensor]:
         device = self.class_ids.device
         with _TOKENIZING:
-            found = self.tokenizer(name)(
+            tokens = self.tokenizer(name)(
                 prompt, padding="max_length", max_length=self._length(name), truncation=True, return_tensors="pt"
             )
-        return found.input_ids.to(device), found.attention_mask.to(device)
+        return tokens.input_ids.to(device), tokens.attention_mask.to(device)
 
     def _length(self, name: str) -> int:
         if self.config.components[name].kind in T5_TOKENIZERS:
@@ -218,9 +218,9 @@ def build(component: Component) -> Any:
         config._attn_implementation = "sdpa" if kind._supports_sdpa else "eager"
         return kind(config)
     except (TypeError, ValueError, KeyError, IndexError, AttributeError, RuntimeError, ZeroDivisionError) as error:
-        first = str(error).partition("\n")[0]
+        words = str(error).partition("\n")[0]
         raise UserError(
-            f"no {component.kind} can be built from its configuration ({first}): is it of another version of diffusers?"
+            f"no {component.kind} can be built from its configuration ({words}): is it of another version of diffusers?"
         ) from error
 
 
@@ -229,18 +229,18 @@ def tensor_names(network: nn.Module, names: Iterable[str]) -> dict[str, str]:
 
     Names that stand for none are left out if they never were weights, and else map to themselves.
     """
-    known = set(network.state_dict())
-    found = {}
+    tensors = set(network.state_dict())
+    mapping = {}
     for name in names:
-        component, _, inner = name.partition(".")
-        *path, last = inner.split(".")
-        renamed = ".".join([*path[:-1], OLD_ATTENTION.get(path[-1], path[-1]), last]) if path else inner
+        component, _, key = name.partition(".")
+        *path, leaf = key.split(".")
+        new_key = ".".join([*path[:-1], OLD_ATTENTION.get(path[-1], path[-1]), leaf]) if path else key
         # The text encoder of transformers 5 has no model within the model.
-        for candidate in (inner, renamed, inner.removeprefix("text_model."), f"text_model.{inner}"):
-            if f"{component}.{candidate}" in known:
-                found[name] = f"{component}.{candidate}"
+        for candidate in (key, new_key, key.removeprefix("text_model."), f"text_model.{key}"):
+            if f"{component}.{candidate}" in tensors:
+                mapping[name] = f"{component}.{candidate}"
                 break
         else:
-            if not UNUSED.search(inner):
-                found[name] = name
-    return found
+            if not UNUSED.search(key):
+                mapping[name] = name
+    return mapping

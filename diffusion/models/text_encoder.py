@@ -78,12 +78,12 @@ class MiniLM:
         words, places, kinds = (
             self.weights[f"embeddings.{kind}_embeddings.weight"] for kind in ("word", "position", "token_type")
         )
-        x = self._normed(words[ids] + places[: len(ids)] + kinds[0], "embeddings")
+        x = self._normalize(words[ids] + places[: len(ids)] + kinds[0], "embeddings")
         for layer in range(LAYERS):
             name = f"encoder.layer.{layer}"
-            x = self._normed(x + self._attention(x, f"{name}.attention"), f"{name}.attention.output")
-            inner = gelu(self._linear(x, f"{name}.intermediate.dense"))
-            x = self._normed(x + self._linear(inner, f"{name}.output.dense"), f"{name}.output")
+            x = self._normalize(x + self._attention(x, f"{name}.attention"), f"{name}.attention.output")
+            hidden = gelu(self._linear(x, f"{name}.intermediate.dense"))
+            x = self._normalize(x + self._linear(hidden, f"{name}.output.dense"), f"{name}.output")
         return normalize(x.mean(0), dim=0)
 
     def _attention(self, x: Tensor, name: str) -> Tensor:
@@ -97,7 +97,7 @@ class MiniLM:
     def _linear(self, x: Tensor, name: str) -> Tensor:
         return linear(x, self.weights[f"{name}.weight"], self.weights[f"{name}.bias"])
 
-    def _normed(self, x: Tensor, name: str) -> Tensor:
+    def _normalize(self, x: Tensor, name: str) -> Tensor:
         weight, bias = self.weights[f"{name}.LayerNorm.weight"], self.weights[f"{name}.LayerNorm.bias"]
         return layer_norm(x, (WIDTH,), weight, bias, eps=1e-12)
 

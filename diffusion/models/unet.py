@@ -109,10 +109,10 @@ class UNet(nn.Module):
         super().__init__()
         self.fold = pixels_per_position(config, size)
         if config.low_resolution is not None and (config.low_resolution >= size or size % config.low_resolution):
-            fitting = [str(each) for each in range(2, size) if size % each == 0]
+            divisors = [str(divisor) for divisor in range(2, size) if size % divisor == 0]
             raise UserError(
                 f"model.low_resolution = {config.low_resolution} and the images have {size} pixels, which is no "
-                "multiple of it: " + (f"use {' or '.join(fitting)}" if fitting else "ingest them at another size")
+                "multiple of it: " + (f"use {' or '.join(divisors)}" if divisors else "ingest them at another size")
             )
         self.patch, self.width = config.patch, config.width
         self.time_scale = TIMES / config.steps
@@ -142,7 +142,7 @@ class UNet(nn.Module):
             return ResidualBlock(inputs, current, embedding, config.heads if attention else 0, config.dropout)
 
         lowest = len(channel_mult) - 1
-        in_middle = "middle" in config.attention or lowest in config.attention
+        middle_attention = "middle" in config.attention or lowest in config.attention
         for resolution in range(lowest + 1):
             for _ in range(config.blocks):
                 self.down.append(block(current, resolution, resolution in config.attention))
@@ -150,7 +150,7 @@ class UNet(nn.Module):
             if resolution < lowest:
                 self.down.append(Shrink(current))
                 skips.append(current)
-        self.middle.extend([block(current, lowest, in_middle), block(current, lowest, attention=False)])
+        self.middle.extend([block(current, lowest, middle_attention), block(current, lowest, attention=False)])
         for resolution in range(lowest, -1, -1):
             for _ in range(config.blocks + 1):
                 self.up.append(block(current + skips.pop(), resolution, resolution in config.attention))
@@ -191,33 +191,33 @@ class UNet(nn.Module):
         height, width = x.shape[-2:]
         # Half-precision weights, as diffusers may load them, need inputs of their type; under autocast all are float32.
         x = x.to(self.stem.weight.dtype)
-        below, beside = -height % self.fold, -width % self.fold
-        if below or beside:
-            x = functional.pad(x, (0, beside, 0, below), mode="replicate")
+        pad_bottom, pad_right = -height % self.fold, -width % self.fold
+        if pad_bottom or pad_right:
+            x = functional.pad(x, (0, pad_right, 0, pad_bottom), mode="replicate")
         embedding = self._embedding(time, label, text, level)
         h = self.stem(functional.pixel_unshuffle(x, self.patch))
         skips = [h]
         depth = 0
 
-        def through(layer: Callable[..., Tensor], h: Tensor) -> Tensor:
+        def apply(layer: Callable[..., Tensor], h: Tensor) -> Tensor:
             nonlocal depth
             depth += 1
             # Each layer has its own random numbers.
-            own = None if draws is None else draws + depth * LAYER
+            layer_draws = None if draws is None else draws + depth * LAYER
             if self.gradient_checkpointing and self.training:
                 layer = partial(checkpoint, layer, use_reentrant=False, preserve_rng_state=False)
-            return layer(h, embedding, own)
+            return layer(h, embedding, layer_draws)
 
         for layer in self.down:
-            h = through(layer, h)
+            h = apply(layer, h)
             skips.append(h)
         for layer in self.middle:
-            h = through(layer, h)
+            h = apply(layer, h)
         for layer in self.up:
-            h = layer(h) if isinstance(layer, Grow) else through(layer, torch.cat([h, skips.pop()], dim=1))
-        folded: Tensor = self.head(functional.silu(self.norm(h)))
-        unfolded = functional.pixel_shuffle(folded, self.patch)
-        return unfolded[..., :height, :width] if below or beside else unfolded
+            h = layer(h) if isinstance(layer, Grow) else apply(layer, torch.cat([h, skips.pop()], dim=1))
+        output: Tensor = self.head(functional.silu(self.norm(h)))
+        image = functional.pixel_shuffle(output, self.patch)
+        return image[..., :height, :width] if pad_bottom or pad_right else image
 
     def matrices(self) -> list[nn.Parameter]:
         """List the weights between layers, without those that read images and conditions or write predictions."""
@@ -235,8 +235,8 @@ class UNet(nn.Module):
             captions: Tensor = self.no_text
             if text is not None:
                 # Embeddings of length 1 are scaled to unit variance, which the initial weights of a layer assume.
-                projected = self.text(text.to(dtype) * WIDTH**0.5)
-                captions = torch.where(text.any(1, keepdim=True), projected, captions)
+                projection = self.text(text.to(dtype) * WIDTH**0.5)
+                captions = torch.where(text.any(1, keepdim=True), projection, captions)
             embedding = embedding + captions
         if self.level is not None and level is not None:
             embedding = embedding + self.level(sinusoidal(level * LEVEL_SCALE, self.width).to(dtype))
@@ -261,11 +261,11 @@ def seeded_dropout(h: Tensor, draws: Tensor, rate: float) -> Tensor:
     The choice depends on ``draws`` (N,) int64 alone: each value's index is hashed with it (SplitMix64's finalizer).
     """
     numbers = torch.arange(h[0].numel(), device=h.device).view(1, *h.shape[1:])
-    mixed = (numbers + 1) * GOLDEN + draws[:, None, None, None]
+    hashes = (numbers + 1) * GOLDEN + draws[:, None, None, None]
     for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15)):
-        mixed = (mixed ^ (mixed >> shift & (1 << (64 - shift)) - 1)) * factor
-    kept = (mixed >> 33 & 2**31 - 1) >= rate * 2**31
-    return h * kept.to(h.dtype) / (1 - rate)
+        hashes = (hashes ^ (hashes >> shift & (1 << (64 - shift)) - 1)) * factor
+    mask = (hashes >> 33 & 2**31 - 1) >= rate * 2**31
+    return h * mask.to(h.dtype) / (1 - rate)
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:

@@ -46,10 +46,10 @@ class Autoencoder(nn.Module):
         super().__init__()
         widths = [config.width * multiplier for multiplier in config.channel_mult]
         self.patch = config.patch
-        folded = channels * config.patch**2
+        inputs = channels * config.patch**2
         latent, blocks = config.latent_channels, config.blocks
-        self.encoder = _layers(folded, widths, blocks, 2 * latent, lambda c: nn.Conv2d(c, c, 3, stride=2, padding=1))
-        self.decoder = _layers(latent, widths[::-1], blocks + 1, folded, Grow)
+        self.encoder = _layers(inputs, widths, blocks, 2 * latent, lambda c: nn.Conv2d(c, c, 3, stride=2, padding=1))
+        self.decoder = _layers(latent, widths[::-1], blocks + 1, inputs, Grow)
         self.log_scale = nn.Parameter(torch.full((1, channels, 1, 1), math.log(SCALE)))
         """Logarithm of the scale of the discretized logistic around reconstructions, in [−1, 1], of each channel.
 
@@ -79,21 +79,21 @@ class Prior(nn.Module):
 
     def __init__(self, config: VAEConfig, shape: tuple[int, int, int]) -> None:
         super().__init__()
-        channels, inner = shape[0], config.width * config.channel_mult[-1]
-        self.size, self.shape, self.hidden = config.global_latent, shape, (inner, *shape[1:])
+        channels, width = shape[0], config.width * config.channel_mult[-1]
+        self.size, self.shape, self.hidden = config.global_latent, shape, (width, *shape[1:])
         numbers = math.prod(self.hidden)
         self.encoder = nn.Sequential(
-            _layers(channels, [inner], 1, inner, Grow), nn.Flatten(), nn.Linear(numbers, 2 * self.size)
+            _layers(channels, [width], 1, width, Grow), nn.Flatten(), nn.Linear(numbers, 2 * self.size)
         )
         self.begin = nn.Linear(self.size, numbers)
-        self.blocks = nn.ModuleList(Block(inner, inner) for _ in range(channels))
-        self.heads = nn.ModuleList(_head(inner, 2) for _ in range(channels))
-        self.channels = nn.ModuleList(nn.Conv2d(1, inner, 3, padding=1) for _ in range(channels - 1))
+        self.blocks = nn.ModuleList(Block(width, width) for _ in range(channels))
+        self.heads = nn.ModuleList(_head(width, 2) for _ in range(channels))
+        self.channels = nn.ModuleList(nn.Conv2d(1, width, 3, padding=1) for _ in range(channels - 1))
 
     def split(self, noise: Tensor) -> tuple[Tensor, Tensor]:
         """Split noise of images, (N, G + c·h·w, 1, 1), into that of g, (N, G), and that of z, (N, c, h, w)."""
-        one, other = noise.flatten(1).tensor_split([self.size], dim=1)
-        return one, torch.unflatten(other, 1, self.shape)
+        global_noise, latent_noise = noise.flatten(1).tensor_split([self.size], dim=1)
+        return global_noise, torch.unflatten(latent_noise, 1, self.shape)
 
     def posterior(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Encode latents (N, c, h, w) as mean and log-variance of the posterior of g, (N, G) each."""
@@ -105,12 +105,12 @@ class Prior(nn.Module):
         ``value`` gives each channel of z, (N, 1, h, w), from its number, mean and log-variance.
         """
         h = torch.unflatten(self.begin(g), 1, self.hidden)
-        found: list[tuple[Tensor, Tensor, Tensor]] = []
+        outputs: list[tuple[Tensor, Tensor, Tensor]] = []
         for number, (block, head) in enumerate(zip(self.blocks, self.heads, strict=True)):
-            h = block(h if number == 0 else h + self.channels[number - 1](found[-1][2]))
+            h = block(h if number == 0 else h + self.channels[number - 1](outputs[-1][2]))
             mean, log_variance = _moments(head(h))
-            found.append((mean, log_variance, value(number, mean, log_variance)))
-        mean, log_variance, z = (torch.cat(each, dim=1) for each in zip(*found, strict=True))
+            outputs.append((mean, log_variance, value(number, mean, log_variance)))
+        mean, log_variance, z = (torch.cat(parts, dim=1) for parts in zip(*outputs, strict=True))
         return mean, log_variance, z
 
 
@@ -124,9 +124,9 @@ class VAE(nn.Module):
 
     def generate(self, noise: Tensor) -> Tensor:
         """Generate images (N, C, H, W), nominally in [−1, 1], from Gaussian ``noise`` (N, G + c·h·w, 1, 1)."""
-        g, fresh = self.prior.split(noise)
+        g, latent_noise = self.prior.split(noise)
         _, _, z = self.prior(
-            g, lambda number, mean, log_variance: reparameterize(mean, log_variance, fresh[:, [number]])
+            g, lambda number, mean, log_variance: reparameterize(mean, log_variance, latent_noise[:, [number]])
         )
         return self.autoencoder.decode(z)
 
@@ -136,16 +136,16 @@ class VAE(nn.Module):
         They are −ln p(x | z), of 8-bit values, and KL(q(z | x) ‖ p(z | g)) + KL(q(g | z) ‖ N(0, I)), for z and g
         sampled from their posteriors with Gaussian ``noise`` (N, G + c·h·w, 1, 1). Also returns the reconstructions.
         """
-        for_g, for_z = self.prior.split(noise)
+        global_noise, latent_noise = self.prior.split(noise)
         posterior = self.autoencoder.posterior(x)
-        z = reparameterize(*posterior, for_z)
-        over = self.prior.posterior(z)
-        mean, log_variance, _ = self.prior(reparameterize(*over, for_g), lambda number, *_: z[:, [number]])
+        z = reparameterize(*posterior, latent_noise)
+        moments = self.prior.posterior(z)
+        mean, log_variance, _ = self.prior(reparameterize(*moments, global_noise), lambda number, *_: z[:, [number]])
         reconstruction = self.autoencoder.decode(z)
         misfit = -log_logistic(x, reconstruction, self.autoencoder.log_scale).flatten(1).sum(1)
         divergence = kl_divergence(*posterior, mean, log_variance)
-        zero = torch.zeros_like(over[0])
-        return misfit, divergence + kl_divergence(*over, zero, zero), reconstruction
+        zero = torch.zeros_like(moments[0])
+        return misfit, divergence + kl_divergence(*moments, zero, zero), reconstruction
 
 
 class Latents(nn.Module):
@@ -175,10 +175,10 @@ class Latents(nn.Module):
 
 def latent_shape(config: VAEConfig, height: int, width: int) -> tuple[int, int, int]:
     """Compute (c, h, w) of the latents of images; raises UserError if the factor does not divide height or width."""
-    if other := [side for side in (height, width) if side % config.factor]:
+    if misfits := [side for side in (height, width) if side % config.factor]:
         raise UserError(
             f"model.patch = {config.patch} and {len(config.channel_mult)} resolutions make a latent position of "
-            f"{config.factor}×{config.factor} pixels, and {config.factor} does not divide the images' {other[0]}: "
+            f"{config.factor}×{config.factor} pixels, and {config.factor} does not divide the images' {misfits[0]}: "
             "use images at a multiple of it (ingest.size), or take a number out of model.channel_mult"
         )
     return config.latent_channels, height // config.factor, width // config.factor
