@@ -48,8 +48,15 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], header: dict[str, Any])
     """Write a safetensors file atomically with ``header`` in its metadata; returns the file's SHA-256."""
     metadata = {METADATA_KEY: canonical_json(header)}
     contiguous_tensors = {name: value.detach().contiguous() for name, value in tensors.items()}
+
+    def write(partial: Path) -> None:
+        partial.touch()
+        mode = partial.stat().st_mode
+        save_file(contiguous_tensors, partial, metadata)
+        partial.chmod(mode)  # save_file leaves a file that only its owner can read
+
     try:
-        return write_atomically(path, lambda partial: save_file(contiguous_tensors, partial, metadata))
+        return write_atomically(path, write)
     except SafetensorError as error:
         raise OSError(f"{path} cannot be written: {error}") from error
 

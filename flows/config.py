@@ -281,9 +281,19 @@ def load_with_origins(
     return params, {key: origins.get(key, "default") for key in flattened(params.model_dump(mode="json"))}
 
 
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """Safe loader that refuses a mapping with a key given twice, of which YAML would take the last value."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value]
+        if repeated_keys := [key for number, key in enumerate(keys) if key in keys[:number]]:
+            raise yaml.constructor.ConstructorError(None, None, f"{repeated_keys[0]} is given twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
 def _read(path: Path) -> dict[str, Any]:
     try:
-        tree = yaml.safe_load(path.read_text()) or {}
+        tree = yaml.load(path.read_text(), _UniqueKeyLoader) or {}
     except FileNotFoundError as error:
         if path != Path("params.yaml"):
             raise UserError(f"{path} not found: give the path of a configuration to --params") from error
@@ -314,7 +324,10 @@ def _nest(key: str, value: Any) -> dict[str, Any]:
 
 
 def _find_source(error: ValidationError, path: Path, assignments: list[tuple[str, str, Any]]) -> str:
-    """Source of an invalid configuration: the options that set its key, all options if the file alone is valid."""
+    """Source of an invalid configuration: the options that set its key, all options if the file alone is valid.
+
+    With all options, the file is named as well if the message names one of its fields.
+    """
     location = [str(part) for part in error.errors()[0]["loc"]]
     if location[:1] == ["model"]:
         del location[1:2]
@@ -322,8 +335,12 @@ def _find_source(error: ValidationError, path: Path, assignments: list[tuple[str
     options = [option for option, key, _ in assignments if dotted_key.startswith(f"{key}.")]
     if not options and assignments:
         with suppress(ValidationError):
-            Params.model_validate(_read(path))
+            tree = _read(path)
+            Params.model_validate(tree)
             options = [option for option, *_ in assignments]
+            message, set_keys = in_words(error), {key for _, key, _ in assignments}
+            if any(re.search(rf"\b{re.escape(key)}\b", message) for key in flattened(tree).keys() - set_keys):
+                options = [f"{path} with", *options]
     return " ".join(dict.fromkeys(options)) or str(path)
 
 
@@ -410,6 +427,10 @@ def combinations(params: Params, over: Mapping[str, Sequence[Any]]) -> list[Comb
                 f"--over {key}: data, sampling and evaluation must be the same for all; vary fields of "
                 f"{' and '.join(SECTIONS)}, but for {', '.join(FIXED)}"
             )
+    if "training.guide" in over and not params.sampling.autoguides:
+        raise UserError(
+            "--over training.guide: runs are ranked as sampling says, without the guide: set sampling.autoguidance, too"
+        )
     points = [
         _make_combination(params, dict(zip(over, values, strict=True))) for values in itertools.product(*over.values())
     ]
@@ -431,7 +452,9 @@ def _make_combination(params: Params, settings: dict[str, Any]) -> Combination:
     digest = digest_of({name: getattr(variant, name).model_dump(mode="json") for name in SECTIONS})[:8]
     name = f"{re.sub(r'[^0-9A-Za-z.=,_-]+', '-', words_of(settings))[:80]}-{digest}"
     training = variant.training.model_copy(update={"output": Path("runs", "sweeps", params.model_name, name)})
-    variant = variant.model_copy(update={"training": training})
+    # Guidance is chosen for the model that is registered, and none of these is.
+    evaluation = variant.evaluation.model_copy(update={"guidance": None})
+    variant = variant.model_copy(update={"training": training, "evaluation": evaluation})
     return Combination(settings=settings, params=variant, folder=params.report_folder / "sweeps" / name, digest=digest)
 
 

@@ -163,7 +163,7 @@ def _panel(
     strip = [
         {
             "image": thumbnails.setdefault(int(row), len(thumbnails)),
-            "value": float(f"{values[row]:.4g}"),
+            "value": float(values[row]),
             "source": escape_controls(measurements.records["source"][int(row)].as_py()[:160]),
         }
         for row in rows

@@ -67,6 +67,7 @@ def import_pipeline(folder: Path, path: Path, origin: Origin) -> str:
     """
     files = dict(_files(folder))
     index = _read_json(folder, INDEX, files)
+    components = dict(_components(folder, index, files))
     card = files["README.md"].read_bytes()[:LONGEST_CARD] if "README.md" in files else b""
     licence = origin.licence or licence_of(read_front_matter(card.decode(errors="replace")))
     if licence is None:
@@ -74,7 +75,6 @@ def import_pipeline(folder: Path, path: Path, origin: Origin) -> str:
             f"{folder} names no licence: find out under which it was published, and give it with --licence, or as "
             "`license: …` in the front matter of its README.md"
         )
-    components = dict(_components(folder, index, files))
     tensors: dict[str, Tensor] = {}
     digests: dict[str, str] = {}
     used_files: set[str] = set()
@@ -157,6 +157,10 @@ def _components(folder: Path, index: dict[str, Any], files: dict[str, Path]) -> 
     """Read the class and configuration of each component that is run."""
     pipeline = index.get("_class_name")
     if not isinstance(pipeline, str) or pipeline not in PIPELINES:
+        if pipeline == PIPELINE_NAME:
+            raise UserError(
+                f"{folder} was exported by `darkroom model export`: import the .safetensors that it was exported from"
+            )
         shown_name = str(pipeline)[:LONGEST_NAME]
         raise UserError(f"{folder} is a {shown_name}, which is not supported: one of {', '.join(PIPELINES)} is")
     components = {**PIPELINES[pipeline], "scheduler": SCHEDULERS}

@@ -25,7 +25,7 @@ from torch import Tensor
 from diffusion.common.progress import Progress, silent
 from diffusion.common.random import generator
 from diffusion.common.threads import worker_threads
-from diffusion.evaluation.estimate import Estimate, Share
+from diffusion.evaluation.estimate import Estimate, NonNegative, Share
 from diffusion.evaluation.metrics.distances import PER_FEATURE, kid_kernel
 from diffusion.evaluation.metrics.neighbours import (
     DENSITY_NEIGHBOURS,
@@ -71,7 +71,7 @@ class Replicates:
         estimate = _estimate(self.value, self.halves, self.samples, self.reference)
         if self.figure in ("precision", "recall", "coverage"):
             return Share(**estimate.model_dump(), count=self.samples if self.figure == "precision" else self.reference)
-        return estimate
+        return NonNegative(**estimate.model_dump()) if self.figure == "density" else estimate
 
 
 def difference(candidate: Replicates, champion: Replicates) -> Estimate:

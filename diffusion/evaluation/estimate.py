@@ -65,6 +65,15 @@ class Estimate(Config):
         )
 
 
+class NonNegative(Estimate):
+    """Estimate of a figure that is never negative."""
+
+    def interval(self, confidence: float) -> Interval:
+        """Return the two-sided interval, cut off at 0."""
+        interval = super().interval(confidence)
+        return interval.model_copy(update={"low": max(interval.low, 0.0)})
+
+
 class Share(Estimate):
     """Estimate of a share, between 0 and 1."""
 

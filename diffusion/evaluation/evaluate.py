@@ -6,6 +6,7 @@ With many checkpoints, successive halving evaluates all on few images and fewer 
 import csv
 import io
 import json
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -43,6 +44,7 @@ from diffusion.generation.super_resolution import shrunk, task_of
 from diffusion.process.samplers import SamplingConfig
 from diffusion.process.schedules import resolution_scale
 
+logger = logging.getLogger(__name__)
 ETA = 4
 """η of successive halving: the factor by which checkpoints get fewer and their images more in each round."""
 
@@ -159,6 +161,14 @@ def evaluate(
     task = task_of(header.model, header.size)
     evaluator = Evaluator(data, config, sampling, output / CACHE, progress, task)
     generated_images: dict[str, Images] = {}
+    same_version = header.content_digest == evaluator.conditions.content_digest
+    if not same_version:
+        logger.warning(
+            "%s was trained on another version of data set %s: if ingest.held_out was changed since, some of the "
+            "held-out images may be its training images, and its scores too good; train again then",
+            checkpoints[0],
+            evaluator.real.dataset.manifest.name,
+        )
 
     def score(path: Path, samples: int) -> CheckpointEvaluation:
         model = evaluator.model(path, samples)
@@ -186,7 +196,7 @@ def evaluate(
     )
     sheets = Sheets(evaluator.real.shown_images, generated_images, model.captions, model.reconstructed, task.scale)
     _write(evaluation, sheets, output)
-    write_report(output / "report.html", evaluation, sheets, losses)
+    write_report(output / "report.html", evaluation, sheets, losses, same_version)
     return evaluation
 
 
@@ -227,8 +237,13 @@ SHARES = ("precision", "recall", "density", "coverage")
 """Scores between 0 and about 1, formatted with equal digits."""
 
 
-def write_report(path: Path, evaluation: Evaluation, sheets: Sheets, losses: Path | None = None) -> str:
-    """Write the HTML report to ``path``; returns its SHA-256. ``losses``: a CSV of losses by ``images`` seen."""
+def write_report(
+    path: Path, evaluation: Evaluation, sheets: Sheets, losses: Path | None = None, same_version: bool = True
+) -> str:
+    """Write the HTML report to ``path``; returns its SHA-256.
+
+    ``losses``: a CSV of losses by ``images`` seen. ``same_version``: whether training had this version of the data set.
+    """
     best, low = sheets.generated[evaluation.best.sha256], evaluation.conditions.low_resolution
     scores: dict[str, ModelScores | ResamplingBaseline] = {}
     if evaluation.baselines:
@@ -244,6 +259,7 @@ def write_report(path: Path, evaluation: Evaluation, sheets: Sheets, losses: Pat
     page = render(
         "report.html",
         evaluation=evaluation,
+        same_version=same_version,
         findings=findings(evaluation),
         lines=score_lines(evaluation),
         generated=png_bytes(grid(best)),
@@ -262,16 +278,20 @@ def write_report(path: Path, evaluation: Evaluation, sheets: Sheets, losses: Pat
 
 
 def describe_kid(evaluation: Evaluation) -> str:
-    """Describe the best checkpoint's KID, with its 95 % interval if there is one, beside that of real images."""
+    """Describe the best checkpoint's KID, with its 95 % interval if there is one, beside that of real images.
+
+    It is without the guidance that was chosen, if any was: see ``score_guidance``.
+    """
     scores, baseline = evaluation.best.scores, evaluation.real_baseline.scores
     estimate = evaluation.estimates.get(f"kid_{scores.extractor}")
     if estimate is None:
         return f"KID {with_error(scores.kid, scores.kid_se)}; real images {signed(baseline.kid)}"
+    unguided = ", without guidance" if evaluation.guidance and evaluation.sampling.is_guided else ""
     digits = decimals(estimate.interval.high - estimate.interval.low)
     kid, low, high, real = (
         fixed(value, digits) for value in (estimate.value, estimate.interval.low, estimate.interval.high, baseline.kid)
     )
-    return f"KID {kid} [{low}, {high}]; real images {real}"
+    return f"KID {kid} [{low}, {high}]{unguided}; real images {real}"
 
 
 def advise_longer(evaluation: Evaluation) -> str | None:
@@ -327,8 +347,8 @@ def findings(evaluation: Evaluation) -> list[str]:
         lines.append(
             f"Of {len(kids) - 1} kinds of guidance none surely lowers its KID, {kids[choice]} against training images."
             if choice == "none"
-            else f"Guidance {choice} lowers its KID against training images from {kids['none']} to {kids[choice]}: the "
-            "registered model samples with it."
+            else f"Guidance {choice} lowers its KID against training images from {kids['none']} to {kids[choice]}: a "
+            f"registered model samples with it, a file with {evaluation.sampling.guidance_options}."
         )
     if evaluation.baselines:
         lines.append(describe_baselines(best.scores, evaluation.baselines))

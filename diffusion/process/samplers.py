@@ -143,6 +143,18 @@ class BaseSampling(Config):
         levels = "all σ" if self.guidance_interval is None else "σ from {:g} to {:g}".format(*self.guidance_interval)
         return f"{self.guidance:g} at {levels}"
 
+    @property
+    def guidance_options(self) -> str:
+        """Guidance as options of the command line, such as ``--set sampling.autoguidance=2``; empty for none."""
+        names = ("autoguidance",) if self.autoguides else ("guidance", "guidance_interval", "guidance_rescale")
+        fields = {name: getattr(self, name) for name in names} if self.is_guided else {}
+        texts = {
+            name: "[{:g},{:g}]".format(*value) if isinstance(value, tuple) else f"{value:g}"
+            for name, value in fields.items()
+            if value is not None
+        }
+        return " ".join(f"--set sampling.{name}={text}" for name, text in texts.items())
+
     def sigma_grid(self, schedule: NoiseSchedule) -> Tensor:
         """Build the noise levels, (steps + 1,) float64, falling to 0; see ``NoiseSchedule.sigma_grid``."""
         return schedule.sigma_grid(self.steps, self.sigma_max, self.sigma_min)

@@ -373,7 +373,8 @@ def make_setup(
         if initial is None:
             classes = classes_of(model, dataset.manifest.class_histogram)
             network = with_channel_mult(model, dataset, autoencoder)
-            initial = load_initial_weights(config.init_from, network, dataset, classes)
+            option = "training.init_from" if config.student is None else "distillation.teacher"
+            initial = load_initial_weights(config.init_from, network, dataset, classes, option)
         if config.student is not None and initial.header.student_steps is not None:
             raise UserError(f"{config.init_from} is a student itself: name its teacher with distillation.teacher")
         if config.lora is not None or isinstance(initial, PretrainedModel):
@@ -685,22 +686,30 @@ def with_channel_mult(model: FamilyConfig, dataset: Dataset, autoencoder: Latent
     return model.model_copy(update={"channel_mult": default_channel_mult(model.patch, size)})
 
 
-def load_initial_weights(path: str, model: FamilyConfig, dataset: Dataset, classes: list[str]) -> Model:
+def load_initial_weights(
+    path: str, model: FamilyConfig, dataset: Dataset, classes: list[str], option: str = "training.init_from"
+) -> Model:
     """Load the model in the file ``path``, whose averaged weights initialize a network of ``model`` for ``dataset``.
 
+    ``option`` is the one that ``path`` is from: training.init_from, or distillation.teacher, without which it cannot be.
     Optimizer, averages and learning rate start from scratch. Raises UserError if the file does not exist or fit.
     """
-    initial = load_model(_local("training.init_from", path))
+    initial = load_model(_local(option, path))
+    alternative = "distil another model"
+    if option == "training.init_from":
+        alternative = "begin with a model of the same kind, or at random (training.init_from=null)"
     theirs, ours = initial.header.model.model_dump(), model.model_dump()
     differences = [name for name in theirs | ours if theirs.get(name) != ours.get(name)]
     words = None
     if initial.header.model.family != model.family:
         words = f"is a model of the family {initial.header.model.family}, and this is {model.family}"
     elif differences:
-        settings = (f"--set model.{name}={json.dumps(theirs.get(name), separators=(',', ':'))}" for name in differences)
+        # Fields with their defaults may be missing in the dump.
+        values = {name: theirs.get(name, getattr(initial.header.model, name)) for name in differences}
+        settings = (f"--set model.{name}={json.dumps(value, separators=(',', ':'))}" for name, value in values.items())
         raise UserError(
-            f"training.init_from {path} is another network than the section model describes: give "
-            f"{' '.join(settings)}, or begin at random (training.init_from=null)"
+            f"{option} {path} is another network than the section model describes: give {' '.join(settings)}, or "
+            f"{alternative}"
         )
     elif initial.header.square != dataset.shape:
         they, we = ("×".join(map(str, shape)) for shape in (initial.header.square, dataset.shape))
@@ -711,10 +720,7 @@ def load_initial_weights(path: str, model: FamilyConfig, dataset: Dataset, class
     elif model.text and initial.header.encoder != ENCODER:
         words = "was trained with another text encoder"
     if words:
-        raise UserError(
-            f"training.init_from {path} {words}: begin with a model of the same kind, or at random "
-            "(training.init_from=null)"
-        )
+        raise UserError(f"{option} {path} {words}: {alternative}")
     return initial
 
 

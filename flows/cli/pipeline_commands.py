@@ -324,8 +324,11 @@ def evaluate(
             evaluation = evaluate(config, model=model)
     metrics = [f"  {name}: {value:.4g}" for name, value in evaluation.metrics().items()]
     report = str(config.report_folder / "report.html")
-    heading = [f"best of {len(evaluation.checkpoints)} checkpoints:" if model is None else f"{model}:"]
-    guidance = [f"guidance: {evaluation.sampling.guidance_text}"] if model is None else []
+    count = len(evaluation.checkpoints) + len(evaluation.preliminary)
+    heading = [f"best of {count} checkpoints:" if model is None else f"{model}:"]
+    sampling = evaluation.sampling
+    options = f" ({sampling.guidance_options})" if sampling.is_guided else ""
+    guidance = [f"guidance: {sampling.guidance_text}{options}"] if model is None else []
     lines = [*heading, *metrics, *guidance, f"report: {report}"]
     return CommandOutput(evaluation.model_dump(mode="json") | {"report": report}, lines)
 

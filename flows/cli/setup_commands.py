@@ -106,8 +106,7 @@ def _size(survey: "Survey") -> int:
 
 def _template(survey: "Survey", name: str, size: int) -> str:
     lines = "\n".join(f"#   {escape_controls(line)}" for line in survey.lines())
-    model = ["  conditional: true  # learn the classes, for --label"] if len(survey.classes) > 1 else []
-    model += ["  text: true  # learn the captions, for --prompt; needs the extra `text`"] if survey.captions else []
+    model = ["  text: true  # learn the captions, for --prompt; needs the extra `text`"] if survey.captions else []
     small_images = survey.too_small(size)
     return "\n".join(
         [
