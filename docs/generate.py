@@ -20,7 +20,7 @@ from diffusion.evaluation.metrics.distances import FIGURES, Scores
 from diffusion.presets import PresetName, preset
 from flows import environment
 from flows.cli import app
-from flows.config import flattened, params_schema
+from flows.config import flatten_sections, params_schema
 from flows.monitoring.prometheus import GAUGES
 
 ROOT = Path(__file__).parents[1]
@@ -98,7 +98,7 @@ def configuration(schema: Schema) -> str:
             lines += [f"### {tag}: {value}", "", _prose(kind["description"]), ""]
             lines += [*_table({**kind, "properties": own}, schema, name), ""] if own else []
     names = [*get_args(PresetName)]
-    sections = {name: flattened(preset(name)) for name in names}
+    sections = {name: flatten_sections(preset(name)) for name in names}
     lines += ["## Presets", "", "Fields that a preset sets; *default* is that of the tables above.", ""]
     lines += _rows(["field", *names])
     fields_set = dict.fromkeys(field for fields in sections.values() for field in fields)

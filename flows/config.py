@@ -129,12 +129,12 @@ class Params(Config):
 
     @model_validator(mode="wrap")
     @classmethod
-    def _over_the_preset(cls, tree: Any, validate: ModelWrapValidatorHandler["Params"]) -> "Params":
+    def _apply_preset(cls, tree: Any, validate: ModelWrapValidatorHandler["Params"]) -> "Params":
         # Anything but a mapping with a known preset fails in the validation of the fields.
         if isinstance(tree, dict) and (name := tree.get("preset", "fast")) in get_args(PresetName):
             params = validate(over(tree, name))
             if isinstance(sampling := tree.get("sampling", {}), dict):
-                # What the preset adds does not count as set: it is of this section model, see sampling_of.
+                # What the preset adds does not count as set: it is of this section model, see resolve_sampling.
                 params.sampling.model_fields_set.intersection_update(sampling)
             return params
         return validate(tree)
@@ -195,21 +195,21 @@ class Params(Config):
         """Name of the registered model."""
         return self.registry.model or self._name()
 
-    def sampling_of(self, model: FamilyConfig) -> SamplingConfig:
+    def resolve_sampling(self, model: FamilyConfig) -> SamplingConfig:
         """Sampling of a model file, whatever the section model: the fields given, and the preset's for such a model."""
         preset = self.preset if model.family == "ddpm" else "fast"
         fields = self.sampling.model_dump(include=self.sampling.model_fields_set)
         sections = over({"model": model.model_dump(), "sampling": fields}, preset)
         return effective_sampling(model, sampling_config(**sections["sampling"]))
 
-    def evaluating(self, model: FamilyConfig, name: str | None = None) -> "Params":
+    def adapt_to_model(self, model: FamilyConfig, name: str | None = None) -> "Params":
         """Copy to evaluate and promote a model file by itself, under the registered ``name``.
 
         Sampling is that of its family. No guidance is tried: its file does not change, and it has its own, or none.
         """
         sections = {
             "evaluation": self.evaluation.model_copy(update={"guidance": None, "ema_stds": ()}),
-            "sampling": self.sampling_of(model),
+            "sampling": self.resolve_sampling(model),
             "registry": self.registry.model_copy(update={"model": name or self.registry.model}),
         }
         return self.model_copy(update=sections)
@@ -230,13 +230,13 @@ class Params(Config):
         return self.training.dataset if family == "ddpm" else f"{self.training.dataset}-{family}"
 
 
-def registered(params: Params) -> str | None:
+def registered_autoencoder(params: Params) -> str | None:
     """Model URI in ``model.autoencoder``; None if it is a path or unset."""
     uri = params.model.autoencoder if isinstance(params.model, ModelConfig) else None
     return uri if uri is not None and uri.startswith("models:/") else None
 
 
-def registered_start(params: Params) -> str | None:
+def registered_initial_weights(params: Params) -> str | None:
     """Model URI in ``training.init_from``; None if it is a path or unset."""
     if (start := params.training.init_from) == "champion":
         return params.champion
@@ -262,7 +262,7 @@ def load_with_origins(
         UserError: For an invalid configuration, with the file or the option to change.
     """
     tree = _read(path)
-    origins = dict.fromkeys(flattened(tree), str(path))
+    origins = dict.fromkeys(flatten_sections(tree), str(path))
     assignments = [_parse_override(override) for override in overrides]
     assignments += [(f"{option} {value}", key, value) for key, (option, value) in options.items()]
     if {key for _, key, value in assignments if value is not None} >= set(DURATIONS):
@@ -271,14 +271,14 @@ def load_with_origins(
         assign(tree, key, value, option)
         keys = {key, *DURATIONS} if key in DURATIONS else {key}
         origins = {field: origin for field, origin in origins.items() if field not in keys}
-        origins |= {field: option.partition("=")[0].partition(" ")[0] for field in flattened(_nest(key, value))}
+        origins |= {field: option.partition("=")[0].partition(" ")[0] for field in flatten_sections(_nest(key, value))}
     try:
         params = Params.model_validate(tree)
     except ValidationError as error:
-        raise UserError(f"{_find_source(error, path, assignments)}: {in_words(error)}") from error
-    preset = flattened(over(tree, params.preset)).keys() - flattened(tree).keys()
+        raise UserError(f"{_find_source(error, path, assignments)}: {describe_invalid_config(error)}") from error
+    preset = flatten_sections(over(tree, params.preset)).keys() - flatten_sections(tree).keys()
     origins |= dict.fromkeys(preset, f"preset {params.preset}")
-    return params, {key: origins.get(key, "default") for key in flattened(params.model_dump(mode="json"))}
+    return params, {key: origins.get(key, "default") for key in flatten_sections(params.model_dump(mode="json"))}
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
@@ -361,7 +361,7 @@ def assign(tree: dict[str, Any], key: str, value: Any, option: str) -> None:
     tree[name] = value
 
 
-def in_words(error: ValidationError) -> str:
+def describe_invalid_config(error: ValidationError) -> str:
     """Message for an invalid configuration: the key, the problem and the fix."""
     detail = error.errors()[0]
     location = [str(part) for part in detail["loc"]]
@@ -447,10 +447,10 @@ def _make_combination(params: Params, settings: dict[str, Any]) -> Combination:
     try:
         variant = Params.model_validate(tree)
     except ValidationError as error:
-        raise UserError(f"--over with {words_of(settings)}: {in_words(error)}") from error
+        raise UserError(f"--over with {format_settings(settings)}: {describe_invalid_config(error)}") from error
     # With the digest, so that settings with equal abbreviations have different folders.
     digest = digest_of({name: getattr(variant, name).model_dump(mode="json") for name in SECTIONS})[:8]
-    name = f"{re.sub(r'[^0-9A-Za-z.=,_-]+', '-', words_of(settings))[:80]}-{digest}"
+    name = f"{re.sub(r'[^0-9A-Za-z.=,_-]+', '-', format_settings(settings))[:80]}-{digest}"
     training = variant.training.model_copy(update={"output": Path("runs", "sweeps", params.model_name, name)})
     # Guidance is chosen for the model that is registered, and none of these is.
     evaluation = variant.evaluation.model_copy(update={"guidance": None})
@@ -458,7 +458,7 @@ def _make_combination(params: Params, settings: dict[str, Any]) -> Combination:
     return Combination(settings=settings, params=variant, folder=params.report_folder / "sweeps" / name, digest=digest)
 
 
-def words_of(settings: Mapping[str, object]) -> str:
+def format_settings(settings: Mapping[str, object]) -> str:
     """Abbreviated settings, such as ``learning_rate=0.001,width=32``."""
     return ",".join(f"{key.rpartition('.')[2]}={value}" for key, value in settings.items())
 
@@ -484,11 +484,11 @@ def family_variants(params: Params, names: Sequence[str]) -> dict[str, Params]:
     return variants | {name: params for name in names if name == params.model.family}
 
 
-def flattened(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten_sections(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested sections as dotted keys, for MLflow parameters."""
     flat: dict[str, Any] = {}
     for name, value in tree.items():
-        flat |= flattened(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+        flat |= flatten_sections(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
     return flat
 
 

@@ -93,7 +93,7 @@ def loopback_no_proxy() -> dict[str, str]:
     return {name: ",".join(filter(None, [hosts, "127.0.0.1"])) for name, hosts in names.items()}
 
 
-def staging() -> tuple[str, dict[str, str]]:
+def read_staging_servers() -> tuple[str, dict[str, str]]:
     """Servers that ``DARKROOM_STAGING_*`` name: their location, without credentials, and the environment to use them.
 
     HOME is the folder of a running local stack; otherwise MLFLOW_TRACKING_URI and BUCKET, that of its ledgers, are

@@ -23,7 +23,7 @@ from flows.deployment.tasks import artifact_key, retryable_task
 from flows.registry import model_versions
 from flows.registry.champion import require_champion
 from flows.registry.model_versions import Version
-from flows.registry.takedown_marks import EVALUATED_ON, joined_names, require_current, warn_of_takedown
+from flows.registry.takedown_marks import EVALUATED_ON, join_takedown_names, require_current, warn_of_takedown
 from flows.tracking.console import reporter
 from flows.tracking.json_logs import RUN_ID
 from flows.tracking.runs import TRAIN_KEY, RunTracker, find_run, log_evaluation, run_page
@@ -49,7 +49,7 @@ def fetch_version(params: Params, model: str) -> tuple[Params, Version]:
     version = model_versions.resolve(MlflowClient(), model)
     warn_of_takedown(version)
     header = read_model_header(model_versions.cached_weights(version))
-    return params.evaluating(header.model, version.model), version
+    return params.adapt_to_model(header.model, version.model), version
 
 
 @retryable_task
@@ -69,13 +69,13 @@ def evaluate_models(params: Params, folder: Path, version: Version | None) -> Ev
 def report(params: Params, evaluation: Evaluation, folder: Path, version: Version | None) -> None:
     """Log evaluated models, report page and grids to the MLflow run, and a summary to this flow run."""
     if version is None:
-        tracker = tracker_of(params)
+        tracker = find_tracker(params)
     else:
         tracker = RunTracker(MlflowClient(), version.run_id)
         RUN_ID.set(tracker.run_id)
         # Its pages show held-out images, which a takedown must find.
         tags = tracker.client.get_run(tracker.run_id).data.tags
-        tracker.tag({EVALUATED_ON: joined_names(tags.get(EVALUATED_ON), evaluation.conditions.content_digest)})
+        tracker.tag({EVALUATED_ON: join_takedown_names(tags.get(EVALUATED_ON), evaluation.conditions.content_digest)})
     require_current(params.dataset_folder)
     log_evaluation(tracker, evaluation)
     for path in (folder / "report.html", folder / "evaluation.json", *sorted(folder.glob("grids/*.png"))):
@@ -88,7 +88,7 @@ def report(params: Params, evaluation: Evaluation, folder: Path, version: Versio
     create_table_artifact(rows, key=artifact_key("evaluation", params.training.dataset), description=description)
 
 
-def tracker_of(params: Params) -> RunTracker:
+def find_tracker(params: Params) -> RunTracker:
     """Tracker of the MLflow run of the training in ``params.run_folder``; raises UserError if there is none."""
     if (checkpoint := next(Checkpoints(params.run_folder / "checkpoints").newest_whole(), None)) is None:
         raise UserError(f"no checkpoint in {params.run_folder}: run `darkroom train` first")

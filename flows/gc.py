@@ -38,14 +38,16 @@ def collect(policy: RetentionConfig, now: datetime, dry_run: bool = False) -> Gc
     store, client, bucket = Store(), MlflowClient(), environment.settings().bucket
     source = environment.data_source()  # raises UserError before anything is deleted
     batches = SamplingBatches(store, bucket, policy, now)
-    live = find_references(client, store, bucket, *batches.remaining())
+    live = find_references(client, store, bucket, *batches.read_remaining_batches())
     runs = Runs(client, live, policy, now)
 
     def sweeps() -> Iterator[Sweep]:
         yield batches.sweep()
         yield runs.sweep()
         yield DataSets(store, source, runs.contents() | live.contents, live.unclear, policy, now).sweep()
-        yield sweep_local_files(environment.settings().folder / "models", runs.gone(), live.weights, policy, now)
+        yield sweep_local_files(
+            environment.settings().folder / "models", runs.list_deletable_train_keys(), live.weights, policy, now
+        )
 
     items = []
     # Each kind is listed after the kinds that refer to it were collected.

@@ -27,7 +27,7 @@ from flows.datasets.dvc import StoredFiles
 from flows.datasets.sync import sync
 from flows.deployment.tasks import artifact_key, completed_state, emit, retryable_task
 from flows.environment import data_source
-from flows.registry.alarms import Alarm, Alarms, Cause, Held, NumberedAlarm
+from flows.registry.alarms import Alarm, Alarms, Cause, NumberedAlarm, RetrainingHold
 from flows.registry.ledger import who
 from flows.tracking.console import reporter
 
@@ -60,7 +60,7 @@ class MonitorResult(Config):
     """Why a retraining is due; empty without significant drift."""
     alarm: NumberedAlarm | None = None
     """Drift alarm that requests the retraining."""
-    held: Held | None = None
+    held: RetrainingHold | None = None
     """Why no retraining is requested although it is due."""
     summary: str
     skipped: bool
@@ -92,13 +92,13 @@ def evaluate_champion(params: Params) -> MonitorResult:
     from diffusion.evaluation.comparison import evaluate_model
     from diffusion.evaluation.drift import level_of_test
     from flows.registry import model_versions
-    from flows.registry.aliases import verified
+    from flows.registry.aliases import read_verified_history
     from flows.registry.ledger import Ledger
     from flows.tracking.runs import RunTracker
 
     client, content = MlflowClient(), read_manifest(params.dataset_folder).content_digest
     version = model_versions.resolve(client, params.champion)
-    entry = verified(client, Ledger.of(version.model)).about(version.number)
+    entry = read_verified_history(client, Ledger.of(version.model)).find_newest_entry(version.number)
     before = entry.evidence.figures if entry and entry.evidence else {}
     conditions = [params.evaluation.model_dump(mode="json"), params.sampling.model_dump(mode="json")]
     key = digest_of([content, version.weights_sha256, *conditions])
@@ -216,12 +216,12 @@ def conclude(params: Params, result: MonitorResult) -> MonitorResult:
             reason=result.summary[:1000],
         )
         answer = alarms.request(alarm, params.monitor)
-        if isinstance(answer, Held):
+        if isinstance(answer, RetrainingHold):
             summary = f"no retraining, {answer.words}; {result.summary}"
             result = result.model_copy(update={"held": answer, "summary": summary})
         else:
-            if not alarms.announced(answer):
-                emit(drifted(answer, alarms))
+            if not alarms.is_announced(answer):
+                emit(make_drift_event(answer, alarms))
                 alarms.mark_announced(answer)
             summary = f"retraining requested by alarm {answer.number}; {result.summary}"
             result = result.model_copy(update={"alarm": answer, "summary": summary})
@@ -231,7 +231,7 @@ def conclude(params: Params, result: MonitorResult) -> MonitorResult:
     return result
 
 
-def drifted(alarm: NumberedAlarm, alarms: Alarms) -> Event:
+def make_drift_event(alarm: NumberedAlarm, alarms: Alarms) -> Event:
     """Prefect event of an alarm."""
     payload = alarm.model_dump(mode="json", exclude={"format_version", "model", "who"})
     return Event(

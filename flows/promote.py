@@ -30,13 +30,19 @@ from diffusion.evaluation.results import Evaluation
 from diffusion.training.ema import SNAPSHOTS
 from flows.config import Params
 from flows.deployment.tasks import artifact_key, retryable_task
-from flows.evaluate import fetch_version, tracker_of
+from flows.evaluate import fetch_version, find_tracker
 from flows.registry import model_card, model_versions
-from flows.registry.aliases import append, project, verified
+from flows.registry.aliases import append, project, read_verified_history
 from flows.registry.champion import champion_problem, require_champion
 from flows.registry.ledger import Approval, Evidence, GateWord, History, Ledger, LedgerEntry
 from flows.registry.model_versions import Version
-from flows.registry.takedown_marks import TAKEDOWN, require_current, takedowns, warn_of_takedown, with_takedowns
+from flows.registry.takedown_marks import (
+    TAKEDOWN,
+    describe_takedowns,
+    reload_with_takedowns,
+    require_current,
+    warn_of_takedown,
+)
 from flows.storage.tags import parse_tags
 from flows.tracking.console import reporter
 from flows.tracking.runs import (
@@ -122,7 +128,7 @@ def register(params: Params, evaluation: Evaluation) -> Version:
             "has now: run `darkroom evaluate` again, with the same settings as promote"
         )
     require_current(params.dataset_folder)
-    tracker = tracker_of(params)
+    tracker = find_tracker(params)
     weights = params.run_folder / "weights.safetensors"
     export(best, weights, evaluation.sampling if evaluation.guidance else None)
     run = tracker.client.get_run(tracker.run_id)
@@ -156,7 +162,7 @@ def _is_current(params: Params, evaluation: Evaluation) -> bool:
 @retryable_task
 def require_promotable(version: Version) -> Version:
     """Reload ``version`` from MLflow; raises UserError if some of its training images were taken down."""
-    if message := takedowns(version := with_takedowns(version)):
+    if message := describe_takedowns(version := reload_with_takedowns(version)):
         raise UserError(message)
     return version
 
@@ -165,9 +171,9 @@ def require_promotable(version: Version) -> Version:
 def apply_gate(params: Params, evaluation: Evaluation, version: Version) -> GateResult:
     """Apply the gate to ``version`` and the champion; a first version must still pass the memorization check."""
     client = MlflowClient()
-    history = verified(client, Ledger.of(version.model))
+    history = read_verified_history(client, Ledger.of(version.model))
     history.require_same(version.number, version.weights_sha256)
-    champion = history.standing.champion
+    champion = history.alias_numbers.champion
     if problem := champion_problem(client, history):
         raise UserError(problem)
     if champion == version.number:
@@ -180,7 +186,7 @@ def apply_gate(params: Params, evaluation: Evaluation, version: Version) -> Gate
         return GateResult(champion=champion, evidence=evidence, comparison=last_comparison(params, version))
     theirs = None
     if champion is not None:
-        theirs = model_versions.cached_weights(model_versions.version_of(client, version.model, champion))
+        theirs = model_versions.cached_weights(model_versions.get_version(client, version.model, champion))
     ours, data, folder = model_versions.cached_weights(version), params.dataset_folder, params.report_folder
     settings = params.evaluation, params.sampling, params.gate
     comparison, grids = compare_with_champion(ours, theirs, data, *settings, folder, reporter())
@@ -230,7 +236,7 @@ def record(
 ) -> PromotionResult:
     """Commit the verdict to the ledger, then update MLflow: scores, card, copies of the entry, aliases."""
     client = MlflowClient()
-    entry = commit(client, version, result, approval).about(version.number)
+    entry = commit(client, version, result, approval).find_newest_entry(version.number)
     assert entry is not None, "the champion has an entry in the ledger"
     weights, data = model_versions.cached_weights(version), read_manifest(params.dataset_folder)
     summary = {
@@ -244,9 +250,9 @@ def record(
     if version.tags.get(EVAL_KEY) != evaluation.eval_key:
         client.set_model_version_tag(version.model, str(version.number), EVAL_KEY, evaluation.eval_key)
     model_card.write(client, read_model_header(weights), evaluation, data, version, entry, result.comparison)
-    champion = project(client, Ledger.of(version.model)).standing.champion
+    champion = project(client, Ledger.of(version.model)).alias_numbers.champion
     if is_champion := champion == version.number:
-        warn_of_takedown(with_takedowns(version))
+        warn_of_takedown(reload_with_takedowns(version))
     verdict = PromotionResult(
         version=version,
         promoted=is_champion,
@@ -283,17 +289,17 @@ def commit(client: MlflowClient, version: Version, result: GateResult, approval:
 
 def next_entry(history: History, version: Version, result: GateResult, approval: Approval | None) -> LedgerEntry | None:
     """Ledger entry of the verdict; None if it is there. Raises ConflictError if the champion has changed meanwhile."""
-    champion, evidence = history.standing.champion, result.evidence
+    champion, evidence = history.alias_numbers.champion, result.evidence
     if champion == version.number:
         return None
     if champion != result.champion:
         raise ConflictError(
-            f"{history.conflict()}; {version.uri} was compared with champion {result.champion or 'none'}: "
+            f"{history.describe_conflict()}; {version.uri} was compared with champion {result.champion or 'none'}: "
             "run `darkroom promote` again to compare it with the current one"
         )
     assert evidence is not None, "a version that is champion already needs no entry"
     event = "hold" if approval is not None and not approval.approved else evidence.verdict
     weights, drift = version.weights_sha256, version.tags.get(DRIFT)
     entry = history.next_entry(event, version.number, weights, evidence=evidence, approval=approval, drift=drift)
-    last_entry = history.about(version.number)
-    return None if last_entry is not None and last_entry.says_the_same(entry) else entry
+    last_entry = history.find_newest_entry(version.number)
+    return None if last_entry is not None and last_entry.repeats(entry) else entry

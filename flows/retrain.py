@@ -18,15 +18,15 @@ from diffusion.common.escaping import escape_markdown
 from diffusion.common.files import digest_of
 from diffusion.data.manifest import Manifest, read_manifest
 from diffusion.generation.config import UNCONDITIONAL, Conditions
-from flows.config import Params, registered
-from flows.datasets.checkout import CheckedOut
+from flows.config import Params, registered_autoencoder
+from flows.datasets.checkout import CheckoutResult
 from flows.datasets.sync import sync
 from flows.deployment.tasks import artifact_key, completed_state, concurrency_slot
 from flows.environment import settings
 from flows.ingest import IngestOutcome, ingest
 from flows.registry.alarms import Alarms
 from flows.registry.ledger import Ledger
-from flows.storage.s3 import Missing, Store
+from flows.storage.s3 import MissingObjectError, Store
 from flows.storage.tags import VersionNumber
 from flows.tracking.console import phase
 
@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 class RetrainResult(Config):
     """Results of all steps of a retraining, or of the earlier one with the same inputs."""
 
-    data: IngestOutcome | CheckedOut
+    data: IngestOutcome | CheckoutResult
     run_id: str
     report: Path
     verdict: dict[str, Any]
@@ -85,11 +85,11 @@ class Request:
         cls, params: Params, version: Manifest, count: int, seed: int, to: str | None, conditions: Conditions
     ) -> "Request":
         """Request to retrain on ``version``; the other arguments are those of ``sample`` for the contact sheet."""
-        uri = registered(params)
+        uri = registered_autoencoder(params)
         champion = None
         if uri is not None and uri.endswith("@champion"):
             head = Ledger.of(uri.removeprefix("models:/").removesuffix("@champion")).head()
-            champion = head.standing.champion if head else None
+            champion = head.alias_numbers.champion if head else None
         parts = {
             "content": version.content_digest,
             # Windowed training order depends on the layout of the shards.
@@ -104,12 +104,12 @@ class Request:
     def _note(self) -> tuple[str, str]:
         return settings().bucket, f"retrained/{self.model}/{self.key}.json"
 
-    def done(self) -> dict[str, Any] | None:
+    def find_earlier_result(self) -> dict[str, Any] | None:
         """Result of an earlier retraining with the same key; None if there is none."""
         try:
             note = Store().get(*self._note, most=2**24)
             Note.model_validate_json(note)
-        except Missing:
+        except MissingObjectError:
             return None
         except (ValidationError, UserError):
             # Each step finds its earlier results by itself.
@@ -119,7 +119,7 @@ class Request:
             return None
         return dict(json.loads(note))
 
-    def expected(self) -> dict[str, float]:
+    def estimate_phase_seconds(self) -> dict[str, float]:
         """Seconds of the phases after training, as in the newest retraining of the model; empty if there is none."""
         bucket, store = settings().bucket, Store()
         notes = store.list_objects(bucket, f"retrained/{self.model}/")
@@ -127,12 +127,12 @@ class Request:
             return {}
         try:
             seconds = Note.model_validate_json(store.get(bucket, note.key, most=2**24)).seconds
-        except (Missing, ValidationError, UserError):
+        except (MissingObjectError, ValidationError, UserError):
             return {}
         # That of the training is measured as it goes.
         return {name: duration for name, duration in seconds.items() if name not in ("ingest", "train")}
 
-    def note(self, result: Config) -> None:
+    def write_note(self, result: Config) -> None:
         """Write the note that the request is done."""
         # Another machine may have finished the same request with another result.
         with suppress(ConflictError):
@@ -172,7 +172,7 @@ def retrain(
 
         manifest = read_manifest(params.dataset_folder)
         request = Request.of(params, manifest, count, seed, to, conditions)
-        if (fields := request.done()) is not None:
+        if (fields := request.find_earlier_result()) is not None:
             verdict_fields = fields["verdict"]
             model_version = verdict_fields["version"]
             reason = (
@@ -205,7 +205,7 @@ def retrain(
             check_prompts(conditions)
         require_promotable(params)
 
-        expected = request.expected()
+        expected = request.estimate_phase_seconds()
         with phase("train", seconds, expected):
             training = train(params, restart="if_different", drift=drift)
         with phase("evaluate", seconds, expected):
@@ -233,7 +233,7 @@ def retrain(
             prefect_page=flow_run.ui_url or "",
             drift=drift,
         )
-        request.note(result)
+        request.write_note(result)
     suffix = f"; trained for drift {drift}" if drift else ""
     return completed_state(result, f"{verdict.version.uri} is {verdict.title}: {verdict.reason}{suffix}")
 

@@ -36,7 +36,7 @@ from flows.sampling import generate_batch
 from flows.sampling.generate_batch import GenerationCost, Work
 from flows.sampling.lookup import read_image, read_rows
 from flows.sampling.sampling_batch import MANIFEST, SamplingBatch
-from flows.storage.s3 import Location, Missing, Store
+from flows.storage.s3 import Location, MissingObjectError, Store
 from flows.tracking.console import bar, reporter
 from flows.tracking.runs import RunTracker
 
@@ -87,7 +87,7 @@ def sample(
         chunks = generate_chunks.with_options(task_runner=task_runner(config))
         try:
             cost = chunks(params, batch, place, version)
-        except Missing:
+        except MissingObjectError:
             if not generate_batch.is_deleted(Store(), place):
                 raise
             continue
@@ -156,7 +156,7 @@ def begin(
     batch, table = generate_batch.plan(store, version, weights, sampling, config, count, seed, conditions, requests)
     place = Location.parse(to or f"s3://{environment.settings().bucket}")
     if not place.prefix:
-        place = generate_batch.usual_place(store, batch, place.bucket)
+        place = generate_batch.find_default_place(store, batch, place.bucket)
     elif generate_batch.is_deleted(store, place):
         raise ConflictError(
             f"`darkroom gc` deletes the objects at {place}, or did so recently: give --to another prefix"
@@ -171,7 +171,7 @@ def generate_chunks(params: Params, batch: SamplingBatch, place: Location, versi
     config = params.sampling_batch
     start_time, missing_chunks, chunks = (
         time.monotonic(),
-        generate_batch.unfinished(Store(), batch, place),
+        generate_batch.list_unfinished_chunks(Store(), batch, place),
         batch.chunks(),
     )
     show, works = bar(artifact_key("sampling", batch.model)), list[Work]()
@@ -188,7 +188,7 @@ def generate_chunks(params: Params, batch: SamplingBatch, place: Location, versi
             works.append(work)
             image_count += len(chunks[chunk])
             show("images generated", image_count, batch.count)
-    return generate_batch.cost_of(works, time.monotonic() - start_time)
+    return generate_batch.sum_costs(works, time.monotonic() - start_time)
 
 
 @retryable_task

@@ -24,11 +24,11 @@ from diffusion.evaluation.ranking import RANKING, Ranking, rank_evaluations, ran
 from diffusion.evaluation.reports.ranking_report import PAGE, findings, training_charts, write_ranking_report
 from diffusion.evaluation.results import Evaluation
 from diffusion.models.config import FAMILIES
-from flows.config import SECTIONS, Combination, Params, combinations, family_variants, words_of
+from flows.config import SECTIONS, Combination, Params, combinations, family_variants, format_settings
 from flows.deployment.tasks import artifact_key, retryable_task
 from flows.evaluate import evaluate
 from flows.tracking.console import reporter
-from flows.tracking.runs import SWEEP, RunTracker, one_run
+from flows.tracking.runs import SWEEP, RunTracker, find_or_create_run
 from flows.train import train
 
 
@@ -55,8 +55,8 @@ def sweep(params: Params, over: dict[str, list[JsonValue]]) -> RankingResult:
         run_id = train(point.params, restart="if_different").run_id
         if run_id in runs:
             raise UserError(
-                f"--over with {words_of(point.settings)} is the same training as with "
-                f"{words_of(points[runs.index(run_id)].settings)}: leave one of them out"
+                f"--over with {format_settings(point.settings)} is the same training as with "
+                f"{format_settings(points[runs.index(run_id)].settings)}: leave one of them out"
             )
         runs.append(run_id)
         MlflowClient().set_tag(runs[-1], MLFLOW_PARENT_RUN_ID, parent)
@@ -70,7 +70,7 @@ def begin(params: Params, over: dict[str, list[JsonValue]]) -> str:
     client, experiment = MlflowClient(), params.model_name
     sections = {name: getattr(params, name).model_dump(mode="json") for name in SECTIONS}
     key = digest_of([sections, over, read_manifest(params.dataset_folder).content_digest])
-    run = one_run(client, experiment, SWEEP, key, f"sweep-{key[:8]}")
+    run = find_or_create_run(client, experiment, SWEEP, key, f"sweep-{key[:8]}")
     for name, values in over.items():
         client.log_param(run.info.run_id, name, ", ".join(map(str, values)))
     client.update_run(run.info.run_id, status="RUNNING")
@@ -96,7 +96,7 @@ def rank(
     tracker.client.log_text(parent, page.read_text(), "sweep.html")
     tracker.finish()
     values = [f"{model.value:.4g} ± {model.error:.2g}" for model in ranking.models]
-    settings = [words_of(model.settings) for model in ranking.models]
+    settings = [format_settings(model.settings) for model in ranking.models]
     create_table_artifact(
         {"settings": settings, ranking.metric: values}, key=artifact_key("sweep", params.training.dataset)
     )

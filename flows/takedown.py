@@ -18,13 +18,13 @@ from flows import environment
 from flows.config import Params
 from flows.datasets import dvc
 from flows.datasets.catalog import Catalog, Heads
-from flows.datasets.checkout import choice, unpin
+from flows.datasets.checkout import read_pin, unpin
 from flows.datasets.dvc import DataVersion, StoredFiles
-from flows.datasets.purge import Purged, purge_dvc, purge_files, purge_samples
+from flows.datasets.purge import PurgeResult, purge_dvc, purge_files, purge_samples
 from flows.datasets.sync import announce, bring_up_to_date, publish
 from flows.deployment.tasks import artifact_key, retryable_task
 from flows.local_stack.seaweedfs import vacuum_deleted_objects
-from flows.registry.takedown_marks import Derived, clear_images, find_derived, mark
+from flows.registry.takedown_marks import DerivedArtifacts, clear_images, find_derived, mark
 from flows.tracking.console import reporter
 
 logger = logging.getLogger(__name__)
@@ -40,12 +40,12 @@ class TakedownResult(Config):
     """Digests of the versions that held the images."""
     unknown: list[str]
     """Digests of versions whose contents are no longer known."""
-    derived: Derived
+    derived: DerivedArtifacts
     elsewhere: dict[str, list[str]]
     """Keys of these images in other data sets, here or the newest on S3, by name: they were not taken down there."""
     elsewhere_unclear: list[str]
     """Other data sets with tables that could not be read."""
-    purged: Purged | None
+    purged: PurgeResult | None
 
     def lines(self) -> list[str]:
         """Describe the takedown, and what derives from the images."""
@@ -107,7 +107,7 @@ def remove(params: Params, selection: Selection, reason: str) -> Removal:
     """Create the version without the images, based on the newest version or on a manual checkout."""
     folder, source = params.dataset_folder, environment.data_source()
     dvc.restore_data(folder, source)
-    if choice(folder) is None:
+    if read_pin(folder) is None:
         bring_up_to_date(folder, source, params.ingest, reporter())
     return images.remove(folder, selection, reason, reporter())
 
@@ -128,7 +128,7 @@ def record(params: Params, removal: Removal) -> DataVersion:
 
 
 @retryable_task
-def mark_derived(params: Params, removal: Removal) -> tuple[dict[str, Manifest], Holders, Derived]:
+def mark_derived(params: Params, removal: Removal) -> tuple[dict[str, Manifest], Holders, DerivedArtifacts]:
     """Find all versions of the data set, those that held the images, and what derives from them; mark it in MLflow."""
     folder, source = params.dataset_folder, environment.data_source()
     catalog = Catalog.of(folder.name, source)
@@ -178,7 +178,9 @@ def find_elsewhere(params: Params, removal: Removal) -> tuple[dict[str, list[str
 
 
 @retryable_task
-def clear(params: Params, versions: dict[str, Manifest], version_holders: Holders, derived: Derived) -> Purged:
+def clear(
+    params: Params, versions: dict[str, Manifest], version_holders: Holders, derived: DerivedArtifacts
+) -> PurgeResult:
     """Delete files that only the affected versions need, and files that show their images."""
     folder = params.dataset_folder
     held_versions = [versions[digest] for digest in version_holders.held]
@@ -189,6 +191,6 @@ def clear(params: Params, versions: dict[str, Manifest], version_holders: Holder
         files += purge_files(folder, held_versions, other_versions, reports) + purge_samples(
             Path("runs", reports.name), held_versions
         )
-    result = Purged(dvc_objects=objects, files=files, artifacts=clear_images(derived))
+    result = PurgeResult(dvc_objects=objects, files=files, artifacts=clear_images(derived))
     vacuum_deleted_objects()
     return result

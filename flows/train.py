@@ -16,7 +16,7 @@ from diffusion.training.preflight import PREFLIGHT
 from diffusion.training.setup import data_digest, identity_fields, train_key, with_digests
 from diffusion.training.train import Restart, TrainResult, discard
 from diffusion.training.train import train as train_model
-from flows.config import Params, flattened
+from flows.config import Params, flatten_sections
 from flows.datasets import dvc
 from flows.datasets.dvc import RemoteShards
 from flows.deployment.tasks import concurrency_slot, retryable_task
@@ -26,7 +26,13 @@ from flows.registry import model_versions
 from flows.registry.champion import require_champion
 from flows.registry.dependencies import ResolvedParams, resolve_params
 from flows.registry.ledger import who
-from flows.registry.takedown_marks import TAKEDOWN, joined_names, names_of, require_current, with_takedowns
+from flows.registry.takedown_marks import (
+    TAKEDOWN,
+    join_takedown_names,
+    parse_takedown_names,
+    reload_with_takedowns,
+    require_current,
+)
 from flows.storage.s3 import Store
 from flows.tracking.buffered import UNANSWERED, BufferedTracker
 from flows.tracking.console import reporter
@@ -105,8 +111,10 @@ def _finish(ready: ResolvedParams, tracker: RunTracker) -> None:
         tracker.finish("FAILED")
         raise
     sources = [model_versions.resolve(tracker.client, uri) for uri in (ready.autoencoder, ready.start) if uri]
-    if names := [name for source in sources for name in names_of(with_takedowns(source).tags.get(TAKEDOWN))]:
-        tracker.tag({TAKEDOWN: joined_names(ready.takedown, *names)})
+    if names := [
+        name for source in sources for name in parse_takedown_names(reload_with_takedowns(source).tags.get(TAKEDOWN))
+    ]:
+        tracker.tag({TAKEDOWN: join_takedown_names(ready.takedown, *names)})
     tracker.finish()
 
 
@@ -129,7 +137,9 @@ def _open(ready: ResolvedParams, manifest: Manifest, restart: bool, drift: str |
     params = ready.params
     model, training = with_digests(params.model, params.training.with_batch_size(params.model, manifest.size))
     key = train_key(data_digest(manifest, training), model, training)
-    parameters = flattened({"model": model.model_dump(mode="json"), "training": identity_fields(training, model)})
+    parameters = flatten_sections(
+        {"model": model.model_dump(mode="json"), "training": identity_fields(training, model)}
+    )
     code, data = dvc.code_version(), dvc.data_version(params.dataset_folder)
     tracker = open_run(params.model_name, key, parameters, manifest, code, data, data_source(), restart)
     tracker.client.log_text(tracker.run_id, ready.requested.model_dump_json(indent=2), "params.json")

@@ -30,9 +30,9 @@ from diffusion.data.sources.hub_dataset import HubDataset
 from diffusion.evaluation.config import FEWEST, EvaluationConfig, require_enough
 from diffusion.generation.config import Conditions, GenerationRequest, check_conditions
 from diffusion.models.config import FamilyConfig, ModelConfig, classes_of
-from flows.config import Params, registered, registered_start
+from flows.config import Params, registered_autoencoder, registered_initial_weights
 from flows.environment import settings
-from flows.local_stack.http_api import NotServing, query_mlflow
+from flows.local_stack.http_api import NotServingError, query_mlflow
 from flows.storage.tags import parse_model_uri, parse_tags
 
 LISTED = 10
@@ -64,7 +64,7 @@ def require_models(params: Params) -> None:
     for path in (params.training.init_from, getattr(params.model, "autoencoder", None)):
         if path is not None and path != "champion" and not path.startswith("models:/"):
             read_header(Path(path))
-    for uri in (registered(params), registered_start(params)):
+    for uri in (registered_autoencoder(params), registered_initial_weights(params)):
         # While there is no champion, training begins with random weights.
         if uri is not None and uri != params.champion:
             require_version(uri)
@@ -73,8 +73,8 @@ def require_models(params: Params) -> None:
 def require_ingestable(params: Params, rebuild: Rebuild = "never") -> Manifest | None:
     """Version that an ingest adds to, if any; UserError if it stores images in another way and is not to be rebuilt."""
     from flows.datasets.catalog import Catalog
-    from flows.datasets.checkout import choice
-    from flows.datasets.sync import newer
+    from flows.datasets.checkout import read_pin
+    from flows.datasets.sync import find_newer_version
     from flows.environment import data_source
     from flows.storage.s3 import S3Objects
 
@@ -82,7 +82,7 @@ def require_ingestable(params: Params, rebuild: Rebuild = "never") -> Manifest |
     if (source := params.ingest.source).startswith("s3://") and next(S3Objects().find(source), None) is None:
         raise UserError(f"there is nothing at {source}: check the address")
     catalog = Catalog.of(params.training.dataset, data_source())
-    if choice(folder) is None and (digest := newer(params, catalog)) is not None:
+    if read_pin(folder) is None and (digest := find_newer_version(params, catalog)) is not None:
         manifest = catalog.version(digest)
     elif (folder / "manifest.json").is_file():
         manifest = read_manifest(folder)
@@ -274,7 +274,7 @@ def require_version(uri: str, params: Params | None = None, conditions: Conditio
     name, reference = parse_model_uri(uri)
     if (model := registered_models(name).get(name)) is None:
         names = sorted(registered_models())
-        hint = f"there is {_some(names)}" if names else "there is none yet"
+        hint = f"there is {_abbreviate(names)}" if names else "there is none yet"
         raise UserError(
             f"{uri}: no model {name} in the registry, {hint}: name another, by --dataset, --model or registry.model, "
             "or register one with `darkroom retrain`"
@@ -285,8 +285,8 @@ def require_version(uri: str, params: Params | None = None, conditions: Conditio
     if number is None and (head := _ledger_aliases(name)) is not None:
         number = head.get(reference[1:])
     if number is None or (number not in versions and not reference.startswith("@")):
-        numbers = _some([str(key) for key in sorted(versions)]) or "none"
-        alias_text = _some([f"@{alias} ({version})" for alias, version in sorted(aliases.items())]) or "none"
+        numbers = _abbreviate([str(key) for key in sorted(versions)]) or "none"
+        alias_text = _abbreviate([f"@{alias} ({version})" for alias, version in sorted(aliases.items())]) or "none"
         raise UserError(f"{uri} is not in the registry: model {name} has versions {numbers} and aliases {alias_text}")
     if params is not None and conditions is not None and number in versions:
         if not conditions.labels and not conditions.texts:
@@ -326,7 +326,7 @@ def require_model(params: Params) -> None:
     if name in (models := registered_models()) or (params.dataset_folder / "manifest.json").is_file():
         return
     if _ledger_aliases(name) is None:
-        hint = f"there is {_some(sorted(models))}" if models else "there is none yet"
+        hint = f"there is {_abbreviate(sorted(models))}" if models else "there is none yet"
         raise UserError(f"no model or data set {name}: give the --dataset of a model, {hint}")
 
 
@@ -371,7 +371,7 @@ def _search(resource: str, filter_: str) -> list[dict[str, Any]]:
     token = ""
     # MLflow's client would wait for a slow server too.
     retryer = Retrying(
-        retry=retry_if_exception_type(NotServing), stop=stop_after_delay(30), wait=wait_fixed(1), reraise=True
+        retry=retry_if_exception_type(NotServingError), stop=stop_after_delay(30), wait=wait_fixed(1), reraise=True
     )
     while True:
         fields = {"filter": filter_, "page_token": token, "max_results": "1000"}
@@ -394,5 +394,5 @@ def _ledger_aliases(name: str) -> dict[str, int] | None:
     return None if head is None else head.aliases
 
 
-def _some(names: Sequence[str]) -> str:
+def _abbreviate(names: Sequence[str]) -> str:
     return ", ".join(names[:LISTED]) + (f" and {len(names) - LISTED} more" if len(names) > LISTED else "")

@@ -200,7 +200,7 @@ def print_error(message: str) -> None:
 
 
 @contextmanager
-def progress_shown() -> "Iterator[Progress]":
+def display_progress() -> "Iterator[Progress]":
     """Show progress and log lines on standard error; with ``--quiet`` warnings alone."""
     from diffusion.common.progress import silent
     from flows.tracking.console import console
@@ -250,5 +250,5 @@ def connect(*servers: "Server") -> Iterator[None]:
     os.environ.setdefault("PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW", "ignore")
     join_servers(*servers)
     require(*servers)
-    with progress_shown():
+    with display_progress():
         yield

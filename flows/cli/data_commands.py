@@ -12,7 +12,7 @@ from typer import Argument, Option
 
 from diffusion.common.errors import UserError
 from diffusion.common.escaping import counted
-from flows.cli.command import CommandOutput, Local, command, connect, progress_shown
+from flows.cli.command import CommandOutput, Local, command, connect, display_progress
 
 if TYPE_CHECKING:
     from diffusion.data.manifest import FileEntry
@@ -36,7 +36,7 @@ def log(config: "Params") -> CommandOutput:
     from diffusion.data.versions.versions import history
 
     folder = config.dataset_folder
-    entries = history(folder, _in_cache(folder))
+    entries = history(folder, _make_cache_lookup(folder))
     has_dropped = any(entry.dropped for entry in entries)
     columns = f"{'added':>9} {'removed':>9} {'kept':>9}{'   dropped' if has_dropped else ''}"
     head = f"  {'version':<12}  {'parent':<12}  {columns} {'quarantined':>11}  change"
@@ -65,7 +65,7 @@ def show_version(
 
     folder = config.dataset_folder
     limit = None if everything else FIRST
-    contents = contents_of(folder, resolve(folder, version), _in_cache(folder), limit)
+    contents = contents_of(folder, resolve(folder, version), _make_cache_lookup(folder), limit)
     classes = [f"{name}: {count:,}" for name, count in contents.classes.items()]
     buckets = [f"{name}: {count:,}" for name, count in (contents.buckets or {}).items()]
     quarantined_sources, dropped_images = (
@@ -114,7 +114,7 @@ def diff(
     if before is None and new.parent is None:
         raise UserError(f"{new.digest[:12]} is the first version of data set {folder.name}: give two versions")
     old = resolve(folder, before or new.parent)
-    difference = difference_of(folder, old, new, None if everything else FIRST, _in_cache(folder))
+    difference = difference_of(folder, old, new, None if everything else FIRST, _make_cache_lookup(folder))
     return CommandOutput({"dataset": folder.name, **difference.model_dump(mode="json")}, _diff_lines(difference))
 
 
@@ -176,13 +176,13 @@ def curate(
             raise UserError(f"--report {report}: nothing may be written to {report.parent}: give another folder")
         from diffusion.curation.report import write_curation_report
 
-        with progress_shown() as progress:
+        with display_progress() as progress:
             page = write_curation_report(folder, report, rules, config.ingest, config.evaluation, progress)
         return CommandOutput(page, page.lines())
     if dry_run or local:
         from diffusion.curation.curate import curate as curate_dataset
 
-        with progress_shown() as progress:
+        with display_progress() as progress:
             result = curate_dataset(folder, rules, config.ingest, config.evaluation, progress, dry_run=dry_run)
         return CommandOutput(result.model_dump(mode="json") | {"dry_run": dry_run}, result.lines(dry_run))
     with connect("prefect", "s3"):
@@ -283,7 +283,7 @@ def compact(config: "Params", local: Local = False) -> CommandOutput:
     if local:
         from diffusion.data.versions.compact import compact as join_shards
 
-        with progress_shown() as progress:
+        with display_progress() as progress:
             result = join_shards(config.dataset_folder, config.ingest, progress)
     else:
         with connect("prefect", "s3"):
@@ -320,7 +320,7 @@ def merge(
     if local:
         from diffusion.data.versions.merge_datasets import merge_datasets
 
-        with progress_shown() as progress:
+        with display_progress() as progress:
             result = merge_datasets(folder, folders, config.ingest, progress)
     else:
         with connect("prefect", "s3"):
@@ -385,16 +385,16 @@ def simulate(
     return CommandOutput(report, report.lines())
 
 
-def _in_cache(folder: Path) -> "Callable[[FileEntry], Path | None]":
+def _make_cache_lookup(folder: Path) -> "Callable[[FileEntry], Path | None]":
     """Lookup of files of older versions in DVC's cache, which is opened on first use."""
 
     @cache
-    def stored() -> "StoredFiles":
+    def open_stored_files() -> "StoredFiles":
         from flows.datasets.dvc import StoredFiles
 
         return StoredFiles(folder.name)
 
-    return lambda entry: stored().find(entry)
+    return lambda entry: open_stored_files().find(entry)
 
 
 def _connect_remote() -> str:

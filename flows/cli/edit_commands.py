@@ -8,7 +8,7 @@ from typer import Argument, Option
 
 from diffusion.common.escaping import counted
 from flows.cli import command as options
-from flows.cli.command import LARGEST_SEED, CommandOutput, command, connect, is_file, progress_shown
+from flows.cli.command import LARGEST_SEED, CommandOutput, command, connect, display_progress, is_file
 
 if TYPE_CHECKING:
     from flows.config import Params
@@ -133,8 +133,8 @@ def generate_images(
         from diffusion.checkpoints import read_model_header
         from diffusion.generation.requests import generate_to_folder
 
-        sampling = config.sampling_of(read_model_header(Path(model)).model)
-        with progress_shown() as progress:
+        sampling = config.resolve_sampling(read_model_header(Path(model)).model)
+        with display_progress() as progress:
             result = generate_to_folder(Path(model), request, sampling, output, progress=progress)
     else:
         with connect("prefect", "mlflow", "s3"):

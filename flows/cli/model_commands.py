@@ -22,8 +22,8 @@ from flows.cli.command import (
     check_model_uri,
     command,
     connect,
+    display_progress,
     is_file,
-    progress_shown,
 )
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from flows.config import Params
     from flows.registry.champion import ChampionChange
     from flows.registry.ledger import History
-    from flows.registry.release import Released
+    from flows.registry.release import ReleaseResult
 
 LONGEST_REASON = 80  # characters of a reason in the table of a history, unless -v is given
 SAMPLED = 8  # sample images of a push
@@ -78,7 +78,7 @@ def import_(
         from diffusion.diffusers_format.import_model import import_file
 
         downloads = output.with_name(f".{output.name}.downloads")
-        with progress_shown() as progress:
+        with display_progress() as progress:
             file = import_file(source, output, licence, downloads, progress)
         shutil.rmtree(downloads, ignore_errors=True)
         return CommandOutput(file, [f"{output}: {file.family}, from {file.source}, licence {file.origin.licence}"])
@@ -113,7 +113,7 @@ def history(
     require_model(config)
     from mlflow.client import MlflowClient
 
-    from flows.registry.aliases import project, verified
+    from flows.registry.aliases import project, read_verified_history
     from flows.registry.aliases import restore as restore_ledger
     from flows.registry.champion import champion_problem
     from flows.registry.ledger import Ledger
@@ -123,7 +123,7 @@ def history(
     if sign:
         from flows.signing.keys import SigningKey
 
-        head = verified(client, ledger).head
+        head = read_verified_history(client, ledger).head
         if head is None:
             raise UserError(f"the ledger of {config.model_name} is empty: leave --sign out")
         ledger.sign(head, SigningKey.load())
@@ -131,7 +131,7 @@ def history(
     problem = champion_problem(client, ledger_history)
     result = {
         "model": ledger_history.model,
-        **ledger_history.standing.model_dump(),
+        **ledger_history.alias_numbers.model_dump(),
         "verified": len(ledger_history.entries),
         "restored": restored_entries,
         "problem": problem,
@@ -157,7 +157,7 @@ def rollback(config: "Params", reason: Reason = None) -> CommandOutput:
     require_model(config)
     from flows.registry.champion import roll_back
 
-    return new_champion(roll_back(config.model_name, reason))
+    return describe_champion_change(roll_back(config.model_name, reason))
 
 
 @command(app)
@@ -175,13 +175,13 @@ def release(
 
     Example:  darkroom model release models:/faces@champion
     """
-    from flows.environment import staging
+    from flows.environment import read_staging_servers
 
-    staging()
+    read_staging_servers()
     with connect("mlflow", "s3"):
         from flows.registry.release import release
 
-        return new_champion(release(model, reason))
+        return describe_champion_change(release(model, reason))
 
 
 @registry_command
@@ -301,9 +301,9 @@ def export(
             version, weights = fetch.fn(model or config.champion)
             result = _export(to, config, weights, folder, version.uri, version.run_id)
             from flows.provenance.reproduce import fetch_requirements
-            from flows.registry.model_card import evidence
+            from flows.registry.model_card import load_manifest_and_metrics
 
-            (data, metrics), libraries = evidence(version), fetch_requirements(version)
+            (data, metrics), libraries = load_manifest_and_metrics(version), fetch_requirements(version)
     if data is None and (config.dataset_folder / "manifest.json").is_file():
         from diffusion.data.manifest import versions
 
@@ -398,7 +398,7 @@ def _push(
     return push_to_hub(uri, result.folder, card, samples, message, public)
 
 
-def new_champion(change: "ChampionChange | Released") -> CommandOutput:
+def describe_champion_change(change: "ChampionChange | ReleaseResult") -> CommandOutput:
     """Output of a command that changed the champion."""
     note = ", which was done already" if change.already else ""
     return CommandOutput(change, [f"{change.version.uri} is champion{note}: {change.entry}"])
@@ -416,7 +416,7 @@ def _table(ledger: "History") -> Iterator[str]:
             f"{entry.when:%Y-%m-%d %H:%M}",
             entry.who,
             entry.what,
-            f"{entry.from_version or '–'} → {entry.to_version}" if entry.moves else f"({entry.version})",
+            f"{entry.from_version or '–'} → {entry.to_version}" if entry.changes_champion else f"({entry.version})",
             text
             if VERBOSITY.get() == "verbose" or len(text := " ".join(entry.why.split())) <= LONGEST_REASON
             else f"{text[:LONGEST_REASON]}…",
@@ -426,6 +426,6 @@ def _table(ledger: "History") -> Iterator[str]:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         yield "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-    yield ", ".join(f"{title} {number or 'none'}" for title, number in ledger.standing.model_dump().items())
+    yield ", ".join(f"{title} {number or 'none'}" for title, number in ledger.alias_numbers.model_dump().items())
     count = "1 entry" if len(ledger.entries) == 1 else f"{len(ledger.entries)} entries"
     yield f"{count}, each verified against the one before; the last is sha256 {ledger.head.digest}"

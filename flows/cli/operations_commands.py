@@ -287,10 +287,10 @@ def gc(
     """
     with connect("mlflow", "s3") if dry_run else connect("prefect", "mlflow", "s3"):
         from flows.gc import collect, gc
-        from flows.retention.sweeps import table
+        from flows.retention.sweeps import format_items
 
         result = collect(config.retention, datetime.now(UTC), dry_run=True) if dry_run else gc(config)
-    return CommandOutput(result, table(result.items))
+    return CommandOutput(result, format_items(result.items))
 
 
 @command(app, panel="Operations")

@@ -11,9 +11,9 @@ from typer import Argument, Option
 from diffusion.common.errors import UserError
 from diffusion.common.escaping import counted
 from flows.cli import command as options
-from flows.cli.command import CommandOutput, command, connect, is_file, is_follower, progress_shown
+from flows.cli.command import CommandOutput, command, connect, display_progress, is_file, is_follower
 from flows.cli.edit_commands import generate_images
-from flows.cli.model_commands import new_champion
+from flows.cli.model_commands import describe_champion_change
 
 if TYPE_CHECKING:
     from diffusion.data.ingest.ingest import IngestPreview, IngestResult
@@ -75,7 +75,7 @@ def ingest(
         from diffusion.data.manifest import read_manifest
 
         data = config.dataset_folder
-        with progress_shown() as progress:
+        with display_progress() as progress:
             result = ingest_images(
                 data, config.ingest, progress, requeue=requeue, rebuild=rebuild_mode, fan_out=fan_out
             )
@@ -119,7 +119,7 @@ def _preflight(variants: "Mapping[str, Params]") -> CommandOutput:
 
     estimates = {}
     for name, variant in variants.items():
-        with _inputs(variant, dry_run=True) as (config, store):
+        with _prepare_inputs(variant, dry_run=True) as (config, store):
             estimates[name] = preflight(config.dataset_folder, config.model, config.training, config.sampling, store)
     lines = []
     for name, estimate in estimates.items():
@@ -210,7 +210,7 @@ def train(
     if dry_run:
         from diffusion.training.train import estimate_ranks, preflight
 
-        with _inputs(config, dry_run=True) as (config, store):
+        with _prepare_inputs(config, dry_run=True) as (config, store):
             sections = config.dataset_folder, config.model, config.training, config.sampling
             if world_size is not None:
                 costs = estimate_ranks(*sections, world_size, store)
@@ -223,11 +223,11 @@ def train(
 
         if restart and not is_follower():
             discard(config.run_folder)
-        with progress_shown() as progress:
+        with display_progress() as progress:
             result = _train(config, progress=progress, restart=restart_mode)
         return None if is_follower() else CommandOutput(result, [f"{result.images} images seen; {result.final}"])
     if is_follower():
-        with _inputs(config) as (config, store):
+        with _prepare_inputs(config) as (config, store):
             _train(config, store=store)
         return None
     from diffusion.data.manifest import read_manifest
@@ -235,9 +235,11 @@ def train(
     read_manifest(config.dataset_folder)
     with connect("prefect", "mlflow", "s3"):
         require_training_inputs(config)
-        from flows.config import registered, registered_start
+        from flows.config import registered_autoencoder, registered_initial_weights
 
-        if config.training.stream_bytes is None and not (registered(config) or registered_start(config)):
+        if config.training.stream_bytes is None and not (
+            registered_autoencoder(config) or registered_initial_weights(config)
+        ):
             from diffusion.training.train import check
 
             params = config.model, config.training, config.sampling
@@ -257,11 +259,11 @@ def _train(config: "Params", **options: Any) -> "TrainResult":
 
 
 @contextmanager
-def _inputs(config: "Params", dry_run: bool = False) -> "Iterator[tuple[Params, RemoteShards | None]]":
+def _prepare_inputs(config: "Params", dry_run: bool = False) -> "Iterator[tuple[Params, RemoteShards | None]]":
     """Configuration with local files for registered models, and the shards' store if training streams them."""
-    from flows.config import registered, registered_start
+    from flows.config import registered_autoencoder, registered_initial_weights
 
-    from_registry = registered(config) is not None or registered_start(config) is not None
+    from_registry = registered_autoencoder(config) is not None or registered_initial_weights(config) is not None
     streams = config.training.stream_bytes is not None
     if not from_registry and not streams:
         yield config, None
@@ -308,10 +310,10 @@ def evaluate(
 
         data, folder, losses = config.dataset_folder, config.report_folder, config.run_folder / "losses.csv"
         if is_file(model):
-            config, models = config.evaluating(read_model_header(Path(model)).model), [Path(model)]
+            config, models = config.adapt_to_model(read_model_header(Path(model)).model), [Path(model)]
         else:
             models = models_to_evaluate(config.run_folder, folder, config.evaluation.ema_stds)
-        with progress_shown() as progress:
+        with display_progress() as progress:
             curves = None if is_file(model) else losses
             evaluation = evaluate_models(data, models, config.evaluation, config.sampling, folder, curves, progress)
     else:
@@ -364,7 +366,7 @@ def promote(
             require_version(f"models:/{config.model_name}/{version}")
             from flows.registry import champion
 
-            return new_champion(champion.promote(config.model_name, version, reason, taken_down))
+            return describe_champion_change(champion.promote(config.model_name, version, reason, taken_down))
     if reason is not None or taken_down:
         raise UserError("--reason and --taken-down are for a manual override of the gate: give --to VERSION as well")
     from flows.cli.checks import require_evaluation, require_run, require_version
@@ -424,7 +426,7 @@ def sample(
         if requests is not None:
             raise UserError("--requests is for images of a registered model, and this is a file: give it --prompt")
         fields: dict[str, Any] = {"count": 64 if count is None else count, "seed": seed, "size": size}
-        fields |= {"label": _one_or_more(label), "prompt": _one_or_more(prompt), "negative_prompt": negative_prompt}
+        fields |= {"label": _unwrap_single(label), "prompt": _unwrap_single(prompt), "negative_prompt": negative_prompt}
         return generate_images(config, "sample", fields, model, output)
     if output is not None:
         raise UserError("--out is where images of a model file go, and this is a registered model: use --to S3_URI")
@@ -448,7 +450,7 @@ def sample(
     )
 
 
-def _one_or_more(texts: list[str]) -> str | list[str] | None:
+def _unwrap_single(texts: list[str]) -> str | list[str] | None:
     return texts[0] if len(texts) == 1 else texts or None
 
 
@@ -502,7 +504,7 @@ def retrain(
         from flows.retrain import retrain
 
         result = retrain(config, count, seed, to, conditions, version).model_dump(mode="json")
-    return CommandOutput(result, _retrained(result), None if result["verdict"]["promoted"] else typer.Exit(3))
+    return CommandOutput(result, _describe_retraining(result), None if result["verdict"]["promoted"] else typer.Exit(3))
 
 
 def _preview_retraining(config: "Params", version: str | None) -> CommandOutput:
@@ -521,7 +523,7 @@ def _preview_retraining(config: "Params", version: str | None) -> CommandOutput:
     return CommandOutput(value, lines)
 
 
-def _retrained(result: dict[str, Any]) -> Iterator[str]:
+def _describe_retraining(result: dict[str, Any]) -> Iterator[str]:
     from flows.environment import settings
     from flows.local_stack.stack import USER, servers_in_environment
     from flows.tracking.console import clock
@@ -586,7 +588,7 @@ def distill(config: "Params", dry_run: DryRun = False, local: options.Local = Fa
         config = config.model_copy(update={"training": training})
         if dry_run:
             return _preflight({"student": config})
-        with progress_shown() as progress:
+        with display_progress() as progress:
             result = _train(config, progress=progress, restart="if_different")
         return CommandOutput(result, [f"{result.images} images seen; {result.final}"])
     with connect("prefect", "mlflow", "s3"):
@@ -618,7 +620,7 @@ def sweep(
 
     Example:  darkroom sweep --dataset faces --over training.learning_rate=1e-3,4e-3 --over model.width=48,64
     """
-    from flows.config import combinations, parse_over, words_of
+    from flows.config import combinations, format_settings, parse_over
 
     values = parse_over(over)
     points = combinations(config, values)
@@ -626,7 +628,7 @@ def sweep(
 
     require_evaluable(config)
     if dry_run:
-        return _preflight({words_of(point.settings): point.params for point in points})
+        return _preflight({format_settings(point.settings): point.params for point in points})
     with connect("prefect", "mlflow", "s3"):
         from flows.sweep import sweep
 
@@ -664,7 +666,7 @@ def compare(
     if local:
         from flows.sweep import rank_variants
 
-        with progress_shown() as progress:
+        with display_progress() as progress:
             for variant in variants.values():
                 _train(variant, progress=progress, restart="if_different" if restart else "never")
             result = rank_variants(variants, progress)

@@ -10,7 +10,7 @@ from typer import Argument, Option
 
 from diffusion.common.errors import DarkroomError
 from diffusion.common.escaping import escape_controls
-from flows.cli.command import CommandOutput, command, progress_shown
+from flows.cli.command import CommandOutput, command, display_progress
 
 if TYPE_CHECKING:
     from flows.local_stack.control import StackStatus
@@ -126,7 +126,7 @@ def backup(target: Target) -> CommandOutput:
     """
     from flows.local_stack.backup import backup
 
-    with progress_shown() as progress:
+    with display_progress() as progress:
         snapshot = backup(target, progress)
     size = sum(entry.size for entry in snapshot.objects)
     result = {
@@ -159,7 +159,7 @@ def restore(
     from flows.environment import settings
     from flows.local_stack.backup import restore
 
-    with progress_shown() as progress:
+    with display_progress() as progress:
         backup, later_removals = restore(target, stamp, replaced, _say, progress)
     folder, known_until, removals = settings().folder, later_removals.known_until, list(later_removals.removals())
     result = {

@@ -141,11 +141,11 @@ def show_config(
 
     Example:  darkroom config show --set training.images=8000
     """
-    from flows.config import flattened, load_with_origins
+    from flows.config import flatten_sections, load_with_origins
 
     options = {} if dataset is None else {"training.dataset": ("--dataset", dataset)}
     params, origins = load_with_origins(params_file, settings, options)
-    values = flattened(params.model_dump(mode="json"))
+    values = flatten_sections(params.model_dump(mode="json"))
     texts = {key: json.dumps(value, ensure_ascii=False) for key, value in values.items()}
     widths = max(map(len, texts)), min(max(map(len, texts.values())), 32)
     lines = [f"{key:<{widths[0]}}  {text:<{widths[1]}}  {origins[key]}" for key, text in texts.items()]
@@ -261,13 +261,13 @@ def _models() -> list[dict[str, Any]]:
 def _batches() -> list[dict[str, Any]]:
     with connect("s3"):
         from flows.environment import settings
-        from flows.storage.s3 import Missing, Store, batch_places
+        from flows.storage.s3 import MissingObjectError, Store, batch_places
 
         store, bucket, rows = Store(), settings().bucket, list[dict[str, Any]]()
         for place in islice(batch_places(store, bucket), LISTED):
             fields: dict[str, Any] = {}
             # Read without the class, whose module imports torch; it may be damaged.
-            with suppress(Missing, ValueError, KeyError, TypeError):
+            with suppress(MissingObjectError, ValueError, KeyError, TypeError):
                 batch = json.loads(store.get(bucket, place.key("batch.json"), most=2**20))
                 fields = {
                     "model": f"{batch['model']}/{batch['version']}",
@@ -318,12 +318,12 @@ def _report(config: "Params") -> dict[str, str]:
 
 def _server(page: "Literal['mlflow', 'prefect']") -> dict[str, str]:
     from flows.environment import SECRET_VARIABLE, SERVER_VARIABLES, settings
-    from flows.local_stack.http_api import without_login
+    from flows.local_stack.http_api import split_login
     from flows.local_stack.stack import USER, join_servers, servers_in_environment
 
     is_external = page in servers_in_environment()
     join_servers(page)
-    url, login = without_login(os.environ[SERVER_VARIABLES[page][0]])
+    url, login = split_login(os.environ[SERVER_VARIABLES[page][0]])
     url = url.removesuffix("/")
     # MLflow's pages are about GenAI applications unless the address says otherwise.
     url = url.removesuffix("/api") if page == "prefect" else f"{url}/#/experiments?workflowType=machine_learning"

@@ -8,7 +8,7 @@ import typer
 from typer import Argument, Option
 
 from diffusion.common.errors import ConflictError, UserError
-from flows.cli.command import Certificates, CommandOutput, SigningKeyFile, command, connect, progress_shown
+from flows.cli.command import Certificates, CommandOutput, SigningKeyFile, command, connect, display_progress
 
 app = typer.Typer()
 
@@ -37,7 +37,7 @@ def sign(
     from flows.signing.keys import SigningKey
 
     signer = SigningKey.load(key, certificates)
-    with connect("s3") if "s3://" in f"{what} {out}" else nullcontext(), progress_shown() as progress:
+    with connect("s3") if "s3://" in f"{what} {out}" else nullcontext(), display_progress() as progress:
         from flows.provenance.signed_images import sign_images
 
         result = sign_images(what, out, signer, prompts, parent, progress)

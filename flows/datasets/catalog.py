@@ -27,7 +27,7 @@ from diffusion.common.files import canonical_json, sha256_bytes
 from diffusion.data.manifest import Manifest, Sha256, manifest_bytes, parse_manifest, work_folder
 from diffusion.data.versions.takedown_records import Removal, parse_removal, removals, still_held, write_removal
 from flows.storage.numbered_objects import NumberedObjects, first_free, object_name
-from flows.storage.s3 import Location, Missing, Store
+from flows.storage.s3 import Location, MissingObjectError, Store
 from flows.storage.tags import DvcDigest
 
 logger = logging.getLogger(__name__)
@@ -113,7 +113,7 @@ class Catalog:
             try:
                 data = self.store.get(place.bucket, key, LARGEST_MANIFEST)
                 listing.versions[match[1]] = _parse_manifest(data, match[1], f"s3://{place.bucket}/{key}")
-            except Missing:  # deleted by gc since it was listed
+            except MissingObjectError:  # deleted by gc since it was listed
                 continue
             except UserError as error:
                 listing.damaged[match[1]] = str(error)
@@ -125,14 +125,14 @@ class Catalog:
         data = self._get(name, LARGEST_MANIFEST)
         return None if data is None else _parse_manifest(data, digest, f"{self.place}/{name}")
 
-    def published(self) -> dict[str, datetime]:
+    def list_publication_times(self) -> dict[str, datetime]:
         """Time of publication of each version, by digest; takes one listing."""
         prefix = self.place.key("")
         objects = self.store.list_objects(self.place.bucket, prefix)
         matches = ((VERSION.fullmatch(entry.key.removeprefix(prefix)), entry.written) for entry in objects)
         return {match[1]: time for match, time in matches if match}
 
-    def announced(self, digest: str) -> bool:
+    def is_announced(self, digest: str) -> bool:
         """Whether the event of this version was emitted."""
         return self.store.exists(self.place.bucket, self.place.key(f"{digest}/announced"))
 
@@ -165,7 +165,7 @@ class Catalog:
         for removal in self.removals(names={removal.name for removal in removals(work)}):
             write_removal(work, removal)
 
-    def held_removals(self, folder: Path) -> list[Removal]:
+    def find_held_removals(self, folder: Path) -> list[Removal]:
         """Takedown records of images that the current version in ``folder`` still holds."""
         self.fetch_removals(folder)
         return still_held(folder, removals(work_folder(folder))) if (folder / "manifest.json").is_file() else []
@@ -184,7 +184,7 @@ class Catalog:
         keys = list(self.store.list_keys(self.place.bucket, self.place.key(f"{digest}/")))
         self.store.delete_many(self.place.bucket, keys)
 
-    def written(self, digest: str) -> datetime | None:
+    def find_publication_time(self, digest: str) -> datetime | None:
         """Time when a version was put into the catalog; None if it is not in it."""
         entry = self.store.stat(self.place.bucket, self.place.key(f"{digest}/manifest.json"))
         return entry and entry.written
@@ -192,7 +192,7 @@ class Catalog:
     def _get(self, name: str, most: int | None = None) -> bytes | None:
         try:
             return self.store.get(self.place.bucket, self.place.key(name), most)
-        except Missing:
+        except MissingObjectError:
             return None
 
     def _put(self, name: str, data: bytes, content_type: str = "application/octet-stream") -> None:
@@ -209,7 +209,7 @@ def _parse_manifest(data: bytes, digest: str, place: str) -> Manifest:
 
 
 @contextmanager
-def pushing(name: str, source: str, store: Store | None = None) -> Iterator[None]:
+def mark_push(name: str, source: str, store: Store | None = None) -> Iterator[None]:
     """Context of a push to ``source``; until it ends, or for the grace period if it is killed, gc deletes no file."""
     place, store = Location(Location.parse(source).bucket) / PUSHING, store or Store()
     mark = place.key(f"{name}/{uuid4().hex}")
@@ -240,13 +240,13 @@ class Heads:
         that are no other version's parent.
         """
         for version in self.latest():
-            if self.catalog.written(version) is not None:
+            if self.catalog.find_publication_time(version) is not None:
                 return version
             logger.warning(
                 f"version {version[:12]} of data set {self.catalog.name} was its newest, and is not in the "
                 "catalog any more: the one before it is"
             )
-        publications = self.catalog.published()
+        publications = self.catalog.list_publication_times()
         if len(publications) > 1:
             parents = {manifest.parent for manifest in self.catalog.versions().values()}
             publications = {digest: time for digest, time in publications.items() if digest not in parents}

@@ -20,7 +20,7 @@ Reach = Callable[[], str]
 """Function that joins the S3 server and returns the URL of DVC's remote; raises UserError without a server."""
 
 
-class CheckedOut(Config):
+class CheckoutResult(Config):
     """Result of a checkout: the version that is the current one now."""
 
     dataset: str
@@ -31,7 +31,7 @@ class CheckedOut(Config):
     restored: list[str]
 
 
-class Choice(Config):
+class VersionPin(Config):
     """Older version that was checked out for the next ingest to build on."""
 
     version: str
@@ -46,7 +46,7 @@ def checkout(
     with_removed: bool = False,
     without_shards: bool = False,
     to_build_on: bool = False,
-) -> CheckedOut:
+) -> CheckoutResult:
     """Make the version whose digest begins with ``prefix`` the current one of the data set in ``folder``.
 
     Files come from the folder, DVC's cache or the remote, and are verified by SHA-256. All other versions stay known,
@@ -64,21 +64,21 @@ def checkout(
         return place.make_current(place.choose(prefix), with_removed, without_shards, to_build_on)
 
 
-def choice(folder: Path) -> Choice | None:
+def read_pin(folder: Path) -> VersionPin | None:
     """Version that was checked out to build on and that the current one continues; None without one."""
-    path = _choice(folder)
+    path = _pin_path(folder)
     if not path.is_file():
         return None
-    pin = Choice.model_validate_json(path.read_bytes())
+    pin = VersionPin.model_validate_json(path.read_bytes())
     return pin if any(version.digest == pin.version for version in versions(folder)) else None
 
 
 def unpin(folder: Path) -> None:
     """Let the next ingest continue from the newest version."""
-    _choice(folder).unlink(missing_ok=True)
+    _pin_path(folder).unlink(missing_ok=True)
 
 
-def _choice(folder: Path) -> Path:
+def _pin_path(folder: Path) -> Path:
     return work_folder(folder) / "checked_out.json"
 
 
@@ -99,7 +99,7 @@ class DatasetLocation:
 
     def make_current(
         self, version: Manifest, with_removed: bool = False, without_shards: bool = False, to_build_on: bool = False
-    ) -> CheckedOut:
+    ) -> CheckoutResult:
         """Make ``version`` the current one; see ``checkout``."""
         folder = self.folder
         if not with_removed:
@@ -109,8 +109,8 @@ class DatasetLocation:
         if not with_removed:
             self.refuse_removed(version)
         if to_build_on and any(child.parent == version.digest for child in self.known.values()):
-            pin = Choice(version=version.digest, known=sorted(self.known))
-            write_json(_choice(folder), pin.model_dump(mode="json"))
+            pin = VersionPin(version=version.digest, known=sorted(self.known))
+            write_json(_pin_path(folder), pin.model_dump(mode="json"))
         else:
             unpin(folder)
         write_bytes(folder / "manifest.json", manifest_bytes(version))
@@ -120,7 +120,7 @@ class DatasetLocation:
         else:
             dvc.record_data(folder, push_to=None)
         fields = {name: getattr(version, name) for name in ("digest", "content_digest", "kept")}
-        return CheckedOut(dataset=folder.name, folder=folder, restored=names, **fields)
+        return CheckoutResult(dataset=folder.name, folder=folder, restored=names, **fields)
 
     def choose(self, prefix: str) -> Manifest:
         """Find the version that ``prefix`` names, here or else in the catalog."""

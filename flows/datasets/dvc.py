@@ -24,7 +24,7 @@ from diffusion.common.errors import DarkroomError, UserError
 from diffusion.common.files import sha256_file, write_atomically, write_bytes
 from diffusion.data.manifest import FileEntry, Manifest, parse_manifest, read_manifest, version_path, work_folder
 from flows.datasets.catalog import Catalog
-from flows.storage.s3 import ListedObject, Location, Missing, Store
+from flows.storage.s3 import ListedObject, Location, MissingObjectError, Store
 from flows.storage.tags import DvcDigest
 
 logger = logging.getLogger(__name__)
@@ -52,7 +52,7 @@ class Cache:
     folder: Path
 
     @classmethod
-    def here(cls) -> "Cache | None":
+    def from_working_folder(cls) -> "Cache | None":
         """Cache of the DVC repository around the working folder; None outside of one."""
         try:
             with Repo() as repo:
@@ -97,16 +97,16 @@ class Remote:
     store: Store
 
     @classmethod
-    def at(cls, source: str) -> "Remote":
+    def from_url(cls, source: str) -> "Remote":
         """Remote with the URL ``source``."""
         return cls(Location.parse(source), Store())
 
     def fetch(self, name: str, path: Path) -> None:
-        """Fetch an object to ``path``, overwriting it; raises Missing."""
+        """Fetch an object to ``path``, overwriting it; raises MissingObjectError."""
         self.store.fetch(self.place.bucket, self._key(name), path)
 
     def read(self, name: str) -> bytes:
-        """Read the bytes of an object; raises Missing."""
+        """Read the bytes of an object; raises MissingObjectError."""
         return self.store.get(self.place.bucket, self._key(name))
 
     def stat(self, name: str) -> ListedObject | None:
@@ -118,7 +118,7 @@ class Remote:
         return f"s3://{self.place.bucket}/{self._key(name)}"
 
     def listing(self, name: str) -> Listing:
-        """Listing of this name; raises Missing."""
+        """Listing of this name; raises MissingObjectError."""
         return _parse_listing(self.read(name), f"{self.place}/{self._key(name)}")
 
     def listings(self) -> Iterator[tuple[str, Listing]]:
@@ -180,8 +180,8 @@ class StoredFiles:
 
     def __init__(self, name: str, source: str | None = None, digest: str | None = None) -> None:
         self.name = name
-        self.cache = Cache.here()
-        self.remote = Remote.at(source) if source else None
+        self.cache = Cache.from_working_folder()
+        self.remote = Remote.from_url(source) if source else None
         self.catalog = Catalog.of(name, source, self.remote.store) if source and self.remote else None
         self.recorded = digest
         self._listings: dict[str, dict[str, Listing]] = {}
@@ -223,7 +223,7 @@ class StoredFiles:
         listings = self._listings[version] = {}
         for digest in filter(None, dict.fromkeys((pointer, self.recorded))):
             # It may have been never pushed, or deleted: another listing may have the file.
-            with suppress(Missing):
+            with suppress(MissingObjectError):
                 listings[digest] = self.remote.listing(digest)
         return listings
 
@@ -253,7 +253,7 @@ class StoredFiles:
 
         try:
             write_atomically(target, fetch)
-        except Missing:
+        except MissingObjectError:
             return False
         return True
 
@@ -329,8 +329,8 @@ def record_data(folder: Path, push_to: str | None) -> DataVersion:
             else:
                 output = repo.add(str(folder))[0].outs[0]
             if push_to:
-                Remote.at(push_to).push(output.hash_info.value, Cache(Path(repo.cache.local.path)))
-            return _version_of(output, push_to is not None)
+                Remote.from_url(push_to).push(output.hash_info.value, Cache(Path(repo.cache.local.path)))
+            return _make_data_version(output, push_to is not None)
     except (DvcException, BotoCoreError, OSError) as error:
         raise DarkroomError(f"DVC could not record or push {folder}: {error}") from error
 
@@ -339,7 +339,7 @@ def data_version(folder: Path) -> DataVersion | None:
     """DVC's record of the current version of the data set in ``folder``; None if DVC has not recorded it."""
     try:
         with Repo() as repo:
-            version = next((_version_of(output) for output in _outputs(repo, folder) if output.hash_info), None)
+            version = next((_make_data_version(output) for output in _outputs(repo, folder) if output.hash_info), None)
             cache = Cache(Path(repo.cache.local.path))
     except NotDvcRepoError:
         return None
@@ -383,7 +383,7 @@ def _outputs(repo: Repo, folder: Path) -> list[Any]:
     return [output for output in repo.index.outs if Path(output.fs_path) == folder.resolve()]
 
 
-def _version_of(output: Any, pushed: bool = False) -> DataVersion:
+def _make_data_version(output: Any, pushed: bool = False) -> DataVersion:
     stage = output.stage
     pointer = "dvc.lock" if Path(stage.path).name == "dvc.yaml" else Path(stage.relpath).as_posix()
     return DataVersion(digest=output.hash_info.value, pointer=pointer, pushed=pushed)
@@ -393,14 +393,14 @@ class RemoteShards:
     """``diffusion.data.shards.ShardStore`` of the data set in ``folder``, pushed to ``source``."""
 
     def __init__(self, folder: Path, source: str) -> None:
-        self.folder, self.source, self.remote, self._lock = folder, source, Remote.at(source), Lock()
+        self.folder, self.source, self.remote, self._lock = folder, source, Remote.from_url(source), Lock()
 
     def fetch(self, entry: FileEntry, path: Path) -> None:
         """Fetch a shard to ``path``, overwriting it; raises UserError if the remote does not have it."""
         with self._lock:
             listings = self._listings
         for listing in listings:
-            with suppress(KeyError, Missing):
+            with suppress(KeyError, MissingObjectError):
                 self.remote.fetch(listing[entry.name], path)
                 return
         raise UserError(

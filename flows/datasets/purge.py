@@ -30,7 +30,7 @@ WORK_FILES = (
 """Files of ingest and training in the work folder, which are created again when needed."""
 
 
-class Purged(Config):
+class PurgeResult(Config):
     """Deleted copies."""
 
     dvc_objects: list[str]
@@ -62,8 +62,8 @@ def unreferenced_objects(versions: Iterable[Manifest], others: Iterable[Manifest
 
     ``others`` are the data set's versions that stay. Objects that any other folder in DVC needs stay as well.
     """
-    cache = Cache.here()
-    depots: list[Cache | Remote] = [Remote.at(source), *([cache] if cache else [])]
+    cache = Cache.from_working_folder()
+    depots: list[Cache | Remote] = [Remote.from_url(source), *([cache] if cache else [])]
     manifest_md5s = {hashlib.md5(manifest_bytes(version), usedforsecurity=False).hexdigest() for version in versions}
     listings: dict[str, Listing] = {name: listing for depot in depots for name, listing in depot.listings()}
     doomed_listings = {

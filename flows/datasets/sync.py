@@ -21,7 +21,7 @@ from diffusion.data.versions.versions import remember
 from flows.config import Params
 from flows.datasets import catalog, dvc
 from flows.datasets.catalog import Catalog, Heads
-from flows.datasets.checkout import CheckedOut, DatasetLocation, checkout, choice, remove_others, unpin
+from flows.datasets.checkout import CheckoutResult, DatasetLocation, checkout, read_pin, remove_others, unpin
 from flows.datasets.dvc import DataVersion, is_whole
 from flows.deployment.tasks import emit, retryable_task
 from flows.environment import data_source
@@ -31,23 +31,23 @@ logger = logging.getLogger(__name__)
 
 
 @retryable_task
-def sync(params: Params, version: str | None = None) -> CheckedOut | None:
+def sync(params: Params, version: str | None = None) -> CheckoutResult | None:
     """Check out ``version``, or the newest one if the local one is older or missing; None if nothing was done."""
     source = data_source()
     catalog = Catalog.of(params.training.dataset, source)
-    if (target := version or newer(params, catalog)) is None:
+    if (target := version or find_newer_version(params, catalog)) is None:
         return None
     catalog.fetch_removals(params.dataset_folder)
     return checkout(params.dataset_folder, target, lambda: source)
 
 
-def newer(params: Params, catalog: Catalog) -> str | None:
+def find_newer_version(params: Params, catalog: Catalog) -> str | None:
     """Newest version in the ``catalog``; None if the local one descends from it or was never published."""
     head, folder = Heads(catalog).newest(), params.dataset_folder
     if head is None or not (folder / "manifest.json").is_file():
         return head
     # An unpublished version exists only here: the next ingest adds it to the newest.
-    unpublished = catalog.written(read_manifest(folder).digest) is None
+    unpublished = catalog.find_publication_time(read_manifest(folder).digest) is None
     return None if unpublished or any(version.digest == head for version in versions(folder)) else head
 
 
@@ -56,14 +56,14 @@ def announce(params: Params, silently: bool) -> None:
     """Emit the event of the local version, once, with an ID of its own; ``silently`` only marks it as announced."""
     catalog = Catalog.of(params.training.dataset, data_source())
     version = read_manifest(params.dataset_folder)
-    if catalog.announced(version.digest):
+    if catalog.is_announced(version.digest):
         return
     if not silently:
-        emit(created(version, catalog))
+        emit(make_version_event(version, catalog))
     catalog.mark_announced(version.digest)
 
 
-def created(version: Manifest, catalog: Catalog) -> Event:
+def make_version_event(version: Manifest, catalog: Catalog) -> Event:
     """Prefect event for the creation of ``version``."""
     return Event(
         event=CREATED,
@@ -86,7 +86,7 @@ def bring_up_to_date(
     with FileLock(work_folder(folder) / "lock"):
         dataset_catalog = Catalog.of(folder.name, source)
         dataset_catalog.fetch_removals(folder)
-        if (head := Heads(dataset_catalog).newest()) is not None and not _goes_on_from(folder, head):
+        if (head := Heads(dataset_catalog).newest()) is not None and not _descends_from(folder, head):
             _move(folder, source, dataset_catalog, head, config, rebuilding)
         if (folder / "manifest.json").is_file():
             for removal in remove_known(folder, progress):
@@ -100,17 +100,17 @@ def publish(folder: Path, source: str) -> DataVersion | None:
     and publish again. Killed and given again, it ends the same.
     """
     dataset_catalog = Catalog.of(folder.name, source)
-    with FileLock(work_folder(folder) / "lock"), catalog.pushing(folder.name, source, dataset_catalog.store):
-        if dataset_catalog.held_removals(folder):
+    with FileLock(work_folder(folder) / "lock"), catalog.mark_push(folder.name, source, dataset_catalog.store):
+        if dataset_catalog.find_held_removals(folder):
             return None
         version = dvc.record_data(folder, source)
         dataset_catalog.publish(read_manifest(folder), version.digest)
         # A takedown writes its record first and then lists the versions in the catalog. So either we see the record
         # of a concurrent takedown, or it sees this version.
-        if dataset_catalog.held_removals(folder):
+        if dataset_catalog.find_held_removals(folder):
             return None
         current = read_manifest(folder)
-        pin = choice(folder)
+        pin = read_pin(folder)
         line = {ancestor.digest for ancestor in versions(folder)}
         if (faster := Heads(dataset_catalog).advance(current.digest, line | set(pin.known if pin else ()))) is not None:
             logger.info("version %s of data set %s was published meanwhile", faster[:12], folder.name)
@@ -125,11 +125,11 @@ def publish(folder: Path, source: str) -> DataVersion | None:
         return version
 
 
-def _goes_on_from(folder: Path, head: str) -> bool:
+def _descends_from(folder: Path, head: str) -> bool:
     """Whether the local version descends from ``head``, or leaves it out on purpose."""
     if not (folder / "manifest.json").is_file():
         return False
-    pin = choice(folder)
+    pin = read_pin(folder)
     return any(version.digest == head for version in versions(folder)) or (pin is not None and head in pin.known)
 
 
@@ -145,7 +145,7 @@ def _move(
         # A rebuild needs only the tables of the version before, which name the images that were taken down.
         place.make_current(theirs, with_removed=True, without_shards=rebuilding and config.near_duplicates is None)
         return
-    if (pin := choice(folder)) is not None:
+    if (pin := read_pin(folder)) is not None:
         # The same checkout again would leave it out on purpose.
         remember(folder, theirs)
         raise ConflictError(
@@ -155,7 +155,7 @@ def _move(
             "out"
         )
     ours = read_manifest(folder)
-    if (base := _common(folder, place, theirs)) is not None and base.digest == ours.digest:
+    if (base := _find_common_ancestor(folder, place, theirs)) is not None and base.digest == ours.digest:
         place.make_current(theirs, with_removed=True)
         logger.info("%s goes on from version %s, which another machine published", folder, head[:12])
         return
@@ -174,7 +174,7 @@ def _move(
         )
 
 
-def _common(folder: Path, place: DatasetLocation, theirs: Manifest) -> Manifest | None:
+def _find_common_ancestor(folder: Path, place: DatasetLocation, theirs: Manifest) -> Manifest | None:
     """Newest common ancestor of the local version and ``theirs``; None if there is none."""
     line = {ancestor.digest: ancestor for ancestor in versions(folder)}
     child = theirs

@@ -104,17 +104,17 @@ def read_definitions(path: Path, values: Mapping[str, Any]) -> dict[str, Any]:
         raise UserError(f"{path} lacks {', '.join(missing_sections)}: begin with a copy of {PACKAGED}")
     if "WEBHOOK" not in values:
         tree["notifications"] = []
-    declarations: dict[str, Any] = filled(tree, values, path)
+    declarations: dict[str, Any] = fill_placeholders(tree, values, path)
     declarations["automations"] += declarations.pop("notifications")
     return declarations
 
 
-def filled(node: Any, values: Mapping[str, Any], path: Path) -> Any:
+def fill_placeholders(node: Any, values: Mapping[str, Any], path: Path) -> Any:
     """``node`` with ``values`` for ``{{ $NAME }}``: as they are where one stands alone, else as text."""
     if isinstance(node, dict):
-        return {name: filled(value, values, path) for name, value in node.items()}
+        return {name: fill_placeholders(value, values, path) for name, value in node.items()}
     if isinstance(node, list):
-        return [filled(value, values, path) for value in node]
+        return [fill_placeholders(value, values, path) for value in node]
     if not isinstance(node, str):
         return node
     if unknown_names := [name for name in PLACEHOLDER.findall(node) if name not in values]:

@@ -69,11 +69,11 @@ def completed_state(result: R, message: str, name: str = "Completed", failed: bo
 def emit(event: Event) -> None:
     """Emit ``event``, and wait until the server has it: Prefect's own emitter sends in the background."""
 
-    async def confirmed() -> None:
+    async def emit_confirmed() -> None:
         async with get_events_client(checkpoint_every=1) as client:
             await client.emit(event)
 
-    asyncio.run(confirmed())
+    asyncio.run(emit_confirmed())
 
 
 def artifact_key(kind: str, name: str) -> str:

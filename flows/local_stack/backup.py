@@ -31,7 +31,7 @@ from diffusion.data.versions.takedown_records import Removal, parse_removal
 from flows.environment import SERVERS, settings
 from flows.local_stack.control import RESTORING, up
 from flows.local_stack.stack import LocalStack, servers_in_environment
-from flows.storage.s3 import ListedObject, Missing, Store, client
+from flows.storage.s3 import ListedObject, MissingObjectError, Store, client
 
 DATABASES = ("mlflow/mlflow.db", "mlflow/auth.db", "prefect/prefect.db")
 STAMP = "%Y%m%dT%H%M%SZ"
@@ -187,7 +187,7 @@ def save(
         if (entry := saved_objects.get((item.key, item.etag, item.size))) is None or not backups.has(entry):
             try:
                 sha256 = backups.keep(partial(store.fetch, bucket, item.key))
-                with store.in_words(bucket, item.key):
+                with store.explain_errors(bucket, item.key):
                     head = store.client.head_object(Bucket=bucket, Key=item.key)
                 entry = SavedObject(
                     key=item.key,
@@ -197,7 +197,7 @@ def save(
                     content_type=head["ContentType"],
                     metadata=head["Metadata"],
                 )
-            except Missing:
+            except MissingObjectError:
                 entry = None
         if entry is not None:
             entries.append(entry)

@@ -115,7 +115,7 @@ def down(report: Report) -> None:
                         "checkpoint"
                     )
         if (stack := LocalStack.read(folder)) is not None:
-            stack.updated(processes={})
+            stack.update_state(processes={})
     report("the local stack is stopped; `darkroom up` starts it again with its data")
 
 
@@ -173,7 +173,7 @@ def _configure(stack: LocalStack, external_servers: dict[Server, str]) -> LocalS
                 numbers = {name: port for name, port in numbers.items() if name not in names}
         new_names = [name for name in names if name not in numbers]
         numbers |= zip(new_names, choose_ports(len(new_names), numbers.values()), strict=True)
-    return stack.updated(servers=tuple(ours), ports=numbers)
+    return stack.update_state(servers=tuple(ours), ports=numbers)
 
 
 def _start_all(stack: LocalStack, report: Report) -> None:
@@ -191,7 +191,7 @@ def _start_all(stack: LocalStack, report: Report) -> None:
                 if service.name in new_services:
                     raise _failure(stack, service, "ended at once")
                 _halt(stack, service.name)
-                stack = stack.updated(processes={**stack.state.processes, service.name: service.start(stack)})
+                stack = stack.update_state(processes={**stack.state.processes, service.name: service.start(stack)})
                 new_services.add(service.name)
             if _serves(stack, service):
                 queue.remove(service)

@@ -22,11 +22,11 @@ from flows.environment import SECRET_VARIABLE, SERVER_TITLES, SERVER_VARIABLES, 
 LARGEST = 64 * 2**20  # largest accepted response, in bytes
 
 
-class NotServing(DarkroomError):
+class NotServingError(DarkroomError):
     """The service does not answer correctly (yet)."""
 
 
-class WrongLogin(UserError):
+class LoginRejectedError(UserError):
     """The server rejects user or password."""
 
 
@@ -35,7 +35,7 @@ def request_json(url: str, login: str = "", body: Any = None, timeout: float = 3
     try:
         return json.loads(fetch(url, login, body, timeout))
     except ValueError as error:
-        raise NotServing(f"{without_login(url)[0]}: {error}") from error
+        raise NotServingError(f"{split_login(url)[0]}: {error}") from error
 
 
 def query_mlflow(path: str, body: Any = None, timeout: float = 3) -> Any:
@@ -60,9 +60,10 @@ def server_url(variable: str) -> str:
 def fetch(url: str, login: str = "", body: Any = None, timeout: float = 3) -> bytes:
     """Send a GET, or a POST of ``body``; returns the raw response.
 
-    Raises NotServing without one within ``timeout`` seconds, WrongLogin if the server rejects user or password.
+    Raises NotServingError without one within ``timeout`` seconds, LoginRejectedError if the server rejects user or
+    password.
     """
-    url, url_login = without_login(url)
+    url, url_login = split_login(url)
     login, headers = login or url_login, {"Content-Type": "application/json"}
     if login:
         headers["Authorization"] = f"Basic {base64.b64encode(login.encode()).decode()}"
@@ -75,16 +76,16 @@ def fetch(url: str, login: str = "", body: Any = None, timeout: float = 3) -> by
             content = bytes(answer.read(LARGEST + 1))
     except urllib.error.HTTPError as error:
         if error.code == 401:
-            raise WrongLogin(f"{url}: wrong user or password") from error
-        raise NotServing(f"{url}: {error}") from error
+            raise LoginRejectedError(f"{url}: wrong user or password") from error
+        raise NotServingError(f"{url}: {error}") from error
     except (OSError, ValueError, http.client.HTTPException) as error:
-        raise NotServing(f"{url}: {error}") from error
+        raise NotServingError(f"{url}: {error}") from error
     if len(content) > LARGEST:
-        raise NotServing(f"{url}: answers with more than {LARGEST} bytes")
+        raise NotServingError(f"{url}: answers with more than {LARGEST} bytes")
     return content
 
 
-def without_login(url: str) -> tuple[str, str]:
+def split_login(url: str) -> tuple[str, str]:
     """Split ``url`` into the URL without login, and the login ``USER:PASSWORD``, which may be empty."""
     parts = urlsplit(url)
     login, separator, host = parts.netloc.rpartition("@")
@@ -94,7 +95,8 @@ def without_login(url: str) -> tuple[str, str]:
 def check(name: str) -> list[str]:
     """Check a server; returns what could not be tested, one line each.
 
-    ``name`` is one of ``CHECKS``, s3, or a http:// URL. Raises NotServing or UserError if the server does not work.
+    ``name`` is one of ``CHECKS``, s3, or a http:// URL. Raises NotServingError or UserError if the server does not
+    work.
     """
     if name == "s3":
         return _s3()
@@ -118,13 +120,13 @@ def require(*servers: Server) -> None:
         if server == "s3":
             require_s3_login()
         elif os.environ.get(variable, "").startswith("http"):
-            condition = retry_if_exception_type(NotServing)
+            condition = retry_if_exception_type(NotServingError)
             try:
                 Retrying(retry=condition, stop=stop_after_delay(10), wait=wait_fixed(1), reraise=True)(CHECKS[server])
-            except WrongLogin as error:
+            except LoginRejectedError as error:
                 hint = "MLFLOW_TRACKING_USERNAME and " if server == "mlflow" else ""
                 raise UserError(f"{SERVER_TITLES[server]} at {error}: set {hint}{SECRET_VARIABLE[server]}") from error
-            except NotServing as error:
+            except NotServingError as error:
                 raise DarkroomError(
                     f"{SERVER_TITLES[server]} does not answer ({error}): is it running, and is {variable} right?"
                 ) from error
@@ -132,20 +134,20 @@ def require(*servers: Server) -> None:
 
 def require_s3_login() -> None:
     """Raise UserError if the S3 server does not answer or does not know the keys; what they may do is not checked."""
-    from flows.storage.s3 import PROBE, Denied, Store, WrongKeys
+    from flows.storage.s3 import PROBE, AccessDeniedError, Store, WrongCredentialsError
 
     try:
         next(Store().list_keys(settings().bucket, f"samples/{PROBE}"), None)
-    except WrongKeys:
+    except WrongCredentialsError:
         raise
-    except Denied:  # these keys may not list everything, as a command may not need
+    except AccessDeniedError:  # these keys may not list everything, as a command may not need
         pass
 
 
 def _s3() -> list[str]:
     """What could not be tested of the S3 server; raises UserError without an answer or conditional writes."""
     # boto3 takes half a second to import, which the other checks save.
-    from flows.storage.s3 import PROBE, Denied, Store, client
+    from flows.storage.s3 import PROBE, AccessDeniedError, Store, client
 
     bucket = settings().bucket
     store = Store(client(attempts=1, read_timeout=3))
@@ -153,7 +155,7 @@ def _s3() -> list[str]:
     list(store.list_keys(bucket, f"samples/{PROBE}"))
     try:
         store.require_conditional_puts(bucket, "samples")
-    except Denied:
+    except AccessDeniedError:
         return ["s3: these keys may not write to samples/, so whether the server honours If-None-Match was not tested"]
     return []
 

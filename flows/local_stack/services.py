@@ -13,7 +13,7 @@ import psutil
 from diffusion.common.files import digest_of
 from flows.environment import DEFAULTS, SERVER_PREFIXES, SERVERS, Server, loopback_no_proxy
 from flows.local_stack import seaweedfs
-from flows.local_stack.http_api import NotServing, request_json
+from flows.local_stack.http_api import NotServingError, request_json
 from flows.local_stack.server_process import LOOPBACK, Process, marks, start
 from flows.local_stack.stack import LocalStack, ServiceName, write_private
 from flows.storage.s3 import Store, client
@@ -158,7 +158,7 @@ def _worker(stack: LocalStack) -> Service:
         # A dead worker stays online on the server for a while.
         online = [worker["last_heartbeat_time"] for worker in workers if worker["status"] == "ONLINE"]
         if not any(datetime.fromisoformat(beat).timestamp() > start_time for beat in online):
-            raise NotServing(f"the worker has not reported to the work pool {POOL}")
+            raise NotServingError(f"the worker has not reported to the work pool {POOL}")
 
     command = [
         *(sys.executable, "-m", "prefect", "worker", "start"),

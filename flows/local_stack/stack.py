@@ -112,9 +112,9 @@ class LocalStack:
         # A killed first `up` may have written credentials that the servers already use.
         credentials = Credentials.model_validate_json(path.read_bytes()) if path.exists() else Credentials()
         write_private(path, credentials.model_dump_json(indent=2))
-        return cls(folder, credentials, State(bucket=bucket)).updated()
+        return cls(folder, credentials, State(bucket=bucket)).update_state()
 
-    def updated(self, **changes: object) -> "LocalStack":
+    def update_state(self, **changes: object) -> "LocalStack":
         """Copy of the stack with changed state, which is written to disk."""
         stack = replace(self, state=self.state.model_copy(update=changes))
         write_private(self.folder / "stack.json", stack.state.model_dump_json(indent=2))

@@ -16,9 +16,9 @@ from prometheus_client.registry import Collector
 
 from diffusion.common.errors import DarkroomError, UserError
 from flows.environment import Server, settings
-from flows.local_stack.http_api import NotServing, WrongLogin, query_mlflow, query_prefect
+from flows.local_stack.http_api import LoginRejectedError, NotServingError, query_mlflow, query_prefect
 from flows.registry.alarms import Alarms, Cause, NumberedAlarm
-from flows.registry.ledger import History, Known, Ledger, Newest
+from flows.registry.ledger import History, Known, Ledger, NewestEntry
 from flows.storage.s3 import ListedObject, Location, Store, client
 
 GAUGES: Mapping[str, tuple[str, tuple[str, ...]]] = {
@@ -70,7 +70,7 @@ class Servers(Collector):
 
     def __init__(self) -> None:
         # By model: a ledger is read again when its listing or MLflow's record of it changes.
-        self.read: dict[str, LedgerRead] = {}
+        self.read: dict[str, LedgerSnapshot] = {}
         # Alarms are written once: each is read once.
         self.alarms: dict[ListedObject, NumberedAlarm] = {}
 
@@ -97,7 +97,7 @@ class Servers(Collector):
 
 
 def prefect_samples() -> Iterator[Sample]:
-    """Metrics of flow runs, workers and concurrency limits; raises NotServing."""
+    """Metrics of flow runs, workers and concurrency limits; raises NotServingError."""
     flows = {flow["id"]: flow["name"] for flow in _pages("flows/filter", {})}
     now = datetime.now(UTC)
     start_query = {"expected_start_time": {"before_": now.isoformat()}}
@@ -148,21 +148,21 @@ def last_success_samples(flow: str, run: Mapping[str, Any]) -> Iterator[Sample]:
 
 
 @dataclass(frozen=True)
-class LedgerRead:
+class LedgerSnapshot:
     """A parsed ledger, with the listing and MLflow record that it was read from."""
 
-    listed: tuple[ListedObject, ...]
+    listing: tuple[ListedObject, ...]
     known: Known
     history: History
 
 
-def ledger_samples(cache: dict[str, LedgerRead]) -> Iterator[Sample]:
+def ledger_samples(cache: dict[str, LedgerSnapshot]) -> Iterator[Sample]:
     """Metrics of all ledgers, with those read before in ``cache``; without MLflow's answer, by its last records."""
     place, store = Location(settings().bucket) / "ledger", Store(client(attempts=1, read_timeout=5))
     try:
         # Before the ledgers are listed: entries are appended before they are recorded in MLflow.
         records = _query_records(str(place))
-    except (NotServing, WrongLogin):
+    except (NotServingError, LoginRejectedError):
         records = {model: entry.known for model, entry in cache.items()}
     keys = (key.removeprefix(place.key("")) for key in store.list_keys(place.bucket, place.key("")))
     for model in sorted({key.partition("/")[0] for key in keys if "/" in key} | records.keys()):
@@ -170,9 +170,9 @@ def ledger_samples(cache: dict[str, LedgerRead]) -> Iterator[Sample]:
             if (record := records.get(model, {})) is None:
                 raise UserError(f"MLflow's record of the ledger of {model} is invalid")
             ledger = Ledger(place / model, store)
-            snapshot, objects = cache.get(model), ledger.listed()
-            if snapshot is None or (snapshot.listed, snapshot.known) != (objects, record):
-                cache[model] = snapshot = LedgerRead(objects, record, ledger.read(record, objects))
+            snapshot, objects = cache.get(model), ledger.list_objects()
+            if snapshot is None or (snapshot.listing, snapshot.known) != (objects, record):
+                cache[model] = snapshot = LedgerSnapshot(objects, record, ledger.read(record, objects))
             history = snapshot.history
         except UserError:
             yield "darkroom_ledger_intact", (model,), 0
@@ -205,8 +205,8 @@ def alarm_samples(cache: dict[ListedObject, NumberedAlarm]) -> Iterator[Sample]:
 
 def champion_samples(model: str, history: History) -> Iterator[Sample]:
     """Version of the champion, the time of its promotion, and its metrics in the gate's newest verdict on it."""
-    champion = history.standing.champion
-    dates = [entry.when for entry in history.entries if entry.moves and entry.to_version == champion]
+    champion = history.alias_numbers.champion
+    dates = [entry.when for entry in history.entries if entry.changes_champion and entry.to_version == champion]
     if champion is None or not dates:
         return
     yield "darkroom_champion_version", (model,), champion
@@ -227,7 +227,7 @@ def _query_records(place: str) -> dict[str, Known | None]:
         for model in answer.get("registered_models", ()):
             name, tags = model["name"], {tag["key"]: tag["value"] for tag in model.get("tags", ())}
             try:
-                record = Newest.of(name, tags)
+                record = NewestEntry.of(name, tags)
             except UserError:
                 records[name] = None
                 continue
@@ -238,7 +238,7 @@ def _query_records(place: str) -> dict[str, Known | None]:
 
 
 def mlflow_samples() -> Iterator[Sample]:
-    """Metrics of running trainings; raises NotServing or WrongLogin."""
+    """Metrics of running trainings; raises NotServingError or LoginRejectedError."""
     entries = query_mlflow("experiments/search", {"max_results": MOST}).get("experiments", ())
     if experiments := {experiment["experiment_id"]: experiment["name"] for experiment in entries}:
         trainings = "attributes.status = 'RUNNING' and tags.`darkroom.train_key` != ''"

@@ -34,10 +34,10 @@ from flows.registry import model_versions
 from flows.registry.model_versions import CODE, CODE_FOLDER, SERVED_MODEL, Version, digest_code
 from flows.registry.takedown_marks import warn_of_takedown
 from flows.sampling import sampling_batch
-from flows.sampling.generate_batch import conditions_of, fetch_table
+from flows.sampling.generate_batch import fetch_table, select_conditions
 from flows.sampling.lookup import LocatedImage, Origin, find, pixels_sha256, read_image, read_pixels, read_rows
 from flows.sampling.sampling_batch import SamplingBatch
-from flows.storage.s3 import Location, Missing, Store
+from flows.storage.s3 import Location, MissingObjectError, Store
 from flows.tracking.console import reporter
 
 TOLERANCE = 2.0
@@ -136,7 +136,7 @@ def reproduce(address: str, count: int | None = None, out: Path | None = None, i
     table = fetch_table(store, batch, place)
     with TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        conditions = [conditions_of(batch, table, chunk) for chunk in chunks]
+        conditions = [select_conditions(batch, table, chunk) for chunk in chunks]
         request = {
             "weights": str(model_versions.cached_weights(version).resolve()),
             "folder": str(folder),
@@ -211,12 +211,12 @@ def _chunks(batch: SamplingBatch, image: LocatedImage | None, count: int | None)
 def _originals(store: Store, place: Location, batch: SamplingBatch, chunk: range) -> list[LocatedImage]:
     try:
         rows = {row["index"]: row for row in read_rows(store, place, batch, chunk.start // batch.chunk_size)}
-    except Missing as error:
+    except MissingObjectError as error:
         raise UserError(f"{place} is not finished: give the same `darkroom sample` again first") from error
 
     def get(index: int) -> LocatedImage:
         png = b""
-        with suppress(Missing):
+        with suppress(MissingObjectError):
             png = read_image(store, place, batch, index, rows.get(index))
         return LocatedImage(png, None, index, rows.get(index))
 

@@ -26,10 +26,10 @@ from diffusion.data.manifest import Sha256
 from diffusion.generation.requests import ABOUT, RequestRecord
 from flows import environment
 from flows.sampling.lookup import Success, find, read_image, read_rows
-from flows.sampling.sampling_batch import BATCH, LARGEST_IMAGE, SUCCESS, Row, conflicts, image_key, part_key
+from flows.sampling.sampling_batch import BATCH, LARGEST_IMAGE, SUCCESS, Row, find_conflicts, image_key, part_key
 from flows.signing.images import ImageSigner, verify_image
-from flows.signing.keys import NotVerified, SigningKey, describe
-from flows.storage.s3 import DELETED, PROBE, Location, Missing, Store
+from flows.signing.keys import SignatureError, SigningKey, describe
+from flows.storage.s3 import DELETED, PROBE, Location, MissingObjectError, Store
 
 SIGNING = "signing.json"
 AT_ONCE = 8  # images in transfer at the same time
@@ -144,7 +144,7 @@ class Prefix:
     store: Store
 
     def get(self, name: str) -> bytes | None:  # noqa: D102
-        with suppress(Missing):
+        with suppress(MissingObjectError):
             return self.store.get(self.place.bucket, self.place.key(name), LARGEST_IMAGE)
         return None
 
@@ -165,7 +165,7 @@ class Prefix:
         return str(self.place)
 
 
-def place_of(address: str) -> Folder | Prefix:
+def parse_place(address: str) -> Folder | Prefix:
     """Folder or prefix that ``address`` names."""
     return Prefix(Location.parse(address), Store()) if address.startswith("s3://") else Folder(Path(address))
 
@@ -187,7 +187,7 @@ def sign_images(
         UserError: There are no images to sign, one was altered, or the key has no usable certificate.
         ConflictError: ``out`` holds something else.
     """
-    signer, target = ImageSigner(key), place_of(out)
+    signer, target = ImageSigner(key), parse_place(out)
     source = _Batch(what) if what.startswith("s3://") else _Request(Path(what))
     original = None if parent is None else source.read_parent(parent)
     signing = Signing(
@@ -240,7 +240,7 @@ def _sign(target: Place, signer: ImageSigner, parent: bytes | None, image: Unsig
             signed_image = verify_image(copy)
             # Serial numbers of certificates are random. Whoever forges one as well fails at `darkroom verify --trust`.
             is_ours = signed_image.serial_number == signer.serial_number and signed_image.lineage == image.lineage
-        except NotVerified:
+        except SignatureError:
             is_ours = False
         if not is_ours:
             raise ConflictError(
@@ -279,7 +279,7 @@ class _Batch:
         if [row["index"] for row in rows] != list(self.batch.chunks()[chunk]):
             raise UserError(f"{self.place}/{part_key(chunk)} was altered: `darkroom trace {self.place}` says more")
         for row in rows:
-            if problems := conflicts(self.batch, row["index"], row):
+            if problems := find_conflicts(self.batch, row["index"], row):
                 raise UserError(f"{self.place}/{row['key']} contradicts its batch: {', '.join(problems)}")
             fields = {"index": row["index"], "label": row["label"], "prompt": row["prompt"] if prompts else None}
             lineage = batch_fields | fields | {"image_sha256": row["sha256"], "pixels_sha256": row["pixels_sha256"]}
@@ -352,10 +352,10 @@ def _require_unaltered(png: bytes, sha256: str, name: str, prompts: bool) -> byt
     """Check that ``png`` is what was generated; returns it, without its prompt unless ``prompts``."""
     if sha256_bytes(png) != sha256:
         raise UserError(f"{name} was altered since it was generated, and is not signed: generate it again")
-    return png if prompts else without_prompt(png)
+    return png if prompts else remove_prompt(png)
 
 
-def without_prompt(png: bytes) -> bytes:
+def remove_prompt(png: bytes) -> bytes:
     """Leave the text chunk with the prompt out of a PNG; all other bytes stay."""
     chunks, offset = [png[:8]], 8
     while offset < len(png):

@@ -26,8 +26,8 @@ from flows.provenance.reproduce import fetch_code
 from flows.registry import model_versions
 from flows.registry.aliases import none_if_missing
 from flows.registry.model_versions import CODE, WEIGHTS
-from flows.registry.takedown_marks import TAKEDOWN, names_of
-from flows.sampling.lookup import LocatedImage, Origin, SampleLocation, disagreements, find
+from flows.registry.takedown_marks import TAKEDOWN, parse_takedown_names
+from flows.sampling.lookup import LocatedImage, Origin, SampleLocation, find, find_disagreements
 from flows.sampling.sampling_batch import SUCCESS, SamplingBatch
 from flows.storage.s3 import DELETED, Location, Store
 from flows.storage.tags import Tags, parse_tags
@@ -135,7 +135,7 @@ class Trace(Config):
 
 def trace(address: str) -> Trace:
     """Trace a generated image or a sampling batch, by S3 address or local file; raises UserError for others."""
-    return _Walk().along(address)
+    return _Walk().build_trace(address)
 
 
 class _Walk:
@@ -146,18 +146,18 @@ class _Walk:
         self.broken: list[str] = []
 
     @contextmanager
-    def noting(self) -> Iterator[None]:
+    def record_errors(self) -> Iterator[None]:
         try:
             yield
         except UserError as error:
             self.broken.append(str(error))
 
-    def along(self, address: str) -> Trace:
+    def build_trace(self, address: str) -> Trace:
         location = find(address, self.store, environment.settings().bucket)
         origin, batch, place = location.origin, location.batch, location.place
         image = location.image and self.image(location, location.image)
         if batch is not None and place is not None:
-            self.broken += disagreements(self.store, batch, place, image.index if image else None)
+            self.broken += find_disagreements(self.store, batch, place, image.index if image else None)
         elif not isinstance(origin, Origin) or origin.task is None:
             self.broken.append(f"no batch of {location.where} is to be found beside it, or at the usual place")
         elif location.request is None:
@@ -198,7 +198,7 @@ class _Walk:
             data=manifest and self.data(manifest, tags.dvc_digest, source, released_from),
             origins=self.origins(model) if model else [],
             drift=tags.drift,
-            takedowns=self.takedowns(tags.dataset, model, run, manifest, source),
+            takedowns=self.find_takedowns(tags.dataset, model, run, manifest, source),
             broken=list(dict.fromkeys(self.broken)),
         )
 
@@ -231,7 +231,7 @@ class _Walk:
         sources = [(model.uri, model.tags)] if model else []
         sources += [(f"run {run.info.run_id}", run.data.tags)] if run else []
         for source, tags in sources:
-            with self.noting():
+            with self.record_errors():
                 fields |= parse_tags(tags, source).model_dump(exclude_none=True, by_alias=True)
         return Tags.model_validate(fields)
 
@@ -245,8 +245,8 @@ class _Walk:
         if batch is not None and model_version.tags.get(WEIGHTS) != batch.weights_sha256:
             self.broken.append(f"{uri} has other weights now than those that generated the image")
         code_sha256 = None
-        with self.noting():
-            version = model_versions.version_of(self.client, name, number)
+        with self.record_errors():
+            version = model_versions.get_version(self.client, name, number)
             if batch is not None and batch.code_sha256 != version.code_sha256:
                 tag, batch_digest = version.code_sha256 or "nothing", batch.code_sha256 or "nothing"
                 self.broken.append(
@@ -270,7 +270,7 @@ class _Walk:
         origins, queue, uris = list[TracedOrigin](), [model.uri], set[str]()
         while queue:
             uris.add(uri := queue.pop())
-            with self.noting():
+            with self.record_errors():
                 version = model_versions.resolve(self.client, uri)
                 tags = parse_tags(version.tags, uri)
                 queue += [parent for parent in (tags.start, tags.autoencoder) if parent and parent not in uris]
@@ -298,7 +298,7 @@ class _Walk:
         manifest: Manifest | None = None
         if run is not None:
             artifact_uri = f"runs:/{run.info.run_id}/{MANIFEST_ARTIFACT}"
-            with self.noting():
+            with self.record_errors():
                 artifacts = self.client.list_artifacts(run.info.run_id, "dataset")
                 if MANIFEST_ARTIFACT not in {item.path for item in artifacts}:
                     raise UserError(f"run {run.info.run_id} keeps no manifest of what it saw (any more)")
@@ -336,28 +336,28 @@ class _Walk:
             self.broken.append(f"shards that lie neither on {source} nor here: {', '.join(lost_names[:3])}{more}")
         catalog = Catalog.of(version.name, source, self.store)
         if dvc_digest is None:
-            with self.noting():
+            with self.record_errors():
                 dvc_digest = catalog.pointer(version.digest)
         return TracedData(
             dataset=version.name,
             version=version.digest,
             content_digest=version.content_digest,
             dvc_digest=dvc_digest,
-            recorded=catalog.written(version.digest),
+            recorded=catalog.find_publication_time(version.digest),
             images=version.kept,
             sources=version.sources,
             captioners=version.captioners,
             shards=shards,
         )
 
-    def takedowns(
+    def find_takedowns(
         self, dataset: str | None, model: TracedModel | None, run: Run | None, version: Manifest | None, source: str
     ) -> list[Takedown]:
         marks = (model.tags if model else {}, run.data.tags if run else {})
-        names = {name for tags in marks for name in names_of(tags.get(TAKEDOWN)) if name}
+        names = {name for tags in marks for name in parse_takedown_names(tags.get(TAKEDOWN)) if name}
         records: dict[str, Removal] = {}
         if dataset:
-            with self.noting():
+            with self.record_errors():
                 records = {removal.name: removal for removal in Catalog.of(dataset, source, self.store).removals()}
         tables = {part.records.sha256 for part in version.parts} if version else set()
         names |= {name for name, removal in records.items() if tables.intersection(removal.tables)}

@@ -11,12 +11,12 @@ from diffusion.common.config import Config
 from diffusion.common.errors import UserError
 from diffusion.common.files import sha256_bytes
 from flows.provenance.bill_of_materials import BOM, bom_path, read_bom_files
-from flows.provenance.signed_images import SIGNING, Folder, Place, Prefix, SignedRow, Signing, place_of
-from flows.registry.ledger import LARGEST, SIGNATURES, BrokenChain, LedgerEntry, follow_chain
+from flows.provenance.signed_images import SIGNING, Folder, Place, Prefix, SignedRow, Signing, parse_place
+from flows.registry.ledger import LARGEST, SIGNATURES, BrokenChainError, LedgerEntry, follow_chain
 from flows.sampling.lookup import Success
 from flows.sampling.sampling_batch import SUCCESS
 from flows.signing.images import SignedImage, verify_image
-from flows.signing.keys import NotVerified, Trust, differences, signature_path, signed_files
+from flows.signing.keys import SignatureError, Trust, describe_differences, signature_path, signed_files
 from flows.storage.numbered_objects import NAME
 
 SIGNATURE = re.compile(rf"{SIGNATURES}/[0-9a-f]+/([0-9]{{8}})\.sig")
@@ -61,11 +61,11 @@ def verify(path: str, trust: Trust, head: str | None = None, model: str | None =
     if head is not None and not SHA256.fullmatch(head):
         raise UserError(f"--head {head} is no SHA-256: give the 64 hex digits that `darkroom verify` printed as head")
     of_ledger = {"--head": head, "--model": model}
-    place, local = place_of(path), None if path.startswith("s3://") else Path(path)
+    place, local = parse_place(path), None if path.startswith("s3://") else Path(path)
     if path.lower().endswith(IMAGES) and not (local is not None and local.is_dir()):
         _reject_options("an image", of_ledger | {"--key": trust.key})
         folder, _, name = path.rpartition("/")
-        data = place_of(folder).get(name) if local is None else Folder(Path()).get(path)
+        data = parse_place(folder).get(name) if local is None else Folder(Path()).get(path)
         if data is None:
             raise UserError(f"there is no {path}: give an image, a folder, or an S3 address")
         return [_image(path, data, trust)[0]]
@@ -100,16 +100,16 @@ def _signed_files(path: Path, trust: Trust) -> Iterator[Check]:
     for target in [path, bom] if bom.is_file() or signature_path(bom).is_file() else [path]:
         try:
             if not target.exists():
-                raise NotVerified("it is gone, and its signature is there")
+                raise SignatureError("it is gone, and its signature is there")
             if not signature_path(target).is_file():
-                raise NotVerified(f"it has no signature {signature_path(target).name} beside it")
+                raise SignatureError(f"it has no signature {signature_path(target).name} beside it")
             signer = trust.verify(target, signature_path(target))
             if target == path:
                 files = signed_files(signature_path(path))
-            elif files is not None and (problem := differences(read_bom_files(bom), files)):
-                raise NotVerified(f"it is of other files than {path} holds: {problem}")
+            elif files is not None and (problem := describe_differences(read_bom_files(bom), files)):
+                raise SignatureError(f"it is of other files than {path} holds: {problem}")
             yield Check(path=str(target), kind=kind, verified=True, trusted=True, summary=f"signed by {signer}")
-        except (NotVerified, ValueError) as error:
+        except (SignatureError, ValueError) as error:
             yield _fail(str(target), kind, str(error))
         kind = "bill of materials"
 
@@ -117,7 +117,7 @@ def _signed_files(path: Path, trust: Trust) -> Iterator[Check]:
 def _image(path: str, data: bytes, trust: Trust) -> tuple[Check, SignedImage | None]:
     try:
         image = verify_image(data, None if trust.roots_pem is None else trust.roots_pem.decode())
-    except NotVerified as error:
+    except SignatureError as error:
         return _fail(path, "image", str(error)), None
     summary = f"signed by {image.signer}"
     if not image.trusted:
@@ -232,27 +232,27 @@ def _ledger(path: str, place: Place, names: list[str], trust: Trust, head: str |
     for number, name in sorted(signatures, reverse=True):
         try:
             if number not in objects:
-                raise NotVerified("the entry is missing")
+                raise SignatureError("the entry is missing")
             signer = trust.verify_bytes(objects[number], place.get(name) or b"")
             # It stands for all before it.
             signed_heads = {number: sha256_bytes(objects[number])}
             break
-        except NotVerified as error:
+        except SignatureError as error:
             failures.append((number, f"the signature of entry {number}: {error}"))
     try:
         first_entry = LedgerEntry.model_validate_json(objects[min(objects)])
         if model is not None and first_entry.model != model:
-            raise NotVerified(f"it is the ledger of {first_entry.model}, and not that of {model}")
+            raise SignatureError(f"it is the ledger of {first_entry.model}, and not that of {model}")
         if not signed_heads:
-            raise NotVerified(
+            raise SignatureError(
                 f"no entry is signed by a trusted key ({failures[0][1] if failures else 'there is no signature'})"
             )
         entries, reasons = follow_chain(first_entry.model, objects, signed_heads)
     except ValidationError:
         return _fail(path, "ledger", f"entry {min(objects)} was altered")
-    except BrokenChain as error:
+    except BrokenChainError as error:
         return _fail(path, "ledger", f"entry {error.number} {error}")
-    except NotVerified as error:
+    except SignatureError as error:
         return _fail(path, "ledger", str(error))
     signed_number, newest_entry = max(signed_heads), entries[-1]
     problems = [f"entry {number} {reason}" for number, reason in reasons.items()]
@@ -266,7 +266,7 @@ def _ledger(path: str, place: Place, names: list[str], trust: Trust, head: str |
         problems.append(f"the entry with SHA-256 {head} is not in it: it was rolled back, or is another branch")
     if problems:
         return _fail(path, "ledger", "; ".join(problems))
-    champion = newest_entry.standing.champion
+    champion = newest_entry.alias_numbers.champion
     text = (
         f"model {newest_entry.model}, {len(entries)} entries, champion {'none' if champion is None else champion}, "
         f"head {newest_entry.digest}, signed by {signer}"

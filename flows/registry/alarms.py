@@ -20,7 +20,7 @@ from diffusion.data.manifest import Sha256
 from flows.config import MonitorConfig
 from flows.environment import settings
 from flows.storage.numbered_objects import NumberedObjects, first_free, object_name
-from flows.storage.s3 import Location, Missing, Store
+from flows.storage.s3 import Location, MissingObjectError, Store
 
 LARGEST = 2**14  # maximum size of an alarm in bytes; larger objects are no alarms
 
@@ -54,7 +54,7 @@ class NumberedAlarm(Alarm):
         return f"alarm {self.number} of {self.when:%Y-%m-%d %H:%M} UTC: {self.reason}"
 
 
-class Held(Config):
+class RetrainingHold(Config):
     """Why no retraining is requested although there is a reason."""
 
     limit: Literal["cooldown", "week"]
@@ -86,7 +86,7 @@ class Alarms(NumberedObjects):
                 alarms.append(self.read(number))
         return alarms
 
-    def request(self, alarm: Alarm, limits: MonitorConfig) -> NumberedAlarm | Held:
+    def request(self, alarm: Alarm, limits: MonitorConfig) -> NumberedAlarm | RetrainingHold:
         """Raise ``alarm`` unless there is one of its key, which is returned, or ``limits`` do not allow another one."""
         self.require_conditional_puts()
         while True:
@@ -94,13 +94,13 @@ class Alarms(NumberedObjects):
             alarms = self.all(numbers := self.numbers())
             if duplicates := [entry for entry in alarms if entry.key == alarm.key]:
                 return duplicates[0]
-            if (limit_hold := hold(alarms, limits, alarm.when)) is not None:
+            if (limit_hold := check_alarm_limits(alarms, limits, alarm.when)) is not None:
                 return limit_hold
             with suppress(ConflictError):
                 self.put(number := first_free(numbers), canonical_json(alarm.model_dump(mode="json")).encode())
                 return self.read(number)
 
-    def announced(self, alarm: NumberedAlarm) -> bool:
+    def is_announced(self, alarm: NumberedAlarm) -> bool:
         """Whether the event of the alarm was emitted."""
         return self.store.exists(self.place.bucket, self.place.key(f"announced/{object_name(alarm.number)}"))
 
@@ -115,14 +115,14 @@ class Alarms(NumberedObjects):
             self._put(name, run_id.encode())
         try:
             return self.store.get(self.place.bucket, self.place.key(name), most=LARGEST).decode(errors="replace")
-        except Missing:
+        except MissingObjectError:
             return run_id
 
     def _put(self, name: str, data: bytes) -> None:
         self.store.put_once(self.place.bucket, self.place.key(name), data, content_type="application/json")
 
 
-def hold(alarms: Sequence[NumberedAlarm], limits: MonitorConfig, now: datetime) -> Held | None:
+def check_alarm_limits(alarms: Sequence[NumberedAlarm], limits: MonitorConfig, now: datetime) -> RetrainingHold | None:
     """Whether ``limits`` forbid another alarm at ``now``, after ``alarms``; None if they do not."""
     week = [alarm for alarm in alarms if now - alarm.when < timedelta(days=7)]
     if len(week) >= limits.retrainings_per_week:
@@ -131,11 +131,11 @@ def hold(alarms: Sequence[NumberedAlarm], limits: MonitorConfig, now: datetime) 
             f"monitor.retrainings_per_week = {limits.retrainings_per_week} is used up (alarms {numbers}): see why "
             "retraining does not help, or run `darkroom retrain`"
         )
-        return Held(limit="week", words=message)
+        return RetrainingHold(limit="week", words=message)
     last_alarm = max(alarms, key=lambda alarm: alarm.when, default=None)
     cooldown = timedelta(hours=limits.cooldown_hours)
     if last_alarm is not None and now - last_alarm.when < cooldown:
         end = last_alarm.when + cooldown
         message = f"alarm {last_alarm.number} requested one already: not again before {end:%Y-%m-%d %H:%M} UTC"
-        return Held(limit="cooldown", words=message)
+        return RetrainingHold(limit="cooldown", words=message)
     return None

@@ -19,7 +19,7 @@ from mlflow.exceptions import MlflowException
 from diffusion.common.errors import UserError
 from diffusion.common.files import sha256_bytes
 from flows.environment import settings
-from flows.registry.ledger import NEWEST, History, Known, Ledger, LedgerEntry, Newest
+from flows.registry.ledger import NEWEST, History, Known, Ledger, LedgerEntry, NewestEntry
 from flows.signing.keys import SigningKey
 
 logger = logging.getLogger(__name__)
@@ -47,7 +47,7 @@ def none_if_missing(request: Callable[P, R], *args: P.args, **kwargs: P.kwargs) 
         return None
 
 
-def aliases_of(client: MlflowClient, model: str) -> dict[str, int]:
+def list_aliases(client: MlflowClient, model: str) -> dict[str, int]:
     """MLflow's values of ALIASES for ``model``; empty if it has no such model."""
     return _aliases(none_if_missing(client.get_registered_model, model))
 
@@ -58,7 +58,7 @@ def _aliases(model: RegisteredModel | None) -> dict[str, int]:
 
 
 def _newest(model: RegisteredModel | None) -> Known:
-    record = Newest.of(model.name, model.tags) if model else None
+    record = NewestEntry.of(model.name, model.tags) if model else None
     return {record.number: record.sha256} if record else {}
 
 
@@ -82,7 +82,7 @@ def read_record(client: MlflowClient, model: str) -> tuple[dict[int, str], dict[
     return digests, versions
 
 
-def verified(client: MlflowClient, ledger: Ledger) -> History:
+def read_verified_history(client: MlflowClient, ledger: Ledger) -> History:
     """Read all entries of the ledger; raises UserError if they differ from MLflow's record."""
     return ledger.read(read_record(client, ledger.model)[0])
 
@@ -129,8 +129,8 @@ def remember(client: MlflowClient, ledger: Ledger, history: History) -> None:
     model = none_if_missing(client.get_registered_model, history.model)
     if model is None or history.head is None:
         return
-    theirs = Newest.of(history.model, model.tags)
-    ours = Newest(history.head.number, history.head.digest, str(ledger.place))
+    theirs = NewestEntry.of(history.model, model.tags)
+    ours = NewestEntry(history.head.number, history.head.digest, str(ledger.place))
     if theirs is None or (theirs.number <= ours.number and theirs != ours):
         client.set_registered_model_tag(history.model, NEWEST, str(ours))
 
@@ -166,7 +166,7 @@ def project(client: MlflowClient, ledger: Ledger) -> History:
         if history.head is None:
             return history
         _copy(client, history, versions)
-        current_aliases, target_aliases = aliases_of(client, history.model), history.head.aliases
+        current_aliases, target_aliases = list_aliases(client, history.model), history.head.aliases
         for alias in ALIASES:
             if (number := target_aliases.get(alias)) is None and alias in current_aliases:
                 client.delete_registered_model_alias(history.model, alias)
@@ -197,7 +197,9 @@ def _copy(client: MlflowClient, history: History, versions: Mapping[int, ModelVe
     copies: dict[int, dict[str, str]] = {}
     for entry in history.entries:
         tag = f"{COPY}{entry.number:08d}"
-        for version_number in {entry.version, entry.to_version, entry.from_version} if entry.moves else {entry.version}:
+        for version_number in (
+            {entry.version, entry.to_version, entry.from_version} if entry.changes_champion else {entry.version}
+        ):
             if version_number is not None:
                 copies.setdefault(version_number, {})[tag] = f"{entry} (sha256 {entry.digest})"
         copies[entry.version][f"{tag}.json"] = entry.data.decode()

@@ -8,29 +8,29 @@ from flows.config import Params
 from flows.deployment.tasks import retryable_task
 from flows.environment import settings
 from flows.registry import model_versions
-from flows.registry.aliases import CHAMPION, aliases_of, append, project, read_record, verified
+from flows.registry.aliases import CHAMPION, append, list_aliases, project, read_record, read_verified_history
 from flows.registry.ledger import Evidence, History, Ledger, LedgerEntry, What
 from flows.registry.model_versions import WEIGHTS, Version, registered_version
-from flows.registry.takedown_marks import TAKEDOWN, takedowns, with_takedowns
+from flows.registry.takedown_marks import TAKEDOWN, describe_takedowns, reload_with_takedowns
 
 
 @retryable_task
 def require_champion(params: Params) -> None:
     """Fetch the champion's weights if there is one; raises UserError with ways out if it or the ledger is unusable."""
     client = MlflowClient()
-    history = verified(client, Ledger.of(params.model_name))
+    history = read_verified_history(client, Ledger.of(params.model_name))
     if (problem := champion_problem(client, history)) is not None:
         raise UserError(problem)
-    if (champion := history.standing.champion) is not None:
+    if (champion := history.alias_numbers.champion) is not None:
         try:
-            model_versions.cached_weights(model_versions.version_of(client, history.model, champion))
+            model_versions.cached_weights(model_versions.get_version(client, history.model, champion))
         except UserError as error:
             raise UserError(f"{error}, or {_recovery_hints(client, history)}") from error
 
 
 def champion_problem(client: MlflowClient, history: History) -> str | None:
     """Describe in one line what is wrong with the champion, if any, with possible fixes; None if nothing is."""
-    if (number := history.standing.champion) is None or (problem := _problem(client, history, number)) is None:
+    if (number := history.alias_numbers.champion) is None or (problem := _problem(client, history, number)) is None:
         return None
     hints = _recovery_hints(client, history)
     return f"version {number} of {history.model} is champion by the ledger, and {problem}: {hints}"
@@ -40,7 +40,7 @@ def _problem(client: MlflowClient, history: History, number: int) -> str | None:
     """Reason why version ``number`` can neither be compared nor become champion; None if it can."""
     if (version := registered_version(client, history.model, number)) is None:
         return "is not in MLflow's registry any more"
-    if (entry := history.about(number)) is not None and entry.weights_sha256 != version.weights_sha256:
+    if (entry := history.find_newest_entry(number)) is not None and entry.weights_sha256 != version.weights_sha256:
         return "MLflow's registry has other weights under that number"
     if (size := model_versions.weights_size(version)) is None or not version.weights_sha256:
         return "its weights are gone"
@@ -51,7 +51,7 @@ def _problem(client: MlflowClient, history: History, number: int) -> str | None:
 
 
 def _recovery_hints(client: MlflowClient, history: History) -> str:
-    standing, (_, versions) = history.standing, read_record(client, history.model)
+    standing, (_, versions) = history.alias_numbers, read_record(client, history.model)
     candidates = [
         number
         for number in sorted(versions, key=lambda number: (number == standing.candidate, number), reverse=True)
@@ -85,9 +85,9 @@ def promote(
     ConflictError if another process changed the champion meanwhile.
     """
     client, ledger = MlflowClient(), Ledger.of(model)
-    history = verified(client, ledger)
+    history = read_verified_history(client, ledger)
     version = _require_usable(client, history, number, taken_down)
-    if history.standing.champion == number:
+    if history.alias_numbers.champion == number:
         return _finish(client, ledger, version, already=True)
     return _commit(client, ledger, history, "promote", version, reason, evidence)
 
@@ -98,9 +98,9 @@ def roll_back(model: str, reason: str | None = None) -> ChampionChange:
     Raises UserError if there is no usable previous champion, and ConflictError if another process changed it meanwhile.
     """
     client, ledger = MlflowClient(), Ledger.of(model)
-    history = verified(client, ledger)
-    head, now, previous_champion = history.head, history.standing.champion, history.standing.previous
-    is_incomplete = head is not None and head.what == "rollback" and aliases_of(client, model).get(CHAMPION) != now
+    history = read_verified_history(client, ledger)
+    head, now, previous_champion = history.head, history.alias_numbers.champion, history.alias_numbers.previous
+    is_incomplete = head is not None and head.what == "rollback" and list_aliases(client, model).get(CHAMPION) != now
     # A deleted version can have no alias in MLflow, so its rollback cannot be finished.
     if head is not None and is_incomplete and (version := registered_version(client, model, head.version)):
         return _finish(client, ledger, version, already=True)
@@ -121,11 +121,12 @@ def _commit(
     evidence: Evidence | None = None,
 ) -> ChampionChange:
     def decide(history: History) -> LedgerEntry:
-        if history.standing.champion != base_history.standing.champion:
+        if history.alias_numbers.champion != base_history.alias_numbers.champion:
             raise ConflictError(
-                f"{history.conflict()}: look at `darkroom model history`, and give the command again if it still holds"
+                f"{history.describe_conflict()}: look at `darkroom model history`, and give the command again if it "
+                "still holds"
             )
-        last_entry = history.about(version.number)
+        last_entry = history.find_newest_entry(version.number)
         basis = last_entry.evidence if last_entry and last_entry.evidence else evidence
         return history.next_entry(
             event, version.number, version.weights_sha256, by_hand=True, reason=reason, evidence=basis
@@ -136,7 +137,7 @@ def _commit(
 
 
 def _finish(client: MlflowClient, ledger: Ledger, version: Version, already: bool) -> ChampionChange:
-    entry = project(client, ledger).about(version.number)
+    entry = project(client, ledger).find_newest_entry(version.number)
     assert entry is not None, "who is champion has an entry that says so"
     return ChampionChange(version=version, entry=entry, already=already)
 
@@ -151,8 +152,8 @@ def _require_usable(client: MlflowClient, history: History, number: int, taken_d
     # Without weights it could neither generate images nor be compared with the next candidate.
     if not version.weights_sha256 or model_versions.weights_size(version) is None:
         raise UserError(f"{version.uri} has no weights ({WEIGHTS}, artifacts/weights.safetensors): promote another one")
-    version = with_takedowns(version)
-    if (message := takedowns(version)) and not taken_down:
+    version = reload_with_takedowns(version)
+    if (message := describe_takedowns(version)) and not taken_down:
         raise UserError(
             f"{message}, or say with `darkroom promote --to {number} --taken-down` that it may be champion all the same"
         )

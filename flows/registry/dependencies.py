@@ -12,13 +12,20 @@ from diffusion.common.errors import ConflictError, UserError
 from diffusion.common.files import canonical_json
 from diffusion.data.manifest import read_manifest
 from diffusion.training.setup import data_digest, train_key
-from flows.config import Params, registered, registered_start
+from flows.config import Params, registered_autoencoder, registered_initial_weights
 from flows.environment import settings
 from flows.registry import model_versions
 from flows.registry.aliases import CHAMPION, resolve_alias
 from flows.registry.model_versions import Version, registered_version
-from flows.registry.takedown_marks import TAKEDOWN, joined_names, names_of, takedowns, warn_of_takedown, with_takedowns
-from flows.storage.s3 import Location, Missing, Store
+from flows.registry.takedown_marks import (
+    TAKEDOWN,
+    describe_takedowns,
+    join_takedown_names,
+    parse_takedown_names,
+    reload_with_takedowns,
+    warn_of_takedown,
+)
+from flows.storage.s3 import Location, MissingObjectError, Store
 from flows.storage.tags import parse_model_uri
 
 logger = logging.getLogger(__name__)
@@ -43,7 +50,7 @@ def resolve_start(params: Params, uri: str) -> Version | None:
     key = place.key(f"{train_key(data_digest(manifest, training), params.model, training)}.json")
     try:
         data = store.get(place.bucket, key)
-    except Missing:
+    except MissingObjectError:
         store.require_conditional_puts(place.bucket, "starts")
         version = current_start(params, uri)
         start = Start(version=version and version.uri)
@@ -79,8 +86,8 @@ def current_start(params: Params, uri: str) -> Version | None:
         return model_versions.resolve(client, uri)
     if resolve_alias(client, params.model_name, CHAMPION) is None:
         return None
-    champion = with_takedowns(model_versions.resolve(client, uri))
-    if (message := takedowns(champion)) is not None:
+    champion = reload_with_takedowns(model_versions.resolve(client, uri))
+    if (message := describe_takedowns(champion)) is not None:
         logger.warning("%s; until there is another champion, training begins with random weights", message)
         return None
     return champion
@@ -102,17 +109,19 @@ class ResolvedParams:
 def resolve_params(params: Params, dry_run: bool = False) -> ResolvedParams:
     """Fetch the models that a training depends on; a ``dry_run`` records nothing. Raises UserError without one."""
     autoencoder, start, ready = None, None, params
-    if (uri := registered(params)) is not None:
-        autoencoder = with_takedowns(model_versions.resolve(MlflowClient(), uri))
+    if (uri := registered_autoencoder(params)) is not None:
+        autoencoder = reload_with_takedowns(model_versions.resolve(MlflowClient(), uri))
         ready = ready.model_copy(update={"model": params.model.model_copy(update={"autoencoder": _file(autoencoder)})})
-    if (uri := registered_start(params)) is not None:
+    if (uri := registered_initial_weights(params)) is not None:
         start = current_start(params, uri) if dry_run else resolve_start(params, uri)
-        start = start and with_takedowns(start)
+        start = start and reload_with_takedowns(start)
         training = params.training.model_copy(update={"init_from": start and _file(start)})
         ready = ready.model_copy(update={"training": training})
-    names = [name for version in (autoencoder, start) if version for name in names_of(version.tags.get(TAKEDOWN))]
+    names = [
+        name for version in (autoencoder, start) if version for name in parse_takedown_names(version.tags.get(TAKEDOWN))
+    ]
     uris = [version.uri if version else None for version in (autoencoder, start)]
-    return ResolvedParams(params, ready, uris[0], uris[1], joined_names(None, *names) or None)
+    return ResolvedParams(params, ready, uris[0], uris[1], join_takedown_names(None, *names) or None)
 
 
 def require_promotable(params: Params) -> None:

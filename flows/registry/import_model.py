@@ -23,7 +23,7 @@ from flows.registry import model_card, model_versions
 from flows.registry.model_versions import LICENCE, ORIGIN, Version
 from flows.registry.takedown_marks import TAKEDOWN
 from flows.tracking.console import reporter
-from flows.tracking.runs import AUTOENCODER, IMPORTED, ORIGIN_ARTIFACT, START, RunTracker, one_run
+from flows.tracking.runs import AUTOENCODER, IMPORTED, ORIGIN_ARTIFACT, START, RunTracker, find_or_create_run
 
 DIGEST = re.compile("[0-9a-f]{64}")
 LINEAGE = ("darkroom.content_digest", "darkroom.dvc_digest", "darkroom.dataset", TAKEDOWN, AUTOENCODER, START)
@@ -72,7 +72,7 @@ def _register(
     if header.origin is None and DIGEST.fullmatch(header.content_digest):
         # By which a takedown of images that it learned from finds it.
         tags |= {"darkroom.dataset": header.dataset, "darkroom.content_digest": header.content_digest}
-    if not (models := model_versions.stored_models(imported_file.sha256)):
+    if not (models := model_versions.find_stored_models(imported_file.sha256)):
         run_id, config = (
             _open_run(client, name, imported_file, header, tags),
             effective_sampling(header.model, sampling),
@@ -100,7 +100,7 @@ def _open_run(
         MLFLOW_SOURCE_TYPE: "LOCAL",
     }
     run_id = str(
-        one_run(
+        find_or_create_run(
             client, name, IMPORTED, imported_file.sha256, f"import-{imported_file.sha256[:8]}", run_tags
         ).info.run_id
     )

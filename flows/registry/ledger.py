@@ -119,17 +119,17 @@ class LedgerEntry(Config):
         return sha256_bytes(self.data)
 
     @property
-    def standing(self) -> AliasNumbers:
+    def alias_numbers(self) -> AliasNumbers:
         """Alias state after the entry."""
         return AliasNumbers(champion=self.to_version, previous=self.previous, candidate=self.candidate)
 
     @property
     def aliases(self) -> dict[str, int]:
         """Version numbers after the entry by alias, without unset ones."""
-        return self.standing.model_dump(exclude_none=True)
+        return self.alias_numbers.model_dump(exclude_none=True)
 
     @property
-    def moves(self) -> bool:
+    def changes_champion(self) -> bool:
         """Whether the entry changes the champion."""
         return self.from_version != self.to_version
 
@@ -150,13 +150,13 @@ class LedgerEntry(Config):
         statement = f"{answer} by {self.approval.by}" if self.approval.by else "no answer to the request for approval"
         return f"{statement}{self.approval.note and f' ({self.approval.note})'}: {gate_reason}"
 
-    def says_the_same(self, other: "LedgerEntry") -> bool:
+    def repeats(self, other: "LedgerEntry") -> bool:
         """Whether both entries keep the same champion for the same reasons, so that one is redundant."""
         fields = ("what", "by_hand", "version", "weights_sha256", "to_version", "reason", "evidence", "approval")
-        return not self.moves and all(getattr(self, name) == getattr(other, name) for name in fields)
+        return not self.changes_champion and all(getattr(self, name) == getattr(other, name) for name in fields)
 
     def __str__(self) -> str:
-        if self.moves:
+        if self.changes_champion:
             move = f"{self.what} {self.from_version or 'none'} → {self.to_version}"
         else:
             move = f"{self.what} {self.version}, champion {self.to_version or 'none'}"
@@ -173,12 +173,12 @@ class AliasState:
     candidate: int | None = None
 
     @property
-    def standing(self) -> AliasNumbers:
+    def alias_numbers(self) -> AliasNumbers:
         """Current version numbers by alias."""
         previous, champion = (None, None, *self.champions)[-2:]
         return AliasNumbers(champion=champion, previous=previous, candidate=self.candidate)
 
-    def after(self, what: What, version: int) -> "AliasState":
+    def apply_change(self, what: What, version: int) -> "AliasState":
         """State after ``what`` was done to ``version``; raises UserError for a rollback past the previous champion."""
         champions = self.champions
         if what == "hold":
@@ -208,24 +208,24 @@ class History:
         return self.entries[-1] if self.entries else None
 
     @property
-    def standing(self) -> AliasNumbers:
+    def alias_numbers(self) -> AliasNumbers:
         """Alias state now."""
-        return self.head.standing if self.head else AliasNumbers()
+        return self.head.alias_numbers if self.head else AliasNumbers()
 
-    def conflict(self) -> str:
+    def describe_conflict(self) -> str:
         """Describe the newest change of champion for a process that was slower."""
-        change = next((entry for entry in reversed(self.entries) if entry.moves), None)
+        change = next((entry for entry in reversed(self.entries) if entry.changes_champion), None)
         return f"another process was first: {change}" if change else "the ledger was emptied meanwhile"
 
     def require_same(self, version: int, weights_sha256: str) -> None:
         """Raise UserError if the ledger knows other weights as ``version``, as after a reset of the registry."""
-        if (entry := self.about(version)) is not None and entry.weights_sha256 != weights_sha256:
+        if (entry := self.find_newest_entry(version)) is not None and entry.weights_sha256 != weights_sha256:
             raise UserError(
                 f"the ledger knows other weights as version {version} of {self.model} than the registry, which was "
                 "reset: give registry.model another name"
             )
 
-    def about(self, version: int) -> LedgerEntry | None:
+    def find_newest_entry(self, version: int) -> LedgerEntry | None:
         """Newest entry about ``version``; None if there is none."""
         return next((entry for entry in reversed(self.entries) if entry.version == version), None)
 
@@ -255,8 +255,8 @@ class History:
         """Next entry, written by this process now."""
         state = AliasState()
         for entry in self.entries:
-            state = state.after(entry.what, entry.version)
-        next_state = state.after(what, version).standing
+            state = state.apply_change(entry.what, entry.version)
+        next_state = state.apply_change(what, version).alias_numbers
         number = self.head.number + 1 if self.head else 1
         while object_name(number) in self.foreign:
             number += 1
@@ -269,7 +269,7 @@ class History:
             when=datetime.now(UTC).replace(microsecond=0),
             version=version,
             weights_sha256=weights_sha256,
-            from_version=self.standing.champion,
+            from_version=self.alias_numbers.champion,
             to_version=next_state.champion,
             previous=next_state.previous,
             candidate=next_state.candidate,
@@ -291,7 +291,7 @@ def who() -> str:
 
 
 @dataclass(frozen=True)
-class Newest:
+class NewestEntry:
     """Newest entry that MLflow has recorded."""
 
     number: int
@@ -299,7 +299,7 @@ class Newest:
     place: str
 
     @classmethod
-    def of(cls, model: str, tags: Mapping[str, str]) -> "Newest | None":
+    def of(cls, model: str, tags: Mapping[str, str]) -> "NewestEntry | None":
         """Parse the ``tags`` of a registered model; None without such a tag; raises UserError if it is malformed."""
         if (text := tags.get(NEWEST)) is None:
             return None
@@ -329,7 +329,7 @@ class Ledger(NumberedObjects):
 
     def head(self, record: Known = NOTHING) -> LedgerEntry | None:
         """Newest entry, or None, in two requests if MLflow has recorded it; otherwise verified as ``read`` does."""
-        listing, number = self.listed(), max(record, default=0)
+        listing, number = self.list_objects(), max(record, default=0)
         if record and max(map(self.number, listing), default=0) == number:
             data = self.get(number)
             if (
@@ -342,7 +342,7 @@ class Ledger(NumberedObjects):
 
     def read(self, record: Known = NOTHING, listing: Sequence[ListedObject] | None = None) -> History:
         """Read all entries; raises UserError that names one of MLflow's ``record`` that is missing or altered."""
-        listing = self.listed() if listing is None else listing
+        listing = self.list_objects() if listing is None else listing
         entries, reasons = self._chain(self._objects(listing), record)
         numbers, foreign = {entry.number for entry in entries}, {}
         for item in listing:
@@ -375,7 +375,7 @@ class Ledger(NumberedObjects):
             # A writer above the next free number may have taken the place of this entry.
             history = self.read(read_record())
             if entry not in history.entries:
-                raise ConflictError(history.conflict())
+                raise ConflictError(history.describe_conflict())
             return history
         return history
 
@@ -396,7 +396,7 @@ class Ledger(NumberedObjects):
 
     def restore(self, copies: Mapping[int, bytes], record: Known) -> list[int]:
         """Write missing entries from ``copies``; returns their numbers. Raises UserError if another one is missing."""
-        objects = self._objects(listing := self.listed())
+        objects = self._objects(listing := self.list_objects())
         numbers = set(map(self.number, listing))
         missing_copies = {number: data for number, data in copies.items() if number not in numbers}
         missing_entries = [
@@ -415,7 +415,7 @@ class Ledger(NumberedObjects):
     def _chain(self, objects: Mapping[int, bytes], record: Known) -> tuple[list[LedgerEntry], dict[int, str]]:
         try:
             return follow_chain(self.model, objects, record)
-        except BrokenChain as error:
+        except BrokenChainError as error:
             place = f"s3://{self.place.bucket}/{self.place.key(object_name(error.number))}"
             raise UserError(
                 f"the ledger of {self.model} is broken: {place} {error}, says MLflow's record of it; "
@@ -424,7 +424,7 @@ class Ledger(NumberedObjects):
             ) from error
 
 
-class BrokenChain(Exception):
+class BrokenChainError(Exception):
     """A recorded entry that is missing, altered or impossible, with what is wrong with it."""
 
     def __init__(self, number: int, message: str) -> None:
@@ -442,21 +442,24 @@ def parse_entry(model: str, number: int, data: bytes) -> LedgerEntry | None:
 
 
 def follow_chain(model: str, objects: Mapping[int, bytes], record: Known) -> tuple[list[LedgerEntry], dict[int, str]]:
-    """Entries in order, and by number the reason why an object is none; raises BrokenChain for one in ``record``."""
+    """Entries in order, and by number the reason why an object is none.
+
+    Raises BrokenChainError for one in ``record``.
+    """
     entries_by_number = {
         number: entry for number, data in objects.items() if (entry := parse_entry(model, number, data))
     }
     for number, digest in sorted(record.items(), reverse=True):
         if number not in entries_by_number or entries_by_number[number].digest != digest:
             problem = f"was altered (it had sha256 {digest})" if number in objects else f"is missing (sha256 {digest})"
-            raise BrokenChain(number, problem)
+            raise BrokenChainError(number, problem)
     by_digest, chain_numbers = {entry.digest: entry for entry in entries_by_number.values()}, set[int]()
     above = entries_by_number[max(record)] if record else None
     while above is not None:
         chain_numbers.add(above.number)
         if (below := by_digest.get(above.parent or "")) is None and above.parent is not None:
             problem = f"is missing or was altered, and {object_name(above.number)} stands on it"
-            raise BrokenChain(max(above.number - 1, 1), problem)
+            raise BrokenChainError(max(above.number - 1, 1), problem)
         above = below
     entries: list[LedgerEntry] = []
     reasons: dict[int, str] = {}
@@ -472,16 +475,19 @@ def follow_chain(model: str, objects: Mapping[int, bytes], record: Known) -> tup
             reason = "does not stand on the entry before it"
         else:
             try:
-                next_state = state.after(entry.what, entry.version)
+                next_state = state.apply_change(entry.what, entry.version)
             except UserError as error:
                 reason = f"cannot be: {error}"
-            if not reason and (entry.from_version, entry.standing) != (state.standing.champion, next_state.standing):
+            if not reason and (entry.from_version, entry.alias_numbers) != (
+                state.alias_numbers.champion,
+                next_state.alias_numbers,
+            ):
                 reason = "has version numbers that contradict its event"
         if entry is not None and not reason:
             entries.append(entry)
             state = next_state
         elif number in chain_numbers or number in record:
-            raise BrokenChain(number, reason)
+            raise BrokenChainError(number, reason)
         else:
             reasons[number] = reason
     return entries, reasons

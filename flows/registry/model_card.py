@@ -17,7 +17,7 @@ from diffusion.evaluation.results import Evaluation
 from diffusion.families.model import ModelHeader, Origin
 from flows.registry.ledger import LedgerEntry
 from flows.registry.model_versions import Version
-from flows.registry.takedown_marks import notes_in, takedowns
+from flows.registry.takedown_marks import describe_takedowns, find_notes
 from flows.tracking.runs import MANIFEST_ARTIFACT, version_artifact
 
 CLASSES_SHOWN = 12
@@ -45,7 +45,7 @@ def write(
     current = version.model_copy(update={"tags": dict(model_version.tags)})
     text = card(header, evaluation, data, current, entry, comparison)
     client.update_model_version(
-        version.model, str(version.number), description="\n\n".join([text, *notes_in(description)])
+        version.model, str(version.number), description="\n\n".join([text, *find_notes(description)])
     )
 
 
@@ -92,7 +92,7 @@ def card(
             origin=header.origin,
             trained_here=trained_here,
             version=version,
-            warning=takedowns(version),
+            warning=describe_takedowns(version),
             entry=entry,
             comparison=comparison,
             evaluated=candidate,
@@ -121,7 +121,7 @@ def card(
     return text.rstrip()
 
 
-def evidence(version: Version) -> tuple[Manifest | None, dict[str, float]]:
+def load_manifest_and_metrics(version: Version) -> tuple[Manifest | None, dict[str, float]]:
     """Return the manifest of the data that ``version`` saw, and its metrics by name, as far as its run has them."""
     client, artifact = MlflowClient(), version_artifact(version.weights_sha256)
     artifacts = {

@@ -36,7 +36,7 @@ from diffusion.generation.super_resolution import scale_of
 from diffusion.models.config import ModelConfig
 from diffusion.process.samplers import SamplingConfig
 from flows.environment import settings
-from flows.registry.aliases import ALIASES, none_if_missing, resolve_alias, verified
+from flows.registry.aliases import ALIASES, none_if_missing, read_verified_history, resolve_alias
 from flows.registry.ledger import Ledger
 from flows.storage.tags import RunId, VersionNumber, parse_model_uri, parse_tags
 from flows.tracking.runs import START
@@ -142,10 +142,10 @@ def _describe_versions(client: MlflowClient, name: str) -> str:
 
 def registered_version(client: MlflowClient, model: str, number: int) -> Version | None:
     """Version ``number`` of ``model``; None if it is not registered."""
-    return none_if_missing(version_of, client, model, number)
+    return none_if_missing(get_version, client, model, number)
 
 
-def version_of(client: MlflowClient, model: str, number: int) -> Version:
+def get_version(client: MlflowClient, model: str, number: int) -> Version:
     """Look up version ``number`` of ``model``; raises MLflow's own exception if there is none."""
     model_version = client.get_model_version(model, str(number))
     uri = f"models:/{model}/{number}"
@@ -188,7 +188,7 @@ def _fetch(sha256: str, cache: Path, uri: str | None = None) -> Path:
     with FileLock(folder.with_suffix(".lock")):
         if path.is_file() and sha256_file(path) == sha256:
             return path
-        if uri is None and (models := stored_models(sha256)):
+        if uri is None and (models := find_stored_models(sha256)):
             uri = str(models[0].artifact_location)
         if uri is None:
             raise UserError(f"the model with SHA-256 {sha256}, which others are based on, is gone: register it again")
@@ -226,7 +226,7 @@ def base_tags(client: MlflowClient, weights: Path, start: str | None = None) -> 
     """
     if not (bases := base_digests(weights)):
         return {START: start}
-    if (start := start or version_with(bases[0])) is None:
+    if (start := start or find_version_with_weights(bases[0])) is None:
         return {}
     name, number = parse_model_uri(start)
     tags = base.tags if (base := registered_version(client, name, int(number))) else {}
@@ -289,16 +289,16 @@ def find(client: MlflowClient, model: str, digest: str) -> Version | None:
     if not (matches := client.search_model_versions(f"name='{model}' and tags.`{WEIGHTS}`='{digest}'")):
         return None
     first_number, *later_numbers = sorted(int(entry.version) for entry in matches)
-    history = verified(client, Ledger.of(model)) if later_numbers else None
+    history = read_verified_history(client, Ledger.of(model)) if later_numbers else None
     for number in map(str, later_numbers):
-        if history and history.about(int(number)) is None:
+        if history and history.find_newest_entry(int(number)) is None:
             version = none_if_missing(client.get_model_version, model, number)
             if version is not None and not version.aliases:
                 none_if_missing(client.delete_model_version, model, number)
-    return version_of(client, model, first_number)
+    return get_version(client, model, first_number)
 
 
-def stored_models(digest: str) -> list[LoggedModel]:
+def find_stored_models(digest: str) -> list[LoggedModel]:
     """Complete logged models of all runs with the weights of the SHA-256 ``digest``, the first one first."""
     experiments = [entry.experiment_id for entry in mlflow.search_experiments()]
     query = f"tags.`{WEIGHTS}` = '{digest}'"
@@ -307,7 +307,7 @@ def stored_models(digest: str) -> list[LoggedModel]:
     return sorted(ready_models, key=lambda entry: (entry.creation_timestamp, entry.model_id))
 
 
-def version_with(digest: str) -> str | None:
+def find_version_with_weights(digest: str) -> str | None:
     """URI of the first version, of any model, with the weights of the SHA-256 ``digest``; None if there is none."""
     matches = mlflow.search_model_versions(filter_string=f"tags.`{WEIGHTS}` = '{digest}'")
     version = min(matches, key=lambda entry: (entry.creation_timestamp, entry.name), default=None)
@@ -338,7 +338,7 @@ def digest_code(folder: Path) -> str:
 def _log_model(run_id: str, weights: Path, digest: str, sampling: SamplingConfig, images: int) -> LoggedModel:
     model, bases = load_model(weights), base_digests(weights)
     for sha256 in bases:
-        if not stored_models(sha256):
+        if not find_stored_models(sha256):
             raise UserError(
                 f"{weights} is based on the model with SHA-256 {sha256}, which is in no registry: register it first, "
                 f"with `darkroom model import {weights.with_name(f'{sha256}.safetensors')} --name NAME`"

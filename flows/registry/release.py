@@ -25,15 +25,15 @@ from diffusion.common.config import Config
 from diffusion.common.errors import ConflictError, DarkroomError, UserError
 from diffusion.common.escaping import escape_controls
 from diffusion.common.files import sha256_file, write_json
-from flows.environment import settings, staging
+from flows.environment import read_staging_servers, settings
 from flows.local_stack.stack import join_servers
 from flows.registry import champion, model_versions
-from flows.registry.aliases import COPY, verified
+from flows.registry.aliases import COPY, read_verified_history
 from flows.registry.champion import ChampionChange
 from flows.registry.ledger import Evidence, Ledger
 from flows.registry.model_versions import LOGGED_TAGS, Version, digest_code
 from flows.storage.tags import parse_tags
-from flows.tracking.runs import MANIFEST_ARTIFACT, ORIGIN_ARTIFACT, RELEASED_FROM, START, one_run
+from flows.tracking.runs import MANIFEST_ARTIFACT, ORIGIN_ARTIFACT, RELEASED_FROM, START, find_or_create_run
 
 AT_ONCE = 100  # parameters, tags or metrics sent to MLflow in one request
 MODEL, RUN = "model", "run"  # folders of the bundle with the artifacts of the version and of its run
@@ -57,13 +57,13 @@ class ModelBundle(Config):
     inputs: list[dict[str, Any]]
 
 
-class Released(ChampionChange):
+class ReleaseResult(ChampionChange):
     """Released version, which is champion here now."""
 
     source: str
 
 
-def release(uri: str, reason: str | None = None) -> Released:
+def release(uri: str, reason: str | None = None) -> ReleaseResult:
     """Make the version that ``uri`` names in staging champion here.
 
     Raises UserError if it is not champion there and no ``reason`` is given; ConflictError if a manual override decided
@@ -86,7 +86,7 @@ def release(uri: str, reason: str | None = None) -> Released:
             bases[base.version.uri] = base_version.uri
         bundle = bundle.model_copy(update={"version": _renumber(bundle.version, bases)})
         version = register(bundle, folder, origin)
-    demotion = verified(MlflowClient(), Ledger.of(version.model)).manual_demotion(version.number)
+    demotion = read_verified_history(MlflowClient(), Ledger.of(version.model)).manual_demotion(version.number)
     if demotion is not None and reason is None:
         raise ConflictError(
             f"a person decided against {version.uri}, which is {origin}: {demotion}; say with --reason why it is to be "
@@ -96,7 +96,7 @@ def release(uri: str, reason: str | None = None) -> Released:
         f"released from {origin}" + (", champion there" if bundle.champion else "") + (f": {reason}" if reason else "")
     )
     change = champion.promote(version.model, version.number, reason_text, evidence=bundle.evidence)
-    return Released(source=source, **dict(change))
+    return ReleaseResult(source=source, **dict(change))
 
 
 def _renumber(version: Version, local_uris: Mapping[str, str]) -> Version:
@@ -109,7 +109,7 @@ def _renumber(version: Version, local_uris: Mapping[str, str]) -> Version:
 
 def fetch(uri: str, folder: Path) -> str:
     """Pack ``uri`` into ``folder`` in a process that has only staging's servers; returns the name of staging."""
-    name, variables = staging()
+    name, variables = read_staging_servers()
     command = [sys.executable, "-m", "flows.registry.release", uri, str(folder)]
     process = subprocess.run(command, env=variables, stderr=subprocess.PIPE, text=True, check=False)
     if process.returncode:
@@ -124,7 +124,7 @@ def pack(uri: str, folder: Path) -> None:
     client = MlflowClient()
     version = model_versions.resolve(client, uri)
     for sha256 in parse_tags(version.tags, version.uri).base_digests:
-        if (base := model_versions.version_with(sha256)) is None:
+        if (base := model_versions.find_version_with_weights(sha256)) is None:
             raise UserError(
                 f"{version.uri} is based on the model with SHA-256 {sha256}, which is no version any more: register it "
                 "again, with `darkroom model import`"
@@ -135,8 +135,8 @@ def pack(uri: str, folder: Path) -> None:
 
 def _pack(client: MlflowClient, version: Version, folder: Path) -> None:
     """Fetch ``version`` and its run into ``folder``; the description is written last."""
-    history = verified(client, Ledger.of(version.model))
-    entry = history.about(version.number)
+    history = read_verified_history(client, Ledger.of(version.model))
+    entry = history.find_newest_entry(version.number)
     _download(version.uri, folder / MODEL)
     for name in CARRIED:
         if name in {item.path for item in client.list_artifacts(version.run_id, name.rpartition("/")[0] or None)}:
@@ -146,7 +146,7 @@ def _pack(client: MlflowClient, version: Version, folder: Path) -> None:
     bundle = ModelBundle(
         version=version,
         description=client.get_model_version(version.model, str(version.number)).description or "",
-        champion=history.standing.champion == version.number,
+        champion=history.alias_numbers.champion == version.number,
         evidence=entry and entry.evidence,
         run_name=run.info.run_name,
         run_tags=run.data.tags,
@@ -192,7 +192,9 @@ def register(bundle: ModelBundle, folder: Path, origin: str) -> Version:
 
 def _copy_run(client: MlflowClient, bundle: ModelBundle, folder: Path, origin: str) -> MlflowRun:
     """Copy the version's run; the copy is complete once it is marked as finished."""
-    run = one_run(client, bundle.version.model, "darkroom.released_run", bundle.version.run_id, bundle.run_name)
+    run = find_or_create_run(
+        client, bundle.version.model, "darkroom.released_run", bundle.version.run_id, bundle.run_name
+    )
     run_id = run.info.run_id
     if run.info.status == "FINISHED":
         return run

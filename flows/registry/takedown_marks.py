@@ -55,7 +55,7 @@ class DerivedModel(Config):
     aliases: list[str]
 
 
-class Derived(Config):
+class DerivedArtifacts(Config):
     """Runs, models and sampling batches made from data set versions that held the images."""
 
     runs: list[DerivedRun]
@@ -68,7 +68,9 @@ class Derived(Config):
     """Runs on unknown versions of the data set, found neither here nor in the catalog."""
 
 
-def find_derived(dataset: str, contents: Iterable[str], readable_contents: Iterable[str], bucket: str) -> Derived:
+def find_derived(
+    dataset: str, contents: Iterable[str], readable_contents: Iterable[str], bucket: str
+) -> DerivedArtifacts:
     """Find runs, models and batches made from the versions of ``dataset`` with the content digests ``contents``.
 
     ``readable_contents`` holds the content digests of all versions that could be read.
@@ -89,7 +91,7 @@ def find_derived(dataset: str, contents: Iterable[str], readable_contents: Itera
         uris = [f"models:/{name}/{number}" for name, number in new_models]
         new_runs, queries = [run for uri in uris for tag in (AUTOENCODER, START) for run in _runs(tag, uri)], []
     known_digests = {*digests, *readable_contents}
-    return Derived(
+    return DerivedArtifacts(
         runs=[
             DerivedRun(run_id=run_id, name=run.info.run_name, content_digest=run.data.tags["darkroom.content_digest"])
             for run_id, run in sorted(runs.items())
@@ -139,18 +141,21 @@ def mark(runs: Iterable[str], versions: Iterable[str], removal: Removal) -> None
         if (run := none_if_missing(client.get_run, run_id)) is None:
             continue
         tags = run.data.tags
-        marks = {TAKEDOWN: joined_names(tags.get(TAKEDOWN), removal.name), NOTE: _with_note(tags.get(NOTE), note)}
+        marks = {
+            TAKEDOWN: join_takedown_names(tags.get(TAKEDOWN), removal.name),
+            NOTE: _append_note(tags.get(NOTE), note),
+        }
         client.log_batch(run_id, tags=[RunTag(name, value) for name, value in marks.items()])
     for uri in versions:
         name, number = uri.removeprefix("models:/").rsplit("/", 1)
         model_version = client.get_model_version(name, number)
         client.set_model_version_tag(
-            name, number, TAKEDOWN, joined_names(model_version.tags.get(TAKEDOWN), removal.name)
+            name, number, TAKEDOWN, join_takedown_names(model_version.tags.get(TAKEDOWN), removal.name)
         )
-        client.update_model_version(name, number, description=_with_note(model_version.description, note))
+        client.update_model_version(name, number, description=_append_note(model_version.description, note))
 
 
-def clear_images(derived: Derived) -> list[str]:
+def clear_images(derived: DerivedArtifacts) -> list[str]:
     """Delete artifacts that show real images of the data set from the runs; returns them as runs:/ID/PATH."""
     client, uris, run_ids = MlflowClient(), [], {run.run_id for run in derived.runs}
     for run in (client.get_run(run_id) for run_id in (*run_ids, *derived.evaluated)):
@@ -175,30 +180,30 @@ def clear_images(derived: Derived) -> list[str]:
     return uris
 
 
-def takedowns(version: Version) -> str | None:
+def describe_takedowns(version: Version) -> str | None:
     """Warning for users of ``version`` that it was trained on images taken down since; None if it was not."""
     names = version.tags.get(TAKEDOWN)
     return names and f"{version.uri} was made from images that were taken down since (takedown {names}): train again"
 
 
-def names_of(tag: str | None) -> list[str]:
+def parse_takedown_names(tag: str | None) -> list[str]:
     """Names of takedowns in the value of a tag."""
     return tag.split(",") if tag else []
 
 
-def joined_names(tag: str | None, *names: str) -> str:
+def join_takedown_names(tag: str | None, *names: str) -> str:
     """Value of a tag that lists ``names`` and those in ``tag``."""
-    return ",".join(sorted({*names_of(tag), *names}))
+    return ",".join(sorted({*parse_takedown_names(tag), *names}))
 
 
-def notes_in(description: str) -> list[str]:
+def find_notes(description: str) -> list[str]:
     """Notes on takedowns that ``mark`` left in the description of a run or a version."""
     return [paragraph for paragraph in description.split("\n\n") if paragraph.startswith(NOTE_BEGINS)]
 
 
 def warn_of_takedown(version: Version) -> None:
     """Warn on standard error, in one line, if ``version`` was trained on images that were taken down since."""
-    if warning := takedowns(version):
+    if warning := describe_takedowns(version):
         print(escape_controls(f"darkroom: {warning}"), file=sys.stderr, flush=True)
 
 
@@ -208,18 +213,18 @@ def _runs(tag: str, value: str) -> list[Run]:
     return list(mlflow.search_runs(search_all_experiments=True, filter_string=query, output_format="list"))
 
 
-def _with_note(text: str | None, note: str) -> str:
+def _append_note(text: str | None, note: str) -> str:
     return text if text and note in text else "\n\n".join(filter(None, (text, note)))
 
 
 def require_current(folder: Path, tracker: RunTracker | None = None) -> None:
     """Raise UserError if the data set in ``folder`` holds images taken down anywhere; marks the run first."""
     catalog = Catalog.of(folder.name, data_source())
-    if not (removals := catalog.held_removals(folder)):
+    if not (removals := catalog.find_held_removals(folder)):
         return
     if tracker is not None:
         names = tracker.client.get_run(tracker.run_id).data.tags.get(TAKEDOWN)
-        tracker.tag({TAKEDOWN: joined_names(names, *(removal.name for removal in removals))})
+        tracker.tag({TAKEDOWN: join_takedown_names(names, *(removal.name for removal in removals))})
     digest, head = read_manifest(folder).digest, Heads(catalog).newest()
     way = f"`darkroom ingest SOURCE --dataset {folder.name}` makes a version without them"
     if head not in (None, digest):
@@ -230,20 +235,20 @@ def require_current(folder: Path, tracker: RunTracker | None = None) -> None:
     )
 
 
-def with_takedowns(version: Version) -> Version:
+def reload_with_takedowns(version: Version) -> Version:
     """Reload ``version`` from MLflow, marked with every takedown of images that it was trained on.
 
     These are the images of its data set and, transitively, of its autoencoder and its initial weights.
     """
     client = MlflowClient()
-    version = model_versions.version_of(client, version.model, version.number)
+    version = model_versions.get_version(client, version.model, version.number)
     names: set[str] = set()
     records: dict[str, Removal] = {}
     lineage, queue = {version.uri}, [version]
     while queue:
         member = queue.pop()
         tags = parse_tags(member.tags, member.uri)
-        names.update(names_of(tags.takedown))
+        names.update(parse_takedown_names(tags.takedown))
         if tags.dataset is not None and tags.content_digest is not None:
             records |= {removal.name: removal for removal in _find_removals(tags.dataset, tags.content_digest)}
         for uri in {uri for uri in (tags.autoencoder, tags.start) if uri} - lineage:
@@ -251,16 +256,16 @@ def with_takedowns(version: Version) -> Version:
             model, _, number = uri.removeprefix("models:/").rpartition("/")
             parent = model_versions.registered_version(client, model, int(number))
             queue += [parent] if parent else []
-    marks = set(names_of(version.tags.get(TAKEDOWN)))
+    marks = set(parse_takedown_names(version.tags.get(TAKEDOWN)))
     for name in sorted(records.keys() - marks):
         mark([version.run_id], [version.uri], records[name])
     if not {*records, *names} - marks:
         return version
     # Read anew: a takedown may have added its name meanwhile.
-    version = model_versions.version_of(client, version.model, version.number)
-    value = joined_names(version.tags.get(TAKEDOWN), *records, *names)
+    version = model_versions.get_version(client, version.model, version.number)
+    value = join_takedown_names(version.tags.get(TAKEDOWN), *records, *names)
     client.set_model_version_tag(version.model, str(version.number), TAKEDOWN, value)
-    return model_versions.version_of(client, version.model, version.number)
+    return model_versions.get_version(client, version.model, version.number)
 
 
 def _find_removals(dataset: str, content: str) -> list[Removal]:

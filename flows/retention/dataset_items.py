@@ -20,7 +20,7 @@ from flows.config import RetentionConfig
 from flows.datasets.catalog import PUBLISHED, PUSHING, RETIRED, Catalog, CatalogListing, Heads
 from flows.datasets.dvc import Remote
 from flows.datasets.purge import unreferenced_objects
-from flows.retention.sweeps import Action, Item, Sweep, age, older
+from flows.retention.sweeps import Action, Item, Sweep, format_age, is_older
 from flows.storage.s3 import Location, Store
 
 logger = logging.getLogger(__name__)
@@ -82,7 +82,7 @@ class DataSets:
 
     def _actions(self, name: str, listing: CatalogListing) -> dict[str, tuple[Action, str]]:
         versions, policy, retired_listing = listing.versions, self.policy, self._catalog(name).read(retired=True)
-        (current, doubt), heads = self._current(name), Heads(self._catalog(name))
+        (current, doubt), heads = self._read_current(name), Heads(self._catalog(name))
         doubt, head = self.unclear or doubt, heads.newest()
         # Heads come in their order, which a restored bucket keeps, before versions that never were one, by the time of
         # writing. It has a resolution of a second: of two versions of one second the current one is the newer.
@@ -100,20 +100,20 @@ class DataSets:
                 actions[digest] = "keep", "the next ingest goes on from it"
             elif digest in recent_digests:
                 actions[digest] = "keep", f"among the newest {policy.data_versions}"
-            elif not older(time, policy.data_days, self.now):
+            elif not is_older(time, policy.data_days, self.now):
                 actions[digest] = "keep", f"recorded within {policy.data_days:g} days"
             elif doubt is not None:
                 actions[digest] = "keep", doubt
             else:
-                actions[digest] = "set aside", f"{age(time, self.now)}, and no run that stays learned from it"
+                actions[digest] = "set aside", f"{format_age(time, self.now)}, and no run that stays learned from it"
         # An unreadable manifest may need files that would be deleted otherwise.
         problems = listing.damaged | retired_listing.damaged
         doubt = doubt or next(iter(problems.values()), None)
         for digest in sorted(retired_listing.versions.keys() - versions.keys()):
-            actions[digest] = self._action_aside(retired_listing.versions[digest], digest == current, doubt)
+            actions[digest] = self._decide_set_aside(retired_listing.versions[digest], digest == current, doubt)
         return actions | {digest: ("keep", problem) for digest, problem in problems.items()}
 
-    def _current(self, name: str) -> tuple[str | None, str | None]:
+    def _read_current(self, name: str) -> tuple[str | None, str | None]:
         """Digest of the version in the data set's folder, or None; and the reason if it cannot be read."""
         folder = dataset_folder(name)
         try:
@@ -121,7 +121,7 @@ class DataSets:
         except UserError as error:
             return None, str(error)
 
-    def _action_aside(self, version: Manifest, current: bool, doubt: str | None) -> tuple[Action, str]:
+    def _decide_set_aside(self, version: Manifest, current: bool, doubt: str | None) -> tuple[Action, str]:
         # Another gc may have retired it since they were listed.
         mark_time = self.retired.get((version.name, version.digest), self.now)
         # A machine that still had its files may have trained on it meanwhile.
@@ -145,7 +145,9 @@ class DataSets:
         if not versions:
             return
         try:
-            pointers = {listing.get("manifest.json", ""): name for name, listing in Remote.at(self.source).listings()}
+            pointers = {
+                listing.get("manifest.json", ""): name for name, listing in Remote.from_url(self.source).listings()
+            }
         except UserError as error:
             logger.warning("versions set aside that are needed again wait: %s", error)
             return
@@ -160,7 +162,7 @@ class DataSets:
         with ExitStack() as stack:
             if folder.is_dir():
                 stack.enter_context(FileLock(work_folder(folder) / "lock"))
-            if self._somebody_pushes() or self.unclear is not None or self._current(name)[1] is not None:
+            if self._has_recent_push() or self.unclear is not None or self._read_current(name)[1] is not None:
                 return
             retired_listing, catalog_listing = self._catalog(name).read(retired=True), self._catalog(name).read()
             if retired_listing.damaged or catalog_listing.damaged:
@@ -184,12 +186,12 @@ class DataSets:
                 except UserError as error:
                     logger.warning("no file of data set %s is deleted: %s", name, error)
                     return
-                if not objects.delete(still=lambda: not self._somebody_pushes()):
+                if not objects.delete(still=lambda: not self._has_recent_push()):
                     return
             mark_digests = [digest for digest in marks if digest in targets or digest in versions]
             self.store.delete_many(self.bucket, (f"{RETIRED}/{name}/{digest}.json" for digest in mark_digests))
 
-    def _somebody_pushes(self) -> bool:
+    def _has_recent_push(self) -> bool:
         """Whether a process announced a push within the grace period: DVC skips files that it finds on the remote."""
         objects = self.store.list_objects(self.bucket, f"{PUSHING}/")
         return any(datetime.now(UTC) - entry.written < self.policy.grace for entry in objects)

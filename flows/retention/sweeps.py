@@ -31,11 +31,11 @@ from diffusion.evaluation.reports.html import count, storage
 from diffusion.training.train import discard
 from flows.config import RetentionConfig
 from flows.registry import model_versions
-from flows.registry.aliases import verified
-from flows.registry.ledger import Ledger, Newest
+from flows.registry.aliases import read_verified_history
+from flows.registry.ledger import Ledger, NewestEntry
 from flows.registry.model_versions import WEIGHTS
 from flows.sampling.sampling_batch import LARGEST_BATCH, RESUMED, SamplingBatch, parse_batch
-from flows.storage.s3 import DELETED, USUAL, Location, Store, status_of
+from flows.storage.s3 import DELETED, USUAL, Location, Store, get_status
 from flows.storage.tags import parse_tags
 from flows.tracking.runs import IMPORTED, SWEEP, TRAIN_KEY
 
@@ -73,18 +73,18 @@ class Sweep:
     act: Callable[[], None]
 
 
-def older(moment: datetime, days: float | None, now: datetime) -> bool:
+def is_older(moment: datetime, days: float | None, now: datetime) -> bool:
     """Whether ``moment`` lies ``days`` or more before ``now``; always false if ``days`` is None."""
     return days is not None and now - moment >= timedelta(days=days)
 
 
-def age(moment: datetime, now: datetime) -> str:
+def format_age(moment: datetime, now: datetime) -> str:
     """Age of ``moment`` in words."""
     days = max(0.0, (now - moment).total_seconds() / 86400)
     return f"{days:.0f} days old" if days >= 2 else f"{days * 24:.0f} hours old"
 
 
-def table(items: Iterable[Item]) -> Iterator[str]:
+def format_items(items: Iterable[Item]) -> Iterator[str]:
     """Yield lines of a table: each item that goes or is set aside, and counts of those that stay by reason."""
     sorted_items = sorted(items, key=lambda item: (ACTIONS.index(item.action), item.kind, item.name))
     rows = [("action", "what", "size", "name", "why")]
@@ -121,7 +121,7 @@ class StoredBatch:
     why: str = ""
 
 
-def in_order(place: Location, keys: Iterable[str]) -> list[list[str]]:
+def group_for_deletion(place: Location, keys: Iterable[str]) -> list[list[str]]:
     """Group the keys of the batch at ``place`` in the order in which they may be deleted."""
 
     def stage(key: str) -> int:
@@ -149,15 +149,15 @@ class SamplingBatches:
         for entry in self.resumptions:
             if (match := RESUMPTION.fullmatch(entry.key)) and match[1] in batches:
                 batches[match[1]].newest = max(batches[match[1]].newest, entry.written)
-        self.found = list(batches.values())
-        for batch in self.found:
+        self.batches = list(batches.values())
+        for batch in self.batches:
             batch.deleted = self.marks.get(f"{DELETED}/{batch.place.prefix}")
             batch.action, batch.why = self._action(batch)
 
-    def remaining(self) -> tuple[list[SamplingBatch], dict[tuple[str, int], str]]:
+    def read_remaining_batches(self) -> tuple[list[SamplingBatch], dict[tuple[str, int], str]]:
         """Requests of the batches that stay; and for unreadable ones, model and version with the reason."""
         batches, errors = list[SamplingBatch](), dict[tuple[str, int], str]()
-        for batch in self.found:
+        for batch in self.batches:
             if batch.action == "keep" and batch.described:
                 try:
                     data = self.store.get(self.bucket, batch.place.key("batch.json"), LARGEST_BATCH)
@@ -170,41 +170,41 @@ class SamplingBatches:
     def sweep(self) -> Sweep:
         """Sweep of batches and uploads."""
         days, client = self.policy.unfinished_days, self.store.client
-        with self.store.in_words(self.bucket):
+        with self.store.explain_errors(self.bucket):
             # Of DVC or of other programs: Darkroom itself uploads nothing in parts, and MLflow's are not its to abort.
             pages = client.get_paginator("list_multipart_uploads").paginate(Bucket=self.bucket)
             uploads = [upload for page in pages for upload in page.get("Uploads", ())]
             own_uploads = [upload for upload in uploads if not upload["Key"].startswith("mlflow/")]
-        old_uploads = [upload for upload in own_uploads if older(upload["Initiated"], days, self.now)]
+        old_uploads = [upload for upload in own_uploads if is_older(upload["Initiated"], days, self.now)]
         items = [
             Item(kind="sampling batches", name=str(batch.place), bytes=batch.bytes, action=batch.action, why=batch.why)
-            for batch in self.found
+            for batch in self.batches
         ]
         for upload in own_uploads:
             action: tuple[Action, str] = ("keep", f"begun within {days:g} days")
             if upload in old_uploads:
-                action = "delete", f"{age(upload['Initiated'], self.now)}, without an end"
+                action = "delete", f"{format_age(upload['Initiated'], self.now)}, without an end"
             name = f"s3://{self.bucket}/{upload['Key']}"
             items.append(Item(kind="unfinished uploads", name=name, bytes=None, action=action[0], why=action[1]))
 
         def act() -> None:
-            for batch in self.found:
+            for batch in self.batches:
                 if batch.action == "set aside":
                     self._set_aside(batch)
                 if batch.action == "delete" or (batch.action == "set aside" and not self.policy.grace):
                     self._delete(batch)
-            markers = {f"{DELETED}/{batch.place.prefix}" for batch in self.found}
+            markers = {f"{DELETED}/{batch.place.prefix}" for batch in self.batches}
             keys = [key for key, time in self.marks.items() if key not in markers and self.now - time >= MARK_DAYS]
-            keys += [entry.key for entry in self.resumptions if older(entry.written, days, self.now)]
+            keys += [entry.key for entry in self.resumptions if is_older(entry.written, days, self.now)]
             self.store.delete_many(self.bucket, keys)
             for upload in old_uploads:
-                with self.store.in_words(self.bucket, upload["Key"]):
+                with self.store.explain_errors(self.bucket, upload["Key"]):
                     try:
                         client.abort_multipart_upload(
                             Bucket=self.bucket, Key=upload["Key"], UploadId=upload["UploadId"]
                         )
                     except ClientError as error:
-                        if status_of(error) != 404:  # completed or aborted since
+                        if get_status(error) != 404:  # completed or aborted since
                             raise
 
         return Sweep(items, act)
@@ -214,12 +214,15 @@ class SamplingBatches:
         if batch.deleted is not None:
             is_over = self.now - batch.deleted >= policy.grace
             return "delete" if is_over else "set aside", f"since {batch.deleted:%Y-%m-%d %H:%M} UTC"
-        if older(batch.newest, policy.batch_days, self.now):
-            return "set aside", f"{age(batch.newest, self.now)}, retention.batch_days is {policy.batch_days:g}"
+        if is_older(batch.newest, policy.batch_days, self.now):
+            return "set aside", f"{format_age(batch.newest, self.now)}, retention.batch_days is {policy.batch_days:g}"
         if batch.finished:
             return "keep", "finished" if policy.batch_days is None else f"within {policy.batch_days:g} days"
-        if older(batch.newest, policy.unfinished_days, self.now):
-            return "set aside", f"unfinished, and nothing came for {age(batch.newest, self.now).removesuffix(' old')}"
+        if is_older(batch.newest, policy.unfinished_days, self.now):
+            return (
+                "set aside",
+                f"unfinished, and nothing came for {format_age(batch.newest, self.now).removesuffix(' old')}",
+            )
         return "keep", f"unfinished, within {policy.unfinished_days:g} days"
 
     def _set_aside(self, batch: StoredBatch) -> None:
@@ -234,7 +237,7 @@ class SamplingBatches:
             return
         # Twice, for objects of a job that had not seen the mark; the job finds the mark before it ends.
         for _ in range(2):
-            for keys in in_order(batch.place, self.store.list_keys(self.bucket, batch.place.key(""))):
+            for keys in group_for_deletion(batch.place, self.store.list_keys(self.bucket, batch.place.key(""))):
                 self.store.delete_many(self.bucket, keys)
 
 
@@ -274,17 +277,17 @@ def find_references(
         runs.setdefault(version.run_id or "", f"made {source}")
         contents.setdefault(version.tags.get(CONTENT, ""), f"{source} learned from it")
     for digest in bases.keys() - weights:  # of versions that were deleted
-        for logged_model in model_versions.stored_models(digest):
+        for logged_model in model_versions.find_stored_models(digest):
             runs.setdefault(logged_model.source_run_id or "", bases[digest])
     # Including ledgers of which only MLflow's record is left.
     models = {
         model.name
         for model in mlflow.search_registered_models()
-        if (record := Newest.of(model.name, model.tags)) and record.place == f"s3://{bucket}/ledger/{model.name}"
+        if (record := NewestEntry.of(model.name, model.tags)) and record.place == f"s3://{bucket}/ledger/{model.name}"
     }
     models |= {match[1] for key in store.list_keys(bucket, "ledger/") if (match := LEDGER.fullmatch(key))}
     for model in sorted(models):
-        for entry in verified(client, Ledger(Location(bucket) / "ledger" / model, store)).entries:
+        for entry in read_verified_history(client, Ledger(Location(bucket) / "ledger" / model, store)).entries:
             if entry.weights_sha256 not in weights:
                 # The version was deleted, but the ledger's evidence still refers to the runs that logged its weights.
                 query = f"tags.`{WEIGHTS}` = '{entry.weights_sha256}'"
@@ -319,12 +322,12 @@ class Runs:
         return {
             run.data.tags.get(CONTENT, ""): f"run {run.info.run_id} learned from it"
             for run in self.runs
-            if not self._goes(run)
+            if not self._is_deletable(run)
         }
 
-    def gone(self) -> frozenset[str]:
+    def list_deletable_train_keys(self) -> frozenset[str]:
         """Train keys that only runs that go have."""
-        remaining_keys = {run.data.tags.get(TRAIN_KEY, "") for run in self.runs if not self._goes(run)}
+        remaining_keys = {run.data.tags.get(TRAIN_KEY, "") for run in self.runs if not self._is_deletable(run)}
         return frozenset(run.data.tags.get(TRAIN_KEY, "") for run in self.runs) - remaining_keys
 
     def sweep(self) -> Sweep:
@@ -346,14 +349,14 @@ class Runs:
             if action == "set aside" and not _is_deleted(run):
                 self.client.set_tag(run_id, SET_ASIDE, datetime.now(UTC).isoformat(timespec="seconds"))
                 self.client.delete_run(run_id)
-            if self._goes(run):
+            if self._is_deletable(run):
                 # The rows in MLflow's database are left to ``mlflow gc`` on the server.
                 for model in self._models.get(run_id, ()):
                     get_artifact_repository(model.artifact_location).delete_artifacts()  # type: ignore[no-untyped-call]
                     self.client.delete_logged_model(model.model_id)
                 get_artifact_repository(run.info.artifact_uri).delete_artifacts()  # type: ignore[no-untyped-call]
 
-    def _goes(self, run: Run) -> bool:
+    def _is_deletable(self, run: Run) -> bool:
         """Whether its artifacts are to be deleted now; without a grace period also if it is only set aside."""
         action, _ = self.actions[run.info.run_id]
         return action == "delete" or (action == "set aside" and not self.policy.grace and self.live.unclear is None)
@@ -377,11 +380,11 @@ class Runs:
         # A killed training is never marked as ended: its last report counts.
         times = [run.info.start_time, run.info.end_time or 0, *(metric.timestamp for metric in run.data._metric_objs)]
         last_report = datetime.fromtimestamp(max(times) / 1000, UTC)
-        if not older(last_report, policy.run_days, self.now):
+        if not is_older(last_report, policy.run_days, self.now):
             return "keep", "all do" if policy.run_days is None else f"heard of within {policy.run_days:g} days"
         if self.live.unclear is not None:
             return "keep", self.live.unclear
-        return "set aside", f"{age(last_report, self.now)}, and no version was made of it"
+        return "set aside", f"{format_age(last_report, self.now)}, and no version was made of it"
 
     @cached_property
     def _models(self) -> dict[str, list[LoggedModel]]:
@@ -408,7 +411,7 @@ def sweep_local_files(
     def add(
         kind: str, path: Path, last_use: datetime, size: int, is_stale: bool, stale_reason: str, keep_reason: str
     ) -> None:
-        text = f"{age(last_use, now)}, {stale_reason}" if is_stale else keep_reason
+        text = f"{format_age(last_use, now)}, {stale_reason}" if is_stale else keep_reason
         items.append(Item(kind=kind, name=str(path), bytes=size, action="delete" if is_stale else "keep", why=text))
 
     for final in sorted(Path("runs").glob("**/final.safetensors")):
@@ -416,7 +419,7 @@ def sweep_local_files(
         last_use, size = max(map(_read_last_use, files)), sum(path.stat().st_size for path in files)
         reason = "finished, of runs that stay, or that MLflow does not know"
         try:
-            is_stale = read_header(final).get("train_key") in train_keys and older(last_use, policy.run_days, now)
+            is_stale = read_header(final).get("train_key") in train_keys and is_older(last_use, policy.run_days, now)
         except UserError as error:
             is_stale, reason = False, str(error)
         add("run folders", final.parent, last_use, size, is_stale, "and its run goes", reason)
@@ -426,7 +429,7 @@ def sweep_local_files(
     ):
         for path in sorted(paths):
             last_use = _read_last_use(path)
-            is_stale = path.stem not in registry_digests and older(last_use, policy.cache_days, now)
+            is_stale = path.stem not in registry_digests and is_older(last_use, policy.cache_days, now)
             add(kind, path, last_use, path.stat().st_size, is_stale, "and can be fetched again", reason)
     # Not data set folders: ingest cleans them, and they may hold millions of images.
     folders = [Path("runs"), Path("reports"), *Path("data").glob(".*"), models, models.parent / "requests"]
@@ -434,7 +437,7 @@ def sweep_local_files(
         # Files of active writers may disappear.
         with suppress(FileNotFoundError):
             last_use, size = _read_last_use(path), path.stat().st_size
-            if PARTIAL.fullmatch(path.name) and older(last_use, ABANDONED_DAYS, now):
+            if PARTIAL.fullmatch(path.name) and is_older(last_use, ABANDONED_DAYS, now):
                 add("unfinished files", path, last_use, size, True, "and never finished", "")
 
     def act() -> None:

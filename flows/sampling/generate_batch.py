@@ -36,7 +36,7 @@ from flows.sampling import sampling_batch
 from flows.sampling.lookup import Success
 from flows.sampling.request_table import REQUESTS, RequestTable
 from flows.sampling.sampling_batch import BATCH, MANIFEST, RESUMED, SUCCESS, Row, SamplingBatch
-from flows.storage.s3 import DELETED, USUAL, Denied, Location, Missing, Object, Store
+from flows.storage.s3 import DELETED, USUAL, AccessDeniedError, Location, MissingObjectError, Object, Store
 
 JSON, JSON_LINES, PNG, TAR = "application/json", "application/jsonl", "image/png", "application/x-tar"
 ImageGroup = list[tuple[int, Tensor, str | None, Conditions]]
@@ -117,7 +117,7 @@ def _generate(
     model, size = load_model(weights), at_once * batch.sampling.compute_batch
     for start in range(indices.start, indices.stop, size):
         group = range(start, min(start + size, indices.stop))
-        conditions = conditions_of(batch, table, group)
+        conditions = select_conditions(batch, table, group)
         images = generate.sample_each(model, group, batch.seed, batch.sampling, conditions=conditions, at_once=at_once)
         labels = generate.label_names(model, group, batch.seed, conditions)
         yield [(*entry, conditions) for entry in zip(group, images, labels, strict=True)]
@@ -129,7 +129,7 @@ def fetch_table(store: Store, batch: SamplingBatch, place: Location) -> RequestT
     return RequestTable.fetch(batch.requests, store, place, folder) if batch.requests else None
 
 
-def conditions_of(batch: SamplingBatch, table: RequestTable | None, indices: range) -> Conditions:
+def select_conditions(batch: SamplingBatch, table: RequestTable | None, indices: range) -> Conditions:
     """Conditions of images number ``indices`` and of the others in their compute batches."""
     conditions = batch.conditions or UNCONDITIONAL
     if table is None:
@@ -175,12 +175,12 @@ def _has_images(store: Store, batch: SamplingBatch, place: Location, chunk: int)
     return list(islice(store.list_keys(place.bucket, place.key(""), after=keys[0][:-1]), len(keys))) == keys
 
 
-def unfinished(store: Store, batch: SamplingBatch, place: Location) -> list[int]:
+def list_unfinished_chunks(store: Store, batch: SamplingBatch, place: Location) -> list[int]:
     """Chunks that lack an image, the tar, or the part of the manifest."""
     prefix = place.key("")
     missing_counts = [1 + (len(indices) if batch.format == "png" else 1) for indices in batch.chunks()]
     for key in store.list_keys(place.bucket, prefix):
-        if (chunk := sampling_batch.chunk_of(batch, key.removeprefix(prefix))) is not None:
+        if (chunk := sampling_batch.find_chunk(batch, key.removeprefix(prefix))) is not None:
             missing_counts[chunk] -= 1
     return [chunk for chunk, number in enumerate(missing_counts) if number]
 
@@ -202,7 +202,7 @@ def finish(store: Store, batch: SamplingBatch, place: Location) -> bool:
             name = sampling_batch.part_key(chunk)
             data = store.get(place.bucket, place.key(name), sampling_batch.LARGEST_PART)
             part = sampling_batch.part_rows(data, f"{place}/{name}")
-            if len(part) != len(indices) or any(map(partial(sampling_batch.conflicts, batch), indices, part)):
+            if len(part) != len(indices) or any(map(partial(sampling_batch.find_conflicts, batch), indices, part)):
                 raise UserError(
                     f"{place}/{name} is not of this batch: delete it, and give the same `darkroom sample` again, which "
                     "generates its images again"
@@ -211,7 +211,7 @@ def finish(store: Store, batch: SamplingBatch, place: Location) -> bool:
             yield part
 
     try:
-        if is_deleted(store, place) or unfinished(store, batch, place):
+        if is_deleted(store, place) or list_unfinished_chunks(store, batch, place):
             return False
         if not store.exists(place.bucket, manifest):
             with _temporary_file() as file:
@@ -223,7 +223,7 @@ def finish(store: Store, batch: SamplingBatch, place: Location) -> bool:
             digests[name] = store.sha256(place.bucket, place.key(name))
         success = canonical_json(Success(sha256=digests).model_dump(mode="json")).encode()
         store.put_once(place.bucket, place.key(SUCCESS), success, content_type=JSON)
-    except Missing:
+    except MissingObjectError:
         if is_deleted(store, place):
             return False
         raise
@@ -232,12 +232,12 @@ def finish(store: Store, batch: SamplingBatch, place: Location) -> bool:
     if not is_deleted(store, place):
         return True
     # A process without the right to delete leaves it to the next gc.
-    with suppress(Denied):
+    with suppress(AccessDeniedError):
         store.delete_many(place.bucket, [place.key(SUCCESS)])
     return False
 
 
-def cost_of(works: Iterable[Work], seconds: float) -> GenerationCost:
+def sum_costs(works: Iterable[Work], seconds: float) -> GenerationCost:
     """Total cost of ``works`` over ``seconds`` of wall-clock time."""
     images, clocks = 0, dict[str, tuple[float, float]]()
     for work in works:
@@ -334,7 +334,7 @@ def _table(
     return table
 
 
-def usual_place(store: Store, batch: SamplingBatch, bucket: str) -> Location:
+def find_default_place(store: Store, batch: SamplingBatch, bucket: str) -> Location:
     """Default place of ``batch`` in ``bucket``: the first of its prefixes that is not marked as deleted."""
     folder = Location(bucket) / "samples" / batch.model / str(batch.version)
     names = (batch.name if number == 1 else f"{batch.name}.{number}" for number in itertools.count(1))

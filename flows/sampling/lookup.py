@@ -26,7 +26,7 @@ from diffusion.generation.requests import ABOUT, RequestRecord
 from flows.sampling import sampling_batch
 from flows.sampling.request_table import LARGEST_GROUP, REQUESTS
 from flows.sampling.sampling_batch import BATCH, MANIFEST, SUCCESS, Row, SamplingBatch
-from flows.storage.s3 import Location, Missing, Store
+from flows.storage.s3 import Location, MissingObjectError, Store
 from flows.storage.tags import RunId, VersionNumber, parse_model_uri
 
 logger = logging.getLogger(__name__)
@@ -124,19 +124,22 @@ def find(address: str, store: Store, bucket: str) -> SampleLocation:
 
 
 def read_rows(store: Store, place: Location, batch: SamplingBatch, chunk: int) -> list[Row]:
-    """Rows of a chunk's part of the manifest; raises Missing if it does not exist, and UserError if it is damaged."""
+    """Rows of a chunk's part of the manifest.
+
+    Raises MissingObjectError if it does not exist, and UserError if it is damaged.
+    """
     name = sampling_batch.part_key(chunk)
     data = store.get(place.bucket, place.key(name), sampling_batch.LARGEST_PART)
     return sampling_batch.part_rows(data, f"{place}/{name}")
 
 
 def read_image(store: Store, place: Location, batch: SamplingBatch, index: int, row: Row | None) -> bytes:
-    """PNG of image number ``index``, located in a tar by its ``row``; raises Missing if it does not exist."""
+    """PNG of image number ``index``, located in a tar by its ``row``; raises MissingObjectError if there is none."""
     key = place.key(sampling_batch.image_key(index))
     if batch.format == "png":
         return store.get(place.bucket, key, sampling_batch.LARGEST_IMAGE)
     if row is None or "size" not in row or "offset" not in row:
-        raise Missing(f"s3://{place.bucket}/{key} is not there, or not by what is written down of its batch")
+        raise MissingObjectError(f"s3://{place.bucket}/{key} is not there, or not by what is written down of its batch")
     tar = place.key(sampling_batch.tar_key(index // batch.chunk_size))
     return store.get_span(place.bucket, tar, row["offset"], row["size"])
 
@@ -202,7 +205,7 @@ def _find_batches(origin: Origin, store: Store, bucket: str) -> Iterator[tuple[S
 def _read_batch(store: Store, place: Location) -> SamplingBatch | None:
     try:
         data = store.get(place.bucket, place.key(BATCH), sampling_batch.LARGEST_BATCH)
-    except Missing:
+    except MissingObjectError:
         return None
     return sampling_batch.parse_batch(data, f"{place}/{BATCH}")
 
@@ -210,7 +213,7 @@ def _read_batch(store: Store, place: Location) -> SamplingBatch | None:
 def _read_row(store: Store, place: Location, batch: SamplingBatch, index: int) -> Row | None:
     try:
         rows = read_rows(store, place, batch, index // batch.chunk_size)
-    except Missing:
+    except MissingObjectError:
         return None
     except UserError as error:
         logger.warning("%s", error)
@@ -248,7 +251,7 @@ class Success(Config):
     """Hex SHA-256 of every other record of the batch, by its name in the batch."""
 
 
-def disagreements(store: Store, batch: SamplingBatch, place: Location, index: int | None) -> list[str]:
+def find_disagreements(store: Store, batch: SamplingBatch, place: Location, index: int | None) -> list[str]:
     """Describe disagreements of the records of a batch, about one image or all: the first MOST_NAMED, then a number."""
     with TemporaryDirectory() as scratch:
         conflicts = _compare_records(store, batch, place, index, Path(scratch))
@@ -266,7 +269,7 @@ def _compare_records(
     try:
         data = store.get(place.bucket, place.key(SUCCESS), LARGEST_SUCCESS)
         digests = Success.model_validate_json(data).sha256
-    except Missing:
+    except MissingObjectError:
         is_finished = False
     except (UserError, ValidationError):
         message = "holds no digests of the batch's records: it was altered, or an older Darkroom wrote it"
@@ -285,11 +288,11 @@ def _compare_records(
         try:
             store.fetch(place.bucket, place.key(name), scratch / name, LARGEST_TABLE)
             yield from check_digest(name, sha256_file(scratch / name))
-        except Missing:
+        except MissingObjectError:
             yield f"{place}/{name} is gone"
         except UserError as error:
             yield str(error)
-    table, columns = None, sampling_batch.schema_of(batch).names
+    table, columns = None, sampling_batch.make_schema(batch).names
     try:
         if (path := scratch / MANIFEST).is_file():
             table = pq.ParquetFile(path, read_dictionary=columns)
@@ -313,7 +316,7 @@ def _compare_records(
             if len(rows) != len(indices):
                 yield f"{place}/{name} has {len(rows)} rows, and {place}/{BATCH} {len(indices)} images for them"
                 rows = []
-        except Missing:
+        except MissingObjectError:
             if is_finished:
                 yield f"{place}/{name} is gone"
         except UserError as error:
@@ -326,14 +329,14 @@ def _compare_records(
             if index is not None and index != image:
                 continue
             if row:
-                yield from differ(name, BATCH, image, sampling_batch.conflicts(batch, image, row))
+                yield from differ(name, BATCH, image, sampling_batch.find_conflicts(batch, image, row))
                 if other:
                     differences = sorted(field for field in {*row, *other} if row.get(field) != other.get(field))
                     yield from differ(name, MANIFEST, image, differences)
                 if index is not None and "tar" in row and not _has_metadata(store, place, row):
                     yield from differ(f"{row['tar']}/{image:08d}.json", name, image, ["what is said of it"])
             elif other:
-                yield from differ(MANIFEST, BATCH, image, sampling_batch.conflicts(batch, image, other))
+                yield from differ(MANIFEST, BATCH, image, sampling_batch.find_conflicts(batch, image, other))
 
 
 def _has_metadata(store: Store, place: Location, row: Row) -> bool:

@@ -60,7 +60,7 @@ class RequestTable:
         Columns are label, prompt and size (WIDTHxHEIGHT), or some of them; an empty cell leaves it open. Raises
         UserError for another file.
         """
-        return cls._write(rows_of(source, source.suffix.lower().removeprefix(".")), folder)
+        return cls._write(read_request_rows(source, source.suffix.lower().removeprefix(".")), folder)
 
     @classmethod
     def fetch(cls, requests: Requests, store: Store, place: Location, folder: Path) -> "RequestTable":
@@ -71,7 +71,7 @@ class RequestTable:
         with TemporaryDirectory() as scratch:
             download = Path(scratch, REQUESTS)
             store.fetch(place.bucket, place.key(REQUESTS), download)
-            table = cls._write(rows_of(download, "parquet"), folder)
+            table = cls._write(read_request_rows(download, "parquet"), folder)
         if table.about != requests:
             raise UserError(f"{place}/{REQUESTS} is not the table that the batch was begun with: put that back")
         return table
@@ -165,7 +165,7 @@ class RequestTable:
         )
 
 
-def rows_of(source: Path, kind: str) -> Iterator[Row]:
+def read_request_rows(source: Path, kind: str) -> Iterator[Row]:
     """Yield the rows of a table of that ``kind``: csv, jsonl or parquet."""
     if kind not in ("csv", "jsonl", "parquet"):
         raise UserError(f"{source} is no table of requests: give one that ends in .csv, .jsonl or .parquet")

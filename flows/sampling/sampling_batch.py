@@ -186,7 +186,7 @@ def part_key(chunk: int) -> str:
     return f"manifest/part-{chunk:05d}.jsonl"
 
 
-def chunk_of(batch: SamplingBatch, name: str) -> int | None:
+def find_chunk(batch: SamplingBatch, name: str) -> int | None:
     """Chunk that the object ``name`` of ``batch`` belongs to; None if it belongs to none."""
     match = CHUNK_OBJECT.fullmatch(name)
     if match is None or (match["tar" if batch.format == "png" else "image"] is not None):
@@ -252,7 +252,7 @@ def part_rows(part: bytes, place: str) -> list[Row]:
         ) from error
 
 
-def conflicts(batch: SamplingBatch, index: int, row: Row) -> list[str]:
+def find_conflicts(batch: SamplingBatch, index: int, row: Row) -> list[str]:
     """Sorted fields of ``row`` that differ from what ``batch`` determines for image number ``index``."""
     conditions = batch.conditions or UNCONDITIONAL
     fields = batch.row(index) | {
@@ -275,7 +275,7 @@ def _describe_error(error: ValidationError) -> str:
     return f"{dotted_key}: {detail['msg']}" if dotted_key else detail["msg"]
 
 
-def schema_of(batch: SamplingBatch) -> pa.Schema:
+def make_schema(batch: SamplingBatch) -> pa.Schema:
     """Schema of the Parquet manifest of ``batch``."""
     omissions = set() if batch.format == "tar" else {"tar", "offset", "size"}
     omissions |= set() if batch.has_sizes else {"width", "height"}
@@ -286,6 +286,6 @@ def schema_of(batch: SamplingBatch) -> pa.Schema:
 
 def write_parquet(sink: "SupportsWrite[bytes]", parts: Iterator[list[Row]], batch: SamplingBatch) -> None:
     """Write the Parquet manifest of a batch, one row group per part; one part is held in memory at a time."""
-    with pq.ParquetWriter(sink, schema_of(batch)) as writer:
+    with pq.ParquetWriter(sink, make_schema(batch)) as writer:
         for rows in parts:
             writer.write_table(pa.Table.from_pylist(rows, writer.schema))

@@ -19,7 +19,7 @@ from cryptography.x509 import load_pem_x509_certificates
 import diffusion
 from diffusion.common.errors import UserError
 from diffusion.common.image_grids import SYNTHETIC
-from flows.signing.keys import NotVerified, SigningKey, not_valid_now
+from flows.signing.keys import SignatureError, SigningKey, describe_invalid_period
 
 LINEAGE = "org.darkroom.lineage"
 """Label of the assertion with the way back from the image to its data."""
@@ -80,7 +80,7 @@ class ImageSigner:
                     builder.add_ingredient(ingredient, _media_type(parent), io.BytesIO(parent))
                 builder.add_action(action)
                 builder.sign(self._signer, PNG, io.BytesIO(png), output)
-        except NotVerified as error:
+        except SignatureError as error:
             raise UserError(f"the image that was edited cannot be an ingredient: {error}") from error
         except C2paError as error:
             raise UserError(f"{title} cannot be signed ({error}): see docs/how-to/sign-and-verify.md") from error
@@ -88,7 +88,7 @@ class ImageSigner:
 
 
 def _media_type(image: bytes) -> str:
-    """Media type of an image; raises NotVerified for anything else."""
+    """Media type of an image; raises SignatureError for anything else."""
     from PIL import Image
 
     try:
@@ -96,7 +96,7 @@ def _media_type(image: bytes) -> str:
             return str(file.get_format_mimetype())
     # A damaged or hostile header; what the library says of it is about a buffer in memory.
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise NotVerified("it is no image, is damaged, or is larger than any real one") from error
+        raise SignatureError("it is no image, is damaged, or is larger than any real one") from error
 
 
 @dataclass(frozen=True)
@@ -117,8 +117,8 @@ class SignedImage:
 def verify_image(image: bytes, roots: str | None = None) -> SignedImage:
     """Verify the C2PA manifest of an image, with the trusted ``roots`` in PEM.
 
-    Raises NotVerified if it has none, a byte was changed, or its certificate is expired or, with ``roots``, of none of
-    them.
+    Raises SignatureError if it has none, a byte was changed, or its certificate is expired or, with ``roots``, of none
+    of them.
     """
     from c2pa import C2paError, Context, Reader
 
@@ -126,24 +126,26 @@ def verify_image(image: bytes, roots: str | None = None) -> SignedImage:
     if roots is not None:
         # The library takes roots that have expired.
         anchors = load_pem_x509_certificates(roots.encode())
-        roots_pem = [root.public_bytes(Encoding.PEM).decode() for root in anchors if not_valid_now(root) is None]
+        roots_pem = [
+            root.public_bytes(Encoding.PEM).decode() for root in anchors if describe_invalid_period(root) is None
+        ]
         if not roots_pem:
-            raise NotVerified(f"no root is valid: {not_valid_now(anchors[0])}")
+            raise SignatureError(f"no root is valid: {describe_invalid_period(anchors[0])}")
         trust = {"trust": {"trust_anchors": "".join(roots_pem)}}
     try:
         with Reader(_media_type(image), io.BytesIO(image), context=Context.from_dict(OFFLINE | trust)) as reader:
             report, state = json.loads(reader.json()), reader.get_validation_state()
     except C2paError.ManifestNotFound as error:
-        raise NotVerified("it has no C2PA manifest: it was never signed, or saved again without it") from error
+        raise SignatureError("it has no C2PA manifest: it was never signed, or saved again without it") from error
     except C2paError as error:
-        raise NotVerified(f"it is damaged ({error})") from error
+        raise SignatureError(f"it is damaged ({error})") from error
     failures = [
         entry.get("explanation") or entry["code"]
         for entry in report.get("validation_results", {}).get("activeManifest", {}).get("failure", ())
         if roots is not None or entry["code"] != "signingCredential.untrusted"
     ]
     if state not in ("Valid", "Trusted") or (roots is not None and state != "Trusted"):
-        raise NotVerified("; ".join(dict.fromkeys(failures)) or f"its C2PA manifest is {str(state).lower()}")
+        raise SignatureError("; ".join(dict.fromkeys(failures)) or f"its C2PA manifest is {str(state).lower()}")
     manifest = report["manifests"][report["active_manifest"]]
     signature, lineage = manifest.get("signature_info", {}), {}
     for entry in manifest.get("assertions", ()):

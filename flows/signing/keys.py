@@ -46,7 +46,7 @@ def signature_path(path: Path) -> Path:
     return sibling(path, ".sig")
 
 
-class NotVerified(Exception):
+class SignatureError(Exception):
     """Signature that is not valid for what it is beside, with the reason."""
 
 
@@ -163,7 +163,7 @@ class Trust:
     def verify(self, path: Path, signature: Path) -> str:
         """Verify the signature of a file or folder; returns the signer in words.
 
-        Raises NotVerified if the signature is damaged, by another signer, by a certificate that is expired or led to
+        Raises SignatureError if the signature is damaged, by another signer, by a certificate that is expired or led to
         its root by an expired one, or of other files, and UserError if neither a key nor a root is given.
         """
         from model_signing.verifying import Config
@@ -173,14 +173,14 @@ class Trust:
             raise UserError(f"say whose signature of {path} you trust: give --key PUBLIC_KEY, or --trust ROOTS")
         try:
             if signature.stat().st_size > LARGEST_SIGNATURE:
-                raise NotVerified(f"{signature} is too large to be a signature")
+                raise SignatureError(f"{signature} is too large to be a signature")
             material = json.loads(signature.read_bytes())["verificationMaterial"]
             config = Config().set_hashing_config(_make_hashing_config())  # type: ignore[no-untyped-call]
             with TemporaryDirectory() as scratch:
                 pem = Path(scratch, "trusted.pem")
                 if "x509CertificateChain" in material:
                     if self.roots_pem is None:
-                        raise NotVerified("it is signed with a certificate: give its root with --trust, not a key")
+                        raise SignatureError("it is signed with a certificate: give its root with --trust, not a key")
                     raw = [b64decode(entry["rawBytes"]) for entry in material["x509CertificateChain"]["certificates"]]
                     chain = [x509.load_der_x509_certificate(data) for data in raw]
                     _verify_chain(chain, self.roots_pem)
@@ -188,19 +188,19 @@ class Trust:
                     config.use_certificate_verifier(certificate_chain=[pem])
                     signer = describe(chain[0])
                 elif self.key_pem is None or self.key is None:
-                    raise NotVerified("it is signed with a bare key: give the public key with --key, not a root")
+                    raise SignatureError("it is signed with a bare key: give the public key with --key, not a root")
                 else:
                     pem.write_bytes(self.key_pem)
                     config.use_elliptic_key_verifier(public_key=pem)
                     signer = f"the key of {self.key.name}"
             config.verify(path, signature)
         except InvalidSignature as error:
-            raise NotVerified("its signature was altered, or is by another key") from error
+            raise SignatureError("its signature was altered, or is by another key") from error
         except X509StoreContextError as error:
             is_dated = error.errors[0] in (CERT_NOT_YET_VALID, CERT_HAS_EXPIRED)
-            expiry = not_valid_now(error.certificate.to_cryptography()) if is_dated else None
-            raise NotVerified(expiry or f"no root of {self.roots} stands for its certificate ({error})") from error
-        except NotVerified:
+            expiry = describe_invalid_period(error.certificate.to_cryptography()) if is_dated else None
+            raise SignatureError(expiry or f"no root of {self.roots} stands for its certificate ({error})") from error
+        except SignatureError:
             raise
         except Exception as error:
             # What the library says in its own words is a plain ValueError.
@@ -208,9 +208,12 @@ class Trust:
             if message.startswith("Signature mismatch"):
                 files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
                 digests = {file.relative_to(path).as_posix(): sha256_file(file) for file in files}
-                message = differences(signed_files(signature), digests) or "it is signed in another way than Darkroom's"
+                message = (
+                    describe_differences(signed_files(signature), digests)
+                    or "it is signed in another way than Darkroom's"
+                )
                 message = f"{path.name}{message[1:]}" if path.is_file() else message
-            raise NotVerified(message) from error
+            raise SignatureError(message) from error
         return signer
 
     def verify_bytes(self, data: bytes, signature: bytes) -> str:
@@ -227,7 +230,7 @@ def signed_files(signature: Path) -> dict[str, str]:
     return {resource["name"]: resource["digest"] for resource in payload["predicate"]["resources"]}
 
 
-def differences(expected: Mapping[str, str], actual: Mapping[str, str]) -> str:
+def describe_differences(expected: Mapping[str, str], actual: Mapping[str, str]) -> str:
     """Name the files of other SHA-256; empty: there are none."""
     names = [name for name in sorted({*expected, *actual}) if expected.get(name) != actual.get(name)]
     texts = [
@@ -290,12 +293,12 @@ def _signing_chain(pem: bytes, name: str, private: EllipticCurvePrivateKey) -> t
         raise UserError(f"{name} holds no certificates in PEM: give the signing certificate first") from error
     if chain[0].public_key() != private.public_key():
         raise UserError(f"the first certificate of {name} is for another key: put that of the signing key first")
-    if problem := not_valid_now(chain[0]):
+    if problem := describe_invalid_period(chain[0]):
         raise UserError(f"{name}: {problem}: get a new one")
     return tuple(chain)
 
 
-def not_valid_now(certificate: x509.Certificate) -> str | None:
+def describe_invalid_period(certificate: x509.Certificate) -> str | None:
     """Describe why a certificate is not valid now; None if it is."""
     start, end, now = certificate.not_valid_before_utc, certificate.not_valid_after_utc, datetime.now(UTC)
     if start <= now <= end:

@@ -11,7 +11,7 @@ from diffusion.common.config import Config
 from diffusion.common.errors import ConflictError
 from diffusion.common.files import canonical_json
 from flows.environment import settings
-from flows.storage.s3 import ListedObject, Location, Missing, Store
+from flows.storage.s3 import ListedObject, Location, MissingObjectError, Store
 
 NAME = re.compile(r"([0-9]{8})\.json")
 LARGEST_CLAIM = 4096  # maximum size of a claim in bytes; larger objects are no claims
@@ -34,7 +34,7 @@ class NumberedObjects:
     place: Location
     store: Store
 
-    def listed(self) -> tuple[ListedObject, ...]:
+    def list_objects(self) -> tuple[ListedObject, ...]:
         """List all objects below ``place``, including foreign ones."""
         return tuple(self.store.list_objects(self.place.bucket, self.place.key("")))
 
@@ -45,7 +45,7 @@ class NumberedObjects:
 
     def numbers(self) -> set[int]:
         """Return all numbers that are taken."""
-        return set(map(self.number, self.listed())) - {0}
+        return set(map(self.number, self.list_objects())) - {0}
 
     def require_conditional_puts(self) -> None:
         """Raise UserError if the server ignores If-None-Match."""
@@ -55,7 +55,7 @@ class NumberedObjects:
         """Return the bytes of an object, None if it is not there; raises UserError if it is over ``most`` bytes."""
         try:
             return self.store.get(self.place.bucket, self.place.key(object_name(number)), most)
-        except Missing:
+        except MissingObjectError:
             return None
 
     def put(self, number: int, data: bytes) -> None:
@@ -100,7 +100,7 @@ class Claims(NumberedObjects):
                 return name
 
     def _claims(self) -> Iterator[tuple[int, str | None]]:
-        for entry in self.listed():
+        for entry in self.list_objects():
             if number := self.number(entry):
                 try:
                     data = self.get(number) if entry.size <= LARGEST_CLAIM else None

@@ -48,15 +48,15 @@ BROKEN_READ = tenacity.retry_if_exception_type(
 )
 
 
-class Missing(UserError):
+class MissingObjectError(UserError):
     """Missing object."""
 
 
-class Denied(UserError):
+class AccessDeniedError(UserError):
     """Access denied by the server."""
 
 
-class WrongKeys(Denied):
+class WrongCredentialsError(AccessDeniedError):
     """Credentials that the server does not know."""
 
 
@@ -168,7 +168,7 @@ def _client(
         raise UserError(f"the AWS_* settings make no S3 client: {error}") from error
 
 
-def status_of(error: ClientError) -> int:
+def get_status(error: ClientError) -> int:
     """HTTP status of the server's answer."""
     return error.response["ResponseMetadata"]["HTTPStatusCode"]
 
@@ -178,7 +178,7 @@ def is_conflict(error: BaseException) -> bool:
     if not isinstance(error, ClientError):
         return False
     return error.response["Error"]["Code"] in {"ConditionalRequestConflict", "OperationAborted"} or (
-        error.operation_name in {"HeadObject", "GetObject"} and status_of(error) == 404
+        error.operation_name in {"HeadObject", "GetObject"} and get_status(error) == 404
     )
 
 
@@ -223,7 +223,7 @@ class Store:
                     Metadata={"sha256": digest, **(metadata or {})},
                 )
             except ClientError as error:
-                if status_of(error) != 412:
+                if get_status(error) != 412:
                     raise
                 if (other_digest := self._sha256(bucket, key)) != digest:
                     raise ConflictError(
@@ -241,18 +241,21 @@ class Store:
             return list(pool.map(lambda o: self.put_once(bucket, o.key, o.data, o.metadata, o.content_type), objects))
 
     def get(self, bucket: str, key: str, most: int | None = None) -> bytes:
-        """Read an object, verified by its checksum; raises Missing, and UserError if it is over ``most`` bytes."""
+        """Read an object, verified by its checksum.
+
+        Raises MissingObjectError, and UserError if it is over ``most`` bytes.
+        """
         return self._retry(bucket, key, lambda: self._body(bucket, key, most).read())
 
     def get_span(self, bucket: str, key: str, offset: int, size: int) -> bytes:
-        """Read ``size`` bytes of an object from ``offset`` on, without a checksum; raises Missing."""
+        """Read ``size`` bytes of an object from ``offset`` on, without a checksum; raises MissingObjectError."""
         span = f"bytes={offset}-{offset + size - 1}"
         return self._retry(
             bucket, key, lambda: self.client.get_object(Bucket=bucket, Key=key, Range=span)["Body"].read()
         )
 
     def sha256(self, bucket: str, key: str) -> str:
-        """Hex SHA-256 of an object, from the server's checksum or else from its bytes; raises Missing."""
+        """Hex SHA-256 of an object, from the server's checksum or else from its bytes; raises MissingObjectError."""
         return self._retry(bucket, key, lambda: self._sha256(bucket, key))
 
     def fetch(self, bucket: str, key: str, path: Path, most: int | None = None) -> None:
@@ -286,9 +289,9 @@ class Store:
     def stat(self, bucket: str, key: str) -> ListedObject | None:
         """Size, ETag and time of an object; None if it does not exist."""
         try:
-            with self.in_words(bucket, key):
+            with self.explain_errors(bucket, key):
                 head = self.client.head_object(Bucket=bucket, Key=key)
-        except Missing:
+        except MissingObjectError:
             return None
         return ListedObject(key, head["ContentLength"], head["ETag"].strip('"'), head["LastModified"])
 
@@ -300,7 +303,7 @@ class Store:
         """Yield the objects of ``list_keys`` with size, ETag and time; one page is held in memory at a time."""
         # No delimiter: some servers go on listing a "folder" for minutes after it was emptied.
         pages = self.client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix, StartAfter=after)
-        with self.in_words(bucket, prefix):
+        with self.explain_errors(bucket, prefix):
             for page in pages:
                 for entry in page.get("Contents", ()):
                     yield ListedObject(entry["Key"], entry["Size"], entry["ETag"].strip('"'), entry["LastModified"])
@@ -309,7 +312,7 @@ class Store:
         """Delete the objects of these names, if they exist."""
         key_iterator = iter(keys)
         while batch := list(islice(key_iterator, DELETED_AT_ONCE)):
-            with self.in_words(bucket, batch[0]):
+            with self.explain_errors(bucket, batch[0]):
                 objects: list[ObjectIdentifierTypeDef] = [{"Key": key} for key in batch]
                 answer = self.client.delete_objects(Bucket=bucket, Delete={"Objects": objects, "Quiet": True})
             for error in answer.get("Errors", ()):
@@ -318,13 +321,13 @@ class Store:
 
     def ensure_bucket(self, bucket: str) -> None:
         """Create ``bucket`` if it does not exist."""
-        with suppress(Missing), self.in_words(bucket):
+        with suppress(MissingObjectError), self.explain_errors(bucket):
             self.client.head_bucket(Bucket=bucket)
             return
         region, options = self.client.meta.region_name, dict[str, Any]()
         if region not in {None, "us-east-1", "aws-global"}:
             options["CreateBucketConfiguration"] = {"LocationConstraint": region}
-        with self.in_words(bucket):
+        with self.explain_errors(bucket):
             try:
                 self.client.create_bucket(Bucket=bucket, **options)
             except ClientError as error:
@@ -347,13 +350,13 @@ class Store:
         )
         for body in (b"Kept by Darkroom: a second write of this key must fail.\n", b"This must never be seen.\n"):
             try:
-                with self.in_words(bucket, key):
+                with self.explain_errors(bucket, key):
                     self.client.put_object(Bucket=bucket, Key=key, Body=body, IfNoneMatch="*")
             except DarkroomError as error:
                 cause = error.__cause__
-                if not isinstance(cause, ClientError) or status_of(cause) not in {409, 412, 501}:
+                if not isinstance(cause, ClientError) or get_status(cause) not in {409, 412, 501}:
                     raise
-                if status_of(cause) == 501:
+                if get_status(cause) == 501:
                     raise UserError(refusal.format("does not know")) from error
                 return
         raise UserError(refusal.format("ignores"))
@@ -377,11 +380,11 @@ class Store:
     ) -> T:
         """Answer of a request, retried after errors that botocore does not retry."""
         wait, stop = tenacity.wait_random_exponential(0.1, 5), tenacity.stop_after_attempt(6)
-        with self.in_words(bucket, key):
+        with self.explain_errors(bucket, key):
             return tenacity.Retrying(retry=retry, stop=stop, wait=wait, reraise=True)(request)
 
     @contextmanager
-    def in_words(self, bucket: str, key: str = "") -> Iterator[None]:
+    def explain_errors(self, bucket: str, key: str = "") -> Iterator[None]:
         """Context that turns exceptions of boto3 into errors with a one-line message, with the original as cause."""
         server, place = self.client.meta.endpoint_url, f"s3://{bucket}/{key}"
         try:
@@ -424,14 +427,14 @@ class S3Objects:
         """Read the bytes of one object; raises FileNotFoundError if there is none."""
         try:
             return self._store.get(*_split(uri))
-        except Missing as error:
+        except MissingObjectError as error:
             raise FileNotFoundError(str(error)) from error
 
     def download(self, uri: str, path: Path) -> None:
         """Download one object to ``path`` atomically; raises FileNotFoundError if there is none."""
         try:
             self._store.download(*_split(uri), path)
-        except Missing as error:
+        except MissingObjectError as error:
             raise FileNotFoundError(str(error)) from error
 
 
@@ -446,17 +449,17 @@ def _explain(error: ClientError, place: str, bucket: str, server: str) -> Darkro
         hint = "create it, or set DARKROOM_BUCKET to one that is there"
         return UserError(f"{place}: there is no bucket {bucket} at {server}: {hint}")
     if code in {"NoSuchKey", "404", "NotFound"}:
-        return Missing(f"{place} does not exist at {server}")
+        return MissingObjectError(f"{place} does not exist at {server}")
     if code == "InvalidRange":
-        return Missing(f"{place} is shorter at {server} than the requested range: it was cut, or replaced")
+        return MissingObjectError(f"{place} is shorter at {server} than the requested range: it was cut, or replaced")
     if code in WRONG_KEYS:
         hint = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY to valid ones"
-        return WrongKeys(f"{place}: {server} rejects the credentials ({code}): {hint}")
+        return WrongCredentialsError(f"{place}: {server} rejects the credentials ({code}): {hint}")
     if code in DENIED:
         hint = "check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and what that key may do"
         if code == "403":  # to a HEAD, whose answer has no body to say why
             hint += ", and this machine's clock"
-        return Denied(f"{place}: {server} denies access ({code}): {hint}")
+        return AccessDeniedError(f"{place}: {server} denies access ({code}): {hint}")
     if code in {"RequestExpired", "RequestTimeTooSkewed"}:
         hint = "set the clock of whichever of the two is wrong"
         return UserError(f"{place}: the clocks of {server} and of this machine are too far apart ({code}): {hint}")

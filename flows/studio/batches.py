@@ -23,8 +23,8 @@ from flows.environment import settings
 from flows.provenance.trace import Trace, trace
 from flows.sampling.lookup import find, read_image, read_pixels, read_rows
 from flows.sampling.sampling_batch import BATCH, LARGEST_BATCH, SUCCESS, Row, SamplingBatch, parse_batch
-from flows.storage.s3 import Location, Missing, Store, batch_places
-from flows.studio.generation import GalleryItem, errors_shown
+from flows.storage.s3 import Location, MissingObjectError, Store, batch_places
+from flows.studio.generation import GalleryItem, show_errors
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +61,7 @@ def list_batches(store: Store, bucket: str) -> list[ListedBatch]:
     def read(place: Location) -> ListedBatch | None:
         try:
             batch = parse_batch(store.get(bucket, place.key(BATCH), LARGEST_BATCH), f"{place}/{BATCH}")
-        except Missing:
+        except MissingObjectError:
             return None
         except UserError as error:  # an unreadable batch does not hide the others
             logger.warning("%s", error)
@@ -95,14 +95,16 @@ def matching_rows(store: Store, batches: Sequence[ListedBatch], text: str = "") 
         for chunk in range(len(entry.batch.chunks())):
             try:
                 rows = read_rows(store, entry.place, entry.batch, chunk)
-            except Missing:  # not generated yet
+            except MissingObjectError:  # not generated yet
                 continue
             for row in rows:
                 if query in f"{row.get('label') or ''}\n{row.get('prompt') or ''}".casefold():
                     yield entry, row
 
 
-def page_of(store: Store, batches: Sequence[ListedBatch], text: str, page: int) -> tuple[list[GalleryItem], list[str]]:
+def load_page(
+    store: Store, batches: Sequence[ListedBatch], text: str, page: int
+) -> tuple[list[GalleryItem], list[str]]:
     """Images of a page, counted from 1, with captions, and their S3 addresses."""
     rows = list(islice(matching_rows(store, batches, text), (page - 1) * PAGE, page * PAGE))
 
@@ -110,7 +112,7 @@ def page_of(store: Store, batches: Sequence[ListedBatch], text: str, page: int) 
         entry, row = pair
         try:
             pixels = read_pixels(read_image(store, entry.place, entry.batch, row["index"], row))
-        except Missing:
+        except MissingObjectError:
             return None
         return None if pixels is None else Image.fromarray(pixels)
 
@@ -230,7 +232,7 @@ def tab(model: str) -> None:
     filters = [models, versions, names, text, number]
 
     def refresh() -> tuple[Any, ...]:
-        with errors_shown():
+        with show_errors():
             entries = list_batches(Store(), settings().bucket)
         model_names = sorted({entry.batch.model for entry in entries})
         name = model if model in model_names else ""
@@ -247,15 +249,15 @@ def tab(model: str) -> None:
     def show(
         entries: list[ListedBatch], name: str, version: str, title: str, query: str, page_number: int | None
     ) -> tuple[Any, str, list[str]]:
-        with errors_shown():
+        with show_errors():
             selection = select_batches(entries, name or None, int(version) if version else None, title or None)
-            items, places = page_of(Store(), selection, query, page_number or 1)
+            items, places = load_page(Store(), selection, query, page_number or 1)
         start = ((page_number or 1) - 1) * PAGE
         label = f"Images {start + 1} to {start + len(items)}" if items else "No images"
         return gr.Gallery(items, selected_index=None), label, places
 
     def select(places: list[str], event: gr.SelectData) -> tuple[Any, ...]:
-        with errors_shown():
+        with show_errors():
             chain, location = trace(places[event.index]), find(places[event.index], Store(), settings().bucket)
             pixels = read_pixels(location.image.png) if location.image else None
             if pixels is None:

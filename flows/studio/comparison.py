@@ -37,9 +37,9 @@ from flows.studio.generation import (
     Source,
     condition_controls,
     controls_key,
-    errors_shown,
+    make_progress_callback,
     pixels_class,
-    progress_of,
+    show_errors,
 )
 
 logger = logging.getLogger(__name__)
@@ -68,13 +68,13 @@ class VoteSession(Config):
     votes: tuple[Choice, ...] = ()
     """Vote on each pair, in order."""
 
-    def left(self, pair: int) -> Literal["candidate", "champion"]:
+    def left_version(self, pair: int) -> Literal["candidate", "champion"]:
         """Version whose image stands on the left in a pair."""
         return "candidate" if generator(self.shuffle_seed, "vote sides", pair).integers(2) else "champion"
 
-    def voted(self, side: Side | Literal["equal"]) -> "VoteSession":
+    def with_vote(self, side: Side | Literal["equal"]) -> "VoteSession":
         """Session after a vote on the next pair."""
-        left = self.left(len(self.votes))
+        left = self.left_version(len(self.votes))
         right: Choice = "champion" if left == "candidate" else "candidate"
         choice: Choice = {"left": left, "right": right, "equal": "equal"}[side]
         return self.model_copy(update={"votes": (*self.votes, choice)})
@@ -104,7 +104,7 @@ class Ballot:
         """Left and right image of the next pair."""
         if (pair := self.pair) is None:
             return None
-        left = self.session.left(pair)
+        left = self.session.left_version(pair)
         right = "champion" if left == "candidate" else "candidate"
         return self.images[left][pair], self.images[right][pair]
 
@@ -140,7 +140,7 @@ def follow(source: Source, uri: str) -> Source:
 def read_versions(model: str) -> tuple[list[int], AliasNumbers]:
     """Numbers of the registered versions of ``model``, newest first, and its alias state by the ledger."""
     digests, versions = read_record(MlflowClient(), model)
-    return sorted(versions, reverse=True), Ledger.of(model).read(digests).standing
+    return sorted(versions, reverse=True), Ledger.of(model).read(digests).alias_numbers
 
 
 def generate_pairs(
@@ -203,14 +203,14 @@ def cast(ballot: Ballot, side: Side | Literal["equal"]) -> tuple[Ballot, str]:
     """Record a vote on the next pair of ``ballot``; returns the ballot after it, and the tally of the version."""
     if ballot.pair is None:
         return ballot, ""
-    session = ballot.session.voted(side)
+    session = ballot.session.with_vote(side)
     client = MlflowClient()
     if ballot.run_id:
         client.log_text(ballot.run_id, session.model_dump_json(indent=2), session.artifact)
     other_sessions = [
         entry for entry in read_sessions(client, ballot.run_id) if entry.shuffle_seed != session.shuffle_seed
     ]
-    tally = tally_of([session, *other_sessions], session.candidate, session.champion)
+    tally = format_tally([session, *other_sessions], session.candidate, session.champion)
     client.set_model_version_tag(session.model, str(session.candidate), VOTES, tally)
     return replace(ballot, session=session), tally
 
@@ -227,7 +227,7 @@ def read_sessions(client: MlflowClient, run_id: str) -> list[VoteSession]:
     return sessions
 
 
-def tally_of(sessions: Sequence[VoteSession], candidate: int, champion: int) -> str:
+def format_tally(sessions: Sequence[VoteSession], candidate: int, champion: int) -> str:
     """Sum up the votes between two versions in words, such as "candidate 12, champion 7 (version 1)"."""
     counts = Counter(
         choice
@@ -278,7 +278,7 @@ def tab(model: str, source: Source) -> None:
     inputs = {champion, candidate, seed, count, *controls.values()}
 
     def choose() -> tuple[Any, Any]:
-        with errors_shown():
+        with show_errors():
             numbers, standing = read_versions(model)
         names = {number: alias for alias, number in standing.model_dump().items() if number is not None}
         choices = [(f"{number} ({names[number]})" if number in names else f"{number}", number) for number in numbers]
@@ -289,9 +289,9 @@ def tab(model: str, source: Source) -> None:
 
     def compare(values: dict[Any, Any], bar: gr.Progress = gr.Progress()) -> tuple[Any, ...]:  # noqa: B008
         conditions = {name: values[control] for name, control in controls.items()}
-        with errors_shown():
+        with show_errors():
             sources = _sources(model, values[champion], values[candidate], source.sampling)
-            images = generate_pairs(sources, values[seed], values[count], conditions, progress_of(bar))
+            images = generate_pairs(sources, values[seed], values[count], conditions, make_progress_callback(bar))
         items: list[list[GalleryItem]] = [
             [(image, str(number)) for number, image in enumerate(images[name])] for name in ("champion", "candidate")
         ]
@@ -299,18 +299,18 @@ def tab(model: str, source: Source) -> None:
 
     def start(values: dict[Any, Any], bar: gr.Progress = gr.Progress()) -> tuple[Any, ...]:  # noqa: B008
         conditions = {name: values[control] for name, control in controls.items()}
-        with errors_shown():
+        with show_errors():
             numbers = values[champion], values[candidate]
             # Raises for versions that are not there or equal.
             _sources(model, *numbers, source.sampling)
             ballot = open_ballot(
-                model, *numbers, values[seed], values[count], conditions, source.sampling, progress_of(bar)
+                model, *numbers, values[seed], values[count], conditions, source.sampling, make_progress_callback(bar)
             )
         return gr.Row(visible=False), gr.Column(visible=True), *_show_ballot(ballot, "")
 
     def vote(side: Side | Literal["equal"]) -> Any:
         def run(ballot: Ballot) -> tuple[Any, ...]:
-            with errors_shown():
+            with show_errors():
                 return _show_ballot(*cast(ballot, side))
 
         return run

@@ -96,7 +96,7 @@ class Source:
 
 
 @contextmanager
-def errors_shown() -> Iterator[None]:
+def show_errors() -> Iterator[None]:
     """Context that shows errors with a one-line message in the page; others are logged, without details there."""
     try:
         yield
@@ -105,7 +105,7 @@ def errors_shown() -> Iterator[None]:
         raise gr.Error(escape(str(error)), duration=20, print_exception=False) from error
 
 
-def progress_of(bar: gr.Progress) -> Progress:
+def make_progress_callback(bar: gr.Progress) -> Progress:
     """Progress callback that moves the ``bar`` of a page."""
 
     def show(what: str, done: int, total: int | None, note: str = "") -> None:
@@ -200,14 +200,14 @@ def editor_files(canvas: Mapping[str, Any] | None, shapes: Iterable[Shape]) -> d
         hole[np.asarray(layer.getchannel("A")) > 0] = True
     for height, width in shapes:
         small = background.resize((width, height), Image.Resampling.NEAREST)
-        if enlarged(small) == background:
+        if enlarge_to_canvas(small) == background:
             background, scale = small, len(hole) // height
             hole = hole.reshape(height, scale, width, scale).max((1, 3))
             break
     return {"image": png_bytes(background), "mask": png_bytes(Image.fromarray(np.where(hole, np.uint8(255), 0)))}
 
 
-def enlarged(image: Image.Image) -> Image.Image:
+def enlarge_to_canvas(image: Image.Image) -> Image.Image:
     """Repeat the pixels of a small image until one can paint on it."""
     scale = math.ceil(CANVAS / max(image.size))
     return image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST) if scale > 1 else image
@@ -237,7 +237,7 @@ def tabs(source: Source, container: Any, current: Callable[[], Source]) -> None:
                         height=420,
                         buttons=[],
                     )
-                    editor.upload(_on_canvas, editor, editor, api_visibility="private", queue=False)
+                    editor.upload(_put_on_canvas, editor, editor, api_visibility="private", queue=False)
                 elif task in ("img2img", "upscale"):
                     controls["image"] = editors[task] = gr.Image(
                         label="Image",
@@ -307,13 +307,13 @@ def _run(current: Callable[[], Source], task: Task, controls: Mapping[str, Any])
 
     def run(values: dict[Any, Any], bar: gr.Progress = gr.Progress()) -> tuple[list[GalleryItem], str, list[Path]]:  # noqa: B008
         fields = {name: values[control] for name, control in controls.items()}
-        with errors_shown():
+        with show_errors():
             source = current()
             if task == "inpaint":
                 fields |= editor_files(fields["image"], source.model.header.trained_shapes)
             elif (path := fields.get("image")) is not None:
                 fields["image"] = _read_upload(Path(path))
-            paths, note = source.generate({"task": task} | fields, progress_of(bar))
+            paths, note = source.generate({"task": task} | fields, make_progress_callback(bar))
         start = int(paths[0].stem)
         return [(path, str(start + number)) for number, path in enumerate(paths)], note, paths
 
@@ -326,8 +326,8 @@ def _read_upload(path: Path) -> bytes:
     return path.read_bytes()
 
 
-def _on_canvas(canvas: dict[str, Any]) -> dict[str, Any]:
-    return {"background": enlarged(canvas["background"]), "layers": [], "composite": None}
+def _put_on_canvas(canvas: dict[str, Any]) -> dict[str, Any]:
+    return {"background": enlarge_to_canvas(canvas["background"]), "layers": [], "composite": None}
 
 
 def _choose(paths: list[Path], event: gr.SelectData) -> tuple[Path, Any]:
@@ -340,7 +340,7 @@ def _open(target: Task) -> Any:
         tab_update = gr.Tabs(selected=target)
         if target != "inpaint":
             return path, tab_update
-        background = enlarged(Image.open(io.BytesIO(path.read_bytes())))
+        background = enlarge_to_canvas(Image.open(io.BytesIO(path.read_bytes())))
         return {"background": background, "layers": [], "composite": None}, tab_update
 
     return show

@@ -7,22 +7,22 @@ import gradio as gr
 from mlflow.client import MlflowClient
 
 from diffusion.common.errors import ConflictError, UserError
-from flows.registry.aliases import verified
+from flows.registry.aliases import read_verified_history
 from flows.registry.champion import ChampionChange, champion_problem, roll_back
 from flows.registry.ledger import History, Ledger, LedgerEntry
-from flows.studio.generation import errors_shown
+from flows.studio.generation import show_errors
 
 
 def read_history(model: str) -> History:
     """Read the ledger of ``model``, verified; nothing is repaired."""
-    return verified(MlflowClient(), Ledger.of(model))
+    return read_verified_history(MlflowClient(), Ledger.of(model))
 
 
 def timeline(history: History) -> str:
     """Show the entries as HTML, the newest first."""
     if history.head is None:
         return "<p>The ledger is empty: the first verdict of <code>darkroom promote</code> starts it.</p>"
-    standing = history.standing
+    standing = history.alias_numbers
     state = ", ".join(f"{name} {number}" for name, number in standing.model_dump().items() if number is not None)
     items = "".join(_item(entry) for entry in reversed(history.entries))
     foreign_html = "".join(
@@ -34,7 +34,9 @@ def timeline(history: History) -> str:
 
 
 def _item(entry: LedgerEntry) -> str:
-    move = f"{entry.from_version or 'none'} → {entry.to_version}" if entry.moves else f"version {entry.version}"
+    move = (
+        f"{entry.from_version or 'none'} → {entry.to_version}" if entry.changes_champion else f"version {entry.version}"
+    )
     hand = " by hand" if entry.by_hand else ""
     return (
         f"<li class='{entry.what}'><b>{entry.number}. {entry.what}</b>{hand} <b>{move}</b>"
@@ -46,7 +48,7 @@ def roll_back_from(model: str, champion: int, reason: str) -> ChampionChange:
     """Roll back the ``champion`` that the person saw; raises ConflictError if it is another one by now."""
     if not reason.strip():
         raise UserError("give a reason: the ledger keeps it")
-    if (now := read_history(model).standing.champion) != champion:
+    if (now := read_history(model).alias_numbers.champion) != champion:
         raise ConflictError(f"the champion is {now or 'none'} by now, not {champion}: look at the ledger again")
     return roll_back(model, reason.strip())
 
@@ -69,16 +71,16 @@ def tab(model: str) -> None:
         message = gr.Markdown()
 
     def show() -> tuple[str, int | None, Any]:
-        with errors_shown():
+        with show_errors():
             history = read_history(model)
             problem = champion_problem(MlflowClient(), history)
         problem_html = f"<p class='problem'>{escape(problem)}</p>" if problem else ""
-        standing = history.standing
+        standing = history.alias_numbers
         return problem_html + timeline(history), standing.champion, gr.Button(interactive=standing.previous is not None)
 
     def question_of(number: int) -> tuple[Any, str]:
-        with errors_shown():
-            standing = read_history(model).standing
+        with show_errors():
+            standing = read_history(model).alias_numbers
             if standing.champion != number:
                 raise ConflictError(f"the champion is {standing.champion or 'none'} by now: refresh the ledger")
         text = (
@@ -88,7 +90,7 @@ def tab(model: str) -> None:
         return gr.Column(visible=True), text
 
     def act(number: int, text: str) -> tuple[Any, str, str]:
-        with errors_shown():
+        with show_errors():
             change = roll_back_from(model, number, text)
         return gr.Column(visible=False), "", f"`{change.version.uri}` is champion."
 

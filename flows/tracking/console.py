@@ -17,7 +17,7 @@ from rich.progress import BarColumn, SpinnerColumn, TaskID, TextColumn
 from diffusion.common.escaping import escape_controls
 from diffusion.common.progress import Progress
 from flows.environment import settings
-from flows.tracking.json_logs import Formatter, about
+from flows.tracking.json_logs import Formatter, collect_ids
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +51,7 @@ class Pace:
         while len(self.seen) > 2 and self.seen[1][0] <= now - max(EVERY, (now - self.started) / 2):
             self.seen.popleft()
 
-    def due(self, seconds: float) -> bool:
+    def is_report_due(self, seconds: float) -> bool:
         """Whether these ``seconds`` have passed since the last time that something was due."""
         now = time.monotonic()
         if now - self.last < seconds:
@@ -66,7 +66,7 @@ class Pace:
         is_known = now - self.started >= SETTLED and count > start_count and now > start
         return (count - start_count) / (now - start) if is_known else None
 
-    def left(self, total: int | None) -> float | None:
+    def estimate_remaining_seconds(self, total: int | None) -> float | None:
         """Remaining seconds; None while they are unknown, and at the end."""
         rate, (_, count) = self.rate, self.seen[-1]
         return None if rate is None or total is None or count >= total else (total - count) / rate
@@ -76,7 +76,7 @@ class Pace:
         if (rate := self.rate) is None:
             return ""
         per_second = f"{rate:,.0f}/s" if rate >= 10 else f"{rate:.2g}/s"
-        seconds = self.left(total)
+        seconds = self.estimate_remaining_seconds(total)
         return per_second if seconds is None else f"{per_second}, {clock(seconds)} left"
 
 
@@ -93,12 +93,12 @@ def _print(line: str) -> None:
 
 def _log_json(line: str) -> None:
     # The log of a Prefect run has its lines already.
-    if "flow_run_id" not in about():
+    if "flow_run_id" not in collect_ids():
         logger.info(line)
 
 
 def _log_in_run(line: str) -> None:
-    if "flow_run_id" in about():
+    if "flow_run_id" in collect_ids():
         from prefect.logging import get_run_logger
 
         get_run_logger().info(escape_controls(line))
@@ -119,14 +119,17 @@ class Lines:
         pace.add(done)
         # The end of what took long; in a phase, that of the phase says it.
         is_end = done == total and not self.phase and time.monotonic() - pace.started >= EVERY
-        if is_end or (done != total and self.pace.due(EVERY)):
+        if is_end or (done != total and self.pace.is_report_due(EVERY)):
             count = f"{done:,}" if total is None else f"{done:,} of {total:,}"
             title = f"{self.phase}: {what}" if self.phase else what
             self.write(", ".join(filter(None, (f"{title}: {count}", self.words(pace, total), note))))
 
     def words(self, pace: Pace, total: int | None) -> str:
         """Rate and remaining time of a work of ``pace``, and of all phases together where they are expected."""
-        seconds, own_seconds = pace.left(total), self.own and max(self.own - (time.monotonic() - self.pace.started), 0)
+        seconds, own_seconds = (
+            pace.estimate_remaining_seconds(total),
+            self.own and max(self.own - (time.monotonic() - self.pace.started), 0),
+        )
         if not self.later or (seconds is None and not own_seconds):
             return pace.words(total)
         total_text = f"about {clock(max(seconds or 0, own_seconds) + self.later)} in all"
@@ -291,7 +294,7 @@ def bar(key: str) -> Progress:
     def show(what: str, done: int, total: int | None, note: str = "") -> None:
         report(what, done, total, note)
         pace.add(done)
-        if total and (done == total or pace.due(10.0)):
+        if total and (done == total or pace.is_report_due(10.0)):
             text = ", ".join(filter(None, (f"{done:,} of {total:,} {what}", pace.words(total), note)))
             update_progress_artifact(artifact, progress=100 * done / total, description=text)
 

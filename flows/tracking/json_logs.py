@@ -46,11 +46,11 @@ class Formatter(JsonFormatter):
         # Fields about the display and delivery of a line.
         for name in ("send_to_api", "color_message", "taskName"):
             log_data.pop(name, None)
-        for name, value in about().items():
+        for name, value in collect_ids().items():
             log_data.setdefault(name, value)
 
 
-def about() -> dict[str, str]:
+def collect_ids() -> dict[str, str]:
     """IDs of the current runs and data set."""
     fields: dict[str, Any] = {"run_id": RUN_ID.get()}
     # A command without flows does not import Prefect for its log.

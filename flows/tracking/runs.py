@@ -152,7 +152,7 @@ def find_run(client: MlflowClient, experiment: str, tag: str, value: str) -> Mlf
     return runs[0] if runs else None
 
 
-def one_run(
+def find_or_create_run(
     client: MlflowClient, experiment: str, tag: str, value: str, name: str, extra_tags: Mapping[str, str] | None = None
 ) -> MlflowRun:
     """Find the run of ``experiment`` whose ``tag`` is ``value``, or create it with this ``name`` and further tags.
@@ -215,7 +215,9 @@ def open_run(
         MLFLOW_SOURCE_NAME: "darkroom train",
         MLFLOW_SOURCE_TYPE: "LOCAL",
     }
-    run = one_run(client, experiment, TRAIN_KEY, train_key, f"{manifest.name}-{family}-{train_key[:8]}", run_tags)
+    run = find_or_create_run(
+        client, experiment, TRAIN_KEY, train_key, f"{manifest.name}-{family}-{train_key[:8]}", run_tags
+    )
     # Also on an existing run: its creator may have been killed before this.
     client.log_batch(run.info.run_id, params=[Param(name, str(value)) for name, value in parameters.items()])
     source, digest = resolve_dataset_source(data_source), manifest.content_digest[:DIGEST_LENGTH]

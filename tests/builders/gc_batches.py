@@ -4,7 +4,7 @@ from pathlib import Path
 
 from flows.sampling import generate_batch
 from flows.sampling.sampling_batch import SamplingBatch
-from flows.storage.s3 import Location, Missing, Store
+from flows.storage.s3 import Location, MissingObjectError, Store
 from tests.builders.sampling_batches import batch
 
 BATCHES = [batch(4, chunk=2), batch(4, chunk=2, format="tar")]
@@ -13,12 +13,12 @@ BATCHES = [batch(4, chunk=2), batch(4, chunk=2, format="tar")]
 def generate(store: Store, made: SamplingBatch, bucket: str, weights: Path) -> Location:
     """As the flow ``sample`` does, without Prefect; returns where the finished batch lies."""
     while True:
-        place = generate_batch.usual_place(store, made, bucket)
+        place = generate_batch.find_default_place(store, made, bucket)
         generate_batch.begin(store, made, place, None)
         try:
-            for chunk in generate_batch.unfinished(store, made, place):
+            for chunk in generate_batch.list_unfinished_chunks(store, made, place):
                 generate_batch.generate_chunk(store, made, place, weights, chunk, None, 1)
-        except Missing:
+        except MissingObjectError:
             assert generate_batch.is_deleted(store, place)
             continue
         if generate_batch.finish(store, made, place):

@@ -6,7 +6,7 @@ from typing import Any
 from mlflow.client import MlflowClient
 
 from diffusion.common.files import sha256_bytes
-from flows.registry.model_versions import WEIGHTS, Version, version_of
+from flows.registry.model_versions import WEIGHTS, Version, get_version
 
 WRITES = (
     "set_registered_model_alias",
@@ -55,4 +55,4 @@ def add_version(
     weights.write_bytes(data)
     source = weights.parents[1].as_uri()
     made = client.create_model_version(model, source, run_id, tags={WEIGHTS: sha256_bytes(data), **tags})
-    return version_of(client, model, int(made.version))
+    return get_version(client, model, int(made.version))

@@ -95,7 +95,7 @@ class House:
         stack = self.stack
         process, deadline = service.start(stack), time.monotonic() + 120
         # By this, commands know that the stack has the server.
-        stack.updated(processes=stack.state.processes | {service.name: process})
+        stack.update_state(processes=stack.state.processes | {service.name: process})
         while not _serves(service, process):
             assert time.monotonic() < deadline, self.stack.log(service.name).read_text()[-2000:]
             time.sleep(0.2)

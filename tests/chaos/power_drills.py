@@ -178,7 +178,9 @@ def run_stack(folder: Path) -> State:
     """What `up` writes of a stack, into .darkroom below ``folder``, as each of its servers gets a port."""
     stack = LocalStack.open(folder / STACK, "bucket")
     for number, service in enumerate(SERVICES, 1):
-        stack = stack.updated(servers=("s3", "mlflow", "prefect"), ports=stack.state.ports | {service: 10000 + number})
+        stack = stack.update_state(
+            servers=("s3", "mlflow", "prefect"), ports=stack.state.ports | {service: 10000 + number}
+        )
     found = LocalStack.read(folder / STACK)
     assert found is not None
     return {

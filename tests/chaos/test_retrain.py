@@ -31,7 +31,7 @@ STEPS = (
     "flows.sampling.generate_batch:begin",  # sample
     "flows.sampling.generate_batch:_put_files@1",  # before the first images are there
     "flows.sampling.generate_batch:finish",  # all are, and no manifest
-    "flows.retrain:Request.note",  # all is done, and nothing says so
+    "flows.retrain:Request.write_note",  # all is done, and nothing says so
 )
 TRAINING = "diffusion.training.checkpointing:Checkpoints.save@3"
 """In the middle of it."""

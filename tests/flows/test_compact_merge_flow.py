@@ -54,7 +54,7 @@ def test_compacted_and_merged_versions_are_published_and_come_back_from_the_remo
         ingest(FOLDER.with_name("more"), params.ingest.model_copy(update={"source": "more"}))
         joined = merge(params, ["more"])
         assert (joined.added, joined.digest) == (10, Heads(place.catalog).newest())
-        assert place.catalog.announced(joined.digest)
+        assert place.catalog.is_announced(joined.digest)
         for made in (done, joined):
             assert place.catalog.store.exists(bucket, place.catalog.place.key(f"{made.digest}/report.html"))
         checkout(FOLDER, done.digest, place.reach)
@@ -62,7 +62,7 @@ def test_compacted_and_merged_versions_are_published_and_come_back_from_the_remo
     assert (done.changed, done.shards, again.changed) == (True, (3, 1), False)
     assert done.digest == again.digest == after.digest
     assert (after.parent, after.content_digest) == (first.digest, first.content_digest)
-    assert place.catalog.announced(after.digest)
+    assert place.catalog.is_announced(after.digest)
     place.forget()
     for version in (first, after):
         checkout(FOLDER, version.digest, place.reach)

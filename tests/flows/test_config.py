@@ -13,7 +13,14 @@ from diffusion.presets import PresetName
 from diffusion.process.samplers import sampling_config
 from diffusion.process.schedules import linear_schedule, make_schedule
 from diffusion.training.config import TrainingConfig
-from flows.config import Params, family_variants, flattened, load_params, load_with_origins, registered
+from flows.config import (
+    Params,
+    family_variants,
+    flatten_sections,
+    load_params,
+    load_with_origins,
+    registered_autoencoder,
+)
 from tests.builders import ROOT
 
 MINIMAL = "training:\n  images: 100\n"
@@ -96,7 +103,7 @@ def test_errors_blame_the_file_or_the_option_that_they_are_from(params: Path) ->
 def test_each_field_has_the_origin_that_set_it_last(params: Path) -> None:
     params.write_text("preset: ddpm\ningest:\n  size: 32\ntraining:\n  images: 5\n  dataset: faces\n")
     values, origins = load_with_origins(params, ["ingest.size=64", "training.minutes=1"])
-    assert origins.keys() == flattened(values.model_dump(mode="json")).keys()
+    assert origins.keys() == flatten_sections(values.model_dump(mode="json")).keys()
     expected = {
         "ingest.size": "--set",
         "training.minutes": "--set",
@@ -133,7 +140,7 @@ def test_the_shipped_configuration_is_valid() -> None:
 
 
 def test_flattened_keys_are_dotted() -> None:
-    assert flattened({"a": {"b": 1, "c": {"d": [2]}}, "e": None}) == {"a.b": 1, "a.c.d": [2], "e": None}
+    assert flatten_sections({"a": {"b": 1, "c": {"d": [2]}}, "e": None}) == {"a.b": 1, "a.c.d": [2], "e": None}
 
 
 def test_default_preset_equals_the_field_defaults(params: Path) -> None:
@@ -337,9 +344,9 @@ def test_optional_settings_are_stored_only_when_set(params: Path) -> None:
 
 def test_only_a_model_uri_is_looked_up(params: Path) -> None:
     uri = "models:/faces-vae@champion"
-    assert registered(load_params(params, [f"model.autoencoder={uri}"])) == uri
-    assert registered(load_params(params, ["model.autoencoder=runs/faces-vae/final.safetensors"])) is None
-    assert registered(load_params(params, ["model.family=vae"])) is None
+    assert registered_autoencoder(load_params(params, [f"model.autoencoder={uri}"])) == uri
+    assert registered_autoencoder(load_params(params, ["model.autoencoder=runs/faces-vae/final.safetensors"])) is None
+    assert registered_autoencoder(load_params(params, ["model.family=vae"])) is None
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from flows.environment import data_source, settings
 from flows.registry import champion
 from flows.registry.dependencies import current_start
 from flows.registry.ledger import Evidence, Ledger
-from flows.registry.model_versions import Version, version_of
+from flows.registry.model_versions import Version, get_version
 from flows.registry.takedown_marks import find_derived, mark, require_current
 from flows.tracking.runs import AUTOENCODER, START
 from tests.builders.machines import (
@@ -171,13 +171,13 @@ class RunHost:
         """What is in the ledger once the gate found ``version`` better."""
         evidence = Evidence(verdict="promote", reason="better")
         with chdir(self.machine.folder):
-            champion = Ledger.of(self.model).read().standing.champion
+            champion = Ledger.of(self.model).read().alias_numbers.champion
             judgement = promote.GateResult(champion=champion, evidence=evidence)
             return [entry.what for entry in promote.commit(MlflowClient(), version, judgement, None).entries]
 
     def marks(self, version: Version) -> tuple[str | None, str | None]:
         """Of the version and of its run."""
-        tags = version_of(self.client, version.model, version.number).tags
+        tags = get_version(self.client, version.model, version.number).tags
         return tags.get("darkroom.takedown"), self.client.get_run(version.run_id).data.tags.get("darkroom.takedown")
 
 

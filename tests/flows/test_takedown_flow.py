@@ -26,12 +26,12 @@ from flows.datasets.purge import purge_dvc, purge_files
 from flows.registry.model_versions import Version
 from flows.registry.takedown_marks import (
     EVALUATED_ON,
-    Derived,
+    DerivedArtifacts,
     clear_images,
+    describe_takedowns,
     find_derived,
-    joined_names,
+    join_takedown_names,
     mark,
-    takedowns,
 )
 from flows.storage.s3 import Store
 from tests.builders.catalogs import FOLDER, Place
@@ -200,7 +200,7 @@ def version_of(mlflow: MlflowClient, name: str, run_id: str, digest: str | None)
     return str(mlflow.create_model_version(name, "file:///nowhere", run_id, tags=tags).version)
 
 
-def named(found: Derived) -> tuple[list[str], list[str]]:
+def named(found: DerivedArtifacts) -> tuple[list[str], list[str]]:
     return [run.run_id for run in found.runs], [model.uri for model in found.models]
 
 
@@ -278,7 +278,7 @@ def test_held_out_images_are_cleared_from_evaluations_of_versions_that_learned_f
     bucket: str, mlflow: MlflowClient, s3_environment: dict[str, str]
 ) -> None:
     run = run_on(mlflow, "b" * 64)
-    mlflow.set_tag(run, EVALUATED_ON, joined_names("c" * 64, "a" * 64))
+    mlflow.set_tag(run, EVALUATED_ON, join_takedown_names("c" * 64, "a" * 64))
     for path in ("dataset/page.html", "evaluation/report.html", "evaluation/grids/held_out.png"):
         mlflow.log_text(run, "x", path)
     found = find_derived("blobs", {"a" * 64}, {"a" * 64, "b" * 64}, bucket)
@@ -290,8 +290,8 @@ def test_held_out_images_are_cleared_from_evaluations_of_versions_that_learned_f
 
 def test_version_under_takedown_gives_a_warning() -> None:
     version = Version(model="blobs", number=3, run_id="r", weights_sha256="d" * 64, tags={})
-    assert takedowns(version) is None
-    told = takedowns(version.model_copy(update={"tags": {"darkroom.takedown": "0123abcd"}}))
+    assert describe_takedowns(version) is None
+    told = describe_takedowns(version.model_copy(update={"tags": {"darkroom.takedown": "0123abcd"}}))
     assert told is not None
     assert "models:/blobs/3" in told
     assert "0123abcd" in told

@@ -154,7 +154,7 @@ def test_each_role_does_its_work(
     with role("worker") as worker:
         Repo.init(no_scm=True).close()
         place = Place(bucket, images)
-        with catalog.pushing("blobs", place.source):
+        with catalog.mark_push("blobs", place.source):
             first, second = place.version(), place.version(*range(100, 104))
         # A shard that was lost comes back by the same key.
         lost = next(key for key in store.list_keys(bucket, "dvc/files/md5/") if not key.endswith(".dir"))

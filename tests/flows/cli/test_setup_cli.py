@@ -189,7 +189,7 @@ def test_passwords_of_the_local_stack_are_named_where_its_servers_are_used(
         **dict.fromkeys(("samples", "skipped", "seconds", "quality", "warning", "report", "mlflow_page"), None),
         **{"run_id": "1", "prefect_page": None},
     }
-    shown = "\n".join(pipeline_commands._retrained(found))
+    shown = "\n".join(pipeline_commands._describe_retraining(found))
     assert {field for field in ("mlflow_password", "prefect_auth_string") if field in shown} == named
 
 

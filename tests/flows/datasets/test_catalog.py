@@ -229,17 +229,17 @@ def test_removed_images_in_other_storage_settings_block_checkout_too(place: Plac
 @pytest.mark.slow
 def test_other_machine_learns_of_takedowns_of_images_it_holds(place: Place) -> None:
     before = place.version()
-    assert place.catalog.held_removals(FOLDER) == []
+    assert place.catalog.find_held_removals(FOLDER) == []
     done = remove(FOLDER, Selection(sources=["odd/01.png"]), "consent withdrawn")
     place.publish()
     place.catalog.publish_removal(done)
-    assert place.catalog.held_removals(FOLDER) == []
+    assert place.catalog.find_held_removals(FOLDER) == []
     checkout(FOLDER, before.digest, place.reach, with_removed=True)
     shutil.rmtree(work_folder(FOLDER))
     for _ in range(2):
-        assert place.catalog.held_removals(FOLDER) == [done]
+        assert place.catalog.find_held_removals(FOLDER) == [done]
     checkout(FOLDER, done.version, place.reach)
-    assert place.catalog.held_removals(FOLDER) == []
+    assert place.catalog.find_held_removals(FOLDER) == []
     again = remove(FOLDER, Selection(sources=["odd/01.png"]), "consent withdrawn")
     assert again == done.model_copy(update={"already": True})
 

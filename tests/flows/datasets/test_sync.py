@@ -8,7 +8,7 @@ from diffusion.common.config import Config
 from diffusion.data.manifest import Manifest, read_manifest
 from diffusion.generation.config import UNCONDITIONAL, Conditions
 from flows.config import Params
-from flows.datasets.sync import CREATED, created, newer, sync
+from flows.datasets.sync import CREATED, find_newer_version, make_version_event, sync
 from flows.retrain import Request
 from tests.builders.catalogs import FOLDER, Place
 
@@ -32,7 +32,7 @@ def bring(version: str | None = None) -> str:
 
 def test_sync_fetches_the_newest_or_the_named_version(place: Place, versions: list[Manifest]) -> None:
     older, newest = (version.digest for version in versions)
-    assert newer(PARAMS, place.catalog) is None
+    assert find_newer_version(PARAMS, place.catalog) is None
     place.forget()
     assert bring() == newest
     assert bring(older) == older
@@ -49,19 +49,19 @@ def test_sync_keeps_an_unpublished_data_set(place: Place, versions: list[Manifes
 
 def test_unpublished_data_set_has_nothing_to_sync(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DARKROOM_BUCKET", place.bucket)
-    assert newer(PARAMS, place.catalog) is None
+    assert find_newer_version(PARAMS, place.catalog) is None
 
 
 def test_event_names_its_version_and_is_idempotent(place: Place, versions: list[Manifest]) -> None:
-    first, second = (created(version, place.catalog) for version in versions)
-    assert first.id == created(versions[0], place.catalog).id != second.id
+    first, second = (make_version_event(version, place.catalog) for version in versions)
+    assert first.id == make_version_event(versions[0], place.catalog).id != second.id
     assert (second.event, second.resource.id) == (CREATED, "darkroom.dataset.blobs")
     assert second.payload["digest"] == versions[1].digest
     assert second.payload["parent"] == versions[0].digest
     for version in versions:
-        assert not place.catalog.announced(version.digest)
+        assert not place.catalog.is_announced(version.digest)
         place.catalog.mark_announced(version.digest)
-        assert place.catalog.announced(version.digest)
+        assert place.catalog.is_announced(version.digest)
     assert place.catalog.versions().keys() == {version.digest for version in versions}
 
 
@@ -88,10 +88,10 @@ def test_completed_requests_are_keyed_by_content_and_configuration(
     assert request == Request.of(changed("retention", grace_hours=1), versions[0], *SHEET_OF_64), (
         "what gc keeps is no matter"
     )
-    assert request.done() is None
-    request.note(result("first"))
-    Request.of(changed("ingest", source="elsewhere"), versions[0], *SHEET_OF_64).note(result("second"))
-    assert request.done() == result("first").model_dump()
+    assert request.find_earlier_result() is None
+    request.write_note(result("first"))
+    Request.of(changed("ingest", source="elsewhere"), versions[0], *SHEET_OF_64).write_note(result("second"))
+    assert request.find_earlier_result() == result("first").model_dump()
     others = [
         Request.of(PARAMS, versions[1], *SHEET_OF_64),
         Request.of(changed("training", seed=1), versions[0], *SHEET_OF_64),
@@ -100,4 +100,4 @@ def test_completed_requests_are_keyed_by_content_and_configuration(
         Request.of(PARAMS, versions[0], 65, *SHEET_OF_64[1:]),
     ]
     assert len({each.key for each in others} | {request.key}) == 6
-    assert [each.done() for each in others] == [None] * 5
+    assert [each.find_earlier_result() for each in others] == [None] * 5

@@ -19,7 +19,7 @@ from diffusion.common.errors import UserError
 from diffusion.process.samplers import SAMPLERS
 from flows.config import Params
 from flows.datasets.sync import CREATED
-from flows.deployment.deploy import PACKAGED, deploy, filled, read_definitions
+from flows.deployment.deploy import PACKAGED, deploy, fill_placeholders, read_definitions
 from flows.monitor import DRIFTED, compare_kid, monitor
 from flows.retrain import retrain
 from flows.sample_on_demand import sample_on_demand
@@ -123,7 +123,7 @@ def test_a_declaration_that_cannot_be_is_one_line(tmp_path: Path, change: str, w
 
 def test_a_placeholder_alone_keeps_its_type() -> None:
     node = {"alone": "{{ $N }}", "within": "n={{ $N }}", "event": "{{ event.id }}", "other": [1, "{{ $N }}"]}
-    assert filled(node, {"N": 7}, Path("x")) == {
+    assert fill_placeholders(node, {"N": 7}, Path("x")) == {
         "alone": 7,
         "within": "n=7",
         "event": "{{ event.id }}",

@@ -31,7 +31,9 @@ def local() -> Iterator[LocalStack]:
         environment = {**os.environ, **marks(stack.folder, service)}
         command = [sys.executable, "-c", "import time; time.sleep(600)"]
         processes[service] = start(command, environment, stack.folder, stack.log(service), "")
-    yield stack.updated(servers=SERVERS, ports={"s3": 20001, "mlflow": 20002, "prefect": 20003}, processes=processes)
+    yield stack.update_state(
+        servers=SERVERS, ports={"s3": 20001, "mlflow": 20002, "prefect": 20003}, processes=processes
+    )
     stop(members(stack.folder, *processes), grace=5)
 
 
@@ -94,7 +96,7 @@ def test_a_server_that_died_is_not_joined(local: LocalStack) -> None:
 
 def test_a_process_that_took_a_dead_services_number_is_no_service(local: LocalStack) -> None:
     stranger = local.state.processes["mlflow"].model_copy(update={"pid": os.getpid()})
-    local.updated(processes={**local.state.processes, "mlflow": stranger})
+    local.update_state(processes={**local.state.processes, "mlflow": stranger})
     with pytest.raises(UserError, match="no MLflow server"):
         join_servers("mlflow")
 
@@ -117,7 +119,7 @@ def export() -> None:
 def test_exported_variables_still_mean_the_local_stack_when_its_ports_have_changed(local: LocalStack) -> None:
     export()
     assert servers_in_environment() == {}
-    moved = local.updated(ports={"s3": 20011, "mlflow": 20012, "prefect": 20013})
+    moved = local.update_state(ports={"s3": 20011, "mlflow": 20012, "prefect": 20013})
     assert servers_in_environment() == {}
     join_servers(*SERVERS)
     for server in SERVERS:

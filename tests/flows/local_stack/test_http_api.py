@@ -5,7 +5,7 @@ from http.server import BaseHTTPRequestHandler
 
 import pytest
 
-from flows.local_stack.http_api import NotServing, fetch, request_json
+from flows.local_stack.http_api import NotServingError, fetch, request_json
 from tests.builders.http_server import serving
 
 
@@ -30,9 +30,9 @@ def test_a_login_in_the_address_is_sent_unless_another_is_given() -> None:
 
 
 def test_displayed_url_has_no_credentials() -> None:
-    with serving(EchoLoginHandler) as address, pytest.raises(NotServing) as caught:
+    with serving(EchoLoginHandler) as address, pytest.raises(NotServingError) as caught:
         request_json(address.replace("//", "//someone:test-secret@"))
     assert str(caught.value).startswith(f"{address}: ")
-    with pytest.raises(NotServing) as caught:
+    with pytest.raises(NotServingError) as caught:
         fetch("http://someone:test-secret@127.0.0.1:9")
     assert "test-secret" not in str(caught.value)

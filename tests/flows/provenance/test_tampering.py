@@ -31,7 +31,7 @@ from flows.registry import dependencies, model_versions
 from flows.registry.model_versions import CODE, WEIGHTS, Version
 from flows.retrain import Request
 from flows.sampling import generate_batch, sampling_batch
-from flows.sampling.lookup import disagreements, find
+from flows.sampling.lookup import find, find_disagreements
 from flows.sampling.sampling_batch import SamplingBatch
 from flows.storage.s3 import Location, Object, Store
 from flows.storage.tags import parse_model_uri
@@ -74,7 +74,7 @@ class Sampled:
     def disagreements(self, place: Location, index: int | None) -> list[str]:
         batch = find(str(place), self.store, BUCKET).batch
         assert batch is not None
-        return disagreements(self.store, batch, place, index)
+        return find_disagreements(self.store, batch, place, index)
 
     @property
     def model_folder(self) -> Path:
@@ -488,7 +488,7 @@ def test_notes_that_cannot_be_read_are_named(
     note = f"retrained/{request.model}/{request.key}.json"
     for junk in (b"junk", b"[]", b'{"verdict": 1}'):
         sampled.store.client.put_object(Bucket=BUCKET, Key=note, Body=junk)
-        assert request.done() is None
+        assert request.find_earlier_result() is None
         assert note in caplog.text
     begun = dependencies.resolve_start(params, "models:/blobs/1")
     assert begun is not None

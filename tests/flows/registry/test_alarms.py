@@ -11,9 +11,9 @@ from prefect.events import Event
 from diffusion.common.errors import UserError
 from diffusion.common.files import sha256_bytes
 from flows.config import MonitorConfig, Params
-from flows.monitor import MonitorResult, conclude, drifted
+from flows.monitor import MonitorResult, conclude, make_drift_event
 from flows.monitoring.prometheus import alarm_samples
-from flows.registry.alarms import Alarm, Alarms, Held, NumberedAlarm
+from flows.registry.alarms import Alarm, Alarms, NumberedAlarm, RetrainingHold
 from flows.storage.s3 import ListedObject, Location, Object, Store
 
 START = datetime(2026, 11, 2, tzinfo=UTC)
@@ -46,13 +46,13 @@ def test_an_alarm_is_raised_once_and_the_next_one_only_within_the_limits(alarms:
     # Again by any process, at any time, it is the same one.
     assert alarms.request(alarm("a", 500), LIMITS) == first
     held = alarms.request(alarm("b", 23.9), LIMITS)
-    assert isinstance(held, Held)
+    assert isinstance(held, RetrainingHold)
     assert held.limit == "cooldown"
     second = alarms.request(alarm("b", 24), LIMITS)
     assert isinstance(second, NumberedAlarm)
     for hours in (49, 100, 167):
         held = alarms.request(alarm("c", hours), LIMITS)
-        assert isinstance(held, Held)
+        assert isinstance(held, RetrainingHold)
         assert held.limit == "week"
     third = alarms.request(alarm("c", 168), LIMITS)
     assert isinstance(third, NumberedAlarm)
@@ -115,8 +115,8 @@ def test_one_flow_run_answers_an_alarm(alarms: Alarms) -> None:
 def test_an_event_has_one_id_and_names_the_reason(alarms: Alarms) -> None:
     found = alarms.request(alarm("a"), LIMITS)
     assert isinstance(found, NumberedAlarm)
-    event = drifted(found, alarms)
-    assert event.id == drifted(found, alarms).id
+    event = make_drift_event(found, alarms)
+    assert event.id == make_drift_event(found, alarms).id
     assert event.resource.id == "darkroom.model.faces"
     assert (event.payload["alarm"], event.payload["reason"]) == (1, "new images differ")
 

@@ -13,7 +13,7 @@ from mlflow.client import MlflowClient
 from diffusion.common.errors import ConflictError, UserError
 from flows.promote import GateResult, next_entry
 from flows.registry import champion
-from flows.registry.aliases import aliases_of, append, project, restore, verified
+from flows.registry.aliases import append, list_aliases, project, read_verified_history, restore
 from flows.registry.ledger import Approval, Evidence, History, Ledger, LedgerEntry, What
 from flows.registry.model_versions import Version, resolve
 from flows.retention.sweeps import find_references
@@ -62,7 +62,7 @@ def test_aliases_and_copies_of_the_entries_follow_the_ledger(
     add(ledger, "promote", versions[2], evidence=WIN)
     newest = add(ledger, "hold", versions[3], evidence=HOLD)
     project(client, ledger)
-    assert aliases_of(client, ledger.model) == {"champion": 2, "previous": 1, "candidate": 3}
+    assert list_aliases(client, ledger.model) == {"champion": 2, "previous": 1, "candidate": 3}
     assert {number: sorted(map(int, copies(client, ledger.model, number))) for number in (1, 2, 3, 4)} == {
         1: [1, 2],
         2: [2],
@@ -96,9 +96,9 @@ def test_interrupted_promotion_leaves_one_champion_and_is_repaired(
             project(CrashingClient(life), ledger)
             break
         except Killed:
-            assert aliases_of(client, ledger.model)["champion"] in (old.number, new.number)
+            assert list_aliases(client, ledger.model)["champion"] in (old.number, new.number)
         assert resolve(client, f"models:/{ledger.model}@champion").number == new.number
-        assert aliases_of(client, ledger.model) == aliases_after(new, old, life)
+        assert list_aliases(client, ledger.model) == aliases_after(new, old, life)
     assert life >= 4
 
 
@@ -113,7 +113,7 @@ def test_moved_alias_is_restored_on_resolution(client: MlflowClient, versions: l
     client.set_registered_model_alias(ledger.model, "champion", "3")
     client.set_registered_model_alias(ledger.model, "previous", "2")
     assert resolve(client, f"models:/{ledger.model}@champion").number == 1
-    assert aliases_of(client, ledger.model) == {"champion": 1}
+    assert list_aliases(client, ledger.model) == {"champion": 1}
     with pytest.raises(UserError, match=f"{ledger.model}@previous is not in the registry"):
         resolve(client, f"models:/{ledger.model}@previous")
 
@@ -151,7 +151,7 @@ def refused(client: MlflowClient, ledger: Ledger) -> Callable[[str], None]:
             lambda: champion.roll_back(ledger.model),
             lambda: resolve(client, f"models:/{ledger.model}@champion"),
             lambda: project(client, ledger),
-            lambda: verified(client, ledger),
+            lambda: read_verified_history(client, ledger),
             lambda: append(client, ledger, lambda history: None),
             lambda: find_references(client, ledger.store, ledger.place.bucket, (), {}),
         ):
@@ -224,7 +224,7 @@ def test_outdated_ledger_record_in_mlflow_is_tolerated_when_explained(
     client.set_registered_model_tag(ledger.model, "darkroom.ledger.newest", "9")
     refused(r"darkroom\.ledger\.newest of .* was altered")
     client.delete_registered_model_tag(ledger.model, "darkroom.ledger.newest")
-    assert project(client, ledger).standing.champion == 3
+    assert project(client, ledger).alias_numbers.champion == 3
 
 
 def test_foreign_objects_stop_neither_promotions_nor_rollbacks_nor_gc(
@@ -287,8 +287,8 @@ def test_concurrent_promotions_have_one_winner_named_to_the_other(
     assert f"models:/{ledger.model}/{loser} was compared with champion 1: run `darkroom promote` again" in told
     history = ledger.read()
     assert [entry.to_version for entry in history.entries] == [1, winner]
-    assert project(client, ledger).standing.champion == winner
-    assert aliases_of(client, ledger.model) == {"champion": winner, "previous": 1}
+    assert project(client, ledger).alias_numbers.champion == winner
+    assert list_aliases(client, ledger.model) == {"champion": winner, "previous": 1}
 
 
 def test_a_verdict_that_is_there_is_not_written_twice(
@@ -311,10 +311,10 @@ def test_unapproved_candidate_is_held(client: MlflowClient, versions: list[Versi
     judgement = GateResult(champion=None, evidence=WIN)
     no, yes = Approval(approved=False, by="Ada", note="too dark"), Approval(approved=True, by="Ada")
     ledger.append(lambda history: next_entry(history, versions[1], judgement, no))
-    assert ledger.read().standing.champion is None
+    assert ledger.read().alias_numbers.champion is None
     ledger.append(lambda history: next_entry(history, versions[2], judgement, yes))
     history = ledger.read()
-    assert history.standing.champion == 2
+    assert history.alias_numbers.champion == 2
     assert [entry.approval for entry in history.entries] == [no, yes]
 
 
@@ -327,12 +327,12 @@ def test_repeated_rollbacks_go_back_until_none_is_left(
         add(ledger, "promote", version, evidence=WIN)
     first = champion.roll_back(ledger.model, "three eyes")
     assert (first.version.number, first.already) == (2, False)
-    assert aliases_of(client, ledger.model) == {"champion": 2, "previous": 1}
+    assert list_aliases(client, ledger.model) == {"champion": 2, "previous": 1}
     assert "rollback 3 → 2" in copies(client, ledger.model, 3)["00000004"]
     assert champion.roll_back(ledger.model).version.number == 1
     with pytest.raises(UserError, match="champion 1 is the first of faces-"):
         champion.roll_back(ledger.model)
-    assert aliases_of(client, ledger.model) == {"champion": 1}
+    assert list_aliases(client, ledger.model) == {"champion": 1}
     assert [entry.reason for entry in ledger.read().entries if entry.what == "rollback"] == ["three eyes", None]
 
 
@@ -354,7 +354,7 @@ def test_killed_and_repeated_rollback_goes_back_once(
     dying(1000)
     again = champion.roll_back(ledger.model)
     assert (again.version.number, again.already) == (2, True)
-    assert aliases_of(client, ledger.model) == {"champion": 2, "previous": 1}
+    assert list_aliases(client, ledger.model) == {"champion": 2, "previous": 1}
     assert len(ledger.read().entries) == 4
 
 
@@ -367,7 +367,7 @@ def test_manual_override_promotes_and_is_recorded(
     assert (done.version.number, done.entry.by_hand, done.already) == (2, True, False)
     assert done.entry.evidence == HOLD
     assert "by hand, better hands (overrides the gate: hold: kid 0.02" in str(done.entry)
-    assert aliases_of(client, ledger.model) == {"champion": 2, "previous": 1}
+    assert list_aliases(client, ledger.model) == {"champion": 2, "previous": 1}
     again = champion.promote(ledger.model, 2, "better hands")
     assert (again.already, again.entry) == (True, done.entry)
     assert "never evaluated" in str(champion.promote(ledger.model, 3).entry)
@@ -411,11 +411,11 @@ def test_manual_promotion_on_outdated_state_is_held(
     add(ledger, "promote", versions[2], evidence=WIN)
 
     def meanwhile(client: MlflowClient, asked: Ledger) -> History:
-        seen = verified(client, asked)
+        seen = read_verified_history(client, asked)
         add(ledger, "promote", versions[3], evidence=WIN)
         return seen
 
-    monkeypatch.setattr(champion, "verified", meanwhile)
+    monkeypatch.setattr(champion, "read_verified_history", meanwhile)
     with pytest.raises(ConflictError, match=r"another process was first: promote 2 → 3.*darkroom model history"):
         champion.roll_back(ledger.model)
-    assert ledger.read().standing.champion == 3
+    assert ledger.read().alias_numbers.champion == 3

@@ -10,7 +10,7 @@ from mlflow.client import MlflowClient
 from diffusion.common.errors import UserError
 from flows.config import Params
 from flows.registry import champion
-from flows.registry.aliases import verified
+from flows.registry.aliases import read_verified_history
 from flows.registry.champion import champion_problem, require_champion
 from flows.registry.ledger import Ledger
 from flows.registry.model_versions import Version, resolve
@@ -69,7 +69,7 @@ def test_both_remedies_for_a_deleted_champion_are_named_and_work(
 ) -> None:
     strike(mlflow_client, versions[2])
     said = problem(params)
-    history = verified(mlflow_client, Ledger.of(params.model_name))
+    history = read_verified_history(mlflow_client, Ledger.of(params.model_name))
     assert champion_problem(mlflow_client, history) == said
     assert "`darkroom model rollback` makes version 1 champion" in said
     assert "`darkroom promote --to 4` makes version 4 champion" in said

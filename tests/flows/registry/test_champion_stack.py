@@ -14,7 +14,7 @@ import httpx
 import pytest
 from mlflow.client import MlflowClient
 
-from flows.monitoring.prometheus import LedgerRead, ledger_samples
+from flows.monitoring.prometheus import LedgerSnapshot, ledger_samples
 from flows.registry.ledger import Ledger
 from tests.builders.champion_settings import QUICK
 from tests.builders.forked import Fork, Forks
@@ -113,7 +113,7 @@ def intact(model: str = "blobs") -> float:
     """What the metrics say of a ledger, asked for the first time and once more."""
     [before, after] = [
         {labels: value for name, labels, value in ledger_samples(read) if name == "darkroom_ledger_intact"}
-        for read in [dict[str, LedgerRead]()]
+        for read in [dict[str, LedgerSnapshot]()]
         for _ in range(2)
     ]
     assert before == after
@@ -128,7 +128,7 @@ def test_ledger_tampering_is_reported_and_blocks_writes(
     ledger = Ledger.of("blobs")
     keys = sorted(ledger.store.list_keys(ledger.place.bucket, ledger.place.key("")))
     whole = {key: ledger.store.get(ledger.place.bucket, key) for key in keys}
-    aliased, read = aliases(server), dict[str, LedgerRead]()
+    aliased, read = aliases(server), dict[str, LedgerSnapshot]()
     other = str(3 - aliased["champion"])
     assert intact() == 1
     list(ledger_samples(read))

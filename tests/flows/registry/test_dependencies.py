@@ -7,7 +7,7 @@ from mlflow.client import MlflowClient
 
 from diffusion.common.errors import UserError
 from diffusion.data.manifest import read_manifest, write_manifest
-from flows.config import Params, load_params, registered_start
+from flows.config import Params, load_params, registered_initial_weights
 from flows.registry import champion
 from flows.registry.dependencies import resolve_params, resolve_start
 from tests.builders.model_versions import add_version
@@ -37,7 +37,7 @@ def promote_new_version(client: MlflowClient, params: Params, folder: Path) -> i
 
 
 def begun(params: Params) -> str | None:
-    version = resolve_start(params, registered_start(params) or "")
+    version = resolve_start(params, registered_initial_weights(params) or "")
     return version and version.uri
 
 

@@ -79,7 +79,7 @@ def test_an_import_is_done_once_and_other_names_refer_to_the_same_weights(
     assert numbers(mlflow_client, name) == [1]
     other = imported(file, f"{name}-2").version
     assert (other.number, other.run_id) == (1, version.run_id)
-    stored = model_versions.stored_models(digest)
+    stored = model_versions.find_stored_models(digest)
     assert len(stored) == 1
     assert mlflow_client.get_model_version(other.model, "1").source == stored[0].model_uri
     assert model_versions.cached_weights(other) == done.file
@@ -130,7 +130,7 @@ def test_a_killed_import_is_completed_by_the_same_command(
             imported(file, name)
     version = imported(file, name).version
     assert (numbers(mlflow_client, name), version.number) == ([1], 1)
-    assert len(model_versions.stored_models(version.weights_sha256)) == 1
+    assert len(model_versions.find_stored_models(version.weights_sha256)) == 1
     experiment = mlflow_client.get_experiment_by_name(name)
     assert [run.info.run_id for run in mlflow_client.search_runs([experiment.experiment_id])] == [version.run_id]
 
@@ -146,7 +146,7 @@ def test_gc_keeps_the_weights_of_a_base_whose_version_was_deleted(
     found = find_references(mlflow_client, Store(), bucket, [], {})
     assert base.run_id in found.runs
     assert base.weights_sha256 in found.weights
-    model_versions.cached_weights(model_versions.version_of(mlflow_client, tuned.model, 1), file.parent / "cache")
+    model_versions.cached_weights(model_versions.get_version(mlflow_client, tuned.model, 1), file.parent / "cache")
     assert sha256_file(file.parent / "cache" / f"{base.weights_sha256}.safetensors") == base.weights_sha256
 
 

@@ -71,13 +71,13 @@ def test_each_entry_is_json_that_names_the_digest_of_the_one_before(ledger: Ledg
     history = ledger.read()
     assert [entry.data for entry in history.entries] == list(found.values())
     assert ledger.head() == history.head
-    assert history.standing == AliasNumbers(champion=1, previous=None, candidate=2)
+    assert history.alias_numbers == AliasNumbers(champion=1, previous=None, candidate=2)
 
 
 def test_empty_ledger_has_no_champion(ledger: Ledger) -> None:
     assert ledger.head() is None
     assert ledger.read() == History("faces")
-    assert ledger.read().standing == AliasNumbers()
+    assert ledger.read().alias_numbers == AliasNumbers()
 
 
 def on_record(ledger: Ledger, *numbers: int) -> Known:
@@ -237,7 +237,7 @@ def test_of_many_at_once_each_gets_an_entry_of_its_own(ledger: Ledger) -> None:
         list(pool.map(lambda version: add(ledger, "hold", version, evidence=HOLD), range(2, 8)))
     history = ledger.read()
     assert {entry.version for entry in history.entries[1:]} == set(range(2, 8))
-    assert history.standing == AliasNumbers(champion=1, candidate=history.entries[-1].version)
+    assert history.alias_numbers == AliasNumbers(champion=1, candidate=history.entries[-1].version)
 
 
 def test_unconfirmed_ledger_write_counts_once(ledger: Ledger) -> None:
@@ -256,17 +256,17 @@ def test_append_decides_again_when_the_ledger_changed(ledger: Ledger) -> None:
     seen = []
 
     def decide(history: History) -> LedgerEntry:
-        seen.append(history.standing.champion)
+        seen.append(history.alias_numbers.champion)
         if len(seen) == 1:
             add(ledger, "promote", 2, evidence=WIN)
-        elif history.standing.champion != seen[0]:
-            raise ConflictError(history.conflict())
+        elif history.alias_numbers.champion != seen[0]:
+            raise ConflictError(history.describe_conflict())
         return history.next_entry("promote", 3, weights_of(3))
 
     with pytest.raises(ConflictError, match=r"another process was first: promote 1 → 2, .*: kid 0\.01 ± 0\.001, lower"):
         ledger.append(decide)
     assert seen == [1, 2]
-    assert ledger.read().standing.champion == 2
+    assert ledger.read().alias_numbers.champion == 2
 
 
 @given(st.lists(st.one_of(st.none(), st.integers(1, 6)), max_size=30))
@@ -277,30 +277,30 @@ def test_a_rollback_undoes_the_newest_promotion_that_was_not_undone(moves: list[
             if len(states) < 3:
                 continue
             states.pop()
-            titles = titles.after("rollback", states[-1].champion or 0)
+            titles = titles.apply_change("rollback", states[-1].champion or 0)
         else:
             states.append(AliasNumbers(champion=version, previous=states[-1].champion))
-            titles = titles.after("promote", version)
-        assert titles.standing == states[-1]
+            titles = titles.apply_change("promote", version)
+        assert titles.alias_numbers == states[-1]
 
 
 def test_rollback_to_any_other_version_is_an_error() -> None:
-    titles = AliasState().after("promote", 1).after("promote", 2).after("promote", 3)
+    titles = AliasState().apply_change("promote", 1).apply_change("promote", 2).apply_change("promote", 3)
     for version in (1, 3, 4):
         with pytest.raises(UserError, match="leads to the champion before"):
-            titles.after("rollback", version)
+            titles.apply_change("rollback", version)
     with pytest.raises(UserError):
-        AliasState().after("promote", 1).after("rollback", 1)
+        AliasState().apply_change("promote", 1).apply_change("rollback", 1)
 
 
 def test_candidate_is_the_last_held_undecided_version() -> None:
-    titles = AliasState().after("promote", 1).after("hold", 2)
-    assert titles.standing.candidate == 2
-    assert titles.after("promote", 3).standing.candidate == 2
-    assert titles.after("promote", 2).standing.candidate is None
-    assert titles.after("reject", 2).standing.candidate is None
-    assert titles.after("reject", 3).standing.candidate == 2
-    assert titles.after("hold", 4).standing.candidate == 4
+    titles = AliasState().apply_change("promote", 1).apply_change("hold", 2)
+    assert titles.alias_numbers.candidate == 2
+    assert titles.apply_change("promote", 3).alias_numbers.candidate == 2
+    assert titles.apply_change("promote", 2).alias_numbers.candidate is None
+    assert titles.apply_change("reject", 2).alias_numbers.candidate is None
+    assert titles.apply_change("reject", 3).alias_numbers.candidate == 2
+    assert titles.apply_change("hold", 4).alias_numbers.candidate == 4
 
 
 def chain(*moves: tuple[What, int, dict[str, object]]) -> History:

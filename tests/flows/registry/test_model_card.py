@@ -158,7 +158,7 @@ def test_model_card_is_written_per_verdict_and_keeps_takedowns(
     uri, evaluation = version.uri, an_evaluation([0.05])
 
     def write(entries: History) -> str:
-        model_card.write(mlflow_client, HEADER, evaluation, data, version, entries.about(1))
+        model_card.write(mlflow_client, HEADER, evaluation, data, version, entries.find_newest_entry(1))
         return mlflow_client.get_model_version("carded", "1").description or ""
 
     assert "Not yet" in write(History("carded"))

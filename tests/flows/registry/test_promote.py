@@ -114,10 +114,10 @@ def test_versions_are_promoted_and_rejected_with_figures_and_the_gate_in_the_led
     assert "copies of training images: " in copier.evidence.reason
     history = Ledger.of(params.model_name).read()
     assert [entry.what for entry in history.entries] == ["promote", "promote", "reject"]
-    assert history.standing.champion == 2
+    assert history.alias_numbers.champion == 2
     assert json.loads(history.entries[2].data)["evidence"]["gate"] == params.gate.model_dump()
 
-    data, entry = read_manifest(params.dataset_folder), history.about(3)
+    data, entry = read_manifest(params.dataset_folder), history.find_newest_entry(3)
     card = model_card.card(header(), third.evaluation, data, third.version, entry, copier.comparison)
     assert rows(card, "How good it is")["copies_share"][0] == "100.0%"
     assert "copies of training images" in rows(card, "Gate decision")["why"][0]

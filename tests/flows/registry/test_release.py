@@ -21,7 +21,7 @@ from diffusion.checkpoints import export, load_model
 from diffusion.common.errors import ConflictError, UserError
 from diffusion.common.files import sha256_file
 from diffusion.process.samplers import sampling_config
-from flows.environment import staging
+from flows.environment import read_staging_servers
 from flows.registry import champion, model_versions
 from flows.registry.import_model import import_model
 from flows.registry.ledger import Evidence, Ledger
@@ -237,7 +237,7 @@ def test_altered_model_bundle_is_an_error(stages: Stages, tmp_path: Path) -> Non
 def test_invalid_staging_settings_are_an_error(no_servers: None, variables: dict[str, str], words: str) -> None:
     os.environ.update({f"DARKROOM_STAGING_{name}": value for name, value in variables.items()})
     with pytest.raises(UserError, match=words):
-        staging()
+        read_staging_servers()
 
 
 def test_bundling_process_gets_staging_credentials_only(no_servers: None) -> None:
@@ -250,7 +250,7 @@ def test_bundling_process_gets_staging_credentials_only(no_servers: None) -> Non
             "DARKROOM_STAGING_AWS_SECRET_ACCESS_KEY": "theirs",
         }
     )
-    called, variables = staging()
+    called, variables = read_staging_servers()
     assert "ours" not in variables.values()
     assert (variables["AWS_SECRET_ACCESS_KEY"], variables["DARKROOM_BUCKET"]) == ("theirs", "theirs")
     assert called == "https://staging:5000/x"

@@ -22,8 +22,8 @@ from flows.datasets.dvc import Remote
 from flows.datasets.purge import UnreferencedObjects
 from flows.gc import GcResult, collect
 from flows.registry.champion import promote
-from flows.registry.ledger import NEWEST, Newest
-from flows.retention.sweeps import CONTENT, SamplingBatches, in_order, table
+from flows.registry.ledger import NEWEST, NewestEntry
+from flows.retention.sweeps import CONTENT, SamplingBatches, format_items, group_for_deletion
 from flows.sampling.generate_batch import begin
 from flows.sampling.sampling_batch import SamplingBatch
 from flows.storage.s3 import Location, Store
@@ -95,7 +95,7 @@ def test_gc_deletes_files_of_old_versions_except_shared_ones(place: Place) -> No
     listed = list(place.catalog.store.list_objects(place.bucket))
     looked = collect(STRICT, after(100), dry_run=True)
     assert list(place.catalog.store.list_objects(place.bucket)) == listed
-    lines = list(table(looked.items))
+    lines = list(format_items(looked.items))
     assert any("set aside" in line and first.digest[:12] in line for line in lines)
     assert any(line.startswith("keep") and "current in data/blobs" in line for line in lines)
     aside = collected(100)
@@ -121,9 +121,9 @@ def test_the_newest_versions_are_known_by_the_order_of_heads_after_a_restore_wro
     for version, onto in ((first, ()), (second, (first.digest,)), (third, (second.digest,))):
         assert heads.advance(version.digest, onto) is None
     key = place.catalog.place.key(f"{first.digest}/manifest.json")
-    data, written = store.get(bucket, key), place.catalog.written(third.digest)
+    data, written = store.get(bucket, key), place.catalog.find_publication_time(third.digest)
     assert written is not None
-    while (again := place.catalog.written(first.digest)) is None or again <= written:
+    while (again := place.catalog.find_publication_time(first.digest)) is None or again <= written:
         store.delete_many(bucket, [key])
         time.sleep(0.2)
         store.put_once(bucket, key, data)
@@ -166,7 +166,7 @@ def test_gc_restores_a_version_trained_on_in_the_meantime(place: Place, mlflow: 
 def place_digest(place: Place, version: Manifest) -> str:
     """DVC's digest of a version whose listing lies on the remote."""
     wanted = md5(manifest_bytes(version)).hexdigest()
-    listings = Remote.at(place.source).listings()
+    listings = Remote.from_url(place.source).listings()
     return next(name for name, listing in listings if listing["manifest.json"] == wanted)
 
 
@@ -176,7 +176,7 @@ def test_gc_deletes_no_file_during_a_push(place: Place) -> None:
     place.version(*range(100, 104))
     collected(100)
     before = set(place.catalog.store.list_keys(place.bucket, "dvc/"))
-    with catalog.pushing("blobs", place.source):
+    with catalog.mark_push("blobs", place.source):
         collected(100)
         assert set(place.catalog.store.list_keys(place.bucket, "dvc/")) == before
     collected(100)
@@ -302,9 +302,9 @@ def test_gc_deletes_old_batches_and_a_kill_leaves_unfinished_ones(place: Place) 
         "keep",
         "set aside",
     )
-    [found] = [each for each in SamplingBatches(store, place.bucket, STRICT, after(100)).found if each.finished]
+    [found] = [each for each in SamplingBatches(store, place.bucket, STRICT, after(100)).batches if each.finished]
     keys = list(store.list_keys(place.bucket, f"{folder}/"))
-    order = [key.removeprefix(f"{folder}/") for keys in in_order(found.place, keys) for key in keys]
+    order = [key.removeprefix(f"{folder}/") for keys in group_for_deletion(found.place, keys) for key in keys]
     assert order == names
     before = set(store.list_keys(place.bucket, "samples/"))
     marks = {f"deleted/{folder}", "deleted/samples/blobs/1/half"}
@@ -337,7 +337,7 @@ def test_gc_skips_or_names_objects_changed_by_others(bucket: str, store: Store) 
     with pytest.raises(UserError, match="there is no bucket nowhere"):
         SamplingBatches(store, "nowhere", STRICT, after(8))
     store.put_once(bucket, "samples/blobs/1/x/batch.json", b'{"of": "somebody else"}')
-    found, unread = SamplingBatches(store, bucket, STRICT, after(1)).remaining()
+    found, unread = SamplingBatches(store, bucket, STRICT, after(1)).read_remaining_batches()
     assert (found, list(unread)) == ([], [("blobs", 1)])
     assert "samples/blobs/1/x/batch.json is damaged, or of a newer Darkroom" in unread["blobs", 1]
 
@@ -408,12 +408,12 @@ def test_gc_keeps_a_batch_that_a_job_just_resumed(bucket: str, store: Store) -> 
     time.sleep(1.1)  # servers tell ages by the second
     before = set(store.list_keys(bucket, place.key("")))
     prints = SamplingBatches(store, bucket, STRICT, after(8))
-    [batch] = prints.found
+    [batch] = prints.batches
     assert batch.action == "set aside"
     begin(store, about, place, None)
     prints.sweep().act()
     assert set(store.list_keys(bucket, place.key(""))) == before
-    assert SamplingBatches(store, bucket, STRICT, after(0)).found[0].newest > batch.newest
+    assert SamplingBatches(store, bucket, STRICT, after(0)).batches[0].newest > batch.newest
 
 
 def test_gc_deletes_unused_cached_shards_and_weights(place: Place, mlflow: MlflowClient, tmp_path: Path) -> None:
@@ -447,7 +447,7 @@ def test_gc_deletes_leftovers_unless_recently_modified(place: Place) -> None:
 def test_broken_ledger_stops_gc_before_any_deletion(place: Place) -> None:
     place.version()
     place.version(*range(100, 104))
-    client, newest = MlflowClient(), Newest(1, "a" * 64, f"s3://{place.bucket}/ledger/blobs")
+    client, newest = MlflowClient(), NewestEntry(1, "a" * 64, f"s3://{place.bucket}/ledger/blobs")
     client.create_registered_model("blobs")
     client.set_registered_model_tag("blobs", NEWEST, str(newest))
     place.catalog.store.put_once(place.bucket, "ledger/blobs/00000001.json", b"{}")

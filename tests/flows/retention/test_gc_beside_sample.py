@@ -68,12 +68,12 @@ def is_whole(store: Store, made: SamplingBatch, place: Location) -> bool:
     if "manifest.parquet" not in files:
         return False
     names = {row["tar"] if made.format == "tar" else row["key"] for row in rows_of(files)}
-    return names <= set(files) and not generate_batch.unfinished(store, made, place)
+    return names <= set(files) and not generate_batch.list_unfinished_chunks(store, made, place)
 
 
 def half(store: Store, made: SamplingBatch, bucket: str, weights: Path) -> None:
     """What a killed job left: the first chunk."""
-    place = generate_batch.usual_place(store, made, bucket)
+    place = generate_batch.find_default_place(store, made, bucket)
     generate_batch.begin(store, made, place, None)
     generate_batch.generate_chunk(store, made, place, weights, 0, None, 1)
 

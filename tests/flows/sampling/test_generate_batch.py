@@ -21,7 +21,7 @@ from diffusion.data.ingest.ingest import ingest
 from diffusion.generation import generate
 from diffusion.generation.config import Conditions
 from flows.sampling import generate_batch
-from flows.sampling.generate_batch import Work, cost_of
+from flows.sampling.generate_batch import Work, sum_costs
 from flows.sampling.request_table import RequestTable
 from flows.sampling.sampling_batch import SamplingBatch, image_key, part_bytes, part_key, part_rows
 from flows.storage.s3 import Location, Object, S3Objects, Store, client
@@ -98,9 +98,9 @@ def test_parallel_chunks_equal_sequential_ones(store: Store, bucket: str, weight
 
 def test_finished_chunks_are_skipped_and_unfinished_ones_named(store: Store, bucket: str, weights: Path) -> None:
     made, place = batch(40, format="tar"), Location(bucket, "half")
-    assert generate_batch.unfinished(store, made, place) == [0, 1, 2]
+    assert generate_batch.list_unfinished_chunks(store, made, place) == [0, 1, 2]
     assert generate_batch.generate_chunk(store, made, place, weights, 1, None, 1).images == 16
-    assert generate_batch.unfinished(store, made, place) == [0, 2]
+    assert generate_batch.list_unfinished_chunks(store, made, place) == [0, 2]
     assert generate_batch.generate_chunk(store, made, place, weights, 1, None, 1).images == 0
 
 
@@ -225,7 +225,7 @@ def test_manifest_writing_holds_the_rows_of_one_chunk(
     generate_all(store, batch(16), one, weights)
     row = part_rows(store.get(bucket, one.key("manifest/part-00000.jsonl")), "part")[0]
     # Thousands of images would have to be there, which nothing is read of.
-    monkeypatch.setattr(generate_batch, "unfinished", lambda *_: [])
+    monkeypatch.setattr(generate_batch, "list_unfinished_chunks", lambda *_: [])
     peaks = []
     for chunks in (4, 24):
         made, place = batch(128 * chunks, chunk=128), Location(bucket, str(chunks))
@@ -247,7 +247,7 @@ def test_missing_images_are_regenerated_before_finishing(store: Store, bucket: s
         store.delete_many(bucket, [place.key(name)])
         assert not generate_batch.finish(store, made, place)
         assert set(found(store, place)) == set(before) - {name}
-        assert generate_batch.unfinished(store, made, place) == [1]
+        assert generate_batch.list_unfinished_chunks(store, made, place) == [1]
         assert generate_batch.generate_chunk(store, made, place, weights, 1, None, 1).images == 2
         assert generate_batch.finish(store, made, place)
         assert before.items() < found(store, place).items()
@@ -295,8 +295,8 @@ def test_processor_time_of_chunks_that_share_a_process_is_counted_once() -> None
         Work(images=5, process="b", began=0, ended=2),
         Work(images=0, process="c", began=0, ended=50),
     ]
-    cost = cost_of(works, 7)
+    cost = sum_costs(works, 7)
     assert (cost.images, cost.seconds) == (25, 7)
     assert cost.cpu_hours == pytest.approx(10 / 3600)
     assert cost.images_per_cpu_hour == pytest.approx(25 * 360)
-    assert cost_of([works[-1]], 1).images_per_cpu_hour is None
+    assert sum_costs([works[-1]], 1).images_per_cpu_hour is None

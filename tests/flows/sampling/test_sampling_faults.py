@@ -30,7 +30,7 @@ from flows.sampling.sampling_batch import SamplingBatch
 from flows.storage.s3 import Location, Store
 store, batch, place = Store(), SamplingBatch.model_validate_json(sys.argv[1]), Location.parse(sys.argv[2])
 print("begins", flush=True)
-for chunk in generate_batch.unfinished(store, batch, place):
+for chunk in generate_batch.list_unfinished_chunks(store, batch, place):
     generate_batch.generate_chunk(store, batch, place, Path(sys.argv[3]), chunk, None, 1)
 generate_batch.finish(store, batch, place)
 """

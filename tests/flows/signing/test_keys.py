@@ -15,7 +15,7 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, load_pem_public_key
 
 from diffusion.common.errors import UserError
-from flows.signing.keys import NotVerified, SigningKey, Trust, signature_path
+from flows.signing.keys import SignatureError, SigningKey, Trust, signature_path
 from tests.builders.signing_keys import DAY, Identity, identity
 
 WEIGHTS = bytes(range(256)) * 8
@@ -92,7 +92,7 @@ def test_each_change_of_a_signed_model_is_found(ours: Identity, model: Path, wor
     trust = ours.trust(certified)
     trust.verify(model, signature_path(model))
     TAMPERING[words](model)
-    with pytest.raises(NotVerified, match=words):
+    with pytest.raises(SignatureError, match=words):
         trust.verify(model, signature_path(model))
 
 
@@ -111,7 +111,7 @@ def test_a_damaged_signature_is_no_crash(ours: Identity, model: Path, certified:
         signature.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
         try:
             trust.verify(model, signature)
-        except NotVerified:
+        except SignatureError:
             continue
         # Base64 has bits to spare, and the certificates above that of the signer are not signed.
         assert envelope(signature.read_bytes()) == envelope(whole)
@@ -119,11 +119,11 @@ def test_a_damaged_signature_is_no_crash(ours: Identity, model: Path, certified:
     for name in ("payload", "sig"):
         start = whole.index(b'"%s":' % name.encode()) + len(name) + 40
         signature.write_bytes(whole[:start] + bytes([whole[start] ^ 1]) + whole[start + 1 :])
-        with pytest.raises(NotVerified):
+        with pytest.raises(SignatureError):
             trust.verify(model, signature)
     for damaged in (b"", b"[]", b"[" * 100_000, b'{"verificationMaterial": {"x509CertificateChain": {}}}', whole[:-9]):
         signature.write_bytes(damaged)
-        with pytest.raises(NotVerified):
+        with pytest.raises(SignatureError):
             trust.verify(model, signature)
 
 
@@ -132,7 +132,7 @@ def test_signatures_by_others_are_not_verified(ours: Identity, model: Path, tmp_
     for certified in (False, True):
         theirs.signer(certified).sign(model, signature)
         for trust in (ours.trust(certified), ours.trust(not certified)):
-            with pytest.raises(NotVerified):
+            with pytest.raises(SignatureError):
                 trust.verify(model, signature)
     with pytest.raises(UserError):
         Trust().verify(model, signature)
@@ -151,7 +151,7 @@ def test_a_certificate_that_has_expired_since_is_found(
             return datetime.now(UTC) + 2 * DAY
 
     monkeypatch.setattr("flows.signing.keys.datetime", Later)
-    with pytest.raises(NotVerified, match="expired"):
+    with pytest.raises(SignatureError, match="expired"):
         ours.trust().verify(model, signature_path(model))
     with pytest.raises(UserError, match="expired"):
         ours.signer()
@@ -164,7 +164,7 @@ def test_an_expired_certificate_above_that_of_the_signer_is_found(model: Path, t
     chained.trust().verify(model, signature_path(model))
     old = identity(tmp_path / "old", intermediate=True, expired=expired)
     old.signer().sign(model, signature_path(model))
-    with pytest.raises(NotVerified, match=rf"CN={expired}.* expired"):
+    with pytest.raises(SignatureError, match=rf"CN={expired}.* expired"):
         old.trust().verify(model, signature_path(model))
 
 

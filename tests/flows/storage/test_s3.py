@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from diffusion.common.errors import ConflictError, UserError
-from flows.storage.s3 import LARGEST_PUT, Location, Missing, Object, Store, client
+from flows.storage.s3 import LARGEST_PUT, Location, MissingObjectError, Object, Store, client
 from tests.builders.http_server import serving
 from tests.builders.s3_clients import stock
 
@@ -188,7 +188,7 @@ def test_an_object_is_downloaded_whole_or_not_at_all(
         write(bucket, "big", tmp_path / "big")
         assert (tmp_path / "big").read_bytes() == data
     assert store.download(bucket, "big", tmp_path / "deep" / "big") == hashlib.sha256(data).hexdigest()
-    with pytest.raises(Missing):
+    with pytest.raises(MissingObjectError):
         store.download(bucket, "small", tmp_path / "small")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["big", "deep"]
     keys = {"AWS_ENDPOINT_URL_S3": breaking_server, "AWS_ACCESS_KEY_ID": "k", "AWS_SECRET_ACCESS_KEY": "s"}
@@ -201,7 +201,7 @@ def test_existing_objects_are_found_and_others_missing(store: Store, bucket: str
     assert store.exists(bucket, "empty")
     assert store.get(bucket, "empty") == b""
     assert not store.exists(bucket, "emp")
-    with pytest.raises(Missing, match=f"s3://{bucket}/emp does not exist"):
+    with pytest.raises(MissingObjectError, match=f"s3://{bucket}/emp does not exist"):
         store.get(bucket, "emp")
 
 

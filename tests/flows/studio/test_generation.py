@@ -22,7 +22,7 @@ from tests.builders.small_models import CONFIG, write_model
 
 gr = pytest.importorskip("gradio", reason="the studio needs Gradio: pip install 'darkroom-diffusion[ui]'")
 from flows.studio.app import USER, build, launch  # noqa: E402
-from flows.studio.generation import Source, editor_files, enlarged  # noqa: E402
+from flows.studio.generation import Source, editor_files, enlarge_to_canvas  # noqa: E402
 
 SAMPLING = sampling_config(sampler="dpmpp_2m", steps=3, compute_batch=8)
 PASSWORD = "test-secret"
@@ -88,7 +88,7 @@ def test_a_painted_hole_is_filled_as_by_the_command_with_a_mask(source: Source, 
     paths, _ = source.generate({"task": "inpaint", "count": 2} | painted)
     assert [path.read_bytes() for path in paths] == [path.read_bytes() for path in sorted(done.folder.glob("0*.png"))]
     # Painting on the enlarged image marks the same pixels.
-    large = {"background": enlarged(image.convert("RGBA")), "layers": [layer.resize((512, 512), 0)]}
+    large = {"background": enlarge_to_canvas(image.convert("RGBA")), "layers": [layer.resize((512, 512), 0)]}
     again, _ = source.generate({"task": "inpaint", "count": 2} | editor_files(large, [(8, 8)]))
     assert [path.read_bytes() for path in again] == [path.read_bytes() for path in paths]
 

@@ -149,11 +149,11 @@ def test_a_person_votes_looks_at_batches_and_rolls_back_with_a_reason(
         confirm = page.get_by_role("button", name="Roll back", exact=True)
         confirm.click()
         expect(page.get_by_text("give a reason")).to_be_visible(timeout=30_000)
-        assert read_history(bucket).standing.champion == 2
+        assert read_history(bucket).alias_numbers.champion == 2
         page.get_by_label("Reason").fill("draws three eyes")
         confirm.click()
         expect(page.get_by_text("3. rollback")).to_be_visible(timeout=30_000)
         page.screenshot(path=tmp_path / "rolled-back.png", full_page=True)
     studio.close(verbose=False)
-    assert read_history(bucket).standing.champion == 1
+    assert read_history(bucket).alias_numbers.champion == 1
     assert (read_history(bucket).entries[-1].reason or "").endswith("draws three eyes")

@@ -24,9 +24,9 @@ pytest.importorskip("gradio", reason="the studio needs Gradio: pip install 'dark
 from flows.studio.app import build
 from flows.studio.batches import (
     list_batches,
+    load_page,
     matching_rows,
     nearest_training_images,
-    page_of,
     select_batches,
 )
 from flows.studio.comparison import VOTES, VoteSession, cast, follow, load_version, open_ballot, read_versions
@@ -47,7 +47,7 @@ def test_votes_are_blind_and_their_tally_is_recorded_on_the_candidate(
     assert len({image.tobytes() for images in ballot.images.values() for image in images}) == 6
     preferred = {"candidate": 0, "champion": 0}
     for side in ("left", "right"):
-        pair, left = ballot.pair, ballot.session.left(ballot.pair or 0)
+        pair, left = ballot.pair, ballot.session.left_version(ballot.pair or 0)
         shown = ballot.sides()
         assert pair is not None
         assert shown is not None
@@ -73,11 +73,11 @@ def test_sides_are_shuffled_evenly_by_the_recorded_seed() -> None:
     session = VoteSession.model_validate(
         {**sides, "champion": 1, "candidate": 2, "seed": 0, "shuffle_seed": 3}, from_attributes=True
     )
-    left = [session.left(pair) for pair in range(1000)]
+    left = [session.left_version(pair) for pair in range(1000)]
     # Binomial: 3.3 standard deviations.
     assert abs(left.count("candidate") - 500) < 52
-    assert left == [session.model_copy().left(pair) for pair in range(1000)]
-    assert left != [session.model_copy(update={"shuffle_seed": 4}).left(pair) for pair in range(1000)]
+    assert left == [session.model_copy().left_version(pair) for pair in range(1000)]
+    assert left != [session.model_copy(update={"shuffle_seed": 4}).left_version(pair) for pair in range(1000)]
 
 
 def test_images_are_those_of_the_champion_after_a_rollback(
@@ -102,10 +102,10 @@ def test_a_rollback_needs_a_reason_and_the_champion_that_was_seen(versions: list
         roll_back_from(bucket, 2, "  ")
     with pytest.raises(ConflictError):
         roll_back_from(bucket, 1, "draws three eyes")
-    assert read_history(bucket).standing.champion == 2
+    assert read_history(bucket).alias_numbers.champion == 2
     roll_back_from(bucket, 2, "<script>three eyes</script>")
     history = read_history(bucket)
-    assert history.standing.champion == 1
+    assert history.alias_numbers.champion == 1
     shown = timeline(history)
     assert shown.index("3. rollback") < shown.index("1. promote")
     assert "&lt;script&gt;three eyes" in shown
@@ -150,10 +150,10 @@ def test_batches_are_listed_and_filtered(store: Store, bucket: str, tmp_path: Pa
     found = list(matching_rows(store, mixed, "EVEN"))
     assert [row["index"] for _, row in found] == list(range(1, 20, 2))
     assert [row["label"] for _, row in matching_rows(store, select_batches(listed, version=3))] == ["odd"] * 20
-    items, addresses = page_of(store, mixed, "even", 1)
+    items, addresses = load_page(store, mixed, "even", 1)
     assert addresses == [f"{each.place}/{row['key']}" for each, row in found]
     assert len({image.tobytes() for image, _ in items if not isinstance(image, Path)}) == 10
-    assert page_of(store, mixed, "even", 2) == ([], [])
+    assert load_page(store, mixed, "even", 2) == ([], [])
 
 
 def test_an_image_of_the_training_set_is_its_own_nearest(no_servers: None, dataset: Path) -> None:

@@ -13,7 +13,7 @@ from mlflow.entities import ViewType
 
 from flows.storage.numbered_objects import Claims
 from flows.storage.s3 import Store
-from flows.tracking.runs import TRAIN_KEY, find_run, one_run
+from flows.tracking.runs import TRAIN_KEY, find_or_create_run, find_run
 from tests.builders.model_versions import Killed
 
 KEY = "0123" * 16
@@ -26,7 +26,7 @@ def experiment(mlflow_client: MlflowClient, bucket: str, monkeypatch: pytest.Mon
 
 
 def begun(client: MlflowClient, experiment: str) -> str:
-    return str(one_run(client, experiment, TRAIN_KEY, KEY, "train").info.run_id)
+    return str(find_or_create_run(client, experiment, TRAIN_KEY, KEY, "train").info.run_id)
 
 
 def runs(client: MlflowClient, experiment: str, view: int = ViewType.ACTIVE_ONLY) -> set[str]:
