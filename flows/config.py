@@ -338,8 +338,8 @@ def _find_source(error: ValidationError, path: Path, assignments: list[tuple[str
             tree = _read(path)
             Params.model_validate(tree)
             options = [option for option, *_ in assignments]
-            message, set_keys = in_words(error), {key for _, key, _ in assignments}
-            if any(re.search(rf"\b{re.escape(key)}\b", message) for key in flattened(tree).keys() - set_keys):
+            message, set_keys = describe_invalid_config(error), {key for _, key, _ in assignments}
+            if any(re.search(rf"\b{re.escape(key)}\b", message) for key in flatten_sections(tree).keys() - set_keys):
                 options = [f"{path} with", *options]
     return " ".join(dict.fromkeys(options)) or str(path)
 
