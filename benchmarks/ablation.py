@@ -11,7 +11,7 @@ import argparse
 import json
 from pathlib import Path
 
-from quality import Darkroom, Judge, measure_rates, race, rate_of, result_of, workspace_of
+from quality import Darkroom, FrechetScorer, measure_rates, rate_of, result_of, train_and_score, workspace_of
 
 from diffusion.data.dataset import Dataset
 
@@ -37,7 +37,7 @@ CHOICES: dict[str, list[str]] = {
     ],
     "soft min-SNR": ["training.weighting=soft_min_snr"],
     "learned uncertainty": ["training.learned_uncertainty=true"],
-    "levels drawn each by itself": ["training.stratified_timesteps=false"],
+    "independent noise levels": ["training.stratified_timesteps=false"],
     "no average of the weights": ["training.ema_decay=0"],
     "learning rate 2e-3": ["training.learning_rate=2e-3"],
     "learning rate 8e-3": ["training.learning_rate=8e-3"],
@@ -62,23 +62,23 @@ def main() -> None:
     parser.add_argument("--scratch", type=Path, default=Path("/tmp/quality"))
     args = parser.parse_args()
     workspace = workspace_of(args.scratch, None, 0)
-    judge = Judge(Dataset.open(workspace / "data" / "images"), workspace)
+    scorer = FrechetScorer(Dataset.open(workspace / "data" / "images"), workspace)
     contestants = [Darkroom(name, workspace, tuple(settings)) for name, settings in CHOICES.items()]
     measure_rates(contestants, args.seconds)
     for seed in range(args.seeds):
         for contestant in contestants:
-            race(contestant, seed, judge, args.seconds, args.samples)
-    print(f"\nreal images: {judge.floor(args.samples):.0f}\n")
+            train_and_score(contestant, seed, scorer, args.seconds, args.samples)
+    print(f"\nreal images: {scorer.real_baseline(args.samples):.0f}\n")
     print("| | Fréchet distance | images/s | parameters |")
     print("|---|---:|---:|---:|")
     for contestant in contestants:
-        found = [
+        results = [
             json.loads(result_of(contestant, args.seconds, args.samples, seed).read_text())
             for seed in range(args.seeds)
         ]
-        fd = sum(each["fd"] for each in found) / len(found)
+        fd = sum(result["fd"] for result in results) / len(results)
         rate = rate_of(contestant, args.seconds)
-        print(f"| {contestant.name} | {fd:.0f} | {rate:.0f} | {found[0]['parameters'] / 1e6:.2f} M |")
+        print(f"| {contestant.name} | {fd:.0f} | {rate:.0f} | {results[0]['parameters'] / 1e6:.2f} M |")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
     python benchmarks/augmentation.py --images emoji.tar.gz --seen 83328 --samples 512
 
 The default network trains twice on as many images: as they are, and mirrored, scaled, turned, stretched and shifted,
-each with a probability of 12 %. The network is told how, and generates with none of it. The metric and the options are
+each with a probability of 12 %. The network is conditioned on it, and generates with none. Metric and options are
 those of ``magnitude_preserving.py``. Darkroom reads no model files of the second network.
 """
 
@@ -33,23 +33,23 @@ LABELS = 8
 
 def transformations(seed: int, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
     """Sample a transformation for each image: the matrices of ``affine_grid``, (N, 2, 3), and labels, (N, LABELS)."""
-    chosen = [uniform(seed, f"augmentation/{number}", indices) < PROBABILITY for number in range(5)]
-    turn, stretched = ((2 * uniform(seed, f"augmentation/{n}", indices) - 1) * math.pi for n in ("turn", "stretched"))
+    choices = [uniform(seed, f"augmentation/{number}", indices) < PROBABILITY for number in range(5)]
+    turn, direction = ((2 * uniform(seed, f"augmentation/{n}", indices) - 1) * math.pi for n in ("turn", "stretched"))
     normal = GaussianNoise(seed, "augmentation/normal", indices, (4, 1, 1))().flatten(1)
-    mirrored = chosen[0] & (uniform(seed, "augmentation/mirror", indices) < 0.5)
-    scale, turn, stretch = SPREAD * normal[:, 0] * chosen[1], turn * chosen[2], SPREAD * normal[:, 1] * chosen[3]
-    shifts = SHIFT * normal[:, 2:] * chosen[4][:, None]
+    mirrored = choices[0] & (uniform(seed, "augmentation/mirror", indices) < 0.5)
+    scale, turn, stretch = SPREAD * normal[:, 0] * choices[1], turn * choices[2], SPREAD * normal[:, 1] * choices[3]
+    shifts = SHIFT * normal[:, 2:] * choices[4][:, None]
     ones, zeros = torch.ones_like(turn), torch.zeros_like(turn)
 
     def matrix(a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> Tensor:
         return torch.stack([a, b, c, d], 1).view(-1, 2, 2)
 
-    def turned(by: Tensor) -> Tensor:
-        return matrix(by.cos(), -by.sin(), by.sin(), by.cos())
+    def rotation(angle: Tensor) -> Tensor:
+        return matrix(angle.cos(), -angle.sin(), angle.sin(), angle.cos())
 
-    stretching = turned(stretched) @ matrix(stretch.exp2(), zeros, zeros, (-stretch).exp2()) @ turned(-stretched)
-    whole = turned(turn) @ stretching * scale.exp2()[:, None, None] @ matrix(1 - 2.0 * mirrored, zeros, zeros, ones)
-    labels = [mirrored.float(), scale, turn.cos() - 1, turn.sin(), stretch * stretched.cos(), stretch * stretched.sin()]
+    stretching = rotation(direction) @ matrix(stretch.exp2(), zeros, zeros, (-stretch).exp2()) @ rotation(-direction)
+    whole = rotation(turn) @ stretching * scale.exp2()[:, None, None] @ matrix(1 - 2.0 * mirrored, zeros, zeros, ones)
+    labels = [mirrored.float(), scale, turn.cos() - 1, turn.sin(), stretch * direction.cos(), stretch * direction.sin()]
     # Positions are in [−1, 1].
     return torch.cat([whole, 2 * shifts[..., None]], 2).float(), torch.cat([torch.stack(labels, 1), shifts], 1).float()
 

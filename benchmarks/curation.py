@@ -89,19 +89,19 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         root = Path(temporary)
         (root / "images").mkdir()
-        each = len(paths) // 20
+        group_size = len(paths) // 20
         for number, path in enumerate(paths):
             image = Image.open(path).convert("RGB")
             image = image.resize((2 * options.size, 2 * options.size), Image.Resampling.BICUBIC)
             image.save(root / "images" / f"{number:05d}-as-is.png")
-            if (kind := number // each) < len(PLANTED):
+            if (kind := number // group_size) < len(PLANTED):
                 name = list(PLANTED)[kind]
                 PLANTED[name][0](image).convert("RGB").save(root / "images" / f"{number:05d}-{name}.png")
         config = IngestConfig(source=str(root / "images"), size=options.size, workers=2)
         folder = root / "data" / "set"
-        started = time.monotonic()
-        done = ingest(folder, config)
-        print(f"ingest: {1000 * (time.monotonic() - started) / done.kept:.1f} s per 1,000 images; {done.kept} images")
+        start = time.monotonic()
+        count = ingest(folder, config).kept
+        print(f"ingest: {1000 * (time.monotonic() - start) / count:.1f} s per 1,000 images; {count} images")
         open_nsfw = {"layout": "NHWC", "channels": "BGR", "mean": (104, 117, 123), "std": (1, 1, 1)}
         rules = {
             "near_duplicates": {"near_duplicates": "largest"},
@@ -112,7 +112,7 @@ def main() -> None:
             "max_outlier": {"max_outlier": 99},
             **({"max_nsfw": {"max_nsfw": 0.8, "nsfw": open_nsfw | {"path": options.nsfw}}} if options.nsfw else {}),
         }
-        wanted = {
+        kinds_by_rule = {
             "near_duplicates": ("resized", "recompressed", "cropped"),
             "semantic_duplicates": ("resized", "recompressed", "cropped", "mirrored"),
             "min_sharpness": ("blurred",),
@@ -123,24 +123,25 @@ def main() -> None:
             for override in options.rule:
                 name, value = override.split("=")
                 fields = fields | ({name: float(value)} if name in fields else {})
-            started = time.monotonic()
+            start = time.monotonic()
             rule_config = CurationConfig.model_validate(fields | {"max_dropped": 1})
-            found = curate(folder, rule_config, config, EvaluationConfig(), silent, dry_run=True)
-            seconds = 1000 * (time.monotonic() - started) / done.kept
+            report = curate(folder, rule_config, config, EvaluationConfig(), silent, dry_run=True)
+            seconds = 1000 * (time.monotonic() - start) / count
             # Of a pair of equal size either may be dropped.
-            dropped = {each.source for each in found.images}
-            kinds = wanted.get(rule, ())
+            sources = {each.source for each in report.images}
+            kinds = kinds_by_rule.get(rule, ())
             by_kind = {}
             hits = 0
             for kind in kinds:
-                planted = {path.name for path in (root / "images").glob(f"*-{kind}.png")}
-                pairs = {name.split("-")[0] for name in planted}
+                planted_names = {path.name for path in (root / "images").glob(f"*-{kind}.png")}
+                pairs = {name.split("-")[0] for name in planted_names}
                 is_copy = rule.endswith("duplicates")
-                caught = {p for p in pairs if f"{p}-{kind}.png" in dropped or (is_copy and f"{p}-as-is.png" in dropped)}
-                hits += len(caught)
-                by_kind[kind] = f"{len(caught)}/{len(pairs)}"
-            precision = hits / len(dropped) if dropped else float("nan")
-            counts = f"dropped {len(dropped)}, precision {precision:.3f}, recall {by_kind}"
+                files = {p: {f"{p}-{kind}.png", *([f"{p}-as-is.png"] if is_copy else ())} for p in pairs}
+                count_of_kind = sum(not names.isdisjoint(sources) for names in files.values())
+                hits += count_of_kind
+                by_kind[kind] = f"{count_of_kind}/{len(pairs)}"
+            precision = hits / len(sources) if sources else float("nan")
+            counts = f"dropped {len(sources)}, precision {precision:.3f}, recall {by_kind}"
             print(f"{rule}: {counts}; {seconds:.2f} s per 1,000 images")
 
 

@@ -42,17 +42,17 @@ def prepare_ours(files: list[bytes], size: int) -> int:
 
 
 def prepare_pillow(files: list[bytes], size: int, draft: bool) -> int:
-    made = 0
+    byte_count = 0
     for file in files:
         image: Image.Image = Image.open(BytesIO(file))
         if draft:  # libjpeg decodes at a half, a quarter or an eighth, never below what is asked for
             image.draft("RGB", (size, size))
         image = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BICUBIC)
-        made += len(saved(image))
-    return made
+        byte_count += len(encode_png(image))
+    return byte_count
 
 
-def saved(image: Image.Image, **options: int) -> bytes:
+def encode_png(image: Image.Image, **options: int) -> bytes:
     out = BytesIO()
     image.save(out, "PNG", **options)
     return out.getvalue()
@@ -63,7 +63,7 @@ def encode_ours(images: Sequence[np.ndarray]) -> int:
 
 
 def encode_pillow(images: Sequence[np.ndarray], **options: int) -> int:
-    return sum(len(saved(Image.fromarray(pixels), **options)) for pixels in images)
+    return sum(len(encode_png(Image.fromarray(pixels), **options)) for pixels in images)
 
 
 def decode_ours(pngs: list[bytes], shape: tuple[int, int, int]) -> int:
@@ -71,15 +71,15 @@ def decode_ours(pngs: list[bytes], shape: tuple[int, int, int]) -> int:
 
 
 def decode_pillow(pngs: list[bytes], shape: tuple[int, int, int]) -> int:
-    made = 0
+    byte_count = 0
     for at in range(0, len(pngs), BATCH):
         batch = [np.asarray(Image.open(BytesIO(png))) for png in pngs[at : at + BATCH]]
-        made += np.stack(batch).reshape(-1, *shape[1:], shape[0]).transpose(0, 3, 1, 2).copy().nbytes
-    return made
+        byte_count += np.stack(batch).reshape(-1, *shape[1:], shape[0]).transpose(0, 3, 1, 2).copy().nbytes
+    return byte_count
 
 
 def tasks(files: list[bytes]) -> list[Task]:
-    found = [
+    all_tasks = [
         Task(
             "JPEG of 500 px to PNG of 64",
             len(files),
@@ -94,30 +94,30 @@ def tasks(files: list[bytes]) -> list[Task]:
         square = (size, size)
         images = [np.asarray(ImageOps.fit(Image.open(BytesIO(file)).convert(mode), square)) for file in files]
         pngs, shape = [encode(pixels) for pixels in images], (len(mode), *square)
-        named = f"{size} px {mode}"
+        image_format = f"{size} px {mode}"
         encoders = {
             "darkroom": partial(encode_ours, images),
             "pillow": partial(encode_pillow, images),
             "pillow, level 1": partial(encode_pillow, images, compress_level=1),
         }
         decoders = {"darkroom": partial(decode_ours, pngs, shape), "pillow": partial(decode_pillow, pngs, shape)}
-        found += [
-            Task(f"encode PNG, {named}", len(files), encoders),
-            Task(f"decode PNG, {named}", len(files), decoders),
+        all_tasks += [
+            Task(f"encode PNG, {image_format}", len(files), encoders),
+            Task(f"decode PNG, {image_format}", len(files), decoders),
         ]
-    return found
+    return all_tasks
 
 
-def race(task: Task, rounds: int) -> dict[str, tuple[float, float]]:
+def measure_rates(task: Task, rounds: int) -> dict[str, tuple[float, float]]:
     """Images per second of one core, and bytes made per image, of each contestant."""
     seconds: dict[str, list[float]] = {name: [] for name in task.contestants}
-    made = {}
+    image_bytes = {}
     for _ in range(rounds):
         for name, run in task.contestants.items():
-            began = time.thread_time()
-            made[name] = run() / task.images
-            seconds[name].append(time.thread_time() - began)
-    return {name: (task.images / median(taken), made[name]) for name, taken in seconds.items()}
+            start = time.thread_time()
+            image_bytes[name] = run() / task.images
+            seconds[name].append(time.thread_time() - start)
+    return {name: (task.images / median(times), image_bytes[name]) for name, times in seconds.items()}
 
 
 def main() -> None:
@@ -135,11 +135,11 @@ def main() -> None:
     print(f"{'':30}{'':18}{'images/s':>12}{'bytes each':>12}{'darkroom is':>13}")
     table = {}
     for task in tasks(files):
-        table[task.name] = rates = race(task, args.rounds)
+        table[task.name] = rates = measure_rates(task, args.rounds)
         ours = rates["darkroom"][0]
-        for name, (rate, made) in rates.items():
+        for name, (rate, image_bytes) in rates.items():
             title = task.name if name == "darkroom" else ""
-            print(f"{title:30}{name:18}{rate:12,.0f}{made:12,.0f}{ours / rate:12.2f}×", flush=True)
+            print(f"{title:30}{name:18}{rate:12,.0f}{image_bytes:12,.0f}{ours / rate:12.2f}×", flush=True)
     if args.json:
         args.json.write_text(json.dumps(table, indent=2))
 

@@ -37,32 +37,32 @@ def main() -> None:
     parser.add_argument("--interval", type=float, nargs=2)
     parser.add_argument("--autoguidance", type=float)
     parser.add_argument("--scratch", type=Path, default=Path("runs/students"))
-    given = parser.parse_args()
-    dataset, header = Dataset.open(given.dataset), read_model_header(given.model)
+    arguments = parser.parse_args()
+    dataset, header = Dataset.open(arguments.dataset), read_model_header(arguments.model)
     extract = make_extractor(EvaluationConfig())
     rows = [*dataset.rows("train"), *dataset.rows("held_out")]
     real = torch.cat([extract(dataset.images(rows[at : at + 500])) for at in range(0, len(rows), 500)])
     moments = compute_moments(real)
     sampling = sampling_config(
-        guidance=given.guidance, guidance_interval=given.interval, autoguidance=given.autoguidance
+        guidance=arguments.guidance, guidance_interval=arguments.interval, autoguidance=arguments.autoguidance
     )
 
     def report(name: str, path: Path, config: SamplingConfig) -> None:
-        model, began = load_model(path), time.perf_counter()
-        images = sample(model, range(given.count), 1, model.header.sampling(config))
-        rate, features = given.count / (time.perf_counter() - began), extract(images)
+        model, start = load_model(path), time.perf_counter()
+        images = sample(model, range(arguments.count), 1, model.header.sampling(config))
+        rate, features = arguments.count / (time.perf_counter() - start), extract(images)
         distance = frechet_distance(compute_moments(features), moments)
         print(
             f"{name:24} FD {distance:6.1f}  KID {compute_kid(features, real)[0]:6.3f}  {rate:6.1f} images/s", flush=True
         )
 
-    report("teacher, 16 steps", given.model, sampling)
+    report("teacher, 16 steps", arguments.model, sampling)
     assert isinstance(header.model, ModelConfig)
-    for seed in given.seeds:
-        training = TrainingConfig(images=1, seed=seed, output=given.scratch / str(seed))
-        config = DistillationConfig(steps=2, images=given.images)
-        training = student_training(training, config, sampling, str(given.model), header)
-        student = train(given.dataset, given.scratch / str(seed), header.model, training, sampling).final
+    for seed in arguments.seeds:
+        training = TrainingConfig(images=1, seed=seed, output=arguments.scratch / str(seed))
+        config = DistillationConfig(steps=2, images=arguments.images)
+        training = student_training(training, config, sampling, str(arguments.model), header)
+        student = train(arguments.dataset, arguments.scratch / str(seed), header.model, training, sampling).final
         for steps in (1, 2, 4, 8):
             report(f"seed {seed}, {steps} evaluations", student, sampling_config(sampler="consistency", steps=steps))
 

@@ -59,12 +59,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         save_file({"features": synthetic(samples, 1, 0.05)}, Path(scratch) / "samples.safetensors")
         save_file({"features": synthetic(reference, 0, 0.0)}, Path(scratch) / "reference.safetensors")
-        figures = {step: measured(step, Path(scratch)) for step in STEPS}
-    for step, found in figures.items():
+        figures = {step: measure_step(step, Path(scratch)) for step in STEPS}
+    for step, measurement in figures.items():
         print(f"| {step} | |\n|---|---:|")
-        for name, seconds in found["seconds"].items():
+        for name, seconds in measurement["seconds"].items():
             print(f"| {name} | {seconds:.1f} s |")
-        print(f"| most memory | {found['peak'] / 2**30:.2f} GiB |\n")
+        print(f"| most memory | {measurement['peak'] / 2**30:.2f} GiB |\n")
     if args.json:
         args.json.write_text(json.dumps({"samples": samples, "reference": reference, **figures}, indent=2))
 
@@ -80,55 +80,56 @@ def synthetic(count: int, seed: int, shift: float) -> Tensor:
     return torch.cat(pieces)
 
 
-def measured(step: str, scratch: Path) -> dict[str, Any]:
+def measure_step(step: str, scratch: Path) -> dict[str, Any]:
     """The figures of one step, taken in a process of its own."""
     command = [sys.executable, __file__, "--step", step, "--scratch", str(scratch)]
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-    found: dict[str, Any] = json.loads(done.stdout)
-    return found
+    process = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    measurement: dict[str, Any] = json.loads(process.stdout)
+    return measurement
 
 
 class Clock:
-    """Seconds of what it is given to do, by name."""
+    """Seconds of each piece of work, by name."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
 
     def __call__(self, name: str, work: Callable[[], Any]) -> Any:
-        began = time.perf_counter()
-        done = work()
-        self.seconds[name] = time.perf_counter() - began
+        start = time.perf_counter()
+        result = work()
+        self.seconds[name] = time.perf_counter() - start
         print(f"{name}: {self.seconds[name]:.1f} s", file=sys.stderr)
-        return done
+        return result
 
     def figures(self) -> dict[str, Any]:
         """With the most memory that this process ever held, in bytes."""
         return {"seconds": self.seconds, "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
 
 
-def once(scratch: Path) -> dict[str, Any]:
-    """What is computed of a reference once, and kept."""
+def compute_statistics(scratch: Path) -> dict[str, Any]:
+    """Compute and store the statistics of a reference."""
     clock, features = Clock(), load_file(scratch / "reference.safetensors")["features"]
-    found = clock("moments", lambda: compute_moments(features))
-    near = clock("nearest neighbours", lambda: nearest_distances(features))
+    moments = clock("moments", lambda: compute_moments(features))
+    nearest = clock("nearest neighbours", lambda: nearest_distances(features))
     sums = clock("kernels", lambda: kernel_sums(features))
-    kept = {"mean": found.mean, "root": found.root, "nearest": near, "kernel_sums": sums}
-    save_file(kept, scratch / "statistics.safetensors")
+    statistics = {"mean": moments.mean, "root": moments.root, "nearest": nearest, "kernel_sums": sums}
+    save_file(statistics, scratch / "statistics.safetensors")
     return clock.figures()
 
 
-def each_time(scratch: Path) -> dict[str, Any]:
+def evaluate(scratch: Path) -> dict[str, Any]:
     """What an evaluation computes: the point values together as ``compute_scores`` does, and their parts."""
     clock, samples = Clock(), load_file(scratch / "samples.safetensors")["features"]
     features = load_file(scratch / "reference.safetensors")["features"]
-    kept = load_file(scratch / "statistics.safetensors")
-    real = Reference(features, Moments(kept["mean"], kept["root"]), kept["nearest"], kept["kernel_sums"])
+    statistics = load_file(scratch / "statistics.safetensors")
+    moments = Moments(statistics["mean"], statistics["root"])
+    real = Reference(features, moments, statistics["nearest"], statistics["kernel_sums"])
     clock("all point values", lambda: compute_scores(samples, real, "synthetic"))
     clock("  Fréchet distance", lambda: frechet_distance(compute_moments(samples), real.moments))
     clock("  and of endlessly many", lambda: distance_at_infinity(samples, real.moments))
     clock("  KID", lambda: compute_kid(samples, features, real.kernel_sums))
-    near = clock("  the samples' neighbours", lambda: nearest_distances(samples))
-    clock("  precision, recall, density, coverage", lambda: compute_overlap(samples, features, near, real.nearest))
+    nearest = clock("  the samples' neighbours", lambda: nearest_distances(samples))
+    clock("  precision, recall, density, coverage", lambda: compute_overlap(samples, features, nearest, real.nearest))
     return clock.figures()
 
 
@@ -148,8 +149,8 @@ def intervals(scratch: Path) -> dict[str, Any]:
 
 Step = Literal["reference", "evaluation", "intervals"]
 STEPS: dict[Step, Callable[[Path], dict[str, Any]]] = {
-    "reference": once,
-    "evaluation": each_time,
+    "reference": compute_statistics,
+    "evaluation": evaluate,
     "intervals": intervals,
 }
 

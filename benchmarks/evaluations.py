@@ -12,7 +12,7 @@ import json
 from pathlib import Path
 
 from matplotlib.figure import Figure
-from quality import Judge
+from quality import FrechetScorer
 
 from diffusion.checkpoints import load_model
 from diffusion.common.files import digest_of, sha256_file, write_json
@@ -37,17 +37,17 @@ def main() -> None:
     args = parser.parse_args()
 
     model, dataset = load_model(args.model), Dataset.open(args.dataset)
-    judge = Judge(dataset, args.scratch)
-    drawn_by = sha256_file(args.model)[:8]
+    scorer = FrechetScorer(dataset, args.scratch)
+    model_digest = sha256_file(args.model)[:8]
 
     def distance(config: SamplingConfig) -> float:
         """Measured, or as it was."""
-        how = digest_of([config.model_dump(mode="json"), args.samples])[:8]
-        kept = args.scratch / f"{drawn_by}-{config.sampler}{config.steps}-{how}.json"
-        if not kept.is_file():
+        digest = digest_of([config.model_dump(mode="json"), args.samples])[:8]
+        cache_file = args.scratch / f"{model_digest}-{config.sampler}{config.steps}-{digest}.json"
+        if not cache_file.is_file():
             images = sample(model, range(args.samples), 0, config)
-            write_json(kept, {"fd": judge.distance(images.numpy())})
-        return float(json.loads(kept.read_text())["fd"])
+            write_json(cache_file, {"fd": scorer.distance(images.numpy())})
+        return float(json.loads(cache_file.read_text())["fd"])
 
     curves = {
         name: {
@@ -58,23 +58,23 @@ def main() -> None:
         }
         for name in args.samplers
     }
-    book, floor = distance(BY_THE_BOOK), judge.floor(args.samples)
-    print(f"{args.samples} images, Fréchet distance; DDPM in 1,000 steps {book:.0f}; real images {floor:.0f}\n")
+    book, real_baseline = distance(BY_THE_BOOK), scorer.real_baseline(args.samples)
+    print(f"{args.samples} images, Fréchet distance; DDPM in 1,000 steps {book:.0f}; real images {real_baseline:.0f}\n")
     print("| evaluations |" + "".join(f" {count} |" for count in EVALUATIONS) + "\n|---|" + "---:|" * len(EVALUATIONS))
     for name, curve in curves.items():
         print(f"| {name} |" + "".join(f" {fd:.0f} |" for fd in curve.values()))
     if args.image:
-        args.image.write_bytes(figure_png(drawn(curves, book, floor)))
+        args.image.write_bytes(figure_png(draw_curves(curves, book, real_baseline)))
 
 
-def drawn(curves: dict[str, dict[int, float]], book: float, floor: float) -> Figure:
+def draw_curves(curves: dict[str, dict[int, float]], book: float, real_baseline: float) -> Figure:
     """Distance over evaluations, a line for each sampler."""
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     for name, curve in curves.items():
         axes.plot(list(curve), list(curve.values()), marker="o", markersize=3, label=name)
     axes.axhline(book, color="black", linestyle="--", label="DDPM, 1,000 steps")
-    axes.axhline(floor, color="grey", linestyle=":", label="real images")
+    axes.axhline(real_baseline, color="grey", linestyle=":", label="real images")
     axes.set(xlabel="evaluations of the network", ylabel="Fréchet distance", xscale="log", yscale="log")
     axes.set_xticks(EVALUATIONS, [str(count) for count in EVALUATIONS])
     axes.minorticks_off()

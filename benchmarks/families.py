@@ -45,9 +45,9 @@ def main() -> None:
     seconds = 60 * args.minutes
     measure_rates(families, seconds)
     models = {}
-    for each in families:
-        final = each.train(0, round(rate_of(each, seconds) * seconds))
-        models[each.name] = final, load_params(args.scratch / "params.yaml", [*each.settings]).sampling
+    for family in families:
+        final = family.train(0, round(rate_of(family, seconds) * seconds))
+        models[family.name] = final, load_params(args.scratch / "params.yaml", [*family.settings]).sampling
     config = load_params(args.scratch / "params.yaml", []).evaluation
     data = args.scratch / "data" / args.name
     ranking, images = rank_models(data, models, config, args.scratch / "reports" / args.name)
@@ -58,13 +58,13 @@ def main() -> None:
 def save(images: Mapping[str, Images]) -> None:
     """Lay out the images of each model, and real ones."""
     IMAGES.mkdir(parents=True, exist_ok=True)
-    for name, each in images.items():
-        save_png(IMAGES / f"{name}.png", grid(each, COLUMNS))
+    for name, images_of_model in images.items():
+        save_png(IMAGES / f"{name}.png", grid(images_of_model, COLUMNS))
 
 
 def page(ranking: Ranking, dataset: Dataset, source: str, minutes: float) -> str:
     """The comparison in Markdown."""
-    names = [each.name for each in ranking.models]
+    names = [model.name for model in ranking.models]
     rows = [*metric_columns(ranking), *cost_columns(ranking.models)]
     machine = ranking.models[0].fingerprint
     return "\n\n".join(
@@ -75,7 +75,7 @@ def page(ranking: Ranking, dataset: Dataset, source: str, minutes: float) -> str
             f"({machine.device}, {machine.precision}), evaluated on {ranking.models[0].scores.samples:,} images "
             "of the same seed against held-out ones. `python benchmarks/families.py` writes this page, "
             "and `darkroom compare` one for your own images.",
-            "\n".join(f"- {each}" for each in findings(ranking)),
+            "\n".join(f"- {finding}" for finding in findings(ranking)),
             _table(["", *names, "real"], rows),
             "In brackets are 95 % confidence intervals. The column real is the real baseline: training images instead "
             "of generated ones.",

@@ -3,9 +3,9 @@
     python benchmarks/fine_tuning.py --images FOLDER --base examples/emoji.safetensors --image plate.png
 
 FOLDER has captions (metadata.csv). First it measures how many images each way of training sees per second, on an
-otherwise idle machine and in turns; from then on ``--seconds`` are that many images. Each model then draws the captions
-of the held-out images and is evaluated on them; the plate shows held-out images and, below, what each made of their
-captions. What is there in ``--scratch`` is not done again.
+otherwise idle machine and in turns; from then on ``--seconds`` are that many images. Each model then generates for the
+captions of the held-out images and is evaluated on them; the plate shows held-out images and, below, what each made of
+their captions. What is there in ``--scratch`` is not done again.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from flows.config import load_params
 SHOWN = 10
 """Columns of the plate."""
 GUIDED = ["sampling.guidance=3", "sampling.guidance_interval=[0.4,10]"]
-"""How all models draw: the guidance that evaluation chose for the base."""
+"""How all models sample: the guidance that evaluation chose for the base."""
 
 
 def main() -> None:
@@ -46,7 +46,7 @@ def main() -> None:
     network = model.config.model_dump(mode="json", exclude_defaults=True)
     shared = [f"model.{name}={json.dumps(value)}" for name, value in network.items()] + ["training.batch_size=64"]
     adapted = [f"training.init_from={args.base.resolve()}", f"training.lora.rank={args.rank}"]
-    ways = {
+    settings_by_way = {
         "from scratch": shared,
         "LoRA": [*shared, *adapted, f"training.learning_rate={args.learning_rate}"],
     }
@@ -57,16 +57,16 @@ def main() -> None:
         (workspace / "params.yaml").write_text("training:\n  dataset: images\n")
         source = [f"ingest.source={args.images.resolve()}", f"ingest.size={model.header.size}"]
         darkroom(workspace, "ingest", "--local", words=[*source, f"ingest.held_out={args.held_out}"])
-    contestants = [Darkroom(name, workspace, tuple(settings)) for name, settings in ways.items()]
+    contestants = [Darkroom(name, workspace, tuple(settings)) for name, settings in settings_by_way.items()]
     measure_rates(contestants, args.seconds)
 
-    trained = {"the base": args.base}
+    models = {"the base": args.base}
     print(f"{'the base':16} {kid_of(workspace, args.base)}", flush=True)
     for contestant in contestants:
         images = round(rate_of(contestant, args.seconds) * args.seconds)
         for seed in range(args.seeds):
             final = contestant.train(seed, images)
-            trained.setdefault(contestant.name, final)
+            models.setdefault(contestant.name, final)
             print(f"{contestant.name:16} seed {seed}, {images:,} images: {kid_of(workspace, final)}", flush=True)
     if args.image:
         dataset = Dataset.open(data)
@@ -74,7 +74,7 @@ def main() -> None:
         sampling = load_params(workspace / "params.yaml", GUIDED).sampling
         generated = [
             sample(load_model(path), range(SHOWN), 0, sampling, conditions=conditions_of(dataset, rows, []))
-            for path in trained.values()
+            for path in models.values()
         ]
         save_png(args.image, grid(torch.cat([dataset.images(rows), *generated]), SHOWN))
 

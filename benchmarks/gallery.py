@@ -61,12 +61,12 @@ class Training:
 
     def words(self) -> list[str]:
         """Its settings."""
-        chosen = [
+        settings = [
             f"training.dataset={self.dataset}",
             f"training.images={self.images}",
             f"training.output=runs/{self.name}",
         ]
-        return [*chosen, "training.minutes=null", *self.settings]
+        return [*settings, "training.minutes=null", *self.settings]
 
 
 @dataclass(frozen=True)
@@ -215,36 +215,38 @@ def main() -> None:
         AUTOENCODER.source: parts_of_photographs,
         LATENT.source: small_photographs,
     }
-    evaluations = {training.name: trained(args.scratch, training, sources) for training in TRAININGS}
+    evaluations = {training.name: evaluate_model(args.scratch, training, sources) for training in TRAININGS}
     shutil.copytree(PAGE.parents[1] / "examples", args.scratch / "examples", dirs_exist_ok=True)
     IMAGES.mkdir(parents=True, exist_ok=True)
     write_first_inputs(args.scratch)
     for plate in PLATES:
-        done = darkroom(args.scratch, *shlex.split(plate.command))
-        shutil.copyfile(args.scratch / done["grid"], IMAGES / f"{plate.name}.png")
+        summary = darkroom(args.scratch, *shlex.split(plate.command))
+        shutil.copyfile(args.scratch / summary["grid"], IMAGES / f"{plate.name}.png")
         if plate.first is not None:
-            shutil.copyfile(args.scratch / done["folder"] / "00000000.png", args.scratch / plate.first)
+            shutil.copyfile(args.scratch / summary["folder"] / "00000000.png", args.scratch / plate.first)
     PAGE.write_text(page(evaluations))
 
 
-def trained(workspace: Path, training: Training, sources: Mapping[str, Callable[[Path], Path]]) -> dict[str, Any]:
+def evaluate_model(
+    workspace: Path, training: Training, sources: Mapping[str, Callable[[Path], Path]]
+) -> dict[str, Any]:
     """Ingest, train and evaluate, or find what was done; returns the evaluation, with the CPU time of training.
 
     ``sources`` make the folders of images. After a kill the time is that of what was left of the training.
     """
-    kept = workspace / "evaluations" / f"{training.name}.json"
-    if not kept.is_file():
+    cache_file = workspace / "evaluations" / f"{training.name}.json"
+    if not cache_file.is_file():
         if not (workspace / "data" / training.dataset / "manifest.json").is_file():
             folder = sources[training.source](workspace)
             words = [f"ingest.source={folder}", f"ingest.size={training.size}", f"training.dataset={training.dataset}"]
             darkroom(workspace, "ingest", "--local", words=words)
         before = cpu_seconds()
         darkroom(workspace, "train", "--local", words=training.words())
-        spent = cpu_seconds() - before
-        done = darkroom(workspace, "evaluate", "--local", "--model", training.model, words=training.words())
-        write_json(kept, done | {"cpu_seconds": spent})
-    found: dict[str, Any] = json.loads(kept.read_text())
-    return found
+        seconds = cpu_seconds() - before
+        evaluation = darkroom(workspace, "evaluate", "--local", "--model", training.model, words=training.words())
+        write_json(cache_file, evaluation | {"cpu_seconds": seconds})
+    result: dict[str, Any] = json.loads(cache_file.read_text())
+    return result
 
 
 def pieces_of_faces(faces: Path, workspace: Path) -> Path:
@@ -307,8 +309,8 @@ def write_pieces(image: Image.Image, count: int, folder: Path, name: str, rng: r
 
 def cpu_seconds() -> float:
     """CPU time of all commands so far."""
-    spent = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return spent.ru_utime + spent.ru_stime
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 def write_first_inputs(workspace: Path) -> None:
@@ -316,8 +318,8 @@ def write_first_inputs(workspace: Path) -> None:
     dataset = Dataset.open(workspace / "data" / FACES.dataset)
     [face] = dataset.images(dataset.rows("held_out")[:1])
     image_of(face).save(workspace / "face.png")
-    [enlarged] = [path for path in photographs(default_folders()) if path.name == ENLARGED]
-    whole = ImageOps.fit(Image.open(enlarged).convert("RGB"), (256, 256))
+    [photograph] = [path for path in photographs(default_folders()) if path.name == ENLARGED]
+    whole = ImageOps.fit(Image.open(photograph).convert("RGB"), (256, 256))
     small = shrunk(torch.from_numpy(np.array(whole)).permute(2, 0, 1)[None], 4)
     image_of(small[0]).save(workspace / "photograph.png")
     image_of(shrunk(face[None], FACES.size // 16)[0]).save(workspace / "16.png")

@@ -37,7 +37,7 @@ def noisy_features(deviation: float) -> Tensor:
     return make_extractor(EvaluationConfig())(images)
 
 
-def measured(sets: list[Tensor], reference: Tensor) -> list[dict[Figure, Replicates]]:
+def compute_replicates(sets: list[Tensor], reference: Tensor) -> list[dict[Figure, Replicates]]:
     halves = kid_of_halves(sets, reference, 100)
     return [
         {"kid": Replicates("kid", compute_kid(x, reference)[0], of_x, len(x), *reference.shape)}
@@ -56,35 +56,35 @@ def main() -> None:
     real = noisy_features(0)
     # Of different images, as no two sets of a trial share one.
     kids = [compute_kid(noisy_features(deviation)[::2], real[1::2])[0] for deviation in NOISE]
-    needed = np.interp([(1 - lead) * KID for lead in LEADS], kids, NOISE)
-    of_champion = noisy_features(needed[0])
+    deviations = np.interp([(1 - lead) * KID for lead in LEADS], kids, NOISE)
+    of_champion = noisy_features(deviations[0])
     print(f"δ = {config.delta:g}, c = {config.confidence:g}, {count} samples and held-out images, KID {KID:g}")
-    for deviation in needed:
+    for deviation in deviations:
         of_candidate = noisy_features(deviation)
         # Interpolation is not exact.
-        theirs_and_ours = [compute_kid(each[::2], real[1::2])[0] for each in (of_champion, of_candidate)]
-        lead = 1 - theirs_and_ours[1] / theirs_and_ours[0]
+        both_kids = [compute_kid(features[::2], real[1::2])[0] for features in (of_champion, of_candidate)]
+        lead = 1 - both_kids[1] / both_kids[0]
         verdicts: dict[str, list[Verdict]] = {name: [] for name in COSTS}
         counts: dict[str, list[int]] = {name: [] for name in COSTS}
         for trial in range(arguments.trials):
-            dealt = torch.randperm(len(real), generator=torch.Generator().manual_seed(trial))
-            ours, theirs, baseline, held_out = dealt[: 2 * most + 2 * count].split([most, most, count, count])
+            permutation = torch.randperm(len(real), generator=torch.Generator().manual_seed(trial))
+            ours, theirs, baseline, held_out = permutation[: 2 * most + 2 * count].split([most, most, count, count])
             sets = of_candidate[ours], of_champion[theirs]
             reference = real[held_out]
-            *_, floor = measured([real[baseline]], reference)
+            *_, baseline_replicates = compute_replicates([real[baseline]], reference)
             undecided = set(COSTS)
             for look in range(config.looks):
                 if not undecided:
                     break
                 samples = count * 2**look
-                pair = measured([each[:samples] for each in sets], reference)
+                pair = compute_replicates([features[:samples] for features in sets], reference)
                 for name in sorted(undecided):
                     metrics = ComparisonMetrics(
                         basis="generated",
                         samples=samples,
                         reference=count,
                         has_champion=True,
-                        headline=distance_headline(*pair, floor, "efflite0", config),
+                        headline=distance_headline(*pair, baseline_replicates, "efflite0", config),
                         cost=Cost(candidate=COSTS[name], champion=1.0, unit="evaluations"),
                     )
                     decision = decide(metrics, config, config.looks)
@@ -93,9 +93,9 @@ def main() -> None:
                         counts[name].append(samples)
                         undecided.remove(name)
         shares = {
-            name: ", ".join(f"{verdict} {found.count(verdict) / len(found):.0%}" for verdict in Verdict)
+            name: ", ".join(f"{verdict} {outcomes.count(verdict) / len(outcomes):.0%}" for verdict in Verdict)
             + f" of {np.mean(counts[name]):,.0f} samples"
-            for name, found in verdicts.items()
+            for name, outcomes in verdicts.items()
         }
         print(f"lead {lead:.1%}: " + "; ".join(f"{name}: {words}" for name, words in shares.items()), flush=True)
 

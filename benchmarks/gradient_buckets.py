@@ -40,7 +40,7 @@ def work(rank: int, processes: int, folder: str, name: str, batch: int, rounds: 
     seconds: dict[int, list[float]] = {size: [] for size in (0, *SIZES)}
     for _, size in zip(range((rounds + 1) * (len(SIZES) + 1)), cycle(seconds), strict=False):
         dist.barrier()
-        began = time.perf_counter()
+        start = time.perf_counter()
         loss = network(x, torch.full((batch,), 500.0)).square().mean()
         if size:
             with reducers[size].last_pass(0, None):
@@ -48,14 +48,14 @@ def work(rank: int, processes: int, folder: str, name: str, batch: int, rounds: 
             reducers[size].wait()
         else:
             torch.autograd.grad(loss, parameters)
-        seconds[size].append(time.perf_counter() - began)
+        seconds[size].append(time.perf_counter() - start)
     if rank == 0:
         # The first round is not counted: it sets up what the others use.
-        alone, whole, *others = (median(each[1:]) for each in seconds.values())
+        alone, whole, *others = (median(times[1:]) for times in seconds.values())
         size = sum(parameter.nbytes for parameter in parameters) / 2**20
         print(
             f"| {name} | {size:.0f} MiB | {processes} | {batch} | {1000 * alone:.0f} | {1000 * whole:.0f} | "
-            + " | ".join(f"{each / whole:.2f}" for each in others)
+            + " | ".join(f"{time_of_size / whole:.2f}" for time_of_size in others)
             + " |",
             flush=True,
         )
@@ -75,8 +75,8 @@ def main() -> None:
     for name in args.presets:
         for processes in args.processes:
             with tempfile.TemporaryDirectory() as folder:
-                given = processes, str(Path(folder)), name, args.batch, args.rounds
-                mp.spawn(work, given, processes)  # type: ignore[no-untyped-call]
+                arguments = processes, str(Path(folder)), name, args.batch, args.rounds
+                mp.spawn(work, arguments, processes)  # type: ignore[no-untyped-call]
 
 
 if __name__ == "__main__":

@@ -81,10 +81,10 @@ def bare(how: str, photographs: Path, folder: Path) -> int:
 def _run(command: list[str], folder: Path) -> bytes:
     # Otherwise albumentations, which img2dataset stands on, asks the network for a newer version first.
     environment = os.environ | {"NO_ALBUMENTATIONS_UPDATE": "1"}
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True)
-    if done.returncode:
-        raise SystemExit(f"{' '.join(command)} failed with {done.returncode}:\n{done.stderr.decode()[-2000:]}")
-    return done.stdout
+    process = subprocess.run(command, cwd=folder, env=environment, capture_output=True)
+    if process.returncode:
+        raise SystemExit(f"{' '.join(command)} failed with {process.returncode}:\n{process.stderr.decode()[-2000:]}")
+    return process.stdout
 
 
 def decode_all(how: str, photographs: Path) -> int:
@@ -111,20 +111,20 @@ def _ours(path: Path) -> int:
     return len(prepare(path.read_bytes(), IngestConfig(size=SIZE)).png)
 
 
-def race(contestants: list[Contestant], count: int, runs: int) -> dict[str, float]:
+def measure_rates(contestants: list[Contestant], count: int, runs: int) -> dict[str, float]:
     """Images per second of each: ``count`` over the median of ``runs`` rounds in which all take turns."""
     seconds: dict[str, list[float]] = {each.name: [] for each in contestants}
     for turn in range(runs):
         for each in contestants:
             folder = Path(tempfile.mkdtemp(prefix="ingest-"))
-            started = time.perf_counter()
-            done = each.start(folder)
-            seconds[each.name].append(time.perf_counter() - started)
+            start = time.perf_counter()
+            image_count = each.start(folder)
+            seconds[each.name].append(time.perf_counter() - start)
             shutil.rmtree(folder)
-            if done != count:
-                raise SystemExit(f"{each.name} made {done} of {count} images")
+            if image_count != count:
+                raise SystemExit(f"{each.name} made {image_count} of {count} images")
             print(f"run {turn + 1}/{runs}  {each.name:24} {count / seconds[each.name][-1]:7.0f}/s", file=sys.stderr)
-    return {name: count / median(taken) for name, taken in seconds.items()}
+    return {name: count / median(times) for name, times in seconds.items()}
 
 
 def main() -> None:
@@ -147,7 +147,7 @@ def main() -> None:
     if args.peers_python:
         contestants.append(Contestant("img2dataset", partial(img2dataset, args.peers_python, source)))
     contestants += [Contestant(f"bare, {how}", partial(bare, how, source)) for how in BARE]
-    rates = race(contestants, count, args.runs)
+    rates = measure_rates(contestants, count, args.runs)
 
     fastest = max(rate for name, rate in rates.items() if name.startswith("darkroom"))
     print(f"{count} images to {SIZE} px, median of {args.runs}, start included\n")

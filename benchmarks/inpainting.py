@@ -36,20 +36,20 @@ BATCH = 64
 MOST_COMPARED = 20_000
 """Training images among which the nearest is sought, and real ones that distances are to."""
 BORDER = 2
-"""Pixels around the hole that are judged with it."""
+"""Pixels around the hole that are evaluated with it."""
 
 
-class Judge:
-    """Knows ``real`` images, (N, C, H, W) uint8, and the ``originals`` that were filled."""
+class InpaintingScorer:
+    """Scores of filled images beside ``real`` ones, (N, C, H, W) uint8, and beside their ``originals``."""
 
     def __init__(self, real: Tensor, originals: Tensor) -> None:
         self.extractor = EfficientNetLite0(FEATURES_AT)
         self.real = fid_features_to_statistics(self.extractor(real))
         self.originals = self.extractor(originals)
 
-    def verdict(self, filled: Tensor) -> tuple[float, float]:
+    def score(self, images: Tensor) -> tuple[float, float]:
         """Fréchet distance from the real ones, and mean distance from the own original."""
-        features = self.extractor(filled)
+        features = self.extractor(images)
         statistics = fid_features_to_statistics(features)
         distance = fid_statistics_to_metric(statistics, self.real, verbose=False)[KEY_METRIC_FID]
         return float(distance), float((features - self.originals).norm(dim=1).mean())
@@ -61,7 +61,7 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("--of", type=Path, help="a data set whose images get the holes")
     parser.add_argument("--count", type=int, default=512)
-    parser.add_argument("--image", type=Path, help="where to draw some of the images, a row for each way (PNG)")
+    parser.add_argument("--image", type=Path, help="where to draw some of the images, a row for each method (PNG)")
     args = parser.parse_args()
 
     dataset, model = Dataset.open(args.dataset), load_model(args.model)
@@ -75,63 +75,64 @@ def main() -> None:
         real, originals = training, dataset.images(dataset.rows("held_out")[: args.count])
     size = originals.shape[-1]
     hole = slice(size // 4, size - size // 4)
-    kept = torch.ones(size, size, dtype=torch.bool)
-    kept[hole, hole] = False
+    mask = torch.ones(size, size, dtype=torch.bool)
+    mask[hole, hole] = False
 
     mean = training.float().mean(0).round().to(torch.uint8)
-    ways = {
+    methods = {
         "nothing cut out": lambda: originals,
-        "mean": lambda: torch.where(kept, originals, mean),
-        "nearest": lambda: torch.where(kept, originals, training[nearest(originals, training, kept)]),
-        "replacement": lambda: painted(model, originals, kept),
-        "`repaint`": lambda: painted(model, originals, kept, resample_steps=5),
-        "`pigdm`": lambda: painted(model, originals, kept, guided=True),
-        "`pigdm`, `resample_steps` 3": lambda: painted(model, originals, kept, resample_steps=3, guided=True),
+        "mean": lambda: torch.where(mask, originals, mean),
+        "nearest": lambda: torch.where(mask, originals, training[nearest(originals, training, mask)]),
+        "replacement": lambda: inpaint(model, originals, mask),
+        "`repaint`": lambda: inpaint(model, originals, mask, resample_steps=5),
+        "`pigdm`": lambda: inpaint(model, originals, mask, guided=True),
+        "`pigdm`, `resample_steps` 3": lambda: inpaint(model, originals, mask, resample_steps=3, guided=True),
     }
     around = slice(hole.start - BORDER, hole.stop + BORDER)
-    whole, inside = Judge(real, originals), Judge(real[..., around, around], originals[..., around, around])
-    shown = [torch.where(kept, originals, torch.tensor(128, dtype=torch.uint8))[:SHOWN]]
+    whole = InpaintingScorer(real, originals)
+    inside = InpaintingScorer(real[..., around, around], originals[..., around, around])
+    rows = [torch.where(mask, originals, torch.tensor(128, dtype=torch.uint8))[:SHOWN]]
     print(f"{len(originals)} images")
     print("| | whole: distance | missed | hole: distance | missed | seconds an image |\n|---|---:|---:|---:|---:|---:|")
-    for name, way in ways.items():
-        began = time.perf_counter()
-        filled = way()
-        seconds = (time.perf_counter() - began) / len(filled)
-        figures = (*whole.verdict(filled), *inside.verdict(filled[..., around, around]))
+    for name, fill in methods.items():
+        start = time.perf_counter()
+        images = fill()
+        seconds = (time.perf_counter() - start) / len(images)
+        figures = (*whole.score(images), *inside.score(images[..., around, around]))
         print(
             f"| {name} | {figures[0]:.0f} | {figures[1]:.1f} | {figures[2]:.0f} | {figures[3]:.1f} | {seconds:.3f} |",
             flush=True,
         )
-        shown.append(filled[:SHOWN])
+        rows.append(images[:SHOWN])
     if args.image:
-        save_png(args.image, grid(torch.cat(shown), columns=SHOWN))
+        save_png(args.image, grid(torch.cat(rows), columns=SHOWN))
 
 
-def painted(
-    model: DiffusionModel, originals: Tensor, kept: Tensor, resample_steps: int = 1, guided: bool = False
+def inpaint(
+    model: DiffusionModel, originals: Tensor, mask: Tensor, resample_steps: int = 1, guided: bool = False
 ) -> Tensor:
-    """What is not ``kept`` (H, W) of each of ``originals`` (N, C, H, W) filled once, in batches."""
-    config, filled = sampling_config(), []
+    """Fill each of ``originals`` (N, C, H, W) once where ``mask`` (H, W) is false, in batches."""
+    config, batches = sampling_config(), []
     sampler, levels = config.build_sampler(), config.sigma_grid(model.schedule)
     for numbers in torch.arange(len(originals)).split(BATCH):
         noise = GaussianNoise(0, "sampling", numbers.tolist(), model.shape)
-        known = to_float(blanked(originals[numbers], kept))
+        known = to_float(blanked(originals[numbers], mask))
         denoise = model.denoiser()
         if guided:
-            denoise = clipped(pigdm(denoise, known, kept, model.header.sigma_data))
-        denoise = replace_known(denoise, known, kept)
+            denoise = clipped(pigdm(denoise, known, mask, model.header.sigma_data))
+        denoise = replace_known(denoise, known, mask)
         with torch.inference_mode(), autocast(config.precision, torch.device("cpu")):
-            filled.append(
+            batches.append(
                 repaint(
                     sampler, denoise, known + float(levels[0]) * noise(), levels, noise, resample_steps=resample_steps
                 )
             )
-    return to_uint8(torch.cat(filled))
+    return to_uint8(torch.cat(batches))
 
 
-def nearest(images: Tensor, training: Tensor, kept: Tensor) -> Tensor:
-    """The number of the training image that is nearest to each image where it is ``kept``: (len(images),)."""
-    ours, theirs = (each[..., kept].flatten(1).float() for each in (images, training))
+def nearest(images: Tensor, training: Tensor, mask: Tensor) -> Tensor:
+    """The number of the training image that is nearest to each image where ``mask`` is true: (len(images),)."""
+    ours, theirs = (each[..., mask].flatten(1).float() for each in (images, training))
     return torch.cat([torch.cdist(part, theirs).argmin(1) for part in ours.split(64)])
 
 

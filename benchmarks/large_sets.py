@@ -81,28 +81,28 @@ def memory() -> dict[str, int]:
 
 def measure(what: str, folder: Path) -> dict[str, float]:
     """Measure one of ``table``, ``open``, ``memory``, ``processes`` and ``threads`` in this process."""
-    before, began = memory()["anonymous"], time.perf_counter()
+    before, start = memory()["anonymous"], time.perf_counter()
     manifest = read_manifest(folder)
-    about: dict[str, float] = {}
+    figures: dict[str, float] = {}
     if what in ("processes", "threads"):
         scratch = folder.parent / "scratch"
         scratch.mkdir(exist_ok=True)
         config = IngestConfig.model_validate({"runner": what, "workers": 2})
         resolve([(folder, part) for part in manifest.parts], manifest.storage, scratch, local_fan_out(config))
-        about["seconds to resolve"] = time.perf_counter() - began
-        about["bytes on disk"] = sum(path.stat().st_size for path in scratch.glob("run-*"))
+        figures["seconds to resolve"] = time.perf_counter() - start
+        figures["bytes on disk"] = sum(path.stat().st_size for path in scratch.glob("run-*"))
     else:
         dataset.IN_MEMORY = 2**40 if what == "memory" else 0
         with_table = Dataset(folder, manifest, LocalShards(folder), cache_bytes=0)
-        about["seconds to open"] = time.perf_counter() - began
+        figures["seconds to open"] = time.perf_counter() - start
         orders = [make_order(with_table, 0, BATCH, window) for window in (None, 16)]
-        began = time.perf_counter()
+        start = time.perf_counter()
         for order in orders:
             for batch in range(100):
                 with_table.labels(with_table.rows("train")[order.rows(batch * BATCH, BATCH)])
-        about["ms a batch"] = (time.perf_counter() - began) / 200 * 1000
+        figures["ms a batch"] = (time.perf_counter() - start) / 200 * 1000
     now = memory()
-    return about | {"MB anonymous": now["anonymous"] - before, "MB peak": now["peak"]}
+    return figures | {"MB anonymous": now["anonymous"] - before, "MB peak": now["peak"]}
 
 
 def main() -> None:
@@ -119,9 +119,9 @@ def main() -> None:
         make_tables(folder, arguments.images)
         for what in ("table", "open", "memory", "processes", "threads"):
             command = [sys.executable, __file__, "--measure", what, str(folder)]
-            done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-            found = json.loads(done.stdout)
-            print(what, {name: round(value, 2) for name, value in found.items()}, flush=True)
+            process = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+            figures = json.loads(process.stdout)
+            print(what, {name: round(value, 2) for name, value in figures.items()}, flush=True)
         print("manifest", (folder / "manifest.json").stat().st_size, "bytes")
 
 

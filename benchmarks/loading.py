@@ -46,13 +46,13 @@ def fashion(folder: Path) -> dict[str, Any]:
 
     if not FASHION.is_dir():
         raise SystemExit(f"no Fashion-MNIST in {FASHION}: apt-get install dataset-fashion-mnist")
-    with gzip.open(FASHION / "train-images-idx3-ubyte.gz") as packed:
-        images = np.frombuffer(packed.read()[16:], np.uint8).reshape(-1, 28, 28)[:COUNT]
+    with gzip.open(FASHION / "train-images-idx3-ubyte.gz") as file:
+        images = np.frombuffer(file.read()[16:], np.uint8).reshape(-1, 28, 28)[:COUNT]
     padded = np.pad(images, ((0, 0), (2, 2), (2, 2)))
     path = folder / "train-images-idx3-ubyte"
     path.write_bytes(struct.pack(">4I", 0x803, *padded.shape) + padded.tobytes())
-    with gzip.open(FASHION / "train-labels-idx1-ubyte.gz") as packed:
-        (folder / "train-labels-idx1-ubyte").write_bytes(packed.read())
+    with gzip.open(FASHION / "train-labels-idx1-ubyte.gz") as file:
+        (folder / "train-labels-idx1-ubyte").write_bytes(file.read())
     return {"source": path.name, "size": 32}
 
 
@@ -106,10 +106,10 @@ def samples(shard: str) -> Iterator[dict[str, Any]]:
     with tarfile.open(shard) as tar:
         members = iter(tar)
         for png, about in zip(members, members, strict=True):
-            image, told = (tar.extractfile(member) for member in (png, about))
+            image, record = (tar.extractfile(member) for member in (png, about))
             assert image is not None
-            assert told is not None
-            yield {"image": image.read(), "label": int(json.load(told)["label"] or 0)}
+            assert record is not None
+            yield {"image": image.read(), "label": int(json.load(record)["label"] or 0)}
 
 
 def optimize(data: Path) -> None:
@@ -208,7 +208,7 @@ CONTESTANTS = {"darkroom": darkroom, "webdataset": webdataset, "litdata": litdat
 def measure(start: Callable[[], Epochs]) -> list[float]:
     """Images per second of each epoch."""
     rates = []
-    began = time.perf_counter()
+    start_of_epoch = time.perf_counter()
     epoch = start()
     for _ in range(EPOCHS):
         count = 0
@@ -217,19 +217,19 @@ def measure(start: Callable[[], Epochs]) -> list[float]:
             assert images.ndim == 4
             count += len(images)
         now = time.perf_counter()
-        rates.append(count / (now - began))
-        began = now
+        rates.append(count / (now - start_of_epoch))
+        start_of_epoch = now
     return rates
 
 
 def run(command: list[str], folder: Path | None = None) -> bytes:
-    done = subprocess.run(command, cwd=folder, capture_output=True)
-    if done.returncode:
-        raise SystemExit(f"{' '.join(command)} failed with {done.returncode}:\n{done.stderr.decode()[-2000:]}")
-    return done.stdout
+    process = subprocess.run(command, cwd=folder, capture_output=True)
+    if process.returncode:
+        raise SystemExit(f"{' '.join(command)} failed with {process.returncode}:\n{process.stderr.decode()[-2000:]}")
+    return process.stdout
 
 
-def race(data: Path, pythons: dict[str, str], runs: int) -> dict[str, list[float]]:
+def measure_rates(data: Path, pythons: dict[str, str], runs: int) -> dict[str, list[float]]:
     """Images per second of each contestant by epoch: medians of ``runs`` rounds in which all take turns."""
     rates: dict[str, list[list[float]]] = {name: [] for name in pythons}
     for turn in range(runs):
@@ -239,7 +239,7 @@ def race(data: Path, pythons: dict[str, str], runs: int) -> dict[str, list[float
             print(
                 f"run {turn + 1}/{runs}  {name:12}", *(f"{rate:11,.0f}/s" for rate in rates[name][-1]), file=sys.stderr
             )
-    return {name: [median(each) for each in zip(*found, strict=True)] for name, found in rates.items()}
+    return {name: [median(epoch_rates) for epoch_rates in zip(*epochs, strict=True)] for name, epochs in rates.items()}
 
 
 def main() -> None:
@@ -273,12 +273,13 @@ def report(args: argparse.Namespace, scratch: Path) -> None:
         data = prepare(scratch, name)
         if args.peers_python and not (data.parent / "litdata" / "index.json").is_file():
             run([pythons["litdata"], __file__, "--optimize", str(data)])
-        table[name] = rates = race(data, pythons, args.runs)
+        table[name] = rates = measure_rates(data, pythons, args.runs)
         print(f"\n{name}, images/s, median of {args.runs}")
         print(f"{'':12}{'first epoch':>14}{'darkroom is':>14}{'second epoch':>14}{'darkroom is':>14}")
-        for each, found in rates.items():
-            columns = zip(found, rates["darkroom"], strict=True)
-            print(f"{each:12}" + "".join(f"{rate:14,.0f}{ours / rate:13.2f}×" for rate, ours in columns), flush=True)
+        for contestant, epochs in rates.items():
+            columns = zip(epochs, rates["darkroom"], strict=True)
+            cells = (f"{rate:14,.0f}{ours / rate:13.2f}×" for rate, ours in columns)
+            print(f"{contestant:12}" + "".join(cells), flush=True)
     if args.json:
         args.json.write_text(json.dumps({"runs": args.runs, "per_second": table}, indent=2))
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from unittest import mock
 
 import torch
-from quality import Judge, workspace_of
+from quality import FrechetScorer, workspace_of
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -150,21 +150,21 @@ def compare(description: str, name: str, other: str, replaced: Mapping[str, obje
     args = parser.parse_args()
 
     workspace = workspace_of(args.scratch, args.images, args.size).resolve()
-    judge = Judge(Dataset.open(workspace / "data" / "images"), workspace)
+    scorer = FrechetScorer(Dataset.open(workspace / "data" / "images"), workspace)
     for each, changes in {name: {}, other: replaced}.items():
         with ExitStack() as stack:
             stack.enter_context(chdir(workspace))
             for place, change in changes.items():
                 stack.enter_context(mock.patch(place, change))
             output = Path("runs", f"{each}-{args.seen}-{args.seed}")
-            before, began = time.process_time(), time.perf_counter()
+            before, start = time.process_time(), time.perf_counter()
             run = diffusion.train("images", images=args.seen, seed=args.seed, output=os.fspath(output))
-            spent, took = time.process_time() - before, time.perf_counter() - began
+            cpu, seconds = time.process_time() - before, time.perf_counter() - start
             model = load_model(run.final)
             distances = [
-                judge.distance(sample(model, range(args.samples), seed, sampling_config()).numpy()) for seed in (0, 1)
+                scorer.distance(sample(model, range(args.samples), seed, sampling_config()).numpy()) for seed in (0, 1)
             ]
-        print(f"{each:20} {distances[0]:.0f}, {distances[1]:.0f}  {spent:.0f} s of processor time, {took:.0f} s")
+        print(f"{each:20} {distances[0]:.0f}, {distances[1]:.0f}  {cpu:.0f} s of processor time, {seconds:.0f} s")
 
 
 if __name__ == "__main__":

@@ -24,8 +24,8 @@ FLAT = 8.0
 
 def photographs(folders: list[Path]) -> list[Path]:
     """JPEGs in ``folders`` large enough to be cut up: PNGs there are drawings and renderings."""
-    found = sorted(path for folder in folders for path in folder.rglob("*.jp*g") if path.is_file())
-    large = [path for path in found if min(Image.open(path).size) >= SMALLEST]
+    paths = sorted(path for folder in folders for path in folder.rglob("*.jp*g") if path.is_file())
+    large = [path for path in paths if min(Image.open(path).size) >= SMALLEST]
     if not large:
         places = ", ".join(map(str, folders))
         raise SystemExit(

@@ -24,15 +24,15 @@ def rate(config: ModelConfig, shape: tuple[int, int, int], batch: int, seconds: 
     torch.set_num_threads(cores())
     network = UNet(config, shape[0], shape[1]).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     x = torch.randn(batch, *shape).contiguous(memory_format=torch.channels_last)
-    began, seen = time.perf_counter(), -batch
-    while seen <= 0 or time.perf_counter() - began < seconds:
+    start, image_count = time.perf_counter(), -batch
+    while image_count <= 0 or time.perf_counter() - start < seconds:
         with autocast("auto"):
             loss = network(x, torch.full((batch,), 500.0)).square().mean()
         loss.backward()
-        if seen < 0:  # the first is not counted: it sets up what the others use
-            began = time.perf_counter()
-        seen += batch
-    return seen / (time.perf_counter() - began)
+        if image_count < 0:  # the first is not counted: it sets up what the others use
+            start = time.perf_counter()
+        image_count += batch
+    return image_count / (time.perf_counter() - start)
 
 
 def main() -> None:

@@ -31,9 +31,9 @@ from flows.config import load_params
 FEATURES_AT = 128
 RANKS = (1, 5, 10)
 PENALTIES = tuple(10.0**power for power in range(-2, 5))
-"""Of the ridge regression; that counts which serves best the tenth of the training images kept back for it."""
+"""Of the ridge regression; that counts which serves best the tenth of the training images held out for it."""
 CAPTION_STRIDE = 8
-"""Of so many captions that the network is trained on, one is asked for again, and kept from the reader."""
+"""Of so many captions that the network is trained on, one is generated again, and withheld from the reader."""
 SHOWN = (
     "red heart",
     "smiling cat face with open mouth",
@@ -67,18 +67,18 @@ class Reader:
     weights: Tensor
 
     @classmethod
-    def trained(cls, features: Tensor, meanings: Tensor) -> "Reader":
-        """Ridge regression of ``meanings`` (N, 384) on ``features`` (N, F), every tenth kept back to choose it by."""
-        back = torch.arange(len(features)) % 10 == 0
+    def fit(cls, features: Tensor, meanings: Tensor) -> "Reader":
+        """Ridge regression of ``meanings`` (N, 384) on ``features`` (N, F), every tenth held out to choose it by."""
+        validation = torch.arange(len(features)) % 10 == 0
 
-        def found(penalty: float) -> float:
-            reader = cls._fitted(features[~back], meanings[~back], penalty)
-            return float((reader.ranks(features[back], meanings[back]) < RANKS[-1]).float().mean())
+        def top_10_share(penalty: float) -> float:
+            reader = cls._fit(features[~validation], meanings[~validation], penalty)
+            return float((reader.ranks(features[validation], meanings[validation]) < RANKS[-1]).float().mean())
 
-        return cls._fitted(features, meanings, max(PENALTIES, key=found))
+        return cls._fit(features, meanings, max(PENALTIES, key=top_10_share))
 
     @classmethod
-    def _fitted(cls, features: Tensor, meanings: Tensor, penalty: float) -> "Reader":
+    def _fit(cls, features: Tensor, meanings: Tensor, penalty: float) -> "Reader":
         mean = features.mean(0)
         x = (features - mean).double()
         gram = x.T @ x / len(x) + penalty * 1e-2 * x.var() * torch.eye(x.shape[1], dtype=torch.float64)
@@ -86,8 +86,8 @@ class Reader:
 
     def ranks(self, features: Tensor, meanings: Tensor) -> Tensor:
         """How many of ``meanings`` are likelier than its own for each of the images with ``features``: (N,)."""
-        said = normalize((features - self.mean) @ self.weights, dim=1)
-        likeness = said @ normalize(meanings - meanings.mean(0), dim=1).T
+        predictions = normalize((features - self.mean) @ self.weights, dim=1)
+        likeness = predictions @ normalize(meanings - meanings.mean(0), dim=1).T
         return (likeness > likeness.diagonal()[:, None]).sum(1)
 
 
@@ -105,41 +105,42 @@ def main() -> None:
 
     workspace = workspace_of(args.scratch, args.images, args.size)
     settings = ["model.text=true", f"sampling.guidance={args.guidance}", *args.set]
-    path = args.model or trained(workspace, [*settings, f"training.minutes={args.minutes}"])
+    path = args.model or train_model(workspace, [*settings, f"training.minutes={args.minutes}"])
     sampling = load_params(workspace / "params.yaml", settings).sampling
     model, dataset = load_model(path), Dataset.open(workspace / "data" / "images")
 
     train, held_out = (_captioned(dataset, split) for split in ("train", "held_out"))
-    told = Captioned(train.rows[::CAPTION_STRIDE], train.texts[::CAPTION_STRIDE])
+    training_captions = Captioned(train.rows[::CAPTION_STRIDE], train.texts[::CAPTION_STRIDE])
     extractor = EfficientNetLite0(FEATURES_AT)
 
     def features(captioned: Captioned) -> Tensor:
         return extractor(dataset.images(captioned.rows))
 
-    read = np.arange(len(train.rows)) % CAPTION_STRIDE != 0
-    reader = Reader.trained(features(train)[torch.from_numpy(read)], train.meanings()[torch.from_numpy(read)])
-    for title, captioned in {"that training was told": told, "that training never saw": held_out}.items():
+    reader_rows = torch.arange(len(train.rows)) % CAPTION_STRIDE != 0
+    reader = Reader.fit(features(train)[reader_rows], train.meanings()[reader_rows])
+    for title, captioned in {"of the training set": training_captions, "that training never saw": held_out}.items():
         prompts = tuple(captioned.texts)
-        drawn = extractor(sample(model, range(len(prompts)), 0, sampling, conditions=Conditions(prompts=prompts)))
+        generated_images = sample(model, range(len(prompts)), 0, sampling, conditions=Conditions(prompts=prompts))
+        generated = extractor(generated_images)
         shuffled = torch.from_numpy(np.random.default_rng(0).permutation(len(prompts)))
         images = {
             "real images": features(captioned),
-            "drawn images": drawn,
-            "drawn for another caption": drawn[shuffled],
+            "generated images": generated,
+            "generated for another caption": generated[shuffled],
         }
-        found = {name: reader.ranks(each, captioned.meanings()) for name, each in images.items()}
-        print(table(f"{len(prompts)} captions {title}", found))
+        ranks = {name: reader.ranks(each, captioned.meanings()) for name, each in images.items()}
+        print(table(f"{len(prompts)} captions {title}", ranks))
     if args.image:
         show(args.image, sample(model, range(8 * len(SHOWN)), 0, sampling, conditions=Conditions(prompts=SHOWN)))
 
 
-def table(title: str, found: dict[str, Tensor]) -> str:
+def table(title: str, ranks_by_kind: dict[str, Tensor]) -> str:
     """How often the right caption is among the first, of the ranks ``found`` (N,) of each kind of images."""
     lines = [
         f"\n| {title}; the right one is among the first |" + "".join(f" {rank} |" for rank in RANKS) + " median rank |"
     ]
     lines.append("|---|" + "---:|" * (len(RANKS) + 1))
-    for name, ranks in found.items():
+    for name, ranks in ranks_by_kind.items():
         shares = "".join(f" {(ranks < rank).float().mean():.0%} |" for rank in RANKS)
         lines.append(f"| {name} |{shares} {ranks.median() + 1} |")
     count = len(ranks)
@@ -147,13 +148,13 @@ def table(title: str, found: dict[str, Tensor]) -> str:
     return "\n".join(lines)
 
 
-def trained(workspace: Path, settings: list[str]) -> Path:
+def train_model(workspace: Path, settings: list[str]) -> Path:
     """A model with these settings: trained, or found."""
-    done = darkroom(
-        workspace, "train", "--local", "--restart-if-different", words=[*settings, "training.output=runs/told"]
+    summary = darkroom(
+        workspace, "train", "--local", "--restart-if-different", words=[*settings, "training.output=runs/captions"]
     )
-    print(json.dumps(done))
-    return workspace / done["final"]
+    print(json.dumps(summary))
+    return workspace / summary["final"]
 
 
 def _captioned(dataset: Dataset, split: str) -> Captioned:

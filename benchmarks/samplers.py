@@ -47,16 +47,16 @@ def main() -> None:
     conditioning = make_conditioning(model, numbers, arguments.seed)
     denoiser = model.denoiser(conditioning)
 
-    def drawn(config: SamplingConfig, steps: int) -> Tensor:
+    def generate(config: SamplingConfig, steps: int) -> Tensor:
         noise = GaussianNoise(arguments.seed, "sampling", numbers, model.shape)
         return config.run(denoiser, config.sigma_grid(model.schedule), noise, model.start(conditioning))
 
-    exact = drawn(CONTESTANTS["dpmpp_2m"], EXACT)
+    exact = generate(CONTESTANTS["dpmpp_2m"], EXACT)
     print("evaluations", *(f"{count:7}" for count in EVALUATIONS))
     for name, config in CONTESTANTS.items():
         steps = [(count + 1) // 2 if config.sampler == "heun" else count for count in EVALUATIONS]
-        print(f"{name:14}", *(f"{distance(drawn(config, count), exact):7.4f}" for count in steps), flush=True)
-    print(f"exact within {distance(drawn(CONTESTANTS['unipc'], EXACT), exact):.4f}")
+        print(f"{name:14}", *(f"{distance(generate(config, count), exact):7.4f}" for count in steps), flush=True)
+    print(f"exact within {distance(generate(CONTESTANTS['unipc'], EXACT), exact):.4f}")
 
 
 if __name__ == "__main__":

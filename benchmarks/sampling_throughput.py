@@ -24,7 +24,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from diffusers import DDIMPipeline, DDPMPipeline
-from quality import Darkroom, Judge, measure_rates, rate_of, workspace_of
+from quality import Darkroom, FrechetScorer, measure_rates, rate_of, workspace_of
 
 from diffusion.checkpoints import load_model
 from diffusion.common.files import digest_of, sha256_file, write_json
@@ -37,34 +37,34 @@ from diffusion.generation.generate import sample
 from diffusion.process.samplers import SamplingConfig, sampling_config
 
 BATCH = 64
-"""Images that a pipeline draws at once, as many as Darkroom computes by default."""
-THEIR_BEST = sampling_config(sampler="ddim", steps=50)
-SAME = (sampling_config(), THEIR_BEST)
-"""How both sides draw alike: as we do by default, and as they do."""
+"""Images that a pipeline generates at once, as many as Darkroom computes by default."""
+DIFFUSERS_CONFIG = sampling_config(sampler="ddim", steps=50)
+EQUAL_CONFIGS = (sampling_config(), DIFFUSERS_CONFIG)
+"""Equal settings of both sides: our default, and theirs."""
 CANDIDATES: tuple[str, ...] = ("dpmpp_2m_sde", "dpmpp_2m", "deis", "unipc")
 LEAST_STEPS, MOST_STEPS = 5, 16
 TYPES = {"diffusers": torch.float32, "diffusers, bf16": torch.bfloat16}
 
 
 class Contestant(Protocol):
-    """Who draws."""
+    """A sampler of images."""
 
-    def draw(self, count: int) -> np.ndarray:
+    def generate(self, count: int) -> np.ndarray:
         """So many images, (N, C, H, W) uint8."""
 
 
 @dataclass(frozen=True)
-class Ours:
-    """Darkroom, as it draws by default."""
+class DarkroomSampler:
+    """Darkroom's sampler."""
 
     model: DiffusionModel
     config: SamplingConfig
 
-    def draw(self, count: int) -> np.ndarray:
+    def generate(self, count: int) -> np.ndarray:
         return sample(self.model, range(count), 0, self.config).numpy()
 
 
-class Theirs:
+class DiffusersPipeline:
     """A stock pipeline with the scheduler of our ``config`` and weights of a ``dtype``."""
 
     def __init__(self, model: DiffusionModel, config: SamplingConfig, dtype: torch.dtype, scratch: Path) -> None:
@@ -75,25 +75,25 @@ class Theirs:
         self.pipe.set_progress_bar_config(disable=True)
         self.steps = config.steps
 
-    def draw(self, count: int) -> np.ndarray:
+    def generate(self, count: int) -> np.ndarray:
         generator, batches = torch.Generator().manual_seed(0), -(-count // BATCH)
-        drawn = [
+        images = [
             self.pipe(BATCH, generator, num_inference_steps=self.steps, output_type="pt").images for _ in range(batches)
         ]
-        return to_uint8(torch.cat(drawn)[:count] * 2 - 1).numpy()
+        return to_uint8(torch.cat(images)[:count] * 2 - 1).numpy()
 
 
 @dataclass(frozen=True)
-class Kept:
+class MeasurementCache:
     """Results under ``folder`` that are not measured twice."""
 
     folder: Path
 
-    def __call__(self, what: Mapping[str, Any], measure: Callable[[], Any]) -> Any:
-        """What ``measure`` found for ``what``, now or earlier."""
-        path = self.folder / f"{digest_of(what)[:16]}.json"
+    def __call__(self, inputs: Mapping[str, Any], measure: Callable[[], Any]) -> Any:
+        """What ``measure`` found for ``inputs``, now or earlier."""
+        path = self.folder / f"{digest_of(inputs)[:16]}.json"
         if not path.is_file():
-            write_json(path, {"measured": dict(what), "found": measure()})
+            write_json(path, {"measured": dict(inputs), "found": measure()})
             print(path.read_text().replace("\n", " "), flush=True)
         return json.loads(path.read_text())["found"]
 
@@ -101,17 +101,17 @@ class Kept:
 def rates(contestants: Mapping[str, Contestant], count: int, rounds: int) -> dict[str, list[float]]:
     """Images per second of each, in so many turns, none of which is its first."""
     for each in contestants.values():
-        each.draw(BATCH)
-    found: dict[str, list[float]] = {name: [] for name in contestants}
+        each.generate(BATCH)
+    rates_by_name: dict[str, list[float]] = {name: [] for name in contestants}
     for _ in range(rounds):
         for name, each in contestants.items():
-            began = time.perf_counter()
-            each.draw(count)
-            found[name].append(count / (time.perf_counter() - began))
-    return found
+            start = time.perf_counter()
+            each.generate(count)
+            rates_by_name[name].append(count / (time.perf_counter() - start))
+    return rates_by_name
 
 
-def trained(workspace: Path, seconds: float) -> Path:
+def train_default(workspace: Path, seconds: float) -> Path:
     """The default network after so many seconds, or as many images as an idle machine sees in them."""
     darkroom = Darkroom("darkroom", workspace, ())
     measure_rates([darkroom], seconds)
@@ -119,36 +119,36 @@ def trained(workspace: Path, seconds: float) -> Path:
 
 
 @dataclass(frozen=True)
-class Race:
-    """One model on both sides; ``which`` says what its results depend on."""
+class Comparison:
+    """One model on both sides; ``inputs`` are what its results depend on."""
 
     model: DiffusionModel
-    judge: Judge
-    kept: Kept
-    which: Mapping[str, Any]
+    scorer: FrechetScorer
+    cache: MeasurementCache
+    inputs: Mapping[str, Any]
 
-    def theirs(self, config: SamplingConfig, name: str) -> Theirs:
+    def pipeline(self, config: SamplingConfig, name: str) -> DiffusersPipeline:
         """The pipeline called ``name``."""
-        return Theirs(self.model, config, TYPES[name], self.kept.folder)
+        return DiffusersPipeline(self.model, config, TYPES[name], self.cache.folder)
 
     def rates(self, ours: SamplingConfig, theirs: SamplingConfig, count: int, rounds: int) -> dict[str, float]:
         """Images per second of all, with so many images a turn."""
 
         def measure() -> dict[str, list[float]]:
-            others = {name: self.theirs(theirs, name) for name in TYPES}
-            return rates({"Darkroom": Ours(self.model, ours), **others}, count, rounds)
+            others = {name: self.pipeline(theirs, name) for name in TYPES}
+            return rates({"Darkroom": DarkroomSampler(self.model, ours), **others}, count, rounds)
 
-        what = {"ours": short(ours), "theirs": short(theirs), "count": count, "rounds": rounds}
-        return {name: median(each) for name, each in self.kept(self.which | what, measure).items()}
+        settings = {"ours": short(ours), "theirs": short(theirs), "count": count, "rounds": rounds}
+        return {name: median(each) for name, each in self.cache(self.inputs | settings, measure).items()}
 
     def distance(self, name: str, config: SamplingConfig, samples: int) -> float:
         """Of so many images of the contestant called ``name``."""
 
         def measure() -> float:
-            contestant = Ours(self.model, config) if name == "Darkroom" else self.theirs(config, name)
-            return self.judge.distance(contestant.draw(samples))
+            contestant = DarkroomSampler(self.model, config) if name == "Darkroom" else self.pipeline(config, name)
+            return self.scorer.distance(contestant.generate(samples))
 
-        return float(self.kept(self.which | {"samples": samples, name: short(config)}, measure))
+        return float(self.cache(self.inputs | {"samples": samples, name: short(config)}, measure))
 
     def fewest(self, bar: float, samples: int) -> SamplingConfig | None:
         """The sampler that needs the fewest steps to come as near as ``bar``; None: none does."""
@@ -166,9 +166,9 @@ def short(config: SamplingConfig) -> str:
     return f"{config.sampler}, {config.steps} steps"
 
 
-def tell(found: Mapping[str, float], words: Mapping[str, str]) -> None:
-    for name, rate in found.items():
-        ratio = "" if name == "Darkroom" else f"{found['Darkroom'] / rate:6.2f}×"
+def print_rates(rates_by_name: Mapping[str, float], words: Mapping[str, str]) -> None:
+    for name, rate in rates_by_name.items():
+        ratio = "" if name == "Darkroom" else f"{rates_by_name['Darkroom'] / rate:6.2f}×"
         print(f"{name:16} {words[name]:36} {rate:8.1f} images/s {ratio}")
 
 
@@ -177,32 +177,32 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help="final.safetensors of Fashion-MNIST; default: one is trained")
     parser.add_argument("--seconds", type=float, default=600, help="of that training")
     parser.add_argument("--samples", type=int, default=2048, help="images of which a distance is measured")
-    parser.add_argument("--count", type=int, default=256, help="images drawn in each turn; 64 for each core")
+    parser.add_argument("--count", type=int, default=256, help="images generated in each turn; 64 for each core")
     parser.add_argument("--rounds", type=int, default=5, help="turns of each contestant")
     parser.add_argument("--scratch", type=Path, default=Path("/tmp/quality"))
     args = parser.parse_args()
 
     workspace = workspace_of(args.scratch, None, 32)
-    weights = args.model or trained(workspace, args.seconds)
-    which = {"weights": sha256_file(weights), "threads": torch.get_num_threads()}
-    judge = Judge(Dataset.open(workspace / "data" / "images"), workspace)
-    race = Race(load_model(weights), judge, Kept(workspace / "sampling"), which)
-    measured = partial(race.rates, count=args.count, rounds=args.rounds)
-    for config in SAME:
-        found = measured(config, config)
+    weights = args.model or train_default(workspace, args.seconds)
+    inputs = {"weights": sha256_file(weights), "threads": torch.get_num_threads()}
+    scorer = FrechetScorer(Dataset.open(workspace / "data" / "images"), workspace)
+    comparison = Comparison(load_model(weights), scorer, MeasurementCache(workspace / "sampling"), inputs)
+    measure_rates = partial(comparison.rates, count=args.count, rounds=args.rounds)
+    for config in EQUAL_CONFIGS:
+        rates_by_name = measure_rates(config, config)
         print()
-        tell(found, dict.fromkeys(found, short(config)))
+        print_rates(rates_by_name, dict.fromkeys(rates_by_name, short(config)))
 
-    distances = {name: race.distance(name, THEIR_BEST, args.samples) for name in TYPES}
-    best = race.fewest(distances["diffusers"], args.samples)
-    print(f"\n{args.samples} images, Fréchet distance; real ones have {judge.floor(args.samples):.0f}")
+    distances = {name: comparison.distance(name, DIFFUSERS_CONFIG, args.samples) for name in TYPES}
+    best = comparison.fewest(distances["diffusers"], args.samples)
+    print(f"\n{args.samples} images, Fréchet distance; real ones have {scorer.real_baseline(args.samples):.0f}")
     if best is None:
         print(f"no sampler of ours comes to {distances['diffusers']:.0f} in {MOST_STEPS} steps")
         return
-    distances["Darkroom"] = race.distance("Darkroom", best, args.samples)
-    configs = dict.fromkeys(TYPES, THEIR_BEST) | {"Darkroom": best}
+    distances["Darkroom"] = comparison.distance("Darkroom", best, args.samples)
+    configs = dict.fromkeys(TYPES, DIFFUSERS_CONFIG) | {"Darkroom": best}
     words = {name: f"{short(each)}: {distances[name]:.0f}" for name, each in configs.items()}
-    tell(measured(best, THEIR_BEST), words)
+    print_rates(measure_rates(best, DIFFUSERS_CONFIG), words)
 
 
 if __name__ == "__main__":

@@ -66,15 +66,15 @@ def measure(count: int, runner: str, workers: int, scratch: Path) -> dict[str, A
         overrides = [word for key, value in settings.items() for word in ("--set", f"ingest.{key}={value}")]
         command = [str(Path(sys.executable).with_name("darkroom")), "ingest", "--local", "--json", *overrides]
         with (folder / "out").open("wb") as out, (folder / "log").open("wb") as log:
-            started = time.perf_counter()
+            start = time.perf_counter()
             process = psutil.Popen(command, cwd=folder, stdout=out, stderr=log)
             peak = peak_memory(process)
-            seconds = time.perf_counter() - started
+            seconds = time.perf_counter() - start
         if process.returncode:
             raise SystemExit(f"{' '.join(command)} failed:\n{(folder / 'log').read_text()[-2000:]}")
-        kept = json.loads((folder / "out").read_text())["kept"]
-        if kept != count:
-            raise SystemExit(f"{kept} of {count} images were kept")
+        image_count = json.loads((folder / "out").read_text())["kept"]
+        if image_count != count:
+            raise SystemExit(f"{image_count} of {count} images were kept")
         return {"images": count, "seconds": round(seconds, 2), "peak_mib": round(peak / 2**20, 1)}
     finally:
         shutil.rmtree(folder)
@@ -84,19 +84,19 @@ def peak_memory(process: psutil.Popen) -> int:
     """Wait for ``process`` to end; returns the most bytes that it and its descendants held at once."""
     peak = 0
     while process.poll() is None:
-        held = 0
+        total = 0
         for each in (process, *process.children(recursive=True)):
             try:
                 memory = each.memory_full_info()
             except psutil.NoSuchProcess:
                 continue
-            held += getattr(memory, "pss", memory.uss)
-        peak = max(peak, held)
+            total += getattr(memory, "pss", memory.uss)
+        peak = max(peak, total)
         time.sleep(0.1)
     return peak
 
 
-def draw(rows: list[dict[str, Any]], path: Path) -> None:
+def plot_scaling(rows: list[dict[str, Any]], path: Path) -> None:
     """Time and memory over the number of images, with what is asked of them."""
     import matplotlib
 
@@ -138,7 +138,7 @@ def main() -> None:
     if args.json:
         args.json.write_text(json.dumps(rows, indent=2))
     if args.image:
-        draw(rows, args.image)
+        plot_scaling(rows, args.image)
 
 
 if __name__ == "__main__":

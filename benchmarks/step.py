@@ -62,38 +62,38 @@ Step = Callable[[], object]
 def rate(step: Step, batch: int, seconds: float, clock: Callable[[], float]) -> float:
     """Images per second over about so many seconds."""
     step()
-    done()
-    count, began = 0, clock()
-    while clock() - began < seconds:
+    synchronize()
+    count, start = 0, clock()
+    while clock() - start < seconds:
         step()
         count += batch
-    done()
-    return count / (clock() - began)
+    synchronize()
+    return count / (clock() - start)
 
 
-def done() -> None:
+def synchronize() -> None:
     """Wait for the GPU, if there is one."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
 
-def peaks(device: torch.device, clock: Callable[[], float]) -> dict[str, float]:
+def measure_matrix_products(device: torch.device, clock: Callable[[], float]) -> dict[str, float]:
     """Floating-point operations per second of products of square matrices on ``device``, the best of a few."""
     size = 1024 if device.type == "cpu" else 8192
     a, b = (torch.randn(size, size, device=device) for _ in range(2))
     c, d = a.bfloat16(), b.bfloat16()
     products = {"fp32": lambda: a @ b, "bf16": lambda: c @ d}
-    found = {}
+    peak_rates = {}
     for name, product in products.items():
         seconds = []
         for _ in range(8):
-            done()
-            began = clock()
+            synchronize()
+            start = clock()
             product()
-            done()
-            seconds.append(clock() - began)
-        found[name] = 2 * size**3 / min(seconds)
-    return found
+            synchronize()
+            seconds.append(clock() - start)
+        peak_rates[name] = 2 * size**3 / min(seconds)
+    return peak_rates
 
 
 def step_of(trainer: Trainer) -> Step:
@@ -101,7 +101,7 @@ def step_of(trainer: Trainer) -> Step:
     return lambda: trainer.train_step(trainer.config.learning_rate)
 
 
-def theirs(batch: int, size: int, bf16: bool, device: torch.device) -> tuple[Step, int, int]:
+def diffusers_step(batch: int, size: int, bf16: bool, device: torch.device) -> tuple[Step, int, int]:
     """diffusers' step, its parameters, and the operations of an image."""
     with device:
         network, step, _ = diffusers(1, size)
@@ -118,19 +118,19 @@ def theirs(batch: int, size: int, bf16: bool, device: torch.device) -> tuple[Ste
     return whole, sum(p.numel() for p in network.parameters()), counter.get_total_flops()
 
 
-def kinds(step: Step) -> Counter[str]:
+def profile_step(step: Step) -> Counter[str]:
     """Seconds of the processor in a step, or of the GPU, by what it computes."""
-    with profile(activities=sorted(supported_activities(), key=str)) as seen:
+    with profile(activities=sorted(supported_activities(), key=str)) as profiler:
         for _ in range(3):
             step()
-    spent: Counter[str] = Counter()
-    for event in seen.key_averages():
+    seconds: Counter[str] = Counter()
+    for event in profiler.key_averages():
         kind = next(
             (kind for kind, words in KINDS.items() if any(word in event.key.lower() for word in words)), "other"
         )
         device_time = event.self_device_time_total if torch.cuda.is_available() else event.self_cpu_time_total
-        spent[kind] += device_time / 3e6
-    return spent
+        seconds[kind] += device_time / 3e6
+    return seconds
 
 
 def main() -> None:
@@ -159,13 +159,13 @@ def main() -> None:
                 trainer.state.network.forward(x, torch.zeros(1, device=device)).sum().backward()
             ours = sum(p.numel() for p in trainer.state.network.parameters()), counter.get_total_flops()
         others = {
-            name: theirs(args.batch, dataset.shape[1], bf16, device)
+            name: diffusers_step(args.batch, dataset.shape[1], bf16, device)
             for name, bf16 in (("diffusers", False), ("diffusers, bf16, channels last", True))
         }
         work = {"darkroom": ours} | {name: (parameters, flops) for name, (_, parameters, flops) in others.items()}
         rates, products = dict[str, list[float]](), dict[str, list[float]]()
         for _ in range(args.rounds):
-            for name, product in peaks(device, clock).items():
+            for name, product in measure_matrix_products(device, clock).items():
                 products.setdefault(name, []).append(product)
             with repeatable(device), worker_threads(threads) as pool:
                 trainer.threads = pool
@@ -173,24 +173,25 @@ def main() -> None:
             for name, (step, *_) in others.items():
                 rates.setdefault(name, []).append(rate(step, args.batch, args.seconds, clock))
         print(f"{device_name(device)}; {describe_precision(config.precision, device)}; {args.threads} threads")
-        best = {name: median(found) for name, found in products.items()}
+        best = {name: median(product_rates) for name, product_rates in products.items()}
         print("matrix product: " + ", ".join(f"{each / 1e9:.0f} GFLOP/s {name}" for name, each in best.items()) + "\n")
-        chosen = products[resolve_precision(config.precision, device)]
-        for name, found in rates.items():
+        product_rates = products[resolve_precision(config.precision, device)]
+        for name, speeds in rates.items():
             count, flops = work[name]
-            ratio = median(mine / each for mine, each in zip(rates["darkroom"], found, strict=True))
-            share = median(each * flops / product for each, product in zip(found, chosen, strict=True))
+            ratio = median(mine / each for mine, each in zip(rates["darkroom"], speeds, strict=True))
+            share = median(each * flops / product for each, product in zip(speeds, product_rates, strict=True))
             print(
-                f"{name:32} {median(found):7.1f} images/s {ratio:5.2f}× {count / 1e6:5.2f} M  {flops / 1e9:6.2f} GFLOP "
-                f"each, {median(found) * flops / 1e9:5.0f} GFLOP/s, {share:4.0%} of the product in Darkroom's format"
+                f"{name:32} {median(speeds):7.1f} images/s {ratio:5.2f}× {count / 1e6:5.2f} M  {flops / 1e9:6.2f} "
+                f"GFLOP each, {median(speeds) * flops / 1e9:5.0f} GFLOP/s, "
+                f"{share:4.0%} of the product in Darkroom's format"
             )
         with repeatable(device), worker_threads(1):
             # In this thread, which alone is seen by the profiler.
             trainer.threads = SimpleNamespace(map=map)  # type: ignore[assignment]
-            spent = kinds(step_of(trainer))
+            seconds_by_kind = profile_step(step_of(trainer))
         print("\nwhere a step's time goes")
-        for kind, seconds in spent.most_common():
-            print(f"  {kind:20} {seconds / spent.total():5.0%}")
+        for kind, seconds in seconds_by_kind.most_common():
+            print(f"  {kind:20} {seconds / seconds_by_kind.total():5.0%}")
         trainer.loader.close()
 
 

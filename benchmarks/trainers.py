@@ -1,7 +1,7 @@
 """Training recipes of other libraries, which ``quality.py`` runs in their environment.
 
     python benchmarks/trainers.py diffusers images.npy --rate 20
-    python benchmarks/trainers.py diffusers images.npy --folder drawn --images 30000 --samples 2048 --seed 0
+    python benchmarks/trainers.py diffusers images.npy --folder samples --images 30000 --samples 2048 --seed 0
 
 Networks, optimizers, averages and samplers are the libraries' own, with the values that their training scripts have by
 default, but for those named in ``benchmarks/README.md``. Images are decoded in memory: nothing is waited for.
@@ -25,16 +25,16 @@ STEPS = 50
 WARM_UP = 10
 """Steps before a rate is measured."""
 SHARES = (1 / 3, 2 / 3)
-"""Of the training, after which images are drawn on the way."""
+"""Of the training, after which images are generated on the way."""
 SAMPLES_PER_BATCH = 64
 
 Step = Callable[[Tensor, float], None]
 """One optimizer step on images in [0, 1], (N, C, H, W), at this share of the whole training."""
-Draw = Callable[[int], Tensor]
-"""So many images in [0, 1], drawn from the average of the weights."""
+Generate = Callable[[int], Tensor]
+"""So many images in [0, 1], generated with the average of the weights."""
 
 
-def diffusers(channels: int, size: int) -> tuple[nn.Module, Step, Draw]:
+def diffusers(channels: int, size: int) -> tuple[nn.Module, Step, Generate]:
     """``examples/unconditional_image_generation/train_unconditional.py`` with 1.6 million parameters."""
     from diffusers import DDIMScheduler, DDPMScheduler, UNet2DModel
     from diffusers.training_utils import EMAModel
@@ -70,7 +70,7 @@ def diffusers(channels: int, size: int) -> tuple[nn.Module, Step, Draw]:
         optimizer.zero_grad()
         average.step(network.parameters())
 
-    def draw(count: int) -> Tensor:
+    def generate(count: int) -> Tensor:
         average.store(network.parameters())
         average.copy_to(network.parameters())
         sampler = DDIMScheduler.from_config(schedule.config)
@@ -81,10 +81,10 @@ def diffusers(channels: int, size: int) -> tuple[nn.Module, Step, Draw]:
         average.restore(network.parameters())
         return x / 2 + 0.5
 
-    return network, step, draw
+    return network, step, generate
 
 
-def denoising_diffusion_pytorch(channels: int, size: int) -> tuple[nn.Module, Step, Draw]:
+def denoising_diffusion_pytorch(channels: int, size: int) -> tuple[nn.Module, Step, Generate]:
     """Its ``Trainer`` with a network of 32 channels."""
     from denoising_diffusion_pytorch import GaussianDiffusion, Unet
     from ema_pytorch import EMA
@@ -101,13 +101,13 @@ def denoising_diffusion_pytorch(channels: int, size: int) -> tuple[nn.Module, St
         optimizer.zero_grad()
         average.update()
 
-    def draw(count: int) -> Tensor:
+    def generate(count: int) -> Tensor:
         return average.ema_model.eval().sample(batch_size=count)
 
-    return network, step, draw
+    return network, step, generate
 
 
-RECIPES: dict[str, Callable[[int, int], tuple[nn.Module, Step, Draw]]] = {
+RECIPES: dict[str, Callable[[int, int], tuple[nn.Module, Step, Generate]]] = {
     "diffusers": diffusers,
     "denoising-diffusion-pytorch": denoising_diffusion_pytorch,
 }
@@ -123,43 +123,44 @@ def batches(images: Tensor) -> Iterator[Tensor]:
 
 def rate(step: Step, images: Tensor, seconds: float) -> float:
     """Images per second over so many seconds."""
-    shown = batches(images)
+    training_batches = batches(images)
     for _ in range(WARM_UP):
-        step(next(shown), 0.0)
-    began, seen = time.perf_counter(), 0
-    while time.perf_counter() - began < seconds:
-        step(next(shown), 0.0)
-        seen += BATCH
-    return seen / (time.perf_counter() - began)
+        step(next(training_batches), 0.0)
+    start, image_count = time.perf_counter(), 0
+    while time.perf_counter() - start < seconds:
+        step(next(training_batches), 0.0)
+        image_count += BATCH
+    return image_count / (time.perf_counter() - start)
 
 
-def train(step: Step, draw: Draw, images: Tensor, args: argparse.Namespace) -> float:
-    """Steps on random batches, and images drawn at the end and on the way; returns as ``keep``."""
+def train(step: Step, generate: Generate, images: Tensor, args: argparse.Namespace) -> float:
+    """Steps on random batches, and images generated at the end and on the way; returns as ``save_samples``."""
     stops = {round(share * args.images / BATCH) * BATCH: args.on_the_way for share in SHARES if args.on_the_way}
-    shown, began = batches(images), time.perf_counter()
-    for seen in range(BATCH, args.images + 1, BATCH):
-        step(next(shown), seen / args.images)
-        if seen % (50 * BATCH) == 0:
-            pace = seen / (time.perf_counter() - began)
-            print(f"\r{seen} of {args.images} images, {pace:5.1f}/s", end="", file=sys.stderr)
-        if seen in stops:
-            keep(draw, stops[seen], args.folder / f"{seen}.npy")
-    return keep(draw, args.samples, args.folder / f"{args.images}.npy")
+    training_batches, start = batches(images), time.perf_counter()
+    for image_count in range(BATCH, args.images + 1, BATCH):
+        step(next(training_batches), image_count / args.images)
+        if image_count % (50 * BATCH) == 0:
+            pace = image_count / (time.perf_counter() - start)
+            print(f"\r{image_count} of {args.images} images, {pace:5.1f}/s", end="", file=sys.stderr)
+        if image_count in stops:
+            save_samples(generate, stops[image_count], args.folder / f"{image_count}.npy")
+    return save_samples(generate, args.samples, args.folder / f"{args.images}.npy")
 
 
 @torch.inference_mode()
-def keep(draw: Draw, count: int, path: Path) -> float:
-    """Draw so many images into a file; returns the mean difference of the first to those in float32, of 255."""
+def save_samples(generate: Generate, count: int, path: Path) -> float:
+    """Generate so many images into a file; returns the mean difference of the first to those in float32, of 255."""
     state = torch.random.get_rng_state()
-    exact = stored(draw(SAMPLES_PER_BATCH))
+    exact = to_uint8(generate(SAMPLES_PER_BATCH))
     torch.random.set_rng_state(state)
     with torch.autocast("cpu", torch.bfloat16):
-        drawn = torch.cat([stored(draw(SAMPLES_PER_BATCH)) for _ in range(-(-count // SAMPLES_PER_BATCH))])[:count]
-    np.save(path, drawn.numpy())
-    return (drawn[:SAMPLES_PER_BATCH].float() - exact[:count].float()).abs().mean().item()
+        parts = [to_uint8(generate(SAMPLES_PER_BATCH)) for _ in range(-(-count // SAMPLES_PER_BATCH))]
+    images = torch.cat(parts)[:count]
+    np.save(path, images.numpy())
+    return (images[:SAMPLES_PER_BATCH].float() - exact[:count].float()).abs().mean().item()
 
 
-def stored(images: Tensor) -> Tensor:
+def to_uint8(images: Tensor) -> Tensor:
     """Images in [0, 1] as uint8."""
     return (images.float().clamp(0, 1) * 255).round().byte()
 
@@ -169,24 +170,24 @@ def main() -> None:
     parser.add_argument("recipe", choices=RECIPES)
     parser.add_argument("source", type=Path, help="(N, C, H, W) uint8, as .npy")
     parser.add_argument("--rate", type=float, metavar="SECONDS", help="only measure how fast it trains, for so long")
-    parser.add_argument("--folder", type=Path, help="where the drawn images go, each file named for the images seen")
+    parser.add_argument("--folder", type=Path, help="for generated images, each file named for the images seen")
     parser.add_argument("--images", type=int, help="images to train on")
-    parser.add_argument("--samples", type=int, default=2048, help="images to draw at the end")
-    parser.add_argument("--on-the-way", type=int, default=0, help="images to draw before the end")
+    parser.add_argument("--samples", type=int, default=2048, help="images to generate at the end")
+    parser.add_argument("--on-the-way", type=int, default=0, help="images to generate before the end")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
     torch.manual_seed(args.seed)
     images = torch.from_numpy(np.load(args.source))
-    network, step, draw = RECIPES[args.recipe](images.shape[1], images.shape[2])
+    network, step, generate = RECIPES[args.recipe](images.shape[1], images.shape[2])
     if args.rate:
         print(json.dumps({"images_per_second": rate(step, images, args.rate)}))
         return
     shutil.rmtree(args.folder, ignore_errors=True)
     args.folder.mkdir()
-    changed = train(step, draw, images, args)
+    difference = train(step, generate, images, args)
     parameters = sum(parameter.numel() for parameter in network.parameters())
-    print(json.dumps({"parameters": parameters, "changed_by_bfloat16": changed}))
+    print(json.dumps({"parameters": parameters, "changed_by_bfloat16": difference}))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from loading import SETS, prepare, run
 
-CACHES = {"kept": 2**31, "decoded each time": 0}
+CACHES = {"in memory": 2**31, "decoded each time": 0}
 
 
 def waited(data: Path, images: int, cache_bytes: int) -> tuple[float, float]:

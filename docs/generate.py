@@ -111,8 +111,8 @@ def configuration(schema: Schema) -> str:
 def _resolved(schema: Schema, root: Schema) -> Schema:
     """Follow a reference."""
     if "$ref" in schema:
-        found: Schema = root["$defs"][schema["$ref"].rpartition("/")[2]]
-        return {**found, **{name: value for name, value in schema.items() if name not in ("$ref", "default")}}
+        target: Schema = root["$defs"][schema["$ref"].rpartition("/")[2]]
+        return {**target, **{name: value for name, value in schema.items() if name not in ("$ref", "default")}}
     return schema
 
 
@@ -219,8 +219,8 @@ def command_line() -> str:
 
 
 def _command(name: str, command: Any) -> Iterator[str]:
-    shown = [each for each in command.params if not getattr(each, "hidden", False) and each.name != "help"]
-    arguments = [_argument(each) for each in shown if each.param_type_name == "argument"]
+    parameters = [each for each in command.params if not getattr(each, "hidden", False) and each.name != "help"]
+    arguments = [_argument(each) for each in parameters if each.param_type_name == "argument"]
     yield from ("```", " ".join(["darkroom", name, *arguments, "[OPTIONS]"]), "```", "")
     for paragraph in inspect.cleandoc(command.help or "").split("\n\n"):
         title, _, example = paragraph.partition(":  ")
@@ -228,7 +228,7 @@ def _command(name: str, command: Any) -> Iterator[str]:
             yield from (f"{title}:", "", "```sh", " ".join(example.split()), "```", "")
         else:
             yield from (_prose(paragraph), "")
-    yield from _parameters(shown)
+    yield from _parameters(parameters)
 
 
 def _argument(argument: Any) -> str:
@@ -422,8 +422,8 @@ def _docstring(text: str) -> str:
     """Turn a docstring in Google's style into Markdown."""
     lines, section, code = [], "", False
     for line in [*inspect.cleandoc(text).replace("``", "`").splitlines(), ""]:
-        if found := re.fullmatch(r"(Args|Returns|Raises|Yields|Attributes|Examples?):", line):
-            section = found[1]
+        if match := re.fullmatch(r"(Args|Returns|Raises|Yields|Attributes|Examples?):", line):
+            section = match[1]
             lines += [f"**{section}**", ""]
             continue
         if line and not line.startswith(" "):
@@ -432,8 +432,8 @@ def _docstring(text: str) -> str:
         if (not code and line.startswith(">>> ")) or (code and not line):
             code = not code
             lines.append("```python" if code else "```")
-        named = re.match(r"(\*{0,2}\w[\w.]*)(?: \([^)]*\))?: (.*)", line)
-        lines.append(f"- `{named[1]}`: {named[2]}" if named and section in ("Args", "Raises", "Attributes") else line)
+        match = re.match(r"(\*{0,2}\w[\w.]*)(?: \([^)]*\))?: (.*)", line)
+        lines.append(f"- `{match[1]}`: {match[2]}" if match and section in ("Args", "Raises", "Attributes") else line)
     return "\n".join(lines).rstrip()
 
 

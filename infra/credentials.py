@@ -15,7 +15,7 @@ from tempfile import NamedTemporaryFile
 
 HERE = Path(__file__).parent
 ROLES = ("worker", "sampler", "reader", "keeper", "mlflow")
-"""As in ``policies/``: who trains and prints, who only prints, who only looks, who deletes, and MLflow's server."""
+"""As in ``policies/``: who trains and samples, who only samples, who only looks, who deletes, and MLflow's server."""
 
 
 def policy(role: str, bucket: str) -> str:
@@ -60,17 +60,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Make the passwords and keys of a new installation.")
     parser.add_argument("--bucket", default="darkroom")
     parser.add_argument("--out", type=Path, default=HERE / ".env")
-    asked = parser.parse_args()
+    args = parser.parse_args()
     # Without quotes, which Compose would take off and `kubectl create secret --from-env-file` would not.
-    text = "".join(f"{name}={value}\n" for name, value in variables(asked.bucket).items())
+    text = "".join(f"{name}={value}\n" for name, value in variables(args.bucket).items())
     # Readable by its owner alone, and linked when it is whole: a kill leaves no half of it.
-    with NamedTemporaryFile("w", dir=asked.out.parent, prefix=".env.") as partial:
+    with NamedTemporaryFile("w", dir=args.out.parent, prefix=".env.") as partial:
         partial.write(text)
         partial.flush()
         try:
-            os.link(partial.name, asked.out)
+            os.link(partial.name, args.out)
         except FileExistsError:
-            sys.exit(f"{asked.out} is there, and servers know its passwords: a new installation needs another --out")
+            sys.exit(f"{args.out} is there, and servers know its passwords: a new installation needs another --out")
 
 
 if __name__ == "__main__":
